@@ -1,0 +1,296 @@
+//! The handshake: what a client offers, what a server grants. The same for every transport; each carries the bytes its way.
+//!
+//! The client speaks first. The server answers with a grant, or a refusal with a sentence, and every option that it does not
+//! know with "unsupported": an old peer and a new one always find out what they have in common.
+
+use std::time::Duration;
+
+use zerocopy::little_endian::{U16, U32, U64};
+
+use crate::error::{Class, Error, Status, Violation};
+use crate::message::{
+    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_REQUIRED, OPTION_TEXT,
+    OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
+};
+
+/// Sixteen random bytes, for a session or a server.
+pub fn random_id() -> [u8; 16] {
+    let mut id = [0; 16];
+    let mut filled = 0;
+    while filled < id.len() {
+        match rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("the kernel gives no random bytes: {error}"),
+        }
+    }
+    id
+}
+
+/// What a client offers.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// The session; [`random_id`] for a new one.
+    pub session: [u8; 16],
+    /// The incarnation of the session.
+    pub epoch: u64,
+    /// Feature bits that the client must have.
+    pub features: u64,
+    /// Requests it would like to have outstanding; 0 for what the server grants.
+    pub queue_depth: u32,
+    /// It promises to send something this often; zero: no promise.
+    pub keepalive: Duration,
+    /// A name for the server's log, at most 256 bytes.
+    pub name: String,
+}
+
+/// What a server is ready to grant.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The server's incarnation.
+    pub server: [u8; 16],
+    /// Feature bits it has.
+    pub features: u64,
+    /// The most outstanding requests on a connection (1 to 65,534).
+    pub queue_depth: u32,
+    /// The most data of a request.
+    pub data_bytes_max: u32,
+    /// The largest inline write on a transport that could fetch it.
+    pub inline_bytes_max: u32,
+    /// How long a peer may be silent while it owes an answer.
+    pub keepalive: Duration,
+    /// A peer that has not finished its handshake by then is closed.
+    pub handshake_timeout: Duration,
+    /// A peer that makes no progress for so long on a message it has begun, or on taking its answers, is closed.
+    pub stall_timeout: Duration,
+    /// The server's name.
+    pub name: String,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            server: random_id(),
+            features: FEATURE_CRC,
+            queue_depth: 128,
+            data_bytes_max: 1 << 20,
+            inline_bytes_max: 8 << 10,
+            keepalive: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
+            stall_timeout: Duration::from_secs(30),
+            name: "raio".into(),
+        }
+    }
+}
+
+/// What was granted: the same on both ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The protocol version.
+    pub version: u16,
+    /// Feature bits.
+    pub features: u64,
+    /// The server's incarnation.
+    pub server: [u8; 16],
+    /// The most outstanding requests, one for control messages not counted.
+    pub queue_depth: u32,
+    /// The most data of a request.
+    pub data_bytes_max: u32,
+    /// The largest inline write on a transport that could fetch it.
+    pub inline_bytes_max: u32,
+    /// How long a peer may be silent while it owes an answer.
+    pub keepalive: Duration,
+}
+
+impl Grant {
+    /// Credits that the connection starts with: the queue depth, and one for control messages.
+    pub fn credits(&self) -> u32 {
+        self.queue_depth + 1
+    }
+
+    /// Whether checksums were granted.
+    pub fn crc(&self) -> bool {
+        self.features & FEATURE_CRC != 0
+    }
+
+    /// What the peer may send under this grant.
+    pub fn limits(&self) -> Limits {
+        Limits { crc: self.crc(), data_bytes_max: self.data_bytes_max }
+    }
+}
+
+/// A client as the server knows it after its hello.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its session.
+    pub session: [u8; 16],
+    /// The incarnation of the session.
+    pub epoch: u64,
+    /// Its name for the log; from the peer, so not to be trusted.
+    pub name: String,
+    /// It promised to send something this often; zero: no promise.
+    pub keepalive: Duration,
+    /// What it was granted.
+    pub grant: Grant,
+}
+
+impl Policy {
+    /// Reads a client's hello at the front of `bytes`. Gives the client and the welcome to send, and the number of bytes
+    /// read; or the violation, for which [`Policy::refusal`] makes the answer.
+    pub fn welcome(&self, bytes: &[u8]) -> Result<Parsed<(Peer, Vec<u8>)>, Violation> {
+        let (hello, options, taken) = match message::parse_handshake::<Hello>(bytes)? {
+            Parsed::Need(n) => return Ok(Parsed::Need(n)),
+            Parsed::Item((hello, options), taken) => (hello, options, taken),
+        };
+        let (min, max) = (hello.version_min.get(), hello.version_max.get());
+        if min > max {
+            return Err(Violation::Field);
+        }
+        if !(min..=max).contains(&VERSION) {
+            return Err(Violation::Version { min, max });
+        }
+        let mut name = String::new();
+        let mut answers = Vec::new();
+        for option in message::parse_options(options) {
+            let option = option?;
+            if option.kind == OPTION_NAME {
+                name = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+                answers.push(HandshakeOption { kind: OPTION_NAME, flags: 0, value: self.name.as_bytes() });
+            } else if option.flags & OPTION_REQUIRED != 0 {
+                return Err(Violation::RequiredOption(option.kind));
+            } else {
+                answers.push(HandshakeOption { kind: option.kind, flags: OPTION_UNSUPPORTED, value: &[] });
+            }
+        }
+        let wanted = hello.queue_depth.get();
+        let grant = Grant {
+            version: VERSION,
+            features: self.features & hello.features.get(),
+            server: self.server,
+            queue_depth: if wanted == 0 { self.queue_depth } else { wanted.min(self.queue_depth) },
+            data_bytes_max: self.data_bytes_max,
+            inline_bytes_max: self.inline_bytes_max,
+            keepalive: self.keepalive,
+        };
+        let welcome = Welcome {
+            magic: MAGIC,
+            version: U16::new(VERSION),
+            errno: U16::ZERO,
+            options_len: U32::ZERO,
+            features: U64::new(grant.features),
+            server: self.server,
+            queue_depth: U32::new(grant.queue_depth),
+            data_bytes_max: U32::new(grant.data_bytes_max),
+            inline_bytes_max: U32::new(grant.inline_bytes_max),
+            keepalive_ms: U32::new(grant.keepalive.as_millis() as u32),
+            crc: U32::ZERO,
+            reserved: U32::ZERO,
+        };
+        let peer = Peer {
+            session: hello.session,
+            epoch: hello.epoch.get(),
+            name,
+            keepalive: Duration::from_millis(hello.keepalive_ms.get().into()),
+            grant,
+        };
+        Ok(Parsed::Item((peer, message::encode_handshake(welcome, &answers)), taken))
+    }
+
+    /// The answer to a client that is turned away.
+    pub fn refusal(&self, errno: i32, text: &str) -> Vec<u8> {
+        let welcome = Welcome {
+            magic: MAGIC,
+            version: U16::ZERO,
+            errno: U16::new(errno as u16),
+            options_len: U32::ZERO,
+            features: U64::ZERO,
+            server: self.server,
+            queue_depth: U32::ZERO,
+            data_bytes_max: U32::ZERO,
+            inline_bytes_max: U32::ZERO,
+            keepalive_ms: U32::ZERO,
+            crc: U32::ZERO,
+            reserved: U32::ZERO,
+        };
+        let text = message::clipped(text).as_bytes();
+        message::encode_handshake(welcome, &[HandshakeOption { kind: OPTION_TEXT, flags: 0, value: text }])
+    }
+}
+
+impl Offer {
+    /// An offer for a new session that asks for nothing in particular.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            session: random_id(),
+            epoch: 1,
+            features: 0,
+            queue_depth: 0,
+            keepalive: Duration::ZERO,
+            name: name.into(),
+        }
+    }
+
+    /// The hello to send.
+    pub fn hello(&self) -> Vec<u8> {
+        let hello = Hello {
+            magic: MAGIC,
+            version_min: U16::new(VERSION),
+            version_max: U16::new(VERSION),
+            options_len: U32::ZERO,
+            features: U64::new(self.features),
+            session: self.session,
+            epoch: U64::new(self.epoch),
+            queue_depth: U32::new(self.queue_depth),
+            keepalive_ms: U32::new(self.keepalive.as_millis() as u32),
+            crc: U32::ZERO,
+            reserved: U32::ZERO,
+        };
+        let name = message::clipped(&self.name).as_bytes();
+        message::encode_handshake(hello, &[HandshakeOption { kind: OPTION_NAME, flags: 0, value: name }])
+    }
+
+    /// Reads the server's welcome at the front of `bytes`: the grant, or why there is none.
+    pub fn grant(&self, bytes: &[u8]) -> Result<Parsed<Grant>, Error> {
+        let (welcome, options, taken) = match message::parse_handshake::<Welcome>(bytes)? {
+            Parsed::Need(n) => return Ok(Parsed::Need(n)),
+            Parsed::Item((welcome, options), taken) => (welcome, options, taken),
+        };
+        let mut text = String::new();
+        for option in message::parse_options(options) {
+            let option = option?;
+            if option.kind == OPTION_TEXT {
+                text = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+            }
+        }
+        let errno = i32::from(welcome.errno.get());
+        if errno != 0 {
+            let status = Status { errno, class: Class::Policy, retryable: false };
+            return Err(Error::Refused { status, text });
+        }
+        let grant = Grant {
+            version: welcome.version.get(),
+            features: welcome.features.get(),
+            server: welcome.server,
+            queue_depth: welcome.queue_depth.get(),
+            data_bytes_max: welcome.data_bytes_max.get(),
+            inline_bytes_max: welcome.inline_bytes_max.get(),
+            keepalive: Duration::from_millis(welcome.keepalive_ms.get().into()),
+        };
+        let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
+        if grant.version != VERSION
+            || grant.features & !self.features != 0
+            || grant.queue_depth == 0
+            || grant.queue_depth > depth_max
+            || grant.data_bytes_max < 4096
+            || grant.keepalive.is_zero()
+        {
+            return Err(Violation::Field.into());
+        }
+        if grant.features != self.features {
+            return Err(Error::Unsupported(
+                "The server does not offer checksums (CRC32C). Connect without them, or allow them on the server.".into(),
+            ));
+        }
+        Ok(Parsed::Item(grant, taken))
+    }
+}

@@ -1,0 +1,34 @@
+//! The message layer of raio: requests, responses and bulk data between a client and a server.
+//!
+//! A client sends a small opaque *command*, perhaps with bulk data; the server answers with a status, a result and
+//! perhaps bulk data. What a command means is not this layer's business: [`protocol`] holds raio's own commands (open,
+//! read, write, ...), and other programs bring theirs (see `examples/`).
+//!
+//! ```text
+//!   your client                                                     your server
+//!       |  ClientTransport::send/flush           ServerEvent::Request  ^
+//!       v                                                              |
+//!   tcp::Client, pair::Client  -- message framing, credits -->  tcp::Server, pair::Server
+//!       ^                                                              |  over one Reactor a thread
+//!       |  ClientTransport::receive              ServerTransport::respond
+//! ```
+//!
+//! Dependencies point one way: [`message`], [`protocol`], [`error`] and [`address`] know nothing of the rest; [`memory`]
+//! and [`reactor`] stand on those; the transports on the two role traits of [`transport`].
+
+#![deny(unsafe_code)]
+
+pub mod address;
+pub mod error;
+pub mod handshake;
+#[allow(unsafe_code)]
+pub mod memory;
+pub mod message;
+pub mod pair;
+pub mod protocol;
+#[allow(unsafe_code)]
+pub mod reactor;
+pub mod tcp;
+pub mod transport;
+
+pub use error::{Class, Error, Status, Violation};

@@ -1,0 +1,513 @@
+//! Memory that I/O may use: the library's own ([`Arena`], [`Slot`]) and the caller's ([`Region`], [`Buffer`]).
+//!
+//! Buffers move. A [`Slot`] or [`Buffer`] is moved into the socket, the ring or the NIC and comes back with the completion;
+//! nobody can touch it in between. A slot that is dropped goes back to its arena by itself, from whichever thread.
+//!
+//! An arena is one mapping, cut into blocks of a power of two by a buddy allocator with deferred merging: an allocation is a
+//! pop from a list in the common case. It belongs to one thread; its slots may travel.
+
+use std::io;
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_queue::ArrayQueue;
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+/// The smallest block of an arena, and the alignment of every slot: what O_DIRECT wants at most.
+pub const BLOCK_BYTES: usize = 4096;
+const BLOCK_SHIFT: u32 = BLOCK_BYTES.trailing_zeros();
+
+/// An anonymous private mapping, zeroed, on huge pages if the system gives them freely. Unmapped when the last slot is gone.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    /// Slots that were dropped and that the arena has not yet taken back: block number and order.
+    returned: ArrayQueue<(u32, u8)>,
+    /// Which ring has it as fixed buffers, and from which index: `ring << 32 | index + 1`; 0 if none.
+    registered: AtomicU64,
+}
+
+// SAFETY: the mapping is plain memory that any thread may reach; who may touch which part of it when is decided by the
+// ownership of the `Slot` that covers that part, and no two slots overlap (`Arena::take`).
+unsafe impl Send for Mapping {}
+// SAFETY: as above; shared access to `Mapping` itself reaches only `returned` and `registered`, which are thread-safe.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(len: usize, slots_max: usize) -> io::Result<Self> {
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing memory.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )?
+        };
+        let base =
+            NonNull::new(base.cast::<u8>()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let mapping = Self { base, len, returned: ArrayQueue::new(slots_max), registered: AtomicU64::new(0) };
+        // Huge pages spare TLB misses and pins; a child must not share pages that hardware or the kernel writes to. Either
+        // may be refused (no THP in this kernel), which costs nothing but speed.
+        for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
+            // SAFETY: the range is exactly our own mapping, and neither advice changes its contents in this process.
+            let _ = unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, advice) };
+        }
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: `base..base + len` is the mapping made in `new`, and no `Slot` is left, for each holds an `Arc` of this.
+        unsafe {
+            let _ = rustix::mm::munmap(self.base.as_ptr().cast(), self.len);
+        }
+    }
+}
+
+/// A pool of registered memory, cut into slots. Owned by one thread.
+#[derive(Debug)]
+pub struct Arena {
+    mapping: Arc<Mapping>,
+    /// Free blocks by order (size = BLOCK_BYTES << order): block numbers. May hold buddies that are not merged.
+    free: Vec<Vec<u32>>,
+    free_bytes: usize,
+    /// Blocks came back since the last merge.
+    unmerged: bool,
+}
+
+/// A piece of an arena, owned. Its memory is the owner's alone.
+#[derive(Debug)]
+pub struct Slot {
+    mapping: Arc<Mapping>,
+    block: u32,
+    order: u8,
+}
+
+impl Arena {
+    /// Maps an arena of at least `bytes` whose largest slot is `slot_bytes_max`, both rounded up to what the allocator needs.
+    pub fn new(bytes: usize, slot_bytes_max: usize) -> io::Result<Self> {
+        let order_max = order_of(slot_bytes_max);
+        let top = BLOCK_BYTES << order_max;
+        let len = bytes.max(top).next_multiple_of(top);
+        let blocks =
+            u32::try_from(len >> BLOCK_SHIFT).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+        let mapping = Arc::new(Mapping::new(len, blocks as usize)?);
+        let mut free = vec![Vec::new(); usize::from(order_max) + 1];
+        // Lowest addresses are popped first, so that a lightly used arena touches few pages.
+        free[usize::from(order_max)] = (0..blocks).step_by(1 << order_max).rev().collect();
+        Ok(Self { mapping, free, free_bytes: len, unmerged: false })
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.mapping.len
+    }
+
+    /// Never: an arena has at least one slot.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Bytes in slots now.
+    pub fn used_bytes(&mut self) -> usize {
+        self.take_back();
+        self.mapping.len - self.free_bytes
+    }
+
+    /// The largest slot.
+    pub fn slot_bytes_max(&self) -> usize {
+        BLOCK_BYTES << (self.free.len() - 1)
+    }
+
+    /// A slot of at least `len` bytes, its contents left over from earlier use. None if there is no room now, or if `len` is
+    /// more than [`Arena::slot_bytes_max`].
+    pub fn alloc(&mut self, len: usize) -> Option<Slot> {
+        let order = order_of(len);
+        if usize::from(order) >= self.free.len() {
+            return None;
+        }
+        self.take_back();
+        let block = self.take(order).or_else(|| {
+            if !self.unmerged || self.free_bytes < BLOCK_BYTES << order {
+                return None;
+            }
+            self.merge();
+            self.take(order)
+        })?;
+        self.free_bytes -= BLOCK_BYTES << order;
+        Some(Slot { mapping: Arc::clone(&self.mapping), block, order })
+    }
+
+    fn take_back(&mut self) {
+        while let Some((block, order)) = self.mapping.returned.pop() {
+            self.free[usize::from(order)].push(block);
+            self.free_bytes += BLOCK_BYTES << order;
+            self.unmerged = true;
+        }
+    }
+
+    /// Takes a block of this order off the lists, splitting a larger one if need be.
+    fn take(&mut self, order: u8) -> Option<u32> {
+        let from = (usize::from(order)..self.free.len()).find(|&o| !self.free[o].is_empty())?;
+        let block = self.free[from].pop()?;
+        for o in (usize::from(order)..from).rev() {
+            self.free[o].push(block + (1 << o));
+        }
+        Some(block)
+    }
+
+    /// Joins free buddies.
+    fn merge(&mut self) {
+        for order in 0..self.free.len() - 1 {
+            let mut blocks = std::mem::take(&mut self.free[order]);
+            blocks.sort_unstable_by(|a, b| b.cmp(a));
+            let mut kept = Vec::with_capacity(blocks.len());
+            while let Some(block) = blocks.pop() {
+                let buddy = block + (1 << order);
+                if block & (1 << order) == 0 && blocks.last() == Some(&buddy) {
+                    blocks.pop();
+                    self.free[order + 1].push(block);
+                } else {
+                    kept.push(block);
+                }
+            }
+            kept.reverse();
+            self.free[order] = kept;
+        }
+        self.unmerged = false;
+    }
+
+    /// The whole arena's memory in chunks of at most `chunk_bytes`, for registration. The pointers are for the kernel or the
+    /// NIC only.
+    pub(crate) fn chunks(&self, chunk_bytes: usize) -> Vec<libc::iovec> {
+        (0..self.mapping.len)
+            .step_by(chunk_bytes)
+            .map(|at| libc::iovec {
+                // SAFETY: `at` is less than `len`, so the pointer stays within the mapping.
+                iov_base: unsafe { self.mapping.base.as_ptr().add(at) }.cast(),
+                iov_len: chunk_bytes.min(self.mapping.len - at),
+            })
+            .collect()
+    }
+
+    /// Notes that ring `ring` has this arena as fixed buffers, in chunks of 1 GiB from index 0.
+    pub(crate) fn set_registered(&self, ring: u32) {
+        self.mapping.registered.store(u64::from(ring) << 32 | 1, Ordering::Relaxed);
+    }
+}
+
+/// The order of the smallest block that holds `len` bytes.
+fn order_of(len: usize) -> u8 {
+    (len.max(1).div_ceil(BLOCK_BYTES)).next_power_of_two().trailing_zeros() as u8
+}
+
+impl Slot {
+    /// Its size: at least what was asked for.
+    pub fn len(&self) -> usize {
+        BLOCK_BYTES << self.order
+    }
+
+    /// Never: a slot has at least one block.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the slot's range lies within the mapping, which `self.mapping` keeps alive and which is initialised (zeroed
+        // by the kernel); no other slot overlaps it, so `&self` is the only way to reach it.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len()) }
+    }
+
+    /// Its bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `&mut self` excludes every other reference.
+        unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), self.len()) }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: `block` lies within the mapping (`Arena::take` gives no other).
+        unsafe { self.mapping.base.as_ptr().add((self.block as usize) << BLOCK_SHIFT) }
+    }
+
+    /// The index of the fixed buffer that it lies in, if ring `ring` has its arena registered.
+    pub(crate) fn fixed_index(&self, ring: u32) -> Option<u16> {
+        let registered = self.mapping.registered.load(Ordering::Relaxed);
+        (registered != 0 && registered >> 32 == u64::from(ring))
+            .then_some((((self.block as usize) << BLOCK_SHIFT) / FIXED_CHUNK_BYTES) as u16)
+    }
+}
+
+/// io_uring takes fixed buffers of at most this size.
+pub(crate) const FIXED_CHUNK_BYTES: usize = 1 << 30;
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // The queue has room for every block of the arena, so this cannot fail.
+        let _ = self.mapping.returned.push((self.block, self.order));
+    }
+}
+
+/// Memory of the caller's, registered for I/O. Cloning it shares the registration.
+#[derive(Clone, Debug)]
+pub struct Region(Arc<RegionInner>);
+
+#[derive(Debug)]
+struct RegionInner {
+    address: usize,
+    len: usize,
+}
+
+impl Region {
+    /// Registers `[address, address + len)`. None if that is empty or wraps around.
+    ///
+    /// # Safety
+    /// The memory must stay mapped, readable and writable until every buffer made from this region is gone
+    /// ([`Region::in_use`]).
+    pub unsafe fn new(address: *mut u8, len: usize) -> Option<Self> {
+        let address = address as usize;
+        if address == 0 || len == 0 || address.checked_add(len - 1).is_none() {
+            return None;
+        }
+        Some(Self(Arc::new(RegionInner { address, len })))
+    }
+
+    /// Whether I/O in flight uses it.
+    pub fn in_use(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
+    /// A buffer within it. None if it does not lie within.
+    ///
+    /// # Safety
+    /// Until the buffer is gone nobody else may access its memory.
+    pub unsafe fn buffer(&self, address: *mut u8, len: usize) -> Option<Buffer> {
+        let offset = (address as usize).checked_sub(self.0.address)?;
+        if offset > self.0.len || len > self.0.len - offset {
+            return None;
+        }
+        // SAFETY: the caller vouches for the memory, and it lies within the region, which the clone keeps registered.
+        let mut foreign = unsafe { Foreign::new(address, len) }?;
+        foreign.region = Some(self.clone());
+        Some(Buffer::Foreign(foreign))
+    }
+}
+
+/// Memory of somebody else's, lent by a raw pointer for the time that this value lives.
+#[derive(Debug)]
+pub struct Foreign {
+    address: NonNull<u8>,
+    len: usize,
+    region: Option<Region>,
+}
+
+// SAFETY: whoever made it (unsafe `Foreign::new`) promised that nobody else accesses the memory while it lives, so it may be
+// reached from whichever thread owns it.
+unsafe impl Send for Foreign {}
+
+impl Foreign {
+    /// Borrows `[address, address + len)`. None if the pointer is null.
+    ///
+    /// # Safety
+    /// The memory must be initialised, mapped and, until the value is gone, accessed by nobody else. It must be writable if it is
+    /// used for reading into.
+    pub unsafe fn new(address: *mut u8, len: usize) -> Option<Self> {
+        Some(Self { address: NonNull::new(address)?, len, region: None })
+    }
+}
+
+/// The memory of one I/O of a client, owned while it is in flight.
+#[derive(Debug)]
+pub enum Buffer {
+    /// Plain memory of the caller's.
+    Owned(Box<[u8]>),
+    /// A slot of an arena, and how many of its bytes are meant.
+    Slot(Slot, usize),
+    /// Memory behind a C pointer.
+    Foreign(Foreign),
+}
+
+impl Buffer {
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::Slot(slot, len) => &slot.bytes()[..*len],
+            // SAFETY: `Foreign::new`'s caller vouched for the memory for as long as it lives.
+            Self::Foreign(f) => unsafe { std::slice::from_raw_parts(f.address.as_ptr(), f.len) },
+        }
+    }
+
+    /// Its bytes, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::Slot(slot, len) => &mut slot.bytes_mut()[..*len],
+            // SAFETY: as in `bytes`, and `&mut self` excludes every other access.
+            Self::Foreign(f) => unsafe { std::slice::from_raw_parts_mut(f.address.as_ptr(), f.len) },
+        }
+    }
+
+    /// Its length.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Owned(bytes) => bytes.len(),
+            Self::Slot(_, len) => *len,
+            Self::Foreign(f) => f.len,
+        }
+    }
+
+    /// Whether it holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The memory of one I/O, in one piece or several.
+#[derive(Debug)]
+pub enum Buffers {
+    /// One piece.
+    One(Buffer),
+    /// Several, in order.
+    Many(Vec<Buffer>),
+}
+
+impl Buffers {
+    /// The pieces.
+    pub fn pieces(&self) -> &[Buffer] {
+        match self {
+            Self::One(buffer) => std::slice::from_ref(buffer),
+            Self::Many(buffers) => buffers,
+        }
+    }
+
+    /// The pieces, to write.
+    pub fn pieces_mut(&mut self) -> &mut [Buffer] {
+        match self {
+            Self::One(buffer) => std::slice::from_mut(buffer),
+            Self::Many(buffers) => buffers,
+        }
+    }
+
+    /// Length in all.
+    pub fn len(&self) -> usize {
+        self.pieces().iter().map(Buffer::len).sum()
+    }
+
+    /// Whether they hold nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The parts of the pieces that make up `range`, in order.
+    pub fn slices(&self, range: Range<usize>) -> impl Iterator<Item = &[u8]> {
+        let mut at = 0;
+        self.pieces().iter().filter_map(move |piece| {
+            let part = overlap(at, piece.len(), &range);
+            at += piece.len();
+            (!part.is_empty()).then(|| &piece.bytes()[part])
+        })
+    }
+
+    /// The parts of the pieces that make up `range`, in order, to write.
+    pub fn slices_mut(&mut self, range: Range<usize>) -> impl Iterator<Item = &mut [u8]> {
+        let mut at = 0;
+        self.pieces_mut().iter_mut().filter_map(move |piece| {
+            let part = overlap(at, piece.len(), &range);
+            at += piece.len();
+            (!part.is_empty()).then(|| &mut piece.bytes_mut()[part])
+        })
+    }
+
+    /// Copies `data` to `offset`; as much as fits.
+    pub fn write_at(&mut self, offset: usize, mut data: &[u8]) {
+        let end = self.len().min(offset + data.len());
+        for slice in self.slices_mut(offset..end) {
+            let (head, rest) = data.split_at(slice.len());
+            slice.copy_from_slice(head);
+            data = rest;
+        }
+    }
+}
+
+/// The part of a piece of `len` bytes that begins at `at` which falls into `range`, relative to the piece.
+fn overlap(at: usize, len: usize, range: &Range<usize>) -> Range<usize> {
+    let start = range.start.saturating_sub(at).min(len);
+    let end = range.end.saturating_sub(at).min(len);
+    start..end.max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_dropped_slot_can_be_allocated_again() {
+        let mut arena = Arena::new(1 << 16, 1 << 16).unwrap();
+        for _ in 0..100 {
+            let slot = arena.alloc(1 << 16).unwrap();
+            assert!(arena.alloc(1).is_none());
+            drop(slot);
+        }
+        assert_eq!(arena.used_bytes(), 0);
+    }
+
+    #[test]
+    fn small_blocks_merge_when_a_large_one_is_wanted() {
+        let mut arena = Arena::new(1 << 20, 1 << 20).unwrap();
+        let small: Vec<_> = std::iter::from_fn(|| arena.alloc(1)).collect();
+        assert_eq!(small.len(), 256);
+        drop(small);
+        assert!(arena.alloc(1 << 20).is_some());
+    }
+
+    #[test]
+    fn a_slot_outlives_its_arena() {
+        let mut arena = Arena::new(1 << 16, 4096).unwrap();
+        let mut slot = arena.alloc(10).unwrap();
+        drop(arena);
+        slot.bytes_mut().fill(7);
+        assert!(slot.bytes().iter().all(|&b| b == 7));
+    }
+
+    #[test]
+    fn slices_cover_exactly_the_range() {
+        let piece = |n: usize| Buffer::Owned(vec![0; n].into());
+        let mut buffers = Buffers::Many(vec![piece(3), piece(0), piece(4), piece(5)]);
+        buffers.write_at(2, &[1, 2, 3, 4, 5, 6]);
+        let all: Vec<u8> = buffers.slices(0..12).flatten().copied().collect();
+        assert_eq!(all, [0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0]);
+        let some: Vec<u8> = buffers.slices(2..8).flatten().copied().collect();
+        assert_eq!(some, [1, 2, 3, 4, 5, 6]);
+    }
+
+    proptest! {
+        #[test]
+        fn slots_never_overlap(ops in prop::collection::vec((any::<bool>(), 1usize..300_000), 1..200)) {
+            let mut arena = Arena::new(4 << 20, 1 << 19).unwrap();
+            let mut live: Vec<(Slot, u8)> = Vec::new();
+            for (n, (free, len)) in ops.into_iter().enumerate() {
+                if free && !live.is_empty() {
+                    let (slot, tag) = live.swap_remove(len % live.len());
+                    prop_assert!(slot.bytes().iter().all(|&b| b == tag));
+                } else if let Some(mut slot) = arena.alloc(len) {
+                    prop_assert!(slot.len() >= len && slot.as_ptr().addr().is_multiple_of(BLOCK_BYTES));
+                    slot.bytes_mut().fill(n as u8);
+                    live.push((slot, n as u8));
+                }
+            }
+            let held: usize = live.iter().map(|(slot, _)| slot.len()).sum();
+            prop_assert_eq!(arena.used_bytes(), held);
+            drop(live);
+            prop_assert_eq!(arena.used_bytes(), 0);
+            prop_assert!(arena.alloc(1 << 19).is_some());
+        }
+    }
+}

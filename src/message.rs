@@ -1,0 +1,632 @@
+//! Framing: what every message carries, whatever it means.
+//!
+//! Every message is a 40-byte [`Header`], a body of `body_len` bytes (a multiple of 8), and on a stream `data_len` bytes
+//! of bulk data. All integers are little-endian, reserved bits are zero and checked. A message can be parsed with no
+//! knowledge of what is outstanding. The handshake ([`Hello`], [`Welcome`]) comes before the first message and has layouts of
+//! its own, which never change. docs/PROTOCOL.md shows every byte.
+//!
+//! Nothing here does I/O or allocates in proportion to what a peer says.
+
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::error::{Class, Status, Violation};
+
+/// The first bytes of each side of a connection.
+pub const MAGIC: [u8; 8] = *b"raio\r\n\x1a\n";
+/// The protocol version that this code speaks.
+pub const VERSION: u16 = 1;
+
+/// Length of [`Header`].
+pub const HEADER_BYTES: usize = 40;
+/// The longest body: the fixed part of an open and a path of PATH_MAX, rounded up.
+pub const BODY_BYTES_MAX: usize = 4_224;
+/// The longest handshake, options included.
+pub const HANDSHAKE_BYTES_MAX: usize = 4_096;
+/// Length of the fixed part of [`Hello`] and [`Welcome`].
+pub const HANDSHAKE_BYTES: usize = 64;
+
+/// Feature bit: CRC32C over headers, bodies and data.
+pub const FEATURE_CRC: u64 = 1 << 0;
+/// Every feature bit that has a meaning.
+pub const FEATURES: u64 = FEATURE_CRC;
+
+/// Rounds a body length up to what the wire wants.
+pub const fn padded(len: usize) -> usize {
+    len.next_multiple_of(8)
+}
+
+/// What a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Client to server: a command.
+    Request = 1,
+    /// Server to client: the answer to a command.
+    Response = 2,
+    /// Either way: answer with a pong of the same id.
+    Ping = 3,
+    /// Either way: the answer to a ping.
+    Pong = 4,
+    /// Either way: this connection ends now; the status and the text in the body say why.
+    Goodbye = 5,
+}
+
+/// The header of every message. Which of the fields in the middle mean something depends on the kind: [`Request`] and
+/// [`Response`] are the typed views.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Header {
+    kind: u8,
+    flags: u8,
+    body_len: U16,
+    data_len: U32,
+    id: U64,
+    /// Request: address of the client's region. Response: errno u16, class u8, 0 u8, credits u16, 0 u16.
+    middle: [u8; 8],
+    /// Request: region key u32, region length u32. Response: result u64.
+    tail: [u8; 8],
+    data_crc: U32,
+    header_crc: U32,
+}
+
+const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
+
+const FLAG_REGION_IN: u8 = 1 << 0;
+const FLAG_REGION_OUT: u8 = 1 << 1;
+const FLAG_RETRYABLE: u8 = 1 << 0;
+
+/// The client memory that a request lays open to the server, and which way data flows. On a stream there is no address:
+/// `In` then says how much data the response may bring, and `Out` does not occur (data follows the request).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RemoteRegion {
+    /// None.
+    None,
+    /// The server may place up to `len` bytes.
+    In {
+        /// Address in the client's memory; 0 on a stream.
+        address: u64,
+        /// The remote key; 0 on a stream.
+        key: u32,
+        /// How many bytes.
+        len: u32,
+    },
+    /// The server may fetch `len` bytes.
+    Out {
+        /// Address in the client's memory.
+        address: u64,
+        /// The remote key.
+        key: u32,
+        /// How many bytes.
+        len: u32,
+    },
+}
+
+/// The header of a request, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Chosen by the client, unique among its outstanding requests on this connection.
+    pub id: u64,
+    /// Length of the command.
+    pub body_len: u16,
+    /// Bytes of data that follow inline.
+    pub data_len: u32,
+    /// The client's memory.
+    pub region: RemoteRegion,
+    /// CRC32C of the inline data, if the feature was granted.
+    pub data_crc: u32,
+}
+
+/// The header of a response, checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// Of the request.
+    pub id: u64,
+    /// Length of the body.
+    pub body_len: u16,
+    /// Bytes of bulk data: on a stream they follow, otherwise they have been placed.
+    pub data_len: u32,
+    /// How it went.
+    pub status: Status,
+    /// Credits given back: how many more requests the client may send.
+    pub credits: u16,
+    /// The command's result: a count, a handle.
+    pub result: u64,
+    /// CRC32C of the data, if the feature was granted.
+    pub data_crc: u32,
+}
+
+/// One message, its body still in the buffer it was parsed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Message<'a> {
+    /// A command.
+    Request(Request, &'a [u8]),
+    /// An answer.
+    Response(Response, &'a [u8]),
+    /// A question whether the peer is there.
+    Ping(u64),
+    /// The answer to it.
+    Pong(u64),
+    /// The end of the connection, and why.
+    Goodbye(Status, &'a [u8]),
+}
+
+/// What [`parse`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parsed<T> {
+    /// Not enough bytes yet: at least this many in all are needed.
+    Need(usize),
+    /// One item, and how many bytes it took. Bulk data is not among them.
+    Item(T, usize),
+}
+
+/// What a peer may send: follows from what was granted.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Whether CRCs were granted.
+    pub crc: bool,
+    /// The most data that one message may bring or ask for.
+    pub data_bytes_max: u32,
+}
+
+impl Header {
+    fn new(kind: Kind, id: u64, body_len: usize, data_len: u32) -> Self {
+        debug_assert!(body_len <= BODY_BYTES_MAX && body_len.is_multiple_of(8));
+        Self {
+            kind: kind as u8,
+            flags: 0,
+            body_len: U16::new(body_len as u16),
+            data_len: U32::new(data_len),
+            id: U64::new(id),
+            middle: [0; 8],
+            tail: [0; 8],
+            data_crc: U32::ZERO,
+            header_crc: U32::ZERO,
+        }
+    }
+
+    fn set_status(&mut self, status: Status) {
+        self.middle[..2].copy_from_slice(&(status.errno as u16).to_le_bytes());
+        self.middle[2] = status.class as u8;
+        self.flags = if status.retryable { FLAG_RETRYABLE } else { 0 };
+    }
+
+    fn status(&self) -> Result<Status, Violation> {
+        let errno = i32::from(u16::from_le_bytes([self.middle[0], self.middle[1]]));
+        let class = Class::from_wire(self.middle[2]).ok_or(Violation::Field)?;
+        if (errno == 0) != (class == Class::None) || errno > 4_095 {
+            return Err(Violation::Field);
+        }
+        if self.flags & !FLAG_RETRYABLE != 0 || self.middle[3] != 0 || self.middle[6..] != [0, 0] {
+            return Err(Violation::Reserved);
+        }
+        let retryable = self.flags & FLAG_RETRYABLE != 0;
+        if retryable && errno == 0 {
+            return Err(Violation::Field);
+        }
+        Ok(Status { errno, class, retryable })
+    }
+
+    fn crc(&self, body: &[u8]) -> u32 {
+        crc32c::crc32c_append(crc32c::crc32c(&self.as_bytes()[..HEADER_BYTES - 4]), body)
+    }
+
+    /// Appends the header and the body, padded, to `out`.
+    fn finish(mut self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
+        let start = out.len();
+        out.extend_from_slice(self.as_bytes());
+        out.extend_from_slice(body);
+        out.resize(start + HEADER_BYTES + padded(body.len()), 0);
+        if crc {
+            let sum = self.crc(&out[start + HEADER_BYTES..]);
+            self.header_crc = U32::new(sum);
+            out[start + HEADER_BYTES - 4..start + HEADER_BYTES].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+}
+
+impl Request {
+    /// Appends a request to `out`. `self.body_len` is ignored: the body says it.
+    pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
+        let mut header = Header::new(Kind::Request, self.id, padded(body.len()), self.data_len);
+        let (flags, address, key, len) = match self.region {
+            RemoteRegion::None => (0, 0, 0, 0),
+            RemoteRegion::In { address, key, len } => (FLAG_REGION_IN, address, key, len),
+            RemoteRegion::Out { address, key, len } => (FLAG_REGION_OUT, address, key, len),
+        };
+        header.flags = flags;
+        header.middle = address.to_le_bytes();
+        header.tail[..4].copy_from_slice(&key.to_le_bytes());
+        header.tail[4..].copy_from_slice(&len.to_le_bytes());
+        header.data_crc = U32::new(self.data_crc);
+        header.finish(body, crc, out);
+    }
+
+    fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
+        let address = u64::from_le_bytes(header.middle);
+        let [k0, k1, k2, k3, l0, l1, l2, l3] = header.tail;
+        let (key, len) = (u32::from_le_bytes([k0, k1, k2, k3]), u32::from_le_bytes([l0, l1, l2, l3]));
+        let region = match header.flags {
+            0 if address == 0 && key == 0 && len == 0 => RemoteRegion::None,
+            0 => return Err(Violation::Reserved),
+            FLAG_REGION_IN => RemoteRegion::In { address, key, len },
+            FLAG_REGION_OUT => RemoteRegion::Out { address, key, len },
+            _ => return Err(Violation::Reserved),
+        };
+        let data_len = header.data_len.get();
+        if len > limits.data_bytes_max
+            || data_len > limits.data_bytes_max
+            || (data_len > 0 && matches!(region, RemoteRegion::Out { .. }))
+        {
+            return Err(Violation::Length);
+        }
+        if !limits.crc && header.data_crc.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        Ok(Self {
+            id: header.id.get(),
+            body_len: header.body_len.get(),
+            data_len,
+            region,
+            data_crc: header.data_crc.get(),
+        })
+    }
+
+    /// How many bytes of data the response may bring.
+    pub fn region_in_len(&self) -> u32 {
+        match self.region {
+            RemoteRegion::In { len, .. } => len,
+            _ => 0,
+        }
+    }
+
+    /// How many bytes of data the server is to take: inline or to be fetched.
+    pub fn data_out_len(&self) -> u32 {
+        match self.region {
+            RemoteRegion::Out { len, .. } => len,
+            _ => self.data_len,
+        }
+    }
+}
+
+impl Response {
+    /// Appends a response to `out`. `self.body_len` is ignored: the body says it.
+    pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
+        let mut header = Header::new(Kind::Response, self.id, padded(body.len()), self.data_len);
+        header.set_status(self.status);
+        header.middle[4..6].copy_from_slice(&self.credits.to_le_bytes());
+        header.tail = self.result.to_le_bytes();
+        header.data_crc = U32::new(self.data_crc);
+        header.finish(body, crc, out);
+    }
+
+    fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
+        if header.data_len.get() > limits.data_bytes_max {
+            return Err(Violation::Length);
+        }
+        if !limits.crc && header.data_crc.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        Ok(Self {
+            id: header.id.get(),
+            body_len: header.body_len.get(),
+            data_len: header.data_len.get(),
+            status: header.status()?,
+            credits: u16::from_le_bytes([header.middle[4], header.middle[5]]),
+            result: u64::from_le_bytes(header.tail),
+            data_crc: header.data_crc.get(),
+        })
+    }
+}
+
+/// Appends a ping to `out`.
+pub fn encode_ping(id: u64, crc: bool, out: &mut Vec<u8>) {
+    Header::new(Kind::Ping, id, 0, 0).finish(&[], crc, out);
+}
+
+/// Appends a pong to `out`.
+pub fn encode_pong(id: u64, crc: bool, out: &mut Vec<u8>) {
+    Header::new(Kind::Pong, id, 0, 0).finish(&[], crc, out);
+}
+
+/// Appends a goodbye to `out`: the status and a sentence (cut to 256 bytes).
+pub fn encode_goodbye(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) {
+    let text = clipped(text);
+    let mut header = Header::new(Kind::Goodbye, 0, padded(text.len()), 0);
+    header.set_status(status);
+    header.finish(text.as_bytes(), crc, out);
+}
+
+/// The sentence, cut to the 256 bytes that the wire allows one.
+pub fn clipped(text: &str) -> &str {
+    let mut end = text.len().min(256);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+/// The sentence in a padded body.
+pub fn text(body: &[u8]) -> String {
+    let end = body.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    String::from_utf8_lossy(&body[..end]).into_owned()
+}
+
+/// Parses the message at the front of `bytes`.
+pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>, Violation> {
+    let Ok((header, rest)) = Header::ref_from_prefix(bytes) else {
+        return Ok(Parsed::Need(HEADER_BYTES));
+    };
+    let kind = match header.kind {
+        1 => Kind::Request,
+        2 => Kind::Response,
+        3 => Kind::Ping,
+        4 => Kind::Pong,
+        5 => Kind::Goodbye,
+        other => return Err(Violation::Kind(other)),
+    };
+    let body_len = usize::from(header.body_len.get());
+    if body_len > BODY_BYTES_MAX || !body_len.is_multiple_of(8) {
+        return Err(Violation::Length);
+    }
+    if rest.len() < body_len {
+        return Ok(Parsed::Need(HEADER_BYTES + body_len));
+    }
+    let body = &rest[..body_len];
+    if header.header_crc.get() != if limits.crc { header.crc(body) } else { 0 } {
+        return Err(if limits.crc { Violation::Checksum } else { Violation::Reserved });
+    }
+    let message = match kind {
+        Kind::Request => Message::Request(Request::decode(header, limits)?, body),
+        Kind::Response => Message::Response(Response::decode(header, limits)?, body),
+        Kind::Ping | Kind::Pong | Kind::Goodbye => {
+            if header.data_len.get() != 0 || header.data_crc.get() != 0 || header.tail != [0; 8] {
+                return Err(Violation::Reserved);
+            }
+            if kind == Kind::Goodbye {
+                let status = header.status()?;
+                if header.middle[4..6] != [0, 0] || header.id.get() != 0 {
+                    return Err(Violation::Reserved);
+                }
+                Message::Goodbye(status, body)
+            } else if header.flags != 0 || header.middle != [0; 8] || body_len != 0 {
+                return Err(Violation::Reserved);
+            } else if kind == Kind::Ping {
+                Message::Ping(header.id.get())
+            } else {
+                Message::Pong(header.id.get())
+            }
+        }
+    };
+    Ok(Parsed::Item(message, HEADER_BYTES + body_len))
+}
+
+/// CRC32C of bulk data.
+pub fn data_crc(data: &[u8]) -> u32 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
+}
+
+/// CRC32C of bulk data that lies in pieces.
+#[derive(Default)]
+pub struct DataCrc(Option<crc_fast::Digest>);
+
+impl DataCrc {
+    /// Adds the next piece.
+    pub fn update(&mut self, data: &[u8]) {
+        self.0.get_or_insert_with(|| crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi)).update(data);
+    }
+
+    /// The sum of all pieces.
+    pub fn finish(self) -> u32 {
+        self.0.map_or(0, |digest| digest.finalize() as u32)
+    }
+}
+
+/// The client's half of the handshake: fixed part. Options follow, see [`HandshakeOption`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Hello {
+    /// [`MAGIC`].
+    pub magic: [u8; 8],
+    /// Oldest version the client speaks.
+    pub version_min: U16,
+    /// Newest version the client speaks.
+    pub version_max: U16,
+    /// Length of the options.
+    pub options_len: U32,
+    /// Feature bits that the client would like.
+    pub features: U64,
+    /// The session that this connection belongs to: random, secret, chosen by the client for its first connection.
+    pub session: [u8; 16],
+    /// Which incarnation of the session: grows with each reconnect.
+    pub epoch: U64,
+    /// Requests that the client would like to have outstanding; 0 for what the server grants.
+    pub queue_depth: U32,
+    /// The client will send something at least this often, in ms; 0: it promises nothing.
+    pub keepalive_ms: U32,
+    /// CRC32C of the whole handshake message, this field taken as zero.
+    pub crc: U32,
+    /// 0.
+    pub reserved: U32,
+}
+
+/// The server's half of the handshake: fixed part. Options follow: one answer for each that the client sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Welcome {
+    /// [`MAGIC`].
+    pub magic: [u8; 8],
+    /// The version chosen; 0 with a refusal.
+    pub version: U16,
+    /// 0, or the errno of a refusal.
+    pub errno: U16,
+    /// Length of the options.
+    pub options_len: U32,
+    /// Feature bits granted: a subset of those asked for.
+    pub features: U64,
+    /// The server's incarnation: random, new with each start of the server.
+    pub server: [u8; 16],
+    /// How many requests may be outstanding on this connection, one for control messages not counted.
+    pub queue_depth: U32,
+    /// The most data of one request.
+    pub data_bytes_max: U32,
+    /// Writes up to this many bytes may travel inline where the transport could fetch them.
+    pub inline_bytes_max: U32,
+    /// How long either side may be silent while it owes an answer to a ping, in ms.
+    pub keepalive_ms: U32,
+    /// CRC32C of the whole handshake message, this field taken as zero.
+    pub crc: U32,
+    /// 0.
+    pub reserved: U32,
+}
+
+const _: () = assert!(size_of::<Hello>() == HANDSHAKE_BYTES && size_of::<Welcome>() == HANDSHAKE_BYTES);
+
+/// The header of one option of the handshake. Its value follows, padded with zeros to a multiple of 8.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct OptionHeader {
+    /// What it is.
+    pub kind: U16,
+    /// [`OPTION_REQUIRED`] from the client, [`OPTION_UNSUPPORTED`] from the server; all other bits 0.
+    pub flags: U16,
+    /// Length of the value, padding not counted.
+    pub len: U32,
+}
+
+/// Flag of a client's option: without it the client will not go on.
+pub const OPTION_REQUIRED: u16 = 1 << 0;
+/// Flag of a server's answer: it does not know this option.
+pub const OPTION_UNSUPPORTED: u16 = 1 << 1;
+/// Option: a name for logs (UTF-8). The server answers with its own.
+pub const OPTION_NAME: u16 = 1;
+/// Option: a sentence that says why the server refused (UTF-8).
+pub const OPTION_TEXT: u16 = 2;
+
+/// One option of a handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HandshakeOption<'a> {
+    /// `OPTION_*`.
+    pub kind: u16,
+    /// Flag bits.
+    pub flags: u16,
+    /// Its value.
+    pub value: &'a [u8],
+}
+
+/// The fixed half of a handshake message, either one.
+pub trait Handshake: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned + Copy {
+    /// Its magic.
+    fn magic(&self) -> &[u8; 8];
+    /// The length of its options.
+    fn options_len(&self) -> usize;
+    /// Sets the length of the options and the checksum.
+    fn seal(&mut self, options_len: usize, crc: u32);
+    /// The checksum, and the reserved field that must be zero.
+    fn crc_reserved(&self) -> (u32, u32);
+}
+
+macro_rules! impl_handshake {
+    ($type:ty) => {
+        impl Handshake for $type {
+            fn magic(&self) -> &[u8; 8] {
+                &self.magic
+            }
+            fn options_len(&self) -> usize {
+                self.options_len.get() as usize
+            }
+            fn seal(&mut self, options_len: usize, crc: u32) {
+                self.options_len = U32::new(options_len as u32);
+                self.crc = U32::new(crc);
+            }
+            fn crc_reserved(&self) -> (u32, u32) {
+                (self.crc.get(), self.reserved.get())
+            }
+        }
+    };
+}
+impl_handshake!(Hello);
+impl_handshake!(Welcome);
+
+/// A handshake message in wire form: the fixed part sealed, the options behind it.
+pub fn encode_handshake<T: Handshake>(mut fixed: T, options: &[HandshakeOption<'_>]) -> Vec<u8> {
+    let mut tail = Vec::new();
+    for option in options {
+        let header = OptionHeader {
+            kind: U16::new(option.kind),
+            flags: U16::new(option.flags),
+            len: U32::new(option.value.len() as u32),
+        };
+        tail.extend_from_slice(header.as_bytes());
+        tail.extend_from_slice(option.value);
+        tail.resize(padded(tail.len()), 0);
+    }
+    fixed.seal(tail.len(), 0);
+    let crc = crc32c::crc32c_append(crc32c::crc32c(fixed.as_bytes()), &tail);
+    fixed.seal(tail.len(), crc);
+    let mut out = fixed.as_bytes().to_vec();
+    out.append(&mut tail);
+    out
+}
+
+/// Parses a handshake message at the front of `bytes`: the fixed part, and where its options are. Says [`Violation::Magic`]
+/// as soon as the first byte is wrong.
+pub fn parse_handshake<T: Handshake>(bytes: &[u8]) -> Result<Parsed<(T, &[u8])>, Violation> {
+    let known = bytes.len().min(MAGIC.len());
+    if bytes[..known] != MAGIC[..known] {
+        return Err(Violation::Magic);
+    }
+    let Ok((fixed, rest)) = T::read_from_prefix(bytes) else {
+        return Ok(Parsed::Need(HANDSHAKE_BYTES));
+    };
+    let len = fixed.options_len();
+    if len > HANDSHAKE_BYTES_MAX - HANDSHAKE_BYTES {
+        return Err(Violation::HandshakeTooLong);
+    }
+    if !len.is_multiple_of(8) {
+        return Err(Violation::Length);
+    }
+    if rest.len() < len {
+        return Ok(Parsed::Need(HANDSHAKE_BYTES + len));
+    }
+    let options = &rest[..len];
+    let (crc, reserved) = fixed.crc_reserved();
+    let mut unsealed = fixed;
+    unsealed.seal(len, 0);
+    if crc != crc32c::crc32c_append(crc32c::crc32c(unsealed.as_bytes()), options) {
+        return Err(Violation::Checksum);
+    }
+    if reserved != 0 {
+        return Err(Violation::Reserved);
+    }
+    Ok(Parsed::Item((fixed, options), HANDSHAKE_BYTES + len))
+}
+
+/// The options of a handshake, each checked as it is reached.
+pub fn parse_options(mut bytes: &[u8]) -> impl Iterator<Item = Result<HandshakeOption<'_>, Violation>> {
+    std::iter::from_fn(move || {
+        if bytes.is_empty() {
+            return None;
+        }
+        let mut next = || {
+            let (header, rest) = OptionHeader::ref_from_prefix(bytes).map_err(|_| Violation::Length)?;
+            let len = header.len.get() as usize;
+            if len > rest.len() || padded(len) > rest.len() {
+                return Err(Violation::Length);
+            }
+            let (kind, flags) = (header.kind.get(), header.flags.get());
+            if rest[len..padded(len)].iter().any(|&b| b != 0)
+                || flags & !(OPTION_REQUIRED | OPTION_UNSUPPORTED) != 0
+            {
+                return Err(Violation::Reserved);
+            }
+            bytes = &rest[padded(len)..];
+            Ok(HandshakeOption { kind, flags, value: &rest[..len] })
+        };
+        let item = next();
+        if item.is_err() {
+            bytes = &[];
+        }
+        Some(item)
+    })
+}

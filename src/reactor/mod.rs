@@ -1,0 +1,6 @@
+//! stub
+/// x
+pub struct Reactor;
+/// x
+#[derive(Debug)]
+pub struct Event;

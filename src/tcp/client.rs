@@ -1,0 +1,4 @@
+//! The client's side of TCP.
+
+/// A connection to a server.
+pub struct Client;

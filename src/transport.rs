@@ -1,0 +1,424 @@
+//! The two role traits, and what both sides of every transport share.
+//!
+//! The roles are "send this command and tell me the answer" and "fetch this request's data, answer that request": TCP need not
+//! imitate RDMA, and RDMA need not imitate a stream. A server's transport carries many connections on its worker's reactor; a
+//! client's is one connection and needs no reactor.
+
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Status, Violation};
+use crate::handshake::{Grant, Peer};
+use crate::memory::{Buffers, Slot};
+use crate::message::RemoteRegion;
+use crate::reactor::{Event, Reactor};
+
+/// A connection of a server's transport: an index that is reused and a generation that is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ConnectionId {
+    /// Index.
+    pub index: u32,
+    /// Generation.
+    pub generation: u32,
+}
+
+/// A request as the server knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestKey {
+    /// The connection that it came by.
+    pub connection: ConnectionId,
+    /// The client's id for it.
+    pub id: u64,
+}
+
+/// A short run of bytes: in place up to 32, in a box beyond, so that the requests that matter allocate nothing.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// Up to 32 bytes.
+    Short([u8; 32], u8),
+    /// More.
+    Long(Box<[u8]>),
+}
+
+impl From<&[u8]> for Body {
+    fn from(bytes: &[u8]) -> Self {
+        if bytes.len() <= 32 {
+            let mut short = [0; 32];
+            short[..bytes.len()].copy_from_slice(bytes);
+            Self::Short(short, bytes.len() as u8)
+        } else {
+            Self::Long(bytes.into())
+        }
+    }
+}
+
+impl std::ops::Deref for Body {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Short(bytes, len) => &bytes[..usize::from(*len)],
+            Self::Long(bytes) => bytes,
+        }
+    }
+}
+
+/// A request that has arrived. Its data, if it brings any, has not: see [`ServerTransport::fetch`].
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which.
+    pub key: RequestKey,
+    /// The command.
+    pub body: Body,
+    /// How many bytes of data it brings.
+    pub data_len: u32,
+    /// How many bytes of data its response may bring.
+    pub region_len: u32,
+}
+
+/// The answer to a request.
+#[derive(Debug)]
+pub struct Response {
+    /// How it went.
+    pub status: Status,
+    /// The command's result.
+    pub result: u64,
+    /// A body: for a failure a sentence (see [`crate::message::clipped`]), else what the command says.
+    pub body: Body,
+    /// Bulk data: `slot[start..start + len]`; at most the request's `region_len`.
+    pub data: Option<SlotRange>,
+}
+
+/// A part of a slot. The slot moves along.
+#[derive(Debug)]
+pub struct SlotRange {
+    /// The slot.
+    pub slot: Slot,
+    /// Where the part begins.
+    pub start: usize,
+    /// How long it is.
+    pub len: usize,
+}
+
+/// What a server's transport tells its worker.
+#[derive(Debug)]
+pub enum ServerEvent {
+    /// A connection has finished its handshake.
+    Opened(ConnectionId, Peer),
+    /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after [`ServerTransport::fetch`].
+    Request(Request),
+    /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is that slot.
+    Fetched(RequestKey, SlotRange),
+    /// A connection has ended. Its requests are void, and no further event names it; slots that the transport holds for it come
+    /// free when the kernel or the NIC has let go of them.
+    Closed(ConnectionId, CloseReason),
+}
+
+/// Why a connection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// The peer closed it in good order, with nothing outstanding.
+    Finished,
+    /// The peer went away with requests outstanding, or the network failed (errno; 0: end of stream).
+    Lost(i32),
+    /// The peer broke the protocol.
+    Violation(Violation),
+    /// This side closed it.
+    Local,
+}
+
+impl CloseReason {
+    /// A short name for counters.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::Lost(_) => "lost",
+            Self::Violation(violation) => violation.name(),
+            Self::Local => "local",
+        }
+    }
+}
+
+/// The server's side of a transport: all connections of one worker. The worker lends its reactor to each call.
+pub trait ServerTransport {
+    /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`] has this transport's
+    /// owner number).
+    fn handle(&mut self, reactor: &mut Reactor, event: Event);
+
+    /// The next thing that the worker must know.
+    fn next_event(&mut self) -> Option<ServerEvent>;
+
+    /// Brings the data of a request into `slot[start..]`: [`ServerEvent::Fetched`] follows, or the connection closes. `slot` must have
+    /// room for the request's `data_len`. A request that is answered without a fetch has its data discarded.
+    fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize);
+
+    /// Answers a request, and gives its credit back. What is passed here is sent by the next [`ServerTransport::flush`]. Answering a
+    /// request of a connection that has closed does nothing.
+    fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response);
+
+    /// Starts sending what was answered since the last call, a batch for each connection.
+    fn flush(&mut self, reactor: &mut Reactor);
+
+    /// Ends a connection: sends a goodbye with this status and sentence if it can. [`ServerEvent::Closed`] follows.
+    fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str);
+
+    /// Whether anything waits to be sent: answers not yet taken by their peers.
+    fn is_sending(&self) -> bool;
+
+    /// Connections now, those in their handshake among them.
+    fn connections(&self) -> usize;
+}
+
+/// What a request carries besides its command.
+#[derive(Debug)]
+pub enum Bulk {
+    /// Nothing.
+    None,
+    /// Room for the data that the response brings.
+    In(Buffers),
+    /// Data for the server.
+    Out(Buffers),
+}
+
+impl Bulk {
+    /// Bytes that the response may bring.
+    pub fn len_in(&self) -> usize {
+        if let Self::In(buffers) = self { buffers.len() } else { 0 }
+    }
+
+    /// Bytes for the server.
+    pub fn len_out(&self) -> usize {
+        if let Self::Out(buffers) = self { buffers.len() } else { 0 }
+    }
+}
+
+/// A request that is over: answered, or lost with its connection.
+#[derive(Debug)]
+pub struct Reply {
+    /// The caller's, from [`ClientTransport::send`].
+    pub tag: u64,
+    /// How it went.
+    pub status: Status,
+    /// The command's result.
+    pub result: u64,
+    /// The body of the response: for a failure a padded sentence ([`crate::message::text`]).
+    pub body: Body,
+    /// How many bytes were placed in `bulk`.
+    pub data_len: usize,
+    /// The caller's buffers.
+    pub bulk: Bulk,
+}
+
+/// What a client's transport has counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ClientCounters {
+    /// System calls that sent (RDMA: doorbells).
+    pub sends: u64,
+    /// System calls that received something (RDMA: polls that found something).
+    pub receives: u64,
+    /// Bytes copied on the way to or from the caller's memory.
+    pub bounced_bytes: u64,
+}
+
+/// Why [`ClientTransport::send`] did not take a request. The caller has its buffers back.
+#[derive(Debug)]
+pub struct NotSent(pub Bulk);
+
+/// The client's side of a transport: one connection, in one thread at a time. Nothing here blocks but [`ClientTransport::wait`].
+pub trait ClientTransport: Send {
+    /// What the server granted.
+    fn grant(&self) -> &Grant;
+
+    /// Queues a request; [`ClientTransport::flush`] sends it. `control` requests may use the credit that is kept for them. Fails when no
+    /// credit is left or the connection has ended. The data of `bulk` must not exceed the grant.
+    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
+
+    /// Takes back a request of which not one byte has been sent. Gives its buffers.
+    fn recall(&mut self, request: RequestId) -> Option<Bulk>;
+
+    /// Sends what is queued, as far as the peer takes it.
+    fn flush(&mut self);
+
+    /// Takes in what has arrived, and appends what is over to `replies`. Returns whether anything arrived. When the connection ends,
+    /// every outstanding request is over, each once; [`ClientTransport::failure`] says why.
+    fn receive(&mut self, replies: &mut Vec<Reply>) -> bool;
+
+    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come. Returns early on a
+    /// signal (EINTR).
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error>;
+
+    /// The kernel object to poll, and whether also for writing.
+    fn poll_fd(&self) -> (BorrowedFd<'_>, bool);
+
+    /// Requests outstanding, sent or queued.
+    fn outstanding(&self) -> usize;
+
+    /// Credits left for ordinary requests.
+    fn credits(&self) -> usize;
+
+    /// Why the connection ended, if it has.
+    fn failure(&self) -> Option<&Error>;
+
+    /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the connection when
+    /// [`ClientTransport::receive`] or [`ClientTransport::wait`] is next called after it.
+    fn ping(&mut self, timeout: Duration);
+
+    /// When the server was last heard.
+    fn heard(&self) -> Instant;
+
+    /// Ends the connection now: all that is outstanding is over with this status at the next [`ClientTransport::receive`].
+    fn abort(&mut self, violation: Violation);
+
+    /// What was counted.
+    fn counters(&self) -> ClientCounters;
+}
+
+/// An outstanding request as the client's transport knows it; also its id on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(pub u64);
+
+/// The outstanding requests of a client: ids are slot index and generation, so that a late response never hits a reused slot.
+#[derive(Debug)]
+pub struct Outstanding<T> {
+    slots: Vec<(u32, Option<T>)>,
+    free: Vec<u32>,
+    /// Credits: how many more requests may be sent, the one for control messages among them.
+    credits: u32,
+    credits_max: u32,
+}
+
+impl<T> Outstanding<T> {
+    /// For a connection with this grant.
+    pub fn new(grant: &Grant) -> Self {
+        let credits = grant.credits();
+        Self {
+            slots: (0..credits).map(|_| (0, None)).collect(),
+            free: (0..credits).rev().collect(),
+            credits,
+            credits_max: credits,
+        }
+    }
+
+    /// Credits left for ordinary requests.
+    pub fn credits(&self) -> usize {
+        self.credits.saturating_sub(1) as usize
+    }
+
+    /// How many are outstanding.
+    pub fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Whether none is outstanding.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Spends a credit on a request. Gives the value back if there is none left.
+    pub fn insert(&mut self, value: T, control: bool) -> Result<RequestId, T> {
+        if self.credits <= u32::from(!control) {
+            return Err(value);
+        }
+        let Some(index) = self.free.pop() else { return Err(value) };
+        self.credits -= 1;
+        let (generation, slot) = &mut self.slots[index as usize];
+        *slot = Some(value);
+        Ok(RequestId(u64::from(*generation) << 32 | u64::from(index)))
+    }
+
+    /// The request with this id.
+    pub fn get(&self, id: RequestId) -> Option<&T> {
+        let (generation, slot) = self.slots.get(id.0 as u32 as usize)?;
+        if u64::from(*generation) == id.0 >> 32 { slot.as_ref() } else { None }
+    }
+
+    /// The request with this id, to change.
+    pub fn get_mut(&mut self, id: RequestId) -> Option<&mut T> {
+        let (generation, slot) = self.slots.get_mut(id.0 as u32 as usize)?;
+        if u64::from(*generation) == id.0 >> 32 { slot.as_mut() } else { None }
+    }
+
+    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, or returns credits that
+    /// were never spent, is the peer's violation.
+    pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
+        let index = id.0 as u32;
+        let (generation, slot) = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
+        if u64::from(*generation) != id.0 >> 32 {
+            return Err(Violation::RequestId);
+        }
+        if self.credits + u32::from(credits) > self.credits_max {
+            return Err(Violation::Credits);
+        }
+        let value = slot.take().ok_or(Violation::RequestId)?;
+        *generation = generation.wrapping_add(1);
+        self.free.push(index);
+        self.credits += u32::from(credits);
+        Ok(value)
+    }
+
+    /// Takes out everything, for a connection that has ended.
+    pub fn drain(&mut self) -> impl Iterator<Item = T> + '_ {
+        let free = &mut self.free;
+        self.credits = self.credits_max;
+        self.slots.iter_mut().enumerate().filter_map(move |(index, (generation, slot))| {
+            let value = slot.take()?;
+            *generation = generation.wrapping_add(1);
+            free.push(index as u32);
+            Some(value)
+        })
+    }
+}
+
+/// A request that the server's transport has not yet answered, and what its peer allowed.
+#[derive(Clone, Copy, Debug)]
+pub struct Unanswered {
+    /// Where the response's data goes.
+    pub region: RemoteRegion,
+    /// Inline data that has not been fetched.
+    pub data_len: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn grant(queue_depth: u32) -> Grant {
+        Grant {
+            version: 1,
+            features: 0,
+            server: [0; 16],
+            queue_depth,
+            data_bytes_max: 4096,
+            inline_bytes_max: 0,
+            keepalive: Duration::from_secs(1),
+        }
+    }
+
+    #[test]
+    fn the_last_credit_is_for_control_messages() {
+        let mut outstanding = Outstanding::new(&grant(2));
+        outstanding.insert((), false).unwrap();
+        outstanding.insert((), false).unwrap();
+        assert!(outstanding.insert((), false).is_err());
+        outstanding.insert((), true).unwrap();
+        assert!(outstanding.insert((), true).is_err());
+    }
+
+    #[test]
+    fn a_late_response_does_not_hit_a_reused_slot() {
+        let mut outstanding = Outstanding::new(&grant(1));
+        let first = outstanding.insert('a', false).unwrap();
+        assert_eq!(outstanding.finish(first, 1), Ok('a'));
+        let second = outstanding.insert('b', false).unwrap();
+        assert_ne!(first, second);
+        assert_eq!(outstanding.finish(first, 1), Err(Violation::RequestId));
+        assert_eq!(outstanding.finish(second, 1), Ok('b'));
+    }
+
+    #[test]
+    fn credits_that_were_never_spent_are_a_violation() {
+        let mut outstanding = Outstanding::new(&grant(1));
+        let id = outstanding.insert((), false).unwrap();
+        assert_eq!(outstanding.finish(id, 2), Err(Violation::Credits));
+    }
+}
