@@ -1,0 +1,731 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The fio ioengine `raio`: fio reads and writes files of a raio_server through libraio's C API.
+ *
+ * One fio job is one session with one context. fio calls setup() and prepopulate() in the parent, before it forks or
+ * starts the job's thread, so those two open a session of their own and end it before they return; init() opens the
+ * one that carries the I/O. Every io_u owns one iocb, for life. queue() fills it in and puts it on `queued`; commit()
+ * hands the whole queue to raio_submit(), which never blocks; getevents() collects. All I/O buffers of a job lie in one
+ * raio_alloc() region.
+ *
+ * fio must never touch a local file of the same name: FIO_DISKLESSIO keeps it from creating, statting, invalidating
+ * and laying out, and what it would do locally all the same is refused in setup().
+ */
+#include "fio.h"
+#include "optgroup.h"
+
+#include <sys/stat.h>
+
+#include "libraio.h"
+
+/* A layout keeps this many bytes in flight, in blocks of the job's own size. */
+#define LAYOUT_BYTES	(4u << 20)
+
+struct raio_fio_options {
+	void *td;			/* fio's */
+	char *url;
+	unsigned int queue_depth;
+	unsigned int crc;
+	unsigned int spin_us;
+};
+
+/* td->io_ops_data, from init() to cleanup() */
+struct job {
+	int session;
+	raio_context_t ctx;
+	raio_mr_t mr;			/* of td->orig_buffer */
+	unsigned int depth;		/* how many io_us there are: bounds every array below */
+	struct raio_iocb *iocbs;	/* by io_u->index; ->data is the io_u */
+	struct raio_iocb **queued;	/* not yet taken by raio_submit(), oldest first */
+	unsigned int queued_nr;
+	struct io_u **refused;		/* raio_submit() would not have them: getevents() reports them */
+	unsigned int refused_nr;
+	struct raio_event *events;
+	struct io_u **done;		/* what the last getevents() collected, for event() */
+};
+
+/* The sentence for the last io_u that failed: fio asks for it after it has printed the error itself. */
+static __thread char failure[512];
+
+static struct ioengine_ops ioengine;
+
+static struct fio_option options[] = {
+	{
+		.name	= "raio_url",
+		.lname	= "raio server URL",
+		.help	= "The server: raio://HOST[:PORT], raio+tcp://HOST[:PORT] or raio+rdma://HOST[:PORT]",
+		.type	= FIO_OPT_STR_STORE,
+		.off1	= offsetof(struct raio_fio_options, url),
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_queue_depth",
+		.lname	= "raio queue depth",
+		.help	= "Requests on the wire for each job (0: what the server grants; iodepth beyond it waits here)",
+		.type	= FIO_OPT_INT,
+		.off1	= offsetof(struct raio_fio_options, queue_depth),
+		.def	= "0",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_crc",
+		.lname	= "raio CRC32C",
+		.help	= "Protect headers and data on the wire with CRC32C",
+		.type	= FIO_OPT_BOOL,
+		.off1	= offsetof(struct raio_fio_options, crc),
+		.def	= "0",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_spin_us",
+		.lname	= "raio spin time",
+		.help	= "Wait actively this many microseconds for a completion before sleeping (0: sleep at once)",
+		.type	= FIO_OPT_INT,
+		.off1	= offsetof(struct raio_fio_options, spin_us),
+		.def	= "50",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= NULL,
+	},
+};
+
+/* Reports the raio call that has just failed, and gives 1 for fio's hooks to return. */
+static int raio_failed(struct thread_data *td, const char *what, const char *call)
+{
+	int err = errno;
+
+	log_err("raio: %s: %s\n", what, raio_errmsg());
+	td_verror(td, err, call);
+	return 1;
+}
+
+/* Sessions and files ---------------------------------------------------------------------------------------- */
+
+/* A new session's descriptor, or -1 after reporting why not. */
+static int start_session(struct thread_data *td)
+{
+	struct raio_fio_options *o = td->eo;
+	struct raio_options opts;
+	int session;
+
+	memset(&opts, 0, sizeof(opts));
+	opts.size = sizeof(opts);
+	opts.queue_depth = o->queue_depth;
+	opts.spin_us = o->spin_us;
+	if (o->crc)
+		opts.flags |= RAIO_OPT_CRC;
+	if (!o->spin_us)
+		opts.flags |= RAIO_OPT_NO_SPIN;
+
+	session = raio_connect(o->url, &opts);
+	if (session < 0)
+		raio_failed(td, o->url, "raio_connect");
+	return session;
+}
+
+/* The file's descriptor, or -1 with errno: a session's first file goes by the session's own descriptor. */
+static int open_in(int session, const char *path, int flags)
+{
+	int fd = raio_open(session, path, flags);
+
+	return fd ? fd : session;
+}
+
+/* Submits one iocb and waits for it, with nothing else in flight. Its result as in a raio_event. */
+static long run_one(raio_context_t ctx, struct raio_iocb *iocb)
+{
+	struct raio_event event;
+	long ret = raio_submit(ctx, 1, &iocb);
+
+	if (ret == 1) {
+		do {
+			ret = raio_getevents(ctx, 1, 1, &event, NULL);
+		} while (ret == -EINTR);
+	}
+	if (ret == 1)
+		return (long)event.res;
+	return ret < 0 ? ret : -EIO;
+}
+
+static unsigned long long io_bytes_max(raio_context_t ctx)
+{
+	struct raio_stats stats;
+
+	memset(&stats, 0, sizeof(stats));
+	if (raio_get_stats(ctx, &stats, sizeof(stats)) || !stats.io_bytes_max)
+		return 1u << 20;
+	return stats.io_bytes_max;
+}
+
+/* Before the job: sizes and layout -------------------------------------------------------------------------- */
+
+/* What fio would do to a local file of that name, whatever the engine says. */
+static int refuse_unsupported(struct thread_data *td)
+{
+	const struct thread_options *o = &td->o;
+	const struct {
+		bool set;
+		const char *option, *instead;
+	} unsupported[] = {
+		{ o->unlink || o->unlink_each_loop, "unlink", "Leave it out, and remove the file on the server" },
+		{ o->pre_read, "pre_read", "Leave it out, and read the file with a job of its own first" },
+		{ o->fsync_on_close, "fsync_on_close", "Use end_fsync=1" },
+		{ o->fill_device, "fill_device", "Give size=" },
+		{ o->opendir != NULL, "opendir", "Name the files with filename=/EXPORT/path" },
+		{ o->directory != NULL, "directory", "Name the files with filename=/EXPORT/path or filename_format=" },
+	};
+	size_t i;
+
+	for (i = 0; i < sizeof(unsupported) / sizeof(unsupported[0]); i++) {
+		if (!unsupported[i].set)
+			continue;
+		log_err("raio: the engine does not support %s=. %s.\n", unsupported[i].option,
+			unsupported[i].instead);
+		td_verror(td, EOPNOTSUPP, unsupported[i].option);
+		return 1;
+	}
+	return 0;
+}
+
+static int stat_file(struct thread_data *td, int session, struct fio_file *f)
+{
+	struct stat64 st;
+	int fd, ret = 0;
+
+	if (f->file_name[0] != '/') {
+		log_err("raio: %s is no path on a server. Give filename=/EXPORT/path.\n", f->file_name);
+		td_verror(td, EINVAL, "filename");
+		return 1;
+	}
+
+	/* fio has looked at a local file of that name for these two */
+	f->filetype = FIO_TYPE_FILE;
+	f->real_file_size = 0;
+
+	fd = open_in(session, f->file_name, O_RDONLY);
+	if (fd < 0) {
+		if (errno == ENOENT)
+			return 0;
+		return raio_failed(td, f->file_name, "raio_open");
+	}
+	if (raio_fstat(fd, &st)) {
+		ret = raio_failed(td, f->file_name, "raio_fstat");
+	} else {
+		f->real_file_size = (uint64_t)st.st_size;
+		if (S_ISBLK(st.st_mode))
+			f->filetype = FIO_TYPE_BLOCK;
+	}
+	raio_close(fd);
+	return ret;
+}
+
+static int raio_fio_setup(struct thread_data *td)
+{
+	struct raio_fio_options *o = td->eo;
+	struct fio_file *f;
+	unsigned int i;
+	int session, ret = 0;
+
+	/* io_ops lies deep in thread_data, behind all that a differently configured fio may lay out differently */
+	if (td->io_ops != &ioengine) {
+		log_err("raio: this fio lays out its structures differently from the headers that libraio_fio.so was built "
+			"with. Rebuild it with FIO_INCLUDE set to this fio's own, configured source tree.\n");
+		return 1;
+	}
+	if (!o->url) {
+		log_err("raio: which server? Give raio_url=raio://HOST:PORT.\n");
+		td_verror(td, EINVAL, "raio_url");
+		return 1;
+	}
+	if (refuse_unsupported(td))
+		return 1;
+
+	session = start_session(td);
+	if (session < 0)
+		return 1;
+	for_each_file(td, f, i) {
+		ret = stat_file(td, session, f);
+		if (ret)
+			break;
+	}
+	raio_stop(session);
+	return ret;
+}
+
+/*
+ * Writes the whole file with what fio would have written into a local one: blocks of the job's write size, filled in
+ * order, because the random stream is cut at block boundaries.
+ */
+static int write_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
+{
+	unsigned long long bs = td->o.max_bs[DDIR_WRITE], size = f->real_file_size, offset = 0;
+	unsigned long long piece = min(bs, io_bytes_max(ctx));
+	unsigned int blocks = bs < LAYOUT_BYTES ? LAYOUT_BYTES / bs : 1;
+	long nr_max = (long)(blocks * ((bs + piece - 1) / piece));
+	struct raio_iocb *iocbs, **ios;
+	struct raio_event *events;
+	raio_mr_t mr;
+	char *buf;
+	int ret = 0;
+
+	iocbs = calloc(nr_max, sizeof(*iocbs));
+	ios = calloc(nr_max, sizeof(*ios));
+	events = calloc(nr_max, sizeof(*events));
+	buf = raio_alloc(ctx, blocks * bs, &mr);
+	if (!iocbs || !ios || !events || !buf) {
+		td_verror(td, ENOMEM, "layout buffers");
+		ret = 1;
+	}
+
+	while (!ret && offset < size && !td->terminate) {
+		unsigned long long start = offset, pos;
+		long nr = 0, sent = 0, done = 0, n, i;
+
+		for (pos = 0; pos < blocks * bs && offset < size; pos += bs) {
+			unsigned long long len = min(bs, size - offset), part;
+
+			fill_io_buffer(td, buf + pos, len, len);
+			for (part = 0; part < len; part += piece) {
+				ios[nr] = &iocbs[nr];
+				raio_prep_pwrite(&iocbs[nr++], fd, buf + pos + part, min(piece, len - part),
+						 (long long)(start + pos + part), mr);
+			}
+			offset += len;
+		}
+		/* after a failure nothing more is sent, but what was sent is the library's until it is collected */
+		while (done < (ret ? sent : nr)) {
+			if (!ret) {
+				n = raio_submit(ctx, nr - sent, ios + sent);
+				if (n > 0)
+					sent += n;
+				else if (n < 0 && n != -EAGAIN)
+					ret = (int)-n;
+			}
+			n = raio_getevents(ctx, 1, nr_max, events, NULL);
+			if (n < 0 && n != -EINTR) {
+				ret = (int)-n;
+				break;
+			}
+			for (i = 0; i < n; i++) {
+				long res = (long)events[i].res;
+
+				if (res < 0)
+					ret = (int)-res;
+				else if ((unsigned long long)res != events[i].obj->u.c.nbytes)
+					ret = ENOSPC;
+				done++;
+			}
+		}
+		if (ret) {
+			errno = ret;
+			ret = raio_failed(td, f->file_name, "layout");
+		}
+	}
+
+	if (buf)
+		raio_free(ctx, buf);
+	free(iocbs);
+	free(ios);
+	free(events);
+	return ret;
+}
+
+/* A job that only writes needs no contents: the size alone, unless fallocate=none forbids even that. */
+static int allocate_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
+{
+	struct raio_iocb iocb;
+	struct stat64 st;
+	char zero = 0;
+	long res;
+
+	if (td->o.fallocate_mode == FIO_FALLOCATE_NONE)
+		return 0;
+
+	/* best effort, as fio's own: not every file system can, and the writes fill it in any case */
+	if (td->o.fallocate_mode != FIO_FALLOCATE_TRUNCATE) {
+		raio_prep_write_zeroes(&iocb, fd, 0, f->real_file_size);
+		run_one(ctx, &iocb);
+	}
+	if (!raio_fstat(fd, &st) && (uint64_t)st.st_size >= f->real_file_size)
+		return 0;
+
+	raio_prep_pwrite(&iocb, fd, &zero, 1, (long long)f->real_file_size - 1, NULL);
+	res = run_one(ctx, &iocb);
+	if (res == 1)
+		return 0;
+	errno = res < 0 ? (int)-res : EIO;
+	return raio_failed(td, f->file_name, "layout");
+}
+
+static int lay_out(struct thread_data *td, struct fio_file *f)
+{
+	bool contents = td_read(td) || (td_write(td) && td->o.overwrite && !td->o.file_append);
+	int session, fd, flags = O_WRONLY, ret = 1;
+	raio_context_t ctx = NULL;
+
+	if (read_only) {
+		log_err("raio: %s has to be written first, which --readonly forbids. Run without it once.\n",
+			f->file_name);
+		td_verror(td, EROFS, "layout");
+		return 1;
+	}
+	if (td->o.allow_create)
+		flags |= O_CREAT;
+	if (contents || !td->o.file_append)
+		flags |= O_TRUNC;
+
+	session = start_session(td);
+	if (session < 0)
+		return 1;
+	fd = open_in(session, f->file_name, flags);
+	if (fd < 0) {
+		raio_failed(td, f->file_name, "raio_open");
+	} else if (raio_setup(session, LAYOUT_BYTES / 512, &ctx)) {
+		raio_failed(td, f->file_name, "raio_setup");
+	} else {
+		ret = contents ? write_layout(td, f, ctx, fd) : allocate_layout(td, f, ctx, fd);
+		if (!ret && contents && td->o.create_fsync) {
+			struct raio_iocb iocb;
+			long res;
+
+			raio_prep_fsync(&iocb, fd, 0);
+			res = run_one(ctx, &iocb);
+			if (res < 0) {
+				errno = (int)-res;
+				ret = raio_failed(td, f->file_name, "fsync");
+			}
+		}
+	}
+	if (ctx)
+		raio_destroy(ctx);
+	raio_stop(session);
+	return ret;
+}
+
+/* fio calls this for every file, once it knows which part of it the job will use. */
+static int raio_fio_prepopulate(struct thread_data *td, struct fio_file *f)
+{
+	if (f->filetype != FIO_TYPE_FILE || f->file_offset + f->io_size <= f->real_file_size)
+		return 0;
+
+	f->real_file_size = f->file_offset + f->io_size;
+	if (td->o.create_on_open)
+		return 0;
+	return lay_out(td, f);
+}
+
+/* The job --------------------------------------------------------------------------------------------------- */
+
+static void raio_fio_cleanup(struct thread_data *td)
+{
+	struct job *job = td->io_ops_data;
+
+	if (!job)
+		return;
+	if (job->ctx)
+		raio_destroy(job->ctx);
+	if (job->session > 0)
+		raio_stop(job->session);
+	free(job->iocbs);
+	free(job->queued);
+	free(job->refused);
+	free(job->events);
+	free(job->done);
+	free(job);
+	td->io_ops_data = NULL;
+}
+
+static int raio_fio_init(struct thread_data *td)
+{
+	struct raio_fio_options *o = td->eo;
+	unsigned long long bs, bs_max;
+	struct job *job;
+
+	job = calloc(1, sizeof(*job));
+	if (!job) {
+		td_verror(td, ENOMEM, "calloc");
+		return 1;
+	}
+	td->io_ops_data = job;
+	job->depth = td->o.iodepth;
+	job->iocbs = calloc(job->depth, sizeof(*job->iocbs));
+	job->queued = calloc(job->depth, sizeof(*job->queued));
+	job->refused = calloc(job->depth, sizeof(*job->refused));
+	job->events = calloc(job->depth, sizeof(*job->events));
+	job->done = calloc(job->depth, sizeof(*job->done));
+	if (!job->iocbs || !job->queued || !job->refused || !job->events || !job->done) {
+		td_verror(td, ENOMEM, "calloc");
+		return 1;
+	}
+
+	job->session = start_session(td);
+	if (job->session < 0)
+		return 1;
+	if (raio_setup(job->session, (int)job->depth, &job->ctx))
+		return raio_failed(td, o->url, "raio_setup");
+
+	bs = max(td->o.max_bs[DDIR_READ], td->o.max_bs[DDIR_WRITE]);
+	bs_max = io_bytes_max(job->ctx);
+	if ((td_read(td) || td_write(td)) && bs > bs_max) {
+		log_err("raio: bs=%llu is more than the server takes in one request, %llu. Use a smaller bs, or start "
+			"raio_server with --io-max %llu.\n", bs, bs_max, bs);
+		td_verror(td, EINVAL, "bs");
+		return 1;
+	}
+	return 0;
+}
+
+static int raio_fio_iomem_alloc(struct thread_data *td, size_t size)
+{
+	struct job *job = td->io_ops_data;
+
+	td->orig_buffer = raio_alloc(job->ctx, size, &job->mr);
+	if (!td->orig_buffer)
+		return raio_failed(td, "I/O buffers", "raio_alloc");
+	return 0;
+}
+
+static void raio_fio_iomem_free(struct thread_data *td)
+{
+	struct job *job = td->io_ops_data;
+
+	if (job && job->ctx && td->orig_buffer)
+		raio_free(job->ctx, td->orig_buffer);
+}
+
+static int raio_fio_io_u_init(struct thread_data *td, struct io_u *io_u)
+{
+	struct job *job = td->io_ops_data;
+
+	/* index and engine_data share their memory */
+	io_u->engine_data = &job->iocbs[io_u->index];
+	return 0;
+}
+
+static int raio_fio_open_file(struct thread_data *td, struct fio_file *f)
+{
+	struct job *job = td->io_ops_data;
+	int fd, flags = O_RDONLY;
+
+	if ((td_write(td) || td_trim(td)) && !read_only)
+		flags = O_RDWR;
+	if (f->filetype == FIO_TYPE_FILE && td->o.allow_create && (flags == O_RDWR || td->o.create_on_open))
+		flags |= O_CREAT;
+	if (td->o.odirect)
+		flags |= OS_O_DIRECT;
+	flags |= (int)td->o.sync_io;
+
+	fd = open_in(job->session, f->file_name, flags);
+	if (fd < 0)
+		return raio_failed(td, f->file_name, "raio_open");
+	FILE_SET_ENG_DATA(f, (void *)(intptr_t)fd);
+	return 0;
+}
+
+/* fio has waited for the file's I/O. A server that is gone has closed it too: nothing to report. */
+static int raio_fio_close_file(struct thread_data fio_unused *td, struct fio_file *f)
+{
+	raio_close((int)(intptr_t)FILE_ENG_DATA(f));
+	FILE_SET_ENG_DATA(f, NULL);
+	return 0;
+}
+
+/* Without this hook fio would unlink a local file of that name. */
+static int raio_fio_unlink_file(struct thread_data fio_unused *td, struct fio_file *f)
+{
+	log_err("raio: %s was not removed: the engine has no such operation. Remove it on the server.\n", f->file_name);
+	return EOPNOTSUPP;
+}
+
+static enum fio_q_status raio_fio_queue(struct thread_data *td, struct io_u *io_u)
+{
+	struct job *job = td->io_ops_data;
+	struct raio_iocb *iocb = io_u->engine_data;
+	int fd = (int)(intptr_t)FILE_ENG_DATA(io_u->file);
+
+	fio_ro_check(td, io_u);
+
+	switch (io_u->ddir) {
+	case DDIR_READ:
+		raio_prep_pread(iocb, fd, io_u->xfer_buf, io_u->xfer_buflen, (long long)io_u->offset, job->mr);
+		break;
+	case DDIR_WRITE:
+		raio_prep_pwrite(iocb, fd, io_u->xfer_buf, io_u->xfer_buflen, (long long)io_u->offset, job->mr);
+		break;
+	case DDIR_TRIM:
+		raio_prep_discard(iocb, fd, (long long)io_u->offset, io_u->xfer_buflen);
+		break;
+	case DDIR_SYNC:
+		raio_prep_fsync(iocb, fd, 0);
+		break;
+	case DDIR_DATASYNC:
+	case DDIR_SYNC_FILE_RANGE:	/* promises less than fdatasync does */
+		raio_prep_fsync(iocb, fd, 1);
+		break;
+	default:
+		io_u->error = EINVAL;
+		return FIO_Q_COMPLETED;
+	}
+	iocb->data = io_u;
+	job->queued[job->queued_nr++] = iocb;
+	return FIO_Q_QUEUED;
+}
+
+/* The first `nr` of the queue are with libraio now, or refused: their latency counts from here. */
+static void leave_queue(struct thread_data *td, struct job *job, unsigned int nr)
+{
+	struct timespec now;
+	unsigned int i;
+
+	if (fio_fill_issue_time(td)) {
+		fio_gettime(&now, NULL);
+		for (i = 0; i < nr; i++) {
+			struct io_u *io_u = job->queued[i]->data;
+
+			io_u->issue_time = now;
+			io_u_queued(td, io_u);
+		}
+		if (td->o.read_iolog_file)
+			td->last_issue = now;
+	}
+	io_u_mark_submit(td, nr);
+	job->queued_nr -= nr;
+	memmove(job->queued, job->queued + nr, job->queued_nr * sizeof(*job->queued));
+}
+
+static void remember_failure(int err)
+{
+	const char *sentence = raio_errmsg();
+
+	snprintf(failure, sizeof(failure), "%s", *sentence ? sentence : strerror(err));
+}
+
+static int raio_fio_commit(struct thread_data *td)
+{
+	struct job *job = td->io_ops_data;
+	long ret;
+
+	while (job->queued_nr) {
+		ret = raio_submit(job->ctx, job->queued_nr, job->queued);
+		if (!ret || ret == -EAGAIN)
+			break;		/* full: what is left goes out when getevents() has made room */
+		if (ret < 0) {
+			struct io_u *io_u = job->queued[0]->data;
+
+			io_u->error = (unsigned int)-ret;
+			remember_failure(io_u->error);
+			job->refused[job->refused_nr++] = io_u;
+			ret = 1;
+		}
+		leave_queue(td, job, (unsigned int)ret);
+	}
+	return 0;
+}
+
+static struct io_u *finish(const struct raio_event *event)
+{
+	struct io_u *io_u = event->data;
+	long res = (long)event->res;
+
+	if (res < 0) {
+		io_u->error = (unsigned int)-res;
+		remember_failure(io_u->error);
+	} else if (io_u->ddir == DDIR_READ || io_u->ddir == DDIR_WRITE) {
+		io_u->resid = io_u->xfer_buflen - (unsigned long long)res;
+	}
+	return io_u;
+}
+
+static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsigned int max_nr,
+			      const struct timespec *t)
+{
+	struct job *job = td->io_ops_data;
+	struct timespec timeout, *tp = NULL;
+	unsigned int nr = 0;
+	long ret, i;
+
+	if (t) {
+		timeout = *t;
+		tp = &timeout;
+	}
+	max_nr = min(max_nr, job->depth);
+	min_nr = min(min_nr, max_nr);
+
+	while (nr < max_nr && job->refused_nr)
+		job->done[nr++] = job->refused[--job->refused_nr];
+
+	while (nr < max_nr) {
+		ret = raio_getevents(job->ctx, nr < min_nr ? min_nr - nr : 0, max_nr - nr, job->events, tp);
+		if (ret == -EINTR)
+			continue;
+		if (ret < 0) {
+			if (nr)
+				break;
+			errno = (int)-ret;
+			raio_failed(td, "server", "raio_getevents");
+			return (int)ret;
+		}
+		for (i = 0; i < ret; i++)
+			job->done[nr++] = finish(&job->events[i]);
+		if (nr >= min_nr || t || !job->queued_nr)
+			break;
+		raio_fio_commit(td);
+	}
+	return (int)nr;
+}
+
+static struct io_u *raio_fio_event(struct thread_data *td, int event)
+{
+	struct job *job = td->io_ops_data;
+
+	return job->done[event];
+}
+
+/* fio frees it */
+static char *raio_fio_errdetails(struct io_u *io_u)
+{
+	return strdup(*failure ? failure : strerror(io_u->error));
+}
+
+static struct ioengine_ops ioengine = {
+	.name			= "raio",
+	.version		= FIO_IOOPS_VERSION,
+	/* no offload: a worker thread would need a context of its own on the job's session */
+	.flags			= FIO_DISKLESSIO | FIO_NODISKUTIL | FIO_NO_OFFLOAD | FIO_ASYNCIO_SETS_ISSUE_TIME,
+	.setup			= raio_fio_setup,
+	.prepopulate_file	= raio_fio_prepopulate,
+	.init			= raio_fio_init,
+	.cleanup		= raio_fio_cleanup,
+	.iomem_alloc		= raio_fio_iomem_alloc,
+	.iomem_free		= raio_fio_iomem_free,
+	.io_u_init		= raio_fio_io_u_init,
+	.open_file		= raio_fio_open_file,
+	.close_file		= raio_fio_close_file,
+	.unlink_file		= raio_fio_unlink_file,
+	.queue			= raio_fio_queue,
+	.commit			= raio_fio_commit,
+	.getevents		= raio_fio_getevents,
+	.event			= raio_fio_event,
+	.errdetails		= raio_fio_errdetails,
+	.options		= options,
+	.option_struct_size	= sizeof(struct raio_fio_options),
+};
+
+/*
+ * The engine for fio's loader, or NULL if this is not the fio that it was built for: its structures change from release
+ * to release without a sign, and FIO_IOOPS_VERSION only with some of the changes.
+ */
+struct ioengine_ops *raio_fio_ioengine(void)
+{
+	if (strcmp(fio_version_string, RAIO_FIO_VERSION)) {
+		log_err("raio: libraio_fio.so was built for %s, but this is %s. Rebuild it with scripts/build-fio-engine, with "
+			"this fio in PATH.\n", RAIO_FIO_VERSION, fio_version_string);
+		return NULL;
+	}
+	return &ioengine;
+}
