@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * Pins the binary interface on 64-bit Linux: the size of each struct, where each member lies, and each value that
+ * programs have compiled in. A line that fails here is a change of the soname, not of this file.
+ */
+#include <stddef.h>
+#include <libraio.h>
+
+#define PIN(name, condition) typedef char pin_##name[(condition) ? 1 : -1]
+#define SIZE(type, bytes) PIN(size_of_##type, sizeof(struct type) == (bytes))
+#define AT(type, member, offset)                                                                                   \
+	PIN(type##_##member, offsetof(struct type, member) == (offset));                                           \
+	PIN(type##_##member##_fits, offsetof(struct type, member) + sizeof(((struct type *)0)->member) <=          \
+					    sizeof(struct type))
+#define WIDTH(type, member, bytes) PIN(width_of_##type##_##member, sizeof(((struct type *)0)->member) == (bytes))
+
+SIZE(raio_iocb_common, 40);
+AT(raio_iocb_common, buf, 0);
+AT(raio_iocb_common, nbytes, 8);
+AT(raio_iocb_common, offset, 16);
+AT(raio_iocb_common, mr, 24);
+AT(raio_iocb_common, flags, 32);
+AT(raio_iocb_common, resfd, 36);
+WIDTH(raio_iocb_common, nbytes, 8);
+WIDTH(raio_iocb_common, offset, 8);
+WIDTH(raio_iocb_common, flags, 4);
+WIDTH(raio_iocb_common, resfd, 4);
+
+SIZE(raio_iocb, 64);
+AT(raio_iocb, data, 0);
+AT(raio_iocb, key, 8);
+AT(raio_iocb, raio_fildes, 12);
+AT(raio_iocb, raio_lio_opcode, 16);
+AT(raio_iocb, pad, 20);
+AT(raio_iocb, u, 24);
+PIN(raio_iocb_u_c, offsetof(struct raio_iocb, u.c) == 24);
+
+SIZE(raio_event, 40);
+AT(raio_event, data, 0);
+AT(raio_event, obj, 8);
+AT(raio_event, handle, 16);
+AT(raio_event, res, 24);
+AT(raio_event, res2, 32);
+
+SIZE(raio_options, 64);
+AT(raio_options, size, 0);
+AT(raio_options, flags, 4);
+AT(raio_options, queue_depth, 8);
+AT(raio_options, connect_timeout_ms, 12);
+AT(raio_options, request_timeout_ms, 16);
+AT(raio_options, spin_us, 20);
+AT(raio_options, reserved, 24);
+WIDTH(raio_options, reserved, 40);
+
+SIZE(raio_stats, 112);
+AT(raio_stats, size, 0);
+AT(raio_stats, submitted, 8);
+AT(raio_stats, completed, 16);
+AT(raio_stats, failed, 24);
+AT(raio_stats, bytes_read, 32);
+AT(raio_stats, bytes_written, 40);
+AT(raio_stats, bounced_bytes, 48);
+AT(raio_stats, sends, 56);
+AT(raio_stats, receives, 64);
+AT(raio_stats, sleeps, 72);
+AT(raio_stats, reconnects, 80);
+AT(raio_stats, in_flight, 88);
+AT(raio_stats, queue_depth, 96);
+AT(raio_stats, io_bytes_max, 104);
+
+PIN(pread, RAIO_CMD_PREAD == 0);
+PIN(pwrite, RAIO_CMD_PWRITE == 1);
+PIN(preadv, RAIO_CMD_PREADV == 2);
+PIN(pwritev, RAIO_CMD_PWRITEV == 3);
+PIN(fsync, RAIO_CMD_FSYNC == 4);
+PIN(discard, RAIO_CMD_DISCARD == 5);
+PIN(write_zeroes, RAIO_CMD_WRITE_ZEROES == 6);
+PIN(opcode_width, sizeof(enum raio_iocb_cmd) == 4);
+
+PIN(eventfd, RAIO_IOCB_EVENTFD == 1);
+PIN(datasync, RAIO_IOCB_DATASYNC == 2);
+PIN(res2_transport, RAIO_RES2_TRANSPORT == 1);
+PIN(res2_protocol, RAIO_RES2_PROTOCOL == 2);
+PIN(res2_storage, RAIO_RES2_STORAGE == 3);
+PIN(res2_policy, RAIO_RES2_POLICY == 4);
+PIN(res2_class, RAIO_RES2_CLASS == 0xff);
+PIN(res2_retryable, RAIO_RES2_RETRYABLE == 0x100);
+PIN(opt_crc, RAIO_OPT_CRC == 1);
+PIN(opt_no_spin, RAIO_OPT_NO_SPIN == 2);
+PIN(abi_major, RAIO_ABI_MAJOR == 0);
+PIN(abi_version, RAIO_ABI_VERSION == ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR));
+
+int main(void)
+{
+	return 0;
+}
