@@ -1,6 +1,492 @@
-//! stub
-/// x
-pub struct Reactor;
-/// x
+//! One event loop for one thread: I/O operations, timers, signals, file watches, readiness, and wake-ups from other threads.
+//!
+//! A [`Reactor`] is an io_uring; where the kernel or a seccomp profile forbids that it falls back to epoll, which can do
+//! everything but file operations (those then belong to a thread pool, see the server's `threads` backend).
+//!
+//! Operations own what they use. An [`Op`] moves its file, its slot, its path into the reactor, and they come back in the
+//! [`Event`] that ends it: one event for one operation, no more, no less. What the kernel still uses when a reactor is dropped and
+//! does not let go of in time is leaked, never freed.
+//!
+//! A turn ([`Reactor::turn`]) submits everything that was asked for since the last one and hears of everything that has ended, in
+//! one system call. With nothing to do it spins a little (configurable), then sleeps in that one place.
+//!
+//! Tokens carry an owner number so that a worker can tell whose event it is; the value is the owner's.
+
+mod batch;
+mod epoll;
+mod mailbox;
+mod received;
+mod ring;
+mod sources;
+mod timers;
+
+use std::cell::RefCell;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+pub use batch::SendBatch;
+pub use mailbox::{Receiver, Sender, Waker, mailbox};
+pub use received::Received;
+pub use sources::{FileWatch, Signals, block_signals};
+pub use timers::TimerId;
+
+use crate::memory::Arena;
+use crate::transport::SlotRange;
+
+/// Names an operation or timer to its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token {
+    /// Which part of the program.
+    pub owner: u8,
+    /// That part's own number.
+    pub value: u64,
+}
+
+/// How a reactor is made.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Submission queue entries; completions have four times as many.
+    pub entries: u32,
+    /// How long to spin before sleeping.
+    pub spin: Duration,
+    /// Buffers for [`Op::Recv`]: how many...
+    pub received_count: u16,
+    /// ... and how large.
+    pub received_bytes: u32,
+    /// Slots for registered files.
+    pub files: u32,
+    /// Do not even try io_uring.
+    pub epoll: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            entries: 1024,
+            spin: Duration::from_micros(50),
+            received_count: 64,
+            received_bytes: 64 << 10,
+            files: 4096,
+            epoll: false,
+        }
+    }
+}
+
+/// An open file or socket as the reactor's operations take it. The descriptor closes when the last clone, in flight or not, is
+/// gone.
+#[derive(Clone, Debug)]
+pub struct File(Rc<FileInner>);
+
 #[derive(Debug)]
-pub struct Event;
+struct FileInner {
+    fd: Arc<OwnedFd>,
+    /// Its index among the ring's registered files.
+    fixed: Option<u32>,
+    /// Where that index goes back to.
+    retired: Rc<RefCell<Vec<u32>>>,
+}
+
+impl Drop for FileInner {
+    fn drop(&mut self) {
+        if let Some(index) = self.fixed {
+            self.retired.borrow_mut().push(index);
+        }
+    }
+}
+
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+}
+
+impl AsRawFd for File {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.fd.as_raw_fd()
+    }
+}
+
+/// How fallocate(2) is to change a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallocate {
+    /// FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
+    PunchHole,
+    /// FALLOC_FL_ZERO_RANGE.
+    ZeroRange,
+}
+
+impl Fallocate {
+    /// The flags of fallocate(2).
+    pub fn flags(self) -> i32 {
+        match self {
+            Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::ZeroRange => libc::FALLOC_FL_ZERO_RANGE,
+        }
+    }
+}
+
+/// How openat2(2) is to open a file; the kernel's `struct open_how`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct OpenHow {
+    /// O_* flags.
+    pub flags: u64,
+    /// Permissions of a created file; 0 unless O_CREAT is set.
+    pub mode: u64,
+    /// RESOLVE_* flags.
+    pub resolve: u64,
+}
+
+/// An operation. File operations need io_uring ([`Reactor::has_ring`]); the rest work on either engine.
+#[derive(Debug)]
+pub enum Op {
+    /// Accepts a connection: [`Payload::Fd`].
+    Accept {
+        /// A listening socket.
+        listener: File,
+    },
+    /// Receives into a buffer of the reactor's, chosen when data arrives, so that idle connections hold no memory:
+    /// [`Payload::Received`]. Result 0 is the end of the stream. ENOBUFS: all buffers are in use, try again.
+    Recv {
+        /// A stream socket.
+        socket: File,
+    },
+    /// Receives into a slot, at least one byte, at most the range: [`Payload::Slot`]. Result 0 is the end of the stream.
+    RecvInto {
+        /// A stream socket.
+        socket: File,
+        /// Where to.
+        target: SlotRange,
+    },
+    /// Sends a batch, or the front of it: [`Payload::Batch`], advanced by the result.
+    Send {
+        /// A stream socket.
+        socket: File,
+        /// What.
+        batch: Box<SendBatch>,
+    },
+    /// Waits until the file is readable: result 1.
+    Readable {
+        /// A file that can be polled.
+        file: File,
+    },
+    /// pread(2) into a slot: [`Payload::Slot`].
+    Read {
+        /// The file.
+        file: File,
+        /// Where to.
+        target: SlotRange,
+        /// Offset in the file.
+        offset: u64,
+    },
+    /// pwrite(2) from a slot: [`Payload::Slot`].
+    Write {
+        /// The file.
+        file: File,
+        /// From where.
+        source: SlotRange,
+        /// Offset in the file.
+        offset: u64,
+    },
+    /// fsync(2), or fdatasync(2).
+    Fsync {
+        /// The file.
+        file: File,
+        /// fdatasync.
+        data_only: bool,
+    },
+    /// fallocate(2).
+    Fallocate {
+        /// The file.
+        file: File,
+        /// How.
+        how: Fallocate,
+        /// Offset in the file.
+        offset: u64,
+        /// Length.
+        length: u64,
+    },
+    /// openat2(2): [`Payload::Fd`].
+    Open {
+        /// The directory that `path` is relative to; None: an absolute path.
+        directory: Option<File>,
+        /// The path.
+        path: CString,
+        /// How.
+        how: Box<OpenHow>,
+    },
+    /// statx(2) of an open file: [`Payload::Stat`].
+    Stat {
+        /// The file.
+        file: Arc<OwnedFd>,
+    },
+    /// close(2).
+    Close {
+        /// The descriptor.
+        fd: OwnedFd,
+    },
+}
+
+/// What an ended operation gives back.
+#[derive(Debug)]
+pub enum Payload {
+    /// Nothing.
+    None,
+    /// The slot of [`Op::RecvInto`], [`Op::Read`], [`Op::Write`], as it was passed.
+    Slot(SlotRange),
+    /// What [`Op::Recv`] received.
+    Received(Received),
+    /// The batch of [`Op::Send`], advanced.
+    Batch(Box<SendBatch>),
+    /// The descriptor of [`Op::Accept`] or [`Op::Open`].
+    Fd(OwnedFd),
+    /// The status of [`Op::Stat`].
+    Stat(Box<libc::statx>),
+    /// A timer has come.
+    Timer,
+}
+
+/// The end of an operation, or a timer.
+#[derive(Debug)]
+pub struct Event {
+    /// The token it was submitted with.
+    pub token: Token,
+    /// What the system call returned: a count, or the errno.
+    pub result: Result<u32, i32>,
+    /// What comes back.
+    pub payload: Payload,
+}
+
+/// An operation in flight, for [`Reactor::cancel`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OpId(u64);
+
+/// Whether a turn may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Come back at once.
+    Poll,
+    /// Spin, then sleep, until there is an event or a wake-up.
+    Block,
+}
+
+enum Engine {
+    Ring(Box<ring::Ring>),
+    Epoll(epoll::Epoll),
+}
+
+/// See the module documentation. `!Send`: it lives in the thread that made it.
+pub struct Reactor {
+    engine: Engine,
+    /// Why there is no ring, if there is none.
+    fallback: Option<String>,
+    timers: timers::Timers,
+    waker: Waker,
+    spin: Duration,
+    /// Indices among the registered files that are free, and those whose file has gone.
+    fixed_free: Vec<u32>,
+    fixed_retired: Rc<RefCell<Vec<u32>>>,
+    sleeps: u64,
+}
+
+impl Reactor {
+    /// Makes a reactor for this thread.
+    pub fn new(config: &Config) -> io::Result<Self> {
+        let waker = Waker::new()?;
+        let (engine, fallback) = if config.epoll {
+            (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some("it was not asked for".to_owned()))
+        } else {
+            match ring::Ring::new(config, &waker) {
+                Ok(ring) => (Engine::Ring(Box::new(ring)), None),
+                Err(error) => (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(ring::explain(&error))),
+            }
+        };
+        let files = if matches!(engine, Engine::Ring(ref ring) if ring.has_files()) { config.files } else { 0 };
+        Ok(Self {
+            engine,
+            fallback,
+            timers: timers::Timers::default(),
+            waker,
+            spin: config.spin,
+            fixed_free: (0..files).rev().collect(),
+            fixed_retired: Rc::default(),
+            sleeps: 0,
+        })
+    }
+
+    /// Whether this is an io_uring, so that file operations can be submitted.
+    pub fn has_ring(&self) -> bool {
+        matches!(self.engine, Engine::Ring(_))
+    }
+
+    /// Why it is not an io_uring, as the rest of a sentence that begins "io_uring is not used: ".
+    pub fn fallback_reason(&self) -> Option<&str> {
+        self.fallback.as_deref()
+    }
+
+    /// Wakes this reactor from other threads.
+    pub fn waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
+    /// How often it has gone to sleep.
+    pub fn sleeps(&self) -> u64 {
+        self.sleeps
+    }
+
+    /// Registers the memory of an arena with the ring, once, so that the kernel need not pin pages for each operation. On failure
+    /// (often the memlock limit) everything works unregistered, a little slower.
+    pub fn register_arena(&mut self, arena: &Arena) -> io::Result<()> {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.register_arena(arena),
+            Engine::Epoll(_) => Ok(()),
+        }
+    }
+
+    /// Takes a file or socket for use in operations. Sockets must be non-blocking.
+    pub fn file(&mut self, fd: impl Into<Arc<OwnedFd>>) -> File {
+        let fd = fd.into();
+        self.reuse_retired();
+        let mut fixed = None;
+        if let Engine::Ring(ring) = &mut self.engine
+            && let Some(index) = self.fixed_free.pop()
+        {
+            if ring.set_file(index, fd.as_raw_fd()) {
+                fixed = Some(index);
+            } else {
+                self.fixed_free.push(index);
+            }
+        }
+        File(Rc::new(FileInner { fd, fixed, retired: Rc::clone(&self.fixed_retired) }))
+    }
+
+    /// Lets go of the registered files whose last [`File`] has been dropped.
+    fn reuse_retired(&mut self) {
+        let mut retired = self.fixed_retired.borrow_mut();
+        if let Engine::Ring(ring) = &mut self.engine {
+            for index in retired.drain(..) {
+                if ring.set_file(index, -1) {
+                    self.fixed_free.push(index);
+                }
+            }
+        }
+    }
+
+    /// Begins an operation. Its end is an event of a later turn.
+    ///
+    /// # Panics
+    /// If a file operation is submitted and there is no ring: the caller's bug.
+    pub fn submit(&mut self, token: Token, op: Op) -> OpId {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.submit(token, op),
+            Engine::Epoll(epoll) => epoll.submit(token, op),
+        }
+    }
+
+    /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
+    pub fn cancel(&mut self, id: OpId) {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.cancel(id),
+            Engine::Epoll(epoll) => epoll.cancel(id),
+        }
+    }
+
+    /// Operations in flight.
+    pub fn in_flight(&self) -> usize {
+        match &self.engine {
+            Engine::Ring(ring) => ring.in_flight(),
+            Engine::Epoll(epoll) => epoll.in_flight(),
+        }
+    }
+
+    /// Sets a timer.
+    pub fn timer(&mut self, at: Instant, token: Token) -> TimerId {
+        self.timers.insert(at, token)
+    }
+
+    /// Stops a timer. Stopping one that has come already does nothing.
+    pub fn cancel_timer(&mut self, id: TimerId) {
+        self.timers.remove(id);
+    }
+
+    /// Submits what was asked for, and appends what has ended to `events`. With [`Wait::Block`] and nothing ended it spins, then
+    /// sleeps, until something has, a timer comes, or a [`Waker`] wakes it (which is no event).
+    pub fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        if !self.fixed_retired.borrow().is_empty() {
+            self.reuse_retired();
+        }
+        let before = events.len();
+        self.engine_poll(events)?;
+        self.timers.expire(events);
+        if wait == Wait::Poll || events.len() > before || self.waker.take() {
+            return Ok(());
+        }
+        if !self.spin.is_zero() {
+            let spin_until = Instant::now() + self.spin;
+            loop {
+                for _ in 0..32 {
+                    if self.engine_has_news() || self.waker.is_set() {
+                        self.engine_poll(events)?;
+                        if events.len() > before || self.waker.take() {
+                            return Ok(());
+                        }
+                    }
+                    std::hint::spin_loop();
+                }
+                let now = Instant::now();
+                if self.timers.next().is_some_and(|at| at <= now) {
+                    self.timers.expire(events);
+                    return Ok(());
+                }
+                if now >= spin_until {
+                    break;
+                }
+            }
+        }
+        if self.waker.prepare_sleep() {
+            self.sleeps += 1;
+            let result = self.engine_sleep(events);
+            self.waker.awake();
+            result?;
+        }
+        self.waker.take();
+        self.timers.expire(events);
+        Ok(())
+    }
+
+    fn engine_poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.poll(events),
+            Engine::Epoll(epoll) => epoll.poll(Some(Duration::ZERO), events),
+        }
+    }
+
+    /// Whether [`Reactor::engine_poll`] would find something. Epoll has no cheaper way to know than to ask.
+    fn engine_has_news(&mut self) -> bool {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.has_news(),
+            Engine::Epoll(_) => true,
+        }
+    }
+
+    fn engine_sleep(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        let timeout = self.timers.next().map(|at| at.saturating_duration_since(Instant::now()));
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.sleep(timeout, events),
+            Engine::Epoll(epoll) => epoll.poll(timeout, events),
+        }
+    }
+}
+
+impl std::fmt::Debug for Reactor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reactor").field("has_ring", &self.has_ring()).field("in_flight", &self.in_flight()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! A vectored send: small bytes (headers) and slots, in order.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use crate::transport::SlotRange;
+
+/// The most pieces that one sendmsg(2) takes.
+const IOV_MAX: usize = 1024;
+
+/// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
+#[derive(Default)]
+pub struct SendBatch {
+    bytes: Vec<u8>,
+    pieces: VecDeque<Piece>,
+    /// What the kernel reads; rebuilt for each send.
+    iov: Vec<libc::iovec>,
+    msghdr: Option<libc::msghdr>,
+}
+
+#[derive(Debug)]
+enum Piece {
+    Bytes(Range<usize>),
+    Slot(SlotRange),
+}
+
+impl Piece {
+    fn len(&self) -> usize {
+        match self {
+            Self::Bytes(range) => range.len(),
+            Self::Slot(range) => range.len,
+        }
+    }
+}
+
+impl SendBatch {
+    /// Appends what `write` appends to the vector.
+    pub fn push_bytes(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.bytes.len();
+        write(&mut self.bytes);
+        let end = self.bytes.len();
+        if start == end {
+            return;
+        }
+        match self.pieces.back_mut() {
+            Some(Piece::Bytes(range)) if range.end == start => range.end = end,
+            _ => self.pieces.push_back(Piece::Bytes(start..end)),
+        }
+    }
+
+    /// Appends a part of a slot. The slot comes free when it has been sent.
+    pub fn push_slot(&mut self, range: SlotRange) {
+        debug_assert!(range.start + range.len <= range.slot.len());
+        if range.len > 0 {
+            self.pieces.push_back(Piece::Slot(range));
+        }
+    }
+
+    /// Whether everything has been sent.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// Forgets the first `n` bytes: they have been sent.
+    pub(super) fn advance(&mut self, mut n: usize) {
+        while n > 0 {
+            let Some(piece) = self.pieces.front_mut() else { break };
+            let taken = n.min(piece.len());
+            n -= taken;
+            if taken == piece.len() {
+                self.pieces.pop_front();
+                continue;
+            }
+            match piece {
+                Piece::Bytes(range) => range.start += taken,
+                Piece::Slot(range) => {
+                    range.start += taken;
+                    range.len -= taken;
+                }
+            }
+        }
+        if self.pieces.is_empty() {
+            self.bytes.clear();
+        }
+    }
+
+    /// The message header for the kernel. It points into this batch, which must not move or change until the kernel is done.
+    pub(super) fn msghdr(&mut self) -> *const libc::msghdr {
+        self.iov.clear();
+        for piece in self.pieces.iter().take(IOV_MAX) {
+            let (base, len) = match piece {
+                Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
+                Piece::Slot(range) => (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len),
+            };
+            self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+        }
+        // SAFETY: msghdr is plain data for which all zeros is valid: no name, no control data, no flags.
+        let mut msghdr: libc::msghdr = unsafe { std::mem::zeroed() };
+        msghdr.msg_iov = self.iov.as_mut_ptr();
+        msghdr.msg_iovlen = self.iov.len() as _;
+        self.msghdr.insert(msghdr)
+    }
+}
+
+impl std::fmt::Debug for SendBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SendBatch").field("pieces", &self.pieces).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,110 @@
+//! Wake-ups and messages from other threads.
+//!
+//! The protocol between waker and sleeper, over two flags: the waker sets `set`, then looks at `sleeping`; the sleeper sets
+//! `sleeping`, then looks at `set`. Both orders are sequentially consistent, so at least one sees the other, and the eventfd is written
+//! only when the sleeper is, or is about to be, asleep.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crossbeam_queue::SegQueue;
+use rustix::event::{EventfdFlags, eventfd};
+
+/// Wakes one reactor, from any thread. Clones wake the same one.
+#[derive(Clone, Debug)]
+pub struct Waker(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    set: AtomicBool,
+    sleeping: AtomicBool,
+    eventfd: Arc<OwnedFd>,
+}
+
+impl Waker {
+    pub(super) fn new() -> io::Result<Self> {
+        let eventfd = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        Ok(Self(Arc::new(Inner { set: AtomicBool::new(false), sleeping: AtomicBool::new(false), eventfd })))
+    }
+
+    /// Makes the reactor's present or next turn come back.
+    pub fn wake(&self) {
+        self.0.set.store(true, Ordering::SeqCst);
+        if self.0.sleeping.load(Ordering::SeqCst) {
+            // It can only fail with EAGAIN, when the counter is at its limit: then the reactor is awake already.
+            let _ = rustix::io::write(&self.0.eventfd, &1u64.to_ne_bytes());
+        }
+    }
+
+    pub(super) fn eventfd(&self) -> &Arc<OwnedFd> {
+        &self.0.eventfd
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        self.0.set.load(Ordering::Relaxed)
+    }
+
+    /// Takes the wake-up, if there is one.
+    pub(super) fn take(&self) -> bool {
+        self.is_set() && self.0.set.swap(false, Ordering::SeqCst)
+    }
+
+    /// Announces sleep. False if there is a wake-up already: do not sleep then.
+    pub(super) fn prepare_sleep(&self) -> bool {
+        self.0.sleeping.store(true, Ordering::SeqCst);
+        if self.0.set.load(Ordering::SeqCst) {
+            self.awake();
+            return false;
+        }
+        true
+    }
+
+    pub(super) fn awake(&self) {
+        self.0.sleeping.store(false, Ordering::SeqCst);
+    }
+
+    /// Empties the eventfd after it woke the reactor.
+    pub(super) fn drain(&self) {
+        let _ = rustix::io::read(&self.0.eventfd, &mut [0; 8]);
+    }
+}
+
+/// Puts messages into a reactor's mailbox, from any thread.
+#[derive(Debug)]
+pub struct Sender<T> {
+    queue: Arc<SegQueue<T>>,
+    waker: Waker,
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Self { queue: Arc::clone(&self.queue), waker: self.waker.clone() }
+    }
+}
+
+impl<T> Sender<T> {
+    /// Puts a message in and wakes the reactor. Never blocks.
+    pub fn send(&self, message: T) {
+        self.queue.push(message);
+        self.waker.wake();
+    }
+}
+
+/// A reactor's mailbox. Look into it after every turn: a message is no event.
+#[derive(Debug)]
+pub struct Receiver<T>(Arc<SegQueue<T>>);
+
+impl<T> Receiver<T> {
+    /// The oldest message.
+    pub fn take(&self) -> Option<T> {
+        self.0.pop()
+    }
+}
+
+/// A mailbox whose messages wake the reactor of `waker`.
+pub fn mailbox<T>(waker: Waker) -> (Sender<T>, Receiver<T>) {
+    let queue = Arc::new(SegQueue::new());
+    (Sender { queue: Arc::clone(&queue), waker }, Receiver(queue))
+}

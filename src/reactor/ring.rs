@@ -1,0 +1,369 @@
+//! The io_uring engine: turns operations into submissions and completions into events.
+//!
+//! An operation in flight lives in a slab; `user_data` is its key and a generation, so that nothing late can hit a reused key. What
+//! the kernel points at (slots, boxes, strings) is on the heap and stays put while the slab grows.
+
+use std::collections::VecDeque;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use io_uring::types::{self, CancelBuilder, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use slab::Slab;
+
+use super::received::Pool;
+use super::{Config, Event, Op, OpId, Payload, Token, Waker};
+use crate::memory::{Arena, FIXED_CHUNK_BYTES};
+use crate::transport::SlotRange;
+
+/// `user_data` of submissions whose completions mean nothing to anybody.
+const IGNORED: u64 = u64::MAX;
+/// `user_data` of the poll on the waker's eventfd.
+const WAKER: u64 = u64::MAX - 1;
+/// The group of the buffers for [`Op::Recv`].
+const BUFFER_GROUP: u16 = 0;
+/// How long a dropped ring waits for its operations to end.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+struct InFlight {
+    token: Token,
+    generation: u32,
+    op: Op,
+    /// Where the kernel puts the status of [`Op::Stat`].
+    stat: Option<Box<MaybeUninit<libc::statx>>>,
+}
+
+pub(super) struct Ring {
+    ring: IoUring,
+    /// Tells this ring's fixed buffers from another's, see `Slot::fixed_index`.
+    id: u32,
+    in_flight: Slab<InFlight>,
+    generation: u32,
+    /// Submissions that found the queue full.
+    backlog: VecDeque<squeue::Entry>,
+    reaped: Vec<(u64, i32, u32)>,
+    pool: Rc<Pool>,
+    waker: Waker,
+    has_files: bool,
+}
+
+/// Why io_uring is not used, and what to do about it.
+pub(super) fn explain(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "the kernel forbids it (EPERM). Set `sysctl kernel.io_uring_disabled=0`, or in a container allow \
+             io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
+            .into(),
+        Some(libc::ENOSYS) => "this kernel has none (ENOSYS), or a seccomp profile hides it".into(),
+        Some(libc::EINVAL) => "this kernel's is too old (EINVAL): Linux 6.1 or newer is needed".into(),
+        Some(libc::ENOMEM) => "there is no memory for its rings (ENOMEM). Raise the memlock limit with `ulimit -l`".into(),
+        _ => error.to_string(),
+    }
+}
+
+impl Ring {
+    pub fn new(config: &Config, waker: &Waker) -> io::Result<Self> {
+        static NEXT_ID: AtomicU32 = AtomicU32::new(0);
+        let ring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_submit_all()
+            .setup_clamp()
+            .setup_cqsize(config.entries.saturating_mul(4))
+            .build(config.entries)?;
+        let pool = Pool::new(config.received_count, config.received_bytes, true)?;
+        // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`, which is dropped after
+        // the ring or leaked with what is in flight.
+        unsafe {
+            ring.submitter().register_buf_ring_with_flags(pool.ring_address(), pool.count(), BUFFER_GROUP, 0)?;
+        }
+        // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is too low for it.
+        let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
+        let mut this = Self {
+            ring,
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            in_flight: Slab::with_capacity(config.entries as usize),
+            generation: 0,
+            backlog: VecDeque::new(),
+            reaped: Vec::new(),
+            pool,
+            waker: waker.clone(),
+            has_files,
+        };
+        this.watch_waker();
+        Ok(this)
+    }
+
+    pub fn has_files(&self) -> bool {
+        self.has_files
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    pub fn register_arena(&mut self, arena: &Arena) -> io::Result<()> {
+        let chunks = arena.chunks(FIXED_CHUNK_BYTES);
+        // SAFETY: the chunks are the arena's mapping. The kernel pins its pages, so that unmapping it before the ring is gone
+        // leaves the kernel with pages of its own and no dangling address.
+        unsafe { self.ring.submitter().register_buffers(&chunks)? };
+        arena.set_registered(self.id);
+        Ok(())
+    }
+
+    pub fn set_file(&mut self, index: u32, fd: RawFd) -> bool {
+        // Submissions not yet passed on may still name the old file.
+        self.enter(0, None);
+        self.ring.submitter().register_files_update(index, &[fd]).is_ok()
+    }
+
+    fn watch_waker(&mut self) {
+        let fd = types::Fd(self.waker.eventfd().as_raw_fd());
+        self.push(opcode::PollAdd::new(fd, libc::POLLIN as u32).build().user_data(WAKER));
+    }
+
+    fn push(&mut self, entry: squeue::Entry) {
+        if self.backlog.is_empty() {
+            // SAFETY: what the entry points at is owned by `in_flight` (or is static, or the waker's) until its completion.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+            self.enter(0, None);
+            // SAFETY: as above.
+            if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+                return;
+            }
+        }
+        self.backlog.push_back(entry);
+    }
+
+    pub fn submit(&mut self, token: Token, mut op: Op) -> OpId {
+        let mut stat = None;
+        let entry = entry(&mut op, &mut stat, self.id);
+        self.generation = (self.generation + 1) & 0x7fff_ffff;
+        let key = self.in_flight.insert(InFlight { token, generation: self.generation, op, stat });
+        let user_data = u64::from(self.generation) << 32 | key as u64;
+        self.push(entry.user_data(user_data));
+        OpId(user_data)
+    }
+
+    pub fn cancel(&mut self, id: OpId) {
+        self.push(opcode::AsyncCancel::new(id.0).build().user_data(IGNORED));
+    }
+
+    pub fn has_news(&mut self) -> bool {
+        !self.ring.completion().is_empty() || {
+            let submission = self.ring.submission();
+            submission.taskrun() || submission.cq_overflow()
+        }
+    }
+
+    pub fn poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
+        let (idle, news) = {
+            let submission = self.ring.submission();
+            (submission.is_empty() && self.backlog.is_empty(), submission.taskrun() || submission.cq_overflow())
+        };
+        if !idle || news {
+            self.enter(0, None);
+        }
+        self.reap(events);
+        Ok(())
+    }
+
+    pub fn sleep(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+        self.enter(1, timeout);
+        self.reap(events);
+        Ok(())
+    }
+
+    /// Passes submissions on, and waits for `want` completions.
+    fn enter(&mut self, want: usize, timeout: Option<Duration>) {
+        loop {
+            while let Some(entry) = self.backlog.front() {
+                // SAFETY: as in `push`.
+                if unsafe { self.ring.submission().push(entry) }.is_err() {
+                    break;
+                }
+                self.backlog.pop_front();
+            }
+            let timespec = timeout.map(Timespec::from);
+            let args = match &timespec {
+                Some(timespec) => SubmitArgs::new().timespec(timespec),
+                None => SubmitArgs::new(),
+            };
+            match self.ring.submitter().submit_with_args(want, &args) {
+                Ok(_) if !self.backlog.is_empty() && self.ring.submission().is_empty() => {}
+                // Interrupted, out of time, or completions must be taken in before more is accepted: the caller reaps, and comes again.
+                Ok(_) => return,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => return,
+                    _ => panic!("io_uring_enter failed, which means that the ring is misused: {error}"),
+                },
+            }
+        }
+    }
+
+    fn reap(&mut self, events: &mut Vec<Event>) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        reaped.extend(self.ring.completion().map(|cqe| (cqe.user_data(), cqe.result(), cqe.flags())));
+        for (user_data, result, flags) in reaped.drain(..) {
+            match user_data {
+                IGNORED => {}
+                WAKER => {
+                    self.waker.drain();
+                    self.watch_waker();
+                }
+                _ => {
+                    if let Some(event) = self.complete(user_data, result, flags) {
+                        events.push(event);
+                    }
+                }
+            }
+        }
+        self.reaped = reaped;
+    }
+
+    fn complete(&mut self, user_data: u64, result: i32, flags: u32) -> Option<Event> {
+        let key = user_data as u32 as usize;
+        let current = self.in_flight.get(key).is_some_and(|op| u64::from(op.generation) == user_data >> 32);
+        debug_assert!(current, "a completion for an operation that is not in flight");
+        if !current {
+            return None;
+        }
+        let InFlight { token, op, stat, .. } = self.in_flight.remove(key);
+        let code = if result < 0 { Err(-result) } else { Ok(result as u32) };
+        // SAFETY: the kernel has just opened this descriptor for this completion, and nobody else knows it.
+        let new_fd = || code.ok().map(|fd| unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
+        let payload = match op {
+            Op::Accept { .. } | Op::Open { .. } => new_fd().map_or(Payload::None, Payload::Fd),
+            Op::Recv { .. } => match cqueue::buffer_select(flags) {
+                Some(index) => Payload::Received(self.pool.received(index, code.unwrap_or(0) as usize)),
+                None => Payload::None,
+            },
+            Op::RecvInto { target: range, .. } | Op::Read { target: range, .. } | Op::Write { source: range, .. } => {
+                Payload::Slot(range)
+            }
+            Op::Send { mut batch, .. } => {
+                batch.advance(code.unwrap_or(0) as usize);
+                Payload::Batch(batch)
+            }
+            Op::Stat { .. } => match stat {
+                // SAFETY: the call succeeded, so the kernel has filled the structure in; all its fields are plain integers.
+                Some(stat) if code.is_ok() => Payload::Stat(unsafe { stat.assume_init() }),
+                _ => Payload::None,
+            },
+            Op::Close { fd } => {
+                // The kernel has closed it, or it never was open: either way it must not be closed again.
+                let _ = fd.into_raw_fd();
+                Payload::None
+            }
+            Op::Readable { .. } | Op::Fsync { .. } | Op::Fallocate { .. } => Payload::None,
+        };
+        Some(Event { token, result: code, payload })
+    }
+}
+
+impl Drop for Ring {
+    /// Cancels what is in flight and waits for it to end; what does not end is leaked, for the kernel may still write to it.
+    fn drop(&mut self) {
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        self.enter(0, None);
+        let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+        let mut events = Vec::new();
+        while !self.in_flight.is_empty() && Instant::now() < deadline {
+            self.enter(1, Some(Duration::from_millis(50)));
+            let mut reaped: Vec<_> =
+                self.ring.completion().map(|cqe| (cqe.user_data(), cqe.result(), cqe.flags())).collect();
+            events.extend(
+                reaped
+                    .drain(..)
+                    .filter(|(user_data, ..)| !matches!(*user_data, IGNORED | WAKER))
+                    .filter_map(|(user_data, result, flags)| self.complete(user_data, result, flags)),
+            );
+            events.clear();
+        }
+        if !self.in_flight.is_empty() {
+            tracing::warn!(count = self.in_flight.len(), "Operations did not end in time; their memory is leaked.");
+            std::mem::forget(std::mem::take(&mut self.in_flight));
+            std::mem::forget(Rc::clone(&self.pool));
+        }
+    }
+}
+
+/// Builds an entry for a file: by its index if it is registered, else by its descriptor.
+macro_rules! on {
+    ($file:expr, $fd:ident => $build:expr) => {
+        match $file.0.fixed {
+            Some(index) => {
+                let $fd = types::Fixed(index);
+                $build
+            }
+            None => {
+                let $fd = types::Fd($file.as_raw_fd());
+                $build
+            }
+        }
+    };
+}
+
+/// The submission for an operation. It points into heap memory that `op` and `stat` own.
+fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u32) -> squeue::Entry {
+    let address = |range: &SlotRange| {
+        let bytes = &range.slot.bytes()[range.start..range.start + range.len];
+        (bytes.as_ptr().cast_mut(), range.len as u32, range.slot.fixed_index(ring))
+    };
+    match op {
+        Op::Accept { listener } => on!(listener, fd => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
+            .flags(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
+            .build()),
+        Op::Recv { socket } => on!(socket, fd => opcode::Recv::new(fd, std::ptr::null_mut(), 0)
+            .buf_group(BUFFER_GROUP)
+            .build())
+        .flags(squeue::Flags::BUFFER_SELECT),
+        Op::RecvInto { socket, target } => {
+            let (pointer, len, _) = address(target);
+            on!(socket, fd => opcode::Recv::new(fd, pointer, len).build())
+        }
+        Op::Send { socket, batch } => {
+            let msghdr = batch.msghdr();
+            on!(socket, fd => opcode::SendMsg::new(fd, msghdr).flags(libc::MSG_NOSIGNAL as u32).build())
+        }
+        Op::Readable { file } => on!(file, fd => opcode::PollAdd::new(fd, libc::POLLIN as u32).build()),
+        Op::Read { file, target, offset } => match address(target) {
+            (pointer, len, Some(index)) => {
+                on!(file, fd => opcode::ReadFixed::new(fd, pointer, len, index).offset(*offset).build())
+            }
+            (pointer, len, None) => on!(file, fd => opcode::Read::new(fd, pointer, len).offset(*offset).build()),
+        },
+        Op::Write { file, source, offset } => match address(source) {
+            (pointer, len, Some(index)) => {
+                on!(file, fd => opcode::WriteFixed::new(fd, pointer, len, index).offset(*offset).build())
+            }
+            (pointer, len, None) => on!(file, fd => opcode::Write::new(fd, pointer, len).offset(*offset).build()),
+        },
+        Op::Fsync { file, data_only } => {
+            let flags = if *data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
+            on!(file, fd => opcode::Fsync::new(fd).flags(flags).build())
+        }
+        Op::Fallocate { file, how, offset, length } => {
+            on!(file, fd => opcode::Fallocate::new(fd, *length).offset(*offset).mode(how.flags()).build())
+        }
+        Op::Open { directory, path, how } => {
+            let directory = directory.as_ref().map_or(libc::AT_FDCWD, AsRawFd::as_raw_fd);
+            let how: *const super::OpenHow = &**how;
+            opcode::OpenAt2::new(types::Fd(directory), path.as_ptr(), how.cast::<types::OpenHow>()).build()
+        }
+        Op::Stat { file } => {
+            let buffer = stat.insert(Box::new(MaybeUninit::zeroed())).as_mut_ptr();
+            opcode::Statx::new(types::Fd(file.as_raw_fd()), c"".as_ptr(), buffer.cast())
+                .flags(libc::AT_EMPTY_PATH)
+                .mask(libc::STATX_BASIC_STATS | libc::STATX_DIOALIGN)
+                .build()
+        }
+        Op::Close { fd } => opcode::Close::new(types::Fd(fd.as_raw_fd())).build(),
+    }
+}

@@ -1,0 +1,243 @@
+//! What both engines promise. Each test runs over io_uring (where the kernel has it) and over epoll.
+
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+
+use super::*;
+
+const TOKEN: Token = Token { owner: 1, value: 7 };
+
+fn both(test: impl Fn(Reactor)) {
+    for epoll in [false, true] {
+        let reactor = Reactor::new(&Config { epoll, ..Config::default() }).unwrap();
+        if !epoll && !reactor.has_ring() {
+            eprintln!("SKIPPED over io_uring: {}", reactor.fallback_reason().unwrap());
+            continue;
+        }
+        test(reactor);
+    }
+}
+
+fn next(reactor: &mut Reactor) -> Event {
+    let mut events = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while events.is_empty() {
+        assert!(Instant::now() < deadline, "no event came");
+        reactor.turn(Wait::Block, &mut events).unwrap();
+    }
+    assert_eq!(events.len(), 1, "{events:?}");
+    events.pop().unwrap()
+}
+
+fn pair(reactor: &mut Reactor) -> (TcpStream, File) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let listener = reactor.file(OwnedFd::from(listener));
+    reactor.submit(TOKEN, Op::Accept { listener });
+    let Payload::Fd(fd) = next(reactor).payload else { panic!("not accepted") };
+    (client, reactor.file(fd))
+}
+
+fn slot(bytes: &[u8]) -> SlotRange {
+    let mut slot = Arena::new(1 << 16, 1 << 16).unwrap().alloc(1 << 16).unwrap();
+    slot.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+    SlotRange { slot, start: 0, len: bytes.len() }
+}
+
+#[test]
+fn data_arrives_in_a_pool_buffer_and_in_a_slot() {
+    both(|mut reactor| {
+        let (mut client, socket) = pair(&mut reactor);
+        reactor.submit(TOKEN, Op::Recv { socket: socket.clone() });
+        client.write_all(b"hello").unwrap();
+        let event = next(&mut reactor);
+        assert_eq!(event.result, Ok(5));
+        let Payload::Received(received) = event.payload else { panic!("{event:?}") };
+        assert_eq!(&*received, b"hello");
+        client.write_all(b"world").unwrap();
+        reactor.submit(TOKEN, Op::RecvInto { socket, target: slot(&[0; 5]) });
+        let event = next(&mut reactor);
+        let Payload::Slot(range) = event.payload else { panic!("{event:?}") };
+        assert_eq!(&range.slot.bytes()[..5], b"world");
+    });
+}
+
+#[test]
+fn every_pool_buffer_comes_back() {
+    both(|mut reactor| {
+        let (mut client, socket) = pair(&mut reactor);
+        for round in 0..200u8 {
+            reactor.submit(TOKEN, Op::Recv { socket: socket.clone() });
+            client.write_all(&[round; 3]).unwrap();
+            let event = next(&mut reactor);
+            let Payload::Received(received) = event.payload else { panic!("{event:?}") };
+            assert_eq!(&*received, &[round; 3]);
+        }
+    });
+}
+
+#[test]
+fn a_batch_is_sent_in_order_and_resumed_where_it_stopped() {
+    both(|mut reactor| {
+        let (client, socket) = pair(&mut reactor);
+        let mut batch = Box::new(SendBatch::default());
+        let mut expected = Vec::new();
+        for n in 0..200u8 {
+            batch.push_bytes(|out| out.extend_from_slice(&[n; 40]));
+            batch.push_slot(slot(&[!n; 5000]));
+            expected.extend_from_slice(&[n; 40]);
+            expected.extend_from_slice(&[!n; 5000]);
+        }
+        let total = expected.len();
+        let reader = std::thread::spawn(move || {
+            let mut all = vec![0; total];
+            std::thread::sleep(Duration::from_millis(20));
+            std::io::Read::read_exact(&mut &client, &mut all).unwrap();
+            all
+        });
+        while !batch.is_empty() {
+            reactor.submit(TOKEN, Op::Send { socket: socket.clone(), batch });
+            let event = next(&mut reactor);
+            assert!(event.result.is_ok(), "{event:?}");
+            let Payload::Batch(rest) = event.payload else { panic!("not a batch") };
+            batch = rest;
+        }
+        assert!(reader.join().unwrap() == expected);
+    });
+}
+
+#[test]
+fn the_end_of_a_stream_is_a_result_of_zero() {
+    both(|mut reactor| {
+        let (client, socket) = pair(&mut reactor);
+        reactor.submit(TOKEN, Op::Recv { socket });
+        drop(client);
+        assert_eq!(next(&mut reactor).result, Ok(0));
+    });
+}
+
+#[test]
+fn a_cancelled_operation_ends_as_cancelled() {
+    both(|mut reactor| {
+        let (_client, socket) = pair(&mut reactor);
+        let id = reactor.submit(TOKEN, Op::RecvInto { socket, target: slot(&[0; 8]) });
+        reactor.turn(Wait::Poll, &mut Vec::new()).unwrap();
+        reactor.cancel(id);
+        let event = next(&mut reactor);
+        assert_eq!(event.result, Err(libc::ECANCELED));
+        assert!(matches!(event.payload, Payload::Slot(_)));
+        assert_eq!(reactor.in_flight(), 0);
+    });
+}
+
+#[test]
+fn timers_come_in_order_and_cancelled_ones_do_not() {
+    both(|mut reactor| {
+        let now = Instant::now();
+        let token = |value| Token { owner: 0, value };
+        reactor.timer(now + Duration::from_millis(20), token(2));
+        reactor.timer(now + Duration::from_millis(5), token(1));
+        let cancelled = reactor.timer(now + Duration::from_millis(10), token(9));
+        reactor.cancel_timer(cancelled);
+        assert_eq!(next(&mut reactor).token.value, 1);
+        assert_eq!(next(&mut reactor).token.value, 2);
+        assert!(now.elapsed() >= Duration::from_millis(20));
+    });
+}
+
+#[test]
+fn a_message_from_another_thread_wakes_a_sleeping_reactor() {
+    both(|mut reactor| {
+        let (sender, receiver) = mailbox(reactor.waker());
+        let thread = std::thread::spawn(move || {
+            for n in 0..1000 {
+                sender.send(n);
+                if n % 100 == 0 {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            }
+        });
+        let mut expected = 0;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while expected < 1000 {
+            assert!(Instant::now() < deadline, "a wake-up was lost after {expected}");
+            reactor.turn(Wait::Block, &mut Vec::new()).unwrap();
+            while let Some(n) = receiver.take() {
+                assert_eq!(n, expected);
+                expected += 1;
+            }
+        }
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn a_watched_file_reports_its_change() {
+    both(|mut reactor| {
+        let directory = std::env::temp_dir().join(format!("raio-watch-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let mut watch = FileWatch::new(&mut reactor, TOKEN).unwrap();
+        let number = watch.add(&directory).unwrap();
+        std::fs::write(directory.join("file"), "x").unwrap();
+        assert_eq!(next(&mut reactor).token, TOKEN);
+        let changes = watch.read(&mut reactor);
+        assert!(changes.contains(&(number, Some("file".into()))), "{changes:?}");
+        std::fs::remove_dir_all(&directory).unwrap();
+    });
+}
+
+#[test]
+fn a_signal_is_an_event() {
+    both(|mut reactor| {
+        block_signals(&[libc::SIGUSR2]).unwrap();
+        let mut signals = Signals::new(&mut reactor, &[libc::SIGUSR2], TOKEN).unwrap();
+        // To this thread alone: the other tests' threads have not blocked it.
+        // SAFETY: the thread is the calling one, which exists.
+        assert_eq!(unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR2) }, 0);
+        assert_eq!(next(&mut reactor).token, TOKEN);
+        assert_eq!(signals.read(&mut reactor), [libc::SIGUSR2]);
+    });
+}
+
+#[test]
+fn files_are_opened_read_written_and_closed_through_the_ring() {
+    let mut reactor = Reactor::new(&Config::default()).unwrap();
+    if !reactor.has_ring() {
+        eprintln!("SKIPPED: {}", reactor.fallback_reason().unwrap());
+        return;
+    }
+    let mut arena = Arena::new(1 << 20, 1 << 16).unwrap();
+    reactor.register_arena(&arena).unwrap();
+    let path = std::env::temp_dir().join(format!("raio-ring-{}", std::process::id()));
+    let how = OpenHow { flags: (libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC) as u64, mode: 0o600, resolve: 0 };
+    let path_c = CString::new(path.to_str().unwrap()).unwrap();
+    reactor.submit(TOKEN, Op::Open { directory: None, path: path_c, how: Box::new(how) });
+    let Payload::Fd(fd) = next(&mut reactor).payload else { panic!("not opened") };
+    let fd = Arc::new(fd);
+    let file = reactor.file(Arc::clone(&fd));
+    let mut source = arena.alloc(8192).unwrap();
+    source.bytes_mut().fill(3);
+    reactor.submit(TOKEN, Op::Write { file: file.clone(), source: SlotRange { slot: source, start: 10, len: 5000 }, offset: 100 });
+    assert_eq!(next(&mut reactor).result, Ok(5000));
+    reactor.submit(TOKEN, Op::Fsync { file: file.clone(), data_only: true });
+    assert_eq!(next(&mut reactor).result, Ok(0));
+    let target = SlotRange { slot: arena.alloc(8192).unwrap(), start: 0, len: 8192 };
+    reactor.submit(TOKEN, Op::Read { file: file.clone(), target, offset: 0 });
+    let event = next(&mut reactor);
+    assert_eq!(event.result, Ok(5100));
+    let Payload::Slot(range) = event.payload else { panic!("no slot") };
+    assert!(range.slot.bytes()[..100].iter().all(|&b| b == 0));
+    assert!(range.slot.bytes()[100..5100].iter().all(|&b| b == 3));
+    reactor.submit(TOKEN, Op::Stat { file: Arc::clone(&fd) });
+    let Payload::Stat(stat) = next(&mut reactor).payload else { panic!("no status") };
+    assert_eq!(stat.stx_size, 5100);
+    drop(file);
+    reactor.turn(Wait::Poll, &mut Vec::new()).unwrap();
+    reactor.submit(TOKEN, Op::Close { fd: Arc::into_inner(fd).expect("nobody else has it") });
+    assert_eq!(next(&mut reactor).result, Ok(0));
+    std::fs::remove_file(path).unwrap();
+    drop(range);
+    assert_eq!(arena.used_bytes(), 0);
+}
