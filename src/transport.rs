@@ -201,7 +201,8 @@ pub struct Reply {
     pub status: Status,
     /// The command's result.
     pub result: u64,
-    /// The body of the response: for a failure a padded sentence ([`crate::message::text`]).
+    /// The body of the response: for a failure a padded sentence ([`crate::message::text`]). Empty if the request was lost with
+    /// the connection: [`ClientTransport::failure`] says why.
     pub body: Body,
     /// How many bytes were placed in `bulk`.
     pub data_len: usize,
@@ -243,8 +244,8 @@ pub trait ClientTransport: Send {
     /// every outstanding request is over, each once; [`ClientTransport::failure`] says why.
     fn receive(&mut self, replies: &mut Vec<Reply>) -> bool;
 
-    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come. Returns early on a
-    /// signal (EINTR).
+    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come. A signal ends it early with
+    /// an error whose errno is EINTR.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error>;
 
     /// The kernel object to poll, and whether also for writing.
