@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
 use crate::memory::{Buffers, Slot};
-use crate::message::RemoteRegion;
 use crate::reactor::{Event, Reactor};
 
 /// A connection of a server's transport: an index that is reused and a generation that is not.
@@ -109,8 +108,8 @@ pub enum ServerEvent {
     Request(Request),
     /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is that slot.
     Fetched(RequestKey, SlotRange),
-    /// A connection has ended. Its requests are void, and no further event names it; slots that the transport holds for it come
-    /// free when the kernel or the NIC has let go of them.
+    /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, and no further event names it;
+    /// slots that the transport holds for it come free when the kernel or the NIC has let go of them.
     Closed(ConnectionId, CloseReason),
 }
 
@@ -161,6 +160,9 @@ pub trait ServerTransport {
 
     /// Ends a connection: sends a goodbye with this status and sentence if it can. [`ServerEvent::Closed`] follows.
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str);
+
+    /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
+    fn unsent_bytes(&self, connection: ConnectionId) -> usize;
 
     /// Whether anything waits to be sent: answers not yet taken by their peers.
     fn is_sending(&self) -> bool;
@@ -368,15 +370,6 @@ impl<T> Outstanding<T> {
             Some(value)
         })
     }
-}
-
-/// A request that the server's transport has not yet answered, and what its peer allowed.
-#[derive(Clone, Copy, Debug)]
-pub struct Unanswered {
-    /// Where the response's data goes.
-    pub region: RemoteRegion,
-    /// Inline data that has not been fetched.
-    pub data_len: u32,
 }
 
 #[cfg(test)]

@@ -1,5 +1,36 @@
 //! The TCP transport: messages and their data on one stream.
 
 mod client;
+mod server;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
+pub use server::Server;
+
+use crate::error::Error;
+
+/// Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
+const BACKLOG: i32 = 4096;
+
+/// Listens on an address, for [`crate::reactor::Op::Accept`]. Gives the socket, non-blocking, and its address with the actual port.
+pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
+    let open = || -> std::io::Result<(Socket, Option<SocketAddr>)> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_nonblocking(true)?;
+        socket.bind(&SockAddr::from(address))?;
+        socket.listen(BACKLOG)?;
+        let bound = socket.local_addr()?.as_socket();
+        Ok((socket, bound))
+    };
+    let (socket, bound) =
+        open().map_err(|source| Error::io(format!("Cannot listen on {address}"), source))?;
+    Ok((socket.into(), bound.unwrap_or(address)))
+}

@@ -1,0 +1,835 @@
+//! The server's side of TCP: all connections of one worker.
+//!
+//! A connection has at most one receive and one send in the ring. What arrives comes in a buffer of the reactor's, chosen when it
+//! arrives, so that idle connections hold no memory; the rest of a large write is received straight into its slot. Answers gather
+//! in a batch, and leave in one send when the turn is flushed.
+//!
+//! Nothing is read from a connection while a request's data waits for a slot, or while it does not take its answers: TCP's own
+//! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::net::{Shutdown, shutdown, sockopt};
+
+use crate::error::{Status, Violation};
+use crate::handshake::{Grant, Policy};
+use crate::memory::Slot;
+use crate::message::{self, Limits, Message, Parsed};
+use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
+use crate::transport::{
+    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+};
+
+/// Data that is still to come is received straight into its slot if it is at least this long; below, it comes with what follows
+/// it, which saves a receive and costs a short copy.
+const DIRECT_BYTES_MIN: usize = 32 << 10;
+/// A connection whose unsent answers hold more than this is not read from.
+const UNSENT_BYTES_MAX: usize = 1 << 20;
+/// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers.
+const PROGRESS_BYTES_MIN: u64 = 4096;
+/// How long a closed connection is kept for its peer to read the goodbye.
+const LINGER: Duration = Duration::from_secs(1);
+/// Finished batches kept for reuse.
+const SPARE_BATCHES: usize = 64;
+
+/// All connections of one worker.
+#[expect(clippy::vec_box, reason = "batches move between here and the ring in their boxes")]
+pub struct Server {
+    owner: u8,
+    policy: Arc<Policy>,
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+    events: VecDeque<ServerEvent>,
+    /// Connections with answers since the last flush.
+    dirty: Vec<u32>,
+    /// Boxed because the kernel points at a batch while it sends it.
+    spare: Vec<Box<SendBatch>>,
+    sending: usize,
+}
+
+struct Entry {
+    generation: u32,
+    connection: Option<Box<Connection>>,
+}
+
+/// What a connection's ring operations and timers are, in the low bits of their tokens.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Receive = 0,
+    Send = 1,
+    /// Handshake deadline, stall check, end of lingering.
+    Deadline = 2,
+    /// The peer promised to send something.
+    Keepalive = 3,
+}
+
+#[derive(PartialEq, Eq)]
+enum State {
+    /// Waits for the hello; its bytes so far.
+    Handshake(Vec<u8>),
+    Open,
+    /// Over; sends what is left (the goodbye), then reads to the end of the stream for a while.
+    Lingering,
+    /// Over; waits for its operations in the ring to end.
+    Dead,
+}
+
+/// Where in the stream of messages a connection is.
+enum Receiving {
+    /// Between messages, or within one.
+    Messages,
+    /// A request with data was reported; the worker has not yet given it a slot.
+    AwaitingFetch { id: u64, len: usize, crc: u32 },
+    /// Data comes into a slot. While a direct receive is in flight, the ring has the slot.
+    Data { id: u64, slot: Option<Slot>, start: usize, len: usize, filled: usize, crc: u32 },
+    /// A request was answered without its data.
+    Discard { left: usize },
+}
+
+/// Bytes received and not yet looked at.
+#[derive(Default)]
+enum Unread {
+    #[default]
+    None,
+    /// In a buffer of the reactor's; at most for the length of a turn.
+    Held(Received, usize),
+    /// Copied out of it, since the turn ended.
+    Copied(Vec<u8>, usize),
+}
+
+impl Unread {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::None => &[],
+            Self::Held(received, at) => &received[*at..],
+            Self::Copied(bytes, at) => &bytes[*at..],
+        }
+    }
+
+    fn advance(&mut self, n: usize) {
+        match self {
+            Self::None => {}
+            Self::Held(_, at) | Self::Copied(_, at) => *at += n,
+        }
+        if self.bytes().is_empty() {
+            *self = Self::None;
+        }
+    }
+}
+
+struct Connection {
+    id: ConnectionId,
+    socket: File,
+    state: State,
+    grant: Option<Grant>,
+    receiving: Receiving,
+    unread: Unread,
+    /// The front of a message whose rest has not arrived.
+    partial: Vec<u8>,
+    /// Requests not yet answered, oldest first: id and the most data of the response.
+    unanswered: VecDeque<(u64, u32)>,
+    /// Answers that no send has taken up, the bytes of their slots, and how many they are.
+    out: Option<Box<SendBatch>>,
+    out_bytes: usize,
+    out_responses: usize,
+    /// What the last send left over: goes before `out`.
+    rest: Option<Box<SendBatch>>,
+    /// Bytes of the slots in all unsent answers: in `out`, in `rest`, and in the ring.
+    unsent_bytes: usize,
+    receive_in_flight: bool,
+    send_in_flight: bool,
+    is_dirty: bool,
+    deadline: Option<TimerId>,
+    keepalive: Option<(TimerId, Duration)>,
+    /// Something came since the keepalive timer was set.
+    heard: bool,
+    progress: Progress,
+    /// `progress` when the stall check was set.
+    checked: Progress,
+}
+
+fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
+    for timer in [connection.deadline.take(), connection.keepalive.take().map(|(timer, _)| timer)]
+        .into_iter()
+        .flatten()
+    {
+        reactor.cancel_timer(timer);
+    }
+}
+
+/// What the stall check compares.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Progress {
+    messages_in: u64,
+    bytes_in: u64,
+    batches_out: u64,
+    bytes_out: u64,
+}
+
+impl Connection {
+    fn is_idle_in_ring(&self) -> bool {
+        !self.receive_in_flight && !self.send_in_flight
+    }
+
+    /// Whether the peer owes the rest of a message.
+    fn owes_input(&self) -> bool {
+        match self.receiving {
+            Receiving::Messages => !self.partial.is_empty(),
+            Receiving::AwaitingFetch { .. } => false,
+            Receiving::Data { .. } | Receiving::Discard { .. } => true,
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        self.grant.map_or(Limits { crc: false, data_bytes_max: 0 }, |grant| grant.limits())
+    }
+
+    #[expect(clippy::vec_box, reason = "as in `Server`")]
+    fn out(&mut self, spare: &mut Vec<Box<SendBatch>>) -> &mut SendBatch {
+        self.out.get_or_insert_with(|| spare.pop().unwrap_or_default())
+    }
+}
+
+impl Server {
+    /// A transport with no connections. Events on its operations carry `owner`.
+    pub fn new(owner: u8, policy: Arc<Policy>) -> Self {
+        Self {
+            owner,
+            policy,
+            entries: Vec::new(),
+            free: Vec::new(),
+            events: VecDeque::new(),
+            dirty: Vec::new(),
+            spare: Vec::new(),
+            sending: 0,
+        }
+    }
+
+    /// Takes over an accepted, non-blocking stream socket, and reads its handshake.
+    pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) {
+        // Neither matters to a socket that is no TCP socket (a test's socket pair).
+        let _ = sockopt::set_tcp_nodelay(&stream, true);
+        // A peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
+        if sockopt::set_socket_keepalive(&stream, true).is_ok() {
+            let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
+            let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10));
+            let _ = sockopt::set_tcp_keepcnt(&stream, 6);
+        }
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.entries.push(Entry { generation: 0, connection: None });
+            self.entries.len() as u32 - 1
+        });
+        let id = ConnectionId { index, generation: self.entries[index as usize].generation };
+        let socket = reactor.file(stream);
+        let deadline = Instant::now() + self.policy.handshake_timeout;
+        let timer = reactor.timer(deadline, self.token(id, Kind::Deadline));
+        let mut connection = Box::new(Connection {
+            id,
+            socket,
+            state: State::Handshake(Vec::new()),
+            grant: None,
+            receiving: Receiving::Messages,
+            unread: Unread::None,
+            partial: Vec::new(),
+            unanswered: VecDeque::new(),
+            out: None,
+            rest: None,
+            unsent_bytes: 0,
+            out_bytes: 0,
+            out_responses: 0,
+            receive_in_flight: false,
+            send_in_flight: false,
+            is_dirty: false,
+            deadline: Some(timer),
+            keepalive: None,
+            heard: true,
+            progress: Progress::default(),
+            checked: Progress::default(),
+        });
+        self.receive(reactor, &mut connection);
+        self.put(reactor, connection);
+    }
+
+    fn token(&self, id: ConnectionId, kind: Kind) -> Token {
+        Token {
+            owner: self.owner,
+            value: u64::from(id.generation) << 32 | u64::from(id.index) << 2 | kind as u64,
+        }
+    }
+
+    fn connection(&self, id: ConnectionId) -> Option<&Connection> {
+        let entry = self.entries.get(id.index as usize)?;
+        if entry.generation == id.generation { entry.connection.as_deref() } else { None }
+    }
+
+    /// Takes a connection out of its place, so that it can be changed together with the rest. [`Server::put`] it back.
+    fn take(&mut self, id: ConnectionId) -> Option<Box<Connection>> {
+        let entry = self.entries.get_mut(id.index as usize)?;
+        if entry.generation == id.generation { entry.connection.take() } else { None }
+    }
+
+    /// Puts a connection back, or ends it if nothing keeps it.
+    fn put(&mut self, reactor: &mut Reactor, mut connection: Box<Connection>) {
+        let index = connection.id.index;
+        let entry = &mut self.entries[index as usize];
+        if connection.state == State::Dead && connection.is_idle_in_ring() {
+            stop_timers(reactor, &mut connection);
+            entry.generation = entry.generation.wrapping_add(1);
+            self.free.push(index);
+        } else {
+            entry.connection = Some(connection);
+        }
+    }
+
+    /// Starts the receive that the connection's state asks for, if any.
+    fn receive(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        if connection.receive_in_flight || connection.state == State::Dead {
+            return;
+        }
+        if connection.state == State::Open {
+            let queue_depth = self.policy.queue_depth as usize;
+            let is_behind = connection.out_bytes > UNSENT_BYTES_MAX || connection.out_responses > queue_depth;
+            if is_behind && connection.send_in_flight {
+                return;
+            }
+            if !matches!(connection.unread, Unread::None) {
+                // The data of a request waits for a slot. If that is not given in this turn, flush makes a copy.
+                return self.mark_dirty(connection);
+            }
+        }
+        let socket = connection.socket.clone();
+        let op = match &mut connection.receiving {
+            Receiving::AwaitingFetch { .. } => return,
+            Receiving::Data { slot, start, len, filled, .. } if *len - *filled >= DIRECT_BYTES_MIN => {
+                let Some(slot) = slot.take() else { return };
+                Op::RecvInto {
+                    socket,
+                    target: SlotRange { slot, start: *start + *filled, len: *len - *filled },
+                }
+            }
+            _ => Op::Recv { socket },
+        };
+        connection.receive_in_flight = true;
+        reactor.submit(self.token(connection.id, Kind::Receive), op);
+    }
+
+    /// Looks at the unread bytes, as far as the connection's state lets it.
+    fn read(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        let mut unread = std::mem::take(&mut connection.unread);
+        while connection.state == State::Open {
+            let bytes = unread.bytes();
+            if bytes.is_empty() {
+                break;
+            }
+            let taken = match &mut connection.receiving {
+                Receiving::AwaitingFetch { .. } => break,
+                Receiving::Discard { left } => {
+                    let n = bytes.len().min(*left);
+                    *left -= n;
+                    if *left == 0 {
+                        connection.receiving = Receiving::Messages;
+                    }
+                    n
+                }
+                Receiving::Data { slot: Some(slot), start, len, filled, .. } => {
+                    let n = bytes.len().min(*len - *filled);
+                    let at = *start + *filled;
+                    slot.bytes_mut()[at..at + n].copy_from_slice(&bytes[..n]);
+                    *filled += n;
+                    self.finish_data(reactor, connection);
+                    n
+                }
+                Receiving::Data { slot: None, .. } => {
+                    unreachable!("the ring has the slot, so nothing else is received")
+                }
+                Receiving::Messages => match self.read_message(connection, bytes) {
+                    Ok(n) => n,
+                    Err(violation) => {
+                        self.fail(reactor, connection, violation);
+                        break;
+                    }
+                },
+            };
+            unread.advance(taken);
+        }
+        if connection.state == State::Open {
+            connection.unread = unread;
+        }
+    }
+
+    /// Ends the data of a request if it is complete.
+    fn finish_data(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        let Receiving::Data { id, slot, start, len, filled, crc } = &mut connection.receiving else { return };
+        if filled < len {
+            return;
+        }
+        let Some(slot) = slot.take() else { return };
+        let range = SlotRange { slot, start: *start, len: *len };
+        let key = RequestKey { connection: connection.id, id: *id };
+        let crc = *crc;
+        connection.receiving = Receiving::Messages;
+        connection.progress.messages_in += 1;
+        if connection.limits().crc
+            && message::data_crc(&range.slot.bytes()[range.start..][..range.len]) != crc
+        {
+            return self.fail(reactor, connection, Violation::Checksum);
+        }
+        self.events.push_back(ServerEvent::Fetched(key, range));
+    }
+
+    /// Takes in one message, or a part of one. Gives how many of `bytes` that took.
+    fn read_message(&mut self, connection: &mut Connection, bytes: &[u8]) -> Result<usize, Violation> {
+        let limits = connection.limits();
+        if connection.partial.is_empty() {
+            return match message::parse(bytes, &limits)? {
+                Parsed::Item(message, len) => {
+                    self.take_message(connection, message)?;
+                    Ok(len)
+                }
+                Parsed::Need(_) => {
+                    connection.partial.extend_from_slice(bytes);
+                    Ok(bytes.len())
+                }
+            };
+        }
+        let mut partial = std::mem::take(&mut connection.partial);
+        let mut taken = 0;
+        loop {
+            match message::parse(&partial, &limits)? {
+                Parsed::Item(message, _) => {
+                    self.take_message(connection, message)?;
+                    return Ok(taken);
+                }
+                Parsed::Need(n) => {
+                    let more = (n - partial.len()).min(bytes.len() - taken);
+                    if more == 0 {
+                        connection.partial = partial;
+                        return Ok(taken);
+                    }
+                    partial.extend_from_slice(&bytes[taken..taken + more]);
+                    taken += more;
+                }
+            }
+        }
+    }
+
+    fn take_message(&mut self, connection: &mut Connection, message: Message<'_>) -> Result<(), Violation> {
+        match message {
+            Message::Request(request, body) => {
+                let credits = connection.grant.map_or(0, |grant| grant.credits()) as usize;
+                if connection.unanswered.len() >= credits {
+                    return Err(Violation::Credits);
+                }
+                if connection.unanswered.iter().any(|&(id, _)| id == request.id) {
+                    return Err(Violation::RequestId);
+                }
+                if matches!(request.region, message::RemoteRegion::Out { .. }) {
+                    // On a stream data follows the request: there is nothing to fetch from.
+                    return Err(Violation::Field);
+                }
+                connection.unanswered.push_back((request.id, request.region_in_len()));
+                if request.data_len > 0 {
+                    connection.receiving = Receiving::AwaitingFetch {
+                        id: request.id,
+                        len: request.data_len as usize,
+                        crc: request.data_crc,
+                    };
+                } else {
+                    connection.progress.messages_in += 1;
+                }
+                self.events.push_back(ServerEvent::Request(Request {
+                    key: RequestKey { connection: connection.id, id: request.id },
+                    body: body.into(),
+                    data_len: request.data_len,
+                    region_len: request.region_in_len(),
+                }));
+            }
+            Message::Ping(id) => {
+                // A peer that asks without ever reading is stopped as one that does not take its answers.
+                let crc = connection.limits().crc;
+                connection.out_responses += 1;
+                connection.out(&mut self.spare).push_bytes(|out| message::encode_pong(id, crc, out));
+                self.mark_dirty(connection);
+            }
+            Message::Pong(_) => {}
+            Message::Goodbye(..) => {
+                let reason = if connection.unanswered.is_empty() {
+                    CloseReason::Finished
+                } else {
+                    CloseReason::Lost(0)
+                };
+                self.end(connection, reason);
+            }
+            Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
+        }
+        Ok(())
+    }
+
+    fn mark_dirty(&mut self, connection: &mut Connection) {
+        if !connection.is_dirty {
+            connection.is_dirty = true;
+            self.dirty.push(connection.id.index);
+        }
+    }
+
+    /// Ends a connection whose peer broke the protocol, and tells the peer.
+    fn fail(&mut self, reactor: &mut Reactor, connection: &mut Connection, violation: Violation) {
+        let status = Status { retryable: false, ..Status::protocol(violation.errno()) };
+        self.say_goodbye(
+            reactor,
+            connection,
+            status,
+            &format!("{violation}."),
+            CloseReason::Violation(violation),
+        );
+    }
+
+    fn say_goodbye(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: &mut Connection,
+        status: Status,
+        text: &str,
+        reason: CloseReason,
+    ) {
+        let crc = connection.limits().crc;
+        match connection.state {
+            // Whoever it is does not speak raio, and would not understand.
+            State::Handshake(_) if reason == CloseReason::Violation(Violation::Magic) => {
+                return self.end(connection, reason);
+            }
+            State::Handshake(_) => {
+                let refusal = self.policy.refusal(status.errno, text);
+                connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&refusal));
+            }
+            State::Open => {
+                connection
+                    .out(&mut self.spare)
+                    .push_bytes(|out| message::encode_goodbye(status, text, crc, out));
+            }
+            State::Lingering | State::Dead => return,
+        }
+        connection.state = State::Lingering;
+        connection.unread = Unread::None;
+        connection.receiving = Receiving::Messages;
+        connection.unanswered.clear();
+        self.events.push_back(ServerEvent::Closed(connection.id, reason));
+        stop_timers(reactor, connection);
+        connection.deadline =
+            Some(reactor.timer(Instant::now() + LINGER, self.token(connection.id, Kind::Deadline)));
+        self.mark_dirty(connection);
+    }
+
+    /// Ends a connection at once.
+    fn end(&mut self, connection: &mut Connection, reason: CloseReason) {
+        if connection.state == State::Dead {
+            return;
+        }
+        if connection.state != State::Lingering {
+            self.events.push_back(ServerEvent::Closed(connection.id, reason));
+        }
+        connection.state = State::Dead;
+        connection.unread = Unread::None;
+        connection.out = None;
+        connection.rest = None;
+        // Makes its operations in the ring end.
+        let _ = shutdown(&connection.socket, Shutdown::Both);
+    }
+
+    fn received(&mut self, reactor: &mut Reactor, connection: &mut Connection, event: Event) {
+        connection.receive_in_flight = false;
+        let n = match event.result {
+            // All buffers are in use: they come back within this turn, so ask again.
+            Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN) => {
+                if let (Payload::Slot(range), Receiving::Data { slot, .. }) =
+                    (event.payload, &mut connection.receiving)
+                {
+                    *slot = Some(range.slot);
+                }
+                return;
+            }
+            Err(errno) => return self.end(connection, CloseReason::Lost(errno)),
+            Ok(0) => {
+                let finished = connection.unanswered.is_empty() && !connection.owes_input();
+                let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(0) };
+                return self.end(connection, reason);
+            }
+            Ok(n) => n as usize,
+        };
+        connection.progress.bytes_in += n as u64;
+        match (event.payload, &mut connection.state) {
+            (_, State::Lingering | State::Dead) => {}
+            (Payload::Slot(range), State::Open) => {
+                if let Receiving::Data { slot, filled, .. } = &mut connection.receiving {
+                    *filled += n;
+                    *slot = Some(range.slot);
+                    self.finish_data(reactor, connection);
+                }
+            }
+            (Payload::Received(received), State::Open) => {
+                connection.unread = Unread::Held(received, 0);
+                self.read(reactor, connection);
+            }
+            (Payload::Received(received), State::Handshake(hello)) => {
+                hello.extend_from_slice(&received);
+                let hello = std::mem::take(hello);
+                self.handshake(reactor, connection, hello);
+            }
+            _ => unreachable!("a receive gives back a slot or a buffer"),
+        }
+    }
+
+    fn handshake(&mut self, reactor: &mut Reactor, connection: &mut Connection, hello: Vec<u8>) {
+        match self.policy.welcome(&hello) {
+            Ok(Parsed::Need(n)) if hello.len() < n.min(message::HANDSHAKE_BYTES_MAX) => {
+                connection.state = State::Handshake(hello);
+            }
+            Ok(Parsed::Need(_)) => self.fail(reactor, connection, Violation::HandshakeTooLong),
+            Err(violation) => self.fail(reactor, connection, violation),
+            Ok(Parsed::Item((peer, welcome), taken)) => {
+                stop_timers(reactor, connection);
+                connection.state = State::Open;
+                connection.grant = Some(peer.grant);
+                connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&welcome));
+                self.mark_dirty(connection);
+                if !peer.keepalive.is_zero() {
+                    // Three times, so that one late message is no death sentence.
+                    let period = peer.keepalive * 3;
+                    let timer =
+                        reactor.timer(Instant::now() + period, self.token(connection.id, Kind::Keepalive));
+                    connection.keepalive = Some((timer, period));
+                }
+                self.events.push_back(ServerEvent::Opened(connection.id, peer));
+                if taken < hello.len() {
+                    connection.unread = Unread::Copied(hello, taken);
+                    self.read(reactor, connection);
+                }
+            }
+        }
+    }
+
+    fn sent(&mut self, connection: &mut Connection, event: Event) {
+        connection.send_in_flight = false;
+        self.sending -= 1;
+        let Payload::Batch(batch) = event.payload else { unreachable!("a send gives back its batch") };
+        match event.result {
+            Ok(n) => connection.progress.bytes_out += u64::from(n),
+            Err(libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {}
+            Err(errno) => self.end(connection, CloseReason::Lost(errno)),
+        }
+        if connection.state == State::Dead {
+            return;
+        }
+        if batch.is_empty() {
+            connection.progress.batches_out += 1;
+            connection.unsent_bytes = connection.out_bytes;
+            if self.spare.len() < SPARE_BATCHES {
+                self.spare.push(batch);
+            }
+            if connection.out.is_some() {
+                self.mark_dirty(connection);
+            } else if connection.state == State::Lingering {
+                let _ = shutdown(&connection.socket, Shutdown::Write);
+            }
+        } else {
+            connection.rest = Some(batch);
+            self.mark_dirty(connection);
+        }
+    }
+
+    fn deadline(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        connection.deadline = None;
+        let Progress { messages_in, bytes_in, batches_out, bytes_out } = connection.checked;
+        let now = connection.progress;
+        match connection.state {
+            State::Handshake(_) => self.fail(reactor, connection, Violation::HandshakeTimeout),
+            State::Lingering => self.end(connection, CloseReason::Local),
+            State::Dead => {}
+            State::Open => {
+                let input_stalled = connection.owes_input()
+                    && connection.receive_in_flight
+                    && now.messages_in == messages_in
+                    && now.bytes_in - bytes_in < PROGRESS_BYTES_MIN;
+                let output_stalled = connection.send_in_flight
+                    && now.batches_out == batches_out
+                    && now.bytes_out - bytes_out < PROGRESS_BYTES_MIN;
+                if output_stalled {
+                    // A goodbye would wait behind what it does not take.
+                    self.end(connection, CloseReason::Violation(Violation::Stalled));
+                } else if input_stalled {
+                    self.fail(reactor, connection, Violation::Stalled);
+                }
+            }
+        }
+    }
+
+    /// Sets the stall check if the peer owes something and none is set. It is set again only when it has come, so that a busy
+    /// connection costs one timer in a stall timeout.
+    fn watch_progress(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        if connection.state == State::Open
+            && connection.deadline.is_none()
+            && (connection.send_in_flight || connection.owes_input())
+        {
+            connection.checked = connection.progress;
+            let token = self.token(connection.id, Kind::Deadline);
+            connection.deadline = Some(reactor.timer(Instant::now() + self.policy.stall_timeout, token));
+        }
+    }
+
+    fn keepalive(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        let Some((_, period)) = connection.keepalive.take() else { return };
+        if connection.state != State::Open {
+            return;
+        }
+        if !connection.heard {
+            return self.fail(reactor, connection, Violation::Silent);
+        }
+        connection.heard = false;
+        let timer = reactor.timer(Instant::now() + period, self.token(connection.id, Kind::Keepalive));
+        connection.keepalive = Some((timer, period));
+    }
+
+    /// Starts the send that is due, if none is in flight.
+    fn send(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        if connection.send_in_flight || connection.state == State::Dead {
+            return;
+        }
+        let batch = connection.rest.take().or_else(|| {
+            connection.out_bytes = 0;
+            connection.out_responses = 0;
+            connection.out.take()
+        });
+        if let Some(batch) = batch {
+            connection.send_in_flight = true;
+            self.sending += 1;
+            let op = Op::Send { socket: connection.socket.clone(), batch };
+            reactor.submit(self.token(connection.id, Kind::Send), op);
+        }
+    }
+}
+
+impl ServerTransport for Server {
+    fn handle(&mut self, reactor: &mut Reactor, event: Event) {
+        let value = event.token.value;
+        let id = ConnectionId { index: (value as u32) >> 2, generation: (value >> 32) as u32 };
+        let Some(mut connection) = self.take(id) else {
+            debug_assert!(matches!(event.payload, Payload::Timer), "an operation outlived its connection");
+            return;
+        };
+        match value & 3 {
+            kind if kind == Kind::Receive as u64 => {
+                connection.heard = true;
+                self.received(reactor, &mut connection, event);
+            }
+            kind if kind == Kind::Send as u64 => self.sent(&mut connection, event),
+            kind if kind == Kind::Deadline as u64 => self.deadline(reactor, &mut connection),
+            _ => self.keepalive(reactor, &mut connection),
+        }
+        self.receive(reactor, &mut connection);
+        self.watch_progress(reactor, &mut connection);
+        self.put(reactor, connection);
+    }
+
+    fn next_event(&mut self) -> Option<ServerEvent> {
+        self.events.pop_front()
+    }
+
+    fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize) {
+        let Some(mut connection) = self.take(request.connection) else { return };
+        if let Receiving::AwaitingFetch { id, len, crc } = connection.receiving
+            && id == request.id
+        {
+            assert!(slot.len() >= start && slot.len() - start >= len, "the slot has room for the data");
+            connection.receiving = Receiving::Data { id, slot: Some(slot), start, len, filled: 0, crc };
+            self.read(reactor, &mut connection);
+            self.receive(reactor, &mut connection);
+            self.watch_progress(reactor, &mut connection);
+        }
+        self.put(reactor, connection);
+    }
+
+    fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
+        let Some(mut connection) = self.take(request.connection) else { return };
+        let position = connection.unanswered.iter().position(|&(id, _)| id == request.id);
+        if let (State::Open, Some((_, region_len))) =
+            (&connection.state, position.and_then(|at| connection.unanswered.remove(at)))
+        {
+            let crc = connection.limits().crc;
+            let data_len = response.data.as_ref().map_or(0, |range| range.len);
+            assert!(
+                data_len <= region_len as usize,
+                "a response brings no more data than the request has room for"
+            );
+            let data_crc = match &response.data {
+                Some(range) if crc && data_len > 0 => {
+                    message::data_crc(&range.slot.bytes()[range.start..range.start + range.len])
+                }
+                _ => 0,
+            };
+            let header = message::Response {
+                id: request.id,
+                body_len: 0,
+                data_len: data_len as u32,
+                status: response.status,
+                credits: 1,
+                result: response.result,
+                data_crc,
+            };
+            let batch = connection.out(&mut self.spare);
+            batch.push_bytes(|out| header.encode(&response.body, crc, out));
+            if let Some(range) = response.data {
+                connection.unsent_bytes += range.slot.len();
+                connection.out_bytes += range.slot.len();
+                connection.out(&mut self.spare).push_slot(range);
+            }
+            connection.out_responses += 1;
+            self.mark_dirty(&mut connection);
+            if let Receiving::AwaitingFetch { id, len, .. } = connection.receiving
+                && id == request.id
+            {
+                connection.receiving = Receiving::Discard { left: len };
+                connection.progress.messages_in += 1;
+                self.read(reactor, &mut connection);
+                self.receive(reactor, &mut connection);
+            }
+        }
+        self.put(reactor, connection);
+    }
+
+    fn flush(&mut self, reactor: &mut Reactor) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for index in dirty.drain(..) {
+            let Some(mut connection) = self.entries[index as usize].connection.take() else { continue };
+            connection.is_dirty = false;
+            // A turn is over: the reactor's buffers go back, for others may need them.
+            if let Unread::Held(received, at) = &connection.unread {
+                connection.unread = Unread::Copied(received[*at..].to_vec(), 0);
+            }
+            self.send(reactor, &mut connection);
+            self.watch_progress(reactor, &mut connection);
+            self.put(reactor, connection);
+        }
+        self.dirty = dirty;
+    }
+
+    fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
+        let Some(mut connection) = self.take(connection) else { return };
+        self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Local);
+        self.put(reactor, connection);
+    }
+
+    fn unsent_bytes(&self, connection: ConnectionId) -> usize {
+        self.connection(connection).map_or(0, |connection| connection.unsent_bytes)
+    }
+
+    fn is_sending(&self) -> bool {
+        self.sending > 0 || !self.dirty.is_empty()
+    }
+
+    fn connections(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+}
