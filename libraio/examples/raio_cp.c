@@ -229,7 +229,7 @@ static int remote_fsync(struct copy *copy)
 	return 0;
 }
 
-/* Opens both ends: the source first, so that a source that is not there leaves the destination as it was. */
+/* The destination is opened last, when nothing but I/O can fail any more: opening it empties it. */
 static int open_remote(struct copy *copy, const char *path)
 {
 	struct stat64 st;
@@ -303,18 +303,20 @@ static int copy_file(struct copy *copy, const char *server, const char *path, lo
 		remote_failed("reach", server);
 		goto out;
 	}
-	if (open_remote(copy, path) || (!copy->upload && open_local(copy)))
-		goto stop;
 	if (raio_setup(copy->remote, depth, &copy->ctx)) {
 		remote_failed("set up I/O on", copy->remote_name);
 		goto stop;
 	}
 	if (choose_block_bytes(copy, asked))
 		goto destroy;
+	if (open_remote(copy, path))
+		goto destroy;
+	if (!copy->upload && open_local(copy))
+		goto close;
 	memory = raio_alloc(copy->ctx, (size_t)depth * copy->block_bytes, &copy->mr);
 	if (!memory) {
 		remote_failed("allocate buffers for", copy->remote_name);
-		goto destroy;
+		goto close;
 	}
 	for (i = 0; i < depth; i++)
 		blocks[i].buf = memory + (size_t)i * copy->block_bytes;
@@ -324,11 +326,12 @@ static int copy_file(struct copy *copy, const char *server, const char *path, lo
 			 fsync(copy->local) ? local_failed("sync", copy->local_name) : 0;
 	drain(copy, events);
 	raio_free(copy->ctx, memory);
+close:
+	if (raio_close(copy->remote) && !result)
+		result = remote_failed("close", copy->remote_name);
 destroy:
 	raio_destroy(copy->ctx);
 stop:
-	if (raio_close(copy->remote) && !result)
-		result = remote_failed("close", copy->remote_name);
 	raio_stop(copy->remote);
 out:
 	if (copy->local >= 0 && close(copy->local) && !result)

@@ -425,10 +425,14 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	struct iovec iov[1025];
 	struct raio_event events[8];
 	struct raio_stats stats;
+	struct stat64 st;
 	raio_context_t other, full;
 	raio_mr_t mr, others_mr, old_mr;
-	int other_session, closed, i;
-	char buf[4096], *lines;
+	int other_session, writable, closed, i;
+	char buf[4096], path[128], *lines;
+
+	writable = raio_open(fd, fresh_path(path, sizeof(path), "refused"), O_RDWR | O_CREAT | O_EXCL);
+	MUST(writable > 0);
 
 	EQ(raio_submit(ctx, 0, ios), 0);
 	EQ(raio_submit(ctx, 0, NULL), 0);
@@ -456,7 +460,7 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	}
 	raio_prep_pread(&iocb, file, buf, 1, -1, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, buf, 1, LLONG_MIN, NULL);
+	raio_prep_pwrite(&iocb, writable, buf, 1, LLONG_MIN, NULL);
 	REFUSED(EINVAL);
 	MUST(raio_get_stats(ctx, &stats, sizeof(stats)) == 0);
 	MUST(stats.io_bytes_max > 0);
@@ -466,13 +470,13 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	REFUSED(EINVAL);
 	raio_prep_pread(&iocb, file, buf, SIZE_MAX, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, buf, SIZE_MAX, 0, NULL);
+	raio_prep_pwrite(&iocb, writable, buf, SIZE_MAX, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, buf, (size_t)SSIZE_MAX + 1, 4096, NULL);
+	raio_prep_pwrite(&iocb, writable, buf, (size_t)SSIZE_MAX + 1, 4096, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, buf, 1ULL << 32, 0, NULL);
+	raio_prep_pwrite(&iocb, writable, buf, 1ULL << 32, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, NULL, 1, 0, NULL);
+	raio_prep_pwrite(&iocb, writable, NULL, 1, 0, NULL);
 	REFUSED(EINVAL);
 
 	/* iovecs */
@@ -484,12 +488,12 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	REFUSED(EINVAL);
 	raio_prep_preadv(&iocb, file, iov, 1025, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwritev(&iocb, file, iov, -1, 0, NULL);
+	raio_prep_pwritev(&iocb, writable, iov, -1, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwritev(&iocb, file, iov, INT_MAX, 0, NULL);
+	raio_prep_pwritev(&iocb, writable, iov, INT_MAX, 0, NULL);
 	REFUSED(EINVAL);
 	iov[1].iov_base = NULL;
-	raio_prep_pwritev(&iocb, file, iov, 2, 0, NULL);
+	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
 	raio_prep_preadv(&iocb, file, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
@@ -498,18 +502,18 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	iov[1].iov_len = 2;
 	raio_prep_preadv(&iocb, file, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwritev(&iocb, file, iov, 2, 0, NULL);
+	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
 	iov[0].iov_len = stats.io_bytes_max;
-	raio_prep_pwritev(&iocb, file, iov, 2, 0, NULL);
+	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
 
 	/* Ranges of discard and write-zeroes. */
-	raio_prep_discard(&iocb, file, -4096, 4096);
+	raio_prep_discard(&iocb, writable, -4096, 4096);
 	REFUSED(EINVAL);
-	raio_prep_write_zeroes(&iocb, file, -1, 1);
+	raio_prep_write_zeroes(&iocb, writable, -1, 1);
 	REFUSED(EINVAL);
-	raio_prep_write_zeroes(&iocb, file, LLONG_MAX, ULLONG_MAX);
+	raio_prep_write_zeroes(&iocb, writable, LLONG_MAX, ULLONG_MAX);
 	REFUSED(EINVAL);
 
 	/* Descriptors. */
@@ -542,7 +546,7 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	REFUSED(EINVAL);
 	raio_prep_pread(&iocb, file, buf + 1023, 1024, 0, mr);
 	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, file, buf, sizeof(buf), 0, mr);
+	raio_prep_pwrite(&iocb, writable, buf, sizeof(buf), 0, mr);
 	REFUSED(EINVAL);
 	raio_prep_pread(&iocb, file, buf, 1, 0, others_mr);
 	REFUSED(EINVAL);
@@ -587,6 +591,10 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	EQ(raio_destroy(full), 0);
 	free(lines);
 
+	/* Nothing that was refused has been written. */
+	MUST(raio_fstat(writable, &st) == 0);
+	EQ(st.st_size, 0);
+	EQ(raio_close(writable), 0);
 	EQ(raio_dereg_mr(ctx, mr), 0);
 	EQ(raio_destroy(other), 0);
 	EQ(raio_stop(other_session), 0);
