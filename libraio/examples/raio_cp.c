@@ -309,26 +309,27 @@ static int copy_file(struct copy *copy, const char *server, const char *path, lo
 	}
 	if (choose_block_bytes(copy, asked))
 		goto destroy;
-	if (open_remote(copy, path))
-		goto destroy;
-	if (!copy->upload && open_local(copy))
-		goto close;
 	memory = raio_alloc(copy->ctx, (size_t)depth * copy->block_bytes, &copy->mr);
 	if (!memory) {
 		remote_failed("allocate buffers for", copy->remote_name);
-		goto close;
+		goto destroy;
 	}
 	for (i = 0; i < depth; i++)
 		blocks[i].buf = memory + (size_t)i * copy->block_bytes;
+	if (open_remote(copy, path))
+		goto free;
+	if (!copy->upload && open_local(copy))
+		goto close;
 	result = copy_run(copy, blocks, batch, events, depth);
 	if (!result && sync)
 		result = copy->upload ? remote_fsync(copy) :
 			 fsync(copy->local) ? local_failed("sync", copy->local_name) : 0;
 	drain(copy, events);
-	raio_free(copy->ctx, memory);
 close:
 	if (raio_close(copy->remote) && !result)
 		result = remote_failed("close", copy->remote_name);
+free:
+	raio_free(copy->ctx, memory);
 destroy:
 	raio_destroy(copy->ctx);
 stop:
