@@ -395,7 +395,7 @@ static long submit_one(raio_context_t ctx, struct raio_iocb *iocb)
 static void refused(raio_context_t ctx, int file, struct raio_iocb *bad, int error, int line)
 {
 	struct raio_iocb good, *ios[3];
-	struct raio_event event;
+	struct raio_event event = { .obj = NULL };
 	char byte;
 	long n;
 
