@@ -1,0 +1,254 @@
+//! What a user of fio expects of an engine beside reading and writing: layout, sizes, options, clear refusals, and
+//! that no local file of the same name is ever touched.
+
+mod fio;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
+
+use fio::{Scratch, Server, assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
+
+/// An export `/disk` in a directory of its own.
+fn export() -> (Scratch, Server) {
+    let directory = Scratch::new();
+    let server = Server::start(&format!("disk={},rw", directory.path().display()));
+    (directory, server)
+}
+
+#[test]
+fn a_read_job_on_a_missing_file_lays_it_out_as_fio_does_locally() {
+    let seed = seed();
+    let (directory, server) = export();
+    let local = directory.path().join("local");
+    // 10,000 KiB is no multiple of the batches in which the layout is written, and 12 KiB none of either
+    let job = [
+        "--rw=randread".into(),
+        "--bs=12k".into(),
+        "--size=10000k".into(),
+        "--iodepth=4".into(),
+        format!("--randseed={seed}"),
+    ];
+    succeed(fio_raio(server.port).args(&job).arg("--filename=/disk/remote"));
+    succeed(fio_local().args(&job).arg(format!("--filename={}", local.display())));
+    assert_same_bytes(&directory.path().join("remote"), &local, "layout");
+}
+
+#[test]
+fn several_files_of_several_jobs_are_created_and_sized() {
+    let (directory, server) = export();
+    succeed(fio_raio(server.port).args([
+        "--filename_format=/disk/$jobnum.$filenum",
+        "--nrfiles=5",
+        "--openfiles=2",
+        "--numjobs=3",
+        "--size=10m",
+        "--bs=4k",
+        "--rw=randrw",
+        "--iodepth=16",
+        "--verify=crc32c",
+    ]));
+    for job in 0..3 {
+        for file in 0..5 {
+            let name = directory.path().join(format!("{job}.{file}"));
+            assert_eq!(fs::metadata(&name).expect("a file of the job").len(), 2 << 20, "{name:?}");
+        }
+    }
+}
+
+#[test]
+fn a_colon_in_a_file_name_is_escaped_as_in_every_engine() {
+    let (directory, server) = export();
+    succeed(fio_raio(server.port).args(["--filename=/disk/a\\:b:/disk/c", "--size=128k", "--rw=write"]));
+    assert_eq!(fs::metadata(directory.path().join("a:b")).expect("a:b").len(), 64 << 10);
+    assert_eq!(fs::metadata(directory.path().join("c")).expect("c").len(), 64 << 10);
+}
+
+#[test]
+fn create_on_open_creates_without_laying_out() {
+    let (directory, server) = export();
+    succeed(fio_raio(server.port).args([
+        "--filename=/disk/file",
+        "--size=1m",
+        "--rw=write",
+        "--create_on_open=1",
+        "--number_ios=4",
+        "--bs=4k",
+    ]));
+    assert_eq!(fs::metadata(directory.path().join("file")).expect("the file").len(), 4 * 4_096);
+}
+
+#[test]
+fn trims_punch_holes_into_files() {
+    let (directory, server) = export();
+    let file = directory.path().join("file");
+    fs::write(&file, vec![0xa5; 8 << 20]).expect("a file");
+    succeed(fio_raio(server.port).args([
+        "--filename=/disk/file",
+        "--size=4m",
+        "--rw=randtrim",
+        "--bs=64k",
+        "--iodepth=8",
+        "--end_fsync=1",
+    ]));
+    let (trimmed, kept) = {
+        let bytes = fs::read(&file).expect("the file");
+        assert_eq!(bytes.len(), 8 << 20, "a trim does not change the size");
+        (bytes[..4 << 20].iter().all(|&byte| byte == 0), bytes[4 << 20..].iter().all(|&byte| byte == 0xa5))
+    };
+    assert!(trimmed && kept);
+    assert!(fs::metadata(&file).expect("the file").blocks() * 512 <= 5 << 20, "the space is given back");
+}
+
+#[test]
+fn syncs_of_every_kind_reach_the_server() {
+    let (_directory, server) = export();
+    succeed(fio_raio(server.port).args([
+        "--filename=/disk/file",
+        "--size=2m",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--iodepth=8",
+        "--fsync=16",
+        "--fdatasync=12",
+        "--sync_file_range=write:8",
+        "--sync=1",
+        "--verify=crc32c",
+    ]));
+}
+
+#[test]
+fn no_local_file_of_the_same_name_is_touched() {
+    // the export has the name of a directory here, so that each remote path is a local path as well
+    let remote = Scratch::new();
+    let local = Scratch::new();
+    let name = local.path().file_name().expect("a name").to_str().expect("plain");
+    let server = Server::start(&format!("tmp={},rw", remote.path().display()));
+    let inside = remote.path().join(name);
+    fs::create_dir(&inside).expect("a directory");
+    let path = format!("/tmp/{name}/file");
+    if std::env::temp_dir() != std::path::Path::new("/tmp") {
+        println!("TMPDIR is not /tmp: this run compares with a local path that does not exist");
+    } else {
+        fs::write(&path, b"mine").expect("a local file");
+    }
+    for rw in ["write", "randread", "randtrim"] {
+        let job = ["--size=1m", "--bs=4k", "--iodepth=4", &format!("--rw={rw}")];
+        succeed(fio_raio(server.port).args(job).arg(format!("--filename={path}")));
+        let output =
+            fio_raio(server.port).args(job).arg(format!("--filename={path}")).arg("--unlink=1").output();
+        let output = output.expect("fio");
+        assert!(!output.status.success());
+        assert!(said(&output).contains("does not support unlink="), "{}", said(&output));
+    }
+    assert_eq!(fs::metadata(inside.join("file")).expect("the remote file").len(), 1 << 20);
+    if std::env::temp_dir() == std::path::Path::new("/tmp") {
+        assert_eq!(fs::read(&path).expect("the local file"), b"mine");
+    }
+}
+
+#[test]
+fn what_cannot_work_is_refused_with_a_sentence() {
+    let (_directory, server) = export();
+    let plain = ["--filename=/disk/file", "--size=4m", "--bs=4k", "--rw=write"];
+    let refusals: &[(&[&str], &str)] = &[
+        (&["--pre_read=1"], "does not support pre_read="),
+        (&["--fsync_on_close=1"], "Use end_fsync=1"),
+        (&["--fill_device=1"], "Give size="),
+        (&["--filename=relative"], "Give filename=/EXPORT/path"),
+        (&["--bs=64m", "--size=64m"], "--io-max 67108864"),
+        (&["--raio_url=raio://127.0.0.1:1"], "raio://127.0.0.1:1"),
+        (&["--raio_url=nonsense"], "nonsense"),
+        (&["--filename=/nowhere/file"], "nowhere"),
+        (&["--filename=/disk/../file"], "/disk/../file"),
+    ];
+    for (options, sentence) in refusals {
+        let output = fio_raio(server.port).args(plain).args(*options).output().expect("fio");
+        assert!(!output.status.success(), "{options:?} is refused");
+        assert!(said(&output).contains(sentence), "{options:?}: expected {sentence:?} in\n{}", said(&output));
+    }
+    let output = Command::new("fio")
+        .args(["--name=job", &format!("--ioengine=external:{}", engine().display())])
+        .args(plain)
+        .output()
+        .expect("fio");
+    assert!(!output.status.success());
+    assert!(said(&output).contains("Give raio_url=raio://HOST:PORT"), "{}", said(&output));
+}
+
+#[test]
+fn a_read_only_export_is_read_and_not_written() {
+    let directory = Scratch::new();
+    fs::write(directory.path().join("file"), vec![7; 1 << 20]).expect("a file");
+    let server = Server::start(&format!("disk={}", directory.path().display()));
+    succeed(fio_raio(server.port).args(["--filename=/disk/file", "--rw=randread", "--bs=4k", "--iodepth=8"]));
+    for job in [["--filename=/disk/file", "--rw=write"], ["--filename=/disk/missing", "--rw=read"]] {
+        let output = fio_raio(server.port).args(job).arg("--size=1m").output().expect("fio");
+        assert!(!output.status.success());
+        assert!(said(&output).contains("Read-only file system"), "{}", said(&output));
+    }
+}
+
+#[test]
+fn a_job_ends_with_an_error_when_its_server_dies() {
+    let (_directory, mut server) = export();
+    let mut fio = fio_raio(server.port);
+    fio.args([
+        "--filename=/disk/file",
+        "--size=4m",
+        "--rw=randread",
+        "--bs=4k",
+        "--iodepth=64",
+        "--numjobs=2",
+    ]);
+    fio.args(["--time_based", "--runtime=60"]);
+    let fio =
+        fio.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("fio");
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    server.kill();
+    let output = fio.wait_with_output().expect("fio");
+    assert!(!output.status.success());
+    let said = said(&output);
+    assert!(said.contains("io_u error on file /disk/file"), "{said}");
+}
+
+#[test]
+fn the_engine_refuses_a_fio_that_it_was_not_built_for() {
+    let scratch = Scratch::new();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let headers = succeed(&mut Command::new(root.join("scripts/fio-headers")));
+    let headers = String::from_utf8_lossy(&headers.stdout).trim().to_owned();
+    // the engine as built for another fio; unresolved libraio functions do not matter as long as nobody calls them
+    let glue = scratch.path().join("glue.c");
+    fs::write(
+        &glue,
+        "void *raio_fio_ioengine(void);\nvoid get_ioengine(void **ops) { *ops = raio_fio_ioengine(); }\n",
+    )
+    .expect("a source file");
+    let engine = scratch.path().join("engine.so");
+    succeed(
+        Command::new("cc")
+            .args([
+                "-std=gnu99",
+                "-shared",
+                "-fPIC",
+                "-D_GNU_SOURCE",
+                "-DRAIO_FIO_VERSION=\"fio-0.1\"",
+                "-isystem",
+            ])
+            .args([&headers, "-include", &format!("{headers}/config-host.h"), "-I"])
+            .arg(root.join("libraio/include"))
+            .args([&root.join("fio-engine/engine.c"), &glue])
+            .arg("-o")
+            .arg(&engine),
+    );
+    let output = Command::new("fio")
+        .args(["--name=job", &format!("--ioengine=external:{}", engine.display())])
+        .args(["--size=1m", "--filename=/disk/file", "--raio_url=raio://127.0.0.1"])
+        .output()
+        .expect("fio");
+    assert!(!output.status.success());
+    let said = said(&output);
+    assert!(said.contains("was built for fio-0.1, but this is fio-"), "{said}");
+    assert!(said.contains("Rebuild it with scripts/build-fio-engine"), "{said}");
+}

@@ -1,0 +1,240 @@
+//! fio writes through raio and reads back with verify=crc32c; then the server's file is compared byte by byte with the
+//! file of the same job run locally.
+//!
+//! fio puts a time stamp into each verify header, taken from the latency clock: gtod_reduce=1 turns that clock off,
+//! and everything else that a job writes follows from its seed. No job writes a block twice (fio's random map), so
+//! the order in which a deep queue completes does not show either.
+
+mod fio;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use fio::{Scratch, Server, assert_same_bytes, fio_local, fio_raio, said, seed, succeed};
+
+const MIB: u64 = 1 << 20;
+const FILE_BYTES: u64 = 24 * MIB;
+
+/// 512 B to 1 MiB, and odd numbers of sectors between.
+const SIZES: &str = "--bssplit=512/20:3k/15:4k/25:13k/10:64k/10:300k/15:1m/5";
+
+struct Job {
+    depth: u32,
+    jobs: u32,
+    direct: bool,
+    /// in threads of one process, or in processes
+    thread: bool,
+    extra: &'static [&'static str],
+}
+
+const JOBS: &[Job] = &[
+    Job { depth: 1, jobs: 1, direct: false, thread: false, extra: &["--rw=randwrite"] },
+    Job { depth: 128, jobs: 1, direct: false, thread: false, extra: &["--rw=randwrite"] },
+    Job { depth: 32, jobs: 3, direct: false, thread: true, extra: &["--rw=randwrite", "--fdatasync=40"] },
+    Job { depth: 16, jobs: 2, direct: false, thread: false, extra: &["--rw=randrw", "--rwmixread=30"] },
+    Job {
+        depth: 1,
+        jobs: 1,
+        direct: true,
+        thread: false,
+        extra: &["--rw=randwrite", "--sync=dsync", "--io_size=4m"],
+    },
+    Job { depth: 128, jobs: 2, direct: true, thread: true, extra: &["--rw=randwrite"] },
+    Job {
+        depth: 64,
+        jobs: 3,
+        direct: true,
+        thread: false,
+        extra: &[
+            "--rw=write",
+            "--iodepth_batch_submit=16",
+            "--iodepth_batch_complete_min=8",
+            "--iodepth_batch_complete_max=32",
+        ],
+    },
+    Job { depth: 8, jobs: 1, direct: false, thread: false, extra: &["--rw=trimwrite"] },
+];
+
+impl Job {
+    /// Each of the jobs has its own part of one file.
+    fn give(&self, fio: &mut Command, seed: u64) {
+        fio.args(["--verify=crc32c", "--verify_fatal=1", "--gtod_reduce=1", "--end_fsync=1", SIZES]);
+        fio.args(self.extra);
+        fio.arg(format!("--randseed={seed}"));
+        fio.arg(format!("--size={FILE_BYTES}")).arg(format!("--offset_increment={FILE_BYTES}"));
+        fio.arg(format!("--iodepth={}", self.depth)).arg(format!("--numjobs={}", self.jobs));
+        fio.arg(format!("--direct={}", u8::from(self.direct)));
+        if self.thread {
+            fio.arg("--thread");
+        }
+    }
+
+    fn describe(&self) -> String {
+        let how = if self.direct { "O_DIRECT" } else { "buffered" };
+        let who = if self.thread { "threads" } else { "processes" };
+        format!("{} {who}, depth {}, {how}, {:?}", self.jobs, self.depth, self.extra)
+    }
+
+    /// fio can trim files through raio, but locally only devices.
+    fn trims(&self) -> bool {
+        self.extra.iter().any(|option| option.contains("trim"))
+    }
+}
+
+fn file_system_matches(kind: &str) {
+    if !loop_devices_work() {
+        return;
+    }
+    let seed = seed();
+    let mount = Mount::new(kind, 512 * MIB);
+    let server = Server::start(&format!("disk={},rw", mount.path().display()));
+    let (remote, local) = (mount.path().join("remote"), mount.path().join("local"));
+    for (job, seed) in JOBS.iter().zip(seed..) {
+        let why = format!("{kind}, seed {seed}: {}", job.describe());
+        println!("{why}");
+        let mut fio = fio_raio(server.port);
+        job.give(&mut fio, seed);
+        succeed(fio.arg("--filename=/disk/remote"));
+        if !job.trims() {
+            let mut fio = fio_local();
+            job.give(&mut fio, seed);
+            succeed(fio.arg(format!("--filename={}", local.display())));
+            assert_same_bytes(&remote, &local, &why);
+            std::fs::remove_file(&local).expect("the local file");
+        }
+        std::fs::remove_file(&remote).expect("the file that fio made on the server");
+    }
+}
+
+#[test]
+fn every_job_verifies_on_ext4_and_leaves_the_bytes_that_it_leaves_locally() {
+    file_system_matches("ext4");
+}
+
+#[test]
+fn every_job_verifies_on_xfs_and_leaves_the_bytes_that_it_leaves_locally() {
+    file_system_matches("xfs");
+}
+
+#[test]
+fn every_job_verifies_on_a_block_device_and_leaves_the_bytes_that_it_leaves_locally() {
+    if !loop_devices_work() {
+        return;
+    }
+    let seed = seed();
+    for (job, seed) in JOBS.iter().zip(seed..) {
+        let why = format!("block device, seed {seed}: {}", job.describe());
+        println!("{why}");
+        // new ones each time: what a job does not write is zero on both
+        let (remote, local) = (LoopDevice::new(80 * MIB), LoopDevice::new(80 * MIB));
+        let server = Server::start(&format!("disk={},rw", remote.path.display()));
+        let mut fio = fio_raio(server.port);
+        job.give(&mut fio, seed);
+        succeed(fio.arg("--filename=/disk"));
+        let mut fio = fio_local();
+        job.give(&mut fio, seed);
+        succeed(fio.arg(format!("--filename={}", local.path.display())));
+        assert_same_bytes(&remote.path, &local.path, &why);
+    }
+}
+
+#[test]
+fn verification_reads_the_server_and_notices_one_wrong_byte() {
+    let directory = Scratch::new();
+    let server = Server::start(&format!("disk={},rw", directory.path().display()));
+    let run = |verify_only: bool| {
+        let mut fio = fio_raio(server.port);
+        fio.args([
+            "--filename=/disk/file",
+            "--size=4m",
+            "--bs=4k",
+            "--rw=write",
+            "--iodepth=8",
+            "--verify=crc32c",
+        ]);
+        if verify_only {
+            fio.arg("--verify_only=1");
+        }
+        fio.output().expect("fio")
+    };
+    assert!(run(false).status.success());
+    assert!(run(true).status.success(), "what was written verifies");
+
+    flip_one_byte(&directory.path().join("file"), 2 * MIB + 1_000);
+    let output = run(true);
+    assert!(!output.status.success(), "a wrong byte on the server must fail verification");
+    assert!(said(&output).contains("crc32c: verify failed"), "{}", said(&output));
+}
+
+fn flip_one_byte(path: &Path, offset: u64) {
+    let file = File::options().read(true).write(true).open(path).expect("the server's file");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).expect("a byte");
+    file.write_all_at(&[byte[0] ^ 1], offset).expect("a byte");
+}
+
+/// A loop block device on a sparse file.
+struct LoopDevice {
+    path: PathBuf,
+    _backing: Scratch,
+}
+
+impl LoopDevice {
+    fn new(bytes: u64) -> LoopDevice {
+        let backing = Scratch::new();
+        let file = backing.path().join("disk");
+        File::create(&file).and_then(|file| file.set_len(bytes)).expect("a backing file");
+        let output = succeed(Command::new("losetup").args(["--find", "--show"]).arg(&file));
+        let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
+        LoopDevice { path, _backing: backing }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// A file system of its own on a loop device, mounted.
+struct Mount {
+    directory: Scratch,
+    _device: LoopDevice,
+}
+
+impl Mount {
+    fn new(kind: &str, bytes: u64) -> Mount {
+        let device = LoopDevice::new(bytes);
+        let quiet: &[&str] = if kind == "xfs" { &["-q", "-f"] } else { &["-q", "-F"] };
+        succeed(Command::new(format!("mkfs.{kind}")).args(quiet).arg(&device.path));
+        let directory = Scratch::new();
+        succeed(Command::new("mount").args(["-t", kind]).arg(&device.path).arg(directory.path()));
+        Mount { directory, _device: device }
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // before the fields: the directory is removed, and the device detached, once nothing is mounted
+        let _ = Command::new("umount").arg(self.directory.path()).status();
+    }
+}
+
+/// Whether this machine lets us make loop devices; if not, says so, for the test to return.
+fn loop_devices_work() -> bool {
+    let why = if !Path::new("/dev/loop-control").exists() {
+        "there is no /dev/loop-control"
+    } else if std::fs::metadata("/proc/self").expect("/proc").uid() != 0 {
+        "loop devices and mounts need root"
+    } else {
+        return true;
+    };
+    eprintln!("SKIPPED: {why}. Run the tests as root on a machine with loop devices.");
+    false
+}
