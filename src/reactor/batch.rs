@@ -90,7 +90,9 @@ impl SendBatch {
         for piece in self.pieces.iter().take(IOV_MAX) {
             let (base, len) = match piece {
                 Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
-                Piece::Slot(range) => (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len),
+                Piece::Slot(range) => {
+                    (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len)
+                }
             };
             self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
         }

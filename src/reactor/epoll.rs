@@ -63,7 +63,10 @@ impl Epoll {
     }
 
     pub fn submit(&mut self, token: Token, op: Op) -> OpId {
-        assert!(descriptor(&op).is_some(), "a file operation was submitted to a reactor without io_uring: {op:?}");
+        assert!(
+            descriptor(&op).is_some(),
+            "a file operation was submitted to a reactor without io_uring: {op:?}"
+        );
         self.generation = self.generation.wrapping_add(1);
         let key = self.pending.insert(Pending { token, generation: self.generation, op });
         self.fresh.push_back(key);
@@ -159,7 +162,10 @@ impl Epoll {
         let Some((fd, writes)) = descriptor(&self.pending[key].op) else { return };
         let waiting = self.waiting.entry(fd).or_default();
         let side = if writes { &mut waiting.write } else { &mut waiting.read };
-        debug_assert!(side.is_none_or(|other| other == key), "two operations wait on the same side of a descriptor");
+        debug_assert!(
+            side.is_none_or(|other| other == key),
+            "two operations wait on the same side of a descriptor"
+        );
         *side = Some(key);
         let mut flags = EventFlags::ONESHOT;
         flags.set(EventFlags::IN, waiting.read.is_some());
@@ -167,7 +173,8 @@ impl Epoll {
         let data = EventData::new_u64(fd as u64);
         let file = op_file(&self.pending[key].op);
         // A descriptor that was closed has left the epoll set by itself, and its number may be another's now.
-        let armed = epoll::modify(&self.epoll, file, data, flags).or_else(|_| epoll::add(&self.epoll, file, data, flags));
+        let armed = epoll::modify(&self.epoll, file, data, flags)
+            .or_else(|_| epoll::add(&self.epoll, file, data, flags));
         if armed.is_err() {
             // It cannot be polled (a regular file): it never blocks, so try it again.
             self.waiting.remove(&fd);
@@ -204,7 +211,8 @@ fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i32> {
     let errno = |error: rustix::io::Errno| error.raw_os_error();
     match op {
         Op::Accept { listener } => {
-            let fd = net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(errno)?;
+            let fd =
+                net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(errno)?;
             Ok((0, Payload::Fd(fd)))
         }
         Op::Recv { socket } => {
@@ -237,7 +245,8 @@ fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i32> {
             }
         }
         Op::Readable { file } => {
-            let mut fds = [rustix::event::PollFd::from_borrowed_fd(file.as_fd(), rustix::event::PollFlags::IN)];
+            let mut fds =
+                [rustix::event::PollFd::from_borrowed_fd(file.as_fd(), rustix::event::PollFlags::IN)];
             let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
             match rustix::event::poll(&mut fds, Some(&zero)).map_err(errno)? {
                 0 => Err(libc::EAGAIN),

@@ -302,10 +302,13 @@ impl Reactor {
         } else {
             match ring::Ring::new(config, &waker) {
                 Ok(ring) => (Engine::Ring(Box::new(ring)), None),
-                Err(error) => (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(ring::explain(&error))),
+                Err(error) => {
+                    (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(ring::explain(&error)))
+                }
             }
         };
-        let files = if matches!(engine, Engine::Ring(ref ring) if ring.has_files()) { config.files } else { 0 };
+        let files =
+            if matches!(engine, Engine::Ring(ref ring) if ring.has_files()) { config.files } else { 0 };
         Ok(Self {
             engine,
             fallback,
@@ -484,7 +487,10 @@ impl Reactor {
 
 impl std::fmt::Debug for Reactor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reactor").field("has_ring", &self.has_ring()).field("in_flight", &self.in_flight()).finish()
+        f.debug_struct("Reactor")
+            .field("has_ring", &self.has_ring())
+            .field("in_flight", &self.in_flight())
+            .finish()
     }
 }
 

@@ -54,12 +54,16 @@ pub(super) struct Ring {
 /// Why io_uring is not used, and what to do about it.
 pub(super) fn explain(error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(libc::EPERM) => "the kernel forbids it (EPERM). Set `sysctl kernel.io_uring_disabled=0`, or in a container allow \
+        Some(libc::EPERM) => {
+            "the kernel forbids it (EPERM). Set `sysctl kernel.io_uring_disabled=0`, or in a container allow \
              io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
-            .into(),
+                .into()
+        }
         Some(libc::ENOSYS) => "this kernel has none (ENOSYS), or a seccomp profile hides it".into(),
         Some(libc::EINVAL) => "this kernel's is too old (EINVAL): Linux 6.1 or newer is needed".into(),
-        Some(libc::ENOMEM) => "there is no memory for its rings (ENOMEM). Raise the memlock limit with `ulimit -l`".into(),
+        Some(libc::ENOMEM) => {
+            "there is no memory for its rings (ENOMEM). Raise the memlock limit with `ulimit -l`".into()
+        }
         _ => error.to_string(),
     }
 }
@@ -79,7 +83,12 @@ impl Ring {
         // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`, which is dropped after
         // the ring or leaked with what is in flight.
         unsafe {
-            ring.submitter().register_buf_ring_with_flags(pool.ring_address(), pool.count(), BUFFER_GROUP, 0)?;
+            ring.submitter().register_buf_ring_with_flags(
+                pool.ring_address(),
+                pool.count(),
+                BUFFER_GROUP,
+                0,
+            )?;
         }
         // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is too low for it.
         let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
@@ -165,7 +174,10 @@ impl Ring {
     pub fn poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
         let (idle, news) = {
             let submission = self.ring.submission();
-            (submission.is_empty() && self.backlog.is_empty(), submission.taskrun() || submission.cq_overflow())
+            (
+                submission.is_empty() && self.backlog.is_empty(),
+                submission.taskrun() || submission.cq_overflow(),
+            )
         };
         if !idle || news {
             self.enter(0, None);
@@ -244,9 +256,9 @@ impl Ring {
                 Some(index) => Payload::Received(self.pool.received(index, code.unwrap_or(0) as usize)),
                 None => Payload::None,
             },
-            Op::RecvInto { target: range, .. } | Op::Read { target: range, .. } | Op::Write { source: range, .. } => {
-                Payload::Slot(range)
-            }
+            Op::RecvInto { target: range, .. }
+            | Op::Read { target: range, .. }
+            | Op::Write { source: range, .. } => Payload::Slot(range),
             Op::Send { mut batch, .. } => {
                 batch.advance(code.unwrap_or(0) as usize);
                 Payload::Batch(batch)
@@ -287,7 +299,10 @@ impl Drop for Ring {
             events.clear();
         }
         if !self.in_flight.is_empty() {
-            tracing::warn!(count = self.in_flight.len(), "Operations did not end in time; their memory is leaked.");
+            tracing::warn!(
+                count = self.in_flight.len(),
+                "Operations did not end in time; their memory is leaked."
+            );
             std::mem::forget(std::mem::take(&mut self.in_flight));
             std::mem::forget(Rc::clone(&self.pool));
         }
@@ -317,9 +332,11 @@ fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u3
         (bytes.as_ptr().cast_mut(), range.len as u32, range.slot.fixed_index(ring))
     };
     match op {
-        Op::Accept { listener } => on!(listener, fd => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
+        Op::Accept { listener } => {
+            on!(listener, fd => opcode::Accept::new(fd, std::ptr::null_mut(), std::ptr::null_mut())
             .flags(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
-            .build()),
+            .build())
+        }
         Op::Recv { socket } => on!(socket, fd => opcode::Recv::new(fd, std::ptr::null_mut(), 0)
             .buf_group(BUFFER_GROUP)
             .build())
@@ -337,13 +354,17 @@ fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u3
             (pointer, len, Some(index)) => {
                 on!(file, fd => opcode::ReadFixed::new(fd, pointer, len, index).offset(*offset).build())
             }
-            (pointer, len, None) => on!(file, fd => opcode::Read::new(fd, pointer, len).offset(*offset).build()),
+            (pointer, len, None) => {
+                on!(file, fd => opcode::Read::new(fd, pointer, len).offset(*offset).build())
+            }
         },
         Op::Write { file, source, offset } => match address(source) {
             (pointer, len, Some(index)) => {
                 on!(file, fd => opcode::WriteFixed::new(fd, pointer, len, index).offset(*offset).build())
             }
-            (pointer, len, None) => on!(file, fd => opcode::Write::new(fd, pointer, len).offset(*offset).build()),
+            (pointer, len, None) => {
+                on!(file, fd => opcode::Write::new(fd, pointer, len).offset(*offset).build())
+            }
         },
         Op::Fsync { file, data_only } => {
             let flags = if *data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };

@@ -211,7 +211,8 @@ fn files_are_opened_read_written_and_closed_through_the_ring() {
     let mut arena = Arena::new(1 << 20, 1 << 16).unwrap();
     reactor.register_arena(&arena).unwrap();
     let path = std::env::temp_dir().join(format!("raio-ring-{}", std::process::id()));
-    let how = OpenHow { flags: (libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC) as u64, mode: 0o600, resolve: 0 };
+    let how =
+        OpenHow { flags: (libc::O_RDWR | libc::O_CREAT | libc::O_CLOEXEC) as u64, mode: 0o600, resolve: 0 };
     let path_c = CString::new(path.to_str().unwrap()).unwrap();
     reactor.submit(TOKEN, Op::Open { directory: None, path: path_c, how: Box::new(how) });
     let Payload::Fd(fd) = next(&mut reactor).payload else { panic!("not opened") };
@@ -219,7 +220,14 @@ fn files_are_opened_read_written_and_closed_through_the_ring() {
     let file = reactor.file(Arc::clone(&fd));
     let mut source = arena.alloc(8192).unwrap();
     source.bytes_mut().fill(3);
-    reactor.submit(TOKEN, Op::Write { file: file.clone(), source: SlotRange { slot: source, start: 10, len: 5000 }, offset: 100 });
+    reactor.submit(
+        TOKEN,
+        Op::Write {
+            file: file.clone(),
+            source: SlotRange { slot: source, start: 10, len: 5000 },
+            offset: 100,
+        },
+    );
     assert_eq!(next(&mut reactor).result, Ok(5000));
     reactor.submit(TOKEN, Op::Fsync { file: file.clone(), data_only: true });
     assert_eq!(next(&mut reactor).result, Ok(0));

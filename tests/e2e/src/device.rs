@@ -1,0 +1,78 @@
+//! Loop devices, and file systems on them. They need root; a machine that lacks it skips, aloud.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Whether this is root. If not, says that `what` is skipped.
+pub fn needs_root(what: &str) -> bool {
+    if rustix::process::geteuid().is_root() {
+        return true;
+    }
+    eprintln!("SKIPPED: {what} needs root for loop devices and mounts. Run the tests as root.");
+    false
+}
+
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// A loop device over a sparse file in a directory of its own. Detached when dropped.
+pub struct LoopDevice {
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl LoopDevice {
+    /// One of this size.
+    pub fn new(bytes: u64) -> Self {
+        let directory = tempfile::tempdir().expect("a directory for the image");
+        let image = directory.path().join("image");
+        File::create(&image).and_then(|file| file.set_len(bytes)).expect("a sparse image");
+        let path = run("losetup", &["--find", "--show", &image.to_string_lossy()]);
+        Self { path: path.into(), _directory: directory }
+    }
+
+    /// `/dev/loopN`.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes a file system on it (`ext4` or `xfs`) and mounts it.
+    pub fn mount(self, file_system: &str) -> Mounted {
+        let device = self.path.to_string_lossy().into_owned();
+        let force = if file_system == "xfs" { "-f" } else { "-F" };
+        run(&format!("mkfs.{file_system}"), &["-q", force, &device]);
+        let directory = tempfile::tempdir().expect("a mount point");
+        run("mount", &["-t", file_system, &device, &directory.path().to_string_lossy()]);
+        Mounted { directory, _device: self }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// A mounted file system of its own. Unmounted when dropped.
+pub struct Mounted {
+    directory: tempfile::TempDir,
+    _device: LoopDevice,
+}
+
+impl Mounted {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: a server under test may still hold files.
+        let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+    }
+}

@@ -1,0 +1,172 @@
+//! A `raio_server` process.
+
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// How long anything that should happen at once may take on a slow machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running server. Killed when dropped.
+pub struct Server {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    addresses: Vec<SocketAddr>,
+}
+
+/// A program that this workspace builds, found beside the test that asks.
+pub fn binary(name: &str) -> PathBuf {
+    let mut path = std::env::current_exe().expect("a test knows its own path");
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    path.push(name);
+    assert!(path.exists(), "{} is not built. Run `cargo build --workspace` first, or scripts/test.", path.display());
+    path
+}
+
+impl Server {
+    /// Starts one on a port of its own choosing, with these exports (as `--export` takes them).
+    pub fn start(exports: &[&str]) -> Self {
+        Self::start_with(exports, &[])
+    }
+
+    /// The same, with more arguments.
+    pub fn start_with(exports: &[&str], arguments: &[&str]) -> Self {
+        let mut command = Command::new(binary("raio_server"));
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "tcp://127.0.0.1:0"]);
+        }
+        for export in exports {
+            command.args(["--export", export]);
+        }
+        command.args(arguments);
+        Self::spawn(command)
+    }
+
+    /// Starts a server by a command that ends up being one.
+    pub fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("raio_server starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("raio_server says when it is ready");
+        let addresses: Vec<SocketAddr> =
+            line.split_whitespace().filter_map(|word| word.strip_prefix("tcp://")?.parse().ok()).collect();
+        assert!(!addresses.is_empty(), "raio_server said {line:?} instead of being ready");
+        Self { child, stdout, addresses }
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.addresses[0]
+    }
+
+    /// Where it listens, for clients.
+    pub fn url(&self) -> String {
+        format!("raio+tcp://{}", self.address())
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("raio_server is there to be signalled");
+    }
+
+    /// Its statistics.
+    pub fn statistics(&mut self) -> Value {
+        self.signal(Signal::USR1);
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("raio_server prints its statistics");
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error} in {line:?}"))
+    }
+
+    /// Its statistics, once `settled` says so of them.
+    pub fn statistics_when(&mut self, settled: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let statistics = self.statistics();
+            if settled(&statistics) {
+                return statistics;
+            }
+            assert!(Instant::now() < deadline, "still not settled: {statistics}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Its open descriptors: what each is.
+    pub fn descriptors(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("raio_server runs");
+        let mut all: Vec<String> = entries
+            .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+            .map(|target| target.to_string_lossy().into_owned())
+            .collect();
+        all.sort();
+        all
+    }
+
+    /// Its resident memory in bytes.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("raio_server runs");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS is there");
+        let kib: u64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).expect("a number");
+        kib << 10
+    }
+
+    /// Processor time it has used.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("raio_server runs");
+        let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
+        let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+        Duration::from_millis(ticks * 10)
+    }
+
+    /// How many threads it has, by name.
+    pub fn threads(&self) -> HashSet<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
+        tasks
+            .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .collect()
+    }
+
+    /// Waits for it to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("raio_server can be waited for") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "raio_server does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Kills it, as `kill -9` does.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !std::thread::panicking()
+            && let Ok(Some(status)) = self.child.try_wait()
+        {
+            // Nobody may have noticed that it died under the test.
+            assert!(status.code().is_some() || status.to_string().contains("signal: 9"), "raio_server ended: {status}");
+        }
+        self.kill();
+    }
+}
