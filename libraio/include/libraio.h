@@ -385,7 +385,11 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 	raio_prep_(iocb, RAIO_CMD_WRITE_ZEROES, fd, NULL, nbytes, offset, NULL);
 }
 
-/* One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. */
+/*
+ * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. The library has no thread of its own: it
+ * notices completions, and ticks, within calls on the context (raio_submit, raio_getevents, raio_cancel). A program
+ * that sleeps on the eventfd sleeps on raio_poll_fd() too, and calls raio_getevents(ctx, 0, nr, ...) when that wakes it.
+ */
 static inline void raio_set_eventfd(struct raio_iocb *iocb, int eventfd)
 {
 	iocb->u.c.flags |= RAIO_IOCB_EVENTFD;
