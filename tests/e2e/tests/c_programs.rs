@@ -1,0 +1,163 @@
+//! The C programs of tests/c: the header, programs written for R-AIO, misuse, I/O, a server that dies. Each runs as a user would
+//! build it, and again under AddressSanitizer and UndefinedBehaviorSanitizer; one client runs under valgrind.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+
+use raio_e2e::{Server, binary};
+
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// Where the programs are, built once for all tests of this file.
+fn programs() -> &'static Path {
+    static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        let library = binary("libraio.so");
+        let directory = library.parent().expect("a file is in a directory");
+        let out = directory.join("c-tests");
+        let make = Command::new("make")
+            .args(["-s", "-C", &format!("{REPOSITORY}/tests/c")])
+            .arg(format!("O={}", out.display()))
+            .arg(format!("LIBDIR={}", directory.display()))
+            .output()
+            .expect("make runs");
+        assert!(make.status.success(), "the C programs do not build:\n{}", String::from_utf8_lossy(&make.stderr));
+        out
+    })
+}
+
+/// A server with the exports that tests/c/check.h names, over files of its own.
+struct Exports {
+    server: Server,
+    _directory: tempfile::TempDir,
+}
+
+fn serve() -> Exports {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (writable, readable) = (directory.path().join("rw"), directory.path().join("ro"));
+    std::fs::create_dir(&writable).and_then(|()| std::fs::create_dir(&readable)).expect("two directories");
+    let data: Vec<u8> = (0..(1usize << 20) + 1234).map(|i| (i * 7 + i / 251) as u8).collect();
+    std::fs::write(readable.join("data.bin"), data).expect("data.bin");
+    std::fs::write(readable.join("empty"), "").expect("empty");
+    let server = Server::start(&[
+        &format!("rw={},rw", writable.display()),
+        &format!("ro={}", readable.display()),
+        "mem=mem:64M,rw",
+        "null=null:1G,rw",
+    ]);
+    Exports { server, _directory: directory }
+}
+
+fn command(program: &Path, server: Option<&Server>) -> Command {
+    let mut command = Command::new(program);
+    command.env("ASAN_OPTIONS", "detect_leaks=1:abort_on_error=0").env("UBSAN_OPTIONS", "print_stacktrace=1");
+    if let Some(server) = server {
+        let address = server.address();
+        command.arg(address.ip().to_string()).arg(address.port().to_string());
+    }
+    command
+}
+
+fn passes(mut command: Command) {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn program_passes(name: &str) {
+    let exports = serve();
+    for build in ["plain", "sanitized"] {
+        passes(command(&programs().join(build).join(name), Some(&exports.server)));
+    }
+}
+
+#[test]
+fn the_header_compiles_as_c99_c11_and_cxx17_and_its_layout_is_pinned() {
+    for name in ["compile-c99", "compile-c11", "compile-cxx17", "layout"] {
+        passes(command(&programs().join("plain").join(name), None));
+    }
+}
+
+#[test]
+fn the_library_can_be_loaded_at_run_time() {
+    passes(command(&programs().join("plain/dlopen"), None));
+}
+
+#[test]
+fn a_program_that_takes_the_session_for_the_file_works() {
+    program_passes("r-aio-1-session-is-a-file");
+}
+
+#[test]
+fn a_program_that_reads_into_its_own_memory_and_into_lent_memory_works() {
+    program_passes("r-aio-2-two-models-of-memory");
+}
+
+#[test]
+fn a_program_that_submits_too_much_and_ends_untidily_works() {
+    program_passes("r-aio-3-batches-and-endings");
+}
+
+#[test]
+fn a_program_that_sets_up_its_context_before_it_opens_works() {
+    program_passes("r-aio-4-setup-before-open");
+}
+
+#[test]
+fn a_program_that_names_files_by_host_port_and_path_works() {
+    program_passes("r-aio-5-old-file-names");
+}
+
+#[test]
+fn an_eventfd_ticks_once_for_each_completion() {
+    program_passes("eventfd");
+}
+
+#[test]
+fn every_kind_of_io_does_what_the_header_says() {
+    program_passes("io");
+    let exports = serve();
+    passes(command(&programs().join("static/io"), Some(&exports.server)));
+}
+
+#[test]
+fn misuse_is_an_error_and_never_a_crash() {
+    program_passes("misuse");
+}
+
+#[test]
+fn when_the_server_is_killed_every_iocb_completes_once_with_an_error() {
+    for build in ["plain", "sanitized"] {
+        let mut exports = serve();
+        let mut command = command(&programs().join(build).join("server_death"), Some(&exports.server));
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("server_death starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut said = String::new();
+        stdout.read_line(&mut said).expect("server_death says when it is ready");
+        assert_eq!(said.trim(), "ready");
+        exports.server.kill();
+        said.clear();
+        std::io::Read::read_to_string(&mut stdout, &mut said).expect("server_death ends");
+        assert!(child.wait().expect("server_death ends").success(), "{build}:\n{said}");
+    }
+}
+
+#[test]
+fn a_client_is_clean_under_valgrind() {
+    let exports = serve();
+    let mut command = Command::new("valgrind");
+    command
+        .args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"])
+        .arg(programs().join("plain/r-aio-2-two-models-of-memory"))
+        .env("CHECK_SECONDS", "600");
+    let address = exports.server.address();
+    command.arg(address.ip().to_string()).arg(address.port().to_string());
+    passes(command);
+}
