@@ -17,7 +17,7 @@ fn export() -> (Scratch, Server) {
 }
 
 #[test]
-fn a_read_job_on_a_missing_file_lays_it_out_as_fio_does_locally() {
+fn fio_lays_out_a_missing_file_for_a_read_job_as_it_does_locally() {
     let seed = seed();
     let (directory, server) = export();
     let local = directory.path().join("local");
@@ -35,7 +35,7 @@ fn a_read_job_on_a_missing_file_lays_it_out_as_fio_does_locally() {
 }
 
 #[test]
-fn several_files_of_several_jobs_are_created_and_sized() {
+fn fio_creates_and_sizes_several_files_of_several_jobs() {
     let (directory, server) = export();
     succeed(fio_raio(server.port).args([
         "--filename_format=/disk/$jobnum.$filenum",
@@ -57,7 +57,7 @@ fn several_files_of_several_jobs_are_created_and_sized() {
 }
 
 #[test]
-fn a_colon_in_a_file_name_is_escaped_as_in_every_engine() {
+fn fio_takes_an_escaped_colon_in_a_file_name() {
     let (directory, server) = export();
     succeed(fio_raio(server.port).args(["--filename=/disk/a\\:b:/disk/c", "--size=128k", "--rw=write"]));
     assert_eq!(fs::metadata(directory.path().join("a:b")).expect("a:b").len(), 64 << 10);
@@ -65,7 +65,7 @@ fn a_colon_in_a_file_name_is_escaped_as_in_every_engine() {
 }
 
 #[test]
-fn create_on_open_creates_without_laying_out() {
+fn fio_with_create_on_open_creates_without_laying_out() {
     let (directory, server) = export();
     succeed(fio_raio(server.port).args([
         "--filename=/disk/file",
@@ -79,7 +79,7 @@ fn create_on_open_creates_without_laying_out() {
 }
 
 #[test]
-fn trims_punch_holes_into_files() {
+fn fio_trims_punch_holes_into_files() {
     let (directory, server) = export();
     let file = directory.path().join("file");
     fs::write(&file, vec![0xa5; 8 << 20]).expect("a file");
@@ -101,7 +101,7 @@ fn trims_punch_holes_into_files() {
 }
 
 #[test]
-fn syncs_of_every_kind_reach_the_server() {
+fn fio_syncs_of_every_kind_reach_the_server() {
     let (_directory, server) = export();
     succeed(fio_raio(server.port).args([
         "--filename=/disk/file",
@@ -118,7 +118,7 @@ fn syncs_of_every_kind_reach_the_server() {
 }
 
 #[test]
-fn no_local_file_of_the_same_name_is_touched() {
+fn fio_touches_no_local_file_of_the_same_name() {
     // the export has the name of a directory here, so that each remote path is a local path as well
     let remote = Scratch::new();
     let local = Scratch::new();
@@ -148,7 +148,7 @@ fn no_local_file_of_the_same_name_is_touched() {
 }
 
 #[test]
-fn what_cannot_work_is_refused_with_a_sentence() {
+fn fio_jobs_that_cannot_work_are_refused_with_a_sentence() {
     let (_directory, server) = export();
     let plain = ["--filename=/disk/file", "--size=4m", "--bs=4k", "--rw=write"];
     let refusals: &[(&[&str], &str)] = &[
@@ -177,7 +177,7 @@ fn what_cannot_work_is_refused_with_a_sentence() {
 }
 
 #[test]
-fn a_read_only_export_is_read_and_not_written() {
+fn fio_reads_a_read_only_export_and_does_not_write_it() {
     let directory = Scratch::new();
     fs::write(directory.path().join("file"), vec![7; 1 << 20]).expect("a file");
     let server = Server::start(&format!("disk={}", directory.path().display()));
@@ -190,7 +190,7 @@ fn a_read_only_export_is_read_and_not_written() {
 }
 
 #[test]
-fn a_job_ends_with_an_error_when_its_server_dies() {
+fn fio_ends_with_an_error_when_its_server_dies() {
     let (_directory, mut server) = export();
     let mut fio = fio_raio(server.port);
     fio.args([
@@ -213,7 +213,7 @@ fn a_job_ends_with_an_error_when_its_server_dies() {
 }
 
 #[test]
-fn the_engine_refuses_a_fio_that_it_was_not_built_for() {
+fn fio_of_another_version_is_refused_by_the_engine() {
     let scratch = Scratch::new();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let headers = succeed(&mut Command::new(root.join("scripts/fio-headers")));

@@ -109,17 +109,17 @@ fn file_system_matches(kind: &str) {
 }
 
 #[test]
-fn every_job_verifies_on_ext4_and_leaves_the_bytes_that_it_leaves_locally() {
+fn fio_jobs_verify_on_ext4_and_leave_the_bytes_that_they_leave_locally() {
     file_system_matches("ext4");
 }
 
 #[test]
-fn every_job_verifies_on_xfs_and_leaves_the_bytes_that_it_leaves_locally() {
+fn fio_jobs_verify_on_xfs_and_leave_the_bytes_that_they_leave_locally() {
     file_system_matches("xfs");
 }
 
 #[test]
-fn every_job_verifies_on_a_block_device_and_leaves_the_bytes_that_it_leaves_locally() {
+fn fio_jobs_verify_on_a_block_device_and_leave_the_bytes_that_they_leave_locally() {
     if !loop_devices_work() {
         return;
     }
@@ -141,7 +141,7 @@ fn every_job_verifies_on_a_block_device_and_leaves_the_bytes_that_it_leaves_loca
 }
 
 #[test]
-fn verification_reads_the_server_and_notices_one_wrong_byte() {
+fn fio_verification_reads_the_server_and_notices_one_wrong_byte() {
     let directory = Scratch::new();
     let server = Server::start(&format!("disk={},rw", directory.path().display()));
     let run = |verify_only: bool| {
