@@ -7,12 +7,14 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-use fio::{Scratch, Server, assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
+use fio::{assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
+use raio_e2e::Server;
+use tempfile::{TempDir, tempdir};
 
 /// An export `/disk` in a directory of its own.
-fn export() -> (Scratch, Server) {
-    let directory = Scratch::new();
-    let server = Server::start(&format!("disk={},rw", directory.path().display()));
+fn export() -> (TempDir, Server) {
+    let directory = tempdir().expect("a directory");
+    let server = Server::start(&[&format!("disk={},rw", directory.path().display())]);
     (directory, server)
 }
 
@@ -29,7 +31,7 @@ fn fio_lays_out_a_missing_file_for_a_read_job_as_it_does_locally() {
         "--iodepth=4".into(),
         format!("--randseed={seed}"),
     ];
-    succeed(fio_raio(server.port).args(&job).arg("--filename=/disk/remote"));
+    succeed(fio_raio(&server).args(&job).arg("--filename=/disk/remote"));
     succeed(fio_local().args(&job).arg(format!("--filename={}", local.display())));
     assert_same_bytes(&directory.path().join("remote"), &local, "layout");
 }
@@ -37,7 +39,7 @@ fn fio_lays_out_a_missing_file_for_a_read_job_as_it_does_locally() {
 #[test]
 fn fio_creates_and_sizes_several_files_of_several_jobs() {
     let (directory, server) = export();
-    succeed(fio_raio(server.port).args([
+    succeed(fio_raio(&server).args([
         "--filename_format=/disk/$jobnum.$filenum",
         "--nrfiles=5",
         "--openfiles=2",
@@ -59,7 +61,7 @@ fn fio_creates_and_sizes_several_files_of_several_jobs() {
 #[test]
 fn fio_takes_an_escaped_colon_in_a_file_name() {
     let (directory, server) = export();
-    succeed(fio_raio(server.port).args(["--filename=/disk/a\\:b:/disk/c", "--size=128k", "--rw=write"]));
+    succeed(fio_raio(&server).args(["--filename=/disk/a\\:b:/disk/c", "--size=128k", "--rw=write"]));
     assert_eq!(fs::metadata(directory.path().join("a:b")).expect("a:b").len(), 64 << 10);
     assert_eq!(fs::metadata(directory.path().join("c")).expect("c").len(), 64 << 10);
 }
@@ -67,7 +69,7 @@ fn fio_takes_an_escaped_colon_in_a_file_name() {
 #[test]
 fn fio_with_create_on_open_creates_without_laying_out() {
     let (directory, server) = export();
-    succeed(fio_raio(server.port).args([
+    succeed(fio_raio(&server).args([
         "--filename=/disk/file",
         "--size=1m",
         "--rw=write",
@@ -83,7 +85,7 @@ fn fio_trims_punch_holes_into_files() {
     let (directory, server) = export();
     let file = directory.path().join("file");
     fs::write(&file, vec![0xa5; 8 << 20]).expect("a file");
-    succeed(fio_raio(server.port).args([
+    succeed(fio_raio(&server).args([
         "--filename=/disk/file",
         "--size=4m",
         "--rw=randtrim",
@@ -103,7 +105,7 @@ fn fio_trims_punch_holes_into_files() {
 #[test]
 fn fio_syncs_of_every_kind_reach_the_server() {
     let (_directory, server) = export();
-    succeed(fio_raio(server.port).args([
+    succeed(fio_raio(&server).args([
         "--filename=/disk/file",
         "--size=2m",
         "--rw=randwrite",
@@ -120,10 +122,10 @@ fn fio_syncs_of_every_kind_reach_the_server() {
 #[test]
 fn fio_touches_no_local_file_of_the_same_name() {
     // the export has the name of a directory here, so that each remote path is a local path as well
-    let remote = Scratch::new();
-    let local = Scratch::new();
+    let remote = tempdir().expect("a directory");
+    let local = tempdir().expect("a directory");
     let name = local.path().file_name().expect("a name").to_str().expect("plain");
-    let server = Server::start(&format!("tmp={},rw", remote.path().display()));
+    let server = Server::start(&[&format!("tmp={},rw", remote.path().display())]);
     let inside = remote.path().join(name);
     fs::create_dir(&inside).expect("a directory");
     let path = format!("/tmp/{name}/file");
@@ -134,9 +136,8 @@ fn fio_touches_no_local_file_of_the_same_name() {
     }
     for rw in ["write", "randread", "randtrim"] {
         let job = ["--size=1m", "--bs=4k", "--iodepth=4", &format!("--rw={rw}")];
-        succeed(fio_raio(server.port).args(job).arg(format!("--filename={path}")));
-        let output =
-            fio_raio(server.port).args(job).arg(format!("--filename={path}")).arg("--unlink=1").output();
+        succeed(fio_raio(&server).args(job).arg(format!("--filename={path}")));
+        let output = fio_raio(&server).args(job).arg(format!("--filename={path}")).arg("--unlink=1").output();
         let output = output.expect("fio");
         assert!(!output.status.success());
         assert!(said(&output).contains("does not support unlink="), "{}", said(&output));
@@ -163,7 +164,7 @@ fn fio_jobs_that_cannot_work_are_refused_with_a_sentence() {
         (&["--filename=/disk/../file"], "/disk/../file"),
     ];
     for (options, sentence) in refusals {
-        let output = fio_raio(server.port).args(plain).args(*options).output().expect("fio");
+        let output = fio_raio(&server).args(plain).args(*options).output().expect("fio");
         assert!(!output.status.success(), "{options:?} is refused");
         assert!(said(&output).contains(sentence), "{options:?}: expected {sentence:?} in\n{}", said(&output));
     }
@@ -178,12 +179,12 @@ fn fio_jobs_that_cannot_work_are_refused_with_a_sentence() {
 
 #[test]
 fn fio_reads_a_read_only_export_and_does_not_write_it() {
-    let directory = Scratch::new();
+    let directory = tempdir().expect("a directory");
     fs::write(directory.path().join("file"), vec![7; 1 << 20]).expect("a file");
-    let server = Server::start(&format!("disk={}", directory.path().display()));
-    succeed(fio_raio(server.port).args(["--filename=/disk/file", "--rw=randread", "--bs=4k", "--iodepth=8"]));
+    let server = Server::start(&[&format!("disk={}", directory.path().display())]);
+    succeed(fio_raio(&server).args(["--filename=/disk/file", "--rw=randread", "--bs=4k", "--iodepth=8"]));
     for job in [["--filename=/disk/file", "--rw=write"], ["--filename=/disk/missing", "--rw=read"]] {
-        let output = fio_raio(server.port).args(job).arg("--size=1m").output().expect("fio");
+        let output = fio_raio(&server).args(job).arg("--size=1m").output().expect("fio");
         assert!(!output.status.success());
         assert!(said(&output).contains("Read-only file system"), "{}", said(&output));
     }
@@ -192,7 +193,7 @@ fn fio_reads_a_read_only_export_and_does_not_write_it() {
 #[test]
 fn fio_ends_with_an_error_when_its_server_dies() {
     let (_directory, mut server) = export();
-    let mut fio = fio_raio(server.port);
+    let mut fio = fio_raio(&server);
     fio.args([
         "--filename=/disk/file",
         "--size=4m",
@@ -214,7 +215,7 @@ fn fio_ends_with_an_error_when_its_server_dies() {
 
 #[test]
 fn fio_of_another_version_is_refused_by_the_engine() {
-    let scratch = Scratch::new();
+    let scratch = tempdir().expect("a directory");
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let headers = succeed(&mut Command::new(root.join("scripts/fio-headers")));
     let headers = String::from_utf8_lossy(&headers.stdout).trim().to_owned();

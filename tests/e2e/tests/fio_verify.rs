@@ -8,11 +8,12 @@
 mod fio;
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Command;
 
-use fio::{Scratch, Server, assert_same_bytes, fio_local, fio_raio, said, seed, succeed};
+use fio::{assert_same_bytes, fio_local, fio_raio, said, seed, succeed};
+use raio_e2e::{LoopDevice, Server, needs_root};
 
 const MIB: u64 = 1 << 20;
 const FILE_BYTES: u64 = 24 * MIB;
@@ -83,18 +84,18 @@ impl Job {
     }
 }
 
-fn file_system_matches(kind: &str) {
-    if !loop_devices_work() {
+fn file_system_matches(kind: &str, server_arguments: &[&str]) {
+    if !needs_root("fio on loop devices") {
         return;
     }
     let seed = seed();
-    let mount = Mount::new(kind, 512 * MIB);
-    let server = Server::start(&format!("disk={},rw", mount.path().display()));
+    let mount = LoopDevice::new(512 * MIB).mount(kind);
+    let server = Server::start_with(&[&format!("disk={},rw", mount.path().display())], server_arguments);
     let (remote, local) = (mount.path().join("remote"), mount.path().join("local"));
     for (job, seed) in JOBS.iter().zip(seed..) {
         let why = format!("{kind}, seed {seed}: {}", job.describe());
         println!("{why}");
-        let mut fio = fio_raio(server.port);
+        let mut fio = fio_raio(&server);
         job.give(&mut fio, seed);
         succeed(fio.arg("--filename=/disk/remote"));
         if !job.trims() {
@@ -110,17 +111,22 @@ fn file_system_matches(kind: &str) {
 
 #[test]
 fn fio_jobs_verify_on_ext4_and_leave_the_bytes_that_they_leave_locally() {
-    file_system_matches("ext4");
+    file_system_matches("ext4", &[]);
 }
 
 #[test]
 fn fio_jobs_verify_on_xfs_and_leave_the_bytes_that_they_leave_locally() {
-    file_system_matches("xfs");
+    file_system_matches("xfs", &[]);
+}
+
+#[test]
+fn fio_jobs_verify_with_a_server_that_has_no_io_uring() {
+    file_system_matches("ext4", &["--backend", "threads"]);
 }
 
 #[test]
 fn fio_jobs_verify_on_a_block_device_and_leave_the_bytes_that_they_leave_locally() {
-    if !loop_devices_work() {
+    if !needs_root("fio on loop devices") {
         return;
     }
     let seed = seed();
@@ -129,23 +135,23 @@ fn fio_jobs_verify_on_a_block_device_and_leave_the_bytes_that_they_leave_locally
         println!("{why}");
         // new ones each time: what a job does not write is zero on both
         let (remote, local) = (LoopDevice::new(80 * MIB), LoopDevice::new(80 * MIB));
-        let server = Server::start(&format!("disk={},rw", remote.path.display()));
-        let mut fio = fio_raio(server.port);
+        let server = Server::start(&[&format!("disk={},rw", remote.path().display())]);
+        let mut fio = fio_raio(&server);
         job.give(&mut fio, seed);
         succeed(fio.arg("--filename=/disk"));
         let mut fio = fio_local();
         job.give(&mut fio, seed);
-        succeed(fio.arg(format!("--filename={}", local.path.display())));
-        assert_same_bytes(&remote.path, &local.path, &why);
+        succeed(fio.arg(format!("--filename={}", local.path().display())));
+        assert_same_bytes(remote.path(), local.path(), &why);
     }
 }
 
 #[test]
 fn fio_verification_reads_the_server_and_notices_one_wrong_byte() {
-    let directory = Scratch::new();
-    let server = Server::start(&format!("disk={},rw", directory.path().display()));
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = Server::start(&[&format!("disk={},rw", directory.path().display())]);
     let run = |verify_only: bool| {
-        let mut fio = fio_raio(server.port);
+        let mut fio = fio_raio(&server);
         fio.args([
             "--filename=/disk/file",
             "--size=4m",
@@ -173,68 +179,4 @@ fn flip_one_byte(path: &Path, offset: u64) {
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).expect("a byte");
     file.write_all_at(&[byte[0] ^ 1], offset).expect("a byte");
-}
-
-/// A loop block device on a sparse file.
-struct LoopDevice {
-    path: PathBuf,
-    _backing: Scratch,
-}
-
-impl LoopDevice {
-    fn new(bytes: u64) -> LoopDevice {
-        let backing = Scratch::new();
-        let file = backing.path().join("disk");
-        File::create(&file).and_then(|file| file.set_len(bytes)).expect("a backing file");
-        let output = succeed(Command::new("losetup").args(["--find", "--show"]).arg(&file));
-        let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-        LoopDevice { path, _backing: backing }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
-    }
-}
-
-/// A file system of its own on a loop device, mounted.
-struct Mount {
-    directory: Scratch,
-    _device: LoopDevice,
-}
-
-impl Mount {
-    fn new(kind: &str, bytes: u64) -> Mount {
-        let device = LoopDevice::new(bytes);
-        let quiet: &[&str] = if kind == "xfs" { &["-q", "-f"] } else { &["-q", "-F"] };
-        succeed(Command::new(format!("mkfs.{kind}")).args(quiet).arg(&device.path));
-        let directory = Scratch::new();
-        succeed(Command::new("mount").args(["-t", kind]).arg(&device.path).arg(directory.path()));
-        Mount { directory, _device: device }
-    }
-
-    fn path(&self) -> &Path {
-        self.directory.path()
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        // before the fields: the directory is removed, and the device detached, once nothing is mounted
-        let _ = Command::new("umount").arg(self.directory.path()).status();
-    }
-}
-
-/// Whether this machine lets us make loop devices; if not, says so, for the test to return.
-fn loop_devices_work() -> bool {
-    let why = if !Path::new("/dev/loop-control").exists() {
-        "there is no /dev/loop-control"
-    } else if std::fs::metadata("/proc/self").expect("/proc").uid() != 0 {
-        "loop devices and mounts need root"
-    } else {
-        return true;
-    };
-    eprintln!("SKIPPED: {why}. Run the tests as root on a machine with loop devices.");
-    false
 }

@@ -1,72 +1,11 @@
-//! What the fio tests share: a directory, a server, the engine, and one fio run.
+//! What the fio tests share: where the engine is, and one fio run.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A directory of this test's own.
-pub struct Scratch(PathBuf);
-
-impl Scratch {
-    pub fn new() -> Scratch {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("raio-fio-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir(&path).expect("a scratch directory");
-        Scratch(path)
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A raio_server on a port of its own, killed when it is dropped.
-pub struct Server {
-    child: Child,
-    pub port: u16,
-}
-
-impl Server {
-    /// `export` as the server takes it: NAME=PATH[,rw][,direct]. Which server: `RAIO_SERVER`, or the one that cargo
-    /// built beside this test.
-    pub fn start(export: &str) -> Server {
-        let program = std::env::var_os("RAIO_SERVER").map(PathBuf::from).unwrap_or_else(|| {
-            let test = std::env::current_exe().expect("this test's path");
-            test.ancestors().nth(2).expect("target/PROFILE").join("raio_server")
-        });
-        let mut child = Command::new(&program)
-            .args(["--listen", "tcp://127.0.0.1:0", "--export", export])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}. Run `cargo build` first.", program.display()));
-        let mut ready = String::new();
-        let output = child.stdout.take().expect("a pipe");
-        BufReader::new(output).read_line(&mut ready).expect("the server's first line");
-        let port = ready.trim().rsplit_once(':').and_then(|(_, port)| port.parse().ok());
-        Server { child, port: port.unwrap_or_else(|| panic!("{ready:?} names no port")) }
-    }
-
-    pub fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
+use raio_e2e::Server;
 
 /// Where `libraio_fio.so` is: `RAIO_FIO_ENGINE`, or what scripts/build-fio-engine builds.
 pub fn engine() -> &'static Path {
@@ -81,11 +20,11 @@ pub fn engine() -> &'static Path {
     })
 }
 
-/// `fio` with the engine, talking to the server on this port of loopback.
-pub fn fio_raio(port: u16) -> Command {
+/// `fio` with the engine, talking to this server.
+pub fn fio_raio(server: &Server) -> Command {
     let mut fio = fio();
     fio.arg(format!("--ioengine=external:{}", engine().display()));
-    fio.arg(format!("--raio_url=raio://127.0.0.1:{port}"));
+    fio.arg(format!("--raio_url={}", server.url()));
     fio
 }
 
