@@ -47,8 +47,8 @@ fn main() {
         .extra_warnings(true)
         .compile("raio_fio_engine");
 
-    // libraio's C API stays inside: a program with a libraio.so of its own must not meet this one.
-    println!("cargo::rustc-cdylib-link-arg=-Wl,--exclude-libs,ALL");
+    // The engine calls the libraio inside it, even in a process that has loaded a libraio.so of its own.
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic");
 }
 
 /// The version that the tree's own `make` gives its fio.

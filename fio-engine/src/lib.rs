@@ -1,7 +1,7 @@
 //! The shared object that fio loads: `engine.c`, which is the engine, and libraio, linked into one.
 //!
 //! rustc hides the C symbols of a cdylib, so fio cannot find `engine.c`'s `ioengine` by name; it finds
-//! [`get_ioengine`], the only symbol that this library exports, and asks that.
+//! [`get_ioengine`] and asks that.
 
 use std::ffi::c_void;
 
