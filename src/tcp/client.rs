@@ -219,7 +219,7 @@ impl Client {
 
     fn fail_lost(&mut self, errno: i32, why: &str) {
         let text = format!("{why}. If the server still runs, its log says more; connect anew");
-        self.fail(Error::Closed { errno, text }, Status::transport(errno));
+        self.fail(Error::Closed { errno, text }, lost(errno));
     }
 
     /// Moves everything outstanding to `replies`, after a failure.
@@ -493,8 +493,7 @@ impl Client {
     fn end_with_goodbye(&mut self, status: Status, text: String) {
         let lost = match (status.class, status.errno) {
             (Class::Protocol, errno) => Status::protocol(errno),
-            (_, errno @ (libc::ETIMEDOUT | libc::EPIPE | libc::ENOTCONN)) => Status::transport(errno),
-            _ => Status::transport(libc::ECONNRESET),
+            (_, errno) => lost(errno),
         };
         let errno = if status.is_ok() { libc::ECONNRESET } else { status.errno };
         let text = if text.is_empty() { "the server ended it without giving a reason".into() } else { text };
@@ -738,6 +737,14 @@ fn largeness(bulk: &Bulk) -> isize {
         len if len < LARGE_BYTES => -1,
         _ => 1,
     }
+}
+
+/// How requests end whose connection ended for this reason: few errnos, so that a caller can tell them from the file's.
+fn lost(errno: i32) -> Status {
+    Status::transport(match errno {
+        libc::ETIMEDOUT | libc::EPIPE | libc::ENOTCONN => errno,
+        _ => libc::ECONNRESET,
+    })
 }
 
 /// Sends; a stream that is closed gives EPIPE and no signal.

@@ -1,0 +1,893 @@
+//! A context: one connection with its own queue of operations, used by one thread at a time.
+//!
+//! An operation owns its buffers from [`Context::submit`] to the [`Completion`] that gives them back. Up to `maxevents` are in a
+//! context; of those the server has as many as it granted, the rest wait here in order. Reads into a lent buffer wait apart while
+//! all buffers are lent out. On the steady path nothing is allocated or locked: an operation is a slot of a table, a
+//! submission one send, a wake-up one receive.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use raio_transport::error::Violation;
+use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::protocol::{Command, Opcode};
+use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
+use raio_transport::{Class, Status};
+
+use crate::error::Error;
+use crate::file::{File, Use};
+use crate::poller::Poller;
+use crate::session::{Shared, protocol_error};
+
+/// The most operations in one context.
+pub const MAXEVENTS_MAX: usize = 65_536;
+/// The least that is mapped at a time for lent buffers.
+const LENT_BYTES_MIN: usize = 1 << 20;
+/// The tag of a cancel request; operations have the index of their slot.
+const TAG_CANCEL: u64 = u64::MAX;
+
+/// What is to be done to a file, with the memory for it.
+#[derive(Debug)]
+pub enum Operation {
+    /// Read into `buffers`.
+    Read {
+        /// Where in the file.
+        offset: u64,
+        /// As many bytes as these hold; fewer at the end of the file.
+        buffers: Buffers,
+    },
+    /// Read into a buffer that the context lends; give it back with [`Context::release`].
+    ReadLent {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        length: usize,
+    },
+    /// Write from `buffers`.
+    Write {
+        /// Where in the file.
+        offset: u64,
+        /// All their bytes.
+        buffers: Buffers,
+    },
+    /// Make what was written and completed durable.
+    Fsync {
+        /// fdatasync(2).
+        data_only: bool,
+    },
+    /// Give the range back to the storage; it reads as zeros where the storage says so.
+    Discard {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`Context::io_bytes_max`].
+        length: u64,
+    },
+    /// Make the range read as zeros.
+    WriteZeroes {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`Context::io_bytes_max`].
+        length: u64,
+    },
+}
+
+/// An operation that was not taken, with its buffers.
+#[derive(Debug)]
+pub struct Refused {
+    /// As it was submitted.
+    pub operation: Operation,
+    /// Why: EAGAIN (the context is full), EBADF (not an open file of this session), EINVAL, ENOTCONN.
+    pub error: Error,
+}
+
+/// Names an operation until its completion is collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    index: u32,
+    generation: u32,
+}
+
+impl Ticket {
+    /// A number below the context's `maxevents`, unique among its operations.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+}
+
+/// The end of an operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// As given to [`Context::submit`].
+    pub token: u64,
+    /// How many bytes were read or written, 0 for the other operations; or why it failed.
+    pub result: Result<u64, Error>,
+    /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
+    pub buffers: Option<Buffers>,
+    /// `buffers` is lent: give it to [`Context::release`].
+    pub is_lent: bool,
+}
+
+/// The counters of a context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Operations taken.
+    pub submitted: u64,
+    /// Operations that have ended, failures among them.
+    pub completed: u64,
+    /// Operations that failed.
+    pub failed: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Bytes copied within the library on their way to or from the caller's memory.
+    pub bounced_bytes: u64,
+    /// System calls that sent.
+    pub sends: u64,
+    /// System calls that received something.
+    pub receives: u64,
+    /// Times that a wait went to sleep.
+    pub sleeps: u64,
+    /// Operations taken and not ended, now.
+    pub in_flight: u64,
+    /// Requests on the wire that the server granted.
+    pub queue_depth: u64,
+    /// The largest operation.
+    pub io_bytes_max: u64,
+}
+
+/// One connection of a session, with its queue of operations.
+///
+/// ```no_run
+/// use raio::{Buffer, Buffers, Operation, Options, Session};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let session = Session::connect("raio://127.0.0.1", &Options::default())?;
+/// let file = session.open("/scratch/data", libc::O_RDONLY, 0)?;
+/// let mut context = session.context(32)?;
+/// for n in 0..32 {
+///     let buffers = Buffers::One(Buffer::Owned(vec![0; 4096].into()));
+///     context.submit(&file, Operation::Read { offset: n * 4096, buffers }, n).map_err(|refused| refused.error)?;
+/// }
+/// context.flush();
+/// let mut left = 32;
+/// while left > 0 {
+///     context.wait(1, usize::MAX, None)?;
+///     while let Some(completion) = context.next() {
+///         println!("block {}: {} bytes", completion.token, completion.result?);
+///         left -= 1;
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Context {
+    session: Arc<Shared>,
+    transport: Box<dyn ClientTransport>,
+    maxevents: usize,
+    request_timeout: Duration,
+    /// Grows up to `maxevents`.
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Slots that wait for a credit, in order.
+    waiting: VecDeque<u32>,
+    /// Slots that wait for a lent buffer, in order.
+    waiting_lent: VecDeque<u32>,
+    /// Slots that have ended and are not collected, in order.
+    done: VecDeque<u32>,
+    /// Slots submitted that have not ended.
+    in_flight: usize,
+    /// Kept for their memory.
+    replies: Vec<Reply>,
+    body: Vec<u8>,
+    /// The answer to a cancel request has come.
+    cancel_answered: bool,
+    uses: Vec<Option<Use>>,
+    use_of: HashMap<u64, u32>,
+    /// The number and the use of the file used last.
+    last_use: Option<(u64, u32)>,
+    arenas: Vec<Arena>,
+    /// Lent buffers that are being read into or are with the caller.
+    lent: usize,
+    on_complete: Option<Box<dyn FnMut(u64) + Send>>,
+    poller: Option<Poller>,
+    spin: Spin,
+    stats: Stats,
+}
+
+#[derive(Debug)]
+struct Slot {
+    generation: u32,
+    token: u64,
+    file: u32,
+    opcode: Opcode,
+    is_lent: bool,
+    /// Being cancelled: whoever cancels it collects it.
+    cancelling: bool,
+    length: u64,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Free,
+    /// For a credit, or for a lent buffer.
+    Waiting(Command<'static>, Bulk),
+    Sent(RequestId),
+    Done(Completion),
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context")
+            .field("maxevents", &self.maxevents)
+            .field("in_flight", &self.in_flight)
+            .field("done", &self.done.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Context {
+    pub(crate) fn new(session: Arc<Shared>, maxevents: usize) -> Result<Self, Error> {
+        if !(1..=MAXEVENTS_MAX).contains(&maxevents) {
+            return Err(Error::call(
+                libc::EINVAL,
+                format!(
+                    "A context cannot have {maxevents} operations in flight; choose 1 to {MAXEVENTS_MAX}."
+                ),
+            ));
+        }
+        if !session.is_open() {
+            return Err(Error::call(libc::EBADF, "The session was stopped. Make a new one."));
+        }
+        let options = session.options();
+        let wanted = match options.queue_depth {
+            0 => maxevents as u32,
+            depth => depth.min(maxevents as u32),
+        };
+        let transport = session.dial(wanted)?;
+        let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
+        let spin = Spin::new(options.spin);
+        Ok(Self {
+            session,
+            transport,
+            maxevents,
+            request_timeout,
+            slots: Vec::new(),
+            free: Vec::new(),
+            waiting: VecDeque::new(),
+            waiting_lent: VecDeque::new(),
+            done: VecDeque::new(),
+            in_flight: 0,
+            replies: Vec::new(),
+            body: Vec::new(),
+            cancel_answered: false,
+            uses: Vec::new(),
+            use_of: HashMap::new(),
+            last_use: None,
+            arenas: Vec::new(),
+            lent: 0,
+            on_complete: None,
+            poller: None,
+            spin,
+            stats: Stats::default(),
+        })
+    }
+
+    /// The largest read or write.
+    pub fn io_bytes_max(&self) -> usize {
+        self.transport.grant().data_bytes_max as usize
+    }
+
+    /// Whether nothing more is taken until completions are collected.
+    pub fn is_full(&self) -> bool {
+        self.in_flight + self.done.len() >= self.maxevents
+    }
+
+    /// Why the connection ended, if it has.
+    pub fn failure(&self) -> Option<Error> {
+        self.transport.failure().map(Error::not_connected)
+    }
+
+    /// Has `notify` called with the token of each operation that ends, when the library hears of it: within `submit`, `wait`, `cancel`
+    /// and `release`. Those that [`Context::cancel`] returns are left out.
+    pub fn on_complete(&mut self, notify: impl FnMut(u64) + Send + 'static) {
+        self.on_complete = Some(Box::new(notify));
+    }
+
+    /// Queues an operation; [`Context::flush`] and [`Context::wait`] send it. Never blocks. `token` comes back in the completion.
+    pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Refused>> {
+        match self.check(file, &operation) {
+            Ok(()) => Ok(self.enqueue(file, operation, token)),
+            Err(error) => Err(Box::new(Refused { operation, error })),
+        }
+    }
+
+    fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
+        if let Some(failure) = self.transport.failure() {
+            return Err(Error::not_connected(failure));
+        }
+        if self.is_full() {
+            return Err(Error::call(
+                libc::EAGAIN,
+                "The context is full. Collect completions first, or make it larger.",
+            ));
+        }
+        if file.inner().is_closing() || !Arc::ptr_eq(file.inner().session(), &self.session) {
+            return Err(Error::call(
+                libc::EBADF,
+                "That is no open file of this context's session. Open it in the same session.",
+            ));
+        }
+        let (offset, length) = match operation {
+            Operation::Read { offset, buffers } | Operation::Write { offset, buffers } => {
+                (*offset, buffers.len() as u64)
+            }
+            Operation::ReadLent { offset, length } => (*offset, *length as u64),
+            Operation::Fsync { .. } => (0, 0),
+            Operation::Discard { offset, length } | Operation::WriteZeroes { offset, length } => {
+                if *length > i64::MAX as u64 || *offset > i64::MAX as u64 - *length {
+                    return Err(Error::call(
+                        libc::EINVAL,
+                        "The range ends beyond the largest offset there is. Choose a smaller one.",
+                    ));
+                }
+                (*offset, 0)
+            }
+        };
+        if offset > i64::MAX as u64 {
+            return Err(Error::call(libc::EINVAL, "The offset is negative. Give one from the file's start."));
+        }
+        let most = self.io_bytes_max() as u64;
+        if length > most {
+            return Err(Error::call(
+                libc::EINVAL,
+                format!(
+                    "{length} bytes are more than the server takes in one operation ({most}). Split it, or start \
+                     raio_server with a larger --io-max."
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    fn enqueue(&mut self, file: &File, operation: Operation, token: u64) -> Ticket {
+        let user = self.use_of(file);
+        let handle = file.inner().handle();
+        let (command, bulk, length, is_lent) = match operation {
+            Operation::Read { offset, buffers } => {
+                let length = buffers.len() as u32;
+                (Command::Read { file: handle, offset, length }, Bulk::In(buffers), length.into(), false)
+            }
+            Operation::ReadLent { offset, length } => {
+                let length = length as u32;
+                (Command::Read { file: handle, offset, length }, Bulk::None, length.into(), true)
+            }
+            Operation::Write { offset, buffers } => {
+                let length = buffers.len() as u32;
+                (Command::Write { file: handle, offset, length }, Bulk::Out(buffers), length.into(), false)
+            }
+            Operation::Fsync { data_only } => {
+                (Command::Fsync { file: handle, data_only }, Bulk::None, 0, false)
+            }
+            Operation::Discard { offset, length } => {
+                (Command::Discard { file: handle, offset, length }, Bulk::None, length, false)
+            }
+            Operation::WriteZeroes { offset, length } => {
+                (Command::WriteZeroes { file: handle, offset, length }, Bulk::None, length, false)
+            }
+        };
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot {
+                generation: 0,
+                token: 0,
+                file: 0,
+                opcode: Opcode::Read,
+                is_lent: false,
+                cancelling: false,
+                length: 0,
+                state: State::Free,
+            });
+            self.slots.len() as u32 - 1
+        });
+        let slot = &mut self.slots[index as usize];
+        slot.token = token;
+        slot.file = user;
+        slot.opcode = command.opcode();
+        slot.is_lent = is_lent;
+        slot.cancelling = false;
+        slot.length = length;
+        slot.state = State::Waiting(command, bulk);
+        let ticket = Ticket { index, generation: slot.generation };
+        self.in_flight += 1;
+        self.stats.submitted += 1;
+        if let Some(user) = &self.uses[user as usize] {
+            user.add();
+        }
+        if is_lent {
+            self.waiting_lent.push_back(index);
+            self.lend();
+        } else {
+            self.waiting.push_back(index);
+        }
+        self.start();
+        ticket
+    }
+
+    /// The number in `uses` of this file.
+    fn use_of(&mut self, file: &File) -> u32 {
+        let number = file.inner().number();
+        if let Some((last, user)) = self.last_use
+            && last == number
+        {
+            return user;
+        }
+        let user = self.use_of.get(&number).copied().unwrap_or_else(|| {
+            // Time to forget closed files.
+            for user in &mut self.uses {
+                if let Some(closed) = user
+                    && closed.file().is_closing()
+                    && closed.is_idle()
+                {
+                    self.use_of.remove(&closed.file().number());
+                    *user = None;
+                }
+            }
+            let new = Some(Use::new(Arc::clone(file.inner())));
+            let user = match self.uses.iter().position(Option::is_none) {
+                Some(at) => {
+                    self.uses[at] = new;
+                    at as u32
+                }
+                None => {
+                    self.uses.push(new);
+                    self.uses.len() as u32 - 1
+                }
+            };
+            self.use_of.insert(number, user);
+            user
+        });
+        self.last_use = Some((number, user));
+        user
+    }
+
+    /// Gives buffers to reads that wait for one, as far as there are any.
+    fn lend(&mut self) {
+        while self.lent < self.maxevents
+            && let Some(index) = self.waiting_lent.pop_front()
+        {
+            let length = self.slots[index as usize].length as usize;
+            match self.lend_one(length) {
+                Ok(buffer) => {
+                    self.lent += 1;
+                    if let State::Waiting(_, bulk) = &mut self.slots[index as usize].state {
+                        *bulk = Bulk::In(Buffers::One(buffer));
+                    }
+                    self.waiting.push_back(index);
+                }
+                Err(error) => {
+                    let status = Status::storage(error.raw_os_error().unwrap_or(libc::ENOMEM));
+                    let text = format!("There is no memory for a lent buffer ({error}). Release some.");
+                    // It has not got what `end` would take back.
+                    self.slots[index as usize].is_lent = false;
+                    self.end(index, Err(Error { status, text }), Bulk::None);
+                }
+            }
+        }
+    }
+
+    fn lend_one(&mut self, length: usize) -> std::io::Result<Buffer> {
+        if let Some(slot) = self.arenas.iter_mut().rev().find_map(|arena| arena.alloc(length)) {
+            return Ok(Buffer::Slot(slot, length));
+        }
+        let mapped: usize = self.arenas.iter().map(Arena::len).sum();
+        let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), self.io_bytes_max())?;
+        let slot = arena.alloc(length).ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
+        self.arenas.push(arena);
+        Ok(Buffer::Slot(slot, length))
+    }
+
+    /// Hands what waits to the transport, as far as there are credits.
+    fn start(&mut self) {
+        while self.transport.credits() > 0
+            && self.transport.failure().is_none()
+            && let Some(index) = self.waiting.pop_front()
+        {
+            let slot = &mut self.slots[index as usize];
+            let State::Waiting(command, bulk) = std::mem::replace(&mut slot.state, State::Free) else {
+                unreachable!("`waiting` has waiting slots")
+            };
+            self.body.clear();
+            command.encode(&mut self.body);
+            match self.transport.send(index.into(), &self.body, bulk, false) {
+                Ok(request) => slot.state = State::Sent(request),
+                Err(NotSent(bulk)) => {
+                    // The connection has ended: `pump` is about to hear of it.
+                    slot.state = State::Waiting(command, bulk);
+                    self.waiting.push_front(index);
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Sends what is queued, as far as the server takes it. Never blocks.
+    pub fn flush(&mut self) {
+        self.transport.flush();
+        self.sync_poller();
+    }
+
+    /// Takes in what has arrived.
+    fn pump(&mut self) {
+        let mut replies = std::mem::take(&mut self.replies);
+        self.transport.receive(&mut replies);
+        for reply in replies.drain(..) {
+            self.take_in(reply);
+        }
+        self.replies = replies;
+        if !self.waiting.is_empty() || !self.waiting_lent.is_empty() {
+            if let Some(failure) = self.failure() {
+                for index in self.waiting.drain(..).chain(self.waiting_lent.drain(..)).collect::<Vec<_>>() {
+                    self.end_waiting(index, failure.clone());
+                }
+            } else {
+                self.start();
+                self.transport.flush();
+            }
+        }
+    }
+
+    fn take_in(&mut self, reply: Reply) {
+        if reply.tag == TAG_CANCEL {
+            self.cancel_answered = true;
+            return;
+        }
+        let index = reply.tag as u32;
+        let slot = &self.slots[index as usize];
+        let result = if !reply.status.is_ok() {
+            Err(match self.transport.failure() {
+                Some(failure) if reply.body.is_empty() => {
+                    Error { status: reply.status, text: failure.to_string() }
+                }
+                _ => Error::from_reply(reply.status, &reply.body),
+            })
+        } else {
+            let makes_sense = match slot.opcode {
+                Opcode::Read => reply.result == reply.data_len as u64,
+                Opcode::Write => reply.result <= slot.length,
+                _ => true,
+            };
+            if makes_sense {
+                Ok(if matches!(slot.opcode, Opcode::Read | Opcode::Write) { reply.result } else { 0 })
+            } else {
+                self.transport.abort(Violation::Field);
+                Err(protocol_error())
+            }
+        };
+        self.end(index, result, reply.bulk);
+    }
+
+    /// Ends an operation that was not sent.
+    fn end_waiting(&mut self, index: u32, error: Error) {
+        let state = std::mem::replace(&mut self.slots[index as usize].state, State::Free);
+        let bulk = if let State::Waiting(_, bulk) = state { bulk } else { Bulk::None };
+        self.end(index, Err(error), bulk);
+    }
+
+    /// An operation has ended.
+    fn end(&mut self, index: u32, result: Result<u64, Error>, bulk: Bulk) {
+        let slot = &mut self.slots[index as usize];
+        let mut buffers = match bulk {
+            Bulk::In(buffers) | Bulk::Out(buffers) => Some(buffers),
+            Bulk::None => None,
+        };
+        self.in_flight -= 1;
+        self.stats.completed += 1;
+        let mut cancelled = false;
+        match (&result, slot.opcode) {
+            (Ok(n), Opcode::Read) => self.stats.bytes_read += n,
+            (Ok(n), Opcode::Write) => self.stats.bytes_written += n,
+            (Ok(_), _) => {}
+            (Err(error), _) => {
+                self.stats.failed += 1;
+                cancelled = slot.cancelling && error.errno() == libc::ECANCELED;
+                if slot.is_lent && buffers.take().is_some() {
+                    self.lent -= 1;
+                }
+            }
+        }
+        let token = slot.token;
+        let is_lent = slot.is_lent && buffers.is_some();
+        slot.state = State::Done(Completion { token, result, buffers, is_lent });
+        self.done.push_back(index);
+        if let Some(user) = &self.uses[slot.file as usize] {
+            user.remove();
+        }
+        if let Some(notify) = &mut self.on_complete
+            && !cancelled
+        {
+            notify(token);
+        }
+    }
+
+    /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes in what has arrived. Waits
+    /// for no more than is in flight, and takes nothing in while `max` are there. Returns how many are there.
+    ///
+    /// Fails with EINTR after a signal if nothing is there to be collected, and with ENOTCONN once the connection has ended and every
+    /// completion has been collected.
+    pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
+        self.transport.flush();
+        let ready = self.done.len();
+        // With a poll descriptor, the caller may count on the socket being drained when fewer than `max` come.
+        let enough = if min == 0 || self.poller.is_some() { max } else { min };
+        if ready > 0 && ready >= enough {
+            return Ok(ready);
+        }
+        self.pump();
+        let waited = if self.done.len() < min.min(self.done.len() + self.in_flight)
+            && timeout != Some(Duration::ZERO)
+        {
+            self.wait_for(min, timeout)
+        } else {
+            Ok(())
+        };
+        self.sync_poller();
+        if !self.done.is_empty() {
+            return Ok(self.done.len());
+        }
+        waited?;
+        match self.transport.failure() {
+            Some(failure) if self.in_flight == 0 => Err(Error::not_connected(failure)),
+            _ => Ok(0),
+        }
+    }
+
+    /// Spins a little, then sleeps, until `min` completions are there or as many as there can be.
+    fn wait_for(&mut self, min: usize, timeout: Option<Duration>) -> Result<(), Error> {
+        let begin = Instant::now();
+        // One so far away that there is no such instant is none.
+        let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
+        let mut since = begin;
+        let mut slept = false;
+        while self.done.len() < min.min(self.done.len() + self.in_flight) {
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                break;
+            }
+            let before = self.done.len();
+            if !slept && now - since < self.spin.budget {
+                // Whoever has the answer to give may need this core.
+                std::thread::yield_now();
+                self.pump();
+            } else {
+                slept = true;
+                self.stats.sleeps += 1;
+                if let Err(error) = self.transport.wait(deadline) {
+                    self.pump();
+                    return Err(error.into());
+                }
+                self.pump();
+            }
+            if self.done.len() > before {
+                let now = Instant::now();
+                self.spin.learn(now - since);
+                since = now;
+                slept = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next completion, if one is there. Does not look for new ones: see [`Context::wait`].
+    #[allow(clippy::should_implement_trait)]
+    pub fn next(&mut self) -> Option<Completion> {
+        let index = self.done.pop_front()?;
+        self.collect(index)
+    }
+
+    /// Frees the slot of an operation that has ended.
+    fn collect(&mut self, index: u32) -> Option<Completion> {
+        let slot = &mut self.slots[index as usize];
+        let State::Done(completion) = std::mem::replace(&mut slot.state, State::Free) else {
+            return None;
+        };
+        slot.generation = slot.generation.wrapping_add(1);
+        self.free.push(index);
+        Some(completion)
+    }
+
+    /// Brings the poll descriptor in line with what has been collected, after [`Context::next`].
+    pub fn sync_poller(&mut self) {
+        if let Some(poller) = &mut self.poller {
+            let (fd, out) = self.transport.poll_fd();
+            let tick = self.transport.grant().keepalive.min(self.request_timeout / 3);
+            poller.sync(fd, out, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
+        }
+    }
+
+    /// A descriptor for poll(2) or epoll(7): readable when [`Context::wait`] may have something to do. Call that with `min` 0 then, and
+    /// [`Context::next`] until it gives nothing.
+    pub fn poll_fd(&mut self) -> Result<BorrowedFd<'_>, Error> {
+        if let Some(failure) = self.transport.failure() {
+            return Err(Error::not_connected(failure));
+        }
+        if self.poller.is_none() {
+            let poller = Poller::new(self.transport.poll_fd().0).map_err(|error| {
+                Error::call(
+                    error.raw_os_error().unwrap_or(libc::EMFILE),
+                    format!("Cannot make a descriptor to poll ({error}). Close some, or raise `ulimit -n`."),
+                )
+            })?;
+            self.poller = Some(poller);
+        }
+        self.sync_poller();
+        match &self.poller {
+            Some(poller) => Ok(poller.fd()),
+            None => unreachable!("made above"),
+        }
+    }
+
+    /// The ticket of the operation with this index and token, if it is in flight or not yet collected.
+    pub fn ticket(&self, index: u32, token: u64) -> Option<Ticket> {
+        let slot = self.slots.get(index as usize)?;
+        let taken = !matches!(slot.state, State::Free) && slot.token == token;
+        taken.then_some(Ticket { index, generation: slot.generation })
+    }
+
+    /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks for a round trip if it has
+    /// been sent. Otherwise its completion comes in the normal way, and this fails with EAGAIN (too late), ENOTCONN, or
+    /// EINVAL (no such operation).
+    pub fn cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
+        let result = self.try_cancel(ticket);
+        self.sync_poller();
+        result
+    }
+
+    fn try_cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
+        let index = ticket.index;
+        let none = || Error::call(libc::EINVAL, "That operation is not in flight in this context.");
+        let slot = self.slots.get_mut(index as usize).ok_or_else(none)?;
+        if slot.generation != ticket.generation {
+            return Err(none());
+        }
+        let request = match slot.state {
+            State::Free => return Err(none()),
+            State::Done(_) => return Err(too_late()),
+            State::Waiting(..) => None,
+            State::Sent(request) => Some(request),
+        };
+        slot.cancelling = true;
+        let cancelled = Error {
+            status: Status { errno: libc::ECANCELED, class: Class::None, retryable: false },
+            text: "The operation was cancelled.".into(),
+        };
+        match request {
+            None => {
+                self.waiting.retain(|&waiting| waiting != index);
+                self.waiting_lent.retain(|&waiting| waiting != index);
+                self.end_waiting(index, cancelled);
+            }
+            Some(request) => match self.transport.recall(request) {
+                Some(bulk) => self.end(index, Err(cancelled), bulk),
+                None => self.cancel_remotely(index, request),
+            },
+        }
+        self.lend();
+        self.start();
+        self.transport.flush();
+        let slot = &mut self.slots[index as usize];
+        slot.cancelling = false;
+        match &slot.state {
+            State::Done(completion)
+                if completion.result.as_ref().is_err_and(|error| error.errno() == libc::ECANCELED) =>
+            {
+                self.done.retain(|&done| done != index);
+                self.collect(index).ok_or_else(none)
+            }
+            _ => Err(self.failure().unwrap_or_else(too_late)),
+        }
+    }
+
+    /// Asks the server to cancel, and waits for its answer. The operation, if cancelled, has ended by then.
+    fn cancel_remotely(&mut self, index: u32, request: RequestId) {
+        self.body.clear();
+        Command::Cancel { id: request.0 }.encode(&mut self.body);
+        self.cancel_answered = false;
+        // The control credit is free: whoever used it has waited for the answer.
+        if self.transport.send(TAG_CANCEL, &self.body, Bulk::None, true).is_err() {
+            self.pump();
+            return;
+        }
+        self.transport.flush();
+        let deadline = Instant::now() + self.request_timeout;
+        loop {
+            self.pump();
+            let sent = matches!(self.slots[index as usize].state, State::Sent(_));
+            if self.cancel_answered || (self.transport.failure().is_some() && !sent) {
+                return;
+            }
+            if Instant::now() >= deadline {
+                // It answers pings, but not this.
+                self.transport.abort(Violation::Silent);
+                continue;
+            }
+            match self.transport.wait(Some(deadline)) {
+                Err(error) if error.errno() != libc::EINTR => self.transport.abort(Violation::Silent),
+                _ => {}
+            }
+        }
+    }
+
+    /// Gives back a buffer that the context lent. Reads that wait for one go on.
+    pub fn release(&mut self, buffers: Buffers) {
+        drop(buffers);
+        self.lent = self.lent.saturating_sub(1);
+        if !self.waiting_lent.is_empty() {
+            self.lend();
+            self.start();
+            self.transport.flush();
+            self.sync_poller();
+        }
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> Stats {
+        let transport = self.transport.counters();
+        Stats {
+            bounced_bytes: transport.bounced_bytes,
+            sends: transport.sends,
+            receives: transport.receives,
+            in_flight: self.in_flight as u64,
+            queue_depth: self.transport.grant().queue_depth.into(),
+            io_bytes_max: self.io_bytes_max() as u64,
+            ..self.stats
+        }
+    }
+
+    /// Waits until nothing is in flight, and drops the context. Reads that wait for a lent buffer are dropped. A server that is silent
+    /// is waited for no longer than the request timeout.
+    pub fn close(mut self) {
+        let waiting: Vec<_> = self.waiting_lent.drain(..).collect();
+        for index in waiting {
+            self.end_waiting(index, Error::call(libc::ECANCELED, "The context was closed."));
+        }
+        self.transport.flush();
+        while self.in_flight > 0 {
+            self.pump();
+            if self.in_flight > 0
+                && self.transport.wait(None).is_err_and(|error| error.errno() != libc::EINTR)
+            {
+                break;
+            }
+        }
+    }
+}
+
+fn too_late() -> Error {
+    Error::call(libc::EAGAIN, "Too late to cancel: it is being done, or is done. Its own completion comes.")
+}
+
+/// How long to wait actively: as long as was asked for while answers come within that time, less and less while they do not.
+#[derive(Debug)]
+struct Spin {
+    most: Duration,
+    budget: Duration,
+}
+
+impl Spin {
+    fn new(most: Duration) -> Self {
+        Self { most, budget: most }
+    }
+
+    /// An answer took so long.
+    fn learn(&mut self, took: Duration) {
+        // Some allowance, for a sleep adds the time it takes to wake up.
+        if took <= self.most * 2 {
+            self.budget = self.most;
+        } else {
+            self.budget /= 2;
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The process-wide table behind the C API's descriptors: sessions and files by number.
+//!
+//! Numbers begin beyond what the kernel gives out and are not reused until they wrap around, so that a descriptor used after its
+//! end is EBADF rather than somebody else's. Blocking calls are made with the table unlocked, on what was looked up.
+//! Contexts remember what they looked up for as long as [`epoch`] stays the same: closing anything changes it.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
+use crate::file::File;
+use crate::session::Session;
+
+/// The first descriptor. The kernel's end at 1,048,576 (fs.nr_open) unless an administrator raises that.
+const FIRST: i32 = 1 << 24;
+
+static EPOCH: AtomicU64 = AtomicU64::new(0);
+static TABLE: Mutex<Option<Table>> = Mutex::new(None);
+
+#[derive(Debug)]
+pub(crate) struct Table {
+    entries: HashMap<i32, Entry>,
+    next: i32,
+}
+
+#[derive(Debug)]
+enum Entry {
+    Session(SessionEntry),
+    /// And its session's descriptor.
+    File(Arc<File>, i32),
+}
+
+#[derive(Debug)]
+struct SessionEntry {
+    session: Arc<Session>,
+    /// The file that the session's descriptor stands for.
+    first: First,
+    /// Addresses of its contexts.
+    contexts: Vec<usize>,
+}
+
+#[derive(Debug)]
+enum First {
+    NotYet,
+    Open(Arc<File>),
+    Closed,
+}
+
+/// Changes whenever a descriptor ends, or comes to stand for another file.
+pub(crate) fn epoch() -> u64 {
+    EPOCH.load(Ordering::Acquire)
+}
+
+fn table() -> MutexGuard<'static, Option<Table>> {
+    TABLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn with<T>(body: impl FnOnce(&mut Table) -> T) -> T {
+    body(table().get_or_insert_with(|| Table { entries: HashMap::new(), next: FIRST }))
+}
+
+impl Table {
+    fn insert(&mut self, entry: Entry) -> i32 {
+        while self.entries.contains_key(&self.next) {
+            self.next = self.next.checked_add(1).unwrap_or(FIRST);
+        }
+        let fd = self.next;
+        self.next = fd.checked_add(1).unwrap_or(FIRST);
+        self.entries.insert(fd, entry);
+        fd
+    }
+
+    fn session(&mut self, fd: i32) -> Result<&mut SessionEntry, Error> {
+        match self.entries.get_mut(&fd) {
+            Some(Entry::Session(entry)) => Ok(entry),
+            _ => Err(no_session(fd)),
+        }
+    }
+}
+
+fn no_session(fd: i32) -> Error {
+    Error::call(
+        libc::EBADF,
+        format!("Descriptor {fd} is no session. Use one of raio_start() or raio_connect()."),
+    )
+}
+
+fn no_file(fd: i32) -> Error {
+    Error::call(libc::EBADF, format!("Descriptor {fd} is no open file. Use one of raio_open()."))
+}
+
+/// A descriptor for a session.
+pub(crate) fn add_session(session: Session) -> i32 {
+    let entry = SessionEntry { session: Arc::new(session), first: First::NotYet, contexts: Vec::new() };
+    with(|table| table.insert(Entry::Session(entry)))
+}
+
+/// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first.
+pub(crate) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
+    let file = Arc::new(file);
+    with(|table| {
+        let entry = table.session(fd)?;
+        if matches!(entry.first, First::NotYet) {
+            entry.first = First::Open(file);
+            return Ok(0);
+        }
+        Ok(table.insert(Entry::File(file, fd)))
+    })
+}
+
+/// The session `fd`.
+pub(crate) fn session(fd: i32) -> Result<Arc<Session>, Error> {
+    with(|table| table.session(fd).map(|entry| Arc::clone(&entry.session)))
+}
+
+/// The session `fd`, or that of the file `fd`, and its descriptor.
+pub(crate) fn session_of(fd: i32) -> Result<(Arc<Session>, i32), Error> {
+    with(|table| {
+        let fd = match table.entries.get(&fd) {
+            Some(Entry::File(_, session)) => *session,
+            _ => fd,
+        };
+        table.session(fd).map(|entry| (Arc::clone(&entry.session), fd))
+    })
+}
+
+/// The file that `fd` stands for, and its session's descriptor.
+pub(crate) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
+    with(|table| match table.entries.get(&fd) {
+        Some(Entry::File(file, session)) => Ok((Arc::clone(file), *session)),
+        Some(Entry::Session(SessionEntry { first: First::Open(file), .. })) => Ok((Arc::clone(file), fd)),
+        _ => Err(no_file(fd)),
+    })
+}
+
+/// Takes the file that `fd` stands for out of the table.
+pub(crate) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
+    let file = with(|table| match table.entries.get_mut(&fd) {
+        Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::Closed) {
+            First::Open(file) => Ok(file),
+            other => {
+                entry.first = other;
+                Err(no_file(fd))
+            }
+        },
+        Some(Entry::File(..)) => match table.entries.remove(&fd) {
+            Some(Entry::File(file, _)) => Ok(file),
+            _ => Err(no_file(fd)),
+        },
+        None => Err(no_file(fd)),
+    });
+    EPOCH.fetch_add(1, Ordering::AcqRel);
+    file
+}
+
+/// Takes a session and its files out of the table. Gives the session, to be stopped, and the addresses of its contexts.
+pub(crate) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Error> {
+    let mut files = Vec::new();
+    let removed = with(|table| {
+        table.session(fd)?;
+        let Some(Entry::Session(entry)) = table.entries.remove(&fd) else { return Err(no_session(fd)) };
+        files.extend(
+            table.entries.extract_if(|_, entry| matches!(entry, Entry::File(_, session) if *session == fd)),
+        );
+        Ok((entry.session, entry.contexts, entry.first))
+    });
+    EPOCH.fetch_add(1, Ordering::AcqRel);
+    let (session, contexts, first) = removed?;
+    // The server closes the files with the session: nobody needs to tell it of each.
+    session.stop();
+    drop((files, first));
+    Ok((session, contexts))
+}
+
+/// Notes a context of the session `fd`.
+pub(crate) fn add_context(fd: i32, address: usize) -> Result<(), Error> {
+    with(|table| table.session(fd).map(|entry| entry.contexts.push(address)))
+}
+
+/// Forgets a context of the session `fd`.
+pub(crate) fn remove_context(fd: i32, address: usize) {
+    with(|table| {
+        if let Ok(entry) = table.session(fd) {
+            entry.contexts.retain(|&context| context != address);
+        }
+    });
+}

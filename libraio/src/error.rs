@@ -1,0 +1,64 @@
+//! The one error type: a status (errno, where it arose, whether trying again may help) and a sentence.
+
+use raio_transport::error::Class;
+use raio_transport::{Status, message};
+
+/// A call or an operation that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// What and whose. Class `None` means that the call itself made no sense, or cannot be done now.
+    pub status: Status,
+    /// A sentence for people.
+    pub text: String,
+}
+
+impl Error {
+    /// A call that makes no sense, or cannot be done now.
+    pub(crate) fn call(errno: i32, text: impl Into<String>) -> Self {
+        Self { status: Status { errno, class: Class::None, retryable: false }, text: text.into() }
+    }
+
+    /// A call on a connection that has ended.
+    pub(crate) fn not_connected(why: &raio_transport::Error) -> Self {
+        Self {
+            status: Status::transport(libc::ENOTCONN),
+            text: format!("There is no connection any more ({why}). Make a new session."),
+        }
+    }
+
+    /// The failure of a request, from the body of its response.
+    pub(crate) fn from_reply(status: Status, body: &[u8]) -> Self {
+        let mut text = message::text(body);
+        if text.is_empty() {
+            text = std::io::Error::from_raw_os_error(status.errno).to_string();
+        }
+        Self { status, text }
+    }
+
+    /// The errno, positive.
+    pub fn errno(&self) -> i32 {
+        self.status.errno
+    }
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<raio_transport::Error> for Error {
+    fn from(error: raio_transport::Error) -> Self {
+        use raio_transport::Error as E;
+        let errno = error.errno();
+        let status = match &error {
+            E::Address(_) | E::Unsupported(_) => Status { errno, class: Class::None, retryable: false },
+            E::Io { .. } | E::Closed { .. } => Status::transport(errno),
+            E::Refused { status, .. } => *status,
+            E::Violation(_) => Status::protocol(errno),
+        };
+        Self { status, text: error.to_string() }
+    }
+}
