@@ -1,0 +1,568 @@
+//! A server for the tests, and a client that is easy to drive.
+//!
+//! The server has one thread for each worker. Its commands are 16 bytes, an [`Op`] and an argument, and whatever follows:
+//! nothing in it knows a file.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use raio_transport::error::{Error, Status};
+use raio_transport::handshake::{Offer, Peer, Policy};
+use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::reactor::{self, Reactor, Sender, Wait, mailbox};
+use raio_transport::transport::{
+    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response, ServerEvent,
+    ServerTransport, SlotRange,
+};
+use raio_transport::{pair, tcp};
+
+/// Nothing in these tests takes so long unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the suite runs over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Pair,
+    TcpUring,
+    TcpEpoll,
+}
+
+impl Transport {
+    pub fn is_tcp(self) -> bool {
+        self != Self::Pair
+    }
+}
+
+/// Says so if it has not.
+pub fn has_io_uring() -> bool {
+    let reactor = Reactor::new(&reactor::Config::default()).unwrap();
+    if let Some(reason) = reactor.fallback_reason() {
+        eprintln!("SKIPPED over io_uring, which is not to be had here: {reason}");
+    }
+    reactor.has_ring()
+}
+
+/// What the server does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Op {
+    /// The body comes back.
+    Echo = 1,
+    /// Takes the data, and says how many of its bytes agree with [`pattern`] of the argument.
+    Put,
+    /// Gives as much data as there is room for: [`pattern`] of the argument.
+    Get,
+    /// Fails with EACCES, and leaves the data where it is.
+    Refuse,
+    /// Is not answered before a release comes by the same connection.
+    Hold,
+    /// Answers what is held by its connection, newest first, and then itself.
+    Release,
+    /// Closes its connection, with a sentence.
+    Close,
+}
+
+/// A command.
+pub fn command(op: Op, argument: u64) -> [u8; 16] {
+    let mut body = [0; 16];
+    body[..8].copy_from_slice(&(op as u64).to_le_bytes());
+    body[8..].copy_from_slice(&argument.to_le_bytes());
+    body
+}
+
+/// Data that differs by seed and by position.
+pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    (0..len as u64).map(|at| (at.wrapping_mul(31) ^ (at >> 8) ^ seed.wrapping_mul(97)) as u8).collect()
+}
+
+/// One end of a connection, handed to the server.
+enum Wire {
+    Tcp(OwnedFd),
+    Pair(pair::End),
+}
+
+enum Mail {
+    Adopt(Wire),
+    Stop,
+}
+
+/// What the server has seen, and what it holds.
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub opened: Vec<(ConnectionId, Peer)>,
+    pub closed: Vec<(ConnectionId, CloseReason)>,
+    pub requests: u64,
+    /// The most requests of one connection that were unanswered at a time.
+    pub unanswered_max: usize,
+    /// The most bytes of one connection's answers that it had not taken.
+    pub unsent_bytes_max: usize,
+    /// Bytes of the arena in use at the end of the last turn, and the most at the end of any.
+    pub arena_bytes: usize,
+    pub arena_bytes_max: usize,
+    /// Requests whose data waits for memory.
+    pub waiting: usize,
+    pub connections: usize,
+}
+
+impl Seen {
+    /// The names of the reasons for which connections were closed.
+    pub fn reasons(&self) -> Vec<&'static str> {
+        self.closed.iter().map(|(_, reason)| reason.name()).collect()
+    }
+}
+
+struct Worker {
+    sender: Sender<Mail>,
+    thread: Option<JoinHandle<()>>,
+    seen: Arc<(Mutex<Seen>, Condvar)>,
+}
+
+/// A running server. Dropping it stops it, and fails the test if one of its threads has panicked.
+pub struct Server {
+    pub transport: Transport,
+    workers: Vec<Worker>,
+    next: AtomicUsize,
+}
+
+/// How a server is made.
+pub struct Setup {
+    pub policy: Policy,
+    pub workers: usize,
+    pub arena_bytes: usize,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let policy = Policy { queue_depth: 16, data_bytes_max: 256 << 10, ..Policy::default() };
+        Self { policy, workers: 1, arena_bytes: 16 << 20 }
+    }
+}
+
+/// A server with one worker and this policy.
+pub fn serve(transport: Transport, policy: Policy) -> Server {
+    Server::start(transport, Setup { policy, ..Setup::default() })
+}
+
+/// A server of no particular kind.
+pub fn serve_plain(transport: Transport) -> Server {
+    Server::start(transport, Setup::default())
+}
+
+impl Server {
+    pub fn start(transport: Transport, setup: Setup) -> Self {
+        let policy = Arc::new(setup.policy);
+        let workers = (0..setup.workers)
+            .map(|_| {
+                let (policy, arena_bytes) = (Arc::clone(&policy), setup.arena_bytes);
+                let seen = Arc::new((Mutex::new(Seen::default()), Condvar::new()));
+                let seen_by_worker = Arc::clone(&seen);
+                let (started, starting) = std::sync::mpsc::channel();
+                let thread = std::thread::spawn(move || {
+                    let config = reactor::Config {
+                        epoll: transport == Transport::TcpEpoll,
+                        spin: Duration::ZERO,
+                        ..Default::default()
+                    };
+                    let mut reactor = Reactor::new(&config).unwrap();
+                    let (sender, receiver) = mailbox(reactor.waker());
+                    started.send(sender).unwrap();
+                    let arena = Arena::new(arena_bytes, policy.data_bytes_max as usize).unwrap();
+                    let _ = reactor.register_arena(&arena);
+                    let wires = match transport {
+                        Transport::Pair => Wires::Pair(pair::Server::new(1, policy)),
+                        _ => Wires::Tcp(tcp::Server::new(1, policy)),
+                    };
+                    Handler::new(wires, arena, seen_by_worker).run(&mut reactor, &receiver);
+                });
+                let sender = starting.recv().expect("the worker starts");
+                Worker { sender, thread: Some(thread), seen }
+            })
+            .collect();
+        Self { transport, workers, next: AtomicUsize::new(0) }
+    }
+
+    fn adopt(&self, wire: Wire) {
+        let next = self.next.fetch_add(1, Ordering::Relaxed) % self.workers.len();
+        self.workers[next].sender.send(Mail::Adopt(wire));
+    }
+
+    /// A stream to the server.
+    pub fn stream(&self) -> TcpStream {
+        let (client, server) = tcp_pair();
+        self.adopt(Wire::Tcp(server.into()));
+        client
+    }
+
+    /// A link to the server.
+    pub fn link(&self) -> pair::End {
+        let (client, server) = pair::End::pair().unwrap();
+        self.adopt(Wire::Pair(server));
+        client
+    }
+
+    /// A client that has shaken hands.
+    pub fn connect(&self, offer: &Offer) -> Result<Client, Error> {
+        let deadline = Instant::now() + PATIENCE;
+        let transport: Box<dyn ClientTransport> = match self.transport {
+            Transport::Pair => Box::new(pair::Client::from_end(self.link(), offer, deadline)?),
+            _ => Box::new(tcp::Client::from_stream(self.stream(), offer, deadline)?),
+        };
+        Ok(Client { transport, replies: Vec::new() })
+    }
+
+    /// A client of no particular kind.
+    pub fn client(&self) -> Client {
+        self.connect(&Offer::new("test")).unwrap()
+    }
+
+    /// Waits until what the first worker has seen is as wanted, and gives what was looked for.
+    pub fn until<T>(&self, what: &str, mut look: impl FnMut(&Seen) -> Option<T>) -> T {
+        let (seen, changed) = &*self.workers[0].seen;
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = seen.lock().unwrap();
+        loop {
+            if let Some(found) = look(&seen) {
+                return found;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "{:?}: waited in vain for {what}: {seen:?}", self.transport);
+            (seen, _) = changed.wait_timeout(seen, left).unwrap();
+        }
+    }
+
+    /// Waits until the n-th connection (from 0) to end has ended, and says why it did.
+    pub fn closed(&self, n: usize) -> CloseReason {
+        self.until(&format!("close {n}"), |seen| seen.closed.get(n).map(|(_, reason)| reason.clone()))
+    }
+
+    /// Waits until no slot is in use and so many connections are left.
+    pub fn until_empty(&self, connections: usize) {
+        self.until("everything to be given back", |seen| {
+            (seen.arena_bytes == 0 && seen.connections == connections).then_some(())
+        });
+    }
+
+    /// Somebody else is still served.
+    pub fn serves_others(&self) {
+        let mut client = self.client();
+        client.works();
+    }
+
+    /// A look at every worker's.
+    pub fn each_seen(&self, mut look: impl FnMut(&Seen)) {
+        self.workers.iter().for_each(|worker| look(&worker.seen.0.lock().unwrap()));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        for worker in &mut self.workers {
+            worker.sender.send(Mail::Stop);
+            let joined = worker.thread.take().map(JoinHandle::join);
+            if !std::thread::panicking() {
+                assert!(matches!(joined, Some(Ok(()))), "a worker panicked");
+            }
+        }
+    }
+}
+
+/// Two connected TCP sockets, the second non-blocking.
+pub fn tcp_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    client.set_nodelay(true).unwrap();
+    server.set_nonblocking(true).unwrap();
+    (client, server)
+}
+
+// The server's thread ---------------------------------------------------------------------------------------------
+
+enum Wires {
+    Tcp(tcp::Server),
+    Pair(pair::Server),
+}
+
+impl Wires {
+    fn transport(&mut self) -> &mut dyn ServerTransport {
+        match self {
+            Self::Tcp(server) => server,
+            Self::Pair(server) => server,
+        }
+    }
+
+    fn adopt(&mut self, reactor: &mut Reactor, wire: Wire) {
+        match (self, wire) {
+            (Self::Tcp(server), Wire::Tcp(fd)) => server.adopt(reactor, fd),
+            (Self::Pair(server), Wire::Pair(end)) => drop(server.adopt(reactor, end)),
+            _ => unreachable!("a server gets what it takes"),
+        }
+    }
+}
+
+struct Handler {
+    wires: Wires,
+    arena: Arena,
+    seen: Arc<(Mutex<Seen>, Condvar)>,
+    /// What of each open connection is unanswered, and how much that may be.
+    unanswered: HashMap<ConnectionId, (Vec<u64>, usize)>,
+    held: HashMap<ConnectionId, Vec<RequestKey>>,
+    /// Requests whose slot is not to be had now.
+    waiting: VecDeque<Request>,
+    /// Requests whose data has been asked for: the argument of each.
+    fetching: HashMap<RequestKey, u64>,
+}
+
+impl Handler {
+    fn new(wires: Wires, arena: Arena, seen: Arc<(Mutex<Seen>, Condvar)>) -> Self {
+        Self {
+            wires,
+            arena,
+            seen,
+            unanswered: HashMap::new(),
+            held: HashMap::new(),
+            waiting: VecDeque::new(),
+            fetching: HashMap::new(),
+        }
+    }
+
+    fn run(&mut self, reactor: &mut Reactor, mail: &reactor::Receiver<Mail>) {
+        let mut events = Vec::new();
+        loop {
+            reactor.turn(Wait::Block, &mut events).unwrap();
+            while let Some(mail) = mail.take() {
+                match mail {
+                    Mail::Adopt(wire) => self.wires.adopt(reactor, wire),
+                    Mail::Stop => return,
+                }
+            }
+            for event in events.drain(..) {
+                self.wires.transport().handle(reactor, event);
+            }
+            for request in std::mem::take(&mut self.waiting) {
+                self.begin(reactor, request);
+            }
+            while let Some(event) = self.wires.transport().next_event() {
+                self.take_in(reactor, event);
+            }
+            self.wires.transport().flush(reactor);
+            self.publish();
+        }
+    }
+
+    fn publish(&mut self) {
+        let (seen, changed) = &*self.seen;
+        let mut seen = seen.lock().unwrap();
+        let transport = self.wires.transport();
+        for &connection in self.unanswered.keys() {
+            seen.unsent_bytes_max = seen.unsent_bytes_max.max(transport.unsent_bytes(connection));
+        }
+        seen.connections = transport.connections();
+        seen.arena_bytes = self.arena.used_bytes();
+        seen.arena_bytes_max = seen.arena_bytes_max.max(seen.arena_bytes);
+        seen.waiting = self.waiting.len();
+        changed.notify_all();
+    }
+
+    fn take_in(&mut self, reactor: &mut Reactor, event: ServerEvent) {
+        match event {
+            ServerEvent::Opened(id, peer) => {
+                assert!(self.unanswered.insert(id, (Vec::new(), peer.grant.credits() as usize)).is_none());
+                self.seen.0.lock().unwrap().opened.push((id, peer));
+            }
+            ServerEvent::Closed(id, reason) => {
+                self.unanswered.remove(&id);
+                self.held.remove(&id);
+                self.waiting.retain(|request| request.key.connection != id);
+                self.fetching.retain(|key, _| key.connection != id);
+                self.seen.0.lock().unwrap().closed.push((id, reason));
+            }
+            ServerEvent::Request(request) => {
+                let (unanswered, credits) =
+                    self.unanswered.get_mut(&request.key.connection).expect("a request comes by an open connection");
+                assert!(!unanswered.contains(&request.key.id), "a request comes once");
+                unanswered.push(request.key.id);
+                assert!(unanswered.len() <= *credits, "the transport let a client exceed its credits");
+                let mut seen = self.seen.0.lock().unwrap();
+                seen.requests += 1;
+                seen.unanswered_max = seen.unanswered_max.max(unanswered.len());
+                drop(seen);
+                self.begin(reactor, request);
+            }
+            ServerEvent::Fetched(key, range) => {
+                let seed = self.fetching.remove(&key).expect("it was asked for");
+                let data = &range.slot.bytes()[range.start..range.start + range.len];
+                let same = data.iter().zip(pattern(seed, range.len)).filter(|(a, b)| **a == *b).count();
+                self.answer(reactor, key, Status::OK, same as u64, &[], None);
+            }
+        }
+    }
+
+    fn begin(&mut self, reactor: &mut Reactor, request: Request) {
+        let word = |at: usize| {
+            let bytes = request.body.get(at..at + 8)?;
+            Some(u64::from_le_bytes(bytes.try_into().unwrap()))
+        };
+        let argument = word(8).unwrap_or(0);
+        let key = request.key;
+        match word(0).unwrap_or(Op::Echo as u64) {
+            op if op == Op::Put as u64 => {
+                let Some(slot) = self.arena.alloc(request.data_len as usize + 13) else {
+                    return self.waiting.push_back(request);
+                };
+                self.fetching.insert(key, argument);
+                if request.data_len == 0 {
+                    // There is nothing to fetch.
+                    self.fetching.remove(&key);
+                    return self.answer(reactor, key, Status::OK, 0, &[], None);
+                }
+                self.wires.transport().fetch(reactor, key, slot, 13);
+            }
+            op if op == Op::Get as u64 => {
+                let len = request.region_len as usize;
+                let Some(mut slot) = self.arena.alloc(len + 5) else {
+                    return self.waiting.push_back(request);
+                };
+                slot.bytes_mut()[5..5 + len].copy_from_slice(&pattern(argument, len));
+                let data = SlotRange { slot, start: 5, len };
+                self.answer(reactor, key, Status::OK, len as u64, &[], Some(data));
+            }
+            op if op == Op::Refuse as u64 => {
+                let sentence = b"This is not for you; ask somebody else.";
+                self.answer(reactor, key, Status::policy(libc::EACCES), 0, sentence, None);
+            }
+            op if op == Op::Hold as u64 => self.held.entry(key.connection).or_default().push(key),
+            op if op == Op::Release as u64 => {
+                for (n, held) in self.held.remove(&key.connection).into_iter().flatten().rev().enumerate() {
+                    self.answer(reactor, held, Status::OK, n as u64, &[], None);
+                }
+                self.answer(reactor, key, Status::OK, 0, &[], None);
+            }
+            op if op == Op::Close as u64 => {
+                let text = "The server has had enough. Come back tomorrow.";
+                self.wires.transport().close(reactor, key.connection, Status::policy(libc::EPERM), text);
+            }
+            _ => self.answer(reactor, key, Status::OK, request.body.len() as u64, &request.body, None),
+        }
+    }
+
+    fn answer(
+        &mut self,
+        reactor: &mut Reactor,
+        key: RequestKey,
+        status: Status,
+        result: u64,
+        body: &[u8],
+        data: Option<SlotRange>,
+    ) {
+        if let Some((unanswered, _)) = self.unanswered.get_mut(&key.connection) {
+            unanswered.retain(|&id| id != key.id);
+        }
+        let response = Response { status, result, body: Body::from(body), data };
+        self.wires.transport().respond(reactor, key, response);
+    }
+}
+
+// The client ------------------------------------------------------------------------------------------------------
+
+/// A client transport that is easy to drive.
+pub struct Client {
+    pub transport: Box<dyn ClientTransport>,
+    replies: Vec<Reply>,
+}
+
+impl Client {
+    pub fn over(transport: Box<dyn ClientTransport>) -> Self {
+        Self { transport, replies: Vec::new() }
+    }
+
+    /// Sends a request, which must be taken.
+    pub fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk) {
+        self.transport.send(tag, body, bulk, false).expect("there is a credit");
+    }
+
+    /// Flushes, and gives the next reply.
+    pub fn next(&mut self) -> Reply {
+        self.transport.flush();
+        let deadline = Instant::now() + PATIENCE;
+        while self.replies.is_empty() {
+            assert!(Instant::now() < deadline, "no reply came; failure: {:?}", self.transport.failure());
+            self.transport.receive(&mut self.replies);
+            if self.replies.is_empty() {
+                assert!(self.transport.failure().is_none(), "no reply, but {:?}", self.transport.failure());
+                self.transport.wait(Some(deadline)).unwrap();
+            }
+        }
+        self.replies.remove(0)
+    }
+
+    /// One request and its reply.
+    pub fn call(&mut self, body: &[u8], bulk: Bulk) -> Reply {
+        self.send(u64::MAX, body, bulk);
+        let reply = self.next();
+        assert_eq!(reply.tag, u64::MAX);
+        reply
+    }
+
+    /// Receives until the connection has ended, and gives all replies that came until then.
+    pub fn until_failed(&mut self) -> Vec<Reply> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.transport.failure().is_none() {
+            assert!(Instant::now() < deadline, "the connection does not end");
+            self.transport.wait(Some(Instant::now() + Duration::from_millis(100))).unwrap();
+            self.transport.receive(&mut self.replies);
+        }
+        self.transport.receive(&mut self.replies);
+        assert_eq!(self.transport.outstanding(), 0);
+        std::mem::take(&mut self.replies)
+    }
+
+    /// Gets `len` bytes and checks each.
+    pub fn get(&mut self, seed: u64, len: usize) {
+        let reply = self.call(&command(Op::Get, seed), room(len));
+        assert!(reply.status.is_ok(), "{reply:?}");
+        assert_eq!((reply.result, reply.data_len), (len as u64, len));
+        assert!(bytes_of(&reply.bulk) == pattern(seed, len), "data of {len} bytes came over wrong");
+    }
+
+    /// Puts `len` bytes; the server checks each.
+    pub fn put(&mut self, seed: u64, len: usize) {
+        let reply = self.call(&command(Op::Put, seed), data(pattern(seed, len)));
+        assert!(reply.status.is_ok(), "{reply:?}");
+        assert_eq!(reply.result, len as u64, "data of {len} bytes arrived wrong");
+        assert!(bytes_of(&reply.bulk) == pattern(seed, len), "the buffers came back changed");
+    }
+
+    /// It is served.
+    pub fn works(&mut self) {
+        let reply = self.call(&command(Op::Echo, 7), Bulk::None);
+        assert_eq!((reply.status, &*reply.body), (Status::OK, &command(Op::Echo, 7)[..]));
+        self.put(3, 20_000);
+        self.get(4, 20_000);
+    }
+}
+
+/// Room for data.
+pub fn room(len: usize) -> Bulk {
+    Bulk::In(Buffers::One(Buffer::Owned(vec![0; len].into())))
+}
+
+/// Data to be sent.
+pub fn data(bytes: Vec<u8>) -> Bulk {
+    Bulk::Out(Buffers::One(Buffer::Owned(bytes.into())))
+}
+
+/// The bytes of a bulk's buffers.
+pub fn bytes_of(bulk: &Bulk) -> Vec<u8> {
+    match bulk {
+        Bulk::None => Vec::new(),
+        Bulk::In(buffers) | Bulk::Out(buffers) => {
+            buffers.slices(0..buffers.len()).flatten().copied().collect()
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! A client that breaks the protocol ends its own connection, for the reason that is counted, and nothing else.
+
+use raio_transport::error::{Status, Violation};
+use raio_transport::handshake::Offer;
+use raio_transport::memory::{Buffer, Buffers};
+use raio_transport::message::{self, FEATURE_CRC, HEADER_BYTES, RemoteRegion};
+use raio_transport::pair;
+use raio_transport::transport::CloseReason;
+
+use crate::harness::{Op, Transport, command, pattern, serve_plain};
+use crate::raw::{Raw, answer_to};
+
+fn request(crc: bool) -> Vec<u8> {
+    let request =
+        message::Request { id: 5, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
+    let mut bytes = Vec::new();
+    request.encode(&command(Op::Hold, 0), crc, &mut bytes);
+    bytes
+}
+
+fn encoded(encode: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    encode(&mut bytes);
+    bytes
+}
+
+/// The request, with one byte changed.
+fn changed(at: usize, value: u8) -> Vec<u8> {
+    let mut bytes = request(false);
+    bytes[at] = value;
+    bytes
+}
+
+contract! {
+    fn each_violation_closes_its_connection_and_no_other(transport) {
+        let server = serve_plain(transport);
+        let mut bystander = server.client();
+        let response = encoded(|out| answer_to(5).encode(&[], false, out));
+        for (n, (what, bytes, violation)) in [
+            ("a response", response, Violation::Kind(2)),
+            ("kind 0", changed(0, 0), Violation::Kind(0)),
+            ("kind 6", changed(0, 6), Violation::Kind(6)),
+            ("both directions at once", changed(1, 3), Violation::Reserved),
+            ("an unknown flag", changed(1, 4), Violation::Reserved),
+            ("a body that is no multiple of 8", changed(2, 15), Violation::Length),
+            ("a body that is too long", changed(3, 0x11), Violation::Length),
+            ("an address without a region", changed(16, 1), Violation::Reserved),
+            ("a key without a region", changed(24, 1), Violation::Reserved),
+            ("a length without a region", changed(28, 1), Violation::Reserved),
+            ("a checksum of data that was not granted", changed(32, 1), Violation::Reserved),
+            ("a checksum that was not granted", changed(36, 1), Violation::Reserved),
+            ("a ping with data", encoded(|out| {
+                message::encode_ping(1, false, out);
+                out[4] = 1;
+            }), Violation::Reserved),
+            ("a pong with a flag", encoded(|out| {
+                message::encode_pong(1, false, out);
+                out[1] = 1;
+            }), Violation::Reserved),
+            ("a goodbye with an id", encoded(|out| {
+                message::encode_goodbye(Status::OK, "", false, out);
+                out[8] = 1;
+            }), Violation::Reserved),
+            ("a goodbye of no class", encoded(|out| {
+                message::encode_goodbye(Status::protocol(5), "", false, out);
+                out[18] = 9;
+            }), Violation::Field),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let (mut raw, _) = Raw::open_client(&server, &Offer::new(what));
+            // Something is outstanding while it happens.
+            raw.request(1, &command(Op::Hold, 0), &[]);
+            raw.send(&bytes);
+            assert_eq!(server.closed(n), CloseReason::Violation(violation), "{what}");
+            let (status, text) = raw.goodbye().unwrap_or_else(|| panic!("{what}: it is told why"));
+            assert_eq!((status, text), (Status::protocol(libc::EPROTO), format!("{violation}.")), "{what}");
+            bystander.works();
+        }
+        server.until_empty(1);
+    }
+
+    fn a_wrong_checksum_closes_the_connection(transport) {
+        let server = serve_plain(transport);
+        let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };
+        let good = request(true);
+        for (n, at) in [0, 2, 8, 16, 20, 36, HEADER_BYTES, good.len() - 1].into_iter().enumerate() {
+            let (mut raw, _) = Raw::open_client(&server, &offer);
+            let mut bad = good.clone();
+            // A kind and a length that make sense, so that it is the sum that is wrong.
+            bad[at] ^= if at == 0 { 2 } else { 8 };
+            raw.send(&bad);
+            if at == 2 {
+                // It is longer now.
+                raw.send(&[0; 8]);
+            }
+            let expected = match (transport, at) {
+                // Its length is that of a message here, so that is what is wrong.
+                (Transport::Pair, 2) => Violation::Length,
+                _ => Violation::Checksum,
+            };
+            let reason = server.closed(n);
+            if at == 2 {
+                // The header says 24 bytes of body where there were 16: cut short, or not what was summed up.
+                assert!([CloseReason::Violation(expected), CloseReason::Violation(Violation::Checksum)].contains(&reason));
+            } else {
+                assert_eq!(reason, CloseReason::Violation(expected), "byte {at}");
+            }
+        }
+        server.serves_others();
+    }
+
+    fn a_wrong_checksum_of_data_closes_the_connection(transport) {
+        let server = serve_plain(transport);
+        let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };
+        let (mut raw, _) = Raw::open_client(&server, &offer);
+        let data = pattern(0, 8000);
+        let request = message::Request {
+            id: 1,
+            body_len: 0,
+            data_len: 8000,
+            region: RemoteRegion::None,
+            data_crc: message::data_crc(&data) ^ 1,
+        };
+        raw.send(&encoded(|out| {
+            request.encode(&command(Op::Put, 0), true, out);
+            out.extend_from_slice(&data);
+        }));
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Checksum));
+        server.serves_others();
+        server.until_empty(1);
+    }
+
+    fn a_goodbye_ends_the_connection_in_order(transport) {
+        let server = serve_plain(transport);
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("polite"));
+        raw.send(&encoded(|out| message::encode_goodbye(Status::OK, "Thank you.", false, out)));
+        assert_eq!(server.closed(0), CloseReason::Finished);
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("hasty"));
+        raw.request(1, &command(Op::Hold, 0), &[]);
+        raw.send(&encoded(|out| message::encode_goodbye(Status::OK, "Must go.", false, out)));
+        assert_eq!(server.closed(1), CloseReason::Lost(0));
+        server.until_empty(0);
+    }
+
+    fn a_thousand_pings_are_each_answered(transport) {
+        let server = serve_plain(transport);
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("curious"));
+        for round in 0..20 {
+            for id in 0..50 {
+                if transport == Transport::Pair && id >= 20 {
+                    // It has no more receives posted; a stream would just wait.
+                    break;
+                }
+                raw.send(&encoded(|out| message::encode_ping(round * 50 + id, false, out)));
+            }
+            for id in 0..if transport == Transport::Pair { 20 } else { 50 } {
+                assert_eq!(raw.next(), crate::raw::Got::Pong(round * 50 + id));
+            }
+        }
+        server.each_seen(|seen| assert!(seen.closed.is_empty()));
+    }
+}
+
+#[test]
+fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
+    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+        let server = serve_plain(transport);
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("rdma"));
+        let region = RemoteRegion::Out { address: 0, key: 1, len: 4096 };
+        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        raw.send(&encoded(|out| request.encode(&command(Op::Put, 0), false, out)));
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Field));
+        server.serves_others();
+    }
+}
+
+#[test]
+fn memory_that_was_not_laid_open_cannot_be_reached() {
+    let server = serve_plain(Transport::Pair);
+    let open = |raw: &Raw, access, len| {
+        raw.end().lay_open(access, Buffers::One(Buffer::Owned(vec![7; len].into())))
+    };
+    // What the request says, and what there is: access and length.
+    let (write, read) = (pair::Access::Write, pair::Access::Read);
+    for (n, (what, op, access, there, address, len)) in [
+        ("no memory", Op::Put, None, 0, 0, 100),
+        ("memory to be written only", Op::Put, Some(write), 100, 0, 100),
+        ("too little memory to fetch from", Op::Put, Some(read), 100, 0, 101),
+        ("an address beyond the memory", Op::Put, Some(read), 100, 101, 0x10),
+        ("an address that wraps around", Op::Put, Some(read), 100, u64::MAX, 2),
+        ("no memory to place data in", Op::Get, None, 0, 0, 100),
+        ("memory to be read only", Op::Get, Some(read), 100, 0, 100),
+        ("too little memory to place data in", Op::Get, Some(write), 100, 1, 100),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new(what));
+        let key = access.map_or(99, |access| open(&raw, access, there));
+        let region = if op == Op::Put {
+            RemoteRegion::Out { address, key, len }
+        } else {
+            RemoteRegion::In { address, key, len }
+        };
+        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        raw.send(&encoded(|out| request.encode(&command(op, 0), false, out)));
+        assert_eq!(server.closed(n), CloseReason::Violation(Violation::Field), "{what}");
+        server.serves_others();
+    }
+    server.until("everything to be given back", |seen| (seen.arena_bytes == 0).then_some(()));
+}
+
+#[test]
+fn inline_data_beyond_what_was_granted_is_a_violation_where_it_could_be_fetched() {
+    let server = serve_plain(Transport::Pair);
+    let (mut raw, grant) = Raw::open_client(&server, &Offer::new("large"));
+    raw.request(1, &command(Op::Put, 0), &vec![0; grant.inline_bytes_max as usize + 1]);
+    assert_eq!(server.closed(0), CloseReason::Violation(Violation::Length));
+    server.serves_others();
+}

@@ -1,0 +1,45 @@
+//! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, TCP over
+//! epoll. A test is written once, with [`contract!`], and appears three times.
+//!
+//! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread) and [`raw`] a peer
+//! that can misbehave. The server's handler asserts that credits are never exceeded, in every test.
+
+/// Writes down a test of the contract, and runs it over every transport.
+macro_rules! contract {
+    ($($(#[$attribute:meta])* fn $name:ident($transport:ident) $body:block)*) => {
+        $(
+            $(#[$attribute])*
+            fn $name($transport: crate::harness::Transport) $body
+
+            mod $name {
+                #[test]
+                fn pair() {
+                    super::$name(crate::harness::Transport::Pair);
+                }
+
+                #[test]
+                fn tcp_over_io_uring() {
+                    if crate::harness::has_io_uring() {
+                        super::$name(crate::harness::Transport::TcpUring);
+                    }
+                }
+
+                #[test]
+                fn tcp_over_epoll() {
+                    super::$name(crate::harness::Transport::TcpEpoll);
+                }
+            }
+        )*
+    };
+}
+
+mod credits;
+mod handshake;
+mod harness;
+mod hostile_client;
+mod hostile_server;
+mod ordinary;
+mod raw;
+mod silence;
+mod slow;
+mod vanishing;

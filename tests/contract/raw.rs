@@ -1,0 +1,352 @@
+//! A peer by hand: it says exactly what a test wants it to say, on either side.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use raio_transport::error::{Class, Status};
+use raio_transport::handshake::{Grant, Offer, Policy};
+use raio_transport::memory::{Buffer, Buffers};
+use raio_transport::message::{
+    self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, RemoteRegion, Welcome,
+};
+use raio_transport::transport::ClientTransport;
+use raio_transport::{pair, tcp};
+
+use crate::harness::{Client, PATIENCE, Server, Transport, tcp_pair};
+
+/// A peer's end of a connection.
+pub struct Raw {
+    wire: Wire,
+    pub limits: Limits,
+}
+
+enum Wire {
+    /// And what has been read of it.
+    Tcp(TcpStream, Vec<u8>),
+    Pair(pair::End),
+}
+
+/// What came.
+#[derive(Debug, PartialEq)]
+pub enum Got {
+    Request(message::Request, Vec<u8>, Vec<u8>),
+    /// With the data, on TCP.
+    Response(message::Response, Vec<u8>, Vec<u8>),
+    Ping(u64),
+    Pong(u64),
+    Goodbye(Status, String),
+    /// The other side is gone.
+    End,
+}
+
+/// A refusal, or a grant's fixed part, with the options.
+pub struct Answer {
+    pub welcome: Welcome,
+    /// Kind, flags and value of each.
+    pub options: Vec<(u16, u16, Vec<u8>)>,
+}
+
+impl Raw {
+    fn new(wire: Wire) -> Self {
+        if let Wire::Tcp(stream, _) = &wire {
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        }
+        Self { wire, limits: Limits { crc: false, data_bytes_max: u32::MAX } }
+    }
+
+    /// A client that has not said anything.
+    pub fn client(server: &Server) -> Self {
+        match server.transport {
+            Transport::Pair => Self::new(Wire::Pair(server.link())),
+            _ => Self::new(Wire::Tcp(server.stream(), Vec::new())),
+        }
+    }
+
+    /// A client that has shaken hands.
+    pub fn open_client(server: &Server, offer: &Offer) -> (Self, Grant) {
+        let mut raw = Self::client(server);
+        raw.send(&offer.hello());
+        let bytes = raw.handshake_bytes().expect("a welcome comes");
+        let Parsed::Item(grant, _) = offer.grant(&bytes).unwrap() else { panic!("half a welcome") };
+        raw.limits.crc = grant.crc();
+        if let Wire::Pair(end) = &raw.wire {
+            end.set_receives(grant.credits() as usize + 8);
+        }
+        (raw, grant)
+    }
+
+    /// A server by hand, and the client that talks to it.
+    pub fn server(transport: Transport, policy: &Policy, features: u64) -> (Client, Self) {
+        let offer = Offer { features, ..Offer::new("test") };
+        let (client, mut raw) = Self::server_before_handshake(transport, offer);
+        let hello = raw.handshake_bytes().expect("a hello comes");
+        let Parsed::Item((peer, welcome), _) = policy.welcome(&hello).unwrap() else { panic!("half a hello") };
+        raw.send(&welcome);
+        raw.limits = peer.grant.limits();
+        if let Wire::Pair(end) = &raw.wire {
+            end.set_receives(1024);
+        }
+        (Client::over(client.join().unwrap().unwrap()), raw)
+    }
+
+    /// A server by hand, and the thread in which a client is about to shake hands with it.
+    #[expect(clippy::type_complexity, reason = "a thread's result")]
+    pub fn server_before_handshake(
+        transport: Transport,
+        offer: Offer,
+    ) -> (
+        std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>,
+        Self,
+    ) {
+        Self::server_with_deadline(transport, offer, PATIENCE)
+    }
+
+    /// The same, with the time that the client allows.
+    #[expect(clippy::type_complexity, reason = "a thread's result")]
+    pub fn server_with_deadline(
+        transport: Transport,
+        offer: Offer,
+        time: Duration,
+    ) -> (
+        std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>,
+        Self,
+    ) {
+        let deadline = Instant::now() + time;
+        match transport {
+            Transport::Pair => {
+                let (ours, theirs) = pair::End::pair().unwrap();
+                let thread = std::thread::spawn(move || {
+                    pair::Client::from_end(theirs, &offer, deadline).map(|client| Box::new(client) as _)
+                });
+                (thread, Self::new(Wire::Pair(ours)))
+            }
+            _ => {
+                let (theirs, ours) = tcp_pair();
+                ours.set_nonblocking(false).unwrap();
+                ours.set_nodelay(true).unwrap();
+                let thread = std::thread::spawn(move || {
+                    tcp::Client::from_stream(theirs, &offer, deadline).map(|client| Box::new(client) as _)
+                });
+                (thread, Self::new(Wire::Tcp(ours, Vec::new())))
+            }
+        }
+    }
+
+    /// The stream, to misbehave below the level of messages.
+    pub fn stream(&mut self) -> &mut TcpStream {
+        match &mut self.wire {
+            Wire::Tcp(stream, _) => stream,
+            Wire::Pair(_) => panic!("pair has no stream"),
+        }
+    }
+
+    /// The link, to misbehave with memory.
+    pub fn end(&self) -> &pair::End {
+        match &self.wire {
+            Wire::Pair(end) => end,
+            Wire::Tcp(..) => panic!("TCP has no memory to lay open"),
+        }
+    }
+
+    /// Sends a whole message. False if the other side does not take it (any more).
+    pub fn send(&mut self, message: &[u8]) -> bool {
+        match &mut self.wire {
+            Wire::Tcp(stream, _) => stream.write_all(message).is_ok(),
+            Wire::Pair(end) => {
+                let mut message = message.to_vec();
+                let deadline = Instant::now() + PATIENCE;
+                while Instant::now() < deadline {
+                    message = match end.send(message) {
+                        Ok(()) => return true,
+                        Err(pair::Refused::Gone) => return false,
+                        Err(pair::Refused::Full(message)) => message,
+                    };
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                false
+            }
+        }
+    }
+
+    /// A request with data inline.
+    pub fn request(&mut self, id: u64, body: &[u8], data: &[u8]) -> bool {
+        let data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
+        let data_len = data.len() as u32;
+        let request = message::Request { id, body_len: 0, data_len, region: RemoteRegion::None, data_crc };
+        let mut bytes = Vec::new();
+        request.encode(body, self.limits.crc, &mut bytes);
+        bytes.extend_from_slice(data);
+        self.send(&bytes)
+    }
+
+    /// A request with room for data. On pair the memory is really there.
+    pub fn request_in(&mut self, id: u64, body: &[u8], len: u32) -> bool {
+        let key = match &self.wire {
+            Wire::Tcp(..) => 0,
+            Wire::Pair(end) => {
+                let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
+                end.lay_open(pair::Access::Write, buffers)
+            }
+        };
+        let region = RemoteRegion::In { address: 0, key, len };
+        let request = message::Request { id, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let mut bytes = Vec::new();
+        request.encode(body, self.limits.crc, &mut bytes);
+        self.send(&bytes)
+    }
+
+    /// The answer to a request whose data is wherever this transport wants it.
+    pub fn respond(&mut self, request: &message::Request, data: &[u8]) {
+        let mut bytes = Vec::new();
+        let mut response = answer_to(request.id);
+        response.data_len = data.len() as u32;
+        response.result = data.len() as u64;
+        response.data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
+        response.encode(&[], self.limits.crc, &mut bytes);
+        match &self.wire {
+            Wire::Tcp(..) => bytes.extend_from_slice(data),
+            Wire::Pair(end) => assert!(end.place(request.region, data)),
+        }
+        self.send(&bytes);
+    }
+
+    /// The next handshake message; None if the other side ends instead.
+    pub fn handshake_bytes(&mut self) -> Option<Vec<u8>> {
+        match &mut self.wire {
+            Wire::Pair(_) => self.pair_message(),
+            Wire::Tcp(stream, _) => {
+                let mut bytes = vec![0; HANDSHAKE_BYTES];
+                stream.read_exact(&mut bytes).ok()?;
+                let options = u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize;
+                bytes.resize(HANDSHAKE_BYTES + options, 0);
+                stream.read_exact(&mut bytes[HANDSHAKE_BYTES..]).ok()?;
+                Some(bytes)
+            }
+        }
+    }
+
+    /// The server's answer to a hello.
+    pub fn answer(&mut self) -> Option<Answer> {
+        let bytes = self.handshake_bytes()?;
+        let Parsed::Item((welcome, options), _) = message::parse_handshake::<Welcome>(&bytes).unwrap() else {
+            panic!("half a welcome")
+        };
+        let options = message::parse_options(options)
+            .map(|option| {
+                let HandshakeOption { kind, flags, value } = option.unwrap();
+                (kind, flags, value.to_vec())
+            })
+            .collect();
+        Some(Answer { welcome, options })
+    }
+
+    fn pair_message(&mut self) -> Option<Vec<u8>> {
+        let end = self.end();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let gone = end.has_lost_peer();
+            if let Some(message) = end.receive() {
+                return Some(message);
+            }
+            if gone {
+                return None;
+            }
+            assert!(Instant::now() < deadline, "no message came");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The next message.
+    pub fn next(&mut self) -> Got {
+        let limits = self.limits;
+        match &mut self.wire {
+            Wire::Pair(_) => match self.pair_message() {
+                None => Got::End,
+                Some(bytes) => match got(&bytes, &limits) {
+                    Some((got, taken)) => with_data(got, &bytes[taken..]),
+                    None => panic!("half a message came"),
+                },
+            },
+            Wire::Tcp(stream, inbox) => loop {
+                if let Some((got, taken)) = got(inbox, &limits) {
+                    let end = taken + inline_len(&got);
+                    if inbox.len() >= end {
+                        let data = inbox[taken..end].to_vec();
+                        inbox.drain(..end);
+                        return with_data(got, &data);
+                    }
+                }
+                let mut bytes = [0; 1 << 16];
+                match stream.read(&mut bytes) {
+                    Ok(0) => return Got::End,
+                    Ok(n) => inbox.extend_from_slice(&bytes[..n]),
+                    Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Got::End,
+                    Err(error) => panic!("no message came: {error}"),
+                }
+            },
+        }
+    }
+
+    /// The next request.
+    pub fn next_request(&mut self) -> message::Request {
+        match self.next() {
+            Got::Request(request, ..) => request,
+            other => panic!("{other:?} is no request"),
+        }
+    }
+
+    /// Reads on until the connection ends, and gives the goodbye, if one came.
+    pub fn goodbye(&mut self) -> Option<(Status, String)> {
+        let mut goodbye = None;
+        loop {
+            match self.next() {
+                Got::Goodbye(status, text) => goodbye = Some((status, text)),
+                Got::End => return goodbye,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A good response without data.
+pub fn answer_to(id: u64) -> message::Response {
+    message::Response {
+        id,
+        body_len: 0,
+        data_len: 0,
+        status: Status { errno: 0, class: Class::None, retryable: false },
+        credits: 1,
+        result: 0,
+        data_crc: 0,
+    }
+}
+
+fn got(bytes: &[u8], limits: &Limits) -> Option<(Got, usize)> {
+    let Parsed::Item(message, taken) = message::parse(bytes, limits).unwrap() else { return None };
+    let got = match message {
+        Message::Request(request, body) => Got::Request(request, body.to_vec(), Vec::new()),
+        Message::Response(response, body) => Got::Response(response, body.to_vec(), Vec::new()),
+        Message::Ping(id) => Got::Ping(id),
+        Message::Pong(id) => Got::Pong(id),
+        Message::Goodbye(status, text) => Got::Goodbye(status, message::text(text)),
+    };
+    Some((got, taken))
+}
+
+/// Data that follows, on a stream.
+fn inline_len(got: &Got) -> usize {
+    match got {
+        Got::Request(request, ..) => request.data_len as usize,
+        Got::Response(response, ..) => response.data_len as usize,
+        _ => 0,
+    }
+}
+
+fn with_data(mut got: Got, bytes: &[u8]) -> Got {
+    if let Got::Request(.., data) | Got::Response(.., data) = &mut got {
+        data.extend_from_slice(bytes);
+    }
+    got
+}

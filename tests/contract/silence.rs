@@ -1,0 +1,112 @@
+//! Keepalive: a peer that promised to speak, a server that owes an answer.
+
+use std::time::{Duration, Instant};
+
+use raio_transport::error::{Class, Error, Status, Violation};
+use raio_transport::handshake::{Offer, Policy};
+use raio_transport::message;
+use raio_transport::transport::{Bulk, CloseReason};
+
+use crate::harness::{Op, PATIENCE, command, room, serve, serve_plain};
+use crate::raw::{Got, Raw};
+
+fn brief() -> Policy {
+    Policy { keepalive: Duration::from_millis(50), ..Policy::default() }
+}
+
+contract! {
+    fn a_client_that_promised_to_speak_and_is_silent_is_closed(transport) {
+        let server = serve_plain(transport);
+        let offer = Offer { keepalive: Duration::from_millis(40), ..Offer::new("forgetful") };
+        let (mut raw, _) = Raw::open_client(&server, &offer);
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Silent));
+        let (status, text) = raw.goodbye().expect("it is told why");
+        assert_eq!(status.errno, libc::ETIMEDOUT);
+        assert!(text.contains("silent"), "{text}");
+        server.serves_others();
+        server.until_empty(1);
+    }
+
+    fn a_client_that_keeps_its_promise_is_kept(transport) {
+        let server = serve_plain(transport);
+        let offer = Offer { keepalive: Duration::from_millis(200), ..Offer::new("faithful") };
+        let mut client = server.connect(&offer).unwrap();
+        let until = Instant::now() + Duration::from_millis(1500);
+        while Instant::now() < until {
+            client.transport.ping(PATIENCE);
+            client.transport.receive(&mut Vec::new());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        client.works();
+        server.each_seen(|seen| assert!(seen.closed.is_empty()));
+    }
+
+    fn a_client_that_promised_nothing_may_be_silent(transport) {
+        let server = serve(transport, Policy {
+            keepalive: Duration::from_millis(20),
+            stall_timeout: Duration::from_millis(50),
+            handshake_timeout: Duration::from_millis(300),
+            ..Policy::default()
+        });
+        let mut client = server.client();
+        std::thread::sleep(Duration::from_millis(400));
+        server.each_seen(|seen| assert!(seen.closed.is_empty(), "{:?}", seen.reasons()));
+        assert!(client.transport.failure().is_none());
+        let reply = client.call(&command(Op::Echo, 0), Bulk::None);
+        assert_eq!(reply.status, Status::OK);
+    }
+
+    fn a_server_that_is_silent_while_it_owes_an_answer_is_given_up(transport) {
+        let (mut client, mut raw) = Raw::server(transport, &brief(), 0);
+        client.send(0, &command(Op::Get, 0), room(100));
+        client.send(1, &command(Op::Get, 0), room(100));
+        let began = Instant::now();
+        client.transport.flush();
+        let replies = client.until_failed();
+        assert_eq!(replies.len(), 2);
+        for reply in &replies {
+            assert_eq!((reply.status.class, reply.status.errno), (Class::Transport, libc::ETIMEDOUT));
+        }
+        assert_eq!(client.transport.failure().map(Error::errno), Some(libc::ETIMEDOUT));
+        assert!(began.elapsed() >= brief().keepalive * 3);
+        // It asked first.
+        raw.next_request();
+        raw.next_request();
+        assert!(matches!(raw.next(), Got::Ping(_)));
+    }
+
+    fn a_server_that_works_long_but_answers_pings_is_waited_for(transport) {
+        let server = serve(transport, Policy { keepalive: Duration::from_millis(100), ..Policy::default() });
+        let mut client = server.client();
+        client.send(0, &command(Op::Hold, 0), Bulk::None);
+        client.transport.flush();
+        let until = Instant::now() + Duration::from_secs(1);
+        let mut replies = Vec::new();
+        while Instant::now() < until {
+            client.transport.wait(Some(until)).unwrap();
+            client.transport.receive(&mut replies);
+        }
+        assert!(replies.is_empty() && client.transport.failure().is_none(), "{:?}", client.transport.failure());
+        client.send(1, &command(Op::Release, 0), Bulk::None);
+        assert_eq!((client.next().tag, client.next().tag), (0, 1));
+    }
+
+    fn an_idle_client_can_ask_whether_the_server_is_there(transport) {
+        let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
+        let heard = client.transport.heard();
+        client.transport.ping(PATIENCE);
+        let Got::Ping(id) = raw.next() else { panic!("no ping came") };
+        let mut pong = Vec::new();
+        message::encode_pong(id, false, &mut pong);
+        raw.send(&pong);
+        let deadline = Instant::now() + PATIENCE;
+        while client.transport.heard() == heard {
+            assert!(Instant::now() < deadline, "the pong did not count");
+            client.transport.wait(Some(deadline)).unwrap();
+            client.transport.receive(&mut Vec::new());
+        }
+        client.transport.ping(Duration::from_millis(30));
+        client.until_failed();
+        assert_eq!(client.transport.failure().map(Error::errno), Some(libc::ETIMEDOUT));
+    }
+}
