@@ -12,11 +12,15 @@
 mod context;
 mod descriptor;
 mod error;
+#[cfg(test)]
+mod fake_server;
 #[allow(unsafe_code)]
 pub mod ffi;
 mod file;
 mod poller;
 mod session;
+#[cfg(test)]
+mod tests;
 
 pub use context::{Completion, Context, MAXEVENTS_MAX, Operation, Refused, Stats, Ticket};
 pub use error::Error;

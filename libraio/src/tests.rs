@@ -1,0 +1,335 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use raio_transport::handshake::Policy;
+
+use crate::fake_server::FakeServer;
+use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
+
+fn policy() -> Policy {
+    Policy { queue_depth: 8, data_bytes_max: 64 << 10, ..Policy::default() }
+}
+
+fn connect(server: &FakeServer, options: &Options) -> Session {
+    Session::connect_to(Scheme::Tcp, server.address, options).unwrap()
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
+}
+
+fn room(len: usize) -> Buffers {
+    Buffers::One(Buffer::Owned(vec![0; len].into()))
+}
+
+fn bytes(buffers: &Buffers) -> Vec<u8> {
+    buffers.slices(0..buffers.len()).flatten().copied().collect()
+}
+
+fn collect(context: &mut Context, n: usize) -> Vec<Completion> {
+    let mut all = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while all.len() < n {
+        assert!(Instant::now() < deadline);
+        context.wait(1, usize::MAX, Some(Duration::from_secs(1))).unwrap();
+        all.extend(std::iter::from_fn(|| context.next()));
+    }
+    assert_eq!(all.len(), n);
+    all
+}
+
+fn start() -> (FakeServer, Session, File) {
+    let server = FakeServer::start(policy());
+    server.file("/e/data", pattern(1 << 20));
+    let session = connect(&server, &Options::default());
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    (server, session, file)
+}
+
+fn read(offset: u64, len: usize) -> Operation {
+    Operation::Read { offset, buffers: room(len) }
+}
+
+#[test]
+fn files_are_opened_looked_at_and_closed() {
+    let (server, session, file) = start();
+    assert_eq!(file.status().unwrap().size.get(), 1 << 20);
+    let error = session.open("/e/none", libc::O_RDONLY, 0).unwrap_err();
+    assert_eq!((error.errno(), error.text.as_str()), (libc::ENOENT, "There is no such file."));
+    let other = session.open("/e/new", libc::O_RDWR | libc::O_CREAT, 0o600).unwrap();
+    assert_eq!(server.open(), 2);
+    other.close().unwrap();
+    assert_eq!(other.status().unwrap_err().errno(), libc::EBADF);
+    assert_eq!(server.open(), 1);
+    drop(file);
+    // Dropping waits for nobody; the next call comes after it.
+    session.open("/e/new", libc::O_RDWR, 0).unwrap().close().unwrap();
+    assert_eq!(server.open(), 0);
+}
+
+#[test]
+fn more_operations_than_credits_are_done_in_order_of_submission() {
+    for crc in [false, true] {
+        let (server, _, _) = start();
+        let session = connect(&server, &Options { crc, ..Options::default() });
+        let file = session.open("/e/data", libc::O_RDONLY, 0).unwrap();
+        let mut context = session.context(100).unwrap();
+        assert_eq!(context.stats().queue_depth, 8);
+        for n in 0..100 {
+            context.submit(&file, read(n * 1000, 1000), n).unwrap();
+        }
+        let refused = context.submit(&file, read(0, 10), 100).unwrap_err();
+        assert_eq!(refused.error.errno(), libc::EAGAIN);
+        context.flush();
+        for (n, completion) in collect(&mut context, 100).into_iter().enumerate() {
+            assert_eq!((completion.token, completion.result), (n as u64, Ok(1000)));
+            assert_eq!(bytes(&completion.buffers.unwrap()), pattern(1 << 20)[n * 1000..][..1000]);
+        }
+        let stats = context.stats();
+        assert_eq!((stats.submitted, stats.completed, stats.bytes_read), (100, 100, 100_000));
+        assert_eq!(stats.in_flight, 0);
+    }
+}
+
+#[test]
+fn what_is_written_can_be_read_and_a_read_at_the_end_is_short() {
+    let (server, session, file) = start();
+    let mut context = session.context(4).unwrap();
+    let data = Buffers::Many(vec![Buffer::Owned(vec![1; 10].into()), Buffer::Owned(vec![2; 20].into())]);
+    context.submit(&file, Operation::Write { offset: (1 << 20) - 5, buffers: data }, 1).unwrap();
+    assert_eq!(collect(&mut context, 1)[0].result, Ok(30));
+    context.submit(&file, Operation::Fsync { data_only: true }, 2).unwrap();
+    assert_eq!(collect(&mut context, 1)[0].result, Ok(0));
+    context.submit(&file, Operation::WriteZeroes { offset: 0, length: 100 }, 3).unwrap();
+    assert_eq!(collect(&mut context, 1)[0].result, Ok(0));
+    context.submit(&file, read((1 << 20) - 5, 4096), 4).unwrap();
+    let completion = collect(&mut context, 1).remove(0);
+    assert_eq!(completion.result, Ok(30));
+    let got = bytes(&completion.buffers.unwrap());
+    assert_eq!((&got[..10], &got[10..30], &got[30..32]), (&[1; 10][..], &[2; 20][..], &[0; 2][..]));
+    assert_eq!(server.contents("/e/data")[..100], [0; 100]);
+    context.submit(&file, Operation::Discard { offset: 0, length: 1 }, 5).unwrap();
+    let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+    assert_eq!((error.errno(), error.text.as_str()), (libc::EOPNOTSUPP, "Not here."));
+}
+
+#[test]
+fn operations_that_make_no_sense_come_back_with_their_buffers() {
+    let (server, session, file) = start();
+    let mut context = session.context(4).unwrap();
+    let other = connect(&server, &Options::default());
+    let foreign = other.open("/e/data", libc::O_RDONLY, 0).unwrap();
+    for (file, operation, errno) in [
+        (&file, read(0, (64 << 10) + 1), libc::EINVAL),
+        (&file, read(1 << 63, 1), libc::EINVAL),
+        (&file, Operation::ReadLent { offset: 0, length: usize::MAX }, libc::EINVAL),
+        (&file, Operation::Discard { offset: i64::MAX as u64, length: 1 }, libc::EINVAL),
+        (&file, Operation::WriteZeroes { offset: 1, length: u64::MAX }, libc::EINVAL),
+        (&foreign, read(0, 1), libc::EBADF),
+    ] {
+        let refused = context.submit(file, operation, 0).unwrap_err();
+        assert_eq!(refused.error.errno(), errno, "{refused:?}");
+        assert!(refused.error.text.ends_with('.'), "{refused:?}");
+    }
+    assert_eq!(context.stats().submitted, 0);
+    for maxevents in [0, 65_537] {
+        assert_eq!(session.context(maxevents).unwrap_err().errno(), libc::EINVAL);
+    }
+}
+
+#[test]
+fn a_file_that_is_closed_while_in_use_is_closed_when_its_io_has_ended() {
+    let (server, session, file) = start();
+    let mut context = session.context(4).unwrap();
+    let mut other = session.context(4).unwrap();
+    server.hold(true);
+    context.submit(&file, read(0, 10), 1).unwrap();
+    context.flush();
+    other.submit(&file, read(0, 10), 2).unwrap();
+    other.flush();
+    file.close().unwrap();
+    assert_eq!(context.submit(&file, read(0, 10), 3).unwrap_err().error.errno(), libc::EBADF);
+    assert_eq!(server.open(), 1);
+    server.hold(false);
+    assert_eq!(collect(&mut context, 1)[0].result, Ok(10));
+    assert_eq!(server.open(), 1);
+    assert_eq!(collect(&mut other, 1)[0].result, Ok(10));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.open() > 0 {
+        assert!(Instant::now() < deadline);
+    }
+}
+
+#[test]
+fn lent_buffers_are_bounded_and_reads_that_want_more_wait_alone() {
+    let (_server, session, file) = start();
+    let mut context = session.context(3).unwrap();
+    for n in 0..3 {
+        context.submit(&file, Operation::ReadLent { offset: n * 20_000, length: 20_000 }, n).unwrap();
+    }
+    let mut lent = collect(&mut context, 3);
+    let data = pattern(1 << 20);
+    for (n, completion) in lent.iter().enumerate() {
+        assert!(completion.is_lent);
+        assert_eq!(bytes(completion.buffers.as_ref().unwrap()), data[n * 20_000..][..20_000]);
+    }
+    context.submit(&file, Operation::ReadLent { offset: 1, length: 60_000 }, 3).unwrap();
+    assert_eq!(context.wait(1, 1, Some(Duration::from_millis(30))).unwrap(), 0);
+    context.submit(&file, read(0, 10), 4).unwrap();
+    assert_eq!(collect(&mut context, 1)[0].token, 4);
+    context.release(lent.pop().unwrap().buffers.unwrap());
+    let completion = collect(&mut context, 1).remove(0);
+    let last = completion.buffers.unwrap();
+    assert_eq!(bytes(&last), data[1..][..60_000]);
+    context.release(last);
+    // At the end of the file nothing is read, but it is lent all the same; all that was lent is there again.
+    context.release(lent.pop().unwrap().buffers.unwrap());
+    for n in 0..2 {
+        context.submit(&file, Operation::ReadLent { offset: 2 << 20, length: 10 }, n).unwrap();
+    }
+    assert!(
+        collect(&mut context, 2).iter().all(|completion| completion.is_lent && completion.result == Ok(0))
+    );
+}
+
+#[test]
+fn an_operation_can_be_cancelled_wherever_it_is() {
+    let (server, session, file) = start();
+    let options = Options { queue_depth: 1, ..Options::default() };
+    let narrow = connect(&server, &options);
+    let narrow_file = narrow.open("/e/data", libc::O_RDONLY, 0).unwrap();
+    let mut context = narrow.context(4).unwrap();
+    let ticks = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&ticks);
+    context.on_complete(move |_| {
+        counter.fetch_add(1, Ordering::Relaxed);
+    });
+    server.hold(true);
+    let sent = context.submit(&narrow_file, read(0, 10), 1).unwrap();
+    let waiting = context.submit(&narrow_file, read(0, 10), 2).unwrap();
+    let last = context.submit(&narrow_file, read(0, 10), 3).unwrap();
+    // Waits for a credit.
+    let completion = context.cancel(waiting).unwrap();
+    assert_eq!((completion.token, completion.result.unwrap_err().errno()), (2, libc::ECANCELED));
+    assert_eq!(completion.buffers.unwrap().len(), 10);
+    assert_eq!(context.cancel(waiting).unwrap_err().errno(), libc::EINVAL);
+    // Not yet flushed; then the last has the credit.
+    assert_eq!(context.cancel(sent).unwrap().token, 1);
+    context.flush();
+    // On the server.
+    let completion = context.cancel(last).unwrap();
+    assert_eq!((completion.token, completion.result.unwrap_err().errno()), (3, libc::ECANCELED));
+    assert_eq!(context.stats().in_flight, 0);
+    assert_eq!(ticks.load(Ordering::Relaxed), 0);
+    server.hold(false);
+    // Too late.
+    let done = context.submit(&narrow_file, read(0, 10), 4).unwrap();
+    context.flush();
+    context.wait(1, 1, None).unwrap();
+    assert_eq!(context.cancel(done).unwrap_err().errno(), libc::EAGAIN);
+    assert_eq!(collect(&mut context, 1)[0].result, Ok(10));
+    assert_eq!(ticks.load(Ordering::Relaxed), 1);
+    drop((session, file));
+}
+
+#[test]
+fn a_server_that_vanishes_ends_everything_once() {
+    let (server, session, file) = start();
+    let mut context = session.context(30).unwrap();
+    server.hold(true);
+    for n in 0..29 {
+        context.submit(&file, read(0, 10), n).unwrap();
+    }
+    context.submit(&file, Operation::ReadLent { offset: 0, length: 10 }, 29).unwrap();
+    context.flush();
+    server.die();
+    let mut tokens: Vec<_> = collect(&mut context, 30)
+        .into_iter()
+        .map(|completion| {
+            let error = completion.result.unwrap_err();
+            assert!([libc::ECONNRESET, libc::ENOTCONN, libc::EPIPE].contains(&error.errno()), "{error:?}");
+            assert_eq!(error.status.class, crate::Class::Transport);
+            assert!(!error.text.is_empty());
+            completion.token
+        })
+        .collect();
+    tokens.sort_unstable();
+    assert_eq!(tokens, (0..30).collect::<Vec<_>>());
+    assert_eq!(context.wait(0, 1, None).unwrap_err().errno(), libc::ENOTCONN);
+    assert_eq!(context.submit(&file, read(0, 1), 0).unwrap_err().error.errno(), libc::ENOTCONN);
+    assert!(file.status().is_err());
+    assert_eq!(file.status().unwrap_err().errno(), libc::ENOTCONN);
+    assert!(file.close().is_err());
+    context.close();
+}
+
+#[test]
+fn a_context_waits_no_longer_than_there_is_something_to_wait_for() {
+    let (_server, session, file) = start();
+    let mut context = session.context(4).unwrap();
+    assert_eq!(context.wait(4, 4, None), Ok(0));
+    for n in 0..2 {
+        context.submit(&file, read(0, 10), n).unwrap();
+    }
+    assert_eq!(context.wait(4, 4, None), Ok(2));
+    assert_eq!(collect(&mut context, 2).len(), 2);
+}
+
+#[test]
+fn the_poll_descriptor_tells_when_to_call() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let readable = |context: &mut Context, ms: i64| {
+        let fd = context.poll_fd().unwrap();
+        let timeout = Timespec { tv_sec: 0, tv_nsec: ms * 1_000_000 };
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+    };
+    let server = FakeServer::start(Policy { keepalive: Duration::from_millis(300), ..policy() });
+    server.file("/e/data", pattern(1 << 20));
+    let session = connect(&server, &Options::default());
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let mut context = session.context(4).unwrap();
+    assert!(!readable(&mut context, 20));
+    server.hold(true);
+    context.submit(&file, read(0, 10), 0).unwrap();
+    context.submit(&file, read(0, 10), 1).unwrap();
+    context.flush();
+    assert!(!readable(&mut context, 20));
+    // In time to ping a silent server.
+    assert!(readable(&mut context, 500));
+    assert_eq!(context.wait(0, 4, None), Ok(0));
+    assert!(!readable(&mut context, 20) || context.wait(0, 4, None) == Ok(0));
+    server.hold(false);
+    assert!(readable(&mut context, 900));
+    while context.wait(0, 4, None).unwrap() < 2 {}
+    assert!(context.next().is_some());
+    context.sync_poller();
+    assert!(readable(&mut context, 0), "one is left");
+    assert!(context.next().is_some());
+    context.sync_poller();
+    assert!(!readable(&mut context, 20));
+}
+
+#[test]
+fn close_waits_for_writes_that_are_queued() {
+    let (server, session, file) = start();
+    let mut context = session.context(64).unwrap();
+    for n in 0..64u64 {
+        let buffers = Buffers::One(Buffer::Owned(vec![n as u8 + 1; 1000].into()));
+        context.submit(&file, Operation::Write { offset: n * 1000, buffers }, n).unwrap();
+    }
+    context.close();
+    let contents = server.contents("/e/data");
+    assert!((0..64).all(|n| contents[n * 1000..][..1000] == [n as u8 + 1; 1000]));
+}
+
+#[test]
+fn a_server_that_answers_nothing_at_all_is_given_up() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let options = Options { connect_timeout: Duration::from_millis(100), ..Options::default() };
+    let error = Session::connect_to(Scheme::Any, address, &options).unwrap_err();
+    assert_eq!(error.errno(), libc::ETIMEDOUT);
+    let error = Session::connect_to(Scheme::Rdma, address, &options).unwrap_err();
+    assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
+}
