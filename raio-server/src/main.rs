@@ -1,1 +1,71 @@
-fn main() {}
+//! raio_server: exports directories, files and block devices to raio clients.
+//!
+//! ```text
+//!   main thread: listener, signals --- raw connections ---> workers, one for each core:
+//!                                                           transports -> command -> request -> backend
+//! ```
+//!
+//! Exit codes: 0 told to stop and everything was answered, 1 could not start or go on, 2 the command line or configuration
+//! makes no sense, 128 + signal told to stop a second time.
+
+#![deny(unsafe_code)]
+
+mod backend;
+mod command;
+mod config;
+mod export;
+mod listener;
+mod request;
+mod server;
+mod session;
+mod stats;
+mod throttle;
+mod worker;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use tracing::level_filters::LevelFilter;
+
+use config::{Config, LogLevel, Options};
+use server::Server;
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let config = match options.check(cores) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("raio_server: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    let level = match config.log {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+    match serve(&config) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("raio_server: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(config: &Config) -> anyhow::Result<ExitCode> {
+    raio_transport::reactor::block_signals(&server::HANDLED_SIGNALS).context("Cannot block signals")?;
+    let server = Server::start(config)?;
+    let mut stdout = std::io::stdout().lock();
+    writeln!(stdout, "raio_server: ready on {}", server.urls())
+        .and_then(|()| stdout.flush())
+        .context("Cannot say on standard output that the server is ready")?;
+    drop(stdout);
+    server.run()
+}

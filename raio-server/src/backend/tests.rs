@@ -1,0 +1,213 @@
+//! What both backends promise, over real files. Each test runs over the ring (where the kernel has one) and over threads.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use raio_transport::memory::{Arena, Slot};
+use raio_transport::reactor::{Config, Wait};
+use rustix::fs::{Mode, OFlags};
+
+use super::*;
+
+struct Bench {
+    name: &'static str,
+    reactor: Reactor,
+    backend: Box<dyn Backend>,
+    arena: Arena,
+}
+
+/// The ring; threads beside a ring; threads where there is no ring.
+fn each(test: impl Fn(&mut Bench)) {
+    for (name, epoll, threads) in [("uring", false, false), ("threads", false, true), ("threads, epoll", true, true)] {
+        let mut reactor = Reactor::new(&Config { epoll, ..Config::default() }).unwrap();
+        if !threads && !reactor.has_ring() {
+            eprintln!("SKIPPED over io_uring: {}", reactor.fallback_reason().unwrap());
+            continue;
+        }
+        let arena = Arena::new(4 << 20, 1 << 20).unwrap();
+        reactor.register_arena(&arena).unwrap();
+        let backend: Box<dyn Backend> =
+            if threads { Box::new(Threads::new(&reactor).unwrap()) } else { Box::new(Uring::default()) };
+        test(&mut Bench { name, reactor, backend, arena });
+    }
+}
+
+impl Bench {
+    fn open(&mut self, path: &Path, flags: OFlags) -> Handle {
+        let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_bits_retain(0o644)).unwrap();
+        Handle::new(&mut self.reactor, Arc::new(fd))
+    }
+
+    fn slot(&mut self, bytes: &[u8]) -> Slot {
+        let mut slot = self.arena.alloc(bytes.len()).unwrap();
+        slot.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        slot
+    }
+
+    fn next(&mut self) -> Completion {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut events = Vec::new();
+        loop {
+            if let Some(completion) = self.backend.next() {
+                return completion;
+            }
+            assert!(Instant::now() < deadline, "{}: no completion came", self.name);
+            self.reactor.turn(Wait::Block, &mut events).unwrap();
+            for event in events.drain(..) {
+                self.backend.handle(event);
+            }
+        }
+    }
+
+    fn run(&mut self, file: &Handle, operation: Operation) -> Completion {
+        self.backend.submit(&mut self.reactor, 77, file, operation);
+        let completion = self.next();
+        assert_eq!(completion.key, 77);
+        completion
+    }
+
+    fn write(&mut self, file: &Handle, bytes: &[u8], offset: u64) -> Result<u32, i32> {
+        let source = SlotRange { slot: self.slot(bytes), start: 0, len: bytes.len() };
+        let completion = self.run(file, Operation::Write { source, offset });
+        assert!(matches!(completion.outcome, Outcome::Slot(_)), "{}: the slot is lost", self.name);
+        completion.result
+    }
+
+    fn read(&mut self, file: &Handle, start: usize, len: usize, offset: u64) -> Result<Vec<u8>, i32> {
+        let target = SlotRange { slot: self.slot(&vec![0xee; start + len]), start, len };
+        let completion = self.run(file, Operation::Read { target, offset });
+        let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
+        assert!(range.slot.bytes()[..start].iter().all(|&b| b == 0xee), "{}: it read before the range", self.name);
+        completion.result.map(|n| range.slot.bytes()[start..start + n as usize].to_vec())
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_and_is_in_the_file() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let file = bench.open(&path, OFlags::RDWR | OFlags::CREATE);
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        assert_eq!(bench.write(&file, &bytes, 10), Ok(100_000));
+        assert_eq!(bench.read(&file, 100, 1000, 5_010), Ok(bytes[5_000..6_000].to_vec()));
+        assert_eq!(bench.read(&file, 0, 1000, 99_510).unwrap().len(), 500, "a read is short at the end of the file");
+        assert_eq!(bench.read(&file, 0, 1000, 100_010), Ok(vec![]));
+        let mut local = vec![0; 100_000];
+        std::fs::File::open(&path).unwrap().read_exact_at(&mut local, 10).unwrap();
+        assert!(local == bytes, "{}: the file holds something else", bench.name);
+    });
+}
+
+#[test]
+fn what_the_kernel_refuses_is_that_errno() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, "x").unwrap();
+        let file = bench.open(&path, OFlags::RDONLY);
+        assert_eq!(bench.write(&file, b"y", 0), Err(libc::EBADF));
+        let file = bench.open(&path, OFlags::WRONLY);
+        assert_eq!(bench.read(&file, 0, 1, 0), Err(libc::EBADF));
+        let directory = bench.open(directory.path(), OFlags::PATH | OFlags::DIRECTORY);
+        let how = OpenHow { flags: libc::O_RDONLY as u64, mode: 0, resolve: libc::RESOLVE_BENEATH };
+        for (path, errno) in [(c"none", libc::ENOENT), (c"../x", libc::EXDEV), (c"file/", libc::ENOTDIR)] {
+            let operation = Operation::Open { path: path.into(), how: Box::new(how) };
+            assert_eq!(bench.run(&directory, operation).result, Err(errno), "{}: {path:?}", bench.name);
+        }
+    });
+}
+
+#[test]
+fn files_are_opened_asked_flushed_and_closed() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let parent = bench.open(directory.path(), OFlags::PATH | OFlags::DIRECTORY);
+        let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC) as u64;
+        let how = OpenHow { flags, mode: 0o600, resolve: libc::RESOLVE_BENEATH };
+        let operation = Operation::Open { path: c"new".into(), how: Box::new(how) };
+        let Outcome::Fd(fd) = bench.run(&parent, operation).outcome else { panic!("not opened") };
+        let file = Handle::new(&mut bench.reactor, Arc::new(fd));
+        assert_eq!(bench.write(&file, &[1; 5000], 0), Ok(5000));
+        let Outcome::Stat(info) = bench.run(&file, Operation::Stat).outcome else { panic!("no status") };
+        assert_eq!((info.status.size.get(), info.status.mode.get()), (5000, libc::S_IFREG | 0o600));
+        assert!(info.status.modified_ns.get() > 1_600_000_000_000_000_000);
+        assert_eq!(info.status.links.get(), 1);
+        assert_eq!(bench.run(&file, Operation::Fsync { data_only: false }).result, Ok(0));
+        assert_eq!(bench.run(&file, Operation::Fsync { data_only: true }).result, Ok(0));
+        let Handle { fd, file } = file;
+        drop(file);
+        let fd = Arc::into_inner(fd).or_else(|| {
+            // The reactor lets go of a registered file with the next one.
+            bench.reactor.turn(Wait::Poll, &mut Vec::new()).unwrap();
+            None
+        });
+        if let Some(fd) = fd {
+            bench.backend.close(&mut bench.reactor, 5, fd);
+            let completion = bench.next();
+            assert_eq!((completion.key, completion.result), (5, Ok(0)));
+        } else {
+            panic!("{}: somebody still has the descriptor", bench.name);
+        }
+    });
+}
+
+#[test]
+fn holes_and_zeros_read_as_zeros() {
+    each(|bench| {
+        // Not in a tmpfs, which cannot zero a range.
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
+        assert_eq!(bench.write(&file, &[7; 16384], 0), Ok(16384));
+        let punch = Operation::Fallocate { how: Fallocate::PunchHole, offset: 4096, length: 4096 };
+        match bench.run(&file, punch).result {
+            Err(libc::EOPNOTSUPP) => return eprintln!("SKIPPED: the file system here cannot punch holes"),
+            result => assert_eq!(result, Ok(0)),
+        }
+        assert_eq!(bench.read(&file, 0, 4096, 4096), Ok(vec![0; 4096]));
+        let zero = Operation::Fallocate { how: Fallocate::ZeroRange, offset: 10_000, length: 10_000 };
+        match bench.run(&file, zero).result {
+            Err(libc::EOPNOTSUPP) => return eprintln!("SKIPPED: the file system here cannot zero a range"),
+            result => assert_eq!(result, Ok(0)),
+        }
+        assert_eq!(bench.read(&file, 0, 20_000, 9_999).unwrap(), [&[7][..], &[0; 10_000]].concat());
+    });
+}
+
+#[test]
+fn many_operations_at_once_each_end_once() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
+        for key in 0..200u64 {
+            let source = SlotRange { slot: bench.slot(&[key as u8; 512]), start: 0, len: 512 };
+            bench.backend.submit(&mut bench.reactor, key, &file, Operation::Write { source, offset: key * 512 });
+        }
+        let mut keys: Vec<_> = (0..200).map(|_| bench.next()).map(|c| (c.key, c.result)).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, (0..200).map(|key| (key, Ok(512))).collect::<Vec<_>>());
+        assert!(bench.backend.next().is_none());
+        assert_eq!(bench.arena.used_bytes(), 0, "{}: a slot is lost", bench.name);
+    });
+}
+
+#[test]
+fn what_is_cancelled_ends_once_and_gives_its_slot_back() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
+        for key in 0..100u64 {
+            let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
+            let id =
+                bench.backend.submit(&mut bench.reactor, key, &file, Operation::Write { source, offset: key * 4096 });
+            bench.backend.cancel(&mut bench.reactor, key, id);
+        }
+        for _ in 0..100 {
+            let completion = bench.next();
+            assert!(matches!(completion.result, Ok(4096) | Err(libc::ECANCELED)), "{completion:?}");
+            assert!(matches!(completion.outcome, Outcome::Slot(_)), "{completion:?}");
+        }
+        assert_eq!(bench.arena.used_bytes(), 0);
+    });
+}

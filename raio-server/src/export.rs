@@ -1,0 +1,407 @@
+//! Exports: what clients may open, under which name, and how a client's path is resolved.
+//!
+//! A path is `/EXPORT/relative/path`. A directory export holds its directory open; everything beneath is resolved by openat2(2)
+//! relative to that descriptor, and the kernel refuses what leads out of it. A file or device export is opened by its name in
+//! its parent directory, afresh for each client, so that each open has flags of its own.
+
+use std::ffi::CString;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use raio_transport::protocol::{
+    OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
+    OPEN_WRITE,
+};
+use raio_transport::reactor::OpenHow;
+use raio_transport::Status;
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+
+use crate::config::Size;
+use crate::session::{Access, FileKind, OpenFile};
+
+/// An export as the configuration names it: `NAME=PATH[,rw][,direct]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportSpec {
+    /// Its name: the first component of clients' paths.
+    pub name: String,
+    source: Source,
+    is_writable: bool,
+    is_direct: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Path(PathBuf),
+    Null(u64),
+    Memory(u64),
+}
+
+impl FromStr for ExportSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| {
+            format!("--export {text}: {why}. Write NAME=PATH[,rw][,direct], NAME=null:SIZE or NAME=mem:SIZE[,rw].")
+        };
+        let (name, mut rest) = text.split_once('=').ok_or_else(|| wrong("there is no `=`"))?;
+        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
+            return Err(wrong("the name cannot be a component of a path"));
+        }
+        let (mut is_writable, mut is_direct) = (false, false);
+        loop {
+            if let Some(front) = rest.strip_suffix(",rw") {
+                (rest, is_writable) = (front, true);
+            } else if let Some(front) = rest.strip_suffix(",direct") {
+                (rest, is_direct) = (front, true);
+            } else {
+                break;
+            }
+        }
+        let size = |text: &str| match text.parse() {
+            Ok(Size(0)) => Err(wrong("the size is 0")),
+            Ok(Size(bytes)) => Ok(bytes),
+            Err(error) => Err(format!("--export {name}: {error}")),
+        };
+        let source = if let Some(text) = rest.strip_prefix("null:") {
+            Source::Null(size(text)?)
+        } else if let Some(text) = rest.strip_prefix("mem:") {
+            Source::Memory(size(text)?)
+        } else if rest.is_empty() {
+            return Err(wrong("there is no path"));
+        } else {
+            Source::Path(rest.into())
+        };
+        if is_direct && !matches!(source, Source::Path(_)) {
+            return Err(wrong("`direct` means nothing here, for there is no page cache to pass by"));
+        }
+        Ok(Self { name: name.to_owned(), source, is_writable, is_direct })
+    }
+}
+
+/// An export, open. Shared by all workers.
+#[derive(Debug)]
+pub struct Export {
+    name: String,
+    root: Root,
+    is_writable: bool,
+    is_direct: bool,
+}
+
+#[derive(Debug)]
+enum Root {
+    /// Everything beneath a directory.
+    Directory(Arc<OwnedFd>),
+    /// One file, by its name in its directory.
+    Single { directory: Arc<OwnedFd>, name: CString, is_device: bool },
+    /// Memory, zeros at the start.
+    Memory { fd: Arc<OwnedFd>, size: u64 },
+    /// Zeros; what is written is lost.
+    Null { size: u64 },
+}
+
+impl Export {
+    /// Opens what the configuration names.
+    pub fn open(spec: &ExportSpec) -> anyhow::Result<Self> {
+        let root = match &spec.source {
+            Source::Null(size) => Root::Null { size: *size },
+            Source::Memory(size) => Root::Memory {
+                fd: memory(*size).with_context(|| format!("Cannot make {size} bytes of memory for export {:?}", spec.name))?,
+                size: *size,
+            },
+            Source::Path(path) => Self::open_path(path, spec.is_writable)
+                .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
+        };
+        Ok(Self { name: spec.name.clone(), root, is_writable: spec.is_writable, is_direct: spec.is_direct })
+    }
+
+    fn open_path(path: &Path, is_writable: bool) -> anyhow::Result<Root> {
+        let path = path.canonicalize()?;
+        let kind = path.metadata()?.file_type();
+        let directory = |path: &Path| {
+            rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map(Arc::new)
+        };
+        if kind.is_dir() {
+            return Ok(Root::Directory(directory(&path)?));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            bail!("it is neither a directory nor a regular file nor a block device. Export one of those.");
+        }
+        let access = if is_writable { OFlags::RDWR } else { OFlags::RDONLY };
+        rustix::fs::open(&path, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).with_context(|| {
+            let what = if is_writable { "read and written" } else { "read" };
+            format!("It cannot be {what}: run raio_server as a user who may do that, or change the permissions")
+        })?;
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { bail!("it has no name") };
+        Ok(Root::Single {
+            directory: directory(parent)?,
+            name: CString::new(name.as_bytes())?,
+            is_device: kind.is_block_device(),
+        })
+    }
+
+    /// The directory that this export's files are opened in, if it has one.
+    pub fn directory(&self) -> Option<&Arc<OwnedFd>> {
+        match &self.root {
+            Root::Directory(directory) | Root::Single { directory, .. } => Some(directory),
+            Root::Memory { .. } | Root::Null { .. } => None,
+        }
+    }
+
+    /// Whether an open file of this type may be served, by `st_mode`; the errno if not.
+    pub fn check_type(&self, mode: u32) -> Result<(), i32> {
+        let may_be_device = matches!(self.root, Root::Single { is_device: true, .. });
+        match mode & libc::S_IFMT {
+            libc::S_IFREG => Ok(()),
+            libc::S_IFBLK if may_be_device => Ok(()),
+            libc::S_IFDIR => Err(libc::EISDIR),
+            _ => Err(libc::ENODEV),
+        }
+    }
+}
+
+/// Memory of a fixed size.
+fn memory(size: u64) -> rustix::io::Result<Arc<OwnedFd>> {
+    let fd = rustix::fs::memfd_create("raio-mem", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)?;
+    Ok(Arc::new(fd))
+}
+
+/// A refusal: the status, and the sentence for the client.
+#[derive(Debug)]
+pub struct Refusal {
+    /// The status.
+    pub status: Status,
+    /// The sentence.
+    pub text: String,
+}
+
+/// What a client's open comes to.
+#[derive(Debug)]
+pub enum Target {
+    /// To be opened in the directory of export number `export`.
+    Path {
+        /// Which export.
+        export: usize,
+        /// Relative to its directory.
+        path: CString,
+        /// How.
+        how: OpenHow,
+    },
+    /// Open already.
+    Ready(OpenFile),
+}
+
+/// All exports.
+#[derive(Debug)]
+pub struct Exports(Vec<Export>);
+
+impl Exports {
+    /// Opens all of them.
+    pub fn open(specs: &[ExportSpec]) -> anyhow::Result<Self> {
+        specs.iter().map(Export::open).collect::<anyhow::Result<_>>().map(Self)
+    }
+
+    /// All of them, in order.
+    pub fn all(&self) -> &[Export] {
+        &self.0
+    }
+
+    /// Resolves a client's path and flags (`OPEN_*`) as far as that goes without touching the file.
+    pub fn resolve(&self, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Refusal> {
+        let refuse = |status, text: String| Err(Refusal { status, text });
+        let shown = Shown(path);
+        let Some(rest) = path.strip_prefix(b"/") else {
+            let text = format!("{shown} is no path here: paths are /EXPORT/relative/path.");
+            return refuse(Status::storage(libc::ENOENT), text);
+        };
+        let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
+        let rest = &rest[start..];
+        let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
+        let Some(index) = self.0.iter().position(|export| export.name.as_bytes() == name) else {
+            let text = format!("There is no export {}. Ask the server's operator for the names.", Shown(name));
+            return refuse(Status::storage(libc::ENOENT), text);
+        };
+        let export = &self.0[index];
+        let has_more = !rest.is_empty();
+        let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
+        let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
+        if changes && !export.is_writable && !matches!(export.root, Root::Null { .. }) {
+            let text = format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
+            return refuse(Status::policy(libc::EROFS), text);
+        }
+        if flags & OPEN_CREATE != 0 && mode & !0o777 != 0 {
+            let text = "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
+            return refuse(Status::policy(libc::EPERM), text);
+        }
+        if has_more && !matches!(export.root, Root::Directory(_)) {
+            let text = format!("Export {} is no directory: open /{} itself.", export.name, export.name);
+            return refuse(Status::storage(libc::ENOTDIR), text);
+        }
+        let how = |resolve| OpenHow {
+            flags: kernel_flags(flags, export.is_direct),
+            mode: if flags & OPEN_CREATE != 0 { mode.into() } else { 0 },
+            resolve,
+        };
+        let ready = |kind| {
+            if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 {
+                let text = format!("{shown} exists already.");
+                return refuse(Status::storage(libc::EEXIST), text);
+            }
+            Ok(Target::Ready(OpenFile::new(kind, Access::from_flags(flags), 1)))
+        };
+        match &export.root {
+            Root::Null { size } => ready(FileKind::Null { size: *size }),
+            Root::Memory { fd, size } => ready(FileKind::Memory { fd: Arc::clone(fd), size: *size }),
+            Root::Single { name, .. } => Ok(Target::Path {
+                export: index,
+                path: name.clone(),
+                how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS),
+            }),
+            Root::Directory(_) if rest.is_empty() => {
+                refuse(Status::storage(libc::EISDIR), format!("{shown} is a directory: open a file beneath it."))
+            }
+            Root::Directory(_) => match CString::new(rest) {
+                Ok(path) => Ok(Target::Path {
+                    export: index,
+                    path,
+                    how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS),
+                }),
+                Err(_) => refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned()),
+            },
+        }
+    }
+}
+
+/// The flags of openat2(2). Never waits for what a FIFO or a device would make it wait for; that it is one is seen afterwards.
+fn kernel_flags(flags: u32, is_direct: bool) -> u64 {
+    let access = match (flags & OPEN_READ != 0, flags & OPEN_WRITE != 0) {
+        (true, true) => libc::O_RDWR,
+        (false, true) => libc::O_WRONLY,
+        _ => libc::O_RDONLY,
+    };
+    let mut kernel = access | libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
+    for (bit, flag) in [
+        (OPEN_CREATE, libc::O_CREAT),
+        (OPEN_EXCLUSIVE, libc::O_EXCL),
+        (OPEN_TRUNCATE, libc::O_TRUNC),
+        (OPEN_DIRECT, libc::O_DIRECT),
+        (OPEN_SYNC, libc::O_SYNC),
+        (OPEN_DSYNC, libc::O_DSYNC),
+        (OPEN_NOFOLLOW, libc::O_NOFOLLOW),
+    ] {
+        if flags & bit != 0 {
+            kernel |= flag;
+        }
+    }
+    if is_direct {
+        kernel |= libc::O_DIRECT;
+    }
+    kernel as u64
+}
+
+/// A client's path for a sentence: cut short, and with nothing in it that could do harm to a terminal.
+pub struct Shown<'a>(pub &'a [u8]);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const BYTES_MAX: usize = 100;
+        let cut = &self.0[..self.0.len().min(BYTES_MAX)];
+        write!(f, "{:?}{}", String::from_utf8_lossy(cut), if self.0.len() > BYTES_MAX { "..." } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> ExportSpec {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn exports_parse() {
+        let path = |name: &str, path: &str, is_writable, is_direct| ExportSpec {
+            name: name.into(),
+            source: Source::Path(path.into()),
+            is_writable,
+            is_direct,
+        };
+        assert_eq!(spec("a=/x"), path("a", "/x", false, false));
+        assert_eq!(spec("a=/x,rw"), path("a", "/x", true, false));
+        assert_eq!(spec("a=/x,direct,rw"), path("a", "/x", true, true));
+        assert_eq!(spec("a=/x,y=z,direct"), path("a", "/x,y=z", false, true));
+        assert_eq!(spec("n=null:1G").source, Source::Null(1 << 30));
+        assert_eq!(spec("m=mem:64k,rw").source, Source::Memory(64 << 10));
+        for text in ["", "a", "=/x", "a/b=/x", "..=/x", ".=/x", "a=", "a=,rw", "a=null:", "a=mem:0", "a=mem:1M,direct"] {
+            assert!(text.parse::<ExportSpec>().unwrap_err().ends_with('.'), "{text}");
+        }
+    }
+
+    fn errno(exports: &Exports, flags: u32, path: &str) -> i32 {
+        exports.resolve(flags, 0o644, path.as_bytes()).unwrap_err().status.errno
+    }
+
+    #[test]
+    fn paths_resolve_beneath_their_export() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        let specs = [
+            spec(&format!("d={}", directory.path().display())),
+            spec(&format!("w={},rw,direct", directory.path().display())),
+            spec(&format!("f={}", file.display())),
+            spec("n=null:1M"),
+            spec("m=mem:1M"),
+        ];
+        let exports = Exports::open(&specs).unwrap();
+        let path_of = |flags, path: &str| match exports.resolve(flags, 0o600, path.as_bytes()).unwrap() {
+            Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
+            Target::Ready(file) => panic!("{file:?}"),
+        };
+        let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
+        assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
+        assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS);
+        let (_, _, how) = path_of(OPEN_READ | OPEN_WRITE | OPEN_CREATE, "/w/new");
+        assert_eq!(how.mode, 0o600);
+        let expected = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
+        assert_eq!(how.flags, expected as u64);
+        assert_eq!(path_of(OPEN_READ, "/f").1, "file");
+        for path in ["", "d/a", "/", "/x/a", "/../etc/passwd", "/."] {
+            assert_eq!(errno(&exports, OPEN_READ, path), libc::ENOENT, "{path}");
+        }
+        assert_eq!(errno(&exports, OPEN_READ, "/d"), libc::EISDIR);
+        assert_eq!(errno(&exports, OPEN_READ, "/d/"), libc::EISDIR);
+        assert_eq!(errno(&exports, OPEN_READ, "/f/"), libc::ENOTDIR);
+        assert_eq!(errno(&exports, OPEN_READ, "/n/x"), libc::ENOTDIR);
+        assert_eq!(errno(&exports, OPEN_READ | OPEN_WRITE, "/d/a"), libc::EROFS);
+        assert_eq!(errno(&exports, OPEN_READ | OPEN_CREATE, "/d/a"), libc::EROFS);
+        assert_eq!(errno(&exports, OPEN_READ | OPEN_TRUNCATE, "/d/a"), libc::EROFS);
+        assert_eq!(errno(&exports, OPEN_WRITE, "/m"), libc::EROFS);
+        assert_eq!(errno(&exports, OPEN_WRITE | OPEN_CREATE | OPEN_EXCLUSIVE, "/n"), libc::EEXIST);
+        assert!(exports.resolve(OPEN_WRITE, 0, b"/n").is_ok());
+        let refusal = exports.resolve(OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
+        assert_eq!(refusal.status, Status::policy(libc::EPERM));
+    }
+
+    #[test]
+    fn what_cannot_be_exported_is_refused_with_a_reason() {
+        for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
+            let error = format!("{:#}", Export::open(&spec(text)).unwrap_err());
+            assert!(error.contains(needle), "{error}");
+        }
+    }
+
+    #[test]
+    fn memory_keeps_its_size() {
+        let fd = memory(4096).unwrap();
+        assert_eq!(rustix::io::pwrite(&fd, b"x", 4096), Err(rustix::io::Errno::PERM));
+        assert_eq!(rustix::io::pwrite(&fd, b"x", 4095), Ok(1));
+    }
+}

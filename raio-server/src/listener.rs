@@ -1,0 +1,97 @@
+//! Accepts connections, and nothing more: the worker reads the handshake, so a slow client never holds up accept.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
+use raio_transport::tcp;
+
+use crate::throttle::Throttle;
+
+/// After a failed accept (most often: no descriptors left).
+const RETRY: Duration = Duration::from_millis(100);
+
+/// All listening sockets.
+#[derive(Debug)]
+pub struct Listener {
+    owner: u8,
+    sockets: Vec<Socket>,
+    warnings: Throttle,
+}
+
+#[derive(Debug)]
+struct Socket {
+    file: File,
+    address: SocketAddr,
+    accept: Option<OpId>,
+}
+
+impl Listener {
+    /// Listens on these addresses. Events on its operations carry `owner`.
+    pub fn bind(reactor: &mut Reactor, owner: u8, addresses: &[SocketAddr]) -> anyhow::Result<Self> {
+        let mut this = Self { owner, sockets: Vec::new(), warnings: Throttle::new() };
+        for &address in addresses {
+            let (socket, address) = tcp::listen(address)?;
+            let file = reactor.file(socket);
+            this.sockets.push(Socket { file, address, accept: None });
+        }
+        Ok(this)
+    }
+
+    /// Starts accepting.
+    pub fn start(&mut self, reactor: &mut Reactor) {
+        for index in 0..self.sockets.len() {
+            self.accept(reactor, index);
+        }
+    }
+
+    /// Where it listens, with the actual ports, as URLs.
+    pub fn urls(&self) -> String {
+        self.sockets.iter().map(|socket| format!("tcp://{}", socket.address)).collect::<Vec<_>>().join(" ")
+    }
+
+    /// Takes in what happened to an accept, and goes on accepting. Gives a connection if there is one.
+    pub fn handle(&mut self, reactor: &mut Reactor, event: Event) -> Option<OwnedFd> {
+        let index = event.token.value as usize;
+        let socket = self.sockets.get_mut(index)?;
+        socket.accept = None;
+        match (event.result, event.payload) {
+            (Ok(_), Payload::Fd(fd)) => {
+                self.accept(reactor, index);
+                Some(fd)
+            }
+            (Ok(_), _) | (Err(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN), _) => {
+                self.accept(reactor, index);
+                None
+            }
+            (Err(errno), _) => {
+                if let Some(suppressed) = self.warnings.pass() {
+                    let error = std::io::Error::from_raw_os_error(errno);
+                    let hint = match errno {
+                        libc::EMFILE | libc::ENFILE => " Raise the limit on open files with `ulimit -n` or LimitNOFILE=.",
+                        _ => "",
+                    };
+                    tracing::warn!(suppressed, "Cannot accept a connection on {}: {error}.{hint}", socket.address);
+                }
+                reactor.timer(Instant::now() + RETRY, event.token);
+                None
+            }
+        }
+    }
+
+    /// Stops listening. What has not been accepted is turned away by the kernel.
+    pub fn stop(&mut self, reactor: &mut Reactor) {
+        for socket in self.sockets.drain(..) {
+            if let Some(accept) = socket.accept {
+                reactor.cancel(accept);
+            }
+        }
+    }
+
+    fn accept(&mut self, reactor: &mut Reactor, index: usize) {
+        let socket = &mut self.sockets[index];
+        let token = Token { owner: self.owner, value: index as u64 };
+        socket.accept = Some(reactor.submit(token, Op::Accept { listener: socket.file.clone() }));
+    }
+}

@@ -1,0 +1,567 @@
+//! A request, from its arrival to its answer, whatever transport it came by.
+//!
+//! ```text
+//!   NeedSlot --> Fetching (writes) --> Executing --> Responding: the transport has the answer, and the request is free
+//! ```
+//!
+//! What needs no memory starts at Executing. That no memory is free is a state and not an error: the request waits in its
+//! connection's FIFO. This module knows what a request does next and what comes of it; [`crate::worker`] moves it along.
+
+use std::ffi::CString;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use raio_transport::Status;
+use raio_transport::memory::Slot;
+use raio_transport::message;
+use raio_transport::protocol::FileHandle;
+use raio_transport::reactor::{Fallocate, OpId, OpenHow};
+use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
+use zerocopy::IntoBytes;
+
+use crate::backend::{Completion, FileInfo, Handle, Operation, Outcome};
+use crate::session::{Access, FileKind, OpenFile};
+
+/// An open file as one worker has it.
+#[derive(Debug)]
+pub struct WorkerFile {
+    /// Its handle in its session.
+    pub handle: FileHandle,
+    /// What all workers share.
+    pub open: Arc<OpenFile>,
+    /// For the backend; None if the file needs none (`null:`).
+    pub backend: Option<Handle>,
+}
+
+/// Where a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It waits for memory, in its connection's FIFO.
+    NeedSlot,
+    /// The transport brings its data.
+    Fetching,
+    /// The backend has it.
+    Executing,
+}
+
+/// A request that is not yet answered.
+#[derive(Debug)]
+pub struct Request {
+    /// Which transport it came by...
+    pub transport: u8,
+    /// ... its name there...
+    pub key: RequestKey,
+    /// ... and the worker's connection. None once that is gone: the backend still has the request, and its answer is for nobody.
+    pub connection: Option<usize>,
+    /// Where it is.
+    pub state: State,
+    /// What it does.
+    pub work: Work,
+    /// The slot that it holds, for the connection's account.
+    pub slot_bytes: usize,
+    /// It is to be cancelled.
+    pub is_cancelled: bool,
+    /// The cancel command that waits for its end.
+    pub canceller: Option<RequestKey>,
+    /// For cancelling.
+    pub operation: Option<OpId>,
+}
+
+/// What a request does.
+#[derive(Debug)]
+pub enum Work {
+    /// See [`raio_transport::protocol::Opcode::Read`].
+    Read(Rc<WorkerFile>, Read),
+    /// See [`raio_transport::protocol::Opcode::Write`].
+    Write(Rc<WorkerFile>, Write),
+    /// See [`raio_transport::protocol::Opcode::Fsync`].
+    Fsync(Rc<WorkerFile>, bool),
+    /// See [`raio_transport::protocol::Opcode::Discard`].
+    Discard(Rc<WorkerFile>, Range),
+    /// See [`raio_transport::protocol::Opcode::WriteZeroes`].
+    Zero(Rc<WorkerFile>, Zero),
+    /// See [`raio_transport::protocol::Opcode::Stat`].
+    Stat(Rc<WorkerFile>),
+    /// See [`raio_transport::protocol::Opcode::Open`].
+    Open(Box<Opening>),
+    /// See [`raio_transport::protocol::Opcode::Close`].
+    Close,
+}
+
+/// A part of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Where.
+    pub offset: u64,
+    /// How much.
+    pub length: u64,
+}
+
+impl Range {
+    /// None if it does not lie within what a file can have (offsets are signed).
+    pub fn new(offset: u64, length: u64) -> Option<Self> {
+        let end_max = i64::MAX as u64;
+        (offset <= end_max && length <= end_max - offset).then_some(Self { offset, length })
+    }
+
+    /// The first offset behind it.
+    pub fn end(self) -> u64 {
+        self.offset + self.length
+    }
+
+    /// The smallest range around it whose ends are multiples of `align`.
+    fn widened(self, align: u64) -> Option<Self> {
+        let offset = self.offset - self.offset % align;
+        let end = self.end().checked_next_multiple_of(align)?;
+        Self::new(offset, end - offset)
+    }
+
+    /// Whether its ends are multiples of `align`.
+    pub fn is_aligned(self, align: u64) -> bool {
+        self.offset.is_multiple_of(align) && self.length.is_multiple_of(align)
+    }
+}
+
+/// A read. With O_DIRECT it reads a wider range than was asked for, and answers with the middle.
+#[derive(Clone, Copy, Debug)]
+pub struct Read {
+    range: Range,
+    span: Range,
+    align: usize,
+    done: usize,
+}
+
+impl Read {
+    /// None if the range that must be read lies beyond what a file can have.
+    pub fn new(range: Range, align: u32) -> Option<Self> {
+        let span = if range.length == 0 { range } else { range.widened(align.into())? };
+        Some(Self { range, span, align: align as usize, done: 0 })
+    }
+
+    /// The memory that it needs.
+    pub fn slot_len(&self) -> usize {
+        self.span.length as usize
+    }
+
+    fn next(&self, slot: Slot) -> Operation {
+        let target = SlotRange { slot, start: self.done, len: self.slot_len() - self.done };
+        Operation::Read { target, offset: self.span.offset + self.done as u64 }
+    }
+
+    /// Takes in that `n` more bytes have been read. Whether that is the end of it: all, or the end of the file.
+    fn advance(&mut self, n: usize) -> bool {
+        self.done += n;
+        // A direct read stops off the alignment only at the end of the file, and could not go on from there.
+        n == 0 || self.done >= self.slot_len() || !self.done.is_multiple_of(self.align)
+    }
+
+    /// Where in the slot the answer lies.
+    fn answer(&self, slot: Slot) -> SlotRange {
+        let start = (self.range.offset - self.span.offset) as usize;
+        let len = self.done.saturating_sub(start).min(self.range.length as usize);
+        SlotRange { slot, start, len }
+    }
+}
+
+/// A write.
+#[derive(Clone, Copy, Debug)]
+pub struct Write {
+    range: Range,
+    done: usize,
+}
+
+impl Write {
+    /// Of the whole range.
+    pub fn new(range: Range) -> Self {
+        Self { range, done: 0 }
+    }
+
+    fn len(&self) -> usize {
+        self.range.length as usize
+    }
+
+    fn next(&self, slot: Slot) -> Operation {
+        let source = SlotRange { slot, start: self.done, len: self.len() - self.done };
+        Operation::Write { source, offset: self.range.offset + self.done as u64 }
+    }
+}
+
+/// Writing zeros. File systems that cannot (tmpfs) punch a hole instead, which is the same within the file's size.
+#[derive(Clone, Copy, Debug)]
+pub struct Zero {
+    range: Range,
+    attempt: ZeroAttempt,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum ZeroAttempt {
+    ZeroRange,
+    /// How large is the file?
+    Stat,
+    PunchHole,
+}
+
+impl Zero {
+    /// Of the whole range.
+    pub fn new(range: Range) -> Self {
+        Self { range, attempt: ZeroAttempt::ZeroRange }
+    }
+
+    fn next(&self) -> Operation {
+        let Range { offset, length } = self.range;
+        match self.attempt {
+            ZeroAttempt::ZeroRange => Operation::Fallocate { how: Fallocate::ZeroRange, offset, length },
+            ZeroAttempt::Stat => Operation::Stat,
+            ZeroAttempt::PunchHole => Operation::Fallocate { how: Fallocate::PunchHole, offset, length },
+        }
+    }
+}
+
+/// An open that is under way.
+#[derive(Debug)]
+pub struct Opening {
+    /// In the directory of which export.
+    pub export: usize,
+    /// Relative to it.
+    pub path: CString,
+    /// How.
+    pub how: OpenHow,
+    /// For what.
+    pub access: Access,
+    /// How often the kernel may yet say that a rename came in between.
+    pub retries: u32,
+    /// The file, once it is open: its type and alignment are still to be asked for.
+    pub file: Option<Handle>,
+}
+
+impl Opening {
+    fn next(&self) -> Operation {
+        match self.file {
+            None => Operation::Open { path: self.path.clone(), how: Box::new(self.how) },
+            Some(_) => Operation::Stat,
+        }
+    }
+}
+
+/// What comes of a completion.
+#[derive(Debug)]
+pub enum Step {
+    /// There is more to do.
+    Again(Operation),
+    /// It is done.
+    Done(Response),
+}
+
+impl Work {
+    /// The memory that it needs before it can begin.
+    pub fn slot_len(&self) -> usize {
+        match self {
+            Self::Read(_, read) => read.slot_len(),
+            Self::Write(_, write) => write.len(),
+            _ => 0,
+        }
+    }
+
+    /// The file that it works on. An open has its directory, and a close nothing.
+    pub fn file(&self) -> Option<&Rc<WorkerFile>> {
+        match self {
+            Self::Read(file, _)
+            | Self::Write(file, _)
+            | Self::Fsync(file, _)
+            | Self::Discard(file, _)
+            | Self::Zero(file, _)
+            | Self::Stat(file) => Some(file),
+            Self::Open(_) | Self::Close => None,
+        }
+    }
+
+    /// The first operation. Reads and writes have a slot.
+    pub fn first(&self, slot: Option<Slot>) -> Operation {
+        match (self, slot) {
+            (Self::Read(_, read), Some(slot)) => read.next(slot),
+            (Self::Write(_, write), Some(slot)) => write.next(slot),
+            (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
+            (Self::Discard(_, Range { offset, length }), None) => {
+                Operation::Fallocate { how: Fallocate::PunchHole, offset: *offset, length: *length }
+            }
+            (Self::Zero(_, zero), None) => zero.next(),
+            (Self::Stat(_), None) => Operation::Stat,
+            (Self::Open(opening), None) => opening.next(),
+            (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
+        }
+    }
+
+    /// What comes of the end of an operation. Not for opens, whose end is the session's business.
+    pub fn completed(&mut self, completion: Completion) -> Step {
+        let Completion { result, outcome, .. } = completion;
+        match (self, result, outcome) {
+            (Self::Read(_, read), Ok(n), Outcome::Slot(range)) => {
+                if !read.advance(n as usize) {
+                    return Step::Again(read.next(range.slot));
+                }
+                let answer = read.answer(range.slot);
+                Step::Done(Response {
+                    status: Status::OK,
+                    result: answer.len as u64,
+                    body: no_body(),
+                    data: Some(answer),
+                })
+            }
+            (Self::Write(_, write), Ok(n), Outcome::Slot(range)) => {
+                write.done += n as usize;
+                if write.done >= write.len() {
+                    return Step::Done(success(write.range.length));
+                }
+                if n == 0 {
+                    return Step::Done(storage_failure("Writing", libc::EIO));
+                }
+                Step::Again(write.next(range.slot))
+            }
+            // Cancelled means that nothing was done; of this a part was.
+            (Self::Write(_, write), Err(libc::ECANCELED), Outcome::Slot(range)) if write.done > 0 => {
+                Step::Again(write.next(range.slot))
+            }
+            (Self::Zero(file, zero), result, outcome) => match (zero.attempt, result, outcome) {
+                (ZeroAttempt::ZeroRange, Err(libc::EOPNOTSUPP), _) => {
+                    zero.attempt = ZeroAttempt::Stat;
+                    Step::Again(zero.next())
+                }
+                (ZeroAttempt::Stat, Ok(_), Outcome::Stat(info)) => {
+                    if zero.range.end() > size_of_file(file, &info) {
+                        return Step::Done(failure(
+                            Status::storage(libc::EOPNOTSUPP),
+                            "This file system cannot write zeros beyond the end of a file. Write them as data.",
+                        ));
+                    }
+                    zero.attempt = ZeroAttempt::PunchHole;
+                    Step::Again(zero.next())
+                }
+                (_, Ok(_), _) => Step::Done(success(0)),
+                (_, Err(errno), _) => Step::Done(storage_failure("Writing zeros", errno)),
+            },
+            (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
+            (Self::Fsync(..) | Self::Discard(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
+            (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
+            (work, Ok(n), outcome) => unreachable!("{work:?} ended with {n} and {outcome:?}"),
+        }
+    }
+
+    /// Does what needs no backend: reads of zeros, and writes that nobody keeps.
+    pub fn on_null(&self, size: u64, slot: Option<Slot>) -> Response {
+        match (self, slot) {
+            (Self::Read(_, read), Some(mut slot)) => {
+                let mut read = *read;
+                let left = size.saturating_sub(read.span.offset);
+                read.done = read.slot_len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                slot.bytes_mut()[..read.done].fill(0);
+                let answer = read.answer(slot);
+                Response { status: Status::OK, result: answer.len as u64, body: no_body(), data: Some(answer) }
+            }
+            (Self::Write(_, write), _) => success(write.range.length),
+            (Self::Stat(file), _) => status_of(file, made_up_status(size)),
+            _ => success(0),
+        }
+    }
+
+    /// For a sentence.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Read(..) => "Reading",
+            Self::Write(..) => "Writing",
+            Self::Fsync(..) => "Flushing",
+            Self::Discard(..) => "Discarding",
+            Self::Zero(..) => "Writing zeros",
+            Self::Stat(_) => "Asking for the status",
+            Self::Open(_) => "Opening",
+            Self::Close => "Closing",
+        }
+    }
+}
+
+/// The size of an open file: of a device its capacity, which statx does not tell.
+pub fn size_of_file(file: &WorkerFile, info: &FileInfo) -> u64 {
+    match &file.open.kind {
+        FileKind::Device(fd) => rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).unwrap_or(0),
+        _ => info.status.size.get(),
+    }
+}
+
+/// The status of what is no file of the server's.
+pub fn made_up_status(size: u64) -> FileInfo {
+    let mut info = FileInfo { status: Default::default(), direct_align: None };
+    info.status.size = size.into();
+    info.status.mode = (libc::S_IFREG | 0o666).into();
+    info.status.links = 1.into();
+    info.status.block_bytes = 4096.into();
+    info
+}
+
+/// The answer that brings a file's status.
+pub fn status_of(file: &WorkerFile, info: FileInfo) -> Response {
+    let mut status = info.status;
+    status.size = size_of_file(file, &info).into();
+    status.direct_align = file.open.direct_align.into();
+    Response { status: Status::OK, result: 0, body: status.as_bytes().into(), data: None }
+}
+
+fn no_body() -> Body {
+    Body::from(&[][..])
+}
+
+/// The answer to what succeeded.
+pub fn success(result: u64) -> Response {
+    Response { status: Status::OK, result, body: no_body(), data: None }
+}
+
+/// The answer to what failed, with a sentence for a human.
+pub fn failure(status: Status, text: &str) -> Response {
+    Response { status, result: 0, body: message::clipped(text).as_bytes().into(), data: None }
+}
+
+/// The answer to what the file or device failed.
+pub fn storage_failure(what: &str, errno: i32) -> Response {
+    let error = std::io::Error::from_raw_os_error(errno);
+    failure(Status::storage(errno), &format!("{what} failed on the server: {error}."))
+}
+
+#[cfg(test)]
+mod tests {
+    use raio_transport::memory::Arena;
+
+    use super::*;
+
+    fn slot(len: usize) -> Slot {
+        Arena::new(len, len).unwrap().alloc(len).unwrap()
+    }
+
+    fn file() -> Rc<WorkerFile> {
+        let open = OpenFile::new(FileKind::Null { size: 0 }, Access { read: true, write: true }, 1);
+        Rc::new(WorkerFile { handle: FileHandle(1), open: Arc::new(open), backend: None })
+    }
+
+    fn range(offset: u64, length: u64) -> Range {
+        Range::new(offset, length).unwrap()
+    }
+
+    /// The slot and range of an operation, to be given back in a completion.
+    fn taken(operation: Operation) -> (SlotRange, u64) {
+        match operation {
+            Operation::Read { target: range, offset } | Operation::Write { source: range, offset } => (range, offset),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn completion(result: Result<u32, i32>, outcome: Outcome) -> Completion {
+        Completion { key: 0, result, outcome }
+    }
+
+    #[test]
+    fn ranges_that_wrap_or_are_negative_do_not_exist() {
+        let max = i64::MAX as u64;
+        assert!(Range::new(max, 0).is_some() && Range::new(0, max).is_some());
+        assert!(Range::new(max, 1).is_none());
+        assert!(Range::new(max + 1, 0).is_none());
+        assert!(Range::new(1, u64::MAX).is_none());
+        assert!(Range::new(u64::MAX, u64::MAX).is_none());
+        assert!(range(max - 1, 1).widened(4096).is_none());
+        assert!(range(4096, 512).is_aligned(512) && !range(4096, 512).is_aligned(4096));
+    }
+
+    #[test]
+    fn a_short_read_goes_on_until_the_end_of_the_file() {
+        let mut work = Work::Read(file(), Read::new(range(100, 50), 1).unwrap());
+        let (target, offset) = taken(work.first(Some(slot(4096))));
+        assert_eq!((target.start, target.len, offset), (0, 50, 100));
+        let Step::Again(next) = work.completed(completion(Ok(20), Outcome::Slot(target))) else { panic!("it ended") };
+        let (target, offset) = taken(next);
+        assert_eq!((target.start, target.len, offset), (20, 30, 120));
+        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Slot(target))) else { panic!("it goes on") };
+        let data = response.data.unwrap();
+        assert_eq!((response.result, data.start, data.len), (20, 0, 20));
+    }
+
+    #[test]
+    fn an_unaligned_direct_read_answers_with_the_middle_of_what_it_read() {
+        for (offset, length, read, answer) in [
+            (4100, 10, 4096, (4, 10)),
+            // The end of the file lies within, before, or at the beginning of what was asked for.
+            (4100, 10, 8, (4, 4)),
+            (4100, 10, 4, (4, 0)),
+            (4100, 10, 2, (4, 0)),
+            (4100, 10, 0, (4, 0)),
+            (4096, 4096, 4096, (0, 4096)),
+            (8191, 2, 8192, (4095, 2)),
+        ] {
+            let mut work = Work::Read(file(), Read::new(range(offset, length), 4096).unwrap());
+            let (target, _) = taken(work.first(Some(slot(work.slot_len()))));
+            let Step::Done(response) = work.completed(completion(Ok(read), Outcome::Slot(target))) else {
+                panic!("{offset} {length} {read} goes on")
+            };
+            let data = response.data.unwrap();
+            assert_eq!((data.start, data.len), answer, "{offset} {length} {read}");
+            assert_eq!(response.result, answer.1 as u64);
+        }
+    }
+
+    #[test]
+    fn a_direct_read_that_is_cut_at_the_alignment_goes_on() {
+        let mut work = Work::Read(file(), Read::new(range(1, 8000), 512).unwrap());
+        assert_eq!(work.slot_len(), 8192);
+        let (target, _) = taken(work.first(Some(slot(8192))));
+        let Step::Again(next) = work.completed(completion(Ok(512), Outcome::Slot(target))) else { panic!("it ended") };
+        assert_eq!(taken(next).1, 512);
+    }
+
+    #[test]
+    fn a_short_write_goes_on_until_all_is_written_or_an_error() {
+        let mut work = Work::Write(file(), Write::new(range(10, 100)));
+        let (source, _) = taken(work.first(Some(slot(4096))));
+        let Step::Again(next) = work.completed(completion(Ok(60), Outcome::Slot(source))) else { panic!("it ended") };
+        let (source, offset) = taken(next);
+        assert_eq!((source.start, source.len, offset), (60, 40, 70));
+        let Step::Done(response) = work.completed(completion(Err(libc::ENOSPC), Outcome::Slot(source))) else {
+            panic!("it goes on")
+        };
+        assert_eq!(response.status, Status::storage(libc::ENOSPC));
+        assert!(response.data.is_none());
+
+        let mut work = Work::Write(file(), Write::new(range(10, 100)));
+        let (source, _) = taken(work.first(Some(slot(4096))));
+        let Step::Done(response) = work.completed(completion(Ok(100), Outcome::Slot(source))) else { panic!("it goes on") };
+        assert_eq!((response.status, response.result), (Status::OK, 100));
+    }
+
+    #[test]
+    fn zeros_become_a_hole_where_the_file_system_knows_only_that_and_only_within_the_file() {
+        for (size, status) in [(200, Status::OK), (199, Status::storage(libc::EOPNOTSUPP))] {
+            let mut work = Work::Zero(file(), Zero::new(range(100, 100)));
+            let Operation::Fallocate { how: Fallocate::ZeroRange, offset: 100, length: 100 } = work.first(None) else {
+                panic!("it begins otherwise")
+            };
+            let step = work.completed(completion(Err(libc::EOPNOTSUPP), Outcome::None));
+            assert!(matches!(step, Step::Again(Operation::Stat)), "{step:?}");
+            let mut info = FileInfo { status: Default::default(), direct_align: None };
+            info.status.size = size.into();
+            let mut step = work.completed(completion(Ok(0), Outcome::Stat(Box::new(info))));
+            if status.is_ok() {
+                let expected = Operation::Fallocate { how: Fallocate::PunchHole, offset: 100, length: 100 };
+                assert_eq!(format!("{step:?}"), format!("{:?}", Step::Again(expected)));
+                step = work.completed(completion(Ok(0), Outcome::None));
+            }
+            let Step::Done(response) = step else { panic!("{step:?}") };
+            assert_eq!(response.status, status);
+        }
+    }
+
+    #[test]
+    fn null_reads_zeros_up_to_its_size() {
+        let mut dirty = slot(4096);
+        dirty.bytes_mut().fill(7);
+        let work = Work::Read(file(), Read::new(range(90, 20), 1).unwrap());
+        let response = work.on_null(100, Some(dirty));
+        let data = response.data.unwrap();
+        assert_eq!((response.result, data.len), (10, 10));
+        assert_eq!(data.slot.bytes()[..10], [0; 10]);
+        assert_eq!(work.on_null(10, Some(slot(4096))).result, 0);
+    }
+}

@@ -1,0 +1,275 @@
+//! The server: starts the workers, places connections on them, and ends them.
+//!
+//! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use raio_transport::handshake::Policy;
+use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
+
+use crate::config::{BackendKind, Config};
+use crate::export::Exports;
+use crate::listener::Listener;
+use crate::session::Sessions;
+use crate::stats::{self, Counters};
+use crate::worker::{Mail, Shared, Started, Worker};
+
+const LISTENER: u8 = 0;
+const SIGNALS: Token = Token { owner: 1, value: 0 };
+const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
+
+/// What is in flight has so long to finish when the server is told to stop.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How much longer than the workers the main thread waits: for them to notice the deadline.
+const DRAIN_SLACK: Duration = Duration::from_secs(1);
+
+/// The signals that the server listens to. They must be blocked before the first thread starts.
+pub const HANDLED_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
+
+/// A running server.
+pub struct Server {
+    reactor: Reactor,
+    listener: Listener,
+    signals: Signals,
+    shared: Arc<Shared>,
+    workers: Vec<WorkerHandle>,
+    ended: Receiver<Ended>,
+    backend: &'static str,
+    accepted: u64,
+    is_draining: bool,
+}
+
+struct WorkerHandle {
+    mailbox: Sender<Mail>,
+    counters: Arc<Counters>,
+    /// Connections that were placed on it, ever.
+    placed: u64,
+}
+
+/// A worker has ended; if in good order, whether everything was answered.
+#[derive(Debug)]
+struct Ended {
+    worker: usize,
+    outcome: Option<bool>,
+}
+
+/// Says that a worker has ended however it does, by a panic too.
+struct EndedOnDrop {
+    ended: Ended,
+    sender: Sender<Ended>,
+}
+
+impl Drop for EndedOnDrop {
+    fn drop(&mut self) {
+        let Ended { worker, outcome } = self.ended;
+        self.sender.send(Ended { worker, outcome });
+    }
+}
+
+impl Server {
+    /// Opens the exports, listens, and starts the workers.
+    pub fn start(config: &Config) -> anyhow::Result<Self> {
+        let files_max = raise_open_files();
+        let exports = Exports::open(&config.exports)?;
+        let main = reactor::Config {
+            entries: 64,
+            spin: Duration::ZERO,
+            received_count: 1,
+            received_bytes: 4096,
+            files: 64,
+            epoll: false,
+        };
+        let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
+        let signals = Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
+        let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
+        let shared = Arc::new(Shared {
+            exports,
+            // Half for files, so that a client that opens all it can does not keep others from connecting.
+            sessions: Sessions::new(files_max / 2),
+            policy: Arc::new(Policy {
+                queue_depth: config.queue_depth,
+                data_bytes_max: config.io_bytes_max,
+                name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
+                ..Policy::default()
+            }),
+            mailboxes: OnceLock::new(),
+            backend: config.backend,
+            arena_bytes: config.arena_bytes,
+            spin: config.spin,
+        });
+        let (sender, ended) = reactor::mailbox(reactor.waker());
+        let (workers, started) = start_workers(config.workers, &shared, &sender)?;
+        let _ = shared.mailboxes.set(workers.iter().map(|worker| worker.mailbox.clone()).collect());
+        let backend = say_what_was_missing(config, &started);
+        Ok(Self { reactor, listener, signals, shared, workers, ended, backend, accepted: 0, is_draining: false })
+    }
+
+    /// Where it listens, as URLs.
+    pub fn urls(&self) -> String {
+        self.listener.urls()
+    }
+
+    /// Serves until told to stop.
+    pub fn run(mut self) -> anyhow::Result<ExitCode> {
+        self.listener.start(&mut self.reactor);
+        let mut events = Vec::new();
+        let mut running = self.workers.len();
+        let mut all_answered = true;
+        while running > 0 {
+            self.reactor.turn(Wait::Block, &mut events).context("The main event loop failed")?;
+            for event in events.drain(..) {
+                match event.token {
+                    Token { owner: LISTENER, .. } => {
+                        if let Some(stream) = self.listener.handle(&mut self.reactor, event) {
+                            self.place(stream);
+                        }
+                    }
+                    SIGNALS => {
+                        for signal in self.signals.read(&mut self.reactor) {
+                            if let Some(code) = self.signal(signal) {
+                                return Ok(code);
+                            }
+                        }
+                    }
+                    _ => {
+                        tracing::warn!("What is in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same.");
+                        return Ok(ExitCode::FAILURE);
+                    }
+                }
+            }
+            while let Some(Ended { worker, outcome }) = self.ended.take() {
+                let answered = outcome.ok_or_else(|| anyhow!("Worker {worker} has failed; see above. Start the server anew."))?;
+                all_answered &= answered;
+                running -= 1;
+            }
+        }
+        if !all_answered {
+            tracing::warn!("What was in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same.");
+        }
+        Ok(if all_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Hands a connection to the worker that has fewest.
+    fn place(&mut self, stream: std::os::fd::OwnedFd) {
+        self.accepted += 1;
+        // Those that it has not yet looked at count too.
+        let load = |worker: &WorkerHandle| {
+            worker.counters.connections.get() + worker.placed.saturating_sub(worker.counters.adopted.get())
+        };
+        if let Some(worker) = self.workers.iter_mut().min_by_key(|worker| load(worker)) {
+            worker.placed += 1;
+            worker.mailbox.send(Mail::Connection(stream));
+        }
+    }
+
+    /// Acts on a signal. Gives a code if the server is to exit at once.
+    fn signal(&mut self, signal: i32) -> Option<ExitCode> {
+        if signal == libc::SIGUSR1 {
+            let counters = self.workers.iter().map(|worker| &*worker.counters);
+            let sessions = &self.shared.sessions;
+            let line = stats::json(counters, self.backend, self.accepted, sessions.len(), sessions.open_files());
+            let mut stdout = std::io::stdout().lock();
+            if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
+                tracing::warn!("Cannot print the statistics: {error}.");
+            }
+            return None;
+        }
+        if self.is_draining {
+            tracing::warn!("Told to stop a second time: stopping at once.");
+            return Some(ExitCode::from(128 + signal as u8));
+        }
+        self.is_draining = true;
+        tracing::info!("Told to stop: finishing what is in flight.");
+        self.listener.stop(&mut self.reactor);
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        for worker in &self.workers {
+            worker.mailbox.send(Mail::Drain(deadline));
+        }
+        self.reactor.timer(deadline + DRAIN_SLACK, DRAIN_DEADLINE);
+        None
+    }
+}
+
+fn start_workers(
+    count: usize,
+    shared: &Arc<Shared>,
+    ended: &Sender<Ended>,
+) -> anyhow::Result<(Vec<WorkerHandle>, Vec<Started>)> {
+    let cpus = cpus_to_pin(count);
+    let mut workers = Vec::new();
+    let mut all_started = Vec::new();
+    for index in 0..count {
+        let counters = Arc::new(Counters::default());
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let thread = {
+            let (shared, counters, cpu) = (Arc::clone(shared), Arc::clone(&counters), cpus.get(index).copied());
+            let ended = EndedOnDrop { ended: Ended { worker: index, outcome: None }, sender: ended.clone() };
+            move || {
+                // All of it, so that it is dropped here.
+                let mut ended = ended;
+                let mut worker = match Worker::new(index, shared, counters, cpu) {
+                    Ok((worker, started)) => {
+                        let _ = sender.send(Ok(started));
+                        worker
+                    }
+                    Err(error) => {
+                        let _ = sender.send(Err(error));
+                        return;
+                    }
+                };
+                match worker.run() {
+                    Ok(outcome) => ended.ended.outcome = Some(outcome),
+                    Err(error) => tracing::error!("Worker {index}: {error:#}."),
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name(format!("raio-{index}"))
+            .spawn(thread)
+            .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
+        let started = receiver.recv().context("A worker has failed; see above")??;
+        workers.push(WorkerHandle { mailbox: started.mailbox.clone(), counters, placed: 0 });
+        all_started.push(started);
+    }
+    Ok((workers, all_started))
+}
+
+/// A CPU for each worker, if there are enough.
+fn cpus_to_pin(workers: usize) -> Vec<usize> {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
+    let cpus: Vec<_> = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect();
+    if cpus.len() < workers { Vec::new() } else { cpus }
+}
+
+/// Logs what the system did not give, once, with the remedy. Gives the backend's name.
+fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
+    let fallback = started.iter().find_map(|worker| worker.fallback.as_deref());
+    if let Some(reason) = fallback {
+        tracing::warn!("io_uring is not used: {reason}. Files are served by threads instead, which is slower.");
+    }
+    if let Some(error) = started.iter().find_map(|worker| worker.unregistered.as_ref()) {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+        let limit = limit.map_or("unlimited".to_owned(), |bytes| format!("{} KiB", bytes >> 10));
+        tracing::warn!(
+            "Cannot register {} MiB of buffers with io_uring for each of {} workers ({error}): the memlock limit is {limit}. \
+             It works all the same, a little slower. Raise the limit with `ulimit -l`, or LimitMEMLOCK= in the unit.",
+            config.arena_bytes >> 20,
+            config.workers
+        );
+    }
+    if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
+}
+
+/// Raises the limit on open files as far as this user may. Gives the limit.
+fn raise_open_files() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum {
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+    getrlimit(Resource::Nofile).current.map_or(usize::MAX, |limit| limit as usize)
+}

@@ -1,0 +1,318 @@
+//! Sessions: clients by their uuid, and the files that each has open.
+//!
+//! A session's files are usable from all of its connections, on whichever worker they landed. The tables here are shared and locked,
+//! and so for the control path only: open, close, and a worker's first use of a handle. Data path: each worker has its own view of a
+//! file ([`crate::worker`]'s cache), and sees by [`OpenFile::is_closed`] that another worker closed it.
+//!
+//! A session lives as long as it has connections. When the last one goes its files close.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
+
+/// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
+const INDEX_BITS: u32 = 20;
+const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
+
+/// The index in a handle.
+pub fn index_of(handle: FileHandle) -> usize {
+    (handle.0 & INDEX_MASK) as usize
+}
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// Reading.
+    pub read: bool,
+    /// Writing.
+    pub write: bool,
+}
+
+impl Access {
+    /// By the `OPEN_*` flags.
+    pub fn from_flags(flags: u32) -> Self {
+        Self { read: flags & OPEN_READ != 0, write: flags & OPEN_WRITE != 0 }
+    }
+}
+
+/// What an open file is.
+#[derive(Debug)]
+pub enum FileKind {
+    /// A regular file.
+    Regular(Arc<OwnedFd>),
+    /// A block device.
+    Device(Arc<OwnedFd>),
+    /// A `mem:` export.
+    Memory {
+        /// Shared by all who have it open.
+        fd: Arc<OwnedFd>,
+        /// Fixed.
+        size: u64,
+    },
+    /// A `null:` export.
+    Null {
+        /// Pretended.
+        size: u64,
+    },
+}
+
+/// An open file of a session, shared by all workers.
+#[derive(Debug)]
+pub struct OpenFile {
+    /// What it is.
+    pub kind: FileKind,
+    /// What it may be used for.
+    pub access: Access,
+    /// Offsets and lengths must be multiples of this; 1 if the file is not open with O_DIRECT.
+    pub direct_align: u32,
+    closed: AtomicBool,
+}
+
+impl OpenFile {
+    /// A file that has just been opened.
+    pub fn new(kind: FileKind, access: Access, direct_align: u32) -> Self {
+        Self { kind, access, direct_align, closed: AtomicBool::new(false) }
+    }
+
+    /// Whether its handle has been closed.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Its descriptor, if it has one.
+    pub fn fd(&self) -> Option<&Arc<OwnedFd>> {
+        match &self.kind {
+            FileKind::Regular(fd) | FileKind::Device(fd) | FileKind::Memory { fd, .. } => Some(fd),
+            FileKind::Null { .. } => None,
+        }
+    }
+
+    /// Its size if that is fixed by the configuration.
+    pub fn fixed_size(&self) -> Option<u64> {
+        match self.kind {
+            FileKind::Memory { size, .. } | FileKind::Null { size } => Some(size),
+            FileKind::Regular(_) | FileKind::Device(_) => None,
+        }
+    }
+
+    /// Its descriptor if this was its last user anywhere, to be closed.
+    pub fn into_last_fd(self: Arc<Self>) -> Option<OwnedFd> {
+        match Arc::into_inner(self)?.kind {
+            FileKind::Regular(fd) | FileKind::Device(fd) => Arc::into_inner(fd),
+            FileKind::Memory { .. } | FileKind::Null { .. } => None,
+        }
+    }
+}
+
+/// One client's session.
+#[derive(Debug)]
+pub struct Session {
+    /// Its uuid.
+    pub id: [u8; 16],
+    files: Mutex<Files>,
+    open_files: Arc<AtomicUsize>,
+    files_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Files {
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    generation: u32,
+    file: Option<Arc<OpenFile>>,
+}
+
+impl Entry {
+    fn handle(&self, index: usize) -> FileHandle {
+        FileHandle(self.generation << INDEX_BITS | index as u32)
+    }
+}
+
+impl Session {
+    /// Gives a file a handle. None: the session has as many files open as it may.
+    pub fn insert(&self, file: Arc<OpenFile>) -> Option<FileHandle> {
+        let mut files = lock(&self.files);
+        let index = match files.free.pop() {
+            Some(index) => index as usize,
+            None if files.entries.len() < self.files_max => {
+                // Not 0, so that no handle is all zeros.
+                files.entries.push(Entry { generation: 1, file: None });
+                files.entries.len() - 1
+            }
+            None => return None,
+        };
+        let entry = &mut files.entries[index];
+        entry.file = Some(file);
+        self.open_files.fetch_add(1, Ordering::Relaxed);
+        Some(entry.handle(index))
+    }
+
+    /// The file with this handle.
+    pub fn get(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
+        let files = lock(&self.files);
+        let index = index_of(handle);
+        files.entries.get(index).filter(|entry| entry.handle(index) == handle)?.file.clone()
+    }
+
+    /// Takes the handle from a file, which is closed once nobody uses it any more.
+    pub fn close(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
+        let mut files = lock(&self.files);
+        let index = index_of(handle);
+        let entry = files.entries.get_mut(index).filter(|entry| entry.handle(index) == handle)?;
+        let file = entry.file.take()?;
+        entry.generation = (entry.generation + 1) & (u32::MAX >> INDEX_BITS);
+        entry.generation = entry.generation.max(1);
+        files.free.push(index as u32);
+        self.forget(&file);
+        Some(file)
+    }
+
+    fn close_all(&self) -> Vec<Arc<OpenFile>> {
+        let files = std::mem::take(&mut *lock(&self.files));
+        files.entries.into_iter().filter_map(|entry| entry.file).inspect(|file| self.forget(file)).collect()
+    }
+
+    fn forget(&self, file: &OpenFile) {
+        file.closed.store(true, Ordering::Release);
+        self.open_files.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// All sessions of the server.
+#[derive(Debug)]
+pub struct Sessions {
+    /// By uuid, with the number of connections.
+    by_id: Mutex<HashMap<[u8; 16], (Arc<Session>, usize)>>,
+    open_files: Arc<AtomicUsize>,
+    files_max: usize,
+}
+
+impl Sessions {
+    /// None yet. A session may have `files_max` files open.
+    pub fn new(files_max: usize) -> Self {
+        Self {
+            by_id: Mutex::default(),
+            open_files: Arc::default(),
+            files_max: files_max.min(INDEX_MASK as usize + 1),
+        }
+    }
+
+    /// A connection of this session has come.
+    pub fn join(&self, id: [u8; 16]) -> Arc<Session> {
+        let mut by_id = lock(&self.by_id);
+        let (session, connections) = by_id.entry(id).or_insert_with(|| {
+            let session = Session {
+                id,
+                files: Mutex::default(),
+                open_files: Arc::clone(&self.open_files),
+                files_max: self.files_max,
+            };
+            (Arc::new(session), 0)
+        });
+        *connections += 1;
+        Arc::clone(session)
+    }
+
+    /// A connection of this session has gone. Gives the files to be closed if it was the last.
+    pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
+        let mut by_id = lock(&self.by_id);
+        let Some((_, connections)) = by_id.get_mut(&session.id) else { return Vec::new() };
+        *connections -= 1;
+        if *connections > 0 {
+            return Vec::new();
+        }
+        by_id.remove(&session.id);
+        drop(by_id);
+        session.close_all()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        lock(&self.by_id).len()
+    }
+
+    /// Open files of all of them.
+    pub fn open_files(&self) -> usize {
+        self.open_files.load(Ordering::Relaxed)
+    }
+}
+
+/// Nothing here is left half done by a panic, so a poisoned lock is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn null() -> Arc<OpenFile> {
+        Arc::new(OpenFile::new(FileKind::Null { size: 1 }, Access { read: true, write: true }, 1))
+    }
+
+    #[test]
+    fn a_handle_does_not_outlive_its_close() {
+        let sessions = Sessions::new(10);
+        let session = sessions.join([1; 16]);
+        let first = session.insert(null()).unwrap();
+        assert_ne!(first.0, 0);
+        assert!(session.get(first).is_some());
+        let file = session.close(first).unwrap();
+        assert!(file.is_closed());
+        assert!(session.close(first).is_none());
+        let second = session.insert(null()).unwrap();
+        assert_eq!(index_of(first), index_of(second));
+        assert!(session.get(first).is_none());
+        assert!(session.get(second).is_some());
+    }
+
+    #[test]
+    fn handles_differ_until_their_generation_wraps() {
+        let session = Sessions::new(1).join([1; 16]);
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
+            let handle = session.insert(null()).unwrap();
+            assert!(handle.0 != 0 && seen.insert(handle), "{handle:?} was given twice");
+            session.close(handle).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_session_ends_with_its_last_connection_and_closes_its_files() {
+        let sessions = Sessions::new(10);
+        let session = sessions.join([1; 16]);
+        assert!(Arc::ptr_eq(&session, &sessions.join([1; 16])));
+        let file = null();
+        let handle = session.insert(Arc::clone(&file)).unwrap();
+        assert!(sessions.leave(&session).is_empty());
+        assert!(!file.is_closed());
+        assert_eq!((sessions.len(), sessions.open_files()), (1, 1));
+        assert_eq!(sessions.leave(&session).len(), 1);
+        assert!(file.is_closed() && session.get(handle).is_none());
+        assert_eq!((sessions.len(), sessions.open_files()), (0, 0));
+    }
+
+    #[test]
+    fn sessions_do_not_see_each_others_files() {
+        let sessions = Sessions::new(10);
+        let handle = sessions.join([1; 16]).insert(null()).unwrap();
+        assert!(sessions.join([2; 16]).get(handle).is_none());
+    }
+
+    #[test]
+    fn a_session_cannot_have_more_files_than_it_may() {
+        let session = Sessions::new(2).join([1; 16]);
+        let first = session.insert(null()).unwrap();
+        session.insert(null()).unwrap();
+        assert!(session.insert(null()).is_none());
+        session.close(first).unwrap();
+        assert!(session.insert(null()).is_some());
+    }
+}

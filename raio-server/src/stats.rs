@@ -1,0 +1,225 @@
+//! Counters: what the server did, and what it is at.
+//!
+//! Each worker has its own, written by itself alone with plain loads and stores; whoever asks adds them up. What is read while
+//! workers run is not one moment's truth, but each number is right.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use raio_transport::protocol::Opcode;
+use raio_transport::transport::CloseReason;
+
+/// A number that one thread writes and others read.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds. Only its own thread may.
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed) + n, Ordering::Relaxed);
+    }
+
+    /// Sets. Only its own thread may.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    /// Reads, from any thread.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
+const REASONS: [&str; 17] = [
+    "finished",
+    "lost",
+    "local",
+    "magic",
+    "version",
+    "handshake_timeout",
+    "handshake_too_long",
+    "required_option",
+    "checksum",
+    "kind",
+    "reserved",
+    "length",
+    "credits",
+    "request_id",
+    "field",
+    "silent",
+    "stalled",
+];
+
+/// What one worker counts.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Raw connections taken over from the listener.
+    pub adopted: Counter,
+    /// Connections now, those in their handshake among them.
+    pub connections: Counter,
+    /// Requests that wait for memory now.
+    pub need_slot: Counter,
+    /// Requests whose data is under way now.
+    pub fetching: Counter,
+    /// Requests in the backend now.
+    pub executing: Counter,
+    /// Requests answered.
+    pub answered: Counter,
+    /// Of these, with a failure.
+    pub errors: Counter,
+    /// Bytes read and answered.
+    pub read_bytes: Counter,
+    /// Bytes written.
+    pub written_bytes: Counter,
+    /// Bytes of the arena in slots now.
+    pub slot_bytes: Counter,
+    /// Bytes of the arena.
+    pub arena_bytes: Counter,
+    /// Times that a request had to wait for memory.
+    pub slot_waits: Counter,
+    /// Turns of the loop.
+    pub turns: Counter,
+    /// Times that the loop went to sleep.
+    pub sleeps: Counter,
+    requests: [Counter; Opcode::ALL.len()],
+    closes: [Counter; REASONS.len()],
+}
+
+impl Counters {
+    /// A request with this opcode has come.
+    pub fn request(&self, opcode: Opcode) {
+        self.requests[opcode as usize - 1].add(1);
+    }
+
+    /// A connection has closed.
+    pub fn close(&self, reason: &str) {
+        if let Some(index) = REASONS.iter().position(|&name| name == reason) {
+            self.closes[index].add(1);
+        } else {
+            debug_assert!(false, "close reason {reason} has no counter");
+        }
+    }
+
+    /// A connection has closed by itself, by its peer or by its transport.
+    pub fn close_reason(&self, reason: &CloseReason) {
+        self.close(reason.name());
+    }
+}
+
+fn name_of(opcode: Opcode) -> &'static str {
+    match opcode {
+        Opcode::Open => "open",
+        Opcode::Close => "close",
+        Opcode::Stat => "stat",
+        Opcode::Read => "read",
+        Opcode::Write => "write",
+        Opcode::Fsync => "fsync",
+        Opcode::Discard => "discard",
+        Opcode::WriteZeroes => "write_zeroes",
+        Opcode::Cancel => "cancel",
+    }
+}
+
+/// One line of JSON: the sums over all workers, with what only the whole server knows.
+pub fn json<'a>(
+    workers: impl Iterator<Item = &'a Counters> + Clone,
+    backend: &str,
+    accepted: u64,
+    sessions: usize,
+    open_files: usize,
+) -> String {
+    let sum = |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
+    let mut out = format!("{{\"version\":\"{}\",\"backend\":\"{backend}\"", env!("CARGO_PKG_VERSION"));
+    let mut number = |name: &str, value: u64| {
+        let _ = write!(out, ",\"{name}\":{value}");
+    };
+    number("workers", workers.clone().count() as u64);
+    number("accepted", accepted);
+    number("connections", sum(|c| &c.connections));
+    number("sessions", sessions as u64);
+    number("open_files", open_files as u64);
+    number("answered", sum(|c| &c.answered));
+    number("errors", sum(|c| &c.errors));
+    number("read_bytes", sum(|c| &c.read_bytes));
+    number("written_bytes", sum(|c| &c.written_bytes));
+    number("slot_bytes", sum(|c| &c.slot_bytes));
+    number("arena_bytes", sum(|c| &c.arena_bytes));
+    number("slot_waits", sum(|c| &c.slot_waits));
+    number("turns", sum(|c| &c.turns));
+    number("sleeps", sum(|c| &c.sleeps));
+    let mut object = |name: &str, fields: &mut dyn Iterator<Item = (&str, u64)>| {
+        let fields: Vec<_> = fields.map(|(name, value)| format!("\"{name}\":{value}")).collect();
+        let _ = write!(out, ",\"{name}\":{{{}}}", fields.join(","));
+    };
+    object(
+        "in_flight",
+        &mut [
+            ("need_slot", sum(|c| &c.need_slot)),
+            ("fetching", sum(|c| &c.fetching)),
+            ("executing", sum(|c| &c.executing)),
+        ]
+        .into_iter(),
+    );
+    object(
+        "requests",
+        &mut Opcode::ALL.into_iter().enumerate().map(|(index, opcode)| {
+            (name_of(opcode), workers.clone().map(|worker| worker.requests[index].get()).sum())
+        }),
+    );
+    object(
+        "closes",
+        &mut REASONS.into_iter().enumerate().map(|(index, name)| {
+            (name, workers.clone().map(|worker| worker.closes[index].get()).sum())
+        }),
+    );
+    out.push('}');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use raio_transport::Violation;
+
+    use super::*;
+
+    #[test]
+    fn workers_add_up() {
+        let workers = [Counters::default(), Counters::default()];
+        for worker in &workers {
+            worker.read_bytes.add(5);
+            worker.request(Opcode::Cancel);
+            worker.close_reason(&CloseReason::Violation(Violation::Stalled));
+        }
+        let json = json(workers.iter(), "uring", 3, 1, 2);
+        assert!(json.starts_with('{') && json.ends_with("}}") && !json.contains('\n'));
+        for part in ["\"read_bytes\":10", "\"cancel\":2", "\"stalled\":2", "\"accepted\":3", "\"open_files\":2", "\"read\":0"] {
+            assert!(json.contains(part), "{part} is not in {json}");
+        }
+    }
+
+    #[test]
+    fn every_reason_to_close_has_a_counter() {
+        use Violation as V;
+        let violations = [
+            V::Magic,
+            V::Version { min: 0, max: 0 },
+            V::HandshakeTimeout,
+            V::HandshakeTooLong,
+            V::RequiredOption(0),
+            V::Checksum,
+            V::Kind(0),
+            V::Reserved,
+            V::Length,
+            V::Credits,
+            V::RequestId,
+            V::Field,
+            V::Silent,
+            V::Stalled,
+        ];
+        let reasons = [CloseReason::Finished, CloseReason::Lost(0), CloseReason::Local];
+        for reason in reasons.into_iter().chain(violations.map(CloseReason::Violation)) {
+            assert!(REASONS.contains(&reason.name()), "{reason:?}");
+        }
+    }
+}
