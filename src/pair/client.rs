@@ -329,13 +329,8 @@ impl ClientTransport for Client {
             Err(_) => unreachable!("it was put in as Here"),
         };
         let Some(pending) = self.outstanding.get_mut(id) else { unreachable!("it was just put in") };
-        let mut request = message::Request {
-            id: id.0,
-            body_len: 0,
-            data_len: 0,
-            region: RemoteRegion::None,
-            data_crc: 0,
-        };
+        let mut request =
+            message::Request { id: id.0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
         let mut inline = Vec::new();
         let Held::Here(bulk) = std::mem::replace(&mut pending.bulk, Held::Here(Bulk::None)) else {
             unreachable!("it was put in as Here")

@@ -197,7 +197,12 @@ impl Server {
         Ok(())
     }
 
-    fn take_in(&mut self, reactor: &mut Reactor, id: ConnectionId, message: Vec<u8>) -> Result<(), Violation> {
+    fn take_in(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        message: Vec<u8>,
+    ) -> Result<(), Violation> {
         let Some(connection) = self.get(id) else { return Ok(()) };
         let Some(open) = &connection.open else { return Ok(()) };
         let Parsed::Item(parsed, taken) = message::parse(&message, &open.limits)? else {
@@ -207,7 +212,8 @@ impl Server {
         match parsed {
             Message::Request(request, body) => {
                 let grant = &open.peer.grant;
-                if inline.len() != request.data_len as usize || inline.len() > grant.inline_bytes_max as usize {
+                if inline.len() != request.data_len as usize || inline.len() > grant.inline_bytes_max as usize
+                {
                     return Err(Violation::Length);
                 }
                 let fetched = matches!(request.region, RemoteRegion::Out { .. });

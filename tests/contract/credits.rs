@@ -5,7 +5,7 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, RemoteRegion};
 use raio_transport::transport::{Bulk, CloseReason, NotSent};
 
-use crate::harness::{Op, bytes_of, command, data, pattern, serve, serve_plain};
+use crate::harness::{Op, bytes_of, command, data, pattern, room, serve, serve_plain};
 use crate::raw::{Got, Raw};
 
 fn small() -> Policy {
@@ -39,7 +39,7 @@ contract! {
 
     fn a_client_that_exceeds_its_credits_is_closed(transport) {
         let server = serve(transport, small());
-        let mut bystander = server.client();
+        let mut bystander = server.bystander();
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("greedy"));
         for id in 0..u64::from(grant.credits()) {
             assert!(raw.request(id, &command(Op::Hold, 0), &[]));
@@ -92,11 +92,14 @@ contract! {
         server.each_seen(|seen| assert_eq!(seen.arena_bytes, 0));
     }
 
-    #[should_panic(expected = "exceeds the grant")]
-    fn a_client_that_is_asked_to_send_too_much_is_a_bug_of_the_program(transport) {
+    fn a_client_that_is_asked_to_send_more_than_granted_says_so_by_a_panic(transport) {
         let server = serve(transport, small());
         let mut client = server.client();
-        let _ = client.transport.send(0, &[], data(vec![0; (64 << 10) + 1]), false);
+        for bulk in [data(vec![0; (64 << 10) + 1]), room((64 << 10) + 1)] {
+            let send = std::panic::AssertUnwindSafe(|| client.transport.send(0, &[], bulk, false).is_ok());
+            let panic = std::panic::catch_unwind(send).unwrap_err();
+            assert_eq!(panic.downcast_ref::<&str>(), Some(&"a request exceeds the grant"));
+        }
     }
 
     fn an_id_that_is_in_use_is_a_violation(transport) {

@@ -16,8 +16,8 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{self, Reactor, Sender, Wait, mailbox};
 use raio_transport::transport::{
-    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response, ServerEvent,
-    ServerTransport, SlotRange,
+    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
+    ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{pair, tcp};
 
@@ -91,7 +91,10 @@ enum Mail {
     Stop,
 }
 
-/// What the server has seen, and what it holds.
+/// The name of clients that only show that others are served: what the server has seen of them is not recorded.
+pub const BYSTANDER: &str = "bystander";
+
+/// What the server has seen (of all but bystanders), and what it holds.
 #[derive(Debug, Default)]
 pub struct Seen {
     pub opened: Vec<(ConnectionId, Peer)>,
@@ -171,7 +174,8 @@ impl Server {
                     let mut reactor = Reactor::new(&config).unwrap();
                     let (sender, receiver) = mailbox(reactor.waker());
                     started.send(sender).unwrap();
-                    let arena = Arena::new(arena_bytes, policy.data_bytes_max as usize).unwrap();
+                    // Room for what the handler puts before the data.
+                    let arena = Arena::new(arena_bytes, 2 * policy.data_bytes_max as usize).unwrap();
                     let _ = reactor.register_arena(&arena);
                     let wires = match transport {
                         Transport::Pair => Wires::Pair(pair::Server::new(1, policy)),
@@ -247,10 +251,14 @@ impl Server {
         });
     }
 
+    /// A client that stands by.
+    pub fn bystander(&self) -> Client {
+        self.connect(&Offer::new(BYSTANDER)).unwrap()
+    }
+
     /// Somebody else is still served.
     pub fn serves_others(&self) {
-        let mut client = self.client();
-        client.works();
+        self.bystander().works();
     }
 
     /// A look at every worker's.
@@ -309,13 +317,19 @@ struct Handler {
     wires: Wires,
     arena: Arena,
     seen: Arc<(Mutex<Seen>, Condvar)>,
-    /// What of each open connection is unanswered, and how much that may be.
-    unanswered: HashMap<ConnectionId, (Vec<u64>, usize)>,
+    open: HashMap<ConnectionId, Open>,
     held: HashMap<ConnectionId, Vec<RequestKey>>,
     /// Requests whose slot is not to be had now.
     waiting: VecDeque<Request>,
     /// Requests whose data has been asked for: the argument of each.
     fetching: HashMap<RequestKey, u64>,
+}
+
+struct Open {
+    unanswered: Vec<u64>,
+    /// How many that may be.
+    credits: usize,
+    is_bystander: bool,
 }
 
 impl Handler {
@@ -324,7 +338,7 @@ impl Handler {
             wires,
             arena,
             seen,
-            unanswered: HashMap::new(),
+            open: HashMap::new(),
             held: HashMap::new(),
             waiting: VecDeque::new(),
             fetching: HashMap::new(),
@@ -333,8 +347,9 @@ impl Handler {
 
     fn run(&mut self, reactor: &mut Reactor, mail: &reactor::Receiver<Mail>) {
         let mut events = Vec::new();
+        let mut wait = Wait::Block;
         loop {
-            reactor.turn(Wait::Block, &mut events).unwrap();
+            reactor.turn(wait, &mut events).unwrap();
             while let Some(mail) = mail.take() {
                 match mail {
                     Mail::Adopt(wire) => self.wires.adopt(reactor, wire),
@@ -344,9 +359,12 @@ impl Handler {
             for event in events.drain(..) {
                 self.wires.transport().handle(reactor, event);
             }
+            let waiting = self.waiting.len();
             for request in std::mem::take(&mut self.waiting) {
                 self.begin(reactor, request);
             }
+            // Where answers leave with the flush their slots are free again at once.
+            wait = if self.waiting.len() < waiting { Wait::Poll } else { Wait::Block };
             while let Some(event) = self.wires.transport().next_event() {
                 self.take_in(reactor, event);
             }
@@ -359,7 +377,7 @@ impl Handler {
         let (seen, changed) = &*self.seen;
         let mut seen = seen.lock().unwrap();
         let transport = self.wires.transport();
-        for &connection in self.unanswered.keys() {
+        for &connection in self.open.keys() {
             seen.unsent_bytes_max = seen.unsent_bytes_max.max(transport.unsent_bytes(connection));
         }
         seen.connections = transport.connections();
@@ -372,26 +390,37 @@ impl Handler {
     fn take_in(&mut self, reactor: &mut Reactor, event: ServerEvent) {
         match event {
             ServerEvent::Opened(id, peer) => {
-                assert!(self.unanswered.insert(id, (Vec::new(), peer.grant.credits() as usize)).is_none());
-                self.seen.0.lock().unwrap().opened.push((id, peer));
+                let is_bystander = peer.name == BYSTANDER;
+                let open =
+                    Open { unanswered: Vec::new(), credits: peer.grant.credits() as usize, is_bystander };
+                assert!(self.open.insert(id, open).is_none(), "a connection opens once");
+                if !is_bystander {
+                    self.seen.0.lock().unwrap().opened.push((id, peer));
+                }
             }
             ServerEvent::Closed(id, reason) => {
-                self.unanswered.remove(&id);
+                let open = self.open.remove(&id);
                 self.held.remove(&id);
                 self.waiting.retain(|request| request.key.connection != id);
                 self.fetching.retain(|key, _| key.connection != id);
-                self.seen.0.lock().unwrap().closed.push((id, reason));
+                if open.is_none_or(|open| !open.is_bystander) {
+                    self.seen.0.lock().unwrap().closed.push((id, reason));
+                }
             }
             ServerEvent::Request(request) => {
-                let (unanswered, credits) =
-                    self.unanswered.get_mut(&request.key.connection).expect("a request comes by an open connection");
-                assert!(!unanswered.contains(&request.key.id), "a request comes once");
-                unanswered.push(request.key.id);
-                assert!(unanswered.len() <= *credits, "the transport let a client exceed its credits");
-                let mut seen = self.seen.0.lock().unwrap();
-                seen.requests += 1;
-                seen.unanswered_max = seen.unanswered_max.max(unanswered.len());
-                drop(seen);
+                let open =
+                    self.open.get_mut(&request.key.connection).expect("requests come by open connections");
+                assert!(!open.unanswered.contains(&request.key.id), "a request comes once");
+                open.unanswered.push(request.key.id);
+                assert!(
+                    open.unanswered.len() <= open.credits,
+                    "the transport let a client exceed its credits"
+                );
+                if !open.is_bystander {
+                    let mut seen = self.seen.0.lock().unwrap();
+                    seen.requests += 1;
+                    seen.unanswered_max = seen.unanswered_max.max(open.unanswered.len());
+                }
                 self.begin(reactor, request);
             }
             ServerEvent::Fetched(key, range) => {
@@ -460,8 +489,8 @@ impl Handler {
         body: &[u8],
         data: Option<SlotRange>,
     ) {
-        if let Some((unanswered, _)) = self.unanswered.get_mut(&key.connection) {
-            unanswered.retain(|&id| id != key.id);
+        if let Some(open) = self.open.get_mut(&key.connection) {
+            open.unanswered.retain(|&id| id != key.id);
         }
         let response = Response { status, result, body: Body::from(body), data };
         self.wires.transport().respond(reactor, key, response);

@@ -1,6 +1,6 @@
 //! A peer by hand: it says exactly what a test wants it to say, on either side.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,9 @@ impl Raw {
         let offer = Offer { features, ..Offer::new("test") };
         let (client, mut raw) = Self::server_before_handshake(transport, offer);
         let hello = raw.handshake_bytes().expect("a hello comes");
-        let Parsed::Item((peer, welcome), _) = policy.welcome(&hello).unwrap() else { panic!("half a hello") };
+        let Parsed::Item((peer, welcome), _) = policy.welcome(&hello).unwrap() else {
+            panic!("half a hello")
+        };
         raw.send(&welcome);
         raw.limits = peer.grant.limits();
         if let Wire::Pair(end) = &raw.wire {
@@ -96,10 +98,7 @@ impl Raw {
     pub fn server_before_handshake(
         transport: Transport,
         offer: Offer,
-    ) -> (
-        std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>,
-        Self,
-    ) {
+    ) -> (std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>, Self) {
         Self::server_with_deadline(transport, offer, PATIENCE)
     }
 
@@ -109,10 +108,7 @@ impl Raw {
         transport: Transport,
         offer: Offer,
         time: Duration,
-    ) -> (
-        std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>,
-        Self,
-    ) {
+    ) -> (std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>, Self) {
         let deadline = Instant::now() + time;
         match transport {
             Transport::Pair => {
@@ -282,7 +278,8 @@ impl Raw {
                 match stream.read(&mut bytes) {
                     Ok(0) => return Got::End,
                     Ok(n) => inbox.extend_from_slice(&bytes[..n]),
-                    Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Got::End,
+                    Err(error) if error.kind() == ErrorKind::ConnectionReset => return Got::End,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     Err(error) => panic!("no message came: {error}"),
                 }
             },

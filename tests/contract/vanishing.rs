@@ -20,13 +20,8 @@ fn was_lost(reason: CloseReason) -> bool {
 /// A request for a write of 200,000 bytes, as bytes.
 fn large_write() -> Vec<u8> {
     let mut bytes = Vec::new();
-    let request = message::Request {
-        id: 1,
-        body_len: 0,
-        data_len: 200_000,
-        region: RemoteRegion::None,
-        data_crc: 0,
-    };
+    let request =
+        message::Request { id: 1, body_len: 0, data_len: 200_000, region: RemoteRegion::None, data_crc: 0 };
     request.encode(&command(Op::Put, 0), false, &mut bytes);
     bytes.extend_from_slice(&pattern(0, 200_000));
     bytes
@@ -190,7 +185,7 @@ fn a_client_that_resets_the_connection_is_lost() {
     for transport in STREAMS {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("reset"));
-        raw.request_in(1, &command(Op::Hold, 0), 1000);
+        raw.request_in(2, &command(Op::Hold, 0), 1000);
         raw.send(&large_write()[..5000]);
         server.until("the requests", |seen| (seen.requests == 2).then_some(()));
         socket2::SockRef::from(&*raw.stream()).set_linger(Some(std::time::Duration::ZERO)).unwrap();
@@ -268,10 +263,14 @@ fn a_server_that_goes_in_the_middle_of_an_answer_ends_every_request_once() {
             raw.stream().write_all(&pattern(0, 49_999)).unwrap();
         }
         drop(raw);
-        let mut tags: Vec<_> = client.until_failed().iter().map(|reply| {
-            assert_eq!(reply.status.class, Class::Transport);
-            reply.tag
-        }).collect();
+        let mut tags: Vec<_> = client
+            .until_failed()
+            .iter()
+            .map(|reply| {
+                assert_eq!(reply.status.class, Class::Transport);
+                reply.tag
+            })
+            .collect();
         tags.sort_unstable();
         assert_eq!(tags, [0, 1], "after {len} bytes");
     }
