@@ -265,7 +265,7 @@ static void open_(char **argv)
 	FAILS(raio_open(fd, "/ro/data.bin", O_WRONLY), EROFS);
 	FAILS(raio_open(fd, "/ro/data.bin", O_RDONLY | O_TRUNC), EROFS);
 	FAILS(raio_open(fd, "/ro/new", O_RDWR | O_CREAT), EROFS);
-	FAILS(raio_open(fd, "/ro/../rw/escape", O_RDWR | O_CREAT), EXDEV);
+	FAILS(raio_open(fd, "/rw/../ro/escape", O_RDWR | O_CREAT), EXDEV);
 	FAILS(raio_open(fd, "/ro/../../../etc/passwd", O_RDONLY), EXDEV);
 	FAILS(raio_open(fd, "/rw/..", O_RDONLY), EXDEV);
 	/* PATH_MAX counts the NUL: one less is a path that is merely not there. */

@@ -28,7 +28,11 @@ pub fn binary(name: &str) -> PathBuf {
         path.pop();
     }
     path.push(name);
-    assert!(path.exists(), "{} is not built. Run `cargo build --workspace` first, or scripts/test.", path.display());
+    assert!(
+        path.exists(),
+        "{} is not built. Run `cargo build --workspace` first, or scripts/test.",
+        path.display()
+    );
     path
 }
 
@@ -117,7 +121,8 @@ impl Server {
 
     /// Its resident memory in bytes.
     pub fn resident_bytes(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("raio_server runs");
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("raio_server runs");
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS is there");
         let kib: u64 = line.split_whitespace().nth(1).and_then(|word| word.parse().ok()).expect("a number");
         kib << 10
@@ -127,7 +132,8 @@ impl Server {
     pub fn cpu_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("raio_server runs");
         let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
-        let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+        let ticks: u64 =
+            after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
         Duration::from_millis(ticks * 10)
     }
 
@@ -165,7 +171,10 @@ impl Drop for Server {
             && let Ok(Some(status)) = self.child.try_wait()
         {
             // Nobody may have noticed that it died under the test.
-            assert!(status.code().is_some() || status.to_string().contains("signal: 9"), "raio_server ended: {status}");
+            assert!(
+                status.code().is_some() || status.to_string().contains("signal: 9"),
+                "raio_server ended: {status}"
+            );
         }
         self.kill();
     }
