@@ -294,3 +294,6 @@ impl Offer {
         Ok(Parsed::Item(grant, taken))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -630,3 +630,6 @@ pub fn parse_options(mut bytes: &[u8]) -> impl Iterator<Item = Result<HandshakeO
         Some(item)
     })
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -343,3 +343,6 @@ impl FileStatus {
         Self::read_from_bytes(body).map_err(|_| Violation::Length)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -89,7 +89,7 @@ contract! {
             assert_eq!(server.closed(n), CloseReason::Violation(Violation::Length), "{data_len} {region:?}");
         }
         server.serves_others();
-        server.each_seen(|seen| assert_eq!(seen.arena_bytes, 0));
+        server.until_empty(0);
     }
 
     fn a_client_that_is_asked_to_send_more_than_granted_says_so_by_a_panic(transport) {

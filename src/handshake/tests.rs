@@ -1,0 +1,175 @@
+//! Golden bytes of the handshake as docs/PROTOCOL.md has it, their checksums from an independent implementation; and what each side
+//! makes of the other's.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::message::tests::hex;
+
+const HELLO: &str = "72 61 69 6f 0d 0a 1a 0a  01 00 01 00 10 00 00 00
+                     01 00 00 00 00 00 00 00  10 11 12 13 14 15 16 17
+                     18 19 1a 1b 1c 1d 1e 1f  03 00 00 00 00 00 00 00
+                     20 00 00 00 dc 05 00 00  ef b8 b4 aa 00 00 00 00
+                     01 00 00 00 06 00 00 00  67 6f 6c 64 65 6e 00 00";
+
+const WELCOME: &str = "72 61 69 6f 0d 0a 1a 0a  01 00 00 00 10 00 00 00
+                       01 00 00 00 00 00 00 00  20 21 22 23 24 25 26 27
+                       28 29 2a 2b 2c 2d 2e 2f  20 00 00 00 00 00 10 00
+                       00 20 00 00 88 13 00 00  d6 c2 a6 57 00 00 00 00
+                       01 00 00 00 04 00 00 00  72 61 69 6f 00 00 00 00";
+
+const REFUSAL: &str = "72 61 69 6f 0d 0a 1a 0a  00 00 57 00 10 00 00 00
+                       00 00 00 00 00 00 00 00  20 21 22 23 24 25 26 27
+                       28 29 2a 2b 2c 2d 2e 2f  00 00 00 00 00 00 00 00
+                       00 00 00 00 00 00 00 00  37 f5 9a d9 00 00 00 00
+                       02 00 00 00 08 00 00 00  4e 6f 20 73 65 61 74 2e";
+
+fn offer() -> Offer {
+    Offer {
+        session: std::array::from_fn(|n| n as u8 + 0x10),
+        epoch: 3,
+        features: FEATURE_CRC,
+        queue_depth: 32,
+        keepalive: Duration::from_millis(1500),
+        name: "golden".into(),
+    }
+}
+
+fn policy() -> Policy {
+    Policy { server: std::array::from_fn(|n| n as u8 + 0x20), ..Policy::default() }
+}
+
+fn grant() -> Grant {
+    Grant {
+        version: 1,
+        features: FEATURE_CRC,
+        server: policy().server,
+        queue_depth: 32,
+        data_bytes_max: 1 << 20,
+        inline_bytes_max: 8192,
+        keepalive: Duration::from_secs(5),
+    }
+}
+
+#[test]
+fn a_hello_has_these_bytes() {
+    assert_eq!(offer().hello(), hex(HELLO), "{:02x?}", offer().hello());
+}
+
+#[test]
+fn a_welcome_has_these_bytes() {
+    let hello = hex(HELLO);
+    let Ok(Parsed::Item((peer, welcome), taken)) = policy().welcome(&hello) else { panic!("not welcome") };
+    assert_eq!(welcome, hex(WELCOME), "{welcome:02x?}");
+    assert_eq!(taken, hello.len());
+    assert_eq!((peer.session, peer.epoch, peer.name.as_str()), (offer().session, 3, "golden"));
+    assert_eq!((peer.keepalive, peer.grant), (Duration::from_millis(1500), grant()));
+}
+
+#[test]
+fn a_refusal_has_these_bytes() {
+    assert_eq!(policy().refusal(libc::EUSERS, "No seat."), hex(REFUSAL));
+}
+
+#[test]
+fn both_ends_agree_on_what_was_granted() {
+    let bytes = hex(WELCOME);
+    let Ok(Parsed::Item(got, taken)) = offer().grant(&bytes) else { panic!("no grant") };
+    assert_eq!((got, taken), (grant(), bytes.len()));
+    for len in 0..bytes.len() {
+        assert!(matches!(offer().grant(&bytes[..len]), Ok(Parsed::Need(n)) if n > len), "after {len} bytes");
+        assert!(
+            matches!(policy().welcome(&hex(HELLO)[..len]), Ok(Parsed::Need(n)) if n > len),
+            "after {len} bytes"
+        );
+    }
+}
+
+#[test]
+fn a_refusal_is_read_with_its_sentence() {
+    match offer().grant(&hex(REFUSAL)) {
+        Err(Error::Refused { status, text }) => {
+            assert_eq!((status, text.as_str()), (Status::policy(libc::EUSERS), "No seat."));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_wrong_first_byte_is_enough_to_tell() {
+    for bytes in [&b"R"[..], b"rai0", b"raio\n"] {
+        assert!(matches!(policy().welcome(bytes), Err(Violation::Magic)));
+        assert!(matches!(offer().grant(bytes), Err(Error::Violation(Violation::Magic))));
+    }
+    assert!(matches!(policy().welcome(b"raio\r\n"), Ok(Parsed::Need(64))));
+}
+
+proptest! {
+    #[test]
+    fn any_offer_and_any_policy_end_in_the_same_grant_on_both_sides(
+        session: [u8; 16],
+        epoch: u64,
+        wants_crc: bool,
+        queue_depth in prop_oneof![Just(0u32), 1u32..200_000],
+        keepalive_ms in 0u32..1_000_000,
+        name in "\\PC{0,300}",
+        depth_max in 1u32..=65_534,
+        data_bytes_max in 4096u32..=u32::MAX,
+        inline_bytes_max: u32,
+        policy_keepalive_ms in 1u32..1_000_000,
+    ) {
+        let offer = Offer {
+            session,
+            epoch,
+            features: if wants_crc { FEATURE_CRC } else { 0 },
+            queue_depth,
+            keepalive: Duration::from_millis(keepalive_ms.into()),
+            name: name.clone(),
+        };
+        let policy = Policy {
+            queue_depth: depth_max,
+            data_bytes_max,
+            inline_bytes_max,
+            keepalive: Duration::from_millis(policy_keepalive_ms.into()),
+            ..Policy::default()
+        };
+        let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else { panic!("not welcome") };
+        let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("{:?}", offer.grant(&welcome)) };
+        prop_assert_eq!(grant, peer.grant);
+        prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (session, epoch, offer.keepalive));
+        prop_assert_eq!(peer.name, message::clipped(&name));
+        prop_assert_eq!(grant.crc(), wants_crc);
+        prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);
+        prop_assert!(queue_depth == 0 || grant.queue_depth <= queue_depth);
+    }
+
+    #[test]
+    fn no_byte_of_a_handshake_can_change_unnoticed(at in any::<prop::sample::Index>(), change in 1u8..) {
+        let mut hello = hex(HELLO);
+        let index = at.index(hello.len());
+        hello[index] ^= change;
+        prop_assert!(!matches!(policy().welcome(&hello), Ok(Parsed::Item(..))));
+        let mut welcome = hex(WELCOME);
+        welcome[index] ^= change;
+        prop_assert!(!matches!(offer().grant(&welcome), Ok(Parsed::Item(..))));
+    }
+
+    #[test]
+    fn nothing_makes_either_side_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        let _ = policy().welcome(&bytes);
+        let _ = offer().grant(&bytes);
+        // The same with a sum that is right, so that more than the sum is looked at.
+        if bytes.len() >= 48 {
+            let fixed = [&MAGIC[..], &bytes[..48], &[0; 8]].concat();
+            let options = &bytes[48..];
+            let options: Vec<_> = options
+                .chunks(20)
+                .map(|value| HandshakeOption { kind: value[0].into(), flags: u16::from(value[0] >> 6), value })
+                .collect();
+            let hello = zerocopy::FromBytes::read_from_bytes(&fixed).unwrap();
+            let _ = policy().welcome(&message::encode_handshake::<message::Hello>(hello, &options));
+            let welcome = zerocopy::FromBytes::read_from_bytes(&fixed).unwrap();
+            let _ = offer().grant(&message::encode_handshake::<Welcome>(welcome, &options));
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! Golden bytes: what docs/PROTOCOL.md says, written out by hand; the checksums are those of an independent implementation. And
+//! properties: what is encoded is decoded, and nothing that a peer can send makes decoding panic.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Bytes from hex digits; blanks do not matter.
+pub(crate) fn hex(text: &str) -> Vec<u8> {
+    let digits: Vec<u32> =
+        text.chars().filter(|c| !c.is_whitespace()).map(|c| c.to_digit(16).unwrap()).collect();
+    digits.chunks_exact(2).map(|pair| (pair[0] << 4 | pair[1]) as u8).collect()
+}
+
+const PLAIN: Limits = Limits { crc: false, data_bytes_max: 1 << 20 };
+const CHECKED: Limits = Limits { crc: true, data_bytes_max: 1 << 20 };
+
+const ID: u64 = 0x0807_0605_0403_0201;
+
+/// That `encode` makes exactly these bytes and that they are parsed as exactly this message.
+#[track_caller]
+fn golden(text: &str, limits: &Limits, message: Message<'_>, encode: impl FnOnce(&mut Vec<u8>)) {
+    let bytes = hex(text);
+    let mut encoded = Vec::new();
+    encode(&mut encoded);
+    assert_eq!(encoded, bytes, "encoded: {encoded:02x?}");
+    assert_eq!(parse(&bytes, limits), Ok(Parsed::Item(message, bytes.len())));
+}
+
+fn a_request(region: RemoteRegion) -> Request {
+    Request { id: ID, body_len: 0, data_len: 0, region, data_crc: 0 }
+}
+
+fn a_response(status: Status) -> Response {
+    Response { id: ID, body_len: 0, data_len: 0, status, credits: 1, result: 0, data_crc: 0 }
+}
+
+#[test]
+fn a_request_without_a_body_has_these_bytes() {
+    let request = a_request(RemoteRegion::None);
+    golden(
+        "01 00 00 00  00 00 00 00  01 02 03 04 05 06 07 08
+         00 00 00 00 00 00 00 00   00 00 00 00  00 00 00 00
+         00 00 00 00  00 00 00 00",
+        &PLAIN,
+        Message::Request(request, &[]),
+        |out| request.encode(&[], false, out),
+    );
+}
+
+#[test]
+fn a_request_with_room_for_data_has_these_bytes() {
+    let region = RemoteRegion::In { address: 0x1122_3344_5566_7788, key: 0xaabb_ccdd, len: 0x1000 };
+    let request = Request { body_len: 8, ..a_request(region) };
+    golden(
+        "01 01 08 00  00 00 00 00  01 02 03 04 05 06 07 08
+         88 77 66 55 44 33 22 11   dd cc bb aa  00 10 00 00
+         00 00 00 00  00 00 00 00
+         61 62 63 00 00 00 00 00",
+        &PLAIN,
+        Message::Request(request, b"abc\0\0\0\0\0"),
+        |out| request.encode(b"abc", false, out),
+    );
+}
+
+#[test]
+fn a_request_with_data_to_be_fetched_has_these_bytes() {
+    let region = RemoteRegion::Out { address: 0x1122_3344_5566_7788, key: 1, len: 0x000f_ffff };
+    let request = a_request(region);
+    golden(
+        "01 02 00 00  00 00 00 00  01 02 03 04 05 06 07 08
+         88 77 66 55 44 33 22 11   01 00 00 00  ff ff 0f 00
+         00 00 00 00  00 00 00 00",
+        &PLAIN,
+        Message::Request(request, &[]),
+        |out| request.encode(&[], false, out),
+    );
+}
+
+#[test]
+fn a_request_with_inline_data_and_checksums_has_these_bytes() {
+    let request = Request {
+        body_len: 16,
+        data_len: 9,
+        data_crc: data_crc(b"some data"),
+        ..a_request(RemoteRegion::None)
+    };
+    golden(
+        "01 00 10 00  09 00 00 00  01 02 03 04 05 06 07 08
+         00 00 00 00 00 00 00 00   00 00 00 00  00 00 00 00
+         d7 44 f6 ac  9b 7e 0a 98
+         74 77 65 6c 76 65 20 62 79 74 65 73 00 00 00 00",
+        &CHECKED,
+        Message::Request(request, b"twelve bytes\0\0\0\0"),
+        |out| request.encode(b"twelve bytes", true, out),
+    );
+}
+
+#[test]
+fn a_successful_response_has_these_bytes() {
+    let response = Response { credits: 3, result: 0x1122_3344_5566_7788, ..a_response(Status::OK) };
+    golden(
+        "02 00 00 00  00 00 00 00  01 02 03 04 05 06 07 08
+         00 00 00 00  03 00 00 00  88 77 66 55 44 33 22 11
+         00 00 00 00  00 00 00 00",
+        &PLAIN,
+        Message::Response(response, &[]),
+        |out| response.encode(&[], false, out),
+    );
+}
+
+#[test]
+fn a_response_with_data_and_checksums_has_these_bytes() {
+    let response = Response {
+        data_len: 9,
+        result: 0x1122_3344_5566_7788,
+        data_crc: data_crc(b"some data"),
+        ..a_response(Status::OK)
+    };
+    golden(
+        "02 00 00 00  09 00 00 00  01 02 03 04 05 06 07 08
+         00 00 00 00  01 00 00 00  88 77 66 55 44 33 22 11
+         d7 44 f6 ac  61 7a e5 8e",
+        &CHECKED,
+        Message::Response(response, &[]),
+        |out| response.encode(&[], true, out),
+    );
+}
+
+#[test]
+fn each_class_of_failure_has_these_bytes() {
+    for (status, text) in [
+        (
+            Status::transport(libc::ECONNRESET),
+            "02 01 08 00 00 00 00 00 01 02 03 04 05 06 07 08 68 00 01 00 01 00 00 00",
+        ),
+        (
+            Status::protocol(libc::EINVAL),
+            "02 00 08 00 00 00 00 00 01 02 03 04 05 06 07 08 16 00 02 00 01 00 00 00",
+        ),
+        (
+            Status::storage(libc::EIO),
+            "02 00 08 00 00 00 00 00 01 02 03 04 05 06 07 08 05 00 03 00 01 00 00 00",
+        ),
+        (
+            Status::storage(libc::EAGAIN),
+            "02 01 08 00 00 00 00 00 01 02 03 04 05 06 07 08 0b 00 03 00 01 00 00 00",
+        ),
+        (
+            Status::policy(libc::EROFS),
+            "02 00 08 00 00 00 00 00 01 02 03 04 05 06 07 08 1e 00 04 00 01 00 00 00",
+        ),
+    ] {
+        let response = Response { body_len: 8, ..a_response(status) };
+        let text =
+            format!("{text} 00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  4f 68 2e 00 00 00 00 00");
+        golden(&text, &PLAIN, Message::Response(response, b"Oh.\0\0\0\0\0"), |out| {
+            response.encode(b"Oh.", false, out);
+        });
+    }
+}
+
+#[test]
+fn pings_and_pongs_have_these_bytes() {
+    let rest = "00 00 00  00 00 00 00  07 00 00 00 00 00 00 00
+                00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  00 00 00 00";
+    golden(&format!("03 {rest} 00 00 00 00"), &PLAIN, Message::Ping(7), |out| encode_ping(7, false, out));
+    golden(&format!("03 {rest} 89 c0 2f ce"), &CHECKED, Message::Ping(7), |out| encode_ping(7, true, out));
+    golden(&format!("04 {rest} 00 00 00 00"), &PLAIN, Message::Pong(7), |out| encode_pong(7, false, out));
+    golden(&format!("04 {rest} bd e2 48 55"), &CHECKED, Message::Pong(7), |out| encode_pong(7, true, out));
+}
+
+#[test]
+fn goodbyes_have_these_bytes() {
+    golden(
+        "05 01 08 00  00 00 00 00  00 00 00 00 00 00 00 00
+         6e 00 01 00 00 00 00 00   00 00 00 00 00 00 00 00
+         00 00 00 00  c5 57 92 85
+         42 79 65 2e 00 00 00 00",
+        &CHECKED,
+        Message::Goodbye(Status::transport(libc::ETIMEDOUT), b"Bye.\0\0\0\0"),
+        |out| encode_goodbye(Status::transport(libc::ETIMEDOUT), "Bye.", true, out),
+    );
+    golden(
+        "05 00 00 00  00 00 00 00  00 00 00 00 00 00 00 00
+         00 00 00 00 00 00 00 00   00 00 00 00 00 00 00 00
+         00 00 00 00  00 00 00 00",
+        &PLAIN,
+        Message::Goodbye(Status::OK, &[]),
+        |out| encode_goodbye(Status::OK, "", false, out),
+    );
+}
+
+#[test]
+fn options_have_these_bytes() {
+    let bytes = hex("01 00 00 00 03 00 00 00  61 62 63 00 00 00 00 00
+         ff 7f 02 00 00 00 00 00
+         34 12 01 00 08 00 00 00  31 32 33 34 35 36 37 38");
+    let options: Vec<_> = parse_options(&bytes).map(Result::unwrap).collect();
+    let expected = [
+        HandshakeOption { kind: OPTION_NAME, flags: 0, value: b"abc" },
+        HandshakeOption { kind: 0x7fff, flags: OPTION_UNSUPPORTED, value: b"" },
+        HandshakeOption { kind: 0x1234, flags: OPTION_REQUIRED, value: b"12345678" },
+    ];
+    assert_eq!(options, expected);
+}
+
+#[test]
+fn options_that_contradict_their_lengths_are_refused_and_end_the_list() {
+    for (text, violation) in [
+        ("01 00 00", Violation::Length),
+        ("01 00 00 00 09 00 00 00  61 62 63 00 00 00 00 00", Violation::Length),
+        ("01 00 00 00 ff ff ff ff  61 62 63 00 00 00 00 00", Violation::Length),
+        ("01 00 04 00 03 00 00 00  61 62 63 00 00 00 00 00", Violation::Reserved),
+        ("01 00 00 00 03 00 00 00  61 62 63 00 00 00 00 01", Violation::Reserved),
+    ] {
+        let bytes = hex(text);
+        let options: Vec<_> = parse_options(&bytes).collect();
+        assert_eq!(options, [Err(violation)], "{text}");
+    }
+}
+
+#[test]
+fn a_sentence_is_cut_between_characters() {
+    let long = "ä".repeat(200);
+    assert_eq!(clipped(&long).len(), 256);
+    let odd = format!("x{long}");
+    assert_eq!(clipped(&odd).len(), 255);
+    let mut bytes = Vec::new();
+    encode_goodbye(Status::OK, &odd, false, &mut bytes);
+    let Ok(Parsed::Item(Message::Goodbye(_, body), _)) = parse(&bytes, &PLAIN) else { panic!() };
+    assert_eq!(text(body), clipped(&odd));
+}
+
+fn any_status() -> impl Strategy<Value = Status> {
+    let failure = (1..=4095, 1u8..=4, any::<bool>()).prop_map(|(errno, class, retryable)| Status {
+        errno,
+        class: Class::from_wire(class).unwrap(),
+        retryable,
+    });
+    prop_oneof![Just(Status::OK), failure]
+}
+
+fn any_region() -> impl Strategy<Value = RemoteRegion> {
+    let inner = || (any::<u64>(), any::<u32>(), 0u32..=1 << 20);
+    prop_oneof![
+        Just(RemoteRegion::None),
+        inner().prop_map(|(address, key, len)| RemoteRegion::In { address, key, len }),
+        inner().prop_map(|(address, key, len)| RemoteRegion::Out { address, key, len }),
+    ]
+}
+
+fn any_request() -> impl Strategy<Value = Request> {
+    (any::<u64>(), any_region(), 0u32..=1 << 20, any::<u32>()).prop_map(|(id, region, data_len, data_crc)| {
+        let data_len = if matches!(region, RemoteRegion::Out { .. }) { 0 } else { data_len };
+        Request { id, body_len: 0, data_len, region, data_crc }
+    })
+}
+
+fn any_response() -> impl Strategy<Value = Response> {
+    (any::<u64>(), any_status(), 0u32..=1 << 20, any::<u16>(), any::<u64>(), any::<u32>()).prop_map(
+        |(id, status, data_len, credits, result, data_crc)| Response {
+            id,
+            body_len: 0,
+            data_len,
+            status,
+            credits,
+            result,
+            data_crc,
+        },
+    )
+}
+
+fn any_body() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        9 => prop::collection::vec(any::<u8>(), 0..100),
+        1 => prop::collection::vec(any::<u8>(), BODY_BYTES_MAX - 20..=BODY_BYTES_MAX),
+    ]
+}
+
+/// Every kind of message, encoded, and what it must be parsed as.
+#[derive(Clone, Debug)]
+enum Sample {
+    Request(Request, Vec<u8>),
+    Response(Response, Vec<u8>),
+    Ping(u64),
+    Pong(u64),
+    Goodbye(Status, String),
+}
+
+fn any_sample() -> impl Strategy<Value = Sample> {
+    prop_oneof![
+        (any_request(), any_body()).prop_map(|(request, body)| Sample::Request(request, body)),
+        (any_response(), any_body()).prop_map(|(response, body)| Sample::Response(response, body)),
+        any::<u64>().prop_map(Sample::Ping),
+        any::<u64>().prop_map(Sample::Pong),
+        (any_status(), "\\PC{0,300}").prop_map(|(status, text)| Sample::Goodbye(status, text)),
+    ]
+}
+
+impl Sample {
+    fn encode(&self, crc: bool, out: &mut Vec<u8>) {
+        match self {
+            Self::Request(request, body) => self.plain_request(request, crc).encode(body, crc, out),
+            Self::Response(response, body) => {
+                let data_crc = if crc { response.data_crc } else { 0 };
+                Response { data_crc, ..*response }.encode(body, crc, out);
+            }
+            Self::Ping(id) => encode_ping(*id, crc, out),
+            Self::Pong(id) => encode_pong(*id, crc, out),
+            Self::Goodbye(status, text) => encode_goodbye(*status, text, crc, out),
+        }
+    }
+
+    fn plain_request(&self, request: &Request, crc: bool) -> Request {
+        Request { data_crc: if crc { request.data_crc } else { 0 }, ..*request }
+    }
+
+    fn is(&self, message: &Message<'_>, crc: bool) -> bool {
+        let padded_body = |body: &[u8]| {
+            let mut body = body.to_vec();
+            body.resize(padded(body.len()), 0);
+            body
+        };
+        match (self, message) {
+            (Self::Request(request, body), Message::Request(got, got_body)) => {
+                let body = padded_body(body);
+                let expected = Request { body_len: body.len() as u16, ..self.plain_request(request, crc) };
+                *got == expected && *got_body == body
+            }
+            (Self::Response(response, body), Message::Response(got, got_body)) => {
+                let body = padded_body(body);
+                let data_crc = if crc { response.data_crc } else { 0 };
+                *got == Response { body_len: body.len() as u16, data_crc, ..*response } && *got_body == body
+            }
+            (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
+            (Self::Goodbye(status, sentence), Message::Goodbye(got, body)) => {
+                got == status && text(body) == clipped(sentence).trim_end_matches('\0')
+            }
+            _ => false,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_encoded_is_parsed(samples in prop::collection::vec(any_sample(), 1..5), crc: bool) {
+        let limits = Limits { crc, ..PLAIN };
+        let mut bytes = Vec::new();
+        samples.iter().for_each(|sample| sample.encode(crc, &mut bytes));
+        let mut rest = &bytes[..];
+        for sample in &samples {
+            let Ok(Parsed::Item(message, taken)) = parse(rest, &limits) else {
+                panic!("{:?} for {sample:?}", parse(rest, &limits));
+            };
+            prop_assert!(sample.is(&message, crc), "{message:?} for {sample:?}");
+            rest = &rest[taken..];
+        }
+        prop_assert!(rest.is_empty());
+    }
+
+    #[test]
+    fn a_message_that_is_cut_short_needs_exactly_the_rest(sample in any_sample(), crc: bool, cut in 0.0..1.0) {
+        let limits = Limits { crc, ..PLAIN };
+        let mut bytes = Vec::new();
+        sample.encode(crc, &mut bytes);
+        let len = (bytes.len() as f64 * cut) as usize;
+        let needed = if len < HEADER_BYTES { HEADER_BYTES } else { bytes.len() };
+        prop_assert_eq!(parse(&bytes[..len], &limits), Ok(Parsed::Need(needed)));
+    }
+
+    #[test]
+    fn a_changed_bit_is_found_where_checksums_are_granted(sample in any_sample(), bit in any::<prop::sample::Index>()) {
+        let mut bytes = Vec::new();
+        sample.encode(true, &mut bytes);
+        let bit = bit.index(bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        match parse(&bytes, &CHECKED) {
+            Err(_) => {}
+            // It seems to be longer now, and the sum would show it when the rest comes.
+            Ok(Parsed::Need(n)) => prop_assert!(n > bytes.len()),
+            Ok(other) => prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    #[test]
+    fn nothing_makes_parsing_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), crc: bool, kind in 0u8..8) {
+        let limits = Limits { crc, ..PLAIN };
+        let _ = parse(&bytes, &limits);
+        // Most random bytes fail at the first field, so give the rest a chance.
+        let mut likely = bytes;
+        for (at, value) in [(0, kind), (1, 0), (3, 0), (6, 0), (7, 0)] {
+            if let Some(byte) = likely.get_mut(at) {
+                *byte = value;
+            }
+        }
+        if let Ok(Parsed::Item(_, taken)) = parse(&likely, &limits) {
+            prop_assert!(taken <= likely.len());
+        }
+    }
+
+    #[test]
+    fn options_are_parsed_as_they_were_encoded(
+        options in prop::collection::vec((any::<u16>(), 0u16..4, prop::collection::vec(any::<u8>(), 0..40)), 0..8),
+    ) {
+        let given: Vec<_> = options
+            .iter()
+            .map(|(kind, flags, value)| HandshakeOption { kind: *kind, flags: *flags, value })
+            .collect();
+        let fixed = Hello::read_from_bytes(&[&MAGIC[..], &[0; 56]].concat()).unwrap();
+        let bytes = encode_handshake(fixed, &given);
+        let Ok(Parsed::Item((hello, tail), taken)) = parse_handshake::<Hello>(&bytes) else { panic!() };
+        prop_assert_eq!((taken, hello.options_len.get() as usize), (bytes.len(), tail.len()));
+        let got: Vec<_> = parse_options(tail).map(Result::unwrap).collect();
+        prop_assert_eq!(got, given);
+    }
+
+    #[test]
+    fn nothing_makes_parsing_a_handshake_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), len in 0u8..32) {
+        let _ = parse_handshake::<Hello>(&bytes);
+        let mut likely = [&MAGIC[..], &bytes].concat();
+        if likely.len() >= 16 {
+            likely[12..16].copy_from_slice(&[len * 8, 0, 0, 0]);
+        }
+        let _ = parse_handshake::<Welcome>(&likely);
+        let options = parse_options(&bytes).filter(Result::is_ok).count();
+        prop_assert!(options <= bytes.len() / 8);
+    }
+
+    #[test]
+    fn a_checksum_in_pieces_is_that_of_the_whole(data in prop::collection::vec(any::<u8>(), 0..500), cut in any::<prop::sample::Index>()) {
+        let cut = cut.index(data.len() + 1);
+        let mut crc = DataCrc::default();
+        crc.update(&data[..cut]);
+        crc.update(&data[cut..]);
+        prop_assert_eq!(crc.finish(), data_crc(&data));
+        prop_assert_eq!(data_crc(&data), crc32c::crc32c(&data));
+    }
+}

@@ -1,0 +1,223 @@
+//! Golden bytes of each command as docs/PROTOCOL.md has it, and properties of encoding and decoding.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::message::tests::hex;
+
+const FILE: FileHandle = FileHandle(0x4433_2211);
+
+#[track_caller]
+fn golden(command: Command<'_>, text: &str) {
+    let bytes = hex(text);
+    let mut encoded = Vec::new();
+    command.encode(&mut encoded);
+    assert_eq!(encoded, bytes, "encoded: {encoded:02x?}");
+    assert_eq!(Command::decode(&bytes), Ok(command));
+}
+
+#[test]
+fn an_open_has_these_bytes() {
+    let flags = OPEN_READ | OPEN_WRITE | OPEN_CREATE | OPEN_NOFOLLOW;
+    golden(
+        Command::Open { flags, mode: 0o644, path: b"/data/a" },
+        "01 00 00 00  07 01 00 00  a4 01 00 00  07 00 00 00
+         2f 64 61 74 61 2f 61 00",
+    );
+    golden(
+        Command::Open { flags: OPEN_READ, mode: 0, path: b"/data/ab" },
+        "01 00 00 00  01 00 00 00  00 00 00 00  08 00 00 00
+         2f 64 61 74 61 2f 61 62",
+    );
+}
+
+#[test]
+fn each_flag_of_an_open_is_this_bit() {
+    let flags = [
+        OPEN_READ,
+        OPEN_WRITE,
+        OPEN_CREATE,
+        OPEN_EXCLUSIVE,
+        OPEN_TRUNCATE,
+        OPEN_DIRECT,
+        OPEN_SYNC,
+        OPEN_DSYNC,
+        OPEN_NOFOLLOW,
+    ];
+    assert_eq!(flags, std::array::from_fn(|bit| 1 << bit));
+}
+
+#[test]
+fn every_other_command_has_these_bytes() {
+    let (offset, length) = (0x0011_2233_4455_6677, 0x1000);
+    golden(Command::Close(FILE), "02 00 00 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00");
+    golden(Command::Stat(FILE), "03 00 00 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00");
+    golden(
+        Command::Read { file: FILE, offset, length },
+        "04 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  00 10 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Write { file: FILE, offset, length },
+        "05 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  00 10 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Fsync { file: FILE, data_only: false },
+        "06 00 00 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Fsync { file: FILE, data_only: true },
+        "06 00 01 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Discard { file: FILE, offset, length: 0x7766_5544_3322_1100 },
+        "07 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  00 11 22 33 44 55 66 77",
+    );
+    golden(
+        Command::WriteZeroes { file: FILE, offset, length: u64::MAX },
+        "08 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  ff ff ff ff ff ff ff ff",
+    );
+    golden(
+        Command::Cancel { id: 0x8877_6655_4433_2211 },
+        "09 00 00 00 00 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00",
+    );
+}
+
+#[test]
+fn a_file_status_has_these_bytes() {
+    let bytes = hex(
+        "08 07 06 05 04 03 02 01  10 00 00 00 00 00 00 00  2a 00 00 00 00 00 00 00  01 08 00 00 00 00 00 00
+         05 00 00 00 00 00 00 00  ff ff ff ff ff ff ff ff  00 ca 9a 3b 00 00 00 00  01 00 00 00 00 00 00 80
+         a4 81 00 00  02 00 00 00  e8 03 00 00  e9 03 00 00  00 10 00 00  00 02 00 00",
+    );
+    let status = FileStatus::decode(&bytes).unwrap();
+    let expected = FileStatus {
+        size: U64::new(0x0102_0304_0506_0708),
+        blocks: U64::new(16),
+        inode: U64::new(42),
+        device: U64::new(0x801),
+        rdevice: U64::new(5),
+        accessed_ns: I64::new(-1),
+        modified_ns: I64::new(1_000_000_000),
+        changed_ns: I64::new(i64::MIN + 1),
+        mode: U32::new(0o100_644),
+        links: U32::new(2),
+        uid: U32::new(1000),
+        gid: U32::new(1001),
+        block_bytes: U32::new(4096),
+        direct_align: U32::new(512),
+    };
+    assert_eq!((status, status.as_bytes()), (expected, &bytes[..]));
+    assert_eq!(FileStatus::decode(&bytes[..80]), Err(Violation::Length));
+}
+
+#[test]
+fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
+    let open = "01 00 00 00  01 00 00 00  00 00 00 00  07 00 00 00  2f 64 61 74 61 2f 61 00";
+    let read = "04 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  00 10 00 00 00 00 00 00";
+    let close = "02 00 00 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00";
+    // One byte of a good command, changed.
+    for (what, good, at, value, violation) in [
+        ("opcode 0", read, 0, 0, Violation::Field),
+        ("opcode 10", read, 0, 10, Violation::Field),
+        ("opcode 260", read, 1, 1, Violation::Field),
+        ("a read with a flag", read, 2, 1, Violation::Reserved),
+        ("a read of 4 GiB", read, 20, 1, Violation::Length),
+        ("a close with a flag", close, 2, 1, Violation::Reserved),
+        ("a close with an offset", close, 8, 1, Violation::Reserved),
+        ("a close with a length", close, 23, 1, Violation::Reserved),
+        ("an open with a reserved byte", open, 2, 1, Violation::Reserved),
+        ("an open with an unknown flag", open, 5, 2, Violation::Reserved),
+        ("an open neither to read nor to write", open, 4, 4, Violation::Field),
+        ("an open with a mode beyond 07777", open, 9, 0x10, Violation::Field),
+        ("an open of no path", open, 12, 0, Violation::Length),
+        ("an open with a length beyond its path", open, 12, 9, Violation::Length),
+        ("an open with an endless length", open, 15, 0xff, Violation::Length),
+        ("an open with padding that is not zero", open, 23, 1, Violation::Reserved),
+        ("an open with a zero within its path", open, 18, 0, Violation::Field),
+    ] {
+        let mut bytes = hex(good);
+        bytes[at] = value;
+        assert_eq!(Command::decode(&bytes), Err(violation), "{what}");
+    }
+    let fsync = hex("06 00 02 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00");
+    assert_eq!(Command::decode(&fsync), Err(Violation::Reserved));
+    let cancel = hex("09 00 00 00 01 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00");
+    assert_eq!(Command::decode(&cancel), Err(Violation::Reserved));
+    for len in [0, 1, 8, 23, 25, 32] {
+        let mut bytes = hex(read);
+        bytes.resize(len, 0);
+        assert_eq!(Command::decode(&bytes), Err(Violation::Length), "{len} bytes");
+    }
+}
+
+#[test]
+fn the_longest_path_fits_into_a_message() {
+    let path = vec![b'p'; PATH_BYTES_MAX];
+    let mut bytes = Vec::new();
+    Command::Open { flags: OPEN_READ, mode: 0, path: &path }.encode(&mut bytes);
+    assert!(bytes.len() <= crate::message::BODY_BYTES_MAX);
+    assert!(Command::decode(&bytes).is_ok());
+}
+
+fn any_command() -> impl Strategy<Value = (u8, u32, u64, u64, Vec<u8>)> {
+    (1u8..=9, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
+}
+
+fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) -> Command<'_> {
+    let (file, offset, length) = (FileHandle(*file), *offset, *length);
+    match opcode {
+        1 => Command::Open {
+            flags: (length as u32 & OPEN_FLAGS) | OPEN_READ,
+            mode: offset as u32 & 0o7777,
+            path,
+        },
+        2 => Command::Close(file),
+        3 => Command::Stat(file),
+        4 => Command::Read { file, offset, length: length as u32 },
+        5 => Command::Write { file, offset, length: length as u32 },
+        6 => Command::Fsync { file, data_only: offset % 2 == 1 },
+        7 => Command::Discard { file, offset, length },
+        8 => Command::WriteZeroes { file, offset, length },
+        _ => Command::Cancel { id: offset },
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_encoded_is_decoded(sample in any_command()) {
+        let command = command(&sample);
+        let mut bytes = Vec::new();
+        command.encode(&mut bytes);
+        prop_assert!(bytes.len().is_multiple_of(8));
+        prop_assert_eq!(Command::decode(&bytes), Ok(command));
+        prop_assert_eq!(command.opcode() as u8, sample.0);
+    }
+
+    #[test]
+    fn what_is_decoded_is_encoded_as_it_was(bytes in prop::collection::vec(any::<u8>(), 24), opcode in 0u16..11, sparse: bool) {
+        let mut bytes = bytes;
+        bytes[..2].copy_from_slice(&opcode.to_le_bytes());
+        if sparse {
+            bytes[2..4].fill(0);
+            bytes[20..].fill(0);
+        }
+        if let Ok(command) = Command::decode(&bytes) {
+            let mut again = Vec::new();
+            command.encode(&mut again);
+            prop_assert_eq!(again, bytes);
+        }
+    }
+
+    #[test]
+    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..12) {
+        let _ = Command::decode(&bytes);
+        let _ = FileStatus::decode(&bytes);
+        let mut likely = bytes;
+        for (at, value) in [(0, opcode), (1, 0), (2, 0), (3, 0), (13, 0), (14, 0), (15, 0)] {
+            if let Some(byte) = likely.get_mut(at) {
+                *byte = value;
+            }
+        }
+        let _ = Command::decode(&likely);
+    }
+}
