@@ -6,7 +6,7 @@
 //! into C: every function catches it and fails with EIO.
 //!
 //! Who may touch what: a context and what hangs on it (registrations, lent buffers) belong to one thread at a time, as the header
-//! says. Descriptors are looked up in a table with a lock, see [`crate::descriptor`].
+//! says. Descriptors are looked up in a table with a lock, see descriptor.rs.
 
 #![allow(non_camel_case_types)]
 
