@@ -56,15 +56,23 @@ impl Worker {
             }
             Command::Read { file, offset, length } => {
                 let slot_max = self.slot_bytes_max();
-                self.on_range(connection, file, offset, length.into(), |file, range| read(file, range, slot_max))
+                self.on_range(connection, file, offset, length.into(), |file, range| {
+                    read(file, range, slot_max)
+                })
             }
-            Command::Write { file, offset, length } => self.on_range(connection, file, offset, length.into(), write),
+            Command::Write { file, offset, length } => {
+                self.on_range(connection, file, offset, length.into(), write)
+            }
             Command::Discard { file, offset, length } => {
-                self.on_range(connection, file, offset, length, |file, range| Ok(Work::Discard(writable(file)?, range)))
+                self.on_range(connection, file, offset, length, |file, range| {
+                    Ok(Work::Discard(writable(file)?, range))
+                })
             }
-            Command::WriteZeroes { file, offset, length } => self.on_range(connection, file, offset, length, |file, range| {
-                Ok(Work::Zero(within_size(writable(file)?, range)?, Zero::new(range)))
-            }),
+            Command::WriteZeroes { file, offset, length } => {
+                self.on_range(connection, file, offset, length, |file, range| {
+                    Ok(Work::Zero(within_size(writable(file)?, range)?, Zero::new(range)))
+                })
+            }
         };
         match first {
             First::Work(work) => {
@@ -144,7 +152,9 @@ impl Worker {
                     let (export, access) = (opening.export, opening.access);
                     match self.shared.exports.all()[export].check_type(info.status.mode.get()) {
                         Ok(()) => self.opened_file(connection, file, *info, access, is_direct),
-                        Err(errno) => storage_failure(&format!("Opening {}", Shown(opening.path.as_bytes())), errno),
+                        Err(errno) => {
+                            storage_failure(&format!("Opening {}", Shown(opening.path.as_bytes())), errno)
+                        }
                     }
                 }
                 // Nobody waits for it any more.
@@ -159,7 +169,9 @@ impl Worker {
                 let hint = match errno {
                     libc::EXDEV => " The path leads out of the export.",
                     libc::EINVAL if is_direct => " Its file system may not have O_DIRECT.",
-                    libc::EMFILE | libc::ENFILE => " Raise the server's limit with `ulimit -n` or LimitNOFILE=.",
+                    libc::EMFILE | libc::ENFILE => {
+                        " Raise the server's limit with `ulimit -n` or LimitNOFILE=."
+                    }
                     _ => "",
                 };
                 let error = std::io::Error::from_raw_os_error(errno);
@@ -205,7 +217,13 @@ impl Worker {
         self.give_handle(connection, OpenFile::new(kind, access, direct_align), Some(handle), info)
     }
 
-    fn give_handle(&mut self, connection: usize, open: OpenFile, backend: Option<Handle>, mut info: FileInfo) -> Response {
+    fn give_handle(
+        &mut self,
+        connection: usize,
+        open: OpenFile,
+        backend: Option<Handle>,
+        mut info: FileInfo,
+    ) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
         let Some(handle) = self.sessions[session].session.insert(Arc::clone(&open)) else {
@@ -270,9 +288,10 @@ fn writable(file: Rc<WorkerFile>) -> Result<Rc<WorkerFile>, Response> {
 /// Exports of a fixed size do not grow.
 fn within_size(file: Rc<WorkerFile>, range: Range) -> Result<Rc<WorkerFile>, Response> {
     match file.open.fixed_size() {
-        Some(size) if range.end() > size => {
-            Err(failure(Status::storage(libc::ENOSPC), &format!("The export ends at {size} bytes and does not grow.")))
-        }
+        Some(size) if range.end() > size => Err(failure(
+            Status::storage(libc::ENOSPC),
+            &format!("The export ends at {size} bytes and does not grow."),
+        )),
         _ => Ok(file),
     }
 }
@@ -283,7 +302,9 @@ fn read(file: Rc<WorkerFile>, range: Range, slot_bytes_max: usize) -> Result<Wor
     match Read::new(range, align) {
         Some(read) if read.slot_len() <= slot_bytes_max => Ok(Work::Read(file, read)),
         _ => {
-            let text = format!("With O_DIRECT this file wants multiples of {align} bytes, and the range cannot be widened to that.");
+            let text = format!(
+                "With O_DIRECT this file wants multiples of {align} bytes, and the range cannot be widened to that."
+            );
             Err(failure(Status::storage(libc::EINVAL), &text))
         }
     }

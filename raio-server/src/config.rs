@@ -119,7 +119,9 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is not a size. Write a number of bytes, or one with k, M, G or T behind it.");
+        let wrong = || {
+            format!("{text:?} is not a size. Write a number of bytes, or one with k, M, G or T behind it.")
+        };
         let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_lowercase) {
             Some(b'k') => (&text[..text.len() - 1], 10),
             Some(b'm') => (&text[..text.len() - 1], 20),
@@ -131,7 +133,8 @@ impl FromStr for Size {
             return Err(wrong());
         }
         let number: u64 = digits.parse().map_err(|_| wrong())?;
-        let bytes = number.checked_mul(1 << shift).filter(|&bytes| i64::try_from(bytes).is_ok()).ok_or_else(wrong)?;
+        let bytes =
+            number.checked_mul(1 << shift).filter(|&bytes| i64::try_from(bytes).is_ok()).ok_or_else(wrong)?;
         Ok(Self(bytes))
     }
 }
@@ -217,7 +220,10 @@ impl Options {
         }
 
         let workers = options.workers.unwrap_or(cores.clamp(1, WORKERS_MAX));
-        ensure!((1..=WORKERS_MAX).contains(&workers), "--workers is {workers}. Give a number from 1 to {WORKERS_MAX}.");
+        ensure!(
+            (1..=WORKERS_MAX).contains(&workers),
+            "--workers is {workers}. Give a number from 1 to {WORKERS_MAX}."
+        );
         let queue_depth = options.queue_depth.unwrap_or(QUEUE_DEPTH_DEFAULT);
         ensure!(
             (1..=QUEUE_DEPTH_MAX).contains(&queue_depth),
@@ -258,7 +264,9 @@ fn listen_addresses(url: &str) -> anyhow::Result<Vec<SocketAddr>> {
     let address: Address = url.parse().context("--listen")?;
     match address.scheme {
         Scheme::Tcp => Ok(address.resolve().context("--listen")?),
-        Scheme::Rdma => bail!("--listen {url}: this raio_server is built without RDMA. Write tcp://HOST:PORT."),
+        Scheme::Rdma => {
+            bail!("--listen {url}: this raio_server is built without RDMA. Write tcp://HOST:PORT.")
+        }
         Scheme::Any => bail!("--listen {url}: a listener has one transport. Write tcp://HOST:PORT."),
     }
 }
@@ -297,9 +305,13 @@ mod tests {
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (3, 7, 64 << 10));
         assert_eq!((config.spin, config.arena_bytes), (Duration::ZERO, 8_388_608 / 3));
         assert_eq!((config.backend, config.log), (BackendKind::Threads, LogLevel::Debug));
-        let config = options(&["--config", path, "--queue-depth", "9", "--export", "b=/", "--backend", "uring"]);
+        let config =
+            options(&["--config", path, "--queue-depth", "9", "--export", "b=/", "--backend", "uring"]);
         let config = config.check(2).unwrap();
-        assert_eq!((config.queue_depth, config.io_bytes_max, config.backend), (9, 64 << 10, BackendKind::Uring));
+        assert_eq!(
+            (config.queue_depth, config.io_bytes_max, config.backend),
+            (9, 64 << 10, BackendKind::Uring)
+        );
         assert_eq!(config.exports.iter().map(|export| export.name.as_str()).collect::<Vec<_>>(), ["b"]);
     }
 
@@ -328,7 +340,9 @@ mod tests {
     fn an_unknown_key_or_a_wrong_value_in_the_file_is_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("raio.toml");
-        for (text, needle) in [("io_max = 1", "io_max"), ("memory = '1x'", "memory"), ("workers = -1", "workers")] {
+        for (text, needle) in
+            [("io_max = 1", "io_max"), ("memory = '1x'", "memory"), ("workers = -1", "workers")]
+        {
             std::fs::write(&path, text).unwrap();
             let error = error(&["--config", path.to_str().unwrap()]);
             assert!(error.contains(needle) && error.contains("raio.toml"), "{error}");
@@ -343,7 +357,9 @@ mod tests {
 
     #[test]
     fn sizes_are_numbers_with_a_unit() {
-        for (text, bytes) in [("0", 0), ("4096", 4096), ("64k", 64 << 10), ("1M", 1 << 20), ("2g", 2 << 30), ("1T", 1 << 40)] {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("64k", 64 << 10), ("1M", 1 << 20), ("2g", 2 << 30), ("1T", 1 << 40)]
+        {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
         for text in ["", "k", "-1", "1.5M", "+1", "1kB", "0x10", "9999999T", "18446744073709551616", "ä"] {

@@ -14,12 +14,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
+use raio_transport::Status;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
 use raio_transport::reactor::OpenHow;
-use raio_transport::Status;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::config::Size;
@@ -47,7 +47,9 @@ impl FromStr for ExportSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = |why: &str| {
-            format!("--export {text}: {why}. Write NAME=PATH[,rw][,direct], NAME=null:SIZE or NAME=mem:SIZE[,rw].")
+            format!(
+                "--export {text}: {why}. Write NAME=PATH[,rw][,direct], NAME=null:SIZE or NAME=mem:SIZE[,rw]."
+            )
         };
         let (name, mut rest) = text.split_once('=').ok_or_else(|| wrong("there is no `=`"))?;
         if name.is_empty() || name.contains('/') || name == "." || name == ".." {
@@ -111,7 +113,9 @@ impl Export {
         let root = match &spec.source {
             Source::Null(size) => Root::Null { size: *size },
             Source::Memory(size) => Root::Memory {
-                fd: memory(*size).with_context(|| format!("Cannot make {size} bytes of memory for export {:?}", spec.name))?,
+                fd: memory(*size).with_context(|| {
+                    format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
+                })?,
                 size: *size,
             },
             Source::Path(path) => Self::open_path(path, spec.is_writable)
@@ -124,7 +128,8 @@ impl Export {
         let path = path.canonicalize()?;
         let kind = path.metadata()?.file_type();
         let directory = |path: &Path| {
-            rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map(Arc::new)
+            rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+                .map(Arc::new)
         };
         if kind.is_dir() {
             return Ok(Root::Directory(directory(&path)?));
@@ -225,7 +230,8 @@ impl Exports {
         let rest = &rest[start..];
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
         let Some(index) = self.0.iter().position(|export| export.name.as_bytes() == name) else {
-            let text = format!("There is no export {}. Ask the server's operator for the names.", Shown(name));
+            let text =
+                format!("There is no export {}. Ask the server's operator for the names.", Shown(name));
             return refuse(Status::storage(libc::ENOENT), text);
         };
         let export = &self.0[index];
@@ -233,11 +239,13 @@ impl Exports {
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
         let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
         if changes && !export.is_writable && !matches!(export.root, Root::Null { .. }) {
-            let text = format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
+            let text =
+                format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
             return refuse(Status::policy(libc::EROFS), text);
         }
         if flags & OPEN_CREATE != 0 && mode & !0o777 != 0 {
-            let text = "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
+            let text =
+                "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
             return refuse(Status::policy(libc::EPERM), text);
         }
         if has_more && !matches!(export.root, Root::Directory(_)) {
@@ -264,16 +272,19 @@ impl Exports {
                 path: name.clone(),
                 how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS),
             }),
-            Root::Directory(_) if rest.is_empty() => {
-                refuse(Status::storage(libc::EISDIR), format!("{shown} is a directory: open a file beneath it."))
-            }
+            Root::Directory(_) if rest.is_empty() => refuse(
+                Status::storage(libc::EISDIR),
+                format!("{shown} is a directory: open a file beneath it."),
+            ),
             Root::Directory(_) => match CString::new(rest) {
                 Ok(path) => Ok(Target::Path {
                     export: index,
                     path,
                     how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS),
                 }),
-                Err(_) => refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned()),
+                Err(_) => {
+                    refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned())
+                }
             },
         }
     }
@@ -339,7 +350,19 @@ mod tests {
         assert_eq!(spec("a=/x,y=z,direct"), path("a", "/x,y=z", false, true));
         assert_eq!(spec("n=null:1G").source, Source::Null(1 << 30));
         assert_eq!(spec("m=mem:64k,rw").source, Source::Memory(64 << 10));
-        for text in ["", "a", "=/x", "a/b=/x", "..=/x", ".=/x", "a=", "a=,rw", "a=null:", "a=mem:0", "a=mem:1M,direct"] {
+        for text in [
+            "",
+            "a",
+            "=/x",
+            "a/b=/x",
+            "..=/x",
+            ".=/x",
+            "a=",
+            "a=,rw",
+            "a=null:",
+            "a=mem:0",
+            "a=mem:1M,direct",
+        ] {
             assert!(text.parse::<ExportSpec>().unwrap_err().ends_with('.'), "{text}");
         }
     }
@@ -370,7 +393,12 @@ mod tests {
         assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS);
         let (_, _, how) = path_of(OPEN_READ | OPEN_WRITE | OPEN_CREATE, "/w/new");
         assert_eq!(how.mode, 0o600);
-        let expected = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let expected = libc::O_RDWR
+            | libc::O_CREAT
+            | libc::O_DIRECT
+            | libc::O_CLOEXEC
+            | libc::O_NOCTTY
+            | libc::O_NONBLOCK;
         assert_eq!(how.flags, expected as u64);
         assert_eq!(path_of(OPEN_READ, "/f").1, "file");
         for path in ["", "d/a", "/", "/x/a", "/../etc/passwd", "/."] {

@@ -69,10 +69,16 @@ impl Listener {
                 if let Some(suppressed) = self.warnings.pass() {
                     let error = std::io::Error::from_raw_os_error(errno);
                     let hint = match errno {
-                        libc::EMFILE | libc::ENFILE => " Raise the limit on open files with `ulimit -n` or LimitNOFILE=.",
+                        libc::EMFILE | libc::ENFILE => {
+                            " Raise the limit on open files with `ulimit -n` or LimitNOFILE=."
+                        }
                         _ => "",
                     };
-                    tracing::warn!(suppressed, "Cannot accept a connection on {}: {error}.{hint}", socket.address);
+                    tracing::warn!(
+                        suppressed,
+                        "Cannot accept a connection on {}: {error}.{hint}",
+                        socket.address
+                    );
                 }
                 reactor.timer(Instant::now() + RETRY, event.token);
                 None

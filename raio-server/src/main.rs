@@ -22,11 +22,12 @@ mod stats;
 mod throttle;
 mod worker;
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+use raio_transport::reactor::block_signals;
 use tracing::level_filters::LevelFilter;
 
 use config::{Config, LogLevel, Options};
@@ -49,7 +50,12 @@ fn main() -> ExitCode {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     match serve(&config) {
         Ok(code) => code,
         Err(error) => {
@@ -60,7 +66,9 @@ fn main() -> ExitCode {
 }
 
 fn serve(config: &Config) -> anyhow::Result<ExitCode> {
-    raio_transport::reactor::block_signals(&server::HANDLED_SIGNALS).context("Cannot block signals")?;
+    // Beyond a limit on file sizes a write is to fail, not to end the server.
+    let signals = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]);
+    block_signals(&signals.collect::<Vec<_>>()).context("Cannot block signals")?;
     let server = Server::start(config)?;
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "raio_server: ready on {}", server.urls())

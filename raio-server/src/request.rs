@@ -355,7 +355,12 @@ impl Work {
                 read.done = read.slot_len().min(usize::try_from(left).unwrap_or(usize::MAX));
                 slot.bytes_mut()[..read.done].fill(0);
                 let answer = read.answer(slot);
-                Response { status: Status::OK, result: answer.len as u64, body: no_body(), data: Some(answer) }
+                Response {
+                    status: Status::OK,
+                    result: answer.len as u64,
+                    body: no_body(),
+                    data: Some(answer),
+                }
             }
             (Self::Write(_, write), _) => success(write.range.length),
             (Self::Stat(file), _) => status_of(file, made_up_status(size)),
@@ -446,7 +451,9 @@ mod tests {
     /// The slot and range of an operation, to be given back in a completion.
     fn taken(operation: Operation) -> (SlotRange, u64) {
         match operation {
-            Operation::Read { target: range, offset } | Operation::Write { source: range, offset } => (range, offset),
+            Operation::Read { target: range, offset } | Operation::Write { source: range, offset } => {
+                (range, offset)
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -472,10 +479,14 @@ mod tests {
         let mut work = Work::Read(file(), Read::new(range(100, 50), 1).unwrap());
         let (target, offset) = taken(work.first(Some(slot(4096))));
         assert_eq!((target.start, target.len, offset), (0, 50, 100));
-        let Step::Again(next) = work.completed(completion(Ok(20), Outcome::Slot(target))) else { panic!("it ended") };
+        let Step::Again(next) = work.completed(completion(Ok(20), Outcome::Slot(target))) else {
+            panic!("it ended")
+        };
         let (target, offset) = taken(next);
         assert_eq!((target.start, target.len, offset), (20, 30, 120));
-        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Slot(target))) else { panic!("it goes on") };
+        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Slot(target))) else {
+            panic!("it goes on")
+        };
         let data = response.data.unwrap();
         assert_eq!((response.result, data.start, data.len), (20, 0, 20));
     }
@@ -508,7 +519,9 @@ mod tests {
         let mut work = Work::Read(file(), Read::new(range(1, 8000), 512).unwrap());
         assert_eq!(work.slot_len(), 8192);
         let (target, _) = taken(work.first(Some(slot(8192))));
-        let Step::Again(next) = work.completed(completion(Ok(512), Outcome::Slot(target))) else { panic!("it ended") };
+        let Step::Again(next) = work.completed(completion(Ok(512), Outcome::Slot(target))) else {
+            panic!("it ended")
+        };
         assert_eq!(taken(next).1, 512);
     }
 
@@ -516,10 +529,13 @@ mod tests {
     fn a_short_write_goes_on_until_all_is_written_or_an_error() {
         let mut work = Work::Write(file(), Write::new(range(10, 100)));
         let (source, _) = taken(work.first(Some(slot(4096))));
-        let Step::Again(next) = work.completed(completion(Ok(60), Outcome::Slot(source))) else { panic!("it ended") };
+        let Step::Again(next) = work.completed(completion(Ok(60), Outcome::Slot(source))) else {
+            panic!("it ended")
+        };
         let (source, offset) = taken(next);
         assert_eq!((source.start, source.len, offset), (60, 40, 70));
-        let Step::Done(response) = work.completed(completion(Err(libc::ENOSPC), Outcome::Slot(source))) else {
+        let Step::Done(response) = work.completed(completion(Err(libc::ENOSPC), Outcome::Slot(source)))
+        else {
             panic!("it goes on")
         };
         assert_eq!(response.status, Status::storage(libc::ENOSPC));
@@ -527,7 +543,9 @@ mod tests {
 
         let mut work = Work::Write(file(), Write::new(range(10, 100)));
         let (source, _) = taken(work.first(Some(slot(4096))));
-        let Step::Done(response) = work.completed(completion(Ok(100), Outcome::Slot(source))) else { panic!("it goes on") };
+        let Step::Done(response) = work.completed(completion(Ok(100), Outcome::Slot(source))) else {
+            panic!("it goes on")
+        };
         assert_eq!((response.status, response.result), (Status::OK, 100));
     }
 
@@ -535,7 +553,9 @@ mod tests {
     fn zeros_become_a_hole_where_the_file_system_knows_only_that_and_only_within_the_file() {
         for (size, status) in [(200, Status::OK), (199, Status::storage(libc::EOPNOTSUPP))] {
             let mut work = Work::Zero(file(), Zero::new(range(100, 100)));
-            let Operation::Fallocate { how: Fallocate::ZeroRange, offset: 100, length: 100 } = work.first(None) else {
+            let Operation::Fallocate { how: Fallocate::ZeroRange, offset: 100, length: 100 } =
+                work.first(None)
+            else {
                 panic!("it begins otherwise")
             };
             let step = work.completed(completion(Err(libc::EOPNOTSUPP), Outcome::None));

@@ -84,7 +84,8 @@ impl Server {
             epoll: false,
         };
         let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
-        let signals = Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
+        let signals =
+            Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
         let shared = Arc::new(Shared {
             exports,
@@ -105,7 +106,17 @@ impl Server {
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
         let _ = shared.mailboxes.set(workers.iter().map(|worker| worker.mailbox.clone()).collect());
         let backend = say_what_was_missing(config, &started);
-        Ok(Self { reactor, listener, signals, shared, workers, ended, backend, accepted: 0, is_draining: false })
+        Ok(Self {
+            reactor,
+            listener,
+            signals,
+            shared,
+            workers,
+            ended,
+            backend,
+            accepted: 0,
+            is_draining: false,
+        })
     }
 
     /// Where it listens, as URLs.
@@ -136,13 +147,17 @@ impl Server {
                         }
                     }
                     _ => {
-                        tracing::warn!("What is in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same.");
+                        tracing::warn!(
+                            "What is in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same."
+                        );
                         return Ok(ExitCode::FAILURE);
                     }
                 }
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
-                let answered = outcome.ok_or_else(|| anyhow!("Worker {worker} has failed; see above. Start the server anew."))?;
+                let answered = outcome.ok_or_else(|| {
+                    anyhow!("Worker {worker} has failed; see above. Start the server anew.")
+                })?;
                 all_answered &= answered;
                 running -= 1;
             }
@@ -171,7 +186,8 @@ impl Server {
         if signal == libc::SIGUSR1 {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
             let sessions = &self.shared.sessions;
-            let line = stats::json(counters, self.backend, self.accepted, sessions.len(), sessions.open_files());
+            let line =
+                stats::json(counters, self.backend, self.accepted, sessions.len(), sessions.open_files());
             let mut stdout = std::io::stdout().lock();
             if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
                 tracing::warn!("Cannot print the statistics: {error}.");
@@ -206,7 +222,8 @@ fn start_workers(
         let counters = Arc::new(Counters::default());
         let (sender, receiver) = mpsc::sync_channel(1);
         let thread = {
-            let (shared, counters, cpu) = (Arc::clone(shared), Arc::clone(&counters), cpus.get(index).copied());
+            let (shared, counters, cpu) =
+                (Arc::clone(shared), Arc::clone(&counters), cpus.get(index).copied());
             let ended = EndedOnDrop { ended: Ended { worker: index, outcome: None }, sender: ended.clone() };
             move || {
                 // All of it, so that it is dropped here.
@@ -249,7 +266,9 @@ fn cpus_to_pin(workers: usize) -> Vec<usize> {
 fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     let fallback = started.iter().find_map(|worker| worker.fallback.as_deref());
     if let Some(reason) = fallback {
-        tracing::warn!("io_uring is not used: {reason}. Files are served by threads instead, which is slower.");
+        tracing::warn!(
+            "io_uring is not used: {reason}. Files are served by threads instead, which is slower."
+        );
     }
     if let Some(error) = started.iter().find_map(|worker| worker.unregistered.as_ref()) {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;

@@ -129,7 +129,8 @@ pub fn json<'a>(
     sessions: usize,
     open_files: usize,
 ) -> String {
-    let sum = |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
+    let sum =
+        |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
     let mut out = format!("{{\"version\":\"{}\",\"backend\":\"{backend}\"", env!("CARGO_PKG_VERSION"));
     let mut number = |name: &str, value: u64| {
         let _ = write!(out, ",\"{name}\":{value}");
@@ -169,9 +170,10 @@ pub fn json<'a>(
     );
     object(
         "closes",
-        &mut REASONS.into_iter().enumerate().map(|(index, name)| {
-            (name, workers.clone().map(|worker| worker.closes[index].get()).sum())
-        }),
+        &mut REASONS
+            .into_iter()
+            .enumerate()
+            .map(|(index, name)| (name, workers.clone().map(|worker| worker.closes[index].get()).sum())),
     );
     out.push('}');
     out
@@ -193,7 +195,14 @@ mod tests {
         }
         let json = json(workers.iter(), "uring", 3, 1, 2);
         assert!(json.starts_with('{') && json.ends_with("}}") && !json.contains('\n'));
-        for part in ["\"read_bytes\":10", "\"cancel\":2", "\"stalled\":2", "\"accepted\":3", "\"open_files\":2", "\"read\":0"] {
+        for part in [
+            "\"read_bytes\":10",
+            "\"cancel\":2",
+            "\"stalled\":2",
+            "\"accepted\":3",
+            "\"open_files\":2",
+            "\"read\":0",
+        ] {
             assert!(json.contains(part), "{part} is not in {json}");
         }
     }

@@ -14,7 +14,9 @@ use raio_transport::handshake::{Peer, Policy};
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport, SlotRange};
+use raio_transport::transport::{
+    CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+};
 use raio_transport::{Status, Violation, tcp};
 use slab::Slab;
 
@@ -190,7 +192,10 @@ impl Worker {
         let io_bytes_max = shared.policy.data_bytes_max as usize;
         // Twice the largest request, for a direct read takes up to a block more on each side.
         let arena = Arena::new(shared.arena_bytes, 2 * io_bytes_max).with_context(|| {
-            format!("Cannot map {} MiB of memory for a worker. Give a smaller --memory", shared.arena_bytes >> 20)
+            format!(
+                "Cannot map {} MiB of memory for a worker. Give a smaller --memory",
+                shared.arena_bytes >> 20
+            )
         })?;
         let unregistered = reactor.register_arena(&arena).err();
         let backend: Box<dyn Backend> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
@@ -416,7 +421,11 @@ impl Worker {
             Some(violation) => {
                 self.counters.close(violation.name());
                 if let Some(suppressed) = self.warnings.pass() {
-                    tracing::warn!(name = connection.name, suppressed, "A client broke the protocol and was closed: {violation}.");
+                    tracing::warn!(
+                        name = connection.name,
+                        suppressed,
+                        "A client broke the protocol and was closed: {violation}."
+                    );
                 }
             }
             None => self.counters.close_reason(reason),
@@ -695,7 +704,10 @@ impl Worker {
             let response = if was_cancelled {
                 success(0)
             } else {
-                failure(Status::storage(libc::EALREADY), "It was too late to cancel the request: it has run to its end.")
+                failure(
+                    Status::storage(libc::EALREADY),
+                    "It was too late to cancel the request: it has run to its end.",
+                )
             };
             self.respond(connection, canceller, response);
         }
@@ -758,7 +770,12 @@ impl Worker {
             if connection.requests.is_empty() && transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
-                transport.close(&mut self.reactor, connection.id, status, "The server is shutting down. Connect again later.");
+                transport.close(
+                    &mut self.reactor,
+                    connection.id,
+                    status,
+                    "The server is shutting down. Connect again later.",
+                );
             }
         }
         None

@@ -117,7 +117,13 @@ pub struct Completion {
 /// Carries out operations on files.
 pub trait Backend {
     /// Begins an operation. Its completion comes from a later [`Backend::next`]. The id is for [`Backend::cancel`].
-    fn submit(&mut self, reactor: &mut Reactor, key: u64, file: &Handle, operation: Operation) -> Option<OpId>;
+    fn submit(
+        &mut self,
+        reactor: &mut Reactor,
+        key: u64,
+        file: &Handle,
+        operation: Operation,
+    ) -> Option<OpId>;
 
     /// Closes a descriptor. Its completion says whether that brought an error to light.
     fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd);
@@ -136,7 +142,8 @@ pub trait Backend {
 macro_rules! file_info {
     ($stat:expr) => {{
         let stat = $stat;
-        let ns = |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
+        let ns =
+            |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
         let device = |major, minor| libc::makedev(major, minor).into();
         $crate::backend::FileInfo {
             status: FileStatus {

@@ -19,7 +19,9 @@ struct Bench {
 
 /// The ring; threads beside a ring; threads where there is no ring.
 fn each(test: impl Fn(&mut Bench)) {
-    for (name, epoll, threads) in [("uring", false, false), ("threads", false, true), ("threads, epoll", true, true)] {
+    for (name, epoll, threads) in
+        [("uring", false, false), ("threads", false, true), ("threads, epoll", true, true)]
+    {
         let mut reactor = Reactor::new(&Config { epoll, ..Config::default() }).unwrap();
         if !threads && !reactor.has_ring() {
             eprintln!("SKIPPED over io_uring: {}", reactor.fallback_reason().unwrap());
@@ -78,7 +80,11 @@ impl Bench {
         let target = SlotRange { slot: self.slot(&vec![0xee; start + len]), start, len };
         let completion = self.run(file, Operation::Read { target, offset });
         let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
-        assert!(range.slot.bytes()[..start].iter().all(|&b| b == 0xee), "{}: it read before the range", self.name);
+        assert!(
+            range.slot.bytes()[..start].iter().all(|&b| b == 0xee),
+            "{}: it read before the range",
+            self.name
+        );
         completion.result.map(|n| range.slot.bytes()[start..start + n as usize].to_vec())
     }
 }
@@ -92,7 +98,11 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
         let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
         assert_eq!(bench.write(&file, &bytes, 10), Ok(100_000));
         assert_eq!(bench.read(&file, 100, 1000, 5_010), Ok(bytes[5_000..6_000].to_vec()));
-        assert_eq!(bench.read(&file, 0, 1000, 99_510).unwrap().len(), 500, "a read is short at the end of the file");
+        assert_eq!(
+            bench.read(&file, 0, 1000, 99_510).unwrap().len(),
+            500,
+            "a read is short at the end of the file"
+        );
         assert_eq!(bench.read(&file, 0, 1000, 100_010), Ok(vec![]));
         let mut local = vec![0; 100_000];
         std::fs::File::open(&path).unwrap().read_exact_at(&mut local, 10).unwrap();
@@ -182,7 +192,12 @@ fn many_operations_at_once_each_end_once() {
         let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
         for key in 0..200u64 {
             let source = SlotRange { slot: bench.slot(&[key as u8; 512]), start: 0, len: 512 };
-            bench.backend.submit(&mut bench.reactor, key, &file, Operation::Write { source, offset: key * 512 });
+            bench.backend.submit(
+                &mut bench.reactor,
+                key,
+                &file,
+                Operation::Write { source, offset: key * 512 },
+            );
         }
         let mut keys: Vec<_> = (0..200).map(|_| bench.next()).map(|c| (c.key, c.result)).collect();
         keys.sort_unstable();
@@ -199,8 +214,12 @@ fn what_is_cancelled_ends_once_and_gives_its_slot_back() {
         let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
         for key in 0..100u64 {
             let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
-            let id =
-                bench.backend.submit(&mut bench.reactor, key, &file, Operation::Write { source, offset: key * 4096 });
+            let id = bench.backend.submit(
+                &mut bench.reactor,
+                key,
+                &file,
+                Operation::Write { source, offset: key * 4096 },
+            );
             bench.backend.cancel(&mut bench.reactor, key, id);
         }
         for _ in 0..100 {

@@ -116,8 +116,12 @@ impl Job {
                 let result = rustix::io::retry_on_intr(|| rustix::io::pwrite(&*fd, bytes, offset));
                 (result.map(|n| n as u32), Outcome::Slot(source))
             }
-            Operation::Fsync { data_only: true } => nothing(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&*fd))),
-            Operation::Fsync { data_only: false } => nothing(rustix::io::retry_on_intr(|| rustix::fs::fsync(&*fd))),
+            Operation::Fsync { data_only: true } => {
+                nothing(rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&*fd)))
+            }
+            Operation::Fsync { data_only: false } => {
+                nothing(rustix::io::retry_on_intr(|| rustix::fs::fsync(&*fd)))
+            }
             Operation::Fallocate { how, offset, length } => {
                 let flags = match how {
                     Fallocate::PunchHole => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -134,7 +138,8 @@ impl Job {
             }
             Operation::Open { path, how } => {
                 let OpenHow { flags, mode, resolve } = *how;
-                let (flags, mode) = (OFlags::from_bits_retain(flags as u32), Mode::from_bits_retain(mode as u32));
+                let (flags, mode) =
+                    (OFlags::from_bits_retain(flags as u32), Mode::from_bits_retain(mode as u32));
                 let resolve = ResolveFlags::from_bits_retain(resolve);
                 match rustix::io::retry_on_intr(|| rustix::fs::openat2(&*fd, &*path, flags, mode, resolve)) {
                     Ok(fd) => (Ok(0), Outcome::Fd(fd)),
@@ -146,7 +151,13 @@ impl Job {
 }
 
 impl Backend for Threads {
-    fn submit(&mut self, _reactor: &mut Reactor, key: u64, file: &Handle, operation: Operation) -> Option<OpId> {
+    fn submit(
+        &mut self,
+        _reactor: &mut Reactor,
+        key: u64,
+        file: &Handle,
+        operation: Operation,
+    ) -> Option<OpId> {
         self.queue.push(key, Job::On(Arc::clone(&file.fd), operation));
         None
     }
@@ -162,7 +173,9 @@ impl Backend for Threads {
         let Some((_, job)) = jobs.waiting.remove(at) else { return };
         drop(jobs);
         let outcome = match job {
-            Job::On(_, Operation::Read { target: range, .. } | Operation::Write { source: range, .. }) => Outcome::Slot(range),
+            Job::On(_, Operation::Read { target: range, .. } | Operation::Write { source: range, .. }) => {
+                Outcome::Slot(range)
+            }
             Job::On(..) | Job::Close(_) => Outcome::None,
         };
         self.cancelled.push_back(Completion { key, result: Err(libc::ECANCELED), outcome });

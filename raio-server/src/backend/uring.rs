@@ -16,14 +16,22 @@ pub struct Uring {
 }
 
 impl Backend for Uring {
-    fn submit(&mut self, reactor: &mut Reactor, key: u64, file: &Handle, operation: Operation) -> Option<OpId> {
+    fn submit(
+        &mut self,
+        reactor: &mut Reactor,
+        key: u64,
+        file: &Handle,
+        operation: Operation,
+    ) -> Option<OpId> {
         let Handle { fd, file } = file;
         let file = || file.clone();
         let op = match operation {
             Operation::Read { target, offset } => Op::Read { file: file(), target, offset },
             Operation::Write { source, offset } => Op::Write { file: file(), source, offset },
             Operation::Fsync { data_only } => Op::Fsync { file: file(), data_only },
-            Operation::Fallocate { how, offset, length } => Op::Fallocate { file: file(), how, offset, length },
+            Operation::Fallocate { how, offset, length } => {
+                Op::Fallocate { file: file(), how, offset, length }
+            }
             Operation::Stat => Op::Stat { file: Arc::clone(fd) },
             Operation::Open { path, how } => Op::Open { directory: Some(file()), path, how },
         };

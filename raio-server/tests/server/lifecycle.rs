@@ -1,0 +1,247 @@
+//! Connections and the server itself: how they end, and that nothing is left behind.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use raio_transport::protocol::{Command, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::transport::{Bulk, ClientTransport};
+use rustix::process::Signal;
+
+use crate::common::{Client, Server, TIMEOUT, Variant, buffers, each};
+
+const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
+
+#[test]
+fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
+    each(|variant| {
+        let mut server = Server::start(variant, &[]);
+        let mut clients: Vec<(Client, _)> = (0..4)
+            .map(|i| {
+                let mut client = server.client();
+                let file = client.open(&format!("/d/f{i}"), NEW).unwrap();
+                (client, file)
+            })
+            .collect();
+        let block = vec![5; 256 << 10];
+        let mut tags = Vec::new();
+        for (client, file) in &mut clients {
+            tags.push((0..64).map(|i| client.send_write(*file, i << 18, &block)).collect::<Vec<_>>());
+        }
+        server.signal(Signal::TERM);
+        let (mut written, mut refused) = (0, 0);
+        for ((client, _), tags) in clients.iter_mut().zip(tags) {
+            for tag in tags {
+                let status = client.wait(tag).status;
+                match status.errno {
+                    0 => written += 1,
+                    // It came too late, and was told so.
+                    libc::ESHUTDOWN if status.retryable => refused += 1,
+                    _ => panic!("{status:?}\n{}", server.log()),
+                }
+            }
+        }
+        eprintln!("{written} written, {refused} refused");
+        assert!(written >= 4);
+        let status = server.wait();
+        assert_eq!(status.code(), Some(0), "{status}\n{}", server.log());
+        let on_disk: u64 =
+            (0..4).map(|i| std::fs::metadata(server.path(&format!("f{i}"))).unwrap().len()).sum();
+        assert!(on_disk >= written << 18, "{written} writes were answered, yet there are {on_disk} bytes");
+    });
+}
+
+#[test]
+fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
+    each(|variant| {
+        let mut server = Server::start(variant, &[]);
+        let mut client = server.client();
+        let file = client.open("/d/f", NEW).unwrap();
+        server.signal(Signal::INT);
+        let started = Instant::now();
+        let deadline = started + TIMEOUT;
+        let mut replies = Vec::new();
+        while client.transport.failure().is_none() {
+            assert!(Instant::now() < deadline);
+            client.transport.wait(Some(deadline)).unwrap();
+            client.transport.receive(&mut replies);
+        }
+        let text = client.transport.failure().unwrap().to_string();
+        assert!(text.contains("shutting down"), "{text}");
+        drop(client);
+        assert_eq!(server.wait().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(5));
+        assert!(TcpStream::connect(server.address).is_err(), "nobody listens any more");
+        let _ = file;
+    });
+}
+
+#[test]
+fn a_second_signal_ends_the_server_at_once() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    // Half a handshake keeps it from being done at once.
+    let mut half = TcpStream::connect(server.address).unwrap();
+    half.write_all(&raio_transport::message::MAGIC).unwrap();
+    server.stats_until("connected", |stats| stats.get("connections") == 1);
+    server.signal(Signal::TERM);
+    std::thread::sleep(Duration::from_millis(300));
+    server.signal(Signal::INT);
+    let started = Instant::now();
+    assert_eq!(server.wait().code(), Some(128 + libc::SIGINT));
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_client_that_dies_at_full_depth_leaves_nothing_behind() {
+    each(|variant| {
+        let mut server =
+            Server::start(variant, &["--memory", "8M", "--io-max", "256k", "--export", "m=mem:64M,rw"]);
+        server.stats_until("idle", |stats| stats.is_idle());
+        let fds = server.fds();
+        for round in 0..20 {
+            let mut client = server.client();
+            let files: Vec<_> = (0..10).map(|i| client.open(&format!("/d/f{i}"), NEW).unwrap()).collect();
+            let memory = client.open("/m", OPEN_READ | OPEN_WRITE).unwrap();
+            for i in 0..120u64 {
+                let file = if i % 3 == 0 { memory } else { files[i as usize % 10] };
+                if (i + round) % 2 == 0 {
+                    client.send_read(file, i << 18, 256 << 10);
+                } else {
+                    client.send_write(file, i << 18, &vec![1; 256 << 10]);
+                }
+            }
+            // Its socket closes with requests unsent, unanswered, and answers unread.
+            drop(client);
+        }
+        let stats = server.stats_until("everything is gone", |stats| stats.is_idle());
+        assert!(stats.get("lost") > 0, "{}", stats.0);
+        let deadline = Instant::now() + TIMEOUT;
+        while server.fds() != fds {
+            assert!(Instant::now() < deadline, "{} descriptors, once {fds}", server.fds());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+}
+
+#[test]
+fn many_connections_come_and_go_and_the_server_is_where_it_began() {
+    each(|variant| {
+        let mut server = Server::start(variant, &[]);
+        std::fs::write(server.path("f"), b"x").unwrap();
+        let fds = server.fds();
+        for i in 0..200 {
+            let mut client = server.client();
+            let file = client.open("/d/f", OPEN_READ).unwrap();
+            assert_eq!(client.read(file, 0, 1).unwrap(), b"x");
+            if i % 2 == 0 {
+                assert_eq!(client.close(file), Ok(0));
+            }
+        }
+        let stats = server.stats_until("idle", |stats| stats.is_idle());
+        assert_eq!((stats.get("accepted"), stats.get("finished")), (200, 200), "{}", stats.0);
+        assert_eq!(stats.get("open"), 200);
+        assert_eq!(server.fds(), fds);
+    });
+}
+
+#[test]
+fn a_client_that_takes_no_answers_does_not_hold_up_others() {
+    each(|variant| {
+        let server = Server::start(variant, &["--workers", "1", "--memory", "16M", "--export", "m=mem:64M"]);
+        let mut greedy = server.client();
+        let file = greedy.open("/m", OPEN_READ).unwrap();
+        for _ in 0..128 {
+            greedy.send_read(file, 0, 1 << 20);
+        }
+        let mut modest = server.client();
+        let file = modest.open("/m", OPEN_READ).unwrap();
+        let started = Instant::now();
+        for i in 0..100 {
+            assert_eq!(modest.read(file, i * 4096, 4096).unwrap().len(), 4096);
+            assert_eq!(modest.read(file, i * 4096, 1 << 20).unwrap().len(), 1 << 20);
+        }
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        // And the greedy one has lost nothing.
+        for tag in 2..130 {
+            assert_eq!(greedy.wait(tag).data_len, 1 << 20);
+        }
+    });
+}
+
+#[test]
+fn strangers_are_turned_away_and_counted_and_others_go_on() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    let mut client = server.client();
+    let file = client.open("/d/f", NEW).unwrap();
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nHost: example\r\n\r\n                                        "[..],
+        &[0; 64],
+        &[0xff; 4096],
+    ] {
+        let mut stranger = TcpStream::connect(server.address).unwrap();
+        stranger.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stranger.write_all(bytes).unwrap();
+        let mut answer = Vec::new();
+        // Either the end of the stream or a reset.
+        let _ = stranger.read_to_end(&mut answer);
+        assert_eq!(client.do_it(&Command::Stat(file)), Ok(0));
+    }
+    server.stats_until("turned away", |stats| stats.get("magic") == 3 && stats.get("connections") == 1);
+    assert!(server.log().contains("handshake"), "{}", server.log());
+}
+
+#[test]
+fn the_statistics_count_what_was_done() {
+    each(|variant| {
+        let mut server = Server::start(variant, &["--workers", "2"]);
+        let mut client = server.client();
+        let file = client.open("/d/f", NEW).unwrap();
+        client.write(file, 0, &[1; 5000]).unwrap();
+        client.read(file, 0, 10_000).unwrap();
+        client.read(file, 0, 1000).unwrap();
+        assert_eq!(client.open("/d/none", OPEN_READ), Err(libc::ENOENT));
+        let reply = client.call(&Command::Cancel { id: 999 }, Bulk::None);
+        assert_eq!(reply.status.errno, libc::ENOENT);
+        let stats = server.stats_until("counted", |stats| stats.get("answered") == 6);
+        let expected = [
+            ("workers", 2),
+            ("accepted", 1),
+            ("connections", 1),
+            ("sessions", 1),
+            ("open_files", 1),
+            ("open", 2),
+            ("write", 1),
+            ("read", 2),
+            ("cancel", 1),
+            ("errors", 2),
+            ("read_bytes", 6000),
+            ("written_bytes", 5000),
+            ("slot_bytes", 0),
+        ];
+        for (name, value) in expected {
+            assert_eq!(stats.get(name), value, "{name} in {}", stats.0);
+        }
+        let backend =
+            if variant == Variant::Uring { "\"backend\":\"uring\"" } else { "\"backend\":\"threads\"" };
+        assert!(stats.0.contains(backend), "{}", stats.0);
+    });
+}
+
+#[test]
+fn an_idle_server_sleeps() {
+    each(|variant| {
+        let mut server = Server::start(variant, &[]);
+        let mut client = server.client();
+        client.open("/d/f", NEW).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        let before = server.stats();
+        std::thread::sleep(Duration::from_millis(500));
+        let after = server.stats();
+        let turns = after.get("turns") - before.get("turns");
+        assert!(turns < 20, "{turns} turns with nothing to do");
+        client.send(
+            &Command::Read { file: raio_transport::protocol::FileHandle(0), offset: 0, length: 8 },
+            Bulk::In(buffers(&[0; 8])),
+        );
+    });
+}

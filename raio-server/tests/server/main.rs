@@ -1,0 +1,8 @@
+//! The real raio_server, spoken to over TCP in its own protocol. Most tests run for each way to do file I/O: over io_uring, with
+//! `--backend threads`, and with io_uring forbidden by a seccomp filter.
+
+mod common;
+mod files;
+mod lifecycle;
+mod paths;
+mod startup;

@@ -1,0 +1,98 @@
+//! How the server starts, and what it says when it cannot.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command as Process, Output};
+
+use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+
+use crate::common::{Server, Variant};
+
+fn run(arguments: &[&str]) -> (Option<i32>, String) {
+    let Output { status, stdout, stderr } =
+        Process::new(env!("CARGO_BIN_EXE_raio_server")).args(arguments).output().unwrap();
+    assert!(stdout.is_empty(), "standard output is for the ready line: {}", String::from_utf8_lossy(&stdout));
+    (status.code(), String::from_utf8(stderr).unwrap())
+}
+
+#[test]
+fn what_makes_no_sense_is_said_and_exits_with_2() {
+    for (arguments, needle) in [
+        (&[][..], "--export NAME=PATH"),
+        (&["--export", "x"], "--export x"),
+        (&["--export", "a=null:1M", "--memory", "4k"], "--memory"),
+        (&["--export", "a=null:1M", "--queue-depth", "zero"], "--queue-depth"),
+        (&["--no-such-option"], "--no-such-option"),
+    ] {
+        let (code, text) = run(arguments);
+        assert_eq!(code, Some(2), "{text}");
+        assert!(text.contains(needle), "{text}");
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_said_and_exits_with_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}", taken.local_addr().unwrap());
+    for (arguments, needle) in [
+        (&["--export", "a=null:1M", "--listen", &url][..], url.trim_start_matches("tcp://")),
+        (&["--listen", "tcp://127.0.0.1:0", "--export", "a=/no/such/directory"], "/no/such/directory"),
+    ] {
+        let (code, text) = run(arguments);
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains(needle), "{text}");
+    }
+}
+
+#[test]
+fn the_ready_line_names_every_address_with_its_port() {
+    let server = Server::start(Variant::Uring, &["--listen", "tcp://127.0.0.2:0"]);
+    let urls: Vec<_> = server.ready.strip_prefix("raio_server: ready on ").unwrap().split(' ').collect();
+    assert_eq!(urls.len(), 2, "{}", server.ready);
+    for url in urls {
+        let address: std::net::SocketAddr = url.strip_prefix("tcp://").unwrap().parse().unwrap();
+        assert_ne!(address.port(), 0);
+        std::net::TcpStream::connect(address).unwrap();
+    }
+}
+
+#[test]
+fn where_io_uring_is_forbidden_it_says_so_once_with_the_remedy_and_works() {
+    let server = Server::start(Variant::Forbidden, &["--workers", "3"]);
+    let mut client = server.client();
+    let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+    assert_eq!(client.write(file, 0, b"hello"), Ok(5));
+    assert_eq!(client.read(file, 0, 10).unwrap(), b"hello");
+    let log = server.log();
+    assert_eq!(log.matches("io_uring is not used").count(), 1, "{log}");
+    assert!(log.contains("EPERM") && log.contains("seccomp") && log.contains("threads"), "{log}");
+}
+
+#[test]
+fn an_ordinary_user_with_little_lockable_memory_can_run_it() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("SKIPPED: only root can start the server as another user");
+    }
+    let nobody = 65534;
+    let directory =
+        tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o777)).tempdir_in("/tmp").unwrap();
+    let program = directory.path().join("raio_server");
+    std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let export = format!("d={},rw", directory.path().display());
+    let mut process = Process::new("/bin/sh");
+    process
+        .args(["-c", "ulimit -l 1024; exec \"$@\"", "sh"])
+        .arg(&program)
+        .args(["--listen", "tcp://127.0.0.1:0", "--workers", "2", "--export", &export])
+        .uid(nobody)
+        .gid(nobody);
+    let server = Server::spawn(process, directory);
+    let mut client = server.client();
+    let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+    assert_eq!(client.write(file, 0, b"hello"), Ok(5));
+    assert_eq!(client.read(file, 0, 10).unwrap(), b"hello");
+    let log = server.log();
+    assert_eq!(log.matches("memlock limit is 1024 KiB").count(), 1, "{log}");
+    assert!(log.contains("LimitMEMLOCK="), "{log}");
+}
