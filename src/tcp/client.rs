@@ -78,9 +78,10 @@ pub struct Client {
     heard: Instant,
     /// Since when something has been outstanding.
     asked: Instant,
-    /// The number of the last ping; a ping was sent since the server was last heard.
+    /// The number of the last ping.
     ping: u64,
-    pinged: bool,
+    /// When the server was pinged, if that was since it was last heard.
+    pinged: Option<Instant>,
     /// From [`ClientTransport::ping`].
     ping_deadline: Option<Instant>,
 
@@ -174,7 +175,7 @@ impl Client {
             heard: now,
             asked: now,
             ping: 0,
-            pinged: false,
+            pinged: None,
             ping_deadline: None,
             failure: None,
             lost: Status::OK,
@@ -326,7 +327,7 @@ impl Client {
 
     fn queue_ping(&mut self) {
         self.ping += 1;
-        self.pinged = true;
+        self.pinged = Some(Instant::now());
         let start = self.head.len();
         message::encode_ping(self.ping, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
@@ -512,26 +513,29 @@ impl Client {
         self.grant.keepalive.min(self.request_timeout / 3)
     }
 
-    /// When [`Client::check_silence`] next has something to do.
+    /// When the server is next to be pinged, or to be given up. It is given up only some time after a ping: if its client did not
+    /// come here for long, the silence was not the server's.
     fn silence_ends(&self) -> Option<Instant> {
-        let after = if self.pinged { self.request_timeout } else { self.ping_after() };
-        let owed = self.silent_since().map(|since| since + after);
+        let after = self.ping_after();
+        let owed = self.silent_since().map(|since| match self.pinged {
+            None => since + after,
+            Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
+        });
         owed.into_iter().chain(self.ping_deadline).min()
     }
 
-    /// Pings a server that has been silent for long, gives up one that has been for too long.
-    fn check_silence(&mut self, now: Instant) {
+    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing can be read
+    /// from the socket, it is given up.
+    fn is_overdue(&mut self, now: Instant) -> bool {
         if self.failure.is_some() || self.silence_ends().is_none_or(|end| now < end) {
-            return;
+            return false;
         }
-        let silent = self.silent_since().map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        if self.ping_deadline.is_some_and(|deadline| now >= deadline) || silent >= self.request_timeout {
-            let heard = now.saturating_duration_since(self.heard).as_secs_f64();
-            self.fail_lost(libc::ETIMEDOUT, &format!("the server has been silent for {heard:.1} s"));
-        } else if !self.pinged {
+        if self.pinged.is_none() {
             self.queue_ping();
             self.flush();
+            return false;
         }
+        true
     }
 }
 
@@ -626,7 +630,7 @@ impl ClientTransport for Client {
                 Ok((_, again)) => {
                     self.counters.receives += 1;
                     self.heard = Instant::now();
-                    self.pinged = false;
+                    self.pinged = None;
                     self.ping_deadline = None;
                     arrived = true;
                     more = again;
@@ -643,8 +647,9 @@ impl ClientTransport for Client {
                 }
             }
         }
-        if !arrived {
-            self.check_silence(Instant::now());
+        if !arrived && self.is_overdue(Instant::now()) {
+            let heard = self.heard.elapsed().as_secs_f64();
+            self.fail_lost(libc::ETIMEDOUT, &format!("the server has been silent for {heard:.1} s"));
         }
         replies.append(&mut self.done);
         if self.failure.is_some() {
@@ -659,8 +664,8 @@ impl ClientTransport for Client {
         }
         loop {
             let now = Instant::now();
-            self.check_silence(now);
-            if self.failure.is_some()
+            if self.is_overdue(now)
+                || self.failure.is_some()
                 || self.send_error.is_some()
                 || !self.done.is_empty()
                 || deadline.is_some_and(|deadline| now >= deadline)

@@ -505,6 +505,30 @@ fn a_silent_server_is_pinged_then_given_up() {
 }
 
 #[test]
+fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
+    let policy = Policy { keepalive: Duration::from_millis(100), ..policy() };
+    let (mut client, mut peer) = pair(&policy, 0);
+    client.send(0, &[0; 24], Bulk::None, false).unwrap();
+    client.send(1, &[0; 24], Bulk::None, false).unwrap();
+    client.flush();
+    let (request, _) = peer.request();
+    thread::sleep(Duration::from_millis(500));
+    let mut replies = Vec::new();
+    // Nothing was heard for longer than the request timeout, but the server was not asked either.
+    assert!(!client.receive(&mut replies));
+    assert!(client.failure().is_none());
+    let mut bytes = Vec::new();
+    peer.answer(request.id, &[], &mut bytes);
+    peer.stream.write_all(&bytes).unwrap();
+    thread::sleep(Duration::from_millis(500));
+    // The answer came in time; that it was not read in time is nobody's fault.
+    client.wait(None).unwrap();
+    client.receive(&mut replies);
+    assert!(client.failure().is_none());
+    assert_eq!(replies.len(), 1);
+}
+
+#[test]
 fn a_ping_that_nobody_answers_ends_the_connection() {
     let (mut client, _peer) = pair(&policy(), 0);
     client.ping(Duration::from_millis(50));
