@@ -188,10 +188,15 @@ impl Session {
 /// All sessions of the server.
 #[derive(Debug)]
 pub struct Sessions {
-    /// By uuid, with the number of connections.
-    by_id: Mutex<HashMap<[u8; 16], (Arc<Session>, usize)>>,
+    by_id: Mutex<HashMap<[u8; 16], Joined>>,
     open_files: Arc<AtomicUsize>,
     files_max: usize,
+}
+
+#[derive(Debug)]
+struct Joined {
+    session: Arc<Session>,
+    connections: usize,
 }
 
 impl Sessions {
@@ -207,25 +212,25 @@ impl Sessions {
     /// A connection of this session has come.
     pub fn join(&self, id: [u8; 16]) -> Arc<Session> {
         let mut by_id = lock(&self.by_id);
-        let (session, connections) = by_id.entry(id).or_insert_with(|| {
+        let joined = by_id.entry(id).or_insert_with(|| {
             let session = Session {
                 id,
                 files: Mutex::default(),
                 open_files: Arc::clone(&self.open_files),
                 files_max: self.files_max,
             };
-            (Arc::new(session), 0)
+            Joined { session: Arc::new(session), connections: 0 }
         });
-        *connections += 1;
-        Arc::clone(session)
+        joined.connections += 1;
+        Arc::clone(&joined.session)
     }
 
     /// A connection of this session has gone. Gives the files to be closed if it was the last.
     pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
         let mut by_id = lock(&self.by_id);
-        let Some((_, connections)) = by_id.get_mut(&session.id) else { return Vec::new() };
-        *connections -= 1;
-        if *connections > 0 {
+        let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };
+        joined.connections -= 1;
+        if joined.connections > 0 {
             return Vec::new();
         }
         by_id.remove(&session.id);

@@ -74,8 +74,8 @@ fn an_ordinary_user_with_little_lockable_memory_can_run_it() {
         return eprintln!("SKIPPED: only root can start the server as another user");
     }
     let nobody = 65534;
-    let directory =
-        tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o777)).tempdir_in("/tmp").unwrap();
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o777)).unwrap();
     let program = directory.path().join("raio_server");
     std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
