@@ -1,0 +1,82 @@
+//! Hello, world: a server that answers a greeting and a client that sends one, in one program.
+//!
+//! ```text
+//! cargo run --example hello
+//! ```
+//!
+//! A command is whatever your client and your server agree on. Here it is a line of text, and so is the answer.
+
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use raio_transport::Status;
+use raio_transport::handshake::{Offer, Policy};
+use raio_transport::message::text;
+use raio_transport::reactor::{Config, Op, Payload, Reactor, Token, Wait};
+use raio_transport::tcp;
+use raio_transport::transport::{Body, Bulk, ClientTransport, Response, ServerEvent, ServerTransport};
+
+/// Who an event of the reactor's is for.
+const LISTENER: u8 = 0;
+const TRANSPORT: u8 = 1;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // Port 0: whichever is free.
+    let (listener, address) = tcp::listen("127.0.0.1:0".parse()?)?;
+    thread::spawn(move || serve(listener).expect("the server serves"));
+
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut client = tcp::Client::connect(address, &Offer::new("hello"), deadline)?;
+    client.send(1, b"Hello, server!", Bulk::None, false).expect("a new connection has credits");
+    client.flush();
+
+    let mut replies = Vec::new();
+    while replies.is_empty() {
+        client.wait(None)?;
+        client.receive(&mut replies);
+    }
+    println!("client: the server says {:?}", text(&replies[0].body));
+    Ok(())
+}
+
+/// One thread that accepts, receives and answers, for any number of clients.
+fn serve(listener: OwnedFd) -> std::io::Result<()> {
+    let mut reactor = Reactor::new(&Config::default())?;
+    let mut server = tcp::Server::new(TRANSPORT, Arc::new(Policy::default()));
+    let listener = reactor.file(listener);
+    let accept = Token { owner: LISTENER, value: 0 };
+    reactor.submit(accept, Op::Accept { listener: listener.clone() });
+
+    let mut events = Vec::new();
+    loop {
+        // Hear of everything that has happened,
+        reactor.turn(Wait::Block, &mut events)?;
+        for event in events.drain(..) {
+            if event.token.owner == TRANSPORT {
+                server.handle(&mut reactor, event);
+            } else if let Payload::Fd(stream) = event.payload {
+                server.adopt(&mut reactor, stream);
+                reactor.submit(accept, Op::Accept { listener: listener.clone() });
+            }
+        }
+        // do what was asked for,
+        while let Some(event) = server.next_event() {
+            match event {
+                ServerEvent::Opened(_, peer) => println!("server: {:?} is here", peer.name),
+                ServerEvent::Request(request) => {
+                    println!("server: it says {:?}", text(&request.body));
+                    let body = Body::from(&b"Hello, client!"[..]);
+                    let response = Response { status: Status::OK, result: 0, body, data: None };
+                    server.respond(&mut reactor, request.key, response);
+                }
+                ServerEvent::Fetched(..) => unreachable!("greetings bring no data"),
+                ServerEvent::Closed(_, reason) => println!("server: it left ({})", reason.name()),
+            }
+        }
+        // and send all answers at once.
+        server.flush(&mut reactor);
+    }
+}

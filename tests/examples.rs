@@ -1,0 +1,64 @@
+//! The examples run, and say what they are there to say.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+/// `cargo run` for an example, built as this test was.
+fn example(name: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["run", "--quiet", "--offline", "--manifest-path"]);
+    command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
+    if !cfg!(debug_assertions) {
+        command.arg("--release");
+    }
+    command.args(["--example", name, "--"]).args(arguments);
+    command
+}
+
+fn output(name: &str, arguments: &[&str]) -> String {
+    let output = example(name, arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name} {arguments:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn hello_is_answered() {
+    let said = output("hello", &[]);
+    for line in [
+        "server: \"hello\" is here",
+        "server: it says \"Hello, server!\"",
+        "client: the server says \"Hello, client!\"",
+    ] {
+        assert!(said.lines().any(|said| said == line), "{line:?} is missing in {said:?}");
+    }
+}
+
+#[test]
+fn hello_mt_greets_every_client_on_every_worker() {
+    let said = output("hello_mt", &["3", "6", "500"]);
+    for n in 0..3 {
+        assert!(said.contains(&format!("worker {n}: 1000 greetings of 2 clients\n")), "{said}");
+    }
+    assert!(said.contains(" greetings a second\n"), "{said}");
+}
+
+#[test]
+fn echo_returns_what_was_sent_between_two_processes() {
+    let mut server = example("echo", &["server", "127.0.0.1:0"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.trim().strip_prefix("listening on ").expect("it says where it listens").to_owned();
+    let said = ["0", "1", "65536", "1048576"]
+        .map(|bytes| example("echo", &["client", &address, bytes, "50", "4"]).output().unwrap());
+    let too_much = example("echo", &["client", &address, "1048577"]).output().unwrap();
+    // `cargo run` has become the example.
+    server.kill().unwrap();
+    server.wait().unwrap();
+    for (output, bytes) in said.iter().zip(["0", "1", "65536", "1048576"]) {
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.starts_with(&format!("50 echoes of {bytes} bytes, 4 at a time: ")), "{output:?}");
+    }
+    assert!(!too_much.status.success());
+    assert!(String::from_utf8_lossy(&too_much.stderr).contains("at most 1048576 bytes"), "{too_much:?}");
+}
