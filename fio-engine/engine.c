@@ -453,6 +453,9 @@ static int raio_fio_init(struct thread_data *td)
 	}
 	td->io_ops_data = job;
 	job->depth = td->o.iodepth;
+	/* fio sends the write of a block right behind its trim, for engines that trim while it waits: ours does not */
+	if (td_trimwrite(td))
+		td->o.serialize_overlap = 1;
 	job->iocbs = calloc(job->depth, sizeof(*job->iocbs));
 	job->queued = calloc(job->depth, sizeof(*job->queued));
 	job->refused = calloc(job->depth, sizeof(*job->refused));

@@ -23,7 +23,11 @@ fn programs() -> &'static Path {
             .arg(format!("LIBDIR={}", directory.display()))
             .output()
             .expect("make runs");
-        assert!(make.status.success(), "the C programs do not build:\n{}", String::from_utf8_lossy(&make.stderr));
+        assert!(
+            make.status.success(),
+            "the C programs do not build:\n{}",
+            String::from_utf8_lossy(&make.stderr)
+        );
         out
     })
 }
@@ -154,7 +158,12 @@ fn a_client_is_clean_under_valgrind() {
     let exports = serve();
     let mut command = Command::new("valgrind");
     command
-        .args(["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"])
+        .args([
+            "--quiet",
+            "--error-exitcode=9",
+            "--leak-check=full",
+            "--errors-for-leak-kinds=definite,indirect",
+        ])
         .arg(programs().join("plain/r-aio-2-two-models-of-memory"))
         .env("CHECK_SECONDS", "600");
     let address = exports.server.address();
