@@ -1,6 +1,6 @@
 //! raio's own commands, on top of the message layer: open, read, write, ...
 //!
-//! A command is the body of a request. All but two are an [`IoCommand`], 24 bytes, so that a request is 64 bytes in all. Data to
+//! A command is the body of a request. All but an open have one layout of 24 bytes, so that a request is 64 bytes in all. Data to
 //! be written is the request's bulk data, data read is the response's; the response's result is the byte count, or the
 //! file handle of an open.
 
@@ -13,7 +13,7 @@ use crate::error::Violation;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
 pub enum Opcode {
-    /// Open a file: [`OpenCommand`] and the path. Result: its handle. Body of the response: [`FileStatus`].
+    /// Open a file by its path. Result: its handle. Body of the response: [`FileStatus`].
     Open = 1,
     /// Close a handle.
     Close = 2,

@@ -71,14 +71,14 @@ fn a_thousand_sessions_leave_the_server_where_it_began() {
     let cycle = |n: usize| {
         let session = Session::connect(&url, &Options::default()).expect("a session");
         let file = session.open("/d/file", libc::O_RDONLY, 0).expect("a file");
-        if n % 10 == 0 {
+        if n.is_multiple_of(10) {
             let mut context = session.context(1).expect("a context");
             let buffers = Buffers::One(Buffer::Owned(vec![0; 16].into()));
             context.submit(&file, Operation::Read { offset: 0, buffers }, 0).expect("room for one");
             context.wait(1, 1, None).expect("an answer");
             assert_eq!(context.next().expect("a completion").result.expect("success"), 7);
         }
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             file.close().expect("closed");
         }
     };
