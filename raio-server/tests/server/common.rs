@@ -154,6 +154,15 @@ impl Server {
         Path::new("/proc").join(self.child.id().to_string()).join("fd").read_dir().unwrap().count()
     }
 
+    /// Waits until it has so many: closing goes through the backend, behind the statistics' back.
+    pub fn fds_until(&self, expected: usize) {
+        let deadline = Instant::now() + TIMEOUT;
+        while self.fds() != expected {
+            assert!(Instant::now() < deadline, "{} descriptors, once {expected}", self.fds());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + TIMEOUT;
         loop {
