@@ -2,13 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use raio_transport::protocol::{Command, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
 
-use crate::common::{Client, Server, TIMEOUT, Variant, buffers, each};
+use crate::common::{Server, TIMEOUT, Variant, buffers, each};
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
@@ -16,31 +18,32 @@ const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
     each(|variant| {
         let mut server = Server::start(variant, &[]);
-        let mut clients: Vec<(Client, _)> = (0..4)
-            .map(|i| {
-                let mut client = server.client();
-                let file = client.open(&format!("/d/f{i}"), NEW).unwrap();
-                (client, file)
-            })
-            .collect();
         let block = vec![5; 256 << 10];
-        let mut tags = Vec::new();
-        for (client, file) in &mut clients {
-            tags.push((0..64).map(|i| client.send_write(*file, i << 18, &block)).collect::<Vec<_>>());
-        }
-        server.signal(Signal::TERM);
-        let (mut written, mut refused) = (0, 0);
-        for ((client, _), tags) in clients.iter_mut().zip(tags) {
-            for tag in tags {
-                let status = client.wait(tag).status;
-                match status.errno {
-                    0 => written += 1,
-                    // It came too late, and was told so.
-                    libc::ESHUTDOWN if status.retryable => refused += 1,
-                    _ => panic!("{status:?}\n{}", server.log()),
-                }
+        let (written, refused) = (AtomicU64::new(0), AtomicU64::new(0));
+        let all_sent = Barrier::new(5);
+        std::thread::scope(|scope| {
+            for i in 0..4 {
+                let mut client = server.client();
+                let (block, written, refused, all_sent) = (&block, &written, &refused, &all_sent);
+                scope.spawn(move || {
+                    let file = client.open(&format!("/d/f{i}"), NEW).unwrap();
+                    let tags: Vec<_> = (0..64).map(|i| client.send_write(file, i << 18, block)).collect();
+                    all_sent.wait();
+                    for tag in tags {
+                        let status = client.wait(tag).status;
+                        match status.errno {
+                            0 => written.fetch_add(1, Ordering::Relaxed),
+                            // It came too late, and was told so.
+                            libc::ESHUTDOWN if status.retryable => refused.fetch_add(1, Ordering::Relaxed),
+                            _ => panic!("{status:?}, {:?}", client.transport.failure()),
+                        };
+                    }
+                });
             }
-        }
+            all_sent.wait();
+            server.signal(Signal::TERM);
+        });
+        let (written, refused) = (written.into_inner(), refused.into_inner());
         eprintln!("{written} written, {refused} refused");
         assert!(written >= 4);
         let status = server.wait();
