@@ -196,7 +196,8 @@ pub struct Sessions {
 #[derive(Debug)]
 struct Joined {
     session: Arc<Session>,
-    connections: usize,
+    /// How many workers have connections of it.
+    workers: usize,
 }
 
 impl Sessions {
@@ -209,7 +210,7 @@ impl Sessions {
         }
     }
 
-    /// A connection of this session has come.
+    /// A worker has got its first connection of this session.
     pub fn join(&self, id: [u8; 16]) -> Arc<Session> {
         let mut by_id = lock(&self.by_id);
         let joined = by_id.entry(id).or_insert_with(|| {
@@ -219,18 +220,18 @@ impl Sessions {
                 open_files: Arc::clone(&self.open_files),
                 files_max: self.files_max,
             };
-            Joined { session: Arc::new(session), connections: 0 }
+            Joined { session: Arc::new(session), workers: 0 }
         });
-        joined.connections += 1;
+        joined.workers += 1;
         Arc::clone(&joined.session)
     }
 
-    /// A connection of this session has gone. Gives the files to be closed if it was the last.
+    /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any more.
     pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
         let mut by_id = lock(&self.by_id);
         let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };
-        joined.connections -= 1;
-        if joined.connections > 0 {
+        joined.workers -= 1;
+        if joined.workers > 0 {
             return Vec::new();
         }
         by_id.remove(&session.id);
