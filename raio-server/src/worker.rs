@@ -124,6 +124,8 @@ pub struct Worker {
     requests: Slab<Request>,
     /// How many requests are in each state.
     in_state: [usize; 3],
+    /// Files that are being closed for nobody: their session has ended.
+    closing: usize,
     /// Connections with requests that wait for memory take turns.
     turns: VecDeque<usize>,
     /// The first of them waits until there is room.
@@ -207,6 +209,7 @@ impl Worker {
             sessions_by_id: HashMap::new(),
             requests: Slab::new(),
             in_state: [0; 3],
+            closing: 0,
             turns: VecDeque::new(),
             is_out_of_room: false,
             events: Vec::new(),
@@ -319,7 +322,7 @@ impl Worker {
         counters.connections.set(self.transports.connections() as u64);
         counters.need_slot.set(self.in_state[State::NeedSlot as usize] as u64);
         counters.fetching.set(self.in_state[State::Fetching as usize] as u64);
-        counters.executing.set(self.in_state[State::Executing as usize] as u64);
+        counters.executing.set((self.in_state[State::Executing as usize] + self.closing) as u64);
         counters.slot_bytes.set(self.arena.used_bytes() as u64);
         counters.sleeps.set(self.reactor.sleeps());
         counters.turns.add(1);

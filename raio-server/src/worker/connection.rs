@@ -132,7 +132,7 @@ impl Worker {
         self.sessions_by_id.remove(&session.id);
         drop(files);
         for file in self.shared.sessions.leave(&session) {
-            self.retire(backend::NOBODY, file);
+            self.closing += usize::from(self.retire(backend::NOBODY, file));
         }
     }
 

@@ -152,6 +152,7 @@ impl Worker {
 
     pub(super) fn completed(&mut self, completion: Completion) {
         if completion.key == backend::NOBODY {
+            self.closing -= 1;
             return;
         }
         let key = completion.key as usize;
