@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
+use raio_transport::message::{self, RemoteRegion};
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
@@ -78,6 +79,35 @@ fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
         assert!(TcpStream::connect(server.address).is_err(), "nobody listens any more");
         let _ = file;
     });
+}
+
+#[test]
+fn a_write_that_never_arrives_holds_up_the_end_for_so_long_and_no_longer() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    let offer = Offer::new("half");
+    let mut whole = Client::connect(server.address, &offer);
+    let file = whole.open("/d/f", NEW).unwrap();
+    let mut half = TcpStream::connect(server.address).unwrap();
+    half.write_all(&offer.hello()).unwrap();
+    half.read_exact(&mut [0; 64]).unwrap();
+    let mut body = Vec::new();
+    Command::Write { file, offset: 0, length: 1000 }.encode(&mut body);
+    let request =
+        message::Request { id: 1, body_len: 0, data_len: 1000, region: RemoteRegion::None, data_crc: 0 };
+    let mut bytes = Vec::new();
+    request.encode(&body, false, &mut bytes);
+    half.write_all(&bytes).unwrap();
+    half.write_all(&[1; 10]).unwrap();
+    server.stats_until("half a write", |stats| stats.get("fetching") == 1);
+    server.signal(Signal::TERM);
+    let started = Instant::now();
+    assert_eq!(server.wait().code(), Some(1), "not everything was answered");
+    assert!(
+        (Duration::from_secs(9)..Duration::from_secs(13)).contains(&started.elapsed()),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(server.log().contains("did not finish"), "{}", server.log());
 }
 
 #[test]
