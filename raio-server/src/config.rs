@@ -288,7 +288,7 @@ mod tests {
         let config = options(&["--export", "a=/tmp"]).check(2).unwrap();
         assert_eq!(config.listen, ["127.0.0.1:7240".parse().unwrap()]);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (2, 128, 1 << 20));
-        assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 128 << 20));
+        assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
     }
 
