@@ -11,7 +11,7 @@ use raio_transport::transport::CloseReason;
 use crate::harness::{Op, PATIENCE, Server, Setup, Transport, command, pattern, serve};
 use crate::raw::{Got, Raw};
 
-const STALL: Duration = Duration::from_millis(300);
+const STALL: Duration = Duration::from_millis(500);
 
 fn impatient() -> Policy {
     Policy { stall_timeout: STALL, queue_depth: 16, data_bytes_max: 64 << 10, ..Policy::default() }
