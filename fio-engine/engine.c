@@ -36,14 +36,16 @@ struct job {
 	raio_context_t ctx;
 	raio_mr_t mr;			/* of td->orig_buffer */
 	unsigned int depth;		/* how many io_us there are: bounds every array below */
-	unsigned int batch;		/* send when so many are queued, or fio's queue is full */
+	unsigned int batch;		/* send when so many are queued, or fio is about to wait */
 	struct raio_iocb *iocbs;	/* by io_u->index; ->data is the io_u */
 	struct raio_iocb **queued;	/* not yet taken by raio_submit(), oldest first */
 	unsigned int queued_nr;
 	struct io_u **refused;		/* raio_submit() would not have them: getevents() reports them */
 	unsigned int refused_nr;
-	struct raio_event *events;
-	struct io_u **done;		/* what the last getevents() collected, for event() */
+	struct raio_event *events;	/* collected from libraio; from `events_at` on not yet handed to fio */
+	unsigned int events_at;
+	unsigned int events_nr;
+	struct io_u **done;		/* what the last getevents() handed to fio, for event() */
 };
 
 /* The sentence for the last io_u that failed: fio asks for it after it has printed the error itself. */
@@ -660,14 +662,15 @@ static void submit_queued(struct thread_data *td)
 
 /*
  * fio commits each io_u by itself unless a job asks for batches. One send for several costs the client and the server
- * a fraction of one send for each, so while fio is still filling its queue they wait for one another; their latency
- * counts from the send. A depth of 1 is always full.
+ * a fraction of one send for each, so they wait for one another while fio has more to do before it waits: room in its
+ * queue to fill, or completions to take. Their latency counts from the send. A depth of 1 never waits.
  */
 static int raio_fio_commit(struct thread_data *td)
 {
 	struct job *job = td->io_ops_data;
+	int fio_goes_on = td->cur_depth < job->depth || job->events_at < job->events_nr;
 
-	if (job->queued_nr >= job->batch || td->cur_depth >= job->depth)
+	if (job->queued_nr >= job->batch || !fio_goes_on)
 		submit_queued(td);
 	return 0;
 }
@@ -692,7 +695,7 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 	struct job *job = td->io_ops_data;
 	struct timespec timeout, *tp = NULL;
 	unsigned int nr = 0;
-	long ret, i;
+	long ret;
 
 	if (t) {
 		timeout = *t;
@@ -701,12 +704,19 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 	max_nr = min(max_nr, job->depth);
 	min_nr = min(min_nr, max_nr);
 
-	submit_queued(td);
-	while (nr < max_nr && job->refused_nr)
-		job->done[nr++] = job->refused[--job->refused_nr];
+	for (;;) {
+		while (nr < max_nr && job->refused_nr)
+			job->done[nr++] = job->refused[--job->refused_nr];
+		while (nr < max_nr && job->events_at < job->events_nr)
+			job->done[nr++] = finish(&job->events[job->events_at++]);
+		if (nr && nr >= min_nr)
+			break;
 
-	while (nr < max_nr) {
-		ret = raio_getevents(job->ctx, nr < min_nr ? min_nr - nr : 0, max_nr - nr, job->events, tp);
+		/* fio takes as few as one at a time; libraio gives all there are for the same price */
+		submit_queued(td);
+		if (job->refused_nr)
+			continue;
+		ret = raio_getevents(job->ctx, nr < min_nr ? min_nr - nr : 0, job->depth, job->events, tp);
 		if (ret == -EINTR)
 			continue;
 		if (ret < 0) {
@@ -716,11 +726,10 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 			raio_failed(td, "server", "raio_getevents");
 			return (int)ret;
 		}
-		for (i = 0; i < ret; i++)
-			job->done[nr++] = finish(&job->events[i]);
-		if (nr >= min_nr || t || !job->queued_nr)
+		job->events_at = 0;
+		job->events_nr = (unsigned int)ret;
+		if (!ret && (!min_nr || t || !job->queued_nr))
 			break;
-		submit_queued(td);
 	}
 	return (int)nr;
 }
