@@ -448,6 +448,8 @@ impl Reactor {
                 if now >= spin_until {
                     break;
                 }
+                // Whoever has the news to bring may need this core.
+                std::thread::yield_now();
             }
         }
         if self.waker.prepare_sleep() {
