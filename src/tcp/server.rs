@@ -147,8 +147,8 @@ struct Connection {
     /// Something came since the keepalive timer was set.
     heard: bool,
     progress: Progress,
-    /// `progress` when the stall check was set.
-    checked: Progress,
+    /// When the stall check was set: `progress`, and whether a message had been begun, and a send.
+    checked: (Progress, bool, bool),
 }
 
 fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
@@ -247,7 +247,7 @@ impl Server {
             keepalive: None,
             heard: true,
             progress: Progress::default(),
-            checked: Progress::default(),
+            checked: Default::default(),
         });
         self.receive(reactor, &mut connection);
         self.put(reactor, connection);
@@ -292,7 +292,8 @@ impl Server {
         if connection.state == State::Open {
             let queue_depth = self.policy.queue_depth as usize;
             let is_behind = connection.out_bytes > UNSENT_BYTES_MAX || connection.out_responses > queue_depth;
-            if is_behind && connection.send_in_flight {
+            // A send that took only a part has made no room yet: what it left is sent before anything else is read.
+            if is_behind && (connection.send_in_flight || connection.rest.is_some()) {
                 return;
             }
             if !matches!(connection.unread, Unread::None) {
@@ -642,18 +643,22 @@ impl Server {
 
     fn deadline(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
         connection.deadline = None;
-        let Progress { messages_in, bytes_in, batches_out, bytes_out } = connection.checked;
+        // What was begun since has had less than the stall timeout: its time begins with the next check.
+        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, owed_input, was_sending) =
+            connection.checked;
         let now = connection.progress;
         match connection.state {
             State::Handshake(_) => self.fail(reactor, connection, Violation::HandshakeTimeout),
             State::Lingering => self.end(connection, CloseReason::Local),
             State::Dead => {}
             State::Open => {
-                let input_stalled = connection.owes_input()
+                let input_stalled = owed_input
+                    && connection.owes_input()
                     && connection.receive_in_flight
                     && now.messages_in == messages_in
                     && now.bytes_in - bytes_in < PROGRESS_BYTES_MIN;
-                let output_stalled = connection.send_in_flight
+                let output_stalled = was_sending
+                    && connection.send_in_flight
                     && now.batches_out == batches_out
                     && now.bytes_out - bytes_out < PROGRESS_BYTES_MIN;
                 if output_stalled {
@@ -673,7 +678,7 @@ impl Server {
             && connection.deadline.is_none()
             && (connection.send_in_flight || connection.owes_input())
         {
-            connection.checked = connection.progress;
+            connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
             let token = self.token(connection.id, Kind::Deadline);
             connection.deadline = Some(reactor.timer(Instant::now() + self.policy.stall_timeout, token));
         }

@@ -198,6 +198,23 @@ impl Server {
     /// A stream to the server.
     pub fn stream(&self) -> TcpStream {
         let (client, server) = tcp_pair();
+        self.serve(server);
+        client
+    }
+
+    /// Gives the server its end of a stream, non-blocking.
+    pub fn serve(&self, stream: TcpStream) {
+        self.adopt(Wire::Tcp(stream.into()));
+    }
+
+    /// A stream to the server with buffers of a few KiB, so that little is on its way.
+    pub fn narrow_stream(&self) -> TcpStream {
+        let (client, server) = tcp_pair();
+        for end in [&client, &server] {
+            let socket = socket2::SockRef::from(end);
+            socket.set_send_buffer_size(4096).unwrap();
+            socket.set_recv_buffer_size(4096).unwrap();
+        }
         self.adopt(Wire::Tcp(server.into()));
         client
     }
