@@ -207,13 +207,12 @@ impl Server {
         self.adopt(Wire::Tcp(stream.into()));
     }
 
-    /// A stream to the server with buffers of a few KiB, so that little is on its way.
+    /// A stream to the server with small buffers, those from the server smallest, so that little is on its way.
     pub fn narrow_stream(&self) -> TcpStream {
         let (client, server) = tcp_pair();
-        for end in [&client, &server] {
-            let socket = socket2::SockRef::from(end);
-            socket.set_send_buffer_size(4096).unwrap();
-            socket.set_recv_buffer_size(4096).unwrap();
+        for (from, to, bytes) in [(&client, &server, 64 << 10), (&server, &client, 4 << 10)] {
+            socket2::SockRef::from(from).set_send_buffer_size(bytes).unwrap();
+            socket2::SockRef::from(to).set_recv_buffer_size(bytes).unwrap();
         }
         self.adopt(Wire::Tcp(server.into()));
         client

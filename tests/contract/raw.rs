@@ -69,7 +69,7 @@ impl Raw {
         Self::client(server).open(offer)
     }
 
-    /// The same, over a stream with buffers of a few KiB.
+    /// The same, over a stream with small buffers.
     pub fn open_narrow_client(server: &Server, offer: &Offer) -> (Self, Grant) {
         Self::new(Wire::Tcp(server.narrow_stream(), Vec::new())).open(offer)
     }
