@@ -37,6 +37,8 @@ const DIRECT_BYTES: usize = LARGE_BYTES / 2;
 const SLICES_MAX: usize = 64;
 /// Sent headers are dropped from the front of `head` in runs of this length, if it never drains.
 const HEAD_SENT_BYTES_MAX: usize = 64 << 10;
+/// Reads in one call, so that a server that sends without end does not keep its client from coming back.
+const READS_MAX: usize = 64;
 /// Pongs that wait to be sent. A peer that pings on without reading them is stalled.
 const PONGS_MAX: usize = 64;
 
@@ -616,6 +618,7 @@ impl ClientTransport for Client {
         }
         replies.append(&mut self.done);
         let mut more = true;
+        let mut reads = 0;
         while self.failure.is_none() {
             // First of all what came along with the handshake.
             if let Err(violation) = self.parse(replies) {
@@ -632,7 +635,8 @@ impl ClientTransport for Client {
                     self.pinged = None;
                     self.ping_deadline = None;
                     arrived = true;
-                    more = again;
+                    reads += 1;
+                    more = again && reads < READS_MAX;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
