@@ -227,7 +227,7 @@ impl Worker {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
         let Some(handle) = self.sessions[session].session.insert(Arc::clone(&open)) else {
-            let text = "This session has as many files open as it may. Close some, or raise the server's limit with `ulimit -n`.";
+            let text = "The server has as many files open as it may. Close some, or raise its limit with `ulimit -n`.";
             return failure(Status::storage(libc::EMFILE), text);
         };
         if let Some(size) = open.fixed_size() {
