@@ -124,9 +124,8 @@ impl Ring {
         Ok(())
     }
 
+    /// Puts a file into the table, or takes one out (-1). Nothing in flight uses the index: it would hold the `File` that has it.
     pub fn set_file(&mut self, index: u32, fd: RawFd) -> bool {
-        // Submissions not yet passed on may still name the old file.
-        self.enter(0, None);
         self.ring.submitter().register_files_update(index, &[fd]).is_ok()
     }
 

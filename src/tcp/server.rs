@@ -28,8 +28,10 @@ use crate::transport::{
 const DIRECT_BYTES_MIN: usize = 32 << 10;
 /// A connection whose unsent answers hold more than this is not read from.
 const UNSENT_BYTES_MAX: usize = 1 << 20;
-/// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers.
+/// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers...
 const PROGRESS_BYTES_MIN: u64 = 4096;
+/// ... and what part it is, at least, of the memory that they hold: one that trickles gives it back within so many timeouts.
+const PROGRESS_PART: u64 = 8;
 /// How long a closed connection is kept for its peer to read the goodbye.
 const LINGER: Duration = Duration::from_secs(1);
 /// Finished batches kept for reuse.
@@ -87,6 +89,13 @@ enum Receiving {
     Data { id: u64, slot: Option<Slot>, start: usize, len: usize, filled: usize, crc: u32 },
     /// A request was answered without its data.
     Discard { left: usize },
+}
+
+impl Receiving {
+    /// How much data the message being received holds a slot for.
+    fn slot_len(&self) -> usize {
+        if let Self::Data { len, .. } = self { *len } else { 0 }
+    }
 }
 
 /// Bytes received and not yet looked at.
@@ -158,6 +167,11 @@ fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
     {
         reactor.cancel_timer(timer);
     }
+}
+
+/// How many bytes a peer must move within the stall timeout if it holds so much memory.
+fn progress_due(held_bytes: usize) -> u64 {
+    PROGRESS_BYTES_MIN.max(held_bytes as u64 / PROGRESS_PART)
 }
 
 /// What the stall check compares.
@@ -656,11 +670,11 @@ impl Server {
                     && connection.owes_input()
                     && connection.receive_in_flight
                     && now.messages_in == messages_in
-                    && now.bytes_in - bytes_in < PROGRESS_BYTES_MIN;
+                    && now.bytes_in - bytes_in < progress_due(connection.receiving.slot_len());
                 let output_stalled = was_sending
                     && connection.send_in_flight
                     && now.batches_out == batches_out
-                    && now.bytes_out - bytes_out < PROGRESS_BYTES_MIN;
+                    && now.bytes_out - bytes_out < progress_due(connection.unsent_bytes);
                 if output_stalled {
                     // A goodbye would wait behind what it does not take.
                     self.end(connection, CloseReason::Violation(Violation::Stalled));

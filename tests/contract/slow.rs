@@ -166,20 +166,31 @@ fn a_client_that_begins_a_message_and_stops_is_closed() {
 
 #[test]
 fn a_client_that_trickles_a_message_for_too_long_is_closed() {
-    let server = serve(Transport::TcpUring, impatient());
-    let (mut raw, _) = Raw::open_client(&server, &Offer::new("trickle"));
-    let mut bytes = Vec::new();
-    let request =
-        message::Request { id: 1, body_len: 0, data_len: 60_000, region: RemoteRegion::None, data_crc: 0 };
-    request.encode(&command(Op::Put, 0), false, &mut bytes);
-    raw.send(&bytes);
-    let deadline = Instant::now() + PATIENCE;
-    while raw.stream().write_all(&[0]).is_ok() {
-        assert!(Instant::now() < deadline, "it is never closed");
-        std::thread::sleep(Duration::from_millis(10));
+    // The second makes 4 KiB of progress in a stall timeout, which is little for the memory that it holds.
+    for trickle in [1, 300] {
+        let server =
+            serve(Transport::TcpUring, Policy { stall_timeout: Duration::from_millis(200), ..impatient() });
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("trickle"));
+        let mut bytes = Vec::new();
+        let request = message::Request {
+            id: 1,
+            body_len: 0,
+            data_len: 60_000,
+            region: RemoteRegion::None,
+            data_crc: 0,
+        };
+        request.encode(&command(Op::Put, 0), false, &mut bytes);
+        raw.send(&bytes);
+        let deadline = Instant::now() + PATIENCE;
+        let mut sent = 0;
+        while raw.stream().write_all(&vec![0; trickle]).is_ok() {
+            sent += trickle;
+            assert!(Instant::now() < deadline && sent < 60_000, "it is never closed");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Stalled));
+        server.serves_others();
     }
-    assert_eq!(server.closed(0), CloseReason::Violation(Violation::Stalled));
-    server.serves_others();
 }
 
 #[test]
