@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use raio_transport::error::Violation;
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::protocol::{Command, Opcode};
+use raio_transport::spin::Spin;
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
 use raio_transport::{Class, Status};
 
@@ -652,19 +653,15 @@ impl Context {
         // One so far away that there is no such instant is none.
         let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
         let mut since = begin;
-        let mut slept = false;
+        let mut spinning = self.spin.begin();
         while self.done.len() < min.min(self.done.len() + self.in_flight) {
-            let now = Instant::now();
-            if deadline.is_some_and(|deadline| now >= deadline) {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
             let before = self.done.len();
-            if !slept && now - since < self.spin.budget {
-                // Whoever has the answer to give may need this core.
-                std::thread::yield_now();
+            if self.spin.goes_on(&mut spinning) {
                 self.pump();
             } else {
-                slept = true;
                 self.stats.sleeps += 1;
                 if let Err(error) = self.transport.wait(deadline) {
                     self.pump();
@@ -676,7 +673,7 @@ impl Context {
                 let now = Instant::now();
                 self.spin.learn(now - since);
                 since = now;
-                slept = false;
+                spinning = self.spin.begin();
             }
         }
         Ok(())
@@ -869,27 +866,4 @@ impl Context {
 
 fn too_late() -> Error {
     Error::call(libc::EAGAIN, "Too late to cancel: it is being done, or is done. Its own completion comes.")
-}
-
-/// How long to wait actively: as long as was asked for while answers come within that time, less and less while they do not.
-#[derive(Debug)]
-struct Spin {
-    most: Duration,
-    budget: Duration,
-}
-
-impl Spin {
-    fn new(most: Duration) -> Self {
-        Self { most, budget: most }
-    }
-
-    /// An answer took so long.
-    fn learn(&mut self, took: Duration) {
-        // Some allowance, for a sleep adds the time it takes to wake up.
-        if took <= self.most * 2 {
-            self.budget = self.most;
-        } else {
-            self.budget /= 2;
-        }
-    }
 }

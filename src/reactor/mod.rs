@@ -35,6 +35,7 @@ pub use sources::{FileWatch, Signals, block_signals};
 pub use timers::TimerId;
 
 use crate::memory::Arena;
+use crate::spin::Spin;
 use crate::transport::SlotRange;
 
 /// Names an operation or timer to its owner.
@@ -286,7 +287,7 @@ pub struct Reactor {
     fallback: Option<String>,
     timers: timers::Timers,
     waker: Waker,
-    spin: Duration,
+    spin: Spin,
     /// Indices among the registered files that are free, and those whose file has gone.
     fixed_free: Vec<u32>,
     fixed_retired: Rc<RefCell<Vec<u32>>>,
@@ -314,7 +315,7 @@ impl Reactor {
             fallback,
             timers: timers::Timers::default(),
             waker,
-            spin: config.spin,
+            spin: Spin::new(config.spin),
             fixed_free: (0..files).rev().collect(),
             fixed_retired: Rc::default(),
             sleeps: 0,
@@ -428,28 +429,21 @@ impl Reactor {
         if wait == Wait::Poll || events.len() > before || self.waker.take() {
             return Ok(());
         }
-        if !self.spin.is_zero() {
-            let spin_until = Instant::now() + self.spin;
-            loop {
-                for _ in 0..32 {
-                    if self.engine_has_news() || self.waker.is_set() {
-                        self.engine_poll(events)?;
-                        if events.len() > before || self.waker.take() {
-                            return Ok(());
-                        }
+        let begin = Instant::now();
+        let mut spinning = self.spin.begin();
+        while self.spin.goes_on(&mut spinning) {
+            for _ in 0..32 {
+                if self.engine_has_news() || self.waker.is_set() {
+                    self.engine_poll(events)?;
+                    if events.len() > before || self.waker.take() {
+                        self.spin.learn(begin.elapsed());
+                        return Ok(());
                     }
-                    std::hint::spin_loop();
                 }
-                let now = Instant::now();
-                if self.timers.next().is_some_and(|at| at <= now) {
-                    self.timers.expire(events);
-                    return Ok(());
-                }
-                if now >= spin_until {
-                    break;
-                }
-                // Whoever has the news to bring may need this core.
-                std::thread::yield_now();
+                std::hint::spin_loop();
+            }
+            if self.timers.next().is_some_and(|at| at <= Instant::now()) {
+                break;
             }
         }
         if self.waker.prepare_sleep() {
@@ -460,6 +454,7 @@ impl Reactor {
         }
         self.waker.take();
         self.timers.expire(events);
+        self.spin.learn(begin.elapsed());
         Ok(())
     }
 
