@@ -1,0 +1,886 @@
+//! The client's side of RDMA: one connection, used by one thread at a time.
+//!
+//! While a request is in flight its buffers are laid open to the server, for its direction only: memory that was registered as it is,
+//! other memory through a bounce slot, which is counted. Small writes travel in their request. The buffers come back with the reply;
+//! when the connection ends without one, the queue pair is destroyed first, so that nothing lands in them afterwards.
+//!
+//! Nothing here starts a thread. [`ClientTransport::receive`] polls the completion queue in memory; [`ClientTransport::wait`] arms it,
+//! polls once more, and sleeps on a descriptor that stands for the completion channel, rdma_cm's events and the device's.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+
+use super::cm::{EventChannel, Id, Kind};
+use super::device::{Access, CompletionChannel, Domain, Mr};
+use super::queue_pair::{Completion, Failure, QueuePair, Size};
+use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
+use crate::error::{Class, Error, Status, Violation};
+use crate::handshake::{Grant, Offer};
+use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot};
+use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
+use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
+
+/// Queue depth asked for by a client that leaves it to the server.
+const DEPTH_DEFAULT: u32 = 1024;
+/// Room for requests that are being sent, at most.
+const SEND_BYTES_MAX: usize = 256 << 10;
+const SEND_BYTES_MIN: usize = 64 << 10;
+/// The most data that is sent inline, whatever the server would take.
+const INLINE_BYTES_MAX: usize = 16 << 10;
+/// The least that is registered at a time for bounce slots.
+const BOUNCE_BYTES_MIN: usize = 1 << 20;
+/// While the client polls without ever waiting, it looks at the descriptors so often.
+const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// While there is no room to send, it is looked for so often.
+const ROOM_EVERY: Duration = Duration::from_millis(1);
+/// How long a goodbye may take.
+const GOODBYE_TIME: Duration = Duration::from_millis(100);
+
+/// A connection to a server over RDMA.
+#[derive(Debug)]
+pub struct Client {
+    /// None once the connection has ended. First, so that it is destroyed before the memory that it uses.
+    qp: Option<QueuePair>,
+    outstanding: Outstanding<Pending>,
+    regions: HashMap<u64, Keys>,
+    arenas: Vec<(Arc<Mapping>, Keys)>,
+    bounce: Vec<(Arena, Keys)>,
+    domain: Arc<Domain>,
+    channel: Arc<CompletionChannel>,
+    events: Arc<EventChannel>,
+    _async_fd: OwnedFd,
+    /// Of the completion channel, `events`, its device and `nudge`.
+    epoll: OwnedFd,
+    /// Raised when a program is about to poll and there is something already.
+    nudge: OwnedFd,
+    is_nudged: bool,
+    /// A completion will be announced.
+    is_armed: bool,
+    /// A program polls the descriptor by itself.
+    is_watched: bool,
+    /// When the descriptors were last looked at.
+    looked: Instant,
+
+    grant: Grant,
+    limits: Limits,
+    inline_bytes_max: usize,
+    request_timeout: Duration,
+    /// Headers and commands of `queue`, in order.
+    head: Vec<u8>,
+    queue: VecDeque<Queued>,
+    /// Replies that [`ClientTransport::receive`] has not yet handed out.
+    done: Vec<Reply>,
+
+    heard: Instant,
+    /// Since when something has been outstanding.
+    asked: Instant,
+    /// The number of the last ping; a ping was sent since the server was last heard.
+    ping: u64,
+    pinged: bool,
+    ping_deadline: Option<Instant>,
+    failure: Option<Error>,
+    /// How requests end that the failure takes with it.
+    lost: Status,
+    counters: ClientCounters,
+}
+
+/// The keys of memory, by the direction that they allow.
+#[derive(Debug)]
+struct Keys {
+    /// For the server to write.
+    write: Mr,
+    /// For the server to read.
+    read: Mr,
+}
+
+#[derive(Debug)]
+struct Pending {
+    tag: u64,
+    bulk: Bulk,
+    /// What the server really reaches, where that is not `bulk`.
+    bounce: Option<Slot>,
+}
+
+/// A message to be sent: so many bytes of `head`, then perhaps the request's data.
+#[derive(Debug)]
+struct Queued {
+    head_len: usize,
+    /// None for pings and pongs.
+    request: Option<RequestId>,
+    is_inline: bool,
+}
+
+impl Keys {
+    fn of_mapping(domain: &Arc<Domain>, mapping: &Arc<Mapping>) -> Result<Self, Error> {
+        Ok(Self {
+            write: Mr::of_mapping(domain, mapping, Access::RemoteWrite)?,
+            read: Mr::of_mapping(domain, mapping, Access::RemoteRead)?,
+        })
+    }
+}
+
+impl Client {
+    /// Connects to the server at `address`, from `source` if that is given, and shakes hands, by `deadline`.
+    pub fn connect(
+        address: SocketAddr,
+        source: Option<IpAddr>,
+        offer: &Offer,
+        deadline: Instant,
+    ) -> Result<Self, Error> {
+        super::device::devices().map_err(no_rdma)?;
+        let failed = |source| {
+            Error::io(
+                format!(
+                    "Cannot connect to {address} by RDMA; check that raio_server listens there (--listen rdma://...), and with \
+                     `raio_server --list-devices` that both ends have a port that is active"
+                ),
+                source,
+            )
+        };
+        let events = EventChannel::new().map_err(failed)?;
+        let id = Id::new(&events).map_err(failed)?;
+        id.resolve(source.map(|ip| SocketAddr::new(ip, 0)), address, deadline).map_err(failed)?;
+        let Some(device) = id.device() else {
+            return Err(failed(std::io::Error::from_raw_os_error(libc::ENODEV)));
+        };
+        let limits = device.limits().map_err(failed)?;
+        let depth_max = limits.work_requests.min(limits.completions).saturating_sub(2 * CONTROL_MESSAGES + 1);
+        let wanted = if offer.queue_depth == 0 { DEPTH_DEFAULT } else { offer.queue_depth };
+        let offer = Offer { queue_depth: wanted.min(depth_max.max(1) as u32), ..offer.clone() };
+        let credits = offer.queue_depth as usize + 1;
+        let domain = Domain::new(device)?;
+        let channel = CompletionChannel::new(device)?;
+        let size = Size {
+            sends: credits + 2 * CONTROL_MESSAGES,
+            receives: credits + CONTROL_MESSAGES,
+            receive_bytes: MESSAGE_BYTES,
+            send_bytes: (credits * (MESSAGE_BYTES + INLINE_BYTES_MAX)).clamp(SEND_BYTES_MIN, SEND_BYTES_MAX),
+        };
+        let mut qp = QueuePair::new(id, &domain, &channel, 0, &limits, &size, false)?;
+        qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        qp.id().connect(&request(), limits.reads_in).map_err(failed)?;
+        let event = events.wait(deadline).map_err(failed)?;
+        if event.kind != Kind::Established {
+            return Err(match parse_rejection(&event.private_data) {
+                Some((errno, text)) => {
+                    let status = Status { errno, class: Class::Policy, retryable: false };
+                    Error::Refused { status, text }
+                }
+                // rdma_cm has InfiniBand's reasons here rather than errnos.
+                None => failed(std::io::Error::from_raw_os_error(match event.status {
+                    status if status < 0 => -status,
+                    _ => libc::ECONNREFUSED,
+                })),
+            });
+        }
+        let grant = shake_hands(&mut qp, &channel, &events, &offer, deadline)?;
+        qp.provide_receives(grant.credits() as usize + CONTROL_MESSAGES)?;
+        let async_fd = device.async_fd().map_err(failed)?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| failed(errno.into()))?;
+        for fd in [channel.fd(), events.fd(), async_fd.as_fd(), nudge.as_fd()] {
+            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN).map_err(|errno| failed(errno.into()))?;
+        }
+        let now = Instant::now();
+        Ok(Self {
+            qp: Some(qp),
+            outstanding: Outstanding::new(&grant),
+            regions: HashMap::new(),
+            arenas: Vec::new(),
+            bounce: Vec::new(),
+            domain,
+            channel,
+            events,
+            _async_fd: async_fd,
+            epoll,
+            nudge,
+            is_nudged: false,
+            is_armed: false,
+            is_watched: false,
+            looked: now,
+            grant,
+            limits: grant.limits(),
+            inline_bytes_max: (grant.inline_bytes_max as usize).min(INLINE_BYTES_MAX),
+            request_timeout: grant.keepalive * 3,
+            head: Vec::with_capacity(4096),
+            queue: VecDeque::with_capacity(credits),
+            done: Vec::new(),
+            heard: now,
+            asked: now,
+            ping: 0,
+            pinged: false,
+            ping_deadline: None,
+            failure: None,
+            lost: Status::OK,
+            counters: ClientCounters::default(),
+        })
+    }
+
+    /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
+    /// between. Default: three times the keepalive granted.
+    pub fn set_request_timeout(&mut self, timeout: Duration) {
+        self.request_timeout = timeout.max(Duration::from_millis(1));
+    }
+
+    fn fail(&mut self, error: Error, lost: Status) {
+        if self.failure.is_some() {
+            return;
+        }
+        if let Error::Violation(violation) = &error {
+            self.say_goodbye(Status::protocol(violation.errno()), &violation.to_string());
+        }
+        self.failure = Some(error);
+        self.lost = lost;
+        self.queue.clear();
+        self.head.clear();
+    }
+
+    /// Tells the server that this is the end, and sees to it that it has heard.
+    fn say_goodbye(&mut self, status: Status, text: &str) {
+        let crc = self.limits.crc;
+        let Some(qp) = &mut self.qp else { return };
+        let mut goodbye = Vec::new();
+        message::encode_goodbye(status, text, crc, &mut goodbye);
+        qp.look_at_sends();
+        if qp.room() == 0 || !qp.has_room_for(goodbye.len()) {
+            return;
+        }
+        qp.send(std::iter::once(&goodbye[..]), goodbye.len());
+        if qp.post(true).is_err() {
+            return;
+        }
+        let deadline = Instant::now() + GOODBYE_TIME;
+        while !qp.is_idle() && Instant::now() < deadline {
+            qp.look_at_sends();
+            if let Some(Completion::Failed(_)) = qp.next() {
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    fn fail_violation(&mut self, violation: Violation) {
+        let lost = match violation.errno() {
+            libc::ETIMEDOUT => Status::transport(libc::ETIMEDOUT),
+            errno => Status::protocol(errno),
+        };
+        self.fail(violation.into(), lost);
+    }
+
+    fn fail_lost(&mut self, errno: i32, why: &str) {
+        let text = format!("{why}. If the server still runs, its log says more; connect anew");
+        self.fail(Error::Closed { errno, text }, Status::transport(errno));
+    }
+
+    /// A work request has failed: the queue pair is dead. The reason may lie with the sends.
+    fn fail_work(&mut self, failure: Failure) {
+        let mut first = failure;
+        if let Some(qp) = &mut self.qp {
+            qp.look_at_sends();
+            while let Some(completion) = qp.next() {
+                if let Completion::Failed(failure) = completion
+                    && first.is_flush()
+                {
+                    first = failure;
+                }
+            }
+        }
+        if first.is_flush() {
+            self.look_at_descriptors();
+            return self.fail_lost(libc::ECONNRESET, "the server closed it");
+        }
+        if first.is_length() {
+            return self.fail_violation(Violation::Length);
+        }
+        let device = self.domain.device.name();
+        self.fail_lost(first.errno(), &format!("the RDMA device {device} says: {}", first.text()));
+    }
+
+    /// Moves everything outstanding to `replies`, after a failure. The queue pair goes first: nothing lands in memory that its owner
+    /// has back.
+    fn hand_out_lost(&mut self, replies: &mut Vec<Reply>) {
+        if let Some(qp) = self.qp.take() {
+            qp.id().disconnect();
+        }
+        replies.append(&mut self.done);
+        for pending in self.outstanding.drain() {
+            replies.push(Reply {
+                tag: pending.tag,
+                status: self.lost,
+                result: 0,
+                body: Body::from(&[][..]),
+                data_len: 0,
+                bulk: pending.bulk,
+            });
+        }
+    }
+
+    // Receiving ----------------------------------------------------------------------------------------------------
+
+    /// Takes in what has completed. Whether anything had.
+    fn take_completions(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let mut arrived = false;
+        while self.failure.is_none()
+            && let Some(qp) = &mut self.qp
+            && qp.look()
+        {
+            arrived = true;
+            match qp.next() {
+                Some(Completion::Received(message)) => {
+                    // Moved out for the time that its message is taken in; nothing touches the queue pair then but `reply`.
+                    let bytes = qp.bytes(&message).to_vec();
+                    qp.give_back(message);
+                    if let Err(violation) = self.take_in(&bytes, replies) {
+                        self.fail_violation(violation);
+                    }
+                }
+                Some(Completion::Failed(failure)) => self.fail_work(failure),
+                Some(Completion::Read(..)) | None => {}
+            }
+        }
+        if arrived {
+            self.heard = Instant::now();
+            self.pinged = false;
+            self.ping_deadline = None;
+            self.counters.receives += 1;
+            if let Some(qp) = &mut self.qp
+                && let Err(error) = qp.post_receives()
+            {
+                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device refuses receives");
+            }
+        }
+        arrived
+    }
+
+    /// Takes in one message.
+    fn take_in(&mut self, message: &[u8], replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        let Parsed::Item(parsed, taken) = message::parse(message, &self.limits)? else {
+            return Err(Violation::Length);
+        };
+        // Data does not travel in responses: it has been placed.
+        if taken != message.len() {
+            return Err(Violation::Length);
+        }
+        match parsed {
+            Message::Response(response, body) => replies.push(self.finish(&response, body)?),
+            Message::Ping(id) => {
+                if self.queue.len() > self.grant.credits() as usize + CONTROL_MESSAGES {
+                    return Err(Violation::Stalled);
+                }
+                let start = self.head.len();
+                message::encode_pong(id, self.limits.crc, &mut self.head);
+                let head_len = self.head.len() - start;
+                self.queue.push_back(Queued { head_len, request: None, is_inline: false });
+                self.flush();
+            }
+            Message::Pong(id) if id != 0 && id <= self.ping => {}
+            Message::Pong(_) => return Err(Violation::RequestId),
+            Message::Goodbye(status, text) => {
+                let text = message::text(text);
+                let lost = match status.class {
+                    Class::Protocol => status,
+                    _ => Status::transport(libc::ECONNRESET),
+                };
+                let errno = if status.is_ok() { libc::ECONNRESET } else { status.errno };
+                self.fail(Error::Closed { errno, text }, lost);
+            }
+            Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, response: &message::Response, body: &[u8]) -> Result<Reply, Violation> {
+        let id = RequestId(response.id);
+        if self.queue.iter().any(|queued| queued.request == Some(id)) {
+            return Err(Violation::RequestId);
+        }
+        let pending = self.outstanding.get_mut(id).ok_or(Violation::RequestId)?;
+        let data_len = response.data_len as usize;
+        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the others.
+        if data_len > pending.bulk.len_in() {
+            return Err(Violation::Length);
+        }
+        if let Bulk::In(buffers) = &mut pending.bulk {
+            if let Some(slot) = &pending.bounce {
+                buffers.write_at(0, &slot.bytes()[..data_len]);
+                self.counters.bounced_bytes += data_len as u64;
+            }
+            if self.limits.crc && crc_of(buffers, data_len) != response.data_crc {
+                return Err(Violation::Checksum);
+            }
+        } else if response.data_crc != 0 {
+            return Err(Violation::Length);
+        }
+        let pending = self.outstanding.finish(id, response.credits)?;
+        Ok(Reply {
+            tag: pending.tag,
+            status: response.status,
+            result: response.result,
+            body: Body::from(body),
+            data_len,
+            bulk: pending.bulk,
+        })
+    }
+
+    /// Hears what rdma_cm and the device have to say, and empties the completion channel.
+    fn look_at_descriptors(&mut self) {
+        self.looked = Instant::now();
+        let is_armed = &mut self.is_armed;
+        self.channel.take_events(|_| *is_armed = false);
+        if std::mem::take(&mut self.is_nudged) {
+            let _ = rustix::io::read(&self.nudge, &mut [0; 8]);
+        }
+        for what in self.domain.device.take_async_events() {
+            tracing::warn!("The RDMA device {} says: {what}.", self.domain.device.name());
+        }
+        while let Some(event) = self.events.next() {
+            match event.kind {
+                Kind::Disconnected | Kind::Refused => {
+                    // What came before is taken in first: it may say why.
+                    let mut replies = Vec::new();
+                    self.take_completions(&mut replies);
+                    self.done.append(&mut replies);
+                    self.fail_lost(libc::ECONNRESET, "the server closed it");
+                }
+                Kind::DeviceRemoved => self.fail_lost(libc::ENODEV, "its RDMA device was removed"),
+                _ => {}
+            }
+        }
+    }
+
+    // Sending ------------------------------------------------------------------------------------------------------
+
+    /// The address and key of memory for the server, if it can reach this by itself.
+    fn reachable(&self, buffers: &Buffers, is_in: bool) -> Option<(u64, u32)> {
+        let [buffer] = buffers.pieces() else { return None };
+        let keys = match buffer {
+            Buffer::Foreign(foreign) => self.regions.get(&foreign.region()?.number())?,
+            Buffer::Slot(slot, _) => &self.arenas.iter().find(|(mapping, _)| slot.is_of(mapping))?.1,
+            Buffer::Owned(_) => return None,
+        };
+        let key = if is_in { keys.write.rkey() } else { keys.read.rkey() };
+        Some((buffer.bytes().as_ptr().expose_provenance() as u64, key))
+    }
+
+    /// A slot for data whose memory is not registered, with the address and key for the server.
+    fn bounce(&mut self, len: usize, is_in: bool) -> Result<(Slot, u64, u32), Error> {
+        let found = self.bounce.iter_mut().rev().find_map(|(arena, keys)| Some((arena.alloc(len)?, keys)));
+        let (slot, keys) = match found {
+            Some((slot, keys)) => (slot, keys),
+            None => {
+                let mapped: usize = self.bounce.iter().map(|(arena, _)| arena.len()).sum();
+                let bytes = mapped.max(BOUNCE_BYTES_MIN);
+                let no_memory =
+                    |source| Error::io("There is no memory for data that is not registered; free some", source);
+                let mut arena = Arena::new(bytes, self.grant.data_bytes_max as usize).map_err(no_memory)?;
+                let slot = arena.alloc(len).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
+                let keys = Keys::of_mapping(&self.domain, &arena.mapping())?;
+                self.bounce.push((arena, keys));
+                let Some((_, keys)) = self.bounce.last_mut() else { unreachable!("it was just pushed") };
+                (slot, keys)
+            }
+        };
+        let key = if is_in { keys.write.rkey() } else { keys.read.rkey() };
+        let address = slot.bytes().as_ptr().expose_provenance() as u64;
+        Ok((slot, address, key))
+    }
+
+    /// Lays a request's memory open: what the request says of it, whether its data is to be inline, and the bounce slot if one is
+    /// needed.
+    fn lay_open(&mut self, bulk: &Bulk) -> Result<(RemoteRegion, bool, Option<Slot>), Error> {
+        match bulk {
+            Bulk::None => Ok((RemoteRegion::None, false, None)),
+            Bulk::Out(buffers) if buffers.len() <= self.inline_bytes_max => Ok((RemoteRegion::None, true, None)),
+            Bulk::In(buffers) | Bulk::Out(buffers) => {
+                let is_in = matches!(bulk, Bulk::In(_));
+                let len = buffers.len();
+                let (slot, address, key) = match self.reachable(buffers, is_in) {
+                    _ if len == 0 => (None, 0, 0),
+                    Some((address, key)) => (None, address, key),
+                    None => {
+                        let (mut slot, address, key) = self.bounce(len, is_in)?;
+                        if !is_in {
+                            let mut rest = slot.bytes_mut();
+                            for part in buffers.slices(0..len) {
+                                let (now, later) = rest.split_at_mut(part.len());
+                                now.copy_from_slice(part);
+                                rest = later;
+                            }
+                            self.counters.bounced_bytes += len as u64;
+                        }
+                        (Some(slot), address, key)
+                    }
+                };
+                let len = len as u32;
+                let region = if is_in {
+                    RemoteRegion::In { address, key, len }
+                } else {
+                    RemoteRegion::Out { address, key, len }
+                };
+                Ok((region, false, slot))
+            }
+        }
+    }
+
+    /// Chains from the front of the queue as far as there is room, and posts.
+    fn send_queue(&mut self) {
+        let Some(qp) = &mut self.qp else { return };
+        if qp.is_half_full() {
+            qp.look_at_sends();
+        }
+        let mut taken = 0;
+        while let Some(queued) = self.queue.front() {
+            let head = &self.head[taken..taken + queued.head_len];
+            let pending = queued.request.filter(|_| queued.is_inline).and_then(|id| self.outstanding.get(id));
+            let data = match pending {
+                Some(Pending { bulk: Bulk::Out(buffers), .. }) => Some(buffers),
+                _ => None,
+            };
+            let data_len = data.map_or(0, Buffers::len);
+            let len = head.len() + data_len;
+            if qp.room() == 0 || !qp.has_room_for(len) {
+                break;
+            }
+            let slices = data.into_iter().flat_map(|buffers| buffers.slices(0..data_len));
+            qp.send(std::iter::once(head).chain(slices), len);
+            self.counters.bounced_bytes += data_len as u64;
+            taken += queued.head_len;
+            self.queue.pop_front();
+        }
+        if taken > 0 {
+            self.head.drain(..taken);
+            self.counters.sends += 1;
+            let signal = qp.is_half_full();
+            if let Err(error) = qp.post(signal) {
+                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device refuses work");
+            }
+        }
+    }
+
+    fn queue_ping(&mut self) {
+        self.ping += 1;
+        self.pinged = true;
+        let start = self.head.len();
+        message::encode_ping(self.ping, self.limits.crc, &mut self.head);
+        let head_len = self.head.len() - start;
+        self.queue.push_back(Queued { head_len, request: None, is_inline: false });
+    }
+
+    // Silence ------------------------------------------------------------------------------------------------------
+
+    /// When [`Client::check_silence`] next has something to do.
+    fn silence_ends(&self) -> Option<Instant> {
+        let after = if self.pinged { self.request_timeout } else { self.ping_after() };
+        let owed = (!self.outstanding.is_empty()).then(|| self.heard.max(self.asked) + after);
+        owed.into_iter().chain(self.ping_deadline).min()
+    }
+
+    fn ping_after(&self) -> Duration {
+        self.grant.keepalive.min(self.request_timeout / 3)
+    }
+
+    /// Pings a server that has been silent for long, gives up one that has been for too long.
+    fn check_silence(&mut self, now: Instant) {
+        if self.failure.is_some() || self.silence_ends().is_none_or(|end| now < end) {
+            return;
+        }
+        let late = !self.outstanding.is_empty() && now >= self.heard.max(self.asked) + self.request_timeout;
+        if late || self.ping_deadline.is_some_and(|deadline| now >= deadline) {
+            self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
+        } else if !self.pinged {
+            self.queue_ping();
+            self.flush();
+        }
+    }
+}
+
+/// Sends the hello and waits for the welcome.
+fn shake_hands(
+    qp: &mut QueuePair,
+    channel: &Arc<CompletionChannel>,
+    events: &Arc<EventChannel>,
+    offer: &Offer,
+    deadline: Instant,
+) -> Result<Grant, Error> {
+    let closed = |errno, text: &str| Error::Closed {
+        errno,
+        text: format!("{text}. Check that it is a raio_server, and its log"),
+    };
+    let hello = offer.hello();
+    qp.send(std::iter::once(&hello[..]), hello.len());
+    qp.post(true).map_err(|source| Error::io("The RDMA device refuses work", source))?;
+    loop {
+        qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
+        qp.look_at_sends();
+        while qp.look() {
+            match qp.next() {
+                Some(Completion::Received(message)) => {
+                    let welcome = qp.bytes(&message).to_vec();
+                    qp.give_back(message);
+                    return match offer.grant(&welcome)? {
+                        Parsed::Item(grant, taken) if taken == welcome.len() => Ok(grant),
+                        Parsed::Item(..) | Parsed::Need(_) => Err(Violation::Length.into()),
+                    };
+                }
+                Some(Completion::Failed(failure)) => {
+                    let text = format!("the connection failed during the handshake: {}", failure.text());
+                    return Err(closed(failure.errno(), &text));
+                }
+                _ => {}
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
+        }
+        while let Some(event) = events.next() {
+            if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved) && !qp.look() {
+                return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
+            }
+        }
+        let timeout = timespec(left);
+        let mut fds = [
+            PollFd::from_borrowed_fd(channel.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(events.fd(), PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => channel.take_events(|_| {}),
+            Err(errno) => return Err(Error::io("Cannot wait for the server", errno)),
+        }
+    }
+}
+
+fn crc_of(buffers: &Buffers, len: usize) -> u32 {
+    let mut crc = DataCrc::default();
+    buffers.slices(0..len).for_each(|slice| crc.update(slice));
+    crc.finish()
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
+impl ClientTransport for Client {
+    fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
+        if self.failure.is_some() {
+            return Err(NotSent(bulk));
+        }
+        assert!(
+            bulk.len_out().max(bulk.len_in()) <= self.limits.data_bytes_max as usize
+                && body.len() <= message::BODY_BYTES_MAX,
+            "a request exceeds the grant"
+        );
+        if self.outstanding.is_empty() {
+            self.asked = Instant::now();
+        }
+        let id = match self.outstanding.insert(Pending { tag, bulk: Bulk::None, bounce: None }, control) {
+            Ok(id) => id,
+            Err(_) => return Err(NotSent(bulk)),
+        };
+        let (region, is_inline, bounce) = match self.lay_open(&bulk) {
+            Ok(open) => open,
+            Err(error) => {
+                // It was taken, so it ends as a request does.
+                let _ = self.outstanding.finish(id, 1);
+                let status = Status::transport(error.errno());
+                let text = format!("{error}.");
+                let body = Body::from(message::clipped(&text).as_bytes());
+                self.done.push(Reply { tag, status, result: 0, body, data_len: 0, bulk });
+                return Ok(id);
+            }
+        };
+        let data_len = if is_inline { bulk.len_out() } else { 0 };
+        let data_crc = match &bulk {
+            Bulk::Out(buffers) if self.limits.crc => crc_of(buffers, buffers.len()),
+            _ => 0,
+        };
+        let request = message::Request { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
+        let start = self.head.len();
+        request.encode(body, self.limits.crc, &mut self.head);
+        let head_len = self.head.len() - start;
+        self.queue.push_back(Queued { head_len, request: Some(id), is_inline });
+        let Some(pending) = self.outstanding.get_mut(id) else { unreachable!("it was just put in") };
+        pending.bulk = bulk;
+        pending.bounce = bounce;
+        Ok(id)
+    }
+
+    fn recall(&mut self, request: RequestId) -> Option<Bulk> {
+        let at = self.queue.iter().position(|queued| queued.request == Some(request))?;
+        let start: usize = self.queue.iter().take(at).map(|queued| queued.head_len).sum();
+        let queued = self.queue.remove(at)?;
+        self.head.drain(start..start + queued.head_len);
+        self.outstanding.finish(request, 1).ok().map(|pending| pending.bulk)
+    }
+
+    fn flush(&mut self) {
+        if !self.queue.is_empty() {
+            self.send_queue();
+        }
+    }
+
+    fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let before = replies.len();
+        replies.append(&mut self.done);
+        let mut arrived = self.take_completions(replies);
+        if !self.queue.is_empty() {
+            self.flush();
+        }
+        while self.is_watched && self.failure.is_none() && (arrived || !self.is_armed) {
+            // It must be armed, with nothing left behind.
+            self.look_at_descriptors();
+            let Some(qp) = self.qp.as_ref() else { break };
+            if !self.is_armed {
+                self.is_armed = qp.arm().is_ok();
+            }
+            if !self.take_completions(replies) {
+                break;
+            }
+            arrived = true;
+        }
+        if !arrived {
+            let now = Instant::now();
+            if now - self.looked >= LOOK_EVERY {
+                self.look_at_descriptors();
+            }
+            self.check_silence(now);
+        }
+        replies.append(&mut self.done);
+        if self.failure.is_some() {
+            self.hand_out_lost(replies);
+        }
+        arrived || replies.len() > before
+    }
+
+    fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        self.flush();
+        loop {
+            let now = Instant::now();
+            self.check_silence(now);
+            if self.failure.is_some()
+                || !self.done.is_empty()
+                || deadline.is_some_and(|deadline| now >= deadline)
+            {
+                return Ok(());
+            }
+            let Some(qp) = &mut self.qp else { return Ok(()) };
+            if !self.is_armed {
+                qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
+                self.is_armed = true;
+            }
+            if qp.look() {
+                return Ok(());
+            }
+            let until = deadline.into_iter().chain(self.silence_ends()).min();
+            let mut left = until.map(|until| until.saturating_duration_since(now));
+            if !self.queue.is_empty() {
+                // What would make room is not announced.
+                left = Some(left.map_or(ROOM_EVERY, |left| left.min(ROOM_EVERY)));
+            }
+            let timeout = left.map(timespec);
+            let mut fds = [PollFd::from_borrowed_fd(self.epoll.as_fd(), PollFlags::IN)];
+            match rustix::event::poll(&mut fds, timeout.as_ref()) {
+                Ok(0) if self.queue.is_empty() => {}
+                Ok(0) => {
+                    if let Some(qp) = &mut self.qp {
+                        qp.look_at_sends();
+                    }
+                    self.flush();
+                }
+                Ok(_) => {
+                    self.look_at_descriptors();
+                    return Ok(());
+                }
+                Err(errno) => return Err(Error::io("Waiting for the server was interrupted", errno)),
+            }
+        }
+    }
+
+    fn poll_fd(&mut self) -> (BorrowedFd<'_>, bool) {
+        if !std::mem::replace(&mut self.is_watched, true)
+            && let Some(qp) = &mut self.qp
+        {
+            self.is_armed = qp.arm().is_ok();
+            if qp.look() {
+                self.is_nudged = rustix::io::write(&self.nudge, &1u64.to_ne_bytes()).is_ok();
+            }
+        }
+        (self.epoll.as_fd(), false)
+    }
+
+    fn register_region(&mut self, region: &Region) -> Result<(), Error> {
+        let keys = Keys {
+            write: Mr::of_region(&self.domain, region, Access::RemoteWrite)?,
+            read: Mr::of_region(&self.domain, region, Access::RemoteRead)?,
+        };
+        self.regions.insert(region.number(), keys);
+        Ok(())
+    }
+
+    fn unregister_region(&mut self, region: &Region) {
+        self.regions.remove(&region.number());
+    }
+
+    fn register_arena(&mut self, arena: &Arena) -> Result<(), Error> {
+        let mapping = arena.mapping();
+        let keys = Keys::of_mapping(&self.domain, &mapping)?;
+        self.arenas.push((mapping, keys));
+        Ok(())
+    }
+
+    fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    fn credits(&self) -> usize {
+        self.outstanding.credits()
+    }
+
+    fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    fn ping(&mut self, timeout: Duration) {
+        if self.failure.is_none() {
+            self.queue_ping();
+            self.ping_deadline = Some(Instant::now() + timeout);
+            self.flush();
+        }
+    }
+
+    fn heard(&self) -> Instant {
+        self.heard
+    }
+
+    fn abort(&mut self, violation: Violation) {
+        self.fail_violation(violation);
+    }
+
+    fn counters(&self) -> ClientCounters {
+        self.counters
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if self.failure.is_none() {
+            self.flush();
+            self.say_goodbye(Status::OK, "");
+        }
+        // Before the memory that it uses.
+        if let Some(qp) = self.qp.take() {
+            qp.id().disconnect();
+        }
+    }
+}
