@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Offer, Policy};
 use crate::memory::{Arena, Slot};
+use crate::message::RemoteRegion;
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
     Bulk, ClientCounters, ClientTransport, ConnectionId, NotSent, Reply, RequestId, RequestKey, Response,
@@ -103,13 +104,81 @@ impl Listener {
     }
 }
 
+/// What a peer may do to memory that is laid open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// Read it.
+    Read,
+    /// Write to it.
+    Write,
+}
+
+/// Nothing.
+#[derive(Debug)]
+pub struct End(Infallible);
+
+impl End {
+    /// Fails.
+    pub fn connect(_: SocketAddr, _: Option<IpAddr>, _: Option<&[u8]>) -> Result<Self, Error> {
+        Err(absent())
+    }
+
+    /// Agrees to a connection.
+    pub fn accept(incoming: Incoming) -> Result<Self, Error> {
+        match incoming.0 {}
+    }
+
+    /// Posts receives.
+    pub fn set_receives(&mut self, _: usize) -> Result<(), Error> {
+        match self.0 {}
+    }
+
+    /// Sends a message.
+    pub fn send(&mut self, _: &[u8]) -> bool {
+        match self.0 {}
+    }
+
+    /// The next message.
+    pub fn receive(&mut self) -> Option<Vec<u8>> {
+        match self.0 {}
+    }
+
+    /// Whether nothing more will come.
+    pub fn has_lost_peer(&mut self) -> bool {
+        match self.0 {}
+    }
+
+    /// Lays memory open.
+    pub fn lay_open(&mut self, _: Allow, _: usize) -> Result<(u64, u32), Error> {
+        match self.0 {}
+    }
+
+    /// Writes to the peer's memory.
+    pub fn place(&mut self, _: RemoteRegion, _: &[u8]) -> bool {
+        match self.0 {}
+    }
+}
+
 /// Nothing.
 #[derive(Debug)]
 pub struct Server(Infallible);
 
 /// What a server has counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {}
+pub struct Counters {
+    /// Responses posted.
+    pub responses: u64,
+    /// Work requests posted.
+    pub work_requests: u64,
+    /// Chains of them.
+    pub doorbells: u64,
+    /// RDMA WRITEs.
+    pub writes: u64,
+    /// RDMA READs.
+    pub reads: u64,
+    /// Bytes of data copied.
+    pub copied_bytes: u64,
+}
 
 impl Server {
     /// Fails.

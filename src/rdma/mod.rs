@@ -12,6 +12,7 @@ mod cm;
 mod client;
 #[allow(unsafe_code)]
 mod device;
+mod end;
 #[allow(unsafe_code)]
 mod queue_pair;
 mod server;
@@ -23,6 +24,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 pub use client::Client;
+pub use end::{Allow, End};
 pub use server::{Counters, Server};
 
 use crate::error::Error;
