@@ -137,15 +137,22 @@ impl Client {
         let failed = |source| {
             Error::io(
                 format!(
-                    "Cannot connect to {address} by RDMA; check that raio_server listens there (--listen rdma://...), and with \
-                     `raio_server --list-devices` that both ends have a port that is active"
+                    "Cannot connect to {address} by RDMA; check that raio_server listens there with --listen rdma://"
                 ),
                 source,
             )
         };
         let events = EventChannel::new().map_err(failed)?;
-        let id = Id::new(&events).map_err(failed)?;
-        id.resolve(source.map(|ip| SocketAddr::new(ip, 0)), address, deadline).map_err(failed)?;
+        let source = source.map(|ip| SocketAddr::new(ip, 0));
+        let id = Id::resolve(&events, source, address, deadline).map_err(|source| {
+            Error::io(
+                format!(
+                    "No RDMA device of this machine has a way to {address}; check that its interface is up and has an address of that \
+                     network, see `raio_server --list-devices`"
+                ),
+                source,
+            )
+        })?;
         let Some(device) = id.device() else {
             return Err(failed(std::io::Error::from_raw_os_error(libc::ENODEV)));
         };

@@ -24,6 +24,8 @@ const ACK_TIMEOUT: u8 = 14;
 const RETRIES: u8 = 7;
 /// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it has broken the protocol.
 const RNR_RETRIES: u8 = 3;
+/// How long one try to find the way to an address takes.
+const RESOLVE_TIME: Duration = Duration::from_millis(500);
 const BACKLOG: i32 = 1024;
 
 /// Where events of identifiers arrive.
@@ -211,10 +213,29 @@ impl Id {
         Ok(address)
     }
 
-    /// Finds the way to an address, from `source` if that is given.
-    pub fn resolve(&self, source: Option<SocketAddr>, address: SocketAddr, deadline: Instant) -> io::Result<()> {
+    /// An identifier that has found the way to an address, from `source` if that is given.
+    pub fn resolve(
+        channel: &Arc<EventChannel>,
+        source: Option<SocketAddr>,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> io::Result<Self> {
+        loop {
+            let id = Self::new(channel)?;
+            match id.try_resolve(source, address, deadline.min(Instant::now() + RESOLVE_TIME)) {
+                Ok(()) => return Ok(id),
+                // The kernel may miss that a neighbour has answered, and looks again only when its time is over.
+                Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) && Instant::now() < deadline => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn try_resolve(&self, source: Option<SocketAddr>, address: SocketAddr, deadline: Instant) -> io::Result<()> {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let ms = left.as_millis().min(i32::MAX as u128) as i32;
+        let ms = left.as_millis() as i32;
+        // A little more, for the kernel's own answer to arrive.
+        let deadline = deadline + Duration::from_millis(100);
         let source = source.map(SockAddr::from);
         let raw_source = source.as_ref().map_or(std::ptr::null_mut(), raw_address);
         let raw = SockAddr::from(address);

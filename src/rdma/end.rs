@@ -56,8 +56,8 @@ impl End {
         let failed = |source| Error::io(format!("Cannot connect to {address} by RDMA"), source);
         let deadline = Instant::now() + PATIENCE;
         let events = EventChannel::new().map_err(failed)?;
-        let id = Id::new(&events).map_err(failed)?;
-        id.resolve(source.map(|ip| SocketAddr::new(ip, 0)), address, deadline).map_err(failed)?;
+        let source = source.map(|ip| SocketAddr::new(ip, 0));
+        let id = Id::resolve(&events, source, address, deadline).map_err(failed)?;
         let end = Self::new(id, &events)?;
         let reads = end.domain.device.limits().map_err(failed)?.reads_in;
         end.qp.id().connect(private_data.unwrap_or(&request()), reads).map_err(failed)?;

@@ -2,7 +2,7 @@
 //!
 //! What is posted is owned here until its completion: the slots whose data is written or read, the messages that are sent, the
 //! buffers that receives fill. Work requests are gathered in a chain and posted together ([`QueuePair::post`]): one doorbell, and only
-//! the last of them (and each RDMA READ) asks for a completion. Completions of a queue come in order, so one ends all work requests
+//! the last of them (and each RDMA READ, and now and then one behind much data) asks for a completion. Completions of a queue come in order, so one ends all work requests
 //! before it. When a queue pair is dropped the device lets go of its memory first (it is destroyed, which waits for that), then
 //! the memory comes free; should the device not let go, the memory is leaked.
 
@@ -23,6 +23,8 @@ use crate::transport::SlotRange;
 const INLINE_BYTES: u32 = 220;
 /// Completions taken from a queue at a time.
 const POLL: usize = 32;
+/// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress shows.
+const SIGNAL_BYTES: usize = 256 << 10;
 /// Tells a receive's `wr_id` from the others, which are sequence numbers.
 const RECEIVE: u64 = 1 << 63;
 
@@ -140,6 +142,8 @@ pub(super) struct QueuePair {
     inline_bytes: usize,
     /// Bytes of the slots in `outstanding` that are written from.
     held_bytes: usize,
+    /// Bytes written by the chain since it last asked for a completion.
+    unsignalled_bytes: usize,
 
     polled: VecDeque<Completion>,
     _channel: Arc<CompletionChannel>,
@@ -269,6 +273,7 @@ impl QueuePair {
             sends_max,
             inline_bytes: made.cap.max_inline_data as usize,
             held_bytes: 0,
+            unsignalled_bytes: 0,
             polled: VecDeque::with_capacity(POLL),
             _channel: Arc::clone(channel),
             domain: Arc::clone(domain),
@@ -402,7 +407,11 @@ impl QueuePair {
         }
         assert_eq!(at, end, "a message has the length that was said");
         self.ring.head = start + len as u64;
-        let flags = if len <= self.inline_bytes { verbs::IBV_SEND_INLINE } else { 0 };
+        let mut flags = if len <= self.inline_bytes { verbs::IBV_SEND_INLINE } else { 0 };
+        if self.unsignalled_bytes >= SIGNAL_BYTES {
+            flags |= verbs::IBV_SEND_SIGNALED;
+            self.unsignalled_bytes = 0;
+        }
         let sge = ibv_sge { addr: address, length: len as u32, lkey: self.ring.mr.lkey() };
         self.chain_up(sge, verbs::IBV_WR_SEND, flags, (0, 0));
         self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
@@ -412,6 +421,7 @@ impl QueuePair {
     pub fn write(&mut self, range: SlotRange, mr: &Mr, address: u64, key: u32) {
         let sge = sge_of(&range, mr);
         self.held_bytes += range.slot.len();
+        self.unsignalled_bytes += range.len;
         self.chain_up(sge, verbs::IBV_WR_RDMA_WRITE, 0, (address, key));
         self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
     }
@@ -441,6 +451,7 @@ impl QueuePair {
         if signal {
             self.chain[n - 1].send_flags |= verbs::IBV_SEND_SIGNALED;
         }
+        self.unsignalled_bytes = 0;
         self.counters.work_requests += n as u64;
         self.counters.doorbells += 1;
         // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding` and `self.ring` until the

@@ -140,6 +140,8 @@ pub struct Seen {
     /// Requests whose data waits for memory.
     pub waiting: usize,
     pub connections: usize,
+    /// What the RDMA transport has counted.
+    pub rdma: rdma::Counters,
 }
 
 impl Seen {
@@ -466,6 +468,9 @@ impl Handler {
             seen.unsent_bytes_max = seen.unsent_bytes_max.max(transport.unsent_bytes(connection));
         }
         seen.connections = transport.connections();
+        if let Wires::Rdma(server) = &self.wires {
+            seen.rdma = server.counters();
+        }
         seen.arena_bytes = self.arena.used_bytes();
         seen.arena_bytes_max = seen.arena_bytes_max.max(seen.arena_bytes);
         seen.waiting = self.waiting.len();

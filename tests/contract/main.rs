@@ -47,6 +47,7 @@ mod hostile_client;
 mod hostile_server;
 mod ordinary;
 mod raw;
+mod rdma;
 mod silence;
 mod slow;
 mod vanishing;
