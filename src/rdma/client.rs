@@ -74,6 +74,8 @@ pub struct Client {
     /// Headers and commands of `queue`, in order.
     head: Vec<u8>,
     queue: VecDeque<Queued>,
+    /// The message that is being taken in; kept for its memory.
+    message: Vec<u8>,
     /// Replies that [`ClientTransport::receive`] has not yet handed out.
     done: Vec<Reply>,
 
@@ -93,8 +95,8 @@ pub struct Client {
 /// The keys of memory, by the direction that they allow.
 #[derive(Debug)]
 struct Keys {
-    /// For the server to write.
-    write: Mr,
+    /// For the server to write. None for memory that cannot be written to at all.
+    write: Option<Mr>,
     /// For the server to read.
     read: Mr,
 }
@@ -119,9 +121,16 @@ struct Queued {
 impl Keys {
     fn of_mapping(domain: &Arc<Domain>, mapping: &Arc<Mapping>) -> Result<Self, Error> {
         Ok(Self {
-            write: Mr::of_mapping(domain, mapping, Access::RemoteWrite)?,
+            write: Some(Mr::of_mapping(domain, mapping, Access::RemoteWrite)?),
             read: Mr::of_mapping(domain, mapping, Access::RemoteRead)?,
         })
+    }
+}
+
+impl Keys {
+    /// The key for one direction.
+    fn key(&self, is_in: bool) -> Option<u32> {
+        if is_in { self.write.as_ref().map(Mr::rkey) } else { Some(self.read.rkey()) }
     }
 }
 
@@ -218,6 +227,7 @@ impl Client {
             request_timeout: grant.keepalive * 3,
             head: Vec::with_capacity(4096),
             queue: VecDeque::with_capacity(credits),
+            message: Vec::with_capacity(MESSAGE_BYTES),
             done: Vec::new(),
             heard: now,
             asked: now,
@@ -341,12 +351,15 @@ impl Client {
             arrived = true;
             match qp.next() {
                 Some(Completion::Received(message)) => {
-                    // Moved out for the time that its message is taken in; nothing touches the queue pair then but `reply`.
-                    let bytes = qp.bytes(&message).to_vec();
+                    // Copied, for the queue pair may be needed for an answer.
+                    let mut bytes = std::mem::take(&mut self.message);
+                    bytes.clear();
+                    bytes.extend_from_slice(qp.bytes(&message));
                     qp.give_back(message);
                     if let Err(violation) = self.take_in(&bytes, replies) {
                         self.fail_violation(violation);
                     }
+                    self.message = bytes;
                 }
                 Some(Completion::Failed(failure)) => self.fail_work(failure),
                 Some(Completion::Read(..)) | None => {}
@@ -472,7 +485,7 @@ impl Client {
             Buffer::Slot(slot, _) => &self.arenas.iter().find(|(mapping, _)| slot.is_of(mapping))?.1,
             Buffer::Owned(_) => return None,
         };
-        let key = if is_in { keys.write.rkey() } else { keys.read.rkey() };
+        let key = keys.key(is_in)?;
         Some((buffer.bytes().as_ptr().expose_provenance() as u64, key))
     }
 
@@ -494,7 +507,7 @@ impl Client {
                 (slot, keys)
             }
         };
-        let key = if is_in { keys.write.rkey() } else { keys.read.rkey() };
+        let Some(key) = keys.key(is_in) else { unreachable!("our own memory can be written to") };
         let address = slot.bytes().as_ptr().expose_provenance() as u64;
         Ok((slot, address, key))
     }
@@ -648,7 +661,8 @@ fn shake_hands(
             return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
         }
         while let Some(event) = events.next() {
-            if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved) && !qp.look() {
+            // Refused: it went after it had accepted, and before it knew that this side knew.
+            if matches!(event.kind, Kind::Disconnected | Kind::Refused | Kind::DeviceRemoved) && !qp.look() {
                 return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
             }
         }
@@ -827,10 +841,13 @@ impl ClientTransport for Client {
     }
 
     fn register_region(&mut self, region: &Region) -> Result<(), Error> {
-        let keys = Keys {
-            write: Mr::of_region(&self.domain, region, Access::RemoteWrite)?,
-            read: Mr::of_region(&self.domain, region, Access::RemoteRead)?,
+        let write = match Mr::of_region(&self.domain, region, Access::RemoteWrite) {
+            Ok(write) => Some(write),
+            // It is mapped for reading: good for writes to a file.
+            Err(error) if error.errno() == libc::EFAULT => None,
+            Err(error) => return Err(error),
         };
+        let keys = Keys { write, read: Mr::of_region(&self.domain, region, Access::RemoteRead)? };
         self.regions.insert(region.number(), keys);
         Ok(())
     }

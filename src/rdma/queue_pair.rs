@@ -469,12 +469,10 @@ impl QueuePair {
 
     // Completions --------------------------------------------------------------------------------------------------
 
-    /// Whether there is a completion. Those found are kept for [`QueuePair::next`].
+    /// Whether there is a completion. Those found are kept for [`QueuePair::next`], but for those of WRITEs and SENDs, which only make
+    /// room.
     pub fn look(&mut self) -> bool {
-        if self.polled.is_empty() {
-            self.poll(self.cq);
-        }
-        !self.polled.is_empty()
+        !self.polled.is_empty() || self.poll(self.cq)
     }
 
     /// Takes in the completions of sends that are not announced.
@@ -484,7 +482,7 @@ impl QueuePair {
         }
     }
 
-    fn poll(&mut self, cq: NonNull<verbs::ibv_cq>) {
+    fn poll(&mut self, cq: NonNull<verbs::ibv_cq>) -> bool {
         let mut wcs = [ibv_wc::default(); POLL];
         // SAFETY: the queue is alive.
         let n = match unsafe { verbs::poll_cq(cq.as_ptr(), &mut wcs) } {
@@ -494,7 +492,7 @@ impl QueuePair {
                 let failure =
                     Failure { status: verbs::IBV_WC_FATAL_ERR, vendor: 0, is_receive: false };
                 self.polled.push_back(Completion::Failed(failure));
-                return;
+                return true;
             }
         };
         for wc in &wcs[..n] {
@@ -510,6 +508,7 @@ impl QueuePair {
                 self.end_up_to(wc.wr_id);
             }
         }
+        n > 0
     }
 
     /// Everything up to this sequence number has ended.

@@ -129,6 +129,8 @@ struct Connection {
     unsent: VecDeque<Outgoing>,
     /// Since when what is posted has made no progress, and how many work requests had ended then.
     waiting: Option<(Instant, u64)>,
+    /// The response that is being chained; kept for its memory.
+    header: Vec<u8>,
     counters: Counters,
 }
 
@@ -290,6 +292,7 @@ impl Server {
             reads_max: reads_max.into(),
             unsent: VecDeque::new(),
             waiting: None,
+            header: Vec::new(),
             counters: Counters::default(),
         });
         self.set_timer(reactor, connection_id);
@@ -377,10 +380,12 @@ impl Server {
         else {
             return;
         };
+        let mut any = false;
         for _ in 0..max {
             if !connection.qp.look() {
                 break;
             }
+            any = true;
             match connection.qp.next() {
                 Some(Completion::Received(message)) => connection.inbox.push_back(message),
                 Some(Completion::Read(request, range)) => {
@@ -398,18 +403,25 @@ impl Server {
                     if failed.is_none_or(|first| first.is_flush() && !failure.is_flush()) {
                         failed = Some(failure);
                     }
+                    if !failure.is_flush() {
+                        break;
+                    }
                 }
-                None => break,
+                None => {}
             }
         }
         connection.note_progress();
+        any |= !connection.unsent.is_empty() || !connection.fetches.is_empty();
         // What it sent before it failed counts.
         self.take_in_inbox(reactor, id);
-        self.mark_dirty(id);
+        if any {
+            self.mark_dirty(id);
+        }
         if let Some(failure) = failed {
             self.failed(reactor, id, failure);
         } else if let Some(connection) = self.get(id)
             && matches!(connection.state, State::Lingering)
+            && connection.unsent.is_empty()
             && connection.qp.is_idle()
         {
             self.drop_connection(reactor, id);
@@ -759,10 +771,10 @@ impl Connection {
             self.counters.writes += 1;
             self.qp.write(range, arena, address, key);
         }
-        let mut bytes = Vec::with_capacity(message::HEADER_BYTES + response.body.len() + 8);
-        header.encode(&response.body, crc, &mut bytes);
+        self.header.clear();
+        header.encode(&response.body, crc, &mut self.header);
         self.counters.responses += 1;
-        self.qp.send(std::iter::once(&bytes[..]), bytes.len());
+        self.qp.send(std::iter::once(&self.header[..]), self.header.len());
     }
 
     /// When it is over with this connection unless something happens before, and how; no violation: its time to linger is over.
@@ -860,6 +872,10 @@ impl ServerTransport for Server {
     }
 
     fn has_news(&mut self, arm: bool) -> bool {
+        // What a flush, or a close, has left behind.
+        if !self.events.is_empty() || !self.dirty.is_empty() {
+            return true;
+        }
         let mut at = 0;
         while at < self.hot.len() {
             let id = self.hot[at];
@@ -923,13 +939,19 @@ impl ServerTransport for Server {
     }
 
     fn respond(&mut self, _reactor: &mut Reactor, request: RequestKey, response: Response) {
-        let arena = Arc::clone(&self.arena);
-        let Some(connection) = self.get_alive(request.connection) else { return };
+        let id = request.connection;
+        let Some(connection) = self
+            .connections
+            .get_mut(id.index as usize)
+            .filter(|c| c.generation == id.generation && !matches!(c.state, State::Lingering))
+        else {
+            return;
+        };
         let asked = connection.unanswered.get_mut(&request.id).expect("a request is answered once");
         assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
         let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
         assert!(
-            response.data.as_ref().is_none_or(|data| data.len <= room as usize && data.slot.is_of(&arena)),
+            response.data.as_ref().is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
             "a response brings no more data than its request has room for, and from this server's arena"
         );
         if let Some((message, _)) = asked.inline.take() {
