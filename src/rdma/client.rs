@@ -202,7 +202,8 @@ impl Client {
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed(errno.into()))?;
         for fd in [channel.fd(), events.fd(), async_fd.as_fd(), nudge.as_fd()] {
-            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN).map_err(|errno| failed(errno.into()))?;
+            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
+                .map_err(|errno| failed(errno.into()))?;
         }
         let now = Instant::now();
         Ok(Self {
@@ -497,10 +498,12 @@ impl Client {
             None => {
                 let mapped: usize = self.bounce.iter().map(|(arena, _)| arena.len()).sum();
                 let bytes = mapped.max(BOUNCE_BYTES_MIN);
-                let no_memory =
-                    |source| Error::io("There is no memory for data that is not registered; free some", source);
+                let no_memory = |source| {
+                    Error::io("There is no memory for data that is not registered; free some", source)
+                };
                 let mut arena = Arena::new(bytes, self.grant.data_bytes_max as usize).map_err(no_memory)?;
-                let slot = arena.alloc(len).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
+                let slot =
+                    arena.alloc(len).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
                 let keys = Keys::of_mapping(&self.domain, &arena.mapping())?;
                 self.bounce.push((arena, keys));
                 let Some((_, keys)) = self.bounce.last_mut() else { unreachable!("it was just pushed") };
@@ -517,7 +520,9 @@ impl Client {
     fn lay_open(&mut self, bulk: &Bulk) -> Result<(RemoteRegion, bool, Option<Slot>), Error> {
         match bulk {
             Bulk::None => Ok((RemoteRegion::None, false, None)),
-            Bulk::Out(buffers) if buffers.len() <= self.inline_bytes_max => Ok((RemoteRegion::None, true, None)),
+            Bulk::Out(buffers) if buffers.len() <= self.inline_bytes_max => {
+                Ok((RemoteRegion::None, true, None))
+            }
             Bulk::In(buffers) | Bulk::Out(buffers) => {
                 let is_in = matches!(bulk, Bulk::In(_));
                 let len = buffers.len();

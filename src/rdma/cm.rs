@@ -231,7 +231,12 @@ impl Id {
         }
     }
 
-    fn try_resolve(&self, source: Option<SocketAddr>, address: SocketAddr, deadline: Instant) -> io::Result<()> {
+    fn try_resolve(
+        &self,
+        source: Option<SocketAddr>,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> io::Result<()> {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         let ms = left.as_millis() as i32;
         // A little more, for the kernel's own answer to arrive.
@@ -240,7 +245,9 @@ impl Id {
         let raw_source = source.as_ref().map_or(std::ptr::null_mut(), raw_address);
         let raw = SockAddr::from(address);
         // SAFETY: the identifier is alive; the addresses are, or one is null.
-        check(unsafe { (self.verbs.rdma_resolve_addr)(self.raw.as_ptr(), raw_source, raw_address(&raw), ms) })?;
+        check(unsafe {
+            (self.verbs.rdma_resolve_addr)(self.raw.as_ptr(), raw_source, raw_address(&raw), ms)
+        })?;
         self.resolved(deadline)?;
         self.set_ack_timeout();
         // SAFETY: the identifier is alive.

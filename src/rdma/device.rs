@@ -77,8 +77,10 @@ fn find() -> Result<Vec<Device>, String> {
     }
     // SAFETY: the list has `count` entries.
     let contexts = unsafe { std::slice::from_raw_parts(list, count as usize) };
-    let devices: Vec<_> =
-        contexts.iter().filter_map(|&context| Some(Device { context: NonNull::new(context)?, verbs })).collect();
+    let devices: Vec<_> = contexts
+        .iter()
+        .filter_map(|&context| Some(Device { context: NonNull::new(context)?, verbs }))
+        .collect();
     if devices.is_empty() {
         return Err("there is no RDMA device".into());
     }
@@ -204,7 +206,9 @@ impl Device {
                     let mut attr =
                         verbs::ibv_qp_attr { qp_state: verbs::IBV_QPS_ERR, ..verbs::ibv_qp_attr::default() };
                     // SAFETY: this event is about a queue pair, which cannot be destroyed before the event is acknowledged below.
-                    unsafe { (self.verbs.ibv_modify_qp)(event.element.qp, &mut attr, verbs::IBV_QP_STATE as i32) };
+                    unsafe {
+                        (self.verbs.ibv_modify_qp)(event.element.qp, &mut attr, verbs::IBV_QP_STATE as i32)
+                    };
                     texts.push(what);
                 }
                 // Ordinary: the first message came before the handshake of rdma_cm had ended.
@@ -240,9 +244,10 @@ unsafe impl Sync for Domain {}
 impl Domain {
     pub fn new(device: Device) -> Result<Arc<Self>, Error> {
         // SAFETY: the context is open.
-        let raw = verbs::not_null(unsafe { (device.verbs.ibv_alloc_pd)(device.context()) }).map_err(|source| {
-            Error::io(format!("The RDMA device {} gives no protection domain", device.name()), source)
-        })?;
+        let raw =
+            verbs::not_null(unsafe { (device.verbs.ibv_alloc_pd)(device.context()) }).map_err(|source| {
+                Error::io(format!("The RDMA device {} gives no protection domain", device.name()), source)
+            })?;
         Ok(Arc::new(Self { raw, device, verbs: device.verbs }))
     }
 
@@ -352,7 +357,8 @@ impl Drop for Mr {
 }
 
 fn cannot_register(device: Device, len: usize, source: io::Error) -> Error {
-    let size = if len < 1 << 20 { format!("{} KiB", len.div_ceil(1 << 10)) } else { format!("{} MiB", len >> 20) };
+    let size =
+        if len < 1 << 20 { format!("{} KiB", len.div_ceil(1 << 10)) } else { format!("{} MiB", len >> 20) };
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     match (source.raw_os_error(), limit) {
         (Some(libc::ENOMEM | libc::EAGAIN), Some(limit)) => Error::io(
@@ -382,7 +388,10 @@ unsafe impl Sync for CompletionChannel {}
 impl CompletionChannel {
     pub fn new(device: Device) -> Result<Arc<Self>, Error> {
         let failed = |source| {
-            Error::io(format!("The RDMA device {} gives no completion channel; raise `ulimit -n`", device.name()), source)
+            Error::io(
+                format!("The RDMA device {} gives no completion channel; raise `ulimit -n`", device.name()),
+                source,
+            )
         };
         // SAFETY: the context is open.
         let raw = unsafe { (device.verbs.ibv_create_comp_channel)(device.context()) };

@@ -153,7 +153,10 @@ impl End {
     /// Sends a whole message. False if the other side does not take it (any more).
     pub fn send(&mut self, message: &[u8]) -> bool {
         self.look();
-        assert!(self.qp.has_room_for(message.len()), "a message for this end has at most {MESSAGE_BYTES_MAX} bytes");
+        assert!(
+            self.qp.has_room_for(message.len()),
+            "a message for this end has at most {MESSAGE_BYTES_MAX} bytes"
+        );
         self.qp.send(std::iter::once(message), message.len());
         self.complete()
     }

@@ -7,9 +7,9 @@
 //! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says why. `unsafe` lives in
 //! `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may touch; the rest is safe code on top.
 
+mod client;
 #[allow(unsafe_code)]
 mod cm;
-mod client;
 #[allow(unsafe_code)]
 mod device;
 mod end;
@@ -101,7 +101,9 @@ pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
 }
 
 fn no_rdma(reason: &str) -> Error {
-    Error::Unsupported(format!("There is no RDMA here: {reason}. Use TCP, or see `raio_server --list-devices`."))
+    Error::Unsupported(format!(
+        "There is no RDMA here: {reason}. Use TCP, or see `raio_server --list-devices`."
+    ))
 }
 
 /// Listens for connections. It belongs to one thread; what it accepts may go to others.

@@ -196,7 +196,10 @@ impl QueuePair {
         let verbs = domain.verbs();
         let failed = |what: &str, source: io::Error| {
             Error::io(
-                format!("The RDMA device {} gives no {what} for a connection; lower the queue depth", domain.device.name()),
+                format!(
+                    "The RDMA device {} gives no {what} for a connection; lower the queue depth",
+                    domain.device.name()
+                ),
                 source,
             )
         };
@@ -207,7 +210,13 @@ impl QueuePair {
             let context = std::ptr::without_provenance_mut::<c_void>(context as usize);
             // SAFETY: the device is open, and the channel null or alive and kept so below.
             let cq = unsafe {
-                (verbs.ibv_create_cq)(domain.device.context(), entries.min(limits.completions) as i32, context, channel, 0)
+                (verbs.ibv_create_cq)(
+                    domain.device.context(),
+                    entries.min(limits.completions) as i32,
+                    context,
+                    channel,
+                    0,
+                )
             };
             not_null(cq).map_err(|source| failed("completion queue", source))
         };
@@ -311,7 +320,10 @@ impl QueuePair {
 
     /// The bytes of a message.
     pub fn bytes(&self, message: &Message) -> &[u8] {
-        assert!(!self.posted[message.index as usize], "a message is looked at before its buffer is given back");
+        assert!(
+            !self.posted[message.index as usize],
+            "a message is looked at before its buffer is given back"
+        );
         let (receives, at) = self.buffer(message.index);
         &receives.memory.bytes()[at..at + message.len as usize]
     }
@@ -430,7 +442,11 @@ impl QueuePair {
     pub fn read(&mut self, name: u64, range: SlotRange, mr: &Mr, address: u64, key: u32) {
         let sge = sge_of(&range, mr);
         self.chain_up(sge, verbs::IBV_WR_RDMA_READ, verbs::IBV_SEND_SIGNALED, (address, key));
-        self.outstanding.push_back(Outstanding { range: Some(range), read: Some(name), ring_end: self.ring.head });
+        self.outstanding.push_back(Outstanding {
+            range: Some(range),
+            read: Some(name),
+            ring_end: self.ring.head,
+        });
     }
 
     /// Posts the chain, and the receive buffers that were given back. `signal` asks for a completion of the last: without one, what the
@@ -445,8 +461,7 @@ impl QueuePair {
         }
         for at in 0..n {
             self.chain[at].sg_list = &mut self.chain_sges[at];
-            self.chain[at].next =
-                if at + 1 < n { &raw mut self.chain[at + 1] } else { std::ptr::null_mut() };
+            self.chain[at].next = if at + 1 < n { &raw mut self.chain[at + 1] } else { std::ptr::null_mut() };
         }
         if signal {
             self.chain[n - 1].send_flags |= verbs::IBV_SEND_SIGNALED;
@@ -489,8 +504,7 @@ impl QueuePair {
             Ok(n) => n,
             Err(_) => {
                 // The queue has overrun, or the device is gone.
-                let failure =
-                    Failure { status: verbs::IBV_WC_FATAL_ERR, vendor: 0, is_receive: false };
+                let failure = Failure { status: verbs::IBV_WC_FATAL_ERR, vendor: 0, is_receive: false };
                 self.polled.push_back(Completion::Failed(failure));
                 return true;
             }
@@ -549,7 +563,8 @@ impl Failure {
         // SAFETY: the library gives static strings.
         let text = verbs::verbs().map(|verbs| unsafe { verbs::text((verbs.ibv_wc_status_str)(self.status)) });
         let text = text.unwrap_or_default();
-        let vendor = if self.vendor == 0 { String::new() } else { format!(", vendor code {:#x}", self.vendor) };
+        let vendor =
+            if self.vendor == 0 { String::new() } else { format!(", vendor code {:#x}", self.vendor) };
         format!("{text}{vendor}")
     }
 
@@ -561,12 +576,19 @@ impl Failure {
     /// The peer named memory that it had not laid open.
     pub fn is_access(&self) -> bool {
         !self.is_receive
-            && matches!(self.status, verbs::IBV_WC_REM_ACCESS_ERR | verbs::IBV_WC_REM_INV_REQ_ERR | verbs::IBV_WC_REM_OP_ERR)
+            && matches!(
+                self.status,
+                verbs::IBV_WC_REM_ACCESS_ERR | verbs::IBV_WC_REM_INV_REQ_ERR | verbs::IBV_WC_REM_OP_ERR
+            )
     }
 
-    /// The peer sent more than a receive holds.
+    /// The peer sent more than a receive holds. Soft-RoCE says so in other words.
     pub fn is_length(&self) -> bool {
-        self.is_receive && self.status == verbs::IBV_WC_LOC_LEN_ERR
+        self.is_receive
+            && matches!(
+                self.status,
+                verbs::IBV_WC_LOC_LEN_ERR | verbs::IBV_WC_LOC_QP_OP_ERR | verbs::IBV_WC_REM_INV_REQ_ERR
+            )
     }
 
     /// The peer has no receive posted.
@@ -592,7 +614,9 @@ impl Drop for QueuePair {
         // SAFETY: the queue pair and its queues are destroyed once, here, in this order.
         let destroyed = check(unsafe { (self.verbs.ibv_destroy_qp)(self.qp.as_ptr()) });
         if let Err(error) = destroyed {
-            tracing::error!("The RDMA device does not let go of a queue pair ({error}); its memory is leaked.");
+            tracing::error!(
+                "The RDMA device does not let go of a queue pair ({error}); its memory is leaked."
+            );
             std::mem::forget(std::mem::take(&mut self.outstanding));
             self.ring.mr.leak();
             self.receives.iter().for_each(|receives| receives.mr.leak());

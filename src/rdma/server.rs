@@ -20,9 +20,7 @@ use slab::Slab;
 use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size};
-use super::{
-    CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request,
-};
+use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Mapping, Slot};
@@ -208,8 +206,7 @@ impl Server {
         let access = if limits.is_iwarp { Access::LocalWriteIwarp } else { Access::LocalWrite };
         let arena = Mr::of_mapping(&domain, &self.arena, access)?;
         let channel = CompletionChannel::new(device)?;
-        let channel_file =
-            reactor.file(channel.fd().try_clone_to_owned().map_err(failed)?);
+        let channel_file = reactor.file(channel.fd().try_clone_to_owned().map_err(failed)?);
         let async_file: OwnedFd = device.async_fd().map_err(failed)?;
         let async_file = reactor.file(async_file);
         let policy = within(&self.policy, &limits, &device);
@@ -265,7 +262,8 @@ impl Server {
         let connection_id = ConnectionId { index: entry.key() as u32, generation: self.generation };
         let number = number_of(connection_id);
         id.set_tag(number);
-        id.migrate(&self.channel).map_err(|source| Error::io("Cannot take over an RDMA connection", source))?;
+        id.migrate(&self.channel)
+            .map_err(|source| Error::io("Cannot take over an RDMA connection", source))?;
         // From here on the queue pair owns the identifier; if it cannot be made the client is turned away without a reason.
         let mut qp = QueuePair::new(id, domain, channel, number, limits, &size, true)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
@@ -879,7 +877,8 @@ impl ServerTransport for Server {
         let mut at = 0;
         while at < self.hot.len() {
             let id = self.hot[at];
-            let Some(connection) = self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+            let Some(connection) =
+                self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
             else {
                 self.hot.swap_remove(at);
                 continue;
@@ -951,7 +950,10 @@ impl ServerTransport for Server {
         assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
         let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
         assert!(
-            response.data.as_ref().is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
+            response
+                .data
+                .as_ref()
+                .is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
             "a response brings no more data than its request has room for, and from this server's arena"
         );
         if let Some((message, _)) = asked.inline.take() {
@@ -989,7 +991,9 @@ impl ServerTransport for Server {
     }
 
     fn is_sending(&self) -> bool {
-        self.connections.iter().any(|(_, connection)| !connection.unsent.is_empty() || !connection.qp.is_idle())
+        self.connections
+            .iter()
+            .any(|(_, connection)| !connection.unsent.is_empty() || !connection.qp.is_idle())
     }
 
     fn connections(&self) -> usize {

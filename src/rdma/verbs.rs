@@ -60,7 +60,6 @@ macro_rules! functions {
     };
 }
 
-
 functions! {
     ibverbs {
         fn ibv_get_device_name(*mut ibv_device) -> *const c_char;
