@@ -57,8 +57,13 @@ pub(super) struct Limits {
 
 /// Every device, or why there is none, as the rest of a sentence.
 pub(super) fn devices() -> Result<&'static [Device], &'static str> {
-    static DEVICES: OnceLock<Result<Vec<Device>, String>> = OnceLock::new();
-    DEVICES.get_or_init(find).as_deref().map_err(String::as_str)
+    static DEVICES: OnceLock<(u32, Result<Vec<Device>, String>)> = OnceLock::new();
+    let (process, devices) = DEVICES.get_or_init(|| (std::process::id(), find()));
+    if *process != std::process::id() && devices.is_ok() {
+        // The kernel refuses the parent's open devices to a child, and librdmacm has no others.
+        return Err("this process was forked from one that has used RDMA already; fork first, or use threads");
+    }
+    devices.as_deref().map_err(String::as_str)
 }
 
 fn find() -> Result<Vec<Device>, String> {
@@ -139,7 +144,7 @@ impl Device {
 
     fn port(&self, number: u8) -> super::Port {
         let attr = self.port_attr(number).unwrap_or_default();
-        let is_ethernet = u32::from(attr.link_layer) == verbs::IBV_LINK_LAYER_ETHERNET as u32;
+        let is_ethernet = u32::from(attr.link_layer) == verbs::IBV_LINK_LAYER_ETHERNET;
         let gids = (0..attr.gid_tbl_len.max(0) as u32).filter_map(|index| self.gid(number, index)).collect();
         let state = match attr.state {
             verbs::IBV_PORT_ACTIVE => "active",
