@@ -39,6 +39,8 @@ const BOUNCE_BYTES_MIN: usize = 1 << 20;
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 /// While there is no room to send, it is looked for so often.
 const ROOM_EVERY: Duration = Duration::from_millis(1);
+/// How long the first try to connect takes.
+const CONNECT_TIME: Duration = Duration::from_millis(1500);
 /// How long a goodbye may take.
 const GOODBYE_TIME: Duration = Duration::from_millis(100);
 
@@ -143,14 +145,71 @@ impl Client {
         deadline: Instant,
     ) -> Result<Self, Error> {
         super::device::devices().map_err(no_rdma)?;
-        let failed = |source| {
-            Error::io(
-                format!(
-                    "Cannot connect to {address} by RDMA; check that raio_server listens there with --listen rdma://"
-                ),
-                source,
-            )
+        let failed = cannot_connect(address);
+        // A lost datagram is sent again by rdma_cm only after four seconds.
+        let mut patience = CONNECT_TIME;
+        let (mut qp, offer, domain, channel, events) = loop {
+            let until = deadline.min(Instant::now() + patience);
+            match Self::establish(address, source, offer, until) {
+                Err(error) if error.errno() == libc::ETIMEDOUT && Instant::now() < deadline => patience *= 2,
+                outcome => break outcome?,
+            }
         };
+        let grant = shake_hands(&mut qp, &channel, &events, &offer, deadline)?;
+        qp.provide_receives(grant.credits() as usize + CONTROL_MESSAGES)?;
+        let async_fd = domain.device.async_fd().map_err(failed)?;
+        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
+        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
+            .map_err(|errno| failed(errno.into()))?;
+        for fd in [channel.fd(), events.fd(), async_fd.as_fd(), nudge.as_fd()] {
+            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
+                .map_err(|errno| failed(errno.into()))?;
+        }
+        let now = Instant::now();
+        Ok(Self {
+            qp: Some(qp),
+            outstanding: Outstanding::new(&grant),
+            regions: HashMap::new(),
+            arenas: Vec::new(),
+            bounce: Vec::new(),
+            domain,
+            channel,
+            events,
+            _async_fd: async_fd,
+            epoll,
+            nudge,
+            is_nudged: false,
+            is_armed: false,
+            is_watched: false,
+            looked: now,
+            grant,
+            limits: grant.limits(),
+            inline_bytes_max: (grant.inline_bytes_max as usize).min(INLINE_BYTES_MAX),
+            request_timeout: grant.keepalive * 3,
+            head: Vec::with_capacity(4096),
+            queue: VecDeque::with_capacity(grant.credits() as usize),
+            message: Vec::with_capacity(MESSAGE_BYTES),
+            done: Vec::new(),
+            heard: now,
+            asked: now,
+            ping: 0,
+            pinged: false,
+            ping_deadline: None,
+            failure: None,
+            lost: Status::OK,
+            counters: ClientCounters::default(),
+        })
+    }
+
+    /// A connection as far as rdma_cm makes it.
+    #[expect(clippy::type_complexity, reason = "the parts of a client")]
+    fn establish(
+        address: SocketAddr,
+        source: Option<IpAddr>,
+        offer: &Offer,
+        deadline: Instant,
+    ) -> Result<(QueuePair, Offer, Arc<Domain>, Arc<CompletionChannel>, Arc<EventChannel>), Error> {
+        let failed = cannot_connect(address);
         let events = EventChannel::new().map_err(failed)?;
         let source = source.map(|ip| SocketAddr::new(ip, 0));
         let id = Id::resolve(&events, source, address, deadline).map_err(|source| {
@@ -195,50 +254,7 @@ impl Client {
                 })),
             });
         }
-        let grant = shake_hands(&mut qp, &channel, &events, &offer, deadline)?;
-        qp.provide_receives(grant.credits() as usize + CONTROL_MESSAGES)?;
-        let async_fd = device.async_fd().map_err(failed)?;
-        let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
-        let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|errno| failed(errno.into()))?;
-        for fd in [channel.fd(), events.fd(), async_fd.as_fd(), nudge.as_fd()] {
-            epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
-                .map_err(|errno| failed(errno.into()))?;
-        }
-        let now = Instant::now();
-        Ok(Self {
-            qp: Some(qp),
-            outstanding: Outstanding::new(&grant),
-            regions: HashMap::new(),
-            arenas: Vec::new(),
-            bounce: Vec::new(),
-            domain,
-            channel,
-            events,
-            _async_fd: async_fd,
-            epoll,
-            nudge,
-            is_nudged: false,
-            is_armed: false,
-            is_watched: false,
-            looked: now,
-            grant,
-            limits: grant.limits(),
-            inline_bytes_max: (grant.inline_bytes_max as usize).min(INLINE_BYTES_MAX),
-            request_timeout: grant.keepalive * 3,
-            head: Vec::with_capacity(4096),
-            queue: VecDeque::with_capacity(credits),
-            message: Vec::with_capacity(MESSAGE_BYTES),
-            done: Vec::new(),
-            heard: now,
-            asked: now,
-            ping: 0,
-            pinged: false,
-            ping_deadline: None,
-            failure: None,
-            lost: Status::OK,
-            counters: ClientCounters::default(),
-        })
+        Ok((qp, offer, domain, channel, events))
     }
 
     /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
@@ -623,6 +639,18 @@ impl Client {
             self.queue_ping();
             self.flush();
         }
+    }
+}
+
+/// Says of an error that it is why there is no connection.
+fn cannot_connect(address: SocketAddr) -> impl Fn(std::io::Error) -> Error + Copy {
+    move |source| {
+        Error::io(
+            format!(
+                "Cannot connect to {address} by RDMA; check that raio_server listens there with --listen rdma://"
+            ),
+            source,
+        )
     }
 }
 

@@ -61,7 +61,9 @@ pub(super) fn devices() -> Result<&'static [Device], &'static str> {
     let (process, devices) = DEVICES.get_or_init(|| (std::process::id(), find()));
     if *process != std::process::id() && devices.is_ok() {
         // The kernel refuses the parent's open devices to a child, and librdmacm has no others.
-        return Err("this process was forked from one that has used RDMA already; fork first, or use threads");
+        return Err(
+            "this process was forked from one that has used RDMA already; fork first, or use threads",
+        );
     }
     devices.as_deref().map_err(String::as_str)
 }
