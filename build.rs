@@ -30,7 +30,8 @@ fn bindings() {
     let _ = std::panic::take_hook();
     let why = match generated {
         Ok(Ok(bindings)) => {
-            let out = std::path::Path::new(&std::env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("verbs.rs");
+            let out =
+                std::path::Path::new(&std::env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("verbs.rs");
             match bindings.write_to_file(&out) {
                 Ok(()) => return,
                 Err(error) => format!("{} cannot be written: {error}", out.display()),

@@ -5,7 +5,7 @@
  * One fio job is one session with one context. fio calls setup() and prepopulate() in the parent, before it forks or
  * starts the job's thread, so those two open a session of their own and end it before they return; init() opens the
  * one that carries the I/O. Every io_u owns one iocb, for life. queue() fills it in and puts it on `queued`; commit()
- * hands the whole queue to raio_submit(), which never blocks; getevents() collects. All I/O buffers of a job lie in one
+ * hands the whole queue to raio_submit(), at the latest when fio's queue is full; getevents() collects. All I/O buffers of a job lie in one
  * raio_alloc() region.
  *
  * fio must never touch a local file of the same name: FIO_DISKLESSIO keeps it from creating, statting, invalidating
@@ -28,6 +28,7 @@ struct raio_fio_options {
 	unsigned int queue_depth;
 	unsigned int crc;
 	unsigned int spin_us;
+	unsigned int batch;
 };
 
 /* td->io_ops_data, from init() to cleanup() */
@@ -36,13 +37,16 @@ struct job {
 	raio_context_t ctx;
 	raio_mr_t mr;			/* of td->orig_buffer */
 	unsigned int depth;		/* how many io_us there are: bounds every array below */
+	unsigned int batch;		/* send when so many are queued, or fio is about to wait */
 	struct raio_iocb *iocbs;	/* by io_u->index; ->data is the io_u */
 	struct raio_iocb **queued;	/* not yet taken by raio_submit(), oldest first */
 	unsigned int queued_nr;
 	struct io_u **refused;		/* raio_submit() would not have them: getevents() reports them */
 	unsigned int refused_nr;
-	struct raio_event *events;
-	struct io_u **done;		/* what the last getevents() collected, for event() */
+	struct raio_event *events;	/* collected from libraio; from `events_at` on not yet handed to fio */
+	unsigned int events_at;
+	unsigned int events_nr;
+	struct io_u **done;		/* what the last getevents() handed to fio, for event() */
 };
 
 /* The sentence for the last io_u that failed: fio asks for it after it has printed the error itself. */
@@ -87,6 +91,18 @@ static struct fio_option options[] = {
 		.type	= FIO_OPT_INT,
 		.off1	= offsetof(struct raio_fio_options, spin_us),
 		.def	= "50",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_batch",
+		.lname	= "raio batch",
+		.help	= "Send up to this many I/Os together while fio fills its queue (1: each by itself). Only with "
+			  "iodepth_batch_submit=1 and no thinktime or rate",
+		.type	= FIO_OPT_INT,
+		.off1	= offsetof(struct raio_fio_options, batch),
+		.def	= "16",
+		.minval	= 1,
 		.category = FIO_OPT_C_ENGINE,
 		.group	= FIO_OPT_G_INVALID,
 	},
@@ -483,6 +499,19 @@ static void raio_fio_cleanup(struct thread_data *td)
 	td->io_ops_data = NULL;
 }
 
+/*
+ * Whether fio, once it has begun to fill its queue, goes straight on until the queue is full and then calls
+ * getevents(): only then may commit() hold back what it is given until more has come.
+ */
+static int fills_queue_at_once(const struct thread_data *td)
+{
+	const struct thread_options *o = &td->o;
+
+	return o->iodepth_batch == 1 && !o->thinktime && !o->read_iolog_file && !o->rate[DDIR_READ] &&
+	       !o->rate[DDIR_WRITE] && !o->rate[DDIR_TRIM] && !o->rate_iops[DDIR_READ] && !o->rate_iops[DDIR_WRITE] &&
+	       !o->rate_iops[DDIR_TRIM];
+}
+
 static int raio_fio_init(struct thread_data *td)
 {
 	struct raio_fio_options *o = td->eo;
@@ -496,6 +525,7 @@ static int raio_fio_init(struct thread_data *td)
 	}
 	td->io_ops_data = job;
 	job->depth = td->o.iodepth;
+	job->batch = fills_queue_at_once(td) ? o->batch : 1;
 	/* fio sends the write of a block right behind its trim, for engines that trim while it waits: ours does not */
 	if (td_trimwrite(td))
 		td->o.serialize_overlap = 1;
@@ -651,7 +681,8 @@ static void remember_failure(int err)
 	snprintf(failure, sizeof(failure), "%s", *sentence ? sentence : strerror(err));
 }
 
-static int raio_fio_commit(struct thread_data *td)
+/* Hands the queue to libraio. Never blocks. */
+static void submit_queued(struct thread_data *td)
 {
 	struct job *job = td->io_ops_data;
 	long ret;
@@ -670,6 +701,20 @@ static int raio_fio_commit(struct thread_data *td)
 		}
 		leave_queue(td, job, (unsigned int)ret);
 	}
+}
+
+/*
+ * fio commits each io_u by itself unless a job asks for batches. One send for several costs the client and the server
+ * a fraction of one send for each, so they wait for one another while fio has more to do before it waits: room in its
+ * queue to fill, or completions to take. Their latency counts from the send. A depth of 1 never waits.
+ */
+static int raio_fio_commit(struct thread_data *td)
+{
+	struct job *job = td->io_ops_data;
+	int fio_goes_on = td->cur_depth < job->depth || job->events_at < job->events_nr;
+
+	if (job->queued_nr >= job->batch || !fio_goes_on)
+		submit_queued(td);
 	return 0;
 }
 
@@ -693,7 +738,7 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 	struct job *job = td->io_ops_data;
 	struct timespec timeout, *tp = NULL;
 	unsigned int nr = 0;
-	long ret, i;
+	long ret;
 
 	if (t) {
 		timeout = *t;
@@ -702,11 +747,19 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 	max_nr = min(max_nr, job->depth);
 	min_nr = min(min_nr, max_nr);
 
-	while (nr < max_nr && job->refused_nr)
-		job->done[nr++] = job->refused[--job->refused_nr];
+	for (;;) {
+		while (nr < max_nr && job->refused_nr)
+			job->done[nr++] = job->refused[--job->refused_nr];
+		while (nr < max_nr && job->events_at < job->events_nr)
+			job->done[nr++] = finish(&job->events[job->events_at++]);
+		if (nr && nr >= min_nr)
+			break;
 
-	while (nr < max_nr) {
-		ret = raio_getevents(job->ctx, nr < min_nr ? min_nr - nr : 0, max_nr - nr, job->events, tp);
+		/* fio takes as few as one at a time; libraio gives all there are for the same price */
+		submit_queued(td);
+		if (job->refused_nr)
+			continue;
+		ret = raio_getevents(job->ctx, nr < min_nr ? min_nr - nr : 0, job->depth, job->events, tp);
 		if (ret == -EINTR)
 			continue;
 		if (ret < 0) {
@@ -716,11 +769,10 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 			raio_failed(td, "server", "raio_getevents");
 			return (int)ret;
 		}
-		for (i = 0; i < ret; i++)
-			job->done[nr++] = finish(&job->events[i]);
-		if (nr >= min_nr || t || !job->queued_nr)
+		job->events_at = 0;
+		job->events_nr = (unsigned int)ret;
+		if (!ret && (!min_nr || t || !job->queued_nr))
 			break;
-		raio_fio_commit(td);
 	}
 	return (int)nr;
 }

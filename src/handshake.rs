@@ -149,12 +149,16 @@ impl Policy {
         if !(min..=max).contains(&VERSION) {
             return Err(Violation::Version { min, max });
         }
-        let mut name = String::new();
+        let mut name = None;
         let mut answers = Vec::new();
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_NAME {
-                name = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+                let text = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+                if name.replace(text).is_some() {
+                    // Each answer is longer than the question: many would not fit into a welcome.
+                    return Err(Violation::Field);
+                }
                 answers.push(HandshakeOption { kind: OPTION_NAME, flags: 0, value: self.name.as_bytes() });
             } else if option.flags & OPTION_REQUIRED != 0 {
                 return Err(Violation::RequiredOption(option.kind));
@@ -189,7 +193,7 @@ impl Policy {
         let peer = Peer {
             session: hello.session,
             epoch: hello.epoch.get(),
-            name,
+            name: name.unwrap_or_default(),
             keepalive: Duration::from_millis(hello.keepalive_ms.get().into()),
             grant,
         };

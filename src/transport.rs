@@ -372,21 +372,24 @@ impl<T> Outstanding<T> {
         if u64::from(*generation) == id.0 >> 32 { slot.as_mut() } else { None }
     }
 
-    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, or returns credits that
-    /// were never spent, is the peer's violation.
+    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, returns credits that
+    /// were never spent, or leaves nothing outstanding and no credit to go on with, is the peer's violation.
     pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
         let index = id.0 as u32;
+        let is_last = self.len() == 1;
         let (generation, slot) = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
         if u64::from(*generation) != id.0 >> 32 {
             return Err(Violation::RequestId);
         }
-        if self.credits + u32::from(credits) > self.credits_max {
+        let credits = self.credits + u32::from(credits);
+        // Credits come with responses alone: with none for ordinary requests, and no response to come, there would never be one.
+        if credits > self.credits_max || (is_last && credits <= 1) {
             return Err(Violation::Credits);
         }
         let value = slot.take().ok_or(Violation::RequestId)?;
         *generation = generation.wrapping_add(1);
         self.free.push(index);
-        self.credits += u32::from(credits);
+        self.credits = credits;
         Ok(value)
     }
 
@@ -445,5 +448,16 @@ mod tests {
         let mut outstanding = Outstanding::new(&grant(1));
         let id = outstanding.insert((), false).unwrap();
         assert_eq!(outstanding.finish(id, 2), Err(Violation::Credits));
+    }
+
+    #[test]
+    fn credits_that_are_all_kept_are_a_violation() {
+        let mut outstanding = Outstanding::new(&grant(2));
+        let first = outstanding.insert('a', false).unwrap();
+        let second = outstanding.insert('b', false).unwrap();
+        // They may yet come with the next response.
+        assert_eq!(outstanding.finish(first, 0), Ok('a'));
+        assert_eq!(outstanding.finish(second, 0), Err(Violation::Credits));
+        assert_eq!(outstanding.finish(second, 1), Ok('b'));
     }
 }

@@ -1,16 +1,25 @@
 //! The examples run, and say what they are there to say.
 
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// `cargo run` for an example, built as this test was.
+/// `cargo run` for an example, built as this test was: its path says how (`TARGET_DIR[/TRIPLE]/PROFILE/deps/NAME`).
 fn example(name: &str, arguments: &[&str]) -> Command {
+    let me = std::env::current_exe().unwrap();
+    let mut directory = me.parent().and_then(Path::parent).and_then(Path::parent).unwrap();
     let mut command = Command::new(env!("CARGO"));
     command.args(["run", "--quiet", "--offline", "--manifest-path"]);
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
     if !cfg!(debug_assertions) {
         command.arg("--release");
     }
+    let last = directory.file_name().unwrap_or_default().to_string_lossy();
+    if last.starts_with(std::env::consts::ARCH) && last.contains("linux") {
+        command.args(["--target", &last]);
+        directory = directory.parent().unwrap();
+    }
+    command.arg("--target-dir").arg(directory);
     command.args(["--example", name, "--"]).args(arguments);
     command
 }

@@ -150,7 +150,8 @@ int raio_connect(const char *url, const struct raio_options *options);
 
 /*
  * raio_stop - ends the session: closes its files and connections. Its contexts are dead afterwards: what was in
- * flight is lost without an event, calls on them fail with ENOTCONN, raio_destroy() frees what is left of them.
+ * flight is lost without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with
+ * ENOTCONN, raio_destroy() frees what is left of them.
  * No context of the session may be in use by another thread meanwhile.
  *
  * Returns 0, or -1 with errno EBADF.

@@ -544,6 +544,8 @@ impl Context {
                     self.end_waiting(index, failure.clone());
                 }
             } else {
+                // A lent buffer comes free by a read that failed, too.
+                self.lend();
                 self.start();
                 self.transport.flush();
             }

@@ -425,7 +425,10 @@ pub unsafe extern "C" fn raio_start(
             _ => {
                 return Err(Error::call(
                     libc::EPROTONOSUPPORT,
-                    format!("There is no transport {:?}. Use \"tcp\" or \"rdma\".", String::from_utf8_lossy(transport)),
+                    format!(
+                        "There is no transport {:?}. Use \"tcp\" or \"rdma\".",
+                        String::from_utf8_lossy(transport)
+                    ),
                 ));
             }
         };

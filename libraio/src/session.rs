@@ -80,6 +80,8 @@ pub(crate) struct Shared {
     id: [u8; 16],
     /// None once the session was stopped.
     control: Mutex<Option<Control>>,
+    /// Files to be closed by whoever next has `control`: ending an operation must not wait for another thread's round trip.
+    closes: Mutex<Vec<FileHandle>>,
 }
 
 struct Control {
@@ -119,8 +121,14 @@ impl Session {
 
     /// Opens a session with the server at this address.
     pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
-        let shared =
-            Shared { scheme, address, options: options.clone(), id: random_id(), control: Mutex::new(None) };
+        let shared = Shared {
+            scheme,
+            address,
+            options: options.clone(),
+            id: random_id(),
+            control: Mutex::new(None),
+            closes: Mutex::default(),
+        };
         let transport = shared.dial(CONTROL_DEPTH)?;
         *shared.control() = Some(Control { transport, replies: Vec::new(), body: Vec::new(), tag: 0 });
         Ok(Self { shared: Arc::new(shared) })
@@ -201,7 +209,9 @@ impl Shared {
 
     /// Has the server execute a command, and waits for its answer.
     fn call(&self, command: &Command<'_>) -> Result<Reply, Error> {
-        self.control().as_mut().ok_or_else(stopped)?.call(command)
+        let reply = self.control().as_mut().ok_or_else(stopped)?.call(command);
+        self.send_closes();
+        reply
     }
 
     /// The present status of an open file.
@@ -215,10 +225,24 @@ impl Shared {
         self.call(&Command::Close(handle)).map(drop)
     }
 
-    /// Closes a file without waiting for the answer, nor telling of a failure: the server closes it with the session at the latest.
+    /// Closes a file without waiting for anything, nor telling of a failure: the server closes it with the session at the latest.
     pub(crate) fn close_later(&self, handle: FileHandle) {
-        if let Some(control) = self.control().as_mut() {
-            control.send(&Command::Close(handle));
+        self.closes().push(handle);
+        self.send_closes();
+    }
+
+    fn closes(&self) -> MutexGuard<'_, Vec<FileHandle>> {
+        self.closes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends the closes that are due, unless another thread has the connection: that thread does it when it is done.
+    fn send_closes(&self) {
+        while !self.closes().is_empty() {
+            let Ok(mut control) = self.control.try_lock() else { return };
+            let Some(control) = control.as_mut() else { return self.closes().clear() };
+            if !control.send_closes(&mut self.closes()) {
+                return;
+            }
         }
     }
 }
@@ -241,6 +265,22 @@ impl Control {
         }
         self.transport.flush();
         Some(self.tag)
+    }
+
+    /// Sends closes as far as there are credits. Whether all are sent; the rest goes with a later call.
+    fn send_closes(&mut self, closes: &mut Vec<FileHandle>) -> bool {
+        self.receive();
+        while let Some(&handle) = closes.last() {
+            self.tag += 1;
+            self.body.clear();
+            Command::Close(handle).encode(&mut self.body);
+            if self.transport.send(self.tag, &self.body, Bulk::None, false).is_err() {
+                break;
+            }
+            closes.pop();
+        }
+        self.transport.flush();
+        closes.is_empty()
     }
 
     /// Takes in replies, and forgets those of before.

@@ -3,6 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
+use raio_transport::protocol::FileHandle;
 
 use crate::fake_server::FakeServer;
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
@@ -191,6 +192,23 @@ fn lent_buffers_are_bounded_and_reads_that_want_more_wait_alone() {
     assert!(
         collect(&mut context, 2).iter().all(|completion| completion.is_lent && completion.result == Ok(0))
     );
+}
+
+#[test]
+fn a_read_that_fails_makes_room_for_one_that_waits_for_a_lent_buffer() {
+    let (_server, session, file) = start();
+    // A handle that the server does not know.
+    let gone = File::new(Arc::clone(file.inner().session()), FileHandle(999));
+    let mut context = session.context(2).unwrap();
+    let lent = Operation::ReadLent { offset: 0, length: 10 };
+    context.submit(&file, lent, 0).unwrap();
+    let kept = collect(&mut context, 1).remove(0);
+    assert!(kept.is_lent);
+    context.submit(&gone, Operation::ReadLent { offset: 0, length: 10 }, 1).unwrap();
+    context.submit(&file, Operation::ReadLent { offset: 0, length: 10 }, 2).unwrap();
+    let ended = collect(&mut context, 2);
+    assert_eq!(ended[0].result.as_ref().unwrap_err().errno(), libc::EBADF);
+    assert_eq!((ended[1].token, ended[1].result.clone()), (2, Ok(10)));
 }
 
 #[test]

@@ -22,7 +22,7 @@ const QUEUE_DEPTH_MAX: u32 = 65_534;
 const IO_BYTES_DEFAULT: u64 = 1 << 20;
 const IO_BYTES_MIN: u64 = 4 << 10;
 const IO_BYTES_MAX: u64 = 256 << 20;
-const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
+const MEMORY_BYTES_DEFAULT: u64 = 128 << 20;
 const SPIN_US_DEFAULT: u64 = 50;
 const SPIN_US_MAX: u64 = 1_000_000;
 const WORKERS_MAX: usize = 1024;
@@ -52,7 +52,7 @@ pub struct Options {
     /// How long an idle worker looks for work before it sleeps [default: 50]
     #[arg(long, value_name = "MICROSECONDS")]
     spin_us: Option<u64>,
-    /// Buffers for data in flight, shared out among the workers [default: 256M]
+    /// Buffers for data in flight, shared out among the workers [default: 128M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// How files are read and written [default: uring where the system allows it, else threads]
@@ -292,7 +292,7 @@ mod tests {
         let config = options(&["--export", "a=/tmp"]).check(2).unwrap();
         assert_eq!(config.listen, [(Scheme::Tcp, "127.0.0.1:7240".parse().unwrap())]);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (2, 128, 1 << 20));
-        assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 128 << 20));
+        assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
     }
 

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::address::Scheme;
+use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::{rdma, tcp};
 
 use crate::throttle::Throttle;

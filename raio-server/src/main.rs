@@ -11,7 +11,6 @@
 #![deny(unsafe_code)]
 
 mod backend;
-mod command;
 mod config;
 mod export;
 mod listener;

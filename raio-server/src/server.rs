@@ -93,7 +93,7 @@ impl Server {
         let listener = Listener::bind(&mut reactor, LISTENER, &listen)?;
         let shared = Arc::new(Shared {
             exports,
-            // Half for files, so that a client that opens all it can does not keep others from connecting.
+            // Half for files, so that clients that open all they can do not keep others from connecting.
             sessions: Sessions::new(files_max / 2),
             policy: Arc::new(Policy {
                 queue_depth: config.queue_depth,

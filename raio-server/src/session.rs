@@ -136,8 +136,12 @@ impl Entry {
 }
 
 impl Session {
-    /// Gives a file a handle. None: the session has as many files open as it may.
+    /// Gives a file a handle. None: all sessions together have as many files open as they may.
     pub fn insert(&self, file: Arc<OpenFile>) -> Option<FileHandle> {
+        // Workers that look at the same time may go beyond it by one each, which does no harm.
+        if self.open_files.load(Ordering::Relaxed) >= self.files_max {
+            return None;
+        }
         let mut files = lock(&self.files);
         let index = match files.free.pop() {
             Some(index) => index as usize,
@@ -196,11 +200,12 @@ pub struct Sessions {
 #[derive(Debug)]
 struct Joined {
     session: Arc<Session>,
-    connections: usize,
+    /// How many workers have connections of it.
+    workers: usize,
 }
 
 impl Sessions {
-    /// None yet. A session may have `files_max` files open.
+    /// None yet. All together may have `files_max` files open.
     pub fn new(files_max: usize) -> Self {
         Self {
             by_id: Mutex::default(),
@@ -209,7 +214,7 @@ impl Sessions {
         }
     }
 
-    /// A connection of this session has come.
+    /// A worker has got its first connection of this session.
     pub fn join(&self, id: [u8; 16]) -> Arc<Session> {
         let mut by_id = lock(&self.by_id);
         let joined = by_id.entry(id).or_insert_with(|| {
@@ -219,18 +224,18 @@ impl Sessions {
                 open_files: Arc::clone(&self.open_files),
                 files_max: self.files_max,
             };
-            Joined { session: Arc::new(session), connections: 0 }
+            Joined { session: Arc::new(session), workers: 0 }
         });
-        joined.connections += 1;
+        joined.workers += 1;
         Arc::clone(&joined.session)
     }
 
-    /// A connection of this session has gone. Gives the files to be closed if it was the last.
+    /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any more.
     pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
         let mut by_id = lock(&self.by_id);
         let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };
-        joined.connections -= 1;
-        if joined.connections > 0 {
+        joined.workers -= 1;
+        if joined.workers > 0 {
             return Vec::new();
         }
         by_id.remove(&session.id);
@@ -312,12 +317,14 @@ mod tests {
     }
 
     #[test]
-    fn a_session_cannot_have_more_files_than_it_may() {
-        let session = Sessions::new(2).join([1; 16]);
+    fn sessions_cannot_have_more_files_than_they_may_together() {
+        let sessions = Sessions::new(2);
+        let (session, other) = (sessions.join([1; 16]), sessions.join([2; 16]));
         let first = session.insert(null()).unwrap();
         session.insert(null()).unwrap();
         assert!(session.insert(null()).is_none());
+        assert!(other.insert(null()).is_none());
         session.close(first).unwrap();
-        assert!(session.insert(null()).is_some());
+        assert!(other.insert(null()).is_some());
     }
 }

@@ -119,8 +119,14 @@ impl Epoll {
             let Some(pending) = self.pending.get_mut(key) else { continue };
             let cancelled = pending.generation == 0;
             let outcome = if cancelled { Err(libc::ECANCELED) } else { attempt(&mut pending.op, &self.pool) };
+            let outcome = match outcome {
+                Err(libc::EAGAIN) => match self.wait_for(key) {
+                    Ok(()) => continue,
+                    Err(errno) => Err(errno),
+                },
+                outcome => outcome,
+            };
             match outcome {
-                Err(libc::EAGAIN) => self.wait_for(key),
                 Err(libc::EINTR) => self.fresh.push_back(key),
                 Ok(_) | Err(_) => {
                     let Pending { token, op, .. } = self.pending.remove(key);
@@ -158,8 +164,11 @@ impl Epoll {
         }
     }
 
-    fn wait_for(&mut self, key: usize) {
-        let Some((fd, writes)) = descriptor(&self.pending[key].op) else { return };
+    /// Waits for the descriptor of an operation that would block. Fails if epoll does not take it: most likely there are too many
+    /// (ENOSPC, see fs.epoll.max_user_watches), or no memory.
+    fn wait_for(&mut self, key: usize) -> Result<(), i32> {
+        let op = &self.pending[key].op;
+        let Some((fd, writes)) = descriptor(op) else { return Ok(()) };
         let waiting = self.waiting.entry(fd).or_default();
         let side = if writes { &mut waiting.write } else { &mut waiting.read };
         debug_assert!(
@@ -171,15 +180,14 @@ impl Epoll {
         flags.set(EventFlags::IN, waiting.read.is_some());
         flags.set(EventFlags::OUT, waiting.write.is_some());
         let data = EventData::new_u64(fd as u64);
-        let file = op_file(&self.pending[key].op);
+        let file = op_file(op);
         // A descriptor that was closed has left the epoll set by itself, and its number may be another's now.
         let armed = epoll::modify(&self.epoll, file, data, flags)
             .or_else(|_| epoll::add(&self.epoll, file, data, flags));
-        if armed.is_err() {
-            // It cannot be polled (a regular file): it never blocks, so try it again.
-            self.waiting.remove(&fd);
-            self.fresh.push_back(key);
-        }
+        armed.map_err(|error| {
+            *if writes { &mut waiting.write } else { &mut waiting.read } = None;
+            error.raw_os_error()
+        })
     }
 }
 

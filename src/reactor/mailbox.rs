@@ -1,15 +1,14 @@
-//! Wake-ups and messages from other threads.
-//!
-//! The protocol between waker and sleeper, over two flags: the waker sets `set`, then looks at `sleeping`; the sleeper sets
-//! `sleeping`, then looks at `set`. Both orders are sequentially consistent, so at least one sees the other, and the eventfd is written
-//! only when the sleeper is, or is about to be, asleep.
+//! Wake-ups and messages from other threads. Who has to write to the eventfd, and why no wake-up is lost: [`flags`].
+
+mod flags;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic;
 
 use crossbeam_queue::SegQueue;
+use flags::Flags;
 use rustix::event::{EventfdFlags, eventfd};
 
 /// Wakes one reactor, from any thread. Clones wake the same one.
@@ -18,21 +17,19 @@ pub struct Waker(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    set: AtomicBool,
-    sleeping: AtomicBool,
+    flags: Flags,
     eventfd: Arc<OwnedFd>,
 }
 
 impl Waker {
     pub(super) fn new() -> io::Result<Self> {
         let eventfd = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
-        Ok(Self(Arc::new(Inner { set: AtomicBool::new(false), sleeping: AtomicBool::new(false), eventfd })))
+        Ok(Self(Arc::new(Inner { flags: Flags::new(), eventfd })))
     }
 
     /// Makes the reactor's present or next turn come back.
     pub fn wake(&self) {
-        self.0.set.store(true, Ordering::SeqCst);
-        if self.0.sleeping.load(Ordering::SeqCst) {
+        if self.0.flags.set() {
             // It can only fail with EAGAIN, when the counter is at its limit: then the reactor is awake already.
             let _ = rustix::io::write(&self.0.eventfd, &1u64.to_ne_bytes());
         }
@@ -43,26 +40,21 @@ impl Waker {
     }
 
     pub(super) fn is_set(&self) -> bool {
-        self.0.set.load(Ordering::Relaxed)
+        self.0.flags.is_set()
     }
 
     /// Takes the wake-up, if there is one.
     pub(super) fn take(&self) -> bool {
-        self.is_set() && self.0.set.swap(false, Ordering::SeqCst)
+        self.0.flags.take()
     }
 
     /// Announces sleep. False if there is a wake-up already: do not sleep then.
     pub(super) fn prepare_sleep(&self) -> bool {
-        self.0.sleeping.store(true, Ordering::SeqCst);
-        if self.0.set.load(Ordering::SeqCst) {
-            self.awake();
-            return false;
-        }
-        true
+        self.0.flags.prepare_sleep()
     }
 
     pub(super) fn awake(&self) {
-        self.0.sleeping.store(false, Ordering::SeqCst);
+        self.0.flags.awake();
     }
 
     /// Empties the eventfd after it woke the reactor.

@@ -462,6 +462,8 @@ impl Reactor {
                 if now >= spin_until {
                     break;
                 }
+                // Whoever has the news to bring may need this core.
+                std::thread::yield_now();
             }
         }
         if look(true) {

@@ -124,9 +124,8 @@ impl Ring {
         Ok(())
     }
 
+    /// Puts a file into the table, or takes one out (-1). Nothing in flight uses the index: it would hold the `File` that has it.
     pub fn set_file(&mut self, index: u32, fd: RawFd) -> bool {
-        // Submissions not yet passed on may still name the old file.
-        self.enter(0, None);
         self.ring.submitter().register_files_update(index, &[fd]).is_ok()
     }
 
@@ -207,6 +206,8 @@ impl Ring {
                 Some(timespec) => SubmitArgs::new().timespec(timespec),
                 None => SubmitArgs::new(),
             };
+            // What would end the wait may be among those that found no room yet.
+            let want = if self.backlog.is_empty() { want } else { 0 };
             match self.ring.submitter().submit_with_args(want, &args) {
                 Ok(_) if !self.backlog.is_empty() && self.ring.submission().is_empty() => {}
                 // Interrupted, out of time, or completions must be taken in before more is accepted: the caller reaps, and comes again.
@@ -284,7 +285,9 @@ impl Drop for Ring {
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         self.enter(0, None);
-        let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+        // This waits for what cannot be cancelled (a read from a disk that hangs), so it has a limit too.
+        let limit = Timespec::from(DRAIN_TIMEOUT / 2);
+        let _ = self.ring.submitter().register_sync_cancel(Some(limit), CancelBuilder::any());
         let mut events = Vec::new();
         while !self.in_flight.is_empty() && Instant::now() < deadline {
             self.enter(1, Some(Duration::from_millis(50)));

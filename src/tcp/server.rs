@@ -28,8 +28,10 @@ use crate::transport::{
 const DIRECT_BYTES_MIN: usize = 32 << 10;
 /// A connection whose unsent answers hold more than this is not read from.
 const UNSENT_BYTES_MAX: usize = 1 << 20;
-/// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers.
+/// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers...
 const PROGRESS_BYTES_MIN: u64 = 4096;
+/// ... and what part it is, at least, of the memory that they hold: one that trickles gives it back within so many timeouts.
+const PROGRESS_PART: u64 = 8;
 /// How long a closed connection is kept for its peer to read the goodbye.
 const LINGER: Duration = Duration::from_secs(1);
 /// Finished batches kept for reuse.
@@ -87,6 +89,13 @@ enum Receiving {
     Data { id: u64, slot: Option<Slot>, start: usize, len: usize, filled: usize, crc: u32 },
     /// A request was answered without its data.
     Discard { left: usize },
+}
+
+impl Receiving {
+    /// How much data the message being received holds a slot for.
+    fn slot_len(&self) -> usize {
+        if let Self::Data { len, .. } = self { *len } else { 0 }
+    }
 }
 
 /// Bytes received and not yet looked at.
@@ -147,8 +156,8 @@ struct Connection {
     /// Something came since the keepalive timer was set.
     heard: bool,
     progress: Progress,
-    /// `progress` when the stall check was set.
-    checked: Progress,
+    /// When the stall check was set: `progress`, and whether a message had been begun, and a send.
+    checked: (Progress, bool, bool),
 }
 
 fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
@@ -158,6 +167,11 @@ fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
     {
         reactor.cancel_timer(timer);
     }
+}
+
+/// How many bytes a peer must move within the stall timeout if it holds so much memory.
+fn progress_due(held_bytes: usize) -> u64 {
+    PROGRESS_BYTES_MIN.max(held_bytes as u64 / PROGRESS_PART)
 }
 
 /// What the stall check compares.
@@ -247,7 +261,7 @@ impl Server {
             keepalive: None,
             heard: true,
             progress: Progress::default(),
-            checked: Progress::default(),
+            checked: Default::default(),
         });
         self.receive(reactor, &mut connection);
         self.put(reactor, connection);
@@ -292,7 +306,8 @@ impl Server {
         if connection.state == State::Open {
             let queue_depth = self.policy.queue_depth as usize;
             let is_behind = connection.out_bytes > UNSENT_BYTES_MAX || connection.out_responses > queue_depth;
-            if is_behind && connection.send_in_flight {
+            // A send that took only a part has made no room yet: what it left is sent before anything else is read.
+            if is_behind && (connection.send_in_flight || connection.rest.is_some()) {
                 return;
             }
             if !matches!(connection.unread, Unread::None) {
@@ -642,20 +657,24 @@ impl Server {
 
     fn deadline(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
         connection.deadline = None;
-        let Progress { messages_in, bytes_in, batches_out, bytes_out } = connection.checked;
+        // What was begun since has had less than the stall timeout: its time begins with the next check.
+        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, owed_input, was_sending) =
+            connection.checked;
         let now = connection.progress;
         match connection.state {
             State::Handshake(_) => self.fail(reactor, connection, Violation::HandshakeTimeout),
             State::Lingering => self.end(connection, CloseReason::Local),
             State::Dead => {}
             State::Open => {
-                let input_stalled = connection.owes_input()
+                let input_stalled = owed_input
+                    && connection.owes_input()
                     && connection.receive_in_flight
                     && now.messages_in == messages_in
-                    && now.bytes_in - bytes_in < PROGRESS_BYTES_MIN;
-                let output_stalled = connection.send_in_flight
+                    && now.bytes_in - bytes_in < progress_due(connection.receiving.slot_len());
+                let output_stalled = was_sending
+                    && connection.send_in_flight
                     && now.batches_out == batches_out
-                    && now.bytes_out - bytes_out < PROGRESS_BYTES_MIN;
+                    && now.bytes_out - bytes_out < progress_due(connection.unsent_bytes);
                 if output_stalled {
                     // A goodbye would wait behind what it does not take.
                     self.end(connection, CloseReason::Violation(Violation::Stalled));
@@ -673,7 +692,7 @@ impl Server {
             && connection.deadline.is_none()
             && (connection.send_in_flight || connection.owes_input())
         {
-            connection.checked = connection.progress;
+            connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
             let token = self.token(connection.id, Kind::Deadline);
             connection.deadline = Some(reactor.timer(Instant::now() + self.policy.stall_timeout, token));
         }

@@ -67,7 +67,7 @@ fn welcome(change: impl FnOnce(&mut Welcome)) -> Vec<u8> {
 
 contract! {
     fn a_client_that_is_too_slow_is_refused(transport) {
-        let policy = Policy { handshake_timeout: Duration::from_millis(60), ..Policy::default() };
+        let policy = Policy { handshake_timeout: Duration::from_millis(300), ..Policy::default() };
         let server = serve(transport, policy);
         let mut silent = Raw::client(&server);
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::HandshakeTimeout));
@@ -268,7 +268,7 @@ fn a_hello_in_pieces_is_taken_and_what_follows_at_once_too() {
 fn a_hello_that_trickles_in_is_refused_when_its_time_is_over() {
     let server = serve(
         Transport::TcpEpoll,
-        Policy { handshake_timeout: Duration::from_millis(100), ..Policy::default() },
+        Policy { handshake_timeout: Duration::from_millis(300), ..Policy::default() },
     );
     let mut raw = Raw::client(&server);
     for byte in Offer::new("trickle").hello() {

@@ -263,6 +263,22 @@ impl Server {
     /// A stream to the server.
     pub fn stream(&self) -> TcpStream {
         let (client, server) = tcp_pair();
+        self.serve(server);
+        client
+    }
+
+    /// Gives the server its end of a stream, non-blocking.
+    pub fn serve(&self, stream: TcpStream) {
+        self.adopt(Wire::Tcp(stream.into()));
+    }
+
+    /// A stream to the server with small buffers, those from the server smallest, so that little is on its way.
+    pub fn narrow_stream(&self) -> TcpStream {
+        let (client, server) = tcp_pair();
+        for (from, to, bytes) in [(&client, &server, 64 << 10), (&server, &client, 4 << 10)] {
+            socket2::SockRef::from(from).set_send_buffer_size(bytes).unwrap();
+            socket2::SockRef::from(to).set_recv_buffer_size(bytes).unwrap();
+        }
         self.adopt(Wire::Tcp(server.into()));
         client
     }

@@ -131,6 +131,22 @@ contract! {
         assert!(matches!(client.transport.failure(), Some(Error::Violation(Violation::RequestId))));
     }
 
+    fn a_server_that_keeps_every_credit_is_given_up(transport) {
+        let (mut client, mut raw) = Raw::server(transport, &Policy { queue_depth: 2, ..Policy::default() }, 0);
+        for tag in 0..2 {
+            client.send(tag, &command(Op::Echo, 0), Bulk::None);
+        }
+        client.transport.flush();
+        for _ in 0..2 {
+            let bytes = response(raw.next_request().id, |response| response.credits = 0);
+            raw.send(&bytes);
+        }
+        let replies = client.until_failed();
+        let ended: Vec<_> = replies.iter().map(|reply| (reply.tag, reply.status.is_ok())).collect();
+        assert_eq!(ended, [(0, true), (1, false)]);
+        assert!(matches!(client.transport.failure(), Some(Error::Violation(Violation::Credits))));
+    }
+
     fn a_wrong_checksum_is_a_violation(transport) {
         let damaged_header = violation(transport, FEATURE_CRC, |_, [get, ..]| {
             let mut bytes = Vec::new();

@@ -71,7 +71,16 @@ impl Raw {
 
     /// A client that has shaken hands.
     pub fn open_client(server: &Server, offer: &Offer) -> (Self, Grant) {
-        let mut raw = Self::client(server);
+        Self::client(server).open(offer)
+    }
+
+    /// The same, over a stream with small buffers.
+    pub fn open_narrow_client(server: &Server, offer: &Offer) -> (Self, Grant) {
+        Self::new(Wire::Tcp(server.narrow_stream(), Vec::new())).open(offer)
+    }
+
+    fn open(self, offer: &Offer) -> (Self, Grant) {
+        let mut raw = self;
         raw.send(&offer.hello());
         let bytes = raw.handshake_bytes().expect("a welcome comes");
         let Parsed::Item(grant, _) = offer.grant(&bytes).unwrap() else { panic!("half a welcome") };

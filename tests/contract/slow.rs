@@ -1,6 +1,6 @@
 //! Peers that are slow, or do nothing at all: they cost bounded memory and nobody else's time, and in the end their connection.
 
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Violation;
@@ -8,10 +8,10 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, RemoteRegion};
 use raio_transport::transport::CloseReason;
 
-use crate::harness::{Op, PATIENCE, Server, Setup, Transport, command, pattern, serve};
+use crate::harness::{Op, PATIENCE, Server, Setup, Transport, command, pattern, serve, tcp_pair};
 use crate::raw::{Got, Raw};
 
-const STALL: Duration = Duration::from_millis(300);
+const STALL: Duration = Duration::from_millis(500);
 
 fn impatient() -> Policy {
     Policy { stall_timeout: STALL, queue_depth: 16, data_bytes_max: 64 << 10, ..Policy::default() }
@@ -98,6 +98,23 @@ contract! {
 }
 
 #[test]
+fn a_client_that_pings_and_reads_nothing_is_soon_not_read_from() {
+    let mut pings = Vec::new();
+    (0..100).for_each(|id| message::encode_ping(id, false, &mut pings));
+    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+        let server = serve(transport, impatient());
+        let (mut raw, _) = Raw::open_narrow_client(&server, &Offer::new("deaf"));
+        let mut taken = 0;
+        while let Ok(n) = raw.stream().write(&pings[taken % pings.len()..]) {
+            taken += n;
+            assert!(taken < 2 << 20, "the server reads on though its answers are not taken");
+        }
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Stalled));
+        server.serves_others();
+    }
+}
+
+#[test]
 fn a_client_that_sends_a_byte_at_a_time_is_served() {
     for transport in [Transport::TcpUring, Transport::TcpEpoll] {
         let server = serve(transport, impatient());
@@ -151,18 +168,85 @@ fn a_client_that_begins_a_message_and_stops_is_closed() {
 
 #[test]
 fn a_client_that_trickles_a_message_for_too_long_is_closed() {
-    let server = serve(Transport::TcpUring, impatient());
-    let (mut raw, _) = Raw::open_client(&server, &Offer::new("trickle"));
-    let mut bytes = Vec::new();
-    let request =
-        message::Request { id: 1, body_len: 0, data_len: 60_000, region: RemoteRegion::None, data_crc: 0 };
-    request.encode(&command(Op::Put, 0), false, &mut bytes);
-    raw.send(&bytes);
-    let deadline = Instant::now() + PATIENCE;
-    while raw.stream().write_all(&[0]).is_ok() {
-        assert!(Instant::now() < deadline, "it is never closed");
-        std::thread::sleep(Duration::from_millis(10));
+    // The second makes 4 KiB of progress in a stall timeout, which is little for the memory that it holds.
+    for trickle in [1, 300] {
+        let server =
+            serve(Transport::TcpUring, Policy { stall_timeout: Duration::from_millis(200), ..impatient() });
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("trickle"));
+        let mut bytes = Vec::new();
+        let request = message::Request {
+            id: 1,
+            body_len: 0,
+            data_len: 60_000,
+            region: RemoteRegion::None,
+            data_crc: 0,
+        };
+        request.encode(&command(Op::Put, 0), false, &mut bytes);
+        raw.send(&bytes);
+        let deadline = Instant::now() + PATIENCE;
+        let mut sent = 0;
+        while raw.stream().write_all(&vec![0; trickle]).is_ok() {
+            sent += trickle;
+            assert!(Instant::now() < deadline && sent < 60_000, "it is never closed");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Stalled));
+        server.serves_others();
     }
-    assert_eq!(server.closed(0), CloseReason::Violation(Violation::Stalled));
-    server.serves_others();
+}
+
+#[test]
+fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
+    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+        let server = serve(transport, Policy { queue_depth: 2048, ..Policy::default() });
+        // Small buffers for sending: a send takes a part, and ends soon.
+        let (mut stream, accepted) = tcp_pair();
+        for socket in [&stream, &accepted].map(socket2::SockRef::from) {
+            socket.set_recv_buffer_size(64 << 10).unwrap();
+            socket.set_send_buffer_size(4096).unwrap();
+        }
+        server.serve(accepted);
+        stream.write_all(&Offer::new("driblets").hello()).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        // 48 bytes each, and each is answered with 80.
+        let mut asks = Vec::new();
+        for id in 0..4096 {
+            let request =
+                message::Request { id, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
+            request.encode(&command(Op::Refuse, 0)[..8], false, &mut asks);
+        }
+        let (mut sent, mut taken) = (0, 0);
+        let deadline = Instant::now() + PATIENCE;
+        let mut buffer = [0; 2048];
+        while Instant::now() < deadline && taken < (4 << 20) {
+            while let Ok(n) = stream.write(&asks[sent % asks.len()..]) {
+                sent += n;
+            }
+            match stream.read(&mut buffer) {
+                Ok(n) => taken += n,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+            }
+        }
+        // What was asked for and not taken is in the sockets, or in the server.
+        let asked = sent / 48 * 80;
+        assert!(taken >= 4 << 20 && asked < taken + (1 << 20), "{transport:?}: {asked} asked, {taken} taken");
+    }
+}
+
+#[test]
+fn a_message_that_is_begun_late_has_the_whole_stall_timeout() {
+    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+        let server = serve(transport, impatient());
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("late"));
+        // That of the handshake comes; then an answer sets the stall check, which comes while the second message is half sent.
+        std::thread::sleep(STALL * 12 / 10);
+        raw.send(&get(1, 100));
+        assert!(matches!(raw.next(), Got::Response(..)));
+        std::thread::sleep(STALL * 7 / 10);
+        let bytes = get(2, 100);
+        raw.send(&bytes[..10]);
+        std::thread::sleep(STALL * 6 / 10);
+        raw.send(&bytes[10..]);
+        assert!(matches!(raw.next(), Got::Response(..)), "{transport:?}");
+    }
 }

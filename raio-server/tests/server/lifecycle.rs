@@ -6,11 +6,13 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use raio_transport::protocol::{Command, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::handshake::Offer;
+use raio_transport::message::{self, RemoteRegion};
+use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
 
-use crate::common::{Server, TIMEOUT, Variant, buffers, each};
+use crate::common::{Client, Random, Server, TIMEOUT, Variant, buffers, each};
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
@@ -77,6 +79,35 @@ fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
         assert!(TcpStream::connect(server.address).is_err(), "nobody listens any more");
         let _ = file;
     });
+}
+
+#[test]
+fn a_write_that_never_arrives_holds_up_the_end_for_so_long_and_no_longer() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    let offer = Offer::new("half");
+    let mut whole = Client::connect(server.address, &offer);
+    let file = whole.open("/d/f", NEW).unwrap();
+    let mut half = TcpStream::connect(server.address).unwrap();
+    half.write_all(&offer.hello()).unwrap();
+    half.read_exact(&mut [0; 64]).unwrap();
+    let mut body = Vec::new();
+    Command::Write { file, offset: 0, length: 1000 }.encode(&mut body);
+    let request =
+        message::Request { id: 1, body_len: 0, data_len: 1000, region: RemoteRegion::None, data_crc: 0 };
+    let mut bytes = Vec::new();
+    request.encode(&body, false, &mut bytes);
+    half.write_all(&bytes).unwrap();
+    half.write_all(&[1; 10]).unwrap();
+    server.stats_until("half a write", |stats| stats.get("fetching") == 1);
+    server.signal(Signal::TERM);
+    let started = Instant::now();
+    assert_eq!(server.wait().code(), Some(1), "not everything was answered");
+    assert!(
+        (Duration::from_secs(9)..Duration::from_secs(13)).contains(&started.elapsed()),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(server.log().contains("did not finish"), "{}", server.log());
 }
 
 #[test]
@@ -193,6 +224,83 @@ fn strangers_are_turned_away_and_counted_and_others_go_on() {
 }
 
 #[test]
+fn well_formed_nonsense_harms_nobody() {
+    each(|variant| {
+        let mut random = Random::new();
+        let mut server = Server::start(
+            variant,
+            &["--memory", "4M", "--io-max", "64k", "--export", "m=mem:1M,rw", "--export", "n=null:1M"],
+        );
+        let mut good = server.client();
+        let good_file = good.open("/d/good", NEW).unwrap();
+        good.write(good_file, 0, b"good").unwrap();
+        let paths = ["/d/f", "/d/g", "/m", "/n", "/d", "/d/../x", "/d/f/x", "/x", "/d/./f", "//d//f//"];
+        let offer = Offer::new("hostile");
+        for _ in 0..5 {
+            // Two connections of one session, mostly on two workers.
+            let mut bad = [(); 2].map(|()| Client::connect(server.address, &offer));
+            let mut files = vec![FileHandle(0), FileHandle(u32::MAX), good_file];
+            let mut in_flight: [Vec<u64>; 2] = Default::default();
+            for _ in 0..400 {
+                let who = random.below(2) as usize;
+                let client = &mut bad[who];
+                if in_flight[who].len() > 60 {
+                    for tag in in_flight[who].drain(..) {
+                        let reply = client.wait(tag);
+                        assert!(client.transport.failure().is_none(), "{:?}", client.transport.failure());
+                        if reply.status.is_ok() && reply.body.len() == 88 && reply.result > 0 {
+                            files.push(FileHandle(reply.result as u32));
+                        }
+                    }
+                }
+                let file = files[random.below(files.len() as u64) as usize];
+                let edge = [0, 1, 511, 4096, 65_535, 65_536, 1 << 20, 1 << 63, u64::MAX - 1]
+                    [random.below(9) as usize];
+                let offset = edge.wrapping_add(random.below(3)).wrapping_sub(1);
+                let len = 1 + random.below(64 << 10) as usize;
+                let length = len as u32;
+                let (command, bulk) = match random.below(9) {
+                    0 => {
+                        let path = paths[random.below(paths.len() as u64) as usize].as_bytes();
+                        let flags = 1 + random.below(511) as u32;
+                        let flags =
+                            if flags & (OPEN_READ | OPEN_WRITE) == 0 { flags | OPEN_READ } else { flags };
+                        (Command::Open { flags, mode: random.below(0o10000) as u32, path }, Bulk::None)
+                    }
+                    1 if random.below(4) == 0 => (Command::Close(file), Bulk::None),
+                    1 | 2 => (Command::Stat(file), Bulk::None),
+                    3 => (Command::Read { file, offset, length }, Bulk::In(buffers(&vec![0; len]))),
+                    4 => (Command::Write { file, offset, length }, Bulk::Out(buffers(&vec![1; len]))),
+                    5 => (Command::Fsync { file, data_only: random.below(2) == 0 }, Bulk::None),
+                    6 => (
+                        Command::Discard { file, offset, length: random.below(u64::MAX) >> random.below(64) },
+                        Bulk::None,
+                    ),
+                    // Not beyond the end of what is written, which would make huge files.
+                    7 => (
+                        Command::WriteZeroes {
+                            file,
+                            offset: offset % (1 << 20),
+                            length: random.below(1 << 20),
+                        },
+                        Bulk::None,
+                    ),
+                    _ => (Command::Cancel { id: random.below(64) | random.below(8) << 32 }, Bulk::None),
+                };
+                in_flight[who].push(client.send(&command, bulk).0);
+            }
+            assert_eq!(good.read(good_file, 0, 10).unwrap(), b"good");
+        }
+        good.close(good_file).unwrap();
+        drop(good);
+        let stats = server.stats_until("everything is gone", |stats| stats.is_idle());
+        for name in ["errors", "read_bytes", "written_bytes", "close", "cancel"] {
+            assert!(stats.get(name) > 0, "{name} in {}", stats.0);
+        }
+    });
+}
+
+#[test]
 fn the_statistics_count_what_was_done() {
     each(|variant| {
         let mut server = Server::start(variant, &["--workers", "2"]);
@@ -241,9 +349,6 @@ fn an_idle_server_sleeps() {
         let after = server.stats();
         let turns = after.get("turns") - before.get("turns");
         assert!(turns < 20, "{turns} turns with nothing to do");
-        client.send(
-            &Command::Read { file: raio_transport::protocol::FileHandle(0), offset: 0, length: 8 },
-            Bulk::In(buffers(&[0; 8])),
-        );
+        client.send(&Command::Read { file: FileHandle(0), offset: 0, length: 8 }, Bulk::In(buffers(&[0; 8])));
     });
 }

@@ -415,6 +415,29 @@ fn pings_are_answered() {
 }
 
 #[test]
+fn a_server_that_pings_without_end_does_not_keep_its_client() {
+    let (mut client, peer) = pair(&policy(), 0);
+    // Room for more than one read takes, so that there always is more.
+    socket2::SockRef::from(&client.stream).set_recv_buffer_size(4 << 20).unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    let mut pongs = peer.stream.try_clone().unwrap();
+    let reader = thread::spawn(move || while !matches!(pongs.read(&mut [0; 65536]), Ok(0) | Err(_)) {});
+    let writer = thread::spawn(move || {
+        let mut pings = Vec::new();
+        (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
+        while Instant::now() < end && (&peer.stream).write_all(&pings).is_ok() {}
+        let _ = peer.stream.shutdown(Shutdown::Both);
+    });
+    // Once the flood is there.
+    thread::sleep(Duration::from_millis(300));
+    assert!(client.receive(&mut Vec::new()));
+    assert!(Instant::now() < end, "it came back only when the server had enough");
+    drop(client);
+    writer.join().unwrap();
+    reader.join().unwrap();
+}
+
+#[test]
 fn a_goodbye_ends_everything_with_its_sentence() {
     let (mut client, mut peer) = pair(&policy(), 0);
     client.send(0, &[0; 24], room(10), false).unwrap();

@@ -12,13 +12,13 @@ use raio_transport::transport::{self, Response};
 use raio_transport::{Status, Violation};
 use rustix::fs::OFlags;
 
+use super::Worker;
 use crate::backend::{Completion, FileInfo, Handle, Outcome};
 use crate::export::{Refusal, Shown, Target};
 use crate::request::{
     Opening, Range, Read, Work, WorkerFile, Write, Zero, failure, status_of, storage_failure, success,
 };
 use crate::session::{Access, FileKind, OpenFile};
-use crate::worker::Worker;
 
 /// How often an open is tried again when the kernel cannot tell whether a rename led it out of the export.
 const RETRIES_MAX: u32 = 32;
@@ -33,7 +33,7 @@ enum First {
 
 impl Worker {
     /// Takes in a request of a connection that is open.
-    pub(crate) fn command(&mut self, connection: usize, request: &transport::Request) {
+    pub(super) fn command(&mut self, connection: usize, request: &transport::Request) {
         let command = match Command::decode(&request.body) {
             Ok(command) => command,
             Err(violation) => return self.violate(connection, violation),
@@ -137,7 +137,7 @@ impl Worker {
     }
 
     /// An operation of an open has ended: openat2 first, then statx.
-    pub(crate) fn open_proceeds(&mut self, key: usize, completion: Completion) {
+    pub(super) fn open_proceeds(&mut self, key: usize, completion: Completion) {
         let request = &mut self.requests[key];
         let connection = request.connection;
         let Work::Open(opening) = &mut request.work else { unreachable!("the caller looked") };
@@ -227,7 +227,7 @@ impl Worker {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
         let Some(handle) = self.sessions[session].session.insert(Arc::clone(&open)) else {
-            let text = "This session has as many files open as it may. Close some, or raise the server's limit with `ulimit -n`.";
+            let text = "The server has as many files open as it may. Close some, or raise its limit with `ulimit -n`.";
             return failure(Status::storage(libc::EMFILE), text);
         };
         if let Some(size) = open.fixed_size() {

@@ -1,0 +1,200 @@
+//! Connections, their sessions and their open files, as one worker has them.
+
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+
+use raio_transport::Violation;
+use raio_transport::error::Status;
+use raio_transport::handshake::Peer;
+use raio_transport::protocol::FileHandle;
+use raio_transport::transport::{CloseReason, ConnectionId};
+
+use super::{Mail, Worker};
+use crate::backend::{self, Handle};
+use crate::request::{State, WorkerFile};
+use crate::session::{OpenFile, Session, index_of};
+
+/// A connection that has finished its handshake.
+pub(super) struct Connection {
+    pub(super) transport: u8,
+    pub(super) id: ConnectionId,
+    pub(super) session: usize,
+    /// Its requests that are not yet answered, by the client's ids.
+    pub(super) requests: HashMap<u64, usize>,
+    /// Those of them that wait for memory, oldest first.
+    pub(super) waiting: VecDeque<usize>,
+    /// It is in `Worker::turns`.
+    pub(super) is_waiting: bool,
+    /// Bytes in the slots of its requests. Its unsent answers have more: `ServerTransport::unsent_bytes`.
+    pub(super) slot_bytes: usize,
+    /// What it did wrong: it is closing.
+    pub(super) violation: Option<Violation>,
+    pub(super) name: String,
+}
+
+/// A session that has connections here.
+pub(super) struct LocalSession {
+    pub(super) session: Arc<Session>,
+    pub(super) connections: usize,
+    /// This worker's view of the files, by the index in their handles.
+    pub(super) files: Vec<Option<Rc<WorkerFile>>>,
+}
+
+impl Worker {
+    pub(super) fn connection(&self, owner: u8, id: ConnectionId) -> Option<usize> {
+        let key = (*self.by_transport[usize::from(owner)].get(id.index as usize)?)?;
+        (self.connections[key].id == id).then_some(key)
+    }
+
+    pub(super) fn opened(&mut self, owner: u8, id: ConnectionId, peer: Peer) {
+        tracing::debug!(name = peer.name, "A client has connected.");
+        let session = match self.sessions_by_id.get(&peer.session) {
+            Some(&key) => key,
+            None => {
+                let session = self.shared.sessions.join(peer.session);
+                let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
+                self.sessions_by_id.insert(peer.session, key);
+                key
+            }
+        };
+        self.sessions[session].connections += 1;
+        let key = self.connections.insert(Connection {
+            transport: owner,
+            id,
+            session,
+            requests: HashMap::new(),
+            waiting: VecDeque::new(),
+            is_waiting: false,
+            slot_bytes: 0,
+            violation: None,
+            name: peer.name,
+        });
+        let by_index = &mut self.by_transport[usize::from(owner)];
+        let index = id.index as usize;
+        if by_index.len() <= index {
+            by_index.resize(index + 1, None);
+        }
+        by_index[index] = Some(key);
+    }
+
+    pub(super) fn closed(&mut self, owner: u8, id: ConnectionId, reason: &CloseReason) {
+        let Some(key) = self.connection(owner, id) else {
+            self.counters.close_reason(reason);
+            if let (CloseReason::Violation(violation), Some(suppressed)) = (reason, self.warnings.pass()) {
+                tracing::warn!(suppressed, "A client's handshake failed: {violation}.");
+            }
+            return;
+        };
+        self.by_transport[usize::from(owner)][id.index as usize] = None;
+        let connection = self.connections.remove(key);
+        if connection.is_waiting {
+            self.turns.retain(|&other| other != key);
+        }
+        for &request in connection.requests.values() {
+            if self.requests[request].state == State::Executing {
+                // The kernel has its memory: it runs to its end.
+                self.requests[request].connection = None;
+            } else {
+                let request = self.requests.remove(request);
+                self.in_state[request.state as usize] -= 1;
+            }
+        }
+        let violation = connection.violation.or(match reason {
+            CloseReason::Violation(violation) => Some(*violation),
+            _ => None,
+        });
+        match violation {
+            Some(violation) => {
+                self.counters.close(violation.name());
+                if let Some(suppressed) = self.warnings.pass() {
+                    tracing::warn!(
+                        name = connection.name,
+                        suppressed,
+                        "A client broke the protocol and was closed: {violation}."
+                    );
+                }
+            }
+            None => self.counters.close_reason(reason),
+        }
+        tracing::debug!(name = connection.name, reason = reason.name(), "A client's connection has ended.");
+        self.leave(connection.session);
+    }
+
+    /// A connection of this session has gone.
+    fn leave(&mut self, key: usize) {
+        let local = &mut self.sessions[key];
+        local.connections -= 1;
+        if local.connections > 0 {
+            return;
+        }
+        let LocalSession { session, files, .. } = self.sessions.remove(key);
+        self.sessions_by_id.remove(&session.id);
+        drop(files);
+        for file in self.shared.sessions.leave(&session) {
+            self.closing += usize::from(self.retire(backend::NOBODY, file));
+        }
+    }
+
+    /// Ends a connection whose client broke raio's protocol.
+    pub(super) fn violate(&mut self, connection: usize, violation: Violation) {
+        let Connection { transport, id, violation: noted, .. } = &mut self.connections[connection];
+        *noted = Some(violation);
+        let status = Status::protocol(violation.errno());
+        self.transports.get(*transport).close(&mut self.reactor, *id, status, &format!("{violation}."));
+    }
+
+    // Files ------------------------------------------------------------------------------------------------------------
+
+    /// The file with this handle in the session of this connection.
+    pub(super) fn file(&mut self, connection: usize, handle: FileHandle) -> Option<Rc<WorkerFile>> {
+        let session = self.connections[connection].session;
+        let local = &self.sessions[session];
+        if let Some(Some(file)) = local.files.get(index_of(handle))
+            && file.handle == handle
+            && !file.open.is_closed()
+        {
+            return Some(Rc::clone(file));
+        }
+        let open = local.session.get(handle)?;
+        let backend = open.fd().map(|fd| Handle::new(&mut self.reactor, Arc::clone(fd)));
+        Some(self.remember(session, WorkerFile { handle, open, backend }))
+    }
+
+    /// Keeps this worker's view of a file.
+    pub(super) fn remember(&mut self, session: usize, file: WorkerFile) -> Rc<WorkerFile> {
+        let files = &mut self.sessions[session].files;
+        let index = index_of(file.handle);
+        if files.len() <= index {
+            files.resize(index + 1, None);
+        }
+        let file = Rc::new(file);
+        files[index] = Some(Rc::clone(&file));
+        file
+    }
+
+    /// Drops this worker's view of a file that was closed.
+    pub(super) fn forget(&mut self, session: usize, handle: FileHandle) {
+        if let Some(file) = self.sessions[session].files.get_mut(index_of(handle))
+            && file.as_ref().is_some_and(|file| file.handle == handle)
+        {
+            *file = None;
+        }
+    }
+
+    /// Makes the other workers drop their views of a file that was closed.
+    pub(super) fn tell_others(&self, session: [u8; 16], handle: FileHandle) {
+        for (index, mailbox) in self.shared.mailboxes.get().into_iter().flatten().enumerate() {
+            if index != self.index {
+                mailbox.send(Mail::Forget { session, handle });
+            }
+        }
+    }
+
+    /// Closes a file if nobody uses it any more. Whether there will be a completion.
+    pub(super) fn retire(&mut self, key: u64, file: Arc<OpenFile>) -> bool {
+        let Some(fd) = file.into_last_fd() else { return false };
+        self.backend.close(&mut self.reactor, key, fd);
+        true
+    }
+}

@@ -1,0 +1,250 @@
+//! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
+
+use raio_transport::Status;
+use raio_transport::memory::Slot;
+use raio_transport::transport::{RequestKey, Response, SlotRange};
+
+use super::Worker;
+use super::connection::Connection;
+use crate::backend::{self, Completion, Handle};
+use crate::request::{Request, State, Step, Work, failure, success};
+
+enum Grant {
+    Slot(Slot),
+    /// The connection has its share already.
+    OverShare,
+    /// Nobody can have a slot of this size now.
+    NoRoom,
+}
+
+impl Worker {
+    /// Takes a request on. Gives its key.
+    pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
+        let needs = work.slot_len();
+        let request = self.requests.insert(Request {
+            transport: self.connections[connection].transport,
+            key,
+            connection: Some(connection),
+            state: State::NeedSlot,
+            work,
+            slot_bytes: 0,
+            is_cancelled: false,
+            canceller: None,
+            operation: None,
+        });
+        self.in_state[State::NeedSlot as usize] += 1;
+        self.connections[connection].requests.insert(key.id, request);
+        if needs == 0 {
+            self.execute(request, None);
+        } else if let Some(slot) = self.slot_at_once(connection, needs) {
+            self.granted(request, slot);
+        } else {
+            self.counters.slot_waits.add(1);
+            let connection_key = connection;
+            let connection = &mut self.connections[connection];
+            connection.waiting.push_back(request);
+            if !connection.is_waiting {
+                connection.is_waiting = true;
+                self.turns.push_back(connection_key);
+            }
+        }
+        request
+    }
+
+    fn slot_at_once(&mut self, connection: usize, bytes: usize) -> Option<Slot> {
+        if self.is_out_of_room || self.connections[connection].is_waiting {
+            return None;
+        }
+        match self.grant(connection, bytes) {
+            Grant::Slot(slot) => Some(slot),
+            Grant::OverShare | Grant::NoRoom => None,
+        }
+    }
+
+    fn grant(&mut self, connection: usize, bytes: usize) -> Grant {
+        let Connection { transport, id, slot_bytes, .. } = self.connections[connection];
+        let held = slot_bytes + self.transports.get(transport).unsent_bytes(id);
+        if held > 0 && held + bytes > self.share_bytes {
+            return Grant::OverShare;
+        }
+        self.arena.alloc(bytes).map_or(Grant::NoRoom, Grant::Slot)
+    }
+
+    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. None overtakes another connection's
+    /// request that waits for room: a large one would never have its turn.
+    pub(super) fn grant_slots(&mut self) {
+        self.is_out_of_room = false;
+        let mut over_share = 0;
+        while over_share < self.turns.len() {
+            let Some(key) = self.turns.pop_front() else { return };
+            let connection = &mut self.connections[key];
+            let Some(&request) = connection.waiting.front() else {
+                connection.is_waiting = false;
+                continue;
+            };
+            let bytes = self.requests[request].work.slot_len();
+            match self.grant(key, bytes) {
+                Grant::Slot(slot) => {
+                    self.is_busy = true;
+                    over_share = 0;
+                    self.turns.push_back(key);
+                    self.connections[key].waiting.pop_front();
+                    self.granted(request, slot);
+                }
+                Grant::OverShare => {
+                    over_share += 1;
+                    self.turns.push_back(key);
+                }
+                Grant::NoRoom => {
+                    self.turns.push_front(key);
+                    self.is_out_of_room = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn granted(&mut self, key: usize, slot: Slot) {
+        let request = &mut self.requests[key];
+        request.slot_bytes = slot.len();
+        if let Some(connection) = request.connection {
+            self.connections[connection].slot_bytes += slot.len();
+        }
+        if matches!(request.work, Work::Write(..)) {
+            let (owner, name) = (request.transport, request.key);
+            self.enter(key, State::Fetching);
+            self.transports.get(owner).fetch(&mut self.reactor, name, slot, 0);
+        } else {
+            self.execute(key, Some(slot));
+        }
+    }
+
+    pub(super) fn fetched(&mut self, owner: u8, name: RequestKey, range: SlotRange) {
+        let Some(connection) = self.connection(owner, name.connection) else { return };
+        let Some(&key) = self.connections[connection].requests.get(&name.id) else { return };
+        if self.requests[key].is_cancelled {
+            self.answer(key, cancelled());
+        } else {
+            self.execute(key, Some(range.slot));
+        }
+    }
+
+    fn execute(&mut self, key: usize, slot: Option<Slot>) {
+        self.enter(key, State::Executing);
+        let request = &mut self.requests[key];
+        let handle = match &request.work {
+            Work::Close => return,
+            Work::Open(opening) => self.directories[opening.export].as_ref(),
+            work => work.file().and_then(|file| file.backend.as_ref()),
+        };
+        match handle {
+            Some(handle) => {
+                let operation = request.work.first(slot);
+                request.operation = self.backend.submit(&mut self.reactor, key as u64, handle, operation);
+            }
+            None => {
+                let size = request.work.file().and_then(|file| file.open.fixed_size()).unwrap_or(0);
+                let response = request.work.on_null(size, slot);
+                self.answer(key, response);
+            }
+        }
+    }
+
+    pub(super) fn completed(&mut self, completion: Completion) {
+        if completion.key == backend::NOBODY {
+            self.closing -= 1;
+            return;
+        }
+        let key = completion.key as usize;
+        let request = &mut self.requests[key];
+        debug_assert_eq!(request.state, State::Executing);
+        if let Work::Open(_) = request.work {
+            return self.open_proceeds(key, completion);
+        }
+        match request.work.completed(completion) {
+            Step::Done(response) => self.answer(key, response),
+            Step::Again(operation) => {
+                let Some(handle) = request.work.file().and_then(|file| file.backend.as_ref()) else {
+                    unreachable!("it has been submitted before")
+                };
+                request.operation = self.backend.submit(&mut self.reactor, key as u64, handle, operation);
+            }
+        }
+    }
+
+    /// The largest slot.
+    pub(super) fn slot_bytes_max(&self) -> usize {
+        self.arena.slot_bytes_max()
+    }
+
+    /// The directory of an export, for an open.
+    pub(super) fn directory(&self, export: usize) -> Option<&Handle> {
+        self.directories[export].as_ref()
+    }
+
+    fn enter(&mut self, key: usize, state: State) {
+        let request = &mut self.requests[key];
+        self.in_state[request.state as usize] -= 1;
+        request.state = state;
+        self.in_state[state as usize] += 1;
+    }
+
+    /// Ends a request that was begun. If its connection has gone, the answer goes nowhere.
+    pub(super) fn answer(&mut self, key: usize, response: Response) {
+        let request = self.requests.remove(key);
+        self.in_state[request.state as usize] -= 1;
+        let Some(connection) = request.connection else { return };
+        let entry = &mut self.connections[connection];
+        entry.requests.remove(&request.key.id);
+        entry.slot_bytes -= request.slot_bytes;
+        if response.status.is_ok() {
+            match request.work {
+                Work::Read(..) => self.counters.read_bytes.add(response.result),
+                Work::Write(..) => self.counters.written_bytes.add(response.result),
+                _ => {}
+            }
+        }
+        let was_cancelled = response.status.errno == libc::ECANCELED;
+        self.respond(connection, request.key, response);
+        if let Some(canceller) = request.canceller {
+            let response = if was_cancelled {
+                success(0)
+            } else {
+                failure(
+                    Status::storage(libc::EALREADY),
+                    "It was too late to cancel the request: it has run to its end.",
+                )
+            };
+            self.respond(connection, canceller, response);
+        }
+    }
+
+    /// Answers a request that was not begun, or is over.
+    pub(super) fn respond(&mut self, connection: usize, name: RequestKey, response: Response) {
+        self.counters.answered.add(1);
+        if !response.status.is_ok() {
+            self.counters.errors.add(1);
+        }
+        let owner = self.connections[connection].transport;
+        self.transports.get(owner).respond(&mut self.reactor, name, response);
+    }
+
+    /// Cancels a request as far as that goes.
+    pub(super) fn cancel(&mut self, connection: usize, key: usize) {
+        let request = &mut self.requests[key];
+        request.is_cancelled = true;
+        match request.state {
+            State::NeedSlot => {
+                self.connections[connection].waiting.retain(|&other| other != key);
+                self.answer(key, cancelled());
+            }
+            // When its data has come.
+            State::Fetching => {}
+            State::Executing => self.backend.cancel(&mut self.reactor, key as u64, request.operation),
+        }
+    }
+}
+
+fn cancelled() -> Response {
+    failure(Status::storage(libc::ECANCELED), "The request was cancelled.")
+}

@@ -1,0 +1,101 @@
+//! Everything that is decoded without a connection: framing, both handshakes, options, commands.
+//!
+//! What is decoded is encoded again and must be the same bytes.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use raio_fuzz::{Mode, mend_handshake, mend_messages};
+use raio_transport::handshake::{Offer, Policy};
+use raio_transport::message::{
+    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goodbye, encode_ping, encode_pong, parse,
+    parse_handshake, parse_options, text,
+};
+use raio_transport::protocol::{Command, FileStatus};
+
+fuzz_target!(|input: &[u8]| {
+    let Some((&mode, bytes)) = input.split_first() else { return };
+    let mode = Mode(mode);
+    let mut bytes = bytes.to_vec();
+    if mode.has(Mode::HANDSHAKE) {
+        if !mode.has(Mode::RAW) {
+            mend_handshake(&mut bytes);
+        }
+        handshake(&bytes);
+    } else {
+        let crc = mode.has(Mode::CRC);
+        if crc && !mode.has(Mode::RAW) {
+            mend_messages(&mut bytes);
+        }
+        messages(&bytes, &Limits { crc, data_bytes_max: 1 << 20 });
+        command(&bytes);
+    }
+});
+
+fn handshake(bytes: &[u8]) {
+    let policy = Policy { server: [7; 16], ..Policy::default() };
+    if let Ok(Parsed::Item((peer, welcome), taken)) = policy.welcome(bytes) {
+        assert!(taken <= bytes.len() && peer.grant.queue_depth <= policy.queue_depth);
+        assert!(peer.name.len() <= 256);
+        let offer = Offer {
+            features: peer.grant.features,
+            queue_depth: peer.grant.queue_depth,
+            ..Offer::new("the same")
+        };
+        match offer.grant(&welcome) {
+            Ok(Parsed::Item(grant, _)) => assert_eq!(grant, peer.grant),
+            other => panic!("a welcome is not understood: {other:?}"),
+        }
+    }
+    for features in [0, FEATURE_CRC] {
+        if let Ok(Parsed::Item(grant, taken)) = (Offer { features, ..Offer::new("any") }).grant(bytes) {
+            assert!(taken <= bytes.len() && grant.queue_depth > 0 && grant.features == features);
+        }
+    }
+    let _ = parse_handshake::<Hello>(bytes);
+    if let Ok(Parsed::Item((_, options), _)) = parse_handshake::<Welcome>(bytes) {
+        parse_options(options).for_each(drop);
+    }
+    parse_options(bytes).for_each(drop);
+}
+
+fn messages(mut bytes: &[u8], limits: &Limits) {
+    while let Ok(parsed) = parse(bytes, limits) {
+        let (message, taken) = match parsed {
+            Parsed::Need(n) => {
+                assert!(n > bytes.len());
+                return;
+            }
+            Parsed::Item(message, taken) => (message, taken),
+        };
+        let mut again = Vec::new();
+        match message {
+            Message::Request(request, body) => {
+                request.encode(body, limits.crc, &mut again);
+                command(body);
+            }
+            Message::Response(response, body) => {
+                response.encode(body, limits.crc, &mut again);
+                let _ = FileStatus::decode(body);
+            }
+            Message::Ping(id) => encode_ping(id, limits.crc, &mut again),
+            Message::Pong(id) => encode_pong(id, limits.crc, &mut again),
+            Message::Goodbye(status, body) => {
+                encode_goodbye(status, &text(body), limits.crc, &mut again);
+                // Its text may have been no UTF-8, or padded differently.
+                again.clear();
+                again.extend_from_slice(&bytes[..taken]);
+            }
+        }
+        assert_eq!(again, &bytes[..taken], "{message:?}");
+        bytes = &bytes[taken..];
+    }
+}
+
+fn command(body: &[u8]) {
+    if let Ok(command) = Command::decode(body) {
+        let mut again = Vec::new();
+        command.encode(&mut again);
+        assert_eq!(again, body, "{command:?}");
+    }
+}

@@ -1,0 +1,190 @@
+//! Writes the seed corpus: `seeds DIRECTORY`. One folder for each target, one file for each message that there is, and for some
+//! conversations.
+
+#![deny(unsafe_code)]
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+
+use raio_fuzz::Mode;
+use raio_transport::Status;
+use raio_transport::handshake::{Offer, Policy};
+use raio_transport::message::{
+    self, FEATURE_CRC, HandshakeOption, Hello, OPTION_NAME, OPTION_REQUIRED, Parsed, RemoteRegion, Request,
+    Response,
+};
+use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let directory = std::env::args().nth(1).ok_or("usage: seeds DIRECTORY")?;
+    let directory = Path::new(&directory);
+    let mut count = 0;
+    let mut write = |target: &str, name: &str, modes: &[u8], bytes: &[u8]| -> std::io::Result<()> {
+        let directory = directory.join(target);
+        fs::create_dir_all(&directory)?;
+        for mode in modes {
+            fs::write(directory.join(format!("{name}-{mode:02x}")), [&[*mode], bytes].concat())?;
+            count += 1;
+        }
+        Ok(())
+    };
+    let (plain, crc, pieces) = (0, Mode::CRC, Mode::PIECES | 3 << 4);
+    let own = Mode::HANDSHAKE;
+
+    for (name, command) in commands() {
+        write("messages", &name, &[plain, Mode::CRC | Mode::RAW], &command)?;
+    }
+    for (name, bytes) in requests() {
+        write("messages", &name, &[plain, crc], &bytes)?;
+        write("server_session", &name, &[plain, crc, pieces], &bytes)?;
+    }
+    for (name, bytes) in responses() {
+        write("messages", &name, &[plain, crc], &bytes)?;
+        write("client_session", &name, &[plain, crc, pieces], &bytes)?;
+    }
+    let all: Vec<u8> = requests().into_iter().flat_map(|(_, bytes)| bytes).collect();
+    write("server_session", "conversation", &[plain, crc, pieces], &all)?;
+    let all: Vec<u8> = responses().into_iter().flat_map(|(_, bytes)| bytes).collect();
+    write("client_session", "conversation", &[plain, crc, pieces], &all)?;
+    for (name, hello) in hellos() {
+        write("messages", &name, &[own], &hello)?;
+        let then: Vec<u8> = hello.iter().copied().chain(requests().remove(0).1).collect();
+        write("server_session", &name, &[own, own | pieces], &then)?;
+    }
+    for (name, welcome) in welcomes() {
+        write("messages", &name, &[own], &welcome)?;
+        let then: Vec<u8> = welcome.iter().copied().chain(responses().remove(0).1).collect();
+        write("client_session", &name, &[own, own | crc], &then)?;
+    }
+    println!("{count} seeds in {}", directory.display());
+    Ok(())
+}
+
+fn commands() -> Vec<(String, Vec<u8>)> {
+    let file = FileHandle(1);
+    let (offset, length) = (8192, 4096);
+    [
+        Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path: b"/data/file" },
+        Command::Close(file),
+        Command::Stat(file),
+        Command::Read { file, offset, length: 4096 },
+        Command::Write { file, offset, length: 4096 },
+        Command::Fsync { file, data_only: true },
+        Command::Discard { file, offset, length },
+        Command::WriteZeroes { file, offset, length },
+        Command::Cancel { id: 7 },
+    ]
+    .iter()
+    .map(|command| {
+        let mut bytes = Vec::new();
+        command.encode(&mut bytes);
+        (format!("command-{:?}", command.opcode()).to_lowercase(), bytes)
+    })
+    .collect()
+}
+
+/// Requests as `server_session` understands them, then control messages.
+fn requests() -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for (id, (name, verb, data_len, region)) in [
+        ("get", 4, 0, RemoteRegion::In { address: 0, key: 0, len: 5000 }),
+        ("put", 4, 300, RemoteRegion::None),
+        ("put-large", 4, 40_000, RemoteRegion::None),
+        ("refused", 0, 300, RemoteRegion::None),
+        ("held", 1, 0, RemoteRegion::None),
+        ("held-with-data", 1, 20, RemoteRegion::None),
+        ("released", 2, 0, RemoteRegion::None),
+        ("closed", 3, 10, RemoteRegion::None),
+        ("fetched", 4, 0, RemoteRegion::Out { address: 4096, key: 7, len: 5000 }),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let data = vec![b'd'; data_len as usize];
+        let request = Request { id: id as u64, body_len: 0, data_len, region, data_crc: 0 };
+        let mut bytes = Vec::new();
+        request.encode(&[verb; 24], false, &mut bytes);
+        bytes.extend_from_slice(&data);
+        all.push((format!("request-{name}"), bytes));
+    }
+    all.extend(control());
+    all
+}
+
+/// Responses to what `client_session` sends.
+fn responses() -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for (id, (name, data_len, status, body)) in [
+        ("small", 64, Status::OK, &b""[..]),
+        ("whole", 4096, Status::OK, b""),
+        ("write", 0, Status::OK, b""),
+        ("short", 3000, Status::OK, b"with a body"),
+        ("failed", 0, Status::storage(5), b"It broke. Mend it."),
+        ("empty", 0, Status::transport(104), b""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let response = Response {
+            id: id as u64,
+            body_len: 0,
+            data_len,
+            status,
+            credits: 1,
+            result: data_len.into(),
+            data_crc: 0,
+        };
+        let mut bytes = Vec::new();
+        response.encode(body, false, &mut bytes);
+        bytes.extend(std::iter::repeat_n(b'd', data_len as usize));
+        all.push((format!("response-{name}"), bytes));
+    }
+    all.extend(control());
+    all
+}
+
+fn control() -> Vec<(String, Vec<u8>)> {
+    let encoded = |encode: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = Vec::new();
+        encode(&mut bytes);
+        bytes
+    };
+    vec![
+        ("ping".into(), encoded(&|out| message::encode_ping(9, false, out))),
+        ("pong".into(), encoded(&|out| message::encode_pong(1, false, out))),
+        ("goodbye".into(), encoded(&|out| message::encode_goodbye(Status::protocol(71), "Bye.", false, out))),
+    ]
+}
+
+fn hellos() -> Vec<(String, Vec<u8>)> {
+    let plain = Offer { session: [1; 16], ..Offer::new("seed") };
+    let Ok(Parsed::Item((fixed, _), _)) = message::parse_handshake::<Hello>(&plain.hello()) else {
+        unreachable!("it was just encoded")
+    };
+    let option = |kind, flags, value| HandshakeOption { kind, flags, value };
+    let unknown = [option(0x7fff, 0, &b"future"[..]), option(OPTION_NAME, 0, b"seed")];
+    let required = [option(0x7fff, OPTION_REQUIRED, &b"future"[..])];
+    vec![
+        ("hello".into(), plain.hello()),
+        ("hello-crc".into(), Offer { features: FEATURE_CRC, queue_depth: 4, ..plain }.hello()),
+        ("hello-unknown-option".into(), message::encode_handshake(fixed, &unknown)),
+        ("hello-required-option".into(), message::encode_handshake(fixed, &required)),
+    ]
+}
+
+fn welcomes() -> Vec<(String, Vec<u8>)> {
+    let policy = Policy { server: [2; 16], ..Policy::default() };
+    let welcome = |features| {
+        let offer = Offer { features, session: [1; 16], ..Offer::new("seed") };
+        let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&offer.hello()) else {
+            unreachable!("it was just encoded")
+        };
+        welcome
+    };
+    vec![
+        ("welcome".into(), welcome(0)),
+        ("welcome-crc".into(), welcome(FEATURE_CRC)),
+        ("refusal".into(), policy.refusal(87, "All seats are taken.")),
+    ]
+}

@@ -1,0 +1,76 @@
+//! What the fuzz targets share: mending checksums, which no mutation would ever get right, and the reading of an input.
+
+#![deny(unsafe_code)]
+
+use raio_transport::message::{HANDSHAKE_BYTES, HEADER_BYTES};
+
+/// Where a header has its checksum, and a handshake its own.
+const HEADER_CRC_AT: usize = HEADER_BYTES - 4;
+const HANDSHAKE_CRC_AT: usize = HANDSHAKE_BYTES - 8;
+/// Where they have the length of what follows.
+const BODY_LEN_AT: usize = 2;
+const DATA_LEN_AT: usize = 4;
+const OPTIONS_LEN_AT: usize = 12;
+
+/// Puts the right checksum into the handshake message at the front, if it is whole.
+pub fn mend_handshake(bytes: &mut [u8]) {
+    let Some(len) = bytes.get(OPTIONS_LEN_AT..OPTIONS_LEN_AT + 4) else { return };
+    let len = u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize;
+    if let Some(message) = bytes.get_mut(..HANDSHAKE_BYTES.saturating_add(len)) {
+        message[HANDSHAKE_CRC_AT..HANDSHAKE_CRC_AT + 4].fill(0);
+        let crc = crc32c::crc32c(message);
+        message[HANDSHAKE_CRC_AT..HANDSHAKE_CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+    }
+}
+
+/// The length of the handshake message at the front, as it says itself; at most what there is.
+pub fn handshake_len(bytes: &[u8]) -> usize {
+    let len = bytes
+        .get(OPTIONS_LEN_AT..OPTIONS_LEN_AT + 4)
+        .map_or(0, |len| u32::from_le_bytes([len[0], len[1], len[2], len[3]]) as usize);
+    HANDSHAKE_BYTES.saturating_add(len).min(bytes.len())
+}
+
+/// Puts the right checksums into the headers of the messages that follow one another in `bytes`.
+pub fn mend_messages(mut bytes: &mut [u8]) {
+    while bytes.len() >= HEADER_BYTES {
+        let body_len = usize::from(u16::from_le_bytes([bytes[BODY_LEN_AT], bytes[BODY_LEN_AT + 1]]));
+        let data_len = u32::from_le_bytes([
+            bytes[DATA_LEN_AT],
+            bytes[DATA_LEN_AT + 1],
+            bytes[DATA_LEN_AT + 2],
+            bytes[DATA_LEN_AT + 3],
+        ]) as usize;
+        let Some(body) = bytes.get(HEADER_BYTES..HEADER_BYTES + body_len) else { return };
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[..HEADER_CRC_AT]), body);
+        bytes[HEADER_CRC_AT..HEADER_BYTES].copy_from_slice(&crc.to_le_bytes());
+        let next = (HEADER_BYTES + body_len).saturating_add(data_len).min(bytes.len());
+        bytes = &mut bytes[next..];
+    }
+}
+
+/// How an input is to be used: its first byte, bit by bit.
+#[derive(Clone, Copy, Debug)]
+pub struct Mode(pub u8);
+
+impl Mode {
+    /// Ask for checksums, and mend those of the messages.
+    pub const CRC: u8 = 1 << 0;
+    /// The input begins with a handshake of its own, to be mended; without, a good one comes before it.
+    pub const HANDSHAKE: u8 = 1 << 1;
+    /// In pieces of odd lengths.
+    pub const PIECES: u8 = 1 << 2;
+    /// Leave the checksums as they are.
+    pub const RAW: u8 = 1 << 3;
+
+    /// Whether a bit is set.
+    pub fn has(self, bit: u8) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// The input cut as the mode wants it.
+    pub fn pieces<'a>(self, bytes: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let step = if self.has(Self::PIECES) { usize::from(self.0 >> 4) * 7 + 1 } else { bytes.len().max(1) };
+        bytes.chunks(step)
+    }
+}
