@@ -331,7 +331,6 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),
             (&["--export", "a=/", "--listen", "7240"], "--listen"),
-            (&["--export", "a=/", "--listen", "rdma://0.0.0.0"], "without RDMA"),
             (&["--export", "a=/", "--listen", "raio://0.0.0.0"], "tcp://HOST:PORT"),
             (&["--config", "/no/such/file"], "--config"),
         ] {

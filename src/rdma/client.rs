@@ -249,7 +249,8 @@ impl Client {
                 }
                 // rdma_cm has InfiniBand's reasons here rather than errnos.
                 None => failed(std::io::Error::from_raw_os_error(match event.status {
-                    status if status < 0 => -status,
+                    // -1 is librdmacm's own: the connection went while it was being made.
+                    status if status < -1 => -status,
                     _ => libc::ECONNREFUSED,
                 })),
             });
