@@ -84,9 +84,10 @@ pub struct Client {
     heard: Instant,
     /// Since when something has been outstanding.
     asked: Instant,
-    /// The number of the last ping; a ping was sent since the server was last heard.
+    /// The number of the last ping.
     ping: u64,
-    pinged: bool,
+    /// When the server was pinged, if that was since it was last heard.
+    pinged: Option<Instant>,
     ping_deadline: Option<Instant>,
     failure: Option<Error>,
     /// How requests end that the failure takes with it.
@@ -193,7 +194,7 @@ impl Client {
             heard: now,
             asked: now,
             ping: 0,
-            pinged: false,
+            pinged: None,
             ping_deadline: None,
             failure: None,
             lost: Status::OK,
@@ -385,7 +386,7 @@ impl Client {
         }
         if arrived {
             self.heard = Instant::now();
-            self.pinged = false;
+            self.pinged = None;
             self.ping_deadline = None;
             self.counters.receives += 1;
             if let Some(qp) = &mut self.qp
@@ -608,7 +609,7 @@ impl Client {
 
     fn queue_ping(&mut self) {
         self.ping += 1;
-        self.pinged = true;
+        self.pinged = Some(Instant::now());
         let start = self.head.len();
         message::encode_ping(self.ping, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
@@ -617,10 +618,17 @@ impl Client {
 
     // Silence ------------------------------------------------------------------------------------------------------
 
-    /// When [`Client::check_silence`] next has something to do.
+    /// When the server is next to be pinged, or to be given up: that only some time after a ping, for the silence was not the server's
+    /// if its client did not come here for long.
     fn silence_ends(&self) -> Option<Instant> {
-        let after = if self.pinged { self.request_timeout } else { self.ping_after() };
-        let owed = (!self.outstanding.is_empty()).then(|| self.heard.max(self.asked) + after);
+        let after = self.ping_after();
+        let owed = (!self.outstanding.is_empty()).then(|| {
+            let since = self.heard.max(self.asked);
+            match self.pinged {
+                None => since + after,
+                Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
+            }
+        });
         owed.into_iter().chain(self.ping_deadline).min()
     }
 
@@ -628,18 +636,18 @@ impl Client {
         self.grant.keepalive.min(self.request_timeout / 3)
     }
 
-    /// Pings a server that has been silent for long, gives up one that has been for too long.
-    fn check_silence(&mut self, now: Instant) {
+    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing has arrived, it
+    /// is given up.
+    fn is_overdue(&mut self, now: Instant) -> bool {
         if self.failure.is_some() || self.silence_ends().is_none_or(|end| now < end) {
-            return;
+            return false;
         }
-        let late = !self.outstanding.is_empty() && now >= self.heard.max(self.asked) + self.request_timeout;
-        if late || self.ping_deadline.is_some_and(|deadline| now >= deadline) {
-            self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
-        } else if !self.pinged {
+        if self.pinged.is_none() {
             self.queue_ping();
             self.flush();
+            return false;
         }
+        true
     }
 }
 
@@ -809,7 +817,9 @@ impl ClientTransport for Client {
             if now - self.looked >= LOOK_EVERY {
                 self.look_at_descriptors();
             }
-            self.check_silence(now);
+            if self.is_overdue(now) {
+                self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
+            }
         }
         replies.append(&mut self.done);
         if self.failure.is_some() {
@@ -822,8 +832,8 @@ impl ClientTransport for Client {
         self.flush();
         loop {
             let now = Instant::now();
-            self.check_silence(now);
-            if self.failure.is_some()
+            if self.is_overdue(now)
+                || self.failure.is_some()
                 || !self.done.is_empty()
                 || deadline.is_some_and(|deadline| now >= deadline)
             {
