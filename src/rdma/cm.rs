@@ -119,8 +119,6 @@ impl EventChannel {
             verbs::RDMA_CM_EVENT_CONNECT_REQUEST
                 | verbs::RDMA_CM_EVENT_ESTABLISHED
                 | verbs::RDMA_CM_EVENT_REJECTED
-                | verbs::RDMA_CM_EVENT_CONNECT_ERROR
-                | verbs::RDMA_CM_EVENT_UNREACHABLE
         ) {
             // SAFETY: these events of connected services have this member of the union.
             let conn = unsafe { event.param.conn };
