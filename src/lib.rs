@@ -28,6 +28,7 @@ pub mod pair;
 pub mod protocol;
 #[allow(unsafe_code)]
 pub mod reactor;
+mod silence;
 pub mod spin;
 pub mod tcp;
 pub mod transport;

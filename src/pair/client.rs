@@ -14,6 +14,7 @@ use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::Buffers;
 use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
+use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
 /// Receives posted beyond one for each credit: the server's pings, pongs and its goodbye.
@@ -28,18 +29,10 @@ pub struct Client {
     eventfd: Arc<OwnedFd>,
     grant: Grant,
     limits: Limits,
-    request_timeout: Duration,
     outstanding: Outstanding<Pending>,
     /// What [`ClientTransport::flush`] is to send.
     queue: VecDeque<(Option<RequestId>, Vec<u8>)>,
-    heard: Instant,
-    /// Since when something has been outstanding.
-    asked: Instant,
-    /// The number of the last ping.
-    ping: u64,
-    /// When the server was pinged, if that was since it was last heard.
-    pinged: Option<Instant>,
-    ping_deadline: Option<Instant>,
+    silence: Silence,
     failure: Option<Error>,
     /// How requests end that the failure takes with it.
     lost: Status,
@@ -93,20 +86,14 @@ impl Client {
             }
         };
         end.set_receives(grant.credits() as usize + CONTROL_MESSAGES);
-        let now = Instant::now();
         Ok(Self {
             eventfd: Arc::clone(end.eventfd()),
             end: Some(end),
             grant,
             limits: grant.limits(),
-            request_timeout: grant.keepalive * 3,
             outstanding: Outstanding::new(&grant),
             queue: VecDeque::new(),
-            heard: now,
-            asked: now,
-            ping: 0,
-            pinged: None,
-            ping_deadline: None,
+            silence: Silence::new(&grant),
             failure: None,
             lost: Status::OK,
             counters: ClientCounters::default(),
@@ -116,7 +103,7 @@ impl Client {
     /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
     /// between. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.request_timeout = timeout.max(Duration::from_millis(1));
+        self.silence.set_request_timeout(timeout);
     }
 
     fn fail(&mut self, error: Error, lost: Status) {
@@ -182,7 +169,7 @@ impl Client {
                     return Err(Violation::Stalled);
                 }
             }
-            Message::Pong(id) if id != 0 && id <= self.ping => {}
+            Message::Pong(id) if self.silence.has_pinged(id) => {}
             Message::Pong(_) => return Err(Violation::RequestId),
             Message::Goodbye(status, text) => {
                 let text = message::text(text);
@@ -251,43 +238,24 @@ impl Client {
         })
     }
 
-    /// When the server is next to be pinged, or to be given up: that only some time after a ping, for the silence was not the server's
-    /// if its client did not come here for long.
-    fn silence_ends(&self) -> Option<Instant> {
-        let after = self.ping_after();
-        let owed = (!self.outstanding.is_empty()).then(|| {
-            let since = self.heard.max(self.asked);
-            match self.pinged {
-                None => since + after,
-                Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
-            }
-        });
-        owed.into_iter().chain(self.ping_deadline).min()
-    }
-
-    fn ping_after(&self) -> Duration {
-        self.grant.keepalive.min(self.request_timeout / 3)
-    }
-
     /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing has arrived, it
     /// is given up.
     fn is_overdue(&mut self, now: Instant) -> bool {
-        if self.failure.is_some() || self.silence_ends().is_none_or(|end| now < end) {
+        if self.failure.is_some() {
             return false;
         }
-        if self.pinged.is_none() {
+        let verdict = self.silence.verdict(now, !self.outstanding.is_empty());
+        if verdict == Verdict::Ping {
             self.queue_ping();
             self.flush();
-            return false;
         }
-        true
+        verdict == Verdict::Overdue
     }
 
     fn queue_ping(&mut self) {
-        self.ping += 1;
-        self.pinged = Some(Instant::now());
+        let id = self.silence.ping();
         let mut ping = Vec::new();
-        message::encode_ping(self.ping, self.limits.crc, &mut ping);
+        message::encode_ping(id, self.limits.crc, &mut ping);
         self.queue.push_back((None, ping));
     }
 }
@@ -329,7 +297,7 @@ impl ClientTransport for Client {
             "a request exceeds the grant"
         );
         if self.outstanding.is_empty() {
-            self.asked = Instant::now();
+            self.silence.ask();
         }
         let id = match self.outstanding.insert(Pending { tag, bulk: Held::Here(bulk) }, control) {
             Ok(id) => id,
@@ -413,9 +381,7 @@ impl ClientTransport for Client {
             let gone = end.has_lost_peer();
             if let Some(message) = end.receive() {
                 arrived = true;
-                self.heard = Instant::now();
-                self.pinged = None;
-                self.ping_deadline = None;
+                self.silence.hear();
                 if let Err(violation) = self.take_in(&message, replies) {
                     self.fail_violation(violation);
                 }
@@ -445,7 +411,7 @@ impl ClientTransport for Client {
             {
                 return Ok(());
             }
-            let until = deadline.into_iter().chain(self.silence_ends()).min();
+            let until = deadline.into_iter().chain(self.silence.ends(!self.outstanding.is_empty())).min();
             let left = until.map(|until| until.saturating_duration_since(now));
             match poll(self.eventfd.as_fd(), left) {
                 Ok(true) => return Ok(()),
@@ -474,13 +440,13 @@ impl ClientTransport for Client {
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
             self.queue_ping();
-            self.ping_deadline = Some(Instant::now() + timeout);
+            self.silence.expect_within(timeout);
             self.flush();
         }
     }
 
     fn heard(&self) -> Instant {
-        self.heard
+        self.silence.heard()
     }
 
     fn abort(&mut self, violation: Violation) {

@@ -22,6 +22,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
+use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
 /// Room for what arrives: a burst of 32 responses with 4 KiB each fits, and it stays within a core's own cache.
@@ -48,7 +49,6 @@ pub struct Client {
     stream: TcpStream,
     grant: Grant,
     limits: Limits,
-    request_timeout: Duration,
     outstanding: Outstanding<Pending>,
     /// Outstanding requests that await at least [`LARGE_BYTES`], less those that await fewer.
     large: isize,
@@ -77,15 +77,7 @@ pub struct Client {
     /// Replies that [`ClientTransport::receive`] has not yet handed out.
     done: Vec<Reply>,
 
-    heard: Instant,
-    /// Since when something has been outstanding.
-    asked: Instant,
-    /// The number of the last ping.
-    ping: u64,
-    /// When the server was pinged, if that was since it was last heard.
-    pinged: Option<Instant>,
-    /// From [`ClientTransport::ping`].
-    ping_deadline: Option<Instant>,
+    silence: Silence,
 
     failure: Option<Error>,
     /// How requests end that the failure takes with it.
@@ -153,12 +145,10 @@ impl Client {
         let _ = stream.set_nodelay(true);
         let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
         let (grant, unparsed) = shake_hands(&stream, offer, deadline, &mut staging)?;
-        let now = Instant::now();
         Ok(Self {
             stream,
             grant,
             limits: grant.limits(),
-            request_timeout: grant.keepalive * 3,
             outstanding: Outstanding::new(&grant),
             large: 0,
             head: Vec::with_capacity(4096),
@@ -173,11 +163,7 @@ impl Client {
             partial: None,
             early: None,
             done: Vec::new(),
-            heard: now,
-            asked: now,
-            ping: 0,
-            pinged: None,
-            ping_deadline: None,
+            silence: Silence::new(&grant),
             failure: None,
             lost: Status::OK,
             counters: ClientCounters::default(),
@@ -187,7 +173,7 @@ impl Client {
     /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
     /// between, so a server that lives but works long on a request is not silent. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.request_timeout = timeout.max(Duration::from_millis(1));
+        self.silence.set_request_timeout(timeout);
     }
 
     /// Ends the connection. `receive` then hands out what was outstanding.
@@ -327,10 +313,9 @@ impl Client {
     }
 
     fn queue_ping(&mut self) {
-        self.ping += 1;
-        self.pinged = Some(Instant::now());
+        let id = self.silence.ping();
         let start = self.head.len();
-        message::encode_ping(self.ping, self.limits.crc, &mut self.head);
+        message::encode_ping(id, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
         self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: false });
     }
@@ -430,7 +415,7 @@ impl Client {
                     self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: true });
                     self.flush();
                 }
-                Message::Pong(id) if id != 0 && id <= self.ping => {}
+                Message::Pong(id) if self.silence.has_pinged(id) => {}
                 Message::Pong(_) => return Err(Violation::RequestId),
                 Message::Goodbye(status, text) => {
                     let text = message::text(text);
@@ -504,39 +489,23 @@ impl Client {
 
     // Silence ------------------------------------------------------------------------------------------------------
 
-    /// Since when the server owes a sign of life; None if it owes none.
-    fn silent_since(&self) -> Option<Instant> {
-        let owes = !self.outstanding.is_empty() || self.partial.is_some() || self.early.is_some();
-        owes.then(|| self.heard.max(self.asked))
-    }
-
-    fn ping_after(&self) -> Duration {
-        self.grant.keepalive.min(self.request_timeout / 3)
-    }
-
-    /// When the server is next to be pinged, or to be given up. It is given up only some time after a ping: if its client did not
-    /// come here for long, the silence was not the server's.
-    fn silence_ends(&self) -> Option<Instant> {
-        let after = self.ping_after();
-        let owed = self.silent_since().map(|since| match self.pinged {
-            None => since + after,
-            Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
-        });
-        owed.into_iter().chain(self.ping_deadline).min()
+    /// Whether the server owes a sign of life.
+    fn is_owed(&self) -> bool {
+        !self.outstanding.is_empty() || self.partial.is_some() || self.early.is_some()
     }
 
     /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing can be read
     /// from the socket, it is given up.
     fn is_overdue(&mut self, now: Instant) -> bool {
-        if self.failure.is_some() || self.silence_ends().is_none_or(|end| now < end) {
+        if self.failure.is_some() {
             return false;
         }
-        if self.pinged.is_none() {
+        let verdict = self.silence.verdict(now, self.is_owed());
+        if verdict == Verdict::Ping {
             self.queue_ping();
             self.flush();
-            return false;
         }
-        true
+        verdict == Verdict::Overdue
     }
 }
 
@@ -567,7 +536,7 @@ impl ClientTransport for Client {
             .insert(Pending { tag, bulk, queued: true }, control)
             .map_err(|pending| NotSent(pending.bulk))?;
         if was_idle {
-            self.asked = Instant::now();
+            self.silence.ask();
         }
         self.large += largeness;
         let start = self.head.len();
@@ -631,9 +600,7 @@ impl ClientTransport for Client {
                 Ok((0, _)) => self.fail_lost(libc::ECONNRESET, "the server closed it"),
                 Ok((_, again)) => {
                     self.counters.receives += 1;
-                    self.heard = Instant::now();
-                    self.pinged = None;
-                    self.ping_deadline = None;
+                    self.silence.hear();
                     arrived = true;
                     reads += 1;
                     more = again && reads < READS_MAX;
@@ -651,7 +618,7 @@ impl ClientTransport for Client {
             }
         }
         if !arrived && self.is_overdue(Instant::now()) {
-            let heard = self.heard.elapsed().as_secs_f64();
+            let heard = self.silence.heard().elapsed().as_secs_f64();
             self.fail_lost(libc::ETIMEDOUT, &format!("the server has been silent for {heard:.1} s"));
         }
         replies.append(&mut self.done);
@@ -675,7 +642,7 @@ impl ClientTransport for Client {
             {
                 return Ok(());
             }
-            let until = deadline.into_iter().chain(self.silence_ends()).min();
+            let until = deadline.into_iter().chain(self.silence.ends(self.is_owed())).min();
             let timeout = until.map(|until| {
                 let left = until.saturating_duration_since(now);
                 Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
@@ -720,13 +687,13 @@ impl ClientTransport for Client {
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
             self.queue_ping();
-            self.ping_deadline = Some(Instant::now() + timeout);
+            self.silence.expect_within(timeout);
             self.flush();
         }
     }
 
     fn heard(&self) -> Instant {
-        self.heard
+        self.silence.heard()
     }
 
     fn abort(&mut self, violation: Violation) {
