@@ -15,6 +15,7 @@
 #include "optgroup.h"
 
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 #include "libraio.h"
 
@@ -240,12 +241,63 @@ static int stat_file(struct thread_data *td, int session, struct fio_file *f)
 	return ret;
 }
 
-static int raio_fio_setup(struct thread_data *td)
+/*
+ * Does work that connects before fio forks its jobs. A process that was forked from one that has used RDMA cannot use it:
+ * so with RDMA this happens in a child of its own. What it finds out goes into memory that fio shares with its children.
+ */
+static int before_fork(struct thread_data *td, int (*work)(struct thread_data *, struct fio_file *), struct fio_file *f)
 {
 	struct raio_fio_options *o = td->eo;
+	int status;
+	pid_t pid;
+
+	if (td->o.use_thread || strncmp(o->url, "raio+rdma:", 10))
+		return work(td, f);
+
+	fflush(NULL);
+	pid = fork();
+	if (pid < 0) {
+		td_verror(td, errno, "fork");
+		return 1;
+	}
+	if (!pid) {
+		status = work(td, f);
+		fflush(NULL);
+		_exit(status ? 1 : 0);
+	}
+	while (waitpid(pid, &status, 0) < 0) {
+		if (errno != EINTR) {
+			td_verror(td, errno, "waitpid");
+			return 1;
+		}
+	}
+	if (!WIFEXITED(status) && !td->error)
+		td_verror(td, EIO, "setup");
+	return !WIFEXITED(status) || WEXITSTATUS(status);
+}
+
+static int stat_files(struct thread_data *td, struct fio_file *unused)
+{
 	struct fio_file *f;
 	unsigned int i;
 	int session, ret = 0;
+
+	(void)unused;
+	session = start_session(td);
+	if (session < 0)
+		return 1;
+	for_each_file(td, f, i) {
+		ret = stat_file(td, session, f);
+		if (ret)
+			break;
+	}
+	raio_stop(session);
+	return ret;
+}
+
+static int raio_fio_setup(struct thread_data *td)
+{
+	struct raio_fio_options *o = td->eo;
 
 	/* io_ops lies deep in thread_data, behind all that a differently configured fio may lay out differently */
 	if (td->io_ops != &ioengine) {
@@ -261,16 +313,7 @@ static int raio_fio_setup(struct thread_data *td)
 	if (refuse_unsupported(td))
 		return 1;
 
-	session = start_session(td);
-	if (session < 0)
-		return 1;
-	for_each_file(td, f, i) {
-		ret = stat_file(td, session, f);
-		if (ret)
-			break;
-	}
-	raio_stop(session);
-	return ret;
+	return before_fork(td, stat_files, NULL);
 }
 
 /*
@@ -432,7 +475,7 @@ static int raio_fio_prepopulate(struct thread_data *td, struct fio_file *f)
 	f->real_file_size = f->file_offset + f->io_size;
 	if (td->o.create_on_open)
 		return 0;
-	return lay_out(td, f);
+	return before_fork(td, lay_out, f);
 }
 
 /* The job --------------------------------------------------------------------------------------------------- */

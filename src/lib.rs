@@ -8,7 +8,7 @@
 //!   your client                                                     your server
 //!       |  ClientTransport::send/flush           ServerEvent::Request  ^
 //!       v                                                              |
-//!   tcp::Client, pair::Client  -- message framing, credits -->  tcp::Server, pair::Server
+//!  {tcp,rdma,pair}::Client  -- message framing, credits -->  {tcp,rdma,pair}::Server
 //!       ^                                                              |  over one Reactor a thread
 //!       |  ClientTransport::receive              ServerTransport::respond
 //! ```
@@ -26,6 +26,8 @@ pub mod memory;
 pub mod message;
 pub mod pair;
 pub mod protocol;
+#[cfg_attr(not(feature = "rdma"), path = "rdma/absent.rs")]
+pub mod rdma;
 #[allow(unsafe_code)]
 pub mod reactor;
 mod silence;

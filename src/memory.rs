@@ -60,6 +60,13 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Its address and length, for registration.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        (self.base.as_ptr().expose_provenance(), self.len)
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: `base..base + len` is the mapping made in `new`, and no `Slot` is left, for each holds an `Arc` of this.
@@ -101,6 +108,11 @@ impl Arena {
         // Lowest addresses are popped first, so that a lightly used arena touches few pages.
         free[usize::from(order_max)] = (0..blocks).step_by(1 << order_max).rev().collect();
         Ok(Self { mapping, free, free_bytes: len, unmerged: false })
+    }
+
+    /// Its memory, which lives until the last slot is gone and the last of these.
+    pub(crate) fn mapping(&self) -> Arc<Mapping> {
+        Arc::clone(&self.mapping)
     }
 
     /// Bytes in all.
@@ -235,6 +247,11 @@ impl Slot {
         unsafe { self.mapping.base.as_ptr().add((self.block as usize) << BLOCK_SHIFT) }
     }
 
+    /// Whether it is a piece of this memory.
+    pub(crate) fn is_of(&self, mapping: &Arc<Mapping>) -> bool {
+        Arc::ptr_eq(&self.mapping, mapping)
+    }
+
     /// The index of the fixed buffer that it lies in, if ring `ring` has its arena registered.
     pub(crate) fn fixed_index(&self, ring: u32) -> Option<u16> {
         let registered = self.mapping.registered.load(Ordering::Relaxed);
@@ -261,6 +278,8 @@ pub struct Region(Arc<RegionInner>);
 struct RegionInner {
     address: usize,
     len: usize,
+    /// Never another's.
+    number: u64,
 }
 
 impl Region {
@@ -270,11 +289,23 @@ impl Region {
     /// The memory must stay mapped, readable and writable until every buffer made from this region is gone
     /// ([`Region::in_use`]).
     pub unsafe fn new(address: *mut u8, len: usize) -> Option<Self> {
-        let address = address as usize;
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let address = address.expose_provenance();
         if address == 0 || len == 0 || address.checked_add(len - 1).is_none() {
             return None;
         }
-        Some(Self(Arc::new(RegionInner { address, len })))
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Some(Self(Arc::new(RegionInner { address, len, number })))
+    }
+
+    /// Its address and length, for registration.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        (self.0.address, self.0.len)
+    }
+
+    /// Tells it from every other region.
+    pub(crate) fn number(&self) -> u64 {
+        self.0.number
     }
 
     /// Whether I/O in flight uses it.
@@ -318,6 +349,11 @@ impl Foreign {
     /// used for reading into.
     pub unsafe fn new(address: *mut u8, len: usize) -> Option<Self> {
         Some(Self { address: NonNull::new(address)?, len, region: None })
+    }
+
+    /// The region that it lies in, if it was made from one.
+    pub(crate) fn region(&self) -> Option<&Region> {
+        self.region.as_ref()
     }
 }
 

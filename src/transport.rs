@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
-use crate::memory::{Buffers, Slot};
+use crate::memory::{Arena, Buffers, Region, Slot};
 use crate::reactor::{Event, Reactor};
 
 /// A connection of a server's transport: an index that is reused and a generation that is not.
@@ -144,6 +144,18 @@ pub trait ServerTransport {
     /// owner number).
     fn handle(&mut self, reactor: &mut Reactor, event: Event);
 
+    /// Looks for news that no event of the reactor tells of: completions in memory. With `arm` the worker is about to sleep: news
+    /// from now on comes as an event. Whether there is any now: [`ServerTransport::take_news`] takes it in.
+    fn has_news(&mut self, arm: bool) -> bool {
+        let _ = arm;
+        false
+    }
+
+    /// Takes in the news that [`ServerTransport::has_news`] looks for. Called once a turn, after the events.
+    fn take_news(&mut self, reactor: &mut Reactor) {
+        let _ = reactor;
+    }
+
     /// The next thing that the worker must know.
     fn next_event(&mut self) -> Option<ServerEvent>;
 
@@ -250,8 +262,27 @@ pub trait ClientTransport: Send {
     /// an error whose errno is EINTR.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error>;
 
-    /// The kernel object to poll, and whether also for writing.
-    fn poll_fd(&self) -> (BorrowedFd<'_>, bool);
+    /// The kernel object to poll, and whether also for writing. From now on [`ClientTransport::receive`] leaves it such that it is
+    /// readable when there is more.
+    fn poll_fd(&mut self) -> (BorrowedFd<'_>, bool);
+
+    /// Lets the network reach a region of the caller's, so that data need not be copied on its way from or to it. Where the kernel
+    /// moves the data there is nothing to be done.
+    fn register_region(&mut self, region: &Region) -> Result<(), Error> {
+        let _ = region;
+        Ok(())
+    }
+
+    /// Undoes it. No buffer of the region may be in flight.
+    fn unregister_region(&mut self, region: &Region) {
+        let _ = region;
+    }
+
+    /// The same for an arena whose slots are read into. It stays registered until the connection is dropped.
+    fn register_arena(&mut self, arena: &Arena) -> Result<(), Error> {
+        let _ = arena;
+        Ok(())
+    }
 
     /// Requests outstanding, sent or queued.
     fn outstanding(&self) -> usize;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Violation;
-use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::memory::{Arena, Buffer, Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::spin::Spin;
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
@@ -277,6 +277,16 @@ impl Context {
         })
     }
 
+    /// Lets the network reach a region of the caller's: data from and to it is not copied on the way (with TCP, the kernel does that).
+    pub fn register(&mut self, region: &Region) -> Result<(), Error> {
+        Ok(self.transport.register_region(region)?)
+    }
+
+    /// Undoes [`Context::register`]. No operation on the region's memory may be in flight ([`Region::in_use`]).
+    pub fn unregister(&mut self, region: &Region) {
+        self.transport.unregister_region(region);
+    }
+
     /// The largest read or write.
     pub fn io_bytes_max(&self) -> usize {
         self.transport.grant().data_bytes_max as usize
@@ -486,6 +496,7 @@ impl Context {
         let mapped: usize = self.arenas.iter().map(Arena::len).sum();
         let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), self.io_bytes_max())?;
         let slot = arena.alloc(length).ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
+        self.transport.register_arena(&arena).map_err(std::io::Error::other)?;
         self.arenas.push(arena);
         Ok(Buffer::Slot(slot, length))
     }
@@ -700,8 +711,8 @@ impl Context {
     /// Brings the poll descriptor in line with what has been collected, after [`Context::next`].
     pub fn sync_poller(&mut self) {
         if let Some(poller) = &mut self.poller {
-            let (fd, out) = self.transport.poll_fd();
             let tick = self.transport.grant().keepalive.min(self.request_timeout / 3);
+            let (fd, out) = self.transport.poll_fd();
             poller.sync(fd, out, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
         }
     }

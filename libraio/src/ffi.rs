@@ -425,7 +425,10 @@ pub unsafe extern "C" fn raio_start(
             _ => {
                 return Err(Error::call(
                     libc::EPROTONOSUPPORT,
-                    format!("There is no transport {:?}. Use \"tcp\".", String::from_utf8_lossy(transport)),
+                    format!(
+                        "There is no transport {:?}. Use \"tcp\" or \"rdma\".",
+                        String::from_utf8_lossy(transport)
+                    ),
                 ));
             }
         };
@@ -1044,10 +1047,25 @@ struct Allocation {
 static ALLOCATIONS: LazyLock<Mutex<HashMap<usize, Allocation>>> = LazyLock::new(Mutex::default);
 
 /// Registers memory on a context.
-fn register(ctx: *mut raio_context, state: &mut State, region: Region, is_allocated: bool) -> *mut raio_mr {
+fn register(
+    ctx: *mut raio_context,
+    state: &mut State,
+    region: Region,
+    is_allocated: bool,
+) -> Result<*mut raio_mr, Error> {
+    if let Some(context) = &mut state.context {
+        context.register(&region)?;
+    }
     let mr = Shell::put(&MRS, Registration { context: ctx, region, is_allocated });
     state.mrs.push(mr);
-    mr
+    Ok(mr)
+}
+
+/// Ends a registration on the context that it is of.
+fn unregister(state: &mut State, registration: &Registration) {
+    if let Some(context) = &mut state.context {
+        context.unregister(&registration.region);
+    }
 }
 
 /// See libraio.h.
@@ -1073,7 +1091,7 @@ pub unsafe extern "C" fn raio_reg_mr(
                 "That memory cannot be registered: it is NULL, empty, or wraps around. Give mapped memory.",
             )
         })?;
-        let registered = register(ctx, state, region, false);
+        let registered = register(ctx, state, region, false)?;
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe { mr.write(registered) };
         Ok(0)
@@ -1098,6 +1116,7 @@ pub unsafe extern "C" fn raio_dereg_mr(ctx: *mut raio_context, mr: *mut raio_mr)
         if registration.region.in_use() {
             return Err(busy());
         }
+        unregister(state, registration);
         state.mrs.retain(|&other| other != mr);
         // SAFETY: as above.
         drop(unsafe { Shell::take(&MRS, mr) });
@@ -1130,7 +1149,14 @@ pub unsafe extern "C" fn raio_alloc(
         let Some(region) = (unsafe { Region::new(memory.cast(), len) }) else {
             unreachable!("a mapping is neither null nor empty, and does not wrap around")
         };
-        let registered = register(ctx, state, region, true);
+        let registered = match register(ctx, state, region, true) {
+            Ok(registered) => registered,
+            Err(error) => {
+                // SAFETY: exactly the mapping just made, which nobody knows.
+                unsafe { libc::munmap(memory, mapped) };
+                return Err(error);
+            }
+        };
         lock(&ALLOCATIONS)
             .insert(memory.addr(), Allocation { len: mapped, mr: registered.expose_provenance() });
         if !mr.is_null() {
@@ -1193,13 +1219,17 @@ pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> 
         if unsafe { Shell::get(mr) }.is_some_and(|registration| registration.region.in_use()) {
             return Err(busy());
         }
-        // SAFETY: null or one of our shells, and nothing in flight uses it.
-        drop(unsafe { Shell::take(&MRS, mr) });
         // SAFETY: the caller vouches for the pointer. The context may be gone, or another: then its list of registrations keeps
-        // one that has ended, which does no harm.
+        // one that has ended, and its device the pages, which does no harm.
         if let Ok(state) = unsafe { state(ctx) } {
+            // SAFETY: null or one of our shells, and nothing in flight uses it.
+            if let Some(registration) = unsafe { Shell::get(mr) } {
+                unregister(state, registration);
+            }
             state.mrs.retain(|&other| other != mr);
         }
+        // SAFETY: null or one of our shells, and nothing in flight uses it.
+        drop(unsafe { Shell::take(&MRS, mr) });
         let len = allocation.len;
         allocations.remove(&buf.addr());
         // SAFETY: exactly the mapping made by `map`, taken out of the table once; the caller vouches that it is not used any more.

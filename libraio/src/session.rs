@@ -14,8 +14,8 @@ use raio_transport::address::{Address, Scheme};
 use raio_transport::handshake::{Offer, random_id};
 use raio_transport::message::FEATURE_CRC;
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
-use raio_transport::tcp;
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
+use raio_transport::{rdma, tcp};
 
 use crate::context::Context;
 use crate::error::Error;
@@ -71,6 +71,8 @@ pub struct Session {
 /// What a session's files and contexts have of it.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    /// How the server was reached. Any is TCP.
+    scheme: Scheme,
     /// Where the server was reached.
     address: SocketAddr,
     options: Options,
@@ -96,7 +98,8 @@ impl std::fmt::Debug for Control {
 }
 
 impl Session {
-    /// Opens a session with the server at `raio://HOST[:PORT]` or `raio+tcp://HOST[:PORT]`. Each address of the host is tried in
+    /// Opens a session with the server at `raio://HOST[:PORT]`, `raio+tcp://HOST[:PORT]` or
+    /// `raio+rdma://HOST[:PORT]`; the first of them uses TCP. Each address of the host is tried in
     /// turn.
     pub fn connect(url: &str, options: &Options) -> Result<Self, Error> {
         let address: Address = url.parse()?;
@@ -106,7 +109,6 @@ impl Session {
                 format!("{url:?} names port 0, which no server has. Give the port that raio_server printed."),
             ));
         }
-        refuse_rdma(address.scheme)?;
         let mut last = None;
         for found in address.resolve()? {
             match Self::connect_to(address.scheme, found, options) {
@@ -119,8 +121,8 @@ impl Session {
 
     /// Opens a session with the server at this address.
     pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
-        refuse_rdma(scheme)?;
         let shared = Shared {
+            scheme,
             address,
             options: options.clone(),
             id: random_id(),
@@ -178,6 +180,13 @@ impl Shared {
             ..Offer::new(program_name())
         };
         let deadline = Instant::now() + self.options.connect_timeout;
+        if self.scheme == Scheme::Rdma {
+            let mut client = rdma::Client::connect(self.address, None, &offer, deadline)?;
+            if let Some(timeout) = self.options.request_timeout {
+                client.set_request_timeout(timeout);
+            }
+            return Ok(Box::new(client));
+        }
         let mut client = tcp::Client::connect(self.address, &offer, deadline)?;
         if let Some(timeout) = self.options.request_timeout {
             client.set_request_timeout(timeout);
@@ -311,16 +320,6 @@ impl Control {
     }
 }
 
-fn refuse_rdma(scheme: Scheme) -> Result<(), Error> {
-    match scheme {
-        Scheme::Any | Scheme::Tcp => Ok(()),
-        Scheme::Rdma => Err(Error::call(
-            libc::EPROTONOSUPPORT,
-            "This library was built without RDMA. Use raio://HOST:PORT or raio+tcp://HOST:PORT.",
-        )),
-    }
-}
-
 fn stopped() -> Error {
     Error {
         status: raio_transport::Status::transport(libc::ENOTCONN),
@@ -426,11 +425,15 @@ mod tests {
             ("", libc::EINVAL),
             ("raio://127.0.0.1:0", libc::EINVAL),
             ("http://127.0.0.1:7240", libc::EINVAL),
-            ("raio+rdma://127.0.0.1:7240", libc::EPROTONOSUPPORT),
         ] {
             let error = Session::connect(url, &options).unwrap_err();
             assert_eq!(error.errno(), errno, "{url}");
             assert!(error.text.ends_with('.'), "{error}");
+        }
+        if let Some(reason) = rdma::unavailable() {
+            let error = Session::connect("raio+rdma://127.0.0.1:7240", &options).unwrap_err();
+            assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
+            assert!(error.text.contains(&reason), "{error}");
         }
     }
 }

@@ -32,7 +32,8 @@ const WORKERS_MAX: usize = 1024;
 #[command(name = "raio_server", version, after_help = "See raio_server(8) for more.")]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
-    /// Accept connections there; repeatable; port 0 takes a free one [default: tcp://127.0.0.1:7240]
+    /// Accept connections there, tcp://HOST:PORT or rdma://HOST:PORT; repeatable; port 0 takes a free one [default:
+    /// tcp://127.0.0.1:7240]
     #[arg(long, value_name = "URL")]
     listen: Vec<String>,
     /// Give clients something to open as /NAME; read-only unless rw; repeatable. PATH is a directory, a regular file or a block
@@ -57,6 +58,10 @@ pub struct Options {
     /// How files are read and written [default: uring where the system allows it, else threads]
     #[arg(long, value_enum)]
     backend: Option<BackendKind>,
+    /// Show each RDMA device with its ports and addresses, and why one cannot be used; then exit
+    #[arg(long)]
+    #[serde(skip)]
+    pub list_devices: bool,
     /// What to log to standard error [default: info]
     #[arg(long, value_enum)]
     log: Option<LogLevel>,
@@ -142,8 +147,8 @@ impl FromStr for Size {
 /// The configuration, checked.
 #[derive(Debug)]
 pub struct Config {
-    /// Where to listen.
-    pub listen: Vec<SocketAddr>,
+    /// Where to listen, and for what.
+    pub listen: Vec<(Scheme, SocketAddr)>,
     /// What to export.
     pub exports: Vec<ExportSpec>,
     /// How many worker threads.
@@ -186,6 +191,7 @@ impl Options {
             memory: self.memory.or(file.memory),
             backend: self.backend.or(file.backend),
             log: self.log.or(file.log),
+            list_devices: false,
             config: None,
         })
     }
@@ -260,15 +266,13 @@ impl Options {
     }
 }
 
-fn listen_addresses(url: &str) -> anyhow::Result<Vec<SocketAddr>> {
+fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, SocketAddr)>> {
     let address: Address = url.parse().context("--listen")?;
-    match address.scheme {
-        Scheme::Tcp => Ok(address.resolve().context("--listen")?),
-        Scheme::Rdma => {
-            bail!("--listen {url}: this raio_server is built without RDMA. Write tcp://HOST:PORT.")
-        }
-        Scheme::Any => bail!("--listen {url}: a listener has one transport. Write tcp://HOST:PORT."),
+    if address.scheme == Scheme::Any {
+        bail!("--listen {url}: a listener has one transport. Write tcp://HOST:PORT or rdma://HOST:PORT.");
     }
+    let found = address.resolve().context("--listen")?;
+    Ok(found.into_iter().map(|found| (address.scheme, found)).collect())
 }
 
 #[cfg(test)]
@@ -286,7 +290,7 @@ mod tests {
     #[test]
     fn the_defaults_are_those_of_the_manual() {
         let config = options(&["--export", "a=/tmp"]).check(2).unwrap();
-        assert_eq!(config.listen, ["127.0.0.1:7240".parse().unwrap()]);
+        assert_eq!(config.listen, [(Scheme::Tcp, "127.0.0.1:7240".parse().unwrap())]);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (2, 128, 1 << 20));
         assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
@@ -327,7 +331,6 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),
             (&["--export", "a=/", "--listen", "7240"], "--listen"),
-            (&["--export", "a=/", "--listen", "rdma://0.0.0.0"], "without RDMA"),
             (&["--export", "a=/", "--listen", "raio://0.0.0.0"], "tcp://HOST:PORT"),
             (&["--config", "/no/such/file"], "--config"),
         ] {

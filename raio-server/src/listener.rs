@@ -1,13 +1,14 @@
 //! Accepts connections, and nothing more: the worker reads the handshake, so a slow client never holds up accept.
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use raio_transport::address::Scheme;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
-use raio_transport::tcp;
+use raio_transport::{rdma, tcp};
 
 use crate::throttle::Throttle;
+use crate::worker::RawConnection;
 
 /// After a failed accept (most often: no descriptors left).
 const RETRY: Duration = Duration::from_millis(100);
@@ -24,17 +25,29 @@ pub struct Listener {
 struct Socket {
     file: File,
     address: SocketAddr,
+    /// None: it is a TCP socket.
+    rdma: Option<rdma::Listener>,
     accept: Option<OpId>,
 }
 
 impl Listener {
     /// Listens on these addresses. Events on its operations carry `owner`.
-    pub fn bind(reactor: &mut Reactor, owner: u8, addresses: &[SocketAddr]) -> anyhow::Result<Self> {
+    pub fn bind(
+        reactor: &mut Reactor,
+        owner: u8,
+        addresses: &[(Scheme, SocketAddr)],
+    ) -> anyhow::Result<Self> {
         let mut this = Self { owner, sockets: Vec::new(), warnings: Throttle::new() };
-        for &address in addresses {
-            let (socket, address) = tcp::listen(address)?;
-            let file = reactor.file(socket);
-            this.sockets.push(Socket { file, address, accept: None });
+        for &(scheme, address) in addresses {
+            let (fd, address, rdma) = if scheme == Scheme::Rdma {
+                let listener = rdma::Listener::bind(address)?;
+                (listener.fd()?, listener.address(), Some(listener))
+            } else {
+                let (socket, address) = tcp::listen(address)?;
+                (socket, address, None)
+            };
+            let file = reactor.file(fd);
+            this.sockets.push(Socket { file, address, rdma, accept: None });
         }
         Ok(this)
     }
@@ -48,18 +61,28 @@ impl Listener {
 
     /// Where it listens, with the actual ports, as URLs.
     pub fn urls(&self) -> String {
-        self.sockets.iter().map(|socket| format!("tcp://{}", socket.address)).collect::<Vec<_>>().join(" ")
+        let url = |socket: &Socket| {
+            let scheme = if socket.rdma.is_some() { "rdma" } else { "tcp" };
+            format!("{scheme}://{}", socket.address)
+        };
+        self.sockets.iter().map(url).collect::<Vec<_>>().join(" ")
     }
 
     /// Takes in what happened to an accept, and goes on accepting. Gives a connection if there is one.
-    pub fn handle(&mut self, reactor: &mut Reactor, event: Event) -> Option<OwnedFd> {
+    pub fn handle(&mut self, reactor: &mut Reactor, event: Event) -> Option<RawConnection> {
         let index = event.token.value as usize;
         let socket = self.sockets.get_mut(index)?;
         socket.accept = None;
+        if let (Ok(_), Some(listener)) = (event.result, &socket.rdma) {
+            // There may be more: then it is readable again at once.
+            let incoming = listener.accept();
+            self.accept(reactor, index);
+            return incoming.map(RawConnection::Rdma);
+        }
         match (event.result, event.payload) {
             (Ok(_), Payload::Fd(fd)) => {
                 self.accept(reactor, index);
-                Some(fd)
+                Some(RawConnection::Tcp(fd))
             }
             (Ok(_), _) | (Err(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN), _) => {
                 self.accept(reactor, index);
@@ -98,6 +121,9 @@ impl Listener {
     fn accept(&mut self, reactor: &mut Reactor, index: usize) {
         let socket = &mut self.sockets[index];
         let token = Token { owner: self.owner, value: index as u64 };
-        socket.accept = Some(reactor.submit(token, Op::Accept { listener: socket.file.clone() }));
+        let listener = socket.file.clone();
+        let op =
+            if socket.rdma.is_some() { Op::Readable { file: listener } } else { Op::Accept { listener } };
+        socket.accept = Some(reactor.submit(token, op));
     }
 }

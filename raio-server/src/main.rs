@@ -34,6 +34,9 @@ use server::Server;
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if options.list_devices {
+        return list_devices();
+    }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let config = match options.check(cores) {
         Ok(config) => config,
@@ -61,6 +64,36 @@ fn main() -> ExitCode {
             eprintln!("raio_server: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Shows the RDMA devices, for people.
+fn list_devices() -> ExitCode {
+    let devices = match raio_transport::rdma::devices() {
+        Ok(devices) => devices,
+        Err(error) => {
+            eprintln!("raio_server: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut text = String::new();
+    for device in devices {
+        for port in &device.ports {
+            text += &format!(
+                "{} port {}: {}, {}, MTU {}\n",
+                device.name, port.number, port.state, port.link, port.mtu
+            );
+            for gid in &port.gids {
+                text += &format!("    GID {}: {} ({})\n", gid.index, gid.address, gid.kind);
+            }
+            if let Some(problem) = port.problem() {
+                text += &format!("    Not usable: {problem}\n");
+            }
+        }
+    }
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

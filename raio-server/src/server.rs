@@ -3,12 +3,15 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
+use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
+use raio_transport::rdma;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
 
 use crate::config::{BackendKind, Config};
@@ -16,7 +19,7 @@ use crate::export::Exports;
 use crate::listener::Listener;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
-use crate::worker::{Mail, Shared, Started, Worker};
+use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -86,7 +89,8 @@ impl Server {
         let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
         let signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
-        let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
+        let listen = what_to_listen_on(&config.listen);
+        let listener = Listener::bind(&mut reactor, LISTENER, &listen)?;
         let shared = Arc::new(Shared {
             exports,
             // Half for files, so that clients that open all they can do not keep others from connecting.
@@ -101,6 +105,7 @@ impl Server {
             backend: config.backend,
             arena_bytes: config.arena_bytes,
             spin: config.spin,
+            rdma: listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
@@ -135,8 +140,8 @@ impl Server {
             for event in events.drain(..) {
                 match event.token {
                     Token { owner: LISTENER, .. } => {
-                        if let Some(stream) = self.listener.handle(&mut self.reactor, event) {
-                            self.place(stream);
+                        if let Some(connection) = self.listener.handle(&mut self.reactor, event) {
+                            self.place(connection);
                         }
                     }
                     SIGNALS => {
@@ -169,7 +174,7 @@ impl Server {
     }
 
     /// Hands a connection to the worker that has fewest.
-    fn place(&mut self, stream: std::os::fd::OwnedFd) {
+    fn place(&mut self, connection: RawConnection) {
         self.accepted += 1;
         // Those that it has not yet looked at count too.
         let load = |worker: &WorkerHandle| {
@@ -177,7 +182,7 @@ impl Server {
         };
         if let Some(worker) = self.workers.iter_mut().min_by_key(|worker| load(worker)) {
             worker.placed += 1;
-            worker.mailbox.send(Mail::Connection(stream));
+            worker.mailbox.send(Mail::Connection(connection));
         }
     }
 
@@ -281,6 +286,20 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
         );
     }
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
+}
+
+/// The addresses as they are, or where there is no RDMA for TCP alone.
+fn what_to_listen_on(listen: &[(Scheme, SocketAddr)]) -> Vec<(Scheme, SocketAddr)> {
+    let mut wanted = listen.to_vec();
+    if let Some(reason) = rdma::unavailable()
+        && wanted.iter().any(|(scheme, _)| *scheme == Scheme::Rdma)
+    {
+        tracing::warn!("There is no RDMA here ({reason}); serving TCP.");
+        wanted.iter_mut().for_each(|(scheme, _)| *scheme = Scheme::Tcp);
+        let mut seen = std::collections::HashSet::new();
+        wanted.retain(|(_, address)| seen.insert(*address));
+    }
+    wanted
 }
 
 /// Raises the limit on open files as far as this user may. Gives the limit.

@@ -19,7 +19,7 @@ use raio_transport::memory::Arena;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{ServerEvent, ServerTransport};
-use raio_transport::{Status, tcp};
+use raio_transport::{Status, rdma, tcp};
 use slab::Slab;
 
 use crate::backend::{self, Backend, Handle, Threads, Uring};
@@ -57,13 +57,24 @@ pub struct Shared {
     pub arena_bytes: usize,
     /// How long an idle worker spins.
     pub spin: Duration,
+    /// Connections may come by RDMA.
+    pub rdma: bool,
+}
+
+/// A connection that was accepted, and nothing more.
+#[derive(Debug)]
+pub enum RawConnection {
+    /// A stream socket.
+    Tcp(OwnedFd),
+    /// One that a client asks for.
+    Rdma(rdma::Incoming),
 }
 
 /// What other threads tell a worker.
 #[derive(Debug)]
 pub enum Mail {
     /// Serve this connection: it was accepted, and nothing has been read from it.
-    Connection(OwnedFd),
+    Connection(RawConnection),
     /// A handle was closed by another worker.
     Forget {
         /// Whose.
@@ -78,21 +89,29 @@ pub enum Mail {
 /// Every transport of a worker. Owner numbers of tokens tell them apart.
 struct Transports {
     tcp: tcp::Server,
+    rdma: Option<rdma::Server>,
 }
 
 impl Transports {
     const TCP: u8 = 0;
-    const ALL: [u8; 1] = [Self::TCP];
+    const RDMA: u8 = 1;
+    const COUNT: usize = 2;
+
+    /// The owner numbers of those that there are.
+    fn owners(&self) -> std::ops::Range<u8> {
+        Self::TCP..if self.rdma.is_some() { Self::RDMA + 1 } else { Self::RDMA }
+    }
 
     fn get(&mut self, owner: u8) -> &mut dyn ServerTransport {
-        match owner {
-            Self::TCP => &mut self.tcp,
+        match (owner, &mut self.rdma) {
+            (Self::TCP, _) => &mut self.tcp,
+            (Self::RDMA, Some(rdma)) => rdma,
             _ => unreachable!("no transport has the owner number {owner}"),
         }
     }
 
     fn connections(&mut self) -> usize {
-        Self::ALL.into_iter().map(|owner| self.get(owner).connections()).sum()
+        self.owners().map(|owner| self.get(owner).connections()).sum()
     }
 }
 
@@ -118,7 +137,7 @@ pub struct Worker {
     directories: Vec<Option<Handle>>,
     connections: Slab<Connection>,
     /// Connections by transport and its index for them.
-    by_transport: [Vec<Option<usize>>; Transports::ALL.len()],
+    by_transport: [Vec<Option<usize>>; Transports::COUNT],
     sessions: Slab<LocalSession>,
     sessions_by_id: HashMap<[u8; 16], usize>,
     requests: Slab<Request>,
@@ -188,12 +207,20 @@ impl Worker {
             Some(Handle::new(&mut reactor, Arc::clone(directory)))
         });
         let directories = directories.collect();
+        let rdma = if shared.rdma {
+            Some(rdma::Server::new(&mut reactor, Transports::RDMA, Arc::clone(&shared.policy), &arena)?)
+        } else {
+            None
+        };
         let (mailbox, mail) = reactor::mailbox(reactor.waker());
         let fallback = reactor.fallback_reason().map(str::to_owned);
         let started = Started { mailbox, fallback, unregistered };
         counters.arena_bytes.set(arena.len() as u64);
         let worker = Self {
-            transports: Transports { tcp: tcp::Server::new(Transports::TCP, Arc::clone(&shared.policy)) },
+            transports: Transports {
+                tcp: tcp::Server::new(Transports::TCP, Arc::clone(&shared.policy)),
+                rdma,
+            },
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
             shared,
             counters,
@@ -246,8 +273,14 @@ impl Worker {
     fn hear(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         let mut events = std::mem::take(&mut self.events);
-        self.reactor.turn(wait, &mut events).context("The event loop failed")?;
-        self.is_busy = !events.is_empty();
+        let mut news = false;
+        let rdma = &mut self.transports.rdma;
+        let mut look = |arm| {
+            news = rdma.as_mut().is_some_and(|rdma| rdma.has_news(arm));
+            news
+        };
+        self.reactor.turn_looking(wait, &mut events, &mut look).context("The event loop failed")?;
+        self.is_busy = news || !events.is_empty();
         for event in events.drain(..) {
             match event.token.owner {
                 backend::OWNER => self.backend.handle(event),
@@ -256,6 +289,9 @@ impl Worker {
             }
         }
         self.events = events;
+        if let Some(rdma) = &mut self.transports.rdma {
+            rdma.take_news(&mut self.reactor);
+        }
         Ok(())
     }
 
@@ -263,10 +299,10 @@ impl Worker {
         while let Some(mail) = self.mail.take() {
             self.is_busy = true;
             match mail {
-                Mail::Connection(stream) => {
+                Mail::Connection(connection) => {
                     self.counters.adopted.add(1);
                     if self.drain.is_none() {
-                        self.transports.tcp.adopt(&mut self.reactor, stream);
+                        self.adopt(connection);
                     }
                 }
                 Mail::Forget { session, handle } => {
@@ -284,6 +320,22 @@ impl Worker {
         }
     }
 
+    fn adopt(&mut self, connection: RawConnection) {
+        match (connection, &mut self.transports.rdma) {
+            (RawConnection::Tcp(stream), _) => {
+                self.transports.tcp.adopt(&mut self.reactor, stream);
+            }
+            (RawConnection::Rdma(incoming), Some(rdma)) => {
+                if let Err(error) = rdma.adopt(&mut self.reactor, incoming)
+                    && let Some(suppressed) = self.warnings.pass()
+                {
+                    tracing::warn!(suppressed, "A client was turned away: {error}.");
+                }
+            }
+            (RawConnection::Rdma(_), None) => unreachable!("none is listened for without the transport"),
+        }
+    }
+
     fn take_completions(&mut self) {
         while let Some(completion) = self.backend.next() {
             self.is_busy = true;
@@ -292,7 +344,7 @@ impl Worker {
     }
 
     fn take_requests(&mut self) {
-        for owner in Transports::ALL {
+        for owner in self.transports.owners() {
             while let Some(event) = self.transports.get(owner).next_event() {
                 self.is_busy = true;
                 match event {
@@ -312,7 +364,7 @@ impl Worker {
     }
 
     fn send_answers(&mut self) {
-        for owner in Transports::ALL {
+        for owner in self.transports.owners() {
             self.transports.get(owner).flush(&mut self.reactor);
         }
     }

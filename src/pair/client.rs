@@ -421,7 +421,7 @@ impl ClientTransport for Client {
         }
     }
 
-    fn poll_fd(&self) -> (BorrowedFd<'_>, bool) {
+    fn poll_fd(&mut self) -> (BorrowedFd<'_>, bool) {
         (self.eventfd.as_fd(), false)
     }
 

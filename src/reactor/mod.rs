@@ -420,13 +420,24 @@ impl Reactor {
     /// Submits what was asked for, and appends what has ended to `events`. With [`Wait::Block`] and nothing ended it spins, then
     /// sleeps, until something has, a timer comes, or a [`Waker`] wakes it (which is no event).
     pub fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        self.turn_looking(wait, events, &mut |_| false)
+    }
+
+    /// The same for a thread that has more to look at than this reactor: `look` is asked now and then whether there is news elsewhere,
+    /// and if so the turn comes back. Its argument says that the reactor is about to sleep, so that news from then on must wake it.
+    pub fn turn_looking(
+        &mut self,
+        wait: Wait,
+        events: &mut Vec<Event>,
+        look: &mut dyn FnMut(bool) -> bool,
+    ) -> io::Result<()> {
         if !self.fixed_retired.borrow().is_empty() {
             self.reuse_retired();
         }
         let before = events.len();
         self.engine_poll(events)?;
         self.timers.expire(events);
-        if wait == Wait::Poll || events.len() > before || self.waker.take() {
+        if wait == Wait::Poll || events.len() > before || self.waker.take() || look(false) {
             return Ok(());
         }
         let begin = Instant::now();
@@ -442,9 +453,16 @@ impl Reactor {
                 }
                 std::hint::spin_loop();
             }
+            if look(false) {
+                self.spin.learn(begin.elapsed());
+                return Ok(());
+            }
             if self.timers.next().is_some_and(|at| at <= Instant::now()) {
                 break;
             }
+        }
+        if look(true) {
+            return Ok(());
         }
         if self.waker.prepare_sleep() {
             self.sleeps += 1;

@@ -665,7 +665,7 @@ impl ClientTransport for Client {
         }
     }
 
-    fn poll_fd(&self) -> (BorrowedFd<'_>, bool) {
+    fn poll_fd(&mut self) -> (BorrowedFd<'_>, bool) {
         (self.stream.as_fd(), !self.queue.is_empty())
     }
 

@@ -4,9 +4,9 @@
 //! nothing in it knows a file.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use raio_transport::transport::{
     Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerEvent, ServerTransport, SlotRange,
 };
-use raio_transport::{pair, tcp};
+use raio_transport::{pair, rdma, tcp};
 
 /// Nothing in these tests takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -30,12 +30,41 @@ pub enum Transport {
     Pair,
     TcpUring,
     TcpEpoll,
+    Rdma,
 }
 
 impl Transport {
     pub fn is_tcp(self) -> bool {
-        self != Self::Pair
+        matches!(self, Self::TcpUring | Self::TcpEpoll)
     }
+}
+
+/// Says so if it has not.
+pub fn has_rdma() -> bool {
+    let reason = match rdma::unavailable() {
+        None if rdma_addresses().is_empty() => "no device has an IPv4 address".into(),
+        None => return true,
+        Some(reason) => reason,
+    };
+    eprintln!("SKIPPED over RDMA, which is not to be had here: {reason}");
+    false
+}
+
+/// The IPv4 addresses of the RDMA devices: the first to serve, the last to connect from.
+fn rdma_addresses() -> Vec<Ipv4Addr> {
+    let devices = rdma::devices().unwrap_or_default();
+    let ports = devices.iter().flat_map(|device| &device.ports).filter(|port| port.problem().is_none());
+    ports.flat_map(|port| &port.gids).filter_map(|gid| gid.address.to_ipv4_mapped()).collect()
+}
+
+/// Where to connect from: the other end of the wire, if there are two.
+pub fn rdma_source() -> Option<IpAddr> {
+    rdma_addresses().last().map(|&address| address.into())
+}
+
+/// A listener for RDMA connections.
+pub fn rdma_listener() -> rdma::Listener {
+    rdma::Listener::bind(SocketAddr::new(rdma_addresses()[0].into(), 0)).unwrap()
 }
 
 /// Says so if it has not.
@@ -84,6 +113,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 enum Wire {
     Tcp(OwnedFd),
     Pair(pair::End),
+    Rdma(rdma::Incoming),
 }
 
 enum Mail {
@@ -110,6 +140,8 @@ pub struct Seen {
     /// Requests whose data waits for memory.
     pub waiting: usize,
     pub connections: usize,
+    /// What the RDMA transport has counted.
+    pub rdma: rdma::Counters,
 }
 
 impl Seen {
@@ -130,6 +162,14 @@ pub struct Server {
     pub transport: Transport,
     workers: Vec<Worker>,
     next: AtomicUsize,
+    rdma: Option<RdmaAcceptor>,
+}
+
+/// A thread that hands what is asked for to the workers in turn.
+struct RdmaAcceptor {
+    address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 /// How a server is made.
@@ -179,6 +219,9 @@ impl Server {
                     let _ = reactor.register_arena(&arena);
                     let wires = match transport {
                         Transport::Pair => Wires::Pair(pair::Server::new(1, policy)),
+                        Transport::Rdma => {
+                            Wires::Rdma(rdma::Server::new(&mut reactor, 1, policy, &arena).unwrap())
+                        }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
                     Handler::new(wires, arena, seen_by_worker).run(&mut reactor, &receiver);
@@ -186,8 +229,30 @@ impl Server {
                 let sender = starting.recv().expect("the worker starts");
                 Worker { sender, thread: Some(thread), seen }
             })
-            .collect();
-        Self { transport, workers, next: AtomicUsize::new(0) }
+            .collect::<Vec<_>>();
+        let rdma = (transport == Transport::Rdma).then(|| {
+            let listener = rdma_listener();
+            let (address, stop) = (listener.address(), Arc::new(AtomicBool::new(false)));
+            let stopped = Arc::clone(&stop);
+            let senders: Vec<_> = workers.iter().map(|worker: &Worker| worker.sender.clone()).collect();
+            let thread = std::thread::spawn(move || {
+                let mut next = 0;
+                while !stopped.load(Ordering::Relaxed) {
+                    while let Some(incoming) = listener.accept() {
+                        senders[next % senders.len()].send(Mail::Adopt(Wire::Rdma(incoming)));
+                        next += 1;
+                    }
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+            RdmaAcceptor { address, stop, thread: Some(thread) }
+        });
+        Self { transport, workers, next: AtomicUsize::new(0), rdma }
+    }
+
+    /// Where the server listens for RDMA connections.
+    pub fn rdma_address(&self) -> SocketAddr {
+        self.rdma.as_ref().expect("it serves RDMA").address
     }
 
     fn adopt(&self, wire: Wire) {
@@ -230,6 +295,9 @@ impl Server {
         let deadline = Instant::now() + PATIENCE;
         let transport: Box<dyn ClientTransport> = match self.transport {
             Transport::Pair => Box::new(pair::Client::from_end(self.link(), offer, deadline)?),
+            Transport::Rdma => {
+                Box::new(rdma::Client::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
+            }
             _ => Box::new(tcp::Client::from_stream(self.stream(), offer, deadline)?),
         };
         Ok(Client { transport, replies: Vec::new() })
@@ -285,6 +353,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        if let Some(rdma) = &mut self.rdma {
+            rdma.stop.store(true, Ordering::Relaxed);
+            rdma.thread.take().map(JoinHandle::join);
+        }
         for worker in &mut self.workers {
             worker.sender.send(Mail::Stop);
             let joined = worker.thread.take().map(JoinHandle::join);
@@ -310,6 +382,7 @@ pub fn tcp_pair() -> (TcpStream, TcpStream) {
 enum Wires {
     Tcp(tcp::Server),
     Pair(pair::Server),
+    Rdma(rdma::Server),
 }
 
 impl Wires {
@@ -317,6 +390,7 @@ impl Wires {
         match self {
             Self::Tcp(server) => server,
             Self::Pair(server) => server,
+            Self::Rdma(server) => server,
         }
     }
 
@@ -324,6 +398,11 @@ impl Wires {
         match (self, wire) {
             (Self::Tcp(server), Wire::Tcp(fd)) => server.adopt(reactor, fd),
             (Self::Pair(server), Wire::Pair(end)) => drop(server.adopt(reactor, end)),
+            (Self::Rdma(server), Wire::Rdma(incoming)) => {
+                if let Err(error) = server.adopt(reactor, incoming) {
+                    eprintln!("a connection was not taken over: {error}");
+                }
+            }
             _ => unreachable!("a server gets what it takes"),
         }
     }
@@ -365,7 +444,14 @@ impl Handler {
         let mut events = Vec::new();
         let mut wait = Wait::Block;
         loop {
-            reactor.turn(wait, &mut events).unwrap();
+            let mut news = false;
+            let transport = self.wires.transport();
+            reactor
+                .turn_looking(wait, &mut events, &mut |arm| {
+                    news = transport.has_news(arm);
+                    news
+                })
+                .unwrap();
             while let Some(mail) = mail.take() {
                 match mail {
                     Mail::Adopt(wire) => self.wires.adopt(reactor, wire),
@@ -375,12 +461,13 @@ impl Handler {
             for event in events.drain(..) {
                 self.wires.transport().handle(reactor, event);
             }
+            self.wires.transport().take_news(reactor);
             let waiting = self.waiting.len();
             for request in std::mem::take(&mut self.waiting) {
                 self.begin(reactor, request);
             }
             // Where answers leave with the flush their slots are free again at once.
-            wait = if self.waiting.len() < waiting { Wait::Poll } else { Wait::Block };
+            wait = if self.waiting.len() < waiting || news { Wait::Poll } else { Wait::Block };
             while let Some(event) = self.wires.transport().next_event() {
                 self.take_in(reactor, event);
             }
@@ -397,6 +484,9 @@ impl Handler {
             seen.unsent_bytes_max = seen.unsent_bytes_max.max(transport.unsent_bytes(connection));
         }
         seen.connections = transport.connections();
+        if let Wires::Rdma(server) = &self.wires {
+            seen.rdma = server.counters();
+        }
         seen.arena_bytes = self.arena.used_bytes();
         seen.arena_bytes_max = seen.arena_bytes_max.max(seen.arena_bytes);
         seen.waiting = self.waiting.len();

@@ -1,5 +1,5 @@
 //! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, TCP over
-//! epoll. A test is written once, with [`contract!`], and appears three times.
+//! epoll, RDMA where there is a device. A test is written once, with [`contract!`], and appears four times.
 //!
 //! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread) and [`raw`] a peer
 //! that can misbehave. The server's handler asserts that credits are never exceeded, in every test.
@@ -28,6 +28,13 @@ macro_rules! contract {
                 fn tcp_over_epoll() {
                     super::$name(crate::harness::Transport::TcpEpoll);
                 }
+
+                #[test]
+                fn rdma() {
+                    if crate::harness::has_rdma() {
+                        super::$name(crate::harness::Transport::Rdma);
+                    }
+                }
             }
         )*
     };
@@ -40,6 +47,7 @@ mod hostile_client;
 mod hostile_server;
 mod ordinary;
 mod raw;
+mod rdma;
 mod silence;
 mod slow;
 mod vanishing;

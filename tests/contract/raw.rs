@@ -11,9 +11,9 @@ use raio_transport::message::{
     self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, RemoteRegion, Welcome,
 };
 use raio_transport::transport::ClientTransport;
-use raio_transport::{pair, tcp};
+use raio_transport::{pair, rdma, tcp};
 
-use crate::harness::{Client, PATIENCE, Server, Transport, tcp_pair};
+use crate::harness::{Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair};
 
 /// A peer's end of a connection.
 pub struct Raw {
@@ -25,6 +25,7 @@ enum Wire {
     /// And what has been read of it.
     Tcp(TcpStream, Vec<u8>),
     Pair(pair::End),
+    Rdma(Box<rdma::End>),
 }
 
 /// What came.
@@ -60,6 +61,10 @@ impl Raw {
     pub fn client(server: &Server) -> Self {
         match server.transport {
             Transport::Pair => Self::new(Wire::Pair(server.link())),
+            Transport::Rdma => {
+                let end = rdma::End::connect(server.rdma_address(), rdma_source(), None).unwrap();
+                Self::new(Wire::Rdma(Box::new(end)))
+            }
             _ => Self::new(Wire::Tcp(server.stream(), Vec::new())),
         }
     }
@@ -80,10 +85,16 @@ impl Raw {
         let bytes = raw.handshake_bytes().expect("a welcome comes");
         let Parsed::Item(grant, _) = offer.grant(&bytes).unwrap() else { panic!("half a welcome") };
         raw.limits.crc = grant.crc();
-        if let Wire::Pair(end) = &raw.wire {
-            end.set_receives(grant.credits() as usize + 8);
-        }
+        raw.set_receives(grant.credits() as usize + 8);
         (raw, grant)
+    }
+
+    fn set_receives(&mut self, receives: usize) {
+        match &mut self.wire {
+            Wire::Tcp(..) => {}
+            Wire::Pair(end) => end.set_receives(receives),
+            Wire::Rdma(end) => end.set_receives(receives).unwrap(),
+        }
     }
 
     /// A server by hand, and the client that talks to it.
@@ -94,11 +105,9 @@ impl Raw {
         let Parsed::Item((peer, welcome), _) = policy.welcome(&hello).unwrap() else {
             panic!("half a hello")
         };
+        raw.set_receives(1024);
         raw.send(&welcome);
         raw.limits = peer.grant.limits();
-        if let Wire::Pair(end) = &raw.wire {
-            end.set_receives(1024);
-        }
         (Client::over(client.join().unwrap().unwrap()), raw)
     }
 
@@ -127,6 +136,22 @@ impl Raw {
                 });
                 (thread, Self::new(Wire::Pair(ours)))
             }
+            Transport::Rdma => {
+                let listener = rdma_listener();
+                let address = listener.address();
+                let thread = std::thread::spawn(move || {
+                    rdma::Client::connect(address, rdma_source(), &offer, deadline)
+                        .map(|client| Box::new(client) as _)
+                });
+                let incoming = loop {
+                    match listener.accept() {
+                        Some(incoming) => break incoming,
+                        None => std::thread::sleep(Duration::from_millis(1)),
+                    }
+                    assert!(Instant::now() < deadline + PATIENCE, "the client does not connect");
+                };
+                (thread, Self::new(Wire::Rdma(Box::new(rdma::End::accept(incoming).unwrap()))))
+            }
             _ => {
                 let (theirs, ours) = tcp_pair();
                 ours.set_nonblocking(false).unwrap();
@@ -143,7 +168,7 @@ impl Raw {
     pub fn stream(&mut self) -> &mut TcpStream {
         match &mut self.wire {
             Wire::Tcp(stream, _) => stream,
-            Wire::Pair(_) => panic!("pair has no stream"),
+            Wire::Pair(_) | Wire::Rdma(_) => panic!("it has no stream"),
         }
     }
 
@@ -151,7 +176,24 @@ impl Raw {
     pub fn end(&self) -> &pair::End {
         match &self.wire {
             Wire::Pair(end) => end,
-            Wire::Tcp(..) => panic!("TCP has no memory to lay open"),
+            Wire::Tcp(..) | Wire::Rdma(_) => panic!("it is no link"),
+        }
+    }
+
+    /// The queue pair, to misbehave with memory.
+    pub fn rdma(&mut self) -> &mut rdma::End {
+        match &mut self.wire {
+            Wire::Rdma(end) => end,
+            Wire::Tcp(..) | Wire::Pair(_) => panic!("it has no queue pair"),
+        }
+    }
+
+    /// Places data in the client's memory, where the transport has such a thing.
+    pub fn place(&mut self, region: RemoteRegion, data: &[u8]) {
+        match &mut self.wire {
+            Wire::Tcp(..) => panic!("TCP places nothing"),
+            Wire::Pair(end) => assert!(end.place(region, data)),
+            Wire::Rdma(end) => assert!(end.place(region, data)),
         }
     }
 
@@ -159,6 +201,7 @@ impl Raw {
     pub fn send(&mut self, message: &[u8]) -> bool {
         match &mut self.wire {
             Wire::Tcp(stream, _) => stream.write_all(message).is_ok(),
+            Wire::Rdma(end) => end.send(message),
             Wire::Pair(end) => {
                 let mut message = message.to_vec();
                 let deadline = Instant::now() + PATIENCE;
@@ -186,16 +229,17 @@ impl Raw {
         self.send(&bytes)
     }
 
-    /// A request with room for data. On pair the memory is really there.
+    /// A request with room for data. Where it is placed the memory is really there.
     pub fn request_in(&mut self, id: u64, body: &[u8], len: u32) -> bool {
-        let key = match &self.wire {
-            Wire::Tcp(..) => 0,
+        let (address, key) = match &mut self.wire {
+            Wire::Tcp(..) => (0, 0),
+            Wire::Rdma(end) => end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap(),
             Wire::Pair(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
-                end.lay_open(pair::Access::Write, buffers)
+                (0, end.lay_open(pair::Access::Write, buffers))
             }
         };
-        let region = RemoteRegion::In { address: 0, key, len };
+        let region = RemoteRegion::In { address, key, len };
         let request = message::Request { id, body_len: 0, data_len: 0, region, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(body, self.limits.crc, &mut bytes);
@@ -210,9 +254,9 @@ impl Raw {
         response.result = data.len() as u64;
         response.data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
         response.encode(&[], self.limits.crc, &mut bytes);
-        match &self.wire {
+        match self.wire {
             Wire::Tcp(..) => bytes.extend_from_slice(data),
-            Wire::Pair(end) => assert!(end.place(request.region, data)),
+            Wire::Pair(_) | Wire::Rdma(_) => self.place(request.region, data),
         }
         self.send(&bytes);
     }
@@ -220,7 +264,7 @@ impl Raw {
     /// The next handshake message; None if the other side ends instead.
     pub fn handshake_bytes(&mut self) -> Option<Vec<u8>> {
         match &mut self.wire {
-            Wire::Pair(_) => self.pair_message(),
+            Wire::Pair(_) | Wire::Rdma(_) => self.whole_message(),
             Wire::Tcp(stream, _) => {
                 let mut bytes = vec![0; HANDSHAKE_BYTES];
                 stream.read_exact(&mut bytes).ok()?;
@@ -247,13 +291,16 @@ impl Raw {
         Some(Answer { welcome, options })
     }
 
-    fn pair_message(&mut self) -> Option<Vec<u8>> {
-        let end = self.end();
+    fn whole_message(&mut self) -> Option<Vec<u8>> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let gone = end.has_lost_peer();
-            if let Some(message) = end.receive() {
-                return Some(message);
+            let (gone, message) = match &mut self.wire {
+                Wire::Pair(end) => (end.has_lost_peer(), end.receive()),
+                Wire::Rdma(end) => (end.has_lost_peer(), end.receive()),
+                Wire::Tcp(..) => unreachable!("a stream has no messages"),
+            };
+            if message.is_some() {
+                return message;
             }
             if gone {
                 return None;
@@ -267,7 +314,7 @@ impl Raw {
     pub fn next(&mut self) -> Got {
         let limits = self.limits;
         match &mut self.wire {
-            Wire::Pair(_) => match self.pair_message() {
+            Wire::Pair(_) | Wire::Rdma(_) => match self.whole_message() {
                 None => Got::End,
                 Some(bytes) => match got(&bytes, &limits) {
                     Some((got, taken)) => with_data(got, &bytes[taken..]),

@@ -40,7 +40,8 @@ contract! {
             if is_closed {
                 break;
             }
-            if answered == asked {
+            // An answer over RDMA that it has not taken has given it no credit: once is all.
+            if answered == asked && (transport != Transport::Rdma || asked == 0) {
                 for _ in 0..grant.queue_depth {
                     raw.request_in(asked, &command(Op::Get, asked), 64 << 10);
                     asked += 1;
@@ -78,7 +79,9 @@ contract! {
     }
 
     fn a_client_that_is_slow_to_take_its_answers_gets_them_all(transport) {
-        let server = serve(transport, Policy { data_bytes_max: 256 << 10, ..impatient() });
+        // RDMA is Soft-RoCE on emulated processors here, and the wire is what is slow.
+        let stall_timeout = if transport == Transport::Rdma { 10 * STALL } else { STALL };
+        let server = serve(transport, Policy { data_bytes_max: 256 << 10, stall_timeout, ..impatient() });
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("slow"));
         for round in 0..3 {
             for n in 0..u64::from(grant.queue_depth) {

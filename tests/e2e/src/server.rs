@@ -17,7 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub struct Server {
     child: Child,
     stdout: BufReader<ChildStdout>,
-    addresses: Vec<SocketAddr>,
+    /// "tcp" or "rdma", and where.
+    listens: Vec<(String, SocketAddr)>,
 }
 
 /// A program that this workspace builds, found beside the test that asks.
@@ -37,7 +38,7 @@ pub fn binary(name: &str) -> PathBuf {
 }
 
 impl Server {
-    /// Starts one on a port of its own choosing, with these exports (as `--export` takes them).
+    /// Starts one on a port of its own choosing (or on `RAIO_TEST_LISTEN`, such as rdma://10.77.0.1:0), with these exports (as `--export` takes them).
     pub fn start(exports: &[&str]) -> Self {
         Self::start_with(exports, &[])
     }
@@ -46,7 +47,8 @@ impl Server {
     pub fn start_with(exports: &[&str], arguments: &[&str]) -> Self {
         let mut command = Command::new(binary("raio_server"));
         if !arguments.contains(&"--listen") {
-            command.args(["--listen", "tcp://127.0.0.1:0"]);
+            let listen = std::env::var("RAIO_TEST_LISTEN");
+            command.args(["--listen", listen.as_deref().unwrap_or("tcp://127.0.0.1:0")]);
         }
         for export in exports {
             command.args(["--export", export]);
@@ -61,20 +63,30 @@ impl Server {
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let mut line = String::new();
         stdout.read_line(&mut line).expect("raio_server says when it is ready");
-        let addresses: Vec<SocketAddr> =
-            line.split_whitespace().filter_map(|word| word.strip_prefix("tcp://")?.parse().ok()).collect();
-        assert!(!addresses.is_empty(), "raio_server said {line:?} instead of being ready");
-        Self { child, stdout, addresses }
+        let listens: Vec<_> = line
+            .split_whitespace()
+            .filter_map(|word| {
+                let (scheme, address) = word.split_once("://")?;
+                Some((scheme.to_owned(), address.parse().ok()?))
+            })
+            .collect();
+        assert!(!listens.is_empty(), "raio_server said {line:?} instead of being ready");
+        Self { child, stdout, listens }
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.addresses[0]
+        self.listens[0].1
+    }
+
+    /// Where it listens, as `--listen` takes it.
+    pub fn listen_url(&self) -> String {
+        format!("{}://{}", self.listens[0].0, self.address())
     }
 
     /// Where it listens, for clients.
     pub fn url(&self) -> String {
-        format!("raio+tcp://{}", self.address())
+        format!("raio+{}", self.listen_url())
     }
 
     /// Its process id.

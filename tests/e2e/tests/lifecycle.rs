@@ -127,13 +127,13 @@ fn after_a_server_has_been_killed_and_started_again_a_new_session_works() {
     std::fs::write(directory.path().join("file"), "content").expect("a file");
     let export = format!("d={}", directory.path().display());
     let mut server = Server::start(&[&export]);
-    let address = server.address();
+    let listen = server.listen_url();
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
     let file = session.open("/d/file", libc::O_RDONLY, 0).expect("a file");
     server.kill();
     let lost = file.status().expect_err("the server is gone").errno();
     assert!([libc::ENOTCONN, libc::ECONNRESET, libc::EPIPE].contains(&lost), "errno {lost}");
-    let server = Server::start_with(&[&export], &["--listen", &format!("tcp://{address}")]);
+    let server = Server::start_with(&[&export], &["--listen", &listen]);
     let session = Session::connect(&server.url(), &Options::default()).expect("a new session");
     assert_eq!(
         session.open("/d/file", libc::O_RDONLY, 0).and_then(|file| file.status()).expect("a file").size,

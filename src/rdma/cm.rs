@@ -1,0 +1,373 @@
+//! Connecting: rdma_cm's identifiers and events.
+//!
+//! An [`Id`] is to RDMA what a socket is to TCP: it listens, or it is one connection and has its queue pair. It belongs to one event
+//! channel at a time and keeps that alive. Each event is copied out of the library and acknowledged at once, so that nothing ever
+//! waits for an acknowledgement.
+
+use std::ffi::c_void;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use socket2::SockAddr;
+
+use super::device::{Device, Domain, devices};
+use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
+
+/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 14, that is 67 ms. With seven retries a
+/// connection whose wire is cut ends after about a second; rdma_cm's own choice would take minutes.
+const ACK_TIMEOUT: u8 = 14;
+const RETRIES: u8 = 7;
+/// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it has broken the protocol.
+const RNR_RETRIES: u8 = 3;
+/// How long one try to find the way to an address takes.
+const RESOLVE_TIME: Duration = Duration::from_millis(500);
+const BACKLOG: i32 = 1024;
+
+/// Where events of identifiers arrive.
+#[derive(Debug)]
+pub(super) struct EventChannel {
+    raw: NonNull<verbs::rdma_event_channel>,
+    verbs: &'static Verbs,
+}
+
+// SAFETY: librdmacm allows any thread to use an event channel.
+unsafe impl Send for EventChannel {}
+// SAFETY: as above.
+unsafe impl Sync for EventChannel {}
+
+/// What happened to an identifier.
+#[derive(Debug)]
+pub(super) struct Event {
+    pub kind: Kind,
+    /// What [`Id::set_tag`] said; for a request, of the listening one.
+    pub tag: u64,
+    /// 0, or why it failed.
+    pub status: i32,
+    /// What the peer sent along.
+    pub private_data: Vec<u8>,
+    /// RDMA READs that this side may have outstanding, at most.
+    pub reads_out: u8,
+    /// A connection that is asked for.
+    pub incoming: Option<Id>,
+}
+
+/// The kinds of events that matter here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Resolved,
+    Request,
+    Established,
+    /// The peer, or the network, says no.
+    Refused,
+    Disconnected,
+    DeviceRemoved,
+    Other,
+}
+
+impl EventChannel {
+    pub fn new() -> io::Result<Arc<Self>> {
+        // Which also finds the libraries.
+        devices().map_err(|reason| io::Error::new(io::ErrorKind::Unsupported, reason))?;
+        let verbs = verbs().map_err(|reason| io::Error::new(io::ErrorKind::Unsupported, reason))?;
+        // SAFETY: it takes nothing.
+        let this = Self { raw: not_null(unsafe { (verbs.rdma_create_event_channel)() })?, verbs };
+        rustix::io::ioctl_fionbio(this.fd(), true)?;
+        Ok(Arc::new(this))
+    }
+
+    /// Readable when an event has come.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel is alive, and its descriptor with it.
+        unsafe { BorrowedFd::borrow_raw(self.raw.as_ref().fd) }
+    }
+
+    /// The same, to keep.
+    pub fn owned_fd(&self) -> io::Result<OwnedFd> {
+        self.fd().try_clone_to_owned()
+    }
+
+    /// The next event. None if there is none now.
+    pub fn next(self: &Arc<Self>) -> Option<Event> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the channel is alive and does not block, and `raw` may be written.
+        if unsafe { (self.verbs.rdma_get_cm_event)(self.raw.as_ptr(), &mut raw) } != 0 {
+            return None;
+        }
+        // SAFETY: the event is the library's until it is acknowledged below.
+        let event = unsafe { &*raw };
+        let kind = match event.event {
+            verbs::RDMA_CM_EVENT_ADDR_RESOLVED | verbs::RDMA_CM_EVENT_ROUTE_RESOLVED => Kind::Resolved,
+            verbs::RDMA_CM_EVENT_CONNECT_REQUEST => Kind::Request,
+            verbs::RDMA_CM_EVENT_ESTABLISHED => Kind::Established,
+            verbs::RDMA_CM_EVENT_ADDR_ERROR
+            | verbs::RDMA_CM_EVENT_ROUTE_ERROR
+            | verbs::RDMA_CM_EVENT_CONNECT_ERROR
+            | verbs::RDMA_CM_EVENT_UNREACHABLE
+            | verbs::RDMA_CM_EVENT_REJECTED => Kind::Refused,
+            verbs::RDMA_CM_EVENT_DISCONNECTED => Kind::Disconnected,
+            verbs::RDMA_CM_EVENT_DEVICE_REMOVAL => Kind::DeviceRemoved,
+            _ => Kind::Other,
+        };
+        let (mut private_data, mut reads_out) = (Vec::new(), 0);
+        if matches!(
+            event.event,
+            verbs::RDMA_CM_EVENT_CONNECT_REQUEST
+                | verbs::RDMA_CM_EVENT_ESTABLISHED
+                | verbs::RDMA_CM_EVENT_REJECTED
+        ) {
+            // SAFETY: these events of connected services have this member of the union.
+            let conn = unsafe { event.param.conn };
+            reads_out = conn.initiator_depth;
+            if !conn.private_data.is_null() {
+                // SAFETY: the library vouches for so many bytes until the event is acknowledged.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(conn.private_data.cast::<u8>(), conn.private_data_len.into())
+                };
+                private_data = bytes.to_vec();
+            }
+        }
+        // SAFETY: the identifier of an event is alive until the event is acknowledged.
+        let tag = unsafe { (*event.id).context }.expose_provenance() as u64;
+        let incoming = (kind == Kind::Request)
+            .then(|| NonNull::new(event.id))
+            .flatten()
+            // A new identifier, which is nobody else's.
+            .map(|raw| Id { raw, channel: Arc::clone(self), verbs: self.verbs });
+        let status = event.status;
+        // SAFETY: it is the event just got, acknowledged once; nothing of it is used afterwards.
+        unsafe { (self.verbs.rdma_ack_cm_event)(raw) };
+        Some(Event { kind, tag, status, private_data, reads_out, incoming })
+    }
+
+    /// The next event, waiting for it until `deadline`.
+    pub fn wait(self: &Arc<Self>, deadline: Instant) -> io::Result<Event> {
+        loop {
+            if let Some(event) = self.next() {
+                return Ok(event);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+            }
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let mut fds = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
+            match rustix::event::poll(&mut fds, Some(&timeout)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+impl Drop for EventChannel {
+    fn drop(&mut self) {
+        // SAFETY: identifiers hold references to their channel, so there are none.
+        unsafe { (self.verbs.rdma_destroy_event_channel)(self.raw.as_ptr()) };
+    }
+}
+
+/// A listening or connecting identifier, or a connection.
+#[derive(Debug)]
+pub(super) struct Id {
+    raw: NonNull<rdma_cm_id>,
+    channel: Arc<EventChannel>,
+    verbs: &'static Verbs,
+}
+
+// SAFETY: librdmacm allows any thread to use an identifier; whoever owns this value is the only one who does.
+unsafe impl Send for Id {}
+
+/// librdmacm takes addresses by mutable pointers, which it does not write through.
+fn raw_address(address: &SockAddr) -> *mut verbs::sockaddr {
+    address.as_ptr().cast_mut().cast()
+}
+
+impl Id {
+    pub fn new(channel: &Arc<EventChannel>) -> io::Result<Self> {
+        let verbs = channel.verbs;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the channel is alive and `raw` may be written.
+        check(unsafe {
+            (verbs.rdma_create_id)(channel.raw.as_ptr(), &mut raw, std::ptr::null_mut(), verbs::RDMA_PS_TCP)
+        })?;
+        Ok(Self { raw: not_null(raw)?, channel: Arc::clone(channel), verbs })
+    }
+
+    /// Listens. Gives the address with the actual port.
+    pub fn listen(&self, address: SocketAddr) -> io::Result<SocketAddr> {
+        let raw = SockAddr::from(address);
+        // SAFETY: the identifier is alive and the address is one.
+        check(unsafe { (self.verbs.rdma_bind_addr)(self.raw.as_ptr(), raw_address(&raw)) })?;
+        // SAFETY: the identifier is alive.
+        check(unsafe { (self.verbs.rdma_listen)(self.raw.as_ptr(), BACKLOG) })?;
+        let mut address = address;
+        // SAFETY: the identifier is alive.
+        address.set_port(u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) }));
+        Ok(address)
+    }
+
+    /// An identifier that has found the way to an address, from `source` if that is given.
+    pub fn resolve(
+        channel: &Arc<EventChannel>,
+        source: Option<SocketAddr>,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> io::Result<Self> {
+        loop {
+            let id = Self::new(channel)?;
+            match id.try_resolve(source, address, deadline.min(Instant::now() + RESOLVE_TIME)) {
+                Ok(()) => return Ok(id),
+                // The kernel may miss that a neighbour has answered, and looks again only when its time is over.
+                Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) && Instant::now() < deadline => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn try_resolve(
+        &self,
+        source: Option<SocketAddr>,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        let ms = left.as_millis() as i32;
+        // A little more, for the kernel's own answer to arrive.
+        let deadline = deadline + Duration::from_millis(100);
+        let source = source.map(SockAddr::from);
+        let raw_source = source.as_ref().map_or(std::ptr::null_mut(), raw_address);
+        let raw = SockAddr::from(address);
+        // SAFETY: the identifier is alive; the addresses are, or one is null.
+        check(unsafe {
+            (self.verbs.rdma_resolve_addr)(self.raw.as_ptr(), raw_source, raw_address(&raw), ms)
+        })?;
+        self.resolved(deadline)?;
+        self.set_ack_timeout();
+        // SAFETY: the identifier is alive.
+        check(unsafe { (self.verbs.rdma_resolve_route)(self.raw.as_ptr(), ms) })?;
+        self.resolved(deadline)
+    }
+
+    fn resolved(&self, deadline: Instant) -> io::Result<()> {
+        let event = self.channel.wait(deadline)?;
+        match event.kind {
+            Kind::Resolved => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(match event.status.abs() {
+                0 => libc::EHOSTUNREACH,
+                errno => errno,
+            })),
+        }
+    }
+
+    fn set_ack_timeout(&self) {
+        let mut timeout = ACK_TIMEOUT;
+        // SAFETY: the identifier is alive and the option is a byte. An old kernel has no such option, and its own value then.
+        unsafe {
+            (self.verbs.rdma_set_option)(
+                self.raw.as_ptr(),
+                verbs::RDMA_OPTION_ID as i32,
+                verbs::RDMA_OPTION_ID_ACK_TIMEOUT as i32,
+                (&raw mut timeout).cast(),
+                1,
+            );
+        }
+    }
+
+    /// The device that the connection goes through.
+    pub fn device(&self) -> Option<Device> {
+        // SAFETY: the identifier is alive, and its context is null or librdmacm's.
+        unsafe { Device::of(self.raw.as_ref().verbs, self.verbs) }
+    }
+
+    /// Has the events of this identifier carry `tag`.
+    pub fn set_tag(&mut self, tag: u64) {
+        // SAFETY: the identifier is alive and this value its only owner; the library does not look at this field.
+        unsafe { self.raw.as_mut() }.context = std::ptr::without_provenance_mut(tag as usize);
+    }
+
+    /// Has its events arrive at another channel.
+    pub fn migrate(&mut self, channel: &Arc<EventChannel>) -> io::Result<()> {
+        // SAFETY: both are alive, and no event of this identifier is unacknowledged.
+        check(unsafe { (self.verbs.rdma_migrate_id)(self.raw.as_ptr(), channel.raw.as_ptr()) })?;
+        self.channel = Arc::clone(channel);
+        Ok(())
+    }
+
+    /// Makes its queue pair. `attr` says how many work requests it really has afterwards.
+    pub fn create_qp(
+        &self,
+        domain: &Domain,
+        attr: &mut verbs::ibv_qp_init_attr,
+    ) -> io::Result<NonNull<verbs::ibv_qp>> {
+        // SAFETY: all are alive; the queues in `attr` are the caller's.
+        check(unsafe { (self.verbs.rdma_create_qp)(self.raw.as_ptr(), domain.raw(), attr) })?;
+        // SAFETY: the identifier is alive.
+        not_null(unsafe { self.raw.as_ref() }.qp)
+    }
+
+    /// Forgets its queue pair, which the caller has destroyed.
+    pub fn forget_qp(&mut self) {
+        // SAFETY: the identifier is alive and this value its only owner.
+        unsafe { self.raw.as_mut() }.qp = std::ptr::null_mut();
+    }
+
+    /// Asks for a connection; an event says how that went.
+    pub fn connect(&self, private_data: &[u8], reads_in: u8) -> io::Result<()> {
+        let mut param = verbs::rdma_conn_param {
+            private_data: private_data.as_ptr().cast(),
+            private_data_len: private_data.len() as u8,
+            responder_resources: reads_in,
+            initiator_depth: 0,
+            retry_count: RETRIES,
+            rnr_retry_count: RNR_RETRIES,
+            ..Default::default()
+        };
+        // SAFETY: the identifier is alive, and the private data for the length of the call.
+        check(unsafe { (self.verbs.rdma_connect)(self.raw.as_ptr(), &mut param) })
+    }
+
+    /// Agrees to a connection that was asked for; an event says when it is there.
+    pub fn accept(&self, private_data: &[u8], reads_out: u8) -> io::Result<()> {
+        self.set_ack_timeout();
+        let mut param = verbs::rdma_conn_param {
+            private_data: private_data.as_ptr().cast(),
+            private_data_len: private_data.len() as u8,
+            responder_resources: 0,
+            initiator_depth: reads_out,
+            rnr_retry_count: RNR_RETRIES,
+            ..Default::default()
+        };
+        // SAFETY: as in `connect`.
+        check(unsafe { (self.verbs.rdma_accept)(self.raw.as_ptr(), &mut param) })
+    }
+
+    /// Turns down a connection that was asked for.
+    pub fn reject(&self, private_data: &[u8]) {
+        // SAFETY: as in `connect`. If it fails the peer has given up already.
+        unsafe {
+            (self.verbs.rdma_reject)(
+                self.raw.as_ptr(),
+                private_data.as_ptr().cast::<c_void>(),
+                private_data.len() as u8,
+            );
+        }
+    }
+
+    /// Ends a connection: its queue pair goes to its error state, and the peer is told.
+    pub fn disconnect(&self) {
+        // SAFETY: the identifier is alive. If it fails the connection has ended already.
+        unsafe { (self.verbs.rdma_disconnect)(self.raw.as_ptr()) };
+    }
+}
+
+impl Drop for Id {
+    fn drop(&mut self) {
+        // SAFETY: it is destroyed once, its queue pair before it, and none of its events is unacknowledged.
+        unsafe { (self.verbs.rdma_destroy_id)(self.raw.as_ptr()) };
+    }
+}

@@ -1,0 +1,440 @@
+//! Devices, and what belongs to one: protection domains, memory registrations, completion channels.
+//!
+//! librdmacm opens each device once for the process and keeps it open; a [`Device`] is that one. Everything else here ends with its
+//! last reference, in the order that the library wants.
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+use std::sync::{Arc, OnceLock};
+
+use super::verbs::{self, Verbs, ibv_context, verbs};
+use crate::error::Error;
+use crate::memory::{Mapping, Region};
+
+/// An open device. There are few, and they stay.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Device {
+    context: NonNull<ibv_context>,
+    verbs: &'static Verbs,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+impl PartialEq for Verbs {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Eq for Verbs {}
+
+// SAFETY: libibverbs allows any thread to use a context.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// What a device can do, as far as this transport asks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Work requests in a queue.
+    pub work_requests: usize,
+    /// Completions in a queue.
+    pub completions: usize,
+    /// RDMA READs that a queue pair may have outstanding as the one who asks, and as the one who answers.
+    pub reads_out: u8,
+    pub reads_in: u8,
+    /// The longest message.
+    pub message_bytes: u32,
+    /// It speaks iWARP, where memory that an RDMA READ fills must be writable from afar.
+    pub is_iwarp: bool,
+}
+
+/// Every device, or why there is none, as the rest of a sentence.
+pub(super) fn devices() -> Result<&'static [Device], &'static str> {
+    static DEVICES: OnceLock<(u32, Result<Vec<Device>, String>)> = OnceLock::new();
+    let (process, devices) = DEVICES.get_or_init(|| (std::process::id(), find()));
+    if *process != std::process::id() && devices.is_ok() {
+        // The kernel refuses the parent's open devices to a child, and librdmacm has no others.
+        return Err(
+            "this process was forked from one that has used RDMA already; fork first, or use threads",
+        );
+    }
+    devices.as_deref().map_err(String::as_str)
+}
+
+fn find() -> Result<Vec<Device>, String> {
+    let verbs = verbs()?;
+    let mut count = 0;
+    // SAFETY: `count` may be written. The list is never freed, so that the devices stay open.
+    let list = unsafe { (verbs.rdma_get_devices)(&mut count) };
+    if list.is_null() {
+        let error = io::Error::last_os_error();
+        return Err(match error.raw_os_error() {
+            Some(libc::ENODEV | libc::ENOSYS | libc::ENOENT) | None => {
+                "there is no RDMA device, or its kernel modules (rdma_ucm, ib_uverbs) are not loaded".into()
+            }
+            _ => format!("the RDMA devices cannot be opened ({error})"),
+        });
+    }
+    // SAFETY: the list has `count` entries.
+    let contexts = unsafe { std::slice::from_raw_parts(list, count as usize) };
+    let devices: Vec<_> = contexts
+        .iter()
+        .filter_map(|&context| Some(Device { context: NonNull::new(context)?, verbs }))
+        .collect();
+    if devices.is_empty() {
+        return Err("there is no RDMA device".into());
+    }
+    Ok(devices)
+}
+
+impl Device {
+    /// The device of this context.
+    ///
+    /// # Safety
+    /// `context` is null or one of librdmacm's.
+    pub unsafe fn of(context: *mut ibv_context, verbs: &'static Verbs) -> Option<Self> {
+        Some(Self { context: NonNull::new(context)?, verbs })
+    }
+
+    pub fn name(&self) -> String {
+        // SAFETY: the context is open, and so has a device, whose name is a C string that stays.
+        unsafe { verbs::text((self.verbs.ibv_get_device_name)((*self.context.as_ptr()).device)) }
+    }
+
+    pub fn limits(&self) -> io::Result<Limits> {
+        let mut attr = verbs::ibv_device_attr::default();
+        // SAFETY: the context is open and `attr` may be written.
+        verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) })?;
+        let message_bytes =
+            (1..=attr.phys_port_cnt).filter_map(|port| Some(self.port_attr(port).ok()?.max_msg_sz)).min();
+        // SAFETY: as above.
+        let transport = unsafe { (*(*self.context.as_ptr()).device).transport_type };
+        let reads = |n: i32| n.clamp(0, 128) as u8;
+        Ok(Limits {
+            work_requests: attr.max_qp_wr.max(1) as usize,
+            completions: attr.max_cqe.max(1) as usize,
+            reads_out: reads(attr.max_qp_init_rd_atom),
+            reads_in: reads(attr.max_qp_rd_atom),
+            message_bytes: message_bytes.unwrap_or(1 << 20).max(1 << 16),
+            is_iwarp: transport == verbs::IBV_TRANSPORT_IWARP,
+        })
+    }
+
+    fn port_attr(&self, port: u8) -> io::Result<verbs::ibv_port_attr> {
+        let mut attr = verbs::ibv_port_attr::default();
+        // SAFETY: the context is open and `attr` may be written.
+        verbs::check(unsafe { (self.verbs.ibv_query_port)(self.context.as_ptr(), port, &mut attr) })?;
+        Ok(attr)
+    }
+
+    /// What `raio_server --list-devices` says of it.
+    pub fn ports(&self) -> Vec<super::Port> {
+        let mut attr = verbs::ibv_device_attr::default();
+        // SAFETY: the context is open and `attr` may be written.
+        if verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) }).is_err() {
+            return Vec::new();
+        }
+        (1..=attr.phys_port_cnt).map(|number| self.port(number)).collect()
+    }
+
+    fn port(&self, number: u8) -> super::Port {
+        let attr = self.port_attr(number).unwrap_or_default();
+        let is_ethernet = u32::from(attr.link_layer) == verbs::IBV_LINK_LAYER_ETHERNET;
+        let gids = (0..attr.gid_tbl_len.max(0) as u32).filter_map(|index| self.gid(number, index)).collect();
+        let state = match attr.state {
+            verbs::IBV_PORT_ACTIVE => "active",
+            verbs::IBV_PORT_DOWN => "down",
+            verbs::IBV_PORT_INIT => "initialising",
+            verbs::IBV_PORT_ARMED => "armed",
+            _ => "unknown",
+        };
+        super::Port {
+            number,
+            state,
+            link: if is_ethernet { "Ethernet" } else { "InfiniBand" },
+            mtu: 128 << attr.active_mtu.min(5),
+            gids,
+        }
+    }
+
+    fn gid(&self, port: u8, index: u32) -> Option<super::Gid> {
+        let mut entry = verbs::ibv_gid_entry::default();
+        // SAFETY: the context is open, and `entry` may be written as far as its size says.
+        let result = unsafe {
+            (self.verbs._ibv_query_gid_ex)(
+                self.context.as_ptr(),
+                port.into(),
+                index,
+                &mut entry,
+                0,
+                size_of::<verbs::ibv_gid_entry>(),
+            )
+        };
+        verbs::check(result).ok()?;
+        // SAFETY: both variants of the union are sixteen plain bytes.
+        let raw = unsafe { entry.gid.raw };
+        let kind = match entry.gid_type {
+            verbs::IBV_GID_TYPE_ROCE_V1 => "RoCE v1",
+            verbs::IBV_GID_TYPE_ROCE_V2 => "RoCE v2",
+            _ => "IB",
+        };
+        (raw != [0; 16]).then_some(super::Gid { index, address: raw.into(), kind })
+    }
+
+    /// The descriptor that is readable when something has happened to the device.
+    pub fn async_fd(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the context is open, and so is its descriptor.
+        let fd = unsafe { BorrowedFd::borrow_raw((*self.context.as_ptr()).async_fd) };
+        rustix::io::ioctl_fionbio(fd, true)?;
+        fd.try_clone_to_owned()
+    }
+
+    /// What has happened to the device since the last call, as texts. A queue pair that it happened to is moved to its error state,
+    /// so that whoever has it hears of it.
+    pub fn take_async_events(&self) -> Vec<String> {
+        let mut texts = Vec::new();
+        loop {
+            let mut event = verbs::ibv_async_event::default();
+            // SAFETY: the context is open, its descriptor does not block, and `event` may be written.
+            if unsafe { (self.verbs.ibv_get_async_event)(self.context.as_ptr(), &mut event) } != 0 {
+                return texts;
+            }
+            // SAFETY: the library gives static strings.
+            let what = unsafe { verbs::text((self.verbs.ibv_event_type_str)(event.event_type)) };
+            match event.event_type {
+                verbs::IBV_EVENT_QP_FATAL | verbs::IBV_EVENT_QP_REQ_ERR | verbs::IBV_EVENT_QP_ACCESS_ERR => {
+                    let mut attr =
+                        verbs::ibv_qp_attr { qp_state: verbs::IBV_QPS_ERR, ..verbs::ibv_qp_attr::default() };
+                    // SAFETY: this event is about a queue pair, which cannot be destroyed before the event is acknowledged below.
+                    unsafe {
+                        (self.verbs.ibv_modify_qp)(event.element.qp, &mut attr, verbs::IBV_QP_STATE as i32)
+                    };
+                    texts.push(what);
+                }
+                // Ordinary: the first message came before the handshake of rdma_cm had ended.
+                verbs::IBV_EVENT_COMM_EST
+                | verbs::IBV_EVENT_QP_LAST_WQE_REACHED
+                | verbs::IBV_EVENT_GID_CHANGE
+                | verbs::IBV_EVENT_PORT_ACTIVE => {}
+                _ => texts.push(what),
+            }
+            // SAFETY: it is the event just got, acknowledged once.
+            unsafe { (self.verbs.ibv_ack_async_event)(&mut event) };
+        }
+    }
+
+    pub fn context(&self) -> *mut ibv_context {
+        self.context.as_ptr()
+    }
+}
+
+/// A protection domain: what is registered in it is for its queue pairs alone.
+#[derive(Debug)]
+pub(super) struct Domain {
+    raw: NonNull<verbs::ibv_pd>,
+    pub device: Device,
+    verbs: &'static Verbs,
+}
+
+// SAFETY: libibverbs allows any thread to use a protection domain.
+unsafe impl Send for Domain {}
+// SAFETY: as above.
+unsafe impl Sync for Domain {}
+
+impl Domain {
+    pub fn new(device: Device) -> Result<Arc<Self>, Error> {
+        // SAFETY: the context is open.
+        let raw =
+            verbs::not_null(unsafe { (device.verbs.ibv_alloc_pd)(device.context()) }).map_err(|source| {
+                Error::io(format!("The RDMA device {} gives no protection domain", device.name()), source)
+            })?;
+        Ok(Arc::new(Self { raw, device, verbs: device.verbs }))
+    }
+
+    pub fn raw(&self) -> *mut verbs::ibv_pd {
+        self.raw.as_ptr()
+    }
+
+    pub fn verbs(&self) -> &'static Verbs {
+        self.verbs
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // SAFETY: whatever is in it holds a reference to it, so it is empty.
+        unsafe { (self.verbs.ibv_dealloc_pd)(self.raw.as_ptr()) };
+    }
+}
+
+/// Who may do what to registered memory, besides this side's device reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Nobody anything more.
+    Local,
+    /// This side's device may write to it: receives, and RDMA READs by this side.
+    LocalWrite,
+    /// The same where an RDMA READ's memory must be writable from afar (iWARP).
+    LocalWriteIwarp,
+    /// The peer may read it.
+    RemoteRead,
+    /// The peer may write to it.
+    RemoteWrite,
+}
+
+/// Registered memory.
+#[derive(Debug)]
+pub(super) struct Mr {
+    raw: NonNull<verbs::ibv_mr>,
+    domain: Arc<Domain>,
+    /// What is registered, if it is ours: it outlives the registration.
+    mapping: Option<Arc<Mapping>>,
+}
+
+// SAFETY: libibverbs allows any thread to end a registration, and the keys are plain numbers.
+unsafe impl Send for Mr {}
+// SAFETY: as above.
+unsafe impl Sync for Mr {}
+
+impl Mr {
+    /// Registers a whole mapping.
+    pub fn of_mapping(domain: &Arc<Domain>, mapping: &Arc<Mapping>, access: Access) -> Result<Self, Error> {
+        let (address, len) = mapping.extent();
+        Self::register(domain, address, len, access, Some(Arc::clone(mapping)))
+    }
+
+    /// Registers a region of the caller's. Its pages stay pinned until the registration ends; the device touches them on behalf of
+    /// buffers of the region that are in flight, and no others.
+    pub fn of_region(domain: &Arc<Domain>, region: &Region, access: Access) -> Result<Self, Error> {
+        let (address, len) = region.extent();
+        Self::register(domain, address, len, access, None)
+    }
+
+    fn register(
+        domain: &Arc<Domain>,
+        address: usize,
+        len: usize,
+        access: Access,
+        mapping: Option<Arc<Mapping>>,
+    ) -> Result<Self, Error> {
+        let flags = match access {
+            Access::Local => 0,
+            Access::LocalWrite => verbs::IBV_ACCESS_LOCAL_WRITE,
+            Access::LocalWriteIwarp | Access::RemoteWrite => {
+                verbs::IBV_ACCESS_LOCAL_WRITE | verbs::IBV_ACCESS_REMOTE_WRITE
+            }
+            Access::RemoteRead => verbs::IBV_ACCESS_REMOTE_READ,
+        };
+        let pointer = std::ptr::with_exposed_provenance_mut::<c_void>(address);
+        // SAFETY: registering pins pages and touches nothing. What the device later does in them is decided by the work requests and
+        // the keys given out, for memory that is owned by the one who posts or lends it.
+        let raw = unsafe { (domain.verbs.ibv_reg_mr)(domain.raw(), pointer, len, flags as i32) };
+        let raw = verbs::not_null(raw).map_err(|source| cannot_register(domain.device, len, source))?;
+        Ok(Self { raw, domain: Arc::clone(domain), mapping })
+    }
+
+    /// Has the memory stay for ever.
+    pub fn leak(&self) {
+        std::mem::forget(self.mapping.clone());
+    }
+
+    pub fn lkey(&self) -> u32 {
+        // SAFETY: the registration is alive.
+        unsafe { self.raw.as_ref() }.lkey
+    }
+
+    pub fn rkey(&self) -> u32 {
+        // SAFETY: the registration is alive.
+        unsafe { self.raw.as_ref() }.rkey
+    }
+}
+
+impl Drop for Mr {
+    fn drop(&mut self) {
+        // SAFETY: it is deregistered once; work requests that name it have ended, or their queue pair has been destroyed before.
+        unsafe { (self.domain.verbs.ibv_dereg_mr)(self.raw.as_ptr()) };
+    }
+}
+
+fn cannot_register(device: Device, len: usize, source: io::Error) -> Error {
+    let size =
+        if len < 1 << 20 { format!("{} KiB", len.div_ceil(1 << 10)) } else { format!("{} MiB", len >> 20) };
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+    match (source.raw_os_error(), limit) {
+        (Some(libc::ENOMEM | libc::EAGAIN), Some(limit)) => Error::io(
+            format!(
+                "Cannot lock {size} for RDMA: the memlock limit is {} KiB. Raise it with `ulimit -l`, or set LimitMEMLOCK= in the \
+                 unit",
+                limit >> 10
+            ),
+            source,
+        ),
+        _ => Error::io(format!("Cannot register {size} with the RDMA device {}", device.name()), source),
+    }
+}
+
+/// Where completion queues announce completions.
+#[derive(Debug)]
+pub(super) struct CompletionChannel {
+    raw: NonNull<verbs::ibv_comp_channel>,
+    verbs: &'static Verbs,
+}
+
+// SAFETY: libibverbs allows any thread to use a completion channel.
+unsafe impl Send for CompletionChannel {}
+// SAFETY: as above.
+unsafe impl Sync for CompletionChannel {}
+
+impl CompletionChannel {
+    pub fn new(device: Device) -> Result<Arc<Self>, Error> {
+        let failed = |source| {
+            Error::io(
+                format!("The RDMA device {} gives no completion channel; raise `ulimit -n`", device.name()),
+                source,
+            )
+        };
+        // SAFETY: the context is open.
+        let raw = unsafe { (device.verbs.ibv_create_comp_channel)(device.context()) };
+        let this = Self { raw: verbs::not_null(raw).map_err(failed)?, verbs: device.verbs };
+        rustix::io::ioctl_fionbio(this.fd(), true).map_err(|errno| failed(errno.into()))?;
+        Ok(Arc::new(this))
+    }
+
+    pub fn raw(&self) -> *mut verbs::ibv_comp_channel {
+        self.raw.as_ptr()
+    }
+
+    /// Readable when an armed queue has had a completion.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the channel is alive, and its descriptor with it.
+        unsafe { BorrowedFd::borrow_raw(self.raw.as_ref().fd as RawFd) }
+    }
+
+    /// The contexts of the queues that have announced completions since the last call.
+    pub fn take_events(&self, mut each: impl FnMut(u64)) {
+        loop {
+            let (mut cq, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
+            // SAFETY: the channel is alive and does not block, and both may be written.
+            if unsafe { (self.verbs.ibv_get_cq_event)(self.raw(), &mut cq, &mut context) } != 0 {
+                return;
+            }
+            // SAFETY: the queue is alive: it cannot be destroyed before its events are acknowledged, and this one is here, once.
+            unsafe { (self.verbs.ibv_ack_cq_events)(cq, 1) };
+            each(context.expose_provenance() as u64);
+        }
+    }
+}
+
+impl Drop for CompletionChannel {
+    fn drop(&mut self) {
+        // SAFETY: the queues that announce here hold references to it, so there are none.
+        unsafe { (self.verbs.ibv_destroy_comp_channel)(self.raw.as_ptr()) };
+    }
+}

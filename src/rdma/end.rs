@@ -1,0 +1,214 @@
+//! One end of a connection by hand, for tests: it says what it is told to, and lays open what it is told to.
+//!
+//! An [`End`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so that tests can see what
+//! the other side makes of that. Calls block, but not for ever.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::cm::{EventChannel, Id, Kind};
+use super::device::{Access, CompletionChannel, Domain, Mr};
+use super::queue_pair::{Completion, Message, QueuePair, Size};
+use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
+use crate::error::{Class, Error, Status};
+use crate::memory::{Arena, Slot};
+use crate::message::RemoteRegion;
+use crate::transport::SlotRange;
+
+/// Receives that may be posted.
+const RECEIVES_MAX: usize = 1100;
+/// The longest message that it takes, and that it sends.
+const MESSAGE_BYTES_MAX: usize = MESSAGE_BYTES + (64 << 10);
+/// How long a work request may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a peer may do to memory that is laid open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allow {
+    /// Read it.
+    Read,
+    /// Write to it.
+    Write,
+}
+
+/// See the module documentation.
+#[derive(Debug)]
+pub struct End {
+    qp: QueuePair,
+    domain: Arc<Domain>,
+    _channel: Arc<CompletionChannel>,
+    events: Arc<EventChannel>,
+    /// What is laid open, for ever.
+    open: Vec<(Slot, Mr)>,
+    inbox: std::collections::VecDeque<Message>,
+    has_failed: bool,
+}
+
+impl End {
+    /// Asks the listener at `address` for a connection, saying `private_data`, or what a client says.
+    pub fn connect(
+        address: SocketAddr,
+        source: Option<IpAddr>,
+        private_data: Option<&[u8]>,
+    ) -> Result<Self, Error> {
+        super::device::devices().map_err(no_rdma)?;
+        let failed = |source| Error::io(format!("Cannot connect to {address} by RDMA"), source);
+        let deadline = Instant::now() + PATIENCE;
+        let events = EventChannel::new().map_err(failed)?;
+        let source = source.map(|ip| SocketAddr::new(ip, 0));
+        let id = Id::resolve(&events, source, address, deadline).map_err(failed)?;
+        let end = Self::new(id, &events)?;
+        let reads = end.domain.device.limits().map_err(failed)?.reads_in;
+        end.qp.id().connect(private_data.unwrap_or(&request()), reads).map_err(failed)?;
+        let event = events.wait(deadline).map_err(failed)?;
+        if event.kind == Kind::Established {
+            return Ok(end);
+        }
+        Err(match parse_rejection(&event.private_data) {
+            Some((errno, text)) => {
+                Error::Refused { status: Status { errno, class: Class::Policy, retryable: false }, text }
+            }
+            None => failed(std::io::Error::from_raw_os_error(libc::ECONNREFUSED)),
+        })
+    }
+
+    /// Agrees to a connection that was asked for.
+    pub fn accept(incoming: Incoming) -> Result<Self, Error> {
+        let failed = |source| Error::io("Cannot accept an RDMA connection", source);
+        let Incoming { mut id, reads_out } = incoming;
+        let events = EventChannel::new().map_err(failed)?;
+        id.migrate(&events).map_err(failed)?;
+        let end = Self::new(id, &events)?;
+        end.qp.id().accept(&request(), reads_out).map_err(failed)?;
+        Ok(end)
+    }
+
+    fn new(id: Id, events: &Arc<EventChannel>) -> Result<Self, Error> {
+        let device = id.device().ok_or_else(|| no_rdma("the address belongs to no device"))?;
+        let limits = device.limits().map_err(|source| Error::io("Cannot use the RDMA device", source))?;
+        let domain = Domain::new(device)?;
+        let channel = CompletionChannel::new(device)?;
+        let size = Size {
+            sends: 64,
+            receives: RECEIVES_MAX,
+            receive_bytes: MESSAGE_BYTES_MAX,
+            send_bytes: 2 * MESSAGE_BYTES_MAX,
+        };
+        let mut qp = QueuePair::new(id, &domain, &channel, 0, &limits, &size, true)?;
+        qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        Ok(Self {
+            qp,
+            domain,
+            _channel: channel,
+            events: Arc::clone(events),
+            open: Vec::new(),
+            inbox: Default::default(),
+            has_failed: false,
+        })
+    }
+
+    /// Posts so many receives in all.
+    pub fn set_receives(&mut self, receives: usize) -> Result<(), Error> {
+        self.qp.provide_receives(receives)
+    }
+
+    fn look(&mut self) {
+        while self.qp.look() {
+            match self.qp.next() {
+                Some(Completion::Received(message)) => self.inbox.push_back(message),
+                Some(Completion::Failed(_)) => self.has_failed = true,
+                _ => {}
+            }
+            if self.has_failed {
+                return;
+            }
+        }
+        while let Some(event) = self.events.next() {
+            if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved | Kind::Refused) {
+                // What came before it counts.
+                while self.qp.look() {
+                    if let Some(Completion::Received(message)) = self.qp.next() {
+                        self.inbox.push_back(message);
+                    }
+                }
+                self.has_failed = true;
+            }
+        }
+    }
+
+    /// Posts what is chained, and waits until it has ended. Whether it went well.
+    fn complete(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        if self.has_failed || self.qp.post(true).is_err() {
+            return false;
+        }
+        while !self.qp.is_idle() && !self.has_failed && Instant::now() < deadline {
+            self.look();
+            std::thread::yield_now();
+        }
+        self.qp.is_idle() && !self.has_failed
+    }
+
+    /// Sends a whole message. False if the other side does not take it (any more).
+    pub fn send(&mut self, message: &[u8]) -> bool {
+        self.look();
+        assert!(
+            self.qp.has_room_for(message.len()),
+            "a message for this end has at most {MESSAGE_BYTES_MAX} bytes"
+        );
+        self.qp.send(std::iter::once(message), message.len());
+        self.complete()
+    }
+
+    /// The next message. Its receive is posted again.
+    pub fn receive(&mut self) -> Option<Vec<u8>> {
+        self.look();
+        let message = self.inbox.pop_front()?;
+        let bytes = self.qp.bytes(&message).to_vec();
+        self.qp.give_back(message);
+        let _ = self.qp.post_receives();
+        Some(bytes)
+    }
+
+    /// Whether nothing more will come.
+    pub fn has_lost_peer(&mut self) -> bool {
+        self.look();
+        self.has_failed && self.inbox.is_empty()
+    }
+
+    fn memory(&self, len: usize, access: Access) -> Result<(Slot, Mr), Error> {
+        let no_memory = |source| Error::io("There is no memory to lay open", source);
+        let mut arena = Arena::new(len, len).map_err(no_memory)?;
+        let slot = arena.alloc(len).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
+        let mr = Mr::of_mapping(&self.domain, &arena.mapping(), access)?;
+        Ok((slot, mr))
+    }
+
+    /// Lays `len` bytes open, rounded up to whole pages. Gives their address and key.
+    pub fn lay_open(&mut self, allow: Allow, len: usize) -> Result<(u64, u32), Error> {
+        let access = if allow == Allow::Read { Access::RemoteRead } else { Access::RemoteWrite };
+        let (slot, mr) = self.memory(len, access)?;
+        let found = (slot.bytes().as_ptr().expose_provenance() as u64, mr.rkey());
+        self.open.push((slot, mr));
+        Ok(found)
+    }
+
+    /// Writes data to the peer's memory. False if the peer does not allow it, or is gone.
+    pub fn place(&mut self, region: RemoteRegion, data: &[u8]) -> bool {
+        let RemoteRegion::In { address, key, .. } = region else { return data.is_empty() };
+        if data.is_empty() {
+            return true;
+        }
+        let Ok((mut slot, mr)) = self.memory(data.len(), Access::Local) else { return false };
+        slot.bytes_mut()[..data.len()].copy_from_slice(data);
+        self.qp.write(SlotRange { slot, start: 0, len: data.len() }, &mr, address, key);
+        self.complete()
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.qp.id().disconnect();
+    }
+}

@@ -1,0 +1,232 @@
+//! The RDMA transport: messages over reliable queue pairs, data placed and fetched by the server with RDMA WRITE and READ.
+//!
+//! [`Listener`] hears of connections in one thread, [`Server::adopt`] takes each over in a worker's; [`Client`] is the other end. The client
+//! lays its memory open to the server for a request's length and direction; the server never gives out a key. What is posted, by
+//! whom and in which order is in docs/PROTOCOL.md.
+//!
+//! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says why. `unsafe` lives in
+//! `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may touch; the rest is safe code on top.
+
+mod client;
+#[allow(unsafe_code)]
+mod cm;
+#[allow(unsafe_code)]
+mod device;
+mod end;
+#[allow(unsafe_code)]
+mod queue_pair;
+mod server;
+#[allow(unsafe_code)]
+mod verbs;
+
+use std::net::{Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+pub use client::Client;
+pub use end::{Allow, End};
+pub use server::{Counters, Server};
+
+use crate::error::Error;
+use crate::message::{self, BODY_BYTES_MAX, HEADER_BYTES, MAGIC, VERSION};
+
+/// Receives posted beyond one for each credit: pings, pongs and a goodbye.
+const CONTROL_MESSAGES: usize = 8;
+/// Receives posted before the handshake has said how many credits there are.
+const HANDSHAKE_MESSAGES: usize = 2;
+/// The longest message without data.
+const MESSAGE_BYTES: usize = HEADER_BYTES + BODY_BYTES_MAX;
+/// What rdma_cm's messages carry in private data: magic, then versions or an errno, then perhaps a sentence.
+const PRIVATE_BYTES: usize = 16;
+/// InfiniBand's rejections have room for 148 bytes.
+const REJECTION_TEXT_BYTES: usize = 128;
+
+/// A device, for people to look at.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its name.
+    pub name: String,
+    /// Its ports.
+    pub ports: Vec<Port>,
+}
+
+/// A port of a device.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// From 1.
+    pub number: u8,
+    /// "active", or why not.
+    pub state: &'static str,
+    /// "InfiniBand" or "Ethernet".
+    pub link: &'static str,
+    /// Bytes in a packet.
+    pub mtu: u32,
+    /// Its addresses.
+    pub gids: Vec<Gid>,
+}
+
+/// An address of a port.
+#[derive(Clone, Debug)]
+pub struct Gid {
+    /// Its place in the port's table.
+    pub index: u32,
+    /// In the form of an IPv6 address.
+    pub address: Ipv6Addr,
+    /// "IB", "RoCE v1" or "RoCE v2".
+    pub kind: &'static str,
+}
+
+impl Port {
+    /// Why it cannot be used, and what to do about it. None if it can.
+    pub fn problem(&self) -> Option<String> {
+        if self.state != "active" {
+            Some(format!("The port is {}. Bring up its link (`ip link`, or the subnet manager).", self.state))
+        } else if self.gids.is_empty() {
+            Some("The port has no GID. Give its network interface an address.".into())
+        } else {
+            None
+        }
+    }
+}
+
+/// Why there is no RDMA here, as the rest of a sentence; None if there is.
+pub fn unavailable() -> Option<String> {
+    device::devices().err().map(str::to_owned)
+}
+
+/// Every device.
+pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
+    let devices = device::devices().map_err(no_rdma)?;
+    Ok(devices.iter().map(|device| DeviceInfo { name: device.name(), ports: device.ports() }).collect())
+}
+
+fn no_rdma(reason: &str) -> Error {
+    Error::Unsupported(format!(
+        "There is no RDMA here: {reason}. Use TCP, or see `raio_server --list-devices`."
+    ))
+}
+
+/// Listens for connections. It belongs to one thread; what it accepts may go to others.
+#[derive(Debug)]
+pub struct Listener {
+    // Before the channel.
+    _id: cm::Id,
+    channel: Arc<cm::EventChannel>,
+    address: SocketAddr,
+}
+
+/// A connection that a client asks for. Dropping it turns the client away without a reason.
+#[derive(Debug)]
+pub struct Incoming {
+    id: cm::Id,
+    reads_out: u8,
+}
+
+impl Listener {
+    /// Listens on an address of an RDMA device's network interface, or on all.
+    pub fn bind(address: SocketAddr) -> Result<Self, Error> {
+        device::devices().map_err(no_rdma)?;
+        let failed = |source: std::io::Error| {
+            let hint = match source.raw_os_error() {
+                Some(libc::EADDRNOTAVAIL | libc::ENODEV) => {
+                    "; give an address of an RDMA device's interface, see `raio_server --list-devices`"
+                }
+                _ => "",
+            };
+            Error::io(format!("Cannot listen on {address} for RDMA{hint}"), source)
+        };
+        let channel = cm::EventChannel::new().map_err(failed)?;
+        let id = cm::Id::new(&channel).map_err(failed)?;
+        let address = id.listen(address).map_err(failed)?;
+        Ok(Self { _id: id, channel, address })
+    }
+
+    /// Where it listens, with the actual port.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Readable when [`Listener::accept`] may have something.
+    pub fn fd(&self) -> Result<OwnedFd, Error> {
+        self.channel.owned_fd().map_err(|source| Error::io("Cannot watch for RDMA connections", source))
+    }
+
+    /// The next connection, for [`Server::adopt`]. None if there is none now. Peers that do not speak raio, or no version of it that this
+    /// side does, are turned away with the reason.
+    pub fn accept(&self) -> Option<Incoming> {
+        while let Some(event) = self.channel.next() {
+            let Some(id) = event.incoming else { continue };
+            let private = &event.private_data;
+            let refusal = if private.len() < PRIVATE_BYTES || private[..8] != MAGIC {
+                Some((libc::EPROTO, "The peer does not speak raio.".to_owned()))
+            } else {
+                let version = |at: usize| u16::from_le_bytes([private[at], private[at + 1]]);
+                let (min, max) = (version(8), version(10));
+                if (min..=max).contains(&VERSION) {
+                    None
+                } else {
+                    let violation = crate::Violation::Version { min, max };
+                    Some((violation.errno(), format!("{violation}.")))
+                }
+            };
+            match refusal {
+                None => return Some(Incoming { id, reads_out: event.reads_out }),
+                Some((errno, text)) => {
+                    tracing::debug!("Turned away an RDMA connection: {text}");
+                    id.reject(&rejection(errno, &text));
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The private data with which a client asks for a connection.
+fn request() -> [u8; PRIVATE_BYTES] {
+    let mut bytes = [0; PRIVATE_BYTES];
+    bytes[..8].copy_from_slice(&MAGIC);
+    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[10..12].copy_from_slice(&VERSION.to_le_bytes());
+    bytes
+}
+
+/// The private data with which a server turns a client away.
+fn rejection(errno: i32, text: &str) -> Vec<u8> {
+    let mut end = text.len().min(REJECTION_TEXT_BYTES);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend_from_slice(&(errno as u16).to_le_bytes());
+    bytes.resize(PRIVATE_BYTES, 0);
+    bytes.extend_from_slice(&text.as_bytes()[..end]);
+    bytes
+}
+
+/// What a server said when it turned this client away.
+fn parse_rejection(private: &[u8]) -> Option<(i32, String)> {
+    if private.len() < PRIVATE_BYTES || private[..8] != MAGIC {
+        return None;
+    }
+    let errno = i32::from(u16::from_le_bytes([private[8], private[9]]));
+    (errno != 0).then(|| (errno, message::text(&private[PRIVATE_BYTES..])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rejection_carries_its_reason() {
+        let long = "ä".repeat(200);
+        for text in ["No.", &long] {
+            let bytes = rejection(libc::EPROTO, text);
+            assert!(bytes.len() <= 148);
+            let (errno, said) = parse_rejection(&bytes).unwrap();
+            assert_eq!(errno, libc::EPROTO);
+            assert!(text.starts_with(&said) && !said.is_empty());
+        }
+        assert_eq!(parse_rejection(b"somebody else's words"), None);
+        assert_eq!(parse_rejection(&[]), None);
+    }
+}

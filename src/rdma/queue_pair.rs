@@ -1,0 +1,631 @@
+//! A connection's queue pair with all the memory that its device may touch.
+//!
+//! What is posted is owned here until its completion: the slots whose data is written or read, the messages that are sent, the
+//! buffers that receives fill. Work requests are gathered in a chain and posted together ([`QueuePair::post`]): one doorbell, and only
+//! the last of them (and each RDMA READ, and now and then one behind much data) asks for a completion. Completions of a queue come in order, so one ends all work requests
+//! before it. When a queue pair is dropped the device lets go of its memory first (it is destroyed, which waits for that), then
+//! the memory comes free; should the device not let go, the memory is leaked.
+
+use std::collections::VecDeque;
+use std::ffi::c_void;
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use super::cm::Id;
+use super::device::{Access, CompletionChannel, Domain, Limits, Mr};
+use super::verbs::{self, Verbs, check, ibv_sge, ibv_wc, not_null};
+use crate::error::Error;
+use crate::memory::{Arena, Slot};
+use crate::transport::SlotRange;
+
+/// Short messages are copied into their work request, where the device can.
+const INLINE_BYTES: u32 = 220;
+/// Completions taken from a queue at a time.
+const POLL: usize = 32;
+/// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress shows.
+const SIGNAL_BYTES: usize = 256 << 10;
+/// Tells a receive's `wr_id` from the others, which are sequence numbers.
+const RECEIVE: u64 = 1 << 63;
+
+/// How a queue pair is made.
+pub(super) struct Size {
+    /// Work requests that may be outstanding, not counting receives.
+    pub sends: usize,
+    /// Receives that may be posted.
+    pub receives: usize,
+    /// The longest message that may come.
+    pub receive_bytes: usize,
+    /// Room for messages that are being sent.
+    pub send_bytes: usize,
+}
+
+/// A message that has arrived. Its buffer comes back with [`QueuePair::give_back`].
+#[derive(Debug)]
+pub(super) struct Message {
+    index: u32,
+    len: u32,
+}
+
+/// What a completion says.
+#[derive(Debug)]
+pub(super) enum Completion {
+    Received(Message),
+    /// An RDMA READ has filled the range.
+    Read(u64, SlotRange),
+    /// A work request failed, and with it the queue pair.
+    Failed(Failure),
+}
+
+/// Why a work request failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    pub status: verbs::ibv_wc_status,
+    pub vendor: u32,
+    pub is_receive: bool,
+}
+
+/// What was posted.
+pub(super) struct Counters {
+    /// Work requests, receives not counted.
+    pub work_requests: u64,
+    /// Chains of them.
+    pub doorbells: u64,
+}
+
+/// A work request in the chain, or posted.
+#[derive(Debug)]
+struct Outstanding {
+    /// The slot that it uses.
+    range: Option<SlotRange>,
+    /// It is an RDMA READ, of this name.
+    read: Option<u64>,
+    /// Where the ring's tail is when it has ended.
+    ring_end: u64,
+}
+
+/// Registered memory from which messages are sent, in order. Positions only grow.
+#[derive(Debug)]
+struct Ring {
+    memory: Slot,
+    mr: Mr,
+    head: u64,
+    tail: u64,
+}
+
+impl Ring {
+    fn len(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    /// Where `len` bytes in one piece can go.
+    fn place(&self, len: usize) -> Option<u64> {
+        let at = self.head % self.len();
+        let start = if at + len as u64 > self.len() { self.head + self.len() - at } else { self.head };
+        (start + len as u64 - self.tail <= self.len()).then_some(start)
+    }
+}
+
+/// Receive buffers that were registered together.
+#[derive(Debug)]
+struct Receives {
+    memory: Slot,
+    mr: Mr,
+    first: u32,
+}
+
+/// See the module documentation.
+pub(super) struct QueuePair {
+    qp: NonNull<verbs::ibv_qp>,
+    cq: NonNull<verbs::ibv_cq>,
+    /// For sends, if they are not announced.
+    send_cq: Option<NonNull<verbs::ibv_cq>>,
+    id: Id,
+    verbs: &'static Verbs,
+
+    ring: Ring,
+    receives: Vec<Receives>,
+    receive_bytes: usize,
+    /// Which receive buffers the device has.
+    posted: Vec<bool>,
+    receives_max: usize,
+    /// Receives to be posted.
+    given_back: Vec<u32>,
+
+    chain: Vec<verbs::ibv_send_wr>,
+    chain_sges: Vec<ibv_sge>,
+    /// In the chain, or posted and not known to have ended.
+    outstanding: VecDeque<Outstanding>,
+    /// The sequence number of the front of `outstanding`.
+    front: u64,
+    sends_max: usize,
+    inline_bytes: usize,
+    /// Bytes of the slots in `outstanding` that are written from.
+    held_bytes: usize,
+    /// Bytes written by the chain since it last asked for a completion.
+    unsignalled_bytes: usize,
+
+    polled: VecDeque<Completion>,
+    _channel: Arc<CompletionChannel>,
+    domain: Arc<Domain>,
+    pub counters: Counters,
+}
+
+// SAFETY: libibverbs allows any thread to use these objects, and whoever owns this value is the only one who does.
+unsafe impl Send for QueuePair {}
+
+impl std::fmt::Debug for QueuePair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueuePair").field("outstanding", &self.outstanding.len()).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Counters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} work requests, {} doorbells", self.work_requests, self.doorbells)
+    }
+}
+
+/// A slot of its own mapping.
+fn whole(bytes: usize) -> io::Result<(Arena, Slot)> {
+    let mut arena = Arena::new(bytes, bytes)?;
+    let slot = arena.alloc(bytes).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+    Ok((arena, slot))
+}
+
+fn register(domain: &Arc<Domain>, bytes: usize, access: Access) -> Result<(Slot, Mr), Error> {
+    let (arena, slot) = whole(bytes).map_err(|source| {
+        Error::io("There is no memory for the messages of a connection; free some", source)
+    })?;
+    let mr = Mr::of_mapping(domain, &arena.mapping(), access)?;
+    Ok((slot, mr))
+}
+
+impl QueuePair {
+    /// Makes the queue pair of a connection that is about to be. Completions are announced at `channel` with `context`; those of sends
+    /// only if `announce_sends`.
+    pub fn new(
+        id: Id,
+        domain: &Arc<Domain>,
+        channel: &Arc<CompletionChannel>,
+        context: u64,
+        limits: &Limits,
+        size: &Size,
+        announce_sends: bool,
+    ) -> Result<Self, Error> {
+        let verbs = domain.verbs();
+        let failed = |what: &str, source: io::Error| {
+            Error::io(
+                format!(
+                    "The RDMA device {} gives no {what} for a connection; lower the queue depth",
+                    domain.device.name()
+                ),
+                source,
+            )
+        };
+        let (ring_memory, ring_mr) = register(domain, size.send_bytes, Access::Local)?;
+        let sends_max = size.sends.min(limits.work_requests);
+        let receives_max = size.receives.min(limits.work_requests);
+        let create_cq = |entries: usize, channel: *mut verbs::ibv_comp_channel| {
+            let context = std::ptr::without_provenance_mut::<c_void>(context as usize);
+            // SAFETY: the device is open, and the channel null or alive and kept so below.
+            let cq = unsafe {
+                (verbs.ibv_create_cq)(
+                    domain.device.context(),
+                    entries.min(limits.completions) as i32,
+                    context,
+                    channel,
+                    0,
+                )
+            };
+            not_null(cq).map_err(|source| failed("completion queue", source))
+        };
+        let destroy_cq = |cq: NonNull<verbs::ibv_cq>| {
+            // SAFETY: no queue pair uses it.
+            unsafe { (verbs.ibv_destroy_cq)(cq.as_ptr()) };
+        };
+        let (cq, send_cq) = if announce_sends {
+            (create_cq(sends_max + receives_max, channel.raw())?, None)
+        } else {
+            let cq = create_cq(receives_max, channel.raw())?;
+            match create_cq(sends_max, std::ptr::null_mut()) {
+                Ok(send_cq) => (cq, Some(send_cq)),
+                Err(error) => {
+                    destroy_cq(cq);
+                    return Err(error);
+                }
+            }
+        };
+        let attr = |inline| verbs::ibv_qp_init_attr {
+            send_cq: send_cq.unwrap_or(cq).as_ptr(),
+            recv_cq: cq.as_ptr(),
+            cap: verbs::ibv_qp_cap {
+                max_send_wr: sends_max as u32,
+                max_recv_wr: receives_max as u32,
+                max_send_sge: 1,
+                max_recv_sge: 1,
+                max_inline_data: inline,
+            },
+            qp_type: verbs::IBV_QPT_RC,
+            ..Default::default()
+        };
+        // A device that inlines less, or nothing, says EINVAL.
+        let mut made = attr(INLINE_BYTES);
+        let qp = id.create_qp(domain, &mut made).or_else(|_| {
+            made = attr(0);
+            id.create_qp(domain, &mut made)
+        });
+        let qp = match qp {
+            Ok(qp) => qp,
+            Err(source) => {
+                destroy_cq(cq);
+                send_cq.into_iter().for_each(destroy_cq);
+                return Err(failed("queue pair", source));
+            }
+        };
+        Ok(Self {
+            qp,
+            cq,
+            send_cq,
+            id,
+            verbs,
+            ring: Ring { memory: ring_memory, mr: ring_mr, head: 0, tail: 0 },
+            receives: Vec::new(),
+            receive_bytes: size.receive_bytes.next_multiple_of(64),
+            posted: Vec::new(),
+            receives_max,
+            given_back: Vec::new(),
+            chain: Vec::with_capacity(sends_max),
+            chain_sges: Vec::with_capacity(sends_max),
+            outstanding: VecDeque::with_capacity(sends_max),
+            front: 0,
+            sends_max,
+            inline_bytes: made.cap.max_inline_data as usize,
+            held_bytes: 0,
+            unsignalled_bytes: 0,
+            polled: VecDeque::with_capacity(POLL),
+            _channel: Arc::clone(channel),
+            domain: Arc::clone(domain),
+            counters: Counters { work_requests: 0, doorbells: 0 },
+        })
+    }
+
+    /// The connection.
+    pub fn id(&self) -> &Id {
+        &self.id
+    }
+
+    // Receiving ----------------------------------------------------------------------------------------------------
+
+    /// Sees to it that `count` receive buffers are there, and posts the new ones.
+    pub fn provide_receives(&mut self, count: usize) -> Result<(), Error> {
+        let have = self.posted.len();
+        let count = count.min(self.receives_max);
+        if count > have {
+            let new = count - have;
+            let (memory, mr) = register(&self.domain, new * self.receive_bytes, Access::LocalWrite)?;
+            self.receives.push(Receives { memory, mr, first: have as u32 });
+            self.posted.resize(count, false);
+            self.given_back.extend(have as u32..count as u32);
+        }
+        self.post_receives().map_err(|source| Error::io("Cannot post receives", source))
+    }
+
+    /// Which registration the buffer belongs to, and where it is in it.
+    fn buffer(&self, index: u32) -> (&Receives, usize) {
+        let receives = self.receives.iter().rev().find(|receives| receives.first <= index);
+        let receives = receives.expect("a receive buffer was provided");
+        (receives, (index - receives.first) as usize * self.receive_bytes)
+    }
+
+    /// The bytes of a message.
+    pub fn bytes(&self, message: &Message) -> &[u8] {
+        assert!(
+            !self.posted[message.index as usize],
+            "a message is looked at before its buffer is given back"
+        );
+        let (receives, at) = self.buffer(message.index);
+        &receives.memory.bytes()[at..at + message.len as usize]
+    }
+
+    /// Gives back the buffer of a message: the next [`QueuePair::post_receives`] posts it.
+    pub fn give_back(&mut self, message: Message) {
+        self.given_back.push(message.index);
+    }
+
+    /// Posts the receive buffers that were given back.
+    pub fn post_receives(&mut self) -> io::Result<()> {
+        let mut wrs = [verbs::ibv_recv_wr::default(); POLL];
+        let mut sges = [ibv_sge::default(); POLL];
+        while !self.given_back.is_empty() {
+            let n = self.given_back.len().min(POLL);
+            for at in 0..n {
+                let index = self.given_back[self.given_back.len() - 1 - at];
+                let (receives, offset) = self.buffer(index);
+                sges[at] = ibv_sge {
+                    addr: receives.memory.as_ptr().expose_provenance() as u64 + offset as u64,
+                    length: self.receive_bytes as u32,
+                    lkey: receives.mr.lkey(),
+                };
+                wrs[at] = verbs::ibv_recv_wr {
+                    wr_id: RECEIVE | u64::from(index),
+                    next: std::ptr::null_mut(),
+                    sg_list: &mut sges[at],
+                    num_sge: 1,
+                };
+            }
+            for at in 0..n - 1 {
+                wrs[at].next = &mut wrs[at + 1];
+            }
+            for index in self.given_back.drain(self.given_back.len() - n..) {
+                self.posted[index as usize] = true;
+            }
+            // SAFETY: the chain is whole, and the buffers belong to `self.receives`, which nobody reads while they are `posted`.
+            unsafe { verbs::post_recv(self.qp.as_ptr(), wrs.as_mut_ptr()) }?;
+        }
+        Ok(())
+    }
+
+    // Sending ------------------------------------------------------------------------------------------------------
+
+    /// Work requests that may be chained now.
+    pub fn room(&self) -> usize {
+        self.sends_max - self.outstanding.len()
+    }
+
+    /// Whether a message of so many bytes can be chained now.
+    pub fn has_room_for(&self, len: usize) -> bool {
+        self.ring.place(len).is_some()
+    }
+
+    /// Bytes of the slots that are being written from.
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes
+    }
+
+    /// Whether nothing is chained or posted.
+    pub fn is_idle(&self) -> bool {
+        self.outstanding.is_empty()
+    }
+
+    /// How many work requests have ended.
+    pub fn ended(&self) -> u64 {
+        self.front
+    }
+
+    fn chain_up(&mut self, sge: ibv_sge, opcode: verbs::ibv_wr_opcode, flags: u32, remote: (u64, u32)) {
+        assert!(self.room() > 0, "the send queue has room");
+        self.chain_sges.push(sge);
+        let mut wr = verbs::ibv_send_wr {
+            wr_id: self.front + self.outstanding.len() as u64,
+            num_sge: i32::from(sge.length > 0),
+            opcode,
+            send_flags: flags,
+            ..Default::default()
+        };
+        wr.wr.rdma = verbs::ibv_send_wr__bindgen_ty_2__bindgen_ty_1 { remote_addr: remote.0, rkey: remote.1 };
+        self.chain.push(wr);
+    }
+
+    /// Chains the message that `parts` make up, of `len` bytes, for which there is room.
+    pub fn send<'a>(&mut self, parts: impl Iterator<Item = &'a [u8]>, len: usize) {
+        let start = self.ring.place(len).expect("there is room for the message");
+        let mut at = (start % self.ring.len()) as usize;
+        let address = self.ring.memory.as_ptr().expose_provenance() as u64 + at as u64;
+        let end = at + len;
+        for part in parts {
+            self.ring.memory.bytes_mut()[at..at + part.len()].copy_from_slice(part);
+            at += part.len();
+        }
+        assert_eq!(at, end, "a message has the length that was said");
+        self.ring.head = start + len as u64;
+        let mut flags = if len <= self.inline_bytes { verbs::IBV_SEND_INLINE } else { 0 };
+        if self.unsignalled_bytes >= SIGNAL_BYTES {
+            flags |= verbs::IBV_SEND_SIGNALED;
+            self.unsignalled_bytes = 0;
+        }
+        let sge = ibv_sge { addr: address, length: len as u32, lkey: self.ring.mr.lkey() };
+        self.chain_up(sge, verbs::IBV_WR_SEND, flags, (0, 0));
+        self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
+    }
+
+    /// Chains an RDMA WRITE of the range to the peer's memory. `mr` has the range's arena.
+    pub fn write(&mut self, range: SlotRange, mr: &Mr, address: u64, key: u32) {
+        let sge = sge_of(&range, mr);
+        self.held_bytes += range.slot.len();
+        self.unsignalled_bytes += range.len;
+        self.chain_up(sge, verbs::IBV_WR_RDMA_WRITE, 0, (address, key));
+        self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
+    }
+
+    /// Chains an RDMA READ of the peer's memory into the range: [`Completion::Read`] follows with this name.
+    pub fn read(&mut self, name: u64, range: SlotRange, mr: &Mr, address: u64, key: u32) {
+        let sge = sge_of(&range, mr);
+        self.chain_up(sge, verbs::IBV_WR_RDMA_READ, verbs::IBV_SEND_SIGNALED, (address, key));
+        self.outstanding.push_back(Outstanding {
+            range: Some(range),
+            read: Some(name),
+            ring_end: self.ring.head,
+        });
+    }
+
+    /// Posts the chain, and the receive buffers that were given back. `signal` asks for a completion of the last: without one, what the
+    /// chain holds comes free with a later one. On failure the queue pair is of no more use: drop it.
+    pub fn post(&mut self, signal: bool) -> io::Result<()> {
+        if !self.given_back.is_empty() {
+            self.post_receives()?;
+        }
+        let n = self.chain.len();
+        if n == 0 {
+            return Ok(());
+        }
+        for at in 0..n {
+            self.chain[at].sg_list = &mut self.chain_sges[at];
+            self.chain[at].next = if at + 1 < n { &raw mut self.chain[at + 1] } else { std::ptr::null_mut() };
+        }
+        if signal {
+            self.chain[n - 1].send_flags |= verbs::IBV_SEND_SIGNALED;
+        }
+        self.unsignalled_bytes = 0;
+        self.counters.work_requests += n as u64;
+        self.counters.doorbells += 1;
+        // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding` and `self.ring` until the
+        // completion, or the destruction of the queue pair.
+        let posted = unsafe { verbs::post_send(self.qp.as_ptr(), self.chain.as_mut_ptr()) };
+        self.chain.clear();
+        self.chain_sges.clear();
+        posted
+    }
+
+    /// Whether a completion should be asked for, for what is outstanding holds much of the queue or of the ring.
+    pub fn is_half_full(&self) -> bool {
+        self.outstanding.len() * 2 > self.sends_max || (self.ring.head - self.ring.tail) * 2 > self.ring.len()
+    }
+
+    // Completions --------------------------------------------------------------------------------------------------
+
+    /// Whether there is a completion. Those found are kept for [`QueuePair::next`], but for those of WRITEs and SENDs, which only make
+    /// room.
+    pub fn look(&mut self) -> bool {
+        !self.polled.is_empty() || self.poll(self.cq)
+    }
+
+    /// Takes in the completions of sends that are not announced.
+    pub fn look_at_sends(&mut self) {
+        if let Some(send_cq) = self.send_cq {
+            self.poll(send_cq);
+        }
+    }
+
+    fn poll(&mut self, cq: NonNull<verbs::ibv_cq>) -> bool {
+        let mut wcs = [ibv_wc::default(); POLL];
+        // SAFETY: the queue is alive.
+        let n = match unsafe { verbs::poll_cq(cq.as_ptr(), &mut wcs) } {
+            Ok(n) => n,
+            Err(_) => {
+                // The queue has overrun, or the device is gone.
+                let failure = Failure { status: verbs::IBV_WC_FATAL_ERR, vendor: 0, is_receive: false };
+                self.polled.push_back(Completion::Failed(failure));
+                return true;
+            }
+        };
+        for wc in &wcs[..n] {
+            let is_receive = wc.wr_id & RECEIVE != 0;
+            if wc.status != verbs::IBV_WC_SUCCESS {
+                let failure = Failure { status: wc.status, vendor: wc.vendor_err, is_receive };
+                self.polled.push_back(Completion::Failed(failure));
+            } else if is_receive {
+                let index = wc.wr_id as u32;
+                self.posted[index as usize] = false;
+                self.polled.push_back(Completion::Received(Message { index, len: wc.byte_len }));
+            } else {
+                self.end_up_to(wc.wr_id);
+            }
+        }
+        n > 0
+    }
+
+    /// Everything up to this sequence number has ended.
+    fn end_up_to(&mut self, sequence: u64) {
+        while self.front <= sequence
+            && let Some(ended) = self.outstanding.pop_front()
+        {
+            self.front += 1;
+            self.ring.tail = ended.ring_end;
+            match (ended.read, ended.range) {
+                (Some(name), Some(range)) => self.polled.push_back(Completion::Read(name, range)),
+                (_, Some(range)) => self.held_bytes -= range.slot.len(),
+                (_, None) => {}
+            }
+        }
+    }
+
+    /// The next of the completions that were found.
+    pub fn next(&mut self) -> Option<Completion> {
+        self.polled.pop_front()
+    }
+
+    /// Has the next completion announced.
+    pub fn arm(&self) -> io::Result<()> {
+        // SAFETY: the queue is alive.
+        unsafe { verbs::req_notify_cq(self.cq.as_ptr()) }
+    }
+}
+
+fn sge_of(range: &SlotRange, mr: &Mr) -> ibv_sge {
+    let bytes = &range.slot.bytes()[range.start..range.start + range.len];
+    ibv_sge { addr: bytes.as_ptr().expose_provenance() as u64, length: range.len as u32, lkey: mr.lkey() }
+}
+
+impl Failure {
+    /// What happened, in the library's words.
+    pub fn text(&self) -> String {
+        // SAFETY: the library gives static strings.
+        let text = verbs::verbs().map(|verbs| unsafe { verbs::text((verbs.ibv_wc_status_str)(self.status)) });
+        let text = text.unwrap_or_default();
+        let vendor =
+            if self.vendor == 0 { String::new() } else { format!(", vendor code {:#x}", self.vendor) };
+        format!("{text}{vendor}")
+    }
+
+    /// It only says that something else failed before.
+    pub fn is_flush(&self) -> bool {
+        self.status == verbs::IBV_WC_WR_FLUSH_ERR
+    }
+
+    /// The peer named memory that it had not laid open.
+    pub fn is_access(&self) -> bool {
+        !self.is_receive
+            && matches!(
+                self.status,
+                verbs::IBV_WC_REM_ACCESS_ERR | verbs::IBV_WC_REM_INV_REQ_ERR | verbs::IBV_WC_REM_OP_ERR
+            )
+    }
+
+    /// The peer sent more than a receive holds. Soft-RoCE says so in other words.
+    pub fn is_length(&self) -> bool {
+        self.is_receive
+            && matches!(
+                self.status,
+                verbs::IBV_WC_LOC_LEN_ERR | verbs::IBV_WC_LOC_QP_OP_ERR | verbs::IBV_WC_REM_INV_REQ_ERR
+            )
+    }
+
+    /// The peer has no receive posted.
+    pub fn is_rnr(&self) -> bool {
+        self.status == verbs::IBV_WC_RNR_RETRY_EXC_ERR
+    }
+
+    /// The errno that says it best.
+    pub fn errno(&self) -> i32 {
+        match self.status {
+            verbs::IBV_WC_RETRY_EXC_ERR | verbs::IBV_WC_RESP_TIMEOUT_ERR => libc::ETIMEDOUT,
+            verbs::IBV_WC_WR_FLUSH_ERR => libc::ECONNRESET,
+            verbs::IBV_WC_RNR_RETRY_EXC_ERR => libc::ENOBUFS,
+            verbs::IBV_WC_REM_ACCESS_ERR | verbs::IBV_WC_LOC_LEN_ERR => libc::EPROTO,
+            verbs::IBV_WC_FATAL_ERR => libc::ENODEV,
+            _ => libc::EIO,
+        }
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        // SAFETY: the queue pair and its queues are destroyed once, here, in this order.
+        let destroyed = check(unsafe { (self.verbs.ibv_destroy_qp)(self.qp.as_ptr()) });
+        if let Err(error) = destroyed {
+            tracing::error!(
+                "The RDMA device does not let go of a queue pair ({error}); its memory is leaked."
+            );
+            std::mem::forget(std::mem::take(&mut self.outstanding));
+            self.ring.mr.leak();
+            self.receives.iter().for_each(|receives| receives.mr.leak());
+            return;
+        }
+        self.id.forget_qp();
+        for cq in self.send_cq.into_iter().chain([self.cq]) {
+            // SAFETY: as above; every event of theirs was acknowledged when it was got.
+            unsafe { (self.verbs.ibv_destroy_cq)(cq.as_ptr()) };
+        }
+    }
+}

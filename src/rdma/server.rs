@@ -1,0 +1,1006 @@
+//! The server's side of RDMA: all connections of one worker.
+//!
+//! A request is in `unanswered` from its arrival until its response is chained, so that is where credits are counted. Its data comes
+//! with it, in the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data of its
+//! response is placed by RDMA WRITE, followed by the response in the same chain. A connection's chain is posted once a turn.
+//!
+//! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which are not posted again, so
+//! what it holds here stays within its credits.
+//!
+//! One that has news is *hot*: its queue is polled each turn. Before the worker sleeps every hot one is armed, polled once more, and
+//! from then on announces itself at its device's completion channel.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+
+use super::cm::{EventChannel, Kind as CmKind};
+use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
+use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size};
+use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
+use crate::error::{Error, Status, Violation};
+use crate::handshake::{Peer, Policy};
+use crate::memory::{Arena, Mapping, Slot};
+use crate::message::{self, HANDSHAKE_BYTES_MAX, Message, Parsed, RemoteRegion};
+use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
+use crate::transport::{
+    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+};
+
+/// A connection's share of a turn, in completions.
+const TURN_COMPLETIONS_MAX: usize = 64;
+/// Room for messages that are being sent, for each connection; most have 40 bytes.
+const SEND_BYTES: usize = 64 << 10;
+/// How long a goodbye may take to reach the peer.
+const LINGER: Duration = Duration::from_secs(1);
+/// The least that a queue pair must hold to be of use.
+const WORK_REQUESTS_MIN: usize = 16;
+
+/// What the server's operations in the reactor are about: the low bits of a token's value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// rdma_cm has an event.
+    Connecting = 0,
+    /// The device with this index has completions.
+    Completions = 1,
+    /// Something has happened to the device with this index.
+    Device = 2,
+    /// A timer of the connection with this id.
+    Timer = 3,
+}
+
+/// What this server has counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Responses posted.
+    pub responses: u64,
+    /// Work requests posted, receives not counted.
+    pub work_requests: u64,
+    /// Doorbells: chains of work requests posted.
+    pub doorbells: u64,
+    /// RDMA WRITEs among the work requests.
+    pub writes: u64,
+    /// RDMA READs among them.
+    pub reads: u64,
+    /// Bytes of data copied: what came inline.
+    pub copied_bytes: u64,
+}
+
+/// See the module documentation.
+#[derive(Debug)]
+pub struct Server {
+    owner: u8,
+    policy: Arc<Policy>,
+    arena: Arc<Mapping>,
+    // Before the devices, which their queue pairs use.
+    connections: Slab<Connection>,
+    ports: Vec<Port>,
+    channel: Arc<EventChannel>,
+    channel_file: File,
+    generation: u32,
+    events: VecDeque<ServerEvent>,
+    /// Connections whose queues are polled.
+    hot: Vec<ConnectionId>,
+    /// Connections with something to post since the last flush.
+    dirty: Vec<ConnectionId>,
+    /// Of connections that have ended.
+    counters: Counters,
+}
+
+/// A device as this worker uses it.
+#[derive(Debug)]
+struct Port {
+    device: Device,
+    limits: Limits,
+    /// The server's policy within the device's limits.
+    policy: Arc<Policy>,
+    domain: Arc<Domain>,
+    arena: Mr,
+    channel: Arc<CompletionChannel>,
+    channel_file: File,
+    async_file: File,
+}
+
+#[derive(Debug)]
+struct Connection {
+    generation: u32,
+    qp: QueuePair,
+    port: usize,
+    state: State,
+    /// Checksums were granted.
+    crc: bool,
+    since: Instant,
+    heard: Instant,
+    timer: Option<(Instant, TimerId)>,
+    is_hot: bool,
+    is_dirty: bool,
+    /// Received and not taken in.
+    inbox: VecDeque<Received>,
+    unanswered: HashMap<u64, Unanswered>,
+    /// RDMA READs that wait for their turn: the requests' ids, and where the data goes.
+    fetches: VecDeque<(u64, SlotRange)>,
+    reads: usize,
+    reads_max: usize,
+    unsent: VecDeque<Outgoing>,
+    /// Since when what is posted has made no progress, and how many work requests had ended then.
+    waiting: Option<(Instant, u64)>,
+    /// The response that is being chained; kept for its memory.
+    header: Vec<u8>,
+    counters: Counters,
+}
+
+#[derive(Debug)]
+enum State {
+    Handshake,
+    Open(Box<Peer>),
+    /// Reported as closed; its goodbye is on its way.
+    Lingering,
+}
+
+#[derive(Debug)]
+struct Unanswered {
+    region: RemoteRegion,
+    data_crc: u32,
+    /// The message that the data came in, and where in it.
+    inline: Option<(Received, usize)>,
+    answered: bool,
+}
+
+#[derive(Debug)]
+enum Outgoing {
+    Message(Vec<u8>),
+    Response(u64, Response),
+}
+
+impl Outgoing {
+    fn slot_bytes(&self) -> usize {
+        match self {
+            Self::Response(_, Response { data: Some(data), .. }) => data.slot.len(),
+            _ => 0,
+        }
+    }
+}
+
+impl Server {
+    /// A server without connections, for requests whose data is in slots of `arena`. Its tokens have this owner number. The arena is
+    /// registered with every device that can be used; fails if there is none.
+    pub fn new(reactor: &mut Reactor, owner: u8, policy: Arc<Policy>, arena: &Arena) -> Result<Self, Error> {
+        let failed = |source| Error::io("Cannot watch for RDMA connections", source);
+        let channel = EventChannel::new().map_err(failed)?;
+        let channel_file = reactor.file(channel.owned_fd().map_err(failed)?);
+        let mut this = Self {
+            owner,
+            policy,
+            arena: arena.mapping(),
+            connections: Slab::new(),
+            ports: Vec::new(),
+            channel,
+            channel_file,
+            generation: 0,
+            events: VecDeque::new(),
+            hot: Vec::new(),
+            dirty: Vec::new(),
+            counters: Counters::default(),
+        };
+        this.watch(reactor, Kind::Connecting, 0);
+        let mut last = None;
+        for &device in devices().map_err(no_rdma)? {
+            if let Err(error) = this.add_port(reactor, device) {
+                tracing::warn!("The RDMA device {} is not used: {error}.", device.name());
+                last = Some(error);
+            }
+        }
+        match last {
+            Some(error) if this.ports.is_empty() => Err(error),
+            _ => Ok(this),
+        }
+    }
+
+    fn add_port(&mut self, reactor: &mut Reactor, device: Device) -> Result<(), Error> {
+        let failed = |source| Error::io(format!("Cannot use the RDMA device {}", device.name()), source);
+        let limits = device.limits().map_err(failed)?;
+        let domain = Domain::new(device)?;
+        let access = if limits.is_iwarp { Access::LocalWriteIwarp } else { Access::LocalWrite };
+        let arena = Mr::of_mapping(&domain, &self.arena, access)?;
+        let channel = CompletionChannel::new(device)?;
+        let channel_file = reactor.file(channel.fd().try_clone_to_owned().map_err(failed)?);
+        let async_file: OwnedFd = device.async_fd().map_err(failed)?;
+        let async_file = reactor.file(async_file);
+        let policy = within(&self.policy, &limits, &device);
+        self.ports.push(Port { device, limits, policy, domain, arena, channel, channel_file, async_file });
+        self.watch(reactor, Kind::Completions, self.ports.len() - 1);
+        self.watch(reactor, Kind::Device, self.ports.len() - 1);
+        Ok(())
+    }
+
+    /// What was counted, over all connections.
+    pub fn counters(&self) -> Counters {
+        self.connections.iter().fold(self.counters, |sum, (_, connection)| sum.plus(&connection.counted()))
+    }
+
+    /// Has the reactor tell when this file is readable.
+    fn watch(&self, reactor: &mut Reactor, kind: Kind, index: usize) {
+        let file = match kind {
+            Kind::Connecting => &self.channel_file,
+            Kind::Completions => &self.ports[index].channel_file,
+            Kind::Device | Kind::Timer => &self.ports[index].async_file,
+        };
+        let token = Token { owner: self.owner, value: (index as u64) << 2 | kind as u64 };
+        reactor.submit(token, Op::Readable { file: file.clone() });
+    }
+
+    /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client turned away, if the device
+    /// cannot have one more.
+    pub fn adopt(&mut self, reactor: &mut Reactor, incoming: Incoming) -> Result<ConnectionId, Error> {
+        let Incoming { mut id, reads_out } = incoming;
+        let device = id.device();
+        let Some(port) = self.ports.iter().position(|port| Some(port.device) == device) else {
+            let text = "The server does not use the RDMA device that this came by.";
+            id.reject(&rejection(libc::ENODEV, text));
+            return Err(Error::Unsupported(text.into()));
+        };
+        let Port { limits, policy, domain, channel, .. } = &self.ports[port];
+        let reads_max = reads_out.min(limits.reads_out);
+        if reads_max == 0 {
+            let text = "The client's device allows no RDMA READ, by which large writes are fetched. Use TCP.";
+            id.reject(&rejection(libc::EOPNOTSUPP, text));
+            return Err(Error::Unsupported(text.into()));
+        }
+        let credits = policy.queue_depth as usize + 1;
+        // A WRITE and a SEND for each response, and control messages.
+        let answers = 2 * credits + CONTROL_MESSAGES;
+        let size = Size {
+            sends: answers + usize::from(reads_max),
+            receives: credits + CONTROL_MESSAGES,
+            receive_bytes: MESSAGE_BYTES + policy.inline_bytes_max as usize,
+            send_bytes: SEND_BYTES,
+        };
+        self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
+        let entry = self.connections.vacant_entry();
+        let connection_id = ConnectionId { index: entry.key() as u32, generation: self.generation };
+        let number = number_of(connection_id);
+        id.set_tag(number);
+        id.migrate(&self.channel)
+            .map_err(|source| Error::io("Cannot take over an RDMA connection", source))?;
+        // From here on the queue pair owns the identifier; if it cannot be made the client is turned away without a reason.
+        let mut qp = QueuePair::new(id, domain, channel, number, limits, &size, true)?;
+        qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
+        qp.id()
+            .accept(&request(), reads_max)
+            .map_err(|source| Error::io("Cannot accept an RDMA connection", source))?;
+        // The queue may be shorter than was asked for: half of it is for answers then.
+        let reads_max = usize::from(reads_max).min((qp.room() / 2).max(qp.room().saturating_sub(answers)));
+        let now = Instant::now();
+        entry.insert(Connection {
+            generation: connection_id.generation,
+            qp,
+            port,
+            state: State::Handshake,
+            crc: false,
+            since: now,
+            heard: now,
+            timer: None,
+            is_hot: false,
+            is_dirty: false,
+            inbox: VecDeque::new(),
+            unanswered: HashMap::new(),
+            fetches: VecDeque::new(),
+            reads: 0,
+            reads_max,
+            unsent: VecDeque::new(),
+            waiting: None,
+            header: Vec::new(),
+            counters: Counters::default(),
+        });
+        self.set_timer(reactor, connection_id);
+        Ok(connection_id)
+    }
+
+    fn get(&mut self, id: ConnectionId) -> Option<&mut Connection> {
+        self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+    }
+
+    /// The same, if it has not been reported as closed.
+    fn get_alive(&mut self, id: ConnectionId) -> Option<&mut Connection> {
+        self.get(id).filter(|c| !matches!(c.state, State::Lingering))
+    }
+
+    fn heat(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.get(id)
+            && !std::mem::replace(&mut connection.is_hot, true)
+        {
+            self.hot.push(id);
+        }
+    }
+
+    fn mark_dirty(&mut self, id: ConnectionId) {
+        if let Some(connection) = self.get(id)
+            && !std::mem::replace(&mut connection.is_dirty, true)
+        {
+            self.dirty.push(id);
+        }
+    }
+
+    /// Sees to it that a timer comes at the connection's next deadline, or before.
+    fn set_timer(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        let token = Token { owner: self.owner, value: number_of(id) << 2 | Kind::Timer as u64 };
+        let policy = Arc::clone(&self.policy);
+        let Some(connection) = self.get(id) else { return };
+        let Some((at, _)) = connection.deadline(&policy) else { return };
+        match connection.timer {
+            Some((set, _)) if set <= at => return,
+            Some((_, timer)) => reactor.cancel_timer(timer),
+            None => {}
+        }
+        connection.timer = Some((at, reactor.timer(at, token)));
+    }
+
+    fn timer(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        let policy = Arc::clone(&self.policy);
+        let Some(connection) = self.get(id) else { return };
+        connection.timer = None;
+        match connection.deadline(&policy) {
+            Some((at, None)) if at <= Instant::now() => self.drop_connection(reactor, id),
+            Some((at, Some(violation))) if at <= Instant::now() => {
+                self.end(reactor, id, CloseReason::Violation(violation));
+            }
+            _ => self.set_timer(reactor, id),
+        }
+    }
+
+    /// Takes in what rdma_cm has to say.
+    fn connecting(&mut self, reactor: &mut Reactor) {
+        while let Some(event) = self.channel.next() {
+            let id = id_of(event.tag);
+            match event.kind {
+                CmKind::Disconnected | CmKind::Refused | CmKind::DeviceRemoved => {
+                    // What it sent before it went is taken in.
+                    self.look(reactor, id, usize::MAX);
+                    let Some(connection) = self.get(id) else { continue };
+                    let reason = match event.kind {
+                        CmKind::DeviceRemoved => CloseReason::Lost(libc::ENODEV),
+                        _ => connection.gone(),
+                    };
+                    self.end(reactor, id, reason);
+                    self.drop_connection(reactor, id);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Takes in up to `max` completions of a connection, and messages as far as its answers are taken.
+    fn look(&mut self, reactor: &mut Reactor, id: ConnectionId, max: usize) {
+        let mut failed: Option<Failure> = None;
+        let Some(connection) =
+            self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+        else {
+            return;
+        };
+        let mut any = false;
+        for _ in 0..max {
+            if !connection.qp.look() {
+                break;
+            }
+            any = true;
+            match connection.qp.next() {
+                Some(Completion::Received(message)) => connection.inbox.push_back(message),
+                Some(Completion::Read(request, range)) => {
+                    connection.reads -= 1;
+                    if let Some(violation) = connection.fetched_wrong(request, &range) {
+                        return self.end(reactor, id, CloseReason::Violation(violation));
+                    }
+                    if !matches!(connection.state, State::Lingering) {
+                        let key = RequestKey { connection: id, id: request };
+                        self.events.push_back(ServerEvent::Fetched(key, range));
+                    }
+                }
+                // The first says why; the others only follow.
+                Some(Completion::Failed(failure)) => {
+                    if failed.is_none_or(|first| first.is_flush() && !failure.is_flush()) {
+                        failed = Some(failure);
+                    }
+                    if !failure.is_flush() {
+                        break;
+                    }
+                }
+                None => {}
+            }
+        }
+        connection.note_progress();
+        any |= !connection.unsent.is_empty() || !connection.fetches.is_empty();
+        // What it sent before it failed counts.
+        self.take_in_inbox(reactor, id);
+        if any {
+            self.mark_dirty(id);
+        }
+        if let Some(failure) = failed {
+            self.failed(reactor, id, failure);
+        } else if let Some(connection) = self.get(id)
+            && matches!(connection.state, State::Lingering)
+            && connection.unsent.is_empty()
+            && connection.qp.is_idle()
+        {
+            self.drop_connection(reactor, id);
+        }
+    }
+
+    /// A work request has failed: the queue pair is dead.
+    fn failed(&mut self, reactor: &mut Reactor, id: ConnectionId, failure: Failure) {
+        let Some(connection) = self.get(id) else { return };
+        let reason = if failure.is_access() {
+            CloseReason::Violation(Violation::Field)
+        } else if failure.is_length() {
+            CloseReason::Violation(Violation::Length)
+        } else if failure.is_rnr() {
+            CloseReason::Violation(Violation::Stalled)
+        } else if failure.is_flush() {
+            connection.gone()
+        } else {
+            CloseReason::Lost(failure.errno())
+        };
+        tracing::debug!("An RDMA connection has failed: {}.", failure.text());
+        self.report(id, reason);
+        self.drop_connection(reactor, id);
+    }
+
+    fn take_in_inbox(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        loop {
+            let Some(connection) = self.get_alive(id) else { return };
+            if connection.unsent.len() > connection.unsent_max() {
+                return;
+            }
+            let Some(message) = connection.inbox.pop_front() else { return };
+            connection.heard = Instant::now();
+            let taken = match connection.state {
+                State::Handshake => self.shake_hands(reactor, id, message),
+                _ => self.take_in(reactor, id, message),
+            };
+            if let Err(violation) = taken {
+                return self.end(reactor, id, CloseReason::Violation(violation));
+            }
+        }
+    }
+
+    fn shake_hands(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        message: Received,
+    ) -> Result<(), Violation> {
+        let Some(connection) = self.connections.get_mut(id.index as usize) else { return Ok(()) };
+        let hello = connection.qp.bytes(&message);
+        if hello.len() > HANDSHAKE_BYTES_MAX {
+            return Err(Violation::HandshakeTooLong);
+        }
+        let Parsed::Item((peer, welcome), taken) = self.ports[connection.port].policy.welcome(hello)? else {
+            return Err(Violation::Length);
+        };
+        if taken != hello.len() {
+            return Err(Violation::Length);
+        }
+        connection.qp.give_back(message);
+        if let Err(error) = connection.qp.provide_receives(peer.grant.credits() as usize + CONTROL_MESSAGES) {
+            tracing::warn!("An RDMA connection is refused: {error}.");
+            let refusal = self.policy.refusal(libc::ENOMEM, &error.to_string());
+            connection.unsent.push_back(Outgoing::Message(refusal));
+            self.report(id, CloseReason::Local);
+            self.linger(reactor, id);
+            return Ok(());
+        }
+        connection.unanswered.reserve(peer.grant.credits() as usize);
+        connection.unsent.push_back(Outgoing::Message(welcome));
+        connection.crc = peer.grant.crc();
+        connection.state = State::Open(Box::new(peer.clone()));
+        self.events.push_back(ServerEvent::Opened(id, peer));
+        self.mark_dirty(id);
+        self.set_timer(reactor, id);
+        Ok(())
+    }
+
+    fn take_in(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        message: Received,
+    ) -> Result<(), Violation> {
+        let Some(connection) = self.get_alive(id) else { return Ok(()) };
+        let State::Open(peer) = &connection.state else { return Ok(()) };
+        let (limits, credits) = (peer.grant.limits(), peer.grant.credits() as usize);
+        let inline_bytes_max = peer.grant.inline_bytes_max as usize;
+        let bytes = connection.qp.bytes(&message);
+        let Parsed::Item(parsed, taken) = message::parse(bytes, &limits)? else {
+            return Err(Violation::Length);
+        };
+        let inline = &bytes[taken..];
+        match parsed {
+            Message::Request(request, body) => {
+                if inline.len() != request.data_len as usize || inline.len() > inline_bytes_max {
+                    return Err(Violation::Length);
+                }
+                let is_fetched = matches!(request.region, RemoteRegion::Out { .. });
+                if limits.crc && !is_fetched && request.data_crc != message::data_crc(inline) {
+                    return Err(Violation::Checksum);
+                }
+                if connection.unanswered.len() >= credits {
+                    return Err(Violation::Credits);
+                }
+                if connection.unanswered.contains_key(&request.id) {
+                    return Err(Violation::RequestId);
+                }
+                let event = ServerEvent::Request(Request {
+                    key: RequestKey { connection: id, id: request.id },
+                    body: body.into(),
+                    data_len: request.data_out_len(),
+                    region_len: request.region_in_len(),
+                });
+                let inline = if !inline.is_empty() {
+                    Some((message, taken))
+                } else {
+                    connection.qp.give_back(message);
+                    None
+                };
+                let (region, data_crc) = (request.region, request.data_crc);
+                connection
+                    .unanswered
+                    .insert(request.id, Unanswered { region, data_crc, inline, answered: false });
+                self.events.push_back(event);
+                return Ok(());
+            }
+            _ if !inline.is_empty() => return Err(Violation::Length),
+            Message::Ping(ping) => {
+                let mut pong = Vec::new();
+                message::encode_pong(ping, limits.crc, &mut pong);
+                connection.unsent.push_back(Outgoing::Message(pong));
+            }
+            // This side never pings.
+            Message::Pong(_) => return Err(Violation::RequestId),
+            Message::Goodbye(status, _) => {
+                let finished = connection.unanswered.is_empty() && status.is_ok();
+                let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
+                self.end(reactor, id, reason);
+                return Ok(());
+            }
+            Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
+        }
+        connection.qp.give_back(message);
+        Ok(())
+    }
+
+    /// Chains what a connection is to send, as far as there is room, and posts it.
+    fn post(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.index as usize) else { return };
+        if connection.generation != id.generation {
+            return;
+        }
+        connection.is_dirty = false;
+        let arena = &self.ports[connection.port].arena;
+        connection.chain_fetches(arena);
+        connection.chain_unsent(arena);
+        if let Err(error) = connection.qp.post(true) {
+            tracing::warn!("An RDMA connection is closed, for its device refuses work: {error}.");
+            self.report(id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
+            return self.drop_connection(reactor, id);
+        }
+        connection.note_progress();
+        // Its completions will come soon.
+        let is_waiting = !connection.qp.is_idle();
+        if is_waiting {
+            self.heat(id);
+            self.set_timer(reactor, id);
+        }
+    }
+
+    /// Ends a connection, saying goodbye to a peer that broke the protocol.
+    fn end(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
+        if self.get_alive(id).is_none() {
+            return;
+        }
+        match reason {
+            // Whoever it is does not speak raio, and would not understand.
+            CloseReason::Violation(Violation::Magic) => {}
+            CloseReason::Violation(violation) => {
+                self.say_goodbye(id, Status::protocol(violation.errno()), &format!("{violation}."));
+                self.report(id, reason);
+                return self.linger(reactor, id);
+            }
+            _ => {}
+        }
+        self.report(id, reason);
+        self.drop_connection(reactor, id);
+    }
+
+    /// Tells the worker, once.
+    fn report(&mut self, id: ConnectionId, reason: CloseReason) {
+        if let Some(connection) = self.get_alive(id) {
+            connection.state = State::Lingering;
+            connection.since = Instant::now();
+            self.events.retain(|event| match event {
+                ServerEvent::Request(request) => request.key.connection != id,
+                ServerEvent::Fetched(key, _) => key.connection != id,
+                ServerEvent::Opened(..) | ServerEvent::Closed(..) => true,
+            });
+            self.events.push_back(ServerEvent::Closed(id, reason));
+        }
+    }
+
+    /// Lets what is to be sent reach the peer, for a while.
+    fn linger(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        let Some(connection) = self.get(id) else { return };
+        connection.fetches.clear();
+        connection.inbox.clear();
+        self.post(reactor, id);
+        let Some(connection) = self.get(id) else { return };
+        if let Some((_, timer)) = connection.timer.take() {
+            reactor.cancel_timer(timer);
+        }
+        self.set_timer(reactor, id);
+        self.heat(id);
+    }
+
+    fn say_goodbye(&mut self, id: ConnectionId, status: Status, text: &str) {
+        let refusal = self.policy.refusal(status.errno, text);
+        let Some(connection) = self.get_alive(id) else { return };
+        let goodbye = match &connection.state {
+            State::Open(peer) => {
+                let mut goodbye = Vec::new();
+                message::encode_goodbye(status, text, peer.grant.crc(), &mut goodbye);
+                goodbye
+            }
+            _ => refusal,
+        };
+        connection.unsent.push_back(Outgoing::Message(goodbye));
+    }
+
+    /// Lets go of a connection that was reported. The device has let go of its memory when this returns.
+    fn drop_connection(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+        if self.get(id).is_none() {
+            return;
+        }
+        let connection = self.connections.remove(id.index as usize);
+        if let Some((_, timer)) = connection.timer {
+            reactor.cancel_timer(timer);
+        }
+        self.counters = self.counters.plus(&connection.counted());
+        connection.qp.id().disconnect();
+        drop(connection);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        for (_, connection) in &mut self.connections {
+            connection.qp.id().disconnect();
+        }
+        self.connections.clear();
+    }
+}
+
+impl Connection {
+    fn counted(&self) -> Counters {
+        Counters {
+            work_requests: self.qp.counters.work_requests,
+            doorbells: self.qp.counters.doorbells,
+            ..self.counters
+        }
+    }
+
+    /// How it ends when its peer has gone.
+    fn gone(&self) -> CloseReason {
+        let finished = self.unanswered.is_empty() && matches!(self.state, State::Open(_));
+        if finished { CloseReason::Finished } else { CloseReason::Lost(0) }
+    }
+
+    /// Beyond so many unsent messages nothing more is taken in.
+    fn unsent_max(&self) -> usize {
+        match &self.state {
+            State::Open(peer) => peer.grant.credits() as usize + CONTROL_MESSAGES,
+            _ => CONTROL_MESSAGES,
+        }
+    }
+
+    /// What is wrong with data that was fetched.
+    fn fetched_wrong(&self, request: u64, range: &SlotRange) -> Option<Violation> {
+        let expected = self.unanswered.get(&request).filter(|_| self.crc)?.data_crc;
+        let data = &range.slot.bytes()[range.start..range.start + range.len];
+        (message::data_crc(data) != expected).then_some(Violation::Checksum)
+    }
+
+    /// Notes since when what is posted has waited.
+    fn note_progress(&mut self) {
+        let ended = self.qp.ended();
+        if self.qp.is_idle() {
+            self.waiting = None;
+        } else if self.waiting.is_none_or(|(_, then)| then != ended) {
+            self.waiting = Some((Instant::now(), ended));
+        }
+    }
+
+    fn chain_fetches(&mut self, arena: &Mr) {
+        while self.reads < self.reads_max
+            && self.qp.room() > 0
+            && let Some((request, range)) = self.fetches.pop_front()
+        {
+            let Some(Unanswered { region: RemoteRegion::Out { address, key, .. }, .. }) =
+                self.unanswered.get(&request)
+            else {
+                continue;
+            };
+            self.reads += 1;
+            self.counters.reads += 1;
+            self.qp.read(request, range, arena, *address, *key);
+        }
+    }
+
+    fn chain_unsent(&mut self, arena: &Mr) {
+        let crc = self.crc;
+        // Answers leave the room that is for READs: what they hold of the arena stays within what the credits make.
+        while self.qp.room() >= 2 + self.reads_max - self.reads
+            && self.qp.has_room_for(MESSAGE_BYTES)
+            && let Some(outgoing) = self.unsent.pop_front()
+        {
+            match outgoing {
+                Outgoing::Message(bytes) => self.qp.send(std::iter::once(&bytes[..]), bytes.len()),
+                Outgoing::Response(id, response) => self.chain_response(id, response, arena, crc),
+            }
+        }
+    }
+
+    /// Chains the data of a response and the response, with which the request ends.
+    fn chain_response(&mut self, id: u64, response: Response, arena: &Mr, crc: bool) {
+        let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
+        let mut header = message::Response {
+            id,
+            body_len: 0,
+            data_len: 0,
+            status: response.status,
+            credits: 1,
+            result: response.result,
+            data_crc: 0,
+        };
+        if let (Some(range), RemoteRegion::In { address, key, .. }) = (response.data, region)
+            && range.len > 0
+        {
+            header.data_len = range.len as u32;
+            if crc {
+                let data = &range.slot.bytes()[range.start..range.start + range.len];
+                header.data_crc = message::data_crc(data);
+            }
+            self.counters.writes += 1;
+            self.qp.write(range, arena, address, key);
+        }
+        self.header.clear();
+        header.encode(&response.body, crc, &mut self.header);
+        self.counters.responses += 1;
+        self.qp.send(std::iter::once(&self.header[..]), self.header.len());
+    }
+
+    /// When it is over with this connection unless something happens before, and how; no violation: its time to linger is over.
+    fn deadline(&self, policy: &Policy) -> Option<(Instant, Option<Violation>)> {
+        let peer = match &self.state {
+            State::Handshake => {
+                return Some((self.since + policy.handshake_timeout, Some(Violation::HandshakeTimeout)));
+            }
+            State::Lingering => return Some((self.since + LINGER, None)),
+            State::Open(peer) => peer,
+        };
+        let stalled = self.waiting.map(|(since, _)| (since + policy.stall_timeout, Some(Violation::Stalled)));
+        // Three times, so that one late message is no death sentence.
+        let promised = peer.keepalive * 3;
+        let silent = (!promised.is_zero()).then(|| (self.heard + promised, Some(Violation::Silent)));
+        stalled.into_iter().chain(silent).min_by_key(|(at, _)| *at)
+    }
+}
+
+impl Counters {
+    fn plus(&self, other: &Self) -> Self {
+        Self {
+            responses: self.responses + other.responses,
+            work_requests: self.work_requests + other.work_requests,
+            doorbells: self.doorbells + other.doorbells,
+            writes: self.writes + other.writes,
+            reads: self.reads + other.reads,
+            copied_bytes: self.copied_bytes + other.copied_bytes,
+        }
+    }
+}
+
+/// What the device allows of the server's policy. Says what it does not.
+fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy> {
+    let mut within = Policy::clone(policy);
+    // Receives, and for each credit a WRITE and a SEND: see `adopt`. The send queue may be shorter, for what has no room waits.
+    let receives = limits.work_requests.saturating_sub(CONTROL_MESSAGES + 1);
+    let completions =
+        limits.completions.saturating_sub(2 * CONTROL_MESSAGES + usize::from(limits.reads_out) + 3) / 3;
+    let depth = receives.min(completions).max(1) as u32;
+    if depth < within.queue_depth {
+        tracing::warn!(
+            "The RDMA device {} has queues for {depth} requests a connection: connections by it are granted that, not {}.",
+            device.name(),
+            within.queue_depth
+        );
+        within.queue_depth = depth;
+    }
+    if limits.message_bytes < within.data_bytes_max {
+        tracing::warn!(
+            "The RDMA device {} moves at most {} bytes at a time: connections by it are granted that, not {}.",
+            device.name(),
+            limits.message_bytes,
+            within.data_bytes_max
+        );
+        within.data_bytes_max = limits.message_bytes;
+    }
+    debug_assert!(limits.work_requests >= WORK_REQUESTS_MIN);
+    Arc::new(within)
+}
+
+fn number_of(id: ConnectionId) -> u64 {
+    u64::from(id.generation) << 32 | u64::from(id.index)
+}
+
+fn id_of(number: u64) -> ConnectionId {
+    ConnectionId { index: number as u32, generation: (number >> 32) as u32 }
+}
+
+impl ServerTransport for Server {
+    fn handle(&mut self, reactor: &mut Reactor, event: Event) {
+        let index = event.token.value >> 2;
+        if let Payload::Timer = event.payload {
+            return self.timer(reactor, id_of(index));
+        }
+        let index = index as usize;
+        match event.token.value & 3 {
+            kind if kind == Kind::Connecting as u64 => {
+                self.connecting(reactor);
+                self.watch(reactor, Kind::Connecting, 0);
+            }
+            kind if kind == Kind::Completions as u64 => {
+                let mut announced = Vec::new();
+                self.ports[index].channel.take_events(|context| announced.push(id_of(context)));
+                announced.into_iter().for_each(|id| self.heat(id));
+                self.watch(reactor, Kind::Completions, index);
+            }
+            _ => {
+                for what in self.ports[index].device.take_async_events() {
+                    tracing::warn!("The RDMA device {} says: {what}.", self.ports[index].device.name());
+                }
+                self.watch(reactor, Kind::Device, index);
+            }
+        }
+    }
+
+    fn has_news(&mut self, arm: bool) -> bool {
+        // What a flush, or a close, has left behind.
+        if !self.events.is_empty() || !self.dirty.is_empty() {
+            return true;
+        }
+        let mut at = 0;
+        while at < self.hot.len() {
+            let id = self.hot[at];
+            let Some(connection) =
+                self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+            else {
+                self.hot.swap_remove(at);
+                continue;
+            };
+            if connection.qp.look() {
+                return true;
+            }
+            if arm {
+                // Whatever came before it was armed is seen by one more look; a device that cannot announce is polled.
+                if connection.qp.arm().is_err() || connection.qp.look() {
+                    return true;
+                }
+                connection.is_hot = false;
+                self.hot.swap_remove(at);
+                continue;
+            }
+            at += 1;
+        }
+        false
+    }
+
+    fn take_news(&mut self, reactor: &mut Reactor) {
+        for at in (0..self.hot.len()).rev() {
+            let Some(&id) = self.hot.get(at) else { continue };
+            self.look(reactor, id, TURN_COMPLETIONS_MAX);
+        }
+    }
+
+    fn next_event(&mut self) -> Option<ServerEvent> {
+        self.events.pop_front()
+    }
+
+    fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, mut slot: Slot, start: usize) {
+        assert!(slot.is_of(&self.arena), "data is fetched into the arena that this server was made for");
+        let Some(connection) = self.get_alive(request.connection) else { return };
+        let Some(asked) = connection.unanswered.get_mut(&request.id) else { return };
+        let fetched = match asked.region {
+            RemoteRegion::Out { len, .. } if len > 0 => {
+                connection.fetches.push_back((request.id, SlotRange { slot, start, len: len as usize }));
+                let _ = reactor;
+                return self.mark_dirty(request.connection);
+            }
+            _ => match asked.inline.take() {
+                None => SlotRange { slot, start, len: 0 },
+                Some((message, at)) => {
+                    let inline = &connection.qp.bytes(&message)[at..];
+                    let len = inline.len();
+                    slot.bytes_mut()[start..start + len].copy_from_slice(inline);
+                    connection.counters.copied_bytes += len as u64;
+                    connection.qp.give_back(message);
+                    SlotRange { slot, start, len }
+                }
+            },
+        };
+        self.events.push_back(ServerEvent::Fetched(request, fetched));
+        self.mark_dirty(request.connection);
+    }
+
+    fn respond(&mut self, _reactor: &mut Reactor, request: RequestKey, response: Response) {
+        let id = request.connection;
+        let Some(connection) = self
+            .connections
+            .get_mut(id.index as usize)
+            .filter(|c| c.generation == id.generation && !matches!(c.state, State::Lingering))
+        else {
+            return;
+        };
+        let asked = connection.unanswered.get_mut(&request.id).expect("a request is answered once");
+        assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
+        let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
+        assert!(
+            response
+                .data
+                .as_ref()
+                .is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
+            "a response brings no more data than its request has room for, and from this server's arena"
+        );
+        if let Some((message, _)) = asked.inline.take() {
+            connection.qp.give_back(message);
+        }
+        connection.unsent.push_back(Outgoing::Response(request.id, response));
+        self.mark_dirty(request.connection);
+    }
+
+    fn flush(&mut self, reactor: &mut Reactor) {
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for id in dirty.drain(..) {
+            self.post(reactor, id);
+            // There may be room for more answers now.
+            self.take_in_inbox(reactor, id);
+        }
+        if self.dirty.is_empty() {
+            self.dirty = dirty;
+        }
+    }
+
+    fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
+        if self.get_alive(connection).is_some() {
+            self.say_goodbye(connection, status, text);
+            self.report(connection, CloseReason::Local);
+            self.linger(reactor, connection);
+        }
+    }
+
+    fn unsent_bytes(&self, id: ConnectionId) -> usize {
+        let connection = self.connections.get(id.index as usize).filter(|c| c.generation == id.generation);
+        connection.map_or(0, |connection| {
+            connection.unsent.iter().map(Outgoing::slot_bytes).sum::<usize>() + connection.qp.held_bytes()
+        })
+    }
+
+    fn is_sending(&self) -> bool {
+        self.connections
+            .iter()
+            .any(|(_, connection)| !connection.unsent.is_empty() || !connection.qp.is_idle())
+    }
+
+    fn connections(&self) -> usize {
+        self.connections.len()
+    }
+}

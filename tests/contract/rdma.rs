@@ -1,0 +1,165 @@
+//! What only RDMA has: work requests that are counted, memory that is reached from afar, rdma_cm's own messages.
+
+use raio_transport::error::{Error, Violation};
+use raio_transport::handshake::Offer;
+use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::message::{self, BODY_BYTES_MAX, HEADER_BYTES, RemoteRegion};
+use raio_transport::rdma::{Allow, Counters, End};
+use raio_transport::transport::{Bulk, CloseReason};
+
+use crate::harness::{
+    Op, Server, Transport, bytes_of, command, data, has_rdma, pattern, rdma_source, room, serve_plain,
+};
+use crate::raw::Raw;
+
+/// A server, if there is a device.
+fn server() -> Option<Server> {
+    has_rdma().then(|| serve_plain(Transport::Rdma))
+}
+
+/// What the server has counted once it has answered so many requests of RDMA clients.
+fn counted(server: &Server, responses: u64) -> Counters {
+    server
+        .until("the responses to be counted", |seen| (seen.rdma.responses >= responses).then_some(seen.rdma))
+}
+
+fn slots(arena: &mut Arena, len: usize) -> Buffers {
+    Buffers::One(Buffer::Slot(arena.alloc(len).unwrap(), len))
+}
+
+#[test]
+fn a_read_into_registered_memory_takes_two_work_requests_and_no_copy() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    let mut arena = Arena::new(4 << 20, 256 << 10).unwrap();
+    client.transport.register_arena(&arena).unwrap();
+    let mut asked = 0;
+    for len in [1, 4096, 100_000, 256 << 10] {
+        for seed in 0..8 {
+            client.send(seed, &command(Op::Get, seed), Bulk::In(slots(&mut arena, len)));
+        }
+        asked += 8;
+        for _ in 0..8 {
+            let reply = client.next();
+            assert!(reply.status.is_ok() && bytes_of(&reply.bulk) == pattern(reply.tag, len), "{len} bytes");
+        }
+    }
+    let counters = counted(&server, asked);
+    assert_eq!((counters.responses, counters.writes, counters.reads), (asked, asked, 0));
+    // A WRITE and a SEND for each, and the welcome.
+    assert_eq!(counters.work_requests, 2 * asked + 1);
+    assert!(counters.doorbells <= asked + 1, "{counters:?}");
+    assert_eq!(counters.copied_bytes, 0);
+    assert_eq!(client.transport.counters().bounced_bytes, 0);
+}
+
+#[test]
+fn a_large_write_from_registered_memory_is_fetched_and_not_copied() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    let mut arena = Arena::new(8 << 20, 256 << 10).unwrap();
+    client.transport.register_arena(&arena).unwrap();
+    for seed in 0..16 {
+        let Buffers::One(mut buffer) = slots(&mut arena, 200_000) else { unreachable!() };
+        buffer.bytes_mut().copy_from_slice(&pattern(seed, 200_000));
+        client.send(seed, &command(Op::Put, seed), Bulk::Out(Buffers::One(buffer)));
+    }
+    for _ in 0..16 {
+        let reply = client.next();
+        assert!(reply.status.is_ok());
+        assert_eq!(reply.result, 200_000, "the data arrived wrong");
+    }
+    let counters = counted(&server, 16);
+    assert_eq!((counters.reads, counters.writes, counters.copied_bytes), (16, 0, 0));
+    assert_eq!(client.transport.counters().bounced_bytes, 0);
+}
+
+#[test]
+fn what_is_not_registered_is_copied_once_and_counted() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    client.send(1, &command(Op::Get, 1), room(10_000));
+    assert_eq!(bytes_of(&client.next().bulk), pattern(1, 10_000));
+    assert_eq!(client.transport.counters().bounced_bytes, 10_000);
+    client.send(2, &command(Op::Put, 2), data(pattern(2, 100_000)));
+    assert_eq!(client.next().result, 100_000);
+    assert_eq!(client.transport.counters().bounced_bytes, 110_000);
+}
+
+#[test]
+fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
+    let Some(server) = server() else { return };
+    let mut bystander = server.bystander();
+    let page = 4096;
+    // What the request says, and what there is: how it is laid open, and by how much it is missed.
+    for (n, (what, op, allow, offset, len)) in [
+        ("no memory to fetch from", Op::Put, None, 0, 100),
+        ("memory to be written only", Op::Put, Some(Allow::Write), 0, 100),
+        ("too little memory to fetch from", Op::Put, Some(Allow::Read), 0, page + 1),
+        ("an address before the memory", Op::Put, Some(Allow::Read), u64::MAX, 100),
+        ("no memory to place data in", Op::Get, None, 0, 100),
+        ("memory to be read only", Op::Get, Some(Allow::Read), 0, 100),
+        ("too little memory to place data in", Op::Get, Some(Allow::Write), 1, page),
+        ("an address far beyond the memory", Op::Get, Some(Allow::Write), 1 << 40, 100),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new(what));
+        let (address, key) = allow.map_or((0x10_0000, 0x99_9999), |allow| {
+            let (address, key) = raw.rdma().lay_open(allow, page as usize).unwrap();
+            (address.wrapping_add(offset), key)
+        });
+        let region = if op == Op::Put {
+            RemoteRegion::Out { address, key, len }
+        } else {
+            RemoteRegion::In { address, key, len }
+        };
+        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let mut bytes = Vec::new();
+        request.encode(&command(op, 0), false, &mut bytes);
+        raw.send(&bytes);
+        assert_eq!(server.closed(n), CloseReason::Violation(Violation::Field), "{what}");
+        bystander.works();
+    }
+    server.until_empty(1);
+}
+
+#[test]
+fn a_message_longer_than_a_receive_closes_its_connection() {
+    let Some(server) = server() else { return };
+    let mut bystander = server.bystander();
+    let (mut raw, grant) = Raw::open_client(&server, &Offer::new("long"));
+    let most = HEADER_BYTES + BODY_BYTES_MAX + grant.inline_bytes_max as usize;
+    raw.send(&vec![1; most + 1000]);
+    assert_eq!(server.closed(0), CloseReason::Violation(Violation::Length));
+    bystander.works();
+}
+
+#[test]
+fn inline_data_beyond_what_was_granted_closes_the_connection() {
+    let Some(server) = server() else { return };
+    let (mut raw, grant) = Raw::open_client(&server, &Offer::new("large"));
+    raw.request(1, &command(Op::Put, 0), &vec![0; grant.inline_bytes_max as usize + 1]);
+    assert_eq!(server.closed(0), CloseReason::Violation(Violation::Length));
+    server.serves_others();
+}
+
+#[test]
+fn private_data_that_is_not_raios_is_turned_away_with_the_reason() {
+    let Some(server) = server() else { return };
+    let old = [&message::MAGIC[..], &[9, 0, 9, 0, 0, 0, 0, 0]].concat();
+    for (private_data, said) in [
+        (&b"GET / HTTP/1.1\r\n"[..], "does not speak raio"),
+        (&[0xff; 56], "does not speak raio"),
+        // InfiniBand fills it up with zeros.
+        (&message::MAGIC[..], "no protocol version in common"),
+        (&old, "no protocol version in common"),
+    ] {
+        match End::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
+            Err(Error::Refused { text, .. }) => assert!(text.contains(said), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    server.serves_others();
+}
