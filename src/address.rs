@@ -12,11 +12,11 @@ pub const PORT_DEFAULT: u16 = 7240;
 /// Which transport a URL asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
-    /// `raio://`: the best that both ends have.
+    /// `raio://`: TCP first, moving to RDMA if both ends have it.
     Any,
-    /// `raio+tcp://`, `tcp://`.
+    /// `raio+tcp://`, `tcp://`: TCP only. For a listener: clients of `raio://` come here, and may move to RDMA.
     Tcp,
-    /// `raio+rdma://`, `rdma://`.
+    /// `raio+rdma://`, `rdma://`: RDMA only, by rdma_cm.
     Rdma,
 }
 

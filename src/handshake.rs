@@ -9,8 +9,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_REQUIRED, OPTION_TEXT,
-    OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
+    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED,
+    OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
 };
 
 /// Sixteen random bytes, for a session or a server.
@@ -42,6 +42,8 @@ pub struct Offer {
     pub keepalive: Duration,
     /// A name for the server's log, at most 256 bytes.
     pub name: String,
+    /// It could move from this stream to a queue pair.
+    pub queue_pair: bool,
 }
 
 /// What a server is ready to grant.
@@ -65,6 +67,8 @@ pub struct Policy {
     pub stall_timeout: Duration,
     /// The server's name.
     pub name: String,
+    /// Clients of this transport, a stream, may move to queue pairs.
+    pub queue_pair: bool,
 }
 
 impl Default for Policy {
@@ -79,6 +83,7 @@ impl Default for Policy {
             handshake_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(30),
             name: "raio".into(),
+            queue_pair: false,
         }
     }
 }
@@ -100,6 +105,8 @@ pub struct Grant {
     pub inline_bytes_max: u32,
     /// How long a peer may be silent while it owes an answer.
     pub keepalive: Duration,
+    /// The connection may move from this stream to a queue pair.
+    pub queue_pair: bool,
 }
 
 impl Grant {
@@ -150,6 +157,7 @@ impl Policy {
             return Err(Violation::Version { min, max });
         }
         let mut name = None;
+        let mut queue_pair = false;
         let mut answers = Vec::new();
         for option in message::parse_options(options) {
             let option = option?;
@@ -160,6 +168,11 @@ impl Policy {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_NAME, flags: 0, value: self.name.as_bytes() });
+            } else if option.kind == OPTION_QUEUE_PAIR && self.queue_pair {
+                if !option.value.is_empty() || std::mem::replace(&mut queue_pair, true) {
+                    return Err(Violation::Field);
+                }
+                answers.push(HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] });
             } else if option.flags & OPTION_REQUIRED != 0 {
                 return Err(Violation::RequiredOption(option.kind));
             } else {
@@ -175,6 +188,7 @@ impl Policy {
             data_bytes_max: self.data_bytes_max,
             inline_bytes_max: self.inline_bytes_max,
             keepalive: self.keepalive,
+            queue_pair,
         };
         let welcome = Welcome {
             magic: MAGIC,
@@ -231,6 +245,7 @@ impl Offer {
             queue_depth: 0,
             keepalive: Duration::ZERO,
             name: name.into(),
+            queue_pair: false,
         }
     }
 
@@ -250,7 +265,11 @@ impl Offer {
             reserved: U32::ZERO,
         };
         let name = message::clipped(&self.name).as_bytes();
-        message::encode_handshake(hello, &[HandshakeOption { kind: OPTION_NAME, flags: 0, value: name }])
+        let options = [
+            HandshakeOption { kind: OPTION_NAME, flags: 0, value: name },
+            HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] },
+        ];
+        message::encode_handshake(hello, &options[..1 + usize::from(self.queue_pair)])
     }
 
     /// Reads the server's welcome at the front of `bytes`: the grant, or why there is none.
@@ -260,11 +279,13 @@ impl Offer {
             Parsed::Item((welcome, options), taken) => (welcome, options, taken),
         };
         let mut text = String::new();
+        let mut queue_pair = false;
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_TEXT {
                 text = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
             }
+            queue_pair |= option.kind == OPTION_QUEUE_PAIR && option.flags & OPTION_UNSUPPORTED == 0;
         }
         let errno = i32::from(welcome.errno.get());
         if errno != 0 {
@@ -279,10 +300,12 @@ impl Offer {
             data_bytes_max: welcome.data_bytes_max.get(),
             inline_bytes_max: welcome.inline_bytes_max.get(),
             keepalive: Duration::from_millis(welcome.keepalive_ms.get().into()),
+            queue_pair,
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
         if grant.version != VERSION
             || grant.features & !self.features != 0
+            || grant.queue_pair && !self.queue_pair
             || grant.queue_depth == 0
             || grant.queue_depth > depth_max
             || grant.data_bytes_max < 4096

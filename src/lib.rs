@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod address;
+pub mod any;
 pub mod error;
 pub mod handshake;
 #[allow(unsafe_code)]

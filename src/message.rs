@@ -50,6 +50,8 @@ pub enum Kind {
     Pong = 4,
     /// Either way: this connection ends now; the status and the text in the body say why.
     Goodbye = 5,
+    /// Either way, over a stream: the sender's end of a queue pair that the connection is to move to.
+    QueuePair = 6,
 }
 
 /// The header of every message. Which of the fields in the middle mean something depends on the kind: [`Request`] and
@@ -149,6 +151,107 @@ pub enum Message<'a> {
     Pong(u64),
     /// The end of the connection, and why.
     Goodbye(Status, &'a [u8]),
+    /// Where the sender's queue pair is; or from a server that makes none why not, with a sentence.
+    QueuePair(Result<QueuePairAddress, (Status, &'a [u8])>),
+}
+
+/// What a port's network is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Link {
+    /// InfiniBand: packets are routed by `lid`.
+    InfiniBand = 1,
+    /// Ethernet (RoCE): packets are routed by `gid`.
+    Ethernet = 2,
+}
+
+/// One end of a queue pair, as it is told to the other. Every field is within its bounds if it was parsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueuePairAddress {
+    /// The port's GID.
+    pub gid: [u8; 16],
+    /// The queue pair's number, 24 bits.
+    pub qpn: u32,
+    /// The number of the first packet that this end sends, 24 bits.
+    pub psn: u32,
+    /// The number of the first packet that the other end sends.
+    pub peer_psn: u32,
+    /// The most bytes of a packet: 256, 512, 1024, 2048 or 4096.
+    pub mtu: u32,
+    /// The port's LID on InfiniBand, else 0.
+    pub lid: u16,
+    /// RDMA READs that this end answers at a time.
+    pub reads: u16,
+    /// The port's network.
+    pub link: Link,
+}
+
+/// The body of [`Kind::QueuePair`].
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct QueuePairBody {
+    gid: [u8; 16],
+    qpn: U32,
+    psn: U32,
+    peer_psn: U32,
+    mtu: U32,
+    lid: U16,
+    reads: U16,
+    link: U16,
+    reserved: U16,
+}
+
+const _: () = assert!(size_of::<QueuePairBody>() == 40);
+
+impl QueuePairAddress {
+    fn encode(&self) -> QueuePairBody {
+        QueuePairBody {
+            gid: self.gid,
+            qpn: U32::new(self.qpn),
+            psn: U32::new(self.psn),
+            peer_psn: U32::new(self.peer_psn),
+            mtu: U32::new(self.mtu),
+            lid: U16::new(self.lid),
+            reads: U16::new(self.reads),
+            link: U16::new(self.link as u16),
+            reserved: U16::ZERO,
+        }
+    }
+
+    fn decode(body: &[u8]) -> Result<Self, Violation> {
+        let body = QueuePairBody::ref_from_bytes(body).map_err(|_| Violation::Length)?;
+        if body.reserved.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        let link = match body.link.get() {
+            1 => Link::InfiniBand,
+            2 => Link::Ethernet,
+            _ => return Err(Violation::Field),
+        };
+        let this = Self {
+            gid: body.gid,
+            qpn: body.qpn.get(),
+            psn: body.psn.get(),
+            peer_psn: body.peer_psn.get(),
+            mtu: body.mtu.get(),
+            lid: body.lid.get(),
+            reads: body.reads.get(),
+            link,
+        };
+        // 0 and 1 are InfiniBand's own queue pairs; GIDs that begin with ff are of groups, and so are LIDs from c000.
+        let good_lid = match link {
+            Link::InfiniBand => (1..0xc000).contains(&this.lid),
+            Link::Ethernet => this.lid == 0,
+        };
+        let good = (2..1 << 24).contains(&this.qpn)
+            && this.psn < 1 << 24
+            && this.peer_psn < 1 << 24
+            && matches!(this.mtu, 256 | 512 | 1024 | 2048 | 4096)
+            && this.gid != [0; 16]
+            && this.gid[0] != 0xff
+            && good_lid;
+        if good { Ok(this) } else { Err(Violation::Field) }
+    }
 }
 
 /// What [`parse`] found.
@@ -337,6 +440,17 @@ pub fn encode_goodbye(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) 
     header.finish(text.as_bytes(), crc, out);
 }
 
+/// Appends where a queue pair is, or why there is none: the status and a sentence (cut to 256 bytes).
+pub fn encode_queue_pair(what: Result<&QueuePairAddress, (Status, &str)>, crc: bool, out: &mut Vec<u8>) {
+    let (status, body) = match what {
+        Ok(address) => (Status::OK, address.encode().as_bytes().to_vec()),
+        Err((status, text)) => (Status { retryable: false, ..status }, clipped(text).as_bytes().to_vec()),
+    };
+    let mut header = Header::new(Kind::QueuePair, 0, padded(body.len()), 0);
+    header.set_status(status);
+    header.finish(&body, crc, out);
+}
+
 /// The sentence, cut to the 256 bytes that the wire allows one.
 pub fn clipped(text: &str) -> &str {
     let mut end = text.len().min(256);
@@ -363,6 +477,7 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         3 => Kind::Ping,
         4 => Kind::Pong,
         5 => Kind::Goodbye,
+        6 => Kind::QueuePair,
         other => return Err(Violation::Kind(other)),
     };
     let body_len = usize::from(header.body_len.get());
@@ -379,16 +494,21 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
     let message = match kind {
         Kind::Request => Message::Request(Request::decode(header, limits)?, body),
         Kind::Response => Message::Response(Response::decode(header, limits)?, body),
-        Kind::Ping | Kind::Pong | Kind::Goodbye => {
+        Kind::Ping | Kind::Pong | Kind::Goodbye | Kind::QueuePair => {
             if header.data_len.get() != 0 || header.data_crc.get() != 0 || header.tail != [0; 8] {
                 return Err(Violation::Reserved);
             }
-            if kind == Kind::Goodbye {
+            if matches!(kind, Kind::Goodbye | Kind::QueuePair) {
                 let status = header.status()?;
                 if header.middle[4..6] != [0, 0] || header.id.get() != 0 {
                     return Err(Violation::Reserved);
                 }
-                Message::Goodbye(status, body)
+                match kind {
+                    Kind::Goodbye => Message::Goodbye(status, body),
+                    _ if header.flags != 0 => return Err(Violation::Reserved),
+                    _ if status.is_ok() => Message::QueuePair(Ok(QueuePairAddress::decode(body)?)),
+                    _ => Message::QueuePair(Err((status, body))),
+                }
             } else if header.flags != 0 || header.middle != [0; 8] || body_len != 0 {
                 return Err(Violation::Reserved);
             } else if kind == Kind::Ping {
@@ -502,6 +622,8 @@ pub const OPTION_UNSUPPORTED: u16 = 1 << 1;
 pub const OPTION_NAME: u16 = 1;
 /// Option: a sentence that says why the server refused (UTF-8).
 pub const OPTION_TEXT: u16 = 2;
+/// Option without a value: the connection could move from this stream to a queue pair.
+pub const OPTION_QUEUE_PAIR: u16 = 3;
 
 /// One option of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

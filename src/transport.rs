@@ -419,6 +419,7 @@ mod tests {
             data_bytes_max: 4096,
             inline_bytes_max: 0,
             keepalive: Duration::from_secs(1),
+            queue_pair: false,
         }
     }
 

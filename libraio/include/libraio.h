@@ -139,9 +139,15 @@ struct raio_options {
 int raio_start(const char *transport, const struct sockaddr *addr, socklen_t addrlen);
 
 /*
- * raio_connect - raio_start() by URL: "raio://host:port" (the best transport that both ends have),
- * "raio+tcp://host:port", "raio+rdma://host:port". The port may be left out: 7240. IPv6 in brackets. `options` may
- * be NULL. Names are looked up with getaddrinfo(3) and each address is tried in turn.
+ * raio_connect - raio_start() by URL. The port may be left out: 7240. IPv6 in brackets. `options` may be NULL.
+ * Names are looked up with getaddrinfo(3) and each address is tried in turn.
+ *
+ *   raio://host:port       connects over TCP, to a port that the server listens on with tcp://, and moves to RDMA
+ *                          if both sides have it for the addresses of that connection. If they do not, it stays
+ *                          on TCP, and raio_errmsg() says why: it is "" after a raio_connect() that did as well
+ *                          as could be.
+ *   raio+tcp://host:port   TCP only.
+ *   raio+rdma://host:port  RDMA only, by rdma_cm, to a port that the server listens on with rdma://.
  *
  * Returns and fails as raio_start(), and EINVAL for a URL or options that make no sense, ENOENT for a host name
  * that nobody knows.
@@ -318,7 +324,8 @@ int raio_get_stats(raio_context_t ctx, struct raio_stats *stats, size_t size);
 
 /*
  * raio_errmsg - a sentence about the last failure of a raio call, or of a collected event, in this thread; "" if
- * there was none. Valid until the next raio call in this thread. For people: its wording may change.
+ * there was none. After a successful raio_connect() it is why that is not over RDMA: see there. Valid until the
+ * next raio call in this thread. For people: its wording may change.
  */
 const char *raio_errmsg(void);
 

@@ -487,7 +487,9 @@ pub unsafe extern "C" fn raio_connect(url: *const c_char, options: *const raio_o
             // SAFETY: the caller vouches for as many bytes as the first field says.
             unsafe { read_options(options) }?
         };
-        Ok(descriptor::add_session(Session::connect(url, &options)?))
+        let session = Session::connect(url, &options)?;
+        set_message(session.why_tcp().unwrap_or_default());
+        Ok(descriptor::add_session(session))
     })
 }
 

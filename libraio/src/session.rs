@@ -15,7 +15,7 @@ use raio_transport::handshake::{Offer, random_id};
 use raio_transport::message::FEATURE_CRC;
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
-use raio_transport::{rdma, tcp};
+use raio_transport::{any, rdma, tcp};
 
 use crate::context::Context;
 use crate::error::Error;
@@ -71,11 +71,13 @@ pub struct Session {
 /// What a session's files and contexts have of it.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    /// How the server was reached. Any is TCP.
+    /// How the server is reached. Any becomes TCP if the first connection stays on it.
     scheme: Scheme,
     /// Where the server was reached.
     address: SocketAddr,
     options: Options,
+    /// Why raio:// is TCP here, as a sentence.
+    why_tcp: Option<String>,
     /// Names the session on each of its connections.
     id: [u8; 16],
     /// None once the session was stopped.
@@ -99,8 +101,8 @@ impl std::fmt::Debug for Control {
 
 impl Session {
     /// Opens a session with the server at `raio://HOST[:PORT]`, `raio+tcp://HOST[:PORT]` or
-    /// `raio+rdma://HOST[:PORT]`; the first of them uses TCP. Each address of the host is tried in
-    /// turn.
+    /// `raio+rdma://HOST[:PORT]`. The first of them connects over TCP and moves to RDMA if both sides can; if not,
+    /// [`Session::why_tcp`] says why. Each address of the host is tried in turn.
     pub fn connect(url: &str, options: &Options) -> Result<Self, Error> {
         let address: Address = url.parse()?;
         if address.port == 0 {
@@ -121,17 +123,28 @@ impl Session {
 
     /// Opens a session with the server at this address.
     pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
-        let shared = Shared {
+        let mut shared = Shared {
             scheme,
             address,
             options: options.clone(),
+            why_tcp: None,
             id: random_id(),
             control: Mutex::new(None),
             closes: Mutex::default(),
         };
-        let transport = shared.dial(CONTROL_DEPTH)?;
+        let (transport, why_tcp) = shared.reach(CONTROL_DEPTH)?;
+        if why_tcp.is_some() {
+            // The session's other connections need not find out once more.
+            shared.scheme = Scheme::Tcp;
+            shared.why_tcp = why_tcp;
+        }
         *shared.control() = Some(Control { transport, replies: Vec::new(), body: Vec::new(), tag: 0 });
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Why a session with `raio://` is over TCP rather than RDMA, as a sentence. None if it is not, or was to be over TCP.
+    pub fn why_tcp(&self) -> Option<&str> {
+        self.shared.why_tcp.as_deref()
     }
 
     /// Opens a file of the server. `path` reads /EXPORT/path/beneath/it; `flags` are those of open(2): O_RDONLY, O_WRONLY, O_RDWR,
@@ -173,6 +186,11 @@ impl Session {
 impl Shared {
     /// Opens a connection of this session that may have `depth` requests outstanding.
     pub(crate) fn dial(&self, depth: u32) -> Result<Box<dyn ClientTransport>, Error> {
+        self.reach(depth).map(|(transport, _)| transport)
+    }
+
+    /// The same; also why it is over TCP if it could have been otherwise.
+    fn reach(&self, depth: u32) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
         let offer = Offer {
             session: self.id,
             features: if self.options.crc { FEATURE_CRC } else { 0 },
@@ -180,18 +198,26 @@ impl Shared {
             ..Offer::new(program_name())
         };
         let deadline = Instant::now() + self.options.connect_timeout;
-        if self.scheme == Scheme::Rdma {
-            let mut client = rdma::Client::connect(self.address, None, &offer, deadline)?;
-            if let Some(timeout) = self.options.request_timeout {
-                client.set_request_timeout(timeout);
+        let reached = match self.scheme {
+            Scheme::Any => any::connect(self.address, &offer, deadline)?,
+            Scheme::Rdma => {
+                any::Reached::Rdma(Box::new(rdma::Client::connect(self.address, None, &offer, deadline)?))
             }
-            return Ok(Box::new(client));
-        }
-        let mut client = tcp::Client::connect(self.address, &offer, deadline)?;
-        if let Some(timeout) = self.options.request_timeout {
-            client.set_request_timeout(timeout);
-        }
-        Ok(Box::new(client))
+            Scheme::Tcp => {
+                any::Reached::Tcp(Box::new(tcp::Client::connect(self.address, &offer, deadline)?), None)
+            }
+        };
+        let timeout = self.options.request_timeout;
+        Ok(match reached {
+            any::Reached::Rdma(mut client) => {
+                timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
+                (client, None)
+            }
+            any::Reached::Tcp(mut client, why) => {
+                timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
+                (client, why)
+            }
+        })
     }
 
     pub(crate) fn options(&self) -> &Options {

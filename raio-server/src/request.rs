@@ -47,9 +47,7 @@ pub enum State {
 /// A request that is not yet answered.
 #[derive(Debug)]
 pub struct Request {
-    /// Which transport it came by...
-    pub transport: u8,
-    /// ... its name there...
+    /// Its name at the transport...
     pub key: RequestKey,
     /// ... and the worker's connection. None once that is gone: the backend still has the request, and its answer is for nobody.
     pub connection: Option<usize>,

@@ -285,6 +285,9 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
             config.workers
         );
     }
+    if let Some(error) = started.iter().find_map(|worker| worker.no_rdma.as_ref()) {
+        tracing::warn!("RDMA is not used, so clients of raio:// stay on TCP: {error}.");
+    }
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
 }
 

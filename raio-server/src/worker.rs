@@ -19,7 +19,7 @@ use raio_transport::memory::Arena;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{ServerEvent, ServerTransport};
-use raio_transport::{Status, rdma, tcp};
+use raio_transport::{Status, any, rdma};
 use slab::Slab;
 
 use crate::backend::{self, Backend, Handle, Threads, Uring};
@@ -31,6 +31,9 @@ use crate::stats::Counters;
 use crate::throttle::Throttle;
 use connection::{Connection, LocalSession};
 
+/// The owner numbers of the transports' operations.
+const TCP: u8 = 0;
+const RDMA: u8 = 1;
 /// The owner number of the worker's own timers.
 const TIMER: Token = Token { owner: 0xff, value: 0 };
 /// After it was told to stop, a worker takes new requests for so long: those that were on their way.
@@ -57,7 +60,7 @@ pub struct Shared {
     pub arena_bytes: usize,
     /// How long an idle worker spins.
     pub spin: Duration,
-    /// Connections may come by RDMA.
+    /// Connections may come by rdma_cm, so there must be RDMA.
     pub rdma: bool,
 }
 
@@ -86,35 +89,6 @@ pub enum Mail {
     Drain(Instant),
 }
 
-/// Every transport of a worker. Owner numbers of tokens tell them apart.
-struct Transports {
-    tcp: tcp::Server,
-    rdma: Option<rdma::Server>,
-}
-
-impl Transports {
-    const TCP: u8 = 0;
-    const RDMA: u8 = 1;
-    const COUNT: usize = 2;
-
-    /// The owner numbers of those that there are.
-    fn owners(&self) -> std::ops::Range<u8> {
-        Self::TCP..if self.rdma.is_some() { Self::RDMA + 1 } else { Self::RDMA }
-    }
-
-    fn get(&mut self, owner: u8) -> &mut dyn ServerTransport {
-        match (owner, &mut self.rdma) {
-            (Self::TCP, _) => &mut self.tcp,
-            (Self::RDMA, Some(rdma)) => rdma,
-            _ => unreachable!("no transport has the owner number {owner}"),
-        }
-    }
-
-    fn connections(&mut self) -> usize {
-        self.owners().map(|owner| self.get(owner).connections()).sum()
-    }
-}
-
 /// A worker that was told to stop.
 struct Drain {
     refuse_at: Instant,
@@ -131,13 +105,13 @@ pub struct Worker {
     mail: Receiver<Mail>,
     reactor: Reactor,
     arena: Arena,
-    transports: Transports,
+    transport: any::Server,
     backend: Box<dyn Backend>,
     /// The exports' directories.
     directories: Vec<Option<Handle>>,
     connections: Slab<Connection>,
-    /// Connections by transport and its index for them.
-    by_transport: [Vec<Option<usize>>; Transports::COUNT],
+    /// Connections by the transport's index for them.
+    by_transport: Vec<Option<usize>>,
     sessions: Slab<LocalSession>,
     sessions_by_id: HashMap<[u8; 16], usize>,
     requests: Slab<Request>,
@@ -167,6 +141,8 @@ pub struct Started {
     pub fallback: Option<String>,
     /// Why its arena could not be registered with the ring.
     pub unregistered: Option<std::io::Error>,
+    /// Why it does without the RDMA that there is.
+    pub no_rdma: Option<raio_transport::Error>,
 }
 
 impl Worker {
@@ -207,20 +183,21 @@ impl Worker {
             Some(Handle::new(&mut reactor, Arc::clone(directory)))
         });
         let directories = directories.collect();
-        let rdma = if shared.rdma {
-            Some(rdma::Server::new(&mut reactor, Transports::RDMA, Arc::clone(&shared.policy), &arena)?)
-        } else {
-            None
-        };
+        let mut no_rdma = None;
+        let mut rdma = None;
+        if rdma::unavailable().is_none() {
+            match rdma::Server::new(&mut reactor, RDMA, Arc::clone(&shared.policy), &arena) {
+                Ok(server) => rdma = Some(server),
+                Err(error) if shared.rdma => return Err(error.into()),
+                Err(error) => no_rdma = Some(error),
+            }
+        }
         let (mailbox, mail) = reactor::mailbox(reactor.waker());
         let fallback = reactor.fallback_reason().map(str::to_owned);
-        let started = Started { mailbox, fallback, unregistered };
+        let started = Started { mailbox, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
         let worker = Self {
-            transports: Transports {
-                tcp: tcp::Server::new(Transports::TCP, Arc::clone(&shared.policy)),
-                rdma,
-            },
+            transport: any::Server::new(TCP, &shared.policy, rdma),
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
             shared,
             counters,
@@ -231,7 +208,7 @@ impl Worker {
             backend,
             directories,
             connections: Slab::new(),
-            by_transport: Default::default(),
+            by_transport: Vec::new(),
             sessions: Slab::new(),
             sessions_by_id: HashMap::new(),
             requests: Slab::new(),
@@ -274,9 +251,9 @@ impl Worker {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         let mut events = std::mem::take(&mut self.events);
         let mut news = false;
-        let rdma = &mut self.transports.rdma;
+        let transport = &mut self.transport;
         let mut look = |arm| {
-            news = rdma.as_mut().is_some_and(|rdma| rdma.has_news(arm));
+            news = transport.has_news(arm);
             news
         };
         self.reactor.turn_looking(wait, &mut events, &mut look).context("The event loop failed")?;
@@ -285,13 +262,11 @@ impl Worker {
             match event.token.owner {
                 backend::OWNER => self.backend.handle(event),
                 owner if owner == TIMER.owner => {}
-                owner => self.transports.get(owner).handle(&mut self.reactor, event),
+                _ => self.transport.handle(&mut self.reactor, event),
             }
         }
         self.events = events;
-        if let Some(rdma) = &mut self.transports.rdma {
-            rdma.take_news(&mut self.reactor);
-        }
+        self.transport.take_news(&mut self.reactor);
         Ok(())
     }
 
@@ -321,18 +296,15 @@ impl Worker {
     }
 
     fn adopt(&mut self, connection: RawConnection) {
-        match (connection, &mut self.transports.rdma) {
-            (RawConnection::Tcp(stream), _) => {
-                self.transports.tcp.adopt(&mut self.reactor, stream);
-            }
-            (RawConnection::Rdma(incoming), Some(rdma)) => {
-                if let Err(error) = rdma.adopt(&mut self.reactor, incoming)
+        match connection {
+            RawConnection::Tcp(stream) => self.transport.adopt_tcp(&mut self.reactor, stream),
+            RawConnection::Rdma(incoming) => {
+                if let Err(error) = self.transport.adopt_rdma(&mut self.reactor, incoming)
                     && let Some(suppressed) = self.warnings.pass()
                 {
                     tracing::warn!(suppressed, "A client was turned away: {error}.");
                 }
             }
-            (RawConnection::Rdma(_), None) => unreachable!("none is listened for without the transport"),
         }
     }
 
@@ -344,34 +316,30 @@ impl Worker {
     }
 
     fn take_requests(&mut self) {
-        for owner in self.transports.owners() {
-            while let Some(event) = self.transports.get(owner).next_event() {
-                self.is_busy = true;
-                match event {
-                    ServerEvent::Opened(id, peer) => self.opened(owner, id, peer),
-                    ServerEvent::Request(request) => {
-                        if let Some(connection) = self.connection(owner, request.key.connection)
-                            && self.connections[connection].violation.is_none()
-                        {
-                            self.command(connection, &request);
-                        }
+        while let Some(event) = self.transport.next_event() {
+            self.is_busy = true;
+            match event {
+                ServerEvent::Opened(id, peer) => self.opened(id, peer),
+                ServerEvent::Request(request) => {
+                    if let Some(connection) = self.connection(request.key.connection)
+                        && self.connections[connection].violation.is_none()
+                    {
+                        self.command(connection, &request);
                     }
-                    ServerEvent::Fetched(key, range) => self.fetched(owner, key, range),
-                    ServerEvent::Closed(id, reason) => self.closed(owner, id, &reason),
                 }
+                ServerEvent::Fetched(key, range) => self.fetched(key, range),
+                ServerEvent::Closed(id, reason) => self.closed(id, &reason),
             }
         }
     }
 
     fn send_answers(&mut self) {
-        for owner in self.transports.owners() {
-            self.transports.get(owner).flush(&mut self.reactor);
-        }
+        self.transport.flush(&mut self.reactor);
     }
 
     fn publish(&mut self) {
         let counters = &self.counters;
-        counters.connections.set(self.transports.connections() as u64);
+        counters.connections.set(self.transport.connections() as u64);
         counters.need_slot.set(self.in_state[State::NeedSlot as usize] as u64);
         counters.fetching.set(self.in_state[State::Fetching as usize] as u64);
         counters.executing.set((self.in_state[State::Executing as usize] + self.closing) as u64);
@@ -398,7 +366,7 @@ impl Worker {
             return Some(self.connections.is_empty() && self.requests.is_empty());
         }
         if self.connections.is_empty() {
-            if self.transports.connections() == 0 {
+            if self.transport.connections() == 0 {
                 return Some(true);
             }
             let goodbye_deadline = *drain.goodbye_deadline.get_or_insert_with(|| {
@@ -408,11 +376,10 @@ impl Worker {
             return (now >= goodbye_deadline).then_some(true);
         }
         for (_, connection) in &mut self.connections {
-            let transport = self.transports.get(connection.transport);
-            if connection.requests.is_empty() && transport.unsent_bytes(connection.id) == 0 {
+            if connection.requests.is_empty() && self.transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
-                transport.close(
+                self.transport.close(
                     &mut self.reactor,
                     connection.id,
                     status,

@@ -32,6 +32,7 @@ fn offer() -> Offer {
         queue_depth: 32,
         keepalive: Duration::from_millis(1500),
         name: "golden".into(),
+        queue_pair: false,
     }
 }
 
@@ -48,6 +49,7 @@ fn grant() -> Grant {
         data_bytes_max: 1 << 20,
         inline_bytes_max: 8192,
         keepalive: Duration::from_secs(5),
+        queue_pair: false,
     }
 }
 

@@ -181,6 +181,7 @@ impl Client {
                 self.fail(Error::Closed { errno, text }, lost);
             }
             Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
+            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
         Ok(())
     }

@@ -255,6 +255,7 @@ impl Server {
                 self.end(reactor, id, reason);
             }
             Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
+            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
         Ok(())
     }

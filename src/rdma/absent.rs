@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Offer, Policy};
 use crate::memory::{Arena, Slot};
-use crate::message::RemoteRegion;
+use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, Reactor};
+use crate::tcp;
 use crate::transport::{
-    Bulk, ClientCounters, ClientTransport, ConnectionId, NotSent, Reply, RequestId, RequestKey, Response,
+    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, Reply, RequestId, RequestKey, Response,
     ServerEvent, ServerTransport,
 };
 
@@ -191,6 +192,20 @@ impl Server {
         match self.0 {}
     }
 
+    /// Makes a queue pair.
+    pub fn pair_up(
+        &mut self,
+        _: &mut Reactor,
+        _: &tcp::Exchange,
+    ) -> Result<(ConnectionId, QueuePairAddress), Error> {
+        match self.0 {}
+    }
+
+    /// Ends a connection.
+    pub fn stream_ended(&mut self, _: &mut Reactor, _: ConnectionId, _: CloseReason) {
+        match self.0 {}
+    }
+
     /// What was counted.
     pub fn counters(&self) -> Counters {
         match self.0 {}
@@ -235,6 +250,12 @@ impl Client {
     /// Fails.
     pub fn connect(_: SocketAddr, _: Option<IpAddr>, _: &Offer, _: Instant) -> Result<Self, Error> {
         Err(absent())
+    }
+
+    /// Fails.
+    #[expect(clippy::type_complexity, reason = "as with the feature")]
+    pub fn upgrade(stream: tcp::Client, _: Instant) -> Result<Self, (Option<Box<tcp::Client>>, Error)> {
+        Err((Some(Box::new(stream)), absent()))
     }
 
     /// How long the server may be silent.

@@ -16,15 +16,17 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 
+use super::by_hand::{packet_numbers, port_of};
 use super::cm::{EventChannel, Id, Kind};
-use super::device::{Access, CompletionChannel, Domain, Mr};
+use super::device::{Access, CompletionChannel, Domain, Mr, PortAddress};
 use super::queue_pair::{Completion, Failure, QueuePair, Size};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot};
-use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
+use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::silence::{Silence, Verdict};
+use crate::tcp;
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
 /// Queue depth asked for by a client that leaves it to the server.
@@ -42,6 +44,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 const ROOM_EVERY: Duration = Duration::from_millis(1);
 /// How long the first try to connect takes.
 const CONNECT_TIME: Duration = Duration::from_millis(1500);
+/// How long the server may take to answer over a queue pair that was just made.
+const PROOF_TIME: Duration = Duration::from_secs(1);
+/// When the TCP connection of a queue pair has ended, what is still on its way by the queue pair may take so long.
+const STREAM_GRACE: Duration = Duration::from_millis(100);
 /// How long a goodbye may take.
 const GOODBYE_TIME: Duration = Duration::from_millis(100);
 
@@ -56,9 +62,14 @@ pub struct Client {
     bounce: Vec<(Arena, Keys)>,
     domain: Arc<Domain>,
     channel: Arc<CompletionChannel>,
-    events: Arc<EventChannel>,
+    /// rdma_cm's, if that has made the connection.
+    events: Option<Arc<EventChannel>>,
+    /// The TCP connection, if the queue pair was exchanged over one: it carries nothing more, and each ends with the other.
+    stream: Option<tcp::Client>,
+    /// When that ended.
+    stream_ended: Option<Instant>,
     _async_fd: OwnedFd,
-    /// Of the completion channel, `events`, its device and `nudge`.
+    /// Of the completion channel, `events` or `stream`, its device and `nudge`.
     epoll: OwnedFd,
     /// Raised when a program is about to poll and there is something already.
     nudge: OwnedFd,
@@ -139,7 +150,6 @@ impl Client {
         deadline: Instant,
     ) -> Result<Self, Error> {
         super::device::devices().map_err(no_rdma)?;
-        let failed = cannot_connect(address);
         // A lost datagram is sent again by rdma_cm only after four seconds.
         let mut patience = CONNECT_TIME;
         let (mut qp, offer, domain, channel, events) = loop {
@@ -151,11 +161,104 @@ impl Client {
         };
         let grant = shake_hands(&mut qp, &channel, &events, &offer, deadline)?;
         qp.provide_receives(grant.credits() as usize + CONTROL_MESSAGES)?;
+        Self::assemble(qp, grant, domain, channel, Some(events), None)
+    }
+
+    /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by `deadline`. Fails with the TCP
+    /// connection if it can be used as it is, and with why.
+    #[expect(clippy::type_complexity, reason = "what is left of it")]
+    pub fn upgrade(
+        mut stream: tcp::Client,
+        deadline: Instant,
+    ) -> Result<Self, (Option<Box<tcp::Client>>, Error)> {
+        let made = stream.local_address().and_then(|local| {
+            let at = port_of(local.ip())?;
+            Ok((at, Self::make_by_hand(&at, stream.grant()).map_err(|error| at.failed(error))?))
+        });
+        let (at, (qp, ours, domain, channel)) = match made {
+            Ok(made) => made,
+            Err(error) => return Err((Some(Box::new(stream)), error)),
+        };
+        // If it takes longer there must be time left to connect anew.
+        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        let theirs = match stream.exchange_queue_pairs(&ours, half) {
+            Ok(theirs) => theirs,
+            Err(error) if stream.failure().is_some() => return Err((None, error)),
+            Err(error) => return Err((Some(Box::new(stream)), error)),
+        };
+        let mirrored = (theirs.psn, theirs.peer_psn, theirs.link) == (ours.peer_psn, ours.psn, ours.link);
+        if !mirrored || theirs.reads != 0 {
+            stream.abort(Violation::Field);
+            return Err((None, Violation::Field.into()));
+        }
+        let lost = |error: Error| (None, at.failed(error));
+        qp.join(&at, &ours, &theirs, 0)
+            .map_err(|source| lost(Error::io("the queue pair cannot be connected with the server's", source)))?;
+        let grant = *stream.grant();
+        let mut this = Self::assemble(qp, grant, domain, channel, None, Some(stream)).map_err(lost)?;
+        let until = deadline.min(Instant::now() + PROOF_TIME);
+        let asked = Instant::now();
+        this.ping(until.saturating_duration_since(asked));
+        while this.heard() < asked {
+            this.receive(&mut Vec::new());
+            if this.failure.is_some() {
+                let text = "the server does not answer over the queue pair; see whether its packets (RoCE v2: UDP port 4791) come through";
+                return Err(lost(Error::Unsupported(text.into())));
+            }
+            if this.heard() < asked {
+                let _ = this.wait(Some(until + LOOK_EVERY));
+            }
+        }
+        Ok(this)
+    }
+
+    /// A queue pair for what was granted, ready to receive, and its address.
+    #[expect(clippy::type_complexity, reason = "the parts of a client")]
+    fn make_by_hand(
+        at: &PortAddress,
+        grant: &Grant,
+    ) -> Result<(QueuePair, QueuePairAddress, Arc<Domain>, Arc<CompletionChannel>), Error> {
+        let unfit = |what: String| Err(Error::Unsupported(format!("the device {what}; ask for less, or use TCP")));
+        let limits =
+            at.device.limits().map_err(|source| Error::io("the device does not tell its limits", source))?;
+        let credits = grant.credits() as usize;
+        let size = size_for(credits);
+        if size.sends.max(size.receives) > limits.work_requests.min(limits.completions) {
+            return unfit(format!("has no queues for the {credits} requests that the server granted"));
+        }
+        if grant.data_bytes_max > limits.message_bytes {
+            return unfit(format!("does not move {} bytes at a time", grant.data_bytes_max));
+        }
+        if limits.reads_in == 0 {
+            return unfit("allows no RDMA READ".into());
+        }
+        let domain = Domain::new(at.device)?;
+        let channel = CompletionChannel::new(at.device)?;
+        let mut qp = QueuePair::new(None, &domain, &channel, 0, &limits, &size, false)?;
+        qp.init(at, true).map_err(|source| Error::io("the port takes no queue pair", source))?;
+        qp.provide_receives(credits + CONTROL_MESSAGES)?;
+        let (psn, peer_psn) = packet_numbers();
+        let ours = qp.address(at, psn, peer_psn, limits.reads_in.into());
+        Ok((qp, ours, domain, channel))
+    }
+
+    /// A client of a connection that is there.
+    fn assemble(
+        qp: QueuePair,
+        grant: Grant,
+        domain: Arc<Domain>,
+        channel: Arc<CompletionChannel>,
+        events: Option<Arc<EventChannel>>,
+        mut stream: Option<tcp::Client>,
+    ) -> Result<Self, Error> {
+        let failed = |source| Error::io("Cannot watch an RDMA connection", source);
         let async_fd = domain.device.async_fd().map_err(failed)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed(errno.into()))?;
-        for fd in [channel.fd(), events.fd(), async_fd.as_fd(), nudge.as_fd()] {
+        let companions =
+            events.iter().map(|events| events.fd()).chain(stream.iter_mut().map(|stream| stream.poll_fd().0));
+        for fd in [channel.fd(), async_fd.as_fd(), nudge.as_fd()].into_iter().chain(companions) {
             epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)
                 .map_err(|errno| failed(errno.into()))?;
         }
@@ -168,6 +271,8 @@ impl Client {
             domain,
             channel,
             events,
+            stream,
+            stream_ended: None,
             _async_fd: async_fd,
             epoll,
             nudge,
@@ -219,13 +324,8 @@ impl Client {
         let credits = offer.queue_depth as usize + 1;
         let domain = Domain::new(device)?;
         let channel = CompletionChannel::new(device)?;
-        let size = Size {
-            sends: credits + 2 * CONTROL_MESSAGES,
-            receives: credits + CONTROL_MESSAGES,
-            receive_bytes: MESSAGE_BYTES,
-            send_bytes: (credits * (MESSAGE_BYTES + INLINE_BYTES_MAX)).clamp(SEND_BYTES_MIN, SEND_BYTES_MAX),
-        };
-        let mut qp = QueuePair::new(id, &domain, &channel, 0, &limits, &size, false)?;
+        let size = size_for(credits);
+        let mut qp = QueuePair::new(Some(id), &domain, &channel, 0, &limits, &size, false)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         qp.id().connect(&request(), limits.reads_in).map_err(failed)?;
         let event = events.wait(deadline).map_err(failed)?;
@@ -330,8 +430,9 @@ impl Client {
     /// has back.
     fn hand_out_lost(&mut self, replies: &mut Vec<Reply>) {
         if let Some(qp) = self.qp.take() {
-            qp.id().disconnect();
+            qp.disconnect();
         }
+        self.stream = None;
         replies.append(&mut self.done);
         for pending in self.outstanding.drain() {
             replies.push(Reply {
@@ -416,6 +517,7 @@ impl Client {
                 self.fail(Error::Closed { errno, text }, lost);
             }
             Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
+            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
         Ok(())
     }
@@ -464,7 +566,8 @@ impl Client {
         for what in self.domain.device.take_async_events() {
             tracing::warn!("The RDMA device {} says: {what}.", self.domain.device.name());
         }
-        while let Some(event) = self.events.next() {
+        self.look_at_stream();
+        while let Some(event) = self.events.as_ref().and_then(EventChannel::next) {
             match event.kind {
                 Kind::Disconnected | Kind::Refused => {
                     // What came before is taken in first: it may say why.
@@ -477,6 +580,28 @@ impl Client {
                 _ => {}
             }
         }
+    }
+
+    /// Sees whether the TCP connection still is, and ends with it, after what is on its way by the queue pair: that may say more.
+    fn look_at_stream(&mut self) {
+        let Some(stream) = &mut self.stream else { return };
+        if stream.failure().is_none() {
+            stream.receive(&mut Vec::new());
+        }
+        let Some(failure) = stream.failure() else { return };
+        if self.stream_ended.get_or_insert_with(Instant::now).elapsed() < STREAM_GRACE {
+            return;
+        }
+        let (errno, text) = match failure {
+            Error::Closed { errno, text } => (*errno, text.clone()),
+            other => (other.errno(), other.to_string()),
+        };
+        let lost = if let Error::Violation(violation) = failure {
+            Status::protocol(violation.errno())
+        } else {
+            Status::transport(libc::ECONNRESET)
+        };
+        self.fail(Error::Closed { errno, text }, lost);
     }
 
     // Sending ------------------------------------------------------------------------------------------------------
@@ -614,6 +739,16 @@ impl Client {
             self.flush();
         }
         verdict == Verdict::Overdue
+    }
+}
+
+/// The queue pair of a connection with so many credits.
+fn size_for(credits: usize) -> Size {
+    Size {
+        sends: credits + 2 * CONTROL_MESSAGES,
+        receives: credits + CONTROL_MESSAGES,
+        receive_bytes: MESSAGE_BYTES,
+        send_bytes: (credits * (MESSAGE_BYTES + INLINE_BYTES_MAX)).clamp(SEND_BYTES_MIN, SEND_BYTES_MAX),
     }
 }
 
@@ -914,7 +1049,7 @@ impl Drop for Client {
         }
         // Before the memory that it uses.
         if let Some(qp) = self.qp.take() {
-            qp.id().disconnect();
+            qp.disconnect();
         }
     }
 }

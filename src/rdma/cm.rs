@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
 
 /// How long the device waits for an acknowledgement before it sends again: 4.096 us << 14, that is 67 ms. With seven retries a
 /// connection whose wire is cut ends after about a second; rdma_cm's own choice would take minutes.
-const ACK_TIMEOUT: u8 = 14;
-const RETRIES: u8 = 7;
+pub(super) const ACK_TIMEOUT: u8 = 14;
+pub(super) const RETRIES: u8 = 7;
 /// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it has broken the protocol.
-const RNR_RETRIES: u8 = 3;
+pub(super) const RNR_RETRIES: u8 = 3;
 /// How long one try to find the way to an address takes.
 const RESOLVE_TIME: Duration = Duration::from_millis(500);
 const BACKLOG: i32 = 1024;
@@ -209,6 +209,19 @@ impl Id {
         // SAFETY: the identifier is alive.
         address.set_port(u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) }));
         Ok(address)
+    }
+
+    /// Takes an address of this machine, which tells the device and the port that it belongs to.
+    pub fn bind(&self, address: IpAddr) -> io::Result<()> {
+        let raw = SockAddr::from(SocketAddr::new(address, 0));
+        // SAFETY: the identifier is alive and the address is one.
+        check(unsafe { (self.verbs.rdma_bind_addr)(self.raw.as_ptr(), raw_address(&raw)) })
+    }
+
+    /// The port of [`Id::device`] that the connection goes through.
+    pub fn port(&self) -> u8 {
+        // SAFETY: the identifier is alive.
+        unsafe { self.raw.as_ref() }.port_num
     }
 
     /// An identifier that has found the way to an address, from `source` if that is given.

@@ -5,6 +5,7 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::net::Ipv6Addr;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
@@ -12,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use super::verbs::{self, Verbs, ibv_context, verbs};
 use crate::error::Error;
 use crate::memory::{Mapping, Region};
+use crate::message::Link;
 
 /// An open device. There are few, and they stay.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -53,6 +55,20 @@ pub(super) struct Limits {
     pub message_bytes: u32,
     /// It speaks iWARP, where memory that an RDMA READ fills must be writable from afar.
     pub is_iwarp: bool,
+}
+
+/// A port that a queue pair can be on, and the GID that its packets come from.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PortAddress {
+    pub device: Device,
+    pub port: u8,
+    pub gid_index: u8,
+    pub gid: [u8; 16],
+    pub link: Link,
+    /// On InfiniBand.
+    pub lid: u16,
+    /// The most bytes of a packet.
+    pub mtu: u32,
 }
 
 /// Every device, or why there is none, as the rest of a sentence.
@@ -186,6 +202,56 @@ impl Device {
             _ => "IB",
         };
         (raw != [0; 16]).then_some(super::Gid { index, address: raw.into(), kind })
+    }
+
+    /// How many ports it has.
+    fn port_count(&self) -> u8 {
+        let mut attr = verbs::ibv_device_attr::default();
+        // SAFETY: the context is open and `attr` may be written.
+        let queried = verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) });
+        if queried.is_ok() { attr.phys_port_cnt } else { 0 }
+    }
+
+    /// The Ethernet port that has the address, if it is up. RoCE v2, which can be routed, rather than v1.
+    pub fn find_ethernet(&self, address: Ipv6Addr) -> Option<PortAddress> {
+        (1..=self.port_count()).find_map(|port| {
+            let attr = self.port_attr(port).ok()?;
+            let mut found = None;
+            for index in 0..attr.gid_tbl_len.clamp(0, 256) as u32 {
+                match self.gid(port, index) {
+                    Some(gid) if gid.address == address && gid.kind == "RoCE v2" => {
+                        found = Some(index);
+                        break;
+                    }
+                    Some(gid) if gid.address == address && gid.kind == "RoCE v1" => {
+                        found = found.or(Some(index));
+                    }
+                    _ => {}
+                }
+            }
+            self.port_address(port, found?, Link::Ethernet)
+        })
+    }
+
+    /// A port by one of its GIDs, if it is up, and of this kind of network.
+    pub fn port_address(&self, port: u8, gid_index: u32, link: Link) -> Option<PortAddress> {
+        let attr = self.port_attr(port).ok()?;
+        let layer = match link {
+            Link::Ethernet => verbs::IBV_LINK_LAYER_ETHERNET,
+            Link::InfiniBand => verbs::IBV_LINK_LAYER_INFINIBAND,
+        };
+        if attr.state != verbs::IBV_PORT_ACTIVE || u32::from(attr.link_layer) != layer {
+            return None;
+        }
+        Some(PortAddress {
+            device: *self,
+            port,
+            gid_index: u8::try_from(gid_index).ok()?,
+            gid: self.gid(port, gid_index)?.address.octets(),
+            link,
+            lid: if link == Link::InfiniBand { attr.lid } else { 0 },
+            mtu: 128 << attr.active_mtu.clamp(1, 5),
+        })
     }
 
     /// The descriptor that is readable when something has happened to the device.

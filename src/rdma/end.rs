@@ -95,7 +95,7 @@ impl End {
             receive_bytes: MESSAGE_BYTES_MAX,
             send_bytes: 2 * MESSAGE_BYTES_MAX,
         };
-        let mut qp = QueuePair::new(id, &domain, &channel, 0, &limits, &size, true)?;
+        let mut qp = QueuePair::new(Some(id), &domain, &channel, 0, &limits, &size, true)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         Ok(Self {
             qp,
@@ -209,6 +209,6 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        self.qp.id().disconnect();
+        self.qp.disconnect();
     }
 }

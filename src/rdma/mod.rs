@@ -7,6 +7,7 @@
 //! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says why. `unsafe` lives in
 //! `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may touch; the rest is safe code on top.
 
+mod by_hand;
 mod client;
 #[allow(unsafe_code)]
 mod cm;

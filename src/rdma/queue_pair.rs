@@ -12,11 +12,12 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::cm::Id;
-use super::device::{Access, CompletionChannel, Domain, Limits, Mr};
+use super::cm::{ACK_TIMEOUT, Id, RETRIES, RNR_RETRIES};
+use super::device::{Access, CompletionChannel, Domain, Limits, Mr, PortAddress};
 use super::verbs::{self, Verbs, check, ibv_sge, ibv_wc, not_null};
 use crate::error::Error;
 use crate::memory::{Arena, Slot};
+use crate::message::{Link, QueuePairAddress};
 use crate::transport::SlotRange;
 
 /// Short messages are copied into their work request, where the device can.
@@ -27,6 +28,10 @@ const POLL: usize = 32;
 const SIGNAL_BYTES: usize = 256 << 10;
 /// Tells a receive's `wr_id` from the others, which are sequence numbers.
 const RECEIVE: u64 = 1 << 63;
+/// A peer without a receive is asked again after 0.64 ms.
+const RNR_TIMER: u8 = 12;
+/// Routers that a packet may pass.
+const HOPS: u8 = 64;
 
 /// How a queue pair is made.
 pub(super) struct Size {
@@ -120,7 +125,8 @@ pub(super) struct QueuePair {
     cq: NonNull<verbs::ibv_cq>,
     /// For sends, if they are not announced.
     send_cq: Option<NonNull<verbs::ibv_cq>>,
-    id: Id,
+    /// None if it is connected by hand: see [`QueuePair::init`].
+    id: Option<Id>,
     verbs: &'static Verbs,
 
     ring: Ring,
@@ -182,10 +188,10 @@ fn register(domain: &Arc<Domain>, bytes: usize, access: Access) -> Result<(Slot,
 }
 
 impl QueuePair {
-    /// Makes the queue pair of a connection that is about to be. Completions are announced at `channel` with `context`; those of sends
+    /// Makes the queue pair of a connection that is about to be: rdma_cm's `id`, or without one to be connected by hand. Completions are announced at `channel` with `context`; those of sends
     /// only if `announce_sends`.
     pub fn new(
-        id: Id,
+        id: Option<Id>,
         domain: &Arc<Domain>,
         channel: &Arc<CompletionChannel>,
         context: u64,
@@ -250,10 +256,15 @@ impl QueuePair {
             ..Default::default()
         };
         // A device that inlines less, or nothing, says EINVAL.
+        let create_qp = |made: &mut verbs::ibv_qp_init_attr| match &id {
+            Some(id) => id.create_qp(domain, made),
+            // SAFETY: the domain is alive, and the queues are until the queue pair has been destroyed.
+            None => not_null(unsafe { (verbs.ibv_create_qp)(domain.raw(), made) }),
+        };
         let mut made = attr(INLINE_BYTES);
-        let qp = id.create_qp(domain, &mut made).or_else(|_| {
+        let qp = create_qp(&mut made).or_else(|_| {
             made = attr(0);
-            id.create_qp(domain, &mut made)
+            create_qp(&mut made)
         });
         let qp = match qp {
             Ok(qp) => qp,
@@ -290,9 +301,115 @@ impl QueuePair {
         })
     }
 
-    /// The connection.
+    /// The connection, which rdma_cm makes.
     pub fn id(&self) -> &Id {
-        &self.id
+        self.id.as_ref().expect("it is connected by rdma_cm")
+    }
+
+    /// Ends the connection: nothing more is sent or received.
+    pub fn disconnect(&self) {
+        match &self.id {
+            Some(id) => id.disconnect(),
+            None => {
+                let attr = verbs::ibv_qp_attr { qp_state: verbs::IBV_QPS_ERR, ..Default::default() };
+                // If that fails the device is gone.
+                let _ = self.modify(attr, verbs::IBV_QP_STATE);
+            }
+        }
+    }
+
+    // Connecting by hand -------------------------------------------------------------------------------------------
+
+    fn modify(&self, mut attr: verbs::ibv_qp_attr, mask: u32) -> io::Result<()> {
+        // SAFETY: the queue pair is alive, and `attr` for the length of the call.
+        check(unsafe { (self.verbs.ibv_modify_qp)(self.qp.as_ptr(), &mut attr, mask as i32) })
+    }
+
+    /// Puts it on a port: receives may be posted from now on. `is_open`: the peer may reach memory that it is given the keys of.
+    pub fn init(&self, at: &PortAddress, is_open: bool) -> io::Result<()> {
+        let remote = verbs::IBV_ACCESS_REMOTE_READ | verbs::IBV_ACCESS_REMOTE_WRITE;
+        let attr = verbs::ibv_qp_attr {
+            qp_state: verbs::IBV_QPS_INIT,
+            port_num: at.port,
+            qp_access_flags: verbs::IBV_ACCESS_LOCAL_WRITE | if is_open { remote } else { 0 },
+            ..Default::default()
+        };
+        let mask =
+            verbs::IBV_QP_STATE | verbs::IBV_QP_PKEY_INDEX | verbs::IBV_QP_PORT | verbs::IBV_QP_ACCESS_FLAGS;
+        self.modify(attr, mask)
+    }
+
+    /// What the peer must know of it.
+    pub fn address(&self, at: &PortAddress, psn: u32, peer_psn: u32, reads: u16) -> QueuePairAddress {
+        QueuePairAddress {
+            gid: at.gid,
+            // SAFETY: the queue pair is alive.
+            qpn: unsafe { self.qp.as_ref() }.qp_num,
+            psn,
+            peer_psn,
+            mtu: at.mtu,
+            lid: at.lid,
+            reads,
+            link: at.link,
+        }
+    }
+
+    /// Connects it with the peer's, which is on the same kind of link, once both sides know both addresses. `reads_out`: RDMA READs that
+    /// this side may have outstanding.
+    pub fn join(
+        &self,
+        at: &PortAddress,
+        ours: &QueuePairAddress,
+        theirs: &QueuePairAddress,
+        reads_out: u8,
+    ) -> io::Result<()> {
+        let is_ethernet = ours.link == Link::Ethernet;
+        let attr = verbs::ibv_qp_attr {
+            qp_state: verbs::IBV_QPS_RTR,
+            // The library's numbers: 256 is 1, 4096 is 5.
+            path_mtu: ours.mtu.min(theirs.mtu).ilog2() - 7,
+            dest_qp_num: theirs.qpn,
+            rq_psn: theirs.psn,
+            max_dest_rd_atomic: ours.reads.min(255) as u8,
+            min_rnr_timer: RNR_TIMER,
+            ah_attr: verbs::ibv_ah_attr {
+                grh: verbs::ibv_global_route {
+                    dgid: verbs::ibv_gid { raw: theirs.gid },
+                    sgid_index: at.gid_index,
+                    hop_limit: HOPS,
+                    ..Default::default()
+                },
+                dlid: theirs.lid,
+                is_global: u8::from(is_ethernet),
+                port_num: at.port,
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let mask = verbs::IBV_QP_STATE
+            | verbs::IBV_QP_AV
+            | verbs::IBV_QP_PATH_MTU
+            | verbs::IBV_QP_DEST_QPN
+            | verbs::IBV_QP_RQ_PSN
+            | verbs::IBV_QP_MAX_DEST_RD_ATOMIC
+            | verbs::IBV_QP_MIN_RNR_TIMER;
+        self.modify(attr, mask)?;
+        let attr = verbs::ibv_qp_attr {
+            qp_state: verbs::IBV_QPS_RTS,
+            timeout: ACK_TIMEOUT,
+            retry_cnt: RETRIES,
+            rnr_retry: RNR_RETRIES,
+            sq_psn: ours.psn,
+            max_rd_atomic: reads_out,
+            ..Default::default()
+        };
+        let mask = verbs::IBV_QP_STATE
+            | verbs::IBV_QP_TIMEOUT
+            | verbs::IBV_QP_RETRY_CNT
+            | verbs::IBV_QP_RNR_RETRY
+            | verbs::IBV_QP_SQ_PSN
+            | verbs::IBV_QP_MAX_QP_RD_ATOMIC;
+        self.modify(attr, mask)
     }
 
     // Receiving ----------------------------------------------------------------------------------------------------
@@ -622,7 +739,9 @@ impl Drop for QueuePair {
             self.receives.iter().for_each(|receives| receives.mr.leak());
             return;
         }
-        self.id.forget_qp();
+        if let Some(id) = &mut self.id {
+            id.forget_qp();
+        }
         for cq in self.send_cq.into_iter().chain([self.cq]) {
             // SAFETY: as above; every event of theirs was acknowledged when it was got.
             unsafe { (self.verbs.ibv_destroy_cq)(cq.as_ptr()) };

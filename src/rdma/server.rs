@@ -11,12 +11,14 @@
 //! from then on announces itself at its device's completion channel.
 
 use std::collections::{HashMap, VecDeque};
+use std::net::Ipv6Addr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use slab::Slab;
 
+use super::by_hand::port_of;
 use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size};
@@ -24,8 +26,11 @@ use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rd
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Mapping, Slot};
-use crate::message::{self, HANDSHAKE_BYTES_MAX, Message, Parsed, RemoteRegion};
+use crate::message::{
+    self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion,
+};
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
+use crate::tcp::Exchange;
 use crate::transport::{
     CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
@@ -249,15 +254,7 @@ impl Server {
             id.reject(&rejection(libc::EOPNOTSUPP, text));
             return Err(Error::Unsupported(text.into()));
         }
-        let credits = policy.queue_depth as usize + 1;
-        // A WRITE and a SEND for each response, and control messages.
-        let answers = 2 * credits + CONTROL_MESSAGES;
-        let size = Size {
-            sends: answers + usize::from(reads_max),
-            receives: credits + CONTROL_MESSAGES,
-            receive_bytes: MESSAGE_BYTES + policy.inline_bytes_max as usize,
-            send_bytes: SEND_BYTES,
-        };
+        let size = size_for(policy.queue_depth as usize + 1, policy.inline_bytes_max, reads_max);
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
         let entry = self.connections.vacant_entry();
         let connection_id = ConnectionId { index: entry.key() as u32, generation: self.generation };
@@ -266,38 +263,84 @@ impl Server {
         id.migrate(&self.channel)
             .map_err(|source| Error::io("Cannot take over an RDMA connection", source))?;
         // From here on the queue pair owns the identifier; if it cannot be made the client is turned away without a reason.
-        let mut qp = QueuePair::new(id, domain, channel, number, limits, &size, true)?;
+        let mut qp = QueuePair::new(Some(id), domain, channel, number, limits, &size, true)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
         qp.id()
             .accept(&request(), reads_max)
             .map_err(|source| Error::io("Cannot accept an RDMA connection", source))?;
-        // The queue may be shorter than was asked for: half of it is for answers then.
-        let reads_max = usize::from(reads_max).min((qp.room() / 2).max(qp.room().saturating_sub(answers)));
-        let now = Instant::now();
-        entry.insert(Connection {
-            generation: connection_id.generation,
-            qp,
-            port,
-            state: State::Handshake,
-            crc: false,
-            since: now,
-            heard: now,
-            timer: None,
-            is_hot: false,
-            is_dirty: false,
-            inbox: VecDeque::new(),
-            unanswered: HashMap::new(),
-            fetches: VecDeque::new(),
-            reads: 0,
-            reads_max,
-            unsent: VecDeque::new(),
-            waiting: None,
-            header: Vec::new(),
-            counters: Counters::default(),
-        });
+        entry.insert(Connection::new(connection_id, qp, port, State::Handshake, &size, reads_max));
         self.set_timer(reactor, connection_id);
         Ok(connection_id)
+    }
+
+    /// Makes a queue pair for a client that has shaken hands over TCP and told where its own is. Gives what the client must be told; requests
+    /// may come from then on. Whoever owns the TCP connection says [`Server::stream_ended`] when it ends, and ends it when this one
+    /// closes. Fails, with nothing changed, if there can be no such queue pair.
+    pub fn pair_up(
+        &mut self,
+        reactor: &mut Reactor,
+        exchange: &Exchange,
+    ) -> Result<(ConnectionId, QueuePairAddress), Error> {
+        let unfit = |what: String| Err(Error::Unsupported(what));
+        let Exchange { peer, theirs, local, remote, .. } = exchange;
+        let (Some(local), Some(remote)) = (*local, *remote) else {
+            return unfit("the connection has no IP addresses; use TCP".into());
+        };
+        let at = port_of(local)?;
+        let (grant, gid) = (&peer.grant, Ipv6Addr::from(theirs.gid));
+        if theirs.link != at.link || (at.link == Link::InfiniBand && theirs.gid[..8] != at.gid[..8]) {
+            return Err(at.failed("the client's port is on another network; use TCP"));
+        }
+        // The kernel looks up the way to the client's GID, and waits for it: so it must be one that is known.
+        if at.link == Link::Ethernet && gid.to_canonical() != remote {
+            let text = format!("the client's GID {gid} is not its address {remote}, so the way is unknown; use TCP");
+            return Err(at.failed(text));
+        }
+        let Some(port) = self.ports.iter().position(|port| port.device == at.device) else {
+            return Err(at.failed("the server does not use this device; see its log"));
+        };
+        let Port { limits, policy, domain, channel, .. } = &self.ports[port];
+        if grant.queue_depth > policy.queue_depth || grant.data_bytes_max > policy.data_bytes_max {
+            return Err(at.failed("the device allows less than what was granted; use TCP, or lower the server's limits"));
+        }
+        let reads_max = theirs.reads.min(limits.reads_out.into()) as u8;
+        if reads_max == 0 {
+            return Err(at.failed("the client's device allows no RDMA READ, by which large writes are fetched; use TCP"));
+        }
+        let credits = grant.credits() as usize;
+        let size = size_for(credits, grant.inline_bytes_max, reads_max);
+        self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
+        let entry = self.connections.vacant_entry();
+        let id = ConnectionId { index: entry.key() as u32, generation: self.generation };
+        let mut qp = QueuePair::new(None, domain, channel, number_of(id), limits, &size, true)
+            .map_err(|error| at.failed(error))?;
+        let ours = qp.address(&at, theirs.peer_psn, theirs.psn, 0);
+        qp.init(&at, false).map_err(|source| at.failed(format!("the port takes no queue pair ({source})")))?;
+        qp.provide_receives(credits + CONTROL_MESSAGES).map_err(|error| at.failed(error))?;
+        qp.arm().map_err(|source| at.failed(format!("its completions cannot be watched ({source})")))?;
+        qp.join(&at, &ours, theirs, reads_max).map_err(|source| {
+            at.failed(format!("it finds no way to the client's GID {gid} ({source}); see the client's network"))
+        })?;
+        let state = State::Open(Box::new(peer.clone()));
+        let mut connection = Connection::new(id, qp, port, state, &size, reads_max);
+        connection.crc = grant.crc();
+        connection.unanswered.reserve(credits);
+        entry.insert(connection);
+        self.set_timer(reactor, id);
+        Ok((id, ours))
+    }
+
+    /// The TCP connection of a connection that was paired up has ended, and with it this one.
+    pub fn stream_ended(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
+        // What the client sent before it went is taken in.
+        self.look(reactor, id, usize::MAX);
+        let Some(connection) = self.get(id) else { return };
+        let reason = match reason {
+            CloseReason::Finished | CloseReason::Lost(0) => connection.gone(),
+            other => other,
+        };
+        self.end(reactor, id, reason);
     }
 
     fn get(&mut self, id: ConnectionId) -> Option<&mut Connection> {
@@ -566,6 +609,7 @@ impl Server {
                 return Ok(());
             }
             Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
+            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
         connection.qp.give_back(message);
         Ok(())
@@ -666,7 +710,7 @@ impl Server {
             reactor.cancel_timer(timer);
         }
         self.counters = self.counters.plus(&connection.counted());
-        connection.qp.id().disconnect();
+        connection.qp.disconnect();
         drop(connection);
     }
 }
@@ -674,13 +718,41 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         for (_, connection) in &mut self.connections {
-            connection.qp.id().disconnect();
+            connection.qp.disconnect();
         }
         self.connections.clear();
     }
 }
 
 impl Connection {
+    fn new(id: ConnectionId, qp: QueuePair, port: usize, state: State, size: &Size, reads_max: u8) -> Self {
+        // The queue may be shorter than was asked for: half of it is for answers then.
+        let answers = size.sends - usize::from(reads_max);
+        let reads_max = usize::from(reads_max).min((qp.room() / 2).max(qp.room().saturating_sub(answers)));
+        let now = Instant::now();
+        Self {
+            generation: id.generation,
+            qp,
+            port,
+            state,
+            crc: false,
+            since: now,
+            heard: now,
+            timer: None,
+            is_hot: false,
+            is_dirty: false,
+            inbox: VecDeque::new(),
+            unanswered: HashMap::new(),
+            fetches: VecDeque::new(),
+            reads: 0,
+            reads_max,
+            unsent: VecDeque::new(),
+            waiting: None,
+            header: Vec::new(),
+            counters: Counters::default(),
+        }
+    }
+
     fn counted(&self) -> Counters {
         Counters {
             work_requests: self.qp.counters.work_requests,
@@ -806,6 +878,17 @@ impl Counters {
             reads: self.reads + other.reads,
             copied_bytes: self.copied_bytes + other.copied_bytes,
         }
+    }
+}
+
+/// The queue pair of a connection with so many credits.
+fn size_for(credits: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
+    Size {
+        // A WRITE and a SEND for each response, and control messages.
+        sends: 2 * credits + CONTROL_MESSAGES + usize::from(reads_max),
+        receives: credits + CONTROL_MESSAGES,
+        receive_bytes: MESSAGE_BYTES + inline_bytes_max as usize,
+        send_bytes: SEND_BYTES,
     }
 }
 

@@ -76,6 +76,7 @@ functions! {
         fn ibv_destroy_cq(*mut ibv_cq) -> c_int;
         fn ibv_get_cq_event(*mut ibv_comp_channel, *mut *mut ibv_cq, *mut *mut c_void) -> c_int;
         fn ibv_ack_cq_events(*mut ibv_cq, u32);
+        fn ibv_create_qp(*mut ibv_pd, *mut ibv_qp_init_attr) -> *mut ibv_qp;
         fn ibv_destroy_qp(*mut ibv_qp) -> c_int;
         fn ibv_modify_qp(*mut ibv_qp, *mut ibv_qp_attr, c_int) -> c_int;
         fn ibv_get_async_event(*mut ibv_context, *mut ibv_async_event) -> c_int;

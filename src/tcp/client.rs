@@ -21,7 +21,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
-use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
+use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
@@ -76,6 +76,7 @@ pub struct Client {
     early: Option<Reply>,
     /// Replies that [`ClientTransport::receive`] has not yet handed out.
     done: Vec<Reply>,
+    exchange: Exchange,
 
     silence: Silence,
 
@@ -83,6 +84,15 @@ pub struct Client {
     /// How requests end that the failure takes with it.
     lost: Status,
     counters: ClientCounters,
+}
+
+/// Whether the server is to tell where its queue pair is.
+#[derive(Debug)]
+enum Exchange {
+    /// It must not.
+    No,
+    Asked,
+    Answered(Result<QueuePairAddress, Error>),
 }
 
 #[derive(Debug)]
@@ -163,6 +173,7 @@ impl Client {
             partial: None,
             early: None,
             done: Vec::new(),
+            exchange: Exchange::No,
             silence: Silence::new(&grant),
             failure: None,
             lost: Status::OK,
@@ -174,6 +185,46 @@ impl Client {
     /// between, so a server that lives but works long on a request is not silent. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
         self.silence.set_request_timeout(timeout);
+    }
+
+    /// Its own address.
+    pub fn local_address(&self) -> Result<SocketAddr, Error> {
+        let address = self.stream.local_addr();
+        address.map_err(|source| Error::io("Cannot find out the connection's address", source))
+    }
+
+    /// Tells the server where this side's end of a queue pair is, and waits until `deadline` to be told where the server's is. Nothing may
+    /// have been asked yet, and [`Grant::queue_pair`] must be granted. If the server makes no queue pair, or none in time, this
+    /// fails; in the first case the connection goes on as it is ([`ClientTransport::failure`] is None).
+    pub fn exchange_queue_pairs(
+        &mut self,
+        ours: &QueuePairAddress,
+        deadline: Instant,
+    ) -> Result<QueuePairAddress, Error> {
+        let start = self.head.len();
+        message::encode_queue_pair(Ok(ours), self.limits.crc, &mut self.head);
+        let head_len = self.head.len() - start;
+        self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: false });
+        self.exchange = Exchange::Asked;
+        self.flush();
+        let mut none = Vec::new();
+        loop {
+            self.receive(&mut none);
+            if let Exchange::Answered(answer) = std::mem::replace(&mut self.exchange, Exchange::Asked) {
+                self.exchange = Exchange::No;
+                return answer;
+            }
+            if self.failure.is_none() && Instant::now() >= deadline {
+                self.fail_lost(libc::ETIMEDOUT, "the server made no queue pair in time");
+            }
+            if let Some(failure) = &self.failure {
+                return Err(Error::Closed { errno: failure.errno(), text: failure.to_string() });
+            }
+            match self.wait(Some(deadline)) {
+                Err(error) if error.errno() != libc::EINTR => return Err(error),
+                _ => {}
+            }
+        }
     }
 
     /// Ends the connection. `receive` then hands out what was outstanding.
@@ -422,6 +473,12 @@ impl Client {
                     self.end_with_goodbye(status, text);
                     return Ok(());
                 }
+                Message::QueuePair(what) if matches!(self.exchange, Exchange::Asked) => {
+                    let refused =
+                        |(status, text)| Error::Refused { status, text: message::text(text) };
+                    self.exchange = Exchange::Answered(what.map_err(refused));
+                }
+                Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
                 Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
             }
         }

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
-pub use server::Server;
+pub use server::{Exchange, Server};
 
 use crate::error::Error;
 

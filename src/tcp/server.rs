@@ -8,16 +8,17 @@
 //! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::{Shutdown, shutdown, sockopt};
+use rustix::net::{Shutdown, getpeername, getsockname, shutdown, sockopt};
 
 use crate::error::{Status, Violation};
-use crate::handshake::{Grant, Policy};
+use crate::handshake::{Grant, Peer, Policy};
 use crate::memory::Slot;
-use crate::message::{self, Limits, Message, Parsed};
+use crate::message::{self, Limits, Message, Parsed, QueuePairAddress};
 use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
 use crate::transport::{
     CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
@@ -45,11 +46,39 @@ pub struct Server {
     entries: Vec<Entry>,
     free: Vec<u32>,
     events: VecDeque<ServerEvent>,
+    exchanges: VecDeque<Exchange>,
     /// Connections with answers since the last flush.
     dirty: Vec<u32>,
     /// Boxed because the kernel points at a batch while it sends it.
     spare: Vec<Box<SendBatch>>,
     sending: usize,
+}
+
+/// A client that wants its connection to move to a queue pair.
+#[derive(Debug)]
+pub struct Exchange {
+    /// The connection. It waits for [`Server::answer_exchange`].
+    pub connection: ConnectionId,
+    /// Who it is, and what it was granted.
+    pub peer: Peer,
+    /// Where its queue pair is.
+    pub theirs: QueuePairAddress,
+    /// The addresses of both ends of the connection, if they are IP addresses.
+    pub local: Option<IpAddr>,
+    /// The client's.
+    pub remote: Option<IpAddr>,
+}
+
+/// Whether a connection moves to a queue pair.
+enum Moving {
+    /// It does not.
+    No,
+    /// Its first message may ask for it.
+    Offered(Box<Peer>),
+    /// It has asked. Nothing but signs of life may come.
+    Asked,
+    /// It has moved: the same.
+    Moved,
 }
 
 struct Entry {
@@ -134,6 +163,7 @@ struct Connection {
     socket: File,
     state: State,
     grant: Option<Grant>,
+    moving: Moving,
     receiving: Receiving,
     unread: Unread,
     /// The front of a message whose rest has not arrived.
@@ -216,6 +246,7 @@ impl Server {
             entries: Vec::new(),
             free: Vec::new(),
             events: VecDeque::new(),
+            exchanges: VecDeque::new(),
             dirty: Vec::new(),
             spare: Vec::new(),
             sending: 0,
@@ -245,6 +276,7 @@ impl Server {
             socket,
             state: State::Handshake(Vec::new()),
             grant: None,
+            moving: Moving::No,
             receiving: Receiving::Messages,
             unread: Unread::None,
             partial: Vec::new(),
@@ -265,6 +297,40 @@ impl Server {
         });
         self.receive(reactor, &mut connection);
         self.put(reactor, connection);
+    }
+
+    /// The next client that wants to move to a queue pair.
+    pub fn next_exchange(&mut self) -> Option<Exchange> {
+        self.exchanges.pop_front()
+    }
+
+    /// Answers it: the connection moves to this queue pair, and from now on carries nothing but signs of life and its end; or it stays, for
+    /// this reason.
+    pub fn answer_exchange(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        answer: Result<&QueuePairAddress, (Status, &str)>,
+    ) {
+        let Some(mut connection) = self.take(id) else { return };
+        if matches!((&connection.moving, &connection.state), (Moving::Asked, State::Open)) {
+            connection.moving = if answer.is_ok() { Moving::Moved } else { Moving::No };
+            if answer.is_ok()
+                && let Some((timer, _)) = connection.keepalive.take()
+            {
+                // What it has promised to say it now says elsewhere.
+                reactor.cancel_timer(timer);
+            }
+            let crc = connection.limits().crc;
+            connection.out(&mut self.spare).push_bytes(|out| message::encode_queue_pair(answer, crc, out));
+            self.mark_dirty(&mut connection);
+        }
+        self.put(reactor, connection);
+    }
+
+    /// Whether [`ServerTransport::next_event`] has something.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
     }
 
     fn token(&self, id: ConnectionId, kind: Kind) -> Token {
@@ -432,7 +498,31 @@ impl Server {
     }
 
     fn take_message(&mut self, connection: &mut Connection, message: Message<'_>) -> Result<(), Violation> {
+        let moving = match connection.moving {
+            Moving::Offered(_) => std::mem::replace(&mut connection.moving, Moving::No),
+            _ => Moving::No,
+        };
         match message {
+            Message::QueuePair(theirs) => {
+                let Moving::Offered(peer) = moving else {
+                    return Err(Violation::Kind(message::Kind::QueuePair as u8));
+                };
+                let theirs = theirs.map_err(|_| Violation::Field)?;
+                connection.moving = Moving::Asked;
+                let ip = |address: rustix::net::SocketAddrAny| {
+                    std::net::SocketAddr::try_from(address).ok().map(|address| address.ip().to_canonical())
+                };
+                self.exchanges.push_back(Exchange {
+                    connection: connection.id,
+                    peer: *peer,
+                    theirs,
+                    local: getsockname(&connection.socket).ok().and_then(ip),
+                    remote: getpeername(&connection.socket).ok().flatten().and_then(ip),
+                });
+            }
+            Message::Request(..) if matches!(connection.moving, Moving::Asked | Moving::Moved) => {
+                return Err(Violation::Kind(message::Kind::Request as u8));
+            }
             Message::Request(request, body) => {
                 let credits = connection.grant.map_or(0, |grant| grant.credits()) as usize;
                 if connection.unanswered.len() >= credits {
@@ -608,6 +698,9 @@ impl Server {
                 stop_timers(reactor, connection);
                 connection.state = State::Open;
                 connection.grant = Some(peer.grant);
+                if peer.grant.queue_pair {
+                    connection.moving = Moving::Offered(Box::new(peer.clone()));
+                }
                 connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&welcome));
                 self.mark_dirty(connection);
                 if !peer.keepalive.is_zero() {

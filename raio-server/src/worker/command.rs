@@ -44,7 +44,7 @@ impl Worker {
         self.counters.request(command.opcode());
         if self.is_refusing() {
             let text = "The server is shutting down. Connect again later.";
-            return self.respond(connection, request.key, failure(Status::transport(libc::ESHUTDOWN), text));
+            return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
         }
         let first = match command {
             Command::Open { flags, mode, path } => self.open(connection, flags, mode, path),
@@ -78,7 +78,7 @@ impl Worker {
             First::Work(work) => {
                 self.begin(connection, request.key, work);
             }
-            First::Answer(response) => self.respond(connection, request.key, response),
+            First::Answer(response) => self.respond(request.key, response),
         }
     }
 
@@ -242,7 +242,7 @@ impl Worker {
     fn close(&mut self, connection: usize, request: &transport::Request, handle: FileHandle) {
         let session = self.connections[connection].session;
         let Some(file) = self.sessions[session].session.close(handle) else {
-            return self.respond(connection, request.key, unknown_handle());
+            return self.respond(request.key, unknown_handle());
         };
         self.forget(session, handle);
         self.tell_others(self.sessions[session].session.id, handle);
@@ -256,11 +256,11 @@ impl Worker {
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {
         let Some(&key) = self.connections[connection].requests.get(&id) else {
             let text = "The request that was to be cancelled is not outstanding.";
-            return self.respond(connection, request.key, failure(Status::storage(libc::ENOENT), text));
+            return self.respond(request.key, failure(Status::storage(libc::ENOENT), text));
         };
         if self.requests[key].canceller.is_some() {
             let text = "The request is being cancelled already.";
-            return self.respond(connection, request.key, failure(Status::storage(libc::EALREADY), text));
+            return self.respond(request.key, failure(Status::storage(libc::EALREADY), text));
         }
         self.requests[key].canceller = Some(request.key);
         self.cancel(connection, key);

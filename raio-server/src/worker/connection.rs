@@ -8,7 +8,7 @@ use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::handshake::Peer;
 use raio_transport::protocol::FileHandle;
-use raio_transport::transport::{CloseReason, ConnectionId};
+use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use super::{Mail, Worker};
 use crate::backend::{self, Handle};
@@ -17,7 +17,6 @@ use crate::session::{OpenFile, Session, index_of};
 
 /// A connection that has finished its handshake.
 pub(super) struct Connection {
-    pub(super) transport: u8,
     pub(super) id: ConnectionId,
     pub(super) session: usize,
     /// Its requests that are not yet answered, by the client's ids.
@@ -42,12 +41,12 @@ pub(super) struct LocalSession {
 }
 
 impl Worker {
-    pub(super) fn connection(&self, owner: u8, id: ConnectionId) -> Option<usize> {
-        let key = (*self.by_transport[usize::from(owner)].get(id.index as usize)?)?;
+    pub(super) fn connection(&self, id: ConnectionId) -> Option<usize> {
+        let key = (*self.by_transport.get(id.index as usize)?)?;
         (self.connections[key].id == id).then_some(key)
     }
 
-    pub(super) fn opened(&mut self, owner: u8, id: ConnectionId, peer: Peer) {
+    pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
         tracing::debug!(name = peer.name, "A client has connected.");
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
@@ -60,7 +59,6 @@ impl Worker {
         };
         self.sessions[session].connections += 1;
         let key = self.connections.insert(Connection {
-            transport: owner,
             id,
             session,
             requests: HashMap::new(),
@@ -70,7 +68,7 @@ impl Worker {
             violation: None,
             name: peer.name,
         });
-        let by_index = &mut self.by_transport[usize::from(owner)];
+        let by_index = &mut self.by_transport;
         let index = id.index as usize;
         if by_index.len() <= index {
             by_index.resize(index + 1, None);
@@ -78,15 +76,15 @@ impl Worker {
         by_index[index] = Some(key);
     }
 
-    pub(super) fn closed(&mut self, owner: u8, id: ConnectionId, reason: &CloseReason) {
-        let Some(key) = self.connection(owner, id) else {
+    pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
+        let Some(key) = self.connection(id) else {
             self.counters.close_reason(reason);
             if let (CloseReason::Violation(violation), Some(suppressed)) = (reason, self.warnings.pass()) {
                 tracing::warn!(suppressed, "A client's handshake failed: {violation}.");
             }
             return;
         };
-        self.by_transport[usize::from(owner)][id.index as usize] = None;
+        self.by_transport[id.index as usize] = None;
         let connection = self.connections.remove(key);
         if connection.is_waiting {
             self.turns.retain(|&other| other != key);
@@ -138,10 +136,10 @@ impl Worker {
 
     /// Ends a connection whose client broke raio's protocol.
     pub(super) fn violate(&mut self, connection: usize, violation: Violation) {
-        let Connection { transport, id, violation: noted, .. } = &mut self.connections[connection];
+        let Connection { id, violation: noted, .. } = &mut self.connections[connection];
         *noted = Some(violation);
         let status = Status::protocol(violation.errno());
-        self.transports.get(*transport).close(&mut self.reactor, *id, status, &format!("{violation}."));
+        self.transport.close(&mut self.reactor, *id, status, &format!("{violation}."));
     }
 
     // Files ------------------------------------------------------------------------------------------------------------

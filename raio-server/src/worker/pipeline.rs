@@ -2,7 +2,7 @@
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
-use raio_transport::transport::{RequestKey, Response, SlotRange};
+use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 
 use super::Worker;
 use super::connection::Connection;
@@ -22,7 +22,6 @@ impl Worker {
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
         let needs = work.slot_len();
         let request = self.requests.insert(Request {
-            transport: self.connections[connection].transport,
             key,
             connection: Some(connection),
             state: State::NeedSlot,
@@ -62,8 +61,8 @@ impl Worker {
     }
 
     fn grant(&mut self, connection: usize, bytes: usize) -> Grant {
-        let Connection { transport, id, slot_bytes, .. } = self.connections[connection];
-        let held = slot_bytes + self.transports.get(transport).unsent_bytes(id);
+        let Connection { id, slot_bytes, .. } = self.connections[connection];
+        let held = slot_bytes + self.transport.unsent_bytes(id);
         if held > 0 && held + bytes > self.share_bytes {
             return Grant::OverShare;
         }
@@ -111,16 +110,16 @@ impl Worker {
             self.connections[connection].slot_bytes += slot.len();
         }
         if matches!(request.work, Work::Write(..)) {
-            let (owner, name) = (request.transport, request.key);
+            let name = request.key;
             self.enter(key, State::Fetching);
-            self.transports.get(owner).fetch(&mut self.reactor, name, slot, 0);
+            self.transport.fetch(&mut self.reactor, name, slot, 0);
         } else {
             self.execute(key, Some(slot));
         }
     }
 
-    pub(super) fn fetched(&mut self, owner: u8, name: RequestKey, range: SlotRange) {
-        let Some(connection) = self.connection(owner, name.connection) else { return };
+    pub(super) fn fetched(&mut self, name: RequestKey, range: SlotRange) {
+        let Some(connection) = self.connection(name.connection) else { return };
         let Some(&key) = self.connections[connection].requests.get(&name.id) else { return };
         if self.requests[key].is_cancelled {
             self.answer(key, cancelled());
@@ -205,7 +204,7 @@ impl Worker {
             }
         }
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond(connection, request.key, response);
+        self.respond(request.key, response);
         if let Some(canceller) = request.canceller {
             let response = if was_cancelled {
                 success(0)
@@ -215,18 +214,17 @@ impl Worker {
                     "It was too late to cancel the request: it has run to its end.",
                 )
             };
-            self.respond(connection, canceller, response);
+            self.respond(canceller, response);
         }
     }
 
     /// Answers a request that was not begun, or is over.
-    pub(super) fn respond(&mut self, connection: usize, name: RequestKey, response: Response) {
+    pub(super) fn respond(&mut self, name: RequestKey, response: Response) {
         self.counters.answered.add(1);
         if !response.status.is_ok() {
             self.counters.errors.add(1);
         }
-        let owner = self.connections[connection].transport;
-        self.transports.get(owner).respond(&mut self.reactor, name, response);
+        self.transport.respond(&mut self.reactor, name, response);
     }
 
     /// Cancels a request as far as that goes.
