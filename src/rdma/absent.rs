@@ -129,6 +129,16 @@ impl End {
         match incoming.0 {}
     }
 
+    /// Fails.
+    pub fn unjoined(_: IpAddr) -> Result<(Self, QueuePairAddress), Error> {
+        Err(absent())
+    }
+
+    /// Joins it with another.
+    pub fn join(&mut self, _: &QueuePairAddress, _: &QueuePairAddress) -> Result<(), Error> {
+        match self.0 {}
+    }
+
     /// Posts receives.
     pub fn set_receives(&mut self, _: usize) -> Result<(), Error> {
         match self.0 {}

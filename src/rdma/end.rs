@@ -7,13 +7,14 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::by_hand::{packet_numbers, port_of};
 use super::cm::{EventChannel, Id, Kind};
-use super::device::{Access, CompletionChannel, Domain, Mr};
+use super::device::{Access, CompletionChannel, Device, Domain, Mr, PortAddress};
 use super::queue_pair::{Completion, Message, QueuePair, Size};
 use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot};
-use crate::message::RemoteRegion;
+use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::transport::SlotRange;
 
 /// Receives that may be posted.
@@ -38,7 +39,8 @@ pub struct End {
     qp: QueuePair,
     domain: Arc<Domain>,
     _channel: Arc<CompletionChannel>,
-    events: Arc<EventChannel>,
+    /// rdma_cm's, if that makes the connection; else the port.
+    made_by: Result<Arc<EventChannel>, PortAddress>,
     /// What is laid open, for ever.
     open: Vec<(Slot, Mr)>,
     inbox: std::collections::VecDeque<Message>,
@@ -84,8 +86,38 @@ impl End {
         Ok(end)
     }
 
+    /// An end that is to be joined with another by hand, on the port that has the address `local`; and what to tell the other side.
+    pub fn unjoined(local: IpAddr) -> Result<(Self, QueuePairAddress), Error> {
+        let at = port_of(local)?;
+        let mut end = Self::unconnected(None, at.device, Err(at))?;
+        let failed = |source| Error::io("Cannot make a queue pair", source);
+        end.qp.init(&at, true).map_err(failed)?;
+        end.qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        let (psn, peer_psn) = packet_numbers();
+        let reads = at.device.limits().map_err(failed)?.reads_in;
+        let ours = end.qp.address(&at, psn, peer_psn, reads.into());
+        Ok((end, ours))
+    }
+
+    /// Joins it with the other end.
+    pub fn join(&mut self, ours: &QueuePairAddress, theirs: &QueuePairAddress) -> Result<(), Error> {
+        let Err(at) = &self.made_by else { return Err(no_rdma("rdma_cm has made this connection")) };
+        let joined = self.qp.join(at, ours, theirs, theirs.reads.min(16) as u8);
+        joined.map_err(|source| Error::io("Cannot join two queue pairs", source))
+    }
+
     fn new(id: Id, events: &Arc<EventChannel>) -> Result<Self, Error> {
         let device = id.device().ok_or_else(|| no_rdma("the address belongs to no device"))?;
+        let mut end = Self::unconnected(Some(id), device, Ok(Arc::clone(events)))?;
+        end.qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        Ok(end)
+    }
+
+    fn unconnected(
+        id: Option<Id>,
+        device: Device,
+        made_by: Result<Arc<EventChannel>, PortAddress>,
+    ) -> Result<Self, Error> {
         let limits = device.limits().map_err(|source| Error::io("Cannot use the RDMA device", source))?;
         let domain = Domain::new(device)?;
         let channel = CompletionChannel::new(device)?;
@@ -95,13 +127,12 @@ impl End {
             receive_bytes: MESSAGE_BYTES_MAX,
             send_bytes: 2 * MESSAGE_BYTES_MAX,
         };
-        let mut qp = QueuePair::new(Some(id), &domain, &channel, 0, &limits, &size, true)?;
-        qp.provide_receives(HANDSHAKE_MESSAGES)?;
+        let qp = QueuePair::new(id, &domain, &channel, 0, &limits, &size, true)?;
         Ok(Self {
             qp,
             domain,
             _channel: channel,
-            events: Arc::clone(events),
+            made_by,
             open: Vec::new(),
             inbox: Default::default(),
             has_failed: false,
@@ -124,7 +155,7 @@ impl End {
                 return;
             }
         }
-        while let Some(event) = self.events.next() {
+        while let Some(event) = self.made_by.as_ref().ok().and_then(EventChannel::next) {
             if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved | Kind::Refused) {
                 // What came before it counts.
                 while self.qp.look() {

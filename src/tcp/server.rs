@@ -301,7 +301,13 @@ impl Server {
 
     /// The next client that wants to move to a queue pair.
     pub fn next_exchange(&mut self) -> Option<Exchange> {
-        self.exchanges.pop_front()
+        while let Some(exchange) = self.exchanges.pop_front() {
+            // It may have ended since, for what it said next.
+            if self.connection(exchange.connection).is_some_and(|connection| connection.state == State::Open) {
+                return Some(exchange);
+            }
+        }
+        None
     }
 
     /// Answers it: the connection moves to this queue pair, and from now on carries nothing but signs of life and its end; or it stays, for

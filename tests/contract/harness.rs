@@ -19,7 +19,7 @@ use raio_transport::transport::{
     Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerEvent, ServerTransport, SlotRange,
 };
-use raio_transport::{pair, rdma, tcp};
+use raio_transport::{any, pair, rdma, tcp};
 
 /// Nothing in these tests takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -31,11 +31,17 @@ pub enum Transport {
     TcpUring,
     TcpEpoll,
     Rdma,
+    /// A TCP connection that moves to a queue pair after the handshake.
+    RdmaAfterTcp,
 }
 
 impl Transport {
     pub fn is_tcp(self) -> bool {
         matches!(self, Self::TcpUring | Self::TcpEpoll)
+    }
+
+    pub fn is_rdma(self) -> bool {
+        matches!(self, Self::Rdma | Self::RdmaAfterTcp)
     }
 }
 
@@ -222,6 +228,10 @@ impl Server {
                         Transport::Rdma => {
                             Wires::Rdma(rdma::Server::new(&mut reactor, 1, policy, &arena).unwrap())
                         }
+                        Transport::RdmaAfterTcp => {
+                            let rdma = rdma::Server::new(&mut reactor, 2, Arc::clone(&policy), &arena);
+                            Wires::Any(any::Server::new(1, &policy, Some(rdma.unwrap())))
+                        }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
                     Handler::new(wires, arena, seen_by_worker).run(&mut reactor, &receiver);
@@ -262,7 +272,8 @@ impl Server {
 
     /// A stream to the server.
     pub fn stream(&self) -> TcpStream {
-        let (client, server) = tcp_pair();
+        let (client, server) =
+            if self.transport == Transport::RdmaAfterTcp { tcp_pair_by_rdma() } else { tcp_pair() };
         self.serve(server);
         client
     }
@@ -297,6 +308,11 @@ impl Server {
             Transport::Pair => Box::new(pair::Client::from_end(self.link(), offer, deadline)?),
             Transport::Rdma => {
                 Box::new(rdma::Client::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
+            }
+            Transport::RdmaAfterTcp => {
+                let offer = Offer { queue_pair: true, ..offer.clone() };
+                let stream = tcp::Client::from_stream(self.stream(), &offer, deadline)?;
+                Box::new(rdma::Client::upgrade(stream, deadline).map_err(|(_, error)| error)?)
             }
             _ => Box::new(tcp::Client::from_stream(self.stream(), offer, deadline)?),
         };
@@ -369,7 +385,16 @@ impl Drop for Server {
 
 /// Two connected TCP sockets, the second non-blocking.
 pub fn tcp_pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    tcp_pair_at(Ipv4Addr::LOCALHOST)
+}
+
+/// The same, between addresses of RDMA devices.
+pub fn tcp_pair_by_rdma() -> (TcpStream, TcpStream) {
+    tcp_pair_at(rdma_addresses()[0])
+}
+
+fn tcp_pair_at(address: Ipv4Addr) -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind((address, 0)).unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (server, _) = listener.accept().unwrap();
     client.set_nodelay(true).unwrap();
@@ -383,6 +408,7 @@ enum Wires {
     Tcp(tcp::Server),
     Pair(pair::Server),
     Rdma(rdma::Server),
+    Any(any::Server),
 }
 
 impl Wires {
@@ -391,12 +417,14 @@ impl Wires {
             Self::Tcp(server) => server,
             Self::Pair(server) => server,
             Self::Rdma(server) => server,
+            Self::Any(server) => server,
         }
     }
 
     fn adopt(&mut self, reactor: &mut Reactor, wire: Wire) {
         match (self, wire) {
             (Self::Tcp(server), Wire::Tcp(fd)) => server.adopt(reactor, fd),
+            (Self::Any(server), Wire::Tcp(fd)) => server.adopt_tcp(reactor, fd),
             (Self::Pair(server), Wire::Pair(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {
                 if let Err(error) = server.adopt(reactor, incoming) {
@@ -484,8 +512,10 @@ impl Handler {
             seen.unsent_bytes_max = seen.unsent_bytes_max.max(transport.unsent_bytes(connection));
         }
         seen.connections = transport.connections();
-        if let Wires::Rdma(server) = &self.wires {
-            seen.rdma = server.counters();
+        match &self.wires {
+            Wires::Rdma(server) => seen.rdma = server.counters(),
+            Wires::Any(server) => seen.rdma = server.rdma_counters(),
+            Wires::Tcp(_) | Wires::Pair(_) => {}
         }
         seen.arena_bytes = self.arena.used_bytes();
         seen.arena_bytes_max = seen.arena_bytes_max.max(seen.arena_bytes);

@@ -39,7 +39,10 @@ contract! {
         for (n, (what, bytes, violation)) in [
             ("a response", response, Violation::Kind(2)),
             ("kind 0", changed(0, 0), Violation::Kind(0)),
-            ("kind 6", changed(0, 6), Violation::Kind(6)),
+            ("kind 7", changed(0, 7), Violation::Kind(7)),
+            ("a queue pair that nobody offered to take", encoded(|out| {
+                message::encode_queue_pair(Ok(&crate::upgrade::SOME_ADDRESS), false, out);
+            }), Violation::Kind(6)),
             ("both directions at once", changed(1, 3), Violation::Reserved),
             ("an unknown flag", changed(1, 4), Violation::Reserved),
             ("a body that is no multiple of 8", changed(2, 15), Violation::Length),
@@ -97,7 +100,7 @@ contract! {
             }
             let expected = match (transport, at) {
                 // Its length is that of a message here, so that is what is wrong.
-                (Transport::Pair | Transport::Rdma, 2) => Violation::Length,
+                (Transport::Pair | Transport::Rdma | Transport::RdmaAfterTcp, 2) => Violation::Length,
                 _ => Violation::Checksum,
             };
             let reason = server.closed(n);

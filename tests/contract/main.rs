@@ -1,5 +1,6 @@
 //! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, TCP over
-//! epoll, RDMA where there is a device. A test is written once, with [`contract!`], and appears four times.
+//! epoll, RDMA by rdma_cm and RDMA that began as TCP where there is a device. A test is written once, with [`contract!`], and appears
+//! five times.
 //!
 //! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread) and [`raw`] a peer
 //! that can misbehave. The server's handler asserts that credits are never exceeded, in every test.
@@ -35,6 +36,13 @@ macro_rules! contract {
                         super::$name(crate::harness::Transport::Rdma);
                     }
                 }
+
+                #[test]
+                fn rdma_after_tcp() {
+                    if crate::harness::has_rdma() {
+                        super::$name(crate::harness::Transport::RdmaAfterTcp);
+                    }
+                }
             }
         )*
     };
@@ -50,4 +58,5 @@ mod raw;
 mod rdma;
 mod silence;
 mod slow;
+mod upgrade;
 mod vanishing;

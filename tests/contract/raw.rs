@@ -8,12 +8,14 @@ use raio_transport::error::{Class, Status};
 use raio_transport::handshake::{Grant, Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{
-    self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, RemoteRegion, Welcome,
+    self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, Welcome,
 };
 use raio_transport::transport::ClientTransport;
 use raio_transport::{pair, rdma, tcp};
 
-use crate::harness::{Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair};
+use crate::harness::{
+    Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
+};
 
 /// A peer's end of a connection.
 pub struct Raw {
@@ -26,6 +28,8 @@ enum Wire {
     Tcp(TcpStream, Vec<u8>),
     Pair(pair::End),
     Rdma(Box<rdma::End>),
+    /// The queue pair, and the TCP connection that it was exchanged over.
+    RdmaAfterTcp(Box<rdma::End>, TcpStream),
 }
 
 /// What came.
@@ -37,6 +41,7 @@ pub enum Got {
     Ping(u64),
     Pong(u64),
     Goodbye(Status, String),
+    QueuePair(Result<QueuePairAddress, (Status, String)>),
     /// The other side is gone.
     End,
 }
@@ -57,6 +62,11 @@ impl Raw {
         Self { wire, limits: Limits { crc: false, data_bytes_max: u32::MAX } }
     }
 
+    /// A peer over a stream, which has not said anything.
+    pub fn over_stream(stream: TcpStream) -> Self {
+        Self::new(Wire::Tcp(stream, Vec::new()))
+    }
+
     /// A client that has not said anything.
     pub fn client(server: &Server) -> Self {
         match server.transport {
@@ -71,7 +81,45 @@ impl Raw {
 
     /// A client that has shaken hands.
     pub fn open_client(server: &Server, offer: &Offer) -> (Self, Grant) {
-        Self::client(server).open(offer)
+        if server.transport != Transport::RdmaAfterTcp {
+            return Self::client(server).open(offer);
+        }
+        let offer = Offer { queue_pair: true, ..offer.clone() };
+        let (mut raw, grant) = Self::client(server).open(&offer);
+        let (end, ours) = raw.unjoined();
+        raw.send_queue_pair(&ours);
+        let theirs = raw.next_queue_pair();
+        raw.join(end, &ours, &theirs);
+        raw.set_receives(grant.credits() as usize + 8);
+        (raw, grant)
+    }
+
+    /// A queue pair by the stream's address, and what to say of it.
+    pub fn unjoined(&mut self) -> (rdma::End, QueuePairAddress) {
+        rdma::End::unjoined(self.stream().local_addr().unwrap().ip()).unwrap()
+    }
+
+    /// Tells the other side.
+    pub fn send_queue_pair(&mut self, ours: &QueuePairAddress) {
+        let mut bytes = Vec::new();
+        message::encode_queue_pair(Ok(ours), self.limits.crc, &mut bytes);
+        self.send(&bytes);
+    }
+
+    /// What the other side tells.
+    pub fn next_queue_pair(&mut self) -> QueuePairAddress {
+        match self.next() {
+            Got::QueuePair(Ok(theirs)) => theirs,
+            other => panic!("{other:?} is no queue pair"),
+        }
+    }
+
+    /// Moves to the queue pair.
+    pub fn join(&mut self, mut end: rdma::End, ours: &QueuePairAddress, theirs: &QueuePairAddress) {
+        end.join(ours, theirs).unwrap();
+        let stream = self.stream().try_clone().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        self.wire = Wire::RdmaAfterTcp(Box::new(end), stream);
     }
 
     /// The same, over a stream with small buffers.
@@ -93,7 +141,7 @@ impl Raw {
         match &mut self.wire {
             Wire::Tcp(..) => {}
             Wire::Pair(end) => end.set_receives(receives),
-            Wire::Rdma(end) => end.set_receives(receives).unwrap(),
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.set_receives(receives).unwrap(),
         }
     }
 
@@ -102,12 +150,30 @@ impl Raw {
         let offer = Offer { features, ..Offer::new("test") };
         let (client, mut raw) = Self::server_before_handshake(transport, offer);
         let hello = raw.handshake_bytes().expect("a hello comes");
+        let policy = Policy { queue_pair: transport == Transport::RdmaAfterTcp, ..policy.clone() };
         let Parsed::Item((peer, welcome), _) = policy.welcome(&hello).unwrap() else {
             panic!("half a hello")
         };
         raw.set_receives(1024);
         raw.send(&welcome);
         raw.limits = peer.grant.limits();
+        if peer.grant.queue_pair {
+            let theirs = raw.next_queue_pair();
+            let (end, ours) = raw.unjoined();
+            let ours = QueuePairAddress { psn: theirs.peer_psn, peer_psn: theirs.psn, reads: 0, ..ours };
+            let stream = raw.stream().try_clone().unwrap();
+            raw.join(end, &ours, &theirs);
+            raw.set_receives(1024);
+            let mut over_tcp = Self::over_stream(stream);
+            over_tcp.limits = raw.limits;
+            over_tcp.stream().set_nonblocking(false).unwrap();
+            over_tcp.send_queue_pair(&ours);
+            over_tcp.stream().set_nonblocking(true).unwrap();
+            let Got::Ping(ping) = raw.next() else { panic!("the client does not try the queue pair") };
+            let mut pong = Vec::new();
+            message::encode_pong(ping, raw.limits.crc, &mut pong);
+            raw.send(&pong);
+        }
         (Client::over(client.join().unwrap().unwrap()), raw)
     }
 
@@ -152,6 +218,20 @@ impl Raw {
                 };
                 (thread, Self::new(Wire::Rdma(Box::new(rdma::End::accept(incoming).unwrap()))))
             }
+            Transport::RdmaAfterTcp => {
+                let (theirs, ours) = tcp_pair_by_rdma();
+                ours.set_nonblocking(false).unwrap();
+                let thread = std::thread::spawn(move || {
+                    let offer = Offer { queue_pair: true, ..offer };
+                    let stream = tcp::Client::from_stream(theirs, &offer, deadline)?;
+                    if !stream.grant().queue_pair {
+                        return Ok(Box::new(stream) as _);
+                    }
+                    let moved = rdma::Client::upgrade(stream, deadline);
+                    moved.map(|client| Box::new(client) as _).map_err(|(_, error)| error)
+                });
+                (thread, Self::new(Wire::Tcp(ours, Vec::new())))
+            }
             _ => {
                 let (theirs, ours) = tcp_pair();
                 ours.set_nonblocking(false).unwrap();
@@ -167,7 +247,7 @@ impl Raw {
     /// The stream, to misbehave below the level of messages.
     pub fn stream(&mut self) -> &mut TcpStream {
         match &mut self.wire {
-            Wire::Tcp(stream, _) => stream,
+            Wire::Tcp(stream, _) | Wire::RdmaAfterTcp(_, stream) => stream,
             Wire::Pair(_) | Wire::Rdma(_) => panic!("it has no stream"),
         }
     }
@@ -176,14 +256,14 @@ impl Raw {
     pub fn end(&self) -> &pair::End {
         match &self.wire {
             Wire::Pair(end) => end,
-            Wire::Tcp(..) | Wire::Rdma(_) => panic!("it is no link"),
+            _ => panic!("it is no link"),
         }
     }
 
     /// The queue pair, to misbehave with memory.
     pub fn rdma(&mut self) -> &mut rdma::End {
         match &mut self.wire {
-            Wire::Rdma(end) => end,
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end,
             Wire::Tcp(..) | Wire::Pair(_) => panic!("it has no queue pair"),
         }
     }
@@ -193,7 +273,7 @@ impl Raw {
         match &mut self.wire {
             Wire::Tcp(..) => panic!("TCP places nothing"),
             Wire::Pair(end) => assert!(end.place(region, data)),
-            Wire::Rdma(end) => assert!(end.place(region, data)),
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => assert!(end.place(region, data)),
         }
     }
 
@@ -201,7 +281,7 @@ impl Raw {
     pub fn send(&mut self, message: &[u8]) -> bool {
         match &mut self.wire {
             Wire::Tcp(stream, _) => stream.write_all(message).is_ok(),
-            Wire::Rdma(end) => end.send(message),
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.send(message),
             Wire::Pair(end) => {
                 let mut message = message.to_vec();
                 let deadline = Instant::now() + PATIENCE;
@@ -233,7 +313,7 @@ impl Raw {
     pub fn request_in(&mut self, id: u64, body: &[u8], len: u32) -> bool {
         let (address, key) = match &mut self.wire {
             Wire::Tcp(..) => (0, 0),
-            Wire::Rdma(end) => end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap(),
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap(),
             Wire::Pair(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
                 (0, end.lay_open(pair::Access::Write, buffers))
@@ -256,7 +336,7 @@ impl Raw {
         response.encode(&[], self.limits.crc, &mut bytes);
         match self.wire {
             Wire::Tcp(..) => bytes.extend_from_slice(data),
-            Wire::Pair(_) | Wire::Rdma(_) => self.place(request.region, data),
+            _ => self.place(request.region, data),
         }
         self.send(&bytes);
     }
@@ -264,7 +344,7 @@ impl Raw {
     /// The next handshake message; None if the other side ends instead.
     pub fn handshake_bytes(&mut self) -> Option<Vec<u8>> {
         match &mut self.wire {
-            Wire::Pair(_) | Wire::Rdma(_) => self.whole_message(),
+            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => self.whole_message(),
             Wire::Tcp(stream, _) => {
                 let mut bytes = vec![0; HANDSHAKE_BYTES];
                 stream.read_exact(&mut bytes).ok()?;
@@ -297,6 +377,17 @@ impl Raw {
             let (gone, message) = match &mut self.wire {
                 Wire::Pair(end) => (end.has_lost_peer(), end.receive()),
                 Wire::Rdma(end) => (end.has_lost_peer(), end.receive()),
+                Wire::RdmaAfterTcp(end, stream) => {
+                    // What it carries, a goodbye, comes by the queue pair too.
+                    let over = match stream.read(&mut [0; 4096]) {
+                        Ok(n) => n == 0,
+                        Err(error) => error.kind() != ErrorKind::WouldBlock,
+                    };
+                    if over {
+                        std::thread::sleep(Duration::from_millis(200));
+                    }
+                    (end.has_lost_peer() || over, end.receive())
+                }
                 Wire::Tcp(..) => unreachable!("a stream has no messages"),
             };
             if message.is_some() {
@@ -314,7 +405,7 @@ impl Raw {
     pub fn next(&mut self) -> Got {
         let limits = self.limits;
         match &mut self.wire {
-            Wire::Pair(_) | Wire::Rdma(_) => match self.whole_message() {
+            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => match self.whole_message() {
                 None => Got::End,
                 Some(bytes) => match got(&bytes, &limits) {
                     Some((got, taken)) => with_data(got, &bytes[taken..]),
@@ -384,6 +475,9 @@ fn got(bytes: &[u8], limits: &Limits) -> Option<(Got, usize)> {
         Message::Ping(id) => Got::Ping(id),
         Message::Pong(id) => Got::Pong(id),
         Message::Goodbye(status, text) => Got::Goodbye(status, message::text(text)),
+        Message::QueuePair(what) => {
+            Got::QueuePair(what.map_err(|(status, text)| (status, message::text(text))))
+        }
     };
     Some((got, taken))
 }

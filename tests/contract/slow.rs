@@ -49,7 +49,7 @@ contract! {
         }
         let CloseReason::Violation(reason) = server.closed(0) else { panic!("no violation") };
         // What waits for its room over RDMA counts against the credits, which the client does not know about as it takes nothing.
-        let is_rdma = transport == Transport::Rdma;
+        let is_rdma = transport.is_rdma();
         assert!(reason == Violation::Stalled || (is_rdma && reason == Violation::Credits), "{reason}");
         bystander.works();
         server.until("everything to be given back", |seen| (seen.arena_bytes == 0).then_some(()));
@@ -82,7 +82,7 @@ contract! {
 
     fn a_client_that_is_slow_to_take_its_answers_gets_them_all(transport) {
         // RDMA is Soft-RoCE on emulated processors here, and the wire is what is slow.
-        let stall_timeout = if transport == Transport::Rdma { 10 * STALL } else { STALL };
+        let stall_timeout = if transport.is_rdma() { 10 * STALL } else { STALL };
         let server = serve(transport, Policy { data_bytes_max: 256 << 10, stall_timeout, ..impatient() });
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("slow"));
         for round in 0..3 {
