@@ -38,8 +38,7 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
     if let Some(reason) = rdma::unavailable() {
         return Ok(over_tcp(plain()?, &format_args!("there is no RDMA here ({reason})")));
     }
-    let stream =
-        tcp::Client::connect(address, &Offer { queue_pair: true, ..offer.clone() }, deadline)?;
+    let stream = tcp::Client::connect(address, &Offer { queue_pair: true, ..offer.clone() }, deadline)?;
     if !stream.grant().queue_pair {
         return Ok(over_tcp(Box::new(stream), &"the server has no RDMA, or will not use it; see its log"));
     }
@@ -199,7 +198,7 @@ impl Server {
     }
 
     /// What an event of TCP's says to others.
-    fn from_tcp(&mut self, event: ServerEvent) -> Option<ServerEvent> {
+    fn heard_of_tcp(&mut self, event: ServerEvent) -> Option<ServerEvent> {
         Some(match event {
             ServerEvent::Opened(id, peer) => ServerEvent::Opened(outside_tcp(id), peer),
             ServerEvent::Request(mut request) => {
@@ -222,7 +221,7 @@ impl Server {
         })
     }
 
-    fn from_rdma(&mut self, event: ServerEvent) -> ServerEvent {
+    fn heard_of_rdma(&mut self, event: ServerEvent) -> ServerEvent {
         match event {
             ServerEvent::Opened(id, peer) => ServerEvent::Opened(self.outside_rdma(id), peer),
             ServerEvent::Request(mut request) => {
@@ -272,10 +271,10 @@ impl ServerTransport for Server {
     fn next_event(&mut self) -> Option<ServerEvent> {
         // RDMA's first: what has moved closes there before its place is taken by another TCP connection.
         if let Some(event) = self.rdma.as_mut().and_then(ServerTransport::next_event) {
-            return Some(self.from_rdma(event));
+            return Some(self.heard_of_rdma(event));
         }
         while let Some(event) = self.tcp.next_event() {
-            let event = self.from_tcp(event);
+            let event = self.heard_of_tcp(event);
             if event.is_some() {
                 return event;
             }

@@ -9,8 +9,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED,
-    OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
+    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_QUEUE_PAIR,
+    OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
 };
 
 /// Sixteen random bytes, for a session or a server.

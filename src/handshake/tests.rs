@@ -69,6 +69,38 @@ fn a_welcome_has_these_bytes() {
 }
 
 #[test]
+fn a_client_that_could_move_to_a_queue_pair_asks_with_these_bytes() {
+    const ASKS: &str = "03 00 00 00 00 00 00 00";
+    let offer = Offer { queue_pair: true, ..offer() };
+    let hello = offer.hello();
+    assert_eq!(hello[64..], [&hex(HELLO)[64..], &hex(ASKS)].concat());
+    for (queue_pair, answer) in [(true, ASKS), (false, "03 00 02 00 00 00 00 00")] {
+        let policy = Policy { queue_pair, ..policy() };
+        let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&hello) else { panic!("not welcome") };
+        assert_eq!(welcome[64..], [&hex(WELCOME)[64..], &hex(answer)].concat());
+        assert_eq!(peer.grant, Grant { queue_pair, ..grant() });
+        let Ok(Parsed::Item(granted, _)) = offer.grant(&welcome) else { panic!("no grant") };
+        assert_eq!(granted, peer.grant);
+        // Who has not asked must not be granted it.
+        let unasked = Offer { queue_pair: false, ..offer.clone() }.grant(&welcome);
+        assert_eq!(matches!(unasked, Err(Error::Violation(Violation::Field))), queue_pair);
+    }
+}
+
+#[test]
+fn a_client_asks_for_a_queue_pair_once_and_says_no_more_about_it() {
+    let policy = Policy { queue_pair: true, ..policy() };
+    let Ok(Parsed::Item((hello, _), _)) = message::parse_handshake::<message::Hello>(&offer().hello()) else {
+        panic!("no hello")
+    };
+    let option = |value| HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value };
+    for options in [&[option(b"x")][..], &[option(b""), option(b"")]] {
+        let bytes = message::encode_handshake(hello, options);
+        assert_eq!(policy.welcome(&bytes).err(), Some(Violation::Field));
+    }
+}
+
+#[test]
 fn a_refusal_has_these_bytes() {
     assert_eq!(policy().refusal(libc::EUSERS, "No seat."), hex(REFUSAL));
 }
@@ -112,6 +144,8 @@ proptest! {
         session: [u8; 16],
         epoch: u64,
         wants_crc: bool,
+        wants_queue_pair: bool,
+        has_queue_pairs: bool,
         queue_depth in prop_oneof![Just(0u32), 1u32..200_000],
         keepalive_ms in 0u32..1_000_000,
         name in "\\PC{0,300}",
@@ -127,12 +161,14 @@ proptest! {
             queue_depth,
             keepalive: Duration::from_millis(keepalive_ms.into()),
             name: name.clone(),
+            queue_pair: wants_queue_pair,
         };
         let policy = Policy {
             queue_depth: depth_max,
             data_bytes_max,
             inline_bytes_max,
             keepalive: Duration::from_millis(policy_keepalive_ms.into()),
+            queue_pair: has_queue_pairs,
             ..Policy::default()
         };
         let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else { panic!("not welcome") };
@@ -141,6 +177,7 @@ proptest! {
         prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (session, epoch, offer.keepalive));
         prop_assert_eq!(peer.name, message::clipped(&name));
         prop_assert_eq!(grant.crc(), wants_crc);
+        prop_assert_eq!(grant.queue_pair, wants_queue_pair && has_queue_pairs);
         prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);
         prop_assert!(queue_depth == 0 || grant.queue_depth <= queue_depth);
     }

@@ -192,6 +192,88 @@ fn goodbyes_have_these_bytes() {
 }
 
 #[test]
+fn queue_pairs_have_these_bytes() {
+    let ours = QueuePairAddress {
+        gid: std::array::from_fn(|n| n as u8 + 0x20),
+        qpn: 0x11_2233,
+        psn: 0x44_5566,
+        peer_psn: 0x77_8899,
+        mtu: 4096,
+        lid: 0,
+        reads: 16,
+        link: Link::Ethernet,
+    };
+    let body = "20 21 22 23 24 25 26 27   28 29 2a 2b 2c 2d 2e 2f
+                33 22 11 00  66 55 44 00   99 88 77 00  00 10 00 00
+                00 00 10 00 02 00 00 00";
+    let header = "06 00 28 00  00 00 00 00   00 00 00 00 00 00 00 00
+                  00 00 00 00 00 00 00 00   00 00 00 00 00 00 00 00
+                  00 00 00 00";
+    golden(&format!("{header} 00 00 00 00 {body}"), &PLAIN, Message::QueuePair(Ok(ours)), |out| {
+        encode_queue_pair(Ok(&ours), false, out);
+    });
+    golden(&format!("{header} c2 7c e8 64 {body}"), &CHECKED, Message::QueuePair(Ok(ours)), |out| {
+        encode_queue_pair(Ok(&ours), true, out);
+    });
+    // Retryable or not: what stays on TCP asks once.
+    let status = Status { retryable: false, ..Status::transport(libc::ENODEV) };
+    golden(
+        "06 00 08 00  00 00 00 00   00 00 00 00 00 00 00 00
+         13 00 01 00 00 00 00 00   00 00 00 00 00 00 00 00
+         00 00 00 00  00 00 00 00
+         4e 6f 6e 65 2e 00 00 00",
+        &PLAIN,
+        Message::QueuePair(Err((status, b"None.\0\0\0"))),
+        |out| encode_queue_pair(Err((Status::transport(libc::ENODEV), "None.")), false, out),
+    );
+}
+
+#[test]
+fn a_queue_pair_beyond_its_bounds_is_found_out() {
+    let ours = QueuePairAddress {
+        gid: [1; 16],
+        qpn: 2,
+        psn: 0,
+        peer_psn: 0xff_ffff,
+        mtu: 256,
+        lid: 0xbfff,
+        reads: 0,
+        link: Link::InfiniBand,
+    };
+    type Change = fn(&mut QueuePairAddress);
+    let good: [Change; 4] =
+        [|_| (), |a| a.qpn = 0xff_ffff, |a| (a.link, a.lid) = (Link::Ethernet, 0), |a| a.reads = u16::MAX];
+    let bad: [Change; 11] = [
+        |a| a.gid = [0; 16],
+        |a| a.gid[0] = 0xff,
+        |a| a.qpn = 1,
+        |a| a.qpn = 1 << 24,
+        |a| a.psn = 1 << 24,
+        |a| a.peer_psn = u32::MAX,
+        |a| a.mtu = 128,
+        |a| a.mtu = 3000,
+        |a| a.lid = 0,
+        |a| a.lid = 0xc000,
+        |a| a.link = Link::Ethernet,
+    ];
+    let said = |change: Change| {
+        let mut address = ours;
+        change(&mut address);
+        let mut bytes = Vec::new();
+        encode_queue_pair(Ok(&address), false, &mut bytes);
+        (address, bytes)
+    };
+    for change in good {
+        let (address, bytes) = said(change);
+        let message = Message::QueuePair(Ok(address));
+        assert_eq!(parse(&bytes, &PLAIN), Ok(Parsed::Item(message, bytes.len())));
+    }
+    for (n, change) in bad.into_iter().enumerate() {
+        assert_eq!(parse(&said(change).1, &PLAIN), Err(Violation::Field), "number {n}");
+    }
+}
+
+#[test]
 fn options_have_these_bytes() {
     let bytes = hex("01 00 00 00 03 00 00 00  61 62 63 00 00 00 00 00
          ff 7f 02 00 00 00 00 00
@@ -286,6 +368,31 @@ enum Sample {
     Ping(u64),
     Pong(u64),
     Goodbye(Status, String),
+    QueuePair(QueuePairAddress),
+    NoQueuePair(Status, String),
+}
+
+fn any_queue_pair() -> impl Strategy<Value = QueuePairAddress> {
+    let number = 0u32..1 << 24;
+    (
+        any::<[u8; 16]>(),
+        2u32..1 << 24,
+        number.clone(),
+        number,
+        0u32..5,
+        any::<u16>(),
+        prop::option::of(1u16..0xc000),
+    )
+        .prop_map(|(gid, qpn, psn, peer_psn, mtu, reads, lid)| QueuePairAddress {
+            gid: [&[gid[0].clamp(1, 0xfe)], &gid[1..]].concat().try_into().unwrap(),
+            qpn,
+            psn,
+            peer_psn,
+            mtu: 256 << mtu,
+            lid: lid.unwrap_or(0),
+            reads,
+            link: if lid.is_some() { Link::InfiniBand } else { Link::Ethernet },
+        })
 }
 
 fn any_sample() -> impl Strategy<Value = Sample> {
@@ -295,6 +402,10 @@ fn any_sample() -> impl Strategy<Value = Sample> {
         any::<u64>().prop_map(Sample::Ping),
         any::<u64>().prop_map(Sample::Pong),
         (any_status(), "\\PC{0,300}").prop_map(|(status, text)| Sample::Goodbye(status, text)),
+        any_queue_pair().prop_map(Sample::QueuePair),
+        (any_status(), "\\PC{0,300}")
+            .prop_filter("a failure", |(status, _)| !status.is_ok())
+            .prop_map(|(status, text)| Sample::NoQueuePair(Status { retryable: false, ..status }, text)),
     ]
 }
 
@@ -309,6 +420,8 @@ impl Sample {
             Self::Ping(id) => encode_ping(*id, crc, out),
             Self::Pong(id) => encode_pong(*id, crc, out),
             Self::Goodbye(status, text) => encode_goodbye(*status, text, crc, out),
+            Self::QueuePair(address) => encode_queue_pair(Ok(address), crc, out),
+            Self::NoQueuePair(status, text) => encode_queue_pair(Err((*status, text)), crc, out),
         }
     }
 
@@ -335,6 +448,10 @@ impl Sample {
             }
             (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
             (Self::Goodbye(status, sentence), Message::Goodbye(got, body)) => {
+                got == status && text(body) == clipped(sentence).trim_end_matches('\0')
+            }
+            (Self::QueuePair(address), Message::QueuePair(got)) => *got == Ok(*address),
+            (Self::NoQueuePair(status, sentence), Message::QueuePair(Err((got, body)))) => {
                 got == status && text(body) == clipped(sentence).trim_end_matches('\0')
             }
             _ => false,

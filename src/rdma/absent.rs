@@ -13,8 +13,8 @@ use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, Reactor};
 use crate::tcp;
 use crate::transport::{
-    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, Reply, RequestId, RequestKey, Response,
-    ServerEvent, ServerTransport,
+    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, Reply, RequestId, RequestKey,
+    Response, ServerEvent, ServerTransport,
 };
 
 const REASON: &str = "this program was built without RDMA";
@@ -263,7 +263,6 @@ impl Client {
     }
 
     /// Fails.
-    #[expect(clippy::type_complexity, reason = "as with the feature")]
     pub fn upgrade(stream: tcp::Client, _: Instant) -> Result<Self, (Option<Box<tcp::Client>>, Error)> {
         Err((Some(Box::new(stream)), absent()))
     }

@@ -166,7 +166,6 @@ impl Client {
 
     /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by `deadline`. Fails with the TCP
     /// connection if it can be used as it is, and with why.
-    #[expect(clippy::type_complexity, reason = "what is left of it")]
     pub fn upgrade(
         mut stream: tcp::Client,
         deadline: Instant,
@@ -192,8 +191,9 @@ impl Client {
             return Err((None, Violation::Field.into()));
         }
         let lost = |error: Error| (None, at.failed(error));
-        qp.join(&at, &ours, &theirs, 0)
-            .map_err(|source| lost(Error::io("the queue pair cannot be connected with the server's", source)))?;
+        qp.join(&at, &ours, &theirs, 0).map_err(|source| {
+            lost(Error::io("the queue pair cannot be connected with the server's", source))
+        })?;
         let grant = *stream.grant();
         let mut this = Self::assemble(qp, grant, domain, channel, None, Some(stream)).map_err(lost)?;
         let until = deadline.min(Instant::now() + PROOF_TIME);
@@ -213,12 +213,12 @@ impl Client {
     }
 
     /// A queue pair for what was granted, ready to receive, and its address.
-    #[expect(clippy::type_complexity, reason = "the parts of a client")]
     fn make_by_hand(
         at: &PortAddress,
         grant: &Grant,
     ) -> Result<(QueuePair, QueuePairAddress, Arc<Domain>, Arc<CompletionChannel>), Error> {
-        let unfit = |what: String| Err(Error::Unsupported(format!("the device {what}; ask for less, or use TCP")));
+        let unfit =
+            |what: String| Err(Error::Unsupported(format!("the device {what}; ask for less, or use TCP")));
         let limits =
             at.device.limits().map_err(|source| Error::io("the device does not tell its limits", source))?;
         let credits = grant.credits() as usize;

@@ -208,7 +208,8 @@ impl Device {
     fn port_count(&self) -> u8 {
         let mut attr = verbs::ibv_device_attr::default();
         // SAFETY: the context is open and `attr` may be written.
-        let queried = verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) });
+        let queried =
+            verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) });
         if queried.is_ok() { attr.phys_port_cnt } else { 0 }
     }
 

@@ -26,9 +26,7 @@ use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rd
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Mapping, Slot};
-use crate::message::{
-    self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion,
-};
+use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
 use crate::tcp::Exchange;
 use crate::transport::{
@@ -294,7 +292,8 @@ impl Server {
         }
         // The kernel looks up the way to the client's GID, and waits for it: so it must be one that is known.
         if at.link == Link::Ethernet && gid.to_canonical() != remote {
-            let text = format!("the client's GID {gid} is not its address {remote}, so the way is unknown; use TCP");
+            let text =
+                format!("the client's GID {gid} is not its address {remote}, so the way is unknown; use TCP");
             return Err(at.failed(text));
         }
         let Some(port) = self.ports.iter().position(|port| port.device == at.device) else {
@@ -302,11 +301,15 @@ impl Server {
         };
         let Port { limits, policy, domain, channel, .. } = &self.ports[port];
         if grant.queue_depth > policy.queue_depth || grant.data_bytes_max > policy.data_bytes_max {
-            return Err(at.failed("the device allows less than what was granted; use TCP, or lower the server's limits"));
+            return Err(at.failed(
+                "the device allows less than what was granted; use TCP, or lower the server's limits",
+            ));
         }
         let reads_max = theirs.reads.min(limits.reads_out.into()) as u8;
         if reads_max == 0 {
-            return Err(at.failed("the client's device allows no RDMA READ, by which large writes are fetched; use TCP"));
+            return Err(at.failed(
+                "the client's device allows no RDMA READ, by which large writes are fetched; use TCP",
+            ));
         }
         let credits = grant.credits() as usize;
         let size = size_for(credits, grant.inline_bytes_max, reads_max);
@@ -316,11 +319,14 @@ impl Server {
         let mut qp = QueuePair::new(None, domain, channel, number_of(id), limits, &size, true)
             .map_err(|error| at.failed(error))?;
         let ours = qp.address(&at, theirs.peer_psn, theirs.psn, 0);
-        qp.init(&at, false).map_err(|source| at.failed(format!("the port takes no queue pair ({source})")))?;
+        qp.init(&at, false)
+            .map_err(|source| at.failed(format!("the port takes no queue pair ({source})")))?;
         qp.provide_receives(credits + CONTROL_MESSAGES).map_err(|error| at.failed(error))?;
         qp.arm().map_err(|source| at.failed(format!("its completions cannot be watched ({source})")))?;
         qp.join(&at, &ours, theirs, reads_max).map_err(|source| {
-            at.failed(format!("it finds no way to the client's GID {gid} ({source}); see the client's network"))
+            at.failed(format!(
+                "it finds no way to the client's GID {gid} ({source}); see the client's network"
+            ))
         })?;
         let state = State::Open(Box::new(peer.clone()));
         let mut connection = Connection::new(id, qp, port, state, &size, reads_max);

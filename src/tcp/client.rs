@@ -474,8 +474,7 @@ impl Client {
                     return Ok(());
                 }
                 Message::QueuePair(what) if matches!(self.exchange, Exchange::Asked) => {
-                    let refused =
-                        |(status, text)| Error::Refused { status, text: message::text(text) };
+                    let refused = |(status, text)| Error::Refused { status, text: message::text(text) };
                     self.exchange = Exchange::Answered(what.map_err(refused));
                 }
                 Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),

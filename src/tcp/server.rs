@@ -303,7 +303,8 @@ impl Server {
     pub fn next_exchange(&mut self) -> Option<Exchange> {
         while let Some(exchange) = self.exchanges.pop_front() {
             // It may have ended since, for what it said next.
-            if self.connection(exchange.connection).is_some_and(|connection| connection.state == State::Open) {
+            if self.connection(exchange.connection).is_some_and(|connection| connection.state == State::Open)
+            {
                 return Some(exchange);
             }
         }

@@ -230,7 +230,7 @@ impl Server {
                         }
                         Transport::RdmaAfterTcp => {
                             let rdma = rdma::Server::new(&mut reactor, 2, Arc::clone(&policy), &arena);
-                            Wires::Any(any::Server::new(1, &policy, Some(rdma.unwrap())))
+                            Wires::Any(Box::new(any::Server::new(1, &policy, Some(rdma.unwrap()))))
                         }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
@@ -408,7 +408,7 @@ enum Wires {
     Tcp(tcp::Server),
     Pair(pair::Server),
     Rdma(rdma::Server),
-    Any(any::Server),
+    Any(Box<any::Server>),
 }
 
 impl Wires {
@@ -417,7 +417,7 @@ impl Wires {
             Self::Tcp(server) => server,
             Self::Pair(server) => server,
             Self::Rdma(server) => server,
-            Self::Any(server) => server,
+            Self::Any(server) => &mut **server,
         }
     }
 

@@ -313,7 +313,9 @@ impl Raw {
     pub fn request_in(&mut self, id: u64, body: &[u8], len: u32) -> bool {
         let (address, key) = match &mut self.wire {
             Wire::Tcp(..) => (0, 0),
-            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap(),
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => {
+                end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap()
+            }
             Wire::Pair(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
                 (0, end.lay_open(pair::Access::Write, buffers))

@@ -111,7 +111,10 @@ fn a_queue_pair_that_cannot_be_reached_is_refused_with_the_reason_and_the_connec
         raw.send_queue_pair(&ours);
         let Got::QueuePair(Err((status, text))) = raw.next() else { panic!("{what}: not refused") };
         assert!(status.errno != 0 && status.class == Class::Transport, "{status:?}");
-        assert!(text.contains(said) && text.contains(" port 1, GID ::ffff:") && text.ends_with('.'), "{text}");
+        assert!(
+            text.contains(said) && text.contains(" port 1, GID ::ffff:") && text.ends_with('.'),
+            "{text}"
+        );
         for id in 0..3 {
             raw.request(id, &command(Op::Echo, id), &[]);
             assert!(matches!(raw.next(), Got::Response(..)), "{what}");
@@ -259,7 +262,8 @@ fn the_end_of_a_servers_queue_pair_ends_the_tcp_connection() {
 /// What [`any::connect`] makes of a server at a listener of `pair`'s kind.
 fn reach(server: &Server, listener: TcpListener) -> Reached {
     let address = listener.local_addr().unwrap();
-    let client = std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+    let client =
+        std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
     while !client.is_finished() {
         listener.set_nonblocking(true).unwrap();
         match listener.accept() {
@@ -283,7 +287,8 @@ fn a_client_that_leaves_it_open_gets_rdma_where_both_sides_have_it() {
     let Some(server) = server() else { return };
     let Reached::Rdma(client) = reach(&server, listener_by_rdma()) else { panic!("over TCP") };
     Client::over(client).works();
-    let answered = server.until("the answers", |seen| (seen.rdma.responses > 0).then_some(seen.rdma.responses));
+    let answered =
+        server.until("the answers", |seen| (seen.rdma.responses > 0).then_some(seen.rdma.responses));
     assert_eq!(answered, 3);
 }
 
@@ -292,7 +297,8 @@ fn a_client_that_leaves_it_open_is_told_why_it_stays_on_tcp() {
     if !has_rdma() {
         // There is a reason all the same.
         let server = serve_plain(Transport::TcpEpoll);
-        let Reached::Tcp(client, Some(why)) = reach(&server, TcpListener::bind("127.0.0.1:0").unwrap()) else {
+        let Reached::Tcp(client, Some(why)) = reach(&server, TcpListener::bind("127.0.0.1:0").unwrap())
+        else {
             panic!("no reason")
         };
         assert!(why.starts_with("Connected over TCP, not RDMA: there is no RDMA here ("), "{why}");
@@ -303,7 +309,10 @@ fn a_client_that_leaves_it_open_is_told_why_it_stays_on_tcp() {
     let Reached::Tcp(client, Some(why)) = reach(&server, TcpListener::bind("127.0.0.1:0").unwrap()) else {
         panic!("no reason")
     };
-    assert!(why.contains("GID ::ffff:127.0.0.1 on ") && why.contains("port 1") && why.ends_with('.'), "{why}");
+    assert!(
+        why.contains("GID ::ffff:127.0.0.1 on ") && why.contains("port 1") && why.ends_with('.'),
+        "{why}"
+    );
     Client::over(client).works();
     // The server has none, though its address is right.
     let server = serve_plain(Transport::TcpEpoll);
@@ -372,7 +381,8 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     }
     let listener = listener_by_rdma();
     let address = listener.local_addr().unwrap();
-    let client = std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+    let client =
+        std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
     let policy = Policy { queue_pair: true, ..Policy::default() };
     let welcome = || {
         let mut raw = Raw::over_stream(listener.accept().unwrap().0);

@@ -8,8 +8,8 @@ use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, mend_handshake, mend_messages};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
-    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goodbye, encode_ping, encode_pong, parse,
-    parse_handshake, parse_options, text,
+    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goodbye, encode_ping, encode_pong,
+    encode_queue_pair, parse, parse_handshake, parse_options, text,
 };
 use raio_transport::protocol::{Command, FileStatus};
 
@@ -33,13 +33,14 @@ fuzz_target!(|input: &[u8]| {
 });
 
 fn handshake(bytes: &[u8]) {
-    let policy = Policy { server: [7; 16], ..Policy::default() };
+    let policy = Policy { server: [7; 16], queue_pair: true, ..Policy::default() };
     if let Ok(Parsed::Item((peer, welcome), taken)) = policy.welcome(bytes) {
         assert!(taken <= bytes.len() && peer.grant.queue_depth <= policy.queue_depth);
         assert!(peer.name.len() <= 256);
         let offer = Offer {
             features: peer.grant.features,
             queue_depth: peer.grant.queue_depth,
+            queue_pair: peer.grant.queue_pair,
             ..Offer::new("the same")
         };
         match offer.grant(&welcome) {
@@ -83,6 +84,12 @@ fn messages(mut bytes: &[u8], limits: &Limits) {
             Message::Goodbye(status, body) => {
                 encode_goodbye(status, &text(body), limits.crc, &mut again);
                 // Its text may have been no UTF-8, or padded differently.
+                again.clear();
+                again.extend_from_slice(&bytes[..taken]);
+            }
+            Message::QueuePair(Ok(address)) => encode_queue_pair(Ok(&address), limits.crc, &mut again),
+            Message::QueuePair(Err((status, body))) => {
+                encode_queue_pair(Err((status, &text(body))), limits.crc, &mut again);
                 again.clear();
                 again.extend_from_slice(&bytes[..taken]);
             }

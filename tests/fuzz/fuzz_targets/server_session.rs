@@ -58,7 +58,8 @@ impl Server {
             received_bytes: 4096,
             ..Config::default()
         };
-        let policy = Policy { queue_depth: 8, data_bytes_max: DATA_BYTES_MAX, ..Policy::default() };
+        let policy =
+            Policy { queue_depth: 8, data_bytes_max: DATA_BYTES_MAX, queue_pair: true, ..Policy::default() };
         Self {
             reactor: Reactor::new(&config).unwrap(),
             transport: tcp::Server::new(1, Arc::new(policy)),
@@ -82,7 +83,7 @@ impl Server {
             handshake_len(&bytes)
         } else {
             let features = if crc { FEATURE_CRC } else { 0 };
-            let hello = Offer { features, session: [1; 16], ..Offer::new("fuzz") }.hello();
+            let hello = Offer { features, session: [1; 16], queue_pair: true, ..Offer::new("fuzz") }.hello();
             let begins = hello.len();
             bytes.splice(0..0, hello);
             begins
@@ -128,6 +129,15 @@ impl Server {
         self.reactor.turn(Wait::Poll, &mut self.events).unwrap();
         for event in std::mem::take(&mut self.events) {
             self.transport.handle(&mut self.reactor, event);
+        }
+        while let Some(exchange) = self.transport.next_exchange() {
+            // It moves, or stays, as the client's own number says.
+            let answer = if exchange.theirs.qpn & 1 == 0 {
+                Ok(&exchange.theirs)
+            } else {
+                Err((Status::transport(19), "There is no device."))
+            };
+            self.transport.answer_exchange(&mut self.reactor, exchange.connection, answer);
         }
         while let Some(event) = self.transport.next_event() {
             match event {

@@ -11,8 +11,8 @@ use raio_fuzz::Mode;
 use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, OPTION_NAME, OPTION_REQUIRED, Parsed, RemoteRegion, Request,
-    Response,
+    self, FEATURE_CRC, HandshakeOption, Hello, Link, OPTION_NAME, OPTION_REQUIRED, Parsed, QueuePairAddress,
+    RemoteRegion, Request, Response,
 };
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
@@ -150,9 +150,26 @@ fn control() -> Vec<(String, Vec<u8>)> {
         encode(&mut bytes);
         bytes
     };
+    let queue_pair = QueuePairAddress {
+        gid: [1; 16],
+        qpn: 17,
+        psn: 1,
+        peer_psn: 2,
+        mtu: 1024,
+        lid: 0,
+        reads: 16,
+        link: Link::Ethernet,
+    };
     vec![
         ("ping".into(), encoded(&|out| message::encode_ping(9, false, out))),
         ("pong".into(), encoded(&|out| message::encode_pong(1, false, out))),
+        ("queue-pair".into(), encoded(&|out| message::encode_queue_pair(Ok(&queue_pair), false, out))),
+        (
+            "no-queue-pair".into(),
+            encoded(&|out| {
+                message::encode_queue_pair(Err((Status::transport(19), "No device.")), false, out);
+            }),
+        ),
         ("goodbye".into(), encoded(&|out| message::encode_goodbye(Status::protocol(71), "Bye.", false, out))),
     ]
 }
@@ -167,6 +184,7 @@ fn hellos() -> Vec<(String, Vec<u8>)> {
     let required = [option(0x7fff, OPTION_REQUIRED, &b"future"[..])];
     vec![
         ("hello".into(), plain.hello()),
+        ("hello-queue-pair".into(), Offer { queue_pair: true, ..plain.clone() }.hello()),
         ("hello-crc".into(), Offer { features: FEATURE_CRC, queue_depth: 4, ..plain }.hello()),
         ("hello-unknown-option".into(), message::encode_handshake(fixed, &unknown)),
         ("hello-required-option".into(), message::encode_handshake(fixed, &required)),
@@ -174,17 +192,18 @@ fn hellos() -> Vec<(String, Vec<u8>)> {
 }
 
 fn welcomes() -> Vec<(String, Vec<u8>)> {
-    let policy = Policy { server: [2; 16], ..Policy::default() };
-    let welcome = |features| {
-        let offer = Offer { features, session: [1; 16], ..Offer::new("seed") };
+    let policy = Policy { server: [2; 16], queue_pair: true, ..Policy::default() };
+    let welcome = |features, queue_pair| {
+        let offer = Offer { features, queue_pair, session: [1; 16], ..Offer::new("seed") };
         let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&offer.hello()) else {
             unreachable!("it was just encoded")
         };
         welcome
     };
     vec![
-        ("welcome".into(), welcome(0)),
-        ("welcome-crc".into(), welcome(FEATURE_CRC)),
+        ("welcome".into(), welcome(0, false)),
+        ("welcome-queue-pair".into(), welcome(0, true)),
+        ("welcome-crc".into(), welcome(FEATURE_CRC, false)),
         ("refusal".into(), policy.refusal(87, "All seats are taken.")),
     ]
 }
