@@ -342,6 +342,18 @@ fn close_waits_for_writes_that_are_queued() {
 }
 
 #[test]
+fn a_session_says_why_it_is_not_over_rdma_if_it_might_have_been() {
+    // Loopback belongs to no device, and this server has none.
+    let server = FakeServer::start(policy());
+    let options = Options::default();
+    let session = Session::connect_to(Scheme::Any, server.address, &options).unwrap();
+    let why = session.why_tcp().expect("there is a reason");
+    assert!(why.starts_with("Connected over TCP, not RDMA: ") && why.ends_with('.'), "{why}");
+    session.context(4).unwrap();
+    assert_eq!(Session::connect_to(Scheme::Tcp, server.address, &options).unwrap().why_tcp(), None);
+}
+
+#[test]
 fn a_server_that_answers_nothing_at_all_is_given_up() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

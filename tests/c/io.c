@@ -575,6 +575,8 @@ static void options(char **argv)
 			continue;
 		}
 		MUST(fd > 0);
+		/* Over RDMA, or why not. */
+		CHECK(!raio_errmsg()[0] || !strncmp(raio_errmsg(), "Connected over TCP, not RDMA: ", 30));
 		MUST(raio_open(fd, "/ro/data.bin", O_RDONLY) == 0);
 		MUST(raio_setup(fd, 8, &ctx) == 0);
 		MUST(raio_get_stats(ctx, &stats, sizeof(stats)) == 0);
