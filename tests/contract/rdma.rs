@@ -54,6 +54,36 @@ fn a_read_into_registered_memory_takes_one_work_request_and_no_copy() {
 }
 
 #[test]
+fn requests_sent_together_and_their_answers_share_a_send_each() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    for seed in 0..8 {
+        client.send(seed, &command(Op::Echo, seed), Bulk::None);
+    }
+    for seed in 0..8 {
+        let reply = client.next();
+        assert_eq!((reply.tag, &reply.body[..]), (seed, &command(Op::Echo, seed)[..]));
+    }
+    let counters = counted(&server, 8);
+    // The welcome, and the answers.
+    assert_eq!((counters.responses, counters.work_requests), (8, 2));
+    assert_eq!(client.transport.counters().sends, 1);
+}
+
+#[test]
+fn inline_data_of_requests_in_one_send_stays_apart() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    for seed in 0..12 {
+        client.send(seed, &command(Op::Put, seed), data(pattern(seed, 100 * seed as usize + 1)));
+    }
+    for _ in 0..12 {
+        let reply = client.next();
+        assert_eq!(reply.result, 100 * reply.tag + 1, "the data arrived wrong");
+    }
+}
+
+#[test]
 fn a_large_write_from_registered_memory_is_fetched_and_not_copied() {
     let Some(server) = server() else { return };
     let mut client = server.client();
