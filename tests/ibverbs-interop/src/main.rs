@@ -120,7 +120,13 @@ fn run(arguments: &[String]) -> Result<()> {
     }
     let counts = client.channel.close()?;
     std::io::stdout().write_all(&bytes)?;
-    eprintln!("read {} bytes over RDMA: {counts:?}", bytes.len());
+    eprintln!(
+        "read {} bytes over RDMA: {} messages in {} SENDs, and {} answers as immediate data",
+        bytes.len(),
+        counts.messages_received,
+        counts.sends_received,
+        counts.immediates
+    );
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //! RECV_RDMA_WITH_IMM, the request's id as immediate data, and the number of bytes placed as length.
 //!
 //! What it does not show or do shapes the rest:
+//! - The kind of a port's link is hidden, but RoCE shows in the kind of its GIDs: there is no InfiniBand here.
 //! - The port's MTU is hidden. 1,024 is announced, which every RoCE port with an Ethernet MTU of 1,500 or more has.
 //! - Its first packet sequence number is always 0, so this side asks for 0 both ways.
 //! - A queue pair goes to RTS in one call, and receives can be posted only then: the server must not speak first. It does not: the
@@ -102,7 +103,7 @@ pub enum Event {
 }
 
 /// What was counted on a [`Channel`].
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Counts {
     /// Receives that a SEND took.
     pub sends_received: u64,
