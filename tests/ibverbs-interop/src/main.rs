@@ -92,6 +92,7 @@ fn run(arguments: &[String]) -> Result<()> {
         // every byte of it differs, so that one in the wrong order shows
         next_id: 0xfe01_0203,
         outstanding: HashMap::new(),
+        unsent: Vec::new(),
         ended: VecDeque::new(),
         data_bytes_max: u64::from(welcome.data_bytes_max),
         inline_bytes_max: u64::from(welcome.inline_bytes_max),
@@ -147,6 +148,8 @@ struct Client<'res> {
     next_id: u32,
     /// For each request how much may be placed.
     outstanding: HashMap<u32, u32>,
+    /// Requests, one behind the other.
+    unsent: Vec<u8>,
     /// Answered, and not yet asked for.
     ended: VecDeque<Answer>,
     data_bytes_max: u64,
@@ -154,7 +157,7 @@ struct Client<'res> {
 }
 
 impl Client<'_> {
-    /// Sends a request; its id. Of the credits one is left for control commands.
+    /// Adds a request to the next SEND; its id. Of the credits one is left for control commands.
     fn submit(&mut self, region: Region, inline: &[u8], command: Vec<u8>) -> Result<u32> {
         while self.credits < 2 {
             let answer = self.hear()?;
@@ -165,9 +168,21 @@ impl Client<'_> {
         self.next_id = id.wrapping_add(1);
         let mut message = request(id.into(), region, inline.len() as u32, command);
         message.extend(inline);
-        self.channel.send(&message)?;
+        if self.unsent.len() + message.len() > self.channel.send_bytes_max() {
+            self.flush()?;
+        }
+        self.unsent.extend(message);
         self.outstanding.insert(id, if let Region::Place { len, .. } = region { len } else { 0 });
         Ok(id)
+    }
+
+    /// Sends the requests that share a SEND.
+    fn flush(&mut self) -> Result<()> {
+        if !self.unsent.is_empty() {
+            self.channel.send(&self.unsent)?;
+            self.unsent.clear();
+        }
+        Ok(())
     }
 
     /// The next answer.
@@ -179,6 +194,7 @@ impl Client<'_> {
     }
 
     fn hear(&mut self) -> Result<Answer> {
+        self.flush()?;
         let (answer, credits) = match self.channel.wait()? {
             Event::Placed { id, len } => (Answer { id, result: len.into(), len, body: Vec::new() }, 1),
             Event::Message(message) if message.kind == RESPONSE => {

@@ -202,7 +202,12 @@ impl<'res> Channel<'res> {
             .map_err(|error| format!("ibv_post_recv: {error}. Report it.").into())
     }
 
-    /// Sends one message, waiting for a slot if need be.
+    /// The longest SEND: messages, one behind the other.
+    pub fn send_bytes_max(&self) -> usize {
+        self.send_len
+    }
+
+    /// Sends one message, or several in one SEND, waiting for a slot if need be.
     pub fn send(&mut self, message: &[u8]) -> Result<()> {
         let slot = loop {
             match self.free.pop() {
