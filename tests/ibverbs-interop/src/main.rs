@@ -109,11 +109,8 @@ fn run(arguments: &[String]) -> Result<()> {
         Some(len) => Some(client.write_file(&domain, file, len)?),
         None => None,
     };
-    let size = size_in_status(&client.call(command(wire::STAT, file, 0, 0))?.body)?;
-    let expected = written.as_ref().map_or(opened_size, |written| written.len() as u64);
-    if size != expected {
-        return Err(format!("The server says that the file has {size} bytes, and it has {expected}.").into());
-    }
+    let size = written.as_ref().map_or(opened_size, |written| written.len() as u64);
+    client.check_size(file, size)?;
     let bytes = client.read_file(&domain, file, size)?;
     client.call(command(wire::CLOSE, file, 0, 0))?;
     if written.is_some_and(|written| written != bytes) {
@@ -224,6 +221,23 @@ impl Client<'_> {
     fn call(&mut self, command: Vec<u8>) -> Result<Answer> {
         self.submit(Region::None, &[], command)?;
         self.next()
+    }
+
+    /// Asks for the size as often as there are credits, at once, so that requests share a SEND and answers may.
+    fn check_size(&mut self, file: u32, size: u64) -> Result<()> {
+        let count = self.credits - 1;
+        for _ in 0..count {
+            self.submit(Region::None, &[], command(wire::STAT, file, 0, 0))?;
+        }
+        for _ in 0..count {
+            let said = size_in_status(&self.next()?.body)?;
+            if said != size {
+                return Err(
+                    format!("The server says that the file has {said} bytes, and it has {size}.").into()
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Writes `len` bytes of its own making, by turns inline and from a region, and makes them durable.
