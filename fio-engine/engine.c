@@ -243,7 +243,7 @@ static int stat_file(struct thread_data *td, int session, struct fio_file *f)
 
 /*
  * Does work that connects before fio forks its jobs. A process that was forked from one that has used RDMA cannot use it:
- * so unless it is sure to be TCP this happens in a child of its own. What it finds out goes into memory that fio shares with its children.
+ * so where RDMA may be used this happens in a child of its own. What it finds out goes into memory that fio shares with its children.
  */
 static int before_fork(struct thread_data *td, int (*work)(struct thread_data *, struct fio_file *), struct fio_file *f)
 {

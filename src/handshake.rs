@@ -78,7 +78,8 @@ impl Default for Policy {
             features: FEATURE_CRC,
             queue_depth: 128,
             data_bytes_max: 1 << 20,
-            inline_bytes_max: 8 << 10,
+            // With the room for any message, an RDMA receive so holds four writes of 4 KiB.
+            inline_bytes_max: 13 << 10,
             keepalive: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(30),

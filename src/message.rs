@@ -393,6 +393,19 @@ impl Request {
 }
 
 impl Response {
+    /// The response to a read that has brought so many bytes: what immediate data stands for.
+    pub(crate) fn of_data(id: u64, len: u32) -> Self {
+        Self {
+            id,
+            body_len: 0,
+            data_len: len,
+            status: Status::OK,
+            credits: 1,
+            result: len.into(),
+            data_crc: 0,
+        }
+    }
+
     /// Appends a response to `out`. `self.body_len` is ignored: the body says it.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
         let mut header = Header::new(Kind::Response, self.id, padded(body.len()), self.data_len);

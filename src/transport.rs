@@ -307,14 +307,14 @@ pub trait ClientTransport: Send {
     fn counters(&self) -> ClientCounters;
 }
 
-/// An outstanding request as the client's transport knows it; also its id on the wire.
+/// An outstanding request as the client's transport knows it; also its id on the wire. It has 32 bits, for RDMA's immediate data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(pub u64);
 
 /// The outstanding requests of a client: ids are slot index and generation, so that a late response never hits a reused slot.
 #[derive(Debug)]
 pub struct Outstanding<T> {
-    slots: Vec<(u32, Option<T>)>,
+    slots: Vec<(u16, Option<T>)>,
     free: Vec<u32>,
     /// Credits: how many more requests may be sent, the one for control messages among them.
     credits: u32,
@@ -357,28 +357,28 @@ impl<T> Outstanding<T> {
         self.credits -= 1;
         let (generation, slot) = &mut self.slots[index as usize];
         *slot = Some(value);
-        Ok(RequestId(u64::from(*generation) << 32 | u64::from(index)))
+        Ok(RequestId(u64::from(*generation) << 16 | u64::from(index)))
     }
 
     /// The request with this id.
     pub fn get(&self, id: RequestId) -> Option<&T> {
-        let (generation, slot) = self.slots.get(id.0 as u32 as usize)?;
-        if u64::from(*generation) == id.0 >> 32 { slot.as_ref() } else { None }
+        let (generation, slot) = self.slots.get(id.0 as u16 as usize)?;
+        if u64::from(*generation) == id.0 >> 16 { slot.as_ref() } else { None }
     }
 
     /// The request with this id, to change.
     pub fn get_mut(&mut self, id: RequestId) -> Option<&mut T> {
-        let (generation, slot) = self.slots.get_mut(id.0 as u32 as usize)?;
-        if u64::from(*generation) == id.0 >> 32 { slot.as_mut() } else { None }
+        let (generation, slot) = self.slots.get_mut(id.0 as u16 as usize)?;
+        if u64::from(*generation) == id.0 >> 16 { slot.as_mut() } else { None }
     }
 
     /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, returns credits that
     /// were never spent, or leaves nothing outstanding and no credit to go on with, is the peer's violation.
     pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
-        let index = id.0 as u32;
+        let index = id.0 as u16;
         let is_last = self.len() == 1;
         let (generation, slot) = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
-        if u64::from(*generation) != id.0 >> 32 {
+        if u64::from(*generation) != id.0 >> 16 {
             return Err(Violation::RequestId);
         }
         let credits = self.credits + u32::from(credits);
@@ -388,7 +388,7 @@ impl<T> Outstanding<T> {
         }
         let value = slot.take().ok_or(Violation::RequestId)?;
         *generation = generation.wrapping_add(1);
-        self.free.push(index);
+        self.free.push(index.into());
         self.credits = credits;
         Ok(value)
     }

@@ -20,7 +20,8 @@
  * no threads, installs no signal handlers, and prints nothing.
  *
  * fork.  A child must not use the sessions, files and contexts of its parent: it opens its own. (The parent goes
- * on undisturbed if the child leaves them alone.) Memory from raio_alloc() is not inherited by a child.
+ * on undisturbed if the child leaves them alone.) Memory from raio_alloc() is not inherited by a child. A process
+ * that has used RDMA has children that cannot: there raio_connect() says so with EPROTONOSUPPORT, or uses TCP.
  *
  * Errors.  Calls that return int give -1 and set errno, or, where they say so, return the negated errno as libaio
  * does. An event carries the negated errno in `res`. raio_errmsg() has a sentence for the last failure. An

@@ -244,7 +244,7 @@ impl Client {
 
     /// A client of a connection that is there.
     fn assemble(
-        qp: QueuePair,
+        mut qp: QueuePair,
         grant: Grant,
         domain: Arc<Domain>,
         channel: Arc<CompletionChannel>,
@@ -252,6 +252,7 @@ impl Client {
         mut stream: Option<tcp::Client>,
     ) -> Result<Self, Error> {
         let failed = |source| Error::io("Cannot watch an RDMA connection", source);
+        qp.set_send_bytes_max(MESSAGE_BYTES + grant.inline_bytes_max as usize);
         let async_fd = domain.device.async_fd().map_err(failed)?;
         let epoll = epoll::create(CreateFlags::CLOEXEC).map_err(|errno| failed(errno.into()))?;
         let nudge = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
@@ -468,6 +469,11 @@ impl Client {
                     }
                     self.message = bytes;
                 }
+                Some(Completion::Placed { immediate, len }) => {
+                    if let Err(violation) = self.take_in_placed(immediate, len, replies) {
+                        self.fail_violation(violation);
+                    }
+                }
                 Some(Completion::Failed(failure)) => self.fail_work(failure),
                 Some(Completion::Read(..)) | None => {}
             }
@@ -484,16 +490,32 @@ impl Client {
         arrived
     }
 
-    /// Takes in one message.
-    fn take_in(&mut self, message: &[u8], replies: &mut Vec<Reply>) -> Result<(), Violation> {
-        let Parsed::Item(parsed, taken) = message::parse(message, &self.limits)? else {
-            return Err(Violation::Length);
-        };
-        // Data does not travel in responses: it has been placed.
-        if taken != message.len() {
-            return Err(Violation::Length);
+    /// Takes in a SEND: whole messages, one or more.
+    fn take_in(&mut self, mut messages: &[u8], replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        loop {
+            let Parsed::Item(message, taken) = message::parse(messages, &self.limits)? else {
+                return Err(Violation::Length);
+            };
+            self.take_in_message(message, replies)?;
+            // Data does not travel in responses: it has been placed.
+            messages = &messages[taken..];
+            if messages.is_empty() || self.failure.is_some() {
+                return Ok(());
+            }
         }
-        match parsed {
+    }
+
+    /// Takes in the response to a read that has filled so many bytes.
+    fn take_in_placed(&mut self, id: u32, len: u32, replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        if self.limits.crc {
+            return Err(Violation::Checksum);
+        }
+        replies.push(self.finish(&message::Response::of_data(id.into(), len), &[])?);
+        Ok(())
+    }
+
+    fn take_in_message(&mut self, message: Message<'_>, replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        match message {
             Message::Response(response, body) => replies.push(self.finish(&response, body)?),
             Message::Ping(id) => {
                 if self.queue.len() > self.grant.credits() as usize + CONTROL_MESSAGES {

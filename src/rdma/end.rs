@@ -3,6 +3,7 @@
 //! An [`End`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so that tests can see what
 //! the other side makes of that. Calls block, but not for ever.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use super::queue_pair::{Completion, Message, QueuePair, Size};
 use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot};
-use crate::message::{QueuePairAddress, RemoteRegion};
+use crate::message::{self, QueuePairAddress, RemoteRegion};
 use crate::transport::SlotRange;
 
 /// Receives that may be posted.
@@ -33,6 +34,16 @@ pub enum Allow {
     Write,
 }
 
+#[derive(Debug)]
+enum Arrived {
+    Message(Message),
+    /// Data with a response in its immediate data.
+    Placed {
+        immediate: u32,
+        len: u32,
+    },
+}
+
 /// See the module documentation.
 #[derive(Debug)]
 pub struct End {
@@ -43,7 +54,7 @@ pub struct End {
     made_by: Result<Arc<EventChannel>, PortAddress>,
     /// What is laid open, for ever.
     open: Vec<(Slot, Mr)>,
-    inbox: std::collections::VecDeque<Message>,
+    inbox: VecDeque<Arrived>,
     has_failed: bool,
 }
 
@@ -134,7 +145,7 @@ impl End {
             _channel: channel,
             made_by,
             open: Vec::new(),
-            inbox: Default::default(),
+            inbox: VecDeque::new(),
             has_failed: false,
         })
     }
@@ -147,7 +158,10 @@ impl End {
     fn look(&mut self) {
         while self.qp.look() {
             match self.qp.next() {
-                Some(Completion::Received(message)) => self.inbox.push_back(message),
+                Some(Completion::Received(message)) => self.inbox.push_back(Arrived::Message(message)),
+                Some(Completion::Placed { immediate, len }) => {
+                    self.inbox.push_back(Arrived::Placed { immediate, len });
+                }
                 Some(Completion::Failed(_)) => self.has_failed = true,
                 _ => {}
             }
@@ -159,8 +173,14 @@ impl End {
             if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved | Kind::Refused) {
                 // What came before it counts.
                 while self.qp.look() {
-                    if let Some(Completion::Received(message)) = self.qp.next() {
-                        self.inbox.push_back(message);
+                    match self.qp.next() {
+                        Some(Completion::Received(message)) => {
+                            self.inbox.push_back(Arrived::Message(message))
+                        }
+                        Some(Completion::Placed { immediate, len }) => {
+                            self.inbox.push_back(Arrived::Placed { immediate, len });
+                        }
+                        _ => {}
                     }
                 }
                 self.has_failed = true;
@@ -192,12 +212,22 @@ impl End {
         self.complete()
     }
 
-    /// The next message. Its receive is posted again.
+    /// What came next: messages, one or more. Its receive is posted again. Of data with immediate data it is the response that a
+    /// message would have had.
     pub fn receive(&mut self) -> Option<Vec<u8>> {
         self.look();
-        let message = self.inbox.pop_front()?;
-        let bytes = self.qp.bytes(&message).to_vec();
-        self.qp.give_back(message);
+        let bytes = match self.inbox.pop_front()? {
+            Arrived::Message(message) => {
+                let bytes = self.qp.bytes(&message).to_vec();
+                self.qp.give_back(message);
+                bytes
+            }
+            Arrived::Placed { immediate, len } => {
+                let mut bytes = Vec::new();
+                message::Response::of_data(immediate.into(), len).encode(&[], false, &mut bytes);
+                bytes
+            }
+        };
         let _ = self.qp.post_receives();
         Some(bytes)
     }
@@ -233,7 +263,7 @@ impl End {
         }
         let Ok((mut slot, mr)) = self.memory(data.len(), Access::Local) else { return false };
         slot.bytes_mut()[..data.len()].copy_from_slice(data);
-        self.qp.write(SlotRange { slot, start: 0, len: data.len() }, &mr, address, key);
+        self.qp.write(SlotRange { slot, start: 0, len: data.len() }, &mr, address, key, None);
         self.complete()
     }
 }

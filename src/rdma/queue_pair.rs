@@ -3,7 +3,7 @@
 //! What is posted is owned here until its completion: the slots whose data is written or read, the messages that are sent, the
 //! buffers that receives fill. Work requests are gathered in a chain and posted together ([`QueuePair::post`]): one doorbell, and only
 //! the last of them (and each RDMA READ, and now and then one behind much data) asks for a completion. Completions of a queue come in order, so one ends all work requests
-//! before it. When a queue pair is dropped the device lets go of its memory first (it is destroyed, which waits for that), then
+//! before it. Messages that follow one another in a chain travel in one SEND, as far as the peer's receives have room. When a queue pair is dropped the device lets go of its memory first (it is destroyed, which waits for that), then
 //! the memory comes free; should the device not let go, the memory is leaked.
 
 use std::collections::VecDeque;
@@ -45,7 +45,7 @@ pub(super) struct Size {
     pub send_bytes: usize,
 }
 
-/// A message that has arrived. Its buffer comes back with [`QueuePair::give_back`].
+/// What a SEND of the peer's has brought: a message or several. Its buffer comes back with [`QueuePair::give_back`].
 #[derive(Debug)]
 pub(super) struct Message {
     index: u32,
@@ -56,6 +56,11 @@ pub(super) struct Message {
 #[derive(Debug)]
 pub(super) enum Completion {
     Received(Message),
+    /// An RDMA WRITE of so many bytes has come, with this immediate data.
+    Placed {
+        immediate: u32,
+        len: u32,
+    },
     /// An RDMA READ has filled the range.
     Read(u64, SlotRange),
     /// A work request failed, and with it the queue pair.
@@ -132,8 +137,8 @@ pub(super) struct QueuePair {
     ring: Ring,
     receives: Vec<Receives>,
     receive_bytes: usize,
-    /// Which receive buffers the device has.
-    posted: Vec<bool>,
+    /// Who holds each receive buffer: 0, the device; else so many holders of its message.
+    holders: Vec<u32>,
     receives_max: usize,
     /// Receives to be posted.
     given_back: Vec<u32>,
@@ -145,6 +150,8 @@ pub(super) struct QueuePair {
     /// The sequence number of the front of `outstanding`.
     front: u64,
     sends_max: usize,
+    /// The longest SEND that messages are put together for.
+    send_bytes_max: usize,
     inline_bytes: usize,
     /// Bytes of the slots in `outstanding` that are written from.
     held_bytes: usize,
@@ -283,7 +290,7 @@ impl QueuePair {
             ring: Ring { memory: ring_memory, mr: ring_mr, head: 0, tail: 0 },
             receives: Vec::new(),
             receive_bytes: size.receive_bytes.next_multiple_of(64),
-            posted: Vec::new(),
+            holders: Vec::new(),
             receives_max,
             given_back: Vec::new(),
             chain: Vec::with_capacity(sends_max),
@@ -291,6 +298,7 @@ impl QueuePair {
             outstanding: VecDeque::with_capacity(sends_max),
             front: 0,
             sends_max,
+            send_bytes_max: 0,
             inline_bytes: made.cap.max_inline_data as usize,
             held_bytes: 0,
             unsignalled_bytes: 0,
@@ -416,13 +424,13 @@ impl QueuePair {
 
     /// Sees to it that `count` receive buffers are there, and posts the new ones.
     pub fn provide_receives(&mut self, count: usize) -> Result<(), Error> {
-        let have = self.posted.len();
+        let have = self.holders.len();
         let count = count.min(self.receives_max);
         if count > have {
             let new = count - have;
             let (memory, mr) = register(&self.domain, new * self.receive_bytes, Access::LocalWrite)?;
             self.receives.push(Receives { memory, mr, first: have as u32 });
-            self.posted.resize(count, false);
+            self.holders.resize(count, 0);
             self.given_back.extend(have as u32..count as u32);
         }
         self.post_receives().map_err(|source| Error::io("Cannot post receives", source))
@@ -438,16 +446,26 @@ impl QueuePair {
     /// The bytes of a message.
     pub fn bytes(&self, message: &Message) -> &[u8] {
         assert!(
-            !self.posted[message.index as usize],
+            self.holders[message.index as usize] > 0,
             "a message is looked at before its buffer is given back"
         );
         let (receives, at) = self.buffer(message.index);
         &receives.memory.bytes()[at..at + message.len as usize]
     }
 
-    /// Gives back the buffer of a message: the next [`QueuePair::post_receives`] posts it.
+    /// One more holder of a message.
+    pub fn share(&mut self, message: &Message) -> Message {
+        self.holders[message.index as usize] += 1;
+        Message { index: message.index, len: message.len }
+    }
+
+    /// Gives back the buffer of a message: once its last holder has, the next [`QueuePair::post_receives`] posts it.
     pub fn give_back(&mut self, message: Message) {
-        self.given_back.push(message.index);
+        let holders = &mut self.holders[message.index as usize];
+        *holders -= 1;
+        if *holders == 0 {
+            self.given_back.push(message.index);
+        }
     }
 
     /// Posts the receive buffers that were given back.
@@ -474,10 +492,8 @@ impl QueuePair {
             for at in 0..n - 1 {
                 wrs[at].next = &mut wrs[at + 1];
             }
-            for index in self.given_back.drain(self.given_back.len() - n..) {
-                self.posted[index as usize] = true;
-            }
-            // SAFETY: the chain is whole, and the buffers belong to `self.receives`, which nobody reads while they are `posted`.
+            self.given_back.truncate(self.given_back.len() - n);
+            // SAFETY: the chain is whole, and the buffers belong to `self.receives`, which nobody reads while they have no `holders`.
             unsafe { verbs::post_recv(self.qp.as_ptr(), wrs.as_mut_ptr()) }?;
         }
         Ok(())
@@ -524,7 +540,13 @@ impl QueuePair {
         self.chain.push(wr);
     }
 
-    /// Chains the message that `parts` make up, of `len` bytes, for which there is room.
+    /// From now on messages are put together into SENDs of at most so many bytes: what the peer's receives have room for.
+    pub fn set_send_bytes_max(&mut self, bytes: usize) {
+        self.send_bytes_max = bytes;
+    }
+
+    /// Chains the message that `parts` make up, of `len` bytes, for which there is room: behind the one that was chained last, if that
+    /// may be.
     pub fn send<'a>(&mut self, parts: impl Iterator<Item = &'a [u8]>, len: usize) {
         let start = self.ring.place(len).expect("there is room for the message");
         let mut at = (start % self.ring.len()) as usize;
@@ -535,24 +557,53 @@ impl QueuePair {
             at += part.len();
         }
         assert_eq!(at, end, "a message has the length that was said");
+        let follows = start == self.ring.head && !start.is_multiple_of(self.ring.len());
         self.ring.head = start + len as u64;
-        let mut flags = if len <= self.inline_bytes { verbs::IBV_SEND_INLINE } else { 0 };
-        if self.unsignalled_bytes >= SIGNAL_BYTES {
-            flags |= verbs::IBV_SEND_SIGNALED;
-            self.unsignalled_bytes = 0;
+        if let (Some(last), Some(sge)) = (self.chain.last_mut(), self.chain_sges.last_mut())
+            && last.opcode == verbs::IBV_WR_SEND
+            && follows
+            && sge.length as usize + len <= self.send_bytes_max
+        {
+            sge.length += len as u32;
+            if sge.length as usize > self.inline_bytes {
+                last.send_flags &= !verbs::IBV_SEND_INLINE;
+            }
+            self.outstanding.back_mut().expect("it is in the chain").ring_end = self.ring.head;
+            return;
         }
+        let inline = if len <= self.inline_bytes { verbs::IBV_SEND_INLINE } else { 0 };
+        let flags = inline | self.signal_if_much();
         let sge = ibv_sge { addr: address, length: len as u32, lkey: self.ring.mr.lkey() };
         self.chain_up(sge, verbs::IBV_WR_SEND, flags, (0, 0));
         self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
     }
 
-    /// Chains an RDMA WRITE of the range to the peer's memory. `mr` has the range's arena.
-    pub fn write(&mut self, range: SlotRange, mr: &Mr, address: u64, key: u32) {
+    /// Chains an RDMA WRITE of the range to the peer's memory, perhaps with immediate data, which the peer hears. `mr` has the
+    /// range's arena.
+    pub fn write(&mut self, range: SlotRange, mr: &Mr, address: u64, key: u32, immediate: Option<u32>) {
         let sge = sge_of(&range, mr);
         self.held_bytes += range.slot.len();
         self.unsignalled_bytes += range.len;
-        self.chain_up(sge, verbs::IBV_WR_RDMA_WRITE, 0, (address, key));
+        match immediate {
+            None => self.chain_up(sge, verbs::IBV_WR_RDMA_WRITE, 0, (address, key)),
+            Some(immediate) => {
+                let flags = self.signal_if_much();
+                self.chain_up(sge, verbs::IBV_WR_RDMA_WRITE_WITH_IMM, flags, (address, key));
+                if let Some(wr) = self.chain.last_mut() {
+                    wr.__bindgen_anon_1.imm_data = immediate.to_be();
+                }
+            }
+        }
         self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
+    }
+
+    /// The flag that asks for a completion, if much was written since the last.
+    fn signal_if_much(&mut self) -> u32 {
+        if self.unsignalled_bytes < SIGNAL_BYTES {
+            return 0;
+        }
+        self.unsignalled_bytes = 0;
+        verbs::IBV_SEND_SIGNALED
     }
 
     /// Chains an RDMA READ of the peer's memory into the range: [`Completion::Read`] follows with this name.
@@ -632,9 +683,17 @@ impl QueuePair {
                 let failure = Failure { status: wc.status, vendor: wc.vendor_err, is_receive };
                 self.polled.push_back(Completion::Failed(failure));
             } else if is_receive {
-                let index = wc.wr_id as u32;
-                self.posted[index as usize] = false;
-                self.polled.push_back(Completion::Received(Message { index, len: wc.byte_len }));
+                let message = Message { index: wc.wr_id as u32, len: wc.byte_len };
+                self.holders[message.index as usize] = 1;
+                if wc.opcode == verbs::IBV_WC_RECV_RDMA_WITH_IMM {
+                    // Its data went elsewhere; the buffer was only used up.
+                    self.give_back(message);
+                    // SAFETY: this opcode comes with immediate data.
+                    let immediate = u32::from_be(unsafe { wc.__bindgen_anon_1.imm_data });
+                    self.polled.push_back(Completion::Placed { immediate, len: wc.byte_len });
+                } else {
+                    self.polled.push_back(Completion::Received(message));
+                }
             } else {
                 self.end_up_to(wc.wr_id);
             }

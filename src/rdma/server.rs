@@ -2,7 +2,8 @@
 //!
 //! A request is in `unanswered` from its arrival until its response is chained, so that is where credits are counted. Its data comes
 //! with it, in the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data of its
-//! response is placed by RDMA WRITE, followed by the response in the same chain. A connection's chain is posted once a turn.
+//! response is placed by RDMA WRITE, with the response in its immediate data or behind it in the same chain. A connection's chain is
+//! posted once a turn.
 //!
 //! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which are not posted again, so
 //! what it holds here stays within its credits.
@@ -12,6 +13,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::Ipv6Addr;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -147,8 +149,8 @@ enum State {
 struct Unanswered {
     region: RemoteRegion,
     data_crc: u32,
-    /// The message that the data came in, and where in it.
-    inline: Option<(Received, usize)>,
+    /// What the data came in, and where in it.
+    inline: Option<(Received, Range<usize>)>,
     answered: bool,
 }
 
@@ -328,6 +330,7 @@ impl Server {
                 "it finds no way to the client's GID {gid} ({source}); see the client's network"
             ))
         })?;
+        qp.set_send_bytes_max(MESSAGE_BYTES);
         let state = State::Open(Box::new(peer.clone()));
         let mut connection = Connection::new(id, qp, port, state, &size, reads_max);
         connection.crc = grant.crc();
@@ -438,6 +441,10 @@ impl Server {
             any = true;
             match connection.qp.next() {
                 Some(Completion::Received(message)) => connection.inbox.push_back(message),
+                // Nothing of this side's is laid open.
+                Some(Completion::Placed { .. }) => {
+                    return self.end(reactor, id, CloseReason::Violation(Violation::Field));
+                }
                 Some(Completion::Read(request, range)) => {
                     connection.reads -= 1;
                     if let Some(violation) = connection.fetched_wrong(request, &range) {
@@ -541,6 +548,7 @@ impl Server {
             self.linger(reactor, id);
             return Ok(());
         }
+        connection.qp.set_send_bytes_max(MESSAGE_BYTES);
         connection.unanswered.reserve(peer.grant.credits() as usize);
         connection.unsent.push_back(Outgoing::Message(welcome));
         connection.crc = peer.grant.crc();
@@ -551,24 +559,46 @@ impl Server {
         Ok(())
     }
 
+    /// Takes in a SEND: whole messages, one or more.
     fn take_in(
         &mut self,
         reactor: &mut Reactor,
         id: ConnectionId,
-        message: Received,
+        received: Received,
     ) -> Result<(), Violation> {
-        let Some(connection) = self.get_alive(id) else { return Ok(()) };
-        let State::Open(peer) = &connection.state else { return Ok(()) };
+        let mut start = 0;
+        loop {
+            let taken = self.take_in_message(reactor, id, &received, start)?;
+            let Some(connection) = self.get_alive(id) else { return Ok(()) };
+            start += taken;
+            if start == connection.qp.bytes(&received).len() {
+                connection.qp.give_back(received);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes in the message that begins there. Gives its length.
+    fn take_in_message(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        received: &Received,
+        start: usize,
+    ) -> Result<usize, Violation> {
+        let Some(connection) = self.get_alive(id) else { return Ok(0) };
+        let State::Open(peer) = &connection.state else { return Ok(0) };
         let (limits, credits) = (peer.grant.limits(), peer.grant.credits() as usize);
         let inline_bytes_max = peer.grant.inline_bytes_max as usize;
-        let bytes = connection.qp.bytes(&message);
+        let bytes = &connection.qp.bytes(received)[start..];
         let Parsed::Item(parsed, taken) = message::parse(bytes, &limits)? else {
             return Err(Violation::Length);
         };
-        let inline = &bytes[taken..];
         match parsed {
             Message::Request(request, body) => {
-                if inline.len() != request.data_len as usize || inline.len() > inline_bytes_max {
+                let data_len = request.data_len as usize;
+                let inline = bytes[taken..].get(..data_len).ok_or(Violation::Length)?;
+                if data_len > inline_bytes_max {
                     return Err(Violation::Length);
                 }
                 let is_fetched = matches!(request.region, RemoteRegion::Out { .. });
@@ -587,20 +617,15 @@ impl Server {
                     data_len: request.data_out_len(),
                     region_len: request.region_in_len(),
                 });
-                let inline = if !inline.is_empty() {
-                    Some((message, taken))
-                } else {
-                    connection.qp.give_back(message);
-                    None
-                };
+                let at = start + taken;
+                let inline = (data_len > 0).then(|| (connection.qp.share(received), at..at + data_len));
                 let (region, data_crc) = (request.region, request.data_crc);
                 connection
                     .unanswered
                     .insert(request.id, Unanswered { region, data_crc, inline, answered: false });
                 self.events.push_back(event);
-                return Ok(());
+                return Ok(taken + data_len);
             }
-            _ if !inline.is_empty() => return Err(Violation::Length),
             Message::Ping(ping) => {
                 let mut pong = Vec::new();
                 message::encode_pong(ping, limits.crc, &mut pong);
@@ -612,13 +637,11 @@ impl Server {
                 let finished = connection.unanswered.is_empty() && status.is_ok();
                 let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
                 self.end(reactor, id, reason);
-                return Ok(());
             }
             Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
             Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
-        connection.qp.give_back(message);
-        Ok(())
+        Ok(taken)
     }
 
     /// Chains what a connection is to send, as far as there is room, and posts it.
@@ -628,9 +651,9 @@ impl Server {
             return;
         }
         connection.is_dirty = false;
-        let arena = &self.ports[connection.port].arena;
-        connection.chain_fetches(arena);
-        connection.chain_unsent(arena);
+        let port = &self.ports[connection.port];
+        connection.chain_fetches(&port.arena);
+        connection.chain_unsent(port);
         if let Err(error) = connection.qp.post(true) {
             tracing::warn!("An RDMA connection is closed, for its device refuses work: {error}.");
             self.report(id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
@@ -814,8 +837,7 @@ impl Connection {
         }
     }
 
-    fn chain_unsent(&mut self, arena: &Mr) {
-        let crc = self.crc;
+    fn chain_unsent(&mut self, port: &Port) {
         // Answers leave the room that is for READs: what they hold of the arena stays within what the credits make.
         while self.qp.room() >= 2 + self.reads_max - self.reads
             && self.qp.has_room_for(MESSAGE_BYTES)
@@ -823,13 +845,15 @@ impl Connection {
         {
             match outgoing {
                 Outgoing::Message(bytes) => self.qp.send(std::iter::once(&bytes[..]), bytes.len()),
-                Outgoing::Response(id, response) => self.chain_response(id, response, arena, crc),
+                Outgoing::Response(id, response) => self.chain_response(id, response, port),
             }
         }
     }
 
-    /// Chains the data of a response and the response, with which the request ends.
-    fn chain_response(&mut self, id: u64, response: Response, arena: &Mr, crc: bool) {
+    /// Chains the data of a response and the response, with which the request ends. Of a plain read the response is in the immediate
+    /// data: one work request says it all.
+    fn chain_response(&mut self, id: u64, response: Response, port: &Port) {
+        self.counters.responses += 1;
         let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
         let mut header = message::Response {
             id,
@@ -844,16 +868,24 @@ impl Connection {
             && range.len > 0
         {
             header.data_len = range.len as u32;
-            if crc {
+            if self.crc {
                 let data = &range.slot.bytes()[range.start..range.start + range.len];
                 header.data_crc = message::data_crc(data);
             }
             self.counters.writes += 1;
-            self.qp.write(range, arena, address, key);
+            let is_plain = response.status.is_ok()
+                && response.result == range.len as u64
+                && response.body.is_empty()
+                && !self.crc
+                && !port.limits.is_iwarp;
+            let immediate = u32::try_from(id).ok().filter(|_| is_plain);
+            self.qp.write(range, &port.arena, address, key, immediate);
+            if immediate.is_some() {
+                return;
+            }
         }
         self.header.clear();
-        header.encode(&response.body, crc, &mut self.header);
-        self.counters.responses += 1;
+        header.encode(&response.body, self.crc, &mut self.header);
         self.qp.send(std::iter::once(&self.header[..]), self.header.len());
     }
 
@@ -1016,9 +1048,9 @@ impl ServerTransport for Server {
             }
             _ => match asked.inline.take() {
                 None => SlotRange { slot, start, len: 0 },
-                Some((message, at)) => {
-                    let inline = &connection.qp.bytes(&message)[at..];
-                    let len = inline.len();
+                Some((message, range)) => {
+                    let len = range.len();
+                    let inline = &connection.qp.bytes(&message)[range];
                     slot.bytes_mut()[start..start + len].copy_from_slice(inline);
                     connection.counters.copied_bytes += len as u64;
                     connection.qp.give_back(message);

@@ -21,6 +21,8 @@ use crate::harness::{
 pub struct Raw {
     wire: Wire,
     pub limits: Limits,
+    /// What came together with the last message.
+    rest: Vec<u8>,
 }
 
 enum Wire {
@@ -59,7 +61,7 @@ impl Raw {
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             stream.set_write_timeout(Some(PATIENCE)).unwrap();
         }
-        Self { wire, limits: Limits { crc: false, data_bytes_max: u32::MAX } }
+        Self { wire, limits: Limits { crc: false, data_bytes_max: u32::MAX }, rest: Vec::new() }
     }
 
     /// A peer over a stream, which has not said anything.
@@ -407,13 +409,17 @@ impl Raw {
     pub fn next(&mut self) -> Got {
         let limits = self.limits;
         match &mut self.wire {
-            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => match self.whole_message() {
-                None => Got::End,
-                Some(bytes) => match got(&bytes, &limits) {
-                    Some((got, taken)) => with_data(got, &bytes[taken..]),
-                    None => panic!("half a message came"),
-                },
-            },
+            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => {
+                if self.rest.is_empty() {
+                    let Some(bytes) = self.whole_message() else { return Got::End };
+                    self.rest = bytes;
+                }
+                let Some((got, taken)) = got(&self.rest, &limits) else { panic!("half a message came") };
+                // A response's data has been placed.
+                let len = if let Got::Request(..) = got { inline_len(&got) } else { 0 };
+                let data: Vec<u8> = self.rest.drain(..taken + len).skip(taken).collect();
+                with_data(got, &data)
+            }
             Wire::Tcp(stream, inbox) => loop {
                 if let Some((got, taken)) = got(inbox, &limits) {
                     let end = taken + inline_len(&got);

@@ -28,7 +28,7 @@ fn slots(arena: &mut Arena, len: usize) -> Buffers {
 }
 
 #[test]
-fn a_read_into_registered_memory_takes_two_work_requests_and_no_copy() {
+fn a_read_into_registered_memory_takes_one_work_request_and_no_copy() {
     let Some(server) = server() else { return };
     let mut client = server.client();
     let mut arena = Arena::new(4 << 20, 256 << 10).unwrap();
@@ -46,11 +46,41 @@ fn a_read_into_registered_memory_takes_two_work_requests_and_no_copy() {
     }
     let counters = counted(&server, asked);
     assert_eq!((counters.responses, counters.writes, counters.reads), (asked, asked, 0));
-    // A WRITE and a SEND for each, and the welcome.
-    assert_eq!(counters.work_requests, 2 * asked + 1);
+    // A WRITE with the response in its immediate data for each, and the welcome.
+    assert_eq!(counters.work_requests, asked + 1);
     assert!(counters.doorbells <= asked + 1, "{counters:?}");
     assert_eq!(counters.copied_bytes, 0);
     assert_eq!(client.transport.counters().bounced_bytes, 0);
+}
+
+#[test]
+fn requests_sent_together_and_their_answers_share_a_send_each() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    for seed in 0..8 {
+        client.send(seed, &command(Op::Echo, seed), Bulk::None);
+    }
+    for seed in 0..8 {
+        let reply = client.next();
+        assert_eq!((reply.tag, &reply.body[..]), (seed, &command(Op::Echo, seed)[..]));
+    }
+    let counters = counted(&server, 8);
+    // The welcome, and the answers.
+    assert_eq!((counters.responses, counters.work_requests), (8, 2));
+    assert_eq!(client.transport.counters().sends, 1);
+}
+
+#[test]
+fn inline_data_of_requests_in_one_send_stays_apart() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    for seed in 0..12 {
+        client.send(seed, &command(Op::Put, seed), data(pattern(seed, 100 * seed as usize + 1)));
+    }
+    for _ in 0..12 {
+        let reply = client.next();
+        assert_eq!(reply.result, 100 * reply.tag + 1, "the data arrived wrong");
+    }
 }
 
 #[test]
