@@ -37,7 +37,7 @@ fn offer() -> Offer {
 }
 
 fn policy() -> Policy {
-    Policy { server: std::array::from_fn(|n| n as u8 + 0x20), ..Policy::default() }
+    Policy { server: std::array::from_fn(|n| n as u8 + 0x20), inline_bytes_max: 8192, ..Policy::default() }
 }
 
 fn grant() -> Grant {
