@@ -13,7 +13,8 @@ pub fn needs_root(what: &str) -> bool {
     false
 }
 
-fn run(program: &str, arguments: &[&str]) -> String {
+/// Runs a program that must succeed. Gives what it prints.
+pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output =
         Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -32,6 +33,10 @@ impl LoopDevice {
         let directory = tempfile::tempdir().expect("a directory for the image");
         let image = directory.path().join("image");
         File::create(&image).and_then(|file| file.set_len(bytes)).expect("a sparse image");
+        // Where udev does not run, asking for the control device does not load what stands behind it.
+        if !Path::new("/dev/loop-control").exists() {
+            run("modprobe", &["loop"]);
+        }
         let path = run("losetup", &["--find", "--show", &image.to_string_lossy()]);
         Self { path: path.into(), _directory: directory }
     }

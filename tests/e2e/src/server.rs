@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// How long anything that should happen at once may take on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A running server. Killed when dropped.
 pub struct Server {
@@ -19,6 +19,34 @@ pub struct Server {
     stdout: BufReader<ChildStdout>,
     /// "tcp" or "rdma", and where.
     listens: Vec<(String, SocketAddr)>,
+}
+
+/// Whether these statistics say that nobody is connected and nothing is held.
+pub fn is_at_rest(statistics: &Value) -> bool {
+    let zero = |pointer: &str| {
+        let value = statistics.pointer(pointer).and_then(Value::as_u64);
+        value.unwrap_or_else(|| panic!("{pointer} is not in {statistics}")) == 0
+    };
+    [
+        "/connections",
+        "/sessions",
+        "/open_files",
+        "/slot_bytes",
+        "/in_flight/need_slot",
+        "/in_flight/fetching",
+        "/in_flight/executing",
+    ]
+    .into_iter()
+    .all(zero)
+}
+
+/// Processor time that a process or thread has used, from its `stat` below /proc.
+pub fn cpu_time(stat: &str) -> Duration {
+    let stat = std::fs::read_to_string(stat).expect("it runs");
+    let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
+    let ticks: u64 =
+        after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
+    Duration::from_millis(ticks * 10)
 }
 
 /// A program that this workspace builds, found beside the test that asks.
@@ -89,6 +117,11 @@ impl Server {
         format!("raio+{}", self.listen_url())
     }
 
+    /// Every place where it listens, for clients.
+    pub fn urls(&self) -> Vec<String> {
+        self.listens.iter().map(|(scheme, address)| format!("raio+{scheme}://{address}")).collect()
+    }
+
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -142,11 +175,7 @@ impl Server {
 
     /// Processor time it has used.
     pub fn cpu_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).expect("raio_server runs");
-        let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
-        let ticks: u64 =
-            after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
-        Duration::from_millis(ticks * 10)
+        cpu_time(&format!("/proc/{}/stat", self.pid()))
     }
 
     /// How many threads it has, by name.

@@ -5,27 +5,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use raio::{Buffer, Buffers, Operation, Options, Session};
-use raio_e2e::{Server, binary};
+use raio_e2e::{Server, binary, is_at_rest};
 use serde_json::Value;
-
-/// Nobody is connected and nothing is held.
-fn is_at_rest(statistics: &Value) -> bool {
-    let zero = |pointer: &str| {
-        let value = statistics.pointer(pointer).and_then(Value::as_u64);
-        value.unwrap_or_else(|| panic!("{pointer} is not in {statistics}")) == 0
-    };
-    [
-        "/connections",
-        "/sessions",
-        "/open_files",
-        "/slot_bytes",
-        "/in_flight/need_slot",
-        "/in_flight/fetching",
-        "/in_flight/executing",
-    ]
-    .into_iter()
-    .all(zero)
-}
 
 #[test]
 fn killing_a_client_at_full_depth_leaks_no_slot_descriptor_or_memory() {

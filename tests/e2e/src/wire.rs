@@ -1,0 +1,108 @@
+//! The wire of `scripts/rdma-vm`: two RDMA devices, rxe0 (10.77.0.1 on v0) and rxe1 (10.77.0.2 on v1), one at each end. A machine that
+//! has none skips, aloud.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::device::run;
+use crate::server::PATIENCE;
+
+/// A server at one end. Whoever connects there comes from the other end.
+pub const LISTEN: &str = "rdma://10.77.0.1:0";
+
+/// One test at a time has the wire.
+static WIRE: Mutex<()> = Mutex::new(());
+
+/// The wire for the time of a test. Where there is none, says that `what` is skipped. It does not open the devices: whoever has one
+/// open keeps it from being removed.
+pub fn needs_wire(what: &str) -> Option<MutexGuard<'static, ()>> {
+    if ["rxe0", "rxe1"].iter().all(|name| Path::new("/sys/class/infiniband").join(name).exists()) {
+        return Some(WIRE.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+    eprintln!("SKIPPED: {what} needs two RDMA devices on a wire. Run the tests with scripts/rdma-vm.");
+    None
+}
+
+/// Both directions of the wire lose or delay packets, as tc-netem(8) says, until this is dropped.
+pub struct Shaped(());
+
+impl Shaped {
+    /// By these arguments of netem.
+    pub fn new(netem: &str) -> Self {
+        let this = Self(());
+        for end in ["v0", "v1"] {
+            let arguments: Vec<_> = ["qdisc", "replace", "dev", end, "root", "netem"]
+                .into_iter()
+                .chain(netem.split_whitespace())
+                .collect();
+            run("tc", &arguments);
+        }
+        this
+    }
+}
+
+impl Drop for Shaped {
+    fn drop(&mut self) {
+        for end in ["v0", "v1"] {
+            let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "root"]).status();
+        }
+    }
+}
+
+/// The wire is cut at 10.77.0.1's end, until this is dropped.
+pub struct Cut(());
+
+impl Cut {
+    /// Takes the link down.
+    pub fn new() -> Self {
+        let this = Self(());
+        run("ip", &["link", "set", "v0", "down"]);
+        this
+    }
+}
+
+impl Default for Cut {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Cut {
+    fn drop(&mut self) {
+        let ip = |arguments: &str| Command::new("ip").args(arguments.split_whitespace()).status();
+        let _ = ip("link set v0 up");
+        // The route went with the link.
+        let _ = ip("route replace 10.77.0.2 dev v0 src 10.77.0.1 table 101");
+    }
+}
+
+/// How many there are of everything that the kernel keeps for users of the devices: "rxe0 qp" and so on.
+pub fn resources() -> BTreeMap<String, u64> {
+    let text = run("rdma", &["-j", "resource", "show"]);
+    let devices: Vec<Value> =
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text:?}"));
+    let mut counts = BTreeMap::new();
+    for device in &devices {
+        let name = device["ifname"].as_str().expect("a device has a name");
+        for kind in ["pd", "cq", "qp", "cm_id", "mr", "ctx"] {
+            let count = device[kind].as_u64().unwrap_or_else(|| panic!("no count of {kind} in {device}"));
+            counts.insert(format!("{name} {kind}"), count);
+        }
+    }
+    assert_eq!(counts.len(), 12, "rxe0 and rxe1: {text}");
+    counts
+}
+
+/// Waits until the kernel keeps as much as it did then: what a killed process had goes a little after it.
+pub fn resources_return_to(before: &BTreeMap<String, u64>) {
+    let deadline = Instant::now() + PATIENCE;
+    while resources() != *before {
+        assert!(Instant::now() < deadline, "there were {before:?}, and there are {:?}", resources());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,496 @@
+//! What can happen to RDMA connections: processes that are killed while devices reach into each other's memory, a wire that is cut, idleness,
+//! too little memory to lock, several devices. They need the wire of scripts/rdma-vm.
+//!
+//! RAIO_TEST_KILLS says how many processes are killed, half of them clients and half servers (20).
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Context, Operation, Options, Session};
+use raio_e2e::{
+    Cut, LISTEN, PATIENCE, Server, binary, is_at_rest, needs_wire, resources, resources_return_to,
+};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+const TCP: &str = "tcp://127.0.0.1:0";
+/// What flood reads and writes in.
+const FLOODED_BYTES: u64 = 32 << 20;
+const KIB: usize = 1 << 10;
+
+fn kills() -> usize {
+    std::env::var("RAIO_TEST_KILLS").map_or(20, |text| text.parse().expect("RAIO_TEST_KILLS is a number")) / 2
+}
+
+/// Random numbers. The seed is printed, and RAIO_TEST_SEED replays it.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Self {
+        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let seed = std::env::var("RAIO_TEST_SEED").map_or_else(
+            |_| now().expect("a clock after 1970").subsec_nanos().into(),
+            |text| text.parse().expect("RAIO_TEST_SEED is a number"),
+        );
+        println!("replay with RAIO_TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// A directory with a file `numbers`, whose 64-bit words are their own number, and the way to export it.
+fn numbers() -> (TempDir, String) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bytes: Vec<u8> = (0..FLOODED_BYTES / 8).flat_map(u64::to_le_bytes).collect();
+    std::fs::write(directory.path().join("numbers"), bytes).expect("a file");
+    let export = format!("d={},rw", directory.path().display());
+    (directory, export)
+}
+
+/// A client in a process of its own, which has its queue full. Killed when dropped.
+struct Flood(Child);
+
+impl Flood {
+    fn start(url: &str) -> Self {
+        let mut child = Command::new(binary("flood"))
+            .args([url, "/d/numbers", "check"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("flood starts");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("stdout is piped"))
+            .read_line(&mut line)
+            .expect("flood says when its queue is full");
+        assert_eq!(line.trim(), "full");
+        Self(child)
+    }
+
+    fn kill(&mut self) -> ExitStatus {
+        let _ = self.0.kill();
+        self.0.wait().expect("flood can be waited for")
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Reads 300 pieces of the file, and finds them right.
+fn reads_right(url: &str) {
+    let output =
+        Command::new(binary("flood")).args([url, "/d/numbers", "check", "300"]).output().expect("flood");
+    assert!(output.status.success(), "{url}: {output:?}");
+}
+
+fn buffer(len: usize) -> Buffers {
+    Buffers::One(Buffer::Owned(vec![0; len].into()))
+}
+
+/// A sentence of a connection that has ended, and an errno that says so.
+fn assert_lost(error: &raio::Error) {
+    let errnos = [libc::ENOTCONN, libc::ECONNRESET, libc::EPIPE, libc::ETIMEDOUT, libc::ENODEV, libc::EIO];
+    assert!(errnos.contains(&error.errno()), "errno {}: {error}", error.errno());
+    assert!(error.text.contains(' ') && error.text.len() > 20, "{error:?}");
+}
+
+#[test]
+fn clients_killed_while_the_server_writes_into_their_memory_leave_nothing_behind() {
+    let Some(_wire) = needs_wire("killing clients") else { return };
+    let mut random = Random::new();
+    let (_directory, export) = numbers();
+    let without_server = resources();
+    let mut server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    let idle = resources();
+    let mut before = None;
+    for round in 0..kills() {
+        let mut flood = Flood::start(&server.url());
+        std::thread::sleep(Duration::from_millis(random.below(40)));
+        let status = flood.kill();
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "it was in the middle of it: {status}");
+        let statistics = server.statistics_when(is_at_rest);
+        assert_eq!(statistics["requests"]["write"], 0, "{statistics}");
+        resources_return_to(&idle);
+        // The first rounds touch memory for the first time.
+        if round == 4 {
+            before = Some((server.descriptors(), server.resident_bytes()));
+        }
+    }
+    if let Some((descriptors, resident)) = before {
+        assert_eq!(server.descriptors(), descriptors);
+        let grown = server.resident_bytes().saturating_sub(resident);
+        assert!(grown < 4 << 20, "{grown} bytes more after {} more clients", kills() - 5);
+    }
+    reads_right(&server.url());
+    drop(server);
+    resources_return_to(&without_server);
+}
+
+/// Blocks that are written again and again, each by one write at a time. Every word says in which version and where it belongs.
+struct Blocks {
+    file: File,
+    /// The last version that was acknowledged, and the one that is being written.
+    acknowledged: Vec<u32>,
+    writing: Vec<Option<u32>>,
+}
+
+impl Blocks {
+    const COUNT: usize = 128;
+    /// Beyond what travels inline.
+    const BYTES: usize = 64 * KIB;
+
+    fn new(directory: &Path) -> Self {
+        let path = directory.join("blocks");
+        let bytes: Vec<u8> = (0..Self::COUNT).flat_map(|block| Self::content(block, 0).into_vec()).collect();
+        std::fs::write(&path, bytes).expect("a file");
+        let file = File::open(path).expect("the file");
+        Self { file, acknowledged: vec![0; Self::COUNT], writing: vec![None; Self::COUNT] }
+    }
+
+    fn word(block: usize, version: u32, n: usize) -> u64 {
+        u64::from(version) << 32 | (block << 16 | n) as u64
+    }
+
+    fn content(block: usize, version: u32) -> Box<[u8]> {
+        (0..Self::BYTES / 8).flat_map(|n| Self::word(block, version, n).to_le_bytes()).collect()
+    }
+
+    /// Begins to write the next version of a block.
+    fn submit(&mut self, context: &mut Context, file: &raio::File, block: usize) -> Result<(), raio::Error> {
+        // A version whose outcome nobody knows is not written again.
+        let version = self.writing[block].unwrap_or(self.acknowledged[block]) + 1;
+        let buffers = Buffers::One(Buffer::Owned(Self::content(block, version)));
+        let operation = Operation::Write { offset: (block * Self::BYTES) as u64, buffers };
+        context.submit(file, operation, block as u64).map_err(|refused| refused.error)?;
+        self.writing[block] = Some(version);
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, block: usize) {
+        self.acknowledged[block] = self.writing[block].take().expect("it was being written");
+    }
+
+    /// The file holds of each block what was acknowledged. Where a write has no outcome each page may have come from it as well: that is
+    /// taken for acknowledged as it is from then on.
+    fn check(&mut self) {
+        let mut bytes = vec![0; Self::BYTES];
+        for block in 0..Self::COUNT {
+            self.file.read_exact_at(&mut bytes, (block * Self::BYTES) as u64).expect("the block");
+            let unknown = self.writing[block].take();
+            for (page, words) in bytes.chunks_exact(4 * KIB).enumerate() {
+                let is = |version: u32| {
+                    words
+                        .chunks_exact(8)
+                        .enumerate()
+                        .all(|(n, word)| word == Self::word(block, version, page * 512 + n).to_le_bytes())
+                };
+                assert!(
+                    is(self.acknowledged[block]) || unknown.is_some_and(is),
+                    "block {block}, page {page}: not version {} which was acknowledged, nor {unknown:?}, but {:x?}",
+                    self.acknowledged[block],
+                    &words[..16]
+                );
+            }
+        }
+    }
+
+    /// Writes all blocks once, so that the version of each is known.
+    fn write_all(&mut self, context: &mut Context, file: &raio::File) {
+        for block in 0..Self::COUNT {
+            self.submit(context, file, block).expect("room for all");
+        }
+        for left in (1..=Self::COUNT).rev() {
+            context.wait(1, left, None).expect("an acknowledgement");
+            let completion = context.next().expect("a completion");
+            assert_eq!(completion.result, Ok(Self::BYTES as u64));
+            self.acknowledge(completion.token as usize);
+        }
+    }
+}
+
+#[test]
+fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_they_acknowledged() {
+    let Some(_wire) = needs_wire("killing servers") else { return };
+    // From now on this process has the devices open.
+    raio_transport::rdma::devices().expect("devices");
+    let mut random = Random::new();
+    let directory = tempfile::tempdir().expect("a directory");
+    let export = format!("d={},rw", directory.path().display());
+    let mut blocks = Blocks::new(directory.path());
+    let before = resources();
+    let mut fetching = 0;
+    for _ in 0..kills() {
+        let mut server = Server::start_with(&[&export], &["--memory", "16M", "--listen", LISTEN]);
+        let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+        let file = session.open("/d/blocks", libc::O_RDWR, 0).expect("a file");
+        let mut context = session.context(Blocks::COUNT).expect("a context");
+        blocks.write_all(&mut context, &file);
+        blocks.check();
+        for block in 0..Blocks::COUNT {
+            blocks.submit(&mut context, &file, block).expect("room for all");
+        }
+        let mut in_flight = Blocks::COUNT;
+        let mut until_kill = Some(random.below(200));
+        let mut lost = 0;
+        while in_flight > 0 {
+            context.flush();
+            if until_kill == Some(0) {
+                until_kill = None;
+                fetching += server.statistics()["in_flight"]["fetching"].as_u64().expect("a count");
+                server.kill();
+            }
+            context.wait(1, Blocks::COUNT, Some(PATIENCE)).expect("a completion");
+            let completion = context.next().expect("each operation ends");
+            in_flight -= 1;
+            let block = completion.token as usize;
+            match completion.result {
+                Ok(n) => {
+                    assert_eq!((n, lost), (Blocks::BYTES as u64, 0), "after the first failure all fail");
+                    blocks.acknowledge(block);
+                    if let Some(left) = &mut until_kill {
+                        *left -= 1;
+                        blocks.submit(&mut context, &file, block).expect("the server lives");
+                        in_flight += 1;
+                    }
+                }
+                Err(error) => {
+                    assert_lost(&error);
+                    lost += 1;
+                }
+            }
+        }
+        assert!(lost > 0, "it was in the middle of it");
+        // Nothing ends twice.
+        assert_eq!(context.wait(0, 1, None).expect_err("no connection").errno(), libc::ENOTCONN);
+        assert!(context.next().is_none());
+        blocks.check();
+    }
+    assert!(fetching > 0, "RDMA READs were under way at the last look before a kill");
+    println!("{fetching} RDMA READs were under way in all");
+    resources_return_to(&before);
+}
+
+#[test]
+fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
+    let Some(_wire) = needs_wire("cutting the wire") else { return };
+    let (_directory, export) = numbers();
+    let mut server =
+        Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN, "--listen", TCP]);
+    let [rdma, tcp] = &server.urls()[..] else { panic!("two addresses") };
+    let (rdma, tcp) = (rdma.clone(), tcp.clone());
+    let session = Session::connect(&rdma, &Options::default()).expect("a session");
+    let file = session.open("/d/numbers", libc::O_RDWR, 0).expect("a file");
+    let mut context = session.context(64).expect("a context");
+    let submit = |context: &mut Context, n: u64| {
+        let offset = n * 64 * KIB as u64 % FLOODED_BYTES;
+        let operation = if n.is_multiple_of(2) {
+            Operation::Read { offset, buffers: buffer(64 * KIB) }
+        } else {
+            let bytes = (offset / 8..).take(8 * KIB).flat_map(u64::to_le_bytes).collect();
+            Operation::Write { offset, buffers: Buffers::One(Buffer::Owned(bytes)) }
+        };
+        context.submit(&file, operation, n).map_err(|refused| refused.error)
+    };
+    let mut in_flight = HashSet::new();
+    let mut next = 0;
+    let (mut cut, mut lost) = (None, 0);
+    let deadline = Instant::now() + 3 * PATIENCE;
+    loop {
+        while lost == 0 && in_flight.len() < 64 && submit(&mut context, next).is_ok() {
+            in_flight.insert(next);
+            next += 1;
+        }
+        if in_flight.is_empty() {
+            break;
+        }
+        if next > 500 && cut.is_none() {
+            cut = Some(Cut::new());
+        }
+        assert!(Instant::now() < deadline, "{} operations never end", in_flight.len());
+        context.wait(1, 64, Some(PATIENCE)).expect("completions");
+        while let Some(completion) = context.next() {
+            assert!(in_flight.remove(&completion.token), "operation {} ends twice", completion.token);
+            if let Err(error) = completion.result {
+                if lost == 0 {
+                    println!("{error}");
+                }
+                assert_lost(&error);
+                lost += 1;
+            }
+        }
+    }
+    assert!(lost > 0);
+    assert_lost(&submit(&mut context, 0).expect_err("no connection"));
+    let refused =
+        Session::connect(&rdma, &Options { connect_timeout: Duration::from_secs(2), ..Options::default() });
+    assert!(refused.expect_err("there is no way").text.contains(&rdma["raio+rdma://".len()..]));
+    reads_right(&tcp);
+    drop(cut);
+    drop((context, file, session));
+    reads_right(&rdma);
+    server.statistics_when(is_at_rest);
+}
+
+#[test]
+fn idle_servers_and_clients_use_no_processor() {
+    let Some(_wire) = needs_wire("idleness") else { return };
+    let (_directory, export) = numbers();
+    let server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    let read = |context: &mut Context, file: &raio::File| {
+        context.submit(file, Operation::Read { offset: 0, buffers: buffer(4096) }, 0).expect("room");
+        context.flush();
+    };
+    let connect = || {
+        let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+        let file = session.open("/d/numbers", libc::O_RDONLY, 0).expect("a file");
+        let mut context = session.context(8).expect("a context");
+        read(&mut context, &file);
+        context.wait(1, 1, None).expect("an answer");
+        assert_eq!(context.next().expect("a completion").result, Ok(4096));
+        (session, file, context)
+    };
+    let mut clients = [connect(), connect(), connect()];
+    assert_idle("the server", || server.cpu_time());
+
+    // An answer that does not come.
+    server.signal(Signal::STOP);
+    let [(_, file, context), (_, polled_file, polled_context), _] = &mut clients;
+    let (sender, ids) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let other = sender.clone();
+        let waiting = scope.spawn(move || {
+            read(context, file);
+            sender.send(rustix::thread::gettid()).expect("the test runs");
+            context.wait(1, 1, None).expect("an answer");
+            context.next().expect("a completion").result
+        });
+        let polling = scope.spawn(move || {
+            read(polled_context, polled_file);
+            other.send(rustix::thread::gettid()).expect("the test runs");
+            loop {
+                let fd = polled_context.poll_fd().expect("a descriptor");
+                poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], None).expect("something");
+                if polled_context.wait(0, 1, Some(Duration::ZERO)).expect("a live connection") > 0 {
+                    break polled_context.next().expect("a completion").result;
+                }
+            }
+        });
+        for who in ["one of the clients", "the other"] {
+            let id = ids.recv().expect("a thread");
+            let stat = format!("/proc/self/task/{}/stat", id.as_raw_nonzero());
+            assert_idle(who, || raio_e2e::cpu_time(&stat));
+        }
+        server.signal(Signal::CONT);
+        assert_eq!(waiting.join().expect("a result"), Ok(4096));
+        assert_eq!(polling.join().expect("a result"), Ok(4096));
+    });
+}
+
+/// Looks at processor time for three seconds, once all is quiet. Two ticks are allowed for being looked at.
+fn assert_idle(who: &str, cpu_time: impl Fn() -> Duration) {
+    std::thread::sleep(Duration::from_millis(500));
+    let before = cpu_time();
+    std::thread::sleep(Duration::from_secs(3));
+    let used = cpu_time() - before;
+    assert!(used <= Duration::from_millis(20), "{who} used {used:?} in three idle seconds");
+}
+
+/// Runs a program of this workspace as an ordinary user who may lock 64 KiB.
+fn as_nobody(program: &str, arguments: &[&str]) -> Output {
+    // The workspace may be where that user may not look.
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).expect("permissions");
+    let copy = directory.path().join(program);
+    std::fs::copy(binary(program), &copy).expect("a copy");
+    Command::new("bash")
+        .args(["-c", "ulimit -l 64; exec setpriv --reuid nobody --clear-groups -- \"$@\"", "bash"])
+        .arg(copy)
+        .args(arguments)
+        .current_dir("/")
+        .output()
+        .expect("bash")
+}
+
+#[test]
+fn who_may_lock_too_little_memory_is_told_how_much_and_how_to_get_more() {
+    let Some(_wire) = needs_wire("a memlock limit") else { return };
+    let (_directory, export) = numbers();
+    let server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    for output in [
+        as_nobody("raio_server", &["--export", "null=null:1M", "--memory", "16M", "--listen", LISTEN]),
+        as_nobody("flood", &[&server.url(), "/d/numbers"]),
+    ] {
+        assert!(!output.status.success(), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("Cannot lock ") && said.contains("the memlock limit is 64 KiB"), "{said}");
+        assert!(said.contains("`ulimit -l`") && said.contains("LimitMEMLOCK="), "{said}");
+    }
+    reads_right(&server.url());
+}
+
+fn list_devices() -> (bool, String) {
+    let output = Command::new(binary("raio_server")).arg("--list-devices").output().expect("raio_server");
+    let said = String::from_utf8_lossy(if output.status.success() { &output.stdout } else { &output.stderr });
+    (output.status.success(), said.into_owned())
+}
+
+#[test]
+fn the_devices_are_listed_with_their_ports_and_addresses_and_why_one_is_not_usable() {
+    let Some(_wire) = needs_wire("listing devices") else { return };
+    let (success, said) = list_devices();
+    assert!(success && !said.contains("Not usable"), "{said}");
+    for (device, address) in [("rxe0", "10.77.0.1"), ("rxe1", "10.77.0.2")] {
+        assert!(said.contains(&format!("{device} port 1: active, Ethernet, MTU 4096\n")), "{said}");
+        assert!(said.contains(&format!("GID 1: ::ffff:{address} (RoCE v2)\n")), "{said}");
+    }
+    let cut = Cut::new();
+    let (success, said) = list_devices();
+    assert!(success && said.contains("rxe0 port 1: down, Ethernet"), "{said}");
+    assert!(said.contains("Not usable: The port is down. Bring up its link"), "{said}");
+    drop(cut);
+    let (_, said) = list_devices();
+    assert!(!said.contains("Not usable"), "{said}");
+}
+
+#[test]
+fn where_there_is_no_device_the_list_says_so() {
+    if std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut entries| entries.next().is_some()) {
+        eprintln!("SKIPPED: there are RDMA devices here. Run this without scripts/rdma-vm too.");
+        return;
+    }
+    let (success, said) = list_devices();
+    assert!(!success && said.contains("There is no RDMA here"), "{said}");
+    assert!(said.contains("Use TCP"), "{said}");
+}
+
+#[test]
+fn a_server_serves_several_devices_and_tcp_at_once() {
+    let Some(_wire) = needs_wire("several devices") else { return };
+    let (_directory, export) = numbers();
+    let listens = [LISTEN, "rdma://10.77.0.2:0", TCP].map(|url| ["--listen", url]).concat();
+    let mut server = Server::start_with(&[&export], &[&["--memory", "32M"], &listens[..]].concat());
+    let urls = server.urls();
+    assert_eq!(urls.len(), 3);
+    let mut floods: HashMap<_, _> = urls.iter().map(|url| (url, Flood::start(url))).collect();
+    let statistics = server.statistics_when(|statistics| statistics["read_bytes"].as_u64() > Some(32 << 20));
+    assert_eq!(statistics["connections"], 6, "a session and a context each: {statistics}");
+    for (url, flood) in &mut floods {
+        assert!(flood.0.try_wait().expect("flood").is_none(), "{url}");
+    }
+    drop(floods);
+    urls.iter().for_each(|url| reads_right(url));
+    server.statistics_when(is_at_rest);
+}
