@@ -18,10 +18,11 @@ use socket2::SockAddr;
 use super::device::{Device, Domain, devices};
 use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
 
-/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 14, that is 67 ms. With seven retries a
-/// connection whose wire is cut ends after about a second; rdma_cm's own choice would take minutes.
-pub(super) const ACK_TIMEOUT: u8 = 14;
-pub(super) const RETRIES: u8 = 7;
+/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 15, that is 134 ms. With six retries a
+/// connection whose wire is cut ends after about a second; rdma_cm's own choice would take minutes. Seven retries are for ever with
+/// Soft-RoCE.
+pub(super) const ACK_TIMEOUT: u8 = 15;
+pub(super) const RETRIES: u8 = 6;
 /// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it has broken the protocol.
 pub(super) const RNR_RETRIES: u8 = 3;
 /// How long one try to find the way to an address takes.

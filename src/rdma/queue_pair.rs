@@ -597,6 +597,12 @@ impl QueuePair {
         self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
     }
 
+    /// Chains an RDMA WRITE of nothing, for which the peer needs no memory: it ends well if the peer's device is there.
+    pub fn probe(&mut self) {
+        self.chain_up(ibv_sge::default(), verbs::IBV_WR_RDMA_WRITE, 0, (0, 0));
+        self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
+    }
+
     /// The flag that asks for a completion, if much was written since the last.
     fn signal_if_much(&mut self) -> u32 {
         if self.unsignalled_bytes < SIGNAL_BYTES {

@@ -41,6 +41,8 @@ const TURN_COMPLETIONS_MAX: usize = 64;
 const SEND_BYTES: usize = 64 << 10;
 /// How long a goodbye may take to reach the peer.
 const LINGER: Duration = Duration::from_secs(1);
+/// A peer that nothing shows to be there for so long is probed: an idle connection does not notice that its peer is gone.
+const PROBE_EVERY: Duration = Duration::from_secs(10);
 /// The least that a queue pair must hold to be of use.
 const WORK_REQUESTS_MIN: usize = 16;
 
@@ -119,6 +121,8 @@ struct Connection {
     crc: bool,
     since: Instant,
     heard: Instant,
+    /// When its device last showed that it is there, or was asked to.
+    answered: Instant,
     timer: Option<(Instant, TimerId)>,
     is_hot: bool,
     is_dirty: bool,
@@ -135,6 +139,17 @@ struct Connection {
     /// The response that is being chained; kept for its memory.
     header: Vec<u8>,
     counters: Counters,
+}
+
+/// What is due with a connection.
+#[derive(Debug)]
+enum Due {
+    /// It is over, for this reason.
+    End(Violation),
+    /// Its time to linger is over.
+    Drop,
+    /// Its peer is to show that it is there.
+    Probe,
 }
 
 #[derive(Debug)]
@@ -396,9 +411,18 @@ impl Server {
         let Some(connection) = self.get(id) else { return };
         connection.timer = None;
         match connection.deadline(&policy) {
-            Some((at, None)) if at <= Instant::now() => self.drop_connection(reactor, id),
-            Some((at, Some(violation))) if at <= Instant::now() => {
+            Some((at, Due::Drop)) if at <= Instant::now() => self.drop_connection(reactor, id),
+            Some((at, Due::End(violation))) if at <= Instant::now() => {
                 self.end(reactor, id, CloseReason::Violation(violation));
+            }
+            Some((at, Due::Probe)) if at <= Instant::now() => {
+                connection.answered = Instant::now();
+                // What is outstanding is a probe as well.
+                if connection.qp.is_idle() {
+                    connection.qp.probe();
+                }
+                self.post(reactor, id);
+                self.set_timer(reactor, id);
             }
             _ => self.set_timer(reactor, id),
         }
@@ -512,6 +536,7 @@ impl Server {
             }
             let Some(message) = connection.inbox.pop_front() else { return };
             connection.heard = Instant::now();
+            connection.answered = connection.heard;
             let taken = match connection.state {
                 State::Handshake => self.shake_hands(reactor, id, message),
                 _ => self.take_in(reactor, id, message),
@@ -767,6 +792,7 @@ impl Connection {
             crc: false,
             since: now,
             heard: now,
+            answered: now,
             timer: None,
             is_hot: false,
             is_dirty: false,
@@ -814,6 +840,9 @@ impl Connection {
     /// Notes since when what is posted has waited.
     fn note_progress(&mut self) {
         let ended = self.qp.ended();
+        if self.waiting.is_some_and(|(_, then)| then != ended) {
+            self.answered = Instant::now();
+        }
         if self.qp.is_idle() {
             self.waiting = None;
         } else if self.waiting.is_none_or(|(_, then)| then != ended) {
@@ -889,20 +918,21 @@ impl Connection {
         self.qp.send(std::iter::once(&self.header[..]), self.header.len());
     }
 
-    /// When it is over with this connection unless something happens before, and how; no violation: its time to linger is over.
-    fn deadline(&self, policy: &Policy) -> Option<(Instant, Option<Violation>)> {
+    /// What is due next with this connection unless something happens before, and when.
+    fn deadline(&self, policy: &Policy) -> Option<(Instant, Due)> {
         let peer = match &self.state {
             State::Handshake => {
-                return Some((self.since + policy.handshake_timeout, Some(Violation::HandshakeTimeout)));
+                return Some((self.since + policy.handshake_timeout, Due::End(Violation::HandshakeTimeout)));
             }
-            State::Lingering => return Some((self.since + LINGER, None)),
+            State::Lingering => return Some((self.since + LINGER, Due::Drop)),
             State::Open(peer) => peer,
         };
-        let stalled = self.waiting.map(|(since, _)| (since + policy.stall_timeout, Some(Violation::Stalled)));
+        let stalled = self.waiting.map(|(since, _)| (since + policy.stall_timeout, Due::End(Violation::Stalled)));
         // Three times, so that one late message is no death sentence.
         let promised = peer.keepalive * 3;
-        let silent = (!promised.is_zero()).then(|| (self.heard + promised, Some(Violation::Silent)));
-        stalled.into_iter().chain(silent).min_by_key(|(at, _)| *at)
+        let silent = (!promised.is_zero()).then(|| (self.heard + promised, Due::End(Violation::Silent)));
+        let probe = (self.answered + PROBE_EVERY, Due::Probe);
+        stalled.into_iter().chain(silent).chain([probe]).min_by_key(|(at, _)| *at)
     }
 }
 

@@ -3,9 +3,13 @@
 //! Everything is stopped and taken down when its value is dropped, so that a failed test leaves nothing behind.
 
 mod device;
+mod flood;
 mod server;
 mod wire;
 
 pub use device::{LoopDevice, Mounted, needs_root};
+pub use flood::Flood;
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};
-pub use wire::{Cut, LISTEN, Shaped, needs_wire, resources, resources_return_to};
+pub use wire::{
+    Cut, LISTEN, NUMBERS_BYTES, Shaped, TCP, needs_wire, numbers, replug, resources, resources_return_to,
+};

@@ -8,12 +8,27 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::device::run;
 use crate::server::PATIENCE;
 
 /// A server at one end. Whoever connects there comes from the other end.
 pub const LISTEN: &str = "rdma://10.77.0.1:0";
+
+/// A server for clients by TCP beside that.
+pub const TCP: &str = "tcp://127.0.0.1:0";
+/// The length of [`numbers`].
+pub const NUMBERS_BYTES: u64 = 32 << 20;
+
+/// A directory with a file `numbers`, whose 64-bit words are their own number, and the way to export it as /d.
+pub fn numbers() -> (TempDir, String) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let bytes: Vec<u8> = (0..NUMBERS_BYTES / 8).flat_map(u64::to_le_bytes).collect();
+    std::fs::write(directory.path().join("numbers"), bytes).expect("a file");
+    let export = format!("d={},rw", directory.path().display());
+    (directory, export)
+}
 
 /// One test at a time has the wire.
 static WIRE: Mutex<()> = Mutex::new(());
@@ -78,6 +93,22 @@ impl Drop for Cut {
         let _ = ip("link set v0 up");
         // The route went with the link.
         let _ = ip("route replace 10.77.0.2 dev v0 src 10.77.0.1 table 101");
+    }
+}
+
+/// Makes the devices anew; a process that has them open keeps this waiting. Soft-RoCE needs it after a link was down: the queue pair
+/// through which connections are made does not survive that there was no route.
+pub fn replug() {
+    for (device, end, gid) in [("rxe0", "v0", "0a4d:0001"), ("rxe1", "v1", "0a4d:0002")] {
+        let _ = Command::new("rdma").args(["link", "delete", device]).status();
+        run("rdma", &["link", "add", device, "type", "rxe", "netdev", end]);
+        // The address becomes a GID a little later.
+        let deadline = Instant::now() + PATIENCE;
+        let path = format!("/sys/class/infiniband/{device}/ports/1/gids/1");
+        while !std::fs::read_to_string(&path).is_ok_and(|text| text.trim().ends_with(gid)) {
+            assert!(Instant::now() < deadline, "{device} gets no GID");
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 }
 

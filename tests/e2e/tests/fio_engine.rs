@@ -205,7 +205,8 @@ fn fio_ends_with_an_error_when_its_server_dies() {
     fio.args(["--time_based", "--runtime=60"]);
     let fio =
         fio.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("fio");
-    std::thread::sleep(std::time::Duration::from_secs(2));
+    // Both jobs have laid out the file by then.
+    server.statistics_when(|statistics| statistics["read_bytes"].as_u64() > Some(4 << 20));
     server.kill();
     let output = fio.wait_with_output().expect("fio");
     assert!(!output.status.success());

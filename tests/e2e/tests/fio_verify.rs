@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 
 use fio::{assert_same_bytes, fio_local, fio_raio, said, seed, succeed};
-use raio_e2e::{LoopDevice, Server, needs_root};
+use raio_e2e::{LISTEN, LoopDevice, Server, Shaped, needs_root, needs_wire};
 
 const MIB: u64 = 1 << 20;
 const FILE_BYTES: u64 = 24 * MIB;
@@ -169,6 +169,28 @@ fn fio_trims_on_a_block_device_leave_the_bytes_that_they_leave_locally() {
     let bytes = std::fs::read(remote.path()).expect("the device");
     let zero = bytes.chunks(64 << 10).filter(|block| block.iter().all(|&byte| byte == 0)).count();
     assert_eq!(zero, 30 * 16, "as many blocks are zero as were trimmed");
+}
+
+#[test]
+fn fio_jobs_verify_over_a_wire_that_loses_and_delays_packets() {
+    let Some(_wire) = needs_wire("a bad wire") else { return };
+    let seed = seed();
+    let directory = tempfile::tempdir().expect("a directory");
+    let server =
+        Server::start_with(&[&format!("disk={},rw", directory.path().display())], &["--listen", LISTEN]);
+    for netem in ["loss 1%", "loss 1% delay 2ms 1ms"] {
+        let _shaped = Shaped::new(netem);
+        println!("{netem}");
+        let mut fio = fio_raio(&server);
+        fio.args(["--filename=/disk/file", "--size=8m", "--rw=randrw", SIZES, "--iodepth=32", "--numjobs=2"]);
+        fio.args([
+            "--offset_increment=8m",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            &format!("--randseed={seed}"),
+        ]);
+        succeed(&mut fio);
+    }
 }
 
 #[test]

@@ -1,0 +1,56 @@
+//! Clients in processes of their own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use crate::server::binary;
+
+/// A client that keeps its queue full of reads, and checks what it reads. Killed when dropped.
+pub struct Flood(Child);
+
+impl Flood {
+    /// One that reads this file, whose 64-bit words are their own number. Its queue has been full when this returns.
+    pub fn start(url: &str, path: &str) -> Self {
+        let mut child = Command::new(binary("flood"))
+            .args([url, path, "check"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("flood starts");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("stdout is piped"))
+            .read_line(&mut line)
+            .expect("flood says when its queue is full");
+        let mut this = Self(child);
+        assert_eq!(line.trim(), "full", "{}", if line.is_empty() { this.fails() } else { String::new() });
+        this
+    }
+
+    /// Whether it goes on.
+    pub fn is_alive(&mut self) -> bool {
+        self.0.try_wait().expect("flood can be waited for").is_none()
+    }
+
+    /// Waits until it fails, and gives what it says.
+    pub fn fails(&mut self) -> String {
+        let mut said = String::new();
+        if let Some(stderr) = &mut self.0.stderr {
+            stderr.read_to_string(&mut said).expect("flood ends");
+        }
+        let status = self.0.wait().expect("flood can be waited for");
+        assert_eq!(status.code(), Some(1), "{status}: {said}");
+        said
+    }
+
+    /// Kills it, and gives how it ended.
+    pub fn kill(&mut self) -> ExitStatus {
+        let _ = self.0.kill();
+        self.0.wait().expect("flood can be waited for")
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
