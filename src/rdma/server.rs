@@ -927,7 +927,8 @@ impl Connection {
             State::Lingering => return Some((self.since + LINGER, Due::Drop)),
             State::Open(peer) => peer,
         };
-        let stalled = self.waiting.map(|(since, _)| (since + policy.stall_timeout, Due::End(Violation::Stalled)));
+        let stalled =
+            self.waiting.map(|(since, _)| (since + policy.stall_timeout, Due::End(Violation::Stalled)));
         // Three times, so that one late message is no death sentence.
         let promised = peer.keepalive * 3;
         let silent = (!promised.is_zero()).then(|| (self.heard + promised, Due::End(Violation::Silent)));
