@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 /// Between two looks at the clock while spinning there is at most this long, unless the thread was put aside.
 const PUT_ASIDE: Duration = Duration::from_millis(1);
-/// How long not to spin then.
-const PAUSE: Duration = Duration::from_millis(100);
+/// So many times as long it does not spin then.
+const PAUSE: u32 = 10;
 
 /// How long one thread waits actively: as long as was asked for while news comes within that time, less and less while it does not.
 #[derive(Debug)]
@@ -49,9 +49,10 @@ impl Spin {
         }
         std::thread::yield_now();
         let now = Instant::now();
-        let put_aside = now - spinning.looked >= PUT_ASIDE;
+        let away = now - spinning.looked;
+        let put_aside = away >= PUT_ASIDE;
         if put_aside {
-            self.paused_until = Some(now + PAUSE);
+            self.paused_until = Some(now + away * PAUSE);
             spinning.until = now;
         }
         spinning.looked = now;
