@@ -19,7 +19,7 @@ const LOOPBACK_SOURCES: u32 = 250;
 #[derive(Debug, Parser)]
 #[command(name = "raio_load", version, after_help = "See raio_load(1) for more.")]
 pub struct Options {
-    /// The server, raio://HOST[:PORT] or raio+tcp://HOST[:PORT]; always over TCP
+    /// The server: raio://HOST, raio://HOST:PORT or raio+tcp://HOST:PORT; always over TCP
     url: String,
     /// The file that each session opens, /EXPORT/path/beneath/it
     path: String,
