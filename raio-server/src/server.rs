@@ -8,11 +8,11 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
-use raio_transport::rdma;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::{open_files, rdma};
 
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
@@ -29,6 +29,9 @@ const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much longer than the workers the main thread waits: for them to notice the deadline.
 const DRAIN_SLACK: Duration = Duration::from_secs(1);
+
+/// Descriptors for listeners, rings, exports and devices; generous.
+const DESCRIPTORS_OWN: usize = 256;
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
 pub const HANDLED_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
@@ -76,7 +79,10 @@ impl Drop for EndedOnDrop {
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let files_max = raise_open_files();
+        let (sessions_max, files_max) = session_limits(
+            open_files::raise(config.sessions_max.map_or(0, descriptors_for)),
+            config.sessions_max,
+        )?;
         let exports = Exports::open(&config.exports)?;
         let main = reactor::Config {
             entries: 64,
@@ -93,8 +99,7 @@ impl Server {
         let listener = Listener::bind(&mut reactor, LISTENER, &listen)?;
         let shared = Arc::new(Shared {
             exports,
-            // Half for files, so that clients that open all they can do not keep others from connecting.
-            sessions: Sessions::new(files_max / 2),
+            sessions: Sessions::new(sessions_max, files_max),
             policy: Arc::new(Policy {
                 queue_depth: config.queue_depth,
                 data_bytes_max: config.io_bytes_max,
@@ -305,12 +310,57 @@ fn what_to_listen_on(listen: &[(Scheme, SocketAddr)]) -> Vec<(Scheme, SocketAddr
     wanted
 }
 
-/// Raises the limit on open files as far as this user may. Gives the limit.
-fn raise_open_files() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current != maximum {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+/// What so many sessions take: a connection and a file for each, and what is not theirs.
+fn descriptors_for(sessions: usize) -> usize {
+    DESCRIPTORS_OWN + 2 * sessions
+}
+
+/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open files.
+fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize, usize)> {
+    let room = limit.saturating_sub(DESCRIPTORS_OWN);
+    let sessions = match wanted {
+        // Most programs have a connection for control, one for a context, and a file.
+        None => (limit / 4).max(1),
+        Some(sessions) => {
+            let remedy = format!(
+                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller --max-sessions",
+                descriptors_for(sessions)
+            );
+            ensure!(
+                sessions <= room,
+                "--max-sessions is {sessions}, but this process may have only {limit} open files. {remedy}."
+            );
+            if descriptors_for(sessions) > limit {
+                tracing::warn!(
+                    "--max-sessions {sessions} is more than can each have a file open: this process may have only {limit} open \
+                     files. {remedy}."
+                );
+            }
+            sessions
+        }
+    };
+    // At most half for files, and none of what the sessions' connections take: clients that open all they can do not keep others from
+    // connecting. But one for each session: it may be of an export that takes no descriptor.
+    let files = (limit / 2).min(room.saturating_sub(sessions)).max(sessions);
+    Ok((sessions, files))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_on_open_files_is_shared_out_among_connections_and_files() {
+        assert_eq!(session_limits(1 << 20, None).unwrap(), (1 << 18, 1 << 19));
+        assert_eq!(session_limits(1024, None).unwrap(), (256, 512));
+        // One file each, and not one descriptor more.
+        assert_eq!(session_limits(descriptors_for(32_768), Some(32_768)).unwrap(), (32_768, 32_768));
+        assert_eq!(session_limits(1 << 20, Some(5)).unwrap(), (5, 1 << 19));
     }
-    getrlimit(Resource::Nofile).current.map_or(usize::MAX, |limit| limit as usize)
+
+    #[test]
+    fn more_sessions_than_descriptors_are_refused_with_a_sentence_that_says_how_many_it_takes() {
+        let error = session_limits(1024, Some(1000)).unwrap_err().to_string();
+        assert!(error.contains("--max-sessions is 1000") && error.contains("ulimit -Hn 2256"), "{error}");
+    }
 }
