@@ -40,7 +40,13 @@ fn serve(worker: &mut Worker) {
 }
 
 #[inline(never)]
-fn submit(client: &mut Client, direction: Direction, file: FileHandle, first: u64, buffers: &mut Vec<Buffers>) {
+fn submit(
+    client: &mut Client,
+    direction: Direction,
+    file: FileHandle,
+    first: u64,
+    buffers: &mut Vec<Buffers>,
+) {
     let mut body = Vec::with_capacity(64);
     for at in 0..buffers.len() as u64 {
         let buffer = buffers.pop().expect("one for each request");
@@ -90,7 +96,8 @@ fn scenario(worker: &mut Worker, client: &mut Client, file: FileHandle, directio
 }
 
 fn worker() -> Worker {
-    let options = Options::parse_from(["raio_server", "--export", "m=mem:4M,rw", "--spin-us", "0", "--memory", "64M"]);
+    let options =
+        Options::parse_from(["raio_server", "--export", "m=mem:4M,rw", "--spin-us", "0", "--memory", "64M"]);
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports).expect("memory can be had"),
