@@ -27,7 +27,6 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -85,16 +84,13 @@ static void send_all(int socket, const char *bytes, size_t len)
 	}
 }
 
-/* At least a byte, or 0 at the end of the stream. What does not fit into the first piece of memory goes into the second. */
-static size_t receive(int socket, const struct iovec pieces[2], int spin)
+/* At least a byte, or 0 at the end of the stream. */
+static size_t receive(int socket, char *bytes, size_t len, int spin)
 {
-	struct msghdr message = { .msg_iov = (struct iovec *)pieces, .msg_iovlen = 2 };
-	int flags = spin ? MSG_DONTWAIT : 0;
 	ssize_t n;
 
 	do
-		n = pieces[1].iov_len ? recvmsg(socket, &message, flags) :
-					recv(socket, pieces[0].iov_base, pieces[0].iov_len, flags);
+		n = recv(socket, bytes, len, spin ? MSG_DONTWAIT : 0);
 	while (n < 0 && (errno == EAGAIN || errno == EINTR));
 	if (n < 0)
 		die("receive");
@@ -110,7 +106,7 @@ static void serve(int socket, const struct work *work)
 
 	if (fd < 0)
 		die("open the file");
-	while ((n = receive(socket, (struct iovec[2]){ { in + have, requests_bytes - have } }, work->spin))) {
+	while ((n = receive(socket, in + have, requests_bytes - have, work->spin))) {
 		have += n;
 		taken = have / HEADER_BYTES;
 		for (i = 0; i < taken; i++) {
@@ -161,14 +157,13 @@ struct measured {
 	uint64_t histogram[BUCKETS];
 };
 
-/* The buffer of the responses is a ring: there are never more of them than fit, and none is moved. */
 static void ask(int socket, const struct work *work, struct measured *m)
 {
 	size_t response_bytes = HEADER_BYTES + work->block_bytes, responses_bytes = work->depth * response_bytes;
 	char *requests = buffer(work->depth * HEADER_BYTES), *in = buffer(responses_bytes);
 	uint64_t *made = calloc(work->depth, sizeof(*made)), random = 0x9e3779b97f4a7c15u, block = 0;
 	uint64_t begin, now, end;
-	size_t have = 0, at = 0, missing = work->depth, oldest = 0, newest = 0, n, i;
+	size_t have = 0, missing = work->depth, oldest = 0, newest = 0, n, i;
 
 	if (!made)
 		die("allocate");
@@ -193,16 +188,17 @@ static void ask(int socket, const struct work *work, struct measured *m)
 		}
 		if (missing)
 			send_all(socket, requests, missing * HEADER_BYTES);
-		n = receive(socket, (struct iovec[2]){ { in + at, responses_bytes - at }, { in, at } }, work->spin);
+		n = receive(socket, in + have, responses_bytes - have, work->spin);
 		if (!n) {
 			errno = ECONNRESET;
 			die("go on without its server");
 		}
 		now = now_ns();
-		at = (at + n) % responses_bytes;
 		have += n;
 		missing = have / response_bytes;
 		have %= response_bytes;
+		if (missing) /* a part of one stays, at the front, where the memory is in the cache */
+			memmove(in, in + missing * response_bytes, have);
 		for (i = 0; i < missing; i++) {
 			uint64_t took = now - made[oldest];
 
