@@ -105,7 +105,7 @@ static void serve(int socket, const struct work *work)
 	size_t have = 0, n, i, taken;
 
 	if (fd < 0)
-		die("open the file");
+		die("open the file; give one that it may read with --file");
 	while ((n = receive(socket, in + have, requests_bytes - have, work->spin))) {
 		have += n;
 		taken = have / HEADER_BYTES;
@@ -250,7 +250,7 @@ static struct work parse(int argc, char **argv)
 	    work.block_bytes > 64 << 20)
 		usage(2);
 	if (stat(work.file, &status))
-		die("find the file");
+		die("find the file; give one that exists with --file");
 	work.blocks = (size_t)status.st_size / work.block_bytes;
 	if (!work.blocks) {
 		fprintf(stderr, "floor: %s is smaller than a block. Give a larger file, or a smaller --bs.\n", work.file);
