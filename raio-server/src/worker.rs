@@ -6,6 +6,8 @@
 
 mod command;
 mod connection;
+#[cfg(test)]
+mod instructions;
 mod pipeline;
 
 use std::collections::{HashMap, VecDeque};
