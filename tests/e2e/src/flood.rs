@@ -54,3 +54,35 @@ impl Drop for Flood {
         self.kill();
     }
 }
+
+/// A client that is no good neighbour: see `src/bin/hostile.rs` for the kinds. Killed when dropped.
+pub struct Hostile(Child);
+
+impl Hostile {
+    /// One that has begun when this returns.
+    pub fn start(kind: &str, url: &str, path: &str) -> Self {
+        let mut child = Command::new(binary("hostile"))
+            .args([kind, url, path])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("hostile starts");
+        let mut line = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let read = stdout.read_line(&mut line);
+        let this = Self(child);
+        assert!(read.is_ok() && line == "ready\n", "hostile {kind} said {line:?} instead of being ready");
+        this
+    }
+
+    /// Whether it goes on.
+    pub fn is_alive(&mut self) -> bool {
+        self.0.try_wait().expect("hostile can be waited for").is_none()
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}

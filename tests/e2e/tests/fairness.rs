@@ -1,0 +1,126 @@
+//! One client that wants everything, one that never reads its answers, and two that send a byte a second: beside them, 64 small ones
+//! have their turns, every byte of theirs is right, and the server holds no more memory than it was allowed.
+//!
+//! Everything here is counted, and nothing is timed.
+
+use std::time::{Duration, Instant};
+
+use raio_e2e::{Crowd, Hostile, PATIENCE, Server, numbers};
+use serde_json::Value;
+
+const MEMORY_BYTES: u64 = 64 << 20;
+/// What one connection may have of it.
+const SHARE_BYTES: u64 = MEMORY_BYTES / 8;
+const CLIENTS: usize = 64;
+const MIB: u64 = 1 << 20;
+
+/// What the server's own structures, its stacks and its receive buffers may grow by, whatever the clients do.
+const STRUCTURES_BYTES: u64 = 12 << 20;
+
+fn number(statistics: &Value, pointer: &str) -> u64 {
+    let value = statistics.pointer(pointer).and_then(Value::as_u64);
+    value.unwrap_or_else(|| panic!("{pointer} is not in {statistics}"))
+}
+
+fn start() -> (Server, tempfile::TempDir, u64) {
+    let (directory, export) = numbers();
+    let memory = MEMORY_BYTES.to_string();
+    let mut arguments = vec!["--workers", "1", "--memory", &memory];
+    arguments.extend(["--listen", "tcp://127.0.0.1:0"]); // the protocol on a stream, wherever these tests run
+    let server = Server::start_with(&[&export], &arguments);
+    let resident = server.resident_bytes();
+    (server, directory, resident)
+}
+
+/// `--memory` is a bound on the whole process, but for what it needs anyway.
+fn holds_no_more_than_allowed(server: &Server, resident_at_first: u64, statistics: &Value) {
+    let resident = server.resident_bytes();
+    assert!(number(statistics, "/slot_bytes") <= MEMORY_BYTES, "{statistics}");
+    assert!(
+        resident < resident_at_first + MEMORY_BYTES + STRUCTURES_BYTES,
+        "{resident} bytes are resident, {resident_at_first} were at first"
+    );
+}
+
+#[test]
+fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
+    /// So much goes to the greedy one while we look...
+    const GREEDY_BYTES: u64 = 2 << 30;
+    /// ... and for each of these, each small client has at least one answer. (...)
+    const GREEDY_BYTES_PER_ANSWER: u64 = 8 * MIB;
+
+    let (mut server, _directory, resident_at_first) = start();
+    let url = server.url();
+    let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
+    let mut strangers: Vec<_> = ["greedy", "deaf", "slow", "slow-header"]
+        .iter()
+        .map(|kind| Hostile::start(kind, &url, "/d/numbers"))
+        .collect();
+
+    let greedy_bytes = |statistics: &Value, answers: &[u64]| {
+        number(statistics, "/read_bytes") - answers.iter().sum::<u64>() * 4096
+    };
+    let before = greedy_bytes(&server.statistics(), &crowd.answers());
+    let deadline = Instant::now() + 4 * PATIENCE;
+    let mut moved = 0;
+    while moved < GREEDY_BYTES {
+        // Some rounds between two looks at the statistics, for each look wakes the server.
+        let mut looks = 0;
+        crowd
+            .run(|| {
+                looks += 1;
+                looks > 200
+            })
+            .expect("every small client has every byte right");
+        let statistics = server.statistics();
+        moved = greedy_bytes(&statistics, &crowd.answers()) - before;
+        holds_no_more_than_allowed(&server, resident_at_first, &statistics);
+        assert!(Instant::now() < deadline, "the greedy client got {moved} bytes only: {statistics}");
+    }
+
+    let answers = crowd.answers();
+    let (least, most) = (answers.iter().min().expect("64"), answers.iter().max().expect("64"));
+    let due = moved / GREEDY_BYTES_PER_ANSWER;
+    println!("{} MiB for the greedy client, {least} to {most} answers for each small one", moved / MIB);
+    assert!(*least >= due, "a small client got {least} answers while the greedy one got {} MiB", moved / MIB);
+    assert!(*most <= 2 * least, "one small client got {most} answers, another {least}");
+    assert!(strangers.iter_mut().all(Hostile::is_alive), "all this was while the others were there");
+    assert_eq!(number(&server.statistics(), "/errors"), 0);
+}
+
+#[test]
+fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
+    let (mut server, _directory, resident_at_first) = start();
+    let url = server.url();
+    let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
+    let _deaf = Hostile::start("deaf", &url, "/d/numbers");
+    let _slow = Hostile::start("slow", &url, "/d/numbers");
+    let _slow_header = Hostile::start("slow-header", &url, "/d/numbers");
+    let statistics = server.statistics_when(|statistics| {
+        number(statistics, "/in_flight/fetching") == 1
+            && number(statistics, "/in_flight/executing") == 0
+            && number(statistics, "/in_flight/need_slot") > 100
+    });
+    let held = number(&statistics, "/slot_bytes");
+    assert!(held > MIB, "they hold something: {statistics}");
+    assert!(held <= SHARE_BYTES + MIB, "the deaf one has its share, the slow one its write: {statistics}");
+
+    let mut stalled = 0;
+    // Twice the stall timeout: what went into the socket's buffers at first counts as progress.
+    let deadline = Instant::now() + Duration::from_secs(70) + PATIENCE;
+    while stalled < 3 {
+        crowd.run(|| true).expect("the small clients do not notice");
+        let statistics = server.statistics();
+        holds_no_more_than_allowed(&server, resident_at_first, &statistics);
+        stalled = number(&statistics, "/closes/stalled");
+        assert!(Instant::now() < deadline, "somebody was not closed: {statistics}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    crowd.run(|| true).expect("the small clients do not notice");
+    let statistics =
+        server.statistics_when(|statistics| number(statistics, "/connections") == CLIENTS as u64);
+    assert_eq!(number(&statistics, "/slot_bytes"), 0, "{statistics}");
+    assert_eq!(number(&statistics, "/in_flight/need_slot"), 0, "{statistics}");
+    let closes = statistics["closes"].as_object().expect("reasons");
+    assert_eq!(closes.values().filter_map(Value::as_u64).sum::<u64>(), 3, "nobody else: {statistics}");
+}
