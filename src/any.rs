@@ -66,6 +66,8 @@ pub struct Server {
     rdma: Option<rdma::Server>,
     /// By a TCP connection's index: the queue pair that it has moved to.
     moved: Vec<Option<Moved>>,
+    /// How many of them.
+    moved_count: usize,
     /// By a queue pair's index: where in `moved` it is.
     streams: Vec<Option<Moved>>,
     /// Those whose TCP connection has ended.
@@ -112,6 +114,7 @@ impl Server {
             tcp_owner: owner,
             rdma,
             moved: Vec::new(),
+            moved_count: 0,
             streams: Vec::new(),
             ended: VecDeque::new(),
             closed: VecDeque::new(),
@@ -171,6 +174,7 @@ impl Server {
                 Ok((queue_pair, ours)) => {
                     let moved = Moved { stream, queue_pair };
                     set(&mut self.moved, stream, moved);
+                    self.moved_count += 1;
                     set(&mut self.streams, queue_pair, moved);
                     self.tcp.answer_exchange(reactor, stream, Ok(&ours));
                 }
@@ -213,6 +217,7 @@ impl Server {
                     && moved.stream == id
                 {
                     self.moved[id.index as usize] = None;
+                    self.moved_count -= 1;
                     self.ended.push_back((moved.queue_pair, reason));
                     return None;
                 }
@@ -310,6 +315,11 @@ impl ServerTransport for Server {
         }
     }
 
+    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
+        let (id, transport) = self.at_place(connection);
+        transport.refuse(reactor, id, errno, text);
+    }
+
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
         match (self.place(connection), &self.rdma) {
             (Place::Tcp(id), _) => self.tcp.unsent_bytes(id),
@@ -324,7 +334,7 @@ impl ServerTransport for Server {
 
     fn connections(&self) -> usize {
         // Those that have moved count once.
-        let streams = self.tcp.connections().saturating_sub(self.moved.iter().flatten().count());
+        let streams = self.tcp.connections().saturating_sub(self.moved_count);
         streams + self.rdma.as_ref().map_or(0, ServerTransport::connections)
     }
 }

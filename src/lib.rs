@@ -27,6 +27,7 @@ pub mod handshake;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod message;
+pub mod open_files;
 pub mod pair;
 pub mod protocol;
 #[cfg_attr(not(feature = "rdma"), path = "rdma/absent.rs")]

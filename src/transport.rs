@@ -102,7 +102,8 @@ pub struct SlotRange {
 /// What a server's transport tells its worker.
 #[derive(Debug)]
 pub enum ServerEvent {
-    /// A connection has finished its handshake.
+    /// A client has finished its part of the handshake. Its welcome goes out with the next [`ServerTransport::flush`]; until then it can
+    /// be turned away: [`ServerTransport::refuse`].
     Opened(ConnectionId, Peer),
     /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after [`ServerTransport::fetch`].
     Request(Request),
@@ -124,6 +125,8 @@ pub enum CloseReason {
     Violation(Violation),
     /// This side closed it.
     Local,
+    /// This side turned it away: [`ServerTransport::refuse`].
+    Refused,
 }
 
 impl CloseReason {
@@ -134,6 +137,7 @@ impl CloseReason {
             Self::Lost(_) => "lost",
             Self::Violation(violation) => violation.name(),
             Self::Local => "local",
+            Self::Refused => "refused",
         }
     }
 }
@@ -172,6 +176,10 @@ pub trait ServerTransport {
 
     /// Ends a connection: sends a goodbye with this status and sentence if it can. [`ServerEvent::Closed`] follows.
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str);
+
+    /// Turns a client away: it gets a refusal with this errno and sentence in the place of its welcome. Only between
+    /// [`ServerEvent::Opened`] and the next [`ServerTransport::flush`]. [`ServerEvent::Closed`] follows.
+    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str);
 
     /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
     fn unsent_bytes(&self, connection: ConnectionId) -> usize;

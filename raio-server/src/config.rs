@@ -26,6 +26,8 @@ const MEMORY_BYTES_DEFAULT: u64 = 128 << 20;
 const SPIN_US_DEFAULT: u64 = 50;
 const SPIN_US_MAX: u64 = 1_000_000;
 const WORKERS_MAX: usize = 1024;
+/// More than a process can have open files.
+const SESSIONS_MAX: usize = 1 << 24;
 
 /// Serves directories, files and block devices to raio clients.
 #[derive(Debug, Default, Parser, Deserialize)]
@@ -46,6 +48,10 @@ pub struct Options {
     /// Requests that one connection may have outstanding [default: 128]
     #[arg(long, value_name = "NUMBER")]
     queue_depth: Option<u32>,
+    /// Sessions that clients may have at a time; who comes beyond is turned away [default: a quarter of the open files that the
+    /// process may have]
+    #[arg(long, value_name = "NUMBER")]
+    max_sessions: Option<usize>,
     /// Largest read or write in one request [default: 1M]
     #[arg(long, value_name = "SIZE")]
     io_max: Option<Size>,
@@ -155,6 +161,8 @@ pub struct Config {
     pub workers: usize,
     /// Requests outstanding on a connection, at most.
     pub queue_depth: u32,
+    /// Sessions at a time, at most. None: what the limit on open files allows.
+    pub sessions_max: Option<usize>,
     /// Data of a request, at most.
     pub io_bytes_max: u32,
     /// How long to spin before sleeping.
@@ -186,6 +194,7 @@ impl Options {
             export: or(self.export, file.export),
             workers: self.workers.or(file.workers),
             queue_depth: self.queue_depth.or(file.queue_depth),
+            max_sessions: self.max_sessions.or(file.max_sessions),
             io_max: self.io_max.or(file.io_max),
             spin_us: self.spin_us.or(file.spin_us),
             memory: self.memory.or(file.memory),
@@ -235,6 +244,12 @@ impl Options {
             (1..=QUEUE_DEPTH_MAX).contains(&queue_depth),
             "--queue-depth is {queue_depth}. Give a number from 1 to {QUEUE_DEPTH_MAX}."
         );
+        if let Some(sessions) = options.max_sessions {
+            ensure!(
+                (1..=SESSIONS_MAX).contains(&sessions),
+                "--max-sessions is {sessions}. Give a number from 1 to {SESSIONS_MAX}."
+            );
+        }
         let io_bytes = options.io_max.map_or(IO_BYTES_DEFAULT, |size| size.0);
         ensure!(
             (IO_BYTES_MIN..=IO_BYTES_MAX).contains(&io_bytes),
@@ -257,6 +272,7 @@ impl Options {
             exports,
             workers,
             queue_depth,
+            sessions_max: options.max_sessions,
             io_bytes_max: io_bytes as u32,
             spin: Duration::from_micros(spin_us),
             arena_bytes: (memory / workers as u64) as usize,
@@ -292,6 +308,7 @@ mod tests {
         let config = options(&["--export", "a=/tmp"]).check(2).unwrap();
         assert_eq!(config.listen, [(Scheme::Tcp, "127.0.0.1:7240".parse().unwrap())]);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (2, 128, 1 << 20));
+        assert_eq!(config.sessions_max, None);
         assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
     }
@@ -301,13 +318,15 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("raio.toml");
         let text = "listen = ['tcp://127.0.0.2:1', 'tcp://[::1]:2']\nexport = ['a=/tmp']\nio-max = '64k'\nmemory = 8388608\n\
-                    queue-depth = 7\nbackend = 'threads'\nlog = 'debug'\nspin-us = 0\nworkers = 3\n";
+                    queue-depth = 7\nbackend = 'threads'\nlog = 'debug'\nspin-us = 0\nworkers = 3\n\
+                    max-sessions = 5\n";
         std::fs::write(&path, text).unwrap();
         let path = path.to_str().unwrap();
         let config = options(&["--config", path]).check(2).unwrap();
         assert_eq!(config.listen.len(), 2);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (3, 7, 64 << 10));
         assert_eq!((config.spin, config.arena_bytes), (Duration::ZERO, 8_388_608 / 3));
+        assert_eq!(config.sessions_max, Some(5));
         assert_eq!((config.backend, config.log), (BackendKind::Threads, LogLevel::Debug));
         let config =
             options(&["--config", path, "--queue-depth", "9", "--export", "b=/", "--backend", "uring"]);
@@ -327,6 +346,7 @@ mod tests {
             (&["--export", "a"], "--export a"),
             (&["--export", "a=/", "--workers", "0"], "--workers is 0"),
             (&["--export", "a=/", "--queue-depth", "65535"], "--queue-depth is 65535"),
+            (&["--export", "a=/", "--max-sessions", "0"], "--max-sessions is 0"),
             (&["--export", "a=/", "--io-max", "1"], "--io-max is 1 bytes"),
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),

@@ -8,11 +8,11 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
-use raio_transport::rdma;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::{open_files, rdma};
 
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
@@ -29,6 +29,9 @@ const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much longer than the workers the main thread waits: for them to notice the deadline.
 const DRAIN_SLACK: Duration = Duration::from_secs(1);
+
+/// Descriptors for listeners, rings, exports and devices; generous.
+const DESCRIPTORS_OWN: usize = 256;
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
 pub const HANDLED_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
@@ -76,7 +79,7 @@ impl Drop for EndedOnDrop {
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let files_max = raise_open_files();
+        let (sessions_max, files_max) = session_limits(config)?;
         let exports = Exports::open(&config.exports)?;
         let main = reactor::Config {
             entries: 64,
@@ -93,8 +96,7 @@ impl Server {
         let listener = Listener::bind(&mut reactor, LISTENER, &listen)?;
         let shared = Arc::new(Shared {
             exports,
-            // Half for files, so that clients that open all they can do not keep others from connecting.
-            sessions: Sessions::new(files_max / 2),
+            sessions: Sessions::new(sessions_max, files_max),
             policy: Arc::new(Policy {
                 queue_depth: config.queue_depth,
                 data_bytes_max: config.io_bytes_max,
@@ -305,12 +307,32 @@ fn what_to_listen_on(listen: &[(Scheme, SocketAddr)]) -> Vec<(Scheme, SocketAddr
     wanted
 }
 
-/// Raises the limit on open files as far as this user may. Gives the limit.
-fn raise_open_files() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current != maximum {
-        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
-    }
-    getrlimit(Resource::Nofile).current.map_or(usize::MAX, |limit| limit as usize)
+/// How many sessions there may be, and how many open files of theirs.
+fn session_limits(config: &Config) -> anyhow::Result<(usize, usize)> {
+    let each = |sessions: usize| DESCRIPTORS_OWN + 2 * sessions;
+    let limit = open_files::raise(config.sessions_max.map_or(0, each)).min(1 << 24);
+    let room = limit.saturating_sub(DESCRIPTORS_OWN);
+    let sessions = match config.sessions_max {
+        None => (limit / 4).max(1),
+        Some(sessions) => {
+            let remedy = format!(
+                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller --max-sessions",
+                each(sessions)
+            );
+            ensure!(
+                sessions <= room,
+                "--max-sessions is {sessions}, but this process may have only {limit} open files. {remedy}."
+            );
+            if each(sessions) > limit {
+                tracing::warn!(
+                    "--max-sessions {sessions} is more than can each have a file open: this process may have only {limit} open \
+                     files. {remedy}."
+                );
+            }
+            sessions
+        }
+    };
+    // At most half for files, and none of what the sessions' connections take: clients that open all they can do not keep others from
+    // connecting.
+    Ok((sessions, (limit / 2).min(room - sessions.min(room)).max(1)))
 }

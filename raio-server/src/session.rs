@@ -193,6 +193,7 @@ impl Session {
 #[derive(Debug)]
 pub struct Sessions {
     by_id: Mutex<HashMap<[u8; 16], Joined>>,
+    sessions_max: usize,
     open_files: Arc<AtomicUsize>,
     files_max: usize,
 }
@@ -205,18 +206,22 @@ struct Joined {
 }
 
 impl Sessions {
-    /// None yet. All together may have `files_max` files open.
-    pub fn new(files_max: usize) -> Self {
+    /// None yet. There may be `sessions_max` at a time; all together may have `files_max` files open.
+    pub fn new(sessions_max: usize, files_max: usize) -> Self {
         Self {
             by_id: Mutex::default(),
+            sessions_max,
             open_files: Arc::default(),
             files_max: files_max.min(INDEX_MASK as usize + 1),
         }
     }
 
-    /// A worker has got its first connection of this session.
-    pub fn join(&self, id: [u8; 16]) -> Arc<Session> {
+    /// A worker has got its first connection of this session. None: it would be one more than there may be.
+    pub fn join(&self, id: [u8; 16]) -> Option<Arc<Session>> {
         let mut by_id = lock(&self.by_id);
+        if by_id.len() >= self.sessions_max && !by_id.contains_key(&id) {
+            return None;
+        }
         let joined = by_id.entry(id).or_insert_with(|| {
             let session = Session {
                 id,
@@ -227,7 +232,7 @@ impl Sessions {
             Joined { session: Arc::new(session), workers: 0 }
         });
         joined.workers += 1;
-        Arc::clone(&joined.session)
+        Some(Arc::clone(&joined.session))
     }
 
     /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any more.
@@ -241,6 +246,11 @@ impl Sessions {
         by_id.remove(&session.id);
         drop(by_id);
         session.close_all()
+    }
+
+    /// How many there may be at a time.
+    pub fn max(&self) -> usize {
+        self.sessions_max
     }
 
     /// How many there are.
@@ -269,8 +279,8 @@ mod tests {
 
     #[test]
     fn a_handle_does_not_outlive_its_close() {
-        let sessions = Sessions::new(10);
-        let session = sessions.join([1; 16]);
+        let sessions = Sessions::new(9, 10);
+        let session = sessions.join([1; 16]).unwrap();
         let first = session.insert(null()).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -285,7 +295,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = Sessions::new(1).join([1; 16]);
+        let session = Sessions::new(9, 1).join([1; 16]).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null()).unwrap();
@@ -296,9 +306,9 @@ mod tests {
 
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
-        let sessions = Sessions::new(10);
-        let session = sessions.join([1; 16]);
-        assert!(Arc::ptr_eq(&session, &sessions.join([1; 16])));
+        let sessions = Sessions::new(9, 10);
+        let session = sessions.join([1; 16]).unwrap();
+        assert!(Arc::ptr_eq(&session, &sessions.join([1; 16]).unwrap()));
         let file = null();
         let handle = session.insert(Arc::clone(&file)).unwrap();
         assert!(sessions.leave(&session).is_empty());
@@ -311,15 +321,27 @@ mod tests {
 
     #[test]
     fn sessions_do_not_see_each_others_files() {
-        let sessions = Sessions::new(10);
-        let handle = sessions.join([1; 16]).insert(null()).unwrap();
-        assert!(sessions.join([2; 16]).get(handle).is_none());
+        let sessions = Sessions::new(9, 10);
+        let handle = sessions.join([1; 16]).unwrap().insert(null()).unwrap();
+        assert!(sessions.join([2; 16]).unwrap().get(handle).is_none());
+    }
+
+    #[test]
+    fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
+        let sessions = Sessions::new(1, 9);
+        let session = sessions.join([1; 16]).unwrap();
+        assert!(sessions.join([2; 16]).is_none());
+        assert!(sessions.join([1; 16]).is_some());
+        sessions.leave(&session);
+        assert!(sessions.join([2; 16]).is_none());
+        sessions.leave(&session);
+        assert!(sessions.join([2; 16]).is_some());
     }
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
-        let sessions = Sessions::new(2);
-        let (session, other) = (sessions.join([1; 16]), sessions.join([2; 16]));
+        let sessions = Sessions::new(9, 2);
+        let (session, other) = (sessions.join([1; 16]).unwrap(), sessions.join([2; 16]).unwrap());
         let first = session.insert(null()).unwrap();
         session.insert(null()).unwrap();
         assert!(session.insert(null()).is_none());

@@ -31,10 +31,11 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 17] = [
+const REASONS: [&str; 18] = [
     "finished",
     "lost",
     "local",
+    "refused",
     "magic",
     "version",
     "handshake_timeout",
@@ -226,7 +227,7 @@ mod tests {
             V::Silent,
             V::Stalled,
         ];
-        let reasons = [CloseReason::Finished, CloseReason::Lost(0), CloseReason::Local];
+        let reasons = [CloseReason::Finished, CloseReason::Lost(0), CloseReason::Local, CloseReason::Refused];
         for reason in reasons.into_iter().chain(violations.map(CloseReason::Violation)) {
             assert!(REASONS.contains(&reason.name()), "{reason:?}");
         }

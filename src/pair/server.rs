@@ -192,7 +192,7 @@ impl Server {
         connection.end.set_receives(peer.grant.credits() as usize + CONTROL_MESSAGES);
         connection.unsent.push_back(Outgoing::Message(welcome));
         connection.open = Some(Open { peer: peer.clone(), limits: peer.grant.limits() });
-        connection.send();
+        self.answered.push(id);
         self.events.push_back(ServerEvent::Opened(id, peer));
         Ok(())
     }
@@ -459,6 +459,14 @@ impl ServerTransport for Server {
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
         self.say_goodbye(connection, status, text);
         self.end(reactor, connection, CloseReason::Local);
+    }
+
+    fn refuse(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
+        let refusal = self.policy.refusal(errno, text);
+        if let Some(connection) = self.get(id) {
+            let _ = connection.end.send(refusal);
+            self.end(reactor, id, CloseReason::Refused);
+        }
     }
 
     fn unsent_bytes(&self, id: ConnectionId) -> usize {

@@ -241,6 +241,9 @@ impl ServerTransport for Server {
     fn close(&mut self, _: &mut Reactor, _: ConnectionId, _: Status, _: &str) {
         match self.0 {}
     }
+    fn refuse(&mut self, _: &mut Reactor, _: ConnectionId, _: i32, _: &str) {
+        match self.0 {}
+    }
     fn unsent_bytes(&self, _: ConnectionId) -> usize {
         match self.0 {}
     }

@@ -1139,6 +1139,17 @@ impl ServerTransport for Server {
         }
     }
 
+    fn refuse(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
+        let refusal = self.policy.refusal(errno, text);
+        if let Some(connection) = self.get_alive(id) {
+            // The welcome, and what it said at once.
+            connection.unsent.clear();
+            connection.unsent.push_back(Outgoing::Message(refusal));
+            self.report(id, CloseReason::Refused);
+            self.linger(reactor, id);
+        }
+    }
+
     fn unsent_bytes(&self, id: ConnectionId) -> usize {
         let connection = self.connections.get(id.index as usize).filter(|c| c.generation == id.generation);
         connection.map_or(0, |connection| {

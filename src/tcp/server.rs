@@ -940,6 +940,18 @@ impl ServerTransport for Server {
         self.put(reactor, connection);
     }
 
+    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
+        let Some(mut connection) = self.take(connection) else { return };
+        if connection.state == State::Open {
+            // The welcome, and what it said at once.
+            connection.out = None;
+            connection.state = State::Handshake(Vec::new());
+            let status = Status::policy(errno);
+            self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Refused);
+        }
+        self.put(reactor, connection);
+    }
+
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
         self.connection(connection).map_or(0, |connection| connection.unsent_bytes)
     }

@@ -12,7 +12,7 @@ use raio_transport::message::{
 };
 use raio_transport::transport::CloseReason;
 
-use crate::harness::{Op, Server, Transport, command, serve, serve_plain};
+use crate::harness::{Op, Server, Transport, UNWELCOME, command, serve, serve_plain};
 use crate::raw::{Got, Raw};
 
 /// The fixed part of an ordinary hello.
@@ -203,6 +203,17 @@ contract! {
         let error = client_gets(transport, Offer::new("late"), &bytes);
         assert_eq!(error.errno(), libc::EUSERS);
         assert!(error.to_string().contains("All seats are taken"), "{error}");
+    }
+
+    fn a_client_that_is_turned_away_hears_why_and_no_other_notices(transport) {
+        let server = serve_plain(transport);
+        let mut before = server.bystander();
+        let error = server.connect(&Offer::new(UNWELCOME)).map(|_| ()).unwrap_err();
+        assert_eq!(error.errno(), libc::EUSERS);
+        assert!(error.to_string().contains("All seats are taken."), "{error}");
+        assert_eq!(server.closed(0), CloseReason::Refused);
+        before.works();
+        server.serves_others();
     }
 
     fn a_client_gives_up_a_server_that_is_none(transport) {

@@ -127,6 +127,9 @@ enum Mail {
     Stop,
 }
 
+/// A client of this name is turned away.
+pub const UNWELCOME: &str = "unwelcome";
+
 /// The name of clients that only show that others are served: what the server has seen of them is not recorded.
 pub const BYSTANDER: &str = "bystander";
 
@@ -525,6 +528,9 @@ impl Handler {
 
     fn take_in(&mut self, reactor: &mut Reactor, event: ServerEvent) {
         match event {
+            ServerEvent::Opened(id, peer) if peer.name == UNWELCOME => {
+                self.wires.transport().refuse(reactor, id, libc::EUSERS, "All seats are taken.");
+            }
             ServerEvent::Opened(id, peer) => {
                 let is_bystander = peer.name == BYSTANDER;
                 let open =

@@ -51,7 +51,9 @@ impl Worker {
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
             None => {
-                let session = self.shared.sessions.join(peer.session);
+                let Some(session) = self.shared.sessions.join(peer.session) else {
+                    return self.turn_away(id, &peer.name);
+                };
                 let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
                 self.sessions_by_id.insert(peer.session, key);
                 key
@@ -74,6 +76,18 @@ impl Worker {
             by_index.resize(index + 1, None);
         }
         by_index[index] = Some(key);
+    }
+
+    /// There are as many sessions as there may be.
+    fn turn_away(&mut self, id: ConnectionId, name: &str) {
+        let text = format!(
+            "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
+            self.shared.sessions.max()
+        );
+        if let Some(suppressed) = self.warnings.pass() {
+            tracing::warn!(name, suppressed, "A client was turned away. {text}");
+        }
+        self.transport.refuse(&mut self.reactor, id, libc::EUSERS, &text);
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {

@@ -1,0 +1,302 @@
+//! What the program is told, checked.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use clap::{Parser, ValueEnum};
+use raio_transport::address::{Address, Scheme};
+
+use crate::content::WORD_BYTES;
+
+const IO_BYTES_MAX: u64 = 256 << 20;
+const DEPTH_MAX: u32 = 65_534;
+const SESSIONS_MAX: usize = 1 << 24;
+/// Ephemeral ports between a pair of addresses are some 28,000. With so many addresses of ours none has many in use.
+const LOOPBACK_SOURCES: u32 = 250;
+
+/// Opens many sessions with a raio server, reads and writes on them, and checks every byte.
+#[derive(Debug, Parser)]
+#[command(name = "raio_load", version, after_help = "See raio_load(1) for more.")]
+pub struct Options {
+    /// The server, raio://HOST[:PORT] or raio+tcp://HOST[:PORT]; always over TCP
+    url: String,
+    /// The file that each session opens, /EXPORT/path/beneath/it
+    path: String,
+    /// How many sessions
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    sessions: usize,
+    /// Open so many a second, evenly; 0: as fast as it goes
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    rate: u32,
+    /// Connect from this address; repeatable: in turn [default: the system's choice, or many of 127.0.0.0/8 if the server is there]
+    #[arg(long, value_name = "ADDRESS")]
+    source: Vec<IpAddr>,
+    /// Use the file's first SIZE bytes [default: all]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    size: Option<u64>,
+    /// Before all else make the file, or write its first --size bytes, such that --verify knows what they are
+    #[arg(long)]
+    fill: bool,
+    /// Length of each read and write
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size)]
+    io_size: u64,
+    /// Which reads and writes; rw and randrw are half of each
+    #[arg(long, value_enum, default_value_t = Pattern::Randread)]
+    pattern: Pattern,
+    /// Requests that a session has in flight
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    depth: u32,
+    /// Requests that all sessions together have in flight, at most [default: what their depths make]
+    #[arg(long, value_name = "NUMBER")]
+    in_flight: Option<usize>,
+    /// How many of the sessions have work; the others are open and idle
+    #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
+    active: f64,
+    /// For how long
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, conflicts_with = "rounds")]
+    seconds: f64,
+    /// Not for a time, but until each active session has done so many reads and writes
+    #[arg(long, value_name = "NUMBER")]
+    rounds: Option<u64>,
+    /// Check every byte that is read, and write what is there already
+    #[arg(long)]
+    verify: bool,
+    /// When all sessions are open, wait until there is a line, or the end, on standard input
+    #[arg(long)]
+    hold: bool,
+    /// Chooses the offsets of random patterns
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
+    /// Report in JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which reads and writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum Pattern {
+    Read,
+    Write,
+    Rw,
+    Randread,
+    Randwrite,
+    Randrw,
+}
+
+impl Pattern {
+    /// Whether offsets are random.
+    pub fn is_random(self) -> bool {
+        matches!(self, Self::Randread | Self::Randwrite | Self::Randrw)
+    }
+
+    /// Whether it has reads, and writes.
+    pub fn directions(self) -> (bool, bool) {
+        match self {
+            Self::Read | Self::Randread => (true, false),
+            Self::Write | Self::Randwrite => (false, true),
+            Self::Rw | Self::Randrw => (true, true),
+        }
+    }
+}
+
+/// When the reads and writes end.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Until {
+    /// After a time.
+    Elapsed(Duration),
+    /// When each active session has done so many.
+    Rounds(u64),
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub struct Plan {
+    /// The server.
+    pub server: SocketAddr,
+    /// The file.
+    pub path: String,
+    /// How many sessions.
+    pub sessions: usize,
+    /// How many of them have work.
+    pub active: usize,
+    /// New sessions in a second; 0: no limit.
+    pub rate: u32,
+    /// Where to connect from, in turn; none: the system chooses.
+    pub sources: Vec<IpAddr>,
+    /// How much of the file; None: all of it.
+    pub size: Option<u64>,
+    /// Write it first.
+    pub fill: bool,
+    /// Length of each read and write.
+    pub io_bytes: u32,
+    /// Which.
+    pub pattern: Pattern,
+    /// In flight for each session.
+    pub depth: u32,
+    /// In flight in all.
+    pub in_flight_max: usize,
+    /// For how long.
+    pub until: Until,
+    /// Check what is read.
+    pub verify: bool,
+    /// Wait when all are open.
+    pub hold: bool,
+    /// For random offsets.
+    pub seed: u64,
+}
+
+impl Options {
+    /// Checks everything that can be checked before anything is connected.
+    pub fn check(self) -> anyhow::Result<Plan> {
+        let address: Address = self.url.parse()?;
+        ensure!(
+            address.scheme != Scheme::Rdma,
+            "{} asks for RDMA, and raio_load measures sessions over TCP. Write raio+tcp://HOST:PORT.",
+            self.url
+        );
+        ensure!(address.port != 0, "{} names port 0. Give the port that raio_server printed.", self.url);
+        ensure!(
+            (1..=SESSIONS_MAX).contains(&self.sessions),
+            "--sessions is {}. Give a number from 1 to {SESSIONS_MAX}.",
+            self.sessions
+        );
+        ensure!(
+            self.io_size > 0
+                && self.io_size.is_multiple_of(WORD_BYTES as u64)
+                && self.io_size <= IO_BYTES_MAX,
+            "--io-size is {} bytes. Give a multiple of {WORD_BYTES}, at most {}M.",
+            self.io_size,
+            IO_BYTES_MAX >> 20
+        );
+        ensure!(
+            self.size.is_none_or(|size| size >= self.io_size),
+            "--size is less than --io-size. Give at least {} bytes.",
+            self.io_size
+        );
+        ensure!(!self.fill || self.size.is_some(), "--fill does not know how much. Say it with --size.");
+        ensure!(
+            (1..=DEPTH_MAX).contains(&self.depth),
+            "--depth is {}. Give a number from 1 to {DEPTH_MAX}.",
+            self.depth
+        );
+        ensure!(self.in_flight != Some(0), "--in-flight is 0. Give at least 1, or leave it out.");
+        ensure!(
+            self.active > 0.0 && self.active <= 100.0,
+            "--active is {} percent. Give more than 0, and at most 100.",
+            self.active
+        );
+        ensure!(
+            self.seconds > 0.0 && self.seconds <= 1e6,
+            "--seconds is {}. Give more than 0, and at most a million.",
+            self.seconds
+        );
+        let server = address.resolve()?.into_iter().next().context("The host has no address")?;
+        let sources = match server.ip() {
+            _ if !self.source.is_empty() => self.source,
+            IpAddr::V4(ip) if ip.is_loopback() => loopback_sources(self.sessions),
+            _ => Vec::new(),
+        };
+        Ok(Plan {
+            server,
+            path: self.path,
+            sessions: self.sessions,
+            active: ((self.sessions as f64 * self.active / 100.0).round() as usize).clamp(1, self.sessions),
+            rate: self.rate,
+            sources,
+            size: self.size,
+            fill: self.fill,
+            io_bytes: self.io_size as u32,
+            pattern: self.pattern,
+            depth: self.depth,
+            in_flight_max: self.in_flight.unwrap_or(usize::MAX),
+            until: self.rounds.map_or(Until::Elapsed(Duration::from_secs_f64(self.seconds)), Until::Rounds),
+            verify: self.verify,
+            hold: self.hold,
+            seed: self.seed,
+        })
+    }
+}
+
+/// 127.0.1.1 and on.
+fn loopback_sources(sessions: usize) -> Vec<IpAddr> {
+    let count = LOOPBACK_SOURCES.min(sessions as u32);
+    (1..=count).map(|n| Ipv4Addr::from(0x7f00_0100 + n).into()).collect()
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_lowercase) {
+        Some(b'k') => (&text[..text.len() - 1], 10),
+        Some(b'm') => (&text[..text.len() - 1], 20),
+        Some(b'g') => (&text[..text.len() - 1], 30),
+        Some(b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
+    number
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|&bytes| i64::try_from(bytes).is_ok())
+        .ok_or_else(|| {
+            format!("{text:?} is not a size. Write a number of bytes, or one with k, M, G or T behind it.")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(arguments: &[&str]) -> anyhow::Result<Plan> {
+        let all = ["raio_load", "raio://127.0.0.1:7240", "/x"];
+        Options::try_parse_from(all.iter().chain(arguments))?.check()
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_manual() {
+        let plan = plan(&[]).unwrap();
+        assert_eq!((plan.sessions, plan.active, plan.rate, plan.depth, plan.io_bytes), (1, 1, 0, 1, 4096));
+        assert_eq!((plan.pattern, plan.until), (Pattern::Randread, Until::Elapsed(Duration::from_secs(10))));
+        assert_eq!((plan.size, plan.fill, plan.verify, plan.hold), (None, false, false, false));
+    }
+
+    #[test]
+    fn sessions_to_loopback_come_from_many_addresses_and_others_from_where_they_are_told() {
+        let loopback = plan(&["--sessions", "32768"]).unwrap().sources;
+        assert_eq!(loopback.len(), LOOPBACK_SOURCES as usize);
+        assert!(loopback.iter().all(IpAddr::is_loopback));
+        assert!(loopback.iter().enumerate().all(|(n, source)| !loopback[..n].contains(source)));
+        let told = plan(&["--source", "127.0.0.9"]).unwrap().sources;
+        assert_eq!(told, ["127.0.0.9".parse::<IpAddr>().unwrap()]);
+    }
+
+    #[test]
+    fn a_part_of_the_sessions_is_at_least_one() {
+        for (sessions, percent, active) in
+            [("32768", "1", 328), ("1", "1", 1), ("10", "100", 10), ("1000", "0.1", 1)]
+        {
+            assert_eq!(plan(&["--sessions", sessions, "--active", percent]).unwrap().active, active);
+        }
+    }
+
+    #[test]
+    fn every_error_names_the_option_and_says_what_to_write() {
+        for (arguments, needle) in [
+            (&["--sessions", "0"][..], "--sessions is 0"),
+            (&["--io-size", "12"], "--io-size is 12 bytes"),
+            (&["--io-size", "1x"], "is not a size"),
+            (&["--size", "512"], "--size is less than --io-size"),
+            (&["--fill"], "--size"),
+            (&["--depth", "0"], "--depth is 0"),
+            (&["--in-flight", "0"], "--in-flight is 0"),
+            (&["--active", "0"], "--active is 0"),
+            (&["--active", "101"], "--active is 101"),
+            (&["--seconds", "0"], "--seconds is 0"),
+            (&["--seconds", "1", "--rounds", "1"], "cannot be used with"),
+        ] {
+            let error = format!("{:#}", plan(arguments).unwrap_err());
+            assert!(error.contains(needle), "{arguments:?}: {error}");
+        }
+        let rdma = Options::try_parse_from(["raio_load", "raio+rdma://127.0.0.1", "/x"]).unwrap();
+        assert!(rdma.check().unwrap_err().to_string().contains("raio+tcp://"));
+    }
+}
