@@ -49,7 +49,8 @@ impl Tally {
     fn add(&mut self, bytes: u64, latency: Duration) {
         self.ios += 1;
         self.bytes += bytes;
-        self.latency_ns.saturating_record(latency.as_nanos() as u64);
+        // It grows as it must.
+        let _ = self.latency_ns.record(latency.as_nanos() as u64);
     }
 }
 

@@ -106,7 +106,7 @@ impl Session {
                     return Err(lost(&self.client));
                 }
                 let errno = std::io::Error::from_raw_os_error(reply.status.errno);
-                return Err(Error::io(message::text(&reply.body), errno));
+                return Err(Error::io(message::text(&reply.body).trim_end_matches('.'), errno));
             }
             if self.client.failure().is_some() || Instant::now() >= deadline {
                 return Err(lost(&self.client));

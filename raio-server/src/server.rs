@@ -79,7 +79,10 @@ impl Drop for EndedOnDrop {
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let (sessions_max, files_max) = session_limits(config)?;
+        let (sessions_max, files_max) = session_limits(
+            open_files::raise(config.sessions_max.map_or(0, descriptors_for)),
+            config.sessions_max,
+        )?;
         let exports = Exports::open(&config.exports)?;
         let main = reactor::Config {
             entries: 64,
@@ -307,23 +310,27 @@ fn what_to_listen_on(listen: &[(Scheme, SocketAddr)]) -> Vec<(Scheme, SocketAddr
     wanted
 }
 
-/// How many sessions there may be, and how many open files of theirs.
-fn session_limits(config: &Config) -> anyhow::Result<(usize, usize)> {
-    let each = |sessions: usize| DESCRIPTORS_OWN + 2 * sessions;
-    let limit = open_files::raise(config.sessions_max.map_or(0, each)).min(1 << 24);
+/// What so many sessions take: a connection and a file for each, and what is not theirs.
+fn descriptors_for(sessions: usize) -> usize {
+    DESCRIPTORS_OWN + 2 * sessions
+}
+
+/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open files.
+fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize, usize)> {
     let room = limit.saturating_sub(DESCRIPTORS_OWN);
-    let sessions = match config.sessions_max {
+    let sessions = match wanted {
+        // Most programs have a connection for control, one for a context, and a file.
         None => (limit / 4).max(1),
         Some(sessions) => {
             let remedy = format!(
                 "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller --max-sessions",
-                each(sessions)
+                descriptors_for(sessions)
             );
             ensure!(
                 sessions <= room,
                 "--max-sessions is {sessions}, but this process may have only {limit} open files. {remedy}."
             );
-            if each(sessions) > limit {
+            if descriptors_for(sessions) > limit {
                 tracing::warn!(
                     "--max-sessions {sessions} is more than can each have a file open: this process may have only {limit} open \
                      files. {remedy}."
@@ -333,6 +340,27 @@ fn session_limits(config: &Config) -> anyhow::Result<(usize, usize)> {
         }
     };
     // At most half for files, and none of what the sessions' connections take: clients that open all they can do not keep others from
-    // connecting.
-    Ok((sessions, (limit / 2).min(room - sessions.min(room)).max(1)))
+    // connecting. But one for each session: it may be of an export that takes no descriptor.
+    let files = (limit / 2).min(room.saturating_sub(sessions)).max(sessions);
+    Ok((sessions, files))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_on_open_files_is_shared_out_among_connections_and_files() {
+        assert_eq!(session_limits(1 << 20, None).unwrap(), (1 << 18, 1 << 19));
+        assert_eq!(session_limits(1024, None).unwrap(), (256, 512));
+        // One file each, and not one descriptor more.
+        assert_eq!(session_limits(descriptors_for(32_768), Some(32_768)).unwrap(), (32_768, 32_768));
+        assert_eq!(session_limits(1 << 20, Some(5)).unwrap(), (5, 1 << 19));
+    }
+
+    #[test]
+    fn more_sessions_than_descriptors_are_refused_with_a_sentence_that_says_how_many_it_takes() {
+        let error = session_limits(1024, Some(1000)).unwrap_err().to_string();
+        assert!(error.contains("--max-sessions is 1000") && error.contains("ulimit -Hn 2256"), "{error}");
+    }
 }
