@@ -195,7 +195,7 @@ impl Epoll {
 fn op_file(op: &Op) -> &super::File {
     match op {
         Op::Accept { listener: file }
-        | Op::Recv { socket: file }
+        | Op::Recv { socket: file, .. }
         | Op::RecvInto { socket: file, .. }
         | Op::Send { socket: file, .. }
         | Op::Readable { file } => file,
@@ -223,10 +223,11 @@ fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i32> {
                 net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(errno)?;
             Ok((0, Payload::Fd(fd)))
         }
-        Op::Recv { socket } => {
+        Op::Recv { socket, len_max } => {
             let fd = socket.as_raw_fd();
             let received = pool.fill(|address, len| {
-                // SAFETY: `address` and `len` are a free buffer of the pool's, which only this call has.
+                let len = len.min(*len_max as usize);
+                // SAFETY: `address` and at least `len` are a free buffer of the pool's, which only this call has.
                 let n = unsafe { libc::recv(fd, address.cast(), len, libc::MSG_DONTWAIT) };
                 if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
             });

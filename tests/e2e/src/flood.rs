@@ -2,8 +2,9 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::server::binary;
+use crate::server::{PATIENCE, binary};
 
 /// A client that keeps its queue full of reads, and checks what it reads. Killed when dropped.
 pub struct Flood(Child);
@@ -77,6 +78,15 @@ impl Hostile {
     /// Whether it goes on.
     pub fn is_alive(&mut self) -> bool {
         self.0.try_wait().expect("hostile can be waited for").is_none()
+    }
+
+    /// Waits for it to notice.
+    pub fn learns_that_it_was_closed(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.is_alive() {
+            assert!(Instant::now() < deadline, "its connection goes on for it");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

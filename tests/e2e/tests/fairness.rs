@@ -3,9 +3,11 @@
 //!
 //! Everything here is counted, and nothing is timed.
 
+use std::io::Write;
 use std::time::{Duration, Instant};
 
-use raio_e2e::{Crowd, Hostile, PATIENCE, Server, numbers};
+use raio_e2e::{Crowd, Hostile, PATIENCE, Raw, Server, numbers};
+use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
 use serde_json::Value;
 
 const MEMORY_BYTES: u64 = 64 << 20;
@@ -87,7 +89,7 @@ fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
     let (mut server, _directory) = start();
     let url = server.url();
     let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
-    let _deaf = Hostile::start("deaf", &url, "/d/numbers");
+    let mut deaf = Hostile::start("deaf", &url, "/d/numbers");
     let _slow = Hostile::start("slow", &url, "/d/numbers");
     let _slow_header = Hostile::start("slow-header", &url, "/d/numbers");
     let statistics = server.statistics_when(|statistics| {
@@ -115,6 +117,45 @@ fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
         server.statistics_when(|statistics| number(statistics, "/connections") == CLIENTS as u64);
     assert_eq!(number(&statistics, "/slot_bytes"), 0, "{statistics}");
     assert_eq!(number(&statistics, "/in_flight/need_slot"), 0, "{statistics}");
+    deaf.learns_that_it_was_closed();
     let closes = statistics["closes"].as_object().expect("reasons");
     assert_eq!(closes.values().filter_map(Value::as_u64).sum::<u64>(), 3, "nobody else: {statistics}");
+}
+
+#[test]
+fn what_waits_for_memory_takes_little_more_of_it() {
+    const MEMORY: &str = "4M";
+    const WRITERS: u64 = 400;
+    /// Each sends this much of what it is to write, at once.
+    const SENT_BYTES: usize = 256 << 10;
+    /// A receive of 8 KiB for each, and some for what else a connection is; and 4 MiB for those that receive more at a time.
+    const GROWTH_MAX: u64 = WRITERS * (12 << 10) + 4 * MIB;
+
+    let (_directory, export) = numbers();
+    let arguments = ["--workers", "1", "--memory", MEMORY, "--listen", "tcp://127.0.0.1:0"];
+    let mut server = Server::start_with(&[&export], &arguments);
+    let url = server.url();
+    // All memory is given out, to clients that take their time.
+    let _slow: Vec<_> = (0..4).map(|_| Hostile::start("slow", &url, "/d/numbers")).collect();
+    server.statistics_when(|statistics| number(statistics, "/slot_bytes") == 4 * MIB);
+
+    let mut writers: Vec<_> = (0..WRITERS)
+        .map(|_| {
+            let raw = Raw::open(&url, "/d/numbers", OPEN_READ | OPEN_WRITE).expect("another client");
+            raw.stream.set_nonblocking(true).expect("a socket");
+            raw
+        })
+        .collect();
+    let before = server.resident_bytes();
+    let bytes = vec![0; SENT_BYTES];
+    for writer in &mut writers {
+        writer.send_write_header(0, 0, MIB as u32).expect("room for a header");
+        // As much as the kernel takes.
+        assert!(matches!(writer.stream.write(&bytes), Ok(n) if n > 128 << 10));
+    }
+    let statistics =
+        server.statistics_when(|statistics| number(statistics, "/in_flight/need_slot") == WRITERS);
+    let grown = server.resident_bytes().saturating_sub(before);
+    assert!(grown < GROWTH_MAX, "{grown} bytes more for {WRITERS} writers that wait: {statistics}");
+    println!("{} KiB more for each writer that waits", (grown >> 10) / WRITERS);
 }

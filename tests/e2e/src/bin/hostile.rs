@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use raio_e2e::Raw;
 use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, recv};
 
 const DEPTH: u64 = 128;
@@ -29,9 +30,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 raw.send_read(id, offset(&raw, id), READ_BYTES as u32)?;
             }
             println!("ready");
-            loop {
-                std::thread::park();
-            }
+            let mut fds = [PollFd::new(&raw.stream, PollFlags::empty())];
+            poll(&mut fds, None)?;
+            Err(format!("the connection has ended: {:?}", fds[0].revents()).into())
         }
         "slow" => {
             raw.send_write_header(0, 0, READ_BYTES as u32)?;
