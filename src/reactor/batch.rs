@@ -7,6 +7,9 @@ use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;
+/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as a hundred
+/// small requests.
+const SEND_BYTES_MAX: usize = 256 << 10;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]
@@ -87,6 +90,7 @@ impl SendBatch {
     /// The message header for the kernel. It points into this batch, which must not move or change until the kernel is done.
     pub(super) fn msghdr(&mut self) -> *const libc::msghdr {
         self.iov.clear();
+        let mut left = SEND_BYTES_MAX;
         for piece in self.pieces.iter().take(IOV_MAX) {
             let (base, len) = match piece {
                 Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
@@ -94,7 +98,12 @@ impl SendBatch {
                     (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len)
                 }
             };
+            let len = len.min(left);
             self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+            left -= len;
+            if left == 0 {
+                break;
+            }
         }
         // SAFETY: msghdr is plain data for which all zeros is valid: no name, no control data, no flags.
         let mut msghdr: libc::msghdr = unsafe { std::mem::zeroed() };
