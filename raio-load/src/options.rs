@@ -19,7 +19,7 @@ const LOOPBACK_SOURCES: u32 = 250;
 #[derive(Debug, Parser)]
 #[command(name = "raio_load", version, after_help = "See raio_load(1) for more.")]
 pub struct Options {
-    /// The server, raio://HOST[:PORT] or raio+tcp://HOST[:PORT]; always over TCP
+    /// The server: raio://HOST, raio://HOST:PORT or raio+tcp://HOST:PORT; always over TCP
     url: String,
     /// The file that each session opens, /EXPORT/path/beneath/it
     path: String,
@@ -47,9 +47,9 @@ pub struct Options {
     /// Requests that a session has in flight
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     depth: u32,
-    /// Requests that all sessions together have in flight, at most [default: what their depths make]
-    #[arg(long, value_name = "NUMBER")]
-    in_flight: Option<usize>,
+    /// Requests that all sessions together have in flight, at most
+    #[arg(long, value_name = "NUMBER", default_value_t = 1024)]
+    in_flight: usize,
     /// How many of the sessions have work; the others are open and idle
     #[arg(long, value_name = "PERCENT", default_value_t = 100.0)]
     active: f64,
@@ -181,7 +181,7 @@ impl Options {
             "--depth is {}. Give a number from 1 to {DEPTH_MAX}.",
             self.depth
         );
-        ensure!(self.in_flight != Some(0), "--in-flight is 0. Give at least 1, or leave it out.");
+        ensure!(self.in_flight > 0, "--in-flight is 0. Give at least 1.");
         ensure!(
             self.active > 0.0 && self.active <= 100.0,
             "--active is {} percent. Give more than 0, and at most 100.",
@@ -210,7 +210,7 @@ impl Options {
             io_bytes: self.io_size as u32,
             pattern: self.pattern,
             depth: self.depth,
-            in_flight_max: self.in_flight.unwrap_or(usize::MAX),
+            in_flight_max: self.in_flight,
             until: self.rounds.map_or(Until::Elapsed(Duration::from_secs_f64(self.seconds)), Until::Rounds),
             verify: self.verify,
             hold: self.hold,
@@ -255,6 +255,7 @@ mod tests {
     fn the_defaults_are_those_of_the_manual() {
         let plan = plan(&[]).unwrap();
         assert_eq!((plan.sessions, plan.active, plan.rate, plan.depth, plan.io_bytes), (1, 1, 0, 1, 4096));
+        assert_eq!(plan.in_flight_max, 1024);
         assert_eq!((plan.pattern, plan.until), (Pattern::Randread, Until::Elapsed(Duration::from_secs(10))));
         assert_eq!((plan.size, plan.fill, plan.verify, plan.hold), (None, false, false, false));
     }

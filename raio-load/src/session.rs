@@ -86,9 +86,13 @@ impl Session {
     fn call(&mut self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let lost = |client: &tcp::Client| Error::Closed {
-            errno: client.failure().map_or(libc::ECONNRESET, Error::errno),
-            text: client.failure().map_or_else(String::new, Error::to_string),
+        let lost = |client: &tcp::Client| match client.failure() {
+            Some(Error::Closed { errno, text }) => Error::Closed { errno: *errno, text: text.clone() },
+            Some(error) => Error::Closed { errno: error.errno(), text: error.to_string() },
+            None => {
+                let text = format!("the server did not answer in {} s; see its log", TIMEOUT.as_secs());
+                Error::Closed { errno: libc::ETIMEDOUT, text }
+            }
         };
         if self.client.send(0, &body, bulk, true).is_err() {
             return Err(lost(&self.client));

@@ -6,6 +6,8 @@
 
 mod command;
 mod connection;
+#[cfg(test)]
+mod instructions;
 mod pipeline;
 
 use std::collections::{HashMap, VecDeque};
@@ -123,6 +125,8 @@ pub struct Worker {
     turns: VecDeque<usize>,
     /// The first of them waits until there is room.
     is_out_of_room: bool,
+    /// What this turn has given out of the arena.
+    turn_bytes: usize,
     /// What a connection may have of the arena.
     share_bytes: usize,
     events: Vec<Event>,
@@ -216,6 +220,7 @@ impl Worker {
             closing: 0,
             turns: VecDeque::new(),
             is_out_of_room: false,
+            turn_bytes: 0,
             events: Vec::new(),
             is_busy: false,
             drain: None,
@@ -241,6 +246,8 @@ impl Worker {
         self.take_completions();
         self.grant_slots();
         self.take_requests();
+        // What the page cache had, or took, at once.
+        self.take_completions();
         self.send_answers();
         self.publish();
         Ok(())

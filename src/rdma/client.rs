@@ -469,7 +469,8 @@ impl Client {
                     }
                     self.message = bytes;
                 }
-                Some(Completion::Placed { immediate, len }) => {
+                Some(Completion::Placed { immediate, len, receive }) => {
+                    qp.give_back(receive);
                     if let Err(violation) = self.take_in_placed(immediate, len, replies) {
                         self.fail_violation(violation);
                     }

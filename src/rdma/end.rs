@@ -41,6 +41,7 @@ enum Arrived {
     Placed {
         immediate: u32,
         len: u32,
+        receive: Message,
     },
 }
 
@@ -159,8 +160,8 @@ impl End {
         while self.qp.look() {
             match self.qp.next() {
                 Some(Completion::Received(message)) => self.inbox.push_back(Arrived::Message(message)),
-                Some(Completion::Placed { immediate, len }) => {
-                    self.inbox.push_back(Arrived::Placed { immediate, len });
+                Some(Completion::Placed { immediate, len, receive }) => {
+                    self.inbox.push_back(Arrived::Placed { immediate, len, receive });
                 }
                 Some(Completion::Failed(_)) => self.has_failed = true,
                 _ => {}
@@ -177,8 +178,8 @@ impl End {
                         Some(Completion::Received(message)) => {
                             self.inbox.push_back(Arrived::Message(message))
                         }
-                        Some(Completion::Placed { immediate, len }) => {
-                            self.inbox.push_back(Arrived::Placed { immediate, len });
+                        Some(Completion::Placed { immediate, len, receive }) => {
+                            self.inbox.push_back(Arrived::Placed { immediate, len, receive });
                         }
                         _ => {}
                     }
@@ -222,7 +223,8 @@ impl End {
                 self.qp.give_back(message);
                 bytes
             }
-            Arrived::Placed { immediate, len } => {
+            Arrived::Placed { immediate, len, receive } => {
+                self.qp.give_back(receive);
                 let mut bytes = Vec::new();
                 message::Response::of_data(immediate.into(), len).encode(&[], false, &mut bytes);
                 bytes

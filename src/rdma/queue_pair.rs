@@ -56,10 +56,11 @@ pub(super) struct Message {
 #[derive(Debug)]
 pub(super) enum Completion {
     Received(Message),
-    /// An RDMA WRITE of so many bytes has come, with this immediate data.
+    /// An RDMA WRITE of so many bytes has come, with this immediate data. It has used up a receive, with nothing in its buffer.
     Placed {
         immediate: u32,
         len: u32,
+        receive: Message,
     },
     /// An RDMA READ has filled the range.
     Read(u64, SlotRange),
@@ -692,11 +693,13 @@ impl QueuePair {
                 let message = Message { index: wc.wr_id as u32, len: wc.byte_len };
                 self.holders[message.index as usize] = 1;
                 if wc.opcode == verbs::IBV_WC_RECV_RDMA_WITH_IMM {
-                    // Its data went elsewhere; the buffer was only used up.
-                    self.give_back(message);
                     // SAFETY: this opcode comes with immediate data.
                     let immediate = u32::from_be(unsafe { wc.__bindgen_anon_1.imm_data });
-                    self.polled.push_back(Completion::Placed { immediate, len: wc.byte_len });
+                    self.polled.push_back(Completion::Placed {
+                        immediate,
+                        len: wc.byte_len,
+                        receive: message,
+                    });
                 } else {
                     self.polled.push_back(Completion::Received(message));
                 }

@@ -2,16 +2,16 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::net::{self, RecvFlags, SocketFlags};
 use slab::Slab;
 
+use super::attempt::{attempt, ended};
 use super::received::Pool;
-use super::{Config, Event, Op, OpId, Payload, Token, Waker};
+use super::{Config, Event, Op, OpId, Token, Waker};
 
 /// The key under which the waker's eventfd is registered; no descriptor has this number.
 const WAKER: u64 = u64::MAX;
@@ -133,19 +133,7 @@ impl Epoll {
                     if cancelled {
                         self.forget(&op, key);
                     }
-                    let (result, new) = match outcome {
-                        Ok((count, payload)) => (Ok(count), payload),
-                        Err(errno) => (Err(errno), Payload::None),
-                    };
-                    let payload = match op {
-                        Op::RecvInto { target, .. } => Payload::Slot(target),
-                        Op::Send { mut batch, .. } => {
-                            batch.advance(result.unwrap_or(0) as usize);
-                            Payload::Batch(batch)
-                        }
-                        _ => new,
-                    };
-                    events.push(Event { token, result, payload });
+                    events.push(ended(token, op, outcome));
                 }
             }
         }
@@ -211,57 +199,5 @@ fn descriptor(op: &Op) -> Option<(RawFd, bool)> {
         }
         Op::Send { .. } => Some((op_file(op).as_raw_fd(), true)),
         _ => None,
-    }
-}
-
-/// Tries an operation without blocking.
-fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i32> {
-    let errno = |error: rustix::io::Errno| error.raw_os_error();
-    match op {
-        Op::Accept { listener } => {
-            let fd =
-                net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(errno)?;
-            Ok((0, Payload::Fd(fd)))
-        }
-        Op::Recv { socket, len_max } => {
-            let fd = socket.as_raw_fd();
-            let received = pool.fill(|address, len| {
-                let len = len.min(*len_max as usize);
-                // SAFETY: `address` and at least `len` are a free buffer of the pool's, which only this call has.
-                let n = unsafe { libc::recv(fd, address.cast(), len, libc::MSG_DONTWAIT) };
-                if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
-            });
-            match received {
-                None => Err(libc::ENOBUFS),
-                Some(Ok(received)) => Ok((received.len() as u32, Payload::Received(received))),
-                Some(Err(error)) => Err(error.raw_os_error().unwrap_or(libc::EIO)),
-            }
-        }
-        Op::RecvInto { socket, target } => {
-            let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
-            let (n, _) = net::recv(&*socket, bytes, RecvFlags::DONTWAIT).map_err(errno)?;
-            Ok((n as u32, Payload::None))
-        }
-        Op::Send { socket, batch } => {
-            // SAFETY: the header points into `batch`, which is borrowed for the length of this call.
-            let n = unsafe {
-                libc::sendmsg(socket.as_raw_fd(), batch.msghdr(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
-            };
-            if n < 0 {
-                Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
-            } else {
-                Ok((n as u32, Payload::None))
-            }
-        }
-        Op::Readable { file } => {
-            let mut fds =
-                [rustix::event::PollFd::from_borrowed_fd(file.as_fd(), rustix::event::PollFlags::IN)];
-            let zero = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-            match rustix::event::poll(&mut fds, Some(&zero)).map_err(errno)? {
-                0 => Err(libc::EAGAIN),
-                _ => Ok((1, Payload::None)),
-            }
-        }
-        _ => unreachable!("`submit` refuses file operations"),
     }
 }

@@ -12,6 +12,7 @@
 //!
 //! Tokens carry an owner number so that a worker can tell whose event it is; the value is the owner's.
 
+mod attempt;
 mod batch;
 mod epoll;
 mod mailbox;

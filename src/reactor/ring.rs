@@ -15,6 +15,7 @@ use io_uring::types::{self, CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use slab::Slab;
 
+use super::attempt::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Payload, Token, Waker};
 use crate::memory::{Arena, FIXED_CHUNK_BYTES};
@@ -26,6 +27,13 @@ const IGNORED: u64 = u64::MAX;
 const WAKER: u64 = u64::MAX - 1;
 /// The group of the buffers for [`Op::Recv`].
 const BUFFER_GROUP: u16 = 0;
+/// A spinning reactor looks by itself for what arrives at so many sockets: that takes a system call each, and spares the ring's detour
+/// by a poll, a wake-up and a call to take both in.
+const WATCHED_MAX: usize = 4;
+/// So often without success; then the ring looks for it.
+const LOOKS_MAX: u32 = 4096;
+/// Their buffers. Each may be held until the end of a turn, and the next be received meanwhile.
+const WATCHED_BUFFERS: u16 = 2 * WATCHED_MAX as u16;
 /// How long a dropped ring waits for its operations to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -49,6 +57,17 @@ pub(super) struct Ring {
     pool: Rc<Pool>,
     waker: Waker,
     has_files: bool,
+    /// Receives that the kernel does not have: this thread looks for what arrives, as long as it spins.
+    watched: Vec<Watched>,
+    watched_pool: Option<Rc<Pool>>,
+    /// What has ended without the kernel's queue.
+    ended: Vec<Event>,
+}
+
+/// See [`WATCHED_MAX`].
+struct Watched {
+    key: usize,
+    looks: u32,
 }
 
 /// Why io_uring is not used, and what to do about it.
@@ -92,6 +111,12 @@ impl Ring {
         }
         // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is too low for it.
         let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
+        // One that does not spin does not look.
+        let watched_pool = if config.spin.is_zero() {
+            None
+        } else {
+            Some(Pool::new(WATCHED_BUFFERS, config.received_bytes, false)?)
+        };
         let mut this = Self {
             ring,
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -102,6 +127,9 @@ impl Ring {
             pool,
             waker: waker.clone(),
             has_files,
+            watched: Vec::new(),
+            watched_pool,
+            ended: Vec::new(),
         };
         this.watch_waker();
         Ok(this)
@@ -150,24 +178,88 @@ impl Ring {
     }
 
     pub fn submit(&mut self, token: Token, mut op: Op) -> OpId {
-        let mut stat = None;
-        let entry = entry(&mut op, &mut stat, self.id);
         self.generation = (self.generation + 1) & 0x7fff_ffff;
-        let key = self.in_flight.insert(InFlight { token, generation: self.generation, op, stat });
-        let user_data = u64::from(self.generation) << 32 | key as u64;
+        if let Some(pool) = &self.watched_pool {
+            match &op {
+                // Most sends end at once.
+                Op::Send { .. } => match attempt(&mut op, pool) {
+                    Err(libc::EAGAIN | libc::EINTR) => {}
+                    outcome => {
+                        self.ended.push(ended(token, op, outcome));
+                        return OpId(u64::from(self.generation) << 32 | u64::from(u32::MAX));
+                    }
+                },
+                Op::Recv { .. } if self.watched.len() < WATCHED_MAX => {
+                    let key = self.insert(token, op);
+                    self.watched.push(Watched { key, looks: 0 });
+                    return OpId(self.user_data(key));
+                }
+                _ => {}
+            }
+        }
+        let key = self.insert(token, op);
+        self.arm(key)
+    }
+
+    fn insert(&mut self, token: Token, op: Op) -> usize {
+        self.in_flight.insert(InFlight { token, generation: self.generation, op, stat: None })
+    }
+
+    fn user_data(&self, key: usize) -> u64 {
+        u64::from(self.in_flight[key].generation) << 32 | key as u64
+    }
+
+    /// Gives an operation to the kernel.
+    fn arm(&mut self, key: usize) -> OpId {
+        let InFlight { op, stat, .. } = &mut self.in_flight[key];
+        let entry = entry(op, stat, self.id);
+        let user_data = self.user_data(key);
         self.push(entry.user_data(user_data));
         OpId(user_data)
     }
 
+    /// Looks at the sockets watched. Whether something has ended.
+    fn look(&mut self) -> bool {
+        let Some(pool) = self.watched_pool.clone() else { return false };
+        let mut at = 0;
+        while let Some(watched) = self.watched.get_mut(at) {
+            let key = watched.key;
+            watched.looks += 1;
+            match attempt(&mut self.in_flight[key].op, &pool) {
+                Err(libc::EAGAIN | libc::EINTR) if watched.looks < LOOKS_MAX => at += 1,
+                Err(libc::EAGAIN | libc::EINTR | libc::ENOBUFS) => {
+                    self.watched.swap_remove(at);
+                    self.arm(key);
+                }
+                outcome => {
+                    self.watched.swap_remove(at);
+                    let InFlight { token, op, .. } = self.in_flight.remove(key);
+                    self.ended.push(ended(token, op, outcome));
+                }
+            }
+        }
+        !self.ended.is_empty()
+    }
+
+    /// From now on the kernel looks: this thread is about to sleep, or has something to cancel.
+    fn arm_watched(&mut self) {
+        while let Some(Watched { key, .. }) = self.watched.pop() {
+            self.arm(key);
+        }
+    }
+
     pub fn cancel(&mut self, id: OpId) {
+        self.arm_watched();
         self.push(opcode::AsyncCancel::new(id.0).build().user_data(IGNORED));
     }
 
     pub fn has_news(&mut self) -> bool {
-        !self.ring.completion().is_empty() || {
-            let submission = self.ring.submission();
-            submission.taskrun() || submission.cq_overflow()
-        }
+        !self.ring.completion().is_empty()
+            || {
+                let submission = self.ring.submission();
+                submission.taskrun() || submission.cq_overflow()
+            }
+            || self.look()
     }
 
     pub fn poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
@@ -182,10 +274,14 @@ impl Ring {
             self.enter(0, None);
         }
         self.reap(events);
+        if !self.ended.is_empty() || self.look() {
+            events.append(&mut self.ended);
+        }
         Ok(())
     }
 
     pub fn sleep(&mut self, timeout: Option<Duration>, events: &mut Vec<Event>) -> io::Result<()> {
+        self.arm_watched();
         self.enter(1, timeout);
         self.reap(events);
         Ok(())
@@ -284,6 +380,9 @@ impl Drop for Ring {
     /// Cancels what is in flight and waits for it to end; what does not end is leaked, for the kernel may still write to it.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_TIMEOUT;
+        for Watched { key, .. } in self.watched.drain(..) {
+            self.in_flight.remove(key);
+        }
         self.enter(0, None);
         // This waits for what cannot be cancelled (a read from a disk that hangs), so it has a limit too.
         let limit = Timespec::from(DRAIN_TIMEOUT / 2);

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{self, Event, Fallocate, OpId, OpenHow, Reactor};
 use raio_transport::transport::SlotRange;
+use rustix::fs::OFlags;
 
 pub use threads::Threads;
 pub use uring::Uring;
@@ -30,12 +31,19 @@ pub struct Handle {
     pub fd: Arc<OwnedFd>,
     /// The same, for this worker's reactor.
     pub file: reactor::File,
+    /// What is read comes from the page cache if it is there...
+    pub reads_cache: bool,
+    /// ... and what is written may stay there.
+    pub writes_cache: bool,
 }
 
 impl Handle {
     /// Takes a descriptor for use by one worker.
     pub fn new(reactor: &mut Reactor, fd: Arc<OwnedFd>) -> Self {
-        Self { file: reactor.file(Arc::clone(&fd)), fd }
+        let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
+        let reads_cache = !flags.contains(OFlags::DIRECT);
+        let writes_cache = reads_cache && !flags.intersects(OFlags::SYNC | OFlags::DSYNC);
+        Self { file: reactor.file(Arc::clone(&fd)), fd, reads_cache, writes_cache }
     }
 }
 

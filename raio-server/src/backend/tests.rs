@@ -146,7 +146,7 @@ fn files_are_opened_asked_flushed_and_closed() {
         assert_eq!(info.status.links.get(), 1);
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: false }).result, Ok(0));
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: true }).result, Ok(0));
-        let Handle { fd, file } = file;
+        let Handle { fd, file, .. } = file;
         drop(file);
         let fd = Arc::into_inner(fd).or_else(|| {
             // The reactor lets go of a registered file with the next one.

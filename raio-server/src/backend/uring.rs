@@ -1,18 +1,67 @@
 //! The backend over the reactor's io_uring.
+//!
+//! What the page cache can do at once is done at once, by a plain system call: a read of what is there, and a write of whole pages.
+//! The ring would do the same within its submission, with more ado; and writes that a file system cannot do without blocking (ext4
+//! says so of all) it would give to a thread of the kernel, which costs ten times as much.
 
 use std::collections::VecDeque;
+use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{Event, Op, OpId, Payload, Reactor, Token};
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::{Backend, Completion, Handle, OWNER, Operation, Outcome, file_info};
+
+/// Writes of whole pages need not read what surrounds them.
+const PAGE_BYTES: u64 = 4096;
+/// A write that takes so long has waited, most likely for dirty pages to reach the disk...
+const WAITED: Duration = Duration::from_millis(1);
+/// ... and for so many times as long as it took writes go through the ring.
+const PAUSE: u32 = 100;
 
 /// Passes operations on to the ring.
 #[derive(Debug, Default)]
 pub struct Uring {
     ended: VecDeque<Completion>,
+    /// No write is done at once until then.
+    writes_wait_until: Option<Instant>,
+}
+
+impl Uring {
+    /// Does an operation by a system call if that will hardly block. None: it is for the ring.
+    fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
+        let result = match operation {
+            Operation::Read { target, offset } if file.reads_cache => {
+                let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
+                preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, ReadWriteFlags::NOWAIT)
+            }
+            Operation::Write { source, offset } if file.writes_cache => {
+                if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
+                    return None;
+                }
+                let begin = Instant::now();
+                if self.writes_wait_until.is_some_and(|until| begin < until) {
+                    return None;
+                }
+                let bytes = &source.slot.bytes()[source.start..source.start + source.len];
+                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], *offset, ReadWriteFlags::empty());
+                let took = begin.elapsed();
+                self.writes_wait_until = (took >= WAITED).then(|| begin + took * PAUSE);
+                result
+            }
+            _ => return None,
+        };
+        match result {
+            Ok(n) => Some(Ok(n as u32)),
+            // The rest of the file system's errors would be the ring's too.
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => None,
+            Err(error) => Some(Err(error.raw_os_error())),
+        }
+    }
 }
 
 impl Backend for Uring {
@@ -21,9 +70,19 @@ impl Backend for Uring {
         reactor: &mut Reactor,
         key: u64,
         file: &Handle,
-        operation: Operation,
+        mut operation: Operation,
     ) -> Option<OpId> {
-        let Handle { fd, file } = file;
+        if let Some(result) = self.at_once(file, &mut operation) {
+            let outcome = match operation {
+                Operation::Read { target: range, .. } | Operation::Write { source: range, .. } => {
+                    Outcome::Slot(range)
+                }
+                _ => Outcome::None,
+            };
+            self.ended.push_back(Completion { key, result, outcome });
+            return None;
+        }
+        let Handle { fd, file, .. } = file;
         let file = || file.clone();
         let op = match operation {
             Operation::Read { target, offset } => Op::Read { file: file(), target, offset },

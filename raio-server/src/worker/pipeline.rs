@@ -15,7 +15,13 @@ enum Grant {
     OverShare,
     /// Nobody can have a slot of this size now.
     NoRoom,
+    /// Enough for this turn.
+    NextTurn,
 }
+
+/// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
+/// for much. One request for more has a turn for itself.
+const TURN_BYTES_MAX: usize = 256 << 10;
 
 impl Worker {
     /// Takes a request on. Gives its key.
@@ -56,7 +62,7 @@ impl Worker {
         }
         match self.grant(connection, bytes) {
             Grant::Slot(slot) => Some(slot),
-            Grant::OverShare | Grant::NoRoom => None,
+            Grant::OverShare | Grant::NoRoom | Grant::NextTurn => None,
         }
     }
 
@@ -66,13 +72,20 @@ impl Worker {
         if held > 0 && held + bytes > self.share_bytes {
             return Grant::OverShare;
         }
-        self.arena.alloc(bytes).map_or(Grant::NoRoom, Grant::Slot)
+        if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
+            self.is_busy = true;
+            return Grant::NextTurn;
+        }
+        let Some(slot) = self.arena.alloc(bytes) else { return Grant::NoRoom };
+        self.turn_bytes += bytes;
+        Grant::Slot(slot)
     }
 
     /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. None overtakes another connection's
     /// request that waits for room: a large one would never have its turn.
     pub(super) fn grant_slots(&mut self) {
         self.is_out_of_room = false;
+        self.turn_bytes = 0;
         let mut over_share = 0;
         while over_share < self.turns.len() {
             let Some(key) = self.turns.pop_front() else { return };
@@ -99,6 +112,7 @@ impl Worker {
                     self.is_out_of_room = true;
                     return;
                 }
+                Grant::NextTurn => return self.turns.push_front(key),
             }
         }
     }

@@ -1,0 +1,157 @@
+//! Requests to be counted: what a 4 KiB read or write costs in instructions, from the client's `send` to its reply.
+//!
+//! A worker with everything it has (transport, ring, arena, memory export) and a client are in one thread and take turns, so that
+//! every run goes the same way and no time and no other processor has a say in it. As a test it sees to it that the requests succeed;
+//! `tests/instructions/run` has callgrind count them, by the names of [`serve`], [`submit`] and [`collect`], with a dump at the end of each
+//! [`scenario`]. The kernel's work is not in it.
+
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use clap::Parser;
+use raio_transport::handshake::{Offer, random_id};
+use raio_transport::memory::{Buffer, Buffers};
+use raio_transport::protocol::{Command, OPEN_READ, OPEN_WRITE};
+use raio_transport::tcp::Client;
+use raio_transport::transport::{Bulk, ClientTransport, Reply};
+
+use super::*;
+use crate::config::Options;
+
+const BLOCK_BYTES: usize = 4096;
+const FILE_BLOCKS: u64 = 1024;
+/// In each scenario. What is done for the first time only is spread over all of them.
+const REQUESTS: u64 = 1024;
+/// The kernel's own threads, which may do the file I/O, have so long to finish before the worker looks, so that it does not look in vain.
+const KERNEL: Duration = Duration::from_micros(300);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
+#[inline(never)]
+fn serve(worker: &mut Worker) {
+    // Never sleeps: there is nobody else to bring news.
+    worker.is_busy = true;
+    worker.turn().expect("the worker goes on");
+}
+
+#[inline(never)]
+fn submit(
+    client: &mut Client,
+    direction: Direction,
+    file: FileHandle,
+    first: u64,
+    buffers: &mut Vec<Buffers>,
+) {
+    let mut body = Vec::with_capacity(64);
+    for at in 0..buffers.len() as u64 {
+        let buffer = buffers.pop().expect("one for each request");
+        let (offset, length) = ((first + at) % FILE_BLOCKS * BLOCK_BYTES as u64, BLOCK_BYTES as u32);
+        body.clear();
+        let bulk = match direction {
+            Direction::Read => {
+                Command::Read { file, offset, length }.encode(&mut body);
+                Bulk::In(buffer)
+            }
+            Direction::Write => {
+                Command::Write { file, offset, length }.encode(&mut body);
+                Bulk::Out(buffer)
+            }
+        };
+        client.send(at, &body, bulk, false).expect("a credit is left");
+    }
+    client.flush();
+}
+
+#[inline(never)]
+fn collect(client: &mut Client, replies: &mut Vec<Reply>) {
+    client.receive(replies);
+}
+
+/// So many requests, `depth` at a time.
+#[inline(never)]
+fn scenario(worker: &mut Worker, client: &mut Client, file: FileHandle, direction: Direction, depth: usize) {
+    let block = || Buffers::One(Buffer::Owned(vec![7; BLOCK_BYTES].into()));
+    let mut buffers: Vec<_> = (0..depth).map(|_| block()).collect();
+    let mut replies = Vec::with_capacity(depth);
+    let mut first = 0;
+    while first < REQUESTS {
+        submit(client, direction, file, first, &mut buffers);
+        while replies.len() < depth {
+            std::thread::sleep(KERNEL);
+            serve(worker);
+            collect(client, &mut replies);
+        }
+        for reply in replies.drain(..) {
+            assert_eq!((reply.status, reply.result), (Status::OK, BLOCK_BYTES as u64), "{direction:?}");
+            let (Bulk::In(buffer) | Bulk::Out(buffer)) = reply.bulk else { unreachable!("it had a buffer") };
+            buffers.push(buffer);
+        }
+        first += depth as u64;
+    }
+}
+
+fn worker() -> Worker {
+    let options =
+        Options::parse_from(["raio_server", "--export", "m=mem:4M,rw", "--spin-us", "0", "--memory", "64M"]);
+    let config = options.check(1).expect("the options make sense");
+    let shared = Shared {
+        exports: Exports::open(&config.exports).expect("memory can be had"),
+        sessions: Sessions::new(16),
+        policy: Arc::default(),
+        mailboxes: OnceLock::new(),
+        backend: config.backend,
+        arena_bytes: config.arena_bytes,
+        spin: config.spin,
+        rdma: false,
+    };
+    let (worker, started) = Worker::new(0, Arc::new(shared), Arc::default(), None).expect("a worker starts");
+    assert!(started.fallback.is_none(), "io_uring is what is to be counted, but {:?}", started.fallback);
+    worker
+}
+
+fn connect(worker: &mut Worker) -> Client {
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    theirs.set_nonblocking(true).expect("it can be set up");
+    worker.adopt(RawConnection::Tcp(theirs.into()));
+    let offer = Offer { session: random_id(), ..Offer::new("instructions") };
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let connecting = std::thread::spawn(move || {
+        Client::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
+    });
+    while !connecting.is_finished() {
+        serve(worker);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    connecting.join().expect("it does not panic").expect("the worker grants a connection")
+}
+
+fn open(worker: &mut Worker, client: &mut Client) -> FileHandle {
+    let mut body = Vec::new();
+    Command::Open { flags: OPEN_READ | OPEN_WRITE, mode: 0, path: b"/m" }.encode(&mut body);
+    client.send(0, &body, Bulk::None, true).expect("a credit is left");
+    client.flush();
+    let mut replies = Vec::new();
+    while replies.is_empty() {
+        serve(worker);
+        collect(client, &mut replies);
+    }
+    assert_eq!(replies[0].status, Status::OK);
+    FileHandle(replies[0].result as u32)
+}
+
+#[test]
+fn requests_to_be_counted_succeed() {
+    let mut worker = worker();
+    let mut client = connect(&mut worker);
+    let file = open(&mut worker, &mut client);
+    for direction in [Direction::Write, Direction::Read] {
+        for depth in [1, 16] {
+            scenario(&mut worker, &mut client, file, direction, depth);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""What scripts/bench prints of its results: one table of everything, and how far raio is from what it aims at.
+
+Results are lists of runs, by the names of workload and target. Every figure is the median of a list, every aim a ratio of two
+such medians of the same, interleaved, runs.
+"""
+
+import statistics
+
+
+def median(runs, key):
+    values = [run[key] for run in runs]
+    return None if None in values else statistics.median(values)
+
+
+def table(results):
+    yield (
+        "| | | IOPS (min-max) | MiB/s | mean µs | p50 µs | p99 µs | p99.9 µs | CPU µs per I/O: client | server "
+        "| × spinning floor | × nbdkit |"
+    )
+    yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    last = None
+    for (workload, target), runs in results.items():
+
+        def ratio(other):
+            others = results.get((workload, other))
+            return f"{median(runs, 'iops') / median(others, 'iops'):.2f}" if others else ""
+
+        iops = [run["iops"] for run in runs]
+        server_cpu = median(runs, "server_cpu_us")
+        yield (
+            f"| {workload if workload != last else ''} | {target} "
+            f"| {median(runs, 'iops'):,.0f} ({min(iops):,.0f}-{max(iops):,.0f}) | {median(runs, 'mib_s'):,.0f} "
+            f"| {median(runs, 'mean_us'):,.1f} | {median(runs, 'p50_us'):,.1f} | {median(runs, 'p99_us'):,.1f} "
+            f"| {median(runs, 'p99_9_us'):,.1f} | {median(runs, 'client_cpu_us'):.2f} "
+            f"| {'' if server_cpu is None else f'{server_cpu:.2f}'} | {ratio('floor, spinning')} | {ratio('nbdkit')} |"
+        )
+        last = workload
+
+
+def aims(results, idle_cpu_percent):
+    """A line for each aim of which this run has the measurements."""
+    d1, d32, d128 = (f"4 KiB random read, depth {depth}" for depth in (1, 32, 128))
+    k128, m1 = "128 KiB sequential read, depth 32", "1 MiB sequential read, depth 32"
+    write, jobs = "4 KiB random write, depth 32", "4 KiB random read, depth 32, four jobs"
+    direct1, direct32 = f"{d1}, O_DIRECT", f"{d32}, O_DIRECT"
+    floor, blocking = "floor, spinning", "floor, blocking"
+
+    def of(workload, target, key="iops"):
+        return median(results[workload, target], key)
+
+    # what, how to get it, and its least ("≥") or greatest ("≤") value
+    lines = [
+        ("depth 1: raio / spinning floor, IOPS", lambda: of(d1, "raio") / of(d1, floor), "≥", 0.8),
+        ("depth 1: raio with no spin / blocking floor, IOPS",
+         lambda: of(d1, "raio, no spin") / of(d1, blocking), "≥", 1),
+        ("idle server, % of a processor", lambda: idle_cpu_percent, "≤", 0.1),
+        ("depth 32: raio / spinning floor, IOPS", lambda: of(d32, "raio") / of(d32, floor), "≥", 0.8),
+        ("depth 128 / depth 32: raio, IOPS", lambda: of(d128, "raio") / of(d32, "raio"), "≥", 1),
+        ("128 KiB, depth 32: raio / spinning floor, IOPS", lambda: of(k128, "raio") / of(k128, floor), "≥", 1),
+        ("1 MiB, depth 32: raio / spinning floor, IOPS", lambda: of(m1, "raio") / of(m1, floor), "≥", 1),
+        ("random write / random read, depth 32: raio, IOPS", lambda: of(write, "raio") / of(d32, "raio"), "≥", 0.7),
+        ("O_DIRECT, depth 32: raio / local, IOPS", lambda: of(direct32, "raio") / of(direct32, "local"), "≥", 0.95),
+        ("O_DIRECT, depth 1: (raio - local) / spinning floor, mean latency",
+         lambda: (of(direct1, "raio", "mean_us") - of(direct1, "local", "mean_us")) / of(d1, floor, "mean_us"),
+         "≤", 1.5),
+        ("null, depth 32: raio / spinning floor, IOPS", lambda: of(d32, "raio, null") / of(d32, floor), "≥", 1),
+        ("null, depth 32: four jobs / one, IOPS", lambda: of(jobs, "raio, null") / of(d32, "raio, null"), "≥", 1),
+        ("null, depth 32, four jobs: p99 / mean latency",
+         lambda: of(jobs, "raio, null", "p99_us") / of(jobs, "raio, null", "mean_us"), "≤", 3),
+        ("depth 32, client's CPU per I/O: raio / spinning floor",
+         lambda: of(d32, "raio", "client_cpu_us") / of(d32, floor, "client_cpu_us"), "≤", 1.25),
+        ("depth 32, server's CPU per I/O: raio / spinning floor",
+         lambda: of(d32, "raio", "server_cpu_us") / of(d32, floor, "server_cpu_us"), "≤", 1.25),
+        ("depth 1: p99.9 / median latency of raio",
+         lambda: of(d1, "raio", "p99_9_us") / of(d1, "raio", "p50_us"), "≤", 10),
+    ]  # fmt: skip
+    yield "| aim | measured | | reached |"
+    yield "|---|--:|--:|---|"
+    for what, value, relation, bound in lines:
+        try:
+            measured = value()
+        except KeyError:  # --only left it out
+            continue
+        reached = measured >= bound if relation == "≥" else measured <= bound
+        yield f"| {what} | {measured:.3f} | {relation} {bound:g} | {'yes' if reached else '**no**'} |"
+    disturbed = [w for w in (d1, d32, d128) if (w, floor) in results and of(w, floor) < of(w, blocking)]
+    if disturbed:
+        yield ""
+        yield (
+            f"These ratios mean little: the spinning floor was slower than the blocking one at {', '.join(disturbed)}, so "
+            "something else used the processors. Measure again on a quiet machine, with two processors at least."
+        )
