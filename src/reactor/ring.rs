@@ -274,9 +274,9 @@ impl Ring {
             self.enter(0, None);
         }
         self.reap(events);
-        if !self.ended.is_empty() || self.look() {
-            events.append(&mut self.ended);
-        }
+        // Always: sends keep ending, and who is watched would never be heard.
+        self.look();
+        events.append(&mut self.ended);
         Ok(())
     }
 

@@ -42,8 +42,9 @@ fn holds_no_more_than_allowed(server: &Server, statistics: &Value) {
 fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
     /// So much goes to the greedy one while we look...
     const GREEDY_BYTES: u64 = 2 << 30;
-    /// ... and for each of these, each small client has at least one answer. (...)
-    const GREEDY_BYTES_PER_ANSWER: u64 = 8 * MIB;
+    /// ... and for each of these, each small client has at least one answer. Round and round it would be one for one read of 1 MiB; but a
+    /// server with nothing else to do serves the greedy one while the others make up their minds, so there are two or three.
+    const GREEDY_BYTES_PER_ANSWER: u64 = 4 * MIB;
 
     let (mut server, _directory) = start();
     let url = server.url();
