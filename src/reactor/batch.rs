@@ -118,3 +118,29 @@ impl std::fmt::Debug for SendBatch {
         f.debug_struct("SendBatch").field("pieces", &self.pieces).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+
+    #[test]
+    fn a_send_takes_no_more_than_its_share_of_a_turn() {
+        let mut arena = Arena::new(4 << 20, 1 << 20).unwrap();
+        let mut batch = SendBatch::default();
+        let mut left = 0;
+        for len in [1 << 20, 1000, 300 << 10, 1] {
+            batch.push_bytes(|out| out.extend_from_slice(&[0; 40]));
+            batch.push_slot(SlotRange { slot: arena.alloc(len).unwrap(), start: 0, len });
+            left += 40 + len;
+        }
+        while !batch.is_empty() {
+            batch.msghdr();
+            let taken: usize = batch.iov.iter().map(|piece| piece.iov_len).sum();
+            assert_eq!(taken, left.min(SEND_BYTES_MAX));
+            batch.advance(taken);
+            left -= taken;
+        }
+        assert_eq!(left, 0);
+    }
+}
