@@ -101,7 +101,7 @@ fn worker() -> Worker {
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports).expect("memory can be had"),
-        sessions: Sessions::new(16),
+        sessions: Sessions::new(16, 16),
         policy: Arc::default(),
         mailboxes: OnceLock::new(),
         backend: config.backend,
