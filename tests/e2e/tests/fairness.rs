@@ -157,7 +157,7 @@ fn what_waits_for_memory_takes_little_more_of_it() {
     for writer in &mut writers {
         writer.send_write_header(0, 0, MIB as u32).expect("room for a header");
         // As much as the kernel takes.
-        assert!(matches!(writer.stream.write(&bytes), Ok(n) if n > 128 << 10));
+        assert!(matches!(writer.stream.write(&bytes), Ok(n) if n > 64 << 10));
     }
     let statistics =
         server.statistics_when(|statistics| number(statistics, "/in_flight/need_slot") == WRITERS);
