@@ -77,6 +77,8 @@ pub struct Counters {
     pub slot_bytes: Counter,
     /// Bytes of the arena.
     pub arena_bytes: Counter,
+    /// The most bytes of the arena that one turn has given out.
+    pub turn_bytes_max: Counter,
     /// Times that a request had to wait for memory.
     pub slot_waits: Counter,
     /// Turns of the loop.
@@ -148,6 +150,7 @@ pub fn json<'a>(
     number("slot_bytes", sum(|c| &c.slot_bytes));
     number("arena_bytes", sum(|c| &c.arena_bytes));
     number("slot_waits", sum(|c| &c.slot_waits));
+    number("turn_bytes_max", workers.clone().map(|worker| worker.turn_bytes_max.get()).max().unwrap_or(0));
     number("turns", sum(|c| &c.turns));
     number("sleeps", sum(|c| &c.sleeps));
     let mut object = |name: &str, fields: &mut dyn Iterator<Item = (&str, u64)>| {
@@ -191,6 +194,7 @@ mod tests {
         let workers = [Counters::default(), Counters::default()];
         for worker in &workers {
             worker.read_bytes.add(5);
+            worker.turn_bytes_max.set(7);
             worker.request(Opcode::Cancel);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
@@ -198,6 +202,7 @@ mod tests {
         assert!(json.starts_with('{') && json.ends_with("}}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
+            "\"turn_bytes_max\":7",
             "\"cancel\":2",
             "\"stalled\":2",
             "\"accepted\":3",

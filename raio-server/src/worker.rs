@@ -352,6 +352,7 @@ impl Worker {
         counters.executing.set((self.in_state[State::Executing as usize] + self.closing) as u64);
         counters.slot_bytes.set(self.arena.used_bytes() as u64);
         counters.sleeps.set(self.reactor.sleeps());
+        counters.turn_bytes_max.set(counters.turn_bytes_max.get().max(self.turn_bytes as u64));
         counters.turns.add(1);
     }
 

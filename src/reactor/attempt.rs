@@ -19,10 +19,11 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
                 net::accept_with(&*listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).map_err(errno)?;
             Ok((0, Payload::Fd(fd)))
         }
-        Op::Recv { socket } => {
+        Op::Recv { socket, len_max } => {
             let fd = socket.as_raw_fd();
             let received = pool.fill(|address, len| {
-                // SAFETY: `address` and `len` are a free buffer of the pool's, which only this call has.
+                let len = len.min(*len_max as usize);
+                // SAFETY: `address` and at least `len` are a free buffer of the pool's, which only this call has.
                 let n = unsafe { libc::recv(fd, address.cast(), len, libc::MSG_DONTWAIT) };
                 if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
             });

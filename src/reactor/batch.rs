@@ -7,6 +7,9 @@ use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;
+/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as a hundred
+/// small requests.
+const SEND_BYTES_MAX: usize = 256 << 10;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]
@@ -87,6 +90,7 @@ impl SendBatch {
     /// The message header for the kernel. It points into this batch, which must not move or change until the kernel is done.
     pub(super) fn msghdr(&mut self) -> *const libc::msghdr {
         self.iov.clear();
+        let mut left = SEND_BYTES_MAX;
         for piece in self.pieces.iter().take(IOV_MAX) {
             let (base, len) = match piece {
                 Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
@@ -94,7 +98,12 @@ impl SendBatch {
                     (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len)
                 }
             };
+            let len = len.min(left);
             self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+            left -= len;
+            if left == 0 {
+                break;
+            }
         }
         // SAFETY: msghdr is plain data for which all zeros is valid: no name, no control data, no flags.
         let mut msghdr: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -107,5 +116,31 @@ impl SendBatch {
 impl std::fmt::Debug for SendBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SendBatch").field("pieces", &self.pieces).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Arena;
+
+    #[test]
+    fn a_send_takes_no_more_than_its_share_of_a_turn() {
+        let mut arena = Arena::new(4 << 20, 1 << 20).unwrap();
+        let mut batch = SendBatch::default();
+        let mut left = 0;
+        for len in [1 << 20, 1000, 300 << 10, 1] {
+            batch.push_bytes(|out| out.extend_from_slice(&[0; 40]));
+            batch.push_slot(SlotRange { slot: arena.alloc(len).unwrap(), start: 0, len });
+            left += 40 + len;
+        }
+        while !batch.is_empty() {
+            batch.msghdr();
+            let taken: usize = batch.iov.iter().map(|piece| piece.iov_len).sum();
+            assert_eq!(taken, left.min(SEND_BYTES_MAX));
+            batch.advance(taken);
+            left -= taken;
+        }
+        assert_eq!(left, 0);
     }
 }

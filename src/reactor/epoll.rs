@@ -183,7 +183,7 @@ impl Epoll {
 fn op_file(op: &Op) -> &super::File {
     match op {
         Op::Accept { listener: file }
-        | Op::Recv { socket: file }
+        | Op::Recv { socket: file, .. }
         | Op::RecvInto { socket: file, .. }
         | Op::Send { socket: file, .. }
         | Op::Readable { file } => file,

@@ -156,6 +156,8 @@ pub enum Op {
     Recv {
         /// A stream socket.
         socket: File,
+        /// The most bytes; [`Config::received_bytes`] at most.
+        len_max: u32,
     },
     /// Receives into a slot, at least one byte, at most the range: [`Payload::Slot`]. Result 0 is the end of the stream.
     RecvInto {

@@ -274,9 +274,9 @@ impl Ring {
             self.enter(0, None);
         }
         self.reap(events);
-        if !self.ended.is_empty() || self.look() {
-            events.append(&mut self.ended);
-        }
+        // Always: sends keep ending, and who is watched would never be heard.
+        self.look();
+        events.append(&mut self.ended);
         Ok(())
     }
 
@@ -439,10 +439,12 @@ fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u3
             .flags(libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK)
             .build())
         }
-        Op::Recv { socket } => on!(socket, fd => opcode::Recv::new(fd, std::ptr::null_mut(), 0)
+        Op::Recv { socket, len_max } => {
+            on!(socket, fd => opcode::Recv::new(fd, std::ptr::null_mut(), *len_max)
             .buf_group(BUFFER_GROUP)
             .build())
-        .flags(squeue::Flags::BUFFER_SELECT),
+            .flags(squeue::Flags::BUFFER_SELECT)
+        }
         Op::RecvInto { socket, target } => {
             let (pointer, len, _) = address(target);
             on!(socket, fd => opcode::Recv::new(fd, pointer, len).build())

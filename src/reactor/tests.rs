@@ -50,12 +50,19 @@ fn slot(bytes: &[u8]) -> SlotRange {
 fn data_arrives_in_a_pool_buffer_and_in_a_slot() {
     both(|mut reactor| {
         let (mut client, socket) = pair(&mut reactor);
-        reactor.submit(TOKEN, Op::Recv { socket: socket.clone() });
+        reactor.submit(TOKEN, Op::Recv { socket: socket.clone(), len_max: 64 << 10 });
         client.write_all(b"hello").unwrap();
         let event = next(&mut reactor);
         assert_eq!(event.result, Ok(5));
         let Payload::Received(received) = event.payload else { panic!("{event:?}") };
         assert_eq!(&*received, b"hello");
+        client.write_all(b"more than that").unwrap();
+        reactor.submit(TOKEN, Op::Recv { socket: socket.clone(), len_max: 14 - 5 });
+        let event = next(&mut reactor);
+        let Payload::Received(received) = event.payload else { panic!("{event:?}") };
+        assert_eq!(&*received, b"more than");
+        reactor.submit(TOKEN, Op::Recv { socket: socket.clone(), len_max: 64 << 10 });
+        assert_eq!(next(&mut reactor).result, Ok(5));
         client.write_all(b"world").unwrap();
         reactor.submit(TOKEN, Op::RecvInto { socket, target: slot(&[0; 5]) });
         let event = next(&mut reactor);
@@ -69,7 +76,7 @@ fn every_pool_buffer_comes_back() {
     both(|mut reactor| {
         let (mut client, socket) = pair(&mut reactor);
         for round in 0..200u8 {
-            reactor.submit(TOKEN, Op::Recv { socket: socket.clone() });
+            reactor.submit(TOKEN, Op::Recv { socket: socket.clone(), len_max: 64 << 10 });
             client.write_all(&[round; 3]).unwrap();
             let event = next(&mut reactor);
             let Payload::Received(received) = event.payload else { panic!("{event:?}") };
@@ -112,7 +119,7 @@ fn a_batch_is_sent_in_order_and_resumed_where_it_stopped() {
 fn the_end_of_a_stream_is_a_result_of_zero() {
     both(|mut reactor| {
         let (client, socket) = pair(&mut reactor);
-        reactor.submit(TOKEN, Op::Recv { socket });
+        reactor.submit(TOKEN, Op::Recv { socket, len_max: 1 });
         drop(client);
         assert_eq!(next(&mut reactor).result, Ok(0));
     });

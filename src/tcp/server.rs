@@ -35,6 +35,12 @@ const PROGRESS_BYTES_MIN: u64 = 4096;
 const PROGRESS_PART: u64 = 8;
 /// How long a closed connection is kept for its peer to read the goodbye.
 const LINGER: Duration = Duration::from_secs(1);
+/// A receive brings at most so much: what has come must be kept if it has to wait for a slot.
+const NARROW_BYTES: u32 = 8 << 10;
+/// So much for a connection whose receives come full...
+const WIDE_BYTES: u32 = 64 << 10;
+/// ... if it is one of so many. What waits so has a bound: 4 MiB, and the narrow ones of all connections.
+const WIDE_MAX: usize = 64;
 /// Finished batches kept for reuse.
 const SPARE_BATCHES: usize = 64;
 
@@ -52,6 +58,8 @@ pub struct Server {
     /// Boxed because the kernel points at a batch while it sends it.
     spare: Vec<Box<SendBatch>>,
     sending: usize,
+    /// Connections that are wide.
+    wide: usize,
 }
 
 /// A client that wants its connection to move to a queue pair.
@@ -179,6 +187,8 @@ struct Connection {
     /// Bytes of the slots in all unsent answers: in `out`, in `rest`, and in the ring.
     unsent_bytes: usize,
     receive_in_flight: bool,
+    /// Its receives are [`WIDE_BYTES`] long.
+    is_wide: bool,
     send_in_flight: bool,
     is_dirty: bool,
     deadline: Option<TimerId>,
@@ -250,6 +260,7 @@ impl Server {
             dirty: Vec::new(),
             spare: Vec::new(),
             sending: 0,
+            wide: 0,
         }
     }
 
@@ -287,6 +298,7 @@ impl Server {
             out_bytes: 0,
             out_responses: 0,
             receive_in_flight: false,
+            is_wide: false,
             send_in_flight: false,
             is_dirty: false,
             deadline: Some(timer),
@@ -364,6 +376,7 @@ impl Server {
         let entry = &mut self.entries[index as usize];
         if connection.state == State::Dead && connection.is_idle_in_ring() {
             stop_timers(reactor, &mut connection);
+            self.wide -= usize::from(connection.is_wide);
             entry.generation = entry.generation.wrapping_add(1);
             self.free.push(index);
         } else {
@@ -398,7 +411,7 @@ impl Server {
                     target: SlotRange { slot, start: *start + *filled, len: *len - *filled },
                 }
             }
-            _ => Op::Recv { socket },
+            _ => Op::Recv { socket, len_max: if connection.is_wide { WIDE_BYTES } else { NARROW_BYTES } },
         };
         connection.receive_in_flight = true;
         reactor.submit(self.token(connection.id, Kind::Receive), op);
@@ -682,6 +695,11 @@ impl Server {
                 }
             }
             (Payload::Received(received), State::Open) => {
+                let wants_wide = n >= NARROW_BYTES as usize;
+                if wants_wide != connection.is_wide && (connection.is_wide || self.wide < WIDE_MAX) {
+                    connection.is_wide = wants_wide;
+                    self.wide = if wants_wide { self.wide + 1 } else { self.wide - 1 };
+                }
                 connection.unread = Unread::Held(received, 0);
                 self.read(reactor, connection);
             }
@@ -776,7 +794,9 @@ impl Server {
                     && now.batches_out == batches_out
                     && now.bytes_out - bytes_out < progress_due(connection.unsent_bytes);
                 if output_stalled {
-                    // A goodbye would wait behind what it does not take.
+                    // A goodbye would wait behind what it does not take, and so would the end of the stream, for minutes, with all that
+                    // the kernel holds for it.
+                    let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
                     self.end(connection, CloseReason::Violation(Violation::Stalled));
                 } else if input_stalled {
                     self.fail(reactor, connection, Violation::Stalled);

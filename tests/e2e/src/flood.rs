@@ -2,8 +2,9 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use crate::server::binary;
+use crate::server::{PATIENCE, binary};
 
 /// A client that keeps its queue full of reads, and checks what it reads. Killed when dropped.
 pub struct Flood(Child);
@@ -52,5 +53,46 @@ impl Flood {
 impl Drop for Flood {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// A client that is no good neighbour: see `src/bin/hostile.rs` for the kinds. Killed when dropped.
+pub struct Hostile(Child);
+
+impl Hostile {
+    /// One that has begun when this returns.
+    pub fn start(kind: &str, url: &str, path: &str) -> Self {
+        let mut child = Command::new(binary("hostile"))
+            .args([kind, url, path])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("hostile starts");
+        let mut line = String::new();
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let read = stdout.read_line(&mut line);
+        let this = Self(child);
+        assert!(read.is_ok() && line == "ready\n", "hostile {kind} said {line:?} instead of being ready");
+        this
+    }
+
+    /// Whether it goes on.
+    pub fn is_alive(&mut self) -> bool {
+        self.0.try_wait().expect("hostile can be waited for").is_none()
+    }
+
+    /// Waits for it to notice.
+    pub fn learns_that_it_was_closed(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.is_alive() {
+            assert!(Instant::now() < deadline, "its connection goes on for it");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }

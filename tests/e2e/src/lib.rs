@@ -1,14 +1,18 @@
-//! What the end-to-end tests share: a real `raio_server` in a process of its own, loop devices, the RDMA wire.
+//! What the end-to-end tests share: a real `raio_server` in a process of its own, clients of all kinds, loop devices, the RDMA wire.
 //!
 //! Everything is stopped and taken down when its value is dropped, so that a failed test leaves nothing behind.
 
+mod crowd;
 mod device;
 mod flood;
+mod raw;
 mod server;
 mod wire;
 
+pub use crowd::Crowd;
 pub use device::{LoopDevice, Mounted, needs_root};
-pub use flood::Flood;
+pub use flood::{Flood, Hostile};
+pub use raw::Raw;
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, TCP, needs_wire, numbers, replug, resources, resources_return_to,

@@ -1,0 +1,167 @@
+//! One client that wants everything, one that never reads its answers, and two that send a byte a second: beside them, 64 small ones
+//! have their turns, every byte of theirs is right, and the server holds no more memory than it was allowed.
+//!
+//! Everything here is counted, and nothing is timed.
+
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+use raio_e2e::{Crowd, Hostile, PATIENCE, Raw, Server, numbers};
+use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
+use serde_json::Value;
+
+const MEMORY_BYTES: u64 = 64 << 20;
+/// What one connection may have of it.
+const SHARE_BYTES: u64 = MEMORY_BYTES / 8;
+const CLIENTS: usize = 64;
+const MIB: u64 = 1 << 20;
+
+/// For the program itself, its stacks, and 4 MiB of receive buffers.
+const BESIDES_MEMORY_BYTES: u64 = 16 << 20;
+
+fn number(statistics: &Value, pointer: &str) -> u64 {
+    let value = statistics.pointer(pointer).and_then(Value::as_u64);
+    value.unwrap_or_else(|| panic!("{pointer} is not in {statistics}"))
+}
+
+fn start() -> (Server, tempfile::TempDir) {
+    let (directory, export) = numbers();
+    let memory = MEMORY_BYTES.to_string();
+    let mut arguments = vec!["--workers", "1", "--memory", &memory];
+    arguments.extend(["--listen", "tcp://127.0.0.1:0"]); // the protocol on a stream, wherever these tests run
+    (Server::start_with(&[&export], &arguments), directory)
+}
+
+/// `--memory` is a bound on the whole process, but for what it needs anyway.
+fn holds_no_more_than_allowed(server: &Server, statistics: &Value) {
+    let resident = server.resident_bytes();
+    assert!(resident < MEMORY_BYTES + BESIDES_MEMORY_BYTES, "{resident} bytes are resident: {statistics}");
+}
+
+#[test]
+fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
+    /// So much goes to the greedy one while we look...
+    const GREEDY_BYTES: u64 = 2 << 30;
+    /// ... and for each of these, each small client has at least one answer. Round and round it would be one for one read of 1 MiB; but while
+    /// the small ones do not get a processor to ask, the server has nothing else to do.
+    const GREEDY_BYTES_PER_ANSWER: u64 = 16 * MIB;
+    /// What the server may begin between two looks at who else wants something: one read of the greedy client's.
+    const TURN_BYTES_MAX: u64 = MIB;
+
+    let (mut server, _directory) = start();
+    let url = server.url();
+    let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
+    let mut strangers: Vec<_> = ["greedy", "deaf", "slow", "slow-header"]
+        .iter()
+        .map(|kind| Hostile::start(kind, &url, "/d/numbers"))
+        .collect();
+
+    let greedy_bytes = |statistics: &Value, answers: &[u64]| {
+        number(statistics, "/read_bytes") - answers.iter().sum::<u64>() * 4096
+    };
+    let before = greedy_bytes(&server.statistics(), &crowd.answers());
+    let deadline = Instant::now() + 4 * PATIENCE;
+    let mut moved = 0;
+    while moved < GREEDY_BYTES {
+        // Some rounds between two looks at the statistics, for each look wakes the server.
+        let mut looks = 0;
+        crowd
+            .run(|| {
+                looks += 1;
+                looks > 200
+            })
+            .expect("every small client has every byte right");
+        let statistics = server.statistics();
+        moved = greedy_bytes(&statistics, &crowd.answers()) - before;
+        holds_no_more_than_allowed(&server, &statistics);
+        assert!(Instant::now() < deadline, "the greedy client got {moved} bytes only: {statistics}");
+    }
+
+    let answers = crowd.answers();
+    let (least, most) = (answers.iter().min().expect("64"), answers.iter().max().expect("64"));
+    let due = moved / GREEDY_BYTES_PER_ANSWER;
+    println!("{} MiB for the greedy client, {least} to {most} answers for each small one", moved / MIB);
+    assert!(*least >= due, "a small client got {least} answers while the greedy one got {} MiB", moved / MIB);
+    assert!(*most <= 2 * least, "one small client got {most} answers, another {least}");
+    let statistics = server.statistics();
+    let turn_bytes = number(&statistics, "/turn_bytes_max");
+    assert!(turn_bytes <= TURN_BYTES_MAX, "one turn began {turn_bytes} bytes: {statistics}");
+    assert!(strangers.iter_mut().all(Hostile::is_alive), "all this was while the others were there");
+    assert_eq!(number(&statistics, "/errors"), 0);
+}
+
+#[test]
+fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
+    let (mut server, _directory) = start();
+    let url = server.url();
+    let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
+    let mut deaf = Hostile::start("deaf", &url, "/d/numbers");
+    let _slow = Hostile::start("slow", &url, "/d/numbers");
+    let _slow_header = Hostile::start("slow-header", &url, "/d/numbers");
+    let statistics = server.statistics_when(|statistics| {
+        number(statistics, "/in_flight/fetching") == 1
+            && number(statistics, "/in_flight/executing") == 0
+            && number(statistics, "/in_flight/need_slot") > 100
+    });
+    let held = number(&statistics, "/slot_bytes");
+    assert!(held > MIB, "they hold something: {statistics}");
+    assert!(held <= SHARE_BYTES + MIB, "the deaf one has its share, the slow one its write: {statistics}");
+
+    let mut stalled = 0;
+    // Twice the stall timeout: what went into the socket's buffers at first counts as progress.
+    let deadline = Instant::now() + Duration::from_secs(70) + PATIENCE;
+    while stalled < 3 {
+        crowd.run(|| true).expect("the small clients do not notice");
+        let statistics = server.statistics();
+        holds_no_more_than_allowed(&server, &statistics);
+        stalled = number(&statistics, "/closes/stalled");
+        assert!(Instant::now() < deadline, "somebody was not closed: {statistics}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    crowd.run(|| true).expect("the small clients do not notice");
+    let statistics =
+        server.statistics_when(|statistics| number(statistics, "/connections") == CLIENTS as u64);
+    assert_eq!(number(&statistics, "/slot_bytes"), 0, "{statistics}");
+    assert_eq!(number(&statistics, "/in_flight/need_slot"), 0, "{statistics}");
+    deaf.learns_that_it_was_closed();
+    let closes = statistics["closes"].as_object().expect("reasons");
+    assert_eq!(closes.values().filter_map(Value::as_u64).sum::<u64>(), 3, "nobody else: {statistics}");
+}
+
+#[test]
+fn what_waits_for_memory_takes_little_more_of_it() {
+    const MEMORY: &str = "4M";
+    const WRITERS: u64 = 400;
+    /// Each sends this much of what it is to write, at once.
+    const SENT_BYTES: usize = 256 << 10;
+    /// A receive of 8 KiB for each, and some for what else a connection is; and 4 MiB for those that receive more at a time.
+    const GROWTH_MAX: u64 = WRITERS * (12 << 10) + 4 * MIB;
+
+    let (_directory, export) = numbers();
+    let arguments = ["--workers", "1", "--memory", MEMORY, "--listen", "tcp://127.0.0.1:0"];
+    let mut server = Server::start_with(&[&export], &arguments);
+    let url = server.url();
+    // All memory is given out, to clients that take their time.
+    let _slow: Vec<_> = (0..4).map(|_| Hostile::start("slow", &url, "/d/numbers")).collect();
+    server.statistics_when(|statistics| number(statistics, "/slot_bytes") == 4 * MIB);
+
+    let mut writers: Vec<_> = (0..WRITERS)
+        .map(|_| {
+            let raw = Raw::open(&url, "/d/numbers", OPEN_READ | OPEN_WRITE).expect("another client");
+            raw.stream.set_nonblocking(true).expect("a socket");
+            raw
+        })
+        .collect();
+    let before = server.resident_bytes();
+    let bytes = vec![0; SENT_BYTES];
+    for writer in &mut writers {
+        writer.send_write_header(0, 0, MIB as u32).expect("room for a header");
+        // As much as the kernel takes.
+        assert!(matches!(writer.stream.write(&bytes), Ok(n) if n > 64 << 10));
+    }
+    let statistics =
+        server.statistics_when(|statistics| number(statistics, "/in_flight/need_slot") == WRITERS);
+    let grown = server.resident_bytes().saturating_sub(before);
+    assert!(grown < GROWTH_MAX, "{grown} bytes more for {WRITERS} writers that wait: {statistics}");
+    println!("{} KiB more for each writer that waits", (grown >> 10) / WRITERS);
+}
