@@ -26,6 +26,8 @@ use crate::session::{Shared, protocol_error};
 pub const MAXEVENTS_MAX: usize = 65_536;
 /// The least that is mapped at a time for lent buffers.
 const LENT_BYTES_MIN: usize = 1 << 20;
+/// So often a wait that spins looks for news before it looks at the clock and lets others have the core.
+const LOOKS: usize = 8;
 /// The tag of a cancel request; operations have the index of their slot.
 const TAG_CANCEL: u64 = u64::MAX;
 
@@ -671,7 +673,12 @@ impl Context {
             }
             let before = self.done.len();
             if self.spin.goes_on(&mut spinning) {
-                self.pump();
+                for _ in 0..LOOKS {
+                    self.pump();
+                    if self.done.len() > before {
+                        break;
+                    }
+                }
             } else {
                 self.stats.sleeps += 1;
                 if let Err(error) = self.transport.wait(deadline) {

@@ -7,9 +7,9 @@ use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;
-/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as a hundred
+/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as hundreds of
 /// small requests.
-const SEND_BYTES_MAX: usize = 256 << 10;
+const SEND_BYTES_MAX: usize = 1 << 20;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]
@@ -126,10 +126,10 @@ mod tests {
 
     #[test]
     fn a_send_takes_no_more_than_its_share_of_a_turn() {
-        let mut arena = Arena::new(4 << 20, 1 << 20).unwrap();
+        let mut arena = Arena::new(8 << 20, 2 << 20).unwrap();
         let mut batch = SendBatch::default();
         let mut left = 0;
-        for len in [1 << 20, 1000, 300 << 10, 1] {
+        for len in [2 << 20, 1000, 1200 << 10, 1] {
             batch.push_bytes(|out| out.extend_from_slice(&[0; 40]));
             batch.push_slot(SlotRange { slot: arena.alloc(len).unwrap(), start: 0, len });
             left += 40 + len;

@@ -60,6 +60,8 @@ pub(super) struct Ring {
     /// Receives that the kernel does not have: this thread looks for what arrives, as long as it spins.
     watched: Vec<Watched>,
     watched_pool: Option<Rc<Pool>>,
+    /// Something watched has just ended, so that another look would be one too many.
+    has_looked: bool,
     /// What has ended without the kernel's queue.
     ended: Vec<Event>,
 }
@@ -129,6 +131,7 @@ impl Ring {
             has_files,
             watched: Vec::new(),
             watched_pool,
+            has_looked: false,
             ended: Vec::new(),
         };
         this.watch_waker();
@@ -259,7 +262,10 @@ impl Ring {
                 let submission = self.ring.submission();
                 submission.taskrun() || submission.cq_overflow()
             }
-            || self.look()
+            || {
+                self.has_looked = self.look();
+                self.has_looked
+            }
     }
 
     pub fn poll(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
@@ -274,8 +280,10 @@ impl Ring {
             self.enter(0, None);
         }
         self.reap(events);
-        // Always: sends keep ending, and who is watched would never be heard.
-        self.look();
+        // Even if something has ended already: sends keep ending, and who is watched would never be heard.
+        if !std::mem::take(&mut self.has_looked) {
+            self.look();
+        }
         events.append(&mut self.ended);
         Ok(())
     }

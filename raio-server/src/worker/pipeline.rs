@@ -22,7 +22,6 @@ enum Grant {
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
 const TURN_BYTES_MAX: usize = 256 << 10;
-static TURN_ENV: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("RAIO_TURN").map_or(TURN_BYTES_MAX, |v| v.parse().unwrap()));
 
 impl Worker {
     /// Takes a request on. Gives its key.
@@ -73,7 +72,7 @@ impl Worker {
         if held > 0 && held + bytes > self.share_bytes {
             return Grant::OverShare;
         }
-        if self.turn_bytes > 0 && self.turn_bytes + bytes > *TURN_ENV {
+        if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
             self.is_busy = true;
             return Grant::NextTurn;
         }
