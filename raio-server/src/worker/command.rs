@@ -254,7 +254,7 @@ impl Worker {
     }
 
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {
-        let Some(&key) = self.connections[connection].requests.get(&id) else {
+        let Some(key) = self.request_by_id(connection, id) else {
             let text = "The request that was to be cancelled is not outstanding.";
             return self.respond(request.key, failure(Status::storage(libc::ENOENT), text));
         };

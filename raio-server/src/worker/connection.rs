@@ -1,6 +1,6 @@
 //! Connections, their sessions and their open files, as one worker has them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -19,8 +19,8 @@ use crate::session::{OpenFile, Session, index_of};
 pub(super) struct Connection {
     pub(super) id: ConnectionId,
     pub(super) session: usize,
-    /// Its requests that are not yet answered, by the client's ids.
-    pub(super) requests: HashMap<u64, usize>,
+    /// Its requests that are not yet answered, oldest first. Most are answered in order, so looking for one from the front is short.
+    pub(super) requests: VecDeque<usize>,
     /// Those of them that wait for memory, oldest first.
     pub(super) waiting: VecDeque<usize>,
     /// It is in `Worker::turns`.
@@ -63,7 +63,7 @@ impl Worker {
         let key = self.connections.insert(Connection {
             id,
             session,
-            requests: HashMap::new(),
+            requests: VecDeque::new(),
             waiting: VecDeque::new(),
             is_waiting: false,
             slot_bytes: 0,
@@ -103,7 +103,7 @@ impl Worker {
         if connection.is_waiting {
             self.turns.retain(|&other| other != key);
         }
-        for &request in connection.requests.values() {
+        for &request in &connection.requests {
             if self.requests[request].state == State::Executing {
                 // The kernel has its memory: it runs to its end.
                 self.requests[request].connection = None;

@@ -22,6 +22,7 @@ enum Grant {
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
 const TURN_BYTES_MAX: usize = 256 << 10;
+static TURN_ENV: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("RAIO_TURN").map_or(TURN_BYTES_MAX, |v| v.parse().unwrap()));
 
 impl Worker {
     /// Takes a request on. Gives its key.
@@ -38,7 +39,7 @@ impl Worker {
             operation: None,
         });
         self.in_state[State::NeedSlot as usize] += 1;
-        self.connections[connection].requests.insert(key.id, request);
+        self.connections[connection].requests.push_back(request);
         if needs == 0 {
             self.execute(request, None);
         } else if let Some(slot) = self.slot_at_once(connection, needs) {
@@ -72,7 +73,7 @@ impl Worker {
         if held > 0 && held + bytes > self.share_bytes {
             return Grant::OverShare;
         }
-        if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
+        if self.turn_bytes > 0 && self.turn_bytes + bytes > *TURN_ENV {
             self.is_busy = true;
             return Grant::NextTurn;
         }
@@ -134,7 +135,7 @@ impl Worker {
 
     pub(super) fn fetched(&mut self, name: RequestKey, range: SlotRange) {
         let Some(connection) = self.connection(name.connection) else { return };
-        let Some(&key) = self.connections[connection].requests.get(&name.id) else { return };
+        let Some(key) = self.request_by_id(connection, name.id) else { return };
         if self.requests[key].is_cancelled {
             self.answer(key, cancelled());
         } else {
@@ -185,6 +186,11 @@ impl Worker {
         }
     }
 
+    /// A connection's request that is not yet answered, by the client's id.
+    pub(super) fn request_by_id(&self, connection: usize, id: u64) -> Option<usize> {
+        self.connections[connection].requests.iter().copied().find(|&key| self.requests[key].key.id == id)
+    }
+
     /// The largest slot.
     pub(super) fn slot_bytes_max(&self) -> usize {
         self.arena.slot_bytes_max()
@@ -208,7 +214,8 @@ impl Worker {
         self.in_state[request.state as usize] -= 1;
         let Some(connection) = request.connection else { return };
         let entry = &mut self.connections[connection];
-        entry.requests.remove(&request.key.id);
+        let at = entry.requests.iter().position(|&other| other == key);
+        at.and_then(|at| entry.requests.remove(at));
         entry.slot_bytes -= request.slot_bytes;
         if response.status.is_ok() {
             match request.work {
