@@ -22,7 +22,8 @@ enum Grant {
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
 const TURN_BYTES_MAX: usize = 256 << 10;
-static TURN_ENV: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("RAIO_TURN").map_or(TURN_BYTES_MAX, |v| v.parse().unwrap()));
+static TURN_ENV: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("RAIO_TURN").map_or(TURN_BYTES_MAX, |v| v.parse().unwrap()));
 
 impl Worker {
     /// Takes a request on. Gives its key.
