@@ -72,6 +72,28 @@ fn data_arrives_in_a_pool_buffer_and_in_a_slot() {
 }
 
 #[test]
+fn who_speaks_is_heard_while_sends_to_others_keep_ending() {
+    const RECEIVED: Token = Token { owner: 1, value: 0 };
+    both(|mut reactor| {
+        let (mut quiet, socket) = pair(&mut reactor);
+        let (_busy, other) = pair(&mut reactor);
+        reactor.submit(RECEIVED, Op::Recv { socket, len_max: 64 << 10 });
+        quiet.write_all(b"hello").unwrap();
+        let mut events = Vec::new();
+        for turn in 0.. {
+            assert!(turn < 100, "it was not heard in {turn} turns");
+            let mut batch = Box::new(SendBatch::default());
+            batch.push_bytes(|out| out.push(0));
+            reactor.submit(TOKEN, Op::Send { socket: other.clone(), batch });
+            reactor.turn(Wait::Poll, &mut events).unwrap();
+            if events.drain(..).any(|event| event.token == RECEIVED) {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
 fn every_pool_buffer_comes_back() {
     both(|mut reactor| {
         let (mut client, socket) = pair(&mut reactor);

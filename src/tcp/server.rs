@@ -39,6 +39,8 @@ const LINGER: Duration = Duration::from_secs(1);
 const NARROW_BYTES: u32 = 8 << 10;
 /// So much for a connection whose receives come full...
 const WIDE_BYTES: u32 = 64 << 10;
+/// ... until so many in a row have not...
+const WIDE_FOR: u8 = 8;
 /// ... if it is one of so many. What waits so has a bound: 4 MiB, and the narrow ones of all connections.
 const WIDE_MAX: usize = 64;
 /// Finished batches kept for reuse.
@@ -187,8 +189,8 @@ struct Connection {
     /// Bytes of the slots in all unsent answers: in `out`, in `rest`, and in the ring.
     unsent_bytes: usize,
     receive_in_flight: bool,
-    /// Its receives are [`WIDE_BYTES`] long.
-    is_wide: bool,
+    /// Its receives are [`WIDE_BYTES`] long, for so many more that are short.
+    wide_for: u8,
     send_in_flight: bool,
     is_dirty: bool,
     deadline: Option<TimerId>,
@@ -298,7 +300,7 @@ impl Server {
             out_bytes: 0,
             out_responses: 0,
             receive_in_flight: false,
-            is_wide: false,
+            wide_for: 0,
             send_in_flight: false,
             is_dirty: false,
             deadline: Some(timer),
@@ -376,7 +378,7 @@ impl Server {
         let entry = &mut self.entries[index as usize];
         if connection.state == State::Dead && connection.is_idle_in_ring() {
             stop_timers(reactor, &mut connection);
-            self.wide -= usize::from(connection.is_wide);
+            self.wide -= usize::from(connection.wide_for > 0);
             entry.generation = entry.generation.wrapping_add(1);
             self.free.push(index);
         } else {
@@ -411,7 +413,9 @@ impl Server {
                     target: SlotRange { slot, start: *start + *filled, len: *len - *filled },
                 }
             }
-            _ => Op::Recv { socket, len_max: if connection.is_wide { WIDE_BYTES } else { NARROW_BYTES } },
+            _ => {
+                Op::Recv { socket, len_max: if connection.wide_for > 0 { WIDE_BYTES } else { NARROW_BYTES } }
+            }
         };
         connection.receive_in_flight = true;
         reactor.submit(self.token(connection.id, Kind::Receive), op);
@@ -695,10 +699,14 @@ impl Server {
                 }
             }
             (Payload::Received(received), State::Open) => {
-                let wants_wide = n >= NARROW_BYTES as usize;
-                if wants_wide != connection.is_wide && (connection.is_wide || self.wide < WIDE_MAX) {
-                    connection.is_wide = wants_wide;
-                    self.wide = if wants_wide { self.wide + 1 } else { self.wide - 1 };
+                if n >= NARROW_BYTES as usize {
+                    if connection.wide_for > 0 || self.wide < WIDE_MAX {
+                        self.wide += usize::from(connection.wide_for == 0);
+                        connection.wide_for = WIDE_FOR;
+                    }
+                } else if connection.wide_for > 0 {
+                    connection.wide_for -= 1;
+                    self.wide -= usize::from(connection.wide_for == 0);
                 }
                 connection.unread = Unread::Held(received, 0);
                 self.read(reactor, connection);

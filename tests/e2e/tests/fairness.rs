@@ -109,7 +109,7 @@ fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
 
     let mut stalled = 0;
     // Twice the stall timeout: what went into the socket's buffers at first counts as progress.
-    let deadline = Instant::now() + Duration::from_secs(70) + PATIENCE;
+    let deadline = Instant::now() + 12 * PATIENCE;
     while stalled < 3 {
         crowd.run(|| true).expect("the small clients do not notice");
         let statistics = server.statistics();
