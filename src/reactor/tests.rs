@@ -1,4 +1,4 @@
-//! What both engines promise. Each test runs over io_uring (where the kernel has it) and over epoll.
+//! What both engines promise. Each test runs over io_uring (where the kernel has it), with spinning and without, and over epoll.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -9,8 +9,9 @@ use super::*;
 const TOKEN: Token = Token { owner: 1, value: 7 };
 
 fn both(test: impl Fn(Reactor)) {
-    for epoll in [false, true] {
-        let reactor = Reactor::new(&Config { epoll, ..Config::default() }).unwrap();
+    // A ring that spins looks at some sockets itself, one that does not leaves all to the kernel.
+    for (epoll, spin) in [(false, Config::default().spin), (false, Duration::ZERO), (true, Duration::ZERO)] {
+        let reactor = Reactor::new(&Config { epoll, spin, ..Config::default() }).unwrap();
         if !epoll && !reactor.has_ring() {
             eprintln!("SKIPPED over io_uring: {}", reactor.fallback_reason().unwrap());
             continue;

@@ -76,16 +76,23 @@ impl Bench {
         completion.result
     }
 
+    /// Reads up to the end of the range or of the file: one operation may bring less, as of what is in the page cache only in part.
     fn read(&mut self, file: &Handle, start: usize, len: usize, offset: u64) -> Result<Vec<u8>, i32> {
-        let target = SlotRange { slot: self.slot(&vec![0xee; start + len]), start, len };
-        let completion = self.run(file, Operation::Read { target, offset });
-        let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
-        assert!(
-            range.slot.bytes()[..start].iter().all(|&b| b == 0xee),
-            "{}: it read before the range",
-            self.name
-        );
-        completion.result.map(|n| range.slot.bytes()[start..start + n as usize].to_vec())
+        let mut slot = self.slot(&vec![0xee; start + len]);
+        let mut done = 0;
+        loop {
+            let target = SlotRange { slot, start: start + done, len: len - done };
+            let completion = self.run(file, Operation::Read { target, offset: offset + done as u64 });
+            let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
+            slot = range.slot;
+            let n = completion.result? as usize;
+            done += n;
+            if n == 0 || done == len {
+                break;
+            }
+        }
+        assert!(slot.bytes()[..start].iter().all(|&b| b == 0xee), "{}: it read before the range", self.name);
+        Ok(slot.bytes()[start..start + done].to_vec())
     }
 }
 
