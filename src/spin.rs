@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 /// Between two looks at the clock while spinning there is at most this long, unless the thread was put aside.
-const PUT_ASIDE: Duration = Duration::from_millis(1);
+const PUT_ASIDE: Duration = Duration::from_micros(250);
 /// So many times as long it does not spin then.
 const PAUSE: u32 = 10;
 
