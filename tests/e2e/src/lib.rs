@@ -12,7 +12,7 @@ mod wire;
 pub use crowd::Crowd;
 pub use device::{LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
-pub use raw::Raw;
+pub use raw::{Raw, request as raw_request};
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, TCP, needs_wire, numbers, replug, resources, resources_return_to,

@@ -58,15 +58,9 @@ impl Raw {
         self.stream.write_all(&request(id, command, data_len))
     }
 
-    /// The request for a part of the file.
-    pub fn read_request(&self, id: u64, offset: u64, length: u32) -> Vec<u8> {
-        request(id, &Command::Read { file: self.file, offset, length }, 0)
-    }
-
     /// Asks for a part of the file.
     pub fn send_read(&mut self, id: u64, offset: u64, length: u32) -> io::Result<()> {
-        let request = self.read_request(id, offset, length);
-        self.stream.write_all(&request)
+        self.send(id, &Command::Read { file: self.file, offset, length }, 0)
     }
 
     /// Says that so many bytes come, to be written. They are the caller's to send.
@@ -93,7 +87,7 @@ impl Raw {
 }
 
 /// A request, as it goes on the wire.
-fn request(id: u64, command: &Command<'_>, data_len: u32) -> Vec<u8> {
+pub fn request(id: u64, command: &Command<'_>, data_len: u32) -> Vec<u8> {
     let region = match command {
         &Command::Read { length: len, .. } => RemoteRegion::In { address: 0, key: 0, len },
         _ => RemoteRegion::None,

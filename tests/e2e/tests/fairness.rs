@@ -51,7 +51,7 @@ fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
     let (mut server, _directory) = start();
     let url = server.url();
     let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
-    let mut strangers: Vec<_> = ["greedy", "deaf", "slow", "slow-header"]
+    let mut strangers: Vec<_> = ["greedy", "deaf", "slow", "slow-request"]
         .iter()
         .map(|kind| Hostile::start(kind, &url, "/d/numbers"))
         .collect();
@@ -97,7 +97,7 @@ fn who_does_not_take_or_send_is_closed_and_nobody_else_notices() {
     let mut crowd = Crowd::connect(&url, "/d/numbers", CLIENTS).expect("64 clients");
     let mut deaf = Hostile::start("deaf", &url, "/d/numbers");
     let _slow = Hostile::start("slow", &url, "/d/numbers");
-    let _slow_header = Hostile::start("slow-header", &url, "/d/numbers");
+    let _slow_request = Hostile::start("slow-request", &url, "/d/numbers");
     let statistics = server.statistics_when(|statistics| {
         number(statistics, "/in_flight/fetching") == 1
             && number(statistics, "/in_flight/executing") == 0

@@ -3,13 +3,13 @@
 //! `greedy`: keeps 128 reads of 1 MiB in flight, and has the kernel throw the data away, so that it costs little time of its own.
 //! `deaf`: asks for as much, and never reads an answer.
 //! `slow`: announces a write of 1 MiB, and sends a byte of it a second.
-//! `slow-header`: sends a byte a second of its first request.
+//! `slow-request`: sends a byte a second of a request, the one to open a file with a long name.
 
 use std::io::Write;
 use std::time::Duration;
 
-use raio_e2e::Raw;
-use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
+use raio_e2e::{Raw, raw_request};
+use raio_transport::protocol::{Command, OPEN_READ, OPEN_WRITE, PATH_BYTES_MAX};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, recv};
 
@@ -19,7 +19,7 @@ const READ_BYTES: u64 = 1 << 20;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [kind, url, path] = &arguments[..] else {
-        return Err("usage: hostile greedy|deaf|slow|slow-header URL PATH".into());
+        return Err("usage: hostile greedy|deaf|slow|slow-request URL PATH".into());
     };
     let flags = if kind == "slow" { OPEN_READ | OPEN_WRITE } else { OPEN_READ };
     let mut raw = Raw::open(url, path, flags)?;
@@ -38,8 +38,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             raw.send_write_header(0, 0, READ_BYTES as u32)?;
             trickle(&mut raw, std::iter::repeat(0))
         }
-        "slow-header" => {
-            let request = raw.read_request(0, 0, READ_BYTES as u32);
+        "slow-request" => {
+            let request = raw_request(0, &Command::Open { flags, mode: 0, path: &[b'x'; PATH_BYTES_MAX] }, 0);
             trickle(&mut raw, request.into_iter())
         }
         _ => Err(format!("{kind:?} is no kind").into()),
