@@ -30,10 +30,10 @@ const BUFFER_GROUP: u16 = 0;
 /// A spinning reactor looks by itself for what arrives at so many sockets: that takes a system call each, and spares the ring's detour
 /// by a poll, a wake-up and a call to take both in.
 const WATCHED_MAX: usize = 4;
-/// So often without success; then the ring looks for it.
-const LOOKS_MAX: u32 = 4096;
 /// Their buffers. Each may be held until the end of a turn, and the next be received meanwhile.
 const WATCHED_BUFFERS: u16 = 2 * WATCHED_MAX as u16;
+/// After so many looks without success the ring has the socket.
+const LOOKS_MAX: u32 = 4096;
 /// How long a dropped ring waits for its operations to end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
