@@ -53,9 +53,15 @@ contract! {
         assert!(reason == Violation::Stalled || (is_rdma && reason == Violation::Credits), "{reason}");
         bystander.works();
         server.until("everything to be given back", |seen| (seen.arena_bytes == 0).then_some(()));
-        // What is being sent, and what was answered behind it before it was no longer read from: each at most what the
-        // granted requests and the server's own limit of 1 MiB make.
-        let bound = 2 * (17 * (128 << 10) + (1 << 20));
+        let (slot_bytes, credits) = (128 << 10, 17);
+        let bound = if is_rdma {
+            // A send queue full of answers, one work request each, and the credits that wait for room in it.
+            (2 * credits + 8) * slot_bytes + credits * slot_bytes
+        } else {
+            // What is being sent, and what was answered behind it before it was no longer read from: each at most what the
+            // granted requests and the server's own limit of 1 MiB make.
+            2 * (credits * slot_bytes + (1 << 20))
+        };
         server.each_seen(|seen| {
             assert!(seen.unsent_bytes_max > 0 && seen.unsent_bytes_max <= bound, "{} bytes", seen.unsent_bytes_max);
             assert!(seen.arena_bytes_max <= bound + (1 << 20), "{} bytes", seen.arena_bytes_max);

@@ -82,7 +82,8 @@ impl Bench {
         let mut done = 0;
         loop {
             let target = SlotRange { slot, start: start + done, len: len - done };
-            let completion = self.run(file, Operation::Read { target, offset: offset + done as u64 });
+            let completion =
+                self.run(file, Operation::Read { target, offset: offset + done as u64, or_pages: false });
             let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
             slot = range.slot;
             let n = completion.result? as usize;
@@ -114,6 +115,45 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
         let mut local = vec![0; 100_000];
         std::fs::File::open(&path).unwrap().read_exact_at(&mut local, 10).unwrap();
         assert!(local == bytes, "{}: the file holds something else", bench.name);
+    });
+}
+
+#[test]
+fn a_large_read_may_end_with_pages_and_then_has_its_slot_too() {
+    const LEN: usize = 1 << 20;
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        std::fs::write(&path, vec![7; LEN + 4096]).unwrap();
+        let mut pages = |offset: u64, len: usize, or_pages: bool| {
+            let file = bench.open(&path, OFlags::RDONLY);
+            let target = SlotRange { slot: bench.slot(&vec![0; len]), start: 0, len };
+            let completion = bench.run(&file, Operation::Read { target, offset, or_pages });
+            assert!(completion.result.unwrap() > 0);
+            match completion.outcome {
+                Outcome::Pages(pages) => {
+                    assert_eq!((pages.len(), pages.slot_len()), (len, len));
+                    true
+                }
+                Outcome::Slot(range) => {
+                    let read = completion.result.unwrap() as usize;
+                    assert!(range.slot.bytes()[..read].iter().all(|&byte| byte == 7));
+                    false
+                }
+                outcome => panic!("{outcome:?}"),
+            }
+        };
+        let large = pages(4096, LEN, true);
+        if !large {
+            eprintln!(
+                "SKIPPED in part: no pages. This kernel has no cachestat(2), or the backend is another."
+            );
+        }
+        assert!(!pages(4096, LEN, false), "nobody asked for pages");
+        assert!(!pages(0, 4096, true), "it is small");
+        assert!(!pages(1, LEN, true), "it does not begin with a page");
+        assert!(!pages(8192, LEN, true), "the file ends before");
+        assert_eq!(bench.arena.used_bytes(), 0, "the slots are free again");
     });
 }
 

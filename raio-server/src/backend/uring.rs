@@ -1,66 +1,112 @@
 //! The backend over the reactor's io_uring.
 //!
 //! What the page cache can do at once is done at once, by a plain system call: a read of what is there, and a write of whole pages.
-//! The ring would do the same within its submission, with more ado; and writes that a file system cannot do without blocking (ext4
+//! Of a large read not even the data is copied: the answer gets the cache's own pages. The ring would do the same within its submission, with more ado; and writes that a file system cannot do without blocking (ext4
 //! says so of all) it would give to a thread of the kernel, which costs ten times as much.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{Event, Op, OpId, Payload, Reactor, Token};
+use raio_transport::reactor::{Event, Op, OpId, PagePool, Payload, Reactor, Token};
+use raio_transport::transport::SlotRange;
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::{Backend, Completion, Handle, OWNER, Operation, Outcome, file_info};
 
 /// Writes of whole pages need not read what surrounds them.
 const PAGE_BYTES: u64 = 4096;
-/// A write that takes so long has waited, most likely for dirty pages to reach the disk...
+/// Shorter reads cost less to copy than their pages to pass on.
+const PAGES_BYTES_MIN: usize = 128 << 10;
+/// What takes so long has waited: a write, most likely, for dirty pages to reach the disk...
 const WAITED: Duration = Duration::from_millis(1);
-/// ... and for so many times as long as it took writes go through the ring.
+/// ... and for so many times as long as it took the ring does it.
 const PAUSE: u32 = 100;
 
 /// Passes operations on to the ring.
 #[derive(Debug, Default)]
 pub struct Uring {
     ended: VecDeque<Completion>,
-    /// No write is done at once until then.
-    writes_wait_until: Option<Instant>,
+    page_pool: PagePool,
+    /// What may wait is not done at once after it has waited.
+    writes: Pause,
+    pages: Pause,
+}
+
+/// When not to do something at once.
+#[derive(Debug, Default)]
+struct Pause(Option<Instant>);
+
+impl Pause {
+    /// Begins something that may wait. None: better not.
+    fn begin(&self) -> Option<Instant> {
+        let now = Instant::now();
+        self.0.is_none_or(|until| now >= until).then_some(now)
+    }
+
+    /// Ends it.
+    fn end(&mut self, begin: Instant) {
+        let took = begin.elapsed();
+        self.0 = (took >= WAITED).then(|| begin + took * PAUSE);
+    }
 }
 
 impl Uring {
-    /// Does an operation by a system call if that will hardly block. None: it is for the ring.
-    fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
-        let result = match operation {
-            Operation::Read { target, offset } if file.reads_cache => {
+    /// Does an operation by a system call if that will hardly block. If not, it is for the ring.
+    fn at_once(
+        &mut self,
+        file: &Handle,
+        operation: Operation,
+    ) -> Result<(Result<u32, i32>, Outcome), Operation> {
+        match operation {
+            Operation::Read { target, offset, or_pages: true }
+                if file.reads_cache && target.start == 0 && target.len >= PAGES_BYTES_MIN =>
+            {
+                let SlotRange { mut slot, start, len } = target;
+                if let Some(begin) = self.pages.begin() {
+                    let taken = self.page_pool.take(file.fd.as_fd(), offset, len, slot);
+                    self.pages.end(begin);
+                    match taken {
+                        Ok(pages) => return Ok((Ok(len as u32), Outcome::Pages(pages))),
+                        Err(back) => slot = back,
+                    }
+                }
+                let target = SlotRange { slot, start, len };
+                self.at_once(file, Operation::Read { target, offset, or_pages: false })
+            }
+            Operation::Read { mut target, offset, or_pages } if file.reads_cache => {
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
-                preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, ReadWriteFlags::NOWAIT)
+                let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT);
+                done(result, target).map_err(|target| Operation::Read { target, offset, or_pages })
             }
-            Operation::Write { source, offset } if file.writes_cache => {
-                if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
-                    return None;
-                }
-                let begin = Instant::now();
-                if self.writes_wait_until.is_some_and(|until| begin < until) {
-                    return None;
-                }
+            Operation::Write { source, offset }
+                if file.writes_cache
+                    && offset.is_multiple_of(PAGE_BYTES)
+                    && (source.len as u64).is_multiple_of(PAGE_BYTES) =>
+            {
+                let Some(begin) = self.writes.begin() else {
+                    return Err(Operation::Write { source, offset });
+                };
                 let bytes = &source.slot.bytes()[source.start..source.start + source.len];
-                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], *offset, ReadWriteFlags::empty());
-                let took = begin.elapsed();
-                self.writes_wait_until = (took >= WAITED).then(|| begin + took * PAUSE);
-                result
+                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], offset, ReadWriteFlags::empty());
+                self.writes.end(begin);
+                done(result, source).map_err(|source| Operation::Write { source, offset })
             }
-            _ => return None,
-        };
-        match result {
-            Ok(n) => Some(Ok(n as u32)),
-            // The rest of the file system's errors would be the ring's too.
-            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => None,
-            Err(error) => Some(Err(error.raw_os_error())),
+            operation => Err(operation),
         }
+    }
+}
+
+/// What came of a system call, or the slot for another attempt by the ring.
+fn done(result: Result<usize, Errno>, range: SlotRange) -> Result<(Result<u32, i32>, Outcome), SlotRange> {
+    match result {
+        Ok(n) => Ok((Ok(n as u32), Outcome::Slot(range))),
+        // The rest of the file system's errors would be the ring's too.
+        Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => Err(range),
+        Err(error) => Ok((Err(error.raw_os_error()), Outcome::Slot(range))),
     }
 }
 
@@ -70,22 +116,19 @@ impl Backend for Uring {
         reactor: &mut Reactor,
         key: u64,
         file: &Handle,
-        mut operation: Operation,
+        operation: Operation,
     ) -> Option<OpId> {
-        if let Some(result) = self.at_once(file, &mut operation) {
-            let outcome = match operation {
-                Operation::Read { target: range, .. } | Operation::Write { source: range, .. } => {
-                    Outcome::Slot(range)
-                }
-                _ => Outcome::None,
-            };
-            self.ended.push_back(Completion { key, result, outcome });
-            return None;
-        }
+        let operation = match self.at_once(file, operation) {
+            Ok((result, outcome)) => {
+                self.ended.push_back(Completion { key, result, outcome });
+                return None;
+            }
+            Err(operation) => operation,
+        };
         let Handle { fd, file, .. } = file;
         let file = || file.clone();
         let op = match operation {
-            Operation::Read { target, offset } => Op::Read { file: file(), target, offset },
+            Operation::Read { target, offset, .. } => Op::Read { file: file(), target, offset },
             Operation::Write { source, offset } => Op::Write { file: file(), source, offset },
             Operation::Fsync { data_only } => Op::Fsync { file: file(), data_only },
             Operation::Fallocate { how, offset, length } => {
