@@ -1,21 +1,17 @@
 //! When to wait actively before sleeping, and when not to.
 //!
-//! Spinning spares the wake-up of a sleeping core (tens of microseconds), at the price of that core's time. So what is bounded is the
-//! price of each piece of news: news that comes soon earns time to spin, waiting spends it. One who gets much news may wait long for the
-//! rest (a disk that completes thirty requests at once and then none for a while); one who gets little sleeps. It does harm
-//! where others want the core: the scheduler makes up for the time spun by letting them run first, for milliseconds. So one who
-//! finds that he was put aside while he spun does not spin for a while.
+//! Spinning spares the wake-up of a sleeping core (tens of microseconds), at the price of that core's time. It pays while news comes
+//! within the time that is spun. It does harm where others want the core: the scheduler makes up for the time spun by letting
+//! them run first, for milliseconds. So one who finds that he was put aside while he spun does not spin for a while.
 
 use std::time::{Duration, Instant};
 
-/// What can be saved up is so many times what one piece of news earns.
-const SAVED_MAX: u32 = 10;
 /// Between two looks at the clock while spinning there is at most this long, unless the thread was put aside.
 const PUT_ASIDE: Duration = Duration::from_micros(250);
 /// So many times as long it does not spin then.
 const PAUSE: u32 = 10;
 
-/// How long one thread waits actively: on average for at most as long as was asked for, for each time that it got news.
+/// How long one thread waits actively: as long as was asked for while news comes within that time, less and less while it does not.
 #[derive(Debug)]
 pub struct Spin {
     most: Duration,
@@ -31,7 +27,7 @@ pub struct Spinning {
 }
 
 impl Spin {
-    /// Spins for at most so long for each time that news comes; zero: never.
+    /// Spins for at most so long; zero: never.
     pub fn new(most: Duration) -> Self {
         Self { most, budget: most, paused_until: None }
     }
@@ -65,10 +61,11 @@ impl Spin {
 
     /// News came so long after the wait began.
     pub fn learn(&mut self, took: Duration) {
-        self.budget = self.budget.saturating_sub(took);
         // Some allowance, for a sleep adds the time it takes to wake up.
         if took <= self.most * 2 {
-            self.budget = (self.budget + self.most).min(self.most * SAVED_MAX);
+            self.budget = self.most;
+        } else {
+            self.budget /= 2;
         }
     }
 }
@@ -90,21 +87,6 @@ mod tests {
         assert!(!spin.goes_on(&mut spinning));
         spin.learn(Duration::from_secs(3600));
         assert_eq!(spin.budget, Duration::from_secs(3600));
-    }
-
-    #[test]
-    fn much_news_earns_one_long_wait_and_no_more() {
-        let most = Duration::from_secs(3600);
-        let mut spin = Spin::new(most);
-        for _ in 0..64 {
-            spin.learn(Duration::ZERO);
-        }
-        assert_eq!(spin.budget, most * SAVED_MAX);
-        // Half of it for a wait that brings nothing soon, the rest for the next.
-        spin.learn(most * SAVED_MAX / 2);
-        assert_eq!(spin.budget, most * SAVED_MAX / 2);
-        spin.learn(most * SAVED_MAX);
-        assert_eq!(spin.budget, Duration::ZERO);
     }
 
     #[test]
