@@ -91,7 +91,7 @@ impl SendBatch {
             let followed = self.pieces.len() > 1;
             let result = match self.pieces.front_mut() {
                 None => break,
-                Some(Piece::Pages(pages)) => match pages.send(socket, followed) {
+                Some(Piece::Pages(pages)) => match pages.send(socket, SEND_BYTES_MAX - sent, followed) {
                     Ok(n) => {
                         let is_all = pages.is_empty();
                         if is_all {

@@ -39,7 +39,7 @@ pub struct Pages {
     pipe: Option<Pipe>,
     left: usize,
     spare: Arc<ArrayQueue<Option<Pipe>>>,
-    /// Where it would have been copied to: it counts as memory all the same.
+    /// Where it would have been copied to.
     slot: Option<Slot>,
 }
 
@@ -55,14 +55,13 @@ impl Default for PagePool {
 }
 
 impl PagePool {
-    /// Takes `len` bytes at `offset` of a file, if its page cache has all of them. Gives the slot back if not, or if it cannot be known.
+    /// Takes `len` bytes at `offset` of a file, if its page cache has all of them. None if not, or if it cannot be known.
     /// Blocks only if a page is just being read, or leaves the cache in this moment.
-    pub fn take(&self, file: BorrowedFd<'_>, offset: u64, len: usize, slot: Slot) -> Result<Pages, Slot> {
+    pub fn take(&self, file: BorrowedFd<'_>, offset: u64, len: usize) -> Option<Pages> {
         if !offset.is_multiple_of(PAGE_BYTES as u64) || len > PIPE_BYTES || !is_cached(file, offset, len) {
-            return Err(slot);
+            return None;
         }
-        let Some(place) = self.spare.pop() else { return Err(slot) };
-        let pipe = place.or_else(|| Pipe::new().ok());
+        let pipe = self.spare.pop()?.or_else(|| Pipe::new().ok());
         let mut pages = Pages { pipe, left: 0, spare: Arc::clone(&self.spare), slot: None };
         let mut at = offset;
         while let Some(pipe) = &pages.pipe
@@ -75,11 +74,7 @@ impl PagePool {
                 _ => break,
             }
         }
-        if pages.left < len {
-            return Err(slot);
-        }
-        pages.slot = Some(slot);
-        Ok(pages)
+        (pages.left == len).then_some(pages)
     }
 }
 
@@ -102,19 +97,32 @@ impl Pages {
         self.left == 0
     }
 
-    /// The size of the slot that they stand for.
+    /// They have come in the place of this slot's bytes. It counts as memory in use until they are gone.
+    pub fn in_place_of(mut self, slot: Slot) -> Self {
+        self.slot = Some(slot);
+        self
+    }
+
+    /// The size of that slot.
     pub fn slot_len(&self) -> usize {
         self.slot.as_ref().map_or(0, Slot::len)
     }
 
-    /// Passes on as much as a non-blocking socket takes.
-    pub(super) fn send(&mut self, socket: BorrowedFd<'_>, more: bool) -> rustix::io::Result<usize> {
+    /// Passes on as much as a non-blocking socket takes, at most `len_max`. `more` is to follow. A socket that is closed raises SIGPIPE, which
+    /// Rust programs ignore.
+    pub(super) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        len_max: usize,
+        more: bool,
+    ) -> rustix::io::Result<usize> {
         let Some(pipe) = &self.pipe else { return Err(Errno::PIPE) };
         let mut flags = SpliceFlags::NONBLOCK;
         flags.set(SpliceFlags::MORE, more);
-        let n = splice(&pipe.out, None, socket, None, self.left, flags)?;
+        let n = splice(&pipe.out, None, socket, None, self.left.min(len_max), flags)?;
         self.left -= n;
-        Ok(n)
+        // It is not empty, and it was not full.
+        if n == 0 { Err(Errno::IO) } else { Ok(n) }
     }
 }
 
@@ -187,10 +195,12 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         for (offset, len) in [(0, LEN), (8192, 200_000), (4096, 4096), (4096, 1)] {
             let slot = arena.alloc(len).unwrap();
-            let mut pages = pool.take(file.as_fd(), offset, len, slot).expect("it was just written");
+            let pages = pool.take(file.as_fd(), offset, len).expect("it was just written");
+            let mut pages = pages.in_place_of(slot);
+            assert!(pages.slot_len() >= len);
             let mut received = Vec::new();
             while !pages.is_empty() {
-                let n = match pages.send(ours.as_fd(), false) {
+                let n = match pages.send(ours.as_fd(), LEN, false) {
                     Err(Errno::AGAIN) => 0,
                     result => result.unwrap(),
                 };
@@ -204,18 +214,14 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_get_pages_keeps_the_slot() {
+    fn there_are_no_pages_off_their_limits_or_beyond_the_end_or_a_pipe() {
         let (file, _) = file();
-        let mut arena = Arena::new(1 << 20, 1 << 20).unwrap();
         let pool = PagePool::default();
-        let mut slot = arena.alloc(LEN).unwrap();
         for (offset, len) in
             [(1, 4096), (LEN as u64 / 4096 * 4096, 8192), (1 << 40, 4096), (0, PIPE_BYTES + 1)]
         {
-            slot = pool.take(file.as_fd(), offset, len, slot).expect_err("it is not all there");
+            assert!(pool.take(file.as_fd(), offset, len).is_none());
         }
-        drop(slot);
-        assert_eq!(arena.used_bytes(), 0);
     }
 
     #[test]
@@ -224,22 +230,20 @@ mod tests {
         if !is_known(&file) {
             return;
         }
-        let mut arena = Arena::new(1 << 20, 1 << 20).unwrap();
         let pool = PagePool::default();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         for _ in 0..2 * PIPES_MAX {
-            drop(pool.take(file.as_fd(), 0, 8192, arena.alloc(8192).unwrap()).unwrap());
+            assert!(pool.take(file.as_fd(), 0, 8192).is_some());
         }
-        let all: Vec<_> =
-            std::iter::from_fn(|| pool.take(file.as_fd(), 4096, 10, arena.alloc(10)?).ok()).collect();
+        let all: Vec<_> = std::iter::from_fn(|| pool.take(file.as_fd(), 4096, 10)).collect();
         assert_eq!(all.len(), PIPES_MAX);
         for mut pages in all {
             let mut received = [0; 10];
-            assert_eq!(pages.send(ours.as_fd(), false), Ok(10));
+            assert_eq!(pages.send(ours.as_fd(), LEN, false), Ok(10));
             theirs.read_exact(&mut received).unwrap();
             assert_eq!(received, bytes[4096..][..10]);
         }
-        drop(pool.take(file.as_fd(), 0, 10, arena.alloc(10).unwrap()).expect("the pipes are free again"));
+        assert!(pool.take(file.as_fd(), 0, 10).is_some(), "the pipes are free again");
     }
 }

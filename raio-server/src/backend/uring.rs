@@ -11,8 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{Event, Op, OpId, PagePool, Payload, Reactor, Token};
-use raio_transport::transport::SlotRange;
+use raio_transport::reactor::{Event, Op, OpId, PagePool, Pages, Payload, Reactor, Token};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::{Backend, Completion, Handle, OWNER, Operation, Outcome, file_info};
@@ -54,59 +53,48 @@ impl Pause {
     }
 }
 
-impl Uring {
-    /// Does an operation by a system call if that will hardly block. If not, it is for the ring.
-    fn at_once(
-        &mut self,
-        file: &Handle,
-        operation: Operation,
-    ) -> Result<(Result<u32, i32>, Outcome), Operation> {
-        match operation {
-            Operation::Read { target, offset, or_pages: true }
-                if file.reads_cache && target.start == 0 && target.len >= PAGES_BYTES_MIN =>
-            {
-                let SlotRange { mut slot, start, len } = target;
-                if let Some(begin) = self.pages.begin() {
-                    let taken = self.page_pool.take(file.fd.as_fd(), offset, len, slot);
-                    self.pages.end(begin);
-                    match taken {
-                        Ok(pages) => return Ok((Ok(len as u32), Outcome::Pages(pages))),
-                        Err(back) => slot = back,
-                    }
-                }
-                let target = SlotRange { slot, start, len };
-                self.at_once(file, Operation::Read { target, offset, or_pages: false })
-            }
-            Operation::Read { mut target, offset, or_pages } if file.reads_cache => {
-                let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
-                let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT);
-                done(result, target).map_err(|target| Operation::Read { target, offset, or_pages })
-            }
-            Operation::Write { source, offset }
-                if file.writes_cache
-                    && offset.is_multiple_of(PAGE_BYTES)
-                    && (source.len as u64).is_multiple_of(PAGE_BYTES) =>
-            {
-                let Some(begin) = self.writes.begin() else {
-                    return Err(Operation::Write { source, offset });
-                };
-                let bytes = &source.slot.bytes()[source.start..source.start + source.len];
-                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], offset, ReadWriteFlags::empty());
-                self.writes.end(begin);
-                done(result, source).map_err(|source| Operation::Write { source, offset })
-            }
-            operation => Err(operation),
-        }
-    }
+/// What was done at once.
+enum Done {
+    Call(Result<u32, i32>),
+    Pages(Pages),
 }
 
-/// What came of a system call, or the slot for another attempt by the ring.
-fn done(result: Result<usize, Errno>, range: SlotRange) -> Result<(Result<u32, i32>, Outcome), SlotRange> {
-    match result {
-        Ok(n) => Ok((Ok(n as u32), Outcome::Slot(range))),
-        // The rest of the file system's errors would be the ring's too.
-        Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => Err(range),
-        Err(error) => Ok((Err(error.raw_os_error()), Outcome::Slot(range))),
+impl Uring {
+    /// Does an operation by a system call if that will hardly block. None: it is for the ring.
+    fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Done> {
+        let result = match operation {
+            Operation::Read { target, offset, or_pages } if file.reads_cache => {
+                if *or_pages
+                    && target.len >= PAGES_BYTES_MIN
+                    && let Some(begin) = self.pages.begin()
+                {
+                    let taken = self.page_pool.take(file.fd.as_fd(), *offset, target.len);
+                    self.pages.end(begin);
+                    if let Some(pages) = taken {
+                        return Some(Done::Pages(pages));
+                    }
+                }
+                let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
+                preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, ReadWriteFlags::NOWAIT)
+            }
+            Operation::Write { source, offset } if file.writes_cache => {
+                if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
+                    return None;
+                }
+                let begin = self.writes.begin()?;
+                let bytes = &source.slot.bytes()[source.start..source.start + source.len];
+                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], *offset, ReadWriteFlags::empty());
+                self.writes.end(begin);
+                result
+            }
+            _ => return None,
+        };
+        match result {
+            Ok(n) => Some(Done::Call(Ok(n as u32))),
+            // The rest of the file system's errors would be the ring's too.
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => None,
+            Err(error) => Some(Done::Call(Err(error.raw_os_error()))),
+        }
     }
 }
 
@@ -116,15 +104,22 @@ impl Backend for Uring {
         reactor: &mut Reactor,
         key: u64,
         file: &Handle,
-        operation: Operation,
+        mut operation: Operation,
     ) -> Option<OpId> {
-        let operation = match self.at_once(file, operation) {
-            Ok((result, outcome)) => {
-                self.ended.push_back(Completion { key, result, outcome });
-                return None;
-            }
-            Err(operation) => operation,
-        };
+        if let Some(done) = self.at_once(file, &mut operation) {
+            let (result, outcome) = match (done, operation) {
+                (Done::Pages(pages), Operation::Read { target, .. }) => {
+                    (Ok(target.len as u32), Outcome::Pages(pages.in_place_of(target.slot)))
+                }
+                (
+                    Done::Call(result),
+                    Operation::Read { target: range, .. } | Operation::Write { source: range, .. },
+                ) => (result, Outcome::Slot(range)),
+                _ => unreachable!("only reads and writes are done at once"),
+            };
+            self.ended.push_back(Completion { key, result, outcome });
+            return None;
+        }
         let Handle { fd, file, .. } = file;
         let file = || file.clone();
         let op = match operation {
