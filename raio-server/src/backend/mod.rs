@@ -14,6 +14,7 @@ use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{self, Event, Fallocate, OpId, OpenHow, Pages, Reactor};
 use raio_transport::transport::SlotRange;
 use rustix::fs::OFlags;
+use rustix::io::ReadWriteFlags;
 
 pub use threads::Threads;
 pub use uring::Uring;
@@ -31,8 +32,8 @@ pub struct Handle {
     pub fd: Arc<OwnedFd>,
     /// The same, for this worker's reactor.
     pub file: reactor::File,
-    /// What is read comes from the page cache if it is there...
-    pub reads_cache: bool,
+    /// How to read what is in the page cache without waiting. None: it is not read from there...
+    pub reads_cache: Option<ReadWriteFlags>,
     /// ... and what is written may stay there.
     pub writes_cache: bool,
 }
@@ -41,8 +42,12 @@ impl Handle {
     /// Takes a descriptor for use by one worker.
     pub fn new(reactor: &mut Reactor, fd: Arc<OwnedFd>) -> Self {
         let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
-        let reads_cache = !flags.contains(OFlags::DIRECT);
-        let writes_cache = reads_cache && !flags.intersects(OFlags::SYNC | OFlags::DSYNC);
+        let caches = !flags.contains(OFlags::DIRECT);
+        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
+        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|info| info.f_type == libc::TMPFS_MAGIC);
+        let reads_cache =
+            caches.then_some(if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT });
+        let writes_cache = caches && !flags.intersects(OFlags::SYNC | OFlags::DSYNC);
         Self { file: reactor.file(Arc::clone(&fd)), fd, reads_cache, writes_cache }
     }
 }

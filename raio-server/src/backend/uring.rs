@@ -32,6 +32,7 @@ pub struct Uring {
     page_pool: PagePool,
     /// What may wait is not done at once after it has waited.
     writes: Pause,
+    reads: Pause,
     pages: Pause,
 }
 
@@ -63,7 +64,8 @@ impl Uring {
     /// Does an operation by a system call if that will hardly block. None: it is for the ring.
     fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Done> {
         let result = match operation {
-            Operation::Read { target, offset, or_pages } if file.reads_cache => {
+            Operation::Read { target, offset, or_pages } => {
+                let flags = file.reads_cache?;
                 if *or_pages
                     && target.len >= PAGES_BYTES_MIN
                     && let Some(begin) = self.pages.begin()
@@ -74,8 +76,13 @@ impl Uring {
                         return Some(Done::Pages(pages));
                     }
                 }
+                let may_wait = if flags.is_empty() { Some(self.reads.begin()?) } else { None };
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
-                preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, ReadWriteFlags::NOWAIT)
+                let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, flags);
+                if let Some(begin) = may_wait {
+                    self.reads.end(begin);
+                }
+                result
             }
             Operation::Write { source, offset } if file.writes_cache => {
                 if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
