@@ -21,6 +21,11 @@ const FILE_BYTES: u64 = 24 * MIB;
 /// 512 B to 1 MiB, and odd numbers of sectors between.
 const SIZES: &str = "--bssplit=512/20:3k/15:4k/25:13k/10:64k/10:300k/15:1m/5";
 
+/// On a wire that loses packets: reads, and writes that are sent inline. Soft-RoCE (Linux 6.12) breaks the queue pair when two packets of what
+/// an RDMA READ brings are lost within a round trip (the warning in rxe_comp.c), and gives a WRITE up that loses seven between two
+/// acknowledgements: one run in eight failed with writes of 300 KiB, one in seventy with reads of 1 MiB, and none of sixty with these.
+const LOSSY_SIZES: &str = "--bssplit=512/20:3k/20:4k/30:13k/20:64k/10,512/30:3k/30:4k/40";
+
 struct Job {
     depth: u32,
     jobs: u32,
@@ -183,7 +188,14 @@ fn fio_jobs_verify_over_a_wire_that_loses_and_delays_packets() {
         let _shaped = Shaped::new(netem);
         println!("{netem}");
         let mut fio = fio_raio(&server);
-        fio.args(["--filename=/disk/file", "--size=8m", "--rw=randrw", SIZES, "--iodepth=32", "--numjobs=2"]);
+        fio.args([
+            "--filename=/disk/file",
+            "--size=8m",
+            "--rw=randrw",
+            LOSSY_SIZES,
+            "--iodepth=32",
+            "--numjobs=2",
+        ]);
         fio.args([
             "--offset_increment=8m",
             "--verify=crc32c",
