@@ -17,6 +17,7 @@
 #include <getopt.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -38,6 +39,7 @@ struct work {
 	size_t depth, block_bytes, blocks;
 	double seconds;
 	int spin, sequential;
+	int server_cpu, client_cpu; /* -1: any */
 };
 
 static void die(const char *what)
@@ -60,6 +62,18 @@ static double cpu_us(int who)
 
 	getrusage(who, &u);
 	return (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) * 1e6 + (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec);
+}
+
+static void stay_on(int cpu)
+{
+	cpu_set_t set;
+
+	if (cpu < 0)
+		return;
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	if (sched_setaffinity(0, sizeof(set), &set))
+		die("stay on the processor that --cpus names");
 }
 
 /* Memory that is all there before the clock starts. */
@@ -215,7 +229,7 @@ static void ask(int socket, const struct work *work, struct measured *m)
 static _Noreturn void usage(int status)
 {
 	fprintf(status ? stderr : stdout,
-		"usage: floor --file FILE [--depth N] [--bs BYTES] [--seconds S] [--spin] [--sequential]\n"
+		"usage: floor --file FILE [--depth N] [--bs BYTES] [--seconds S] [--spin] [--sequential] [--cpus SERVER,CLIENT]\n"
 		"\n"
 		"Measures requests and responses over loopback TCP that do nothing but read FILE. Defaults: depth 1, 4096 bytes, 3 s,\n"
 		"blocking, random offsets.\n");
@@ -228,9 +242,10 @@ static struct work parse(int argc, char **argv)
 		{ "file", required_argument, NULL, 'f' },  { "depth", required_argument, NULL, 'd' },
 		{ "bs", required_argument, NULL, 'b' },	   { "seconds", required_argument, NULL, 's' },
 		{ "spin", no_argument, NULL, 'p' },	   { "sequential", no_argument, NULL, 'q' },
-		{ "help", no_argument, NULL, 'h' },	   { NULL, 0, NULL, 0 },
+		{ "cpus", required_argument, NULL, 'c' },  { "help", no_argument, NULL, 'h' },
+		{ NULL, 0, NULL, 0 },
 	};
-	struct work work = { .depth = 1, .block_bytes = 4096, .seconds = 3 };
+	struct work work = { .depth = 1, .block_bytes = 4096, .seconds = 3, .server_cpu = -1, .client_cpu = -1 };
 	struct stat status;
 	int option;
 
@@ -242,6 +257,10 @@ static struct work parse(int argc, char **argv)
 		case 's': work.seconds = strtod(optarg, NULL); break;
 		case 'p': work.spin = 1; break;
 		case 'q': work.sequential = 1; break;
+		case 'c':
+			if (sscanf(optarg, "%d,%d", &work.server_cpu, &work.client_cpu) != 2)
+				usage(2);
+			break;
 		case 'h': usage(0);
 		default: usage(2);
 		}
@@ -277,12 +296,14 @@ int main(int argc, char **argv)
 		die("start its server");
 	if (server == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		stay_on(work.server_cpu);
 		connection = accept(listener, NULL, NULL);
 		if (connection < 0 || setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)))
 			die("accept");
 		serve(connection, &work);
 		exit(0);
 	}
+	stay_on(work.client_cpu);
 	connection = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	if (connection < 0 || connect(connection, (struct sockaddr *)&address, len) ||
 	    setsockopt(connection, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)))
