@@ -186,7 +186,7 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
     let export = format!("d={},rw", directory.path().display());
     let mut blocks = Blocks::new(directory.path());
     let mut before = None;
-    let mut fetching = 0;
+    let (mut fetching, mut in_the_middle) = (0, 0);
     for _ in 0..kills() {
         let mut server = Server::start_with(&[&export], &["--memory", "16M", "--listen", LISTEN]);
         let session = Session::connect(&server.url(), &Options::default()).expect("a session");
@@ -227,9 +227,11 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
                 }
             }
         }
-        assert!(lost > 0, "it was in the middle of it");
-        // Nothing ends twice.
-        assert_eq!(context.wait(0, 1, None).expect_err("no connection").errno(), libc::ENOTCONN);
+        if lost > 0 {
+            in_the_middle += 1;
+            // Nothing ends twice.
+            assert_eq!(context.wait(0, 1, None).expect_err("no connection").errno(), libc::ENOTCONN);
+        }
         assert!(context.next().is_none());
         blocks.check();
         drop((context, file, session, server));
@@ -239,6 +241,8 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
             None => before = Some(resources()),
         }
     }
+    // While the last look was taken the server may have finished what it had.
+    assert!(in_the_middle * 2 > kills(), "{in_the_middle} of {} were killed in the middle of it", kills());
     assert!(fetching > 0, "RDMA READs were under way at the last look before a kill");
     println!("{fetching} RDMA READs were under way in all");
 }
