@@ -35,6 +35,7 @@ pub mod rdma;
 #[allow(unsafe_code)]
 pub mod reactor;
 mod silence;
+pub mod size;
 pub mod spin;
 pub mod tcp;
 pub mod transport;

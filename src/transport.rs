@@ -111,16 +111,16 @@ impl Data {
         self.len() == 0
     }
 
-    /// What is in memory, for a transport that takes nothing else.
-    pub(crate) fn slot(&self) -> &SlotRange {
+    /// The size of the slot that it holds.
+    pub(crate) fn slot_len(&self) -> usize {
         match self {
-            Self::Slot(range) => range,
-            Self::Pages(_) => panic!("pages were given to a transport that does not take them"),
+            Self::Slot(range) => range.slot.len(),
+            Self::Pages(pages) => pages.slot_len(),
         }
     }
 
-    /// The same.
-    pub(crate) fn into_slot(self) -> SlotRange {
+    /// What is in memory, for a transport that takes nothing else.
+    pub(crate) fn slot(&self) -> &SlotRange {
         match self {
             Self::Slot(range) => range,
             Self::Pages(_) => panic!("pages were given to a transport that does not take them"),

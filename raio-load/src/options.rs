@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use raio_transport::address::{Address, Scheme};
+use raio_transport::size;
 
 use crate::content::WORD_BYTES;
 
@@ -33,13 +34,13 @@ pub struct Options {
     #[arg(long, value_name = "ADDRESS")]
     source: Vec<IpAddr>,
     /// Use the file's first SIZE bytes [default: all]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: Option<u64>,
     /// Before all else make the file, or write its first --size bytes, such that --verify knows what they are
     #[arg(long)]
     fill: bool,
     /// Length of each read and write
-    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size)]
+    #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = size::parse)]
     io_size: u64,
     /// Which reads and writes; rw and randrw are half of each
     #[arg(long, value_enum, default_value_t = Pattern::Randread)]
@@ -223,23 +224,6 @@ impl Options {
 fn loopback_sources(sessions: usize) -> Vec<IpAddr> {
     let count = LOOPBACK_SOURCES.min(sessions as u32);
     (1..=count).map(|n| Ipv4Addr::from(0x7f00_0100 + n).into()).collect()
-}
-
-fn size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_lowercase) {
-        Some(b'k') => (&text[..text.len() - 1], 10),
-        Some(b'm') => (&text[..text.len() - 1], 20),
-        Some(b'g') => (&text[..text.len() - 1], 30),
-        Some(b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number = digits.bytes().all(|b| b.is_ascii_digit()).then(|| digits.parse::<u64>().ok()).flatten();
-    number
-        .and_then(|number| number.checked_mul(1 << shift))
-        .filter(|&bytes| i64::try_from(bytes).is_ok())
-        .ok_or_else(|| {
-            format!("{text:?} is not a size. Write a number of bytes, or one with k, M, G or T behind it.")
-        })
 }
 
 #[cfg(test)]

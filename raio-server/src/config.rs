@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Parser, ValueEnum};
 use raio_transport::address::{Address, Scheme};
+use raio_transport::size;
 use serde::Deserialize;
 
 use crate::export::ExportSpec;
@@ -130,23 +131,7 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || {
-            format!("{text:?} is not a size. Write a number of bytes, or one with k, M, G or T behind it.")
-        };
-        let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_lowercase) {
-            Some(b'k') => (&text[..text.len() - 1], 10),
-            Some(b'm') => (&text[..text.len() - 1], 20),
-            Some(b'g') => (&text[..text.len() - 1], 30),
-            Some(b't') => (&text[..text.len() - 1], 40),
-            _ => (text, 0),
-        };
-        if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(wrong());
-        }
-        let number: u64 = digits.parse().map_err(|_| wrong())?;
-        let bytes =
-            number.checked_mul(1 << shift).filter(|&bytes| i64::try_from(bytes).is_ok()).ok_or_else(wrong)?;
-        Ok(Self(bytes))
+        size::parse(text).map(Self)
     }
 }
 

@@ -78,7 +78,7 @@ enum Outgoing {
 impl Outgoing {
     fn slot_bytes(&self) -> usize {
         match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot().slot.len(),
+            Self::Response(_, Response { data: Some(data), .. }) => data.slot_len(),
             _ => 0,
         }
     }

@@ -178,7 +178,7 @@ enum Outgoing {
 impl Outgoing {
     fn slot_bytes(&self) -> usize {
         match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot().slot.len(),
+            Self::Response(_, Response { data: Some(data), .. }) => data.slot_len(),
             _ => 0,
         }
     }
@@ -893,8 +893,7 @@ impl Connection {
             result: response.result,
             data_crc: 0,
         };
-        if let (Some(range), RemoteRegion::In { address, key, .. }) =
-            (response.data.map(Data::into_slot), region)
+        if let (Some(Data::Slot(range)), RemoteRegion::In { address, key, .. }) = (response.data, region)
             && range.len > 0
         {
             header.data_len = range.len as u32;

@@ -927,20 +927,15 @@ impl ServerTransport for Server {
             };
             let batch = connection.out(&mut self.spare);
             batch.push_bytes(|out| header.encode(&response.body, crc, out));
-            let slot_len = match response.data {
-                None => 0,
-                Some(Data::Slot(range)) => {
-                    let slot_len = range.slot.len();
-                    batch.push_slot(range);
-                    slot_len
-                }
+            let slot_len = response.data.as_ref().map_or(0, Data::slot_len);
+            match response.data {
+                None => {}
+                Some(Data::Slot(range)) => batch.push_slot(range),
                 Some(Data::Pages(pages)) => {
                     assert!(!crc, "nobody has looked at these bytes");
-                    let slot_len = pages.slot_len();
                     batch.push_pages(pages);
-                    slot_len
                 }
-            };
+            }
             connection.unsent_bytes += slot_len;
             connection.out_bytes += slot_len;
             connection.out_responses += 1;
