@@ -23,7 +23,7 @@ use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{Config, Op, Payload, Reactor, Token, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
-    Body, Bulk, ClientTransport, Data, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    Body, Bulk, ClientTransport, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
 const LISTENER: u8 = 0;
@@ -94,8 +94,7 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
         while let Some(event) = server.next_event() {
             let mut answer = |server: &mut tcp::Server, key: RequestKey, status, data: Option<SlotRange>| {
                 let result = data.as_ref().map_or(0, |data| data.len as u64);
-                let response =
-                    Response { status, result, body: Body::from(&[][..]), data: data.map(Data::Slot) };
+                let response = Response { status, result, body: Body::from(&[][..]), data };
                 server.respond(&mut reactor, key, response);
             };
             match event {

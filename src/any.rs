@@ -320,14 +320,6 @@ impl ServerTransport for Server {
         transport.refuse(reactor, id, errno, text);
     }
 
-    fn takes_pages(&self, connection: ConnectionId) -> bool {
-        match (self.place(connection), &self.rdma) {
-            (Place::Tcp(id), _) => self.tcp.takes_pages(id),
-            (Place::Rdma(id), Some(rdma)) => rdma.takes_pages(id),
-            (Place::Rdma(_), None) => false,
-        }
-    }
-
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
         match (self.place(connection), &self.rdma) {
             (Place::Tcp(id), _) => self.tcp.unsent_bytes(id),

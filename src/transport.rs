@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
 use crate::memory::{Arena, Buffers, Region, Slot};
-use crate::reactor::{Event, Pages, Reactor};
+use crate::reactor::{Event, Reactor};
 
 /// A connection of a server's transport: an index that is reused and a generation that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,48 +84,8 @@ pub struct Response {
     pub result: u64,
     /// A body: for a failure a sentence (see [`crate::message::clipped`]), else what the command says.
     pub body: Body,
-    /// Bulk data; at most the request's `region_len`.
-    pub data: Option<Data>,
-}
-
-/// Where the bulk data of an answer is.
-#[derive(Debug)]
-pub enum Data {
-    /// In memory: `slot[start..start + len]`.
-    Slot(SlotRange),
-    /// In the page cache. Only for a connection that [`ServerTransport::takes_pages`].
-    Pages(Pages),
-}
-
-impl Data {
-    /// How many bytes it is.
-    pub fn len(&self) -> usize {
-        match self {
-            Self::Slot(range) => range.len,
-            Self::Pages(pages) => pages.len(),
-        }
-    }
-
-    /// Whether it is nothing.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The size of the slot that it holds.
-    pub(crate) fn slot_len(&self) -> usize {
-        match self {
-            Self::Slot(range) => range.slot.len(),
-            Self::Pages(pages) => pages.slot_len(),
-        }
-    }
-
-    /// What is in memory, for a transport that takes nothing else.
-    pub(crate) fn slot(&self) -> &SlotRange {
-        match self {
-            Self::Slot(range) => range,
-            Self::Pages(_) => panic!("pages were given to a transport that does not take them"),
-        }
-    }
+    /// Bulk data: `slot[start..start + len]`; at most the request's `region_len`.
+    pub data: Option<SlotRange>,
 }
 
 /// A part of a slot. The slot moves along.
@@ -220,12 +180,6 @@ pub trait ServerTransport {
     /// Turns a client away: it gets a refusal with this errno and sentence in the place of its welcome. Only between
     /// [`ServerEvent::Opened`] and the next [`ServerTransport::flush`]. [`ServerEvent::Closed`] follows.
     fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str);
-
-    /// Whether answers on this connection may have their data in [`Data::Pages`].
-    fn takes_pages(&self, connection: ConnectionId) -> bool {
-        let _ = connection;
-        false
-    }
 
     /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
     fn unsent_bytes(&self, connection: ConnectionId) -> usize;

@@ -16,7 +16,7 @@ use raio_transport::memory::Slot;
 use raio_transport::message;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{Fallocate, OpId, OpenHow};
-use raio_transport::transport::{Body, Data, RequestKey, Response, SlotRange};
+use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
 use crate::backend::{Completion, FileInfo, Handle, Operation, Outcome};
@@ -127,19 +127,13 @@ pub struct Read {
     span: Range,
     align: usize,
     done: usize,
-    takes_pages: bool,
 }
 
 impl Read {
     /// None if the range that must be read lies beyond what a file can have.
     pub fn new(range: Range, align: u32) -> Option<Self> {
         let span = if range.length == 0 { range } else { range.widened(align.into())? };
-        Some(Self { range, span, align: align as usize, done: 0, takes_pages: false })
-    }
-
-    /// Its answer may come as pages of the file.
-    pub fn or_pages(self, takes_pages: bool) -> Self {
-        Self { takes_pages, ..self }
+        Some(Self { range, span, align: align as usize, done: 0 })
     }
 
     /// The memory that it needs.
@@ -149,9 +143,7 @@ impl Read {
 
     fn next(&self, slot: Slot) -> Operation {
         let target = SlotRange { slot, start: self.done, len: self.slot_len() - self.done };
-        // Pages bring all of it.
-        let or_pages = self.takes_pages && self.done == 0;
-        Operation::Read { target, offset: self.span.offset + self.done as u64, or_pages }
+        Operation::Read { target, offset: self.span.offset + self.done as u64 }
     }
 
     /// Takes in that `n` more bytes have been read. Whether that is the end of it: all, or the end of the file.
@@ -305,9 +297,8 @@ impl Work {
                 if !read.advance(n as usize) {
                     return Step::Again(read.next(range.slot));
                 }
-                Step::Done(data(Data::Slot(read.answer(range.slot))))
+                Step::Done(data(read.answer(range.slot)))
             }
-            (Self::Read(..), Ok(_), Outcome::Pages(pages)) => Step::Done(data(Data::Pages(pages))),
             (Self::Write(_, write), Ok(n), Outcome::Slot(range)) => {
                 write.done += n as usize;
                 if write.done >= write.len() {
@@ -355,7 +346,7 @@ impl Work {
                 let left = size.saturating_sub(read.span.offset);
                 read.done = read.slot_len().min(usize::try_from(left).unwrap_or(usize::MAX));
                 slot.bytes_mut()[..read.done].fill(0);
-                data(Data::Slot(read.answer(slot)))
+                data(read.answer(slot))
             }
             (Self::Write(_, write), _) => success(write.range.length),
             (Self::Stat(file), _) => status_of(file, made_up_status(size)),
@@ -409,8 +400,8 @@ fn no_body() -> Body {
 }
 
 /// The answer that brings data.
-fn data(data: Data) -> Response {
-    Response { status: Status::OK, result: data.len() as u64, body: no_body(), data: Some(data) }
+fn data(range: SlotRange) -> Response {
+    Response { status: Status::OK, result: range.len as u64, body: no_body(), data: Some(range) }
 }
 
 /// The answer to what succeeded.
@@ -439,11 +430,6 @@ mod tests {
         Arena::new(len, len).unwrap().alloc(len).unwrap()
     }
 
-    fn in_slot(response: &Response) -> &SlotRange {
-        let Some(Data::Slot(range)) = &response.data else { panic!("it is not in a slot: {response:?}") };
-        range
-    }
-
     fn file() -> Rc<WorkerFile> {
         let open = OpenFile::new(FileKind::Null { size: 0 }, Access { read: true, write: true }, 1);
         Rc::new(WorkerFile { handle: FileHandle(1), open: Arc::new(open), backend: None })
@@ -456,7 +442,7 @@ mod tests {
     /// The slot and range of an operation, to be given back in a completion.
     fn taken(operation: Operation) -> (SlotRange, u64) {
         match operation {
-            Operation::Read { target: range, offset, .. } | Operation::Write { source: range, offset } => {
+            Operation::Read { target: range, offset } | Operation::Write { source: range, offset } => {
                 (range, offset)
             }
             other => panic!("{other:?}"),
@@ -492,7 +478,7 @@ mod tests {
         let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Slot(target))) else {
             panic!("it goes on")
         };
-        let data = in_slot(&response);
+        let data = response.data.unwrap();
         assert_eq!((response.result, data.start, data.len), (20, 0, 20));
     }
 
@@ -513,7 +499,7 @@ mod tests {
             let Step::Done(response) = work.completed(completion(Ok(read), Outcome::Slot(target))) else {
                 panic!("{offset} {length} {read} goes on")
             };
-            let data = in_slot(&response);
+            let data = response.data.unwrap();
             assert_eq!((data.start, data.len), answer, "{offset} {length} {read}");
             assert_eq!(response.result, answer.1 as u64);
         }
@@ -584,7 +570,7 @@ mod tests {
         dirty.bytes_mut().fill(7);
         let work = Work::Read(file(), Read::new(range(90, 20), 1).unwrap());
         let response = work.on_null(100, Some(dirty));
-        let data = in_slot(&response);
+        let data = response.data.unwrap();
         assert_eq!((response.result, data.len), (10, 10));
         assert_eq!(data.slot.bytes()[..10], [0; 10]);
         assert_eq!(work.on_null(10, Some(slot(4096))).result, 0);

@@ -71,8 +71,6 @@ pub struct Counters {
     pub errors: Counter,
     /// Bytes read and answered.
     pub read_bytes: Counter,
-    /// Of these, without a copy: as pages of the page cache.
-    pub page_bytes: Counter,
     /// Bytes written.
     pub written_bytes: Counter,
     /// Bytes of the arena in slots now.
@@ -148,7 +146,6 @@ pub fn json<'a>(
     number("answered", sum(|c| &c.answered));
     number("errors", sum(|c| &c.errors));
     number("read_bytes", sum(|c| &c.read_bytes));
-    number("page_bytes", sum(|c| &c.page_bytes));
     number("written_bytes", sum(|c| &c.written_bytes));
     number("slot_bytes", sum(|c| &c.slot_bytes));
     number("arena_bytes", sum(|c| &c.arena_bytes));

@@ -78,7 +78,7 @@ enum Outgoing {
 impl Outgoing {
     fn slot_bytes(&self) -> usize {
         match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot_len(),
+            Self::Response(_, Response { data: Some(data), .. }) => data.slot.len(),
             _ => 0,
         }
     }
@@ -326,10 +326,7 @@ impl Connection {
     fn place(&mut self, id: u64, response: &Response) -> Result<Vec<u8>, Violation> {
         let crc = self.open.as_ref().is_some_and(|open| open.limits.crc);
         let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
-        let data = response.data.as_ref().map_or(&[][..], |data| {
-            let SlotRange { slot, start, len } = data.slot();
-            &slot.bytes()[*start..start + len]
-        });
+        let data = response.data.as_ref().map_or(&[][..], |d| &d.slot.bytes()[d.start..d.start + d.len]);
         // Memory that the peer named and did not lay open is its fault.
         if !data.is_empty() && !self.end.place(region, data) && !self.end.has_lost_peer() {
             return Err(Violation::Field);
@@ -443,7 +440,7 @@ impl ServerTransport for Server {
         assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
         let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
         assert!(
-            response.data.as_ref().is_none_or(|data| data.len() <= room as usize),
+            response.data.as_ref().is_none_or(|data| data.len <= room as usize),
             "a response brings more data than its request has room for"
         );
         connection.unsent.push_back(Outgoing::Response(request.id, response));

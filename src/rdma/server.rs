@@ -32,7 +32,7 @@ use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePair
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
 use crate::tcp::Exchange;
 use crate::transport::{
-    CloseReason, ConnectionId, Data, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
 /// A connection's share of a turn, in completions.
@@ -178,7 +178,7 @@ enum Outgoing {
 impl Outgoing {
     fn slot_bytes(&self) -> usize {
         match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot_len(),
+            Self::Response(_, Response { data: Some(data), .. }) => data.slot.len(),
             _ => 0,
         }
     }
@@ -893,7 +893,7 @@ impl Connection {
             result: response.result,
             data_crc: 0,
         };
-        if let (Some(Data::Slot(range)), RemoteRegion::In { address, key, .. }) = (response.data, region)
+        if let (Some(range), RemoteRegion::In { address, key, .. }) = (response.data, region)
             && range.len > 0
         {
             header.data_len = range.len as u32;
@@ -1109,7 +1109,7 @@ impl ServerTransport for Server {
             response
                 .data
                 .as_ref()
-                .is_none_or(|data| data.len() <= room as usize && data.slot().slot.is_of(&self.arena)),
+                .is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
             "a response brings no more data than its request has room for, and from this server's arena"
         );
         if let Some((message, _)) = asked.inline.take() {

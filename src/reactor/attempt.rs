@@ -38,7 +38,17 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
             let (n, _) = net::recv(&*socket, bytes, RecvFlags::DONTWAIT).map_err(errno)?;
             Ok((n as u32, Payload::None))
         }
-        Op::Send { socket, batch } => Ok((batch.send(socket.as_fd())?, Payload::None)),
+        Op::Send { socket, batch } => {
+            // SAFETY: the header points into `batch`, which is borrowed for the length of this call.
+            let n = unsafe {
+                libc::sendmsg(socket.as_raw_fd(), batch.msghdr(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
+            };
+            if n < 0 {
+                Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
+            } else {
+                Ok((n as u32, Payload::None))
+            }
+        }
         Op::Readable { file } => {
             let mut fds =
                 [rustix::event::PollFd::from_borrowed_fd(file.as_fd(), rustix::event::PollFlags::IN)];
@@ -60,7 +70,10 @@ pub(super) fn ended(token: Token, op: Op, outcome: Result<(u32, Payload), i32>) 
     };
     let payload = match op {
         Op::RecvInto { target, .. } => Payload::Slot(target),
-        Op::Send { batch, .. } => Payload::Batch(batch),
+        Op::Send { mut batch, .. } => {
+            batch.advance(result.unwrap_or(0) as usize);
+            Payload::Batch(batch)
+        }
         _ => new,
     };
     Event { token, result, payload }

@@ -1,11 +1,8 @@
-//! A vectored send: small bytes (headers), slots and pages of files, in order.
+//! A vectored send: small bytes (headers) and slots, in order.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
-use super::pages::Pages;
 use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
@@ -19,8 +16,6 @@ const SEND_BYTES_MAX: usize = 1 << 20;
 pub struct SendBatch {
     bytes: Vec<u8>,
     pieces: VecDeque<Piece>,
-    /// How many of them are pages.
-    pages: usize,
     /// What the kernel reads; rebuilt for each send.
     iov: Vec<libc::iovec>,
     msghdr: Option<libc::msghdr>,
@@ -30,7 +25,6 @@ pub struct SendBatch {
 enum Piece {
     Bytes(Range<usize>),
     Slot(SlotRange),
-    Pages(Pages),
 }
 
 impl Piece {
@@ -38,7 +32,6 @@ impl Piece {
         match self {
             Self::Bytes(range) => range.len(),
             Self::Slot(range) => range.len,
-            Self::Pages(pages) => pages.len(),
         }
     }
 }
@@ -66,120 +59,47 @@ impl SendBatch {
         }
     }
 
-    /// Appends pages of a file.
-    pub fn push_pages(&mut self, pages: Pages) {
-        if !pages.is_empty() {
-            self.pages += 1;
-            self.pieces.push_back(Piece::Pages(pages));
-        }
-    }
-
-    /// Whether there are pages in it, so that only [`SendBatch::send`] can send it.
-    pub(super) fn has_pages(&self) -> bool {
-        self.pages > 0
-    }
-
     /// Whether everything has been sent.
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 
-    /// Sends at once what a socket takes without blocking, at most its share of a turn. Gives how many bytes that was, and is left with the rest.
-    pub(super) fn send(&mut self, socket: BorrowedFd<'_>) -> Result<u32, i32> {
-        let mut sent = 0;
-        while sent < SEND_BYTES_MAX {
-            let followed = self.pieces.len() > 1;
-            let result = match self.pieces.front_mut() {
-                None => break,
-                Some(Piece::Pages(pages)) => match pages.send(socket, SEND_BYTES_MAX - sent, followed) {
-                    Ok(n) => {
-                        let is_all = pages.is_empty();
-                        if is_all {
-                            self.forget_front();
-                        }
-                        Ok((n, is_all))
-                    }
-                    Err(error) => Err(error.raw_os_error()),
-                },
-                Some(_) => self.send_memory(socket, SEND_BYTES_MAX - sent),
-            };
-            match result {
-                Ok((n, is_all)) => {
-                    sent += n;
-                    if !is_all {
-                        break;
-                    }
-                }
-                Err(errno) if sent == 0 => return Err(errno),
-                // It comes again with the next.
-                Err(_) => break,
-            }
-        }
-        Ok(sent as u32)
-    }
-
-    /// Sends what comes before the next pages. Gives how much was sent, and whether that is all that it tried.
-    fn send_memory(&mut self, socket: BorrowedFd<'_>, len_max: usize) -> Result<(usize, bool), i32> {
-        let mut flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
-        if self.has_pages() {
-            // The header of an answer goes with its data.
-            flags |= libc::MSG_MORE;
-        }
-        let (msghdr, len) = self.gather(len_max);
-        // SAFETY: the header points into this batch, which is borrowed for the length of this call.
-        let n = unsafe { libc::sendmsg(socket.as_raw_fd(), msghdr, flags) };
-        let n =
-            usize::try_from(n).map_err(|_| io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))?;
-        self.advance(n);
-        Ok((n, n == len))
-    }
-
-    /// Forgets the first `n` bytes, of memory: they have been sent.
+    /// Forgets the first `n` bytes: they have been sent.
     pub(super) fn advance(&mut self, mut n: usize) {
         while n > 0 {
             let Some(piece) = self.pieces.front_mut() else { break };
             let taken = n.min(piece.len());
             n -= taken;
+            if taken == piece.len() {
+                self.pieces.pop_front();
+                continue;
+            }
             match piece {
-                _ if taken == piece.len() => self.forget_front(),
                 Piece::Bytes(range) => range.start += taken,
                 Piece::Slot(range) => {
                     range.start += taken;
                     range.len -= taken;
                 }
-                Piece::Pages(_) => unreachable!("pages count for themselves"),
             }
-        }
-    }
-
-    /// The first piece has been sent.
-    fn forget_front(&mut self) {
-        if let Some(Piece::Pages(_)) = self.pieces.pop_front() {
-            self.pages -= 1;
         }
         if self.pieces.is_empty() {
             self.bytes.clear();
         }
     }
 
-    /// The message header for the kernel, of a batch without pages. It points into this batch, which must not move or change until the
-    /// kernel is done.
+    /// The message header for the kernel. It points into this batch, which must not move or change until the kernel is done.
     pub(super) fn msghdr(&mut self) -> *const libc::msghdr {
-        self.gather(SEND_BYTES_MAX).0
-    }
-
-    /// The same for what comes before the next pages, and how much that is.
-    fn gather(&mut self, len_max: usize) -> (*const libc::msghdr, usize) {
         self.iov.clear();
-        let mut left = len_max;
+        let mut left = SEND_BYTES_MAX;
         for piece in self.pieces.iter().take(IOV_MAX) {
-            let bytes = match piece {
-                Piece::Bytes(range) => &self.bytes[range.clone()],
-                Piece::Slot(range) => &range.slot.bytes()[range.start..range.start + range.len],
-                Piece::Pages(_) => break,
+            let (base, len) = match piece {
+                Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
+                Piece::Slot(range) => {
+                    (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len)
+                }
             };
-            let len = bytes.len().min(left);
-            self.iov.push(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: len });
+            let len = len.min(left);
+            self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
             left -= len;
             if left == 0 {
                 break;
@@ -189,7 +109,7 @@ impl SendBatch {
         let mut msghdr: libc::msghdr = unsafe { std::mem::zeroed() };
         msghdr.msg_iov = self.iov.as_mut_ptr();
         msghdr.msg_iovlen = self.iov.len() as _;
-        (self.msghdr.insert(msghdr), len_max - left)
+        self.msghdr.insert(msghdr)
     }
 }
 

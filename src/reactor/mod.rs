@@ -16,7 +16,6 @@ mod attempt;
 mod batch;
 mod epoll;
 mod mailbox;
-mod pages;
 mod received;
 mod ring;
 mod sources;
@@ -32,7 +31,6 @@ use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
-pub use pages::{PagePool, Pages};
 pub use received::Received;
 pub use sources::{FileWatch, Signals, block_signals};
 pub use timers::TimerId;

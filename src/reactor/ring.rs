@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -182,24 +182,23 @@ impl Ring {
 
     pub fn submit(&mut self, token: Token, mut op: Op) -> OpId {
         self.generation = (self.generation + 1) & 0x7fff_ffff;
-        match &mut op {
-            // Most sends end at once, and pages can be sent in no other way.
-            Op::Send { socket, batch } if self.watched_pool.is_some() || batch.has_pages() => {
-                match batch.send(socket.as_fd()) {
+        if let Some(pool) = &self.watched_pool {
+            match &op {
+                // Most sends end at once.
+                Op::Send { .. } => match attempt(&mut op, pool) {
                     Err(libc::EAGAIN | libc::EINTR) => {}
                     outcome => {
-                        let outcome = outcome.map(|n| (n, Payload::None));
                         self.ended.push(ended(token, op, outcome));
                         return OpId(u64::from(self.generation) << 32 | u64::from(u32::MAX));
                     }
+                },
+                Op::Recv { .. } if self.watched.len() < WATCHED_MAX => {
+                    let key = self.insert(token, op);
+                    self.watched.push(Watched { key, looks: 0 });
+                    return OpId(self.user_data(key));
                 }
+                _ => {}
             }
-            Op::Recv { .. } if self.watched_pool.is_some() && self.watched.len() < WATCHED_MAX => {
-                let key = self.insert(token, op);
-                self.watched.push(Watched { key, looks: 0 });
-                return OpId(self.user_data(key));
-            }
-            _ => {}
         }
         let key = self.insert(token, op);
         self.arm(key)
@@ -352,20 +351,8 @@ impl Ring {
         if !current {
             return None;
         }
-        let code = if result < 0 { Err(-result) } else { Ok(result as u32) };
-        if let Op::Send { socket, batch } = &mut self.in_flight[key].op
-            && batch.has_pages()
-        {
-            // There is room now, or an error to hear of.
-            let outcome = code.and_then(|_| batch.send(socket.as_fd()));
-            if matches!(outcome, Err(libc::EAGAIN | libc::EINTR)) {
-                self.arm(key);
-                return None;
-            }
-            let InFlight { token, op, .. } = self.in_flight.remove(key);
-            return Some(ended(token, op, outcome.map(|n| (n, Payload::None))));
-        }
         let InFlight { token, op, stat, .. } = self.in_flight.remove(key);
+        let code = if result < 0 { Err(-result) } else { Ok(result as u32) };
         // SAFETY: the kernel has just opened this descriptor for this completion, and nobody else knows it.
         let new_fd = || code.ok().map(|fd| unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         let payload = match op {
@@ -469,9 +456,6 @@ fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u3
         Op::RecvInto { socket, target } => {
             let (pointer, len, _) = address(target);
             on!(socket, fd => opcode::Recv::new(fd, pointer, len).build())
-        }
-        Op::Send { socket, batch } if batch.has_pages() => {
-            on!(socket, fd => opcode::PollAdd::new(fd, libc::POLLOUT as u32).build())
         }
         Op::Send { socket, batch } => {
             let msghdr = batch.msghdr();

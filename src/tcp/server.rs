@@ -21,7 +21,7 @@ use crate::memory::Slot;
 use crate::message::{self, Limits, Message, Parsed, QueuePairAddress};
 use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
 use crate::transport::{
-    CloseReason, ConnectionId, Data, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
 /// Data that is still to come is received straight into its slot if it is at least this long; below, it comes with what follows
@@ -905,13 +905,13 @@ impl ServerTransport for Server {
             (&connection.state, position.and_then(|at| connection.unanswered.remove(at)))
         {
             let crc = connection.limits().crc;
-            let data_len = response.data.as_ref().map_or(0, Data::len);
+            let data_len = response.data.as_ref().map_or(0, |range| range.len);
             assert!(
                 data_len <= region_len as usize,
                 "a response brings no more data than the request has room for"
             );
             let data_crc = match &response.data {
-                Some(Data::Slot(range)) if crc && data_len > 0 => {
+                Some(range) if crc && data_len > 0 => {
                     message::data_crc(&range.slot.bytes()[range.start..range.start + range.len])
                 }
                 _ => 0,
@@ -927,17 +927,11 @@ impl ServerTransport for Server {
             };
             let batch = connection.out(&mut self.spare);
             batch.push_bytes(|out| header.encode(&response.body, crc, out));
-            let slot_len = response.data.as_ref().map_or(0, Data::slot_len);
-            match response.data {
-                None => {}
-                Some(Data::Slot(range)) => batch.push_slot(range),
-                Some(Data::Pages(pages)) => {
-                    assert!(!crc, "nobody has looked at these bytes");
-                    batch.push_pages(pages);
-                }
+            if let Some(range) = response.data {
+                connection.unsent_bytes += range.slot.len();
+                connection.out_bytes += range.slot.len();
+                connection.out(&mut self.spare).push_slot(range);
             }
-            connection.unsent_bytes += slot_len;
-            connection.out_bytes += slot_len;
             connection.out_responses += 1;
             self.mark_dirty(&mut connection);
             if let Receiving::AwaitingFetch { id, len, .. } = connection.receiving
@@ -984,10 +978,6 @@ impl ServerTransport for Server {
             self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Refused);
         }
         self.put(reactor, connection);
-    }
-
-    fn takes_pages(&self, connection: ConnectionId) -> bool {
-        self.connection(connection).is_some_and(|connection| !connection.limits().crc)
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {

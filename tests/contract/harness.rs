@@ -16,7 +16,7 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{self, Reactor, Sender, Wait, mailbox};
 use raio_transport::transport::{
-    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Data, Reply, Request, RequestKey, Response,
+    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{any, pair, rdma, tcp};
@@ -634,7 +634,7 @@ impl Handler {
         if let Some(open) = self.open.get_mut(&key.connection) {
             open.unanswered.retain(|&id| id != key.id);
         }
-        let response = Response { status, result, body: Body::from(body), data: data.map(Data::Slot) };
+        let response = Response { status, result, body: Body::from(body), data };
         self.wires.transport().respond(reactor, key, response);
     }
 }

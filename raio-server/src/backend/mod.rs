@@ -11,7 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{self, Event, Fallocate, OpId, OpenHow, Pages, Reactor};
+use raio_transport::reactor::{self, Event, Fallocate, OpId, OpenHow, Reactor};
 use raio_transport::transport::SlotRange;
 use rustix::fs::OFlags;
 use rustix::io::ReadWriteFlags;
@@ -61,8 +61,6 @@ pub enum Operation {
         target: SlotRange,
         /// Offset in the file.
         offset: u64,
-        /// It may end with [`Outcome::Pages`] instead: all of the range, and the slot with it.
-        or_pages: bool,
     },
     /// pwrite(2) from a slot.
     Write {
@@ -103,8 +101,6 @@ pub enum Outcome {
     None,
     /// The slot of a read or write, as it was passed.
     Slot(SlotRange),
-    /// What was to be read, in the page cache.
-    Pages(Pages),
     /// The file that was opened.
     Fd(OwnedFd),
     /// The status that was asked for.

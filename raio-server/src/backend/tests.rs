@@ -1,12 +1,11 @@
 //! What both backends promise, over real files. Each test runs over the ring (where the kernel has one) and over threads.
 
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use raio_transport::memory::{Arena, Slot};
-use raio_transport::reactor::{Config, PagePool, Wait};
+use raio_transport::reactor::{Config, Wait};
 use rustix::fs::{Mode, OFlags};
 
 use super::*;
@@ -83,8 +82,7 @@ impl Bench {
         let mut done = 0;
         loop {
             let target = SlotRange { slot, start: start + done, len: len - done };
-            let completion =
-                self.run(file, Operation::Read { target, offset: offset + done as u64, or_pages: false });
+            let completion = self.run(file, Operation::Read { target, offset: offset + done as u64 });
             let Outcome::Slot(range) = completion.outcome else { panic!("{}: the slot is lost", self.name) };
             slot = range.slot;
             let n = completion.result? as usize;
@@ -116,47 +114,6 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
         let mut local = vec![0; 100_000];
         std::fs::File::open(&path).unwrap().read_exact_at(&mut local, 10).unwrap();
         assert!(local == bytes, "{}: the file holds something else", bench.name);
-    });
-}
-
-#[test]
-fn a_large_read_may_end_with_pages_and_then_has_its_slot_too() {
-    const LEN: usize = 1 << 20;
-    each(|bench| {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("file");
-        std::fs::write(&path, vec![7; LEN + 4096]).unwrap();
-        let local = std::fs::File::open(&path).unwrap();
-        let has_pages = PagePool::default().take(local.as_fd(), 0, 4096).is_some();
-        if !has_pages {
-            eprintln!("SKIPPED in part: this kernel has no cachestat(2), which came with Linux 6.5");
-        }
-        let name = bench.name;
-        let expected = has_pages && name == "uring";
-        let mut pages = |offset: u64, len: usize, or_pages: bool| {
-            let file = bench.open(&path, OFlags::RDONLY);
-            let target = SlotRange { slot: bench.slot(&vec![0; len]), start: 0, len };
-            let completion = bench.run(&file, Operation::Read { target, offset, or_pages });
-            assert!(completion.result.unwrap() > 0);
-            match completion.outcome {
-                Outcome::Pages(pages) => {
-                    assert_eq!((pages.len(), pages.slot_len()), (len, len));
-                    true
-                }
-                Outcome::Slot(range) => {
-                    let read = completion.result.unwrap() as usize;
-                    assert!(range.slot.bytes()[..read].iter().all(|&byte| byte == 7));
-                    false
-                }
-                outcome => panic!("{outcome:?}"),
-            }
-        };
-        assert_eq!(pages(4096, LEN, true), expected, "{name}");
-        assert!(!pages(4096, LEN, false), "nobody asked for pages");
-        assert!(!pages(0, 4096, true), "it is small");
-        assert!(!pages(1, LEN, true), "it does not begin with a page");
-        assert!(!pages(8192, LEN, true), "the file ends before");
-        assert_eq!(bench.arena.used_bytes(), 0, "the slots are free again");
     });
 }
 

@@ -106,7 +106,7 @@ impl Job {
         };
         let nothing = |result: Result<(), Errno>| (result.map(|()| 0), Outcome::None);
         match operation {
-            Operation::Read { mut target, offset, .. } => {
+            Operation::Read { mut target, offset } => {
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
                 let result = rustix::io::retry_on_intr(|| rustix::io::pread(&*fd, &mut *bytes, offset));
                 (result.map(|n| n as u32), Outcome::Slot(target))

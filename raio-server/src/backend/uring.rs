@@ -1,25 +1,23 @@
 //! The backend over the reactor's io_uring.
 //!
 //! What the page cache can do at once is done at once, by a plain system call: a read of what is there, and a write of whole pages.
-//! Of a large read not even the data is copied: the answer gets the cache's own pages. The ring would do the same within its submission, with more ado; and writes that a file system cannot do without blocking (ext4
+//! The ring would do the same within its submission, with more ado; and writes that a file system cannot do without blocking (ext4
 //! says so of all) it would give to a thread of the kernel, which costs ten times as much.
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{Event, Op, OpId, PagePool, Pages, Payload, Reactor, Token};
+use raio_transport::reactor::{Event, Op, OpId, Payload, Reactor, Token};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use super::{Backend, Completion, Handle, OWNER, Operation, Outcome, file_info};
 
 /// Writes of whole pages need not read what surrounds them.
 const PAGE_BYTES: u64 = 4096;
-/// Shorter reads cost less to copy than their pages to pass on.
-const PAGES_BYTES_MIN: usize = 128 << 10;
 /// What takes so long has waited: a write, most likely, for dirty pages to reach the disk...
 const WAITED: Duration = Duration::from_millis(1);
 /// ... and for so many times as long as it took the ring does it.
@@ -29,11 +27,9 @@ const PAUSE: u32 = 100;
 #[derive(Debug, Default)]
 pub struct Uring {
     ended: VecDeque<Completion>,
-    page_pool: PagePool,
     /// What may wait is not done at once after it has waited.
     writes: Pause,
     reads: Pause,
-    pages: Pause,
 }
 
 /// When not to do something at once.
@@ -54,28 +50,12 @@ impl Pause {
     }
 }
 
-/// What was done at once.
-enum Done {
-    Call(Result<u32, i32>),
-    Pages(Pages),
-}
-
 impl Uring {
     /// Does an operation by a system call if that will hardly block. None: it is for the ring.
-    fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Done> {
+    fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
         let result = match operation {
-            Operation::Read { target, offset, or_pages } => {
+            Operation::Read { target, offset } => {
                 let flags = file.reads_cache?;
-                if *or_pages
-                    && target.len >= PAGES_BYTES_MIN
-                    && let Some(begin) = self.pages.begin()
-                {
-                    let taken = self.page_pool.take(file.fd.as_fd(), *offset, target.len);
-                    self.pages.end(begin);
-                    if let Some(pages) = taken {
-                        return Some(Done::Pages(pages));
-                    }
-                }
                 let may_wait = if flags.is_empty() { Some(self.reads.begin()?) } else { None };
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
                 let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, flags);
@@ -97,10 +77,10 @@ impl Uring {
             _ => return None,
         };
         match result {
-            Ok(n) => Some(Done::Call(Ok(n as u32))),
+            Ok(n) => Some(Ok(n as u32)),
             // The rest of the file system's errors would be the ring's too.
             Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => None,
-            Err(error) => Some(Done::Call(Err(error.raw_os_error()))),
+            Err(error) => Some(Err(error.raw_os_error())),
         }
     }
 }
@@ -113,16 +93,12 @@ impl Backend for Uring {
         file: &Handle,
         mut operation: Operation,
     ) -> Option<OpId> {
-        if let Some(done) = self.at_once(file, &mut operation) {
-            let (result, outcome) = match (done, operation) {
-                (Done::Pages(pages), Operation::Read { target, .. }) => {
-                    (Ok(target.len as u32), Outcome::Pages(pages.in_place_of(target.slot)))
+        if let Some(result) = self.at_once(file, &mut operation) {
+            let outcome = match operation {
+                Operation::Read { target: range, .. } | Operation::Write { source: range, .. } => {
+                    Outcome::Slot(range)
                 }
-                (
-                    Done::Call(result),
-                    Operation::Read { target: range, .. } | Operation::Write { source: range, .. },
-                ) => (result, Outcome::Slot(range)),
-                _ => unreachable!("only reads and writes are done at once"),
+                _ => Outcome::None,
             };
             self.ended.push_back(Completion { key, result, outcome });
             return None;
@@ -130,7 +106,7 @@ impl Backend for Uring {
         let Handle { fd, file, .. } = file;
         let file = || file.clone();
         let op = match operation {
-            Operation::Read { target, offset, .. } => Op::Read { file: file(), target, offset },
+            Operation::Read { target, offset } => Op::Read { file: file(), target, offset },
             Operation::Write { source, offset } => Op::Write { file: file(), source, offset },
             Operation::Fsync { data_only } => Op::Fsync { file: file(), data_only },
             Operation::Fallocate { how, offset, length } => {

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use raio_transport::protocol::{Command, FileHandle};
-use raio_transport::transport::{self, Response, ServerTransport};
+use raio_transport::transport::{self, Response};
 use raio_transport::{Status, Violation};
 use rustix::fs::OFlags;
 
@@ -56,9 +56,8 @@ impl Worker {
             }
             Command::Read { file, offset, length } => {
                 let slot_max = self.slot_bytes_max();
-                let takes_pages = self.transport.takes_pages(request.key.connection);
                 self.on_range(connection, file, offset, length.into(), |file, range| {
-                    read(file, range, slot_max, takes_pages)
+                    read(file, range, slot_max)
                 })
             }
             Command::Write { file, offset, length } => {
@@ -297,16 +296,11 @@ fn within_size(file: Rc<WorkerFile>, range: Range) -> Result<Rc<WorkerFile>, Res
     }
 }
 
-fn read(
-    file: Rc<WorkerFile>,
-    range: Range,
-    slot_bytes_max: usize,
-    takes_pages: bool,
-) -> Result<Work, Response> {
+fn read(file: Rc<WorkerFile>, range: Range, slot_bytes_max: usize) -> Result<Work, Response> {
     let file = readable(file)?;
     let align = file.open.direct_align;
     match Read::new(range, align) {
-        Some(read) if read.slot_len() <= slot_bytes_max => Ok(Work::Read(file, read.or_pages(takes_pages))),
+        Some(read) if read.slot_len() <= slot_bytes_max => Ok(Work::Read(file, read)),
         _ => {
             let text = format!(
                 "With O_DIRECT this file wants multiples of {align} bytes, and the range cannot be widened to that."

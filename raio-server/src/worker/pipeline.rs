@@ -2,7 +2,7 @@
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
-use raio_transport::transport::{Data, RequestKey, Response, ServerTransport, SlotRange};
+use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 
 use super::Worker;
 use super::connection::Connection;
@@ -218,12 +218,7 @@ impl Worker {
         entry.slot_bytes -= request.slot_bytes;
         if response.status.is_ok() {
             match request.work {
-                Work::Read(..) => {
-                    self.counters.read_bytes.add(response.result);
-                    if let Some(Data::Pages(pages)) = &response.data {
-                        self.counters.page_bytes.add(pages.len() as u64);
-                    }
-                }
+                Work::Read(..) => self.counters.read_bytes.add(response.result),
                 Work::Write(..) => self.counters.written_bytes.add(response.result),
                 _ => {}
             }

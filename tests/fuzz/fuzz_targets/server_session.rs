@@ -20,7 +20,7 @@ use raio_transport::message::FEATURE_CRC;
 use raio_transport::reactor::{Config, Event, Reactor, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
-    Body, Data, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    Body, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
@@ -205,7 +205,7 @@ impl Server {
 
     fn answer(&mut self, key: RequestKey, status: Status, data: Option<SlotRange>) {
         self.unanswered.remove(&key);
-        let response = Response { status, result: 0, body: Body::from(&[][..]), data: data.map(Data::Slot) };
+        let response = Response { status, result: 0, body: Body::from(&[][..]), data };
         self.transport.respond(&mut self.reactor, key, response);
     }
 }
