@@ -533,10 +533,10 @@ impl Context {
         self.sync_poller();
     }
 
-    /// Takes in what has arrived.
-    fn pump(&mut self) {
+    /// Takes in what has arrived. Whether anything has, if only a part of an answer.
+    fn pump(&mut self) -> bool {
         let mut replies = std::mem::take(&mut self.replies);
-        self.transport.receive(&mut replies);
+        let arrived = self.transport.receive(&mut replies);
         for reply in replies.drain(..) {
             self.take_in(reply);
         }
@@ -553,6 +553,7 @@ impl Context {
                 self.transport.flush();
             }
         }
+        arrived
     }
 
     fn take_in(&mut self, reply: Reply) {
@@ -671,23 +672,17 @@ impl Context {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
-            let before = self.done.len();
-            if self.spin.goes_on(&mut spinning) {
-                for _ in 0..LOOKS {
-                    self.pump();
-                    if self.done.len() > before {
-                        break;
-                    }
-                }
+            // News is whatever arrives: a large answer takes longer than anybody should spin, and comes in many parts.
+            let news = if self.spin.goes_on(&mut spinning) {
+                (0..LOOKS).any(|_| self.pump())
             } else {
                 self.stats.sleeps += 1;
-                if let Err(error) = self.transport.wait(deadline) {
-                    self.pump();
-                    return Err(error.into());
-                }
-                self.pump();
-            }
-            if self.done.len() > before {
+                let waited = self.transport.wait(deadline);
+                let arrived = self.pump();
+                waited?;
+                arrived
+            };
+            if news {
                 let now = Instant::now();
                 self.spin.learn(now - since);
                 since = now;

@@ -142,6 +142,7 @@ impl Client {
             Some(socket2::Protocol::TCP),
         )
         .map_err(failed)?;
+        super::spare_congestion_control(&socket, address);
         // A zero timeout would be refused rather than expire.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         socket.connect_timeout(&address.into(), left).map_err(failed)?;

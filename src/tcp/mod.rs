@@ -6,6 +6,7 @@ mod server;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
@@ -25,6 +26,7 @@ pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
             socket.set_only_v6(true)?;
         }
         socket.set_nonblocking(true)?;
+        spare_congestion_control(&socket, address);
         socket.bind(&SockAddr::from(address))?;
         socket.listen(BACKLOG)?;
         let bound = socket.local_addr()?.as_socket();
@@ -33,4 +35,13 @@ pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
     let (socket, bound) =
         open().map_err(|source| Error::io(format!("Cannot listen on {address}"), source))?;
     Ok((socket.into(), bound.unwrap_or(address)))
+}
+
+/// Takes the plainest congestion control, which every kernel has and everybody may choose, for connections within one machine, where there is
+/// nothing to congest. Others cost time: BBR sets a timer for each packet. Only before the connection is made.
+fn spare_congestion_control(socket: &Socket, address: SocketAddr) {
+    if address.ip().is_loopback() {
+        // A kernel that does not let us does no harm.
+        let _ = sockopt::set_tcp_congestion(socket, "reno");
+    }
 }
