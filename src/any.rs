@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use crate::error::{Class, Error, Status};
 use crate::handshake::{Offer, Policy};
-use crate::memory::Slot;
+use crate::memory::{Arena, Slot};
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
     ClientTransport, CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport,
@@ -295,6 +295,17 @@ impl ServerTransport for Server {
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
         let (connection, transport) = self.at_place(request.connection);
         transport.respond(reactor, RequestKey { connection, ..request }, response);
+    }
+
+    fn respond_filled(
+        &mut self,
+        request: RequestKey,
+        len: usize,
+        arena: &mut Arena,
+        fill: &mut dyn FnMut(&mut [u8]) -> bool,
+    ) -> bool {
+        let (connection, transport) = self.at_place(request.connection);
+        transport.respond_filled(RequestKey { connection, ..request }, len, arena, fill)
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {

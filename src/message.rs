@@ -314,6 +314,14 @@ impl Header {
         crc32c::crc32c_append(crc32c::crc32c(&self.as_bytes()[..HEADER_BYTES - 4]), body)
     }
 
+    /// The header of a message without a body, in wire form.
+    fn finish_bare(mut self, crc: bool) -> [u8; HEADER_BYTES] {
+        if crc {
+            self.header_crc = U32::new(self.crc(&[]));
+        }
+        zerocopy::transmute!(self)
+    }
+
     /// Appends the header and the body, padded, to `out`.
     fn finish(mut self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
         let start = out.len();
@@ -408,12 +416,21 @@ impl Response {
 
     /// Appends a response to `out`. `self.body_len` is ignored: the body says it.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
-        let mut header = Header::new(Kind::Response, self.id, padded(body.len()), self.data_len);
+        self.header(padded(body.len())).finish(body, crc, out);
+    }
+
+    /// The same of a response without a body.
+    pub(crate) fn encode_bare(&self, crc: bool) -> [u8; HEADER_BYTES] {
+        self.header(0).finish_bare(crc)
+    }
+
+    fn header(&self, body_len: usize) -> Header {
+        let mut header = Header::new(Kind::Response, self.id, body_len, self.data_len);
         header.set_status(self.status);
         header.middle[4..6].copy_from_slice(&self.credits.to_le_bytes());
         header.tail = self.result.to_le_bytes();
         header.data_crc = U32::new(self.data_crc);
-        header.finish(body, crc, out);
+        header
     }
 
     fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {

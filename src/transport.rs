@@ -171,6 +171,20 @@ pub trait ServerTransport {
     /// request of a connection that has closed does nothing.
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response);
 
+    /// Answers a request with `len` bytes of data that are at hand: `fill` puts them where they leave together with the connection's other answers,
+    /// in memory of `arena`'s. Whether it has done so. If not (this transport does not do it, there is no memory, `fill` says no)
+    /// nothing has happened, and the request is still to be answered.
+    fn respond_filled(
+        &mut self,
+        request: RequestKey,
+        len: usize,
+        arena: &mut Arena,
+        fill: &mut dyn FnMut(&mut [u8]) -> bool,
+    ) -> bool {
+        let _ = (request, len, arena, fill);
+        false
+    }
+
     /// Starts sending what was answered since the last call, a batch for each connection.
     fn flush(&mut self, reactor: &mut Reactor);
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use crate::memory::Arena;
 use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
@@ -10,6 +11,9 @@ const IOV_MAX: usize = 1024;
 /// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as hundreds of
 /// small requests.
 const SEND_BYTES_MAX: usize = 1 << 20;
+
+/// A slot that is filled with several answers grows to this, unless one alone needs more.
+const FILLED_BYTES_MAX: usize = 64 << 10;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]
@@ -57,6 +61,36 @@ impl SendBatch {
         if range.len > 0 {
             self.pieces.push_back(Piece::Slot(range));
         }
+    }
+
+    /// Appends `len` bytes that `fill` writes: behind what is in the last slot if that has room, else in a new one from `arena`. One after
+    /// another they are one piece to the kernel, which costs it less than many. Gives the size of a new slot, 0 if none was needed;
+    /// None if there is no memory, or `fill` says no: then nothing has been appended.
+    pub fn push_filled(
+        &mut self,
+        len: usize,
+        arena: &mut Arena,
+        fill: impl FnOnce(&mut [u8]) -> bool,
+    ) -> Option<usize> {
+        let mut size = len;
+        if let Some(Piece::Slot(SlotRange { slot, start, len: filled })) = self.pieces.back_mut() {
+            let end = *start + *filled;
+            if slot.len() - end >= len {
+                return fill(&mut slot.bytes_mut()[end..end + len]).then(|| {
+                    *filled += len;
+                    0
+                });
+            }
+            // Where there were many there may be more.
+            size = len.max((2 * slot.len()).min(FILLED_BYTES_MAX));
+        }
+        let mut slot = arena.alloc(size)?;
+        if !fill(&mut slot.bytes_mut()[..len]) {
+            return None;
+        }
+        let size = slot.len();
+        self.pieces.push_back(Piece::Slot(SlotRange { slot, start: 0, len }));
+        Some(size)
     }
 
     /// Whether everything has been sent.
@@ -123,6 +157,53 @@ impl std::fmt::Debug for SendBatch {
 mod tests {
     use super::*;
     use crate::memory::Arena;
+
+    #[test]
+    fn what_is_filled_in_one_after_another_is_one_piece_as_long_as_a_slot_has_room() {
+        let mut arena = Arena::new(8 << 20, 2 << 20).unwrap();
+        let mut batch = SendBatch::default();
+        let mut expected = Vec::new();
+        let mut slots = Vec::new();
+        for i in 0..40u8 {
+            let slot_len = batch
+                .push_filled(4136, &mut arena, |bytes| {
+                    bytes.fill(i);
+                    true
+                })
+                .unwrap();
+            expected.extend([i; 4136]);
+            slots.extend(Some(slot_len).filter(|&len| len > 0));
+            // What could not be brought leaves nothing behind.
+            assert_eq!(batch.push_filled(5000, &mut arena, |_| false), None);
+        }
+        assert_eq!(slots, [8 << 10, 16 << 10, 32 << 10, 64 << 10, 64 << 10]);
+        assert_eq!(arena.used_bytes(), slots.iter().sum());
+        batch.push_bytes(|out| out.push(0xff));
+        expected.push(0xff);
+        batch.msghdr();
+        assert_eq!(batch.iov.len(), slots.len() + 1);
+        let mut sent: Vec<u8> = Vec::new();
+        for piece in &batch.pieces {
+            match piece {
+                Piece::Bytes(range) => sent.extend(&batch.bytes[range.clone()]),
+                Piece::Slot(range) => sent.extend(&range.slot.bytes()[range.start..][..range.len]),
+            }
+        }
+        assert!(sent == expected);
+        batch.advance(sent.len());
+        assert!(batch.is_empty() && arena.used_bytes() == 0, "the slots are free again");
+    }
+
+    #[test]
+    fn without_memory_nothing_is_filled_in() {
+        let mut arena = Arena::new(64 << 10, 64 << 10).unwrap();
+        let mut batch = SendBatch::default();
+        let all = arena.alloc(64 << 10).unwrap();
+        assert_eq!(batch.push_filled(1, &mut arena, |_| unreachable!("where to?")), None);
+        assert!(batch.is_empty());
+        drop(all);
+        assert!(batch.push_filled(1, &mut arena, |_| true).is_some());
+    }
 
     #[test]
     fn a_send_takes_no_more_than_its_share_of_a_turn() {

@@ -17,8 +17,8 @@ use rustix::net::{Shutdown, getpeername, getsockname, shutdown, sockopt};
 
 use crate::error::{Status, Violation};
 use crate::handshake::{Grant, Peer, Policy};
-use crate::memory::Slot;
-use crate::message::{self, Limits, Message, Parsed, QueuePairAddress};
+use crate::memory::{Arena, Slot};
+use crate::message::{self, HEADER_BYTES, Limits, Message, Parsed, QueuePairAddress};
 use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
 use crate::transport::{
     CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
@@ -237,6 +237,13 @@ impl Connection {
             Receiving::AwaitingFetch { .. } => false,
             Receiving::Data { .. } | Receiving::Discard { .. } => true,
         }
+    }
+
+    /// An answer has been appended to `out`, with so much more memory.
+    fn count_response(&mut self, slot_len: usize) {
+        self.unsent_bytes += slot_len;
+        self.out_bytes += slot_len;
+        self.out_responses += 1;
     }
 
     fn limits(&self) -> Limits {
@@ -839,6 +846,43 @@ impl Server {
         connection.keepalive = Some((timer, period));
     }
 
+    /// Appends an answer whose data `fill` brings. None: nothing has been done.
+    fn fill_response(
+        &mut self,
+        connection: &mut Connection,
+        id: u64,
+        len: usize,
+        arena: &mut Arena,
+        fill: &mut dyn FnMut(&mut [u8]) -> bool,
+    ) -> Option<()> {
+        if connection.state != State::Open {
+            return None;
+        }
+        let position = connection.unanswered.iter().position(|&(other, _)| other == id)?;
+        let crc = connection.limits().crc;
+        let mut response = message::Response::of_data(id, len as u32);
+        let slot_len = connection.out(&mut self.spare).push_filled(HEADER_BYTES + len, arena, |bytes| {
+            let (header, data) = bytes.split_at_mut(HEADER_BYTES);
+            if !fill(data) {
+                return false;
+            }
+            if crc {
+                response.data_crc = message::data_crc(data);
+            }
+            header.copy_from_slice(&response.encode_bare(crc));
+            true
+        });
+        let Some(slot_len) = slot_len else {
+            // An empty batch is nothing to send.
+            self.spare.extend(connection.out.take_if(|batch| batch.is_empty()));
+            return None;
+        };
+        connection.unanswered.remove(position);
+        connection.count_response(slot_len);
+        self.mark_dirty(connection);
+        Some(())
+    }
+
     /// Starts the send that is due, if none is in flight.
     fn send(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
         if connection.send_in_flight || connection.state == State::Dead {
@@ -927,12 +971,11 @@ impl ServerTransport for Server {
             };
             let batch = connection.out(&mut self.spare);
             batch.push_bytes(|out| header.encode(&response.body, crc, out));
+            let slot_len = response.data.as_ref().map_or(0, |range| range.slot.len());
             if let Some(range) = response.data {
-                connection.unsent_bytes += range.slot.len();
-                connection.out_bytes += range.slot.len();
                 connection.out(&mut self.spare).push_slot(range);
             }
-            connection.out_responses += 1;
+            connection.count_response(slot_len);
             self.mark_dirty(&mut connection);
             if let Receiving::AwaitingFetch { id, len, .. } = connection.receiving
                 && id == request.id
@@ -944,6 +987,19 @@ impl ServerTransport for Server {
             }
         }
         self.put(reactor, connection);
+    }
+
+    fn respond_filled(
+        &mut self,
+        request: RequestKey,
+        len: usize,
+        arena: &mut Arena,
+        fill: &mut dyn FnMut(&mut [u8]) -> bool,
+    ) -> bool {
+        let Some(mut connection) = self.take(request.connection) else { return false };
+        let is_done = self.fill_response(&mut connection, request.id, len, arena, fill).is_some();
+        self.entries[request.connection.index as usize].connection = Some(connection);
+        is_done
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {

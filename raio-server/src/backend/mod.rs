@@ -138,6 +138,12 @@ pub trait Backend {
         operation: Operation,
     ) -> Option<OpId>;
 
+    /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known: [`Backend::submit`] does more.
+    fn read_at_once(&mut self, file: &Handle, bytes: &mut [u8], offset: u64) -> Option<()> {
+        let _ = (file, bytes, offset);
+        None
+    }
+
     /// Closes a descriptor. Its completion says whether that brought an error to light.
     fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd);
 

@@ -51,18 +51,28 @@ impl Pause {
 }
 
 impl Uring {
+    /// Reads what the page cache has. None: it is for the ring.
+    fn read_cached(
+        &mut self,
+        file: &Handle,
+        bytes: &mut [u8],
+        offset: u64,
+    ) -> Option<rustix::io::Result<usize>> {
+        let flags = file.reads_cache?;
+        let may_wait = if flags.is_empty() { Some(self.reads.begin()?) } else { None };
+        let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], offset, flags);
+        if let Some(begin) = may_wait {
+            self.reads.end(begin);
+        }
+        Some(result)
+    }
+
     /// Does an operation by a system call if that will hardly block. None: it is for the ring.
     fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
         let result = match operation {
             Operation::Read { target, offset } => {
-                let flags = file.reads_cache?;
-                let may_wait = if flags.is_empty() { Some(self.reads.begin()?) } else { None };
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
-                let result = preadv2(&file.fd, &mut [IoSliceMut::new(bytes)], *offset, flags);
-                if let Some(begin) = may_wait {
-                    self.reads.end(begin);
-                }
-                result
+                self.read_cached(file, bytes, *offset)?
             }
             Operation::Write { source, offset } if file.writes_cache => {
                 if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
@@ -116,6 +126,11 @@ impl Backend for Uring {
             Operation::Open { path, how } => Op::Open { directory: Some(file()), path, how },
         };
         Some(reactor.submit(Token { owner: OWNER, value: key }, op))
+    }
+
+    fn read_at_once(&mut self, file: &Handle, bytes: &mut [u8], offset: u64) -> Option<()> {
+        let n = self.read_cached(file, bytes, offset)?.ok()?;
+        (n == bytes.len()).then_some(())
     }
 
     fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd) {

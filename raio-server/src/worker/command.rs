@@ -46,6 +46,11 @@ impl Worker {
             let text = "The server is shutting down. Connect again later.";
             return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
         }
+        if let Command::Read { file, offset, length } = command
+            && self.read_at_once(connection, request.key, file, offset, length as usize)
+        {
+            return;
+        }
         let first = match command {
             Command::Open { flags, mode, path } => self.open(connection, flags, mode, path),
             Command::Close(handle) => return self.close(connection, request, handle),
