@@ -292,6 +292,14 @@ impl ServerTransport for Server {
         transport.fetch(reactor, RequestKey { connection, ..request }, slot, start);
     }
 
+    fn data_at_hand(&self, request: RequestKey) -> Option<&[u8]> {
+        match (self.place(request.connection), &self.rdma) {
+            (Place::Tcp(connection), _) => self.tcp.data_at_hand(RequestKey { connection, ..request }),
+            (Place::Rdma(connection), Some(rdma)) => rdma.data_at_hand(RequestKey { connection, ..request }),
+            _ => None,
+        }
+    }
+
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
         let (connection, transport) = self.at_place(request.connection);
         transport.respond(reactor, RequestKey { connection, ..request }, response);

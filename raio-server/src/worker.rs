@@ -2,8 +2,9 @@
 //!
 //! Nothing here is shared but what [`Shared`] holds, and that is for the control path. A turn hears from everyone, moves each
 //! request along as far as it goes, then sends all answers at once. What commands mean is in [`command`], how
-//! requests move along in [`pipeline`].
+//! requests move along in [`pipeline`], and which of them need not in [`at_once`].
 
+mod at_once;
 mod command;
 mod connection;
 #[cfg(test)]

@@ -144,6 +144,12 @@ pub trait Backend {
         None
     }
 
+    /// Writes `bytes` into the page cache. None if that may have to wait, or went wrong: [`Backend::submit`] does more.
+    fn write_at_once(&mut self, file: &Handle, bytes: &[u8], offset: u64) -> Option<()> {
+        let _ = (file, bytes, offset);
+        None
+    }
+
     /// Closes a descriptor. Its completion says whether that brought an error to light.
     fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd);
 

@@ -67,6 +67,23 @@ impl Uring {
         Some(result)
     }
 
+    /// Writes whole pages into the page cache. None: it is for the ring.
+    fn write_cached(
+        &mut self,
+        file: &Handle,
+        bytes: &[u8],
+        offset: u64,
+    ) -> Option<rustix::io::Result<usize>> {
+        let pages = offset.is_multiple_of(PAGE_BYTES) && (bytes.len() as u64).is_multiple_of(PAGE_BYTES);
+        if !file.writes_cache || !pages {
+            return None;
+        }
+        let begin = self.writes.begin()?;
+        let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], offset, ReadWriteFlags::empty());
+        self.writes.end(begin);
+        Some(result)
+    }
+
     /// Does an operation by a system call if that will hardly block. None: it is for the ring.
     fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
         let result = match operation {
@@ -74,15 +91,9 @@ impl Uring {
                 let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
                 self.read_cached(file, bytes, *offset)?
             }
-            Operation::Write { source, offset } if file.writes_cache => {
-                if !offset.is_multiple_of(PAGE_BYTES) || !(source.len as u64).is_multiple_of(PAGE_BYTES) {
-                    return None;
-                }
-                let begin = self.writes.begin()?;
+            Operation::Write { source, offset } => {
                 let bytes = &source.slot.bytes()[source.start..source.start + source.len];
-                let result = pwritev2(&file.fd, &[IoSlice::new(bytes)], *offset, ReadWriteFlags::empty());
-                self.writes.end(begin);
-                result
+                self.write_cached(file, bytes, *offset)?
             }
             _ => return None,
         };
@@ -130,6 +141,11 @@ impl Backend for Uring {
 
     fn read_at_once(&mut self, file: &Handle, bytes: &mut [u8], offset: u64) -> Option<()> {
         let n = self.read_cached(file, bytes, offset)?.ok()?;
+        (n == bytes.len()).then_some(())
+    }
+
+    fn write_at_once(&mut self, file: &Handle, bytes: &[u8], offset: u64) -> Option<()> {
+        let n = self.write_cached(file, bytes, offset)?.ok()?;
         (n == bytes.len()).then_some(())
     }
 

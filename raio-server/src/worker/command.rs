@@ -46,9 +46,7 @@ impl Worker {
             let text = "The server is shutting down. Connect again later.";
             return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
         }
-        if let Command::Read { file, offset, length } = command
-            && self.read_at_once(connection, request.key, file, offset, length as usize)
-        {
+        if self.at_once(connection, request.key, &command) {
             return;
         }
         let first = match command {

@@ -2,15 +2,14 @@
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
-use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 
 use super::Worker;
 use super::connection::Connection;
 use crate::backend::{self, Completion, Handle};
-use crate::request::{Range, Request, State, Step, Work, failure, success};
+use crate::request::{Request, State, Step, Work, failure, success};
 
-enum Grant {
+pub(super) enum Grant {
     Slot(Slot),
     /// The connection has its share already.
     OverShare,
@@ -23,8 +22,6 @@ enum Grant {
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
 const TURN_BYTES_MAX: usize = 256 << 10;
-/// A read of at most so much is answered in the turn that it came in, if the page cache has it.
-const AT_ONCE_BYTES_MAX: usize = 16 << 10;
 
 impl Worker {
     /// Takes a request on. Gives its key.
@@ -59,42 +56,6 @@ impl Worker {
         request
     }
 
-    /// Answers a small read of what the page cache has, with no more ado: it is never a [`Request`]. Whether it has been answered; if not,
-    /// nothing has happened. It overtakes nobody who waits for memory.
-    pub(super) fn read_at_once(
-        &mut self,
-        connection: usize,
-        name: RequestKey,
-        handle: FileHandle,
-        offset: u64,
-        length: usize,
-    ) -> bool {
-        if !(1..=AT_ONCE_BYTES_MAX).contains(&length)
-            || self.is_out_of_room
-            || self.connections[connection].is_waiting
-        {
-            return false;
-        }
-        let Some(file) = self.file(connection, handle) else { return false };
-        let Some(backend_file) = &file.backend else { return false };
-        if !file.open.access.read
-            || file.open.direct_align > 1
-            || Range::new(offset, length as u64).is_none()
-            || self.withheld(connection, length).is_some()
-        {
-            return false;
-        }
-        let backend = &mut self.backend;
-        let mut read = |bytes: &mut [u8]| backend.read_at_once(backend_file, bytes, offset).is_some();
-        if !self.transport.respond_filled(name, length, &mut self.arena, &mut read) {
-            return false;
-        }
-        self.turn_bytes += length;
-        self.counters.read_bytes.add(length as u64);
-        self.counters.answered.add(1);
-        true
-    }
-
     fn slot_at_once(&mut self, connection: usize, bytes: usize) -> Option<Slot> {
         if self.is_out_of_room || self.connections[connection].is_waiting {
             return None;
@@ -106,7 +67,7 @@ impl Worker {
     }
 
     /// Why a connection may not have so much more memory now.
-    fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
+    pub(super) fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
         let Connection { id, slot_bytes, .. } = self.connections[connection];
         let held = slot_bytes + self.transport.unsent_bytes(id);
         if held > 0 && held + bytes > self.share_bytes {

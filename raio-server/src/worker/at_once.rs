@@ -1,0 +1,63 @@
+//! Small reads and writes that the page cache takes care of: answered where they came in.
+//!
+//! Such a request is never a [`crate::request::Request`]: it needs no state, no slot of its own and no completion. A read goes right behind the
+//! connection's other answers, a write comes from where it was received. Whatever else a request may need or meet (memory that
+//! must be waited for, a disk, an error) is for [`super::pipeline`]; up to there nothing has happened.
+
+use raio_transport::protocol::Command;
+use raio_transport::transport::{RequestKey, ServerTransport};
+
+use super::Worker;
+use crate::request::{Range, success};
+
+/// No more than this: the others want their turn, too.
+const BYTES_MAX: u32 = 16 << 10;
+
+impl Worker {
+    /// Carries out and answers a read or write. Whether it has; if not, nothing has happened.
+    pub(super) fn at_once(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
+        let (handle, offset, length) = match *command {
+            Command::Read { file, offset, length } | Command::Write { file, offset, length } => {
+                (file, offset, length)
+            }
+            _ => return false,
+        };
+        // It overtakes nobody who waits for memory.
+        if length == 0 || length > BYTES_MAX || self.is_out_of_room || self.connections[connection].is_waiting
+        {
+            return false;
+        }
+        let Some(file) = self.file(connection, handle) else { return false };
+        let (Some(backend_file), Some(range)) = (&file.backend, Range::new(offset, length.into())) else {
+            return false;
+        };
+        let len = length as usize;
+        if file.open.direct_align > 1 || self.withheld(connection, len).is_some() {
+            return false;
+        }
+        let backend = &mut self.backend;
+        let is_done = if let Command::Read { .. } = command {
+            let mut read = |bytes: &mut [u8]| backend.read_at_once(backend_file, bytes, offset).is_some();
+            file.open.access.read && self.transport.respond_filled(name, len, &mut self.arena, &mut read)
+        } else {
+            file.open.access.write
+                && file.open.fixed_size().is_none_or(|size| range.end() <= size)
+                && self
+                    .transport
+                    .data_at_hand(name)
+                    .is_some_and(|bytes| backend.write_at_once(backend_file, bytes, offset).is_some())
+        };
+        if !is_done {
+            return false;
+        }
+        self.turn_bytes += len;
+        if let Command::Read { .. } = command {
+            self.counters.read_bytes.add(length.into());
+            self.counters.answered.add(1);
+        } else {
+            self.counters.written_bytes.add(length.into());
+            self.respond(name, success(length.into()));
+        }
+        true
+    }
+}
