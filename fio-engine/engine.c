@@ -97,12 +97,11 @@ static struct fio_option options[] = {
 	{
 		.name	= "raio_batch",
 		.lname	= "raio batch",
-		.help	= "Send up to this many I/Os together while fio fills its queue (1: each by itself). Only with "
-			  "iodepth_batch_submit=1 and no thinktime or rate",
+		.help	= "Send up to this many I/Os together while fio fills its queue (0: half of iodepth, from 4 to 32; "
+			  "1: each by itself). Only with iodepth_batch_submit=1 and no thinktime or rate",
 		.type	= FIO_OPT_INT,
 		.off1	= offsetof(struct raio_fio_options, batch),
-		.def	= "8",
-		.minval	= 1,
+		.def	= "0",
 		.category = FIO_OPT_C_ENGINE,
 		.group	= FIO_OPT_G_INVALID,
 	},
@@ -512,6 +511,22 @@ static int fills_queue_at_once(const struct thread_data *td)
 	       !o->rate_iops[DDIR_TRIM];
 }
 
+/*
+ * How many I/Os go together. With half of the queue, the server has one half while fio has the other; a send for fewer
+ * than 4 costs more than that brings, and more than 32 bring nothing.
+ */
+static unsigned int batch_of(const struct thread_data *td)
+{
+	const struct raio_fio_options *o = td->eo;
+	unsigned int half = td->o.iodepth / 2;
+
+	if (!fills_queue_at_once(td))
+		return 1;
+	if (o->batch)
+		return o->batch;
+	return half < 4 ? 4 : half > 32 ? 32 : half;
+}
+
 static int raio_fio_init(struct thread_data *td)
 {
 	struct raio_fio_options *o = td->eo;
@@ -525,7 +540,7 @@ static int raio_fio_init(struct thread_data *td)
 	}
 	td->io_ops_data = job;
 	job->depth = td->o.iodepth;
-	job->batch = fills_queue_at_once(td) ? o->batch : 1;
+	job->batch = batch_of(td);
 	/* fio sends the write of a block right behind its trim, for engines that trim while it waits: ours does not */
 	if (td_trimwrite(td))
 		td->o.serialize_overlap = 1;

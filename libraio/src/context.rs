@@ -26,6 +26,9 @@ use crate::session::{Shared, protocol_error};
 pub const MAXEVENTS_MAX: usize = 65_536;
 /// The least that is mapped at a time for lent buffers.
 const LENT_BYTES_MIN: usize = 1 << 20;
+/// After so many completions others may have the core. A program for which there is always an answer would keep it for as long as the
+/// scheduler lets it, milliseconds, while the answers of others like it lie there.
+const STREAK_MAX: u32 = 32;
 /// So often a wait that spins looks for news before it looks at the clock and lets others have the core.
 const LOOKS: usize = 8;
 /// The tag of a cancel request; operations have the index of their slot.
@@ -197,6 +200,8 @@ pub struct Context {
     on_complete: Option<Box<dyn FnMut(u64) + Send>>,
     poller: Option<Poller>,
     spin: Spin,
+    /// Completions since it last offered the core to others, without having waited.
+    streak: u32,
     stats: Stats,
 }
 
@@ -275,6 +280,7 @@ impl Context {
             on_complete: None,
             poller: None,
             spin,
+            streak: 0,
             stats: Stats::default(),
         })
     }
@@ -636,6 +642,10 @@ impl Context {
     /// completion has been collected.
     pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
         self.transport.flush();
+        if self.streak >= STREAK_MAX {
+            self.streak = 0;
+            std::thread::yield_now();
+        }
         let ready = self.done.len();
         // With a poll descriptor, the caller may count on the socket being drained when fewer than `max` come.
         let enough = if min == 0 || self.poller.is_some() { max } else { min };
@@ -666,6 +676,7 @@ impl Context {
         let begin = Instant::now();
         // One so far away that there is no such instant is none.
         let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
+        self.streak = 0;
         let mut since = begin;
         let mut spinning = self.spin.begin();
         while self.done.len() < min.min(self.done.len() + self.in_flight) {
@@ -696,6 +707,7 @@ impl Context {
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Option<Completion> {
         let index = self.done.pop_front()?;
+        self.streak += 1;
         self.collect(index)
     }
 
