@@ -158,6 +158,15 @@ impl Server {
         }
     }
 
+    /// The same, only to be looked at.
+    fn seen_at_place(&self, id: ConnectionId) -> (ConnectionId, &dyn ServerTransport) {
+        match (self.place(id), &self.rdma) {
+            (Place::Tcp(id), _) => (id, &self.tcp),
+            (Place::Rdma(id), Some(rdma)) => (id, rdma),
+            (Place::Rdma(_), None) => unreachable!("it has no such connections"),
+        }
+    }
+
     fn outside_rdma(&self, id: ConnectionId) -> ConnectionId {
         match at(&self.streams, id) {
             Some(moved) if moved.queue_pair == id => outside_tcp(moved.stream),
@@ -293,11 +302,8 @@ impl ServerTransport for Server {
     }
 
     fn data_at_hand(&self, request: RequestKey) -> Option<&[u8]> {
-        match (self.place(request.connection), &self.rdma) {
-            (Place::Tcp(connection), _) => self.tcp.data_at_hand(RequestKey { connection, ..request }),
-            (Place::Rdma(connection), Some(rdma)) => rdma.data_at_hand(RequestKey { connection, ..request }),
-            _ => None,
-        }
+        let (connection, transport) = self.seen_at_place(request.connection);
+        transport.data_at_hand(RequestKey { connection, ..request })
     }
 
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
@@ -340,11 +346,8 @@ impl ServerTransport for Server {
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
-        match (self.place(connection), &self.rdma) {
-            (Place::Tcp(id), _) => self.tcp.unsent_bytes(id),
-            (Place::Rdma(id), Some(rdma)) => rdma.unsent_bytes(id),
-            (Place::Rdma(_), None) => 0,
-        }
+        let (id, transport) = self.seen_at_place(connection);
+        transport.unsent_bytes(id)
     }
 
     fn is_sending(&self) -> bool {

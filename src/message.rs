@@ -401,7 +401,7 @@ impl Request {
 }
 
 impl Response {
-    /// The response to a read that has brought so many bytes: what immediate data stands for.
+    /// The response to a read that has brought so many bytes; also what immediate data stands for.
     pub(crate) fn of_data(id: u64, len: u32) -> Self {
         Self {
             id,

@@ -99,6 +99,18 @@ pub struct SlotRange {
     pub len: usize,
 }
 
+impl SlotRange {
+    /// The part's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.slot.bytes()[self.start..self.start + self.len]
+    }
+
+    /// The same, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.slot.bytes_mut()[self.start..self.start + self.len]
+    }
+}
+
 /// What a server's transport tells its worker.
 #[derive(Debug)]
 pub enum ServerEvent {

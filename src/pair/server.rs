@@ -326,7 +326,7 @@ impl Connection {
     fn place(&mut self, id: u64, response: &Response) -> Result<Vec<u8>, Violation> {
         let crc = self.open.as_ref().is_some_and(|open| open.limits.crc);
         let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
-        let data = response.data.as_ref().map_or(&[][..], |d| &d.slot.bytes()[d.start..d.start + d.len]);
+        let data = response.data.as_ref().map_or(&[][..], |d| d.bytes());
         // Memory that the peer named and did not lay open is its fault.
         if !data.is_empty() && !self.end.place(region, data) && !self.end.has_lost_peer() {
             return Err(Violation::Field);

@@ -738,7 +738,7 @@ impl QueuePair {
 }
 
 fn sge_of(range: &SlotRange, mr: &Mr) -> ibv_sge {
-    let bytes = &range.slot.bytes()[range.start..range.start + range.len];
+    let bytes = range.bytes();
     ibv_sge { addr: bytes.as_ptr().expose_provenance() as u64, length: range.len as u32, lkey: mr.lkey() }
 }
 

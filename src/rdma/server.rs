@@ -833,7 +833,7 @@ impl Connection {
     /// What is wrong with data that was fetched.
     fn fetched_wrong(&self, request: u64, range: &SlotRange) -> Option<Violation> {
         let expected = self.unanswered.get(&request).filter(|_| self.crc)?.data_crc;
-        let data = &range.slot.bytes()[range.start..range.start + range.len];
+        let data = range.bytes();
         (message::data_crc(data) != expected).then_some(Violation::Checksum)
     }
 
@@ -898,7 +898,7 @@ impl Connection {
         {
             header.data_len = range.len as u32;
             if self.crc {
-                let data = &range.slot.bytes()[range.start..range.start + range.len];
+                let data = range.bytes();
                 header.data_crc = message::data_crc(data);
             }
             self.counters.writes += 1;

@@ -34,7 +34,7 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
             }
         }
         Op::RecvInto { socket, target } => {
-            let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
+            let bytes = target.bytes_mut();
             let (n, _) = net::recv(&*socket, bytes, RecvFlags::DONTWAIT).map_err(errno)?;
             Ok((n as u32, Payload::None))
         }

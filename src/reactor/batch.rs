@@ -11,7 +11,6 @@ const IOV_MAX: usize = 1024;
 /// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as hundreds of
 /// small requests.
 const SEND_BYTES_MAX: usize = 1 << 20;
-
 /// A slot that is filled with several answers grows to this, unless one alone needs more.
 const FILLED_BYTES_MAX: usize = 64 << 10;
 
@@ -126,14 +125,12 @@ impl SendBatch {
         self.iov.clear();
         let mut left = SEND_BYTES_MAX;
         for piece in self.pieces.iter().take(IOV_MAX) {
-            let (base, len) = match piece {
-                Piece::Bytes(range) => (self.bytes[range.clone()].as_ptr(), range.len()),
-                Piece::Slot(range) => {
-                    (range.slot.bytes()[range.start..range.start + range.len].as_ptr(), range.len)
-                }
+            let bytes = match piece {
+                Piece::Bytes(range) => &self.bytes[range.clone()],
+                Piece::Slot(range) => range.bytes(),
             };
-            let len = len.min(left);
-            self.iov.push(libc::iovec { iov_base: base.cast_mut().cast(), iov_len: len });
+            let len = bytes.len().min(left);
+            self.iov.push(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: len });
             left -= len;
             if left == 0 {
                 break;
@@ -186,7 +183,7 @@ mod tests {
         for piece in &batch.pieces {
             match piece {
                 Piece::Bytes(range) => sent.extend(&batch.bytes[range.clone()]),
-                Piece::Slot(range) => sent.extend(&range.slot.bytes()[range.start..][..range.len]),
+                Piece::Slot(range) => sent.extend(range.bytes()),
             }
         }
         assert!(sent == expected);

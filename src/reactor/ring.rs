@@ -438,7 +438,7 @@ macro_rules! on {
 /// The submission for an operation. It points into heap memory that `op` and `stat` own.
 fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u32) -> squeue::Entry {
     let address = |range: &SlotRange| {
-        let bytes = &range.slot.bytes()[range.start..range.start + range.len];
+        let bytes = range.bytes();
         (bytes.as_ptr().cast_mut(), range.len as u32, range.slot.fixed_index(ring))
     };
     match op {

@@ -484,9 +484,7 @@ impl Server {
         let crc = *crc;
         connection.receiving = Receiving::Messages;
         connection.progress.messages_in += 1;
-        if connection.limits().crc
-            && message::data_crc(&range.slot.bytes()[range.start..][..range.len]) != crc
-        {
+        if connection.limits().crc && message::data_crc(range.bytes()) != crc {
             return self.fail(reactor, connection, Violation::Checksum);
         }
         self.events.push_back(ServerEvent::Fetched(key, range));
@@ -967,9 +965,7 @@ impl ServerTransport for Server {
                 "a response brings no more data than the request has room for"
             );
             let data_crc = match &response.data {
-                Some(range) if crc && data_len > 0 => {
-                    message::data_crc(&range.slot.bytes()[range.start..range.start + range.len])
-                }
+                Some(range) if crc && data_len > 0 => message::data_crc(range.bytes()),
                 _ => 0,
             };
             let header = message::Response {
@@ -985,7 +981,7 @@ impl ServerTransport for Server {
             batch.push_bytes(|out| header.encode(&response.body, crc, out));
             let slot_len = response.data.as_ref().map_or(0, |range| range.slot.len());
             if let Some(range) = response.data {
-                connection.out(&mut self.spare).push_slot(range);
+                batch.push_slot(range);
             }
             connection.count_response(slot_len);
             self.mark_dirty(&mut connection);

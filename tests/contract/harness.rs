@@ -567,7 +567,7 @@ impl Handler {
             }
             ServerEvent::Fetched(key, range) => {
                 let seed = self.fetching.remove(&key).expect("it was asked for");
-                let data = &range.slot.bytes()[range.start..range.start + range.len];
+                let data = range.bytes();
                 let same = data.iter().zip(pattern(seed, range.len)).filter(|(a, b)| **a == *b).count();
                 self.answer(reactor, key, Status::OK, same as u64, &[], None);
             }
@@ -592,7 +592,7 @@ impl Handler {
                     self.fetching.remove(&key);
                     return self.answer(reactor, key, Status::OK, 0, &[], None);
                 }
-                if (key.id ^ key.id >> 16) & 1 == 0
+                if goes_the_short_way(key)
                     && let Some(data) = self.wires.transport().data_at_hand(key)
                 {
                     // What is at hand need not be fetched.
@@ -645,21 +645,26 @@ impl Handler {
             open.unanswered.retain(|&id| id != key.id);
         }
         // Every other of those that could be filled in place is, if the transport does that.
-        if let Some(SlotRange { slot, start, len }) = &data
-            && (key.id ^ key.id >> 16) & 1 == 0
-            && (status, result, body) == (Status::OK, *len as u64, &[])
+        if let Some(range) = &data
+            && goes_the_short_way(key)
+            && (status, result, body) == (Status::OK, range.len as u64, &[])
         {
             let mut fill = |bytes: &mut [u8]| {
-                bytes.copy_from_slice(&slot.bytes()[*start..][..*len]);
+                bytes.copy_from_slice(range.bytes());
                 true
             };
-            if self.wires.transport().respond_filled(key, *len, &mut self.arena, &mut fill) {
+            if self.wires.transport().respond_filled(key, range.len, &mut self.arena, &mut fill) {
                 return;
             }
         }
         let response = Response { status, result, body: Body::from(body), data };
         self.wires.transport().respond(reactor, key, response);
     }
+}
+
+/// Every other request is served without a slot of its own, if the transport does that.
+fn goes_the_short_way(key: RequestKey) -> bool {
+    (key.id ^ key.id >> 16) & 1 == 0
 }
 
 // The client ------------------------------------------------------------------------------------------------------

@@ -107,12 +107,12 @@ impl Job {
         let nothing = |result: Result<(), Errno>| (result.map(|()| 0), Outcome::None);
         match operation {
             Operation::Read { mut target, offset } => {
-                let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
+                let bytes = target.bytes_mut();
                 let result = rustix::io::retry_on_intr(|| rustix::io::pread(&*fd, &mut *bytes, offset));
                 (result.map(|n| n as u32), Outcome::Slot(target))
             }
             Operation::Write { source, offset } => {
-                let bytes = &source.slot.bytes()[source.start..source.start + source.len];
+                let bytes = source.bytes();
                 let result = rustix::io::retry_on_intr(|| rustix::io::pwrite(&*fd, bytes, offset));
                 (result.map(|n| n as u32), Outcome::Slot(source))
             }

@@ -88,11 +88,11 @@ impl Uring {
     fn at_once(&mut self, file: &Handle, operation: &mut Operation) -> Option<Result<u32, i32>> {
         let result = match operation {
             Operation::Read { target, offset } => {
-                let bytes = &mut target.slot.bytes_mut()[target.start..target.start + target.len];
+                let bytes = target.bytes_mut();
                 self.read_cached(file, bytes, *offset)?
             }
             Operation::Write { source, offset } => {
-                let bytes = &source.slot.bytes()[source.start..source.start + source.len];
+                let bytes = source.bytes();
                 self.write_cached(file, bytes, *offset)?
             }
             _ => return None,
@@ -119,7 +119,7 @@ impl Backend for Uring {
                 Operation::Read { target: range, .. } | Operation::Write { source: range, .. } => {
                     Outcome::Slot(range)
                 }
-                _ => Outcome::None,
+                _ => unreachable!("only reads and writes are done at once"),
             };
             self.ended.push_back(Completion { key, result, outcome });
             return None;

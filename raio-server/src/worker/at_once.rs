@@ -16,10 +16,9 @@ const BYTES_MAX: u32 = 16 << 10;
 impl Worker {
     /// Carries out and answers a read or write. Whether it has; if not, nothing has happened.
     pub(super) fn at_once(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
-        let (handle, offset, length) = match *command {
-            Command::Read { file, offset, length } | Command::Write { file, offset, length } => {
-                (file, offset, length)
-            }
+        let (is_read, handle, offset, length) = match *command {
+            Command::Read { file, offset, length } => (true, file, offset, length),
+            Command::Write { file, offset, length } => (false, file, offset, length),
             _ => return false,
         };
         // It overtakes nobody who waits for memory.
@@ -36,7 +35,7 @@ impl Worker {
             return false;
         }
         let backend = &mut self.backend;
-        let is_done = if let Command::Read { .. } = command {
+        let is_done = if is_read {
             let mut read = |bytes: &mut [u8]| backend.read_at_once(backend_file, bytes, offset).is_some();
             file.open.access.read && self.transport.respond_filled(name, len, &mut self.arena, &mut read)
         } else {
@@ -51,7 +50,7 @@ impl Worker {
             return false;
         }
         self.turn_bytes += len;
-        if let Command::Read { .. } = command {
+        if is_read {
             self.counters.read_bytes.add(length.into());
             self.counters.answered.add(1);
         } else {
