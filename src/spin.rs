@@ -32,13 +32,13 @@ impl Spin {
         Self { most, budget: most, paused_until: None }
     }
 
-    /// Begins a wait.
-    pub fn begin(&mut self) -> Spinning {
+    /// Begins a wait that may last for so many times as long.
+    pub fn begin(&mut self, times: u32) -> Spinning {
         let now = Instant::now();
         if self.paused_until.is_some_and(|until| now >= until) {
             self.paused_until = None;
         }
-        let budget = if self.paused_until.is_some() { Duration::ZERO } else { self.budget };
+        let budget = if self.paused_until.is_some() { Duration::ZERO } else { self.budget * times };
         Spinning { until: now + budget, looked: now }
     }
 
@@ -59,10 +59,10 @@ impl Spin {
         !put_aside
     }
 
-    /// News came so long after the wait began.
-    pub fn learn(&mut self, took: Duration) {
+    /// News came so long after the wait began that might last for so many times as long.
+    pub fn learn(&mut self, took: Duration, times: u32) {
         // Some allowance, for a sleep adds the time it takes to wake up.
-        if took <= self.most * 2 {
+        if took <= self.most * (times + 1) {
             self.budget = self.most;
         } else {
             self.budget /= 2;
@@ -77,33 +77,33 @@ mod tests {
     #[test]
     fn spinning_stops_when_it_does_not_pay_and_begins_again_when_it_would() {
         let mut spin = Spin::new(Duration::from_secs(3600));
-        let mut spinning = spin.begin();
+        let mut spinning = spin.begin(1);
         assert!(spin.goes_on(&mut spinning) || spin.paused_until.is_some());
         for _ in 0..64 {
-            spin.learn(Duration::from_secs(10_000));
+            spin.learn(Duration::from_secs(10_000), 1);
         }
         assert_eq!(spin.budget, Duration::ZERO);
-        let mut spinning = spin.begin();
+        let mut spinning = spin.begin(1);
         assert!(!spin.goes_on(&mut spinning));
-        spin.learn(Duration::from_secs(3600));
+        spin.learn(Duration::from_secs(3600), 1);
         assert_eq!(spin.budget, Duration::from_secs(3600));
     }
 
     #[test]
     fn one_who_was_put_aside_does_not_spin_for_a_while() {
         let mut spin = Spin::new(Duration::from_secs(3600));
-        let mut spinning = spin.begin();
+        let mut spinning = spin.begin(1);
         std::thread::sleep(PUT_ASIDE);
         assert!(!spin.goes_on(&mut spinning));
-        let mut spinning = spin.begin();
+        let mut spinning = spin.begin(1);
         assert!(!spin.goes_on(&mut spinning));
     }
 
     #[test]
     fn zero_is_never() {
         let mut spin = Spin::new(Duration::ZERO);
-        spin.learn(Duration::ZERO);
-        let mut spinning = spin.begin();
+        spin.learn(Duration::ZERO, 1);
+        let mut spinning = spin.begin(1);
         assert!(!spin.goes_on(&mut spinning));
     }
 }

@@ -678,7 +678,7 @@ impl Context {
         let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
         self.streak = 0;
         let mut since = begin;
-        let mut spinning = self.spin.begin();
+        let mut spinning = self.spin.begin(1);
         while self.done.len() < min.min(self.done.len() + self.in_flight) {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
@@ -695,9 +695,9 @@ impl Context {
             };
             if news {
                 let now = Instant::now();
-                self.spin.learn(now - since);
+                self.spin.learn(now - since, 1);
                 since = now;
-                spinning = self.spin.begin();
+                spinning = self.spin.begin(1);
             }
         }
         Ok(())

@@ -39,6 +39,9 @@ use crate::memory::Arena;
 use crate::spin::Spin;
 use crate::transport::SlotRange;
 
+/// The most that [`Reactor::expect`] makes of it.
+const EXPECTED_MAX: usize = 10;
+
 /// Names an operation or timer to its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Token {
@@ -294,6 +297,8 @@ pub struct Reactor {
     /// Indices among the registered files that are free, and those whose file has gone.
     fixed_free: Vec<u32>,
     fixed_retired: Rc<RefCell<Vec<u32>>>,
+    /// See [`Reactor::expect`].
+    expected: u32,
     sleeps: u64,
 }
 
@@ -321,6 +326,7 @@ impl Reactor {
             spin: Spin::new(config.spin),
             fixed_free: (0..files).rev().collect(),
             fixed_retired: Rc::default(),
+            expected: 1,
             sleeps: 0,
         })
     }
@@ -402,6 +408,19 @@ impl Reactor {
         }
     }
 
+    /// Passes on what was asked for now, rather than with the next turn.
+    pub fn submit_now(&mut self) {
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.submit_now();
+        }
+    }
+
+    /// So many operations are worth waiting for: from now on a turn may spin for so many times as long as it was configured to, at most ten
+    /// times. Several that were begun together end later than one, and often together.
+    pub fn expect(&mut self, operations: usize) {
+        self.expected = operations.clamp(1, EXPECTED_MAX) as u32;
+    }
+
     /// Operations in flight.
     pub fn in_flight(&self) -> usize {
         match &self.engine {
@@ -444,20 +463,20 @@ impl Reactor {
             return Ok(());
         }
         let begin = Instant::now();
-        let mut spinning = self.spin.begin();
+        let mut spinning = self.spin.begin(self.expected);
         while self.spin.goes_on(&mut spinning) {
             for _ in 0..32 {
                 if self.engine_has_news() || self.waker.is_set() {
                     self.engine_poll(events)?;
                     if events.len() > before || self.waker.take() {
-                        self.spin.learn(begin.elapsed());
+                        self.spin.learn(begin.elapsed(), self.expected);
                         return Ok(());
                     }
                 }
                 std::hint::spin_loop();
             }
             if look(false) {
-                self.spin.learn(begin.elapsed());
+                self.spin.learn(begin.elapsed(), self.expected);
                 return Ok(());
             }
             if self.timers.next().is_some_and(|at| at <= Instant::now()) {
@@ -475,7 +494,7 @@ impl Reactor {
         }
         self.waker.take();
         self.timers.expire(events);
-        self.spin.learn(begin.elapsed());
+        self.spin.learn(begin.elapsed(), self.expected);
         Ok(())
     }
 
