@@ -14,6 +14,7 @@ mod backend;
 mod config;
 mod export;
 mod listener;
+mod pace;
 mod request;
 mod server;
 mod session;

@@ -7,6 +7,7 @@
 //! What needs no memory starts at Executing. That no memory is free is a state and not an error: the request waits in its
 //! connection's FIFO. This module knows what a request does next and what comes of it; [`crate::worker`] moves it along.
 
+use std::cell::RefCell;
 use std::ffi::CString;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
 use crate::backend::{Completion, FileInfo, Handle, Operation, Outcome};
+use crate::pace::Pace;
 use crate::session::{Access, FileKind, OpenFile};
 
 /// An open file as one worker has it.
@@ -31,6 +33,15 @@ pub struct WorkerFile {
     pub open: Arc<OpenFile>,
     /// For the backend; None if the file needs none (`null:`).
     pub backend: Option<Handle>,
+    /// When its O_DIRECT reads and writes begin.
+    pub pace: RefCell<Pace>,
+}
+
+impl WorkerFile {
+    /// A file that nothing has been done with.
+    pub fn new(handle: FileHandle, open: Arc<OpenFile>, backend: Option<Handle>) -> Self {
+        Self { handle, open, backend, pace: RefCell::default() }
+    }
 }
 
 /// Where a request is.
@@ -40,7 +51,7 @@ pub enum State {
     NeedSlot,
     /// The transport brings its data.
     Fetching,
-    /// The backend has it.
+    /// The backend has it, or will have it when its device has less to do: see [`crate::pace`].
     Executing,
 }
 
@@ -273,6 +284,14 @@ impl Work {
         }
     }
 
+    /// The file, if this goes straight to its device.
+    pub fn direct_file(&self) -> Option<&Rc<WorkerFile>> {
+        match self {
+            Self::Read(file, _) | Self::Write(file, _) if file.open.is_direct() => Some(file),
+            _ => None,
+        }
+    }
+
     /// The first operation. Reads and writes have a slot.
     pub fn first(&self, slot: Option<Slot>) -> Operation {
         match (self, slot) {
@@ -432,7 +451,7 @@ mod tests {
 
     fn file() -> Rc<WorkerFile> {
         let open = OpenFile::new(FileKind::Null { size: 0 }, Access { read: true, write: true }, 1);
-        Rc::new(WorkerFile { handle: FileHandle(1), open: Arc::new(open), backend: None })
+        Rc::new(WorkerFile::new(FileHandle(1), Arc::new(open), None))
     }
 
     fn range(offset: u64, length: u64) -> Range {

@@ -77,6 +77,11 @@ impl OpenFile {
         Self { kind, access, direct_align, closed: AtomicBool::new(false) }
     }
 
+    /// Whether it is open with O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.direct_align > 1
+    }
+
     /// Whether its handle has been closed.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)

@@ -7,12 +7,13 @@
 mod at_once;
 mod command;
 mod connection;
-#[cfg(test)]
-mod instructions;
 mod pipeline;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ use slab::Slab;
 use crate::backend::{self, Backend, Handle, Threads, Uring};
 use crate::config::BackendKind;
 use crate::export::Exports;
-use crate::request::{Request, State};
+use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
 use crate::throttle::Throttle;
@@ -120,6 +121,10 @@ pub struct Worker {
     requests: Slab<Request>,
     /// How many requests are in each state.
     in_state: [usize; 3],
+    /// O_DIRECT reads and writes that devices have.
+    at_devices: usize,
+    /// Files whose devices have reported, and have not yet got more.
+    reported: Vec<Rc<WorkerFile>>,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
     /// Connections with requests that wait for memory take turns.
@@ -218,6 +223,8 @@ impl Worker {
             sessions_by_id: HashMap::new(),
             requests: Slab::new(),
             in_state: [0; 3],
+            at_devices: 0,
+            reported: Vec::new(),
             closing: 0,
             turns: VecDeque::new(),
             is_out_of_room: false,
@@ -264,6 +271,7 @@ impl Worker {
             news = transport.has_news(arm);
             news
         };
+        self.reactor.expect(self.at_devices);
         self.reactor.turn_looking(wait, &mut events, &mut look).context("The event loop failed")?;
         self.is_busy = news || !events.is_empty();
         for event in events.drain(..) {
@@ -321,6 +329,7 @@ impl Worker {
             self.is_busy = true;
             self.completed(completion);
         }
+        self.feed_devices();
     }
 
     fn take_requests(&mut self) {

@@ -31,7 +31,7 @@ impl Worker {
             return false;
         };
         let len = length as usize;
-        if file.open.direct_align > 1 || self.withheld(connection, len).is_some() {
+        if file.open.is_direct() || self.withheld(connection, len).is_some() {
             return false;
         }
         let backend = &mut self.backend;

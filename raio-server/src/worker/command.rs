@@ -236,7 +236,7 @@ impl Worker {
         if let Some(size) = open.fixed_size() {
             info = crate::request::made_up_status(size);
         }
-        let file = self.remember(session, WorkerFile { handle, open, backend });
+        let file = self.remember(session, WorkerFile::new(handle, open, backend));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
 

@@ -104,7 +104,7 @@ impl Worker {
             self.turns.retain(|&other| other != key);
         }
         for &request in &connection.requests {
-            if self.requests[request].state == State::Executing {
+            if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
                 // The kernel has its memory: it runs to its end.
                 self.requests[request].connection = None;
             } else {
@@ -170,7 +170,7 @@ impl Worker {
         }
         let open = local.session.get(handle)?;
         let backend = open.fd().map(|fd| Handle::new(&mut self.reactor, Arc::clone(fd)));
-        Some(self.remember(session, WorkerFile { handle, open, backend }))
+        Some(self.remember(session, WorkerFile::new(handle, open, backend)))
     }
 
     /// Keeps this worker's view of a file.

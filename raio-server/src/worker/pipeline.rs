@@ -1,5 +1,7 @@
 //! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
 
+use std::rc::Rc;
+
 use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
@@ -7,7 +9,7 @@ use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange
 use super::Worker;
 use super::connection::Connection;
 use crate::backend::{self, Completion, Handle};
-use crate::request::{Request, State, Step, Work, failure, success};
+use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
 pub(super) enum Grant {
     Slot(Slot),
@@ -22,6 +24,8 @@ pub(super) enum Grant {
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
 const TURN_BYTES_MAX: usize = 256 << 10;
+/// A device that reports late gets so many with one system call.
+const TOGETHER: usize = 2;
 
 impl Worker {
     /// Takes a request on. Gives its key.
@@ -152,6 +156,27 @@ impl Worker {
 
     fn execute(&mut self, key: usize, slot: Option<Slot>) {
         self.enter(key, State::Executing);
+        match (self.requests[key].work.direct_file().cloned(), slot) {
+            (Some(file), Some(slot)) => {
+                let admitted = file.pace.borrow_mut().admit(key, slot);
+                if let Some(slot) = admitted {
+                    self.begin_direct(&file, key, slot);
+                }
+            }
+            (_, slot) => self.begin_execution(key, slot),
+        }
+    }
+
+    fn begin_direct(&mut self, file: &WorkerFile, key: usize, slot: Slot) {
+        self.at_devices += 1;
+        self.begin_execution(key, Some(slot));
+        // The device starts on the first while the kernel takes in the others.
+        if self.at_devices.is_multiple_of(TOGETHER) && file.pace.borrow().is_late() {
+            self.reactor.submit_now();
+        }
+    }
+
+    fn begin_execution(&mut self, key: usize, slot: Option<Slot>) {
         let request = &mut self.requests[key];
         let handle = match &request.work {
             Work::Close => return,
@@ -183,7 +208,15 @@ impl Worker {
             return self.open_proceeds(key, completion);
         }
         match request.work.completed(completion) {
-            Step::Done(response) => self.answer(key, response),
+            Step::Done(response) => {
+                if let Some(file) = request.work.direct_file() {
+                    self.at_devices -= 1;
+                    if file.pace.borrow_mut().ended() {
+                        self.reported.push(Rc::clone(file));
+                    }
+                }
+                self.answer(key, response);
+            }
             Step::Again(operation) => {
                 let Some(handle) = request.work.file().and_then(|file| file.backend.as_ref()) else {
                     unreachable!("it has been submitted before")
@@ -191,6 +224,24 @@ impl Worker {
                 request.operation = self.backend.submit(&mut self.reactor, key as u64, handle, operation);
             }
         }
+    }
+
+    /// Gives devices that have reported what was held back for them.
+    pub(super) fn feed_devices(&mut self) {
+        while let Some(file) = self.reported.pop() {
+            file.pace.borrow_mut().settle();
+            loop {
+                let next = file.pace.borrow_mut().next();
+                let Some((key, slot)) = next else { break };
+                self.begin_direct(&file, key, slot);
+            }
+        }
+    }
+
+    /// Takes back a request that is held back from its device. Gives its memory; None if it is not.
+    pub(super) fn take_back(&self, key: usize) -> Option<Slot> {
+        let file = self.requests[key].work.direct_file()?;
+        file.pace.borrow_mut().take_back(key)
     }
 
     /// A connection's request that is not yet answered, by the client's id.
@@ -257,8 +308,8 @@ impl Worker {
 
     /// Cancels a request as far as that goes.
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
-        let request = &mut self.requests[key];
-        request.is_cancelled = true;
+        self.requests[key].is_cancelled = true;
+        let request = &self.requests[key];
         match request.state {
             State::NeedSlot => {
                 self.connections[connection].waiting.retain(|&other| other != key);
@@ -266,6 +317,7 @@ impl Worker {
             }
             // When its data has come.
             State::Fetching => {}
+            State::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
             State::Executing => self.backend.cancel(&mut self.reactor, key as u64, request.operation),
         }
     }

@@ -5,19 +5,7 @@
 //! `tests/instructions/run` has callgrind count them, by the names of [`serve`], [`submit`] and [`collect`], with a dump at the end of each
 //! [`scenario`]. The kernel's work is not in it.
 
-use std::net::TcpStream;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
-
-use clap::Parser;
-use raio_transport::handshake::{Offer, random_id};
-use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::protocol::{Command, OPEN_READ, OPEN_WRITE};
-use raio_transport::tcp::Client;
-use raio_transport::transport::{Bulk, ClientTransport, Reply};
-
 use super::*;
-use crate::config::Options;
 
 const BLOCK_BYTES: usize = 4096;
 const FILE_BLOCKS: u64 = 1024;
@@ -34,9 +22,7 @@ enum Direction {
 
 #[inline(never)]
 fn serve(worker: &mut Worker) {
-    // Never sleeps: there is nobody else to bring news.
-    worker.is_busy = true;
-    worker.turn().expect("the worker goes on");
+    turn(worker);
 }
 
 #[inline(never)]
@@ -95,60 +81,11 @@ fn scenario(worker: &mut Worker, client: &mut Client, file: FileHandle, directio
     }
 }
 
-fn worker() -> Worker {
-    let options =
-        Options::parse_from(["raio_server", "--export", "m=mem:4M,rw", "--spin-us", "0", "--memory", "64M"]);
-    let config = options.check(1).expect("the options make sense");
-    let shared = Shared {
-        exports: Exports::open(&config.exports).expect("memory can be had"),
-        sessions: Sessions::new(16, 16),
-        policy: Arc::default(),
-        mailboxes: OnceLock::new(),
-        backend: config.backend,
-        arena_bytes: config.arena_bytes,
-        spin: config.spin,
-        rdma: false,
-    };
-    let (worker, started) = Worker::new(0, Arc::new(shared), Arc::default(), None).expect("a worker starts");
-    assert!(started.fallback.is_none(), "io_uring is what is to be counted, but {:?}", started.fallback);
-    worker
-}
-
-fn connect(worker: &mut Worker) -> Client {
-    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-    theirs.set_nonblocking(true).expect("it can be set up");
-    worker.adopt(RawConnection::Tcp(theirs.into()));
-    let offer = Offer { session: random_id(), ..Offer::new("instructions") };
-    let deadline = Instant::now() + Duration::from_secs(60);
-    let connecting = std::thread::spawn(move || {
-        Client::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
-    });
-    while !connecting.is_finished() {
-        serve(worker);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    connecting.join().expect("it does not panic").expect("the worker grants a connection")
-}
-
-fn open(worker: &mut Worker, client: &mut Client) -> FileHandle {
-    let mut body = Vec::new();
-    Command::Open { flags: OPEN_READ | OPEN_WRITE, mode: 0, path: b"/m" }.encode(&mut body);
-    client.send(0, &body, Bulk::None, true).expect("a credit is left");
-    client.flush();
-    let mut replies = Vec::new();
-    while replies.is_empty() {
-        serve(worker);
-        collect(client, &mut replies);
-    }
-    assert_eq!(replies[0].status, Status::OK);
-    FileHandle(replies[0].result as u32)
-}
-
 #[test]
 fn requests_to_be_counted_succeed() {
-    let mut worker = worker();
+    let mut worker = worker("m=mem:4M,rw");
     let mut client = connect(&mut worker);
-    let file = open(&mut worker, &mut client);
+    let file = open(&mut worker, &mut client, OPEN_READ | OPEN_WRITE, b"/m");
     for direction in [Direction::Write, Direction::Read] {
         for depth in [1, 16] {
             scenario(&mut worker, &mut client, file, direction, depth);
