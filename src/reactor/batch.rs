@@ -11,14 +11,16 @@ const IOV_MAX: usize = 1024;
 /// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as hundreds of
 /// small requests.
 const SEND_BYTES_MAX: usize = 1 << 20;
-/// A slot that is filled with several answers grows to this, unless one alone needs more.
-const FILLED_BYTES_MAX: usize = 64 << 10;
+/// A slot that is filled with several answers has no more than this, unless one alone needs it.
+const FILLED_BYTES_MAX: usize = 128 << 10;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]
 pub struct SendBatch {
     bytes: Vec<u8>,
     pieces: VecDeque<Piece>,
+    /// Bytes of [`SendBatch::push_filled`] since it was last empty.
+    filled: usize,
     /// What the kernel reads; rebuilt for each send.
     iov: Vec<libc::iovec>,
     msghdr: Option<libc::msghdr>,
@@ -62,21 +64,23 @@ impl SendBatch {
         }
     }
 
-    /// Appends `len` bytes that `fill` writes: behind what is in the last slot if that has room, else in a new one from `arena`. One after
-    /// another they are one piece to the kernel, which costs it less than many. Gives the size of a new slot, 0 if none was needed;
-    /// None if there is no memory, or `fill` says no: then nothing has been appended.
+    /// Appends `len` bytes that `fill` writes: behind what is in the last slot if that has room, else in a new one from `arena`, which
+    /// has room for `expected` bytes if that is not too much. One after another they are one piece to the kernel, which costs it less than
+    /// many. Gives the size of a new slot, 0 if none was needed; None if there is no memory, or `fill` says no: then nothing has been appended.
     pub fn push_filled(
         &mut self,
         len: usize,
+        expected: usize,
         arena: &mut Arena,
         fill: impl FnOnce(&mut [u8]) -> bool,
     ) -> Option<usize> {
-        let mut size = len;
+        let mut size = len.max(expected.min(FILLED_BYTES_MAX));
         if let Some(Piece::Slot(SlotRange { slot, start, len: filled })) = self.pieces.back_mut() {
             let end = *start + *filled;
             if slot.len() - end >= len {
                 return fill(&mut slot.bytes_mut()[end..end + len]).then(|| {
                     *filled += len;
+                    self.filled += len;
                     0
                 });
             }
@@ -88,8 +92,14 @@ impl SendBatch {
             return None;
         }
         let size = slot.len();
+        self.filled += len;
         self.pieces.push_back(Piece::Slot(SlotRange { slot, start: 0, len }));
         Some(size)
+    }
+
+    /// How many bytes [`SendBatch::push_filled`] has appended since the batch was empty.
+    pub fn filled(&self) -> usize {
+        self.filled
     }
 
     /// Whether everything has been sent.
@@ -117,6 +127,7 @@ impl SendBatch {
         }
         if self.pieces.is_empty() {
             self.bytes.clear();
+            self.filled = 0;
         }
     }
 
@@ -163,7 +174,7 @@ mod tests {
         let mut slots = Vec::new();
         for i in 0..40u8 {
             let slot_len = batch
-                .push_filled(4136, &mut arena, |bytes| {
+                .push_filled(4136, 0, &mut arena, |bytes| {
                     bytes.fill(i);
                     true
                 })
@@ -171,9 +182,10 @@ mod tests {
             expected.extend([i; 4136]);
             slots.extend(Some(slot_len).filter(|&len| len > 0));
             // What could not be brought leaves nothing behind.
-            assert_eq!(batch.push_filled(5000, &mut arena, |_| false), None);
+            assert_eq!(batch.push_filled(5000, 0, &mut arena, |_| false), None);
         }
-        assert_eq!(slots, [8 << 10, 16 << 10, 32 << 10, 64 << 10, 64 << 10]);
+        assert_eq!(slots, [8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10]);
+        assert_eq!(batch.filled(), expected.len());
         assert_eq!(arena.used_bytes(), slots.iter().sum());
         batch.push_bytes(|out| out.push(0xff));
         expected.push(0xff);
@@ -192,14 +204,29 @@ mod tests {
     }
 
     #[test]
+    fn who_knows_how_much_there_will_be_gets_one_slot_for_it() {
+        let mut arena = Arena::new(8 << 20, 2 << 20).unwrap();
+        for (expected, size) in [(4136, 8 << 10), (66_176, 128 << 10), (1 << 20, FILLED_BYTES_MAX)] {
+            let mut batch = SendBatch::default();
+            assert_eq!(batch.push_filled(4136, expected, &mut arena, |_| true), Some(size));
+            for _ in 1..(expected / 4136).min(size / 4136) {
+                assert_eq!(batch.push_filled(4136, expected, &mut arena, |_| true), Some(0));
+            }
+            let filled = batch.filled();
+            batch.advance(filled);
+            assert!(batch.is_empty() && batch.filled() == 0);
+        }
+    }
+
+    #[test]
     fn without_memory_nothing_is_filled_in() {
         let mut arena = Arena::new(64 << 10, 64 << 10).unwrap();
         let mut batch = SendBatch::default();
         let all = arena.alloc(64 << 10).unwrap();
-        assert_eq!(batch.push_filled(1, &mut arena, |_| unreachable!("where to?")), None);
+        assert_eq!(batch.push_filled(1, 0, &mut arena, |_| unreachable!("where to?")), None);
         assert!(batch.is_empty());
         drop(all);
-        assert!(batch.push_filled(1, &mut arena, |_| true).is_some());
+        assert!(batch.push_filled(1, 0, &mut arena, |_| true).is_some());
     }
 
     #[test]

@@ -184,6 +184,8 @@ struct Connection {
     out: Option<Box<SendBatch>>,
     out_bytes: usize,
     out_responses: usize,
+    /// What was filled into the last batch: about as much will be into the next.
+    filled_before: usize,
     /// What the last send left over: goes before `out`.
     rest: Option<Box<SendBatch>>,
     /// Bytes of the slots in all unsent answers: in `out`, in `rest`, and in the ring.
@@ -306,6 +308,7 @@ impl Server {
             unsent_bytes: 0,
             out_bytes: 0,
             out_responses: 0,
+            filled_before: 0,
             receive_in_flight: false,
             wide_for: 0,
             send_in_flight: false,
@@ -859,17 +862,19 @@ impl Server {
         let position = connection.unanswered.iter().position(|&(other, _)| other == id)?;
         let crc = connection.limits().crc;
         let mut response = message::Response::of_data(id, len as u32);
-        let slot_len = connection.out(&mut self.spare).push_filled(HEADER_BYTES + len, arena, |bytes| {
-            let (header, data) = bytes.split_at_mut(HEADER_BYTES);
-            if !fill(data) {
-                return false;
-            }
-            if crc {
-                response.data_crc = message::data_crc(data);
-            }
-            header.copy_from_slice(&response.encode_bare(crc));
-            true
-        });
+        let expected = connection.filled_before;
+        let slot_len =
+            connection.out(&mut self.spare).push_filled(HEADER_BYTES + len, expected, arena, |bytes| {
+                let (header, data) = bytes.split_at_mut(HEADER_BYTES);
+                if !fill(data) {
+                    return false;
+                }
+                if crc {
+                    response.data_crc = message::data_crc(data);
+                }
+                header.copy_from_slice(&response.encode_bare(crc));
+                true
+            });
         let Some(slot_len) = slot_len else {
             // An empty batch is nothing to send.
             self.spare.extend(connection.out.take_if(|batch| batch.is_empty()));
@@ -889,7 +894,9 @@ impl Server {
         let batch = connection.rest.take().or_else(|| {
             connection.out_bytes = 0;
             connection.out_responses = 0;
-            connection.out.take()
+            let out = connection.out.take();
+            connection.filled_before = out.as_ref().map_or(0, |out| out.filled());
+            out
         });
         if let Some(batch) = batch {
             connection.send_in_flight = true;
