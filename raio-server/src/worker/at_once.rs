@@ -12,6 +12,8 @@ use crate::request::{Range, success};
 
 /// No more than this: the others want their turn, too.
 const BYTES_MAX: u32 = 16 << 10;
+/// After each so many bytes of a turn what has been read leaves: the client works on that in the meantime.
+const SEND_EACH: usize = 32 << 10;
 
 impl Worker {
     /// Carries out and answers a read or write. Whether it has; if not, nothing has happened.
@@ -49,10 +51,14 @@ impl Worker {
         if !is_done {
             return false;
         }
+        let before = self.turn_bytes;
         self.turn_bytes += len;
         if is_read {
             self.counters.read_bytes.add(length.into());
             self.counters.answered.add(1);
+            if self.turn_bytes / SEND_EACH > before / SEND_EACH {
+                self.send_answers();
+            }
         } else {
             self.counters.written_bytes.add(length.into());
             self.respond(name, success(length.into()));
