@@ -12,7 +12,7 @@ use crate::request::{Range, success};
 
 /// No more than this: the others want their turn, too.
 const BYTES_MAX: u32 = 16 << 10;
-/// After each so many bytes of a turn what has been read leaves: the client works on that in the meantime.
+/// After each so many bytes of a turn what has been read leaves: a client that looks for it works on that while the others are read.
 const SEND_EACH: usize = 32 << 10;
 
 impl Worker {
@@ -56,7 +56,9 @@ impl Worker {
         if is_read {
             self.counters.read_bytes.add(length.into());
             self.counters.answered.add(1);
-            if self.turn_bytes / SEND_EACH > before / SEND_EACH {
+            // Where nobody spins the client would only be woken more often.
+            let is_due = self.turn_bytes / SEND_EACH > before / SEND_EACH;
+            if is_due && !self.shared.spin.is_zero() {
                 self.send_answers();
             }
         } else {
