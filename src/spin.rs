@@ -24,6 +24,8 @@ pub struct Spin {
 pub struct Spinning {
     until: Instant,
     looked: Instant,
+    /// See [`Spin::begin`].
+    times: u32,
 }
 
 impl Spin {
@@ -39,7 +41,7 @@ impl Spin {
             self.paused_until = None;
         }
         let budget = if self.paused_until.is_some() { Duration::ZERO } else { self.budget * times };
-        Spinning { until: now + budget, looked: now }
+        Spinning { until: now + budget, looked: now, times }
     }
 
     /// Whether to go on spinning. Lets others have the core first: they may have the news to bring.
@@ -59,10 +61,10 @@ impl Spin {
         !put_aside
     }
 
-    /// News came so long after the wait began that might last for so many times as long.
-    pub fn learn(&mut self, took: Duration, times: u32) {
+    /// News came so long after this wait began.
+    pub fn learn(&mut self, spinning: &Spinning, took: Duration) {
         // Some allowance, for a sleep adds the time it takes to wake up.
-        if took <= self.most * (times + 1) {
+        if took <= self.most * (spinning.times + 1) {
             self.budget = self.most;
         } else {
             self.budget /= 2;
@@ -80,12 +82,12 @@ mod tests {
         let mut spinning = spin.begin(1);
         assert!(spin.goes_on(&mut spinning) || spin.paused_until.is_some());
         for _ in 0..64 {
-            spin.learn(Duration::from_secs(10_000), 1);
+            spin.learn(&spinning, Duration::from_secs(10_000));
         }
         assert_eq!(spin.budget, Duration::ZERO);
         let mut spinning = spin.begin(1);
         assert!(!spin.goes_on(&mut spinning));
-        spin.learn(Duration::from_secs(3600), 1);
+        spin.learn(&spinning, Duration::from_secs(3600));
         assert_eq!(spin.budget, Duration::from_secs(3600));
     }
 
@@ -102,7 +104,8 @@ mod tests {
     #[test]
     fn zero_is_never() {
         let mut spin = Spin::new(Duration::ZERO);
-        spin.learn(Duration::ZERO, 1);
+        let spinning = spin.begin(1);
+        spin.learn(&spinning, Duration::ZERO);
         let mut spinning = spin.begin(1);
         assert!(!spin.goes_on(&mut spinning));
     }

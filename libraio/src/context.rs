@@ -695,7 +695,7 @@ impl Context {
             };
             if news {
                 let now = Instant::now();
-                self.spin.learn(now - since, 1);
+                self.spin.learn(&spinning, now - since);
                 since = now;
                 spinning = self.spin.begin(1);
             }

@@ -469,14 +469,14 @@ impl Reactor {
                 if self.engine_has_news() || self.waker.is_set() {
                     self.engine_poll(events)?;
                     if events.len() > before || self.waker.take() {
-                        self.spin.learn(begin.elapsed(), self.expected);
+                        self.spin.learn(&spinning, begin.elapsed());
                         return Ok(());
                     }
                 }
                 std::hint::spin_loop();
             }
             if look(false) {
-                self.spin.learn(begin.elapsed(), self.expected);
+                self.spin.learn(&spinning, begin.elapsed());
                 return Ok(());
             }
             if self.timers.next().is_some_and(|at| at <= Instant::now()) {
@@ -494,7 +494,7 @@ impl Reactor {
         }
         self.waker.take();
         self.timers.expire(events);
-        self.spin.learn(begin.elapsed(), self.expected);
+        self.spin.learn(&spinning, begin.elapsed());
         Ok(())
     }
 
