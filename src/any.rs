@@ -272,11 +272,12 @@ impl ServerTransport for Server {
         // What a flush has left behind.
         !self.ended.is_empty()
             || !self.closed.is_empty()
-            || self.tcp.has_events()
+            || self.tcp.has_news(arm)
             || self.rdma.as_mut().is_some_and(|rdma| rdma.has_news(arm))
     }
 
     fn take_news(&mut self, reactor: &mut Reactor) {
+        self.tcp.take_news(reactor);
         if let Some(rdma) = &mut self.rdma {
             rdma.take_news(reactor);
         }
@@ -320,6 +321,10 @@ impl ServerTransport for Server {
     ) -> bool {
         let (connection, transport) = self.at_place(request.connection);
         transport.respond_filled(RequestKey { connection, ..request }, len, arena, fill)
+    }
+
+    fn flush_early(&mut self, reactor: &mut Reactor) {
+        self.tcp.flush_early(reactor);
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {

@@ -160,8 +160,8 @@ pub trait ServerTransport {
     /// owner number).
     fn handle(&mut self, reactor: &mut Reactor, event: Event);
 
-    /// Looks for news that no event of the reactor tells of: completions in memory. With `arm` the worker is about to sleep: news
-    /// from now on comes as an event. Whether there is any now: [`ServerTransport::take_news`] takes it in.
+    /// Looks for news that no event of the reactor tells of: completions in memory, or what the last flush has left to do or made
+    /// possible. With `arm` the worker is about to sleep: news from now on comes as an event. Whether there is any now: [`ServerTransport::take_news`] takes it in.
     fn has_news(&mut self, arm: bool) -> bool {
         let _ = arm;
         false
@@ -206,6 +206,13 @@ pub trait ServerTransport {
 
     /// Starts sending what was answered since the last call, a batch for each connection.
     fn flush(&mut self, reactor: &mut Reactor);
+
+    /// The same in the middle of a turn, so that a client that looks for it works on that while the worker goes on. What such a
+    /// connection is answered afterwards is passed over by the next flush, to leave with whatever leaves next, for one large send costs
+    /// less than two. Where there is nothing to gain it does nothing.
+    fn flush_early(&mut self, reactor: &mut Reactor) {
+        let _ = reactor;
+    }
 
     /// Ends a connection: sends a goodbye with this status and sentence if it can. [`ServerEvent::Closed`] follows.
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str);

@@ -22,7 +22,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::memory::Arena;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{ServerEvent, ServerTransport};
+use raio_transport::transport::{self, ServerEvent, ServerTransport};
 use raio_transport::{Status, any, rdma};
 use slab::Slab;
 
@@ -131,7 +131,11 @@ pub struct Worker {
     turns: VecDeque<usize>,
     /// The first of them waits until there is room.
     is_out_of_room: bool,
-    /// What this turn has given out of the arena.
+    /// Requests for a later turn.
+    postponed: VecDeque<transport::Request>,
+    /// What this turn has read and written at once.
+    at_once_bytes: usize,
+    /// What this turn has given out of the arena, that included.
     turn_bytes: usize,
     /// What a connection may have of the arena.
     share_bytes: usize,
@@ -228,6 +232,8 @@ impl Worker {
             closing: 0,
             turns: VecDeque::new(),
             is_out_of_room: false,
+            postponed: VecDeque::new(),
+            at_once_bytes: 0,
             turn_bytes: 0,
             events: Vec::new(),
             is_busy: false,
@@ -333,20 +339,31 @@ impl Worker {
     }
 
     fn take_requests(&mut self) {
+        self.at_once_bytes = 0;
+        while self.has_time()
+            && let Some(request) = self.postponed.pop_front()
+        {
+            self.take_request(&request);
+        }
         while let Some(event) = self.transport.next_event() {
-            self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, peer),
-                ServerEvent::Request(request) => {
-                    if let Some(connection) = self.connection(request.key.connection)
-                        && self.connections[connection].violation.is_none()
-                    {
-                        self.command(connection, &request);
-                    }
-                }
+                ServerEvent::Request(request) if self.has_time() => self.take_request(&request),
+                // To take it on and have it wait for memory would cost more.
+                ServerEvent::Request(request) => self.postponed.push_back(request),
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
                 ServerEvent::Closed(id, reason) => self.closed(id, &reason),
             }
+            self.is_busy = true;
+        }
+    }
+
+    fn take_request(&mut self, request: &transport::Request) {
+        self.is_busy = true;
+        if let Some(connection) = self.connection(request.key.connection)
+            && self.connections[connection].violation.is_none()
+        {
+            self.command(connection, request);
         }
     }
 
@@ -394,7 +411,8 @@ impl Worker {
             return (now >= goodbye_deadline).then_some(true);
         }
         for (_, connection) in &mut self.connections {
-            if connection.requests.is_empty() && self.transport.unsent_bytes(connection.id) == 0 {
+            let is_idle = connection.requests.is_empty() && self.postponed.is_empty();
+            if is_idle && self.transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
                 self.transport.close(

@@ -400,6 +400,18 @@ impl Reactor {
         }
     }
 
+    /// Begins an [`Op::Send`]. Gives its end if it has ended at once; if not, that is an event of a later turn.
+    pub fn send(&mut self, token: Token, socket: File, batch: Box<SendBatch>) -> Option<Event> {
+        let op = Op::Send { socket, batch };
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.send(token, op),
+            Engine::Epoll(epoll) => {
+                epoll.submit(token, op);
+                None
+            }
+        }
+    }
+
     /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
     pub fn cancel(&mut self, id: OpId) {
         match &mut self.engine {

@@ -182,31 +182,31 @@ impl Ring {
         self.backlog.push_back(entry);
     }
 
-    pub fn submit(&mut self, token: Token, mut op: Op) -> OpId {
-        self.generation = (self.generation + 1) & 0x7fff_ffff;
-        if let Some(pool) = &self.watched_pool {
-            match &op {
-                // Most sends end at once.
-                Op::Send { .. } => match attempt(&mut op, pool) {
-                    Err(libc::EAGAIN | libc::EINTR) => {}
-                    outcome => {
-                        self.ended.push(ended(token, op, outcome));
-                        return OpId(u64::from(self.generation) << 32 | u64::from(u32::MAX));
-                    }
-                },
-                Op::Recv { .. } if self.watched.len() < WATCHED_MAX => {
-                    let key = self.insert(token, op);
-                    self.watched.push(Watched { key, looks: 0 });
-                    return OpId(self.user_data(key));
-                }
-                _ => {}
-            }
-        }
+    pub fn submit(&mut self, token: Token, op: Op) -> OpId {
+        let is_watched =
+            self.watched_pool.is_some() && self.watched.len() < WATCHED_MAX && matches!(op, Op::Recv { .. });
         let key = self.insert(token, op);
+        if is_watched {
+            self.watched.push(Watched { key, looks: 0 });
+            return OpId(self.user_data(key));
+        }
         self.arm(key)
     }
 
+    /// Tries a send at once, which is how most end. One that does not spin would rather have it leave with whatever else it submits.
+    pub fn send(&mut self, token: Token, mut op: Op) -> Option<Event> {
+        if let Some(pool) = &self.watched_pool {
+            match attempt(&mut op, pool) {
+                Err(libc::EAGAIN | libc::EINTR) => {}
+                outcome => return Some(ended(token, op, outcome)),
+            }
+        }
+        self.submit(token, op);
+        None
+    }
+
     fn insert(&mut self, token: Token, op: Op) -> usize {
+        self.generation = (self.generation + 1) & 0x7fff_ffff;
         self.in_flight.insert(InFlight { token, generation: self.generation, op, stat: None })
     }
 

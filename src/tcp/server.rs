@@ -60,6 +60,8 @@ pub struct Server {
     /// Boxed because the kernel points at a batch while it sends it.
     spare: Vec<Box<SendBatch>>,
     sending: usize,
+    /// Sends have ended at once, so there may be memory for somebody who waits for it.
+    has_sent: bool,
     /// Connections that are wide.
     wide: usize,
 }
@@ -194,6 +196,8 @@ struct Connection {
     /// Its receives are [`WIDE_BYTES`] long, for so many more that are short.
     wide_for: u8,
     send_in_flight: bool,
+    /// See [`ServerTransport::flush_early`].
+    has_left_early: bool,
     is_dirty: bool,
     deadline: Option<TimerId>,
     keepalive: Option<(TimerId, Duration)>,
@@ -241,6 +245,11 @@ impl Connection {
         }
     }
 
+    /// Whether there is something that no send has taken up.
+    fn has_unsent(&self) -> bool {
+        self.out.is_some() || self.rest.is_some()
+    }
+
     /// An answer has been appended to `out`, with so much more memory.
     fn count_response(&mut self, slot_len: usize) {
         self.unsent_bytes += slot_len;
@@ -271,6 +280,7 @@ impl Server {
             dirty: Vec::new(),
             spare: Vec::new(),
             sending: 0,
+            has_sent: false,
             wide: 0,
         }
     }
@@ -312,6 +322,7 @@ impl Server {
             receive_in_flight: false,
             wide_for: 0,
             send_in_flight: false,
+            has_left_early: false,
             is_dirty: false,
             deadline: Some(timer),
             keepalive: None,
@@ -359,11 +370,6 @@ impl Server {
         self.put(reactor, connection);
     }
 
-    /// Whether [`ServerTransport::next_event`] has something.
-    pub fn has_events(&self) -> bool {
-        !self.events.is_empty()
-    }
-
     fn token(&self, id: ConnectionId, kind: Kind) -> Token {
         Token {
             owner: self.owner,
@@ -408,9 +414,12 @@ impl Server {
             if is_behind && (connection.send_in_flight || connection.rest.is_some()) {
                 return;
             }
-            if !matches!(connection.unread, Unread::None) {
-                // The data of a request waits for a slot. If that is not given in this turn, flush makes a copy.
-                return self.mark_dirty(connection);
+            // The data of a request waits for a slot.
+            match connection.unread {
+                Unread::None => {}
+                // If that is not given in this turn, flush makes a copy.
+                Unread::Held(..) => return self.mark_dirty(connection),
+                Unread::Copied(..) => return,
             }
         }
         let socket = connection.socket.clone();
@@ -901,8 +910,13 @@ impl Server {
         if let Some(batch) = batch {
             connection.send_in_flight = true;
             self.sending += 1;
-            let op = Op::Send { socket: connection.socket.clone(), batch };
-            reactor.submit(self.token(connection.id, Kind::Send), op);
+            let token = self.token(connection.id, Kind::Send);
+            if let Some(event) = reactor.send(token, connection.socket.clone(), batch) {
+                self.has_sent = true;
+                self.sent(connection, event);
+                // There may be room for more answers now.
+                self.receive(reactor, connection);
+            }
         }
     }
 }
@@ -927,6 +941,15 @@ impl ServerTransport for Server {
         self.receive(reactor, &mut connection);
         self.watch_progress(reactor, &mut connection);
         self.put(reactor, connection);
+    }
+
+    fn has_news(&mut self, _arm: bool) -> bool {
+        // What a flush has left behind.
+        self.has_sent || !self.events.is_empty() || !self.dirty.is_empty()
+    }
+
+    fn take_news(&mut self, _reactor: &mut Reactor) {
+        self.has_sent = false;
     }
 
     fn next_event(&mut self) -> Option<ServerEvent> {
@@ -1026,11 +1049,30 @@ impl ServerTransport for Server {
             if let Unread::Held(received, at) = &connection.unread {
                 connection.unread = Unread::Copied(received[*at..].to_vec(), 0);
             }
-            self.send(reactor, &mut connection);
-            self.watch_progress(reactor, &mut connection);
+            if !std::mem::take(&mut connection.has_left_early) {
+                self.send(reactor, &mut connection);
+                self.watch_progress(reactor, &mut connection);
+            } else if connection.has_unsent() {
+                self.mark_dirty(&mut connection);
+            }
             self.put(reactor, connection);
         }
-        self.dirty = dirty;
+        if self.dirty.is_empty() {
+            self.dirty = dirty;
+        }
+    }
+
+    fn flush_early(&mut self, reactor: &mut Reactor) {
+        for at in 0..self.dirty.len() {
+            let index = self.dirty[at] as usize;
+            let Some(mut connection) = self.entries[index].connection.take() else { continue };
+            if connection.has_unsent() && !connection.send_in_flight && !connection.has_left_early {
+                connection.has_left_early = true;
+                self.send(reactor, &mut connection);
+                self.watch_progress(reactor, &mut connection);
+            }
+            self.entries[index].connection = Some(connection);
+        }
     }
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {

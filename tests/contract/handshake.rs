@@ -254,7 +254,7 @@ contract! {
 
 #[test]
 fn a_hello_in_pieces_is_taken_and_what_follows_at_once_too() {
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let mut raw = Raw::client(&server);
         let mut bytes = Offer::new("pieces").hello();

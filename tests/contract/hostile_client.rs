@@ -168,7 +168,7 @@ contract! {
 
 #[test]
 fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("rdma"));
         let region = RemoteRegion::Out { address: 0, key: 1, len: 4096 };

@@ -1,6 +1,6 @@
-//! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, TCP over
-//! epoll, RDMA by rdma_cm and RDMA that began as TCP where there is a device. A test is written once, with [`contract!`], and appears
-//! five times.
+//! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, with
+//! spinning and without, TCP over epoll, RDMA by rdma_cm and RDMA that began as TCP where there is a device. A test is written once, with
+//! [`contract!`], and appears six times.
 //!
 //! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread) and [`raw`] a peer
 //! that can misbehave. The server's handler asserts that credits are never exceeded, in every test.
@@ -22,6 +22,13 @@ macro_rules! contract {
                 fn tcp_over_io_uring() {
                     if crate::harness::has_io_uring() {
                         super::$name(crate::harness::Transport::TcpUring);
+                    }
+                }
+
+                #[test]
+                fn tcp_spinning() {
+                    if crate::harness::has_io_uring() {
+                        super::$name(crate::harness::Transport::TcpSpinning);
                     }
                 }
 

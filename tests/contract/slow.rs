@@ -110,7 +110,7 @@ contract! {
 fn a_client_that_pings_and_reads_nothing_is_soon_not_read_from() {
     let mut pings = Vec::new();
     (0..100).for_each(|id| message::encode_ping(id, false, &mut pings));
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve(transport, impatient());
         let (mut raw, _) = Raw::open_narrow_client(&server, &Offer::new("deaf"));
         let mut taken = 0;
@@ -125,7 +125,7 @@ fn a_client_that_pings_and_reads_nothing_is_soon_not_read_from() {
 
 #[test]
 fn a_client_that_sends_a_byte_at_a_time_is_served() {
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve(transport, impatient());
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("bytewise"));
         let mut bytes = get(1, 5000);
@@ -157,7 +157,7 @@ fn a_client_that_begins_a_message_and_stops_is_closed() {
         message::Request { id: 1, body_len: 0, data_len: 60_000, region: RemoteRegion::None, data_crc: 0 };
     request.encode(&command(Op::Put, 0), false, &mut bytes);
     bytes.extend_from_slice(&pattern(0, 60_000));
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve(transport, impatient());
         // In the header, in the body, in the data; all at the same time.
         let mut all = [1, 39, 50, 57, 30_000, 59_999].map(|len| {
@@ -206,7 +206,7 @@ fn a_client_that_trickles_a_message_for_too_long_is_closed() {
 
 #[test]
 fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve(transport, Policy { queue_depth: 2048, ..Policy::default() });
         // Small buffers for sending: a send takes a part, and ends soon.
         let (mut stream, accepted) = tcp_pair();
@@ -244,7 +244,7 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
 
 #[test]
 fn a_message_that_is_begun_late_has_the_whole_stall_timeout() {
-    for transport in [Transport::TcpUring, Transport::TcpEpoll] {
+    for transport in Transport::TCP {
         let server = serve(transport, impatient());
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("late"));
         // That of the handshake comes; then an answer sets the stall check, which comes while the second message is half sent.

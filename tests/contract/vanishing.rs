@@ -11,8 +11,6 @@ use raio_transport::transport::{Bulk, CloseReason};
 use crate::harness::{Op, Server, Setup, Transport, command, data, pattern, room, serve_plain};
 use crate::raw::{Got, Raw, answer_to};
 
-const STREAMS: [Transport; 2] = [Transport::TcpUring, Transport::TcpEpoll];
-
 fn was_lost(reason: CloseReason) -> bool {
     matches!(reason, CloseReason::Lost(_))
 }
@@ -148,7 +146,7 @@ contract! {
 
 #[test]
 fn a_client_that_goes_in_the_middle_of_its_hello_leaves_nothing() {
-    for transport in STREAMS {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let hello = Offer::new("torn").hello();
         for (n, len) in [1, 8, 16, 63, 64, hello.len() - 1].into_iter().enumerate() {
@@ -166,7 +164,7 @@ fn a_client_that_goes_in_the_middle_of_its_hello_leaves_nothing() {
 #[test]
 fn a_client_that_goes_in_the_middle_of_a_message_is_lost() {
     let bytes = large_write();
-    for transport in STREAMS {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         // In the header, in the body, before the data, in the data: received with the rest, and received into the slot.
         for (n, len) in [1, 39, 40, 47, 55, 56, 57, 10_000, 100_000, 199_999].into_iter().enumerate() {
@@ -182,7 +180,7 @@ fn a_client_that_goes_in_the_middle_of_a_message_is_lost() {
 
 #[test]
 fn a_client_that_resets_the_connection_is_lost() {
-    for transport in STREAMS {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("reset"));
         raw.request_in(2, &command(Op::Hold, 0), 1000);
@@ -198,7 +196,7 @@ fn a_client_that_resets_the_connection_is_lost() {
 
 #[test]
 fn a_client_that_stops_sending_is_gone_though_it_would_still_read() {
-    for transport in STREAMS {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let (mut idle, _) = Raw::open_client(&server, &Offer::new("idle"));
         idle.stream().shutdown(Shutdown::Write).unwrap();
@@ -216,7 +214,7 @@ fn a_client_that_stops_sending_is_gone_though_it_would_still_read() {
 
 #[test]
 fn a_client_that_stops_reading_only_is_lost_when_it_is_answered() {
-    for transport in STREAMS {
+    for transport in Transport::TCP {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("deaf"));
         raw.stream().shutdown(Shutdown::Read).unwrap();

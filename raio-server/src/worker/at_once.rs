@@ -8,6 +8,7 @@ use raio_transport::protocol::Command;
 use raio_transport::transport::{RequestKey, ServerTransport};
 
 use super::Worker;
+use super::pipeline::TURN_BYTES_MAX;
 use crate::request::{Range, success};
 
 /// No more than this: the others want their turn, too.
@@ -16,6 +17,11 @@ const BYTES_MAX: u32 = 16 << 10;
 const SEND_EACH: usize = 32 << 10;
 
 impl Worker {
+    /// Whether this turn may do another one.
+    pub(super) fn has_time(&self) -> bool {
+        self.at_once_bytes + BYTES_MAX as usize <= TURN_BYTES_MAX
+    }
+
     /// Carries out and answers a read or write. Whether it has; if not, nothing has happened.
     pub(super) fn at_once(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
         let (is_read, handle, offset, length) = match *command {
@@ -51,15 +57,16 @@ impl Worker {
         if !is_done {
             return false;
         }
-        let before = self.turn_bytes;
+        let before = self.at_once_bytes;
+        self.at_once_bytes += len;
         self.turn_bytes += len;
         if is_read {
             self.counters.read_bytes.add(length.into());
             self.counters.answered.add(1);
             // Where nobody spins the client would only be woken more often.
-            let is_due = self.turn_bytes / SEND_EACH > before / SEND_EACH;
+            let is_due = self.at_once_bytes / SEND_EACH > before / SEND_EACH;
             if is_due && !self.shared.spin.is_zero() {
-                self.send_answers();
+                self.transport.flush_early(&mut self.reactor);
             }
         } else {
             self.counters.written_bytes.add(length.into());

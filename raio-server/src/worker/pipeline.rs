@@ -23,7 +23,7 @@ pub(super) enum Grant {
 
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
-const TURN_BYTES_MAX: usize = 256 << 10;
+pub(super) const TURN_BYTES_MAX: usize = 256 << 10;
 /// A device that reports late gets so many with one system call.
 const TOGETHER: usize = 2;
 

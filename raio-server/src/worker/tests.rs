@@ -1,5 +1,6 @@
 //! A worker with everything it has (transport, ring, arena, exports) and its client, in one thread, where they take turns.
 
+mod at_once;
 mod instructions;
 mod late_device;
 
@@ -12,14 +13,14 @@ use raio_transport::handshake::{Offer, random_id};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::protocol::{Command, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use raio_transport::tcp::Client;
-use raio_transport::transport::{Bulk, ClientTransport, Reply};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
 use crate::config::Options;
 
-fn worker(export: &str) -> Worker {
+fn worker(export: &str, spin_us: &str) -> Worker {
     let options =
-        Options::parse_from(["raio_server", "--export", export, "--spin-us", "0", "--memory", "64M"]);
+        Options::parse_from(["raio_server", "--export", export, "--spin-us", spin_us, "--memory", "64M"]);
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports).expect("it can be exported"),
@@ -70,4 +71,90 @@ fn open(worker: &mut Worker, client: &mut Client, flags: u32, path: &[u8]) -> Fi
     }
     assert_eq!(replies[0].status, Status::OK);
     FileHandle(replies[0].result as u32)
+}
+
+const BLOCK: usize = 4096;
+const FILE_BLOCKS: usize = 256;
+
+fn block(at: usize) -> Vec<u8> {
+    [at as u8, !(at as u8)].repeat(BLOCK / 2)
+}
+
+/// A directory with a `file` of blocks.
+fn directory_of_blocks() -> tempfile::TempDir {
+    let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let blocks = (0..FILE_BLOCKS).flat_map(block).collect::<Vec<_>>();
+    std::fs::write(directory.path().join("file"), blocks).unwrap();
+    directory
+}
+
+/// How [`directory_of_blocks`] is exported.
+fn export(directory: &tempfile::TempDir) -> String {
+    format!("d={}", directory.path().display())
+}
+
+/// A worker, and a client that reads blocks of a file.
+struct Bench {
+    worker: Worker,
+    client: Client,
+    file: FileHandle,
+    next_block: usize,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(mut worker: Worker, directory: tempfile::TempDir, flags: u32) -> Self {
+        let mut client = connect(&mut worker);
+        let file = open(&mut worker, &mut client, flags, b"/d/file");
+        Self { worker, client, file, next_block: 0, _directory: directory }
+    }
+
+    /// Asks for the next blocks. Gives the last request.
+    fn read(&mut self, count: usize) -> RequestId {
+        let mut body = Vec::new();
+        let mut last = None;
+        for _ in 0..count {
+            body.clear();
+            let offset = (self.next_block * BLOCK) as u64;
+            Command::Read { file: self.file, offset, length: BLOCK as u32 }.encode(&mut body);
+            let buffer = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
+            let tag = self.next_block as u64;
+            last = Some(self.client.send(tag, &body, Bulk::In(buffer), false).expect("a credit is left"));
+            self.next_block = (self.next_block + 1) % FILE_BLOCKS;
+        }
+        self.client.flush();
+        last.expect("at least one")
+    }
+
+    /// Takes turns until it is as it should be.
+    fn until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !is_so(self) {
+            assert!(Instant::now() < deadline, "{what}: not within 30 s");
+            turn(&mut self.worker);
+        }
+    }
+
+    /// Takes turns until so many replies have come, and looks at the data of those that succeeded. Gives the others.
+    fn collect(&mut self, count: usize) -> Vec<Reply> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let (mut came, mut failed, mut replies) = (0, Vec::new(), Vec::new());
+        while came < count {
+            assert!(Instant::now() < deadline, "{came} of {count} replies came");
+            turn(&mut self.worker);
+            self.client.receive(&mut replies);
+            came += replies.len();
+            for reply in replies.drain(..) {
+                match &reply.bulk {
+                    Bulk::In(Buffers::One(Buffer::Owned(bytes))) if reply.status.is_ok() => {
+                        assert_eq!(reply.result, BLOCK as u64);
+                        assert!(**bytes == *block(reply.tag as usize), "block {} has other bytes", reply.tag);
+                    }
+                    _ => failed.push(reply),
+                }
+            }
+        }
+        assert_eq!(came, count);
+        failed
+    }
 }

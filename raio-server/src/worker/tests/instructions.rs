@@ -83,7 +83,7 @@ fn scenario(worker: &mut Worker, client: &mut Client, file: FileHandle, directio
 
 #[test]
 fn requests_to_be_counted_succeed() {
-    let mut worker = worker("m=mem:4M,rw");
+    let mut worker = worker("m=mem:4M,rw", "0");
     let mut client = connect(&mut worker);
     let file = open(&mut worker, &mut client, OPEN_READ | OPEN_WRITE, b"/m");
     for direction in [Direction::Write, Direction::Read] {

@@ -1,0 +1,43 @@
+//! Small reads of what the page cache has: see [`crate::worker::at_once`].
+
+use super::*;
+use crate::worker::pipeline::TURN_BYTES_MAX;
+
+/// Twice what one turn does.
+const DEPTH: usize = 128;
+
+fn bench(spin_us: &str) -> Bench {
+    let directory = directory_of_blocks();
+    Bench::new(worker(&export(&directory), spin_us), directory, OPEN_READ)
+}
+
+#[test]
+fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
+    // With and without answers that leave early.
+    for spin_us in ["50", "0"] {
+        let mut bench = bench(spin_us);
+        for _ in 0..20 {
+            bench.read(DEPTH);
+            bench.until("the first turn is over", |bench| !bench.worker.postponed.is_empty());
+            assert!((TURN_BYTES_MAX / 2..=TURN_BYTES_MAX).contains(&bench.worker.at_once_bytes));
+            assert!(bench.worker.is_busy, "the next turn is not taken at once");
+            assert!(bench.collect(DEPTH).is_empty());
+            assert!(bench.worker.postponed.is_empty() && bench.worker.requests.is_empty());
+        }
+        assert_eq!(bench.worker.counters.slot_waits.get(), 0);
+    }
+}
+
+#[test]
+fn a_client_that_goes_takes_along_what_waits() {
+    let mut bench = bench("50");
+    bench.read(DEPTH);
+    bench.until("the first turn is over", |bench| !bench.worker.postponed.is_empty());
+    drop(bench.client);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while bench.worker.transport.connections() > 0 || !bench.worker.postponed.is_empty() {
+        assert!(Instant::now() < deadline, "{} are still there", bench.worker.postponed.len());
+        turn(&mut bench.worker);
+    }
+    assert_eq!(bench.worker.arena.used_bytes(), 0);
+}
