@@ -29,6 +29,10 @@ const LENT_BYTES_MIN: usize = 1 << 20;
 /// After so many completions others may have the core. A program for which there is always an answer would keep it for as long as the
 /// scheduler lets it, milliseconds, while the answers of others like it lie there.
 const STREAK_MAX: u32 = 32;
+/// A wait may spin for once more for each so many operations in flight...
+const SPIN_EACH: usize = 32;
+/// ... but no more often than this.
+const SPIN_TIMES_MAX: usize = 4;
 /// So often a wait that spins looks for news before it looks at the clock and lets others have the core.
 const LOOKS: usize = 8;
 /// The tag of a cancel request; operations have the index of their slot.
@@ -671,6 +675,11 @@ impl Context {
         }
     }
 
+    /// A server answers many together, which takes it longer than one.
+    fn patience(&self) -> u32 {
+        1 + (self.in_flight / SPIN_EACH).min(SPIN_TIMES_MAX - 1) as u32
+    }
+
     /// Spins a little, then sleeps, until `min` completions are there or as many as there can be.
     fn wait_for(&mut self, min: usize, timeout: Option<Duration>) -> Result<(), Error> {
         let begin = Instant::now();
@@ -678,7 +687,7 @@ impl Context {
         let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
         self.streak = 0;
         let mut since = begin;
-        let mut spinning = self.spin.begin(1);
+        let mut spinning = self.spin.begin(self.patience());
         while self.done.len() < min.min(self.done.len() + self.in_flight) {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
@@ -697,7 +706,7 @@ impl Context {
                 let now = Instant::now();
                 self.spin.learn(&spinning, now - since);
                 since = now;
-                spinning = self.spin.begin(1);
+                spinning = self.spin.begin(self.patience());
             }
         }
         Ok(())
