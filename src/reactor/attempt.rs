@@ -8,7 +8,7 @@ use std::rc::Rc;
 use rustix::net::{self, RecvFlags, SocketFlags};
 
 use super::received::Pool;
-use super::{Event, Op, Payload, Token};
+use super::{Event, File, Op, Payload, SendBatch, Token};
 
 /// Tries an operation without blocking.
 pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i32> {
@@ -38,17 +38,7 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
             let (n, _) = net::recv(&*socket, bytes, RecvFlags::DONTWAIT).map_err(errno)?;
             Ok((n as u32, Payload::None))
         }
-        Op::Send { socket, batch } => {
-            // SAFETY: the header points into `batch`, which is borrowed for the length of this call.
-            let n = unsafe {
-                libc::sendmsg(socket.as_raw_fd(), batch.msghdr(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT)
-            };
-            if n < 0 {
-                Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
-            } else {
-                Ok((n as u32, Payload::None))
-            }
-        }
+        Op::Send { socket, batch } => send(socket, batch).map(|n| (n, Payload::None)),
         Op::Readable { file } => {
             let mut fds =
                 [rustix::event::PollFd::from_borrowed_fd(file.as_fd(), rustix::event::PollFlags::IN)];
@@ -60,6 +50,14 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
         }
         _ => unreachable!("`submit` refuses file operations"),
     }
+}
+
+/// Tries to send a batch without blocking.
+pub(super) fn send(socket: &File, batch: &mut SendBatch) -> Result<u32, i32> {
+    // SAFETY: the header points into `batch`, which is borrowed for the length of this call.
+    let n =
+        unsafe { libc::sendmsg(socket.as_raw_fd(), batch.msghdr(), libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+    if n < 0 { Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)) } else { Ok(n as u32) }
 }
 
 /// The end of an operation that was tried.

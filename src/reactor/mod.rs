@@ -400,15 +400,17 @@ impl Reactor {
         }
     }
 
-    /// Begins an [`Op::Send`]. Gives its end if it has ended at once; if not, that is an event of a later turn.
-    pub fn send(&mut self, token: Token, socket: File, batch: Box<SendBatch>) -> Option<Event> {
+    /// Does an [`Op::Send`] by a plain system call, which spares most sends the engine's detours, and gives its end. None: it would block, so
+    /// it was submitted, and its end is an event of a later turn.
+    pub fn send(&mut self, token: Token, socket: File, mut batch: Box<SendBatch>) -> Option<Event> {
+        let sent = attempt::send(&socket, &mut batch);
         let op = Op::Send { socket, batch };
-        match &mut self.engine {
-            Engine::Ring(ring) => ring.send(token, op),
-            Engine::Epoll(epoll) => {
-                epoll.submit(token, op);
+        match sent {
+            Err(libc::EAGAIN | libc::EINTR) => {
+                self.submit(token, op);
                 None
             }
+            sent => Some(attempt::ended(token, op, sent.map(|n| (n, Payload::None)))),
         }
     }
 

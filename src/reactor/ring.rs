@@ -193,18 +193,6 @@ impl Ring {
         self.arm(key)
     }
 
-    /// Tries a send at once, which is how most end. One that does not spin would rather have it leave with whatever else it submits.
-    pub fn send(&mut self, token: Token, mut op: Op) -> Option<Event> {
-        if let Some(pool) = &self.watched_pool {
-            match attempt(&mut op, pool) {
-                Err(libc::EAGAIN | libc::EINTR) => {}
-                outcome => return Some(ended(token, op, outcome)),
-            }
-        }
-        self.submit(token, op);
-        None
-    }
-
     fn insert(&mut self, token: Token, op: Op) -> usize {
         self.generation = (self.generation + 1) & 0x7fff_ffff;
         self.in_flight.insert(InFlight { token, generation: self.generation, op, stat: None })

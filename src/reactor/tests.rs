@@ -4,6 +4,8 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 
+use rustix::net::sockopt;
+
 use super::*;
 
 const TOKEN: Token = Token { owner: 1, value: 7 };
@@ -114,6 +116,7 @@ fn a_batch_is_sent_in_order_and_resumed_where_it_stopped() {
         let (client, socket) = pair(&mut reactor);
         let mut batch = Box::new(SendBatch::default());
         let mut expected = Vec::new();
+        sockopt::set_socket_send_buffer_size(&socket, 64 << 10).unwrap();
         for n in 0..200u8 {
             batch.push_bytes(|out| out.extend_from_slice(&[n; 40]));
             batch.push_slot(slot(&[!n; 5000]));
@@ -127,14 +130,21 @@ fn a_batch_is_sent_in_order_and_resumed_where_it_stopped() {
             std::io::Read::read_exact(&mut &client, &mut all).unwrap();
             all
         });
+        let mut waits = 0;
         while !batch.is_empty() {
-            reactor.submit(TOKEN, Op::Send { socket: socket.clone(), batch });
-            let event = next(&mut reactor);
+            let event = match reactor.send(TOKEN, socket.clone(), batch) {
+                Some(event) => event,
+                None => {
+                    waits += 1;
+                    next(&mut reactor)
+                }
+            };
             assert!(event.result.is_ok(), "{event:?}");
             let Payload::Batch(rest) = event.payload else { panic!("not a batch") };
             batch = rest;
         }
         assert!(reader.join().unwrap() == expected);
+        assert!(waits > 0, "nothing had to wait for room");
     });
 }
 
