@@ -87,7 +87,7 @@ static struct fio_option options[] = {
 	{
 		.name	= "raio_spin_us",
 		.lname	= "raio spin time",
-		.help	= "Wait actively this many microseconds for a completion before sleeping (0: sleep at once)",
+		.help	= "Wait actively this many microseconds for a completion before sleeping, up to 4 times as many at great depth (0: sleep at once)",
 		.type	= FIO_OPT_INT,
 		.off1	= offsetof(struct raio_fio_options, spin_us),
 		.def	= "50",

@@ -121,7 +121,8 @@ struct raio_options {
 	unsigned int connect_timeout_ms;	/* for connecting and the handshake; default 5,000 */
 	unsigned int request_timeout_ms;	/* the server is taken for dead if it is silent this long while asked
 						   something; default: three times the keepalive interval it grants */
-	unsigned int spin_us;			/* wait actively this long before sleeping in raio_getevents(); default 50 */
+	unsigned int spin_us;			/* wait actively this long before sleeping in raio_getevents(), up to four times
+						   as long with many operations in flight; default 50 */
 	unsigned int reserved[10];		/* 0 */
 };
 

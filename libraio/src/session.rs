@@ -34,7 +34,8 @@ pub struct Options {
     /// The server is taken for dead if it is silent this long while asked something; None: three times the keepalive interval that
     /// it grants.
     pub request_timeout: Option<Duration>,
-    /// How long to wait actively before sleeping. The library does less by itself where that does not pay.
+    /// How long to wait actively before sleeping, up to four times as long with many operations in flight. The library does less by
+    /// itself where that does not pay.
     pub spin: Duration,
     /// Protect headers and data with CRC32C. Connecting fails if the server cannot.
     pub crc: bool,
