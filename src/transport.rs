@@ -161,7 +161,8 @@ pub trait ServerTransport {
     fn handle(&mut self, reactor: &mut Reactor, event: Event);
 
     /// Looks for news that no event of the reactor tells of: completions in memory, or what the last flush has left to do or made
-    /// possible. With `arm` the worker is about to sleep: news from now on comes as an event. Whether there is any now: [`ServerTransport::take_news`] takes it in.
+    /// possible. With `arm` the worker is about to sleep: news from now on comes as an event. Whether there is any now:
+    /// [`ServerTransport::take_news`] takes it in.
     fn has_news(&mut self, arm: bool) -> bool {
         let _ = arm;
         false

@@ -675,7 +675,7 @@ impl Context {
         }
     }
 
-    /// A server answers many together, which takes it longer than one.
+    /// How many times as long a wait may spin: a server answers many together, which takes it longer than one.
     fn patience(&self) -> u32 {
         1 + (self.in_flight / SPIN_EACH).min(SPIN_TIMES_MAX - 1) as u32
     }

@@ -343,9 +343,11 @@ impl Worker {
         while self.has_time()
             && let Some(request) = self.postponed.pop_front()
         {
+            self.is_busy = true;
             self.take_request(&request);
         }
         while let Some(event) = self.transport.next_event() {
+            self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, peer),
                 ServerEvent::Request(request) if self.has_time() => self.take_request(&request),
@@ -354,12 +356,10 @@ impl Worker {
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
                 ServerEvent::Closed(id, reason) => self.closed(id, &reason),
             }
-            self.is_busy = true;
         }
     }
 
     fn take_request(&mut self, request: &transport::Request) {
-        self.is_busy = true;
         if let Some(connection) = self.connection(request.key.connection)
             && self.connections[connection].violation.is_none()
         {
@@ -410,9 +410,11 @@ impl Worker {
             });
             return (now >= goodbye_deadline).then_some(true);
         }
+        if !self.postponed.is_empty() {
+            return None;
+        }
         for (_, connection) in &mut self.connections {
-            let is_idle = connection.requests.is_empty() && self.postponed.is_empty();
-            if is_idle && self.transport.unsent_bytes(connection.id) == 0 {
+            if connection.requests.is_empty() && self.transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
                 self.transport.close(

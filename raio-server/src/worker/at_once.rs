@@ -13,7 +13,8 @@ use crate::request::{Range, success};
 
 /// No more than this: the others want their turn, too.
 const BYTES_MAX: u32 = 16 << 10;
-/// After each so many bytes of a turn what has been read leaves: a client that looks for it works on that while the others are read.
+/// After each so many bytes of a turn the connections of which nothing has left in it may send what they have: a client that looks for it
+/// works on that while the others are read.
 const SEND_EACH: usize = 32 << 10;
 
 impl Worker {

@@ -43,6 +43,15 @@ fn turn(worker: &mut Worker) {
     worker.turn().expect("the worker goes on");
 }
 
+/// Takes turns until it is as it should be.
+fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !is_so(worker) {
+        assert!(Instant::now() < deadline, "{what}: not within 30 s");
+        turn(worker);
+    }
+}
+
 fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
@@ -124,15 +133,6 @@ impl Bench {
         }
         self.client.flush();
         last.expect("at least one")
-    }
-
-    /// Takes turns until it is as it should be.
-    fn until(&mut self, what: &str, is_so: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !is_so(self) {
-            assert!(Instant::now() < deadline, "{what}: not within 30 s");
-            turn(&mut self.worker);
-        }
     }
 
     /// Takes turns until so many replies have come, and looks at the data of those that succeeded. Gives the others.

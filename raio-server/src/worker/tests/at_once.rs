@@ -18,7 +18,7 @@ fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
         let mut bench = bench(spin_us);
         for _ in 0..20 {
             bench.read(DEPTH);
-            bench.until("the first turn is over", |bench| !bench.worker.postponed.is_empty());
+            until(&mut bench.worker, "the first turn is over", |worker| !worker.postponed.is_empty());
             assert!((TURN_BYTES_MAX / 2..=TURN_BYTES_MAX).contains(&bench.worker.at_once_bytes));
             assert!(bench.worker.is_busy, "the next turn is not taken at once");
             assert!(bench.collect(DEPTH).is_empty());
@@ -32,12 +32,10 @@ fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
 fn a_client_that_goes_takes_along_what_waits() {
     let mut bench = bench("50");
     bench.read(DEPTH);
-    bench.until("the first turn is over", |bench| !bench.worker.postponed.is_empty());
+    until(&mut bench.worker, "the first turn is over", |worker| !worker.postponed.is_empty());
     drop(bench.client);
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while bench.worker.transport.connections() > 0 || !bench.worker.postponed.is_empty() {
-        assert!(Instant::now() < deadline, "{} are still there", bench.worker.postponed.len());
-        turn(&mut bench.worker);
-    }
+    until(&mut bench.worker, "nothing of it is left", |worker| {
+        worker.transport.connections() == 0 && worker.postponed.is_empty()
+    });
     assert_eq!(bench.worker.arena.used_bytes(), 0);
 }

@@ -87,10 +87,10 @@ fn has_something_to_do_as_soon_as_it_reports() {
     let Some((mut bench, may_report)) = late_bench() else { return };
     bench.read(DEPTH);
     for _ in 0..50 {
-        bench.until("all are taken in", |bench| bench.worker.requests.len() == DEPTH);
+        until(&mut bench.worker, "all are taken in", |worker| worker.requests.len() == DEPTH);
         assert_eq!(bench.worker.at_devices, BEGUN);
         may_report.set(true);
-        bench.until("it reports", |bench| bench.worker.requests.len() == HELD);
+        until(&mut bench.worker, "it reports", |worker| worker.requests.len() == HELD);
         assert_eq!(bench.worker.at_devices, HELD, "it has nothing to do");
         may_report.set(false);
         assert!(bench.collect(BEGUN).is_empty());
@@ -118,18 +118,10 @@ fn a_request_that_is_held_back_can_be_cancelled_at_once() {
 fn a_client_that_goes_leaves_nothing_behind() {
     let Some((mut bench, may_report)) = late_bench() else { return };
     bench.read(DEPTH);
-    bench.until("all are taken in", |bench| bench.worker.requests.len() == DEPTH);
-    let Bench { mut worker, client, _directory, .. } = bench;
-    drop(client);
-    let mut until = |count| {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while worker.requests.len() > count {
-            assert!(Instant::now() < deadline, "{} requests instead of {count}", worker.requests.len());
-            turn(&mut worker);
-        }
-    };
-    until(BEGUN);
+    until(&mut bench.worker, "all are taken in", |worker| worker.requests.len() == DEPTH);
+    drop(bench.client);
+    until(&mut bench.worker, "what is held back is gone", |worker| worker.requests.len() <= BEGUN);
     may_report.set(true);
-    until(0);
-    assert_eq!((worker.at_devices, worker.arena.used_bytes()), (0, 0));
+    until(&mut bench.worker, "the rest is gone", |worker| worker.requests.is_empty());
+    assert_eq!((bench.worker.at_devices, bench.worker.arena.used_bytes()), (0, 0));
 }
