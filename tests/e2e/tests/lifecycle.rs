@@ -63,7 +63,8 @@ fn a_thousand_sessions_leave_the_server_where_it_began() {
             file.close().expect("closed");
         }
     };
-    (0..100).for_each(cycle);
+    // The first sessions touch memory for the first time, a huge page of 2 MiB at a time.
+    (0..1000).for_each(cycle);
     server.statistics_when(is_at_rest);
     let (descriptors, resident) = (server.descriptors(), server.resident_bytes());
     (0..1000).for_each(cycle);
