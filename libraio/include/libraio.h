@@ -292,7 +292,8 @@ int raio_dereg_mr(raio_context_t ctx, raio_mr_t mr);
 
 /*
  * raio_alloc - allocates `len` bytes, zeroed, aligned to 4 KiB at least, on huge pages if the system has some to
- * spare, and registers them. `*mr` (which may be NULL) is set to the registration. It ends with raio_free().
+ * spare, and registers them. Their pages are faulted in, so that the first I/O on them is as fast as the others.
+ * `*mr` (which may be NULL) is set to the registration. It ends with raio_free().
  *
  * Returns the memory, or NULL with errno: EINVAL, ENOMEM.
  */

@@ -1194,9 +1194,10 @@ fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
             )
         };
         if memory != libc::MAP_FAILED {
-            // A child must not share pages that hardware may write to. Huge pages, if not had above, are a favour.
-            for advice in [libc::MADV_DONTFORK, libc::MADV_HUGEPAGE] {
-                // SAFETY: the range is exactly our own mapping, and neither advice changes its contents in this process.
+            // A child must not share pages that hardware may write to. Huge pages, if not had above, are a favour. Faulting the pages in
+            // now keeps the first I/O on each buffer from paying for it, up to 100 ms for 32 MiB in a virtual machine.
+            for advice in [libc::MADV_DONTFORK, libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+                // SAFETY: the range is exactly our own mapping, and no advice changes its contents in this process.
                 unsafe { libc::madvise(memory, mapped, advice) };
             }
             return Ok((memory, mapped));
