@@ -82,11 +82,9 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
     reactor.submit(accept, Op::Accept { listener: listener.clone() });
     let mut events = Vec::new();
     loop {
-        reactor.turn(Wait::Block, &mut events)?;
+        server.run_once(&mut reactor, Wait::Block, &mut events)?;
         for event in events.drain(..) {
-            if event.token.owner == TRANSPORT {
-                server.handle(&mut reactor, event);
-            } else if let Payload::Fd(stream) = event.payload {
+            if let Payload::Fd(stream) = event.payload {
                 server.adopt(&mut reactor, stream);
                 reactor.submit(accept, Op::Accept { listener: listener.clone() });
             }

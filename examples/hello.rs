@@ -52,12 +52,10 @@ fn serve(listener: OwnedFd) -> std::io::Result<()> {
 
     let mut events = Vec::new();
     loop {
-        // Hear of everything that has happened,
-        reactor.turn(Wait::Block, &mut events)?;
+        // Wait until something has happened; what is left in `events` is not the transport's,
+        server.run_once(&mut reactor, Wait::Block, &mut events)?;
         for event in events.drain(..) {
-            if event.token.owner == TRANSPORT {
-                server.handle(&mut reactor, event);
-            } else if let Payload::Fd(stream) = event.payload {
+            if let Payload::Fd(stream) = event.payload {
                 server.adopt(&mut reactor, stream);
                 reactor.submit(accept, Op::Accept { listener: listener.clone() });
             }

@@ -96,15 +96,12 @@ fn work(
     let (mut clients, mut greetings) = (0, 0);
     let mut events = Vec::new();
     loop {
-        reactor.turn(Wait::Block, &mut events)?;
+        server.run_once(reactor, Wait::Block, &mut events)?;
         while let Some(mail) = mailbox.take() {
             match mail {
                 Mail::Client(stream) => server.adopt(reactor, stream),
                 Mail::Stop => return Ok((clients, greetings)),
             }
-        }
-        for event in events.drain(..) {
-            server.handle(reactor, event);
         }
         while let Some(event) = server.next_event() {
             match event {

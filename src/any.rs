@@ -62,7 +62,6 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
 /// ids stay the same.
 pub struct Server {
     tcp: tcp::Server,
-    tcp_owner: u8,
     rdma: Option<rdma::Server>,
     /// By a TCP connection's index: the queue pair that it has moved to.
     moved: Vec<Option<Moved>>,
@@ -111,7 +110,6 @@ impl Server {
         let policy = Policy { queue_pair: rdma.is_some(), ..policy.clone() };
         Self {
             tcp: tcp::Server::new(owner, Arc::new(policy)),
-            tcp_owner: owner,
             rdma,
             moved: Vec::new(),
             moved_count: 0,
@@ -261,9 +259,14 @@ impl Server {
 }
 
 impl ServerTransport for Server {
+    fn owners(&self) -> [u8; 2] {
+        let [tcp, _] = self.tcp.owners();
+        [tcp, self.rdma.as_ref().map_or(tcp, |rdma| rdma.owners()[0])]
+    }
+
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         match &mut self.rdma {
-            Some(rdma) if event.token.owner != self.tcp_owner => rdma.handle(reactor, event),
+            Some(rdma) if rdma.owners().contains(&event.token.owner) => rdma.handle(reactor, event),
             _ => self.tcp.handle(reactor, event),
         }
     }

@@ -4,13 +4,14 @@
 //! imitate RDMA, and RDMA need not imitate a stream. A server's transport carries many connections on its worker's reactor; a
 //! client's is one connection and needs no reactor.
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
 use crate::memory::{Arena, Buffers, Region, Slot};
-use crate::reactor::{Event, Reactor};
+use crate::reactor::{Event, Reactor, Wait};
 
 /// A connection of a server's transport: an index that is reused and a generation that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -156,6 +157,30 @@ impl CloseReason {
 
 /// The server's side of a transport: all connections of one worker. The worker lends its reactor to each call.
 pub trait ServerTransport {
+    /// Runs one iteration of the event loop: submits what was asked for, waits as `wait` says unless the transport has news that no event
+    /// of the reactor tells of, and takes in all that concerns the transport. What is left in `events`, which must be empty before, are
+    /// the other events. Returns whether anything happened. Then take [`ServerTransport::next_event`] until there is none, and
+    /// [`ServerTransport::flush`].
+    fn run_once(&mut self, reactor: &mut Reactor, wait: Wait, events: &mut Vec<Event>) -> io::Result<bool> {
+        debug_assert!(events.is_empty(), "events of the last iteration were not taken");
+        let mut has_news = false;
+        reactor.turn_looking(wait, events, &mut |arm| {
+            has_news = self.has_news(arm);
+            has_news
+        })?;
+        let happened = has_news || !events.is_empty();
+        let owners = self.owners();
+        for event in events.extract_if(.., |event| owners.contains(&event.token.owner)) {
+            self.handle(reactor, event);
+        }
+        self.take_news(reactor);
+        Ok(happened)
+    }
+
+    /// The owner numbers in the tokens of this transport's operations, twice the same if it has one: their events are for
+    /// [`ServerTransport::handle`].
+    fn owners(&self) -> [u8; 2];
+
     /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`] has this transport's
     /// owner number).
     fn handle(&mut self, reactor: &mut Reactor, event: Event);

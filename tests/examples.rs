@@ -2,7 +2,8 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// `cargo run` for an example, built as this test was: its path says how (`TARGET_DIR[/TRIPLE]/PROFILE/deps/NAME`).
 fn example(name: &str, arguments: &[&str]) -> Command {
@@ -24,8 +25,22 @@ fn example(name: &str, arguments: &[&str]) -> Command {
     command
 }
 
+/// What a command says, unless it does not end: then it is killed, and the test fails.
+fn output_in_time(mut command: Command) -> Output {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{command:?} has not ended within 120 s");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.wait_with_output().unwrap()
+}
+
 fn output(name: &str, arguments: &[&str]) -> String {
-    let output = example(name, arguments).output().unwrap();
+    let output = output_in_time(example(name, arguments));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{name} {arguments:?}: {errors}");
     String::from_utf8(output.stdout).unwrap()
@@ -58,15 +73,26 @@ fn echo_returns_what_was_sent_between_two_processes() {
     let mut line = String::new();
     BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let address = line.trim().strip_prefix("listening on ").expect("it says where it listens").to_owned();
-    let said = ["0", "1", "65536", "1048576"]
-        .map(|bytes| example("echo", &["client", &address, bytes, "50", "4"]).output().unwrap());
-    let too_much = example("echo", &["client", &address, "1048577"]).output().unwrap();
+    let jobs = [
+        ("0", "50", "4"),
+        ("1", "50", "4"),
+        ("4096", "2000", "128"),
+        ("65536", "500", "64"),
+        ("1048576", "100", "16"),
+    ];
+    let said = jobs.map(|(bytes, count, depth)| {
+        output_in_time(example("echo", &["client", &address, bytes, count, depth]))
+    });
+    let too_much = output_in_time(example("echo", &["client", &address, "1048577"]));
     // `cargo run` has become the example.
     server.kill().unwrap();
     server.wait().unwrap();
-    for (output, bytes) in said.iter().zip(["0", "1", "65536", "1048576"]) {
+    for (output, (bytes, count, depth)) in said.iter().zip(jobs) {
         let text = String::from_utf8_lossy(&output.stdout);
-        assert!(text.starts_with(&format!("50 echoes of {bytes} bytes, 4 at a time: ")), "{output:?}");
+        assert!(
+            text.starts_with(&format!("{count} echoes of {bytes} bytes, {depth} at a time: ")),
+            "{output:?}"
+        );
     }
     assert!(!too_much.status.success());
     assert!(String::from_utf8_lossy(&too_much.stderr).contains("at most 1048576 bytes"), "{too_much:?}");

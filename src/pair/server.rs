@@ -363,6 +363,10 @@ fn token(owner: u8, id: ConnectionId) -> Token {
 }
 
 impl ServerTransport for Server {
+    fn owners(&self) -> [u8; 2] {
+        [self.owner; 2]
+    }
+
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let value = event.token.value;
         let id = ConnectionId { index: value as u32, generation: (value >> 32) as u32 };

@@ -223,6 +223,9 @@ impl Server {
 }
 
 impl ServerTransport for Server {
+    fn owners(&self) -> [u8; 2] {
+        match self.0 {}
+    }
     fn handle(&mut self, _: &mut Reactor, _: Event) {
         match self.0 {}
     }

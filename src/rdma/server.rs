@@ -999,6 +999,10 @@ fn id_of(number: u64) -> ConnectionId {
 }
 
 impl ServerTransport for Server {
+    fn owners(&self) -> [u8; 2] {
+        [self.owner; 2]
+    }
+
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let index = event.token.value >> 2;
         if let Payload::Timer = event.payload {

@@ -480,30 +480,19 @@ impl Handler {
         let mut events = Vec::new();
         let mut wait = Wait::Block;
         loop {
-            let mut news = false;
-            let transport = self.wires.transport();
-            reactor
-                .turn_looking(wait, &mut events, &mut |arm| {
-                    news = transport.has_news(arm);
-                    news
-                })
-                .unwrap();
+            let happened = self.wires.transport().run_once(reactor, wait, &mut events).unwrap();
             while let Some(mail) = mail.take() {
                 match mail {
                     Mail::Adopt(wire) => self.wires.adopt(reactor, wire),
                     Mail::Stop => return,
                 }
             }
-            for event in events.drain(..) {
-                self.wires.transport().handle(reactor, event);
-            }
-            self.wires.transport().take_news(reactor);
             let waiting = self.waiting.len();
             for request in std::mem::take(&mut self.waiting) {
                 self.begin(reactor, request);
             }
             // Where answers leave with the flush their slots are free again at once.
-            wait = if self.waiting.len() < waiting || news { Wait::Poll } else { Wait::Block };
+            wait = if self.waiting.len() < waiting || happened { Wait::Poll } else { Wait::Block };
             while let Some(event) = self.wires.transport().next_event() {
                 self.take_in(reactor, event);
             }

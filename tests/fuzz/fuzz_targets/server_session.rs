@@ -126,10 +126,7 @@ impl Server {
     }
 
     fn turn(&mut self) {
-        self.reactor.turn(Wait::Poll, &mut self.events).unwrap();
-        for event in std::mem::take(&mut self.events) {
-            self.transport.handle(&mut self.reactor, event);
-        }
+        self.transport.run_once(&mut self.reactor, Wait::Poll, &mut self.events).unwrap();
         while let Some(exchange) = self.transport.next_exchange() {
             // It moves, or stays, as the client's own number says.
             let answer = if exchange.theirs.qpn & 1 == 0 {
