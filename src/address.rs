@@ -32,6 +32,46 @@ pub struct Address {
 }
 
 impl Address {
+    /// Parses a URL. The error says what is wrong with it; which forms are right is for the caller to say.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        let (scheme, rest) = text.split_once("://").ok_or("it has no scheme")?;
+        let scheme = match scheme {
+            "raio" => Scheme::Any,
+            "raio+tcp" | "tcp" => Scheme::Tcp,
+            "raio+rdma" | "rdma" => Scheme::Rdma,
+            _ => return Err("its scheme is unknown"),
+        };
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        if rest.contains('/') {
+            return Err("it has a path, which belongs to the file and not to the server");
+        }
+        let (host, port) = if let Some(inner) = rest.strip_prefix('[') {
+            let (host, tail) = inner.split_once(']').ok_or("a bracket is not closed")?;
+            match tail.strip_prefix(':') {
+                Some(port) => (host, Some(port)),
+                None if tail.is_empty() => (host, None),
+                None => return Err("something other than a port follows the bracket"),
+            }
+        } else {
+            match rest.rsplit_once(':') {
+                Some((host, _)) if host.contains(':') => return Err("IPv6 addresses go in brackets"),
+                Some((host, port)) => (host, Some(port)),
+                None => (rest, None),
+            }
+        };
+        if host.is_empty() {
+            return Err("it names no host");
+        }
+        let port = match port {
+            None => PORT_DEFAULT,
+            Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
+                port.parse().map_err(|_| "its port is not a number from 0 to 65535")?
+            }
+            Some(_) => return Err("its port is not a number from 0 to 65535"),
+        };
+        Ok(Self { scheme, host: host.to_owned(), port })
+    }
+
     /// Looks the host up. At least one address on success.
     pub fn resolve(&self) -> Result<Vec<SocketAddr>, Error> {
         let found: Vec<_> = (self.host.as_str(), self.port)
@@ -59,48 +99,12 @@ impl FromStr for Address {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let wrong = |why: &str| {
+        Self::parse(text).map_err(|why| {
             Error::Address(format!(
                 "{text:?} is not an address: {why}. Write raio://HOST:PORT, raio+tcp://HOST:PORT or, for a \
                  listener, tcp://HOST:PORT."
             ))
-        };
-        let (scheme, rest) = text.split_once("://").ok_or_else(|| wrong("it has no scheme"))?;
-        let scheme = match scheme {
-            "raio" => Scheme::Any,
-            "raio+tcp" | "tcp" => Scheme::Tcp,
-            "raio+rdma" | "rdma" => Scheme::Rdma,
-            _ => return Err(wrong("its scheme is unknown")),
-        };
-        let rest = rest.strip_suffix('/').unwrap_or(rest);
-        if rest.contains('/') {
-            return Err(wrong("it has a path, which belongs to the file and not to the server"));
-        }
-        let (host, port) = if let Some(inner) = rest.strip_prefix('[') {
-            let (host, tail) = inner.split_once(']').ok_or_else(|| wrong("a bracket is not closed"))?;
-            match tail.strip_prefix(':') {
-                Some(port) => (host, Some(port)),
-                None if tail.is_empty() => (host, None),
-                None => return Err(wrong("something other than a port follows the bracket")),
-            }
-        } else {
-            match rest.rsplit_once(':') {
-                Some((host, _)) if host.contains(':') => return Err(wrong("IPv6 addresses go in brackets")),
-                Some((host, port)) => (host, Some(port)),
-                None => (rest, None),
-            }
-        };
-        if host.is_empty() {
-            return Err(wrong("it names no host"));
-        }
-        let port = match port {
-            None => PORT_DEFAULT,
-            Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
-                port.parse().map_err(|_| wrong("its port is not a number from 0 to 65535"))?
-            }
-            Some(_) => return Err(wrong("its port is not a number from 0 to 65535")),
-        };
-        Ok(Self { scheme, host: host.to_owned(), port })
+        })
     }
 }
 

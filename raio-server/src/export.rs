@@ -9,82 +9,20 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use raio_transport::Status;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{Access as Permission, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 
-use crate::config::Size;
+use crate::export_spec::{ExportSpec, Source};
 use crate::session::{Access, FileKind, OpenFile};
-
-/// An export as the configuration names it: `NAME=PATH[,rw][,direct]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ExportSpec {
-    /// Its name: the first component of clients' paths.
-    pub name: String,
-    source: Source,
-    is_writable: bool,
-    is_direct: bool,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Source {
-    Path(PathBuf),
-    Null(u64),
-    Memory(u64),
-}
-
-impl FromStr for ExportSpec {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |why: &str| {
-            format!(
-                "--export {text}: {why}. Write NAME=PATH[,rw][,direct], NAME=null:SIZE or NAME=mem:SIZE[,rw]."
-            )
-        };
-        let (name, mut rest) = text.split_once('=').ok_or_else(|| wrong("there is no `=`"))?;
-        if name.is_empty() || name.contains('/') || name == "." || name == ".." {
-            return Err(wrong("the name cannot be a component of a path"));
-        }
-        let (mut is_writable, mut is_direct) = (false, false);
-        loop {
-            if let Some(front) = rest.strip_suffix(",rw") {
-                (rest, is_writable) = (front, true);
-            } else if let Some(front) = rest.strip_suffix(",direct") {
-                (rest, is_direct) = (front, true);
-            } else {
-                break;
-            }
-        }
-        let size = |text: &str| match text.parse() {
-            Ok(Size(0)) => Err(wrong("the size is 0")),
-            Ok(Size(bytes)) => Ok(bytes),
-            Err(error) => Err(format!("--export {name}: {error}")),
-        };
-        let source = if let Some(text) = rest.strip_prefix("null:") {
-            Source::Null(size(text)?)
-        } else if let Some(text) = rest.strip_prefix("mem:") {
-            Source::Memory(size(text)?)
-        } else if rest.is_empty() {
-            return Err(wrong("there is no path"));
-        } else {
-            Source::Path(rest.into())
-        };
-        if is_direct && !matches!(source, Source::Path(_)) {
-            return Err(wrong("`direct` means nothing here, for there is no page cache to pass by"));
-        }
-        Ok(Self { name: name.to_owned(), source, is_writable, is_direct })
-    }
-}
 
 /// An export, open. Shared by all workers.
 #[derive(Debug)]
@@ -118,30 +56,50 @@ impl Export {
                 })?,
                 size: *size,
             },
-            Source::Path(path) => Self::open_path(path, spec.is_writable)
+            Source::Path(path) => Self::open_path(path, spec)
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
         };
         Ok(Self { name: spec.name.clone(), root, is_writable: spec.is_writable, is_direct: spec.is_direct })
     }
 
-    fn open_path(path: &Path, is_writable: bool) -> anyhow::Result<Root> {
+    fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
         let path = path.canonicalize()?;
         let kind = path.metadata()?.file_type();
+        if !kind.is_dir() && !kind.is_file() && !kind.is_block_device() {
+            bail!("it is neither a directory nor a regular file nor a block device. Export one of those.");
+        }
+        for (option, is_given, is_right, of) in [
+            ("grow", spec.may_grow, kind.is_file(), "a regular file"),
+            ("mountpoint", spec.must_be_mountpoint, kind.is_dir(), "a directory"),
+            ("devices", spec.has_devices, kind.is_dir(), "a directory"),
+            ("max-file-size", spec.file_bytes_max.is_some(), kind.is_dir(), "a directory"),
+            ("cross-mounts", spec.crosses_mounts, kind.is_dir(), "a directory"),
+        ] {
+            ensure!(!is_given || is_right, "the option `{option}` is for an export of {of}. Leave it out");
+        }
+        let may = |access| rustix::fs::accessat(CWD, &path, access, AtFlags::EACCESS);
         let directory = |path: &Path| {
             rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                 .map(Arc::new)
         };
+        let remedy = |what| {
+            format!(
+                "It cannot be {what}: run raio_server as a user who may do that, or change the permissions"
+            )
+        };
         if kind.is_dir() {
+            // Nothing here lists it, so that one that can only be searched will do.
+            may(Permission::EXEC_OK).with_context(|| remedy("searched"))?;
+            if spec.is_writable {
+                let what = "written (leave out rw to serve it read-only)";
+                may(Permission::WRITE_OK).with_context(|| remedy(what))?;
+            }
             return Ok(Root::Directory(directory(&path)?));
         }
-        if !kind.is_file() && !kind.is_block_device() {
-            bail!("it is neither a directory nor a regular file nor a block device. Export one of those.");
-        }
-        let access = if is_writable { OFlags::RDWR } else { OFlags::RDONLY };
-        rustix::fs::open(&path, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty()).with_context(|| {
-            let what = if is_writable { "read and written" } else { "read" };
-            format!("It cannot be {what}: run raio_server as a user who may do that, or change the permissions")
-        })?;
+        let (access, what) =
+            if spec.is_writable { (OFlags::RDWR, "read and written") } else { (OFlags::RDONLY, "read") };
+        rustix::fs::open(&path, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
+            .with_context(|| remedy(what))?;
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { bail!("it has no name") };
         Ok(Root::Single {
             directory: directory(parent)?,
@@ -334,37 +292,6 @@ mod tests {
 
     fn spec(text: &str) -> ExportSpec {
         text.parse().unwrap()
-    }
-
-    #[test]
-    fn exports_parse() {
-        let path = |name: &str, path: &str, is_writable, is_direct| ExportSpec {
-            name: name.into(),
-            source: Source::Path(path.into()),
-            is_writable,
-            is_direct,
-        };
-        assert_eq!(spec("a=/x"), path("a", "/x", false, false));
-        assert_eq!(spec("a=/x,rw"), path("a", "/x", true, false));
-        assert_eq!(spec("a=/x,direct,rw"), path("a", "/x", true, true));
-        assert_eq!(spec("a=/x,y=z,direct"), path("a", "/x,y=z", false, true));
-        assert_eq!(spec("n=null:1G").source, Source::Null(1 << 30));
-        assert_eq!(spec("m=mem:64k,rw").source, Source::Memory(64 << 10));
-        for text in [
-            "",
-            "a",
-            "=/x",
-            "a/b=/x",
-            "..=/x",
-            ".=/x",
-            "a=",
-            "a=,rw",
-            "a=null:",
-            "a=mem:0",
-            "a=mem:1M,direct",
-        ] {
-            assert!(text.parse::<ExportSpec>().unwrap_err().ends_with('.'), "{text}");
-        }
     }
 
     fn errno(exports: &Exports, flags: u32, path: &str) -> i32 {

@@ -13,11 +13,13 @@
 mod backend;
 mod config;
 mod export;
+mod export_spec;
 mod listener;
 mod pace;
 mod request;
 mod server;
 mod session;
+mod size;
 mod stats;
 mod throttle;
 mod worker;
@@ -34,10 +36,20 @@ use config::{Config, LogLevel, Options};
 use server::Server;
 
 fn main() -> ExitCode {
-    let options = Options::parse();
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => match config::advice(&error) {
+            Some(advice) => {
+                eprintln!("raio_server: {advice} See raio_server --help.");
+                return ExitCode::from(2);
+            }
+            None => error.exit(),
+        },
+    };
     if options.list_devices {
         return list_devices();
     }
+    let is_check = options.check;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let config = match options.check(cores) {
         Ok(config) => config,
@@ -46,6 +58,15 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if is_check {
+        return match server::check(&config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("raio_server: {error:#}");
+                ExitCode::from(2)
+            }
+        };
+    }
     let level = match config.log {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,

@@ -3,7 +3,6 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
 
 use std::io::Write;
-use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -11,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
+use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
-use raio_transport::{open_files, rdma};
 
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
@@ -76,6 +75,12 @@ impl Drop for EndedOnDrop {
     }
 }
 
+/// Whether a server could start with this, as far as can be told without listening.
+pub fn check(config: &Config) -> anyhow::Result<()> {
+    session_limits(open_files::raise(config.sessions_max.map_or(0, descriptors_for)), config.sessions_max)?;
+    Exports::open(&config.exports).map(drop)
+}
+
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
@@ -95,8 +100,7 @@ impl Server {
         let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
         let signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
-        let listen = what_to_listen_on(&config.listen);
-        let listener = Listener::bind(&mut reactor, LISTENER, &listen)?;
+        let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
         let shared = Arc::new(Shared {
             exports,
             sessions: Sessions::new(sessions_max, files_max),
@@ -110,7 +114,7 @@ impl Server {
             backend: config.backend,
             arena_bytes: config.arena_bytes,
             spin: config.spin,
-            rdma: listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
+            rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
@@ -294,20 +298,6 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
         tracing::warn!("RDMA is not used, so clients of raio:// stay on TCP: {error}.");
     }
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
-}
-
-/// The addresses as they are, or where there is no RDMA for TCP alone.
-fn what_to_listen_on(listen: &[(Scheme, SocketAddr)]) -> Vec<(Scheme, SocketAddr)> {
-    let mut wanted = listen.to_vec();
-    if let Some(reason) = rdma::unavailable()
-        && wanted.iter().any(|(scheme, _)| *scheme == Scheme::Rdma)
-    {
-        tracing::warn!("There is no RDMA here ({reason}); serving TCP.");
-        wanted.iter_mut().for_each(|(scheme, _)| *scheme = Scheme::Tcp);
-        let mut seen = std::collections::HashSet::new();
-        wanted.retain(|(_, address)| seen.insert(*address));
-    }
-    wanted
 }
 
 /// What so many sessions take: a connection and a file for each, and what is not theirs.

@@ -19,7 +19,22 @@ fn run(arguments: &[&str]) -> (Option<i32>, String) {
 fn what_makes_no_sense_is_said_and_exits_with_2() {
     for (arguments, needle) in [
         (&[][..], "--export NAME=PATH"),
-        (&["--export", "x"], "--export x"),
+        (&["--export", "x"], "NAME=PATH"),
+        (&["--export", "a=/tmp,RW"], "Write `,rw`"),
+        (&["--export", "a=/tmp,sync"], "ro, rw and direct"),
+        (&["--export", "a=/tmp rw"], "a=/tmp,rw"),
+        (&["--export", "/tmp rw"], "NAME=PATH"),
+        (&["--port", "26100"], "--listen tcp://HOST:PORT"),
+        (&["/tmp"], "--export NAME=PATH"),
+        (
+            &["--export", "a=/tmp", "--listen", "26100"],
+            "--listen 26100: it is a port alone. Write tcp://127.0.0.1:26100",
+        ),
+        (
+            &["--export", "a=/tmp", "--listen", "tcp://no-such-host.invalid"],
+            "--listen tcp://no-such-host.invalid",
+        ),
+        (&["--export", "a=/tmp", "--workers=many"], "not a whole number"),
         (&["--export", "a=null:1M", "--memory", "4k"], "--memory"),
         (&["--export", "a=null:1M", "--queue-depth", "zero"], "--queue-depth"),
         (&["--no-such-option"], "--no-such-option"),
@@ -28,6 +43,35 @@ fn what_makes_no_sense_is_said_and_exits_with_2() {
         assert_eq!(code, Some(2), "{text}");
         assert!(text.contains(needle), "{text}");
     }
+}
+
+#[test]
+fn a_check_opens_the_exports_and_starts_nothing() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}", taken.local_addr().unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("raio.toml");
+    std::fs::write(&file, "[export.a]\npath = '/'\ncross-mounts = true\n[export.m]\nmemory = '1M'\n")
+        .unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(run(&["--check", "--listen", &url, "--config", file]), (Some(0), String::new()));
+    for (arguments, needle) in [
+        (&["--check", "--export", "a=/no/such"][..], "/no/such"),
+        (&["--check", "--export", "a=/dev/null"], "neither a directory"),
+        (&["--check", "--config", file, "--workers", "0"], "--workers is 0"),
+    ] {
+        let (code, text) = run(arguments);
+        assert_eq!(code, Some(2), "{text}");
+        assert!(text.contains(needle), "{text}");
+    }
+    std::fs::write(file, "[export.a]\npath = '/'\nshare = true\n").unwrap();
+    let (code, text) = run(&["--check", "--config", file]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains(&format!("{file}:3:1: ")) && text.contains("share"), "{text}");
+    std::fs::write(file, "[export.a]\npath = '/'\ngrow = true\n").unwrap();
+    let (code, text) = run(&["--check", "--config", file]);
+    assert_eq!(code, Some(2), "{text}");
+    assert!(text.contains("`grow`"), "{text}");
 }
 
 #[test]
