@@ -305,11 +305,6 @@ impl ServerTransport for Server {
         transport.fetch(reactor, RequestKey { connection, ..request }, slot, start);
     }
 
-    fn data_at_hand(&self, request: RequestKey) -> Option<&[u8]> {
-        let (connection, transport) = self.seen_at_place(request.connection);
-        transport.data_at_hand(RequestKey { connection, ..request })
-    }
-
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
         let (connection, transport) = self.at_place(request.connection);
         transport.respond(reactor, RequestKey { connection, ..request }, response);

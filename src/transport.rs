@@ -205,13 +205,6 @@ pub trait ServerTransport {
     /// room for the request's `data_len`. A request that is answered without a fetch has its data discarded.
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize);
 
-    /// The data of a request whose data has not been fetched, if all of it has arrived and lies in one place. It need not be fetched then: an
-    /// answer discards it.
-    fn data_at_hand(&self, request: RequestKey) -> Option<&[u8]> {
-        let _ = request;
-        None
-    }
-
     /// Answers a request, and gives its credit back. What is passed here is sent by the next [`ServerTransport::flush`]. Answering a
     /// request of a connection that has closed does nothing.
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response);

@@ -21,7 +21,9 @@ use raio_transport::protocol::{
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{Access as Permission, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 
+use crate::backend::{Descriptor, Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
+use crate::pool::Pool;
 use crate::session::{Access, FileKind, OpenFile};
 
 /// An export, open. Shared by all workers.
@@ -31,6 +33,7 @@ pub struct Export {
     root: Root,
     is_writable: bool,
     is_direct: bool,
+    lanes: Lanes,
 }
 
 #[derive(Debug)]
@@ -40,26 +43,35 @@ enum Root {
     /// One file, by its name in its directory.
     Single { directory: Arc<OwnedFd>, name: CString, is_device: bool },
     /// Memory, zeros at the start.
-    Memory { fd: Arc<OwnedFd>, size: u64 },
+    Memory { fd: Arc<Descriptor>, size: u64 },
     /// Zeros; what is written is lost.
     Null { size: u64 },
 }
 
 impl Export {
     /// Opens what the configuration names.
-    pub fn open(spec: &ExportSpec) -> anyhow::Result<Self> {
+    pub fn open(spec: &ExportSpec, lanes: Lanes) -> anyhow::Result<Self> {
         let root = match &spec.source {
             Source::Null(size) => Root::Null { size: *size },
             Source::Memory(size) => Root::Memory {
-                fd: memory(*size).with_context(|| {
-                    format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
-                })?,
+                fd: Descriptor::new(
+                    memory(*size).with_context(|| {
+                        format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
+                    })?,
+                    lanes,
+                ),
                 size: *size,
             },
             Source::Path(path) => Self::open_path(path, spec)
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
         };
-        Ok(Self { name: spec.name.clone(), root, is_writable: spec.is_writable, is_direct: spec.is_direct })
+        Ok(Self {
+            name: spec.name.clone(),
+            root,
+            is_writable: spec.is_writable,
+            is_direct: spec.is_direct,
+            lanes,
+        })
     }
 
     fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
@@ -108,6 +120,11 @@ impl Export {
         })
     }
 
+    /// Its shares of the pool.
+    pub fn lanes(&self) -> &Lanes {
+        &self.lanes
+    }
+
     /// The directory that this export's files are opened in, if it has one.
     pub fn directory(&self) -> Option<&Arc<OwnedFd>> {
         match &self.root {
@@ -129,11 +146,11 @@ impl Export {
 }
 
 /// Memory of a fixed size.
-fn memory(size: u64) -> rustix::io::Result<Arc<OwnedFd>> {
+fn memory(size: u64) -> rustix::io::Result<OwnedFd> {
     let fd = rustix::fs::memfd_create("raio-mem", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&fd, size)?;
     rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)?;
-    Ok(Arc::new(fd))
+    Ok(fd)
 }
 
 /// A refusal: the status, and the sentence for the client.
@@ -166,9 +183,9 @@ pub enum Target {
 pub struct Exports(Vec<Export>);
 
 impl Exports {
-    /// Opens all of them.
-    pub fn open(specs: &[ExportSpec]) -> anyhow::Result<Self> {
-        specs.iter().map(Export::open).collect::<anyhow::Result<_>>().map(Self)
+    /// Opens all of them, each with lanes of its own.
+    pub fn open(specs: &[ExportSpec], pool: &'static Pool<Job>) -> anyhow::Result<Self> {
+        specs.iter().map(|spec| Export::open(spec, Lanes::new(pool))).collect::<anyhow::Result<_>>().map(Self)
     }
 
     /// All of them, in order.
@@ -310,7 +327,7 @@ mod tests {
             spec("n=null:1M"),
             spec("m=mem:1M"),
         ];
-        let exports = Exports::open(&specs).unwrap();
+        let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
         let path_of = |flags, path: &str| match exports.resolve(flags, 0o600, path.as_bytes()).unwrap() {
             Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
             Target::Ready(file) => panic!("{file:?}"),
@@ -347,8 +364,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_exported_is_refused_with_a_reason() {
+        let lanes = Lanes::new(Pool::start().unwrap());
         for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
-            let error = format!("{:#}", Export::open(&spec(text)).unwrap_err());
+            let error = format!("{:#}", Export::open(&spec(text), lanes).unwrap_err());
             assert!(error.contains(needle), "{error}");
         }
     }

@@ -8,7 +8,6 @@
 //! connection's FIFO. This module knows what a request does next and what comes of it; [`crate::worker`] moves it along.
 
 use std::cell::RefCell;
-use std::ffi::CString;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -16,13 +15,14 @@ use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::message;
 use raio_transport::protocol::FileHandle;
-use raio_transport::reactor::{Fallocate, OpId, OpenHow};
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
+use rustix::fs::FallocateFlags;
 use zerocopy::IntoBytes;
 
-use crate::backend::{Completion, FileInfo, Handle, Operation, Outcome};
+use crate::backend::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
+use crate::open::Opening;
 use crate::pace::Pace;
-use crate::session::{Access, FileKind, OpenFile};
+use crate::session::OpenFile;
 
 /// An open file as one worker has it.
 #[derive(Debug)]
@@ -31,16 +31,14 @@ pub struct WorkerFile {
     pub handle: FileHandle,
     /// What all workers share.
     pub open: Arc<OpenFile>,
-    /// For the backend; None if the file needs none (`null:`).
-    pub backend: Option<Handle>,
     /// When its O_DIRECT reads and writes begin.
     pub pace: RefCell<Pace>,
 }
 
 impl WorkerFile {
     /// A file that nothing has been done with.
-    pub fn new(handle: FileHandle, open: Arc<OpenFile>, backend: Option<Handle>) -> Self {
-        Self { handle, open, backend, pace: RefCell::default() }
+    pub fn new(handle: FileHandle, open: Arc<OpenFile>) -> Self {
+        Self { handle, open, pace: RefCell::default() }
     }
 }
 
@@ -72,8 +70,8 @@ pub struct Request {
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
     pub canceller: Option<RequestKey>,
-    /// For cancelling.
-    pub operation: Option<OpId>,
+    /// Where its operation is, for cancelling.
+    pub operation: Option<Pending>,
 }
 
 /// What a request does.
@@ -202,6 +200,9 @@ pub struct Zero {
     attempt: ZeroAttempt,
 }
 
+/// The file keeps its size.
+const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
 #[derive(Clone, Copy, Debug)]
 enum ZeroAttempt {
     ZeroRange,
@@ -219,35 +220,11 @@ impl Zero {
     fn next(&self) -> Operation {
         let Range { offset, length } = self.range;
         match self.attempt {
-            ZeroAttempt::ZeroRange => Operation::Fallocate { how: Fallocate::ZeroRange, offset, length },
+            ZeroAttempt::ZeroRange => {
+                Operation::Fallocate { how: FallocateFlags::ZERO_RANGE, offset, length }
+            }
             ZeroAttempt::Stat => Operation::Stat,
-            ZeroAttempt::PunchHole => Operation::Fallocate { how: Fallocate::PunchHole, offset, length },
-        }
-    }
-}
-
-/// An open that is under way.
-#[derive(Debug)]
-pub struct Opening {
-    /// In the directory of which export.
-    pub export: usize,
-    /// Relative to it.
-    pub path: CString,
-    /// How.
-    pub how: OpenHow,
-    /// For what.
-    pub access: Access,
-    /// How often the kernel may yet say that a rename came in between.
-    pub retries: u32,
-    /// The file, once it is open: its type and alignment are still to be asked for.
-    pub file: Option<Handle>,
-}
-
-impl Opening {
-    fn next(&self) -> Operation {
-        match self.file {
-            None => Operation::Open { path: self.path.clone(), how: Box::new(self.how) },
-            Some(_) => Operation::Stat,
+            ZeroAttempt::PunchHole => Operation::Fallocate { how: PUNCH_HOLE, offset, length },
         }
     }
 }
@@ -257,6 +234,8 @@ impl Opening {
 pub enum Step {
     /// There is more to do.
     Again(Operation),
+    /// There is more to do, which may have to wait.
+    Blocking(Operation),
     /// It is done.
     Done(Response),
 }
@@ -284,6 +263,14 @@ impl Work {
         }
     }
 
+    /// The descriptor of its file, which it has submitted an operation on before.
+    pub fn submitted_fd(&self) -> &Arc<Descriptor> {
+        match self.file().and_then(|file| file.open.fd()) {
+            Some(fd) => fd,
+            None => unreachable!("{self:?} is on no file"),
+        }
+    }
+
     /// The file, if this goes straight to its device.
     pub fn direct_file(&self) -> Option<&Rc<WorkerFile>> {
         match self {
@@ -299,11 +286,10 @@ impl Work {
             (Self::Write(_, write), Some(slot)) => write.next(slot),
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
             (Self::Discard(_, Range { offset, length }), None) => {
-                Operation::Fallocate { how: Fallocate::PunchHole, offset: *offset, length: *length }
+                Operation::Fallocate { how: PUNCH_HOLE, offset: *offset, length: *length }
             }
             (Self::Zero(_, zero), None) => zero.next(),
             (Self::Stat(_), None) => Operation::Stat,
-            (Self::Open(opening), None) => opening.next(),
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
     }
@@ -312,6 +298,12 @@ impl Work {
     pub fn completed(&mut self, completion: Completion) -> Step {
         let Completion { result, outcome, .. } = completion;
         match (self, result, outcome) {
+            (_, _, Outcome::NoThread) => Step::Done(failure(
+                Status::storage(libc::EAGAIN),
+                "The server can start no thread for this. Try again later, or raise its limit on processes with `ulimit -u` or TasksMax=.",
+            )),
+            (Self::Read(_, read), _, Outcome::WouldBlock(range)) => Step::Blocking(read.next(range.slot)),
+            (Self::Write(_, write), _, Outcome::WouldBlock(range)) => Step::Blocking(write.next(range.slot)),
             (Self::Read(_, read), Ok(n), Outcome::Slot(range)) => {
                 if !read.advance(n as usize) {
                     return Step::Again(read.next(range.slot));
@@ -332,13 +324,13 @@ impl Work {
             (Self::Write(_, write), Err(libc::ECANCELED), Outcome::Slot(range)) if write.done > 0 => {
                 Step::Again(write.next(range.slot))
             }
-            (Self::Zero(file, zero), result, outcome) => match (zero.attempt, result, outcome) {
+            (Self::Zero(_, zero), result, outcome) => match (zero.attempt, result, outcome) {
                 (ZeroAttempt::ZeroRange, Err(libc::EOPNOTSUPP), _) => {
                     zero.attempt = ZeroAttempt::Stat;
                     Step::Again(zero.next())
                 }
                 (ZeroAttempt::Stat, Ok(_), Outcome::Stat(info)) => {
-                    if zero.range.end() > size_of_file(file, &info) {
+                    if zero.range.end() > info.status.size.get() {
                         return Step::Done(failure(
                             Status::storage(libc::EOPNOTSUPP),
                             "This file system cannot write zeros beyond the end of a file. Write them as data.",
@@ -388,14 +380,6 @@ impl Work {
     }
 }
 
-/// The size of an open file: of a device its capacity, which statx does not tell.
-pub fn size_of_file(file: &WorkerFile, info: &FileInfo) -> u64 {
-    match &file.open.kind {
-        FileKind::Device(fd) => rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).unwrap_or(0),
-        _ => info.status.size.get(),
-    }
-}
-
 /// The status of what is no file of the server's.
 pub fn made_up_status(size: u64) -> FileInfo {
     let mut info = FileInfo { status: Default::default(), direct_align: None };
@@ -409,7 +393,6 @@ pub fn made_up_status(size: u64) -> FileInfo {
 /// The answer that brings a file's status.
 pub fn status_of(file: &WorkerFile, info: FileInfo) -> Response {
     let mut status = info.status;
-    status.size = size_of_file(file, &info).into();
     status.direct_align = file.open.direct_align.into();
     Response { status: Status::OK, result: 0, body: status.as_bytes().into(), data: None }
 }
@@ -444,6 +427,7 @@ mod tests {
     use raio_transport::memory::Arena;
 
     use super::*;
+    use crate::session::{Access, FileKind};
 
     fn slot(len: usize) -> Slot {
         Arena::new(len, len).unwrap().alloc(len).unwrap()
@@ -451,7 +435,7 @@ mod tests {
 
     fn file() -> Rc<WorkerFile> {
         let open = OpenFile::new(FileKind::Null { size: 0 }, Access { read: true, write: true }, 1);
-        Rc::new(WorkerFile::new(FileHandle(1), Arc::new(open), None))
+        Rc::new(WorkerFile::new(FileHandle(1), Arc::new(open)))
     }
 
     fn range(offset: u64, length: u64) -> Range {
@@ -563,7 +547,7 @@ mod tests {
     fn zeros_become_a_hole_where_the_file_system_knows_only_that_and_only_within_the_file() {
         for (size, status) in [(200, Status::OK), (199, Status::storage(libc::EOPNOTSUPP))] {
             let mut work = Work::Zero(file(), Zero::new(range(100, 100)));
-            let Operation::Fallocate { how: Fallocate::ZeroRange, offset: 100, length: 100 } =
+            let Operation::Fallocate { how: FallocateFlags::ZERO_RANGE, offset: 100, length: 100 } =
                 work.first(None)
             else {
                 panic!("it begins otherwise")
@@ -574,7 +558,7 @@ mod tests {
             info.status.size = size.into();
             let mut step = work.completed(completion(Ok(0), Outcome::Stat(Box::new(info))));
             if status.is_ok() {
-                let expected = Operation::Fallocate { how: Fallocate::PunchHole, offset: 100, length: 100 };
+                let expected = Operation::Fallocate { how: PUNCH_HOLE, offset: 100, length: 100 };
                 assert_eq!(format!("{step:?}"), format!("{:?}", Step::Again(expected)));
                 step = work.completed(completion(Ok(0), Outcome::None));
             }

@@ -13,9 +13,11 @@ use raio_transport::handshake::Policy;
 use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
 
+use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
 use crate::listener::Listener;
+use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
@@ -78,7 +80,7 @@ impl Drop for EndedOnDrop {
 /// Whether a server could start with this, as far as can be told without listening.
 pub fn check(config: &Config) -> anyhow::Result<()> {
     session_limits(open_files::raise(config.sessions_max.map_or(0, descriptors_for)), config.sessions_max)?;
-    Exports::open(&config.exports).map(drop)
+    Exports::open(&config.exports, start_pool()?).map(drop)
 }
 
 impl Server {
@@ -88,7 +90,7 @@ impl Server {
             open_files::raise(config.sessions_max.map_or(0, descriptors_for)),
             config.sessions_max,
         )?;
-        let exports = Exports::open(&config.exports)?;
+        let exports = Exports::open(&config.exports, start_pool()?)?;
         let main = reactor::Config {
             entries: 64,
             spin: Duration::ZERO,
@@ -222,6 +224,11 @@ impl Server {
         self.reactor.timer(deadline + DRAIN_SLACK, DRAIN_DEADLINE);
         None
     }
+}
+
+fn start_pool() -> anyhow::Result<&'static Pool<Job>> {
+    Pool::start()
+        .context("Cannot start a thread for file operations. Raise the limit on processes with `ulimit -u`")
 }
 
 fn start_workers(

@@ -7,11 +7,12 @@
 //! A session lives as long as it has connections. When the last one goes its files close.
 
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
+
+use crate::backend::Descriptor;
 
 /// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
 const INDEX_BITS: u32 = 20;
@@ -42,13 +43,13 @@ impl Access {
 #[derive(Debug)]
 pub enum FileKind {
     /// A regular file.
-    Regular(Arc<OwnedFd>),
+    Regular(Arc<Descriptor>),
     /// A block device.
-    Device(Arc<OwnedFd>),
+    Device(Arc<Descriptor>),
     /// A `mem:` export.
     Memory {
         /// Shared by all who have it open.
-        fd: Arc<OwnedFd>,
+        fd: Arc<Descriptor>,
         /// Fixed.
         size: u64,
     },
@@ -88,7 +89,7 @@ impl OpenFile {
     }
 
     /// Its descriptor, if it has one.
-    pub fn fd(&self) -> Option<&Arc<OwnedFd>> {
+    pub fn fd(&self) -> Option<&Arc<Descriptor>> {
         match &self.kind {
             FileKind::Regular(fd) | FileKind::Device(fd) | FileKind::Memory { fd, .. } => Some(fd),
             FileKind::Null { .. } => None,
@@ -103,10 +104,10 @@ impl OpenFile {
         }
     }
 
-    /// Its descriptor if this was its last user anywhere, to be closed.
-    pub fn into_last_fd(self: Arc<Self>) -> Option<OwnedFd> {
-        match Arc::into_inner(self)?.kind {
-            FileKind::Regular(fd) | FileKind::Device(fd) => Arc::into_inner(fd),
+    /// The descriptor that closes with this file.
+    pub fn own_fd(&self) -> Option<&Descriptor> {
+        match &self.kind {
+            FileKind::Regular(fd) | FileKind::Device(fd) => Some(fd),
             FileKind::Memory { .. } | FileKind::Null { .. } => None,
         }
     }

@@ -26,7 +26,7 @@ use raio_transport::transport::{self, ServerEvent, ServerTransport};
 use raio_transport::{Status, any, rdma};
 use slab::Slab;
 
-use crate::backend::{self, Backend, Handle, Threads, Uring};
+use crate::backend::{self, Backend, Threads, Uring};
 use crate::config::BackendKind;
 use crate::export::Exports;
 use crate::request::{Request, State, WorkerFile};
@@ -111,8 +111,6 @@ pub struct Worker {
     arena: Arena,
     transport: any::Server,
     backend: Box<dyn Backend>,
-    /// The exports' directories.
-    directories: Vec<Option<Handle>>,
     connections: Slab<Connection>,
     /// Connections by the transport's index for them.
     by_transport: Vec<Option<usize>>,
@@ -182,21 +180,15 @@ impl Worker {
         })?;
         let unregistered = reactor.register_arena(&arena).err();
         let backend: Box<dyn Backend> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
-            Box::new(Uring::default())
+            Box::new(Uring::new(&reactor))
         } else {
-            Box::new(Threads::new(&reactor).context("Cannot start the threads of --backend threads")?)
+            Box::new(Threads::new(&reactor))
         };
-        // Only now, so that those threads are not pinned too.
         if let Some(cpu) = cpu {
             let mut set = rustix::thread::CpuSet::new();
             set.set(cpu);
             let _ = rustix::thread::sched_setaffinity(None, &set);
         }
-        let directories = shared.exports.all().iter().map(|export| {
-            let directory = export.directory()?;
-            Some(Handle::new(&mut reactor, Arc::clone(directory)))
-        });
-        let directories = directories.collect();
         let mut no_rdma = None;
         let mut rdma = None;
         if rdma::unavailable().is_none() {
@@ -220,7 +212,6 @@ impl Worker {
             reactor,
             arena,
             backend,
-            directories,
             connections: Slab::new(),
             by_transport: Vec::new(),
             sessions: Slab::new(),
@@ -260,8 +251,9 @@ impl Worker {
         self.take_completions();
         self.grant_slots();
         self.take_requests();
-        // What the page cache had, or took, at once.
+        // What the page cache had at once.
         self.take_completions();
+        self.backend.flush();
         self.send_answers();
         self.publish();
         Ok(())

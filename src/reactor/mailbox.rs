@@ -82,6 +82,17 @@ impl<T> Sender<T> {
         self.queue.push(message);
         self.waker.wake();
     }
+
+    /// Puts messages in as they are made, and wakes the reactor once, behind the last one.
+    pub fn send_all(&self, messages: impl Iterator<Item = T>) {
+        messages.for_each(|message| self.queue.push(message));
+        self.waker.wake();
+    }
+
+    /// Whether both put messages into the same mailbox.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.queue, &other.queue)
+    }
 }
 
 /// A reactor's mailbox. Look into it after every turn: a message is no event.

@@ -22,9 +22,8 @@ mod sources;
 mod timers;
 
 use std::cell::RefCell;
-use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,7 +80,7 @@ impl Default for Config {
     }
 }
 
-/// An open file or socket as the reactor's operations take it. The descriptor closes when the last clone, in flight or not, is
+/// A socket, or another descriptor that can be polled, as the reactor's operations take it. The descriptor closes when the last clone, in flight or not, is
 /// gone.
 #[derive(Clone, Debug)]
 pub struct File(Rc<FileInner>);
@@ -115,25 +114,6 @@ impl AsRawFd for File {
     }
 }
 
-/// How fallocate(2) is to change a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fallocate {
-    /// FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE.
-    PunchHole,
-    /// FALLOC_FL_ZERO_RANGE.
-    ZeroRange,
-}
-
-impl Fallocate {
-    /// The flags of fallocate(2).
-    pub fn flags(self) -> i32 {
-        match self {
-            Self::PunchHole => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-            Self::ZeroRange => libc::FALLOC_FL_ZERO_RANGE,
-        }
-    }
-}
-
 /// How openat2(2) is to open a file; the kernel's `struct open_how`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -146,7 +126,22 @@ pub struct OpenHow {
     pub resolve: u64,
 }
 
-/// An operation. File operations need io_uring ([`Reactor::has_ring`]); the rest work on either engine.
+/// A file as [`Op::Read`] and [`Op::Write`] share in it. It is not registered with the ring, which would hold on to it after its last user.
+pub trait OpenFile: AsFd + Send + Sync + std::fmt::Debug {}
+
+impl<T: AsFd + Send + Sync + std::fmt::Debug> OpenFile for T {}
+
+/// close(2), and what it says: the file system may have failed to store what was written before. The descriptor is closed all the same.
+/// May wait for the file system.
+pub fn close(fd: OwnedFd) -> Result<(), i32> {
+    // SAFETY: the descriptor is this function's own, and nobody uses it after this.
+    match unsafe { libc::close(fd.into_raw_fd()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
+/// An operation. Reads and writes of files need io_uring ([`Reactor::has_ring`]); the rest work on either engine.
 #[derive(Debug)]
 pub enum Op {
     /// Accepts a connection: [`Payload::Fd`].
@@ -184,57 +179,25 @@ pub enum Op {
     /// pread(2) into a slot: [`Payload::Slot`].
     Read {
         /// The file.
-        file: File,
+        file: Arc<dyn OpenFile>,
         /// Where to.
         target: SlotRange,
         /// Offset in the file.
         offset: u64,
+        /// RWF_NOWAIT: rather than wait, or have a thread of the kernel's wait, it ends with EAGAIN, or with EOPNOTSUPP where the file
+        /// cannot be read like that.
+        nowait: bool,
     },
     /// pwrite(2) from a slot: [`Payload::Slot`].
     Write {
         /// The file.
-        file: File,
+        file: Arc<dyn OpenFile>,
         /// From where.
         source: SlotRange,
         /// Offset in the file.
         offset: u64,
-    },
-    /// fsync(2), or fdatasync(2).
-    Fsync {
-        /// The file.
-        file: File,
-        /// fdatasync.
-        data_only: bool,
-    },
-    /// fallocate(2).
-    Fallocate {
-        /// The file.
-        file: File,
-        /// How.
-        how: Fallocate,
-        /// Offset in the file.
-        offset: u64,
-        /// Length.
-        length: u64,
-    },
-    /// openat2(2): [`Payload::Fd`].
-    Open {
-        /// The directory that `path` is relative to; None: an absolute path.
-        directory: Option<File>,
-        /// The path.
-        path: CString,
-        /// How.
-        how: Box<OpenHow>,
-    },
-    /// statx(2) of an open file: [`Payload::Stat`].
-    Stat {
-        /// The file.
-        file: Arc<OwnedFd>,
-    },
-    /// close(2).
-    Close {
-        /// The descriptor.
-        fd: OwnedFd,
+        /// As for a read.
+        nowait: bool,
     },
 }
 
@@ -249,10 +212,8 @@ pub enum Payload {
     Received(Received),
     /// The batch of [`Op::Send`], advanced.
     Batch(Box<SendBatch>),
-    /// The descriptor of [`Op::Accept`] or [`Op::Open`].
+    /// The descriptor of [`Op::Accept`].
     Fd(OwnedFd),
-    /// The status of [`Op::Stat`].
-    Stat(Box<libc::statx>),
     /// A timer has come.
     Timer,
 }

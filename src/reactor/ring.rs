@@ -5,8 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -43,8 +42,6 @@ struct InFlight {
     token: Token,
     generation: u32,
     op: Op,
-    /// Where the kernel puts the status of [`Op::Stat`].
-    stat: Option<Box<MaybeUninit<libc::statx>>>,
 }
 
 pub(super) struct Ring {
@@ -195,7 +192,7 @@ impl Ring {
 
     fn insert(&mut self, token: Token, op: Op) -> usize {
         self.generation = (self.generation + 1) & 0x7fff_ffff;
-        self.in_flight.insert(InFlight { token, generation: self.generation, op, stat: None })
+        self.in_flight.insert(InFlight { token, generation: self.generation, op })
     }
 
     fn user_data(&self, key: usize) -> u64 {
@@ -204,8 +201,7 @@ impl Ring {
 
     /// Gives an operation to the kernel.
     fn arm(&mut self, key: usize) -> OpId {
-        let InFlight { op, stat, .. } = &mut self.in_flight[key];
-        let entry = entry(op, stat, self.id);
+        let entry = entry(&mut self.in_flight[key].op, self.id);
         let user_data = self.user_data(key);
         self.push(entry.user_data(user_data));
         OpId(user_data)
@@ -357,12 +353,12 @@ impl Ring {
         if !current {
             return None;
         }
-        let InFlight { token, op, stat, .. } = self.in_flight.remove(key);
+        let InFlight { token, op, .. } = self.in_flight.remove(key);
         let code = if result < 0 { Err(-result) } else { Ok(result as u32) };
         // SAFETY: the kernel has just opened this descriptor for this completion, and nobody else knows it.
         let new_fd = || code.ok().map(|fd| unsafe { OwnedFd::from_raw_fd(fd as RawFd) });
         let payload = match op {
-            Op::Accept { .. } | Op::Open { .. } => new_fd().map_or(Payload::None, Payload::Fd),
+            Op::Accept { .. } => new_fd().map_or(Payload::None, Payload::Fd),
             Op::Recv { .. } => match cqueue::buffer_select(flags) {
                 Some(index) => Payload::Received(self.pool.received(index, code.unwrap_or(0) as usize)),
                 None => Payload::None,
@@ -374,17 +370,7 @@ impl Ring {
                 batch.advance(code.unwrap_or(0) as usize);
                 Payload::Batch(batch)
             }
-            Op::Stat { .. } => match stat {
-                // SAFETY: the call succeeded, so the kernel has filled the structure in; all its fields are plain integers.
-                Some(stat) if code.is_ok() => Payload::Stat(unsafe { stat.assume_init() }),
-                _ => Payload::None,
-            },
-            Op::Close { fd } => {
-                // The kernel has closed it, or it never was open: either way it must not be closed again.
-                let _ = fd.into_raw_fd();
-                Payload::None
-            }
-            Op::Readable { .. } | Op::Fsync { .. } | Op::Fallocate { .. } => Payload::None,
+            Op::Readable { .. } => Payload::None,
         };
         Some(Event { token, result: code, payload })
     }
@@ -441,8 +427,8 @@ macro_rules! on {
     };
 }
 
-/// The submission for an operation. It points into heap memory that `op` and `stat` own.
-fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u32) -> squeue::Entry {
+/// The submission for an operation. It points into heap memory that `op` owns.
+fn entry(op: &mut Op, ring: u32) -> squeue::Entry {
     let address = |range: &SlotRange| {
         let bytes = range.bytes();
         (bytes.as_ptr().cast_mut(), range.len as u32, range.slot.fixed_index(ring))
@@ -468,41 +454,33 @@ fn entry(op: &mut Op, stat: &mut Option<Box<MaybeUninit<libc::statx>>>, ring: u3
             on!(socket, fd => opcode::SendMsg::new(fd, msghdr).flags(libc::MSG_NOSIGNAL as u32).build())
         }
         Op::Readable { file } => on!(file, fd => opcode::PollAdd::new(fd, libc::POLLIN as u32).build()),
-        Op::Read { file, target, offset } => match address(target) {
-            (pointer, len, Some(index)) => {
-                on!(file, fd => opcode::ReadFixed::new(fd, pointer, len, index).offset(*offset).build())
+        Op::Read { file, target, offset, nowait } => {
+            let fd = types::Fd(file.as_fd().as_raw_fd());
+            match address(target) {
+                (pointer, len, Some(index)) => opcode::ReadFixed::new(fd, pointer, len, index)
+                    .offset(*offset)
+                    .rw_flags(rw_flags(*nowait))
+                    .build(),
+                (pointer, len, None) => {
+                    opcode::Read::new(fd, pointer, len).offset(*offset).rw_flags(rw_flags(*nowait)).build()
+                }
             }
-            (pointer, len, None) => {
-                on!(file, fd => opcode::Read::new(fd, pointer, len).offset(*offset).build())
+        }
+        Op::Write { file, source, offset, nowait } => {
+            let fd = types::Fd(file.as_fd().as_raw_fd());
+            match address(source) {
+                (pointer, len, Some(index)) => opcode::WriteFixed::new(fd, pointer, len, index)
+                    .offset(*offset)
+                    .rw_flags(rw_flags(*nowait))
+                    .build(),
+                (pointer, len, None) => {
+                    opcode::Write::new(fd, pointer, len).offset(*offset).rw_flags(rw_flags(*nowait)).build()
+                }
             }
-        },
-        Op::Write { file, source, offset } => match address(source) {
-            (pointer, len, Some(index)) => {
-                on!(file, fd => opcode::WriteFixed::new(fd, pointer, len, index).offset(*offset).build())
-            }
-            (pointer, len, None) => {
-                on!(file, fd => opcode::Write::new(fd, pointer, len).offset(*offset).build())
-            }
-        },
-        Op::Fsync { file, data_only } => {
-            let flags = if *data_only { types::FsyncFlags::DATASYNC } else { types::FsyncFlags::empty() };
-            on!(file, fd => opcode::Fsync::new(fd).flags(flags).build())
         }
-        Op::Fallocate { file, how, offset, length } => {
-            on!(file, fd => opcode::Fallocate::new(fd, *length).offset(*offset).mode(how.flags()).build())
-        }
-        Op::Open { directory, path, how } => {
-            let directory = directory.as_ref().map_or(libc::AT_FDCWD, AsRawFd::as_raw_fd);
-            let how: *const super::OpenHow = &**how;
-            opcode::OpenAt2::new(types::Fd(directory), path.as_ptr(), how.cast::<types::OpenHow>()).build()
-        }
-        Op::Stat { file } => {
-            let buffer = stat.insert(Box::new(MaybeUninit::zeroed())).as_mut_ptr();
-            opcode::Statx::new(types::Fd(file.as_raw_fd()), c"".as_ptr(), buffer.cast())
-                .flags(libc::AT_EMPTY_PATH)
-                .mask(libc::STATX_BASIC_STATS | libc::STATX_DIOALIGN)
-                .build()
-        }
-        Op::Close { fd } => opcode::Close::new(types::Fd(fd.as_raw_fd())).build(),
     }
+}
+
+fn rw_flags(nowait: bool) -> i32 {
+    if nowait { libc::RWF_NOWAIT } else { 0 }
 }

@@ -974,18 +974,6 @@ impl ServerTransport for Server {
         self.put(reactor, connection);
     }
 
-    fn data_at_hand(&self, request: RequestKey) -> Option<&[u8]> {
-        let connection = self.connection(request.connection)?;
-        match connection.receiving {
-            Receiving::AwaitingFetch { id, len, crc } if id == request.id => {
-                let data = connection.unread.bytes().get(..len)?;
-                // If it is damaged the fetch will say so.
-                (!connection.limits().crc || message::data_crc(data) == crc).then_some(data)
-            }
-            _ => None,
-        }
-    }
-
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
         let Some(mut connection) = self.take(request.connection) else { return };
         let position = connection.unanswered.iter().position(|&(id, _)| id == request.id);

@@ -586,16 +586,6 @@ impl Handler {
                     self.fetching.remove(&key);
                     return self.answer(reactor, key, Status::OK, 0, &[], None);
                 }
-                if goes_the_short_way(key)
-                    && let Some(data) = self.wires.transport().data_at_hand(key)
-                {
-                    // What is at hand need not be fetched.
-                    let expected = pattern(argument, data.len());
-                    let same = data.iter().zip(expected).filter(|(a, b)| **a == *b).count();
-                    assert_eq!(data.len(), request.data_len as usize);
-                    self.fetching.remove(&key);
-                    return self.answer(reactor, key, Status::OK, same as u64, &[], None);
-                }
                 self.wires.transport().fetch(reactor, key, slot, 13);
             }
             op if op == Op::Get as u64 => {

@@ -1,21 +1,27 @@
 //! How operations on files are carried out: the third seam, beside the two roles of a transport.
 //!
-//! An operation owns its slot, its path, its descriptor; they come back in the [`Completion`] that ends it: one for each operation.
-//! A backend belongs to one worker, which lends it the reactor.
+//! An operation owns its slot and a share in its file; the slot comes back in the [`Completion`] that ends it: one for each operation.
+//! A backend belongs to one worker, which lends it the reactor. Nothing here makes the worker's thread wait for a disk or a file system:
+//! what may wait runs in a lane of the [`pool`], see [`Job`].
 
+mod descriptor;
+mod job;
 mod threads;
 mod uring;
 
-use std::ffi::CString;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{self, Event, Fallocate, OpId, OpenHow, Reactor};
+use raio_transport::reactor::{Event, OpId, Reactor, Sender};
 use raio_transport::transport::SlotRange;
-use rustix::fs::OFlags;
-use rustix::io::ReadWriteFlags;
+use rustix::fs::FallocateFlags;
 
+use crate::export::Refusal;
+use crate::open::Opened;
+use crate::pool::{self, Pool};
+
+pub use descriptor::Descriptor;
+pub use job::{Job, stat};
 pub use threads::Threads;
 pub use uring::Uring;
 
@@ -25,34 +31,35 @@ pub const OWNER: u8 = 0x80;
 /// The key of operations whose end interests nobody.
 pub const NOBODY: u64 = u64::MAX;
 
-/// An open file as backends take it.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    /// The descriptor.
-    pub fd: Arc<OwnedFd>,
-    /// The same, for this worker's reactor.
-    pub file: reactor::File,
-    /// How to read what is in the page cache without waiting. None: it is not read from there...
-    pub reads_cache: Option<ReadWriteFlags>,
-    /// ... and what is written may stay there.
-    pub writes_cache: bool,
+/// A lane of the process's pool.
+pub type Lane = pool::Lane<Job>;
+
+/// Opens and questions about files of an export that run at a time...
+const CONTROL_WIDTH: usize = 8;
+/// ... flushes and changes of its files' allocation, ...
+const FLUSH_WIDTH: usize = 8;
+/// ... and reads and writes: enough to keep a disk busy that serves several requests at a time.
+const DATA_WIDTH: usize = 16;
+
+/// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Lanes {
+    /// For open, stat and close.
+    pub control: Lane,
+    /// For fsync and fallocate.
+    pub flush: Lane,
+    /// For reads and writes.
+    pub data: Lane,
 }
 
-impl Handle {
-    /// Takes a descriptor for use by one worker.
-    pub fn new(reactor: &mut Reactor, fd: Arc<OwnedFd>) -> Self {
-        let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
-        let caches = !flags.contains(OFlags::DIRECT);
-        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
-        let in_memory = rustix::fs::fstatfs(&fd).is_ok_and(|info| info.f_type == libc::TMPFS_MAGIC);
-        let reads_cache =
-            caches.then_some(if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT });
-        let writes_cache = caches && !flags.intersects(OFlags::SYNC | OFlags::DSYNC);
-        Self { file: reactor.file(Arc::clone(&fd)), fd, reads_cache, writes_cache }
+impl Lanes {
+    /// New ones.
+    pub fn new(pool: &'static Pool<Job>) -> Self {
+        Self { control: pool.lane(CONTROL_WIDTH), flush: pool.lane(FLUSH_WIDTH), data: pool.lane(DATA_WIDTH) }
     }
 }
 
-/// An operation on a file.
+/// An operation on an open file.
 #[derive(Debug)]
 pub enum Operation {
     /// pread(2) into a slot.
@@ -77,21 +84,14 @@ pub enum Operation {
     /// fallocate(2).
     Fallocate {
         /// How.
-        how: Fallocate,
+        how: FallocateFlags,
         /// Offset in the file.
         offset: u64,
         /// Length.
         length: u64,
     },
-    /// statx(2).
+    /// statx(2), and the size of a block device.
     Stat,
-    /// openat2(2); the file is the directory.
-    Open {
-        /// Relative to the directory.
-        path: CString,
-        /// How.
-        how: Box<OpenHow>,
-    },
 }
 
 /// What an ended operation gives back.
@@ -101,10 +101,14 @@ pub enum Outcome {
     None,
     /// The slot of a read or write, as it was passed.
     Slot(SlotRange),
-    /// The file that was opened.
-    Fd(OwnedFd),
+    /// The same, of one that would have had to wait: it is to be submitted with [`Backend::submit_blocking`].
+    WouldBlock(SlotRange),
+    /// What an open came to.
+    Opened(Result<Box<Opened>, Refusal>),
     /// The status that was asked for.
     Stat(Box<FileInfo>),
+    /// The operation never began: there is no thread for it.
+    NoThread,
 }
 
 /// A file's status, and what more statx(2) knows.
@@ -127,34 +131,50 @@ pub struct Completion {
     pub outcome: Outcome,
 }
 
+/// Where an operation is, for [`Backend::cancel`].
+#[derive(Clone, Copy, Debug)]
+pub enum Pending {
+    /// In the reactor.
+    Ring(OpId),
+    /// In a lane.
+    Lane(Lane),
+}
+
+/// What runs in a lane and is no operation on an open file: it makes its own outcome.
+pub type Call = Box<dyn FnOnce() -> Outcome + Send>;
+
 /// Carries out operations on files.
 pub trait Backend {
-    /// Begins an operation. Its completion comes from a later [`Backend::next`]. The id is for [`Backend::cancel`].
+    /// Begins an operation. Its completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
+    /// it has ended.
     fn submit(
         &mut self,
         reactor: &mut Reactor,
         key: u64,
-        file: &Handle,
+        file: &Arc<Descriptor>,
         operation: Operation,
-    ) -> Option<OpId>;
+    ) -> Option<Pending>;
+
+    /// The same for what may have to wait: in a lane of the file's export.
+    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending;
+
+    /// Makes a call in a lane. Its completion has the outcome that it returns.
+    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending;
 
     /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known: [`Backend::submit`] does more.
-    fn read_at_once(&mut self, file: &Handle, bytes: &mut [u8], offset: u64) -> Option<()> {
+    fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
         let _ = (file, bytes, offset);
         None
     }
 
-    /// Writes `bytes` into the page cache. None if that may have to wait, or went wrong: [`Backend::submit`] does more.
-    fn write_at_once(&mut self, file: &Handle, bytes: &[u8], offset: u64) -> Option<()> {
-        let _ = (file, bytes, offset);
-        None
-    }
-
-    /// Closes a descriptor. Its completion says whether that brought an error to light.
-    fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd);
+    /// Where the completions of other threads go to: for [`Descriptor::report_close`].
+    fn completions(&self) -> Sender<Completion>;
 
     /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
-    fn cancel(&mut self, reactor: &mut Reactor, key: u64, id: Option<OpId>);
+    fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending);
+
+    /// Hands over what was gathered in this iteration. Whether there was anything.
+    fn flush(&mut self) -> bool;
 
     /// Takes in what happened on the ring to an operation whose token has the owner [`OWNER`].
     fn handle(&mut self, event: Event);
@@ -162,37 +182,6 @@ pub trait Backend {
     /// The next operation that has ended.
     fn next(&mut self) -> Option<Completion>;
 }
-
-/// Both libc's and rustix's statx have the kernel's fields, and are different types.
-macro_rules! file_info {
-    ($stat:expr) => {{
-        let stat = $stat;
-        let ns =
-            |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
-        let device = |major, minor| libc::makedev(major, minor).into();
-        $crate::backend::FileInfo {
-            status: FileStatus {
-                size: stat.stx_size.into(),
-                blocks: stat.stx_blocks.into(),
-                inode: stat.stx_ino.into(),
-                device: device(stat.stx_dev_major, stat.stx_dev_minor),
-                rdevice: device(stat.stx_rdev_major, stat.stx_rdev_minor),
-                accessed_ns: ns(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
-                modified_ns: ns(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
-                changed_ns: ns(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
-                mode: u32::from(stat.stx_mode).into(),
-                links: stat.stx_nlink.into(),
-                uid: stat.stx_uid.into(),
-                gid: stat.stx_gid.into(),
-                block_bytes: stat.stx_blksize.into(),
-                direct_align: 1.into(),
-            },
-            direct_align: (stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0)
-                .then_some(stat.stx_dio_offset_align),
-        }
-    }};
-}
-use file_info;
 
 #[cfg(test)]
 mod tests;

@@ -3,27 +3,19 @@
 //! Everything a client says is checked here. What it cannot know (a file that is not there, a range that is not aligned) is that
 //! request's failure, with a sentence; what only a broken client says ends the connection.
 
-use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::{self, Response};
 use raio_transport::{Status, Violation};
-use rustix::fs::OFlags;
 
 use super::Worker;
-use crate::backend::{Completion, FileInfo, Handle, Outcome};
-use crate::export::{Refusal, Shown, Target};
-use crate::request::{
-    Opening, Range, Read, Work, WorkerFile, Write, Zero, failure, status_of, storage_failure, success,
-};
-use crate::session::{Access, FileKind, OpenFile};
-
-/// How often an open is tried again when the kernel cannot tell whether a rename led it out of the export.
-const RETRIES_MAX: u32 = 32;
-/// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
-const DIRECT_ALIGN_DEFAULT: u32 = 4096;
+use crate::backend::FileInfo;
+use crate::export::{Refusal, Target};
+use crate::open::{Opened, Opening};
+use crate::request::{Range, Read, Work, WorkerFile, Write, Zero, failure, status_of, success};
+use crate::session::{Access, OpenFile};
 
 /// What becomes of a command at first.
 enum First {
@@ -124,109 +116,33 @@ impl Worker {
         match self.shared.exports.resolve(flags, mode, path) {
             Err(Refusal { status, text }) => First::Answer(failure(status, &text)),
             Ok(Target::Ready(open)) => {
-                let backend = open.fd().map(|fd| Handle::new(&mut self.reactor, Arc::clone(fd)));
                 let info = FileInfo { status: Default::default(), direct_align: None };
-                First::Answer(self.give_handle(connection, open, backend, info))
+                First::Answer(self.give_handle(connection, open, info))
             }
             Ok(Target::Path { export, path, how }) => First::Work(Work::Open(Box::new(Opening {
                 export,
                 path,
                 how,
                 access: Access::from_flags(flags),
-                retries: RETRIES_MAX,
-                file: None,
             }))),
         }
     }
 
-    /// An operation of an open has ended: openat2 first, then statx.
-    pub(super) fn open_proceeds(&mut self, key: usize, completion: Completion) {
-        let request = &mut self.requests[key];
-        let connection = request.connection;
-        let Work::Open(opening) = &mut request.work else { unreachable!("the caller looked") };
-        let response = match (completion.result, completion.outcome) {
-            (Ok(_), Outcome::Fd(fd)) => {
-                opening.file = Some(Handle::new(&mut self.reactor, Arc::new(fd)));
-                return self.open_on(key);
+    /// An open has ended.
+    pub(super) fn open_ended(&mut self, key: usize, result: Result<Box<Opened>, Refusal>) {
+        let response = match (result, self.requests[key].connection) {
+            (Ok(opened), Some(connection)) => {
+                let Opened { file, info } = *opened;
+                self.give_handle(connection, file, info)
             }
-            (Ok(_), Outcome::Stat(info)) => match (opening.file.take(), connection) {
-                (Some(file), Some(connection)) => {
-                    let is_direct = opening.how.flags & libc::O_DIRECT as u64 != 0;
-                    let (export, access) = (opening.export, opening.access);
-                    match self.shared.exports.all()[export].check_type(info.status.mode.get()) {
-                        Ok(()) => self.opened_file(connection, file, *info, access, is_direct),
-                        Err(errno) => {
-                            storage_failure(&format!("Opening {}", Shown(opening.path.as_bytes())), errno)
-                        }
-                    }
-                }
-                // Nobody waits for it any more.
-                _ => success(0),
-            },
-            (Err(libc::EAGAIN), _) if opening.file.is_none() && opening.retries > 0 => {
-                opening.retries -= 1;
-                return self.open_on(key);
-            }
-            (Err(errno), _) => {
-                let is_direct = opening.how.flags & libc::O_DIRECT as u64 != 0;
-                let hint = match errno {
-                    libc::EXDEV => " The path leads out of the export.",
-                    libc::EINVAL if is_direct => " Its file system may not have O_DIRECT.",
-                    libc::EMFILE | libc::ENFILE => {
-                        " Raise the server's limit with `ulimit -n` or LimitNOFILE=."
-                    }
-                    _ => "",
-                };
-                let error = std::io::Error::from_raw_os_error(errno);
-                let path = Shown(opening.path.as_bytes());
-                failure(Status::storage(errno), &format!("Cannot open {path} on the server: {error}.{hint}"))
-            }
-            (Ok(_), outcome) => unreachable!("an open ended with {outcome:?}"),
+            // Nobody waits for it any more.
+            (Ok(_), None) => success(0),
+            (Err(Refusal { status, text }), _) => failure(status, &text),
         };
         self.answer(key, response);
     }
 
-    fn open_on(&mut self, key: usize) {
-        let request = &self.requests[key];
-        let Work::Open(opening) = &request.work else { unreachable!("the caller looked") };
-        let Some(handle) = opening.file.as_ref().or(self.directory(opening.export)).cloned() else {
-            unreachable!("an export without a directory opens nothing")
-        };
-        let operation = request.work.first(None);
-        self.requests[key].operation = self.backend.submit(&mut self.reactor, key as u64, &handle, operation);
-    }
-
-    fn opened_file(
-        &mut self,
-        connection: usize,
-        handle: Handle,
-        info: FileInfo,
-        access: Access,
-        is_direct: bool,
-    ) -> Response {
-        // It was there so that a FIFO could not hold up the open. On the ring it would make reads fail that have to wait.
-        if let Ok(flags) = rustix::fs::fcntl_getfl(&handle.fd) {
-            let _ = rustix::fs::fcntl_setfl(&handle.fd, flags - OFlags::NONBLOCK);
-        }
-        let is_device = info.status.mode.get() & libc::S_IFMT == libc::S_IFBLK;
-        let direct_align = if is_direct {
-            let sector = || rustix::fs::ioctl_blksszget(handle.fd.as_fd()).ok().filter(|_| is_device);
-            info.direct_align.or_else(sector).unwrap_or(DIRECT_ALIGN_DEFAULT).max(1)
-        } else {
-            1
-        };
-        let fd = Arc::clone(&handle.fd);
-        let kind = if is_device { FileKind::Device(fd) } else { FileKind::Regular(fd) };
-        self.give_handle(connection, OpenFile::new(kind, access, direct_align), Some(handle), info)
-    }
-
-    fn give_handle(
-        &mut self,
-        connection: usize,
-        open: OpenFile,
-        backend: Option<Handle>,
-        mut info: FileInfo,
-    ) -> Response {
+    fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
         let Some(handle) = self.sessions[session].session.insert(Arc::clone(&open)) else {
@@ -236,7 +152,7 @@ impl Worker {
         if let Some(size) = open.fixed_size() {
             info = crate::request::made_up_status(size);
         }
-        let file = self.remember(session, WorkerFile::new(handle, open, backend));
+        let file = self.remember(session, WorkerFile::new(handle, open));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
 
@@ -250,9 +166,10 @@ impl Worker {
         self.forget(session, handle);
         self.tell_others(self.sessions[session].session.id, handle);
         let key = self.begin(connection, request.key, Work::Close);
-        if !self.retire(key as u64, file) {
-            // Another worker, or a request in flight, will be its last user.
-            self.answer(key, success(0));
+        match file.own_fd() {
+            // Another worker, or a request in flight, may be its last user.
+            Some(fd) => fd.report_close(self.backend.completions(), key as u64),
+            None => self.answer(key, success(0)),
         }
     }
 

@@ -11,9 +11,9 @@ use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use super::{Mail, Worker};
-use crate::backend::{self, Handle};
+use crate::backend;
 use crate::request::{State, WorkerFile};
-use crate::session::{OpenFile, Session, index_of};
+use crate::session::{Session, index_of};
 
 /// A connection that has finished its handshake.
 pub(super) struct Connection {
@@ -144,7 +144,10 @@ impl Worker {
         self.sessions_by_id.remove(&session.id);
         drop(files);
         for file in self.shared.sessions.leave(&session) {
-            self.closing += usize::from(self.retire(backend::NOBODY, file));
+            if let Some(fd) = file.own_fd() {
+                fd.report_close(self.backend.completions(), backend::NOBODY);
+                self.closing += 1;
+            }
         }
     }
 
@@ -169,8 +172,7 @@ impl Worker {
             return Some(Rc::clone(file));
         }
         let open = local.session.get(handle)?;
-        let backend = open.fd().map(|fd| Handle::new(&mut self.reactor, Arc::clone(fd)));
-        Some(self.remember(session, WorkerFile::new(handle, open, backend)))
+        Some(self.remember(session, WorkerFile::new(handle, open)))
     }
 
     /// Keeps this worker's view of a file.
@@ -201,12 +203,5 @@ impl Worker {
                 mailbox.send(Mail::Forget { session, handle });
             }
         }
-    }
-
-    /// Closes a file if nobody uses it any more. Whether there will be a completion.
-    pub(super) fn retire(&mut self, key: u64, file: Arc<OpenFile>) -> bool {
-        let Some(fd) = file.into_last_fd() else { return false };
-        self.backend.close(&mut self.reactor, key, fd);
-        true
     }
 }

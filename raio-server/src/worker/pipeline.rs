@@ -1,6 +1,7 @@
 //! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
@@ -8,7 +9,7 @@ use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange
 
 use super::Worker;
 use super::connection::Connection;
-use crate::backend::{self, Completion, Handle};
+use crate::backend::{self, Completion, Outcome};
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
 pub(super) enum Grant {
@@ -178,15 +179,25 @@ impl Worker {
 
     fn begin_execution(&mut self, key: usize, slot: Option<Slot>) {
         let request = &mut self.requests[key];
-        let handle = match &request.work {
+        let fd = match &request.work {
+            // Its completion comes when the last user of the file has gone.
             Work::Close => return,
-            Work::Open(opening) => self.directories[opening.export].as_ref(),
-            work => work.file().and_then(|file| file.backend.as_ref()),
+            Work::Open(opening) => {
+                let (shared, opening) = (Arc::clone(&self.shared), opening.clone());
+                let lane = shared.exports.all()[opening.export].lanes().control;
+                let call = move || {
+                    let opened = opening.open(&shared.exports.all()[opening.export]);
+                    Outcome::Opened(opened.map(Box::new))
+                };
+                request.operation = Some(self.backend.call(key as u64, lane, Box::new(call)));
+                return;
+            }
+            work => work.file().and_then(|file| file.open.fd()),
         };
-        match handle {
-            Some(handle) => {
+        match fd {
+            Some(fd) => {
                 let operation = request.work.first(slot);
-                request.operation = self.backend.submit(&mut self.reactor, key as u64, handle, operation);
+                request.operation = self.backend.submit(&mut self.reactor, key as u64, fd, operation);
             }
             None => {
                 let size = request.work.file().and_then(|file| file.open.fixed_size()).unwrap_or(0);
@@ -204,8 +215,8 @@ impl Worker {
         let key = completion.key as usize;
         let request = &mut self.requests[key];
         debug_assert_eq!(request.state, State::Executing);
-        if let Work::Open(_) = request.work {
-            return self.open_proceeds(key, completion);
+        if let Outcome::Opened(result) = completion.outcome {
+            return self.open_ended(key, result);
         }
         match request.work.completed(completion) {
             Step::Done(response) => {
@@ -218,10 +229,12 @@ impl Worker {
                 self.answer(key, response);
             }
             Step::Again(operation) => {
-                let Some(handle) = request.work.file().and_then(|file| file.backend.as_ref()) else {
-                    unreachable!("it has been submitted before")
-                };
-                request.operation = self.backend.submit(&mut self.reactor, key as u64, handle, operation);
+                let fd = request.work.submitted_fd();
+                request.operation = self.backend.submit(&mut self.reactor, key as u64, fd, operation);
+            }
+            Step::Blocking(operation) => {
+                let fd = request.work.submitted_fd();
+                request.operation = Some(self.backend.submit_blocking(key as u64, fd, operation));
             }
         }
     }
@@ -252,11 +265,6 @@ impl Worker {
     /// The largest slot.
     pub(super) fn slot_bytes_max(&self) -> usize {
         self.arena.slot_bytes_max()
-    }
-
-    /// The directory of an export, for an open.
-    pub(super) fn directory(&self, export: usize) -> Option<&Handle> {
-        self.directories[export].as_ref()
     }
 
     fn enter(&mut self, key: usize, state: State) {
@@ -318,7 +326,11 @@ impl Worker {
             // When its data has come.
             State::Fetching => {}
             State::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
-            State::Executing => self.backend.cancel(&mut self.reactor, key as u64, request.operation),
+            State::Executing => {
+                if let Some(operation) = request.operation {
+                    self.backend.cancel(&mut self.reactor, key as u64, operation);
+                }
+            }
         }
     }
 }

@@ -17,13 +17,14 @@ use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
 use crate::config::Options;
+use crate::pool::Pool;
 
 fn worker(export: &str, spin_us: &str) -> Worker {
     let options =
         Options::parse_from(["raio_server", "--export", export, "--spin-us", spin_us, "--memory", "64M"]);
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
-        exports: Exports::open(&config.exports).expect("it can be exported"),
+        exports: Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported"),
         sessions: Sessions::new(16, 16),
         policy: Arc::default(),
         mailboxes: OnceLock::new(),

@@ -2,11 +2,10 @@
 
 use std::cell::Cell;
 
-use raio_transport::reactor::OpId;
 use rustix::fs::{Mode, OFlags};
 
 use super::*;
-use crate::backend::{Completion, Operation};
+use crate::backend::{Call, Completion, Descriptor, Lane, Operation, Pending};
 
 const DEPTH: usize = 32;
 /// What the device gets of so many, and what is held back.
@@ -14,7 +13,6 @@ const BEGUN: usize = 20;
 const HELD: usize = DEPTH - BEGUN;
 
 /// The ring; but reads are reported only once all of them have ended, and the test lets them be.
-#[derive(Default)]
 struct Late {
     ring: Uring,
     may_report: Rc<Cell<bool>>,
@@ -28,19 +26,31 @@ impl Backend for Late {
         &mut self,
         reactor: &mut Reactor,
         key: u64,
-        file: &Handle,
+        file: &Arc<Descriptor>,
         operation: Operation,
-    ) -> Option<OpId> {
+    ) -> Option<Pending> {
         self.reads += usize::from(matches!(operation, Operation::Read { .. }));
         self.ring.submit(reactor, key, file, operation)
     }
 
-    fn close(&mut self, reactor: &mut Reactor, key: u64, fd: OwnedFd) {
-        self.ring.close(reactor, key, fd);
+    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending {
+        self.ring.submit_blocking(key, file, operation)
+    }
+
+    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending {
+        self.ring.call(key, lane, call)
+    }
+
+    fn completions(&self) -> Sender<Completion> {
+        self.ring.completions()
     }
 
     /// It never is in time.
-    fn cancel(&mut self, _: &mut Reactor, _: u64, _: Option<OpId>) {}
+    fn cancel(&mut self, _: &mut Reactor, _: u64, _: Pending) {}
+
+    fn flush(&mut self) -> bool {
+        self.ring.flush()
+    }
 
     fn handle(&mut self, event: Event) {
         self.ring.handle(event);
@@ -63,8 +73,6 @@ impl Backend for Late {
 
 /// A bench whose worker knows the device already, and what lets that report. None if the file system here has no O_DIRECT.
 fn late_bench() -> Option<(Bench, Rc<Cell<bool>>)> {
-    let late = Late::default();
-    let may_report = Rc::clone(&late.may_report);
     let directory = directory_of_blocks();
     let path = directory.path().join("file");
     if let Err(error) = rustix::fs::open(&path, OFlags::RDONLY | OFlags::DIRECT, Mode::empty()) {
@@ -72,7 +80,14 @@ fn late_bench() -> Option<(Bench, Rc<Cell<bool>>)> {
         return None;
     }
     let mut worker = worker(&export(&directory), "0");
-    worker.backend = Box::new(late);
+    let may_report = Rc::new(Cell::new(false));
+    worker.backend = Box::new(Late {
+        ring: Uring::new(&worker.reactor),
+        may_report: Rc::clone(&may_report),
+        reads: 0,
+        ended: Vec::new(),
+        reported: VecDeque::new(),
+    });
     let mut bench = Bench::new(worker, directory, OPEN_READ | OPEN_DIRECT);
     may_report.set(true);
     bench.read(DEPTH);

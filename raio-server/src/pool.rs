@@ -1,0 +1,316 @@
+//! Threads for everything that may wait for a disk or a file system: one pool for the process, shared out in lanes.
+//!
+//! A lane runs a bounded number of jobs at a time; others wait in its FIFO. Threads start on demand, one for each job that runs and
+//! at least one that waits for work, and end when they have been idle for a while. So jobs that hang hold up their own lane and no other.
+//! Each export has its own lanes: a bound on the whole pool is the number of exports times the widths of their lanes.
+//!
+//! Threads are started by a thread of their own, so that they inherit neither a worker's place on a CPU nor what else it has set up.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::throttle::Throttle;
+
+/// A thread without work ends after this long.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// After a thread could not be started the next try comes this much later.
+const RETRY: Duration = Duration::from_millis(100);
+/// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that wait in it.
+const START_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a pool's threads run.
+pub trait Job: Send + Sized + 'static {
+    /// Does the work. It may take for ever.
+    fn run(self);
+
+    /// There is no thread for it. It comes back if it cannot be rejected: then it goes on waiting.
+    fn reject(self) -> Option<Self>;
+}
+
+/// The threads, and what they are to do. It lives as long as the process.
+#[derive(Debug)]
+pub struct Pool<J> {
+    state: Mutex<State<J>>,
+    /// There is a job for an idle thread.
+    work: Condvar,
+    /// There are fewer idle threads than jobs for them.
+    too_few: Condvar,
+}
+
+#[derive(Debug)]
+struct State<J> {
+    lanes: Vec<Queue<J>>,
+    /// Jobs that may run as soon as there is a thread.
+    ready: VecDeque<Ready<J>>,
+    /// Threads that run no job, those about to start included.
+    idle: usize,
+}
+
+#[derive(Debug)]
+struct Ready<J> {
+    lane: usize,
+    since: Instant,
+    job: J,
+}
+
+#[derive(Debug)]
+struct Queue<J> {
+    width: usize,
+    /// Jobs that run or are ready.
+    running: usize,
+    waiting: VecDeque<J>,
+}
+
+/// A share of the pool.
+#[derive(Debug)]
+pub struct Lane<J: 'static> {
+    pool: &'static Pool<J>,
+    index: usize,
+}
+
+impl<J> Clone for Lane<J> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<J> Copy for Lane<J> {}
+
+impl<J> PartialEq for Lane<J> {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.pool, other.pool) && self.index == other.index
+    }
+}
+
+impl<J: Job> Pool<J> {
+    /// Starts a pool with one thread.
+    pub fn start() -> io::Result<&'static Self> {
+        let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle: 1 };
+        let pool: &Self = Box::leak(Box::new(Self {
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            too_few: Condvar::new(),
+        }));
+        pool.spawn()?;
+        std::thread::Builder::new().name("raio-pool".into()).spawn(|| pool.start_threads())?;
+        Ok(pool)
+    }
+
+    /// A new lane, which runs at most `width` jobs at a time.
+    pub fn lane(&'static self, width: usize) -> Lane<J> {
+        let mut state = self.lock();
+        state.lanes.push(Queue { width, running: 0, waiting: VecDeque::new() });
+        Lane { pool: self, index: state.lanes.len() - 1 }
+    }
+
+    /// No job runs while this is locked, so nobody waits for it for long.
+    fn lock(&self) -> MutexGuard<'_, State<J>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(&'static self) -> io::Result<()> {
+        std::thread::Builder::new().name("raio-io".into()).spawn(|| self.work()).map(|_| ())
+    }
+
+    /// The life of a thread that runs jobs.
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(Ready { lane, job, .. }) = state.ready.pop_front() {
+                state.idle -= 1;
+                drop(state);
+                job.run();
+                state = self.lock();
+                state.idle += 1;
+                state.finished(lane);
+                continue;
+            }
+            let waited;
+            (state, waited) =
+                self.work.wait_timeout(state, IDLE_TIMEOUT).unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() && state.ready.is_empty() && state.idle > 1 {
+                state.idle -= 1;
+                return;
+            }
+        }
+    }
+
+    /// The life of the thread that starts the others.
+    fn start_threads(&'static self) {
+        let mut warnings = Throttle::new();
+        let mut state = self.lock();
+        loop {
+            while state.ready.len() <= state.idle {
+                state = self.too_few.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.idle += 1;
+            drop(state);
+            let started = self.spawn();
+            state = self.lock();
+            let Err(error) = started else { continue };
+            state.idle -= 1;
+            let overdue = state.overdue();
+            drop(state);
+            if let Some(suppressed) = warnings.pass() {
+                tracing::warn!(
+                    suppressed,
+                    "Cannot start a thread for file operations ({error}), so some wait. Raise the limit on processes with `ulimit -u`, \
+                     or TasksMax= in the unit."
+                );
+            }
+            for Ready { lane, job, .. } in overdue {
+                if let Some(job) = job.reject() {
+                    Lane { pool: self, index: lane }.submit(job);
+                }
+            }
+            state = self.lock();
+            (state, _) = self.too_few.wait_timeout(state, RETRY).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl<J> State<J> {
+    /// A job of this lane has ended: the next one may run.
+    fn finished(&mut self, lane: usize) {
+        let queue = &mut self.lanes[lane];
+        match queue.waiting.pop_front() {
+            Some(job) => self.ready.push_back(Ready { lane, since: Instant::now(), job }),
+            None => queue.running -= 1,
+        }
+    }
+
+    /// Takes out the jobs of lanes that have waited too long for a thread.
+    fn overdue(&mut self) -> Vec<Ready<J>> {
+        let mut overdue = Vec::new();
+        while self.ready.front().is_some_and(|ready| ready.since.elapsed() >= START_TIMEOUT)
+            && let Some(ready) = self.ready.pop_front()
+        {
+            let Ready { lane, since, .. } = ready;
+            let queue = &mut self.lanes[lane];
+            queue.running -= 1;
+            overdue.push(ready);
+            overdue.extend(queue.waiting.drain(..).map(|job| Ready { lane, since, job }));
+        }
+        overdue
+    }
+}
+
+impl<J: Job> Lane<J> {
+    /// Has a job run once its turn has come.
+    pub fn submit(&self, job: J) {
+        let mut state = self.pool.lock();
+        let queue = &mut state.lanes[self.index];
+        if queue.running == queue.width {
+            return queue.waiting.push_back(job);
+        }
+        queue.running += 1;
+        state.ready.push_back(Ready { lane: self.index, since: Instant::now(), job });
+        let enough = state.ready.len() <= state.idle;
+        drop(state);
+        if enough { self.pool.work.notify_one() } else { self.pool.too_few.notify_one() }
+    }
+
+    /// Takes something back from the jobs that have not begun: what `take` returns of the first for which it returns anything.
+    pub fn take_back<T>(&self, mut take: impl FnMut(&mut J) -> Option<T>) -> Option<T> {
+        let mut state = self.pool.lock();
+        let mut ready = state.ready.iter_mut().filter(|ready| ready.lane == self.index);
+        ready
+            .find_map(|ready| take(&mut ready.job))
+            .or_else(|| state.lanes[self.index].waiting.iter_mut().find_map(take))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    /// Says that it runs, and goes on running until it is let go.
+    struct Held {
+        name: u32,
+        begun: Sender<u32>,
+        go: Receiver<()>,
+    }
+
+    impl Job for Held {
+        fn run(self) {
+            let _ = self.begun.send(self.name);
+            let _ = self.go.recv();
+        }
+
+        fn reject(self) -> Option<Self> {
+            unreachable!("there are threads enough")
+        }
+    }
+
+    struct Bench {
+        pool: &'static Pool<Held>,
+        begun: (Sender<u32>, Receiver<u32>),
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            Self { pool: Pool::start().unwrap(), begun: channel() }
+        }
+
+        /// Submits a job; it runs until what is returned is dropped.
+        fn submit(&self, lane: Lane<Held>, name: u32) -> Sender<()> {
+            let (end, go) = channel();
+            lane.submit(Held { name, begun: self.begun.0.clone(), go });
+            end
+        }
+
+        fn next(&self) -> u32 {
+            self.begun.1.recv_timeout(Duration::from_secs(30)).expect("a job begins")
+        }
+    }
+
+    #[test]
+    fn a_lane_runs_as_many_jobs_as_it_is_wide_and_the_others_in_their_order() {
+        let bench = Bench::new();
+        let lane = bench.pool.lane(2);
+        let mut ends: VecDeque<_> = (0..10).map(|name| bench.submit(lane, name)).collect();
+        let mut first = [bench.next(), bench.next()];
+        first.sort_unstable();
+        assert_eq!(first, [0, 1]);
+        for name in 2..10 {
+            assert!(bench.begun.1.try_recv().is_err(), "too many at a time");
+            ends.pop_front();
+            assert_eq!(bench.next(), name);
+        }
+    }
+
+    #[test]
+    fn lanes_that_hang_hold_up_no_other() {
+        let bench = Bench::new();
+        let mut ends = Vec::new();
+        for at in 0..20 {
+            let lane = bench.pool.lane(4);
+            ends.extend((0..8).map(|name| bench.submit(lane, at * 8 + name)));
+            let mut begun: Vec<_> = (0..4).map(|_| bench.next()).collect();
+            begun.sort_unstable();
+            assert_eq!(begun, (at * 8..at * 8 + 4).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn what_waits_can_be_taken_back_and_what_runs_cannot() {
+        let bench = Bench::new();
+        let lane = bench.pool.lane(1);
+        let ends: Vec<_> = (0..3).map(|name| bench.submit(lane, name)).collect();
+        assert_eq!(bench.next(), 0);
+        // A job that has been taken back ends as soon as it begins.
+        let take = |wanted| {
+            lane.take_back(|job| {
+                (job.name == wanted).then(|| std::mem::replace(&mut job.go, channel().1)).map(drop)
+            })
+        };
+        assert_eq!(take(0), None);
+        assert_eq!(take(1), Some(()));
+        drop(ends);
+        assert_eq!((bench.next(), bench.next()), (1, 2));
+    }
+}
