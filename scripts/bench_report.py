@@ -38,6 +38,23 @@ def table(results):
         last = workload
 
 
+def pairs(results, new, old):
+    """How one target does beside another that took turns with it: the ratios within each pair of runs."""
+    yield f"| {new} / {old} | pairs | IOPS: median | min | max | p99: median | server's CPU per I/O: median |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for workload in dict.fromkeys(workload for workload, _ in results):
+        both = list(zip(results[workload, new], results[workload, old]))
+
+        def ratios(key):
+            return [one[key] / other[key] for one, other in both]
+
+        iops = ratios("iops")
+        yield (
+            f"| {workload} | {len(both)} | {statistics.median(iops):.3f} | {min(iops):.3f} | {max(iops):.3f} "
+            f"| {statistics.median(ratios('p99_us')):.3f} | {statistics.median(ratios('server_cpu_us')):.3f} |"
+        )
+
+
 def aims(results, idle_cpu_percent):
     """A line for each aim of which this run has the measurements."""
     d1, d32, d128 = (f"4 KiB random read, depth {depth}" for depth in (1, 32, 128))
