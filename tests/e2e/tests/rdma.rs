@@ -83,12 +83,12 @@ fn clients_killed_while_the_server_writes_into_their_memory_leave_nothing_behind
         resources_return_to(&idle);
         // The first rounds touch memory for the first time.
         if round == 4 {
-            before = Some((server.descriptors(), server.resident_bytes()));
+            before = Some((server.descriptors(), server.taken_bytes()));
         }
     }
-    if let Some((descriptors, resident)) = before {
+    if let Some((descriptors, bytes)) = before {
         assert_eq!(server.descriptors(), descriptors);
-        let grown = server.resident_bytes().saturating_sub(resident);
+        let grown = server.taken_bytes().saturating_sub(bytes);
         assert!(grown < 4 << 20, "{grown} bytes more after {} more clients", kills() - 5);
     }
     reads_right(&server.url());
