@@ -74,11 +74,26 @@ impl Mounted {
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
+
+    /// Freezes it: whatever would write to it waits, until what this returns is dropped.
+    pub fn freeze(&self) -> Frozen<'_> {
+        run("fsfreeze", &["--freeze", &self.path().to_string_lossy()]);
+        Frozen(self)
+    }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
         // Lazily: a server under test may still hold files.
         let _ = Command::new("umount").arg("--lazy").arg(self.directory.path()).status();
+    }
+}
+
+/// A file system that is frozen (FIFREEZE). Thawed when dropped.
+pub struct Frozen<'a>(&'a Mounted);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(self.0.path()).status();
     }
 }

@@ -1,18 +1,27 @@
-//! What the end-to-end tests share: a real `raio_server` in a process of its own, clients of all kinds, loop devices, the RDMA wire.
+//! What the end-to-end tests share: a real `raio_server` in a process of its own, clients of all kinds, loop devices, file systems that
+//! hang, hosts with a cable between them, sandboxes, the RDMA wire.
 //!
 //! Everything is stopped and taken down when its value is dropped, so that a failed test leaves nothing behind.
 
+mod cable;
 mod crowd;
 mod device;
 mod flood;
+mod fuse;
+mod herd;
 mod raw;
+mod sandbox;
 mod server;
 mod wire;
 
+pub use cable::{Cable, End};
 pub use crowd::Crowd;
-pub use device::{LoopDevice, Mounted, needs_root};
+pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
+pub use fuse::{FuseCall, FuseFs, FuseOptions};
+pub use herd::{Demand, Herd, Restless};
 pub use raw::{Raw, request as raw_request};
+pub use sandbox::sandboxed;
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, TCP, needs_wire, numbers, replug, resources, resources_return_to,
