@@ -7,6 +7,8 @@
 mod at_once;
 mod command;
 mod connection;
+#[cfg(debug_assertions)]
+mod filter;
 mod pipeline;
 #[cfg(test)]
 mod tests;
@@ -236,6 +238,8 @@ impl Worker {
 
     /// Works until it is told to stop. Gives whether everything in flight was answered by then.
     pub fn run(&mut self) -> anyhow::Result<bool> {
+        #[cfg(debug_assertions)]
+        filter::install()?;
         loop {
             self.turn()?;
             if let Some(outcome) = self.drained() {

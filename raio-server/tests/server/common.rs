@@ -92,6 +92,8 @@ impl Server {
     pub fn spawn(mut process: Process, directory: TempDir) -> Self {
         let log = directory.path().with_extension("log");
         process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log).unwrap());
+        // A worker that waits for a disk ends the server.
+        process.env("RAIO_TEST_WORKER_FILTER", "1");
         let mut child = process.spawn().unwrap();
         let (sender, stdout) = channel();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();

@@ -87,6 +87,8 @@ impl Server {
 
     /// Starts a server by a command that ends up being one.
     pub fn spawn(mut command: Command) -> Self {
+        // A worker that waits for a disk ends the server, in builds with debug assertions.
+        command.env("RAIO_TEST_WORKER_FILTER", "1");
         let mut child = command.stdout(Stdio::piped()).spawn().expect("raio_server starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let mut line = String::new();

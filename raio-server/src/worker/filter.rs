@@ -1,0 +1,82 @@
+//! For tests: a seccomp filter for workers' threads, so that a system call that may wait for a disk or a file system ends the server.
+//!
+//! It exists in builds with debug assertions only, and is on if `RAIO_TEST_WORKER_FILTER` is set in the environment. What a worker
+//! may call is listed here; a call that is missing kills the process with SIGSYS, and `strace -f` (or the kernel's log) says which it was.
+
+use anyhow::Context;
+use raio_transport::rdma;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+const ALLOWED: &[libc::c_long] = &[
+    // Sockets, which are non-blocking. Closing one does not wait; files are closed by the pool (`backend::Descriptor`).
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockopt,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_shutdown,
+    libc::SYS_close,
+    // The reactor, with its eventfd, and the log.
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    libc::SYS_ppoll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Clocks, memory, other threads, and the end of this one.
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_sched_yield,
+    libc::SYS_futex,
+    libc::SYS_membarrier,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// Puts the filter on the calling thread, if a test asks for it. There is none for RDMA, whose library makes calls of its own.
+pub fn install() -> anyhow::Result<()> {
+    if std::env::var_os("RAIO_TEST_WORKER_FILTER").is_none() || rdma::unavailable().is_none() {
+        return Ok(());
+    }
+    let only = |argument: u8, value: i32| {
+        let is = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value as u64)?;
+        SeccompRule::new(vec![is])
+    };
+    let mut rules = vec![
+        // What is in the page cache, or else nothing; and files in memory, which know no RWF_NOWAIT.
+        (libc::SYS_preadv2, vec![only(5, libc::RWF_NOWAIT)?, only(5, 0)?]),
+        // The standard library sees to it that a descriptor that it closes is open.
+        (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?]),
+    ];
+    rules.extend(ALLOWED.iter().map(|&call| (call, Vec::new())));
+    let filter = SeccompFilter::new(
+        rules.into_iter().collect(),
+        SeccompAction::KillProcess,
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    let program: BpfProgram = filter.try_into()?;
+    seccompiler::apply_filter(&program).context("Cannot filter a worker's system calls")
+}
