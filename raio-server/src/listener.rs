@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
 use raio_transport::address::Scheme;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::{rdma, tcp};
@@ -12,6 +13,10 @@ use crate::worker::RawConnection;
 
 /// After a failed accept (most often: no descriptors left).
 const RETRY: Duration = Duration::from_millis(100);
+
+/// How long an address that is taken is waited for, and how often it is tried.
+const BIND_TIMEOUT: Duration = Duration::from_secs(2);
+const BIND_RETRY: Duration = Duration::from_millis(20);
 
 /// All listening sockets.
 #[derive(Debug)]
@@ -40,10 +45,10 @@ impl Listener {
         let mut this = Self { owner, sockets: Vec::new(), warnings: Throttle::new() };
         for &(scheme, address) in addresses {
             let (fd, address, rdma) = if scheme == Scheme::Rdma {
-                let listener = rdma::Listener::bind(address)?;
+                let listener = when_free(|| rdma::Listener::bind(address))?;
                 (listener.fd()?, listener.address(), Some(listener))
             } else {
-                let (socket, address) = tcp::listen(address)?;
+                let (socket, address) = when_free(|| tcp::listen(address))?;
                 (socket, address, None)
             };
             let file = reactor.file(fd);
@@ -125,5 +130,29 @@ impl Listener {
         let op =
             if socket.rdma.is_some() { Op::Readable { file: listener } } else { Op::Accept { listener } };
         socket.accept = Some(reactor.submit(token, op));
+    }
+}
+
+/// Binds; again for a while if the address is taken, for a server that was killed keeps it until its last operation has ended.
+fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::Result<T> {
+    let deadline = Instant::now() + BIND_TIMEOUT;
+    loop {
+        let (errno, error) = match bind() {
+            Ok(bound) => return Ok(bound),
+            Err(error) => (error.errno(), error),
+        };
+        let remedy = match errno {
+            libc::EADDRINUSE if Instant::now() < deadline => {
+                std::thread::sleep(BIND_RETRY);
+                continue;
+            }
+            libc::EADDRINUSE => {
+                "Another process listens there. Stop it, or choose another port with --listen"
+            }
+            libc::EADDRNOTAVAIL => "Give an address of this machine with --listen",
+            libc::EACCES => "Choose a port above 1023 with --listen, or give the server CAP_NET_BIND_SERVICE",
+            _ => return Err(error.into()),
+        };
+        bail!("{error}. {remedy}.");
     }
 }

@@ -32,6 +32,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use raio_transport::reactor::block_signals;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use tracing::level_filters::LevelFilter;
 
 use config::{Config, LogLevel, Options};
@@ -56,7 +57,7 @@ fn main() -> ExitCode {
     let config = match options.check(cores) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("raio_server: {error:#}");
+            eprintln!("raio_server: {}", describe(&error));
             return ExitCode::from(2);
         }
     };
@@ -64,7 +65,7 @@ fn main() -> ExitCode {
         return match server::check(&config) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("raio_server: {error:#}");
+                eprintln!("raio_server: {}", describe(&error));
                 ExitCode::from(2)
             }
         };
@@ -85,7 +86,7 @@ fn main() -> ExitCode {
     match serve(&config) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("raio_server: {error:#}");
+            eprintln!("raio_server: {}", describe(&error));
             ExitCode::FAILURE
         }
     }
@@ -121,10 +122,42 @@ fn list_devices() -> ExitCode {
     }
 }
 
+/// An error with its causes, but none that the text before it ends with.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text += ": ";
+            text += &cause;
+        }
+    }
+    text
+}
+
+/// Gives up what no thread of a server is to have: a write by its clients takes set-user-id and set-group-id bits from a file, as a write
+/// by an ordinary user does, which the kernel leaves out for whoever has CAP_FSETID. Before the first thread starts, for capabilities
+/// belong to threads, and new ones inherit them.
+fn drop_fsetid() -> rustix::io::Result<()> {
+    let mut sets = capabilities(None)?;
+    for set in [&mut sets.effective, &mut sets.permitted, &mut sets.inheritable] {
+        set.remove(CapabilitySet::FSETID);
+    }
+    set_capabilities(None, sets)
+}
+
 fn serve(config: &Config) -> anyhow::Result<ExitCode> {
     // Beyond a limit on file sizes a write is to fail, not to end the server.
     let signals = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]);
     block_signals(&signals.collect::<Vec<_>>()).context("Cannot block signals")?;
+    drop_fsetid().context("Cannot give up CAP_FSETID, with which writes would keep set-user-id bits")?;
+    if rustix::process::geteuid().is_root() {
+        tracing::warn!(
+            "The server runs as root, so clients can do with the exports what root can. Run it as a user of its own that may \
+             access nothing but the exports."
+        );
+    }
     let server = Server::start(config)?;
     let mut stdout = std::io::stdout().lock();
     writeln!(stdout, "raio_server: ready on {}", server.urls())

@@ -35,7 +35,8 @@ const DRAIN_SLACK: Duration = Duration::from_secs(1);
 const DESCRIPTORS_OWN: usize = 256;
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
-pub const HANDLED_SIGNALS: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1];
+pub const HANDLED_SIGNALS: [i32; 5] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGHUP];
 
 /// A running server.
 pub struct Server {
@@ -210,6 +211,13 @@ impl Server {
             }
             return None;
         }
+        if let libc::SIGHUP | libc::SIGUSR2 = signal {
+            let name = if signal == libc::SIGHUP { "SIGHUP" } else { "SIGUSR2" };
+            tracing::info!(
+                "{name} is ignored. To change the configuration, stop the server and start it anew."
+            );
+            return None;
+        }
         if self.is_draining {
             tracing::warn!("Told to stop a second time: stopping at once.");
             return Some(ExitCode::from(128 + signal as u8));
@@ -261,7 +269,7 @@ fn start_workers(
                 };
                 match worker.run() {
                     Ok(outcome) => ended.ended.outcome = Some(outcome),
-                    Err(error) => tracing::error!("Worker {index}: {error:#}."),
+                    Err(error) => tracing::error!("Worker {index}: {}.", crate::describe(&error)),
                 }
             }
         };

@@ -82,6 +82,18 @@ fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
 }
 
 #[test]
+fn signals_that_mean_nothing_to_it_do_not_end_the_server() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    server.signal(Signal::HUP);
+    server.signal(Signal::USR2);
+    server.stats();
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let log = server.log();
+    assert!(log.contains("SIGHUP is ignored") && log.contains("SIGUSR2 is ignored"), "{log}");
+}
+
+#[test]
 fn a_write_that_never_arrives_holds_up_the_end_for_so_long_and_no_longer() {
     let mut server = Server::start(Variant::Uring, &[]);
     let offer = Offer::new("half");

@@ -80,11 +80,64 @@ fn what_cannot_be_had_is_said_and_exits_with_1() {
     let url = format!("tcp://{}", taken.local_addr().unwrap());
     for (arguments, needle) in [
         (&["--export", "a=null:1M", "--listen", &url][..], url.trim_start_matches("tcp://")),
+        (&["--export", "a=null:1M", "--listen", "tcp://192.0.2.1:0"], "an address of this machine"),
         (&["--listen", "tcp://127.0.0.1:0", "--export", "a=/no/such/directory"], "/no/such/directory"),
     ] {
         let (code, text) = run(arguments);
         assert_eq!(code, Some(1), "{text}");
         assert!(text.contains(needle), "{text}");
+        assert!(text.matches("(os error ").count() <= 1, "twice: {text}");
+    }
+}
+
+#[test]
+fn an_address_that_is_taken_is_waited_for() {
+    let taken = std::net::TcpListener::bind("127.0.0.3:0").unwrap();
+    let url = format!("tcp://{}", taken.local_addr().unwrap());
+    let starts = std::thread::spawn(move || Server::start(Variant::Uring, &["--listen", &url]));
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    drop(taken);
+    assert!(starts.join().unwrap().ready.contains("tcp://127.0.0.3:"));
+}
+
+#[test]
+fn a_directory_that_cannot_be_used_is_an_error_at_the_start() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("SKIPPED: only root can start the server as another user");
+    }
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let program = program_in(directory.path());
+    for (mode, options, needle) in [(0o700, "", "searched"), (0o755, ",rw", "written")] {
+        let root = directory.path().join(needle);
+        std::fs::create_dir(&root).unwrap();
+        std::fs::set_permissions(&root, PermissionsExt::from_mode(mode)).unwrap();
+        let export = format!("d={}{options}", root.display());
+        let mut process = Process::new(&program);
+        process.args(["--listen", "tcp://127.0.0.1:0", "--export", &export]).uid(65534).gid(65534);
+        let output = process.output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(needle) && text.contains("permissions"), "{text}");
+    }
+}
+
+#[test]
+fn a_server_of_root_says_so_once_and_keeps_no_set_user_id_bits() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("SKIPPED: only root keeps them");
+    }
+    for variant in [Variant::Uring, Variant::Threads] {
+        let server = Server::start(variant, &[]);
+        assert_eq!(server.log().matches("runs as root").count(), 1, "{}", server.log());
+        let mut client = server.client();
+        for (name, bytes) in [("aligned", 4096), ("odd", 5), ("large", 1 << 20)] {
+            let path = server.path(name);
+            std::fs::write(&path, "x").unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o6755)).unwrap();
+            let file = client.open(&format!("/d/{name}"), OPEN_WRITE).unwrap();
+            assert_eq!(client.write(file, 0, &vec![1; bytes]), Ok(bytes as u64));
+            assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o755, "{name} {variant:?}");
+        }
     }
 }
 
@@ -112,6 +165,15 @@ fn where_io_uring_is_forbidden_it_says_so_once_with_the_remedy_and_works() {
     assert!(log.contains("EPERM") && log.contains("seccomp") && log.contains("threads"), "{log}");
 }
 
+/// A copy of the server that everybody may run.
+fn program_in(directory: &std::path::Path) -> std::path::PathBuf {
+    std::fs::set_permissions(directory, PermissionsExt::from_mode(0o777)).unwrap();
+    let program = directory.join("raio_server");
+    std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    program
+}
+
 #[test]
 fn an_ordinary_user_with_little_lockable_memory_can_run_it() {
     if !rustix::process::geteuid().is_root() {
@@ -119,10 +181,7 @@ fn an_ordinary_user_with_little_lockable_memory_can_run_it() {
     }
     let nobody = 65534;
     let directory = tempfile::tempdir_in("/tmp").unwrap();
-    std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o777)).unwrap();
-    let program = directory.path().join("raio_server");
-    std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
-    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let program = program_in(directory.path());
     let export = format!("d={},rw", directory.path().display());
     let mut process = Process::new("/bin/sh");
     process
