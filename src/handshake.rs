@@ -10,8 +10,12 @@ use zerocopy::little_endian::{U16, U32, U64};
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_QUEUE_PAIR,
-    OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, VERSION, Welcome,
+    OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
+
+/// The shortest and the longest keepalive interval that a client takes from a server.
+const KEEPALIVE_MIN: Duration = Duration::from_millis(100);
+const KEEPALIVE_MAX: Duration = Duration::from_secs(60);
 
 /// Sixteen random bytes, for a session or a server.
 pub fn random_id() -> [u8; 16] {
@@ -27,11 +31,18 @@ pub fn random_id() -> [u8; 16] {
     id
 }
 
+impl SessionId {
+    /// A new session's.
+    pub fn random() -> Self {
+        Self(random_id())
+    }
+}
+
 /// What a client offers.
 #[derive(Clone, Debug)]
 pub struct Offer {
-    /// The session; [`random_id`] for a new one.
-    pub session: [u8; 16],
+    /// The session; [`SessionId::random`] for a new one.
+    pub session: SessionId,
     /// The incarnation of the session.
     pub epoch: u64,
     /// Feature bits that the client must have.
@@ -131,7 +142,7 @@ impl Grant {
 #[derive(Clone, Debug)]
 pub struct Peer {
     /// Its session.
-    pub session: [u8; 16],
+    pub session: SessionId,
     /// The incarnation of the session.
     pub epoch: u64,
     /// Its name for the log; from the peer, so not to be trusted.
@@ -163,7 +174,7 @@ impl Policy {
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_NAME {
-                let text = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+                let text = message::text(option.value);
                 if name.replace(text).is_some() {
                     // Each answer is longer than the question: many would not fit into a welcome.
                     return Err(Violation::Field);
@@ -240,7 +251,7 @@ impl Offer {
     /// An offer for a new session that asks for nothing in particular.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
-            session: random_id(),
+            session: SessionId::random(),
             epoch: 1,
             features: 0,
             queue_depth: 0,
@@ -284,11 +295,14 @@ impl Offer {
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_TEXT {
-                text = message::clipped(&String::from_utf8_lossy(option.value)).to_owned();
+                text = message::text(option.value);
             }
             queue_pair |= option.kind == OPTION_QUEUE_PAIR && option.flags & OPTION_UNSUPPORTED == 0;
         }
         let errno = i32::from(welcome.errno.get());
+        if errno > message::ERRNO_MAX {
+            return Err(Violation::Field.into());
+        }
         if errno != 0 {
             let status = Status { errno, class: Class::Policy, retryable: false };
             return Err(Error::Refused { status, text });
@@ -300,7 +314,8 @@ impl Offer {
             queue_depth: welcome.queue_depth.get(),
             data_bytes_max: welcome.data_bytes_max.get(),
             inline_bytes_max: welcome.inline_bytes_max.get(),
-            keepalive: Duration::from_millis(welcome.keepalive_ms.get().into()),
+            keepalive: Duration::from_millis(welcome.keepalive_ms.get().into())
+                .clamp(KEEPALIVE_MIN, KEEPALIVE_MAX),
             queue_pair,
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
@@ -310,7 +325,7 @@ impl Offer {
             || grant.queue_depth == 0
             || grant.queue_depth > depth_max
             || grant.data_bytes_max < 4096
-            || grant.keepalive.is_zero()
+            || welcome.keepalive_ms.get() == 0
         {
             return Err(Violation::Field.into());
         }

@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use crossbeam_queue::ArrayQueue;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -267,6 +267,49 @@ impl Drop for Slot {
     fn drop(&mut self) {
         // The queue has room for every block of the arena, so this cannot fail.
         let _ = self.mapping.returned.push((self.block, self.order));
+    }
+}
+
+/// A number that a forked child does not share with its parent, at the cost of two loads: it lies in a page that the kernel clears in the
+/// child. (A kernel that does not know MADV_WIPEONFORK leaves a child undetected.)
+pub fn process() -> u64 {
+    static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    #[cold]
+    fn map() -> *mut AtomicU64 {
+        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing memory.
+        let Ok(page) =
+            (unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), BLOCK_BYTES, prot, flags) })
+        else {
+            // Not known to the kernel as a page to be cleared: forks go undetected.
+            return Box::into_raw(Box::default());
+        };
+        // SAFETY: the range is exactly our own mapping, and the advice changes nothing in this process.
+        let _ = unsafe { rustix::mm::madvise(page, BLOCK_BYTES, Advice::LinuxWipeOnFork) };
+        page.cast()
+    }
+    let mut page = PAGE.load(Ordering::Acquire);
+    if page.is_null() {
+        page = map();
+        // Whoever comes second leaks a page.
+        if let Err(first) =
+            PAGE.compare_exchange(std::ptr::null_mut(), page, Ordering::AcqRel, Ordering::Acquire)
+        {
+            page = first;
+        }
+    }
+    // SAFETY: it points at zeroed or written memory of at least an `AtomicU64`, aligned, that is never unmapped.
+    let number = unsafe { &*page };
+    match number.load(Ordering::Relaxed) {
+        0 => {
+            let new = LAST.fetch_add(1, Ordering::Relaxed) + 1;
+            // Another thread may have been faster.
+            number
+                .compare_exchange(0, new, Ordering::Relaxed, Ordering::Relaxed)
+                .map_or_else(|found| found, |_| new)
+        }
+        number => number,
     }
 }
 

@@ -297,7 +297,7 @@ impl Header {
     fn status(&self) -> Result<Status, Violation> {
         let errno = i32::from(u16::from_le_bytes([self.middle[0], self.middle[1]]));
         let class = Class::from_wire(self.middle[2]).ok_or(Violation::Field)?;
-        if (errno == 0) != (class == Class::None) || errno > 4_095 {
+        if (errno == 0) != (class == Class::None) || errno > ERRNO_MAX {
             return Err(Violation::Field);
         }
         if self.flags & !FLAG_RETRYABLE != 0 || self.middle[3] != 0 || self.middle[6..] != [0, 0] {
@@ -490,10 +490,17 @@ pub fn clipped(text: &str) -> &str {
     &text[..end]
 }
 
-/// The sentence in a padded body.
-pub fn text(body: &[u8]) -> String {
-    let end = body.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
-    String::from_utf8_lossy(&body[..end]).into_owned()
+/// A peer's text (an error message in a padded body, a name), fit for a terminal and a log: at most 256 bytes, on one line, and a `?` in the
+/// place of each control character.
+pub fn text(bytes: &[u8]) -> String {
+    let end = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    let text = String::from_utf8_lossy(&bytes[..end]);
+    clipped(&text).chars().map(|c| if is_printable(c) { c } else { '?' }).collect()
+}
+
+/// Whether a character may stand in a line of text: no control character, line break or change of direction.
+fn is_printable(c: char) -> bool {
+    !c.is_control() && !matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Parses the message at the front of `bytes`.
@@ -572,6 +579,20 @@ impl DataCrc {
     }
 }
 
+/// The largest errno there is in Linux: what lies above would look like an address.
+pub const ERRNO_MAX: i32 = 4_095;
+
+/// Names a session. Whoever knows it can join the session, so it is a secret: it has no text form, and Debug leaves it out.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(transparent)]
+pub struct SessionId(pub [u8; 16]);
+
+impl std::fmt::Debug for SessionId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SessionId(secret)")
+    }
+}
+
 /// The client's half of the handshake: fixed part. Options follow, see [`HandshakeOption`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -587,7 +608,7 @@ pub struct Hello {
     /// Feature bits that the client would like.
     pub features: U64,
     /// The session that this connection belongs to: random, secret, chosen by the client for its first connection.
-    pub session: [u8; 16],
+    pub session: SessionId,
     /// Which incarnation of the session: grows with each reconnect.
     pub epoch: U64,
     /// Requests that the client would like to have outstanding; 0 for what the server grants.

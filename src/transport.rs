@@ -439,18 +439,18 @@ impl<T> Outstanding<T> {
         if u64::from(*generation) == id.0 >> 16 { slot.as_mut() } else { None }
     }
 
-    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, returns credits that
-    /// were never spent, or leaves nothing outstanding and no credit to go on with, is the peer's violation.
+    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, returns more credits than the
+    /// requests that are over have spent, or leaves nothing outstanding and no credit to go on with, is the peer's violation.
     pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
         let index = id.0 as u16;
-        let is_last = self.len() == 1;
+        let left = (self.len() as u32).saturating_sub(1);
         let (generation, slot) = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
         if u64::from(*generation) != id.0 >> 16 {
             return Err(Violation::RequestId);
         }
         let credits = self.credits + u32::from(credits);
         // Credits come with responses alone: with none for ordinary requests, and no response to come, there would never be one.
-        if credits > self.credits_max || (is_last && credits <= 1) {
+        if credits > self.credits_max - left || (left == 0 && credits <= 1) {
             return Err(Violation::Credits);
         }
         let value = slot.take().ok_or(Violation::RequestId)?;
@@ -516,6 +516,15 @@ mod tests {
         let mut outstanding = Outstanding::new(&grant(1));
         let id = outstanding.insert((), false).unwrap();
         assert_eq!(outstanding.finish(id, 2), Err(Violation::Credits));
+    }
+
+    #[test]
+    fn credits_of_a_request_that_is_not_over_are_a_violation() {
+        let mut outstanding = Outstanding::new(&grant(4));
+        let first = outstanding.insert((), false).unwrap();
+        outstanding.insert((), false).unwrap();
+        assert_eq!(outstanding.finish(first, 2), Err(Violation::Credits));
+        assert_eq!(outstanding.finish(first, 1), Ok(()));
     }
 
     #[test]

@@ -28,7 +28,7 @@
  * argument that makes no sense is EINVAL, a descriptor or context that is not (any longer) one is EBADF or EINVAL:
  * never a crash, as far as the library can see the pointer. When the server goes away, everything in flight
  * completes once, with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT in its event, and later calls fail with ENOTCONN.
- * A write that completes with one of those may or may not have reached the file.
+ * A write that completes with one of those may or may not have reached the file, and may still reach the file later.
  *
  * Order.  Operations in flight at the same time run in no particular order, as with libaio: wait for one before
  * submitting another that must follow it. An fsync covers the writes whose events were collected before it was

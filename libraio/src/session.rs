@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use raio_transport::address::{Address, Scheme};
-use raio_transport::handshake::{Offer, random_id};
-use raio_transport::message::FEATURE_CRC;
+use raio_transport::handshake::Offer;
+use raio_transport::message::{FEATURE_CRC, SessionId};
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
 use raio_transport::{any, rdma, tcp};
@@ -80,7 +80,7 @@ pub(crate) struct Shared {
     /// Why raio:// is TCP here, as a sentence.
     why_tcp: Option<String>,
     /// Names the session on each of its connections.
-    id: [u8; 16],
+    id: SessionId,
     /// None once the session was stopped.
     control: Mutex<Option<Control>>,
     /// Files to be closed by whoever next has `control`: ending an operation must not wait for another thread's round trip.
@@ -129,7 +129,7 @@ impl Session {
             address,
             options: options.clone(),
             why_tcp: None,
-            id: random_id(),
+            id: SessionId::random(),
             control: Mutex::new(None),
             closes: Mutex::default(),
         };

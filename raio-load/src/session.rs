@@ -9,11 +9,12 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use raio_transport::handshake::{Offer, random_id};
+use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
+use raio_transport::message::{self, SessionId};
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::{Bulk, ClientTransport, Reply};
-use raio_transport::{Error, message, tcp};
+use raio_transport::{Error, tcp};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::content;
@@ -39,7 +40,7 @@ impl Session {
     /// Opens the n-th session of the plan, and its file. Also gives the file's status.
     fn open(plan: &Plan, n: usize, flags: u32) -> Result<(Self, FileStatus), Error> {
         let offer = Offer {
-            session: random_id(),
+            session: SessionId::random(),
             queue_depth: plan.depth,
             ..Offer::new(format!("raio_load[{}]", std::process::id()))
         };

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
 use crate::backend::Descriptor;
@@ -117,7 +118,7 @@ impl OpenFile {
 #[derive(Debug)]
 pub struct Session {
     /// Its uuid.
-    pub id: [u8; 16],
+    pub id: SessionId,
     files: Mutex<Files>,
     open_files: Arc<AtomicUsize>,
     files_max: usize,
@@ -198,7 +199,7 @@ impl Session {
 /// All sessions of the server.
 #[derive(Debug)]
 pub struct Sessions {
-    by_id: Mutex<HashMap<[u8; 16], Joined>>,
+    by_id: Mutex<HashMap<SessionId, Joined>>,
     sessions_max: usize,
     open_files: Arc<AtomicUsize>,
     files_max: usize,
@@ -223,7 +224,7 @@ impl Sessions {
     }
 
     /// A worker has got its first connection of this session. None: it would be one more than there may be.
-    pub fn join(&self, id: [u8; 16]) -> Option<Arc<Session>> {
+    pub fn join(&self, id: SessionId) -> Option<Arc<Session>> {
         let mut by_id = lock(&self.by_id);
         if by_id.len() >= self.sessions_max && !by_id.contains_key(&id) {
             return None;
@@ -286,7 +287,7 @@ mod tests {
     #[test]
     fn a_handle_does_not_outlive_its_close() {
         let sessions = Sessions::new(9, 10);
-        let session = sessions.join([1; 16]).unwrap();
+        let session = sessions.join(SessionId([1; 16])).unwrap();
         let first = session.insert(null()).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -301,7 +302,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = Sessions::new(9, 1).join([1; 16]).unwrap();
+        let session = Sessions::new(9, 1).join(SessionId([1; 16])).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null()).unwrap();
@@ -313,8 +314,8 @@ mod tests {
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
         let sessions = Sessions::new(9, 10);
-        let session = sessions.join([1; 16]).unwrap();
-        assert!(Arc::ptr_eq(&session, &sessions.join([1; 16]).unwrap()));
+        let session = sessions.join(SessionId([1; 16])).unwrap();
+        assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16])).unwrap()));
         let file = null();
         let handle = session.insert(Arc::clone(&file)).unwrap();
         assert!(sessions.leave(&session).is_empty());
@@ -328,26 +329,27 @@ mod tests {
     #[test]
     fn sessions_do_not_see_each_others_files() {
         let sessions = Sessions::new(9, 10);
-        let handle = sessions.join([1; 16]).unwrap().insert(null()).unwrap();
-        assert!(sessions.join([2; 16]).unwrap().get(handle).is_none());
+        let handle = sessions.join(SessionId([1; 16])).unwrap().insert(null()).unwrap();
+        assert!(sessions.join(SessionId([2; 16])).unwrap().get(handle).is_none());
     }
 
     #[test]
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
         let sessions = Sessions::new(1, 9);
-        let session = sessions.join([1; 16]).unwrap();
-        assert!(sessions.join([2; 16]).is_none());
-        assert!(sessions.join([1; 16]).is_some());
+        let session = sessions.join(SessionId([1; 16])).unwrap();
+        assert!(sessions.join(SessionId([2; 16])).is_none());
+        assert!(sessions.join(SessionId([1; 16])).is_some());
         sessions.leave(&session);
-        assert!(sessions.join([2; 16]).is_none());
+        assert!(sessions.join(SessionId([2; 16])).is_none());
         sessions.leave(&session);
-        assert!(sessions.join([2; 16]).is_some());
+        assert!(sessions.join(SessionId([2; 16])).is_some());
     }
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
         let sessions = Sessions::new(9, 2);
-        let (session, other) = (sessions.join([1; 16]).unwrap(), sessions.join([2; 16]).unwrap());
+        let (session, other) =
+            (sessions.join(SessionId([1; 16])).unwrap(), sessions.join(SessionId([2; 16])).unwrap());
         let first = session.insert(null()).unwrap();
         session.insert(null()).unwrap();
         assert!(session.insert(null()).is_none());

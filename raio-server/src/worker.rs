@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use raio_transport::handshake::Policy;
 use raio_transport::memory::Arena;
+use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{self, ServerEvent, ServerTransport};
@@ -87,7 +88,7 @@ pub enum Mail {
     /// A handle was closed by another worker.
     Forget {
         /// Whose.
-        session: [u8; 16],
+        session: SessionId,
         /// Which.
         handle: FileHandle,
     },
@@ -117,7 +118,7 @@ pub struct Worker {
     /// Connections by the transport's index for them.
     by_transport: Vec<Option<usize>>,
     sessions: Slab<LocalSession>,
-    sessions_by_id: HashMap<[u8; 16], usize>,
+    sessions_by_id: HashMap<SessionId, usize>,
     requests: Slab<Request>,
     /// How many requests are in each state.
     in_state: [usize; 3],

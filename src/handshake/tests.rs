@@ -26,7 +26,7 @@ const REFUSAL: &str = "72 61 69 6f 0d 0a 1a 0a  00 00 57 00 10 00 00 00
 
 fn offer() -> Offer {
     Offer {
-        session: std::array::from_fn(|n| n as u8 + 0x10),
+        session: SessionId(std::array::from_fn(|n| n as u8 + 0x10)),
         epoch: 3,
         features: FEATURE_CRC,
         queue_depth: 32,
@@ -138,6 +138,43 @@ fn a_wrong_first_byte_is_enough_to_tell() {
     assert!(matches!(policy().welcome(b"raio\r\n"), Ok(Parsed::Need(64))));
 }
 
+#[test]
+fn a_keepalive_out_of_bounds_is_clamped_and_an_errno_out_of_bounds_is_a_violation() {
+    for (said, taken) in
+        [(1, 100), (99, 100), (5_000, 5_000), (60_001, 60_000), (u64::from(u32::MAX), 60_000)]
+    {
+        let policy = Policy { keepalive: Duration::from_millis(said), ..policy() };
+        let offer = Offer::new("client");
+        let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&offer.hello()) else { panic!("not welcome") };
+        let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("no grant") };
+        assert_eq!(grant.keepalive, Duration::from_millis(taken));
+    }
+    let refused = |errno| Offer::new("client").grant(&policy().refusal(errno, "no")).unwrap_err().errno();
+    assert_eq!([1, 4_095, 4_096, 65_535].map(refused), [1, 4_095, libc::EPROTO, libc::EPROTO]);
+}
+
+#[test]
+fn the_text_of_a_peer_stays_on_one_line_and_has_no_control_characters() {
+    let nasty = "a\nb\r\x1b[31mc\t\u{9b}d\u{2028}e\u{202e}f\x7f";
+    let clean = "a?b??[31mc??d?e?f?";
+    let error = Offer::new("client").grant(&policy().refusal(libc::EPERM, nasty)).unwrap_err();
+    assert!(error.to_string().ends_with(&format!(": {clean}")), "{error}");
+    let Ok(Parsed::Item((peer, _), _)) = policy().welcome(&Offer::new(nasty).hello()) else {
+        panic!("not welcome")
+    };
+    assert_eq!(peer.name, clean);
+    assert_eq!(message::text(&[&[b'x'; 300][..], &[0; 4]].concat()), "x".repeat(256));
+}
+
+#[test]
+fn a_session_id_is_in_no_debug_output() {
+    let offer = Offer { session: SessionId([0xab; 16]), ..Offer::new("client") };
+    let Ok(Parsed::Item((peer, _), _)) = policy().welcome(&offer.hello()) else { panic!("not welcome") };
+    for text in [format!("{offer:?}"), format!("{peer:?}"), format!("{:x?}", offer.session)] {
+        assert!(!text.contains("171") && !text.contains("ab,"), "{text}");
+    }
+}
+
 proptest! {
     #[test]
     fn any_offer_and_any_policy_end_in_the_same_grant_on_both_sides(
@@ -152,10 +189,10 @@ proptest! {
         depth_max in 1u32..=65_534,
         data_bytes_max in 4096u32..=u32::MAX,
         inline_bytes_max: u32,
-        policy_keepalive_ms in 1u32..1_000_000,
+        policy_keepalive_ms in 100u32..60_000,
     ) {
         let offer = Offer {
-            session,
+            session: SessionId(session),
             epoch,
             features: if wants_crc { FEATURE_CRC } else { 0 },
             queue_depth,
@@ -174,8 +211,8 @@ proptest! {
         let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else { panic!("not welcome") };
         let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("{:?}", offer.grant(&welcome)) };
         prop_assert_eq!(grant, peer.grant);
-        prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (session, epoch, offer.keepalive));
-        prop_assert_eq!(peer.name, message::clipped(&name));
+        prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (SessionId(session), epoch, offer.keepalive));
+        prop_assert_eq!(peer.name, message::text(name.as_bytes()));
         prop_assert_eq!(grant.crc(), wants_crc);
         prop_assert_eq!(grant.queue_pair, wants_queue_pair && has_queue_pairs);
         prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);

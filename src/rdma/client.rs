@@ -23,7 +23,7 @@ use super::queue_pair::{Completion, Failure, QueuePair, Size};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
-use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot};
+use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot, process};
 use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::silence::{Silence, Verdict};
 use crate::tcp;
@@ -81,6 +81,8 @@ pub struct Client {
     /// When the descriptors were last looked at.
     looked: Instant,
     silence: Silence,
+    /// The process that connected: see [`process`].
+    process: u64,
 
     grant: Grant,
     limits: Limits,
@@ -282,6 +284,7 @@ impl Client {
             is_watched: false,
             looked: Instant::now(),
             silence: Silence::new(&grant),
+            process: process(),
             grant,
             limits: grant.limits(),
             inline_bytes_max: (grant.inline_bytes_max as usize).min(INLINE_BYTES_MAX),
@@ -1066,6 +1069,17 @@ impl ClientTransport for Client {
 
 impl Drop for Client {
     fn drop(&mut self) {
+        if self.process != process() {
+            // A forked child's copy: the device's objects are its parent's, and so is the memory that it cannot reach.
+            std::mem::forget((self.qp.take(), self.stream.take(), self.events.take()));
+            std::mem::forget((std::mem::take(&mut self.regions), std::mem::take(&mut self.arenas)));
+            std::mem::forget((
+                std::mem::take(&mut self.bounce),
+                Arc::clone(&self.domain),
+                Arc::clone(&self.channel),
+            ));
+            return;
+        }
         if self.failure.is_none() {
             self.flush();
             self.say_goodbye(Status::OK, "");

@@ -210,7 +210,7 @@ fn parse_rejection(private: &[u8]) -> Option<(i32, String)> {
         return None;
     }
     let errno = i32::from(u16::from_le_bytes([private[8], private[9]]));
-    (errno != 0).then(|| (errno, message::text(&private[PRIVATE_BYTES..])))
+    (1..=message::ERRNO_MAX).contains(&errno).then(|| (errno, message::text(&private[PRIVATE_BYTES..])))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
+use crate::memory::process;
 use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
@@ -79,6 +80,8 @@ pub struct Client {
     exchange: Exchange,
 
     silence: Silence,
+    /// The process that connected: see [`process`].
+    process: u64,
 
     failure: Option<Error>,
     /// How requests end that the failure takes with it.
@@ -143,6 +146,7 @@ impl Client {
         )
         .map_err(failed)?;
         super::spare_congestion_control(&socket, address);
+        abort_on_close(&socket, true).map_err(failed)?;
         // A zero timeout would be refused rather than expire.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         socket.connect_timeout(&address.into(), left).map_err(failed)?;
@@ -152,6 +156,7 @@ impl Client {
     /// Shakes hands over a stream that is connected, by `deadline`.
     pub fn from_stream(stream: TcpStream, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         stream.set_nonblocking(true).map_err(|source| Error::io("Cannot set up the socket", source))?;
+        abort_on_close(&stream, true).map_err(|source| Error::io("Cannot set up the socket", source))?;
         // Does not matter to a socket that is no TCP socket (a test's socket pair).
         let _ = stream.set_nodelay(true);
         let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
@@ -176,6 +181,7 @@ impl Client {
             done: Vec::new(),
             exchange: Exchange::No,
             silence: Silence::new(&grant),
+            process: process(),
             failure: None,
             lost: Status::OK,
             counters: ClientCounters::default(),
@@ -240,13 +246,25 @@ impl Client {
             message::encode_goodbye(status, &violation.to_string(), self.limits.crc, &mut self.head);
             let _ = send(&self.stream, &[IoSlice::new(&self.head)]);
         }
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.close();
         self.failure = Some(error);
         self.lost = lost;
         self.queue.clear();
         self.head.clear();
         self.blocked = false;
         self.unparsed = 0..0;
+    }
+
+    /// Ends the connection for every process that has its socket. What is unsent or unanswered does not go on being sent: the server gets
+    /// a reset.
+    fn close(&self) {
+        if self.queue.is_empty() && !self.is_owed() {
+            let _ = abort_on_close(&self.stream, false);
+        } else {
+            // Dissolving the association resets it, also while a forked child keeps the socket open. Only TCP knows that.
+            let _ = rustix::net::connect_unspec(&self.stream);
+        }
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 
     fn fail_violation(&mut self, violation: Violation) {
@@ -760,6 +778,21 @@ impl ClientTransport for Client {
     fn counters(&self) -> ClientCounters {
         self.counters
     }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        // A forked child that drops its copy leaves the connection to its parent.
+        if self.failure.is_none() && self.process == process() {
+            self.close();
+        }
+    }
+}
+
+/// Whether the end of the last descriptor resets the connection, as it must unless both sides know that they are done: otherwise the kernel would
+/// go on sending what its program has given up, after kill -9 too.
+fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
+    Ok(rustix::net::sockopt::set_socket_linger(socket, aborts.then_some(Duration::ZERO))?)
 }
 
 /// What a request adds to [`Client::large`].

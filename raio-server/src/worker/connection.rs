@@ -7,6 +7,7 @@ use std::sync::Arc;
 use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::handshake::Peer;
+use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
@@ -197,7 +198,7 @@ impl Worker {
     }
 
     /// Makes the other workers drop their views of a file that was closed.
-    pub(super) fn tell_others(&self, session: [u8; 16], handle: FileHandle) {
+    pub(super) fn tell_others(&self, session: SessionId, handle: FileHandle) {
         for (index, mailbox) in self.shared.mailboxes.get().into_iter().flatten().enumerate() {
             if index != self.index {
                 mailbox.send(Mail::Forget { session, handle });

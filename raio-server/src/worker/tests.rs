@@ -9,8 +9,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 use clap::Parser;
-use raio_transport::handshake::{Offer, random_id};
+use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
+use raio_transport::message::SessionId;
 use raio_transport::protocol::{Command, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use raio_transport::tcp::Client;
 use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
@@ -57,7 +58,7 @@ fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
     worker.adopt(RawConnection::Tcp(theirs.into()));
-    let offer = Offer { session: random_id(), ..Offer::new("test") };
+    let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {
         Client::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)

@@ -676,3 +676,54 @@ proptest! {
         prop_assert_eq!(tags, [0, 1, 2, 3, 4, 5]);
     }
 }
+
+/// What the server's end still receives after the client has ended: how many bytes, and the error at their end.
+fn rest_of(peer: &mut Peer) -> (usize, Option<i32>) {
+    let mut bytes = [0; 65536];
+    let mut total = 0;
+    loop {
+        match peer.stream.read(&mut bytes) {
+            Ok(0) => return (total, None),
+            Ok(n) => total += n,
+            Err(error) => return (total, error.raw_os_error()),
+        }
+    }
+}
+
+#[test]
+fn what_a_client_has_given_up_is_not_sent() {
+    let policy = Policy { data_bytes_max: 16 << 20, ..policy() };
+    let ends: [fn(Client); 2] = [drop, |mut client| client.abort(Violation::Silent)];
+    for end in ends {
+        let (mut client, mut peer) = pair(&policy, 0);
+        let data = Bulk::Out(Buffers::One(Buffer::Owned(vec![1; 16 << 20].into())));
+        client.send(1, &[2; 24], data, false).unwrap();
+        client.flush();
+        end(client);
+        let (received, error) = rest_of(&mut peer);
+        assert_eq!(error, Some(libc::ECONNRESET), "after {received} bytes");
+        assert!(received < 16 << 20, "everything was sent");
+    }
+}
+
+#[test]
+fn only_a_client_with_nothing_unanswered_ends_in_good_order() {
+    for answered in [true, false] {
+        let (mut client, mut peer) = pair(&policy(), 0);
+        client.send(1, &[1; 24], Bulk::None, false).unwrap();
+        client.flush();
+        let (request, _) = peer.request();
+        if answered {
+            let mut out = Vec::new();
+            peer.answer(request.id, &[], &mut out);
+            peer.stream.write_all(&out).unwrap();
+            let mut replies = Vec::new();
+            while replies.is_empty() {
+                client.wait(None).unwrap();
+                client.receive(&mut replies);
+            }
+        }
+        drop(client);
+        assert_eq!(rest_of(&mut peer), (0, if answered { None } else { Some(libc::ECONNRESET) }));
+    }
+}

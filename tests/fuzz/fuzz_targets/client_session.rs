@@ -14,7 +14,7 @@ use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, handshake_len, mend_handshake, mend_messages};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::message::{FEATURE_CRC, Parsed};
+use raio_transport::message::{FEATURE_CRC, Parsed, SessionId};
 use raio_transport::tcp;
 use raio_transport::transport::{Bulk, ClientTransport};
 
@@ -27,7 +27,7 @@ fuzz_target!(|input: &[u8]| {
     let mode = Mode(mode);
     let mut bytes = bytes.to_vec();
     let features = if mode.has(Mode::CRC) { FEATURE_CRC } else { 0 };
-    let offer = Offer { features, session: [1; 16], ..Offer::new("fuzz") };
+    let offer = Offer { features, session: SessionId([1; 16]), ..Offer::new("fuzz") };
     let begins = if mode.has(Mode::HANDSHAKE) {
         if !mode.has(Mode::RAW) {
             mend_handshake(&mut bytes);

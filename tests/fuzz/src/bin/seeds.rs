@@ -12,7 +12,7 @@ use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, OPTION_NAME, OPTION_REQUIRED, Parsed, QueuePairAddress,
-    RemoteRegion, Request, Response,
+    RemoteRegion, Request, Response, SessionId,
 };
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
@@ -175,7 +175,7 @@ fn control() -> Vec<(String, Vec<u8>)> {
 }
 
 fn hellos() -> Vec<(String, Vec<u8>)> {
-    let plain = Offer { session: [1; 16], ..Offer::new("seed") };
+    let plain = Offer { session: SessionId([1; 16]), ..Offer::new("seed") };
     let Ok(Parsed::Item((fixed, _), _)) = message::parse_handshake::<Hello>(&plain.hello()) else {
         unreachable!("it was just encoded")
     };
@@ -194,7 +194,7 @@ fn hellos() -> Vec<(String, Vec<u8>)> {
 fn welcomes() -> Vec<(String, Vec<u8>)> {
     let policy = Policy { server: [2; 16], queue_pair: true, ..Policy::default() };
     let welcome = |features, queue_pair| {
-        let offer = Offer { features, queue_pair, session: [1; 16], ..Offer::new("seed") };
+        let offer = Offer { features, queue_pair, session: SessionId([1; 16]), ..Offer::new("seed") };
         let Ok(Parsed::Item((_, welcome), _)) = policy.welcome(&offer.hello()) else {
             unreachable!("it was just encoded")
         };
