@@ -1,0 +1,276 @@
+//! What hangs on one export is that export's: no other waits for it. The servers' workers carry a filter that ends the server if one
+//! of them makes a system call that may wait for a disk (`RAIO_TEST_WORKER_FILTER`).
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Session};
+use raio_e2e::{
+    FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, is_at_rest, needs_root, raw_request,
+};
+use raio_transport::protocol::{Command, OPEN_READ};
+
+const BACKENDS: [&str; 2] = ["uring", "threads"];
+const BLOCK: usize = 4096;
+
+fn block() -> Buffers {
+    Buffers::One(Buffer::Owned(vec![7; BLOCK].into()))
+}
+
+/// A client with one open file.
+struct Client {
+    session: Session,
+    file: File,
+    context: Context,
+}
+
+impl Client {
+    fn new(server: &Server, path: &str) -> Self {
+        let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+        let file = session.open(path, libc::O_RDWR, 0).expect("a file");
+        let context = session.context(128).expect("a context");
+        Self { session, file, context }
+    }
+
+    fn submit(&mut self, operation: Operation, token: u64) -> raio::Ticket {
+        let ticket = self.context.submit(&self.file, operation, token).expect("there is room");
+        self.context.flush();
+        ticket
+    }
+
+    fn next(&mut self) -> Completion {
+        self.context.wait(1, 1, Some(PATIENCE)).expect("the server lives");
+        self.context.next().expect("it ends in time")
+    }
+
+    fn run(&mut self, operation: Operation) {
+        self.submit(operation, 0);
+        self.next().result.expect("success");
+    }
+
+    /// So many operations end with success.
+    fn collect(&mut self, count: usize) {
+        for _ in 0..count {
+            self.next().result.expect("success");
+        }
+    }
+
+    /// The median time of a write, a read and an open.
+    fn latency(&mut self) -> Duration {
+        let mut times: Vec<_> = (0..101u64)
+            .map(|at| {
+                let begin = Instant::now();
+                self.run(Operation::Write { offset: at * BLOCK as u64, buffers: block() });
+                self.run(Operation::Read { offset: at * BLOCK as u64, buffers: block() });
+                drop(self.session.open("/well/file", libc::O_RDONLY, 0).expect("a file"));
+                begin.elapsed()
+            })
+            .collect();
+        times.sort_unstable();
+        times[times.len() / 2]
+    }
+}
+
+/// Where a healthy file system is.
+fn healthy() -> tempfile::TempDir {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    std::fs::write(directory.path().join("file"), vec![1; 1 << 20]).expect("a file");
+    directory
+}
+
+fn server(backend: &str, workers: &str, exports: &[(&str, &Path)]) -> Server {
+    let exports: Vec<_> =
+        exports.iter().map(|(name, path)| format!("{name}={},rw", path.display())).collect();
+    let exports: Vec<_> = exports.iter().map(String::as_str).collect();
+    Server::start_with(&exports, &["--backend", backend, "--workers", workers])
+}
+
+/// Others keep their latency within a factor of two; here of twenty, for the machine may be busy.
+fn assert_unharmed(well: &mut Client, before: Duration, what: &str) {
+    let now = well.latency();
+    assert!(now < before.max(Duration::from_millis(1)) * 20, "{what}: {before:?} became {now:?}");
+}
+
+#[test]
+fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
+    if !needs_root("freezing a file system") {
+        return;
+    }
+    for backend in BACKENDS {
+        let mounted = LoopDevice::new(64 << 20).mount("ext4");
+        std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
+        let directory = healthy();
+        let server = server(backend, "1", &[("well", directory.path()), ("stuck", mounted.path())]);
+        let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
+        let before = well.latency();
+        let frozen = mounted.freeze();
+        stuck.submit(Operation::Write { offset: 0, buffers: block() }, 0);
+        assert_unharmed(&mut well, before, "one write");
+        for at in 1..64 {
+            stuck.submit(Operation::Write { offset: at * BLOCK as u64, buffers: block() }, at);
+        }
+        let mut opens = Opens::new(&server, "/stuck/file");
+        opens.send(64, "/stuck/file", raio_transport::protocol::OPEN_WRITE);
+        assert_unharmed(&mut well, before, "64 writes and opens");
+        assert_eq!(stuck.context.wait(1, 1, Some(Duration::ZERO)).expect("it lives"), 0, "a write has ended");
+        drop(frozen);
+        stuck.collect(64);
+        opens.collect(64);
+        let file = std::fs::File::open(mounted.path().join("file")).expect("a file");
+        let mut bytes = vec![0; 64 * BLOCK];
+        file.read_exact_at(&mut bytes, 0).expect("its content");
+        assert!(bytes.iter().all(|&byte| byte == 7), "{backend}: what was written late is not there");
+    }
+}
+
+#[test]
+fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
+    // Without ASYNC_READ, and without a page cache: there io_uring reads inline.
+    let options = [
+        FuseOptions { async_read: false, direct_io: false },
+        FuseOptions { async_read: true, direct_io: true },
+    ];
+    for (backend, options) in
+        BACKENDS.into_iter().flat_map(|backend| options.map(|options| (backend, options)))
+    {
+        let content = vec![1; 1 << 20];
+        let Some(fuse) = FuseFs::mount("a file system that hangs", options, &[("file", &content)]) else {
+            return;
+        };
+        let directory = healthy();
+        let mut server = server(backend, "1", &[("well", directory.path()), ("stuck", fuse.path())]);
+        let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
+        let mut opens = Opens::new(&server, "/stuck/file");
+        let before = well.latency();
+
+        fuse.hang(FuseCall::Read);
+        stuck.submit(Operation::Read { offset: 0, buffers: block() }, 0);
+        fuse.wait_for_hanging(FuseCall::Read, 1);
+        assert_unharmed(&mut well, before, "one read");
+
+        fuse.hang(FuseCall::Fsync);
+        let tickets: Vec<_> =
+            (0..64).map(|_| stuck.submit(Operation::Fsync { data_only: false }, 1)).collect();
+        // The kernel lets through one for a file at a time.
+        fuse.wait_for_hanging(FuseCall::Fsync, 1);
+        assert_unharmed(&mut well, before, "64 fsyncs");
+        // Those fsyncs do not stop its other operations.
+        stuck.file.status().expect("its status");
+        let cancelled =
+            stuck.context.cancel(tickets[63]).expect("one that waits for its turn can be cancelled");
+        assert_eq!(cancelled.result.expect_err("it did nothing").errno(), libc::ECANCELED);
+
+        fuse.hang(FuseCall::Open);
+        opens.send(64, "/stuck/file", OPEN_READ);
+        fuse.wait_for_hanging(FuseCall::Open, 1);
+        assert_unharmed(&mut well, before, "64 opens");
+
+        for call in [FuseCall::Open, FuseCall::Read, FuseCall::Fsync] {
+            fuse.mend(call);
+        }
+        opens.collect(64);
+        stuck.collect(64);
+        drop(opens);
+
+        fuse.hang(FuseCall::Flush);
+        drop(stuck);
+        fuse.wait_for_hanging(FuseCall::Flush, 1);
+        assert_unharmed(&mut well, before, "a close");
+        fuse.mend(FuseCall::Flush);
+        drop(well);
+        server.statistics_when(is_at_rest);
+    }
+}
+
+/// A connection of its own, on which many opens are sent at once.
+struct Opens {
+    raw: Raw,
+    next: u64,
+}
+
+impl Opens {
+    fn new(server: &Server, path: &str) -> Self {
+        Self { raw: Raw::open(&server.url(), path, OPEN_READ).expect("a file"), next: 1 }
+    }
+
+    fn send(&mut self, count: u64, path: &str, flags: u32) {
+        for id in self.next..self.next + count {
+            let command = Command::Open { flags, mode: 0, path: path.as_bytes() };
+            std::io::Write::write_all(&mut self.raw.stream, &raw_request(id, &command, 0))
+                .expect("it is sent");
+        }
+        self.next += count;
+    }
+
+    fn collect(&mut self, count: usize) {
+        self.raw.stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        for _ in 0..count {
+            let (response, _) = self.raw.response().expect("an answer");
+            assert!(response.status.is_ok(), "{:?}", response.status);
+        }
+    }
+}
+
+#[test]
+fn closing_an_unlinked_gigabyte_in_memory_stalls_nobody() {
+    for backend in BACKENDS {
+        let memory = match tempfile::tempdir_in("/dev/shm") {
+            Ok(memory) => memory,
+            Err(error) => return eprintln!("SKIPPED: no tmpfs at /dev/shm: {error}"),
+        };
+        let path = memory.path().join("file");
+        let file = std::fs::File::create(&path).expect("a file");
+        if let Err(error) = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 1 << 30) {
+            return eprintln!("SKIPPED: no gigabyte of memory at /dev/shm: {error}");
+        }
+        drop(file);
+        let directory = healthy();
+        let server = server(backend, "1", &[("well", directory.path()), ("shm", memory.path())]);
+        let (mut well, big) = (Client::new(&server, "/well/file"), Client::new(&server, "/shm/file"));
+        std::fs::remove_file(path).expect("it is there");
+        let (sender, closed) = channel();
+        let mut meanwhile = 0;
+        std::thread::scope(|scope| {
+            let file = &big.file;
+            scope.spawn(move || sender.send(file.close()));
+            while closed.try_recv().map(|result| result.expect("closed")).is_err() {
+                well.run(Operation::Read { offset: 0, buffers: block() });
+                meanwhile += 1;
+            }
+        });
+        assert!(meanwhile >= 5, "{backend}: {meanwhile} reads in the time of a close");
+    }
+}
+
+#[test]
+fn a_close_reports_what_the_file_system_says_whichever_worker_used_the_file_last() {
+    for backend in BACKENDS {
+        let Some(fuse) = FuseFs::mount("errors of close", FuseOptions::default(), &[("file", b"content")])
+        else {
+            return;
+        };
+        let server = server(backend, "2", &[("fuse", fuse.path())]);
+        for (round, errno) in [libc::EDQUOT, libc::EIO, 0].into_iter().cycle().take(12).enumerate() {
+            let mut client = Client::new(&server, "/fuse/file");
+            // Contexts take turns on the workers, so both use the file.
+            let mut contexts: Vec<_> =
+                (0..3).map(|_| client.session.context(1).expect("a context")).collect();
+            for context in &mut contexts {
+                let write = Operation::Write { offset: 0, buffers: block() };
+                context.submit(&client.file, write, 0).expect("there is room");
+                context.wait(1, 1, Some(PATIENCE)).expect("the server lives");
+                context.next().expect("it ends").result.expect("success");
+            }
+            client.run(Operation::Fsync { data_only: true });
+            if errno == 0 {
+                fuse.mend(FuseCall::Flush)
+            } else {
+                fuse.fail(FuseCall::Flush, errno)
+            }
+            let result = client.file.close().map_err(|error| error.errno());
+            assert_eq!(result, if errno == 0 { Ok(()) } else { Err(errno) }, "{backend}, round {round}");
+        }
+    }
+}
