@@ -348,6 +348,13 @@ impl ServerTransport for Server {
         transport.refuse(reactor, id, errno, text);
     }
 
+    fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
+        self.tcp.close_stalled(reactor, close);
+        if let Some(rdma) = &mut self.rdma {
+            rdma.close_stalled(reactor, close);
+        }
+    }
+
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
         let (id, transport) = self.seen_at_place(connection);
         transport.unsent_bytes(id)

@@ -74,7 +74,8 @@ pub struct Policy {
     pub keepalive: Duration,
     /// A peer that has not finished its handshake by then is closed.
     pub handshake_timeout: Duration,
-    /// A peer that makes no progress for so long on a message it has begun, or on taking its answers, is closed.
+    /// While others wait for memory, a peer that makes no progress for so long on a message it has begun, or on taking its responses, is
+    /// closed: [`crate::transport::ServerTransport::close_stalled`].
     pub stall_timeout: Duration,
     /// The server's name.
     pub name: String,
@@ -93,7 +94,7 @@ impl Default for Policy {
             inline_bytes_max: 13 << 10,
             keepalive: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
-            stall_timeout: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(2),
             name: "raio".into(),
             queue_pair: false,
         }

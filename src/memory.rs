@@ -131,6 +131,11 @@ impl Arena {
         self.mapping.len - self.free_bytes
     }
 
+    /// Bytes in no slot, as far as the last allocation or [`Arena::used_bytes`] knew: what has been dropped since is not among them.
+    pub fn free_bytes(&self) -> usize {
+        self.free_bytes
+    }
+
     /// The largest slot.
     pub fn slot_bytes_max(&self) -> usize {
         BLOCK_BYTES << (self.free.len() - 1)

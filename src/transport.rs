@@ -140,6 +140,8 @@ pub enum CloseReason {
     Local,
     /// This side turned it away: [`ServerTransport::refuse`].
     Refused,
+    /// Others waited for the memory that it held without progress: [`ServerTransport::close_stalled`].
+    Evicted,
 }
 
 impl CloseReason {
@@ -151,6 +153,7 @@ impl CloseReason {
             Self::Violation(violation) => violation.name(),
             Self::Local => "local",
             Self::Refused => "refused",
+            Self::Evicted => "evicted",
         }
     }
 }
@@ -239,6 +242,11 @@ pub trait ServerTransport {
     /// Turns a client away: it gets a refusal with this errno and sentence in the place of its welcome. Only between
     /// [`ServerEvent::Opened`] and the next [`ServerTransport::flush`]. [`ServerEvent::Closed`] follows.
     fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str);
+
+    /// Under memory pressure: notes how far each connection has come with what it holds memory for (responses that its peer does not
+    /// take, a message that it does not finish). With `close`, connections without progress since the previous call are closed:
+    /// [`CloseReason::Evicted`]. Calls are [`crate::handshake::Policy::stall_timeout`] apart.
+    fn close_stalled(&mut self, reactor: &mut Reactor, close: bool);
 
     /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
     fn unsent_bytes(&self, connection: ConnectionId) -> usize;

@@ -16,6 +16,7 @@ use raio_transport::rdma;
 use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
+use crate::machine::memory_limit;
 use crate::size::Size;
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
@@ -29,6 +30,8 @@ const MEMORY_BYTES_DEFAULT: u64 = 128 << 20;
 const SPIN_US_DEFAULT: u64 = 50;
 const SPIN_US_MAX: u64 = 1_000_000;
 const WORKERS_MAX: usize = 1024;
+const STALL_TIMEOUT_DEFAULT: u64 = 2;
+const STALL_TIMEOUT_MAX: u64 = 86_400;
 /// More than a process can have open files.
 const SESSIONS_MAX: usize = 1 << 24;
 
@@ -66,6 +69,10 @@ pub struct Options {
     /// Buffers for data in flight, shared out among the workers [default: 128M]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
+    /// While others wait for memory, a connection that for so long does not take responses, or does not go on with a message, is closed
+    /// [default: 2]
+    #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
+    stall_timeout: Option<u64>,
     /// How files are read and written [default: uring where the system allows it, else threads]
     #[arg(long, value_enum)]
     backend: Option<BackendKind>,
@@ -171,6 +178,8 @@ pub struct Config {
     pub spin: Duration,
     /// Each worker's arena.
     pub arena_bytes: usize,
+    /// While others wait for memory, a connection that makes no progress for so long is closed.
+    pub stall_timeout: Duration,
     /// What was asked for.
     pub backend: BackendKind,
     /// How much to log.
@@ -210,6 +219,7 @@ impl Options {
             io_max unless is_none,
             spin_us unless is_none,
             memory unless is_none,
+            stall_timeout unless is_none,
             backend unless is_none,
             log unless is_none
         );
@@ -296,6 +306,20 @@ impl Options {
              {memory_min} bytes (two of the largest requests for each worker), or fewer --workers, or a smaller --io-max.",
             name("memory")
         );
+        let available = memory_limit();
+        ensure!(
+            memory <= available.bytes,
+            "{} is {memory} bytes, but {} has {} bytes. Give a smaller --memory, and leave some for the page cache.",
+            name("memory"),
+            available.of,
+            available.bytes
+        );
+        let stall_timeout = options.stall_timeout.unwrap_or(STALL_TIMEOUT_DEFAULT);
+        ensure!(
+            (1..=STALL_TIMEOUT_MAX).contains(&stall_timeout),
+            "{} is {stall_timeout}. Give a number of seconds from 1 to {STALL_TIMEOUT_MAX}.",
+            name("stall-timeout")
+        );
         Ok(Config {
             listen,
             exports: options.export,
@@ -305,6 +329,7 @@ impl Options {
             io_bytes_max: io_bytes as u32,
             spin: Duration::from_micros(spin_us),
             arena_bytes: (memory / workers as u64) as usize,
+            stall_timeout: Duration::from_secs(stall_timeout),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
         })
@@ -439,6 +464,8 @@ mod tests {
             (&["--export", "a=/", "--max-sessions", "0"], "--max-sessions is 0"),
             (&["--export", "a=/", "--io-max", "1"], "--io-max is 1 bytes"),
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
+            (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
+            (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),
             (&["--export", "a=/", "--listen", "7240"], "tcp://127.0.0.1:7240"),
             (&["--export", "a=/", "--listen", "localhost:7240"], "Write tcp://localhost:7240"),

@@ -15,6 +15,7 @@ mod config;
 mod export;
 mod export_spec;
 mod listener;
+mod machine;
 mod open;
 mod pace;
 mod pool;

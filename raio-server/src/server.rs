@@ -110,6 +110,7 @@ impl Server {
             policy: Arc::new(Policy {
                 queue_depth: config.queue_depth,
                 data_bytes_max: config.io_bytes_max,
+                stall_timeout: config.stall_timeout,
                 name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
                 ..Policy::default()
             }),

@@ -31,11 +31,12 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 18] = [
+const REASONS: [&str; 19] = [
     "finished",
     "lost",
     "local",
     "refused",
+    "evicted",
     "magic",
     "version",
     "handshake_timeout",
@@ -232,7 +233,13 @@ mod tests {
             V::Silent,
             V::Stalled,
         ];
-        let reasons = [CloseReason::Finished, CloseReason::Lost(0), CloseReason::Local, CloseReason::Refused];
+        let reasons = [
+            CloseReason::Finished,
+            CloseReason::Lost(0),
+            CloseReason::Local,
+            CloseReason::Refused,
+            CloseReason::Evicted,
+        ];
         for reason in reasons.into_iter().chain(violations.map(CloseReason::Violation)) {
             assert!(REASONS.contains(&reason.name()), "{reason:?}");
         }

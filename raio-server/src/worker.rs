@@ -49,6 +49,8 @@ const GRACE: Duration = Duration::from_millis(100);
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A connection may have this part of the arena.
 const SHARE: usize = 8;
+/// This part is kept for small requests of connections that hold little.
+const RESERVE: usize = 8;
 
 /// What all workers share.
 #[derive(Debug)]
@@ -130,8 +132,12 @@ pub struct Worker {
     closing: usize,
     /// Connections with requests that wait for memory take turns.
     turns: VecDeque<usize>,
-    /// The first of them waits until there is room.
-    is_out_of_room: bool,
+    /// The one of them that has waited longest with no memory at all, because there is none.
+    starved: Option<usize>,
+    /// Since the last stall check somebody has been.
+    is_short: bool,
+    /// When connections that make no progress are next looked for: others wait for memory.
+    stall_check: Option<Instant>,
     /// Requests for a later turn.
     postponed: VecDeque<transport::Request>,
     /// What this turn has read and written at once.
@@ -140,6 +146,8 @@ pub struct Worker {
     turn_bytes: usize,
     /// What a connection may have of the arena.
     share_bytes: usize,
+    /// What is kept for small requests.
+    reserve_bytes: usize,
     events: Vec<Event>,
     /// The last turn did something, which may have consequences that no event announces.
     is_busy: bool,
@@ -208,6 +216,7 @@ impl Worker {
         let worker = Self {
             transport: any::Server::new(TCP, &shared.policy, rdma),
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
+            reserve_bytes: (arena.len() / RESERVE).min(arena.len() - arena.slot_bytes_max()),
             shared,
             counters,
             index,
@@ -225,7 +234,9 @@ impl Worker {
             reported: Vec::new(),
             closing: 0,
             turns: VecDeque::new(),
-            is_out_of_room: false,
+            starved: None,
+            is_short: false,
+            stall_check: None,
             postponed: VecDeque::new(),
             at_once_bytes: 0,
             turn_bytes: 0,
@@ -255,6 +266,7 @@ impl Worker {
         self.take_mail();
         self.take_completions();
         self.grant_slots();
+        self.relieve();
         self.take_requests();
         // What the page cache had at once.
         self.take_completions();

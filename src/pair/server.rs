@@ -350,11 +350,9 @@ impl Connection {
         let Some(open) = &self.open else {
             return Some((self.since + policy.handshake_timeout, Violation::HandshakeTimeout));
         };
-        let stalled = self.blocked.map(|since| (since + policy.stall_timeout, Violation::Stalled));
         // Three times, so that one late message is no death sentence.
         let promised = open.peer.keepalive * 3;
-        let silent = (!promised.is_zero()).then(|| (self.heard + promised, Violation::Silent));
-        stalled.into_iter().chain(silent).min_by_key(|(at, _)| *at)
+        (!promised.is_zero()).then(|| (self.heard + promised, Violation::Silent))
     }
 }
 
@@ -470,6 +468,25 @@ impl ServerTransport for Server {
         if let Some(connection) = self.get(id) {
             let _ = connection.end.send(refusal);
             self.end(reactor, id, CloseReason::Refused);
+        }
+    }
+
+    fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
+        let now = Instant::now();
+        let stalled = |connection: &Connection| {
+            connection.blocked.is_some_and(|since| since + self.policy.stall_timeout <= now)
+        };
+        let ids: Vec<_> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| close && stalled(connection))
+            .map(|(index, connection)| ConnectionId {
+                index: index as u32,
+                generation: connection.generation,
+            })
+            .collect();
+        for id in ids {
+            self.end(reactor, id, CloseReason::Evicted);
         }
     }
 

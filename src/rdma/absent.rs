@@ -247,6 +247,9 @@ impl ServerTransport for Server {
     fn refuse(&mut self, _: &mut Reactor, _: ConnectionId, _: i32, _: &str) {
         match self.0 {}
     }
+    fn close_stalled(&mut self, _: &mut Reactor, _: bool) {
+        match self.0 {}
+    }
     fn unsent_bytes(&self, _: ConnectionId) -> usize {
         match self.0 {}
     }

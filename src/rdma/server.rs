@@ -134,6 +134,8 @@ struct Connection {
     reads: usize,
     reads_max: usize,
     unsent: VecDeque<Outgoing>,
+    /// Bytes of the slots in `unsent`.
+    unsent_bytes: usize,
     /// Since when what is posted has made no progress, and how many work requests had ended then.
     waiting: Option<(Instant, u64)>,
     /// The response that is being chained; kept for its memory.
@@ -802,6 +804,7 @@ impl Connection {
             reads: 0,
             reads_max,
             unsent: VecDeque::new(),
+            unsent_bytes: 0,
             waiting: None,
             header: Vec::new(),
             counters: Counters::default(),
@@ -872,6 +875,7 @@ impl Connection {
             && self.qp.has_room_for(MESSAGE_BYTES)
             && let Some(outgoing) = self.unsent.pop_front()
         {
+            self.unsent_bytes -= outgoing.slot_bytes();
             match outgoing {
                 Outgoing::Message(bytes) => self.qp.send(std::iter::once(&bytes[..]), bytes.len()),
                 Outgoing::Response(id, response) => self.chain_response(id, response, port),
@@ -927,13 +931,11 @@ impl Connection {
             State::Lingering => return Some((self.since + LINGER, Due::Drop)),
             State::Open(peer) => peer,
         };
-        let stalled =
-            self.waiting.map(|(since, _)| (since + policy.stall_timeout, Due::End(Violation::Stalled)));
         // Three times, so that one late message is no death sentence.
         let promised = peer.keepalive * 3;
         let silent = (!promised.is_zero()).then(|| (self.heard + promised, Due::End(Violation::Silent)));
         let probe = (self.answered + PROBE_EVERY, Due::Probe);
-        stalled.into_iter().chain(silent).chain([probe]).min_by_key(|(at, _)| *at)
+        silent.into_iter().chain([probe]).min_by_key(|(at, _)| *at)
     }
 }
 
@@ -1119,7 +1121,9 @@ impl ServerTransport for Server {
         if let Some((message, _)) = asked.inline.take() {
             connection.qp.give_back(message);
         }
-        connection.unsent.push_back(Outgoing::Response(request.id, response));
+        let outgoing = Outgoing::Response(request.id, response);
+        connection.unsent_bytes += outgoing.slot_bytes();
+        connection.unsent.push_back(outgoing);
         self.mark_dirty(request.connection);
     }
 
@@ -1148,17 +1152,40 @@ impl ServerTransport for Server {
         if let Some(connection) = self.get_alive(id) {
             // The welcome, and what it said at once.
             connection.unsent.clear();
+            connection.unsent_bytes = 0;
             connection.unsent.push_back(Outgoing::Message(refusal));
             self.report(id, CloseReason::Refused);
             self.linger(reactor, id);
         }
     }
 
+    fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
+        // What is posted carries its own time: no note is needed.
+        if !close {
+            return;
+        }
+        let now = Instant::now();
+        let is_stalled = |connection: &Connection| {
+            matches!(connection.state, State::Open(_))
+                && connection.waiting.is_some_and(|(since, _)| since + self.policy.stall_timeout <= now)
+        };
+        let stalled: Vec<_> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| is_stalled(connection))
+            .map(|(index, connection)| ConnectionId {
+                index: index as u32,
+                generation: connection.generation,
+            })
+            .collect();
+        for id in stalled {
+            self.end(reactor, id, CloseReason::Evicted);
+        }
+    }
+
     fn unsent_bytes(&self, id: ConnectionId) -> usize {
         let connection = self.connections.get(id.index as usize).filter(|c| c.generation == id.generation);
-        connection.map_or(0, |connection| {
-            connection.unsent.iter().map(Outgoing::slot_bytes).sum::<usize>() + connection.qp.held_bytes()
-        })
+        connection.map_or(0, |connection| connection.unsent_bytes + connection.qp.held_bytes())
     }
 
     fn is_sending(&self) -> bool {

@@ -688,7 +688,14 @@ impl ClientTransport for Client {
                     break;
                 }
                 Err(error) => {
-                    self.fail_lost(error.raw_os_error().unwrap_or(libc::ECONNRESET), &error.to_string());
+                    let errno = error.raw_os_error().unwrap_or(libc::ECONNRESET);
+                    let hint = match errno {
+                        libc::ECONNRESET => {
+                            ": a server does this to a client that takes no responses while others wait for memory"
+                        }
+                        _ => "",
+                    };
+                    self.fail_lost(errno, &format!("{error}{hint}"));
                 }
             }
         }

@@ -5,7 +5,8 @@
 //! in a batch, and leave in one send when the turn is flushed.
 //!
 //! Nothing is read from a connection while a request's data waits for a slot, or while it does not take its answers: TCP's own
-//! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed.
+//! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed
+//! when others wait for memory, and only then.
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -103,7 +104,7 @@ struct Entry {
 enum Kind {
     Receive = 0,
     Send = 1,
-    /// Handshake deadline, stall check, end of lingering.
+    /// Handshake deadline, end of lingering.
     Deadline = 2,
     /// The peer promised to send something.
     Keepalive = 3,
@@ -204,7 +205,7 @@ struct Connection {
     /// Something came since the keepalive timer was set.
     heard: bool,
     progress: Progress,
-    /// When the stall check was set: `progress`, and whether a message had been begun, and a send.
+    /// At the last stall check: `progress`, and whether a message had been begun, and a send.
     checked: (Progress, bool, bool),
 }
 
@@ -220,6 +221,15 @@ fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
 /// How many bytes a peer must move within the stall timeout if it holds so much memory.
 fn progress_due(held_bytes: usize) -> u64 {
     PROGRESS_BYTES_MIN.max(held_bytes as u64 / PROGRESS_PART)
+}
+
+/// What a peer does not do.
+#[derive(Clone, Copy)]
+enum Stalled {
+    /// Take its responses.
+    Output,
+    /// Send the rest of a message.
+    Input,
 }
 
 /// What the stall check compares.
@@ -242,6 +252,31 @@ impl Connection {
             Receiving::Messages => !self.partial.is_empty(),
             Receiving::AwaitingFetch { .. } => false,
             Receiving::Data { .. } | Receiving::Discard { .. } => true,
+        }
+    }
+
+    /// On what it has made no progress since the last stall check. What was begun after that has had less than the stall timeout.
+    fn stalled(&self) -> Option<Stalled> {
+        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, owed_input, was_sending) =
+            self.checked;
+        let now = self.progress;
+        if self.state != State::Open {
+            None
+        } else if was_sending
+            && self.send_in_flight
+            && now.batches_out == batches_out
+            && now.bytes_out - bytes_out < progress_due(self.unsent_bytes)
+        {
+            Some(Stalled::Output)
+        } else if owed_input
+            && self.owes_input()
+            && self.receive_in_flight
+            && now.messages_in == messages_in
+            && now.bytes_in - bytes_in < progress_due(self.receiving.slot_len())
+        {
+            Some(Stalled::Input)
+        } else {
+            None
         }
     }
 
@@ -800,46 +835,28 @@ impl Server {
 
     fn deadline(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
         connection.deadline = None;
-        // What was begun since has had less than the stall timeout: its time begins with the next check.
-        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, owed_input, was_sending) =
-            connection.checked;
-        let now = connection.progress;
         match connection.state {
             State::Handshake(_) => self.fail(reactor, connection, Violation::HandshakeTimeout),
             State::Lingering => self.end(connection, CloseReason::Local),
-            State::Dead => {}
-            State::Open => {
-                let input_stalled = owed_input
-                    && connection.owes_input()
-                    && connection.receive_in_flight
-                    && now.messages_in == messages_in
-                    && now.bytes_in - bytes_in < progress_due(connection.receiving.slot_len());
-                let output_stalled = was_sending
-                    && connection.send_in_flight
-                    && now.batches_out == batches_out
-                    && now.bytes_out - bytes_out < progress_due(connection.unsent_bytes);
-                if output_stalled {
-                    // A goodbye would wait behind what it does not take, and so would the end of the stream, for minutes, with all that
-                    // the kernel holds for it.
-                    let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
-                    self.end(connection, CloseReason::Violation(Violation::Stalled));
-                } else if input_stalled {
-                    self.fail(reactor, connection, Violation::Stalled);
-                }
-            }
+            State::Dead | State::Open => {}
         }
     }
 
-    /// Sets the stall check if the peer owes something and none is set. It is set again only when it has come, so that a busy
-    /// connection costs one timer in a stall timeout.
-    fn watch_progress(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
-        if connection.state == State::Open
-            && connection.deadline.is_none()
-            && (connection.send_in_flight || connection.owes_input())
-        {
-            connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
-            let token = self.token(connection.id, Kind::Deadline);
-            connection.deadline = Some(reactor.timer(Instant::now() + self.policy.stall_timeout, token));
+    /// Closes a connection whose memory others wait for.
+    fn evict(&mut self, reactor: &mut Reactor, connection: &mut Connection, stalled: Stalled) {
+        match stalled {
+            Stalled::Output => {
+                // A goodbye would wait behind what it does not take, and so would the end of the stream, for minutes, with all that
+                // the kernel holds for it.
+                let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
+                self.end(connection, CloseReason::Evicted);
+            }
+            Stalled::Input => {
+                let text = "The server needed the memory that this connection held: it had begun a message and did not go on \
+                            with it while other clients waited. Connect again, and send messages without a pause.";
+                let status = Status { retryable: true, ..Status::policy(libc::ENOBUFS) };
+                self.say_goodbye(reactor, connection, status, text, CloseReason::Evicted);
+            }
         }
     }
 
@@ -943,7 +960,6 @@ impl ServerTransport for Server {
             _ => self.keepalive(reactor, &mut connection),
         }
         self.receive(reactor, &mut connection);
-        self.watch_progress(reactor, &mut connection);
         self.put(reactor, connection);
     }
 
@@ -969,7 +985,6 @@ impl ServerTransport for Server {
             connection.receiving = Receiving::Data { id, slot: Some(slot), start, len, filled: 0, crc };
             self.read(reactor, &mut connection);
             self.receive(reactor, &mut connection);
-            self.watch_progress(reactor, &mut connection);
         }
         self.put(reactor, connection);
     }
@@ -1043,7 +1058,6 @@ impl ServerTransport for Server {
             }
             if !std::mem::take(&mut connection.has_left_early) {
                 self.send(reactor, &mut connection);
-                self.watch_progress(reactor, &mut connection);
             } else if connection.has_unsent() {
                 self.mark_dirty(&mut connection);
             }
@@ -1061,7 +1075,6 @@ impl ServerTransport for Server {
             if connection.has_unsent() && !connection.send_in_flight && !connection.has_left_early {
                 connection.has_left_early = true;
                 self.send(reactor, &mut connection);
-                self.watch_progress(reactor, &mut connection);
             }
             self.entries[index].connection = Some(connection);
         }
@@ -1083,6 +1096,17 @@ impl ServerTransport for Server {
             self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Refused);
         }
         self.put(reactor, connection);
+    }
+
+    fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
+        for index in 0..self.entries.len() {
+            let Some(mut connection) = self.entries[index].connection.take() else { continue };
+            if let Some(stalled) = connection.stalled().filter(|_| close) {
+                self.evict(reactor, &mut connection, stalled);
+            }
+            connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
+            self.put(reactor, connection);
+        }
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use raio_transport::error::{Error, Status};
 use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
-use raio_transport::reactor::{self, Reactor, Sender, Wait, mailbox};
+use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
     Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerEvent, ServerTransport, SlotRange,
@@ -127,6 +127,8 @@ enum Wire {
     Rdma(rdma::Incoming),
 }
 
+const STALL_CHECK: Token = Token { owner: 9, value: 0 };
+
 enum Mail {
     Adopt(Wire),
     Stop,
@@ -216,6 +218,9 @@ impl Server {
         let workers = (0..setup.workers)
             .map(|_| {
                 let (policy, arena_bytes) = (Arc::clone(&policy), setup.arena_bytes);
+                // Where a test sets it others always wait for memory.
+                let is_default = policy.stall_timeout == Policy::default().stall_timeout;
+                let stall_timeout = Some(policy.stall_timeout).filter(|_| !is_default);
                 let seen = Arc::new((Mutex::new(Seen::default()), Condvar::new()));
                 let seen_by_worker = Arc::clone(&seen);
                 let (started, starting) = std::sync::mpsc::channel();
@@ -242,7 +247,9 @@ impl Server {
                         }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
-                    Handler::new(wires, arena, seen_by_worker).run(&mut reactor, &receiver);
+                    let mut handler = Handler::new(wires, arena, seen_by_worker);
+                    handler.stall_timeout = stall_timeout;
+                    handler.run(&mut reactor, &receiver);
                 });
                 let sender = starting.recv().expect("the worker starts");
                 Worker { sender, thread: Some(thread), seen }
@@ -450,6 +457,8 @@ struct Handler {
     seen: Arc<(Mutex<Seen>, Condvar)>,
     open: HashMap<ConnectionId, Open>,
     held: HashMap<ConnectionId, Vec<RequestKey>>,
+    /// Connections without progress are closed this often; never if None.
+    stall_timeout: Option<Duration>,
     /// Requests whose slot is not to be had now.
     waiting: VecDeque<Request>,
     /// Requests whose data has been asked for: the argument of each.
@@ -471,6 +480,7 @@ impl Handler {
             seen,
             open: HashMap::new(),
             held: HashMap::new(),
+            stall_timeout: None,
             waiting: VecDeque::new(),
             fetching: HashMap::new(),
         }
@@ -479,6 +489,10 @@ impl Handler {
     fn run(&mut self, reactor: &mut Reactor, mail: &reactor::Receiver<Mail>) {
         let mut events = Vec::new();
         let mut wait = Wait::Block;
+        let mut stall_check = self.stall_timeout.map(|timeout| Instant::now() + timeout);
+        if let Some(at) = stall_check {
+            reactor.timer(at, STALL_CHECK);
+        }
         loop {
             let happened = self.wires.transport().run_once(reactor, wait, &mut events).unwrap();
             while let Some(mail) = mail.take() {
@@ -486,6 +500,15 @@ impl Handler {
                     Mail::Adopt(wire) => self.wires.adopt(reactor, wire),
                     Mail::Stop => return,
                 }
+            }
+            events.clear();
+            if let (Some(at), Some(timeout)) = (stall_check, self.stall_timeout)
+                && Instant::now() >= at
+            {
+                self.wires.transport().close_stalled(reactor, true);
+                let next = Instant::now() + timeout;
+                reactor.timer(next, STALL_CHECK);
+                stall_check = Some(next);
             }
             let waiting = self.waiting.len();
             for request in std::mem::take(&mut self.waiting) {

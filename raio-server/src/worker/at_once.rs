@@ -26,9 +26,8 @@ impl Worker {
     /// Carries out and answers a read. Whether it has; if not, nothing has happened.
     pub(super) fn at_once(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
         let Command::Read { file, offset, length } = *command else { return false };
-        // It overtakes nobody who waits for memory.
-        if length == 0 || length > BYTES_MAX || self.is_out_of_room || self.connections[connection].is_waiting
-        {
+        // It does not overtake its connection's own requests.
+        if length == 0 || length > BYTES_MAX || self.connections[connection].is_waiting {
             return false;
         }
         let Some(file) = self.file(connection, file) else { return false };

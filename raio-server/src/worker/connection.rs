@@ -102,6 +102,7 @@ impl Worker {
         self.by_transport[id.index as usize] = None;
         let connection = self.connections.remove(key);
         if connection.is_waiting {
+            self.not_starved(key);
             self.turns.retain(|&other| other != key);
         }
         for &request in &connection.requests {
@@ -128,7 +129,20 @@ impl Worker {
                     );
                 }
             }
-            None => self.counters.close_reason(reason),
+            None => {
+                self.counters.close_reason(reason);
+                if *reason == CloseReason::Evicted
+                    && let Some(suppressed) = self.warnings.pass()
+                {
+                    let waited = self.shared.policy.stall_timeout;
+                    tracing::warn!(
+                        name = connection.name,
+                        suppressed,
+                        "A client's connection was closed: for {waited:?} it took no responses, or did not go on with a message, while \
+                         others waited for the memory that it held. Raise --memory if such clients are welcome."
+                    );
+                }
+            }
         }
         tracing::debug!(name = connection.name, reason = reason.name(), "A client's connection has ended.");
         self.leave(connection.session);

@@ -2,25 +2,31 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 
-use super::Worker;
 use super::connection::Connection;
+use super::{TIMER, Worker};
 use crate::backend::{self, Completion, Outcome};
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
 pub(super) enum Grant {
     Slot(Slot),
-    /// The connection has its share already.
-    OverShare,
-    /// Nobody can have a slot of this size now.
+    /// The connection has as much as it may have now.
+    OverQuota,
+    /// There is no memory for this size now, though the connection holds none.
     NoRoom,
     /// Enough for this turn.
     NextTurn,
 }
+
+/// As long as there is memory a connection may hold so much, whatever the others hold and wait for.
+const SMALL_BYTES: usize = 256 << 10;
+/// ... but not more than this part of what is free: the more hold something, the less each gets, and some is left for the next.
+const SMALL_PART: usize = 16;
 
 /// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
 /// for much. One request for more has a turn for itself.
@@ -62,12 +68,12 @@ impl Worker {
     }
 
     fn slot_at_once(&mut self, connection: usize, bytes: usize) -> Option<Slot> {
-        if self.is_out_of_room || self.connections[connection].is_waiting {
+        if self.connections[connection].is_waiting {
             return None;
         }
         match self.grant(connection, bytes) {
             Grant::Slot(slot) => Some(slot),
-            Grant::OverShare | Grant::NoRoom | Grant::NextTurn => None,
+            Grant::OverQuota | Grant::NoRoom | Grant::NextTurn => None,
         }
     }
 
@@ -75,8 +81,8 @@ impl Worker {
     pub(super) fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
         let Connection { id, slot_bytes, .. } = self.connections[connection];
         let held = slot_bytes + self.transport.unsent_bytes(id);
-        if held > 0 && held + bytes > self.share_bytes {
-            return Some(Grant::OverShare);
+        if !self.is_within_quota(connection, held, bytes) {
+            return Some(if held > 0 { Grant::OverQuota } else { Grant::NoRoom });
         }
         if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
             self.is_busy = true;
@@ -85,49 +91,102 @@ impl Worker {
         None
     }
 
+    /// Whether a connection that holds so much memory may have more. A little is for everybody. Beyond that some memory is kept in reserve, the
+    /// quota shrinks once half of the memory is out, and whoever has waited longest with nothing at all goes before everybody else.
+    fn is_within_quota(&self, connection: usize, held: usize, bytes: usize) -> bool {
+        let (all, free) = (self.arena.len(), self.arena.free_bytes());
+        if held + bytes <= SMALL_BYTES.min(free / SMALL_PART) {
+            return true;
+        }
+        if self.starved.is_some_and(|starved| starved != connection) || free < bytes + self.reserve_bytes {
+            return false;
+        }
+        let quota = if 2 * free >= all {
+            self.share_bytes
+        } else {
+            self.share_bytes * (2 * free / 4096) / (all / 4096)
+        };
+        held == 0 || held + bytes <= quota
+    }
+
     fn grant(&mut self, connection: usize, bytes: usize) -> Grant {
         if let Some(withheld) = self.withheld(connection, bytes) {
             return withheld;
         }
         let Some(slot) = self.arena.alloc(bytes) else { return Grant::NoRoom };
+        if self.starved == Some(connection) {
+            self.starved = None;
+        }
         self.turn_bytes += bytes;
         Grant::Slot(slot)
     }
 
-    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. None overtakes another connection's
-    /// request that waits for room: a large one would never have its turn.
+    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. Only small ones overtake the connection that
+    /// has waited longest with nothing: else a large request would never have its turn.
     pub(super) fn grant_slots(&mut self) {
-        self.is_out_of_room = false;
+        // What was dropped since is free.
+        self.arena.used_bytes();
         self.turn_bytes = 0;
-        let mut over_share = 0;
-        while over_share < self.turns.len() {
+        let mut passed_over = 0;
+        while passed_over < self.turns.len() {
             let Some(key) = self.turns.pop_front() else { return };
             let connection = &mut self.connections[key];
             let Some(&request) = connection.waiting.front() else {
                 connection.is_waiting = false;
+                self.not_starved(key);
                 continue;
             };
             let bytes = self.requests[request].work.slot_len();
             match self.grant(key, bytes) {
                 Grant::Slot(slot) => {
                     self.is_busy = true;
-                    over_share = 0;
+                    passed_over = 0;
                     self.turns.push_back(key);
                     self.connections[key].waiting.pop_front();
                     self.granted(request, slot);
                 }
-                Grant::OverShare => {
-                    over_share += 1;
+                Grant::OverQuota => {
+                    passed_over += 1;
                     self.turns.push_back(key);
+                    self.not_starved(key);
                 }
                 Grant::NoRoom => {
-                    self.turns.push_front(key);
-                    self.is_out_of_room = true;
-                    return;
+                    passed_over += 1;
+                    self.turns.push_back(key);
+                    self.starved.get_or_insert(key);
+                    self.is_short = true;
                 }
                 Grant::NextTurn => return self.turns.push_front(key),
             }
         }
+    }
+
+    /// This connection does not wait with nothing any more.
+    pub(super) fn not_starved(&mut self, connection: usize) {
+        self.starved.take_if(|starved| *starved == connection);
+    }
+
+    /// Closes connections that hold memory and make no progress, if others have been waiting for it for the stall timeout.
+    pub(super) fn relieve(&mut self) {
+        let now = match self.stall_check {
+            None if !self.is_short => return,
+            None => Instant::now(),
+            Some(at) => {
+                let now = Instant::now();
+                if now < at {
+                    return;
+                }
+                now
+            }
+        };
+        if !std::mem::take(&mut self.is_short) {
+            self.stall_check = None;
+            return;
+        }
+        self.transport.close_stalled(&mut self.reactor, self.stall_check.is_some());
+        let at = now + self.shared.policy.stall_timeout;
+        self.reactor.timer(at, TIMER);
+        self.stall_check = Some(at);
     }
 
     fn granted(&mut self, key: usize, slot: Slot) {

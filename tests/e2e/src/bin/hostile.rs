@@ -2,6 +2,7 @@
 //!
 //! `greedy`: keeps 128 reads of 1 MiB in flight, and has the kernel throw the data away, so that it costs little time of its own.
 //! `deaf`: asks for as much, and never reads an answer.
+//! `deaf-crowd`: 64 clients that each ask for 64 reads of 1 MiB, never read an answer, and connect again as soon as they are closed.
 //! `slow`: announces a write of 1 MiB, and sends a byte of it a second.
 //! `slow-request`: sends a byte a second of a request, the one to open a file with a long name.
 
@@ -19,8 +20,11 @@ const READ_BYTES: u64 = 1 << 20;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [kind, url, path] = &arguments[..] else {
-        return Err("usage: hostile greedy|deaf|slow|slow-request URL PATH".into());
+        return Err("usage: hostile greedy|deaf|deaf-crowd|slow|slow-request URL PATH".into());
     };
+    if kind == "deaf-crowd" {
+        return deaf_crowd(url, path);
+    }
     let flags = if kind == "slow" { OPEN_READ | OPEN_WRITE } else { OPEN_READ };
     let mut raw = Raw::open(url, path, flags)?;
     match kind.as_str() {
@@ -30,9 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 raw.send_read(id, offset(&raw, id), READ_BYTES as u32)?;
             }
             println!("ready");
-            let mut fds = [PollFd::new(&raw.stream, PollFlags::empty())];
-            poll(&mut fds, None)?;
-            Err(format!("the connection has ended: {:?}", fds[0].revents()).into())
+            Err(format!("the connection has ended: {:?}", until_closed(&raw)?).into())
         }
         "slow" => {
             raw.send_write_header(0, 0, READ_BYTES as u32)?;
@@ -44,6 +46,42 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         _ => Err(format!("{kind:?} is no kind").into()),
     }
+}
+
+/// Waits for the end of its connection without reading.
+fn until_closed(raw: &Raw) -> rustix::io::Result<PollFlags> {
+    let mut fds = [PollFd::new(&raw.stream, PollFlags::empty())];
+    poll(&mut fds, None)?;
+    Ok(fds[0].revents())
+}
+
+fn deaf_crowd(url: &str, path: &str) -> Result<(), Box<dyn std::error::Error>> {
+    const CLIENTS: usize = 64;
+    let have_asked = std::sync::Barrier::new(CLIENTS + 1);
+    std::thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                let mut is_first = true;
+                loop {
+                    if let Ok(mut raw) = Raw::open(url, path, OPEN_READ) {
+                        let asked =
+                            (0..64).try_for_each(|id| raw.send_read(id, offset(&raw, id), READ_BYTES as u32));
+                        if std::mem::take(&mut is_first) {
+                            have_asked.wait();
+                        }
+                        if asked.is_ok() {
+                            let _ = until_closed(&raw);
+                        }
+                    }
+                    // Each of them at most a hundred times a second.
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+            });
+        }
+        have_asked.wait();
+        println!("ready");
+    });
+    Ok(())
 }
 
 fn offset(raw: &Raw, id: u64) -> u64 {
