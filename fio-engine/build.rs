@@ -45,6 +45,8 @@ fn main() {
         .define("FIO_VERSION", format!("\"{headers}\"").as_str())
         .define("RAIO_FIO_VERSION", format!("\"{headers}\"").as_str())
         .extra_warnings(true)
+        // A hook whose signature this fio has changed: older compilers than gcc 14 only warn.
+        .flag("-Werror=incompatible-pointer-types")
         .compile("raio_fio_engine");
 
     // The engine calls the libraio inside it, even in a process that has loaded a libraio.so of its own.

@@ -26,6 +26,7 @@ struct raio_fio_options {
 	void *td;			/* fio's */
 	char *url;
 	unsigned int queue_depth;
+	unsigned int request_timeout_ms;
 	unsigned int crc;
 	unsigned int spin_us;
 	unsigned int batch;
@@ -34,8 +35,11 @@ struct raio_fio_options {
 /* td->io_ops_data, from init() to cleanup() */
 struct job {
 	int session;
+	bool lost;			/* the connection has failed: asking this server for more would wait for another timeout */
 	raio_context_t ctx;
-	raio_mr_t mr;			/* of td->orig_buffer */
+	void *buffers;			/* td->orig_buffer to be */
+	size_t buffers_bytes;
+	raio_mr_t mr;			/* of `buffers` */
 	unsigned int depth;		/* how many io_us there are: bounds every array below */
 	unsigned int batch;		/* send when so many are queued, or fio is about to wait */
 	struct raio_iocb *iocbs;	/* by io_u->index; ->data is the io_u */
@@ -70,6 +74,17 @@ static struct fio_option options[] = {
 		.help	= "Requests on the wire for each job (0: what the server grants; iodepth beyond it waits here)",
 		.type	= FIO_OPT_INT,
 		.off1	= offsetof(struct raio_fio_options, queue_depth),
+		.def	= "0",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_request_timeout_ms",
+		.lname	= "raio request timeout",
+		.help	= "The job fails if the server is silent for this many milliseconds while it owes an answer (0: three times "
+			  "the keepalive interval that it grants)",
+		.type	= FIO_OPT_INT,
+		.off1	= offsetof(struct raio_fio_options, request_timeout_ms),
 		.def	= "0",
 		.category = FIO_OPT_C_ENGINE,
 		.group	= FIO_OPT_G_INVALID,
@@ -132,6 +147,7 @@ static int start_session(struct thread_data *td)
 	memset(&opts, 0, sizeof(opts));
 	opts.size = sizeof(opts);
 	opts.queue_depth = o->queue_depth;
+	opts.request_timeout_ms = o->request_timeout_ms;
 	opts.spin_us = o->spin_us;
 	if (o->crc)
 		opts.flags |= RAIO_OPT_CRC;
@@ -183,7 +199,7 @@ static unsigned long long io_bytes_max(raio_context_t ctx)
 /* What fio would do to a local file of that name, whatever the engine says. */
 static int refuse_unsupported(struct thread_data *td)
 {
-	const struct thread_options *o = &td->o;
+	struct thread_options *o = &td->o;
 	const struct {
 		bool set;
 		const char *option, *instead;
@@ -194,6 +210,7 @@ static int refuse_unsupported(struct thread_data *td)
 		{ o->fill_device, "fill_device", "Give size=" },
 		{ o->opendir != NULL, "opendir", "Name the files with filename=/EXPORT/path" },
 		{ o->directory != NULL, "directory", "Name the files with filename=/EXPORT/path or filename_format=" },
+		{ fio_option_is_set(o, mem_type), "mem", "Leave it out: libraio allocates the I/O buffers" },
 	};
 	size_t i;
 
@@ -211,7 +228,7 @@ static int refuse_unsupported(struct thread_data *td)
 static int stat_file(struct thread_data *td, int session, struct fio_file *f)
 {
 	struct stat64 st;
-	int fd, ret = 0;
+	int fd;
 
 	if (f->file_name[0] != '/') {
 		log_err("raio: %s is no path on a server. Give filename=/EXPORT/path.\n", f->file_name);
@@ -229,15 +246,14 @@ static int stat_file(struct thread_data *td, int session, struct fio_file *f)
 			return 0;
 		return raio_failed(td, f->file_name, "raio_open");
 	}
-	if (raio_fstat(fd, &st)) {
-		ret = raio_failed(td, f->file_name, "raio_fstat");
-	} else {
-		f->real_file_size = (uint64_t)st.st_size;
-		if (S_ISBLK(st.st_mode))
-			f->filetype = FIO_TYPE_BLOCK;
-	}
+	/* the end of the session closes it, with no second timeout if the server hangs */
+	if (raio_fstat(fd, &st))
+		return raio_failed(td, f->file_name, "raio_fstat");
+	f->real_file_size = (uint64_t)st.st_size;
+	if (S_ISBLK(st.st_mode))
+		f->filetype = FIO_TYPE_BLOCK;
 	raio_close(fd);
-	return ret;
+	return 0;
 }
 
 /*
@@ -393,26 +409,39 @@ static int write_layout(struct thread_data *td, struct fio_file *f, raio_context
 	return ret;
 }
 
-/* A job that only writes needs no contents: the size alone, unless fallocate=none forbids even that. */
-static int allocate_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
+/*
+ * A job that does not read needs no contents, only the size that fallocate= gives. What the file holds stays: the job
+ * may append to it, or trim a part of it. So zeros go only beyond its end.
+ */
+static int extend_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
 {
+	unsigned long long size = f->real_file_size;
 	struct raio_iocb iocb;
 	struct stat64 st;
 	char zero = 0;
 	long res;
 
-	if (td->o.fallocate_mode == FIO_FALLOCATE_NONE)
+	switch (td->o.fallocate_mode) {
+	case FIO_FALLOCATE_NONE:
+	case FIO_FALLOCATE_KEEP_SIZE:	/* reserves space beyond the end, which the protocol cannot */
+		return 0;
+	default:
+		break;
+	}
+
+	if (raio_fstat(fd, &st))
+		return raio_failed(td, f->file_name, "raio_fstat");
+	if ((uint64_t)st.st_size >= size)
 		return 0;
 
 	/* best effort, as fio's own: not every file system can, and the writes fill it in any case */
 	if (td->o.fallocate_mode != FIO_FALLOCATE_TRUNCATE) {
-		raio_prep_write_zeroes(&iocb, fd, 0, f->real_file_size);
-		run_one(ctx, &iocb);
+		raio_prep_write_zeroes(&iocb, fd, st.st_size, size - (uint64_t)st.st_size);
+		if (run_one(ctx, &iocb) >= 0 && !raio_fstat(fd, &st) && (uint64_t)st.st_size >= size)
+			return 0;
 	}
-	if (!raio_fstat(fd, &st) && (uint64_t)st.st_size >= f->real_file_size)
-		return 0;
 
-	raio_prep_pwrite(&iocb, fd, &zero, 1, (long long)f->real_file_size - 1, NULL);
+	raio_prep_pwrite(&iocb, fd, &zero, 1, (long long)size - 1, NULL);
 	res = run_one(ctx, &iocb);
 	if (res == 1)
 		return 0;
@@ -423,6 +452,8 @@ static int allocate_layout(struct thread_data *td, struct fio_file *f, raio_cont
 static int lay_out(struct thread_data *td, struct fio_file *f)
 {
 	bool contents = td_read(td) || (td_write(td) && td->o.overwrite && !td->o.file_append);
+	/* what fio's own engines write into a new file, goes into an empty one here */
+	bool anew = contents || (td_write(td) && !td->o.file_append);
 	int session, fd, flags = O_WRONLY, ret = 1;
 	raio_context_t ctx = NULL;
 
@@ -434,7 +465,7 @@ static int lay_out(struct thread_data *td, struct fio_file *f)
 	}
 	if (td->o.allow_create)
 		flags |= O_CREAT;
-	if (contents || !td->o.file_append)
+	if (anew)
 		flags |= O_TRUNC;
 
 	session = start_session(td);
@@ -446,7 +477,7 @@ static int lay_out(struct thread_data *td, struct fio_file *f)
 	} else if (raio_setup(session, LAYOUT_BYTES / 512, &ctx)) {
 		raio_failed(td, f->file_name, "raio_setup");
 	} else {
-		ret = contents ? write_layout(td, f, ctx, fd) : allocate_layout(td, f, ctx, fd);
+		ret = contents ? write_layout(td, f, ctx, fd) : extend_layout(td, f, ctx, fd);
 		if (!ret && contents && td->o.create_fsync) {
 			struct raio_iocb iocb;
 			long res;
@@ -485,8 +516,11 @@ static void raio_fio_cleanup(struct thread_data *td)
 
 	if (!job)
 		return;
-	if (job->ctx)
+	if (job->ctx) {
+		if (job->buffers)
+			raio_free(job->ctx, job->buffers);
 		raio_destroy(job->ctx);
+	}
 	if (job->session > 0)
 		raio_stop(job->session);
 	free(job->iocbs);
@@ -525,6 +559,22 @@ static unsigned int batch_of(const struct thread_data *td)
 	if (o->batch)
 		return o->batch;
 	return half < 4 ? 4 : half > 32 ? 32 : half;
+}
+
+/* The I/O buffers, with as much for alignment as fio may ask for. */
+static int alloc_buffers(struct thread_data *td, struct job *job)
+{
+	unsigned long long size = (unsigned long long)td_max_bs(td) * job->depth;
+
+	if (!td_read(td) && !td_write(td))
+		return 0;
+	job->buffers_bytes = size + 2 * ((unsigned long long)page_size + td->o.mem_align);
+	job->buffers = raio_alloc(job->ctx, job->buffers_bytes, &job->mr);
+	if (!job->buffers) {
+		log_err("raio: no memory for the I/O buffers, %llu bytes. Use a smaller bs or iodepth.\n", size);
+		return raio_failed(td, "I/O buffers", "raio_alloc");
+	}
+	return 0;
 }
 
 static int raio_fio_init(struct thread_data *td)
@@ -568,25 +618,22 @@ static int raio_fio_init(struct thread_data *td)
 		td_verror(td, EINVAL, "bs");
 		return 1;
 	}
-	return 0;
+	return alloc_buffers(td, job);
 }
 
+/* init() has allocated them: fio would go on with no buffer at all after an error from here. */
 static int raio_fio_iomem_alloc(struct thread_data *td, size_t size)
 {
 	struct job *job = td->io_ops_data;
 
-	td->orig_buffer = raio_alloc(job->ctx, size, &job->mr);
-	if (!td->orig_buffer)
-		return raio_failed(td, "I/O buffers", "raio_alloc");
+	assert(size <= job->buffers_bytes);
+	td->orig_buffer = job->buffers;
 	return 0;
 }
 
-static void raio_fio_iomem_free(struct thread_data *td)
+/* cleanup() frees them. fio needs the hook, or it would free them itself. */
+static void raio_fio_iomem_free(struct thread_data fio_unused *td)
 {
-	struct job *job = td->io_ops_data;
-
-	if (job && job->ctx && td->orig_buffer)
-		raio_free(job->ctx, td->orig_buffer);
 }
 
 static int raio_fio_io_u_init(struct thread_data *td, struct io_u *io_u)
@@ -602,6 +649,11 @@ static int raio_fio_open_file(struct thread_data *td, struct fio_file *f)
 {
 	struct job *job = td->io_ops_data;
 	int fd, flags = O_RDONLY;
+
+	if (job->lost) {
+		td_verror(td, ENOTCONN, f->file_name);
+		return 1;
+	}
 
 	if ((td_write(td) || td_trim(td)) && !read_only)
 		flags = O_RDWR;
@@ -619,9 +671,12 @@ static int raio_fio_open_file(struct thread_data *td, struct fio_file *f)
 }
 
 /* fio has waited for the file's I/O. A server that is gone has closed it too: nothing to report. */
-static int raio_fio_close_file(struct thread_data fio_unused *td, struct fio_file *f)
+static int raio_fio_close_file(struct thread_data *td, struct fio_file *f)
 {
-	raio_close((int)(intptr_t)FILE_ENG_DATA(f));
+	struct job *job = td->io_ops_data;
+
+	if (!job->lost)
+		raio_close((int)(intptr_t)FILE_ENG_DATA(f));
 	FILE_SET_ENG_DATA(f, NULL);
 	return 0;
 }
@@ -733,7 +788,7 @@ static int raio_fio_commit(struct thread_data *td)
 	return 0;
 }
 
-static struct io_u *finish(const struct raio_event *event)
+static struct io_u *finish(struct job *job, const struct raio_event *event)
 {
 	struct io_u *io_u = event->data;
 	long res = (long)event->res;
@@ -741,6 +796,8 @@ static struct io_u *finish(const struct raio_event *event)
 	if (res < 0) {
 		io_u->error = (unsigned int)-res;
 		remember_failure(io_u->error);
+		if ((event->res2 & RAIO_RES2_CLASS) == RAIO_RES2_TRANSPORT)
+			job->lost = true;
 	} else if (io_u->ddir == DDIR_READ || io_u->ddir == DDIR_WRITE) {
 		io_u->resid = io_u->xfer_buflen - (unsigned long long)res;
 	}
@@ -766,7 +823,7 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 		while (nr < max_nr && job->refused_nr)
 			job->done[nr++] = job->refused[--job->refused_nr];
 		while (nr < max_nr && job->events_at < job->events_nr)
-			job->done[nr++] = finish(&job->events[job->events_at++]);
+			job->done[nr++] = finish(job, &job->events[job->events_at++]);
 		if (nr && nr >= min_nr)
 			break;
 
@@ -778,6 +835,7 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 		if (ret == -EINTR)
 			continue;
 		if (ret < 0) {
+			job->lost = true;
 			if (nr)
 				break;
 			errno = (int)-ret;
@@ -800,10 +858,20 @@ static struct io_u *raio_fio_event(struct thread_data *td, int event)
 }
 
 /* fio frees it */
-static char *raio_fio_errdetails(struct io_u *io_u)
+static char *raio_fio_errdetails(struct thread_data fio_unused *td, struct io_u *io_u)
 {
 	return strdup(*failure ? failure : strerror(io_u->error));
 }
+
+/* for fio before 3.38 */
+static char *errdetails_of_io_u(struct io_u *io_u)
+{
+	return raio_fio_errdetails(NULL, io_u);
+}
+
+#define ERRDETAILS_TAKES_THREAD_DATA \
+	__builtin_types_compatible_p(__typeof__(((struct ioengine_ops *)NULL)->errdetails), \
+				     char *(*)(struct thread_data *, struct io_u *))
 
 static struct ioengine_ops ioengine = {
 	.name			= "raio",
@@ -824,7 +892,7 @@ static struct ioengine_ops ioengine = {
 	.commit			= raio_fio_commit,
 	.getevents		= raio_fio_getevents,
 	.event			= raio_fio_event,
-	.errdetails		= raio_fio_errdetails,
+	.errdetails		= __builtin_choose_expr(ERRDETAILS_TAKES_THREAD_DATA, raio_fio_errdetails, errdetails_of_io_u),
 	.options		= options,
 	.option_struct_size	= sizeof(struct raio_fio_options),
 };

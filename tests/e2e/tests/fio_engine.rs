@@ -2,13 +2,17 @@
 //! that no local file of the same name is ever touched.
 
 mod fio;
+#[path = "fio/layout.rs"]
+mod layout;
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use fio::{assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
 use raio_e2e::Server;
+use rustix::process::Signal;
 use tempfile::{TempDir, tempdir};
 
 /// An export `/disk` in a directory of its own.
@@ -212,6 +216,54 @@ fn fio_ends_with_an_error_when_its_server_dies() {
     assert!(!output.status.success());
     let said = said(&output);
     assert!(said.contains("io_u error on file /disk/file"), "{said}");
+}
+
+#[test]
+fn fio_memory_of_another_kind_is_rejected_with_a_sentence() {
+    let (directory, server) = export();
+    fs::write(directory.path().join("file"), vec![7; 64 << 10]).expect("a file");
+    let kinds = ["malloc", "shm", "shmhuge", "mmap", "mmaphuge", "mmapshared", "mmap:/dev/zero"];
+    let options = kinds.map(|kind| (format!("--mem={kind}"), "--rw=write"));
+    for (option, rw) in options.into_iter().chain([("--iomem=malloc".to_owned(), "--rw=read")]) {
+        let job = ["--filename=/disk/file", "--size=64k", rw, &option];
+        let output = fio_raio(&server).args(job).output().expect("fio");
+        let said = said(&output);
+        assert!(output.status.code().is_some_and(|code| code != 0), "{option}: {said}");
+        assert!(said.contains("does not support mem="), "{option}: {said}");
+        assert!(!said.contains("got signal"), "{option}: {said}");
+    }
+}
+
+#[test]
+fn fio_without_memory_for_its_buffers_ends_with_a_sentence() {
+    let (_directory, server) = export();
+    let job = fio_raio(&server);
+    let mut fio = Command::new("prlimit");
+    fio.args(["--as=4294967296", "fio"]).args(job.get_args());
+    fio.args(["--filename=/disk/file", "--size=1m", "--rw=write", "--bs=1m", "--iodepth=16384"]);
+    let said = said(&fio.output().expect("prlimit"));
+    assert!(said.contains("no memory for the I/O buffers"), "{said}");
+    assert!(!said.contains("got signal"), "{said}");
+}
+
+#[test]
+fn fio_waits_one_timeout_for_a_server_that_hangs() {
+    const TIMEOUT: Duration = Duration::from_secs(4);
+    let (_directory, mut server) = export();
+    let mut fio = fio_raio(&server);
+    fio.args(["--filename=/disk/a:/disk/b", "--size=1m", "--rw=randread", "--bs=4k", "--iodepth=8"]);
+    fio.args(["--time_based", "--runtime=600"]);
+    fio.arg(format!("--raio_request_timeout_ms={}", TIMEOUT.as_millis()));
+    let fio = fio.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("fio");
+    // the job has laid out its files by then
+    server.statistics_when(|statistics| statistics["read_bytes"].as_u64() > Some(4 << 20));
+    server.signal(Signal::STOP);
+    let started = Instant::now();
+    let output = fio.wait_with_output().expect("fio");
+    let waited = started.elapsed();
+    server.signal(Signal::CONT);
+    assert!(!output.status.success(), "{}", said(&output));
+    assert!(waited < TIMEOUT.mul_f32(1.8), "{waited:?} until the job ended:\n{}", said(&output));
 }
 
 #[test]

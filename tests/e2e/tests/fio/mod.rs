@@ -23,6 +23,7 @@ pub fn engine() -> &'static Path {
 /// `fio` with the engine, talking to this server.
 pub fn fio_raio(server: &Server) -> Command {
     let mut fio = fio();
+    fio.arg("--name=job");
     fio.arg(format!("--ioengine=external:{}", engine().display()));
     fio.arg(format!("--raio_url={}", server.url()));
     fio
@@ -31,14 +32,15 @@ pub fn fio_raio(server: &Server) -> Command {
 /// `fio` on local files.
 pub fn fio_local() -> Command {
     let mut fio = fio();
-    fio.arg("--ioengine=libaio");
+    fio.args(["--name=job", "--ioengine=libaio"]);
     fio
 }
 
-fn fio() -> Command {
+/// `fio` with no engine named.
+pub fn fio() -> Command {
     let mut fio = Command::new("fio");
     // it leaves verify state files where it runs
-    fio.current_dir(std::env::temp_dir()).args(["--verify_state_save=0", "--name=job"]);
+    fio.current_dir(std::env::temp_dir()).arg("--verify_state_save=0");
     fio
 }
 
