@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use crate::error::{Class, Error, Status};
@@ -130,6 +130,12 @@ impl Server {
             Some(rdma) => rdma.adopt(reactor, incoming).map(drop),
             None => Err(Error::Unsupported("This server was made without RDMA. Use TCP.".into())),
         }
+    }
+
+    /// The socket of a connection that began over TCP, as long as it is open.
+    pub fn socket(&self, connection: ConnectionId) -> Option<Weak<OwnedFd>> {
+        let stream = ConnectionId { index: connection.index >> 1, ..connection };
+        if connection.index & 1 == 0 { self.tcp.socket(stream) } else { None }
     }
 
     /// What the RDMA transport has counted.
@@ -353,6 +359,18 @@ impl ServerTransport for Server {
         if let Some(rdma) = &mut self.rdma {
             rdma.close_stalled(reactor, close);
         }
+    }
+
+    fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
+        let (id, transport) = self.at_place(connection);
+        if !transport.is_alive(reactor, id) {
+            return false;
+        }
+        // The TCP connection of one that has moved tells when the other process ends.
+        let stream = ConnectionId { index: connection.index >> 1, ..connection };
+        let has_moved =
+            connection.index & 1 == 0 && at(&self.moved, stream).is_some_and(|moved| moved.stream == stream);
+        !has_moved || self.tcp.is_alive(reactor, stream)
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {

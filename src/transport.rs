@@ -22,6 +22,9 @@ pub struct ConnectionId {
     pub generation: u32,
 }
 
+/// A connection that was alive a moment ago is not asked again: less than it takes another client to write and have it acknowledged.
+pub const ALIVE_FOR: Duration = Duration::from_micros(100);
+
 /// A request as the server knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestKey {
@@ -247,6 +250,14 @@ pub trait ServerTransport {
     /// take, a message that it does not finish). With `close`, connections without progress since the previous call are closed:
     /// [`CloseReason::Evicted`]. Calls are [`crate::handshake::Policy::stall_timeout`] apart.
     fn close_stalled(&mut self, reactor: &mut Reactor, close: bool);
+
+    /// Whether the connection still exists, as of [`ALIVE_FOR`] ago; asked before a request is started. A peer that has reset or closed it has
+    /// given its requests up, and may have others write in the same place meanwhile: its bytes can lie in the kernel, and its
+    /// requests wait, for as long as the worker was held up. If it has ended, [`ServerEvent::Closed`] follows.
+    fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
+        let _ = (reactor, connection);
+        true
+    }
 
     /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
     fn unsent_bytes(&self, connection: ConnectionId) -> usize;

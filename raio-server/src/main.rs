@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod backend;
+mod client;
 mod config;
 mod export;
 mod export_spec;

@@ -64,11 +64,15 @@ impl Pace {
         }
     }
 
-    /// The next of those held, if it is to begin now.
+    /// The key of the next of those held, if it is to begin now.
+    pub fn due(&self) -> Option<usize> {
+        let &(key, _) = self.held.front()?;
+        (self.in_flight < self.limit).then_some(key)
+    }
+
+    /// Takes out the next of those held, if it is to begin now.
     pub fn next(&mut self) -> Option<(usize, Slot)> {
-        if self.in_flight >= self.limit {
-            return None;
-        }
+        self.due()?;
         let next = self.held.pop_front()?;
         self.in_flight += 1;
         Some(next)

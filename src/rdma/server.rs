@@ -32,7 +32,8 @@ use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePair
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
 use crate::tcp::Exchange;
 use crate::transport::{
-    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport,
+    SlotRange,
 };
 
 /// A connection's share of a turn, in completions.
@@ -95,6 +96,8 @@ pub struct Server {
     dirty: Vec<ConnectionId>,
     /// Of connections that have ended.
     counters: Counters,
+    /// When rdma_cm was last asked for disconnects.
+    asked: Instant,
 }
 
 /// A device as this worker uses it.
@@ -206,6 +209,7 @@ impl Server {
             hot: Vec::new(),
             dirty: Vec::new(),
             counters: Counters::default(),
+            asked: Instant::now(),
         };
         this.watch(reactor, Kind::Connecting, 0);
         let mut last = None;
@@ -1181,6 +1185,15 @@ impl ServerTransport for Server {
         for id in stalled {
             self.end(reactor, id, CloseReason::Evicted);
         }
+    }
+
+    fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
+        let now = Instant::now();
+        if now - self.asked >= ALIVE_FOR {
+            self.asked = now;
+            self.connecting(reactor);
+        }
+        self.get_alive(connection).is_some()
     }
 
     fn unsent_bytes(&self, id: ConnectionId) -> usize {

@@ -25,7 +25,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
@@ -99,6 +99,13 @@ impl Drop for FileInner {
         if let Some(index) = self.fixed {
             self.retired.borrow_mut().push(index);
         }
+    }
+}
+
+impl File {
+    /// The descriptor, as long as it is open.
+    pub fn downgrade(&self) -> Weak<OwnedFd> {
+        Arc::downgrade(&self.0.fd)
     }
 }
 

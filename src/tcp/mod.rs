@@ -4,8 +4,9 @@ mod client;
 mod server;
 
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -35,6 +36,13 @@ pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
     let (socket, bound) =
         open().map_err(|source| Error::io(format!("Cannot listen on {address}"), source))?;
     Ok((socket.into(), bound.unwrap_or(address)))
+}
+
+/// Whether the peer of a stream socket has reset or closed it, or this side has shut it down. Unlike a receive it tells so although there is
+/// something to be received before the end.
+pub fn has_ended(socket: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Takes the plainest congestion control, which every kernel has and everybody may choose, for connections within one machine, where there is

@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, getpeername, getsockname, shutdown, sockopt};
@@ -22,7 +22,8 @@ use crate::memory::{Arena, Slot};
 use crate::message::{self, HEADER_BYTES, Limits, Message, Parsed, QueuePairAddress};
 use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
 use crate::transport::{
-    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport,
+    SlotRange,
 };
 
 /// Data that is still to come is received straight into its slot if it is at least this long; below, it comes with what follows
@@ -204,6 +205,8 @@ struct Connection {
     keepalive: Option<(TimerId, Duration)>,
     /// Something came since the keepalive timer was set.
     heard: bool,
+    /// When it was last asked whether it is alive, and was.
+    seen_alive: Option<Instant>,
     progress: Progress,
     /// At the last stall check: `progress`, and whether a message had been begun, and a send.
     checked: (Progress, bool, bool),
@@ -362,6 +365,7 @@ impl Server {
             deadline: Some(timer),
             keepalive: None,
             heard: true,
+            seen_alive: None,
             progress: Progress::default(),
             checked: Default::default(),
         });
@@ -873,6 +877,30 @@ impl Server {
         connection.keepalive = Some((timer, period));
     }
 
+    /// Whether its peer has neither reset nor closed the connection; if it has, the connection ends. It is asked at most every [`ALIVE_FOR`].
+    fn is_there(&mut self, connection: &mut Connection) -> bool {
+        if connection.state != State::Open {
+            return false;
+        }
+        let now = Instant::now();
+        if connection.seen_alive.is_some_and(|then| now - then < ALIVE_FOR) {
+            return true;
+        }
+        let has_ended = super::has_ended(&connection.socket);
+        if has_ended {
+            let errno = sockopt::socket_error(&connection.socket).ok().and_then(Result::err);
+            self.end(connection, CloseReason::Lost(errno.map_or(0, |errno| errno.raw_os_error())));
+        } else {
+            connection.seen_alive = Some(now);
+        }
+        !has_ended
+    }
+
+    /// The connection's socket, as long as it is open.
+    pub fn socket(&self, id: ConnectionId) -> Option<Weak<OwnedFd>> {
+        Some(self.connection(id)?.socket.downgrade())
+    }
+
     /// Appends an answer whose data `fill` brings. None: nothing has been done.
     fn fill_response(
         &mut self,
@@ -1107,6 +1135,13 @@ impl ServerTransport for Server {
             connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
             self.put(reactor, connection);
         }
+    }
+
+    fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
+        let Some(mut connection) = self.take(connection) else { return false };
+        let is_there = self.is_there(&mut connection);
+        self.put(reactor, connection);
+        is_there
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {

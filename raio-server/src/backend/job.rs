@@ -1,7 +1,7 @@
 //! What runs in lanes: operations by blocking system calls.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{self, Sender};
@@ -9,6 +9,7 @@ use rustix::fs::{AtFlags, FileType, SeekFrom, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, Completion, Descriptor, FileInfo, NOBODY, Operation, Outcome};
+use crate::client::{Client, OnBehalf};
 use crate::pool;
 
 /// One or several operations that a thread carries out one after another. Their completions come together.
@@ -21,6 +22,8 @@ pub struct Job {
 /// One operation.
 pub(super) struct Task {
     key: u64,
+    /// None: it runs whoever is there.
+    on_behalf: Option<OnBehalf>,
     what: What,
 }
 
@@ -32,16 +35,19 @@ enum What {
 
 impl Task {
     /// An operation on a file.
-    pub fn on(key: u64, file: &Arc<Descriptor>, operation: Operation) -> Self {
-        Self { key, what: What::On(Arc::clone(file), operation) }
+    pub fn on(key: u64, client: &Weak<Client>, file: &Arc<Descriptor>, operation: Operation) -> Self {
+        Self { key, on_behalf: Some(OnBehalf::of(client)), what: What::On(Arc::clone(file), operation) }
     }
 
     /// A call.
-    pub fn call(key: u64, call: Call) -> Self {
-        Self { key, what: What::Call(call) }
+    pub fn call(key: u64, client: &Weak<Client>, call: Call) -> Self {
+        Self { key, on_behalf: Some(OnBehalf::of(client)), what: What::Call(call) }
     }
 
     fn run(self) -> Completion {
+        if self.on_behalf.as_ref().is_some_and(OnBehalf::is_over) {
+            return self.cancelled();
+        }
         let (result, outcome) = match self.what {
             What::On(file, operation) => operation.run(&file),
             What::Call(call) => (Ok(0), call()),
@@ -77,7 +83,7 @@ impl Job {
     /// close(2), and whom to tell how it went.
     pub(super) fn close(fd: OwnedFd, report: Option<(Sender<Completion>, u64)>) -> Self {
         let (to, key) = report.map_or((None, NOBODY), |(to, key)| (Some(to), key));
-        Self { to, tasks: vec![Task { key, what: What::Close(fd) }] }
+        Self { to, tasks: vec![Task { key, on_behalf: None, what: What::Close(fd) }] }
     }
 
     /// Takes out a worker's operation.

@@ -9,13 +9,14 @@ mod job;
 mod threads;
 mod uring;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{Event, OpId, Reactor, Sender};
 use raio_transport::transport::SlotRange;
 use rustix::fs::FallocateFlags;
 
+use crate::client::Client;
 use crate::export::Refusal;
 use crate::open::Opened;
 use crate::pool::{self, Pool};
@@ -145,21 +146,28 @@ pub type Call = Box<dyn FnOnce() -> Outcome + Send>;
 
 /// Carries out operations on files.
 pub trait Backend {
-    /// Begins an operation. Its completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
+    /// Begins an operation. What has to wait before it begins is cancelled if `client` has gone by then. Its completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
     /// it has ended.
     fn submit(
         &mut self,
         reactor: &mut Reactor,
         key: u64,
+        client: &Weak<Client>,
         file: &Arc<Descriptor>,
         operation: Operation,
     ) -> Option<Pending>;
 
     /// The same for what may have to wait: in a lane of the file's export.
-    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending;
+    fn submit_blocking(
+        &mut self,
+        key: u64,
+        client: &Weak<Client>,
+        file: &Arc<Descriptor>,
+        operation: Operation,
+    ) -> Pending;
 
     /// Makes a call in a lane. Its completion has the outcome that it returns.
-    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending;
+    fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending;
 
     /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known: [`Backend::submit`] does more.
     fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {

@@ -16,6 +16,7 @@ struct Bench {
     backend: Box<dyn Backend>,
     arena: Arena,
     lanes: Lanes,
+    client: Arc<Client>,
 }
 
 /// The ring; threads beside a ring; threads where there is no ring.
@@ -32,7 +33,8 @@ fn each(test: impl Fn(&mut Bench)) {
         reactor.register_arena(&arena).unwrap();
         let backend: Box<dyn Backend> =
             if threads { Box::new(Threads::new(&reactor)) } else { Box::new(Uring::new(&reactor)) };
-        test(&mut Bench { name, reactor, backend, arena, lanes: Lanes::new(Pool::start().unwrap()) });
+        let (lanes, client) = (Lanes::new(Pool::start().unwrap()), Client::new(None));
+        test(&mut Bench { name, reactor, backend, arena, lanes, client });
     }
 }
 
@@ -65,7 +67,7 @@ impl Bench {
     }
 
     fn run(&mut self, file: &Arc<Descriptor>, operation: Operation) -> Completion {
-        self.backend.submit(&mut self.reactor, 77, file, operation);
+        self.backend.submit(&mut self.reactor, 77, &Arc::downgrade(&self.client), file, operation);
         let completion = self.next();
         assert_eq!(completion.key, 77);
         completion
@@ -162,7 +164,12 @@ fn calls_return_what_they_come_to() {
     each(|bench| {
         let lane = bench.lanes.control;
         let opened = || Err(Refusal { status: raio_transport::Status::OK, text: "no".into() });
-        bench.backend.call(6, lane, Box::new(move || Outcome::Opened(opened())));
+        bench.backend.call(
+            6,
+            &Arc::downgrade(&bench.client),
+            lane,
+            Box::new(move || Outcome::Opened(opened())),
+        );
         let completion = bench.next();
         let Outcome::Opened(Err(refusal)) = completion.outcome else { panic!("{completion:?}") };
         assert_eq!((completion.key, &*refusal.text), (6, "no"));
@@ -205,6 +212,7 @@ fn many_operations_at_once_each_end_once() {
             bench.backend.submit(
                 &mut bench.reactor,
                 key,
+                &Arc::downgrade(&bench.client),
                 &file,
                 Operation::Write { source, offset: key * 512 },
             );
@@ -227,6 +235,7 @@ fn what_is_cancelled_ends_once_and_gives_its_slot_back() {
             let id = bench.backend.submit(
                 &mut bench.reactor,
                 key,
+                &Arc::downgrade(&bench.client),
                 &file,
                 Operation::Write { source, offset: key * 4096 },
             );

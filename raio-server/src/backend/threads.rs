@@ -4,12 +4,13 @@
 //! Completions come back through a mailbox, which wakes the worker.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use raio_transport::reactor::{Event, Reactor, Receiver, Sender, mailbox};
 
 use super::job::{Task, take};
 use super::{Backend, Call, Completion, Descriptor, Job, Lane, Operation, Pending};
+use crate::client::Client;
 
 /// A worker's way to the pool.
 #[derive(Debug)]
@@ -39,14 +40,15 @@ impl Backend for Threads {
         &mut self,
         _reactor: &mut Reactor,
         key: u64,
+        client: &Weak<Client>,
         file: &Arc<Descriptor>,
         operation: Operation,
     ) -> Option<Pending> {
         if !file.is_write_back || !matches!(operation, Operation::Write { .. }) {
-            return Some(self.submit_blocking(key, file, operation));
+            return Some(self.submit_blocking(key, client, file, operation));
         }
         let lane = file.lanes().data;
-        let task = Task::on(key, file, operation);
+        let task = Task::on(key, client, file, operation);
         match self.writes.iter_mut().find(|(other, _)| *other == lane) {
             Some((_, tasks)) => tasks.push(task),
             None => self.writes.push((lane, vec![task])),
@@ -54,18 +56,24 @@ impl Backend for Threads {
         Some(Pending::Lane(lane))
     }
 
-    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending {
+    fn submit_blocking(
+        &mut self,
+        key: u64,
+        client: &Weak<Client>,
+        file: &Arc<Descriptor>,
+        operation: Operation,
+    ) -> Pending {
         let lanes = file.lanes();
         let lane = match operation {
             Operation::Read { .. } | Operation::Write { .. } => lanes.data,
             Operation::Fsync { .. } | Operation::Fallocate { .. } => lanes.flush,
             Operation::Stat => lanes.control,
         };
-        self.begin(lane, Task::on(key, file, operation))
+        self.begin(lane, Task::on(key, client, file, operation))
     }
 
-    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending {
-        self.begin(lane, Task::call(key, call))
+    fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
+        self.begin(lane, Task::call(key, client, call))
     }
 
     fn completions(&self) -> Sender<Completion> {

@@ -7,13 +7,14 @@
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use raio_transport::reactor::{Event, Op, Payload, Reactor, Sender, Token};
 use rustix::io::{Errno, preadv2};
 
 use super::{Backend, Call, Completion, Descriptor, Lane, OWNER, Operation, Outcome, Pending, Threads};
+use crate::client::Client;
 
 /// A read of memory that takes so long has waited, most likely for what was swapped out...
 const WAITED: Duration = Duration::from_millis(1);
@@ -69,6 +70,7 @@ impl Backend for Uring {
         &mut self,
         reactor: &mut Reactor,
         key: u64,
+        client: &Weak<Client>,
         file: &Arc<Descriptor>,
         operation: Operation,
     ) -> Option<Pending> {
@@ -81,24 +83,35 @@ impl Backend for Uring {
                     return None;
                 }
                 if !file.is_asynchronous {
-                    return Some(self.lanes.submit_blocking(key, file, Operation::Read { target, offset }));
+                    return Some(self.lanes.submit_blocking(
+                        key,
+                        client,
+                        file,
+                        Operation::Read { target, offset },
+                    ));
                 }
                 Op::Read { file: on(), target, offset, nowait: file.is_direct }
             }
             Operation::Write { source, offset } if file.is_direct && file.is_asynchronous => {
                 Op::Write { file: on(), source, offset, nowait: true }
             }
-            operation => return self.lanes.submit(reactor, key, file, operation),
+            operation => return self.lanes.submit(reactor, key, client, file, operation),
         };
         Some(Pending::Ring(reactor.submit(Token { owner: OWNER, value: key }, op)))
     }
 
-    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending {
-        self.lanes.submit_blocking(key, file, operation)
+    fn submit_blocking(
+        &mut self,
+        key: u64,
+        client: &Weak<Client>,
+        file: &Arc<Descriptor>,
+        operation: Operation,
+    ) -> Pending {
+        self.lanes.submit_blocking(key, client, file, operation)
     }
 
-    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending {
-        self.lanes.call(key, lane, call)
+    fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
+        self.lanes.call(key, client, lane, call)
     }
 
     fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {

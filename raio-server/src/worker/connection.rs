@@ -13,6 +13,7 @@ use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use super::{Mail, Worker};
 use crate::backend;
+use crate::client::Client;
 use crate::request::{State, WorkerFile};
 use crate::session::{Session, index_of};
 
@@ -31,6 +32,8 @@ pub(super) struct Connection {
     /// What it did wrong: it is closing.
     pub(super) violation: Option<Violation>,
     pub(super) name: String,
+    /// What waits in lanes on its behalf is cancelled once this has gone.
+    pub(super) client: Arc<Client>,
 }
 
 /// A session that has connections here.
@@ -70,6 +73,7 @@ impl Worker {
             slot_bytes: 0,
             violation: None,
             name: peer.name,
+            client: Client::new(self.transport.socket(id)),
         });
         let by_index = &mut self.by_transport;
         let index = id.index as usize;
@@ -107,8 +111,11 @@ impl Worker {
         }
         for &request in &connection.requests {
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
-                // The kernel has its memory: it runs to its end.
+                // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests[request].connection = None;
+                if let Some(pending) = self.requests[request].operation {
+                    self.backend.cancel(&mut self.reactor, request as u64, pending);
+                }
             } else {
                 let request = self.requests.remove(request);
                 self.in_state[request.state as usize] -= 1;

@@ -1,7 +1,7 @@
 //! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use raio_transport::Status;
@@ -11,6 +11,7 @@ use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange
 use super::connection::Connection;
 use super::{TIMER, Worker};
 use crate::backend::{self, Completion, Outcome};
+use crate::client::Client;
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
 pub(super) enum Grant {
@@ -214,7 +215,17 @@ impl Worker {
         }
     }
 
+    /// Whether the client of a request that is to be started, or to go on, is still there. If not, the request ends with its connection.
+    fn has_client(&mut self, key: usize) -> bool {
+        let request = &self.requests[key];
+        request.connection.is_some() && self.transport.is_alive(&mut self.reactor, request.key.connection)
+    }
+
     fn execute(&mut self, key: usize, slot: Option<Slot>) {
+        // A close has begun already.
+        if !matches!(self.requests[key].work, Work::Close) && !self.has_client(key) {
+            return;
+        }
         self.enter(key, State::Executing);
         match (self.requests[key].work.direct_file().cloned(), slot) {
             (Some(file), Some(slot)) => {
@@ -236,7 +247,14 @@ impl Worker {
         }
     }
 
+    /// On whose behalf a request runs. Nobody's, if its connection has ended.
+    fn client(&self, key: usize) -> Weak<Client> {
+        let connection = self.requests[key].connection;
+        connection.map_or_else(Weak::new, |connection| Arc::downgrade(&self.connections[connection].client))
+    }
+
     fn begin_execution(&mut self, key: usize, slot: Option<Slot>) {
+        let client = self.client(key);
         let request = &mut self.requests[key];
         let fd = match &request.work {
             // Its completion comes when the last user of the file has gone.
@@ -248,7 +266,7 @@ impl Worker {
                     let opened = opening.open(&shared.exports.all()[opening.export]);
                     Outcome::Opened(opened.map(Box::new))
                 };
-                request.operation = Some(self.backend.call(key as u64, lane, Box::new(call)));
+                request.operation = Some(self.backend.call(key as u64, &client, lane, Box::new(call)));
                 return;
             }
             work => work.file().and_then(|file| file.open.fd()),
@@ -256,7 +274,8 @@ impl Worker {
         match fd {
             Some(fd) => {
                 let operation = request.work.first(slot);
-                request.operation = self.backend.submit(&mut self.reactor, key as u64, fd, operation);
+                request.operation =
+                    self.backend.submit(&mut self.reactor, key as u64, &client, fd, operation);
             }
             None => {
                 let size = request.work.file().and_then(|file| file.open.fixed_size()).unwrap_or(0);
@@ -278,24 +297,33 @@ impl Worker {
             return self.open_ended(key, result);
         }
         match request.work.completed(completion) {
-            Step::Done(response) => {
-                if let Some(file) = request.work.direct_file() {
-                    self.at_devices -= 1;
-                    if file.pace.borrow_mut().ended() {
-                        self.reported.push(Rc::clone(file));
-                    }
-                }
-                self.answer(key, response);
-            }
+            Step::Done(response) => self.ended(key, response),
+            Step::Again(_) if !self.has_client(key) => self.ended(key, cancelled()),
             Step::Again(operation) => {
+                let client = self.client(key);
+                let request = &mut self.requests[key];
                 let fd = request.work.submitted_fd();
-                request.operation = self.backend.submit(&mut self.reactor, key as u64, fd, operation);
+                request.operation =
+                    self.backend.submit(&mut self.reactor, key as u64, &client, fd, operation);
             }
             Step::Blocking(operation) => {
+                let client = self.client(key);
+                let request = &mut self.requests[key];
                 let fd = request.work.submitted_fd();
-                request.operation = Some(self.backend.submit_blocking(key as u64, fd, operation));
+                request.operation = Some(self.backend.submit_blocking(key as u64, &client, fd, operation));
             }
         }
+    }
+
+    /// The last operation of a request has ended.
+    fn ended(&mut self, key: usize, response: Response) {
+        if let Some(file) = self.requests[key].work.direct_file() {
+            self.at_devices -= 1;
+            if file.pace.borrow_mut().ended() {
+                self.reported.push(Rc::clone(file));
+            }
+        }
+        self.answer(key, response);
     }
 
     /// Gives devices that have reported what was held back for them.
@@ -303,8 +331,15 @@ impl Worker {
         while let Some(file) = self.reported.pop() {
             file.pace.borrow_mut().settle();
             loop {
+                let due = file.pace.borrow().due();
+                let Some(key) = due else { break };
+                if !self.has_client(key) {
+                    drop(self.take_back(key));
+                    self.answer(key, cancelled());
+                    continue;
+                }
                 let next = file.pace.borrow_mut().next();
-                let Some((key, slot)) = next else { break };
+                let Some((_, slot)) = next else { break };
                 self.begin_direct(&file, key, slot);
             }
         }

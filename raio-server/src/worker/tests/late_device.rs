@@ -1,11 +1,13 @@
 //! A device that reports only when it has nothing left to do: see [`crate::pace`].
 
 use std::cell::Cell;
+use std::sync::Weak;
 
 use rustix::fs::{Mode, OFlags};
 
 use super::*;
 use crate::backend::{Call, Completion, Descriptor, Lane, Operation, Pending};
+use crate::client::Client;
 
 const DEPTH: usize = 32;
 /// What the device gets of so many, and what is held back.
@@ -26,19 +28,26 @@ impl Backend for Late {
         &mut self,
         reactor: &mut Reactor,
         key: u64,
+        client: &Weak<Client>,
         file: &Arc<Descriptor>,
         operation: Operation,
     ) -> Option<Pending> {
         self.reads += usize::from(matches!(operation, Operation::Read { .. }));
-        self.ring.submit(reactor, key, file, operation)
+        self.ring.submit(reactor, key, client, file, operation)
     }
 
-    fn submit_blocking(&mut self, key: u64, file: &Arc<Descriptor>, operation: Operation) -> Pending {
-        self.ring.submit_blocking(key, file, operation)
+    fn submit_blocking(
+        &mut self,
+        key: u64,
+        client: &Weak<Client>,
+        file: &Arc<Descriptor>,
+        operation: Operation,
+    ) -> Pending {
+        self.ring.submit_blocking(key, client, file, operation)
     }
 
-    fn call(&mut self, key: u64, lane: Lane, call: Call) -> Pending {
-        self.ring.call(key, lane, call)
+    fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
+        self.ring.call(key, client, lane, call)
     }
 
     fn completions(&self) -> Sender<Completion> {
