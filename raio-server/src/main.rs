@@ -20,6 +20,7 @@ mod machine;
 mod open;
 mod pace;
 mod pool;
+mod probe;
 mod request;
 mod server;
 mod session;
@@ -141,19 +142,30 @@ pub fn describe(error: &anyhow::Error) -> String {
 /// Gives up what no thread of a server is to have: a write by its clients takes set-user-id and set-group-id bits from a file, as a write
 /// by an ordinary user does, which the kernel leaves out for whoever has CAP_FSETID. Before the first thread starts, for capabilities
 /// belong to threads, and new ones inherit them.
-fn drop_fsetid() -> rustix::io::Result<()> {
-    let mut sets = capabilities(None)?;
-    for set in [&mut sets.effective, &mut sets.permitted, &mut sets.inheritable] {
-        set.remove(CapabilitySet::FSETID);
+fn drop_fsetid() -> anyhow::Result<()> {
+    let mut sets = match capabilities(None) {
+        // A sandbox may forbid to ask. Then an ordinary user has none.
+        Err(_) if !rustix::process::geteuid().is_root() => return Ok(()),
+        sets => sets?,
+    };
+    let has_it = [sets.effective, sets.permitted].iter().any(|set| set.contains(CapabilitySet::FSETID));
+    if has_it {
+        for set in [&mut sets.effective, &mut sets.permitted, &mut sets.inheritable] {
+            set.remove(CapabilitySet::FSETID);
+        }
+        set_capabilities(None, sets)?;
     }
-    set_capabilities(None, sets)
+    Ok(())
 }
 
 fn serve(config: &Config) -> anyhow::Result<ExitCode> {
     // Beyond a limit on file sizes a write is to fail, not to end the server.
     let signals = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]);
     block_signals(&signals.collect::<Vec<_>>()).context("Cannot block signals")?;
-    drop_fsetid().context("Cannot give up CAP_FSETID, with which writes would keep set-user-id bits")?;
+    drop_fsetid().context(
+        "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an ordinary user, or allow \
+         capset(2) in the seccomp profile",
+    )?;
     if rustix::process::geteuid().is_root() {
         tracing::warn!(
             "The server runs as root, so clients can do with the exports what root can. Run it as a user of its own that may \

@@ -16,8 +16,10 @@ use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, W
 use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
+use crate::export_spec::Source;
 use crate::listener::Listener;
 use crate::pool::Pool;
+use crate::probe;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
@@ -80,18 +82,23 @@ impl Drop for EndedOnDrop {
 
 /// Whether a server could start with this, as far as can be told without listening.
 pub fn check(config: &Config) -> anyhow::Result<()> {
-    session_limits(open_files::raise(config.sessions_max.map_or(0, descriptors_for)), config.sessions_max)?;
-    Exports::open(&config.exports, start_pool()?).map(drop)
+    limits_and_exports(config).map(drop)
+}
+
+/// How many sessions and open files there may be, and what clients may open.
+fn limits_and_exports(config: &Config) -> anyhow::Result<((usize, usize), Exports)> {
+    let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
+    let limits = session_limits(descriptors, config.sessions_max)?;
+    if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
+        probe::for_files()?;
+    }
+    Ok((limits, Exports::open(&config.exports, start_pool()?)?))
 }
 
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let (sessions_max, files_max) = session_limits(
-            open_files::raise(config.sessions_max.map_or(0, descriptors_for)),
-            config.sessions_max,
-        )?;
-        let exports = Exports::open(&config.exports, start_pool()?)?;
+        let ((sessions_max, files_max), exports) = limits_and_exports(config)?;
         let main = reactor::Config {
             entries: 64,
             spin: Duration::ZERO,

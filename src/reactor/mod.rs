@@ -279,9 +279,7 @@ impl Reactor {
         } else {
             match ring::Ring::new(config, &waker) {
                 Ok(ring) => (Engine::Ring(Box::new(ring)), None),
-                Err(error) => {
-                    (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(ring::explain(&error)))
-                }
+                Err(error) => (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(error.to_string())),
             }
         };
         let files =

@@ -4,6 +4,7 @@
 //! the kernel points at (slots, boxes, strings) is on the heap and stays put while the slab grows.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
@@ -71,25 +72,43 @@ struct Watched {
     looks: u32,
 }
 
-/// Why io_uring is not used, and what to do about it.
-pub(super) fn explain(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(libc::EPERM) => {
-            "the kernel forbids it (EPERM). Set `sysctl kernel.io_uring_disabled=0`, or in a container allow \
-             io_uring_setup, io_uring_enter and io_uring_register in its seccomp profile"
-                .into()
+/// A system call that there must be for a ring, and how it failed.
+pub(super) struct Unavailable(&'static str, io::Error);
+
+impl Unavailable {
+    fn of(call: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self(call, error)
+    }
+}
+
+impl fmt::Display for Unavailable {
+    /// Why io_uring is not used, and what to do about it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const PROFILE: &str = "allow io_uring_setup, io_uring_enter and io_uring_register in the seccomp profile of the container or unit";
+        let Self(call, error) = self;
+        match error.raw_os_error() {
+            Some(libc::EPERM) => {
+                write!(
+                    f,
+                    "{call} is forbidden (EPERM). Set `sysctl kernel.io_uring_disabled=0`, or {PROFILE}"
+                )
+            }
+            Some(libc::ENOSYS) => {
+                write!(f, "there is no {call} (ENOSYS). Use Linux 6.1 or newer, or {PROFILE}")
+            }
+            Some(libc::EINVAL) => {
+                write!(f, "this kernel's {call} is too old (EINVAL): Linux 6.1 or newer is needed")
+            }
+            Some(libc::ENOMEM) => f.write_str(
+                "there is no memory for its rings (ENOMEM). Raise the memlock limit with `ulimit -l`",
+            ),
+            _ => write!(f, "{call}: {error}"),
         }
-        Some(libc::ENOSYS) => "this kernel has none (ENOSYS), or a seccomp profile hides it".into(),
-        Some(libc::EINVAL) => "this kernel's is too old (EINVAL): Linux 6.1 or newer is needed".into(),
-        Some(libc::ENOMEM) => {
-            "there is no memory for its rings (ENOMEM). Raise the memlock limit with `ulimit -l`".into()
-        }
-        _ => error.to_string(),
     }
 }
 
 impl Ring {
-    pub fn new(config: &Config, waker: &Waker) -> io::Result<Self> {
+    pub fn new(config: &Config, waker: &Waker) -> Result<Self, Unavailable> {
         static NEXT_ID: AtomicU32 = AtomicU32::new(0);
         let ring = IoUring::builder()
             .setup_single_issuer()
@@ -98,25 +117,25 @@ impl Ring {
             .setup_submit_all()
             .setup_clamp()
             .setup_cqsize(config.entries.saturating_mul(4))
-            .build(config.entries)?;
-        let pool = Pool::new(config.received_count, config.received_bytes, true)?;
+            .build(config.entries)
+            .map_err(Unavailable::of("io_uring_setup"))?;
+        // A sandbox may allow the one and not the other.
+        ring.submit().map_err(Unavailable::of("io_uring_enter"))?;
+        let pool =
+            Pool::new(config.received_count, config.received_bytes, true).map_err(Unavailable::of("mmap"))?;
         // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`, which is dropped after
         // the ring or leaked with what is in flight.
         unsafe {
-            ring.submitter().register_buf_ring_with_flags(
-                pool.ring_address(),
-                pool.count(),
-                BUFFER_GROUP,
-                0,
-            )?;
+            ring.submitter().register_buf_ring_with_flags(pool.ring_address(), pool.count(), BUFFER_GROUP, 0)
         }
+        .map_err(Unavailable::of("io_uring_register"))?;
         // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is too low for it.
         let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
         // One that does not spin does not look.
         let watched_pool = if config.spin.is_zero() {
             None
         } else {
-            Some(Pool::new(WATCHED_BUFFERS, config.received_bytes, false)?)
+            Some(Pool::new(WATCHED_BUFFERS, config.received_bytes, false).map_err(Unavailable::of("mmap"))?)
         };
         let mut this = Self {
             ring,

@@ -59,7 +59,8 @@ impl Uring {
             self.paused_until = (took >= WAITED).then(|| begin + took * PAUSE);
         }
         match result {
-            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP) => None,
+            // The last two: a sandbox forbids it.
+            Err(Errno::AGAIN | Errno::INTR | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => None,
             result => Some(result.map(|n| n as u32)),
         }
     }

@@ -37,22 +37,34 @@ pub fn each(test: impl Fn(Variant)) {
     }
 }
 
-const EXEC_VARIABLE: &str = "RAIO_TEST_EXEC_WITHOUT_IO_URING";
+const EXEC_VARIABLE: &str = "RAIO_TEST_EXEC_WITHOUT";
+const CALL_VARIABLE: &str = "RAIO_TEST_FORBIDDEN_CALL";
+const ERRNO_VARIABLE: &str = "RAIO_TEST_FORBIDDEN_ERRNO";
 
-/// Not a test of anything: run by [`Server::start`] in a process of its own, it forbids io_uring to itself and becomes the server.
+/// Not a test of anything: run by [`Server::start`] in a process of its own, it forbids a system call to itself and becomes the
+/// server.
 #[test]
-fn becomes_a_server_without_io_uring_if_asked() {
+fn becomes_a_server_without_a_system_call_if_asked() {
     let Ok(arguments) = std::env::var(EXEC_VARIABLE) else { return };
-    let rules = [(libc::SYS_io_uring_setup, vec![])].into_iter().collect();
+    let number = |name: &str| std::env::var(name).unwrap().parse::<i64>().unwrap();
     let filter = seccompiler::SeccompFilter::new(
-        rules,
+        [(number(CALL_VARIABLE), vec![])].into_iter().collect(),
         seccompiler::SeccompAction::Allow,
-        seccompiler::SeccompAction::Errno(libc::EPERM as u32),
+        seccompiler::SeccompAction::Errno(number(ERRNO_VARIABLE) as u32),
         std::env::consts::ARCH.try_into().unwrap(),
     );
     let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
     seccompiler::apply_filter(&program).unwrap();
     panic!("{}", Process::new(env!("CARGO_BIN_EXE_raio_server")).args(arguments.split('\n')).exec());
+}
+
+/// A server, yet to be started, to whom a seccomp filter answers this system call with this errno.
+pub fn without(call: libc::c_long, errno: i32, arguments: &[&str]) -> Process {
+    let mut process = Process::new(std::env::current_exe().unwrap());
+    process.args(["--exact", "common::becomes_a_server_without_a_system_call_if_asked", "--nocapture"]);
+    process.env(EXEC_VARIABLE, arguments.join("\n"));
+    process.env(CALL_VARIABLE, call.to_string()).env(ERRNO_VARIABLE, errno.to_string());
+    process
 }
 
 /// A server, killed if it is dropped while it runs.
@@ -77,10 +89,7 @@ impl Server {
         }
         all.extend(arguments);
         let process = if variant == Variant::Forbidden {
-            let mut process = Process::new(std::env::current_exe().unwrap());
-            process.args(["--exact", "common::becomes_a_server_without_io_uring_if_asked", "--nocapture"]);
-            process.env(EXEC_VARIABLE, all.join("\n"));
-            process
+            without(libc::SYS_io_uring_setup, libc::EPERM, &all)
         } else {
             let mut process = Process::new(env!("CARGO_BIN_EXE_raio_server"));
             process.args(&all);

@@ -6,7 +6,7 @@ use std::process::{Command as Process, Output};
 
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
-use crate::common::{Server, Variant};
+use crate::common::{Server, Variant, without};
 
 fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let Output { status, stdout, stderr } =
@@ -169,9 +169,52 @@ fn where_io_uring_is_forbidden_it_says_so_once_with_the_remedy_and_works() {
 fn program_in(directory: &std::path::Path) -> std::path::PathBuf {
     std::fs::set_permissions(directory, PermissionsExt::from_mode(0o777)).unwrap();
     let program = directory.join("raio_server");
-    std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
+    // Not by this process: what it forks meanwhile would have the copy open for writing, and nobody could run it.
+    let copied =
+        Process::new("cp").args([env!("CARGO_BIN_EXE_raio_server").as_ref(), program.as_os_str()]).status();
+    assert!(copied.unwrap().success());
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
     program
+}
+
+#[test]
+fn a_system_call_that_a_sandbox_forbids_is_done_without_or_named() {
+    for errno in [libc::EPERM, libc::ENOSYS] {
+        for (name, call, is_needed) in [
+            ("openat2", libc::SYS_openat2, true),
+            ("statx", libc::SYS_statx, true),
+            ("preadv2", libc::SYS_preadv2, false),
+            ("pwritev2", libc::SYS_pwritev2, false),
+            ("io_uring_setup", libc::SYS_io_uring_setup, false),
+            ("io_uring_enter", libc::SYS_io_uring_enter, false),
+            ("io_uring_register", libc::SYS_io_uring_register, false),
+        ] {
+            let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+            let export = format!("d={},rw", directory.path().display());
+            let mut arguments = vec!["--listen", "tcp://127.0.0.1:0", "--workers", "1", "--export", &export];
+            // A check needs the same, and ends in any case.
+            arguments.extend(is_needed.then_some("--check"));
+            let mut process = without(call, errno, &arguments);
+            if is_needed {
+                let Output { status, stderr, .. } = process.output().unwrap();
+                let text = String::from_utf8(stderr).unwrap();
+                assert_eq!(status.code(), Some(2), "{name}: {text}");
+                assert!(text.contains(name) && text.contains("seccomp"), "{name}: {text}");
+                continue;
+            }
+            let server = Server::spawn(process, directory);
+            let log = server.log();
+            assert!(name == "pwritev2" || (log.contains(name) && log.contains("seccomp")), "{name}: {log}");
+            let mut client = server.client();
+            let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+            for len in [5, 4096, 1 << 20] {
+                let bytes = vec![7; len];
+                assert_eq!(client.write(file, 0, &bytes), Ok(len as u64), "{name}");
+                assert_eq!(client.read(file, 0, len).unwrap(), bytes, "{name}");
+            }
+            assert_eq!(client.status(file).unwrap().size.get(), 1 << 20);
+        }
+    }
 }
 
 #[test]
