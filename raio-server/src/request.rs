@@ -162,6 +162,11 @@ impl Read {
         n == 0 || self.done >= self.slot_len() || !self.done.is_multiple_of(self.align)
     }
 
+    /// Whether some of what was asked for has been read.
+    fn has_answer(&self) -> bool {
+        self.span.offset + self.done as u64 > self.range.offset
+    }
+
     /// Where in the slot the answer lies.
     fn answer(&self, slot: Slot) -> SlotRange {
         let start = (self.range.offset - self.span.offset) as usize;
@@ -185,6 +190,11 @@ impl Write {
 
     fn len(&self) -> usize {
         self.range.length as usize
+    }
+
+    /// The answer to a write that could not go on.
+    fn cut_short(&self, errno: i32) -> Response {
+        if self.done > 0 { success(self.done as u64) } else { storage_failure("Writing", errno) }
     }
 
     fn next(&self, slot: Slot) -> Operation {
@@ -316,13 +326,20 @@ impl Work {
                     return Step::Done(success(write.range.length));
                 }
                 if n == 0 {
-                    return Step::Done(storage_failure("Writing", libc::EIO));
+                    return Step::Done(write.cut_short(libc::EIO));
                 }
                 Step::Again(write.next(range.slot))
             }
             // Cancelled means that nothing was done; of this a part was.
             (Self::Write(_, write), Err(libc::ECANCELED), Outcome::Slot(range)) if write.done > 0 => {
                 Step::Again(write.next(range.slot))
+            }
+            // As the kernel: what was done comes first, and the error with whoever goes on from there.
+            (Self::Write(_, write), Err(errno), _) => Step::Done(write.cut_short(errno)),
+            (Self::Read(_, read), Err(errno), Outcome::Slot(range))
+                if errno != libc::ECANCELED && read.has_answer() =>
+            {
+                Step::Done(data(read.answer(range.slot)))
             }
             (Self::Zero(_, zero), result, outcome) => match (zero.attempt, result, outcome) {
                 (ZeroAttempt::ZeroRange, Err(libc::EOPNOTSUPP), _) => {
@@ -520,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_write_goes_on_until_all_is_written_or_an_error() {
+    fn a_short_write_goes_on_until_all_is_written_and_reports_what_was_done_before_an_error() {
         let mut work = Work::Write(file(), Write::new(range(10, 100)));
         let (source, _) = taken(work.first(Some(slot(4096))));
         let Step::Again(next) = work.completed(completion(Ok(60), Outcome::Slot(source))) else {
@@ -532,8 +549,16 @@ mod tests {
         else {
             panic!("it goes on")
         };
-        assert_eq!(response.status, Status::storage(libc::ENOSPC));
+        assert_eq!((response.status, response.result), (Status::OK, 60));
         assert!(response.data.is_none());
+
+        let mut work = Work::Write(file(), Write::new(range(10, 100)));
+        let (source, _) = taken(work.first(Some(slot(4096))));
+        let Step::Done(response) = work.completed(completion(Err(libc::ENOSPC), Outcome::Slot(source)))
+        else {
+            panic!("it goes on")
+        };
+        assert_eq!(response.status, Status::storage(libc::ENOSPC));
 
         let mut work = Work::Write(file(), Write::new(range(10, 100)));
         let (source, _) = taken(work.first(Some(slot(4096))));
