@@ -19,12 +19,20 @@
  * block for a round trip. A context belongs to one thread at a time: nothing in it is locked. The library starts
  * no threads, installs no signal handlers, and prints nothing.
  *
- * fork.  A child must not use the sessions, files and contexts of its parent: it opens its own. (The parent goes
- * on undisturbed if the child leaves them alone.) Memory from raio_alloc() is not inherited by a child. A process
+ * fork.  A child opens sessions, files and contexts of its own. Those of its parent it does not have: a context is
+ * EINVAL there, a descriptor EBADF, and the parent goes on undisturbed, also when the child exits. raio_stop() ends a
+ * session at once, whether or not children live. Memory from raio_alloc() is not inherited by a child. A process
  * that has used RDMA has children that cannot: there raio_connect() says so with EPROTONOSUPPORT, or uses TCP.
  *
+ * Time.  Each call that waits for the server has a limit, in struct raio_options: connect_timeout_ms for raio_start(),
+ * raio_connect() and raio_setup(); call_timeout_ms for raio_open(), raio_fstat(), raio_close() and raio_destroy(), if
+ * the server answers pings but not the call; request_timeout_ms for a server that is silent, and for raio_cancel().
+ * raio_getevents() has its own, and the lookup of a host name that of the system's resolver. A signal interrupts
+ * raio_getevents() alone (EINTR); all others go on, whatever SA_RESTART says.
+ *
  * Errors.  Calls that return int give -1 and set errno, or, where they say so, return the negated errno as libaio
- * does. An event carries the negated errno in `res`. raio_errmsg() has a sentence for the last failure. An
+ * does. An event carries the negated errno in `res`. raio_errmsg() has the text of the latest call's failure, and
+ * raio_event_errmsg() that of an event. An
  * argument that makes no sense is EINVAL, a descriptor or context that is not (any longer) one is EBADF or EINVAL:
  * never a crash, as far as the library can see the pointer. When the server goes away, everything in flight
  * completes once, with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT in its event, and later calls fail with ENOTCONN.
@@ -46,7 +54,7 @@ extern "C" {
 #endif
 
 struct timespec;
-struct stat64;
+struct stat64;		/* define _GNU_SOURCE before the first #include to have it: see raio_fstat() */
 struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
@@ -118,12 +126,16 @@ struct raio_options {
 	unsigned int size;			/* sizeof(struct raio_options) */
 	unsigned int flags;			/* RAIO_OPT_* */
 	unsigned int queue_depth;		/* requests on the wire per context; default and most: what the server grants */
-	unsigned int connect_timeout_ms;	/* for connecting and the handshake; default 5,000 */
+	unsigned int connect_timeout_ms;	/* for connecting and the handshake, all addresses of the server together; default
+						   5,000 */
 	unsigned int request_timeout_ms;	/* the server is taken for dead if it is silent this long while asked
 						   something; default: three times the keepalive interval it grants */
 	unsigned int spin_us;			/* wait actively this long before sleeping in raio_getevents(), up to four times
 						   as long with many operations in flight; default 50 */
-	unsigned int reserved[10];		/* 0 */
+	unsigned int reserved_0;		/* 0 */
+	unsigned int call_timeout_ms;		/* how long raio_open() and the like wait for a server that answers pings but not
+						   the call; default 30,000 */
+	unsigned int reserved[8];		/* 0 */
 };
 
 #define RAIO_OPT_CRC		(1u << 0)	/* protect headers and data with CRC32C; fails if the server cannot */
@@ -157,7 +169,8 @@ int raio_start(const char *transport, const struct sockaddr *addr, socklen_t add
 int raio_connect(const char *url, const struct raio_options *options);
 
 /*
- * raio_stop - ends the session: closes its files and connections. Its contexts are dead afterwards: what was in
+ * raio_stop - ends the session: closes its files and connections. A write that is in flight is not sent on, and may still
+ * reach the file later if the server has it. Its contexts are dead afterwards: what was in
  * flight is lost without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with
  * ENOTCONN, raio_destroy() frees what is left of them.
  * No context of the session may be in use by another thread meanwhile.
@@ -178,7 +191,7 @@ int raio_stop(int fd);
  * file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno: EBADF (fd is
  * no session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST, EISDIR, EXDEV (the path
  * leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular file nor a block device),
- * ENOTCONN and its kind (the server is gone).
+ * ETIMEDOUT (not done in time; what it opens later is closed again), ENOTCONN and its kind (the server is gone).
  */
 int raio_open(int fd, const char *pathname, int flags);
 
@@ -189,7 +202,9 @@ int raio_open_mode(int fd, const char *pathname, int flags, mode_t mode);
  * raio_fstat - asks the server for the file's present status. `fd` is a file, or a session for its first file. For
  * a block device st_size is its capacity in bytes.
  *
- * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ENOTCONN and its kind.
+ * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include.
+ *
+ * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ETIMEDOUT (not done in time), ENOTCONN and its kind.
  */
 int raio_fstat(int fd, struct stat64 *buf);
 
@@ -197,7 +212,7 @@ int raio_fstat(int fd, struct stat64 *buf);
  * raio_close - closes a file, or the first file of a session (the session itself lives on until raio_stop()). I/O
  * in flight on it runs to its end.
  *
- * Returns 0, or -1 with errno: EBADF, ENOTCONN and its kind (it is closed all the same).
+ * Returns 0, or -1 with errno: EBADF; ETIMEDOUT, ENOTCONN and its kind (it is closed all the same).
  */
 int raio_close(int fd);
 
@@ -205,14 +220,16 @@ int raio_close(int fd);
 
 /*
  * raio_setup - makes a context for at most `maxevents` iocbs in flight (1 to 65,536), on the session of `fd`. It
- * opens a connection of its own. May come before or after raio_open(). `*ctxp` is set on success, else NULL.
+ * opens a connection of its own. May come before or after raio_open(). `*ctxp` should be NULL before, as with io_setup(),
+ * and is set on success, else NULL. A context that is alive is left there.
  *
- * Returns 0, or -1 with errno: EBADF, EINVAL, ENOMEM, or one of raio_start()'s.
+ * Returns 0, or -1 with errno: EBADF, EINVAL (also if `*ctxp` is a context that is alive), ENOMEM, or one of raio_start()'s.
  */
 int raio_setup(int fd, int maxevents, raio_context_t *ctxp);
 
 /*
- * raio_destroy - waits until nothing is in flight (no longer than the request timeout if the server is silent),
+ * raio_destroy - waits until nothing is in flight (no longer than the request timeout if the server is silent, than the
+ * call timeout if it answers pings alone; what is left then is given up, and a write may still reach the file later),
  * drops the uncollected events, and frees the context with its registrations and lent buffers. Memory from
  * raio_alloc() lives until raio_free().
  *
@@ -229,19 +246,23 @@ int raio_destroy(raio_context_t ctx);
  * lends one of the library's buffers: when the event is collected, obj->u.c.buf points at the data, which is the
  * caller's until raio_release() of that event. While maxevents buffers are lent out, such reads wait.
  *
+ * Memory to be written that cannot be read fails that iocb alone: its event says -EFAULT, and nothing is written. (Memory
+ * to be read into is not looked at before: if it cannot be written to, the program gets SIGSEGV or loses the connection.)
+ *
  * Length.  At most the server's --io-max in one iocb (1 MiB unless configured); more is EINVAL.
  *
  * Returns how many were taken, from the front: fewer than nr when the context fills up, or when a later one is
  * bad (submitting that one again then gives its error). -EAGAIN: full already. For the first one being bad:
- * -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr), -EBADF (raio_fildes is no open file
- * of this session). -ENOTCONN: the connection has failed. nr 0 returns 0; nr negative is -EINVAL.
+ * -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr, resfd no eventfd), -EBADF (raio_fildes is no
+ * open file of this session, resfd is not open), -EMFILE (for an eventfd). -ENOTCONN: the connection has failed. nr 0 returns 0; nr negative is -EINVAL.
  */
 int raio_submit(raio_context_t ctx, long nr, struct raio_iocb *ios[]);
 
 /*
  * raio_getevents - collects at least `min_nr` and at most `nr` completions. `timeout` NULL waits for min_nr; zero
  * polls; otherwise whatever is there at its end is returned. min_nr may be 0: what is there now. If less than
- * min_nr is in flight, returns what there is rather than wait for ever.
+ * min_nr is in flight, it waits until the timeout all the same; without one it returns what there is rather than wait
+ * for ever.
  *
  * Returns how many, or -EINVAL (NULL, negative, min_nr > nr, a malformed timeout), -EINTR (a signal, with nothing
  * collected yet), -ENOTCONN (the connection has failed and every event was collected).
@@ -326,11 +347,20 @@ struct raio_stats {
 int raio_get_stats(raio_context_t ctx, struct raio_stats *stats, size_t size);
 
 /*
- * raio_errmsg - a sentence about the last failure of a raio call, or of a collected event, in this thread; "" if
- * there was none. After a successful raio_connect() it is why that is not over RDMA: see there. Valid until the
- * next raio call in this thread. For people: its wording may change.
+ * raio_errmsg - the text of the latest raio call in this thread: why it failed, "" after success. After a raio_getevents()
+ * that has collected failures it is that of the last of them, after a raio_connect() why it is not over RDMA: see
+ * there. It is always at the same address in a thread, until the next raio call there. For people: its wording may
+ * change.
  */
 const char *raio_errmsg(void);
+
+/*
+ * raio_event_errmsg - why an event failed, for an event of the context's latest raio_getevents() or of a raio_cancel()
+ * since. Valid until the context's next raio_getevents().
+ *
+ * Returns the text, or "" for an event that has not failed, or with errno EINVAL (NULL, no context, an earlier event).
+ */
+const char *raio_event_errmsg(raio_context_t ctx, const struct raio_event *event);
 
 /* raio_abi_version - the RAIO_ABI_VERSION of the library that is loaded. */
 unsigned int raio_abi_version(void);
@@ -397,7 +427,8 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 }
 
 /*
- * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. The library has no thread of its own: it
+ * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. raio_submit() holds the eventfd open by
+ * itself, so that it may be closed meanwhile, and a full one is left as it is rather than waited for. The library has no thread of its own: it
  * notices completions, and ticks, within calls on the context (raio_submit, raio_getevents, raio_cancel). A program
  * that sleeps on the eventfd sleeps on raio_poll_fd() too, and calls raio_getevents(ctx, 0, nr, ...) when that wakes it.
  */

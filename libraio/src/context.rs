@@ -6,7 +6,7 @@
 //! submission one send, a wake-up one receive.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use raio_transport::protocol::{Command, Opcode};
 use raio_transport::spin::Spin;
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
 use raio_transport::{Class, Status};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::Error;
 use crate::file::{File, Use};
@@ -201,7 +202,6 @@ pub struct Context {
     arenas: Vec<Arena>,
     /// Lent buffers that are being read into or are with the caller.
     lent: usize,
-    on_complete: Option<Box<dyn FnMut(u64) + Send>>,
     poller: Option<Poller>,
     spin: Spin,
     /// Completions since it last offered the core to others, without having waited.
@@ -218,6 +218,8 @@ struct Slot {
     is_lent: bool,
     /// Being cancelled: whoever cancels it collects it.
     cancelling: bool,
+    /// Ticked when it ends.
+    eventfd: Option<Arc<OwnedFd>>,
     length: u64,
     state: State,
 }
@@ -281,7 +283,6 @@ impl Context {
             last_use: None,
             arenas: Vec::new(),
             lent: 0,
-            on_complete: None,
             poller: None,
             spin,
             streak: 0,
@@ -314,18 +315,42 @@ impl Context {
         self.transport.failure().map(Error::not_connected)
     }
 
-    /// Has `notify` called with the token of each operation that ends, when the library hears of it: within `submit`, `wait`, `cancel`
-    /// and `release`. Those that [`Context::cancel`] returns are left out.
-    pub fn on_complete(&mut self, notify: impl FnMut(u64) + Send + 'static) {
-        self.on_complete = Some(Box::new(notify));
+    /// Has one added to an eventfd when an operation ends, as soon as the library hears of it: within `submit`, `wait`, `cancel` and
+    /// `release`. Not for one that [`Context::cancel`] returns. An eventfd that is full stays as it is.
+    pub fn notify(&mut self, ticket: Ticket, eventfd: Arc<OwnedFd>) {
+        let Some(slot) = self.slots.get_mut(ticket.index as usize) else { return };
+        match slot.state {
+            _ if slot.generation != ticket.generation => {}
+            State::Done(_) => tick(&eventfd),
+            _ => slot.eventfd = Some(eventfd),
+        }
     }
 
     /// Queues an operation; [`Context::flush`] and [`Context::wait`] send it. Never blocks. `token` comes back in the completion.
     pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Refused>> {
         match self.check(file, &operation) {
-            Ok(()) => Ok(self.enqueue(file, operation, token)),
+            Ok(()) => Ok(self.enqueue(file, operation, token, None)),
             Err(error) => Err(Box::new(Refused { operation, error })),
         }
+    }
+
+    /// Takes an operation that has failed already: its completion says `failure`.
+    pub(crate) fn submit_failed(
+        &mut self,
+        file: &File,
+        operation: Operation,
+        token: u64,
+        failure: Error,
+    ) -> Result<Ticket, Box<Refused>> {
+        match self.check(file, &operation) {
+            Ok(()) => Ok(self.enqueue(file, operation, token, Some(failure))),
+            Err(error) => Err(Box::new(Refused { operation, error })),
+        }
+    }
+
+    /// How many operations it takes before completions must be collected.
+    pub(crate) fn room(&self) -> usize {
+        self.maxevents - self.in_flight - self.done.len()
     }
 
     fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
@@ -376,7 +401,7 @@ impl Context {
         Ok(())
     }
 
-    fn enqueue(&mut self, file: &File, operation: Operation, token: u64) -> Ticket {
+    fn enqueue(&mut self, file: &File, operation: Operation, token: u64, failure: Option<Error>) -> Ticket {
         let user = self.use_of(file);
         let handle = file.inner().handle();
         let (command, bulk, length, is_lent) = match operation {
@@ -410,6 +435,7 @@ impl Context {
                 opcode: Opcode::Read,
                 is_lent: false,
                 cancelling: false,
+                eventfd: None,
                 length: 0,
                 state: State::Free,
             });
@@ -429,7 +455,9 @@ impl Context {
         if let Some(user) = &self.uses[user as usize] {
             user.add();
         }
-        if is_lent {
+        if let Some(failure) = failure {
+            self.end_waiting(index, failure);
+        } else if is_lent {
             self.waiting_lent.push_back(index);
             self.lend();
         } else {
@@ -576,6 +604,9 @@ impl Context {
         let result = if !reply.status.is_ok() {
             Err(match self.transport.failure() {
                 Some(failure) if reply.body.is_empty() => {
+                    if failure.errno() == libc::ETIMEDOUT {
+                        self.session.suspect();
+                    }
                     Error { status: reply.status, text: failure.to_string() }
                 }
                 _ => Error::from_reply(reply.status, &reply.body),
@@ -625,6 +656,11 @@ impl Context {
                 }
             }
         }
+        if let Some(eventfd) = slot.eventfd.take()
+            && !cancelled
+        {
+            tick(&eventfd);
+        }
         let token = slot.token;
         let is_lent = slot.is_lent && buffers.is_some();
         slot.state = State::Done(Completion { token, result, buffers, is_lent });
@@ -632,15 +668,10 @@ impl Context {
         if let Some(user) = &self.uses[slot.file as usize] {
             user.remove();
         }
-        if let Some(notify) = &mut self.on_complete
-            && !cancelled
-        {
-            notify(token);
-        }
     }
 
-    /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes in what has arrived. Waits
-    /// for no more than is in flight, and takes nothing in while `max` are there. Returns how many are there.
+    /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes in what has arrived. Without a
+    /// timeout it waits for no more than is in flight. Takes nothing in while `max` are there. Returns how many are there.
     ///
     /// Fails with EINTR after a signal if nothing is there to be collected, and with ENOTCONN once the connection has ended and every
     /// completion has been collected.
@@ -657,9 +688,7 @@ impl Context {
             return Ok(ready);
         }
         self.pump();
-        let waited = if self.done.len() < min.min(self.done.len() + self.in_flight)
-            && timeout != Some(Duration::ZERO)
-        {
+        let waited = if self.is_short_of(min, timeout) && timeout != Some(Duration::ZERO) {
             self.wait_for(min, timeout)
         } else {
             Ok(())
@@ -675,6 +704,13 @@ impl Context {
         }
     }
 
+    /// Whether a wait for `min` completions goes on. With a timeout it lasts that long even if fewer are in flight, so that a loop around it
+    /// does not spin.
+    fn is_short_of(&self, min: usize, timeout: Option<Duration>) -> bool {
+        self.done.len() < min
+            && (self.in_flight > 0 || (timeout.is_some() && self.transport.failure().is_none()))
+    }
+
     /// How many times as long a wait may spin: a server answers many together, which takes it longer than one.
     fn patience(&self) -> u32 {
         1 + (self.in_flight / SPIN_EACH).min(SPIN_TIMES_MAX - 1) as u32
@@ -688,7 +724,7 @@ impl Context {
         self.streak = 0;
         let mut since = begin;
         let mut spinning = self.spin.begin(self.patience());
-        while self.done.len() < min.min(self.done.len() + self.in_flight) {
+        while self.is_short_of(min, timeout) {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
@@ -880,21 +916,33 @@ impl Context {
     }
 
     /// Waits until nothing is in flight, and drops the context. Reads that wait for a lent buffer are dropped. A server that is silent
-    /// is waited for no longer than the request timeout.
+    /// is waited for no longer than the request timeout, one that only answers pings no longer than the call timeout: what is left then is
+    /// given up, and a write may still reach the file later.
     pub fn close(mut self) {
         let waiting: Vec<_> = self.waiting_lent.drain(..).collect();
         for index in waiting {
             self.end_waiting(index, Error::call(libc::ECANCELED, "The context was closed."));
         }
         self.transport.flush();
-        while self.in_flight > 0 {
+        let deadline = Instant::now() + self.session.options().call_timeout;
+        while self.in_flight > 0 && Instant::now() < deadline {
             self.pump();
             if self.in_flight > 0
-                && self.transport.wait(None).is_err_and(|error| error.errno() != libc::EINTR)
+                && self.transport.wait(Some(deadline)).is_err_and(|error| error.errno() != libc::EINTR)
             {
                 break;
             }
         }
+    }
+}
+
+/// Adds one to an eventfd that has room for it. (As the kernel does for libaio, it never waits for room: who waits for the eventfd is woken
+/// by what is in it.)
+fn tick(eventfd: &OwnedFd) {
+    let mut writable = [PollFd::new(eventfd, PollFlags::OUT)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    if rustix::event::poll(&mut writable, Some(&now)).is_ok_and(|ready| ready > 0) {
+        let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
     }
 }
 

@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use raio_transport::memory::process;
+
 use crate::error::Error;
 use crate::file::File;
 use crate::session::Session;
@@ -20,6 +22,10 @@ static TABLE: Mutex<Option<Table>> = Mutex::new(None);
 
 #[derive(Debug)]
 pub(crate) struct Table {
+    /// The process that it is of: see [`process`].
+    process: u64,
+    /// What a child has inherited is its parent's: it is neither used nor dropped.
+    inherited: Vec<HashMap<i32, Entry>>,
     entries: HashMap<i32, Entry>,
     next: i32,
 }
@@ -57,7 +63,21 @@ fn table() -> MutexGuard<'static, Option<Table>> {
 }
 
 fn with<T>(body: impl FnOnce(&mut Table) -> T) -> T {
-    body(table().get_or_insert_with(|| Table { entries: HashMap::new(), next: FIRST }))
+    let mut table = table();
+    let table = table.get_or_insert_with(|| Table {
+        process: process(),
+        inherited: Vec::new(),
+        entries: HashMap::new(),
+        next: FIRST,
+    });
+    if table.process != process() {
+        // A child. Numbers are not used again.
+        let entries = std::mem::take(&mut table.entries);
+        table.inherited.push(entries);
+        table.process = process();
+        EPOCH.fetch_add(1, Ordering::AcqRel);
+    }
+    body(table)
 }
 
 impl Table {
@@ -82,12 +102,17 @@ impl Table {
 fn no_session(fd: i32) -> Error {
     Error::call(
         libc::EBADF,
-        format!("Descriptor {fd} is no session. Use one of raio_start() or raio_connect()."),
+        format!(
+            "Descriptor {fd} is no session of this process. Use one of raio_start() or raio_connect(); a forked child makes its own."
+        ),
     )
 }
 
 fn no_file(fd: i32) -> Error {
-    Error::call(libc::EBADF, format!("Descriptor {fd} is no open file. Use one of raio_open()."))
+    Error::call(
+        libc::EBADF,
+        format!("Descriptor {fd} is no open file of this process. Use one of raio_open()."),
+    )
 }
 
 /// A descriptor for a session.

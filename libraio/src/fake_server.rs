@@ -32,6 +32,10 @@ struct State {
     opened: u32,
     /// Reads and writes are not answered.
     holding: bool,
+    /// Nothing is answered but pings.
+    mute: bool,
+    /// Nothing is done at all.
+    frozen: bool,
     connections: Vec<TcpStream>,
 }
 
@@ -70,6 +74,15 @@ impl FakeServer {
     pub(crate) fn hold(&self, holding: bool) {
         self.shared.state.lock().unwrap().holding = holding;
         self.shared.changed.notify_all();
+    }
+
+    pub(crate) fn mute(&self, mute: bool) {
+        self.shared.state.lock().unwrap().mute = mute;
+    }
+
+    /// Falls silent for good.
+    pub(crate) fn freeze(&self) {
+        self.shared.state.lock().unwrap().frozen = true;
     }
 
     /// Cuts every connection.
@@ -115,6 +128,10 @@ impl Connection {
         // So that held requests are looked at again.
         self.stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
         loop {
+            if self.shared.state.lock().unwrap().frozen {
+                thread::sleep(Duration::from_millis(5));
+                continue;
+            }
             let item = match message::parse(&self.inbox, &limits).unwrap() {
                 Parsed::Item(Message::Request(request, body), taken) => {
                     let end = taken + request.data_len as usize;
@@ -146,8 +163,14 @@ impl Connection {
 
     /// Answers all that need not be held.
     fn answer(&mut self, limits: Limits, out: &mut Vec<u8>) {
-        let holding = self.shared.state.lock().unwrap().holding;
+        let state = self.shared.state.lock().unwrap();
+        let (holding, mute) = (state.holding, state.mute);
+        drop(state);
         for (id, body, data) in std::mem::take(&mut self.held) {
+            if mute {
+                self.held.push((id, body, data));
+                continue;
+            }
             let command = Command::decode(&body).unwrap();
             if let Command::Cancel { id: target } = command {
                 let status = match self.held.iter().position(|held| held.0 == target) {

@@ -10,11 +10,11 @@
 
 #![allow(non_camel_case_types)]
 
-use std::cell::{RefCell, UnsafeCell};
-use std::collections::{HashMap, VecDeque};
+use std::cell::UnsafeCell;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_long, c_uint, c_ulong, c_ulonglong, c_void};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -24,7 +24,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use raio_transport::address::Scheme;
-use raio_transport::memory::{Buffer, Buffers, Foreign, Region};
+use raio_transport::memory::{Buffer, Buffers, Foreign, Region, process};
 
 use crate::context::{Completion, Context, Operation, Stats};
 use crate::descriptor;
@@ -93,7 +93,9 @@ pub struct raio_options {
     connect_timeout_ms: c_uint,
     request_timeout_ms: c_uint,
     spin_us: c_uint,
-    reserved: [c_uint; 10],
+    reserved_0: c_uint,
+    call_timeout_ms: c_uint,
+    reserved: [c_uint; 8],
 }
 
 /// `struct raio_stats`
@@ -233,6 +235,132 @@ pub struct State {
     mrs: Vec<*mut raio_mr>,
     /// Emptied, for the next vectored operations.
     vectors: Vec<Vec<Buffer>>,
+    /// The process that it is of: see [`process`].
+    process: u64,
+    probe: Probe,
+    /// The eventfds of the batch that is being submitted, by number.
+    eventfds: Vec<(c_int, Arc<OwnedFd>)>,
+    failures: Failures,
+}
+
+/// What the last events say, by their iocbs' addresses, in their order.
+#[derive(Default)]
+struct Failures {
+    texts: Vec<(usize, CString)>,
+    /// Where the last search ended: the next is likely to be for the one behind it.
+    at: usize,
+}
+
+impl Failures {
+    fn clear(&mut self) {
+        self.texts.clear();
+        self.at = 0;
+    }
+
+    fn add(&mut self, obj: *mut raio_iocb, text: &str) {
+        let text = text.bytes().filter(|&byte| byte != 0).collect::<Vec<_>>();
+        self.texts.push((obj.addr(), CString::new(text).unwrap_or_default()));
+    }
+
+    /// The newest first where an iocb has come twice.
+    fn find(&mut self, obj: usize) -> Option<&CStr> {
+        let len = self.texts.len();
+        self.at = (self.at..len).chain(0..self.at.min(len)).find(|&at| self.texts[at].0 == obj)?;
+        let text = &self.texts[self.at].1;
+        self.at += 1;
+        Some(text)
+    }
+}
+
+/// Finds out whether memory that is to be written to a file can be read at all, before anything is promised to a server: by having the kernel
+/// copy one byte of each page, for a whole batch in one call.
+#[derive(Default)]
+struct Probe {
+    /// Memory of the kernel's to copy to. None before the first probe, or if there is none to be had: then nothing is probed.
+    target: Option<Option<OwnedFd>>,
+    bytes: Vec<libc::iovec>,
+    /// Where the bytes of each iocb end, by its place in the batch.
+    ends: Vec<(usize, usize)>,
+    /// Places of the iocbs whose memory cannot be read.
+    unreadable: Vec<usize>,
+}
+
+impl Probe {
+    const PAGE: usize = 4096;
+
+    /// Looks at the writes of a batch.
+    ///
+    /// # Safety
+    /// As [`raio_submit`]'s.
+    unsafe fn look(&mut self, ctx: *mut raio_context, ios: *mut *mut raio_iocb, count: usize, most: u64) {
+        self.bytes.clear();
+        self.ends.clear();
+        self.unreadable.clear();
+        for n in 0..count {
+            // SAFETY: the caller vouches for the pointers.
+            let iocb = unsafe { *ios.add(n) };
+            if iocb.is_null() || !iocb.is_aligned() {
+                return self.run();
+            }
+            // SAFETY: the caller vouches for the iocb.
+            let (opcode, c) = unsafe { ((*iocb).raio_lio_opcode, &(*iocb).c) };
+            // Memory of raio_alloc() is ours, and stays while it is used.
+            // SAFETY: the pointer is one of raio_reg_mr() or readable memory.
+            let is_ours = unsafe { Shell::get(c.mr) }.is_some_and(|mr| mr.context == ctx && mr.is_allocated);
+            match opcode {
+                CMD_PWRITE if !is_ours && c.nbytes <= most => self.add(c.buf.addr(), c.nbytes as usize),
+                CMD_PWRITEV if !is_ours && c.nbytes <= IOV_MAX && !c.buf.is_null() => {
+                    for n in 0..c.nbytes as usize {
+                        // SAFETY: the caller vouches for `nbytes` iovecs.
+                        let iov = unsafe { c.buf.cast::<libc::iovec>().add(n).read_unaligned() };
+                        if iov.iov_len as u64 <= most {
+                            self.add(iov.iov_base.addr(), iov.iov_len);
+                        }
+                    }
+                }
+                _ => continue,
+            }
+            self.ends.push((self.bytes.len(), n));
+        }
+        self.run();
+    }
+
+    /// One byte of each page of this memory. (A null pointer is found out later, and is another error.)
+    fn add(&mut self, address: usize, len: usize) {
+        let Some(end) = address.checked_add(len) else { return };
+        let mut at = address;
+        while at != 0 && at < end {
+            self.bytes.push(libc::iovec { iov_base: std::ptr::with_exposed_provenance_mut(at), iov_len: 1 });
+            at = (at / Self::PAGE + 1) * Self::PAGE;
+        }
+    }
+
+    /// Has the kernel copy the bytes.
+    fn run(&mut self) {
+        if self.bytes.is_empty() {
+            return;
+        }
+        let make = || rustix::fs::memfd_create("raio probe", rustix::fs::MemfdFlags::CLOEXEC).ok();
+        let Some(target) = self.target.get_or_insert_with(make) else { return };
+        let mut at = 0;
+        while at < self.bytes.len() {
+            let some = &self.bytes[at..self.bytes.len().min(at + IOV_MAX as usize)];
+            // SAFETY: the kernel reads through these pointers, and finds out by itself where it cannot.
+            let copied = unsafe { libc::pwritev(target.as_raw_fd(), some.as_ptr(), some.len() as c_int, 0) };
+            match usize::try_from(copied) {
+                Ok(copied) => at += copied,
+                Err(_) if std::io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT) => return,
+                Err(_) => {}
+            }
+            if usize::try_from(copied).is_ok_and(|copied| copied == some.len()) {
+                continue;
+            }
+            // The byte at `at` could not be copied: on to the next iocb.
+            let Some(&(end, n)) = self.ends.iter().find(|(end, _)| *end > at) else { return };
+            self.unreadable.push(n);
+            at = end;
+        }
+    }
 }
 
 /// What is behind a `raio_mr_t`.
@@ -320,22 +448,30 @@ impl Loans {
 
 // Errors -----------------------------------------------------------------------------------------------------------
 
+/// Room for a text, with the zero at its end.
+const MESSAGE_BYTES: usize = 1024;
+
 thread_local! {
-    static MESSAGE: RefCell<CString> = RefCell::new(CString::default());
+    // Without a destructor: it is there as long as its thread.
+    static MESSAGE: UnsafeCell<[u8; MESSAGE_BYTES]> = const { UnsafeCell::new([0; MESSAGE_BYTES]) };
 }
 
 fn set_message(text: &str) {
-    let text: Vec<u8> = text.bytes().filter(|&byte| byte != 0).collect();
-    // A thread that is ending has no message any more.
-    let _ = MESSAGE.try_with(|message| {
-        if let Ok(text) = CString::new(text) {
-            message.replace(text);
-        }
+    let mut end = text.len().min(MESSAGE_BYTES - 1);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    MESSAGE.with(|message| {
+        // SAFETY: only this thread has it, and no reference to it outlives a line of this file.
+        let message = unsafe { &mut *message.get() };
+        message[..end].copy_from_slice(&text.as_bytes()[..end]);
+        message[end] = 0;
     });
 }
 
 /// Runs a call. Gives its result, or the errno of its failure.
 fn run<T>(body: impl FnOnce() -> Result<T, Error>) -> Result<T, c_int> {
+    set_message("");
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => {
@@ -373,6 +509,10 @@ fn no_context() -> Error {
     invalid("That is no context. Use one of raio_setup() that was not destroyed.")
 }
 
+fn inherited() -> Error {
+    invalid("The context is one of the parent process. A child makes its own, in a session of its own.")
+}
+
 fn dead() -> Error {
     Error {
         status: raio_transport::Status::transport(libc::ENOTCONN),
@@ -386,7 +526,8 @@ fn dead() -> Error {
 /// As [`Shell::get`].
 unsafe fn state<'a>(ctx: *mut raio_context) -> Result<&'a mut State, Error> {
     // SAFETY: the caller's contract is the same.
-    unsafe { Shell::get(ctx) }.map(|state| &mut **state).ok_or_else(no_context)
+    let state = unsafe { Shell::get(ctx) }.map(|state| &mut **state).ok_or_else(no_context)?;
+    if state.process == process() { Ok(state) } else { Err(inherited()) }
 }
 
 /// A C string as bytes.
@@ -510,7 +651,11 @@ unsafe fn read_options(options: *const raio_options) -> Result<Options, Error> {
     let tail = size_of::<raio_options>()..size;
     // SAFETY: the caller vouches for `size` bytes.
     let newer = tail.map(|at| unsafe { options.cast::<u8>().add(at).read() }).any(|byte| byte != 0);
-    if newer || known.reserved.iter().any(|&word| word != 0) || known.flags & !(OPT_CRC | OPT_NO_SPIN) != 0 {
+    if newer
+        || known.reserved_0 != 0
+        || known.reserved.iter().any(|&word| word != 0)
+        || known.flags & !(OPT_CRC | OPT_NO_SPIN) != 0
+    {
         return Err(invalid(
             "raio_options has something set that this library does not know. Zero it first, and set only what \
              this version's header has.",
@@ -521,6 +666,7 @@ unsafe fn read_options(options: *const raio_options) -> Result<Options, Error> {
     Ok(Options {
         queue_depth: known.queue_depth,
         connect_timeout: ms(known.connect_timeout_ms).unwrap_or(defaults.connect_timeout),
+        call_timeout: ms(known.call_timeout_ms).unwrap_or(defaults.call_timeout),
         request_timeout: ms(known.request_timeout_ms),
         spin: match (known.flags & OPT_NO_SPIN != 0, known.spin_us) {
             (true, _) => Duration::ZERO,
@@ -633,10 +779,20 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
             return Err(invalid("The place for the context is NULL. Give one."));
         }
         // SAFETY: not null, and the caller vouches for the rest.
+        let before = unsafe { ctxp.read_unaligned() };
+        // It may be anything: only a pointer that was given out is looked through.
+        if lock(&LIVE).contains(&before.addr()) {
+            // SAFETY: it is one of our shells, and `process` never changes in a context.
+            if unsafe { state(before) }.is_ok() {
+                return Err(invalid(
+                    "The place for the context holds one that is alive. Destroy that first, or give another place.",
+                ));
+            }
+        }
+        // SAFETY: as above.
         unsafe { ctxp.write(null_mut()) };
         let (session, session_fd) = descriptor::session_of(fd)?;
-        let mut context = session.context(usize::try_from(maxevents).unwrap_or(0))?;
-        context.on_complete(tick);
+        let context = session.context(usize::try_from(maxevents).unwrap_or(0))?;
         let ctx = Shell::put(
             &CONTEXTS,
             Box::new(State {
@@ -647,6 +803,10 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
                 loans: Loans::default(),
                 mrs: Vec::new(),
                 vectors: Vec::new(),
+                process: process(),
+                probe: Probe::default(),
+                eventfds: Vec::new(),
+                failures: Failures::default(),
             }),
         );
         if let Err(error) = descriptor::add_context(session_fd, ctx.addr()) {
@@ -655,21 +815,45 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
             drop(unsafe { Shell::take(&CONTEXTS, ctx) });
             return Err(error);
         }
+        lock(&LIVE).insert(ctx.addr());
         // SAFETY: as above.
         unsafe { ctxp.write(ctx) };
         Ok(0)
     })
 }
 
-/// Ticks the eventfd of an iocb that has completed, if it asked for that.
-fn tick(token: u64) {
-    let iocb = std::ptr::with_exposed_provenance_mut::<raio_iocb>(token as usize);
-    // SAFETY: the token is the address of an iocb, which is the library's from `raio_submit` until its event is collected.
-    let (flags, resfd) = unsafe { ((*iocb).c.flags, (*iocb).c.resfd) };
-    if flags & IOCB_EVENTFD != 0 {
-        let one = 1u64;
-        // SAFETY: writes eight bytes of `one`. An eventfd that the caller has closed gives an error, which is the caller's.
-        unsafe { libc::write(resfd as c_int, (&raw const one).cast(), 8) };
+/// Contexts that were given out and not destroyed.
+static LIVE: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
+
+/// The eventfd of this number, held open under another: what has the number when the iocb ends may be something else. Each is looked at once
+/// in a batch.
+fn held_eventfd(held: &mut Vec<(c_int, Arc<OwnedFd>)>, number: c_uint) -> Result<Arc<OwnedFd>, Error> {
+    let fd = c_int::try_from(number)
+        .map_err(|_| invalid("The iocb's eventfd is negative. Give raio_set_eventfd() one of eventfd(2)."))?;
+    if let Some((_, eventfd)) = held.iter().find(|(known, _)| *known == fd) {
+        return Ok(Arc::clone(eventfd));
+    }
+    // SAFETY: not negative; a number that is not open is an error of fcntl(2), and nothing is kept of the borrow.
+    let eventfd =
+        rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).map_err(|errno| {
+            let text = format!(
+                "The iocb's eventfd {fd} cannot be used ({errno}). Give one of eventfd(2) that is open."
+            );
+            Error::call(errno.raw_os_error(), text)
+        })?;
+    if !is_eventfd(&eventfd) {
+        return Err(invalid(format!("The iocb's eventfd {fd} is something else. Give one of eventfd(2).")));
+    }
+    let eventfd = Arc::new(eventfd);
+    held.push((fd, Arc::clone(&eventfd)));
+    Ok(eventfd)
+}
+
+fn is_eventfd(fd: &OwnedFd) -> bool {
+    match rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
+        Ok(target) => target.as_bytes() == b"anon_inode:[eventfd]",
+        // Without /proc: it has no file type, as little else does, and nothing else of that kind takes eight bytes.
+        Err(_) => rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == 0),
     }
 }
 
@@ -681,7 +865,10 @@ fn tick(token: u64) {
 pub unsafe extern "C" fn raio_destroy(ctx: *mut raio_context) -> c_int {
     int(|| {
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        unsafe { state(ctx) }?;
+        // SAFETY: as above.
         let mut state = unsafe { Shell::take(&CONTEXTS, ctx) }.ok_or_else(no_context)?;
+        lock(&LIVE).remove(&ctx.addr());
         descriptor::remove_context(state.session, ctx.addr());
         if let Some(context) = state.context.take() {
             context.close();
@@ -720,17 +907,23 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
         if ios.is_null() {
             return Err(invalid("The array of iocbs is NULL. Give one."));
         }
+        if let Some(context) = &state.context {
+            let count = usize::try_from(nr).unwrap_or(0).min(context.room());
+            // SAFETY: the caller vouches for `nr` pointers and what they point at.
+            unsafe { state.probe.look(ctx, ios, count, context.io_bytes_max() as u64) };
+        }
         let mut taken = 0;
         let mut refused = None;
         while taken < nr {
             // SAFETY: the caller vouches for `nr` pointers and what they point at.
-            let submitted = unsafe { submit(ctx, state, *ios.add(taken as usize)) };
+            let submitted = unsafe { submit(ctx, state, *ios.add(taken as usize), taken as usize) };
             if let Err(error) = submitted {
                 refused = Some(error);
                 break;
             }
             taken += 1;
         }
+        state.eventfds.clear();
         if taken > 0 {
             if let Some(context) = &mut state.context {
                 context.flush();
@@ -741,11 +934,16 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
     })
 }
 
-/// Submits one iocb.
+/// Submits one iocb, the one at this place in its batch.
 ///
 /// # Safety
 /// `iocb` is null or points at an iocb whose memory is as the header demands.
-unsafe fn submit(ctx: *mut raio_context, state: &mut State, iocb: *mut raio_iocb) -> Result<(), Error> {
+unsafe fn submit(
+    ctx: *mut raio_context,
+    state: &mut State,
+    iocb: *mut raio_iocb,
+    place: usize,
+) -> Result<(), Error> {
     let context = state.context.as_mut().ok_or_else(dead)?;
     if iocb.is_null() || !iocb.is_aligned() {
         return Err(invalid("An iocb is NULL or not aligned. Give iocbs that raio_prep_*() has prepared."));
@@ -761,13 +959,30 @@ unsafe fn submit(ctx: *mut raio_context, state: &mut State, iocb: *mut raio_iocb
     // SAFETY: the caller vouches for the iocb's memory.
     let operation = unsafe { operation(ctx, context.io_bytes_max() as u64, &mut state.vectors, io) }?;
     let file = state.files.get(io.raio_fildes, state.session)?;
-    match context.submit(file, operation, iocb.expose_provenance() as u64) {
-        Ok(ticket) => {
-            io.key = ticket.index();
-            Ok(())
-        }
-        Err(refused) => Err(refused.error),
+    let eventfd = if io.c.flags & IOCB_EVENTFD != 0 {
+        Some(held_eventfd(&mut state.eventfds, io.c.resfd)?)
+    } else {
+        None
+    };
+    let token = iocb.expose_provenance() as u64;
+    let submitted = if state.probe.unreadable.contains(&place) {
+        context.submit_failed(file, operation, token, unreadable())
+    } else {
+        context.submit(file, operation, token)
+    };
+    let ticket = submitted.map_err(|refused| refused.error)?;
+    io.key = ticket.index();
+    if let Some(eventfd) = eventfd {
+        context.notify(ticket, eventfd);
     }
+    Ok(())
+}
+
+fn unreadable() -> Error {
+    Error::call(
+        libc::EFAULT,
+        "The memory to be written cannot be read. Give memory that is mapped for reading.",
+    )
 }
 
 /// What an iocb asks for.
@@ -785,9 +1000,6 @@ unsafe fn operation(
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
     {
         return Err(invalid(format!("The iocb has flags ({:#x}) without meaning. Clear them.", c.flags)));
-    }
-    if c.flags & IOCB_EVENTFD != 0 && c_int::try_from(c.resfd).is_err() {
-        return Err(invalid("The iocb's eventfd is negative. Give raio_set_eventfd() one of eventfd(2)."));
     }
     let offset = u64::try_from(c.offset)
         .map_err(|_| invalid("The iocb's offset is negative. Give one from the file's start."))?;
@@ -914,12 +1126,20 @@ pub unsafe extern "C" fn raio_getevents(
         if max == 0 {
             return Ok(0);
         }
+        state.failures.clear();
         context.wait(min, max, timeout)?;
         let mut n = 0;
         while n < max {
             let Some(completion) = context.next() else { break };
             // SAFETY: there is room for `nr` events.
-            unsafe { events.add(n).write(event(completion, &mut state.loans, &mut state.vectors)) };
+            unsafe {
+                events.add(n).write(event(
+                    completion,
+                    &mut state.loans,
+                    &mut state.vectors,
+                    &mut state.failures,
+                ));
+            }
             n += 1;
         }
         context.sync_poller();
@@ -928,7 +1148,12 @@ pub unsafe extern "C" fn raio_getevents(
 }
 
 /// The event of a completion. The iocb is the caller's again.
-fn event(completion: Completion, loans: &mut Loans, vectors: &mut Vec<Vec<Buffer>>) -> raio_event {
+fn event(
+    completion: Completion,
+    loans: &mut Loans,
+    vectors: &mut Vec<Vec<Buffer>>,
+    failures: &mut Failures,
+) -> raio_event {
     let obj = std::ptr::with_exposed_provenance_mut::<raio_iocb>(completion.token as usize);
     let mut handle = 0;
     match completion.buffers {
@@ -949,6 +1174,7 @@ fn event(completion: Completion, loans: &mut Loans, vectors: &mut Vec<Vec<Buffer
         Ok(n) => (*n as c_ulong, 0),
         Err(error) => {
             set_message(&error.text);
+            failures.add(obj, &error.text);
             let retryable = if error.status.retryable { RES2_RETRYABLE } else { 0 };
             (-c_long::from(error.errno()) as c_ulong, error.status.class as c_ulong | retryable)
         }
@@ -1018,7 +1244,9 @@ pub unsafe extern "C" fn raio_cancel(
             .ok_or_else(|| invalid("That iocb is not in flight in this context."))?;
         let completion = context.cancel(ticket)?;
         // SAFETY: not null, and the caller vouches for the rest.
-        unsafe { evt.write(event(completion, &mut state.loans, &mut state.vectors)) };
+        unsafe {
+            evt.write(event(completion, &mut state.loans, &mut state.vectors, &mut state.failures));
+        }
         Ok(0)
     })
 }
@@ -1044,6 +1272,8 @@ struct Allocation {
     len: usize,
     /// The address of its registration; 0 once its context is gone.
     mr: usize,
+    /// The process that it is mapped in: a child does not inherit it.
+    process: u64,
 }
 
 static ALLOCATIONS: LazyLock<Mutex<HashMap<usize, Allocation>>> = LazyLock::new(Mutex::default);
@@ -1159,8 +1389,10 @@ pub unsafe extern "C" fn raio_alloc(
                 return Err(error);
             }
         };
-        lock(&ALLOCATIONS)
-            .insert(memory.addr(), Allocation { len: mapped, mr: registered.expose_provenance() });
+        lock(&ALLOCATIONS).insert(
+            memory.addr(),
+            Allocation { len: mapped, mr: registered.expose_provenance(), process: process() },
+        );
         if !mr.is_null() {
             // SAFETY: not null, and the caller vouches for the rest.
             unsafe { mr.write(registered) };
@@ -1214,7 +1446,8 @@ fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
 pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> c_int {
     int(|| {
         let mut allocations = lock(&ALLOCATIONS);
-        let allocation = allocations.get(&buf.addr()).ok_or_else(|| {
+        let mapped_here = allocations.get(&buf.addr()).filter(|allocation| allocation.process == process());
+        let allocation = mapped_here.ok_or_else(|| {
             invalid("That memory is not from raio_alloc(), or was freed. Give what raio_alloc() gave.")
         })?;
         let mr = std::ptr::with_exposed_provenance_mut::<raio_mr>(allocation.mr);
@@ -1288,8 +1521,35 @@ pub unsafe extern "C" fn raio_get_stats(
 /// See libraio.h.
 #[unsafe(no_mangle)]
 pub extern "C" fn raio_errmsg() -> *const c_char {
-    // The string stays where it is until the next failure in this thread replaces it.
-    MESSAGE.try_with(|message| message.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+    MESSAGE.with(|message| message.get().cast::<c_char>().cast_const())
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `event` is null or points at one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_event_errmsg(
+    ctx: *mut raio_context,
+    event: *const raio_event,
+) -> *const c_char {
+    run(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        if event.is_null() {
+            return Err(invalid("The event is NULL. Give one of the last raio_getevents() or raio_cancel()."));
+        }
+        // SAFETY: not null, and the caller vouches for the rest.
+        let (obj, res) = unsafe { ((*event).obj.addr(), (*event).res as c_long) };
+        if res >= 0 {
+            return Ok(c"".as_ptr());
+        }
+        let text = state.failures.find(obj).ok_or_else(|| {
+            invalid("That event is not of the context's last raio_getevents() or raio_cancel(). Ask before the next.")
+        })?;
+        Ok(text.as_ptr())
+    })
+    .unwrap_or_else(|errno| fail(errno, c"".as_ptr()))
 }
 
 /// See libraio.h.

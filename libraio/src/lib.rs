@@ -26,7 +26,7 @@ pub use context::{Completion, Context, MAXEVENTS_MAX, Operation, Refused, Stats,
 pub use error::Error;
 pub use file::File;
 pub use raio_transport::address::Scheme;
-pub use raio_transport::memory::{Arena, Buffer, Buffers, Slot};
+pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::FileStatus;
 pub use raio_transport::{Class, Status};
 pub use session::{Options, Session};

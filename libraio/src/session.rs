@@ -7,7 +7,8 @@
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use raio_transport::address::{Address, Scheme};
@@ -24,13 +25,19 @@ use crate::file::File;
 /// Requests on the control connection: one that is waited for, and closes that nobody waits for.
 const CONTROL_DEPTH: u32 = 8;
 
+/// How soon a server must answer a ping if it has let another connection of the session time out.
+const SUSPECT_TIME: Duration = Duration::from_secs(2);
+
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Requests on the wire per context; 0: as many as the server grants and the context's size allows.
     pub queue_depth: u32,
-    /// For connecting and the handshake, for each address of the server.
+    /// For connecting and the handshake, in total: if the server has several addresses, each gets its share of what is left. (How long
+    /// the lookup of a name takes is up to the resolver's configuration.)
     pub connect_timeout: Duration,
+    /// How long a call that waits for an answer may take (open, status, close, closing a context), if the server answers pings.
+    pub call_timeout: Duration,
     /// The server is taken for dead if it is silent this long while asked something; None: three times the keepalive interval that
     /// it grants.
     pub request_timeout: Option<Duration>,
@@ -46,6 +53,7 @@ impl Default for Options {
         Self {
             queue_depth: 0,
             connect_timeout: Duration::from_secs(5),
+            call_timeout: Duration::from_secs(30),
             request_timeout: None,
             spin: Duration::from_micros(50),
             crc: false,
@@ -81,10 +89,43 @@ pub(crate) struct Shared {
     why_tcp: Option<String>,
     /// Names the session on each of its connections.
     id: SessionId,
-    /// None once the session was stopped.
-    control: Mutex<Option<Control>>,
+    control: Mutex<Seat>,
+    /// `control` has come free, or the session was stopped.
+    changed: Condvar,
+    /// A context's connection has timed out: whether the server still is must be found out before it is waited for once more.
+    suspect: AtomicBool,
     /// Files to be closed by whoever next has `control`: ending an operation must not wait for another thread's round trip.
     closes: Mutex<Vec<FileHandle>>,
+}
+
+/// Who has the control connection.
+#[derive(Debug)]
+enum Seat {
+    Free(Control),
+    /// A thread, which gives it back ([`Taken`]).
+    Taken,
+    Stopped,
+}
+
+/// The control connection, while a thread has it.
+struct Taken<'a> {
+    shared: &'a Shared,
+    /// None only while it is dropped.
+    control: Option<Control>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let mut seat = self.shared.seat();
+        // Of a session that was stopped meanwhile the connection ends here.
+        if !matches!(*seat, Seat::Stopped)
+            && let Some(control) = self.control.take()
+        {
+            *seat = Seat::Free(control);
+        }
+        drop(self.control.take());
+        self.shared.changed.notify_all();
+    }
 }
 
 struct Control {
@@ -92,6 +133,8 @@ struct Control {
     replies: Vec<Reply>,
     body: Vec<u8>,
     tag: u64,
+    /// Opens that nobody waits for any more. What they open is closed.
+    given_up: Vec<u64>,
 }
 
 impl std::fmt::Debug for Control {
@@ -112,9 +155,13 @@ impl Session {
                 format!("{url:?} names port 0, which no server has. Give the port that raio_server printed."),
             ));
         }
+        let deadline = Instant::now() + options.connect_timeout;
         let mut last = None;
-        for found in address.resolve()? {
-            match Self::connect_to(address.scheme, found, options) {
+        let all = address.resolve()?;
+        for (n, &found) in all.iter().enumerate() {
+            let now = Instant::now();
+            let share = deadline.saturating_duration_since(now) / (all.len() - n) as u32;
+            match Self::connect_by(address.scheme, found, options, now + share) {
                 Ok(session) => return Ok(session),
                 Err(error) => last = Some(error),
             }
@@ -124,22 +171,35 @@ impl Session {
 
     /// Opens a session with the server at this address.
     pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
+        Self::connect_by(scheme, address, options, Instant::now() + options.connect_timeout)
+    }
+
+    fn connect_by(
+        scheme: Scheme,
+        address: SocketAddr,
+        options: &Options,
+        deadline: Instant,
+    ) -> Result<Self, Error> {
         let mut shared = Shared {
             scheme,
             address,
             options: options.clone(),
             why_tcp: None,
             id: SessionId::random(),
-            control: Mutex::new(None),
+            control: Mutex::new(Seat::Stopped),
+            changed: Condvar::new(),
+            suspect: AtomicBool::new(false),
             closes: Mutex::default(),
         };
-        let (transport, why_tcp) = shared.reach(CONTROL_DEPTH)?;
+        let (transport, why_tcp) = shared.reach(CONTROL_DEPTH, deadline)?;
         if why_tcp.is_some() {
             // The session's other connections need not find out once more.
             shared.scheme = Scheme::Tcp;
             shared.why_tcp = why_tcp;
         }
-        *shared.control() = Some(Control { transport, replies: Vec::new(), body: Vec::new(), tag: 0 });
+        let control =
+            Control { transport, replies: Vec::new(), body: Vec::new(), tag: 0, given_up: Vec::new() };
+        *shared.seat() = Seat::Free(control);
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -178,27 +238,35 @@ impl Session {
     }
 
     /// Ends the session: its control connection closes, and with it every open file on the server. Contexts that are left keep their
-    /// connections until they are dropped.
+    /// connections until they are dropped. Waits for a call that another thread has under way, which ends by its own timeout.
     pub fn stop(&self) {
-        self.shared.control().take();
+        let mut seat = self.shared.seat();
+        if matches!(std::mem::replace(&mut *seat, Seat::Stopped), Seat::Taken) {
+            let timeout = self.shared.options.call_timeout;
+            drop(self.shared.changed.wait_timeout(seat, timeout));
+        }
     }
 }
 
 impl Shared {
     /// Opens a connection of this session that may have `depth` requests outstanding.
     pub(crate) fn dial(&self, depth: u32) -> Result<Box<dyn ClientTransport>, Error> {
-        self.reach(depth).map(|(transport, _)| transport)
+        let deadline = Instant::now() + self.options.connect_timeout;
+        self.reach(depth, deadline).map(|(transport, _)| transport)
     }
 
     /// The same; also why it is over TCP if it could have been otherwise.
-    fn reach(&self, depth: u32) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
+    fn reach(
+        &self,
+        depth: u32,
+        deadline: Instant,
+    ) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
         let offer = Offer {
             session: self.id,
             features: if self.options.crc { FEATURE_CRC } else { 0 },
             queue_depth: depth,
             ..Offer::new(program_name())
         };
-        let deadline = Instant::now() + self.options.connect_timeout;
         let reached = match self.scheme {
             Scheme::Any => any::connect(self.address, &offer, deadline)?,
             Scheme::Rdma => {
@@ -225,18 +293,59 @@ impl Shared {
         &self.options
     }
 
-    fn control(&self) -> MutexGuard<'_, Option<Control>> {
+    fn seat(&self) -> MutexGuard<'_, Seat> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the control connection, if nobody has it.
+    fn take(&self, seat: &mut Seat) -> Option<Taken<'_>> {
+        match std::mem::replace(seat, Seat::Taken) {
+            Seat::Free(control) => Some(Taken { shared: self, control: Some(control) }),
+            other => {
+                *seat = other;
+                None
+            }
+        }
+    }
+
+    /// Takes the control connection, or waits until another thread has given it back.
+    fn take_by(&self, deadline: Instant) -> Result<Taken<'_>, Error> {
+        let mut seat = self.seat();
+        loop {
+            if matches!(*seat, Seat::Stopped) {
+                return Err(stopped());
+            }
+            if let Some(taken) = self.take(&mut seat) {
+                return Ok(taken);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(timed_out());
+            }
+            (seat, _) = self.changed.wait_timeout(seat, left).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Whether the session was not stopped.
     pub(crate) fn is_open(&self) -> bool {
-        self.control().is_some()
+        !matches!(*self.seat(), Seat::Stopped)
+    }
+
+    /// A context's connection has timed out.
+    pub(crate) fn suspect(&self) {
+        self.suspect.store(true, Ordering::Relaxed);
     }
 
     /// Has the server execute a command, and waits for its answer.
     fn call(&self, command: &Command<'_>) -> Result<Reply, Error> {
-        let reply = self.control().as_mut().ok_or_else(stopped)?.call(command);
+        let deadline = Instant::now() + self.options.call_timeout;
+        let mut taken = self.take_by(deadline)?;
+        let Some(control) = &mut taken.control else { unreachable!("only dropping takes it") };
+        if self.suspect.swap(false, Ordering::Relaxed) {
+            control.transport.ping(SUSPECT_TIME);
+        }
+        let reply = control.call(command, deadline, &self.closes);
+        drop(taken);
         self.send_closes();
         reply
     }
@@ -244,7 +353,12 @@ impl Shared {
     /// The present status of an open file.
     pub(crate) fn status(&self, handle: FileHandle) -> Result<FileStatus, Error> {
         let reply = self.call(&Command::Stat(handle))?;
-        FileStatus::decode(&reply.body).map_err(|_| protocol_error())
+        let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
+        // Sizes are signed for every caller.
+        if status.size.get() > i64::MAX as u64 || status.blocks.get() > i64::MAX as u64 {
+            return Err(protocol_error());
+        }
+        Ok(status)
     }
 
     /// Closes a file.
@@ -265,8 +379,14 @@ impl Shared {
     /// Sends the closes that are due, unless another thread has the connection: that thread does it when it is done.
     fn send_closes(&self) {
         while !self.closes().is_empty() {
-            let Ok(mut control) = self.control.try_lock() else { return };
-            let Some(control) = control.as_mut() else { return self.closes().clear() };
+            let mut seat = self.seat();
+            if matches!(*seat, Seat::Stopped) {
+                return self.closes().clear();
+            }
+            let Some(mut taken) = self.take(&mut seat) else { return };
+            drop(seat);
+            let Some(control) = &mut taken.control else { unreachable!("only dropping takes it") };
+            control.receive(&self.closes);
             if !control.send_closes(&mut self.closes()) {
                 return;
             }
@@ -275,19 +395,24 @@ impl Shared {
 }
 
 impl Control {
-    /// Sends a command. Gives its tag; None if the connection has ended.
-    fn send(&mut self, command: &Command<'_>) -> Option<u64> {
+    /// Sends a command. Returns its tag; None if the connection has ended, or the deadline passes without a credit.
+    fn send(
+        &mut self,
+        command: &Command<'_>,
+        deadline: Instant,
+        closes: &Mutex<Vec<FileHandle>>,
+    ) -> Option<u64> {
         self.tag += 1;
         self.body.clear();
         command.encode(&mut self.body);
         while let Err(NotSent(_)) = self.transport.send(self.tag, &self.body, Bulk::None, false) {
             // Closes that nobody waited for have used up the credits.
-            self.receive();
-            if self.transport.failure().is_some() {
+            self.receive(closes);
+            if self.transport.failure().is_some() || Instant::now() >= deadline {
                 return None;
             }
             if self.transport.credits() == 0 {
-                let _ = self.transport.wait(None);
+                let _ = self.transport.wait(Some(deadline));
             }
         }
         self.transport.flush();
@@ -296,7 +421,6 @@ impl Control {
 
     /// Sends closes as far as there are credits. Whether all are sent; the rest goes with a later call.
     fn send_closes(&mut self, closes: &mut Vec<FileHandle>) -> bool {
-        self.receive();
         while let Some(&handle) = closes.last() {
             self.tag += 1;
             self.body.clear();
@@ -310,21 +434,37 @@ impl Control {
         closes.is_empty()
     }
 
-    /// Takes in replies, and forgets those of before.
-    fn receive(&mut self) {
+    /// Takes in replies, and forgets those of before. What an open that was given up has opened goes to `closes`.
+    fn receive(&mut self, closes: &Mutex<Vec<FileHandle>>) {
         self.replies.clear();
         self.transport.receive(&mut self.replies);
+        if self.given_up.is_empty() {
+            return;
+        }
+        for reply in &self.replies {
+            if let Some(at) = self.given_up.iter().position(|&tag| tag == reply.tag) {
+                self.given_up.swap_remove(at);
+                if let (true, Ok(handle)) = (reply.status.is_ok(), u32::try_from(reply.result)) {
+                    closes.lock().unwrap_or_else(PoisonError::into_inner).push(FileHandle(handle));
+                }
+            }
+        }
     }
 
-    fn call(&mut self, command: &Command<'_>) -> Result<Reply, Error> {
+    fn call(
+        &mut self,
+        command: &Command<'_>,
+        deadline: Instant,
+        closes: &Mutex<Vec<FileHandle>>,
+    ) -> Result<Reply, Error> {
         if let Some(failure) = self.transport.failure() {
             return Err(Error::not_connected(failure));
         }
-        let Some(tag) = self.send(command) else {
-            return Err(self.transport.failure().map_or_else(stopped, Error::not_connected));
+        let Some(tag) = self.send(command, deadline, closes) else {
+            return Err(self.transport.failure().map_or_else(timed_out, Error::not_connected));
         };
         loop {
-            self.receive();
+            self.receive(closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
                 return match self.transport.failure() {
@@ -338,8 +478,14 @@ impl Control {
             if let Some(failure) = self.transport.failure() {
                 return Err(Error::not_connected(failure));
             }
+            if Instant::now() >= deadline {
+                if matches!(command, Command::Open { .. }) {
+                    self.given_up.push(tag);
+                }
+                return Err(timed_out());
+            }
             // A signal is the caller's business, but not a reason to give up half way. The transport ends a wait for a dead server.
-            match self.transport.wait(None) {
+            match self.transport.wait(Some(deadline)) {
                 Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
                 _ => {}
             }
@@ -351,6 +497,15 @@ fn stopped() -> Error {
     Error {
         status: raio_transport::Status::transport(libc::ENOTCONN),
         text: "The session was stopped. Make a new one.".into(),
+    }
+}
+
+/// The server answers pings, but not this.
+fn timed_out() -> Error {
+    Error {
+        status: raio_transport::Status::transport(libc::ETIMEDOUT),
+        text: "The server is there, but has not done this in time: its storage may hang. See its log, or allow a longer call timeout."
+            .into(),
     }
 }
 

@@ -1,5 +1,4 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
@@ -218,15 +217,18 @@ fn an_operation_can_be_cancelled_wherever_it_is() {
     let narrow = connect(&server, &options);
     let narrow_file = narrow.open("/e/data", libc::O_RDONLY, 0).unwrap();
     let mut context = narrow.context(4).unwrap();
-    let ticks = Arc::new(AtomicUsize::new(0));
-    let counter = Arc::clone(&ticks);
-    context.on_complete(move |_| {
-        counter.fetch_add(1, Ordering::Relaxed);
-    });
+    let eventfd = Arc::new(rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap());
+    let ticks = || {
+        let mut count = [0; 8];
+        rustix::io::read(&*eventfd, &mut count).map_or(0, |_| u64::from_ne_bytes(count))
+    };
     server.hold(true);
     let sent = context.submit(&narrow_file, read(0, 10), 1).unwrap();
     let waiting = context.submit(&narrow_file, read(0, 10), 2).unwrap();
     let last = context.submit(&narrow_file, read(0, 10), 3).unwrap();
+    for ticket in [sent, waiting, last] {
+        context.notify(ticket, Arc::clone(&eventfd));
+    }
     // Waits for a credit.
     let completion = context.cancel(waiting).unwrap();
     assert_eq!((completion.token, completion.result.unwrap_err().errno()), (2, libc::ECANCELED));
@@ -239,15 +241,16 @@ fn an_operation_can_be_cancelled_wherever_it_is() {
     let completion = context.cancel(last).unwrap();
     assert_eq!((completion.token, completion.result.unwrap_err().errno()), (3, libc::ECANCELED));
     assert_eq!(context.stats().in_flight, 0);
-    assert_eq!(ticks.load(Ordering::Relaxed), 0);
+    assert_eq!(ticks(), 0);
     server.hold(false);
     // Too late.
     let done = context.submit(&narrow_file, read(0, 10), 4).unwrap();
+    context.notify(done, Arc::clone(&eventfd));
     context.flush();
     context.wait(1, 1, None).unwrap();
     assert_eq!(context.cancel(done).unwrap_err().errno(), libc::EAGAIN);
     assert_eq!(collect(&mut context, 1)[0].result, Ok(10));
-    assert_eq!(ticks.load(Ordering::Relaxed), 1);
+    assert_eq!(ticks(), 1);
     drop((session, file));
 }
 
@@ -362,4 +365,61 @@ fn a_server_that_answers_nothing_at_all_is_given_up() {
     assert_eq!(error.errno(), libc::ETIMEDOUT);
     let error = Session::connect_to(Scheme::Rdma, address, &options).unwrap_err();
     assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
+}
+
+#[test]
+fn no_call_waits_for_ever_for_a_server_that_only_answers_pings() {
+    let server = FakeServer::start(Policy { keepalive: Duration::from_millis(100), ..policy() });
+    server.file("/e/data", pattern(4096));
+    let limit = Duration::from_millis(300);
+    let session = connect(&server, &Options { call_timeout: limit, ..Options::default() });
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let other = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let mut context = session.context(4).unwrap();
+    server.mute(true);
+    context.submit(&file, read(0, 10), 1).unwrap();
+    context.flush();
+    let times_out = |call: &dyn Fn() -> Option<i32>| {
+        let began = Instant::now();
+        assert_eq!(call(), Some(libc::ETIMEDOUT));
+        assert!((limit..limit * 10).contains(&began.elapsed()), "{:?}", began.elapsed());
+    };
+    let open = || session.open("/e/data", libc::O_RDWR, 0).err().map(|error| error.errno());
+    // Of two at the same time none waits for both.
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| times_out(&open));
+        let began = Instant::now();
+        times_out(&open);
+        first.join().unwrap();
+        assert!(began.elapsed() < limit * 10);
+    });
+    times_out(&|| file.status().err().map(|error| error.errno()));
+    times_out(&|| other.close().err().map(|error| error.errno()));
+    let began = Instant::now();
+    context.close();
+    assert!((limit..limit * 10).contains(&began.elapsed()), "{:?}", began.elapsed());
+    // The session goes on, and what was opened for nobody is closed.
+    server.mute(false);
+    assert_eq!(file.status().unwrap().size.get(), 4096);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.open() > 1 {
+        assert!(Instant::now() < deadline, "{} files are open", server.open());
+        file.status().unwrap();
+    }
+}
+
+#[test]
+fn after_a_timeout_the_other_calls_of_the_session_do_not_wait_as_long_again() {
+    let (server, _, _) = start();
+    let timeout = Duration::from_secs(4);
+    let session = connect(&server, &Options { request_timeout: Some(timeout), ..Options::default() });
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let mut context = session.context(4).unwrap();
+    server.freeze();
+    context.submit(&file, read(0, 10), 1).unwrap();
+    let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+    assert_eq!(error.errno(), libc::ETIMEDOUT);
+    let began = Instant::now();
+    assert_eq!(file.close().unwrap_err().errno(), libc::ETIMEDOUT);
+    assert!(began.elapsed() < timeout * 3 / 4, "{:?}", began.elapsed());
 }

@@ -49,8 +49,10 @@ AT(raio_options, queue_depth, 8);
 AT(raio_options, connect_timeout_ms, 12);
 AT(raio_options, request_timeout_ms, 16);
 AT(raio_options, spin_us, 20);
-AT(raio_options, reserved, 24);
-WIDTH(raio_options, reserved, 40);
+AT(raio_options, reserved_0, 24);
+AT(raio_options, call_timeout_ms, 28);
+AT(raio_options, reserved, 32);
+WIDTH(raio_options, reserved, 32);
 
 SIZE(raio_stats, 112);
 AT(raio_stats, size, 0);

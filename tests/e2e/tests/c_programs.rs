@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use raio_e2e::{Server, binary};
+use raio_e2e::{Server, binary, is_at_rest};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -122,6 +122,25 @@ fn a_program_that_names_files_by_host_port_and_path_works() {
 #[test]
 fn an_eventfd_ticks_once_for_each_completion() {
     program_passes("eventfd");
+}
+
+#[test]
+fn a_program_written_for_libaio_finds_what_it_relies_on() {
+    for build in ["plain", "sanitized"] {
+        let mut exports = serve();
+        let mut command = command(&programs().join(build).join("libaio"), Some(&exports.server));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("libaio starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut said = String::new();
+        while !said.ends_with("stopped\n") {
+            assert!(stdout.read_line(&mut said).expect("libaio prints") > 0, "{build}:\n{said}");
+        }
+        // It has stopped its session, and a child of it that has all its descriptors lives.
+        exports.server.statistics_when(is_at_rest);
+        drop(child.stdin.take());
+        std::io::Read::read_to_string(&mut stdout, &mut said).expect("libaio ends");
+        assert!(child.wait().expect("libaio ends").success(), "{build}:\n{said}");
+    }
 }
 
 #[test]
