@@ -16,6 +16,7 @@ mod config;
 mod export;
 mod export_spec;
 mod listener;
+mod log;
 mod machine;
 mod open;
 mod pace;
@@ -29,7 +30,7 @@ mod stats;
 mod throttle;
 mod worker;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -42,15 +43,32 @@ use config::{Config, LogLevel, Options};
 use server::Server;
 
 fn main() -> ExitCode {
+    // Beyond a limit on file sizes a write is to fail, not to end the server.
+    let signals: Vec<_> = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]).collect();
     let options = match Options::try_parse() {
-        Ok(options) => options,
-        Err(error) => match config::advice(&error) {
-            Some(advice) => {
-                eprintln!("raio_server: {advice} See raio_server --help.");
-                return ExitCode::from(2);
-            }
-            None => error.exit(),
-        },
+        Ok(options) => Ok(options),
+        Err(error) => Err(config::advice(&error).unwrap_or_else(|| error.exit())),
+    };
+    let privileges = drop_fsetid();
+    if let Err(error) = block_signals(&signals).and_then(|()| log::start()) {
+        let _ = writeln!(std::io::stderr(), "raio_server: Cannot block signals or start a thread: {error}.");
+        return ExitCode::FAILURE;
+    }
+    let code = match options {
+        Ok(options) => run(options, privileges),
+        Err(advice) => {
+            log::say(&format!("{advice} See raio_server --help."));
+            ExitCode::from(2)
+        }
+    };
+    log::flush();
+    code
+}
+
+fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
+    let failed = |error: &anyhow::Error, code| {
+        log::say(&describe(error));
+        ExitCode::from(code)
     };
     if options.list_devices {
         return list_devices();
@@ -59,40 +77,19 @@ fn main() -> ExitCode {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let config = match options.check(cores) {
         Ok(config) => config,
-        Err(error) => {
-            eprintln!("raio_server: {}", describe(&error));
-            return ExitCode::from(2);
-        }
+        Err(error) => return failed(&error, 2),
     };
     if is_check {
-        return match server::check(&config) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("raio_server: {}", describe(&error));
-                ExitCode::from(2)
-            }
-        };
+        return server::check(&config).map_or_else(|error| failed(&error, 2), |()| ExitCode::SUCCESS);
     }
-    let level = match config.log {
+    log::init(match config.log {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,
         LogLevel::Info => LevelFilter::INFO,
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
-    };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
-    match serve(&config) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("raio_server: {}", describe(&error));
-            ExitCode::FAILURE
-        }
-    }
+    });
+    serve(&config, privileges).unwrap_or_else(|error| failed(&error, 1))
 }
 
 /// Shows the RDMA devices, for people.
@@ -100,7 +97,7 @@ fn list_devices() -> ExitCode {
     let devices = match raio_transport::rdma::devices() {
         Ok(devices) => devices,
         Err(error) => {
-            eprintln!("raio_server: {error}");
+            log::say(&error.to_string());
             return ExitCode::FAILURE;
         }
     };
@@ -158,11 +155,8 @@ fn drop_fsetid() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn serve(config: &Config) -> anyhow::Result<ExitCode> {
-    // Beyond a limit on file sizes a write is to fail, not to end the server.
-    let signals = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]);
-    block_signals(&signals.collect::<Vec<_>>()).context("Cannot block signals")?;
-    drop_fsetid().context(
+fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    privileges.context(
         "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
@@ -173,10 +167,8 @@ fn serve(config: &Config) -> anyhow::Result<ExitCode> {
         );
     }
     let server = Server::start(config)?;
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "raio_server: ready on {}", server.urls())
-        .and_then(|()| stdout.flush())
-        .context("Cannot say on standard output that the server is ready")?;
-    drop(stdout);
+    // What the start had to say comes before, for whoever waits for this.
+    log::flush();
+    log::print(&format!("raio_server: ready on {}", server.urls()));
     server.run()
 }

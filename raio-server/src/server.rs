@@ -2,7 +2,6 @@
 //!
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -19,10 +18,10 @@ use crate::export::Exports;
 use crate::export_spec::Source;
 use crate::listener::Listener;
 use crate::pool::Pool;
-use crate::probe;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
+use crate::{log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -213,10 +212,7 @@ impl Server {
             let sessions = &self.shared.sessions;
             let line =
                 stats::json(counters, self.backend, self.accepted, sessions.len(), sessions.open_files());
-            let mut stdout = std::io::stdout().lock();
-            if let Err(error) = writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
-                tracing::warn!("Cannot print the statistics: {error}.");
-            }
+            log::print(&line);
             return None;
         }
         if let libc::SIGHUP | libc::SIGUSR2 = signal {

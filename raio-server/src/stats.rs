@@ -154,6 +154,7 @@ pub fn json<'a>(
     number("turn_bytes_max", workers.clone().map(|worker| worker.turn_bytes_max.get()).max().unwrap_or(0));
     number("turns", sum(|c| &c.turns));
     number("sleeps", sum(|c| &c.sleeps));
+    number("log_lines_lost", crate::log::lost());
     let mut object = |name: &str, fields: &mut dyn Iterator<Item = (&str, u64)>| {
         let fields: Vec<_> = fields.map(|(name, value)| format!("\"{name}\":{value}")).collect();
         let _ = write!(out, ",\"{name}\":{{{}}}", fields.join(","));

@@ -4,5 +4,6 @@
 mod common;
 mod files;
 mod lifecycle;
+mod log;
 mod paths;
 mod startup;

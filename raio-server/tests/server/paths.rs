@@ -181,15 +181,19 @@ fn the_server_can_do_no_more_than_its_user() {
     }
     let nobody = 65534;
     let directory =
-        tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir_in("/tmp").unwrap();
+        tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o777)).tempdir_in("/tmp").unwrap();
     let path = |name: &str| directory.path().join(name);
     std::fs::write(path("secret"), "secret").unwrap();
     std::fs::set_permissions(path("secret"), PermissionsExt::from_mode(0o600)).unwrap();
     std::fs::write(path("public"), "public").unwrap();
     std::fs::set_permissions(path("public"), PermissionsExt::from_mode(0o644)).unwrap();
+    std::fs::create_dir(path("theirs")).unwrap();
     // Where that user can reach it, wherever this was built.
     let program = path("raio_server");
-    std::fs::copy(env!("CARGO_BIN_EXE_raio_server"), &program).unwrap();
+    // Not by this process: what it forks meanwhile would have the copy open for writing, and nobody could run it.
+    let copied =
+        Process::new("cp").args([env!("CARGO_BIN_EXE_raio_server").as_ref(), program.as_os_str()]).status();
+    assert!(copied.unwrap().success());
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
     let mut process = Process::new(&program);
     let export = format!("d={},rw", directory.path().display());
@@ -198,7 +202,7 @@ fn the_server_can_do_no_more_than_its_user() {
     let mut client = server.client();
     assert_eq!(client.open("/d/secret", OPEN_READ), Err(libc::EACCES));
     assert_eq!(client.open("/d/public", OPEN_WRITE), Err(libc::EACCES));
-    assert_eq!(client.open("/d/new", OPEN_WRITE | OPEN_CREATE), Err(libc::EACCES));
+    assert_eq!(client.open("/d/theirs/new", OPEN_WRITE | OPEN_CREATE), Err(libc::EACCES));
     let file = client.open("/d/public", OPEN_READ).unwrap();
     assert_eq!(client.read(file, 0, 100).unwrap(), b"public");
 }

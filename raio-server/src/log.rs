@@ -1,0 +1,201 @@
+//! What the server says: the log on standard error, and statistics on standard output.
+//!
+//! Each has a bounded queue and a thread that writes, so that no other thread ever waits for whoever reads, or does not. What finds no
+//! room in the queue, or cannot be written (a full device, a closed pipe), is lost and counted.
+
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use tracing::level_filters::LevelFilter;
+
+/// Lines that wait to be written, at most.
+const QUEUE_LINES: usize = 512;
+/// Longer lines are cut.
+const LINE_BYTES_MAX: usize = 4096;
+/// What is queued when the server ends is waited for so long.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
+
+static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
+static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+enum Message {
+    Line(Vec<u8>),
+    /// Everything before it has been written.
+    Flush(SyncSender<()>),
+}
+
+/// Starts the threads that write. Once, after signals have been blocked.
+pub fn start() -> io::Result<()> {
+    let thread = |name: &str, write: fn(Receiver<Message>)| {
+        let (sender, receiver) = sync_channel(QUEUE_LINES);
+        std::thread::Builder::new().name(name.into()).spawn(move || write(receiver)).map(|_| sender)
+    };
+    let _ = LOG.set(thread("raio-log", write_log)?);
+    let _ = STATISTICS.set(thread("raio-stdout", write_statistics)?);
+    // The standard library's hook would wait for standard error.
+    std::panic::set_hook(Box::new(|info| tracing::error!("{}", info.to_string().replace('\n', " "))));
+    Ok(())
+}
+
+/// Has events logged up to this level.
+pub fn init(level: LevelFilter) {
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(|| LogWriter)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
+}
+
+/// Puts a line for the operator on standard error, whatever the log level.
+pub fn say(text: &str) {
+    push_log(format!("raio_server: {text}\n").as_bytes());
+}
+
+/// Puts a line on standard output.
+pub fn print(text: &str) {
+    let line = Message::Line(format!("{text}\n").into_bytes());
+    if STATISTICS.get().is_some_and(|queue| queue.try_send(line).is_err()) {
+        tracing::warn!("Nobody reads standard output, so a line for it is lost.");
+    }
+}
+
+/// Lines of the log that were lost so far.
+pub fn lost() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
+
+/// Waits until what is queued has been written, for a short while at most. For the end of the process.
+pub fn flush() {
+    let deadline = Instant::now() + FLUSH_TIMEOUT;
+    for queue in [&STATISTICS, &LOG].into_iter().filter_map(OnceLock::get) {
+        let (sender, done) = sync_channel(1);
+        while queue.try_send(Message::Flush(sender.clone())).is_err() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        drop(sender);
+        let _ = done.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+    }
+}
+
+/// An event is written to it by one call.
+struct LogWriter;
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        push_log(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn push_log(bytes: &[u8]) {
+    let Some(queue) = LOG.get() else { return };
+    let line = sanitized(&String::from_utf8_lossy(bytes));
+    if queue.try_send(Message::Line(line.into_bytes())).is_err() {
+        LOST.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// One line in which nothing steers a terminal or looks like another line, whatever names of clients and files it quotes.
+fn sanitized(text: &str) -> String {
+    let mut line = String::with_capacity(text.len() + 1);
+    for char in text.strip_suffix('\n').unwrap_or(text).chars() {
+        // Beside the control characters: line and paragraph separators, and what turns the direction of text.
+        let is_odd = matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        if char.is_control() || is_odd {
+            line.extend(char.escape_default());
+        } else {
+            line.push(char);
+        }
+        if line.len() > LINE_BYTES_MAX {
+            line.push_str("...");
+            break;
+        }
+    }
+    line.push('\n');
+    line
+}
+
+fn write_log(lines: Receiver<Message>) {
+    let stderr = io::stderr();
+    let mut told = 0;
+    for message in lines {
+        let line = match message {
+            Message::Line(line) => line,
+            Message::Flush(done) => {
+                let _ = done.send(());
+                continue;
+            }
+        };
+        if write_all(&stderr, &line).is_err() {
+            LOST.fetch_add(1, Ordering::Relaxed);
+            continue;
+        }
+        let lost = lost();
+        if lost > told {
+            let report = format!(
+                "raio_server: {} lines of the log were lost, for standard error did not take them.\n",
+                lost - told
+            );
+            if write_all(&stderr, report.as_bytes()).is_ok() {
+                told = lost;
+            }
+        }
+    }
+}
+
+fn write_statistics(lines: Receiver<Message>) {
+    let stdout = io::stdout();
+    for message in lines {
+        match message {
+            Message::Line(line) => {
+                if let Err(error) = write_all(&stdout, &line) {
+                    tracing::warn!("Cannot write to standard output: {error}.");
+                }
+            }
+            Message::Flush(done) => {
+                let _ = done.send(());
+            }
+        }
+    }
+}
+
+/// Past the standard library's buffers and locks.
+fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::write(&to, bytes) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(n) => bytes = &bytes[n..],
+            Err(Errno::INTR) => {}
+            // Whoever started the server has made it non-blocking.
+            Err(Errno::AGAIN) => {
+                let _ = poll(&mut [PollFd::new(&to, PollFlags::OUT)], None);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_in_a_line_steers_a_terminal_or_makes_another_line() {
+        assert_eq!(sanitized("plain, ä and 語\n"), "plain, ä and 語\n");
+        assert_eq!(sanitized("a\nb\r\u{1b}[2J\u{9b}\u{202e}c\t"), "a\\nb\\r\\u{1b}[2J\\u{9b}\\u{202e}c\\t\n");
+        assert!(sanitized(&"x".repeat(100_000)).len() < LINE_BYTES_MAX + 10);
+    }
+}

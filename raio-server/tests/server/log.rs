@@ -1,0 +1,137 @@
+//! What the server says, and that nobody who does not listen holds it up.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::process::{Child, Command as Process, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use raio_transport::handshake::Offer;
+use raio_transport::protocol::OPEN_READ;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::{Client, TIMEOUT};
+
+/// A server whose outputs may not work, so that its address must be known.
+struct Mute {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Mute {
+    fn start(stdout: impl Into<Stdio>, stderr: impl Into<Stdio>, arguments: &[&str]) -> Self {
+        let address = TcpListener::bind("127.0.0.9:0").unwrap().local_addr().unwrap();
+        let url = format!("tcp://{address}");
+        let mut process = Process::new(env!("CARGO_BIN_EXE_raio_server"));
+        process.args(["--listen", &url, "--workers", "1", "--export", "n=null:1M"]).args(arguments);
+        let child = process.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
+        let this = Self { child, address };
+        let deadline = Instant::now() + TIMEOUT;
+        while TcpStream::connect(address).is_err() {
+            assert!(Instant::now() < deadline, "it does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        this
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Gives it something to say, and sees that it serves.
+    fn is_used(&self) {
+        for _ in 0..20 {
+            let mut stranger = TcpStream::connect(self.address).unwrap();
+            stranger.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+            self.signal(Signal::USR1);
+            self.signal(Signal::HUP);
+        }
+        let mut client = Client::connect(self.address, &Offer::new("log"));
+        let file = client.open("/n", OPEN_READ).unwrap();
+        assert_eq!(client.read(file, 0, 4096).unwrap(), [0; 4096]);
+    }
+
+    fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "it does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Mute {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A pipe in which nothing has room, and the end to read from.
+fn full_pipe() -> (std::io::PipeReader, OwnedFd) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let writer = OwnedFd::from(writer);
+    let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+    rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&writer, &[b'\n'; 4096]).is_ok() {}
+    rustix::fs::fcntl_setfl(&writer, flags).unwrap();
+    (reader, writer)
+}
+
+fn full_device() -> Stdio {
+    OpenOptions::new().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+fn outputs_that_nobody_reads_or_that_are_full_or_closed_hold_up_nothing() {
+    let (_unread_out, out) = full_pipe();
+    let (_unread_err, err) = full_pipe();
+    let closed = || Stdio::from(std::io::pipe().unwrap().1);
+    for (what, stdout, stderr) in [
+        ("unread", out.into(), err.into()),
+        ("full", full_device(), full_device()),
+        ("closed", closed(), closed()),
+    ] {
+        let mut server = Mute::start(stdout, stderr, &[]);
+        server.is_used();
+        assert_eq!(server.stop().code(), Some(0), "{what}");
+    }
+    let mut wrong = Process::new(env!("CARGO_BIN_EXE_raio_server"));
+    let status = wrong.args(["--export", "a=null:1M", "--workers", "0"]).stderr(full_device()).status();
+    assert_eq!(status.unwrap().code(), Some(2));
+}
+
+#[test]
+fn lines_that_were_lost_are_counted_and_reported_once_they_can_be() {
+    let (mut unread, stderr) = full_pipe();
+    let (stdout, stdin) = std::io::pipe().unwrap();
+    let mut server = Mute::start(stdin, stderr, &["--log", "debug"]);
+    for _ in 0..700 {
+        drop(Client::connect(server.address, &Offer::new("log")));
+    }
+    let mut stdout = std::io::BufRead::lines(std::io::BufReader::new(stdout)).map_while(Result::ok);
+    let deadline = Instant::now() + TIMEOUT;
+    let lost = loop {
+        server.signal(Signal::USR1);
+        let stats = crate::common::Stats(stdout.find(|line| line.starts_with('{')).unwrap());
+        if stats.get("log_lines_lost") > 0 && stats.is_idle() {
+            break stats.get("log_lines_lost");
+        }
+        assert!(Instant::now() < deadline, "nothing is lost: {}", stats.0);
+    };
+    let mut text = String::new();
+    let report = format!("raio_server: {lost} lines of the log were lost");
+    let mut bytes = [0; 4096];
+    while !text.contains(&report) {
+        let n = unread.read(&mut bytes).unwrap();
+        text.push_str(std::str::from_utf8(&bytes[..n]).unwrap());
+    }
+    let rest = std::thread::spawn(move || std::io::read_to_string(unread).unwrap());
+    assert_eq!(server.stop().code(), Some(0));
+    assert!(rest.join().unwrap().contains("Told to stop"), "what was queued at the end is written");
+}
