@@ -279,25 +279,15 @@ impl Worker {
     /// Submits what the last turn asked for, and hears what has ended. Sleeps here if there is nothing to do.
     fn hear(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
-        let mut events = std::mem::take(&mut self.events);
-        let mut news = false;
-        let transport = &mut self.transport;
-        let mut look = |arm| {
-            news = transport.has_news(arm);
-            news
-        };
         self.reactor.expect(self.at_devices);
-        self.reactor.turn_looking(wait, &mut events, &mut look).context("The event loop failed")?;
-        self.is_busy = news || !events.is_empty();
-        for event in events.drain(..) {
-            match event.token.owner {
-                backend::OWNER => self.backend.handle(event),
-                owner if owner == TIMER.owner => {}
-                _ => self.transport.handle(&mut self.reactor, event),
+        let happened = self.transport.run_once(&mut self.reactor, wait, &mut self.events);
+        self.is_busy = happened.context("The event loop failed")?;
+        for event in self.events.drain(..) {
+            // The others are the worker's timers, which only wake it.
+            if event.token.owner == backend::OWNER {
+                self.backend.handle(event);
             }
         }
-        self.events = events;
-        self.transport.take_news(&mut self.reactor);
         Ok(())
     }
 
