@@ -99,7 +99,7 @@ fn work(
         server.run_once(reactor, Wait::Block, &mut events)?;
         while let Some(mail) = mailbox.take() {
             match mail {
-                Mail::Client(stream) => server.adopt(reactor, stream),
+                Mail::Client(stream) => drop(server.adopt(reactor, stream)),
                 Mail::Stop => return Ok((clients, greetings)),
             }
         }

@@ -120,14 +120,18 @@ impl Server {
     }
 
     /// See [`tcp::Server::adopt`].
-    pub fn adopt_tcp(&mut self, reactor: &mut Reactor, stream: OwnedFd) {
-        self.tcp.adopt(reactor, stream);
+    pub fn adopt_tcp(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
+        outside_tcp(self.tcp.adopt(reactor, stream))
     }
 
     /// See [`rdma::Server::adopt`].
-    pub fn adopt_rdma(&mut self, reactor: &mut Reactor, incoming: rdma::Incoming) -> Result<(), Error> {
+    pub fn adopt_rdma(
+        &mut self,
+        reactor: &mut Reactor,
+        incoming: rdma::Incoming,
+    ) -> Result<ConnectionId, Error> {
         match &mut self.rdma {
-            Some(rdma) => rdma.adopt(reactor, incoming).map(drop),
+            Some(rdma) => rdma.adopt(reactor, incoming).map(|id| self.outside_rdma(id)),
             None => Err(Error::Unsupported("This server was made without RDMA. Use TCP.".into())),
         }
     }

@@ -16,6 +16,7 @@ use raio_transport::rdma;
 use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
+use crate::limits::Caps;
 use crate::machine::memory_limit;
 use crate::size::Size;
 
@@ -60,6 +61,15 @@ pub struct Options {
     /// process may have]
     #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
     max_sessions: Option<usize>,
+    /// Connections that clients of one address may have [default: no limit while there are places for others]
+    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
+    max_connections_per_address: Option<usize>,
+    /// Connections that one session may have [default: no limit while there are places for others]
+    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
+    max_connections_per_session: Option<usize>,
+    /// Files that one session may have open [default: no limit while there are places for others]
+    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
+    max_files_per_session: Option<usize>,
     /// Largest read or write in one request [default: 1M]
     #[arg(long, value_name = "SIZE")]
     io_max: Option<Size>,
@@ -172,6 +182,8 @@ pub struct Config {
     pub queue_depth: u32,
     /// Sessions at a time, at most. None: what the limit on open files allows.
     pub sessions_max: Option<usize>,
+    /// What one session or address may have of connections and files.
+    pub caps: Caps,
     /// Data of a request, at most.
     pub io_bytes_max: u32,
     /// How long to spin before sleeping.
@@ -216,6 +228,9 @@ impl Options {
             workers unless is_none,
             queue_depth unless is_none,
             max_sessions unless is_none,
+            max_connections_per_address unless is_none,
+            max_connections_per_session unless is_none,
+            max_files_per_session unless is_none,
             io_max unless is_none,
             spin_us unless is_none,
             memory unless is_none,
@@ -283,6 +298,13 @@ impl Options {
                 name("max-sessions")
             );
         }
+        for (option, cap) in [
+            ("max-connections-per-address", options.max_connections_per_address),
+            ("max-connections-per-session", options.max_connections_per_session),
+            ("max-files-per-session", options.max_files_per_session),
+        ] {
+            ensure!(cap != Some(0), "{} is 0. Give a number from 1 on, or leave it out.", name(option));
+        }
         let io_bytes = options.io_max.map_or(IO_BYTES_DEFAULT, |size| size.0);
         ensure!(
             (IO_BYTES_MIN..=IO_BYTES_MAX).contains(&io_bytes),
@@ -326,6 +348,11 @@ impl Options {
             workers,
             queue_depth,
             sessions_max: options.max_sessions,
+            caps: Caps {
+                connections_per_address: options.max_connections_per_address,
+                connections_per_session: options.max_connections_per_session,
+                files_per_session: options.max_files_per_session,
+            },
             io_bytes_max: io_bytes as u32,
             spin: Duration::from_micros(spin_us),
             arena_bytes: (memory / workers as u64) as usize,
@@ -466,6 +493,7 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
             (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
+            (&["--export", "a=/", "--max-files-per-session", "0"], "--max-files-per-session is 0"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),
             (&["--export", "a=/", "--listen", "7240"], "tcp://127.0.0.1:7240"),
             (&["--export", "a=/", "--listen", "localhost:7240"], "Write tcp://localhost:7240"),

@@ -15,6 +15,7 @@ mod client;
 mod config;
 mod export;
 mod export_spec;
+mod limits;
 mod listener;
 mod log;
 mod machine;

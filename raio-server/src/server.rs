@@ -2,6 +2,8 @@
 //!
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
 
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -11,15 +13,18 @@ use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
 use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
+use rustix::net::{SendFlags, Shutdown};
 
 use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
 use crate::export_spec::Source;
+use crate::limits::Limits;
 use crate::listener::Listener;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
+use crate::throttle::Throttle;
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
 use crate::{log, probe};
 
@@ -32,7 +37,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much longer than the workers the main thread waits: for them to notice the deadline.
 const DRAIN_SLACK: Duration = Duration::from_secs(1);
 
-/// Descriptors for listeners, rings, exports and devices; generous.
+/// Descriptors for listeners, rings, exports and devices, and for the reserve of [`Limits`]; generous.
 const DESCRIPTORS_OWN: usize = 256;
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
@@ -49,6 +54,10 @@ pub struct Server {
     ended: Receiver<Ended>,
     backend: &'static str,
     accepted: u64,
+    /// Connections that had no place.
+    rejected: u64,
+    limits: Arc<Limits>,
+    warnings: Throttle,
     is_draining: bool,
 }
 
@@ -84,20 +93,21 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     limits_and_exports(config).map(drop)
 }
 
-/// How many sessions and open files there may be, and what clients may open.
-fn limits_and_exports(config: &Config) -> anyhow::Result<((usize, usize), Exports)> {
+/// How many sessions there may be, the limits on their connections and files, and what clients may open.
+fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
-    let limits = session_limits(descriptors, config.sessions_max)?;
+    let (sessions_max, files_max) = session_limits(descriptors, config.sessions_max)?;
+    let limits = Limits::new(descriptors.saturating_sub(DESCRIPTORS_OWN), files_max, config.caps);
     if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
         probe::for_files()?;
     }
-    Ok((limits, Exports::open(&config.exports, start_pool()?)?))
+    Ok((sessions_max, limits, Exports::open(&config.exports, start_pool()?)?))
 }
 
 impl Server {
     /// Opens the exports, listens, and starts the workers.
     pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let ((sessions_max, files_max), exports) = limits_and_exports(config)?;
+        let (sessions_max, limits, exports) = limits_and_exports(config)?;
         let main = reactor::Config {
             entries: 64,
             spin: Duration::ZERO,
@@ -112,7 +122,7 @@ impl Server {
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
         let shared = Arc::new(Shared {
             exports,
-            sessions: Sessions::new(sessions_max, files_max),
+            sessions: Sessions::new(sessions_max, Arc::clone(&limits)),
             policy: Arc::new(Policy {
                 queue_depth: config.queue_depth,
                 data_bytes_max: config.io_bytes_max,
@@ -139,6 +149,9 @@ impl Server {
             ended,
             backend,
             accepted: 0,
+            rejected: 0,
+            limits,
+            warnings: Throttle::new(),
             is_draining: false,
         })
     }
@@ -195,13 +208,33 @@ impl Server {
     /// Hands a connection to the worker that has fewest.
     fn place(&mut self, connection: RawConnection) {
         self.accepted += 1;
+        let address = match &connection {
+            RawConnection::Tcp(socket) => peer_address(socket),
+            RawConnection::Rdma(_) => None,
+        };
+        let place = match self.limits.connect(address) {
+            Ok(place) => place,
+            Err(text) => {
+                self.rejected += 1;
+                if let Some(suppressed) = self.warnings.pass() {
+                    tracing::warn!(suppressed, "A connection was rejected. {text}");
+                }
+                if let RawConnection::Tcp(socket) = connection {
+                    // As much as the socket takes; nobody waits for a client here.
+                    let refusal = self.shared.policy.refusal(libc::EUSERS, &text);
+                    let _ = rustix::net::send(&socket, &refusal, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+                    let _ = rustix::net::shutdown(&socket, Shutdown::Write);
+                }
+                return;
+            }
+        };
         // Those that it has not yet looked at count too.
         let load = |worker: &WorkerHandle| {
             worker.counters.connections.get() + worker.placed.saturating_sub(worker.counters.adopted.get())
         };
         if let Some(worker) = self.workers.iter_mut().min_by_key(|worker| load(worker)) {
             worker.placed += 1;
-            worker.mailbox.send(Mail::Connection(connection));
+            worker.mailbox.send(Mail::Connection(connection, place));
         }
     }
 
@@ -210,8 +243,14 @@ impl Server {
         if signal == libc::SIGUSR1 {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
             let sessions = &self.shared.sessions;
-            let line =
-                stats::json(counters, self.backend, self.accepted, sessions.len(), sessions.open_files());
+            let line = stats::json(
+                counters,
+                self.backend,
+                self.accepted,
+                self.rejected,
+                sessions.len(),
+                sessions.open_files(),
+            );
             log::print(&line);
             return None;
         }
@@ -241,6 +280,12 @@ impl Server {
 fn start_pool() -> anyhow::Result<&'static Pool<Job>> {
     Pool::start()
         .context("Cannot start a thread for file operations. Raise the limit on processes with `ulimit -u`")
+}
+
+/// Where a connection comes from, if that is an IP address.
+fn peer_address(socket: &OwnedFd) -> Option<IpAddr> {
+    let address = SocketAddr::try_from(rustix::net::getpeername(socket).ok()??).ok()?;
+    Some(address.ip().to_canonical())
 }
 
 fn start_workers(

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::limits::Limits;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
@@ -120,8 +121,9 @@ pub struct Session {
     /// Its uuid.
     pub id: SessionId,
     files: Mutex<Files>,
-    open_files: Arc<AtomicUsize>,
-    files_max: usize,
+    /// On all workers.
+    connections: AtomicUsize,
+    limits: Arc<Limits>,
 }
 
 #[derive(Debug, Default)]
@@ -143,26 +145,41 @@ impl Entry {
 }
 
 impl Session {
-    /// Gives a file a handle. None: all sessions together have as many files open as they may.
-    pub fn insert(&self, file: Arc<OpenFile>) -> Option<FileHandle> {
-        // Workers that look at the same time may go beyond it by one each, which does no harm.
-        if self.open_files.load(Ordering::Relaxed) >= self.files_max {
-            return None;
-        }
+    /// Gives a file a handle. The error says why it gets none: the session has as many as it may.
+    pub fn insert(&self, file: Arc<OpenFile>) -> Result<FileHandle, String> {
         let mut files = lock(&self.files);
-        let index = match files.free.pop() {
-            Some(index) => index as usize,
-            None if files.entries.len() < self.files_max => {
+        let open = files.entries.len() - files.free.len();
+        if open > INDEX_MASK as usize {
+            return Err(format!(
+                "The session has {open} files open, and there are no more handles. Close some."
+            ));
+        }
+        self.limits.open(self.connections.load(Ordering::Relaxed), open)?;
+        let index = files.free.pop().map_or_else(
+            || {
                 // Not 0, so that no handle is all zeros.
                 files.entries.push(Entry { generation: 1, file: None });
                 files.entries.len() - 1
-            }
-            None => return None,
-        };
+            },
+            |index| index as usize,
+        );
         let entry = &mut files.entries[index];
         entry.file = Some(file);
-        self.open_files.fetch_add(1, Ordering::Relaxed);
-        Some(entry.handle(index))
+        Ok(entry.handle(index))
+    }
+
+    /// A connection of it has opened. The error says why it may not.
+    pub fn attach(&self) -> Result<(), String> {
+        let files = lock(&self.files);
+        let open = files.entries.len() - files.free.len();
+        self.limits.join(self.connections.load(Ordering::Relaxed), open)?;
+        self.connections.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// One that was attached has closed.
+    pub fn detach(&self) {
+        self.connections.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The file with this handle.
@@ -192,7 +209,7 @@ impl Session {
 
     fn forget(&self, file: &OpenFile) {
         file.closed.store(true, Ordering::Release);
-        self.open_files.fetch_sub(1, Ordering::Relaxed);
+        self.limits.close();
     }
 }
 
@@ -201,8 +218,7 @@ impl Session {
 pub struct Sessions {
     by_id: Mutex<HashMap<SessionId, Joined>>,
     sessions_max: usize,
-    open_files: Arc<AtomicUsize>,
-    files_max: usize,
+    limits: Arc<Limits>,
 }
 
 #[derive(Debug)]
@@ -213,14 +229,9 @@ struct Joined {
 }
 
 impl Sessions {
-    /// None yet. There may be `sessions_max` at a time; all together may have `files_max` files open.
-    pub fn new(sessions_max: usize, files_max: usize) -> Self {
-        Self {
-            by_id: Mutex::default(),
-            sessions_max,
-            open_files: Arc::default(),
-            files_max: files_max.min(INDEX_MASK as usize + 1),
-        }
+    /// None yet. There may be `sessions_max` at a time, with what `limits` allows them.
+    pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
+        Self { by_id: Mutex::default(), sessions_max, limits }
     }
 
     /// A worker has got its first connection of this session. None: it would be one more than there may be.
@@ -233,8 +244,8 @@ impl Sessions {
             let session = Session {
                 id,
                 files: Mutex::default(),
-                open_files: Arc::clone(&self.open_files),
-                files_max: self.files_max,
+                connections: AtomicUsize::new(0),
+                limits: Arc::clone(&self.limits),
             };
             Joined { session: Arc::new(session), workers: 0 }
         });
@@ -267,7 +278,7 @@ impl Sessions {
 
     /// Open files of all of them.
     pub fn open_files(&self) -> usize {
-        self.open_files.load(Ordering::Relaxed)
+        self.limits.files()
     }
 }
 
@@ -279,6 +290,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{Caps, RESERVE};
+
+    fn sessions(sessions_max: usize, files_max: usize) -> Sessions {
+        Sessions::new(sessions_max, Limits::new(1000, files_max, Caps::default()))
+    }
 
     fn null() -> Arc<OpenFile> {
         Arc::new(OpenFile::new(FileKind::Null { size: 1 }, Access { read: true, write: true }, 1))
@@ -286,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_handle_does_not_outlive_its_close() {
-        let sessions = Sessions::new(9, 10);
+        let sessions = sessions(9, 10);
         let session = sessions.join(SessionId([1; 16])).unwrap();
         let first = session.insert(null()).unwrap();
         assert_ne!(first.0, 0);
@@ -302,7 +318,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = Sessions::new(9, 1).join(SessionId([1; 16])).unwrap();
+        let session = sessions(9, 1).join(SessionId([1; 16])).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null()).unwrap();
@@ -313,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
-        let sessions = Sessions::new(9, 10);
+        let sessions = sessions(9, 10);
         let session = sessions.join(SessionId([1; 16])).unwrap();
         assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16])).unwrap()));
         let file = null();
@@ -328,14 +344,14 @@ mod tests {
 
     #[test]
     fn sessions_do_not_see_each_others_files() {
-        let sessions = Sessions::new(9, 10);
+        let sessions = sessions(9, 10);
         let handle = sessions.join(SessionId([1; 16])).unwrap().insert(null()).unwrap();
         assert!(sessions.join(SessionId([2; 16])).unwrap().get(handle).is_none());
     }
 
     #[test]
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
-        let sessions = Sessions::new(1, 9);
+        let sessions = sessions(1, 9);
         let session = sessions.join(SessionId([1; 16])).unwrap();
         assert!(sessions.join(SessionId([2; 16])).is_none());
         assert!(sessions.join(SessionId([1; 16])).is_some());
@@ -347,14 +363,15 @@ mod tests {
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
-        let sessions = Sessions::new(9, 2);
+        let sessions = sessions(9, 2);
         let (session, other) =
             (sessions.join(SessionId([1; 16])).unwrap(), sessions.join(SessionId([2; 16])).unwrap());
         let first = session.insert(null()).unwrap();
-        session.insert(null()).unwrap();
-        assert!(session.insert(null()).is_none());
-        assert!(other.insert(null()).is_none());
+        while session.insert(null()).is_ok() {}
+        let theirs = (0..).take_while(|_| other.insert(null()).is_ok()).count();
+        assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
+        while sessions.join(SessionId([3; 16])).is_some_and(|third| third.insert(null()).is_ok()) {}
         session.close(first).unwrap();
-        assert!(other.insert(null()).is_some());
+        assert!(sessions.join(SessionId([4; 16])).unwrap().insert(null()).is_ok());
     }
 }

@@ -80,6 +80,10 @@ pub struct Counters {
     pub arena_bytes: Counter,
     /// The most bytes of the arena that one turn has given out.
     pub turn_bytes_max: Counter,
+    /// Connections that were rejected because their session has as many as it may.
+    pub rejected_connections: Counter,
+    /// Opens that were rejected because the session has as many files as it may.
+    pub rejected_files: Counter,
     /// Times that a request had to wait for memory.
     pub slot_waits: Counter,
     /// Turns of the loop.
@@ -130,6 +134,7 @@ pub fn json<'a>(
     workers: impl Iterator<Item = &'a Counters> + Clone,
     backend: &str,
     accepted: u64,
+    rejected_by_address: u64,
     sessions: usize,
     open_files: usize,
 ) -> String {
@@ -159,6 +164,15 @@ pub fn json<'a>(
         let fields: Vec<_> = fields.map(|(name, value)| format!("\"{name}\":{value}")).collect();
         let _ = write!(out, ",\"{name}\":{{{}}}", fields.join(","));
     };
+    object(
+        "rejected",
+        &mut [
+            ("address_connections", rejected_by_address),
+            ("session_connections", sum(|c| &c.rejected_connections)),
+            ("session_files", sum(|c| &c.rejected_files)),
+        ]
+        .into_iter(),
+    );
     object(
         "in_flight",
         &mut [
@@ -200,7 +214,7 @@ mod tests {
             worker.request(Opcode::Cancel);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
-        let json = json(workers.iter(), "uring", 3, 1, 2);
+        let json = json(workers.iter(), "uring", 3, 4, 1, 2);
         assert!(json.starts_with('{') && json.ends_with("}}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
@@ -208,6 +222,7 @@ mod tests {
             "\"cancel\":2",
             "\"stalled\":2",
             "\"accepted\":3",
+            "\"address_connections\":4",
             "\"open_files\":2",
             "\"read\":0",
         ] {

@@ -25,13 +25,14 @@ use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, ServerEvent, ServerTransport};
+use raio_transport::transport::{self, ConnectionId, ServerEvent, ServerTransport};
 use raio_transport::{Status, any, rdma};
 use slab::Slab;
 
 use crate::backend::{self, Backend, Threads, Uring};
 use crate::config::BackendKind;
 use crate::export::Exports;
+use crate::limits::Place;
 use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
@@ -85,8 +86,8 @@ pub enum RawConnection {
 /// What other threads tell a worker.
 #[derive(Debug)]
 pub enum Mail {
-    /// Serve this connection: it was accepted, and nothing has been read from it.
-    Connection(RawConnection),
+    /// Serve this connection: it was accepted, and nothing has been read from it. Its place is kept until it has ended.
+    Connection(RawConnection, Place),
     /// A handle was closed by another worker.
     Forget {
         /// Whose.
@@ -117,6 +118,8 @@ pub struct Worker {
     transport: any::Server,
     backend: Box<dyn Backend>,
     connections: Slab<Connection>,
+    /// Of all connections, those in their handshake among them.
+    places: HashMap<ConnectionId, Place>,
     /// Connections by the transport's index for them.
     by_transport: Vec<Option<usize>>,
     sessions: Slab<LocalSession>,
@@ -225,6 +228,7 @@ impl Worker {
             arena,
             backend,
             connections: Slab::new(),
+            places: HashMap::new(),
             by_transport: Vec::new(),
             sessions: Slab::new(),
             sessions_by_id: HashMap::new(),
@@ -295,10 +299,10 @@ impl Worker {
         while let Some(mail) = self.mail.take() {
             self.is_busy = true;
             match mail {
-                Mail::Connection(connection) => {
+                Mail::Connection(connection, place) => {
                     self.counters.adopted.add(1);
                     if self.drain.is_none() {
-                        self.adopt(connection);
+                        self.adopt(connection, place);
                     }
                 }
                 Mail::Forget { session, handle } => {
@@ -316,13 +320,17 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, connection: RawConnection) {
-        match connection {
-            RawConnection::Tcp(stream) => self.transport.adopt_tcp(&mut self.reactor, stream),
-            RawConnection::Rdma(incoming) => {
-                if let Err(error) = self.transport.adopt_rdma(&mut self.reactor, incoming)
-                    && let Some(suppressed) = self.warnings.pass()
-                {
+    fn adopt(&mut self, connection: RawConnection, place: Place) {
+        let adopted = match connection {
+            RawConnection::Tcp(stream) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
+            RawConnection::Rdma(incoming) => self.transport.adopt_rdma(&mut self.reactor, incoming),
+        };
+        match adopted {
+            Ok(id) => {
+                self.places.insert(id, place);
+            }
+            Err(error) => {
+                if let Some(suppressed) = self.warnings.pass() {
                     tracing::warn!(suppressed, "A client was turned away: {error}.");
                 }
             }

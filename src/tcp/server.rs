@@ -324,7 +324,7 @@ impl Server {
     }
 
     /// Takes over an accepted, non-blocking stream socket, and reads its handshake.
-    pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) {
+    pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
         // A peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
@@ -371,6 +371,7 @@ impl Server {
         });
         self.receive(reactor, &mut connection);
         self.put(reactor, connection);
+        id
     }
 
     /// The next client that wants to move to a queue pair.

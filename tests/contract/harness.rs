@@ -438,8 +438,8 @@ impl Wires {
 
     fn adopt(&mut self, reactor: &mut Reactor, wire: Wire) {
         match (self, wire) {
-            (Self::Tcp(server), Wire::Tcp(fd)) => server.adopt(reactor, fd),
-            (Self::Any(server), Wire::Tcp(fd)) => server.adopt_tcp(reactor, fd),
+            (Self::Tcp(server), Wire::Tcp(fd)) => drop(server.adopt(reactor, fd)),
+            (Self::Any(server), Wire::Tcp(fd)) => drop(server.adopt_tcp(reactor, fd)),
             (Self::Pair(server), Wire::Pair(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {
                 if let Err(error) = server.adopt(reactor, incoming) {

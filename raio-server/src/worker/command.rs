@@ -145,9 +145,12 @@ impl Worker {
     fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
-        let Some(handle) = self.sessions[session].session.insert(Arc::clone(&open)) else {
-            let text = "The server has as many files open as it may. Close some, or raise its limit with `ulimit -n`.";
-            return failure(Status::storage(libc::EMFILE), text);
+        let handle = match self.sessions[session].session.insert(Arc::clone(&open)) {
+            Ok(handle) => handle,
+            Err(text) => {
+                self.counters.rejected_files.add(1);
+                return failure(Status::storage(libc::EMFILE), &text);
+            }
         };
         if let Some(size) = open.fixed_size() {
             info = crate::request::made_up_status(size);

@@ -56,13 +56,24 @@ impl Worker {
             Some(&key) => key,
             None => {
                 let Some(session) = self.shared.sessions.join(peer.session) else {
-                    return self.turn_away(id, &peer.name);
+                    let text = format!(
+                        "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
+                        self.shared.sessions.max()
+                    );
+                    return self.reject(id, &peer.name, &text);
                 };
                 let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
                 self.sessions_by_id.insert(peer.session, key);
                 key
             }
         };
+        if let Err(text) = self.sessions[session].session.attach() {
+            self.counters.rejected_connections.add(1);
+            if self.sessions[session].connections == 0 {
+                self.end_session(session);
+            }
+            return self.reject(id, &peer.name, &text);
+        }
         self.sessions[session].connections += 1;
         let key = self.connections.insert(Connection {
             id,
@@ -83,19 +94,16 @@ impl Worker {
         by_index[index] = Some(key);
     }
 
-    /// There are as many sessions as there may be.
-    fn turn_away(&mut self, id: ConnectionId, name: &str) {
-        let text = format!(
-            "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
-            self.shared.sessions.max()
-        );
+    /// Rejects a client in its handshake: it has, or there are, as many as there may be.
+    fn reject(&mut self, id: ConnectionId, name: &str, text: &str) {
         if let Some(suppressed) = self.warnings.pass() {
             tracing::warn!(name, suppressed, "A client was turned away. {text}");
         }
-        self.transport.refuse(&mut self.reactor, id, libc::EUSERS, &text);
+        self.transport.refuse(&mut self.reactor, id, libc::EUSERS, text);
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
+        self.places.remove(&id);
         let Some(key) = self.connection(id) else {
             self.counters.close_reason(reason);
             if let (CloseReason::Violation(violation), Some(suppressed)) = (reason, self.warnings.pass()) {
@@ -158,10 +166,15 @@ impl Worker {
     /// A connection of this session has gone.
     fn leave(&mut self, key: usize) {
         let local = &mut self.sessions[key];
+        local.session.detach();
         local.connections -= 1;
-        if local.connections > 0 {
-            return;
+        if local.connections == 0 {
+            self.end_session(key);
         }
+    }
+
+    /// The last connection of this session here has gone.
+    fn end_session(&mut self, key: usize) {
         let LocalSession { session, files, .. } = self.sessions.remove(key);
         self.sessions_by_id.remove(&session.id);
         drop(files);

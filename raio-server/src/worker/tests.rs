@@ -18,6 +18,7 @@ use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
 use crate::config::Options;
+use crate::limits::{Caps, Limits};
 use crate::pool::Pool;
 
 fn worker(export: &str, spin_us: &str) -> Worker {
@@ -26,7 +27,7 @@ fn worker(export: &str, spin_us: &str) -> Worker {
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported"),
-        sessions: Sessions::new(16, 16),
+        sessions: Sessions::new(16, Limits::new(64, 16, Caps::default())),
         policy: Arc::default(),
         mailboxes: OnceLock::new(),
         backend: config.backend,
@@ -57,7 +58,8 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
 fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
-    worker.adopt(RawConnection::Tcp(theirs.into()));
+    let place = Limits::new(64, 16, Caps::default()).connect(None).expect("a place");
+    worker.adopt(RawConnection::Tcp(theirs.into()), place);
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {
