@@ -191,7 +191,8 @@ int raio_stop(int fd);
  * file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno: EBADF (fd is
  * no session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST, EISDIR, EXDEV (the path
  * leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular file nor a block device),
- * ETIMEDOUT (not done in time; what it opens later is closed again), ENOTCONN and its kind (the server is gone).
+ * ENXIO (the device, or what is to be mounted, is not there), ETIMEDOUT (not done in time; what it opens later is
+ * closed again), ENOTCONN and its kind (the server is gone).
  */
 int raio_open(int fd, const char *pathname, int flags);
 

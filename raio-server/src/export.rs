@@ -1,13 +1,12 @@
 //! Exports: what clients may open, under which name, and how a client's path is resolved.
 //!
-//! A path is `/EXPORT/relative/path`. A directory export holds its directory open; everything beneath is resolved by openat2(2)
-//! relative to that descriptor, and the kernel refuses what leads out of it. A file or device export is opened by its name in
-//! its parent directory, afresh for each client, so that each open has flags of its own.
+//! A path is `/EXPORT/relative/path`. Everything beneath a directory export is resolved by openat2(2) relative to it, and the kernel
+//! refuses what leads out of it. A file or device export is opened by its path, afresh for each client, so that each open has flags
+//! of its own. [`crate::root`] says what is served, [`crate::open`] opens it.
 
 use std::ffi::CString;
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,29 +18,29 @@ use raio_transport::protocol::{
     OPEN_WRITE,
 };
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{Access as Permission, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::backend::{Descriptor, Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
 use crate::pool::Pool;
+use crate::root::Root;
 use crate::session::{Access, FileKind, OpenFile};
 
 /// An export, open. Shared by all workers.
 #[derive(Debug)]
 pub struct Export {
     name: String,
-    root: Root,
+    source: Origin,
     is_writable: bool,
     is_direct: bool,
     lanes: Lanes,
 }
 
+/// What an export has.
 #[derive(Debug)]
-enum Root {
-    /// Everything beneath a directory.
-    Directory(Arc<OwnedFd>),
-    /// One file, by its name in its directory.
-    Single { directory: Arc<OwnedFd>, name: CString, is_device: bool },
+enum Origin {
+    /// Everything beneath a directory, or one file or device.
+    Files(Box<Root>),
     /// Memory, zeros at the start.
     Memory { fd: Arc<Descriptor>, size: u64 },
     /// Zeros; what is written is lost.
@@ -51,9 +50,9 @@ enum Root {
 impl Export {
     /// Opens what the configuration names.
     pub fn open(spec: &ExportSpec, lanes: Lanes) -> anyhow::Result<Self> {
-        let root = match &spec.source {
-            Source::Null(size) => Root::Null { size: *size },
-            Source::Memory(size) => Root::Memory {
+        let source = match &spec.source {
+            Source::Null(size) => Origin::Null { size: *size },
+            Source::Memory(size) => Origin::Memory {
                 fd: Descriptor::new(
                     memory(*size).with_context(|| {
                         format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
@@ -63,11 +62,12 @@ impl Export {
                 size: *size,
             },
             Source::Path(path) => Self::open_path(path, spec)
+                .map(|root| Origin::Files(Box::new(root)))
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
         };
         Ok(Self {
             name: spec.name.clone(),
-            root,
+            source,
             is_writable: spec.is_writable,
             is_direct: spec.is_direct,
             lanes,
@@ -75,8 +75,8 @@ impl Export {
     }
 
     fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
-        let path = path.canonicalize()?;
-        let kind = path.metadata()?.file_type();
+        let real = path.canonicalize()?;
+        let kind = real.metadata()?.file_type();
         if !kind.is_dir() && !kind.is_file() && !kind.is_block_device() {
             bail!("it is neither a directory nor a regular file nor a block device. Export one of those.");
         }
@@ -89,35 +89,39 @@ impl Export {
         ] {
             ensure!(!is_given || is_right, "the option `{option}` is for an export of {of}. Leave it out");
         }
-        let may = |access| rustix::fs::accessat(CWD, &path, access, AtFlags::EACCESS);
-        let directory = |path: &Path| {
-            rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-                .map(Arc::new)
-        };
+        let may = |access| rustix::fs::accessat(CWD, &real, access, AtFlags::EACCESS);
         let remedy = |what| {
             format!(
                 "It cannot be {what}: run raio_server as a user who may do that, or change the permissions"
             )
         };
         if kind.is_dir() {
-            // Nothing here lists it, so that one that can only be searched will do.
-            may(Permission::EXEC_OK).with_context(|| remedy("searched"))?;
-            if spec.is_writable {
-                let what = "written (leave out rw to serve it read-only)";
-                may(Permission::WRITE_OK).with_context(|| remedy(what))?;
+            // Nothing here lists it, so that one that can only be searched will do. What will be mounted there is not known yet.
+            if !spec.must_be_mountpoint {
+                may(Permission::EXEC_OK).with_context(|| remedy("searched"))?;
+                if spec.is_writable && may(Permission::WRITE_OK).is_err() {
+                    let (name, path) = (&spec.name, real.display());
+                    tracing::warn!(
+                        "Export {name}: files cannot be created in {path} itself. Run raio_server as a user who may do that, or \
+                         change the permissions."
+                    );
+                }
             }
-            return Ok(Root::Directory(directory(&path)?));
+            return Root::new(&real, FileType::Directory, spec);
         }
         let (access, what) =
             if spec.is_writable { (OFlags::RDWR, "read and written") } else { (OFlags::RDONLY, "read") };
-        rustix::fs::open(&path, access | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty())
-            .with_context(|| remedy(what))?;
-        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { bail!("it has no name") };
-        Ok(Root::Single {
-            directory: directory(parent)?,
-            name: CString::new(name.as_bytes())?,
-            is_device: kind.is_block_device(),
-        })
+        rustix::fs::open(&real, access | OFlags::CLOEXEC, Mode::empty()).with_context(|| remedy(what))?;
+        if kind.is_file() {
+            Root::new(&real, FileType::RegularFile, spec)
+        } else {
+            Root::new(&std::path::absolute(path)?, FileType::BlockDevice, spec)
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Its shares of the pool.
@@ -125,22 +129,11 @@ impl Export {
         &self.lanes
     }
 
-    /// The directory that this export's files are opened in, if it has one.
-    pub fn directory(&self) -> Option<&Arc<OwnedFd>> {
-        match &self.root {
-            Root::Directory(directory) | Root::Single { directory, .. } => Some(directory),
-            Root::Memory { .. } | Root::Null { .. } => None,
-        }
-    }
-
-    /// Whether an open file of this type may be served, by `st_mode`; the errno if not.
-    pub fn check_type(&self, mode: u32) -> Result<(), i32> {
-        let may_be_device = matches!(self.root, Root::Single { is_device: true, .. });
-        match mode & libc::S_IFMT {
-            libc::S_IFREG => Ok(()),
-            libc::S_IFBLK if may_be_device => Ok(()),
-            libc::S_IFDIR => Err(libc::EISDIR),
-            _ => Err(libc::ENODEV),
+    /// Where its files lie, if it is of a file system.
+    pub fn root(&self) -> Option<&Root> {
+        match &self.source {
+            Origin::Files(root) => Some(root),
+            Origin::Memory { .. } | Origin::Null { .. } => None,
         }
     }
 }
@@ -165,11 +158,11 @@ pub struct Refusal {
 /// What a client's open comes to.
 #[derive(Debug)]
 pub enum Target {
-    /// To be opened in the directory of export number `export`.
+    /// To be opened in export number `export`.
     Path {
         /// Which export.
         export: usize,
-        /// Relative to its directory.
+        /// Relative to its directory, or its own.
         path: CString,
         /// How.
         how: OpenHow,
@@ -213,7 +206,7 @@ impl Exports {
         let has_more = !rest.is_empty();
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
         let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
-        if changes && !export.is_writable && !matches!(export.root, Root::Null { .. }) {
+        if changes && !export.is_writable && !matches!(export.source, Origin::Null { .. }) {
             let text =
                 format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
             return refuse(Status::policy(libc::EROFS), text);
@@ -223,15 +216,10 @@ impl Exports {
                 "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
             return refuse(Status::policy(libc::EPERM), text);
         }
-        if has_more && !matches!(export.root, Root::Directory(_)) {
+        if has_more && !export.root().is_some_and(Root::is_directory) {
             let text = format!("Export {} is no directory: open /{} itself.", export.name, export.name);
             return refuse(Status::storage(libc::ENOTDIR), text);
         }
-        let how = |resolve| OpenHow {
-            flags: kernel_flags(flags, export.is_direct),
-            mode: if flags & OPEN_CREATE != 0 { mode.into() } else { 0 },
-            resolve,
-        };
         let ready = |kind| {
             if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 {
                 let text = format!("{shown} exists already.");
@@ -239,40 +227,42 @@ impl Exports {
             }
             Ok(Target::Ready(OpenFile::new(kind, Access::from_flags(flags), 1)))
         };
-        match &export.root {
-            Root::Null { size } => ready(FileKind::Null { size: *size }),
-            Root::Memory { fd, size } => ready(FileKind::Memory { fd: Arc::clone(fd), size: *size }),
-            Root::Single { name, .. } => Ok(Target::Path {
-                export: index,
-                path: name.clone(),
-                how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_SYMLINKS),
-            }),
-            Root::Directory(_) if rest.is_empty() => refuse(
+        let root = match &export.source {
+            Origin::Null { size } => return ready(FileKind::Null { size: *size }),
+            Origin::Memory { fd, size } => {
+                return ready(FileKind::Memory { fd: Arc::clone(fd), size: *size });
+            }
+            Origin::Files(root) => root,
+        };
+        let path = if !root.is_directory() {
+            root.path().clone()
+        } else if rest.is_empty() {
+            return refuse(
                 Status::storage(libc::EISDIR),
                 format!("{shown} is a directory: open a file beneath it."),
-            ),
-            Root::Directory(_) => match CString::new(rest) {
-                Ok(path) => Ok(Target::Path {
-                    export: index,
-                    path,
-                    how: how(libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS),
-                }),
-                Err(_) => {
-                    refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned())
-                }
-            },
-        }
+            );
+        } else if let Ok(path) = CString::new(rest) {
+            path
+        } else {
+            return refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned());
+        };
+        let how = OpenHow {
+            flags: kernel_flags(flags, export.is_direct),
+            mode: if flags & OPEN_CREATE != 0 { mode.into() } else { 0 },
+            resolve: root.resolve().bits(),
+        };
+        Ok(Target::Path { export: index, path, how })
     }
 }
 
-/// The flags of openat2(2). Never waits for what a FIFO or a device would make it wait for; that it is one is seen afterwards.
+/// The flags of openat2(2).
 fn kernel_flags(flags: u32, is_direct: bool) -> u64 {
     let access = match (flags & OPEN_READ != 0, flags & OPEN_WRITE != 0) {
         (true, true) => libc::O_RDWR,
         (false, true) => libc::O_WRONLY,
         _ => libc::O_RDONLY,
     };
-    let mut kernel = access | libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NONBLOCK;
+    let mut kernel = access | libc::O_CLOEXEC | libc::O_NOCTTY;
     for (bit, flag) in [
         (OPEN_CREATE, libc::O_CREAT),
         (OPEN_EXCLUSIVE, libc::O_EXCL),
@@ -334,17 +324,14 @@ mod tests {
         };
         let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
         assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
-        assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS);
+        assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_XDEV);
         let (_, _, how) = path_of(OPEN_READ | OPEN_WRITE | OPEN_CREATE, "/w/new");
         assert_eq!(how.mode, 0o600);
-        let expected = libc::O_RDWR
-            | libc::O_CREAT
-            | libc::O_DIRECT
-            | libc::O_CLOEXEC
-            | libc::O_NOCTTY
-            | libc::O_NONBLOCK;
+        let expected = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_CLOEXEC | libc::O_NOCTTY;
         assert_eq!(how.flags, expected as u64);
-        assert_eq!(path_of(OPEN_READ, "/f").1, "file");
+        let (_, path, how) = path_of(OPEN_READ, "/f");
+        assert_eq!(path, file.canonicalize().unwrap().to_str().unwrap());
+        assert_eq!(how.resolve, libc::RESOLVE_NO_SYMLINKS);
         for path in ["", "d/a", "/", "/x/a", "/../etc/passwd", "/."] {
             assert_eq!(errno(&exports, OPEN_READ, path), libc::ENOENT, "{path}");
         }

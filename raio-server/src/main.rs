@@ -24,6 +24,7 @@ mod pace;
 mod pool;
 mod probe;
 mod request;
+mod root;
 mod server;
 mod session;
 mod size;

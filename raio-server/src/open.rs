@@ -1,28 +1,38 @@
 //! Opening a file of an export, by blocking system calls: for a thread of the pool.
+//!
+//! A file is looked up with O_PATH first, which opens nothing. Only if its type is one that is served is it opened, through
+//! /proc/self/fd: so no FIFO gets a reader, no device is started, no socket is touched, whatever is renamed meanwhile. A file that is
+//! not there is created with O_EXCL, so that nothing else is opened in its place.
 
-use std::ffi::CString;
-use std::os::fd::{AsFd, OwnedFd};
+use std::borrow::Cow;
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 use raio_transport::Status;
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::backend::{Descriptor, FileInfo, stat};
 use crate::export::{Export, Refusal, Shown};
+use crate::root::Root;
 use crate::session::{Access, FileKind, OpenFile};
 
-/// How often an open is tried again when the kernel cannot tell whether a rename led it out of the export.
+/// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
 const RETRIES_MAX: u32 = 32;
+/// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one that is not there.
+const CREATIONS_MAX: u32 = 40;
 /// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
 /// A file to be opened.
 #[derive(Clone, Debug)]
 pub struct Opening {
-    /// In the directory of which export.
+    /// Of which export.
     pub export: usize,
-    /// Relative to it.
+    /// Relative to the export's directory; of an export that is no directory, its path.
     pub path: CString,
     /// How.
     pub how: OpenHow,
@@ -40,59 +50,170 @@ pub struct Opened {
 }
 
 impl Opening {
-    /// Opens the file.
+    /// Opens the file. May take as long as its file system does, or the holder of a lease on it.
     pub fn open(&self, export: &Export) -> Result<Opened, Refusal> {
-        let is_direct = self.how.flags & libc::O_DIRECT as u64 != 0;
-        let (fd, info) =
-            self.openat(export).and_then(|fd| stat(&fd).map(|info| (fd, info))).map_err(|errno| {
-                let hint = match errno {
-                    Errno::XDEV => " The path leads out of the export.",
-                    Errno::INVAL if is_direct => " Its file system may not have O_DIRECT.",
-                    Errno::MFILE | Errno::NFILE => {
-                        " Raise the server's limit with `ulimit -n` or LimitNOFILE=."
-                    }
-                    _ => "",
-                };
-                self.refusal(errno.raw_os_error(), hint)
-            })?;
-        let mode = info.status.mode.get();
-        export.check_type(mode).map_err(|errno| self.refusal(errno, ""))?;
-        // It was there so that a FIFO could not hold up the open. On the ring it would make reads fail that have to wait.
-        if let Ok(flags) = rustix::fs::fcntl_getfl(&fd) {
-            let _ = rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK);
-        }
-        let is_device = mode & libc::S_IFMT == libc::S_IFBLK;
-        let direct_align = if is_direct {
+        let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
+        let directory = root.enter(export.name())?;
+        let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
+        let fd = self.find_or_create(export.name(), root, base)?;
+        let info = stat(&fd).map_err(|errno| self.failed(errno))?;
+        let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
+        let direct_align = if self.has(OFlags::DIRECT) {
             let sector = || rustix::fs::ioctl_blksszget(fd.as_fd()).ok().filter(|_| is_device);
             info.direct_align.or_else(sector).unwrap_or(DIRECT_ALIGN_DEFAULT).max(1)
         } else {
             1
         };
         let fd = Descriptor::new(fd, *export.lanes());
-        let kind = if is_device { FileKind::Device(fd) } else { FileKind::Regular(fd) };
+        let kind = if is_device {
+            FileKind::Device(fd)
+        } else {
+            FileKind::Regular { fd, size_limit: root.size_limit() }
+        };
         Ok(Opened { file: OpenFile::new(kind, self.access, direct_align), info })
     }
 
-    fn openat(&self, export: &Export) -> Result<OwnedFd, Errno> {
-        let directory = export.directory().ok_or(Errno::NOTDIR)?;
-        let OpenHow { flags, mode, resolve } = self.how;
-        let flags = OFlags::from_bits_retain(flags as u32);
-        let (mode, resolve) = (Mode::from_bits_retain(mode as u32), ResolveFlags::from_bits_retain(resolve));
-        let mut retries = RETRIES_MAX;
-        loop {
-            match retry_on_intr(|| rustix::fs::openat2(directory, &self.path, flags, mode, resolve)) {
-                Err(Errno::AGAIN) if retries > 0 => retries -= 1,
-                result => return result,
+    fn flags(&self) -> OFlags {
+        OFlags::from_bits_retain(self.how.flags as u32)
+    }
+
+    fn has(&self, flags: OFlags) -> bool {
+        self.flags().contains(flags)
+    }
+
+    fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+        let must_be_new = self.has(OFlags::CREATE | OFlags::EXCL);
+        let creates = self.has(OFlags::CREATE) && !root.is_device();
+        let lookup = OFlags::PATH | self.flags().intersection(OFlags::NOFOLLOW);
+        let mut path = Cow::Borrowed(&*self.path);
+        for _ in 0..CREATIONS_MAX {
+            if !(must_be_new && creates) {
+                match self.openat(base, &path, lookup) {
+                    Ok(_) if must_be_new => return Err(self.failed(Errno::EXIST)),
+                    Ok(node) => return self.open_node(name, root, base, &node),
+                    Err(Errno::NOENT) if creates => {}
+                    Err(Errno::NOENT) if root.is_device() => {
+                        return Err(self.refusal(libc::ENXIO, "The device is not there (any more)."));
+                    }
+                    Err(Errno::XDEV) => return Err(self.leads_out(base, &path, lookup)),
+                    Err(errno) => return Err(self.failed(errno)),
+                }
+            }
+            match self.openat(base, &path, self.flags() | OFlags::EXCL) {
+                Err(Errno::EXIST) if !must_be_new => path = self.behind_link(base, path)?,
+                Err(Errno::XDEV) => return Err(self.leads_out(base, &path, lookup)),
+                Err(errno) => return Err(self.failed(errno)),
+                Ok(fd) => return self.checked(name, root, base, &fd).map(|()| fd),
             }
         }
+        Err(self.failed(Errno::LOOP))
+    }
+
+    /// The path to create a file at when there is something at `path` that a lookup did not find: most likely a symbolic link to where
+    /// there is nothing. open(2) with O_CREAT would create its target.
+    fn behind_link<'a>(&self, base: BorrowedFd<'_>, path: Cow<'a, CStr>) -> Result<Cow<'a, CStr>, Refusal> {
+        let target = match self.openat(base, &path, OFlags::PATH | OFlags::NOFOLLOW) {
+            Ok(node) => rustix::fs::readlinkat(&node, c"", Vec::new()),
+            Err(errno) => Err(errno),
+        };
+        match target {
+            Ok(_) if self.has(OFlags::NOFOLLOW) => Err(self.failed(Errno::LOOP)),
+            Ok(target) => {
+                let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+                let parent = path.parent().unwrap_or(Path::new(""));
+                let joined = parent.join(OsStr::from_bytes(target.as_bytes()));
+                match CString::new(joined.into_os_string().into_vec()) {
+                    Ok(path) => Ok(Cow::Owned(path)),
+                    Err(_) => Err(self.failed(Errno::INVAL)),
+                }
+            }
+            // It has been created, or has gone, meanwhile.
+            Err(Errno::INVAL | Errno::NOENT) => Ok(path),
+            Err(errno) => Err(self.failed(errno)),
+        }
+    }
+
+    /// Opens what the lookup has found, if that may be.
+    fn open_node(
+        &self,
+        name: &str,
+        root: &Root,
+        base: BorrowedFd<'_>,
+        node: &OwnedFd,
+    ) -> Result<OwnedFd, Refusal> {
+        self.checked(name, root, base, node)?;
+        let flags = self.flags() - (OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
+        reopen(node, flags).map_err(|errno| match errno {
+            Errno::NOENT => self.refusal(libc::ENOSYS, "The server has no /proc (any more), by which it opens files."),
+            // A device node whose driver has gone.
+            Errno::NODEV => self.failed(Errno::NXIO),
+            errno => self.failed(errno),
+        })
+    }
+
+    fn checked(&self, name: &str, root: &Root, base: BorrowedFd<'_>, node: &OwnedFd) -> Result<(), Refusal> {
+        root.check(name, base, node).map_err(|(errno, why)| self.refusal(errno, why))
+    }
+
+    fn openat(&self, base: BorrowedFd<'_>, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let resolve = ResolveFlags::from_bits_retain(self.how.resolve);
+        let creates = flags.contains(OFlags::CREATE) && !flags.contains(OFlags::PATH);
+        let mode = if creates { Mode::from_bits_retain(self.how.mode as u32) } else { Mode::empty() };
+        openat2(base, path, flags, mode, resolve)
+    }
+
+    fn failed(&self, errno: Errno) -> Refusal {
+        let hint = match errno {
+            Errno::INVAL if self.has(OFlags::DIRECT) => "Its file system may not have O_DIRECT.",
+            Errno::MFILE | Errno::NFILE => "Raise the server's limit with `ulimit -n` or LimitNOFILE=.",
+            _ => "",
+        };
+        self.refusal(errno.raw_os_error(), hint)
+    }
+
+    /// Why the kernel does not go there.
+    fn leads_out(&self, base: BorrowedFd<'_>, path: &CStr, lookup: OFlags) -> Refusal {
+        let within = ResolveFlags::from_bits_retain(self.how.resolve) - ResolveFlags::NO_XDEV;
+        let hint = match openat2(base, path, lookup, Mode::empty(), within) {
+            Ok(_) | Err(Errno::NOENT) => {
+                "Another file system is mounted there; `cross-mounts = true` would serve it."
+            }
+            Err(_) => "It leads out of the export, or through an absolute symbolic link.",
+        };
+        self.refusal(libc::EXDEV, hint)
     }
 
     fn refusal(&self, errno: i32, hint: &str) -> Refusal {
         let error = std::io::Error::from_raw_os_error(errno);
         let path = Shown(self.path.as_bytes());
+        let space = if hint.is_empty() { "" } else { " " };
         Refusal {
             status: Status::storage(errno),
-            text: format!("Cannot open {path} on the server: {error}.{hint}"),
+            text: format!("Cannot open {path} on the server: {error}.{space}{hint}"),
         }
     }
+}
+
+/// openat2(2), tried again when a rename came in between.
+pub fn openat2(
+    base: BorrowedFd<'_>,
+    path: &CStr,
+    flags: OFlags,
+    mode: Mode,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::CLOEXEC;
+    let mut retries = RETRIES_MAX;
+    loop {
+        match retry_on_intr(|| rustix::fs::openat2(base, path, flags, mode, resolve)) {
+            Err(Errno::AGAIN) if retries > 0 => retries -= 1,
+            result => return result,
+        }
+    }
+}
+
+/// Opens what a descriptor refers to once more, with other flags.
+pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    retry_on_intr(|| rustix::fs::open(&*path, flags | OFlags::CLOEXEC, Mode::empty()))
 }

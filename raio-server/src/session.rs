@@ -41,11 +41,25 @@ impl Access {
     }
 }
 
+/// A size that clients may not go beyond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SizeLimit {
+    /// The size.
+    pub bytes: u64,
+    /// The errno for writes beyond it.
+    pub errno: i32,
+}
+
 /// What an open file is.
 #[derive(Debug)]
 pub enum FileKind {
     /// A regular file.
-    Regular(Arc<Descriptor>),
+    Regular {
+        /// Its descriptor.
+        fd: Arc<Descriptor>,
+        /// How large clients may make it.
+        size_limit: Option<SizeLimit>,
+    },
     /// A block device.
     Device(Arc<Descriptor>),
     /// A `mem:` export.
@@ -93,7 +107,7 @@ impl OpenFile {
     /// Its descriptor, if it has one.
     pub fn fd(&self) -> Option<&Arc<Descriptor>> {
         match &self.kind {
-            FileKind::Regular(fd) | FileKind::Device(fd) | FileKind::Memory { fd, .. } => Some(fd),
+            FileKind::Regular { fd, .. } | FileKind::Device(fd) | FileKind::Memory { fd, .. } => Some(fd),
             FileKind::Null { .. } => None,
         }
     }
@@ -102,14 +116,25 @@ impl OpenFile {
     pub fn fixed_size(&self) -> Option<u64> {
         match self.kind {
             FileKind::Memory { size, .. } | FileKind::Null { size } => Some(size),
-            FileKind::Regular(_) | FileKind::Device(_) => None,
+            FileKind::Regular { .. } | FileKind::Device(_) => None,
+        }
+    }
+
+    /// How large clients may make it, if the configuration says.
+    pub fn size_limit(&self) -> Option<SizeLimit> {
+        match self.kind {
+            FileKind::Regular { size_limit, .. } => size_limit,
+            FileKind::Memory { size, .. } | FileKind::Null { size } => {
+                Some(SizeLimit { bytes: size, errno: libc::ENOSPC })
+            }
+            FileKind::Device(_) => None,
         }
     }
 
     /// The descriptor that closes with this file.
     pub fn own_fd(&self) -> Option<&Descriptor> {
         match &self.kind {
-            FileKind::Regular(fd) | FileKind::Device(fd) => Some(fd),
+            FileKind::Regular { fd, .. } | FileKind::Device(fd) => Some(fd),
             FileKind::Memory { .. } | FileKind::Null { .. } => None,
         }
     }

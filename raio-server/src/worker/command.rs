@@ -15,7 +15,7 @@ use crate::backend::FileInfo;
 use crate::export::{Refusal, Target};
 use crate::open::{Opened, Opening};
 use crate::request::{Range, Read, Work, WorkerFile, Write, Zero, failure, status_of, success};
-use crate::session::{Access, OpenFile};
+use crate::session::{Access, OpenFile, SizeLimit};
 
 /// What becomes of a command at first.
 enum First {
@@ -208,13 +208,19 @@ fn writable(file: Rc<WorkerFile>) -> Result<Rc<WorkerFile>, Response> {
     Err(failure(Status::storage(libc::EBADF), "The file is not open for writing."))
 }
 
-/// Exports of a fixed size do not grow.
+/// Files do not grow beyond what the configuration allows.
 fn within_size(file: Rc<WorkerFile>, range: Range) -> Result<Rc<WorkerFile>, Response> {
-    match file.open.fixed_size() {
-        Some(size) if range.end() > size => Err(failure(
-            Status::storage(libc::ENOSPC),
-            &format!("The export ends at {size} bytes and does not grow."),
-        )),
+    match file.open.size_limit() {
+        Some(SizeLimit { bytes, errno }) if range.end() > bytes => {
+            let text = if errno == libc::EFBIG {
+                format!(
+                    "Files of this export cannot be larger than {bytes} bytes. Its operator can raise `max-file-size`."
+                )
+            } else {
+                format!("The export ends at {bytes} bytes and does not grow.")
+            };
+            Err(failure(Status::storage(errno), &text))
+        }
         _ => Ok(file),
     }
 }

@@ -2,6 +2,7 @@
 //! `--backend threads`, and with io_uring forbidden by a seccomp filter.
 
 mod common;
+mod exports;
 mod files;
 mod lifecycle;
 mod log;

@@ -107,18 +107,16 @@ fn a_directory_that_cannot_be_used_is_an_error_at_the_start() {
     }
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let program = program_in(directory.path());
-    for (mode, options, needle) in [(0o700, "", "searched"), (0o755, ",rw", "written")] {
-        let root = directory.path().join(needle);
-        std::fs::create_dir(&root).unwrap();
-        std::fs::set_permissions(&root, PermissionsExt::from_mode(mode)).unwrap();
-        let export = format!("d={}{options}", root.display());
-        let mut process = Process::new(&program);
-        process.args(["--listen", "tcp://127.0.0.1:0", "--export", &export]).uid(65534).gid(65534);
-        let output = process.output().unwrap();
-        let text = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{text}");
-        assert!(text.contains(needle) && text.contains("permissions"), "{text}");
-    }
+    let root = directory.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::set_permissions(&root, PermissionsExt::from_mode(0o700)).unwrap();
+    let export = format!("d={}", root.display());
+    let mut process = Process::new(&program);
+    process.args(["--listen", "tcp://127.0.0.1:0", "--export", &export]).uid(65534).gid(65534);
+    let output = process.output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("searched") && text.contains("permissions"), "{text}");
 }
 
 #[test]

@@ -1,0 +1,242 @@
+//! Where an export's files lie, and which of them are served.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::ensure;
+use raio_transport::Status;
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
+use rustix::io::Errno;
+
+use crate::export::Refusal;
+use crate::export_spec::ExportSpec;
+use crate::open::openat2;
+use crate::session::SizeLimit;
+
+/// The file systems that are served when they are mounted beneath an export with `cross-mounts`: those that hold files, and none that
+/// stand for the kernel's or a process's state. By `f_type` of statfs(2); raio_server(8) names them.
+const SERVED: [libc::__fsword_t; 27] = [
+    libc::EXT4_SUPER_MAGIC,
+    libc::XFS_SUPER_MAGIC,
+    libc::BTRFS_SUPER_MAGIC,
+    libc::F2FS_SUPER_MAGIC,
+    libc::TMPFS_MAGIC,
+    libc::OVERLAYFS_SUPER_MAGIC,
+    libc::NFS_SUPER_MAGIC,
+    libc::SMB_SUPER_MAGIC,
+    libc::FUSE_SUPER_MAGIC,
+    libc::MSDOS_SUPER_MAGIC,
+    libc::ISOFS_SUPER_MAGIC,
+    libc::REISERFS_SUPER_MAGIC,
+    libc::NILFS_SUPER_MAGIC,
+    // ramfs, bcachefs, JFS, ZFS, CIFS, SMB2, Ceph, 9P, GFS2, OCFS2, exFAT, NTFS3, UDF, SquashFS.
+    0x8584_58f6,
+    0xca45_1a4e,
+    0x3153_464a,
+    0x2fc1_2fc1,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x00c3_6400,
+    0x0102_1997,
+    0x0116_1970,
+    0x7461_636f,
+    0x2011_bab0,
+    0x7366_746e,
+    0x1501_3346,
+    0x7371_7368,
+];
+
+/// What is never served, not even when it is exported by name: files here are the kernel's and processes' state, the server's own
+/// memory among it.
+const NEVER: [libc::__fsword_t; 6] = [
+    libc::PROC_SUPER_MAGIC,
+    libc::SYSFS_MAGIC,
+    libc::DEBUGFS_MAGIC,
+    libc::TRACEFS_MAGIC,
+    libc::SECURITYFS_MAGIC,
+    0x6265_6570, // configfs
+];
+
+/// A directory, file or block device that is exported. It is looked up anew by each open, so that what is mounted over it, or takes its
+/// place, is seen.
+#[derive(Debug)]
+pub struct Root {
+    path: CString,
+    kind: FileType,
+    must_be_mountpoint: bool,
+    has_devices: bool,
+    crosses_mounts: bool,
+    bytes_max: Option<u64>,
+    /// What one file may grow to, if it must not grow: the largest size that it was seen to have.
+    largest: Option<AtomicU64>,
+    seen: Mutex<Option<Identity>>,
+}
+
+/// What tells a directory, or a device, from another at the same path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Identity {
+    device: (u32, u32),
+    inode: u64,
+    mount: u64,
+}
+
+impl Identity {
+    fn of(stat: &Statx) -> Self {
+        Self { device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino, mount: stat.stx_mnt_id }
+    }
+}
+
+fn statx(fd: impl AsFd) -> Result<Statx, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(fd, c"", flags, StatxFlags::BASIC_STATS | StatxFlags::MNT_ID)
+}
+
+impl Root {
+    /// What is at `path`, an absolute one without symbolic links (but for devices, whose links are followed by each open).
+    pub fn new(path: &Path, kind: FileType, spec: &ExportSpec) -> anyhow::Result<Self> {
+        let keeps_size = kind == FileType::RegularFile && !spec.may_grow;
+        let this = Self {
+            path: CString::new(path.as_os_str().as_bytes())?,
+            kind,
+            must_be_mountpoint: spec.must_be_mountpoint,
+            has_devices: spec.has_devices,
+            crosses_mounts: spec.crosses_mounts,
+            bytes_max: spec.file_bytes_max,
+            largest: keeps_size.then(AtomicU64::default),
+            seen: Mutex::new(None),
+        };
+        if kind == FileType::Directory {
+            if let Err(Refusal { text, .. }) = this.enter(&spec.name) {
+                ensure!(this.must_be_mountpoint, "{text}");
+                tracing::warn!("{text}");
+            }
+        } else {
+            let node = openat2(CWD, &this.path, OFlags::PATH, Mode::empty(), this.resolve())?;
+            this.check(&spec.name, CWD, &node).map_err(|(_, why)| anyhow::anyhow!(why))?;
+        }
+        Ok(this)
+    }
+
+    /// The path, for an open of what is no directory.
+    pub fn path(&self) -> &CString {
+        &self.path
+    }
+
+    /// What openat2(2) is to mind.
+    pub fn resolve(&self) -> ResolveFlags {
+        match self.kind {
+            FileType::Directory => {
+                let mounts = if self.crosses_mounts { ResolveFlags::empty() } else { ResolveFlags::NO_XDEV };
+                ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | mounts
+            }
+            // /dev/disk/by-id and the like, which udev keeps up to date.
+            FileType::BlockDevice => ResolveFlags::NO_MAGICLINKS,
+            _ => ResolveFlags::NO_SYMLINKS,
+        }
+    }
+
+    /// Whether it is a directory.
+    pub fn is_directory(&self) -> bool {
+        self.kind == FileType::Directory
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.kind == FileType::BlockDevice
+    }
+
+    /// How large clients may make a file of it that has just been looked up.
+    pub fn size_limit(&self) -> Option<SizeLimit> {
+        match &self.largest {
+            Some(largest) => Some(SizeLimit { bytes: largest.load(Ordering::Relaxed), errno: libc::ENOSPC }),
+            None => self.bytes_max.map(|bytes| SizeLimit { bytes, errno: libc::EFBIG }),
+        }
+    }
+
+    /// The directory as it is now, of a root that is one. `name` is the export's, for messages.
+    pub fn enter(&self, name: &str) -> Result<Option<OwnedFd>, Refusal> {
+        if !self.is_directory() {
+            return Ok(None);
+        }
+        let refuse = |errno, why: &str| Refusal {
+            status: Status::storage(errno),
+            text: format!("Export {name} cannot be served now: {why}."),
+        };
+        let failed = |errno: Errno| match errno {
+            Errno::NOENT => refuse(libc::ENOENT, "its directory is not there"),
+            Errno::NOTDIR | Errno::LOOP => refuse(libc::ENOTDIR, "it is no directory any more"),
+            errno => refuse(errno.raw_os_error(), &errno.to_string()),
+        };
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let directory = openat2(CWD, &self.path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS);
+        let directory = directory.map_err(failed)?;
+        let stat = statx(&directory).map_err(failed)?;
+        if self.must_be_mountpoint && !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            return Err(refuse(
+                libc::ENXIO,
+                "nothing is mounted on its directory, and it is set to `mountpoint`",
+            ));
+        }
+        self.take_in(name, Identity::of(&stat));
+        Ok(Some(directory))
+    }
+
+    /// Takes in what is at the path.
+    fn take_in(&self, name: &str, now: Identity) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = seen.replace(now);
+        if before.is_some_and(|before| before != now) {
+            tracing::warn!(
+                "Export {name}: {:?} is another {} than before (something was mounted, unmounted or replaced), and served from now on. \
+                 Files that are open stay what they are.",
+                self.path,
+                if self.is_directory() { "directory" } else { "device" },
+            );
+        }
+    }
+
+    /// Whether what a lookup has found may be opened; the errno and the reason if not. `base` is the root's directory, `name` the export's
+    /// name, for the log.
+    pub fn check(&self, name: &str, base: BorrowedFd<'_>, node: &OwnedFd) -> Result<(), (i32, &'static str)> {
+        let failed = |errno: Errno| (errno.raw_os_error(), "");
+        let stat = statx(node).map_err(failed)?;
+        let found = FileType::from_raw_mode(stat.stx_mode.into());
+        match found {
+            _ if self.is_device() && found != FileType::BlockDevice => {
+                return Err((libc::ENXIO, "It was a block device when the server started."));
+            }
+            FileType::RegularFile => {}
+            FileType::BlockDevice if self.is_device() => {
+                let device = (stat.stx_rdev_major, stat.stx_rdev_minor);
+                self.take_in(name, Identity { device, inode: 0, mount: 0 });
+            }
+            FileType::BlockDevice if self.has_devices => {}
+            FileType::BlockDevice if self.is_directory() => {
+                return Err((libc::ENODEV, "It is a block device; `devices = true` would serve it."));
+            }
+            FileType::Directory => return Err((libc::EISDIR, "")),
+            FileType::Symlink => return Err((libc::ELOOP, "")),
+            _ => return Err((libc::ENODEV, "It is neither a regular file nor a block device.")),
+        }
+        if is_on(node, &NEVER).map_err(failed)? {
+            return Err((libc::EXDEV, "It is the kernel's or a process's state, which is never served."));
+        }
+        let has_crossed = || statx(base).map(|base| base.stx_mnt_id != stat.stx_mnt_id);
+        if self.crosses_mounts && !is_on(node, &SERVED).map_err(failed)? && has_crossed().map_err(failed)? {
+            return Err((libc::EXDEV, "The file system mounted there is of a type that is not served."));
+        }
+        if let Some(largest) = &self.largest {
+            largest.fetch_max(stat.stx_size, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a file lies on a file system of one of these types.
+fn is_on(fd: impl AsFd, types: &[libc::__fsword_t]) -> Result<bool, Errno> {
+    rustix::fs::fstatfs(fd).map(|info| types.contains(&info.f_type))
+}

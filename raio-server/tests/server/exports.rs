@@ -1,0 +1,418 @@
+//! What is served and what is not: devices, mounts, sizes. The tests that make devices or mounts need root, and skip aloud without.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command as Process, Stdio};
+
+use raio_transport::protocol::{
+    Command, FileHandle, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE, OPEN_WRITE,
+};
+use raio_transport::transport::Bulk;
+use rustix::fs::{CWD, FileType, Mode};
+use tempfile::TempDir;
+
+use crate::common::{Client, Server, Variant, each};
+
+const RW: u32 = OPEN_READ | OPEN_WRITE;
+const NEW: u32 = RW | OPEN_CREATE;
+
+/// A server with these `[export.NAME]` tables.
+fn serve(tables: &str) -> Server {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let config = directory.path().join("raio.toml");
+    std::fs::write(&config, tables).unwrap();
+    let mut process = Process::new(env!("CARGO_BIN_EXE_raio_server"));
+    process.args(["--listen", "tcp://127.0.0.1:0", "--config"]).arg(config);
+    Server::spawn(process, directory)
+}
+
+fn temporary() -> TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn needs_root(what: &str) -> bool {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root {
+        eprintln!("SKIPPED: {what} needs root");
+    }
+    is_root
+}
+
+fn run(program: &str, arguments: &[&str]) -> String {
+    let output = Process::new(program).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// A loop device, detached when it is dropped.
+struct LoopDevice {
+    path: PathBuf,
+    _directory: TempDir,
+}
+
+impl LoopDevice {
+    fn new(bytes: u64) -> Self {
+        let directory = temporary();
+        let image = directory.path().join("image");
+        File::create(&image).unwrap().set_len(bytes).unwrap();
+        let path = run("losetup", &["--find", "--show", image.to_str().unwrap()]).into();
+        Self { path, _directory: directory }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Process::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// A mount, undone when it is dropped.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(arguments: &[&str], at: &Path) -> Self {
+        run("mount", &[arguments, &[at.to_str().unwrap()]].concat());
+        Self(at.into())
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Process::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// The error message of an open that fails.
+fn why(client: &mut Client, path: &str, flags: u32) -> (i32, String) {
+    let reply = client.call(&Command::Open { flags, mode: 0o644, path: path.as_bytes() }, Bulk::None);
+    (reply.status.errno, String::from_utf8_lossy(&reply.body).into_owned())
+}
+
+fn zero(client: &mut Client, file: FileHandle, offset: u64, length: u64) -> Result<u64, i32> {
+    client.do_it(&Command::WriteZeroes { file, offset, length })
+}
+
+#[test]
+fn a_local_writer_on_a_fifo_is_not_released_by_clients() {
+    each(|variant| {
+        let server = Server::start(variant, &[]);
+        let fifo = server.path("fifo");
+        rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let writer = std::thread::spawn({
+            let fifo = fifo.clone();
+            move || File::options().write(true).open(fifo).unwrap().write_all(b"for the reader").unwrap()
+        });
+        let mut client = server.client();
+        for flags in [OPEN_READ, OPEN_WRITE, RW, NEW, NEW | OPEN_TRUNCATE, RW | OPEN_NOFOLLOW] {
+            assert_eq!(client.open("/d/fifo", flags), Err(libc::ENODEV), "{flags:#x}");
+        }
+        assert_eq!(client.open("/d/fifo", NEW | OPEN_EXCLUSIVE), Err(libc::EEXIST));
+        let mut message = String::new();
+        File::open(&fifo).unwrap().read_to_string(&mut message).unwrap();
+        assert_eq!(message, "for the reader");
+        writer.join().unwrap();
+    });
+}
+
+#[test]
+fn creation_does_what_open_2_does() {
+    each(|variant| {
+        let server = Server::start(variant, &[]);
+        let mut client = server.client();
+        std::fs::create_dir(server.path("directory")).unwrap();
+        std::fs::write(server.path("old"), "old").unwrap();
+        symlink("old", server.path("to-old")).unwrap();
+        symlink("directory/made", server.path("dangling")).unwrap();
+        symlink("../made-above", server.path("directory/up")).unwrap();
+        symlink("nowhere/made", server.path("lost")).unwrap();
+        symlink("../outside", server.path("out")).unwrap();
+        symlink("/tmp/outside", server.path("absolute")).unwrap();
+        symlink("loop", server.path("loop")).unwrap();
+        for (path, flags, expected) in [
+            ("/d/old", NEW | OPEN_EXCLUSIVE, Err(libc::EEXIST)),
+            ("/d/to-old", NEW | OPEN_EXCLUSIVE, Err(libc::EEXIST)),
+            ("/d/to-old", NEW | OPEN_NOFOLLOW, Err(libc::ELOOP)),
+            ("/d/dangling", NEW | OPEN_EXCLUSIVE, Err(libc::EEXIST)),
+            ("/d/dangling", NEW | OPEN_NOFOLLOW, Err(libc::ELOOP)),
+            ("/d/dangling", RW, Err(libc::ENOENT)),
+            ("/d/lost", NEW, Err(libc::ENOENT)),
+            ("/d/out", NEW, Err(libc::EXDEV)),
+            ("/d/absolute", NEW, Err(libc::EXDEV)),
+            ("/d/loop", NEW, Err(libc::ELOOP)),
+            ("/d/directory", NEW, Err(libc::EISDIR)),
+            ("/d/new/", NEW, Err(libc::EISDIR)),
+            ("/d/old/", NEW, Err(libc::ENOTDIR)),
+            ("/d/none/new", NEW, Err(libc::ENOENT)),
+            ("/d/to-old", NEW, Ok(3)),
+            ("/d/dangling", NEW, Ok(0)),
+            ("/d/directory/up", NEW, Ok(0)),
+            ("/d/new", NEW | OPEN_EXCLUSIVE, Ok(0)),
+            ("/d/to-old", NEW | OPEN_TRUNCATE, Ok(0)),
+        ] {
+            let result = client.open_as(path, flags, 0o640).map(|(_, status)| status.size.get());
+            assert_eq!(result, expected, "{path} {flags:#x}");
+        }
+        for made in ["directory/made", "made-above", "new"] {
+            assert_eq!(server.path(made).metadata().unwrap().permissions().mode() & 0o777, 0o640, "{made}");
+        }
+        assert!(!server.directory.path().with_file_name("outside").exists());
+        assert!(why(&mut client, "/d/absolute", OPEN_READ).1.contains("absolute symbolic link"));
+    });
+}
+
+#[test]
+fn an_open_waits_for_the_holder_of_a_lease() {
+    let holder = "import fcntl, os, signal, sys\n\
+                  fd = os.open(sys.argv[1], os.O_RDWR)\n\
+                  signal.signal(signal.SIGIO, lambda *_: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK))\n\
+                  fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                  print('held', flush=True)\n\
+                  sys.stdin.read()\n";
+    each(|variant| {
+        let server = Server::start(variant, &[]);
+        std::fs::write(server.path("leased"), "leased").unwrap();
+        for flags in [OPEN_READ, RW | OPEN_TRUNCATE] {
+            let mut python = Process::new("python3");
+            python.args(["-c", holder]).arg(server.path("leased"));
+            let mut python: Child =
+                python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
+            let mut line = String::new();
+            BufReader::new(python.stdout.take().unwrap()).read_line(&mut line).unwrap();
+            assert_eq!(line, "held\n");
+            let opened = server.client().open("/d/leased", flags);
+            drop(python.stdin.take());
+            python.wait().unwrap();
+            assert!(opened.is_ok(), "{opened:?}");
+        }
+    });
+}
+
+#[test]
+fn the_state_of_processes_is_not_served_though_it_lies_beneath_an_export() {
+    let server = serve(
+        "[export.root]\npath = '/'\naccess = 'rw'\n\
+         [export.all]\npath = '/'\naccess = 'rw'\ncross-mounts = true\n\
+         [export.proc]\npath = '/proc'\naccess = 'rw'\n",
+    );
+    let mut client = server.client();
+    let pid = server.child.id();
+    for export in ["root/proc", "all/proc", "proc"] {
+        for file in ["mem", "environ", "maps"] {
+            for process in ["self", &pid.to_string()] {
+                let path = format!("/{export}/{process}/{file}");
+                for flags in [OPEN_READ, RW, NEW] {
+                    assert_eq!(client.open(&path, flags), Err(libc::EXDEV), "{path}");
+                }
+            }
+        }
+    }
+    for path in ["/root/sys/kernel/mm/transparent_hugepage/enabled", "/all/sys/kernel/uevent_seqnum"] {
+        assert_eq!(client.open(path, OPEN_READ), Err(libc::EXDEV), "{path}");
+    }
+    assert_eq!(client.open("/all/dev/zero", OPEN_READ), Err(libc::ENODEV));
+}
+
+#[test]
+fn mounts_beneath_an_export_are_crossed_only_if_that_is_asked_for() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let directory = temporary();
+    let beneath = directory.path().join("beneath");
+    std::fs::create_dir(&beneath).unwrap();
+    let _mount = Mount::new(&["-t", "tmpfs", "none"], &beneath);
+    std::fs::write(beneath.join("file"), "x").unwrap();
+    let path = directory.path().display();
+    let server = serve(&format!(
+        "[export.in]\npath = '{path}'\naccess = 'rw'\n\
+         [export.over]\npath = '{path}'\naccess = 'rw'\ncross-mounts = true\n"
+    ));
+    let mut client = server.client();
+    for (file, flags) in [("file", OPEN_READ), ("new", NEW), ("new", NEW | OPEN_EXCLUSIVE)] {
+        let (errno, text) = why(&mut client, &format!("/in/beneath/{file}"), flags);
+        assert!(errno == libc::EXDEV && text.contains("cross-mounts"), "{errno}: {text}");
+    }
+    assert!(!beneath.join("new").exists());
+    assert!(client.open("/over/beneath/file", RW).is_ok());
+    assert!(client.open("/over/beneath/new", NEW).is_ok());
+}
+
+#[test]
+fn a_device_export_never_becomes_a_file() {
+    if !needs_root("a loop device") {
+        return;
+    }
+    let device = LoopDevice::new(1 << 20);
+    let directory = temporary();
+    let node = directory.path().join("disk");
+    let make = || {
+        let number = device.path.metadata().unwrap().rdev();
+        rustix::fs::mknodat(CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number).unwrap();
+    };
+    make();
+    symlink("disk", directory.path().join("by-id")).unwrap();
+    let path = directory.path().display();
+    let server = serve(&format!(
+        "[export.disk]\npath = '{path}/disk'\naccess = 'rw'\n\
+         [export.link]\npath = '{path}/by-id'\naccess = 'rw'\n\
+         [export.no]\npath = '{path}'\naccess = 'rw'\n\
+         [export.yes]\npath = '{path}'\naccess = 'rw'\ndevices = true\n"
+    ));
+    let mut client = server.client();
+    let all = ["/disk", "/link", "/yes/disk"];
+    for path in all {
+        let (file, status) = client.open_as(path, NEW | OPEN_TRUNCATE, 0o644).unwrap();
+        assert_eq!(status.size.get(), 1 << 20, "{path}");
+        client.close(file).unwrap();
+        assert_eq!(client.open(path, NEW | OPEN_EXCLUSIVE), Err(libc::EEXIST), "{path}");
+    }
+    let (errno, text) = why(&mut client, "/no/disk", OPEN_READ);
+    assert!(errno == libc::ENODEV && text.contains("devices"), "{text}");
+    std::fs::remove_file(&node).unwrap();
+    for path in ["/disk", "/link"] {
+        for flags in [OPEN_READ, RW, NEW, NEW | OPEN_TRUNCATE, NEW | OPEN_EXCLUSIVE] {
+            assert_eq!(client.open(path, flags), Err(libc::ENXIO), "{path} {flags:#x}");
+        }
+    }
+    assert!(!node.exists());
+    // Something else in its place.
+    std::fs::write(&node, "a file").unwrap();
+    for path in ["/disk", "/link"] {
+        assert_eq!(client.open(path, NEW | OPEN_TRUNCATE), Err(libc::ENXIO), "{path}");
+    }
+    assert_eq!(std::fs::read(&node).unwrap(), b"a file");
+    std::fs::remove_file(&node).unwrap();
+    make();
+    for path in all {
+        assert!(client.open(path, RW).is_ok(), "{path}");
+    }
+}
+
+#[test]
+fn a_file_export_whose_target_changes_its_type_is_not_served() {
+    let directory = temporary();
+    let image = directory.path().join("image");
+    std::fs::write(&image, "image").unwrap();
+    std::fs::write(directory.path().join("other"), "other").unwrap();
+    let server = Server::start(Variant::Uring, &["--export", &format!("i={},rw", image.display())]);
+    let mut client = server.client();
+    std::fs::remove_file(&image).unwrap();
+    assert_eq!(client.open("/i", RW), Err(libc::ENOENT));
+    symlink("other", &image).unwrap();
+    assert_eq!(client.open("/i", NEW | OPEN_TRUNCATE), Err(libc::ELOOP));
+    std::fs::remove_file(&image).unwrap();
+    std::fs::create_dir(&image).unwrap();
+    assert_eq!(client.open("/i", NEW), Err(libc::EISDIR));
+    std::fs::remove_dir(&image).unwrap();
+    rustix::fs::mknodat(CWD, &image, FileType::Fifo, Mode::RUSR, 0).unwrap();
+    assert_eq!(client.open("/i", OPEN_READ), Err(libc::ENODEV));
+    assert_eq!(std::fs::read(directory.path().join("other")).unwrap(), b"other");
+    std::fs::remove_file(&image).unwrap();
+    assert!(client.open("/i", NEW).is_ok());
+    assert!(image.is_file());
+}
+
+#[test]
+fn a_changed_root_is_noticed_and_a_recreated_one_works() {
+    let directory = temporary();
+    let root = directory.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("f"), "first").unwrap();
+    let server = Server::start(Variant::Uring, &["--export", &format!("r={},rw", root.display())]);
+    let mut client = server.client();
+    let mut content = |expected: &[u8]| {
+        let file = client.open("/r/f", OPEN_READ).unwrap();
+        assert_eq!(client.read(file, 0, 100).unwrap(), expected);
+    };
+    content(b"first");
+    assert!(!server.log().contains("another directory"));
+    std::fs::remove_dir_all(&root).unwrap();
+    assert_eq!(server.client().open("/r/f", NEW), Err(libc::ENOENT));
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("f"), "second").unwrap();
+    content(b"second");
+    assert_eq!(server.log().matches("another directory").count(), 1, "{}", server.log());
+    if needs_root("mounting") {
+        let mount = Mount::new(&["-t", "tmpfs", "none"], &root);
+        std::fs::write(root.join("f"), "mounted").unwrap();
+        content(b"mounted");
+        assert_eq!(server.log().matches("another directory").count(), 2, "{}", server.log());
+        drop(mount);
+        content(b"second");
+    }
+}
+
+#[test]
+fn an_export_of_a_mount_point_is_served_only_while_something_is_mounted() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let directory = temporary();
+    let root = directory.path().join("root");
+    std::fs::create_dir(&root).unwrap();
+    std::fs::write(root.join("f"), "below").unwrap();
+    let path = root.display();
+    let server = serve(&format!("[export.m]\npath = '{path}'\naccess = 'rw'\nmountpoint = true\n"));
+    let mut client = server.client();
+    for _ in 0..2 {
+        for flags in [OPEN_READ, NEW] {
+            let (errno, text) = why(&mut client, "/m/f", flags);
+            assert!(errno == libc::ENXIO && text.contains("mount"), "{errno}: {text}");
+        }
+        let mount = Mount::new(&["-t", "tmpfs", "none"], &root);
+        let file = client.open("/m/f", NEW).unwrap();
+        assert_eq!(client.write(file, 0, b"above"), Ok(5));
+        client.close(file).unwrap();
+        drop(mount);
+    }
+    assert_eq!(std::fs::read(root.join("f")).unwrap(), b"below");
+    // A directory bound to itself is a mount point too.
+    let _mount = Mount::new(&["--bind", root.to_str().unwrap()], &root);
+    assert!(client.open("/m/f", OPEN_READ).is_ok());
+}
+
+#[test]
+fn files_do_not_grow_beyond_what_the_configuration_says() {
+    const MIB: u64 = 1 << 20;
+    let directory = temporary();
+    let path = |name: &str| directory.path().join(name);
+    for name in ["fixed", "grows", "old"] {
+        std::fs::write(path(name), vec![1; MIB as usize]).unwrap();
+    }
+    let d = directory.path().display();
+    let server = serve(&format!(
+        "[export.fixed]\npath = '{d}/fixed'\naccess = 'rw'\n\
+         [export.grows]\npath = '{d}/grows'\naccess = 'rw'\ngrow = true\n\
+         [export.d]\npath = '{d}'\naccess = 'rw'\nmax-file-size = 524288\n"
+    ));
+    let mut client = server.client();
+    let fixed = client.open("/fixed", RW).unwrap();
+    assert_eq!(client.write(fixed, MIB - 1, b"x"), Ok(1));
+    assert_eq!(client.write(fixed, MIB - 1, b"xx"), Err(libc::ENOSPC));
+    assert_eq!(zero(&mut client, fixed, 0, 1 << 40), Err(libc::ENOSPC));
+    assert_eq!(zero(&mut client, fixed, MIB, 1), Err(libc::ENOSPC));
+    assert_eq!(path("fixed").metadata().unwrap().len(), MIB);
+    // Emptied, it may become as large as it was; made larger here, it may be written to its end.
+    let fixed = client.open("/fixed", NEW | OPEN_TRUNCATE).unwrap();
+    assert_eq!(client.write(fixed, MIB - 1, b"x"), Ok(1));
+    assert_eq!(client.write(fixed, MIB, b"x"), Err(libc::ENOSPC));
+    File::options().write(true).open(path("fixed")).unwrap().set_len(2 * MIB).unwrap();
+    let fixed = client.open("/fixed", RW).unwrap();
+    assert_eq!(client.write(fixed, 2 * MIB - 1, b"x"), Ok(1));
+    assert_eq!(client.write(fixed, 2 * MIB, b"x"), Err(libc::ENOSPC));
+
+    let grows = client.open("/grows", RW).unwrap();
+    assert_eq!(client.write(grows, 2 * MIB, b"x"), Ok(1));
+    assert_eq!(zero(&mut client, grows, 2 * MIB, MIB), Ok(0));
+    assert_eq!(path("grows").metadata().unwrap().len(), 3 * MIB);
+
+    let new = client.open("/d/new", NEW).unwrap();
+    assert_eq!(client.write(new, MIB / 2 - 1, b"x"), Ok(1));
+    assert_eq!(client.write(new, MIB / 2 - 1, b"xx"), Err(libc::EFBIG));
+    assert_eq!(zero(&mut client, new, 0, MIB / 2 + 1), Err(libc::EFBIG));
+    assert_eq!(path("new").metadata().unwrap().len(), MIB / 2);
+    let old = client.open("/d/old", RW).unwrap();
+    assert_eq!(client.write(old, MIB / 2, b"x"), Err(libc::EFBIG));
+}
