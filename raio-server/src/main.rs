@@ -11,6 +11,7 @@
 #![deny(unsafe_code)]
 
 mod backend;
+mod clear;
 mod client;
 mod config;
 mod export;

@@ -144,7 +144,9 @@ impl Opening {
         self.checked(name, root, base, node)?;
         let flags = self.flags() - (OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
         reopen(node, flags).map_err(|errno| match errno {
-            Errno::NOENT => self.refusal(libc::ENOSYS, "The server has no /proc (any more), by which it opens files."),
+            Errno::NOENT => {
+                self.refusal(libc::ENOSYS, "The server has no /proc (any more), by which it opens files.")
+            }
             // A device node whose driver has gone.
             Errno::NODEV => self.failed(Errno::NXIO),
             errno => self.failed(errno),

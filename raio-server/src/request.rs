@@ -16,7 +16,6 @@ use raio_transport::memory::Slot;
 use raio_transport::message;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
-use rustix::fs::FallocateFlags;
 use zerocopy::IntoBytes;
 
 use crate::backend::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
@@ -84,9 +83,9 @@ pub enum Work {
     /// See [`raio_transport::protocol::Opcode::Fsync`].
     Fsync(Rc<WorkerFile>, bool),
     /// See [`raio_transport::protocol::Opcode::Discard`].
-    Discard(Rc<WorkerFile>, Range),
+    Discard(Rc<WorkerFile>, Pieces),
     /// See [`raio_transport::protocol::Opcode::WriteZeroes`].
-    Zero(Rc<WorkerFile>, Zero),
+    Zero(Rc<WorkerFile>, Pieces),
     /// See [`raio_transport::protocol::Opcode::Stat`].
     Stat(Rc<WorkerFile>),
     /// See [`raio_transport::protocol::Opcode::Open`].
@@ -203,38 +202,48 @@ impl Write {
     }
 }
 
-/// Writing zeros. File systems that cannot (tmpfs) punch a hole instead, which is the same within the file's size.
+/// A discard or write zeroes, done in pieces.
 #[derive(Clone, Copy, Debug)]
-pub struct Zero {
+pub struct Pieces {
     range: Range,
-    attempt: ZeroAttempt,
+    done: u64,
+    /// No further piece is begun.
+    is_stopped: bool,
+    /// Why it has failed: what a part of it has allocated is given back.
+    failure: Option<i32>,
 }
 
-/// The file keeps its size.
-const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-
-#[derive(Clone, Copy, Debug)]
-enum ZeroAttempt {
-    ZeroRange,
-    /// How large is the file?
-    Stat,
-    PunchHole,
-}
-
-impl Zero {
+impl Pieces {
     /// Of the whole range.
     pub fn new(range: Range) -> Self {
-        Self { range, attempt: ZeroAttempt::ZeroRange }
+        Self { range, done: 0, is_stopped: false, failure: None }
     }
 
-    fn next(&self) -> Operation {
-        let Range { offset, length } = self.range;
-        match self.attempt {
-            ZeroAttempt::ZeroRange => {
-                Operation::Fallocate { how: FallocateFlags::ZERO_RANGE, offset, length }
-            }
-            ZeroAttempt::Stat => Operation::Stat,
-            ZeroAttempt::PunchHole => Operation::Fallocate { how: PUNCH_HOLE, offset, length },
+    /// What is left to do.
+    fn rest(&self) -> Range {
+        Range { offset: self.range.offset + self.done, length: self.range.length - self.done }
+    }
+
+    fn discard(&self) -> Operation {
+        let Range { offset, length } = self.rest();
+        Operation::Discard { offset, length }
+    }
+
+    fn zero(&self) -> Operation {
+        let Range { offset, length } = self.rest();
+        Operation::WriteZeroes { offset, length }
+    }
+
+    /// Takes in that a piece has ended. Whether there is more to do.
+    fn advance(&mut self, result: Result<u32, i32>, outcome: &Outcome) -> Result<bool, i32> {
+        result?;
+        if let Outcome::Cleared(done) = outcome {
+            self.done += done;
+        }
+        match self.rest().length {
+            0 => Ok(false),
+            _ if self.is_stopped => Err(libc::ECANCELED),
+            _ => Ok(true),
         }
     }
 }
@@ -295,12 +304,17 @@ impl Work {
             (Self::Read(_, read), Some(slot)) => read.next(slot),
             (Self::Write(_, write), Some(slot)) => write.next(slot),
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
-            (Self::Discard(_, Range { offset, length }), None) => {
-                Operation::Fallocate { how: PUNCH_HOLE, offset: *offset, length: *length }
-            }
-            (Self::Zero(_, zero), None) => zero.next(),
+            (Self::Discard(_, pieces), None) => pieces.discard(),
+            (Self::Zero(_, pieces), None) => pieces.zero(),
             (Self::Stat(_), None) => Operation::Stat,
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
+        }
+    }
+
+    /// Has it end early if it is done in pieces: nobody wants it any more.
+    pub fn stop(&mut self) {
+        if let Self::Discard(_, pieces) | Self::Zero(_, pieces) = self {
+            pieces.is_stopped = true;
         }
     }
 
@@ -341,26 +355,34 @@ impl Work {
             {
                 Step::Done(data(read.answer(range.slot)))
             }
-            (Self::Zero(_, zero), result, outcome) => match (zero.attempt, result, outcome) {
-                (ZeroAttempt::ZeroRange, Err(libc::EOPNOTSUPP), _) => {
-                    zero.attempt = ZeroAttempt::Stat;
-                    Step::Again(zero.next())
-                }
-                (ZeroAttempt::Stat, Ok(_), Outcome::Stat(info)) => {
-                    if zero.range.end() > info.status.size.get() {
-                        return Step::Done(failure(
-                            Status::storage(libc::EOPNOTSUPP),
-                            "This file system cannot write zeros beyond the end of a file. Write them as data.",
-                        ));
+            (Self::Zero(_, pieces), result, outcome) if pieces.failure.is_some() => {
+                // Beyond the end nothing has changed.
+                let done = match (result, outcome) {
+                    (Ok(_), Outcome::Stat(info)) => {
+                        info.status.size.get().saturating_sub(pieces.range.offset).min(pieces.done)
                     }
-                    zero.attempt = ZeroAttempt::PunchHole;
-                    Step::Again(zero.next())
+                    _ => pieces.done,
+                };
+                Step::Done(failure_after(done, "Writing zeros", pieces.failure.unwrap_or(libc::EIO)))
+            }
+            (Self::Zero(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
+                Ok(true) => Step::Again(pieces.zero()),
+                Ok(false) => Step::Done(success(0)),
+                Err(libc::ECANCELED) if pieces.done == 0 => {
+                    Step::Done(failure_after(0, "Writing zeros", libc::ECANCELED))
                 }
-                (_, Ok(_), _) => Step::Done(success(0)),
-                (_, Err(errno), _) => Step::Done(storage_failure("Writing zeros", errno)),
+                Err(errno) => {
+                    pieces.failure = Some(errno);
+                    Step::Again(Operation::Trim)
+                }
+            },
+            (Self::Discard(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
+                Ok(true) => Step::Again(pieces.discard()),
+                Ok(false) => Step::Done(success(0)),
+                Err(errno) => Step::Done(failure_after(pieces.done, "Discarding", errno)),
             },
             (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
-            (Self::Fsync(..) | Self::Discard(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
+            (Self::Fsync(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
             (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
             (work, Ok(n), outcome) => unreachable!("{work:?} ended with {n} and {outcome:?}"),
         }
@@ -437,6 +459,13 @@ pub fn failure(status: Status, text: &str) -> Response {
 pub fn storage_failure(what: &str, errno: i32) -> Response {
     let error = std::io::Error::from_raw_os_error(errno);
     failure(Status::storage(errno), &format!("{what} failed on the server: {error}."))
+}
+
+/// The answer to what failed when a part of it was done: the result is that part's length.
+fn failure_after(done: u64, what: &str, errno: i32) -> Response {
+    let error = std::io::Error::from_raw_os_error(errno);
+    let text = format!("{what} failed on the server after {done} bytes: {error}.");
+    Response { result: done, ..failure(Status::storage(errno), &text) }
 }
 
 #[cfg(test)]
@@ -569,26 +598,44 @@ mod tests {
     }
 
     #[test]
-    fn zeros_become_a_hole_where_the_file_system_knows_only_that_and_only_within_the_file() {
-        for (size, status) in [(200, Status::OK), (199, Status::storage(libc::EOPNOTSUPP))] {
-            let mut work = Work::Zero(file(), Zero::new(range(100, 100)));
-            let Operation::Fallocate { how: FallocateFlags::ZERO_RANGE, offset: 100, length: 100 } =
-                work.first(None)
-            else {
-                panic!("it begins otherwise")
+    fn a_range_is_zeroed_piece_by_piece() {
+        let mut work = Work::Zero(file(), Pieces::new(range(100, 1000)));
+        let Operation::WriteZeroes { offset: 100, length: 1000 } = work.first(None) else {
+            panic!("it begins otherwise")
+        };
+        let step = work.completed(completion(Ok(0), Outcome::Cleared(300)));
+        let Step::Again(Operation::WriteZeroes { offset: 400, length: 700 }) = step else {
+            panic!("{step:?}")
+        };
+        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Cleared(700))) else {
+            panic!("it goes on")
+        };
+        assert_eq!((response.status, response.result), (Status::OK, 0));
+    }
+
+    #[test]
+    fn zeroing_that_fails_or_is_stopped_gives_back_and_tells_how_far_the_file_was_zeroed() {
+        for is_stopped in [false, true] {
+            let mut work = Work::Zero(file(), Pieces::new(range(100, 1 << 40)));
+            work.first(None);
+            let mut ended = || {
+                if is_stopped {
+                    work.stop();
+                    return work.completed(completion(Ok(0), Outcome::Cleared(500)));
+                }
+                work.completed(completion(Ok(0), Outcome::Cleared(500)));
+                work.completed(completion(Err(libc::ENOSPC), Outcome::None))
             };
-            let step = work.completed(completion(Err(libc::EOPNOTSUPP), Outcome::None));
-            assert!(matches!(step, Step::Again(Operation::Stat)), "{step:?}");
+            let step = ended();
+            assert!(matches!(step, Step::Again(Operation::Trim)), "{step:?}");
             let mut info = FileInfo { status: Default::default(), direct_align: None };
-            info.status.size = size.into();
-            let mut step = work.completed(completion(Ok(0), Outcome::Stat(Box::new(info))));
-            if status.is_ok() {
-                let expected = Operation::Fallocate { how: PUNCH_HOLE, offset: 100, length: 100 };
-                assert_eq!(format!("{step:?}"), format!("{:?}", Step::Again(expected)));
-                step = work.completed(completion(Ok(0), Outcome::None));
-            }
-            let Step::Done(response) = step else { panic!("{step:?}") };
-            assert_eq!(response.status, status);
+            info.status.size = 300.into();
+            let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Stat(Box::new(info))))
+            else {
+                panic!("it goes on")
+            };
+            let errno = if is_stopped { libc::ECANCELED } else { libc::ENOSPC };
+            assert_eq!((response.status.errno, response.result), (errno, 200));
         }
     }
 

@@ -10,7 +10,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, Completion, Descriptor, FileInfo, NOBODY, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
-use crate::pool;
+use crate::{clear, pool};
 
 /// One or several operations that a thread carries out one after another. Their completions come together.
 #[derive(Debug)]
@@ -130,6 +130,14 @@ impl pool::Job for Job {
 impl Operation {
     fn run(self, fd: &Descriptor) -> (Result<u32, i32>, Outcome) {
         let nothing = |result: Result<(), Errno>| (result.map(|()| 0), Outcome::None);
+        let status = |result: Result<FileInfo, Errno>| match result {
+            Ok(info) => (Ok(0), Outcome::Stat(Box::new(info))),
+            Err(errno) => (Err(errno), Outcome::None),
+        };
+        let cleared = |result: Result<u64, Errno>| match result {
+            Ok(done) => (Ok(0), Outcome::Cleared(done)),
+            Err(errno) => (Err(errno), Outcome::None),
+        };
         let (result, outcome) = match self {
             Self::Read { mut target, offset } => {
                 let bytes = target.bytes_mut();
@@ -143,13 +151,10 @@ impl Operation {
             }
             Self::Fsync { data_only: true } => nothing(retry_on_intr(|| rustix::fs::fdatasync(fd))),
             Self::Fsync { data_only: false } => nothing(retry_on_intr(|| rustix::fs::fsync(fd))),
-            Self::Fallocate { how, offset, length } => {
-                nothing(retry_on_intr(|| rustix::fs::fallocate(fd, how, offset, length)))
-            }
-            Self::Stat => match stat(fd) {
-                Ok(info) => (Ok(0), Outcome::Stat(Box::new(info))),
-                Err(error) => (Err(error), Outcome::None),
-            },
+            Self::Discard { offset, length } => cleared(clear::discard(fd, offset, length)),
+            Self::WriteZeroes { offset, length } => cleared(clear::write_zeroes(fd, offset, length)),
+            Self::Trim => status(clear::trim(fd)),
+            Self::Stat => status(stat(fd)),
         };
         (result.map_err(Errno::raw_os_error), outcome)
     }

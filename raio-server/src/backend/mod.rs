@@ -14,7 +14,6 @@ use std::sync::{Arc, Weak};
 use raio_transport::protocol::FileStatus;
 use raio_transport::reactor::{Event, OpId, Reactor, Sender};
 use raio_transport::transport::SlotRange;
-use rustix::fs::FallocateFlags;
 
 use crate::client::Client;
 use crate::export::Refusal;
@@ -47,7 +46,7 @@ const DATA_WIDTH: usize = 16;
 pub struct Lanes {
     /// For open, stat and close.
     pub control: Lane,
-    /// For fsync and fallocate.
+    /// For fsync, discard and write zeroes.
     pub flush: Lane,
     /// For reads and writes.
     pub data: Lane,
@@ -82,15 +81,22 @@ pub enum Operation {
         /// fdatasync.
         data_only: bool,
     },
-    /// fallocate(2).
-    Fallocate {
-        /// How.
-        how: FallocateFlags,
+    /// [`crate::clear::discard`].
+    Discard {
         /// Offset in the file.
         offset: u64,
         /// Length.
         length: u64,
     },
+    /// [`crate::clear::write_zeroes`].
+    WriteZeroes {
+        /// Offset in the file.
+        offset: u64,
+        /// Length.
+        length: u64,
+    },
+    /// [`crate::clear::trim`]: the outcome is the status.
+    Trim,
     /// statx(2), and the size of a block device.
     Stat,
 }
@@ -104,6 +110,8 @@ pub enum Outcome {
     Slot(SlotRange),
     /// The same, of one that would have had to wait: it is to be submitted with [`Backend::submit_blocking`].
     WouldBlock(SlotRange),
+    /// How many bytes, from its start, a discard or write zeroes has done.
+    Cleared(u64),
     /// What an open came to.
     Opened(Result<Box<Opened>, Refusal>),
     /// The status that was asked for.

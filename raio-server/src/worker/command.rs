@@ -14,7 +14,7 @@ use super::Worker;
 use crate::backend::FileInfo;
 use crate::export::{Refusal, Target};
 use crate::open::{Opened, Opening};
-use crate::request::{Range, Read, Work, WorkerFile, Write, Zero, failure, status_of, success};
+use crate::request::{Pieces, Range, Read, Work, WorkerFile, Write, failure, status_of, success};
 use crate::session::{Access, OpenFile, SizeLimit};
 
 /// What becomes of a command at first.
@@ -60,12 +60,12 @@ impl Worker {
             }
             Command::Discard { file, offset, length } => {
                 self.on_range(connection, file, offset, length, |file, range| {
-                    Ok(Work::Discard(writable(file)?, range))
+                    Ok(Work::Discard(writable(file)?, Pieces::new(range)))
                 })
             }
             Command::WriteZeroes { file, offset, length } => {
                 self.on_range(connection, file, offset, length, |file, range| {
-                    Ok(Work::Zero(within_size(writable(file)?, range)?, Zero::new(range)))
+                    Ok(Work::Zero(within_size(writable(file)?, range)?, Pieces::new(range)))
                 })
             }
         };

@@ -296,6 +296,9 @@ impl Worker {
         if let Outcome::Opened(result) = completion.outcome {
             return self.open_ended(key, result);
         }
+        if request.is_cancelled || request.connection.is_none() {
+            request.work.stop();
+        }
         match request.work.completed(completion) {
             Step::Done(response) => self.ended(key, response),
             Step::Again(_) if !self.has_client(key) => self.ended(key, cancelled()),

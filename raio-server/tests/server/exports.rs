@@ -2,18 +2,20 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
+use std::time::Instant;
 
 use raio_transport::protocol::{
-    Command, FileHandle, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE, OPEN_WRITE,
+    Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE,
+    OPEN_WRITE,
 };
 use raio_transport::transport::Bulk;
 use rustix::fs::{CWD, FileType, Mode};
 use tempfile::TempDir;
 
-use crate::common::{Client, Server, Variant, each};
+use crate::common::{Client, Server, TIMEOUT, Variant, each};
 
 const RW: u32 = OPEN_READ | OPEN_WRITE;
 const NEW: u32 = RW | OPEN_CREATE;
@@ -75,6 +77,13 @@ impl Mount {
     fn new(arguments: &[&str], at: &Path) -> Self {
         run("mount", &[arguments, &[at.to_str().unwrap()]].concat());
         Self(at.into())
+    }
+
+    /// Of a new file system.
+    fn of(device: &LoopDevice, kind: &str, at: &Path) -> Self {
+        let device = device.path.to_str().unwrap();
+        run(&format!("mkfs.{kind}"), &["-q", "-F", device]);
+        Self::new(&["-t", kind, device], at)
     }
 }
 
@@ -415,4 +424,107 @@ fn files_do_not_grow_beyond_what_the_configuration_says() {
     assert_eq!(path("new").metadata().unwrap().len(), MIB / 2);
     let old = client.open("/d/old", RW).unwrap();
     assert_eq!(client.write(old, MIB / 2, b"x"), Err(libc::EFBIG));
+}
+
+/// Zeroes odd and even ranges of a file that has 200,000 bytes of `0xaa`, as a client and in a model, and compares.
+fn zeroes_like_the_model(client: &mut Client, open: &str, flags: u32, local: &Path, may_grow: bool) {
+    let mut model = vec![0xaa; 200_000];
+    File::options().write(true).open(local).unwrap().write_all_at(&model, 0).unwrap();
+    let file = client.open(open, flags).unwrap();
+    let mut ranges = vec![(0, 1), (4095, 2), (8192, 4096), (10_000, 512), (20_000, 100_001), (199_999, 1)];
+    if may_grow {
+        ranges.extend([(199_000, 2_000), (300_000, 5), (310_000, 70_000)]);
+    }
+    for (offset, length) in ranges {
+        assert_eq!(zero(client, file, offset, length), Ok(0), "{open} {flags:#x}: {offset} {length}");
+        let (start, end) = (offset as usize, (offset + length) as usize);
+        model.resize(model.len().max(end), 0);
+        model[start..end].fill(0);
+    }
+    assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
+    let mut found = vec![1; model.len()];
+    let size = client.status(file).unwrap().size.get();
+    assert!(!may_grow || size == model.len() as u64, "{open}: {size}");
+    File::open(local).unwrap().read_exact_at(&mut found, 0).unwrap();
+    assert!(found == model, "{open} {flags:#x}");
+    client.close(file).unwrap();
+}
+
+#[test]
+fn zeroed_ranges_read_as_zeros_whatever_the_file_system_or_device_can() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let directory = temporary();
+    let at = |name: &str| {
+        let path = directory.path().join(name);
+        std::fs::create_dir(&path).unwrap();
+        path
+    };
+    let file_systems = ["tmpfs", "ramfs", "ext2", "ext4"].map(|name| (name, at(name)));
+    let disks = [LoopDevice::new(16 << 20), LoopDevice::new(16 << 20)];
+    let _mounts = [
+        Mount::new(&["-t", "tmpfs", "none"], &file_systems[0].1),
+        Mount::new(&["-t", "ramfs", "none"], &file_systems[1].1),
+        Mount::of(&disks[0], "ext2", &file_systems[2].1),
+        Mount::of(&disks[1], "ext4", &file_systems[3].1),
+    ];
+    let device = LoopDevice::new(1 << 20);
+    let exports: Vec<_> = file_systems
+        .iter()
+        .map(|(name, path)| (*name, path))
+        .chain([("device", &device.path)])
+        .flat_map(|(name, path)| ["--export".into(), format!("{name}={},rw", path.display())])
+        .collect();
+    let exports: Vec<_> = exports.iter().map(String::as_str).collect();
+    for variant in [Variant::Uring, Variant::Threads] {
+        let server = Server::start(variant, &exports);
+        let mut client = server.client();
+        for (name, path) in &file_systems {
+            let local = path.join("f");
+            for flags in [RW, RW | OPEN_DIRECT] {
+                let _ = std::fs::remove_file(&local);
+                std::fs::write(&local, "").unwrap();
+                if flags & OPEN_DIRECT != 0 && client.open(&format!("/{name}/f"), flags).is_err() {
+                    continue;
+                }
+                zeroes_like_the_model(&mut client, &format!("/{name}/f"), flags, &local, true);
+            }
+            let file = client.open(&format!("/{name}/f"), RW).unwrap();
+            let discarded = client.do_it(&Command::Discard { file, offset: 0, length: 1 << 50 });
+            // ext2 is ext4's driver on some kernels, and then has holes.
+            assert!(
+                discarded == Ok(0) && *name != "ramfs"
+                    || discarded == Err(libc::EOPNOTSUPP) && *name != "ext4",
+                "{name}: {discarded:?}"
+            );
+            if discarded.is_ok() {
+                assert_eq!(client.read(file, 0, 100_000).unwrap(), vec![0; 100_000], "{name}");
+            }
+            // A huge range ends soon, and what fails leaves neither a longer file nor less room.
+            let free = || rustix::fs::statvfs(path).unwrap().f_bfree;
+            let (size, before) = (local.metadata().unwrap().len(), free());
+            for (offset, length) in [(size, 40 << 20), (100, 1 << 40), (0, (1 << 62) + 1)] {
+                let started = Instant::now();
+                let reply = client.call(&Command::WriteZeroes { file, offset, length }, Bulk::None);
+                assert!(started.elapsed() < TIMEOUT / 2, "{name}: {length} took {:?}", started.elapsed());
+                if reply.status.is_ok() {
+                    assert_eq!(local.metadata().unwrap().len(), offset + length, "{name}");
+                    File::options().write(true).open(&local).unwrap().set_len(size).unwrap();
+                    continue;
+                }
+                assert!(matches!(reply.status.errno, libc::ENOSPC | libc::EFBIG), "{name}: {reply:?}");
+                assert!(reply.result <= size - offset, "{name}: {reply:?}");
+                assert_eq!(local.metadata().unwrap().len(), size, "{name} {length}");
+                // But for a few blocks of the file system's own.
+                assert!(free() + 64 >= before, "{name} {length}: {} of {before} blocks", free());
+            }
+        }
+        for flags in [RW, RW | OPEN_DIRECT] {
+            zeroes_like_the_model(&mut client, "/device", flags, &device.path, false);
+            let file = client.open("/device", flags).unwrap();
+            assert_eq!(zero(&mut client, file, (1 << 20) - 5, 6), Err(libc::ENOSPC));
+            assert_eq!(client.do_it(&Command::Discard { file, offset: 1, length: 5 }), Err(libc::EOPNOTSUPP));
+        }
+    }
 }
