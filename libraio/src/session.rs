@@ -555,6 +555,12 @@ fn open_flags(flags: i32) -> Result<u32, Error> {
             left &= !flag;
         }
     }
+    if left & libc::O_APPEND != 0 {
+        return Err(Error::call(
+            libc::EINVAL,
+            "O_APPEND is not supported: each write names its offset. raio_fstat() tells where the file ends.",
+        ));
+    }
     if left != 0 {
         return Err(Error::call(
             libc::EINVAL,
