@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fio::{assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
-use raio_e2e::Server;
+use raio_e2e::{Server, binary, needs_root};
 use rustix::process::Signal;
 use tempfile::{TempDir, tempdir};
 
@@ -264,6 +264,42 @@ fn fio_waits_one_timeout_for_a_server_that_hangs() {
     server.signal(Signal::CONT);
     assert!(!output.status.success(), "{}", said(&output));
     assert!(waited < TIMEOUT.mul_f32(1.8), "{waited:?} until the job ended:\n{}", said(&output));
+}
+
+#[test]
+#[ignore = "long"]
+fn fio_examples_run_as_they_are_written() {
+    if !needs_root("a network namespace for the examples' port") {
+        return;
+    }
+    let directory = tempdir().expect("a directory");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let built = root.join("target/release/libraio_fio.so");
+    assert!(built.exists(), "The examples load {}. Run scripts/build-fio-engine.", built.display());
+    let mut server = Command::new("unshare");
+    server.args(["--net", "sh", "-c", "ip link set lo up && exec \"$@\"", "sh"]);
+    server.arg(binary("raio_server")).args(["--workers", "4", "--export"]);
+    let server = Server::spawn({
+        server.arg(format!("demo={},rw", directory.path().display()));
+        server
+    });
+    let mut running = Vec::new();
+    for entry in fs::read_dir(root.join("fio-engine/examples")).expect("the examples") {
+        let path = entry.expect("an example").path();
+        let text = fs::read_to_string(&path).expect("an example");
+        let line =
+            text.lines().find_map(|line| line.strip_prefix("#   ").filter(|it| it.starts_with("fio ")));
+        let line = line.unwrap_or_else(|| panic!("{} does not say how to run it", path.display()));
+        let mut shell = Command::new("nsenter");
+        shell.args(["--net", "--target", &server.pid().to_string(), "sh", "-c", line]).current_dir(&root);
+        let shell = shell.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("nsenter");
+        running.push((line.to_owned(), shell));
+    }
+    assert!(!running.is_empty());
+    for (line, fio) in running {
+        let output = fio.wait_with_output().expect("fio");
+        assert!(output.status.success(), "{line}: {}", said(&output));
+    }
 }
 
 #[test]
