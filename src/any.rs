@@ -196,7 +196,8 @@ impl Server {
                     self.tcp.answer_exchange(reactor, stream, Ok(&ours));
                 }
                 Err(error) => {
-                    tracing::info!("{} stays on TCP: {error}.", exchange.peer.name);
+                    let client = exchange.remote.map(tracing::field::display);
+                    tracing::info!(client, name = exchange.peer.name, "A client stays on TCP: {error}.");
                     let status = Status { errno: error.errno(), class: Class::Transport, retryable: false };
                     self.tcp.answer_exchange(reactor, stream, Err((status, &format!("{error}."))));
                 }

@@ -7,8 +7,9 @@ use anyhow::bail;
 use raio_transport::address::Scheme;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::{rdma, tcp};
+use rustix::net::getpeername;
 
-use crate::throttle::Throttle;
+use crate::log;
 use crate::worker::RawConnection;
 
 /// After a failed accept (most often: no descriptors left).
@@ -23,7 +24,6 @@ const BIND_RETRY: Duration = Duration::from_millis(20);
 pub struct Listener {
     owner: u8,
     sockets: Vec<Socket>,
-    warnings: Throttle,
 }
 
 #[derive(Debug)]
@@ -42,7 +42,7 @@ impl Listener {
         owner: u8,
         addresses: &[(Scheme, SocketAddr)],
     ) -> anyhow::Result<Self> {
-        let mut this = Self { owner, sockets: Vec::new(), warnings: Throttle::new() };
+        let mut this = Self { owner, sockets: Vec::new() };
         for &(scheme, address) in addresses {
             let (fd, address, rdma) = if scheme == Scheme::Rdma {
                 let listener = when_free(|| rdma::Listener::bind(address))?;
@@ -87,14 +87,15 @@ impl Listener {
         match (event.result, event.payload) {
             (Ok(_), Payload::Fd(fd)) => {
                 self.accept(reactor, index);
-                Some(RawConnection::Tcp(fd))
+                let peer = getpeername(&fd).ok().flatten();
+                Some(RawConnection::Tcp(fd, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))
             }
             (Ok(_), _) | (Err(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN), _) => {
                 self.accept(reactor, index);
                 None
             }
             (Err(errno), _) => {
-                if let Some(suppressed) = self.warnings.pass() {
+                if log::permit(None, "connections that cannot be accepted") {
                     let error = std::io::Error::from_raw_os_error(errno);
                     let hint = match errno {
                         libc::EMFILE | libc::ENFILE => {
@@ -102,11 +103,7 @@ impl Listener {
                         }
                         _ => "",
                     };
-                    tracing::warn!(
-                        suppressed,
-                        "Cannot accept a connection on {}: {error}.{hint}",
-                        socket.address
-                    );
+                    tracing::warn!("Cannot accept a connection on {}: {error}.{hint}", socket.address);
                 }
                 reactor.timer(Instant::now() + RETRY, event.token);
                 None

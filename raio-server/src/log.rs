@@ -4,15 +4,18 @@
 //! room in the queue, or cannot be written (a full device, a closed pipe), is lost and counted.
 
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
+
+use crate::rate_limit::{RateLimit, WINDOW};
 
 /// Lines that wait to be written, at most.
 const QUEUE_LINES: usize = 512;
@@ -24,6 +27,9 @@ const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
 static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();
 static LOST: AtomicU64 = AtomicU64::new(0);
+static RATE_LIMIT: LazyLock<Mutex<RateLimit>> = LazyLock::new(Mutex::default);
+/// How often it is seen whether the rate limit has something to report.
+const RATE_LIMIT_PERIOD: Duration = Duration::from_secs(1);
 
 enum Message {
     Line(Vec<u8>),
@@ -67,6 +73,23 @@ pub fn print(text: &str) {
     }
 }
 
+fn rate_limit() -> MutexGuard<'static, RateLimit> {
+    RATE_LIMIT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is logged later.
+pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
+    rate_limit().permit(peer, kind, Instant::now())
+}
+
+/// Logs how many lines were not permitted in the windows that are over by then.
+fn report_suppressed(now: Instant) {
+    let suppressed = rate_limit().end_windows(now);
+    for ((peer, kind), count) in suppressed {
+        tracing::warn!(client = peer.map(tracing::field::display), "{count} more lines like these: {kind}.");
+    }
+}
+
 /// Lines of the log that were lost so far.
 pub fn lost() -> u64 {
     LOST.load(Ordering::Relaxed)
@@ -74,7 +97,9 @@ pub fn lost() -> u64 {
 
 /// Waits until what is queued has been written, for a short while at most. For the end of the process.
 pub fn flush() {
-    let deadline = Instant::now() + FLUSH_TIMEOUT;
+    let now = Instant::now();
+    report_suppressed(now + WINDOW);
+    let deadline = now + FLUSH_TIMEOUT;
     for queue in [&STATISTICS, &LOG].into_iter().filter_map(OnceLock::get) {
         let (sender, done) = sync_channel(1);
         while queue.try_send(Message::Flush(sender.clone())).is_err() && Instant::now() < deadline {
@@ -130,10 +155,18 @@ fn sanitized(text: &str) -> String {
 fn write_log(lines: Receiver<Message>) {
     let stderr = io::stderr();
     let mut told = 0;
-    for message in lines {
-        let line = match message {
-            Message::Line(line) => line,
-            Message::Flush(done) => {
+    loop {
+        let next = if rate_limit().is_empty() {
+            lines.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        } else {
+            lines.recv_timeout(RATE_LIMIT_PERIOD)
+        };
+        report_suppressed(Instant::now());
+        let line = match next {
+            Ok(Message::Line(line)) => line,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Message::Flush(done)) => {
                 let _ = done.send(());
                 continue;
             }

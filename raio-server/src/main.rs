@@ -24,13 +24,13 @@ mod open;
 mod pace;
 mod pool;
 mod probe;
+mod rate_limit;
 mod request;
 mod root;
 mod server;
 mod session;
 mod size;
 mod stats;
-mod throttle;
 mod worker;
 
 use std::io::Write;

@@ -11,7 +11,7 @@ use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::throttle::Throttle;
+use crate::log;
 
 /// A thread without work ends after this long.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -139,7 +139,6 @@ impl<J: Job> Pool<J> {
 
     /// The life of the thread that starts the others.
     fn start_threads(&'static self) {
-        let mut warnings = Throttle::new();
         let mut state = self.lock();
         loop {
             while state.ready.len() <= state.idle {
@@ -153,9 +152,8 @@ impl<J: Job> Pool<J> {
             state.idle -= 1;
             let overdue = state.overdue();
             drop(state);
-            if let Some(suppressed) = warnings.pass() {
+            if log::permit(None, "threads that cannot be started") {
                 tracing::warn!(
-                    suppressed,
                     "Cannot start a thread for file operations ({error}), so some wait. Raise the limit on processes with `ulimit -u`, \
                      or TasksMax= in the unit."
                 );

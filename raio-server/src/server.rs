@@ -2,8 +2,6 @@
 //!
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
 
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -24,7 +22,6 @@ use crate::listener::Listener;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
-use crate::throttle::Throttle;
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
 use crate::{log, probe};
 
@@ -57,7 +54,6 @@ pub struct Server {
     /// Connections that had no place.
     rejected: u64,
     limits: Arc<Limits>,
-    warnings: Throttle,
     is_draining: bool,
 }
 
@@ -151,7 +147,6 @@ impl Server {
             accepted: 0,
             rejected: 0,
             limits,
-            warnings: Throttle::new(),
             is_draining: false,
         })
     }
@@ -208,18 +203,18 @@ impl Server {
     /// Hands a connection to the worker that has fewest.
     fn place(&mut self, connection: RawConnection) {
         self.accepted += 1;
-        let address = match &connection {
-            RawConnection::Tcp(socket) => peer_address(socket),
-            RawConnection::Rdma(_) => None,
-        };
-        let place = match self.limits.connect(address) {
+        let peer = connection.peer();
+        let place = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
             Ok(place) => place,
             Err(text) => {
                 self.rejected += 1;
-                if let Some(suppressed) = self.warnings.pass() {
-                    tracing::warn!(suppressed, "A connection was rejected. {text}");
+                if log::permit(peer.map(|peer| peer.ip()), "connections that were rejected") {
+                    tracing::info!(
+                        client = peer.map(tracing::field::display),
+                        "A connection was rejected. {text}"
+                    );
                 }
-                if let RawConnection::Tcp(socket) = connection {
+                if let RawConnection::Tcp(socket, _) = connection {
                     // As much as the socket takes; nobody waits for a client here.
                     let refusal = self.shared.policy.refusal(libc::EUSERS, &text);
                     let _ = rustix::net::send(&socket, &refusal, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
@@ -280,12 +275,6 @@ impl Server {
 fn start_pool() -> anyhow::Result<&'static Pool<Job>> {
     Pool::start()
         .context("Cannot start a thread for file operations. Raise the limit on processes with `ulimit -u`")
-}
-
-/// Where a connection comes from, if that is an IP address.
-fn peer_address(socket: &OwnedFd) -> Option<IpAddr> {
-    let address = SocketAddr::try_from(rustix::net::getpeername(socket).ok()??).ok()?;
-    Some(address.ip().to_canonical())
 }
 
 fn start_workers(

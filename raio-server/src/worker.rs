@@ -14,6 +14,7 @@ mod pipeline;
 mod tests;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
@@ -33,10 +34,10 @@ use crate::backend::{self, Backend, Threads, Uring};
 use crate::config::BackendKind;
 use crate::export::Exports;
 use crate::limits::Place;
+use crate::log;
 use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
-use crate::throttle::Throttle;
 use connection::{Connection, LocalSession};
 
 /// The owner numbers of the transports' operations.
@@ -77,10 +78,20 @@ pub struct Shared {
 /// A connection that was accepted, and nothing more.
 #[derive(Debug)]
 pub enum RawConnection {
-    /// A stream socket.
-    Tcp(OwnedFd),
+    /// A stream socket, and whom it leads to if that is an IP address.
+    Tcp(OwnedFd, Option<SocketAddr>),
     /// One that a client asks for.
     Rdma(rdma::Incoming),
+}
+
+impl RawConnection {
+    /// The client's address, if it is known and an IP address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(_, peer) => *peer,
+            Self::Rdma(incoming) => incoming.peer(),
+        }
+    }
 }
 
 /// What other threads tell a worker.
@@ -155,7 +166,8 @@ pub struct Worker {
     /// The last turn did something, which may have consequences that no event announces.
     is_busy: bool,
     drain: Option<Drain>,
-    warnings: Throttle,
+    /// Whom the connections are with.
+    peers: HashMap<ConnectionId, SocketAddr>,
 }
 
 /// What the server learns of a worker's start.
@@ -247,7 +259,7 @@ impl Worker {
             events: Vec::new(),
             is_busy: false,
             drain: None,
-            warnings: Throttle::new(),
+            peers: HashMap::new(),
         };
         Ok((worker, started))
     }
@@ -321,19 +333,24 @@ impl Worker {
     }
 
     fn adopt(&mut self, connection: RawConnection, place: Place) {
+        let peer = connection.peer();
         let adopted = match connection {
-            RawConnection::Tcp(stream) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
+            RawConnection::Tcp(stream, _) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
             RawConnection::Rdma(incoming) => self.transport.adopt_rdma(&mut self.reactor, incoming),
         };
-        match adopted {
-            Ok(id) => {
-                self.places.insert(id, place);
-            }
+        let id = match adopted {
+            Ok(id) => id,
             Err(error) => {
-                if let Some(suppressed) = self.warnings.pass() {
-                    tracing::warn!(suppressed, "A client was turned away: {error}.");
+                if log::permit(peer.map(|peer| peer.ip()), "clients that were rejected") {
+                    let client = peer.map(tracing::field::display);
+                    tracing::info!(client, "A client was rejected: {error}.");
                 }
+                return;
             }
+        };
+        self.places.insert(id, place);
+        if let Some(peer) = peer {
+            self.peers.insert(id, peer);
         }
     }
 

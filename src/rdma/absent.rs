@@ -79,6 +79,13 @@ pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
 #[derive(Debug)]
 pub struct Incoming(Infallible);
 
+impl Incoming {
+    /// The client's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        match self.0 {}
+    }
+}
+
 /// Nothing.
 #[derive(Debug)]
 pub struct Listener(Infallible);

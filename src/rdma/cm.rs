@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -210,6 +210,28 @@ impl Id {
         // SAFETY: the identifier is alive.
         address.set_port(u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) }));
         Ok(address)
+    }
+
+    /// The address of the other side.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        // SAFETY: the identifier is alive.
+        let address = unsafe { self.raw.as_ref().route.addr.__bindgen_anon_2 };
+        // SAFETY: every member of the union is plain bytes, which librdmacm has zeroed or filled; each is read as what the family says.
+        unsafe {
+            match i32::from(address.dst_addr.sa_family) {
+                libc::AF_INET => {
+                    let address = address.dst_sin;
+                    let ip = Ipv4Addr::from(address.sin_addr.s_addr.to_ne_bytes());
+                    Some(SocketAddr::new(ip.into(), u16::from_be(address.sin_port)))
+                }
+                libc::AF_INET6 => {
+                    let address = address.dst_sin6;
+                    let ip = Ipv6Addr::from(address.sin6_addr.__in6_u.__u6_addr8);
+                    Some(SocketAddr::new(ip.into(), u16::from_be(address.sin6_port)))
+                }
+                _ => None,
+            }
+        }
     }
 
     /// Takes an address of this machine, which tells the device and the port that it belongs to.

@@ -123,6 +123,13 @@ pub struct Incoming {
     reads_out: u8,
 }
 
+impl Incoming {
+    /// The client's address.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.id.peer()
+    }
+}
+
 impl Listener {
     /// Listens on an address of an RDMA device's network interface, or on all.
     pub fn bind(address: SocketAddr) -> Result<Self, Error> {
@@ -173,7 +180,8 @@ impl Listener {
             match refusal {
                 None => return Some(Incoming { id, reads_out: event.reads_out }),
                 Some((errno, text)) => {
-                    tracing::debug!("Turned away an RDMA connection: {text}");
+                    let client = id.peer().map(tracing::field::display);
+                    tracing::debug!(client, "An RDMA connection is rejected: {text}");
                     id.reject(&rejection(errno, &text));
                 }
             }

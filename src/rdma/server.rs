@@ -12,7 +12,7 @@
 //! from then on announces itself at its device's completion channel.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -118,6 +118,8 @@ struct Port {
 struct Connection {
     generation: u32,
     qp: QueuePair,
+    /// The client's address, for the log.
+    peer: Option<IpAddr>,
     port: usize,
     state: State,
     /// Checksums were granted.
@@ -262,6 +264,7 @@ impl Server {
     /// cannot have one more.
     pub fn adopt(&mut self, reactor: &mut Reactor, incoming: Incoming) -> Result<ConnectionId, Error> {
         let Incoming { mut id, reads_out } = incoming;
+        let peer = id.peer().map(|peer| peer.ip());
         let device = id.device();
         let Some(port) = self.ports.iter().position(|port| Some(port.device) == device) else {
             let text = "The server does not use the RDMA device that this came by.";
@@ -290,7 +293,9 @@ impl Server {
         qp.id()
             .accept(&request(), reads_max)
             .map_err(|source| Error::io("Cannot accept an RDMA connection", source))?;
-        entry.insert(Connection::new(connection_id, qp, port, State::Handshake, &size, reads_max));
+        let mut connection = Connection::new(connection_id, qp, port, State::Handshake, &size, reads_max);
+        connection.peer = peer;
+        entry.insert(connection);
         self.set_timer(reactor, connection_id);
         Ok(connection_id)
     }
@@ -355,6 +360,7 @@ impl Server {
         let state = State::Open(Box::new(peer.clone()));
         let mut connection = Connection::new(id, qp, port, state, &size, reads_max);
         connection.crc = grant.crc();
+        connection.peer = Some(remote);
         connection.unanswered.reserve(credits);
         entry.insert(connection);
         self.set_timer(reactor, id);
@@ -529,7 +535,8 @@ impl Server {
         } else {
             CloseReason::Lost(failure.errno())
         };
-        tracing::debug!("An RDMA connection has failed: {}.", failure.text());
+        let client = connection.peer.map(tracing::field::display);
+        tracing::debug!(client, "An RDMA connection has failed: {}.", failure.text());
         self.report(id, reason);
         self.drop_connection(reactor, id);
     }
@@ -572,7 +579,8 @@ impl Server {
         }
         connection.qp.give_back(message);
         if let Err(error) = connection.qp.provide_receives(peer.grant.credits() as usize + CONTROL_MESSAGES) {
-            tracing::warn!("An RDMA connection is refused: {error}.");
+            let client = connection.peer.map(tracing::field::display);
+            tracing::warn!(client, "An RDMA connection is rejected: {error}.");
             let refusal = self.policy.refusal(libc::ENOMEM, &error.to_string());
             connection.unsent.push_back(Outgoing::Message(refusal));
             self.report(id, CloseReason::Local);
@@ -686,7 +694,8 @@ impl Server {
         connection.chain_fetches(&port.arena);
         connection.chain_unsent(port);
         if let Err(error) = connection.qp.post(true) {
-            tracing::warn!("An RDMA connection is closed, for its device refuses work: {error}.");
+            let client = connection.peer.map(tracing::field::display);
+            tracing::warn!(client, "An RDMA connection is closed, for its device refuses work: {error}.");
             self.report(id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
             return self.drop_connection(reactor, id);
         }
@@ -793,6 +802,7 @@ impl Connection {
         Self {
             generation: id.generation,
             qp,
+            peer: None,
             port,
             state,
             crc: false,

@@ -323,7 +323,7 @@ impl Server {
         }
     }
 
-    /// Takes over an accepted, non-blocking stream socket, and reads its handshake.
+    /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the connection in later events.
     pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);

@@ -6,13 +6,17 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use raio_transport::error::Class;
 use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::{self, Response};
 use raio_transport::{Status, Violation};
+use tracing::field::display;
 
 use super::Worker;
+use super::connection::{Connection, log_client};
 use crate::backend::FileInfo;
-use crate::export::{Refusal, Target};
+use crate::export::{Refusal, Shown, Target};
+use crate::log;
 use crate::open::{Opened, Opening};
 use crate::request::{Pieces, Range, Read, Work, WorkerFile, Write, failure, status_of, success};
 use crate::session::{Access, OpenFile, SizeLimit};
@@ -113,8 +117,11 @@ impl Worker {
     // Open ---------------------------------------------------------------------------------------------------------------
 
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> First {
+        let Connection { peer, name, .. } = &self.connections[connection];
+        let client = peer.map(display);
+        tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", Shown(path));
         match self.shared.exports.resolve(flags, mode, path) {
-            Err(Refusal { status, text }) => First::Answer(failure(status, &text)),
+            Err(refusal) => First::Answer(self.open_rejected(Some(connection), refusal)),
             Ok(Target::Ready(open)) => {
                 let info = FileInfo { status: Default::default(), direct_align: None };
                 First::Answer(self.give_handle(connection, open, info))
@@ -137,9 +144,22 @@ impl Worker {
             }
             // Nobody waits for it any more.
             (Ok(_), None) => success(0),
-            (Err(Refusal { status, text }), _) => failure(status, &text),
+            (Err(refusal), connection) => self.open_rejected(connection, refusal),
         };
         self.answer(key, response);
+    }
+
+    fn open_rejected(&self, connection: Option<usize>, refusal: Refusal) -> Response {
+        let Refusal { status, text } = refusal;
+        if let Some(Connection { peer, name, .. }) = connection.map(|key| &self.connections[key]) {
+            // What the file system says is the client's business, what the operator has decided is theirs.
+            if status.class == Class::Policy {
+                log_client!(info, peer, "opens that were rejected", name, "An open was rejected: {text}");
+            } else {
+                tracing::debug!(client = peer.map(display), name, "An open has failed: {text}");
+            }
+        }
+        failure(status, &text)
     }
 
     fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {

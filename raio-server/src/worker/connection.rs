@@ -1,6 +1,7 @@
 //! Connections, their sessions and their open files, as one worker has them.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -11,11 +12,25 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
+use tracing::field::display;
+
 use super::{Mail, Worker};
 use crate::backend;
 use crate::client::Client;
+use crate::log;
 use crate::request::{State, WorkerFile};
 use crate::session::{Session, index_of};
+
+/// Logs a line about a client, unless there were too many of the kind about its address.
+macro_rules! log_client {
+    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
+        if log::permit($peer.map(|peer| peer.ip()), $kind) {
+            tracing::$level!(client = $peer.map(display), $($line)*);
+        }
+    };
+}
+
+pub(super) use log_client;
 
 /// A connection that has finished its handshake.
 pub(super) struct Connection {
@@ -32,6 +47,8 @@ pub(super) struct Connection {
     /// What it did wrong: it is closing.
     pub(super) violation: Option<Violation>,
     pub(super) name: String,
+    /// Where it is.
+    pub(super) peer: Option<SocketAddr>,
     /// What waits in lanes on its behalf is cancelled once this has gone.
     pub(super) client: Arc<Client>,
 }
@@ -51,7 +68,8 @@ impl Worker {
     }
 
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
-        tracing::debug!(name = peer.name, "A client has connected.");
+        let address = self.peers.get(&id).copied();
+        tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
             None => {
@@ -60,7 +78,7 @@ impl Worker {
                         "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
                         self.shared.sessions.max()
                     );
-                    return self.reject(id, &peer.name, &text);
+                    return self.reject(id, address, &peer.name, &text);
                 };
                 let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
                 self.sessions_by_id.insert(peer.session, key);
@@ -72,7 +90,10 @@ impl Worker {
             if self.sessions[session].connections == 0 {
                 self.end_session(session);
             }
-            return self.reject(id, &peer.name, &text);
+            return self.reject(id, address, &peer.name, &text);
+        }
+        if self.sessions[session].connections == 0 {
+            log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
         }
         self.sessions[session].connections += 1;
         let key = self.connections.insert(Connection {
@@ -84,6 +105,7 @@ impl Worker {
             slot_bytes: 0,
             violation: None,
             name: peer.name,
+            peer: address,
             client: Client::new(self.transport.socket(id)),
         });
         let by_index = &mut self.by_transport;
@@ -95,19 +117,18 @@ impl Worker {
     }
 
     /// Rejects a client in its handshake: it has, or there are, as many as there may be.
-    fn reject(&mut self, id: ConnectionId, name: &str, text: &str) {
-        if let Some(suppressed) = self.warnings.pass() {
-            tracing::warn!(name, suppressed, "A client was turned away. {text}");
-        }
+    fn reject(&mut self, id: ConnectionId, peer: Option<SocketAddr>, name: &str, text: &str) {
+        log_client!(info, peer, "clients that were rejected", name, "A client was rejected. {text}");
         self.transport.refuse(&mut self.reactor, id, libc::EUSERS, text);
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
         self.places.remove(&id);
+        let peer = self.peers.remove(&id);
         let Some(key) = self.connection(id) else {
             self.counters.close_reason(reason);
-            if let (CloseReason::Violation(violation), Some(suppressed)) = (reason, self.warnings.pass()) {
-                tracing::warn!(suppressed, "A client's handshake failed: {violation}.");
+            if let CloseReason::Violation(violation) = reason {
+                log_client!(warn, peer, violation.name(), "A client's handshake failed: {violation}.");
             }
             return;
         };
@@ -136,41 +157,51 @@ impl Worker {
         match violation {
             Some(violation) => {
                 self.counters.close(violation.name());
-                if let Some(suppressed) = self.warnings.pass() {
-                    tracing::warn!(
-                        name = connection.name,
-                        suppressed,
-                        "A client broke the protocol and was closed: {violation}."
-                    );
-                }
+                log_client!(
+                    warn,
+                    peer,
+                    violation.name(),
+                    name = connection.name,
+                    "A client broke the protocol and was closed: {violation}."
+                );
             }
             None => {
                 self.counters.close_reason(reason);
-                if *reason == CloseReason::Evicted
-                    && let Some(suppressed) = self.warnings.pass()
-                {
+                if *reason == CloseReason::Evicted {
                     let waited = self.shared.policy.stall_timeout;
-                    tracing::warn!(
+                    log_client!(
+                        warn,
+                        peer,
+                        "connections closed for memory",
                         name = connection.name,
-                        suppressed,
                         "A client's connection was closed: for {waited:?} it took no responses, or did not go on with a message, while \
                          others waited for the memory that it held. Raise --memory if such clients are welcome."
                     );
                 }
             }
         }
-        tracing::debug!(name = connection.name, reason = reason.name(), "A client's connection has ended.");
-        self.leave(connection.session);
+        let client = peer.map(display);
+        tracing::debug!(
+            client,
+            name = connection.name,
+            reason = reason.name(),
+            "A client's connection has ended."
+        );
+        if self.leave(connection.session) {
+            log_client!(info, peer, "sessions that ended", name = connection.name, "A session has ended.");
+        }
     }
 
-    /// A connection of this session has gone.
-    fn leave(&mut self, key: usize) {
+    /// A connection of this session has gone. Whether it was the last that this worker had.
+    fn leave(&mut self, key: usize) -> bool {
         let local = &mut self.sessions[key];
         local.session.detach();
         local.connections -= 1;
-        if local.connections == 0 {
+        let is_last = local.connections == 0;
+        if is_last {
             self.end_session(key);
         }
+        is_last
     }
 
     /// The last connection of this session here has gone.

@@ -8,10 +8,10 @@ use std::process::{Child, Command as Process, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
-use raio_transport::protocol::OPEN_READ;
+use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::common::{Client, TIMEOUT};
+use crate::common::{Client, Server, TIMEOUT, Variant};
 
 /// A server whose outputs may not work, so that its address must be known.
 struct Mute {
@@ -134,4 +134,67 @@ fn lines_that_were_lost_are_counted_and_reported_once_they_can_be() {
     let rest = std::thread::spawn(move || std::io::read_to_string(unread).unwrap());
     assert_eq!(server.stop().code(), Some(0));
     assert!(rest.join().unwrap().contains("Told to stop"), "what was queued at the end is written");
+}
+
+#[test]
+fn lines_about_clients_have_their_address_and_nothing_that_steers_a_terminal() {
+    let server =
+        Server::start(Variant::Uring, &["--log", "debug", "--export", "n=null:1M", "--export", "e=/"]);
+    let evil = "evil\n2026 WARN \u{1b}[2Jforged\u{202e}";
+    let mut client = Client::connect(server.address, &Offer::new(evil));
+    let address = client.transport.local_address().unwrap();
+    client.open("/n", OPEN_READ).unwrap();
+    assert_eq!(client.open("/d/a\nforged \u{1b}]0;title\u{7}", OPEN_READ), Err(libc::ENOENT));
+    assert_eq!(client.open("/e/a\nforged", OPEN_WRITE), Err(libc::EROFS));
+    drop(client);
+    TcpStream::connect(server.address).unwrap().write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    server.log_until("A session has ended");
+    let log = server.log_until("handshake failed");
+    assert!(log.chars().all(|c| c == '\n' || !c.is_control()) && !log.contains('\u{202e}'), "{log:?}");
+    assert!(log.lines().all(|line| line.starts_with("20")), "a forged line: {log}");
+    let client = format!("client={address}");
+    for (level, text) in [
+        ("INFO", "A session has begun"),
+        ("DEBUG", "A client opens"),
+        ("DEBUG", "An open has failed"),
+        ("INFO", "An open was rejected"),
+        ("INFO", "A session has ended"),
+    ] {
+        let is_it = |line: &&str| line.contains(text) && line.contains(level) && line.contains(&client);
+        assert_eq!(
+            log.lines().filter(is_it).count(),
+            if text == "A client opens" { 3 } else { 1 },
+            "{text}: {log}"
+        );
+    }
+    let failed = log.lines().find(|line| line.contains("handshake failed")).unwrap();
+    assert!(failed.contains("client=127.0.0.1:"), "{failed}");
+}
+
+/// What is no client of raio's, from this address.
+fn stranger(from: [u8; 4], to: SocketAddr) {
+    use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+    let stream = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&stream, &SocketAddr::from((from, 0))).unwrap();
+    connect(&stream, &to).unwrap();
+    let mut stream = TcpStream::from(stream);
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let _ = stream.read_to_end(&mut Vec::new());
+}
+
+#[test]
+fn a_flood_of_bad_clients_hides_no_others_and_is_counted() {
+    let mut server = Server::start(Variant::Uring, &["--workers", "1"]);
+    (0..300).for_each(|_| stranger([127, 0, 0, 1], server.address));
+    stranger([127, 0, 0, 2], server.address);
+    server.log_until("client=127.0.0.2:");
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let log = server.log();
+    let lines = log.lines().filter(|line| line.contains("client=127.0.0.1:")).count();
+    assert!((10..100).contains(&lines), "{lines} of 300: {log}");
+    assert!(
+        log.contains("client=127.0.0.1") && log.contains(&format!("{} more lines", 300 - lines)),
+        "{log}"
+    );
 }

@@ -1,0 +1,94 @@
+//! A limit on how often something is logged, for each peer address and kind of line, so that a flood from one hides nobody else's lines.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::time::{Duration, Instant};
+
+/// The while in which lines are counted.
+pub const WINDOW: Duration = Duration::from_secs(10);
+/// Lines of a kind about an address in a window.
+const LINES_MAX: u32 = 10;
+/// Addresses and kinds that are told apart at a time; the others share.
+const KEYS_MAX: usize = 1024;
+
+/// What lines are limited by: whom they are about (None: nobody in particular, or one of very many), and a short name of their kind.
+pub type Key = (Option<IpAddr>, &'static str);
+
+/// Lets so many lines of each kind through in a while, and counts the rest.
+#[derive(Debug, Default)]
+pub struct RateLimit(HashMap<Key, Window>);
+
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    passed: u32,
+    suppressed: u64,
+}
+
+impl RateLimit {
+    /// Whether a line may be logged now.
+    pub fn permit(&mut self, peer: Option<IpAddr>, kind: &'static str, now: Instant) -> bool {
+        let key = (peer.map(network), kind);
+        let is_told_apart = self.0.len() < KEYS_MAX || self.0.contains_key(&key);
+        let key = if is_told_apart { key } else { (None, kind) };
+        let window = self.0.entry(key).or_insert(Window { since: now, passed: 0, suppressed: 0 });
+        if window.passed < LINES_MAX {
+            window.passed += 1;
+            return true;
+        }
+        window.suppressed += 1;
+        false
+    }
+
+    /// Whether nothing is counted, so that [`RateLimit::end_windows`] has nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Ends the windows whose time is over. Returns what was suppressed in them, and how often.
+    pub fn end_windows(&mut self, now: Instant) -> Vec<(Key, u64)> {
+        let over = self.0.extract_if(|_, window| now >= window.since + WINDOW);
+        over.filter(|(_, window)| window.suppressed > 0)
+            .map(|(key, window)| (key, window.suppressed))
+            .collect()
+    }
+}
+
+/// Whoever has one IPv6 address has its whole network of 64 bits.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from(u128::from(address) & !u128::from(u64::MAX)).into(),
+        address => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_hides_neither_other_peers_nor_other_kinds_and_is_counted() {
+        let now = Instant::now();
+        let mut limit = RateLimit::default();
+        let flood: IpAddr = "2001:db8::1".parse().unwrap();
+        let same: IpAddr = "2001:db8::2".parse().unwrap();
+        let other = Some("192.0.2.1".parse().unwrap());
+        let passed =
+            (0..1000).filter(|n| limit.permit(Some(if n % 2 == 0 { flood } else { same }), "magic", now));
+        assert_eq!(passed.count(), LINES_MAX as usize);
+        assert!(limit.permit(other, "magic", now) && limit.permit(Some(flood), "field", now));
+        assert!(limit.end_windows(now).is_empty());
+        let network = Some("2001:db8::".parse().unwrap());
+        assert_eq!(limit.end_windows(now + WINDOW), [((network, "magic"), 1000 - u64::from(LINES_MAX))]);
+        assert!(limit.is_empty() && limit.permit(Some(flood), "magic", now));
+    }
+
+    #[test]
+    fn very_many_addresses_take_little_memory_and_few_lines() {
+        let now = Instant::now();
+        let mut limit = RateLimit::default();
+        let addresses = (0..100_000u32).map(|n| Some(IpAddr::from(n.to_be_bytes())));
+        let passed = addresses.filter(|&peer| limit.permit(peer, "magic", now)).count();
+        assert!(passed <= KEYS_MAX + LINES_MAX as usize && limit.0.len() <= KEYS_MAX + 1);
+    }
+}
