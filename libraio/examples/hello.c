@@ -9,9 +9,12 @@ int main(int argc, char **argv)
 	static char text[4096];
 	struct raio_iocb io, *batch[] = { &io };
 	struct raio_event event;
-	raio_context_t ctx;
-	int fd = raio_connect(argc == 3 ? argv[1] : NULL, NULL);
+	raio_context_t ctx = NULL;
+	int fd;
 
+	if (argc != 3)
+		return fprintf(stderr, "usage: %s raio://HOST /EXPORT/FILE\n", argv[0]), 2;
+	fd = raio_connect(argv[1], NULL);
 	if (fd == -1 || raio_open(fd, argv[2], O_RDONLY) == -1 || raio_setup(fd, 1, &ctx) == -1)
 		return fprintf(stderr, "%s\n", raio_errmsg()), 1;
 	raio_prep_pread(&io, fd, text, sizeof(text), 0, NULL);
