@@ -199,6 +199,45 @@ fn an_open_waits_for_the_holder_of_a_lease() {
 }
 
 #[test]
+fn a_low_limit_on_processes_cancels_nothing() {
+    if !needs_root("running the server as another user") {
+        return;
+    }
+    // Nobody else's, for threads are counted by user.
+    let user = 54_321;
+    let directory =
+        tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o777)).tempdir_in("/tmp").unwrap();
+    let program = directory.path().join("raio_server");
+    run("cp", &[env!("CARGO_BIN_EXE_raio_server"), program.to_str().unwrap()]);
+    for variant in ["uring", "threads"] {
+        let export = directory.path().join(variant);
+        std::fs::create_dir(&export).unwrap();
+        std::os::unix::fs::chown(&export, Some(user), None).unwrap();
+        let mut process = Process::new("prlimit");
+        process.args(["--nproc=8", "setpriv", "--clear-groups"]);
+        process.args([format!("--reuid={user}"), format!("--regid={user}")]);
+        process.arg(&program).args(["--backend", variant, "--workers", "1", "--listen", "tcp://127.0.0.1:0"]);
+        process.args(["--export", &format!("d={},rw", export.display())]);
+        let server = Server::spawn(process, temporary());
+        let mut client = server.client();
+        let tags: Vec<_> = (0..64)
+            .map(|i| {
+                let path = format!("/d/{i}");
+                client.send(&Command::Open { flags: NEW, mode: 0o644, path: path.as_bytes() }, Bulk::None).0
+            })
+            .collect();
+        for tag in tags {
+            let reply = client.wait(tag);
+            assert!(reply.status.is_ok(), "{variant}: {reply:?}\n{}", server.log());
+            let file = FileHandle(reply.result as u32);
+            assert_eq!(client.write(file, 0, b"x"), Ok(1));
+            assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
+        }
+        assert!(server.log().contains("Cannot start a thread"), "the limit was never met");
+    }
+}
+
+#[test]
 fn the_state_of_processes_is_not_served_though_it_lies_beneath_an_export() {
     let server = serve(
         "[export.root]\npath = '/'\naccess = 'rw'\n\
