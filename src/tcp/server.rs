@@ -198,6 +198,8 @@ struct Connection {
     /// Its receives are [`WIDE_BYTES`] long, for so many more that are short.
     wide_for: u8,
     send_in_flight: bool,
+    /// How many came with the last receive.
+    pings: usize,
     /// See [`ServerTransport::flush_early`].
     has_left_early: bool,
     is_dirty: bool,
@@ -360,6 +362,7 @@ impl Server {
             receive_in_flight: false,
             wide_for: 0,
             send_in_flight: false,
+            pings: 0,
             has_left_early: false,
             is_dirty: false,
             deadline: Some(timer),
@@ -637,6 +640,7 @@ impl Server {
                 // A peer that asks without ever reading is stopped as one that does not take its answers.
                 let crc = connection.limits().crc;
                 connection.out_responses += 1;
+                connection.pings += 1;
                 connection.out(&mut self.spare).push_bytes(|out| message::encode_pong(id, crc, out));
                 self.mark_dirty(connection);
             }
@@ -756,7 +760,11 @@ impl Server {
                 }
             }
             (Payload::Received(received), State::Open) => {
-                if n >= NARROW_BYTES as usize {
+                connection.unread = Unread::Held(received, 0);
+                connection.pings = 0;
+                self.read(reactor, connection);
+                // Pings are no reason to receive more at a time: their pongs would have to be kept.
+                if n >= NARROW_BYTES as usize && 2 * connection.pings * HEADER_BYTES < n {
                     if connection.wide_for > 0 || self.wide < WIDE_MAX {
                         self.wide += usize::from(connection.wide_for == 0);
                         connection.wide_for = WIDE_FOR;
@@ -765,8 +773,6 @@ impl Server {
                     connection.wide_for -= 1;
                     self.wide -= usize::from(connection.wide_for == 0);
                 }
-                connection.unread = Unread::Held(received, 0);
-                self.read(reactor, connection);
             }
             (Payload::Received(received), State::Handshake(hello)) => {
                 hello.extend_from_slice(&received);

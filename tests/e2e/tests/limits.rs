@@ -120,3 +120,45 @@ fn caps_reject_only_who_exceeds_them() {
     server.statistics_when(raio_e2e::is_at_rest);
     drop(connect(&server, &offer).expect("there are places again"));
 }
+
+#[test]
+fn a_connection_that_pings_and_never_reads_costs_little() {
+    const CLIENTS: usize = 128;
+    /// Pongs that are being sent, others behind them, and what was received behind those.
+    const BYTES_MAX: u64 = 24 << 10;
+    let mut server = start("");
+    let url = server.url();
+    let mut pings = Vec::new();
+    (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
+    let mut clients: Vec<_> =
+        (0..CLIENTS).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a client")).collect();
+    let mut fill = |clients: &mut [Raw]| {
+        for raw in clients {
+            raw.stream.set_nonblocking(true).expect("a socket");
+            let mut sent = 0;
+            // Until the server takes no more: it receives whatever it has not yet stopped to.
+            while let Ok(n) = raw.stream.write(&pings[sent % pings.len()..]) {
+                sent += n;
+            }
+        }
+    };
+    let (first, rest) = clients.split_at_mut(CLIENTS / 2);
+    let is_full = |server: &mut Server, clients: &mut [Raw], fill: &mut dyn FnMut(&mut [Raw])| {
+        let mut last = u64::MAX;
+        loop {
+            fill(clients);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            let turns = server.statistics()["turns"].as_u64().expect("a number");
+            if turns.wrapping_sub(last) < 8 {
+                break;
+            }
+            last = turns;
+        }
+    };
+    is_full(&mut server, first, &mut fill);
+    let before = server.resident_bytes();
+    is_full(&mut server, rest, &mut fill);
+    let each = server.resident_bytes().saturating_sub(before) / (CLIENTS / 2) as u64;
+    println!("{} KiB for each connection that pings", each >> 10);
+    assert!(each < BYTES_MAX, "{each} bytes for each connection");
+}
