@@ -62,6 +62,9 @@ impl Address {
         if host.is_empty() {
             return Err("it names no host");
         }
+        if host.contains(['[', ']']) {
+            return Err("brackets go around an IPv6 address, and nowhere else");
+        }
         let port = match port {
             None => PORT_DEFAULT,
             Some(port) if port.bytes().all(|b| b.is_ascii_digit()) => {
@@ -154,6 +157,8 @@ mod tests {
             "raio://::1:2",
             "raio://[::1",
             "raio://[::1]x",
+            "raio://[[x]",
+            "raio://a]:1",
             "raio://h/export/file",
         ] {
             let error = text.parse::<Address>().unwrap_err();

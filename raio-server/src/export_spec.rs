@@ -81,10 +81,9 @@ fn size_of(size: Size) -> Result<u64, String> {
 
 /// If `path` ends like an option that was not put behind a comma: what it should have been.
 fn misplaced_option(path: &str) -> Option<String> {
-    let at = path.rfind(|c: char| !c.is_ascii_alphanumeric())?;
-    let (front, option) = (&path[..at], path[at + 1..].to_ascii_lowercase());
-    let is_separator = path[at..].starts_with([' ', '\t', ':', ';', '+']);
-    (is_separator && ["ro", "rw", "direct"].contains(&&*option))
+    let (at, separator) = path.char_indices().rfind(|(_, c)| !c.is_ascii_alphanumeric())?;
+    let (front, option) = (&path[..at], path[at + separator.len_utf8()..].to_ascii_lowercase());
+    ([' ', '\t', ':', ';', '+'].contains(&separator) && ["ro", "rw", "direct"].contains(&&*option))
         .then(|| format!("{},{option}", front.trim_end()))
 }
 
@@ -301,7 +300,7 @@ mod tests {
         );
         assert_eq!(spec("n=null:1G").source, Source::Null(1 << 30));
         assert_eq!(spec("m=mem:64k,rw").source, Source::Memory(64 << 10));
-        for right in ["a=/x y", "a=/my/rw", "a=/x-rw", "a=/x.ro"] {
+        for right in ["a=/x y", "a=/my/rw", "a=/x-rw", "a=/x.ro", "a=/Müller", "a=/ärw"] {
             assert_eq!(spec(right).source, Source::Path(right[2..].into()));
         }
     }
