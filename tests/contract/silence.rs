@@ -29,9 +29,9 @@ contract! {
 
     fn a_client_that_keeps_its_promise_is_kept(transport) {
         let server = serve_plain(transport);
-        let offer = Offer { keepalive: Duration::from_millis(300), ..Offer::new("faithful") };
+        let offer = Offer { keepalive: Duration::from_millis(500), ..Offer::new("faithful") };
         let mut client = server.connect(&offer).unwrap();
-        let until = Instant::now() + Duration::from_millis(2000);
+        let until = Instant::now() + offer.keepalive * 5;
         while Instant::now() < until {
             client.transport.ping(PATIENCE);
             client.transport.receive(&mut Vec::new());
@@ -45,11 +45,11 @@ contract! {
         let server = serve(transport, Policy {
             keepalive: Duration::from_millis(20),
             stall_timeout: Duration::from_millis(50),
-            handshake_timeout: Duration::from_millis(500),
+            handshake_timeout: Duration::from_secs(2),
             ..Policy::default()
         });
         let mut client = server.client();
-        std::thread::sleep(Duration::from_millis(700));
+        std::thread::sleep(Duration::from_millis(2200));
         server.each_seen(|seen| assert!(seen.closed.is_empty(), "{:?}", seen.reasons()));
         assert!(client.transport.failure().is_none());
         let reply = client.call(&command(Op::Echo, 0), Bulk::None);
@@ -76,11 +76,12 @@ contract! {
     }
 
     fn a_server_that_works_long_but_answers_pings_is_waited_for(transport) {
-        let server = serve(transport, Policy { keepalive: Duration::from_millis(200), ..Policy::default() });
+        let keepalive = Duration::from_millis(500);
+        let server = serve(transport, Policy { keepalive, ..Policy::default() });
         let mut client = server.client();
         client.send(0, &command(Op::Hold, 0), Bulk::None);
         client.transport.flush();
-        let until = Instant::now() + Duration::from_millis(1500);
+        let until = Instant::now() + keepalive * 5;
         let mut replies = Vec::new();
         while Instant::now() < until {
             client.transport.wait(Some(until)).unwrap();

@@ -89,9 +89,9 @@ contract! {
     }
 
     fn a_client_that_is_slow_to_take_its_answers_gets_them_all(transport) {
-        // RDMA is Soft-RoCE on emulated processors here, and the wire is what is slow.
-        let stall_timeout = if transport.is_rdma() { 10 * STALL } else { STALL };
-        let server = serve(transport, Policy { data_bytes_max: 256 << 10, stall_timeout, ..impatient() });
+        // Where processors are busy or emulated, it may be a good deal slower than it means to be.
+        let policy = Policy { data_bytes_max: 256 << 10, stall_timeout: 10 * STALL, ..impatient() };
+        let server = serve(transport, policy);
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("slow"));
         for round in 0..3 {
             for n in 0..u64::from(grant.queue_depth) {
@@ -128,7 +128,7 @@ fn a_client_that_pings_and_reads_nothing_is_soon_not_read_from() {
 #[test]
 fn a_client_that_sends_a_byte_at_a_time_is_served() {
     for transport in Transport::TCP {
-        let server = serve(transport, impatient());
+        let server = serve(transport, Policy::default());
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("bytewise"));
         let mut bytes = get(1, 5000);
         let write =
@@ -227,7 +227,8 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
             request.encode(&command(Op::Refuse, 0)[..8], false, &mut asks);
         }
         let (mut sent, mut taken) = (0, 0);
-        let deadline = Instant::now() + PATIENCE;
+        // So many small steps take a busy machine long.
+        let deadline = Instant::now() + 4 * PATIENCE;
         let mut buffer = [0; 2048];
         while Instant::now() < deadline && taken < (4 << 20) {
             while let Ok(n) = stream.write(&asks[sent % asks.len()..]) {
@@ -248,16 +249,29 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
 fn a_message_that_is_begun_late_has_the_whole_stall_timeout() {
     for transport in Transport::TCP {
         let server = serve(transport, impatient());
-        let (mut raw, _) = Raw::open_client(&server, &Offer::new("late"));
-        // That of the handshake comes; then an answer sets the stall check, which comes while the second message is half sent.
-        std::thread::sleep(STALL * 12 / 10);
-        raw.send(&get(1, 100));
-        assert!(matches!(raw.next(), Got::Response(..)));
-        std::thread::sleep(STALL * 7 / 10);
-        let bytes = get(2, 100);
-        raw.send(&bytes[..10]);
-        std::thread::sleep(STALL * 6 / 10);
-        raw.send(&bytes[10..]);
-        assert!(matches!(raw.next(), Got::Response(..)), "{transport:?}");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let (mut raw, _) = Raw::open_client(&server, &Offer::new("late"));
+            // That of the handshake comes; then an answer sets the stall check, which comes while the second message is half sent.
+            std::thread::sleep(STALL * 12 / 10);
+            raw.send(&get(1, 100));
+            assert!(matches!(raw.next(), Got::Response(..)));
+            std::thread::sleep(STALL * 7 / 10);
+            let bytes = get(2, 100);
+            let began = Instant::now();
+            raw.send(&bytes[..10]);
+            std::thread::sleep(STALL * 6 / 10);
+            raw.send(&bytes[10..]);
+            let got = raw.next();
+            // Where processors are busy it may have been too late: that says nothing of the server.
+            if began.elapsed() < STALL {
+                assert!(matches!(got, Got::Response(..)), "{transport:?}: {got:?}");
+                break;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "this machine is too busy to send half a message in {STALL:?}"
+            );
+        }
     }
 }
