@@ -14,6 +14,7 @@ mod cm;
 #[allow(unsafe_code)]
 mod device;
 mod end;
+mod private_data;
 #[allow(unsafe_code)]
 mod queue_pair;
 mod server;
@@ -29,7 +30,8 @@ pub use end::{Allow, End};
 pub use server::{Counters, Server};
 
 use crate::error::Error;
-use crate::message::{self, BODY_BYTES_MAX, HEADER_BYTES, MAGIC, VERSION};
+use crate::message::{BODY_BYTES_MAX, HEADER_BYTES};
+use private_data::{parse_rejection, rejection, request};
 
 /// Receives posted beyond one for each credit: pings, pongs and a goodbye.
 const CONTROL_MESSAGES: usize = 8;
@@ -37,10 +39,6 @@ const CONTROL_MESSAGES: usize = 8;
 const HANDSHAKE_MESSAGES: usize = 2;
 /// The longest message without data.
 const MESSAGE_BYTES: usize = HEADER_BYTES + BODY_BYTES_MAX;
-/// What rdma_cm's messages carry in private data: magic, then versions or an errno, then perhaps a sentence.
-const PRIVATE_BYTES: usize = 16;
-/// InfiniBand's rejections have room for 148 bytes.
-const REJECTION_TEXT_BYTES: usize = 128;
 
 /// A device, for people to look at.
 #[derive(Clone, Debug)]
@@ -164,22 +162,9 @@ impl Listener {
     pub fn accept(&self) -> Option<Incoming> {
         while let Some(event) = self.channel.next() {
             let Some(id) = event.incoming else { continue };
-            let private = &event.private_data;
-            let refusal = if private.len() < PRIVATE_BYTES || private[..8] != MAGIC {
-                Some((libc::EPROTO, "The peer does not speak raio.".to_owned()))
-            } else {
-                let version = |at: usize| u16::from_le_bytes([private[at], private[at + 1]]);
-                let (min, max) = (version(8), version(10));
-                if (min..=max).contains(&VERSION) {
-                    None
-                } else {
-                    let violation = crate::Violation::Version { min, max };
-                    Some((violation.errno(), format!("{violation}.")))
-                }
-            };
-            match refusal {
-                None => return Some(Incoming { id, reads_out: event.reads_out }),
-                Some((errno, text)) => {
+            match private_data::check_request(&event.private_data) {
+                Ok(()) => return Some(Incoming { id, reads_out: event.reads_out }),
+                Err((errno, text)) => {
                     let client = id.peer().map(tracing::field::display);
                     tracing::debug!(client, "An RDMA connection is rejected: {text}");
                     id.reject(&rejection(errno, &text));
@@ -187,55 +172,5 @@ impl Listener {
             }
         }
         None
-    }
-}
-
-/// The private data with which a client asks for a connection.
-fn request() -> [u8; PRIVATE_BYTES] {
-    let mut bytes = [0; PRIVATE_BYTES];
-    bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
-    bytes[10..12].copy_from_slice(&VERSION.to_le_bytes());
-    bytes
-}
-
-/// The private data with which a server turns a client away.
-fn rejection(errno: i32, text: &str) -> Vec<u8> {
-    let mut end = text.len().min(REJECTION_TEXT_BYTES);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend_from_slice(&(errno as u16).to_le_bytes());
-    bytes.resize(PRIVATE_BYTES, 0);
-    bytes.extend_from_slice(&text.as_bytes()[..end]);
-    bytes
-}
-
-/// What a server said when it turned this client away.
-fn parse_rejection(private: &[u8]) -> Option<(i32, String)> {
-    if private.len() < PRIVATE_BYTES || private[..8] != MAGIC {
-        return None;
-    }
-    let errno = i32::from(u16::from_le_bytes([private[8], private[9]]));
-    (1..=message::ERRNO_MAX).contains(&errno).then(|| (errno, message::text(&private[PRIVATE_BYTES..])))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_rejection_carries_its_reason() {
-        let long = "ä".repeat(200);
-        for text in ["No.", &long] {
-            let bytes = rejection(libc::EPROTO, text);
-            assert!(bytes.len() <= 148);
-            let (errno, said) = parse_rejection(&bytes).unwrap();
-            assert_eq!(errno, libc::EPROTO);
-            assert!(text.starts_with(&said) && !said.is_empty());
-        }
-        assert_eq!(parse_rejection(b"somebody else's words"), None);
-        assert_eq!(parse_rejection(&[]), None);
     }
 }

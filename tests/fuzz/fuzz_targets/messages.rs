@@ -1,4 +1,4 @@
-//! Everything that is decoded without a connection: framing, both handshakes, options, commands.
+//! Everything that is decoded without a connection: framing, both handshakes, options, commands, private data of rdma_cm.
 //!
 //! What is decoded is encoded again and must be the same bytes.
 
@@ -12,10 +12,16 @@ use raio_transport::message::{
     encode_queue_pair, parse, parse_handshake, parse_options, text,
 };
 use raio_transport::protocol::{Command, FileStatus};
+use raio_transport::{Violation, message};
+
+/// It is not the product's to offer, and the fuzzer is built without RDMA.
+#[path = "../../../src/rdma/private_data.rs"]
+mod private_data;
 
 fuzz_target!(|input: &[u8]| {
     let Some((&mode, bytes)) = input.split_first() else { return };
     let mode = Mode(mode);
+    private(bytes);
     let mut bytes = bytes.to_vec();
     if mode.has(Mode::HANDSHAKE) {
         if !mode.has(Mode::RAW) {
@@ -31,6 +37,22 @@ fuzz_target!(|input: &[u8]| {
         command(&bytes);
     }
 });
+
+fn private(bytes: &[u8]) {
+    let rejection = match private_data::check_request(bytes) {
+        Ok(()) => private_data::rejection(0, ""),
+        Err((errno, text)) => private_data::rejection(errno, &text),
+    };
+    let rejections = [&*rejection, bytes];
+    for (errno, text) in rejections.into_iter().filter_map(private_data::parse_rejection) {
+        // As it would be passed on: all of it, for it has been cut before.
+        let again = private_data::rejection(errno, &text);
+        assert!(again.len() <= 148);
+        let (same, prefix) = private_data::parse_rejection(&again).expect("a rejection");
+        assert!(same == errno && text.starts_with(&prefix), "{text:?} becomes {prefix:?}");
+    }
+    assert_eq!(private_data::check_request(&private_data::request()), Ok(()));
+}
 
 fn handshake(bytes: &[u8]) {
     let policy = Policy { server: [7; 16], queue_pair: true, ..Policy::default() };

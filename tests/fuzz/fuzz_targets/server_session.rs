@@ -1,12 +1,14 @@
 //! A hostile client: its whole stream, from the first byte, against a server that runs in this thread.
 //!
-//! After each input the connection has ended, once, nothing of it is left, and the server serves the next.
+//! After each input the connection has ended, once, nothing of it is left, and the server serves the next. What it fetched is what the
+//! client sent, and what the client gets is what the server put there for it: never a byte of what a slot was used for before.
 
 #![no_main]
 
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +17,10 @@ use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, handshake_len, mend_handshake, mend_messages};
 use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
-use raio_transport::memory::Arena;
-use raio_transport::message::FEATURE_CRC;
+use raio_transport::memory::{Arena, Slot};
+use raio_transport::message::{
+    FEATURE_CRC, Limits, Message, Parsed, SessionId, Welcome, parse, parse_handshake,
+};
 use raio_transport::reactor::{Config, Event, Reactor, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
@@ -25,6 +29,8 @@ use raio_transport::transport::{
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
 const ARENA_BYTES: usize = 4 << 20;
+/// What slots are full of before they are used.
+const STALE: u8 = 0xee;
 
 thread_local! {
     /// Made once: what an input leaves behind, the next one finds.
@@ -47,6 +53,22 @@ struct Server {
     unanswered: HashSet<RequestKey>,
     credits: usize,
     held: Vec<RequestKey>,
+    /// What the client sends after its handshake, from the next request on.
+    sent: Vec<u8>,
+    limits: Limits,
+    /// The data of requests that are being fetched.
+    to_fetch: HashMap<RequestKey, Vec<u8>>,
+    /// The data that answers brought, by the request's id.
+    brought: HashMap<u64, Vec<Vec<u8>>>,
+    /// Answers with data, ever.
+    answers: u64,
+}
+
+/// The data of an answer, different for each.
+fn fill(answer: u64, bytes: &mut [u8]) {
+    for (at, byte) in bytes.iter_mut().enumerate() {
+        *byte = (answer as u8).wrapping_mul(37) ^ at as u8 ^ (at >> 8) as u8;
+    }
 }
 
 impl Server {
@@ -70,6 +92,11 @@ impl Server {
             unanswered: HashSet::new(),
             credits: 0,
             held: Vec::new(),
+            sent: Vec::new(),
+            limits: Limits { crc: false, data_bytes_max: 0 },
+            to_fetch: HashMap::new(),
+            brought: HashMap::new(),
+            answers: 0,
         }
     }
 
@@ -83,7 +110,9 @@ impl Server {
             handshake_len(&bytes)
         } else {
             let features = if crc { FEATURE_CRC } else { 0 };
-            let hello = Offer { features, session: [1; 16], queue_pair: true, ..Offer::new("fuzz") }.hello();
+            let hello =
+                Offer { features, session: SessionId([1; 16]), queue_pair: true, ..Offer::new("fuzz") }
+                    .hello();
             let begins = hello.len();
             bytes.splice(0..0, hello);
             begins
@@ -96,6 +125,10 @@ impl Server {
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
         (self.opened, self.closed) = (0, 0);
+        self.sent = bytes[begins..].to_vec();
+        self.to_fetch.clear();
+        self.brought.clear();
+        let mut received = Vec::new();
         self.transport.adopt(&mut self.reactor, theirs.into());
         for mut piece in mode.pieces(&bytes) {
             while !piece.is_empty() && self.closed == 0 {
@@ -106,11 +139,15 @@ impl Server {
                     Err(_) => break,
                 }
                 self.turn();
-                // What it answers is of no interest, but must be taken.
-                while matches!(ours.read(&mut [0; 4096]), Ok(n) if n > 0) {
-                    self.turn();
-                }
+                take(&mut ours, &mut received, || self.turn());
             }
+        }
+        // It ends with what was sent; what is answered until then is looked at, too.
+        ours.shutdown(Shutdown::Write).unwrap();
+        for _ in 0..10 {
+            self.release();
+            self.turn();
+            take(&mut ours, &mut received, || self.turn());
         }
         drop(ours);
         for _ in 0..1000 {
@@ -123,6 +160,51 @@ impl Server {
         assert_eq!((self.transport.connections(), self.closed), (0, 1), "the connection has not ended, once");
         assert!(self.opened <= 1 && self.unanswered.is_empty());
         assert_eq!((self.reactor.in_flight(), self.arena.used_bytes()), (0, 0), "something is left");
+        self.check(&received);
+    }
+
+    /// Whether each answer brought what was put there for it. The last may be cut short.
+    fn check(&mut self, mut received: &[u8]) {
+        let Ok(Parsed::Item(_, taken)) = parse_handshake::<Welcome>(received) else { return };
+        received = &received[taken..];
+        while let Parsed::Item(message, taken) =
+            parse(received, &self.limits).expect("the server keeps the protocol")
+        {
+            received = &received[taken..];
+            let Message::Response(response, _) = message else { continue };
+            let Some((data, rest)) = received.split_at_checked(response.data_len as usize) else { return };
+            received = rest;
+            if !data.is_empty() {
+                let brought =
+                    self.brought.get_mut(&response.id).expect("an answer with data for this request");
+                let at =
+                    brought.iter().position(|brought| brought == data).expect("the bytes of this answer");
+                brought.swap_remove(at);
+            }
+        }
+    }
+
+    /// What the next request that arrives brings, as the client sent it.
+    fn next_sent(&mut self, key: RequestKey) -> Vec<u8> {
+        loop {
+            let Ok(Parsed::Item(message, taken)) = parse(&self.sent, &self.limits) else {
+                panic!("a request has arrived that was never sent");
+            };
+            let request = if let Message::Request(request, _) = message { Some(request) } else { None };
+            self.sent.drain(..taken);
+            if let Some(request) = request {
+                assert_eq!(request.id, key.id, "requests arrive in order");
+                let data = (request.data_len as usize).min(self.sent.len());
+                return self.sent.drain(..data).collect();
+            }
+        }
+    }
+
+    /// A slot without a byte of what it was used for before.
+    fn slot(&mut self, bytes: usize) -> Option<Slot> {
+        let mut slot = self.arena.alloc(bytes)?;
+        slot.bytes_mut().fill(STALE);
+        Some(slot)
     }
 
     fn turn(&mut self) {
@@ -141,6 +223,7 @@ impl Server {
                 ServerEvent::Opened(_, peer) => {
                     self.opened += 1;
                     self.credits = peer.grant.credits() as usize;
+                    self.limits = peer.grant.limits();
                 }
                 ServerEvent::Closed(..) => {
                     self.closed += 1;
@@ -152,10 +235,18 @@ impl Server {
                     assert!(self.unanswered.insert(request.key), "a request comes once");
                     assert!(self.unanswered.len() <= self.credits, "credits are exceeded");
                     assert!(request.data_len <= DATA_BYTES_MAX && request.region_len <= DATA_BYTES_MAX);
-                    self.request(&request);
+                    let sent = self.next_sent(request.key);
+                    self.request(&request, sent);
                 }
                 ServerEvent::Fetched(key, range) => {
-                    assert!(range.start + range.len <= range.slot.len());
+                    let sent = self.to_fetch.remove(&key).expect("it was to be fetched");
+                    assert!(range.bytes() == sent, "what arrived is not what was sent");
+                    let (before, after) =
+                        (&range.slot.bytes()[..range.start], &range.slot.bytes()[range.start + range.len..]);
+                    assert!(
+                        before.iter().chain(after).all(|&byte| byte == STALE),
+                        "it wrote beside the data"
+                    );
                     self.answer(key, Status::OK, None);
                 }
             }
@@ -164,7 +255,7 @@ impl Server {
     }
 
     /// The first byte of the command says what becomes of it.
-    fn request(&mut self, request: &Request) {
+    fn request(&mut self, request: &Request, sent: Vec<u8>) {
         match request.body.first().copied().unwrap_or(0) % 8 {
             0 => self.answer(request.key, Status::policy(1), None),
             1 => self.held.push(request.key),
@@ -177,14 +268,33 @@ impl Server {
                 self.transport.close(&mut self.reactor, connection, Status::policy(1), "Go away.");
             }
             _ if request.data_len > 0 => {
-                let slot = self.arena.alloc(request.data_len as usize).expect("credits bound what is needed");
-                self.transport.fetch(&mut self.reactor, request.key, slot, 0);
+                let (len, start) = (request.data_len as usize, request.key.id as usize % 9);
+                let slot = self.slot(len + start).expect("credits bound what is needed");
+                self.to_fetch.insert(request.key, sent);
+                self.transport.fetch(&mut self.reactor, request.key, slot, start);
             }
-            _ if request.region_len > 0 => {
+            verb if request.region_len > 0 => {
                 let len = request.region_len as usize;
-                match self.arena.alloc(len) {
+                self.answers += 1;
+                let answer = self.answers;
+                let mut data = vec![0; len];
+                fill(answer, &mut data);
+                let brought = self.brought.entry(request.key.id).or_default();
+                brought.push(data);
+                let mut put = |bytes: &mut [u8]| {
+                    fill(answer, bytes);
+                    true
+                };
+                if verb == 5 && self.transport.respond_filled(request.key, len, &mut self.arena, &mut put) {
+                    self.unanswered.remove(&request.key);
+                    return;
+                }
+                let start = answer as usize % 9;
+                match self.slot(len + start) {
                     Some(slot) => {
-                        self.answer(request.key, Status::OK, Some(SlotRange { slot, start: 0, len }));
+                        let mut range = SlotRange { slot, start, len };
+                        fill(answer, range.bytes_mut());
+                        self.answer(request.key, Status::OK, Some(range));
                     }
                     None => self.answer(request.key, Status::storage(12), None),
                 }
@@ -204,5 +314,14 @@ impl Server {
         self.unanswered.remove(&key);
         let response = Response { status, result: 0, body: Body::from(&[][..]), data };
         self.transport.respond(&mut self.reactor, key, response);
+    }
+}
+
+/// Receives what is there, and lets the server go on meanwhile.
+fn take(stream: &mut UnixStream, received: &mut Vec<u8>, mut turn: impl FnMut()) {
+    let mut bytes = [0; 4096];
+    while let Ok(n @ 1..) = stream.read(&mut bytes) {
+        received.extend_from_slice(&bytes[..n]);
+        turn();
     }
 }

@@ -11,8 +11,8 @@ use raio_fuzz::Mode;
 use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, Link, OPTION_NAME, OPTION_REQUIRED, Parsed, QueuePairAddress,
-    RemoteRegion, Request, Response, SessionId,
+    self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
+    QueuePairAddress, RemoteRegion, Request, Response, SessionId, VERSION,
 };
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
@@ -57,9 +57,56 @@ fn main() -> Result<(), Box<dyn Error>> {
         let then: Vec<u8> = welcome.iter().copied().chain(responses().remove(0).1).collect();
         write("client_session", &name, &[own, own | crc], &then)?;
     }
+    for (kind, texts) in [
+        (
+            0,
+            &[
+                "raio://host",
+                "raio+tcp://127.0.0.1:1/",
+                "tcp://[::1]:0",
+                "rdma://[fe80::1]",
+                "raio+rdma://a.b:65535",
+            ][..],
+        ),
+        (1, &["a=/x,rw,direct", "a=/x y,ro", "n=null:1G", "m=mem:64k,rw", "a=/x:rw"]),
+        (2, CONFIGURATIONS),
+        (
+            3,
+            &[
+                "--export\nn=null:1M\n--workers\n2\n--memory\n64M\n--io-max=1M\n--backend\nthreads",
+                "--export=m=mem:1M,rw\n--queue-depth=4\n--spin-us\n0\n--max-sessions\n10\n--log\ndebug",
+            ],
+        ),
+    ] {
+        for (n, text) in texts.iter().enumerate() {
+            write("configuration", &format!("text-{n}"), &[kind], text.as_bytes())?;
+        }
+    }
+    for (name, bytes) in private_data() {
+        write("messages", name, &[plain], &bytes)?;
+    }
     println!("{count} seeds in {}", directory.display());
     Ok(())
 }
+
+/// What rdma_cm's messages carry: a request, and a rejection.
+fn private_data() -> [(&'static str, Vec<u8>); 2] {
+    let begin = |first: u16, second: u16| {
+        let numbers = [first, second, 0, 0].into_iter().flat_map(u16::to_le_bytes);
+        MAGIC.into_iter().chain(numbers).collect::<Vec<_>>()
+    };
+    [
+        ("private-request", begin(VERSION, VERSION)),
+        ("private-rejection", [&begin(71, 0)[..], "Versions 2 to 3 are spoken here, ä.".as_bytes()].concat()),
+    ]
+}
+
+const CONFIGURATIONS: &[&str] = &[
+    "export = [\"a=/srv,rw\", \"n=null:1M\"]\nworkers = 2\nmemory = \"64M\"\nio-max = 65536\nlog = \"warn\"\n",
+    "[export.a]\npath = \"/srv\"\naccess = \"rw\"\ndirect = true\nmountpoint = true\ndevices = true\nmax-file-size = \"1G\"\n\
+     cross-mounts = true\n[export.\"b c\"]\npath = \"/x,y\"\ngrow = true\n[export.m]\nmemory = \"1M\"\n[export.n]\nnull = 4096\n",
+    "queue-depth = 4\nmax-sessions = 10\nspin-us = 0\nbackend = \"threads\"\nlisten = [\"tcp://127.0.0.1:0\"]\n",
+];
 
 fn commands() -> Vec<(String, Vec<u8>)> {
     let file = FileHandle(1);
