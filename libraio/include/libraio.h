@@ -211,9 +211,12 @@ int raio_fstat(int fd, struct stat64 *buf);
 
 /*
  * raio_close - closes a file, or the first file of a session (the session itself lives on until raio_stop()). I/O
- * in flight on it runs to its end.
+ * in flight on it runs to its end, and the server closes the file after it; then its errors are lost, so collect
+ * the completions first.
  *
- * Returns 0, or -1 with errno: EBADF; ETIMEDOUT, ENOTCONN and its kind (it is closed all the same).
+ * Returns 0, or -1 with errno, and it is closed all the same: EBADF; ETIMEDOUT, ENOTCONN and its kind; or what close(2) said on
+ * the server. Some file systems (NFS, FUSE) store what was written only then, and report EDQUOT, ENOSPC or EIO: what
+ * was written may be lost. Only an fsync before it makes sure.
  */
 int raio_close(int fd);
 
