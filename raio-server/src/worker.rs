@@ -163,6 +163,8 @@ pub struct Worker {
     /// What is kept for small requests.
     reserve_bytes: usize,
     events: Vec<Event>,
+    /// Another thread has got writes since the worker last waited.
+    handed_over: bool,
     /// The last turn did something, which may have consequences that no event announces.
     is_busy: bool,
     drain: Option<Drain>,
@@ -257,6 +259,7 @@ impl Worker {
             at_once_bytes: 0,
             turn_bytes: 0,
             events: Vec::new(),
+            handed_over: false,
             is_busy: false,
             drain: None,
             peers: HashMap::new(),
@@ -286,7 +289,7 @@ impl Worker {
         self.take_requests();
         // What the page cache had at once.
         self.take_completions();
-        self.backend.flush();
+        self.handed_over |= self.backend.flush();
         self.send_answers();
         self.publish();
         Ok(())
@@ -295,7 +298,9 @@ impl Worker {
     /// Submits what the last turn asked for, and hears what has ended. Sleeps here if there is nothing to do.
     fn hear(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
-        self.reactor.expect(self.at_devices);
+        // Who has just got a batch of writes may want this core: no spinning against it.
+        let spins = wait == Wait::Poll || !std::mem::take(&mut self.handed_over);
+        self.reactor.expect(if spins { self.at_devices.max(1) } else { 0 });
         let happened = self.transport.run_once(&mut self.reactor, wait, &mut self.events);
         self.is_busy = happened.context("The event loop failed")?;
         for event in self.events.drain(..) {

@@ -396,9 +396,9 @@ impl Reactor {
     }
 
     /// So many operations are worth waiting for: from now on a turn may spin for so many times as long as it was configured to, at most ten
-    /// times. Several that were begun together end later than one, and often together.
+    /// times. Several that were begun together end later than one, and often together. None: it does not spin.
     pub fn expect(&mut self, operations: usize) {
-        self.expected = operations.clamp(1, EXPECTED_MAX) as u32;
+        self.expected = operations.min(EXPECTED_MAX) as u32;
     }
 
     /// Operations in flight.

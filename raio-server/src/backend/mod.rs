@@ -183,8 +183,8 @@ pub trait Backend {
         None
     }
 
-    /// Where the completions of other threads go to: for [`Descriptor::report_close`].
-    fn completions(&self) -> Sender<Completion>;
+    /// Where one completion that comes from another thread is to go to: for [`Descriptor::report_close`].
+    fn expect_completion(&mut self) -> Sender<Completion>;
 
     /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
     fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending);

@@ -152,7 +152,7 @@ fn files_are_asked_flushed_and_closed() {
         assert_eq!(info.status.links.get(), 1);
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: false }).result, Ok(0));
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: true }).result, Ok(0));
-        file.report_close(bench.backend.completions(), 5);
+        file.report_close(bench.backend.expect_completion(), 5);
         drop(file);
         let completion = bench.next();
         assert_eq!((completion.key, completion.result), (5, Ok(0)));

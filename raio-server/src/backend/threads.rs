@@ -17,6 +17,8 @@ use crate::client::Client;
 pub struct Threads {
     completions: Sender<Completion>,
     ended: Receiver<Completion>,
+    /// Completions that are to come from other threads: with none there is nothing to look for.
+    expected: usize,
     cancelled: VecDeque<Completion>,
     /// This iteration's writes to the page cache, a batch for each lane: to hand over each by itself would cost more than to do it.
     writes: Vec<(Lane, Vec<Task>)>,
@@ -26,10 +28,11 @@ impl Threads {
     /// For the worker of this reactor.
     pub fn new(reactor: &Reactor) -> Self {
         let (completions, ended) = mailbox(reactor.waker());
-        Self { completions, ended, cancelled: VecDeque::new(), writes: Vec::new() }
+        Self { completions, ended, expected: 0, cancelled: VecDeque::new(), writes: Vec::new() }
     }
 
-    fn begin(&self, lane: Lane, task: Task) -> Pending {
+    fn begin(&mut self, lane: Lane, task: Task) -> Pending {
+        self.expected += 1;
         lane.submit(Job::new(self.completions.clone(), vec![task]));
         Pending::Lane(lane)
     }
@@ -47,6 +50,7 @@ impl Backend for Threads {
         if !file.is_write_back || !matches!(operation, Operation::Write { .. }) {
             return Some(self.submit_blocking(key, client, file, operation));
         }
+        self.expected += 1;
         let lane = file.lanes().data;
         let task = Task::on(key, client, file, operation);
         match self.writes.iter_mut().find(|(other, _)| *other == lane) {
@@ -79,7 +83,8 @@ impl Backend for Threads {
         self.begin(lane, Task::call(key, client, call))
     }
 
-    fn completions(&self) -> Sender<Completion> {
+    fn expect_completion(&mut self) -> Sender<Completion> {
+        self.expected += 1;
         self.completions.clone()
     }
 
@@ -87,7 +92,10 @@ impl Backend for Threads {
         let Pending::Lane(lane) = pending else { return };
         let gathered = self.writes.iter_mut().find_map(|(_, tasks)| take(tasks, key));
         let task = gathered.or_else(|| lane.take_back(|job| job.take(&self.completions, key)));
-        self.cancelled.extend(task.map(Task::cancelled));
+        if let Some(task) = task {
+            self.expected -= 1;
+            self.cancelled.push_back(task.cancelled());
+        }
     }
 
     fn flush(&mut self) -> bool {
@@ -103,6 +111,14 @@ impl Backend for Threads {
     }
 
     fn next(&mut self) -> Option<Completion> {
-        self.cancelled.pop_front().or_else(|| self.ended.take())
+        if let Some(completion) = self.cancelled.pop_front() {
+            return Some(completion);
+        }
+        if self.expected == 0 {
+            return None;
+        }
+        let completion = self.ended.take()?;
+        self.expected -= 1;
+        Some(completion)
     }
 }

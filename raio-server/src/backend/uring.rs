@@ -16,9 +16,9 @@ use rustix::io::{Errno, preadv2};
 use super::{Backend, Call, Completion, Descriptor, Lane, OWNER, Operation, Outcome, Pending, Threads};
 use crate::client::Client;
 
-/// A read of memory that takes so long has waited, most likely for what was swapped out...
+/// A read of memory that takes so long has waited, most likely for what was swapped out. After two of them...
 const WAITED: Duration = Duration::from_millis(1);
-/// ... and for so many times as long as it took the lane does it.
+/// ... the lane reads for so many times as long as the second took.
 const PAUSE: u32 = 100;
 
 /// Passes operations on to the ring.
@@ -26,14 +26,16 @@ const PAUSE: u32 = 100;
 pub struct Uring {
     lanes: Threads,
     ended: VecDeque<Completion>,
-    /// Until then what may wait is not read at once, because it has waited.
+    /// The last read of what may wait has waited.
+    has_waited: bool,
+    /// Until then what may wait is not read at once, because it has waited twice.
     paused_until: Option<Instant>,
 }
 
 impl Uring {
     /// For the worker of this reactor.
     pub fn new(reactor: &Reactor) -> Self {
-        Self { lanes: Threads::new(reactor), ended: VecDeque::new(), paused_until: None }
+        Self { lanes: Threads::new(reactor), ended: VecDeque::new(), has_waited: false, paused_until: None }
     }
 
     /// Reads what the page cache has. None: that may wait.
@@ -56,7 +58,11 @@ impl Uring {
         let result = preadv2(file, &mut [IoSliceMut::new(bytes)], offset, flags);
         if let Some(begin) = begin {
             let took = begin.elapsed();
-            self.paused_until = (took >= WAITED).then(|| begin + took * PAUSE);
+            let has_waited = std::mem::replace(&mut self.has_waited, took >= WAITED);
+            // Once may mean that another thread had the core.
+            if self.has_waited && has_waited {
+                self.paused_until = Some(begin + took * PAUSE);
+            }
         }
         match result {
             // The last two: a sandbox forbids it.
@@ -120,8 +126,8 @@ impl Backend for Uring {
         (n as usize == bytes.len()).then_some(())
     }
 
-    fn completions(&self) -> Sender<Completion> {
-        self.lanes.completions()
+    fn expect_completion(&mut self) -> Sender<Completion> {
+        self.lanes.expect_completion()
     }
 
     fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending) {

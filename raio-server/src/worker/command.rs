@@ -191,7 +191,7 @@ impl Worker {
         let key = self.begin(connection, request.key, Work::Close);
         match file.own_fd() {
             // Another worker, or a request in flight, may be its last user.
-            Some(fd) => fd.report_close(self.backend.completions(), key as u64),
+            Some(fd) => fd.report_close(self.backend.expect_completion(), key as u64),
             None => self.answer(key, success(0)),
         }
     }

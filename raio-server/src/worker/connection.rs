@@ -211,7 +211,7 @@ impl Worker {
         drop(files);
         for file in self.shared.sessions.leave(&session) {
             if let Some(fd) = file.own_fd() {
-                fd.report_close(self.backend.completions(), backend::NOBODY);
+                fd.report_close(self.backend.expect_completion(), backend::NOBODY);
                 self.closing += 1;
             }
         }

@@ -50,8 +50,8 @@ impl Backend for Late {
         self.ring.call(key, client, lane, call)
     }
 
-    fn completions(&self) -> Sender<Completion> {
-        self.ring.completions()
+    fn expect_completion(&mut self) -> Sender<Completion> {
+        self.ring.expect_completion()
     }
 
     /// It never is in time.
