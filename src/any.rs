@@ -124,6 +124,27 @@ impl Server {
         outside_tcp(self.tcp.adopt(reactor, stream))
     }
 
+    /// See [`tcp::Server::set_place`].
+    pub fn set_place(&mut self, place: tcp::Place) {
+        self.tcp.set_place(place);
+    }
+
+    /// See [`tcp::Server::next_passed`].
+    pub fn next_passed(&mut self) -> Option<tcp::Passed> {
+        let passed = self.tcp.next_passed()?;
+        Some(tcp::Passed { connection: outside_tcp(passed.connection), ..passed })
+    }
+
+    /// See [`tcp::Server::adopt_passed`].
+    pub fn adopt_passed(
+        &mut self,
+        reactor: &mut Reactor,
+        stream: Arc<OwnedFd>,
+        hello: Vec<u8>,
+    ) -> ConnectionId {
+        outside_tcp(self.tcp.adopt_passed(reactor, stream, hello))
+    }
+
     /// See [`rdma::Server::adopt`].
     pub fn adopt_rdma(
         &mut self,

@@ -9,7 +9,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_NAME, OPTION_QUEUE_PAIR,
+    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_CONTROL, OPTION_NAME, OPTION_QUEUE_PAIR,
     OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
 
@@ -55,6 +55,8 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
+    /// It will carry control commands alone, no reads and writes: a server need not share it out among its threads.
+    pub control: bool,
 }
 
 /// What a server is ready to grant.
@@ -150,6 +152,8 @@ pub struct Peer {
     pub name: String,
     /// It promised to send something this often; zero: no promise.
     pub keepalive: Duration,
+    /// It carries control commands alone.
+    pub control: bool,
     /// What it was granted.
     pub grant: Grant,
 }
@@ -171,6 +175,7 @@ impl Policy {
         }
         let mut name = None;
         let mut queue_pair = false;
+        let mut control = false;
         let mut answers = Vec::new();
         for option in message::parse_options(options) {
             let option = option?;
@@ -186,6 +191,11 @@ impl Policy {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] });
+            } else if option.kind == OPTION_CONTROL {
+                if !option.value.is_empty() || std::mem::replace(&mut control, true) {
+                    return Err(Violation::Field);
+                }
+                answers.push(HandshakeOption { kind: OPTION_CONTROL, flags: 0, value: &[] });
             } else if option.flags & OPTION_REQUIRED != 0 {
                 return Err(Violation::RequiredOption(option.kind));
             } else {
@@ -222,6 +232,7 @@ impl Policy {
             epoch: hello.epoch.get(),
             name: name.unwrap_or_default(),
             keepalive: Duration::from_millis(hello.keepalive_ms.get().into()),
+            control,
             grant,
         };
         Ok(Parsed::Item((peer, message::encode_handshake(welcome, &answers)), taken))
@@ -259,6 +270,7 @@ impl Offer {
             keepalive: Duration::ZERO,
             name: name.into(),
             queue_pair: false,
+            control: false,
         }
     }
 
@@ -278,11 +290,11 @@ impl Offer {
             reserved: U32::ZERO,
         };
         let name = message::clipped(&self.name).as_bytes();
-        let options = [
-            HandshakeOption { kind: OPTION_NAME, flags: 0, value: name },
-            HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] },
-        ];
-        message::encode_handshake(hello, &options[..1 + usize::from(self.queue_pair)])
+        let mut options = vec![HandshakeOption { kind: OPTION_NAME, flags: 0, value: name }];
+        for (kind, is_set) in [(OPTION_QUEUE_PAIR, self.queue_pair), (OPTION_CONTROL, self.control)] {
+            options.extend(is_set.then_some(HandshakeOption { kind, flags: 0, value: &[] }));
+        }
+        message::encode_handshake(hello, &options)
     }
 
     /// Reads the server's welcome at the front of `bytes`: the grant, or why there is none.

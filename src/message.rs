@@ -675,6 +675,8 @@ pub const OPTION_NAME: u16 = 1;
 pub const OPTION_TEXT: u16 = 2;
 /// Option without a value: the connection could move from this stream to a queue pair.
 pub const OPTION_QUEUE_PAIR: u16 = 3;
+/// The connection carries control commands alone.
+pub const OPTION_CONTROL: u16 = 4;
 
 /// One option of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

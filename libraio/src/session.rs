@@ -191,7 +191,7 @@ impl Session {
             suspect: AtomicBool::new(false),
             closes: Mutex::default(),
         };
-        let (transport, why_tcp) = shared.reach(CONTROL_DEPTH, deadline)?;
+        let (transport, why_tcp) = shared.reach(CONTROL_DEPTH, true, deadline)?;
         if why_tcp.is_some() {
             // The session's other connections need not find out once more.
             shared.scheme = Scheme::Tcp;
@@ -252,19 +252,21 @@ impl Shared {
     /// Opens a connection of this session that may have `depth` requests outstanding.
     pub(crate) fn dial(&self, depth: u32) -> Result<Box<dyn ClientTransport>, Error> {
         let deadline = Instant::now() + self.options.connect_timeout;
-        self.reach(depth, deadline).map(|(transport, _)| transport)
+        self.reach(depth, false, deadline).map(|(transport, _)| transport)
     }
 
     /// The same; also why it is over TCP if it could have been otherwise.
     fn reach(
         &self,
         depth: u32,
+        control: bool,
         deadline: Instant,
     ) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
         let offer = Offer {
             session: self.id,
             features: if self.options.crc { FEATURE_CRC } else { 0 },
             queue_depth: depth,
+            control,
             ..Offer::new(program_name())
         };
         let reached = match self.scheme {

@@ -22,6 +22,7 @@ mod log;
 mod machine;
 mod open;
 mod pace;
+mod placement;
 mod pool;
 mod probe;
 mod rate_limit;

@@ -17,17 +17,22 @@ use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
 use crate::export_spec::Source;
-use crate::limits::Limits;
+use crate::limits::{Limits, Place};
 use crate::listener::Listener;
+use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
-use crate::worker::{Mail, RawConnection, Shared, Started, Worker};
+use crate::worker::{Doors, Mail, RawConnection, Shared, Started, Worker};
 use crate::{log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
 const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
+const CHECK: Token = Token { owner: 3, value: 0 };
+
+/// A worker that takes none of the connections that wait for it for this long is stuck: others get them.
+const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// What is in flight has so long to finish when the server is told to stop.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,14 +59,16 @@ pub struct Server {
     /// Connections that had no place.
     rejected: u64,
     limits: Arc<Limits>,
+    /// [`CHECK`] will come.
+    is_checking: bool,
     is_draining: bool,
 }
 
 struct WorkerHandle {
-    mailbox: Sender<Mail>,
+    doors: Doors,
     counters: Arc<Counters>,
-    /// Connections that were placed on it, ever.
-    placed: u64,
+    /// At the last check: connections that it had not taken, and its iterations.
+    checked: (usize, u64),
 }
 
 /// A worker has ended; if in good order, whether everything was answered.
@@ -126,7 +133,8 @@ impl Server {
                 name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
                 ..Policy::default()
             }),
-            mailboxes: OnceLock::new(),
+            workers: OnceLock::new(),
+            placement: Placement::new(config.workers),
             backend: config.backend,
             arena_bytes: config.arena_bytes,
             spin: config.spin,
@@ -134,7 +142,7 @@ impl Server {
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
-        let _ = shared.mailboxes.set(workers.iter().map(|worker| worker.mailbox.clone()).collect());
+        let _ = shared.workers.set(workers.iter().map(|worker| worker.doors.clone()).collect());
         let backend = say_what_was_missing(config, &started);
         Ok(Self {
             reactor,
@@ -147,6 +155,7 @@ impl Server {
             accepted: 0,
             rejected: 0,
             limits,
+            is_checking: false,
             is_draining: false,
         })
     }
@@ -168,9 +177,11 @@ impl Server {
                 match event.token {
                     Token { owner: LISTENER, .. } => {
                         if let Some(connection) = self.listener.handle(&mut self.reactor, event) {
+                            self.accepted += 1;
                             self.place(connection);
                         }
                     }
+                    CHECK => self.check(),
                     SIGNALS => {
                         for signal in self.signals.read(&mut self.reactor) {
                             if let Some(code) = self.signal(signal) {
@@ -202,7 +213,6 @@ impl Server {
 
     /// Hands a connection to the worker that has fewest.
     fn place(&mut self, connection: RawConnection) {
-        self.accepted += 1;
         let peer = connection.peer();
         let place = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
             Ok(place) => place,
@@ -223,13 +233,65 @@ impl Server {
                 return;
             }
         };
-        // Those that it has not yet looked at count too.
-        let load = |worker: &WorkerHandle| {
-            worker.counters.connections.get() + worker.placed.saturating_sub(worker.counters.adopted.get())
+        self.hand_over(connection, place);
+    }
+
+    /// Hands a connection to the worker that has fewest.
+    fn hand_over(&mut self, connection: RawConnection, place: Place) {
+        let placement = &self.shared.placement;
+        let rank = |at: usize, worker: &WorkerHandle| {
+            let waiting = worker.doors.connections.waiting() as u64;
+            (placement.is_stuck(at), worker.counters.connections.get() + waiting)
         };
-        if let Some(worker) = self.workers.iter_mut().min_by_key(|worker| load(worker)) {
-            worker.placed += 1;
-            worker.mailbox.send(Mail::Connection(connection, place));
+        let fewest = self.workers.iter().enumerate().min_by_key(|&(at, worker)| rank(at, worker));
+        if let Some((_, worker)) = fewest {
+            worker.doors.connections.send((connection, place));
+        }
+        self.check_later();
+    }
+
+    fn check_later(&mut self) {
+        if !std::mem::replace(&mut self.is_checking, true) {
+            self.reactor.timer(Instant::now() + CHECK_EVERY, CHECK);
+        }
+    }
+
+    /// Takes back the connections that a worker does not take, and hands them to others.
+    fn check(&mut self) {
+        self.is_checking = false;
+        let mut stuck = Vec::new();
+        for (at, worker) in self.workers.iter_mut().enumerate() {
+            let (waiting, turns) = (worker.doors.connections.waiting(), worker.counters.turns.get());
+            let (waited, was_at) = std::mem::replace(&mut worker.checked, (waiting, turns));
+            // What was taken back woke it all the same: its next iteration shows that it goes on.
+            let was_stuck = self.shared.placement.is_stuck(at);
+            let is_stuck = turns == was_at && (was_stuck || waiting > 0 && waited > 0);
+            self.shared.placement.set_stuck(at, is_stuck);
+            if is_stuck {
+                stuck.push(at);
+            }
+            if is_stuck || waiting > 0 {
+                self.is_checking = true;
+            }
+        }
+        if std::mem::take(&mut self.is_checking) {
+            self.check_later();
+        }
+        if stuck.len() == self.workers.len() {
+            return;
+        }
+        for at in stuck {
+            while let Some((connection, place)) = self.workers[at].doors.connections.take_back() {
+                match connection {
+                    RawConnection::Passed(stream, peer, hello) => {
+                        self.shared.placement.release(at);
+                        let to = self.shared.placement.claim(at);
+                        let doors = &self.workers[to].doors;
+                        doors.connections.send((RawConnection::Passed(stream, peer, hello), place));
+                    }
+                    connection => self.hand_over(connection, place),
+                }
+            }
         }
     }
 
@@ -245,6 +307,7 @@ impl Server {
                 self.rejected,
                 sessions.len(),
                 sessions.open_files(),
+                &self.shared.placement.data_connections(),
             );
             log::print(&line);
             return None;
@@ -265,7 +328,7 @@ impl Server {
         self.listener.stop(&mut self.reactor);
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         for worker in &self.workers {
-            worker.mailbox.send(Mail::Drain(deadline));
+            worker.doors.mailbox.send(Mail::Drain(deadline));
         }
         self.reactor.timer(deadline + DRAIN_SLACK, DRAIN_DEADLINE);
         None
@@ -316,7 +379,7 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        workers.push(WorkerHandle { mailbox: started.mailbox.clone(), counters, placed: 0 });
+        workers.push(WorkerHandle { doors: started.doors.clone(), counters, checked: (0, 0) });
         all_started.push(started);
     }
     Ok((workers, all_started))

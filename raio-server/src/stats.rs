@@ -56,8 +56,6 @@ const REASONS: [&str; 19] = [
 /// What one worker counts.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Raw connections taken over from the listener.
-    pub adopted: Counter,
     /// Connections now, those in their handshake among them.
     pub connections: Counter,
     /// Requests that wait for memory now.
@@ -137,6 +135,7 @@ pub fn json<'a>(
     rejected_by_address: u64,
     sessions: usize,
     open_files: usize,
+    data_connections: &[usize],
 ) -> String {
     let sum =
         |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
@@ -195,7 +194,17 @@ pub fn json<'a>(
             .enumerate()
             .map(|(index, name)| (name, workers.clone().map(|worker| worker.closes[index].get()).sum())),
     );
-    out.push('}');
+    out.push_str(",\"per_worker\":[");
+    for (at, (worker, data_connections)) in workers.zip(data_connections).enumerate() {
+        let comma = if at > 0 { "," } else { "" };
+        let _ = write!(
+            out,
+            "{comma}{{\"connections\":{},\"data_connections\":{data_connections},\"answered\":{}}}",
+            worker.connections.get(),
+            worker.answered.get()
+        );
+    }
+    out.push_str("]}");
     out
 }
 
@@ -214,8 +223,8 @@ mod tests {
             worker.request(Opcode::Cancel);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
-        let json = json(workers.iter(), "uring", 3, 4, 1, 2);
-        assert!(json.starts_with('{') && json.ends_with("}}") && !json.contains('\n'));
+        let json = json(workers.iter(), "uring", 3, 4, 1, 2, &[4, 5]);
+        assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
             "\"turn_bytes_max\":7",
@@ -225,6 +234,7 @@ mod tests {
             "\"address_connections\":4",
             "\"open_files\":2",
             "\"read\":0",
+            "\"per_worker\":[{\"connections\":0,\"data_connections\":4,",
         ] {
             assert!(json.contains(part), "{part} is not in {json}");
         }

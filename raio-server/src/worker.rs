@@ -35,6 +35,7 @@ use crate::config::BackendKind;
 use crate::export::Exports;
 use crate::limits::Place;
 use crate::log;
+use crate::placement::Placement;
 use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
@@ -63,8 +64,10 @@ pub struct Shared {
     pub sessions: Sessions,
     /// What each connection is granted.
     pub policy: Arc<Policy>,
-    /// Every worker's mailbox, once all have started.
-    pub mailboxes: OnceLock<Vec<Sender<Mail>>>,
+    /// How to reach each worker, once all have started.
+    pub workers: OnceLock<Vec<Doors>>,
+    /// Who has how many connections.
+    pub placement: Placement,
     /// What the configuration asks for.
     pub backend: BackendKind,
     /// Each worker's arena.
@@ -75,11 +78,22 @@ pub struct Shared {
     pub rdma: bool,
 }
 
+/// How to reach a worker.
+#[derive(Clone, Debug)]
+pub struct Doors {
+    /// Its mailbox.
+    pub mailbox: Sender<Mail>,
+    /// Connections that it is to serve.
+    pub connections: Sender<(RawConnection, Place)>,
+}
+
 /// A connection that was accepted, and nothing more.
 #[derive(Debug)]
 pub enum RawConnection {
     /// A stream socket, and whom it leads to if that is an IP address.
     Tcp(OwnedFd, Option<SocketAddr>),
+    /// One that a worker has passed on to another: its place there is counted.
+    Passed(Arc<OwnedFd>, Option<SocketAddr>, Vec<u8>),
     /// One that a client asks for.
     Rdma(rdma::Incoming),
 }
@@ -88,7 +102,7 @@ impl RawConnection {
     /// The client's address, if it is known and an IP address.
     pub fn peer(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(_, peer) => *peer,
+            Self::Tcp(_, peer) | Self::Passed(_, peer, _) => *peer,
             Self::Rdma(incoming) => incoming.peer(),
         }
     }
@@ -97,8 +111,6 @@ impl RawConnection {
 /// What other threads tell a worker.
 #[derive(Debug)]
 pub enum Mail {
-    /// Serve this connection: it was accepted, and nothing has been read from it. Its place is kept until it has ended.
-    Connection(RawConnection, Place),
     /// A handle was closed by another worker.
     Forget {
         /// Whose.
@@ -124,6 +136,7 @@ pub struct Worker {
     /// Its place among the workers.
     index: usize,
     mail: Receiver<Mail>,
+    incoming: Receiver<(RawConnection, Place)>,
     reactor: Reactor,
     arena: Arena,
     transport: any::Server,
@@ -176,7 +189,7 @@ pub struct Worker {
 #[derive(Debug)]
 pub struct Started {
     /// Where to reach it.
-    pub mailbox: Sender<Mail>,
+    pub doors: Doors,
     /// Why it has no io_uring.
     pub fallback: Option<String>,
     /// Why its arena could not be registered with the ring.
@@ -228,16 +241,24 @@ impl Worker {
         }
         let (mailbox, mail) = reactor::mailbox(reactor.waker());
         let fallback = reactor.fallback_reason().map(str::to_owned);
-        let started = Started { mailbox, fallback, unregistered, no_rdma };
+        let (connections, incoming) = reactor::mailbox(reactor.waker());
+        let started = Started { doors: Doors { mailbox, connections }, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
+        let mut transport = any::Server::new(TCP, &shared.policy, rdma);
+        let placing = Arc::clone(&shared);
+        transport.set_place(Box::new(move |peer| {
+            let to = if peer.control { index } else { placing.placement.claim(index) };
+            (to != index).then_some(to)
+        }));
         let worker = Self {
-            transport: any::Server::new(TCP, &shared.policy, rdma),
+            transport,
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
             reserve_bytes: (arena.len() / RESERVE).min(arena.len() - arena.slot_bytes_max()),
             shared,
             counters,
             index,
             mail,
+            incoming,
             reactor,
             arena,
             backend,
@@ -287,6 +308,7 @@ impl Worker {
         self.grant_slots();
         self.relieve();
         self.take_requests();
+        self.pass_on();
         // What the page cache had at once.
         self.take_completions();
         self.handed_over |= self.backend.flush();
@@ -313,15 +335,15 @@ impl Worker {
     }
 
     fn take_mail(&mut self) {
+        while let Some((connection, place)) = self.incoming.take() {
+            self.is_busy = true;
+            if self.drain.is_none() {
+                self.adopt(connection, place);
+            }
+        }
         while let Some(mail) = self.mail.take() {
             self.is_busy = true;
             match mail {
-                Mail::Connection(connection, place) => {
-                    self.counters.adopted.add(1);
-                    if self.drain.is_none() {
-                        self.adopt(connection, place);
-                    }
-                }
                 Mail::Forget { session, handle } => {
                     if let Some(&session) = self.sessions_by_id.get(&session) {
                         self.forget(session, handle);
@@ -341,6 +363,9 @@ impl Worker {
         let peer = connection.peer();
         let adopted = match connection {
             RawConnection::Tcp(stream, _) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
+            RawConnection::Passed(stream, _, hello) => {
+                Ok(self.transport.adopt_passed(&mut self.reactor, stream, hello))
+            }
             RawConnection::Rdma(incoming) => self.transport.adopt_rdma(&mut self.reactor, incoming),
         };
         let id = match adopted {
@@ -365,6 +390,19 @@ impl Worker {
             self.completed(completion);
         }
         self.feed_devices();
+    }
+
+    /// Passes on the connections that belong to other workers.
+    fn pass_on(&mut self) {
+        while let Some(passed) = self.transport.next_passed() {
+            if let (Some(workers), Some(place)) =
+                (self.shared.workers.get(), self.places.remove(&passed.connection))
+            {
+                let peer = self.peers.remove(&passed.connection);
+                let connection = RawConnection::Passed(passed.stream, peer, passed.hello);
+                workers[passed.to].connections.send((connection, place));
+            }
+        }
     }
 
     fn take_requests(&mut self) {

@@ -33,6 +33,7 @@ fn offer() -> Offer {
         keepalive: Duration::from_millis(1500),
         name: "golden".into(),
         queue_pair: false,
+        control: false,
     }
 }
 
@@ -182,6 +183,7 @@ proptest! {
         epoch: u64,
         wants_crc: bool,
         wants_queue_pair: bool,
+        wants_control: bool,
         has_queue_pairs: bool,
         queue_depth in prop_oneof![Just(0u32), 1u32..200_000],
         keepalive_ms in 0u32..1_000_000,
@@ -199,6 +201,7 @@ proptest! {
             keepalive: Duration::from_millis(keepalive_ms.into()),
             name: name.clone(),
             queue_pair: wants_queue_pair,
+            control: wants_control,
         };
         let policy = Policy {
             queue_depth: depth_max,
@@ -214,6 +217,7 @@ proptest! {
         prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (SessionId(session), epoch, offer.keepalive));
         prop_assert_eq!(peer.name, message::text(name.as_bytes()));
         prop_assert_eq!(grant.crc(), wants_crc);
+        prop_assert_eq!(peer.control, wants_control);
         prop_assert_eq!(grant.queue_pair, wants_queue_pair && has_queue_pairs);
         prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);
         prop_assert!(queue_depth == 0 || grant.queue_depth <= queue_depth);

@@ -89,6 +89,16 @@ impl<T> Sender<T> {
         self.waker.wake();
     }
 
+    /// Takes back the oldest message that the reactor has not taken.
+    pub fn take_back(&self) -> Option<T> {
+        self.queue.pop()
+    }
+
+    /// How many messages the reactor has not taken.
+    pub fn waiting(&self) -> usize {
+        self.queue.len()
+    }
+
     /// Whether both put messages into the same mailbox.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.queue, &other.queue)

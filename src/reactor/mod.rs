@@ -103,6 +103,11 @@ impl Drop for FileInner {
 }
 
 impl File {
+    /// The descriptor itself.
+    pub fn descriptor(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.0.fd)
+    }
+
     /// The descriptor, as long as it is open.
     pub fn downgrade(&self) -> Weak<OwnedFd> {
         Arc::downgrade(&self.0.fd)

@@ -11,7 +11,7 @@ use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
-pub use server::{Exchange, Server};
+pub use server::{Exchange, Passed, Place, Server};
 
 use crate::error::Error;
 

@@ -57,6 +57,8 @@ pub struct Server {
     free: Vec<u32>,
     events: VecDeque<ServerEvent>,
     exchanges: VecDeque<Exchange>,
+    place: Place,
+    passed: VecDeque<Passed>,
     /// Connections with answers since the last flush.
     dirty: Vec<u32>,
     /// Boxed because the kernel points at a batch while it sends it.
@@ -66,6 +68,22 @@ pub struct Server {
     has_sent: bool,
     /// Connections that are wide.
     wide: usize,
+}
+
+/// Decides, when the hello of a connection has come, to whom it is passed on; None: it stays.
+pub type Place = Box<dyn FnMut(&Peer) -> Option<usize>>;
+
+/// A connection that is passed on, before anything has been said to its client.
+#[derive(Debug)]
+pub struct Passed {
+    /// Which it was.
+    pub connection: ConnectionId,
+    /// As [`Place`] said.
+    pub to: usize,
+    /// Its socket.
+    pub stream: Arc<OwnedFd>,
+    /// All that was received: its hello, and what came behind it. For [`Server::adopt_passed`].
+    pub hello: Vec<u8>,
 }
 
 /// A client that wants its connection to move to a queue pair.
@@ -177,6 +195,8 @@ struct Connection {
     socket: File,
     state: State,
     grant: Option<Grant>,
+    /// It was passed on to here, and stays.
+    is_placed: bool,
     moving: Moving,
     receiving: Receiving,
     unread: Unread,
@@ -317,6 +337,8 @@ impl Server {
             free: Vec::new(),
             events: VecDeque::new(),
             exchanges: VecDeque::new(),
+            place: Box::new(|_| None),
+            passed: VecDeque::new(),
             dirty: Vec::new(),
             spare: Vec::new(),
             sending: 0,
@@ -325,8 +347,42 @@ impl Server {
         }
     }
 
+    /// From now on `place` decides who has which connection.
+    pub fn set_place(&mut self, place: Place) {
+        self.place = place;
+    }
+
+    /// The next connection that is to be passed on.
+    pub fn next_passed(&mut self) -> Option<Passed> {
+        self.passed.pop_front()
+    }
+
+    /// Takes over a connection that another server has passed on.
+    pub fn adopt_passed(
+        &mut self,
+        reactor: &mut Reactor,
+        stream: Arc<OwnedFd>,
+        hello: Vec<u8>,
+    ) -> ConnectionId {
+        let mut connection = self.make_connection(reactor, stream);
+        let id = connection.id;
+        connection.is_placed = true;
+        self.handshake(reactor, &mut connection, hello);
+        self.receive(reactor, &mut connection);
+        self.put(reactor, connection);
+        id
+    }
+
     /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the connection in later events.
     pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
+        let mut connection = self.make_connection(reactor, Arc::new(stream));
+        let id = connection.id;
+        self.receive(reactor, &mut connection);
+        self.put(reactor, connection);
+        id
+    }
+
+    fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
         // A peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
@@ -343,11 +399,12 @@ impl Server {
         let socket = reactor.file(stream);
         let deadline = Instant::now() + self.policy.handshake_timeout;
         let timer = reactor.timer(deadline, self.token(id, Kind::Deadline));
-        let mut connection = Box::new(Connection {
+        Box::new(Connection {
             id,
             socket,
             state: State::Handshake(Vec::new()),
             grant: None,
+            is_placed: false,
             moving: Moving::No,
             receiving: Receiving::Messages,
             unread: Unread::None,
@@ -371,10 +428,7 @@ impl Server {
             seen_alive: None,
             progress: Progress::default(),
             checked: Default::default(),
-        });
-        self.receive(reactor, &mut connection);
-        self.put(reactor, connection);
-        id
+        })
     }
 
     /// The next client that wants to move to a queue pair.
@@ -791,6 +845,11 @@ impl Server {
             Ok(Parsed::Need(_)) => self.fail(reactor, connection, Violation::HandshakeTooLong),
             Err(violation) => self.fail(reactor, connection, violation),
             Ok(Parsed::Item((peer, welcome), taken)) => {
+                if !connection.is_placed
+                    && let Some(to) = (self.place)(&peer)
+                {
+                    return self.pass_on(connection, to, hello);
+                }
                 stop_timers(reactor, connection);
                 connection.state = State::Open;
                 connection.grant = Some(peer.grant);
@@ -813,6 +872,17 @@ impl Server {
                 }
             }
         }
+    }
+
+    /// Takes the socket from a connection that has nothing in the ring.
+    fn pass_on(&mut self, connection: &mut Connection, to: usize, hello: Vec<u8>) {
+        self.passed.push_back(Passed {
+            connection: connection.id,
+            to,
+            stream: connection.socket.descriptor(),
+            hello,
+        });
+        connection.state = State::Dead;
     }
 
     fn sent(&mut self, connection: &mut Connection, event: Event) {
@@ -1000,7 +1070,7 @@ impl ServerTransport for Server {
 
     fn has_news(&mut self, _arm: bool) -> bool {
         // What a flush has left behind.
-        self.has_sent || !self.events.is_empty() || !self.dirty.is_empty()
+        self.has_sent || !self.events.is_empty() || !self.dirty.is_empty() || !self.passed.is_empty()
     }
 
     fn take_news(&mut self, _reactor: &mut Reactor) {

@@ -46,6 +46,8 @@ pub(super) struct Connection {
     pub(super) slot_bytes: usize,
     /// What it did wrong: it is closing.
     pub(super) violation: Option<Violation>,
+    /// It is counted in [`crate::placement`].
+    pub(super) has_data: bool,
     pub(super) name: String,
     /// Where it is.
     pub(super) peer: Option<SocketAddr>,
@@ -70,6 +72,10 @@ impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
         let address = self.peers.get(&id).copied();
         tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
+        if !peer.control && self.transport.socket(id).is_none() {
+            // A connection by rdma_cm stays where it was accepted.
+            self.shared.placement.add(self.index);
+        }
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
             None => {
@@ -78,7 +84,7 @@ impl Worker {
                         "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
                         self.shared.sessions.max()
                     );
-                    return self.reject(id, address, &peer.name, &text);
+                    return self.reject(id, address, &peer, &text);
                 };
                 let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
                 self.sessions_by_id.insert(peer.session, key);
@@ -90,7 +96,7 @@ impl Worker {
             if self.sessions[session].connections == 0 {
                 self.end_session(session);
             }
-            return self.reject(id, address, &peer.name, &text);
+            return self.reject(id, address, &peer, &text);
         }
         if self.sessions[session].connections == 0 {
             log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
@@ -104,6 +110,7 @@ impl Worker {
             is_waiting: false,
             slot_bytes: 0,
             violation: None,
+            has_data: !peer.control,
             name: peer.name,
             peer: address,
             client: Client::new(self.transport.socket(id)),
@@ -117,8 +124,17 @@ impl Worker {
     }
 
     /// Rejects a client in its handshake: it has, or there are, as many as there may be.
-    fn reject(&mut self, id: ConnectionId, peer: Option<SocketAddr>, name: &str, text: &str) {
-        log_client!(info, peer, "clients that were rejected", name, "A client was rejected. {text}");
+    fn reject(&mut self, id: ConnectionId, address: Option<SocketAddr>, peer: &Peer, text: &str) {
+        if !peer.control {
+            self.shared.placement.release(self.index);
+        }
+        log_client!(
+            info,
+            address,
+            "clients that were rejected",
+            name = peer.name,
+            "A client was rejected. {text}"
+        );
         self.transport.refuse(&mut self.reactor, id, libc::EUSERS, text);
     }
 
@@ -134,6 +150,9 @@ impl Worker {
         };
         self.by_transport[id.index as usize] = None;
         let connection = self.connections.remove(key);
+        if connection.has_data {
+            self.shared.placement.release(self.index);
+        }
         if connection.is_waiting {
             self.not_starved(key);
             self.turns.retain(|&other| other != key);
@@ -264,9 +283,9 @@ impl Worker {
 
     /// Makes the other workers drop their views of a file that was closed.
     pub(super) fn tell_others(&self, session: SessionId, handle: FileHandle) {
-        for (index, mailbox) in self.shared.mailboxes.get().into_iter().flatten().enumerate() {
+        for (index, doors) in self.shared.workers.get().into_iter().flatten().enumerate() {
             if index != self.index {
-                mailbox.send(Mail::Forget { session, handle });
+                doors.mailbox.send(Mail::Forget { session, handle });
             }
         }
     }

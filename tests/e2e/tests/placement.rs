@@ -1,0 +1,99 @@
+//! Which worker serves whom.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use raio::{Options, Session};
+use raio_e2e::{PATIENCE, Raw, Server};
+use raio_transport::protocol::OPEN_READ;
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+
+fn data_connections(statistics: &Value) -> Vec<u64> {
+    let workers = statistics["per_worker"].as_array().expect("an entry for each worker");
+    workers.iter().map(|worker| worker["data_connections"].as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn every_worker_gets_as_many_data_connections_whatever_control_connections_there_are() {
+    let mut server = Server::start_with(&["n=null:1M"], &["--workers", "4"]);
+    let url = server.url();
+    // A session's control connection comes first, then its context's.
+    let clients: Vec<_> = (0..12)
+        .map(|_| {
+            let session = Session::connect(&url, &Options::default()).expect("a session");
+            let context = session.context(4).expect("a context");
+            (session, context)
+        })
+        .collect();
+    let statistics = server.statistics();
+    assert_eq!(data_connections(&statistics), [3; 4], "{statistics}");
+    drop(clients);
+    server.statistics_when(|now| data_connections(now) == [0; 4]);
+    // A client that does not say what its connection is for may read and write on it.
+    let clients: Vec<_> = (0..6).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a file")).collect();
+    let statistics = server.statistics();
+    let mut counts = data_connections(&statistics);
+    counts.sort_unstable();
+    assert_eq!(counts, [1, 1, 2, 2], "{statistics}");
+    drop(clients);
+}
+
+/// A thread of a process that does not run until this is dropped.
+struct Held(Pid);
+
+impl Held {
+    /// The thread of this name.
+    fn new(process: u32, name: &str) -> Self {
+        let tasks = Path::new("/proc").join(process.to_string()).join("task");
+        let id: libc::pid_t = tasks
+            .read_dir()
+            .expect("it runs")
+            .filter_map(|task| Some(task.ok()?.path()))
+            .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name))
+            .and_then(|task| task.file_name()?.to_str()?.parse().ok())
+            .unwrap_or_else(|| panic!("no thread is called {name}"));
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: both requests take no memory of this process.
+        unsafe {
+            assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, id, nothing, nothing), 0, "may be traced");
+            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, nothing, nothing), 0, "may be stopped");
+        }
+        let mut status = 0;
+        // SAFETY: `status` may be written.
+        assert_eq!(unsafe { libc::waitpid(id, &mut status, libc::__WALL) }, id, "it stops");
+        Self(Pid::from_raw(id).expect("a thread has an id"))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let nothing = std::ptr::null_mut::<libc::c_void>();
+        // SAFETY: the request takes no memory of this process.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0.as_raw_nonzero().get(), nothing, nothing) };
+    }
+}
+
+#[test]
+fn a_worker_that_does_not_run_gets_no_connections() {
+    let mut server = Server::start_with(&["n=null:1M"], &["--workers", "2"]);
+    let url = server.url();
+    let held = Held::new(server.pid(), "raio-0");
+    // Half of them are placed on it, before anybody can know, and are taken back.
+    let clients: Vec<_> = (0..8).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a file")).collect();
+    assert_eq!(data_connections(&server.statistics()), [0, 8]);
+    let begin = Instant::now();
+    let more: Vec<_> = (0..8).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a file")).collect();
+    assert!(begin.elapsed() < Duration::from_secs(5), "it is known by now");
+    drop(held);
+    // It is given some as soon as it runs.
+    let deadline = Instant::now() + PATIENCE;
+    let mut late = Vec::new();
+    while data_connections(&server.statistics())[0] == 0 {
+        assert!(Instant::now() < deadline, "it gets none");
+        late.push(Raw::open(&url, "/n", OPEN_READ).expect("a file"));
+    }
+    drop((clients, more, late));
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+}
