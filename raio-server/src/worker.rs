@@ -48,6 +48,8 @@ const RDMA: u8 = 1;
 const TIMER: Token = Token { owner: 0xff, value: 0 };
 /// After it was told to stop, a worker takes new requests for so long: those that were on their way.
 const GRACE: Duration = Duration::from_millis(100);
+/// From then on connections without requests are closed once nothing arrives any more, or after so long.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a drained worker waits for its peers to read their goodbye and close.
 const GOODBYE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A connection may have this part of the arena.
@@ -477,7 +479,8 @@ impl Worker {
             });
             return (now >= goodbye_deadline).then_some(true);
         }
-        if !self.postponed.is_empty() {
+        // What has arrived in the meantime is answered first; for a while, as somebody may go on sending.
+        if !self.postponed.is_empty() || (self.is_busy && now < drain.refuse_at + SETTLE_TIMEOUT) {
             return None;
         }
         for (_, connection) in &mut self.connections {
