@@ -91,7 +91,8 @@ impl Opening {
                 match self.openat(base, &path, lookup) {
                     Ok(_) if must_be_new => return Err(self.failed(Errno::EXIST)),
                     Ok(node) => return self.open_node(name, root, base, &node),
-                    Err(Errno::NOENT) if creates => {}
+                    // What open(2) says of `file/`, the attempt to create it says, too.
+                    Err(Errno::NOENT | Errno::NOTDIR) if creates => {}
                     Err(Errno::NOENT) if root.is_device() => {
                         return Err(self.refusal(libc::ENXIO, "The device is not there (any more)."));
                     }
