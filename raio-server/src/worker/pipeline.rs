@@ -125,9 +125,12 @@ impl Worker {
     /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. Only small ones overtake the connection that
     /// has waited longest with nothing: else a large request would never have its turn.
     pub(super) fn grant_slots(&mut self) {
+        self.turn_bytes = 0;
+        if self.turns.is_empty() {
+            return;
+        }
         // What was dropped since is free.
         self.arena.used_bytes();
-        self.turn_bytes = 0;
         let mut passed_over = 0;
         while passed_over < self.turns.len() {
             let Some(key) = self.turns.pop_front() else { return };
