@@ -304,6 +304,9 @@ impl Probe {
             }
             // SAFETY: the caller vouches for the iocb.
             let (opcode, c) = unsafe { ((*iocb).raio_lio_opcode, &(*iocb).c) };
+            if !matches!(opcode, CMD_PWRITE | CMD_PWRITEV) {
+                continue;
+            }
             // Memory of raio_alloc() is ours, and stays while it is used.
             // SAFETY: the pointer is one of raio_reg_mr() or readable memory.
             let is_ours = unsafe { Shell::get(c.mr) }.is_some_and(|mr| mr.context == ctx && mr.is_allocated);

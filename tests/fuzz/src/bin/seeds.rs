@@ -43,6 +43,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         write("messages", &name, &[plain, crc], &bytes)?;
         write("client_session", &name, &[plain, crc, pieces], &bytes)?;
     }
+    // A server that tells the truth, then one that lies in one way after a while.
+    for lie in [0, 1, 2, 4, 8] {
+        write(
+            "library",
+            &format!("lie-{lie}"),
+            &[plain],
+            &[&[0; 31][..], &[lie, 5, 3, 2, 200, 9, 40, 65], &[0; 64]].concat(),
+        )?;
+    }
     let all: Vec<u8> = requests().into_iter().flat_map(|(_, bytes)| bytes).collect();
     write("server_session", "conversation", &[plain, crc, pieces], &all)?;
     let all: Vec<u8> = responses().into_iter().flat_map(|(_, bytes)| bytes).collect();
