@@ -448,11 +448,11 @@ impl Sample {
             }
             (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
             (Self::Goodbye(status, sentence), Message::Goodbye(got, body)) => {
-                got == status && text(body) == clipped(sentence).trim_end_matches('\0')
+                got == status && text(body) == text(sentence.as_bytes())
             }
             (Self::QueuePair(address), Message::QueuePair(got)) => *got == Ok(*address),
             (Self::NoQueuePair(status, sentence), Message::QueuePair(Err((got, body)))) => {
-                got == status && text(body) == clipped(sentence).trim_end_matches('\0')
+                got == status && text(body) == text(sentence.as_bytes())
             }
             _ => false,
         }
