@@ -71,12 +71,21 @@ pub fn install() -> anyhow::Result<()> {
         (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?]),
     ];
     rules.extend(ALLOWED.iter().map(|&call| (call, Vec::new())));
-    let filter = SeccompFilter::new(
-        rules.into_iter().collect(),
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        std::env::consts::ARCH.try_into()?,
-    )?;
+    // glibc reads /proc/sys/vm/overcommit_memory before it gives back a thread's heap, and does without if it cannot: so it may ask, and
+    // gets an error, as would anybody else who opens a file for reading.
+    let asks = || anyhow::Ok((libc::SYS_openat, vec![only(2, libc::O_RDONLY | libc::O_CLOEXEC)?]));
+    rules.push(asks()?);
+    apply(vec![asks()?], SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))?;
+    apply(rules, SeccompAction::KillProcess, SeccompAction::Allow)
+}
+
+fn apply(
+    rules: Vec<(libc::c_long, Vec<SeccompRule>)>,
+    other_calls: SeccompAction,
+    these_calls: SeccompAction,
+) -> anyhow::Result<()> {
+    let rules = rules.into_iter().collect();
+    let filter = SeccompFilter::new(rules, other_calls, these_calls, std::env::consts::ARCH.try_into()?)?;
     let program: BpfProgram = filter.try_into()?;
     seccompiler::apply_filter(&program).context("Cannot filter a worker's system calls")
 }
