@@ -348,8 +348,11 @@ impl Probe {
         let mut at = 0;
         while at < self.bytes.len() {
             let some = &self.bytes[at..self.bytes.len().min(at + IOV_MAX as usize)];
-            // SAFETY: the kernel reads through these pointers, and finds out by itself where it cannot.
-            let copied = unsafe { libc::pwritev(target.as_raw_fd(), some.as_ptr(), some.len() as c_int, 0) };
+            // Not by libc's function: a sanitizer would take it for the program's own use of that memory.
+            // SAFETY: pwritev(2) at offset 0; the kernel reads through these pointers, and finds out by itself where it cannot.
+            let copied = unsafe {
+                libc::syscall(libc::SYS_pwritev, target.as_raw_fd(), some.as_ptr(), some.len(), 0_usize, 0_usize)
+            };
             match usize::try_from(copied) {
                 Ok(copied) => at += copied,
                 Err(_) if std::io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT) => return,
