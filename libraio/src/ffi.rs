@@ -351,7 +351,14 @@ impl Probe {
             // Not by libc's function: a sanitizer would take it for the program's own use of that memory.
             // SAFETY: pwritev(2) at offset 0; the kernel reads through these pointers, and finds out by itself where it cannot.
             let copied = unsafe {
-                libc::syscall(libc::SYS_pwritev, target.as_raw_fd(), some.as_ptr(), some.len(), 0_usize, 0_usize)
+                libc::syscall(
+                    libc::SYS_pwritev,
+                    target.as_raw_fd(),
+                    some.as_ptr(),
+                    some.len(),
+                    0_usize,
+                    0_usize,
+                )
             };
             match usize::try_from(copied) {
                 Ok(copied) => at += copied,
