@@ -224,6 +224,9 @@ impl FuseFs {
 
 impl Drop for FuseFs {
     fn drop(&mut self) {
+        // The first ends every call there is, for a process that is about to become another program may hold a copy of the connection
+        // and wait for an answer on it; the second takes the mount down though it may be busy.
+        let _ = unmount(self.path(), UnmountFlags::FORCE);
         let _ = unmount(self.path(), UnmountFlags::DETACH);
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {

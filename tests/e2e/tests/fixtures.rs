@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc::channel;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use raio_e2e::{
@@ -17,6 +18,13 @@ use raio_e2e::{
 /// So long nothing happens, where it would happen at once.
 const A_WHILE: Duration = Duration::from_millis(100);
 
+/// These tests run one after another. A process that one of them starts has copies of the files that another has open, until it has
+/// become another program: closing those asks their FUSE file system, which may be hanging or ending, and of which it has a copy too.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn is_mounted(path: &Path) -> bool {
     let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
     mounts.lines().any(|line| line.split(' ').nth(1) == path.to_str())
@@ -24,6 +32,7 @@ fn is_mounted(path: &Path) -> bool {
 
 #[test]
 fn a_fuse_file_system_reads_writes_hangs_and_fails_as_told() {
+    let _alone = alone();
     for options in [
         FuseOptions::default(),
         FuseOptions { async_read: false, direct_io: false },
@@ -69,6 +78,7 @@ fn a_fuse_file_system_reads_writes_hangs_and_fails_as_told() {
 
 #[test]
 fn a_fuse_file_system_tells_asynchronous_reads_from_others() {
+    let _alone = alone();
     // Two reads of one file: only ASYNC_READ lets readahead go on by itself, in more than one request at a time.
     for (async_read, at_once) in [(true, true), (false, false)] {
         let content = vec![7; 1 << 20];
@@ -97,6 +107,7 @@ fn a_fuse_file_system_tells_asynchronous_reads_from_others() {
 
 #[test]
 fn a_fuse_file_system_that_hangs_is_taken_down_with_its_test_and_lets_go_of_who_is_killed() {
+    let _alone = alone();
     let Some(fuse) = FuseFs::mount("a FUSE file system", FuseOptions::default(), &[("file", b"content")])
     else {
         return;
@@ -126,6 +137,7 @@ fn a_fuse_file_system_that_hangs_is_taken_down_with_its_test_and_lets_go_of_who_
 
 #[test]
 fn a_frozen_file_system_holds_writes_until_it_is_thawed() {
+    let _alone = alone();
     if !needs_root("freezing a file system") {
         return;
     }
@@ -146,6 +158,7 @@ fn a_frozen_file_system_holds_writes_until_it_is_thawed() {
 
 #[test]
 fn deaf_clients_hold_what_they_asked_for_and_slow_and_restless_ones_go_on() {
+    let _alone = alone();
     const MIB: u64 = 1 << 20;
     let (_directory, export) = numbers();
     let mut server = Server::start_with(&[&export], &["--listen", TCP, "--memory", "64M"]);
@@ -189,6 +202,7 @@ fn deaf_clients_hold_what_they_asked_for_and_slow_and_restless_ones_go_on() {
 
 #[test]
 fn a_sandbox_denies_the_calls_it_names_with_the_errnos_it_names() {
+    let _alone = alone();
     let denied =
         [(libc::SYS_uname, libc::ENOSYS), (libc::SYS_chdir, libc::EACCES), (libc::SYS_fchdir, libc::EACCES)];
     let output = sandboxed(Path::new("uname"), &denied).output().expect("uname runs");
@@ -203,6 +217,7 @@ fn a_sandbox_denies_the_calls_it_names_with_the_errnos_it_names() {
 
 #[test]
 fn a_cable_that_is_pulled_loses_nothing_that_its_ends_still_want_and_says_nothing_of_who_vanishes() {
+    let _alone = alone();
     let Some(cable) = Cable::new("pulling a cable") else { return };
     let listener = cable.on(End::A, || TcpListener::bind((cable.address(End::A), 0))).expect("a listener");
     let address = listener.local_addr().expect("an address");
