@@ -13,6 +13,8 @@ use crate::harness::{Op, PATIENCE, Server, Setup, Transport, command, pattern, s
 use crate::raw::{Got, Raw};
 
 const STALL: Duration = Duration::from_millis(500);
+/// Over RDMA the device gives a peer up that posts no receives, which may be before the server does.
+const NO_RECEIVES: CloseReason = CloseReason::Violation(Violation::Stalled);
 
 fn impatient() -> Policy {
     Policy { stall_timeout: STALL, queue_depth: 16, data_bytes_max: 64 << 10, ..Policy::default() }
@@ -52,7 +54,7 @@ contract! {
         // What waits for its room over RDMA counts against the credits, which the client does not know about as it takes nothing.
         let is_rdma = transport.is_rdma();
         let credits = CloseReason::Violation(Violation::Credits);
-        assert!(reason == CloseReason::Evicted || (is_rdma && reason == credits), "{reason:?}");
+        assert!(reason == CloseReason::Evicted || (is_rdma && (reason == credits || reason == NO_RECEIVES)), "{reason:?}");
         bystander.works();
         server.until("everything to be given back", |seen| (seen.arena_bytes == 0).then_some(()));
         let (slot_bytes, credits) = (128 << 10, 17);
@@ -83,7 +85,11 @@ contract! {
             while Instant::now() < deadline && raw.send(&ping) {}
             raw
         });
-        assert_eq!(server.closed(0), CloseReason::Evicted);
+        let reason = server.closed(0);
+        assert!(
+            reason == CloseReason::Evicted || (transport.is_rdma() && reason == NO_RECEIVES),
+            "{reason:?}"
+        );
         thread.join().unwrap();
         server.serves_others();
     }
