@@ -120,7 +120,7 @@ impl SlotRange {
 pub enum ServerEvent {
     /// A client has finished its part of the handshake. Its welcome goes out with the next [`ServerTransport::flush`]; until then it can
     /// be turned away: [`ServerTransport::refuse`].
-    Opened(ConnectionId, Peer),
+    Opened(ConnectionId, Box<Peer>),
     /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after [`ServerTransport::fetch`].
     Request(Request),
     /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is that slot.

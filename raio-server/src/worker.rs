@@ -418,7 +418,7 @@ impl Worker {
         while let Some(event) = self.transport.next_event() {
             self.is_busy = true;
             match event {
-                ServerEvent::Opened(id, peer) => self.opened(id, peer),
+                ServerEvent::Opened(id, peer) => self.opened(id, *peer),
                 ServerEvent::Request(request) if self.has_time() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.postponed.push_back(request),

@@ -193,7 +193,7 @@ impl Server {
         connection.unsent.push_back(Outgoing::Message(welcome));
         connection.open = Some(Open { peer: peer.clone(), limits: peer.grant.limits() });
         self.answered.push(id);
-        self.events.push_back(ServerEvent::Opened(id, peer));
+        self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
         Ok(())
     }
 

@@ -592,7 +592,7 @@ impl Server {
         connection.unsent.push_back(Outgoing::Message(welcome));
         connection.crc = peer.grant.crc();
         connection.state = State::Open(Box::new(peer.clone()));
-        self.events.push_back(ServerEvent::Opened(id, peer));
+        self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
         self.mark_dirty(id);
         self.set_timer(reactor, id);
         Ok(())

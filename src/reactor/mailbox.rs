@@ -112,7 +112,8 @@ pub struct Receiver<T>(Arc<SegQueue<T>>);
 impl<T> Receiver<T> {
     /// The oldest message.
     pub fn take(&self) -> Option<T> {
-        self.0.pop()
+        // Nearly always it is empty, which this sees with fewer instructions.
+        if self.0.is_empty() { None } else { self.0.pop() }
     }
 }
 

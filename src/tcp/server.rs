@@ -865,7 +865,7 @@ impl Server {
                         reactor.timer(Instant::now() + period, self.token(connection.id, Kind::Keepalive));
                     connection.keepalive = Some((timer, period));
                 }
-                self.events.push_back(ServerEvent::Opened(connection.id, peer));
+                self.events.push_back(ServerEvent::Opened(connection.id, Box::new(peer)));
                 if taken < hello.len() {
                     connection.unread = Unread::Copied(hello, taken);
                     self.read(reactor, connection);

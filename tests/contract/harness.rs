@@ -554,7 +554,7 @@ impl Handler {
                     Open { unanswered: Vec::new(), credits: peer.grant.credits() as usize, is_bystander };
                 assert!(self.open.insert(id, open).is_none(), "a connection opens once");
                 if !is_bystander {
-                    self.seen.0.lock().unwrap().opened.push((id, peer));
+                    self.seen.0.lock().unwrap().opened.push((id, *peer));
                 }
             }
             ServerEvent::Closed(id, reason) => {

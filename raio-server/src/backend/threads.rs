@@ -99,11 +99,13 @@ impl Backend for Threads {
     }
 
     fn flush(&mut self) -> bool {
-        let any = !self.writes.is_empty();
+        if self.writes.is_empty() {
+            return false;
+        }
         for (lane, tasks) in self.writes.drain(..) {
             lane.submit(Job::new(self.completions.clone(), tasks));
         }
-        any
+        true
     }
 
     fn handle(&mut self, event: Event) {
