@@ -16,7 +16,7 @@ use raio_transport::rdma;
 use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
-use crate::limits::Caps;
+use crate::limits::{Caps, Who};
 use crate::machine::memory_limit;
 use crate::size::Size;
 
@@ -61,15 +61,13 @@ pub struct Options {
     /// process may have]
     #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
     max_sessions: Option<usize>,
-    /// Connections that clients of one address may have [default: no limit while there are places for others]
-    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
-    max_connections_per_address: Option<usize>,
-    /// Connections that one session may have [default: no limit while there are places for others]
-    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
-    max_connections_per_session: Option<usize>,
-    /// Files that one session may have open [default: no limit while there are places for others]
-    #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
-    max_files_per_session: Option<usize>,
+    /// What one session may have: connections, open files, requests in flight, memory for data in flight [default: no limits while
+    /// there is enough for others]
+    #[arg(long, value_name = "connections=NUMBER,files=NUMBER,requests=NUMBER,memory=SIZE")]
+    limits_per_session: Option<Caps>,
+    /// What the clients of one address may have together; as above
+    #[arg(long, value_name = "connections=NUMBER,files=NUMBER,requests=NUMBER,memory=SIZE")]
+    limits_per_address: Option<Caps>,
     /// Largest read or write in one request [default: 1M]
     #[arg(long, value_name = "SIZE")]
     io_max: Option<Size>,
@@ -182,8 +180,10 @@ pub struct Config {
     pub queue_depth: u32,
     /// Sessions at a time, at most. None: what the limit on open files allows.
     pub sessions_max: Option<usize>,
-    /// What one session or address may have of connections and files.
-    pub caps: Caps,
+    /// What one session may have.
+    pub session_caps: Caps,
+    /// What the clients of one address may have.
+    pub address_caps: Caps,
     /// Data of a request, at most.
     pub io_bytes_max: u32,
     /// How long to spin before sleeping.
@@ -196,6 +196,13 @@ pub struct Config {
     pub backend: BackendKind,
     /// How much to log.
     pub log: LogLevel,
+}
+
+impl Config {
+    /// What each worker has of an amount of memory that all have together; all there is if none is given.
+    pub fn each_workers(&self, bytes: Option<Size>) -> usize {
+        bytes.map_or(usize::MAX, |Size(bytes)| (bytes / self.workers as u64) as usize)
+    }
 }
 
 impl Options {
@@ -228,9 +235,8 @@ impl Options {
             workers unless is_none,
             queue_depth unless is_none,
             max_sessions unless is_none,
-            max_connections_per_address unless is_none,
-            max_connections_per_session unless is_none,
-            max_files_per_session unless is_none,
+            limits_per_session unless is_none,
+            limits_per_address unless is_none,
             io_max unless is_none,
             spin_us unless is_none,
             memory unless is_none,
@@ -298,13 +304,6 @@ impl Options {
                 name("max-sessions")
             );
         }
-        for (option, cap) in [
-            ("max-connections-per-address", options.max_connections_per_address),
-            ("max-connections-per-session", options.max_connections_per_session),
-            ("max-files-per-session", options.max_files_per_session),
-        ] {
-            ensure!(cap != Some(0), "{} is 0. Give a number from 1 on, or leave it out.", name(option));
-        }
         let io_bytes = options.io_max.map_or(IO_BYTES_DEFAULT, |size| size.0);
         ensure!(
             (IO_BYTES_MIN..=IO_BYTES_MAX).contains(&io_bytes),
@@ -336,6 +335,28 @@ impl Options {
             available.of,
             available.bytes
         );
+        let session_caps = options.limits_per_session.unwrap_or_default();
+        let address_caps = options.limits_per_address.unwrap_or_default();
+        for (who, caps) in [(Who::Session, session_caps), (Who::Address, address_caps)] {
+            let name = name(who.option());
+            for (key, cap) in
+                [("connections", caps.connections), ("files", caps.files), ("requests", caps.requests)]
+            {
+                ensure!(cap != Some(0), "{name}: {key} is 0. Give a number from 1 on, or leave it out.");
+            }
+            let Some(Size(bytes)) = caps.memory else { continue };
+            ensure!(
+                bytes >= memory_min,
+                "{name}: memory is {bytes} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes. Give at \
+                 least {memory_min} bytes, or leave it out."
+            );
+            ensure!(
+                bytes <= available.bytes,
+                "{name}: memory is {bytes} bytes, but {} has {} bytes. Give less, or leave it out.",
+                available.of,
+                available.bytes
+            );
+        }
         let stall_timeout = options.stall_timeout.unwrap_or(STALL_TIMEOUT_DEFAULT);
         ensure!(
             (1..=STALL_TIMEOUT_MAX).contains(&stall_timeout),
@@ -348,11 +369,8 @@ impl Options {
             workers,
             queue_depth,
             sessions_max: options.max_sessions,
-            caps: Caps {
-                connections_per_address: options.max_connections_per_address,
-                connections_per_session: options.max_connections_per_session,
-                files_per_session: options.max_files_per_session,
-            },
+            session_caps,
+            address_caps,
             io_bytes_max: io_bytes as u32,
             spin: Duration::from_micros(spin_us),
             arena_bytes: (memory / workers as u64) as usize,
@@ -493,7 +511,12 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
             (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
-            (&["--export", "a=/", "--max-files-per-session", "0"], "--max-files-per-session is 0"),
+            (&["--export", "a=/", "--limits-per-session", "files=0"], "--limits-per-session: files is 0"),
+            (
+                &["--export", "a=/", "--limits-per-address", "memory=1M"],
+                "memory is 1048576 bytes, too little",
+            ),
+            (&["--export", "a=/", "--limits-per-address", "memory=8388607G"], "Give less"),
             (&["--export", "a=/", "--spin-us", "1000001"], "--spin-us is 1000001"),
             (&["--export", "a=/", "--listen", "7240"], "tcp://127.0.0.1:7240"),
             (&["--export", "a=/", "--listen", "localhost:7240"], "Write tcp://localhost:7240"),
@@ -553,6 +576,9 @@ mod tests {
             ("[export.'a/b']\nnull = '1M'", "1:9", "cannot name"),
             ("[export.a]\nmemory = 0", "1:1", "size is 0"),
             ("[export.a]\nnull = '1M'\n[export.a]\nnull = '1M'", "3:9", "duplicate"),
+            ("export = ['a=/']\n[limits-per-session]\nfiles = 0", "2:2", "limits-per-session: files is 0"),
+            ("export = ['a=/']\n[limits-per-address]\nfile = 1", "3:1", "file"),
+            ("export = ['a=/']\n[limits-per-address]\nmemory = '1x'", "3:10", "not a size"),
         ] {
             std::fs::write(&path, text).unwrap();
             let error = error(&["--config", path.to_str().unwrap()]);

@@ -1,59 +1,213 @@
-//! How many connections and files clients may have, and how many of them one session or one peer address.
+//! What one session and one peer address may have: connections, open files, requests in flight. Memory is each worker's own business.
 //!
-//! Both take descriptors of one process. As long as there are some for everybody nobody is limited but by options. The last few are for
-//! those who have fewer than are left: whoever took all the others is rejected, and the next client is not.
+//! Connections and files take descriptors of one process. As long as there are some for everybody nobody is limited but by options.
+//! The last few are for those who have fewer than are left, at first for any such session, at last for such an address: whoever took all
+//! the others is rejected, and the next client is not.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use serde::Deserialize;
+
+use crate::size::Size;
 
 /// Places beyond the ordinary ones, for those who have few; descriptors must be left for them.
 pub const RESERVE: usize = 64;
 /// So many of them for sessions, whatever address they come from.
 const SESSION_RESERVE: usize = RESERVE / 2;
 
-/// What the options say. None: as many as there are.
-#[derive(Clone, Copy, Debug, Default)]
+/// What an option says that one session may have, or the clients of one address. None: as much as there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Caps {
-    /// Connections from one peer address.
-    pub connections_per_address: Option<usize>,
-    /// Connections of one session.
-    pub connections_per_session: Option<usize>,
-    /// Open files of one session.
-    pub files_per_session: Option<usize>,
+    /// Connections.
+    pub connections: Option<usize>,
+    /// Open files.
+    pub files: Option<usize>,
+    /// Requests in flight.
+    pub requests: Option<usize>,
+    /// Memory for data in flight, shared out among the workers.
+    pub memory: Option<Size>,
 }
+
+impl FromStr for Caps {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const FORM: &str = "Write one or more of connections=NUMBER, files=NUMBER, requests=NUMBER and memory=SIZE, with commas \
+                            between them.";
+        let mut caps = Self::default();
+        for part in text.split(',') {
+            let (name, value) = part.split_once('=').ok_or_else(|| format!("{part:?} has no `=`. {FORM}"))?;
+            let number = match name {
+                "connections" => &mut caps.connections,
+                "files" => &mut caps.files,
+                "requests" => &mut caps.requests,
+                "memory" if caps.memory.is_none() => {
+                    caps.memory = Some(value.parse()?);
+                    continue;
+                }
+                "memory" => return Err("memory is given twice. Give it once.".into()),
+                _ => return Err(format!("There is no limit {name:?}. {FORM}")),
+            };
+            if number.is_some() {
+                return Err(format!("{name} is given twice. Give it once."));
+            }
+            let is_number = !value.is_empty() && value.bytes().all(|b| b.is_ascii_digit());
+            let parsed = if is_number { value.parse().ok() } else { None };
+            *number = Some(parsed.ok_or_else(|| {
+                format!(
+                    "{name}={value} is not a whole number that fits. Write digits alone, such as {name}=4."
+                )
+            })?);
+        }
+        Ok(caps)
+    }
+}
+
+/// Who has too much.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// A session.
+    Session,
+    /// The clients of an address.
+    Address,
+}
+
+impl Who {
+    /// The option that says what they may have.
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::Session => "limits-per-session",
+            Self::Address => "limits-per-address",
+        }
+    }
+}
+
+/// Somebody may not have more.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Excess {
+    /// Who.
+    pub who: Who,
+    /// Why, and what to do: for the client.
+    pub text: String,
+}
+
+impl Excess {
+    fn new(who: Who, text: String) -> Self {
+        Self { who, text }
+    }
+
+    /// There are as many of `what` as the option allows.
+    fn of_cap(who: Who, count: usize, what: &str, verb: &str, key: &str) -> Self {
+        let owner = match who {
+            Who::Session => "The session has",
+            Who::Address => "The clients of this address have",
+        };
+        let option = who.option();
+        Self::new(
+            who,
+            format!(
+                "{owner} {count} {what}, as many as they may. {verb}, or raise {key}= of the server's --{option}."
+            ),
+        )
+    }
+}
+
+/// What one session has, or the clients of one address have.
+#[derive(Debug, Default)]
+pub struct Account {
+    connections: AtomicUsize,
+    files: AtomicUsize,
+    requests: AtomicUsize,
+    /// Where it is entered, if it is an address's.
+    entry: Option<(Arc<Limits>, IpAddr)>,
+}
+
+impl Account {
+    fn places(&self) -> usize {
+        get(&self.connections) + get(&self.files)
+    }
+}
+
+impl Drop for Account {
+    fn drop(&mut self) {
+        let Some((limits, address)) = self.entry.take() else { return };
+        let mut by_address = limits.by_address();
+        if by_address.get(&address).is_some_and(|account| account.strong_count() == 0) {
+            by_address.remove(&address);
+        }
+    }
+}
+
+/// An address's account, for a connection from it. None: the address is not known.
+pub type AddressAccount = Option<Arc<Account>>;
 
 /// What all clients have. Locked when a connection begins or ends.
 #[derive(Debug)]
 pub struct Limits {
-    /// What the options say.
-    pub caps: Caps,
+    session_caps: Caps,
+    address_caps: Caps,
     /// Descriptors for connections and files, the reserve not counted.
     descriptors_max: usize,
     files_max: usize,
     connections: AtomicUsize,
     files: AtomicUsize,
-    by_address: Mutex<HashMap<IpAddr, usize>>,
+    by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
 }
 
 /// A connection's place. Dropping it frees the place.
 #[derive(Debug)]
 pub struct Place {
     limits: Arc<Limits>,
-    address: Option<IpAddr>,
+    address: AddressAccount,
 }
 
-/// Whether one who has `own` places may have another, with `used` taken of `max` and a reserve.
-fn may_take(used: usize, max: usize, reserve: usize, own: usize) -> bool {
-    used < max || own < (max + reserve).saturating_sub(used)
+impl Place {
+    /// The account of the address that the connection is from.
+    pub fn address(&self) -> &AddressAccount {
+        &self.address
+    }
+}
+
+fn get(number: &AtomicUsize) -> usize {
+    number.load(Ordering::Relaxed)
+}
+
+/// Counts one more, if that is not more than the option allows.
+fn try_count(number: &AtomicUsize, cap: Option<usize>) -> Result<(), usize> {
+    let counted = number.fetch_add(1, Ordering::Relaxed);
+    match cap {
+        Some(cap) if counted >= cap => {
+            number.fetch_sub(1, Ordering::Relaxed);
+            Err(counted)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a session that has so many places, on behalf of an address that has so many, may have another, with `used` taken of `max`
+/// and the reserve.
+fn may_take(used: usize, max: usize, session: usize, address: Option<usize>) -> bool {
+    used < max
+        || session < (max + SESSION_RESERVE).saturating_sub(used)
+        || address.is_some_and(|own| own < (max + RESERVE).saturating_sub(used))
 }
 
 impl Limits {
     /// Nothing is taken.
-    pub fn new(descriptors_max: usize, files_max: usize, caps: Caps) -> Arc<Self> {
+    pub fn new(
+        descriptors_max: usize,
+        files_max: usize,
+        session_caps: Caps,
+        address_caps: Caps,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            caps,
+            session_caps,
+            address_caps,
             descriptors_max,
             files_max,
             connections: AtomicUsize::new(0),
@@ -62,110 +216,161 @@ impl Limits {
         })
     }
 
-    fn used(&self) -> usize {
-        self.connections.load(Ordering::Relaxed) + self.files.load(Ordering::Relaxed)
+    fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Weak<Account>>> {
+        self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection from this address, if it is known. The error says why there is none.
-    pub fn connect(self: &Arc<Self>, address: Option<IpAddr>) -> Result<Place, String> {
-        let mut by_address = self.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-        let used = self.used();
-        if let Some(address) = address {
-            let own = by_address.entry(address).or_default();
-            let cap = self.caps.connections_per_address;
-            let reason = match cap {
-                Some(cap) if *own >= cap => Some(format!(
-                    "There are {own} connections from {address}, as many as one address may have. Close some, or raise the server's \
-                     --max-connections-per-address."
-                )),
-                _ if used >= self.descriptors_max + SESSION_RESERVE
-                    && !may_take(used, self.descriptors_max, RESERVE, *own) =>
-                {
-                    Some(format!(
-                        "The server has as many connections and open files as it may, and {own} of the connections are from {address}. \
-                         Close some, or raise its limit with `ulimit -n`."
-                    ))
-                }
-                _ => None,
-            };
-            match reason {
-                Some(reason) => {
-                    if *own == 0 {
-                        by_address.remove(&address);
-                    }
-                    return Err(reason);
-                }
-                None => *own += 1,
+    fn used(&self) -> usize {
+        get(&self.connections) + get(&self.files)
+    }
+
+    fn account(self: &Arc<Self>, address: IpAddr) -> Arc<Account> {
+        let mut by_address = self.by_address();
+        if let Some(account) = by_address.get(&address).and_then(Weak::upgrade) {
+            return account;
+        }
+        let mut account = Account::default();
+        account.entry = Some((Arc::clone(self), address));
+        let account = Arc::new(account);
+        by_address.insert(address, Arc::downgrade(&account));
+        account
+    }
+
+    /// A place for a connection from this address, if it is known.
+    pub fn connect(self: &Arc<Self>, address: Option<IpAddr>) -> Result<Place, Excess> {
+        let account = address.map(|address| self.account(address));
+        if let (Some(own), Some(address)) = (&account, address) {
+            // Nobody else takes places for connections, so there is no race.
+            let (used, connections) = (self.used(), get(&own.connections));
+            if let Err(count) = try_count(&own.connections, self.address_caps.connections) {
+                return Err(Excess::of_cap(Who::Address, count, "connections", "Close some", "connections"));
+            }
+            // The session is not known yet. It may be one that has nothing.
+            if !may_take(used, self.descriptors_max, 0, Some(own.places() - 1)) {
+                own.connections.fetch_sub(1, Ordering::Relaxed);
+                return Err(Excess::new(
+                    Who::Address,
+                    format!(
+                        "The server has as many connections and open files as it may, and {connections} of the connections are from \
+                     {address}. Close some, or raise its limit with `ulimit -n`."
+                    ),
+                ));
             }
         }
         self.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(Place { limits: Arc::clone(self), address })
+        Ok(Place { limits: Arc::clone(self), address: account })
     }
 
-    /// Whether a session that has so many connections and files may keep another connection, which has its place. The error says why not.
-    pub fn join(&self, connections: usize, files: usize) -> Result<(), String> {
-        if let Some(cap) = self.caps.connections_per_session
-            && connections >= cap
-        {
-            return Err(format!(
-                "The session has {connections} connections, as many as one may have. Close some, or raise the server's \
-                 --max-connections-per-session."
-            ));
+    /// A session may keep another connection, which has its place. The session counts it until [`Limits::leave`].
+    pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
+        let (others, own) = (self.used().saturating_sub(1), session.places());
+        if let Err(count) = try_count(&session.connections, self.session_caps.connections) {
+            return Err(Excess::of_cap(Who::Session, count, "connections", "Close some", "connections"));
         }
-        let others = self.used().saturating_sub(1);
-        if may_take(others, self.descriptors_max, SESSION_RESERVE, connections + files) {
+        let of_address = address.as_ref().map(|account| account.places().saturating_sub(1));
+        if may_take(others, self.descriptors_max, own, of_address) {
             return Ok(());
         }
-        Err(format!(
-            "The server has as many connections and open files as it may, and {connections} and {files} of them are this session's. \
-             Close some, or raise its limit with `ulimit -n`."
+        self.leave(session);
+        Err(Excess::new(
+            Who::Session,
+            format!(
+                "The server has as many connections and open files as it may, and {} and {} of them are this session's. Close some, or \
+             raise its limit with `ulimit -n`.",
+                get(&session.connections),
+                get(&session.files)
+            ),
         ))
     }
 
-    /// A place for a file of a session that has so many connections and files. The error says why there is none.
-    pub fn open(&self, connections: usize, files: usize) -> Result<(), String> {
-        if let Some(cap) = self.caps.files_per_session
-            && files >= cap
-        {
-            return Err(format!(
-                "The session has {files} files open, as many as one may have. Close some, or raise the server's \
-                 --max-files-per-session."
-            ));
-        }
+    /// A connection of a session has ended.
+    pub fn leave(&self, session: &Account) {
+        session.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A place for a file of a session, opened by a connection from an address. Both count it until [`Limits::close`].
+    pub fn open(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
         // Workers that look at the same time may go beyond it by one each, which does no harm.
-        if !may_take(self.files.load(Ordering::Relaxed), self.files_max, RESERVE, files)
-            || !may_take(self.used(), self.descriptors_max, SESSION_RESERVE, connections + files)
+        let files = get(&session.files);
+        let of_address = address.as_ref().map(|account| get(&account.files));
+        let has_place = may_take(get(&self.files), self.files_max, files, of_address)
+            && may_take(
+                self.used(),
+                self.descriptors_max,
+                session.places(),
+                address.as_ref().map(|account| account.places()),
+            );
+        if let Err(count) = try_count(&session.files, self.session_caps.files) {
+            return Err(Excess::of_cap(Who::Session, count, "files open", "Close some", "files"));
+        }
+        if let Some(account) = address
+            && let Err(count) = try_count(&account.files, self.address_caps.files)
         {
-            return Err(format!(
-                "The server has as many files open as it may, {files} of them for this session. Close some, or raise its limit with \
-                 `ulimit -n`."
-            ));
+            session.files.fetch_sub(1, Ordering::Relaxed);
+            return Err(Excess::of_cap(Who::Address, count, "files open", "Close some", "files"));
         }
         self.files.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        if has_place {
+            return Ok(());
+        }
+        self.close(session, address);
+        Err(Excess::new(
+            Who::Session,
+            format!(
+                "The server has as many files open as it may, {files} of them for this session. Close some, or raise its limit with \
+             `ulimit -n`."
+            ),
+        ))
     }
 
     /// A file's place is free again.
-    pub fn close(&self) {
-        self.files.fetch_sub(1, Ordering::Relaxed);
+    pub fn close(&self, session: &Account, address: &AddressAccount) {
+        for number in
+            [Some(&session.files), address.as_ref().map(|account| &account.files), Some(&self.files)]
+        {
+            number.inspect(|number| _ = number.fetch_sub(1, Ordering::Relaxed));
+        }
+    }
+
+    /// Whether requests must be counted: an option limits them.
+    pub fn counts_requests(&self) -> bool {
+        self.session_caps.requests.is_some() || self.address_caps.requests.is_some()
+    }
+
+    /// A request of a session begins. If [`Limits::counts_requests`], both count it until [`Limits::end_request`].
+    pub fn begin_request(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
+        const VERB: &str = "Wait for their responses and try again";
+        if let Err(count) = try_count(&session.requests, self.session_caps.requests) {
+            return Err(Excess::of_cap(Who::Session, count, "requests in flight", VERB, "requests"));
+        }
+        if let Some(account) = address
+            && let Err(count) = try_count(&account.requests, self.address_caps.requests)
+        {
+            session.requests.fetch_sub(1, Ordering::Relaxed);
+            return Err(Excess::of_cap(Who::Address, count, "requests in flight", VERB, "requests"));
+        }
+        Ok(())
+    }
+
+    /// A request is over.
+    pub fn end_request(&self, session: &Account, address: &AddressAccount) {
+        session.requests.fetch_sub(1, Ordering::Relaxed);
+        if let Some(account) = address {
+            account.requests.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     /// Open files of all sessions.
     pub fn files(&self) -> usize {
-        self.files.load(Ordering::Relaxed)
+        get(&self.files)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.limits.connections.fetch_sub(1, Ordering::Relaxed);
-        let Some(address) = self.address else { return };
-        let mut by_address = self.limits.by_address.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(own) = by_address.get_mut(&address) {
-            *own -= 1;
-            if *own == 0 {
-                by_address.remove(&address);
-            }
+        if let Some(account) = &self.address {
+            account.connections.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
@@ -174,39 +379,82 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
+    fn uncapped(descriptors_max: usize, files_max: usize) -> Arc<Limits> {
+        Limits::new(descriptors_max, files_max, Caps::default(), Caps::default())
+    }
+
+    fn address(text: &str) -> Option<IpAddr> {
+        text.parse().ok()
+    }
+
+    /// A session that opens all the files that it can, from an address. Gives it, and how many.
+    fn open_all(limits: &Limits, address: &AddressAccount) -> (Account, usize) {
+        let session = Account::default();
+        let count = (0..).take_while(|_| limits.open(&session, address).is_ok()).count();
+        (session, count)
+    }
+
     #[test]
     fn the_last_places_are_for_those_who_have_few() {
-        let limits = Limits::new(100, 50, Caps::default());
-        let (greedy, other) = ("10.0.0.1".parse().ok(), "10.0.0.2".parse().ok());
-        let mut places: Vec<_> =
-            (0..100 + SESSION_RESERVE).map(|_| limits.connect(greedy).unwrap()).collect();
-        assert!(limits.connect(greedy).unwrap_err().contains("10.0.0.1"));
-        let theirs: Vec<_> = std::iter::from_fn(|| limits.connect(other).ok()).collect();
+        let limits = uncapped(100, 50);
+        let (greedy, other) = (address("10.0.0.1"), address("10.0.0.2"));
+        let session = Account::default();
+        let mut places = Vec::new();
+        while let Ok(place) = limits.connect(greedy) {
+            if limits.join(&session, place.address()).is_err() {
+                break;
+            }
+            places.push(place);
+        }
+        assert_eq!(places.len(), 100, "nobody else wants any");
+        // Other sessions from there have the next, and other addresses the last.
+        let connect = |address| {
+            let place = limits.connect(address).ok()?;
+            limits.join(&Account::default(), place.address()).ok().map(|()| place)
+        };
+        places.extend(std::iter::from_fn(|| connect(greedy)));
+        assert_eq!(places.len(), 100 + SESSION_RESERVE);
+        assert!(limits.connect(greedy).unwrap_err().text.contains("10.0.0.1"));
+        let theirs: Vec<_> = std::iter::from_fn(|| connect(other)).collect();
         assert_eq!(theirs.len(), SESSION_RESERVE / 2);
         places.truncate(99);
         assert!(limits.connect(greedy).is_ok());
         drop((places, theirs));
-        assert_eq!((limits.used(), limits.by_address.lock().unwrap().len()), (0, 0));
+        assert_eq!((limits.used(), limits.by_address().len()), (0, 0));
+    }
 
-        let open_all = || (0..).take_while(|&files| limits.open(1, files).is_ok()).count();
-        let files = open_all();
-        assert!((50..50 + RESERVE / 2).contains(&files), "{files}");
-        assert!(limits.open(1, files).unwrap_err().contains(&format!("{files} of them")));
-        let theirs = open_all();
-        assert!(theirs > RESERVE / 4, "{theirs}");
-        (0..files + theirs).for_each(|_| limits.close());
+    #[test]
+    fn the_last_files_are_for_those_who_have_few() {
+        let limits = uncapped(1000, 50);
+        let [here, there] = ["10.0.0.1", "10.0.0.2"].map(|ip| limits.connect(address(ip)).unwrap());
+        let (greedy, files) = open_all(&limits, here.address());
+        assert!((50..50 + SESSION_RESERVE).contains(&files), "{files}");
+        let error = limits.open(&greedy, here.address()).unwrap_err();
+        assert!(error.text.contains(&format!("{files} of them")), "{error:?}");
+        // Sessions from there take what sessions may take, and other addresses still have some.
+        let mut others = Vec::new();
+        while let (session, files @ 1..) = open_all(&limits, here.address()) {
+            others.push((session, files));
+        }
+        let (other, theirs) = open_all(&limits, there.address());
+        assert!(!others.is_empty() && theirs > RESERVE / 8, "{theirs}");
+        let close = |session, files, place: &Place| {
+            (0..files).for_each(|_| limits.close(session, place.address()));
+        };
+        close(&greedy, files, &here);
+        others.iter().for_each(|(session, files)| close(session, *files, &here));
+        close(&other, theirs, &there);
         assert_eq!(limits.files(), 0);
     }
 
     #[test]
     fn who_has_one_place_gets_the_next_until_there_is_none() {
-        let limits = Limits::new(2000, 1000, Caps::default());
-        let address = "10.0.0.1".parse().ok();
+        let limits = uncapped(2000, 1000);
         let places: Vec<_> = (0..1000)
             .map(|_| {
-                let place = limits.connect(address).unwrap();
-                limits.join(0, 0).unwrap();
-                limits.open(1, 0).unwrap();
+                let (place, session) = (limits.connect(address("10.0.0.1")).unwrap(), Account::default());
+                limits.join(&session, place.address()).unwrap();
+                limits.open(&session, place.address()).unwrap();
                 place
             })
             .collect();
@@ -214,15 +462,65 @@ mod tests {
     }
 
     #[test]
+    fn an_account_lasts_as_long_as_anything_is_counted_in_it() {
+        let caps = Caps { files: Some(1), ..Caps::default() };
+        let limits = Limits::new(100, 100, Caps::default(), caps);
+        let connect = || limits.connect(address("::1")).unwrap();
+        let session = Account::default();
+        let owner = connect().address().clone();
+        limits.open(&session, &owner).unwrap();
+        // The connection has gone, the file is there.
+        assert_eq!(limits.open(&session, connect().address()).unwrap_err().who, Who::Address);
+        limits.close(&session, &owner);
+        drop(owner);
+        assert!(limits.by_address().is_empty());
+        assert!(limits.open(&session, connect().address()).is_ok());
+    }
+
+    #[test]
     fn caps_name_their_option() {
-        let one = Some(1);
-        let caps =
-            Caps { connections_per_address: one, connections_per_session: one, files_per_session: one };
-        let limits = Limits::new(100, 100, caps);
-        let address = "::1".parse().ok();
-        let _place = limits.connect(address).unwrap();
-        assert!(limits.connect(address).unwrap_err().contains("--max-connections-per-address"));
-        assert!(limits.join(1, 0).unwrap_err().contains("--max-connections-per-session"));
-        assert!(limits.open(1, 1).unwrap_err().contains("--max-files-per-session"));
+        let one = Caps { connections: Some(1), files: Some(1), requests: Some(1), memory: None };
+        let limits = Limits::new(100, 100, Caps::default(), one);
+        let place = limits.connect(address("::1")).unwrap();
+        let error = limits.connect(address("::1")).unwrap_err();
+        assert!(error.text.contains("connections= of the server's --limits-per-address"), "{error:?}");
+        let mut errors = Vec::new();
+        let mut twice = |limits: &Limits, act: &dyn Fn(&Account) -> Result<(), Excess>, key: &str| {
+            let session = Account::default();
+            act(&session).unwrap();
+            let Excess { who, text } = act(&session).unwrap_err();
+            assert!(text.contains(&format!("{key}= of the server's --{}.", who.option())), "{text}");
+            errors.push(who);
+            let _ = limits;
+        };
+        twice(&limits, &|session| limits.open(session, place.address()), "files");
+        twice(&limits, &|session| limits.begin_request(session, place.address()), "requests");
+        let limits = Limits::new(100, 100, one, Caps::default());
+        let place = limits.connect(address("::1")).unwrap();
+        twice(&limits, &|session| limits.join(session, place.address()), "connections");
+        twice(&limits, &|session| limits.open(session, place.address()), "files");
+        twice(&limits, &|session| limits.begin_request(session, place.address()), "requests");
+        assert_eq!(errors, [Who::Address, Who::Address, Who::Session, Who::Session, Who::Session]);
+    }
+
+    #[test]
+    fn limits_are_pairs_of_a_name_and_a_number() {
+        let caps = "memory=64k,connections=1,requests=3,files=2".parse();
+        let (connections, files, requests) = (Some(1), Some(2), Some(3));
+        assert_eq!(caps, Ok(Caps { connections, files, requests, memory: Some(Size(64 << 10)) }));
+        assert_eq!("files=7".parse(), Ok(Caps { files: Some(7), ..Caps::default() }));
+        for (text, needle) in [
+            ("", "has no `=`"),
+            ("files", "\"files\" has no `=`"),
+            ("file=3", "no limit \"file\""),
+            ("files=3,files=4", "files is given twice"),
+            ("memory=1M,memory=1M", "memory is given twice"),
+            ("files=+3", "files=+3 is not a whole number"),
+            ("files=", "such as files=4"),
+            ("memory=1x", "not a size"),
+        ] {
+            let error = text.parse::<Caps>().unwrap_err();
+            assert!(error.contains(needle) && error.ends_with('.'), "{text}: {error}");
+        }
     }
 }

@@ -17,7 +17,7 @@ use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
 use crate::export_spec::Source;
-use crate::limits::{Limits, Place};
+use crate::limits::{Excess, Limits, Place};
 use crate::listener::Listener;
 use crate::placement::Placement;
 use crate::pool::Pool;
@@ -100,7 +100,8 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
 fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let (sessions_max, files_max) = session_limits(descriptors, config.sessions_max)?;
-    let limits = Limits::new(descriptors.saturating_sub(DESCRIPTORS_OWN), files_max, config.caps);
+    let descriptors_max = descriptors.saturating_sub(DESCRIPTORS_OWN);
+    let limits = Limits::new(descriptors_max, files_max, config.session_caps, config.address_caps);
     if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
         probe::for_files()?;
     }
@@ -137,6 +138,8 @@ impl Server {
             placement: Placement::new(config.workers),
             backend: config.backend,
             arena_bytes: config.arena_bytes,
+            memory_caps: [config.session_caps, config.address_caps]
+                .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
         });
@@ -216,7 +219,7 @@ impl Server {
         let peer = connection.peer();
         let place = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
             Ok(place) => place,
-            Err(text) => {
+            Err(Excess { text, .. }) => {
                 self.rejected += 1;
                 if log::permit(peer.map(|peer| peer.ip()), "connections that were rejected") {
                     tracing::info!(
@@ -224,11 +227,17 @@ impl Server {
                         "A connection was rejected. {text}"
                     );
                 }
-                if let RawConnection::Tcp(socket, _) = connection {
-                    // As much as the socket takes; nobody waits for a client here.
-                    let refusal = self.shared.policy.refusal(libc::EUSERS, &text);
-                    let _ = rustix::net::send(&socket, &refusal, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
-                    let _ = rustix::net::shutdown(&socket, Shutdown::Write);
+                match connection {
+                    RawConnection::Tcp(socket, _) => {
+                        // As much as the socket takes; nobody waits for a client here.
+                        let refusal = self.shared.policy.refusal(libc::EUSERS, &text);
+                        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                        let _ = rustix::net::send(&socket, &refusal, flags);
+                        let _ = rustix::net::shutdown(&socket, Shutdown::Write);
+                    }
+                    RawConnection::Rdma(incoming) => incoming.reject(libc::EUSERS, &text),
+                    // It has its place.
+                    RawConnection::Passed(..) => {}
                 }
                 return;
             }

@@ -7,10 +7,10 @@
 //! A session lives as long as it has connections. When the last one goes its files close.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::limits::Limits;
+use crate::limits::{Account, AddressAccount, Excess, Limits, Who};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
@@ -146,8 +146,8 @@ pub struct Session {
     /// Its uuid.
     pub id: SessionId,
     files: Mutex<Files>,
-    /// On all workers.
-    connections: AtomicUsize,
+    /// What it has, on all workers.
+    account: Account,
     limits: Arc<Limits>,
 }
 
@@ -160,7 +160,8 @@ struct Files {
 #[derive(Debug)]
 struct Entry {
     generation: u32,
-    file: Option<Arc<OpenFile>>,
+    /// With the account that counts it beside the session's.
+    file: Option<(Arc<OpenFile>, AddressAccount)>,
 }
 
 impl Entry {
@@ -170,16 +171,16 @@ impl Entry {
 }
 
 impl Session {
-    /// Gives a file a handle. The error says why it gets none: the session has as many as it may.
-    pub fn insert(&self, file: Arc<OpenFile>) -> Result<FileHandle, String> {
+    /// Gives a file a handle, on behalf of a connection from an address. The error says why it gets none.
+    pub fn insert(&self, file: Arc<OpenFile>, address: &AddressAccount) -> Result<FileHandle, Excess> {
         let mut files = lock(&self.files);
         let open = files.entries.len() - files.free.len();
         if open > INDEX_MASK as usize {
-            return Err(format!(
-                "The session has {open} files open, and there are no more handles. Close some."
-            ));
+            let text =
+                format!("The session has {open} files open, and there are no more handles. Close some.");
+            return Err(Excess { who: Who::Session, text });
         }
-        self.limits.open(self.connections.load(Ordering::Relaxed), open)?;
+        self.limits.open(&self.account, address)?;
         let index = files.free.pop().map_or_else(
             || {
                 // Not 0, so that no handle is all zeros.
@@ -189,29 +190,41 @@ impl Session {
             |index| index as usize,
         );
         let entry = &mut files.entries[index];
-        entry.file = Some(file);
+        entry.file = Some((file, address.clone()));
         Ok(entry.handle(index))
     }
 
     /// A connection of it has opened. The error says why it may not.
-    pub fn attach(&self) -> Result<(), String> {
-        let files = lock(&self.files);
-        let open = files.entries.len() - files.free.len();
-        self.limits.join(self.connections.load(Ordering::Relaxed), open)?;
-        self.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+    pub fn attach(&self, address: &AddressAccount) -> Result<(), Excess> {
+        self.limits.join(&self.account, address)
     }
 
     /// One that was attached has closed.
     pub fn detach(&self) {
-        self.connections.fetch_sub(1, Ordering::Relaxed);
+        self.limits.leave(&self.account);
+    }
+
+    /// A request has come by a connection from an address: see [`Limits::begin_request`].
+    pub fn begin_request(&self, address: &AddressAccount) -> Result<(), Excess> {
+        self.limits.begin_request(&self.account, address)
+    }
+
+    /// One that was begun is over.
+    pub fn end_request(&self, address: &AddressAccount) {
+        self.limits.end_request(&self.account, address);
     }
 
     /// The file with this handle.
     pub fn get(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
         let files = lock(&self.files);
         let index = index_of(handle);
-        files.entries.get(index).filter(|entry| entry.handle(index) == handle)?.file.clone()
+        files
+            .entries
+            .get(index)
+            .filter(|entry| entry.handle(index) == handle)?
+            .file
+            .as_ref()
+            .map(|(file, _)| Arc::clone(file))
     }
 
     /// Takes the handle from a file, which is closed once nobody uses it any more.
@@ -219,22 +232,26 @@ impl Session {
         let mut files = lock(&self.files);
         let index = index_of(handle);
         let entry = files.entries.get_mut(index).filter(|entry| entry.handle(index) == handle)?;
-        let file = entry.file.take()?;
+        let (file, address) = entry.file.take()?;
         entry.generation = (entry.generation + 1) & (u32::MAX >> INDEX_BITS);
         entry.generation = entry.generation.max(1);
         files.free.push(index as u32);
-        self.forget(&file);
+        self.forget(&file, &address);
         Some(file)
     }
 
     fn close_all(&self) -> Vec<Arc<OpenFile>> {
         let files = std::mem::take(&mut *lock(&self.files));
-        files.entries.into_iter().filter_map(|entry| entry.file).inspect(|file| self.forget(file)).collect()
+        let forget = |(file, address)| {
+            self.forget(&file, &address);
+            file
+        };
+        files.entries.into_iter().filter_map(|entry| entry.file).map(forget).collect()
     }
 
-    fn forget(&self, file: &OpenFile) {
+    fn forget(&self, file: &Arc<OpenFile>, address: &AddressAccount) {
         file.closed.store(true, Ordering::Release);
-        self.limits.close();
+        self.limits.close(&self.account, address);
     }
 }
 
@@ -269,7 +286,7 @@ impl Sessions {
             let session = Session {
                 id,
                 files: Mutex::default(),
-                connections: AtomicUsize::new(0),
+                account: Account::default(),
                 limits: Arc::clone(&self.limits),
             };
             Joined { session: Arc::new(session), workers: 0 }
@@ -301,6 +318,11 @@ impl Sessions {
         lock(&self.by_id).len()
     }
 
+    /// Whether their requests are counted.
+    pub fn count_requests(&self) -> bool {
+        self.limits.counts_requests()
+    }
+
     /// Open files of all of them.
     pub fn open_files(&self) -> usize {
         self.limits.files()
@@ -318,7 +340,7 @@ mod tests {
     use crate::limits::{Caps, RESERVE};
 
     fn sessions(sessions_max: usize, files_max: usize) -> Sessions {
-        Sessions::new(sessions_max, Limits::new(1000, files_max, Caps::default()))
+        Sessions::new(sessions_max, Limits::new(1000, files_max, Caps::default(), Caps::default()))
     }
 
     fn null() -> Arc<OpenFile> {
@@ -329,13 +351,13 @@ mod tests {
     fn a_handle_does_not_outlive_its_close() {
         let sessions = sessions(9, 10);
         let session = sessions.join(SessionId([1; 16])).unwrap();
-        let first = session.insert(null()).unwrap();
+        let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
         let file = session.close(first).unwrap();
         assert!(file.is_closed());
         assert!(session.close(first).is_none());
-        let second = session.insert(null()).unwrap();
+        let second = session.insert(null(), &None).unwrap();
         assert_eq!(index_of(first), index_of(second));
         assert!(session.get(first).is_none());
         assert!(session.get(second).is_some());
@@ -346,7 +368,7 @@ mod tests {
         let session = sessions(9, 1).join(SessionId([1; 16])).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
-            let handle = session.insert(null()).unwrap();
+            let handle = session.insert(null(), &None).unwrap();
             assert!(handle.0 != 0 && seen.insert(handle), "{handle:?} was given twice");
             session.close(handle).unwrap();
         }
@@ -358,7 +380,7 @@ mod tests {
         let session = sessions.join(SessionId([1; 16])).unwrap();
         assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16])).unwrap()));
         let file = null();
-        let handle = session.insert(Arc::clone(&file)).unwrap();
+        let handle = session.insert(Arc::clone(&file), &None).unwrap();
         assert!(sessions.leave(&session).is_empty());
         assert!(!file.is_closed());
         assert_eq!((sessions.len(), sessions.open_files()), (1, 1));
@@ -370,7 +392,7 @@ mod tests {
     #[test]
     fn sessions_do_not_see_each_others_files() {
         let sessions = sessions(9, 10);
-        let handle = sessions.join(SessionId([1; 16])).unwrap().insert(null()).unwrap();
+        let handle = sessions.join(SessionId([1; 16])).unwrap().insert(null(), &None).unwrap();
         assert!(sessions.join(SessionId([2; 16])).unwrap().get(handle).is_none());
     }
 
@@ -391,12 +413,12 @@ mod tests {
         let sessions = sessions(9, 2);
         let (session, other) =
             (sessions.join(SessionId([1; 16])).unwrap(), sessions.join(SessionId([2; 16])).unwrap());
-        let first = session.insert(null()).unwrap();
-        while session.insert(null()).is_ok() {}
-        let theirs = (0..).take_while(|_| other.insert(null()).is_ok()).count();
+        let first = session.insert(null(), &None).unwrap();
+        while session.insert(null(), &None).is_ok() {}
+        let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
         assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
-        while sessions.join(SessionId([3; 16])).is_some_and(|third| third.insert(null()).is_ok()) {}
+        while sessions.join(SessionId([3; 16])).is_some_and(|third| third.insert(null(), &None).is_ok()) {}
         session.close(first).unwrap();
-        assert!(sessions.join(SessionId([4; 16])).unwrap().insert(null()).is_ok());
+        assert!(sessions.join(SessionId([4; 16])).unwrap().insert(null(), &None).is_ok());
     }
 }

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use raio_transport::protocol::Opcode;
 use raio_transport::transport::CloseReason;
 
+use crate::limits::Who;
+
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -80,10 +82,14 @@ pub struct Counters {
     pub turn_bytes_max: Counter,
     /// Connections that were rejected because their session has as many as it may.
     pub rejected_connections: Counter,
-    /// Opens that were rejected because the session has as many files as it may.
-    pub rejected_files: Counter,
+    /// Opens that were rejected because there were as many open files as there may be, by [`Who`] has them.
+    pub rejected_files: [Counter; 2],
+    /// Requests that were rejected because there were as many in flight as there may be.
+    pub rejected_requests: [Counter; 2],
     /// Times that a request had to wait for memory.
     pub slot_waits: Counter,
+    /// Times that one had to because its session, or its address, has as much as it may.
+    pub memory_waits: [Counter; 2],
     /// Turns of the loop.
     pub turns: Counter,
     /// Times that the loop went to sleep.
@@ -167,8 +173,19 @@ pub fn json<'a>(
         "rejected",
         &mut [
             ("address_connections", rejected_by_address),
+            ("address_files", sum(|c| &c.rejected_files[Who::Address as usize])),
+            ("address_requests", sum(|c| &c.rejected_requests[Who::Address as usize])),
             ("session_connections", sum(|c| &c.rejected_connections)),
-            ("session_files", sum(|c| &c.rejected_files)),
+            ("session_files", sum(|c| &c.rejected_files[Who::Session as usize])),
+            ("session_requests", sum(|c| &c.rejected_requests[Who::Session as usize])),
+        ]
+        .into_iter(),
+    );
+    object(
+        "waits",
+        &mut [
+            ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
+            ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),
         ]
         .into_iter(),
     );

@@ -10,6 +10,7 @@ mod connection;
 #[cfg(debug_assertions)]
 mod filter;
 mod pipeline;
+mod shares;
 #[cfg(test)]
 mod tests;
 
@@ -40,6 +41,7 @@ use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
 use connection::{Connection, LocalSession};
+use shares::Addresses;
 
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
@@ -74,6 +76,8 @@ pub struct Shared {
     pub backend: BackendKind,
     /// Each worker's arena.
     pub arena_bytes: usize,
+    /// What a session, and what an address ([`crate::limits::Who`]), may have of it by the options.
+    pub memory_caps: [usize; 2],
     /// How long an idle worker spins.
     pub spin: Duration,
     /// Connections may come by rdma_cm, so there must be RDMA.
@@ -146,6 +150,12 @@ pub struct Worker {
     connections: Slab<Connection>,
     /// Of all connections, those in their handshake among them.
     places: HashMap<ConnectionId, Place>,
+    /// What addresses that connections are from have.
+    addresses: Addresses,
+    /// Connections that have got memory since it was last noted what all hold, or held some then.
+    holding: Vec<usize>,
+    /// All of them have been noted in this iteration.
+    is_noted: bool,
     /// Connections by the transport's index for them.
     by_transport: Vec<Option<usize>>,
     sessions: Slab<LocalSession>,
@@ -161,6 +171,8 @@ pub struct Worker {
     closing: usize,
     /// Connections with requests that wait for memory take turns.
     turns: VecDeque<usize>,
+    /// How many connections have such requests.
+    waiting: usize,
     /// The one of them that has waited longest with no memory at all, because there is none.
     starved: Option<usize>,
     /// Since the last stall check somebody has been.
@@ -177,6 +189,10 @@ pub struct Worker {
     share_bytes: usize,
     /// What is kept for small requests.
     reserve_bytes: usize,
+    /// An option limits the memory of a session or an address.
+    has_memory_caps: bool,
+    /// An option limits their requests.
+    counts_requests: bool,
     events: Vec<Event>,
     /// Another thread has got writes since the worker last waited.
     handed_over: bool,
@@ -256,6 +272,11 @@ impl Worker {
             transport,
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
             reserve_bytes: (arena.len() / RESERVE).min(arena.len() - arena.slot_bytes_max()),
+            addresses: Addresses::default(),
+            holding: Vec::new(),
+            is_noted: false,
+            has_memory_caps: shared.memory_caps != [usize::MAX; 2],
+            counts_requests: shared.sessions.count_requests(),
             shared,
             counters,
             index,
@@ -275,6 +296,7 @@ impl Worker {
             reported: Vec::new(),
             closing: 0,
             turns: VecDeque::new(),
+            waiting: 0,
             starved: None,
             is_short: false,
             stall_check: None,

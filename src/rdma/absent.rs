@@ -84,6 +84,11 @@ impl Incoming {
     pub fn peer(&self) -> Option<SocketAddr> {
         match self.0 {}
     }
+
+    /// Nothing.
+    pub fn reject(self, _errno: i32, _text: &str) {
+        match self.0 {}
+    }
 }
 
 /// Nothing.

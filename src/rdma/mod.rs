@@ -114,7 +114,7 @@ pub struct Listener {
     address: SocketAddr,
 }
 
-/// A connection that a client asks for. Dropping it turns the client away without a reason.
+/// A connection that a client asks for. Dropping it rejects the client without a reason.
 #[derive(Debug)]
 pub struct Incoming {
     id: cm::Id,
@@ -125,6 +125,11 @@ impl Incoming {
     /// The client's address.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.id.peer()
+    }
+
+    /// Rejects the client, with an errno and an error message for it.
+    pub fn reject(self, errno: i32, text: &str) {
+        self.id.reject(&rejection(errno, text));
     }
 }
 

@@ -16,6 +16,7 @@ use super::Worker;
 use super::connection::{Connection, log_client};
 use crate::backend::FileInfo;
 use crate::export::{Refusal, Shown, Target};
+use crate::limits::Excess;
 use crate::log;
 use crate::open::{Opened, Opening};
 use crate::request::{Pieces, Range, Read, Work, WorkerFile, Write, failure, status_of, success};
@@ -75,10 +76,25 @@ impl Worker {
         };
         match first {
             First::Work(work) => {
-                self.begin(connection, request.key, work);
+                if !self.counts_requests || self.count_request(connection, request) {
+                    self.begin(connection, request.key, work);
+                }
             }
             First::Answer(response) => self.respond(request.key, response),
         }
+    }
+
+    /// Counts one more request of a connection's session and address, or answers it: they have as many as they may.
+    #[cold]
+    fn count_request(&mut self, connection: usize, request: &transport::Request) -> bool {
+        let Connection { session, share, .. } = &self.connections[connection];
+        let counted = self.sessions[*session].session.begin_request(&share.account);
+        if let Err(Excess { who, text }) = &counted {
+            self.counters.rejected_requests[*who as usize].add(1);
+            let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
+            self.respond(request.key, failure(status, text));
+        }
+        counted.is_ok()
     }
 
     fn on_file(
@@ -165,10 +181,11 @@ impl Worker {
     fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
-        let handle = match self.sessions[session].session.insert(Arc::clone(&open)) {
+        let account = &self.connections[connection].share.account;
+        let handle = match self.sessions[session].session.insert(Arc::clone(&open), account) {
             Ok(handle) => handle,
-            Err(text) => {
-                self.counters.rejected_files.add(1);
+            Err(Excess { who, text }) => {
+                self.counters.rejected_files[who as usize].add(1);
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };

@@ -14,9 +14,11 @@ use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use tracing::field::display;
 
+use super::shares::{Holder, Share};
 use super::{Mail, Worker};
 use crate::backend;
 use crate::client::Client;
+use crate::limits::Excess;
 use crate::log;
 use crate::request::{State, WorkerFile};
 use crate::session::{Session, index_of};
@@ -44,6 +46,8 @@ pub(super) struct Connection {
     pub(super) is_waiting: bool,
     /// Bytes in the slots of its requests. Its unsent answers have more: `ServerTransport::unsent_bytes`.
     pub(super) slot_bytes: usize,
+    /// What it and its fellows have of the memory.
+    pub(super) share: Share,
     /// What it did wrong: it is closing.
     pub(super) violation: Option<Violation>,
     /// It is counted in [`crate::placement`].
@@ -61,6 +65,8 @@ pub(super) struct LocalSession {
     pub(super) connections: usize,
     /// This worker's view of the files, by the index in their handles.
     pub(super) files: Vec<Option<Rc<WorkerFile>>>,
+    /// What its connections here have.
+    pub(super) holder: Holder,
 }
 
 impl Worker {
@@ -86,12 +92,18 @@ impl Worker {
                     );
                     return self.reject(id, address, &peer, &text);
                 };
-                let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
+                let key = self.sessions.insert(LocalSession {
+                    session,
+                    connections: 0,
+                    files: Vec::new(),
+                    holder: Holder::default(),
+                });
                 self.sessions_by_id.insert(peer.session, key);
                 key
             }
         };
-        if let Err(text) = self.sessions[session].session.attach() {
+        let account = self.places.get(&id).and_then(|place| place.address().clone());
+        if let Err(Excess { text, .. }) = self.sessions[session].session.attach(&account) {
             self.counters.rejected_connections.add(1);
             if self.sessions[session].connections == 0 {
                 self.end_session(session);
@@ -109,6 +121,10 @@ impl Worker {
             waiting: VecDeque::new(),
             is_waiting: false,
             slot_bytes: 0,
+            share: Share::new(
+                account,
+                address.map(|address| self.addresses.join(address.ip().to_canonical())),
+            ),
             violation: None,
             has_data: !peer.control,
             name: peer.name,
@@ -149,13 +165,20 @@ impl Worker {
             return;
         };
         self.by_transport[id.index as usize] = None;
+        if self.connections[key].is_waiting {
+            self.not_starved(key);
+            self.waits_no_more(key);
+            self.turns.retain(|&other| other != key);
+        }
+        self.forget_share(key);
+        if self.counts_requests {
+            for &request in &self.connections[key].requests {
+                self.uncount_request(key, &self.requests[request].work);
+            }
+        }
         let connection = self.connections.remove(key);
         if connection.has_data {
             self.shared.placement.release(self.index);
-        }
-        if connection.is_waiting {
-            self.not_starved(key);
-            self.turns.retain(|&other| other != key);
         }
         for &request in &connection.requests {
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {

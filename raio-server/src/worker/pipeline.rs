@@ -12,6 +12,7 @@ use super::connection::Connection;
 use super::{TIMER, Worker};
 use crate::backend::{self, Completion, Outcome};
 use crate::client::Client;
+use crate::limits::Who;
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
 pub(super) enum Grant {
@@ -20,6 +21,8 @@ pub(super) enum Grant {
     OverQuota,
     /// There is no memory for this size now, though the connection holds none.
     NoRoom,
+    /// Its session or its address has as much as it may have now.
+    OverLimit(Who),
     /// Enough for this turn.
     NextTurn,
 }
@@ -57,13 +60,8 @@ impl Worker {
             self.granted(request, slot);
         } else {
             self.counters.slot_waits.add(1);
-            let connection_key = connection;
-            let connection = &mut self.connections[connection];
-            connection.waiting.push_back(request);
-            if !connection.is_waiting {
-                connection.is_waiting = true;
-                self.turns.push_back(connection_key);
-            }
+            self.connections[connection].waiting.push_back(request);
+            self.waits(connection);
         }
         request
     }
@@ -75,6 +73,10 @@ impl Worker {
         match self.grant(connection, bytes) {
             Grant::Slot(slot) => Some(slot),
             Grant::OverQuota | Grant::NoRoom | Grant::NextTurn => None,
+            Grant::OverLimit(who) => {
+                self.is_limited(connection, who);
+                None
+            }
         }
     }
 
@@ -82,8 +84,11 @@ impl Worker {
     pub(super) fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
         let Connection { id, slot_bytes, .. } = self.connections[connection];
         let held = slot_bytes + self.transport.unsent_bytes(id);
-        if !self.is_within_quota(connection, held, bytes) {
-            return Some(if held > 0 { Grant::OverQuota } else { Grant::NoRoom });
+        // A little is for everybody.
+        if (self.has_memory_caps || held + bytes > SMALL_BYTES.min(self.arena.free_bytes() / SMALL_PART))
+            && let Some(withheld) = self.withheld_beyond_a_little(connection, held, bytes)
+        {
+            return Some(withheld);
         }
         if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
             self.is_busy = true;
@@ -92,13 +97,35 @@ impl Worker {
         None
     }
 
-    /// Whether a connection that holds so much memory may have more. A little is for everybody. Beyond that some memory is kept in reserve, the
-    /// quota shrinks once half of the memory is out, and whoever has waited longest with nothing at all goes before everybody else.
-    fn is_within_quota(&self, connection: usize, held: usize, bytes: usize) -> bool {
+    /// Beyond a little some memory is kept in reserve, the quota shrinks once half of the memory is out, and whoever has waited longest
+    /// with nothing at all goes before everybody else.
+    #[inline(never)]
+    fn withheld_beyond_a_little(&mut self, connection: usize, held: usize, bytes: usize) -> Option<Grant> {
+        if self.has_memory_caps
+            && let Some(who) = self.over_cap(connection, bytes)
+        {
+            return Some(Grant::OverLimit(who));
+        }
         let (all, free) = (self.arena.len(), self.arena.free_bytes());
         if held + bytes <= SMALL_BYTES.min(free / SMALL_PART) {
-            return true;
+            return None;
         }
+        if 2 * free < all
+            && let Some(who) = self.over_share(connection, bytes)
+        {
+            return Some(Grant::OverLimit(who));
+        }
+        if self.is_within_quota(connection, held, bytes) {
+            None
+        } else if held > 0 {
+            Some(Grant::OverQuota)
+        } else {
+            Some(Grant::NoRoom)
+        }
+    }
+
+    fn is_within_quota(&self, connection: usize, held: usize, bytes: usize) -> bool {
+        let (all, free) = (self.arena.len(), self.arena.free_bytes());
         if self.starved.is_some_and(|starved| starved != connection) || free < bytes + self.reserve_bytes {
             return false;
         }
@@ -126,6 +153,7 @@ impl Worker {
     /// has waited longest with nothing: else a large request would never have its turn.
     pub(super) fn grant_slots(&mut self) {
         self.turn_bytes = 0;
+        self.is_noted = false;
         if self.turns.is_empty() {
             return;
         }
@@ -134,9 +162,8 @@ impl Worker {
         let mut passed_over = 0;
         while passed_over < self.turns.len() {
             let Some(key) = self.turns.pop_front() else { return };
-            let connection = &mut self.connections[key];
-            let Some(&request) = connection.waiting.front() else {
-                connection.is_waiting = false;
+            let Some(&request) = self.connections[key].waiting.front() else {
+                self.waits_no_more(key);
                 self.not_starved(key);
                 continue;
             };
@@ -153,6 +180,12 @@ impl Worker {
                     passed_over += 1;
                     self.turns.push_back(key);
                     self.not_starved(key);
+                }
+                Grant::OverLimit(who) => {
+                    passed_over += 1;
+                    self.turns.push_back(key);
+                    self.not_starved(key);
+                    self.is_limited(key, who);
                 }
                 Grant::NoRoom => {
                     passed_over += 1;
@@ -196,11 +229,15 @@ impl Worker {
     fn granted(&mut self, key: usize, slot: Slot) {
         let request = &mut self.requests[key];
         request.slot_bytes = slot.len();
+        let (name, is_write) = (request.key, matches!(request.work, Work::Write(..)));
         if let Some(connection) = request.connection {
-            self.connections[connection].slot_bytes += slot.len();
+            let Connection { slot_bytes, share, .. } = &mut self.connections[connection];
+            *slot_bytes += slot.len();
+            if share.begins_to_hold() {
+                self.holding.push(connection);
+            }
         }
-        if matches!(request.work, Work::Write(..)) {
-            let name = request.key;
+        if is_write {
             self.enter(key, State::Fetching);
             self.transport.fetch(&mut self.reactor, name, slot, 0);
         } else {
@@ -383,6 +420,9 @@ impl Worker {
         let at = entry.requests.iter().position(|&other| other == key);
         at.and_then(|at| entry.requests.remove(at));
         entry.slot_bytes -= request.slot_bytes;
+        if self.counts_requests {
+            self.uncount_request(connection, &request.work);
+        }
         if response.status.is_ok() {
             match request.work {
                 Work::Read(..) => self.counters.read_bytes.add(response.result),
@@ -402,6 +442,16 @@ impl Worker {
                 )
             };
             self.respond(canceller, response);
+        }
+    }
+
+    /// A request is over, or its connection is.
+    #[cold]
+    pub(super) fn uncount_request(&self, connection: usize, work: &Work) {
+        // A close is no burden: it ends one.
+        if !matches!(work, Work::Close) {
+            let Connection { session, share, .. } = &self.connections[connection];
+            self.sessions[*session].session.end_request(&share.account);
         }
     }
 

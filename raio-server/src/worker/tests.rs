@@ -27,12 +27,13 @@ fn worker(export: &str, spin_us: &str) -> Worker {
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported"),
-        sessions: Sessions::new(16, Limits::new(64, 16, Caps::default())),
+        sessions: Sessions::new(16, Limits::new(64, 16, Caps::default(), Caps::default())),
         policy: Arc::default(),
         workers: OnceLock::new(),
         placement: Placement::new(1),
         backend: config.backend,
         arena_bytes: config.arena_bytes,
+        memory_caps: [usize::MAX; 2],
         spin: config.spin,
         rdma: false,
     };
@@ -59,7 +60,7 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
 fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
-    let place = Limits::new(64, 16, Caps::default()).connect(None).expect("a place");
+    let place = Limits::new(64, 16, Caps::default(), Caps::default()).connect(None).expect("a place");
     worker.adopt(RawConnection::Tcp(theirs.into(), None), place);
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);

@@ -32,10 +32,13 @@ impl Raw {
     pub fn open(url: &str, path: &str, flags: u32) -> io::Result<Self> {
         let address: Address = url.parse().map_err(|error| wrong(format!("{error}")))?;
         let addresses = address.resolve().map_err(|error| wrong(format!("{error}")))?;
-        let stream = TcpStream::connect(&addresses[..])?;
+        Self::open_on(TcpStream::connect(&addresses[..])?, &Offer::new("raw"), path, flags)
+    }
+
+    /// The same on a connection of the caller's, in the session of `offer`.
+    pub fn open_on(stream: TcpStream, offer: &Offer, path: &str, flags: u32) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         let mut raw = Self { stream, file_bytes: 0, file: FileHandle(0) };
-        let offer = Offer::new("raw");
         raw.stream.write_all(&offer.hello())?;
         let mut welcome = vec![0; HANDSHAKE_BYTES];
         raw.stream.read_exact(&mut welcome)?;

@@ -1,13 +1,14 @@
 //! What one session or one address may have: whoever takes all is rejected, with an error that says why, and the next client is not.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddrV4, TcpStream};
 use std::process::Command;
 
 use raio_e2e::{Raw, Server, binary, raw_request};
 use raio_transport::handshake::Offer;
 use raio_transport::message::{self, HANDSHAKE_BYTES, Parsed};
-use raio_transport::protocol::{Command as Ask, OPEN_READ};
+use raio_transport::protocol::{Command as Ask, OPEN_READ, OPEN_WRITE};
+use rustix::net::{AddressFamily, SocketType};
 
 const OPEN_FILES: usize = 700;
 
@@ -16,7 +17,7 @@ fn start(arguments: &str) -> Server {
     let server = binary("raio_server");
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!(
-        "ulimit -n {OPEN_FILES} && exec {} --workers 2 --listen tcp://127.0.0.1:0 --export n=null:1M --export etc=/etc {arguments}",
+        "ulimit -n {OPEN_FILES} && exec {} --listen tcp://127.0.0.1:0 --export n=null:1M --export etc=/etc {arguments}",
         server.display()
     ));
     Server::spawn(command)
@@ -62,7 +63,7 @@ fn rejected(server: &mut Server, what: &str) -> u64 {
 
 #[test]
 fn a_session_that_takes_every_file_and_every_connection_is_rejected_and_the_next_session_is_not() {
-    let mut server = start("");
+    let mut server = start("--workers 2");
     let url = server.url();
     let mut greedy = Raw::open(&url, "/etc/passwd", OPEN_READ).expect("a client");
     let (opened, errno, text) = open_all(&mut greedy, "/etc/passwd");
@@ -95,30 +96,162 @@ fn a_session_that_takes_every_file_and_every_connection_is_rejected_and_the_next
 
 #[test]
 fn caps_reject_only_who_exceeds_them() {
-    let mut server =
-        start("--max-connections-per-session 3 --max-files-per-session 5 --max-connections-per-address 8");
+    let mut server = start(
+        "--workers 2 --limits-per-session connections=3,files=5 --limits-per-address connections=8,files=7",
+    );
     let url = server.url();
     let mut raw = Raw::open(&url, "/n", OPEN_READ).expect("a client");
     let (opened, errno, text) = open_all(&mut raw, "/n");
     assert_eq!((opened, errno), (4, libc::EMFILE));
-    assert!(text.contains("--max-files-per-session"), "{text}");
+    assert!(text.contains("files= of the server's --limits-per-session"), "{text}");
 
     let offer = Offer::new("many");
     let connections: Vec<_> = (0..3).map(|_| connect(&server, &offer).expect("it may have three")).collect();
     let text = connect(&server, &offer).expect_err("it may have three");
-    assert!(text.contains("--max-connections-per-session"), "{text}");
+    assert!(text.contains("connections= of the server's --limits-per-session"), "{text}");
 
     server.statistics_when(|statistics| statistics["connections"] == 4);
     let others: Vec<_> =
         (0..4).map(|_| connect(&server, &Offer::new("other")).expect("the address may have eight")).collect();
     let text = connect(&server, &offer).expect_err("the address may have eight");
-    assert!(text.contains("--max-connections-per-address"), "{text}");
-    for (what, count) in [("session_files", 1), ("session_connections", 1), ("address_connections", 1)] {
-        assert_eq!(rejected(&mut server, what), count, "{what}");
+    assert!(text.contains("connections= of the server's --limits-per-address"), "{text}");
+
+    drop((others, connections));
+    server.statistics_when(|statistics| statistics["connections"] == 1);
+    let mut other = Raw::open(&url, "/n", OPEN_READ).expect("the address may have seven files");
+    let (opened, errno, text) = open_all(&mut other, "/n");
+    assert_eq!((opened, errno), (1, libc::EMFILE));
+    assert!(text.contains("files= of the server's --limits-per-address"), "{text}");
+    drop(
+        Raw::open_on(elsewhere(&server), &offer, "/n", OPEN_READ).expect("another address may have its own"),
+    );
+    for what in ["session_files", "session_connections", "address_connections", "address_files"] {
+        assert_eq!(rejected(&mut server, what), 1, "{what}");
     }
-    drop((others, connections, raw));
+    drop((other, raw));
     server.statistics_when(raio_e2e::is_at_rest);
     drop(connect(&server, &offer).expect("there are places again"));
+}
+
+/// A connection from another address than all others.
+fn elsewhere(server: &Server) -> TcpStream {
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    rustix::net::bind(&socket, &SocketAddrV4::new([127, 0, 0, 9].into(), 0)).expect("all of 127/8 is here");
+    rustix::net::connect(&socket, &server.address()).expect("the server listens");
+    socket.into()
+}
+
+const WRITE_BYTES: u32 = 1 << 20;
+
+/// Connections of one session that have begun to write, and do not go on: each has a request in flight with its memory.
+fn begin_writes(server: &Server, offer: &Offer, count: usize) -> Vec<Raw> {
+    let begin = |_| {
+        let stream = TcpStream::connect(server.address()).expect("the server listens");
+        begin_write(Raw::open_on(stream, offer, "/m", OPEN_READ | OPEN_WRITE).expect("a client"))
+    };
+    (0..count).map(begin).collect()
+}
+
+fn begin_write(mut raw: Raw) -> Raw {
+    raw.send_write_header(1, 0, WRITE_BYTES).expect("room for a header");
+    raw
+}
+
+fn finish_write(raw: &mut Raw) {
+    raw.stream.write_all(&[7; WRITE_BYTES as usize]).expect("the server takes it");
+    let (response, body) = raw.response().expect("a response");
+    assert!(response.status.is_ok(), "{}", message::text(&body));
+}
+
+fn is_served(raw: &mut Raw) {
+    raw.send_read(2, 0, 4096).expect("room for a request");
+    let (response, body) = raw.response().expect("a response");
+    assert_eq!((response.status.errno, response.data_len), (0, 4096), "{}", message::text(&body));
+    raw.stream.read_exact(&mut [0; 4096]).expect("its data");
+}
+
+fn in_flight(server: &mut Server, fetching: u64, need_slot: u64) -> serde_json::Value {
+    server.statistics_when(|statistics| {
+        let in_flight = &statistics["in_flight"];
+        in_flight["fetching"] == fetching && in_flight["need_slot"] == need_slot
+    })
+}
+
+/// Memory to write to, and one worker.
+fn start_with_memory(arguments: &str) -> Server {
+    start(&format!("--export m=mem:1M,rw --workers 1 --stall-timeout 60 {arguments}"))
+}
+
+#[test]
+fn a_request_too_many_of_a_session_or_an_address_fails_and_can_be_tried_again() {
+    for who in ["session", "address"] {
+        let mut server = start_with_memory(&format!("--limits-per-{who} requests=3"));
+        let offer = Offer::new("many");
+        let mut writers = begin_writes(&server, &offer, 3);
+        in_flight(&mut server, 3, 0);
+
+        // It is read, and answered, all the same; and cost nothing. An open is a request, too.
+        let stream = TcpStream::connect(server.address()).expect("the server listens");
+        let error = Raw::open_on(stream, &offer, "/etc/passwd", OPEN_READ).err().expect("there are three");
+        assert!(
+            error.to_string().contains(&format!("requests= of the server's --limits-per-{who}")),
+            "{error}"
+        );
+        let mut other = Raw::open_on(elsewhere(&server), &Offer::new("other"), "/m", OPEN_READ)
+            .expect("another address, another session");
+        is_served(&mut other);
+
+        let mut last = writers.pop().expect("three");
+        finish_write(&mut last);
+        last = begin_write(last);
+        in_flight(&mut server, 3, 0);
+        finish_write(&mut last);
+        assert_eq!(rejected(&mut server, &format!("{who}_requests")), 1);
+        drop((writers, last, other));
+        // What was in flight when its connection ended is not counted any more.
+        server.statistics_when(raio_e2e::is_at_rest);
+        drop(begin_writes(&server, &offer, 3));
+    }
+}
+
+#[test]
+fn a_request_whose_session_or_address_has_its_memory_waits_for_its_fellows_and_others_do_not() {
+    for who in ["session", "address"] {
+        let mut server = start_with_memory(&format!("--memory 64M --limits-per-{who} memory=3M"));
+        let mut writers = begin_writes(&server, &Offer::new("many"), 5);
+        let statistics = in_flight(&mut server, 3, 2);
+        assert_eq!(statistics["slot_bytes"], 3 * WRITE_BYTES, "{statistics}");
+        assert_eq!(statistics["waits"][format!("{who}_memory")], 2, "{statistics}");
+
+        let mut other = Raw::open_on(elsewhere(&server), &Offer::new("other"), "/m", OPEN_READ | OPEN_WRITE)
+            .expect("another client");
+        is_served(&mut other);
+        finish_write(&mut begin_write(other));
+        writers.iter_mut().for_each(finish_write);
+        let statistics = in_flight(&mut server, 0, 0);
+        assert_eq!((&statistics["errors"], &statistics["closes"]["evicted"]), (&0.into(), &0.into()));
+    }
+}
+
+#[test]
+fn a_session_that_took_the_memory_gets_no_more_of_it_before_another_that_waits() {
+    const GREEDY: usize = 14;
+    let mut server = start_with_memory("--memory 16M");
+    // Nobody else wants any, so there is no limit but the reserve.
+    let mut writers = begin_writes(&server, &Offer::new("greedy"), GREEDY + 1);
+    in_flight(&mut server, GREEDY as u64, 1);
+    let mut other = begin_writes(&server, &Offer::new("other"), 1).remove(0);
+    in_flight(&mut server, GREEDY as u64, 2);
+    // A little there is for everybody.
+    is_served(&mut Raw::open(&server.url(), "/m", OPEN_READ).expect("a third client"));
+
+    // What comes free is the other's, who has come later.
+    finish_write(&mut writers[0]);
+    let statistics = in_flight(&mut server, GREEDY as u64, 1);
+    assert_eq!(statistics["waits"]["session_memory"], 1, "{statistics}");
+    finish_write(&mut other);
+    finish_write(&mut writers[GREEDY]);
+    assert_eq!(server.statistics()["errors"], 0);
 }
 
 #[test]
@@ -126,7 +259,7 @@ fn a_connection_that_pings_and_never_reads_costs_little() {
     const CLIENTS: usize = 128;
     /// Pongs that are being sent, others behind them, and what was received behind those.
     const BYTES_MAX: u64 = 24 << 10;
-    let mut server = start("");
+    let mut server = start("--workers 2");
     let url = server.url();
     let mut pings = Vec::new();
     (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
