@@ -20,7 +20,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use raio_transport::address::Scheme;
@@ -238,8 +238,7 @@ pub struct State {
     /// The process that it is of: see [`process`].
     process: u64,
     probe: Probe,
-    /// The eventfds of the batch that is being submitted, by number.
-    eventfds: Vec<(c_int, Arc<OwnedFd>)>,
+    eventfds: Eventfds,
     failures: Failures,
 }
 
@@ -262,7 +261,11 @@ impl Failures {
         self.texts.push((obj.addr(), CString::new(text).unwrap_or_default()));
     }
 
-    /// The newest first where an iocb has come twice.
+    /// Takes an iocb's event as an earlier one: its text stays valid, but is not found any more.
+    fn supersede(&mut self, obj: *mut raio_iocb) {
+        self.texts.iter_mut().filter(|(known, _)| *known == obj.addr()).for_each(|(known, _)| *known = 0);
+    }
+
     fn find(&mut self, obj: usize) -> Option<&CStr> {
         let len = self.texts.len();
         self.at = (self.at..len).chain(0..self.at.min(len)).find(|&at| self.texts[at].0 == obj)?;
@@ -274,10 +277,13 @@ impl Failures {
 
 /// Finds out whether memory that is to be written to a file can be read at all, before anything is promised to a server: by having the kernel
 /// copy one byte of each page, for a whole batch in one call.
+///
+/// The bytes go into a pipe. (Into a file, were it in memory, RLIMIT_FSIZE would bound them with SIGXFSZ; process_vm_readv(2) takes ten times as
+/// long and is forbidden in many sandboxes.)
 #[derive(Default)]
 struct Probe {
-    /// Memory of the kernel's to copy to. None before the first probe, or if there is none to be had: then nothing is probed.
-    target: Option<Option<OwnedFd>>,
+    /// Its ends to read and to write. None before the first probe, or if there is none to be had: then nothing is probed.
+    pipe: Option<Option<(OwnedFd, OwnedFd)>>,
     bytes: Vec<libc::iovec>,
     /// Where the bytes of each iocb end, by its place in the batch.
     ends: Vec<(usize, usize)>,
@@ -285,14 +291,28 @@ struct Probe {
     unreadable: Vec<usize>,
 }
 
+/// A pipe of one page, the ends of which never wait.
+fn small_pipe() -> Option<(OwnedFd, OwnedFd)> {
+    use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+    let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).ok()?;
+    let _ = fcntl_setpipe_size(&write, Probe::PAGE);
+    Some((read, write))
+}
+
 impl Probe {
     const PAGE: usize = 4096;
 
-    /// Looks at the writes of a batch.
+    /// Checks the writes of a batch.
     ///
     /// # Safety
     /// As [`raio_submit`]'s.
-    unsafe fn look(&mut self, ctx: *mut raio_context, ios: *mut *mut raio_iocb, count: usize, most: u64) {
+    unsafe fn check_writes(
+        &mut self,
+        ctx: *mut raio_context,
+        ios: *mut *mut raio_iocb,
+        count: usize,
+        most: u64,
+    ) {
         self.bytes.clear();
         self.ends.clear();
         self.unreadable.clear();
@@ -300,7 +320,7 @@ impl Probe {
             // SAFETY: the caller vouches for the pointers.
             let iocb = unsafe { *ios.add(n) };
             if iocb.is_null() || !iocb.is_aligned() {
-                return self.run();
+                return self.check_bytes();
             }
             // SAFETY: the caller vouches for the iocb.
             let (opcode, c) = unsafe { ((*iocb).raio_lio_opcode, &(*iocb).c) };
@@ -325,7 +345,7 @@ impl Probe {
             }
             self.ends.push((self.bytes.len(), n));
         }
-        self.run();
+        self.check_bytes();
     }
 
     /// One byte of each page of this memory. (A null pointer is found out later, and is another error.)
@@ -338,42 +358,43 @@ impl Probe {
         }
     }
 
-    /// Has the kernel copy the bytes.
-    fn run(&mut self) {
-        if self.bytes.is_empty() {
+    /// Has the kernel copy the bytes: all of them, and if that fails those of one iocb after the other.
+    fn check_bytes(&mut self) {
+        if self.bytes.is_empty() || self.can_copy(0, self.bytes.len()) {
             return;
         }
-        let make = || rustix::fs::memfd_create("raio probe", rustix::fs::MemfdFlags::CLOEXEC).ok();
-        let Some(target) = self.target.get_or_insert_with(make) else { return };
-        let mut at = 0;
-        while at < self.bytes.len() {
-            let some = &self.bytes[at..self.bytes.len().min(at + IOV_MAX as usize)];
-            // Not by libc's function: a sanitizer would take it for the program's own use of that memory.
-            // SAFETY: pwritev(2) at offset 0; the kernel reads through these pointers, and finds out by itself where it cannot.
-            let copied = unsafe {
-                libc::syscall(
-                    libc::SYS_pwritev,
-                    target.as_raw_fd(),
-                    some.as_ptr(),
-                    some.len(),
-                    0_usize,
-                    0_usize,
-                )
-            };
-            match usize::try_from(copied) {
-                Ok(copied) => at += copied,
-                Err(_) if std::io::Error::last_os_error().raw_os_error() != Some(libc::EFAULT) => return,
-                Err(_) => {}
+        let mut start = 0;
+        for at in 0..self.ends.len() {
+            let (end, place) = self.ends[at];
+            if !self.can_copy(start, end) {
+                self.unreadable.push(place);
             }
-            if usize::try_from(copied).is_ok_and(|copied| copied == some.len()) {
-                continue;
-            }
-            // The byte at `at` could not be copied: on to the next iocb.
-            let Some(&(end, n)) = self.ends.iter().find(|(end, _)| *end > at) else { return };
-            self.unreadable.push(n);
-            at = end;
+            start = end;
         }
     }
+
+    /// Whether the kernel can copy these bytes; also if that cannot be found out.
+    fn can_copy(&mut self, start: usize, end: usize) -> bool {
+        let Some((read, write)) = self.pipe.get_or_insert_with(small_pipe) else { return true };
+        for some in self.bytes[start..end].chunks(IOV_MAX as usize) {
+            // Less than PIPE_BUF goes in whole or not at all.
+            while let Err(error) = write_bytes(write, some) {
+                match error {
+                    libc::EFAULT => return false,
+                    libc::EAGAIN if rustix::io::read(&*read, &mut [0; Self::PAGE]).is_ok() => {}
+                    _ => return true,
+                }
+            }
+        }
+        true
+    }
+}
+
+/// writev(2), or the errno of its failure. Not by libc's function: a sanitizer would take it for the program's own use of that memory.
+fn write_bytes(pipe: &OwnedFd, bytes: &[libc::iovec]) -> Result<(), c_int> {
+    // SAFETY: the kernel reads through these pointers, and finds out by itself where it cannot.
+    let written = unsafe { libc::syscall(libc::SYS_writev, pipe.as_raw_fd(), bytes.as_ptr(), bytes.len()) };
+    if written >= 0 { Ok(()) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
 }
 
 /// What is behind a `raio_mr_t`.
@@ -798,7 +819,7 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
             // SAFETY: it is one of our shells, and `process` never changes in a context.
             if unsafe { state(before) }.is_ok() {
                 return Err(invalid(
-                    "The place for the context holds one that is alive. Destroy that first, or give another place.",
+                    "The place for the context holds one that was not destroyed. Destroy that first, or give another place.",
                 ));
             }
         }
@@ -818,7 +839,7 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
                 vectors: Vec::new(),
                 process: process(),
                 probe: Probe::default(),
-                eventfds: Vec::new(),
+                eventfds: Eventfds::default(),
                 failures: Failures::default(),
             }),
         );
@@ -838,14 +859,52 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
 /// Contexts that were given out and not destroyed.
 static LIVE: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
 
-/// The eventfd of this number, held open under another: what has the number when the iocb ends may be something else. Each is looked at once
-/// in a batch.
-fn held_eventfd(held: &mut Vec<(c_int, Arc<OwnedFd>)>, number: c_uint) -> Result<Arc<OwnedFd>, Error> {
-    let fd = c_int::try_from(number)
-        .map_err(|_| invalid("The iocb's eventfd is negative. Give raio_set_eventfd() one of eventfd(2)."))?;
-    if let Some((_, eventfd)) = held.iter().find(|(known, _)| *known == fd) {
-        return Ok(Arc::clone(eventfd));
+/// The eventfds of iocbs in flight, each held open under a number of the library's: what has the program's number when the iocb ends may
+/// be something else.
+#[derive(Default)]
+struct Eventfds {
+    /// One for each of the program's numbers. The iocbs hold them.
+    held: Vec<HeldEventfd>,
+    /// Counts the batches submitted: within one, a number is looked at once.
+    batch: u64,
+}
+
+struct HeldEventfd {
+    number: c_int,
+    eventfd: Weak<OwnedFd>,
+    /// The batch in which it was last seen to have this number.
+    batch: u64,
+}
+
+impl Eventfds {
+    /// The eventfd that has this number now.
+    fn hold(&mut self, number: c_uint) -> Result<Arc<OwnedFd>, Error> {
+        let fd = c_int::try_from(number).map_err(|_| {
+            invalid("The iocb's eventfd is negative. Give raio_set_eventfd() one of eventfd(2).")
+        })?;
+        if let Some(held) = self.held.iter_mut().find(|held| held.number == fd)
+            && let Some(eventfd) = held.eventfd.upgrade()
+            && (held.batch == self.batch || is_same_file(fd, eventfd.as_raw_fd()))
+        {
+            held.batch = self.batch;
+            return Ok(eventfd);
+        }
+        let eventfd = Arc::new(duplicate_eventfd(fd)?);
+        self.held.retain(|held| held.number != fd && held.eventfd.strong_count() > 0);
+        self.held.push(HeldEventfd { number: fd, eventfd: Arc::downgrade(&eventfd), batch: self.batch });
+        Ok(eventfd)
     }
+}
+
+/// Whether two descriptors of this process are of one open file. False also where kcmp(2) is not there, or forbidden.
+fn is_same_file(one: c_int, other: c_int) -> bool {
+    const KCMP_FILE: c_int = 0;
+    let me = std::process::id();
+    // SAFETY: kcmp(2) takes numbers alone; one that is not open is an error.
+    unsafe { libc::syscall(libc::SYS_kcmp, me, me, KCMP_FILE, c_long::from(one), c_long::from(other)) == 0 }
+}
+
+fn duplicate_eventfd(fd: c_int) -> Result<OwnedFd, Error> {
     // SAFETY: not negative; a number that is not open is an error of fcntl(2), and nothing is kept of the borrow.
     let eventfd =
         rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).map_err(|errno| {
@@ -854,12 +913,11 @@ fn held_eventfd(held: &mut Vec<(c_int, Arc<OwnedFd>)>, number: c_uint) -> Result
             );
             Error::call(errno.raw_os_error(), text)
         })?;
-    if !is_eventfd(&eventfd) {
-        return Err(invalid(format!("The iocb's eventfd {fd} is something else. Give one of eventfd(2).")));
+    if is_eventfd(&eventfd) {
+        Ok(eventfd)
+    } else {
+        Err(invalid(format!("The iocb's eventfd {fd} is something else. Give one of eventfd(2).")))
     }
-    let eventfd = Arc::new(eventfd);
-    held.push((fd, Arc::clone(&eventfd)));
-    Ok(eventfd)
 }
 
 fn is_eventfd(fd: &OwnedFd) -> bool {
@@ -923,8 +981,9 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
         if let Some(context) = &state.context {
             let count = usize::try_from(nr).unwrap_or(0).min(context.room());
             // SAFETY: the caller vouches for `nr` pointers and what they point at.
-            unsafe { state.probe.look(ctx, ios, count, context.io_bytes_max() as u64) };
+            unsafe { state.probe.check_writes(ctx, ios, count, context.io_bytes_max() as u64) };
         }
+        state.eventfds.batch += 1;
         let mut taken = 0;
         let mut refused = None;
         while taken < nr {
@@ -936,7 +995,6 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
             }
             taken += 1;
         }
-        state.eventfds.clear();
         if taken > 0 {
             if let Some(context) = &mut state.context {
                 context.flush();
@@ -972,11 +1030,7 @@ unsafe fn submit(
     // SAFETY: the caller vouches for the iocb's memory.
     let operation = unsafe { operation(ctx, context.io_bytes_max() as u64, &mut state.vectors, io) }?;
     let file = state.files.get(io.raio_fildes, state.session)?;
-    let eventfd = if io.c.flags & IOCB_EVENTFD != 0 {
-        Some(held_eventfd(&mut state.eventfds, io.c.resfd)?)
-    } else {
-        None
-    };
+    let eventfd = if io.c.flags & IOCB_EVENTFD != 0 { Some(state.eventfds.hold(io.c.resfd)?) } else { None };
     let token = iocb.expose_provenance() as u64;
     let submitted = if state.probe.unreadable.contains(&place) {
         context.submit_failed(file, operation, token, unreadable())
@@ -1144,6 +1198,9 @@ pub unsafe extern "C" fn raio_getevents(
         let mut n = 0;
         while n < max {
             let Some(completion) = context.next() else { break };
+            if let Err(error) = &completion.result {
+                set_message(&error.text);
+            }
             // SAFETY: there is room for `nr` events.
             unsafe {
                 events.add(n).write(event(
@@ -1186,7 +1243,6 @@ fn event(
     let (res, res2) = match &completion.result {
         Ok(n) => (*n as c_ulong, 0),
         Err(error) => {
-            set_message(&error.text);
             failures.add(obj, &error.text);
             let retryable = if error.status.retryable { RES2_RETRYABLE } else { 0 };
             (-c_long::from(error.errno()) as c_ulong, error.status.class as c_ulong | retryable)
@@ -1256,6 +1312,8 @@ pub unsafe extern "C" fn raio_cancel(
             .ticket(key, iocb.expose_provenance() as u64)
             .ok_or_else(|| invalid("That iocb is not in flight in this context."))?;
         let completion = context.cancel(ticket)?;
+        // It may have failed before, and been submitted again.
+        state.failures.supersede(iocb);
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe {
             evt.write(event(completion, &mut state.loans, &mut state.vectors, &mut state.failures));

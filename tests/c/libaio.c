@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 
@@ -116,6 +117,33 @@ static void an_unreadable_buffer_fails_its_own_iocb_alone(io_context_t ctx)
 	munmap(memory + 6 * PAGE, 2 * PAGE);
 }
 
+/* A limit on the size of the process's own files says nothing about remote ones. */
+static void a_limit_on_file_sizes_bounds_no_remote_write(io_context_t ctx)
+{
+	static char buf[32 * PAGE];
+	struct rlimit before, limit;
+	struct iocb one_page, many;
+	long done[2][2];
+	int i;
+
+	MUST(getrlimit(RLIMIT_FSIZE, &before) == 0);
+	limit = before;
+	fflush(stdout);
+	for (i = 0; i < 2; i++) {
+		limit.rlim_cur = i ? 10 : 0;
+		MUST(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+		io_prep_pwrite(&one_page, file, buf, PAGE, 0);
+		io_prep_pwrite(&many, file, buf, sizeof(buf), 0);
+		done[i][0] = one(ctx, &one_page);
+		done[i][1] = one(ctx, &many);
+	}
+	MUST(setrlimit(RLIMIT_FSIZE, &before) == 0);
+	for (i = 0; i < 2; i++) {
+		EQ(done[i][0], PAGE);
+		EQ(done[i][1], sizeof(buf));
+	}
+}
+
 static void a_tick_goes_to_the_eventfd_that_was_submitted(io_context_t ctx)
 {
 	static char buf[PAGE];
@@ -148,6 +176,52 @@ static void a_tick_goes_to_the_eventfd_that_was_submitted(io_context_t ctx)
 	close(ticks);
 	close(held);
 	close(plain);
+}
+
+/* As with libaio, an eventfd is held by the iocbs in flight, and takes a descriptor once rather than for each of them. */
+static void one_eventfd_takes_one_descriptor(void)
+{
+	enum { IOCBS = 200 };
+	static char buf[IOCBS];
+	static struct iocb iocbs[IOCBS];
+	static struct io_event events[IOCBS];
+	struct rlimit before, limit;
+	struct iocb *io;
+	io_context_t ctx = NULL;
+	int ticks = eventfd(0, EFD_NONBLOCK), other = eventfd(0, EFD_NONBLOCK), spare, i, n;
+	unsigned long long count = 0;
+
+	MUST(ticks >= 0 && other >= 0 && io_setup(IOCBS, &ctx) == 0);
+	/* Room for few more. */
+	spare = dup(ticks);
+	close(spare);
+	MUST(getrlimit(RLIMIT_NOFILE, &before) == 0);
+	limit = before;
+	limit.rlim_cur = (rlim_t)spare + 8;
+	MUST(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+	for (n = 0; n < IOCBS; n++) {
+		/* In the middle its number becomes that of another, which has the ticks of the second half. */
+		if (n == IOCBS / 2)
+			MUST((spare = dup(ticks)) >= 0 && dup2(other, ticks) == ticks);
+		io = &iocbs[n];
+		io_prep_pread(io, file, buf + n, 1, n);
+		io_set_eventfd(io, ticks);
+		if (io_submit(ctx, 1, &io) != 1)
+			break;
+	}
+	EQ(n, IOCBS);
+	MUST(setrlimit(RLIMIT_NOFILE, &before) == 0);
+	EQ(io_getevents(ctx, n, IOCBS, events, NULL), n);
+	for (i = 0; i < n; i++)
+		EQ((long)events[i].res, 1);
+	EQ(read(spare, &count, sizeof(count)), sizeof(count));
+	EQ(count, IOCBS / 2);
+	EQ(read(other, &count, sizeof(count)), sizeof(count));
+	EQ(count, IOCBS / 2);
+	EQ(io_destroy(ctx), 0);
+	close(spare);
+	close(ticks);
+	close(other);
 }
 
 static void a_full_eventfd_holds_nothing_up(io_context_t ctx)
@@ -277,6 +351,39 @@ static void texts(io_context_t ctx)
 	munmap(hole, PAGE);
 }
 
+/* The text of a cancelled iocb is not that of its failure before, which stays valid all the same. */
+static void the_text_of_an_iocb_that_is_used_again(void)
+{
+	struct iocb lent, io, *ios = &io;
+	struct io_event event, evt;
+	char *hole = mmap(NULL, PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	io_context_t ctx = NULL;
+	const char *text = "";
+	int asked;
+
+	MUST(hole != MAP_FAILED && io_setup(1, &ctx) == 0);
+	/* While the one lent buffer is out, a second read of that kind waits, and cancelling it always works. */
+	io_prep_pread(&lent, file, NULL, 1, 0);
+	EQ(one(ctx, &lent), 1);
+	for (asked = 0; asked < 2; asked++) {
+		io_prep_pwrite(&io, file, hole, 16, 0);
+		MUST(io_submit(ctx, 1, &ios) == 1);
+		EQ(io_getevents(ctx, 1, 1, &event, NULL), 1);
+		EQ((long)event.res, -EFAULT);
+		if (asked)
+			text = raio_event_errmsg(ctx, &event);
+		io_prep_pread(&io, file, NULL, 1, 0);
+		MUST(io_submit(ctx, 1, &ios) == 1);
+		EQ(io_cancel(ctx, &io, &evt), 0);
+		EQ(strcmp(raio_errmsg(), ""), 0);
+		EQ((long)evt.res, -ECANCELED);
+		CHECK(strstr(raio_event_errmsg(ctx, &evt), "cancelled") != NULL);
+	}
+	CHECK(strstr(text, "cannot be read") != NULL);
+	EQ(io_destroy(ctx), 0);
+	munmap(hole, PAGE);
+}
+
 static void a_child_has_nothing_of_its_parents(io_context_t ctx)
 {
 	static char buf[PAGE];
@@ -355,11 +462,14 @@ int main(int argc, char **argv)
 	a_live_context_is_not_overwritten();
 	MUST(io_setup(16, &ctx) == 0 && io_setup(16, &other) == 0);
 	an_unreadable_buffer_fails_its_own_iocb_alone(ctx);
+	a_limit_on_file_sizes_bounds_no_remote_write(ctx);
 	a_tick_goes_to_the_eventfd_that_was_submitted(ctx);
+	one_eventfd_takes_one_descriptor();
 	a_full_eventfd_holds_nothing_up(other);
 	a_timeout_is_slept_out(ctx);
 	signals(ctx);
 	texts(ctx);
+	the_text_of_an_iocb_that_is_used_again();
 	a_child_has_nothing_of_its_parents(ctx);
 	stop_with_a_living_child();
 	EQ(io_destroy(ctx), 0);
