@@ -157,10 +157,15 @@ impl Server {
         }
     }
 
+    /// Whether a connection began by rdma_cm, and not over TCP.
+    pub fn is_by_rdma_cm(connection: ConnectionId) -> bool {
+        connection.index & 1 == 1
+    }
+
     /// The socket of a connection that began over TCP, as long as it is open.
     pub fn socket(&self, connection: ConnectionId) -> Option<Weak<OwnedFd>> {
         let stream = ConnectionId { index: connection.index >> 1, ..connection };
-        if connection.index & 1 == 0 { self.tcp.socket(stream) } else { None }
+        if Self::is_by_rdma_cm(connection) { None } else { self.tcp.socket(stream) }
     }
 
     /// What the RDMA transport has counted.
@@ -170,7 +175,7 @@ impl Server {
 
     fn place(&self, id: ConnectionId) -> Place {
         let inside = ConnectionId { index: id.index >> 1, ..id };
-        if id.index & 1 == 1 {
+        if Self::is_by_rdma_cm(id) {
             return Place::Rdma(inside);
         }
         match at(&self.moved, inside) {

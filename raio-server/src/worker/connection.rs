@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
+use raio_transport::{Violation, any};
 
 use tracing::field::display;
 
@@ -78,8 +78,8 @@ impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
         let address = self.peers.get(&id).copied();
         tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
-        if !peer.control && self.transport.socket(id).is_none() {
-            // A connection by rdma_cm stays where it was accepted.
+        if !peer.control && any::Server::is_by_rdma_cm(id) {
+            // It stays where it was accepted. The others were counted when their place was claimed, even if they have ended since.
             self.shared.placement.add(self.index);
         }
         let session = match self.sessions_by_id.get(&peer.session) {

@@ -1,10 +1,15 @@
 //! Which worker serves whom.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use raio::{Options, Session};
-use raio_e2e::{PATIENCE, Raw, Server};
+use raio_e2e::{PATIENCE, Raw, Server, is_at_rest};
+use raio_transport::Status;
+use raio_transport::handshake::Offer;
+use raio_transport::message;
 use raio_transport::protocol::OPEN_READ;
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
@@ -37,6 +42,22 @@ fn every_worker_gets_as_many_data_connections_whatever_control_connections_there
     counts.sort_unstable();
     assert_eq!(counts, [1, 1, 2, 2], "{statistics}");
     drop(clients);
+}
+
+#[test]
+fn clients_that_come_and_go_at_once_leave_no_trace() {
+    let mut server = Server::start_with(&["n=null:1M"], &["--workers", "2", "--listen", "tcp://127.0.0.1:0"]);
+    let mut goodbye = Vec::new();
+    message::encode_goodbye(Status::OK, "", false, &mut goodbye);
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(server.address()).expect("it listens");
+        // In one segment, so that the connection has ended before the server has heard that it began.
+        stream.write_all(&[Offer::new("brief").hello(), goodbye.clone()].concat()).expect("it is sent");
+        // It may end with a reset.
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    let statistics = server.statistics_when(is_at_rest);
+    assert_eq!(data_connections(&statistics), [0; 2], "{statistics}");
 }
 
 /// A thread of a process that does not run until this is dropped.
