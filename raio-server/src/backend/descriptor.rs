@@ -4,15 +4,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use raio_transport::reactor::Sender;
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
 use super::{Completion, Job, Lanes};
+use crate::log;
 
 /// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel), and whose O_DIRECT takes
-/// RWF_NOWAIT: XFS, btrfs, F2FS, and ext4 with its predecessors. Elsewhere it could wait within io_uring_enter(2).
-const ASYNCHRONOUS: [libc::__fsword_t; 4] =
-    [libc::XFS_SUPER_MAGIC, libc::BTRFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
+/// RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait within io_uring_enter(2); on btrfs for checksums, which
+/// each read looks up on the disk.
+const ASYNCHRONOUS: [libc::__fsword_t; 3] =
+    [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
+
+/// Of a file with more holes the extents behind them are not loaded: that would take longer than anybody wants to wait for an open.
+const HOLES_MAX: usize = 100_000;
 
 /// A file's descriptor. When its last user drops it, whoever that is, the pool closes it: close(2) may wait, for a server that is to store
 /// what was written or for gigabytes of memory to be freed, and may bring an error to light.
@@ -44,14 +49,30 @@ impl Descriptor {
         // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
         let in_memory = kind == Some(libc::TMPFS_MAGIC);
         let nowait = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
+        let is_asynchronous = is_device || kind.is_some_and(|kind| ASYNCHRONOUS.contains(&kind));
+        // Whatever the flags of a read say, it waits for the journal if it has to change the time of access...
+        let keeps_atime = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NOATIME).is_ok()
+            || is_device
+            || mount_keeps_atime(&fd);
+        if is_asynchronous && !keeps_atime && log::permit(None, "files of other users") {
+            tracing::info!(
+                "A file belongs to another user, so the server cannot open it with O_NOATIME, and reads it more slowly. Run the \
+                 server as the owner, give it CAP_FOWNER, or mount the file system with noatime."
+            );
+        }
+        let is_asynchronous = is_asynchronous && keeps_atime;
+        // ... and if it does not know where on the disk the file is.
+        if is_asynchronous && !is_device {
+            load_extents(&fd);
+        }
         Arc::new(Self {
             fd: Some(fd),
             lanes,
             on_close: OnceLock::new(),
-            cached_reads: (!is_direct).then_some(nowait),
+            cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
-            is_asynchronous: is_device || kind.is_some_and(|kind| ASYNCHRONOUS.contains(&kind)),
+            is_asynchronous,
         })
     }
 
@@ -64,6 +85,25 @@ impl Descriptor {
     pub fn report_close(&self, to: Sender<Completion>, key: u64) {
         let reported = self.on_close.set((to, key));
         debug_assert!(reported.is_ok(), "a file is closed once");
+    }
+}
+
+/// Whether reads of the file leave its time of access, because of how its file system is mounted.
+fn mount_keeps_atime(fd: &OwnedFd) -> bool {
+    rustix::fs::fstatvfs(fd)
+        .is_ok_and(|info| info.f_flag.intersects(StatVfsMountFlags::NOATIME | StatVfsMountFlags::RDONLY))
+}
+
+/// Has the file system read where on the disk the file is. Else a read that the page cache does not have would do so, and wait for it, in
+/// spite of RWF_NOWAIT. The kernel keeps what it has read as long as it has memory.
+fn load_extents(fd: &OwnedFd) {
+    let mut end = 0;
+    for _ in 0..HOLES_MAX {
+        // Looking for a hole goes through all extents up to there.
+        let hole = rustix::fs::seek(fd, SeekFrom::Data(end))
+            .and_then(|data| rustix::fs::seek(fd, SeekFrom::Hole(data)));
+        let Ok(hole) = hole else { return };
+        end = hole;
     }
 }
 

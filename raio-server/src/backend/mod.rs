@@ -6,6 +6,7 @@
 
 mod descriptor;
 mod job;
+mod misses;
 mod threads;
 mod uring;
 
@@ -22,6 +23,7 @@ use crate::pool::{self, Pool};
 
 pub use descriptor::Descriptor;
 pub use job::{Job, stat};
+use misses::{Miss, Misses};
 pub use threads::Threads;
 pub use uring::Uring;
 
@@ -50,12 +52,19 @@ pub struct Lanes {
     pub flush: Lane,
     /// For reads and writes.
     pub data: Lane,
+    /// Reads that need no lane and yet the disk.
+    misses: &'static Misses,
 }
 
 impl Lanes {
     /// New ones.
     pub fn new(pool: &'static Pool<Job>) -> Self {
-        Self { control: pool.lane(CONTROL_WIDTH), flush: pool.lane(FLUSH_WIDTH), data: pool.lane(DATA_WIDTH) }
+        Self {
+            control: pool.lane(CONTROL_WIDTH),
+            flush: pool.lane(FLUSH_WIDTH),
+            data: pool.lane(DATA_WIDTH),
+            misses: Box::leak(Box::default()),
+        }
     }
 }
 

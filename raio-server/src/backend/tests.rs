@@ -242,3 +242,35 @@ fn what_is_cancelled_ends_once_and_gives_its_slot_back() {
         assert_eq!(bench.arena.used_bytes(), 0);
     });
 }
+
+#[test]
+fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
+    let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = directory.path().join("file");
+    std::fs::write(&path, "x").unwrap();
+    let lanes = Lanes::new(Pool::start().unwrap());
+    let open = move || {
+        let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        Descriptor::new(fd, lanes)
+    };
+    let own = open();
+    if !own.is_asynchronous {
+        return eprintln!("SKIPPED: the file system here is not one whose reads are asynchronous");
+    }
+    assert!(rustix::fs::fcntl_getfl(&own).unwrap().contains(OFlags::NOATIME));
+    assert!(own.cached_reads.is_some());
+    let mounted = rustix::fs::fstatvfs(&own).unwrap().f_flag;
+    if !rustix::process::geteuid().is_root() || mounted.contains(rustix::fs::StatVfsMountFlags::NOATIME) {
+        return eprintln!(
+            "SKIPPED: a file of another user needs root, and a file system that keeps times of access"
+        );
+    }
+    let foreign = std::thread::spawn(move || {
+        let nobody = rustix::process::Uid::from_raw(65534);
+        // Of this thread alone.
+        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+        open()
+    });
+    let foreign = foreign.join().unwrap();
+    assert!(!foreign.is_asynchronous && foreign.cached_reads.is_none());
+}

@@ -10,10 +10,10 @@ use std::io::IoSliceMut;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use raio_transport::reactor::{Event, Op, Payload, Reactor, Sender, Token};
+use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Sender, Token};
 use rustix::io::{Errno, preadv2};
 
-use super::{Backend, Call, Completion, Descriptor, Lane, OWNER, Operation, Outcome, Pending, Threads};
+use super::{Backend, Call, Completion, Descriptor, Lane, Miss, OWNER, Operation, Outcome, Pending, Threads};
 use crate::client::Client;
 
 /// A read of memory that takes so long has waited, most likely for what was swapped out. After two of them...
@@ -45,7 +45,7 @@ impl Uring {
         bytes: &mut [u8],
         offset: u64,
     ) -> Option<Result<u32, Errno>> {
-        let flags = file.cached_reads?;
+        let flags = file.cached_reads.filter(|_| !file.lanes().misses.are_enough())?;
         let begin = if flags.is_empty() {
             let now = Instant::now();
             if self.paused_until.is_some_and(|until| now < until) {
@@ -81,7 +81,7 @@ impl Backend for Uring {
         file: &Arc<Descriptor>,
         operation: Operation,
     ) -> Option<Pending> {
-        let on = || Arc::clone(file) as _;
+        let on = || Arc::clone(file) as Arc<dyn OpenFile>;
         let op = match operation {
             Operation::Read { mut target, offset } => {
                 if let Some(result) = self.read_cached(file, target.bytes_mut(), offset) {
@@ -89,7 +89,8 @@ impl Backend for Uring {
                     self.ended.push_back(Completion { key, result, outcome });
                     return None;
                 }
-                if !file.is_asynchronous {
+                let is_miss = !file.is_direct;
+                if !file.is_asynchronous || is_miss && file.lanes().misses.are_enough() {
                     return Some(self.lanes.submit_blocking(
                         key,
                         client,
@@ -97,7 +98,9 @@ impl Backend for Uring {
                         Operation::Read { target, offset },
                     ));
                 }
-                Op::Read { file: on(), target, offset, nowait: file.is_direct }
+                let file: Arc<dyn OpenFile> =
+                    if is_miss { Arc::new(Miss::new(file, target.len)) } else { on() };
+                Op::Read { file, target, offset, nowait: !is_miss }
             }
             Operation::Write { source, offset } if file.is_direct && file.is_asynchronous => {
                 Op::Write { file: on(), source, offset, nowait: true }

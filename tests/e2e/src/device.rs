@@ -21,24 +21,31 @@ pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// A loop device over a sparse file in a directory of its own. Detached when dropped.
+/// A loop device over a file. Detached when dropped.
 pub struct LoopDevice {
     path: PathBuf,
-    _directory: tempfile::TempDir,
+    _directory: Option<tempfile::TempDir>,
 }
 
 impl LoopDevice {
-    /// One of this size.
+    /// One of this size, over a sparse file in a directory of its own.
     pub fn new(bytes: u64) -> Self {
         let directory = tempfile::tempdir().expect("a directory for the image");
         let image = directory.path().join("image");
         File::create(&image).and_then(|file| file.set_len(bytes)).expect("a sparse image");
+        let mut device = Self::over(&image);
+        device._directory = Some(directory);
+        device
+    }
+
+    /// One over this file.
+    pub fn over(image: &Path) -> Self {
         // Where udev does not run, asking for the control device does not load what stands behind it.
         if !Path::new("/dev/loop-control").exists() {
             run("modprobe", &["loop"]);
         }
         let path = run("losetup", &["--find", "--show", &image.to_string_lossy()]);
-        Self { path: path.into(), _directory: directory }
+        Self { path: path.into(), _directory: None }
     }
 
     /// `/dev/loopN`.
@@ -53,7 +60,7 @@ impl LoopDevice {
         run(&format!("mkfs.{file_system}"), &["-q", force, &device]);
         let directory = tempfile::tempdir().expect("a mount point");
         run("mount", &["-t", file_system, &device, &directory.path().to_string_lossy()]);
-        Mounted { directory, _device: self }
+        Mounted { directory, device: self }
     }
 }
 
@@ -66,13 +73,22 @@ impl Drop for LoopDevice {
 /// A mounted file system of its own. Unmounted when dropped.
 pub struct Mounted {
     directory: tempfile::TempDir,
-    _device: LoopDevice,
+    device: LoopDevice,
 }
 
 impl Mounted {
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.directory.path()
+    }
+
+    /// Unmounts it and mounts it again, so that nothing of it is in memory.
+    pub fn remount(self) -> Self {
+        let (device, directory) =
+            (self.device.path.to_string_lossy().into_owned(), self.path().to_string_lossy().into_owned());
+        run("umount", &[&directory]);
+        run("mount", &[&device, &directory]);
+        self
     }
 
     /// Freezes it: whatever would write to it waits, until what this returns is dropped.

@@ -274,3 +274,66 @@ fn a_close_reports_what_the_file_system_says_whichever_worker_used_the_file_last
         }
     }
 }
+
+/// A block each, with a hole behind it: more extents than one block of ext4's extent tree has room for.
+const EXTENTS: u64 = 2000;
+
+#[test]
+fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
+    if !needs_root("a file system on a disk that hangs") {
+        return;
+    }
+    for backend in BACKENDS {
+        let options = FuseOptions { async_read: true, direct_io: true };
+        let Some(fuse) = FuseFs::mount("a disk that hangs", options, &[("disk", &vec![0; 64 << 20])]) else {
+            return;
+        };
+        let mounted = LoopDevice::over(&fuse.file("disk")).mount("ext4");
+        let path = mounted.path().join("file");
+        let file = std::fs::File::create(&path).expect("a file");
+        for at in 0..EXTENTS {
+            file.write_all_at(&[3; BLOCK], at * 2 * BLOCK as u64).expect("written");
+        }
+        file.sync_all().expect("on the disk");
+        drop(file);
+        let mounted = mounted.remount();
+        let directory = healthy();
+        let server = server(backend, "1", &[("well", directory.path()), ("stuck", mounted.path())]);
+        let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
+        let before = well.latency();
+
+        fuse.hang(FuseCall::Read);
+        let mut others: Vec<_> = (0..3).map(|_| Client::new(&server, "/stuck/file")).collect();
+        let mut at = 0;
+        // More than the disk takes (`nr_requests` of a loop device is 128), and each extent is a request.
+        for _ in 0..128 {
+            for client in others.iter_mut().chain([&mut stuck]) {
+                client.submit(Operation::Read { offset: at * 2 * BLOCK as u64, buffers: block() }, at);
+                at += 3;
+            }
+        }
+        fuse.wait_for_hanging(FuseCall::Read, 1);
+        assert_unharmed(&mut well, before, "512 reads");
+        fuse.mend(FuseCall::Read);
+        for client in others.iter_mut().chain([&mut stuck]) {
+            client.collect(128);
+        }
+
+        // The journal hangs with the file's inode in it, and a read would change the time of access: that of the last change is later.
+        let file = std::fs::File::options().write(true).open(&path).expect("a file");
+        file.set_modified(std::time::SystemTime::now()).expect("a change");
+        file.sync_all().expect("the journal has begun");
+        fuse.hang(FuseCall::Write);
+        file.set_modified(std::time::SystemTime::now()).expect("a change");
+        stuck.submit(Operation::Fsync { data_only: false }, 0);
+        fuse.wait_for_hanging(FuseCall::Write, 1);
+        assert_unharmed(&mut well, before, "an fsync");
+        for at in 0..32 {
+            let offset = at * (EXTENTS / 64) * 2 * BLOCK as u64;
+            stuck.submit(Operation::Read { offset, buffers: block() }, at);
+        }
+        assert_unharmed(&mut well, before, "32 reads of what is in memory");
+        fuse.mend(FuseCall::Write);
+        stuck.collect(33);
+    }
+}
