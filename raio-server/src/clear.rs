@@ -4,12 +4,12 @@ use std::os::fd::AsFd;
 
 use rustix::fs::{FallocateFlags, FileType, OFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
+use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::backend::{FileInfo, stat};
 use crate::open::reopen;
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
-const ZERO_RANGE: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 
 /// At most this much is done by a call, so that others of its lane have their turns and it can be cancelled.
@@ -27,7 +27,8 @@ pub fn discard(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errno> {
 }
 
 /// Makes a range read as zeros: by the file system's or device's own means, else by writing. Returns how much of it is done. A file that
-/// ends within the range becomes longer only when all is done; until then there may be storage beyond its end, for [`trim`].
+/// ends within the range becomes as long as what is done: nothing is allocated beyond its end, where nobody would see it, and nothing is
+/// ever cut off, for it may be what another has appended meanwhile.
 pub fn write_zeroes(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errno> {
     let piece = length.min(PIECE_BYTES);
     let info = stat(&fd)?;
@@ -35,50 +36,32 @@ pub fn write_zeroes(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errn
         return zero_device(fd, offset, piece).map(|()| piece);
     }
     let (size, end) = (info.status.size.get(), offset + length);
-    if piece < length && end > size {
-        check_room(&fd, end - size.max(offset), end)?;
+    if end > size {
+        check_room(&fd, end - size.max(offset))?;
     }
-    let done = match retry_on_intr(|| fallocate(&fd, ZERO_RANGE, offset, piece)) {
-        Err(errno) if is_unsupported(errno) => {
-            // What lies beyond the end reads as zeros once the file is longer.
-            let within = (offset + piece).min(size).saturating_sub(offset);
-            if within > 0 && retry_on_intr(|| fallocate(&fd, PUNCH_HOLE, offset, within)).is_err() {
-                write(&fd, offset, within)?;
-            }
-            if within < piece { length } else { piece }
-        }
-        result => result.map(|()| piece)?,
-    };
-    if done == length && end > size && end > stat(&fd)?.status.size.get() {
-        // Not by ftruncate(2), which would cut off what another has appended meanwhile.
-        let extend = FallocateFlags::ZERO_RANGE;
-        match retry_on_intr(|| fallocate(&fd, extend, end - 1, 1)) {
-            Err(errno) if is_unsupported(errno) => write(&fd, end - 1, 1)?,
-            result => result?,
-        }
+    match retry_on_intr(|| fallocate(&fd, FallocateFlags::ZERO_RANGE, offset, piece)) {
+        Err(errno) if is_unsupported(errno) => {}
+        result => return result.map(|()| piece),
     }
-    Ok(done)
+    let within = (offset + piece).min(size).saturating_sub(offset);
+    if within > 0 && retry_on_intr(|| fallocate(&fd, PUNCH_HOLE, offset, within)).is_err() {
+        write(&fd, offset, within)?;
+    }
+    if within == piece {
+        return Ok(piece);
+    }
+    // What lies beyond the end reads as zeros once the file is longer.
+    write(&fd, end - 1, 1).map(|()| length)
 }
 
-/// Fails at once if a file cannot become so much longer, rather than when it has taken all the space that others have.
-fn check_room(fd: impl AsFd, bytes: u64, end: u64) -> Result<(), Errno> {
-    match retry_on_intr(|| fallocate(&fd, ZERO_RANGE, end - 1, 1)) {
-        // Nothing will be allocated.
-        Err(errno) if is_unsupported(errno) => return Ok(()),
-        result => result?,
-    }
-    let free = rustix::fs::fstatvfs(&fd)?;
-    if bytes / free.f_frsize.max(1) > free.f_bfree { Err(Errno::NOSPC) } else { Ok(()) }
-}
-
-/// Gives back the storage that was allocated beyond a file's end, and returns the file's status.
-pub fn trim(fd: impl AsFd) -> Result<FileInfo, Errno> {
-    let info = stat(&fd)?;
-    if !is_device(&info) {
-        // It tells nobody anything if this fails: the storage stays allocated.
-        let _ = retry_on_intr(|| rustix::fs::ftruncate(&fd, info.status.size.get()));
-    }
-    Ok(info)
+/// Fails if the file system has no room for so many more bytes, before others find none.
+fn check_room(fd: impl AsFd, bytes: u64) -> Result<(), Errno> {
+    let fs = rustix::fs::fstatvfs(fd)?;
+    let may_use_reserve =
+        capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_RESOURCE));
+    let free = if may_use_reserve { fs.f_bfree } else { fs.f_bavail };
+    // Some do not know their size.
+    if fs.f_blocks > 0 && bytes.div_ceil(fs.f_frsize.max(1)) > free { Err(Errno::NOSPC) } else { Ok(()) }
 }
 
 /// Devices zero whole sectors; what is left at the ends is written.

@@ -209,14 +209,12 @@ pub struct Pieces {
     done: u64,
     /// No further piece is begun.
     is_stopped: bool,
-    /// Why it has failed: what a part of it has allocated is given back.
-    failure: Option<i32>,
 }
 
 impl Pieces {
     /// Of the whole range.
     pub fn new(range: Range) -> Self {
-        Self { range, done: 0, is_stopped: false, failure: None }
+        Self { range, done: 0, is_stopped: false }
     }
 
     /// What is left to do.
@@ -355,26 +353,10 @@ impl Work {
             {
                 Step::Done(data(read.answer(range.slot)))
             }
-            (Self::Zero(_, pieces), result, outcome) if pieces.failure.is_some() => {
-                // Beyond the end nothing has changed.
-                let done = match (result, outcome) {
-                    (Ok(_), Outcome::Stat(info)) => {
-                        info.status.size.get().saturating_sub(pieces.range.offset).min(pieces.done)
-                    }
-                    _ => pieces.done,
-                };
-                Step::Done(failure_after(done, "Writing zeros", pieces.failure.unwrap_or(libc::EIO)))
-            }
             (Self::Zero(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
                 Ok(true) => Step::Again(pieces.zero()),
                 Ok(false) => Step::Done(success(0)),
-                Err(libc::ECANCELED) if pieces.done == 0 => {
-                    Step::Done(failure_after(0, "Writing zeros", libc::ECANCELED))
-                }
-                Err(errno) => {
-                    pieces.failure = Some(errno);
-                    Step::Again(Operation::Trim)
-                }
+                Err(errno) => Step::Done(failure_after(pieces.done, "Writing zeros", errno)),
             },
             (Self::Discard(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
                 Ok(true) => Step::Again(pieces.discard()),
@@ -614,28 +596,20 @@ mod tests {
     }
 
     #[test]
-    fn zeroing_that_fails_or_is_stopped_gives_back_and_tells_how_far_the_file_was_zeroed() {
+    fn zeroing_that_fails_or_is_stopped_tells_how_much_is_done() {
         for is_stopped in [false, true] {
             let mut work = Work::Zero(file(), Pieces::new(range(100, 1 << 40)));
             work.first(None);
-            let mut ended = || {
-                if is_stopped {
-                    work.stop();
-                    return work.completed(completion(Ok(0), Outcome::Cleared(500)));
-                }
-                work.completed(completion(Ok(0), Outcome::Cleared(500)));
-                work.completed(completion(Err(libc::ENOSPC), Outcome::None))
-            };
-            let step = ended();
-            assert!(matches!(step, Step::Again(Operation::Trim)), "{step:?}");
-            let mut info = FileInfo { status: Default::default(), direct_align: None };
-            info.status.size = 300.into();
-            let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Stat(Box::new(info))))
-            else {
-                panic!("it goes on")
-            };
+            if is_stopped {
+                work.stop();
+            }
+            let mut step = work.completed(completion(Ok(0), Outcome::Cleared(500)));
+            if !is_stopped {
+                step = work.completed(completion(Err(libc::ENOSPC), Outcome::None));
+            }
+            let Step::Done(response) = step else { panic!("it goes on") };
             let errno = if is_stopped { libc::ECANCELED } else { libc::ENOSPC };
-            assert_eq!((response.status.errno, response.result), (errno, 200));
+            assert_eq!((response.status.errno, response.result), (errno, 500));
         }
     }
 

@@ -104,8 +104,6 @@ pub enum Operation {
         /// Length.
         length: u64,
     },
-    /// [`crate::clear::trim`]: the outcome is the status.
-    Trim,
     /// statx(2), and the size of a block device.
     Stat,
 }

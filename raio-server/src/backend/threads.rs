@@ -70,10 +70,9 @@ impl Backend for Threads {
         let lanes = file.lanes();
         let lane = match operation {
             Operation::Read { .. } | Operation::Write { .. } => lanes.data,
-            Operation::Fsync { .. }
-            | Operation::Discard { .. }
-            | Operation::WriteZeroes { .. }
-            | Operation::Trim => lanes.flush,
+            Operation::Fsync { .. } | Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
+                lanes.flush
+            }
             Operation::Stat => lanes.control,
         };
         self.begin(lane, Task::on(key, client, file, operation))

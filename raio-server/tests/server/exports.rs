@@ -5,8 +5,9 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Process, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use raio_transport::handshake::Offer;
 use raio_transport::protocol::{
     Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE,
     OPEN_WRITE,
@@ -544,7 +545,7 @@ fn zeroed_ranges_read_as_zeros_whatever_the_file_system_or_device_can() {
             if discarded.is_ok() {
                 assert_eq!(client.read(file, 0, 100_000).unwrap(), vec![0; 100_000], "{name}");
             }
-            // A huge range ends soon, and what fails leaves neither a longer file nor less room.
+            // A huge range ends soon, and what there is no room for leaves neither a longer file nor less room.
             let free = || rustix::fs::statvfs(path).unwrap().f_bfree;
             let (size, before) = (local.metadata().unwrap().len(), free());
             for (offset, length) in [(size, 40 << 20), (100, 1 << 40), (0, (1 << 62) + 1)] {
@@ -570,4 +571,98 @@ fn zeroed_ranges_read_as_zeros_whatever_the_file_system_or_device_can() {
             assert_eq!(client.do_it(&Command::Discard { file, offset: 1, length: 5 }), Err(libc::EOPNOTSUPP));
         }
     }
+}
+
+/// A server of a new ext4 that has one file.
+fn serve_ext4(bytes: u64, content: &[u8]) -> (Server, Mount, LoopDevice, TempDir) {
+    let (directory, disk) = (temporary(), LoopDevice::new(bytes));
+    let mount = Mount::of(&disk, "ext4", directory.path());
+    std::fs::write(directory.path().join("f"), content).unwrap();
+    let server =
+        Server::start(Variant::Uring, &["--export", &format!("m={},rw", directory.path().display())]);
+    (server, mount, disk, directory)
+}
+
+#[test]
+fn zeroing_that_fails_cuts_off_nothing_that_others_append() {
+    if !needs_root("mounting") {
+        return;
+    }
+    const APPEND: u64 = 64 << 10;
+    let (server, _mount, _disk, directory) = serve_ext4(64 << 20, b"");
+    let (address, until) = (server.address, Instant::now() + Duration::from_secs(2));
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut client = Client::connect(address, &Offer::new("zeroes"));
+            let file = client.open("/m/f", RW).unwrap();
+            while Instant::now() < until {
+                let zeroes = Command::WriteZeroes { file, offset: 0, length: 1 << 40 };
+                let tags = [(); 4].map(|()| client.send(&zeroes, Bulk::None).0);
+                assert!(tags.map(|tag| client.wait(tag).status.errno) == [libc::ENOSPC; 4]);
+            }
+        });
+        let mut client = server.client();
+        let file = client.open("/m/f", RW).unwrap();
+        let mut lost = 0;
+        for n in (0..256).cycle().take_while(|_| Instant::now() < until) {
+            if n == 0 {
+                client.open("/m/f", RW | OPEN_TRUNCATE).unwrap();
+            }
+            assert_eq!(client.write(file, n * APPEND, &[7; APPEND as usize]), Ok(APPEND));
+            lost += u32::from(directory.path().join("f").metadata().unwrap().len() < (n + 1) * APPEND);
+        }
+        assert_eq!(lost, 0, "appends that were answered and then cut off");
+    });
+}
+
+#[test]
+fn zeroing_that_its_client_gives_up_leaves_no_storage_beyond_the_end() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let (mut server, _mount, _disk, directory) = serve_ext4(6 << 30, &[1; 4096]);
+    let local = directory.path().join("f");
+    for ms in 0..8 {
+        let mut client = server.client();
+        let file = client.open("/m/f", RW).unwrap();
+        client.send(&Command::WriteZeroes { file, offset: 0, length: 5 << 30 }, Bulk::None);
+        std::thread::sleep(Duration::from_millis(ms));
+        drop(client);
+        server.stats_until("idle", |stats| stats.is_idle());
+        let status = local.metadata().unwrap();
+        // But for a block of the file system's own.
+        assert!(status.blocks() * 512 <= status.len() + 8192, "{ms}: {} {}", status.len(), status.blocks());
+        File::options().write(true).open(&local).unwrap().set_len(4096).unwrap();
+    }
+}
+
+#[test]
+fn zeroing_leaves_the_last_blocks_to_others_whoever_the_server_is() {
+    if !needs_root("running the server as another user") {
+        return;
+    }
+    let user = 54_321;
+    let (directory, disk) = (temporary(), LoopDevice::new(64 << 20));
+    let mounted = directory.path().join("m");
+    std::fs::create_dir(&mounted).unwrap();
+    // Half of it is root's reserve.
+    run("mkfs.ext4", &["-q", "-F", "-m", "50", disk.path.to_str().unwrap()]);
+    let _mount = Mount::new(&["-t", "ext4", disk.path.to_str().unwrap()], &mounted);
+    std::os::unix::fs::chown(&mounted, Some(user), None).unwrap();
+    let program = directory.path().join("raio_server");
+    run("cp", &[env!("CARGO_BIN_EXE_raio_server"), program.to_str().unwrap()]);
+    let mut process = Process::new("setpriv");
+    process.args(["--clear-groups", &format!("--reuid={user}"), &format!("--regid={user}")]).arg(program);
+    process.args(["--listen", "tcp://127.0.0.1:0", "--export", &format!("m={},rw", mounted.display())]);
+    let server = Server::spawn(process, directory);
+    let mut client = server.client();
+    let file = client.open("/m/f", NEW).unwrap();
+    let available = || {
+        let fs = rustix::fs::statvfs(&mounted).unwrap();
+        fs.f_bavail * fs.f_frsize
+    };
+    let before = available();
+    assert_eq!(zero(&mut client, file, 0, before + (4 << 20)), Err(libc::ENOSPC));
+    assert_eq!((mounted.join("f").metadata().unwrap().len(), available()), (0, before));
+    assert_eq!(zero(&mut client, file, 0, before / 2), Ok(0));
 }
