@@ -25,6 +25,12 @@ static inline int io_setup(int maxevents, io_context_t *ctxp)
 	return raio_setup(shim_session, maxevents, ctxp) ? -errno : 0;
 }
 
+static inline int io_queue_init(int maxevents, io_context_t *ctxp)
+{
+	*ctxp = NULL;
+	return io_setup(maxevents, ctxp);
+}
+
 static inline int io_destroy(io_context_t ctx)
 {
 	return raio_destroy(ctx) ? -errno : 0;
@@ -53,6 +59,11 @@ static inline void io_prep_pread(struct iocb *io, int fd, void *buf, size_t coun
 static inline void io_prep_pwrite(struct iocb *io, int fd, void *buf, size_t count, long long offset)
 {
 	raio_prep_pwrite(io, fd, buf, count, offset, NULL);
+}
+
+static inline void io_prep_preadv(struct iocb *io, int fd, const struct iovec *iov, int iovcnt, long long offset)
+{
+	raio_prep_preadv(io, fd, iov, iovcnt, offset, NULL);
 }
 
 static inline void io_prep_pwritev(struct iocb *io, int fd, const struct iovec *iov, int iovcnt, long long offset)
