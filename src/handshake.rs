@@ -79,6 +79,9 @@ pub struct Policy {
     /// While others wait for memory, a peer that makes no progress for so long on a message it has begun, or on taking its responses, is
     /// closed: [`crate::transport::ServerTransport::close_stalled`].
     pub stall_timeout: Duration,
+    /// On TCP, a peer from which nothing comes for so long, while something that was sent to it is outstanding and is sent again in vain, is
+    /// taken to be unreachable.
+    pub unreachable_timeout: Duration,
     /// The server's name.
     pub name: String,
     /// Clients of this transport, a stream, may move to queue pairs.
@@ -97,6 +100,7 @@ impl Default for Policy {
             keepalive: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(2),
+            unreachable_timeout: Duration::from_secs(30),
             name: "raio".into(),
             queue_pair: false,
         }

@@ -145,6 +145,8 @@ pub enum CloseReason {
     Refused,
     /// Others waited for the memory that it held without progress: [`ServerTransport::close_stalled`].
     Evicted,
+    /// The peer's host does not answer any more: it or the network to it has failed (ETIMEDOUT).
+    Unreachable,
 }
 
 impl CloseReason {
@@ -157,6 +159,7 @@ impl CloseReason {
             Self::Local => "local",
             Self::Refused => "refused",
             Self::Evicted => "evicted",
+            Self::Unreachable => "unreachable",
         }
     }
 }

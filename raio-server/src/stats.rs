@@ -33,12 +33,13 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 19] = [
+const REASONS: [&str; 20] = [
     "finished",
     "lost",
     "local",
     "refused",
     "evicted",
+    "unreachable",
     "magic",
     "version",
     "handshake_timeout",
@@ -282,6 +283,7 @@ mod tests {
             CloseReason::Local,
             CloseReason::Refused,
             CloseReason::Evicted,
+            CloseReason::Unreachable,
         ];
         for reason in reasons.into_iter().chain(violations.map(CloseReason::Violation)) {
             assert!(REASONS.contains(&reason.name()), "{reason:?}");

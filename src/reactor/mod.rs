@@ -19,6 +19,7 @@ mod mailbox;
 mod received;
 mod ring;
 mod sources;
+mod tcp_info;
 mod timers;
 
 use std::cell::RefCell;
@@ -32,6 +33,7 @@ pub use batch::SendBatch;
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
 pub use received::Received;
 pub use sources::{FileWatch, Signals, block_signals};
+pub use tcp_info::{TcpInfo, bound_tcp_retries};
 pub use timers::TimerId;
 
 use crate::memory::Arena;
@@ -40,6 +42,9 @@ use crate::transport::SlotRange;
 
 /// The most that [`Reactor::expect`] makes of it.
 const EXPECTED_MAX: usize = 10;
+
+/// While every iteration has events, timers are looked at in one of so many: asking for the time costs about 70 instructions.
+const TIMERS_EVERY: u8 = 16;
 
 /// Names an operation or timer to its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -265,6 +270,8 @@ pub struct Reactor {
     /// Why there is no ring, if there is none.
     fallback: Option<String>,
     timers: timers::Timers,
+    /// Iterations since they were looked at.
+    timers_passed: u8,
     waker: Waker,
     spin: Spin,
     /// Indices among the registered files that are free, and those whose file has gone.
@@ -293,6 +300,7 @@ impl Reactor {
             engine,
             fallback,
             timers: timers::Timers::default(),
+            timers_passed: 0,
             waker,
             spin: Spin::new(config.spin),
             fixed_free: (0..files).rev().collect(),
@@ -443,7 +451,11 @@ impl Reactor {
         }
         let before = events.len();
         self.engine_poll(events)?;
-        self.timers.expire(events);
+        self.timers_passed += 1;
+        if events.len() == before || self.timers_passed >= TIMERS_EVERY {
+            self.timers_passed = 0;
+            self.timers.expire(events);
+        }
         if wait == Wait::Poll || events.len() > before || self.waker.take() || look(false) {
             return Ok(());
         }

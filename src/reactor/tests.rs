@@ -97,6 +97,26 @@ fn who_speaks_is_heard_while_sends_to_others_keep_ending() {
 }
 
 #[test]
+fn a_timer_comes_although_every_turn_has_events() {
+    const TIMER: Token = Token { owner: 1, value: 0 };
+    both(|mut reactor| {
+        let (_client, socket) = pair(&mut reactor);
+        reactor.timer(Instant::now(), TIMER);
+        let mut events = Vec::new();
+        for turn in 0.. {
+            assert!(turn < 100, "it did not come in {turn} turns");
+            let mut batch = Box::new(SendBatch::default());
+            batch.push_bytes(|out| out.push(0));
+            reactor.submit(TOKEN, Op::Send { socket: socket.clone(), batch });
+            reactor.turn(Wait::Poll, &mut events).unwrap();
+            if events.drain(..).any(|event| event.token == TIMER) {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
 fn every_pool_buffer_comes_back() {
     both(|mut reactor| {
         let (mut client, socket) = pair(&mut reactor);

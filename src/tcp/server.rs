@@ -8,6 +8,8 @@
 //! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed
 //! when others wait for memory, and only then.
 
+mod watch;
+
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -20,11 +22,14 @@ use crate::error::{Status, Violation};
 use crate::handshake::{Grant, Peer, Policy};
 use crate::memory::{Arena, Slot};
 use crate::message::{self, HEADER_BYTES, Limits, Message, Parsed, QueuePairAddress};
-use crate::reactor::{Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token};
+use crate::reactor::{
+    Event, File, Op, Payload, Reactor, Received, SendBatch, TimerId, Token, bound_tcp_retries,
+};
 use crate::transport::{
     ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport,
     SlotRange,
 };
+use watch::Watched;
 
 /// Data that is still to come is received straight into its slot if it is at least this long; below, it comes with what follows
 /// it, which saves a receive and costs a short copy.
@@ -68,6 +73,10 @@ pub struct Server {
     has_sent: bool,
     /// Connections that are wide.
     wide: usize,
+    /// Connections to which something was sent, in the order in which they are looked at.
+    watched: VecDeque<Watched>,
+    /// So many of them have not been looked at in this round.
+    looks_left: usize,
 }
 
 /// Decides, when the hello of a connection has come, to whom it is passed on; None: it stays.
@@ -218,6 +227,8 @@ struct Connection {
     /// Its receives are [`WIDE_BYTES`] long, for so many more that are short.
     wide_for: u8,
     send_in_flight: bool,
+    /// It is on the list of those to which something was sent.
+    is_watched: bool,
     /// How many came with the last receive.
     pings: usize,
     /// See [`ServerTransport::flush_early`].
@@ -240,6 +251,15 @@ fn stop_timers(reactor: &mut Reactor, connection: &mut Connection) {
         .flatten()
     {
         reactor.cancel_timer(timer);
+    }
+}
+
+/// Why a connection has ended by itself.
+fn lost(errno: i32) -> CloseReason {
+    match errno {
+        // The kernel has given the peer up; the last answer may have been a router's.
+        libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH => CloseReason::Unreachable,
+        errno => CloseReason::Lost(errno),
     }
 }
 
@@ -344,6 +364,8 @@ impl Server {
             sending: 0,
             has_sent: false,
             wide: 0,
+            watched: VecDeque::new(),
+            looks_left: 0,
         }
     }
 
@@ -385,12 +407,15 @@ impl Server {
     fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
-        // A peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
+        // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
         if sockopt::set_socket_keepalive(&stream, true).is_ok() {
             let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
             let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10));
             let _ = sockopt::set_tcp_keepcnt(&stream, 6);
         }
+        // So that one to which something was sent is found soon even if it took nothing for long before. Not less, for a peer that has
+        // taken its window back is given up by the kernel after twice that.
+        bound_tcp_retries(&stream, self.policy.unreachable_timeout / 2);
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(Entry { generation: 0, connection: None });
             self.entries.len() as u32 - 1
@@ -419,6 +444,7 @@ impl Server {
             receive_in_flight: false,
             wide_for: 0,
             send_in_flight: false,
+            is_watched: false,
             pings: 0,
             has_left_early: false,
             is_dirty: false,
@@ -795,7 +821,7 @@ impl Server {
                 }
                 return;
             }
-            Err(errno) => return self.end(connection, CloseReason::Lost(errno)),
+            Err(errno) => return self.end(connection, lost(errno)),
             Ok(0) => {
                 let finished = connection.unanswered.is_empty() && !connection.owes_input();
                 let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(0) };
@@ -892,7 +918,7 @@ impl Server {
         match event.result {
             Ok(n) => connection.progress.bytes_out += u64::from(n),
             Err(libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {}
-            Err(errno) => self.end(connection, CloseReason::Lost(errno)),
+            Err(errno) => self.end(connection, lost(errno)),
         }
         if connection.state == State::Dead {
             return;
@@ -966,7 +992,7 @@ impl Server {
         let has_ended = super::has_ended(&connection.socket);
         if has_ended {
             let errno = sockopt::socket_error(&connection.socket).ok().and_then(Result::err);
-            self.end(connection, CloseReason::Lost(errno.map_or(0, |errno| errno.raw_os_error())));
+            self.end(connection, lost(errno.map_or(0, |errno| errno.raw_os_error())));
         } else {
             connection.seen_alive = Some(now);
         }
@@ -1032,6 +1058,9 @@ impl Server {
         if let Some(batch) = batch {
             connection.send_in_flight = true;
             self.sending += 1;
+            if !connection.is_watched {
+                self.watch(reactor, connection);
+            }
             let token = self.token(connection.id, Kind::Send);
             if let Some(event) = reactor.send(token, connection.socket.clone(), batch) {
                 self.has_sent = true;
@@ -1053,6 +1082,9 @@ impl ServerTransport for Server {
         let id = ConnectionId { index: (value as u32) >> 2, generation: (value >> 32) as u32 };
         let Some(mut connection) = self.take(id) else {
             debug_assert!(matches!(event.payload, Payload::Timer), "an operation outlived its connection");
+            if value == watch::LOOK {
+                self.look_at_watched(reactor);
+            }
             return;
         };
         match value & 3 {

@@ -65,5 +65,6 @@ mod raw;
 mod rdma;
 mod silence;
 mod slow;
+mod unreachable;
 mod upgrade;
 mod vanishing;

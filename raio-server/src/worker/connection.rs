@@ -209,6 +209,17 @@ impl Worker {
             }
             None => {
                 self.counters.close_reason(reason);
+                if *reason == CloseReason::Unreachable {
+                    let timeout = self.shared.policy.unreachable_timeout;
+                    log_client!(
+                        warn,
+                        peer,
+                        "clients that became unreachable",
+                        name = connection.name,
+                        "A client's connection was closed: for {timeout:?} or longer nothing has come from its host, although TCP tried \
+                         again and again. The host, or the network to it, has failed."
+                    );
+                }
                 if *reason == CloseReason::Evicted {
                     let waited = self.shared.policy.stall_timeout;
                     log_client!(

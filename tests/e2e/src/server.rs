@@ -134,6 +134,24 @@ impl Server {
         kill_process(Pid::from_child(&self.child), signal).expect("raio_server is there to be signalled");
     }
 
+    /// Stops it (SIGCONT has it go on), and waits until it has: a thread that runs goes on for a little while.
+    pub fn hold_up(&self) {
+        self.signal(Signal::STOP);
+        let is_stopped = || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
+            tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok()).all(
+                |stat| {
+                    let (_, after_name) = stat.rsplit_once(") ").expect("a name in brackets");
+                    after_name.starts_with('T')
+                },
+            )
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !is_stopped() {
+            assert!(Instant::now() < deadline, "raio_server does not stop");
+        }
+    }
+
     /// Its statistics.
     pub fn statistics(&mut self) -> Value {
         self.signal(Signal::USR1);

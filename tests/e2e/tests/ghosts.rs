@@ -1,9 +1,9 @@
 //! Requests of clients that are gone do not start.
 
 use std::io::Write;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use raio_e2e::{FuseCall, FuseFs, FuseOptions, PATIENCE, Raw, Server, is_at_rest};
+use raio_e2e::{FuseCall, FuseFs, FuseOptions, Raw, Server, is_at_rest};
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use rustix::net::sockopt;
 use rustix::process::Signal;
@@ -28,22 +28,6 @@ fn reset(client: Raw) {
     sockopt::set_socket_linger(&client.stream, Some(Duration::ZERO)).expect("a TCP socket");
 }
 
-/// Stops the server, and waits until it has: a thread that runs goes on for a little while.
-fn hold_up(server: &Server) {
-    server.signal(Signal::STOP);
-    let is_stopped = || {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.pid())).expect("the server runs");
-        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok()).all(|stat| {
-            let (_, after_name) = stat.rsplit_once(") ").expect("a name in brackets");
-            after_name.starts_with('T')
-        })
-    };
-    let deadline = Instant::now() + PATIENCE;
-    while !is_stopped() {
-        assert!(Instant::now() < deadline, "the server does not stop");
-    }
-}
-
 #[test]
 fn what_a_client_sent_before_it_gave_up_does_not_land_after_the_server_was_held_up() {
     for backend in ["uring", "threads"] {
@@ -62,7 +46,7 @@ fn what_a_client_sent_before_it_gave_up_does_not_land_after_the_server_was_held_
                 let new = open();
                 (open(), new)
             };
-            hold_up(&server);
+            server.hold_up();
             // The first blocks are written by both, the others by the one that gives up alone.
             send_writes(&mut old, 0..16, b'o');
             reset(old);

@@ -1,0 +1,218 @@
+//! Finds peers whose host cannot be reached any more while something that was sent to them has not been acknowledged. TCP itself would
+//! try for a quarter of an hour, and TCP_USER_TIMEOUT would close connections whose peer lives and takes nothing.
+//!
+//! A connection that sends is put on a list, and a few times in [`Policy::unreachable_timeout`] the kernel is asked about those
+//! on it, until nothing is outstanding. So a send makes no call more, and an idle connection costs nothing.
+//!
+//! A peer is given up if nothing at all has come from it for that time, and the kernel has meanwhile tried again in vain. The time alone
+//! says too little. To a peer that takes nothing (its window is zero) nothing is sent but window probes, up to two minutes apart:
+//! it lives if it answers those. And a connection may have been idle for long before.
+//!
+//! [`Policy::unreachable_timeout`]: crate::handshake::Policy::unreachable_timeout
+
+use std::time::{Duration, Instant};
+
+use rustix::net::sockopt;
+
+use super::{Connection, Server, State};
+use crate::reactor::{Reactor, TcpInfo, Token};
+use crate::transport::{CloseReason, ConnectionId};
+
+/// The kernel is asked so often within the timeout.
+const LOOKS: u8 = 6;
+/// The kernel must have tried so often since the peer was last heard. The last of them may have been a moment ago, the others have not been
+/// answered.
+const ATTEMPTS: u32 = 3;
+/// In one iteration of the event loop the kernel is asked about so many connections at most.
+const LOOKS_AT_ONCE: usize = 64;
+/// The token's value of the timer for the next looks. No connection has this index.
+pub(super) const LOOK: u64 = u64::MAX;
+
+/// A connection to which something was sent.
+pub(super) struct Watched {
+    connection: ConnectionId,
+    /// As they were when the peer was last found to have sent something.
+    segments_in: u32,
+    retransmitted: u32,
+    /// Looks since then.
+    looks: u8,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    /// Nothing is outstanding.
+    Settled,
+    Wait,
+    Unreachable,
+}
+
+impl Watched {
+    fn new(connection: ConnectionId) -> Self {
+        Self { connection, segments_in: 0, retransmitted: 0, looks: 0 }
+    }
+
+    fn judge(&mut self, info: &TcpInfo) -> Verdict {
+        if info.unacked == 0 && info.unsent_bytes == 0 {
+            return Verdict::Settled;
+        }
+        if info.segments_in != self.segments_in {
+            self.segments_in = info.segments_in;
+            self.retransmitted = info.retransmitted;
+            self.looks = 0;
+            return Verdict::Wait;
+        }
+        self.looks = self.looks.saturating_add(1);
+        // Answered probes are not counted by the kernel.
+        let attempts = u32::from(info.probes) + info.retransmitted.wrapping_sub(self.retransmitted);
+        if self.looks >= LOOKS && attempts >= ATTEMPTS { Verdict::Unreachable } else { Verdict::Wait }
+    }
+}
+
+impl Server {
+    /// Something is sent to the peer.
+    #[cold]
+    pub(super) fn watch(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
+        connection.is_watched = true;
+        if self.watched.is_empty() {
+            self.look_in(reactor, self.policy.unreachable_timeout / LOOKS.into());
+        }
+        self.watched.push_back(Watched::new(connection.id));
+    }
+
+    fn look_in(&self, reactor: &mut Reactor, time: Duration) {
+        reactor.timer(Instant::now() + time, Token { owner: self.owner, value: LOOK });
+    }
+
+    /// Looks at the connections on the list, a part of them at a time.
+    pub(super) fn look_at_watched(&mut self, reactor: &mut Reactor) {
+        if self.looks_left == 0 {
+            self.looks_left = self.watched.len();
+        }
+        for _ in 0..LOOKS_AT_ONCE.min(self.looks_left) {
+            self.looks_left -= 1;
+            let watched = self.watched.pop_front().and_then(|watched| self.look_at(reactor, watched));
+            self.watched.extend(watched);
+        }
+        if self.looks_left > 0 {
+            self.look_in(reactor, Duration::ZERO);
+        } else if !self.watched.is_empty() {
+            self.look_in(reactor, self.policy.unreachable_timeout / LOOKS.into());
+        }
+    }
+
+    /// Returns it if it stays on the list.
+    fn look_at(&mut self, reactor: &mut Reactor, mut watched: Watched) -> Option<Watched> {
+        let mut connection = self.take(watched.connection)?;
+        let verdict = match TcpInfo::of(&connection.socket) {
+            Ok(info) if connection.state == State::Open => watched.judge(&info),
+            _ => Verdict::Settled,
+        };
+        // A send that waits for room may go on without a new one.
+        let stays = verdict == Verdict::Wait || (verdict == Verdict::Settled && connection.send_in_flight);
+        connection.is_watched = stays;
+        if verdict == Verdict::Unreachable {
+            // The kernel need not keep what it has for this peer.
+            let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
+            self.end(&mut connection, CloseReason::Unreachable);
+        }
+        self.put(reactor, connection);
+        stays.then_some(watched)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection with segments that have not been acknowledged; the peer was heard at the first look.
+    fn unacked() -> (Watched, TcpInfo) {
+        let info = TcpInfo { unacked: 3, segments_in: 70, retransmitted: 50, ..TcpInfo::default() };
+        let mut watched = Watched::new(ConnectionId { index: 0, generation: 0 });
+        assert_eq!(watched.judge(&info), Verdict::Wait);
+        (watched, info)
+    }
+
+    /// A connection that waits for room at the peer.
+    fn zero_window() -> (Watched, TcpInfo) {
+        let (watched, info) = unacked();
+        (watched, TcpInfo { unacked: 0, unsent_bytes: 5000, ..info })
+    }
+
+    #[test]
+    fn a_peer_that_acknowledges_nothing_is_unreachable_after_the_timeout() {
+        let (mut watched, mut info) = unacked();
+        for _ in 1..LOOKS {
+            info.retransmitted += 1;
+            assert_eq!(watched.judge(&info), Verdict::Wait);
+        }
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+    }
+
+    #[test]
+    fn a_peer_that_sends_anything_is_given_the_whole_timeout_again() {
+        let (mut watched, mut info) = unacked();
+        for _ in 0..5 {
+            info.segments_in += 1;
+            for _ in 0..LOOKS {
+                info.retransmitted += 1;
+                assert_eq!(watched.judge(&info), Verdict::Wait);
+            }
+        }
+    }
+
+    #[test]
+    fn a_peer_to_which_the_kernel_has_not_tried_again_is_not_unreachable() {
+        let (mut watched, mut info) = unacked();
+        info.retransmitted += ATTEMPTS - 1;
+        for _ in 0..1000 {
+            assert_eq!(watched.judge(&info), Verdict::Wait);
+        }
+        info.retransmitted += 1;
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+    }
+
+    #[test]
+    fn a_peer_with_a_zero_window_that_answers_probes_two_minutes_apart_is_kept() {
+        let (mut watched, mut info) = zero_window();
+        for _ in 0..10 {
+            for _ in 0..4 * LOOKS {
+                assert_eq!(watched.judge(&info), Verdict::Wait);
+            }
+            // A look may come before the answer.
+            info.probes = 1;
+            assert_eq!(watched.judge(&info), Verdict::Wait);
+            info.probes = 0;
+            info.segments_in += 1;
+        }
+    }
+
+    #[test]
+    fn a_peer_with_a_zero_window_that_does_not_answer_probes_is_unreachable() {
+        let (mut watched, mut info) = zero_window();
+        for _ in 0..LOOKS {
+            assert_eq!(watched.judge(&info), Verdict::Wait);
+        }
+        info.probes = ATTEMPTS as u8;
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+    }
+
+    /// Then what is in flight is sent again in the place of probes.
+    #[test]
+    fn a_peer_that_takes_its_window_back_and_answers_is_kept() {
+        let (mut watched, mut info) = unacked();
+        for _ in 0..10 {
+            for _ in 0..4 * LOOKS {
+                assert_eq!(watched.judge(&info), Verdict::Wait);
+            }
+            info.retransmitted += 1;
+            assert_eq!(watched.judge(&info), Verdict::Wait);
+            info.segments_in += 1;
+        }
+    }
+
+    #[test]
+    fn a_peer_that_has_acknowledged_everything_is_not_watched() {
+        let (mut watched, info) = unacked();
+        assert_eq!(watched.judge(&TcpInfo { unacked: 0, ..info }), Verdict::Settled);
+    }
+}
