@@ -210,6 +210,12 @@ impl<J: Job> Lane<J> {
         if enough { self.pool.work.notify_one() } else { self.pool.too_few.notify_one() }
     }
 
+    /// Whether all that was submitted has ended.
+    #[cfg(test)]
+    pub fn is_idle(&self) -> bool {
+        self.pool.lock().lanes[self.index].running == 0
+    }
+
     /// Takes something back from the jobs that have not begun: what `take` returns of the first for which it returns anything.
     pub fn take_back<T>(&self, mut take: impl FnMut(&mut J) -> Option<T>) -> Option<T> {
         let mut state = self.pool.lock();
