@@ -404,6 +404,11 @@ impl ServerTransport for Server {
         !has_moved || self.tcp.is_alive(reactor, stream)
     }
 
+    fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
+        let (id, transport) = self.at_place(connection);
+        transport.show_life(reactor, id);
+    }
+
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
         let (id, transport) = self.seen_at_place(connection);
         transport.unsent_bytes(id)

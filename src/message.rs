@@ -457,6 +457,9 @@ pub fn encode_ping(id: u64, crc: bool, out: &mut Vec<u8>) {
     Header::new(Kind::Ping, id, 0, 0).finish(&[], crc, out);
 }
 
+/// The id of a pong that answers no ping: a sign of life of a server that does not get to the client's pings.
+pub const UNASKED_PONG: u64 = 0;
+
 /// Appends a pong to `out`.
 pub fn encode_pong(id: u64, crc: bool, out: &mut Vec<u8>) {
     Header::new(Kind::Pong, id, 0, 0).finish(&[], crc, out);

@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use crate::handshake::Grant;
+use crate::message::UNASKED_PONG;
 
 #[derive(Debug)]
 pub(crate) struct Silence {
@@ -73,9 +74,9 @@ impl Silence {
         self.pings
     }
 
-    /// Whether a ping of this number has been sent.
-    pub fn has_pinged(&self, id: u64) -> bool {
-        id != 0 && id <= self.pings
+    /// Whether a pong of this number may come: it answers a ping, or nobody asked for it.
+    pub fn permits_pong(&self, id: u64) -> bool {
+        id == UNASKED_PONG || id <= self.pings
     }
 
     /// The server must be heard within this time, whatever it owes.

@@ -262,6 +262,12 @@ pub trait ServerTransport {
         true
     }
 
+    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data that wait for memory. To be called often
+    /// enough for [`crate::handshake::Policy::keepalive`] as long as a request of the connection waits.
+    fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
+        let _ = (reactor, connection);
+    }
+
     /// Bytes of the slots that the connection's unsent answers hold: its peer has not taken them yet.
     fn unsent_bytes(&self, connection: ConnectionId) -> usize;
 

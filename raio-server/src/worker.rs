@@ -179,6 +179,8 @@ pub struct Worker {
     is_short: bool,
     /// When connections that make no progress are next looked for: others wait for memory.
     stall_check: Option<Instant>,
+    /// When connections that wait for memory are next shown that the server lives.
+    life_sign: Option<Instant>,
     /// Requests for a later turn.
     postponed: VecDeque<transport::Request>,
     /// What this turn has read and written at once.
@@ -300,6 +302,7 @@ impl Worker {
             starved: None,
             is_short: false,
             stall_check: None,
+            life_sign: None,
             postponed: VecDeque::new(),
             at_once_bytes: 0,
             turn_bytes: 0,

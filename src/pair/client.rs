@@ -169,7 +169,7 @@ impl Client {
                     return Err(Violation::Stalled);
                 }
             }
-            Message::Pong(id) if self.silence.has_pinged(id) => {}
+            Message::Pong(id) if self.silence.permits_pong(id) => {}
             Message::Pong(_) => return Err(Violation::RequestId),
             Message::Goodbye(status, text) => {
                 let text = message::text(text);

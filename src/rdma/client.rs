@@ -531,7 +531,7 @@ impl Client {
                 self.queue.push_back(Queued { head_len, request: None, is_inline: false });
                 self.flush();
             }
-            Message::Pong(id) if self.silence.has_pinged(id) => {}
+            Message::Pong(id) if self.silence.permits_pong(id) => {}
             Message::Pong(_) => return Err(Violation::RequestId),
             Message::Goodbye(status, text) => {
                 let text = message::text(text);

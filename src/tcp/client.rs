@@ -485,7 +485,7 @@ impl Client {
                     self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: true });
                     self.flush();
                 }
-                Message::Pong(id) if self.silence.has_pinged(id) => {}
+                Message::Pong(id) if self.silence.permits_pong(id) => {}
                 Message::Pong(_) => return Err(Violation::RequestId),
                 Message::Goodbye(status, text) => {
                     let text = message::text(text);

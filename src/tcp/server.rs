@@ -5,8 +5,8 @@
 //! in a batch, and leave in one send when the turn is flushed.
 //!
 //! Nothing is read from a connection while a request's data waits for a slot, or while it does not take its answers: TCP's own
-//! window then stops the peer. A peer that makes no progress on a message it has begun, or on its answers, is closed
-//! when others wait for memory, and only then.
+//! window then stops the peer. A peer that makes no progress on a message or on answers for which there is memory is closed
+//! when others wait for that, and only then.
 
 mod watch;
 
@@ -241,7 +241,7 @@ struct Connection {
     /// When it was last asked whether it is alive, and was.
     seen_alive: Option<Instant>,
     progress: Progress,
-    /// At the last stall check: `progress`, and whether a message had been begun, and a send.
+    /// At the last stall check: `progress`, and whether the data of a message was being received, and a send was in flight.
     checked: (Progress, bool, bool),
 }
 
@@ -300,21 +300,23 @@ impl Connection {
         }
     }
 
-    /// On what it has made no progress since the last stall check. What was begun after that has had less than the stall timeout.
+    /// On what it has made no progress since the last stall check, though it holds memory for that. What was begun after that has had less
+    /// than the stall timeout.
     fn stalled(&self) -> Option<Stalled> {
-        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, owed_input, was_sending) =
+        let (Progress { messages_in, bytes_in, batches_out, bytes_out }, was_receiving, was_sending) =
             self.checked;
         let now = self.progress;
         if self.state != State::Open {
             None
         } else if was_sending
             && self.send_in_flight
+            && self.unsent_bytes > 0
             && now.batches_out == batches_out
             && now.bytes_out - bytes_out < progress_due(self.unsent_bytes)
         {
             Some(Stalled::Output)
-        } else if owed_input
-            && self.owes_input()
+        } else if was_receiving
+            && self.receiving.slot_len() > 0
             && self.receive_in_flight
             && now.messages_in == messages_in
             && now.bytes_in - bytes_in < progress_due(self.receiving.slot_len())
@@ -959,8 +961,8 @@ impl Server {
                 self.end(connection, CloseReason::Evicted);
             }
             Stalled::Input => {
-                let text = "The server needed the memory that this connection held: it had begun a message and did not go on \
-                            with it while other clients waited. Connect again, and send messages without a pause.";
+                let text = "The server needed the memory that this connection held: it had begun to send data and did not go on \
+                            with them while other clients waited. Connect again, and send messages without a pause.";
                 let status = Status { retryable: true, ..Status::policy(libc::ENOBUFS) };
                 self.say_goodbye(reactor, connection, status, text, CloseReason::Evicted);
             }
@@ -972,10 +974,12 @@ impl Server {
         if connection.state != State::Open {
             return;
         }
-        if !connection.heard {
+        // Of a peer that is not read from, for want of memory or because it takes no answers, nothing can be heard.
+        let is_read_from = connection.receive_in_flight;
+        if is_read_from && !connection.heard {
             return self.fail(reactor, connection, Violation::Silent);
         }
-        connection.heard = false;
+        connection.heard = !is_read_from;
         let timer = reactor.timer(Instant::now() + period, self.token(connection.id, Kind::Keepalive));
         connection.keepalive = Some((timer, period));
     }
@@ -1241,7 +1245,8 @@ impl ServerTransport for Server {
             if let Some(stalled) = connection.stalled().filter(|_| close) {
                 self.evict(reactor, &mut connection, stalled);
             }
-            connection.checked = (connection.progress, connection.owes_input(), connection.send_in_flight);
+            connection.checked =
+                (connection.progress, connection.receiving.slot_len() > 0, connection.send_in_flight);
             self.put(reactor, connection);
         }
     }
@@ -1251,6 +1256,23 @@ impl ServerTransport for Server {
         let is_there = self.is_there(&mut connection);
         self.put(reactor, connection);
         is_there
+    }
+
+    fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
+        let Some(mut connection) = self.take(connection) else { return };
+        let is_read_from = !matches!(connection.receiving, Receiving::AwaitingFetch { .. });
+        if connection.state == State::Open
+            && !is_read_from
+            && !connection.has_unsent()
+            && !connection.send_in_flight
+        {
+            let crc = connection.limits().crc;
+            connection
+                .out(&mut self.spare)
+                .push_bytes(|out| message::encode_pong(message::UNASKED_PONG, crc, out));
+            self.mark_dirty(&mut connection);
+        }
+        self.put(reactor, connection);
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {

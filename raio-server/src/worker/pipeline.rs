@@ -157,6 +157,7 @@ impl Worker {
         if self.turns.is_empty() {
             return;
         }
+        self.show_life();
         // What was dropped since is free.
         self.arena.used_bytes();
         let mut passed_over = 0;
@@ -196,6 +197,29 @@ impl Worker {
                 Grant::NextTurn => return self.turns.push_front(key),
             }
         }
+    }
+
+    /// Somebody waits: [`Worker::show_life`] is due twice in the time after which a client that hears nothing would ask.
+    pub(super) fn promise_life_sign(&mut self) {
+        let reactor = &mut self.reactor;
+        let period = self.shared.policy.keepalive / 2;
+        self.life_sign.get_or_insert_with(|| {
+            let at = Instant::now() + period;
+            reactor.timer(at, TIMER);
+            at
+        });
+    }
+
+    /// Shows clients whose requests wait for memory that the server lives: it may not get to their pings.
+    fn show_life(&mut self) {
+        let now = Instant::now();
+        if self.life_sign.take_if(|at| *at <= now).is_none() {
+            return;
+        }
+        for &connection in &self.turns {
+            self.transport.show_life(&mut self.reactor, self.connections[connection].id);
+        }
+        self.promise_life_sign();
     }
 
     /// This connection does not wait with nothing any more.

@@ -97,6 +97,7 @@ impl Worker {
         if !std::mem::replace(&mut self.connections[connection].is_waiting, true) {
             self.turns.push_back(connection);
             self.waiting += 1;
+            self.promise_life_sign();
             self.holders(connection).into_iter().flatten().for_each(|(_, holder)| holder.waiting += 1);
         }
     }

@@ -2,9 +2,12 @@
 //! have their turns, every byte of theirs is right, and the server holds no more memory than it was allowed.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use raio::{Buffer, Buffers, Operation, Options, Session};
 use raio_e2e::{Crowd, Hostile, PATIENCE, Raw, Server, numbers};
+use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
 use serde_json::Value;
 
@@ -183,23 +186,57 @@ fn a_reader_keeps_half_of_its_throughput_beside_64_that_never_read_and_come_agai
     assert!(2 * SLACK * beside >= alone, "{alone} answers in {ROUND:?} alone, {beside} beside them");
 }
 
+/// A server all of whose memory but the reserve is given out, to clients that take their time.
+fn start_without_memory() -> (Server, Vec<Hostile>, tempfile::TempDir) {
+    let (directory, export) = numbers();
+    let mut arguments = vec!["--workers", "1", "--memory", "4M", "--listen", "tcp://127.0.0.1:0"];
+    arguments.extend(["--stall-timeout", "60"]); // they keep it
+    let mut server = Server::start_with(&[&export], &arguments);
+    let slow = (0..3).map(|_| Hostile::start("slow", &server.url(), "/d/numbers")).collect();
+    server.statistics_when(|statistics| number(statistics, "/slot_bytes") == 3 * MIB);
+    (server, slow, directory)
+}
+
+#[test]
+fn while_a_write_waits_for_memory_neither_side_takes_the_other_for_dead() {
+    /// More than the server's sign of life takes.
+    const REQUEST_TIMEOUT: Duration = Duration::from_millis(3500);
+    const KEEPALIVE: Duration = Duration::from_millis(200);
+    let (mut server, slow, _directory) = start_without_memory();
+    // Its pings lie behind what it writes, and are not read.
+    let options = Options { request_timeout: Some(REQUEST_TIMEOUT), ..Options::default() };
+    let session = Session::connect(&server.url(), &options).expect("a session");
+    let file = session.open("/d/numbers", libc::O_RDWR, 0).expect("a file");
+    let mut context = session.context(1).expect("a context");
+    let buffers = Buffers::One(Buffer::Owned(vec![0; MIB as usize].into()));
+    context.submit(&file, Operation::Write { offset: 0, buffers }, 0).expect("there is room");
+    // So does what this one has promised to say.
+    let offer = Offer { keepalive: KEEPALIVE, ..Offer::new("talkative") };
+    let stream = TcpStream::connect(server.address()).expect("it listens");
+    let mut raw = Raw::open_on(stream, &offer, "/d/numbers", OPEN_READ | OPEN_WRITE).expect("a client");
+    raw.send_write_header(1, 0, MIB as u32).expect("room for a header");
+
+    context.wait(1, 1, Some(REQUEST_TIMEOUT + Duration::from_secs(1))).expect("the server lives");
+    assert!(context.next().is_none(), "there was memory");
+    let statistics = server.statistics();
+    assert_eq!(number(&statistics, "/in_flight/need_slot"), 2, "{statistics}");
+    drop(slow);
+    context.wait(1, 1, Some(PATIENCE)).expect("the server lives");
+    assert_eq!(context.next().expect("it ends").result.expect("success"), MIB);
+    // Whoever is read from must speak.
+    server.statistics_when(|statistics| number(statistics, "/closes/silent") == 1);
+}
+
 #[test]
 fn what_waits_for_memory_takes_little_more_of_it() {
-    const MEMORY: &str = "4M";
     const WRITERS: u64 = 400;
     /// Each sends this much of what it is to write, at once.
     const SENT_BYTES: usize = 256 << 10;
     /// A receive of 8 KiB for each, and some for what else a connection is; and 4 MiB for those that receive more at a time.
     const GROWTH_MAX: u64 = WRITERS * (12 << 10) + 4 * MIB;
 
-    let (_directory, export) = numbers();
-    let mut arguments = vec!["--workers", "1", "--memory", MEMORY, "--listen", "tcp://127.0.0.1:0"];
-    arguments.extend(["--stall-timeout", "60"]); // they keep it
-    let mut server = Server::start_with(&[&export], &arguments);
+    let (mut server, _slow, _directory) = start_without_memory();
     let url = server.url();
-    // All memory but the reserve is given out, to clients that take their time.
-    let _slow: Vec<_> = (0..3).map(|_| Hostile::start("slow", &url, "/d/numbers")).collect();
-    server.statistics_when(|statistics| number(statistics, "/slot_bytes") == 3 * MIB);
 
     let mut writers: Vec<_> = (0..WRITERS)
         .map(|_| {
