@@ -320,10 +320,6 @@ impl Work {
     pub fn completed(&mut self, completion: Completion) -> Step {
         let Completion { result, outcome, .. } = completion;
         match (self, result, outcome) {
-            (_, _, Outcome::NoThread) => Step::Done(failure(
-                Status::storage(libc::EAGAIN),
-                "The server can start no thread for this. Try again later, or raise its limit on processes with `ulimit -u` or TasksMax=.",
-            )),
             (Self::Read(_, read), _, Outcome::WouldBlock(range)) => Step::Blocking(read.next(range.slot)),
             (Self::Write(_, write), _, Outcome::WouldBlock(range)) => Step::Blocking(write.next(range.slot)),
             (Self::Read(_, read), Ok(n), Outcome::Slot(range)) => {
@@ -439,14 +435,23 @@ pub fn failure(status: Status, text: &str) -> Response {
 
 /// The answer to what the file or device failed.
 pub fn storage_failure(what: &str, errno: i32) -> Response {
+    failure(Status::storage(errno), &format!("{what} failed on the server: {}", reason(errno)))
+}
+
+/// The end of an error message: what the errno says, and the remedy.
+fn reason(errno: i32) -> String {
     let error = std::io::Error::from_raw_os_error(errno);
-    failure(Status::storage(errno), &format!("{what} failed on the server: {error}."))
+    match errno {
+        libc::EAGAIN => format!(
+            "{error}. It may have no thread for this: try again later, or raise its limit on processes with `ulimit -u` or TasksMax=."
+        ),
+        _ => format!("{error}."),
+    }
 }
 
 /// The answer to what failed when a part of it was done: the result is that part's length.
 fn failure_after(done: u64, what: &str, errno: i32) -> Response {
-    let error = std::io::Error::from_raw_os_error(errno);
-    let text = format!("{what} failed on the server after {done} bytes: {error}.");
+    let text = format!("{what} failed on the server after {done} bytes: {}", reason(errno));
     Response { result: done, ..failure(Status::storage(errno), &text) }
 }
 
@@ -577,6 +582,25 @@ mod tests {
             panic!("it goes on")
         };
         assert_eq!((response.status, response.result), (Status::OK, 100));
+    }
+
+    #[test]
+    fn what_was_done_before_there_was_no_thread_is_reported() {
+        let mut work = Work::Write(file(), Write::new(range(0, 100)));
+        let (source, _) = taken(work.first(Some(slot(4096))));
+        let Step::Again(next) = work.completed(completion(Ok(60), Outcome::Slot(source))) else {
+            panic!("it ended")
+        };
+        let step = work.completed(completion(Err(libc::EAGAIN), Outcome::Slot(taken(next).0)));
+        let Step::Done(response) = step else { panic!("{step:?}") };
+        assert_eq!((response.status, response.result), (Status::OK, 60));
+
+        let mut work = Work::Zero(file(), Pieces::new(range(0, 100)));
+        work.first(None);
+        work.completed(completion(Ok(0), Outcome::Cleared(60)));
+        let step = work.completed(completion(Err(libc::EAGAIN), Outcome::None));
+        let Step::Done(response) = step else { panic!("{step:?}") };
+        assert_eq!((response.status, response.result), (Status::storage(libc::EAGAIN), 60));
     }
 
     #[test]

@@ -56,15 +56,20 @@ impl Task {
         Completion { key: self.key, result, outcome }
     }
 
-    /// What comes of one that has not begun and will not.
+    /// What comes of one that has been cancelled before it began.
     pub fn cancelled(self) -> Completion {
+        self.unbegun(libc::ECANCELED)
+    }
+
+    /// What comes of one that has not begun and will not, because of this errno.
+    fn unbegun(self, errno: i32) -> Completion {
         let outcome = match self.what {
             What::On(_, Operation::Read { target: range, .. } | Operation::Write { source: range, .. }) => {
                 Outcome::Slot(range)
             }
             _ => Outcome::None,
         };
-        Completion { key: self.key, result: Err(libc::ECANCELED), outcome }
+        Completion { key: self.key, result: Err(errno), outcome }
     }
 }
 
@@ -115,11 +120,7 @@ impl pool::Job for Job {
         if self.tasks.iter().any(|task| matches!(task.what, What::Close(_))) {
             return Some(self);
         }
-        let rejected = self.tasks.into_iter().map(|task| Completion {
-            key: task.key,
-            result: Err(libc::EAGAIN),
-            outcome: Outcome::NoThread,
-        });
+        let rejected = self.tasks.into_iter().map(|task| task.unbegun(libc::EAGAIN));
         if let Some(to) = self.to {
             to.send_all(rejected);
         }

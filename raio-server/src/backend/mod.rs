@@ -123,8 +123,6 @@ pub enum Outcome {
     Opened(Result<Box<Opened>, Refusal>),
     /// The status that was asked for.
     Stat(Box<FileInfo>),
-    /// The operation never began: there is no thread for it.
-    NoThread,
 }
 
 /// A file's status, and what more statx(2) knows.
@@ -141,7 +139,7 @@ pub struct FileInfo {
 pub struct Completion {
     /// From [`Backend::submit`].
     pub key: u64,
-    /// What the system call returned: a count, or the errno.
+    /// What the system call returned: a count, or the errno. EAGAIN: there is no thread for it.
     pub result: Result<u32, i32>,
     /// What comes back.
     pub outcome: Outcome,

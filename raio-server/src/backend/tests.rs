@@ -177,6 +177,22 @@ fn calls_return_what_they_come_to() {
 }
 
 #[test]
+fn what_there_is_no_thread_for_ends_with_eagain_and_gives_its_slot_back() {
+    each(|bench| {
+        let directory = tempfile::tempdir().unwrap();
+        let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
+        let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
+        let write = Operation::Write { source, offset: 0 };
+        let task = job::Task::on(8, &Arc::downgrade(&bench.client), &file, write);
+        let job = Job::new(bench.backend.expect_completion(), vec![task]);
+        assert!(pool::Job::reject(job).is_none());
+        let completion = bench.next();
+        assert_eq!((completion.key, completion.result), (8, Err(libc::EAGAIN)));
+        assert!(matches!(completion.outcome, Outcome::Slot(_)), "the slot is lost");
+    });
+}
+
+#[test]
 fn holes_and_zeros_read_as_zeros() {
     each(|bench| {
         // Not in a tmpfs, which cannot zero a range.
