@@ -6,8 +6,10 @@
 //!
 //! Threads are started by a thread of their own, so that they inherit neither a worker's place on a CPU nor what else it has set up.
 
-use std::collections::VecDeque;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,17 +24,25 @@ const START_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a pool's threads run.
 pub trait Job: Send + Sized + 'static {
-    /// Does the work. It may take for ever.
+    /// Does the work. It may take for ever. It does not panic: its lane would be narrower from then on.
     fn run(self);
+
+    /// Whether nothing is left to do, because all of it has been taken back.
+    fn is_empty(&self) -> bool;
 
     /// There is no thread for it. It comes back if it cannot be rejected: then it goes on waiting.
     fn reject(self) -> Option<Self>;
 }
 
+/// What a job is found by while it waits. Lower ones go first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
 /// The threads, and what they are to do. It lives as long as the process.
 #[derive(Debug)]
 pub struct Pool<J> {
     state: Mutex<State<J>>,
+    next_ticket: AtomicU64,
     /// There is a job for an idle thread.
     work: Condvar,
     /// There are fewer idle threads than jobs for them.
@@ -52,6 +62,7 @@ struct State<J> {
 struct Ready<J> {
     lane: usize,
     since: Instant,
+    ticket: Ticket,
     job: J,
 }
 
@@ -60,7 +71,8 @@ struct Queue<J> {
     width: usize,
     /// Jobs that run or are ready.
     running: usize,
-    waiting: VecDeque<J>,
+    /// A cancelled job leaves at once, so there are no more than requests in flight.
+    waiting: BTreeMap<Ticket, J>,
 }
 
 /// A share of the pool.
@@ -90,6 +102,7 @@ impl<J: Job> Pool<J> {
         let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle: 1 };
         let pool: &Self = Box::leak(Box::new(Self {
             state: Mutex::new(state),
+            next_ticket: AtomicU64::new(0),
             work: Condvar::new(),
             too_few: Condvar::new(),
         }));
@@ -101,7 +114,7 @@ impl<J: Job> Pool<J> {
     /// A new lane, which runs at most `width` jobs at a time.
     pub fn lane(&'static self, width: usize) -> Lane<J> {
         let mut state = self.lock();
-        state.lanes.push(Queue { width, running: 0, waiting: VecDeque::new() });
+        state.lanes.push(Queue { width, running: 0, waiting: BTreeMap::new() });
         Lane { pool: self, index: state.lanes.len() - 1 }
     }
 
@@ -158,9 +171,9 @@ impl<J: Job> Pool<J> {
                      or TasksMax= in the unit."
                 );
             }
-            for Ready { lane, job, .. } in overdue {
+            for Ready { lane, ticket, job, .. } in overdue {
                 if let Some(job) = job.reject() {
-                    Lane { pool: self, index: lane }.submit(job);
+                    Lane { pool: self, index: lane }.submit(ticket, job);
                 }
             }
             state = self.lock();
@@ -173,8 +186,8 @@ impl<J> State<J> {
     /// A job of this lane has ended: the next one may run.
     fn finished(&mut self, lane: usize) {
         let queue = &mut self.lanes[lane];
-        match queue.waiting.pop_front() {
-            Some(job) => self.ready.push_back(Ready { lane, since: Instant::now(), job }),
+        match queue.waiting.pop_first() {
+            Some((ticket, job)) => self.ready.push_back(Ready { lane, since: Instant::now(), ticket, job }),
             None => queue.running -= 1,
         }
     }
@@ -189,22 +202,29 @@ impl<J> State<J> {
             let queue = &mut self.lanes[lane];
             queue.running -= 1;
             overdue.push(ready);
-            overdue.extend(queue.waiting.drain(..).map(|job| Ready { lane, since, job }));
+            let waiting = std::mem::take(&mut queue.waiting);
+            overdue.extend(waiting.into_iter().map(|(ticket, job)| Ready { lane, since, ticket, job }));
         }
         overdue
     }
 }
 
 impl<J: Job> Lane<J> {
+    /// A ticket for one job.
+    pub fn ticket(&self) -> Ticket {
+        Ticket(self.pool.next_ticket.fetch_add(1, Ordering::Relaxed))
+    }
+
     /// Has a job run once its turn has come.
-    pub fn submit(&self, job: J) {
+    pub fn submit(&self, ticket: Ticket, job: J) {
         let mut state = self.pool.lock();
         let queue = &mut state.lanes[self.index];
         if queue.running == queue.width {
-            return queue.waiting.push_back(job);
+            queue.waiting.insert(ticket, job);
+            return;
         }
         queue.running += 1;
-        state.ready.push_back(Ready { lane: self.index, since: Instant::now(), job });
+        state.ready.push_back(Ready { lane: self.index, since: Instant::now(), ticket, job });
         let enough = state.ready.len() <= state.idle;
         drop(state);
         if enough { self.pool.work.notify_one() } else { self.pool.too_few.notify_one() }
@@ -216,13 +236,19 @@ impl<J: Job> Lane<J> {
         self.pool.lock().lanes[self.index].running == 0
     }
 
-    /// Takes something back from the jobs that have not begun: what `take` returns of the first for which it returns anything.
-    pub fn take_back<T>(&self, mut take: impl FnMut(&mut J) -> Option<T>) -> Option<T> {
+    /// Takes something back from a job that has not begun.
+    pub fn take_back<T>(&self, ticket: Ticket, take: impl FnOnce(&mut J) -> Option<T>) -> Option<T> {
         let mut state = self.pool.lock();
-        let mut ready = state.ready.iter_mut().filter(|ready| ready.lane == self.index);
-        ready
-            .find_map(|ready| take(&mut ready.job))
-            .or_else(|| state.lanes[self.index].waiting.iter_mut().find_map(take))
+        let State { lanes, ready, .. } = &mut *state;
+        if let Entry::Occupied(mut job) = lanes[self.index].waiting.entry(ticket) {
+            let taken = take(job.get_mut());
+            if job.get().is_empty() {
+                job.remove();
+            }
+            return taken;
+        }
+        // There are as many as lanes are wide, at most, and hardly any while threads can be started.
+        take(&mut ready.iter_mut().find(|ready| ready.ticket == ticket)?.job)
     }
 }
 
@@ -237,12 +263,17 @@ mod tests {
         name: u32,
         begun: Sender<u32>,
         go: Receiver<()>,
+        is_taken: bool,
     }
 
     impl Job for Held {
         fn run(self) {
             let _ = self.begun.send(self.name);
             let _ = self.go.recv();
+        }
+
+        fn is_empty(&self) -> bool {
+            self.is_taken
         }
 
         fn reject(self) -> Option<Self> {
@@ -262,8 +293,12 @@ mod tests {
 
         /// Submits a job; it runs until what is returned is dropped.
         fn submit(&self, lane: Lane<Held>, name: u32) -> Sender<()> {
+            self.submit_as(lane.ticket(), lane, name)
+        }
+
+        fn submit_as(&self, ticket: Ticket, lane: Lane<Held>, name: u32) -> Sender<()> {
             let (end, go) = channel();
-            lane.submit(Held { name, begun: self.begun.0.clone(), go });
+            lane.submit(ticket, Held { name, begun: self.begun.0.clone(), go, is_taken: false });
             end
         }
 
@@ -304,17 +339,20 @@ mod tests {
     fn what_waits_can_be_taken_back_and_what_runs_cannot() {
         let bench = Bench::new();
         let lane = bench.pool.lane(1);
-        let ends: Vec<_> = (0..3).map(|name| bench.submit(lane, name)).collect();
+        let tickets: Vec<_> = (0..4).map(|_| lane.ticket()).collect();
+        let ends: Vec<_> = (0..4).map(|name| bench.submit_as(tickets[name as usize], lane, name)).collect();
         assert_eq!(bench.next(), 0);
-        // A job that has been taken back ends as soon as it begins.
-        let take = |wanted| {
-            lane.take_back(|job| {
-                (job.name == wanted).then(|| std::mem::replace(&mut job.go, channel().1)).map(drop)
+        let take = |name: usize, all| {
+            lane.take_back(tickets[name], |job| {
+                job.is_taken = all;
+                Some(job.name)
             })
         };
-        assert_eq!(take(0), None);
-        assert_eq!(take(1), Some(()));
+        assert_eq!(take(0, true), None);
+        assert_eq!(take(1, true), Some(1));
+        assert_eq!(take(1, true), None, "of what is empty nothing stays");
+        assert_eq!(take(2, false), Some(2));
         drop(ends);
-        assert_eq!((bench.next(), bench.next()), (1, 2));
+        assert_eq!((bench.next(), bench.next()), (2, 3));
     }
 }

@@ -98,11 +98,6 @@ impl<T> Sender<T> {
     pub fn waiting(&self) -> usize {
         self.queue.len()
     }
-
-    /// Whether both put messages into the same mailbox.
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.queue, &other.queue)
-    }
 }
 
 /// A reactor's mailbox. Look into it after every turn: a message is no event.

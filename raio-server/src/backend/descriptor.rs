@@ -119,7 +119,8 @@ impl AsFd for Descriptor {
 impl Drop for Descriptor {
     fn drop(&mut self) {
         if let Some(fd) = self.fd.take() {
-            self.lanes.control.submit(Job::close(fd, self.on_close.take()));
+            let lane = self.lanes.control;
+            lane.submit(lane.ticket(), Job::close(fd, self.on_close.take()));
         }
     }
 }

@@ -91,11 +91,8 @@ impl Job {
         Self { to, tasks: vec![Task { key, on_behalf: None, what: What::Close(fd) }] }
     }
 
-    /// Takes out a worker's operation.
-    pub(super) fn take(&mut self, to: &Sender<Completion>, key: u64) -> Option<Task> {
-        if !self.to.as_ref().is_some_and(|other| other.is_same(to)) {
-            return None;
-        }
+    /// Takes out an operation.
+    pub(super) fn take(&mut self, key: u64) -> Option<Task> {
         take(&mut self.tasks, key)
     }
 }
@@ -103,7 +100,10 @@ impl Job {
 /// Takes an operation out, by its key, if it can be cancelled.
 pub(super) fn take(tasks: &mut Vec<Task>, key: u64) -> Option<Task> {
     let at = tasks.iter().position(|task| task.key == key && !matches!(task.what, What::Close(_)))?;
-    Some(tasks.remove(at))
+    let task = tasks.remove(at);
+    // One that stays may stay for long.
+    tasks.shrink_to(2 * tasks.len());
+    Some(task)
 }
 
 impl pool::Job for Job {
@@ -114,6 +114,10 @@ impl pool::Job for Job {
             Some(to) => to.send_all(completions),
             None => completions.for_each(drop),
         }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
     }
 
     fn reject(self) -> Option<Self> {

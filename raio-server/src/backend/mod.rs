@@ -19,7 +19,7 @@ use raio_transport::transport::SlotRange;
 use crate::client::Client;
 use crate::export::Refusal;
 use crate::open::Opened;
-use crate::pool::{self, Pool};
+use crate::pool::{self, Pool, Ticket};
 
 pub use descriptor::Descriptor;
 pub use job::{Job, stat};
@@ -150,8 +150,8 @@ pub struct Completion {
 pub enum Pending {
     /// In the reactor.
     Ring(OpId),
-    /// In a lane.
-    Lane(Lane),
+    /// In a lane, in the job with this ticket.
+    Lane(Lane, Ticket),
 }
 
 /// What runs in a lane and is no operation on an open file: it makes its own outcome.

@@ -11,6 +11,7 @@ use raio_transport::reactor::{Event, Reactor, Receiver, Sender, mailbox};
 use super::job::{Task, take};
 use super::{Backend, Call, Completion, Descriptor, Job, Lane, Operation, Pending};
 use crate::client::Client;
+use crate::pool::Ticket;
 
 /// A worker's way to the pool.
 #[derive(Debug)]
@@ -20,9 +21,20 @@ pub struct Threads {
     /// Completions that are to come from other threads: with none there is nothing to look for.
     expected: usize,
     cancelled: VecDeque<Completion>,
-    /// This iteration's writes to the page cache, a batch for each lane: to hand over each by itself would cost more than to do it.
-    writes: Vec<(Lane, Vec<Task>)>,
+    /// This iteration's writes to the page cache, in batches: to hand over each by itself would cost more than to do it.
+    writes: Vec<Batch>,
 }
+
+/// Writes of one lane.
+#[derive(Debug)]
+struct Batch {
+    lane: Lane,
+    ticket: Ticket,
+    tasks: Vec<Task>,
+}
+
+/// A batch has no more, so that one of them is found soon.
+const BATCH_MAX: usize = 64;
 
 impl Threads {
     /// For the worker of this reactor.
@@ -33,8 +45,9 @@ impl Threads {
 
     fn begin(&mut self, lane: Lane, task: Task) -> Pending {
         self.expected += 1;
-        lane.submit(Job::new(self.completions.clone(), vec![task]));
-        Pending::Lane(lane)
+        let ticket = lane.ticket();
+        lane.submit(ticket, Job::new(self.completions.clone(), vec![task]));
+        Pending::Lane(lane, ticket)
     }
 }
 
@@ -53,11 +66,19 @@ impl Backend for Threads {
         self.expected += 1;
         let lane = file.lanes().data;
         let task = Task::on(key, client, file, operation);
-        match self.writes.iter_mut().find(|(other, _)| *other == lane) {
-            Some((_, tasks)) => tasks.push(task),
-            None => self.writes.push((lane, vec![task])),
-        }
-        Some(Pending::Lane(lane))
+        let has_room = |batch: &&mut Batch| batch.lane == lane && batch.tasks.len() < BATCH_MAX;
+        let ticket = match self.writes.iter_mut().find(has_room) {
+            Some(batch) => {
+                batch.tasks.push(task);
+                batch.ticket
+            }
+            None => {
+                let ticket = lane.ticket();
+                self.writes.push(Batch { lane, ticket, tasks: vec![task] });
+                ticket
+            }
+        };
+        Some(Pending::Lane(lane, ticket))
     }
 
     fn submit_blocking(
@@ -88,9 +109,11 @@ impl Backend for Threads {
     }
 
     fn cancel(&mut self, _reactor: &mut Reactor, key: u64, pending: Pending) {
-        let Pending::Lane(lane) = pending else { return };
-        let gathered = self.writes.iter_mut().find_map(|(_, tasks)| take(tasks, key));
-        let task = gathered.or_else(|| lane.take_back(|job| job.take(&self.completions, key)));
+        let Pending::Lane(lane, ticket) = pending else { return };
+        let task = match self.writes.iter_mut().find(|batch| batch.ticket == ticket) {
+            Some(batch) => take(&mut batch.tasks, key),
+            None => lane.take_back(ticket, |job| job.take(key)),
+        };
         if let Some(task) = task {
             self.expected -= 1;
             self.cancelled.push_back(task.cancelled());
@@ -101,8 +124,10 @@ impl Backend for Threads {
         if self.writes.is_empty() {
             return false;
         }
-        for (lane, tasks) in self.writes.drain(..) {
-            lane.submit(Job::new(self.completions.clone(), tasks));
+        for Batch { lane, ticket, tasks } in self.writes.drain(..) {
+            if !tasks.is_empty() {
+                lane.submit(ticket, Job::new(self.completions.clone(), tasks));
+            }
         }
         true
     }

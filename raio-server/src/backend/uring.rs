@@ -136,7 +136,7 @@ impl Backend for Uring {
     fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending) {
         match pending {
             Pending::Ring(id) => reactor.cancel(id),
-            Pending::Lane(_) => self.lanes.cancel(reactor, key, pending),
+            Pending::Lane(..) => self.lanes.cancel(reactor, key, pending),
         }
     }
 

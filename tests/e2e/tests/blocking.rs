@@ -184,6 +184,38 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
     }
 }
 
+#[test]
+fn requests_that_are_cancelled_while_they_wait_leave_nothing_behind() {
+    for backend in BACKENDS {
+        let Some(fuse) = FuseFs::mount("a file system that hangs", FuseOptions::default(), &[("file", b"x")])
+        else {
+            return;
+        };
+        let server = server(backend, "1", &[("stuck", fuse.path())]);
+        let mut stuck = Client::new(&server, "/stuck/file");
+        let fsync = || Operation::Fsync { data_only: false };
+        fuse.hang(FuseCall::Fsync);
+        for _ in 0..9 {
+            stuck.submit(fsync(), 0);
+        }
+        fuse.wait_for_hanging(FuseCall::Fsync, 1);
+        let mut cancel = |count| {
+            for _ in 0..count {
+                let ticket = stuck.submit(fsync(), 1);
+                let cancelled = stuck.context.cancel(ticket).expect("it waits for its turn");
+                assert_eq!(cancelled.result.expect_err("it did nothing").errno(), libc::ECANCELED);
+            }
+        };
+        cancel(100);
+        let before = server.taken_bytes();
+        cancel(10_000);
+        let more = server.taken_bytes().saturating_sub(before);
+        assert!(more < 512 << 10, "{backend}: {more} bytes more");
+        fuse.mend(FuseCall::Fsync);
+        stuck.collect(9);
+    }
+}
+
 /// A connection of its own, on which many opens are sent at once.
 struct Opens {
     raw: Raw,
