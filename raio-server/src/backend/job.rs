@@ -1,6 +1,7 @@
 //! What runs in lanes: operations by blocking system calls.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 
 use raio_transport::protocol::FileStatus;
@@ -44,7 +45,14 @@ impl Task {
         Self { key, on_behalf: Some(OnBehalf::of(client)), what: What::Call(call) }
     }
 
+    /// Carries it out. If it panics, which the log says, it alone has failed: its request ends, and the thread goes on.
     fn run(self) -> Completion {
+        let key = self.key;
+        let failed = |_| Completion { key, result: Err(libc::EIO), outcome: Outcome::None };
+        catch_unwind(AssertUnwindSafe(|| self.carry_out())).unwrap_or_else(failed)
+    }
+
+    fn carry_out(self) -> Completion {
         if self.on_behalf.as_ref().is_some_and(OnBehalf::is_over) {
             return self.cancelled();
         }

@@ -177,6 +177,20 @@ fn calls_return_what_they_come_to() {
 }
 
 #[test]
+fn a_call_that_panics_has_failed_and_its_lane_is_as_wide_as_before() {
+    each(|bench| {
+        let (client, lane) = (Arc::downgrade(&bench.client), bench.lanes.control);
+        for key in 0..2 * CONTROL_WIDTH as u64 {
+            bench.backend.call(key, &client, lane, Box::new(|| panic!("a test says that this is a bug")));
+            let completion = bench.next();
+            assert_eq!((completion.key, completion.result), (key, Err(libc::EIO)));
+        }
+        bench.backend.call(77, &client, lane, Box::new(|| Outcome::None));
+        assert_eq!(bench.next().result, Ok(0));
+    });
+}
+
+#[test]
 fn what_there_is_no_thread_for_ends_with_eagain_and_gives_its_slot_back() {
     each(|bench| {
         let directory = tempfile::tempdir().unwrap();
