@@ -19,9 +19,9 @@ pub enum Opcode {
     Close = 2,
     /// Ask for the file's status. Body of the response: [`FileStatus`].
     Stat = 3,
-    /// Read `length` bytes at `offset` into the request's region. Result: how many, fewer only at end of file.
+    /// Read `length` bytes at `offset` into the request's region. Result: how many; fewer at end of file, or if what is behind failed.
     Read = 4,
-    /// Write the request's data at `offset`. Result: how many: all of them.
+    /// Write the request's data at `offset`. Result: how many; fewer if what is behind failed.
     Write = 5,
     /// Make what was written durable; [`FLAG_DATA_ONLY`] without metadata that reading does not need.
     Fsync = 6,

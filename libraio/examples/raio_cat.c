@@ -57,17 +57,26 @@ static int write_all(const char *buf, size_t len)
 	return 0;
 }
 
-/* Writes the part that is next and gives its buffer back. Returns 1 to go on, 0 at the end of the file, -1. */
-static int part_write(raio_context_t ctx, struct part *part, const char *name)
+static int part_read(raio_context_t ctx, int fd, struct part *part, size_t len, long long offset, const char *name)
+{
+	struct raio_iocb *iocb = &part->iocb;
+
+	raio_prep_pread(iocb, fd, NULL, len, offset, NULL);
+	iocb->data = part;
+	return raio_submit(ctx, 1, &iocb) == 1 ? 0 : failed("read", name);
+}
+
+/* Writes what was read of the part that is next, and gives its buffer back. Returns how many bytes, or -1. */
+static long part_write(raio_context_t ctx, struct part *part, const char *name)
 {
 	long res = (long)part->event.res;
-	int result = -1;
+	long result = -1;
 
 	part->completed = 0;
 	if (res < 0)
 		failed("read", name);
 	else if (write_all(part->iocb.u.c.buf, (size_t)res) == 0)
-		result = (unsigned long long)res == part->iocb.u.c.nbytes;
+		result = res;
 	if (raio_release(ctx, 1, &part->event))
 		result = failed("release a buffer of", name);
 	return result;
@@ -78,19 +87,15 @@ static int cat_parts(raio_context_t ctx, int fd, const char *name, long long siz
 		     struct raio_event *events, long depth)
 {
 	long long head = 0, tail = 0, offset = 0;
-	struct raio_iocb *iocb;
 	long in_flight = 0, n, i;
 	struct part *part;
-	int more = 1;
+	size_t left;
 
-	while (more > 0) {
-		for (; tail < head + depth && offset < size; tail++, offset += (long long)bytes) {
-			part = &ring[tail % depth];
-			iocb = &part->iocb;
-			raio_prep_pread(iocb, fd, NULL, bytes, offset, NULL);
-			iocb->data = part;
-			if (raio_submit(ctx, 1, &iocb) != 1)
-				return failed("read", name);
+	for (;;) {
+		for (; tail < head + depth && offset < size; tail++, offset += (long long)left) {
+			left = size - offset < (long long)bytes ? (size_t)(size - offset) : bytes;
+			if (part_read(ctx, fd, &ring[tail % depth], left, offset, name))
+				return -1;
 			in_flight++;
 		}
 		if (head == tail)
@@ -106,11 +111,23 @@ static int cat_parts(raio_context_t ctx, int fd, const char *name, long long siz
 				in_flight--;
 			}
 		}
-		for (; more > 0 && head < tail && ring[head % depth].completed; head++)
-			more = part_write(ctx, &ring[head % depth], name);
+		while (head < tail && ring[head % depth].completed) {
+			part = &ring[head % depth];
+			n = part_write(ctx, part, name);
+			/* 0 is the end of a file that has become shorter. What is still in flight or lent out ends with raio_destroy(). */
+			if (n <= 0)
+				return (int)n;
+			left = part->iocb.u.c.nbytes - (size_t)n;
+			if (left == 0) {
+				head++;
+				continue;
+			}
+			/* A short read alone is not the end: the rest may have failed, and says so when it is read. */
+			if (part_read(ctx, fd, part, left, part->iocb.u.c.offset + n, name))
+				return -1;
+			in_flight++;
+		}
 	}
-	/* What is still in flight or lent out ends with raio_destroy(). */
-	return more;
 }
 
 static int cat(const char *operand, long depth, long long bytes)
@@ -118,7 +135,7 @@ static int cat(const char *operand, long depth, long long bytes)
 	struct part *ring = calloc((size_t)depth, sizeof(*ring));
 	struct raio_event *events = calloc((size_t)depth, sizeof(*events));
 	struct raio_stats stats;
-	raio_context_t ctx;
+	raio_context_t ctx = NULL;
 	struct stat64 st;
 	const char *path;
 	char *server;

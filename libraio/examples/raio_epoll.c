@@ -43,19 +43,39 @@ static int failed(const char *what, const char *name)
 	return -1;
 }
 
-/* Reads the next block into the place of this iocb, unless the file is at its end. */
-static int read_next(struct reader *reader, struct raio_iocb *iocb)
+static int submit(struct reader *reader, struct raio_iocb *iocb)
 {
-	long slot = iocb - reader->iocbs;
-
-	if (reader->next >= reader->size)
-		return 0;
-	raio_prep_pread(iocb, reader->file, reader->buffers + slot * BLOCK_BYTES, BLOCK_BYTES, reader->next, reader->mr);
-	reader->next += BLOCK_BYTES;
 	if (raio_submit(reader->ctx, 1, &iocb) != 1)
 		return failed("read", reader->name);
 	reader->in_flight++;
 	return 0;
+}
+
+/* Reads the next block into the place of this iocb, unless the file is at its end. */
+static int read_next(struct reader *reader, struct raio_iocb *iocb)
+{
+	long long left = reader->size - reader->next, bytes = left < BLOCK_BYTES ? left : BLOCK_BYTES;
+	long slot = iocb - reader->iocbs;
+
+	if (left <= 0)
+		return 0;
+	raio_prep_pread(iocb, reader->file, reader->buffers + slot * BLOCK_BYTES, (size_t)bytes, reader->next,
+			reader->mr);
+	reader->next += bytes;
+	return submit(reader, iocb);
+}
+
+/* Goes on after so many bytes have been read: with the rest of the block, which a short read leaves, or with the next. */
+static int read_on(struct reader *reader, struct raio_iocb *iocb, long res)
+{
+	struct raio_iocb_common *c = &iocb->u.c;
+
+	reader->bytes += res;
+	/* 0 is the end of a file that has become shorter. */
+	if (res == 0 || (unsigned long long)res == c->nbytes)
+		return read_next(reader, iocb);
+	raio_prep_pread(iocb, reader->file, (char *)c->buf + res, c->nbytes - (size_t)res, c->offset + res, reader->mr);
+	return submit(reader, iocb);
 }
 
 /* The context's descriptor is readable: collect without waiting until less than asked for comes. */
@@ -73,8 +93,7 @@ static int on_raio(struct reader *reader)
 			if ((long)events[i].res < 0)
 				return failed("read", reader->name);
 			/* Here a program would use the data: events[i].obj->u.c.buf, events[i].res bytes. */
-			reader->bytes += (long)events[i].res;
-			if (read_next(reader, events[i].obj))
+			if (read_on(reader, events[i].obj, (long)events[i].res))
 				return -1;
 		}
 	} while (n == DEPTH);

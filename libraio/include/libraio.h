@@ -103,7 +103,8 @@ struct raio_event {
 	void *data;			/* of the iocb */
 	struct raio_iocb *obj;		/* the iocb */
 	unsigned long long handle;	/* names what the library lent for it, for raio_release(); 0 if nothing */
-	unsigned long res;		/* bytes done (fewer than asked at end of file), or a negated errno */
+	unsigned long res;		/* bytes done, or a negated errno. Fewer than asked: the file ended there, or what is behind
+					   failed; the same operation on the rest tells which (a read: 0, or the error) */
 	unsigned long res2;		/* 0; for a failure RAIO_RES2_* */
 };
 

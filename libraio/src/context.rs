@@ -46,7 +46,7 @@ pub enum Operation {
     Read {
         /// Where in the file.
         offset: u64,
-        /// As many bytes as these hold; fewer at the end of the file.
+        /// As many bytes as these hold; fewer at the end of the file, or if what is behind failed.
         buffers: Buffers,
     },
     /// Read into a buffer that the context lends; give it back with [`Context::release`].
@@ -60,7 +60,7 @@ pub enum Operation {
     Write {
         /// Where in the file.
         offset: u64,
-        /// All their bytes.
+        /// All their bytes; fewer if what is behind failed.
         buffers: Buffers,
     },
     /// Make what was written and completed durable.
@@ -112,7 +112,8 @@ impl Ticket {
 pub struct Completion {
     /// As given to [`Context::submit`].
     pub token: u64,
-    /// How many bytes were read or written, 0 for the other operations; or why it failed.
+    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than asked, the same operation on the rest
+    /// tells why: 0 bytes (a read at the end of the file), or the failure.
     pub result: Result<u64, Error>,
     /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
     pub buffers: Option<Buffers>,

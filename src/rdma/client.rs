@@ -1080,7 +1080,8 @@ impl Drop for Client {
             ));
             return;
         }
-        if self.failure.is_none() {
+        // What is unsent or unanswered is given up: it is not sent any more, and the server sees a client that is lost.
+        if self.failure.is_none() && self.outstanding.is_empty() {
             self.flush();
             self.say_goodbye(Status::OK, "");
         }

@@ -55,6 +55,27 @@ contract! {
         server.serves_others();
     }
 
+    fn what_a_client_that_goes_has_queued_is_not_sent(transport) {
+        let server = serve_plain(transport);
+        for n in 0..2 {
+            let mut client = server.client();
+            // The second has an unanswered request, too.
+            for tag in 0..n {
+                client.send(tag, &command(Op::Hold, 0), room(100));
+            }
+            client.transport.flush();
+            server.until("the requests", |seen| (seen.requests == n).then_some(()));
+            client.send(2, &command(Op::Put, 2), data(pattern(2, 100)));
+            client.send(3, &command(Op::Put, 3), data(pattern(3, 100_000)));
+            drop(client);
+            let reason = server.closed(n as usize);
+            assert!(n == 0 || was_lost(reason));
+            server.each_seen(|seen| assert_eq!(seen.requests, n, "a request was sent after its client had gone"));
+        }
+        server.until_empty(0);
+        server.serves_others();
+    }
+
     fn a_client_that_goes_while_its_data_waits_for_memory_frees_its_place(transport) {
         let policy = Policy { data_bytes_max: 64 << 10, ..Policy::default() };
         let server = Server::start(transport, Setup { policy, workers: 1, arena_bytes: 64 << 10 });

@@ -82,6 +82,8 @@ struct Inode {
 #[derive(Default)]
 struct State {
     behaviours: HashMap<u32, Behaviour>,
+    /// The offset, in each file, of a byte that cannot be read, and why.
+    bad: Option<(u64, i32)>,
     calls: HashMap<u32, u64>,
     /// Requests that hang, whole.
     hanging: Vec<Vec<u8>>,
@@ -187,6 +189,11 @@ impl FuseFs {
     /// From now on these calls fail.
     pub fn fail(&self, call: FuseCall, errno: i32) {
         self.shared.state().behaviours.insert(call as u32, Behaviour::Fails(errno));
+    }
+
+    /// From now on the byte at this offset of each file cannot be read, like a bad sector: reads that include it fail.
+    pub fn fail_reads_at(&self, offset: u64, errno: i32) {
+        self.shared.state().bad = Some((offset, errno));
     }
 
     /// From now on these calls do what they should, those that hang too.
@@ -365,7 +372,10 @@ impl Shared {
                 let content = &state.inode(node)?.content;
                 let from = content.len().min(long(body, 8) as usize);
                 let to = content.len().min(from + word(body, 16) as usize);
-                Ok(content[from..to].to_vec())
+                match state.bad {
+                    Some((bad, errno)) if (from..to).contains(&(bad as usize)) => Err(errno),
+                    _ => Ok(state.inode(node)?.content[from..to].to_vec()),
+                }
             }
             _ if call == FuseCall::Write as u32 => {
                 let (from, len, data) = (long(body, 8) as usize, word(body, 16), &body[40..]);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use raio_e2e::{Server, binary, is_at_rest};
+use raio_e2e::{FuseFs, FuseOptions, Server, binary, is_at_rest};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -169,6 +169,58 @@ fn when_the_server_is_killed_every_iocb_completes_once_with_an_error() {
         said.clear();
         std::io::Read::read_to_string(&mut stdout, &mut said).expect("server_death ends");
         assert!(child.wait().expect("server_death ends").success(), "{build}:\n{said}");
+    }
+}
+
+/// The examples, as libraio/examples/Makefile builds them.
+fn examples() -> PathBuf {
+    let library = binary("libraio.so");
+    let directory = library.parent().expect("a file is in a directory");
+    let out = directory.join("c-examples");
+    let make = Command::new("make")
+        .args(["-s", "-C", &format!("{REPOSITORY}/libraio/examples")])
+        .args(["raio_cp", "raio_cat", "raio_epoll"].map(|name| format!("{}/{name}", out.display())))
+        .arg(format!("O={}", out.display()))
+        .arg(format!("RAIO={}", directory.display()))
+        .output()
+        .expect("make runs");
+    assert!(make.status.success(), "the examples do not build:\n{}", String::from_utf8_lossy(&make.stderr));
+    out
+}
+
+#[test]
+fn a_byte_that_cannot_be_read_is_a_failure_of_every_example_and_not_the_end_of_the_file() {
+    let content: Vec<u8> = (0..1_000_000u32).map(|i| (i * 7 + i / 251) as u8).collect();
+    // The second is in no page cache when it goes bad.
+    let files = [("good", &content[..]), ("bad", &content[..])];
+    let Some(fuse) = FuseFs::mount("a bad sector", FuseOptions::default(), &files) else { return };
+    let (programs, scratch) = (examples(), tempfile::tempdir().expect("a directory"));
+    let copy = scratch.path().join("copy");
+    let server = Server::start(&[&format!("e={}", fuse.path().display())]);
+    let run = |name: &str, file: &str| {
+        let mut command = Command::new(programs.join(name));
+        command.arg(format!("raio+tcp://{}/e/{file}", server.address()));
+        if name == "raio_cp" {
+            command.arg(&copy);
+        }
+        command.output().expect("the example runs")
+    };
+    // In the middle of a block of theirs, so that the read of it is short.
+    let bad = 400_000;
+    for is_good in [true, false] {
+        if !is_good {
+            fuse.fail_reads_at(bad, libc::EIO);
+        }
+        for name in ["raio_cp", "raio_cat", "raio_epoll"] {
+            let output = run(name, if is_good { "good" } else { "bad" });
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), is_good, "{name}: {said}");
+            assert!(is_good || said.contains("Input/output error"), "{name}: {said}");
+            if name == "raio_cat" {
+                assert!(content.starts_with(&output.stdout), "it writes what is not in the file");
+                assert!(!is_good || output.stdout.len() == content.len(), "{}", output.stdout.len());
+            }
+        }
     }
 }
 
