@@ -254,6 +254,7 @@ impl Context {
                 ),
             ));
         }
+        session.check_process()?;
         if !session.is_open() {
             return Err(Error::call(libc::EBADF, "The session was stopped. Make a new one."));
         }
@@ -293,12 +294,15 @@ impl Context {
 
     /// Lets the network reach a region of the caller's: data from and to it is not copied on the way (with TCP, the kernel does that).
     pub fn register(&mut self, region: &Region) -> Result<(), Error> {
+        self.check_process()?;
         Ok(self.transport.register_region(region)?)
     }
 
     /// Undoes [`Context::register`]. No operation on the region's memory may be in flight ([`Region::in_use`]).
     pub fn unregister(&mut self, region: &Region) {
-        self.transport.unregister_region(region);
+        if !self.session.is_inherited() {
+            self.transport.unregister_region(region);
+        }
     }
 
     /// The largest read or write.
@@ -354,7 +358,19 @@ impl Context {
         self.maxevents - self.in_flight - self.done.len()
     }
 
+    /// A forked child may not touch the connection of its parent.
+    fn check_process(&self) -> Result<(), Error> {
+        if self.session.is_inherited() {
+            return Err(Error::call(
+                libc::EINVAL,
+                "The context is one of the parent process. A child makes its own, in a session of its own.",
+            ));
+        }
+        Ok(())
+    }
+
     fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
+        self.check_process()?;
         if let Some(failure) = self.transport.failure() {
             return Err(Error::not_connected(failure));
         }
@@ -568,8 +584,10 @@ impl Context {
 
     /// Sends what is queued, as far as the server takes it. Never blocks.
     pub fn flush(&mut self) {
-        self.transport.flush();
-        self.sync_poller();
+        if !self.session.is_inherited() {
+            self.transport.flush();
+            self.sync_poller();
+        }
     }
 
     /// Takes in what has arrived. Whether anything has, if only a part of an answer.
@@ -677,6 +695,7 @@ impl Context {
     /// Fails with EINTR after a signal if nothing is there to be collected, and with ENOTCONN once the connection has ended and every
     /// completion has been collected.
     pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
+        self.check_process()?;
         self.transport.flush();
         if self.streak >= STREAK_MAX {
             self.streak = 0;
@@ -770,7 +789,9 @@ impl Context {
 
     /// Brings the poll descriptor in line with what has been collected, after [`Context::next`].
     pub fn sync_poller(&mut self) {
-        if let Some(poller) = &mut self.poller {
+        if let Some(poller) = &mut self.poller
+            && !self.session.is_inherited()
+        {
             let tick = self.transport.grant().keepalive.min(self.request_timeout / 3);
             let (fd, out) = self.transport.poll_fd();
             poller.sync(fd, out, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
@@ -780,6 +801,7 @@ impl Context {
     /// A descriptor for poll(2) or epoll(7): readable when [`Context::wait`] may have something to do. Call that with `min` 0 then, and
     /// [`Context::next`] until it gives nothing.
     pub fn poll_fd(&mut self) -> Result<BorrowedFd<'_>, Error> {
+        self.check_process()?;
         if let Some(failure) = self.transport.failure() {
             return Err(Error::not_connected(failure));
         }
@@ -810,6 +832,7 @@ impl Context {
     /// been sent. Otherwise its completion comes in the normal way, and this fails with EAGAIN (too late), ENOTCONN, or
     /// EINVAL (no such operation).
     pub fn cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
+        self.check_process()?;
         let result = self.try_cancel(ticket);
         self.sync_poller();
         result
@@ -894,7 +917,7 @@ impl Context {
     pub fn release(&mut self, buffers: Buffers) {
         drop(buffers);
         self.lent = self.lent.saturating_sub(1);
-        if !self.waiting_lent.is_empty() {
+        if !self.waiting_lent.is_empty() && !self.session.is_inherited() {
             self.lend();
             self.start();
             self.transport.flush();
@@ -920,6 +943,9 @@ impl Context {
     /// is waited for no longer than the request timeout, one that only answers pings no longer than the call timeout: what is left then is
     /// given up, and a write may still reach the file later.
     pub fn close(mut self) {
+        if self.session.is_inherited() {
+            return;
+        }
         let waiting: Vec<_> = self.waiting_lent.drain(..).collect();
         for index in waiting {
             self.end_waiting(index, Error::call(libc::ECANCELED, "The context was closed."));

@@ -64,6 +64,7 @@ impl File {
     /// Closes it. New operations on it are refused from now on; those in flight run to their end. Blocks for a round trip, unless
     /// something is in flight. Closing twice does nothing.
     pub fn close(&self) -> Result<(), Error> {
+        self.inner.session.check_process()?;
         if self.inner.closing.swap(true, Ordering::SeqCst) || !self.inner.take_last() {
             return Ok(());
         }
@@ -73,7 +74,7 @@ impl File {
 
 impl Drop for File {
     fn drop(&mut self) {
-        if !self.inner.closing.swap(true, Ordering::SeqCst) {
+        if !self.inner.session.is_inherited() && !self.inner.closing.swap(true, Ordering::SeqCst) {
             self.inner.ended();
         }
     }
@@ -156,6 +157,9 @@ impl Use {
 
 impl Drop for Use {
     fn drop(&mut self) {
+        if self.file.session.is_inherited() {
+            return;
+        }
         self.in_flight.store(0, Ordering::SeqCst);
         let mut counts = self.file.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
         counts.retain(|count| !Arc::ptr_eq(count, &self.in_flight));

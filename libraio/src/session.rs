@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::address::{Address, Scheme};
 use raio_transport::handshake::Offer;
+use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, SessionId};
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
@@ -27,6 +28,9 @@ const CONTROL_DEPTH: u32 = 8;
 
 /// How soon a server must answer a ping if it has let another connection of the session time out.
 const SUSPECT_TIME: Duration = Duration::from_secs(2);
+
+/// How soon a call that waits for the server notices that another thread has stopped the session.
+const STOP_TIME: Duration = Duration::from_millis(50);
 
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
 #[derive(Clone, Debug)]
@@ -63,6 +67,9 @@ impl Default for Options {
 
 /// A session with a server. It may be shared by threads; dropping it ends it once its files and contexts are gone.
 ///
+/// A forked child does not have the sessions of its parent, nor their files and contexts: there each call on them fails, with EBADF or, on a
+/// context, EINVAL, and neither a call nor a drop disturbs the parent.
+///
 /// ```no_run
 /// # fn main() -> Result<(), raio::Error> {
 /// let session = raio::Session::connect("raio://127.0.0.1", &raio::Options::default())?;
@@ -89,6 +96,8 @@ pub(crate) struct Shared {
     why_tcp: Option<String>,
     /// Names the session on each of its connections.
     id: SessionId,
+    /// The process that connected: see [`process`].
+    process: u64,
     control: Mutex<Seat>,
     /// `control` has come free, or the session was stopped.
     changed: Condvar,
@@ -186,6 +195,7 @@ impl Session {
             options: options.clone(),
             why_tcp: None,
             id: SessionId::random(),
+            process: process(),
             control: Mutex::new(Seat::Stopped),
             changed: Condvar::new(),
             suspect: AtomicBool::new(false),
@@ -238,12 +248,16 @@ impl Session {
     }
 
     /// Ends the session: its control connection closes, and with it every open file on the server. Contexts that are left keep their
-    /// connections until they are dropped. Waits for a call that another thread has under way, which ends by its own timeout.
+    /// connections until they are dropped. A call that another thread has under way fails at once, with ENOTCONN.
     pub fn stop(&self) {
+        if self.shared.is_inherited() {
+            return;
+        }
         let mut seat = self.shared.seat();
         if matches!(std::mem::replace(&mut *seat, Seat::Stopped), Seat::Taken) {
-            let timeout = self.shared.options.call_timeout;
-            drop(self.shared.changed.wait_timeout(seat, timeout));
+            self.shared.changed.notify_all();
+            // That thread closes the connection within STOP_TIME, unless it does not run.
+            drop(self.shared.changed.wait_timeout(seat, STOP_TIME * 10));
         }
     }
 }
@@ -328,6 +342,22 @@ impl Shared {
         }
     }
 
+    /// Whether this is a forked child, and the session its parent's: it may not be used, nor may its locks be, which another thread of the
+    /// parent may have had.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.process != process()
+    }
+
+    pub(crate) fn check_process(&self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::call(
+                libc::EBADF,
+                "The session is one of the parent process. A child makes its own, and opens files in it.",
+            ));
+        }
+        Ok(())
+    }
+
     /// Whether the session was not stopped.
     pub(crate) fn is_open(&self) -> bool {
         !matches!(*self.seat(), Seat::Stopped)
@@ -340,13 +370,14 @@ impl Shared {
 
     /// Has the server execute a command, and waits for its answer.
     fn call(&self, command: &Command<'_>) -> Result<Reply, Error> {
+        self.check_process()?;
         let deadline = Instant::now() + self.options.call_timeout;
         let mut taken = self.take_by(deadline)?;
         let Some(control) = &mut taken.control else { unreachable!("only dropping takes it") };
         if self.suspect.swap(false, Ordering::Relaxed) {
             control.transport.ping(SUSPECT_TIME);
         }
-        let reply = control.call(command, deadline, &self.closes);
+        let reply = control.call(command, deadline, self);
         drop(taken);
         self.send_closes();
         reply
@@ -398,23 +429,18 @@ impl Shared {
 
 impl Control {
     /// Sends a command. Returns its tag; None if the connection has ended, or the deadline passes without a credit.
-    fn send(
-        &mut self,
-        command: &Command<'_>,
-        deadline: Instant,
-        closes: &Mutex<Vec<FileHandle>>,
-    ) -> Option<u64> {
+    fn send(&mut self, command: &Command<'_>, deadline: Instant, session: &Shared) -> Option<u64> {
         self.tag += 1;
         self.body.clear();
         command.encode(&mut self.body);
         while let Err(NotSent(_)) = self.transport.send(self.tag, &self.body, Bulk::None, false) {
             // Closes that nobody waited for have used up the credits.
-            self.receive(closes);
-            if self.transport.failure().is_some() || Instant::now() >= deadline {
+            self.receive(&session.closes);
+            if self.transport.failure().is_some() || !session.is_open() || Instant::now() >= deadline {
                 return None;
             }
             if self.transport.credits() == 0 {
-                let _ = self.transport.wait(Some(deadline));
+                let _ = self.transport.wait(Some(deadline.min(Instant::now() + STOP_TIME)));
             }
         }
         self.transport.flush();
@@ -453,20 +479,16 @@ impl Control {
         }
     }
 
-    fn call(
-        &mut self,
-        command: &Command<'_>,
-        deadline: Instant,
-        closes: &Mutex<Vec<FileHandle>>,
-    ) -> Result<Reply, Error> {
+    fn call(&mut self, command: &Command<'_>, deadline: Instant, session: &Shared) -> Result<Reply, Error> {
         if let Some(failure) = self.transport.failure() {
             return Err(Error::not_connected(failure));
         }
-        let Some(tag) = self.send(command, deadline, closes) else {
-            return Err(self.transport.failure().map_or_else(timed_out, Error::not_connected));
+        let Some(tag) = self.send(command, deadline, session) else {
+            let other = || if session.is_open() { timed_out() } else { stopped() };
+            return Err(self.transport.failure().map_or_else(other, Error::not_connected));
         };
         loop {
-            self.receive(closes);
+            self.receive(&session.closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
                 return match self.transport.failure() {
@@ -480,6 +502,9 @@ impl Control {
             if let Some(failure) = self.transport.failure() {
                 return Err(Error::not_connected(failure));
             }
+            if !session.is_open() {
+                return Err(stopped());
+            }
             if Instant::now() >= deadline {
                 if matches!(command, Command::Open { .. }) {
                     self.given_up.push(tag);
@@ -487,7 +512,7 @@ impl Control {
                 return Err(timed_out());
             }
             // A signal is the caller's business, but not a reason to give up half way. The transport ends a wait for a dead server.
-            match self.transport.wait(Some(deadline)) {
+            match self.transport.wait(Some(deadline.min(Instant::now() + STOP_TIME))) {
                 Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
                 _ => {}
             }

@@ -409,6 +409,23 @@ fn no_call_waits_for_ever_for_a_server_that_only_answers_pings() {
 }
 
 #[test]
+fn stop_ends_the_calls_of_other_threads_at_once() {
+    let (server, session, file) = start();
+    server.mute(true);
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        // One waits for the server, the other for the connection.
+        let calls = [0, 1].map(|_| scope.spawn(|| file.status().unwrap_err().errno()));
+        std::thread::sleep(Duration::from_millis(100));
+        session.stop();
+        for call in calls {
+            assert_eq!(call.join().unwrap(), libc::ENOTCONN);
+        }
+    });
+    assert!(began.elapsed() < Options::default().call_timeout / 10, "{:?}", began.elapsed());
+}
+
+#[test]
 fn after_a_timeout_the_other_calls_of_the_session_do_not_wait_as_long_again() {
     let (server, _, _) = start();
     let timeout = Duration::from_secs(4);

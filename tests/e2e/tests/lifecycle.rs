@@ -44,6 +44,16 @@ fn killing_a_client_at_full_depth_leaks_no_slot_descriptor_or_memory() {
 }
 
 #[test]
+fn a_forked_child_that_uses_what_is_its_parents_gets_errors_and_disturbs_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::write(directory.path().join("file"), vec![1; 1 << 20]).expect("a file");
+    let server = Server::start(&[&format!("d={},rw", directory.path().display())]);
+    let forked =
+        Command::new(binary("forked")).args([&server.url(), "/d/file"]).output().expect("forked runs");
+    assert!(forked.status.success(), "{}", String::from_utf8_lossy(&forked.stderr));
+}
+
+#[test]
 fn a_thousand_sessions_leave_the_server_where_it_began() {
     let directory = tempfile::tempdir().expect("a directory");
     std::fs::write(directory.path().join("file"), "content").expect("a file");
