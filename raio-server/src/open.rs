@@ -38,6 +38,8 @@ pub struct Opening {
     pub how: OpenHow,
     /// For what.
     pub access: Access,
+    /// If somebody has a lease on the file, it waits for them to give it up. Else it fails with EAGAIN then, and they are asked to.
+    pub waits_for_lease: bool,
 }
 
 /// A file that has been opened.
@@ -104,7 +106,7 @@ impl Opening {
                 Err(Errno::EXIST) if !must_be_new => path = self.behind_link(base, path)?,
                 Err(Errno::XDEV) => return Err(self.leads_out(base, &path, lookup)),
                 Err(errno) => return Err(self.failed(errno)),
-                Ok(fd) => return self.checked(name, root, base, &fd).map(|()| fd),
+                Ok(fd) => return self.checked(name, root, base, &fd).map(|_| fd),
             }
         }
         Err(self.failed(Errno::LOOP))
@@ -142,9 +144,21 @@ impl Opening {
         base: BorrowedFd<'_>,
         node: &OwnedFd,
     ) -> Result<OwnedFd, Refusal> {
-        self.checked(name, root, base, node)?;
+        let kind = self.checked(name, root, base, node)?;
+        // Leases are on regular files, and to devices O_NONBLOCK means something else.
+        let nonblock = if self.waits_for_lease || kind != FileType::RegularFile {
+            OFlags::empty()
+        } else {
+            OFlags::NONBLOCK
+        };
         let flags = self.flags() - (OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
-        reopen(node, flags).map_err(|errno| match errno {
+        let opened = reopen(node, flags | nonblock).and_then(|fd| {
+            if !nonblock.is_empty() {
+                rustix::io::ioctl_fionbio(&fd, false)?;
+            }
+            Ok(fd)
+        });
+        opened.map_err(|errno| match errno {
             Errno::NOENT => {
                 self.refusal(libc::ENOSYS, "The server has no /proc (any more), by which it opens files.")
             }
@@ -154,7 +168,13 @@ impl Opening {
         })
     }
 
-    fn checked(&self, name: &str, root: &Root, base: BorrowedFd<'_>, node: &OwnedFd) -> Result<(), Refusal> {
+    fn checked(
+        &self,
+        name: &str,
+        root: &Root,
+        base: BorrowedFd<'_>,
+        node: &OwnedFd,
+    ) -> Result<FileType, Refusal> {
         root.check(name, base, node).map_err(|(errno, why)| self.refusal(errno, why))
     }
 

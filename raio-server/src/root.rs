@@ -199,9 +199,14 @@ impl Root {
         }
     }
 
-    /// Whether what a lookup has found may be opened; the errno and the reason if not. `base` is the root's directory, `name` the export's
+    /// What a lookup has found, if it may be opened; the errno and the reason if not. `base` is the root's directory, `name` the export's
     /// name, for the log.
-    pub fn check(&self, name: &str, base: BorrowedFd<'_>, node: &OwnedFd) -> Result<(), (i32, &'static str)> {
+    pub fn check(
+        &self,
+        name: &str,
+        base: BorrowedFd<'_>,
+        node: &OwnedFd,
+    ) -> Result<FileType, (i32, &'static str)> {
         let failed = |errno: Errno| (errno.raw_os_error(), "");
         let stat = statx(node).map_err(failed)?;
         let found = FileType::from_raw_mode(stat.stx_mode.into());
@@ -232,7 +237,7 @@ impl Root {
         if let Some(largest) = &self.largest {
             largest.fetch_max(stat.stx_size, Ordering::Relaxed);
         }
-        Ok(())
+        Ok(found)
     }
 }
 

@@ -38,16 +38,21 @@ pub type Lane = pool::Lane<Job>;
 
 /// Opens and questions about files of an export that run at a time...
 const CONTROL_WIDTH: usize = 8;
+/// ... opens that wait for the holder of a lease, ...
+const LEASE_WIDTH: usize = 4;
 /// ... flushes and changes of its files' allocation, ...
 const FLUSH_WIDTH: usize = 8;
 /// ... and reads and writes: enough to keep a disk busy that serves several requests at a time.
 const DATA_WIDTH: usize = 16;
 
-/// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads.
+/// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads, and leases not the opens of
+/// other files.
 #[derive(Clone, Copy, Debug)]
 pub struct Lanes {
     /// For open, stat and close.
     pub control: Lane,
+    /// For opens that wait for the holder of a lease.
+    pub lease: Lane,
     /// For fsync, discard and write zeroes.
     pub flush: Lane,
     /// For reads and writes.
@@ -61,6 +66,7 @@ impl Lanes {
     pub fn new(pool: &'static Pool<Job>) -> Self {
         Self {
             control: pool.lane(CONTROL_WIDTH),
+            lease: pool.lane(LEASE_WIDTH),
             flush: pool.lane(FLUSH_WIDTH),
             data: pool.lane(DATA_WIDTH),
             misses: Box::leak(Box::default()),

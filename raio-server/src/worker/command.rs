@@ -147,12 +147,19 @@ impl Worker {
                 path,
                 how,
                 access: Access::from_flags(flags),
+                waits_for_lease: false,
             }))),
         }
     }
 
     /// An open has ended.
     pub(super) fn open_ended(&mut self, key: usize, result: Result<Box<Opened>, Refusal>) {
+        if let Err(refusal) = &result
+            && refusal.status.errno == libc::EAGAIN
+            && self.wait_for_lease(key)
+        {
+            return;
+        }
         let response = match (result, self.requests[key].connection) {
             (Ok(opened), Some(connection)) => {
                 let Opened { file, info } = *opened;

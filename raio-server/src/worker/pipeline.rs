@@ -325,7 +325,8 @@ impl Worker {
             Work::Close => return,
             Work::Open(opening) => {
                 let (shared, opening) = (Arc::clone(&self.shared), opening.clone());
-                let lane = shared.exports.all()[opening.export].lanes().control;
+                let lanes = shared.exports.all()[opening.export].lanes();
+                let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
                 let call = move || {
                     let opened = opening.open(&shared.exports.all()[opening.export]);
                     Outcome::Opened(opened.map(Box::new))
@@ -347,6 +348,20 @@ impl Worker {
                 self.answer(key, response);
             }
         }
+    }
+
+    /// Has an open wait for the holder of a lease, in a lane where it holds up its kind alone. False if it did that already, or nobody
+    /// wants it any more.
+    pub(super) fn wait_for_lease(&mut self, key: usize) -> bool {
+        if self.requests[key].is_cancelled || !self.has_client(key) {
+            return false;
+        }
+        match &mut self.requests[key].work {
+            Work::Open(opening) if !opening.waits_for_lease => opening.waits_for_lease = true,
+            _ => return false,
+        }
+        self.begin_execution(key, None);
+        true
     }
 
     pub(super) fn completed(&mut self, completion: Completion) {

@@ -174,29 +174,69 @@ fn creation_does_what_open_2_does() {
     });
 }
 
-#[test]
-fn an_open_waits_for_the_holder_of_a_lease() {
+/// A process that holds leases on files, until its standard input ends. It gives them up when it is asked to, if `on_request`.
+fn lease_holder(paths: &[PathBuf], on_request: bool) -> Child {
     let holder = "import fcntl, os, signal, sys\n\
-                  fd = os.open(sys.argv[1], os.O_RDWR)\n\
-                  signal.signal(signal.SIGIO, lambda *_: fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK))\n\
-                  fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                  fds = [os.open(path, os.O_RDWR) for path in sys.argv[2:]]\n\
+                  lease = lambda kind: [fcntl.fcntl(fd, fcntl.F_SETLEASE, kind) for fd in fds]\n\
+                  give_up = lambda *_: lease(fcntl.F_UNLCK)\n\
+                  signal.signal(signal.SIGIO, give_up if sys.argv[1] == 'true' else signal.SIG_IGN)\n\
+                  lease(fcntl.F_WRLCK)\n\
                   print('held', flush=True)\n\
                   sys.stdin.read()\n";
+    let mut python = Process::new("python3");
+    python.args(["-c", holder, &on_request.to_string()]).args(paths);
+    let mut python = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
+    let mut line = String::new();
+    BufReader::new(python.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "held\n");
+    python
+}
+
+#[test]
+fn an_open_waits_for_the_holder_of_a_lease() {
     each(|variant| {
         let server = Server::start(variant, &[]);
         std::fs::write(server.path("leased"), "leased").unwrap();
         for flags in [OPEN_READ, RW | OPEN_TRUNCATE] {
-            let mut python = Process::new("python3");
-            python.args(["-c", holder]).arg(server.path("leased"));
-            let mut python: Child =
-                python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
-            let mut line = String::new();
-            BufReader::new(python.stdout.take().unwrap()).read_line(&mut line).unwrap();
-            assert_eq!(line, "held\n");
+            let mut holder = lease_holder(&[server.path("leased")], true);
             let opened = server.client().open("/d/leased", flags);
-            drop(python.stdin.take());
-            python.wait().unwrap();
+            drop(holder.stdin.take());
+            holder.wait().unwrap();
             assert!(opened.is_ok(), "{opened:?}");
+        }
+    });
+}
+
+#[test]
+fn opens_that_wait_for_the_holder_of_a_lease_hold_up_no_other_open() {
+    each(|variant| {
+        let server = Server::start(variant, &[]);
+        let leased: Vec<_> = (0..10).map(|n| server.path(&n.to_string())).collect();
+        leased.iter().for_each(|path| std::fs::write(path, "leased").unwrap());
+        let mut holder = lease_holder(&leased, false);
+        std::fs::write(server.path("other"), "other").unwrap();
+        let mut waits = server.client();
+        let tags: Vec<_> = (0..40)
+            .map(|n| {
+                let path = format!("/d/{}", n % leased.len());
+                waits.send(&Command::Open { flags: RW, mode: 0, path: path.as_bytes() }, Bulk::None).0
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(200));
+        let started = Instant::now();
+        let mut client = server.client();
+        let other = client.open("/d/other", OPEN_READ).unwrap();
+        assert_eq!(client.status(other).unwrap().size.get(), 5);
+        let lease_break_time: u64 = std::fs::read_to_string("/proc/sys/fs/lease-break-time")
+            .ok()
+            .and_then(|seconds| seconds.trim().parse().ok())
+            .unwrap_or(45);
+        assert!(started.elapsed().as_secs() < lease_break_time / 4, "it took {:?}", started.elapsed());
+        drop(holder.stdin.take());
+        holder.wait().unwrap();
+        for tag in tags {
+            assert!(waits.wait(tag).status.is_ok());
         }
     });
 }
