@@ -3,6 +3,7 @@
 //! The TCP connection of one that has moved stays, carrying nothing: its end, which the kernel tells at once when a process dies, is the
 //! end of the connection, and the other way round. What this looks like on the wire is in docs/PROTOCOL.md, part 3.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -157,6 +158,15 @@ impl Server {
         }
     }
 
+    /// Keeps this, for its owner, as long as the connection takes anything of the system: a while longer than until it is reported as closed.
+    pub fn hold(&mut self, connection: ConnectionId, held: Arc<dyn Any>) {
+        match (self.place(connection), &mut self.rdma) {
+            (Place::Tcp(id), _) => self.tcp.hold(id, held),
+            (Place::Rdma(id), Some(rdma)) => rdma.hold(id, held),
+            (Place::Rdma(_), None) => unreachable!("it has no such connections"),
+        }
+    }
+
     /// Whether a connection began by rdma_cm, and not over TCP.
     pub fn is_by_rdma_cm(connection: ConnectionId) -> bool {
         connection.index & 1 == 1
@@ -218,6 +228,9 @@ impl Server {
                     let moved = Moved { stream, queue_pair };
                     set(&mut self.moved, stream, moved);
                     self.moved_count += 1;
+                    if let Some(held) = self.tcp.held(stream) {
+                        rdma.hold(queue_pair, held);
+                    }
                     set(&mut self.streams, queue_pair, moved);
                     self.tcp.answer_exchange(reactor, stream, Ok(&ours));
                 }

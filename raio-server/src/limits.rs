@@ -1,8 +1,8 @@
-//! What one session and one peer address may have: connections, open files, requests in flight. Memory is each worker's own business.
+//! What one session and one peer address may have: sessions, connections, open files, requests in flight. Memory is each worker's own business.
 //!
 //! Connections and files take descriptors of one process. As long as there are some for everybody nobody is limited but by options.
 //! The last few are for those who have fewer than are left, at first for any such session, at last for such an address: whoever took all
-//! the others is rejected, and the next client is not.
+//! the others is rejected, and the next client is not. The same holds for sessions, by address.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -120,6 +120,8 @@ impl Excess {
 /// What one session has, or the clients of one address have.
 #[derive(Debug, Default)]
 pub struct Account {
+    /// None, if it is a session's.
+    sessions: AtomicUsize,
     connections: AtomicUsize,
     files: AtomicUsize,
     requests: AtomicUsize,
@@ -159,7 +161,7 @@ pub struct Limits {
     by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
 }
 
-/// A connection's place. Dropping it frees the place.
+/// A connection's place: it lasts until the socket is closed. Dropping it frees the place.
 #[derive(Debug)]
 pub struct Place {
     limits: Arc<Limits>,
@@ -259,6 +261,27 @@ impl Limits {
         }
         self.connections.fetch_add(1, Ordering::Relaxed);
         Ok(Place { limits: Arc::clone(self), address: account })
+    }
+
+    /// The clients of an address begin another session, where there are `used` of `max`. The address counts it until [`Limits::end_session`].
+    /// There are more than `max` for addresses that have few: as many as that, and [`RESERVE`].
+    pub fn begin_session(&self, used: usize, max: usize, address: &AddressAccount) -> Result<(), Excess> {
+        let own = address.as_ref().map(|account| get(&account.sessions));
+        let left = (max + RESERVE.min(max)).saturating_sub(used);
+        if used >= max && own.is_none_or(|own| own >= left) {
+            let theirs = own.map_or(String::new(), |own| format!(", {own} of them from this address"));
+            let text = format!(
+                "The server has as many sessions as it takes ({used}){theirs}. Come back when one has ended, or raise its --max-sessions."
+            );
+            return Err(Excess::new(Who::Address, text));
+        }
+        address.iter().for_each(|account| _ = account.sessions.fetch_add(1, Ordering::Relaxed));
+        Ok(())
+    }
+
+    /// A session has ended.
+    pub fn end_session(&self, address: &AddressAccount) {
+        address.iter().for_each(|account| _ = account.sessions.fetch_sub(1, Ordering::Relaxed));
     }
 
     /// A session may keep another connection, which has its place. The session counts it until [`Limits::leave`].

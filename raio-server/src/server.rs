@@ -242,11 +242,11 @@ impl Server {
                 return;
             }
         };
-        self.hand_over(connection, place);
+        self.hand_over(connection, Arc::new(place));
     }
 
     /// Hands a connection to the worker that has fewest.
-    fn hand_over(&mut self, connection: RawConnection, place: Place) {
+    fn hand_over(&mut self, connection: RawConnection, place: Arc<Place>) {
         let placement = &self.shared.placement;
         let rank = |at: usize, worker: &WorkerHandle| {
             let waiting = worker.doors.connections.waiting() as u64;

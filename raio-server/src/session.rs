@@ -7,6 +7,7 @@
 //! A session lives as long as it has connections. When the last one goes its files close.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -148,23 +149,25 @@ pub struct Session {
     files: Mutex<Files>,
     /// What it has, on all workers.
     account: Account,
+    /// Of the address that its first connection was from: counts it.
+    address: AddressAccount,
     limits: Arc<Limits>,
 }
 
 #[derive(Debug, Default)]
 struct Files {
-    entries: Vec<Entry>,
+    entries: Vec<FileEntry>,
     free: Vec<u32>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct FileEntry {
     generation: u32,
     /// With the account that counts it beside the session's.
     file: Option<(Arc<OpenFile>, AddressAccount)>,
 }
 
-impl Entry {
+impl FileEntry {
     fn handle(&self, index: usize) -> FileHandle {
         FileHandle(self.generation << INDEX_BITS | index as u32)
     }
@@ -184,7 +187,7 @@ impl Session {
         let index = files.free.pop().map_or_else(
             || {
                 // Not 0, so that no handle is all zeros.
-                files.entries.push(Entry { generation: 1, file: None });
+                files.entries.push(FileEntry { generation: 1, file: None });
                 files.entries.len() - 1
             },
             |index| index as usize,
@@ -271,28 +274,31 @@ struct Joined {
 }
 
 impl Sessions {
-    /// None yet. There may be `sessions_max` at a time, with what `limits` allows them.
+    /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what `limits` allows them.
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         Self { by_id: Mutex::default(), sessions_max, limits }
     }
 
-    /// A worker has got its first connection of this session. None: it would be one more than there may be.
-    pub fn join(&self, id: SessionId) -> Option<Arc<Session>> {
+    /// A worker has got its first connection of this session, from an address. The error says why there may not be one more.
+    pub fn join(&self, id: SessionId, address: &AddressAccount) -> Result<Arc<Session>, Excess> {
         let mut by_id = lock(&self.by_id);
-        if by_id.len() >= self.sessions_max && !by_id.contains_key(&id) {
-            return None;
-        }
-        let joined = by_id.entry(id).or_insert_with(|| {
-            let session = Session {
-                id,
-                files: Mutex::default(),
-                account: Account::default(),
-                limits: Arc::clone(&self.limits),
-            };
-            Joined { session: Arc::new(session), workers: 0 }
-        });
+        let used = by_id.len();
+        let joined = match by_id.entry(id) {
+            Entry::Occupied(joined) => joined.into_mut(),
+            Entry::Vacant(vacant) => {
+                self.limits.begin_session(used, self.sessions_max, address)?;
+                let session = Session {
+                    id,
+                    files: Mutex::default(),
+                    account: Account::default(),
+                    address: address.clone(),
+                    limits: Arc::clone(&self.limits),
+                };
+                vacant.insert(Joined { session: Arc::new(session), workers: 0 })
+            }
+        };
         joined.workers += 1;
-        Some(Arc::clone(&joined.session))
+        Ok(Arc::clone(&joined.session))
     }
 
     /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any more.
@@ -304,13 +310,9 @@ impl Sessions {
             return Vec::new();
         }
         by_id.remove(&session.id);
+        self.limits.end_session(&session.address);
         drop(by_id);
         session.close_all()
-    }
-
-    /// How many there may be at a time.
-    pub fn max(&self) -> usize {
-        self.sessions_max
     }
 
     /// How many there are.
@@ -350,7 +352,7 @@ mod tests {
     #[test]
     fn a_handle_does_not_outlive_its_close() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16])).unwrap();
+        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
         let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -365,7 +367,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = sessions(9, 1).join(SessionId([1; 16])).unwrap();
+        let session = sessions(9, 1).join(SessionId([1; 16]), &None).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null(), &None).unwrap();
@@ -377,8 +379,8 @@ mod tests {
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16])).unwrap();
-        assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16])).unwrap()));
+        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
+        assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16]), &None).unwrap()));
         let file = null();
         let handle = session.insert(Arc::clone(&file), &None).unwrap();
         assert!(sessions.leave(&session).is_empty());
@@ -392,33 +394,37 @@ mod tests {
     #[test]
     fn sessions_do_not_see_each_others_files() {
         let sessions = sessions(9, 10);
-        let handle = sessions.join(SessionId([1; 16])).unwrap().insert(null(), &None).unwrap();
-        assert!(sessions.join(SessionId([2; 16])).unwrap().get(handle).is_none());
+        let handle = sessions.join(SessionId([1; 16]), &None).unwrap().insert(null(), &None).unwrap();
+        assert!(sessions.join(SessionId([2; 16]), &None).unwrap().get(handle).is_none());
     }
 
     #[test]
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
         let sessions = sessions(1, 9);
-        let session = sessions.join(SessionId([1; 16])).unwrap();
-        assert!(sessions.join(SessionId([2; 16])).is_none());
-        assert!(sessions.join(SessionId([1; 16])).is_some());
+        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
+        assert!(sessions.join(SessionId([2; 16]), &None).is_err());
+        assert!(sessions.join(SessionId([1; 16]), &None).is_ok());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16])).is_none());
+        assert!(sessions.join(SessionId([2; 16]), &None).is_err());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16])).is_some());
+        assert!(sessions.join(SessionId([2; 16]), &None).is_ok());
     }
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
         let sessions = sessions(9, 2);
-        let (session, other) =
-            (sessions.join(SessionId([1; 16])).unwrap(), sessions.join(SessionId([2; 16])).unwrap());
+        let (session, other) = (
+            sessions.join(SessionId([1; 16]), &None).unwrap(),
+            sessions.join(SessionId([2; 16]), &None).unwrap(),
+        );
         let first = session.insert(null(), &None).unwrap();
         while session.insert(null(), &None).is_ok() {}
         let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
         assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
-        while sessions.join(SessionId([3; 16])).is_some_and(|third| third.insert(null(), &None).is_ok()) {}
+        while sessions.join(SessionId([3; 16]), &None).is_ok_and(|third| third.insert(null(), &None).is_ok())
+        {
+        }
         session.close(first).unwrap();
-        assert!(sessions.join(SessionId([4; 16])).unwrap().insert(null(), &None).is_ok());
+        assert!(sessions.join(SessionId([4; 16]), &None).unwrap().insert(null(), &None).is_ok());
     }
 }

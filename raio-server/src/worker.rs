@@ -90,7 +90,7 @@ pub struct Doors {
     /// Its mailbox.
     pub mailbox: Sender<Mail>,
     /// Connections that it is to serve.
-    pub connections: Sender<(RawConnection, Place)>,
+    pub connections: Sender<(RawConnection, Arc<Place>)>,
 }
 
 /// A connection that was accepted, and nothing more.
@@ -142,14 +142,14 @@ pub struct Worker {
     /// Its place among the workers.
     index: usize,
     mail: Receiver<Mail>,
-    incoming: Receiver<(RawConnection, Place)>,
+    incoming: Receiver<(RawConnection, Arc<Place>)>,
     reactor: Reactor,
     arena: Arena,
     transport: any::Server,
     backend: Box<dyn Backend>,
     connections: Slab<Connection>,
-    /// Of all connections, those in their handshake among them.
-    places: HashMap<ConnectionId, Place>,
+    /// Of all connections, those in their handshake among them. The transport holds them, too, and longer: until a socket is closed.
+    places: HashMap<ConnectionId, Arc<Place>>,
     /// What addresses that connections are from have.
     addresses: Addresses,
     /// Connections that have got memory since it was last noted what all hold, or held some then.
@@ -386,7 +386,7 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, connection: RawConnection, place: Place) {
+    fn adopt(&mut self, connection: RawConnection, place: Arc<Place>) {
         let peer = connection.peer();
         let adopted = match connection {
             RawConnection::Tcp(stream, _) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
@@ -405,6 +405,7 @@ impl Worker {
                 return;
             }
         };
+        self.transport.hold(id, Arc::clone(&place) as _);
         self.places.insert(id, place);
         if let Some(peer) = peer {
             self.peers.insert(id, peer);

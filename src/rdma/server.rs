@@ -11,6 +11,7 @@
 //! One that has news is *hot*: its queue is polled each turn. Before the worker sleeps every hot one is armed, polled once more, and
 //! from then on announces itself at its device's completion channel.
 
+use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
@@ -118,6 +119,8 @@ struct Port {
 struct Connection {
     generation: u32,
     qp: QueuePair,
+    /// Dropped after the queue pair. See [`Server::hold`].
+    held: Option<Arc<dyn Any>>,
     /// The client's address, for the log.
     peer: Option<IpAddr>,
     port: usize,
@@ -242,6 +245,13 @@ impl Server {
         self.watch(reactor, Kind::Completions, self.ports.len() - 1);
         self.watch(reactor, Kind::Device, self.ports.len() - 1);
         Ok(())
+    }
+
+    /// Keeps this, for its owner, as long as the connection has its queue pair: until it is reported as closed or a while longer.
+    pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
+        if let Some(connection) = self.get(id) {
+            connection.held = Some(held);
+        }
     }
 
     /// What was counted, over all connections.
@@ -802,6 +812,7 @@ impl Connection {
         Self {
             generation: id.generation,
             qp,
+            held: None,
             peer: None,
             port,
             state,

@@ -10,6 +10,7 @@
 
 mod watch;
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -202,6 +203,8 @@ impl Unread {
 struct Connection {
     id: ConnectionId,
     socket: File,
+    /// Dropped after the socket. See [`Server::hold`].
+    held: Option<Arc<dyn Any>>,
     state: State,
     grant: Option<Grant>,
     /// It was passed on to here, and stays.
@@ -406,6 +409,18 @@ impl Server {
         id
     }
 
+    /// Keeps this, for its owner, until the connection's socket is closed, which may be a while after the connection is reported as closed.
+    pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
+        if let Some(connection) = self.entry(id).and_then(|entry| entry.connection.as_mut()) {
+            connection.held = Some(held);
+        }
+    }
+
+    /// What is kept for its owner.
+    pub fn held(&self, id: ConnectionId) -> Option<Arc<dyn Any>> {
+        self.connection(id)?.held.clone()
+    }
+
     fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
@@ -429,6 +444,7 @@ impl Server {
         Box::new(Connection {
             id,
             socket,
+            held: None,
             state: State::Handshake(Vec::new()),
             grant: None,
             is_placed: false,
@@ -509,8 +525,11 @@ impl Server {
 
     /// Takes a connection out of its place, so that it can be changed together with the rest. [`Server::put`] it back.
     fn take(&mut self, id: ConnectionId) -> Option<Box<Connection>> {
-        let entry = self.entries.get_mut(id.index as usize)?;
-        if entry.generation == id.generation { entry.connection.take() } else { None }
+        self.entry(id)?.connection.take()
+    }
+
+    fn entry(&mut self, id: ConnectionId) -> Option<&mut Entry> {
+        self.entries.get_mut(id.index as usize).filter(|entry| entry.generation == id.generation)
     }
 
     /// Puts a connection back, or ends it if nothing keeps it.

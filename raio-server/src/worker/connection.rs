@@ -82,15 +82,13 @@ impl Worker {
             // It stays where it was accepted. The others were counted when their place was claimed, even if they have ended since.
             self.shared.placement.add(self.index);
         }
+        let account = self.places.get(&id).and_then(|place| place.address().clone());
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
             None => {
-                let Some(session) = self.shared.sessions.join(peer.session) else {
-                    let text = format!(
-                        "The server has as many sessions as it takes ({}). Come back when one has ended, or raise its --max-sessions.",
-                        self.shared.sessions.max()
-                    );
-                    return self.reject(id, address, &peer, &text);
+                let session = match self.shared.sessions.join(peer.session, &account) {
+                    Ok(session) => session,
+                    Err(Excess { text, .. }) => return self.reject(id, address, &peer, &text),
                 };
                 let key = self.sessions.insert(LocalSession {
                     session,
@@ -102,7 +100,6 @@ impl Worker {
                 key
             }
         };
-        let account = self.places.get(&id).and_then(|place| place.address().clone());
         if let Err(Excess { text, .. }) = self.sessions[session].session.attach(&account) {
             self.counters.rejected_connections.add(1);
             if self.sessions[session].connections == 0 {

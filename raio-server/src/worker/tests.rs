@@ -61,7 +61,7 @@ fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
     let place = Limits::new(64, 16, Caps::default(), Caps::default()).connect(None).expect("a place");
-    worker.adopt(RawConnection::Tcp(theirs.into(), None), place);
+    worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(place));
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {

@@ -3,6 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use raio_e2e::{Raw, Server, binary, raw_request};
 use raio_transport::handshake::Offer;
@@ -131,6 +132,64 @@ fn caps_reject_only_who_exceeds_them() {
     drop((other, raw));
     server.statistics_when(raio_e2e::is_at_rest);
     drop(connect(&server, &offer).expect("there are places again"));
+}
+
+#[test]
+fn a_connection_that_was_rejected_and_stays_has_its_place_until_its_socket_is_closed() {
+    const MAY_HAVE: usize = 4;
+    let mut server = start(&format!("--workers 2 --limits-per-address connections={MAY_HAVE}"));
+    let before = server.descriptors().len();
+    let mut damaged = Offer::new("damaged").hello();
+    *damaged.last_mut().expect("a hello has bytes") ^= 1;
+    let mut clients = Vec::new();
+    for _ in 0..10 * MAY_HAVE {
+        let mut client = TcpStream::connect(server.address()).expect("the server listens");
+        // It is told of the damage, or that there are too many of it.
+        let _ = client.write_all(&damaged);
+        let _ = client.read_to_end(&mut Vec::new());
+        clients.push(client);
+        // One more may be on its way out.
+        let open = server.descriptors().len() - before;
+        assert!(open <= MAY_HAVE + 1, "{open} sockets are open for an address that may have {MAY_HAVE}");
+    }
+    assert!(rejected(&mut server, "address_connections") > 0);
+    let others = Raw::open_on(elsewhere(&server), &Offer::new("other"), "/n", OPEN_READ);
+    drop(others.expect("another address has its own"));
+    // The server closes them although the client does not.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while let Err(text) = connect(&server, &Offer::new("late")) {
+        assert!(Instant::now() < deadline, "no place became free: {text}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(clients);
+}
+
+#[test]
+fn an_address_that_takes_every_session_is_rejected_and_other_addresses_are_not() {
+    const SESSIONS: usize = 20;
+    let mut server = start(&format!("--workers 2 --max-sessions {SESSIONS}"));
+    let begin_all = |server: &Server| -> Vec<_> {
+        let begin = |_| connect(server, &Offer::new("greedy")).expect("nobody else wants any");
+        (0..SESSIONS).map(begin).collect()
+    };
+    let greedy = begin_all(&server);
+    let text = connect(&server, &Offer::new("greedy")).expect_err("it has them all");
+    assert!(text.contains(&format!("({SESSIONS}), {SESSIONS} of them from this address")), "{text}");
+
+    let begin = || Raw::open_on(elsewhere(&server), &Offer::new("other"), "/n", OPEN_READ);
+    let mut others = vec![begin().expect("another address has none")];
+    let text = loop {
+        match begin() {
+            Ok(other) => others.push(other),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(text.contains("of them from this address"), "{text}");
+    assert!((2..SESSIONS).contains(&others.len()), "{} of what is left", others.len());
+
+    drop((greedy, others));
+    server.statistics_when(raio_e2e::is_at_rest);
+    drop(begin_all(&server));
 }
 
 /// A connection from another address than all others.
@@ -280,7 +339,7 @@ fn a_connection_that_pings_and_never_reads_costs_little() {
         let mut last = u64::MAX;
         loop {
             fill(clients);
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(50));
             let turns = server.statistics()["turns"].as_u64().expect("a number");
             if turns.wrapping_sub(last) < 8 {
                 break;
