@@ -14,10 +14,11 @@ use raio_transport::Status;
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, retry_on_intr};
+use rustix::path::Arg;
 
 use crate::backend::{Descriptor, FileInfo, stat};
 use crate::export::{Export, Refusal, Shown};
-use crate::root::Root;
+use crate::root::{Root, check_file_system};
 use crate::session::{Access, FileKind, OpenFile};
 
 /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
@@ -90,9 +91,9 @@ impl Opening {
         let mut path = Cow::Borrowed(&*self.path);
         for _ in 0..CREATIONS_MAX {
             if !(must_be_new && creates) {
-                match self.openat(base, &path, lookup) {
+                match self.openat(base, &*path, lookup) {
                     Ok(_) if must_be_new => return Err(self.failed(Errno::EXIST)),
-                    Ok(node) => return self.open_node(name, root, base, &node),
+                    Ok(node) => return self.open_node(name, root, &node),
                     // What open(2) says of `file/`, the attempt to create it says, too.
                     Err(Errno::NOENT | Errno::NOTDIR) if creates => {}
                     Err(Errno::NOENT) if root.is_device() => {
@@ -102,20 +103,42 @@ impl Opening {
                     Err(errno) => return Err(self.failed(errno)),
                 }
             }
-            match self.openat(base, &path, self.flags() | OFlags::EXCL) {
-                Err(Errno::EXIST) if !must_be_new => path = self.behind_link(base, path)?,
-                Err(Errno::XDEV) => return Err(self.leads_out(base, &path, lookup)),
-                Err(errno) => return Err(self.failed(errno)),
-                Ok(fd) => return self.checked(name, root, base, &fd).map(|_| fd),
+            match self.create(name, root, base, &path, lookup)? {
+                Some(fd) => return Ok(fd),
+                None => path = self.behind_link(base, path)?,
             }
         }
         Err(self.failed(Errno::LOOP))
     }
 
+    /// Creates the file; None if there is something already and that may be. Its directory is looked up first: where files are not served
+    /// none is created either.
+    fn create(
+        &self,
+        name: &str,
+        root: &Root,
+        base: BorrowedFd<'_>,
+        path: &CStr,
+        lookup: OFlags,
+    ) -> Result<Option<OwnedFd>, Refusal> {
+        let failed = |errno| match errno {
+            Errno::XDEV => self.leads_out(base, path, lookup),
+            errno => self.failed(errno),
+        };
+        let (parent, file) = split(path.to_bytes());
+        let directory = self.openat(base, parent, OFlags::PATH | OFlags::DIRECTORY).map_err(failed)?;
+        check_file_system(&directory).map_err(|(errno, why)| self.refusal(errno, why))?;
+        match self.openat(directory.as_fd(), file, self.flags() | OFlags::EXCL) {
+            Err(Errno::EXIST) if !self.has(OFlags::EXCL) => Ok(None),
+            Err(errno) => Err(failed(errno)),
+            Ok(fd) => self.checked(name, root, &fd).map(|_| Some(fd)),
+        }
+    }
+
     /// The path to create a file at when there is something at `path` that a lookup did not find: most likely a symbolic link to where
     /// there is nothing. open(2) with O_CREAT would create its target.
     fn behind_link<'a>(&self, base: BorrowedFd<'_>, path: Cow<'a, CStr>) -> Result<Cow<'a, CStr>, Refusal> {
-        let target = match self.openat(base, &path, OFlags::PATH | OFlags::NOFOLLOW) {
+        let target = match self.openat(base, &*path, OFlags::PATH | OFlags::NOFOLLOW) {
             Ok(node) => rustix::fs::readlinkat(&node, c"", Vec::new()),
             Err(errno) => Err(errno),
         };
@@ -137,14 +160,8 @@ impl Opening {
     }
 
     /// Opens what the lookup has found, if that may be.
-    fn open_node(
-        &self,
-        name: &str,
-        root: &Root,
-        base: BorrowedFd<'_>,
-        node: &OwnedFd,
-    ) -> Result<OwnedFd, Refusal> {
-        let kind = self.checked(name, root, base, node)?;
+    fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<OwnedFd, Refusal> {
+        let kind = self.checked(name, root, node)?;
         // Leases are on regular files, and to devices O_NONBLOCK means something else.
         let nonblock = if self.waits_for_lease || kind != FileType::RegularFile {
             OFlags::empty()
@@ -168,17 +185,11 @@ impl Opening {
         })
     }
 
-    fn checked(
-        &self,
-        name: &str,
-        root: &Root,
-        base: BorrowedFd<'_>,
-        node: &OwnedFd,
-    ) -> Result<FileType, Refusal> {
-        root.check(name, base, node).map_err(|(errno, why)| self.refusal(errno, why))
+    fn checked(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<FileType, Refusal> {
+        root.check(name, node).map_err(|(errno, why)| self.refusal(errno, why))
     }
 
-    fn openat(&self, base: BorrowedFd<'_>, path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
+    fn openat(&self, base: BorrowedFd<'_>, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {
         let resolve = ResolveFlags::from_bits_retain(self.how.resolve);
         let creates = flags.contains(OFlags::CREATE) && !flags.contains(OFlags::PATH);
         let mode = if creates { Mode::from_bits_retain(self.how.mode as u32) } else { Mode::empty() };
@@ -217,10 +228,22 @@ impl Opening {
     }
 }
 
+/// The directory of a path, and what is to be found there. A path that ends with `.` or `..` names nothing that could be created, and
+/// stays as it is.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
+    let start = path[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
+    match &path[start..end] {
+        b"" | b"." | b".." => (b".", path),
+        _ if start == 0 => (b".", path),
+        _ => path.split_at(start),
+    }
+}
+
 /// openat2(2), tried again when a rename came in between.
 pub fn openat2(
     base: BorrowedFd<'_>,
-    path: &CStr,
+    path: impl Arg + Copy,
     flags: OFlags,
     mode: Mode,
     resolve: ResolveFlags,

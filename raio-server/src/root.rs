@@ -1,7 +1,7 @@
 //! Where an export's files lie, and which of them are served.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,23 +17,28 @@ use crate::export_spec::ExportSpec;
 use crate::open::openat2;
 use crate::session::SizeLimit;
 
-/// The file systems that are served when they are mounted beneath an export with `cross-mounts`: those that hold files, and none that
-/// stand for the kernel's or a process's state. By `f_type` of statfs(2); raio_server(8) names them.
-const SERVED: [libc::__fsword_t; 27] = [
+/// The types of file systems that are served: those that hold files, and none that stand for the kernel's or a process's state, the
+/// server's own memory among it. By `f_type` of statfs(2); raio_server(8) names them.
+const SERVED: [libc::__fsword_t; 42] = [
     libc::EXT4_SUPER_MAGIC,
     libc::XFS_SUPER_MAGIC,
     libc::BTRFS_SUPER_MAGIC,
     libc::F2FS_SUPER_MAGIC,
     libc::TMPFS_MAGIC,
     libc::OVERLAYFS_SUPER_MAGIC,
+    libc::ECRYPTFS_SUPER_MAGIC,
     libc::NFS_SUPER_MAGIC,
     libc::SMB_SUPER_MAGIC,
+    libc::AFS_SUPER_MAGIC,
+    libc::CODA_SUPER_MAGIC,
     libc::FUSE_SUPER_MAGIC,
     libc::MSDOS_SUPER_MAGIC,
     libc::ISOFS_SUPER_MAGIC,
     libc::REISERFS_SUPER_MAGIC,
     libc::NILFS_SUPER_MAGIC,
-    // ramfs, bcachefs, JFS, ZFS, CIFS, SMB2, Ceph, 9P, GFS2, OCFS2, exFAT, NTFS3, UDF, SquashFS.
+    libc::JFFS2_SUPER_MAGIC,
+    // ramfs, bcachefs, JFS, ZFS, CIFS, SMB2, Ceph, 9P, GFS2, OCFS2, exFAT, NTFS3, NTFS, UDF, SquashFS, EROFS, HFS, HFS+, UBIFS, zonefs,
+    // Lustre, GPFS, BeeGFS, OrangeFS, VirtualBox's.
     0x8584_58f6,
     0xca45_1a4e,
     0x3153_464a,
@@ -46,19 +51,19 @@ const SERVED: [libc::__fsword_t; 27] = [
     0x7461_636f,
     0x2011_bab0,
     0x7366_746e,
+    0x5346_544e,
     0x1501_3346,
     0x7371_7368,
-];
-
-/// What is never served, not even when it is exported by name: files here are the kernel's and processes' state, the server's own
-/// memory among it.
-const NEVER: [libc::__fsword_t; 6] = [
-    libc::PROC_SUPER_MAGIC,
-    libc::SYSFS_MAGIC,
-    libc::DEBUGFS_MAGIC,
-    libc::TRACEFS_MAGIC,
-    libc::SECURITYFS_MAGIC,
-    0x6265_6570, // configfs
+    0xe0f5_e1e2,
+    0x4244,
+    0x482b,
+    0x2405_1905,
+    0x5a4f_4653,
+    0x0bd0_0bd0,
+    0x4750_4653,
+    0x1983_0326,
+    0x2003_0528,
+    0x786f_4256,
 ];
 
 /// A directory, file or block device that is exported. It is looked up anew by each open, so that what is mounted over it, or takes its
@@ -110,13 +115,18 @@ impl Root {
             seen: Mutex::new(None),
         };
         if kind == FileType::Directory {
-            if let Err(Refusal { text, .. }) = this.enter(&spec.name) {
-                ensure!(this.must_be_mountpoint, "{text}");
-                tracing::warn!("{text}");
+            match this.enter(&spec.name) {
+                Ok(directory) => {
+                    directory.map_or(Ok(()), check_file_system).map_err(|(_, why)| anyhow::anyhow!(why))?
+                }
+                Err(Refusal { text, .. }) => {
+                    ensure!(this.must_be_mountpoint, "{text}");
+                    tracing::warn!("{text}");
+                }
             }
         } else {
             let node = openat2(CWD, &this.path, OFlags::PATH, Mode::empty(), this.resolve())?;
-            this.check(&spec.name, CWD, &node).map_err(|(_, why)| anyhow::anyhow!(why))?;
+            this.check(&spec.name, &node).map_err(|(_, why)| anyhow::anyhow!(why))?;
         }
         Ok(this)
     }
@@ -199,14 +209,9 @@ impl Root {
         }
     }
 
-    /// What a lookup has found, if it may be opened; the errno and the reason if not. `base` is the root's directory, `name` the export's
-    /// name, for the log.
-    pub fn check(
-        &self,
-        name: &str,
-        base: BorrowedFd<'_>,
-        node: &OwnedFd,
-    ) -> Result<FileType, (i32, &'static str)> {
+    /// What a lookup has found, if it may be opened; the errno and the reason if not. `name` is the export's, for the
+    /// log.
+    pub fn check(&self, name: &str, node: &OwnedFd) -> Result<FileType, (i32, &'static str)> {
         let failed = |errno: Errno| (errno.raw_os_error(), "");
         let stat = statx(node).map_err(failed)?;
         let found = FileType::from_raw_mode(stat.stx_mode.into());
@@ -227,13 +232,7 @@ impl Root {
             FileType::Symlink => return Err((libc::ELOOP, "")),
             _ => return Err((libc::ENODEV, "It is neither a regular file nor a block device.")),
         }
-        if is_on(node, &NEVER).map_err(failed)? {
-            return Err((libc::EXDEV, "It is the kernel's or a process's state, which is never served."));
-        }
-        let has_crossed = || statx(base).map(|base| base.stx_mnt_id != stat.stx_mnt_id);
-        if self.crosses_mounts && !is_on(node, &SERVED).map_err(failed)? && has_crossed().map_err(failed)? {
-            return Err((libc::EXDEV, "The file system mounted there is of a type that is not served."));
-        }
+        check_file_system(node)?;
         if let Some(largest) = &self.largest {
             largest.fetch_max(stat.stx_size, Ordering::Relaxed);
         }
@@ -241,7 +240,11 @@ impl Root {
     }
 }
 
-/// Whether a file lies on a file system of one of these types.
-fn is_on(fd: impl AsFd, types: &[libc::__fsword_t]) -> Result<bool, Errno> {
-    rustix::fs::fstatfs(fd).map(|info| types.contains(&info.f_type))
+/// Whether files of the file system that this lies on are served; the errno and the reason if not.
+pub fn check_file_system(fd: impl AsFd) -> Result<(), (i32, &'static str)> {
+    match rustix::fs::fstatfs(fd) {
+        Ok(info) if SERVED.contains(&info.f_type) => Ok(()),
+        Ok(_) => Err((libc::EXDEV, "Its file system is of a type that is not served: see raio_server(8).")),
+        Err(errno) => Err((errno.raw_os_error(), "")),
+    }
 }

@@ -286,12 +286,11 @@ fn a_low_limit_on_processes_cancels_nothing() {
 fn the_state_of_processes_is_not_served_though_it_lies_beneath_an_export() {
     let server = serve(
         "[export.root]\npath = '/'\naccess = 'rw'\n\
-         [export.all]\npath = '/'\naccess = 'rw'\ncross-mounts = true\n\
-         [export.proc]\npath = '/proc'\naccess = 'rw'\n",
+         [export.all]\npath = '/'\naccess = 'rw'\ncross-mounts = true\n",
     );
     let mut client = server.client();
     let pid = server.child.id();
-    for export in ["root/proc", "all/proc", "proc"] {
+    for export in ["root/proc", "all/proc"] {
         for file in ["mem", "environ", "maps"] {
             for process in ["self", &pid.to_string()] {
                 let path = format!("/{export}/{process}/{file}");
@@ -301,10 +300,42 @@ fn the_state_of_processes_is_not_served_though_it_lies_beneath_an_export() {
             }
         }
     }
+    // Magic links: they would lead to whatever the process has open, or to its root.
+    for path in ["root/etc/passwd", "cwd/x", "exe", "fd/0"] {
+        let errno = client.open(&format!("/all/proc/self/{path}"), OPEN_READ).unwrap_err();
+        assert!(matches!(errno, libc::ELOOP | libc::EXDEV), "{path}: {errno}");
+    }
     for path in ["/root/sys/kernel/mm/transparent_hugepage/enabled", "/all/sys/kernel/uevent_seqnum"] {
         assert_eq!(client.open(path, OPEN_READ), Err(libc::EXDEV), "{path}");
     }
     assert_eq!(client.open("/all/dev/zero", OPEN_READ), Err(libc::ENODEV));
+}
+
+#[test]
+fn nothing_is_created_on_a_file_system_that_is_not_served() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let directory = temporary();
+    let queues = directory.path().join("queues");
+    std::fs::create_dir(&queues).unwrap();
+    let mounted = Process::new("mount").args(["-t", "mqueue", "none"]).arg(&queues).status().unwrap();
+    if !mounted.success() {
+        return eprintln!("SKIPPED: this kernel has no message queues");
+    }
+    let _mount = Mount(queues.clone());
+    let path = directory.path().display();
+    let server = serve(&format!("[export.d]\npath = '{path}'\naccess = 'rw'\ncross-mounts = true\n"));
+    symlink("queues/behind", directory.path().join("link")).unwrap();
+    let mut client = server.client();
+    for file in ["queues/new", "queues/../queues/new", "link"] {
+        for flags in [NEW, NEW | OPEN_EXCLUSIVE] {
+            // With O_EXCL the link itself is in the way.
+            let expected = if file == "link" && flags != NEW { libc::EEXIST } else { libc::EXDEV };
+            assert_eq!(client.open(&format!("/d/{file}"), flags), Err(expected), "{file} {flags:#x}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(&queues).unwrap().count(), 0, "something was created");
 }
 
 #[test]

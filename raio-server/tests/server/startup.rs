@@ -58,6 +58,10 @@ fn a_check_opens_the_exports_and_starts_nothing() {
     for (arguments, needle) in [
         (&["--check", "--export", "a=/no/such"][..], "/no/such"),
         (&["--check", "--export", "a=/dev/null"], "neither a directory"),
+        (&["--check", "--export", "a=/proc"], "of a type that is not served"),
+        (&["--check", "--export", "a=/sys/kernel"], "of a type that is not served"),
+        (&["--check", "--export", "a=/proc/version"], "of a type that is not served"),
+        (&["--check", "--export", "a=/sys/fs/cgroup/.."], "of a type that is not served"),
         (&["--check", "--config", file, "--workers", "0"], "--workers is 0"),
     ] {
         let (code, text) = run(arguments);
