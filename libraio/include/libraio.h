@@ -21,14 +21,15 @@
  *
  * fork.  A child opens sessions, files and contexts of its own. Those of its parent it does not have: a context is
  * EINVAL there, a descriptor EBADF, and the parent goes on undisturbed, also when the child exits. raio_stop() ends a
- * session at once, whether or not children live. Memory from raio_alloc() is not inherited by a child. A process
+ * session whether or not children live. Memory from raio_alloc() is not inherited by a child. A process
  * that has used RDMA has children that cannot: there raio_connect() says so with EPROTONOSUPPORT, or uses TCP.
  *
  * Time.  Each call that waits for the server has a limit, in struct raio_options: connect_timeout_ms for raio_start(),
  * raio_connect() and raio_setup(); call_timeout_ms for raio_open(), raio_fstat(), raio_close() and raio_destroy(), if
- * the server answers pings but not the call; request_timeout_ms for a server that is silent, and for raio_cancel().
- * raio_getevents() has its own, and the lookup of a host name that of the system's resolver. A signal interrupts
- * raio_getevents() alone (EINTR); all others go on, whatever SA_RESTART says.
+ * the server answers pings but not the call; request_timeout_ms for a server that is silent, and for raio_cancel() with
+ * any server. raio_getevents() has its own: with a NULL timeout it waits as long as a server that answers pings takes.
+ * The lookup of a host name has that of the system's resolver. A signal interrupts raio_getevents() alone (EINTR); all
+ * others go on, whatever SA_RESTART says.
  *
  * Errors.  Calls that return int give -1 and set errno, or, where they say so, return the negated errno as libaio
  * does. An event carries the negated errno in `res`. raio_errmsg() has the text of the latest call's failure, and
@@ -170,10 +171,11 @@ int raio_start(const char *transport, const struct sockaddr *addr, socklen_t add
 int raio_connect(const char *url, const struct raio_options *options);
 
 /*
- * raio_stop - ends the session: closes its files and connections. A write that is in flight is not sent on, and may still
- * reach the file later if the server has it. Its contexts are dead afterwards: what was in
- * flight is lost without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with
- * ENOTCONN, raio_destroy() frees what is left of them.
+ * raio_stop - ends the session at once: closes its files and connections. A write that is in flight is not sent on, and
+ * may still reach the file later if the server has it. Its contexts are dead afterwards: what was in flight is lost
+ * without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with ENOTCONN,
+ * raio_destroy() frees what is left of them. A raio_open(), raio_fstat() or raio_close() of another thread that waits for
+ * the server fails with ENOTCONN.
  * No context of the session may be in use by another thread meanwhile.
  *
  * Returns 0, or -1 with errno EBADF.
@@ -192,8 +194,8 @@ int raio_stop(int fd);
  * file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno: EBADF (fd is
  * no session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST, EISDIR, EXDEV (the path
  * leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular file nor a block device),
- * ENXIO (the device, or what is to be mounted, is not there), ETIMEDOUT (not done in time; what it opens later is
- * closed again), ENOTCONN and its kind (the server is gone).
+ * ENXIO (the device, or what is to be mounted, is not there), ETIMEDOUT (not done in time; what the server opens later
+ * is closed by the session's next call that asks the server, or its end), ENOTCONN and its kind (the server is gone).
  */
 int raio_open(int fd, const char *pathname, int flags);
 
@@ -226,9 +228,10 @@ int raio_close(int fd);
 /*
  * raio_setup - makes a context for at most `maxevents` iocbs in flight (1 to 65,536), on the session of `fd`. It
  * opens a connection of its own. May come before or after raio_open(). `*ctxp` should be NULL before, as with io_setup(),
- * and is set on success, else NULL. A context that is alive is left there.
+ * and is set on success, else NULL. A context that was not destroyed is left there.
  *
- * Returns 0, or -1 with errno: EBADF, EINVAL (also if `*ctxp` is a context that is alive), ENOMEM, or one of raio_start()'s.
+ * Returns 0, or -1 with errno: EBADF, EINVAL (also if `*ctxp` is a context that was not destroyed, were it dead by
+ * raio_stop()), ENOMEM, or one of raio_start()'s.
  */
 int raio_setup(int fd, int maxevents, raio_context_t *ctxp);
 
@@ -251,15 +254,17 @@ int raio_destroy(raio_context_t ctx);
  * lends one of the library's buffers: when the event is collected, obj->u.c.buf points at the data, which is the
  * caller's until raio_release() of that event. While maxevents buffers are lent out, such reads wait.
  *
- * Memory to be written that cannot be read fails that iocb alone: its event says -EFAULT, and nothing is written. (Memory
- * to be read into is not looked at before: if it cannot be written to, the program gets SIGSEGV or loses the connection.)
+ * Memory to be written that cannot be read fails that iocb alone: its event says -EFAULT, and nothing is written.
+ * Memory to be read into is not checked: if it cannot be written to, the program gets SIGSEGV where the library copies
+ * into it, as it does at least with the beginning of each read, and loses the connection where the kernel does.
  *
  * Length.  At most the server's --io-max in one iocb (1 MiB unless configured); more is EINVAL.
  *
  * Returns how many were taken, from the front: fewer than nr when the context fills up, or when a later one is
  * bad (submitting that one again then gives its error). -EAGAIN: full already. For the first one being bad:
  * -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr, resfd no eventfd), -EBADF (raio_fildes is no
- * open file of this session, resfd is not open), -EMFILE (for an eventfd). -ENOTCONN: the connection has failed. nr 0 returns 0; nr negative is -EINVAL.
+ * open file of this session, resfd is not open), -EMFILE (for an eventfd, see raio_set_eventfd()). -ENOTCONN: the
+ * connection has failed. nr 0 returns 0; nr negative is -EINVAL.
  */
 int raio_submit(raio_context_t ctx, long nr, struct raio_iocb *ios[]);
 
@@ -283,7 +288,9 @@ int raio_getevents(raio_context_t ctx, long min_nr, long nr, struct raio_event *
 int raio_release(raio_context_t ctx, long nr, struct raio_event *events);
 
 /*
- * raio_cancel - tries to cancel an iocb. Blocks for a round trip if it has been sent.
+ * raio_cancel - tries to cancel an iocb. Blocks for a round trip if it has been sent. A server that does not answer
+ * this within the request timeout is taken for dead, though it answers pings: the context's connection ends, and all
+ * that is in flight with it.
  *
  * Returns 0: cancelled, it did nothing and will do nothing; *evt is its event (res -ECANCELED), and raio_getevents()
  * will not report it. Else -1 with errno, and its own event comes in the normal way: EAGAIN (too late, it is being
@@ -432,9 +439,11 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 }
 
 /*
- * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. raio_submit() holds the eventfd open by
- * itself, so that it may be closed meanwhile, and a full one is left as it is rather than waited for. The library has no thread of its own: it
- * notices completions, and ticks, within calls on the context (raio_submit, raio_getevents, raio_cancel). A program
+ * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. The library holds the eventfd open while
+ * iocbs with it are in flight, by one more descriptor for each context and eventfd, so that it may be closed meanwhile.
+ * (Where kcmp(2) is forbidden it takes one for each raio_submit().) A full eventfd is left as it is rather than waited for,
+ * unless it becomes full by another thread, and has no EFD_NONBLOCK, at the moment of the tick. The library has no
+ * thread of its own: it notices completions, and ticks, within calls on the context (raio_submit, raio_getevents, raio_cancel). A program
  * that sleeps on the eventfd sleeps on raio_poll_fd() too, and calls raio_getevents(ctx, 0, nr, ...) when that wakes it.
  */
 static inline void raio_set_eventfd(struct raio_iocb *iocb, int eventfd)

@@ -829,7 +829,7 @@ impl Context {
     }
 
     /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks for a round trip if it has
-    /// been sent. Otherwise its completion comes in the normal way, and this fails with EAGAIN (too late), ENOTCONN, or
+    /// been sent; a server that does not answer within the request timeout is taken for dead, and the connection ends. Otherwise its completion comes in the normal way, and this fails with EAGAIN (too late), ENOTCONN, or
     /// EINVAL (no such operation).
     pub fn cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
         self.check_process()?;
@@ -963,8 +963,9 @@ impl Context {
     }
 }
 
-/// Adds one to an eventfd that has room for it. (As the kernel does for libaio, it never waits for room: who waits for the eventfd is woken
-/// by what is in it.)
+/// Adds one to an eventfd that has room for it. As the kernel does for libaio, it does not wait for room: who waits for the eventfd is woken
+/// by what is in it. (Between the two calls another thread could fill it. There is no write(2) to a blocking eventfd that does not block,
+/// and O_NONBLOCK would be the program's, too.)
 fn tick(eventfd: &OwnedFd) {
     let mut writable = [PollFd::new(eventfd, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -605,7 +605,11 @@ fn program_name() -> String {
 
 #[cfg(test)]
 mod tests {
+    use raio_transport::handshake::Policy;
+
     use super::*;
+    use crate::context::Operation;
+    use crate::fake_server::FakeServer;
 
     #[test]
     fn open_flags_are_translated_or_refused() {
@@ -631,6 +635,32 @@ mod tests {
         ] {
             assert_eq!(open_flags(flags).unwrap_err().errno(), libc::EINVAL, "{flags:#o}");
         }
+    }
+
+    fn connect(server: &FakeServer, request_timeout: Duration) -> Session {
+        let options = Options { request_timeout: Some(request_timeout), ..Options::default() };
+        Session::connect_to(Scheme::Tcp, server.address, &options).unwrap()
+    }
+
+    #[test]
+    fn after_a_timeout_the_other_calls_of_the_session_do_not_wait_as_long_again() {
+        let server = FakeServer::start(Policy::default());
+        server.file("/e/data", vec![0; 4096]);
+        let session = connect(&server, Duration::from_millis(300));
+        let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+        let mut context = session.context(1).unwrap();
+        let other = connect(&server, SUSPECT_TIME * 30);
+        let other_file = other.open("/e/data", libc::O_RDWR, 0).unwrap();
+        server.freeze();
+        context.submit(&file, Operation::Fsync { data_only: false }, 0).unwrap();
+        while context.wait(1, 1, None).unwrap() == 0 {}
+        assert_eq!(context.next().unwrap().result.unwrap_err().errno(), libc::ETIMEDOUT);
+        assert!(session.shared.suspect.load(Ordering::Relaxed), "the timeout is known to the session");
+        // What a session does that knows, with a timeout that would show.
+        other.shared.suspect();
+        let began = Instant::now();
+        assert_eq!(other_file.close().unwrap_err().errno(), libc::ETIMEDOUT);
+        assert!(began.elapsed() < SUSPECT_TIME * 10, "{:?}", began.elapsed());
     }
 
     #[test]

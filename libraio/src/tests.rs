@@ -424,19 +424,3 @@ fn stop_ends_the_calls_of_other_threads_at_once() {
     });
     assert!(began.elapsed() < Options::default().call_timeout / 10, "{:?}", began.elapsed());
 }
-
-#[test]
-fn after_a_timeout_the_other_calls_of_the_session_do_not_wait_as_long_again() {
-    let (server, _, _) = start();
-    let timeout = Duration::from_secs(4);
-    let session = connect(&server, &Options { request_timeout: Some(timeout), ..Options::default() });
-    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
-    let mut context = session.context(4).unwrap();
-    server.freeze();
-    context.submit(&file, read(0, 10), 1).unwrap();
-    let error = collect(&mut context, 1).remove(0).result.unwrap_err();
-    assert_eq!(error.errno(), libc::ETIMEDOUT);
-    let began = Instant::now();
-    assert_eq!(file.close().unwrap_err().errno(), libc::ETIMEDOUT);
-    assert!(began.elapsed() < timeout * 3 / 4, "{:?}", began.elapsed());
-}

@@ -340,9 +340,9 @@ static void fstat_and_close(char **argv)
 static void setup_and_destroy(char **argv)
 {
 	static long long zeros[512];
-	raio_context_t ctx, not_one = (raio_context_t)&zeros;
+	raio_context_t ctx, kept, not_one = (raio_context_t)&zeros;
 	size_t i;
-	int fd;
+	int fd, other;
 
 	for (i = 0; i < NO_FDS; i++) {
 		ctx = not_one;
@@ -366,6 +366,12 @@ static void setup_and_destroy(char **argv)
 	FAILS(raio_destroy(not_one), EINVAL);
 	MUST(raio_setup(fd, 1, &ctx) == 0);
 	EQ(raio_stop(fd), 0);
+	/* Dead, but not destroyed: it is not lost by being written over. */
+	other = session(argv);
+	kept = ctx;
+	FAILS(raio_setup(other, 1, &ctx), EINVAL);
+	CHECK(ctx == kept);
+	EQ(raio_stop(other), 0);
 	EQ(raio_destroy(ctx), 0);
 	FAILS(raio_destroy(ctx), EINVAL);
 	FAILS(raio_setup(fd, 1, &ctx), EBADF);

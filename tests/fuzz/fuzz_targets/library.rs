@@ -1,6 +1,7 @@
 //! A lying server: what it answers to libraio's C calls.
 //!
-//! However it lies, each call returns, each iocb ends at most once with a result that it can have, and the texts are texts.
+//! However it lies, each call returns, each iocb ends once with a result that it can have or is still in flight while the connection lives, and the
+//! texts are texts.
 
 #![no_main]
 
@@ -21,6 +22,10 @@ use raio_transport::protocol::Command;
 const IOCBS: usize = 8;
 const BYTES: usize = 3000;
 const O_RDWR: c_int = 2;
+const ENOTCONN: c_long = 107;
+/// The place of `in_flight` in `struct raio_stats`, which is words, and how many there are.
+const STATS_IN_FLIGHT: usize = 11;
+const STATS_WORDS: usize = 14;
 
 /// What each answer takes from the input: what to do, then what to say.
 const STEP: usize = 8;
@@ -210,13 +215,14 @@ unsafe fn session(fd: c_int) {
         let taken = ffi::raio_submit(ctx, IOCBS as c_long, pointers.as_mut_ptr().cast());
         let mut cancelled = Event { data: null_mut(), obj: null_mut(), handle: 0, res: 0, res2: 0 };
         let mut ended = [false; IOCBS];
+        let count = |ended: &[bool]| ended.iter().filter(|&&ended| ended).count() as c_long;
         if ffi::raio_cancel(ctx, pointers[7].cast(), (&raw mut cancelled).cast()) == 0 {
             ended[7] = true;
         }
         is_text(ffi::raio_errmsg());
         let mut events = [cancelled; IOCBS];
         let timeout = [0i64, 20_000_000];
-        for _ in 0..IOCBS {
+        while count(&ended) < taken {
             let n = ffi::raio_getevents(
                 ctx,
                 1,
@@ -226,6 +232,7 @@ unsafe fn session(fd: c_int) {
             );
             is_text(ffi::raio_errmsg());
             assert!((-4095..=taken.max(0)).contains(&n), "{n} events");
+            assert_ne!(n, -ENOTCONN, "an iocb has not ended, though the connection has");
             if n <= 0 {
                 break;
             }
@@ -237,6 +244,11 @@ unsafe fn session(fd: c_int) {
             }
             ffi::raio_release(ctx, n, events.as_mut_ptr().cast());
         }
+        // Those that have not ended are in flight, not lost.
+        let mut stats = [0u64; STATS_WORDS];
+        assert_eq!(ffi::raio_get_stats(ctx, stats.as_mut_ptr().cast(), size_of_val(&stats)), 0);
+        let left = taken.max(0) - count(&ended);
+        assert_eq!(stats[STATS_IN_FLIGHT], left as u64, "an iocb was lost");
         ffi::raio_event_errmsg(ctx, null());
         ffi::raio_close(fd);
         assert_eq!(ffi::raio_destroy(ctx), 0);
