@@ -262,8 +262,9 @@ pub trait ServerTransport {
         true
     }
 
-    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data that wait for memory. To be called often
-    /// enough for [`crate::handshake::Policy::keepalive`] as long as a request of the connection waits.
+    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data that wait for memory. If the client has gone,
+    /// [`ServerEvent::Closed`] follows. To be called often enough for [`crate::handshake::Policy::keepalive`] as long as a request of the
+    /// connection waits.
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
         let _ = (reactor, connection);
     }

@@ -178,7 +178,8 @@ pub struct Exports(Vec<Export>);
 impl Exports {
     /// Opens all of them, each with lanes of its own.
     pub fn open(specs: &[ExportSpec], pool: &'static Pool<Job>) -> anyhow::Result<Self> {
-        specs.iter().map(|spec| Export::open(spec, Lanes::new(pool))).collect::<anyhow::Result<_>>().map(Self)
+        let open = |(index, spec)| Export::open(spec, Lanes::new(pool, index));
+        specs.iter().enumerate().map(open).collect::<anyhow::Result<_>>().map(Self)
     }
 
     /// All of them, in order.
@@ -351,7 +352,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_exported_is_refused_with_a_reason() {
-        let lanes = Lanes::new(Pool::start().unwrap());
+        let lanes = Lanes::new(Pool::start().unwrap(), 0);
         for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
             let error = format!("{:#}", Export::open(&spec(text), lanes).unwrap_err());
             assert!(error.contains(needle), "{error}");

@@ -63,8 +63,10 @@ pub struct Request {
     pub state: State,
     /// What it does.
     pub work: Work,
-    /// The slot that it holds, for the connection's account.
+    /// The slot that it holds, for the accounts of its connection and its export.
     pub slot_bytes: usize,
+    /// The export whose account that is. None: it is the only one, or none whose requests may hang.
+    pub export: Option<usize>,
     /// It is to be cancelled.
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
@@ -278,6 +280,11 @@ impl Work {
             | Self::Stat(file) => Some(file),
             Self::Open(_) | Self::Close => None,
         }
+    }
+
+    /// The place of its file's export among all. None: it needs neither disk nor file system.
+    pub fn export(&self) -> Option<usize> {
+        Some(self.file()?.open.fd()?.lanes().export)
     }
 
     /// The descriptor of its file, which it has submitted an operation on before.

@@ -41,7 +41,7 @@ use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
 use connection::{Connection, LocalSession};
-use shares::Addresses;
+use shares::{Addresses, OfExport};
 
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
@@ -191,6 +191,8 @@ pub struct Worker {
     share_bytes: usize,
     /// What is kept for small requests.
     reserve_bytes: usize,
+    /// What requests on each export have.
+    of_exports: Vec<OfExport>,
     /// An option limits the memory of a session or an address.
     has_memory_caps: bool,
     /// An option limits their requests.
@@ -273,6 +275,7 @@ impl Worker {
         let worker = Self {
             transport,
             share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
+            of_exports: vec![OfExport::default(); shared.exports.all().len()],
             reserve_bytes: (arena.len() / RESERVE).min(arena.len() - arena.slot_bytes_max()),
             addresses: Addresses::default(),
             holding: Vec::new(),

@@ -1280,8 +1280,9 @@ impl ServerTransport for Server {
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
         let Some(mut connection) = self.take(connection) else { return };
         let is_read_from = !matches!(connection.receiving, Receiving::AwaitingFetch { .. });
-        if connection.state == State::Open
-            && !is_read_from
+        // Nor is it heard that such a connection has ended.
+        if !is_read_from
+            && self.is_there(&mut connection)
             && !connection.has_unsent()
             && !connection.send_in_flight
         {

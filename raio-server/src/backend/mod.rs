@@ -59,12 +59,15 @@ pub struct Lanes {
     pub data: Lane,
     /// Reads that need no lane and yet the disk.
     misses: &'static Misses,
+    /// The export's place among all.
+    pub export: usize,
 }
 
 impl Lanes {
-    /// New ones.
-    pub fn new(pool: &'static Pool<Job>) -> Self {
+    /// New ones, for the export that has this place among all.
+    pub fn new(pool: &'static Pool<Job>, export: usize) -> Self {
         Self {
+            export,
             control: pool.lane(CONTROL_WIDTH),
             lease: pool.lane(LEASE_WIDTH),
             flush: pool.lane(FLUSH_WIDTH),

@@ -33,7 +33,7 @@ fn each(test: impl Fn(&mut Bench)) {
         reactor.register_arena(&arena).unwrap();
         let backend: Box<dyn Backend> =
             if threads { Box::new(Threads::new(&reactor)) } else { Box::new(Uring::new(&reactor)) };
-        let (lanes, client) = (Lanes::new(Pool::start().unwrap()), Client::new(None));
+        let (lanes, client) = (Lanes::new(Pool::start().unwrap(), 0), Client::new(None));
         test(&mut Bench { name, reactor, backend, arena, lanes, client });
     }
 }
@@ -279,7 +279,7 @@ fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
     let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let path = directory.path().join("file");
     std::fs::write(&path, "x").unwrap();
-    let lanes = Lanes::new(Pool::start().unwrap());
+    let lanes = Lanes::new(Pool::start().unwrap(), 0);
     let open = move || {
         let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         Descriptor::new(fd, lanes)

@@ -185,8 +185,7 @@ impl Worker {
                     self.backend.cancel(&mut self.reactor, request as u64, pending);
                 }
             } else {
-                let request = self.requests.remove(request);
-                self.in_state[request.state as usize] -= 1;
+                self.remove_request(request);
             }
         }
         let violation = connection.violation.or(match reason {

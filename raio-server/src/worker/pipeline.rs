@@ -19,6 +19,8 @@ pub(super) enum Grant {
     Slot(Slot),
     /// The connection has as much as it may have now.
     OverQuota,
+    /// The requests on this export have.
+    OverExport(usize),
     /// There is no memory for this size now, though the connection holds none.
     NoRoom,
     /// Its session or its address has as much as it may have now.
@@ -41,13 +43,14 @@ const TOGETHER: usize = 2;
 impl Worker {
     /// Takes a request on. Gives its key.
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
-        let needs = work.slot_len();
+        let (needs, export) = (work.slot_len(), self.export_of(&work));
         let request = self.requests.insert(Request {
             key,
             connection: Some(connection),
             state: State::NeedSlot,
             work,
             slot_bytes: 0,
+            export,
             is_cancelled: false,
             canceller: None,
             operation: None,
@@ -56,7 +59,7 @@ impl Worker {
         self.connections[connection].requests.push_back(request);
         if needs == 0 {
             self.execute(request, None);
-        } else if let Some(slot) = self.slot_at_once(connection, needs) {
+        } else if let Some(slot) = self.slot_at_once(connection, request, needs) {
             self.granted(request, slot);
         } else {
             self.counters.slot_waits.add(1);
@@ -66,13 +69,13 @@ impl Worker {
         request
     }
 
-    fn slot_at_once(&mut self, connection: usize, bytes: usize) -> Option<Slot> {
+    fn slot_at_once(&mut self, connection: usize, request: usize, bytes: usize) -> Option<Slot> {
         if self.connections[connection].is_waiting {
             return None;
         }
-        match self.grant(connection, bytes) {
+        match self.grant(connection, request, bytes) {
             Grant::Slot(slot) => Some(slot),
-            Grant::OverQuota | Grant::NoRoom | Grant::NextTurn => None,
+            Grant::OverQuota | Grant::OverExport(_) | Grant::NoRoom | Grant::NextTurn => None,
             Grant::OverLimit(who) => {
                 self.is_limited(connection, who);
                 None
@@ -137,7 +140,13 @@ impl Worker {
         held == 0 || held + bytes <= quota
     }
 
-    fn grant(&mut self, connection: usize, bytes: usize) -> Grant {
+    fn grant(&mut self, connection: usize, request: usize, bytes: usize) -> Grant {
+        // First of all: whoever waits for a file system holds up nobody.
+        if let Some(export) = self.requests[request].export
+            && self.is_over_export(export, bytes)
+        {
+            return Grant::OverExport(export);
+        }
         if let Some(withheld) = self.withheld(connection, bytes) {
             return withheld;
         }
@@ -169,7 +178,7 @@ impl Worker {
                 continue;
             };
             let bytes = self.requests[request].work.slot_len();
-            match self.grant(key, bytes) {
+            match self.grant(key, request, bytes) {
                 Grant::Slot(slot) => {
                     self.is_busy = true;
                     passed_over = 0;
@@ -181,6 +190,12 @@ impl Worker {
                     passed_over += 1;
                     self.turns.push_back(key);
                     self.not_starved(key);
+                }
+                Grant::OverExport(export) => {
+                    passed_over += 1;
+                    self.turns.push_back(key);
+                    self.not_starved(key);
+                    self.is_short |= self.is_fetching(export);
                 }
                 Grant::OverLimit(who) => {
                     passed_over += 1;
@@ -261,6 +276,7 @@ impl Worker {
                 self.holding.push(connection);
             }
         }
+        self.export_holds(key);
         if is_write {
             self.enter(key, State::Fetching);
             self.transport.fetch(&mut self.reactor, name, slot, 0);
@@ -444,16 +460,17 @@ impl Worker {
     }
 
     fn enter(&mut self, key: usize, state: State) {
-        let request = &mut self.requests[key];
-        self.in_state[request.state as usize] -= 1;
-        request.state = state;
+        let before = std::mem::replace(&mut self.requests[key].state, state);
+        self.in_state[before as usize] -= 1;
         self.in_state[state as usize] += 1;
+        if before == State::Fetching || state == State::Fetching {
+            self.export_fetches(key, state == State::Fetching);
+        }
     }
 
     /// Ends a request that was begun. If its connection has gone, the answer goes nowhere.
     pub(super) fn answer(&mut self, key: usize, response: Response) {
-        let request = self.requests.remove(key);
-        self.in_state[request.state as usize] -= 1;
+        let request = self.remove_request(key);
         let Some(connection) = request.connection else { return };
         let entry = &mut self.connections[connection];
         let at = entry.requests.iter().position(|&other| other == key);

@@ -1,7 +1,10 @@
-//! What sessions, and the clients of one address, have of a worker's memory.
+//! What sessions, the clients of one address, and the requests on one export have of a worker's memory.
 //!
-//! Who has how much changes with every request and every send, and only counts where memory is short or an option limits it. So it is
-//! noted, once in an iteration and for those connections alone that have got memory, when the sums are asked for.
+//! What requests on an export hold is counted exactly, those of clients that have gone among them. For its file system may hang, and memory
+//! that it holds then comes back from nobody.
+//!
+//! What sessions and addresses have changes with every request and every send, and only counts where memory is short or an option limits
+//! it. So it is noted, once in an iteration and for those connections alone that have got memory, when the sums are asked for.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,6 +16,7 @@ use slab::Slab;
 use super::Worker;
 use super::connection::Connection;
 use crate::limits::{AddressAccount, Who};
+use crate::request::{Request, State, Work};
 
 /// While others wait, and half of the memory is in use, a session or an address may have this part of all.
 const SHARE: usize = 4;
@@ -85,7 +89,62 @@ impl Addresses {
     }
 }
 
+/// What the requests on one export have.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OfExport {
+    /// Memory.
+    held: usize,
+    /// How many of them wait for their clients to send data.
+    fetching: usize,
+}
+
 impl Worker {
+    /// Whether requests on an export hold so much memory that they may not have so much more: not more than they leave free for others,
+    /// beyond the reserve.
+    pub(super) fn is_over_export(&self, export: usize, bytes: usize) -> bool {
+        let (held, free) = (self.of_exports[export].held, self.arena.free_bytes());
+        held > 0 && held + bytes > free.saturating_sub(self.reserve_bytes.min(free / 2))
+    }
+
+    /// The account for a request's memory. If there is no other export its requests may have all.
+    pub(super) fn export_of(&self, work: &Work) -> Option<usize> {
+        if self.of_exports.len() > 1 { work.export() } else { None }
+    }
+
+    /// Whether some of an export's memory may come back once a client sends, or is closed because it does not.
+    pub(super) fn is_fetching(&self, export: usize) -> bool {
+        self.of_exports[export].fetching > 0
+    }
+
+    /// A request has got its slot.
+    pub(super) fn export_holds(&mut self, request: usize) {
+        let request = &self.requests[request];
+        if let Some(export) = request.export {
+            self.of_exports[export].held += request.slot_bytes;
+        }
+    }
+
+    /// A request begins to wait for its data, or does not any more.
+    pub(super) fn export_fetches(&mut self, request: usize, begins: bool) {
+        if let Some(export) = self.requests[request].export {
+            let fetching = &mut self.of_exports[export].fetching;
+            *fetching = if begins { *fetching + 1 } else { *fetching - 1 };
+        }
+    }
+
+    /// Takes out a request that is over.
+    pub(super) fn remove_request(&mut self, key: usize) -> Request {
+        if self.requests[key].state == State::Fetching {
+            self.export_fetches(key, false);
+        }
+        let request = self.requests.remove(key);
+        self.in_state[request.state as usize] -= 1;
+        if let Some(export) = request.export {
+            self.of_exports[export].held -= request.slot_bytes;
+        }
+        request
+    }
+
     fn holders(&mut self, connection: usize) -> [Option<(Who, &mut Holder)>; 2] {
         let Connection { session, share, .. } = &self.connections[connection];
         let of_address = share.address.map(|key| (Who::Address, &mut self.addresses.all[key].holder));

@@ -83,6 +83,10 @@ impl Raw {
                     self.stream.read_exact(&mut bytes[have..])?;
                 }
                 Parsed::Item(Message::Response(response, body), _) => return Ok((response, body.to_vec())),
+                // The server lives.
+                Parsed::Item(Message::Pong(message::UNASKED_PONG), _) => {
+                    self.stream.read_exact(&mut bytes)?;
+                }
                 Parsed::Item(other, _) => return Err(wrong(format!("{other:?} is no answer"))),
             }
         }

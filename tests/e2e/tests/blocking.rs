@@ -10,7 +10,8 @@ use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Sessi
 use raio_e2e::{
     FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, is_at_rest, needs_root, raw_request,
 };
-use raio_transport::protocol::{Command, OPEN_READ};
+use raio_transport::protocol::{Command, OPEN_READ, OPEN_WRITE};
+use serde_json::Value;
 
 const BACKENDS: [&str; 2] = ["uring", "threads"];
 const BLOCK: usize = 4096;
@@ -81,10 +82,14 @@ fn healthy() -> tempfile::TempDir {
 }
 
 fn server(backend: &str, workers: &str, exports: &[(&str, &Path)]) -> Server {
+    server_with(backend, workers, exports, &[])
+}
+
+fn server_with(backend: &str, workers: &str, exports: &[(&str, &Path)], more: &[&str]) -> Server {
     let exports: Vec<_> =
         exports.iter().map(|(name, path)| format!("{name}={},rw", path.display())).collect();
     let exports: Vec<_> = exports.iter().map(String::as_str).collect();
-    Server::start_with(&exports, &["--backend", backend, "--workers", workers])
+    Server::start_with(&exports, &[&["--backend", backend, "--workers", workers], more].concat())
 }
 
 /// Others keep their latency within a factor of two; here of twenty, for the machine may be busy.
@@ -112,7 +117,7 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
             stuck.submit(Operation::Write { offset: at * BLOCK as u64, buffers: block() }, at);
         }
         let mut opens = Opens::new(&server, "/stuck/file");
-        opens.send(64, "/stuck/file", raio_transport::protocol::OPEN_WRITE);
+        opens.send(64, "/stuck/file", OPEN_WRITE);
         assert_unharmed(&mut well, before, "64 writes and opens");
         assert_eq!(stuck.context.wait(1, 1, Some(Duration::ZERO)).expect("it lives"), 0, "a write has ended");
         drop(frozen);
@@ -122,6 +127,59 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
         let mut bytes = vec![0; 64 * BLOCK];
         file.read_exact_at(&mut bytes, 0).expect("its content");
         assert!(bytes.iter().all(|&byte| byte == 7), "{backend}: what was written late is not there");
+    }
+}
+
+#[test]
+fn a_frozen_file_system_leaves_memory_for_other_exports_whoever_writes_there() {
+    const MEMORY_BYTES: u64 = 16 << 20;
+    const CLIENTS: u64 = 40;
+    const WRITES: u64 = 8;
+    const WRITE_BYTES: u64 = 64 << 10;
+    if !needs_root("freezing a file system") {
+        return;
+    }
+    for backend in BACKENDS {
+        let mounted = LoopDevice::new(64 << 20).mount("ext4");
+        std::fs::write(mounted.path().join("file"), vec![1; 4 << 20]).expect("a file");
+        let directory = healthy();
+        let memory = MEMORY_BYTES.to_string();
+        let exports = [("well", directory.path()), ("stuck", mounted.path())];
+        let mut server = server_with(backend, "1", &exports, &["--memory", &memory]);
+        let mut well = Client::new(&server, "/well/file");
+        let mut writers: Vec<_> = (0..CLIENTS)
+            .map(|_| Raw::open(&server.url(), "/stuck/file", OPEN_WRITE).expect("a client"))
+            .collect();
+        let frozen = mounted.freeze();
+        // More than all memory, a little for each. Half of the clients do not wait for the end.
+        for raw in &mut writers {
+            raw.stream.set_write_timeout(Some(PATIENCE)).expect("a socket");
+            for id in 1..=WRITES {
+                raw.send_write_header(id, id * WRITE_BYTES, WRITE_BYTES as u32).expect("room");
+                std::io::Write::write_all(&mut raw.stream, &[7; WRITE_BYTES as usize]).expect("room");
+            }
+        }
+        let has_filled =
+            |now: &Value| now["in_flight"]["need_slot"] != 0 && now["in_flight"]["fetching"] == 0;
+        server.statistics_when(has_filled);
+        writers.drain(..CLIENTS as usize / 2);
+        let statistics = server.statistics_when(|now| has_filled(now) && now["sessions"] == CLIENTS / 2 + 1);
+        let held = statistics["slot_bytes"].as_u64().expect("a number");
+        assert!(held <= MEMORY_BYTES / 2, "{backend}: {statistics}");
+        for _ in 0..4 {
+            let all = || Buffers::One(Buffer::Owned(vec![7; 1 << 20].into()));
+            well.run(Operation::Write { offset: 0, buffers: all() });
+            well.run(Operation::Read { offset: 0, buffers: all() });
+        }
+        drop(frozen);
+        for raw in &mut writers {
+            raw.stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            for _ in 0..WRITES {
+                assert!(raw.response().expect("an answer").0.status.is_ok());
+            }
+        }
+        drop((well, writers));
+        server.statistics_when(is_at_rest);
     }
 }
 
