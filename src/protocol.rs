@@ -32,11 +32,14 @@ pub enum Opcode {
     /// Cancel the request whose id is in `offset`. Succeeds once that request has been answered as cancelled; EALREADY if it
     /// is too late, ENOENT if it is not outstanding.
     Cancel = 9,
+    /// Reserve storage for `length` bytes at `offset`, and no byte changes. A file that ends before is longer then, but for
+    /// [`FLAG_KEEP_SIZE`].
+    Allocate = 10,
 }
 
 impl Opcode {
     /// Every opcode, in wire order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Open,
         Self::Close,
         Self::Stat,
@@ -46,6 +49,7 @@ impl Opcode {
         Self::Discard,
         Self::WriteZeroes,
         Self::Cancel,
+        Self::Allocate,
     ];
 
     fn from_wire(value: u16) -> Option<Self> {
@@ -55,6 +59,8 @@ impl Opcode {
 
 /// Flag of [`Opcode::Fsync`]: fdatasync.
 pub const FLAG_DATA_ONLY: u16 = 1 << 0;
+/// Flag of [`Opcode::Allocate`]: the file's size stays.
+pub const FLAG_KEEP_SIZE: u16 = 1 << 0;
 
 /// Read permission wanted.
 pub const OPEN_READ: u32 = 1 << 0;
@@ -209,6 +215,17 @@ pub enum Command<'a> {
         /// The id of the request to cancel.
         id: u64,
     },
+    /// See [`Opcode::Allocate`].
+    Allocate {
+        /// Which file.
+        file: FileHandle,
+        /// Where.
+        offset: u64,
+        /// How much.
+        length: u64,
+        /// The file's size stays.
+        keep_size: bool,
+    },
 }
 
 impl<'a> Command<'a> {
@@ -247,6 +264,9 @@ impl<'a> Command<'a> {
             Self::Discard { file, offset, length } => io(Opcode::Discard, 0, file, offset, length),
             Self::WriteZeroes { file, offset, length } => io(Opcode::WriteZeroes, 0, file, offset, length),
             Self::Cancel { id } => io(Opcode::Cancel, 0, FileHandle(0), id, 0),
+            Self::Allocate { file, offset, length, keep_size } => {
+                io(Opcode::Allocate, if keep_size { FLAG_KEEP_SIZE } else { 0 }, file, offset, length)
+            }
         };
         out.extend_from_slice(command.as_bytes());
     }
@@ -268,6 +288,7 @@ impl<'a> Command<'a> {
             Opcode::Close | Opcode::Stat => flags != 0 || offset != 0 || length != 0,
             Opcode::Fsync => flags & !FLAG_DATA_ONLY != 0 || offset != 0 || length != 0,
             Opcode::Cancel => flags != 0 || file.0 != 0 || length != 0,
+            Opcode::Allocate => flags & !FLAG_KEEP_SIZE != 0,
         };
         if unused {
             return Err(Violation::Reserved);
@@ -282,6 +303,9 @@ impl<'a> Command<'a> {
             Opcode::Discard => Self::Discard { file, offset, length },
             Opcode::WriteZeroes => Self::WriteZeroes { file, offset, length },
             Opcode::Cancel => Self::Cancel { id: offset },
+            Opcode::Allocate => {
+                Self::Allocate { file, offset, length, keep_size: flags & FLAG_KEEP_SIZE != 0 }
+            }
         })
     }
 
@@ -333,6 +357,7 @@ impl<'a> Command<'a> {
             Self::Discard { .. } => Opcode::Discard,
             Self::WriteZeroes { .. } => Opcode::WriteZeroes,
             Self::Cancel { .. } => Opcode::Cancel,
+            Self::Allocate { .. } => Opcode::Allocate,
         }
     }
 }

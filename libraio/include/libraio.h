@@ -73,12 +73,14 @@ enum raio_iocb_cmd {
 	RAIO_CMD_PWRITEV = 3,		/* buf is a struct iovec[nbytes] */
 	RAIO_CMD_FSYNC = 4,		/* RAIO_IOCB_DATASYNC: data only */
 	RAIO_CMD_DISCARD = 5,		/* give the range back; it reads as zeros where the storage says so */
-	RAIO_CMD_WRITE_ZEROES = 6	/* the range reads as zeros afterwards */
+	RAIO_CMD_WRITE_ZEROES = 6,	/* the range reads as zeros afterwards */
+	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file; RAIO_IOCB_KEEP_SIZE: its size stays */
 };
 
 /* raio_iocb_common.flags; every other bit must be 0 */
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
+#define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file's size stays */
 
 struct raio_iocb_common {
 	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
@@ -426,7 +428,7 @@ static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only
 		iocb->u.c.flags |= RAIO_IOCB_DATASYNC;
 }
 
-/* Any length: --io-max does not bound these two. */
+/* Any length: --io-max does not bound these three. */
 static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes)
 {
 	raio_prep_(iocb, RAIO_CMD_DISCARD, fd, NULL, nbytes, offset, NULL);
@@ -436,6 +438,18 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 					  unsigned long long nbytes)
 {
 	raio_prep_(iocb, RAIO_CMD_WRITE_ZEROES, fd, NULL, nbytes, offset, NULL);
+}
+
+/*
+ * fallocate(2) with mode 0, or with keep_size FALLOC_FL_KEEP_SIZE: no byte of the file changes, whoever writes it meanwhile.
+ * -EOPNOTSUPP where the server's storage cannot do it.
+ */
+static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes,
+				      int keep_size)
+{
+	raio_prep_(iocb, RAIO_CMD_ALLOCATE, fd, NULL, nbytes, offset, NULL);
+	if (keep_size)
+		iocb->u.c.flags |= RAIO_IOCB_KEEP_SIZE;
 }
 
 /*

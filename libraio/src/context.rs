@@ -82,6 +82,15 @@ pub enum Operation {
         /// How many bytes; not bounded by [`Context::io_bytes_max`].
         length: u64,
     },
+    /// Reserve storage for the range. No byte changes; a file that ends before becomes longer, with zeros.
+    Allocate {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`Context::io_bytes_max`].
+        length: u64,
+        /// The file's size stays.
+        keep_size: bool,
+    },
 }
 
 /// An operation that was not taken, with its buffers.
@@ -392,7 +401,9 @@ impl Context {
             }
             Operation::ReadLent { offset, length } => (*offset, *length as u64),
             Operation::Fsync { .. } => (0, 0),
-            Operation::Discard { offset, length } | Operation::WriteZeroes { offset, length } => {
+            Operation::Discard { offset, length }
+            | Operation::WriteZeroes { offset, length }
+            | Operation::Allocate { offset, length, .. } => {
                 if *length > i64::MAX as u64 || *offset > i64::MAX as u64 - *length {
                     return Err(Error::call(
                         libc::EINVAL,
@@ -442,6 +453,9 @@ impl Context {
             }
             Operation::WriteZeroes { offset, length } => {
                 (Command::WriteZeroes { file: handle, offset, length }, Bulk::None, length, false)
+            }
+            Operation::Allocate { offset, length, keep_size } => {
+                (Command::Allocate { file: handle, offset, length, keep_size }, Bulk::None, length, false)
             }
         };
         let index = self.free.pop().unwrap_or_else(|| {

@@ -210,7 +210,8 @@ impl Connection {
         | Command::Write { file: FileHandle(handle), .. }
         | Command::Fsync { file: FileHandle(handle), .. }
         | Command::Discard { file: FileHandle(handle), .. }
-        | Command::WriteZeroes { file: FileHandle(handle), .. }) = *command
+        | Command::WriteZeroes { file: FileHandle(handle), .. }
+        | Command::Allocate { file: FileHandle(handle), .. }) = *command
         else {
             unreachable!("open and cancel are handled above")
         };

@@ -42,9 +42,11 @@ const CMD_PWRITEV: c_int = 3;
 const CMD_FSYNC: c_int = 4;
 const CMD_DISCARD: c_int = 5;
 const CMD_WRITE_ZEROES: c_int = 6;
+const CMD_ALLOCATE: c_int = 7;
 
 const IOCB_EVENTFD: c_uint = 1 << 0;
 const IOCB_DATASYNC: c_uint = 1 << 1;
+const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 
 const RES2_RETRYABLE: c_ulong = 0x100;
 
@@ -1063,8 +1065,9 @@ unsafe fn operation(
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
     let c = &io.c;
-    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE) != 0
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
+        || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {
         return Err(invalid(format!("The iocb has flags ({:#x}) without meaning. Clear them.", c.flags)));
     }
@@ -1112,6 +1115,9 @@ unsafe fn operation(
         CMD_FSYNC => Operation::Fsync { data_only: c.flags & IOCB_DATASYNC != 0 },
         CMD_DISCARD => Operation::Discard { offset, length: c.nbytes },
         CMD_WRITE_ZEROES => Operation::WriteZeroes { offset, length: c.nbytes },
+        CMD_ALLOCATE => {
+            Operation::Allocate { offset, length: c.nbytes, keep_size: c.flags & IOCB_KEEP_SIZE != 0 }
+        }
         other => {
             return Err(invalid(format!("There is no operation {other}. Use one of enum raio_iocb_cmd.")));
         }

@@ -126,6 +126,7 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
         (&file, Operation::ReadLent { offset: 0, length: usize::MAX }, libc::EINVAL),
         (&file, Operation::Discard { offset: i64::MAX as u64, length: 1 }, libc::EINVAL),
         (&file, Operation::WriteZeroes { offset: 1, length: u64::MAX }, libc::EINVAL),
+        (&file, Operation::Allocate { offset: 1, length: u64::MAX, keep_size: true }, libc::EINVAL),
         (&foreign, read(0, 1), libc::EBADF),
     ] {
         let refused = context.submit(file, operation, 0).unwrap_err();

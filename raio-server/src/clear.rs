@@ -1,4 +1,4 @@
-//! Making a range of a file read as zeros, or give its storage back, by blocking system calls: for a thread of the pool.
+//! Making a range of a file read as zeros, give its storage back or have some reserved, by blocking system calls: for a thread of the pool.
 
 use std::os::fd::AsFd;
 
@@ -52,6 +52,25 @@ pub fn write_zeroes(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errn
     }
     // What lies beyond the end reads as zeros once the file is longer.
     write(&fd, end - 1, 1).map(|()| length)
+}
+
+/// Reserves storage; no byte that is there changes. Returns how much of it is done. A file that ends within the range or before becomes as
+/// long as what is done, but not with `keep_size`. EOPNOTSUPP if the storage cannot.
+pub fn allocate(fd: impl AsFd, offset: u64, length: u64, keep_size: bool) -> Result<u64, Errno> {
+    let piece = length.min(PIECE_BYTES);
+    if piece < length {
+        let info = stat(&fd)?;
+        // All that the file has may lie in the range.
+        let reserved = info.status.blocks.get() * 512;
+        if !is_device(&info) {
+            check_room(&fd, length.saturating_sub(reserved))?;
+        }
+    }
+    let mode = if keep_size { FallocateFlags::KEEP_SIZE } else { FallocateFlags::empty() };
+    match retry_on_intr(|| fallocate(&fd, mode, offset, piece)) {
+        Err(errno) if is_unsupported(errno) => Err(Errno::OPNOTSUPP),
+        result => result.map(|()| piece),
+    }
 }
 
 /// Fails if the file system has no room for so many more bytes, before others find none.

@@ -88,6 +88,8 @@ pub enum Work {
     Discard(Rc<WorkerFile>, Pieces),
     /// See [`raio_transport::protocol::Opcode::WriteZeroes`].
     Zero(Rc<WorkerFile>, Pieces),
+    /// See [`raio_transport::protocol::Opcode::Allocate`]: whether the file keeps its size.
+    Allocate(Rc<WorkerFile>, Pieces, bool),
     /// See [`raio_transport::protocol::Opcode::Stat`].
     Stat(Rc<WorkerFile>),
     /// See [`raio_transport::protocol::Opcode::Open`].
@@ -204,7 +206,7 @@ impl Write {
     }
 }
 
-/// A discard or write zeroes, done in pieces.
+/// A discard, write zeroes or allocate, done in pieces.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces {
     range: Range,
@@ -232,6 +234,11 @@ impl Pieces {
     fn zero(&self) -> Operation {
         let Range { offset, length } = self.rest();
         Operation::WriteZeroes { offset, length }
+    }
+
+    fn allocate(&self, keep_size: bool) -> Operation {
+        let Range { offset, length } = self.rest();
+        Operation::Allocate { offset, length, keep_size }
     }
 
     /// Takes in that a piece has ended. Whether there is more to do.
@@ -277,6 +284,7 @@ impl Work {
             | Self::Fsync(file, _)
             | Self::Discard(file, _)
             | Self::Zero(file, _)
+            | Self::Allocate(file, ..)
             | Self::Stat(file) => Some(file),
             Self::Open(_) | Self::Close => None,
         }
@@ -311,6 +319,7 @@ impl Work {
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
             (Self::Discard(_, pieces), None) => pieces.discard(),
             (Self::Zero(_, pieces), None) => pieces.zero(),
+            (Self::Allocate(_, pieces, keep_size), None) => pieces.allocate(*keep_size),
             (Self::Stat(_), None) => Operation::Stat,
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
@@ -318,7 +327,7 @@ impl Work {
 
     /// Has it end early if it is done in pieces: nobody wants it any more.
     pub fn stop(&mut self) {
-        if let Self::Discard(_, pieces) | Self::Zero(_, pieces) = self {
+        if let Self::Discard(_, pieces) | Self::Zero(_, pieces) | Self::Allocate(_, pieces, _) = self {
             pieces.is_stopped = true;
         }
     }
@@ -366,6 +375,13 @@ impl Work {
                 Ok(false) => Step::Done(success(0)),
                 Err(errno) => Step::Done(failure_after(pieces.done, "Discarding", errno)),
             },
+            // What is reserved stays: to give it back is to cut the file, and with it what another has appended meanwhile.
+            (Self::Allocate(_, pieces, keep_size), result, outcome) => match pieces.advance(result, &outcome)
+            {
+                Ok(true) => Step::Again(pieces.allocate(*keep_size)),
+                Ok(false) => Step::Done(success(0)),
+                Err(errno) => Step::Done(failure_after(pieces.done, "Allocating", errno)),
+            },
             (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
             (Self::Fsync(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
             (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
@@ -397,6 +413,7 @@ impl Work {
             Self::Fsync(..) => "Flushing",
             Self::Discard(..) => "Discarding",
             Self::Zero(..) => "Writing zeros",
+            Self::Allocate(..) => "Allocating",
             Self::Stat(_) => "Asking for the status",
             Self::Open(_) => "Opening",
             Self::Close => "Closing",

@@ -131,6 +131,7 @@ fn name_of(opcode: Opcode) -> &'static str {
         Opcode::Discard => "discard",
         Opcode::WriteZeroes => "write_zeroes",
         Opcode::Cancel => "cancel",
+        Opcode::Allocate => "allocate",
     }
 }
 

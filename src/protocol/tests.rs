@@ -80,6 +80,14 @@ fn every_other_command_has_these_bytes() {
         Command::Cancel { id: 0x8877_6655_4433_2211 },
         "09 00 00 00 00 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00",
     );
+    golden(
+        Command::Allocate { file: FILE, offset, length: u64::MAX, keep_size: false },
+        "0a 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  ff ff ff ff ff ff ff ff",
+    );
+    golden(
+        Command::Allocate { file: FILE, offset, length: 4096, keep_size: true },
+        "0a 00 01 00 11 22 33 44  77 66 55 44 33 22 11 00  00 10 00 00 00 00 00 00",
+    );
 }
 
 #[test]
@@ -118,7 +126,7 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     // One byte of a good command, changed.
     for (what, good, at, value, violation) in [
         ("opcode 0", read, 0, 0, Violation::Field),
-        ("opcode 10", read, 0, 10, Violation::Field),
+        ("opcode 11", read, 0, 11, Violation::Field),
         ("opcode 260", read, 1, 1, Violation::Field),
         ("a read with a flag", read, 2, 1, Violation::Reserved),
         ("a read of 4 GiB", read, 20, 1, Violation::Length),
@@ -141,6 +149,8 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     }
     let fsync = hex("06 00 02 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00");
     assert_eq!(Command::decode(&fsync), Err(Violation::Reserved));
+    let allocate = hex("0a 00 02 00 11 22 33 44  00 00 00 00 00 00 00 00  00 10 00 00 00 00 00 00");
+    assert_eq!(Command::decode(&allocate), Err(Violation::Reserved));
     let cancel = hex("09 00 00 00 01 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00");
     assert_eq!(Command::decode(&cancel), Err(Violation::Reserved));
     for len in [0, 1, 8, 23, 25, 32] {
@@ -160,7 +170,7 @@ fn the_longest_path_fits_into_a_message() {
 }
 
 fn any_command() -> impl Strategy<Value = (u8, u32, u64, u64, Vec<u8>)> {
-    (1u8..=9, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
+    (1u8..=10, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
 }
 
 fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) -> Command<'_> {
@@ -178,7 +188,8 @@ fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) 
         6 => Command::Fsync { file, data_only: offset % 2 == 1 },
         7 => Command::Discard { file, offset, length },
         8 => Command::WriteZeroes { file, offset, length },
-        _ => Command::Cancel { id: offset },
+        9 => Command::Cancel { id: offset },
+        _ => Command::Allocate { file, offset, length, keep_size: offset % 2 == 1 },
     }
 }
 
@@ -194,7 +205,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_decoded_is_encoded_as_it_was(bytes in prop::collection::vec(any::<u8>(), 24), opcode in 0u16..11, sparse: bool) {
+    fn what_is_decoded_is_encoded_as_it_was(bytes in prop::collection::vec(any::<u8>(), 24), opcode in 0u16..12, sparse: bool) {
         let mut bytes = bytes;
         bytes[..2].copy_from_slice(&opcode.to_le_bytes());
         if sparse {
@@ -209,7 +220,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..12) {
+    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..13) {
         let _ = Command::decode(&bytes);
         let _ = FileStatus::decode(&bytes);
         let mut likely = bytes;

@@ -70,6 +70,12 @@ static int prepares_as_documented(void)
 	raio_prep_write_zeroes(&iocb, 4, 9, 10);
 	if (iocb.raio_lio_opcode != RAIO_CMD_WRITE_ZEROES || iocb.u.c.offset != 9 || iocb.u.c.nbytes != 10)
 		return 9;
+	raio_prep_allocate(&iocb, 4, 9, 10, 0);
+	if (iocb.raio_lio_opcode != RAIO_CMD_ALLOCATE || iocb.u.c.offset != 9 || iocb.u.c.nbytes != 10 || iocb.u.c.flags)
+		return 10;
+	raio_prep_allocate(&iocb, 4, 9, 10, 1);
+	if (iocb.u.c.flags != RAIO_IOCB_KEEP_SIZE)
+		return 11;
 	return 0;
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * What the interface has beyond R-AIO's: vectored I/O, fsync, discard, write-zeroes; and what any program meets: the
+ * What the interface has beyond R-AIO's: vectored I/O, fsync, discard, write-zeroes, allocate; and what any program meets: the
  * end of a file, many files, several threads, fork, a foreign event loop, the library's memory, statistics.
  */
 #define _GNU_SOURCE
@@ -176,6 +176,30 @@ static void syncs(raio_context_t ctx, int session_fd)
 	EQ(run_iocb(ctx, &iocb), 0);
 	EQ(write_at(ctx, sync_file, buf, sizeof(buf), 0), sizeof(buf));
 	EQ(raio_close(sync_file), 0);
+	EQ(raio_close(file), 0);
+}
+
+static void allocation(raio_context_t ctx, int session_fd)
+{
+	int file = make_file(session_fd, "allocated", 0);
+	char data[100], back[4096];
+	struct raio_iocb iocb;
+
+	memset(data, 7, sizeof(data));
+	EQ(write_at(ctx, file, data, sizeof(data), 0), sizeof(data));
+	raio_prep_allocate(&iocb, file, 0, 1 << 20, 1);
+	if (run_iocb(ctx, &iocb) == -EOPNOTSUPP) {
+		printf("io: allocate not checked: the server's file system cannot\n");
+		EQ(raio_close(file), 0);
+		return;
+	}
+	EQ(size_of(file), sizeof(data));
+	raio_prep_allocate(&iocb, file, 50, 4096 - 50, 0);
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(size_of(file), 4096);
+	EQ(read_at(ctx, file, back, sizeof(back), 0), sizeof(back));
+	CHECK(is_all(back, sizeof(data), 7));
+	CHECK(is_all(back + sizeof(data), sizeof(back) - sizeof(data), 0));
 	EQ(raio_close(file), 0);
 }
 
@@ -649,6 +673,7 @@ int main(int argc, char **argv)
 	every_size(ctx, fd);
 	syncs(ctx, fd);
 	discard_and_zeroes(ctx, fd);
+	allocation(ctx, fd);
 	statistics(fd, fd);
 	many_files(ctx, fd);
 	close_with_io_in_flight(ctx, fd);

@@ -77,10 +77,12 @@ PIN(pwritev, RAIO_CMD_PWRITEV == 3);
 PIN(fsync, RAIO_CMD_FSYNC == 4);
 PIN(discard, RAIO_CMD_DISCARD == 5);
 PIN(write_zeroes, RAIO_CMD_WRITE_ZEROES == 6);
+PIN(allocate, RAIO_CMD_ALLOCATE == 7);
 PIN(opcode_width, sizeof(enum raio_iocb_cmd) == 4);
 
 PIN(eventfd, RAIO_IOCB_EVENTFD == 1);
 PIN(datasync, RAIO_IOCB_DATASYNC == 2);
+PIN(keep_size, RAIO_IOCB_KEEP_SIZE == 4);
 PIN(res2_transport, RAIO_RES2_TRANSPORT == 1);
 PIN(res2_protocol, RAIO_RES2_PROTOCOL == 2);
 PIN(res2_storage, RAIO_RES2_STORAGE == 3);

@@ -466,7 +466,7 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	EQ(raio_getevents(ctx, 1, 1, events, NULL), 1);
 
 	/* Opcode, flags, offset, length. */
-	static const int opcodes[] = { -1, 7, 8, 100, INT_MAX, INT_MIN };
+	static const int opcodes[] = { -1, 8, 9, 100, INT_MAX, INT_MIN };
 	for (i = 0; i < (int)(sizeof(opcodes) / sizeof(opcodes[0])); i++) {
 		raio_prep_(&iocb, opcodes[i], file, buf, 1, 0, NULL);
 		REFUSED(EINVAL);
@@ -526,12 +526,17 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
 
-	/* Ranges of discard and write-zeroes. */
+	/* Ranges of discard, write-zeroes and allocate. */
 	raio_prep_discard(&iocb, writable, -4096, 4096);
 	REFUSED(EINVAL);
 	raio_prep_write_zeroes(&iocb, writable, -1, 1);
 	REFUSED(EINVAL);
 	raio_prep_write_zeroes(&iocb, writable, LLONG_MAX, ULLONG_MAX);
+	REFUSED(EINVAL);
+	raio_prep_allocate(&iocb, writable, -1, 1, 1);
+	REFUSED(EINVAL);
+	raio_prep_write_zeroes(&iocb, writable, 0, 1);
+	iocb.u.c.flags = RAIO_IOCB_KEEP_SIZE;
 	REFUSED(EINVAL);
 
 	/* Descriptors. */

@@ -166,6 +166,9 @@ impl Operation {
             Self::Fsync { data_only: false } => nothing(retry_on_intr(|| rustix::fs::fsync(fd))),
             Self::Discard { offset, length } => cleared(clear::discard(fd, offset, length)),
             Self::WriteZeroes { offset, length } => cleared(clear::write_zeroes(fd, offset, length)),
+            Self::Allocate { offset, length, keep_size } => {
+                cleared(clear::allocate(fd, offset, length, keep_size))
+            }
             Self::Stat => status(stat(fd)),
         };
         (result.map_err(Errno::raw_os_error), outcome)

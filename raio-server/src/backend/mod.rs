@@ -53,7 +53,7 @@ pub struct Lanes {
     pub control: Lane,
     /// For opens that wait for the holder of a lease.
     pub lease: Lane,
-    /// For fsync, discard and write zeroes.
+    /// For fsync, discard, write zeroes and allocate.
     pub flush: Lane,
     /// For reads and writes.
     pub data: Lane,
@@ -113,6 +113,15 @@ pub enum Operation {
         /// Length.
         length: u64,
     },
+    /// [`crate::clear::allocate`].
+    Allocate {
+        /// Offset in the file.
+        offset: u64,
+        /// Length.
+        length: u64,
+        /// The file's size stays.
+        keep_size: bool,
+    },
     /// statx(2), and the size of a block device.
     Stat,
 }
@@ -126,7 +135,7 @@ pub enum Outcome {
     Slot(SlotRange),
     /// The same, of one that would have had to wait: it is to be submitted with [`Backend::submit_blocking`].
     WouldBlock(SlotRange),
-    /// How many bytes, from its start, a discard or write zeroes has done.
+    /// How many bytes, from its start, a discard, write zeroes or allocate has done.
     Cleared(u64),
     /// What an open came to.
     Opened(Result<Box<Opened>, Refusal>),

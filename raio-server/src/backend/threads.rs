@@ -91,9 +91,10 @@ impl Backend for Threads {
         let lanes = file.lanes();
         let lane = match operation {
             Operation::Read { .. } | Operation::Write { .. } => lanes.data,
-            Operation::Fsync { .. } | Operation::Discard { .. } | Operation::WriteZeroes { .. } => {
-                lanes.flush
-            }
+            Operation::Fsync { .. }
+            | Operation::Discard { .. }
+            | Operation::WriteZeroes { .. }
+            | Operation::Allocate { .. } => lanes.flush,
             Operation::Stat => lanes.control,
         };
         self.begin(lane, Task::on(key, client, file, operation))

@@ -73,6 +73,11 @@ impl Worker {
                     Ok(Work::Zero(within_size(writable(file)?, range)?, Pieces::new(range)))
                 })
             }
+            Command::Allocate { file, offset, length, keep_size } => {
+                self.on_range(connection, file, offset, length, |file, range| {
+                    Ok(Work::Allocate(within_size(writable(file)?, range)?, Pieces::new(range), keep_size))
+                })
+            }
         };
         match first {
             First::Work(work) => {

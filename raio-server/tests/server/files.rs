@@ -292,6 +292,49 @@ fn discarded_and_zeroed_ranges_read_as_zeros() {
 }
 
 #[test]
+fn an_allocated_range_has_storage_and_no_byte_of_it_changes() {
+    each(|variant| {
+        let server = Server::start(variant, &["--export", "m=mem:1M,rw"]);
+        let mut client = server.client();
+        let file = client.open("/d/f", NEW).unwrap();
+        let bytes: Vec<u8> = (0..10_000).map(|at| (at % 251 + 1) as u8).collect();
+        assert_eq!(client.write(file, 0, &bytes), Ok(10_000));
+        let mut allocate = |offset, length, keep_size| {
+            let result = client.do_it(&Command::Allocate { file, offset, length, keep_size });
+            let status = client.status(file).unwrap();
+            (result, status.size.get(), status.blocks.get() * 512)
+        };
+        let (result, size, storage) = allocate(0, 1 << 20, true);
+        if result == Err(libc::EOPNOTSUPP) {
+            return eprintln!("SKIPPED: the file system here cannot reserve storage");
+        }
+        assert_eq!((result, size), (Ok(0), 10_000), "the size is kept");
+        assert!(storage >= 1 << 20, "{storage}");
+        // In one piece, in several, and where the file is long enough.
+        let large = 150 << 20;
+        for (length, expected) in [(20_000, 20_000), (large, large), (30_000, large)] {
+            let (result, size, storage) = allocate(1, length - 1, false);
+            assert_eq!((result, size), (Ok(0), expected), "{length}");
+            assert!(storage >= length - 4096, "{length}: {storage}");
+        }
+        let found = client.read(file, 0, 1 << 20).unwrap();
+        assert!(found[..10_000] == bytes && found[10_000..].iter().all(|&byte| byte == 0));
+        assert_eq!(
+            allocate_in(&mut client, "/m", OPEN_WRITE),
+            Err(libc::ENOSPC),
+            "a file that does not grow"
+        );
+        assert_eq!(allocate_in(&mut client, "/d/f", OPEN_READ), Err(libc::EBADF), "a file open for reading");
+    });
+}
+
+/// Allocates beyond the first MiB.
+fn allocate_in(client: &mut Client, path: &str, flags: u32) -> Result<u64, i32> {
+    let file = client.open(path, flags)?;
+    client.do_it(&Command::Allocate { file, offset: 1, length: 1 << 20, keep_size: false })
+}
+
+#[test]
 fn ranges_beyond_what_a_file_can_have_are_refused() {
     each(|variant| {
         let server = Server::start(variant, &["--export", "n=null:1G"]);
@@ -304,6 +347,7 @@ fn ranges_beyond_what_a_file_can_have_are_refused() {
                 for command in [
                     Command::Discard { file, offset, length: 4096 },
                     Command::WriteZeroes { file, offset, length: 4096 },
+                    Command::Allocate { file, offset, length: 4096, keep_size: true },
                 ] {
                     assert_eq!(client.do_it(&command), Err(libc::EINVAL), "{offset}");
                 }

@@ -130,6 +130,7 @@ fn commands() -> Vec<(String, Vec<u8>)> {
         Command::Discard { file, offset, length },
         Command::WriteZeroes { file, offset, length },
         Command::Cancel { id: 7 },
+        Command::Allocate { file, offset, length, keep_size: true },
     ]
     .iter()
     .map(|command| {
