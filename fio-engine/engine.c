@@ -4,7 +4,7 @@
  *
  * One fio job is one session with one context. fio calls setup() and prepopulate() in the parent, before it forks or
  * starts the job's thread, so those two open a session of their own and end it before they return; init() opens the
- * one that carries the I/O. Every io_u owns one iocb, for life. queue() fills it in and puts it on `queued`; commit()
+ * one that carries the I/O. Every io_u owns one iocb and the text of its failure, for life. queue() fills it in and puts it on `queued`; commit()
  * hands the whole queue to raio_submit(), at the latest when fio's queue is full; getevents() collects. All I/O buffers of a job lie in one
  * raio_alloc() region.
  *
@@ -22,6 +22,9 @@
 /* A layout keeps this many bytes in flight, in blocks of the job's own size. */
 #define LAYOUT_BYTES	(4u << 20)
 
+/* How often the end of a child is looked for. */
+#define CHILD_POLL_US	5000
+
 struct raio_fio_options {
 	void *td;			/* fio's */
 	char *url;
@@ -30,6 +33,12 @@ struct raio_fio_options {
 	unsigned int crc;
 	unsigned int spin_us;
 	unsigned int batch;
+};
+
+/* What belongs to an io_u, for life: its engine_data */
+struct request {
+	struct raio_iocb iocb;		/* ->data is the io_u */
+	char *failure;			/* why it failed the last time: fio asks once it has printed the error itself */
 };
 
 /* td->io_ops_data, from init() to cleanup() */
@@ -42,7 +51,7 @@ struct job {
 	raio_mr_t mr;			/* of `buffers` */
 	unsigned int depth;		/* how many io_us there are: bounds every array below */
 	unsigned int batch;		/* send when so many are queued, or fio is about to wait */
-	struct raio_iocb *iocbs;	/* by io_u->index; ->data is the io_u */
+	struct request *requests;	/* by io_u->index */
 	struct raio_iocb **queued;	/* not yet taken by raio_submit(), oldest first */
 	unsigned int queued_nr;
 	struct io_u **refused;		/* raio_submit() would not have them: getevents() reports them */
@@ -52,9 +61,6 @@ struct job {
 	unsigned int events_nr;
 	struct io_u **done;		/* what the last getevents() handed to fio, for event() */
 };
-
-/* The sentence for the last io_u that failed: fio asks for it after it has printed the error itself. */
-static __thread char failure[512];
 
 static struct ioengine_ops ioengine;
 
@@ -125,14 +131,18 @@ static struct fio_option options[] = {
 	},
 };
 
-/* Reports the raio call that has just failed, and gives 1 for fio's hooks to return. */
-static int raio_failed(struct thread_data *td, const char *what, const char *call)
+/* Reports a failure, and returns 1 for fio's hooks to return. */
+static int failed(struct thread_data *td, const char *what, const char *call, int err, const char *text)
 {
-	int err = errno;
-
-	log_err("raio: %s: %s\n", what, raio_errmsg());
+	log_err("raio: %s: %s\n", what, *text ? text : strerror(err));
 	td_verror(td, err, call);
 	return 1;
+}
+
+/* The same for the raio call that has just failed. */
+static int raio_failed(struct thread_data *td, const char *what, const char *call)
+{
+	return failed(td, what, call, errno, raio_errmsg());
 }
 
 /* Sessions and files ---------------------------------------------------------------------------------------- */
@@ -168,20 +178,36 @@ static int open_in(int session, const char *path, int flags)
 	return fd ? fd : session;
 }
 
-/* Submits one iocb and waits for it, with nothing else in flight. Its result as in a raio_event. */
-static long run_one(raio_context_t ctx, struct raio_iocb *iocb)
+/*
+ * Waits for completions as raio_getevents() does, but no longer than until fio is to end: 0 then. Storage that hangs may hold up
+ * a completion for ever.
+ */
+static long wait_for_events(struct thread_data *td, raio_context_t ctx, long nr, struct raio_event *events)
 {
-	struct raio_event event;
+	struct timespec timeout;
+	long ret;
+
+	do {
+		timeout = (struct timespec) { .tv_sec = 1 };
+		ret = raio_getevents(ctx, 1, nr, events, &timeout);
+	} while ((!ret || ret == -EINTR) && !td->terminate);
+	return ret == -EINTR ? 0 : ret;
+}
+
+/*
+ * Submits one iocb, with nothing else in flight, and waits for its event. Returns that event's result; raio_errmsg() says why it
+ * failed. -EINTR if fio is to end: then the iocb is in flight still.
+ */
+static long run_one(struct thread_data *td, raio_context_t ctx, struct raio_iocb *iocb, struct raio_event *event)
+{
 	long ret = raio_submit(ctx, 1, &iocb);
 
-	if (ret == 1) {
-		do {
-			ret = raio_getevents(ctx, 1, 1, &event, NULL);
-		} while (ret == -EINTR);
-	}
+	event->res2 = RAIO_RES2_TRANSPORT;
 	if (ret == 1)
-		return (long)event.res;
-	return ret < 0 ? ret : -EIO;
+		ret = wait_for_events(td, ctx, 1, event);
+	if (ret == 1)
+		return (long)event->res;
+	return ret < 0 ? ret : -EINTR;
 }
 
 static unsigned long long io_bytes_max(raio_context_t ctx)
@@ -264,7 +290,7 @@ static int before_fork(struct thread_data *td, int (*work)(struct thread_data *,
 {
 	struct raio_fio_options *o = td->eo;
 	int status;
-	pid_t pid;
+	pid_t pid, ended;
 
 	if (td->o.use_thread || !strncmp(o->url, "raio+tcp:", 9))
 		return work(td, f);
@@ -280,11 +306,15 @@ static int before_fork(struct thread_data *td, int (*work)(struct thread_data *,
 		fflush(NULL);
 		_exit(status ? 1 : 0);
 	}
-	while (waitpid(pid, &status, 0) < 0) {
-		if (errno != EINTR) {
-			td_verror(td, errno, "waitpid");
-			return 1;
-		}
+	/* a signal sets td->terminate and interrupts nothing */
+	while (!(ended = waitpid(pid, &status, WNOHANG))) {
+		if (td->terminate)
+			kill(pid, SIGKILL);
+		usleep(CHILD_POLL_US);
+	}
+	if (ended < 0) {
+		td_verror(td, errno, "waitpid");
+		return 1;
 	}
 	if (!WIFEXITED(status) && !td->error)
 		td_verror(td, EIO, "setup");
@@ -331,122 +361,226 @@ static int raio_fio_setup(struct thread_data *td)
 	return before_fork(td, stat_files, NULL);
 }
 
+/* What lays out one file, from lay_out() to end_layout() */
+struct layout {
+	int session;
+	int fd;
+	raio_context_t ctx;
+	char *buf;			/* what is being written */
+	struct raio_iocb *iocbs;
+	struct raio_iocb **ios;
+	struct raio_event *events;
+};
+
+/* Ends the session first: what is in flight, after a signal, is given up, and with it its memory. */
+static void end_layout(struct layout *l)
+{
+	raio_stop(l->session);
+	if (l->ctx)
+		raio_destroy(l->ctx);
+	if (l->buf)
+		raio_free(l->ctx, l->buf);
+	free(l->iocbs);
+	free(l->ios);
+	free(l->events);
+}
+
+static int layout_failed(struct thread_data *td, struct fio_file *f, long res, const char *text)
+{
+	return failed(td, f->file_name, "layout", (int)-res, text);
+}
+
+/*
+ * Takes in the events of a layout. What was written in part goes back to the iocbs to be sent, whose number sent before is `*sent`: the
+ * server says why it cannot write the rest. Returns how many are done, or -1 after reporting a failure.
+ */
+static long take_layout_events(struct thread_data *td, struct fio_file *f, struct layout *l, long nr, long *sent)
+{
+	long i, done = 0;
+
+	for (i = 0; i < nr; i++) {
+		struct raio_iocb *iocb = l->events[i].obj;
+		long res = (long)l->events[i].res;
+
+		if (res < 0) {
+			layout_failed(td, f, res, raio_event_errmsg(l->ctx, &l->events[i]));
+			return -1;
+		}
+		if ((unsigned long long)res == iocb->u.c.nbytes) {
+			done++;
+			continue;
+		}
+		if (!res) {
+			layout_failed(td, f, -EIO, "The server wrote nothing.");
+			return -1;
+		}
+		iocb->u.c.buf = (char *)iocb->u.c.buf + res;
+		iocb->u.c.nbytes -= res;
+		iocb->u.c.offset += res;
+		l->ios[--*sent] = iocb;
+	}
+	return done;
+}
+
+/* Writes l->ios[0 to nr). */
+static int write_batch(struct thread_data *td, struct fio_file *f, struct layout *l, long nr, long events_max)
+{
+	long sent = 0, done = 0, ret;
+
+	while (done < nr) {
+		ret = raio_submit(l->ctx, nr - sent, l->ios + sent);
+		if (ret < 0 && ret != -EAGAIN)
+			return layout_failed(td, f, ret, raio_errmsg());
+		if (ret > 0)
+			sent += ret;
+		ret = wait_for_events(td, l->ctx, events_max, l->events);
+		if (ret < 0)
+			return layout_failed(td, f, ret, raio_errmsg());
+		if (!ret)
+			return 0;	/* fio is to end */
+		ret = take_layout_events(td, f, l, ret, &sent);
+		if (ret < 0)
+			return 1;
+		done += ret;
+	}
+	return 0;
+}
+
 /*
  * Writes the whole file with what fio would have written into a local one: blocks of the job's write size, filled in
  * order, because the random stream is cut at block boundaries.
  */
-static int write_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
+static int write_layout(struct thread_data *td, struct fio_file *f, struct layout *l)
 {
 	unsigned long long bs = td->o.max_bs[DDIR_WRITE], size = f->real_file_size, offset = 0;
-	unsigned long long piece = min(bs, io_bytes_max(ctx));
+	unsigned long long piece = min(bs, io_bytes_max(l->ctx));
 	unsigned int blocks = bs < LAYOUT_BYTES ? LAYOUT_BYTES / bs : 1;
 	long nr_max = (long)(blocks * ((bs + piece - 1) / piece));
-	struct raio_iocb *iocbs, **ios;
-	struct raio_event *events;
 	raio_mr_t mr;
-	char *buf;
 	int ret = 0;
 
-	iocbs = calloc(nr_max, sizeof(*iocbs));
-	ios = calloc(nr_max, sizeof(*ios));
-	events = calloc(nr_max, sizeof(*events));
-	buf = raio_alloc(ctx, blocks * bs, &mr);
-	if (!iocbs || !ios || !events || !buf) {
+	l->iocbs = calloc(nr_max, sizeof(*l->iocbs));
+	l->ios = calloc(nr_max, sizeof(*l->ios));
+	l->events = calloc(nr_max, sizeof(*l->events));
+	l->buf = raio_alloc(l->ctx, blocks * bs, &mr);
+	if (!l->iocbs || !l->ios || !l->events || !l->buf) {
 		td_verror(td, ENOMEM, "layout buffers");
-		ret = 1;
+		return 1;
 	}
 
 	while (!ret && offset < size && !td->terminate) {
 		unsigned long long start = offset, pos;
-		long nr = 0, sent = 0, done = 0, n, i;
+		long nr = 0;
 
 		for (pos = 0; pos < blocks * bs && offset < size; pos += bs) {
 			unsigned long long len = min(bs, size - offset), part;
 
-			fill_io_buffer(td, buf + pos, len, len);
+			fill_io_buffer(td, l->buf + pos, len, len);
 			for (part = 0; part < len; part += piece) {
-				ios[nr] = &iocbs[nr];
-				raio_prep_pwrite(&iocbs[nr++], fd, buf + pos + part, min(piece, len - part),
+				l->ios[nr] = &l->iocbs[nr];
+				raio_prep_pwrite(&l->iocbs[nr++], l->fd, l->buf + pos + part, min(piece, len - part),
 						 (long long)(start + pos + part), mr);
 			}
 			offset += len;
 		}
-		/* after a failure nothing more is sent, but what was sent is the library's until it is collected */
-		while (done < (ret ? sent : nr)) {
-			if (!ret) {
-				n = raio_submit(ctx, nr - sent, ios + sent);
-				if (n > 0)
-					sent += n;
-				else if (n < 0 && n != -EAGAIN)
-					ret = (int)-n;
-			}
-			n = raio_getevents(ctx, 1, nr_max, events, NULL);
-			if (n < 0 && n != -EINTR) {
-				ret = (int)-n;
-				break;
-			}
-			for (i = 0; i < n; i++) {
-				long res = (long)events[i].res;
-
-				if (res < 0)
-					ret = (int)-res;
-				else if ((unsigned long long)res != events[i].obj->u.c.nbytes)
-					ret = ENOSPC;
-				done++;
-			}
-		}
-		if (ret) {
-			errno = ret;
-			ret = raio_failed(td, f->file_name, "layout");
-		}
+		ret = write_batch(td, f, l, nr, nr_max);
 	}
-
-	if (buf)
-		raio_free(ctx, buf);
-	free(iocbs);
-	free(ios);
-	free(events);
 	return ret;
 }
 
 /*
- * A job that does not read needs no contents, only the size that fallocate= gives. What the file holds stays: the job
- * may append to it, or trim a part of it. So zeros go only beyond its end.
+ * A job that does not read needs no contents, only what fallocate= does. No byte of the file may change, whoever writes it at the same
+ * time: so it is allocated and never written. If the storage cannot do that it is as with fio's own engines: `native` passes over it,
+ * `posix` says so, and with `keep` it is the job's error, found when its first I/O is done.
  */
-static int extend_layout(struct thread_data *td, struct fio_file *f, raio_context_t ctx, int fd)
+static int extend_layout(struct thread_data *td, struct fio_file *f, struct layout *l)
 {
-	unsigned long long size = f->real_file_size;
+	unsigned long long size = f->real_file_size, offset = 0;
+	struct raio_event event;
 	struct raio_iocb iocb;
-	struct stat64 st;
-	char zero = 0;
+	bool keep = false;
 	long res;
 
 	switch (td->o.fallocate_mode) {
 	case FIO_FALLOCATE_NONE:
-	case FIO_FALLOCATE_KEEP_SIZE:	/* reserves space beyond the end, which the protocol cannot */
 		return 0;
+	case FIO_FALLOCATE_KEEP_SIZE:
+		keep = true;
+		break;
+	case FIO_FALLOCATE_TRUNCATE:	/* no more than the last byte's block: a truncate could also make a file smaller */
+		offset = size - 1;
+		break;
 	default:
 		break;
 	}
 
-	if (raio_fstat(fd, &st))
-		return raio_failed(td, f->file_name, "raio_fstat");
-	if ((uint64_t)st.st_size >= size)
+	raio_prep_allocate(&iocb, l->fd, (long long)offset, size - offset, keep);
+	res = run_one(td, l->ctx, &iocb, &event);
+	if (res >= 0 || td->terminate)
 		return 0;
+	if ((event.res2 & RAIO_RES2_CLASS) != RAIO_RES2_STORAGE)
+		return layout_failed(td, f, res, raio_errmsg());
+	if (keep)
+		layout_failed(td, f, res, raio_errmsg());
+	else if (td->o.fallocate_mode == FIO_FALLOCATE_POSIX)
+		log_err("raio: %s: %s\n", f->file_name, raio_errmsg());
+	return 0;
+}
 
-	/* best effort, as fio's own: not every file system can, and the writes fill it in any case */
-	if (td->o.fallocate_mode != FIO_FALLOCATE_TRUNCATE) {
-		raio_prep_write_zeroes(&iocb, fd, st.st_size, size - (uint64_t)st.st_size);
-		if (run_one(ctx, &iocb) >= 0 && !raio_fstat(fd, &st) && (uint64_t)st.st_size >= size)
-			return 0;
+static int refuse_second_name(struct thread_data *td, struct fio_file *f, const char *what)
+{
+	log_err("raio: %s %s, and would have to be emptied, which fio's own engines avoid by removing the name. Remove it on the server.\n",
+		f->file_name, what);
+	td_verror(td, EMLINK, "layout");
+	return -1;
+}
+
+/*
+ * fio's own engines remove the name of a file that they write anew. The engine cannot; it empties the file, unless that has another
+ * name too, by which its bytes are to stay. Returns a descriptor, or -1 after reporting why not.
+ */
+static int open_emptied(struct thread_data *td, struct fio_file *f, int session, int flags)
+{
+	struct stat64 st;
+	int fd;
+
+	fd = open_in(session, f->file_name, flags | O_NOFOLLOW);
+	if (fd < 0 && errno == ELOOP)
+		return refuse_second_name(td, f, "is a symbolic link");
+	if (fd >= 0 && raio_fstat(fd, &st)) {
+		raio_failed(td, f->file_name, "raio_fstat");
+		return -1;
 	}
+	if (fd >= 0 && st.st_nlink > 1)
+		return refuse_second_name(td, f, "has hard links");
+	/* the end of the session closes the first one */
+	if (fd >= 0 && st.st_size)
+		fd = open_in(session, f->file_name, (flags & ~O_CREAT) | O_NOFOLLOW | O_TRUNC);
+	if (fd < 0)
+		raio_failed(td, f->file_name, "raio_open");
+	return fd;
+}
 
-	raio_prep_pwrite(&iocb, fd, &zero, 1, (long long)size - 1, NULL);
-	res = run_one(ctx, &iocb);
-	if (res == 1)
+static int open_to_extend(struct thread_data *td, struct fio_file *f, int session, int flags)
+{
+	int fd = open_in(session, f->file_name, flags);
+
+	if (fd < 0)
+		raio_failed(td, f->file_name, "raio_open");
+	return fd;
+}
+
+static int sync_layout(struct thread_data *td, struct fio_file *f, struct layout *l)
+{
+	struct raio_event event;
+	struct raio_iocb iocb;
+	long res;
+
+	raio_prep_fsync(&iocb, l->fd, 0);
+	res = run_one(td, l->ctx, &iocb, &event);
+	if (res >= 0 || td->terminate)
 		return 0;
-	errno = res < 0 ? (int)-res : EIO;
-	return raio_failed(td, f->file_name, "layout");
+	return layout_failed(td, f, res, raio_errmsg());
 }
 
 static int lay_out(struct thread_data *td, struct fio_file *f)
@@ -454,8 +588,8 @@ static int lay_out(struct thread_data *td, struct fio_file *f)
 	bool contents = td_read(td) || (td_write(td) && td->o.overwrite && !td->o.file_append);
 	/* what fio's own engines write into a new file, goes into an empty one here */
 	bool anew = contents || (td_write(td) && !td->o.file_append);
-	int session, fd, flags = O_WRONLY, ret = 1;
-	raio_context_t ctx = NULL;
+	int flags = O_WRONLY | (td->o.allow_create ? O_CREAT : 0), ret = 1;
+	struct layout l = { 0 };
 
 	if (read_only) {
 		log_err("raio: %s has to be written first, which --readonly forbids. Run without it once.\n",
@@ -463,36 +597,22 @@ static int lay_out(struct thread_data *td, struct fio_file *f)
 		td_verror(td, EROFS, "layout");
 		return 1;
 	}
-	if (td->o.allow_create)
-		flags |= O_CREAT;
-	if (anew)
-		flags |= O_TRUNC;
 
-	session = start_session(td);
-	if (session < 0)
+	l.session = start_session(td);
+	if (l.session < 0)
 		return 1;
-	fd = open_in(session, f->file_name, flags);
-	if (fd < 0) {
-		raio_failed(td, f->file_name, "raio_open");
-	} else if (raio_setup(session, LAYOUT_BYTES / 512, &ctx)) {
-		raio_failed(td, f->file_name, "raio_setup");
-	} else {
-		ret = contents ? write_layout(td, f, ctx, fd) : extend_layout(td, f, ctx, fd);
-		if (!ret && contents && td->o.create_fsync) {
-			struct raio_iocb iocb;
-			long res;
-
-			raio_prep_fsync(&iocb, fd, 0);
-			res = run_one(ctx, &iocb);
-			if (res < 0) {
-				errno = (int)-res;
-				ret = raio_failed(td, f->file_name, "fsync");
-			}
-		}
+	l.fd = anew ? open_emptied(td, f, l.session, flags) : open_to_extend(td, f, l.session, flags);
+	if (l.fd >= 0) {
+		if (raio_setup(l.session, LAYOUT_BYTES / 512, &l.ctx))
+			raio_failed(td, f->file_name, "raio_setup");
+		else
+			ret = contents ? write_layout(td, f, &l) : extend_layout(td, f, &l);
 	}
-	if (ctx)
-		raio_destroy(ctx);
-	raio_stop(session);
+	if (!ret && contents && td->o.create_fsync && !td->terminate)
+		ret = sync_layout(td, f, &l);
+	if (!ret && !td->terminate && raio_close(l.fd))
+		ret = raio_failed(td, f->file_name, "raio_close");
+	end_layout(&l);
 	return ret;
 }
 
@@ -513,6 +633,7 @@ static int raio_fio_prepopulate(struct thread_data *td, struct fio_file *f)
 static void raio_fio_cleanup(struct thread_data *td)
 {
 	struct job *job = td->io_ops_data;
+	unsigned int i;
 
 	if (!job)
 		return;
@@ -523,7 +644,9 @@ static void raio_fio_cleanup(struct thread_data *td)
 	}
 	if (job->session > 0)
 		raio_stop(job->session);
-	free(job->iocbs);
+	for (i = 0; job->requests && i < job->depth; i++)
+		free(job->requests[i].failure);
+	free(job->requests);
 	free(job->queued);
 	free(job->refused);
 	free(job->events);
@@ -594,12 +717,12 @@ static int raio_fio_init(struct thread_data *td)
 	/* fio sends the write of a block right behind its trim, for engines that trim while it waits: ours does not */
 	if (td_trimwrite(td))
 		td->o.serialize_overlap = 1;
-	job->iocbs = calloc(job->depth, sizeof(*job->iocbs));
+	job->requests = calloc(job->depth, sizeof(*job->requests));
 	job->queued = calloc(job->depth, sizeof(*job->queued));
 	job->refused = calloc(job->depth, sizeof(*job->refused));
 	job->events = calloc(job->depth, sizeof(*job->events));
 	job->done = calloc(job->depth, sizeof(*job->done));
-	if (!job->iocbs || !job->queued || !job->refused || !job->events || !job->done) {
+	if (!job->requests || !job->queued || !job->refused || !job->events || !job->done) {
 		td_verror(td, ENOMEM, "calloc");
 		return 1;
 	}
@@ -641,7 +764,7 @@ static int raio_fio_io_u_init(struct thread_data *td, struct io_u *io_u)
 	struct job *job = td->io_ops_data;
 
 	/* index and engine_data share their memory */
-	io_u->engine_data = &job->iocbs[io_u->index];
+	io_u->engine_data = &job->requests[io_u->index];
 	return 0;
 }
 
@@ -670,15 +793,21 @@ static int raio_fio_open_file(struct thread_data *td, struct fio_file *f)
 	return 0;
 }
 
-/* fio has waited for the file's I/O. A server that is gone has closed it too: nothing to report. */
+/*
+ * fio has waited for the file's I/O. What was written may be lost if this fails, and fio passes over what the hook returns at the end
+ * of a job: so it is the job's error. A server that is gone has closed it too: nothing to report.
+ */
 static int raio_fio_close_file(struct thread_data *td, struct fio_file *f)
 {
 	struct job *job = td->io_ops_data;
+	int fd = (int)(intptr_t)FILE_ENG_DATA(f), err = 0;
 
-	if (!job->lost)
-		raio_close((int)(intptr_t)FILE_ENG_DATA(f));
 	FILE_SET_ENG_DATA(f, NULL);
-	return 0;
+	if (!job->lost && raio_close(fd)) {
+		err = errno;
+		raio_failed(td, f->file_name, "raio_close");
+	}
+	return err;
 }
 
 /* Without this hook fio would unlink a local file of that name. */
@@ -691,7 +820,8 @@ static int raio_fio_unlink_file(struct thread_data fio_unused *td, struct fio_fi
 static enum fio_q_status raio_fio_queue(struct thread_data *td, struct io_u *io_u)
 {
 	struct job *job = td->io_ops_data;
-	struct raio_iocb *iocb = io_u->engine_data;
+	struct request *request = io_u->engine_data;
+	struct raio_iocb *iocb = &request->iocb;
 	int fd = (int)(intptr_t)FILE_ENG_DATA(io_u->file);
 
 	fio_ro_check(td, io_u);
@@ -744,11 +874,14 @@ static void leave_queue(struct thread_data *td, struct job *job, unsigned int nr
 	memmove(job->queued, job->queued + nr, job->queued_nr * sizeof(*job->queued));
 }
 
-static void remember_failure(int err)
+/* Takes note of why an io_u failed: many can fail before fio asks for the first. */
+static void remember_failure(struct io_u *io_u, long res, const char *text)
 {
-	const char *sentence = raio_errmsg();
+	struct request *request = io_u->engine_data;
 
-	snprintf(failure, sizeof(failure), "%s", *sentence ? sentence : strerror(err));
+	io_u->error = (unsigned int)-res;
+	free(request->failure);
+	request->failure = strdup(*text ? text : strerror(io_u->error));
 }
 
 /* Hands the queue to libraio. Never blocks. */
@@ -764,8 +897,7 @@ static void submit_queued(struct thread_data *td)
 		if (ret < 0) {
 			struct io_u *io_u = job->queued[0]->data;
 
-			io_u->error = (unsigned int)-ret;
-			remember_failure(io_u->error);
+			remember_failure(io_u, ret, raio_errmsg());
 			job->refused[job->refused_nr++] = io_u;
 			ret = 1;
 		}
@@ -794,8 +926,7 @@ static struct io_u *finish(struct job *job, const struct raio_event *event)
 	long res = (long)event->res;
 
 	if (res < 0) {
-		io_u->error = (unsigned int)-res;
-		remember_failure(io_u->error);
+		remember_failure(io_u, res, raio_event_errmsg(job->ctx, event));
 		if ((event->res2 & RAIO_RES2_CLASS) == RAIO_RES2_TRANSPORT)
 			job->lost = true;
 	} else if (io_u->ddir == DDIR_READ || io_u->ddir == DDIR_WRITE) {
@@ -860,7 +991,9 @@ static struct io_u *raio_fio_event(struct thread_data *td, int event)
 /* fio frees it */
 static char *raio_fio_errdetails(struct thread_data fio_unused *td, struct io_u *io_u)
 {
-	return strdup(*failure ? failure : strerror(io_u->error));
+	struct request *request = io_u->engine_data;
+
+	return strdup(request->failure ? request->failure : strerror(io_u->error));
 }
 
 /* for fio before 3.38 */

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use fio::{assert_same_bytes, engine, fio_local, fio_raio, said, seed, succeed};
-use raio_e2e::{Server, binary, needs_root};
+use raio_e2e::{FuseCall, FuseFs, FuseOptions, PATIENCE, Server, binary, needs_root};
 use rustix::process::Signal;
 use tempfile::{TempDir, tempdir};
 
@@ -247,8 +247,8 @@ fn fio_without_memory_for_its_buffers_ends_with_a_sentence() {
 }
 
 #[test]
-fn fio_waits_one_timeout_for_a_server_that_hangs() {
-    const TIMEOUT: Duration = Duration::from_secs(4);
+fn fio_asks_a_server_that_hangs_nothing_more() {
+    const TIMEOUT: Duration = Duration::from_secs(1);
     let (_directory, mut server) = export();
     let mut fio = fio_raio(&server);
     fio.args(["--filename=/disk/a:/disk/b", "--size=1m", "--rw=randread", "--bs=4k", "--iodepth=8"]);
@@ -262,8 +262,98 @@ fn fio_waits_one_timeout_for_a_server_that_hangs() {
     let output = fio.wait_with_output().expect("fio");
     let waited = started.elapsed();
     server.signal(Signal::CONT);
-    assert!(!output.status.success(), "{}", said(&output));
-    assert!(waited < TIMEOUT.mul_f32(1.8), "{waited:?} until the job ended:\n{}", said(&output));
+    let said = said(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(waited < 10 * TIMEOUT, "{waited:?} until the job ended:\n{said}");
+    // Whatever else it had asked, an open or a close, would have waited for another timeout and been reported.
+    assert!(said.contains("io_u error on file /disk/"), "{said}");
+    assert!(!said.contains("raio: /disk/"), "{said}");
+}
+
+#[test]
+fn fio_reports_what_closing_a_file_came_to() {
+    let files: &[(&str, &[u8])] = &[("file", &[7; 64 << 10])];
+    let Some(disk) = FuseFs::mount("an error of close", FuseOptions::default(), files) else { return };
+    let server = Server::start(&[&format!("disk={},rw", disk.path().display())]);
+    disk.fail(FuseCall::Flush, libc::EDQUOT);
+    let output =
+        fio_raio(&server).args(["--filename=/disk/file", "--rw=write", "--bs=4k"]).output().expect("fio");
+    let said = said(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("raio: /disk/file: ") && said.contains("Disk quota exceeded"), "{said}");
+}
+
+#[test]
+fn fio_says_of_each_failed_io_why_it_failed() {
+    let files: &[(&str, &[u8])] = &[("file", &[7; 1 << 20])];
+    let Some(disk) = FuseFs::mount("reads and writes that fail", FuseOptions::default(), files) else {
+        return;
+    };
+    let server = Server::start(&[&format!("disk={},rw", disk.path().display())]);
+    disk.fail(FuseCall::Read, libc::EIO);
+    disk.fail(FuseCall::Write, libc::ENOSPC);
+    let mut fio = fio_raio(&server);
+    fio.args(["--filename=/disk/file", "--rw=randrw", "--bs=4k", "--iodepth=64", "--io_size=1m"]);
+    let output = fio.arg("--iodepth_batch_complete_min=16").output().expect("fio");
+    let said = said(&output);
+    let lines: Vec<_> = said.lines().collect();
+    let (mut reads, mut writes) = (0, 0);
+    for pair in lines.windows(2).filter(|pair| pair[0].contains("io_u error on file /disk/file")) {
+        let expected = if pair[0].contains(": read offset") {
+            reads += 1;
+            "Reading failed on the server: Input/output error"
+        } else {
+            writes += 1;
+            "Writing failed on the server: No space left on device"
+        };
+        assert!(pair[1].contains(expected), "{}\n{}", pair[0], pair[1]);
+    }
+    assert!(reads > 4 && writes > 4, "{said}");
+}
+
+#[test]
+fn fio_ends_at_a_signal_while_the_storage_hangs_in_layout() {
+    let Some(disk) = FuseFs::mount("storage that hangs", FuseOptions::default(), &[("old", b"old")]) else {
+        return;
+    };
+    let server = Server::start(&[&format!("disk={},rw", disk.path().display())]);
+    let forks = server.url().replace("raio+tcp://", "raio://");
+    // over TCP fio's own process lays out, else a child of it
+    let read: &[&str] = &["--filename=/disk/new", "--rw=read"];
+    let append: &[&str] = &["--filename=/disk/old", "--rw=write", "--file_append=1"];
+    for (call, job, url) in [
+        (FuseCall::Write, read, server.url()),
+        (FuseCall::Fsync, read, server.url()),
+        (FuseCall::Fallocate, append, server.url()),
+        (FuseCall::Write, read, forks.clone()),
+        (FuseCall::Lookup, read, forks),
+    ] {
+        disk.hang(call);
+        let mut fio = fio_raio(&server);
+        fio.args(job).args(["--size=1m", "--bs=64k", "--create_fsync=1"]).arg(format!("--raio_url={url}"));
+        let mut fio = fio.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("fio");
+        disk.wait_for_hanging(call, 1);
+        let pid = rustix::process::Pid::from_child(&fio);
+        rustix::process::kill_process(pid, Signal::TERM).expect("a signal");
+        let started = Instant::now();
+        let is_over = loop {
+            if fio.try_wait().expect("fio").is_some() {
+                break true;
+            }
+            if started.elapsed() > PATIENCE {
+                break false;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        // Before anything else, or the file system could not be unmounted.
+        disk.mend(call);
+        if !is_over {
+            let _ = fio.kill();
+            let _ = fio.wait();
+        }
+        assert!(is_over, "{call:?} {url}: fio went on for {:?}", started.elapsed());
+        let _ = fs::remove_file(disk.file("new"));
+    }
 }
 
 #[test]
