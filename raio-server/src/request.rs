@@ -292,7 +292,7 @@ impl Work {
 
     /// The place of its file's export among all. None: it needs neither disk nor file system.
     pub fn export(&self) -> Option<usize> {
-        Some(self.file()?.open.fd()?.lanes().export)
+        Some(self.file()?.open.own_fd()?.lanes().export)
     }
 
     /// The descriptor of its file, which it has submitted an operation on before.
