@@ -168,6 +168,13 @@ pub struct Place {
     address: AddressAccount,
 }
 
+/// A file's place. Dropping it frees the place.
+#[derive(Debug)]
+pub struct FilePlace {
+    limits: Arc<Limits>,
+    address: AddressAccount,
+}
+
 impl Place {
     /// The account of the address that the connection is from.
     pub fn address(&self) -> &AddressAccount {
@@ -311,8 +318,9 @@ impl Limits {
         session.connections.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A place for a file of a session, opened by a connection from an address. Both count it until [`Limits::close`].
-    pub fn open(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
+    /// A place for a file of a session, opened by a connection from an address. The session counts it until [`Limits::close`], the
+    /// others as long as the place lasts.
+    pub fn open(self: &Arc<Self>, session: &Account, address: &AddressAccount) -> Result<FilePlace, Excess> {
         // Workers that look at the same time may go beyond it by one each, which does no harm.
         let files = get(&session.files);
         let of_address = address.as_ref().map(|account| get(&account.files));
@@ -333,10 +341,11 @@ impl Limits {
             return Err(Excess::of_cap(Who::Address, count, "files open", "Close some", "files"));
         }
         self.files.fetch_add(1, Ordering::Relaxed);
+        let place = FilePlace { limits: Arc::clone(self), address: address.clone() };
         if has_place {
-            return Ok(());
+            return Ok(place);
         }
-        self.close(session, address);
+        self.close(session);
         Err(Excess::new(
             Who::Session,
             format!(
@@ -346,13 +355,9 @@ impl Limits {
         ))
     }
 
-    /// A file's place is free again.
-    pub fn close(&self, session: &Account, address: &AddressAccount) {
-        for number in
-            [Some(&session.files), address.as_ref().map(|account| &account.files), Some(&self.files)]
-        {
-            number.inspect(|number| _ = number.fetch_sub(1, Ordering::Relaxed));
-        }
+    /// A session has given up a file.
+    pub fn close(&self, session: &Account) {
+        session.files.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Whether requests must be counted: an option limits them.
@@ -398,6 +403,15 @@ impl Drop for Place {
     }
 }
 
+impl Drop for FilePlace {
+    fn drop(&mut self) {
+        self.limits.files.fetch_sub(1, Ordering::Relaxed);
+        if let Some(account) = &self.address {
+            account.files.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -410,11 +424,11 @@ mod tests {
         text.parse().ok()
     }
 
-    /// A session that opens all the files that it can, from an address. Gives it, and how many.
-    fn open_all(limits: &Limits, address: &AddressAccount) -> (Account, usize) {
+    /// A session that opens all the files that it can, from an address. Returns it, and them.
+    fn open_all(limits: &Arc<Limits>, address: &AddressAccount) -> (Account, Vec<FilePlace>) {
         let session = Account::default();
-        let count = (0..).take_while(|_| limits.open(&session, address).is_ok()).count();
-        (session, count)
+        let files = std::iter::from_fn(|| limits.open(&session, address).ok()).collect();
+        (session, files)
     }
 
     #[test]
@@ -451,22 +465,21 @@ mod tests {
         let limits = uncapped(1000, 50);
         let [here, there] = ["10.0.0.1", "10.0.0.2"].map(|ip| limits.connect(address(ip)).unwrap());
         let (greedy, files) = open_all(&limits, here.address());
-        assert!((50..50 + SESSION_RESERVE).contains(&files), "{files}");
+        assert!((50..50 + SESSION_RESERVE).contains(&files.len()), "{}", files.len());
         let error = limits.open(&greedy, here.address()).unwrap_err();
-        assert!(error.text.contains(&format!("{files} of them")), "{error:?}");
+        assert!(error.text.contains(&format!("{} of them", files.len())), "{error:?}");
         // Sessions from there take what sessions may take, and other addresses still have some.
         let mut others = Vec::new();
-        while let (session, files @ 1..) = open_all(&limits, here.address()) {
-            others.push((session, files));
+        loop {
+            let (_, files) = open_all(&limits, here.address());
+            if files.is_empty() {
+                break;
+            }
+            others.push(files);
         }
-        let (other, theirs) = open_all(&limits, there.address());
-        assert!(!others.is_empty() && theirs > RESERVE / 8, "{theirs}");
-        let close = |session, files, place: &Place| {
-            (0..files).for_each(|_| limits.close(session, place.address()));
-        };
-        close(&greedy, files, &here);
-        others.iter().for_each(|(session, files)| close(session, *files, &here));
-        close(&other, theirs, &there);
+        let (_, theirs) = open_all(&limits, there.address());
+        assert!(!others.is_empty() && theirs.len() > RESERVE / 8, "{}", theirs.len());
+        drop((files, others, theirs));
         assert_eq!(limits.files(), 0);
     }
 
@@ -477,8 +490,8 @@ mod tests {
             .map(|_| {
                 let (place, session) = (limits.connect(address("10.0.0.1")).unwrap(), Account::default());
                 limits.join(&session, place.address()).unwrap();
-                limits.open(&session, place.address()).unwrap();
-                place
+                let file = limits.open(&session, place.address()).unwrap();
+                (place, file)
             })
             .collect();
         assert_eq!((places.len(), limits.files()), (1000, 1000));
@@ -491,11 +504,10 @@ mod tests {
         let connect = || limits.connect(address("::1")).unwrap();
         let session = Account::default();
         let owner = connect().address().clone();
-        limits.open(&session, &owner).unwrap();
+        let file = limits.open(&session, &owner).unwrap();
         // The connection has gone, the file is there.
         assert_eq!(limits.open(&session, connect().address()).unwrap_err().who, Who::Address);
-        limits.close(&session, &owner);
-        drop(owner);
+        drop((file, owner));
         assert!(limits.by_address().is_empty());
         assert!(limits.open(&session, connect().address()).is_ok());
     }
@@ -508,21 +520,22 @@ mod tests {
         let error = limits.connect(address("::1")).unwrap_err();
         assert!(error.text.contains("connections= of the server's --limits-per-address"), "{error:?}");
         let mut errors = Vec::new();
-        let mut twice = |limits: &Limits, act: &dyn Fn(&Account) -> Result<(), Excess>, key: &str| {
-            let session = Account::default();
-            act(&session).unwrap();
-            let Excess { who, text } = act(&session).unwrap_err();
-            assert!(text.contains(&format!("{key}= of the server's --{}.", who.option())), "{text}");
-            errors.push(who);
-            let _ = limits;
-        };
-        twice(&limits, &|session| limits.open(session, place.address()), "files");
-        twice(&limits, &|session| limits.begin_request(session, place.address()), "requests");
+        let mut twice =
+            |limits: &Limits, act: &dyn Fn(&Account) -> Result<Option<FilePlace>, Excess>, key: &str| {
+                let session = Account::default();
+                let _first = act(&session).unwrap();
+                let Excess { who, text } = act(&session).unwrap_err();
+                assert!(text.contains(&format!("{key}= of the server's --{}.", who.option())), "{text}");
+                errors.push(who);
+                let _ = limits;
+            };
+        twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");
+        twice(&limits, &|session| limits.begin_request(session, place.address()).map(|()| None), "requests");
         let limits = Limits::new(100, 100, one, Caps::default());
         let place = limits.connect(address("::1")).unwrap();
-        twice(&limits, &|session| limits.join(session, place.address()), "connections");
-        twice(&limits, &|session| limits.open(session, place.address()), "files");
-        twice(&limits, &|session| limits.begin_request(session, place.address()), "requests");
+        twice(&limits, &|session| limits.join(session, place.address()).map(|()| None), "connections");
+        twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");
+        twice(&limits, &|session| limits.begin_request(session, place.address()).map(|()| None), "requests");
         assert_eq!(errors, [Who::Address, Who::Address, Who::Session, Who::Session, Who::Session]);
     }
 

@@ -11,7 +11,7 @@ use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::limits::{Account, AddressAccount, Excess, Limits, Who};
+use crate::limits::{Account, AddressAccount, Excess, FilePlace, Limits, Who};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
@@ -163,8 +163,8 @@ struct Files {
 #[derive(Debug)]
 struct FileEntry {
     generation: u32,
-    /// With the account that counts it beside the session's.
-    file: Option<(Arc<OpenFile>, AddressAccount)>,
+    /// With its place, which its descriptor shares.
+    file: Option<(Arc<OpenFile>, Arc<FilePlace>)>,
 }
 
 impl FileEntry {
@@ -183,7 +183,10 @@ impl Session {
                 format!("The session has {open} files open, and there are no more handles. Close some.");
             return Err(Excess { who: Who::Session, text });
         }
-        self.limits.open(&self.account, address)?;
+        let place = Arc::new(self.limits.open(&self.account, address)?);
+        if let Some(fd) = file.own_fd() {
+            fd.takes(Arc::clone(&place));
+        }
         let index = files.free.pop().map_or_else(
             || {
                 // Not 0, so that no handle is all zeros.
@@ -193,7 +196,7 @@ impl Session {
             |index| index as usize,
         );
         let entry = &mut files.entries[index];
-        entry.file = Some((file, address.clone()));
+        entry.file = Some((file, place));
         Ok(entry.handle(index))
     }
 
@@ -235,26 +238,23 @@ impl Session {
         let mut files = lock(&self.files);
         let index = index_of(handle);
         let entry = files.entries.get_mut(index).filter(|entry| entry.handle(index) == handle)?;
-        let (file, address) = entry.file.take()?;
+        let (file, _) = entry.file.take()?;
         entry.generation = (entry.generation + 1) & (u32::MAX >> INDEX_BITS);
         entry.generation = entry.generation.max(1);
         files.free.push(index as u32);
-        self.forget(&file, &address);
+        self.forget(&file);
         Some(file)
     }
 
     fn close_all(&self) -> Vec<Arc<OpenFile>> {
         let files = std::mem::take(&mut *lock(&self.files));
-        let forget = |(file, address)| {
-            self.forget(&file, &address);
-            file
-        };
-        files.entries.into_iter().filter_map(|entry| entry.file).map(forget).collect()
+        let files = files.entries.into_iter().filter_map(|entry| entry.file);
+        files.map(|(file, _)| file).inspect(|file| self.forget(file)).collect()
     }
 
-    fn forget(&self, file: &Arc<OpenFile>, address: &AddressAccount) {
+    fn forget(&self, file: &OpenFile) {
         file.closed.store(true, Ordering::Release);
-        self.limits.close(&self.account, address);
+        self.limits.close(&self.account);
     }
 }
 

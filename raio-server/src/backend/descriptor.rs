@@ -7,6 +7,8 @@ use raio_transport::reactor::Sender;
 use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
+use crate::limits::FilePlace;
+
 use super::{Completion, Job, Lanes};
 use crate::log;
 
@@ -27,6 +29,8 @@ pub struct Descriptor {
     fd: Option<OwnedFd>,
     lanes: Lanes,
     on_close: OnceLock<(Sender<Completion>, u64)>,
+    /// Counts it, until close(2) has returned.
+    place: OnceLock<Arc<FilePlace>>,
     /// How to read what is in the page cache without waiting. None: it is not read from there.
     pub(super) cached_reads: Option<ReadWriteFlags>,
     /// Writes go to the page cache and may stay there.
@@ -69,6 +73,7 @@ impl Descriptor {
             fd: Some(fd),
             lanes,
             on_close: OnceLock::new(),
+            place: OnceLock::new(),
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
@@ -79,6 +84,12 @@ impl Descriptor {
     /// The lanes of its export.
     pub fn lanes(&self) -> &Lanes {
         &self.lanes
+    }
+
+    /// It counts as this place until close(2) has returned. Once at most.
+    pub fn takes(&self, place: Arc<FilePlace>) {
+        let taken = self.place.set(place);
+        debug_assert!(taken.is_ok(), "a file is counted once");
     }
 
     /// Has the result of close(2) sent once the last user has gone, as the completion with this key. Once at most.
@@ -120,7 +131,7 @@ impl Drop for Descriptor {
     fn drop(&mut self) {
         if let Some(fd) = self.fd.take() {
             let lane = self.lanes.control;
-            lane.submit(lane.ticket(), Job::close(fd, self.on_close.take()));
+            lane.submit(lane.ticket(), Job::close(fd, self.place.take(), self.on_close.take()));
         }
     }
 }

@@ -11,6 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, Completion, Descriptor, FileInfo, NOBODY, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
+use crate::limits::FilePlace;
 use crate::{clear, pool};
 
 /// One or several operations that a thread carries out one after another. Their completions come together.
@@ -31,7 +32,7 @@ pub(super) struct Task {
 enum What {
     On(Arc<Descriptor>, Operation),
     Call(Call),
-    Close(OwnedFd),
+    Close(OwnedFd, Option<Arc<FilePlace>>),
 }
 
 impl Task {
@@ -59,7 +60,11 @@ impl Task {
         let (result, outcome) = match self.what {
             What::On(file, operation) => operation.run(&file),
             What::Call(call) => (Ok(0), call()),
-            What::Close(fd) => (reactor::close(fd).map(|()| 0), Outcome::None),
+            What::Close(fd, place) => {
+                let closed = reactor::close(fd).map(|()| 0);
+                drop(place);
+                (closed, Outcome::None)
+            }
         };
         Completion { key: self.key, result, outcome }
     }
@@ -93,10 +98,14 @@ impl Job {
         Self { to: Some(to), tasks }
     }
 
-    /// close(2), and whom to tell how it went.
-    pub(super) fn close(fd: OwnedFd, report: Option<(Sender<Completion>, u64)>) -> Self {
+    /// close(2), after which the file's place is free, and whom to tell how it went.
+    pub(super) fn close(
+        fd: OwnedFd,
+        place: Option<Arc<FilePlace>>,
+        report: Option<(Sender<Completion>, u64)>,
+    ) -> Self {
         let (to, key) = report.map_or((None, NOBODY), |(to, key)| (Some(to), key));
-        Self { to, tasks: vec![Task { key, on_behalf: None, what: What::Close(fd) }] }
+        Self { to, tasks: vec![Task { key, on_behalf: None, what: What::Close(fd, place) }] }
     }
 
     /// Takes out an operation.
@@ -107,7 +116,7 @@ impl Job {
 
 /// Takes an operation out, by its key, if it can be cancelled.
 pub(super) fn take(tasks: &mut Vec<Task>, key: u64) -> Option<Task> {
-    let at = tasks.iter().position(|task| task.key == key && !matches!(task.what, What::Close(_)))?;
+    let at = tasks.iter().position(|task| task.key == key && !matches!(task.what, What::Close(..)))?;
     let task = tasks.remove(at);
     // One that stays may stay for long.
     tasks.shrink_to(2 * tasks.len());
@@ -129,7 +138,7 @@ impl pool::Job for Job {
     }
 
     fn reject(self) -> Option<Self> {
-        if self.tasks.iter().any(|task| matches!(task.what, What::Close(_))) {
+        if self.tasks.iter().any(|task| matches!(task.what, What::Close(..))) {
             return Some(self);
         }
         let rejected = self.tasks.into_iter().map(|task| task.unbegun(libc::EAGAIN));

@@ -236,6 +236,9 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         drop(stuck);
         fuse.wait_for_hanging(FuseCall::Flush, 1);
         assert_unharmed(&mut well, before, "a close");
+        // Its session has ended, and its descriptor counts until close(2) has returned.
+        let statistics = server.statistics_when(|now| now["sessions"] == 1);
+        assert!(statistics["open_files"].as_u64() > Some(1), "{backend}: {statistics}");
         fuse.mend(FuseCall::Flush);
         drop(well);
         server.statistics_when(is_at_rest);
