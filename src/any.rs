@@ -130,6 +130,16 @@ impl Server {
         self.tcp.set_place(place);
     }
 
+    /// See [`tcp::Server::set_heap_max`].
+    pub fn set_heap_max(&mut self, bytes: usize) {
+        self.tcp.set_heap_max(bytes);
+    }
+
+    /// See [`tcp::Server::heap`].
+    pub fn heap(&self) -> (usize, u64) {
+        self.tcp.heap()
+    }
+
     /// See [`tcp::Server::next_passed`].
     pub fn next_passed(&mut self) -> Option<tcp::Passed> {
         let passed = self.tcp.next_passed()?;

@@ -16,7 +16,7 @@ use raio_transport::rdma;
 use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
-use crate::limits::{Caps, Who};
+use crate::limits::{Caps, Who, session_bytes};
 use crate::machine::memory_limit;
 use crate::size::Size;
 
@@ -27,7 +27,12 @@ const QUEUE_DEPTH_MAX: u32 = 65_534;
 const IO_BYTES_DEFAULT: u64 = 1 << 20;
 const IO_BYTES_MIN: u64 = 4 << 10;
 const IO_BYTES_MAX: u64 = 256 << 20;
-const MEMORY_BYTES_DEFAULT: u64 = 128 << 20;
+/// What `--memory` is by default made of: buffers for data, what messages take beside it...
+const ARENAS_BYTES_DEFAULT: u64 = 128 << 20;
+const HEAP_BYTES_DEFAULT: u64 = 32 << 20;
+const HEAP_BYTES_DEFAULT_PER_WORKER: u64 = 4 << 20;
+/// ... and so many sessions with a connection and a file.
+const SESSIONS_DEFAULT: usize = 32_768;
 const SPIN_US_DEFAULT: u64 = 50;
 const SPIN_US_MAX: u64 = 1_000_000;
 const WORKERS_MAX: usize = 1024;
@@ -74,7 +79,8 @@ pub struct Options {
     /// How long an idle worker looks for work before it sleeps [default: 50]
     #[arg(long, value_name = "MICROSECONDS", value_parser = number::<u64>)]
     spin_us: Option<u64>,
-    /// Buffers for data in flight, shared out among the workers [default: 128M]
+    /// Memory that clients may cause, half of it for data in flight [default: 704M, or what more sessions or workers need; at most half
+    /// of what there is]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// While others wait for memory, a connection that for so long does not take responses, or does not go on with a message, is closed
@@ -190,6 +196,10 @@ pub struct Config {
     pub spin: Duration,
     /// Each worker's arena.
     pub arena_bytes: usize,
+    /// What the messages of each worker's connections may take beside it.
+    pub heap_bytes: usize,
+    /// What all connections and open files may take besides.
+    pub places_bytes: usize,
     /// While others wait for memory, a connection that makes no progress for so long is closed.
     pub stall_timeout: Duration,
     /// What was asked for.
@@ -202,6 +212,46 @@ impl Config {
     /// What each worker has of an amount of memory that all have together; all there is if none is given.
     pub fn each_workers(&self, bytes: Option<Size>) -> usize {
         bytes.map_or(usize::MAX, |Size(bytes)| (bytes / self.workers as u64) as usize)
+    }
+}
+
+/// What `--memory` is made of: bytes for all workers together.
+struct Memory {
+    arenas: u64,
+    heap: u64,
+    places: u64,
+}
+
+impl Memory {
+    /// Of `all` bytes, or of what is the default: no more than `most` unless more is needed. Connections have an eighth for their messages,
+    /// and three eighths for themselves, or what the given number of sessions takes.
+    fn split(all: Option<u64>, sessions: Option<usize>, workers: usize, arenas_min: u64, most: u64) -> Self {
+        let of_sessions = sessions.map(|sessions| Self::places(sessions, workers));
+        let default = Self {
+            arenas: ARENAS_BYTES_DEFAULT.max(arenas_min),
+            heap: HEAP_BYTES_DEFAULT.max(workers as u64 * HEAP_BYTES_DEFAULT_PER_WORKER),
+            places: of_sessions.unwrap_or(Self::places(SESSIONS_DEFAULT, workers)),
+        };
+        let all = match all {
+            None if default.all() <= most || sessions.is_some() => return default,
+            None => most.max(Self::least(None, workers, arenas_min)),
+            Some(all) => all,
+        };
+        let (heap, places) = (all / 8, of_sessions.unwrap_or(all / 8 * 3));
+        Self { arenas: all.saturating_sub(heap.saturating_add(places)), heap, places }
+    }
+
+    fn places(sessions: usize, workers: usize) -> u64 {
+        sessions as u64 * session_bytes(workers) as u64
+    }
+
+    /// The least for so many sessions, if they are given, and these arenas.
+    fn least(sessions: Option<usize>, workers: usize, arenas: u64) -> u64 {
+        sessions.map_or(2 * arenas, |sessions| (arenas + Self::places(sessions, workers)).div_ceil(7) * 8)
+    }
+
+    fn all(&self) -> u64 {
+        self.arenas.saturating_add(self.heap).saturating_add(self.places)
     }
 }
 
@@ -319,15 +369,25 @@ impl Options {
             name("spin-us")
         );
         // A worker must be able to hold two requests, for one alone could be held up by a peer that does not take its answer.
-        let memory_min = workers as u64 * 2 * io_bytes;
-        let memory = options.memory.map_or(MEMORY_BYTES_DEFAULT.max(memory_min), |size| size.0);
-        ensure!(
-            memory >= memory_min,
-            "{} is {memory} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes. Give at least \
-             {memory_min} bytes (two of the largest requests for each worker), or fewer --workers, or a smaller --io-max.",
-            name("memory")
-        );
+        let arenas_min = workers as u64 * 2 * io_bytes;
         let available = memory_limit();
+        let split = Memory::split(
+            options.memory.map(|size| size.0),
+            options.max_sessions,
+            workers,
+            arenas_min,
+            available.bytes / 2,
+        );
+        let memory = split.all();
+        ensure!(
+            split.arenas >= arenas_min,
+            "{} is {memory} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes{}. Give at least {} bytes, \
+             or fewer --workers{}, or a smaller --io-max.",
+            name("memory"),
+            options.max_sessions.map_or(String::new(), |sessions| format!(" and --max-sessions {sessions}")),
+            Memory::least(options.max_sessions, workers, arenas_min),
+            if options.max_sessions.is_some() { ", or fewer --max-sessions" } else { "" }
+        );
         ensure!(
             memory <= available.bytes,
             "{} is {memory} bytes, but {} has {} bytes. Give a smaller --memory, and leave some for the page cache.",
@@ -346,9 +406,9 @@ impl Options {
             }
             let Some(Size(bytes)) = caps.memory else { continue };
             ensure!(
-                bytes >= memory_min,
+                bytes >= arenas_min,
                 "{name}: memory is {bytes} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes. Give at \
-                 least {memory_min} bytes, or leave it out."
+                 least {arenas_min} bytes, or leave it out."
             );
             ensure!(
                 bytes <= available.bytes,
@@ -373,7 +433,9 @@ impl Options {
             address_caps,
             io_bytes_max: io_bytes as u32,
             spin: Duration::from_micros(spin_us),
-            arena_bytes: (memory / workers as u64) as usize,
+            arena_bytes: (split.arenas / workers as u64) as usize,
+            heap_bytes: (split.heap / workers as u64) as usize,
+            places_bytes: split.places as usize,
             stall_timeout: Duration::from_secs(stall_timeout),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
@@ -486,7 +548,10 @@ mod tests {
         let config = options(&["--config", path]).check(2).unwrap();
         assert_eq!(config.listen.len(), 2);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (3, 7, 64 << 10));
-        assert_eq!((config.spin, config.arena_bytes), (Duration::ZERO, 8_388_608 / 3));
+        assert_eq!(
+            (config.spin, config.arena_bytes),
+            (Duration::ZERO, ((7 << 20) - 5 * session_bytes(3)) / 3)
+        );
         assert_eq!(config.sessions_max, Some(5));
         assert_eq!((config.backend, config.log), (BackendKind::Threads, LogLevel::Debug));
         let config =
@@ -588,8 +653,22 @@ mod tests {
     }
 
     #[test]
-    fn the_default_memory_grows_with_the_workers() {
-        let config = options(&["--export", "a=/", "--workers", "1024"]).check(2).unwrap();
-        assert_eq!(config.arena_bytes, 2 << 20);
+    fn memory_is_for_data_and_for_connections_and_their_messages() {
+        const MIB: u64 = 1 << 20;
+        let split = |all, sessions, most| {
+            let Memory { arenas, heap, places } = Memory::split(all, sessions, 2, 4 * MIB, most);
+            [arenas, heap, places].map(|bytes| bytes / MIB)
+        };
+        assert_eq!(split(None, None, u64::MAX), [128, 32, 544]);
+        assert_eq!(split(None, Some(65_536), 0), [128, 32, 1088], "so many sessions were asked for");
+        let many = Memory::split(None, None, 1024, 2048 * MIB, u64::MAX);
+        assert_eq!((many.arenas, many.heap), (2048 * MIB, 4096 * MIB), "it grows with the workers");
+        assert_eq!(split(None, None, 128 * MIB), [64, 16, 48], "on a small machine there is less");
+        assert_eq!(split(None, None, 1), [4, 1, 3]);
+        assert_eq!(split(Some(64 * MIB), None, 1), [32, 8, 24]);
+        assert_eq!(split(Some(64 * MIB), Some(1024), 1), [39, 8, 17]);
+        let least = Memory::least(Some(1024), 2, 4 * MIB);
+        assert!(Memory::split(Some(least), Some(1024), 2, 4 * MIB, 0).arenas >= 4 * MIB);
+        assert!(Memory::split(Some(least - 8), Some(1024), 2, 4 * MIB, 0).arenas < 4 * MIB);
     }
 }

@@ -19,6 +19,56 @@ pub const RESERVE: usize = 64;
 /// So many of them for sessions, whatever address they come from.
 const SESSION_RESERVE: usize = RESERVE / 2;
 
+/// What a connection may take of the memory that is for connections: its structs, 2 KiB with its session's, and the heap that its messages
+/// may cause in any case ([`raio_transport::tcp::Server::set_heap_max`]).
+const CONNECTION_BYTES: usize = 16 << 10;
+/// What an open file takes, and what each worker takes that has used it.
+const FILE_BYTES: usize = 512;
+const FILE_BYTES_PER_WORKER: usize = 256;
+
+fn file_bytes(workers: usize) -> usize {
+    FILE_BYTES + workers * FILE_BYTES_PER_WORKER
+}
+
+/// What a session with a connection and an open file may take.
+pub fn session_bytes(workers: usize) -> usize {
+    CONNECTION_BYTES + file_bytes(workers)
+}
+
+/// How much there is for connections and open files.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Descriptors, those of [`RESERVE`] not counted.
+    pub descriptors: usize,
+    /// Of these, at most so many for files.
+    pub files: usize,
+    /// Memory.
+    pub bytes: usize,
+    /// How many workers there are.
+    pub workers: usize,
+}
+
+/// Connections and open files.
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    connections: usize,
+    files: usize,
+}
+
+impl Places {
+    fn count(self) -> usize {
+        self.connections + self.files
+    }
+
+    fn bytes(self, workers: usize) -> usize {
+        self.connections * CONNECTION_BYTES + self.files * file_bytes(workers)
+    }
+
+    fn without_a_connection(self) -> Self {
+        Self { connections: self.connections.saturating_sub(1), ..self }
+    }
+}
+
 /// What an option says that one session may have, or the clients of one address. None: as much as there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -97,10 +147,6 @@ pub struct Excess {
 }
 
 impl Excess {
-    fn new(who: Who, text: String) -> Self {
-        Self { who, text }
-    }
-
     /// There are as many of `what` as the option allows.
     fn of_cap(who: Who, count: usize, what: &str, verb: &str, key: &str) -> Self {
         let owner = match who {
@@ -108,12 +154,10 @@ impl Excess {
             Who::Address => "The clients of this address have",
         };
         let option = who.option();
-        Self::new(
-            who,
-            format!(
-                "{owner} {count} {what}, as many as they may. {verb}, or raise {key}= of the server's --{option}."
-            ),
-        )
+        let text = format!(
+            "{owner} {count} {what}, as many as they may. {verb}, or raise {key}= of the server's --{option}."
+        );
+        Self { who, text }
     }
 }
 
@@ -130,8 +174,8 @@ pub struct Account {
 }
 
 impl Account {
-    fn places(&self) -> usize {
-        get(&self.connections) + get(&self.files)
+    fn places(&self) -> Places {
+        Places { connections: get(&self.connections), files: get(&self.files) }
     }
 }
 
@@ -153,9 +197,7 @@ pub type AddressAccount = Option<Arc<Account>>;
 pub struct Limits {
     session_caps: Caps,
     address_caps: Caps,
-    /// Descriptors for connections and files, the reserve not counted.
-    descriptors_max: usize,
-    files_max: usize,
+    room: Room,
     connections: AtomicUsize,
     files: AtomicUsize,
     by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
@@ -198,27 +240,21 @@ fn try_count(number: &AtomicUsize, cap: Option<usize>) -> Result<(), usize> {
     }
 }
 
-/// Whether a session that has so many places, on behalf of an address that has so many, may have another, with `used` taken of `max`
-/// and the reserve.
-fn may_take(used: usize, max: usize, session: usize, address: Option<usize>) -> bool {
+/// Whether a session that has so much, on behalf of an address that has so much, may have more, with `used` taken of `max` and a reserve
+/// of [`RESERVE`] times `each`.
+fn may_take(used: usize, max: usize, each: usize, session: usize, address: Option<usize>) -> bool {
     used < max
-        || session < (max + SESSION_RESERVE).saturating_sub(used)
-        || address.is_some_and(|own| own < (max + RESERVE).saturating_sub(used))
+        || session < (max + SESSION_RESERVE * each).saturating_sub(used)
+        || address.is_some_and(|own| own < (max + RESERVE * each).saturating_sub(used))
 }
 
 impl Limits {
     /// Nothing is taken.
-    pub fn new(
-        descriptors_max: usize,
-        files_max: usize,
-        session_caps: Caps,
-        address_caps: Caps,
-    ) -> Arc<Self> {
+    pub fn new(room: Room, session_caps: Caps, address_caps: Caps) -> Arc<Self> {
         Arc::new(Self {
             session_caps,
             address_caps,
-            descriptors_max,
-            files_max,
+            room,
             connections: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
             by_address: Mutex::default(),
@@ -229,8 +265,23 @@ impl Limits {
         self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn used(&self) -> usize {
-        get(&self.connections) + get(&self.files)
+    fn used(&self) -> Places {
+        Places { connections: get(&self.connections), files: get(&self.files) }
+    }
+
+    /// What there is too little of for a session that has so many places, on behalf of an address that has so many, to have another:
+    /// what its operator would raise.
+    fn shortage(&self, used: Places, session: Places, address: Option<Places>) -> Option<&'static str> {
+        let Room { descriptors, bytes, workers, .. } = self.room;
+        let bytes_of = |places: Places| places.bytes(workers);
+        if !may_take(used.count(), descriptors, 1, session.count(), address.map(Places::count)) {
+            Some("limit with `ulimit -n`")
+        } else if !may_take(bytes_of(used), bytes, CONNECTION_BYTES, bytes_of(session), address.map(bytes_of))
+        {
+            Some("--memory")
+        } else {
+            None
+        }
     }
 
     fn account(self: &Arc<Self>, address: IpAddr) -> Arc<Account> {
@@ -250,20 +301,19 @@ impl Limits {
         let account = address.map(|address| self.account(address));
         if let (Some(own), Some(address)) = (&account, address) {
             // Nobody else takes places for connections, so there is no race.
-            let (used, connections) = (self.used(), get(&own.connections));
+            let (used, places) = (self.used(), own.places());
             if let Err(count) = try_count(&own.connections, self.address_caps.connections) {
                 return Err(Excess::of_cap(Who::Address, count, "connections", "Close some", "connections"));
             }
             // The session is not known yet. It may be one that has nothing.
-            if !may_take(used, self.descriptors_max, 0, Some(own.places() - 1)) {
+            if let Some(what) = self.shortage(used, Places::default(), Some(places)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
-                return Err(Excess::new(
-                    Who::Address,
-                    format!(
-                        "The server has as many connections and open files as it may, and {connections} of the connections are from \
-                     {address}. Close some, or raise its limit with `ulimit -n`."
-                    ),
-                ));
+                let text = format!(
+                    "The server has as many connections and open files as it may, and {} of the connections are from {address}. \
+                     Close some, or raise its {what}.",
+                    places.connections
+                );
+                return Err(Excess { who: Who::Address, text });
             }
         }
         self.connections.fetch_add(1, Ordering::Relaxed);
@@ -280,7 +330,7 @@ impl Limits {
             let text = format!(
                 "The server has as many sessions as it takes ({used}){theirs}. Come back when one has ended, or raise its --max-sessions."
             );
-            return Err(Excess::new(Who::Address, text));
+            return Err(Excess { who: Who::Address, text });
         }
         address.iter().for_each(|account| _ = account.sessions.fetch_add(1, Ordering::Relaxed));
         Ok(())
@@ -293,24 +343,21 @@ impl Limits {
 
     /// A session may keep another connection, which has its place. The session counts it until [`Limits::leave`].
     pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
-        let (others, own) = (self.used().saturating_sub(1), session.places());
+        let places = session.places();
         if let Err(count) = try_count(&session.connections, self.session_caps.connections) {
             return Err(Excess::of_cap(Who::Session, count, "connections", "Close some", "connections"));
         }
-        let of_address = address.as_ref().map(|account| account.places().saturating_sub(1));
-        if may_take(others, self.descriptors_max, own, of_address) {
+        let of_address = address.as_ref().map(|account| account.places().without_a_connection());
+        let Some(what) = self.shortage(self.used().without_a_connection(), places, of_address) else {
             return Ok(());
-        }
+        };
         self.leave(session);
-        Err(Excess::new(
-            Who::Session,
-            format!(
-                "The server has as many connections and open files as it may, and {} and {} of them are this session's. Close some, or \
-             raise its limit with `ulimit -n`.",
-                get(&session.connections),
-                get(&session.files)
-            ),
-        ))
+        let Places { connections, files } = places;
+        let text = format!(
+            "The server has as many connections and open files as it may, and {connections} and {files} of them are this session's. \
+             Close some, or raise its {what}."
+        );
+        Err(Excess { who: Who::Session, text })
     }
 
     /// A connection of a session has ended.
@@ -322,15 +369,14 @@ impl Limits {
     /// others as long as the place lasts.
     pub fn open(self: &Arc<Self>, session: &Account, address: &AddressAccount) -> Result<FilePlace, Excess> {
         // Workers that look at the same time may go beyond it by one each, which does no harm.
-        let files = get(&session.files);
-        let of_address = address.as_ref().map(|account| get(&account.files));
-        let has_place = may_take(get(&self.files), self.files_max, files, of_address)
-            && may_take(
-                self.used(),
-                self.descriptors_max,
-                session.places(),
-                address.as_ref().map(|account| account.places()),
-            );
+        let (own, all) = (session.places(), self.used());
+        let of_address = address.as_ref().map(|account| account.places());
+        let files_of_address = of_address.map(|places| places.files);
+        let shortage = if may_take(all.files, self.room.files, 1, own.files, files_of_address) {
+            self.shortage(all, own, of_address)
+        } else {
+            Some("limit with `ulimit -n`")
+        };
         if let Err(count) = try_count(&session.files, self.session_caps.files) {
             return Err(Excess::of_cap(Who::Session, count, "files open", "Close some", "files"));
         }
@@ -342,17 +388,13 @@ impl Limits {
         }
         self.files.fetch_add(1, Ordering::Relaxed);
         let place = FilePlace { limits: Arc::clone(self), address: address.clone() };
-        if has_place {
-            return Ok(place);
-        }
+        let Some(what) = shortage else { return Ok(place) };
         self.close(session);
-        Err(Excess::new(
-            Who::Session,
-            format!(
-                "The server has as many files open as it may, {files} of them for this session. Close some, or raise its limit with \
-             `ulimit -n`."
-            ),
-        ))
+        let text = format!(
+            "The server has as many files open as it may, {} of them for this session. Close some, or raise its {what}.",
+            own.files
+        );
+        Err(Excess { who: Who::Session, text })
     }
 
     /// A session has given up a file.
@@ -416,8 +458,12 @@ impl Drop for FilePlace {
 mod tests {
     use super::*;
 
-    fn uncapped(descriptors_max: usize, files_max: usize) -> Arc<Limits> {
-        Limits::new(descriptors_max, files_max, Caps::default(), Caps::default())
+    fn room(descriptors: usize, files: usize) -> Room {
+        Room { descriptors, files, bytes: 1 << 30, workers: 2 }
+    }
+
+    fn uncapped(descriptors: usize, files: usize) -> Arc<Limits> {
+        Limits::new(room(descriptors, files), Caps::default(), Caps::default())
     }
 
     fn address(text: &str) -> Option<IpAddr> {
@@ -457,7 +503,7 @@ mod tests {
         places.truncate(99);
         assert!(limits.connect(greedy).is_ok());
         drop((places, theirs));
-        assert_eq!((limits.used(), limits.by_address().len()), (0, 0));
+        assert_eq!((limits.used().count(), limits.by_address().len()), (0, 0));
     }
 
     #[test]
@@ -484,6 +530,27 @@ mod tests {
     }
 
     #[test]
+    fn places_are_limited_by_memory_too() {
+        let limits = Limits::new(
+            Room { bytes: 100 * CONNECTION_BYTES, ..room(10_000, 10_000) },
+            Caps::default(),
+            Caps::default(),
+        );
+        let [here, there] = ["10.0.0.1", "10.0.0.2"].map(|ip| limits.connect(address(ip)).unwrap());
+        let (greedy, files) = open_all(&limits, here.address());
+        let each = file_bytes(2);
+        assert!((98 * CONNECTION_BYTES / each..130 * CONNECTION_BYTES / each).contains(&files.len()));
+        let error = limits.open(&greedy, here.address()).unwrap_err();
+        assert!(error.text.ends_with("raise its --memory."), "{error:?}");
+        let further = limits.connect(address("10.0.0.1")).unwrap();
+        let error = limits.join(&greedy, further.address()).unwrap_err();
+        assert!(error.text.ends_with("raise its --memory."), "{error:?}");
+        let place = limits.connect(address("10.0.0.2")).unwrap();
+        limits.join(&Account::default(), place.address()).unwrap();
+        drop(limits.open(&Account::default(), there.address()).unwrap());
+    }
+
+    #[test]
     fn who_has_one_place_gets_the_next_until_there_is_none() {
         let limits = uncapped(2000, 1000);
         let places: Vec<_> = (0..1000)
@@ -500,7 +567,7 @@ mod tests {
     #[test]
     fn an_account_lasts_as_long_as_anything_is_counted_in_it() {
         let caps = Caps { files: Some(1), ..Caps::default() };
-        let limits = Limits::new(100, 100, Caps::default(), caps);
+        let limits = Limits::new(room(100, 100), Caps::default(), caps);
         let connect = || limits.connect(address("::1")).unwrap();
         let session = Account::default();
         let owner = connect().address().clone();
@@ -515,7 +582,7 @@ mod tests {
     #[test]
     fn caps_name_their_option() {
         let one = Caps { connections: Some(1), files: Some(1), requests: Some(1), memory: None };
-        let limits = Limits::new(100, 100, Caps::default(), one);
+        let limits = Limits::new(room(100, 100), Caps::default(), one);
         let place = limits.connect(address("::1")).unwrap();
         let error = limits.connect(address("::1")).unwrap_err();
         assert!(error.text.contains("connections= of the server's --limits-per-address"), "{error:?}");
@@ -531,7 +598,7 @@ mod tests {
             };
         twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");
         twice(&limits, &|session| limits.begin_request(session, place.address()).map(|()| None), "requests");
-        let limits = Limits::new(100, 100, one, Caps::default());
+        let limits = Limits::new(room(100, 100), one, Caps::default());
         let place = limits.connect(address("::1")).unwrap();
         twice(&limits, &|session| limits.join(session, place.address()).map(|()| None), "connections");
         twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");

@@ -93,7 +93,7 @@ pub enum Work {
     /// See [`raio_transport::protocol::Opcode::Stat`].
     Stat(Rc<WorkerFile>),
     /// See [`raio_transport::protocol::Opcode::Open`].
-    Open(Box<Opening>),
+    Open(Arc<Opening>),
     /// See [`raio_transport::protocol::Opcode::Close`].
     Close,
 }

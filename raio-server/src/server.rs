@@ -17,7 +17,7 @@ use crate::backend::Job;
 use crate::config::{BackendKind, Config};
 use crate::export::Exports;
 use crate::export_spec::Source;
-use crate::limits::{Excess, Limits, Place};
+use crate::limits::{Excess, Limits, Place, Room};
 use crate::listener::Listener;
 use crate::placement::Placement;
 use crate::pool::Pool;
@@ -100,8 +100,13 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
 fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let (sessions_max, files_max) = session_limits(descriptors, config.sessions_max)?;
-    let descriptors_max = descriptors.saturating_sub(DESCRIPTORS_OWN);
-    let limits = Limits::new(descriptors_max, files_max, config.session_caps, config.address_caps);
+    let room = Room {
+        descriptors: descriptors.saturating_sub(DESCRIPTORS_OWN),
+        files: files_max,
+        bytes: config.places_bytes,
+        workers: config.workers,
+    };
+    let limits = Limits::new(room, config.session_caps, config.address_caps);
     if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
         probe::for_files()?;
     }
@@ -138,6 +143,7 @@ impl Server {
             placement: Placement::new(config.workers),
             backend: config.backend,
             arena_bytes: config.arena_bytes,
+            heap_bytes: config.heap_bytes,
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,

@@ -339,10 +339,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::{Caps, RESERVE};
+    use crate::limits::{Caps, RESERVE, Room};
 
     fn sessions(sessions_max: usize, files_max: usize) -> Sessions {
-        Sessions::new(sessions_max, Limits::new(1000, files_max, Caps::default(), Caps::default()))
+        Sessions::new(sessions_max, limits(files_max))
+    }
+
+    fn limits(files: usize) -> Arc<Limits> {
+        let room = Room { descriptors: 1000, files, bytes: 1 << 30, workers: 1 };
+        Limits::new(room, Caps::default(), Caps::default())
     }
 
     fn null() -> Arc<OpenFile> {

@@ -79,6 +79,10 @@ pub struct Counters {
     pub slot_bytes: Counter,
     /// Bytes of the arena.
     pub arena_bytes: Counter,
+    /// Bytes that messages take beyond what each connection has for them.
+    pub heap_bytes: Counter,
+    /// Times that a connection was not read from because its messages took too many.
+    pub message_waits: Counter,
     /// The most bytes of the arena that one turn has given out.
     pub turn_bytes_max: Counter,
     /// Connections that were rejected because their session has as many as it may.
@@ -162,6 +166,7 @@ pub fn json<'a>(
     number("written_bytes", sum(|c| &c.written_bytes));
     number("slot_bytes", sum(|c| &c.slot_bytes));
     number("arena_bytes", sum(|c| &c.arena_bytes));
+    number("heap_bytes", sum(|c| &c.heap_bytes));
     number("slot_waits", sum(|c| &c.slot_waits));
     number("turn_bytes_max", workers.clone().map(|worker| worker.turn_bytes_max.get()).max().unwrap_or(0));
     number("turns", sum(|c| &c.turns));
@@ -187,6 +192,7 @@ pub fn json<'a>(
         "waits",
         &mut [
             ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
+            ("messages", sum(|c| &c.message_waits)),
             ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),
         ]
         .into_iter(),

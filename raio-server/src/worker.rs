@@ -76,6 +76,8 @@ pub struct Shared {
     pub backend: BackendKind,
     /// Each worker's arena.
     pub arena_bytes: usize,
+    /// What the messages of each worker's connections may take beside it.
+    pub heap_bytes: usize,
     /// What a session, and what an address ([`crate::limits::Who`]), may have of it by the options.
     pub memory_caps: [usize; 2],
     /// How long an idle worker spins.
@@ -267,6 +269,7 @@ impl Worker {
         let started = Started { doors: Doors { mailbox, connections }, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
         let mut transport = any::Server::new(TCP, &shared.policy, rdma);
+        transport.set_heap_max(shared.heap_bytes);
         let placing = Arc::clone(&shared);
         transport.set_place(Box::new(move |peer| {
             let to = if peer.control { index } else { placing.placement.claim(index) };
@@ -476,6 +479,9 @@ impl Worker {
         counters.fetching.set(self.in_state[State::Fetching as usize] as u64);
         counters.executing.set((self.in_state[State::Executing as usize] + self.closing) as u64);
         counters.slot_bytes.set(self.arena.used_bytes() as u64);
+        let (heap_bytes, message_waits) = self.transport.heap();
+        counters.heap_bytes.set(heap_bytes as u64);
+        counters.message_waits.set(message_waits);
         counters.sleeps.set(self.reactor.sleeps());
         counters.turn_bytes_max.set(counters.turn_bytes_max.get().max(self.turn_bytes as u64));
         counters.turns.add(1);

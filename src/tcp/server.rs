@@ -51,6 +51,18 @@ const WIDE_BYTES: u32 = 64 << 10;
 const WIDE_FOR: u8 = 8;
 /// ... if it is one of so many. What waits so has a bound: 4 MiB, and the narrow ones of all connections.
 const WIDE_MAX: usize = 64;
+/// Heap that each connection may cause in any case: what it has received, some small messages and one long one.
+const HEAP_BASE: usize = 14 << 10;
+/// ... and of that, messages that need not ask for more.
+const HEAP_MESSAGES: usize = 2 << 10;
+/// Once half of what all may cause together is used, a connection may cause this part of what is left.
+const HEAP_PART: usize = 8;
+/// What a request takes until it is answered, here and in the server, without its body.
+const REQUEST_HEAP: usize = 512;
+/// Bodies beyond this length count by themselves: the server keeps what they say.
+const BODY_COUNTED_MIN: u16 = 128;
+/// What a response without data, or a pong, takes until it is sent: its bytes, in a vector that doubles.
+const SMALL_RESPONSE_HEAP: usize = 2 * HEADER_BYTES;
 /// Finished batches kept for reuse.
 const SPARE_BATCHES: usize = 64;
 
@@ -78,6 +90,15 @@ pub struct Server {
     watched: VecDeque<Watched>,
     /// So many of them have not been looked at in this round.
     looks_left: usize,
+    /// Heap that connections cause beyond [`HEAP_BASE`] each, and how much it may be.
+    heap_bytes: usize,
+    heap_max: usize,
+    /// Connections that are not read from until they, or others, cause less; and some that are again.
+    gated: Vec<u32>,
+    /// `heap_bytes` when all these were last looked at.
+    gated_at: usize,
+    /// How often a connection was not read from any more.
+    gatings: u64,
 }
 
 /// Decides, when the hello of a connection has come, to whom it is passed on; None: it stays.
@@ -214,8 +235,18 @@ struct Connection {
     unread: Unread,
     /// The front of a message whose rest has not arrived.
     partial: Vec<u8>,
-    /// Requests not yet answered, oldest first: id and the most data of the response.
-    unanswered: VecDeque<(u64, u32)>,
+    /// Requests not yet answered, oldest first: id, the most data of the response, and the heap of a long body.
+    unanswered: VecDeque<(u64, u32, u16)>,
+    /// The sum of the last.
+    bodies_heap: usize,
+    /// Heap of `out`, and of the batch before it.
+    out_heap: usize,
+    sent_heap: usize,
+    /// Its part of [`Server::heap_bytes`].
+    heap_charged: usize,
+    /// It causes too much, and is not read from; it is in [`Server::gated`].
+    is_gated: bool,
+    is_in_gated: bool,
     /// Answers that no send has taken up, the bytes of their slots, and how many they are.
     out: Option<Box<SendBatch>>,
     out_bytes: usize,
@@ -330,6 +361,17 @@ impl Connection {
         }
     }
 
+    /// Heap that its messages cause.
+    fn messages_heap(&self) -> usize {
+        self.unanswered.len() * REQUEST_HEAP + self.bodies_heap + self.out_heap + self.sent_heap
+    }
+
+    /// ... and all else that it causes beyond what every connection does.
+    fn heap_excess(&self) -> usize {
+        let unread = if let Unread::Copied(bytes, _) = &self.unread { bytes.len() } else { 0 };
+        (self.messages_heap() + unread).saturating_sub(HEAP_BASE)
+    }
+
     /// Whether there is something that no send has taken up.
     fn has_unsent(&self) -> bool {
         self.out.is_some() || self.rest.is_some()
@@ -371,7 +413,19 @@ impl Server {
             wide: 0,
             watched: VecDeque::new(),
             looks_left: 0,
+            heap_bytes: 0,
+            heap_max: usize::MAX,
+            gated: Vec::new(),
+            gated_at: 0,
+            gatings: 0,
         }
+    }
+
+    /// From now on all connections together may cause `bytes` of heap: what they have received and said, and what is not yet sent to
+    /// them. That is without the first 16 KiB for each, their structs among them. A connection that causes too much is not read from
+    /// until it causes less. Requests count as half a KiB and their body.
+    pub fn set_heap_max(&mut self, bytes: usize) {
+        self.heap_max = bytes;
     }
 
     /// From now on `place` decides who has which connection.
@@ -421,6 +475,11 @@ impl Server {
         self.connection(id)?.held.clone()
     }
 
+    /// Heap that connections cause now, of what [`Server::set_heap_max`] bounds, and how often one was not read from because of that.
+    pub fn heap(&self) -> (usize, u64) {
+        (self.heap_bytes, self.gatings)
+    }
+
     fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
@@ -453,6 +512,12 @@ impl Server {
             unread: Unread::None,
             partial: Vec::new(),
             unanswered: VecDeque::new(),
+            bodies_heap: 0,
+            out_heap: 0,
+            sent_heap: 0,
+            heap_charged: 0,
+            is_gated: false,
+            is_in_gated: false,
             out: None,
             rest: None,
             unsent_bytes: 0,
@@ -535,14 +600,63 @@ impl Server {
     /// Puts a connection back, or ends it if nothing keeps it.
     fn put(&mut self, reactor: &mut Reactor, mut connection: Box<Connection>) {
         let index = connection.id.index;
+        let excess = connection.heap_excess();
+        self.heap_bytes = self.heap_bytes + excess - connection.heap_charged;
+        connection.heap_charged = excess;
         let entry = &mut self.entries[index as usize];
         if connection.state == State::Dead && connection.is_idle_in_ring() {
             stop_timers(reactor, &mut connection);
+            self.heap_bytes -= excess;
+            if connection.is_in_gated {
+                self.gated.retain(|&other| other != index);
+            }
             self.wide -= usize::from(connection.wide_for > 0);
             entry.generation = entry.generation.wrapping_add(1);
             self.free.push(index);
         } else {
             entry.connection = Some(connection);
+        }
+    }
+
+    /// Whether a connection causes so much heap, while all cause much, that no more is taken in from it.
+    fn is_over_heap(&self, connection: &Connection) -> bool {
+        if !self.is_short_of_heap() {
+            return false;
+        }
+        let free = self.heap_max.saturating_sub(self.heap_bytes);
+        connection.messages_heap() > HEAP_MESSAGES && connection.heap_excess() + HEAP_BASE > free / HEAP_PART
+    }
+
+    /// Does not read from a connection for now.
+    fn gate(&mut self, connection: &mut Connection) {
+        connection.is_gated = true;
+        self.gatings += 1;
+        self.gated_at = usize::MAX;
+        if !std::mem::replace(&mut connection.is_in_gated, true) {
+            self.gated.push(connection.id.index);
+        }
+    }
+
+    fn is_short_of_heap(&self) -> bool {
+        self.heap_bytes > self.heap_max / 2
+    }
+
+    /// Looks again at the connections that are not read from, if others have come to cause less since.
+    fn open_gates(&mut self, reactor: &mut Reactor) {
+        if self.gated.is_empty() || self.heap_bytes >= self.gated_at {
+            return;
+        }
+        self.gated_at = self.heap_bytes;
+        for index in std::mem::take(&mut self.gated) {
+            let Some(mut connection) = self.entries[index as usize].connection.take() else { continue };
+            connection.is_in_gated = false;
+            if connection.is_gated {
+                self.receive(reactor, &mut connection);
+            }
+            if connection.is_gated && !std::mem::replace(&mut connection.is_in_gated, true) {
+                self.gated.push(index);
+            }
+            self.put(reactor, connection);
         }
     }
 
@@ -557,6 +671,10 @@ impl Server {
             // A send that took only a part has made no room yet: what it left is sent before anything else is read.
             if is_behind && (connection.send_in_flight || connection.rest.is_some()) {
                 return;
+            }
+            if connection.is_gated && !self.is_over_heap(connection) {
+                connection.is_gated = false;
+                self.read(reactor, connection);
             }
             // The data of a request waits for a slot.
             match connection.unread {
@@ -590,6 +708,10 @@ impl Server {
         while connection.state == State::Open {
             let bytes = unread.bytes();
             if bytes.is_empty() {
+                break;
+            }
+            if matches!(connection.receiving, Receiving::Messages) && self.is_over_heap(connection) {
+                self.gate(connection);
                 break;
             }
             let taken = match &mut connection.receiving {
@@ -713,14 +835,16 @@ impl Server {
                 if connection.unanswered.len() >= credits {
                     return Err(Violation::Credits);
                 }
-                if connection.unanswered.iter().any(|&(id, _)| id == request.id) {
+                if connection.unanswered.iter().any(|&(id, ..)| id == request.id) {
                     return Err(Violation::RequestId);
                 }
                 if matches!(request.region, message::RemoteRegion::Out { .. }) {
                     // On a stream data follows the request: there is nothing to fetch from.
                     return Err(Violation::Field);
                 }
-                connection.unanswered.push_back((request.id, request.region_in_len()));
+                let body_heap = if request.body_len < BODY_COUNTED_MIN { 0 } else { request.body_len };
+                connection.bodies_heap += usize::from(body_heap);
+                connection.unanswered.push_back((request.id, request.region_in_len(), body_heap));
                 if request.data_len > 0 {
                     connection.receiving = Receiving::AwaitingFetch {
                         id: request.id,
@@ -741,6 +865,7 @@ impl Server {
                 // A peer that asks without ever reading is stopped as one that does not take its answers.
                 let crc = connection.limits().crc;
                 connection.out_responses += 1;
+                connection.out_heap += SMALL_RESPONSE_HEAP;
                 connection.pings += 1;
                 connection.out(&mut self.spare).push_bytes(|out| message::encode_pong(id, crc, out));
                 self.mark_dirty(connection);
@@ -807,6 +932,7 @@ impl Server {
         connection.unread = Unread::None;
         connection.receiving = Receiving::Messages;
         connection.unanswered.clear();
+        connection.bodies_heap = 0;
         self.events.push_back(ServerEvent::Closed(connection.id, reason));
         stop_timers(reactor, connection);
         connection.deadline =
@@ -866,7 +992,7 @@ impl Server {
                 self.read(reactor, connection);
                 // Pings are no reason to receive more at a time: their pongs would have to be kept.
                 if n >= NARROW_BYTES as usize && 2 * connection.pings * HEADER_BYTES < n {
-                    if connection.wide_for > 0 || self.wide < WIDE_MAX {
+                    if connection.wide_for > 0 || (self.wide < WIDE_MAX && !self.is_short_of_heap()) {
                         self.wide += usize::from(connection.wide_for == 0);
                         connection.wide_for = WIDE_FOR;
                     }
@@ -947,6 +1073,7 @@ impl Server {
         if batch.is_empty() {
             connection.progress.batches_out += 1;
             connection.unsent_bytes = connection.out_bytes;
+            connection.sent_heap = 0;
             if self.spare.len() < SPARE_BATCHES {
                 self.spare.push(batch);
             }
@@ -1039,7 +1166,7 @@ impl Server {
         if connection.state != State::Open {
             return None;
         }
-        let position = connection.unanswered.iter().position(|&(other, _)| other == id)?;
+        let position = connection.unanswered.iter().position(|&(other, ..)| other == id)?;
         let crc = connection.limits().crc;
         let mut response = message::Response::of_data(id, len as u32);
         let expected = connection.filled_before;
@@ -1074,6 +1201,7 @@ impl Server {
         let batch = connection.rest.take().or_else(|| {
             connection.out_bytes = 0;
             connection.out_responses = 0;
+            connection.sent_heap = std::mem::take(&mut connection.out_heap);
             let out = connection.out.take();
             connection.filled_before = out.as_ref().map_or(0, |out| out.filled());
             out
@@ -1151,10 +1279,12 @@ impl ServerTransport for Server {
 
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response) {
         let Some(mut connection) = self.take(request.connection) else { return };
-        let position = connection.unanswered.iter().position(|&(id, _)| id == request.id);
-        if let (State::Open, Some((_, region_len))) =
+        let position = connection.unanswered.iter().position(|&(id, ..)| id == request.id);
+        if let (State::Open, Some((_, region_len, body_heap))) =
             (&connection.state, position.and_then(|at| connection.unanswered.remove(at)))
         {
+            connection.bodies_heap -= usize::from(body_heap);
+            connection.out_heap += SMALL_RESPONSE_HEAP + 2 * response.body.len();
             let crc = connection.limits().crc;
             let data_len = response.data.as_ref().map_or(0, |range| range.len);
             assert!(
@@ -1221,11 +1351,15 @@ impl ServerTransport for Server {
             } else if connection.has_unsent() {
                 self.mark_dirty(&mut connection);
             }
+            if connection.is_gated {
+                self.receive(reactor, &mut connection);
+            }
             self.put(reactor, connection);
         }
         if self.dirty.is_empty() {
             self.dirty = dirty;
         }
+        self.open_gates(reactor);
     }
 
     fn flush_early(&mut self, reactor: &mut Reactor) {

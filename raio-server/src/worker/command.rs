@@ -147,7 +147,7 @@ impl Worker {
                 let info = FileInfo { status: Default::default(), direct_align: None };
                 First::Answer(self.give_handle(connection, open, info))
             }
-            Ok(Target::Path { export, path, how }) => First::Work(Work::Open(Box::new(Opening {
+            Ok(Target::Path { export, path, how }) => First::Work(Work::Open(Arc::new(Opening {
                 export,
                 path,
                 how,

@@ -340,7 +340,7 @@ impl Worker {
             // Its completion comes when the last user of the file has gone.
             Work::Close => return,
             Work::Open(opening) => {
-                let (shared, opening) = (Arc::clone(&self.shared), opening.clone());
+                let (shared, opening) = (Arc::clone(&self.shared), Arc::clone(opening));
                 let lanes = shared.exports.all()[opening.export].lanes();
                 let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
                 let call = move || {
@@ -373,7 +373,7 @@ impl Worker {
             return false;
         }
         match &mut self.requests[key].work {
-            Work::Open(opening) if !opening.waits_for_lease => opening.waits_for_lease = true,
+            Work::Open(opening) if !opening.waits_for_lease => Arc::make_mut(opening).waits_for_lease = true,
             _ => return false,
         }
         self.begin_execution(key, None);

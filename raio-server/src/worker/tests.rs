@@ -18,21 +18,27 @@ use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
 use crate::config::Options;
-use crate::limits::{Caps, Limits};
+use crate::limits::{Caps, Limits, Room};
 use crate::pool::Pool;
+
+fn limits() -> Arc<Limits> {
+    let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 1 };
+    Limits::new(room, Caps::default(), Caps::default())
+}
 
 fn worker(export: &str, spin_us: &str) -> Worker {
     let options =
-        Options::parse_from(["raio_server", "--export", export, "--spin-us", spin_us, "--memory", "64M"]);
+        Options::parse_from(["raio_server", "--export", export, "--spin-us", spin_us, "--memory", "128M"]);
     let config = options.check(1).expect("the options make sense");
     let shared = Shared {
         exports: Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported"),
-        sessions: Sessions::new(16, Limits::new(64, 16, Caps::default(), Caps::default())),
+        sessions: Sessions::new(16, limits()),
         policy: Arc::default(),
         workers: OnceLock::new(),
         placement: Placement::new(1),
         backend: config.backend,
         arena_bytes: config.arena_bytes,
+        heap_bytes: config.heap_bytes,
         memory_caps: [usize::MAX; 2],
         spin: config.spin,
         rdma: false,
@@ -60,7 +66,7 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
 fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
-    let place = Limits::new(64, 16, Caps::default(), Caps::default()).connect(None).expect("a place");
+    let place = limits().connect(None).expect("a place");
     worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(place));
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);

@@ -145,7 +145,7 @@ fn random_reads_and_writes_at_depth_agree_with_a_local_copy() {
     each(|variant| {
         let mut random = Random::new();
         // So little memory that requests wait for a slot.
-        let mut server = Server::start(variant, &["--workers", "1", "--memory", "2M", "--queue-depth", "32"]);
+        let mut server = Server::start(variant, &["--workers", "1", "--memory", "4M", "--queue-depth", "32"]);
         let mut client = server.client();
         let file = client.open("/d/f", NEW).unwrap();
         let size = 4 << 20;
@@ -516,7 +516,7 @@ fn a_command_whose_length_contradicts_its_data_ends_that_connection_only() {
 fn a_cancel_is_answered_after_its_request_and_says_the_same() {
     each(|variant| {
         let mut server =
-            Server::start(variant, &["--workers", "1", "--memory", "2M", "--export", "m=mem:64M"]);
+            Server::start(variant, &["--workers", "1", "--memory", "4M", "--export", "m=mem:64M"]);
         let mut client = server.client();
         let file = client.open("/m", OPEN_READ).unwrap();
         assert_eq!(client.do_it(&Command::Cancel { id: 12345 }), Err(libc::ENOENT));

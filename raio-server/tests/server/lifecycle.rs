@@ -142,7 +142,7 @@ fn a_second_signal_ends_the_server_at_once() {
 fn a_client_that_dies_at_full_depth_leaves_nothing_behind() {
     each(|variant| {
         let mut server =
-            Server::start(variant, &["--memory", "8M", "--io-max", "256k", "--export", "m=mem:64M,rw"]);
+            Server::start(variant, &["--memory", "16M", "--io-max", "256k", "--export", "m=mem:64M,rw"]);
         server.stats_until("idle", |stats| stats.is_idle());
         let fds = server.fds();
         for round in 0..20 {
@@ -191,7 +191,7 @@ fn many_connections_come_and_go_and_the_server_is_where_it_began() {
 fn a_client_that_takes_no_answers_does_not_hold_up_others() {
     each(|variant| {
         let mut server =
-            Server::start(variant, &["--workers", "1", "--memory", "16M", "--export", "m=mem:64M"]);
+            Server::start(variant, &["--workers", "1", "--memory", "32M", "--export", "m=mem:64M"]);
         let mut greedy = server.client();
         let file = greedy.open("/m", OPEN_READ).unwrap();
         for _ in 0..128 {
@@ -242,7 +242,7 @@ fn well_formed_nonsense_harms_nobody() {
         let mut random = Random::new();
         let mut server = Server::start(
             variant,
-            &["--memory", "4M", "--io-max", "64k", "--export", "m=mem:1M,rw", "--export", "n=null:1M"],
+            &["--memory", "8M", "--io-max", "64k", "--export", "m=mem:1M,rw", "--export", "n=null:1M"],
         );
         let mut good = server.client();
         let good_file = good.open("/d/good", NEW).unwrap();

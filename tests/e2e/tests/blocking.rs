@@ -132,6 +132,7 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
 
 #[test]
 fn a_frozen_file_system_leaves_memory_for_other_exports_whoever_writes_there() {
+    /// For data: half of `--memory`.
     const MEMORY_BYTES: u64 = 16 << 20;
     const CLIENTS: u64 = 40;
     const WRITES: u64 = 8;
@@ -143,7 +144,7 @@ fn a_frozen_file_system_leaves_memory_for_other_exports_whoever_writes_there() {
         let mounted = LoopDevice::new(64 << 20).mount("ext4");
         std::fs::write(mounted.path().join("file"), vec![1; 4 << 20]).expect("a file");
         let directory = healthy();
-        let memory = MEMORY_BYTES.to_string();
+        let memory = (2 * MEMORY_BYTES).to_string();
         let exports = [("well", directory.path()), ("stuck", mounted.path())];
         let mut server = server_with(backend, "1", &exports, &["--memory", &memory]);
         let mut well = Client::new(&server, "/well/file");

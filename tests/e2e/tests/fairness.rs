@@ -11,6 +11,7 @@ use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
 use serde_json::Value;
 
+/// Memory for data: half of `--memory`.
 const MEMORY_BYTES: u64 = 64 << 20;
 /// What one connection may have of it.
 const SHARE_BYTES: u64 = MEMORY_BYTES / 8;
@@ -29,13 +30,13 @@ fn number(statistics: &Value, pointer: &str) -> u64 {
 
 fn start() -> (Server, tempfile::TempDir) {
     let (directory, export) = numbers();
-    let memory = MEMORY_BYTES.to_string();
+    let memory = (2 * MEMORY_BYTES).to_string();
     let mut arguments = vec!["--workers", "1", "--memory", &memory, "--stall-timeout", "1"];
     arguments.extend(["--listen", "tcp://127.0.0.1:0"]); // the protocol on a stream, wherever these tests run
     (Server::start_with(&[&export], &arguments), directory)
 }
 
-/// `--memory` is a bound on the whole process, but for what it needs anyway.
+/// That is a bound on the whole process, but for what it needs anyway.
 fn holds_no_more_than_allowed(server: &Server, statistics: &Value) {
     let resident = server.resident_bytes();
     assert!(resident < MEMORY_BYTES + BESIDES_MEMORY_BYTES, "{resident} bytes are resident: {statistics}");
@@ -189,8 +190,9 @@ fn a_reader_keeps_half_of_its_throughput_beside_64_that_never_read_and_come_agai
 /// A server all of whose memory but the reserve is given out, to clients that take their time.
 fn start_without_memory() -> (Server, Vec<Hostile>, tempfile::TempDir) {
     let (directory, export) = numbers();
-    let mut arguments = vec!["--workers", "1", "--memory", "4M", "--listen", "tcp://127.0.0.1:0"];
-    arguments.extend(["--stall-timeout", "60"]); // they keep it
+    // With so many sessions 4 MiB of it are for data.
+    let mut arguments = vec!["--workers", "1", "--memory", "14M", "--max-sessions", "500"];
+    arguments.extend(["--listen", "tcp://127.0.0.1:0", "--stall-timeout", "60"]); // they keep it
     let mut server = Server::start_with(&[&export], &arguments);
     let slow = (0..3).map(|_| Hostile::start("slow", &server.url(), "/d/numbers")).collect();
     server.statistics_when(|statistics| number(statistics, "/slot_bytes") == 3 * MIB);

@@ -161,7 +161,7 @@ fn deaf_clients_hold_what_they_asked_for_and_slow_and_restless_ones_go_on() {
     let _alone = alone();
     const MIB: u64 = 1 << 20;
     let (_directory, export) = numbers();
-    let mut server = Server::start_with(&[&export], &["--listen", TCP, "--memory", "64M"]);
+    let mut server = Server::start_with(&[&export], &["--listen", TCP, "--memory", "128M"]);
     let (url, path) = (server.url(), "/d/numbers");
     let demand = Demand { reads: 16, bytes: MIB as u32 };
     let mut deaf = Herd::connect(&url, path, 3, demand).expect("three clients");

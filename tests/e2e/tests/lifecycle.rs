@@ -14,7 +14,7 @@ fn killing_a_client_at_full_depth_leaks_no_slot_descriptor_or_memory() {
         let directory = tempfile::tempdir().expect("a directory");
         std::fs::write(directory.path().join("file"), vec![1; 32 << 20]).expect("a file");
         let export = format!("d={},rw", directory.path().display());
-        let mut server = Server::start_with(&[&export], &["--backend", backend, "--memory", "32M"]);
+        let mut server = Server::start_with(&[&export], &["--backend", backend, "--memory", "64M"]);
         let mut before = None;
         for round in 0..30 {
             let mut flood = Command::new(binary("flood"))

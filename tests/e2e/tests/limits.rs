@@ -5,7 +5,7 @@ use std::net::{SocketAddrV4, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use raio_e2e::{Raw, Server, binary, raw_request};
+use raio_e2e::{FuseCall, FuseFs, FuseOptions, Raw, Server, binary, raw_request};
 use raio_transport::handshake::Offer;
 use raio_transport::message::{self, HANDSHAKE_BYTES, Parsed};
 use raio_transport::protocol::{Command as Ask, OPEN_READ, OPEN_WRITE};
@@ -236,9 +236,12 @@ fn in_flight(server: &mut Server, fetching: u64, need_slot: u64) -> serde_json::
     })
 }
 
-/// Memory to write to, and one worker.
+/// Memory to write to and nothing else, and one worker.
 fn start_with_memory(arguments: &str) -> Server {
-    start(&format!("--export m=mem:1M,rw --workers 1 --stall-timeout 60 {arguments}"))
+    let mut command = Command::new(binary("raio_server"));
+    command.args(["--listen", "tcp://127.0.0.1:0", "--export", "m=mem:1M,rw", "--workers", "1"]);
+    command.args(["--stall-timeout", "60"]).args(arguments.split_whitespace());
+    Server::spawn(command)
 }
 
 #[test]
@@ -249,13 +252,14 @@ fn a_request_too_many_of_a_session_or_an_address_fails_and_can_be_tried_again() 
         let mut writers = begin_writes(&server, &offer, 3);
         in_flight(&mut server, 3, 0);
 
-        // It is read, and answered, all the same; and cost nothing. An open is a request, too.
-        let stream = TcpStream::connect(server.address()).expect("the server listens");
-        let error = Raw::open_on(stream, &offer, "/etc/passwd", OPEN_READ).err().expect("there are three");
-        assert!(
-            error.to_string().contains(&format!("requests= of the server's --limits-per-{who}")),
-            "{error}"
-        );
+        // One more is answered, and what it brings is thrown away.
+        let mut further = begin_writes(&server, &offer, 1).remove(0);
+        let (response, body) = further.response().expect("a response");
+        let status = response.status;
+        assert!(status.errno == libc::EAGAIN && status.retryable, "{status:?}");
+        let text = message::text(&body);
+        assert!(text.contains(&format!("requests= of the server's --limits-per-{who}")), "{text}");
+        further.stream.write_all(&[7; WRITE_BYTES as usize]).expect("the server takes it");
         let mut other = Raw::open_on(elsewhere(&server), &Offer::new("other"), "/m", OPEN_READ)
             .expect("another address, another session");
         is_served(&mut other);
@@ -265,6 +269,8 @@ fn a_request_too_many_of_a_session_or_an_address_fails_and_can_be_tried_again() 
         last = begin_write(last);
         in_flight(&mut server, 3, 0);
         finish_write(&mut last);
+        // Now there is room for it.
+        finish_write(&mut begin_write(further));
         assert_eq!(rejected(&mut server, &format!("{who}_requests")), 1);
         drop((writers, last, other));
         // What was in flight when its connection ended is not counted any more.
@@ -295,7 +301,7 @@ fn a_request_whose_session_or_address_has_its_memory_waits_for_its_fellows_and_o
 #[test]
 fn a_session_that_took_the_memory_gets_no_more_of_it_before_another_that_waits() {
     const GREEDY: usize = 14;
-    let mut server = start_with_memory("--memory 16M");
+    let mut server = start_with_memory("--memory 32M");
     // Nobody else wants any, so there is no limit but the reserve.
     let mut writers = begin_writes(&server, &Offer::new("greedy"), GREEDY + 1);
     in_flight(&mut server, GREEDY as u64, 1);
@@ -313,6 +319,32 @@ fn a_session_that_took_the_memory_gets_no_more_of_it_before_another_that_waits()
     assert_eq!(server.statistics()["errors"], 0);
 }
 
+/// Has clients send pings that they do not read the pongs of, until the server takes no more: it receives whatever it has not yet stopped to.
+fn ping_until_full(server: &mut Server, clients: &mut [Raw]) {
+    let mut pings = Vec::new();
+    (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
+    let mut last = u64::MAX;
+    loop {
+        for raw in &mut *clients {
+            raw.stream.set_nonblocking(true).expect("a socket");
+            let mut sent = 0;
+            while let Ok(n) = raw.stream.write(&pings[sent % pings.len()..]) {
+                sent += n;
+            }
+        }
+        if is_quiet(server, &mut last) {
+            return;
+        }
+    }
+}
+
+/// Whether the server has done little for a while, since this was last asked.
+fn is_quiet(server: &mut Server, last: &mut u64) -> bool {
+    std::thread::sleep(Duration::from_millis(50));
+    let turns = server.statistics()["turns"].as_u64().expect("a number");
+    turns.wrapping_sub(std::mem::replace(last, turns)) < 8
+}
+
 #[test]
 fn a_connection_that_pings_and_never_reads_costs_little() {
     const CLIENTS: usize = 128;
@@ -320,37 +352,69 @@ fn a_connection_that_pings_and_never_reads_costs_little() {
     const BYTES_MAX: u64 = 24 << 10;
     let mut server = start("--workers 2");
     let url = server.url();
-    let mut pings = Vec::new();
-    (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
     let mut clients: Vec<_> =
         (0..CLIENTS).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a client")).collect();
-    let mut fill = |clients: &mut [Raw]| {
-        for raw in clients {
-            raw.stream.set_nonblocking(true).expect("a socket");
-            let mut sent = 0;
-            // Until the server takes no more: it receives whatever it has not yet stopped to.
-            while let Ok(n) = raw.stream.write(&pings[sent % pings.len()..]) {
-                sent += n;
-            }
-        }
-    };
     let (first, rest) = clients.split_at_mut(CLIENTS / 2);
-    let is_full = |server: &mut Server, clients: &mut [Raw], fill: &mut dyn FnMut(&mut [Raw])| {
-        let mut last = u64::MAX;
-        loop {
-            fill(clients);
-            std::thread::sleep(Duration::from_millis(50));
-            let turns = server.statistics()["turns"].as_u64().expect("a number");
-            if turns.wrapping_sub(last) < 8 {
-                break;
-            }
-            last = turns;
-        }
-    };
-    is_full(&mut server, first, &mut fill);
+    ping_until_full(&mut server, first);
     let before = server.resident_bytes();
-    is_full(&mut server, rest, &mut fill);
+    ping_until_full(&mut server, rest);
     let each = server.resident_bytes().saturating_sub(before) / (CLIENTS / 2) as u64;
     println!("{} KiB for each connection that pings", each >> 10);
     assert!(each < BYTES_MAX, "{each} bytes for each connection");
+}
+
+#[test]
+fn pings_and_opens_that_hang_take_no_more_memory_than_there_is_and_all_are_served_in_the_end() {
+    const PINGERS: usize = 500;
+    const OPENERS: usize = 100;
+    const OPENS: u64 = 64;
+    /// An eighth of it is for what messages take beyond what each connection has.
+    const MEMORY_BYTES: u64 = 32 << 20;
+    const CONNECTION_BYTES: u64 = 16 << 10;
+    /// The allocator's, and of the arena what small requests touch.
+    const SLACK: u64 = 3 << 20;
+    const GROWTH_MAX: u64 = (PINGERS + OPENERS) as u64 * CONNECTION_BYTES + MEMORY_BYTES / 8 + SLACK;
+
+    let options = FuseOptions::default();
+    let Some(fuse) = FuseFs::mount("opens that hang", options, &[("file", b"content")]) else { return };
+    let mut command = Command::new(binary("raio_server"));
+    command.args(["--workers", "1", "--listen", "tcp://127.0.0.1:0", "--export", "m=mem:1M,rw"]);
+    command.args(["--export", &format!("hung={}", fuse.path().display())]);
+    command.args(["--max-sessions", "700", "--memory", &MEMORY_BYTES.to_string(), "--log", "warn"]);
+    let mut server = Server::spawn(command);
+    let url = server.url();
+    let client = || Raw::open(&url, "/m", OPEN_READ).expect("a client");
+    drop(client());
+    let before = server.resident_bytes();
+
+    fuse.hang(FuseCall::Lookup);
+    let path = format!("/hung/{}", "d/".repeat(2000));
+    let ask = Ask::Open { flags: OPEN_READ, mode: 0, path: path.as_bytes() };
+    std::thread::scope(|scope| {
+        for mut raw in (0..OPENERS).map(|_| client()) {
+            let ask = &ask;
+            scope.spawn(move || {
+                for id in 0..OPENS {
+                    raw.stream.write_all(&raw_request(id, ask, 0)).expect("the server takes it in the end");
+                }
+                for _ in 0..OPENS {
+                    let (response, body) = raw.response().expect("a response");
+                    assert_eq!(response.status.errno, libc::ENOENT, "{}", message::text(&body));
+                }
+            });
+        }
+        let mut pingers: Vec<_> = (0..PINGERS).map(|_| client()).collect();
+        ping_until_full(&mut server, &mut pingers);
+        let mut last = u64::MAX;
+        while !is_quiet(&mut server, &mut last) {}
+        let statistics = server.statistics();
+        let grown = server.resident_bytes().saturating_sub(before);
+        println!("{} KiB for {PINGERS} that ping and {OPENERS} that open: {statistics}", grown >> 10);
+        // Others have their turn while all these wait.
+        is_served(&mut client());
+        fuse.mend(FuseCall::Lookup);
+        assert!(grown < GROWTH_MAX, "{grown} bytes, with {statistics}");
+        assert!(statistics["waits"]["messages"].as_u64() > Some(0), "{statistics}");
+        assert_eq!(statistics["connections"], PINGERS + OPENERS, "nobody is closed: {statistics}");
+    });
 }

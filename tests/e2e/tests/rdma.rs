@@ -70,7 +70,7 @@ fn clients_killed_while_the_server_writes_into_their_memory_leave_nothing_behind
     let mut random = Random::new();
     let (_directory, export) = numbers();
     let without_server = resources();
-    let mut server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    let mut server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
     let idle = resources();
     let mut before = None;
     for round in 0..kills() {
@@ -188,7 +188,7 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
     let mut before = None;
     let (mut fetching, mut in_the_middle) = (0, 0);
     for _ in 0..kills() {
-        let mut server = Server::start_with(&[&export], &["--memory", "16M", "--listen", LISTEN]);
+        let mut server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
         let session = Session::connect(&server.url(), &Options::default()).expect("a session");
         let file = session.open("/d/blocks", libc::O_RDWR, 0).expect("a file");
         let mut context = session.context(Blocks::COUNT).expect("a context");
@@ -252,7 +252,7 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
     let Some(_wire) = needs_wire("cutting the wire") else { return };
     let (_directory, export) = numbers();
     let mut server =
-        Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN, "--listen", TCP]);
+        Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN, "--listen", TCP]);
     let [rdma, tcp] = &server.urls()[..] else { panic!("two addresses") };
     let (rdma, tcp) = (rdma.clone(), tcp.clone());
     let session = Session::connect(&rdma, &Options::default()).expect("a session");
@@ -314,7 +314,7 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
 fn idle_servers_and_clients_use_no_processor() {
     let Some(_wire) = needs_wire("idleness") else { return };
     let (_directory, export) = numbers();
-    let server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    let server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
     let read = |context: &mut Context, file: &raio::File| {
         context.submit(file, Operation::Read { offset: 0, buffers: buffer(4096) }, 0).expect("room");
         context.flush();
@@ -394,9 +394,9 @@ fn as_nobody(program: &str, arguments: &[&str]) -> Output {
 fn who_may_lock_too_little_memory_is_told_how_much_and_how_to_get_more() {
     let Some(_wire) = needs_wire("a memlock limit") else { return };
     let (_directory, export) = numbers();
-    let server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+    let server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
     for output in [
-        as_nobody("raio_server", &["--export", "null=null:1M", "--memory", "16M", "--listen", LISTEN]),
+        as_nobody("raio_server", &["--export", "null=null:1M", "--memory", "32M", "--listen", LISTEN]),
         as_nobody("flood", &[&server.url(), "/d/numbers"]),
     ] {
         assert!(!output.status.success(), "{output:?}");
@@ -447,7 +447,7 @@ fn a_server_serves_several_devices_and_tcp_at_once() {
     let Some(_wire) = needs_wire("several devices") else { return };
     let (_directory, export) = numbers();
     let listens = [LISTEN, "rdma://10.77.0.2:0", TCP].map(|url| ["--listen", url]).concat();
-    let mut server = Server::start_with(&[&export], &[&["--memory", "32M"], &listens[..]].concat());
+    let mut server = Server::start_with(&[&export], &[&["--memory", "64M"], &listens[..]].concat());
     let urls = server.urls();
     assert_eq!(urls.len(), 3);
     let mut floods: HashMap<_, _> = urls.iter().map(|url| (url, Flood::start(url, "/d/numbers"))).collect();

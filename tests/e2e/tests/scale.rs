@@ -90,7 +90,7 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
         return eprintln!("SKIPPED altogether: fewer say nothing of what a session costs.");
     }
     let directory = tempfile::tempdir().expect("a directory");
-    let mut server = serve(directory.path(), &["--max-sessions", &sessions.to_string(), "--memory", "16M"]);
+    let mut server = serve(directory.path(), &["--max-sessions", &sessions.to_string()]);
     fill(&server);
     let at_rest = server.statistics_when(is_at_rest);
     let before = server.resident_bytes();
@@ -142,7 +142,7 @@ fn sessions_beyond_the_limit_are_counted_and_the_others_go_on() {
 #[test]
 fn sessions_that_die_all_at_once_leave_nothing() {
     let directory = tempfile::tempdir().expect("a directory");
-    let mut server = serve(directory.path(), &["--memory", "16M"]);
+    let mut server = serve(directory.path(), &["--memory", "32M"]);
     fill(&server);
     let arguments = "--sessions 400 --depth 4 --pattern randrw --io-size 16k --verify --seconds 1000";
     let mut held = Held::start(&server, arguments);
