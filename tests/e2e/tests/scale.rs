@@ -15,6 +15,8 @@ const SESSIONS: usize = 32_768;
 /// What a session may cost the server, beyond what it costs the kernel.
 const SESSION_BYTES_MAX: u64 = 8 << 10;
 const ROUNDS: u64 = 3;
+/// There are more ports than one address has. Each of these has many sessions, so that none gets one of the last that are kept for others.
+const SOURCES: &str = "--source 127.0.0.1 --source 127.0.0.2 --source 127.0.0.3";
 /// Descriptors of a server that are not sessions'.
 const DESCRIPTORS_OWN: usize = 256;
 
@@ -95,7 +97,8 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
     let at_rest = server.statistics_when(is_at_rest);
     let before = server.resident_bytes();
 
-    let held = Held::start(&server, &format!("--sessions {sessions} --rate 8192 --rounds {ROUNDS} --verify"));
+    let arguments = format!("--sessions {sessions} --rate 8192 --rounds {ROUNDS} --verify {SOURCES}");
+    let held = Held::start(&server, &arguments);
     let statistics = server.statistics();
     assert_eq!(statistics["sessions"], sessions, "{statistics}");
     assert_eq!(statistics["open_files"], sessions, "{statistics}");
@@ -103,7 +106,7 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
     eprintln!("{each} bytes a session");
     assert!(each <= SESSION_BYTES_MAX, "{each} bytes of memory for each idle session");
 
-    let late = run(&server, "--sessions 1");
+    let late = run(&server, "--sessions 1 --source 127.0.0.1");
     let said = String::from_utf8_lossy(&late.stderr);
     assert_eq!(late.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("as many sessions as it takes ({sessions})")), "{said}");
@@ -131,7 +134,7 @@ fn sessions_beyond_the_limit_are_counted_and_the_others_go_on() {
     let directory = tempfile::tempdir().expect("a directory");
     let server = serve(directory.path(), &["--max-sessions", "100"]);
     fill(&server);
-    let output = run(&server, "--sessions 103 --rounds 20 --depth 2 --verify");
+    let output = run(&server, "--sessions 103 --rounds 20 --depth 2 --verify --source 127.0.0.1");
     let report = report(&output);
     assert_eq!(output.status.code(), Some(1), "{report}");
     assert_eq!((&report["sessions"]["opened"], &report["sessions"]["refused"]), (&100.into(), &3.into()));
