@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -228,6 +228,38 @@ impl Server {
         tasks
             .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
             .map(|name| name.trim().to_owned())
+            .collect()
+    }
+
+    /// Workers that wait in the kernel for something else than work (a disk, a file system, a lock) whenever one looks for some
+    /// milliseconds: by name, and where.
+    pub fn blocked_workers(&self) -> Vec<String> {
+        /// Where a worker sleeps, and where it waits for a processor ("0", or nothing if the kernel does not say).
+        const SLEEPS: [&str; 4] = ["io_cqring_wait", "ep_poll", "futex", "0"];
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
+        let blocked_at = |task: &Path| {
+            let read = |name| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+            let place = read("wchan");
+            // Not every wait for a disk is said to be one, such as that for a FUSE server.
+            let is_elsewhere = !place.is_empty() && !SLEEPS.iter().any(|sleep| place.starts_with(sleep));
+            let is_uninterruptible =
+                read("stat").rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'));
+            (is_elsewhere || is_uninterruptible).then_some(place)
+        };
+        tasks
+            .filter_map(|task| {
+                let task = task.ok()?.path();
+                let name = std::fs::read_to_string(task.join("comm")).ok()?.trim().to_owned();
+                let number = name.strip_prefix("raio-")?;
+                number.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
+                let mut places = (0..10).map(|_| {
+                    std::thread::sleep(Duration::from_millis(1));
+                    blocked_at(&task)
+                });
+                // It may be somewhere for a moment, for a page fault.
+                let place = places.try_fold(String::new(), |_, place| place)?;
+                Some(format!("{name} in {place}"))
+            })
             .collect()
     }
 

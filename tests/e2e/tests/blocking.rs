@@ -92,8 +92,9 @@ fn server_with(backend: &str, workers: &str, exports: &[(&str, &Path)], more: &[
     Server::start_with(&exports, &[&["--backend", backend, "--workers", workers], more].concat())
 }
 
-/// Others keep their latency within a factor of two; here of twenty, for the machine may be busy.
-fn assert_unharmed(well: &mut Client, before: Duration, what: &str) {
+/// No worker waits, and others keep their latency within a factor of two; here of twenty, for the machine may be busy.
+fn assert_unharmed(server: &Server, well: &mut Client, before: Duration, what: &str) {
+    assert_eq!(server.blocked_workers(), [""; 0], "{what}");
     let now = well.latency();
     assert!(now < before.max(Duration::from_millis(1)) * 20, "{what}: {before:?} became {now:?}");
 }
@@ -112,13 +113,13 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
         let before = well.latency();
         let frozen = mounted.freeze();
         stuck.submit(Operation::Write { offset: 0, buffers: block() }, 0);
-        assert_unharmed(&mut well, before, "one write");
+        assert_unharmed(&server, &mut well, before, "one write");
         for at in 1..64 {
             stuck.submit(Operation::Write { offset: at * BLOCK as u64, buffers: block() }, at);
         }
         let mut opens = Opens::new(&server, "/stuck/file");
         opens.send(64, "/stuck/file", OPEN_WRITE);
-        assert_unharmed(&mut well, before, "64 writes and opens");
+        assert_unharmed(&server, &mut well, before, "64 writes and opens");
         assert_eq!(stuck.context.wait(1, 1, Some(Duration::ZERO)).expect("it lives"), 0, "a write has ended");
         drop(frozen);
         stuck.collect(64);
@@ -207,14 +208,14 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         fuse.hang(FuseCall::Read);
         stuck.submit(Operation::Read { offset: 0, buffers: block() }, 0);
         fuse.wait_for_hanging(FuseCall::Read, 1);
-        assert_unharmed(&mut well, before, "one read");
+        assert_unharmed(&server, &mut well, before, "one read");
 
         fuse.hang(FuseCall::Fsync);
         let tickets: Vec<_> =
             (0..64).map(|_| stuck.submit(Operation::Fsync { data_only: false }, 1)).collect();
         // The kernel lets through one for a file at a time.
         fuse.wait_for_hanging(FuseCall::Fsync, 1);
-        assert_unharmed(&mut well, before, "64 fsyncs");
+        assert_unharmed(&server, &mut well, before, "64 fsyncs");
         // Those fsyncs do not stop its other operations.
         stuck.file.status().expect("its status");
         let cancelled =
@@ -224,7 +225,7 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         fuse.hang(FuseCall::Open);
         opens.send(64, "/stuck/file", OPEN_READ);
         fuse.wait_for_hanging(FuseCall::Open, 1);
-        assert_unharmed(&mut well, before, "64 opens");
+        assert_unharmed(&server, &mut well, before, "64 opens");
 
         for call in [FuseCall::Open, FuseCall::Read, FuseCall::Fsync] {
             fuse.mend(call);
@@ -236,7 +237,7 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         fuse.hang(FuseCall::Flush);
         drop(stuck);
         fuse.wait_for_hanging(FuseCall::Flush, 1);
-        assert_unharmed(&mut well, before, "a close");
+        assert_unharmed(&server, &mut well, before, "a close");
         // Its session has ended, and its descriptor counts until close(2) has returned.
         let statistics = server.statistics_when(|now| now["sessions"] == 1);
         assert!(statistics["open_files"].as_u64() > Some(1), "{backend}: {statistics}");
@@ -407,7 +408,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
             }
         }
         fuse.wait_for_hanging(FuseCall::Read, 1);
-        assert_unharmed(&mut well, before, "512 reads");
+        assert_unharmed(&server, &mut well, before, "512 reads");
         fuse.mend(FuseCall::Read);
         for client in others.iter_mut().chain([&mut stuck]) {
             client.collect(128);
@@ -421,12 +422,12 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         file.set_modified(std::time::SystemTime::now()).expect("a change");
         stuck.submit(Operation::Fsync { data_only: false }, 0);
         fuse.wait_for_hanging(FuseCall::Write, 1);
-        assert_unharmed(&mut well, before, "an fsync");
+        assert_unharmed(&server, &mut well, before, "an fsync");
         for at in 0..32 {
             let offset = at * (EXTENTS / 64) * 2 * BLOCK as u64;
             stuck.submit(Operation::Read { offset, buffers: block() }, at);
         }
-        assert_unharmed(&mut well, before, "32 reads of what is in memory");
+        assert_unharmed(&server, &mut well, before, "32 reads of what is in memory");
         fuse.mend(FuseCall::Write);
         stuck.collect(33);
     }
