@@ -44,8 +44,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 const ROOM_EVERY: Duration = Duration::from_millis(1);
 /// How long the first try to connect takes.
 const CONNECT_TIME: Duration = Duration::from_millis(1500);
-/// How long the server may take to answer over a queue pair that was just made.
-const PROOF_TIME: Duration = Duration::from_secs(1);
+/// The server may take this part of the time that is left to answer over a queue pair that was just made: a busy one takes its time, and
+/// there must be enough left to connect anew.
+const PROOF_PART: u32 = 4;
 /// When the TCP connection of a queue pair has ended, what is still on its way by the queue pair may take so long.
 const STREAM_GRACE: Duration = Duration::from_millis(100);
 /// How long a goodbye may take.
@@ -198,8 +199,8 @@ impl Client {
         })?;
         let grant = *stream.grant();
         let mut this = Self::assemble(qp, grant, domain, channel, None, Some(stream)).map_err(lost)?;
-        let until = deadline.min(Instant::now() + PROOF_TIME);
         let asked = Instant::now();
+        let until = asked + deadline.saturating_duration_since(asked) / PROOF_PART;
         this.ping(until.saturating_duration_since(asked));
         while this.heard() < asked {
             this.receive(&mut Vec::new());

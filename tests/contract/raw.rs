@@ -149,6 +149,16 @@ impl Raw {
 
     /// A server by hand, and the client that talks to it.
     pub fn server(transport: Transport, policy: &Policy, features: u64) -> (Client, Self) {
+        Self::busy_server(transport, policy, features, Duration::ZERO)
+    }
+
+    /// The same, with a server that does nothing for a while before it answers over its queue pair.
+    pub fn busy_server(
+        transport: Transport,
+        policy: &Policy,
+        features: u64,
+        busy: Duration,
+    ) -> (Client, Self) {
         let offer = Offer { features, ..Offer::new("test") };
         let (client, mut raw) = Self::server_before_handshake(transport, offer);
         let hello = raw.handshake_bytes().expect("a hello comes");
@@ -174,6 +184,7 @@ impl Raw {
             let Got::Ping(ping) = raw.next() else { panic!("the client does not try the queue pair") };
             let mut pong = Vec::new();
             message::encode_pong(ping, raw.limits.crc, &mut pong);
+            std::thread::sleep(busy);
             raw.send(&pong);
         }
         (Client::over(client.join().unwrap().unwrap()), raw)

@@ -373,6 +373,16 @@ fn a_client_gives_up_a_server_whose_queue_pair_makes_no_sense() {
 }
 
 #[test]
+fn a_server_that_is_busy_has_a_while_to_answer_over_the_queue_pair() {
+    if !has_rdma() {
+        return;
+    }
+    let (client, _server) =
+        Raw::busy_server(Transport::RdmaAfterTcp, &Policy::default(), 0, Duration::from_millis(1500));
+    assert!(client.transport.failure().is_none());
+}
+
+#[test]
 fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() {
     if !has_rdma() {
         return;
