@@ -601,8 +601,10 @@ impl Server {
     fn put(&mut self, reactor: &mut Reactor, mut connection: Box<Connection>) {
         let index = connection.id.index;
         let excess = connection.heap_excess();
-        self.heap_bytes = self.heap_bytes + excess - connection.heap_charged;
-        connection.heap_charged = excess;
+        if excess != connection.heap_charged {
+            self.heap_bytes = self.heap_bytes + excess - connection.heap_charged;
+            connection.heap_charged = excess;
+        }
         let entry = &mut self.entries[index as usize];
         if connection.state == State::Dead && connection.is_idle_in_ring() {
             stop_timers(reactor, &mut connection);
@@ -641,11 +643,8 @@ impl Server {
         self.heap_bytes > self.heap_max / 2
     }
 
-    /// Looks again at the connections that are not read from, if others have come to cause less since.
+    /// Looks again at the connections that are not read from: others have come to cause less since.
     fn open_gates(&mut self, reactor: &mut Reactor) {
-        if self.gated.is_empty() || self.heap_bytes >= self.gated_at {
-            return;
-        }
         self.gated_at = self.heap_bytes;
         for index in std::mem::take(&mut self.gated) {
             let Some(mut connection) = self.entries[index as usize].connection.take() else { continue };
@@ -1359,7 +1358,9 @@ impl ServerTransport for Server {
         if self.dirty.is_empty() {
             self.dirty = dirty;
         }
-        self.open_gates(reactor);
+        if !self.gated.is_empty() && self.heap_bytes < self.gated_at {
+            self.open_gates(reactor);
+        }
     }
 
     fn flush_early(&mut self, reactor: &mut Reactor) {

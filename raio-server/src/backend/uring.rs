@@ -156,6 +156,6 @@ impl Backend for Uring {
     }
 
     fn next(&mut self) -> Option<Completion> {
-        self.ended.pop_front().or_else(|| self.lanes.next())
+        if self.ended.is_empty() { self.lanes.next() } else { self.ended.pop_front() }
     }
 }
