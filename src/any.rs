@@ -140,6 +140,16 @@ impl Server {
         self.tcp.heap()
     }
 
+    /// See [`tcp::Server::has_gated`].
+    pub fn has_gated(&self) -> bool {
+        self.tcp.has_gated()
+    }
+
+    /// See [`tcp::Server::show_life_to_gated`].
+    pub fn show_life_to_gated(&mut self, reactor: &mut Reactor) {
+        self.tcp.show_life_to_gated(reactor);
+    }
+
     /// See [`tcp::Server::next_passed`].
     pub fn next_passed(&mut self) -> Option<tcp::Passed> {
         let passed = self.tcp.next_passed()?;

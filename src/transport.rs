@@ -262,7 +262,7 @@ pub trait ServerTransport {
         true
     }
 
-    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data that wait for memory. If the client has gone,
+    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data, or requests, that wait for memory. If the client has gone,
     /// [`ServerEvent::Closed`] follows. To be called often enough for [`crate::handshake::Policy::keepalive`] as long as a request of the
     /// connection waits.
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {

@@ -470,6 +470,9 @@ impl Worker {
 
     fn send_answers(&mut self) {
         self.transport.flush(&mut self.reactor);
+        if self.transport.has_gated() {
+            self.promise_life_sign();
+        }
     }
 
     fn publish(&mut self) {

@@ -480,6 +480,22 @@ impl Server {
         (self.heap_bytes, self.gatings)
     }
 
+    /// Whether there are connections that are not read from because of that.
+    pub fn has_gated(&self) -> bool {
+        !self.gated.is_empty()
+    }
+
+    /// Lets their clients know that the server is alive, as [`ServerTransport::show_life`] does.
+    pub fn show_life_to_gated(&mut self, reactor: &mut Reactor) {
+        // From the end, for one that has ended is taken out.
+        for at in (0..self.gated.len()).rev() {
+            let index = self.gated[at];
+            if let Some(connection) = &self.entries[index as usize].connection {
+                self.show_life(reactor, connection.id);
+            }
+        }
+    }
+
     fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
@@ -1414,7 +1430,8 @@ impl ServerTransport for Server {
 
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
         let Some(mut connection) = self.take(connection) else { return };
-        let is_read_from = !matches!(connection.receiving, Receiving::AwaitingFetch { .. });
+        let is_read_from =
+            !matches!(connection.receiving, Receiving::AwaitingFetch { .. }) && !connection.is_gated;
         // Nor is it heard that such a connection has ended.
         if !is_read_from
             && self.is_there(&mut connection)

@@ -163,10 +163,10 @@ impl Worker {
     pub(super) fn grant_slots(&mut self) {
         self.turn_bytes = 0;
         self.is_noted = false;
+        self.show_life();
         if self.turns.is_empty() {
             return;
         }
-        self.show_life();
         // What was dropped since is free.
         self.arena.used_bytes();
         let mut passed_over = 0;
@@ -225,7 +225,7 @@ impl Worker {
         });
     }
 
-    /// Shows clients whose requests wait for memory that the server lives: it may not get to their pings.
+    /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to their pings.
     fn show_life(&mut self) {
         let now = Instant::now();
         if self.life_sign.take_if(|at| *at <= now).is_none() {
@@ -234,7 +234,10 @@ impl Worker {
         for &connection in &self.turns {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
-        self.promise_life_sign();
+        self.transport.show_life_to_gated(&mut self.reactor);
+        if !self.turns.is_empty() {
+            self.promise_life_sign();
+        }
     }
 
     /// This connection does not wait with nothing any more.

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio_e2e::{FuseCall, FuseFs, FuseOptions, Raw, Server, binary, raw_request};
-use raio_transport::handshake::Offer;
+use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, HANDSHAKE_BYTES, Parsed};
 use raio_transport::protocol::{Command as Ask, OPEN_READ, OPEN_WRITE};
 use rustix::net::{AddressFamily, SocketType};
@@ -417,4 +417,38 @@ fn pings_and_opens_that_hang_take_no_more_memory_than_there_is_and_all_are_serve
         assert!(statistics["waits"]["messages"].as_u64() > Some(0), "{statistics}");
         assert_eq!(statistics["connections"], PINGERS + OPENERS, "nobody is closed: {statistics}");
     });
+}
+
+#[test]
+fn who_is_not_read_from_because_of_its_messages_is_shown_that_the_server_lives() {
+    const CLIENTS: u64 = 12;
+    const OPENS: u64 = 64;
+    const PING: u64 = 1;
+    let options = FuseOptions::default();
+    let Some(fuse) = FuseFs::mount("opens that hang", options, &[("file", b"content")]) else { return };
+    let mut server = start_with_memory(&format!("--memory 14M --export hung={}", fuse.path().display()));
+    fuse.hang(FuseCall::Lookup);
+    let path = format!("/hung/{}", "d/".repeat(2000));
+    let ask = Ask::Open { flags: OPEN_READ, mode: 0, path: path.as_bytes() };
+    let mut clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut raw = Raw::open(&server.url(), "/m", OPEN_READ).expect("a client");
+            let mut bytes: Vec<_> = (2..2 + OPENS).flat_map(|id| raw_request(id, &ask, 0)).collect();
+            message::encode_ping(PING, false, &mut bytes);
+            raw.stream.write_all(&bytes).expect("the kernel takes it");
+            raw
+        })
+        .collect();
+    server.statistics_when(|statistics| statistics["waits"]["messages"].as_u64() > Some(0));
+    // Nothing else happens that would have the server say something.
+    let mut last = clients.pop().expect("a client");
+    last.stream.set_read_timeout(Some(Policy::default().keepalive)).expect("a socket");
+    let mut pong = Vec::new();
+    message::encode_pong(message::UNASKED_PONG, false, &mut pong);
+    let mut said = vec![0; pong.len()];
+    last.stream.read_exact(&mut said).expect("a sign of life");
+    assert_eq!(said, pong, "its ping lies behind what is not read");
+    drop((last, clients));
+    fuse.mend(FuseCall::Lookup);
+    server.statistics_when(raio_e2e::is_at_rest);
 }
