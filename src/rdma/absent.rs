@@ -1,5 +1,6 @@
 //! What stands in for the RDMA transport in a build without the feature `rdma`: the same names, of which no value can be made.
 
+use std::any::Any;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -225,6 +226,11 @@ impl Server {
 
     /// Ends a connection.
     pub fn stream_ended(&mut self, _: &mut Reactor, _: ConnectionId, _: CloseReason) {
+        match self.0 {}
+    }
+
+    /// Keeps something.
+    pub fn hold(&mut self, _: ConnectionId, _: Arc<dyn Any>) {
         match self.0 {}
     }
 
