@@ -15,7 +15,8 @@ use crate::handshake::{Offer, Policy};
 use crate::memory::{Arena, Slot};
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
-    ClientTransport, CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport,
+    ClientTransport, CloseReason, ConnectionId, QueuePairMemory, RequestKey, Response, ServerEvent,
+    ServerTransport,
 };
 use crate::{message, rdma, tcp};
 
@@ -133,6 +134,13 @@ impl Server {
     /// See [`tcp::Server::set_heap_max`].
     pub fn set_heap_max(&mut self, bytes: usize) {
         self.tcp.set_heap_max(bytes);
+    }
+
+    /// See [`rdma::Server::set_memory`].
+    pub fn set_queue_pair_memory(&mut self, memory: QueuePairMemory) {
+        if let Some(rdma) = &mut self.rdma {
+            rdma.set_memory(memory);
+        }
     }
 
     /// See [`tcp::Server::heap`].

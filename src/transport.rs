@@ -4,7 +4,9 @@
 //! imitate RDMA, and RDMA need not imitate a stream. A server's transport carries many connections on its worker's reactor; a
 //! client's is one connection and needs no reactor.
 
+use std::any::Any;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -163,6 +165,10 @@ impl CloseReason {
         }
     }
 }
+
+/// Asked before a connection from this address, if it is known, takes so many bytes for its queue pair and what its messages may cause. Gives
+/// what is dropped once they are free again, or a sentence for the client that says why it may not have them.
+pub type QueuePairMemory = Box<dyn FnMut(Option<IpAddr>, usize) -> Result<Box<dyn Any>, String>>;
 
 /// The server's side of a transport: all connections of one worker. The worker lends its reactor to each call.
 pub trait ServerTransport {

@@ -224,20 +224,23 @@ struct Memory {
 
 impl Memory {
     /// Of `all` bytes, or of what is the default: no more than `most` unless more is needed. Connections have an eighth for their messages,
-    /// and three eighths for themselves, or what the given number of sessions takes.
+    /// and three eighths for themselves, or what the given number of sessions takes if that is more.
     fn split(all: Option<u64>, sessions: Option<usize>, workers: usize, arenas_min: u64, most: u64) -> Self {
         let of_sessions = sessions.map(|sessions| Self::places(sessions, workers));
         let default = Self {
             arenas: ARENAS_BYTES_DEFAULT.max(arenas_min),
             heap: HEAP_BYTES_DEFAULT.max(workers as u64 * HEAP_BYTES_DEFAULT_PER_WORKER),
-            places: of_sessions.unwrap_or(Self::places(SESSIONS_DEFAULT, workers)),
+            places: of_sessions.unwrap_or(0).max(Self::places(SESSIONS_DEFAULT, workers)),
         };
         let all = match all {
-            None if default.all() <= most || sessions.is_some() => return default,
-            None => most.max(Self::least(None, workers, arenas_min)),
+            None if default.all() <= most || of_sessions >= Some(default.places) => return default,
+            None => most.max(Self::least(sessions, workers, arenas_min)),
             Some(all) => all,
         };
-        let (heap, places) = (all / 8, of_sessions.unwrap_or(all / 8 * 3));
+        let heap = all / 8;
+        let places = of_sessions.map_or(all / 8 * 3, |least| {
+            least.max((all / 8 * 3).min((all - heap).saturating_sub(arenas_min)))
+        });
         Self { arenas: all.saturating_sub(heap.saturating_add(places)), heap, places }
     }
 
@@ -548,10 +551,7 @@ mod tests {
         let config = options(&["--config", path]).check(2).unwrap();
         assert_eq!(config.listen.len(), 2);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (3, 7, 64 << 10));
-        assert_eq!(
-            (config.spin, config.arena_bytes),
-            (Duration::ZERO, ((7 << 20) - 5 * session_bytes(3)) / 3)
-        );
+        assert_eq!((config.spin, config.arena_bytes), (Duration::ZERO, (4 << 20) / 3));
         assert_eq!(config.sessions_max, Some(5));
         assert_eq!((config.backend, config.log), (BackendKind::Threads, LogLevel::Debug));
         let config =
@@ -666,7 +666,14 @@ mod tests {
         assert_eq!(split(None, None, 128 * MIB), [64, 16, 48], "on a small machine there is less");
         assert_eq!(split(None, None, 1), [4, 1, 3]);
         assert_eq!(split(Some(64 * MIB), None, 1), [32, 8, 24]);
-        assert_eq!(split(Some(64 * MIB), Some(1024), 1), [39, 8, 17]);
+        assert_eq!(split(Some(64 * MIB), Some(2048), 1), [22, 8, 34]);
+        assert_eq!(
+            split(Some(64 * MIB), Some(1), 1),
+            [32, 8, 24],
+            "what few sessions leave is for queue pairs"
+        );
+        assert_eq!(split(Some(8 * MIB), Some(1), 1), [4, 1, 3]);
+        assert_eq!(split(None, Some(1), u64::MAX), [128, 32, 544]);
         let least = Memory::least(Some(1024), 2, 4 * MIB);
         assert!(Memory::split(Some(least), Some(1024), 2, 4 * MIB, 0).arenas >= 4 * MIB);
         assert!(Memory::split(Some(least - 8), Some(1024), 2, 4 * MIB, 0).arenas < 4 * MIB);

@@ -26,6 +26,9 @@ const CONNECTION_BYTES: usize = 16 << 10;
 const FILE_BYTES: usize = 512;
 const FILE_BYTES_PER_WORKER: usize = 256;
 
+/// This part of the memory for places is not for queue pairs of an address that has more than is left.
+const QUEUE_PAIR_RESERVE: usize = 8;
+
 fn file_bytes(workers: usize) -> usize {
     FILE_BYTES + workers * FILE_BYTES_PER_WORKER
 }
@@ -48,11 +51,12 @@ pub struct Room {
     pub workers: usize,
 }
 
-/// Connections and open files.
+/// Connections and open files, and the bytes of queue pairs.
 #[derive(Clone, Copy, Debug, Default)]
 struct Places {
     connections: usize,
     files: usize,
+    queue_pair_bytes: usize,
 }
 
 impl Places {
@@ -61,7 +65,7 @@ impl Places {
     }
 
     fn bytes(self, workers: usize) -> usize {
-        self.connections * CONNECTION_BYTES + self.files * file_bytes(workers)
+        self.connections * CONNECTION_BYTES + self.files * file_bytes(workers) + self.queue_pair_bytes
     }
 
     fn without_a_connection(self) -> Self {
@@ -169,13 +173,19 @@ pub struct Account {
     connections: AtomicUsize,
     files: AtomicUsize,
     requests: AtomicUsize,
+    /// An address's.
+    queue_pair_bytes: AtomicUsize,
     /// Where it is entered, if it is an address's.
     entry: Option<(Arc<Limits>, IpAddr)>,
 }
 
 impl Account {
     fn places(&self) -> Places {
-        Places { connections: get(&self.connections), files: get(&self.files) }
+        Places {
+            connections: get(&self.connections),
+            files: get(&self.files),
+            queue_pair_bytes: get(&self.queue_pair_bytes),
+        }
     }
 }
 
@@ -200,6 +210,7 @@ pub struct Limits {
     room: Room,
     connections: AtomicUsize,
     files: AtomicUsize,
+    queue_pair_bytes: AtomicUsize,
     by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
 }
 
@@ -215,6 +226,14 @@ pub struct Place {
 pub struct FilePlace {
     limits: Arc<Limits>,
     address: AddressAccount,
+}
+
+/// Memory of a queue pair. Dropping it frees the memory.
+#[derive(Debug)]
+pub struct QueuePairPlace {
+    limits: Arc<Limits>,
+    address: AddressAccount,
+    bytes: usize,
 }
 
 impl Place {
@@ -257,6 +276,7 @@ impl Limits {
             room,
             connections: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
+            queue_pair_bytes: AtomicUsize::new(0),
             by_address: Mutex::default(),
         })
     }
@@ -266,7 +286,11 @@ impl Limits {
     }
 
     fn used(&self) -> Places {
-        Places { connections: get(&self.connections), files: get(&self.files) }
+        Places {
+            connections: get(&self.connections),
+            files: get(&self.files),
+            queue_pair_bytes: get(&self.queue_pair_bytes),
+        }
     }
 
     /// What there is too little of for a session that has so many places, on behalf of an address that has so many, to have another:
@@ -352,7 +376,7 @@ impl Limits {
             return Ok(());
         };
         self.leave(session);
-        let Places { connections, files } = places;
+        let Places { connections, files, .. } = places;
         let text = format!(
             "The server has as many connections and open files as it may, and {connections} and {files} of them are this session's. \
              Close some, or raise its {what}."
@@ -402,6 +426,32 @@ impl Limits {
         session.files.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Memory for a queue pair of a connection from this address, if it is known. All may have all but the last part; that is for addresses whose
+    /// queue pairs have less than is left. The error is for the client.
+    pub fn queue_pair(
+        self: &Arc<Self>,
+        address: Option<IpAddr>,
+        bytes: usize,
+    ) -> Result<QueuePairPlace, String> {
+        let address = address.map(|address| self.account(address.to_canonical()));
+        let own = address.as_ref().map(|account| get(&account.queue_pair_bytes));
+        // Counted before it is looked at: several workers together do not go beyond it.
+        self.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed);
+        address.iter().for_each(|account| _ = account.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed));
+        let place = QueuePairPlace { limits: Arc::clone(self), address, bytes };
+        let (used, max) = (self.used().bytes(self.room.workers), self.room.bytes);
+        let left = max.checked_sub(used);
+        if left.is_some_and(|left| left >= max / QUEUE_PAIR_RESERVE || own.is_some_and(|own| own < left)) {
+            return Ok(place);
+        }
+        Err(format!(
+            "The server has no memory for another queue pair: connections, open files and queue pairs have {} of {} KiB. Use TCP, close \
+             some, or raise its --memory.",
+            (used - bytes) >> 10,
+            max >> 10
+        ))
+    }
+
     /// Whether requests must be counted: an option limits them.
     pub fn counts_requests(&self) -> bool {
         self.session_caps.requests.is_some() || self.address_caps.requests.is_some()
@@ -441,6 +491,15 @@ impl Drop for Place {
         self.limits.connections.fetch_sub(1, Ordering::Relaxed);
         if let Some(account) = &self.address {
             account.connections.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for QueuePairPlace {
+    fn drop(&mut self) {
+        self.limits.queue_pair_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        if let Some(account) = &self.address {
+            account.queue_pair_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         }
     }
 }
@@ -548,6 +607,29 @@ mod tests {
         let place = limits.connect(address("10.0.0.2")).unwrap();
         limits.join(&Account::default(), place.address()).unwrap();
         drop(limits.open(&Account::default(), there.address()).unwrap());
+    }
+
+    #[test]
+    fn queue_pairs_take_no_more_than_there_is_and_leave_some_for_others() {
+        const BYTES: usize = 3 << 20;
+        let limits =
+            Limits::new(Room { bytes: 32 * BYTES, ..room(100, 100) }, Caps::default(), Caps::default());
+        let all =
+            |ip| -> Vec<_> { std::iter::from_fn(|| limits.queue_pair(address(ip), BYTES).ok()).collect() };
+        let greedy = all("10.0.0.1");
+        assert_eq!(greedy.len(), 28);
+        let text = limits.queue_pair(address("10.0.0.1"), BYTES).unwrap_err();
+        assert!(text.ends_with("raise its --memory."), "{text}");
+        assert!(limits.queue_pair(None, BYTES).is_err());
+        // Connections have their places all the same.
+        let place = limits.connect(address("10.0.0.1")).unwrap();
+        limits.join(&Account::default(), place.address()).unwrap();
+        let other = all("10.0.0.2");
+        assert_eq!(other.len(), 2);
+        assert_eq!(all("10.0.0.3").len(), 1);
+        drop((greedy, other, place));
+        assert_eq!((limits.used().bytes(2), limits.by_address().len()), (0, 0));
+        assert_eq!(all("10.0.0.2").len(), 28);
     }
 
     #[test]

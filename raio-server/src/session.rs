@@ -8,10 +8,11 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::limits::{Account, AddressAccount, Excess, FilePlace, Limits, Who};
+use crate::limits::{Account, AddressAccount, Excess, FilePlace, Limits, QueuePairPlace, Who};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
@@ -274,6 +275,11 @@ struct Joined {
 }
 
 impl Sessions {
+    /// See [`Limits::queue_pair`].
+    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPlace, String> {
+        self.limits.queue_pair(address, bytes)
+    }
+
     /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what `limits` allows them.
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         Self { by_id: Mutex::default(), sessions_max, limits }

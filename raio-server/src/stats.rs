@@ -87,6 +87,8 @@ pub struct Counters {
     pub turn_bytes_max: Counter,
     /// Connections that were rejected because their session has as many as it may.
     pub rejected_connections: Counter,
+    /// Queue pairs for which there was no memory.
+    pub rejected_queue_pairs: Counter,
     /// Opens that were rejected because there were as many open files as there may be, by [`Who`] has them.
     pub rejected_files: [Counter; 2],
     /// Requests that were rejected because there were as many in flight as there may be.
@@ -182,6 +184,7 @@ pub fn json<'a>(
             ("address_connections", rejected_by_address),
             ("address_files", sum(|c| &c.rejected_files[Who::Address as usize])),
             ("address_requests", sum(|c| &c.rejected_requests[Who::Address as usize])),
+            ("queue_pairs", sum(|c| &c.rejected_queue_pairs)),
             ("session_connections", sum(|c| &c.rejected_connections)),
             ("session_files", sum(|c| &c.rejected_files[Who::Session as usize])),
             ("session_requests", sum(|c| &c.rejected_requests[Who::Session as usize])),

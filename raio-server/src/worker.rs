@@ -270,6 +270,12 @@ impl Worker {
         counters.arena_bytes.set(arena.len() as u64);
         let mut transport = any::Server::new(TCP, &shared.policy, rdma);
         transport.set_heap_max(shared.heap_bytes);
+        let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
+        transport.set_queue_pair_memory(Box::new(move |address, bytes| {
+            let place = charging.sessions.queue_pair(address, bytes);
+            counting.rejected_queue_pairs.add(u64::from(place.is_err()));
+            Ok(Box::new(place?))
+        }));
         let placing = Arc::clone(&shared);
         transport.set_place(Box::new(move |peer| {
             let to = if peer.control { index } else { placing.placement.claim(index) };

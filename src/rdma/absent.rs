@@ -14,8 +14,8 @@ use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, Reactor};
 use crate::tcp;
 use crate::transport::{
-    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, Reply, RequestId, RequestKey,
-    Response, ServerEvent, ServerTransport,
+    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, QueuePairMemory, Reply,
+    RequestId, RequestKey, Response, ServerEvent, ServerTransport,
 };
 
 const REASON: &str = "this program was built without RDMA";
@@ -236,6 +236,11 @@ impl Server {
 
     /// What was counted.
     pub fn counters(&self) -> Counters {
+        match self.0 {}
+    }
+
+    /// Has this decide who has memory.
+    pub fn set_memory(&mut self, _: QueuePairMemory) {
         match self.0 {}
     }
 }

@@ -26,6 +26,8 @@ const INLINE_BYTES: u32 = 220;
 const POLL: usize = 32;
 /// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress shows.
 const SIGNAL_BYTES: usize = 256 << 10;
+/// What fits into so many bytes is registered in one piece.
+const SPLIT_BYTES_MIN: usize = 256 << 10;
 /// Tells a receive's `wr_id` from the others, which are sequence numbers.
 const RECEIVE: u64 = 1 << 63;
 /// A peer without a receive is asked again after 0.64 ms.
@@ -193,6 +195,18 @@ fn register(domain: &Arc<Domain>, bytes: usize, access: Access) -> Result<(Slot,
     })?;
     let mr = Mr::of_mapping(domain, &arena.mapping(), access)?;
     Ok((slot, mr))
+}
+
+/// Which of so many receives are registered together: how many, and the bytes that take. A mapping's length is a power of two, so several fill
+/// theirs better than one.
+pub(super) fn registrations(mut count: usize, receive_bytes: usize) -> impl Iterator<Item = (usize, usize)> {
+    std::iter::from_fn(move || {
+        let bytes = (count * receive_bytes).next_power_of_two();
+        let is_split = count > 1 && bytes > SPLIT_BYTES_MIN && count * receive_bytes < bytes / 4 * 3;
+        let (n, bytes) = if is_split { (bytes / 2 / receive_bytes, bytes / 2) } else { (count, bytes) };
+        count -= n;
+        (n > 0).then_some((n, bytes))
+    })
 }
 
 impl QueuePair {
@@ -428,11 +442,13 @@ impl QueuePair {
         let have = self.holders.len();
         let count = count.min(self.receives_max);
         if count > have {
-            let new = count - have;
-            let (memory, mr) = register(&self.domain, new * self.receive_bytes, Access::LocalWrite)?;
-            self.receives.push(Receives { memory, mr, first: have as u32 });
-            self.holders.resize(count, 0);
-            self.given_back.extend(have as u32..count as u32);
+            for (new, bytes) in registrations(count - have, self.receive_bytes) {
+                let (memory, mr) = register(&self.domain, bytes, Access::LocalWrite)?;
+                let first = self.holders.len();
+                self.receives.push(Receives { memory, mr, first: first as u32 });
+                self.holders.resize(first + new, 0);
+                self.given_back.extend(first as u32..(first + new) as u32);
+            }
         }
         self.post_receives().map_err(|source| Error::io("Cannot post receives", source))
     }
@@ -813,6 +829,31 @@ impl Drop for QueuePair {
         for cq in self.send_cq.into_iter().chain([self.cq]) {
             // SAFETY: as above; every event of theirs was acknowledged when it was got.
             unsafe { (self.verbs.ibv_destroy_cq)(cq.as_ptr()) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_receives_are_registered_and_little_else() {
+        for each in [40, 4264, 17_576, 70_000] {
+            for count in 0..600 {
+                let (mut receives, mut bytes) = (0, 0);
+                for (n, len) in registrations(count, each) {
+                    assert!(n > 0 && n * each <= len && len.is_power_of_two(), "{n} of {each} in {len}");
+                    receives += n;
+                    bytes += len;
+                }
+                assert_eq!(receives, count);
+                let least = count * each;
+                assert!(
+                    bytes < SPLIT_BYTES_MIN + each || bytes <= least / 2 * 3,
+                    "{bytes} for {count} of {each}"
+                );
+            }
         }
     }
 }

@@ -24,7 +24,7 @@ use slab::Slab;
 use super::by_hand::port_of;
 use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
-use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size};
+use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size, registrations};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Peer, Policy};
@@ -33,8 +33,8 @@ use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePair
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
 use crate::tcp::Exchange;
 use crate::transport::{
-    ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport,
-    SlotRange,
+    ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, Request, RequestKey, Response, ServerEvent,
+    ServerTransport, SlotRange,
 };
 
 /// A connection's share of a turn, in completions.
@@ -79,7 +79,6 @@ pub struct Counters {
 }
 
 /// See the module documentation.
-#[derive(Debug)]
 pub struct Server {
     owner: u8,
     policy: Arc<Policy>,
@@ -99,6 +98,7 @@ pub struct Server {
     counters: Counters,
     /// When rdma_cm was last asked for disconnects.
     asked: Instant,
+    memory: QueuePairMemory,
 }
 
 /// A device as this worker uses it.
@@ -121,6 +121,8 @@ struct Connection {
     qp: QueuePair,
     /// Dropped after the queue pair. See [`Server::hold`].
     held: Option<Arc<dyn Any>>,
+    /// So are these. See [`Server::set_memory`].
+    memory: Vec<Box<dyn Any>>,
     /// The client's address, for the log.
     peer: Option<IpAddr>,
     port: usize,
@@ -215,6 +217,7 @@ impl Server {
             dirty: Vec::new(),
             counters: Counters::default(),
             asked: Instant::now(),
+            memory: Box::new(|_, _| Ok(Box::new(()))),
         };
         this.watch(reactor, Kind::Connecting, 0);
         let mut last = None;
@@ -254,6 +257,11 @@ impl Server {
         }
     }
 
+    /// From now on `memory` decides who has memory for a queue pair. Until then everybody has.
+    pub fn set_memory(&mut self, memory: QueuePairMemory) {
+        self.memory = memory;
+    }
+
     /// What was counted, over all connections.
     pub fn counters(&self) -> Counters {
         self.connections.iter().fold(self.counters, |sum, (_, connection)| sum.plus(&connection.counted()))
@@ -271,7 +279,7 @@ impl Server {
     }
 
     /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client turned away, if the device
-    /// cannot have one more.
+    /// cannot have one more, or there is no memory for it.
     pub fn adopt(&mut self, reactor: &mut Reactor, incoming: Incoming) -> Result<ConnectionId, Error> {
         let Incoming { mut id, reads_out } = incoming;
         let peer = id.peer().map(|peer| peer.ip());
@@ -289,6 +297,14 @@ impl Server {
             return Err(Error::Unsupported(text.into()));
         }
         let size = size_for(policy.queue_depth as usize + 1, policy.inline_bytes_max, reads_max);
+        // What the handshake takes; the rest is asked for when it has said how many credits there are.
+        let memory = match (self.memory)(peer, size.send_bytes + messages_bytes(HANDSHAKE_MESSAGES, &size)) {
+            Ok(memory) => memory,
+            Err(text) => {
+                id.reject(&rejection(libc::ENOMEM, &text));
+                return Err(Error::Unsupported(text.trim_end_matches('.').into()));
+            }
+        };
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
         let entry = self.connections.vacant_entry();
         let connection_id = ConnectionId { index: entry.key() as u32, generation: self.generation };
@@ -305,6 +321,7 @@ impl Server {
             .map_err(|source| Error::io("Cannot accept an RDMA connection", source))?;
         let mut connection = Connection::new(connection_id, qp, port, State::Handshake, &size, reads_max);
         connection.peer = peer;
+        connection.memory.push(memory);
         entry.insert(connection);
         self.set_timer(reactor, connection_id);
         Ok(connection_id)
@@ -351,6 +368,8 @@ impl Server {
         }
         let credits = grant.credits() as usize;
         let size = size_for(credits, grant.inline_bytes_max, reads_max);
+        let memory = (self.memory)(Some(remote), size.send_bytes + messages_bytes(size.receives, &size))
+            .map_err(|text| at.failed(text.trim_end_matches('.')))?;
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
         let entry = self.connections.vacant_entry();
         let id = ConnectionId { index: entry.key() as u32, generation: self.generation };
@@ -371,6 +390,7 @@ impl Server {
         let mut connection = Connection::new(id, qp, port, state, &size, reads_max);
         connection.crc = grant.crc();
         connection.peer = Some(remote);
+        connection.memory.push(memory);
         connection.unanswered.reserve(credits);
         entry.insert(connection);
         self.set_timer(reactor, id);
@@ -588,12 +608,19 @@ impl Server {
             return Err(Violation::Length);
         }
         connection.qp.give_back(message);
-        if let Err(error) = connection.qp.provide_receives(peer.grant.credits() as usize + CONTROL_MESSAGES) {
+        let receives = peer.grant.credits() as usize + CONTROL_MESSAGES;
+        let size = size_for(receives - CONTROL_MESSAGES, self.policy.inline_bytes_max, 0);
+        let further = messages_bytes(receives.saturating_sub(HANDSHAKE_MESSAGES), &size);
+        let provided = (self.memory)(connection.peer, further).and_then(|memory| {
+            connection.memory.push(memory);
+            connection.qp.provide_receives(receives).map_err(|error| format!("{error}."))
+        });
+        if let Err(text) = provided {
             let client = connection.peer.map(tracing::field::display);
-            tracing::warn!(client, "An RDMA connection is rejected: {error}.");
-            let refusal = self.policy.refusal(libc::ENOMEM, &error.to_string());
+            tracing::warn!(client, "An RDMA connection is rejected. {text}");
+            let refusal = self.policy.refusal(libc::ENOMEM, &text);
             connection.unsent.push_back(Outgoing::Message(refusal));
-            self.report(id, CloseReason::Local);
+            self.report(id, CloseReason::Refused);
             self.linger(reactor, id);
             return Ok(());
         }
@@ -813,6 +840,7 @@ impl Connection {
             generation: id.generation,
             qp,
             held: None,
+            memory: Vec::new(),
             peer: None,
             port,
             state,
@@ -986,6 +1014,12 @@ fn size_for(credits: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
         receive_bytes: MESSAGE_BYTES + inline_bytes_max as usize,
         send_bytes: SEND_BYTES,
     }
+}
+
+/// What so many receives take, and what the messages that come in them may cause as long as they are not answered: their bodies are kept.
+fn messages_bytes(count: usize, size: &Size) -> usize {
+    let registered: usize = registrations(count, size.receive_bytes).map(|(_, bytes)| bytes).sum();
+    registered + count * MESSAGE_BYTES
 }
 
 /// What the device allows of the server's policy. Says what it does not.

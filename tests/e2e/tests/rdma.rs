@@ -460,3 +460,61 @@ fn a_server_serves_several_devices_and_tcp_at_once() {
     urls.iter().for_each(|url| reads_right(url));
     server.statistics_when(is_at_rest);
 }
+
+/// A session, with a context that has read.
+fn client(url: &str) -> Result<(Session, Context), raio::Error> {
+    let session = Session::connect(url, &Options::default())?;
+    let file = session.open("/d/numbers", libc::O_RDONLY, 0)?;
+    let mut context = session.context(128)?;
+    let operation = Operation::Read { offset: 0, buffers: buffer(64 * KIB) };
+    context.submit(&file, operation, 0).map_err(|refused| refused.error)?;
+    context.flush();
+    context.wait(1, 1, Some(PATIENCE))?;
+    assert_eq!(context.next().expect("a completion").result, Ok(64 * KIB as u64));
+    Ok((session, context))
+}
+
+#[test]
+fn queue_pairs_take_no_more_memory_than_there_is_and_who_gets_none_stays_on_tcp_or_is_told() {
+    /// Three eighths of it are for connections, open files and queue pairs.
+    const MEMORY_BYTES: u64 = 64 << 20;
+    let Some(_wire) = needs_wire("memory for queue pairs") else { return };
+    let (_directory, export) = numbers();
+    let memory = MEMORY_BYTES.to_string();
+    let listens = ["--listen", LISTEN, "--listen", "tcp://10.77.0.1:0"];
+    let mut server = Server::start_with(&[&export], &[&["--memory", &memory], &listens[..]].concat());
+    let urls = server.urls();
+    let rdma = &urls[0];
+    let any = urls[1].replace("raio+tcp://", "raio://");
+    let (session, context) = client(rdma).expect("there is memory");
+    drop((session, context));
+    server.statistics_when(is_at_rest);
+    let before = server.taken_bytes();
+
+    let mut clients = Vec::new();
+    let why = loop {
+        let (session, context) = client(&any).expect("over TCP if not by RDMA");
+        let why = session.why_tcp().map(str::to_owned);
+        clients.push((session, context));
+        if let Some(why) = why {
+            break why;
+        }
+        assert!(clients.len() < 100, "{}", server.statistics());
+    };
+    let grown = server.taken_bytes().saturating_sub(before);
+    println!("{} clients, {} KiB, then: {why}", clients.len(), grown >> 10);
+    assert!(why.contains("no memory for another queue pair") && why.contains("--memory"), "{why}");
+    assert!(clients.len() > 4, "{why}");
+    assert!(grown < MEMORY_BYTES / 8 * 3, "{grown} bytes");
+    let statistics = server.statistics();
+    assert!(statistics["rejected"]["queue_pairs"].as_u64() > Some(0), "{statistics}");
+
+    let text = client(rdma).expect_err("there is no memory").text;
+    println!("{text}");
+    assert!(text.contains("--memory") && text.contains("Use TCP"), "{text}");
+    drop(clients);
+    server.statistics_when(is_at_rest);
+    drop(client(rdma).expect("there is memory again"));
+    assert_eq!(client(&any).expect("there is memory again").0.why_tcp(), None);
+    server.statistics_when(is_at_rest);
+}
