@@ -264,7 +264,7 @@ impl Server {
                 }
                 Err(error) => {
                     let client = exchange.remote.map(tracing::field::display);
-                    tracing::info!(client, name = exchange.peer.name, "A client stays on TCP: {error}.");
+                    tracing::debug!(client, name = exchange.peer.name, "A client stays on TCP: {error}.");
                     let status = Status { errno: error.errno(), class: Class::Transport, retryable: false };
                     self.tcp.answer_exchange(reactor, stream, Err((status, &format!("{error}."))));
                 }

@@ -272,9 +272,16 @@ impl Worker {
         transport.set_heap_max(shared.heap_bytes);
         let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
         transport.set_queue_pair_memory(Box::new(move |address, bytes| {
-            let place = charging.sessions.queue_pair(address, bytes);
-            counting.rejected_queue_pairs.add(u64::from(place.is_err()));
-            Ok(Box::new(place?))
+            let place = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
+                counting.rejected_queue_pairs.add(1);
+                if log::permit(address, "queue pairs that were rejected") {
+                    tracing::info!(
+                        client = address.map(tracing::field::display),
+                        "A queue pair was rejected. {text}"
+                    );
+                }
+            })?;
+            Ok(Box::new(place))
         }));
         let placing = Arc::clone(&shared);
         transport.set_place(Box::new(move |peer| {

@@ -617,7 +617,7 @@ impl Server {
         });
         if let Err(text) = provided {
             let client = connection.peer.map(tracing::field::display);
-            tracing::warn!(client, "An RDMA connection is rejected. {text}");
+            tracing::debug!(client, "An RDMA connection is rejected. {text}");
             let refusal = self.policy.refusal(libc::ENOMEM, &text);
             connection.unsent.push_back(Outgoing::Message(refusal));
             self.report(id, CloseReason::Refused);
