@@ -57,7 +57,7 @@ impl Export {
                     memory(*size).with_context(|| {
                         format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
                     })?,
-                    lanes,
+                    lanes.clone(),
                 ),
                 size: *size,
             },
@@ -354,7 +354,7 @@ mod tests {
     fn what_cannot_be_exported_is_refused_with_a_reason() {
         let lanes = Lanes::new(Pool::start().unwrap(), 0);
         for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
-            let error = format!("{:#}", Export::open(&spec(text), lanes).unwrap_err());
+            let error = format!("{:#}", Export::open(&spec(text), lanes.clone()).unwrap_err());
             assert!(error.contains(needle), "{error}");
         }
     }

@@ -67,7 +67,7 @@ impl Opening {
         } else {
             1
         };
-        let fd = Descriptor::new(fd, *export.lanes());
+        let fd = Descriptor::new(fd, export.lanes().clone());
         let kind = if is_device {
             FileKind::Device(fd)
         } else {

@@ -47,7 +47,7 @@ const DATA_WIDTH: usize = 16;
 
 /// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads, and leases not the opens of
 /// other files.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Lanes {
     /// For open, stat and close.
     pub control: Lane,
@@ -58,7 +58,7 @@ pub struct Lanes {
     /// For reads and writes.
     pub data: Lane,
     /// Reads that need no lane and yet the disk.
-    misses: &'static Misses,
+    misses: Arc<Misses>,
     /// The export's place among all.
     pub export: usize,
 }
@@ -72,7 +72,7 @@ impl Lanes {
             lease: pool.lane(LEASE_WIDTH),
             flush: pool.lane(FLUSH_WIDTH),
             data: pool.lane(DATA_WIDTH),
-            misses: Box::leak(Box::default()),
+            misses: Arc::default(),
         }
     }
 }

@@ -41,7 +41,7 @@ fn each(test: impl Fn(&mut Bench)) {
 impl Bench {
     fn open(&mut self, path: &Path, flags: OFlags) -> Arc<Descriptor> {
         let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_bits_retain(0o644)).unwrap();
-        Descriptor::new(fd, self.lanes)
+        Descriptor::new(fd, self.lanes.clone())
     }
 
     fn slot(&mut self, bytes: &[u8]) -> Slot {
@@ -280,9 +280,9 @@ fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
     let path = directory.path().join("file");
     std::fs::write(&path, "x").unwrap();
     let lanes = Lanes::new(Pool::start().unwrap(), 0);
-    let open = move || {
+    let open = || {
         let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        Descriptor::new(fd, lanes)
+        Descriptor::new(fd, lanes.clone())
     };
     let own = open();
     if !own.is_asynchronous {
@@ -296,12 +296,14 @@ fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
             "SKIPPED: a file of another user needs root, and a file system that keeps times of access"
         );
     }
-    let foreign = std::thread::spawn(move || {
-        let nobody = rustix::process::Uid::from_raw(65534);
-        // Of this thread alone.
-        rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
-        open()
+    let foreign = std::thread::scope(|scope| {
+        let opened = scope.spawn(|| {
+            let nobody = rustix::process::Uid::from_raw(65534);
+            // Of this thread alone.
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            open()
+        });
+        opened.join().unwrap()
     });
-    let foreign = foreign.join().unwrap();
     assert!(!foreign.is_asynchronous && foreign.cached_reads.is_none());
 }
