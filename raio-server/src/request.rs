@@ -84,12 +84,8 @@ pub enum Work {
     Write(Rc<WorkerFile>, Write),
     /// See [`raio_transport::protocol::Opcode::Fsync`].
     Fsync(Rc<WorkerFile>, bool),
-    /// See [`raio_transport::protocol::Opcode::Discard`].
-    Discard(Rc<WorkerFile>, Pieces),
-    /// See [`raio_transport::protocol::Opcode::WriteZeroes`].
-    Zero(Rc<WorkerFile>, Pieces),
-    /// See [`raio_transport::protocol::Opcode::Allocate`]: whether the file keeps its size.
-    Allocate(Rc<WorkerFile>, Pieces, bool),
+    /// Discard, write zeroes or allocate.
+    InPieces(Rc<WorkerFile>, Pieces),
     /// See [`raio_transport::protocol::Opcode::Stat`].
     Stat(Rc<WorkerFile>),
     /// See [`raio_transport::protocol::Opcode::Open`].
@@ -206,9 +202,25 @@ impl Write {
     }
 }
 
-/// A discard, write zeroes or allocate, done in pieces.
+/// What is done to a range of any length, in pieces.
+#[derive(Clone, Copy, Debug)]
+pub enum RangeCommand {
+    /// See [`raio_transport::protocol::Opcode::Discard`].
+    Discard,
+    /// See [`raio_transport::protocol::Opcode::WriteZeroes`].
+    WriteZeroes,
+    /// See [`raio_transport::protocol::Opcode::Allocate`].
+    Allocate {
+        /// The file's size stays.
+        keep_size: bool,
+    },
+}
+
+/// A range that a command is carried out on, and how much of it is done. What is done stays when it fails: to cut the file would cut off what
+/// another has appended meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces {
+    command: RangeCommand,
     range: Range,
     done: u64,
     /// No further piece is begun.
@@ -217,8 +229,8 @@ pub struct Pieces {
 
 impl Pieces {
     /// Of the whole range.
-    pub fn new(range: Range) -> Self {
-        Self { range, done: 0, is_stopped: false }
+    pub fn new(command: RangeCommand, range: Range) -> Self {
+        Self { command, range, done: 0, is_stopped: false }
     }
 
     /// What is left to do.
@@ -226,19 +238,21 @@ impl Pieces {
         Range { offset: self.range.offset + self.done, length: self.range.length - self.done }
     }
 
-    fn discard(&self) -> Operation {
+    fn next(&self) -> Operation {
         let Range { offset, length } = self.rest();
-        Operation::Discard { offset, length }
+        match self.command {
+            RangeCommand::Discard => Operation::Discard { offset, length },
+            RangeCommand::WriteZeroes => Operation::WriteZeroes { offset, length },
+            RangeCommand::Allocate { keep_size } => Operation::Allocate { offset, length, keep_size },
+        }
     }
 
-    fn zero(&self) -> Operation {
-        let Range { offset, length } = self.rest();
-        Operation::WriteZeroes { offset, length }
-    }
-
-    fn allocate(&self, keep_size: bool) -> Operation {
-        let Range { offset, length } = self.rest();
-        Operation::Allocate { offset, length, keep_size }
+    fn name(&self) -> &'static str {
+        match self.command {
+            RangeCommand::Discard => "Discarding",
+            RangeCommand::WriteZeroes => "Writing zeros",
+            RangeCommand::Allocate { .. } => "Allocating",
+        }
     }
 
     /// Takes in that a piece has ended. Whether there is more to do.
@@ -282,9 +296,7 @@ impl Work {
             Self::Read(file, _)
             | Self::Write(file, _)
             | Self::Fsync(file, _)
-            | Self::Discard(file, _)
-            | Self::Zero(file, _)
-            | Self::Allocate(file, ..)
+            | Self::InPieces(file, _)
             | Self::Stat(file) => Some(file),
             Self::Open(_) | Self::Close => None,
         }
@@ -317,9 +329,7 @@ impl Work {
             (Self::Read(_, read), Some(slot)) => read.next(slot),
             (Self::Write(_, write), Some(slot)) => write.next(slot),
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
-            (Self::Discard(_, pieces), None) => pieces.discard(),
-            (Self::Zero(_, pieces), None) => pieces.zero(),
-            (Self::Allocate(_, pieces, keep_size), None) => pieces.allocate(*keep_size),
+            (Self::InPieces(_, pieces), None) => pieces.next(),
             (Self::Stat(_), None) => Operation::Stat,
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
@@ -327,7 +337,7 @@ impl Work {
 
     /// Has it end early if it is done in pieces: nobody wants it any more.
     pub fn stop(&mut self) {
-        if let Self::Discard(_, pieces) | Self::Zero(_, pieces) | Self::Allocate(_, pieces, _) = self {
+        if let Self::InPieces(_, pieces) = self {
             pieces.is_stopped = true;
         }
     }
@@ -365,22 +375,10 @@ impl Work {
             {
                 Step::Done(data(read.answer(range.slot)))
             }
-            (Self::Zero(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
-                Ok(true) => Step::Again(pieces.zero()),
+            (Self::InPieces(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
+                Ok(true) => Step::Again(pieces.next()),
                 Ok(false) => Step::Done(success(0)),
-                Err(errno) => Step::Done(failure_after(pieces.done, "Writing zeros", errno)),
-            },
-            (Self::Discard(_, pieces), result, outcome) => match pieces.advance(result, &outcome) {
-                Ok(true) => Step::Again(pieces.discard()),
-                Ok(false) => Step::Done(success(0)),
-                Err(errno) => Step::Done(failure_after(pieces.done, "Discarding", errno)),
-            },
-            // What is reserved stays: to give it back is to cut the file, and with it what another has appended meanwhile.
-            (Self::Allocate(_, pieces, keep_size), result, outcome) => match pieces.advance(result, &outcome)
-            {
-                Ok(true) => Step::Again(pieces.allocate(*keep_size)),
-                Ok(false) => Step::Done(success(0)),
-                Err(errno) => Step::Done(failure_after(pieces.done, "Allocating", errno)),
+                Err(errno) => Step::Done(failure_after(pieces.done, pieces.name(), errno)),
             },
             (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
             (Self::Fsync(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
@@ -411,9 +409,7 @@ impl Work {
             Self::Read(..) => "Reading",
             Self::Write(..) => "Writing",
             Self::Fsync(..) => "Flushing",
-            Self::Discard(..) => "Discarding",
-            Self::Zero(..) => "Writing zeros",
-            Self::Allocate(..) => "Allocating",
+            Self::InPieces(_, pieces) => pieces.name(),
             Self::Stat(_) => "Asking for the status",
             Self::Open(_) => "Opening",
             Self::Close => "Closing",
@@ -619,7 +615,7 @@ mod tests {
         let Step::Done(response) = step else { panic!("{step:?}") };
         assert_eq!((response.status, response.result), (Status::OK, 60));
 
-        let mut work = Work::Zero(file(), Pieces::new(range(0, 100)));
+        let mut work = Work::InPieces(file(), Pieces::new(RangeCommand::WriteZeroes, range(0, 100)));
         work.first(None);
         work.completed(completion(Ok(0), Outcome::Cleared(60)));
         let step = work.completed(completion(Err(libc::EAGAIN), Outcome::None));
@@ -629,7 +625,7 @@ mod tests {
 
     #[test]
     fn a_range_is_zeroed_piece_by_piece() {
-        let mut work = Work::Zero(file(), Pieces::new(range(100, 1000)));
+        let mut work = Work::InPieces(file(), Pieces::new(RangeCommand::WriteZeroes, range(100, 1000)));
         let Operation::WriteZeroes { offset: 100, length: 1000 } = work.first(None) else {
             panic!("it begins otherwise")
         };
@@ -646,7 +642,8 @@ mod tests {
     #[test]
     fn zeroing_that_fails_or_is_stopped_tells_how_much_is_done() {
         for is_stopped in [false, true] {
-            let mut work = Work::Zero(file(), Pieces::new(range(100, 1 << 40)));
+            let mut work =
+                Work::InPieces(file(), Pieces::new(RangeCommand::WriteZeroes, range(100, 1 << 40)));
             work.first(None);
             if is_stopped {
                 work.stop();

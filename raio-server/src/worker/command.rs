@@ -19,7 +19,9 @@ use crate::export::{Refusal, Shown, Target};
 use crate::limits::Excess;
 use crate::log;
 use crate::open::{Opened, Opening};
-use crate::request::{Pieces, Range, Read, Work, WorkerFile, Write, failure, status_of, success};
+use crate::request::{
+    Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, status_of, success,
+};
 use crate::session::{Access, OpenFile, SizeLimit};
 
 /// What becomes of a command at first.
@@ -65,17 +67,17 @@ impl Worker {
             }
             Command::Discard { file, offset, length } => {
                 self.on_range(connection, file, offset, length, |file, range| {
-                    Ok(Work::Discard(writable(file)?, Pieces::new(range)))
+                    Ok(Work::InPieces(writable(file)?, Pieces::new(RangeCommand::Discard, range)))
                 })
             }
             Command::WriteZeroes { file, offset, length } => {
                 self.on_range(connection, file, offset, length, |file, range| {
-                    Ok(Work::Zero(within_size(writable(file)?, range)?, Pieces::new(range)))
+                    in_pieces(RangeCommand::WriteZeroes, file, range)
                 })
             }
             Command::Allocate { file, offset, length, keep_size } => {
                 self.on_range(connection, file, offset, length, |file, range| {
-                    Ok(Work::Allocate(within_size(writable(file)?, range)?, Pieces::new(range), keep_size))
+                    in_pieces(RangeCommand::Allocate { keep_size }, file, range)
                 })
             }
         };
@@ -272,6 +274,11 @@ fn within_size(file: Rc<WorkerFile>, range: Range) -> Result<Rc<WorkerFile>, Res
         }
         _ => Ok(file),
     }
+}
+
+/// What may make the file longer.
+fn in_pieces(command: RangeCommand, file: Rc<WorkerFile>, range: Range) -> Result<Work, Response> {
+    Ok(Work::InPieces(within_size(writable(file)?, range)?, Pieces::new(command, range)))
 }
 
 fn read(file: Rc<WorkerFile>, range: Range, slot_bytes_max: usize) -> Result<Work, Response> {
