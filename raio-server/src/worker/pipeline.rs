@@ -87,8 +87,13 @@ impl Worker {
     pub(super) fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
         let Connection { id, slot_bytes, .. } = self.connections[connection];
         let held = slot_bytes + self.transport.unsent_bytes(id);
+        if self.has_memory_caps
+            && let Some(who) = self.over_cap(connection, bytes)
+        {
+            return Some(Grant::OverLimit(who));
+        }
         // A little is for everybody.
-        if (self.has_memory_caps || held + bytes > SMALL_BYTES.min(self.arena.free_bytes() / SMALL_PART))
+        if held + bytes > SMALL_BYTES.min(self.arena.free_bytes() / SMALL_PART)
             && let Some(withheld) = self.withheld_beyond_a_little(connection, held, bytes)
         {
             return Some(withheld);
@@ -104,16 +109,7 @@ impl Worker {
     /// with nothing at all goes before everybody else.
     #[inline(never)]
     fn withheld_beyond_a_little(&mut self, connection: usize, held: usize, bytes: usize) -> Option<Grant> {
-        if self.has_memory_caps
-            && let Some(who) = self.over_cap(connection, bytes)
-        {
-            return Some(Grant::OverLimit(who));
-        }
-        let (all, free) = (self.arena.len(), self.arena.free_bytes());
-        if held + bytes <= SMALL_BYTES.min(free / SMALL_PART) {
-            return None;
-        }
-        if 2 * free < all
+        if 2 * self.arena.free_bytes() < self.arena.len()
             && let Some(who) = self.over_share(connection, bytes)
         {
             return Some(Grant::OverLimit(who));
