@@ -205,27 +205,27 @@ impl Worker {
             }
             None => {
                 self.counters.close_reason(reason);
-                if *reason == CloseReason::Unreachable {
-                    let timeout = self.shared.policy.unreachable_timeout;
-                    log_client!(
+                let policy = &self.shared.policy;
+                match reason {
+                    CloseReason::Unreachable => log_client!(
                         warn,
                         peer,
                         "clients that became unreachable",
                         name = connection.name,
-                        "A client's connection was closed: for {timeout:?} or longer nothing has come from its host, although TCP tried \
-                         again and again. The host, or the network to it, has failed."
-                    );
-                }
-                if *reason == CloseReason::Evicted {
-                    let waited = self.shared.policy.stall_timeout;
-                    log_client!(
+                        "A client's connection was closed: for {:?} or longer nothing has come from its host, although TCP tried \
+                         again and again. The host, or the network to it, has failed.",
+                        policy.unreachable_timeout
+                    ),
+                    CloseReason::Evicted => log_client!(
                         warn,
                         peer,
                         "connections closed for memory",
                         name = connection.name,
-                        "A client's connection was closed: for {waited:?} it took no responses, or did not go on with a message, while \
-                         others waited for the memory that it held. Raise --memory if such clients are welcome."
-                    );
+                        "A client's connection was closed: for {:?} it took no responses, or did not go on with a message, while \
+                         others waited for the memory that it held. Raise --memory if such clients are welcome.",
+                        policy.stall_timeout
+                    ),
+                    _ => {}
                 }
             }
         }
