@@ -151,8 +151,9 @@ pub struct Excess {
 }
 
 impl Excess {
-    /// There are as many of `what` as the option allows.
-    fn of_cap(who: Who, count: usize, what: &str, verb: &str, key: &str) -> Self {
+    /// There are as many as the option allows.
+    fn of_cap(who: Who, count: usize, counted: &Counted) -> Self {
+        let Counted { what, verb, key, .. } = counted;
         let owner = match who {
             Who::Session => "The session has",
             Who::Address => "The clients of this address have",
@@ -164,6 +165,38 @@ impl Excess {
         Self { who, text }
     }
 }
+
+/// A number in an [`Account`] that an option may limit.
+struct Counted {
+    number: fn(&Account) -> &AtomicUsize,
+    cap: fn(&Caps) -> Option<usize>,
+    what: &'static str,
+    /// What a client can do.
+    verb: &'static str,
+    key: &'static str,
+}
+
+const CONNECTIONS: Counted = Counted {
+    number: |account| &account.connections,
+    cap: |caps| caps.connections,
+    what: "connections",
+    verb: "Close some",
+    key: "connections",
+};
+const FILES: Counted = Counted {
+    number: |account| &account.files,
+    cap: |caps| caps.files,
+    what: "files open",
+    verb: "Close some",
+    key: "files",
+};
+const REQUESTS: Counted = Counted {
+    number: |account| &account.requests,
+    cap: |caps| caps.requests,
+    what: "requests in flight",
+    verb: "Wait for their responses and try again",
+    key: "requests",
+};
 
 /// What one session has, or the clients of one address have.
 #[derive(Debug, Default)]
@@ -247,18 +280,6 @@ fn get(number: &AtomicUsize) -> usize {
     number.load(Ordering::Relaxed)
 }
 
-/// Counts one more, if that is not more than the option allows.
-fn try_count(number: &AtomicUsize, cap: Option<usize>) -> Result<(), usize> {
-    let counted = number.fetch_add(1, Ordering::Relaxed);
-    match cap {
-        Some(cap) if counted >= cap => {
-            number.fetch_sub(1, Ordering::Relaxed);
-            Err(counted)
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Whether a session that has so much, on behalf of an address that has so much, may have more, with `used` taken of `max` and a reserve
 /// of [`RESERVE`] times `each`.
 fn may_take(used: usize, max: usize, each: usize, session: usize, address: Option<usize>) -> bool {
@@ -279,6 +300,36 @@ impl Limits {
             queue_pair_bytes: AtomicUsize::new(0),
             by_address: Mutex::default(),
         })
+    }
+
+    /// Counts one more for a session or an address, if that is not more than its option allows.
+    fn count(&self, who: Who, account: &Account, counted: &Counted) -> Result<(), Excess> {
+        let caps = match who {
+            Who::Session => &self.session_caps,
+            Who::Address => &self.address_caps,
+        };
+        let number = (counted.number)(account);
+        let before = number.fetch_add(1, Ordering::Relaxed);
+        match (counted.cap)(caps) {
+            Some(cap) if before >= cap => {
+                number.fetch_sub(1, Ordering::Relaxed);
+                Err(Excess::of_cap(who, before, counted))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Counts one more for both, or for neither.
+    fn count_for_both(
+        &self,
+        session: &Account,
+        address: &AddressAccount,
+        counted: &Counted,
+    ) -> Result<(), Excess> {
+        self.count(Who::Session, session, counted)?;
+        let Some(account) = address else { return Ok(()) };
+        self.count(Who::Address, account, counted)
+            .inspect_err(|_| _ = (counted.number)(session).fetch_sub(1, Ordering::Relaxed))
     }
 
     fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Weak<Account>>> {
@@ -326,9 +377,7 @@ impl Limits {
         if let (Some(own), Some(address)) = (&account, address) {
             // Nobody else takes places for connections, so there is no race.
             let (used, places) = (self.used(), own.places());
-            if let Err(count) = try_count(&own.connections, self.address_caps.connections) {
-                return Err(Excess::of_cap(Who::Address, count, "connections", "Close some", "connections"));
-            }
+            self.count(Who::Address, own, &CONNECTIONS)?;
             // The session is not known yet. It may be one that has nothing.
             if let Some(what) = self.shortage(used, Places::default(), Some(places)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
@@ -368,9 +417,7 @@ impl Limits {
     /// A session may keep another connection, which has its place. The session counts it until [`Limits::leave`].
     pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
         let places = session.places();
-        if let Err(count) = try_count(&session.connections, self.session_caps.connections) {
-            return Err(Excess::of_cap(Who::Session, count, "connections", "Close some", "connections"));
-        }
+        self.count(Who::Session, session, &CONNECTIONS)?;
         let of_address = address.as_ref().map(|account| account.places().without_a_connection());
         let Some(what) = self.shortage(self.used().without_a_connection(), places, of_address) else {
             return Ok(());
@@ -401,15 +448,7 @@ impl Limits {
         } else {
             Some("limit with `ulimit -n`")
         };
-        if let Err(count) = try_count(&session.files, self.session_caps.files) {
-            return Err(Excess::of_cap(Who::Session, count, "files open", "Close some", "files"));
-        }
-        if let Some(account) = address
-            && let Err(count) = try_count(&account.files, self.address_caps.files)
-        {
-            session.files.fetch_sub(1, Ordering::Relaxed);
-            return Err(Excess::of_cap(Who::Address, count, "files open", "Close some", "files"));
-        }
+        self.count_for_both(session, address, &FILES)?;
         self.files.fetch_add(1, Ordering::Relaxed);
         let place = FilePlace { limits: Arc::clone(self), address: address.clone() };
         let Some(what) = shortage else { return Ok(place) };
@@ -459,17 +498,7 @@ impl Limits {
 
     /// A request of a session begins. If [`Limits::counts_requests`], both count it until [`Limits::end_request`].
     pub fn begin_request(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
-        const VERB: &str = "Wait for their responses and try again";
-        if let Err(count) = try_count(&session.requests, self.session_caps.requests) {
-            return Err(Excess::of_cap(Who::Session, count, "requests in flight", VERB, "requests"));
-        }
-        if let Some(account) = address
-            && let Err(count) = try_count(&account.requests, self.address_caps.requests)
-        {
-            session.requests.fetch_sub(1, Ordering::Relaxed);
-            return Err(Excess::of_cap(Who::Address, count, "requests in flight", VERB, "requests"));
-        }
-        Ok(())
+        self.count_for_both(session, address, &REQUESTS)
     }
 
     /// A request is over.
