@@ -372,7 +372,7 @@ struct layout {
 	struct raio_event *events;
 };
 
-/* Ends the session first: what is in flight, after a signal, is given up, and with it its memory. */
+/* Ends the session first: that cancels what is still in flight after a signal, so that its memory can be freed. */
 static void end_layout(struct layout *l)
 {
 	raio_stop(l->session);
@@ -489,8 +489,8 @@ static int write_layout(struct thread_data *td, struct fio_file *f, struct layou
 }
 
 /*
- * A job that does not read needs no contents, only what fallocate= does. No byte of the file may change, whoever writes it at the same
- * time: so it is allocated and never written. If the storage cannot do that it is as with fio's own engines: `native` passes over it,
+ * A job that does not read needs no contents, only what fallocate= does. No byte of the file may change, also if another job writes it
+ * concurrently: so it is allocated and never written. If the storage cannot do that it is as with fio's own engines: `native` passes over it,
  * `posix` says so, and with `keep` it is the job's error, found when its first I/O is done.
  */
 static int extend_layout(struct thread_data *td, struct fio_file *f, struct layout *l)

@@ -65,7 +65,7 @@ static int read_next(struct reader *reader, struct raio_iocb *iocb)
 	return submit(reader, iocb);
 }
 
-/* Goes on after so many bytes have been read: with the rest of the block, which a short read leaves, or with the next. */
+/* `res` bytes of a block have been read: submits a read of the rest of it after a short read, else of the next block. */
 static int read_on(struct reader *reader, struct raio_iocb *iocb, long res)
 {
 	struct raio_iocb_common *c = &iocb->u.c;

@@ -173,10 +173,10 @@ int raio_start(const char *transport, const struct sockaddr *addr, socklen_t add
 int raio_connect(const char *url, const struct raio_options *options);
 
 /*
- * raio_stop - ends the session at once: closes its files and connections. A write that is in flight is not sent on, and
- * may still reach the file later if the server has it. Its contexts are dead afterwards: what was in flight is lost
- * without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with ENOTCONN,
- * raio_destroy() frees what is left of them. A raio_open(), raio_fstat() or raio_close() of another thread that waits for
+ * raio_stop - ends the session at once: closes its files and connections. No more of a write in flight is sent; if the
+ * server has it already it may still reach the file later. The session's contexts cannot be used any more: I/O in flight
+ * completes without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with ENOTCONN,
+ * raio_destroy() frees them. A raio_open(), raio_fstat() or raio_close() of another thread that waits for
  * the server fails with ENOTCONN.
  * No context of the session may be in use by another thread meanwhile.
  *
