@@ -223,8 +223,7 @@ impl Worker {
 
     /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to their pings.
     fn show_life(&mut self) {
-        let now = Instant::now();
-        if self.life_sign.take_if(|at| *at <= now).is_none() {
+        if self.life_sign.take_if(|at| *at <= Instant::now()).is_none() {
             return;
         }
         for &connection in &self.turns {
