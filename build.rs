@@ -1,7 +1,8 @@
-//! Makes the bindings to libibverbs and librdmacm that the feature `rdma` needs, from the headers of this system.
+//! Makes the bindings to libibverbs and librdmacm that the feature `rdma` needs, from the headers of this
+//! system.
 //!
-//! Only types and constants: the functions are looked up at run time (`src/rdma/verbs.rs`), so that one binary serves machines with
-//! and without the libraries.
+//! Only types and constants: the functions are looked up at run time (`src/rdma/verbs.rs`), so that one
+//! binary serves machines with and without the libraries.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -6,8 +6,9 @@
 //! cargo run --release --example echo client ADDRESS [BYTES [COUNT [DEPTH]]]
 //! ```
 //!
-//! The server receives the data into a slot of its arena and later sends it from that same slot. On the client the same buffer
-//! goes out, comes back with the reply, and goes out again as room for the data. Buffers move; nothing is copied.
+//! The server receives the data into a slot of its arena and later sends it from that same slot. On the
+//! client the same buffer goes out, comes back with the reply, and goes out again as room for the data.
+//! Buffers move; nothing is copied.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -97,7 +98,8 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
             };
             match event {
                 ServerEvent::Request(request) => match parse(&request.body) {
-                    // Put: the data has not come yet. It is told where to go, or, without memory for it, discarded.
+                    // Put: the data has not come yet. It is told where to go, or, without memory for it,
+                    // discarded.
                     Some((b'p', name)) => match arena.alloc(request.data_len as usize) {
                         Some(slot) if request.data_len > 0 => {
                             coming.insert(request.key, name);

@@ -4,7 +4,8 @@
 //! cargo run --example hello
 //! ```
 //!
-//! A command is whatever your client and your server agree on. Here it is a line of text, and so is the answer.
+//! A command is whatever your client and your server agree on. Here it is a line of text, and so is the
+//! answer.
 
 use std::error::Error;
 use std::os::fd::OwnedFd;

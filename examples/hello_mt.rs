@@ -4,9 +4,9 @@
 //! cargo run --example hello_mt [WORKERS [CLIENTS [GREETINGS]]]
 //! ```
 //!
-//! Nothing is shared: each worker has a reactor and a transport of its own. One thread accepts, and hands each new socket,
-//! handshake and all, to the next worker through that worker's mailbox. So a client that is slow to shake hands
-//! delays nobody.
+//! Nothing is shared: each worker has a reactor and a transport of its own. One thread accepts, and hands
+//! each new socket, handshake and all, to the next worker through that worker's mailbox. So a client that is
+//! slow to shake hands delays nobody.
 
 use std::error::Error;
 use std::net::{SocketAddr, TcpListener};

@@ -1,8 +1,8 @@
 //! Compiles `engine.c` against the headers of exactly the fio that will load it.
 //!
-//! `FIO_INCLUDE` is that fio's source tree, configured; `scripts/build-fio-engine` finds it. fio's structures differ
-//! between its releases, and its own check at load does not see every difference, so the versions are compared here
-//! already, and again when fio loads the engine.
+//! `FIO_INCLUDE` is that fio's source tree, configured; `scripts/build-fio-engine` finds it. fio's structures
+//! differ between its releases, and its own check at load does not see every difference, so the versions are
+//! compared here already, and again when fio loads the engine.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, exit};

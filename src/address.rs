@@ -14,7 +14,8 @@ pub const PORT_DEFAULT: u16 = 7240;
 pub enum Scheme {
     /// `raio://`: TCP first, moving to RDMA if both ends have it.
     Any,
-    /// `raio+tcp://`, `tcp://`: TCP only. For a listener: clients of `raio://` come here, and may move to RDMA.
+    /// `raio+tcp://`, `tcp://`: TCP only. For a listener: clients of `raio://` come here, and may move to
+    /// RDMA.
     Tcp,
     /// `raio+rdma://`, `rdma://`: RDMA only, by rdma_cm.
     Rdma,

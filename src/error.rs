@@ -1,7 +1,8 @@
 //! Errors: what went wrong, whose fault it was, and which errno says so.
 //!
-//! Three kinds, never mixed. A [`Status`] is the result of one request, and travels on the wire. A [`Violation`] is a
-//! peer that broke the protocol: it ends that connection and nothing else. An [`Error`] is a call of ours that failed.
+//! Three kinds, never mixed. A [`Status`] is the result of one request, and travels on the wire. A
+//! [`Violation`] is a peer that broke the protocol: it ends that connection and nothing else. An [`Error`] is
+//! a call of ours that failed.
 
 use std::io;
 
@@ -78,7 +79,8 @@ impl Status {
     }
 }
 
-/// How a peer broke the protocol. The connection it came by is closed, and the reason counted under [`Violation::name`].
+/// How a peer broke the protocol. The connection it came by is closed, and the reason counted under
+/// [`Violation::name`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Violation {
     /// The first bytes are not raio's magic.
@@ -170,7 +172,7 @@ pub enum Error {
     /// An address that cannot be parsed.
     #[error("{0}")]
     Address(String),
-    /// The operating system refused something; the text says what was being done and what may help.
+    /// The operating system rejected something; the text says what was being done and what may help.
     #[error("{context}: {source}")]
     Io {
         /// What was being done.
@@ -178,9 +180,9 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
-    /// The server refused the handshake.
-    #[error("the server refused the session: {text}")]
-    Refused {
+    /// The server rejected the handshake.
+    #[error("the server rejected the session: {text}")]
+    Rejected {
         /// The server's errno.
         status: Status,
         /// The server's sentence.
@@ -218,7 +220,7 @@ impl Error {
                 io::ErrorKind::NotFound => libc::ENOENT,
                 _ => libc::EIO,
             }),
-            Self::Refused { status, .. } => status.errno,
+            Self::Rejected { status, .. } => status.errno,
             Self::Violation(violation) => violation.errno(),
             Self::Closed { errno, .. } => *errno,
             Self::Unsupported(_) => libc::EPROTONOSUPPORT,

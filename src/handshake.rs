@@ -1,7 +1,9 @@
-//! The handshake: what a client offers, what a server grants. The same for every transport; each carries the bytes its way.
+//! The handshake: what a client offers, what a server grants. The same for every transport; each carries the
+//! bytes its way.
 //!
-//! The client speaks first. The server answers with a grant, or a refusal with a sentence, and every option that it does not
-//! know with "unsupported": an old peer and a new one always find out what they have in common.
+//! The client speaks first. The server answers with a grant, or a rejection with a sentence, and every option
+//! that it does not know with "unsupported": an old peer and a new one always find out what they have in
+//! common.
 
 use std::time::Duration;
 
@@ -55,7 +57,8 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
-    /// It will carry control commands alone, no reads and writes: a server need not share it out among its threads.
+    /// It will carry control commands alone, no reads and writes: a server need not share it out among its
+    /// threads.
     pub control: bool,
 }
 
@@ -76,11 +79,11 @@ pub struct Policy {
     pub keepalive: Duration,
     /// A peer that has not finished its handshake by then is closed.
     pub handshake_timeout: Duration,
-    /// While others wait for memory, a peer that makes no progress for so long on a message it has begun, or on taking its responses, is
-    /// closed: [`crate::transport::ServerTransport::close_stalled`].
+    /// While others wait for memory, a peer that makes no progress for so long on a message it has begun, or
+    /// on taking its responses, is closed: [`crate::transport::ServerTransport::close_stalled`].
     pub stall_timeout: Duration,
-    /// On TCP, a peer from which nothing comes for so long, while something that was sent to it is outstanding and is sent again in vain, is
-    /// taken to be unreachable.
+    /// On TCP, a peer from which nothing comes for so long, while something that was sent to it is
+    /// outstanding and is sent again in vain, is taken to be unreachable.
     pub unreachable_timeout: Duration,
     /// The server's name.
     pub name: String,
@@ -163,8 +166,8 @@ pub struct Peer {
 }
 
 impl Policy {
-    /// Reads a client's hello at the front of `bytes`. Gives the client and the welcome to send, and the number of bytes
-    /// read; or the violation, for which [`Policy::refusal`] makes the answer.
+    /// Reads a client's hello at the front of `bytes`. Gives the client and the welcome to send, and the
+    /// number of bytes read; or the violation, for which [`Policy::rejection`] makes the answer.
     pub fn welcome(&self, bytes: &[u8]) -> Result<Parsed<(Peer, Vec<u8>)>, Violation> {
         let (hello, options, taken) = match message::parse_handshake::<Hello>(bytes)? {
             Parsed::Need(n) => return Ok(Parsed::Need(n)),
@@ -242,8 +245,8 @@ impl Policy {
         Ok(Parsed::Item((peer, message::encode_handshake(welcome, &answers)), taken))
     }
 
-    /// The answer to a client that is turned away.
-    pub fn refusal(&self, errno: i32, text: &str) -> Vec<u8> {
+    /// The answer to a client that is rejected.
+    pub fn rejection(&self, errno: i32, text: &str) -> Vec<u8> {
         let welcome = Welcome {
             magic: MAGIC,
             version: U16::ZERO,
@@ -322,7 +325,7 @@ impl Offer {
         }
         if errno != 0 {
             let status = Status { errno, class: Class::Policy, retryable: false };
-            return Err(Error::Refused { status, text });
+            return Err(Error::Rejected { status, text });
         }
         let grant = Grant {
             version: welcome.version.get(),

@@ -1,42 +1,42 @@
 //! The message layer of raio: requests, responses and bulk data between a client and a server.
 //!
-//! A client sends a small opaque *command*, perhaps with bulk data; the server answers with a status, a result and
-//! perhaps bulk data. What a command means is not this layer's business: [`protocol`] holds raio's own commands (open,
-//! read, write, ...), and other programs bring theirs (see `examples/`).
+//! A client sends a small opaque *command*, perhaps with bulk data; the server answers with a status, a
+//! result and perhaps bulk data. What a command means is not this layer's business: [`protocol`] holds raio's
+//! own commands (open, read, write, ...), and other programs bring theirs (see `examples/`).
 //!
 //! ```text
 //!   your client                                                     your server
 //!       |  ClientTransport::send/flush           ServerEvent::Request  ^
 //!       v                                                              |
-//!  {tcp,rdma,pair}::Client  -- message framing, credits -->  {tcp,rdma,pair}::Server
+//!  {tcp,rdma,loopback}::Client  -- message framing, credits -->  {tcp,rdma,loopback}::Server
 //!       ^                                                              |  over one Reactor a thread
 //!       |  ClientTransport::receive              ServerTransport::respond
 //! ```
 //!
-//! Dependencies point one way: [`message`], [`protocol`], [`error`] and [`address`] know nothing of the rest; [`memory`]
-//! and [`reactor`] stand on those; the transports on the two role traits of [`transport`].
+//! Dependencies point one way: [`message`], [`protocol`], [`error`] and [`address`] know nothing of the rest;
+//! [`memory`] and [`reactor`] stand on those; the transports on the two role traits of [`transport`].
 
 #![deny(unsafe_code)]
 // What only RDMA uses stays in a build without it.
 #![cfg_attr(not(feature = "rdma"), allow(dead_code))]
 
 pub mod address;
-pub mod any;
+pub mod busy_poll;
 pub mod error;
 pub mod handshake;
+mod keepalive;
+pub mod loopback;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod message;
+pub mod mux;
 pub mod open_files;
-pub mod pair;
 pub mod protocol;
-#[cfg_attr(not(feature = "rdma"), path = "rdma/absent.rs")]
+#[cfg_attr(not(feature = "rdma"), path = "rdma/stub.rs")]
 pub mod rdma;
 #[allow(unsafe_code)]
 pub mod reactor;
-mod silence;
 pub mod size;
-pub mod spin;
 pub mod tcp;
 pub mod transport;
 

@@ -1,10 +1,12 @@
-//! Memory that I/O may use: the library's own ([`Arena`], [`Slot`]) and the caller's ([`Region`], [`Buffer`]).
+//! Memory that I/O may use: the library's own ([`Arena`], [`Slot`]) and the caller's ([`Region`],
+//! [`Buffer`]).
 //!
-//! Buffers move. A [`Slot`] or [`Buffer`] is moved into the socket, the ring or the NIC and comes back with the completion;
-//! nobody can touch it in between. A slot that is dropped goes back to its arena by itself, from whichever thread.
+//! Buffers move. A [`Slot`] or [`Buffer`] is moved into the socket, the ring or the NIC and comes back with
+//! the completion; nobody can touch it in between. A slot that is dropped goes back to its arena by itself,
+//! from whichever thread.
 //!
-//! An arena is one mapping, cut into blocks of a power of two by a buddy allocator with deferred merging: an allocation is a
-//! pop from a list in the common case. It belongs to one thread; its slots may travel.
+//! An arena is one mapping, cut into blocks of a power of two by a buddy allocator with deferred merging: an
+//! allocation is a pop from a list in the common case. It belongs to one thread; its slots may travel.
 
 use std::io;
 use std::ops::Range;
@@ -19,7 +21,8 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 pub const BLOCK_BYTES: usize = 4096;
 const BLOCK_SHIFT: u32 = BLOCK_BYTES.trailing_zeros();
 
-/// An anonymous private mapping, zeroed, on huge pages if the system gives them freely. Unmapped when the last slot is gone.
+/// An anonymous private mapping, zeroed, on huge pages if the system gives them freely. Unmapped when the
+/// last slot is gone.
 #[derive(Debug)]
 pub struct Mapping {
     base: NonNull<u8>,
@@ -30,15 +33,17 @@ pub struct Mapping {
     registered: AtomicU64,
 }
 
-// SAFETY: the mapping is plain memory that any thread may reach; who may touch which part of it when is decided by the
-// ownership of the `Slot` that covers that part, and no two slots overlap (`Arena::take`).
+// SAFETY: the mapping is plain memory that any thread may reach; who may touch which part of it when is
+// decided by the ownership of the `Slot` that covers that part, and no two slots overlap (`Arena::take`).
 unsafe impl Send for Mapping {}
-// SAFETY: as above; shared access to `Mapping` itself reaches only `returned` and `registered`, which are thread-safe.
+// SAFETY: as above; shared access to `Mapping` itself reaches only `returned` and `registered`, which are
+// thread-safe.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(len: usize, slots_max: usize) -> io::Result<Self> {
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing memory.
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing
+        // memory.
         let base = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
@@ -50,10 +55,11 @@ impl Mapping {
         let base =
             NonNull::new(base.cast::<u8>()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mapping = Self { base, len, returned: ArrayQueue::new(slots_max), registered: AtomicU64::new(0) };
-        // Huge pages spare TLB misses and pins; a child must not share pages that hardware or the kernel writes to. Either
-        // may be refused (no THP in this kernel), which costs nothing but speed.
+        // Huge pages spare TLB misses and pins; a child must not share pages that hardware or the kernel
+        // writes to. Either may be rejected (no THP in this kernel), which costs nothing but speed.
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
-            // SAFETY: the range is exactly our own mapping, and neither advice changes its contents in this process.
+            // SAFETY: the range is exactly our own mapping, and neither advice changes its contents in this
+            // process.
             let _ = unsafe { rustix::mm::madvise(base.as_ptr().cast(), len, advice) };
         }
         Ok(mapping)
@@ -69,7 +75,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `base..base + len` is the mapping made in `new`, and no `Slot` is left, for each holds an `Arc` of this.
+        // SAFETY: `base..base + len` is the mapping made in `new`, and no `Slot` is left, for each holds an
+        // `Arc` of this.
         unsafe {
             let _ = rustix::mm::munmap(self.base.as_ptr().cast(), self.len);
         }
@@ -80,7 +87,8 @@ impl Drop for Mapping {
 #[derive(Debug)]
 pub struct Arena {
     mapping: Arc<Mapping>,
-    /// Free blocks by order (size = BLOCK_BYTES << order): block numbers. May hold buddies that are not merged.
+    /// Free blocks by order (size = BLOCK_BYTES << order): block numbers. May hold buddies that are not
+    /// merged.
     free: Vec<Vec<u32>>,
     free_bytes: usize,
     /// Blocks came back since the last merge.
@@ -96,7 +104,8 @@ pub struct Slot {
 }
 
 impl Arena {
-    /// Maps an arena of at least `bytes` whose largest slot is `slot_bytes_max`, both rounded up to what the allocator needs.
+    /// Maps an arena of at least `bytes` whose largest slot is `slot_bytes_max`, both rounded up to what the
+    /// allocator needs.
     pub fn new(bytes: usize, slot_bytes_max: usize) -> io::Result<Self> {
         let order_max = order_of(slot_bytes_max);
         let top = BLOCK_BYTES << order_max;
@@ -131,7 +140,8 @@ impl Arena {
         self.mapping.len - self.free_bytes
     }
 
-    /// Bytes in no slot, as far as the last allocation or [`Arena::used_bytes`] knew: what has been dropped since is not among them.
+    /// Bytes in no slot, as far as the last allocation or [`Arena::used_bytes`] knew: what has been dropped
+    /// since is not among them.
     pub fn free_bytes(&self) -> usize {
         self.free_bytes
     }
@@ -141,8 +151,8 @@ impl Arena {
         BLOCK_BYTES << (self.free.len() - 1)
     }
 
-    /// A slot of at least `len` bytes, its contents left over from earlier use. None if there is no room now, or if `len` is
-    /// more than [`Arena::slot_bytes_max`].
+    /// A slot of at least `len` bytes, its contents left over from earlier use. None if there is no room now,
+    /// or if `len` is more than [`Arena::slot_bytes_max`].
     pub fn alloc(&mut self, len: usize) -> Option<Slot> {
         let order = order_of(len);
         if usize::from(order) >= self.free.len() {
@@ -199,8 +209,8 @@ impl Arena {
         self.unmerged = false;
     }
 
-    /// The whole arena's memory in chunks of at most `chunk_bytes`, for registration. The pointers are for the kernel or the
-    /// NIC only.
+    /// The whole arena's memory in chunks of at most `chunk_bytes`, for registration. The pointers are for
+    /// the kernel or the NIC only.
     pub(crate) fn chunks(&self, chunk_bytes: usize) -> Vec<libc::iovec> {
         (0..self.mapping.len)
             .step_by(chunk_bytes)
@@ -236,8 +246,9 @@ impl Slot {
 
     /// Its bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: the slot's range lies within the mapping, which `self.mapping` keeps alive and which is initialised (zeroed
-        // by the kernel); no other slot overlaps it, so `&self` is the only way to reach it.
+        // SAFETY: the slot's range lies within the mapping, which `self.mapping` keeps alive and which is
+        // initialised (zeroed by the kernel); no other slot overlaps it, so `&self` is the only way to reach
+        // it.
         unsafe { std::slice::from_raw_parts(self.as_ptr(), self.len()) }
     }
 
@@ -275,15 +286,17 @@ impl Drop for Slot {
     }
 }
 
-/// A number that a forked child does not share with its parent, at the cost of two loads: it lies in a page that the kernel clears in the
-/// child. (A kernel that does not know MADV_WIPEONFORK leaves a child undetected.)
+/// A number that a forked child does not share with its parent, at the cost of two loads: it lies in a page
+/// that the kernel clears in the child. (A kernel that does not know MADV_WIPEONFORK leaves a child
+/// undetected.)
 pub fn process() -> u64 {
     static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(std::ptr::null_mut());
     static LAST: AtomicU64 = AtomicU64::new(0);
     #[cold]
     fn map() -> *mut AtomicU64 {
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing memory.
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing
+        // memory.
         let Ok(page) =
             (unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), BLOCK_BYTES, prot, flags) })
         else {
@@ -304,7 +317,8 @@ pub fn process() -> u64 {
             page = first;
         }
     }
-    // SAFETY: it points at zeroed or written memory of at least an `AtomicU64`, aligned, that is never unmapped.
+    // SAFETY: it points at zeroed or written memory of at least an `AtomicU64`, aligned, that is never
+    // unmapped.
     let number = unsafe { &*page };
     match number.load(Ordering::Relaxed) {
         0 => {
@@ -370,7 +384,8 @@ impl Region {
         if offset > self.0.len || len > self.0.len - offset {
             return None;
         }
-        // SAFETY: the caller vouches for the memory, and it lies within the region, which the clone keeps registered.
+        // SAFETY: the caller vouches for the memory, and it lies within the region, which the clone keeps
+        // registered.
         let mut foreign = unsafe { Foreign::new(address, len) }?;
         foreign.region = Some(self.clone());
         Some(Buffer::Foreign(foreign))
@@ -385,16 +400,16 @@ pub struct Foreign {
     region: Option<Region>,
 }
 
-// SAFETY: whoever made it (unsafe `Foreign::new`) promised that nobody else accesses the memory while it lives, so it may be
-// reached from whichever thread owns it.
+// SAFETY: whoever made it (unsafe `Foreign::new`) promised that nobody else accesses the memory while it
+// lives, so it may be reached from whichever thread owns it.
 unsafe impl Send for Foreign {}
 
 impl Foreign {
     /// Borrows `[address, address + len)`. None if the pointer is null.
     ///
     /// # Safety
-    /// The memory must be initialised, mapped and, until the value is gone, accessed by nobody else. It must be writable if it is
-    /// used for reading into.
+    /// The memory must be initialised, mapped and, until the value is gone, accessed by nobody else. It must
+    /// be writable if it is used for reading into.
     pub unsafe fn new(address: *mut u8, len: usize) -> Option<Self> {
         Some(Self { address: NonNull::new(address)?, len, region: None })
     }

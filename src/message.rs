@@ -1,9 +1,10 @@
 //! Framing: what every message carries, whatever it means.
 //!
-//! Every message is a 40-byte [`Header`], a body of `body_len` bytes (a multiple of 8), and on a stream `data_len` bytes
-//! of bulk data. All integers are little-endian, reserved bits are zero and checked. A message can be parsed with no
-//! knowledge of what is outstanding. The handshake ([`Hello`], [`Welcome`]) comes before the first message and has layouts of
-//! its own, which never change. docs/PROTOCOL.md shows every byte.
+//! Every message is a 40-byte [`Header`], a body of `body_len` bytes (a multiple of 8), and on a stream
+//! `data_len` bytes of bulk data. All integers are little-endian, reserved bits are zero and checked. A
+//! message can be parsed with no knowledge of what is outstanding. The handshake ([`Hello`], [`Welcome`])
+//! comes before the first message and has layouts of its own, which never change. docs/PROTOCOL.md shows
+//! every byte.
 //!
 //! Nothing here does I/O or allocates in proportion to what a peer says.
 
@@ -49,13 +50,13 @@ pub enum Kind {
     /// Either way: the answer to a ping.
     Pong = 4,
     /// Either way: this connection ends now; the status and the text in the body say why.
-    Goodbye = 5,
+    Goaway = 5,
     /// Either way, over a stream: the sender's end of a queue pair that the connection is to move to.
     QueuePair = 6,
 }
 
-/// The header of every message. Which of the fields in the middle mean something depends on the kind: [`Request`] and
-/// [`Response`] are the typed views.
+/// The header of every message. Which of the fields in the middle mean something depends on the kind:
+/// [`Request`] and [`Response`] are the typed views.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Header {
@@ -78,8 +79,9 @@ const FLAG_REGION_IN: u8 = 1 << 0;
 const FLAG_REGION_OUT: u8 = 1 << 1;
 const FLAG_RETRYABLE: u8 = 1 << 0;
 
-/// The client memory that a request lays open to the server, and which way data flows. On a stream there is no address:
-/// `In` then says how much data the response may bring, and `Out` does not occur (data follows the request).
+/// The client memory that a request lays open to the server, and which way data flows. On a stream there is
+/// no address: `In` then says how much data the response may bring, and `Out` does not occur (data follows
+/// the request).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RemoteRegion {
     /// None.
@@ -150,7 +152,7 @@ pub enum Message<'a> {
     /// The answer to it.
     Pong(u64),
     /// The end of the connection, and why.
-    Goodbye(Status, &'a [u8]),
+    Goaway(Status, &'a [u8]),
     /// Where the sender's queue pair is; or from a server that makes none why not, with a sentence.
     QueuePair(Result<QueuePairAddress, (Status, &'a [u8])>),
 }
@@ -238,7 +240,8 @@ impl QueuePairAddress {
             reads: body.reads.get(),
             link,
         };
-        // 0 and 1 are InfiniBand's own queue pairs; GIDs that begin with ff are of groups, and so are LIDs from c000.
+        // 0 and 1 are InfiniBand's own queue pairs; GIDs that begin with ff are of groups, and so are LIDs
+        // from c000.
         let good_lid = match link {
             Link::InfiniBand => (1..0xc000).contains(&this.lid),
             Link::Ethernet => this.lid == 0,
@@ -465,10 +468,10 @@ pub fn encode_pong(id: u64, crc: bool, out: &mut Vec<u8>) {
     Header::new(Kind::Pong, id, 0, 0).finish(&[], crc, out);
 }
 
-/// Appends a goodbye to `out`: the status and a sentence (cut to 256 bytes).
-pub fn encode_goodbye(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) {
+/// Appends a goaway to `out`: the status and a sentence (cut to 256 bytes).
+pub fn encode_goaway(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) {
     let text = clipped(text);
-    let mut header = Header::new(Kind::Goodbye, 0, padded(text.len()), 0);
+    let mut header = Header::new(Kind::Goaway, 0, padded(text.len()), 0);
     header.set_status(status);
     header.finish(text.as_bytes(), crc, out);
 }
@@ -493,8 +496,8 @@ pub fn clipped(text: &str) -> &str {
     &text[..end]
 }
 
-/// A peer's text (an error message in a padded body, a name), fit for a terminal and a log: at most 256 bytes, on one line, and a `?` in the
-/// place of each control character.
+/// A peer's text (an error message in a padded body, a name), fit for a terminal and a log: at most 256
+/// bytes, on one line, and a `?` in the place of each control character.
 pub fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
     let text = String::from_utf8_lossy(&bytes[..end]);
@@ -516,7 +519,7 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         2 => Kind::Response,
         3 => Kind::Ping,
         4 => Kind::Pong,
-        5 => Kind::Goodbye,
+        5 => Kind::Goaway,
         6 => Kind::QueuePair,
         other => return Err(Violation::Kind(other)),
     };
@@ -534,17 +537,17 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
     let message = match kind {
         Kind::Request => Message::Request(Request::decode(header, limits)?, body),
         Kind::Response => Message::Response(Response::decode(header, limits)?, body),
-        Kind::Ping | Kind::Pong | Kind::Goodbye | Kind::QueuePair => {
+        Kind::Ping | Kind::Pong | Kind::Goaway | Kind::QueuePair => {
             if header.data_len.get() != 0 || header.data_crc.get() != 0 || header.tail != [0; 8] {
                 return Err(Violation::Reserved);
             }
-            if matches!(kind, Kind::Goodbye | Kind::QueuePair) {
+            if matches!(kind, Kind::Goaway | Kind::QueuePair) {
                 let status = header.status()?;
                 if header.middle[4..6] != [0, 0] || header.id.get() != 0 {
                     return Err(Violation::Reserved);
                 }
                 match kind {
-                    Kind::Goodbye => Message::Goodbye(status, body),
+                    Kind::Goaway => Message::Goaway(status, body),
                     _ if header.flags != 0 => return Err(Violation::Reserved),
                     _ if status.is_ok() => Message::QueuePair(Ok(QueuePairAddress::decode(body)?)),
                     _ => Message::QueuePair(Err((status, body))),
@@ -585,7 +588,8 @@ impl DataCrc {
 /// The largest errno there is in Linux: what lies above would look like an address.
 pub const ERRNO_MAX: i32 = 4_095;
 
-/// Names a session. Whoever knows it can join the session, so it is a secret: it has no text form, and Debug leaves it out.
+/// Names a session. Whoever knows it can join the session, so it is a secret: it has no text form, and Debug
+/// leaves it out.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(transparent)]
 pub struct SessionId(pub [u8; 16]);
@@ -610,7 +614,8 @@ pub struct Hello {
     pub options_len: U32,
     /// Feature bits that the client would like.
     pub features: U64,
-    /// The session that this connection belongs to: random, secret, chosen by the client for its first connection.
+    /// The session that this connection belongs to: random, secret, chosen by the client for its first
+    /// connection.
     pub session: SessionId,
     /// Which incarnation of the session: grows with each reconnect.
     pub epoch: U64,
@@ -630,9 +635,9 @@ pub struct Hello {
 pub struct Welcome {
     /// [`MAGIC`].
     pub magic: [u8; 8],
-    /// The version chosen; 0 with a refusal.
+    /// The version chosen; 0 with a rejection.
     pub version: U16,
-    /// 0, or the errno of a refusal.
+    /// 0, or the errno of a rejection.
     pub errno: U16,
     /// Length of the options.
     pub options_len: U32,
@@ -674,7 +679,7 @@ pub const OPTION_REQUIRED: u16 = 1 << 0;
 pub const OPTION_UNSUPPORTED: u16 = 1 << 1;
 /// Option: a name for logs (UTF-8). The server answers with its own.
 pub const OPTION_NAME: u16 = 1;
-/// Option: a sentence that says why the server refused (UTF-8).
+/// Option: a sentence that says why the server rejected (UTF-8).
 pub const OPTION_TEXT: u16 = 2;
 /// Option without a value: the connection could move from this stream to a queue pair.
 pub const OPTION_QUEUE_PAIR: u16 = 3;
@@ -747,8 +752,8 @@ pub fn encode_handshake<T: Handshake>(mut fixed: T, options: &[HandshakeOption<'
     out
 }
 
-/// Parses a handshake message at the front of `bytes`: the fixed part, and where its options are. Says [`Violation::Magic`]
-/// as soon as the first byte is wrong.
+/// Parses a handshake message at the front of `bytes`: the fixed part, and where its options are. Says
+/// [`Violation::Magic`] as soon as the first byte is wrong.
 pub fn parse_handshake<T: Handshake>(bytes: &[u8]) -> Result<Parsed<(T, &[u8])>, Violation> {
     let known = bytes.len().min(MAGIC.len());
     if bytes[..known] != MAGIC[..known] {

@@ -2,8 +2,8 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the limit as far as the process may without being privileged, and if that is less than `wanted` as far as it may at all. Gives
-/// the limit as it is then.
+/// Raises the limit as far as the process may without being privileged, and if that is less than `wanted` as
+/// far as it may at all. Gives the limit as it is then.
 pub fn raise(wanted: usize) -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum {

@@ -1,8 +1,8 @@
 //! raio's own commands, on top of the message layer: open, read, write, ...
 //!
-//! A command is the body of a request. All but an open have one layout of 24 bytes, so that a request is 64 bytes in all. Data to
-//! be written is the request's bulk data, data read is the response's; the response's result is the byte count, or the
-//! file handle of an open.
+//! A command is the body of a request. All but an open have one layout of 24 bytes, so that a request is 64
+//! bytes in all. Data to be written is the request's bulk data, data read is the response's; the response's
+//! result is the byte count, or the file handle of an open.
 
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -19,7 +19,8 @@ pub enum Opcode {
     Close = 2,
     /// Ask for the file's status. Body of the response: [`FileStatus`].
     Stat = 3,
-    /// Read `length` bytes at `offset` into the request's region. Result: how many; fewer at end of file, or if what is behind failed.
+    /// Read `length` bytes at `offset` into the request's region. Result: how many; fewer at end of file, or
+    /// if what is behind failed.
     Read = 4,
     /// Write the request's data at `offset`. Result: how many; fewer if what is behind failed.
     Write = 5,
@@ -29,11 +30,11 @@ pub enum Opcode {
     Discard = 7,
     /// Make `length` bytes at `offset` read as zeros.
     WriteZeroes = 8,
-    /// Cancel the request whose id is in `offset`. Succeeds once that request has been answered as cancelled; EALREADY if it
-    /// is too late, ENOENT if it is not outstanding.
+    /// Cancel the request whose id is in `offset`. Succeeds once that request has been answered as cancelled;
+    /// EALREADY if it is too late, ENOENT if it is not outstanding.
     Cancel = 9,
-    /// Reserve storage for `length` bytes at `offset`, and no byte changes. A file that ends before is longer then, but for
-    /// [`FLAG_KEEP_SIZE`].
+    /// Reserve storage for `length` bytes at `offset`, and no byte changes. A file that ends before is longer
+    /// then, but for [`FLAG_KEEP_SIZE`].
     Allocate = 10,
 }
 
@@ -143,7 +144,8 @@ pub struct FileStatus {
     pub gid: U32,
     /// Preferred I/O size.
     pub block_bytes: U32,
-    /// Offsets and lengths of direct writes must be multiples of this; 1 if the file is not open with [`OPEN_DIRECT`].
+    /// Offsets and lengths of direct writes must be multiples of this; 1 if the file is not open with
+    /// [`OPEN_DIRECT`].
     pub direct_align: U32,
 }
 
@@ -271,8 +273,8 @@ impl<'a> Command<'a> {
         out.extend_from_slice(command.as_bytes());
     }
 
-    /// Reads a command. Whether its length agrees with the request's data and region is for the caller to check:
-    /// see [`Command::read_length`] and [`Command::write_length`].
+    /// Reads a command. Whether its length agrees with the request's data and region is for the caller to
+    /// check: see [`Command::read_length`] and [`Command::write_length`].
     pub fn decode(body: &'a [u8]) -> Result<Self, Violation> {
         let (opcode, _) = U16::ref_from_prefix(body).map_err(|_| Violation::Length)?;
         let opcode = Opcode::from_wire(opcode.get()).ok_or(Violation::Field)?;

@@ -1,6 +1,7 @@
 //! Sizes as people write them.
 
-/// A number of bytes, or one with k, M, G or T behind it; at most what an offset can be. The error is a sentence.
+/// A number of bytes, or one with k, M, G or T behind it; at most what an offset can be. The error is a
+/// sentence.
 pub fn parse(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.as_bytes().last().map(u8::to_ascii_lowercase) {
         Some(b'k') => (&text[..text.len() - 1], 10),

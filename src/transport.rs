@@ -1,8 +1,8 @@
 //! The two role traits, and what both sides of every transport share.
 //!
-//! The roles are "send this command and tell me the answer" and "fetch this request's data, answer that request": TCP need not
-//! imitate RDMA, and RDMA need not imitate a stream. A server's transport carries many connections on its worker's reactor; a
-//! client's is one connection and needs no reactor.
+//! The roles are "send this command and tell me the answer" and "fetch this request's data, answer that
+//! request": TCP need not imitate RDMA, and RDMA need not imitate a stream. A server's transport carries many
+//! connections on its worker's reactor; a client's is one connection and needs no reactor.
 
 use std::any::Any;
 use std::io;
@@ -24,7 +24,8 @@ pub struct ConnectionId {
     pub generation: u32,
 }
 
-/// A connection that was alive a moment ago is not asked again: less than it takes another client to write and have it acknowledged.
+/// A connection that was alive a moment ago is not asked again: less than it takes another client to write
+/// and have it acknowledged.
 pub const ALIVE_FOR: Duration = Duration::from_micros(100);
 
 /// A request as the server knows it.
@@ -36,7 +37,8 @@ pub struct RequestKey {
     pub id: u64,
 }
 
-/// A short run of bytes: in place up to 32, in a box beyond, so that the requests that matter allocate nothing.
+/// A short run of bytes: in place up to 32, in a box beyond, so that the requests that matter allocate
+/// nothing.
 #[derive(Clone, Debug)]
 pub enum Body {
     /// Up to 32 bytes.
@@ -120,15 +122,18 @@ impl SlotRange {
 /// What a server's transport tells its worker.
 #[derive(Debug)]
 pub enum ServerEvent {
-    /// A client has finished its part of the handshake. Its welcome goes out with the next [`ServerTransport::flush`]; until then it can
-    /// be turned away: [`ServerTransport::refuse`].
+    /// A client has finished its part of the handshake. Its welcome goes out with the next
+    /// [`ServerTransport::flush`]; until then it can be rejected: [`ServerTransport::reject`].
     Opened(ConnectionId, Box<Peer>),
-    /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after [`ServerTransport::fetch`].
+    /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after
+    /// [`ServerTransport::fetch`].
     Request(Request),
-    /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is that slot.
+    /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is
+    /// that slot.
     Fetched(RequestKey, SlotRange),
-    /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, and no further event names it;
-    /// slots that the transport holds for it come free when the kernel or the NIC has let go of them.
+    /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, and no
+    /// further event names it; slots that the transport holds for it come free when the kernel or the NIC has
+    /// let go of them.
     Closed(ConnectionId, CloseReason),
 }
 
@@ -143,8 +148,8 @@ pub enum CloseReason {
     Violation(Violation),
     /// This side closed it.
     Local,
-    /// This side turned it away: [`ServerTransport::refuse`].
-    Refused,
+    /// This side turned it away: [`ServerTransport::reject`].
+    Rejected,
     /// Others waited for the memory that it held without progress: [`ServerTransport::close_stalled`].
     Evicted,
     /// The peer's host does not answer any more: it or the network to it has failed (ETIMEDOUT).
@@ -159,74 +164,80 @@ impl CloseReason {
             Self::Lost(_) => "lost",
             Self::Violation(violation) => violation.name(),
             Self::Local => "local",
-            Self::Refused => "refused",
+            Self::Rejected => "rejected",
             Self::Evicted => "evicted",
             Self::Unreachable => "unreachable",
         }
     }
 }
 
-/// Asked before a connection from this address, if it is known, takes so many bytes for its queue pair and what its messages may cause. Gives
-/// what is dropped once they are free again, or a sentence for the client that says why it may not have them.
+/// Asked before a connection from this address, if it is known, takes so many bytes for its queue pair and
+/// what its messages may cause. Gives what is dropped once they are free again, or a sentence for the client
+/// that says why it may not have them.
 pub type QueuePairMemory = Box<dyn FnMut(Option<IpAddr>, usize) -> Result<Box<dyn Any>, String>>;
 
-/// The server's side of a transport: all connections of one worker. The worker lends its reactor to each call.
+/// The server's side of a transport: all connections of one worker. The worker lends its reactor to each
+/// call.
 pub trait ServerTransport {
-    /// Runs one iteration of the event loop: submits what was asked for, waits as `wait` says unless the transport has news that no event
-    /// of the reactor tells of, and takes in all that concerns the transport. What is left in `events`, which must be empty before, are
-    /// the other events. Returns whether anything happened. Then take [`ServerTransport::next_event`] until there is none, and
+    /// Runs one iteration of the event loop: submits what was asked for, waits as `wait` says unless the
+    /// transport has news that no event of the reactor tells of, and takes in all that concerns the
+    /// transport. What is left in `events`, which must be empty before, are the other events. Returns whether
+    /// anything happened. Then take [`ServerTransport::next_event`] until there is none, and
     /// [`ServerTransport::flush`].
     fn run_once(&mut self, reactor: &mut Reactor, wait: Wait, events: &mut Vec<Event>) -> io::Result<bool> {
         debug_assert!(events.is_empty(), "events of the last iteration were not taken");
-        let mut has_news = false;
-        reactor.turn_looking(wait, events, &mut |arm| {
-            has_news = self.has_news(arm);
-            has_news
+        let mut poll_ready = false;
+        reactor.poll_with(wait, events, &mut |arm| {
+            poll_ready = self.poll_ready(arm);
+            poll_ready
         })?;
-        let happened = has_news || !events.is_empty();
+        let happened = poll_ready || !events.is_empty();
         let owners = self.owners();
         for event in events.extract_if(.., |event| owners.contains(&event.token.owner)) {
             self.handle(reactor, event);
         }
-        self.take_news(reactor);
+        self.process_ready(reactor);
         Ok(happened)
     }
 
-    /// The owner numbers in the tokens of this transport's operations, twice the same if it has one: their events are for
-    /// [`ServerTransport::handle`].
+    /// The owner numbers in the tokens of this transport's operations, twice the same if it has one: their
+    /// events are for [`ServerTransport::handle`].
     fn owners(&self) -> [u8; 2];
 
-    /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`] has this transport's
-    /// owner number).
+    /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`]
+    /// has this transport's owner number).
     fn handle(&mut self, reactor: &mut Reactor, event: Event);
 
-    /// Looks for news that no event of the reactor tells of: completions in memory, or what the last flush has left to do or made
-    /// possible. With `arm` the worker is about to sleep: news from now on comes as an event. Whether there is any now:
-    /// [`ServerTransport::take_news`] takes it in.
-    fn has_news(&mut self, arm: bool) -> bool {
+    /// Looks for news that no event of the reactor tells of: completions in memory, or what the last flush
+    /// has left to do or made possible. With `arm` the worker is about to sleep: news from now on comes as an
+    /// event. Whether there is any now: [`ServerTransport::process_ready`] takes it in.
+    fn poll_ready(&mut self, arm: bool) -> bool {
         let _ = arm;
         false
     }
 
-    /// Takes in the news that [`ServerTransport::has_news`] looks for. Called once a turn, after the events.
-    fn take_news(&mut self, reactor: &mut Reactor) {
+    /// Takes in the news that [`ServerTransport::poll_ready`] looks for. Called once a turn, after the
+    /// events.
+    fn process_ready(&mut self, reactor: &mut Reactor) {
         let _ = reactor;
     }
 
     /// The next thing that the worker must know.
     fn next_event(&mut self) -> Option<ServerEvent>;
 
-    /// Brings the data of a request into `slot[start..]`: [`ServerEvent::Fetched`] follows, or the connection closes. `slot` must have
-    /// room for the request's `data_len`. A request that is answered without a fetch has its data discarded.
+    /// Brings the data of a request into `slot[start..]`: [`ServerEvent::Fetched`] follows, or the connection
+    /// closes. `slot` must have room for the request's `data_len`. A request that is answered without a fetch
+    /// has its data discarded.
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize);
 
-    /// Answers a request, and gives its credit back. What is passed here is sent by the next [`ServerTransport::flush`]. Answering a
-    /// request of a connection that has closed does nothing.
+    /// Answers a request, and gives its credit back. What is passed here is sent by the next
+    /// [`ServerTransport::flush`]. Answering a request of a connection that has closed does nothing.
     fn respond(&mut self, reactor: &mut Reactor, request: RequestKey, response: Response);
 
-    /// Answers a request with `len` bytes of data that are at hand: `fill` puts them where they leave together with the connection's other answers,
-    /// in memory of `arena`'s. Whether it has done so. If not (this transport does not do it, there is no memory, `fill` says no)
-    /// nothing has happened, and the request is still to be answered.
+    /// Answers a request with `len` bytes of data that are at hand: `fill` puts them where they leave
+    /// together with the connection's other answers, in memory of `arena`'s. Whether it has done so. If not
+    /// (this transport does not do it, there is no memory, `fill` says no) nothing has happened, and the
+    /// request is still to be answered.
     fn respond_filled(
         &mut self,
         request: RequestKey,
@@ -241,36 +252,41 @@ pub trait ServerTransport {
     /// Starts sending what was answered since the last call, a batch for each connection.
     fn flush(&mut self, reactor: &mut Reactor);
 
-    /// The same in the middle of a turn, so that a client that looks for it works on that while the worker goes on. What such a
-    /// connection is answered afterwards is passed over by the next flush, to leave with whatever leaves next, for one large send costs
-    /// less than two. Where there is nothing to gain it does nothing.
+    /// The same in the middle of a turn, so that a client that looks for it works on that while the worker
+    /// goes on. What such a connection is answered afterwards is passed over by the next flush, to leave with
+    /// whatever leaves next, for one large send costs less than two. Where there is nothing to gain it does
+    /// nothing.
     fn flush_early(&mut self, reactor: &mut Reactor) {
         let _ = reactor;
     }
 
-    /// Ends a connection: sends a goodbye with this status and sentence if it can. [`ServerEvent::Closed`] follows.
+    /// Ends a connection: sends a goaway with this status and sentence if it can. [`ServerEvent::Closed`]
+    /// follows.
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str);
 
-    /// Turns a client away: it gets a refusal with this errno and sentence in the place of its welcome. Only between
-    /// [`ServerEvent::Opened`] and the next [`ServerTransport::flush`]. [`ServerEvent::Closed`] follows.
-    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str);
+    /// Turns a client away: it gets a rejection with this errno and sentence in the place of its welcome.
+    /// Only between [`ServerEvent::Opened`] and the next [`ServerTransport::flush`]. [`ServerEvent::Closed`]
+    /// follows.
+    fn reject(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str);
 
-    /// Under memory pressure: notes how far each connection has come with what it holds memory for (responses that its peer does not
-    /// take, a message that it does not finish). With `close`, connections without progress since the previous call are closed:
-    /// [`CloseReason::Evicted`]. Calls are [`crate::handshake::Policy::stall_timeout`] apart.
+    /// Under memory pressure: notes how far each connection has come with what it holds memory for (responses
+    /// that its peer does not take, a message that it does not finish). With `close`, connections without
+    /// progress since the previous call are closed: [`CloseReason::Evicted`]. Calls are
+    /// [`crate::handshake::Policy::stall_timeout`] apart.
     fn close_stalled(&mut self, reactor: &mut Reactor, close: bool);
 
-    /// Whether the connection still exists, as of [`ALIVE_FOR`] ago; asked before a request is started. A peer that has reset or closed it has
-    /// given its requests up, and may have others write in the same place meanwhile: its bytes can lie in the kernel, and its
-    /// requests wait, for as long as the worker was held up. If it has ended, [`ServerEvent::Closed`] follows.
+    /// Whether the connection still exists, as of [`ALIVE_FOR`] ago; asked before a request is started. A
+    /// peer that has reset or closed it has given its requests up, and may have others write in the same
+    /// place meanwhile: its bytes can lie in the kernel, and its requests wait, for as long as the worker was
+    /// held up. If it has ended, [`ServerEvent::Closed`] follows.
     fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
         let _ = (reactor, connection);
         true
     }
 
-    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data, or requests, that wait for memory. If the client has gone,
-    /// [`ServerEvent::Closed`] follows. To be called often enough for [`crate::handshake::Policy::keepalive`] as long as a request of the
-    /// connection waits.
+    /// Lets the client know that the server is alive, if it cannot tell: its pings lie behind data, or
+    /// requests, that wait for memory. If the client has gone, [`ServerEvent::Closed`] follows. To be called
+    /// often enough for [`crate::handshake::Policy::keepalive`] as long as a request of the connection waits.
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
         let _ = (reactor, connection);
     }
@@ -317,8 +333,8 @@ pub struct Reply {
     pub status: Status,
     /// The command's result.
     pub result: u64,
-    /// The body of the response: for a failure a padded sentence ([`crate::message::text`]). Empty if the request was lost with
-    /// the connection: [`ClientTransport::failure`] says why.
+    /// The body of the response: for a failure a padded sentence ([`crate::message::text`]). Empty if the
+    /// request was lost with the connection: [`ClientTransport::failure`] says why.
     pub body: Body,
     /// How many bytes were placed in `bulk`.
     pub data_len: usize,
@@ -341,35 +357,38 @@ pub struct ClientCounters {
 #[derive(Debug)]
 pub struct NotSent(pub Bulk);
 
-/// The client's side of a transport: one connection, in one thread at a time. Nothing here blocks but [`ClientTransport::wait`].
+/// The client's side of a transport: one connection, in one thread at a time. Nothing here blocks but
+/// [`ClientTransport::wait`].
 pub trait ClientTransport: Send {
     /// What the server granted.
     fn grant(&self) -> &Grant;
 
-    /// Queues a request; [`ClientTransport::flush`] sends it. `control` requests may use the credit that is kept for them. Fails when no
-    /// credit is left or the connection has ended. The data of `bulk` must not exceed the grant.
+    /// Queues a request; [`ClientTransport::flush`] sends it. `control` requests may use the credit that is
+    /// kept for them. Fails when no credit is left or the connection has ended. The data of `bulk` must not
+    /// exceed the grant.
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
 
     /// Takes back a request of which not one byte has been sent. Gives its buffers.
-    fn recall(&mut self, request: RequestId) -> Option<Bulk>;
+    fn dequeue(&mut self, request: RequestId) -> Option<Bulk>;
 
     /// Sends what is queued, as far as the peer takes it.
     fn flush(&mut self);
 
-    /// Takes in what has arrived, and appends what is over to `replies`. Returns whether anything arrived. When the connection ends,
-    /// every outstanding request is over, each once; [`ClientTransport::failure`] says why.
+    /// Takes in what has arrived, and appends what is over to `replies`. Returns whether anything arrived.
+    /// When the connection ends, every outstanding request is over, each once; [`ClientTransport::failure`]
+    /// says why.
     fn receive(&mut self, replies: &mut Vec<Reply>) -> bool;
 
-    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come. A signal ends it early with
-    /// an error whose errno is EINTR.
+    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come. A
+    /// signal ends it early with an error whose errno is EINTR.
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error>;
 
-    /// The kernel object to poll, and whether also for writing. From now on [`ClientTransport::receive`] leaves it such that it is
-    /// readable when there is more.
+    /// The kernel object to poll, and whether also for writing. From now on [`ClientTransport::receive`]
+    /// leaves it such that it is readable when there is more.
     fn poll_fd(&mut self) -> (BorrowedFd<'_>, bool);
 
-    /// Lets the network reach a region of the caller's, so that data need not be copied on its way from or to it. Where the kernel
-    /// moves the data there is nothing to be done.
+    /// Lets the network reach a region of the caller's, so that data need not be copied on its way from or to
+    /// it. Where the kernel moves the data there is nothing to be done.
     fn register_region(&mut self, region: &Region) -> Result<(), Error> {
         let _ = region;
         Ok(())
@@ -395,25 +414,28 @@ pub trait ClientTransport: Send {
     /// Why the connection ended, if it has.
     fn failure(&self) -> Option<&Error>;
 
-    /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the connection when
-    /// [`ClientTransport::receive`] or [`ClientTransport::wait`] is next called after it.
+    /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the
+    /// connection when [`ClientTransport::receive`] or [`ClientTransport::wait`] is next called after it.
     fn ping(&mut self, timeout: Duration);
 
     /// When the server was last heard.
-    fn heard(&self) -> Instant;
+    fn last_rx(&self) -> Instant;
 
-    /// Ends the connection now: all that is outstanding is over with this status at the next [`ClientTransport::receive`].
+    /// Ends the connection now: all that is outstanding is over with this status at the next
+    /// [`ClientTransport::receive`].
     fn abort(&mut self, violation: Violation);
 
     /// What was counted.
     fn counters(&self) -> ClientCounters;
 }
 
-/// An outstanding request as the client's transport knows it; also its id on the wire. It has 32 bits, for RDMA's immediate data.
+/// An outstanding request as the client's transport knows it; also its id on the wire. It has 32 bits, for
+/// RDMA's immediate data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(pub u64);
 
-/// The outstanding requests of a client: ids are slot index and generation, so that a late response never hits a reused slot.
+/// The outstanding requests of a client: ids are slot index and generation, so that a late response never
+/// hits a reused slot.
 #[derive(Debug)]
 pub struct Outstanding<T> {
     slots: Vec<(u16, Option<T>)>,
@@ -474,8 +496,9 @@ impl<T> Outstanding<T> {
         if u64::from(*generation) == id.0 >> 16 { slot.as_mut() } else { None }
     }
 
-    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request, returns more credits than the
-    /// requests that are over have spent, or leaves nothing outstanding and no credit to go on with, is the peer's violation.
+    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request,
+    /// returns more credits than the requests that are over have spent, or leaves nothing outstanding and no
+    /// credit to go on with, is the peer's violation.
     pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
         let index = id.0 as u16;
         let left = (self.len() as u32).saturating_sub(1);
@@ -484,7 +507,8 @@ impl<T> Outstanding<T> {
             return Err(Violation::RequestId);
         }
         let credits = self.credits + u32::from(credits);
-        // Credits come with responses alone: with none for ordinary requests, and no response to come, there would never be one.
+        // Credits come with responses alone: with none for ordinary requests, and no response to come, there
+        // would never be one.
         if credits > self.credits_max - left || (left == 0 && credits <= 1) {
             return Err(Violation::Credits);
         }

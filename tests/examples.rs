@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// `cargo run` for an example, built as this test was: its path says how (`TARGET_DIR[/TRIPLE]/PROFILE/deps/NAME`).
+/// `cargo run` for an example, built as this test was: its path says how
+/// (`TARGET_DIR[/TRIPLE]/PROFILE/deps/NAME`).
 fn example(name: &str, arguments: &[&str]) -> Command {
     let me = std::env::current_exe().unwrap();
     let mut directory = me.parent().and_then(Path::parent).and_then(Path::parent).unwrap();

@@ -1,6 +1,7 @@
-//! No wake-up is lost: loom tries the interleavings, and the outcomes that the memory model allows, of the reactor's own protocol
-//! between wakers and sleeper (`src/reactor/mailbox/flags.rs`, the file itself). The sleeper goes through the steps of a turn, with a
-//! mailbox that promises nothing by itself. A sleeper that nobody wakes is a deadlock, which loom reports.
+//! No wake-up is lost: loom tries the interleavings, and the outcomes that the memory model allows, of the
+//! reactor's own protocol between wakers and sleeper (`src/reactor/mailbox/flags.rs`, the file itself). The
+//! sleeper goes through the steps of a turn, with a mailbox that promises nothing by itself. A sleeper that
+//! nobody wakes is a deadlock, which loom reports.
 
 mod atomic {
     pub use loom::sync::atomic::{AtomicBool, Ordering, fence};
@@ -44,7 +45,7 @@ impl Reactor {
         }
     }
 
-    /// `Reactor::turn`, which may sleep.
+    /// `Reactor::run_once`, which may sleep.
     fn turn(&self) {
         if self.flags.take() {
             return;
@@ -72,7 +73,8 @@ impl Reactor {
     }
 }
 
-/// Interleavings with at most three preemptions: with more the first test alone takes minutes, and finds nothing new.
+/// Interleavings with at most three preemptions: with more the first test alone takes minutes, and finds
+/// nothing new.
 fn check(model: impl Fn() + Sync + Send + 'static) {
     if option_env!("RUSTFLAGS").is_some_and(|flags| flags.contains("sanitizer")) {
         eprintln!(

@@ -13,15 +13,15 @@ unsafe extern "C" {
     fn raio_fio_ioengine() -> *mut c_void;
 }
 
-/// Gives fio's loader the table of the engine's operations: `*ops` becomes NULL if this is not the fio that the
-/// engine was built for. fio calls it once for each job, in its main thread.
+/// Gives fio's loader the table of the engine's operations: `*ops` becomes NULL if this is not the fio that
+/// the engine was built for. fio calls it once for each job, in its main thread.
 ///
 /// # Safety
 ///
 /// `ops` must be valid for writing one pointer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn get_ioengine(ops: *mut *mut c_void) {
-    // SAFETY: raio_fio_ioengine() takes nothing and reads only constants of fio and of engine.c; the caller gave a
-    // writable `ops`.
+    // SAFETY: raio_fio_ioengine() takes nothing and reads only constants of fio and of engine.c; the caller
+    // gave a writable `ops`.
     unsafe { *ops = raio_fio_ioengine() };
 }

@@ -1,19 +1,19 @@
 //! A context: one connection with its own queue of operations, used by one thread at a time.
 //!
-//! An operation owns its buffers from [`Context::submit`] to the [`Completion`] that gives them back. Up to `maxevents` are in a
-//! context; of those the server has as many as it granted, the rest wait here in order. Reads into a lent buffer wait apart while
-//! all buffers are lent out. On the steady path nothing is allocated or locked: an operation is a slot of a table, a
-//! submission one send, a wake-up one receive.
+//! An operation owns its buffers from [`Context::submit`] to the [`Completion`] that gives them back. Up to
+//! `maxevents` are in a context; of those the server has as many as it granted, the rest wait here in order.
+//! Reads into a lent buffer wait apart while all buffers are lent out. On the steady path nothing is
+//! allocated or locked: an operation is a slot of a table, a submission one send, a wake-up one receive.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use raio_transport::busy_poll::BusyPoll;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Arena, Buffer, Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
-use raio_transport::spin::Spin;
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
 use raio_transport::{Class, Status};
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -27,8 +27,8 @@ use crate::session::{Shared, protocol_error};
 pub const MAXEVENTS_MAX: usize = 65_536;
 /// The least that is mapped at a time for lent buffers.
 const LENT_BYTES_MIN: usize = 1 << 20;
-/// After so many completions others may have the core. A program for which there is always an answer would keep it for as long as the
-/// scheduler lets it, milliseconds, while the answers of others like it lie there.
+/// After so many completions others may have the core. A program for which there is always an answer would
+/// keep it for as long as the scheduler lets it, milliseconds, while the answers of others like it lie there.
 const STREAK_MAX: u32 = 32;
 /// A wait may spin for once more for each so many operations in flight...
 const SPIN_EACH: usize = 32;
@@ -95,7 +95,7 @@ pub enum Operation {
 
 /// An operation that was not taken, with its buffers.
 #[derive(Debug)]
-pub struct Refused {
+pub struct Rejected {
     /// As it was submitted.
     pub operation: Operation,
     /// Why: EAGAIN (the context is full), EBADF (not an open file of this session), EINVAL, ENOTCONN.
@@ -121,8 +121,9 @@ impl Ticket {
 pub struct Completion {
     /// As given to [`Context::submit`].
     pub token: u64,
-    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than asked, the same operation on the rest
-    /// tells why: 0 bytes (a read at the end of the file), or the failure.
+    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than
+    /// asked, the same operation on the rest tells why: 0 bytes (a read at the end of the file), or the
+    /// failure.
     pub result: Result<u64, Error>,
     /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
     pub buffers: Option<Buffers>,
@@ -170,7 +171,7 @@ pub struct Stats {
 /// let mut context = session.context(32)?;
 /// for n in 0..32 {
 ///     let buffers = Buffers::One(Buffer::Owned(vec![0; 4096].into()));
-///     context.submit(&file, Operation::Read { offset: n * 4096, buffers }, n).map_err(|refused| refused.error)?;
+///     context.submit(&file, Operation::Read { offset: n * 4096, buffers }, n).map_err(|rejected| rejected.error)?;
 /// }
 /// context.flush();
 /// let mut left = 32;
@@ -213,7 +214,7 @@ pub struct Context {
     /// Lent buffers that are being read into or are with the caller.
     lent: usize,
     poller: Option<Poller>,
-    spin: Spin,
+    spin: BusyPoll,
     /// Completions since it last offered the core to others, without having waited.
     streak: u32,
     stats: Stats,
@@ -274,7 +275,7 @@ impl Context {
         };
         let transport = session.dial(wanted)?;
         let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
-        let spin = Spin::new(options.spin);
+        let spin = BusyPoll::new(options.spin);
         Ok(Self {
             session,
             transport,
@@ -301,13 +302,15 @@ impl Context {
         })
     }
 
-    /// Lets the network reach a region of the caller's: data from and to it is not copied on the way (with TCP, the kernel does that).
+    /// Lets the network reach a region of the caller's: data from and to it is not copied on the way (with
+    /// TCP, the kernel does that).
     pub fn register(&mut self, region: &Region) -> Result<(), Error> {
         self.check_process()?;
         Ok(self.transport.register_region(region)?)
     }
 
-    /// Undoes [`Context::register`]. No operation on the region's memory may be in flight ([`Region::in_use`]).
+    /// Undoes [`Context::register`]. No operation on the region's memory may be in flight
+    /// ([`Region::in_use`]).
     pub fn unregister(&mut self, region: &Region) {
         if !self.session.is_inherited() {
             self.transport.unregister_region(region);
@@ -329,8 +332,9 @@ impl Context {
         self.transport.failure().map(Error::not_connected)
     }
 
-    /// Has one added to an eventfd when an operation ends, as soon as the library hears of it: within `submit`, `wait`, `cancel` and
-    /// `release`. Not for one that [`Context::cancel`] returns. An eventfd that is full stays as it is.
+    /// Has one added to an eventfd when an operation ends, as soon as the library hears of it: within
+    /// `submit`, `wait`, `cancel` and `release`. Not for one that [`Context::cancel`] returns. An eventfd
+    /// that is full stays as it is.
     pub fn notify(&mut self, ticket: Ticket, eventfd: Arc<OwnedFd>) {
         let Some(slot) = self.slots.get_mut(ticket.index as usize) else { return };
         match slot.state {
@@ -340,11 +344,12 @@ impl Context {
         }
     }
 
-    /// Queues an operation; [`Context::flush`] and [`Context::wait`] send it. Never blocks. `token` comes back in the completion.
-    pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Refused>> {
+    /// Queues an operation; [`Context::flush`] and [`Context::wait`] send it. Never blocks. `token` comes
+    /// back in the completion.
+    pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
             Ok(()) => Ok(self.enqueue(file, operation, token, None)),
-            Err(error) => Err(Box::new(Refused { operation, error })),
+            Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
 
@@ -355,10 +360,10 @@ impl Context {
         operation: Operation,
         token: u64,
         failure: Error,
-    ) -> Result<Ticket, Box<Refused>> {
+    ) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
             Ok(()) => Ok(self.enqueue(file, operation, token, Some(failure))),
-            Err(error) => Err(Box::new(Refused { operation, error })),
+            Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
 
@@ -703,11 +708,12 @@ impl Context {
         }
     }
 
-    /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes in what has arrived. Without a
-    /// timeout it waits for no more than is in flight. Takes nothing in while `max` are there. Returns how many are there.
+    /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes
+    /// in what has arrived. Without a timeout it waits for no more than is in flight. Takes nothing in while
+    /// `max` are there. Returns how many are there.
     ///
-    /// Fails with EINTR after a signal if nothing is there to be collected, and with ENOTCONN once the connection has ended and every
-    /// completion has been collected.
+    /// Fails with EINTR after a signal if nothing is there to be collected, and with ENOTCONN once the
+    /// connection has ended and every completion has been collected.
     pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
         self.check_process()?;
         self.transport.flush();
@@ -716,7 +722,8 @@ impl Context {
             std::thread::yield_now();
         }
         let ready = self.done.len();
-        // With a poll descriptor, the caller may count on the socket being drained when fewer than `max` come.
+        // With a poll descriptor, the caller may count on the socket being drained when fewer than `max`
+        // come.
         let enough = if min == 0 || self.poller.is_some() { max } else { min };
         if ready > 0 && ready >= enough {
             return Ok(ready);
@@ -738,14 +745,15 @@ impl Context {
         }
     }
 
-    /// Whether a wait for `min` completions goes on. With a timeout it lasts that long even if fewer are in flight, so that a loop around it
-    /// does not spin.
+    /// Whether a wait for `min` completions goes on. With a timeout it lasts that long even if fewer are in
+    /// flight, so that a loop around it does not spin.
     fn is_short_of(&self, min: usize, timeout: Option<Duration>) -> bool {
         self.done.len() < min
             && (self.in_flight > 0 || (timeout.is_some() && self.transport.failure().is_none()))
     }
 
-    /// How many times as long a wait may spin: a server answers many together, which takes it longer than one.
+    /// How many times as long a wait may spin: a server answers many together, which takes it longer than
+    /// one.
     fn patience(&self) -> u32 {
         1 + (self.in_flight / SPIN_EACH).min(SPIN_TIMES_MAX - 1) as u32
     }
@@ -762,8 +770,9 @@ impl Context {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
-            // News is whatever arrives: a large answer takes longer than anybody should spin, and comes in many parts.
-            let news = if self.spin.goes_on(&mut spinning) {
+            // News is whatever arrives: a large answer takes longer than anybody should spin, and comes in
+            // many parts.
+            let news = if self.spin.should_continue(&mut spinning) {
                 (0..LOOKS).any(|_| self.pump())
             } else {
                 self.stats.sleeps += 1;
@@ -774,7 +783,7 @@ impl Context {
             };
             if news {
                 let now = Instant::now();
-                self.spin.learn(&spinning, now - since);
+                self.spin.record(&spinning, now - since);
                 since = now;
                 spinning = self.spin.begin(self.patience());
             }
@@ -812,8 +821,8 @@ impl Context {
         }
     }
 
-    /// A descriptor for poll(2) or epoll(7): readable when [`Context::wait`] may have something to do. Call that with `min` 0 then, and
-    /// [`Context::next`] until it gives nothing.
+    /// A descriptor for poll(2) or epoll(7): readable when [`Context::wait`] may have something to do. Call
+    /// that with `min` 0 then, and [`Context::next`] until it gives nothing.
     pub fn poll_fd(&mut self) -> Result<BorrowedFd<'_>, Error> {
         self.check_process()?;
         if let Some(failure) = self.transport.failure() {
@@ -842,9 +851,10 @@ impl Context {
         taken.then_some(Ticket { index, generation: slot.generation })
     }
 
-    /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks for a round trip if it has
-    /// been sent; a server that does not answer within the request timeout is taken for dead, and the connection ends. Otherwise its completion comes in the normal way, and this fails with EAGAIN (too late), ENOTCONN, or
-    /// EINVAL (no such operation).
+    /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks
+    /// for a round trip if it has been sent; a server that does not answer within the request timeout is
+    /// taken for dead, and the connection ends. Otherwise its completion comes in the normal way, and this
+    /// fails with EAGAIN (too late), ENOTCONN, or EINVAL (no such operation).
     pub fn cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
         self.check_process()?;
         let result = self.try_cancel(ticket);
@@ -876,7 +886,7 @@ impl Context {
                 self.waiting_lent.retain(|&waiting| waiting != index);
                 self.end_waiting(index, cancelled);
             }
-            Some(request) => match self.transport.recall(request) {
+            Some(request) => match self.transport.dequeue(request) {
                 Some(bulk) => self.end(index, Err(cancelled), bulk),
                 None => self.cancel_remotely(index, request),
             },
@@ -953,9 +963,10 @@ impl Context {
         }
     }
 
-    /// Waits until nothing is in flight, and drops the context. Reads that wait for a lent buffer are dropped. A server that is silent
-    /// is waited for no longer than the request timeout, one that only answers pings no longer than the call timeout: what is left then is
-    /// given up, and a write may still reach the file later.
+    /// Waits until nothing is in flight, and drops the context. Reads that wait for a lent buffer are
+    /// dropped. A server that is silent is waited for no longer than the request timeout, one that only
+    /// answers pings no longer than the call timeout: what is left then is given up, and a write may still
+    /// reach the file later.
     pub fn close(mut self) {
         if self.session.is_inherited() {
             return;
@@ -977,9 +988,10 @@ impl Context {
     }
 }
 
-/// Adds one to an eventfd that has room for it. As the kernel does for libaio, it does not wait for room: who waits for the eventfd is woken
-/// by what is in it. (Between the two calls another thread could fill it. There is no write(2) to a blocking eventfd that does not block,
-/// and O_NONBLOCK would be the program's, too.)
+/// Adds one to an eventfd that has room for it. As the kernel does for libaio, it does not wait for room: who
+/// waits for the eventfd is woken by what is in it. (Between the two calls another thread could fill it.
+/// There is no write(2) to a blocking eventfd that does not block, and O_NONBLOCK would be the program's,
+/// too.)
 fn tick(eventfd: &OwnedFd) {
     let mut writable = [PollFd::new(eventfd, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

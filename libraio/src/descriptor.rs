@@ -1,8 +1,9 @@
 //! The process-wide table behind the C API's descriptors: sessions and files by number.
 //!
-//! Numbers begin beyond what the kernel gives out and are not reused until they wrap around, so that a descriptor used after its
-//! end is EBADF rather than somebody else's. Blocking calls are made with the table unlocked, on what was looked up.
-//! Contexts remember what they looked up for as long as [`epoch`] stays the same: closing anything changes it.
+//! Numbers begin beyond what the kernel gives out and are not reused until they wrap around, so that a
+//! descriptor used after its end is EBADF rather than somebody else's. Blocking calls are made with the table
+//! unlocked, on what was looked up. Contexts remember what they looked up for as long as [`epoch`] stays the
+//! same: closing anything changes it.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -179,7 +180,8 @@ pub(crate) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     file
 }
 
-/// Takes a session and its files out of the table. Gives the session, to be stopped, and the addresses of its contexts.
+/// Takes a session and its files out of the table. Gives the session, to be stopped, and the addresses of its
+/// contexts.
 pub(crate) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Error> {
     let mut files = Vec::new();
     let removed = with(|table| {

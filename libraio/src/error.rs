@@ -56,7 +56,7 @@ impl From<raio_transport::Error> for Error {
         let status = match &error {
             E::Address(_) | E::Unsupported(_) => Status { errno, class: Class::None, retryable: false },
             E::Io { .. } | E::Closed { .. } => Status::transport(errno),
-            E::Refused { status, .. } => *status,
+            E::Rejected { status, .. } => *status,
             E::Violation(_) => Status::protocol(errno),
         };
         Self { status, text: error.to_string() }

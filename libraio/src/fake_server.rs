@@ -1,5 +1,5 @@
-//! A server for unit tests: a thread for each connection, files in memory, and a switch that makes it hold its answers. It trusts
-//! its client and asserts what it relies on.
+//! A server for unit tests: a thread for each connection, files in memory, and a switch that makes it hold
+//! its answers. It trusts its client and asserts what it relies on.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};

@@ -1,12 +1,13 @@
-//! The C API, in the order of `include/libraio.h`, which says what each function promises. Nothing is decided here: pointers are
-//! checked and turned into the types of the safe API, results into return values and errno.
+//! The C API, in the order of `include/libraio.h`, which says what each function promises. Nothing is decided
+//! here: pointers are checked and turned into the types of the safe API, results into return values and
+//! errno.
 //!
-//! What C holds a pointer to (`raio_context_t`, `raio_mr_t`) is a [`Shell`]: a few bytes that are never unmapped, with a mark that is
-//! cleared when the thing in it ends. A call on something destroyed thus finds a cleared mark and is EINVAL. No panic crosses
-//! into C: every function catches it and fails with EIO.
+//! What C holds a pointer to (`raio_context_t`, `raio_mr_t`) is a [`Shell`]: a few bytes that are never
+//! unmapped, with a mark that is cleared when the thing in it ends. A call on something destroyed thus finds
+//! a cleared mark and is EINVAL. No panic crosses into C: every function catches it and fails with EIO.
 //!
-//! Who may touch what: a context and what hangs on it (registrations, lent buffers) belong to one thread at a time, as the header
-//! says. Descriptors are looked up in a table with a lock, see descriptor.rs.
+//! Who may touch what: a context and what hangs on it (registrations, lent buffers) belong to one thread at a
+//! time, as the header says. Descriptors are looked up in a table with a lock, see descriptor.rs.
 
 #![allow(non_camel_case_types)]
 
@@ -126,7 +127,8 @@ const _: () = {
     );
 };
 
-// Shells -----------------------------------------------------------------------------------------------------------
+// Shells
+// -----------------------------------------------------------------------------------------------------------
 
 /// What C has a pointer to. Never unmapped; `mark` says whether there is something in it.
 #[repr(C)]
@@ -140,7 +142,8 @@ pub type raio_context = Shell<Box<State>>;
 /// `struct raio_mr`
 pub type raio_mr = Shell<Registration>;
 
-/// Shells that may be used again, the oldest first. None is until this many wait: a stale pointer should find an empty shell.
+/// Shells that may be used again, the oldest first. None is until this many wait: a stale pointer should find
+/// an empty shell.
 const SHELLS_WAITING: usize = 1024;
 
 static CONTEXTS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
@@ -170,8 +173,8 @@ impl<T> Shell<T> {
                 pointer
             }
         };
-        // SAFETY: the pointer is of a shell that was leaked on purpose, and as it is neither marked nor in the pool any more, nobody
-        // else reaches its content.
+        // SAFETY: the pointer is of a shell that was leaked on purpose, and as it is neither marked nor in
+        // the pool any more, nobody else reaches its content.
         unsafe {
             *(*pointer).content.get() = Some(content);
             (*pointer).mark.store(Self::mark_of(pointer), Ordering::Release);
@@ -182,7 +185,8 @@ impl<T> Shell<T> {
     /// Whether this is a shell with something in it.
     ///
     /// # Safety
-    /// `pointer` is null, or points at readable memory of a shell's size. (Any such memory will do: that is what the mark is for.)
+    /// `pointer` is null, or points at readable memory of a shell's size. (Any such memory will do: that is
+    /// what the mark is for.)
     unsafe fn is_live(pointer: *mut Self) -> bool {
         !pointer.is_null()
             && pointer.is_aligned()
@@ -193,8 +197,8 @@ impl<T> Shell<T> {
     /// What is in the shell, if it is one.
     ///
     /// # Safety
-    /// As [`Shell::is_live`]; and no other reference to the content is in use while this one is: the header gives a context, and what
-    /// belongs to it, to one thread at a time.
+    /// As [`Shell::is_live`]; and no other reference to the content is in use while this one is: the header
+    /// gives a context, and what belongs to it, to one thread at a time.
     unsafe fn get<'a>(pointer: *mut Self) -> Option<&'a mut T> {
         // SAFETY: the caller's contract is the same.
         if !unsafe { Self::is_live(pointer) } {
@@ -277,14 +281,15 @@ impl Failures {
     }
 }
 
-/// Finds out whether memory that is to be written to a file can be read at all, before anything is promised to a server: by having the kernel
-/// copy one byte of each page, for a whole batch in one call.
+/// Finds out whether memory that is to be written to a file can be read at all, before anything is promised
+/// to a server: by having the kernel copy one byte of each page, for a whole batch in one call.
 ///
-/// The bytes go into a pipe. (Into a file, were it in memory, RLIMIT_FSIZE would bound them with SIGXFSZ; process_vm_readv(2) takes ten times as
-/// long and is forbidden in many sandboxes.)
+/// The bytes go into a pipe. (Into a file, were it in memory, RLIMIT_FSIZE would bound them with SIGXFSZ;
+/// process_vm_readv(2) takes ten times as long and is forbidden in many sandboxes.)
 #[derive(Default)]
 struct Probe {
-    /// Its ends to read and to write. None before the first probe, or if there is none to be had: then nothing is probed.
+    /// Its ends to read and to write. None before the first probe, or if there is none to be had: then
+    /// nothing is probed.
     pipe: Option<Option<(OwnedFd, OwnedFd)>>,
     bytes: Vec<libc::iovec>,
     /// Where the bytes of each iocb end, by its place in the batch.
@@ -392,7 +397,8 @@ impl Probe {
     }
 }
 
-/// writev(2), or the errno of its failure. Not by libc's function: a sanitizer would take it for the program's own use of that memory.
+/// writev(2), or the errno of its failure. Not by libc's function: a sanitizer would take it for the
+/// program's own use of that memory.
 fn write_bytes(pipe: &OwnedFd, bytes: &[libc::iovec]) -> Result<(), c_int> {
     // SAFETY: the kernel reads through these pointers, and finds out by itself where it cannot.
     let written = unsafe { libc::syscall(libc::SYS_writev, pipe.as_raw_fd(), bytes.as_ptr(), bytes.len()) };
@@ -482,7 +488,8 @@ impl Loans {
     }
 }
 
-// Errors -----------------------------------------------------------------------------------------------------------
+// Errors
+// -----------------------------------------------------------------------------------------------------------
 
 /// Room for a text, with the zero at its end.
 const MESSAGE_BYTES: usize = 1024;
@@ -578,12 +585,14 @@ unsafe fn c_str<'a>(text: *const c_char, what: &str) -> Result<&'a [u8], Error> 
     Ok(unsafe { CStr::from_ptr(text) }.to_bytes())
 }
 
-// Sessions ---------------------------------------------------------------------------------------------------------
+// Sessions
+// ---------------------------------------------------------------------------------------------------------
 
 /// See libraio.h.
 ///
 /// # Safety
-/// `transport` is null or a C string; `addr` is null or points at `addrlen` bytes (as far as that is a length an address can have).
+/// `transport` is null or a C string; `addr` is null or points at `addrlen` bytes (as far as that is a length
+/// an address can have).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_start(
     transport: *const c_char,
@@ -719,7 +728,8 @@ pub extern "C" fn raio_stop(fd: c_int) -> c_int {
     int(|| {
         let (_session, contexts) = descriptor::remove_session(fd)?;
         for address in contexts {
-            // SAFETY: the table has addresses of our shells alone; the header forbids that another thread uses them meanwhile.
+            // SAFETY: the table has addresses of our shells alone; the header forbids that another thread
+            // uses them meanwhile.
             if let Ok(state) = unsafe { state(std::ptr::with_exposed_provenance_mut(address)) } {
                 state.stats = state.context.as_ref().map_or(state.stats, Context::stats);
                 state.context = None;
@@ -730,7 +740,8 @@ pub extern "C" fn raio_stop(fd: c_int) -> c_int {
     })
 }
 
-// Files ------------------------------------------------------------------------------------------------------------
+// Files
+// ------------------------------------------------------------------------------------------------------------
 
 /// See libraio.h.
 ///
@@ -802,7 +813,8 @@ pub extern "C" fn raio_close(fd: c_int) -> c_int {
     int(|| descriptor::remove_file(fd)?.close().map(|()| 0))
 }
 
-// Contexts ---------------------------------------------------------------------------------------------------------
+// Contexts
+// ---------------------------------------------------------------------------------------------------------
 
 /// See libraio.h.
 ///
@@ -861,8 +873,8 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
 /// Contexts that were given out and not destroyed.
 static LIVE: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
 
-/// The eventfds of iocbs in flight, each held open under a number of the library's: what has the program's number when the iocb ends may
-/// be something else.
+/// The eventfds of iocbs in flight, each held open under a number of the library's: what has the program's
+/// number when the iocb ends may be something else.
 #[derive(Default)]
 struct Eventfds {
     /// One for each of the program's numbers. The iocbs hold them.
@@ -898,7 +910,8 @@ impl Eventfds {
     }
 }
 
-/// Whether two descriptors of this process are of one open file. False also where kcmp(2) is not there, or forbidden.
+/// Whether two descriptors of this process are of one open file. False also where kcmp(2) is not there, or
+/// forbidden.
 fn is_same_file(one: c_int, other: c_int) -> bool {
     const KCMP_FILE: c_int = 0;
     let me = std::process::id();
@@ -907,7 +920,8 @@ fn is_same_file(one: c_int, other: c_int) -> bool {
 }
 
 fn duplicate_eventfd(fd: c_int) -> Result<OwnedFd, Error> {
-    // SAFETY: not negative; a number that is not open is an error of fcntl(2), and nothing is kept of the borrow.
+    // SAFETY: not negative; a number that is not open is an error of fcntl(2), and nothing is kept of the
+    // borrow.
     let eventfd =
         rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).map_err(|errno| {
             let text = format!(
@@ -925,7 +939,8 @@ fn duplicate_eventfd(fd: c_int) -> Result<OwnedFd, Error> {
 fn is_eventfd(fd: &OwnedFd) -> bool {
     match rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
         Ok(target) => target.as_bytes() == b"anon_inode:[eventfd]",
-        // Without /proc: it has no file type, as little else does, and nothing else of that kind takes eight bytes.
+        // Without /proc: it has no file type, as little else does, and nothing else of that kind takes eight
+        // bytes.
         Err(_) => rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == 0),
     }
 }
@@ -948,7 +963,8 @@ pub unsafe extern "C" fn raio_destroy(ctx: *mut raio_context) -> c_int {
         }
         let mut allocations = lock(&ALLOCATIONS);
         for &mr in &state.mrs {
-            // SAFETY: `mrs` has pointers of our own shells, and what they hold for this context is this thread's.
+            // SAFETY: `mrs` has pointers of our own shells, and what they hold for this context is this
+            // thread's.
             if unsafe { Shell::get(mr) }.is_some_and(|registration| registration.context == ctx) {
                 // SAFETY: as above.
                 let registration = unsafe { Shell::take(&MRS, mr) };
@@ -964,8 +980,8 @@ pub unsafe extern "C" fn raio_destroy(ctx: *mut raio_context) -> c_int {
 /// See libraio.h.
 ///
 /// # Safety
-/// `ctx` is null or points at readable memory; `ios` is null or points at `nr` pointers, each null or of an iocb whose memory is as
-/// the header demands.
+/// `ctx` is null or points at readable memory; `ios` is null or points at `nr` pointers, each null or of an
+/// iocb whose memory is as the header demands.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *mut *mut raio_iocb) -> c_long {
     long(|| {
@@ -987,12 +1003,12 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
         }
         state.eventfds.batch += 1;
         let mut taken = 0;
-        let mut refused = None;
+        let mut rejected = None;
         while taken < nr {
             // SAFETY: the caller vouches for `nr` pointers and what they point at.
             let submitted = unsafe { submit(ctx, state, *ios.add(taken as usize), taken as usize) };
             if let Err(error) = submitted {
-                refused = Some(error);
+                rejected = Some(error);
                 break;
             }
             taken += 1;
@@ -1003,7 +1019,7 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
             }
             return Ok(taken);
         }
-        refused.map_or(Ok(0), Err)
+        rejected.map_or(Ok(0), Err)
     })
 }
 
@@ -1039,7 +1055,7 @@ unsafe fn submit(
     } else {
         context.submit(file, operation, token)
     };
-    let ticket = submitted.map_err(|refused| refused.error)?;
+    let ticket = submitted.map_err(|rejected| rejected.error)?;
     io.key = ticket.index();
     if let Some(eventfd) = eventfd {
         context.notify(ticket, eventfd);
@@ -1154,7 +1170,8 @@ unsafe fn buffer(
             None => Err(invalid("The buffer is NULL. Give one.")),
         };
     }
-    // SAFETY: the pointer is one of raio_reg_mr() or readable memory; registrations of this context are this thread's.
+    // SAFETY: the pointer is one of raio_reg_mr() or readable memory; registrations of this context are this
+    // thread's.
     let registration = unsafe { Shell::get(mr) }.filter(|registration| registration.context == ctx);
     let registration = registration.ok_or_else(|| {
         invalid("The iocb's mr is no registration of this context. Use one of it, or NULL.")
@@ -1167,7 +1184,8 @@ unsafe fn buffer(
 /// See libraio.h.
 ///
 /// # Safety
-/// `ctx` is null or points at readable memory; `events` is null or has room for `nr`; `timeout` is null or may be read.
+/// `ctx` is null or points at readable memory; `events` is null or has room for `nr`; `timeout` is null or
+/// may be read.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_getevents(
     ctx: *mut raio_context,
@@ -1237,7 +1255,8 @@ fn event(
             let lent =
                 buffers.pieces_mut().first_mut().map_or(null_mut(), |piece| piece.bytes_mut().as_mut_ptr());
             handle = loans.add(buffers);
-            // SAFETY: the token is the address of an iocb, which is the library's until its event is collected: now.
+            // SAFETY: the token is the address of an iocb, which is the library's until its event is
+            // collected: now.
             unsafe { (*obj).c.buf = lent.cast() };
         }
         Some(Buffers::Many(mut pieces)) => {
@@ -1298,7 +1317,8 @@ pub unsafe extern "C" fn raio_release(ctx: *mut raio_context, nr: c_long, events
 /// See libraio.h.
 ///
 /// # Safety
-/// `ctx` is null or points at readable memory; `iocb` is null or points at one; `evt` is null or may be written.
+/// `ctx` is null or points at readable memory; `iocb` is null or points at one; `evt` is null or may be
+/// written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_cancel(
     ctx: *mut raio_context,
@@ -1342,7 +1362,8 @@ pub unsafe extern "C" fn raio_poll_fd(ctx: *mut raio_context) -> c_int {
     })
 }
 
-// Memory -----------------------------------------------------------------------------------------------------------
+// Memory
+// -----------------------------------------------------------------------------------------------------------
 
 /// Memory of raio_alloc(), by its address.
 struct Allocation {
@@ -1380,7 +1401,8 @@ fn unregister(state: &mut State, registration: &Registration) {
 /// See libraio.h.
 ///
 /// # Safety
-/// `ctx` is null or points at readable memory; `mr` is null or may be written; the memory stays mapped while it is registered.
+/// `ctx` is null or points at readable memory; `mr` is null or may be written; the memory stays mapped while
+/// it is registered.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_reg_mr(
     ctx: *mut raio_context,
@@ -1454,7 +1476,7 @@ pub unsafe extern "C" fn raio_alloc(
             return Err(invalid("The length is 0. Ask for at least one byte."));
         }
         let (memory, mapped) = map(len)?;
-        // SAFETY: the mapping stays until raio_free(), which refuses while the region is in use.
+        // SAFETY: the mapping stays until raio_free(), which rejects while the region is in use.
         let Some(region) = (unsafe { Region::new(memory.cast(), len) }) else {
             unreachable!("a mapping is neither null nor empty, and does not wrap around")
         };
@@ -1479,7 +1501,8 @@ pub unsafe extern "C" fn raio_alloc(
     .unwrap_or_else(|errno| fail(errno, null_mut()))
 }
 
-/// Maps at least `len` zeroed bytes, on huge pages if some are set aside. Gives the address and the length mapped.
+/// Maps at least `len` zeroed bytes, on huge pages if some are set aside. Gives the address and the length
+/// mapped.
 fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
     const HUGE: usize = 2 << 20;
     let failed = || {
@@ -1491,7 +1514,8 @@ fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
         if mapped > isize::MAX as usize {
             return Err(failed());
         }
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing memory.
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing
+        // memory.
         let memory = unsafe {
             libc::mmap(
                 null_mut(),
@@ -1503,10 +1527,12 @@ fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
             )
         };
         if memory != libc::MAP_FAILED {
-            // A child must not share pages that hardware may write to. Huge pages, if not had above, are a favour. Faulting the pages in
-            // now keeps the first I/O on each buffer from paying for it, up to 100 ms for 32 MiB in a virtual machine.
+            // A child must not share pages that hardware may write to. Huge pages, if not had above, are a
+            // favour. Faulting the pages in now keeps the first I/O on each buffer from paying for it, up to
+            // 100 ms for 32 MiB in a virtual machine.
             for advice in [libc::MADV_DONTFORK, libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
-                // SAFETY: the range is exactly our own mapping, and no advice changes its contents in this process.
+                // SAFETY: the range is exactly our own mapping, and no advice changes its contents in this
+                // process.
                 unsafe { libc::madvise(memory, mapped, advice) };
             }
             return Ok((memory, mapped));
@@ -1518,7 +1544,8 @@ fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
 /// See libraio.h.
 ///
 /// # Safety
-/// `ctx` is null or points at readable memory; `buf` is not used any more, and no raw I/O without `mr` is in flight on it.
+/// `ctx` is null or points at readable memory; `buf` is not used any more, and no raw I/O without `mr` is in
+/// flight on it.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> c_int {
     int(|| {
@@ -1532,8 +1559,8 @@ pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> 
         if unsafe { Shell::get(mr) }.is_some_and(|registration| registration.region.in_use()) {
             return Err(busy());
         }
-        // SAFETY: the caller vouches for the pointer. The context may be gone, or another: then its list of registrations keeps
-        // one that has ended, and its device the pages, which does no harm.
+        // SAFETY: the caller vouches for the pointer. The context may be gone, or another: then its list of
+        // registrations keeps one that has ended, and its device the pages, which does no harm.
         if let Ok(state) = unsafe { state(ctx) } {
             // SAFETY: null or one of our shells, and nothing in flight uses it.
             if let Some(registration) = unsafe { Shell::get(mr) } {
@@ -1545,13 +1572,15 @@ pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> 
         drop(unsafe { Shell::take(&MRS, mr) });
         let len = allocation.len;
         allocations.remove(&buf.addr());
-        // SAFETY: exactly the mapping made by `map`, taken out of the table once; the caller vouches that it is not used any more.
+        // SAFETY: exactly the mapping made by `map`, taken out of the table once; the caller vouches that it
+        // is not used any more.
         unsafe { libc::munmap(buf, len) };
         Ok(0)
     })
 }
 
-// Information ------------------------------------------------------------------------------------------------------
+// Information
+// ------------------------------------------------------------------------------------------------------
 
 /// See libraio.h.
 ///

@@ -1,9 +1,9 @@
 //! An open file of a session.
 //!
-//! Closing waits for nothing: I/O that is in flight when the file is closed runs to its end, and the server is told only then. For that
-//! each context that uses a file keeps a count of its own of what it has in flight on it, a plain store on the data
-//! path; whoever closes looks at all counts, and the context that brings the last one to zero looks whether the file
-//! was closed meanwhile.
+//! Closing waits for nothing: I/O that is in flight when the file is closed runs to its end, and the server
+//! is told only then. For that each context that uses a file keeps a count of its own of what it has in
+//! flight on it, a plain store on the data path; whoever closes looks at all counts, and the context that
+//! brings the last one to zero looks whether the file was closed meanwhile.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -61,8 +61,8 @@ impl File {
         self.inner.session.status(self.inner.handle)
     }
 
-    /// Closes it. New operations on it are refused from now on; those in flight run to their end. Blocks for a round trip, unless
-    /// something is in flight. Closing twice does nothing.
+    /// Closes it. New operations on it are rejected from now on; those in flight run to their end. Blocks for
+    /// a round trip, unless something is in flight. Closing twice does nothing.
     pub fn close(&self) -> Result<(), Error> {
         self.inner.session.check_process()?;
         if self.inner.closing.swap(true, Ordering::SeqCst) || !self.inner.take_last() {
@@ -94,7 +94,8 @@ impl Inner {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        // Pairs with the store of a count in `Use::remove`: at least one of the two threads sees what the other wrote.
+        // Pairs with the store of a count in `Use::remove`: at least one of the two threads sees what the
+        // other wrote.
         self.closing.load(Ordering::SeqCst)
     }
 

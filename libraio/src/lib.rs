@@ -1,11 +1,11 @@
 //! libraio: remote asynchronous I/O, in the manner of libaio.
 //!
-//! A [`Session`] is one server with its open [`File`]s. A [`Context`] is one connection of it with a queue of operations, and
-//! belongs to one thread at a time: submit operations, flush, wait, collect completions. Buffers are owned by the context while
-//! their operation is in flight and come back in its [`Completion`].
+//! A [`Session`] is one server with its open [`File`]s. A [`Context`] is one connection of it with a queue of
+//! operations, and belongs to one thread at a time: submit operations, flush, wait, collect completions.
+//! Buffers are owned by the context while their operation is in flight and come back in its [`Completion`].
 //!
-//! The library starts no threads, installs no signal handlers and prints nothing. Programs in C use the same through
-//! `include/libraio.h`, which [`ffi`] implements.
+//! The library starts no threads, installs no signal handlers and prints nothing. Programs in C use the same
+//! through `include/libraio.h`, which [`ffi`] implements.
 
 #![deny(unsafe_code)]
 
@@ -22,7 +22,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Completion, Context, MAXEVENTS_MAX, Operation, Refused, Stats, Ticket};
+pub use context::{Completion, Context, MAXEVENTS_MAX, Operation, Rejected, Stats, Ticket};
 pub use error::Error;
 pub use file::File;
 pub use raio_transport::address::Scheme;

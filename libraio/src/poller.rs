@@ -1,8 +1,10 @@
-//! The descriptor that a foreign event loop polls: an epoll instance with the socket, a flag and a timer in it.
+//! The descriptor that a foreign event loop polls: an epoll instance with the socket, a flag and a timer in
+//! it.
 //!
-//! The socket is watched for writing only while output is pending. The flag is raised while completions are there that the
-//! program has not collected. The timer wakes a program with something in flight in time to ping a silent server. All are
-//! level-triggered and changed lazily, so that a context that keeps busy makes no system calls for them.
+//! The socket is watched for writing only while output is pending. The flag is raised while completions are
+//! there that the program has not collected. The timer wakes a program with something in flight in time to
+//! ping a silent server. All are level-triggered and changed lazily, so that a context that keeps busy makes
+//! no system calls for them.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -44,8 +46,8 @@ impl Poller {
         self.epoll.as_fd()
     }
 
-    /// Brings it in line: whether output is pending on the socket, whether there is something to collect, and how soon at the
-    /// latest the context must be called.
+    /// Brings it in line: whether output is pending on the socket, whether there is something to collect, and
+    /// how soon at the latest the context must be called.
     pub(crate) fn sync(&mut self, socket: BorrowedFd<'_>, out: bool, collect: bool, tick: Option<Duration>) {
         if out != self.out {
             let flags = if out { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
@@ -71,8 +73,8 @@ impl Poller {
             self.tick_at = None;
         }
         if let (Some(tick), None) = (tick, self.tick_at) {
-            // The timer stays set when nothing is in flight any more: one wake-up for nothing is cheaper than two system calls
-            // for each operation.
+            // The timer stays set when nothing is in flight any more: one wake-up for nothing is cheaper than
+            // two system calls for each operation.
             let value = Timespec { tv_sec: tick.as_secs() as i64, tv_nsec: i64::from(tick.subsec_nanos()) };
             let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
             if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok() {

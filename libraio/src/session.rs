@@ -1,8 +1,8 @@
 //! A session: one server, its open files, and the connection by which it opens and closes them.
 //!
-//! The control connection carries what blocks its caller for a round trip (open, stat, close), one call at a time behind a
-//! mutex, and keeps the session alive on the server. Contexts have connections of their own, which name the same
-//! session. Nothing on the data path comes here.
+//! The control connection carries what blocks its caller for a round trip (open, stat, close), one call at a
+//! time behind a mutex, and keeps the session alive on the server. Contexts have connections of their own,
+//! which name the same session. Nothing on the data path comes here.
 
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
@@ -17,7 +17,7 @@ use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, SessionId};
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
-use raio_transport::{any, rdma, tcp};
+use raio_transport::{mux, rdma, tcp};
 
 use crate::context::Context;
 use crate::error::Error;
@@ -37,16 +37,17 @@ const STOP_TIME: Duration = Duration::from_millis(50);
 pub struct Options {
     /// Requests on the wire per context; 0: as many as the server grants and the context's size allows.
     pub queue_depth: u32,
-    /// For connecting and the handshake, in total: if the server has several addresses, each gets its share of what is left. (How long
-    /// the lookup of a name takes is up to the resolver's configuration.)
+    /// For connecting and the handshake, in total: if the server has several addresses, each gets its share
+    /// of what is left. (How long the lookup of a name takes is up to the resolver's configuration.)
     pub connect_timeout: Duration,
-    /// How long a call that waits for an answer may take (open, status, close, closing a context), if the server answers pings.
+    /// How long a call that waits for an answer may take (open, status, close, closing a context), if the
+    /// server answers pings.
     pub call_timeout: Duration,
-    /// The server is taken for dead if it is silent this long while asked something; None: three times the keepalive interval that
-    /// it grants.
+    /// The server is taken for dead if it is silent this long while asked something; None: three times the
+    /// keepalive interval that it grants.
     pub request_timeout: Option<Duration>,
-    /// How long to wait actively before sleeping, up to four times as long with many operations in flight. The library does less by
-    /// itself where that does not pay.
+    /// How long to wait actively before sleeping, up to four times as long with many operations in flight.
+    /// The library does less by itself where that does not pay.
     pub spin: Duration,
     /// Protect headers and data with CRC32C. Connecting fails if the server cannot.
     pub crc: bool,
@@ -65,10 +66,11 @@ impl Default for Options {
     }
 }
 
-/// A session with a server. It may be shared by threads; dropping it ends it once its files and contexts are gone.
+/// A session with a server. It may be shared by threads; dropping it ends it once its files and contexts are
+/// gone.
 ///
-/// A forked child does not have the sessions of its parent, nor their files and contexts: there each call on them fails, with EBADF or, on a
-/// context, EINVAL, and neither a call nor a drop disturbs the parent.
+/// A forked child does not have the sessions of its parent, nor their files and contexts: there each call on
+/// them fails, with EBADF or, on a context, EINVAL, and neither a call nor a drop disturbs the parent.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), raio::Error> {
@@ -101,9 +103,11 @@ pub(crate) struct Shared {
     control: Mutex<Seat>,
     /// `control` has come free, or the session was stopped.
     changed: Condvar,
-    /// A context's connection has timed out: whether the server still is must be found out before it is waited for once more.
+    /// A context's connection has timed out: whether the server still is must be found out before it is
+    /// waited for once more.
     suspect: AtomicBool,
-    /// Files to be closed by whoever next has `control`: ending an operation must not wait for another thread's round trip.
+    /// Files to be closed by whoever next has `control`: ending an operation must not wait for another
+    /// thread's round trip.
     closes: Mutex<Vec<FileHandle>>,
 }
 
@@ -154,8 +158,8 @@ impl std::fmt::Debug for Control {
 
 impl Session {
     /// Opens a session with the server at `raio://HOST[:PORT]`, `raio+tcp://HOST[:PORT]` or
-    /// `raio+rdma://HOST[:PORT]`. The first of them connects over TCP and moves to RDMA if both sides can; if not,
-    /// [`Session::why_tcp`] says why. Each address of the host is tried in turn.
+    /// `raio+rdma://HOST[:PORT]`. The first of them connects over TCP and moves to RDMA if both sides can; if
+    /// not, [`Session::why_tcp`] says why. Each address of the host is tried in turn.
     pub fn connect(url: &str, options: &Options) -> Result<Self, Error> {
         let address: Address = url.parse()?;
         if address.port == 0 {
@@ -213,14 +217,16 @@ impl Session {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Why a session with `raio://` is over TCP rather than RDMA, as a sentence. None if it is not, or was to be over TCP.
+    /// Why a session with `raio://` is over TCP rather than RDMA, as a sentence. None if it is not, or was to
+    /// be over TCP.
     pub fn why_tcp(&self) -> Option<&str> {
         self.shared.why_tcp.as_deref()
     }
 
-    /// Opens a file of the server. `path` reads /EXPORT/path/beneath/it; `flags` are those of open(2): O_RDONLY, O_WRONLY, O_RDWR,
-    /// O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC, O_DSYNC, O_NOFOLLOW; O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK mean
-    /// nothing here; others are EINVAL. `mode` has the permissions of a file that O_CREAT creates. Blocks for a round trip.
+    /// Opens a file of the server. `path` reads /EXPORT/path/beneath/it; `flags` are those of open(2):
+    /// O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC, O_DSYNC, O_NOFOLLOW;
+    /// O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK mean nothing here; others are EINVAL. `mode` has the
+    /// permissions of a file that O_CREAT creates. Blocks for a round trip.
     pub fn open(&self, path: impl AsRef<Path>, flags: i32, mode: u32) -> Result<File, Error> {
         let path = path.as_ref().as_os_str().as_bytes();
         let flags = open_flags(flags)?;
@@ -242,13 +248,15 @@ impl Session {
         Ok(File::new(Arc::clone(&self.shared), FileHandle(handle)))
     }
 
-    /// Makes a context for at most `maxevents` operations in flight (1 to 65,536). It opens a connection of its own.
+    /// Makes a context for at most `maxevents` operations in flight (1 to 65,536). It opens a connection of
+    /// its own.
     pub fn context(&self, maxevents: usize) -> Result<Context, Error> {
         Context::new(Arc::clone(&self.shared), maxevents)
     }
 
-    /// Ends the session: its control connection closes, and with it every open file on the server. Contexts that are left keep their
-    /// connections until they are dropped. A call that another thread has under way fails at once, with ENOTCONN.
+    /// Ends the session: its control connection closes, and with it every open file on the server. Contexts
+    /// that are left keep their connections until they are dropped. A call that another thread has under way
+    /// fails at once, with ENOTCONN.
     pub fn stop(&self) {
         if self.shared.is_inherited() {
             return;
@@ -284,21 +292,21 @@ impl Shared {
             ..Offer::new(program_name())
         };
         let reached = match self.scheme {
-            Scheme::Any => any::connect(self.address, &offer, deadline)?,
+            Scheme::Any => mux::connect(self.address, &offer, deadline)?,
             Scheme::Rdma => {
-                any::Reached::Rdma(Box::new(rdma::Client::connect(self.address, None, &offer, deadline)?))
+                mux::Reached::Rdma(Box::new(rdma::Client::connect(self.address, None, &offer, deadline)?))
             }
             Scheme::Tcp => {
-                any::Reached::Tcp(Box::new(tcp::Client::connect(self.address, &offer, deadline)?), None)
+                mux::Reached::Tcp(Box::new(tcp::Client::connect(self.address, &offer, deadline)?), None)
             }
         };
         let timeout = self.options.request_timeout;
         Ok(match reached {
-            any::Reached::Rdma(mut client) => {
+            mux::Reached::Rdma(mut client) => {
                 timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
                 (client, None)
             }
-            any::Reached::Tcp(mut client, why) => {
+            mux::Reached::Tcp(mut client, why) => {
                 timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
                 (client, why)
             }
@@ -342,8 +350,8 @@ impl Shared {
         }
     }
 
-    /// Whether this is a forked child, and the session its parent's: it may not be used, nor may its locks be, which another thread of the
-    /// parent may have had.
+    /// Whether this is a forked child, and the session its parent's: it may not be used, nor may its locks
+    /// be, which another thread of the parent may have had.
     pub(crate) fn is_inherited(&self) -> bool {
         self.process != process()
     }
@@ -399,7 +407,8 @@ impl Shared {
         self.call(&Command::Close(handle)).map(drop)
     }
 
-    /// Closes a file without waiting for anything, nor telling of a failure: the server closes it with the session at the latest.
+    /// Closes a file without waiting for anything, nor telling of a failure: the server closes it with the
+    /// session at the latest.
     pub(crate) fn close_later(&self, handle: FileHandle) {
         self.closes().push(handle);
         self.send_closes();
@@ -409,7 +418,8 @@ impl Shared {
         self.closes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends the closes that are due, unless another thread has the connection: that thread does it when it is done.
+    /// Sends the closes that are due, unless another thread has the connection: that thread does it when it
+    /// is done.
     fn send_closes(&self) {
         while !self.closes().is_empty() {
             let mut seat = self.seat();
@@ -428,7 +438,8 @@ impl Shared {
 }
 
 impl Control {
-    /// Sends a command. Returns its tag; None if the connection has ended, or the deadline passes without a credit.
+    /// Sends a command. Returns its tag; None if the connection has ended, or the deadline passes without a
+    /// credit.
     fn send(&mut self, command: &Command<'_>, deadline: Instant, session: &Shared) -> Option<u64> {
         self.tag += 1;
         self.body.clear();
@@ -462,7 +473,8 @@ impl Control {
         closes.is_empty()
     }
 
-    /// Takes in replies, and forgets those of before. What an open that was given up has opened goes to `closes`.
+    /// Takes in replies, and forgets those of before. What an open that was given up has opened goes to
+    /// `closes`.
     fn receive(&mut self, closes: &Mutex<Vec<FileHandle>>) {
         self.replies.clear();
         self.transport.receive(&mut self.replies);
@@ -511,7 +523,8 @@ impl Control {
                 }
                 return Err(timed_out());
             }
-            // A signal is the caller's business, but not a reason to give up half way. The transport ends a wait for a dead server.
+            // A signal is the caller's business, but not a reason to give up half way. The transport ends a
+            // wait for a dead server.
             match self.transport.wait(Some(deadline.min(Instant::now() + STOP_TIME))) {
                 Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
                 _ => {}
@@ -547,7 +560,8 @@ pub(crate) fn protocol_error() -> Error {
 
 /// open(2)'s flags as the wire has them.
 fn open_flags(flags: i32) -> Result<u32, Error> {
-    // libc's O_LARGEFILE is 0 where file offsets have 64 bits anyway, but the kernel's value is what a program may pass.
+    // libc's O_LARGEFILE is 0 where file offsets have 64 bits anyway, but the kernel's value is what a
+    // program may pass.
     const LARGEFILE: i32 = 0o100_000;
     let mut wire = match flags & libc::O_ACCMODE {
         libc::O_RDONLY => protocol::OPEN_READ,

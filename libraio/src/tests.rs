@@ -79,8 +79,8 @@ fn more_operations_than_credits_are_done_in_order_of_submission() {
         for n in 0..100 {
             context.submit(&file, read(n * 1000, 1000), n).unwrap();
         }
-        let refused = context.submit(&file, read(0, 10), 100).unwrap_err();
-        assert_eq!(refused.error.errno(), libc::EAGAIN);
+        let rejected = context.submit(&file, read(0, 10), 100).unwrap_err();
+        assert_eq!(rejected.error.errno(), libc::EAGAIN);
         context.flush();
         for (n, completion) in collect(&mut context, 100).into_iter().enumerate() {
             assert_eq!((completion.token, completion.result), (n as u64, Ok(1000)));
@@ -129,9 +129,9 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
         (&file, Operation::Allocate { offset: 1, length: u64::MAX, keep_size: true }, libc::EINVAL),
         (&foreign, read(0, 1), libc::EBADF),
     ] {
-        let refused = context.submit(file, operation, 0).unwrap_err();
-        assert_eq!(refused.error.errno(), errno, "{refused:?}");
-        assert!(refused.error.text.ends_with('.'), "{refused:?}");
+        let rejected = context.submit(file, operation, 0).unwrap_err();
+        assert_eq!(rejected.error.errno(), errno, "{rejected:?}");
+        assert!(rejected.error.text.ends_with('.'), "{rejected:?}");
     }
     assert_eq!(context.stats().submitted, 0);
     for maxevents in [0, 65_537] {

@@ -1,6 +1,7 @@
 //! The content of the file that is read and written: every 64-bit word is a function of where it is.
 //!
-//! So each read can be checked by itself, writes leave the file as it was, and any number of programs may use the file at once.
+//! So each read can be checked by itself, writes leave the file as it was, and any number of programs may use
+//! the file at once.
 
 /// Offsets and lengths are multiples of this.
 pub const WORD_BYTES: usize = 8;

@@ -1,7 +1,8 @@
 //! Reads and writes on open sessions, all of them in one thread.
 //!
-//! Sessions that have room for another request stand in a line. The first one sends one and goes to the end of it: so they take turns,
-//! whatever their number, and however few requests may be in flight in all. One epoll tells which have answers.
+//! Sessions that have room for another request stand in a line. The first one sends one and goes to the end
+//! of it: so they take turns, whatever their number, and however few requests may be in flight in all. One
+//! epoll tells which have answers.
 
 use std::collections::VecDeque;
 use std::io;
@@ -280,7 +281,8 @@ impl<'a> Load<'a> {
         command.encode(&mut self.command);
         let at = Instant::now();
         let tag = self.issued.insert(Issued { place: n, offset, is_read, at });
-        // It has a credit for each that it may have in flight. If it takes none it has failed, and its next event says so.
+        // It has a credit for each that it may have in flight. If it takes none it has failed, and its next
+        // event says so.
         if session.client.send(tag as u64, &self.command, bulk, false).is_err() {
             self.issued.remove(tag);
             place.left = 0;

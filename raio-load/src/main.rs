@@ -1,10 +1,12 @@
-//! raio_load: opens many sessions with a raio server, reads and writes on them, checks every byte, closes them, and says how it went.
+//! raio_load: opens many sessions with a raio server, reads and writes on them, checks every byte, closes
+//! them, and says how it went.
 //!
 //! ```text
 //!   options -> plan -> session (opens, a few threads) -> load (reads and writes, one thread) -> report
 //! ```
 //!
-//! Exit codes: 0 all that was planned was done, 1 something was not, 2 the command line makes no sense, 3 data was wrong.
+//! Exit codes: 0 all that was planned was done, 1 something was not, 2 the command line makes no sense, 3
+//! data was wrong.
 
 #![deny(unsafe_code)]
 
@@ -124,8 +126,8 @@ fn open_sessions(plan: &Plan, first: Session, progress: &mut Progress) -> (Vec<S
         loop {
             match receiver.recv_timeout(tick.saturating_duration_since(Instant::now())) {
                 Ok(Ok(session)) => sessions.push(session),
-                Ok(Err(Error::Refused { text, .. })) => {
-                    account.refused += 1;
+                Ok(Err(Error::Rejected { text, .. })) => {
+                    account.rejected += 1;
                     account.first_refusal.get_or_insert(text);
                 }
                 Ok(Err(error)) => {

@@ -13,7 +13,8 @@ use crate::content::WORD_BYTES;
 const IO_BYTES_MAX: u64 = 256 << 20;
 const DEPTH_MAX: u32 = 65_534;
 const SESSIONS_MAX: usize = 1 << 24;
-/// Ephemeral ports between a pair of addresses are some 28,000. With so many addresses of ours none has many in use.
+/// Ephemeral ports between a pair of addresses are some 28,000. With so many addresses of ours none has many
+/// in use.
 const LOOPBACK_SOURCES: u32 = 250;
 
 /// Opens many sessions with a raio server, reads and writes on them, and checks every byte.
@@ -30,7 +31,8 @@ pub struct Options {
     /// Open so many a second, evenly; 0: as fast as it goes
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     rate: u32,
-    /// Connect from this address; repeatable: in turn [default: the system's choice, or many of 127.0.0.0/8 if the server is there]
+    /// Connect from this address; repeatable: in turn [default: the system's choice, or many of 127.0.0.0/8
+    /// if the server is there]
     #[arg(long, value_name = "ADDRESS")]
     source: Vec<IpAddr>,
     /// Use the file's first SIZE bytes [default: all]

@@ -63,8 +63,8 @@ pub struct Opened {
     pub count: usize,
     /// How long all but the first took.
     pub elapsed: Duration,
-    /// How many the server refused.
-    pub refused: usize,
+    /// How many the server rejected.
+    pub rejected: usize,
     /// Its sentence.
     pub first_refusal: Option<String>,
     /// Why no more were opened.
@@ -108,7 +108,7 @@ impl Report {
         match &self.outcome {
             outcome if outcome.wrong > 0 => 3,
             outcome if outcome.errors > 0 || outcome.lost > 0 => 1,
-            _ if self.opened.refused > 0 || self.opened.error.is_some() => 1,
+            _ if self.opened.rejected > 0 || self.opened.error.is_some() => 1,
             _ => 0,
         }
     }
@@ -147,8 +147,8 @@ impl Report {
                 "opened": self.opened.count,
                 "opened_per_second": self.open_rate(),
                 "active": plan.active.min(self.opened.count),
-                "refused": self.opened.refused,
-                "refusal": self.opened.first_refusal,
+                "rejected": self.opened.rejected,
+                "rejection": self.opened.first_refusal,
                 "error": self.opened.error,
                 "lost": outcome.lost,
                 "closed_in_seconds": self.closed_in.as_secs_f64(),
@@ -170,13 +170,13 @@ impl Report {
     pub fn text(&self, plan: &Plan) -> String {
         let outcome = &self.outcome;
         let mut text = format!(
-            "sessions  {} opened ({:.0} a second), {} active with {} to {} reads and writes each, {} refused, {} lost, closed in {:.1} s\n",
+            "sessions  {} opened ({:.0} a second), {} active with {} to {} reads and writes each, {} rejected, {} lost, closed in {:.1} s\n",
             grouped(self.opened.count as u64),
             self.open_rate(),
             grouped(plan.active.min(self.opened.count) as u64),
             grouped(outcome.ios_per_session.0),
             grouped(outcome.ios_per_session.1),
-            grouped(self.opened.refused as u64),
+            grouped(self.opened.rejected as u64),
             grouped(outcome.lost as u64),
             self.closed_in.as_secs_f64()
         );
@@ -212,14 +212,14 @@ impl Report {
     /// What went wrong, in sentences.
     pub fn complaints(&self) -> Vec<String> {
         let outcome = &self.outcome;
-        let refused =
+        let rejected =
             self.opened.first_refusal.as_ref().map(|text| {
-                format!("{} sessions were not opened: {text}", grouped(self.opened.refused as u64))
+                format!("{} sessions were not opened: {text}", grouped(self.opened.rejected as u64))
             });
         let stopped = self.opened.error.as_ref().map(|text| {
             format!("After {} sessions no more were opened: {text}", grouped(self.opened.count as u64))
         });
-        [&refused, &stopped, &outcome.first_wrong, &outcome.first_error]
+        [&rejected, &stopped, &outcome.first_wrong, &outcome.first_error]
             .into_iter()
             .flatten()
             .map(|text| format!("{}.", text.trim_end_matches('.')))

@@ -1,7 +1,8 @@
-//! A session as this program has it: one connection, over TCP, with one open file. And how many of them are opened.
+//! A session as this program has it: one connection, over TCP, with one open file. And how many of them are
+//! opened.
 //!
-//! Each is opened by calls that block, as a program would; a few threads do it at a time, so that the rate does not hang on how
-//! far away the server is.
+//! Each is opened by calls that block, as a program would; a few threads do it at a time, so that the rate
+//! does not hang on how far away the server is.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -154,8 +155,9 @@ fn connect(server: SocketAddr, source: Option<IpAddr>) -> Result<Socket, Error> 
     })
 }
 
-/// Opens all of the plan's sessions but the first in threads of `scope`, at the plan's rate. Each comes, opened or not, by the receiver; one that failed for any other
-/// reason than that the server refused it is the last that is tried.
+/// Opens all of the plan's sessions but the first in threads of `scope`, at the plan's rate. Each comes,
+/// opened or not, by the receiver; one that failed for any other reason than that the server rejected it is
+/// the last that is tried.
 pub fn open_all<'scope>(
     scope: &'scope Scope<'scope, '_>,
     plan: &'scope Plan,
@@ -188,7 +190,7 @@ fn open_some(
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
         let opened = Session::open(plan, n, open_flags(plan));
-        if matches!(&opened, Err(error) if !matches!(error, Error::Refused { .. })) {
+        if matches!(&opened, Err(error) if !matches!(error, Error::Rejected { .. })) {
             is_over.store(true, Ordering::Relaxed);
         }
         if sender.send(opened.map(|(session, _)| session)).is_err() {

@@ -1,4 +1,5 @@
-//! Making a range of a file read as zeros, give its storage back or have some reserved, by blocking system calls: for a thread of the pool.
+//! Making a range of a file read as zeros, give its storage back or have some reserved, by blocking system
+//! calls: for a thread of the pool.
 
 use std::os::fd::AsFd;
 
@@ -15,7 +16,8 @@ static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
 /// At most this much is done by a call, so that others of its lane have their turns and it can be cancelled.
 const PIECE_BYTES: u64 = 64 << 20;
 
-/// Gives storage back; the range reads as zeros then. Returns how much of it is done. EOPNOTSUPP if it takes writing.
+/// Gives storage back; the range reads as zeros then. Returns how much of it is done. EOPNOTSUPP if it takes
+/// writing.
 pub fn discard(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errno> {
     let piece = length.min(PIECE_BYTES);
     match retry_on_intr(|| fallocate(&fd, PUNCH_HOLE, offset, piece)) {
@@ -26,9 +28,10 @@ pub fn discard(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errno> {
     if piece < length && offset + piece >= stat(&fd)?.status.size.get() { Ok(length) } else { Ok(piece) }
 }
 
-/// Makes a range read as zeros: by the file system's or device's own means, else by writing. Returns how much of it is done. A file that
-/// ends within the range becomes as long as what is done: nothing is allocated beyond its end, where nobody would see it, and nothing is
-/// ever cut off, for it may be what another has appended meanwhile.
+/// Makes a range read as zeros: by the file system's or device's own means, else by writing. Returns how much
+/// of it is done. A file that ends within the range becomes as long as what is done: nothing is allocated
+/// beyond its end, where nobody would see it, and nothing is ever cut off, for it may be what another has
+/// appended meanwhile.
 pub fn write_zeroes(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errno> {
     let piece = length.min(PIECE_BYTES);
     let info = stat(&fd)?;
@@ -54,8 +57,9 @@ pub fn write_zeroes(fd: impl AsFd, offset: u64, length: u64) -> Result<u64, Errn
     write(&fd, end - 1, 1).map(|()| length)
 }
 
-/// Reserves storage; no byte that is there changes. Returns how much of it is done. A file that ends within the range or before becomes as
-/// long as what is done, but not with `keep_size`. EOPNOTSUPP if the storage cannot.
+/// Reserves storage; no byte that is there changes. Returns how much of it is done. A file that ends within
+/// the range or before becomes as long as what is done, but not with `keep_size`. EOPNOTSUPP if the storage
+/// cannot.
 pub fn allocate(fd: impl AsFd, offset: u64, length: u64, keep_size: bool) -> Result<u64, Errno> {
     let piece = length.min(PIECE_BYTES);
     if piece < length {
@@ -127,7 +131,8 @@ fn is_device(info: &FileInfo) -> bool {
     FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice
 }
 
-/// Whether fallocate(2) failed because it cannot do this here (EINVAL: not at this alignment), rather than because it went wrong.
+/// Whether fallocate(2) failed because it cannot do this here (EINVAL: not at this alignment), rather than
+/// because it went wrong.
 fn is_unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::NODEV)
 }

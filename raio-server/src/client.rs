@@ -7,7 +7,8 @@ use std::time::Instant;
 use raio_transport::tcp;
 use raio_transport::transport::ALIVE_FOR;
 
-/// The client of one connection. It ends when its worker hears of the connection's end, however long that worker is held up.
+/// The client of one connection. It ends when its worker hears of the connection's end, however long that
+/// worker is held up.
 #[derive(Debug)]
 pub struct Client {
     /// The connection's socket, if it has one, as long as it is open.
@@ -34,7 +35,8 @@ impl OnBehalf {
         Self { client: client.clone(), since: Instant::now() }
     }
 
-    /// Whether the client has given up what it asked for: its connection has ended. The socket is asked only if the operation had to wait.
+    /// Whether the client has given up what it asked for: its connection has ended. The socket is asked only
+    /// if the operation had to wait.
     pub fn is_over(&self) -> bool {
         let Some(client) = self.client.upgrade() else { return true };
         if self.since.elapsed() < ALIVE_FOR {

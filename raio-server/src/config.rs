@@ -1,7 +1,7 @@
 //! What the server is told: command line and TOML file, merged and checked.
 //!
-//! Both have the same names. Command-line options override the file. Every error is a sentence that names the option, or the
-//! file with line and column, and the right form.
+//! Both have the same names. Command-line options override the file. Every error is a sentence that names the
+//! option, or the file with line and column, and the right form.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -46,13 +46,13 @@ const SESSIONS_MAX: usize = 1 << 24;
 #[command(name = "raio_server", version, after_help = "See raio_server(8) for more.")]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
-    /// Accept connections there, tcp://HOST:PORT or rdma://HOST:PORT; repeatable; port 0 takes a free one [default:
-    /// tcp://127.0.0.1:7240]
+    /// Accept connections there, tcp://HOST:PORT or rdma://HOST:PORT; repeatable; port 0 takes a free one
+    /// [default: tcp://127.0.0.1:7240]
     #[arg(long, value_name = "URL")]
     listen: Vec<String>,
-    /// Give clients something to open as /NAME; read-only unless rw; repeatable. PATH is a directory, a regular file or a block
-    /// device, or null:SIZE (zeros, nothing kept) or mem:SIZE (memory). A comma begins an option: a path with one goes into the
-    /// configuration file
+    /// Give clients something to open as /NAME; read-only unless rw; repeatable. PATH is a directory, a
+    /// regular file or a block device, or null:SIZE (zeros, nothing kept) or mem:SIZE (memory). A comma
+    /// begins an option: a path with one goes into the configuration file
     #[arg(long, value_name = "NAME=PATH[,ro|,rw][,direct]")]
     #[serde(deserialize_with = "export_spec::from_file")]
     export: Vec<ExportSpec>,
@@ -62,12 +62,12 @@ pub struct Options {
     /// Requests that one connection may have outstanding [default: 128]
     #[arg(long, value_name = "NUMBER", value_parser = number::<u32>)]
     queue_depth: Option<u32>,
-    /// Sessions that clients may have at a time; who comes beyond is turned away [default: a quarter of the open files that the
-    /// process may have]
+    /// Sessions that clients may have at a time; who comes beyond is rejected [default: a quarter of the open
+    /// files that the process may have]
     #[arg(long, value_name = "NUMBER", value_parser = number::<usize>)]
     max_sessions: Option<usize>,
-    /// What one session may have: connections, open files, requests in flight, memory for data in flight [default: no limits while
-    /// there is enough for others]
+    /// What one session may have: connections, open files, requests in flight, memory for data in flight
+    /// [default: no limits while there is enough for others]
     #[arg(long, value_name = "connections=NUMBER,files=NUMBER,requests=NUMBER,memory=SIZE")]
     limits_per_session: Option<Caps>,
     /// What the clients of one address may have together; as above
@@ -79,12 +79,12 @@ pub struct Options {
     /// How long an idle worker looks for work before it sleeps [default: 50]
     #[arg(long, value_name = "MICROSECONDS", value_parser = number::<u64>)]
     spin_us: Option<u64>,
-    /// Memory that clients may cause, half of it for data in flight [default: 704M, or what more sessions or workers need; at most half
-    /// of what there is]
+    /// Memory that clients may cause, half of it for data in flight [default: 704M, or what more sessions or
+    /// workers need; at most half of what there is]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
-    /// While others wait for memory, a connection that for so long does not take responses, or does not go on with a message, is closed
-    /// [default: 2]
+    /// While others wait for memory, a connection that for so long does not take responses, or does not go on
+    /// with a message, is closed [default: 2]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     stall_timeout: Option<u64>,
     /// How files are read and written [default: uring where the system allows it, else threads]
@@ -94,7 +94,8 @@ pub struct Options {
     #[arg(long)]
     #[serde(skip)]
     pub list_devices: bool,
-    /// Check the options and the configuration file, open each export, and exit: with 0 if the server could start, else with 2
+    /// Check the options and the configuration file, open each export, and exit: with 0 if the server could
+    /// start, else with 2
     #[arg(long)]
     #[serde(skip)]
     pub check: bool,
@@ -223,8 +224,9 @@ struct Memory {
 }
 
 impl Memory {
-    /// Of `all` bytes, or of what is the default: no more than `most` unless more is needed. Connections have an eighth for their messages,
-    /// and three eighths for themselves, or what the given number of sessions takes if that is more.
+    /// Of `all` bytes, or of what is the default: no more than `most` unless more is needed. Connections have
+    /// an eighth for their messages, and three eighths for themselves, or what the given number of sessions
+    /// takes if that is more.
     fn split(all: Option<u64>, sessions: Option<usize>, workers: usize, arenas_min: u64, most: u64) -> Self {
         let of_sessions = sessions.map(|sessions| Self::places(sessions, workers));
         let default = Self {
@@ -300,8 +302,8 @@ impl Options {
         Ok(Self { places, ..file })
     }
 
-    /// Merges, fills in the defaults and checks everything that can be checked without opening anything. `cores` is how many the
-    /// process may use.
+    /// Merges, fills in the defaults and checks everything that can be checked without opening anything.
+    /// `cores` is how many the process may use.
     pub fn check(self, cores: usize) -> anyhow::Result<Config> {
         let options = self.merged()?;
         let name = |option| options.places.name(option);
@@ -371,7 +373,8 @@ impl Options {
             "{} is {spin_us}. Give a number from 0 to {SPIN_US_MAX}.",
             name("spin-us")
         );
-        // A worker must be able to hold two requests, for one alone could be held up by a peer that does not take its answer.
+        // A worker must be able to hold two requests, for one alone could be held up by a peer that does not
+        // take its answer.
         let arenas_min = workers as u64 * 2 * io_bytes;
         let available = memory_limit();
         let split = Memory::split(

@@ -1,8 +1,9 @@
 //! Exports: what clients may open, under which name, and how a client's path is resolved.
 //!
-//! A path is `/EXPORT/relative/path`. Everything beneath a directory export is resolved by openat2(2) relative to it, and the kernel
-//! refuses what leads out of it. A file or device export is opened by its path, afresh for each client, so that each open has flags
-//! of its own. [`crate::root`] says what is served, [`crate::open`] opens it.
+//! A path is `/EXPORT/relative/path`. Everything beneath a directory export is resolved by openat2(2)
+//! relative to it, and the kernel rejects what leads out of it. A file or device export is opened by its
+//! path, afresh for each client, so that each open has flags of its own. [`crate::root`] says what is served,
+//! [`crate::open`] opens it.
 
 use std::ffi::CString;
 use std::fmt;
@@ -96,7 +97,8 @@ impl Export {
             )
         };
         if kind.is_dir() {
-            // Nothing here lists it, so that one that can only be searched will do. What will be mounted there is not known yet.
+            // Nothing here lists it, so that one that can only be searched will do. What will be mounted
+            // there is not known yet.
             if !spec.must_be_mountpoint {
                 may(Permission::EXEC_OK).with_context(|| remedy("searched"))?;
                 if spec.is_writable && may(Permission::WRITE_OK).is_err() {
@@ -146,9 +148,9 @@ fn memory(size: u64) -> rustix::io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// A refusal: the status, and the sentence for the client.
+/// A rejection: the status, and the sentence for the client.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct Rejection {
     /// The status.
     pub status: Status,
     /// The sentence.
@@ -188,12 +190,12 @@ impl Exports {
     }
 
     /// Resolves a client's path and flags (`OPEN_*`) as far as that goes without touching the file.
-    pub fn resolve(&self, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Refusal> {
-        let refuse = |status, text: String| Err(Refusal { status, text });
+    pub fn resolve(&self, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
+        let reject = |status, text: String| Err(Rejection { status, text });
         let shown = Shown(path);
         let Some(rest) = path.strip_prefix(b"/") else {
             let text = format!("{shown} is no path here: paths are /EXPORT/relative/path.");
-            return refuse(Status::storage(libc::ENOENT), text);
+            return reject(Status::storage(libc::ENOENT), text);
         };
         let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
         let rest = &rest[start..];
@@ -201,7 +203,7 @@ impl Exports {
         let Some(index) = self.0.iter().position(|export| export.name.as_bytes() == name) else {
             let text =
                 format!("There is no export {}. Ask the server's operator for the names.", Shown(name));
-            return refuse(Status::storage(libc::ENOENT), text);
+            return reject(Status::storage(libc::ENOENT), text);
         };
         let export = &self.0[index];
         let has_more = !rest.is_empty();
@@ -210,21 +212,21 @@ impl Exports {
         if changes && !export.is_writable && !matches!(export.source, Origin::Null { .. }) {
             let text =
                 format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
-            return refuse(Status::policy(libc::EROFS), text);
+            return reject(Status::policy(libc::EROFS), text);
         }
         if flags & OPEN_CREATE != 0 && mode & !0o777 != 0 {
             let text =
                 "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
-            return refuse(Status::policy(libc::EPERM), text);
+            return reject(Status::policy(libc::EPERM), text);
         }
         if has_more && !export.root().is_some_and(Root::is_directory) {
             let text = format!("Export {} is no directory: open /{} itself.", export.name, export.name);
-            return refuse(Status::storage(libc::ENOTDIR), text);
+            return reject(Status::storage(libc::ENOTDIR), text);
         }
         let ready = |kind| {
             if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 {
                 let text = format!("{shown} exists already.");
-                return refuse(Status::storage(libc::EEXIST), text);
+                return reject(Status::storage(libc::EEXIST), text);
             }
             Ok(Target::Ready(OpenFile::new(kind, Access::from_flags(flags), 1)))
         };
@@ -238,14 +240,14 @@ impl Exports {
         let path = if !root.is_directory() {
             root.path().clone()
         } else if rest.is_empty() {
-            return refuse(
+            return reject(
                 Status::storage(libc::EISDIR),
                 format!("{shown} is a directory: open a file beneath it."),
             );
         } else if let Ok(path) = CString::new(rest) {
             path
         } else {
-            return refuse(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned());
+            return reject(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned());
         };
         let how = OpenHow {
             flags: kernel_flags(flags, export.is_direct),
@@ -346,8 +348,8 @@ mod tests {
         assert_eq!(errno(&exports, OPEN_WRITE, "/m"), libc::EROFS);
         assert_eq!(errno(&exports, OPEN_WRITE | OPEN_CREATE | OPEN_EXCLUSIVE, "/n"), libc::EEXIST);
         assert!(exports.resolve(OPEN_WRITE, 0, b"/n").is_ok());
-        let refusal = exports.resolve(OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
-        assert_eq!(refusal.status, Status::policy(libc::EPERM));
+        let rejection = exports.resolve(OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
+        assert_eq!(rejection.status, Status::policy(libc::EPERM));
     }
 
     #[test]

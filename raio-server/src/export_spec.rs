@@ -1,4 +1,5 @@
-//! Exports as the configuration names them: `--export NAME=PATH[,ro|,rw][,direct]`, or a table `[export.NAME]` of the file.
+//! Exports as the configuration names them: `--export NAME=PATH[,ro|,rw][,direct]`, or a table
+//! `[export.NAME]` of the file.
 //!
 //! What follows the first comma of the short form are options, so a path that holds a comma needs a table.
 
@@ -77,7 +78,8 @@ fn size_of(size: Size) -> Result<u64, String> {
     Ok(size.0)
 }
 
-// The short form -------------------------------------------------------------------------------------------------------
+// The short form
+// -------------------------------------------------------------------------------------------------------
 
 /// If `path` ends like an option that was not put behind a comma: what it should have been.
 fn misplaced_option(path: &str) -> Option<String> {
@@ -168,7 +170,8 @@ impl ExportSpec {
     }
 }
 
-// The long form --------------------------------------------------------------------------------------------------------
+// The long form
+// --------------------------------------------------------------------------------------------------------
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]

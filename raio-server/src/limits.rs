@@ -1,8 +1,10 @@
-//! What one session and one peer address may have: sessions, connections, open files, requests in flight. Memory is each worker's own business.
+//! What one session and one peer address may have: sessions, connections, open files, requests in flight.
+//! Memory is each worker's own business.
 //!
-//! Connections and files take descriptors of one process. As long as there are some for everybody nobody is limited but by options.
-//! The last few are for those who have fewer than are left, at first for any such session, at last for such an address: whoever took all
-//! the others is rejected, and the next client is not. The same holds for sessions, by address.
+//! Connections and files take descriptors of one process. As long as there are some for everybody nobody is
+//! limited but by options. The last few are for those who have fewer than are left, at first for any such
+//! session, at last for such an address: whoever took all the others is rejected, and the next client is not.
+//! The same holds for sessions, by address.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -19,8 +21,8 @@ pub const RESERVE: usize = 64;
 /// So many of them for sessions, whatever address they come from.
 const SESSION_RESERVE: usize = RESERVE / 2;
 
-/// What a connection may take of the memory that is for connections: its structs, 2 KiB with its session's, and the heap that its messages
-/// may cause in any case ([`raio_transport::tcp::Server::set_heap_max`]).
+/// What a connection may take of the memory that is for connections: its structs, 2 KiB with its session's,
+/// and the heap that its messages may cause in any case ([`raio_transport::tcp::Server::set_heap_max`]).
 const CONNECTION_BYTES: usize = 16 << 10;
 /// What an open file takes, and what each worker takes that has used it.
 const FILE_BYTES: usize = 512;
@@ -280,8 +282,8 @@ fn get(number: &AtomicUsize) -> usize {
     number.load(Ordering::Relaxed)
 }
 
-/// Whether a session that has so much, on behalf of an address that has so much, may have more, with `used` taken of `max` and a reserve
-/// of [`RESERVE`] times `each`.
+/// Whether a session that has so much, on behalf of an address that has so much, may have more, with `used`
+/// taken of `max` and a reserve of [`RESERVE`] times `each`.
 fn may_take(used: usize, max: usize, each: usize, session: usize, address: Option<usize>) -> bool {
     used < max
         || session < (max + SESSION_RESERVE * each).saturating_sub(used)
@@ -344,8 +346,8 @@ impl Limits {
         }
     }
 
-    /// What there is too little of for a session that has so many places, on behalf of an address that has so many, to have another:
-    /// what its operator would raise.
+    /// What there is too little of for a session that has so many places, on behalf of an address that has so
+    /// many, to have another: what its operator would raise.
     fn shortage(&self, used: Places, session: Places, address: Option<Places>) -> Option<&'static str> {
         let Room { descriptors, bytes, workers, .. } = self.room;
         let bytes_of = |places: Places| places.bytes(workers);
@@ -393,8 +395,9 @@ impl Limits {
         Ok(Place { limits: Arc::clone(self), address: account })
     }
 
-    /// The clients of an address begin another session, where there are `used` of `max`. The address counts it until [`Limits::end_session`].
-    /// There are more than `max` for addresses that have few: as many as that, and [`RESERVE`].
+    /// The clients of an address begin another session, where there are `used` of `max`. The address counts
+    /// it until [`Limits::end_session`]. There are more than `max` for addresses that have few: as many as
+    /// that, and [`RESERVE`].
     pub fn begin_session(&self, used: usize, max: usize, address: &AddressAccount) -> Result<(), Excess> {
         let own = address.as_ref().map(|account| get(&account.sessions));
         let left = (max + RESERVE.min(max)).saturating_sub(used);
@@ -414,7 +417,8 @@ impl Limits {
         address.iter().for_each(|account| _ = account.sessions.fetch_sub(1, Ordering::Relaxed));
     }
 
-    /// A session may keep another connection, which has its place. The session counts it until [`Limits::leave`].
+    /// A session may keep another connection, which has its place. The session counts it until
+    /// [`Limits::leave`].
     pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
         let places = session.places();
         self.count(Who::Session, session, &CONNECTIONS)?;
@@ -436,8 +440,8 @@ impl Limits {
         session.connections.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A place for a file of a session, opened by a connection from an address. The session counts it until [`Limits::close`], the
-    /// others as long as the place lasts.
+    /// A place for a file of a session, opened by a connection from an address. The session counts it until
+    /// [`Limits::close`], the others as long as the place lasts.
     pub fn open(self: &Arc<Self>, session: &Account, address: &AddressAccount) -> Result<FilePlace, Excess> {
         // Workers that look at the same time may go beyond it by one each, which does no harm.
         let (own, all) = (session.places(), self.used());
@@ -465,8 +469,9 @@ impl Limits {
         session.files.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Memory for a queue pair of a connection from this address, if it is known. All may have all but the last part; that is for addresses whose
-    /// queue pairs have less than is left. The error is for the client.
+    /// Memory for a queue pair of a connection from this address, if it is known. All may have all but the
+    /// last part; that is for addresses whose queue pairs have less than is left. The error is for the
+    /// client.
     pub fn queue_pair(
         self: &Arc<Self>,
         address: Option<IpAddr>,
@@ -496,7 +501,8 @@ impl Limits {
         self.session_caps.requests.is_some() || self.address_caps.requests.is_some()
     }
 
-    /// A request of a session begins. If [`Limits::counts_requests`], both count it until [`Limits::end_request`].
+    /// A request of a session begins. If [`Limits::counts_requests`], both count it until
+    /// [`Limits::end_request`].
     pub fn begin_request(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
         self.count_for_both(session, address, &REQUESTS)
     }

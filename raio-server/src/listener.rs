@@ -1,4 +1,5 @@
-//! Accepts connections, and nothing more: the worker reads the handshake, so a slow client never holds up accept.
+//! Accepts connections, and nothing more: the worker reads the handshake, so a slow client never holds up
+//! accept.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -111,7 +112,7 @@ impl Listener {
         }
     }
 
-    /// Stops listening. What has not been accepted is turned away by the kernel.
+    /// Stops listening. What has not been accepted is rejected by the kernel.
     pub fn stop(&mut self, reactor: &mut Reactor) {
         for socket in self.sockets.drain(..) {
             if let Some(accept) = socket.accept {
@@ -130,7 +131,8 @@ impl Listener {
     }
 }
 
-/// Binds; again for a while if the address is taken, for a server that was killed keeps it until its last operation has ended.
+/// Binds; again for a while if the address is taken, for a server that was killed keeps it until its last
+/// operation has ended.
 fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::Result<T> {
     let deadline = Instant::now() + BIND_TIMEOUT;
     loop {

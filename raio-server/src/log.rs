@@ -1,7 +1,8 @@
 //! What the server says: the log on standard error, and statistics on standard output.
 //!
-//! Each has a bounded queue and a thread that writes, so that no other thread ever waits for whoever reads, or does not. What finds no
-//! room in the queue, or cannot be written (a full device, a closed pipe), is lost and counted.
+//! Each has a bounded queue and a thread that writes, so that no other thread ever waits for whoever reads,
+//! or does not. What finds no room in the queue, or cannot be written (a full device, a closed pipe), is lost
+//! and counted.
 
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -77,7 +78,8 @@ fn rate_limit() -> MutexGuard<'static, RateLimit> {
     RATE_LIMIT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is logged later.
+/// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is
+/// logged later.
 pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
     rate_limit().permit(peer, kind, Instant::now())
 }
@@ -132,7 +134,8 @@ fn push_log(bytes: &[u8]) {
     }
 }
 
-/// One line in which nothing steers a terminal or looks like another line, whatever names of clients and files it quotes.
+/// One line in which nothing steers a terminal or looks like another line, whatever names of clients and
+/// files it quotes.
 fn sanitized(text: &str) -> String {
     let mut line = String::with_capacity(text.len() + 1);
     for char in text.strip_suffix('\n').unwrap_or(text).chars() {

@@ -12,7 +12,8 @@ pub struct MemoryLimit {
     pub of: &'static str,
 }
 
-/// The least of what the machine has and what the control groups (version 1 or 2) that the process is in, at any level, allow.
+/// The least of what the machine has and what the control groups (version 1 or 2) that the process is in, at
+/// any level, allow.
 pub fn memory_limit() -> MemoryLimit {
     memory_limit_beneath(Path::new("/"))
 }

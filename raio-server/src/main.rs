@@ -5,8 +5,8 @@
 //!                                                           transports -> command -> request -> backend
 //! ```
 //!
-//! Exit codes: 0 told to stop and everything was answered, 1 could not start or go on, 2 the command line or configuration
-//! makes no sense, 128 + signal told to stop a second time.
+//! Exit codes: 0 told to stop and everything was answered, 1 could not start or go on, 2 the command line or
+//! configuration makes no sense, 128 + signal told to stop a second time.
 
 #![deny(unsafe_code)]
 
@@ -14,6 +14,7 @@ mod backend;
 mod clear;
 mod client;
 mod config;
+mod device_queue;
 mod export;
 mod export_spec;
 mod limits;
@@ -21,7 +22,6 @@ mod listener;
 mod log;
 mod machine;
 mod open;
-mod pace;
 mod placement;
 mod pool;
 mod probe;
@@ -140,9 +140,9 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
-/// Gives up what no thread of a server is to have: a write by its clients takes set-user-id and set-group-id bits from a file, as a write
-/// by an ordinary user does, which the kernel leaves out for whoever has CAP_FSETID. Before the first thread starts, for capabilities
-/// belong to threads, and new ones inherit them.
+/// Gives up what no thread of a server is to have: a write by its clients takes set-user-id and set-group-id
+/// bits from a file, as a write by an ordinary user does, which the kernel leaves out for whoever has
+/// CAP_FSETID. Before the first thread starts, for capabilities belong to threads, and new ones inherit them.
 fn drop_fsetid() -> anyhow::Result<()> {
     let mut sets = match capabilities(None) {
         // A sandbox may forbid to ask. Then an ordinary user has none.

@@ -1,8 +1,9 @@
 //! Opening a file of an export, by blocking system calls: for a thread of the pool.
 //!
-//! A file is looked up with O_PATH first, which opens nothing. Only if its type is one that is served is it opened, through
-//! /proc/self/fd: so no FIFO gets a reader, no device is started, no socket is touched, whatever is renamed meanwhile. A file that is
-//! not there is created with O_EXCL, so that nothing else is opened in its place.
+//! A file is looked up with O_PATH first, which opens nothing. Only if its type is one that is served is it
+//! opened, through /proc/self/fd: so no FIFO gets a reader, no device is started, no socket is touched,
+//! whatever is renamed meanwhile. A file that is not there is created with O_EXCL, so that nothing else is
+//! opened in its place.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString, OsStr};
@@ -17,13 +18,14 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
 
 use crate::backend::{Descriptor, FileInfo, stat};
-use crate::export::{Export, Refusal, Shown};
+use crate::export::{Export, Rejection, Shown};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, FileKind, OpenFile};
 
 /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
 const RETRIES_MAX: u32 = 32;
-/// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one that is not there.
+/// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one
+/// that is not there.
 const CREATIONS_MAX: u32 = 40;
 /// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
 const DIRECT_ALIGN_DEFAULT: u32 = 4096;
@@ -39,7 +41,8 @@ pub struct Opening {
     pub how: OpenHow,
     /// For what.
     pub access: Access,
-    /// If somebody has a lease on the file, it waits for them to give it up. Else it fails with EAGAIN then, and they are asked to.
+    /// If somebody has a lease on the file, it waits for them to give it up. Else it fails with EAGAIN then,
+    /// and they are asked to.
     pub waits_for_lease: bool,
 }
 
@@ -54,7 +57,7 @@ pub struct Opened {
 
 impl Opening {
     /// Opens the file. May take as long as its file system does, or the holder of a lease on it.
-    pub fn open(&self, export: &Export) -> Result<Opened, Refusal> {
+    pub fn open(&self, export: &Export) -> Result<Opened, Rejection> {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
         let directory = root.enter(export.name())?;
         let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
@@ -84,7 +87,7 @@ impl Opening {
         self.flags().contains(flags)
     }
 
-    fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+    fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<OwnedFd, Rejection> {
         let must_be_new = self.has(OFlags::CREATE | OFlags::EXCL);
         let creates = self.has(OFlags::CREATE) && !root.is_device();
         let lookup = OFlags::PATH | self.flags().intersection(OFlags::NOFOLLOW);
@@ -97,7 +100,7 @@ impl Opening {
                     // What open(2) says of `file/`, the attempt to create it says, too.
                     Err(Errno::NOENT | Errno::NOTDIR) if creates => {}
                     Err(Errno::NOENT) if root.is_device() => {
-                        return Err(self.refusal(libc::ENXIO, "The device is not there (any more)."));
+                        return Err(self.rejection(libc::ENXIO, "The device is not there (any more)."));
                     }
                     Err(Errno::XDEV) => return Err(self.leads_out(base, &path, lookup)),
                     Err(errno) => return Err(self.failed(errno)),
@@ -111,8 +114,8 @@ impl Opening {
         Err(self.failed(Errno::LOOP))
     }
 
-    /// Creates the file; None if there is something already and that may be. Its directory is looked up first: where files are not served
-    /// none is created either.
+    /// Creates the file; None if there is something already and that may be. Its directory is looked up
+    /// first: where files are not served none is created either.
     fn create(
         &self,
         name: &str,
@@ -120,14 +123,14 @@ impl Opening {
         base: BorrowedFd<'_>,
         path: &CStr,
         lookup: OFlags,
-    ) -> Result<Option<OwnedFd>, Refusal> {
+    ) -> Result<Option<OwnedFd>, Rejection> {
         let failed = |errno| match errno {
             Errno::XDEV => self.leads_out(base, path, lookup),
             errno => self.failed(errno),
         };
         let (parent, file) = split(path.to_bytes());
         let directory = self.openat(base, parent, OFlags::PATH | OFlags::DIRECTORY).map_err(failed)?;
-        check_file_system(&directory).map_err(|(errno, why)| self.refusal(errno, why))?;
+        check_file_system(&directory).map_err(|(errno, why)| self.rejection(errno, why))?;
         match self.openat(directory.as_fd(), file, self.flags() | OFlags::EXCL) {
             Err(Errno::EXIST) if !self.has(OFlags::EXCL) => Ok(None),
             Err(errno) => Err(failed(errno)),
@@ -135,9 +138,9 @@ impl Opening {
         }
     }
 
-    /// The path to create a file at when there is something at `path` that a lookup did not find: most likely a symbolic link to where
-    /// there is nothing. open(2) with O_CREAT would create its target.
-    fn behind_link<'a>(&self, base: BorrowedFd<'_>, path: Cow<'a, CStr>) -> Result<Cow<'a, CStr>, Refusal> {
+    /// The path to create a file at when there is something at `path` that a lookup did not find: most likely
+    /// a symbolic link to where there is nothing. open(2) with O_CREAT would create its target.
+    fn behind_link<'a>(&self, base: BorrowedFd<'_>, path: Cow<'a, CStr>) -> Result<Cow<'a, CStr>, Rejection> {
         let target = match self.openat(base, &*path, OFlags::PATH | OFlags::NOFOLLOW) {
             Ok(node) => rustix::fs::readlinkat(&node, c"", Vec::new()),
             Err(errno) => Err(errno),
@@ -160,7 +163,7 @@ impl Opening {
     }
 
     /// Opens what the lookup has found, if that may be.
-    fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<OwnedFd, Refusal> {
+    fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<OwnedFd, Rejection> {
         let kind = self.checked(name, root, node)?;
         // Leases are on regular files, and to devices O_NONBLOCK means something else.
         let nonblock = if self.waits_for_lease || kind != FileType::RegularFile {
@@ -177,7 +180,7 @@ impl Opening {
         });
         opened.map_err(|errno| match errno {
             Errno::NOENT => {
-                self.refusal(libc::ENOSYS, "The server has no /proc (any more), by which it opens files.")
+                self.rejection(libc::ENOSYS, "The server has no /proc (any more), by which it opens files.")
             }
             // A device node whose driver has gone.
             Errno::NODEV => self.failed(Errno::NXIO),
@@ -185,8 +188,8 @@ impl Opening {
         })
     }
 
-    fn checked(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<FileType, Refusal> {
-        root.check(name, node).map_err(|(errno, why)| self.refusal(errno, why))
+    fn checked(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<FileType, Rejection> {
+        root.check(name, node).map_err(|(errno, why)| self.rejection(errno, why))
     }
 
     fn openat(&self, base: BorrowedFd<'_>, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {
@@ -196,17 +199,17 @@ impl Opening {
         openat2(base, path, flags, mode, resolve)
     }
 
-    fn failed(&self, errno: Errno) -> Refusal {
+    fn failed(&self, errno: Errno) -> Rejection {
         let hint = match errno {
             Errno::INVAL if self.has(OFlags::DIRECT) => "Its file system may not have O_DIRECT.",
             Errno::MFILE | Errno::NFILE => "Raise the server's limit with `ulimit -n` or LimitNOFILE=.",
             _ => "",
         };
-        self.refusal(errno.raw_os_error(), hint)
+        self.rejection(errno.raw_os_error(), hint)
     }
 
     /// Why the kernel does not go there.
-    fn leads_out(&self, base: BorrowedFd<'_>, path: &CStr, lookup: OFlags) -> Refusal {
+    fn leads_out(&self, base: BorrowedFd<'_>, path: &CStr, lookup: OFlags) -> Rejection {
         let within = ResolveFlags::from_bits_retain(self.how.resolve) - ResolveFlags::NO_XDEV;
         let hint = match openat2(base, path, lookup, Mode::empty(), within) {
             Ok(_) | Err(Errno::NOENT) => {
@@ -214,22 +217,22 @@ impl Opening {
             }
             Err(_) => "It leads out of the export, or through an absolute symbolic link.",
         };
-        self.refusal(libc::EXDEV, hint)
+        self.rejection(libc::EXDEV, hint)
     }
 
-    fn refusal(&self, errno: i32, hint: &str) -> Refusal {
+    fn rejection(&self, errno: i32, hint: &str) -> Rejection {
         let error = std::io::Error::from_raw_os_error(errno);
         let path = Shown(self.path.as_bytes());
         let space = if hint.is_empty() { "" } else { " " };
-        Refusal {
+        Rejection {
             status: Status::storage(errno),
             text: format!("Cannot open {path} on the server: {error}.{space}{hint}"),
         }
     }
 }
 
-/// The directory of a path, and what is to be found there. A path that ends with `.` or `..` names nothing that could be created, and
-/// stays as it is.
+/// The directory of a path, and what is to be found there. A path that ends with `.` or `..` names nothing
+/// that could be created, and stays as it is.
 fn split(path: &[u8]) -> (&[u8], &[u8]) {
     let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
     let start = path[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);

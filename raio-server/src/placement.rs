@@ -1,8 +1,9 @@
 //! Which worker has a connection.
 //!
-//! The main thread places a connection before anything is known of it. Once its hello has come, and says that it carries data, the worker
-//! that read it claims a place for it at the worker with the fewest, and passes it on there if that is another one. So workers differ by
-//! at most one such connection when they are made; those that carry control commands alone cost nothing and stay where they are.
+//! The main thread places a connection before anything is known of it. Once its hello has come, and says that
+//! it carries data, the worker that read it claims a place for it at the worker with the fewest, and passes
+//! it on there if that is another one. So workers differ by at most one such connection when they are made;
+//! those that carry control commands alone cost nothing and stay where they are.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,7 +28,8 @@ impl Placement {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a data connection where there are fewest: at `here`, rather than at another worker that has as few. Returns where.
+    /// Counts a data connection where there are fewest: at `here`, rather than at another worker that has as
+    /// few. Returns where.
     pub fn claim(&self, here: usize) -> usize {
         let mut loads = self.lock();
         let rank = |at: usize, load: &Load| (load.is_stuck, load.data_connections, at != here);

@@ -1,10 +1,13 @@
-//! Threads for everything that may wait for a disk or a file system: one pool for the process, shared out in lanes.
+//! Threads for everything that may wait for a disk or a file system: one pool for the process, shared out in
+//! lanes.
 //!
-//! A lane runs a bounded number of jobs at a time; others wait in its FIFO. Threads start on demand, one for each job that runs and
-//! at least one that waits for work, and end when they have been idle for a while. So jobs that hang hold up their own lane and no other.
-//! Each export has its own lanes: a bound on the whole pool is the number of exports times the widths of their lanes.
+//! A lane runs a bounded number of jobs at a time; others wait in its FIFO. Threads start on demand, one for
+//! each job that runs and at least one that waits for work, and end when they have been idle for a while. So
+//! jobs that hang hold up their own lane and no other. Each export has its own lanes: a bound on the whole
+//! pool is the number of exports times the widths of their lanes.
 //!
-//! Threads are started by a thread of their own, so that they inherit neither a worker's place on a CPU nor what else it has set up.
+//! Threads are started by a thread of their own, so that they inherit neither a worker's place on a CPU nor
+//! what else it has set up.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
@@ -19,7 +22,8 @@ use crate::log;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// After a thread could not be started the next try comes this much later.
 const RETRY: Duration = Duration::from_millis(100);
-/// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that wait in it.
+/// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that
+/// wait in it.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What a pool's threads run.

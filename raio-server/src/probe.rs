@@ -1,5 +1,6 @@
-//! What the server needs of the kernel, tried at the start: what a sandbox or an old kernel does not allow is named then, with the
-//! remedy, rather than by each request that fails. io_uring is tried by the reactor, which does without.
+//! What the server needs of the kernel, tried at the start: what a sandbox or an old kernel does not allow is
+//! named then, with the remedy, rather than by each request that fails. io_uring is tried by the reactor,
+//! which does without.
 
 use std::io::IoSliceMut;
 

@@ -1,4 +1,5 @@
-//! A limit on how often something is logged, for each peer address and kind of line, so that a flood from one hides nobody else's lines.
+//! A limit on how often something is logged, for each peer address and kind of line, so that a flood from one
+//! hides nobody else's lines.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -11,7 +12,8 @@ const LINES_MAX: u32 = 10;
 /// Addresses and kinds that are told apart at a time; the others share.
 const KEYS_MAX: usize = 1024;
 
-/// What lines are limited by: whom they are about (None: nobody in particular, or one of very many), and a short name of their kind.
+/// What lines are limited by: whom they are about (None: nobody in particular, or one of very many), and a
+/// short name of their kind.
 pub type Key = (Option<IpAddr>, &'static str);
 
 /// Lets so many lines of each kind through in a while, and counts the rest.

@@ -4,8 +4,9 @@
 //!   NeedSlot --> Fetching (writes) --> Executing --> Responding: the transport has the answer, and the request is free
 //! ```
 //!
-//! What needs no memory starts at Executing. That no memory is free is a state and not an error: the request waits in its
-//! connection's FIFO. This module knows what a request does next and what comes of it; [`crate::worker`] moves it along.
+//! What needs no memory starts at Executing. That no memory is free is a state and not an error: the request
+//! waits in its connection's FIFO. This module knows what a request does next and what comes of it;
+//! [`crate::worker`] moves it along.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -19,8 +20,8 @@ use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
 use crate::backend::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
+use crate::device_queue::DispatchLimiter;
 use crate::open::Opening;
-use crate::pace::Pace;
 use crate::session::OpenFile;
 
 /// An open file as one worker has it.
@@ -31,13 +32,13 @@ pub struct WorkerFile {
     /// What all workers share.
     pub open: Arc<OpenFile>,
     /// When its O_DIRECT reads and writes begin.
-    pub pace: RefCell<Pace>,
+    pub device_queue: RefCell<DispatchLimiter>,
 }
 
 impl WorkerFile {
     /// A file that nothing has been done with.
     pub fn new(handle: FileHandle, open: Arc<OpenFile>) -> Self {
-        Self { handle, open, pace: RefCell::default() }
+        Self { handle, open, device_queue: RefCell::default() }
     }
 }
 
@@ -48,7 +49,7 @@ pub enum State {
     NeedSlot,
     /// The transport brings its data.
     Fetching,
-    /// The backend has it, or will have it when its device has less to do: see [`crate::pace`].
+    /// The backend has it, or will have it when its device has less to do: see [`crate::device_queue`].
     Executing,
 }
 
@@ -57,7 +58,8 @@ pub enum State {
 pub struct Request {
     /// Its name at the transport...
     pub key: RequestKey,
-    /// ... and the worker's connection. None once that is gone: the backend still has the request, and its answer is for nobody.
+    /// ... and the worker's connection. None once that is gone: the backend still has the request, and its
+    /// answer is for nobody.
     pub connection: Option<usize>,
     /// Where it is.
     pub state: State,
@@ -70,7 +72,7 @@ pub struct Request {
     /// It is to be cancelled.
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
-    pub canceller: Option<RequestKey>,
+    pub cancel_request: Option<RequestKey>,
     /// Where its operation is, for cancelling.
     pub operation: Option<Pending>,
 }
@@ -154,7 +156,8 @@ impl Read {
         Operation::Read { target, offset: self.span.offset + self.done as u64 }
     }
 
-    /// Takes in that `n` more bytes have been read. Whether that is the end of it: all, or the end of the file.
+    /// Takes in that `n` more bytes have been read. Whether that is the end of it: all, or the end of the
+    /// file.
     fn advance(&mut self, n: usize) -> bool {
         self.done += n;
         // A direct read stops off the alignment only at the end of the file, and could not go on from there.
@@ -216,8 +219,8 @@ pub enum RangeCommand {
     },
 }
 
-/// A range that a command is carried out on, and how much of it is done. What is done stays when it fails: to cut the file would cut off what
-/// another has appended meanwhile.
+/// A range that a command is carried out on, and how much of it is done. What is done stays when it fails: to
+/// cut the file would cut off what another has appended meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces {
     command: RangeCommand,
@@ -398,7 +401,7 @@ impl Work {
                 data(read.answer(slot))
             }
             (Self::Write(_, write), _) => success(write.range.length),
-            (Self::Stat(file), _) => status_of(file, made_up_status(size)),
+            (Self::Stat(file), _) => status_of(file, synthetic_stat(size)),
             _ => success(0),
         }
     }
@@ -418,7 +421,7 @@ impl Work {
 }
 
 /// The status of what is no file of the server's.
-pub fn made_up_status(size: u64) -> FileInfo {
+pub fn synthetic_stat(size: u64) -> FileInfo {
     let mut info = FileInfo { status: Default::default(), direct_align: None };
     info.status.size = size.into();
     info.status.mode = (libc::S_IFREG | 0o666).into();

@@ -12,13 +12,13 @@ use raio_transport::Status;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
-use crate::export::Refusal;
+use crate::export::Rejection;
 use crate::export_spec::ExportSpec;
 use crate::open::openat2;
 use crate::session::SizeLimit;
 
-/// The types of file systems that are served: those that hold files, and none that stand for the kernel's or a process's state, the
-/// server's own memory among it. By `f_type` of statfs(2); raio_server(8) names them.
+/// The types of file systems that are served: those that hold files, and none that stand for the kernel's or
+/// a process's state, the server's own memory among it. By `f_type` of statfs(2); raio_server(8) names them.
 const SERVED: [libc::__fsword_t; 42] = [
     libc::EXT4_SUPER_MAGIC,
     libc::XFS_SUPER_MAGIC,
@@ -37,8 +37,8 @@ const SERVED: [libc::__fsword_t; 42] = [
     libc::REISERFS_SUPER_MAGIC,
     libc::NILFS_SUPER_MAGIC,
     libc::JFFS2_SUPER_MAGIC,
-    // ramfs, bcachefs, JFS, ZFS, CIFS, SMB2, Ceph, 9P, GFS2, OCFS2, exFAT, NTFS3, NTFS, UDF, SquashFS, EROFS, HFS, HFS+, UBIFS, zonefs,
-    // Lustre, GPFS, BeeGFS, OrangeFS, VirtualBox's.
+    // ramfs, bcachefs, JFS, ZFS, CIFS, SMB2, Ceph, 9P, GFS2, OCFS2, exFAT, NTFS3, NTFS, UDF, SquashFS, EROFS,
+    // HFS, HFS+, UBIFS, zonefs, Lustre, GPFS, BeeGFS, OrangeFS, VirtualBox's.
     0x8584_58f6,
     0xca45_1a4e,
     0x3153_464a,
@@ -66,8 +66,8 @@ const SERVED: [libc::__fsword_t; 42] = [
     0x786f_4256,
 ];
 
-/// A directory, file or block device that is exported. It is looked up anew by each open, so that what is mounted over it, or takes its
-/// place, is seen.
+/// A directory, file or block device that is exported. It is looked up anew by each open, so that what is
+/// mounted over it, or takes its place, is seen.
 #[derive(Debug)]
 pub struct Root {
     path: CString,
@@ -101,7 +101,8 @@ fn statx(fd: impl AsFd) -> Result<Statx, Errno> {
 }
 
 impl Root {
-    /// What is at `path`, an absolute one without symbolic links (but for devices, whose links are followed by each open).
+    /// What is at `path`, an absolute one without symbolic links (but for devices, whose links are followed
+    /// by each open).
     pub fn new(path: &Path, kind: FileType, spec: &ExportSpec) -> anyhow::Result<Self> {
         let keeps_size = kind == FileType::RegularFile && !spec.may_grow;
         let this = Self {
@@ -119,7 +120,7 @@ impl Root {
                 Ok(directory) => {
                     directory.map_or(Ok(()), check_file_system).map_err(|(_, why)| anyhow::anyhow!(why))?
                 }
-                Err(Refusal { text, .. }) => {
+                Err(Rejection { text, .. }) => {
                     ensure!(this.must_be_mountpoint, "{text}");
                     tracing::warn!("{text}");
                 }
@@ -168,25 +169,25 @@ impl Root {
     }
 
     /// The directory as it is now, of a root that is one. `name` is the export's, for messages.
-    pub fn enter(&self, name: &str) -> Result<Option<OwnedFd>, Refusal> {
+    pub fn enter(&self, name: &str) -> Result<Option<OwnedFd>, Rejection> {
         if !self.is_directory() {
             return Ok(None);
         }
-        let refuse = |errno, why: &str| Refusal {
+        let reject = |errno, why: &str| Rejection {
             status: Status::storage(errno),
             text: format!("Export {name} cannot be served now: {why}."),
         };
         let failed = |errno: Errno| match errno {
-            Errno::NOENT => refuse(libc::ENOENT, "its directory is not there"),
-            Errno::NOTDIR | Errno::LOOP => refuse(libc::ENOTDIR, "it is no directory any more"),
-            errno => refuse(errno.raw_os_error(), &errno.to_string()),
+            Errno::NOENT => reject(libc::ENOENT, "its directory is not there"),
+            Errno::NOTDIR | Errno::LOOP => reject(libc::ENOTDIR, "it is no directory any more"),
+            errno => reject(errno.raw_os_error(), &errno.to_string()),
         };
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let directory = openat2(CWD, &self.path, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS);
         let directory = directory.map_err(failed)?;
         let stat = statx(&directory).map_err(failed)?;
         if self.must_be_mountpoint && !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
-            return Err(refuse(
+            return Err(reject(
                 libc::ENXIO,
                 "nothing is mounted on its directory, and it is set to `mountpoint`",
             ));
@@ -209,8 +210,8 @@ impl Root {
         }
     }
 
-    /// What a lookup has found, if it may be opened; the errno and the reason if not. `name` is the export's, for the
-    /// log.
+    /// What a lookup has found, if it may be opened; the errno and the reason if not. `name` is the export's,
+    /// for the log.
     pub fn check(&self, name: &str, node: &OwnedFd) -> Result<FileType, (i32, &'static str)> {
         let failed = |errno: Errno| (errno.raw_os_error(), "");
         let stat = statx(node).map_err(failed)?;

@@ -1,6 +1,7 @@
 //! The server: starts the workers, places connections on them, and ends them.
 //!
-//! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It serves nothing itself.
+//! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
+//! serves nothing itself.
 
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock, mpsc};
@@ -23,7 +24,7 @@ use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
-use crate::worker::{Doors, Mail, RawConnection, Shared, Started, Worker};
+use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
 use crate::{log, probe};
 
 const LISTENER: u8 = 0;
@@ -65,7 +66,7 @@ pub struct Server {
 }
 
 struct WorkerHandle {
-    doors: Doors,
+    senders: WorkerSenders,
     counters: Arc<Counters>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
@@ -151,7 +152,7 @@ impl Server {
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
-        let _ = shared.workers.set(workers.iter().map(|worker| worker.doors.clone()).collect());
+        let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());
         let backend = say_what_was_missing(config, &started);
         Ok(Self {
             reactor,
@@ -181,7 +182,7 @@ impl Server {
         let mut running = self.workers.len();
         let mut all_answered = true;
         while running > 0 {
-            self.reactor.turn(Wait::Block, &mut events).context("The main event loop failed")?;
+            self.reactor.run_once(Wait::Block, &mut events).context("The main event loop failed")?;
             for event in events.drain(..) {
                 match event.token {
                     Token { owner: LISTENER, .. } => {
@@ -236,9 +237,9 @@ impl Server {
                 match connection {
                     RawConnection::Tcp(socket, _) => {
                         // As much as the socket takes; nobody waits for a client here.
-                        let refusal = self.shared.policy.refusal(libc::EUSERS, &text);
+                        let rejection = self.shared.policy.rejection(libc::EUSERS, &text);
                         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                        let _ = rustix::net::send(&socket, &refusal, flags);
+                        let _ = rustix::net::send(&socket, &rejection, flags);
                         let _ = rustix::net::shutdown(&socket, Shutdown::Write);
                     }
                     RawConnection::Rdma(incoming) => incoming.reject(libc::EUSERS, &text),
@@ -255,12 +256,12 @@ impl Server {
     fn hand_over(&mut self, connection: RawConnection, place: Arc<Place>) {
         let placement = &self.shared.placement;
         let rank = |at: usize, worker: &WorkerHandle| {
-            let waiting = worker.doors.connections.waiting() as u64;
+            let waiting = worker.senders.connections.waiting() as u64;
             (placement.is_stuck(at), worker.counters.connections.get() + waiting)
         };
         let fewest = self.workers.iter().enumerate().min_by_key(|&(at, worker)| rank(at, worker));
         if let Some((_, worker)) = fewest {
-            worker.doors.connections.send((connection, place));
+            worker.senders.connections.send((connection, place));
         }
         self.check_later();
     }
@@ -276,11 +277,12 @@ impl Server {
         self.is_checking = false;
         let mut stuck = Vec::new();
         for (at, worker) in self.workers.iter_mut().enumerate() {
-            let (waiting, turns) = (worker.doors.connections.waiting(), worker.counters.turns.get());
-            let (waited, was_at) = std::mem::replace(&mut worker.checked, (waiting, turns));
+            let (waiting, iterations) =
+                (worker.senders.connections.waiting(), worker.counters.iterations.get());
+            let (waited, was_at) = std::mem::replace(&mut worker.checked, (waiting, iterations));
             // What was taken back woke it all the same: its next iteration shows that it goes on.
             let was_stuck = self.shared.placement.is_stuck(at);
-            let is_stuck = turns == was_at && (was_stuck || waiting > 0 && waited > 0);
+            let is_stuck = iterations == was_at && (was_stuck || waiting > 0 && waited > 0);
             self.shared.placement.set_stuck(at, is_stuck);
             if is_stuck {
                 stuck.push(at);
@@ -296,13 +298,13 @@ impl Server {
             return;
         }
         for at in stuck {
-            while let Some((connection, place)) = self.workers[at].doors.connections.take_back() {
+            while let Some((connection, place)) = self.workers[at].senders.connections.take_back() {
                 match connection {
                     RawConnection::Passed(stream, peer, hello) => {
                         self.shared.placement.release(at);
                         let to = self.shared.placement.claim(at);
-                        let doors = &self.workers[to].doors;
-                        doors.connections.send((RawConnection::Passed(stream, peer, hello), place));
+                        let senders = &self.workers[to].senders;
+                        senders.connections.send((RawConnection::Passed(stream, peer, hello), place));
                     }
                     connection => self.hand_over(connection, place),
                 }
@@ -343,7 +345,7 @@ impl Server {
         self.listener.stop(&mut self.reactor);
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         for worker in &self.workers {
-            worker.doors.mailbox.send(Mail::Drain(deadline));
+            worker.senders.mailbox.send(Mail::Drain(deadline));
         }
         self.reactor.timer(deadline + DRAIN_SLACK, DRAIN_DEADLINE);
         None
@@ -394,7 +396,7 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        workers.push(WorkerHandle { doors: started.doors.clone(), counters, checked: (0, 0) });
+        workers.push(WorkerHandle { senders: started.senders.clone(), counters, checked: (0, 0) });
         all_started.push(started);
     }
     Ok((workers, all_started))
@@ -436,7 +438,8 @@ fn descriptors_for(sessions: usize) -> usize {
     DESCRIPTORS_OWN + 2 * sessions
 }
 
-/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open files.
+/// How many sessions there may be, and how many open files of theirs, when the process may have `limit` open
+/// files.
 fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize, usize)> {
     let room = limit.saturating_sub(DESCRIPTORS_OWN);
     let sessions = match wanted {
@@ -460,8 +463,9 @@ fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize,
             sessions
         }
     };
-    // At most half for files, and none of what the sessions' connections take: clients that open all they can do not keep others from
-    // connecting. But one for each session: it may be of an export that takes no descriptor.
+    // At most half for files, and none of what the sessions' connections take: clients that open all they can
+    // do not keep others from connecting. But one for each session: it may be of an export that takes no
+    // descriptor.
     let files = (limit / 2).min(room.saturating_sub(sessions)).max(sessions);
     Ok((sessions, files))
 }

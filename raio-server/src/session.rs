@@ -1,8 +1,9 @@
 //! Sessions: clients by their uuid, and the files that each has open.
 //!
-//! A session's files are usable from all of its connections, on whichever worker they landed. The tables here are shared and locked,
-//! and so for the control path only: open, close, and a worker's first use of a handle. Data path: each worker has its own view of a
-//! file ([`crate::worker`]'s cache), and sees by [`OpenFile::is_closed`] that another worker closed it.
+//! A session's files are usable from all of its connections, on whichever worker they landed. The tables here
+//! are shared and locked, and so for the control path only: open, close, and a worker's first use of a
+//! handle. Data path: each worker has its own view of a file ([`crate::worker`]'s cache), and sees by
+//! [`OpenFile::is_closed`] that another worker closed it.
 //!
 //! A session lives as long as it has connections. When the last one goes its files close.
 
@@ -280,12 +281,14 @@ impl Sessions {
         self.limits.queue_pair(address, bytes)
     }
 
-    /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what `limits` allows them.
+    /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what
+    /// `limits` allows them.
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         Self { by_id: Mutex::default(), sessions_max, limits }
     }
 
-    /// A worker has got its first connection of this session, from an address. The error says why there may not be one more.
+    /// A worker has got its first connection of this session, from an address. The error says why there may
+    /// not be one more.
     pub fn join(&self, id: SessionId, address: &AddressAccount) -> Result<Arc<Session>, Excess> {
         let mut by_id = lock(&self.by_id);
         let used = by_id.len();
@@ -307,7 +310,8 @@ impl Sessions {
         Ok(Arc::clone(&joined.session))
     }
 
-    /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any more.
+    /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any
+    /// more.
     pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
         let mut by_id = lock(&self.by_id);
         let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };

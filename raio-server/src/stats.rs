@@ -1,7 +1,7 @@
 //! Counters: what the server did, and what it is at.
 //!
-//! Each worker has its own, written by itself alone with plain loads and stores; whoever asks adds them up. What is read while
-//! workers run is not one moment's truth, but each number is right.
+//! Each worker has its own, written by itself alone with plain loads and stores; whoever asks adds them up.
+//! What is read while workers run is not one moment's truth, but each number is right.
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +37,7 @@ const REASONS: [&str; 20] = [
     "finished",
     "lost",
     "local",
-    "refused",
+    "rejected",
     "evicted",
     "unreachable",
     "magic",
@@ -84,7 +84,7 @@ pub struct Counters {
     /// Times that a connection was not read from because its messages took too many.
     pub message_waits: Counter,
     /// The most bytes of the arena that one turn has given out.
-    pub turn_bytes_max: Counter,
+    pub iteration_bytes_max: Counter,
     /// Connections that were rejected because their session has as many as it may.
     pub rejected_connections: Counter,
     /// Queue pairs for which there was no memory.
@@ -98,7 +98,7 @@ pub struct Counters {
     /// Times that one had to because its session, or its address, has as much as it may.
     pub memory_waits: [Counter; 2],
     /// Turns of the loop.
-    pub turns: Counter,
+    pub iterations: Counter,
     /// Times that the loop went to sleep.
     pub sleeps: Counter,
     requests: [Counter; Opcode::ALL.len()],
@@ -170,8 +170,11 @@ pub fn json<'a>(
     number("arena_bytes", sum(|c| &c.arena_bytes));
     number("heap_bytes", sum(|c| &c.heap_bytes));
     number("slot_waits", sum(|c| &c.slot_waits));
-    number("turn_bytes_max", workers.clone().map(|worker| worker.turn_bytes_max.get()).max().unwrap_or(0));
-    number("turns", sum(|c| &c.turns));
+    number(
+        "iteration_bytes_max",
+        workers.clone().map(|worker| worker.iteration_bytes_max.get()).max().unwrap_or(0),
+    );
+    number("iterations", sum(|c| &c.iterations));
     number("sleeps", sum(|c| &c.sleeps));
     number("log_lines_lost", crate::log::lost());
     let mut object = |name: &str, fields: &mut dyn Iterator<Item = (&str, u64)>| {
@@ -247,7 +250,7 @@ mod tests {
         let workers = [Counters::default(), Counters::default()];
         for worker in &workers {
             worker.read_bytes.add(5);
-            worker.turn_bytes_max.set(7);
+            worker.iteration_bytes_max.set(7);
             worker.request(Opcode::Cancel);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
@@ -255,7 +258,7 @@ mod tests {
         assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
-            "\"turn_bytes_max\":7",
+            "\"iteration_bytes_max\":7",
             "\"cancel\":2",
             "\"stalled\":2",
             "\"accepted\":3",
@@ -291,7 +294,7 @@ mod tests {
             CloseReason::Finished,
             CloseReason::Lost(0),
             CloseReason::Local,
-            CloseReason::Refused,
+            CloseReason::Rejected,
             CloseReason::Evicted,
             CloseReason::Unreachable,
         ];

@@ -1,12 +1,13 @@
-//! A worker: one thread that owns a reactor, an arena, the connections that were placed on it, and their requests.
+//! A worker: one thread that owns a reactor, an arena, the connections that were placed on it, and their
+//! requests.
 //!
-//! Nothing here is shared but what [`Shared`] holds, and that is for the control path. A turn hears from everyone, moves each
-//! request along as far as it goes, then sends all answers at once. What commands mean is in [`command`], how
-//! requests move along in [`pipeline`], and which of them need not in [`at_once`].
+//! Nothing here is shared but what [`Shared`] holds, and that is for the control path. A turn hears from
+//! everyone, moves each request along as far as it goes, then sends all answers at once. What commands mean
+//! is in [`command`], how requests move along in [`pipeline`], and which of them need not in [`fast_path`].
 
-mod at_once;
 mod command;
 mod connection;
+mod fast_path;
 #[cfg(debug_assertions)]
 mod filter;
 mod pipeline;
@@ -28,7 +29,7 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{self, ConnectionId, ServerEvent, ServerTransport};
-use raio_transport::{Status, any, rdma};
+use raio_transport::{Status, mux, rdma};
 use slab::Slab;
 
 use crate::backend::{self, Backend, Threads, Uring};
@@ -51,9 +52,9 @@ const TIMER: Token = Token { owner: 0xff, value: 0 };
 /// After it was told to stop, a worker takes new requests for so long: those that were on their way.
 const GRACE: Duration = Duration::from_millis(100);
 /// From then on connections without requests are closed once nothing arrives any more, or after so long.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a drained worker waits for its peers to read their goodbye and close.
-const GOODBYE_TIMEOUT: Duration = Duration::from_millis(1500);
+const DRAIN_QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a drained worker waits for its peers to read their goaway and close.
+const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A connection may have this part of the arena.
 const SHARE: usize = 8;
 /// This part is kept for small requests of connections that hold little.
@@ -69,7 +70,7 @@ pub struct Shared {
     /// What each connection is granted.
     pub policy: Arc<Policy>,
     /// How to reach each worker, once all have started.
-    pub workers: OnceLock<Vec<Doors>>,
+    pub workers: OnceLock<Vec<WorkerSenders>>,
     /// Who has how many connections.
     pub placement: Placement,
     /// What the configuration asks for.
@@ -88,7 +89,7 @@ pub struct Shared {
 
 /// How to reach a worker.
 #[derive(Clone, Debug)]
-pub struct Doors {
+pub struct WorkerSenders {
     /// Its mailbox.
     pub mailbox: Sender<Mail>,
     /// Connections that it is to serve.
@@ -132,9 +133,9 @@ pub enum Mail {
 
 /// A worker that was told to stop.
 struct Drain {
-    refuse_at: Instant,
+    reject_at: Instant,
     deadline: Instant,
-    goodbye_deadline: Option<Instant>,
+    goaway_deadline: Option<Instant>,
 }
 
 /// See the module documentation.
@@ -147,10 +148,11 @@ pub struct Worker {
     incoming: Receiver<(RawConnection, Arc<Place>)>,
     reactor: Reactor,
     arena: Arena,
-    transport: any::Server,
+    transport: mux::Server,
     backend: Box<dyn Backend>,
     connections: Slab<Connection>,
-    /// Of all connections, those in their handshake among them. The transport holds them, too, and longer: until a socket is closed.
+    /// Of all connections, those in their handshake among them. The transport holds them, too, and longer:
+    /// until a socket is closed.
     places: HashMap<ConnectionId, Arc<Place>>,
     /// What addresses that connections are from have.
     addresses: Addresses,
@@ -172,7 +174,7 @@ pub struct Worker {
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
     /// Connections with requests that wait for memory take turns.
-    turns: VecDeque<usize>,
+    round_robin: VecDeque<usize>,
     /// How many connections have such requests.
     waiting: usize,
     /// The one of them that has waited longest with no memory at all, because there is none.
@@ -184,11 +186,11 @@ pub struct Worker {
     /// When connections that wait for memory are next shown that the server lives.
     life_sign: Option<Instant>,
     /// Requests for a later turn.
-    postponed: VecDeque<transport::Request>,
+    deferred: VecDeque<transport::Request>,
     /// What this turn has read and written at once.
     at_once_bytes: usize,
     /// What this turn has given out of the arena, that included.
-    turn_bytes: usize,
+    iteration_bytes: usize,
     /// What a connection may have of the arena.
     share_bytes: usize,
     /// What is kept for small requests.
@@ -213,7 +215,7 @@ pub struct Worker {
 #[derive(Debug)]
 pub struct Started {
     /// Where to reach it.
-    pub doors: Doors,
+    pub senders: WorkerSenders,
     /// Why it has no io_uring.
     pub fallback: Option<String>,
     /// Why its arena could not be registered with the ring.
@@ -233,8 +235,8 @@ impl Worker {
         let mut reactor = Reactor::new(&reactor::Config { spin: shared.spin, ..reactor::Config::default() })
             .context("Cannot make an event loop")?;
         let io_bytes_max = shared.policy.data_bytes_max as usize;
-        // Twice the largest request, for a direct read takes up to a block more on each side. Down to a multiple of that, for up
-        // would be more than was allowed.
+        // Twice the largest request, for a direct read takes up to a block more on each side. Down to a
+        // multiple of that, for up would be more than was allowed.
         let slot_bytes_max = (2 * io_bytes_max).next_power_of_two();
         let arena_bytes = shared.arena_bytes - shared.arena_bytes % slot_bytes_max;
         let arena = Arena::new(arena_bytes, slot_bytes_max).with_context(|| {
@@ -266,9 +268,10 @@ impl Worker {
         let (mailbox, mail) = reactor::mailbox(reactor.waker());
         let fallback = reactor.fallback_reason().map(str::to_owned);
         let (connections, incoming) = reactor::mailbox(reactor.waker());
-        let started = Started { doors: Doors { mailbox, connections }, fallback, unregistered, no_rdma };
+        let started =
+            Started { senders: WorkerSenders { mailbox, connections }, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
-        let mut transport = any::Server::new(TCP, &shared.policy, rdma);
+        let mut transport = mux::Server::new(TCP, &shared.policy, rdma);
         transport.set_heap_max(shared.heap_bytes);
         let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
         transport.set_queue_pair_memory(Box::new(move |address, bytes| {
@@ -316,15 +319,15 @@ impl Worker {
             at_devices: 0,
             reported: Vec::new(),
             closing: 0,
-            turns: VecDeque::new(),
+            round_robin: VecDeque::new(),
             waiting: 0,
             starved: None,
             is_short: false,
             stall_check: None,
             life_sign: None,
-            postponed: VecDeque::new(),
+            deferred: VecDeque::new(),
             at_once_bytes: 0,
-            turn_bytes: 0,
+            iteration_bytes: 0,
             events: Vec::new(),
             handed_over: false,
             is_busy: false,
@@ -339,7 +342,7 @@ impl Worker {
         #[cfg(debug_assertions)]
         filter::install()?;
         loop {
-            self.turn()?;
+            self.run_once()?;
             if let Some(outcome) = self.drained() {
                 return Ok(outcome);
             }
@@ -347,12 +350,12 @@ impl Worker {
     }
 
     /// One turn of the loop.
-    fn turn(&mut self) -> anyhow::Result<()> {
-        self.hear()?;
+    fn run_once(&mut self) -> anyhow::Result<()> {
+        self.poll_events()?;
         self.take_mail();
         self.take_completions();
         self.grant_slots();
-        self.relieve();
+        self.evict_stalled();
         self.take_requests();
         self.pass_on();
         // What the page cache had at once.
@@ -364,11 +367,11 @@ impl Worker {
     }
 
     /// Submits what the last turn asked for, and hears what has ended. Sleeps here if there is nothing to do.
-    fn hear(&mut self) -> anyhow::Result<()> {
+    fn poll_events(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         // Who has just got a batch of writes may want this core: no spinning against it.
         let spins = wait == Wait::Poll || !std::mem::take(&mut self.handed_over);
-        self.reactor.expect(if spins { self.at_devices.max(1) } else { 0 });
+        self.reactor.set_spin_multiplier(if spins { self.at_devices.max(1) } else { 0 });
         let happened = self.transport.run_once(&mut self.reactor, wait, &mut self.events);
         self.is_busy = happened.context("The event loop failed")?;
         for event in self.events.drain(..) {
@@ -396,10 +399,10 @@ impl Worker {
                     }
                 }
                 Mail::Drain(deadline) => {
-                    let refuse_at = Instant::now() + GRACE;
-                    self.reactor.timer(refuse_at, TIMER);
+                    let reject_at = Instant::now() + GRACE;
+                    self.reactor.timer(reject_at, TIMER);
                     self.reactor.timer(deadline, TIMER);
-                    self.drain = Some(Drain { refuse_at, deadline, goodbye_deadline: None });
+                    self.drain = Some(Drain { reject_at, deadline, goaway_deadline: None });
                 }
             }
         }
@@ -454,8 +457,8 @@ impl Worker {
 
     fn take_requests(&mut self) {
         self.at_once_bytes = 0;
-        while self.has_time()
-            && let Some(request) = self.postponed.pop_front()
+        while self.has_budget()
+            && let Some(request) = self.deferred.pop_front()
         {
             self.is_busy = true;
             self.take_request(&request);
@@ -464,9 +467,9 @@ impl Worker {
             self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, *peer),
-                ServerEvent::Request(request) if self.has_time() => self.take_request(&request),
+                ServerEvent::Request(request) if self.has_budget() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
-                ServerEvent::Request(request) => self.postponed.push_back(request),
+                ServerEvent::Request(request) => self.deferred.push_back(request),
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
                 ServerEvent::Closed(id, reason) => self.closed(id, &reason),
             }
@@ -499,22 +502,23 @@ impl Worker {
         counters.heap_bytes.set(heap_bytes as u64);
         counters.message_waits.set(message_waits);
         counters.sleeps.set(self.reactor.sleeps());
-        counters.turn_bytes_max.set(counters.turn_bytes_max.get().max(self.turn_bytes as u64));
-        counters.turns.add(1);
+        counters.iteration_bytes_max.set(counters.iteration_bytes_max.get().max(self.iteration_bytes as u64));
+        counters.iterations.add(1);
     }
 
-    // The end ----------------------------------------------------------------------------------------------------------
+    // The end
+    // ----------------------------------------------------------------------------------------------------------
 
-    /// Whether new requests are refused.
-    fn is_refusing(&self) -> bool {
-        self.drain.as_ref().is_some_and(|drain| Instant::now() >= drain.refuse_at)
+    /// Whether new requests are rejected.
+    fn is_rejecting(&self) -> bool {
+        self.drain.as_ref().is_some_and(|drain| Instant::now() >= drain.reject_at)
     }
 
     /// Whether the worker was told to stop and is done; if so, whether everything was answered.
     fn drained(&mut self) -> Option<bool> {
         let drain = self.drain.as_mut()?;
         let now = Instant::now();
-        if now < drain.refuse_at {
+        if now < drain.reject_at {
             return None;
         }
         if now >= drain.deadline {
@@ -524,14 +528,14 @@ impl Worker {
             if self.transport.connections() == 0 {
                 return Some(true);
             }
-            let goodbye_deadline = *drain.goodbye_deadline.get_or_insert_with(|| {
-                self.reactor.timer(now + GOODBYE_TIMEOUT, TIMER);
-                now + GOODBYE_TIMEOUT
+            let goaway_deadline = *drain.goaway_deadline.get_or_insert_with(|| {
+                self.reactor.timer(now + GOAWAY_TIMEOUT, TIMER);
+                now + GOAWAY_TIMEOUT
             });
-            return (now >= goodbye_deadline).then_some(true);
+            return (now >= goaway_deadline).then_some(true);
         }
         // What has arrived in the meantime is answered first; for a while, as somebody may go on sending.
-        if !self.postponed.is_empty() || (self.is_busy && now < drain.refuse_at + SETTLE_TIMEOUT) {
+        if !self.deferred.is_empty() || (self.is_busy && now < drain.reject_at + DRAIN_QUIESCE_TIMEOUT) {
             return None;
         }
         for (_, connection) in &mut self.connections {

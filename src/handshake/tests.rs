@@ -1,5 +1,5 @@
-//! Golden bytes of the handshake as docs/PROTOCOL.md has it, their checksums from an independent implementation; and what each side
-//! makes of the other's.
+//! Golden bytes of the handshake as docs/PROTOCOL.md has it, their checksums from an independent
+//! implementation; and what each side makes of the other's.
 
 use proptest::prelude::*;
 
@@ -103,7 +103,7 @@ fn a_client_asks_for_a_queue_pair_once_and_says_no_more_about_it() {
 
 #[test]
 fn a_refusal_has_these_bytes() {
-    assert_eq!(policy().refusal(libc::EUSERS, "No seat."), hex(REFUSAL));
+    assert_eq!(policy().rejection(libc::EUSERS, "No seat."), hex(REFUSAL));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn both_ends_agree_on_what_was_granted() {
 #[test]
 fn a_refusal_is_read_with_its_sentence() {
     match offer().grant(&hex(REFUSAL)) {
-        Err(Error::Refused { status, text }) => {
+        Err(Error::Rejected { status, text }) => {
             assert_eq!((status, text.as_str()), (Status::policy(libc::EUSERS), "No seat."));
         }
         other => panic!("{other:?}"),
@@ -150,15 +150,15 @@ fn a_keepalive_out_of_bounds_is_clamped_and_an_errno_out_of_bounds_is_a_violatio
         let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("no grant") };
         assert_eq!(grant.keepalive, Duration::from_millis(taken));
     }
-    let refused = |errno| Offer::new("client").grant(&policy().refusal(errno, "no")).unwrap_err().errno();
-    assert_eq!([1, 4_095, 4_096, 65_535].map(refused), [1, 4_095, libc::EPROTO, libc::EPROTO]);
+    let rejected = |errno| Offer::new("client").grant(&policy().rejection(errno, "no")).unwrap_err().errno();
+    assert_eq!([1, 4_095, 4_096, 65_535].map(rejected), [1, 4_095, libc::EPROTO, libc::EPROTO]);
 }
 
 #[test]
 fn the_text_of_a_peer_stays_on_one_line_and_has_no_control_characters() {
     let nasty = "a\nb\r\x1b[31mc\t\u{9b}d\u{2028}e\u{202e}f\x7f";
     let clean = "a?b??[31mc??d?e?f?";
-    let error = Offer::new("client").grant(&policy().refusal(libc::EPERM, nasty)).unwrap_err();
+    let error = Offer::new("client").grant(&policy().rejection(libc::EPERM, nasty)).unwrap_err();
     assert!(error.to_string().ends_with(&format!(": {clean}")), "{error}");
     let Ok(Parsed::Item((peer, _), _)) = policy().welcome(&Offer::new(nasty).hello()) else {
         panic!("not welcome")

@@ -1,5 +1,6 @@
-//! Golden bytes: what docs/PROTOCOL.md says, written out by hand; the checksums are those of an independent implementation. And
-//! properties: what is encoded is decoded, and nothing that a peer can send makes decoding panic.
+//! Golden bytes: what docs/PROTOCOL.md says, written out by hand; the checksums are those of an independent
+//! implementation. And properties: what is encoded is decoded, and nothing that a peer can send makes
+//! decoding panic.
 
 use proptest::prelude::*;
 
@@ -171,23 +172,23 @@ fn pings_and_pongs_have_these_bytes() {
 }
 
 #[test]
-fn goodbyes_have_these_bytes() {
+fn goaways_have_these_bytes() {
     golden(
         "05 01 08 00  00 00 00 00  00 00 00 00 00 00 00 00
          6e 00 01 00 00 00 00 00   00 00 00 00 00 00 00 00
          00 00 00 00  c5 57 92 85
          42 79 65 2e 00 00 00 00",
         &CHECKED,
-        Message::Goodbye(Status::transport(libc::ETIMEDOUT), b"Bye.\0\0\0\0"),
-        |out| encode_goodbye(Status::transport(libc::ETIMEDOUT), "Bye.", true, out),
+        Message::Goaway(Status::transport(libc::ETIMEDOUT), b"Bye.\0\0\0\0"),
+        |out| encode_goaway(Status::transport(libc::ETIMEDOUT), "Bye.", true, out),
     );
     golden(
         "05 00 00 00  00 00 00 00  00 00 00 00 00 00 00 00
          00 00 00 00 00 00 00 00   00 00 00 00 00 00 00 00
          00 00 00 00  00 00 00 00",
         &PLAIN,
-        Message::Goodbye(Status::OK, &[]),
-        |out| encode_goodbye(Status::OK, "", false, out),
+        Message::Goaway(Status::OK, &[]),
+        |out| encode_goaway(Status::OK, "", false, out),
     );
 }
 
@@ -309,8 +310,8 @@ fn a_sentence_is_cut_between_characters() {
     let odd = format!("x{long}");
     assert_eq!(clipped(&odd).len(), 255);
     let mut bytes = Vec::new();
-    encode_goodbye(Status::OK, &odd, false, &mut bytes);
-    let Ok(Parsed::Item(Message::Goodbye(_, body), _)) = parse(&bytes, &PLAIN) else { panic!() };
+    encode_goaway(Status::OK, &odd, false, &mut bytes);
+    let Ok(Parsed::Item(Message::Goaway(_, body), _)) = parse(&bytes, &PLAIN) else { panic!() };
     assert_eq!(text(body), clipped(&odd));
 }
 
@@ -367,7 +368,7 @@ enum Sample {
     Response(Response, Vec<u8>),
     Ping(u64),
     Pong(u64),
-    Goodbye(Status, String),
+    Goaway(Status, String),
     QueuePair(QueuePairAddress),
     NoQueuePair(Status, String),
 }
@@ -401,7 +402,7 @@ fn any_sample() -> impl Strategy<Value = Sample> {
         (any_response(), any_body()).prop_map(|(response, body)| Sample::Response(response, body)),
         any::<u64>().prop_map(Sample::Ping),
         any::<u64>().prop_map(Sample::Pong),
-        (any_status(), "\\PC{0,300}").prop_map(|(status, text)| Sample::Goodbye(status, text)),
+        (any_status(), "\\PC{0,300}").prop_map(|(status, text)| Sample::Goaway(status, text)),
         any_queue_pair().prop_map(Sample::QueuePair),
         (any_status(), "\\PC{0,300}")
             .prop_filter("a failure", |(status, _)| !status.is_ok())
@@ -419,7 +420,7 @@ impl Sample {
             }
             Self::Ping(id) => encode_ping(*id, crc, out),
             Self::Pong(id) => encode_pong(*id, crc, out),
-            Self::Goodbye(status, text) => encode_goodbye(*status, text, crc, out),
+            Self::Goaway(status, text) => encode_goaway(*status, text, crc, out),
             Self::QueuePair(address) => encode_queue_pair(Ok(address), crc, out),
             Self::NoQueuePair(status, text) => encode_queue_pair(Err((*status, text)), crc, out),
         }
@@ -447,7 +448,7 @@ impl Sample {
                 *got == Response { body_len: body.len() as u16, data_crc, ..*response } && *got_body == body
             }
             (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
-            (Self::Goodbye(status, sentence), Message::Goodbye(got, body)) => {
+            (Self::Goaway(status, sentence), Message::Goaway(got, body)) => {
                 got == status && text(body) == text(sentence.as_bytes())
             }
             (Self::QueuePair(address), Message::QueuePair(got)) => *got == Ok(*address),

@@ -1,11 +1,13 @@
 //! The client's side of RDMA: one connection, used by one thread at a time.
 //!
-//! While a request is in flight its buffers are laid open to the server, for its direction only: memory that was registered as it is,
-//! other memory through a bounce slot, which is counted. Small writes travel in their request. The buffers come back with the reply;
-//! when the connection ends without one, the queue pair is destroyed first, so that nothing lands in them afterwards.
+//! While a request is in flight its buffers are laid open to the server, for its direction only: memory that
+//! was registered as it is, other memory through a bounce slot, which is counted. Small writes travel in
+//! their request. The buffers come back with the reply; when the connection ends without one, the queue pair
+//! is destroyed first, so that nothing lands in them afterwards.
 //!
-//! Nothing here starts a thread. [`ClientTransport::receive`] polls the completion queue in memory; [`ClientTransport::wait`] arms it,
-//! polls once more, and sleeps on a descriptor that stands for the completion channel, rdma_cm's events and the device's.
+//! Nothing here starts a thread. [`ClientTransport::receive`] polls the completion queue in memory;
+//! [`ClientTransport::wait`] arms it, polls once more, and sleeps on a descriptor that stands for the
+//! completion channel, rdma_cm's events and the device's.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -16,16 +18,16 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
 
-use super::by_hand::{packet_numbers, port_of};
 use super::cm::{EventChannel, Id, Kind};
 use super::device::{Access, CompletionChannel, Domain, Mr, PortAddress};
+use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Failure, QueuePair, Size};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
+use crate::keepalive::{Action, Keepalive};
 use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot, process};
 use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
-use crate::silence::{Silence, Verdict};
 use crate::tcp;
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
@@ -44,13 +46,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(2);
 const ROOM_EVERY: Duration = Duration::from_millis(1);
 /// How long the first try to connect takes.
 const CONNECT_TIME: Duration = Duration::from_millis(1500);
-/// The server may take this part of the time that is left to answer over a queue pair that was just made: a busy one takes its time, and
-/// there must be enough left to connect anew.
+/// The server may take this part of the time that is left to answer over a queue pair that was just made: a
+/// busy one takes its time, and there must be enough left to connect anew.
 const PROOF_PART: u32 = 4;
-/// When the TCP connection of a queue pair has ended, what is still on its way by the queue pair may take so long.
+/// When the TCP connection of a queue pair has ended, what is still on its way by the queue pair may take so
+/// long.
 const STREAM_GRACE: Duration = Duration::from_millis(100);
-/// How long a goodbye may take.
-const GOODBYE_TIME: Duration = Duration::from_millis(100);
+/// How long a goaway may take.
+const GOAWAY_TIME: Duration = Duration::from_millis(100);
 
 /// A connection to a server over RDMA.
 #[derive(Debug)]
@@ -65,7 +68,8 @@ pub struct Client {
     channel: Arc<CompletionChannel>,
     /// rdma_cm's, if that has made the connection.
     events: Option<Arc<EventChannel>>,
-    /// The TCP connection, if the queue pair was exchanged over one: it carries nothing more, and each ends with the other.
+    /// The TCP connection, if the queue pair was exchanged over one: it carries nothing more, and each ends
+    /// with the other.
     stream: Option<tcp::Client>,
     /// When that ended.
     stream_ended: Option<Instant>,
@@ -81,7 +85,7 @@ pub struct Client {
     is_watched: bool,
     /// When the descriptors were last looked at.
     looked: Instant,
-    silence: Silence,
+    keepalive: Keepalive,
     /// The process that connected: see [`process`].
     process: u64,
 
@@ -167,8 +171,8 @@ impl Client {
         Self::assemble(qp, grant, domain, channel, Some(events), None)
     }
 
-    /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by `deadline`. Fails with the TCP
-    /// connection if it can be used as it is, and with why.
+    /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by
+    /// `deadline`. Fails with the TCP connection if it can be used as it is, and with why.
     pub fn upgrade(
         mut stream: tcp::Client,
         deadline: Instant,
@@ -202,13 +206,13 @@ impl Client {
         let asked = Instant::now();
         let until = asked + deadline.saturating_duration_since(asked) / PROOF_PART;
         this.ping(until.saturating_duration_since(asked));
-        while this.heard() < asked {
+        while this.last_rx() < asked {
             this.receive(&mut Vec::new());
             if this.failure.is_some() {
                 let text = "the server does not answer over the queue pair; see whether its packets (RoCE v2: UDP port 4791) come through";
                 return Err(lost(Error::Unsupported(text.into())));
             }
-            if this.heard() < asked {
+            if this.last_rx() < asked {
                 let _ = this.wait(Some(until + LOOK_EVERY));
             }
         }
@@ -284,7 +288,7 @@ impl Client {
             is_armed: false,
             is_watched: false,
             looked: Instant::now(),
-            silence: Silence::new(&grant),
+            keepalive: Keepalive::new(&grant),
             process: process(),
             grant,
             limits: grant.limits(),
@@ -338,7 +342,7 @@ impl Client {
             return Err(match parse_rejection(&event.private_data) {
                 Some((errno, text)) => {
                     let status = Status { errno, class: Class::Policy, retryable: false };
-                    Error::Refused { status, text }
+                    Error::Rejected { status, text }
                 }
                 // rdma_cm has InfiniBand's reasons here rather than errnos.
                 None => failed(std::io::Error::from_raw_os_error(match event.status {
@@ -351,10 +355,10 @@ impl Client {
         Ok((qp, offer, domain, channel, events))
     }
 
-    /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
-    /// between. Default: three times the keepalive granted.
+    /// How long the server may be silent while something is outstanding before the connection ends with
+    /// ETIMEDOUT. It is pinged in between. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.silence.set_request_timeout(timeout);
+        self.keepalive.set_request_timeout(timeout);
     }
 
     fn fail(&mut self, error: Error, lost: Status) {
@@ -362,7 +366,7 @@ impl Client {
             return;
         }
         if let Error::Violation(violation) = &error {
-            self.say_goodbye(Status::protocol(violation.errno()), &violation.to_string());
+            self.send_goaway(Status::protocol(violation.errno()), &violation.to_string());
         }
         self.failure = Some(error);
         self.lost = lost;
@@ -371,20 +375,20 @@ impl Client {
     }
 
     /// Tells the server that this is the end, and sees to it that it has heard.
-    fn say_goodbye(&mut self, status: Status, text: &str) {
+    fn send_goaway(&mut self, status: Status, text: &str) {
         let crc = self.limits.crc;
         let Some(qp) = &mut self.qp else { return };
-        let mut goodbye = Vec::new();
-        message::encode_goodbye(status, text, crc, &mut goodbye);
+        let mut goaway = Vec::new();
+        message::encode_goaway(status, text, crc, &mut goaway);
         qp.look_at_sends();
-        if qp.room() == 0 || !qp.has_room_for(goodbye.len()) {
+        if qp.room() == 0 || !qp.has_room_for(goaway.len()) {
             return;
         }
-        qp.send(std::iter::once(&goodbye[..]), goodbye.len());
+        qp.send(std::iter::once(&goaway[..]), goaway.len());
         if qp.post(true).is_err() {
             return;
         }
-        let deadline = Instant::now() + GOODBYE_TIME;
+        let deadline = Instant::now() + GOAWAY_TIME;
         while !qp.is_idle() && Instant::now() < deadline {
             qp.look_at_sends();
             if let Some(Completion::Failed(_)) = qp.next() {
@@ -431,8 +435,8 @@ impl Client {
         self.fail_lost(first.errno(), &format!("the RDMA device {device} says: {}", first.text()));
     }
 
-    /// Moves everything outstanding to `replies`, after a failure. The queue pair goes first: nothing lands in memory that its owner
-    /// has back.
+    /// Moves everything outstanding to `replies`, after a failure. The queue pair goes first: nothing lands
+    /// in memory that its owner has back.
     fn hand_out_lost(&mut self, replies: &mut Vec<Reply>) {
         if let Some(qp) = self.qp.take() {
             qp.disconnect();
@@ -451,7 +455,8 @@ impl Client {
         }
     }
 
-    // Receiving ----------------------------------------------------------------------------------------------------
+    // Receiving
+    // ----------------------------------------------------------------------------------------------------
 
     /// Takes in what has completed. Whether anything had.
     fn take_completions(&mut self, replies: &mut Vec<Reply>) -> bool {
@@ -484,12 +489,12 @@ impl Client {
             }
         }
         if arrived {
-            self.silence.hear();
+            self.keepalive.on_receive();
             self.counters.receives += 1;
             if let Some(qp) = &mut self.qp
                 && let Err(error) = qp.post_receives()
             {
-                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device refuses receives");
+                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device rejects receives");
             }
         }
         arrived
@@ -532,9 +537,9 @@ impl Client {
                 self.queue.push_back(Queued { head_len, request: None, is_inline: false });
                 self.flush();
             }
-            Message::Pong(id) if self.silence.permits_pong(id) => {}
+            Message::Pong(id) if self.keepalive.permits_pong(id) => {}
             Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goodbye(status, text) => {
+            Message::Goaway(status, text) => {
                 let text = message::text(text);
                 let lost = match status.class {
                     Class::Protocol => status,
@@ -556,7 +561,8 @@ impl Client {
         }
         let pending = self.outstanding.get_mut(id).ok_or(Violation::RequestId)?;
         let data_len = response.data_len as usize;
-        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the others.
+        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the
+        // others.
         if data_len > pending.bulk.len_in() {
             return Err(Violation::Length);
         }
@@ -596,7 +602,7 @@ impl Client {
         self.look_at_stream();
         while let Some(event) = self.events.as_ref().and_then(EventChannel::next) {
             match event.kind {
-                Kind::Disconnected | Kind::Refused => {
+                Kind::Disconnected | Kind::Rejected => {
                     // What came before is taken in first: it may say why.
                     let mut replies = Vec::new();
                     self.take_completions(&mut replies);
@@ -609,7 +615,8 @@ impl Client {
         }
     }
 
-    /// Sees whether the TCP connection still is, and ends with it, after what is on its way by the queue pair: that may say more.
+    /// Sees whether the TCP connection still is, and ends with it, after what is on its way by the queue
+    /// pair: that may say more.
     fn look_at_stream(&mut self) {
         let Some(stream) = &mut self.stream else { return };
         if stream.failure().is_none() {
@@ -631,7 +638,8 @@ impl Client {
         self.fail(Error::Closed { errno, text }, lost);
     }
 
-    // Sending ------------------------------------------------------------------------------------------------------
+    // Sending
+    // ------------------------------------------------------------------------------------------------------
 
     /// The address and key of memory for the server, if it can reach this by itself.
     fn reachable(&self, buffers: &Buffers, is_in: bool) -> Option<(u64, u32)> {
@@ -670,8 +678,8 @@ impl Client {
         Ok((slot, address, key))
     }
 
-    /// Lays a request's memory open: what the request says of it, whether its data is to be inline, and the bounce slot if one is
-    /// needed.
+    /// Lays a request's memory open: what the request says of it, whether its data is to be inline, and the
+    /// bounce slot if one is needed.
     fn lay_open(&mut self, bulk: &Bulk) -> Result<(RemoteRegion, bool, Option<Slot>), Error> {
         match bulk {
             Bulk::None => Ok((RemoteRegion::None, false, None)),
@@ -739,33 +747,34 @@ impl Client {
             self.counters.sends += 1;
             let signal = qp.is_half_full();
             if let Err(error) = qp.post(signal) {
-                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device refuses work");
+                self.fail_lost(error.raw_os_error().unwrap_or(libc::EIO), "the RDMA device rejects work");
             }
         }
     }
 
     fn queue_ping(&mut self) {
-        let id = self.silence.ping();
+        let id = self.keepalive.ping();
         let start = self.head.len();
         message::encode_ping(id, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
         self.queue.push_back(Queued { head_len, request: None, is_inline: false });
     }
 
-    // Silence ------------------------------------------------------------------------------------------------------
+    // Keepalive
+    // ------------------------------------------------------------------------------------------------------
 
-    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing has arrived, it
-    /// is given up.
-    fn is_overdue(&mut self, now: Instant) -> bool {
+    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and
+    /// nothing has arrived, it is given up.
+    fn has_timed_out(&mut self, now: Instant) -> bool {
         if self.failure.is_some() {
             return false;
         }
-        let verdict = self.silence.verdict(now, !self.outstanding.is_empty());
-        if verdict == Verdict::Ping {
+        let verdict = self.keepalive.action(now, !self.outstanding.is_empty());
+        if verdict == Action::Ping {
             self.queue_ping();
             self.flush();
         }
-        verdict == Verdict::Overdue
+        verdict == Action::TimedOut
     }
 }
 
@@ -805,7 +814,7 @@ fn shake_hands(
     };
     let hello = offer.hello();
     qp.send(std::iter::once(&hello[..]), hello.len());
-    qp.post(true).map_err(|source| Error::io("The RDMA device refuses work", source))?;
+    qp.post(true).map_err(|source| Error::io("The RDMA device rejects work", source))?;
     loop {
         qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
         qp.look_at_sends();
@@ -831,8 +840,8 @@ fn shake_hands(
             return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
         }
         while let Some(event) = events.next() {
-            // Refused: it went after it had accepted, and before it knew that this side knew.
-            if matches!(event.kind, Kind::Disconnected | Kind::Refused | Kind::DeviceRemoved) && !qp.look() {
+            // Rejected: it went after it had accepted, and before it knew that this side knew.
+            if matches!(event.kind, Kind::Disconnected | Kind::Rejected | Kind::DeviceRemoved) && !qp.look() {
                 return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
             }
         }
@@ -873,7 +882,7 @@ impl ClientTransport for Client {
             "a request exceeds the grant"
         );
         if self.outstanding.is_empty() {
-            self.silence.ask();
+            self.keepalive.on_send();
         }
         let id = match self.outstanding.insert(Pending { tag, bulk: Bulk::None, bounce: None }, control) {
             Ok(id) => id,
@@ -907,7 +916,7 @@ impl ClientTransport for Client {
         Ok(id)
     }
 
-    fn recall(&mut self, request: RequestId) -> Option<Bulk> {
+    fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {
         let at = self.queue.iter().position(|queued| queued.request == Some(request))?;
         let start: usize = self.queue.iter().take(at).map(|queued| queued.head_len).sum();
         let queued = self.queue.remove(at)?;
@@ -945,7 +954,7 @@ impl ClientTransport for Client {
             if now - self.looked >= LOOK_EVERY {
                 self.look_at_descriptors();
             }
-            if self.is_overdue(now) {
+            if self.has_timed_out(now) {
                 self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
             }
         }
@@ -960,7 +969,7 @@ impl ClientTransport for Client {
         self.flush();
         loop {
             let now = Instant::now();
-            if self.is_overdue(now)
+            if self.has_timed_out(now)
                 || self.failure.is_some()
                 || !self.done.is_empty()
                 || deadline.is_some_and(|deadline| now >= deadline)
@@ -975,7 +984,8 @@ impl ClientTransport for Client {
             if qp.look() {
                 return Ok(());
             }
-            let until = deadline.into_iter().chain(self.silence.ends(!self.outstanding.is_empty())).min();
+            let until =
+                deadline.into_iter().chain(self.keepalive.deadline(!self.outstanding.is_empty())).min();
             let mut left = until.map(|until| until.saturating_duration_since(now));
             if !self.queue.is_empty() {
                 // What would make room is not announced.
@@ -1050,13 +1060,13 @@ impl ClientTransport for Client {
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
             self.queue_ping();
-            self.silence.expect_within(timeout);
+            self.keepalive.expect_within(timeout);
             self.flush();
         }
     }
 
-    fn heard(&self) -> Instant {
-        self.silence.heard()
+    fn last_rx(&self) -> Instant {
+        self.keepalive.last_rx()
     }
 
     fn abort(&mut self, violation: Violation) {
@@ -1071,7 +1081,8 @@ impl ClientTransport for Client {
 impl Drop for Client {
     fn drop(&mut self) {
         if self.process != process() {
-            // A forked child's copy: the device's objects are its parent's, and so is the memory that it cannot reach.
+            // A forked child's copy: the device's objects are its parent's, and so is the memory that it
+            // cannot reach.
             std::mem::forget((self.qp.take(), self.stream.take(), self.events.take()));
             std::mem::forget((std::mem::take(&mut self.regions), std::mem::take(&mut self.arenas)));
             std::mem::forget((
@@ -1081,10 +1092,11 @@ impl Drop for Client {
             ));
             return;
         }
-        // What is unsent or unanswered is given up: it is not sent any more, and the server sees a client that is lost.
+        // What is unsent or unanswered is given up: it is not sent any more, and the server sees a client
+        // that is lost.
         if self.failure.is_none() && self.outstanding.is_empty() {
             self.flush();
-            self.say_goodbye(Status::OK, "");
+            self.send_goaway(Status::OK, "");
         }
         // Before the memory that it uses.
         if let Some(qp) = self.qp.take() {

@@ -1,8 +1,8 @@
 //! Connecting: rdma_cm's identifiers and events.
 //!
-//! An [`Id`] is to RDMA what a socket is to TCP: it listens, or it is one connection and has its queue pair. It belongs to one event
-//! channel at a time and keeps that alive. Each event is copied out of the library and acknowledged at once, so that nothing ever
-//! waits for an acknowledgement.
+//! An [`Id`] is to RDMA what a socket is to TCP: it listens, or it is one connection and has its queue pair.
+//! It belongs to one event channel at a time and keeps that alive. Each event is copied out of the library
+//! and acknowledged at once, so that nothing ever waits for an acknowledgement.
 
 use std::ffi::c_void;
 use std::io;
@@ -18,12 +18,13 @@ use socket2::SockAddr;
 use super::device::{Device, Domain, devices};
 use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
 
-/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 15, that is 134 ms. With six retries a
-/// connection whose wire is cut ends after about a second; rdma_cm's own choice would take minutes. Seven retries are for ever with
-/// Soft-RoCE.
+/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 15, that is 134 ms.
+/// With six retries a connection whose wire is cut ends after about a second; rdma_cm's own choice would take
+/// minutes. Seven retries are for ever with Soft-RoCE.
 pub(super) const ACK_TIMEOUT: u8 = 15;
 pub(super) const RETRIES: u8 = 6;
-/// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it has broken the protocol.
+/// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it
+/// has broken the protocol.
 pub(super) const RNR_RETRIES: u8 = 3;
 /// How long one try to find the way to an address takes.
 const RESOLVE_TIME: Duration = Duration::from_millis(500);
@@ -64,7 +65,7 @@ pub(super) enum Kind {
     Request,
     Established,
     /// The peer, or the network, says no.
-    Refused,
+    Rejected,
     Disconnected,
     DeviceRemoved,
     Other,
@@ -109,7 +110,7 @@ impl EventChannel {
             | verbs::RDMA_CM_EVENT_ROUTE_ERROR
             | verbs::RDMA_CM_EVENT_CONNECT_ERROR
             | verbs::RDMA_CM_EVENT_UNREACHABLE
-            | verbs::RDMA_CM_EVENT_REJECTED => Kind::Refused,
+            | verbs::RDMA_CM_EVENT_REJECTED => Kind::Rejected,
             verbs::RDMA_CM_EVENT_DISCONNECTED => Kind::Disconnected,
             verbs::RDMA_CM_EVENT_DEVICE_REMOVAL => Kind::DeviceRemoved,
             _ => Kind::Other,
@@ -216,7 +217,8 @@ impl Id {
     pub fn peer(&self) -> Option<SocketAddr> {
         // SAFETY: the identifier is alive.
         let address = unsafe { self.raw.as_ref().route.addr.__bindgen_anon_2 };
-        // SAFETY: every member of the union is plain bytes, which librdmacm has zeroed or filled; each is read as what the family says.
+        // SAFETY: every member of the union is plain bytes, which librdmacm has zeroed or filled; each is
+        // read as what the family says.
         unsafe {
             match i32::from(address.dst_addr.sa_family) {
                 libc::AF_INET => {
@@ -258,7 +260,8 @@ impl Id {
             let id = Self::new(channel)?;
             match id.try_resolve(source, address, deadline.min(Instant::now() + RESOLVE_TIME)) {
                 Ok(()) => return Ok(id),
-                // The kernel may miss that a neighbour has answered, and looks again only when its time is over.
+                // The kernel may miss that a neighbour has answered, and looks again only when its time is
+                // over.
                 Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) && Instant::now() < deadline => {}
                 Err(error) => return Err(error),
             }
@@ -302,7 +305,8 @@ impl Id {
 
     fn set_ack_timeout(&self) {
         let mut timeout = ACK_TIMEOUT;
-        // SAFETY: the identifier is alive and the option is a byte. An old kernel has no such option, and its own value then.
+        // SAFETY: the identifier is alive and the option is a byte. An old kernel has no such option, and its
+        // own value then.
         unsafe {
             (self.verbs.rdma_set_option)(
                 self.raw.as_ptr(),
@@ -322,7 +326,8 @@ impl Id {
 
     /// Has the events of this identifier carry `tag`.
     pub fn set_tag(&mut self, tag: u64) {
-        // SAFETY: the identifier is alive and this value its only owner; the library does not look at this field.
+        // SAFETY: the identifier is alive and this value its only owner; the library does not look at this
+        // field.
         unsafe { self.raw.as_mut() }.context = std::ptr::without_provenance_mut(tag as usize);
     }
 

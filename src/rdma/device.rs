@@ -1,7 +1,7 @@
 //! Devices, and what belongs to one: protection domains, memory registrations, completion channels.
 //!
-//! librdmacm opens each device once for the process and keeps it open; a [`Device`] is that one. Everything else here ends with its
-//! last reference, in the order that the library wants.
+//! librdmacm opens each device once for the process and keeps it open; a [`Device`] is that one. Everything
+//! else here ends with its last reference, in the order that the library wants.
 
 use std::ffi::c_void;
 use std::io;
@@ -76,7 +76,7 @@ pub(super) fn devices() -> Result<&'static [Device], &'static str> {
     static DEVICES: OnceLock<(u32, Result<Vec<Device>, String>)> = OnceLock::new();
     let (process, devices) = DEVICES.get_or_init(|| (std::process::id(), find()));
     if *process != std::process::id() && devices.is_ok() {
-        // The kernel refuses the parent's open devices to a child, and librdmacm has no others.
+        // The kernel rejects the parent's open devices to a child, and librdmacm has no others.
         return Err(
             "this process was forked from one that has used RDMA already; fork first, or use threads",
         );
@@ -263,8 +263,8 @@ impl Device {
         fd.try_clone_to_owned()
     }
 
-    /// What has happened to the device since the last call, as texts. A queue pair that it happened to is moved to its error state,
-    /// so that whoever has it hears of it.
+    /// What has happened to the device since the last call, as texts. A queue pair that it happened to is
+    /// moved to its error state, so that whoever has it hears of it.
     pub fn take_async_events(&self) -> Vec<String> {
         let mut texts = Vec::new();
         loop {
@@ -279,7 +279,8 @@ impl Device {
                 verbs::IBV_EVENT_QP_FATAL | verbs::IBV_EVENT_QP_REQ_ERR | verbs::IBV_EVENT_QP_ACCESS_ERR => {
                     let mut attr =
                         verbs::ibv_qp_attr { qp_state: verbs::IBV_QPS_ERR, ..verbs::ibv_qp_attr::default() };
-                    // SAFETY: this event is about a queue pair, which cannot be destroyed before the event is acknowledged below.
+                    // SAFETY: this event is about a queue pair, which cannot be destroyed before the event is
+                    // acknowledged below.
                     unsafe {
                         (self.verbs.ibv_modify_qp)(event.element.qp, &mut attr, verbs::IBV_QP_STATE as i32)
                     };
@@ -377,8 +378,8 @@ impl Mr {
         Self::register(domain, address, len, access, Some(Arc::clone(mapping)))
     }
 
-    /// Registers a region of the caller's. Its pages stay pinned until the registration ends; the device touches them on behalf of
-    /// buffers of the region that are in flight, and no others.
+    /// Registers a region of the caller's. Its pages stay pinned until the registration ends; the device
+    /// touches them on behalf of buffers of the region that are in flight, and no others.
     pub fn of_region(domain: &Arc<Domain>, region: &Region, access: Access) -> Result<Self, Error> {
         let (address, len) = region.extent();
         Self::register(domain, address, len, access, None)
@@ -400,8 +401,9 @@ impl Mr {
             Access::RemoteRead => verbs::IBV_ACCESS_REMOTE_READ,
         };
         let pointer = std::ptr::with_exposed_provenance_mut::<c_void>(address);
-        // SAFETY: registering pins pages and touches nothing. What the device later does in them is decided by the work requests and
-        // the keys given out, for memory that is owned by the one who posts or lends it.
+        // SAFETY: registering pins pages and touches nothing. What the device later does in them is decided
+        // by the work requests and the keys given out, for memory that is owned by the one who posts or lends
+        // it.
         let raw = unsafe { (domain.verbs.ibv_reg_mr)(domain.raw(), pointer, len, flags as i32) };
         let raw = verbs::not_null(raw).map_err(|source| cannot_register(domain.device, len, source))?;
         Ok(Self { raw, domain: Arc::clone(domain), mapping })
@@ -425,7 +427,8 @@ impl Mr {
 
 impl Drop for Mr {
     fn drop(&mut self) {
-        // SAFETY: it is deregistered once; work requests that name it have ended, or their queue pair has been destroyed before.
+        // SAFETY: it is deregistered once; work requests that name it have ended, or their queue pair has
+        // been destroyed before.
         unsafe { (self.domain.verbs.ibv_dereg_mr)(self.raw.as_ptr()) };
     }
 }
@@ -492,7 +495,8 @@ impl CompletionChannel {
             if unsafe { (self.verbs.ibv_get_cq_event)(self.raw(), &mut cq, &mut context) } != 0 {
                 return;
             }
-            // SAFETY: the queue is alive: it cannot be destroyed before its events are acknowledged, and this one is here, once.
+            // SAFETY: the queue is alive: it cannot be destroyed before its events are acknowledged, and this
+            // one is here, once.
             unsafe { (self.verbs.ibv_ack_cq_events)(cq, 1) };
             each(context.expose_provenance() as u64);
         }

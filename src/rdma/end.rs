@@ -1,16 +1,16 @@
 //! One end of a connection by hand, for tests: it says what it is told to, and lays open what it is told to.
 //!
-//! An [`End`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so that tests can see what
-//! the other side makes of that. Calls block, but not for ever.
+//! An [`End`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so that
+//! tests can see what the other side makes of that. Calls block, but not for ever.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::by_hand::{packet_numbers, port_of};
 use super::cm::{EventChannel, Id, Kind};
 use super::device::{Access, CompletionChannel, Device, Domain, Mr, PortAddress};
+use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Message, QueuePair, Size};
 use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status};
@@ -81,7 +81,7 @@ impl End {
         }
         Err(match parse_rejection(&event.private_data) {
             Some((errno, text)) => {
-                Error::Refused { status: Status { errno, class: Class::Policy, retryable: false }, text }
+                Error::Rejected { status: Status { errno, class: Class::Policy, retryable: false }, text }
             }
             None => failed(std::io::Error::from_raw_os_error(libc::ECONNREFUSED)),
         })
@@ -98,7 +98,8 @@ impl End {
         Ok(end)
     }
 
-    /// An end that is to be joined with another by hand, on the port that has the address `local`; and what to tell the other side.
+    /// An end that is to be joined with another by hand, on the port that has the address `local`; and what
+    /// to tell the other side.
     pub fn unjoined(local: IpAddr) -> Result<(Self, QueuePairAddress), Error> {
         let at = port_of(local)?;
         let mut end = Self::unconnected(None, at.device, Err(at))?;
@@ -171,7 +172,7 @@ impl End {
             }
         }
         while let Some(event) = self.made_by.as_ref().ok().and_then(EventChannel::next) {
-            if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved | Kind::Refused) {
+            if matches!(event.kind, Kind::Disconnected | Kind::DeviceRemoved | Kind::Rejected) {
                 // What came before it counts.
                 while self.qp.look() {
                     match self.qp.next() {
@@ -213,8 +214,8 @@ impl End {
         self.complete()
     }
 
-    /// What came next: messages, one or more. Its receive is posted again. Of data with immediate data it is the response that a
-    /// message would have had.
+    /// What came next: messages, one or more. Its receive is posted again. Of data with immediate data it is
+    /// the response that a message would have had.
     pub fn receive(&mut self) -> Option<Vec<u8>> {
         self.look();
         let bytes = match self.inbox.pop_front()? {

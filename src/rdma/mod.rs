@@ -1,19 +1,22 @@
-//! The RDMA transport: messages over reliable queue pairs, data placed and fetched by the server with RDMA WRITE and READ.
+//! The RDMA transport: messages over reliable queue pairs, data placed and fetched by the server with RDMA
+//! WRITE and READ.
 //!
-//! [`Listener`] hears of connections in one thread, [`Server::adopt`] takes each over in a worker's; [`Client`] is the other end. The client
-//! lays its memory open to the server for a request's length and direction; the server never gives out a key. What is posted, by
-//! whom and in which order is in docs/PROTOCOL.md.
+//! [`Listener`] hears of connections in one thread, [`Server::adopt`] takes each over in a worker's;
+//! [`Client`] is the other end. The client lays its memory open to the server for a request's length and
+//! direction; the server never gives out a key. What is posted, by whom and in which order is in
+//! docs/PROTOCOL.md.
 //!
-//! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says why. `unsafe` lives in
-//! `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may touch; the rest is safe code on top.
+//! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says
+//! why. `unsafe` lives in `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may
+//! touch; the rest is safe code on top.
 
-mod by_hand;
 mod client;
 #[allow(unsafe_code)]
 mod cm;
 #[allow(unsafe_code)]
 mod device;
 mod end;
+mod out_of_band;
 mod private_data;
 #[allow(unsafe_code)]
 mod queue_pair;
@@ -33,7 +36,7 @@ use crate::error::Error;
 use crate::message::{BODY_BYTES_MAX, HEADER_BYTES};
 use private_data::{parse_rejection, rejection, request};
 
-/// Receives posted beyond one for each credit: pings, pongs and a goodbye.
+/// Receives posted beyond one for each credit: pings, pongs and a goaway.
 const CONTROL_MESSAGES: usize = 8;
 /// Receives posted before the handshake has said how many credits there are.
 const HANDSHAKE_MESSAGES: usize = 2;
@@ -162,8 +165,8 @@ impl Listener {
         self.channel.owned_fd().map_err(|source| Error::io("Cannot watch for RDMA connections", source))
     }
 
-    /// The next connection, for [`Server::adopt`]. None if there is none now. Peers that do not speak raio, or no version of it that this
-    /// side does, are turned away with the reason.
+    /// The next connection, for [`Server::adopt`]. None if there is none now. Peers that do not speak raio,
+    /// or no version of it that this side does, are rejected with the reason.
     pub fn accept(&self) -> Option<Incoming> {
         while let Some(event) = self.channel.next() {
             let Some(id) = event.incoming else { continue };

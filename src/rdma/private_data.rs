@@ -1,4 +1,5 @@
-//! What rdma_cm's messages carry in private data: magic, then versions or an errno, then perhaps an error message.
+//! What rdma_cm's messages carry in private data: magic, then versions or an errno, then perhaps an error
+//! message.
 //!
 //! It stands alone and uses nothing of a device, so that the fuzzer can compile it.
 
@@ -18,8 +19,8 @@ pub fn request() -> [u8; PRIVATE_BYTES] {
     bytes
 }
 
-/// Whether a client that asked for a connection with this speaks raio, in a version that this side does. If not, the errno and the error
-/// message of the rejection.
+/// Whether a client that asked for a connection with this speaks raio, in a version that this side does. If
+/// not, the errno and the error message of the rejection.
 pub fn check_request(private: &[u8]) -> Result<(), (i32, String)> {
     if private.len() < PRIVATE_BYTES || private[..8] != MAGIC {
         return Err((libc::EPROTO, "The peer does not speak raio.".to_owned()));

@@ -1,10 +1,12 @@
 //! A connection's queue pair with all the memory that its device may touch.
 //!
-//! What is posted is owned here until its completion: the slots whose data is written or read, the messages that are sent, the
-//! buffers that receives fill. Work requests are gathered in a chain and posted together ([`QueuePair::post`]): one doorbell, and only
-//! the last of them (and each RDMA READ, and now and then one behind much data) asks for a completion. Completions of a queue come in order, so one ends all work requests
-//! before it. Messages that follow one another in a chain travel in one SEND, as far as the peer's receives have room. When a queue pair is dropped the device lets go of its memory first (it is destroyed, which waits for that), then
-//! the memory comes free; should the device not let go, the memory is leaked.
+//! What is posted is owned here until its completion: the slots whose data is written or read, the messages
+//! that are sent, the buffers that receives fill. Work requests are gathered in a chain and posted together
+//! ([`QueuePair::post`]): one doorbell, and only the last of them (and each RDMA READ, and now and then one
+//! behind much data) asks for a completion. Completions of a queue come in order, so one ends all work
+//! requests before it. Messages that follow one another in a chain travel in one SEND, as far as the peer's
+//! receives have room. When a queue pair is dropped the device lets go of its memory first (it is destroyed,
+//! which waits for that), then the memory comes free; should the device not let go, the memory is leaked.
 
 use std::collections::VecDeque;
 use std::ffi::c_void;
@@ -24,7 +26,8 @@ use crate::transport::SlotRange;
 const INLINE_BYTES: u32 = 220;
 /// Completions taken from a queue at a time.
 const POLL: usize = 32;
-/// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress shows.
+/// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress
+/// shows.
 const SIGNAL_BYTES: usize = 256 << 10;
 /// What fits into so many bytes is registered in one piece.
 const SPLIT_BYTES_MIN: usize = 256 << 10;
@@ -47,7 +50,8 @@ pub(super) struct Size {
     pub send_bytes: usize,
 }
 
-/// What a SEND of the peer's has brought: a message or several. Its buffer comes back with [`QueuePair::give_back`].
+/// What a SEND of the peer's has brought: a message or several. Its buffer comes back with
+/// [`QueuePair::give_back`].
 #[derive(Debug)]
 pub(super) struct Message {
     index: u32,
@@ -58,7 +62,8 @@ pub(super) struct Message {
 #[derive(Debug)]
 pub(super) enum Completion {
     Received(Message),
-    /// An RDMA WRITE of so many bytes has come, with this immediate data. It has used up a receive, with nothing in its buffer.
+    /// An RDMA WRITE of so many bytes has come, with this immediate data. It has used up a receive, with
+    /// nothing in its buffer.
     Placed {
         immediate: u32,
         len: u32,
@@ -167,7 +172,8 @@ pub(super) struct QueuePair {
     pub counters: Counters,
 }
 
-// SAFETY: libibverbs allows any thread to use these objects, and whoever owns this value is the only one who does.
+// SAFETY: libibverbs allows any thread to use these objects, and whoever owns this value is the only one who
+// does.
 unsafe impl Send for QueuePair {}
 
 impl std::fmt::Debug for QueuePair {
@@ -197,8 +203,8 @@ fn register(domain: &Arc<Domain>, bytes: usize, access: Access) -> Result<(Slot,
     Ok((slot, mr))
 }
 
-/// Which of so many receives are registered together: how many, and the bytes that take. A mapping's length is a power of two, so several fill
-/// theirs better than one.
+/// Which of so many receives are registered together: how many, and the bytes that take. A mapping's length
+/// is a power of two, so several fill theirs better than one.
 pub(super) fn registrations(mut count: usize, receive_bytes: usize) -> impl Iterator<Item = (usize, usize)> {
     std::iter::from_fn(move || {
         let bytes = (count * receive_bytes).next_power_of_two();
@@ -210,8 +216,9 @@ pub(super) fn registrations(mut count: usize, receive_bytes: usize) -> impl Iter
 }
 
 impl QueuePair {
-    /// Makes the queue pair of a connection that is about to be: rdma_cm's `id`, or without one to be connected by hand. Completions are announced at `channel` with `context`; those of sends
-    /// only if `announce_sends`.
+    /// Makes the queue pair of a connection that is about to be: rdma_cm's `id`, or without one to be
+    /// connected by hand. Completions are announced at `channel` with `context`; those of sends only if
+    /// `announce_sends`.
     pub fn new(
         id: Option<Id>,
         domain: &Arc<Domain>,
@@ -341,14 +348,16 @@ impl QueuePair {
         }
     }
 
-    // Connecting by hand -------------------------------------------------------------------------------------------
+    // Connecting by hand
+    // -------------------------------------------------------------------------------------------
 
     fn modify(&self, mut attr: verbs::ibv_qp_attr, mask: u32) -> io::Result<()> {
         // SAFETY: the queue pair is alive, and `attr` for the length of the call.
         check(unsafe { (self.verbs.ibv_modify_qp)(self.qp.as_ptr(), &mut attr, mask as i32) })
     }
 
-    /// Puts it on a port: receives may be posted from now on. `is_open`: the peer may reach memory that it is given the keys of.
+    /// Puts it on a port: receives may be posted from now on. `is_open`: the peer may reach memory that it is
+    /// given the keys of.
     pub fn init(&self, at: &PortAddress, is_open: bool) -> io::Result<()> {
         let remote = verbs::IBV_ACCESS_REMOTE_READ | verbs::IBV_ACCESS_REMOTE_WRITE;
         let attr = verbs::ibv_qp_attr {
@@ -377,8 +386,8 @@ impl QueuePair {
         }
     }
 
-    /// Connects it with the peer's, which is on the same kind of link, once both sides know both addresses. `reads_out`: RDMA READs that
-    /// this side may have outstanding.
+    /// Connects it with the peer's, which is on the same kind of link, once both sides know both addresses.
+    /// `reads_out`: RDMA READs that this side may have outstanding.
     pub fn join(
         &self,
         at: &PortAddress,
@@ -435,7 +444,8 @@ impl QueuePair {
         self.modify(attr, mask)
     }
 
-    // Receiving ----------------------------------------------------------------------------------------------------
+    // Receiving
+    // ----------------------------------------------------------------------------------------------------
 
     /// Sees to it that `count` receive buffers are there, and posts the new ones.
     pub fn provide_receives(&mut self, count: usize) -> Result<(), Error> {
@@ -476,7 +486,8 @@ impl QueuePair {
         Message { index: message.index, len: message.len }
     }
 
-    /// Gives back the buffer of a message: once its last holder has, the next [`QueuePair::post_receives`] posts it.
+    /// Gives back the buffer of a message: once its last holder has, the next [`QueuePair::post_receives`]
+    /// posts it.
     pub fn give_back(&mut self, message: Message) {
         let holders = &mut self.holders[message.index as usize];
         *holders -= 1;
@@ -510,13 +521,15 @@ impl QueuePair {
                 wrs[at].next = &mut wrs[at + 1];
             }
             self.given_back.truncate(self.given_back.len() - n);
-            // SAFETY: the chain is whole, and the buffers belong to `self.receives`, which nobody reads while they have no `holders`.
+            // SAFETY: the chain is whole, and the buffers belong to `self.receives`, which nobody reads while
+            // they have no `holders`.
             unsafe { verbs::post_recv(self.qp.as_ptr(), wrs.as_mut_ptr()) }?;
         }
         Ok(())
     }
 
-    // Sending ------------------------------------------------------------------------------------------------------
+    // Sending
+    // ------------------------------------------------------------------------------------------------------
 
     /// Work requests that may be chained now.
     pub fn room(&self) -> usize {
@@ -557,13 +570,14 @@ impl QueuePair {
         self.chain.push(wr);
     }
 
-    /// From now on messages are put together into SENDs of at most so many bytes: what the peer's receives have room for.
+    /// From now on messages are put together into SENDs of at most so many bytes: what the peer's receives
+    /// have room for.
     pub fn set_send_bytes_max(&mut self, bytes: usize) {
         self.send_bytes_max = bytes;
     }
 
-    /// Chains the message that `parts` make up, of `len` bytes, for which there is room: behind the one that was chained last, if that
-    /// may be.
+    /// Chains the message that `parts` make up, of `len` bytes, for which there is room: behind the one that
+    /// was chained last, if that may be.
     pub fn send<'a>(&mut self, parts: impl Iterator<Item = &'a [u8]>, len: usize) {
         let start = self.ring.place(len).expect("there is room for the message");
         let mut at = (start % self.ring.len()) as usize;
@@ -595,8 +609,8 @@ impl QueuePair {
         self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
     }
 
-    /// Chains an RDMA WRITE of the range to the peer's memory, perhaps with immediate data, which the peer hears. `mr` has the
-    /// range's arena.
+    /// Chains an RDMA WRITE of the range to the peer's memory, perhaps with immediate data, which the peer
+    /// hears. `mr` has the range's arena.
     pub fn write(&mut self, range: SlotRange, mr: &Mr, address: u64, key: u32, immediate: Option<u32>) {
         let sge = sge_of(&range, mr);
         self.held_bytes += range.slot.len();
@@ -614,7 +628,8 @@ impl QueuePair {
         self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
     }
 
-    /// Chains an RDMA WRITE of nothing, for which the peer needs no memory: it ends well if the peer's device is there.
+    /// Chains an RDMA WRITE of nothing, for which the peer needs no memory: it ends well if the peer's device
+    /// is there.
     pub fn probe(&mut self) {
         self.chain_up(ibv_sge::default(), verbs::IBV_WR_RDMA_WRITE, 0, (0, 0));
         self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
@@ -640,8 +655,9 @@ impl QueuePair {
         });
     }
 
-    /// Posts the chain, and the receive buffers that were given back. `signal` asks for a completion of the last: without one, what the
-    /// chain holds comes free with a later one. On failure the queue pair is of no more use: drop it.
+    /// Posts the chain, and the receive buffers that were given back. `signal` asks for a completion of the
+    /// last: without one, what the chain holds comes free with a later one. On failure the queue pair is of
+    /// no more use: drop it.
     pub fn post(&mut self, signal: bool) -> io::Result<()> {
         if !self.given_back.is_empty() {
             self.post_receives()?;
@@ -660,23 +676,25 @@ impl QueuePair {
         self.unsignalled_bytes = 0;
         self.counters.work_requests += n as u64;
         self.counters.doorbells += 1;
-        // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding` and `self.ring` until the
-        // completion, or the destruction of the queue pair.
+        // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding` and
+        // `self.ring` until the completion, or the destruction of the queue pair.
         let posted = unsafe { verbs::post_send(self.qp.as_ptr(), self.chain.as_mut_ptr()) };
         self.chain.clear();
         self.chain_sges.clear();
         posted
     }
 
-    /// Whether a completion should be asked for, for what is outstanding holds much of the queue or of the ring.
+    /// Whether a completion should be asked for, for what is outstanding holds much of the queue or of the
+    /// ring.
     pub fn is_half_full(&self) -> bool {
         self.outstanding.len() * 2 > self.sends_max || (self.ring.head - self.ring.tail) * 2 > self.ring.len()
     }
 
-    // Completions --------------------------------------------------------------------------------------------------
+    // Completions
+    // --------------------------------------------------------------------------------------------------
 
-    /// Whether there is a completion. Those found are kept for [`QueuePair::next`], but for those of WRITEs and SENDs, which only make
-    /// room.
+    /// Whether there is a completion. Those found are kept for [`QueuePair::next`], but for those of WRITEs
+    /// and SENDs, which only make room.
     pub fn look(&mut self) -> bool {
         !self.polled.is_empty() || self.poll(self.cq)
     }

@@ -1,15 +1,15 @@
 //! The server's side of RDMA: all connections of one worker.
 //!
-//! A request is in `unanswered` from its arrival until its response is chained, so that is where credits are counted. Its data comes
-//! with it, in the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data of its
-//! response is placed by RDMA WRITE, with the response in its immediate data or behind it in the same chain. A connection's chain is
-//! posted once a turn.
+//! A request is in `unanswered` from its arrival until its response is chained, so that is where credits are
+//! counted. Its data comes with it, in the receive buffer that it arrived in, or is fetched by RDMA READ
+//! under a budget of its own; the data of its response is placed by RDMA WRITE, with the response in its
+//! immediate data or behind it in the same chain. A connection's chain is posted once a turn.
 //!
-//! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which are not posted again, so
-//! what it holds here stays within its credits.
+//! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which
+//! are not posted again, so what it holds here stays within its credits.
 //!
-//! One that has news is *hot*: its queue is polled each turn. Before the worker sleeps every hot one is armed, polled once more, and
-//! from then on announces itself at its device's completion channel.
+//! One that has news is *hot*: its queue is polled each turn. Before the worker sleeps every hot one is
+//! armed, polled once more, and from then on announces itself at its device's completion channel.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -21,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 
-use super::by_hand::port_of;
 use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
+use super::out_of_band::port_of;
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size, registrations};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
@@ -31,7 +31,7 @@ use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Mapping, Slot};
 use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
-use crate::tcp::Exchange;
+use crate::tcp::UpgradeRequest;
 use crate::transport::{
     ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, Request, RequestKey, Response, ServerEvent,
     ServerTransport, SlotRange,
@@ -41,9 +41,10 @@ use crate::transport::{
 const TURN_COMPLETIONS_MAX: usize = 64;
 /// Room for messages that are being sent, for each connection; most have 40 bytes.
 const SEND_BYTES: usize = 64 << 10;
-/// How long a goodbye may take to reach the peer.
+/// How long a goaway may take to reach the peer.
 const LINGER: Duration = Duration::from_secs(1);
-/// A peer that nothing shows to be there for so long is probed: an idle connection does not notice that its peer is gone.
+/// A peer that nothing shows to be there for so long is probed: an idle connection does not notice that its
+/// peer is gone.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
 /// The least that a queue pair must hold to be of use.
 const WORK_REQUESTS_MIN: usize = 16;
@@ -168,7 +169,7 @@ enum Due {
 enum State {
     Handshake,
     Open(Box<Peer>),
-    /// Reported as closed; its goodbye is on its way.
+    /// Reported as closed; its goaway is on its way.
     Lingering,
 }
 
@@ -197,8 +198,8 @@ impl Outgoing {
 }
 
 impl Server {
-    /// A server without connections, for requests whose data is in slots of `arena`. Its tokens have this owner number. The arena is
-    /// registered with every device that can be used; fails if there is none.
+    /// A server without connections, for requests whose data is in slots of `arena`. Its tokens have this
+    /// owner number. The arena is registered with every device that can be used; fails if there is none.
     pub fn new(reactor: &mut Reactor, owner: u8, policy: Arc<Policy>, arena: &Arena) -> Result<Self, Error> {
         let failed = |source| Error::io("Cannot watch for RDMA connections", source);
         let channel = EventChannel::new().map_err(failed)?;
@@ -250,7 +251,8 @@ impl Server {
         Ok(())
     }
 
-    /// Keeps this, for its owner, as long as the connection has its queue pair: until it is reported as closed or a while longer.
+    /// Keeps this, for its owner, as long as the connection has its queue pair: until it is reported as
+    /// closed or a while longer.
     pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
         if let Some(connection) = self.get(id) {
             connection.held = Some(held);
@@ -278,8 +280,8 @@ impl Server {
         reactor.submit(token, Op::Readable { file: file.clone() });
     }
 
-    /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client turned away, if the device
-    /// cannot have one more, or there is no memory for it.
+    /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client
+    /// rejected, if the device cannot have one more, or there is no memory for it.
     pub fn adopt(&mut self, reactor: &mut Reactor, incoming: Incoming) -> Result<ConnectionId, Error> {
         let Incoming { mut id, reads_out } = incoming;
         let peer = id.peer().map(|peer| peer.ip());
@@ -312,7 +314,8 @@ impl Server {
         id.set_tag(number);
         id.migrate(&self.channel)
             .map_err(|source| Error::io("Cannot take over an RDMA connection", source))?;
-        // From here on the queue pair owns the identifier; if it cannot be made the client is turned away without a reason.
+        // From here on the queue pair owns the identifier; if it cannot be made the client is rejected
+        // without a reason.
         let mut qp = QueuePair::new(Some(id), domain, channel, number, limits, &size, true)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         qp.arm().map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
@@ -327,16 +330,17 @@ impl Server {
         Ok(connection_id)
     }
 
-    /// Makes a queue pair for a client that has shaken hands over TCP and told where its own is. Gives what the client must be told; requests
-    /// may come from then on. Whoever owns the TCP connection says [`Server::stream_ended`] when it ends, and ends it when this one
-    /// closes. Fails, with nothing changed, if there can be no such queue pair.
+    /// Makes a queue pair for a client that has shaken hands over TCP and told where its own is. Gives what
+    /// the client must be told; requests may come from then on. Whoever owns the TCP connection says
+    /// [`Server::stream_ended`] when it ends, and ends it when this one closes. Fails, with nothing changed,
+    /// if there can be no such queue pair.
     pub fn pair_up(
         &mut self,
         reactor: &mut Reactor,
-        exchange: &Exchange,
+        exchange: &UpgradeRequest,
     ) -> Result<(ConnectionId, QueuePairAddress), Error> {
         let unfit = |what: String| Err(Error::Unsupported(what));
-        let Exchange { peer, theirs, local, remote, .. } = exchange;
+        let UpgradeRequest { peer, theirs, local, remote, .. } = exchange;
         let (Some(local), Some(remote)) = (*local, *remote) else {
             return unfit("the connection has no IP addresses; use TCP".into());
         };
@@ -475,7 +479,7 @@ impl Server {
         while let Some(event) = self.channel.next() {
             let id = id_of(event.tag);
             match event.kind {
-                CmKind::Disconnected | CmKind::Refused | CmKind::DeviceRemoved => {
+                CmKind::Disconnected | CmKind::Rejected | CmKind::DeviceRemoved => {
                     // What it sent before it went is taken in.
                     self.look(reactor, id, usize::MAX);
                     let Some(connection) = self.get(id) else { continue };
@@ -618,9 +622,9 @@ impl Server {
         if let Err(text) = provided {
             let client = connection.peer.map(tracing::field::display);
             tracing::debug!(client, "An RDMA connection is rejected. {text}");
-            let refusal = self.policy.refusal(libc::ENOMEM, &text);
-            connection.unsent.push_back(Outgoing::Message(refusal));
-            self.report(id, CloseReason::Refused);
+            let rejection = self.policy.rejection(libc::ENOMEM, &text);
+            connection.unsent.push_back(Outgoing::Message(rejection));
+            self.report(id, CloseReason::Rejected);
             self.linger(reactor, id);
             return Ok(());
         }
@@ -709,7 +713,7 @@ impl Server {
             }
             // This side never pings.
             Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goodbye(status, _) => {
+            Message::Goaway(status, _) => {
                 let finished = connection.unanswered.is_empty() && status.is_ok();
                 let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
                 self.end(reactor, id, reason);
@@ -732,7 +736,7 @@ impl Server {
         connection.chain_unsent(port);
         if let Err(error) = connection.qp.post(true) {
             let client = connection.peer.map(tracing::field::display);
-            tracing::warn!(client, "An RDMA connection is closed, for its device refuses work: {error}.");
+            tracing::warn!(client, "An RDMA connection is closed, for its device rejects work: {error}.");
             self.report(id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
             return self.drop_connection(reactor, id);
         }
@@ -745,7 +749,7 @@ impl Server {
         }
     }
 
-    /// Ends a connection, saying goodbye to a peer that broke the protocol.
+    /// Ends a connection, saying goaway to a peer that broke the protocol.
     fn end(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
         if self.get_alive(id).is_none() {
             return;
@@ -754,7 +758,7 @@ impl Server {
             // Whoever it is does not speak raio, and would not understand.
             CloseReason::Violation(Violation::Magic) => {}
             CloseReason::Violation(violation) => {
-                self.say_goodbye(id, Status::protocol(violation.errno()), &format!("{violation}."));
+                self.send_goaway(id, Status::protocol(violation.errno()), &format!("{violation}."));
                 self.report(id, reason);
                 return self.linger(reactor, id);
             }
@@ -792,18 +796,18 @@ impl Server {
         self.heat(id);
     }
 
-    fn say_goodbye(&mut self, id: ConnectionId, status: Status, text: &str) {
-        let refusal = self.policy.refusal(status.errno, text);
+    fn send_goaway(&mut self, id: ConnectionId, status: Status, text: &str) {
+        let rejection = self.policy.rejection(status.errno, text);
         let Some(connection) = self.get_alive(id) else { return };
-        let goodbye = match &connection.state {
+        let goaway = match &connection.state {
             State::Open(peer) => {
-                let mut goodbye = Vec::new();
-                message::encode_goodbye(status, text, peer.grant.crc(), &mut goodbye);
-                goodbye
+                let mut goaway = Vec::new();
+                message::encode_goaway(status, text, peer.grant.crc(), &mut goaway);
+                goaway
             }
-            _ => refusal,
+            _ => rejection,
         };
-        connection.unsent.push_back(Outgoing::Message(goodbye));
+        connection.unsent.push_back(Outgoing::Message(goaway));
     }
 
     /// Lets go of a connection that was reported. The device has let go of its memory when this returns.
@@ -923,7 +927,8 @@ impl Connection {
     }
 
     fn chain_unsent(&mut self, port: &Port) {
-        // Answers leave the room that is for READs: what they hold of the arena stays within what the credits make.
+        // Answers leave the room that is for READs: what they hold of the arena stays within what the credits
+        // make.
         while self.qp.room() >= 2 + self.reads_max - self.reads
             && self.qp.has_room_for(MESSAGE_BYTES)
             && let Some(outgoing) = self.unsent.pop_front()
@@ -936,8 +941,8 @@ impl Connection {
         }
     }
 
-    /// Chains the data of a response and the response, with which the request ends. Of a plain read the response is in the immediate
-    /// data: one work request says it all.
+    /// Chains the data of a response and the response, with which the request ends. Of a plain read the
+    /// response is in the immediate data: one work request says it all.
     fn chain_response(&mut self, id: u64, response: Response, port: &Port) {
         self.counters.responses += 1;
         let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
@@ -1016,7 +1021,8 @@ fn size_for(credits: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
     }
 }
 
-/// What so many receives take, and what the messages that come in them may cause as long as they are not answered: their bodies are kept.
+/// What so many receives take, and what the messages that come in them may cause as long as they are not
+/// answered: their bodies are kept.
 fn messages_bytes(count: usize, size: &Size) -> usize {
     let registered: usize = registrations(count, size.receive_bytes).map(|(_, bytes)| bytes).sum();
     registered + count * MESSAGE_BYTES
@@ -1025,7 +1031,8 @@ fn messages_bytes(count: usize, size: &Size) -> usize {
 /// What the device allows of the server's policy. Says what it does not.
 fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy> {
     let mut within = Policy::clone(policy);
-    // Receives, and for each credit a WRITE and a SEND: see `adopt`. The send queue may be shorter, for what has no room waits.
+    // Receives, and for each credit a WRITE and a SEND: see `adopt`. The send queue may be shorter, for what
+    // has no room waits.
     let receives = limits.work_requests.saturating_sub(CONTROL_MESSAGES + 1);
     let completions =
         limits.completions.saturating_sub(2 * CONTROL_MESSAGES + usize::from(limits.reads_out) + 3) / 3;
@@ -1090,7 +1097,7 @@ impl ServerTransport for Server {
         }
     }
 
-    fn has_news(&mut self, arm: bool) -> bool {
+    fn poll_ready(&mut self, arm: bool) -> bool {
         // What a flush, or a close, has left behind.
         if !self.events.is_empty() || !self.dirty.is_empty() {
             return true;
@@ -1108,7 +1115,8 @@ impl ServerTransport for Server {
                 return true;
             }
             if arm {
-                // Whatever came before it was armed is seen by one more look; a device that cannot announce is polled.
+                // Whatever came before it was armed is seen by one more look; a device that cannot announce
+                // is polled.
                 if connection.qp.arm().is_err() || connection.qp.look() {
                     return true;
                 }
@@ -1121,7 +1129,7 @@ impl ServerTransport for Server {
         false
     }
 
-    fn take_news(&mut self, reactor: &mut Reactor) {
+    fn process_ready(&mut self, reactor: &mut Reactor) {
         for at in (0..self.hot.len()).rev() {
             let Some(&id) = self.hot.get(at) else { continue };
             self.look(reactor, id, TURN_COMPLETIONS_MAX);
@@ -1200,20 +1208,20 @@ impl ServerTransport for Server {
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
         if self.get_alive(connection).is_some() {
-            self.say_goodbye(connection, status, text);
+            self.send_goaway(connection, status, text);
             self.report(connection, CloseReason::Local);
             self.linger(reactor, connection);
         }
     }
 
-    fn refuse(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
-        let refusal = self.policy.refusal(errno, text);
+    fn reject(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
+        let rejection = self.policy.rejection(errno, text);
         if let Some(connection) = self.get_alive(id) {
             // The welcome, and what it said at once.
             connection.unsent.clear();
             connection.unsent_bytes = 0;
-            connection.unsent.push_back(Outgoing::Message(refusal));
-            self.report(id, CloseReason::Refused);
+            connection.unsent.push_back(Outgoing::Message(rejection));
+            self.report(id, CloseReason::Rejected);
             self.linger(reactor, id);
         }
     }

@@ -1,8 +1,9 @@
 //! libibverbs and librdmacm, found at run time.
 //!
-//! The types are the system's own (bindgen, from `build.rs`); the functions are looked up in the libraries when RDMA is first
-//! asked for. So one binary runs where there is no RDMA at all: [`verbs`] then says why. The four calls of the data path are not
-//! functions of a library but go through the device's own table, as the C headers' inline functions do.
+//! The types are the system's own (bindgen, from `build.rs`); the functions are looked up in the libraries
+//! when RDMA is first asked for. So one binary runs where there is no RDMA at all: [`verbs`] then says why.
+//! The four calls of the data path are not functions of a library but go through the device's own table, as
+//! the C headers' inline functions do.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::io;
@@ -46,8 +47,8 @@ macro_rules! functions {
                 $(let $library = open(stringify!($library))?;)*
                 Ok(Self {
                     $($(
-                        // SAFETY: the type is that of the function's declaration in the library's header, and the library is
-                        // never unloaded.
+                        // SAFETY: the type is that of the function's declaration in the library's header, and
+                        // the library is never unloaded.
                         $name: unsafe { $library.get(concat!(stringify!($name), "\0").as_bytes()) }
                             .map(|symbol| *symbol)
                             .map_err(|_| concat!(
@@ -148,8 +149,8 @@ pub(super) unsafe fn text(text: *const c_char) -> String {
 /// ibv_post_send(3): what the header has as an inline function.
 ///
 /// # Safety
-/// `qp` is alive, `wr` a chain of work requests with their lists, which need to live for the call only; the memory that they name
-/// stays registered until their completions, or the queue pair's destruction.
+/// `qp` is alive, `wr` a chain of work requests with their lists, which need to live for the call only; the
+/// memory that they name stays registered until their completions, or the queue pair's destruction.
 pub(super) unsafe fn post_send(qp: *mut ibv_qp, wr: *mut ibv_send_wr) -> io::Result<()> {
     let mut bad = std::ptr::null_mut();
     // SAFETY: a live queue pair has a live context; providers always set this entry.

@@ -8,8 +8,8 @@ use crate::transport::SlotRange;
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;
-/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes takes as long as hundreds of
-/// small requests.
+/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes
+/// takes as long as hundreds of small requests.
 const SEND_BYTES_MAX: usize = 1 << 20;
 /// A slot that is filled with several answers has no more than this, unless one alone needs it.
 const FILLED_BYTES_MAX: usize = 128 << 10;
@@ -64,9 +64,10 @@ impl SendBatch {
         }
     }
 
-    /// Appends `len` bytes that `fill` writes: behind what is in the last slot if that has room, else in a new one from `arena`, which
-    /// has room for `expected` bytes if that is not too much. One after another they are one piece to the kernel, which costs it less than
-    /// many. Gives the size of a new slot, 0 if none was needed; None if there is no memory, or `fill` says no: then nothing has been appended.
+    /// Appends `len` bytes that `fill` writes: behind what is in the last slot if that has room, else in a
+    /// new one from `arena`, which has room for `expected` bytes if that is not too much. One after another
+    /// they are one piece to the kernel, which costs it less than many. Gives the size of a new slot, 0 if
+    /// none was needed; None if there is no memory, or `fill` says no: then nothing has been appended.
     pub fn push_filled(
         &mut self,
         len: usize,
@@ -131,7 +132,8 @@ impl SendBatch {
         }
     }
 
-    /// The message header for the kernel. It points into this batch, which must not move or change until the kernel is done.
+    /// The message header for the kernel. It points into this batch, which must not move or change until the
+    /// kernel is done.
     pub(super) fn msghdr(&mut self) -> *const libc::msghdr {
         self.iov.clear();
         let mut left = SEND_BYTES_MAX;

@@ -1,4 +1,5 @@
-//! The epoll engine, for where io_uring is forbidden: tries each operation, and waits for readiness if it would block.
+//! The epoll engine, for where io_uring is forbidden: tries each operation, and waits for readiness if it
+//! would block.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use slab::Slab;
 
-use super::attempt::{attempt, ended};
+use super::nonblocking::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Token, Waker};
 
@@ -78,7 +79,8 @@ impl Epoll {
         if let Some(pending) = self.pending.get_mut(key)
             && u64::from(pending.generation) == id.0 >> 32
         {
-            // Its next try ends it; generation 0 marks it, for `submit` hands it out only after four thousand million others.
+            // Its next try ends it; generation 0 marks it, for `submit` hands it out only after four thousand
+            // million others.
             pending.generation = 0;
             self.fresh.push_back(key);
         }
@@ -105,7 +107,8 @@ impl Epoll {
             }
             let fd = key as RawFd;
             if let Some(waiting) = self.waiting.remove(&fd) {
-                // Both: an error or hang-up makes each of them end, and one that still would block waits again.
+                // Both: an error or hang-up makes each of them end, and one that still would block waits
+                // again.
                 self.fresh.extend(waiting.read);
                 self.fresh.extend(waiting.write);
             }
@@ -152,8 +155,8 @@ impl Epoll {
         }
     }
 
-    /// Waits for the descriptor of an operation that would block. Fails if epoll does not take it: most likely there are too many
-    /// (ENOSPC, see fs.epoll.max_user_watches), or no memory.
+    /// Waits for the descriptor of an operation that would block. Fails if epoll does not take it: most
+    /// likely there are too many (ENOSPC, see fs.epoll.max_user_watches), or no memory.
     fn wait_for(&mut self, key: usize) -> Result<(), i32> {
         let op = &self.pending[key].op;
         let Some((fd, writes)) = descriptor(op) else { return Ok(()) };
@@ -187,7 +190,7 @@ fn op_file(op: &Op) -> &super::File {
         | Op::RecvInto { socket: file, .. }
         | Op::Send { socket: file, .. }
         | Op::Readable { file } => file,
-        _ => unreachable!("`submit` refuses file operations"),
+        _ => unreachable!("`submit` rejects file operations"),
     }
 }
 

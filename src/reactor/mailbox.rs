@@ -1,4 +1,5 @@
-//! Wake-ups and messages from other threads. Who has to write to the eventfd, and why no wake-up is lost: [`flags`].
+//! Wake-ups and messages from other threads. Who has to write to the eventfd, and why no wake-up is lost:
+//! [`flags`].
 
 mod flags;
 
@@ -30,7 +31,8 @@ impl Waker {
     /// Makes the reactor's present or next turn come back.
     pub fn wake(&self) {
         if self.0.flags.set() {
-            // It can only fail with EAGAIN, when the counter is at its limit: then the reactor is awake already.
+            // It can only fail with EAGAIN, when the counter is at its limit: then the reactor is awake
+            // already.
             let _ = rustix::io::write(&self.0.eventfd, &1u64.to_ne_bytes());
         }
     }

@@ -1,21 +1,24 @@
-//! One event loop for one thread: I/O operations, timers, signals, file watches, readiness, and wake-ups from other threads.
+//! One event loop for one thread: I/O operations, timers, signals, file watches, readiness, and wake-ups from
+//! other threads.
 //!
-//! A [`Reactor`] is an io_uring; where the kernel or a seccomp profile forbids that it falls back to epoll, which can do
-//! everything but file operations (those then belong to a thread pool, see the server's `threads` backend).
+//! A [`Reactor`] is an io_uring; where the kernel or a seccomp profile forbids that it falls back to epoll,
+//! which can do everything but file operations (those then belong to a thread pool, see the server's
+//! `threads` backend).
 //!
-//! Operations own what they use. An [`Op`] moves its file, its slot, its path into the reactor, and they come back in the
-//! [`Event`] that ends it: one event for one operation, no more, no less. What the kernel still uses when a reactor is dropped and
-//! does not let go of in time is leaked, never freed.
+//! Operations own what they use. An [`Op`] moves its file, its slot, its path into the reactor, and they come
+//! back in the [`Event`] that ends it: one event for one operation, no more, no less. What the kernel still
+//! uses when a reactor is dropped and does not let go of in time is leaked, never freed.
 //!
-//! A turn ([`Reactor::turn`]) submits everything that was asked for since the last one and hears of everything that has ended, in
-//! one system call. With nothing to do it spins a little (configurable), then sleeps in that one place.
+//! A turn ([`Reactor::run_once`]) submits everything that was asked for since the last one and hears of
+//! everything that has ended, in one system call. With nothing to do it spins a little (configurable), then
+//! sleeps in that one place.
 //!
 //! Tokens carry an owner number so that a worker can tell whose event it is; the value is the owner's.
 
-mod attempt;
 mod batch;
 mod epoll;
 mod mailbox;
+mod nonblocking;
 mod received;
 mod ring;
 mod sources;
@@ -36,14 +39,15 @@ pub use sources::{FileWatch, Signals, block_signals};
 pub use tcp_info::{TcpInfo, bound_tcp_retries};
 pub use timers::TimerId;
 
+use crate::busy_poll::BusyPoll;
 use crate::memory::Arena;
-use crate::spin::Spin;
 use crate::transport::SlotRange;
 
 /// The most that [`Reactor::expect`] makes of it.
 const EXPECTED_MAX: usize = 10;
 
-/// While every iteration has events, timers are looked at in one of so many: asking for the time costs about 70 instructions.
+/// While every iteration has events, timers are looked at in one of so many: asking for the time costs about
+/// 70 instructions.
 const TIMERS_EVERY: u8 = 16;
 
 /// Names an operation or timer to its owner.
@@ -85,8 +89,8 @@ impl Default for Config {
     }
 }
 
-/// A socket, or another descriptor that can be polled, as the reactor's operations take it. The descriptor closes when the last clone, in flight or not, is
-/// gone.
+/// A socket, or another descriptor that can be polled, as the reactor's operations take it. The descriptor
+/// closes when the last clone, in flight or not, is gone.
 #[derive(Clone, Debug)]
 pub struct File(Rc<FileInner>);
 
@@ -143,13 +147,14 @@ pub struct OpenHow {
     pub resolve: u64,
 }
 
-/// A file as [`Op::Read`] and [`Op::Write`] share in it. It is not registered with the ring, which would hold on to it after its last user.
+/// A file as [`Op::Read`] and [`Op::Write`] share in it. It is not registered with the ring, which would hold
+/// on to it after its last user.
 pub trait OpenFile: AsFd + Send + Sync + std::fmt::Debug {}
 
 impl<T: AsFd + Send + Sync + std::fmt::Debug> OpenFile for T {}
 
-/// close(2), and what it says: the file system may have failed to store what was written before. The descriptor is closed all the same.
-/// May wait for the file system.
+/// close(2), and what it says: the file system may have failed to store what was written before. The
+/// descriptor is closed all the same. May wait for the file system.
 pub fn close(fd: OwnedFd) -> Result<(), i32> {
     // SAFETY: the descriptor is this function's own, and nobody uses it after this.
     match unsafe { libc::close(fd.into_raw_fd()) } {
@@ -158,7 +163,8 @@ pub fn close(fd: OwnedFd) -> Result<(), i32> {
     }
 }
 
-/// An operation. Reads and writes of files need io_uring ([`Reactor::has_ring`]); the rest work on either engine.
+/// An operation. Reads and writes of files need io_uring ([`Reactor::has_ring`]); the rest work on either
+/// engine.
 #[derive(Debug)]
 pub enum Op {
     /// Accepts a connection: [`Payload::Fd`].
@@ -166,15 +172,17 @@ pub enum Op {
         /// A listening socket.
         listener: File,
     },
-    /// Receives into a buffer of the reactor's, chosen when data arrives, so that idle connections hold no memory:
-    /// [`Payload::Received`]. Result 0 is the end of the stream. ENOBUFS: all buffers are in use, try again.
+    /// Receives into a buffer of the reactor's, chosen when data arrives, so that idle connections hold no
+    /// memory: [`Payload::Received`]. Result 0 is the end of the stream. ENOBUFS: all buffers are in use, try
+    /// again.
     Recv {
         /// A stream socket.
         socket: File,
         /// The most bytes; [`Config::received_bytes`] at most.
         len_max: u32,
     },
-    /// Receives into a slot, at least one byte, at most the range: [`Payload::Slot`]. Result 0 is the end of the stream.
+    /// Receives into a slot, at least one byte, at most the range: [`Payload::Slot`]. Result 0 is the end of
+    /// the stream.
     RecvInto {
         /// A stream socket.
         socket: File,
@@ -201,8 +209,8 @@ pub enum Op {
         target: SlotRange,
         /// Offset in the file.
         offset: u64,
-        /// RWF_NOWAIT: rather than wait, or have a thread of the kernel's wait, it ends with EAGAIN, or with EOPNOTSUPP where the file
-        /// cannot be read like that.
+        /// RWF_NOWAIT: rather than wait, or have a thread of the kernel's wait, it ends with EAGAIN, or with
+        /// EOPNOTSUPP where the file cannot be read like that.
         nowait: bool,
     },
     /// pwrite(2) from a slot: [`Payload::Slot`].
@@ -255,7 +263,7 @@ pub struct OpId(u64);
 pub enum Wait {
     /// Come back at once.
     Poll,
-    /// Spin, then sleep, until there is an event or a wake-up.
+    /// BusyPoll, then sleep, until there is an event or a wake-up.
     Block,
 }
 
@@ -273,7 +281,7 @@ pub struct Reactor {
     /// Iterations since they were looked at.
     timers_passed: u8,
     waker: Waker,
-    spin: Spin,
+    spin: BusyPoll,
     /// Indices among the registered files that are free, and those whose file has gone.
     fixed_free: Vec<u32>,
     fixed_retired: Rc<RefCell<Vec<u32>>>,
@@ -302,7 +310,7 @@ impl Reactor {
             timers: timers::Timers::default(),
             timers_passed: 0,
             waker,
-            spin: Spin::new(config.spin),
+            spin: BusyPoll::new(config.spin),
             fixed_free: (0..files).rev().collect(),
             fixed_retired: Rc::default(),
             expected: 1,
@@ -330,8 +338,8 @@ impl Reactor {
         self.sleeps
     }
 
-    /// Registers the memory of an arena with the ring, once, so that the kernel need not pin pages for each operation. On failure
-    /// (often the memlock limit) everything works unregistered, a little slower.
+    /// Registers the memory of an arena with the ring, once, so that the kernel need not pin pages for each
+    /// operation. On failure (often the memlock limit) everything works unregistered, a little slower.
     pub fn register_arena(&mut self, arena: &Arena) -> io::Result<()> {
         match &mut self.engine {
             Engine::Ring(ring) => ring.register_arena(arena),
@@ -379,17 +387,17 @@ impl Reactor {
         }
     }
 
-    /// Does an [`Op::Send`] by a plain system call, which spares most sends the engine's detours, and gives its end. None: it would block, so
-    /// it was submitted, and its end is an event of a later turn.
+    /// Does an [`Op::Send`] by a plain system call, which spares most sends the engine's detours, and gives
+    /// its end. None: it would block, so it was submitted, and its end is an event of a later turn.
     pub fn send(&mut self, token: Token, socket: File, mut batch: Box<SendBatch>) -> Option<Event> {
-        let sent = attempt::send(&socket, &mut batch);
+        let sent = nonblocking::send(&socket, &mut batch);
         let op = Op::Send { socket, batch };
         match sent {
             Err(libc::EAGAIN | libc::EINTR) => {
                 self.submit(token, op);
                 None
             }
-            sent => Some(attempt::ended(token, op, sent.map(|n| (n, Payload::None)))),
+            sent => Some(nonblocking::ended(token, op, sent.map(|n| (n, Payload::None)))),
         }
     }
 
@@ -408,9 +416,10 @@ impl Reactor {
         }
     }
 
-    /// So many operations are worth waiting for: from now on a turn may spin for so many times as long as it was configured to, at most ten
-    /// times. Several that were begun together end later than one, and often together. None: it does not spin.
-    pub fn expect(&mut self, operations: usize) {
+    /// So many operations are worth waiting for: from now on a turn may spin for so many times as long as it
+    /// was configured to, at most ten times. Several that were begun together end later than one, and often
+    /// together. None: it does not spin.
+    pub fn set_spin_multiplier(&mut self, operations: usize) {
         self.expected = operations.min(EXPECTED_MAX) as u32;
     }
 
@@ -432,15 +441,17 @@ impl Reactor {
         self.timers.remove(id);
     }
 
-    /// Submits what was asked for, and appends what has ended to `events`. With [`Wait::Block`] and nothing ended it spins, then
-    /// sleeps, until something has, a timer comes, or a [`Waker`] wakes it (which is no event).
-    pub fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
-        self.turn_looking(wait, events, &mut |_| false)
+    /// Submits what was asked for, and appends what has ended to `events`. With [`Wait::Block`] and nothing
+    /// ended it spins, then sleeps, until something has, a timer comes, or a [`Waker`] wakes it (which is no
+    /// event).
+    pub fn run_once(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        self.poll_with(wait, events, &mut |_| false)
     }
 
-    /// The same for a thread that has more to look at than this reactor: `look` is asked now and then whether there is news elsewhere,
-    /// and if so the turn comes back. Its argument says that the reactor is about to sleep, so that news from then on must wake it.
-    pub fn turn_looking(
+    /// The same for a thread that has more to look at than this reactor: `look` is asked now and then whether
+    /// there is news elsewhere, and if so the turn comes back. Its argument says that the reactor is about to
+    /// sleep, so that news from then on must wake it.
+    pub fn poll_with(
         &mut self,
         wait: Wait,
         events: &mut Vec<Event>,
@@ -461,19 +472,19 @@ impl Reactor {
         }
         let begin = Instant::now();
         let mut spinning = self.spin.begin(self.expected);
-        while self.spin.goes_on(&mut spinning) {
+        while self.spin.should_continue(&mut spinning) {
             for _ in 0..32 {
                 if self.engine_has_news() || self.waker.is_set() {
                     self.engine_poll(events)?;
                     if events.len() > before || self.waker.take() {
-                        self.spin.learn(&spinning, begin.elapsed());
+                        self.spin.record(&spinning, begin.elapsed());
                         return Ok(());
                     }
                 }
                 std::hint::spin_loop();
             }
             if look(false) {
-                self.spin.learn(&spinning, begin.elapsed());
+                self.spin.record(&spinning, begin.elapsed());
                 return Ok(());
             }
             if self.timers.next().is_some_and(|at| at <= Instant::now()) {
@@ -491,7 +502,7 @@ impl Reactor {
         }
         self.waker.take();
         self.timers.expire(events);
-        self.spin.learn(&spinning, begin.elapsed());
+        self.spin.record(&spinning, begin.elapsed());
         Ok(())
     }
 
@@ -505,7 +516,7 @@ impl Reactor {
     /// Whether [`Reactor::engine_poll`] would find something. Epoll has no cheaper way to know than to ask.
     fn engine_has_news(&mut self) -> bool {
         match &mut self.engine {
-            Engine::Ring(ring) => ring.has_news(),
+            Engine::Ring(ring) => ring.poll_ready(),
             Engine::Epoll(_) => true,
         }
     }

@@ -1,4 +1,5 @@
-//! The buffers that [`super::Op::Recv`] receives into: a pool that the kernel (or the epoll engine) takes one from when data has arrived.
+//! The buffers that [`super::Op::Recv`] receives into: a pool that the kernel (or the epoll engine) takes one
+//! from when data has arrived.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -21,8 +22,8 @@ impl std::ops::Deref for Received {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the buffer lies within the pool's memory and is this value's alone until it is dropped: neither the kernel's ring
-        // nor the free list has it. `len` is at most its size (`Pool::received`).
+        // SAFETY: the buffer lies within the pool's memory and is this value's alone until it is dropped:
+        // neither the kernel's ring nor the free list has it. `len` is at most its size (`Pool::received`).
         unsafe { std::slice::from_raw_parts(self.pool.buffer(self.index), self.len) }
     }
 }
@@ -34,8 +35,8 @@ impl Drop for Received {
 }
 
 pub(super) struct Pool {
-    /// Holds all buffers; shared with the kernel, each buffer the kernel's while it is in the ring or the free list, the holder's
-    /// of its `Received` otherwise.
+    /// Holds all buffers; shared with the kernel, each buffer the kernel's while it is in the ring or the
+    /// free list, the holder's of its `Received` otherwise.
     memory: Slot,
     buffer_bytes: usize,
     count: u16,
@@ -119,9 +120,10 @@ impl Pool {
         let base: *mut BufRingEntry = ring.as_ptr().cast();
         let tail = self.tail.get();
         let at = usize::from(tail & (self.count - 1));
-        // SAFETY: the ring has `count` entries and `at` is less; the kernel reads an entry only after the tail has passed it, and
-        // there are never more than `count` buffers, so it is not reading this one. The tail lies in the reserved field of the
-        // first entry, is written by us alone, and is read by the kernel with acquire semantics.
+        // SAFETY: the ring has `count` entries and `at` is less; the kernel reads an entry only after the
+        // tail has passed it, and there are never more than `count` buffers, so it is not reading this one.
+        // The tail lies in the reserved field of the first entry, is written by us alone, and is read by the
+        // kernel with acquire semantics.
         unsafe {
             let entry = &mut *base.add(at);
             entry.set_addr(self.buffer(index) as u64);

@@ -1,7 +1,8 @@
 //! The io_uring engine: turns operations into submissions and completions into events.
 //!
-//! An operation in flight lives in a slab; `user_data` is its key and a generation, so that nothing late can hit a reused key. What
-//! the kernel points at (slots, boxes, strings) is on the heap and stays put while the slab grows.
+//! An operation in flight lives in a slab; `user_data` is its key and a generation, so that nothing late can
+//! hit a reused key. What the kernel points at (slots, boxes, strings) is on the heap and stays put while the
+//! slab grows.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,7 +16,7 @@ use io_uring::types::{self, CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use slab::Slab;
 
-use super::attempt::{attempt, ended};
+use super::nonblocking::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Payload, Token, Waker};
 use crate::memory::{Arena, FIXED_CHUNK_BYTES};
@@ -27,8 +28,8 @@ const IGNORED: u64 = u64::MAX;
 const WAKER: u64 = u64::MAX - 1;
 /// The group of the buffers for [`Op::Recv`].
 const BUFFER_GROUP: u16 = 0;
-/// A spinning reactor looks by itself for what arrives at so many sockets: that takes a system call each, and spares the ring's detour
-/// by a poll, a wake-up and a call to take both in.
+/// A spinning reactor looks by itself for what arrives at so many sockets: that takes a system call each, and
+/// spares the ring's detour by a poll, a wake-up and a call to take both in.
 const WATCHED_MAX: usize = 4;
 /// Their buffers. Each may be held until the end of a turn, and the next be received meanwhile.
 const WATCHED_BUFFERS: u16 = 2 * WATCHED_MAX as u16;
@@ -123,13 +124,14 @@ impl Ring {
         ring.submit().map_err(Unavailable::of("io_uring_enter"))?;
         let pool =
             Pool::new(config.received_count, config.received_bytes, true).map_err(Unavailable::of("mmap"))?;
-        // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`, which is dropped after
-        // the ring or leaked with what is in flight.
+        // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`,
+        // which is dropped after the ring or leaked with what is in flight.
         unsafe {
             ring.submitter().register_buf_ring_with_flags(pool.ring_address(), pool.count(), BUFFER_GROUP, 0)
         }
         .map_err(Unavailable::of("io_uring_register"))?;
-        // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is too low for it.
+        // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is
+        // too low for it.
         let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
         // One that does not spin does not look.
         let watched_pool = if config.spin.is_zero() {
@@ -166,14 +168,15 @@ impl Ring {
 
     pub fn register_arena(&mut self, arena: &Arena) -> io::Result<()> {
         let chunks = arena.chunks(FIXED_CHUNK_BYTES);
-        // SAFETY: the chunks are the arena's mapping. The kernel pins its pages, so that unmapping it before the ring is gone
-        // leaves the kernel with pages of its own and no dangling address.
+        // SAFETY: the chunks are the arena's mapping. The kernel pins its pages, so that unmapping it before
+        // the ring is gone leaves the kernel with pages of its own and no dangling address.
         unsafe { self.ring.submitter().register_buffers(&chunks)? };
         arena.set_registered(self.id);
         Ok(())
     }
 
-    /// Puts a file into the table, or takes one out (-1). Nothing in flight uses the index: it would hold the `File` that has it.
+    /// Puts a file into the table, or takes one out (-1). Nothing in flight uses the index: it would hold the
+    /// `File` that has it.
     pub fn set_file(&mut self, index: u32, fd: RawFd) -> bool {
         self.ring.submitter().register_files_update(index, &[fd]).is_ok()
     }
@@ -185,7 +188,8 @@ impl Ring {
 
     fn push(&mut self, entry: squeue::Entry) {
         if self.backlog.is_empty() {
-            // SAFETY: what the entry points at is owned by `in_flight` (or is static, or the waker's) until its completion.
+            // SAFETY: what the entry points at is owned by `in_flight` (or is static, or the waker's) until
+            // its completion.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return;
             }
@@ -265,7 +269,7 @@ impl Ring {
         self.enter(0, None);
     }
 
-    pub fn has_news(&mut self) -> bool {
+    pub fn poll_ready(&mut self) -> bool {
         !self.ring.completion().is_empty()
             || {
                 let submission = self.ring.submission();
@@ -335,7 +339,8 @@ impl Ring {
             let want = if self.backlog.is_empty() { want } else { 0 };
             match self.ring.submitter().submit_with_args(want, &args) {
                 Ok(_) if !self.backlog.is_empty() && self.ring.submission().is_empty() => {}
-                // Interrupted, out of time, or completions must be taken in before more is accepted: the caller reaps, and comes again.
+                // Interrupted, out of time, or completions must be taken in before more is accepted: the
+                // caller reaps, and comes again.
                 Ok(_) => return,
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN | libc::ENOMEM) => return,
@@ -396,7 +401,8 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// Cancels what is in flight and waits for it to end; what does not end is leaked, for the kernel may still write to it.
+    /// Cancels what is in flight and waits for it to end; what does not end is leaked, for the kernel may
+    /// still write to it.
     fn drop(&mut self) {
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         for Watched { key, .. } in self.watched.drain(..) {

@@ -1,4 +1,5 @@
-//! Signals and file watches: descriptors whose readiness the reactor reports ([`super::Op::Readable`]) and that are then read here.
+//! Signals and file watches: descriptors whose readiness the reactor reports ([`super::Op::Readable`]) and
+//! that are then read here.
 
 use std::ffi::CString;
 use std::io;
@@ -12,7 +13,8 @@ use super::{File, Op, Reactor, Token};
 
 fn signal_set(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset initialises the set; sigaddset only changes it, and refuses numbers that are no signal.
+    // SAFETY: sigemptyset initialises the set; sigaddset only changes it, and rejects numbers that are no
+    // signal.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for &signal in signals {
@@ -22,7 +24,8 @@ fn signal_set(signals: &[i32]) -> libc::sigset_t {
     }
 }
 
-/// Blocks signals in this thread and those it will start, so that only [`Signals`] gets them. Call it before starting threads.
+/// Blocks signals in this thread and those it will start, so that only [`Signals`] gets them. Call it before
+/// starting threads.
 pub fn block_signals(signals: &[i32]) -> io::Result<()> {
     let set = signal_set(signals);
     // SAFETY: `set` is initialised; a null old set is allowed.
@@ -85,8 +88,8 @@ impl FileWatch {
         Ok(Self { file, token })
     }
 
-    /// Watches a file or directory for being written, moved, created in or deleted. Gives the number that names it in
-    /// [`FileWatch::read`].
+    /// Watches a file or directory for being written, moved, created in or deleted. Gives the number that
+    /// names it in [`FileWatch::read`].
     pub fn add(&self, path: &Path) -> io::Result<i32> {
         let path = CString::new(path.as_os_str().as_encoded_bytes())?;
         let mask = libc::IN_CLOSE_WRITE
@@ -97,12 +100,14 @@ impl FileWatch {
             | libc::IN_MOVED_TO
             | libc::IN_MOVED_FROM
             | libc::IN_MOVE_SELF;
-        // SAFETY: the descriptor is an inotify of ours, and the path is a terminated string that the call only reads.
+        // SAFETY: the descriptor is an inotify of ours, and the path is a terminated string that the call
+        // only reads.
         let watch = unsafe { libc::inotify_add_watch(self.file.as_raw_fd(), path.as_ptr(), mask) };
         if watch < 0 { Err(io::Error::last_os_error()) } else { Ok(watch) }
     }
 
-    /// What has changed, after the event: the number of the watch, and the name within a watched directory. Watches on.
+    /// What has changed, after the event: the number of the watch, and the name within a watched directory.
+    /// Watches on.
     pub fn read(&mut self, reactor: &mut Reactor) -> Vec<(i32, Option<String>)> {
         let mut changes = Vec::new();
         let mut buffer = [MaybeUninit::uninit(); 4096];

@@ -1,4 +1,5 @@
-//! What the kernel knows about a TCP connection, and how long it may wait between two tries. Neither rustix nor socket2 has these options.
+//! What the kernel knows about a TCP connection, and how long it may wait between two tries. Neither rustix
+//! nor socket2 has these options.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -30,7 +31,8 @@ impl TcpInfo {
         let mut bytes = [0_u8; 148];
         let mut len = bytes.len() as libc::socklen_t;
         let fd = socket.as_fd().as_raw_fd();
-        // SAFETY: the kernel writes at most `len` bytes, which `bytes` has, and then says there how many they were.
+        // SAFETY: the kernel writes at most `len` bytes, which `bytes` has, and then says there how many they
+        // were.
         let result = unsafe {
             libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &raw mut len)
         };
@@ -48,8 +50,8 @@ impl TcpInfo {
     }
 }
 
-/// Bounds the time between two tries to reach the peer (retransmissions, window probes), which doubles with each: by default up to two
-/// minutes. Does nothing before Linux 6.15, and on a socket that is no TCP socket.
+/// Bounds the time between two tries to reach the peer (retransmissions, window probes), which doubles with
+/// each: by default up to two minutes. Does nothing before Linux 6.15, and on a socket that is no TCP socket.
 pub fn bound_tcp_retries(socket: impl AsFd, max: Duration) {
     let ms = max.as_millis().clamp(*RTO_MAX_MS.start(), *RTO_MAX_MS.end()) as libc::c_int;
     let fd = socket.as_fd().as_raw_fd();

@@ -1,4 +1,5 @@
-//! What both engines promise. Each test runs over io_uring (where the kernel has it), with spinning and without, and over epoll.
+//! What both engines promise. Each test runs over io_uring (where the kernel has it), with spinning and
+//! without, and over epoll.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -27,7 +28,7 @@ fn next(reactor: &mut Reactor) -> Event {
     let deadline = Instant::now() + Duration::from_secs(10);
     while events.is_empty() {
         assert!(Instant::now() < deadline, "no event came");
-        reactor.turn(Wait::Block, &mut events).unwrap();
+        reactor.run_once(Wait::Block, &mut events).unwrap();
     }
     assert_eq!(events.len(), 1, "{events:?}");
     events.pop().unwrap()
@@ -84,11 +85,11 @@ fn who_speaks_is_heard_while_sends_to_others_keep_ending() {
         quiet.write_all(b"hello").unwrap();
         let mut events = Vec::new();
         for turn in 0.. {
-            assert!(turn < 100, "it was not heard in {turn} turns");
+            assert!(turn < 100, "it was not heard in {turn} iterations");
             let mut batch = Box::new(SendBatch::default());
             batch.push_bytes(|out| out.push(0));
             reactor.submit(TOKEN, Op::Send { socket: other.clone(), batch });
-            reactor.turn(Wait::Poll, &mut events).unwrap();
+            reactor.run_once(Wait::Poll, &mut events).unwrap();
             if events.drain(..).any(|event| event.token == RECEIVED) {
                 break;
             }
@@ -104,11 +105,11 @@ fn a_timer_comes_although_every_turn_has_events() {
         reactor.timer(Instant::now(), TIMER);
         let mut events = Vec::new();
         for turn in 0.. {
-            assert!(turn < 100, "it did not come in {turn} turns");
+            assert!(turn < 100, "it did not come in {turn} iterations");
             let mut batch = Box::new(SendBatch::default());
             batch.push_bytes(|out| out.push(0));
             reactor.submit(TOKEN, Op::Send { socket: socket.clone(), batch });
-            reactor.turn(Wait::Poll, &mut events).unwrap();
+            reactor.run_once(Wait::Poll, &mut events).unwrap();
             if events.drain(..).any(|event| event.token == TIMER) {
                 break;
             }
@@ -183,7 +184,7 @@ fn a_cancelled_operation_ends_as_cancelled() {
     both(|mut reactor| {
         let (_client, socket) = pair(&mut reactor);
         let id = reactor.submit(TOKEN, Op::RecvInto { socket, target: slot(&[0; 8]) });
-        reactor.turn(Wait::Poll, &mut Vec::new()).unwrap();
+        reactor.run_once(Wait::Poll, &mut Vec::new()).unwrap();
         reactor.cancel(id);
         let event = next(&mut reactor);
         assert_eq!(event.result, Err(libc::ECANCELED));
@@ -223,7 +224,7 @@ fn a_message_from_another_thread_wakes_a_sleeping_reactor() {
         let deadline = Instant::now() + Duration::from_secs(10);
         while expected < 1000 {
             assert!(Instant::now() < deadline, "a wake-up was lost after {expected}");
-            reactor.turn(Wait::Block, &mut Vec::new()).unwrap();
+            reactor.run_once(Wait::Block, &mut Vec::new()).unwrap();
             while let Some(n) = receiver.take() {
                 assert_eq!(n, expected);
                 expected += 1;

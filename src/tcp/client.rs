@@ -1,12 +1,14 @@
 //! The client's side of TCP: one connection, used by one thread at a time.
 //!
-//! Nothing here starts a thread or needs io_uring. What is sent goes out in as few system calls as the kernel allows: the headers and
-//! commands of a batch lie one after another in `head`, the data of writes is sent straight from the caller's buffers. What
-//! arrives is read into `staging` and parsed there; when much of a response's data is still to come it is read
-//! straight into the caller's buffers, with the bytes behind it going to `staging` in the same call.
+//! Nothing here starts a thread or needs io_uring. What is sent goes out in as few system calls as the kernel
+//! allows: the headers and commands of a batch lie one after another in `head`, the data of writes is sent
+//! straight from the caller's buffers. What arrives is read into `staging` and parsed there; when much of a
+//! response's data is still to come it is read straight into the caller's buffers, with the bytes behind it
+//! going to `staging` in the same call.
 //!
-//! The connection owns the buffers of a request until the request is over: answered (or lost with the connection), *and* its
-//! data sent. A server may answer before it has taken the data, with an error; then the reply waits in `early`.
+//! The connection owns the buffers of a request until the request is over: answered (or lost with the
+//! connection), *and* its data sent. A server may answer before it has taken the data, with an error; then
+//! the reply waits in `early`.
 //!
 //! The server is not trusted: whatever it sends is checked, and at most ends this connection.
 
@@ -21,19 +23,20 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
+use crate::keepalive::{Action, Keepalive};
 use crate::memory::process;
 use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
-use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
-/// Room for what arrives: a burst of 32 responses with 4 KiB each fits, and it stays within a core's own cache.
+/// Room for what arrives: a burst of 32 responses with 4 KiB each fits, and it stays within a core's own
+/// cache.
 const STAGING_BYTES: usize = 192 << 10;
 /// A request for at least this much data is large.
 const LARGE_BYTES: usize = 16 << 10;
 /// How much is read ahead while most of what is awaited is large: enough for headers, little to copy.
 const READ_AHEAD_BYTES: usize = 1 << 10;
-/// Data of which at least this much is still to come is read straight into the caller's buffers: all that is large, less
-/// what was read ahead.
+/// Data of which at least this much is still to come is read straight into the caller's buffers: all that is
+/// large, less what was read ahead.
 const DIRECT_BYTES: usize = LARGE_BYTES / 2;
 /// Pieces of memory in one system call; the kernel takes up to 1,024.
 const SLICES_MAX: usize = 64;
@@ -64,7 +67,8 @@ pub struct Client {
     sent: usize,
     /// The socket took no more at the last try.
     blocked: bool,
-    /// Sending failed. The connection ends once everything that arrived before has been taken in: it may say why.
+    /// Sending failed. The connection ends once everything that arrived before has been taken in: it may say
+    /// why.
     send_error: Option<io::Error>,
     pongs_queued: usize,
 
@@ -77,9 +81,9 @@ pub struct Client {
     early: Option<Reply>,
     /// Replies that [`ClientTransport::receive`] has not yet handed out.
     done: Vec<Reply>,
-    exchange: Exchange,
+    upgrade: Upgrade,
 
-    silence: Silence,
+    keepalive: Keepalive,
     /// The process that connected: see [`process`].
     process: u64,
 
@@ -91,10 +95,10 @@ pub struct Client {
 
 /// Whether the server is to tell where its queue pair is.
 #[derive(Debug)]
-enum Exchange {
+enum Upgrade {
     /// It must not.
-    No,
-    Asked,
+    None,
+    Requested,
     Answered(Result<QueuePairAddress, Error>),
 }
 
@@ -147,7 +151,7 @@ impl Client {
         .map_err(failed)?;
         super::spare_congestion_control(&socket, address);
         abort_on_close(&socket, true).map_err(failed)?;
-        // A zero timeout would be refused rather than expire.
+        // A zero timeout would be rejected rather than expire.
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
         socket.connect_timeout(&address.into(), left).map_err(failed)?;
         Self::from_stream(socket.into(), offer, deadline)
@@ -179,8 +183,8 @@ impl Client {
             partial: None,
             early: None,
             done: Vec::new(),
-            exchange: Exchange::No,
-            silence: Silence::new(&grant),
+            upgrade: Upgrade::None,
+            keepalive: Keepalive::new(&grant),
             process: process(),
             failure: None,
             lost: Status::OK,
@@ -188,10 +192,11 @@ impl Client {
         })
     }
 
-    /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
-    /// between, so a server that lives but works long on a request is not silent. Default: three times the keepalive granted.
+    /// How long the server may be silent while something is outstanding before the connection ends with
+    /// ETIMEDOUT. It is pinged in between, so a server that lives but works long on a request is not silent.
+    /// Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.silence.set_request_timeout(timeout);
+        self.keepalive.set_request_timeout(timeout);
     }
 
     /// Its own address.
@@ -200,9 +205,10 @@ impl Client {
         address.map_err(|source| Error::io("Cannot find out the connection's address", source))
     }
 
-    /// Tells the server where this side's end of a queue pair is, and waits until `deadline` to be told where the server's is. Nothing may
-    /// have been asked yet, and [`Grant::queue_pair`] must be granted. If the server makes no queue pair, or none in time, this
-    /// fails; in the first case the connection goes on as it is ([`ClientTransport::failure`] is None).
+    /// Tells the server where this side's end of a queue pair is, and waits until `deadline` to be told where
+    /// the server's is. Nothing may have been asked yet, and [`Grant::queue_pair`] must be granted. If the
+    /// server makes no queue pair, or none in time, this fails; in the first case the connection goes on as
+    /// it is ([`ClientTransport::failure`] is None).
     pub fn exchange_queue_pairs(
         &mut self,
         ours: &QueuePairAddress,
@@ -212,13 +218,13 @@ impl Client {
         message::encode_queue_pair(Ok(ours), self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
         self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: false });
-        self.exchange = Exchange::Asked;
+        self.upgrade = Upgrade::Requested;
         self.flush();
         let mut none = Vec::new();
         loop {
             self.receive(&mut none);
-            if let Exchange::Answered(answer) = std::mem::replace(&mut self.exchange, Exchange::Asked) {
-                self.exchange = Exchange::No;
+            if let Upgrade::Answered(answer) = std::mem::replace(&mut self.upgrade, Upgrade::Requested) {
+                self.upgrade = Upgrade::None;
                 return answer;
             }
             if self.failure.is_none() && Instant::now() >= deadline {
@@ -243,7 +249,7 @@ impl Client {
             // Tell the server what it did wrong, if the socket takes it.
             self.head.clear();
             let status = Status::protocol(violation.errno());
-            message::encode_goodbye(status, &violation.to_string(), self.limits.crc, &mut self.head);
+            message::encode_goaway(status, &violation.to_string(), self.limits.crc, &mut self.head);
             let _ = send(&self.stream, &[IoSlice::new(&self.head)]);
         }
         self.close();
@@ -255,13 +261,14 @@ impl Client {
         self.unparsed = 0..0;
     }
 
-    /// Ends the connection for every process that has its socket. What is unsent or unanswered does not go on being sent: the server gets
-    /// a reset.
+    /// Ends the connection for every process that has its socket. What is unsent or unanswered does not go on
+    /// being sent: the server gets a reset.
     fn close(&self) {
         if self.queue.is_empty() && !self.is_owed() {
             let _ = abort_on_close(&self.stream, false);
         } else {
-            // Dissolving the association resets it, also while a forked child keeps the socket open. Only TCP knows that.
+            // Dissolving the association resets it, also while a forked child keeps the socket open. Only TCP
+            // knows that.
             let _ = rustix::net::connect_unspec(&self.stream);
         }
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -291,7 +298,8 @@ impl Client {
         self.large = 0;
     }
 
-    // Sending ------------------------------------------------------------------------------------------------------
+    // Sending
+    // ------------------------------------------------------------------------------------------------------
 
     /// Sends once from the front of the queue. Whether all that was tried went out.
     fn send_some(&mut self) -> io::Result<bool> {
@@ -383,14 +391,15 @@ impl Client {
     }
 
     fn queue_ping(&mut self) {
-        let id = self.silence.ping();
+        let id = self.keepalive.ping();
         let start = self.head.len();
         message::encode_ping(id, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
         self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: false });
     }
 
-    // Receiving ----------------------------------------------------------------------------------------------------
+    // Receiving
+    // ----------------------------------------------------------------------------------------------------
 
     /// Reads once. How many bytes, and whether there may be more.
     fn read(&mut self) -> io::Result<(usize, bool)> {
@@ -485,16 +494,16 @@ impl Client {
                     self.queue.push_back(Queued { head_len, data_len: 0, request: None, pong: true });
                     self.flush();
                 }
-                Message::Pong(id) if self.silence.permits_pong(id) => {}
+                Message::Pong(id) if self.keepalive.permits_pong(id) => {}
                 Message::Pong(_) => return Err(Violation::RequestId),
-                Message::Goodbye(status, text) => {
+                Message::Goaway(status, text) => {
                     let text = message::text(text);
-                    self.end_with_goodbye(status, text);
+                    self.end_with_goaway(status, text);
                     return Ok(());
                 }
-                Message::QueuePair(what) if matches!(self.exchange, Exchange::Asked) => {
-                    let refused = |(status, text)| Error::Refused { status, text: message::text(text) };
-                    self.exchange = Exchange::Answered(what.map_err(refused));
+                Message::QueuePair(what) if matches!(self.upgrade, Upgrade::Requested) => {
+                    let rejected = |(status, text)| Error::Rejected { status, text: message::text(text) };
+                    self.upgrade = Upgrade::Answered(what.map_err(rejected));
                 }
                 Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
                 Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
@@ -552,7 +561,7 @@ impl Client {
         Ok(())
     }
 
-    fn end_with_goodbye(&mut self, status: Status, text: String) {
+    fn end_with_goaway(&mut self, status: Status, text: String) {
         let lost = match (status.class, status.errno) {
             (Class::Protocol, errno) => Status::protocol(errno),
             (_, errno) => lost(errno),
@@ -562,25 +571,26 @@ impl Client {
         self.fail(Error::Closed { errno, text }, lost);
     }
 
-    // Silence ------------------------------------------------------------------------------------------------------
+    // Keepalive
+    // ------------------------------------------------------------------------------------------------------
 
     /// Whether the server owes a sign of life.
     fn is_owed(&self) -> bool {
         !self.outstanding.is_empty() || self.partial.is_some() || self.early.is_some()
     }
 
-    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing can be read
-    /// from the socket, it is given up.
-    fn is_overdue(&mut self, now: Instant) -> bool {
+    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and
+    /// nothing can be read from the socket, it is given up.
+    fn has_timed_out(&mut self, now: Instant) -> bool {
         if self.failure.is_some() {
             return false;
         }
-        let verdict = self.silence.verdict(now, self.is_owed());
-        if verdict == Verdict::Ping {
+        let verdict = self.keepalive.action(now, self.is_owed());
+        if verdict == Action::Ping {
             self.queue_ping();
             self.flush();
         }
-        verdict == Verdict::Overdue
+        verdict == Action::TimedOut
     }
 }
 
@@ -611,7 +621,7 @@ impl ClientTransport for Client {
             .insert(Pending { tag, bulk, queued: true }, control)
             .map_err(|pending| NotSent(pending.bulk))?;
         if was_idle {
-            self.silence.ask();
+            self.keepalive.on_send();
         }
         self.large += largeness;
         let start = self.head.len();
@@ -622,7 +632,7 @@ impl ClientTransport for Client {
         Ok(id)
     }
 
-    fn recall(&mut self, request: RequestId) -> Option<Bulk> {
+    fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {
         let index = self.queue.iter().position(|queued| queued.request == Some(request))?;
         if index == 0 && self.sent > 0 {
             return None;
@@ -675,7 +685,7 @@ impl ClientTransport for Client {
                 Ok((0, _)) => self.fail_lost(libc::ECONNRESET, "the server closed it"),
                 Ok((_, again)) => {
                     self.counters.receives += 1;
-                    self.silence.hear();
+                    self.keepalive.on_receive();
                     arrived = true;
                     reads += 1;
                     more = again && reads < READS_MAX;
@@ -699,8 +709,8 @@ impl ClientTransport for Client {
                 }
             }
         }
-        if !arrived && self.is_overdue(Instant::now()) {
-            let heard = self.silence.heard().elapsed().as_secs_f64();
+        if !arrived && self.has_timed_out(Instant::now()) {
+            let heard = self.keepalive.last_rx().elapsed().as_secs_f64();
             self.fail_lost(libc::ETIMEDOUT, &format!("the server has been silent for {heard:.1} s"));
         }
         replies.append(&mut self.done);
@@ -716,7 +726,7 @@ impl ClientTransport for Client {
         }
         loop {
             let now = Instant::now();
-            if self.is_overdue(now)
+            if self.has_timed_out(now)
                 || self.failure.is_some()
                 || self.send_error.is_some()
                 || !self.done.is_empty()
@@ -724,7 +734,7 @@ impl ClientTransport for Client {
             {
                 return Ok(());
             }
-            let until = deadline.into_iter().chain(self.silence.ends(self.is_owed())).min();
+            let until = deadline.into_iter().chain(self.keepalive.deadline(self.is_owed())).min();
             let timeout = until.map(|until| {
                 let left = until.saturating_duration_since(now);
                 Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
@@ -769,13 +779,13 @@ impl ClientTransport for Client {
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
             self.queue_ping();
-            self.silence.expect_within(timeout);
+            self.keepalive.expect_within(timeout);
             self.flush();
         }
     }
 
-    fn heard(&self) -> Instant {
-        self.silence.heard()
+    fn last_rx(&self) -> Instant {
+        self.keepalive.last_rx()
     }
 
     fn abort(&mut self, violation: Violation) {
@@ -796,8 +806,8 @@ impl Drop for Client {
     }
 }
 
-/// Whether the end of the last descriptor resets the connection, as it must unless both sides know that they are done: otherwise the kernel would
-/// go on sending what its program has given up, after kill -9 too.
+/// Whether the end of the last descriptor resets the connection, as it must unless both sides know that they
+/// are done: otherwise the kernel would go on sending what its program has given up, after kill -9 too.
 fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_linger(socket, aborts.then_some(Duration::ZERO))?)
 }
@@ -811,7 +821,8 @@ fn largeness(bulk: &Bulk) -> isize {
     }
 }
 
-/// How requests end whose connection ended for this reason: few errnos, so that a caller can tell them from the file's.
+/// How requests end whose connection ended for this reason: few errnos, so that a caller can tell them from
+/// the file's.
 fn lost(errno: i32) -> Status {
     Status::transport(match errno {
         libc::ETIMEDOUT | libc::EPIPE | libc::ENOTCONN => errno,
@@ -835,7 +846,8 @@ fn data_crc(bulk: &Bulk, len: usize, inward: bool) -> u32 {
     crc.finish()
 }
 
-/// Sends the hello, waits for the welcome. What came behind the welcome stays in `staging`, at the range returned.
+/// Sends the hello, waits for the welcome. What came behind the welcome stays in `staging`, at the range
+/// returned.
 fn shake_hands(
     stream: &TcpStream,
     offer: &Offer,

@@ -11,14 +11,15 @@ use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
-pub use server::{Exchange, Passed, Place, Server};
+pub use server::{Passed, Place, Server, UpgradeRequest};
 
 use crate::error::Error;
 
 /// Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// Listens on an address, for [`crate::reactor::Op::Accept`]. Gives the socket, non-blocking, and its address with the actual port.
+/// Listens on an address, for [`crate::reactor::Op::Accept`]. Gives the socket, non-blocking, and its address
+/// with the actual port.
 pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
     let open = || -> std::io::Result<(Socket, Option<SocketAddr>)> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
@@ -38,15 +39,16 @@ pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
     Ok((socket.into(), bound.unwrap_or(address)))
 }
 
-/// Whether the peer of a stream socket has reset or closed it, or this side has shut it down. Unlike a receive it tells so although there is
-/// something to be received before the end.
+/// Whether the peer of a stream socket has reset or closed it, or this side has shut it down. Unlike a
+/// receive it tells so although there is something to be received before the end.
 pub fn has_ended(socket: impl AsFd) -> bool {
     let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
-/// Takes the plainest congestion control, which every kernel has and everybody may choose, for connections within one machine, where there is
-/// nothing to congest. Others cost time: BBR sets a timer for each packet. Only before the connection is made.
+/// Takes the plainest congestion control, which every kernel has and everybody may choose, for connections
+/// within one machine, where there is nothing to congest. Others cost time: BBR sets a timer for each packet.
+/// Only before the connection is made.
 fn spare_congestion_control(socket: &Socket, address: SocketAddr) {
     if address.ip().is_loopback() {
         // A kernel that does not let us does no harm.

@@ -1,12 +1,13 @@
 //! The server's side of TCP: all connections of one worker.
 //!
-//! A connection has at most one receive and one send in the ring. What arrives comes in a buffer of the reactor's, chosen when it
-//! arrives, so that idle connections hold no memory; the rest of a large write is received straight into its slot. Answers gather
-//! in a batch, and leave in one send when the turn is flushed.
+//! A connection has at most one receive and one send in the ring. What arrives comes in a buffer of the
+//! reactor's, chosen when it arrives, so that idle connections hold no memory; the rest of a large write is
+//! received straight into its slot. Answers gather in a batch, and leave in one send when the turn is
+//! flushed.
 //!
-//! Nothing is read from a connection while a request's data waits for a slot, or while it does not take its answers: TCP's own
-//! window then stops the peer. A peer that makes no progress on a message or on answers for which there is memory is closed
-//! when others wait for that, and only then.
+//! Nothing is read from a connection while a request's data waits for a slot, or while it does not take its
+//! answers: TCP's own window then stops the peer. A peer that makes no progress on a message or on answers
+//! for which there is memory is closed when others wait for that, and only then.
 
 mod watch;
 
@@ -32,16 +33,17 @@ use crate::transport::{
 };
 use watch::Watched;
 
-/// Data that is still to come is received straight into its slot if it is at least this long; below, it comes with what follows
-/// it, which saves a receive and costs a short copy.
+/// Data that is still to come is received straight into its slot if it is at least this long; below, it comes
+/// with what follows it, which saves a receive and costs a short copy.
 const DIRECT_BYTES_MIN: usize = 32 << 10;
 /// A connection whose unsent answers hold more than this is not read from.
 const UNSENT_BYTES_MAX: usize = 1 << 20;
 /// Progress that a peer must make within the stall timeout on a message it has begun, or on its answers...
 const PROGRESS_BYTES_MIN: u64 = 4096;
-/// ... and what part it is, at least, of the memory that they hold: one that trickles gives it back within so many timeouts.
+/// ... and what part it is, at least, of the memory that they hold: one that trickles gives it back within so
+/// many timeouts.
 const PROGRESS_PART: u64 = 8;
-/// How long a closed connection is kept for its peer to read the goodbye.
+/// How long a closed connection is kept for its peer to read the goaway.
 const LINGER: Duration = Duration::from_secs(1);
 /// A receive brings at most so much: what has come must be kept if it has to wait for a slot.
 const NARROW_BYTES: u32 = 8 << 10;
@@ -51,7 +53,8 @@ const WIDE_BYTES: u32 = 64 << 10;
 const WIDE_FOR: u8 = 8;
 /// ... if it is one of so many. What waits so has a bound: 4 MiB, and the narrow ones of all connections.
 const WIDE_MAX: usize = 64;
-/// Heap that each connection may cause in any case: what it has received, some small messages and one long one.
+/// Heap that each connection may cause in any case: what it has received, some small messages and one long
+/// one.
 const HEAP_BASE: usize = 14 << 10;
 /// ... and of that, messages that need not ask for more.
 const HEAP_MESSAGES: usize = 2 << 10;
@@ -74,7 +77,7 @@ pub struct Server {
     entries: Vec<Entry>,
     free: Vec<u32>,
     events: VecDeque<ServerEvent>,
-    exchanges: VecDeque<Exchange>,
+    exchanges: VecDeque<UpgradeRequest>,
     place: Place,
     passed: VecDeque<Passed>,
     /// Connections with answers since the last flush.
@@ -119,8 +122,8 @@ pub struct Passed {
 
 /// A client that wants its connection to move to a queue pair.
 #[derive(Debug)]
-pub struct Exchange {
-    /// The connection. It waits for [`Server::answer_exchange`].
+pub struct UpgradeRequest {
+    /// The connection. It waits for [`Server::answer_upgrade`].
     pub connection: ConnectionId,
     /// Who it is, and what it was granted.
     pub peer: Peer,
@@ -133,15 +136,15 @@ pub struct Exchange {
 }
 
 /// Whether a connection moves to a queue pair.
-enum Moving {
+enum UpgradeState {
     /// It does not.
-    No,
+    None,
     /// Its first message may ask for it.
     Offered(Box<Peer>),
     /// It has asked. Nothing but signs of life may come.
-    Asked,
+    Requested,
     /// It has moved: the same.
-    Moved,
+    Upgraded,
 }
 
 struct Entry {
@@ -165,7 +168,7 @@ enum State {
     /// Waits for the hello; its bytes so far.
     Handshake(Vec<u8>),
     Open,
-    /// Over; sends what is left (the goodbye), then reads to the end of the stream for a while.
+    /// Over; sends what is left (the goaway), then reads to the end of the stream for a while.
     Lingering,
     /// Over; waits for its operations in the ring to end.
     Dead,
@@ -230,12 +233,13 @@ struct Connection {
     grant: Option<Grant>,
     /// It was passed on to here, and stays.
     is_placed: bool,
-    moving: Moving,
+    upgrade: UpgradeState,
     receiving: Receiving,
     unread: Unread,
     /// The front of a message whose rest has not arrived.
     partial: Vec<u8>,
-    /// Requests not yet answered, oldest first: id, the most data of the response, and the heap of a long body.
+    /// Requests not yet answered, oldest first: id, the most data of the response, and the heap of a long
+    /// body.
     unanswered: VecDeque<(u64, u32, u16)>,
     /// The sum of the last.
     bodies_heap: usize,
@@ -275,7 +279,8 @@ struct Connection {
     /// When it was last asked whether it is alive, and was.
     seen_alive: Option<Instant>,
     progress: Progress,
-    /// At the last stall check: `progress`, and whether the data of a message was being received, and a send was in flight.
+    /// At the last stall check: `progress`, and whether the data of a message was being received, and a send
+    /// was in flight.
     checked: (Progress, bool, bool),
 }
 
@@ -334,8 +339,8 @@ impl Connection {
         }
     }
 
-    /// On what it has made no progress since the last stall check, though it holds memory for that. What was begun after that has had less
-    /// than the stall timeout.
+    /// On what it has made no progress since the last stall check, though it holds memory for that. What was
+    /// begun after that has had less than the stall timeout.
     fn stalled(&self) -> Option<Stalled> {
         let (Progress { messages_in, bytes_in, batches_out, bytes_out }, was_receiving, was_sending) =
             self.checked;
@@ -421,9 +426,10 @@ impl Server {
         }
     }
 
-    /// From now on all connections together may cause `bytes` of heap: what they have received and said, and what is not yet sent to
-    /// them. That is without the first 16 KiB for each, their structs among them. A connection that causes too much is not read from
-    /// until it causes less. Requests count as half a KiB and their body.
+    /// From now on all connections together may cause `bytes` of heap: what they have received and said, and
+    /// what is not yet sent to them. That is without the first 16 KiB for each, their structs among them. A
+    /// connection that causes too much is not read from until it causes less. Requests count as half a KiB
+    /// and their body.
     pub fn set_heap_max(&mut self, bytes: usize) {
         self.heap_max = bytes;
     }
@@ -454,7 +460,8 @@ impl Server {
         id
     }
 
-    /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the connection in later events.
+    /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the
+    /// connection in later events.
     pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
         let mut connection = self.make_connection(reactor, Arc::new(stream));
         let id = connection.id;
@@ -463,7 +470,8 @@ impl Server {
         id
     }
 
-    /// Keeps this, for its owner, until the connection's socket is closed, which may be a while after the connection is reported as closed.
+    /// Keeps this, for its owner, until the connection's socket is closed, which may be a while after the
+    /// connection is reported as closed.
     pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
         if let Some(connection) = self.entry(id).and_then(|entry| entry.connection.as_mut()) {
             connection.held = Some(held);
@@ -475,7 +483,8 @@ impl Server {
         self.connection(id)?.held.clone()
     }
 
-    /// Heap that connections cause now, of what [`Server::set_heap_max`] bounds, and how often one was not read from because of that.
+    /// Heap that connections cause now, of what [`Server::set_heap_max`] bounds, and how often one was not
+    /// read from because of that.
     pub fn heap(&self) -> (usize, u64) {
         (self.heap_bytes, self.gatings)
     }
@@ -499,14 +508,15 @@ impl Server {
     fn make_connection(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>) -> Box<Connection> {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
-        // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to speak.
+        // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to
+        // speak.
         if sockopt::set_socket_keepalive(&stream, true).is_ok() {
             let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
             let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10));
             let _ = sockopt::set_tcp_keepcnt(&stream, 6);
         }
-        // So that one to which something was sent is found soon even if it took nothing for long before. Not less, for a peer that has
-        // taken its window back is given up by the kernel after twice that.
+        // So that one to which something was sent is found soon even if it took nothing for long before. Not
+        // less, for a peer that has taken its window back is given up by the kernel after twice that.
         bound_tcp_retries(&stream, self.policy.unreachable_timeout / 2);
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(Entry { generation: 0, connection: None });
@@ -523,7 +533,7 @@ impl Server {
             state: State::Handshake(Vec::new()),
             grant: None,
             is_placed: false,
-            moving: Moving::No,
+            upgrade: UpgradeState::None,
             receiving: Receiving::Messages,
             unread: Unread::None,
             partial: Vec::new(),
@@ -557,7 +567,7 @@ impl Server {
     }
 
     /// The next client that wants to move to a queue pair.
-    pub fn next_exchange(&mut self) -> Option<Exchange> {
+    pub fn next_upgrade(&mut self) -> Option<UpgradeRequest> {
         while let Some(exchange) = self.exchanges.pop_front() {
             // It may have ended since, for what it said next.
             if self.connection(exchange.connection).is_some_and(|connection| connection.state == State::Open)
@@ -568,17 +578,17 @@ impl Server {
         None
     }
 
-    /// Answers it: the connection moves to this queue pair, and from now on carries nothing but signs of life and its end; or it stays, for
-    /// this reason.
-    pub fn answer_exchange(
+    /// Answers it: the connection moves to this queue pair, and from now on carries nothing but signs of life
+    /// and its end; or it stays, for this reason.
+    pub fn answer_upgrade(
         &mut self,
         reactor: &mut Reactor,
         id: ConnectionId,
         answer: Result<&QueuePairAddress, (Status, &str)>,
     ) {
         let Some(mut connection) = self.take(id) else { return };
-        if matches!((&connection.moving, &connection.state), (Moving::Asked, State::Open)) {
-            connection.moving = if answer.is_ok() { Moving::Moved } else { Moving::No };
+        if matches!((&connection.upgrade, &connection.state), (UpgradeState::Requested, State::Open)) {
+            connection.upgrade = if answer.is_ok() { UpgradeState::Upgraded } else { UpgradeState::None };
             if answer.is_ok()
                 && let Some((timer, _)) = connection.keepalive.take()
             {
@@ -604,7 +614,8 @@ impl Server {
         if entry.generation == id.generation { entry.connection.as_deref() } else { None }
     }
 
-    /// Takes a connection out of its place, so that it can be changed together with the rest. [`Server::put`] it back.
+    /// Takes a connection out of its place, so that it can be changed together with the rest. [`Server::put`]
+    /// it back.
     fn take(&mut self, id: ConnectionId) -> Option<Box<Connection>> {
         self.entry(id)?.connection.take()
     }
@@ -683,7 +694,8 @@ impl Server {
         if connection.state == State::Open {
             let queue_depth = self.policy.queue_depth as usize;
             let is_behind = connection.out_bytes > UNSENT_BYTES_MAX || connection.out_responses > queue_depth;
-            // A send that took only a part has made no room yet: what it left is sent before anything else is read.
+            // A send that took only a part has made no room yet: what it left is sent before anything else is
+            // read.
             if is_behind && (connection.send_in_flight || connection.rest.is_some()) {
                 return;
             }
@@ -820,21 +832,21 @@ impl Server {
     }
 
     fn take_message(&mut self, connection: &mut Connection, message: Message<'_>) -> Result<(), Violation> {
-        let moving = match connection.moving {
-            Moving::Offered(_) => std::mem::replace(&mut connection.moving, Moving::No),
-            _ => Moving::No,
+        let upgrade = match connection.upgrade {
+            UpgradeState::Offered(_) => std::mem::replace(&mut connection.upgrade, UpgradeState::None),
+            _ => UpgradeState::None,
         };
         match message {
             Message::QueuePair(theirs) => {
-                let Moving::Offered(peer) = moving else {
+                let UpgradeState::Offered(peer) = upgrade else {
                     return Err(Violation::Kind(message::Kind::QueuePair as u8));
                 };
                 let theirs = theirs.map_err(|_| Violation::Field)?;
-                connection.moving = Moving::Asked;
+                connection.upgrade = UpgradeState::Requested;
                 let ip = |address: rustix::net::SocketAddrAny| {
                     std::net::SocketAddr::try_from(address).ok().map(|address| address.ip().to_canonical())
                 };
-                self.exchanges.push_back(Exchange {
+                self.exchanges.push_back(UpgradeRequest {
                     connection: connection.id,
                     peer: *peer,
                     theirs,
@@ -842,7 +854,9 @@ impl Server {
                     remote: getpeername(&connection.socket).ok().flatten().and_then(ip),
                 });
             }
-            Message::Request(..) if matches!(connection.moving, Moving::Asked | Moving::Moved) => {
+            Message::Request(..)
+                if matches!(connection.upgrade, UpgradeState::Requested | UpgradeState::Upgraded) =>
+            {
                 return Err(Violation::Kind(message::Kind::Request as u8));
             }
             Message::Request(request, body) => {
@@ -886,7 +900,7 @@ impl Server {
                 self.mark_dirty(connection);
             }
             Message::Pong(_) => {}
-            Message::Goodbye(..) => {
+            Message::Goaway(..) => {
                 let reason = if connection.unanswered.is_empty() {
                     CloseReason::Finished
                 } else {
@@ -909,7 +923,7 @@ impl Server {
     /// Ends a connection whose peer broke the protocol, and tells the peer.
     fn fail(&mut self, reactor: &mut Reactor, connection: &mut Connection, violation: Violation) {
         let status = Status { retryable: false, ..Status::protocol(violation.errno()) };
-        self.say_goodbye(
+        self.send_goaway(
             reactor,
             connection,
             status,
@@ -918,7 +932,7 @@ impl Server {
         );
     }
 
-    fn say_goodbye(
+    fn send_goaway(
         &mut self,
         reactor: &mut Reactor,
         connection: &mut Connection,
@@ -933,13 +947,13 @@ impl Server {
                 return self.end(connection, reason);
             }
             State::Handshake(_) => {
-                let refusal = self.policy.refusal(status.errno, text);
-                connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&refusal));
+                let rejection = self.policy.rejection(status.errno, text);
+                connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&rejection));
             }
             State::Open => {
                 connection
                     .out(&mut self.spare)
-                    .push_bytes(|out| message::encode_goodbye(status, text, crc, out));
+                    .push_bytes(|out| message::encode_goaway(status, text, crc, out));
             }
             State::Lingering | State::Dead => return,
         }
@@ -1042,7 +1056,7 @@ impl Server {
                 connection.state = State::Open;
                 connection.grant = Some(peer.grant);
                 if peer.grant.queue_pair {
-                    connection.moving = Moving::Offered(Box::new(peer.clone()));
+                    connection.upgrade = UpgradeState::Offered(Box::new(peer.clone()));
                 }
                 connection.out(&mut self.spare).push_bytes(|out| out.extend_from_slice(&welcome));
                 self.mark_dirty(connection);
@@ -1116,8 +1130,8 @@ impl Server {
     fn evict(&mut self, reactor: &mut Reactor, connection: &mut Connection, stalled: Stalled) {
         match stalled {
             Stalled::Output => {
-                // A goodbye would wait behind what it does not take, and so would the end of the stream, for minutes, with all that
-                // the kernel holds for it.
+                // A goaway would wait behind what it does not take, and so would the end of the stream, for
+                // minutes, with all that the kernel holds for it.
                 let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
                 self.end(connection, CloseReason::Evicted);
             }
@@ -1125,7 +1139,7 @@ impl Server {
                 let text = "The server needed the memory that this connection held: it had begun to send data and did not go on \
                             with them while other clients waited. Connect again, and send messages without a pause.";
                 let status = Status { retryable: true, ..Status::policy(libc::ENOBUFS) };
-                self.say_goodbye(reactor, connection, status, text, CloseReason::Evicted);
+                self.send_goaway(reactor, connection, status, text, CloseReason::Evicted);
             }
         }
     }
@@ -1135,7 +1149,8 @@ impl Server {
         if connection.state != State::Open {
             return;
         }
-        // Of a peer that is not read from, for want of memory or because it takes no answers, nothing can be heard.
+        // Of a peer that is not read from, for want of memory or because it takes no answers, nothing can be
+        // heard.
         let is_read_from = connection.receive_in_flight;
         if is_read_from && !connection.heard {
             return self.fail(reactor, connection, Violation::Silent);
@@ -1145,7 +1160,8 @@ impl Server {
         connection.keepalive = Some((timer, period));
     }
 
-    /// Whether its peer has neither reset nor closed the connection; if it has, the connection ends. It is asked at most every [`ALIVE_FOR`].
+    /// Whether its peer has neither reset nor closed the connection; if it has, the connection ends. It is
+    /// asked at most every [`ALIVE_FOR`].
     fn is_there(&mut self, connection: &mut Connection) -> bool {
         if connection.state != State::Open {
             return false;
@@ -1266,12 +1282,12 @@ impl ServerTransport for Server {
         self.put(reactor, connection);
     }
 
-    fn has_news(&mut self, _arm: bool) -> bool {
+    fn poll_ready(&mut self, _arm: bool) -> bool {
         // What a flush has left behind.
         self.has_sent || !self.events.is_empty() || !self.dirty.is_empty() || !self.passed.is_empty()
     }
 
-    fn take_news(&mut self, _reactor: &mut Reactor) {
+    fn process_ready(&mut self, _reactor: &mut Reactor) {
         self.has_sent = false;
     }
 
@@ -1393,18 +1409,18 @@ impl ServerTransport for Server {
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
         let Some(mut connection) = self.take(connection) else { return };
-        self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Local);
+        self.send_goaway(reactor, &mut connection, status, text, CloseReason::Local);
         self.put(reactor, connection);
     }
 
-    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
+    fn reject(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
         let Some(mut connection) = self.take(connection) else { return };
         if connection.state == State::Open {
             // The welcome, and what it said at once.
             connection.out = None;
             connection.state = State::Handshake(Vec::new());
             let status = Status::policy(errno);
-            self.say_goodbye(reactor, &mut connection, status, text, CloseReason::Refused);
+            self.send_goaway(reactor, &mut connection, status, text, CloseReason::Rejected);
         }
         self.put(reactor, connection);
     }

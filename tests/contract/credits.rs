@@ -1,4 +1,5 @@
-//! Credits and limits. That the server is never given more than it granted is asserted in the harness as well, in every test.
+//! Credits and limits. That the server is never given more than it granted is asserted in the harness as
+//! well, in every test.
 
 use raio_transport::error::Violation;
 use raio_transport::handshake::{Offer, Policy};
@@ -48,7 +49,7 @@ contract! {
         server.each_seen(|seen| assert!(seen.closed.is_empty()));
         raw.request(100, &command(Op::Hold, 0), &[]);
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Credits));
-        let (status, text) = raw.goodbye().expect("it is told why");
+        let (status, text) = raw.goaway().expect("it is told why");
         assert_eq!(status.errno, libc::EPROTO);
         assert!(text.contains("more requests"), "{text}");
         server.each_seen(|seen| assert_eq!(seen.unanswered_max, 5));

@@ -26,8 +26,8 @@ fn option(kind: u16, flags: u16, value: &[u8]) -> HandshakeOption<'_> {
     HandshakeOption { kind, flags, value }
 }
 
-/// Sends a hello that must be refused with `violation`; what the server says to it. The server goes on.
-fn refused(server: &Server, hello: &[u8], violation: Violation) -> (i32, String) {
+/// Sends a hello that must be rejected with `violation`; what the server says to it. The server goes on.
+fn rejected(server: &Server, hello: &[u8], violation: Violation) -> (i32, String) {
     let n = server.until("a look", |seen| Some(seen.closed.len()));
     let mut raw = Raw::client(server);
     raw.send(hello);
@@ -82,7 +82,7 @@ contract! {
         let server = serve_plain(transport);
         let value = vec![b'x'; HANDSHAKE_BYTES_MAX];
         let long = message::encode_handshake(hello(), &[option(OPTION_NAME, 0, &value)]);
-        let (errno, text) = refused(&server, &long[..200], Violation::HandshakeTooLong);
+        let (errno, text) = rejected(&server, &long[..200], Violation::HandshakeTooLong);
         assert_eq!(errno, libc::EPROTO);
         assert!(text.contains("longer than allowed"), "{text}");
     }
@@ -117,7 +117,7 @@ contract! {
             let mut hello = hello();
             (hello.version_min, hello.version_max) = (min.into(), max.into());
             let violation = Violation::Version { min, max };
-            let (errno, text) = refused(&server, &message::encode_handshake(hello, &[]), violation);
+            let (errno, text) = rejected(&server, &message::encode_handshake(hello, &[]), violation);
             assert_eq!(errno, libc::EPROTONOSUPPORT);
             assert!(text.contains(&format!("{min} to {max}")), "{text}");
         }
@@ -128,7 +128,7 @@ contract! {
         assert_eq!(raw.answer().unwrap().welcome.version.get(), VERSION, "what both have is chosen");
         let mut nonsense = hello();
         (nonsense.version_min, nonsense.version_max) = (2.into(), 1.into());
-        refused(&server, &message::encode_handshake(nonsense, &[]), Violation::Field);
+        rejected(&server, &message::encode_handshake(nonsense, &[]), Violation::Field);
     }
 
     fn an_unknown_option_is_skipped_and_answered_unsupported(transport) {
@@ -159,7 +159,7 @@ contract! {
         let server = serve_plain(transport);
         let options = [option(0x7fff, OPTION_REQUIRED, b"from the future")];
         let hello = message::encode_handshake(hello(), &options);
-        let (errno, text) = refused(&server, &hello, Violation::RequiredOption(0x7fff));
+        let (errno, text) = rejected(&server, &hello, Violation::RequiredOption(0x7fff));
         assert_eq!(errno, libc::EPROTONOSUPPORT);
         assert!(text.contains("32767"), "{text}");
     }
@@ -170,12 +170,12 @@ contract! {
         for at in [16, 24, 41, 63, 64, 70, good.len() - 1] {
             let mut bad = good.clone();
             bad[at] ^= 0x40;
-            refused(&server, &bad, Violation::Checksum);
+            rejected(&server, &bad, Violation::Checksum);
         }
         let mut reserved = hello();
         reserved.reserved = 1.into();
-        refused(&server, &message::encode_handshake(reserved, &[]), Violation::Reserved);
-        refused(
+        rejected(&server, &message::encode_handshake(reserved, &[]), Violation::Reserved);
+        rejected(
             &server,
             &message::encode_handshake(hello(), &[option(OPTION_NAME, 1 << 5, b"x")]),
             Violation::Reserved,
@@ -187,7 +187,7 @@ contract! {
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("garbage"));
         raw.send(&[0xa5; 4096]);
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Kind(0xa5)));
-        assert!(raw.goodbye().is_some());
+        assert!(raw.goaway().is_some());
         server.serves_others();
     }
 
@@ -200,7 +200,7 @@ contract! {
     }
 
     fn a_client_says_why_a_server_refused_it(transport) {
-        let bytes = Policy::default().refusal(libc::EUSERS, "All seats are taken. Come back later.");
+        let bytes = Policy::default().rejection(libc::EUSERS, "All seats are taken. Come back later.");
         let error = client_gets(transport, Offer::new("late"), &bytes);
         assert_eq!(error.errno(), libc::EUSERS);
         assert!(error.to_string().contains("All seats are taken"), "{error}");
@@ -212,7 +212,7 @@ contract! {
         let error = server.connect(&Offer::new(UNWELCOME)).map(|_| ()).unwrap_err();
         assert_eq!(error.errno(), libc::EUSERS);
         assert!(error.to_string().contains("All seats are taken."), "{error}");
-        assert_eq!(server.closed(0), CloseReason::Refused);
+        assert_eq!(server.closed(0), CloseReason::Rejected);
         before.works();
         server.serves_others();
     }

@@ -1,7 +1,7 @@
 //! A server for the tests, and a client that is easy to drive.
 //!
-//! The server has one thread for each worker. Its commands are 16 bytes, an [`Op`] and an argument, and whatever follows:
-//! nothing in it knows a file.
+//! The server has one thread for each worker. Its commands are 16 bytes, an [`Op`] and an argument, and
+//! whatever follows: nothing in it knows a file.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -19,7 +19,7 @@ use raio_transport::transport::{
     Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerEvent, ServerTransport, SlotRange,
 };
-use raio_transport::{any, pair, rdma, tcp};
+use raio_transport::{loopback, mux, rdma, tcp};
 
 /// Nothing in these tests takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -27,9 +27,10 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// What the suite runs over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
-    Pair,
+    Loopback,
     TcpUring,
-    /// The same, but the thread spins before it sleeps, as it does unless told otherwise: it then receives and sends without the ring.
+    /// The same, but the thread spins before it sleeps, as it does unless told otherwise: it then receives
+    /// and sends without the ring.
     TcpSpinning,
     TcpEpoll,
     Rdma,
@@ -123,7 +124,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 /// One end of a connection, handed to the server.
 enum Wire {
     Tcp(OwnedFd),
-    Pair(pair::End),
+    Loopback(loopback::End),
     Rdma(rdma::Incoming),
 }
 
@@ -134,10 +135,11 @@ enum Mail {
     Stop,
 }
 
-/// A client of this name is turned away.
+/// A client of this name is rejected.
 pub const UNWELCOME: &str = "unwelcome";
 
-/// The name of clients that only show that others are served: what the server has seen of them is not recorded.
+/// The name of clients that only show that others are served: what the server has seen of them is not
+/// recorded.
 pub const BYSTANDER: &str = "bystander";
 
 /// What the server has seen (of all but bystanders), and what it holds.
@@ -237,13 +239,13 @@ impl Server {
                     let arena = Arena::new(arena_bytes, 2 * policy.data_bytes_max as usize).unwrap();
                     let _ = reactor.register_arena(&arena);
                     let wires = match transport {
-                        Transport::Pair => Wires::Pair(pair::Server::new(1, policy)),
+                        Transport::Loopback => Wires::Loopback(loopback::Server::new(1, policy)),
                         Transport::Rdma => {
                             Wires::Rdma(rdma::Server::new(&mut reactor, 1, policy, &arena).unwrap())
                         }
                         Transport::RdmaAfterTcp => {
                             let rdma = rdma::Server::new(&mut reactor, 2, Arc::clone(&policy), &arena);
-                            Wires::Any(Box::new(any::Server::new(1, &policy, Some(rdma.unwrap()))))
+                            Wires::Any(Box::new(mux::Server::new(1, &policy, Some(rdma.unwrap()))))
                         }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
@@ -298,7 +300,8 @@ impl Server {
         self.adopt(Wire::Tcp(stream.into()));
     }
 
-    /// A stream to the server with small buffers, those from the server smallest, so that little is on its way.
+    /// A stream to the server with small buffers, those from the server smallest, so that little is on its
+    /// way.
     pub fn narrow_stream(&self) -> TcpStream {
         let (client, server) = tcp_pair();
         for (from, to, bytes) in [(&client, &server, 64 << 10), (&server, &client, 4 << 10)] {
@@ -310,9 +313,9 @@ impl Server {
     }
 
     /// A link to the server.
-    pub fn link(&self) -> pair::End {
-        let (client, server) = pair::End::pair().unwrap();
-        self.adopt(Wire::Pair(server));
+    pub fn link(&self) -> loopback::End {
+        let (client, server) = loopback::End::pair().unwrap();
+        self.adopt(Wire::Loopback(server));
         client
     }
 
@@ -320,7 +323,7 @@ impl Server {
     pub fn connect(&self, offer: &Offer) -> Result<Client, Error> {
         let deadline = Instant::now() + PATIENCE;
         let transport: Box<dyn ClientTransport> = match self.transport {
-            Transport::Pair => Box::new(pair::Client::from_end(self.link(), offer, deadline)?),
+            Transport::Loopback => Box::new(loopback::Client::from_end(self.link(), offer, deadline)?),
             Transport::Rdma => {
                 Box::new(rdma::Client::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
             }
@@ -417,20 +420,21 @@ fn tcp_pair_at(address: Ipv4Addr) -> (TcpStream, TcpStream) {
     (client, server)
 }
 
-// The server's thread ---------------------------------------------------------------------------------------------
+// The server's thread
+// ---------------------------------------------------------------------------------------------
 
 enum Wires {
     Tcp(tcp::Server),
-    Pair(pair::Server),
+    Loopback(loopback::Server),
     Rdma(rdma::Server),
-    Any(Box<any::Server>),
+    Any(Box<mux::Server>),
 }
 
 impl Wires {
     fn transport(&mut self) -> &mut dyn ServerTransport {
         match self {
             Self::Tcp(server) => server,
-            Self::Pair(server) => server,
+            Self::Loopback(server) => server,
             Self::Rdma(server) => server,
             Self::Any(server) => &mut **server,
         }
@@ -440,7 +444,7 @@ impl Wires {
         match (self, wire) {
             (Self::Tcp(server), Wire::Tcp(fd)) => drop(server.adopt(reactor, fd)),
             (Self::Any(server), Wire::Tcp(fd)) => drop(server.adopt_tcp(reactor, fd)),
-            (Self::Pair(server), Wire::Pair(end)) => drop(server.adopt(reactor, end)),
+            (Self::Loopback(server), Wire::Loopback(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {
                 if let Err(error) = server.adopt(reactor, incoming) {
                     eprintln!("a connection was not taken over: {error}");
@@ -535,7 +539,7 @@ impl Handler {
         match &self.wires {
             Wires::Rdma(server) => seen.rdma = server.counters(),
             Wires::Any(server) => seen.rdma = server.rdma_counters(),
-            Wires::Tcp(_) | Wires::Pair(_) => {}
+            Wires::Tcp(_) | Wires::Loopback(_) => {}
         }
         seen.arena_bytes = self.arena.used_bytes();
         seen.arena_bytes_max = seen.arena_bytes_max.max(seen.arena_bytes);
@@ -546,7 +550,7 @@ impl Handler {
     fn take_in(&mut self, reactor: &mut Reactor, event: ServerEvent) {
         match event {
             ServerEvent::Opened(id, peer) if peer.name == UNWELCOME => {
-                self.wires.transport().refuse(reactor, id, libc::EUSERS, "All seats are taken.");
+                self.wires.transport().reject(reactor, id, libc::EUSERS, "All seats are taken.");
             }
             ServerEvent::Opened(id, peer) => {
                 let is_bystander = peer.name == BYSTANDER;
@@ -682,7 +686,8 @@ fn goes_the_short_way(key: RequestKey) -> bool {
     (key.id ^ key.id >> 16) & 1 == 0
 }
 
-// The client ------------------------------------------------------------------------------------------------------
+// The client
+// ------------------------------------------------------------------------------------------------------
 
 /// A client transport that is easy to drive.
 pub struct Client {

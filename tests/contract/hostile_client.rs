@@ -1,10 +1,11 @@
-//! A client that breaks the protocol ends its own connection, for the reason that is counted, and nothing else.
+//! A client that breaks the protocol ends its own connection, for the reason that is counted, and nothing
+//! else.
 
 use raio_transport::error::{Status, Violation};
 use raio_transport::handshake::Offer;
+use raio_transport::loopback;
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{self, FEATURE_CRC, HEADER_BYTES, RemoteRegion};
-use raio_transport::pair;
 use raio_transport::transport::CloseReason;
 
 use crate::harness::{Op, Transport, command, pattern, serve_plain};
@@ -60,12 +61,12 @@ contract! {
                 message::encode_pong(1, false, out);
                 out[1] = 1;
             }), Violation::Reserved),
-            ("a goodbye with an id", encoded(|out| {
-                message::encode_goodbye(Status::OK, "", false, out);
+            ("a goaway with an id", encoded(|out| {
+                message::encode_goaway(Status::OK, "", false, out);
                 out[8] = 1;
             }), Violation::Reserved),
-            ("a goodbye of no class", encoded(|out| {
-                message::encode_goodbye(Status::protocol(5), "", false, out);
+            ("a goaway of no class", encoded(|out| {
+                message::encode_goaway(Status::protocol(5), "", false, out);
                 out[18] = 9;
             }), Violation::Field),
         ]
@@ -77,7 +78,7 @@ contract! {
             raw.request(1, &command(Op::Hold, 0), &[]);
             raw.send(&bytes);
             assert_eq!(server.closed(n), CloseReason::Violation(violation), "{what}");
-            let (status, text) = raw.goodbye().unwrap_or_else(|| panic!("{what}: it is told why"));
+            let (status, text) = raw.goaway().unwrap_or_else(|| panic!("{what}: it is told why"));
             assert_eq!((status, text), (Status::protocol(libc::EPROTO), format!("{violation}.")), "{what}");
             bystander.works();
         }
@@ -100,7 +101,7 @@ contract! {
             }
             let expected = match (transport, at) {
                 // Its length is that of a message here, so that is what is wrong.
-                (Transport::Pair | Transport::Rdma | Transport::RdmaAfterTcp, 2) => Violation::Length,
+                (Transport::Loopback | Transport::Rdma | Transport::RdmaAfterTcp, 2) => Violation::Length,
                 _ => Violation::Checksum,
             };
             let reason = server.closed(n);
@@ -135,14 +136,14 @@ contract! {
         server.until_empty(0);
     }
 
-    fn a_goodbye_ends_the_connection_in_order(transport) {
+    fn a_goaway_ends_the_connection_in_order(transport) {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("polite"));
-        raw.send(&encoded(|out| message::encode_goodbye(Status::OK, "Thank you.", false, out)));
+        raw.send(&encoded(|out| message::encode_goaway(Status::OK, "Thank you.", false, out)));
         assert_eq!(server.closed(0), CloseReason::Finished);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("hasty"));
         raw.request(1, &command(Op::Hold, 0), &[]);
-        raw.send(&encoded(|out| message::encode_goodbye(Status::OK, "Must go.", false, out)));
+        raw.send(&encoded(|out| message::encode_goaway(Status::OK, "Must go.", false, out)));
         assert_eq!(server.closed(1), CloseReason::Lost(0));
         server.until_empty(0);
     }
@@ -181,11 +182,11 @@ fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
 
 #[test]
 fn memory_that_was_not_laid_open_cannot_be_reached() {
-    let server = serve_plain(Transport::Pair);
+    let server = serve_plain(Transport::Loopback);
     let open =
         |raw: &Raw, access, len| raw.end().lay_open(access, Buffers::One(Buffer::Owned(vec![7; len].into())));
     // What the request says, and what there is: access and length.
-    let (write, read) = (pair::Access::Write, pair::Access::Read);
+    let (write, read) = (loopback::Access::Write, loopback::Access::Read);
     for (n, (what, op, access, there, address, len)) in [
         ("no memory", Op::Put, None, 0, 0, 100),
         ("memory to be written only", Op::Put, Some(write), 100, 0, 100),
@@ -216,7 +217,7 @@ fn memory_that_was_not_laid_open_cannot_be_reached() {
 
 #[test]
 fn inline_data_beyond_what_was_granted_is_a_violation_where_it_could_be_fetched() {
-    let server = serve_plain(Transport::Pair);
+    let server = serve_plain(Transport::Loopback);
     let (mut raw, grant) = Raw::open_client(&server, &Offer::new("large"));
     raw.request(1, &command(Op::Put, 0), &vec![0; grant.inline_bytes_max as usize + 1]);
     assert_eq!(server.closed(0), CloseReason::Violation(Violation::Length));

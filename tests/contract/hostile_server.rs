@@ -1,5 +1,5 @@
-//! A server that breaks the protocol ends the client's connection: every request that is outstanding ends, once, with an error, and
-//! its buffers come back.
+//! A server that breaks the protocol ends the client's connection: every request that is outstanding ends,
+//! once, with an error, and its buffers come back.
 
 use std::time::Instant;
 
@@ -11,7 +11,8 @@ use raio_transport::transport::{Bulk, Reply};
 use crate::harness::{Client, Op, Transport, bytes_of, command, data, pattern, room};
 use crate::raw::{Got, Raw, answer_to};
 
-/// Sends a read, a write and a command, has the server say `bytes` (made from the three requests), and returns how each ended.
+/// Sends a read, a write and a command, has the server say `bytes` (made from the three requests), and
+/// returns how each ended.
 fn provoke(
     transport: Transport,
     features: u64,
@@ -174,10 +175,10 @@ contract! {
         assert_eq!(damaged_data, Violation::Checksum);
     }
 
-    fn a_goodbye_ends_every_request_with_its_sentence(transport) {
+    fn a_goaway_ends_every_request_with_its_sentence(transport) {
         let (client, replies) = provoke(transport, 0, |_, _| {
             let mut bytes = Vec::new();
-            message::encode_goodbye(Status::transport(libc::ESHUTDOWN), "We close at eight.", false, &mut bytes);
+            message::encode_goaway(Status::transport(libc::ESHUTDOWN), "We close at eight.", false, &mut bytes);
             bytes
         });
         assert!(replies.iter().all(|reply| reply.status.class == Class::Transport), "{replies:?}");
@@ -195,9 +196,9 @@ contract! {
         message::encode_ping(77, false, &mut bytes);
         raw.send(&bytes);
         let mut replies = Vec::new();
-        let before = client.transport.heard();
+        let before = client.transport.last_rx();
         let deadline = Instant::now() + crate::harness::PATIENCE;
-        while client.transport.heard() == before {
+        while client.transport.last_rx() == before {
             client.transport.wait(Some(deadline)).unwrap();
             client.transport.receive(&mut replies);
         }
@@ -236,6 +237,6 @@ contract! {
         let mut tags: Vec<_> = client.until_failed().iter().map(|reply| reply.tag).collect();
         tags.sort_unstable();
         assert_eq!(tags, [0, 1, 2, 3, 4]);
-        raw.goodbye();
+        raw.goaway();
     }
 }

@@ -1,9 +1,10 @@
-//! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP over io_uring, with
-//! spinning and without, TCP over epoll, RDMA by rdma_cm and RDMA that began as TCP where there is a device. A test is written once, with
-//! [`contract!`], and appears six times.
+//! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP
+//! over io_uring, with spinning and without, TCP over epoll, RDMA by rdma_cm and RDMA that began as TCP where
+//! there is a device. A test is written once, with [`contract!`], and appears six times.
 //!
-//! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread) and [`raw`] a peer
-//! that can misbehave. The server's handler asserts that credits are never exceeded, in every test.
+//! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread)
+//! and [`raw`] a peer that can misbehave. The server's handler asserts that credits are never exceeded, in
+//! every test.
 
 /// Writes down a test of the contract, and runs it over every transport.
 macro_rules! contract {
@@ -15,7 +16,7 @@ macro_rules! contract {
             mod $name {
                 #[test]
                 fn pair() {
-                    super::$name(crate::harness::Transport::Pair);
+                    super::$name(crate::harness::Transport::Loopback);
                 }
 
                 #[test]
@@ -60,10 +61,10 @@ mod handshake;
 mod harness;
 mod hostile_client;
 mod hostile_server;
+mod keepalive;
 mod ordinary;
 mod raw;
 mod rdma;
-mod silence;
 mod slow;
 mod unreachable;
 mod upgrade;

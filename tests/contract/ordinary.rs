@@ -234,11 +234,11 @@ contract! {
         let id = client.transport.send(2, &command(Op::Put, 2), data(pattern(2, 9000)), false).unwrap();
         let room_id = client.transport.send(3, &command(Op::Get, 3), room(9000), false).unwrap();
         client.send(4, &command(Op::Put, 4), data(pattern(4, 9000)));
-        let bulk = client.transport.recall(id).expect("it has not been flushed");
+        let bulk = client.transport.dequeue(id).expect("it has not been flushed");
         assert!(matches!(&bulk, Bulk::Out(_)) && bytes_of(&bulk) == pattern(2, 9000));
-        let bulk = client.transport.recall(room_id).expect("nor has this");
+        let bulk = client.transport.dequeue(room_id).expect("nor has this");
         assert!(matches!(&bulk, Bulk::In(_)) && bytes_of(&bulk).len() == 9000);
-        assert!(client.transport.recall(id).is_none(), "it is not there any more");
+        assert!(client.transport.dequeue(id).is_none(), "it is not there any more");
         let mut tags = [client.next().tag, client.next().tag];
         tags.sort_unstable();
         assert_eq!(tags, [1, 4]);

@@ -11,7 +11,7 @@ use raio_transport::message::{
     self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, Welcome,
 };
 use raio_transport::transport::ClientTransport;
-use raio_transport::{pair, rdma, tcp};
+use raio_transport::{loopback, rdma, tcp};
 
 use crate::harness::{
     Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
@@ -28,7 +28,7 @@ pub struct Raw {
 enum Wire {
     /// And what has been read of it.
     Tcp(TcpStream, Vec<u8>),
-    Pair(pair::End),
+    Loopback(loopback::End),
     Rdma(Box<rdma::End>),
     /// The queue pair, and the TCP connection that it was exchanged over.
     RdmaAfterTcp(Box<rdma::End>, TcpStream),
@@ -42,13 +42,13 @@ pub enum Got {
     Response(message::Response, Vec<u8>, Vec<u8>),
     Ping(u64),
     Pong(u64),
-    Goodbye(Status, String),
+    Goaway(Status, String),
     QueuePair(Result<QueuePairAddress, (Status, String)>),
     /// The other side is gone.
     End,
 }
 
-/// A refusal, or a grant's fixed part, with the options.
+/// A rejection, or a grant's fixed part, with the options.
 pub struct Answer {
     pub welcome: Welcome,
     /// Kind, flags and value of each.
@@ -72,7 +72,7 @@ impl Raw {
     /// A client that has not said anything.
     pub fn client(server: &Server) -> Self {
         match server.transport {
-            Transport::Pair => Self::new(Wire::Pair(server.link())),
+            Transport::Loopback => Self::new(Wire::Loopback(server.link())),
             Transport::Rdma => {
                 let end = rdma::End::connect(server.rdma_address(), rdma_source(), None).unwrap();
                 Self::new(Wire::Rdma(Box::new(end)))
@@ -142,7 +142,7 @@ impl Raw {
     fn set_receives(&mut self, receives: usize) {
         match &mut self.wire {
             Wire::Tcp(..) => {}
-            Wire::Pair(end) => end.set_receives(receives),
+            Wire::Loopback(end) => end.set_receives(receives),
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.set_receives(receives).unwrap(),
         }
     }
@@ -208,12 +208,12 @@ impl Raw {
     ) -> (std::thread::JoinHandle<Result<Box<dyn ClientTransport>, raio_transport::Error>>, Self) {
         let deadline = Instant::now() + time;
         match transport {
-            Transport::Pair => {
-                let (ours, theirs) = pair::End::pair().unwrap();
+            Transport::Loopback => {
+                let (ours, theirs) = loopback::End::pair().unwrap();
                 let thread = std::thread::spawn(move || {
-                    pair::Client::from_end(theirs, &offer, deadline).map(|client| Box::new(client) as _)
+                    loopback::Client::from_end(theirs, &offer, deadline).map(|client| Box::new(client) as _)
                 });
-                (thread, Self::new(Wire::Pair(ours)))
+                (thread, Self::new(Wire::Loopback(ours)))
             }
             Transport::Rdma => {
                 let listener = rdma_listener();
@@ -261,14 +261,14 @@ impl Raw {
     pub fn stream(&mut self) -> &mut TcpStream {
         match &mut self.wire {
             Wire::Tcp(stream, _) | Wire::RdmaAfterTcp(_, stream) => stream,
-            Wire::Pair(_) | Wire::Rdma(_) => panic!("it has no stream"),
+            Wire::Loopback(_) | Wire::Rdma(_) => panic!("it has no stream"),
         }
     }
 
     /// The link, to misbehave with memory.
-    pub fn end(&self) -> &pair::End {
+    pub fn end(&self) -> &loopback::End {
         match &self.wire {
-            Wire::Pair(end) => end,
+            Wire::Loopback(end) => end,
             _ => panic!("it is no link"),
         }
     }
@@ -277,7 +277,7 @@ impl Raw {
     pub fn rdma(&mut self) -> &mut rdma::End {
         match &mut self.wire {
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end,
-            Wire::Tcp(..) | Wire::Pair(_) => panic!("it has no queue pair"),
+            Wire::Tcp(..) | Wire::Loopback(_) => panic!("it has no queue pair"),
         }
     }
 
@@ -285,7 +285,7 @@ impl Raw {
     pub fn place(&mut self, region: RemoteRegion, data: &[u8]) {
         match &mut self.wire {
             Wire::Tcp(..) => panic!("TCP places nothing"),
-            Wire::Pair(end) => assert!(end.place(region, data)),
+            Wire::Loopback(end) => assert!(end.place(region, data)),
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => assert!(end.place(region, data)),
         }
     }
@@ -295,14 +295,14 @@ impl Raw {
         match &mut self.wire {
             Wire::Tcp(stream, _) => stream.write_all(message).is_ok(),
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end.send(message),
-            Wire::Pair(end) => {
+            Wire::Loopback(end) => {
                 let mut message = message.to_vec();
                 let deadline = Instant::now() + PATIENCE;
                 while Instant::now() < deadline {
                     message = match end.send(message) {
                         Ok(()) => return true,
-                        Err(pair::Refused::Gone) => return false,
-                        Err(pair::Refused::Full(message)) => message,
+                        Err(loopback::Rejected::Gone) => return false,
+                        Err(loopback::Rejected::Full(message)) => message,
                     };
                     std::thread::sleep(Duration::from_millis(1));
                 }
@@ -329,9 +329,9 @@ impl Raw {
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => {
                 end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap()
             }
-            Wire::Pair(end) => {
+            Wire::Loopback(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
-                (0, end.lay_open(pair::Access::Write, buffers))
+                (0, end.lay_open(loopback::Access::Write, buffers))
             }
         };
         let region = RemoteRegion::In { address, key, len };
@@ -359,7 +359,7 @@ impl Raw {
     /// The next handshake message; None if the other side ends instead.
     pub fn handshake_bytes(&mut self) -> Option<Vec<u8>> {
         match &mut self.wire {
-            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => self.whole_message(),
+            Wire::Loopback(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => self.whole_message(),
             Wire::Tcp(stream, _) => {
                 let mut bytes = vec![0; HANDSHAKE_BYTES];
                 stream.read_exact(&mut bytes).ok()?;
@@ -390,10 +390,10 @@ impl Raw {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let (gone, message) = match &mut self.wire {
-                Wire::Pair(end) => (end.has_lost_peer(), end.receive()),
+                Wire::Loopback(end) => (end.has_lost_peer(), end.receive()),
                 Wire::Rdma(end) => (end.has_lost_peer(), end.receive()),
                 Wire::RdmaAfterTcp(end, stream) => {
-                    // What it carries, a goodbye, comes by the queue pair too.
+                    // What it carries, a goaway, comes by the queue pair too.
                     let over = match stream.read(&mut [0; 4096]) {
                         Ok(n) => n == 0,
                         Err(error) => error.kind() != ErrorKind::WouldBlock,
@@ -420,7 +420,7 @@ impl Raw {
     pub fn next(&mut self) -> Got {
         let limits = self.limits;
         match &mut self.wire {
-            Wire::Pair(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => {
+            Wire::Loopback(_) | Wire::Rdma(_) | Wire::RdmaAfterTcp(..) => {
                 if self.rest.is_empty() {
                     let Some(bytes) = self.whole_message() else { return Got::End };
                     self.rest = bytes;
@@ -460,13 +460,13 @@ impl Raw {
         }
     }
 
-    /// Reads on until the connection ends, and gives the goodbye, if one came.
-    pub fn goodbye(&mut self) -> Option<(Status, String)> {
-        let mut goodbye = None;
+    /// Reads on until the connection ends, and gives the goaway, if one came.
+    pub fn goaway(&mut self) -> Option<(Status, String)> {
+        let mut goaway = None;
         loop {
             match self.next() {
-                Got::Goodbye(status, text) => goodbye = Some((status, text)),
-                Got::End => return goodbye,
+                Got::Goaway(status, text) => goaway = Some((status, text)),
+                Got::End => return goaway,
                 _ => {}
             }
         }
@@ -493,7 +493,7 @@ fn got(bytes: &[u8], limits: &Limits) -> Option<(Got, usize)> {
         Message::Response(response, body) => Got::Response(response, body.to_vec(), Vec::new()),
         Message::Ping(id) => Got::Ping(id),
         Message::Pong(id) => Got::Pong(id),
-        Message::Goodbye(status, text) => Got::Goodbye(status, message::text(text)),
+        Message::Goaway(status, text) => Got::Goaway(status, message::text(text)),
         Message::QueuePair(what) => {
             Got::QueuePair(what.map_err(|(status, text)| (status, message::text(text))))
         }

@@ -1,4 +1,5 @@
-//! What only RDMA has: work requests that are counted, memory that is reached from afar, rdma_cm's own messages.
+//! What only RDMA has: work requests that are counted, memory that is reached from afar, rdma_cm's own
+//! messages.
 
 use raio_transport::error::{Error, Violation};
 use raio_transport::handshake::Offer;
@@ -187,7 +188,7 @@ fn private_data_that_is_not_raios_is_turned_away_with_the_reason() {
         (&old, "no protocol version in common"),
     ] {
         match End::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
-            Err(Error::Refused { text, .. }) => assert!(text.contains(said), "{text}"),
+            Err(Error::Rejected { text, .. }) => assert!(text.contains(said), "{text}"),
             other => panic!("{other:?}"),
         }
     }

@@ -1,5 +1,5 @@
-//! Peers that are slow, or do nothing at all: they cost bounded memory and nobody else's time, and when others wait for memory their
-//! connection.
+//! Peers that are slow, or do nothing at all: they cost bounded memory and nobody else's time, and when
+//! others wait for memory their connection.
 
 use std::io::{ErrorKind, Read, Write};
 use std::time::{Duration, Instant};
@@ -43,7 +43,8 @@ contract! {
         let server = Server::start(transport, setup);
         let mut bystander = server.bystander();
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("full"));
-        // It keeps within its credits, but takes nothing: it asks again when what it asked for has been answered.
+        // It keeps within its credits, but takes nothing: it asks again when what it asked for has been
+        // answered.
         let mut asked = 0;
         loop {
             bystander.works();
@@ -59,7 +60,8 @@ contract! {
             }
         }
         let reason = server.closed(0);
-        // What waits for its room over RDMA counts against the credits, which the client does not know about as it takes nothing.
+        // What waits for its room over RDMA counts against the credits, which the client does not know about
+        // as it takes nothing.
         let is_rdma = transport.is_rdma();
         let credits = CloseReason::Violation(Violation::Credits);
         assert!(reason == CloseReason::Evicted || (is_rdma && (reason == credits || reason == NO_RECEIVES)), "{reason:?}");
@@ -70,8 +72,8 @@ contract! {
             // A send queue full of answers, one work request each, and the credits that wait for room in it.
             (2 * credits + 8) * slot_bytes + credits * slot_bytes
         } else {
-            // What is being sent, and what was answered behind it before it was no longer read from: each at most what the
-            // granted requests and the server's own limit of 1 MiB make.
+            // What is being sent, and what was answered behind it before it was no longer read from: each at
+            // most what the granted requests and the server's own limit of 1 MiB make.
             2 * (credits * slot_bytes + (1 << 20))
         };
         server.each_seen(|seen| {
@@ -189,7 +191,7 @@ fn a_client_that_begins_a_message_and_stops_is_closed_if_it_holds_memory() {
         let mut harmful = [57, 30_000, 59_999].map(begin);
         for (n, raw) in harmful.iter_mut().enumerate() {
             assert_eq!(server.closed(n), CloseReason::Evicted);
-            let (status, _) = raw.goodbye().expect("it is told why");
+            let (status, _) = raw.goaway().expect("it is told why");
             assert_eq!(status.errno, libc::ENOBUFS);
         }
         server.serves_others();
@@ -273,7 +275,8 @@ fn a_message_that_is_begun_late_has_the_whole_stall_timeout() {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let (mut raw, _) = Raw::open_client(&server, &Offer::new("late"));
-            // That of the handshake comes; then an answer sets the stall check, which comes while the second message is half sent.
+            // That of the handshake comes; then an answer sets the stall check, which comes while the second
+            // message is half sent.
             std::thread::sleep(STALL * 12 / 10);
             raw.send(&get(1, 100));
             assert!(matches!(raw.next(), Got::Response(..)));

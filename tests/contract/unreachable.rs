@@ -1,4 +1,5 @@
-//! A peer whose host cannot be reached any more, and one that only takes nothing. TCP alone: other transports have no say in it.
+//! A peer whose host cannot be reached any more, and one that only takes nothing. TCP alone: other transports
+//! have no say in it.
 
 use std::io::Read;
 use std::time::{Duration, Instant};
@@ -47,7 +48,8 @@ fn fill(server: &Server, raw: &mut Raw, bytes: usize) {
     std::thread::sleep(TIMEOUT / 2);
 }
 
-/// From now on the client's socket sees nothing that arrives for it, so its kernel acknowledges nothing and answers nothing.
+/// From now on the client's socket sees nothing that arrives for it, so its kernel acknowledges nothing and
+/// answers nothing.
 fn cut_off(raw: &mut Raw) {
     // BPF_RET | BPF_K: takes no byte of any packet.
     let nothing = SockFilter::new(6, 0, 0, 0);
@@ -114,7 +116,8 @@ fn a_peer_that_takes_nothing_but_answers_window_probes_is_kept() {
     });
 }
 
-/// Of what has been sent to it, it has no room for a part. That is unacknowledged, and is sent again in the place of window probes.
+/// Of what has been sent to it, it has no room for a part. That is unacknowledged, and is sent again in the
+/// place of window probes.
 #[test]
 fn a_peer_that_drops_what_it_has_no_room_for_but_answers_is_kept() {
     each(|transport| {

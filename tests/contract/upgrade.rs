@@ -1,14 +1,15 @@
-//! Moving from TCP to a queue pair: what each side makes of what the other says of its own, and what ends with what. That everything else
-//! is as ever is for the whole suite to show, which runs over such connections too.
+//! Moving from TCP to a queue pair: what each side makes of what the other says of its own, and what ends
+//! with what. That everything else is as ever is for the whole suite to show, which runs over such
+//! connections too.
 
 use std::io::Read;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use raio_transport::any::{self, Reached};
 use raio_transport::error::{Class, Violation};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, HEADER_BYTES, Link, Parsed, QueuePairAddress};
+use raio_transport::mux::{self, Reached};
 use raio_transport::transport::{Bulk, ClientTransport, CloseReason};
 
 use crate::harness::{
@@ -88,7 +89,7 @@ fn what_makes_no_sense_closes_the_connection_that_said_it() {
         message[at..at + bytes.len()].copy_from_slice(&bytes);
         raw.send(&message);
         assert_eq!(server.closed(n), CloseReason::Violation(violation), "{what}");
-        assert!(raw.goodbye().is_some(), "{what}: it is told why");
+        assert!(raw.goaway().is_some(), "{what}: it is told why");
         bystander.works();
     }
     server.until_empty(1);
@@ -109,7 +110,7 @@ fn a_queue_pair_that_cannot_be_reached_is_refused_with_the_reason_and_the_connec
         let (_end, mut ours) = raw.unjoined();
         change(&mut ours);
         raw.send_queue_pair(&ours);
-        let Got::QueuePair(Err((status, text))) = raw.next() else { panic!("{what}: not refused") };
+        let Got::QueuePair(Err((status, text))) = raw.next() else { panic!("{what}: not rejected") };
         assert!(status.errno != 0 && status.class == Class::Transport, "{status:?}");
         assert!(
             text.contains(said) && text.contains(" port 1, GID ::ffff:") && text.ends_with('.'),
@@ -121,7 +122,7 @@ fn a_queue_pair_that_cannot_be_reached_is_refused_with_the_reason_and_the_connec
         }
         // It was asked once.
         raw.send_queue_pair(&ours);
-        assert!(raw.goodbye().is_some_and(|(_, text)| text.contains('6')), "{what}");
+        assert!(raw.goaway().is_some_and(|(_, text)| text.contains('6')), "{what}");
         bystander.works();
     }
 }
@@ -259,11 +260,11 @@ fn the_end_of_a_servers_queue_pair_ends_the_tcp_connection() {
     stream.read_to_end(&mut rest).expect("it ends too");
 }
 
-/// What [`any::connect`] makes of a server at a listener of `pair`'s kind.
+/// What [`mux::connect`] makes of a server at a listener of `pair`'s kind.
 fn reach(server: &Server, listener: TcpListener) -> Reached {
     let address = listener.local_addr().unwrap();
     let client =
-        std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+        std::thread::spawn(move || mux::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
     while !client.is_finished() {
         listener.set_nonblocking(true).unwrap();
         match listener.accept() {
@@ -329,7 +330,7 @@ fn a_server_that_sees_no_device_at_the_address_says_so() {
     raw.send(&offer("loopback").hello());
     raw.handshake_bytes().expect("a welcome comes");
     raw.send(&encoded(&SOME_ADDRESS));
-    let Got::QueuePair(Err((_, text))) = raw.next() else { panic!("not refused") };
+    let Got::QueuePair(Err((_, text))) = raw.next() else { panic!("not rejected") };
     assert!(text.contains("127.0.0.1") && text.contains(" port 1"), "{text}");
     raw.request(1, &command(Op::Echo, 0), &[]);
     assert!(matches!(raw.next(), Got::Response(..)));
@@ -348,7 +349,7 @@ fn answered(change: impl FnOnce(&mut QueuePairAddress)) -> (bool, String) {
     change(&mut ours);
     raw.send_queue_pair(&ours);
     let error = client.join().unwrap().map(|_| ()).unwrap_err();
-    (raw.goodbye().is_some(), error.to_string())
+    (raw.goaway().is_some(), error.to_string())
 }
 
 #[test]
@@ -390,7 +391,7 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     let listener = listener_by_rdma();
     let address = listener.local_addr().unwrap();
     let client =
-        std::thread::spawn(move || any::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+        std::thread::spawn(move || mux::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
     let policy = Policy { queue_pair: true, ..Policy::default() };
     let welcome = || {
         let mut raw = Raw::over_stream(listener.accept().unwrap().0);
@@ -405,7 +406,7 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     let (_end, ours) = first.unjoined();
     // Nobody is there.
     first.send_queue_pair(&QueuePairAddress { psn: theirs.peer_psn, peer_psn: theirs.psn, reads: 0, ..ours });
-    first.goodbye();
+    first.goaway();
     let (_second, moves) = welcome();
     assert!(!moves, "it is not asked for again");
     let Ok(Reached::Tcp(client, Some(why))) = client.join().unwrap() else { panic!("not over TCP") };

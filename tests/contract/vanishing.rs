@@ -1,4 +1,5 @@
-//! A peer that goes away, at each step. Whatever the server held for it comes back; a client gets an end for each request.
+//! A peer that goes away, at each step. Whatever the server held for it comes back; a client gets an end for
+//! each request.
 
 use std::io::Write;
 use std::net::Shutdown;
@@ -148,7 +149,7 @@ contract! {
         }
     }
 
-    fn a_server_that_says_goodbye_closes_with_its_sentence(transport) {
+    fn a_server_that_says_goaway_closes_with_its_sentence(transport) {
         let server = serve_plain(transport);
         let mut client = server.client();
         client.send(1, &command(Op::Hold, 0), Bulk::None);
@@ -187,7 +188,8 @@ fn a_client_that_goes_in_the_middle_of_a_message_is_lost() {
     let bytes = large_write();
     for transport in Transport::TCP {
         let server = serve_plain(transport);
-        // In the header, in the body, before the data, in the data: received with the rest, and received into the slot.
+        // In the header, in the body, before the data, in the data: received with the rest, and received into
+        // the slot.
         for (n, len) in [1, 39, 40, 47, 55, 56, 57, 10_000, 100_000, 199_999].into_iter().enumerate() {
             let (mut raw, _) = Raw::open_client(&server, &Offer::new("torn"));
             raw.send(&bytes[..len]);

@@ -12,17 +12,19 @@ use crate::limits::FilePlace;
 use super::{Completion, Job, Lanes};
 use crate::log;
 
-/// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel), and whose O_DIRECT takes
-/// RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait within io_uring_enter(2); on btrfs for checksums, which
-/// each read looks up on the disk.
+/// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel),
+/// and whose O_DIRECT takes RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait
+/// within io_uring_enter(2); on btrfs for checksums, which each read looks up on the disk.
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
 
-/// Of a file with more holes the extents behind them are not loaded: that would take longer than anybody wants to wait for an open.
+/// Of a file with more holes the extents behind them are not loaded: that would take longer than anybody
+/// wants to wait for an open.
 const HOLES_MAX: usize = 100_000;
 
-/// A file's descriptor. When its last user drops it, whoever that is, the pool closes it: close(2) may wait, for a server that is to store
-/// what was written or for gigabytes of memory to be freed, and may bring an error to light.
+/// A file's descriptor. When its last user drops it, whoever that is, the pool closes it: close(2) may wait,
+/// for a server that is to store what was written or for gigabytes of memory to be freed, and may bring an
+/// error to light.
 #[derive(Debug)]
 pub struct Descriptor {
     /// None once it is being closed.
@@ -42,7 +44,8 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// Takes a descriptor of a file of the export that has these lanes. May wait for the file system: not for a worker's thread.
+    /// Takes a descriptor of a file of the export that has these lanes. May wait for the file system: not for
+    /// a worker's thread.
     pub fn new(fd: OwnedFd, lanes: Lanes) -> Arc<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
         let is_direct = flags.contains(OFlags::DIRECT);
@@ -54,7 +57,8 @@ impl Descriptor {
         let in_memory = kind == Some(libc::TMPFS_MAGIC);
         let nowait = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
         let is_asynchronous = is_device || kind.is_some_and(|kind| ASYNCHRONOUS.contains(&kind));
-        // Whatever the flags of a read say, it waits for the journal if it has to change the time of access...
+        // Whatever the flags of a read say, it waits for the journal if it has to change the time of
+        // access...
         let keeps_atime = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NOATIME).is_ok()
             || is_device
             || mount_keeps_atime(&fd);
@@ -92,7 +96,8 @@ impl Descriptor {
         debug_assert!(taken.is_ok(), "a file is counted once");
     }
 
-    /// Has the result of close(2) sent once the last user has gone, as the completion with this key. Once at most.
+    /// Has the result of close(2) sent once the last user has gone, as the completion with this key. Once at
+    /// most.
     pub fn report_close(&self, to: Sender<Completion>, key: u64) {
         let reported = self.on_close.set((to, key));
         debug_assert!(reported.is_ok(), "a file is closed once");
@@ -105,8 +110,9 @@ fn mount_keeps_atime(fd: &OwnedFd) -> bool {
         .is_ok_and(|info| info.f_flag.intersects(StatVfsMountFlags::NOATIME | StatVfsMountFlags::RDONLY))
 }
 
-/// Has the file system read where on the disk the file is. Else a read that the page cache does not have would do so, and wait for it, in
-/// spite of RWF_NOWAIT. The kernel keeps what it has read as long as it has memory.
+/// Has the file system read where on the disk the file is. Else a read that the page cache does not have
+/// would do so, and wait for it, in spite of RWF_NOWAIT. The kernel keeps what it has read as long as it has
+/// memory.
 fn load_extents(fd: &OwnedFd) {
     let mut end = 0;
     for _ in 0..HOLES_MAX {

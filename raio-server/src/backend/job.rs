@@ -9,7 +9,7 @@ use raio_transport::reactor::{self, Sender};
 use rustix::fs::{AtFlags, FileType, SeekFrom, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Call, Completion, Descriptor, FileInfo, NOBODY, Operation, Outcome};
+use super::{Call, Completion, DETACHED, Descriptor, FileInfo, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
 use crate::limits::FilePlace;
 use crate::{clear, pool};
@@ -46,7 +46,8 @@ impl Task {
         Self { key, on_behalf: Some(OnBehalf::of(client)), what: What::Call(call) }
     }
 
-    /// Carries it out. If it panics, which the log says, it alone has failed: its request ends, and the thread goes on.
+    /// Carries it out. If it panics, which the log says, it alone has failed: its request ends, and the
+    /// thread goes on.
     fn run(self) -> Completion {
         let key = self.key;
         let failed = |_| Completion { key, result: Err(libc::EIO), outcome: Outcome::None };
@@ -104,7 +105,7 @@ impl Job {
         place: Option<Arc<FilePlace>>,
         report: Option<(Sender<Completion>, u64)>,
     ) -> Self {
-        let (to, key) = report.map_or((None, NOBODY), |(to, key)| (Some(to), key));
+        let (to, key) = report.map_or((None, DETACHED), |(to, key)| (Some(to), key));
         Self { to, tasks: vec![Task { key, on_behalf: None, what: What::Close(fd, place) }] }
     }
 

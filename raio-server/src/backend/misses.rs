@@ -1,8 +1,8 @@
 //! Reads that the page cache does not have, and how many of them workers begin.
 //!
-//! RWF_NOWAIT keeps a read from waiting for its pages. It does not keep it from asking the disk for them, and who asks a disk that has
-//! as many requests as it takes waits for one of them to end (`nr_requests`: 32 and more). So workers ask for few at a time. Reads beyond
-//! are for the lanes, whatever the page cache has.
+//! RWF_NOWAIT keeps a read from waiting for its pages. It does not keep it from asking the disk for them, and
+//! who asks a disk that has as many requests as it takes waits for one of them to end (`nr_requests`: 32 and
+//! more). So workers ask for few at a time. Reads beyond are for the lanes, whatever the page cache has.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;

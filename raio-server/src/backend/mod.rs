@@ -1,8 +1,9 @@
 //! How operations on files are carried out: the third seam, beside the two roles of a transport.
 //!
-//! An operation owns its slot and a share in its file; the slot comes back in the [`Completion`] that ends it: one for each operation.
-//! A backend belongs to one worker, which lends it the reactor. Nothing here makes the worker's thread wait for a disk or a file system:
-//! what may wait runs in a lane of the [`pool`], see [`Job`].
+//! An operation owns its slot and a share in its file; the slot comes back in the [`Completion`] that ends
+//! it: one for each operation. A backend belongs to one worker, which lends it the reactor. Nothing here
+//! makes the worker's thread wait for a disk or a file system: what may wait runs in a lane of the [`pool`],
+//! see [`Job`].
 
 mod descriptor;
 mod job;
@@ -17,7 +18,7 @@ use raio_transport::reactor::{Event, OpId, Reactor, Sender};
 use raio_transport::transport::SlotRange;
 
 use crate::client::Client;
-use crate::export::Refusal;
+use crate::export::Rejection;
 use crate::open::Opened;
 use crate::pool::{self, Pool, Ticket};
 
@@ -31,7 +32,7 @@ pub use uring::Uring;
 pub const OWNER: u8 = 0x80;
 
 /// The key of operations whose end interests nobody.
-pub const NOBODY: u64 = u64::MAX;
+pub const DETACHED: u64 = u64::MAX;
 
 /// A lane of the process's pool.
 pub type Lane = pool::Lane<Job>;
@@ -45,8 +46,8 @@ const FLUSH_WIDTH: usize = 8;
 /// ... and reads and writes: enough to keep a disk busy that serves several requests at a time.
 const DATA_WIDTH: usize = 16;
 
-/// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads, and leases not the opens of
-/// other files.
+/// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads,
+/// and leases not the opens of other files.
 #[derive(Clone, Debug)]
 pub struct Lanes {
     /// For open, stat and close.
@@ -138,7 +139,7 @@ pub enum Outcome {
     /// How many bytes, from its start, a discard, write zeroes or allocate has done.
     Cleared(u64),
     /// What an open came to.
-    Opened(Result<Box<Opened>, Refusal>),
+    Opened(Result<Box<Opened>, Rejection>),
     /// The status that was asked for.
     Stat(Box<FileInfo>),
 }
@@ -177,7 +178,8 @@ pub type Call = Box<dyn FnOnce() -> Outcome + Send>;
 
 /// Carries out operations on files.
 pub trait Backend {
-    /// Begins an operation. What has to wait before it begins is cancelled if `client` has gone by then. Its completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
+    /// Begins an operation. What has to wait before it begins is cancelled if `client` has gone by then. Its
+    /// completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
     /// it has ended.
     fn submit(
         &mut self,
@@ -200,7 +202,8 @@ pub trait Backend {
     /// Makes a call in a lane. Its completion has the outcome that it returns.
     fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending;
 
-    /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known: [`Backend::submit`] does more.
+    /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known:
+    /// [`Backend::submit`] does more.
     fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
         let _ = (file, bytes, offset);
         None

@@ -1,4 +1,5 @@
-//! What both backends promise, over real files. Each test runs over the ring (where the kernel has one) and over threads.
+//! What both backends promise, over real files. Each test runs over the ring (where the kernel has one) and
+//! over threads.
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -59,7 +60,7 @@ impl Bench {
                 return completion;
             }
             assert!(Instant::now() < deadline, "{}: no completion came", self.name);
-            self.reactor.turn(Wait::Block, &mut events).unwrap();
+            self.reactor.run_once(Wait::Block, &mut events).unwrap();
             for event in events.drain(..) {
                 self.backend.handle(event);
             }
@@ -80,7 +81,8 @@ impl Bench {
         completion.result
     }
 
-    /// Reads up to the end of the range or of the file: one operation may bring less, as of what is in the page cache only in part.
+    /// Reads up to the end of the range or of the file: one operation may bring less, as of what is in the
+    /// page cache only in part.
     fn read(
         &mut self,
         file: &Arc<Descriptor>,
@@ -163,7 +165,7 @@ fn files_are_asked_flushed_and_closed() {
 fn calls_return_what_they_come_to() {
     each(|bench| {
         let lane = bench.lanes.control;
-        let opened = || Err(Refusal { status: raio_transport::Status::OK, text: "no".into() });
+        let opened = || Err(Rejection { status: raio_transport::Status::OK, text: "no".into() });
         bench.backend.call(
             6,
             &Arc::downgrade(&bench.client),
@@ -171,8 +173,8 @@ fn calls_return_what_they_come_to() {
             Box::new(move || Outcome::Opened(opened())),
         );
         let completion = bench.next();
-        let Outcome::Opened(Err(refusal)) = completion.outcome else { panic!("{completion:?}") };
-        assert_eq!((completion.key, &*refusal.text), (6, "no"));
+        let Outcome::Opened(Err(rejection)) = completion.outcome else { panic!("{completion:?}") };
+        assert_eq!((completion.key, &*rejection.text), (6, "no"));
     });
 }
 

@@ -1,5 +1,5 @@
-//! The backend of blocking system calls: everything runs in lanes. For where io_uring is forbidden, and for what it cannot do without
-//! waiting.
+//! The backend of blocking system calls: everything runs in lanes. For where io_uring is forbidden, and for
+//! what it cannot do without waiting.
 //!
 //! Completions come back through a mailbox, which wakes the worker.
 
@@ -21,7 +21,8 @@ pub struct Threads {
     /// Completions that are to come from other threads: with none there is nothing to look for.
     expected: usize,
     cancelled: VecDeque<Completion>,
-    /// This iteration's writes to the page cache, in batches: to hand over each by itself would cost more than to do it.
+    /// This iteration's writes to the page cache, in batches: to hand over each by itself would cost more
+    /// than to do it.
     writes: Vec<Batch>,
 }
 

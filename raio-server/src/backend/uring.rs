@@ -1,9 +1,10 @@
 //! The backend over the reactor's io_uring.
 //!
-//! What is in the page cache is read at once, by a plain system call: the ring would do the same within its submission, with more ado.
-//! The ring has what the kernel does without a thread: O_DIRECT, with RWF_NOWAIT, and reads of what is not in the page cache, on file systems
-//! that wait for it asynchronously. Everything else would wait in the submission, or for one of a few threads that all rings'
-//! operations share, so it is for the lanes. So is what the ring could not do without waiting.
+//! What is in the page cache is read at once, by a plain system call: the ring would do the same within its
+//! submission, with more ado. The ring has what the kernel does without a thread: O_DIRECT, with RWF_NOWAIT,
+//! and reads of what is not in the page cache, on file systems that wait for it asynchronously. Everything
+//! else would wait in the submission, or for one of a few threads that all rings' operations share, so it is
+//! for the lanes. So is what the ring could not do without waiting.
 
 use std::collections::VecDeque;
 use std::io::IoSliceMut;

@@ -1,7 +1,8 @@
 //! What the commands mean: from raio's protocol to work for the backend.
 //!
-//! Everything a client says is checked here. What it cannot know (a file that is not there, a range that is not aligned) is that
-//! request's failure, with a sentence; what only a broken client says ends the connection.
+//! Everything a client says is checked here. What it cannot know (a file that is not there, a range that is
+//! not aligned) is that request's failure, with a sentence; what only a broken client says ends the
+//! connection.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use tracing::field::display;
 use super::Worker;
 use super::connection::{Connection, log_client};
 use crate::backend::FileInfo;
-use crate::export::{Refusal, Shown, Target};
+use crate::export::{Rejection, Shown, Target};
 use crate::limits::Excess;
 use crate::log;
 use crate::open::{Opened, Opening};
@@ -41,11 +42,11 @@ impl Worker {
             return self.violate(connection, Violation::Length);
         }
         self.counters.request(command.opcode());
-        if self.is_refusing() {
+        if self.is_rejecting() {
             let text = "The server is shutting down. Connect again later.";
             return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
         }
-        if self.at_once(connection, request.key, &command) {
+        if self.fast_path(connection, request.key, &command) {
             return;
         }
         let first = match command {
@@ -91,7 +92,8 @@ impl Worker {
         }
     }
 
-    /// Counts one more request of a connection's session and address, or answers it: they have as many as they may.
+    /// Counts one more request of a connection's session and address, or answers it: they have as many as
+    /// they may.
     #[cold]
     fn count_request(&mut self, connection: usize, request: &transport::Request) -> bool {
         let Connection { session, share, .. } = &self.connections[connection];
@@ -137,14 +139,15 @@ impl Worker {
         }
     }
 
-    // Open ---------------------------------------------------------------------------------------------------------------
+    // Open
+    // ---------------------------------------------------------------------------------------------------------------
 
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> First {
         let Connection { peer, name, .. } = &self.connections[connection];
         let client = peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", Shown(path));
         match self.shared.exports.resolve(flags, mode, path) {
-            Err(refusal) => First::Answer(self.open_rejected(Some(connection), refusal)),
+            Err(rejection) => First::Answer(self.open_rejected(Some(connection), rejection)),
             Ok(Target::Ready(open)) => {
                 let info = FileInfo { status: Default::default(), direct_align: None };
                 First::Answer(self.give_handle(connection, open, info))
@@ -160,9 +163,9 @@ impl Worker {
     }
 
     /// An open has ended.
-    pub(super) fn open_ended(&mut self, key: usize, result: Result<Box<Opened>, Refusal>) {
-        if let Err(refusal) = &result
-            && refusal.status.errno == libc::EAGAIN
+    pub(super) fn open_ended(&mut self, key: usize, result: Result<Box<Opened>, Rejection>) {
+        if let Err(rejection) = &result
+            && rejection.status.errno == libc::EAGAIN
             && self.wait_for_lease(key)
         {
             return;
@@ -174,13 +177,13 @@ impl Worker {
             }
             // Nobody waits for it any more.
             (Ok(_), None) => success(0),
-            (Err(refusal), connection) => self.open_rejected(connection, refusal),
+            (Err(rejection), connection) => self.open_rejected(connection, rejection),
         };
         self.answer(key, response);
     }
 
-    fn open_rejected(&self, connection: Option<usize>, refusal: Refusal) -> Response {
-        let Refusal { status, text } = refusal;
+    fn open_rejected(&self, connection: Option<usize>, rejection: Rejection) -> Response {
+        let Rejection { status, text } = rejection;
         if let Some(Connection { peer, name, .. }) = connection.map(|key| &self.connections[key]) {
             // What the file system says is the client's business, what the operator has decided is theirs.
             if status.class == Class::Policy {
@@ -204,13 +207,14 @@ impl Worker {
             }
         };
         if let Some(size) = open.fixed_size() {
-            info = crate::request::made_up_status(size);
+            info = crate::request::synthetic_stat(size);
         }
         let file = self.remember(session, WorkerFile::new(handle, open));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
 
-    // Close and cancel -----------------------------------------------------------------------------------------------------
+    // Close and cancel
+    // -----------------------------------------------------------------------------------------------------
 
     fn close(&mut self, connection: usize, request: &transport::Request, handle: FileHandle) {
         let session = self.connections[connection].session;
@@ -232,11 +236,11 @@ impl Worker {
             let text = "The request that was to be cancelled is not outstanding.";
             return self.respond(request.key, failure(Status::storage(libc::ENOENT), text));
         };
-        if self.requests[key].canceller.is_some() {
+        if self.requests[key].cancel_request.is_some() {
             let text = "The request is being cancelled already.";
             return self.respond(request.key, failure(Status::storage(libc::EALREADY), text));
         }
-        self.requests[key].canceller = Some(request.key);
+        self.requests[key].cancel_request = Some(request.key);
         self.cancel(connection, key);
     }
 }

@@ -10,7 +10,7 @@ use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
-use raio_transport::{Violation, any};
+use raio_transport::{Violation, mux};
 
 use tracing::field::display;
 
@@ -38,7 +38,8 @@ pub(super) use log_client;
 pub(super) struct Connection {
     pub(super) id: ConnectionId,
     pub(super) session: usize,
-    /// Its requests that are not yet answered, oldest first. Most are answered in order, so looking for one from the front is short.
+    /// Its requests that are not yet answered, oldest first. Most are answered in order, so looking for one
+    /// from the front is short.
     pub(super) requests: VecDeque<usize>,
     /// Those of them that wait for memory, oldest first.
     pub(super) waiting: VecDeque<usize>,
@@ -78,8 +79,9 @@ impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
         let address = self.peers.get(&id).copied();
         tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
-        if !peer.control && any::Server::is_by_rdma_cm(id) {
-            // It stays where it was accepted. The others were counted when their place was claimed, even if they have ended since.
+        if !peer.control && mux::Server::is_by_rdma_cm(id) {
+            // It stays where it was accepted. The others were counted when their place was claimed, even if
+            // they have ended since.
             self.shared.placement.add(self.index);
         }
         let account = self.places.get(&id).and_then(|place| place.address().clone());
@@ -148,7 +150,7 @@ impl Worker {
             name = peer.name,
             "A client was rejected. {text}"
         );
-        self.transport.refuse(&mut self.reactor, id, libc::EUSERS, text);
+        self.transport.reject(&mut self.reactor, id, libc::EUSERS, text);
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
@@ -165,7 +167,7 @@ impl Worker {
         if self.connections[key].is_waiting {
             self.not_starved(key);
             self.waits_no_more(key);
-            self.turns.retain(|&other| other != key);
+            self.round_robin.retain(|&other| other != key);
         }
         self.forget_share(key);
         if self.counts_requests {
@@ -260,7 +262,7 @@ impl Worker {
         drop(files);
         for file in self.shared.sessions.leave(&session) {
             if let Some(fd) = file.own_fd() {
-                fd.report_close(self.backend.expect_completion(), backend::NOBODY);
+                fd.report_close(self.backend.expect_completion(), backend::DETACHED);
                 self.closing += 1;
             }
         }
@@ -274,7 +276,8 @@ impl Worker {
         self.transport.close(&mut self.reactor, *id, status, &format!("{violation}."));
     }
 
-    // Files ------------------------------------------------------------------------------------------------------------
+    // Files
+    // ------------------------------------------------------------------------------------------------------------
 
     /// The file with this handle in the session of this connection.
     pub(super) fn file(&mut self, connection: usize, handle: FileHandle) -> Option<Rc<WorkerFile>> {
@@ -313,9 +316,9 @@ impl Worker {
 
     /// Makes the other workers drop their views of a file that was closed.
     pub(super) fn tell_others(&self, session: SessionId, handle: FileHandle) {
-        for (index, doors) in self.shared.workers.get().into_iter().flatten().enumerate() {
+        for (index, senders) in self.shared.workers.get().into_iter().flatten().enumerate() {
             if index != self.index {
-                doors.mailbox.send(Mail::Forget { session, handle });
+                senders.mailbox.send(Mail::Forget { session, handle });
             }
         }
     }

@@ -1,10 +1,13 @@
-//! For tests: a seccomp filter for workers' threads, so that a system call that may wait for a disk or a file system ends the server.
+//! For tests: a seccomp filter for workers' threads, so that a system call that may wait for a disk or a file
+//! system ends the server.
 //!
-//! It exists in builds with debug assertions only, and is on if `RAIO_TEST_WORKER_FILTER` is set in the environment. What a worker
-//! may call is listed here; a call that is missing kills the process with SIGSYS, and `strace -f` (or the kernel's log) says which it was.
+//! It exists in builds with debug assertions only, and is on if `RAIO_TEST_WORKER_FILTER` is set in the
+//! environment. What a worker may call is listed here; a call that is missing kills the process with SIGSYS,
+//! and `strace -f` (or the kernel's log) says which it was.
 //!
-//! A filter sees numbers, and neither what a descriptor is nor how long a call takes: close(2) of a file, preadv2(2) without flags, and whatever
-//! io_uring_enter(2) does pass it. Tests with file systems that hang therefore look at where the threads wait as well.
+//! A filter sees numbers, and neither what a descriptor is nor how long a call takes: close(2) of a file,
+//! preadv2(2) without flags, and whatever io_uring_enter(2) does pass it. Tests with file systems that hang
+//! therefore look at where the threads wait as well.
 
 use anyhow::Context;
 use raio_transport::rdma;
@@ -13,7 +16,8 @@ use seccompiler::{
 };
 
 const ALLOWED: &[libc::c_long] = &[
-    // Sockets, which are non-blocking. Closing one does not wait; files are closed by the pool (`backend::Descriptor`).
+    // Sockets, which are non-blocking. Closing one does not wait; files are closed by the pool
+    // (`backend::Descriptor`).
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
@@ -51,7 +55,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Puts the filter on the calling thread, if a test asks for it. There is none for RDMA, whose library makes calls of its own.
+/// Puts the filter on the calling thread, if a test asks for it. There is none for RDMA, whose library makes
+/// calls of its own.
 pub fn install() -> anyhow::Result<()> {
     if std::env::var_os("RAIO_TEST_WORKER_FILTER").is_none() || rdma::unavailable().is_none() {
         return Ok(());
@@ -76,8 +81,8 @@ pub fn install() -> anyhow::Result<()> {
         (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?]),
     ];
     rules.extend(ALLOWED.iter().map(|&call| (call, Vec::new())));
-    // glibc reads /proc/sys/vm/overcommit_memory before it gives back a thread's heap, and does without if it cannot: so it may ask, and
-    // gets an error, as would anybody else who opens a file for reading.
+    // glibc reads /proc/sys/vm/overcommit_memory before it gives back a thread's heap, and does without if it
+    // cannot: so it may ask, and gets an error, as would anybody else who opens a file for reading.
     let asks = || {
         let conditions = vec![is(0, libc::AT_FDCWD)?, is(2, libc::O_RDONLY | libc::O_CLOEXEC)?];
         anyhow::Ok((libc::SYS_openat, vec![SeccompRule::new(conditions)?]))

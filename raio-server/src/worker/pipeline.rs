@@ -26,17 +26,18 @@ pub(super) enum Grant {
     /// Its session or its address has as much as it may have now.
     OverLimit(Who),
     /// Enough for this turn.
-    NextTurn,
+    NextIteration,
 }
 
 /// As long as there is memory a connection may hold so much, whatever the others hold and wait for.
 const SMALL_BYTES: usize = 256 << 10;
-/// ... but not more than this part of what is free: the more hold something, the less each gets, and some is left for the next.
+/// ... but not more than this part of what is free: the more hold something, the less each gets, and some is
+/// left for the next.
 const SMALL_PART: usize = 16;
 
-/// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for little does not wait behind many
-/// for much. One request for more has a turn for itself.
-pub(super) const TURN_BYTES_MAX: usize = 256 << 10;
+/// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for
+/// little does not wait behind many for much. One request for more has a turn for itself.
+pub(super) const ITERATION_BYTES_MAX: usize = 256 << 10;
 /// A device that reports late gets so many with one system call.
 const TOGETHER: usize = 2;
 
@@ -52,7 +53,7 @@ impl Worker {
             slot_bytes: 0,
             export,
             is_cancelled: false,
-            canceller: None,
+            cancel_request: None,
             operation: None,
         });
         self.in_state[State::NeedSlot as usize] += 1;
@@ -75,7 +76,7 @@ impl Worker {
         }
         match self.grant(connection, request, bytes) {
             Grant::Slot(slot) => Some(slot),
-            Grant::OverQuota | Grant::OverExport(_) | Grant::NoRoom | Grant::NextTurn => None,
+            Grant::OverQuota | Grant::OverExport(_) | Grant::NoRoom | Grant::NextIteration => None,
             Grant::OverLimit(who) => {
                 self.is_limited(connection, who);
                 None
@@ -98,15 +99,15 @@ impl Worker {
         {
             return Some(withheld);
         }
-        if self.turn_bytes > 0 && self.turn_bytes + bytes > TURN_BYTES_MAX {
+        if self.iteration_bytes > 0 && self.iteration_bytes + bytes > ITERATION_BYTES_MAX {
             self.is_busy = true;
-            return Some(Grant::NextTurn);
+            return Some(Grant::NextIteration);
         }
         None
     }
 
-    /// Beyond a little some memory is kept in reserve, the quota shrinks once half of the memory is out, and whoever has waited longest
-    /// with nothing at all goes before everybody else.
+    /// Beyond a little some memory is kept in reserve, the quota shrinks once half of the memory is out, and
+    /// whoever has waited longest with nothing at all goes before everybody else.
     #[inline(never)]
     fn withheld_beyond_a_little(&mut self, connection: usize, held: usize, bytes: usize) -> Option<Grant> {
         if 2 * self.arena.free_bytes() < self.arena.len()
@@ -150,24 +151,25 @@ impl Worker {
         if self.starved == Some(connection) {
             self.starved = None;
         }
-        self.turn_bytes += bytes;
+        self.iteration_bytes += bytes;
         Grant::Slot(slot)
     }
 
-    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. Only small ones overtake the connection that
-    /// has waited longest with nothing: else a large request would never have its turn.
+    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. Only small
+    /// ones overtake the connection that has waited longest with nothing: else a large request would never
+    /// have its turn.
     pub(super) fn grant_slots(&mut self) {
-        self.turn_bytes = 0;
+        self.iteration_bytes = 0;
         self.is_noted = false;
         self.show_life();
-        if self.turns.is_empty() {
+        if self.round_robin.is_empty() {
             return;
         }
         // What was dropped since is free.
         self.arena.used_bytes();
         let mut passed_over = 0;
-        while passed_over < self.turns.len() {
-            let Some(key) = self.turns.pop_front() else { return };
+        while passed_over < self.round_robin.len() {
+            let Some(key) = self.round_robin.pop_front() else { return };
             let Some(&request) = self.connections[key].waiting.front() else {
                 self.waits_no_more(key);
                 self.not_starved(key);
@@ -178,39 +180,40 @@ impl Worker {
                 Grant::Slot(slot) => {
                     self.is_busy = true;
                     passed_over = 0;
-                    self.turns.push_back(key);
+                    self.round_robin.push_back(key);
                     self.connections[key].waiting.pop_front();
                     self.granted(request, slot);
                 }
                 Grant::OverQuota => {
                     passed_over += 1;
-                    self.turns.push_back(key);
+                    self.round_robin.push_back(key);
                     self.not_starved(key);
                 }
                 Grant::OverExport(export) => {
                     passed_over += 1;
-                    self.turns.push_back(key);
+                    self.round_robin.push_back(key);
                     self.not_starved(key);
                     self.is_short |= self.is_fetching(export);
                 }
                 Grant::OverLimit(who) => {
                     passed_over += 1;
-                    self.turns.push_back(key);
+                    self.round_robin.push_back(key);
                     self.not_starved(key);
                     self.is_limited(key, who);
                 }
                 Grant::NoRoom => {
                     passed_over += 1;
-                    self.turns.push_back(key);
+                    self.round_robin.push_back(key);
                     self.starved.get_or_insert(key);
                     self.is_short = true;
                 }
-                Grant::NextTurn => return self.turns.push_front(key),
+                Grant::NextIteration => return self.round_robin.push_front(key),
             }
         }
     }
 
-    /// Somebody waits: [`Worker::show_life`] is due twice in the time after which a client that hears nothing would ask.
+    /// Somebody waits: [`Worker::show_life`] is due twice in the time after which a client that hears nothing
+    /// would ask.
     pub(super) fn promise_life_sign(&mut self) {
         let reactor = &mut self.reactor;
         let period = self.shared.policy.keepalive / 2;
@@ -221,16 +224,17 @@ impl Worker {
         });
     }
 
-    /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to their pings.
+    /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to
+    /// their pings.
     fn show_life(&mut self) {
         if self.life_sign.take_if(|at| *at <= Instant::now()).is_none() {
             return;
         }
-        for &connection in &self.turns {
+        for &connection in &self.round_robin {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
         self.transport.show_life_to_gated(&mut self.reactor);
-        if !self.turns.is_empty() {
+        if !self.round_robin.is_empty() {
             self.promise_life_sign();
         }
     }
@@ -240,8 +244,9 @@ impl Worker {
         self.starved.take_if(|starved| *starved == connection);
     }
 
-    /// Closes connections that hold memory and make no progress, if others have been waiting for it for the stall timeout.
-    pub(super) fn relieve(&mut self) {
+    /// Closes connections that hold memory and make no progress, if others have been waiting for it for the
+    /// stall timeout.
+    pub(super) fn evict_stalled(&mut self) {
         let now = match self.stall_check {
             None if !self.is_short => return,
             None => Instant::now(),
@@ -293,7 +298,8 @@ impl Worker {
         }
     }
 
-    /// Whether the client of a request that is to be started, or to go on, is still there. If not, the request ends with its connection.
+    /// Whether the client of a request that is to be started, or to go on, is still there. If not, the
+    /// request ends with its connection.
     fn has_client(&mut self, key: usize) -> bool {
         let request = &self.requests[key];
         request.connection.is_some() && self.transport.is_alive(&mut self.reactor, request.key.connection)
@@ -307,7 +313,7 @@ impl Worker {
         self.enter(key, State::Executing);
         match (self.requests[key].work.direct_file().cloned(), slot) {
             (Some(file), Some(slot)) => {
-                let admitted = file.pace.borrow_mut().admit(key, slot);
+                let admitted = file.device_queue.borrow_mut().admit(key, slot);
                 if let Some(slot) = admitted {
                     self.begin_direct(&file, key, slot);
                 }
@@ -320,7 +326,7 @@ impl Worker {
         self.at_devices += 1;
         self.begin_execution(key, Some(slot));
         // The device starts on the first while the kernel takes in the others.
-        if self.at_devices.is_multiple_of(TOGETHER) && file.pace.borrow().is_late() {
+        if self.at_devices.is_multiple_of(TOGETHER) && file.device_queue.borrow().coalesces_completions() {
             self.reactor.submit_now();
         }
     }
@@ -364,8 +370,8 @@ impl Worker {
         }
     }
 
-    /// Has an open wait for the holder of a lease, in a lane where it holds up its kind alone. False if it did that already, or nobody
-    /// wants it any more.
+    /// Has an open wait for the holder of a lease, in a lane where it holds up its kind alone. False if it
+    /// did that already, or nobody wants it any more.
     pub(super) fn wait_for_lease(&mut self, key: usize) -> bool {
         if self.requests[key].is_cancelled || !self.has_client(key) {
             return false;
@@ -379,7 +385,7 @@ impl Worker {
     }
 
     pub(super) fn completed(&mut self, completion: Completion) {
-        if completion.key == backend::NOBODY {
+        if completion.key == backend::DETACHED {
             self.closing -= 1;
             return;
         }
@@ -415,7 +421,7 @@ impl Worker {
     fn ended(&mut self, key: usize, response: Response) {
         if let Some(file) = self.requests[key].work.direct_file() {
             self.at_devices -= 1;
-            if file.pace.borrow_mut().ended() {
+            if file.device_queue.borrow_mut().ended() {
                 self.reported.push(Rc::clone(file));
             }
         }
@@ -425,16 +431,16 @@ impl Worker {
     /// Gives devices that have reported what was held back for them.
     pub(super) fn feed_devices(&mut self) {
         while let Some(file) = self.reported.pop() {
-            file.pace.borrow_mut().settle();
+            file.device_queue.borrow_mut().on_batch_complete();
             loop {
-                let due = file.pace.borrow().due();
+                let due = file.device_queue.borrow().due();
                 let Some(key) = due else { break };
                 if !self.has_client(key) {
                     drop(self.take_back(key));
                     self.answer(key, cancelled());
                     continue;
                 }
-                let next = file.pace.borrow_mut().next();
+                let next = file.device_queue.borrow_mut().next();
                 let Some((_, slot)) = next else { break };
                 self.begin_direct(&file, key, slot);
             }
@@ -444,7 +450,7 @@ impl Worker {
     /// Takes back a request that is held back from its device. Gives its memory; None if it is not.
     pub(super) fn take_back(&self, key: usize) -> Option<Slot> {
         let file = self.requests[key].work.direct_file()?;
-        file.pace.borrow_mut().take_back(key)
+        file.device_queue.borrow_mut().take_back(key)
     }
 
     /// A connection's request that is not yet answered, by the client's id.
@@ -486,7 +492,7 @@ impl Worker {
         }
         let was_cancelled = response.status.errno == libc::ECANCELED;
         self.respond(request.key, response);
-        if let Some(canceller) = request.canceller {
+        if let Some(cancel_request) = request.cancel_request {
             let response = if was_cancelled {
                 success(0)
             } else {
@@ -495,7 +501,7 @@ impl Worker {
                     "It was too late to cancel the request: it has run to its end.",
                 )
             };
-            self.respond(canceller, response);
+            self.respond(cancel_request, response);
         }
     }
 

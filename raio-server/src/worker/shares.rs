@@ -1,10 +1,11 @@
 //! What sessions, the clients of one address, and the requests on one export have of a worker's memory.
 //!
-//! What requests on an export hold is counted exactly, those of clients that have gone among them. For its file system may hang, and memory
-//! that it holds then comes back from nobody.
+//! What requests on an export hold is counted exactly, those of clients that have gone among them. For its
+//! file system may hang, and memory that it holds then comes back from nobody.
 //!
-//! What sessions and addresses have changes with every request and every send, and only counts where memory is short or an option limits
-//! it. So it is noted, once in an iteration and for those connections alone that have got memory, when the sums are asked for.
+//! What sessions and addresses have changes with every request and every send, and only counts where memory
+//! is short or an option limits it. So it is noted, once in an iteration and for those connections alone that
+//! have got memory, when the sums are asked for.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -99,8 +100,8 @@ pub(super) struct OfExport {
 }
 
 impl Worker {
-    /// Whether requests on an export hold so much memory that they may not have so much more: not more than they leave free for others,
-    /// beyond the reserve.
+    /// Whether requests on an export hold so much memory that they may not have so much more: not more than
+    /// they leave free for others, beyond the reserve.
     pub(super) fn is_over_export(&self, export: usize, bytes: usize) -> bool {
         let (held, free) = (self.of_exports[export].held, self.arena.free_bytes());
         held > 0 && held + bytes > free.saturating_sub(self.reserve_bytes.min(free / 2))
@@ -111,7 +112,8 @@ impl Worker {
         if self.of_exports.len() > 1 { work.export() } else { None }
     }
 
-    /// Whether some of an export's memory may come back once a client sends, or is closed because it does not.
+    /// Whether some of an export's memory may come back once a client sends, or is closed because it does
+    /// not.
     pub(super) fn is_fetching(&self, export: usize) -> bool {
         self.of_exports[export].fetching > 0
     }
@@ -154,7 +156,7 @@ impl Worker {
     /// A connection has requests that wait for memory: it takes turns with the others.
     pub(super) fn waits(&mut self, connection: usize) {
         if !std::mem::replace(&mut self.connections[connection].is_waiting, true) {
-            self.turns.push_back(connection);
+            self.round_robin.push_back(connection);
             self.waiting += 1;
             self.promise_life_sign();
             self.holders(connection).into_iter().flatten().for_each(|(_, holder)| holder.waiting += 1);
@@ -212,7 +214,8 @@ impl Worker {
         }
     }
 
-    /// Who has so much that an option keeps a connection from having so much more. Whoever holds nothing may have any request.
+    /// Who has so much that an option keeps a connection from having so much more. Whoever holds nothing may
+    /// have any request.
     pub(super) fn over_cap(&mut self, connection: usize, bytes: usize) -> Option<Who> {
         self.note_all();
         self.note(connection);
@@ -222,7 +225,8 @@ impl Worker {
         self.holders(connection).into_iter().flatten().find(is_over).map(|(who, _)| who)
     }
 
-    /// Who has more than a share that counts while others wait, and keeps a connection from having more by that.
+    /// Who has more than a share that counts while others wait, and keeps a connection from having more by
+    /// that.
     pub(super) fn over_share(&mut self, connection: usize, bytes: usize) -> Option<Who> {
         if self.waiting == 0 {
             return None;

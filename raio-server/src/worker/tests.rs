@@ -1,8 +1,9 @@
-//! A worker with everything it has (transport, ring, arena, exports) and its client, in one thread, where they take turns.
+//! A worker with everything it has (transport, ring, arena, exports) and its client, in one thread, where
+//! they take turns.
 
-mod at_once;
+mod coalescing_device;
+mod fast_path;
 mod instructions;
-mod late_device;
 
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
@@ -48,10 +49,10 @@ fn worker(export: &str, spin_us: &str) -> Worker {
     worker
 }
 
-fn turn(worker: &mut Worker) {
+fn run_once(worker: &mut Worker) {
     // Never sleeps: there is nobody else to bring news.
     worker.is_busy = true;
-    worker.turn().expect("the worker goes on");
+    worker.run_once().expect("the worker goes on");
 }
 
 /// Takes turns until it is as it should be.
@@ -59,7 +60,7 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so(worker) {
         assert!(Instant::now() < deadline, "{what}: not within 30 s");
-        turn(worker);
+        run_once(worker);
     }
 }
 
@@ -74,7 +75,7 @@ fn connect(worker: &mut Worker) -> Client {
         Client::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
     });
     while !connecting.is_finished() {
-        turn(worker);
+        run_once(worker);
         std::thread::sleep(Duration::from_millis(1));
     }
     connecting.join().expect("it does not panic").expect("the worker grants a connection")
@@ -87,7 +88,7 @@ fn open(worker: &mut Worker, client: &mut Client, flags: u32, path: &[u8]) -> Fi
     client.flush();
     let mut replies = Vec::new();
     while replies.is_empty() {
-        turn(worker);
+        run_once(worker);
         client.receive(&mut replies);
     }
     assert_eq!(replies[0].status, Status::OK);
@@ -147,13 +148,14 @@ impl Bench {
         last.expect("at least one")
     }
 
-    /// Takes turns until so many replies have come, and looks at the data of those that succeeded. Gives the others.
+    /// Takes turns until so many replies have come, and looks at the data of those that succeeded. Gives the
+    /// others.
     fn collect(&mut self, count: usize) -> Vec<Reply> {
         let deadline = Instant::now() + Duration::from_secs(30);
         let (mut came, mut failed, mut replies) = (0, Vec::new(), Vec::new());
         while came < count {
             assert!(Instant::now() < deadline, "{came} of {count} replies came");
-            turn(&mut self.worker);
+            run_once(&mut self.worker);
             self.client.receive(&mut replies);
             came += replies.len();
             for reply in replies.drain(..) {

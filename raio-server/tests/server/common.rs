@@ -41,8 +41,8 @@ const EXEC_VARIABLE: &str = "RAIO_TEST_EXEC_WITHOUT";
 const CALL_VARIABLE: &str = "RAIO_TEST_FORBIDDEN_CALL";
 const ERRNO_VARIABLE: &str = "RAIO_TEST_FORBIDDEN_ERRNO";
 
-/// Not a test of anything: run by [`Server::start`] in a process of its own, it forbids a system call to itself and becomes the
-/// server.
+/// Not a test of anything: run by [`Server::start`] in a process of its own, it forbids a system call to
+/// itself and becomes the server.
 #[test]
 fn becomes_a_server_without_a_system_call_if_asked() {
     let Ok(arguments) = std::env::var(EXEC_VARIABLE) else { return };

@@ -1,4 +1,5 @@
-//! What is served and what is not: devices, mounts, sizes. The tests that make devices or mounts need root, and skip aloud without.
+//! What is served and what is not: devices, mounts, sizes. The tests that make devices or mounts need root,
+//! and skip aloud without.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -174,7 +175,8 @@ fn creation_does_what_open_2_does() {
     });
 }
 
-/// A process that holds leases on files, until its standard input ends. It gives them up when it is asked to, if `on_request`.
+/// A process that holds leases on files, until its standard input ends. It gives them up when it is asked to,
+/// if `on_request`.
 fn lease_holder(paths: &[PathBuf], on_request: bool) -> Child {
     let holder = "import fcntl, os, signal, sys\n\
                   fds = [os.open(path, os.O_RDWR) for path in sys.argv[2:]]\n\
@@ -558,7 +560,8 @@ fn files_do_not_grow_beyond_what_the_configuration_says() {
     assert_eq!(client.write(old, MIB / 2, b"x"), Err(libc::EFBIG));
 }
 
-/// Zeroes odd and even ranges of a file that has 200,000 bytes of `0xaa`, as a client and in a model, and compares.
+/// Zeroes odd and even ranges of a file that has 200,000 bytes of `0xaa`, as a client and in a model, and
+/// compares.
 fn zeroes_like_the_model(client: &mut Client, open: &str, flags: u32, local: &Path, may_grow: bool) {
     let mut model = vec![0xaa; 200_000];
     File::options().write(true).open(local).unwrap().write_all_at(&model, 0).unwrap();
@@ -633,7 +636,8 @@ fn zeroed_ranges_read_as_zeros_whatever_the_file_system_or_device_can() {
             if discarded.is_ok() {
                 assert_eq!(client.read(file, 0, 100_000).unwrap(), vec![0; 100_000], "{name}");
             }
-            // A huge range ends soon, and what there is no room for leaves neither a longer file nor less room.
+            // A huge range ends soon, and what there is no room for leaves neither a longer file nor less
+            // room.
             let free = || rustix::fs::statvfs(path).unwrap().f_bfree;
             let (size, before) = (local.metadata().unwrap().len(), free());
             for (offset, length) in [(size, 40 << 20), (100, 1 << 40), (0, (1 << 62) + 1)] {

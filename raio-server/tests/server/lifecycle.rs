@@ -21,12 +21,12 @@ fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
     each(|variant| {
         let mut server = Server::start(variant, &[]);
         let block = vec![5; 256 << 10];
-        let (written, refused) = (AtomicU64::new(0), AtomicU64::new(0));
+        let (written, rejected) = (AtomicU64::new(0), AtomicU64::new(0));
         let all_sent = Barrier::new(5);
         std::thread::scope(|scope| {
             for i in 0..4 {
                 let mut client = server.client();
-                let (block, written, refused, all_sent) = (&block, &written, &refused, &all_sent);
+                let (block, written, rejected, all_sent) = (&block, &written, &rejected, &all_sent);
                 scope.spawn(move || {
                     let file = client.open(&format!("/d/f{i}"), NEW).unwrap();
                     let tags: Vec<_> = (0..64).map(|i| client.send_write(file, i << 18, block)).collect();
@@ -36,7 +36,7 @@ fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
                         match status.errno {
                             0 => written.fetch_add(1, Ordering::Relaxed),
                             // It came too late, and was told so.
-                            libc::ESHUTDOWN if status.retryable => refused.fetch_add(1, Ordering::Relaxed),
+                            libc::ESHUTDOWN if status.retryable => rejected.fetch_add(1, Ordering::Relaxed),
                             _ => panic!("{status:?}, {:?}", client.transport.failure()),
                         };
                     }
@@ -45,8 +45,8 @@ fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
             all_sent.wait();
             server.signal(Signal::TERM);
         });
-        let (written, refused) = (written.into_inner(), refused.into_inner());
-        eprintln!("{written} written, {refused} refused");
+        let (written, rejected) = (written.into_inner(), rejected.into_inner());
+        eprintln!("{written} written, {rejected} rejected");
         assert!(written >= 4);
         let status = server.wait();
         assert_eq!(status.code(), Some(0), "{status}\n{}", server.log());
@@ -232,7 +232,7 @@ fn strangers_are_turned_away_and_counted_and_others_go_on() {
         let _ = stranger.read_to_end(&mut answer);
         assert_eq!(client.do_it(&Command::Stat(file)), Ok(0));
     }
-    server.stats_until("turned away", |stats| stats.get("magic") == 3 && stats.get("connections") == 1);
+    server.stats_until("rejected", |stats| stats.get("magic") == 3 && stats.get("connections") == 1);
     server.log_until("handshake failed");
 }
 
@@ -360,8 +360,8 @@ fn an_idle_server_sleeps() {
         let before = server.stats();
         std::thread::sleep(Duration::from_millis(500));
         let after = server.stats();
-        let turns = after.get("turns") - before.get("turns");
-        assert!(turns < 20, "{turns} turns with nothing to do");
+        let iterations = after.get("iterations") - before.get("iterations");
+        assert!(iterations < 20, "{iterations} iterations with nothing to do");
         client.send(&Command::Read { file: FileHandle(0), offset: 0, length: 8 }, Bulk::In(buffers(&[0; 8])));
     });
 }

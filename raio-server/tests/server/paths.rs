@@ -1,4 +1,5 @@
-//! Paths: nothing outside an export is ever reached, whatever the client names and whatever is renamed meanwhile.
+//! Paths: nothing outside an export is ever reached, whatever the client names and whatever is renamed
+//! meanwhile.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
@@ -74,7 +75,7 @@ fn renames_in_between_do_not_help() {
         symlink(outside.path(), server.path("y")).unwrap();
         let (x, y) = (server.path("x"), server.path("y"));
         let stop = AtomicBool::new(false);
-        let (mut good, mut refused) = (0, 0);
+        let (mut good, mut rejected) = (0, 0);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
@@ -96,7 +97,7 @@ fn renames_in_between_do_not_help() {
                             }
                             good += 1;
                         }
-                        Err(libc::EXDEV | libc::EAGAIN) => refused += 1,
+                        Err(libc::EXDEV | libc::EAGAIN) => rejected += 1,
                         Err(errno) => {
                             stop.store(true, Ordering::Relaxed);
                             panic!("{path}: {errno}");
@@ -106,8 +107,8 @@ fn renames_in_between_do_not_help() {
             }
             stop.store(true, Ordering::Relaxed);
         });
-        eprintln!("{good} opened, {refused} refused");
-        assert!(good > 0 && refused > 0, "the race was never on");
+        eprintln!("{good} opened, {rejected} rejected");
+        assert!(good > 0 && rejected > 0, "the race was never on");
     });
 }
 
@@ -186,7 +187,8 @@ fn the_server_can_do_no_more_than_its_user() {
     std::fs::create_dir(path("theirs")).unwrap();
     // Where that user can reach it, wherever this was built.
     let program = path("raio_server");
-    // Not by this process: what it forks meanwhile would have the copy open for writing, and nobody could run it.
+    // Not by this process: what it forks meanwhile would have the copy open for writing, and nobody could run
+    // it.
     let copied =
         Process::new("cp").args([env!("CARGO_BIN_EXE_raio_server").as_ref(), program.as_os_str()]).status();
     assert!(copied.unwrap().success());

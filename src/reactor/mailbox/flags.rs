@@ -1,8 +1,9 @@
 //! Who has to write to the eventfd: the protocol between wakers and a sleeper, over two flags.
 //!
-//! A waker sets `set`, then looks at `sleeping`; the sleeper sets `sleeping`, then looks at `set`. Between the two steps of each there is
-//! a sequentially consistent fence, so at least one of them sees the other: the eventfd is written only when the sleeper is, or
-//! is about to be, asleep, and no wake-up is lost. `tests/waker_model.rs` tries the interleavings of this file.
+//! A waker sets `set`, then looks at `sleeping`; the sleeper sets `sleeping`, then looks at `set`. Between
+//! the two steps of each there is a sequentially consistent fence, so at least one of them sees the other:
+//! the eventfd is written only when the sleeper is, or is about to be, asleep, and no wake-up is lost.
+//! `tests/waker_model.rs` tries the interleavings of this file.
 
 use super::atomic::{AtomicBool, Ordering, fence};
 
@@ -20,7 +21,8 @@ impl Flags {
     /// Leaves a wake-up. True: the sleeper may be asleep, so wake it.
     #[must_use]
     pub fn set(&self) -> bool {
-        // Release: who takes the wake-up sees what was done before it. A swap, so that the order with `take` is beyond doubt.
+        // Release: who takes the wake-up sees what was done before it. A swap, so that the order with `take`
+        // is beyond doubt.
         self.set.swap(true, Ordering::AcqRel);
         fence(Ordering::SeqCst);
         self.sleeping.load(Ordering::Relaxed)

@@ -148,7 +148,7 @@ fn provoke(n: usize, bytes: &[u8]) -> (Violation, Vec<Reply>) {
         match message::parse(&peer.inbox, &peer.limits).unwrap() {
             Parsed::Need(_) => peer.fill(),
             Parsed::Item(message, _) => {
-                assert!(matches!(message, Message::Goodbye(..)), "{message:?}");
+                assert!(matches!(message, Message::Goaway(..)), "{message:?}");
                 break;
             }
         }
@@ -254,8 +254,8 @@ fn a_server_that_takes_nothing_blocks_nobody_and_gets_everything_in_the_end() {
     client.flush();
     assert!(client.poll_fd().1, "32 MiB fit into no socket");
     // The last has not been sent, the first has in part.
-    assert!(client.recall(ids[0]).is_none());
-    assert_eq!(bytes_of(&client.recall(ids[31]).unwrap()), pattern(1 << 20, 31));
+    assert!(client.dequeue(ids[0]).is_none());
+    assert_eq!(bytes_of(&client.dequeue(ids[31]).unwrap()), pattern(1 << 20, 31));
     assert_eq!(client.outstanding(), 31);
     let server = thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -278,11 +278,11 @@ fn a_request_that_is_recalled_leaves_no_trace_in_the_stream() {
     let ids: Vec<_> = (0..4)
         .map(|tag| client.send(tag, &[tag as u8; 24], out(vec![tag as u8; 8]), false).unwrap())
         .collect();
-    assert!(client.recall(ids[2]).is_some());
-    assert!(client.recall(ids[2]).is_none());
-    assert!(client.recall(ids[0]).is_some());
+    assert!(client.dequeue(ids[2]).is_some());
+    assert!(client.dequeue(ids[2]).is_none());
+    assert!(client.dequeue(ids[0]).is_some());
     client.flush();
-    assert!(client.recall(ids[1]).is_none(), "it has been sent");
+    assert!(client.dequeue(ids[1]).is_none(), "it has been sent");
     for tag in [1, 3] {
         let (request, data) = peer.request();
         assert_eq!((request.id, data), (ids[tag].0, vec![tag as u8; 8]));
@@ -302,8 +302,8 @@ fn an_answer_that_comes_before_the_data_was_sent_waits_for_the_buffer() {
     else {
         panic!("no request came")
     };
-    let refusal = Response { status: Status::storage(libc::EBADF), ..response(request.id) };
-    peer.stream.write_all(&encoded(refusal)).unwrap();
+    let rejection = Response { status: Status::storage(libc::EBADF), ..response(request.id) };
+    peer.stream.write_all(&encoded(rejection)).unwrap();
     let mut replies = Vec::new();
     let until = Instant::now() + Duration::from_millis(200);
     while Instant::now() < until {
@@ -438,7 +438,7 @@ fn a_server_that_pings_without_end_does_not_keep_its_client() {
 }
 
 #[test]
-fn a_goodbye_ends_everything_with_its_sentence() {
+fn a_goaway_ends_everything_with_its_sentence() {
     let (mut client, mut peer) = pair(&policy(), 0);
     client.send(0, &[0; 24], room(10), false).unwrap();
     client.send(1, &[0; 24], out(vec![1; 10]), false).unwrap();
@@ -446,7 +446,7 @@ fn a_goodbye_ends_everything_with_its_sentence() {
     let mut bytes = Vec::new();
     let (request, _) = peer.request();
     peer.answer(request.id, &[5; 10], &mut bytes);
-    message::encode_goodbye(Status::policy(libc::ESHUTDOWN), "The server stops.", false, &mut bytes);
+    message::encode_goaway(Status::policy(libc::ESHUTDOWN), "The server stops.", false, &mut bytes);
     peer.stream.write_all(&bytes).unwrap();
     let replies = receive(&mut client, 2);
     assert_eq!(replies[0].status, Status::OK);
@@ -582,7 +582,7 @@ fn handshakes_that_fail_say_why() {
     let policy = policy();
     for (answer, errno) in [
         (Some(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()), libc::EPROTO),
-        (Some(policy.refusal(libc::EUSERS, "All seats are taken.")), libc::EUSERS),
+        (Some(policy.rejection(libc::EUSERS, "All seats are taken.")), libc::EUSERS),
         (Some(vec![]), libc::ECONNRESET),
         (None, libc::ETIMEDOUT),
     ] {
@@ -679,7 +679,8 @@ proptest! {
     }
 }
 
-/// What the server's end still receives after the client has ended: how many bytes, and the error at their end.
+/// What the server's end still receives after the client has ended: how many bytes, and the error at their
+/// end.
 fn rest_of(peer: &mut Peer) -> (usize, Option<i32>) {
     let mut bytes = [0; 65536];
     let mut total = 0;

@@ -1,12 +1,15 @@
-//! Finds peers whose host cannot be reached any more while something that was sent to them has not been acknowledged. TCP itself would
-//! try for a quarter of an hour, and TCP_USER_TIMEOUT would close connections whose peer lives and takes nothing.
+//! Finds peers whose host cannot be reached any more while something that was sent to them has not been
+//! acknowledged. TCP itself would try for a quarter of an hour, and TCP_USER_TIMEOUT would close connections
+//! whose peer lives and takes nothing.
 //!
-//! A connection that sends is put on a list, and a few times in [`Policy::unreachable_timeout`] the kernel is asked about those
-//! on it, until nothing is outstanding. So a send makes no call more, and an idle connection costs nothing.
+//! A connection that sends is put on a list, and a few times in [`Policy::unreachable_timeout`] the kernel is
+//! asked about those on it, until nothing is outstanding. So a send makes no call more, and an idle
+//! connection costs nothing.
 //!
-//! A peer is given up if nothing at all has come from it for that time, and the kernel has meanwhile tried again in vain. The time alone
-//! says too little. To a peer that takes nothing (its window is zero) nothing is sent but window probes, up to two minutes apart:
-//! it lives if it answers those. And a connection may have been idle for long before.
+//! A peer is given up if nothing at all has come from it for that time, and the kernel has meanwhile tried
+//! again in vain. The time alone says too little. To a peer that takes nothing (its window is zero) nothing
+//! is sent but window probes, up to two minutes apart: it lives if it answers those. And a connection may
+//! have been idle for long before.
 //!
 //! [`Policy::unreachable_timeout`]: crate::handshake::Policy::unreachable_timeout
 
@@ -20,8 +23,8 @@ use crate::transport::{CloseReason, ConnectionId};
 
 /// The kernel is asked so often within the timeout.
 const LOOKS: u8 = 6;
-/// The kernel must have tried so often since the peer was last heard. The last of them may have been a moment ago, the others have not been
-/// answered.
+/// The kernel must have tried so often since the peer was last heard. The last of them may have been a moment
+/// ago, the others have not been answered.
 const ATTEMPTS: u32 = 3;
 /// In one iteration of the event loop the kernel is asked about so many connections at most.
 const LOOKS_AT_ONCE: usize = 64;
@@ -39,7 +42,7 @@ pub(super) struct Watched {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum Action {
     /// Nothing is outstanding.
     Settled,
     Wait,
@@ -51,20 +54,20 @@ impl Watched {
         Self { connection, segments_in: 0, retransmitted: 0, looks: 0 }
     }
 
-    fn judge(&mut self, info: &TcpInfo) -> Verdict {
+    fn judge(&mut self, info: &TcpInfo) -> Action {
         if info.unacked == 0 && info.unsent_bytes == 0 {
-            return Verdict::Settled;
+            return Action::Settled;
         }
         if info.segments_in != self.segments_in {
             self.segments_in = info.segments_in;
             self.retransmitted = info.retransmitted;
             self.looks = 0;
-            return Verdict::Wait;
+            return Action::Wait;
         }
         self.looks = self.looks.saturating_add(1);
         // Answered probes are not counted by the kernel.
         let attempts = u32::from(info.probes) + info.retransmitted.wrapping_sub(self.retransmitted);
-        if self.looks >= LOOKS && attempts >= ATTEMPTS { Verdict::Unreachable } else { Verdict::Wait }
+        if self.looks >= LOOKS && attempts >= ATTEMPTS { Action::Unreachable } else { Action::Wait }
     }
 }
 
@@ -105,12 +108,12 @@ impl Server {
         let mut connection = self.take(watched.connection)?;
         let verdict = match TcpInfo::of(&connection.socket) {
             Ok(info) if connection.state == State::Open => watched.judge(&info),
-            _ => Verdict::Settled,
+            _ => Action::Settled,
         };
         // A send that waits for room may go on without a new one.
-        let stays = verdict == Verdict::Wait || (verdict == Verdict::Settled && connection.send_in_flight);
+        let stays = verdict == Action::Wait || (verdict == Action::Settled && connection.send_in_flight);
         connection.is_watched = stays;
-        if verdict == Verdict::Unreachable {
+        if verdict == Action::Unreachable {
             // The kernel need not keep what it has for this peer.
             let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
             self.end(&mut connection, CloseReason::Unreachable);
@@ -128,7 +131,7 @@ mod tests {
     fn unacked() -> (Watched, TcpInfo) {
         let info = TcpInfo { unacked: 3, segments_in: 70, retransmitted: 50, ..TcpInfo::default() };
         let mut watched = Watched::new(ConnectionId { index: 0, generation: 0 });
-        assert_eq!(watched.judge(&info), Verdict::Wait);
+        assert_eq!(watched.judge(&info), Action::Wait);
         (watched, info)
     }
 
@@ -143,9 +146,9 @@ mod tests {
         let (mut watched, mut info) = unacked();
         for _ in 1..LOOKS {
             info.retransmitted += 1;
-            assert_eq!(watched.judge(&info), Verdict::Wait);
+            assert_eq!(watched.judge(&info), Action::Wait);
         }
-        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+        assert_eq!(watched.judge(&info), Action::Unreachable);
     }
 
     #[test]
@@ -155,7 +158,7 @@ mod tests {
             info.segments_in += 1;
             for _ in 0..LOOKS {
                 info.retransmitted += 1;
-                assert_eq!(watched.judge(&info), Verdict::Wait);
+                assert_eq!(watched.judge(&info), Action::Wait);
             }
         }
     }
@@ -165,10 +168,10 @@ mod tests {
         let (mut watched, mut info) = unacked();
         info.retransmitted += ATTEMPTS - 1;
         for _ in 0..1000 {
-            assert_eq!(watched.judge(&info), Verdict::Wait);
+            assert_eq!(watched.judge(&info), Action::Wait);
         }
         info.retransmitted += 1;
-        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+        assert_eq!(watched.judge(&info), Action::Unreachable);
     }
 
     #[test]
@@ -176,11 +179,11 @@ mod tests {
         let (mut watched, mut info) = zero_window();
         for _ in 0..10 {
             for _ in 0..4 * LOOKS {
-                assert_eq!(watched.judge(&info), Verdict::Wait);
+                assert_eq!(watched.judge(&info), Action::Wait);
             }
             // A look may come before the answer.
             info.probes = 1;
-            assert_eq!(watched.judge(&info), Verdict::Wait);
+            assert_eq!(watched.judge(&info), Action::Wait);
             info.probes = 0;
             info.segments_in += 1;
         }
@@ -190,10 +193,10 @@ mod tests {
     fn a_peer_with_a_zero_window_that_does_not_answer_probes_is_unreachable() {
         let (mut watched, mut info) = zero_window();
         for _ in 0..LOOKS {
-            assert_eq!(watched.judge(&info), Verdict::Wait);
+            assert_eq!(watched.judge(&info), Action::Wait);
         }
         info.probes = ATTEMPTS as u8;
-        assert_eq!(watched.judge(&info), Verdict::Unreachable);
+        assert_eq!(watched.judge(&info), Action::Unreachable);
     }
 
     /// Then what is in flight is sent again in the place of probes.
@@ -202,10 +205,10 @@ mod tests {
         let (mut watched, mut info) = unacked();
         for _ in 0..10 {
             for _ in 0..4 * LOOKS {
-                assert_eq!(watched.judge(&info), Verdict::Wait);
+                assert_eq!(watched.judge(&info), Action::Wait);
             }
             info.retransmitted += 1;
-            assert_eq!(watched.judge(&info), Verdict::Wait);
+            assert_eq!(watched.judge(&info), Action::Wait);
             info.segments_in += 1;
         }
     }
@@ -213,6 +216,6 @@ mod tests {
     #[test]
     fn a_peer_that_has_acknowledged_everything_is_not_watched() {
         let (mut watched, info) = unacked();
-        assert_eq!(watched.judge(&TcpInfo { unacked: 0, ..info }), Verdict::Settled);
+        assert_eq!(watched.judge(&TcpInfo { unacked: 0, ..info }), Action::Settled);
     }
 }

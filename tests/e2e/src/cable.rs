@@ -20,8 +20,8 @@ pub enum End {
     B,
 }
 
-/// Two network namespaces with an address each, joined by way of a third one that stands for the cable. All are removed when this is
-/// dropped. Other tests have cables of their own, with the same addresses.
+/// Two network namespaces with an address each, joined by way of a third one that stands for the cable. All
+/// are removed when this is dropped. Other tests have cables of their own, with the same addresses.
 pub struct Cable {
     id: String,
 }

@@ -1,4 +1,5 @@
-//! Many small clients in one thread: each has a session, a connection and one read of 4 KiB in flight, and checks what it reads.
+//! Many small clients in one thread: each has a session, a connection and one read of 4 KiB in flight, and
+//! checks what it reads.
 
 use std::io::{self, ErrorKind, Read};
 use std::time::{Duration, Instant};
@@ -88,8 +89,8 @@ impl Crowd {
         Ok(Self { epoll, members, content, latencies: Vec::new() })
     }
 
-    /// Has each client ask again as soon as it is answered, until `is_over`, which is asked after each look at the network. Then
-    /// waits for the answers that are due.
+    /// Has each client ask again as soon as it is answered, until `is_over`, which is asked after each look
+    /// at the network. Then waits for the answers that are due.
     pub fn run(&mut self, mut is_over: impl FnMut() -> bool) -> io::Result<()> {
         for member in &mut self.members {
             member.ask()?;

@@ -10,7 +10,8 @@ use crate::server::{PATIENCE, binary};
 pub struct Flood(Child);
 
 impl Flood {
-    /// One that reads this file, whose 64-bit words are their own number. Its queue has been full when this returns.
+    /// One that reads this file, whose 64-bit words are their own number. Its queue has been full when this
+    /// returns.
     pub fn start(url: &str, path: &str) -> Self {
         let mut child = Command::new(binary("flood"))
             .args([url, path, "check"])

@@ -1,7 +1,7 @@
 //! A FUSE file system of one directory, in memory, whose calls hang or fail when told to.
 //!
-//! It speaks the kernel's protocol (`linux/fuse.h`, 7.31) by itself: the crate `fuser` always asks for ASYNC_READ, and what becomes of
-//! a server on file systems without it is one of the things to test.
+//! It speaks the kernel's protocol (`linux/fuse.h`, 7.31) by itself: the crate `fuser` always asks for
+//! ASYNC_READ, and what becomes of a server on file systems without it is one of the things to test.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -98,10 +98,11 @@ struct Shared {
     state: Mutex<State>,
 }
 
-/// A mounted file system. When this is dropped, whatever hangs ends with an error and the file system is unmounted, also beneath a
-/// server that has files open.
+/// A mounted file system. When this is dropped, whatever hangs ends with an error and the file system is
+/// unmounted, also beneath a server that has files open.
 ///
-/// A process that is killed (SIGKILL) while a call of its hangs is let go with EINTR, so that it can be waited for.
+/// A process that is killed (SIGKILL) while a call of its hangs is let go with EINTR, so that it can be
+/// waited for.
 pub struct FuseFs {
     shared: Arc<Shared>,
     directory: tempfile::TempDir,
@@ -191,7 +192,8 @@ impl FuseFs {
         self.shared.state().behaviours.insert(call as u32, Behaviour::Fails(errno));
     }
 
-    /// From now on the byte at this offset of each file cannot be read, like a bad sector: reads that include it fail.
+    /// From now on the byte at this offset of each file cannot be read, like a bad sector: reads that include
+    /// it fail.
     pub fn fail_reads_at(&self, offset: u64, errno: i32) {
         self.shared.state().bad = Some((offset, errno));
     }
@@ -231,8 +233,9 @@ impl FuseFs {
 
 impl Drop for FuseFs {
     fn drop(&mut self) {
-        // The first ends every call there is, for a process that is about to become another program may hold a copy of the connection
-        // and wait for an answer on it; the second takes the mount down though it may be busy.
+        // The first ends every call there is, for a process that is about to become another program may hold
+        // a copy of the connection and wait for an answer on it; the second takes the mount down though it
+        // may be busy.
         let _ = unmount(self.path(), UnmountFlags::FORCE);
         let _ = unmount(self.path(), UnmountFlags::DETACH);
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
@@ -325,7 +328,8 @@ impl Shared {
     fn execute(&self, state: &mut State, request: &[u8]) -> Result<Vec<u8>, i32> {
         let (call, node, body) = (word(request, 4), long(request, 16), &request[HEADER_BYTES..]);
         match call {
-            // INIT. BIG_WRITES, and 64 requests in the background. Whatever else is newer than 7.31 is left at 0.
+            // INIT. BIG_WRITES, and 64 requests in the background. Whatever else is newer than 7.31 is left
+            // at 0.
             26 => {
                 let flags = 1 << 5 | u32::from(self.options.async_read);
                 let mut reply = words(&[7, 31, word(body, 8), flags, 48 << 16 | 64, 128 << 10, 1]);

@@ -26,8 +26,8 @@ pub struct Herd {
 }
 
 impl Herd {
-    /// So many, each a session of its own that has asked for this much. Those that the server rejects are missing; it is an error if
-    /// all are.
+    /// So many, each a session of its own that has asked for this much. Those that the server rejects are
+    /// missing; it is an error if all are.
     pub fn connect(url: &str, path: &str, count: usize, demand: Demand) -> io::Result<Self> {
         let mut last = None;
         let mut members = Vec::new();

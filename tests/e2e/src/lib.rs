@@ -1,7 +1,8 @@
-//! What the end-to-end tests share: a real `raio_server` in a process of its own, clients of all kinds, loop devices, file systems that
-//! hang, hosts with a cable between them, sandboxes, the RDMA wire.
+//! What the end-to-end tests share: a real `raio_server` in a process of its own, clients of all kinds, loop
+//! devices, file systems that hang, hosts with a cable between them, sandboxes, the RDMA wire.
 //!
-//! Everything is stopped and taken down when its value is dropped, so that a failed test leaves nothing behind.
+//! Everything is stopped and taken down when its value is dropped, so that a failed test leaves nothing
+//! behind.
 
 mod cable;
 mod crowd;

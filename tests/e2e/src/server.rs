@@ -66,7 +66,8 @@ pub fn binary(name: &str) -> PathBuf {
 }
 
 impl Server {
-    /// Starts one on a port of its own choosing (or on `RAIO_TEST_LISTEN`, such as rdma://10.77.0.1:0), with these exports (as `--export` takes them).
+    /// Starts one on a port of its own choosing (or on `RAIO_TEST_LISTEN`, such as rdma://10.77.0.1:0), with
+    /// these exports (as `--export` takes them).
     pub fn start(exports: &[&str]) -> Self {
         Self::start_with(exports, &[])
     }
@@ -134,7 +135,8 @@ impl Server {
         kill_process(Pid::from_child(&self.child), signal).expect("raio_server is there to be signalled");
     }
 
-    /// Stops it (SIGCONT has it go on), and waits until it has: a thread that runs goes on for a little while.
+    /// Stops it (SIGCONT has it go on), and waits until it has: a thread that runs goes on for a little
+    /// while.
     pub fn hold_up(&self) {
         self.signal(Signal::STOP);
         let is_stopped = || {
@@ -193,9 +195,10 @@ impl Server {
         kib << 10
     }
 
-    /// Memory that it has taken, in bytes: the anonymous memory that it has written to, and its arenas whole, written to or not. For those
-    /// become resident as they are first used, a huge page of 2 MiB at a time, and which part is used when is left to chance. So is which
-    /// parts of the program and its libraries are resident; those are not counted.
+    /// Memory that it has taken, in bytes: the anonymous memory that it has written to, and its arenas whole,
+    /// written to or not. For those become resident as they are first used, a huge page of 2 MiB at a time,
+    /// and which part is used when is left to chance. So is which parts of the program and its libraries are
+    /// resident; those are not counted.
     pub fn taken_bytes(&self) -> u64 {
         let maps = std::fs::read_to_string(format!("/proc/{}/smaps", self.pid())).expect("raio_server runs");
         let (mut sum, mut whole, mut written) = (0, 0, 0);
@@ -231,10 +234,11 @@ impl Server {
             .collect()
     }
 
-    /// Workers that wait in the kernel for something else than work (a disk, a file system, a lock) whenever one looks for some
-    /// milliseconds: by name, and where.
+    /// Workers that wait in the kernel for something else than work (a disk, a file system, a lock) whenever
+    /// one looks for some milliseconds: by name, and where.
     pub fn blocked_workers(&self) -> Vec<String> {
-        /// Where a worker sleeps, and where it waits for a processor ("0", or nothing if the kernel does not say).
+        /// Where a worker sleeps, and where it waits for a processor ("0", or nothing if the kernel does not
+        /// say).
         const SLEEPS: [&str; 4] = ["io_cqring_wait", "ep_poll", "futex", "0"];
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
         let blocked_at = |task: &Path| {

@@ -1,5 +1,5 @@
-//! The wire of `scripts/rdma-vm`: two RDMA devices, rxe0 (10.77.0.1 on v0) and rxe1 (10.77.0.2 on v1), one at each end. A machine that
-//! has none skips, aloud.
+//! The wire of `scripts/rdma-vm`: two RDMA devices, rxe0 (10.77.0.1 on v0) and rxe1 (10.77.0.2 on v1), one at
+//! each end. A machine that has none skips, aloud.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,8 @@ pub const TCP: &str = "tcp://127.0.0.1:0";
 /// The length of [`numbers`].
 pub const NUMBERS_BYTES: u64 = 32 << 20;
 
-/// A directory with a file `numbers`, whose 64-bit words are their own number, and the way to export it as /d.
+/// A directory with a file `numbers`, whose 64-bit words are their own number, and the way to export it as
+/// /d.
 pub fn numbers() -> (TempDir, String) {
     let directory = tempfile::tempdir().expect("a directory");
     let bytes: Vec<u8> = (0..NUMBERS_BYTES / 8).flat_map(u64::to_le_bytes).collect();
@@ -33,8 +34,8 @@ pub fn numbers() -> (TempDir, String) {
 /// One test at a time has the wire.
 static WIRE: Mutex<()> = Mutex::new(());
 
-/// The wire for the time of a test. Where there is none, says that `what` is skipped. It does not open the devices: whoever has one
-/// open keeps it from being removed.
+/// The wire for the time of a test. Where there is none, says that `what` is skipped. It does not open the
+/// devices: whoever has one open keeps it from being removed.
 pub fn needs_wire(what: &str) -> Option<MutexGuard<'static, ()>> {
     if ["rxe0", "rxe1"].iter().all(|name| Path::new("/sys/class/infiniband").join(name).exists()) {
         return Some(WIRE.lock().unwrap_or_else(PoisonError::into_inner));
@@ -96,8 +97,8 @@ impl Drop for Cut {
     }
 }
 
-/// Makes the devices anew; a process that has them open keeps this waiting. Soft-RoCE needs it after a link was down: the queue pair
-/// through which connections are made does not survive that there was no route.
+/// Makes the devices anew; a process that has them open keeps this waiting. Soft-RoCE needs it after a link
+/// was down: the queue pair through which connections are made does not survive that there was no route.
 pub fn replug() {
     for (device, end, gid) in [("rxe0", "v0", "0a4d:0001"), ("rxe1", "v1", "0a4d:0002")] {
         let _ = Command::new("rdma").args(["link", "delete", device]).status();

@@ -1,5 +1,5 @@
-//! What hangs on one export is that export's: no other waits for it. The servers' workers carry a filter that ends the server if one
-//! of them makes a system call that may wait for a disk (`RAIO_TEST_WORKER_FILTER`).
+//! What hangs on one export is that export's: no other waits for it. The servers' workers carry a filter that
+//! ends the server if one of them makes a system call that may wait for a disk (`RAIO_TEST_WORKER_FILTER`).
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -92,7 +92,8 @@ fn server_with(backend: &str, workers: &str, exports: &[(&str, &Path)], more: &[
     Server::start_with(&exports, &[&["--backend", backend, "--workers", workers], more].concat())
 }
 
-/// No worker waits, and others keep their latency within a factor of two; here of twenty, for the machine may be busy.
+/// No worker waits, and others keep their latency within a factor of two; here of twenty, for the machine may
+/// be busy.
 fn assert_unharmed(server: &Server, well: &mut Client, before: Duration, what: &str) {
     assert_eq!(server.blocked_workers(), [""; 0], "{what}");
     let now = well.latency();
@@ -414,7 +415,8 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
             client.collect(128);
         }
 
-        // The journal hangs with the file's inode in it, and a read would change the time of access: that of the last change is later.
+        // The journal hangs with the file's inode in it, and a read would change the time of access: that of
+        // the last change is later.
         let file = std::fs::File::options().write(true).open(&path).expect("a file");
         file.set_modified(std::time::SystemTime::now()).expect("a change");
         file.sync_all().expect("the journal has begun");

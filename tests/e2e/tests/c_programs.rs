@@ -1,5 +1,6 @@
-//! The C programs of tests/c: the header, programs written for R-AIO, misuse, I/O, a server that dies. Each runs as a user would
-//! build it, and again under AddressSanitizer and UndefinedBehaviorSanitizer; one client runs under valgrind.
+//! The C programs of tests/c: the header, programs written for R-AIO, misuse, I/O, a server that dies. Each
+//! runs as a user would build it, and again under AddressSanitizer and UndefinedBehaviorSanitizer; one client
+//! runs under valgrind.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

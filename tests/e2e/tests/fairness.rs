@@ -1,5 +1,6 @@
-//! One client that wants everything, one that never reads its answers, and two that send a byte a second: beside them, 64 small ones
-//! have their turns, every byte of theirs is right, and the server holds no more memory than it was allowed.
+//! One client that wants everything, one that never reads its answers, and two that send a byte a second:
+//! beside them, 64 small ones have their turns, every byte of theirs is right, and the server holds no more
+//! memory than it was allowed.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -46,11 +47,13 @@ fn holds_no_more_than_allowed(server: &Server, statistics: &Value) {
 fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
     /// So much goes to the greedy one while we look...
     const GREEDY_BYTES: u64 = 2 << 30;
-    /// ... and for each of these, each small client has at least one answer. Round and round it would be one for one read of 1 MiB; but while
-    /// the small ones do not get a processor to ask, the server has nothing else to do.
+    /// ... and for each of these, each small client has at least one answer. Round and round it would be one
+    /// for one read of 1 MiB; but while the small ones do not get a processor to ask, the server has nothing
+    /// else to do.
     const GREEDY_BYTES_PER_ANSWER: u64 = 16 * MIB;
-    /// What the server may begin between two looks at who else wants something: one read of the greedy client's.
-    const TURN_BYTES_MAX: u64 = MIB;
+    /// What the server may begin between two looks at who else wants something: one read of the greedy
+    /// client's.
+    const ITERATION_BYTES_MAX: u64 = MIB;
 
     let (mut server, _directory) = start();
     let url = server.url();
@@ -88,8 +91,8 @@ fn small_clients_have_their_turns_beside_a_greedy_a_deaf_and_slow_ones() {
     assert!(*least >= due, "a small client got {least} answers while the greedy one got {} MiB", moved / MIB);
     assert!(*most <= 2 * least, "one small client got {most} answers, another {least}");
     let statistics = server.statistics();
-    let turn_bytes = number(&statistics, "/turn_bytes_max");
-    assert!(turn_bytes <= TURN_BYTES_MAX, "one turn began {turn_bytes} bytes: {statistics}");
+    let iteration_bytes = number(&statistics, "/iteration_bytes_max");
+    assert!(iteration_bytes <= ITERATION_BYTES_MAX, "one turn began {iteration_bytes} bytes: {statistics}");
     assert!(strangers.iter_mut().all(Hostile::is_alive), "all this was while the others were there");
     assert_eq!(number(&statistics, "/errors"), 0);
 }
@@ -158,7 +161,8 @@ fn who_does_not_take_or_send_is_closed_only_when_others_wait_for_memory() {
 
 #[test]
 fn a_reader_keeps_half_of_its_throughput_beside_64_that_never_read_and_come_again() {
-    /// A reader that is starved has one answer in seconds. The aim is a half; the rest is for a machine that is busy with other things.
+    /// A reader that is starved has one answer in seconds. The aim is a half; the rest is for a machine that
+    /// is busy with other things.
     const SLACK: u64 = 2;
     const ROUND: Duration = Duration::from_millis(250);
     let (server, _directory) = start();
@@ -234,7 +238,8 @@ fn what_waits_for_memory_takes_little_more_of_it() {
     const WRITERS: u64 = 400;
     /// Each sends this much of what it is to write, at once.
     const SENT_BYTES: usize = 256 << 10;
-    /// A receive of 8 KiB for each, and some for what else a connection is; and 4 MiB for those that receive more at a time.
+    /// A receive of 8 KiB for each, and some for what else a connection is; and 4 MiB for those that receive
+    /// more at a time.
     const GROWTH_MAX: u64 = WRITERS * (12 << 10) + 4 * MIB;
 
     let (mut server, _slow, _directory) = start_without_memory();

@@ -1,5 +1,5 @@
-//! What a user of fio expects of an engine beside reading and writing: layout, sizes, options, clear refusals, and
-//! that no local file of the same name is ever touched.
+//! What a user of fio expects of an engine beside reading and writing: layout, sizes, options, clear
+//! refusals, and that no local file of the same name is ever touched.
 
 mod fio;
 #[path = "fio/layout.rs"]
@@ -169,7 +169,7 @@ fn fio_jobs_that_cannot_work_are_refused_with_a_sentence() {
     ];
     for (options, sentence) in refusals {
         let output = fio_raio(&server).args(plain).args(*options).output().expect("fio");
-        assert!(!output.status.success(), "{options:?} is refused");
+        assert!(!output.status.success(), "{options:?} is rejected");
         assert!(said(&output).contains(sentence), "{options:?}: expected {sentence:?} in\n{}", said(&output));
     }
     let output = Command::new("fio")
@@ -265,7 +265,8 @@ fn fio_asks_a_server_that_hangs_nothing_more() {
     let said = said(&output);
     assert!(!output.status.success(), "{said}");
     assert!(waited < 10 * TIMEOUT, "{waited:?} until the job ended:\n{said}");
-    // Whatever else it had asked, an open or a close, would have waited for another timeout and been reported.
+    // Whatever else it had asked, an open or a close, would have waited for another timeout and been
+    // reported.
     assert!(said.contains("io_u error on file /disk/"), "{said}");
     assert!(!said.contains("raio: /disk/"), "{said}");
 }
@@ -398,7 +399,8 @@ fn fio_of_another_version_is_refused_by_the_engine() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let headers = succeed(&mut Command::new(root.join("scripts/fio-headers")));
     let headers = String::from_utf8_lossy(&headers.stdout).trim().to_owned();
-    // the engine as built for another fio; unresolved libraio functions do not matter as long as nobody calls them
+    // the engine as built for another fio; unresolved libraio functions do not matter as long as nobody calls
+    // them
     let glue = scratch.path().join("glue.c");
     fs::write(
         &glue,

@@ -1,9 +1,9 @@
-//! fio writes through raio and reads back with verify=crc32c; then the server's file is compared byte by byte with the
-//! file of the same job run locally.
+//! fio writes through raio and reads back with verify=crc32c; then the server's file is compared byte by byte
+//! with the file of the same job run locally.
 //!
-//! fio puts a time stamp into each verify header, taken from the latency clock: gtod_reduce=1 turns that clock off,
-//! and everything else that a job writes follows from its seed. No job writes a block twice (fio's random map), so
-//! the order in which a deep queue completes does not show either.
+//! fio puts a time stamp into each verify header, taken from the latency clock: gtod_reduce=1 turns that
+//! clock off, and everything else that a job writes follows from its seed. No job writes a block twice (fio's
+//! random map), so the order in which a deep queue completes does not show either.
 
 mod fio;
 
@@ -21,9 +21,10 @@ const FILE_BYTES: u64 = 24 * MIB;
 /// 512 B to 1 MiB, and odd numbers of sectors between.
 const SIZES: &str = "--bssplit=512/20:3k/15:4k/25:13k/10:64k/10:300k/15:1m/5";
 
-/// On a wire that loses packets: reads, and writes that are sent inline. Soft-RoCE (Linux 6.12) breaks the queue pair when two packets of what
-/// an RDMA READ brings are lost within a round trip (the warning in rxe_comp.c), and gives a WRITE up that loses seven between two
-/// acknowledgements: one run in eight failed with writes of 300 KiB, one in seventy with reads of 1 MiB, and none of sixty with these.
+/// On a wire that loses packets: reads, and writes that are sent inline. Soft-RoCE (Linux 6.12) breaks the
+/// queue pair when two packets of what an RDMA READ brings are lost within a round trip (the warning in
+/// rxe_comp.c), and gives a WRITE up that loses seven between two acknowledgements: one run in eight failed
+/// with writes of 300 KiB, one in seventy with reads of 1 MiB, and none of sixty with these.
 const LOSSY_SIZES: &str = "--bssplit=512/20:3k/20:4k/30:13k/20:64k/10,512/30:3k/30:4k/40";
 
 struct Job {
@@ -83,8 +84,8 @@ impl Job {
         format!("{} {who}, depth {}, {how}, {:?}", self.jobs, self.depth, self.extra)
     }
 
-    /// Whether the same job leaves the same bytes each time. Where a write has to wait for a trim in flight, fio makes
-    /// its contents anew, and how often that happens is a matter of time.
+    /// Whether the same job leaves the same bytes each time. Where a write has to wait for a trim in flight,
+    /// fio makes its contents anew, and how often that happens is a matter of time.
     fn is_repeatable(&self) -> bool {
         !self.extra.iter().any(|option| option.contains("trim"))
     }

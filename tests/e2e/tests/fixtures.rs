@@ -18,8 +18,9 @@ use raio_e2e::{
 /// So long nothing happens, where it would happen at once.
 const A_WHILE: Duration = Duration::from_millis(100);
 
-/// These tests run one after another. A process that one of them starts has copies of the files that another has open, until it has
-/// become another program: closing those asks their FUSE file system, which may be hanging or ending, and of which it has a copy too.
+/// These tests run one after another. A process that one of them starts has copies of the files that another
+/// has open, until it has become another program: closing those asks their FUSE file system, which may be
+/// hanging or ending, and of which it has a copy too.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -79,8 +80,9 @@ fn a_fuse_file_system_reads_writes_hangs_and_fails_as_told() {
 #[test]
 fn a_fuse_file_system_tells_asynchronous_reads_from_others() {
     let _alone = alone();
-    // Two reads of one file: only ASYNC_READ lets readahead go on by itself, in more than one request at a time.
-    for (async_read, at_once) in [(true, true), (false, false)] {
+    // Two reads of one file: only ASYNC_READ lets readahead go on by itself, in more than one request at a
+    // time.
+    for (async_read, fast_path) in [(true, true), (false, false)] {
         let content = vec![7; 1 << 20];
         let options = FuseOptions { async_read, direct_io: false };
         let Some(fuse) = FuseFs::mount("asynchronous reads", options, &[("file", &content)]) else { return };
@@ -94,13 +96,13 @@ fn a_fuse_file_system_tells_asynchronous_reads_from_others() {
                 assert_eq!(buffer, content);
             });
             fuse.wait_for_hanging(FuseCall::Read, 1);
-            let deadline = Instant::now() + if at_once { PATIENCE } else { A_WHILE };
+            let deadline = Instant::now() + if fast_path { PATIENCE } else { A_WHILE };
             while fuse.hanging(FuseCall::Read) < 2 && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let hanging = fuse.hanging(FuseCall::Read);
             fuse.mend(FuseCall::Read);
-            assert_eq!(hanging > 1, at_once, "{hanging} reads at once");
+            assert_eq!(hanging > 1, fast_path, "{hanging} reads at once");
         });
     }
 }
@@ -239,7 +241,7 @@ fn a_cable_that_is_pulled_loses_nothing_that_its_ends_still_want_and_says_nothin
     cable.pull();
     drop(client);
     served.set_read_timeout(Some(A_WHILE)).expect("a timeout");
-    assert_eq!(served.read(&mut answer).expect_err("nobody said goodbye").kind(), ErrorKind::WouldBlock);
+    assert_eq!(served.read(&mut answer).expect_err("nobody said goaway").kind(), ErrorKind::WouldBlock);
 
     let mut where_am_i = cable.command(End::B, "ip");
     let output = where_am_i.args(["-brief", "address"]).output().expect("ip runs there");

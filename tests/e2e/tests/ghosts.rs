@@ -11,7 +11,8 @@ use rustix::process::Signal;
 const BLOCK: u64 = 4096;
 /// Writes of one client, at once.
 const WRITES: u64 = 100;
-/// So many the server may have begun: as many as an export has threads for, which wait for one another in the kernel.
+/// So many the server may have begun: as many as an export has threads for, which wait for one another in the
+/// kernel.
 const BEGUN_MAX: u64 = 16;
 const READ_WRITE: u32 = OPEN_READ | OPEN_WRITE;
 

@@ -1,4 +1,5 @@
-//! Clients and servers that come, go and die: nothing is left behind, and nothing is done when there is nothing to do.
+//! Clients and servers that come, go and die: nothing is left behind, and nothing is done when there is
+//! nothing to do.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -91,12 +92,12 @@ fn an_idle_server_sleeps_even_with_clients_connected() {
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
     let _context = session.context(8).expect("a context");
     std::thread::sleep(Duration::from_millis(200));
-    let turns = |statistics: Value| statistics["turns"].as_u64().expect("turns are counted");
-    let before = turns(server.statistics());
+    let iterations = |statistics: Value| statistics["iterations"].as_u64().expect("iterations are counted");
+    let before = iterations(server.statistics());
     std::thread::sleep(Duration::from_secs(2));
-    let after = turns(server.statistics());
+    let after = iterations(server.statistics());
     // Each of the two questions may wake each worker once or twice.
-    assert!(after - before <= 10, "{} turns in two idle seconds", after - before);
+    assert!(after - before <= 10, "{} iterations in two idle seconds", after - before);
 }
 
 #[test]
@@ -109,8 +110,9 @@ fn sessions_do_not_see_each_others_handles() {
     let file = owner.open("/d/secret", libc::O_RDONLY, 0).expect("a file");
     let mut context = other.context(1).expect("a context");
     let buffers = Buffers::One(Buffer::Owned(vec![0; 16].into()));
-    let refused = context.submit(&file, Operation::Read { offset: 0, buffers }, 0).expect_err("not its file");
-    assert_eq!(refused.error.errno(), libc::EBADF);
+    let rejected =
+        context.submit(&file, Operation::Read { offset: 0, buffers }, 0).expect_err("not its file");
+    assert_eq!(rejected.error.errno(), libc::EBADF);
 }
 
 #[test]

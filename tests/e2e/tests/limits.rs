@@ -1,4 +1,5 @@
-//! What one session or one address may have: whoever takes all is rejected, with an error that says why, and the next client is not.
+//! What one session or one address may have: whoever takes all is rejected, with an error that says why, and
+//! the next client is not.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddrV4, TcpStream};
@@ -202,7 +203,8 @@ fn elsewhere(server: &Server) -> TcpStream {
 
 const WRITE_BYTES: u32 = 1 << 20;
 
-/// Connections of one session that have begun to write, and do not go on: each has a request in flight with its memory.
+/// Connections of one session that have begun to write, and do not go on: each has a request in flight with
+/// its memory.
 fn begin_writes(server: &Server, offer: &Offer, count: usize) -> Vec<Raw> {
     let begin = |_| {
         let stream = TcpStream::connect(server.address()).expect("the server listens");
@@ -319,7 +321,8 @@ fn a_session_that_took_the_memory_gets_no_more_of_it_before_another_that_waits()
     assert_eq!(server.statistics()["errors"], 0);
 }
 
-/// Has clients send pings that they do not read the pongs of, until the server takes no more: it receives whatever it has not yet stopped to.
+/// Has clients send pings that they do not read the pongs of, until the server takes no more: it receives
+/// whatever it has not yet stopped to.
 fn ping_until_full(server: &mut Server, clients: &mut [Raw]) {
     let mut pings = Vec::new();
     (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
@@ -341,15 +344,15 @@ fn ping_until_full(server: &mut Server, clients: &mut [Raw]) {
 /// Whether the server has done little for a while, since this was last asked.
 fn is_quiet(server: &mut Server, last: &mut u64) -> bool {
     std::thread::sleep(Duration::from_millis(50));
-    let turns = server.statistics()["turns"].as_u64().expect("a number");
-    turns.wrapping_sub(std::mem::replace(last, turns)) < 8
+    let iterations = server.statistics()["iterations"].as_u64().expect("a number");
+    iterations.wrapping_sub(std::mem::replace(last, iterations)) < 8
 }
 
 #[test]
 fn a_connection_that_pings_and_never_reads_costs_little() {
     const CLIENTS: usize = 128;
-    /// Its structs, pongs that are being sent and others behind them, and what was received behind those. What all may take together
-    /// has a bound of its own, see the next test.
+    /// Its structs, pongs that are being sent and others behind them, and what was received behind those.
+    /// What all may take together has a bound of its own, see the next test.
     const BYTES_MAX: u64 = (2 + 24 + 8) << 10;
     let mut server = start("--workers 2");
     let url = server.url();

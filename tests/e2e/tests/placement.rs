@@ -47,12 +47,12 @@ fn every_worker_gets_as_many_data_connections_whatever_control_connections_there
 #[test]
 fn clients_that_come_and_go_at_once_leave_no_trace() {
     let mut server = Server::start_with(&["n=null:1M"], &["--workers", "2", "--listen", "tcp://127.0.0.1:0"]);
-    let mut goodbye = Vec::new();
-    message::encode_goodbye(Status::OK, "", false, &mut goodbye);
+    let mut goaway = Vec::new();
+    message::encode_goaway(Status::OK, "", false, &mut goaway);
     for _ in 0..20 {
         let mut stream = TcpStream::connect(server.address()).expect("it listens");
         // In one segment, so that the connection has ended before the server has heard that it began.
-        stream.write_all(&[Offer::new("brief").hello(), goodbye.clone()].concat()).expect("it is sent");
+        stream.write_all(&[Offer::new("brief").hello(), goaway.clone()].concat()).expect("it is sent");
         // It may end with a reset.
         let _ = stream.read_to_end(&mut Vec::new());
     }

@@ -1,5 +1,6 @@
-//! What can happen to RDMA connections: processes that are killed while devices reach into each other's memory, a wire that is cut, idleness,
-//! too little memory to lock, several devices. They need the wire of scripts/rdma-vm.
+//! What can happen to RDMA connections: processes that are killed while devices reach into each other's
+//! memory, a wire that is cut, idleness, too little memory to lock, several devices. They need the wire of
+//! scripts/rdma-vm.
 //!
 //! RAIO_TEST_KILLS says how many processes are killed, half of them clients and half servers (20).
 
@@ -96,7 +97,8 @@ fn clients_killed_while_the_server_writes_into_their_memory_leave_nothing_behind
     resources_return_to(&without_server);
 }
 
-/// Blocks that are written again and again, each by one write at a time. Every word says in which version and where it belongs.
+/// Blocks that are written again and again, each by one write at a time. Every word says in which version and
+/// where it belongs.
 struct Blocks {
     file: File,
     /// The last version that was acknowledged, and the one that is being written.
@@ -131,7 +133,7 @@ impl Blocks {
         let version = self.writing[block].unwrap_or(self.acknowledged[block]) + 1;
         let buffers = Buffers::One(Buffer::Owned(Self::content(block, version)));
         let operation = Operation::Write { offset: (block * Self::BYTES) as u64, buffers };
-        context.submit(file, operation, block as u64).map_err(|refused| refused.error)?;
+        context.submit(file, operation, block as u64).map_err(|rejected| rejected.error)?;
         self.writing[block] = Some(version);
         Ok(())
     }
@@ -140,8 +142,8 @@ impl Blocks {
         self.acknowledged[block] = self.writing[block].take().expect("it was being written");
     }
 
-    /// The file holds of each block what was acknowledged. Where a write has no outcome each page may have come from it as well: that is
-    /// taken for acknowledged as it is from then on.
+    /// The file holds of each block what was acknowledged. Where a write has no outcome each page may have
+    /// come from it as well: that is taken for acknowledged as it is from then on.
     fn check(&mut self) {
         let mut bytes = vec![0; Self::BYTES];
         for block in 0..Self::COUNT {
@@ -266,7 +268,7 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
             let bytes = (offset / 8..).take(8 * KIB).flat_map(u64::to_le_bytes).collect();
             Operation::Write { offset, buffers: Buffers::One(Buffer::Owned(bytes)) }
         };
-        context.submit(&file, operation, n).map_err(|refused| refused.error)
+        context.submit(&file, operation, n).map_err(|rejected| rejected.error)
     };
     let mut in_flight = HashSet::new();
     let mut next = 0;
@@ -298,9 +300,9 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
     }
     assert!(lost > 0);
     assert_lost(&submit(&mut context, 0).expect_err("no connection"));
-    let refused =
+    let rejected =
         Session::connect(&rdma, &Options { connect_timeout: Duration::from_secs(2), ..Options::default() });
-    assert!(refused.expect_err("there is no way").text.contains(&rdma["raio+rdma://".len()..]));
+    assert!(rejected.expect_err("there is no way").text.contains(&rdma["raio+rdma://".len()..]));
     reads_right(&tcp);
     // Of the two connections one may have been idle, so that nothing failed on it.
     drop((context, file, session));
@@ -467,7 +469,7 @@ fn client(url: &str) -> Result<(Session, Context), raio::Error> {
     let file = session.open("/d/numbers", libc::O_RDONLY, 0)?;
     let mut context = session.context(128)?;
     let operation = Operation::Read { offset: 0, buffers: buffer(64 * KIB) };
-    context.submit(&file, operation, 0).map_err(|refused| refused.error)?;
+    context.submit(&file, operation, 0).map_err(|rejected| rejected.error)?;
     context.flush();
     context.wait(1, 1, Some(PATIENCE))?;
     assert_eq!(context.next().expect("a completion").result, Ok(64 * KIB as u64));

@@ -1,12 +1,12 @@
-//! Devices that fail under a server and its clients: a port that goes down, a device that is removed. The processes that use them end with
-//! each test, so that the devices can be made anew: this one opens none.
+//! Devices that fail under a server and its clients: a port that goes down, a device that is removed. The
+//! processes that use them end with each test, so that the devices can be made anew: this one opens none.
 
 use std::process::{Command, Stdio};
 
 use raio_e2e::{Cut, Flood, LISTEN, Server, TCP, needs_wire, numbers, replug};
 
 /// Some more is read by those who are still there.
-fn goes_on(server: &mut Server, floods: &mut [&mut Flood]) {
+fn should_continue(server: &mut Server, floods: &mut [&mut Flood]) {
     let read = |server: &mut Server| server.statistics()["read_bytes"].as_u64().expect("a number");
     let before = read(server);
     server.statistics_when(|statistics| statistics["read_bytes"].as_u64() > Some(before + (64 << 20)));
@@ -50,7 +50,7 @@ fn when_a_device_is_removed_its_connections_end_with_a_sentence_and_others_go_on
     assert!(said.contains("its RDMA device was removed"), "{said}");
     let said = to.fails();
     assert!(said.contains("the connection has ended"), "{said}");
-    goes_on(&mut server, &mut [&mut within, &mut tcp]);
+    should_continue(&mut server, &mut [&mut within, &mut tcp]);
     server.statistics_when(|statistics| statistics["connections"] == 4);
     drop((within, tcp, server));
     assert!(removal.wait().expect("rdma link delete ends").success());
@@ -69,7 +69,7 @@ fn when_a_port_goes_down_its_connections_end_with_a_sentence_and_tcp_goes_on() {
     let cut = Cut::new();
     let said = rdma.fails();
     assert!(said.contains("the connection has ended"), "{said}");
-    goes_on(&mut server, &mut [&mut tcp]);
+    should_continue(&mut server, &mut [&mut tcp]);
     server.statistics_when(|statistics| statistics["connections"] == 2);
     drop((tcp, server, cut));
     replug();

@@ -1,5 +1,5 @@
-//! Tens of thousands of sessions with one server, by raio_load: each has a file open, all are served, every byte is checked; what they cost
-//! the server, and what becomes of one too many.
+//! Tens of thousands of sessions with one server, by raio_load: each has a file open, all are served, every
+//! byte is checked; what they cost the server, and what becomes of one too many.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -15,7 +15,8 @@ const SESSIONS: usize = 32_768;
 /// What a session may cost the server, beyond what it costs the kernel.
 const SESSION_BYTES_MAX: u64 = 8 << 10;
 const ROUNDS: u64 = 3;
-/// There are more ports than one address has. Each of these has many sessions, so that none gets one of the last that are kept for others.
+/// There are more ports than one address has. Each of these has many sessions, so that none gets one of the
+/// last that are kept for others.
 const SOURCES: &str = "--source 127.0.0.1 --source 127.0.0.2 --source 127.0.0.3";
 /// Descriptors of a server that are not sessions'.
 const DESCRIPTORS_OWN: usize = 256;
@@ -124,7 +125,7 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
     eprintln!("opened {} a second", of_sessions["opened_per_second"]);
 
     let statistics = server.statistics_when(is_at_rest);
-    assert_eq!(statistics["closes"]["refused"], 2, "{statistics}");
+    assert_eq!(statistics["closes"]["rejected"], 2, "{statistics}");
     let finished = |statistics: &Value| statistics["closes"]["finished"].as_u64().expect("it is counted");
     assert_eq!(finished(&statistics) - finished(&at_rest), sessions as u64, "{statistics}");
 }
@@ -137,7 +138,7 @@ fn sessions_beyond_the_limit_are_counted_and_the_others_go_on() {
     let output = run(&server, "--sessions 103 --rounds 20 --depth 2 --verify --source 127.0.0.1");
     let report = report(&output);
     assert_eq!(output.status.code(), Some(1), "{report}");
-    assert_eq!((&report["sessions"]["opened"], &report["sessions"]["refused"]), (&100.into(), &3.into()));
+    assert_eq!((&report["sessions"]["opened"], &report["sessions"]["rejected"]), (&100.into(), &3.into()));
     assert_eq!(report["verified_bytes"], 100 * 20 * 4096, "{report}");
     assert_eq!(report["errors"], 0, "{report}");
 }

@@ -1,4 +1,5 @@
-//! Clients whose host vanishes while they are connected, and a client that only takes nothing, with the server's real timeouts.
+//! Clients whose host vanishes while they are connected, and a client that only takes nothing, with the
+//! server's real timeouts.
 
 use std::io::Read;
 use std::time::{Duration, Instant};

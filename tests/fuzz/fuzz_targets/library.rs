@@ -1,7 +1,7 @@
 //! A lying server: what it answers to libraio's C calls.
 //!
-//! However it lies, each call returns, each iocb ends once with a result that it can have or is still in flight while the connection lives, and the
-//! texts are texts.
+//! However it lies, each call returns, each iocb ends once with a result that it can have or is still in
+//! flight while the connection lives, and the texts are texts.
 
 #![no_main]
 
@@ -166,7 +166,8 @@ fuzz_target!(|input: &[u8]| {
     let mut options = [0u32; 16];
     (options[0], options[3], options[4], options[5], options[7]) = (64, 2000, 300, 1, 50);
     let began = Instant::now();
-    // SAFETY: all pointers are of live memory of the kind that the header asks for, which outlives the context.
+    // SAFETY: all pointers are of live memory of the kind that the header asks for, which outlives the
+    // context.
     unsafe {
         let fd = ffi::raio_connect(url.as_ptr().cast(), options.as_ptr().cast());
         if fd != -1 {

@@ -1,4 +1,5 @@
-//! Everything that is decoded without a connection: framing, both handshakes, options, commands, private data of rdma_cm.
+//! Everything that is decoded without a connection: framing, both handshakes, options, commands, private data
+//! of rdma_cm.
 //!
 //! What is decoded is encoded again and must be the same bytes.
 
@@ -8,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{Mode, mend_handshake, mend_messages};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
-    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goodbye, encode_ping, encode_pong,
+    FEATURE_CRC, Hello, Limits, Message, Parsed, Welcome, encode_goaway, encode_ping, encode_pong,
     encode_queue_pair, parse, parse_handshake, parse_options, text,
 };
 use raio_transport::protocol::{Command, FileStatus};
@@ -103,8 +104,8 @@ fn messages(mut bytes: &[u8], limits: &Limits) {
             }
             Message::Ping(id) => encode_ping(id, limits.crc, &mut again),
             Message::Pong(id) => encode_pong(id, limits.crc, &mut again),
-            Message::Goodbye(status, body) => {
-                encode_goodbye(status, &text(body), limits.crc, &mut again);
+            Message::Goaway(status, body) => {
+                encode_goaway(status, &text(body), limits.crc, &mut again);
                 // Its text may have been no UTF-8, or padded differently.
                 again.clear();
                 again.extend_from_slice(&bytes[..taken]);

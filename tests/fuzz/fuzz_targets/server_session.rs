@@ -1,7 +1,8 @@
 //! A hostile client: its whole stream, from the first byte, against a server that runs in this thread.
 //!
-//! After each input the connection has ended, once, nothing of it is left, and the server serves the next. What it fetched is what the
-//! client sent, and what the client gets is what the server put there for it: never a byte of what a slot was used for before.
+//! After each input the connection has ended, once, nothing of it is left, and the server serves the next.
+//! What it fetched is what the client sent, and what the client gets is what the server put there for it:
+//! never a byte of what a slot was used for before.
 
 #![no_main]
 
@@ -138,16 +139,16 @@ impl Server {
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => self.release(),
                     Err(_) => break,
                 }
-                self.turn();
-                take(&mut ours, &mut received, || self.turn());
+                self.run_once();
+                take(&mut ours, &mut received, || self.run_once());
             }
         }
         // It ends with what was sent; what is answered until then is looked at, too.
         ours.shutdown(Shutdown::Write).unwrap();
         for _ in 0..10 {
             self.release();
-            self.turn();
-            take(&mut ours, &mut received, || self.turn());
+            self.run_once();
+            take(&mut ours, &mut received, || self.run_once());
         }
         drop(ours);
         for _ in 0..1000 {
@@ -155,7 +156,7 @@ impl Server {
                 break;
             }
             self.release();
-            self.turn();
+            self.run_once();
         }
         assert_eq!((self.transport.connections(), self.closed), (0, 1), "the connection has not ended, once");
         assert!(self.opened <= 1 && self.unanswered.is_empty());
@@ -207,16 +208,16 @@ impl Server {
         Some(slot)
     }
 
-    fn turn(&mut self) {
+    fn run_once(&mut self) {
         self.transport.run_once(&mut self.reactor, Wait::Poll, &mut self.events).unwrap();
-        while let Some(exchange) = self.transport.next_exchange() {
+        while let Some(exchange) = self.transport.next_upgrade() {
             // It moves, or stays, as the client's own number says.
             let answer = if exchange.theirs.qpn & 1 == 0 {
                 Ok(&exchange.theirs)
             } else {
                 Err((Status::transport(19), "There is no device."))
             };
-            self.transport.answer_exchange(&mut self.reactor, exchange.connection, answer);
+            self.transport.answer_upgrade(&mut self.reactor, exchange.connection, answer);
         }
         while let Some(event) = self.transport.next_event() {
             match event {

@@ -1,4 +1,5 @@
-//! What the fuzz targets share: mending checksums, which no mutation would ever get right, and the reading of an input.
+//! What the fuzz targets share: mending checksums, which no mutation would ever get right, and the reading of
+//! an input.
 
 #![deny(unsafe_code)]
 

@@ -1,9 +1,10 @@
-//! `ibverbs-interop [--write BYTES] ADDRESS:PORT /EXPORT/path`: a raio client over RDMA that shares nothing with raio's own.
+//! `ibverbs-interop [--write BYTES] ADDRESS:PORT /EXPORT/path`: a raio client over RDMA that shares nothing
+//! with raio's own.
 //!
-//! It shows that docs/PROTOCOL.md is enough to write one. It says hello over TCP, moves to a queue pair made with the crate
-//! `ibverbs`, reads the file in pieces of many sizes with many of them outstanding, and prints it. With `--write` it first makes
-//! the file anew: its own bytes, by inline writes and by larger ones that the server fetches; what comes back must be they.
-//! What it counted goes to standard error.
+//! It shows that docs/PROTOCOL.md is enough to write one. It says hello over TCP, moves to a queue pair made
+//! with the crate `ibverbs`, reads the file in pieces of many sizes with many of them outstanding, and prints
+//! it. With `--write` it first makes the file anew: its own bytes, by inline writes and by larger ones that
+//! the server fetches; what comes back must be they. What it counted goes to standard error.
 
 mod queue_pair;
 mod wire;
@@ -223,7 +224,8 @@ impl Client<'_> {
         self.next()
     }
 
-    /// Asks for the size as often as there are credits, at once, so that requests share a SEND and answers may.
+    /// Asks for the size as often as there are credits, at once, so that requests share a SEND and answers
+    /// may.
     fn check_size(&mut self, file: u32, size: u64) -> Result<()> {
         let count = self.credits - 1;
         for _ in 0..count {

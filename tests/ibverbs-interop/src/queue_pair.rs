@@ -1,20 +1,27 @@
-//! A queue pair beside a TCP connection, by the crate `ibverbs`: found, exchanged, and a channel of messages over it.
+//! A queue pair beside a TCP connection, by the crate `ibverbs`: found, exchanged, and a channel of messages
+//! over it.
 //!
-//! What the crate (0.9.2) shows of a work completion is all that this needs: status, opcode, `wr_id`, the length, and the
-//! immediate data as it lies in memory, which is in network order. So both ways to answer a read can be understood: a
-//! SEND with the response, or an RDMA WRITE WITH IMMEDIATE, which takes a receive, leaves nothing in it, and ends it with the opcode
-//! RECV_RDMA_WITH_IMM, the request's id as immediate data, and the number of bytes placed as length.
+//! What the crate (0.9.2) shows of a work completion is all that this needs: status, opcode, `wr_id`, the
+//! length, and the immediate data as it lies in memory, which is in network order. So both ways to answer a
+//! read can be understood: a SEND with the response, or an RDMA WRITE WITH IMMEDIATE, which takes a receive,
+//! leaves nothing in it, and ends it with the opcode RECV_RDMA_WITH_IMM, the request's id as immediate data,
+//! and the number of bytes placed as length.
 //!
 //! What it does not show or do shapes the rest:
-//! - The kind of a port's link is hidden, but RoCE shows in the kind of its GIDs: there is no InfiniBand here.
-//! - The port's MTU is hidden. 1,024 is announced, which every RoCE port with an Ethernet MTU of 1,500 or more has.
+//! - The kind of a port's link is hidden, but RoCE shows in the kind of its GIDs: there is no InfiniBand
+//!   here.
+//! - The port's MTU is hidden. 1,024 is announced, which every RoCE port with an Ethernet MTU of 1,500 or
+//!   more has.
 //! - Its first packet sequence number is always 0, so this side asks for 0 both ways.
-//! - A queue pair goes to RTS in one call, and receives can be posted only then: the server must not speak first. It does not: the
-//!   client's ping comes before everything.
-//! - Registered memory is the crate's own, and always open to remote reads, writes and atomics, more than the protocol asks for.
-//! - Only port 1 of a device, only SENDs, each signalled and none inline, and no completion channel: waiting is polling, with a nap.
+//! - A queue pair goes to RTS in one call, and receives can be posted only then: the server must not speak
+//!   first. It does not: the client's ping comes before everything.
+//! - Registered memory is the crate's own, and always open to remote reads, writes and atomics, more than the
+//!   protocol asks for.
+//! - Only port 1 of a device, only SENDs, each signalled and none inline, and no completion channel: waiting
+//!   is polling, with a nap.
 //!
-//! Memory: each SEND has a slot until its completion, each receive one until its message is taken out. The queue pair goes before them.
+//! Memory: each SEND has a slot until its completion, each receive one until its message is taken out. The
+//! queue pair goes before them.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -30,7 +37,7 @@ use ibverbs_sys::{IBV_GID_TYPE_ROCE_V1, IBV_GID_TYPE_ROCE_V2, ibv_gid};
 
 use crate::Result;
 use crate::wire::{
-    ETHERNET, GOODBYE, MESSAGE_MAX, Message, PING, PONG, QUEUE_PAIR, QueuePairAddress, gid_of, violation,
+    ETHERNET, GOAWAY, MESSAGE_MAX, Message, PING, PONG, QUEUE_PAIR, QueuePairAddress, gid_of, violation,
 };
 
 /// RDMA READs that this side answers at a time.
@@ -143,7 +150,7 @@ impl<'res> Channel<'res> {
         send_len: usize,
         keepalive: Duration,
     ) -> Result<Self> {
-        // The MTU is chosen before the server's is known. Ports with less are refused in `exchange`.
+        // The MTU is chosen before the server's is known. Ports with less are rejected in `exchange`.
         let prepared = domain
             .create_qp(completions, completions, ibv_qp_type::IBV_QPT_RC)
             .allow_remote_rw()
@@ -197,7 +204,8 @@ impl<'res> Channel<'res> {
 
     fn receive(&mut self, slot: usize) -> Result<()> {
         let place = slot * MESSAGE_MAX..(slot + 1) * MESSAGE_MAX;
-        // SAFETY: nobody looks into the slot until its completion, and `receives` is dropped after the queue pair.
+        // SAFETY: nobody looks into the slot until its completion, and `receives` is dropped after the queue
+        // pair.
         unsafe { self.queue_pair.post_receive(&mut self.receives, place, slot as u64) }
             .map_err(|error| format!("ibv_post_recv: {error}. Report it.").into())
     }
@@ -222,7 +230,7 @@ impl<'res> Channel<'res> {
             .map_err(|error| format!("ibv_post_send: {error}. Report it.").into())
     }
 
-    /// The next thing from the server: a message that is neither ping nor goodbye, or data placed.
+    /// The next thing from the server: a message that is neither ping nor goaway, or data placed.
     pub fn wait(&mut self) -> Result<Event> {
         let mut heard = Instant::now();
         let mut pinged = false;
@@ -279,7 +287,7 @@ impl<'res> Channel<'res> {
                         match message.kind {
                             PING => pings.push(message.id),
                             PONG if message.id == 0 => {}
-                            GOODBYE => return Err(message.failure("The server says goodbye").into()),
+                            GOAWAY => return Err(message.failure("The server says goaway").into()),
                             _ => self.events.push_back(Event::Message(message)),
                         }
                     }
@@ -303,7 +311,7 @@ impl<'res> Channel<'res> {
         Ok(!completions.is_empty())
     }
 
-    /// The TCP connection carries pings, pongs and goodbye. Its end is the end of the connection.
+    /// The TCP connection carries pings, pongs and goaway. Its end is the end of the connection.
     fn look_at_stream(&mut self) -> Result<()> {
         let mut bytes = [0; 4096];
         let count = match self.stream.read(&mut bytes) {
@@ -320,7 +328,7 @@ impl<'res> Channel<'res> {
             match message.kind {
                 PING => self.stream.write_all(&Message::new(PONG, message.id, Vec::new()).encode())?,
                 PONG => {}
-                GOODBYE => return Err(message.failure("The server says goodbye over TCP").into()),
+                GOAWAY => return Err(message.failure("The server says goaway over TCP").into()),
                 kind => {
                     return Err(violation(format!("a message of kind {kind} over TCP after the upgrade")));
                 }
@@ -330,10 +338,10 @@ impl<'res> Channel<'res> {
         Ok(())
     }
 
-    /// Says goodbye, and waits until that has arrived.
+    /// Says goaway, and waits until that has arrived.
     pub fn close(mut self) -> Result<Counts> {
         let slots = self.sends.len() / self.send_len;
-        self.send(&Message::new(GOODBYE, 0, Vec::new()).encode())?;
+        self.send(&Message::new(GOAWAY, 0, Vec::new()).encode())?;
         while self.free.len() < slots {
             self.poll()?;
         }

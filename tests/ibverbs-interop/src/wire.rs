@@ -1,6 +1,8 @@
-//! The bytes of docs/PROTOCOL.md, as this client needs them: written from that page, with nothing of raio's own code.
+//! The bytes of docs/PROTOCOL.md, as this client needs them: written from that page, with nothing of raio's
+//! own code.
 //!
-//! What a decoder here returns has been checked against the page: sizes, reserved bytes, and that errno and class agree.
+//! What a decoder here returns has been checked against the page: sizes, reserved bytes, and that errno and
+//! class agree.
 
 use std::io::Read;
 use std::net::{IpAddr, TcpStream};
@@ -16,7 +18,7 @@ pub const REQUEST: u8 = 1;
 pub const RESPONSE: u8 = 2;
 pub const PING: u8 = 3;
 pub const PONG: u8 = 4;
-pub const GOODBYE: u8 = 5;
+pub const GOAWAY: u8 = 5;
 pub const QUEUE_PAIR: u8 = 6;
 
 const MAGIC: [u8; 8] = *b"raio\r\n\x1a\n";
@@ -125,7 +127,7 @@ impl Welcome {
         let errno = u16_at(&bytes, 10);
         if errno != 0 {
             let text = answers.iter().find(|answer| answer.0 == OPTION_TEXT).map(|answer| sentence(answer.2));
-            return Err(format!("The server refuses (errno {errno}): {}", text.unwrap_or_default()).into());
+            return Err(format!("The server rejects (errno {errno}): {}", text.unwrap_or_default()).into());
         }
         let welcome = Self {
             queue_depth: u32_at(&bytes, 40),
@@ -202,7 +204,7 @@ impl Message {
             tail: u64_at(this, 24),
             body: this[HEADER..].to_vec(),
         };
-        let ends = message.kind == GOODBYE || message.kind == RESPONSE;
+        let ends = message.kind == GOAWAY || message.kind == RESPONSE;
         let header_only = message.kind == PING || message.kind == PONG;
         let bad = this[32..40] != [0; 8]
             || !(RESPONSE..=QUEUE_PAIR).contains(&message.kind)
@@ -221,7 +223,7 @@ impl Message {
         }
     }
 
-    /// Of a response, a goodbye or an answer about queue pairs.
+    /// Of a response, a goaway or an answer about queue pairs.
     pub fn errno(&self) -> u16 {
         u16_at(&self.middle, 0)
     }

@@ -1,9 +1,11 @@
-//! Requests to be counted: what a 4 KiB read or write costs in instructions, from the client's `send` to its reply.
+//! Requests to be counted: what a 4 KiB read or write costs in instructions, from the client's `send` to its
+//! reply.
 //!
-//! A worker with everything it has (transport, ring, arena, memory export) and a client are in one thread and take turns, so that
-//! every run goes the same way and no time and no other processor has a say in it. As a test it sees to it that the requests succeed;
-//! `tests/instructions/run` has callgrind count them, by the names of [`serve`], [`submit`] and [`collect`], with a dump at the end of each
-//! [`scenario`]. The kernel's work is not in it.
+//! A worker with everything it has (transport, ring, arena, memory export) and a client are in one thread and
+//! take turns, so that every run goes the same way and no time and no other processor has a say in it. As a
+//! test it sees to it that the requests succeed; `tests/instructions/run` has callgrind count them, by the
+//! names of [`serve`], [`submit`] and [`collect`], with a dump at the end of each [`scenario`]. The kernel's
+//! work is not in it.
 
 use super::*;
 
@@ -22,7 +24,7 @@ enum Direction {
 
 #[inline(never)]
 fn serve(worker: &mut Worker) {
-    turn(worker);
+    run_once(worker);
 }
 
 #[inline(never)]

@@ -1,7 +1,8 @@
-//! `flood URL PATH`: keeps 128 reads and writes of 4 KiB to 256 KiB in flight until it is killed. Prints "full" when the queue is full.
+//! `flood URL PATH`: keeps 128 reads and writes of 4 KiB to 256 KiB in flight until it is killed. Prints
+//! "full" when the queue is full.
 //!
-//! `flood URL PATH check [COUNT]`: the same with reads only, of a file whose 64-bit words are their own number; ends after COUNT of them. A
-//! wrong word is an error.
+//! `flood URL PATH check [COUNT]`: the same with reads only, of a file whose 64-bit words are their own
+//! number; ends after COUNT of them. A wrong word is an error.
 
 use raio::{Buffer, Buffers, Operation, Options, Session};
 
@@ -33,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             } else {
                 Operation::Write { offset, buffers }
             };
-            context.submit(&file, operation, offset).map_err(|refused| refused.error)?;
+            context.submit(&file, operation, offset).map_err(|rejected| rejected.error)?;
             in_flight += 1;
         }
         context.flush();

@@ -1,5 +1,6 @@
-//! `forked URL PATH`: forks with I/O in flight. The child tries each call on its parent's session, file and context, and drops them; the parent goes on
-//! afterwards. Fails if one of the child's calls does anything but fail, or the parent's I/O does not end well.
+//! `forked URL PATH`: forks with I/O in flight. The child tries each call on its parent's session, file and
+//! context, and drops them; the parent goes on afterwards. Fails if one of the child's calls does anything
+//! but fail, or the parent's I/O does not end well.
 
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut context = session.context(2 * IN_FLIGHT as usize)?;
     let mut last = None;
     for n in 0..IN_FLIGHT {
-        last = Some(context.submit(&file, read(n), n).map_err(|refused| refused.error)?);
+        last = Some(context.submit(&file, read(n), n).map_err(|rejected| rejected.error)?);
         // Half of them stay queued: the child must not send them.
         if n == IN_FLIGHT / 2 {
             context.flush();

@@ -1,10 +1,11 @@
-//! `hostile KIND URL PATH`: a client that is no good neighbour, until it is killed or closed. Prints "ready" when it has begun.
+//! `hostile KIND URL PATH`: a client that is no good neighbour, until it is killed or closed. Prints "ready"
+//! when it has begun.
 //!
-//! `greedy`: keeps 128 reads of 1 MiB in flight, and has the kernel throw the data away, so that it costs little time of its own.
-//! `deaf`: asks for as much, and never reads an answer.
-//! `deaf-crowd`: 64 clients that each ask for 64 reads of 1 MiB, never read an answer, and connect again as soon as they are closed.
-//! `slow`: announces a write of 1 MiB, and sends a byte of it a second.
-//! `slow-request`: sends a byte a second of a request, the one to open a file with a long name.
+//! `greedy`: keeps 128 reads of 1 MiB in flight, and has the kernel throw the data away, so that it costs
+//! little time of its own. `deaf`: asks for as much, and never reads an answer. `deaf-crowd`: 64 clients that
+//! each ask for 64 reads of 1 MiB, never read an answer, and connect again as soon as they are closed.
+//! `slow`: announces a write of 1 MiB, and sends a byte of it a second. `slow-request`: sends a byte a second
+//! of a request, the one to open a file with a long name.
 
 use std::io::Write;
 use std::time::Duration;

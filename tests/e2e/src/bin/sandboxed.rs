@@ -1,5 +1,5 @@
-//! `sandboxed CALL=ERRNO,... PROGRAM ARGUMENT...`: becomes this program, with a seccomp filter that answers these system calls (numbers)
-//! with these errnos.
+//! `sandboxed CALL=ERRNO,... PROGRAM ARGUMENT...`: becomes this program, with a seccomp filter that answers
+//! these system calls (numbers) with these errnos.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;

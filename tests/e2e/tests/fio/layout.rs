@@ -1,5 +1,6 @@
-//! What a job leaves in its files is what the same job of fio's own psync engine leaves: layout, which makes a file as
-//! large as the job needs it, neither destroys bytes that psync keeps nor gives a file another size.
+//! What a job leaves in its files is what the same job of fio's own psync engine leaves: layout, which makes
+//! a file as large as the job needs it, neither destroys bytes that psync keeps nor gives a file another
+//! size.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -138,7 +139,8 @@ fn differences(jobs: &[Job], ours: &Path, theirs: &Path) -> Vec<String> {
 fn compare_with_psync(jobs: &[Job], ours: &Path, theirs: &Path) -> Vec<String> {
     let server = Server::start(&[&format!("disk={},rw", ours.display())]);
     let mut lines = Vec::new();
-    // Two connections each: where RDMA is emulated a hundred jobs have not connected before the first of them gives up.
+    // Two connections each: where RDMA is emulated a hundred jobs have not connected before the first of them
+    // gives up.
     let at_a_time = if server.url().starts_with("raio+rdma") { 10 } else { 100 };
     for (number, jobs) in jobs.chunks(at_a_time).enumerate() {
         let scratch = tempdir().expect("a directory");
@@ -207,7 +209,8 @@ fn fio_trims_of_a_job_larger_than_its_file_change_only_what_they_trim() {
     }
 }
 
-/// One job with either engine on a file in `directory`, which is the server's export too. Whether it succeeded, and what was said.
+/// One job with either engine on a file in `directory`, which is the server's export too. Whether it
+/// succeeded, and what was said.
 fn one_job(server: Option<&Server>, directory: &Path, options: &[&str]) -> (bool, String) {
     let (mut command, path) = match server {
         Some(server) => (fio_raio(server), "/disk/job".to_owned()),

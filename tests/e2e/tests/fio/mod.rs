@@ -63,7 +63,8 @@ pub fn assert_same_bytes(one: &Path, other: &Path, why: &str) {
     assert!(output.status.success(), "{why}: {}", said(&output));
 }
 
-/// The seed for this run: `RAIO_TEST_SEED`, or one from the clock. Printed, so that a failure can be replayed.
+/// The seed for this run: `RAIO_TEST_SEED`, or one from the clock. Printed, so that a failure can be
+/// replayed.
 pub fn seed() -> u64 {
     let seed = match std::env::var("RAIO_TEST_SEED") {
         Ok(text) => text.parse().expect("RAIO_TEST_SEED is a number"),

@@ -1,5 +1,5 @@
-//! Writes the seed corpus: `seeds DIRECTORY`. One folder for each target, one file for each message that there is, and for some
-//! conversations.
+//! Writes the seed corpus: `seeds DIRECTORY`. One folder for each target, one file for each message that
+//! there is, and for some conversations.
 
 #![deny(unsafe_code)]
 
@@ -148,7 +148,7 @@ fn requests() -> Vec<(String, Vec<u8>)> {
         ("get", 4, 0, RemoteRegion::In { address: 0, key: 0, len: 5000 }),
         ("put", 4, 300, RemoteRegion::None),
         ("put-large", 4, 40_000, RemoteRegion::None),
-        ("refused", 0, 300, RemoteRegion::None),
+        ("rejected", 0, 300, RemoteRegion::None),
         ("held", 1, 0, RemoteRegion::None),
         ("held-with-data", 1, 20, RemoteRegion::None),
         ("released", 2, 0, RemoteRegion::None),
@@ -227,7 +227,7 @@ fn control() -> Vec<(String, Vec<u8>)> {
                 message::encode_queue_pair(Err((Status::transport(19), "No device.")), false, out);
             }),
         ),
-        ("goodbye".into(), encoded(&|out| message::encode_goodbye(Status::protocol(71), "Bye.", false, out))),
+        ("goaway".into(), encoded(&|out| message::encode_goaway(Status::protocol(71), "Bye.", false, out))),
     ]
 }
 
@@ -261,6 +261,6 @@ fn welcomes() -> Vec<(String, Vec<u8>)> {
         ("welcome".into(), welcome(0, false)),
         ("welcome-queue-pair".into(), welcome(0, true)),
         ("welcome-crc".into(), welcome(FEATURE_CRC, false)),
-        ("refusal".into(), policy.refusal(87, "All seats are taken.")),
+        ("rejection".into(), policy.rejection(87, "All seats are taken.")),
     ]
 }

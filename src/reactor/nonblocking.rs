@@ -1,5 +1,5 @@
-//! Operations tried by plain system calls, without blocking: what the epoll engine is made of, and what spares the ring engine its
-//! detours where an operation will most likely end at once.
+//! Operations tried by plain system calls, without blocking: what the epoll engine is made of, and what
+//! spares the ring engine its detours where an operation will most likely end at once.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -23,7 +23,8 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
             let fd = socket.as_raw_fd();
             let received = pool.fill(|address, len| {
                 let len = len.min(*len_max as usize);
-                // SAFETY: `address` and at least `len` are a free buffer of the pool's, which only this call has.
+                // SAFETY: `address` and at least `len` are a free buffer of the pool's, which only this call
+                // has.
                 let n = unsafe { libc::recv(fd, address.cast(), len, libc::MSG_DONTWAIT) };
                 if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
             });
@@ -48,7 +49,7 @@ pub(super) fn attempt(op: &mut Op, pool: &Rc<Pool>) -> Result<(u32, Payload), i3
                 _ => Ok((1, Payload::None)),
             }
         }
-        _ => unreachable!("`submit` refuses file operations"),
+        _ => unreachable!("`submit` rejects file operations"),
     }
 }
 

@@ -1,30 +1,31 @@
 //! Small reads of what is in the page cache: answered where they came in.
 //!
-//! Such a request is never a [`crate::request::Request`]: it needs no state, no slot of its own and no completion. It goes right behind the
-//! connection's other answers. Whatever else a request may need or meet (memory that must be waited for, a disk, an error) is for
-//! [`super::pipeline`]; up to there nothing has happened.
+//! Such a request is never a [`crate::request::Request`]: it needs no state, no slot of its own and no
+//! completion. It goes right behind the connection's other answers. Whatever else a request may need or meet
+//! (memory that must be waited for, a disk, an error) is for [`super::pipeline`]; up to there nothing has
+//! happened.
 
 use raio_transport::protocol::Command;
 use raio_transport::transport::{RequestKey, ServerTransport};
 
 use super::Worker;
-use super::pipeline::TURN_BYTES_MAX;
+use super::pipeline::ITERATION_BYTES_MAX;
 use crate::request::Range;
 
 /// No more than this: the others want their turn, too.
 const BYTES_MAX: u32 = 16 << 10;
-/// After each so many bytes of a turn the connections of which nothing has left in it may send what they have: a client that looks for it
-/// works on that while the others are read.
+/// After each so many bytes of a turn the connections of which nothing has left in it may send what they
+/// have: a client that looks for it works on that while the others are read.
 const SEND_EACH: usize = 32 << 10;
 
 impl Worker {
     /// Whether this turn may do another one.
-    pub(super) fn has_time(&self) -> bool {
-        self.at_once_bytes + BYTES_MAX as usize <= TURN_BYTES_MAX
+    pub(super) fn has_budget(&self) -> bool {
+        self.at_once_bytes + BYTES_MAX as usize <= ITERATION_BYTES_MAX
     }
 
     /// Carries out and answers a read. Whether it has; if not, nothing has happened.
-    pub(super) fn at_once(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
+    pub(super) fn fast_path(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
         let Command::Read { file, offset, length } = *command else { return false };
         // It does not overtake its connection's own requests.
         if length == 0 || length > BYTES_MAX || self.connections[connection].is_waiting {
@@ -45,7 +46,7 @@ impl Worker {
         }
         let before = self.at_once_bytes;
         self.at_once_bytes += len;
-        self.turn_bytes += len;
+        self.iteration_bytes += len;
         self.counters.read_bytes.add(length.into());
         self.counters.answered.add(1);
         // Where nobody spins the client would only be woken more often.

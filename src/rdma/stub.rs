@@ -1,4 +1,5 @@
-//! What stands in for the RDMA transport in a build without the feature `rdma`: the same names, of which no value can be made.
+//! What stands in for the RDMA transport in a build without the feature `rdma`: the same names, of which no
+//! value can be made.
 
 use std::any::Any;
 use std::convert::Infallible;
@@ -219,7 +220,7 @@ impl Server {
     pub fn pair_up(
         &mut self,
         _: &mut Reactor,
-        _: &tcp::Exchange,
+        _: &tcp::UpgradeRequest,
     ) -> Result<(ConnectionId, QueuePairAddress), Error> {
         match self.0 {}
     }
@@ -267,7 +268,7 @@ impl ServerTransport for Server {
     fn close(&mut self, _: &mut Reactor, _: ConnectionId, _: Status, _: &str) {
         match self.0 {}
     }
-    fn refuse(&mut self, _: &mut Reactor, _: ConnectionId, _: i32, _: &str) {
+    fn reject(&mut self, _: &mut Reactor, _: ConnectionId, _: i32, _: &str) {
         match self.0 {}
     }
     fn close_stalled(&mut self, _: &mut Reactor, _: bool) {
@@ -312,7 +313,7 @@ impl ClientTransport for Client {
     fn send(&mut self, _: u64, _: &[u8], _: Bulk, _: bool) -> Result<RequestId, NotSent> {
         match self.0 {}
     }
-    fn recall(&mut self, _: RequestId) -> Option<Bulk> {
+    fn dequeue(&mut self, _: RequestId) -> Option<Bulk> {
         match self.0 {}
     }
     fn flush(&mut self) {
@@ -339,7 +340,7 @@ impl ClientTransport for Client {
     fn ping(&mut self, _: Duration) {
         match self.0 {}
     }
-    fn heard(&self) -> Instant {
+    fn last_rx(&self) -> Instant {
         match self.0 {}
     }
     fn abort(&mut self, _: Violation) {

@@ -1,7 +1,9 @@
-//! A server's silence, as the client's side of every transport judges it: first it pings, then it gives the server up.
+//! A server's silence, as the client's side of every transport judges it: first it pings, then it gives the
+//! server up.
 //!
-//! It is given up only some time after a ping: if its client did not come here for long, the silence was not the server's. The
-//! transport says when it asks and hears, and what is owed; what a ping looks like is its own business.
+//! It is given up only some time after a ping: if its client did not come here for long, the silence was not
+//! the server's. The transport says when it asks and hears, and what is owed; what a ping looks like is its
+//! own business.
 
 use std::time::{Duration, Instant};
 
@@ -9,10 +11,10 @@ use crate::handshake::Grant;
 use crate::message::UNASKED_PONG;
 
 #[derive(Debug)]
-pub(crate) struct Silence {
+pub(crate) struct Keepalive {
     keepalive: Duration,
     request_timeout: Duration,
-    heard: Instant,
+    last_rx: Instant,
     /// Since when something has been outstanding.
     asked: Instant,
     /// The number of the last ping, and when it was sent, if that was since the server was last heard.
@@ -24,20 +26,20 @@ pub(crate) struct Silence {
 
 /// What silence calls for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Action {
     Wait,
     Ping,
     /// Give it up, if there is nothing to be read either.
-    Overdue,
+    TimedOut,
 }
 
-impl Silence {
+impl Keepalive {
     pub fn new(grant: &Grant) -> Self {
         let now = Instant::now();
         Self {
             keepalive: grant.keepalive,
             request_timeout: grant.keepalive * 3,
-            heard: now,
+            last_rx: now,
             asked: now,
             pings: 0,
             pinged: None,
@@ -51,19 +53,19 @@ impl Silence {
     }
 
     /// When the server was last heard.
-    pub fn heard(&self) -> Instant {
-        self.heard
+    pub fn last_rx(&self) -> Instant {
+        self.last_rx
     }
 
     /// Something has come from the server.
-    pub fn hear(&mut self) {
-        self.heard = Instant::now();
+    pub fn on_receive(&mut self) {
+        self.last_rx = Instant::now();
         self.pinged = None;
         self.ping_deadline = None;
     }
 
     /// From now on something is outstanding, and nothing was before.
-    pub fn ask(&mut self) {
+    pub fn on_send(&mut self) {
         self.asked = Instant::now();
     }
 
@@ -89,10 +91,10 @@ impl Silence {
     }
 
     /// When the server is next to be pinged, or to be given up. `owes`: something is outstanding.
-    pub fn ends(&self, owes: bool) -> Option<Instant> {
+    pub fn deadline(&self, owes: bool) -> Option<Instant> {
         let after = self.ping_after();
         let owed = owes.then(|| {
-            let since = self.heard.max(self.asked);
+            let since = self.last_rx.max(self.asked);
             match self.pinged {
                 None => since + after,
                 Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
@@ -102,13 +104,13 @@ impl Silence {
     }
 
     /// What is to be done now.
-    pub fn verdict(&self, now: Instant, owes: bool) -> Verdict {
-        if self.ends(owes).is_none_or(|end| now < end) {
-            Verdict::Wait
+    pub fn action(&self, now: Instant, owes: bool) -> Action {
+        if self.deadline(owes).is_none_or(|end| now < end) {
+            Action::Wait
         } else if self.pinged.is_none() {
-            Verdict::Ping
+            Action::Ping
         } else {
-            Verdict::Overdue
+            Action::TimedOut
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Small reads of what the page cache has: see [`crate::worker::at_once`].
+//! Small reads of what the page cache has: see [`crate::worker::fast_path`].
 
 use super::*;
-use crate::worker::pipeline::TURN_BYTES_MAX;
+use crate::worker::pipeline::ITERATION_BYTES_MAX;
 
 /// Twice what one turn does.
 const DEPTH: usize = 128;
@@ -18,11 +18,11 @@ fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
         let mut bench = bench(spin_us);
         for _ in 0..20 {
             bench.read(DEPTH);
-            until(&mut bench.worker, "the first turn is over", |worker| !worker.postponed.is_empty());
-            assert!((TURN_BYTES_MAX / 2..=TURN_BYTES_MAX).contains(&bench.worker.at_once_bytes));
+            until(&mut bench.worker, "the first turn is over", |worker| !worker.deferred.is_empty());
+            assert!((ITERATION_BYTES_MAX / 2..=ITERATION_BYTES_MAX).contains(&bench.worker.at_once_bytes));
             assert!(bench.worker.is_busy, "the next turn is not taken at once");
             assert!(bench.collect(DEPTH).is_empty());
-            assert!(bench.worker.postponed.is_empty() && bench.worker.requests.is_empty());
+            assert!(bench.worker.deferred.is_empty() && bench.worker.requests.is_empty());
         }
         assert_eq!(bench.worker.counters.slot_waits.get(), 0);
     }
@@ -32,10 +32,10 @@ fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
 fn a_client_that_goes_takes_along_what_waits() {
     let mut bench = bench("50");
     bench.read(DEPTH);
-    until(&mut bench.worker, "the first turn is over", |worker| !worker.postponed.is_empty());
+    until(&mut bench.worker, "the first turn is over", |worker| !worker.deferred.is_empty());
     drop(bench.client);
     until(&mut bench.worker, "nothing of it is left", |worker| {
-        worker.transport.connections() == 0 && worker.postponed.is_empty()
+        worker.transport.connections() == 0 && worker.deferred.is_empty()
     });
     assert_eq!(bench.worker.arena.used_bytes(), 0);
 }

@@ -20,7 +20,7 @@ contract! {
         let offer = Offer { keepalive: Duration::from_millis(40), ..Offer::new("forgetful") };
         let (mut raw, _) = Raw::open_client(&server, &offer);
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Silent));
-        let (status, text) = raw.goodbye().expect("it is told why");
+        let (status, text) = raw.goaway().expect("it is told why");
         assert_eq!(status.errno, libc::ETIMEDOUT);
         assert!(text.contains("silent"), "{text}");
         server.serves_others();
@@ -110,14 +110,14 @@ contract! {
 
     fn an_idle_client_can_ask_whether_the_server_is_there(transport) {
         let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
-        let heard = client.transport.heard();
+        let heard = client.transport.last_rx();
         client.transport.ping(PATIENCE);
         let Got::Ping(id) = raw.next() else { panic!("no ping came") };
         let mut pong = Vec::new();
         message::encode_pong(id, false, &mut pong);
         raw.send(&pong);
         let deadline = Instant::now() + PATIENCE;
-        while client.transport.heard() == heard {
+        while client.transport.last_rx() == heard {
             assert!(Instant::now() < deadline, "the pong did not count");
             client.transport.wait(Some(deadline)).unwrap();
             client.transport.receive(&mut Vec::new());

@@ -1,6 +1,7 @@
 //! The client's side of the in-process transport.
 //!
-//! While a request is in flight its buffers are in the link, where the server reaches them; they come back with the reply.
+//! While a request is in flight its buffers are in the link, where the server reaches them; they come back
+//! with the reply.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::link::{Access, End, Refused};
+use super::link::{Access, End, Rejected};
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
+use crate::keepalive::{Action, Keepalive};
 use crate::memory::Buffers;
 use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
-use crate::silence::{Silence, Verdict};
 use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
 
-/// Receives posted beyond one for each credit: the server's pings, pongs and its goodbye.
+/// Receives posted beyond one for each credit: the server's pings, pongs and its goaway.
 const CONTROL_MESSAGES: usize = 8;
 
 /// A connection to a [`super::Server`].
@@ -32,7 +33,7 @@ pub struct Client {
     outstanding: Outstanding<Pending>,
     /// What [`ClientTransport::flush`] is to send.
     queue: VecDeque<(Option<RequestId>, Vec<u8>)>,
-    silence: Silence,
+    keepalive: Keepalive,
     failure: Option<Error>,
     /// How requests end that the failure takes with it.
     lost: Status,
@@ -61,7 +62,7 @@ impl Client {
     pub fn from_end(end: End, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         let closed = |errno, text: &str| Error::Closed {
             errno,
-            text: format!("{text}. Check that the other end of the link is a pair::Server's"),
+            text: format!("{text}. Check that the other end of the link is a loopback::Server's"),
         };
         end.send(offer.hello())
             .map_err(|_| closed(libc::ECONNRESET, "the server went away before the handshake"))?;
@@ -93,17 +94,17 @@ impl Client {
             limits: grant.limits(),
             outstanding: Outstanding::new(&grant),
             queue: VecDeque::new(),
-            silence: Silence::new(&grant),
+            keepalive: Keepalive::new(&grant),
             failure: None,
             lost: Status::OK,
             counters: ClientCounters::default(),
         })
     }
 
-    /// How long the server may be silent while something is outstanding before the connection ends with ETIMEDOUT. It is pinged in
-    /// between. Default: three times the keepalive granted.
+    /// How long the server may be silent while something is outstanding before the connection ends with
+    /// ETIMEDOUT. It is pinged in between. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.silence.set_request_timeout(timeout);
+        self.keepalive.set_request_timeout(timeout);
     }
 
     fn fail(&mut self, error: Error, lost: Status) {
@@ -111,10 +112,10 @@ impl Client {
             return;
         }
         if let (Error::Violation(violation), Some(end)) = (&error, &self.end) {
-            let mut goodbye = Vec::new();
+            let mut goaway = Vec::new();
             let status = Status::protocol(violation.errno());
-            message::encode_goodbye(status, &violation.to_string(), self.limits.crc, &mut goodbye);
-            let _ = end.send(goodbye);
+            message::encode_goaway(status, &violation.to_string(), self.limits.crc, &mut goaway);
+            let _ = end.send(goaway);
         }
         self.failure = Some(error);
         self.lost = lost;
@@ -169,9 +170,9 @@ impl Client {
                     return Err(Violation::Stalled);
                 }
             }
-            Message::Pong(id) if self.silence.permits_pong(id) => {}
+            Message::Pong(id) if self.keepalive.permits_pong(id) => {}
             Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goodbye(status, text) => {
+            Message::Goaway(status, text) => {
                 let text = message::text(text);
                 let lost = match status.class {
                     Class::Protocol => status,
@@ -195,7 +196,8 @@ impl Client {
         let key = if let Held::In(key) = pending.bulk { Some(key) } else { None };
         let data_len = response.data_len as usize;
         let mut placed = None;
-        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the others.
+        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the
+        // others.
         if let (Some(key), Some(end)) = (key, &self.end) {
             let buffers = end.withdraw(key).ok_or(Violation::RequestId)?;
             let wrong = if data_len > buffers.len() {
@@ -239,22 +241,22 @@ impl Client {
         })
     }
 
-    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and nothing has arrived, it
-    /// is given up.
-    fn is_overdue(&mut self, now: Instant) -> bool {
+    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and
+    /// nothing has arrived, it is given up.
+    fn has_timed_out(&mut self, now: Instant) -> bool {
         if self.failure.is_some() {
             return false;
         }
-        let verdict = self.silence.verdict(now, !self.outstanding.is_empty());
-        if verdict == Verdict::Ping {
+        let verdict = self.keepalive.action(now, !self.outstanding.is_empty());
+        if verdict == Action::Ping {
             self.queue_ping();
             self.flush();
         }
-        verdict == Verdict::Overdue
+        verdict == Action::TimedOut
     }
 
     fn queue_ping(&mut self) {
-        let id = self.silence.ping();
+        let id = self.keepalive.ping();
         let mut ping = Vec::new();
         message::encode_ping(id, self.limits.crc, &mut ping);
         self.queue.push_back((None, ping));
@@ -298,7 +300,7 @@ impl ClientTransport for Client {
             "a request exceeds the grant"
         );
         if self.outstanding.is_empty() {
-            self.silence.ask();
+            self.keepalive.on_send();
         }
         let id = match self.outstanding.insert(Pending { tag, bulk: Held::Here(bulk) }, control) {
             Ok(id) => id,
@@ -343,7 +345,7 @@ impl ClientTransport for Client {
         Ok(id)
     }
 
-    fn recall(&mut self, request: RequestId) -> Option<Bulk> {
+    fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {
         let at = self.queue.iter().position(|(id, _)| *id == Some(request))?;
         self.queue.remove(at);
         let pending = self.outstanding.finish(request, 1).ok()?;
@@ -356,12 +358,12 @@ impl ClientTransport for Client {
         while let Some((id, message)) = self.queue.pop_front() {
             match end.send(message) {
                 Ok(()) => {}
-                Err(Refused::Full(message)) => {
+                Err(Rejected::Full(message)) => {
                     self.queue.push_front((id, message));
                     return;
                 }
                 // The next `receive` finds out.
-                Err(Refused::Gone) => self.queue.clear(),
+                Err(Rejected::Gone) => self.queue.clear(),
             }
         }
     }
@@ -382,7 +384,7 @@ impl ClientTransport for Client {
             let gone = end.has_lost_peer();
             if let Some(message) = end.receive() {
                 arrived = true;
-                self.silence.hear();
+                self.keepalive.on_receive();
                 if let Err(violation) = self.take_in(&message, replies) {
                     self.fail_violation(violation);
                 }
@@ -393,7 +395,7 @@ impl ClientTransport for Client {
             }
         }
         self.counters.receives += u64::from(arrived);
-        if !arrived && self.is_overdue(Instant::now()) {
+        if !arrived && self.has_timed_out(Instant::now()) {
             self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
         }
         if self.failure.is_some() {
@@ -406,13 +408,14 @@ impl ClientTransport for Client {
         self.flush();
         loop {
             let now = Instant::now();
-            if self.is_overdue(now)
+            if self.has_timed_out(now)
                 || self.failure.is_some()
                 || deadline.is_some_and(|deadline| now >= deadline)
             {
                 return Ok(());
             }
-            let until = deadline.into_iter().chain(self.silence.ends(!self.outstanding.is_empty())).min();
+            let until =
+                deadline.into_iter().chain(self.keepalive.deadline(!self.outstanding.is_empty())).min();
             let left = until.map(|until| until.saturating_duration_since(now));
             match poll(self.eventfd.as_fd(), left) {
                 Ok(true) => return Ok(()),
@@ -441,13 +444,13 @@ impl ClientTransport for Client {
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
             self.queue_ping();
-            self.silence.expect_within(timeout);
+            self.keepalive.expect_within(timeout);
             self.flush();
         }
     }
 
-    fn heard(&self) -> Instant {
-        self.silence.heard()
+    fn last_rx(&self) -> Instant {
+        self.keepalive.last_rx()
     }
 
     fn abort(&mut self, violation: Violation) {

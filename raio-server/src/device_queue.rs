@@ -1,9 +1,10 @@
 //! How many of a file's O_DIRECT requests its device gets at a time.
 //!
-//! Some devices report only when they have nothing left to do, and then everything at once: virtual ones do, whose host works
-//! their queue to its end before it interrupts. Such a device would be idle until the answers have gone out and the client's next requests have come in.
-//! So it gets a part of what there is, and the rest in the moment it reports, to work on in the meantime. A device that reports by and by
-//! gets everything as it comes.
+//! Some devices report only when they have nothing left to do, and then everything at once: virtual ones do,
+//! whose host works their queue to its end before it interrupts. Such a device would be idle until the
+//! answers have gone out and the client's next requests have come in. So it gets a part of what there is, and
+//! the rest in the moment it reports, to work on in the meantime. A device that reports by and by gets
+//! everything as it comes.
 
 use std::collections::VecDeque;
 
@@ -14,27 +15,29 @@ const TOGETHER_MIN: usize = 8;
 
 /// One file's, at one worker.
 #[derive(Debug)]
-pub struct Pace {
+pub struct DispatchLimiter {
     /// The device has so many...
     in_flight: usize,
     /// ... and gets no more than this.
     limit: usize,
     /// How many there have been of late, with those held, when the device reported.
     depth: usize,
-    /// So many have ended since [`Pace::settle`].
+    /// So many have ended since [`DispatchLimiter::on_batch_complete`].
     ended: usize,
-    /// The keys of the others, and their memory, oldest first. If there are any, the device has as many as it gets.
+    /// The keys of the others, and their memory, oldest first. If there are any, the device has as many as it
+    /// gets.
     held: VecDeque<(usize, Slot)>,
 }
 
-impl Default for Pace {
+impl Default for DispatchLimiter {
     fn default() -> Self {
         Self { in_flight: 0, limit: usize::MAX, depth: 0, ended: 0, held: VecDeque::new() }
     }
 }
 
-impl Pace {
-    /// Takes in a request. Its memory comes back if it is to begin now; if not, [`Pace::next`] gives it later.
+impl DispatchLimiter {
+    /// Takes in a request. Its memory comes back if it is to begin now; if not, [`DispatchLimiter::next`]
+    /// gives it later.
     pub fn admit(&mut self, key: usize, slot: Slot) -> Option<Slot> {
         if self.in_flight >= self.limit {
             self.held.push_back((key, slot));
@@ -44,7 +47,7 @@ impl Pace {
         Some(slot)
     }
 
-    /// One that was begun has ended. Whether it is the first since [`Pace::settle`].
+    /// One that was begun has ended. Whether it is the first since [`DispatchLimiter::on_batch_complete`].
     pub fn ended(&mut self) -> bool {
         self.in_flight -= 1;
         self.ended += 1;
@@ -52,12 +55,13 @@ impl Pace {
     }
 
     /// No more have ended for now: learns how the device reports.
-    pub fn settle(&mut self) {
+    pub fn on_batch_complete(&mut self) {
         let ended = std::mem::take(&mut self.ended);
         if self.in_flight == 0 && ended >= TOGETHER_MIN {
             // A report may come between the answers and the next requests; a single one of few says little.
             self.depth = (ended + self.held.len()).max(self.depth - self.depth / 8);
-            // What is held must last for a client's round trip. More of it would mean more reports, each of which the device waits out.
+            // What is held must last for a client's round trip. More of it would mean more reports, each of
+            // which the device waits out.
             self.limit = self.depth - self.depth * 3 / 8;
         } else {
             self.limit = self.limit.saturating_add(self.limit / 8 + 1);
@@ -85,7 +89,7 @@ impl Pace {
     }
 
     /// Whether the device reports everything at once.
-    pub fn is_late(&self) -> bool {
+    pub fn coalesces_completions(&self) -> bool {
         self.limit < usize::MAX
     }
 }
@@ -98,7 +102,7 @@ mod tests {
 
     /// A device, and a client that keeps so many requests outstanding.
     struct Bench {
-        pace: Pace,
+        device_queue: DispatchLimiter,
         arena: Arena,
         next_key: usize,
         /// What the device has.
@@ -108,13 +112,13 @@ mod tests {
     impl Bench {
         fn new() -> Self {
             let arena = Arena::new(1 << 20, 4096).unwrap();
-            Self { pace: Pace::default(), arena, next_key: 0, begun: VecDeque::new() }
+            Self { device_queue: DispatchLimiter::default(), arena, next_key: 0, begun: VecDeque::new() }
         }
 
         fn request(&mut self, count: usize) {
             for _ in 0..count {
                 let slot = self.arena.alloc(512).unwrap();
-                if let Some(slot) = self.pace.admit(self.next_key, slot) {
+                if let Some(slot) = self.device_queue.admit(self.next_key, slot) {
                     self.begun.push_back((self.next_key, slot));
                 }
                 self.next_key += 1;
@@ -125,10 +129,10 @@ mod tests {
         fn report(&mut self, count: usize) -> Vec<usize> {
             let keys: Vec<_> = self.begun.drain(..count).map(|(key, _)| key).collect();
             for at in 0..count {
-                assert_eq!(self.pace.ended(), at == 0);
+                assert_eq!(self.device_queue.ended(), at == 0);
             }
-            self.pace.settle();
-            while let Some(next) = self.pace.next() {
+            self.device_queue.on_batch_complete();
+            while let Some(next) = self.device_queue.next() {
                 self.begun.push_back(next);
             }
             keys
@@ -189,9 +193,9 @@ mod tests {
         bench.request(32);
         let begun: Vec<_> = bench.begun.iter().map(|&(key, _)| key).collect();
         assert_eq!(begun, (32..52).collect::<Vec<_>>());
-        assert!(bench.pace.take_back(51).is_none());
-        assert!(bench.pace.take_back(52).is_some());
-        assert!(bench.pace.take_back(52).is_none());
+        assert!(bench.device_queue.take_back(51).is_none());
+        assert!(bench.device_queue.take_back(52).is_some());
+        assert!(bench.device_queue.take_back(52).is_none());
         bench.report(20);
         assert_eq!(bench.begun.front().map(|&(key, _)| key), Some(53));
     }

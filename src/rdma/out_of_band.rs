@@ -1,5 +1,5 @@
-//! Queue pairs that are connected over a TCP connection, without rdma_cm: which port such a one is on, and how its packets are
-//! numbered.
+//! Queue pairs that are connected over a TCP connection, without rdma_cm: which port such a one is on, and
+//! how its packets are numbered.
 
 use std::net::IpAddr;
 

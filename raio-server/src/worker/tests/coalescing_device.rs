@@ -1,4 +1,4 @@
-//! A device that reports only when it has nothing left to do: see [`crate::pace`].
+//! A device that reports only when it has nothing left to do: see [`crate::device_queue`].
 
 use std::cell::Cell;
 use std::sync::Weak;
@@ -80,7 +80,8 @@ impl Backend for Late {
     }
 }
 
-/// A bench whose worker knows the device already, and what lets that report. None if the file system here has no O_DIRECT.
+/// A bench whose worker knows the device already, and what lets that report. None if the file system here has
+/// no O_DIRECT.
 fn late_bench() -> Option<(Bench, Rc<Cell<bool>>)> {
     let directory = directory_of_blocks();
     let path = directory.path().join("file");

@@ -1,8 +1,9 @@
 //! The link: two ends that pass whole messages, and memory that one end lays open to the other.
 //!
-//! Each end has an inbox with room for so many messages (its posted receives) and an eventfd that says "look": something has arrived,
-//! there is room again, or the other end has gone. Memory laid open moves into the link and stays there until it is withdrawn, so
-//! whoever copies from or to it does so under the link's lock and never after it was withdrawn.
+//! Each end has an inbox with room for so many messages (its posted receives) and an eventfd that says
+//! "look": something has arrived, there is room again, or the other end has gone. Memory laid open moves into
+//! the link and stays there until it is withdrawn, so whoever copies from or to it does so under the link's
+//! lock and never after it was withdrawn.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -28,7 +29,7 @@ pub enum Access {
 
 /// Why a message was not taken.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Refused {
+pub enum Rejected {
     /// The other end has no receive posted. Here is the message; the eventfd will say when there is room.
     Full(Vec<u8>),
     /// The other end has gone.
@@ -83,7 +84,8 @@ impl End {
     }
 
     fn ring(&self, side: usize) {
-        // It can only fail with EAGAIN, when the counter is at its limit and the end has been told often enough.
+        // It can only fail with EAGAIN, when the counter is at its limit and the end has been told often
+        // enough.
         let _ = rustix::io::write(&self.link.eventfds[side], &1u64.to_ne_bytes());
     }
 
@@ -111,8 +113,8 @@ impl End {
         }
     }
 
-    /// Whether [`End::send`] would not find the inbox full; stays so until this end sends. If it would, the eventfd will say when
-    /// there is room.
+    /// Whether [`End::send`] would not find the inbox full; stays so until this end sends. If it would, the
+    /// eventfd will say when there is room.
     pub fn has_room(&self) -> bool {
         let mut sides = self.sides();
         let peer = &mut sides[1 - self.side];
@@ -122,15 +124,15 @@ impl End {
     }
 
     /// Sends a message.
-    pub fn send(&self, message: Vec<u8>) -> Result<(), Refused> {
+    pub fn send(&self, message: Vec<u8>) -> Result<(), Rejected> {
         let mut sides = self.sides();
         let peer = &mut sides[1 - self.side];
         if peer.gone {
-            return Err(Refused::Gone);
+            return Err(Rejected::Gone);
         }
         if peer.inbox.len() >= peer.receives {
             peer.awaited = true;
-            return Err(Refused::Full(message));
+            return Err(Rejected::Full(message));
         }
         peer.inbox.push_back(message);
         self.ring(1 - self.side);
@@ -166,7 +168,8 @@ impl End {
         self.sides()[self.side].open.remove(&key).map(|(_, buffers)| buffers)
     }
 
-    /// Copies `data` to the front of the other end's memory. False if it has not laid that open, or if the data does not fit.
+    /// Copies `data` to the front of the other end's memory. False if it has not laid that open, or if the
+    /// data does not fit.
     #[must_use]
     pub fn place(&self, region: RemoteRegion, data: &[u8]) -> bool {
         let RemoteRegion::In { address, key, len } = region else { return data.is_empty() };
@@ -182,7 +185,8 @@ impl End {
         }
     }
 
-    /// Fills `target` from the front of the other end's memory. False if it has not laid that open, or if it is not so long.
+    /// Fills `target` from the front of the other end's memory. False if it has not laid that open, or if it
+    /// is not so long.
     #[must_use]
     pub fn fetch(&self, region: RemoteRegion, mut target: &mut [u8]) -> bool {
         let RemoteRegion::Out { address, key, len } = region else { return target.is_empty() };

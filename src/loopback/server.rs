@@ -1,7 +1,8 @@
 //! The server's side of the in-process transport: all connections of one worker.
 //!
-//! A request is in `unanswered` from its arrival until its response has been sent, so that is where credits are counted. A
-//! connection whose peer has no room for its answers is not read from: what it holds here stays within its credits.
+//! A request is in `unanswered` from its arrival until its response has been sent, so that is where credits
+//! are counted. A connection whose peer has no room for its answers is not read from: what it holds here
+//! stays within its credits.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::transport::{
     CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
-/// Receives posted beyond one for each credit: pings, pongs and a goodbye.
+/// Receives posted beyond one for each credit: pings, pongs and a goaway.
 const CONTROL_MESSAGES: usize = 8;
 /// A connection's share of a turn, in messages.
 const TURN_MESSAGES_MAX: usize = 64;
@@ -249,7 +250,7 @@ impl Server {
             }
             // This side never pings.
             Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goodbye(status, _) => {
+            Message::Goaway(status, _) => {
                 let finished = connection.unanswered.is_empty() && status.is_ok();
                 let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
                 self.end(reactor, id, reason);
@@ -260,13 +261,13 @@ impl Server {
         Ok(())
     }
 
-    /// Ends a connection, saying goodbye to a peer that broke the protocol.
+    /// Ends a connection, saying goaway to a peer that broke the protocol.
     fn end(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
         match reason {
             // Whoever it is does not speak raio, and would not understand.
             CloseReason::Violation(Violation::Magic) => {}
             CloseReason::Violation(violation) => {
-                self.say_goodbye(id, Status::protocol(violation.errno()), &format!("{violation}."));
+                self.send_goaway(id, Status::protocol(violation.errno()), &format!("{violation}."));
             }
             _ => {}
         }
@@ -281,19 +282,19 @@ impl Server {
         self.events.push_back(ServerEvent::Closed(id, reason));
     }
 
-    fn say_goodbye(&mut self, id: ConnectionId, status: Status, text: &str) {
-        let refusal = self.policy.refusal(status.errno, text);
+    fn send_goaway(&mut self, id: ConnectionId, status: Status, text: &str) {
+        let rejection = self.policy.rejection(status.errno, text);
         let Some(connection) = self.get(id) else { return };
-        let goodbye = match &connection.open {
-            None => refusal,
+        let goaway = match &connection.open {
+            None => rejection,
             Some(open) => {
-                let mut goodbye = Vec::new();
-                message::encode_goodbye(status, text, open.limits.crc, &mut goodbye);
-                goodbye
+                let mut goaway = Vec::new();
+                message::encode_goaway(status, text, open.limits.crc, &mut goaway);
+                goaway
             }
         };
         // If it has no room it will see that this side has gone.
-        let _ = connection.end.send(goodbye);
+        let _ = connection.end.send(goaway);
     }
 }
 
@@ -459,15 +460,15 @@ impl ServerTransport for Server {
     }
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
-        self.say_goodbye(connection, status, text);
+        self.send_goaway(connection, status, text);
         self.end(reactor, connection, CloseReason::Local);
     }
 
-    fn refuse(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
-        let refusal = self.policy.refusal(errno, text);
+    fn reject(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
+        let rejection = self.policy.rejection(errno, text);
         if let Some(connection) = self.get(id) {
-            let _ = connection.end.send(refusal);
-            self.end(reactor, id, CloseReason::Refused);
+            let _ = connection.end.send(rejection);
+            self.end(reactor, id, CloseReason::Rejected);
         }
     }
 

@@ -1,7 +1,8 @@
 //! `raio://`: a connection begins over TCP, and moves to a queue pair if both sides can.
 //!
-//! The TCP connection of one that has moved stays, carrying nothing: its end, which the kernel tells at once when a process dies, is the
-//! end of the connection, and the other way round. What this looks like on the wire is in docs/PROTOCOL.md, part 3.
+//! The TCP connection of one that has moved stays, carrying nothing: its end, which the kernel tells at once
+//! when a process dies, is the end of the connection, and the other way round. What this looks like on the
+//! wire is in docs/PROTOCOL.md, part 3.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -53,15 +54,15 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
         None => plain()?,
     };
     Ok(match &error {
-        Error::Refused { text, .. } => {
+        Error::Rejected { text, .. } => {
             over_tcp(stream, &format_args!("the server says: {}", text.trim_end_matches('.')))
         }
         error => over_tcp(stream, error),
     })
 }
 
-/// All connections of one worker: over TCP, by RDMA, and those that move from one to the other, which nobody else need know of: their
-/// ids stay the same.
+/// All connections of one worker: over TCP, by RDMA, and those that move from one to the other, which nobody
+/// else need know of: their ids stay the same.
 pub struct Server {
     tcp: tcp::Server,
     rdma: Option<rdma::Server>,
@@ -106,8 +107,8 @@ fn set(table: &mut Vec<Option<Moved>>, id: ConnectionId, moved: Moved) {
 }
 
 impl Server {
-    /// A server without connections. With `rdma`, TCP connections may move to queue pairs. The tokens of TCP's operations have the owner
-    /// number `owner`; `rdma` was made with another.
+    /// A server without connections. With `rdma`, TCP connections may move to queue pairs. The tokens of
+    /// TCP's operations have the owner number `owner`; `rdma` was made with another.
     pub fn new(owner: u8, policy: &Policy, rdma: Option<rdma::Server>) -> Self {
         let policy = Policy { queue_pair: rdma.is_some(), ..policy.clone() };
         Self {
@@ -186,7 +187,8 @@ impl Server {
         }
     }
 
-    /// Keeps this, for its owner, as long as the connection takes anything of the system: a while longer than until it is reported as closed.
+    /// Keeps this, for its owner, as long as the connection takes anything of the system: a while longer than
+    /// until it is reported as closed.
     pub fn hold(&mut self, connection: ConnectionId, held: Arc<dyn Any>) {
         match (self.place(connection), &mut self.rdma) {
             (Place::Tcp(id), _) => self.tcp.hold(id, held),
@@ -248,7 +250,7 @@ impl Server {
 
     /// Moves those that have asked for it, and ends what is left of those that have ended.
     fn move_on(&mut self, reactor: &mut Reactor) {
-        while let Some(exchange) = self.tcp.next_exchange() {
+        while let Some(exchange) = self.tcp.next_upgrade() {
             let Some(rdma) = &mut self.rdma else { unreachable!("it was not offered") };
             let stream = exchange.connection;
             match rdma.pair_up(reactor, &exchange) {
@@ -260,13 +262,13 @@ impl Server {
                         rdma.hold(queue_pair, held);
                     }
                     set(&mut self.streams, queue_pair, moved);
-                    self.tcp.answer_exchange(reactor, stream, Ok(&ours));
+                    self.tcp.answer_upgrade(reactor, stream, Ok(&ours));
                 }
                 Err(error) => {
                     let client = exchange.remote.map(tracing::field::display);
                     tracing::debug!(client, name = exchange.peer.name, "A client stays on TCP: {error}.");
                     let status = Status { errno: error.errno(), class: Class::Transport, retryable: false };
-                    self.tcp.answer_exchange(reactor, stream, Err((status, &format!("{error}."))));
+                    self.tcp.answer_upgrade(reactor, stream, Err((status, &format!("{error}."))));
                 }
             }
         }
@@ -349,18 +351,18 @@ impl ServerTransport for Server {
         }
     }
 
-    fn has_news(&mut self, arm: bool) -> bool {
+    fn poll_ready(&mut self, arm: bool) -> bool {
         // What a flush has left behind.
         !self.ended.is_empty()
             || !self.closed.is_empty()
-            || self.tcp.has_news(arm)
-            || self.rdma.as_mut().is_some_and(|rdma| rdma.has_news(arm))
+            || self.tcp.poll_ready(arm)
+            || self.rdma.as_mut().is_some_and(|rdma| rdma.poll_ready(arm))
     }
 
-    fn take_news(&mut self, reactor: &mut Reactor) {
-        self.tcp.take_news(reactor);
+    fn process_ready(&mut self, reactor: &mut Reactor) {
+        self.tcp.process_ready(reactor);
         if let Some(rdma) = &mut self.rdma {
-            rdma.take_news(reactor);
+            rdma.process_ready(reactor);
         }
     }
 
@@ -421,9 +423,9 @@ impl ServerTransport for Server {
         }
     }
 
-    fn refuse(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
+    fn reject(&mut self, reactor: &mut Reactor, connection: ConnectionId, errno: i32, text: &str) {
         let (id, transport) = self.at_place(connection);
-        transport.refuse(reactor, id, errno, text);
+        transport.reject(reactor, id, errno, text);
     }
 
     fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
