@@ -7,7 +7,7 @@ use rustix::fs::{FallocateFlags, FileType, OFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::backend::{FileInfo, stat};
+use crate::engine::{FileInfo, stat};
 use crate::open::reopen;
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);

@@ -21,7 +21,7 @@ use raio_transport::protocol::{
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, MemfdFlags, Mode, OFlags, SealFlags};
 
-use crate::backend::{Descriptor, Job, Lanes};
+use crate::engine::{Descriptor, Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
 use crate::pool::Pool;
 use crate::root::Root;

@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use crate::size::Size;
 
-/// Places beyond the ordinary ones, for those who have few; descriptors must be left for them.
+/// Permits beyond the ordinary ones, for those who have few; descriptors must be left for them.
 pub const RESERVE: usize = 64;
 /// So many of them for sessions, whatever address they come from.
 const SESSION_RESERVE: usize = RESERVE / 2;
@@ -28,7 +28,7 @@ const CONNECTION_BYTES: usize = 16 << 10;
 const FILE_BYTES: usize = 512;
 const FILE_BYTES_PER_WORKER: usize = 256;
 
-/// This part of the memory for places is not for queue pairs of an address that has more than is left.
+/// This part of the memory for permits is not for queue pairs of an address that has more than is left.
 const QUEUE_PAIR_RESERVE: usize = 8;
 
 fn file_bytes(workers: usize) -> usize {
@@ -55,13 +55,13 @@ pub struct Room {
 
 /// Connections and open files, and the bytes of queue pairs.
 #[derive(Clone, Copy, Debug, Default)]
-struct Places {
+struct Usage {
     connections: usize,
     files: usize,
     queue_pair_bytes: usize,
 }
 
-impl Places {
+impl Usage {
     fn count(self) -> usize {
         self.connections + self.files
     }
@@ -215,8 +215,8 @@ pub struct Account {
 }
 
 impl Account {
-    fn places(&self) -> Places {
-        Places {
+    fn usage(&self) -> Usage {
+        Usage {
             connections: get(&self.connections),
             files: get(&self.files),
             queue_pair_bytes: get(&self.queue_pair_bytes),
@@ -249,29 +249,29 @@ pub struct Limits {
     by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
 }
 
-/// A connection's place: it lasts until the socket is closed. Dropping it frees the place.
+/// A connection's permit: it lasts until the socket is closed. Dropping it frees the permit.
 #[derive(Debug)]
-pub struct Place {
+pub struct ConnectionPermit {
     limits: Arc<Limits>,
     address: AddressAccount,
 }
 
-/// A file's place. Dropping it frees the place.
+/// A file's permit. Dropping it frees the permit.
 #[derive(Debug)]
-pub struct FilePlace {
+pub struct FilePermit {
     limits: Arc<Limits>,
     address: AddressAccount,
 }
 
 /// Memory of a queue pair. Dropping it frees the memory.
 #[derive(Debug)]
-pub struct QueuePairPlace {
+pub struct QueuePairPermit {
     limits: Arc<Limits>,
     address: AddressAccount,
     bytes: usize,
 }
 
-impl Place {
+impl ConnectionPermit {
     /// The account of the address that the connection is from.
     pub fn address(&self) -> &AddressAccount {
         &self.address
@@ -338,20 +338,20 @@ impl Limits {
         self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn used(&self) -> Places {
-        Places {
+    fn used(&self) -> Usage {
+        Usage {
             connections: get(&self.connections),
             files: get(&self.files),
             queue_pair_bytes: get(&self.queue_pair_bytes),
         }
     }
 
-    /// What there is too little of for a session that has so many places, on behalf of an address that has so
+    /// What there is too little of for a session that has so much, on behalf of an address that has so
     /// many, to have another: what its operator would raise.
-    fn shortage(&self, used: Places, session: Places, address: Option<Places>) -> Option<&'static str> {
+    fn shortage(&self, used: Usage, session: Usage, address: Option<Usage>) -> Option<&'static str> {
         let Room { descriptors, bytes, workers, .. } = self.room;
-        let bytes_of = |places: Places| places.bytes(workers);
-        if !may_take(used.count(), descriptors, 1, session.count(), address.map(Places::count)) {
+        let bytes_of = |usage: Usage| usage.bytes(workers);
+        if !may_take(used.count(), descriptors, 1, session.count(), address.map(Usage::count)) {
             Some("limit with `ulimit -n`")
         } else if !may_take(bytes_of(used), bytes, CONNECTION_BYTES, bytes_of(session), address.map(bytes_of))
         {
@@ -373,26 +373,26 @@ impl Limits {
         account
     }
 
-    /// A place for a connection from this address, if it is known.
-    pub fn connect(self: &Arc<Self>, address: Option<IpAddr>) -> Result<Place, Excess> {
+    /// A permit for a connection from this address, if it is known.
+    pub fn connect(self: &Arc<Self>, address: Option<IpAddr>) -> Result<ConnectionPermit, Excess> {
         let account = address.map(|address| self.account(address));
         if let (Some(own), Some(address)) = (&account, address) {
-            // Nobody else takes places for connections, so there is no race.
-            let (used, places) = (self.used(), own.places());
+            // Nobody else takes permits of connections, so there is no race.
+            let (used, usage) = (self.used(), own.usage());
             self.count(Who::Address, own, &CONNECTIONS)?;
             // The session is not known yet. It may be one that has nothing.
-            if let Some(what) = self.shortage(used, Places::default(), Some(places)) {
+            if let Some(what) = self.shortage(used, Usage::default(), Some(usage)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
                 let text = format!(
                     "The server has as many connections and open files as it may, and {} of the connections are from {address}. \
                      Close some, or raise its {what}.",
-                    places.connections
+                    usage.connections
                 );
                 return Err(Excess { who: Who::Address, text });
             }
         }
         self.connections.fetch_add(1, Ordering::Relaxed);
-        Ok(Place { limits: Arc::clone(self), address: account })
+        Ok(ConnectionPermit { limits: Arc::clone(self), address: account })
     }
 
     /// The clients of an address begin another session, where there are `used` of `max`. The address counts
@@ -417,17 +417,17 @@ impl Limits {
         address.iter().for_each(|account| _ = account.sessions.fetch_sub(1, Ordering::Relaxed));
     }
 
-    /// A session may keep another connection, which has its place. The session counts it until
+    /// A session may keep another connection, which has its permit. The session counts it until
     /// [`Limits::leave`].
     pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
-        let places = session.places();
+        let usage = session.usage();
         self.count(Who::Session, session, &CONNECTIONS)?;
-        let of_address = address.as_ref().map(|account| account.places().without_a_connection());
-        let Some(what) = self.shortage(self.used().without_a_connection(), places, of_address) else {
+        let of_address = address.as_ref().map(|account| account.usage().without_a_connection());
+        let Some(what) = self.shortage(self.used().without_a_connection(), usage, of_address) else {
             return Ok(());
         };
         self.leave(session);
-        let Places { connections, files, .. } = places;
+        let Usage { connections, files, .. } = usage;
         let text = format!(
             "The server has as many connections and open files as it may, and {connections} and {files} of them are this session's. \
              Close some, or raise its {what}."
@@ -440,13 +440,13 @@ impl Limits {
         session.connections.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A place for a file of a session, opened by a connection from an address. The session counts it until
-    /// [`Limits::close`], the others as long as the place lasts.
-    pub fn open(self: &Arc<Self>, session: &Account, address: &AddressAccount) -> Result<FilePlace, Excess> {
+    /// A permit for a file of a session, opened by a connection from an address. The session counts it until
+    /// [`Limits::close`], the others as long as the permit lasts.
+    pub fn open(self: &Arc<Self>, session: &Account, address: &AddressAccount) -> Result<FilePermit, Excess> {
         // Workers that look at the same time may go beyond it by one each, which does no harm.
-        let (own, all) = (session.places(), self.used());
-        let of_address = address.as_ref().map(|account| account.places());
-        let files_of_address = of_address.map(|places| places.files);
+        let (own, all) = (session.usage(), self.used());
+        let of_address = address.as_ref().map(|account| account.usage());
+        let files_of_address = of_address.map(|usage| usage.files);
         let shortage = if may_take(all.files, self.room.files, 1, own.files, files_of_address) {
             self.shortage(all, own, of_address)
         } else {
@@ -454,8 +454,8 @@ impl Limits {
         };
         self.count_for_both(session, address, &FILES)?;
         self.files.fetch_add(1, Ordering::Relaxed);
-        let place = FilePlace { limits: Arc::clone(self), address: address.clone() };
-        let Some(what) = shortage else { return Ok(place) };
+        let permit = FilePermit { limits: Arc::clone(self), address: address.clone() };
+        let Some(what) = shortage else { return Ok(permit) };
         self.close(session);
         let text = format!(
             "The server has as many files open as it may, {} of them for this session. Close some, or raise its {what}.",
@@ -476,17 +476,17 @@ impl Limits {
         self: &Arc<Self>,
         address: Option<IpAddr>,
         bytes: usize,
-    ) -> Result<QueuePairPlace, String> {
+    ) -> Result<QueuePairPermit, String> {
         let address = address.map(|address| self.account(address.to_canonical()));
         let own = address.as_ref().map(|account| get(&account.queue_pair_bytes));
         // Counted before it is looked at: several workers together do not go beyond it.
         self.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed);
         address.iter().for_each(|account| _ = account.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed));
-        let place = QueuePairPlace { limits: Arc::clone(self), address, bytes };
+        let permit = QueuePairPermit { limits: Arc::clone(self), address, bytes };
         let (used, max) = (self.used().bytes(self.room.workers), self.room.bytes);
         let left = max.checked_sub(used);
         if left.is_some_and(|left| left >= max / QUEUE_PAIR_RESERVE || own.is_some_and(|own| own < left)) {
-            return Ok(place);
+            return Ok(permit);
         }
         Err(format!(
             "The server has no memory for another queue pair: connections, open files and queue pairs have {} of {} KiB. Use TCP, close \
@@ -521,7 +521,7 @@ impl Limits {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
         self.limits.connections.fetch_sub(1, Ordering::Relaxed);
         if let Some(account) = &self.address {
@@ -530,7 +530,7 @@ impl Drop for Place {
     }
 }
 
-impl Drop for QueuePairPlace {
+impl Drop for QueuePairPermit {
     fn drop(&mut self) {
         self.limits.queue_pair_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         if let Some(account) = &self.address {
@@ -539,7 +539,7 @@ impl Drop for QueuePairPlace {
     }
 }
 
-impl Drop for FilePlace {
+impl Drop for FilePermit {
     fn drop(&mut self) {
         self.limits.files.fetch_sub(1, Ordering::Relaxed);
         if let Some(account) = &self.address {
@@ -565,7 +565,7 @@ mod tests {
     }
 
     /// A session that opens all the files that it can, from an address. Returns it, and them.
-    fn open_all(limits: &Arc<Limits>, address: &AddressAccount) -> (Account, Vec<FilePlace>) {
+    fn open_all(limits: &Arc<Limits>, address: &AddressAccount) -> (Account, Vec<FilePermit>) {
         let session = Account::default();
         let files = std::iter::from_fn(|| limits.open(&session, address).ok()).collect();
         (session, files)
@@ -576,27 +576,27 @@ mod tests {
         let limits = uncapped(100, 50);
         let (greedy, other) = (address("10.0.0.1"), address("10.0.0.2"));
         let session = Account::default();
-        let mut places = Vec::new();
-        while let Ok(place) = limits.connect(greedy) {
-            if limits.join(&session, place.address()).is_err() {
+        let mut permits = Vec::new();
+        while let Ok(permit) = limits.connect(greedy) {
+            if limits.join(&session, permit.address()).is_err() {
                 break;
             }
-            places.push(place);
+            permits.push(permit);
         }
-        assert_eq!(places.len(), 100, "nobody else wants any");
+        assert_eq!(permits.len(), 100, "nobody else wants any");
         // Other sessions from there have the next, and other addresses the last.
         let connect = |address| {
-            let place = limits.connect(address).ok()?;
-            limits.join(&Account::default(), place.address()).ok().map(|()| place)
+            let permit = limits.connect(address).ok()?;
+            limits.join(&Account::default(), permit.address()).ok().map(|()| permit)
         };
-        places.extend(std::iter::from_fn(|| connect(greedy)));
-        assert_eq!(places.len(), 100 + SESSION_RESERVE);
+        permits.extend(std::iter::from_fn(|| connect(greedy)));
+        assert_eq!(permits.len(), 100 + SESSION_RESERVE);
         assert!(limits.connect(greedy).unwrap_err().text.contains("10.0.0.1"));
         let theirs: Vec<_> = std::iter::from_fn(|| connect(other)).collect();
         assert_eq!(theirs.len(), SESSION_RESERVE / 2);
-        places.truncate(99);
+        permits.truncate(99);
         assert!(limits.connect(greedy).is_ok());
-        drop((places, theirs));
+        drop((permits, theirs));
         assert_eq!((limits.used().count(), limits.by_address().len()), (0, 0));
     }
 
@@ -639,8 +639,8 @@ mod tests {
         let further = limits.connect(address("10.0.0.1")).unwrap();
         let error = limits.join(&greedy, further.address()).unwrap_err();
         assert!(error.text.ends_with("raise its --memory."), "{error:?}");
-        let place = limits.connect(address("10.0.0.2")).unwrap();
-        limits.join(&Account::default(), place.address()).unwrap();
+        let permit = limits.connect(address("10.0.0.2")).unwrap();
+        limits.join(&Account::default(), permit.address()).unwrap();
         drop(limits.open(&Account::default(), there.address()).unwrap());
     }
 
@@ -656,13 +656,13 @@ mod tests {
         let text = limits.queue_pair(address("10.0.0.1"), BYTES).unwrap_err();
         assert!(text.ends_with("raise its --memory."), "{text}");
         assert!(limits.queue_pair(None, BYTES).is_err());
-        // Connections have their places all the same.
-        let place = limits.connect(address("10.0.0.1")).unwrap();
-        limits.join(&Account::default(), place.address()).unwrap();
+        // Connections have their permits all the same.
+        let permit = limits.connect(address("10.0.0.1")).unwrap();
+        limits.join(&Account::default(), permit.address()).unwrap();
         let other = all("10.0.0.2");
         assert_eq!(other.len(), 2);
         assert_eq!(all("10.0.0.3").len(), 1);
-        drop((greedy, other, place));
+        drop((greedy, other, permit));
         assert_eq!((limits.used().bytes(2), limits.by_address().len()), (0, 0));
         assert_eq!(all("10.0.0.2").len(), 28);
     }
@@ -670,15 +670,15 @@ mod tests {
     #[test]
     fn who_has_one_place_gets_the_next_until_there_is_none() {
         let limits = uncapped(2000, 1000);
-        let places: Vec<_> = (0..1000)
+        let permits: Vec<_> = (0..1000)
             .map(|_| {
-                let (place, session) = (limits.connect(address("10.0.0.1")).unwrap(), Account::default());
-                limits.join(&session, place.address()).unwrap();
-                let file = limits.open(&session, place.address()).unwrap();
-                (place, file)
+                let (permit, session) = (limits.connect(address("10.0.0.1")).unwrap(), Account::default());
+                limits.join(&session, permit.address()).unwrap();
+                let file = limits.open(&session, permit.address()).unwrap();
+                (permit, file)
             })
             .collect();
-        assert_eq!((places.len(), limits.files()), (1000, 1000));
+        assert_eq!((permits.len(), limits.files()), (1000, 1000));
     }
 
     #[test]
@@ -700,12 +700,12 @@ mod tests {
     fn caps_name_their_option() {
         let one = Caps { connections: Some(1), files: Some(1), requests: Some(1), memory: None };
         let limits = Limits::new(room(100, 100), Caps::default(), one);
-        let place = limits.connect(address("::1")).unwrap();
+        let permit = limits.connect(address("::1")).unwrap();
         let error = limits.connect(address("::1")).unwrap_err();
         assert!(error.text.contains("connections= of the server's --limits-per-address"), "{error:?}");
         let mut errors = Vec::new();
         let mut twice =
-            |limits: &Limits, act: &dyn Fn(&Account) -> Result<Option<FilePlace>, Excess>, key: &str| {
+            |limits: &Limits, act: &dyn Fn(&Account) -> Result<Option<FilePermit>, Excess>, key: &str| {
                 let session = Account::default();
                 let _first = act(&session).unwrap();
                 let Excess { who, text } = act(&session).unwrap_err();
@@ -713,13 +713,13 @@ mod tests {
                 errors.push(who);
                 let _ = limits;
             };
-        twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");
-        twice(&limits, &|session| limits.begin_request(session, place.address()).map(|()| None), "requests");
+        twice(&limits, &|session| limits.open(session, permit.address()).map(Some), "files");
+        twice(&limits, &|session| limits.begin_request(session, permit.address()).map(|()| None), "requests");
         let limits = Limits::new(room(100, 100), one, Caps::default());
-        let place = limits.connect(address("::1")).unwrap();
-        twice(&limits, &|session| limits.join(session, place.address()).map(|()| None), "connections");
-        twice(&limits, &|session| limits.open(session, place.address()).map(Some), "files");
-        twice(&limits, &|session| limits.begin_request(session, place.address()).map(|()| None), "requests");
+        let permit = limits.connect(address("::1")).unwrap();
+        twice(&limits, &|session| limits.join(session, permit.address()).map(|()| None), "connections");
+        twice(&limits, &|session| limits.open(session, permit.address()).map(Some), "files");
+        twice(&limits, &|session| limits.begin_request(session, permit.address()).map(|()| None), "requests");
         assert_eq!(errors, [Who::Address, Who::Address, Who::Session, Who::Session, Who::Session]);
     }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   main thread: listener, signals --- raw connections ---> workers, one for each core:
-//!                                                           transports -> command -> request -> backend
+//!                                                           transports -> command -> request -> engine
 //! ```
 //!
 //! Exit codes: 0 told to stop and everything was answered, 1 could not start or go on, 2 the command line or
@@ -10,11 +10,11 @@
 
 #![deny(unsafe_code)]
 
-mod backend;
 mod clear;
 mod client;
 mod config;
 mod device_queue;
+mod engine;
 mod export;
 mod export_spec;
 mod limits;

@@ -17,7 +17,7 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
 
-use crate::backend::{Descriptor, FileInfo, stat};
+use crate::engine::{Descriptor, FileInfo, stat};
 use crate::export::{Export, Rejection, Shown};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, FileKind, OpenFile};

@@ -19,8 +19,8 @@ use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
-use crate::backend::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
 use crate::device_queue::DispatchLimiter;
+use crate::engine::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
 use crate::open::Opening;
 use crate::session::OpenFile;
 
@@ -49,7 +49,7 @@ pub enum State {
     NeedSlot,
     /// The transport brings its data.
     Fetching,
-    /// The backend has it, or will have it when its device has less to do: see [`crate::device_queue`].
+    /// The engine has it, or will have it when its device has less to do: see [`crate::device_queue`].
     Executing,
 }
 
@@ -58,7 +58,7 @@ pub enum State {
 pub struct Request {
     /// Its name at the transport...
     pub key: RequestKey,
-    /// ... and the worker's connection. None once that is gone: the backend still has the request, and its
+    /// ... and the worker's connection. None once that is gone: the engine still has the request, and its
     /// answer is for nobody.
     pub connection: Option<usize>,
     /// Where it is.
@@ -390,7 +390,7 @@ impl Work {
         }
     }
 
-    /// Does what needs no backend: reads of zeros, and writes that nobody keeps.
+    /// Does what needs no engine: reads of zeros, and writes that nobody keeps.
     pub fn on_null(&self, size: u64, slot: Option<Slot>) -> Response {
         match (self, slot) {
             (Self::Read(_, read), Some(mut slot)) => {

@@ -14,11 +14,11 @@ use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
 use rustix::net::{SendFlags, Shutdown};
 
-use crate::backend::Job;
 use crate::config::{BackendKind, Config};
+use crate::engine::Job;
 use crate::export::Exports;
 use crate::export_spec::Source;
-use crate::limits::{Excess, Limits, Place, Room};
+use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::placement::Placement;
 use crate::pool::Pool;
@@ -57,7 +57,7 @@ pub struct Server {
     ended: Receiver<Ended>,
     backend: &'static str,
     accepted: u64,
-    /// Connections that had no place.
+    /// Connections that got no permit.
     rejected: u64,
     limits: Arc<Limits>,
     /// [`CHECK`] will come.
@@ -224,8 +224,8 @@ impl Server {
     /// Hands a connection to the worker that has fewest.
     fn place(&mut self, connection: RawConnection) {
         let peer = connection.peer();
-        let place = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
-            Ok(place) => place,
+        let permit = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
+            Ok(permit) => permit,
             Err(Excess { text, .. }) => {
                 self.rejected += 1;
                 if log::permit(peer.map(|peer| peer.ip()), "connections that were rejected") {
@@ -243,17 +243,17 @@ impl Server {
                         let _ = rustix::net::shutdown(&socket, Shutdown::Write);
                     }
                     RawConnection::Rdma(incoming) => incoming.reject(libc::EUSERS, &text),
-                    // It has its place.
+                    // It has its permit.
                     RawConnection::Passed(..) => {}
                 }
                 return;
             }
         };
-        self.hand_over(connection, Arc::new(place));
+        self.hand_over(connection, Arc::new(permit));
     }
 
     /// Hands a connection to the worker that has fewest.
-    fn hand_over(&mut self, connection: RawConnection, place: Arc<Place>) {
+    fn hand_over(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let placement = &self.shared.placement;
         let rank = |at: usize, worker: &WorkerHandle| {
             let waiting = worker.senders.connections.waiting() as u64;
@@ -261,7 +261,7 @@ impl Server {
         };
         let fewest = self.workers.iter().enumerate().min_by_key(|&(at, worker)| rank(at, worker));
         if let Some((_, worker)) = fewest {
-            worker.senders.connections.send((connection, place));
+            worker.senders.connections.send((connection, permit));
         }
         self.check_later();
     }
@@ -298,15 +298,15 @@ impl Server {
             return;
         }
         for at in stuck {
-            while let Some((connection, place)) = self.workers[at].senders.connections.take_back() {
+            while let Some((connection, permit)) = self.workers[at].senders.connections.take_back() {
                 match connection {
                     RawConnection::Passed(stream, peer, hello) => {
                         self.shared.placement.release(at);
                         let to = self.shared.placement.claim(at);
                         let senders = &self.workers[to].senders;
-                        senders.connections.send((RawConnection::Passed(stream, peer, hello), place));
+                        senders.connections.send((RawConnection::Passed(stream, peer, hello), permit));
                     }
-                    connection => self.hand_over(connection, place),
+                    connection => self.hand_over(connection, permit),
                 }
             }
         }

@@ -13,11 +13,11 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::limits::{Account, AddressAccount, Excess, FilePlace, Limits, QueuePairPlace, Who};
+use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
-use crate::backend::Descriptor;
+use crate::engine::Descriptor;
 
 /// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
 const INDEX_BITS: u32 = 20;
@@ -166,7 +166,7 @@ struct Files {
 struct FileEntry {
     generation: u32,
     /// With its place, which its descriptor shares.
-    file: Option<(Arc<OpenFile>, Arc<FilePlace>)>,
+    file: Option<(Arc<OpenFile>, Arc<FilePermit>)>,
 }
 
 impl FileEntry {
@@ -277,7 +277,7 @@ struct Joined {
 
 impl Sessions {
     /// See [`Limits::queue_pair`].
-    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPlace, String> {
+    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPermit, String> {
         self.limits.queue_pair(address, bytes)
     }
 

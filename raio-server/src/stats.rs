@@ -65,7 +65,7 @@ pub struct Counters {
     pub need_slot: Counter,
     /// Requests whose data is under way now.
     pub fetching: Counter,
-    /// Requests in the backend now, and files that are being closed after their session.
+    /// Requests in the engine now, and files that are being closed after their session.
     pub executing: Counter,
     /// Requests answered.
     pub answered: Counter,

@@ -32,10 +32,10 @@ use raio_transport::transport::{self, ConnectionId, ServerEvent, ServerTransport
 use raio_transport::{Status, mux, rdma};
 use slab::Slab;
 
-use crate::backend::{self, Backend, Threads, Uring};
 use crate::config::BackendKind;
+use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
-use crate::limits::Place;
+use crate::limits::ConnectionPermit;
 use crate::log;
 use crate::placement::Placement;
 use crate::request::{Request, State, WorkerFile};
@@ -93,7 +93,7 @@ pub struct WorkerSenders {
     /// Its mailbox.
     pub mailbox: Sender<Mail>,
     /// Connections that it is to serve.
-    pub connections: Sender<(RawConnection, Arc<Place>)>,
+    pub connections: Sender<(RawConnection, Arc<ConnectionPermit>)>,
 }
 
 /// A connection that was accepted, and nothing more.
@@ -101,7 +101,7 @@ pub struct WorkerSenders {
 pub enum RawConnection {
     /// A stream socket, and whom it leads to if that is an IP address.
     Tcp(OwnedFd, Option<SocketAddr>),
-    /// One that a worker has passed on to another: its place there is counted.
+    /// One that a worker has passed on to another: its permit there is counted.
     Passed(Arc<OwnedFd>, Option<SocketAddr>, Vec<u8>),
     /// One that a client asks for.
     Rdma(rdma::Incoming),
@@ -145,15 +145,15 @@ pub struct Worker {
     /// Its place among the workers.
     index: usize,
     mail: Receiver<Mail>,
-    incoming: Receiver<(RawConnection, Arc<Place>)>,
+    incoming: Receiver<(RawConnection, Arc<ConnectionPermit>)>,
     reactor: Reactor,
     arena: Arena,
     transport: mux::Server,
-    backend: Box<dyn Backend>,
+    engine: Box<dyn Engine>,
     connections: Slab<Connection>,
     /// Of all connections, those in their handshake among them. The transport holds them, too, and longer:
     /// until a socket is closed.
-    places: HashMap<ConnectionId, Arc<Place>>,
+    permits: HashMap<ConnectionId, Arc<ConnectionPermit>>,
     /// What addresses that connections are from have.
     addresses: Addresses,
     /// Connections that have got memory since it was last noted what all hold, or held some then.
@@ -246,7 +246,7 @@ impl Worker {
             )
         })?;
         let unregistered = reactor.register_arena(&arena).err();
-        let backend: Box<dyn Backend> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
+        let engine: Box<dyn Engine> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
             Box::new(Uring::new(&reactor))
         } else {
             Box::new(Threads::new(&reactor))
@@ -275,7 +275,7 @@ impl Worker {
         transport.set_heap_max(shared.heap_bytes);
         let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
         transport.set_queue_pair_memory(Box::new(move |address, bytes| {
-            let place = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
+            let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
                 counting.rejected_queue_pairs.add(1);
                 if log::permit(address, "queue pairs that were rejected") {
                     tracing::info!(
@@ -284,7 +284,7 @@ impl Worker {
                     );
                 }
             })?;
-            Ok(Box::new(place))
+            Ok(Box::new(permit))
         }));
         let placing = Arc::clone(&shared);
         transport.set_place(Box::new(move |peer| {
@@ -308,9 +308,9 @@ impl Worker {
             incoming,
             reactor,
             arena,
-            backend,
+            engine,
             connections: Slab::new(),
-            places: HashMap::new(),
+            permits: HashMap::new(),
             by_transport: Vec::new(),
             sessions: Slab::new(),
             sessions_by_id: HashMap::new(),
@@ -360,7 +360,7 @@ impl Worker {
         self.pass_on();
         // What the page cache had at once.
         self.take_completions();
-        self.handed_over |= self.backend.flush();
+        self.handed_over |= self.engine.flush();
         self.send_answers();
         self.publish();
         Ok(())
@@ -376,18 +376,18 @@ impl Worker {
         self.is_busy = happened.context("The event loop failed")?;
         for event in self.events.drain(..) {
             // The others are the worker's timers, which only wake it.
-            if event.token.owner == backend::OWNER {
-                self.backend.handle(event);
+            if event.token.owner == engine::OWNER {
+                self.engine.handle(event);
             }
         }
         Ok(())
     }
 
     fn take_mail(&mut self) {
-        while let Some((connection, place)) = self.incoming.take() {
+        while let Some((connection, permit)) = self.incoming.take() {
             self.is_busy = true;
             if self.drain.is_none() {
-                self.adopt(connection, place);
+                self.adopt(connection, permit);
             }
         }
         while let Some(mail) = self.mail.take() {
@@ -408,7 +408,7 @@ impl Worker {
         }
     }
 
-    fn adopt(&mut self, connection: RawConnection, place: Arc<Place>) {
+    fn adopt(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let peer = connection.peer();
         let adopted = match connection {
             RawConnection::Tcp(stream, _) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
@@ -427,15 +427,15 @@ impl Worker {
                 return;
             }
         };
-        self.transport.hold(id, Arc::clone(&place) as _);
-        self.places.insert(id, place);
+        self.transport.hold(id, Arc::clone(&permit) as _);
+        self.permits.insert(id, permit);
         if let Some(peer) = peer {
             self.peers.insert(id, peer);
         }
     }
 
     fn take_completions(&mut self) {
-        while let Some(completion) = self.backend.next() {
+        while let Some(completion) = self.engine.next() {
             self.is_busy = true;
             self.completed(completion);
         }
@@ -445,12 +445,12 @@ impl Worker {
     /// Passes on the connections that belong to other workers.
     fn pass_on(&mut self) {
         while let Some(passed) = self.transport.next_passed() {
-            if let (Some(workers), Some(place)) =
-                (self.shared.workers.get(), self.places.remove(&passed.connection))
+            if let (Some(workers), Some(permit)) =
+                (self.shared.workers.get(), self.permits.remove(&passed.connection))
             {
                 let peer = self.peers.remove(&passed.connection);
                 let connection = RawConnection::Passed(passed.stream, peer, passed.hello);
-                workers[passed.to].connections.send((connection, place));
+                workers[passed.to].connections.send((connection, permit));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What the commands mean: from raio's protocol to work for the backend.
+//! What the commands mean: from raio's protocol to work for the engine.
 //!
 //! Everything a client says is checked here. What it cannot know (a file that is not there, a range that is
 //! not aligned) is that request's failure, with a sentence; what only a broken client says ends the
@@ -15,7 +15,7 @@ use tracing::field::display;
 
 use super::Worker;
 use super::connection::{Connection, log_client};
-use crate::backend::FileInfo;
+use crate::engine::FileInfo;
 use crate::export::{Rejection, Shown, Target};
 use crate::limits::Excess;
 use crate::log;
@@ -226,7 +226,7 @@ impl Worker {
         let key = self.begin(connection, request.key, Work::Close);
         match file.own_fd() {
             // Another worker, or a request in flight, may be its last user.
-            Some(fd) => fd.report_close(self.backend.expect_completion(), key as u64),
+            Some(fd) => fd.report_close(self.engine.expect_completion(), key as u64),
             None => self.answer(key, success(0)),
         }
     }

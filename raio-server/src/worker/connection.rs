@@ -16,8 +16,8 @@ use tracing::field::display;
 
 use super::shares::{Holder, Share};
 use super::{Mail, Worker};
-use crate::backend;
 use crate::client::Client;
+use crate::engine;
 use crate::limits::Excess;
 use crate::log;
 use crate::request::{State, WorkerFile};
@@ -84,7 +84,7 @@ impl Worker {
             // they have ended since.
             self.shared.placement.add(self.index);
         }
-        let account = self.places.get(&id).and_then(|place| place.address().clone());
+        let account = self.permits.get(&id).and_then(|permit| permit.address().clone());
         let session = match self.sessions_by_id.get(&peer.session) {
             Some(&key) => key,
             None => {
@@ -154,7 +154,7 @@ impl Worker {
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
-        self.places.remove(&id);
+        self.permits.remove(&id);
         let peer = self.peers.remove(&id);
         let Some(key) = self.connection(id) else {
             self.counters.close_reason(reason);
@@ -184,7 +184,7 @@ impl Worker {
                 // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests[request].connection = None;
                 if let Some(pending) = self.requests[request].operation {
-                    self.backend.cancel(&mut self.reactor, request as u64, pending);
+                    self.engine.cancel(&mut self.reactor, request as u64, pending);
                 }
             } else {
                 self.remove_request(request);
@@ -262,7 +262,7 @@ impl Worker {
         drop(files);
         for file in self.shared.sessions.leave(&session) {
             if let Some(fd) = file.own_fd() {
-                fd.report_close(self.backend.expect_completion(), backend::DETACHED);
+                fd.report_close(self.engine.expect_completion(), engine::DETACHED);
                 self.closing += 1;
             }
         }

@@ -39,8 +39,8 @@ impl Worker {
         if Range::new(offset, length.into()).is_none() || self.withheld(connection, len).is_some() {
             return false;
         }
-        let backend = &mut self.backend;
-        let mut read = |bytes: &mut [u8]| backend.read_at_once(fd, bytes, offset).is_some();
+        let engine = &mut self.engine;
+        let mut read = |bytes: &mut [u8]| engine.try_read_cached(fd, bytes, offset).is_some();
         if !self.transport.respond_filled(name, len, &mut self.arena, &mut read) {
             return false;
         }

@@ -17,7 +17,7 @@ use seccompiler::{
 
 const ALLOWED: &[libc::c_long] = &[
     // Sockets, which are non-blocking. Closing one does not wait; files are closed by the pool
-    // (`backend::Descriptor`).
+    // (`engine::Descriptor`).
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,

@@ -10,8 +10,8 @@ use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange
 
 use super::connection::Connection;
 use super::{TIMER, Worker};
-use crate::backend::{self, Completion, Outcome};
 use crate::client::Client;
+use crate::engine::{self, Completion, Outcome};
 use crate::limits::Who;
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 
@@ -351,7 +351,7 @@ impl Worker {
                     let opened = opening.open(&shared.exports.all()[opening.export]);
                     Outcome::Opened(opened.map(Box::new))
                 };
-                request.operation = Some(self.backend.call(key as u64, &client, lane, Box::new(call)));
+                request.operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
                 return;
             }
             work => work.file().and_then(|file| file.open.fd()),
@@ -359,8 +359,7 @@ impl Worker {
         match fd {
             Some(fd) => {
                 let operation = request.work.first(slot);
-                request.operation =
-                    self.backend.submit(&mut self.reactor, key as u64, &client, fd, operation);
+                request.operation = self.engine.submit(&mut self.reactor, key as u64, &client, fd, operation);
             }
             None => {
                 let size = request.work.file().and_then(|file| file.open.fixed_size()).unwrap_or(0);
@@ -385,7 +384,7 @@ impl Worker {
     }
 
     pub(super) fn completed(&mut self, completion: Completion) {
-        if completion.key == backend::DETACHED {
+        if completion.key == engine::DETACHED {
             self.closing -= 1;
             return;
         }
@@ -405,14 +404,13 @@ impl Worker {
                 let client = self.client(key);
                 let request = &mut self.requests[key];
                 let fd = request.work.submitted_fd();
-                request.operation =
-                    self.backend.submit(&mut self.reactor, key as u64, &client, fd, operation);
+                request.operation = self.engine.submit(&mut self.reactor, key as u64, &client, fd, operation);
             }
             Step::Blocking(operation) => {
                 let client = self.client(key);
                 let request = &mut self.requests[key];
                 let fd = request.work.submitted_fd();
-                request.operation = Some(self.backend.submit_blocking(key as u64, &client, fd, operation));
+                request.operation = Some(self.engine.submit_blocking(key as u64, &client, fd, operation));
             }
         }
     }
@@ -538,7 +536,7 @@ impl Worker {
             State::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
             State::Executing => {
                 if let Some(operation) = request.operation {
-                    self.backend.cancel(&mut self.reactor, key as u64, operation);
+                    self.engine.cancel(&mut self.reactor, key as u64, operation);
                 }
             }
         }

@@ -67,8 +67,8 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
 fn connect(worker: &mut Worker) -> Client {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
-    let place = limits().connect(None).expect("a place");
-    worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(place));
+    let permit = limits().connect(None).expect("a permit");
+    worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {

@@ -6,8 +6,8 @@ use std::sync::Weak;
 use rustix::fs::{Mode, OFlags};
 
 use super::*;
-use crate::backend::{Call, Completion, Descriptor, Lane, Operation, Pending};
 use crate::client::Client;
+use crate::engine::{Call, Completion, Descriptor, Lane, Operation, Pending};
 
 const DEPTH: usize = 32;
 /// What the device gets of so many, and what is held back.
@@ -23,7 +23,7 @@ struct Late {
     reported: VecDeque<Completion>,
 }
 
-impl Backend for Late {
+impl Engine for Late {
     fn submit(
         &mut self,
         reactor: &mut Reactor,
@@ -68,7 +68,7 @@ impl Backend for Late {
     fn next(&mut self) -> Option<Completion> {
         while let Some(completion) = self.ring.next() {
             match completion.outcome {
-                backend::Outcome::Slot(_) => self.ended.push(completion),
+                engine::Outcome::Slot(_) => self.ended.push(completion),
                 _ => self.reported.push_back(completion),
             }
         }
@@ -91,7 +91,7 @@ fn late_bench() -> Option<(Bench, Rc<Cell<bool>>)> {
     }
     let mut worker = worker(&export(&directory), "0");
     let may_report = Rc::new(Cell::new(false));
-    worker.backend = Box::new(Late {
+    worker.engine = Box::new(Late {
         ring: Uring::new(&worker.reactor),
         may_report: Rc::clone(&may_report),
         reads: 0,

@@ -11,7 +11,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, Completion, DETACHED, Descriptor, FileInfo, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
-use crate::limits::FilePlace;
+use crate::limits::FilePermit;
 use crate::{clear, pool};
 
 /// One or several operations that a thread carries out one after another. Their completions come together.
@@ -32,7 +32,7 @@ pub(super) struct Task {
 enum What {
     On(Arc<Descriptor>, Operation),
     Call(Call),
-    Close(OwnedFd, Option<Arc<FilePlace>>),
+    Close(OwnedFd, Option<Arc<FilePermit>>),
 }
 
 impl Task {
@@ -102,7 +102,7 @@ impl Job {
     /// close(2), after which the file's place is free, and whom to tell how it went.
     pub(super) fn close(
         fd: OwnedFd,
-        place: Option<Arc<FilePlace>>,
+        place: Option<Arc<FilePermit>>,
         report: Option<(Sender<Completion>, u64)>,
     ) -> Self {
         let (to, key) = report.map_or((None, DETACHED), |(to, key)| (Some(to), key));

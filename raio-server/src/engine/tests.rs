@@ -1,4 +1,4 @@
-//! What both backends promise, over real files. Each test runs over the ring (where the kernel has one) and
+//! What both engines promise, over real files. Each test runs over the ring (where the kernel has one) and
 //! over threads.
 
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use super::*;
 struct Bench {
     name: &'static str,
     reactor: Reactor,
-    backend: Box<dyn Backend>,
+    engine: Box<dyn Engine>,
     arena: Arena,
     lanes: Lanes,
     client: Arc<Client>,
@@ -32,10 +32,10 @@ fn each(test: impl Fn(&mut Bench)) {
         }
         let arena = Arena::new(4 << 20, 1 << 20).unwrap();
         reactor.register_arena(&arena).unwrap();
-        let backend: Box<dyn Backend> =
+        let engine: Box<dyn Engine> =
             if threads { Box::new(Threads::new(&reactor)) } else { Box::new(Uring::new(&reactor)) };
         let (lanes, client) = (Lanes::new(Pool::start().unwrap(), 0), Client::new(None));
-        test(&mut Bench { name, reactor, backend, arena, lanes, client });
+        test(&mut Bench { name, reactor, engine, arena, lanes, client });
     }
 }
 
@@ -54,21 +54,21 @@ impl Bench {
     fn next(&mut self) -> Completion {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut events = Vec::new();
-        self.backend.flush();
+        self.engine.flush();
         loop {
-            if let Some(completion) = self.backend.next() {
+            if let Some(completion) = self.engine.next() {
                 return completion;
             }
             assert!(Instant::now() < deadline, "{}: no completion came", self.name);
             self.reactor.run_once(Wait::Block, &mut events).unwrap();
             for event in events.drain(..) {
-                self.backend.handle(event);
+                self.engine.handle(event);
             }
         }
     }
 
     fn run(&mut self, file: &Arc<Descriptor>, operation: Operation) -> Completion {
-        self.backend.submit(&mut self.reactor, 77, &Arc::downgrade(&self.client), file, operation);
+        self.engine.submit(&mut self.reactor, 77, &Arc::downgrade(&self.client), file, operation);
         let completion = self.next();
         assert_eq!(completion.key, 77);
         completion
@@ -154,7 +154,7 @@ fn files_are_asked_flushed_and_closed() {
         assert_eq!(info.status.links.get(), 1);
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: false }).result, Ok(0));
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: true }).result, Ok(0));
-        file.report_close(bench.backend.expect_completion(), 5);
+        file.report_close(bench.engine.expect_completion(), 5);
         drop(file);
         let completion = bench.next();
         assert_eq!((completion.key, completion.result), (5, Ok(0)));
@@ -166,7 +166,7 @@ fn calls_return_what_they_come_to() {
     each(|bench| {
         let lane = bench.lanes.control;
         let opened = || Err(Rejection { status: raio_transport::Status::OK, text: "no".into() });
-        bench.backend.call(
+        bench.engine.call(
             6,
             &Arc::downgrade(&bench.client),
             lane,
@@ -183,11 +183,11 @@ fn a_call_that_panics_has_failed_and_its_lane_is_as_wide_as_before() {
     each(|bench| {
         let (client, lane) = (Arc::downgrade(&bench.client), bench.lanes.control);
         for key in 0..2 * CONTROL_WIDTH as u64 {
-            bench.backend.call(key, &client, lane, Box::new(|| panic!("a test says that this is a bug")));
+            bench.engine.call(key, &client, lane, Box::new(|| panic!("a test says that this is a bug")));
             let completion = bench.next();
             assert_eq!((completion.key, completion.result), (key, Err(libc::EIO)));
         }
-        bench.backend.call(77, &client, lane, Box::new(|| Outcome::None));
+        bench.engine.call(77, &client, lane, Box::new(|| Outcome::None));
         assert_eq!(bench.next().result, Ok(0));
     });
 }
@@ -200,7 +200,7 @@ fn what_there_is_no_thread_for_ends_with_eagain_and_gives_its_slot_back() {
         let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
         let write = Operation::Write { source, offset: 0 };
         let task = job::Task::on(8, &Arc::downgrade(&bench.client), &file, write);
-        let job = Job::new(bench.backend.expect_completion(), vec![task]);
+        let job = Job::new(bench.engine.expect_completion(), vec![task]);
         assert!(pool::Job::reject(job).is_none());
         let completion = bench.next();
         assert_eq!((completion.key, completion.result), (8, Err(libc::EAGAIN)));
@@ -235,7 +235,7 @@ fn many_operations_at_once_each_end_once() {
         let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
         for key in 0..200u64 {
             let source = SlotRange { slot: bench.slot(&[key as u8; 512]), start: 0, len: 512 };
-            bench.backend.submit(
+            bench.engine.submit(
                 &mut bench.reactor,
                 key,
                 &Arc::downgrade(&bench.client),
@@ -246,7 +246,7 @@ fn many_operations_at_once_each_end_once() {
         let mut keys: Vec<_> = (0..200).map(|_| bench.next()).map(|c| (c.key, c.result)).collect();
         keys.sort_unstable();
         assert_eq!(keys, (0..200).map(|key| (key, Ok(512))).collect::<Vec<_>>());
-        assert!(bench.backend.next().is_none());
+        assert!(bench.engine.next().is_none());
         assert_eq!(bench.arena.used_bytes(), 0, "{}: a slot is lost", bench.name);
     });
 }
@@ -258,14 +258,14 @@ fn what_is_cancelled_ends_once_and_gives_its_slot_back() {
         let file = bench.open(&directory.path().join("file"), OFlags::RDWR | OFlags::CREATE);
         for key in 0..100u64 {
             let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
-            let id = bench.backend.submit(
+            let id = bench.engine.submit(
                 &mut bench.reactor,
                 key,
                 &Arc::downgrade(&bench.client),
                 &file,
                 Operation::Write { source, offset: key * 4096 },
             );
-            bench.backend.cancel(&mut bench.reactor, key, id.expect("it has not ended"));
+            bench.engine.cancel(&mut bench.reactor, key, id.expect("it has not ended"));
         }
         for _ in 0..100 {
             let completion = bench.next();

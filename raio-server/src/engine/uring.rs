@@ -1,4 +1,4 @@
-//! The backend over the reactor's io_uring.
+//! The engine over the reactor's io_uring.
 //!
 //! What is in the page cache is read at once, by a plain system call: the ring would do the same within its
 //! submission, with more ado. The ring has what the kernel does without a thread: O_DIRECT, with RWF_NOWAIT,
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Sender, Token};
 use rustix::io::{Errno, preadv2};
 
-use super::{Backend, Call, Completion, Descriptor, Lane, Miss, OWNER, Operation, Outcome, Pending, Threads};
+use super::{Call, Completion, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome, Pending, Threads};
 use crate::client::Client;
 
 /// A read of memory that takes so long has waited, most likely for what was swapped out. After two of them...
@@ -73,7 +73,7 @@ impl Uring {
     }
 }
 
-impl Backend for Uring {
+impl Engine for Uring {
     fn submit(
         &mut self,
         reactor: &mut Reactor,
@@ -125,7 +125,7 @@ impl Backend for Uring {
         self.lanes.call(key, client, lane, call)
     }
 
-    fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
+    fn try_read_cached(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
         let n = self.read_cached(file, bytes, offset)?.ok()?;
         (n as usize == bytes.len()).then_some(())
     }

@@ -1,7 +1,7 @@
 //! How operations on files are carried out: the third seam, beside the two roles of a transport.
 //!
 //! An operation owns its slot and a share in its file; the slot comes back in the [`Completion`] that ends
-//! it: one for each operation. A backend belongs to one worker, which lends it the reactor. Nothing here
+//! it: one for each operation. An engine belongs to one worker, which lends it the reactor. Nothing here
 //! makes the worker's thread wait for a disk or a file system: what may wait runs in a lane of the [`pool`],
 //! see [`Job`].
 
@@ -28,7 +28,7 @@ use misses::{Miss, Misses};
 pub use threads::Threads;
 pub use uring::Uring;
 
-/// The owner number of a backend's tokens; far from those of the transports.
+/// The owner number of an engine's tokens; far from those of the transports.
 pub const OWNER: u8 = 0x80;
 
 /// The key of operations whose end interests nobody.
@@ -134,7 +134,7 @@ pub enum Outcome {
     None,
     /// The slot of a read or write, as it was passed.
     Slot(SlotRange),
-    /// The same, of one that would have had to wait: it is to be submitted with [`Backend::submit_blocking`].
+    /// The same, of one that would have had to wait: it is to be submitted with [`Engine::submit_blocking`].
     WouldBlock(SlotRange),
     /// How many bytes, from its start, a discard, write zeroes or allocate has done.
     Cleared(u64),
@@ -156,7 +156,7 @@ pub struct FileInfo {
 /// The end of an operation.
 #[derive(Debug)]
 pub struct Completion {
-    /// From [`Backend::submit`].
+    /// From [`Engine::submit`].
     pub key: u64,
     /// What the system call returned: a count, or the errno. EAGAIN: there is no thread for it.
     pub result: Result<u32, i32>,
@@ -164,7 +164,7 @@ pub struct Completion {
     pub outcome: Outcome,
 }
 
-/// Where an operation is, for [`Backend::cancel`].
+/// Where an operation is, for [`Engine::cancel`].
 #[derive(Clone, Copy, Debug)]
 pub enum Pending {
     /// In the reactor.
@@ -177,9 +177,9 @@ pub enum Pending {
 pub type Call = Box<dyn FnOnce() -> Outcome + Send>;
 
 /// Carries out operations on files.
-pub trait Backend {
+pub trait Engine {
     /// Begins an operation. What has to wait before it begins is cancelled if `client` has gone by then. Its
-    /// completion comes from a later [`Backend::next`]. What is returned is for [`Backend::cancel`]; None if
+    /// completion comes from a later [`Engine::next`]. What is returned is for [`Engine::cancel`]; None if
     /// it has ended.
     fn submit(
         &mut self,
@@ -203,8 +203,8 @@ pub trait Backend {
     fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending;
 
     /// Fills `bytes` from the page cache. None if that has not all of it, or it cannot be known:
-    /// [`Backend::submit`] does more.
-    fn read_at_once(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
+    /// [`Engine::submit`] does more.
+    fn try_read_cached(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {
         let _ = (file, bytes, offset);
         None
     }

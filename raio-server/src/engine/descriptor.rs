@@ -7,7 +7,7 @@ use raio_transport::reactor::Sender;
 use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
-use crate::limits::FilePlace;
+use crate::limits::FilePermit;
 
 use super::{Completion, Job, Lanes};
 use crate::log;
@@ -32,7 +32,7 @@ pub struct Descriptor {
     lanes: Lanes,
     on_close: OnceLock<(Sender<Completion>, u64)>,
     /// Counts it, until close(2) has returned.
-    place: OnceLock<Arc<FilePlace>>,
+    place: OnceLock<Arc<FilePermit>>,
     /// How to read what is in the page cache without waiting. None: it is not read from there.
     pub(super) cached_reads: Option<ReadWriteFlags>,
     /// Writes go to the page cache and may stay there.
@@ -91,7 +91,7 @@ impl Descriptor {
     }
 
     /// It counts as this place until close(2) has returned. Once at most.
-    pub fn takes(&self, place: Arc<FilePlace>) {
+    pub fn takes(&self, place: Arc<FilePermit>) {
         let taken = self.place.set(place);
         debug_assert!(taken.is_ok(), "a file is counted once");
     }

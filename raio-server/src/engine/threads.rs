@@ -1,4 +1,4 @@
-//! The backend of blocking system calls: everything runs in lanes. For where io_uring is forbidden, and for
+//! The engine of blocking system calls: everything runs in lanes. For where io_uring is forbidden, and for
 //! what it cannot do without waiting.
 //!
 //! Completions come back through a mailbox, which wakes the worker.
@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use raio_transport::reactor::{Event, Reactor, Receiver, Sender, mailbox};
 
 use super::job::{Task, take};
-use super::{Backend, Call, Completion, Descriptor, Job, Lane, Operation, Pending};
+use super::{Call, Completion, Descriptor, Engine, Job, Lane, Operation, Pending};
 use crate::client::Client;
 use crate::pool::Ticket;
 
@@ -52,7 +52,7 @@ impl Threads {
     }
 }
 
-impl Backend for Threads {
+impl Engine for Threads {
     fn submit(
         &mut self,
         _reactor: &mut Reactor,
@@ -135,7 +135,7 @@ impl Backend for Threads {
     }
 
     fn handle(&mut self, event: Event) {
-        unreachable!("this backend submits nothing to the reactor, yet there is {event:?}");
+        unreachable!("this engine submits nothing to the reactor, yet there is {event:?}");
     }
 
     fn next(&mut self) -> Option<Completion> {
