@@ -1,46 +1,48 @@
-//! A server's silence, as the client's side of every transport judges it: first it pings, then it gives the
-//! server up.
+//! Keepalive, as a client does it on every transport: a server that owes something and is silent is pinged,
+//! and then given up.
 //!
-//! It is given up only some time after a ping: if its client did not come here for long, the silence was not
-//! the server's. The transport says when it asks and hears, and what is owed; what a ping looks like is its
-//! own business.
+//! It is given up only some time after a ping: if its client did not look for long, the silence was not the
+//! server's. Time is passed in; what a ping looks like and how it is sent is the caller's business.
 
 use std::time::{Duration, Instant};
 
 use crate::handshake::Grant;
 use crate::message::UNASKED_PONG;
 
+/// When the server was last heard, when it was last pinged, and what follows from it.
 #[derive(Debug)]
 pub(crate) struct Keepalive {
-    keepalive: Duration,
+    interval: Duration,
     request_timeout: Duration,
     last_rx: Instant,
     /// Since when something has been outstanding.
-    asked: Instant,
-    /// The number of the last ping, and when it was sent, if that was since the server was last heard.
+    last_idle: Instant,
+    /// The number of the last ping, and when it was sent, if nothing was received since.
     pings: u64,
     pinged: Option<Instant>,
     /// When a ping that the caller asked for must have been answered.
     ping_deadline: Option<Instant>,
 }
 
-/// What silence calls for.
+/// What is to be done about a silent server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Action {
+    /// Nothing before [`Keepalive::deadline`].
     Wait,
+    /// Send a ping: [`Keepalive::on_ping`].
     Ping,
     /// Give it up, if there is nothing to be read either.
     TimedOut,
 }
 
 impl Keepalive {
-    pub fn new(grant: &Grant) -> Self {
-        let now = Instant::now();
+    /// For a connection that was made with this grant at `now`.
+    pub fn new(grant: &Grant, now: Instant) -> Self {
         Self {
-            keepalive: grant.keepalive,
+            interval: grant.keepalive,
             request_timeout: grant.keepalive * 3,
             last_rx: now,
-            asked: now,
+            last_idle: now,
             pings: 0,
             pinged: None,
             ping_deadline: None,
@@ -52,27 +54,27 @@ impl Keepalive {
         self.request_timeout = timeout.max(Duration::from_millis(1));
     }
 
-    /// When the server was last heard.
+    /// When something was last received.
     pub fn last_rx(&self) -> Instant {
         self.last_rx
     }
 
-    /// Something has come from the server.
-    pub fn on_receive(&mut self) {
-        self.last_rx = Instant::now();
+    /// Something was received.
+    pub fn on_receive(&mut self, now: Instant) {
+        self.last_rx = now;
         self.pinged = None;
         self.ping_deadline = None;
     }
 
     /// From now on something is outstanding, and nothing was before.
-    pub fn on_send(&mut self) {
-        self.asked = Instant::now();
+    pub fn on_send(&mut self, now: Instant) {
+        self.last_idle = now;
     }
 
     /// The number for a ping that is sent now.
-    pub fn ping(&mut self) -> u64 {
+    pub fn on_ping(&mut self, now: Instant) -> u64 {
         self.pings += 1;
-        self.pinged = Some(Instant::now());
+        self.pinged = Some(now);
         self.pings
     }
 
@@ -81,20 +83,20 @@ impl Keepalive {
         id == UNASKED_PONG || id <= self.pings
     }
 
-    /// The server must be heard within this time, whatever it owes.
-    pub fn expect_within(&mut self, timeout: Duration) {
-        self.ping_deadline = Some(Instant::now() + timeout);
+    /// Something must be received by `deadline`, whatever the server owes.
+    pub fn expect_by(&mut self, deadline: Instant) {
+        self.ping_deadline = Some(deadline);
     }
 
     fn ping_after(&self) -> Duration {
-        self.keepalive.min(self.request_timeout / 3)
+        self.interval.min(self.request_timeout / 3)
     }
 
     /// When the server is next to be pinged, or to be given up. `owes`: something is outstanding.
     pub fn deadline(&self, owes: bool) -> Option<Instant> {
         let after = self.ping_after();
         let owed = owes.then(|| {
-            let since = self.last_rx.max(self.asked);
+            let since = self.last_rx.max(self.last_idle);
             match self.pinged {
                 None => since + after,
                 Some(pinged) => (since + self.request_timeout).max(pinged + (self.request_timeout - after)),
@@ -103,7 +105,7 @@ impl Keepalive {
         owed.into_iter().chain(self.ping_deadline).min()
     }
 
-    /// What is to be done now.
+    /// What is to be done now. `owes`: something is outstanding.
     pub fn action(&self, now: Instant, owes: bool) -> Action {
         if self.deadline(owes).is_none_or(|end| now < end) {
             Action::Wait
@@ -112,5 +114,102 @@ impl Keepalive {
         } else {
             Action::TimedOut
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// One whose interval is a second, so that the request timeout is three, and when it was made.
+    fn keepalive() -> (Keepalive, Instant) {
+        let grant = Grant {
+            version: 1,
+            features: 0,
+            server: [0; 16],
+            queue_depth: 1,
+            data_bytes_max: 4096,
+            inline_bytes_max: 0,
+            keepalive: SECOND,
+            queue_pair: false,
+        };
+        let start = Instant::now();
+        (Keepalive::new(&grant, start), start)
+    }
+
+    #[test]
+    fn a_server_that_owes_nothing_may_be_silent() {
+        let (keepalive, start) = keepalive();
+        assert_eq!(keepalive.deadline(false), None);
+        assert_eq!(keepalive.action(start + 1000 * SECOND, false), Action::Wait);
+    }
+
+    #[test]
+    fn a_silent_server_is_pinged_once_then_given_up() {
+        let (mut keepalive, start) = keepalive();
+        keepalive.on_send(start + 10 * SECOND);
+        let at = |tenths: u32| start + 10 * SECOND + SECOND / 10 * tenths;
+        assert_eq!(keepalive.action(at(9), true), Action::Wait);
+        assert_eq!(keepalive.action(at(10), true), Action::Ping);
+        assert_eq!(keepalive.on_ping(at(10)), 1);
+        for tenths in 10..30 {
+            assert_eq!(keepalive.action(at(tenths), true), Action::Wait, "{tenths}");
+        }
+        assert_eq!(keepalive.deadline(true), Some(at(30)));
+        assert_eq!(keepalive.action(at(30), true), Action::TimedOut);
+    }
+
+    #[test]
+    fn whatever_is_received_puts_off_the_next_ping() {
+        let (mut keepalive, start) = keepalive();
+        keepalive.on_send(start);
+        keepalive.on_ping(start + SECOND);
+        keepalive.on_receive(start + 2 * SECOND);
+        assert_eq!(keepalive.last_rx(), start + 2 * SECOND);
+        assert_eq!(keepalive.deadline(true), Some(start + 3 * SECOND));
+        assert_eq!(keepalive.action(start + 3 * SECOND, true), Action::Ping);
+    }
+
+    #[test]
+    fn a_client_that_did_not_look_for_long_pings_first() {
+        let (mut keepalive, start) = keepalive();
+        keepalive.on_send(start);
+        let late = start + 100 * SECOND;
+        assert_eq!(keepalive.action(late, true), Action::Ping);
+        keepalive.on_ping(late);
+        assert_eq!(keepalive.deadline(true), Some(late + 2 * SECOND));
+    }
+
+    #[test]
+    fn a_ping_of_the_callers_must_be_answered_in_time_although_nothing_is_owed() {
+        let (mut keepalive, start) = keepalive();
+        keepalive.on_ping(start);
+        keepalive.expect_by(start + SECOND / 2);
+        assert_eq!(keepalive.action(start + SECOND / 4, false), Action::Wait);
+        assert_eq!(keepalive.action(start + SECOND / 2, false), Action::TimedOut);
+        keepalive.on_receive(start + SECOND / 2);
+        assert_eq!(keepalive.action(start + SECOND, false), Action::Wait);
+    }
+
+    #[test]
+    fn only_pongs_that_were_asked_for_may_come() {
+        let (mut keepalive, start) = keepalive();
+        assert!(keepalive.permits_pong(UNASKED_PONG));
+        assert!(!keepalive.permits_pong(1));
+        let id = keepalive.on_ping(start);
+        assert!(keepalive.permits_pong(id));
+        assert!(!keepalive.permits_pong(id + 1));
+    }
+
+    #[test]
+    fn a_short_request_timeout_has_the_ping_come_sooner() {
+        let (mut keepalive, start) = keepalive();
+        keepalive.set_request_timeout(SECOND * 3 / 10);
+        keepalive.on_send(start);
+        assert_eq!(keepalive.deadline(true), Some(start + SECOND / 10));
+        keepalive.on_ping(start + SECOND / 10);
+        assert_eq!(keepalive.deadline(true), Some(start + SECOND * 3 / 10));
     }
 }

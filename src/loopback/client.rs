@@ -94,7 +94,7 @@ impl Client {
             limits: grant.limits(),
             outstanding: Outstanding::new(&grant),
             queue: VecDeque::new(),
-            keepalive: Keepalive::new(&grant),
+            keepalive: Keepalive::new(&grant, Instant::now()),
             failure: None,
             lost: Status::OK,
             counters: ClientCounters::default(),
@@ -249,14 +249,14 @@ impl Client {
         }
         let verdict = self.keepalive.action(now, !self.outstanding.is_empty());
         if verdict == Action::Ping {
-            self.queue_ping();
+            self.queue_ping(now);
             self.flush();
         }
         verdict == Action::TimedOut
     }
 
-    fn queue_ping(&mut self) {
-        let id = self.keepalive.ping();
+    fn queue_ping(&mut self, now: Instant) {
+        let id = self.keepalive.on_ping(now);
         let mut ping = Vec::new();
         message::encode_ping(id, self.limits.crc, &mut ping);
         self.queue.push_back((None, ping));
@@ -300,7 +300,7 @@ impl ClientTransport for Client {
             "a request exceeds the grant"
         );
         if self.outstanding.is_empty() {
-            self.keepalive.on_send();
+            self.keepalive.on_send(Instant::now());
         }
         let id = match self.outstanding.insert(Pending { tag, bulk: Held::Here(bulk) }, control) {
             Ok(id) => id,
@@ -384,7 +384,7 @@ impl ClientTransport for Client {
             let gone = end.has_lost_peer();
             if let Some(message) = end.receive() {
                 arrived = true;
-                self.keepalive.on_receive();
+                self.keepalive.on_receive(Instant::now());
                 if let Err(violation) = self.take_in(&message, replies) {
                     self.fail_violation(violation);
                 }
@@ -443,8 +443,9 @@ impl ClientTransport for Client {
 
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
-            self.queue_ping();
-            self.keepalive.expect_within(timeout);
+            let now = Instant::now();
+            self.queue_ping(now);
+            self.keepalive.expect_by(now + timeout);
             self.flush();
         }
     }

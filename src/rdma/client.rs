@@ -288,7 +288,7 @@ impl Client {
             is_armed: false,
             is_watched: false,
             looked: Instant::now(),
-            keepalive: Keepalive::new(&grant),
+            keepalive: Keepalive::new(&grant, Instant::now()),
             process: process(),
             grant,
             limits: grant.limits(),
@@ -489,7 +489,7 @@ impl Client {
             }
         }
         if arrived {
-            self.keepalive.on_receive();
+            self.keepalive.on_receive(Instant::now());
             self.counters.receives += 1;
             if let Some(qp) = &mut self.qp
                 && let Err(error) = qp.post_receives()
@@ -752,8 +752,8 @@ impl Client {
         }
     }
 
-    fn queue_ping(&mut self) {
-        let id = self.keepalive.ping();
+    fn queue_ping(&mut self, now: Instant) {
+        let id = self.keepalive.on_ping(now);
         let start = self.head.len();
         message::encode_ping(id, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
@@ -771,7 +771,7 @@ impl Client {
         }
         let verdict = self.keepalive.action(now, !self.outstanding.is_empty());
         if verdict == Action::Ping {
-            self.queue_ping();
+            self.queue_ping(now);
             self.flush();
         }
         verdict == Action::TimedOut
@@ -882,7 +882,7 @@ impl ClientTransport for Client {
             "a request exceeds the grant"
         );
         if self.outstanding.is_empty() {
-            self.keepalive.on_send();
+            self.keepalive.on_send(Instant::now());
         }
         let id = match self.outstanding.insert(Pending { tag, bulk: Bulk::None, bounce: None }, control) {
             Ok(id) => id,
@@ -1059,8 +1059,9 @@ impl ClientTransport for Client {
 
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
-            self.queue_ping();
-            self.keepalive.expect_within(timeout);
+            let now = Instant::now();
+            self.queue_ping(now);
+            self.keepalive.expect_by(now + timeout);
             self.flush();
         }
     }

@@ -184,7 +184,7 @@ impl Client {
             early: None,
             done: Vec::new(),
             upgrade: Upgrade::None,
-            keepalive: Keepalive::new(&grant),
+            keepalive: Keepalive::new(&grant, Instant::now()),
             process: process(),
             failure: None,
             lost: Status::OK,
@@ -390,8 +390,8 @@ impl Client {
         }
     }
 
-    fn queue_ping(&mut self) {
-        let id = self.keepalive.ping();
+    fn queue_ping(&mut self, now: Instant) {
+        let id = self.keepalive.on_ping(now);
         let start = self.head.len();
         message::encode_ping(id, self.limits.crc, &mut self.head);
         let head_len = self.head.len() - start;
@@ -587,7 +587,7 @@ impl Client {
         }
         let verdict = self.keepalive.action(now, self.is_owed());
         if verdict == Action::Ping {
-            self.queue_ping();
+            self.queue_ping(now);
             self.flush();
         }
         verdict == Action::TimedOut
@@ -621,7 +621,7 @@ impl ClientTransport for Client {
             .insert(Pending { tag, bulk, queued: true }, control)
             .map_err(|pending| NotSent(pending.bulk))?;
         if was_idle {
-            self.keepalive.on_send();
+            self.keepalive.on_send(Instant::now());
         }
         self.large += largeness;
         let start = self.head.len();
@@ -685,7 +685,7 @@ impl ClientTransport for Client {
                 Ok((0, _)) => self.fail_lost(libc::ECONNRESET, "the server closed it"),
                 Ok((_, again)) => {
                     self.counters.receives += 1;
-                    self.keepalive.on_receive();
+                    self.keepalive.on_receive(Instant::now());
                     arrived = true;
                     reads += 1;
                     more = again && reads < READS_MAX;
@@ -778,8 +778,9 @@ impl ClientTransport for Client {
 
     fn ping(&mut self, timeout: Duration) {
         if self.failure.is_none() {
-            self.queue_ping();
-            self.keepalive.expect_within(timeout);
+            let now = Instant::now();
+            self.queue_ping(now);
+            self.keepalive.expect_by(now + timeout);
             self.flush();
         }
     }
