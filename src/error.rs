@@ -87,15 +87,14 @@ pub enum Violation {
     #[error("the first bytes are not raio's: the peer speaks another protocol")]
     Magic,
     /// No protocol version in common.
-    #[error(
-        "no protocol version in common: the peer speaks {min} to {max}, this side {}",
-        crate::message::VERSION
-    )]
+    #[error("no protocol version in common: the peer speaks {min} to {max}, this side {ours}")]
     Version {
         /// The peer's oldest.
         min: u16,
         /// The peer's newest.
         max: u16,
+        /// The one that this side speaks.
+        ours: u16,
     },
     /// The handshake did not finish in time.
     #[error("the handshake did not finish in time")]

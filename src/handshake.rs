@@ -178,7 +178,7 @@ impl Policy {
             return Err(Violation::Field);
         }
         if !(min..=max).contains(&VERSION) {
-            return Err(Violation::Version { min, max });
+            return Err(Violation::Version { min, max, ours: VERSION });
         }
         let mut name = None;
         let mut queue_pair = false;

@@ -541,6 +541,29 @@ fn overlap(at: usize, len: usize, range: &Range<usize>) -> Range<usize> {
     start..end.max(start)
 }
 
+/// A part of a slot. The slot moves along.
+#[derive(Debug)]
+pub struct SlotRange {
+    /// The slot.
+    pub slot: Slot,
+    /// Where the part begins.
+    pub start: usize,
+    /// How long it is.
+    pub len: usize,
+}
+
+impl SlotRange {
+    /// The part's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.slot.bytes()[self.start..self.start + self.len]
+    }
+
+    /// The same, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.slot.bytes_mut()[self.start..self.start + self.len]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

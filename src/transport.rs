@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
+pub use crate::memory::SlotRange;
 use crate::memory::{Arena, Buffers, Region, Slot};
+use crate::message::QueuePairAddress;
 use crate::reactor::{Event, Reactor, Wait};
 
 /// A connection of a server's transport: an index that is reused and a generation that is not.
@@ -96,29 +98,6 @@ pub struct Response {
     pub data: Option<SlotRange>,
 }
 
-/// A part of a slot. The slot moves along.
-#[derive(Debug)]
-pub struct SlotRange {
-    /// The slot.
-    pub slot: Slot,
-    /// Where the part begins.
-    pub start: usize,
-    /// How long it is.
-    pub len: usize,
-}
-
-impl SlotRange {
-    /// The part's bytes.
-    pub fn bytes(&self) -> &[u8] {
-        &self.slot.bytes()[self.start..self.start + self.len]
-    }
-
-    /// The same, to be written.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.slot.bytes_mut()[self.start..self.start + self.len]
-    }
-}
-
 /// What a server's transport tells its worker.
 #[derive(Debug)]
 pub enum ServerEvent {
@@ -135,6 +114,21 @@ pub enum ServerEvent {
     /// further event names it; slots that the transport holds for it come free when the kernel or the NIC has
     /// let go of them.
     Closed(ConnectionId, CloseReason),
+}
+
+/// A client that wants its connection to move to a queue pair.
+#[derive(Debug)]
+pub struct UpgradeRequest {
+    /// The connection. It waits for the answer.
+    pub connection: ConnectionId,
+    /// Who it is, and what it was granted.
+    pub peer: Peer,
+    /// Where its queue pair is.
+    pub theirs: QueuePairAddress,
+    /// The addresses of both ends of the connection, if they are IP addresses.
+    pub local: Option<IpAddr>,
+    /// The client's.
+    pub remote: Option<IpAddr>,
 }
 
 /// Why a connection ended.

@@ -276,7 +276,7 @@ mod tests {
         use Violation as V;
         let violations = [
             V::Magic,
-            V::Version { min: 0, max: 0 },
+            V::Version { min: 0, max: 0, ours: 0 },
             V::HandshakeTimeout,
             V::HandshakeTooLong,
             V::RequiredOption(0),

@@ -14,9 +14,8 @@ use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Message, QueuePair, Size};
 use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status};
-use crate::memory::{Arena, Slot};
+use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, QueuePairAddress, RemoteRegion};
-use crate::transport::SlotRange;
 
 /// Receives that may be posted.
 const RECEIVES_MAX: usize = 1100;

@@ -30,7 +30,7 @@ pub fn check_request(private: &[u8]) -> Result<(), (i32, String)> {
     if (min..=max).contains(&VERSION) {
         return Ok(());
     }
-    let violation = crate::Violation::Version { min, max };
+    let violation = crate::Violation::Version { min, max, ours: VERSION };
     Err((violation.errno(), format!("{violation}.")))
 }
 

@@ -18,9 +18,8 @@ use super::cm::{ACK_TIMEOUT, Id, RETRIES, RNR_RETRIES};
 use super::device::{Access, CompletionChannel, Domain, Limits, Mr, PortAddress};
 use super::verbs::{self, Verbs, check, ibv_sge, ibv_wc, not_null};
 use crate::error::Error;
-use crate::memory::{Arena, Slot};
+use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{Link, QueuePairAddress};
-use crate::transport::SlotRange;
 
 /// Short messages are copied into their work request, where the device can.
 const INLINE_BYTES: u32 = 220;

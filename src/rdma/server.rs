@@ -31,10 +31,9 @@ use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Mapping, Slot};
 use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
-use crate::tcp::UpgradeRequest;
 use crate::transport::{
     ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, Request, RequestKey, Response, ServerEvent,
-    ServerTransport, SlotRange,
+    ServerTransport, SlotRange, UpgradeRequest,
 };
 
 /// A connection's share of a turn, in completions.

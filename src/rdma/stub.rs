@@ -220,7 +220,7 @@ impl Server {
     pub fn pair_up(
         &mut self,
         _: &mut Reactor,
-        _: &tcp::UpgradeRequest,
+        _: &crate::transport::UpgradeRequest,
     ) -> Result<(ConnectionId, QueuePairAddress), Error> {
         match self.0 {}
     }

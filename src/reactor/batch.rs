@@ -3,8 +3,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use crate::memory::Arena;
-use crate::transport::SlotRange;
+use crate::memory::{Arena, SlotRange};
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;

@@ -40,8 +40,7 @@ pub use tcp_info::{TcpInfo, bound_tcp_retries};
 pub use timers::TimerId;
 
 use crate::busy_poll::BusyPoll;
-use crate::memory::Arena;
-use crate::transport::SlotRange;
+use crate::memory::{Arena, SlotRange};
 
 /// The most that [`Reactor::expect`] makes of it.
 const EXPECTED_MAX: usize = 10;

@@ -19,8 +19,7 @@ use slab::Slab;
 use super::nonblocking::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Payload, Token, Waker};
-use crate::memory::{Arena, FIXED_CHUNK_BYTES};
-use crate::transport::SlotRange;
+use crate::memory::{Arena, FIXED_CHUNK_BYTES, SlotRange};
 
 /// `user_data` of submissions whose completions mean nothing to anybody.
 const IGNORED: u64 = u64::MAX;

@@ -13,7 +13,6 @@ mod watch;
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -29,7 +28,7 @@ use crate::reactor::{
 };
 use crate::transport::{
     ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport,
-    SlotRange,
+    SlotRange, UpgradeRequest,
 };
 use watch::Watched;
 
@@ -118,21 +117,6 @@ pub struct Passed {
     pub stream: Arc<OwnedFd>,
     /// All that was received: its hello, and what came behind it. For [`Server::adopt_passed`].
     pub hello: Vec<u8>,
-}
-
-/// A client that wants its connection to move to a queue pair.
-#[derive(Debug)]
-pub struct UpgradeRequest {
-    /// The connection. It waits for [`Server::answer_upgrade`].
-    pub connection: ConnectionId,
-    /// Who it is, and what it was granted.
-    pub peer: Peer,
-    /// Where its queue pair is.
-    pub theirs: QueuePairAddress,
-    /// The addresses of both ends of the connection, if they are IP addresses.
-    pub local: Option<IpAddr>,
-    /// The client's.
-    pub remote: Option<IpAddr>,
 }
 
 /// Whether a connection moves to a queue pair.

@@ -116,7 +116,7 @@ contract! {
         for (min, max) in [(VERSION + 1, VERSION + 4), (0, VERSION - 1)] {
             let mut hello = hello();
             (hello.version_min, hello.version_max) = (min.into(), max.into());
-            let violation = Violation::Version { min, max };
+            let violation = Violation::Version { min, max, ours: VERSION };
             let (errno, text) = rejected(&server, &message::encode_handshake(hello, &[]), violation);
             assert_eq!(errno, libc::EPROTONOSUPPORT);
             assert!(text.contains(&format!("{min} to {max}")), "{text}");
