@@ -1,4 +1,4 @@
-//! raio's own commands, on top of the message layer: open, read, write, ...
+//! raio's own commands, on top of the message layer: open, read, write, ... [`OPERATIONS`] lists them.
 //!
 //! A command is the body of a request. All but an open have one layout of 24 bytes, so that a request is 64
 //! bytes in all. Data to be written is the request's bulk data, data read is the response's; the response's
@@ -9,54 +9,148 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::Violation;
 
-/// What a command does.
+/// What a command asks for. [`OPERATIONS`] says what each means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u16)]
+#[expect(missing_docs, reason = "`OPERATIONS` documents them")]
 pub enum Opcode {
-    /// Open a file by its path. Result: its handle. Body of the response: [`FileStatus`].
     Open = 1,
-    /// Close a handle.
     Close = 2,
-    /// Ask for the file's status. Body of the response: [`FileStatus`].
     Stat = 3,
-    /// Read `length` bytes at `offset` into the request's region. Result: how many; fewer at end of file, or
-    /// if what is behind failed.
     Read = 4,
-    /// Write the request's data at `offset`. Result: how many; fewer if what is behind failed.
     Write = 5,
-    /// Make what was written durable; [`FLAG_DATA_ONLY`] without metadata that reading does not need.
     Fsync = 6,
-    /// Deallocate `length` bytes at `offset`; they read as zeros.
     Discard = 7,
-    /// Make `length` bytes at `offset` read as zeros.
     WriteZeroes = 8,
-    /// Cancel the request whose id is in `offset`. Succeeds once that request has been answered as cancelled;
-    /// EALREADY if it is too late, ENOENT if it is not outstanding.
     Cancel = 9,
-    /// Reserve storage for `length` bytes at `offset`, and no byte changes. A file that ends before is longer
-    /// then, but for [`FLAG_KEEP_SIZE`].
     Allocate = 10,
 }
 
 impl Opcode {
-    /// Every opcode, in wire order.
-    pub const ALL: [Self; 10] = [
-        Self::Open,
-        Self::Close,
-        Self::Stat,
-        Self::Read,
-        Self::Write,
-        Self::Fsync,
-        Self::Discard,
-        Self::WriteZeroes,
-        Self::Cancel,
-        Self::Allocate,
-    ];
+    /// The row of [`OPERATIONS`] for it.
+    pub fn operation(self) -> &'static Operation {
+        &OPERATIONS[self as usize - 1]
+    }
 
     fn from_wire(value: u16) -> Option<Self> {
-        Self::ALL.into_iter().find(|&opcode| opcode as u16 == value)
+        let index = usize::from(value).checked_sub(1)?;
+        OPERATIONS.get(index).map(|operation| operation.opcode)
     }
 }
+
+/// One operation of the protocol: what decoding, permission checks, statistics, fuzz seeds and documents know of it.
+#[derive(Debug)]
+pub struct Operation {
+    /// Its number on the wire.
+    pub opcode: Opcode,
+    /// Its name in statistics, logs and documents.
+    pub name: &'static str,
+    /// The fields of the command that it uses; all others are 0. Open has a layout of its own.
+    pub fields: Fields,
+    /// The flag bits that it knows.
+    pub flags: u16,
+    /// Which way its bulk data goes. `length` is then the length of that data, and has 32 bits.
+    pub direction: Direction,
+    /// What the file must be open for.
+    pub access: Access,
+    /// Whether it is about sessions, files and requests, or about a file's data.
+    pub class: Class,
+}
+
+/// Fields of the 24-byte command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fields {
+    /// The handle of an open file.
+    pub file: bool,
+    /// An offset in the file, in bytes; for cancel the id of a request.
+    pub offset: bool,
+    /// A length in bytes.
+    pub length: bool,
+}
+
+/// Which way an operation's bulk data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// There is none.
+    None,
+    /// The response brings it.
+    ToClient,
+    /// The request brings it.
+    ToServer,
+}
+
+/// What a file must be open for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Anything, or there is no file.
+    Any,
+    /// Reading.
+    Read,
+    /// Writing.
+    Write,
+}
+
+/// What an operation is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// Sessions, files and requests.
+    Control,
+    /// A file's data.
+    Data,
+}
+
+const NONE: Fields = Fields { file: false, offset: false, length: false };
+const FILE: Fields = Fields { file: true, ..NONE };
+const ID: Fields = Fields { offset: true, ..NONE };
+const RANGE: Fields = Fields { file: true, offset: true, length: true };
+
+/// An operation on a session, a file or a request.
+const fn control(opcode: Opcode, name: &'static str, fields: Fields) -> Operation {
+    let (direction, access, class) = (Direction::None, Access::Any, Class::Control);
+    Operation { opcode, name, fields, flags: 0, direction, access, class }
+}
+
+/// An operation on a range of a file.
+const fn on_range(opcode: Opcode, name: &'static str, access: Access) -> Operation {
+    let (direction, class) = (Direction::None, Class::Data);
+    Operation { opcode, name, fields: RANGE, flags: 0, direction, access, class }
+}
+
+/// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for people; a
+/// test compares the two.
+///
+/// - **open**: opens a file by its path. Result: its handle; body: [`FileStatus`].
+/// - **close**: closes a handle.
+/// - **stat**: body of the response: [`FileStatus`].
+/// - **read**: reads `length` bytes at `offset`. Result: how many; fewer at end of file, or if a later part failed.
+/// - **write**: writes the request's data at `offset`. Result: how many; fewer if a later part failed.
+/// - **fsync**: makes durable what was written; with [`FLAG_DATA_ONLY`] without metadata that reading does not need.
+/// - **discard**: deallocates the range, which reads as zeros afterwards.
+/// - **write_zeroes**: makes the range read as zeros.
+/// - **cancel**: cancels the request whose id is in `offset`. Succeeds once that request has been answered as
+///   cancelled; EALREADY if it is too late, ENOENT if it is not outstanding.
+/// - **allocate**: reserves storage for the range and changes no byte. A shorter file grows to the range's end, except
+///   with [`FLAG_KEEP_SIZE`].
+pub const OPERATIONS: [Operation; 10] = [
+    control(Opcode::Open, "open", NONE),
+    control(Opcode::Close, "close", FILE),
+    control(Opcode::Stat, "stat", FILE),
+    Operation { direction: Direction::ToClient, ..on_range(Opcode::Read, "read", Access::Read) },
+    Operation { direction: Direction::ToServer, ..on_range(Opcode::Write, "write", Access::Write) },
+    Operation { fields: FILE, flags: FLAG_DATA_ONLY, ..on_range(Opcode::Fsync, "fsync", Access::Any) },
+    on_range(Opcode::Discard, "discard", Access::Write),
+    on_range(Opcode::WriteZeroes, "write_zeroes", Access::Write),
+    control(Opcode::Cancel, "cancel", ID),
+    Operation { flags: FLAG_KEEP_SIZE, ..on_range(Opcode::Allocate, "allocate", Access::Write) },
+];
+
+const _: () = {
+    let mut index = 0;
+    while index < OPERATIONS.len() {
+        assert!(OPERATIONS[index].opcode as usize == index + 1, "the table is in the order of the opcodes");
+        index += 1;
+    }
+};
 
 /// Flag of [`Opcode::Fsync`]: fdatasync.
 pub const FLAG_DATA_ONLY: u16 = 1 << 0;
@@ -153,10 +247,11 @@ const _: () = assert!(size_of::<IoCommand>() == 24);
 const _: () = assert!(size_of::<OpenCommand>() == 16);
 const _: () = assert!(size_of::<FileStatus>() == 88);
 
-/// A command, checked.
+/// A command, checked. Offsets and lengths are in bytes, and `file` is the handle of an open file. [`OPERATIONS`] says
+/// what each does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "`OPERATIONS` documents them")]
 pub enum Command<'a> {
-    /// See [`Opcode::Open`].
     Open {
         /// `OPEN_*` bits.
         flags: u32,
@@ -165,110 +260,122 @@ pub enum Command<'a> {
         /// Bytes without a zero among them.
         path: &'a [u8],
     },
-    /// See [`Opcode::Close`].
     Close(FileHandle),
-    /// See [`Opcode::Stat`].
     Stat(FileHandle),
-    /// See [`Opcode::Read`].
     Read {
-        /// Which file.
         file: FileHandle,
-        /// Where.
         offset: u64,
-        /// How much.
         length: u32,
     },
-    /// See [`Opcode::Write`].
     Write {
-        /// Which file.
         file: FileHandle,
-        /// Where.
         offset: u64,
-        /// How much.
         length: u32,
     },
-    /// See [`Opcode::Fsync`].
     Fsync {
-        /// Which file.
         file: FileHandle,
-        /// fdatasync.
+        /// As fdatasync(2).
         data_only: bool,
     },
-    /// See [`Opcode::Discard`].
     Discard {
-        /// Which file.
         file: FileHandle,
-        /// Where.
         offset: u64,
-        /// How much.
         length: u64,
     },
-    /// See [`Opcode::WriteZeroes`].
     WriteZeroes {
-        /// Which file.
         file: FileHandle,
-        /// Where.
         offset: u64,
-        /// How much.
         length: u64,
     },
-    /// See [`Opcode::Cancel`].
     Cancel {
         /// The id of the request to cancel.
         id: u64,
     },
-    /// See [`Opcode::Allocate`].
     Allocate {
-        /// Which file.
         file: FileHandle,
-        /// Where.
         offset: u64,
-        /// How much.
         length: u64,
-        /// The file's size stays.
+        /// The file's size does not change.
         keep_size: bool,
     },
 }
 
+/// What the fields of the 24-byte command hold.
+struct Parts {
+    opcode: Opcode,
+    flags: u16,
+    file: FileHandle,
+    offset: u64,
+    length: u64,
+}
+
 impl<'a> Command<'a> {
+    /// Its fields. Those of an open are in a layout of its own.
+    fn parts(&self) -> Parts {
+        let parts = |opcode, file, offset, length| Parts { opcode, flags: 0, file, offset, length };
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        match *self {
+            Self::Open { .. } => parts(Opcode::Open, FileHandle(0), 0, 0),
+            Self::Close(file) => parts(Opcode::Close, file, 0, 0),
+            Self::Stat(file) => parts(Opcode::Stat, file, 0, 0),
+            Self::Read { file, offset, length } => parts(Opcode::Read, file, offset, length.into()),
+            Self::Write { file, offset, length } => parts(Opcode::Write, file, offset, length.into()),
+            Self::Fsync { file, data_only } => {
+                Parts { flags: flag(data_only, FLAG_DATA_ONLY), ..parts(Opcode::Fsync, file, 0, 0) }
+            }
+            Self::Discard { file, offset, length } => parts(Opcode::Discard, file, offset, length),
+            Self::WriteZeroes { file, offset, length } => parts(Opcode::WriteZeroes, file, offset, length),
+            Self::Cancel { id } => parts(Opcode::Cancel, FileHandle(0), id, 0),
+            Self::Allocate { file, offset, length, keep_size } => {
+                let parts = parts(Opcode::Allocate, file, offset, length);
+                Parts { flags: flag(keep_size, FLAG_KEEP_SIZE), ..parts }
+            }
+        }
+    }
+
+    /// The command with these fields, which are known to be what its operation uses.
+    fn from_parts(Parts { opcode, flags, file, offset, length }: Parts) -> Result<Self, Violation> {
+        let data_len = || u32::try_from(length).map_err(|_| Violation::Length);
+        Ok(match opcode {
+            Opcode::Open => return Err(Violation::Field),
+            Opcode::Close => Self::Close(file),
+            Opcode::Stat => Self::Stat(file),
+            Opcode::Read => Self::Read { file, offset, length: data_len()? },
+            Opcode::Write => Self::Write { file, offset, length: data_len()? },
+            Opcode::Fsync => Self::Fsync { file, data_only: flags & FLAG_DATA_ONLY != 0 },
+            Opcode::Discard => Self::Discard { file, offset, length },
+            Opcode::WriteZeroes => Self::WriteZeroes { file, offset, length },
+            Opcode::Cancel => Self::Cancel { id: offset },
+            Opcode::Allocate => {
+                Self::Allocate { file, offset, length, keep_size: flags & FLAG_KEEP_SIZE != 0 }
+            }
+        })
+    }
+
     /// Appends the command in wire form.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let io = |opcode: Opcode, flags, file: FileHandle, offset, length| IoCommand {
+        let start = out.len();
+        if let Self::Open { flags, mode, path } = *self {
+            debug_assert!(path.len() <= PATH_BYTES_MAX);
+            let open = OpenCommand {
+                opcode: U16::new(Opcode::Open as u16),
+                reserved: U16::ZERO,
+                flags: U32::new(flags),
+                mode: U32::new(mode),
+                path_len: U32::new(path.len() as u32),
+            };
+            out.extend_from_slice(open.as_bytes());
+            out.extend_from_slice(path);
+            out.resize(start + crate::message::padded(out.len() - start), 0);
+            return;
+        }
+        let Parts { opcode, flags, file, offset, length } = self.parts();
+        let command = IoCommand {
             opcode: U16::new(opcode as u16),
             flags: U16::new(flags),
             file: U32::new(file.0),
             offset: U64::new(offset),
             length: U64::new(length),
-        };
-        let command = match *self {
-            Self::Open { flags, mode, path } => {
-                debug_assert!(path.len() <= PATH_BYTES_MAX);
-                let start = out.len();
-                let open = OpenCommand {
-                    opcode: U16::new(Opcode::Open as u16),
-                    reserved: U16::ZERO,
-                    flags: U32::new(flags),
-                    mode: U32::new(mode),
-                    path_len: U32::new(path.len() as u32),
-                };
-                out.extend_from_slice(open.as_bytes());
-                out.extend_from_slice(path);
-                out.resize(start + crate::message::padded(out.len() - start), 0);
-                return;
-            }
-            Self::Close(file) => io(Opcode::Close, 0, file, 0, 0),
-            Self::Stat(file) => io(Opcode::Stat, 0, file, 0, 0),
-            Self::Read { file, offset, length } => io(Opcode::Read, 0, file, offset, length.into()),
-            Self::Write { file, offset, length } => io(Opcode::Write, 0, file, offset, length.into()),
-            Self::Fsync { file, data_only } => {
-                io(Opcode::Fsync, if data_only { FLAG_DATA_ONLY } else { 0 }, file, 0, 0)
-            }
-            Self::Discard { file, offset, length } => io(Opcode::Discard, 0, file, offset, length),
-            Self::WriteZeroes { file, offset, length } => io(Opcode::WriteZeroes, 0, file, offset, length),
-            Self::Cancel { id } => io(Opcode::Cancel, 0, FileHandle(0), id, 0),
-            Self::Allocate { file, offset, length, keep_size } => {
-                io(Opcode::Allocate, if keep_size { FLAG_KEEP_SIZE } else { 0 }, file, offset, length)
-            }
         };
         out.extend_from_slice(command.as_bytes());
     }
@@ -281,34 +388,18 @@ impl<'a> Command<'a> {
         if opcode == Opcode::Open {
             return Self::decode_open(body);
         }
-        let io = IoCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
-        let file = FileHandle(io.file.get());
-        let (flags, offset, length) = (io.flags.get(), io.offset.get(), io.length.get());
-        let short = || u32::try_from(length).map_err(|_| Violation::Length);
-        let unused = match opcode {
-            Opcode::Open | Opcode::Read | Opcode::Write | Opcode::Discard | Opcode::WriteZeroes => flags != 0,
-            Opcode::Close | Opcode::Stat => flags != 0 || offset != 0 || length != 0,
-            Opcode::Fsync => flags & !FLAG_DATA_ONLY != 0 || offset != 0 || length != 0,
-            Opcode::Cancel => flags != 0 || file.0 != 0 || length != 0,
-            Opcode::Allocate => flags & !FLAG_KEEP_SIZE != 0,
-        };
-        if unused {
+        let command = IoCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
+        let file = FileHandle(command.file.get());
+        let (flags, offset, length) = (command.flags.get(), command.offset.get(), command.length.get());
+        let Operation { fields, flags: known_flags, .. } = opcode.operation();
+        if flags & !known_flags != 0
+            || (file.0 != 0 && !fields.file)
+            || (offset != 0 && !fields.offset)
+            || (length != 0 && !fields.length)
+        {
             return Err(Violation::Reserved);
         }
-        Ok(match opcode {
-            Opcode::Open => unreachable!("handled above"),
-            Opcode::Close => Self::Close(file),
-            Opcode::Stat => Self::Stat(file),
-            Opcode::Read => Self::Read { file, offset, length: short()? },
-            Opcode::Write => Self::Write { file, offset, length: short()? },
-            Opcode::Fsync => Self::Fsync { file, data_only: flags & FLAG_DATA_ONLY != 0 },
-            Opcode::Discard => Self::Discard { file, offset, length },
-            Opcode::WriteZeroes => Self::WriteZeroes { file, offset, length },
-            Opcode::Cancel => Self::Cancel { id: offset },
-            Opcode::Allocate => {
-                Self::Allocate { file, offset, length, keep_size: flags & FLAG_KEEP_SIZE != 0 }
-            }
-        })
+        Self::from_parts(Parts { opcode, flags, file, offset, length })
     }
 
     fn decode_open(body: &'a [u8]) -> Result<Self, Violation> {
@@ -347,20 +438,9 @@ impl<'a> Command<'a> {
         }
     }
 
-    /// What it is.
+    /// Its opcode.
     pub fn opcode(&self) -> Opcode {
-        match self {
-            Self::Open { .. } => Opcode::Open,
-            Self::Close(_) => Opcode::Close,
-            Self::Stat(_) => Opcode::Stat,
-            Self::Read { .. } => Opcode::Read,
-            Self::Write { .. } => Opcode::Write,
-            Self::Fsync { .. } => Opcode::Fsync,
-            Self::Discard { .. } => Opcode::Discard,
-            Self::WriteZeroes { .. } => Opcode::WriteZeroes,
-            Self::Cancel { .. } => Opcode::Cancel,
-            Self::Allocate { .. } => Opcode::Allocate,
-        }
+        self.parts().opcode
     }
 }
 

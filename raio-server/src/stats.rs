@@ -6,7 +6,7 @@
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use raio_transport::protocol::Opcode;
+use raio_transport::protocol::{OPERATIONS, Opcode};
 use raio_transport::transport::CloseReason;
 
 use crate::limits::Who;
@@ -101,7 +101,7 @@ pub struct Counters {
     pub iterations: Counter,
     /// Times that the loop went to sleep.
     pub sleeps: Counter,
-    requests: [Counter; Opcode::ALL.len()],
+    requests: [Counter; OPERATIONS.len()],
     closes: [Counter; REASONS.len()],
 }
 
@@ -123,21 +123,6 @@ impl Counters {
     /// A connection has closed by itself, by its peer or by its transport.
     pub fn close_reason(&self, reason: &CloseReason) {
         self.close(reason.name());
-    }
-}
-
-fn name_of(opcode: Opcode) -> &'static str {
-    match opcode {
-        Opcode::Open => "open",
-        Opcode::Close => "close",
-        Opcode::Stat => "stat",
-        Opcode::Read => "read",
-        Opcode::Write => "write",
-        Opcode::Fsync => "fsync",
-        Opcode::Discard => "discard",
-        Opcode::WriteZeroes => "write_zeroes",
-        Opcode::Cancel => "cancel",
-        Opcode::Allocate => "allocate",
     }
 }
 
@@ -214,8 +199,8 @@ pub fn json<'a>(
     );
     object(
         "requests",
-        &mut Opcode::ALL.into_iter().enumerate().map(|(index, opcode)| {
-            (name_of(opcode), workers.clone().map(|worker| worker.requests[index].get()).sum())
+        &mut OPERATIONS.iter().enumerate().map(|(index, operation)| {
+            (operation.name, workers.clone().map(|worker| worker.requests[index].get()).sum())
         }),
     );
     object(

@@ -169,6 +169,62 @@ fn the_longest_path_fits_into_a_message() {
     assert!(Command::decode(&bytes).is_ok());
 }
 
+/// docs/PROTOCOL.md's table, as [`OPERATIONS`] has it: opcode, name, fields, flags, direction, class.
+#[test]
+fn the_documented_operations_are_those_of_the_table() {
+    let document = include_str!("../../docs/PROTOCOL.md");
+    let rows = document.lines().skip_while(|line| !line.starts_with("| opcode | command |")).skip(2);
+    let documented: Vec<_> = rows
+        .take_while(|line| line.starts_with('|'))
+        .map(|row| {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            let uses = |word: &str| cells[3].split(&[',', ' '][..]).any(|used| used == word);
+            let bits =
+                cells[3].split("flags bit ").skip(1).map(|text| text[..1].parse::<u16>().expect("a bit"));
+            (
+                cells[1].parse::<u16>().expect("an opcode"),
+                cells[2],
+                Fields { file: uses("file"), offset: uses("offset"), length: uses("length") },
+                bits.map(|bit| 1 << bit).sum::<u16>(),
+                cells[4],
+                cells[5],
+            )
+        })
+        .collect();
+    let table: Vec<_> = OPERATIONS
+        .iter()
+        .map(|operation| {
+            let direction = match operation.direction {
+                Direction::None => "none",
+                Direction::ToClient => "to client",
+                Direction::ToServer => "to server",
+            };
+            let class = if operation.class == Class::Control { "control" } else { "data" };
+            (operation.opcode as u16, operation.name, operation.fields, operation.flags, direction, class)
+        })
+        .collect();
+    assert_eq!(documented, table);
+}
+
+#[test]
+fn an_operation_accepts_the_fields_of_its_row_and_no_others() {
+    for operation in OPERATIONS.iter().filter(|operation| operation.opcode != Opcode::Open) {
+        let Fields { file, offset, length } = operation.fields;
+        for (at, is_used, what) in [
+            (2, operation.flags != 0, "flags"),
+            (4, file, "file"),
+            (8, offset, "offset"),
+            (16, length, "length"),
+        ] {
+            let mut bytes = [0; 24];
+            bytes[0] = operation.opcode as u8;
+            bytes[at] = 1;
+            let expected = if is_used { None } else { Some(Violation::Reserved) };
+            assert_eq!(Command::decode(&bytes).err(), expected, "{} with {what}", operation.name);
+        }
+    }
+}
+
 fn any_command() -> impl Strategy<Value = (u8, u32, u64, u64, Vec<u8>)> {
     (1u8..=10, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
 }

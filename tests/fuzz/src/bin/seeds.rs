@@ -14,7 +14,7 @@ use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
     QueuePairAddress, RemoteRegion, Request, Response, SessionId, VERSION,
 };
-use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{Command, Fields, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let directory = std::env::args().nth(1).ok_or("usage: seeds DIRECTORY")?;
@@ -117,28 +117,27 @@ const CONFIGURATIONS: &[&str] = &[
     "queue-depth = 4\nmax-sessions = 10\nspin-us = 0\nbackend = \"threads\"\nlisten = [\"tcp://127.0.0.1:0\"]\n",
 ];
 
+/// One command of each operation, with every field and flag that it uses.
 fn commands() -> Vec<(String, Vec<u8>)> {
-    let file = FileHandle(1);
-    let (offset, length) = (8192, 4096);
-    [
-        Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path: b"/data/file" },
-        Command::Close(file),
-        Command::Stat(file),
-        Command::Read { file, offset, length: 4096 },
-        Command::Write { file, offset, length: 4096 },
-        Command::Fsync { file, data_only: true },
-        Command::Discard { file, offset, length },
-        Command::WriteZeroes { file, offset, length },
-        Command::Cancel { id: 7 },
-        Command::Allocate { file, offset, length, keep_size: true },
-    ]
-    .iter()
-    .map(|command| {
-        let mut bytes = Vec::new();
-        command.encode(&mut bytes);
-        (format!("command-{:?}", command.opcode()).to_lowercase(), bytes)
-    })
-    .collect()
+    let open =
+        Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path: b"/data/file" };
+    OPERATIONS
+        .iter()
+        .map(|operation| {
+            let mut bytes = Vec::new();
+            if operation.opcode == Opcode::Open {
+                open.encode(&mut bytes);
+            } else {
+                let Fields { file, offset, length } = operation.fields;
+                bytes.extend_from_slice(&(operation.opcode as u16).to_le_bytes());
+                bytes.extend_from_slice(&operation.flags.to_le_bytes());
+                bytes.extend_from_slice(&u32::from(file).to_le_bytes());
+                bytes.extend_from_slice(&(if offset { 8192u64 } else { 0 }).to_le_bytes());
+                bytes.extend_from_slice(&(if length { 4096u64 } else { 0 }).to_le_bytes());
+            }
+            (format!("command-{}", operation.name), bytes)
+        })
+        .collect()
 }
 
 /// Requests as `server_session` understands them, then control messages.
