@@ -386,25 +386,25 @@ impl Region {
         }
         // SAFETY: the caller vouches for the memory, and it lies within the region, which the clone keeps
         // registered.
-        let mut foreign = unsafe { Foreign::new(address, len) }?;
-        foreign.region = Some(self.clone());
-        Some(Buffer::Foreign(foreign))
+        let mut raw = unsafe { RawBuffer::new(address, len) }?;
+        raw.region = Some(self.clone());
+        Some(Buffer::Raw(raw))
     }
 }
 
 /// Memory of somebody else's, lent by a raw pointer for the time that this value lives.
 #[derive(Debug)]
-pub struct Foreign {
+pub struct RawBuffer {
     address: NonNull<u8>,
     len: usize,
     region: Option<Region>,
 }
 
-// SAFETY: whoever made it (unsafe `Foreign::new`) promised that nobody else accesses the memory while it
+// SAFETY: whoever made it (unsafe `RawBuffer::new`) promised that nobody else accesses the memory while it
 // lives, so it may be reached from whichever thread owns it.
-unsafe impl Send for Foreign {}
+unsafe impl Send for RawBuffer {}
 
-impl Foreign {
+impl RawBuffer {
     /// Borrows `[address, address + len)`. None if the pointer is null.
     ///
     /// # Safety
@@ -428,7 +428,7 @@ pub enum Buffer {
     /// A slot of an arena, and how many of its bytes are meant.
     Slot(Slot, usize),
     /// Memory behind a C pointer.
-    Foreign(Foreign),
+    Raw(RawBuffer),
 }
 
 impl Buffer {
@@ -437,8 +437,8 @@ impl Buffer {
         match self {
             Self::Owned(bytes) => bytes,
             Self::Slot(slot, len) => &slot.bytes()[..*len],
-            // SAFETY: `Foreign::new`'s caller vouched for the memory for as long as it lives.
-            Self::Foreign(f) => unsafe { std::slice::from_raw_parts(f.address.as_ptr(), f.len) },
+            // SAFETY: `RawBuffer::new`'s caller vouched for the memory for as long as it lives.
+            Self::Raw(f) => unsafe { std::slice::from_raw_parts(f.address.as_ptr(), f.len) },
         }
     }
 
@@ -448,7 +448,7 @@ impl Buffer {
             Self::Owned(bytes) => bytes,
             Self::Slot(slot, len) => &mut slot.bytes_mut()[..*len],
             // SAFETY: as in `bytes`, and `&mut self` excludes every other access.
-            Self::Foreign(f) => unsafe { std::slice::from_raw_parts_mut(f.address.as_ptr(), f.len) },
+            Self::Raw(f) => unsafe { std::slice::from_raw_parts_mut(f.address.as_ptr(), f.len) },
         }
     }
 
@@ -457,7 +457,7 @@ impl Buffer {
         match self {
             Self::Owned(bytes) => bytes.len(),
             Self::Slot(_, len) => *len,
-            Self::Foreign(f) => f.len,
+            Self::Raw(f) => f.len,
         }
     }
 

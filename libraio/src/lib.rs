@@ -10,7 +10,6 @@
 #![deny(unsafe_code)]
 
 mod context;
-mod descriptor;
 mod error;
 #[cfg(test)]
 mod fake_server;

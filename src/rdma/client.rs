@@ -645,7 +645,7 @@ impl Client {
     fn reachable(&self, buffers: &Buffers, is_in: bool) -> Option<(u64, u32)> {
         let [buffer] = buffers.pieces() else { return None };
         let keys = match buffer {
-            Buffer::Foreign(foreign) => self.regions.get(&foreign.region()?.number())?,
+            Buffer::Raw(raw) => self.regions.get(&raw.region()?.number())?,
             Buffer::Slot(slot, _) => &self.arenas.iter().find(|(mapping, _)| slot.is_of(mapping))?.1,
             Buffer::Owned(_) => return None,
         };

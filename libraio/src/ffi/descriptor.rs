@@ -5,6 +5,8 @@
 //! unlocked, on what was looked up. Contexts remember what they looked up for as long as [`epoch`] stays the
 //! same: closing anything changes it.
 
+#![deny(unsafe_code)]
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +24,7 @@ static EPOCH: AtomicU64 = AtomicU64::new(0);
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
 
 #[derive(Debug)]
-pub(crate) struct Table {
+pub(super) struct Table {
     /// The process that it is of: see [`process`].
     process: u64,
     /// What a child has inherited is its parent's: it is neither used nor dropped.
@@ -55,7 +57,7 @@ enum First {
 }
 
 /// Changes whenever a descriptor ends, or comes to stand for another file.
-pub(crate) fn epoch() -> u64 {
+pub(super) fn epoch() -> u64 {
     EPOCH.load(Ordering::Acquire)
 }
 
@@ -117,13 +119,13 @@ fn no_file(fd: i32) -> Error {
 }
 
 /// A descriptor for a session.
-pub(crate) fn add_session(session: Session) -> i32 {
+pub(super) fn add_session(session: Session) -> i32 {
     let entry = SessionEntry { session: Arc::new(session), first: First::NotYet, contexts: Vec::new() };
     with(|table| table.insert(Entry::Session(entry)))
 }
 
 /// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first.
-pub(crate) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
+pub(super) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
     let file = Arc::new(file);
     with(|table| {
         let entry = table.session(fd)?;
@@ -136,12 +138,12 @@ pub(crate) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
 }
 
 /// The session `fd`.
-pub(crate) fn session(fd: i32) -> Result<Arc<Session>, Error> {
+pub(super) fn session(fd: i32) -> Result<Arc<Session>, Error> {
     with(|table| table.session(fd).map(|entry| Arc::clone(&entry.session)))
 }
 
 /// The session `fd`, or that of the file `fd`, and its descriptor.
-pub(crate) fn session_of(fd: i32) -> Result<(Arc<Session>, i32), Error> {
+pub(super) fn session_of(fd: i32) -> Result<(Arc<Session>, i32), Error> {
     with(|table| {
         let fd = match table.entries.get(&fd) {
             Some(Entry::File(_, session)) => *session,
@@ -152,7 +154,7 @@ pub(crate) fn session_of(fd: i32) -> Result<(Arc<Session>, i32), Error> {
 }
 
 /// The file that `fd` stands for, and its session's descriptor.
-pub(crate) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
+pub(super) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
     with(|table| match table.entries.get(&fd) {
         Some(Entry::File(file, session)) => Ok((Arc::clone(file), *session)),
         Some(Entry::Session(SessionEntry { first: First::Open(file), .. })) => Ok((Arc::clone(file), fd)),
@@ -161,7 +163,7 @@ pub(crate) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
 }
 
 /// Takes the file that `fd` stands for out of the table.
-pub(crate) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
+pub(super) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     let file = with(|table| match table.entries.get_mut(&fd) {
         Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::Closed) {
             First::Open(file) => Ok(file),
@@ -180,9 +182,9 @@ pub(crate) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     file
 }
 
-/// Takes a session and its files out of the table. Gives the session, to be stopped, and the addresses of its
+/// Takes a session and its files out of the table. Returns the session, to be stopped, and the addresses of its
 /// contexts.
-pub(crate) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Error> {
+pub(super) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Error> {
     let mut files = Vec::new();
     let removed = with(|table| {
         table.session(fd)?;
@@ -201,12 +203,12 @@ pub(crate) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Erro
 }
 
 /// Notes a context of the session `fd`.
-pub(crate) fn add_context(fd: i32, address: usize) -> Result<(), Error> {
+pub(super) fn add_context(fd: i32, address: usize) -> Result<(), Error> {
     with(|table| table.session(fd).map(|entry| entry.contexts.push(address)))
 }
 
 /// Forgets a context of the session `fd`.
-pub(crate) fn remove_context(fd: i32, address: usize) {
+pub(super) fn remove_context(fd: i32, address: usize) {
     with(|table| {
         if let Ok(entry) = table.session(fd) {
             entry.contexts.retain(|&context| context != address);

@@ -1,0 +1,105 @@
+//! The structures, numbers and version of `include/libraio.h`. `tests/c/layout.c` holds the two together.
+
+use std::ffi::{c_int, c_uint, c_ulong, c_ulonglong, c_void};
+
+use super::state::raio_mr;
+
+pub(super) const ABI_VERSION: c_uint = 1;
+pub(super) const IOV_MAX: u64 = 1_024;
+
+pub(super) const CMD_PREAD: c_int = 0;
+pub(super) const CMD_PWRITE: c_int = 1;
+pub(super) const CMD_PREADV: c_int = 2;
+pub(super) const CMD_PWRITEV: c_int = 3;
+pub(super) const CMD_FSYNC: c_int = 4;
+pub(super) const CMD_DISCARD: c_int = 5;
+pub(super) const CMD_WRITE_ZEROES: c_int = 6;
+pub(super) const CMD_ALLOCATE: c_int = 7;
+
+pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
+pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
+pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
+
+pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
+
+pub(super) const OPT_CRC: c_uint = 1 << 0;
+pub(super) const OPT_NO_SPIN: c_uint = 1 << 1;
+
+/// `struct raio_iocb_common`
+#[repr(C)]
+pub struct raio_iocb_common {
+    pub(super) buf: *mut c_void,
+    pub(super) nbytes: c_ulonglong,
+    pub(super) offset: i64,
+    pub(super) mr: *mut raio_mr,
+    pub(super) flags: c_uint,
+    pub(super) resfd: c_uint,
+}
+
+/// `struct raio_iocb`
+#[repr(C)]
+pub struct raio_iocb {
+    pub(super) data: *mut c_void,
+    pub(super) key: c_uint,
+    pub(super) raio_fildes: c_int,
+    pub(super) raio_lio_opcode: c_int,
+    pub(super) pad: c_int,
+    pub(super) c: raio_iocb_common,
+}
+
+/// `struct raio_event`
+#[repr(C)]
+pub struct raio_event {
+    pub(super) data: *mut c_void,
+    pub(super) obj: *mut raio_iocb,
+    pub(super) handle: c_ulonglong,
+    pub(super) res: c_ulong,
+    pub(super) res2: c_ulong,
+}
+
+/// `struct raio_options`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct raio_options {
+    pub(super) size: c_uint,
+    pub(super) flags: c_uint,
+    pub(super) queue_depth: c_uint,
+    pub(super) connect_timeout_ms: c_uint,
+    pub(super) request_timeout_ms: c_uint,
+    pub(super) spin_us: c_uint,
+    pub(super) reserved_0: c_uint,
+    pub(super) call_timeout_ms: c_uint,
+    pub(super) reserved: [c_uint; 8],
+}
+
+/// `struct raio_stats`
+#[repr(C)]
+pub struct raio_stats {
+    pub(super) size: c_ulonglong,
+    pub(super) submitted: c_ulonglong,
+    pub(super) completed: c_ulonglong,
+    pub(super) failed: c_ulonglong,
+    pub(super) bytes_read: c_ulonglong,
+    pub(super) bytes_written: c_ulonglong,
+    pub(super) bounced_bytes: c_ulonglong,
+    pub(super) sends: c_ulonglong,
+    pub(super) receives: c_ulonglong,
+    pub(super) sleeps: c_ulonglong,
+    pub(super) reconnects: c_ulonglong,
+    pub(super) in_flight: c_ulonglong,
+    pub(super) queue_depth: c_ulonglong,
+    pub(super) io_bytes_max: c_ulonglong,
+}
+
+const _: () = {
+    assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
+    assert!(
+        size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 112
+    );
+};
+
+/// See libraio.h.
+#[unsafe(no_mangle)]
+pub extern "C" fn raio_abi_version() -> c_uint {
+    ABI_VERSION
+}

@@ -1,0 +1,208 @@
+//! Calls that end an iocb: collecting its event, cancelling it, and giving back what was lent for it.
+
+use std::ffi::{c_char, c_int, c_long, c_ulong};
+use std::ptr::null_mut;
+use std::time::Duration;
+
+use raio_transport::memory::{Buffer, Buffers};
+
+use super::abi::{RES2_RETRYABLE, raio_event, raio_iocb};
+use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
+use super::lent::LentBuffers;
+use super::state::{raio_context, state, stopped};
+use crate::context::Completion;
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `events` is null or has room for `nr`; `timeout` is null or
+/// may be read.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_getevents(
+    ctx: *mut raio_context,
+    min_nr: c_long,
+    nr: c_long,
+    events: *mut raio_event,
+    timeout: *mut libc::timespec,
+) -> c_long {
+    long(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        let (Ok(min), Ok(max)) = (usize::try_from(min_nr), usize::try_from(nr)) else {
+            return Err(invalid("min_nr or nr is negative. Give 0 or more."));
+        };
+        if min > max || (events.is_null() && max > 0) {
+            return Err(invalid("min_nr is more than nr, or the events are NULL. Give room for nr events."));
+        }
+        let timeout = if timeout.is_null() {
+            None
+        } else {
+            // SAFETY: not null, and the caller vouches for the rest.
+            let timeout = unsafe { timeout.read_unaligned() };
+            match (u64::try_from(timeout.tv_sec), u32::try_from(timeout.tv_nsec)) {
+                (Ok(s), Ok(ns)) if ns < 1_000_000_000 => Some(Duration::new(s, ns)),
+                _ => return Err(invalid("The timeout is negative, or has a second or more in tv_nsec.")),
+            }
+        };
+        let context = state.context.as_mut().ok_or_else(stopped)?;
+        if max == 0 {
+            return Ok(0);
+        }
+        state.failures.clear();
+        context.wait(min, max, timeout)?;
+        let mut n = 0;
+        while n < max {
+            let Some(completion) = context.next() else { break };
+            if let Err(error) = &completion.result {
+                set_message(&error.text);
+            }
+            // SAFETY: there is room for `nr` events.
+            unsafe {
+                events.add(n).write(event(
+                    completion,
+                    &mut state.lent,
+                    &mut state.vectors,
+                    &mut state.failures,
+                ));
+            }
+            n += 1;
+        }
+        context.sync_poller();
+        Ok(n as c_long)
+    })
+}
+
+/// The event of a completion. The iocb is the caller's again.
+fn event(
+    completion: Completion,
+    lent: &mut LentBuffers,
+    vectors: &mut Vec<Vec<Buffer>>,
+    failures: &mut FailureTexts,
+) -> raio_event {
+    let obj = std::ptr::with_exposed_provenance_mut::<raio_iocb>(completion.token as usize);
+    let mut handle = 0;
+    match completion.buffers {
+        Some(mut buffers) if completion.is_lent => {
+            let address =
+                buffers.pieces_mut().first_mut().map_or(null_mut(), |piece| piece.bytes_mut().as_mut_ptr());
+            handle = lent.add(buffers);
+            // SAFETY: the token is the address of an iocb, which is the library's until its event is
+            // collected: now.
+            unsafe { (*obj).c.buf = address.cast() };
+        }
+        Some(Buffers::Many(mut pieces)) => {
+            pieces.clear();
+            vectors.push(pieces);
+        }
+        _ => {}
+    }
+    let (res, res2) = match &completion.result {
+        Ok(n) => (*n as c_ulong, 0),
+        Err(error) => {
+            failures.add(obj.addr(), &error.text);
+            let retryable = if error.status.retryable { RES2_RETRYABLE } else { 0 };
+            (-c_long::from(error.errno()) as c_ulong, error.status.class as c_ulong | retryable)
+        }
+    };
+    // SAFETY: as above.
+    let data = unsafe { (*obj).data };
+    raio_event { data, obj, handle, res, res2 }
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `events` is null or points at `nr` events.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_release(ctx: *mut raio_context, nr: c_long, events: *mut raio_event) -> c_int {
+    int(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        let count =
+            usize::try_from(nr).map_err(|_| invalid("The number of events is negative. Give 0 or more."))?;
+        if events.is_null() && count > 0 {
+            return Err(invalid("The events are NULL. Give those of raio_getevents()."));
+        }
+        let mut unknown = 0;
+        for n in 0..count {
+            // SAFETY: the caller vouches for `nr` events.
+            let handle = unsafe { (*events.add(n)).handle };
+            match state.lent.take(handle) {
+                Some(buffers) => {
+                    if let Some(context) = &mut state.context {
+                        context.release(buffers);
+                    }
+                }
+                None => unknown += usize::from(handle != 0),
+            }
+        }
+        if unknown > 0 {
+            return Err(invalid(format!(
+                "{unknown} of the events have handles that are not lent out. Release each event once."
+            )));
+        }
+        Ok(0)
+    })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `iocb` is null or points at one; `evt` is null or may be
+/// written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_cancel(
+    ctx: *mut raio_context,
+    iocb: *mut raio_iocb,
+    evt: *mut raio_event,
+) -> c_int {
+    int(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        if iocb.is_null() || evt.is_null() {
+            return Err(invalid("The iocb or the place for its event is NULL. Give both."));
+        }
+        let context = state.context.as_mut().ok_or_else(stopped)?;
+        // SAFETY: not null, and the caller vouches for the rest.
+        let key = unsafe { (*iocb).key };
+        let ticket = context
+            .ticket(key, iocb.expose_provenance() as u64)
+            .ok_or_else(|| invalid("That iocb is not in flight in this context."))?;
+        let completion = context.cancel(ticket)?;
+        // It may have failed before, and been submitted again.
+        state.failures.supersede(iocb.addr());
+        // SAFETY: not null, and the caller vouches for the rest.
+        unsafe {
+            evt.write(event(completion, &mut state.lent, &mut state.vectors, &mut state.failures));
+        }
+        Ok(0)
+    })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `event` is null or points at one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_event_errmsg(
+    ctx: *mut raio_context,
+    event: *const raio_event,
+) -> *const c_char {
+    run(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        if event.is_null() {
+            return Err(invalid("The event is NULL. Give one of the last raio_getevents() or raio_cancel()."));
+        }
+        // SAFETY: not null, and the caller vouches for the rest.
+        let (obj, res) = unsafe { ((*event).obj.addr(), (*event).res as c_long) };
+        if res >= 0 {
+            return Ok(c"".as_ptr());
+        }
+        let text = state.failures.find(obj).ok_or_else(|| {
+            invalid("That event is not of the context's last raio_getevents() or raio_cancel(). Ask before the next.")
+        })?;
+        Ok(text.as_ptr())
+    })
+    .unwrap_or_else(|errno| fail(errno, c"".as_ptr()))
+}

@@ -1,0 +1,227 @@
+//! Registered memory: the caller's (`raio_reg_mr`) and the library's (`raio_alloc`).
+
+use std::collections::HashMap;
+use std::ffi::{c_int, c_void};
+use std::ptr::null_mut;
+use std::sync::{LazyLock, Mutex};
+
+use raio_transport::memory::{Region, process};
+
+use super::errors::{fail, int, invalid, run};
+use super::handle::{Handle, lock};
+use super::state::{ContextState, MRS, Registration, raio_context, raio_mr, state};
+use crate::error::Error;
+
+/// Memory of raio_alloc(), by its address.
+pub(super) struct Allocation {
+    len: usize,
+    /// The address of its registration; 0 once its context is gone.
+    pub(super) mr: usize,
+    /// The process that it is mapped in: a child does not inherit it.
+    process: u64,
+}
+
+pub(super) static ALLOCATIONS: LazyLock<Mutex<HashMap<usize, Allocation>>> = LazyLock::new(Mutex::default);
+
+/// Registers memory on a context.
+fn register(
+    ctx: *mut raio_context,
+    state: &mut ContextState,
+    region: Region,
+    is_allocated: bool,
+) -> Result<*mut raio_mr, Error> {
+    if let Some(context) = &mut state.context {
+        context.register(&region)?;
+    }
+    let mr = Handle::create(&MRS, Registration { context: ctx, region, is_allocated });
+    state.mrs.push(mr);
+    Ok(mr)
+}
+
+/// Ends a registration on the context that it is of.
+fn unregister(state: &mut ContextState, registration: &Registration) {
+    if let Some(context) = &mut state.context {
+        context.unregister(&registration.region);
+    }
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `mr` is null or may be written; the memory stays mapped while
+/// it is registered.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_reg_mr(
+    ctx: *mut raio_context,
+    buf: *mut c_void,
+    len: usize,
+    mr: *mut *mut raio_mr,
+) -> c_int {
+    int(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        if mr.is_null() {
+            return Err(invalid("The place for the registration is NULL. Give one."));
+        }
+        // SAFETY: the caller vouches that the memory stays mapped until raio_dereg_mr() or raio_destroy().
+        let region = unsafe { Region::new(buf.cast(), len) }.ok_or_else(|| {
+            invalid(
+                "That memory cannot be registered: it is NULL, empty, or wraps around. Give mapped memory.",
+            )
+        })?;
+        let registered = register(ctx, state, region, false)?;
+        // SAFETY: not null, and the caller vouches for the rest.
+        unsafe { mr.write(registered) };
+        Ok(0)
+    })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` and `mr` are null or point at readable memory.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_dereg_mr(ctx: *mut raio_context, mr: *mut raio_mr) -> c_int {
+    int(|| {
+        // SAFETY: the caller vouches for the pointers, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        // SAFETY: as above; a registration of this context is this thread's.
+        let registration = unsafe { Handle::get(mr) }
+            .filter(|registration| registration.context == ctx && !registration.is_allocated)
+            .ok_or_else(|| {
+                invalid("That is no registration of this context by raio_reg_mr(). (raio_free() ends the others.)")
+            })?;
+        if registration.region.in_use() {
+            return Err(busy());
+        }
+        unregister(state, registration);
+        state.mrs.retain(|&other| other != mr);
+        // SAFETY: as above.
+        drop(unsafe { Handle::destroy(&MRS, mr) });
+        Ok(0)
+    })
+}
+
+fn busy() -> Error {
+    Error::call(libc::EBUSY, "I/O in flight uses that memory. Collect its events first.")
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `mr` is null or may be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_alloc(
+    ctx: *mut raio_context,
+    len: usize,
+    mr: *mut *mut raio_mr,
+) -> *mut c_void {
+    run(|| {
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
+        let state = unsafe { state(ctx) }?;
+        if len == 0 {
+            return Err(invalid("The length is 0. Ask for at least one byte."));
+        }
+        let (memory, mapped) = map(len)?;
+        // SAFETY: the mapping stays until raio_free(), which rejects while the region is in use.
+        let Some(region) = (unsafe { Region::new(memory.cast(), len) }) else {
+            unreachable!("a mapping is neither null nor empty, and does not wrap around")
+        };
+        let registered = match register(ctx, state, region, true) {
+            Ok(registered) => registered,
+            Err(error) => {
+                // SAFETY: exactly the mapping just made, which nobody knows.
+                unsafe { libc::munmap(memory, mapped) };
+                return Err(error);
+            }
+        };
+        lock(&ALLOCATIONS).insert(
+            memory.addr(),
+            Allocation { len: mapped, mr: registered.expose_provenance(), process: process() },
+        );
+        if !mr.is_null() {
+            // SAFETY: not null, and the caller vouches for the rest.
+            unsafe { mr.write(registered) };
+        }
+        Ok(memory)
+    })
+    .unwrap_or_else(|errno| fail(errno, null_mut()))
+}
+
+/// Maps at least `len` zeroed bytes, on huge pages if some are set aside. Returns the address and the length
+/// mapped.
+fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
+    const HUGE: usize = 2 << 20;
+    let failed = || {
+        Error::call(libc::ENOMEM, format!("There is no memory for {len} bytes. Ask for less, or free some."))
+    };
+    let plain = (len.checked_next_multiple_of(4096).ok_or_else(failed)?, 0);
+    let huge = len.checked_next_multiple_of(HUGE).filter(|_| len >= HUGE).map(|len| (len, libc::MAP_HUGETLB));
+    for (mapped, flags) in huge.into_iter().chain([plain]) {
+        if mapped > isize::MAX as usize {
+            return Err(failed());
+        }
+        // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing
+        // memory.
+        let memory = unsafe {
+            libc::mmap(
+                null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
+                -1,
+                0,
+            )
+        };
+        if memory != libc::MAP_FAILED {
+            // A child must not share pages that hardware may write to. Huge pages, if not had above, are a
+            // favour. Faulting the pages in now keeps the first I/O on each buffer from paying for it, up to
+            // 100 ms for 32 MiB in a virtual machine.
+            for advice in [libc::MADV_DONTFORK, libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+                // SAFETY: the range is exactly our own mapping, and no advice changes its contents in this
+                // process.
+                unsafe { libc::madvise(memory, mapped, advice) };
+            }
+            return Ok((memory, mapped));
+        }
+    }
+    Err(failed())
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `ctx` is null or points at readable memory; `buf` is not used any more, and no raw I/O without `mr` is in
+/// flight on it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> c_int {
+    int(|| {
+        let mut allocations = lock(&ALLOCATIONS);
+        let mapped_here = allocations.get(&buf.addr()).filter(|allocation| allocation.process == process());
+        let allocation = mapped_here.ok_or_else(|| {
+            invalid("That memory is not from raio_alloc(), or was freed. Give what raio_alloc() gave.")
+        })?;
+        let mr = std::ptr::with_exposed_provenance_mut::<raio_mr>(allocation.mr);
+        // SAFETY: null or one of our handles; only `Region::in_use`, which is atomic, is looked at.
+        if unsafe { Handle::get(mr) }.is_some_and(|registration| registration.region.in_use()) {
+            return Err(busy());
+        }
+        // SAFETY: the caller vouches for the pointer. The context may be gone, or another: then its list of
+        // registrations keeps one that has ended, and its device the pages, which does no harm.
+        if let Ok(state) = unsafe { state(ctx) } {
+            // SAFETY: null or one of our handles, and nothing in flight uses it.
+            if let Some(registration) = unsafe { Handle::get(mr) } {
+                unregister(state, registration);
+            }
+            state.mrs.retain(|&other| other != mr);
+        }
+        // SAFETY: null or one of our handles, and nothing in flight uses it.
+        drop(unsafe { Handle::destroy(&MRS, mr) });
+        let len = allocation.len;
+        allocations.remove(&buf.addr());
+        // SAFETY: exactly the mapping made by `map`, taken out of the table once; the caller vouches that it
+        // is not used any more.
+        unsafe { libc::munmap(buf, len) };
+        Ok(0)
+    })
+}

@@ -1,0 +1,84 @@
+//! What `raio_context_t` and `raio_mr_t` stand for, and how a context is found by its pointer.
+
+use std::collections::{HashSet, VecDeque};
+use std::ffi::c_int;
+use std::sync::{LazyLock, Mutex};
+
+use raio_transport::memory::{Buffer, Region, process};
+
+use super::errors::{FailureTexts, invalid};
+use super::eventfd::Eventfds;
+use super::file_cache::FileCache;
+use super::handle::Handle;
+use super::lent::LentBuffers;
+use super::probe::ReadProbe;
+use crate::context::{Context, Stats};
+use crate::error::Error;
+
+/// Destroyed contexts: see [`Handle::create`].
+pub(super) static CONTEXTS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
+/// Destroyed registrations.
+pub(super) static MRS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
+
+/// `struct raio_mr`
+pub type raio_mr = Handle<Registration>;
+
+/// The content of a `raio_mr_t`.
+pub struct Registration {
+    pub(super) context: *mut raio_context,
+    pub(super) region: Region,
+    /// It is memory of raio_alloc().
+    pub(super) is_allocated: bool,
+}
+
+/// `struct raio_context`
+pub type raio_context = Handle<Box<ContextState>>;
+
+/// The content of a `raio_context_t`.
+pub struct ContextState {
+    /// None once the session was stopped.
+    pub(super) context: Option<Context>,
+    /// The counters at that time.
+    pub(super) stats: Stats,
+    /// Its session's descriptor.
+    pub(super) session: c_int,
+    pub(super) files: FileCache,
+    pub(super) lent: LentBuffers,
+    /// Its registrations, and perhaps some that have ended.
+    pub(super) mrs: Vec<*mut raio_mr>,
+    /// Emptied, for the next vectored operations.
+    pub(super) vectors: Vec<Vec<Buffer>>,
+    /// The process that made it: see [`process`].
+    pub(super) process: u64,
+    pub(super) probe: ReadProbe,
+    pub(super) eventfds: Eventfds,
+    pub(super) failures: FailureTexts,
+}
+
+/// The context of this pointer, if it is one of this process.
+///
+/// # Safety
+/// As [`Handle::get`].
+pub(super) unsafe fn state<'a>(ctx: *mut raio_context) -> Result<&'a mut ContextState, Error> {
+    // SAFETY: the caller's contract is the same.
+    let state = unsafe { Handle::get(ctx) }.map(|state| &mut **state).ok_or_else(no_context)?;
+    if state.process == process() { Ok(state) } else { Err(inherited()) }
+}
+
+/// Contexts that were given out and not destroyed.
+pub(super) static LIVE: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
+
+pub(super) fn no_context() -> Error {
+    invalid("That is no context. Use one of raio_setup() that was not destroyed.")
+}
+
+fn inherited() -> Error {
+    invalid("The context is one of the parent process. A child makes its own, in a session of its own.")
+}
+
+pub(super) fn stopped() -> Error {
+    Error {
+        status: raio_transport::Status::transport(libc::ENOTCONN),
+        text: "The context's session was stopped. Destroy the context.".into(),
+    }
+}
