@@ -32,6 +32,7 @@ mod server;
 mod session;
 mod size;
 mod stats;
+mod tuning;
 mod worker;
 
 use std::io::Write;

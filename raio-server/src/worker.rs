@@ -5,13 +5,13 @@
 //! everyone, moves each request along as far as it goes, then sends all answers at once. What commands mean
 //! is in [`command`], how requests move along in [`pipeline`], and which of them need not in [`fast_path`].
 
+mod admission;
 mod command;
 mod connection;
 mod fast_path;
 #[cfg(debug_assertions)]
 mod filter;
 mod pipeline;
-mod shares;
 #[cfg(test)]
 mod tests;
 
@@ -41,24 +41,15 @@ use crate::placement::Placement;
 use crate::request::{Request, State, WorkerFile};
 use crate::session::Sessions;
 use crate::stats::Counters;
+use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
+use admission::Admission;
 use connection::{Connection, LocalSession};
-use shares::{Addresses, OfExport};
 
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
 const RDMA: u8 = 1;
 /// The owner number of the worker's own timers.
 const TIMER: Token = Token { owner: 0xff, value: 0 };
-/// After it was told to stop, a worker takes new requests for so long: those that were on their way.
-const GRACE: Duration = Duration::from_millis(100);
-/// From then on connections without requests are closed once nothing arrives any more, or after so long.
-const DRAIN_QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a drained worker waits for its peers to read their goaway and close.
-const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
-/// A connection may have this part of the arena.
-const SHARE: usize = 8;
-/// This part is kept for small requests of connections that hold little.
-const RESERVE: usize = 8;
 
 /// What all workers share.
 #[derive(Debug)]
@@ -154,12 +145,6 @@ pub struct Worker {
     /// Of all connections, those in their handshake among them. The transport holds them, too, and longer:
     /// until a socket is closed.
     permits: HashMap<ConnectionId, Arc<ConnectionPermit>>,
-    /// What addresses that connections are from have.
-    addresses: Addresses,
-    /// Connections that have got memory since it was last noted what all hold, or held some then.
-    holding: Vec<usize>,
-    /// All of them have been noted in this iteration.
-    is_noted: bool,
     /// Connections by the transport's index for them.
     by_transport: Vec<Option<usize>>,
     sessions: Slab<LocalSession>,
@@ -173,33 +158,11 @@ pub struct Worker {
     reported: Vec<Rc<WorkerFile>>,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
-    /// Connections with requests that wait for memory take turns.
-    round_robin: VecDeque<usize>,
-    /// How many connections have such requests.
-    waiting: usize,
-    /// The one of them that has waited longest with no memory at all, because there is none.
-    starved: Option<usize>,
-    /// Since the last stall check somebody has been.
-    is_short: bool,
-    /// When connections that make no progress are next looked for: others wait for memory.
-    stall_check: Option<Instant>,
-    /// When connections that wait for memory are next shown that the server lives.
-    life_sign: Option<Instant>,
-    /// Requests for a later turn.
+    /// Who gets memory.
+    admission: Admission,
+    /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
-    /// What this turn has read and written at once.
-    at_once_bytes: usize,
-    /// What this turn has given out of the arena, that included.
-    iteration_bytes: usize,
-    /// What a connection may have of the arena.
-    share_bytes: usize,
-    /// What is kept for small requests.
-    reserve_bytes: usize,
-    /// What requests on each export have.
-    of_exports: Vec<OfExport>,
-    /// An option limits the memory of a session or an address.
-    has_memory_caps: bool,
-    /// An option limits their requests.
+    /// An option limits the requests of a session or an address.
     counts_requests: bool,
     events: Vec<Event>,
     /// Another thread has got writes since the worker last waited.
@@ -293,13 +256,7 @@ impl Worker {
         }));
         let worker = Self {
             transport,
-            share_bytes: (2 * io_bytes_max).max(arena.len() / SHARE),
-            of_exports: vec![OfExport::default(); shared.exports.all().len()],
-            reserve_bytes: (arena.len() / RESERVE).min(arena.len() - arena.slot_bytes_max()),
-            addresses: Addresses::default(),
-            holding: Vec::new(),
-            is_noted: false,
-            has_memory_caps: shared.memory_caps != [usize::MAX; 2],
+            admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),
             counts_requests: shared.sessions.count_requests(),
             shared,
             counters,
@@ -319,15 +276,7 @@ impl Worker {
             at_devices: 0,
             reported: Vec::new(),
             closing: 0,
-            round_robin: VecDeque::new(),
-            waiting: 0,
-            starved: None,
-            is_short: false,
-            stall_check: None,
-            life_sign: None,
             deferred: VecDeque::new(),
-            at_once_bytes: 0,
-            iteration_bytes: 0,
             events: Vec::new(),
             handed_over: false,
             is_busy: false,
@@ -352,9 +301,11 @@ impl Worker {
     /// One turn of the loop.
     fn run_once(&mut self) -> anyhow::Result<()> {
         self.poll_events()?;
+        self.admission.begin_iteration();
         self.take_mail();
         self.take_completions();
-        self.grant_slots();
+        self.show_life();
+        self.admit();
         self.evict_stalled();
         self.take_requests();
         self.pass_on();
@@ -363,6 +314,7 @@ impl Worker {
         self.handed_over |= self.engine.flush();
         self.send_answers();
         self.publish();
+        self.is_busy |= self.admission.is_exhausted();
         Ok(())
     }
 
@@ -456,8 +408,7 @@ impl Worker {
     }
 
     fn take_requests(&mut self) {
-        self.at_once_bytes = 0;
-        while self.has_budget()
+        while self.admission.has_budget()
             && let Some(request) = self.deferred.pop_front()
         {
             self.is_busy = true;
@@ -467,7 +418,7 @@ impl Worker {
             self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, *peer),
-                ServerEvent::Request(request) if self.has_budget() => self.take_request(&request),
+                ServerEvent::Request(request) if self.admission.has_budget() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
@@ -502,7 +453,11 @@ impl Worker {
         counters.heap_bytes.set(heap_bytes as u64);
         counters.message_waits.set(message_waits);
         counters.sleeps.set(self.reactor.sleeps());
-        counters.iteration_bytes_max.set(counters.iteration_bytes_max.get().max(self.iteration_bytes as u64));
+        let iteration_bytes = self.admission.iteration_bytes() as u64;
+        counters.iteration_bytes_max.set(counters.iteration_bytes_max.get().max(iteration_bytes));
+        for (counter, waits) in counters.memory_waits.iter().zip(self.admission.share_waits()) {
+            counter.set(waits);
+        }
         counters.iterations.add(1);
     }
 
@@ -535,7 +490,7 @@ impl Worker {
             return (now >= goaway_deadline).then_some(true);
         }
         // What has arrived in the meantime is answered first; for a while, as somebody may go on sending.
-        if !self.deferred.is_empty() || (self.is_busy && now < drain.reject_at + DRAIN_QUIESCE_TIMEOUT) {
+        if !self.deferred.is_empty() || (self.is_busy && now < drain.reject_at + QUIESCE_TIMEOUT) {
             return None;
         }
         for (_, connection) in &mut self.connections {

@@ -96,8 +96,8 @@ impl Worker {
     /// they may.
     #[cold]
     fn count_request(&mut self, connection: usize, request: &transport::Request) -> bool {
-        let Connection { session, share, .. } = &self.connections[connection];
-        let counted = self.sessions[*session].session.begin_request(&share.account);
+        let Connection { session, account, .. } = &self.connections[connection];
+        let counted = self.sessions[*session].session.begin_request(account);
         if let Err(Excess { who, text }) = &counted {
             self.counters.rejected_requests[*who as usize].add(1);
             let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
@@ -198,7 +198,7 @@ impl Worker {
     fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
-        let account = &self.connections[connection].share.account;
+        let account = &self.connections[connection].account;
         let handle = match self.sessions[session].session.insert(Arc::clone(&open), account) {
             Ok(handle) => handle,
             Err(Excess { who, text }) => {

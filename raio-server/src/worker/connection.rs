@@ -14,11 +14,10 @@ use raio_transport::{Violation, mux};
 
 use tracing::field::display;
 
-use super::shares::{Holder, Share};
 use super::{Mail, Worker};
 use crate::client::Client;
 use crate::engine;
-use crate::limits::Excess;
+use crate::limits::{AddressAccount, Excess};
 use crate::log;
 use crate::request::{State, WorkerFile};
 use crate::session::{Session, index_of};
@@ -41,14 +40,8 @@ pub(super) struct Connection {
     /// Its requests that are not yet answered, oldest first. Most are answered in order, so looking for one
     /// from the front is short.
     pub(super) requests: VecDeque<usize>,
-    /// Those of them that wait for memory, oldest first.
-    pub(super) waiting: VecDeque<usize>,
-    /// It is in `Worker::turns`.
-    pub(super) is_waiting: bool,
-    /// Bytes in the slots of its requests. Its unsent answers have more: `ServerTransport::unsent_bytes`.
-    pub(super) slot_bytes: usize,
-    /// What it and its fellows have of the memory.
-    pub(super) share: Share,
+    /// What all workers count for its address.
+    pub(super) account: AddressAccount,
     /// What it did wrong: it is closing.
     pub(super) violation: Option<Violation>,
     /// It is counted in [`crate::placement`].
@@ -66,8 +59,6 @@ pub(super) struct LocalSession {
     pub(super) connections: usize,
     /// This worker's view of the files, by the index in their handles.
     pub(super) files: Vec<Option<Rc<WorkerFile>>>,
-    /// What its connections here have.
-    pub(super) holder: Holder,
 }
 
 impl Worker {
@@ -92,12 +83,7 @@ impl Worker {
                     Ok(session) => session,
                     Err(Excess { text, .. }) => return self.reject(id, address, &peer, &text),
                 };
-                let key = self.sessions.insert(LocalSession {
-                    session,
-                    connections: 0,
-                    files: Vec::new(),
-                    holder: Holder::default(),
-                });
+                let key = self.sessions.insert(LocalSession { session, connections: 0, files: Vec::new() });
                 self.sessions_by_id.insert(peer.session, key);
                 key
             }
@@ -117,19 +103,14 @@ impl Worker {
             id,
             session,
             requests: VecDeque::new(),
-            waiting: VecDeque::new(),
-            is_waiting: false,
-            slot_bytes: 0,
-            share: Share::new(
-                account,
-                address.map(|address| self.addresses.join(address.ip().to_canonical())),
-            ),
+            account,
             violation: None,
             has_data: !peer.control,
             name: peer.name,
             peer: address,
             client: Client::new(self.transport.socket(id)),
         });
+        self.admission.open(key, session, address.map(|address| address.ip().to_canonical()));
         let by_index = &mut self.by_transport;
         let index = id.index as usize;
         if by_index.len() <= index {
@@ -164,12 +145,6 @@ impl Worker {
             return;
         };
         self.by_transport[id.index as usize] = None;
-        if self.connections[key].is_waiting {
-            self.not_starved(key);
-            self.waits_no_more(key);
-            self.round_robin.retain(|&other| other != key);
-        }
-        self.forget_share(key);
         if self.counts_requests {
             for &request in &self.connections[key].requests {
                 self.uncount_request(key, &self.requests[request].work);
@@ -190,6 +165,7 @@ impl Worker {
                 self.remove_request(request);
             }
         }
+        self.admission.close(key);
         let violation = connection.violation.or(match reason {
             CloseReason::Violation(violation) => Some(*violation),
             _ => None,

@@ -9,26 +9,17 @@ use raio_transport::protocol::Command;
 use raio_transport::transport::{RequestKey, ServerTransport};
 
 use super::Worker;
-use super::pipeline::ITERATION_BYTES_MAX;
+use super::admission::{Decision, Demand};
+use super::pipeline::unsent_bytes;
 use crate::request::Range;
-
-/// No more than this: the others want their turn, too.
-const BYTES_MAX: u32 = 16 << 10;
-/// After each so many bytes of a turn the connections of which nothing has left in it may send what they
-/// have: a client that looks for it works on that while the others are read.
-const SEND_EACH: usize = 32 << 10;
+use crate::tuning::fast_path::BYTES_MAX;
 
 impl Worker {
-    /// Whether this turn may do another one.
-    pub(super) fn has_budget(&self) -> bool {
-        self.at_once_bytes + BYTES_MAX as usize <= ITERATION_BYTES_MAX
-    }
-
     /// Carries out and answers a read. Whether it has; if not, nothing has happened.
     pub(super) fn fast_path(&mut self, connection: usize, name: RequestKey, command: &Command<'_>) -> bool {
         let Command::Read { file, offset, length } = *command else { return false };
         // It does not overtake its connection's own requests.
-        if length == 0 || length > BYTES_MAX || self.connections[connection].is_waiting {
+        if length == 0 || length > BYTES_MAX || self.admission.is_waiting(connection) {
             return false;
         }
         let Some(file) = self.file(connection, file) else { return false };
@@ -36,7 +27,12 @@ impl Worker {
             return false;
         };
         let len = length as usize;
-        if Range::new(offset, length.into()).is_none() || self.withheld(connection, len).is_some() {
+        if Range::new(offset, length.into()).is_none() {
+            return false;
+        }
+        let demand = Demand { connection, bytes: len, export: None };
+        let unsent = &unsent_bytes(&self.transport, &self.connections);
+        if self.admission.decide(&demand, &self.arena, unsent) != Decision::Admit {
             return false;
         }
         let engine = &mut self.engine;
@@ -44,14 +40,10 @@ impl Worker {
         if !self.transport.respond_filled(name, len, &mut self.arena, &mut read) {
             return false;
         }
-        let before = self.at_once_bytes;
-        self.at_once_bytes += len;
-        self.iteration_bytes += len;
         self.counters.read_bytes.add(length.into());
         self.counters.answered.add(1);
         // Where nobody spins the client would only be woken more often.
-        let is_due = self.at_once_bytes / SEND_EACH > before / SEND_EACH;
-        if is_due && !self.shared.spin.is_zero() {
+        if self.admission.spend(len) && !self.shared.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);
         }
         true

@@ -4,47 +4,25 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
+use raio_transport::{Status, mux};
+use slab::Slab;
 
+use super::admission::{Demand, StallCheck};
 use super::connection::Connection;
 use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Outcome};
-use crate::limits::Who;
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
-
-pub(super) enum Grant {
-    Slot(Slot),
-    /// The connection has as much as it may have now.
-    OverQuota,
-    /// The requests on this export have.
-    OverExport(usize),
-    /// There is no memory for this size now, though the connection holds none.
-    NoRoom,
-    /// Its session or its address has as much as it may have now.
-    OverLimit(Who),
-    /// Enough for this turn.
-    NextIteration,
-}
-
-/// As long as there is memory a connection may hold so much, whatever the others hold and wait for.
-const SMALL_BYTES: usize = 256 << 10;
-/// ... but not more than this part of what is free: the more hold something, the less each gets, and some is
-/// left for the next.
-const SMALL_PART: usize = 16;
-
-/// Memory that a turn gives out: so much is worked on while it is in the core's own cache, and a request for
-/// little does not wait behind many for much. One request for more has a turn for itself.
-pub(super) const ITERATION_BYTES_MAX: usize = 256 << 10;
-/// A device that reports late gets so many with one system call.
-const TOGETHER: usize = 2;
+use crate::tuning::device::SUBMIT_BATCH;
 
 impl Worker {
     /// Takes a request on. Gives its key.
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
-        let (needs, export) = (work.slot_len(), self.export_of(&work));
+        // If there is no other export its requests may have all.
+        let export = if self.shared.exports.all().len() > 1 { work.export() } else { None };
+        let demand = Demand { connection, bytes: work.slot_len(), export };
         let request = self.requests.insert(Request {
             key,
             connection: Some(connection),
@@ -58,228 +36,83 @@ impl Worker {
         });
         self.in_state[State::NeedSlot as usize] += 1;
         self.connections[connection].requests.push_back(request);
-        if needs == 0 {
+        if demand.bytes == 0 {
             self.execute(request, None);
-        } else if let Some(slot) = self.slot_at_once(connection, request, needs) {
-            self.granted(request, slot);
+            return request;
+        }
+        let unsent = &unsent_bytes(&self.transport, &self.connections);
+        if let Some(slot) = self.admission.admit(&demand, &mut self.arena, unsent) {
+            self.admitted(request, slot);
         } else {
             self.counters.slot_waits.add(1);
-            self.connections[connection].waiting.push_back(request);
-            self.waits(connection);
+            self.admission.wait(request, demand);
+            self.promise_life_sign();
         }
         request
     }
 
-    fn slot_at_once(&mut self, connection: usize, request: usize, bytes: usize) -> Option<Slot> {
-        if self.connections[connection].is_waiting {
-            return None;
+    /// Takes out a request that is over.
+    pub(super) fn remove_request(&mut self, key: usize) -> Request {
+        if self.requests[key].state == State::Fetching {
+            self.admission.set_fetching(self.requests[key].export, false);
         }
-        match self.grant(connection, request, bytes) {
-            Grant::Slot(slot) => Some(slot),
-            Grant::OverQuota | Grant::OverExport(_) | Grant::NoRoom | Grant::NextIteration => None,
-            Grant::OverLimit(who) => {
-                self.is_limited(connection, who);
-                None
-            }
-        }
+        let request = self.requests.remove(key);
+        self.in_state[request.state as usize] -= 1;
+        self.admission.release(request.connection, request.export, request.slot_bytes);
+        request
     }
 
-    /// Why a connection may not have so much more memory now.
-    pub(super) fn withheld(&mut self, connection: usize, bytes: usize) -> Option<Grant> {
-        let Connection { id, slot_bytes, .. } = self.connections[connection];
-        let held = slot_bytes + self.transport.unsent_bytes(id);
-        if self.has_memory_caps
-            && let Some(who) = self.over_cap(connection, bytes)
-        {
-            return Some(Grant::OverLimit(who));
-        }
-        // A little is for everybody.
-        if held + bytes > SMALL_BYTES.min(self.arena.free_bytes() / SMALL_PART)
-            && let Some(withheld) = self.withheld_beyond_a_little(connection, held, bytes)
-        {
-            return Some(withheld);
-        }
-        if self.iteration_bytes > 0 && self.iteration_bytes + bytes > ITERATION_BYTES_MAX {
+    /// Gives memory to requests that wait for it.
+    pub(super) fn admit(&mut self) {
+        loop {
+            let unsent = &unsent_bytes(&self.transport, &self.connections);
+            let Some((request, slot)) = self.admission.next(&mut self.arena, unsent) else { return };
             self.is_busy = true;
-            return Some(Grant::NextIteration);
-        }
-        None
-    }
-
-    /// Beyond a little some memory is kept in reserve, the quota shrinks once half of the memory is out, and
-    /// whoever has waited longest with nothing at all goes before everybody else.
-    #[inline(never)]
-    fn withheld_beyond_a_little(&mut self, connection: usize, held: usize, bytes: usize) -> Option<Grant> {
-        if 2 * self.arena.free_bytes() < self.arena.len()
-            && let Some(who) = self.over_share(connection, bytes)
-        {
-            return Some(Grant::OverLimit(who));
-        }
-        if self.is_within_quota(connection, held, bytes) {
-            None
-        } else if held > 0 {
-            Some(Grant::OverQuota)
-        } else {
-            Some(Grant::NoRoom)
-        }
-    }
-
-    fn is_within_quota(&self, connection: usize, held: usize, bytes: usize) -> bool {
-        let (all, free) = (self.arena.len(), self.arena.free_bytes());
-        if self.starved.is_some_and(|starved| starved != connection) || free < bytes + self.reserve_bytes {
-            return false;
-        }
-        let quota = if 2 * free >= all {
-            self.share_bytes
-        } else {
-            self.share_bytes * (2 * free / 4096) / (all / 4096)
-        };
-        held == 0 || held + bytes <= quota
-    }
-
-    fn grant(&mut self, connection: usize, request: usize, bytes: usize) -> Grant {
-        // First of all: whoever waits for a file system holds up nobody.
-        if let Some(export) = self.requests[request].export
-            && self.is_over_export(export, bytes)
-        {
-            return Grant::OverExport(export);
-        }
-        if let Some(withheld) = self.withheld(connection, bytes) {
-            return withheld;
-        }
-        let Some(slot) = self.arena.alloc(bytes) else { return Grant::NoRoom };
-        if self.starved == Some(connection) {
-            self.starved = None;
-        }
-        self.iteration_bytes += bytes;
-        Grant::Slot(slot)
-    }
-
-    /// Gives memory to requests that wait for it. Connections take turns, and each has a FIFO. Only small
-    /// ones overtake the connection that has waited longest with nothing: else a large request would never
-    /// have its turn.
-    pub(super) fn grant_slots(&mut self) {
-        self.iteration_bytes = 0;
-        self.is_noted = false;
-        self.show_life();
-        if self.round_robin.is_empty() {
-            return;
-        }
-        // What was dropped since is free.
-        self.arena.used_bytes();
-        let mut passed_over = 0;
-        while passed_over < self.round_robin.len() {
-            let Some(key) = self.round_robin.pop_front() else { return };
-            let Some(&request) = self.connections[key].waiting.front() else {
-                self.waits_no_more(key);
-                self.not_starved(key);
-                continue;
-            };
-            let bytes = self.requests[request].work.slot_len();
-            match self.grant(key, request, bytes) {
-                Grant::Slot(slot) => {
-                    self.is_busy = true;
-                    passed_over = 0;
-                    self.round_robin.push_back(key);
-                    self.connections[key].waiting.pop_front();
-                    self.granted(request, slot);
-                }
-                Grant::OverQuota => {
-                    passed_over += 1;
-                    self.round_robin.push_back(key);
-                    self.not_starved(key);
-                }
-                Grant::OverExport(export) => {
-                    passed_over += 1;
-                    self.round_robin.push_back(key);
-                    self.not_starved(key);
-                    self.is_short |= self.is_fetching(export);
-                }
-                Grant::OverLimit(who) => {
-                    passed_over += 1;
-                    self.round_robin.push_back(key);
-                    self.not_starved(key);
-                    self.is_limited(key, who);
-                }
-                Grant::NoRoom => {
-                    passed_over += 1;
-                    self.round_robin.push_back(key);
-                    self.starved.get_or_insert(key);
-                    self.is_short = true;
-                }
-                Grant::NextIteration => return self.round_robin.push_front(key),
-            }
+            self.admitted(request, slot);
         }
     }
 
     /// Somebody waits: [`Worker::show_life`] is due twice in the time after which a client that hears nothing
     /// would ask.
     pub(super) fn promise_life_sign(&mut self) {
-        let reactor = &mut self.reactor;
-        let period = self.shared.policy.keepalive / 2;
-        self.life_sign.get_or_insert_with(|| {
-            let at = Instant::now() + period;
-            reactor.timer(at, TIMER);
-            at
-        });
+        if !self.admission.has_life_sign()
+            && let Some(at) = self.admission.arm_life_sign(Instant::now(), self.shared.policy.keepalive / 2)
+        {
+            self.reactor.timer(at, TIMER);
+        }
     }
 
     /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to
     /// their pings.
-    fn show_life(&mut self) {
-        if self.life_sign.take_if(|at| *at <= Instant::now()).is_none() {
+    pub(super) fn show_life(&mut self) {
+        if !self.admission.has_life_sign() || !self.admission.take_life_sign(Instant::now()) {
             return;
         }
-        for &connection in &self.round_robin {
+        for connection in self.admission.waiting() {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
         self.transport.show_life_to_gated(&mut self.reactor);
-        if !self.round_robin.is_empty() {
+        if self.admission.waiting().next().is_some() {
             self.promise_life_sign();
         }
-    }
-
-    /// This connection does not wait with nothing any more.
-    pub(super) fn not_starved(&mut self, connection: usize) {
-        self.starved.take_if(|starved| *starved == connection);
     }
 
     /// Closes connections that hold memory and make no progress, if others have been waiting for it for the
     /// stall timeout.
     pub(super) fn evict_stalled(&mut self) {
-        let now = match self.stall_check {
-            None if !self.is_short => return,
-            None => Instant::now(),
-            Some(at) => {
-                let now = Instant::now();
-                if now < at {
-                    return;
-                }
-                now
-            }
-        };
-        if !std::mem::take(&mut self.is_short) {
-            self.stall_check = None;
-            return;
+        let timeout = self.shared.policy.stall_timeout;
+        if self.admission.may_be_stalled()
+            && let Some(StallCheck { close, next }) = self.admission.check_stalled(Instant::now(), timeout)
+        {
+            self.transport.close_stalled(&mut self.reactor, close);
+            self.reactor.timer(next, TIMER);
         }
-        self.transport.close_stalled(&mut self.reactor, self.stall_check.is_some());
-        let at = now + self.shared.policy.stall_timeout;
-        self.reactor.timer(at, TIMER);
-        self.stall_check = Some(at);
     }
 
-    fn granted(&mut self, key: usize, slot: Slot) {
+    fn admitted(&mut self, key: usize, slot: Slot) {
         let request = &mut self.requests[key];
         request.slot_bytes = slot.len();
         let (name, is_write) = (request.key, matches!(request.work, Work::Write(..)));
-        if let Some(connection) = request.connection {
-            let Connection { slot_bytes, share, .. } = &mut self.connections[connection];
-            *slot_bytes += slot.len();
-            if share.begins_to_hold() {
-                self.holding.push(connection);
-            }
-        }
-        self.export_holds(key);
         if is_write {
             self.enter(key, State::Fetching);
             self.transport.fetch(&mut self.reactor, name, slot, 0);
@@ -326,7 +159,8 @@ impl Worker {
         self.at_devices += 1;
         self.begin_execution(key, Some(slot));
         // The device starts on the first while the kernel takes in the others.
-        if self.at_devices.is_multiple_of(TOGETHER) && file.device_queue.borrow().coalesces_completions() {
+        if self.at_devices.is_multiple_of(SUBMIT_BATCH) && file.device_queue.borrow().coalesces_completions()
+        {
             self.reactor.submit_now();
         }
     }
@@ -466,7 +300,7 @@ impl Worker {
         self.in_state[before as usize] -= 1;
         self.in_state[state as usize] += 1;
         if before == State::Fetching || state == State::Fetching {
-            self.export_fetches(key, state == State::Fetching);
+            self.admission.set_fetching(self.requests[key].export, state == State::Fetching);
         }
     }
 
@@ -477,7 +311,6 @@ impl Worker {
         let entry = &mut self.connections[connection];
         let at = entry.requests.iter().position(|&other| other == key);
         at.and_then(|at| entry.requests.remove(at));
-        entry.slot_bytes -= request.slot_bytes;
         if self.counts_requests {
             self.uncount_request(connection, &request.work);
         }
@@ -508,8 +341,8 @@ impl Worker {
     pub(super) fn uncount_request(&self, connection: usize, work: &Work) {
         // A close is no burden: it ends one.
         if !matches!(work, Work::Close) {
-            let Connection { session, share, .. } = &self.connections[connection];
-            self.sessions[*session].session.end_request(&share.account);
+            let Connection { session, account, .. } = &self.connections[connection];
+            self.sessions[*session].session.end_request(account);
         }
     }
 
@@ -528,7 +361,7 @@ impl Worker {
         let request = &self.requests[key];
         match request.state {
             State::NeedSlot => {
-                self.connections[connection].waiting.retain(|&other| other != key);
+                self.admission.cancel(connection, key);
                 self.answer(key, cancelled());
             }
             // When its data has come.
@@ -541,6 +374,14 @@ impl Worker {
             }
         }
     }
+}
+
+/// How many bytes the unsent responses of a connection hold.
+pub(super) fn unsent_bytes<'a>(
+    transport: &'a mux::Server,
+    connections: &'a Slab<Connection>,
+) -> impl Fn(usize) -> usize + Copy + 'a {
+    |connection| transport.unsent_bytes(connections[connection].id)
 }
 
 fn cancelled() -> Response {

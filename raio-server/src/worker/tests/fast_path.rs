@@ -1,7 +1,7 @@
 //! Small reads of what the page cache has: see [`crate::worker::fast_path`].
 
 use super::*;
-use crate::worker::pipeline::ITERATION_BYTES_MAX;
+use crate::tuning::memory::ITERATION_BYTES_MAX;
 
 /// Twice what one turn does.
 const DEPTH: usize = 128;
@@ -19,7 +19,10 @@ fn what_a_turn_has_no_time_for_waits_for_the_next_and_for_nothing_else() {
         for _ in 0..20 {
             bench.read(DEPTH);
             until(&mut bench.worker, "the first turn is over", |worker| !worker.deferred.is_empty());
-            assert!((ITERATION_BYTES_MAX / 2..=ITERATION_BYTES_MAX).contains(&bench.worker.at_once_bytes));
+            assert!(
+                (ITERATION_BYTES_MAX / 2..=ITERATION_BYTES_MAX)
+                    .contains(&bench.worker.admission.iteration_bytes())
+            );
             assert!(bench.worker.is_busy, "the next turn is not taken at once");
             assert!(bench.collect(DEPTH).is_empty());
             assert!(bench.worker.deferred.is_empty() && bench.worker.requests.is_empty());
