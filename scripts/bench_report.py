@@ -38,6 +38,40 @@ def table(results):
         last = workload
 
 
+def rows(results):
+    """For each workload its name, and by target the IOPS, the median and the 99th percentile of the latency in µs."""
+    names = {"floor, spinning": "floor", "local": "local", "raio": "raio", "nbdkit": "nbdkit"}
+    for workload in dict.fromkeys(workload for workload, _ in results):
+        row = {}
+        for target, name in names.items():
+            if runs := results.get((workload, target)):
+                row[name] = median(runs, "iops"), median(runs, "p50_us"), median(runs, "p99_us")
+        if "raio" in row:
+            yield workload, row
+
+
+def short_table(results):
+    """The table of the README."""
+    yield "| IOPS | floor | local | raio | nbdkit | raio × floor | raio × nbdkit | raio: median µs | p99 µs |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for workload, row in rows(results):
+        iops = [f"{row[name][0]:,.0f}" if name in row else "" for name in ("floor", "local", "raio", "nbdkit")]
+        ratios = [f"{row['raio'][0] / row[name][0]:.2f}" if name in row else "" for name in ("floor", "nbdkit")]
+        yield f"| {' | '.join([workload, *iops, *ratios])} | {row['raio'][1]:,.1f} | {row['raio'][2]:,.1f} |"
+
+
+BEGIN, END = "<!-- written by scripts/bench --publish -->", "<!-- end of what scripts/bench wrote -->"
+
+
+def replace_block(page, lines):
+    """Puts lines between the two marks of a document."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}. Put them around its table.")
+    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+
+
 def pairs(results, new, old):
     """How one target does beside another that took turns with it: the ratios within each pair of runs."""
     yield f"| {new} / {old} | pairs | IOPS: median | min | max | p99: median | server's CPU per I/O: median |"
