@@ -7,8 +7,7 @@ use rustix::fs::{FallocateFlags, FileType, OFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::engine::{FileInfo, stat};
-use crate::open::reopen;
+use crate::syscalls::{FileInfo, reopen, stat};
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];

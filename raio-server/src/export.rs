@@ -6,8 +6,6 @@
 //! [`crate::open`] opens it.
 
 use std::ffi::CString;
-use std::fmt;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,13 +17,16 @@ use raio_transport::protocol::{
     OPEN_WRITE,
 };
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags};
 
-use crate::engine::{Descriptor, Job, Lanes};
+use crate::engine::{Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
 use crate::pool::Pool;
+use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
-use crate::session::{Access, FileKind, OpenFile};
+use crate::session::{Access, OpenFile};
+use crate::syscalls::FileInfo;
+use crate::volume::{Memory, Null, Volume};
 
 /// An export, open. Shared by all workers.
 #[derive(Debug)]
@@ -42,26 +43,27 @@ pub struct Export {
 enum Origin {
     /// Everything beneath a directory, or one file or device.
     Files(Box<Root>),
-    /// Memory, zeros at the start.
-    Memory { fd: Arc<Descriptor>, size: u64 },
-    /// Zeros; what is written is lost.
-    Null { size: u64 },
+    /// One volume, which all who open it share, and the status that an open answers with.
+    Volume(Arc<dyn Volume>, FileInfo),
+}
+
+impl Origin {
+    fn of_volume(volume: impl Volume + 'static, size: u64) -> Self {
+        Self::Volume(Arc::new(volume), FileInfo::synthetic(size))
+    }
 }
 
 impl Export {
     /// Opens what the configuration names.
     pub fn open(spec: &ExportSpec, lanes: Lanes) -> anyhow::Result<Self> {
         let source = match &spec.source {
-            Source::Null(size) => Origin::Null { size: *size },
-            Source::Memory(size) => Origin::Memory {
-                fd: Descriptor::new(
-                    memory(*size).with_context(|| {
-                        format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
-                    })?,
-                    lanes.clone(),
-                ),
-                size: *size,
-            },
+            Source::Null(size) => Origin::of_volume(Null::new(*size), *size),
+            Source::Memory(size) => {
+                let memory = Memory::new(*size, lanes.clone()).with_context(|| {
+                    format!("Cannot make {size} bytes of memory for export {:?}", spec.name)
+                })?;
+                Origin::of_volume(memory, *size)
+            }
             Source::Path(path) => Self::open_path(path, spec)
                 .map(|root| Origin::Files(Box::new(root)))
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
@@ -69,10 +71,23 @@ impl Export {
         Ok(Self {
             name: spec.name.clone(),
             source,
-            is_writable: spec.is_writable,
+            // What nobody keeps anybody may write.
+            is_writable: spec.is_writable || matches!(spec.source, Source::Null(_)),
             is_direct: spec.is_direct,
             lanes,
         })
+    }
+
+    /// An export of a volume that has this size.
+    #[cfg(test)]
+    pub fn of_volume(name: &str, volume: impl Volume + 'static, size: u64, lanes: Lanes) -> Self {
+        Self {
+            name: name.to_owned(),
+            source: Origin::of_volume(volume, size),
+            is_writable: true,
+            is_direct: false,
+            lanes,
+        }
     }
 
     fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
@@ -135,26 +150,9 @@ impl Export {
     pub fn root(&self) -> Option<&Root> {
         match &self.source {
             Origin::Files(root) => Some(root),
-            Origin::Memory { .. } | Origin::Null { .. } => None,
+            Origin::Volume(..) => None,
         }
     }
-}
-
-/// Memory of a fixed size.
-fn memory(size: u64) -> rustix::io::Result<OwnedFd> {
-    let fd = rustix::fs::memfd_create("raio-mem", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&fd, size)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)?;
-    Ok(fd)
-}
-
-/// A rejection: the status, and the sentence for the client.
-#[derive(Debug)]
-pub struct Rejection {
-    /// The status.
-    pub status: Status,
-    /// The sentence.
-    pub text: String,
 }
 
 /// What a client's open comes to.
@@ -169,8 +167,8 @@ pub enum Target {
         /// How.
         how: OpenHow,
     },
-    /// Open already.
-    Ready(OpenFile),
+    /// Open already, with its status.
+    Ready(OpenFile, FileInfo),
 }
 
 /// All exports.
@@ -180,8 +178,14 @@ pub struct Exports(Vec<Export>);
 impl Exports {
     /// Opens all of them, each with lanes of its own.
     pub fn open(specs: &[ExportSpec], pool: &'static Pool<Job>) -> anyhow::Result<Self> {
-        let open = |(index, spec)| Export::open(spec, Lanes::new(pool, index));
-        specs.iter().enumerate().map(open).collect::<anyhow::Result<_>>().map(Self)
+        let open = |spec| Export::open(spec, Lanes::new(pool));
+        specs.iter().map(open).collect::<anyhow::Result<_>>().map(Self)
+    }
+
+    /// These.
+    #[cfg(test)]
+    pub fn of(exports: Vec<Export>) -> Self {
+        Self(exports)
     }
 
     /// All of them, in order.
@@ -192,7 +196,7 @@ impl Exports {
     /// Resolves a client's path and flags (`OPEN_*`) as far as that goes without touching the file.
     pub fn resolve(&self, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
         let reject = |status, text: String| Err(Rejection { status, text });
-        let shown = Shown(path);
+        let shown = EscapedPath(path);
         let Some(rest) = path.strip_prefix(b"/") else {
             let text = format!("{shown} is no path here: paths are /EXPORT/relative/path.");
             return reject(Status::storage(libc::ENOENT), text);
@@ -202,14 +206,14 @@ impl Exports {
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
         let Some(index) = self.0.iter().position(|export| export.name.as_bytes() == name) else {
             let text =
-                format!("There is no export {}. Ask the server's operator for the names.", Shown(name));
+                format!("There is no export {}. Ask the server's operator for the names.", EscapedPath(name));
             return reject(Status::storage(libc::ENOENT), text);
         };
         let export = &self.0[index];
         let has_more = !rest.is_empty();
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
         let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
-        if changes && !export.is_writable && !matches!(export.source, Origin::Null { .. }) {
+        if changes && !export.is_writable {
             let text =
                 format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
             return reject(Status::policy(libc::EROFS), text);
@@ -223,19 +227,15 @@ impl Exports {
             let text = format!("Export {} is no directory: open /{} itself.", export.name, export.name);
             return reject(Status::storage(libc::ENOTDIR), text);
         }
-        let ready = |kind| {
-            if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 {
-                let text = format!("{shown} exists already.");
-                return reject(Status::storage(libc::EEXIST), text);
-            }
-            Ok(Target::Ready(OpenFile::new(kind, Access::from_flags(flags), 1)))
-        };
         let root = match &export.source {
-            Origin::Null { size } => return ready(FileKind::Null { size: *size }),
-            Origin::Memory { fd, size } => {
-                return ready(FileKind::Memory { fd: Arc::clone(fd), size: *size });
-            }
             Origin::Files(root) => root,
+            Origin::Volume(..) if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 => {
+                return reject(Status::storage(libc::EEXIST), format!("{shown} exists already."));
+            }
+            Origin::Volume(volume, info) => {
+                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index);
+                return Ok(Target::Ready(file, *info));
+            }
         };
         let path = if !root.is_directory() {
             root.path().clone()
@@ -285,17 +285,6 @@ fn kernel_flags(flags: u32, is_direct: bool) -> u64 {
     kernel as u64
 }
 
-/// A client's path for a sentence: cut short, and with nothing in it that could do harm to a terminal.
-pub struct Shown<'a>(pub &'a [u8]);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const BYTES_MAX: usize = 100;
-        let cut = &self.0[..self.0.len().min(BYTES_MAX)];
-        write!(f, "{:?}{}", String::from_utf8_lossy(cut), if self.0.len() > BYTES_MAX { "..." } else { "" })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,7 +312,7 @@ mod tests {
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
         let path_of = |flags, path: &str| match exports.resolve(flags, 0o600, path.as_bytes()).unwrap() {
             Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
-            Target::Ready(file) => panic!("{file:?}"),
+            Target::Ready(file, _) => panic!("{file:?}"),
         };
         let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
         assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
@@ -354,17 +343,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_exported_is_refused_with_a_reason() {
-        let lanes = Lanes::new(Pool::start().unwrap(), 0);
+        let lanes = Lanes::new(Pool::start().unwrap());
         for (text, needle) in [("a=/no/such", "No such file"), ("a=/dev/null", "neither a directory")] {
             let error = format!("{:#}", Export::open(&spec(text), lanes.clone()).unwrap_err());
             assert!(error.contains(needle), "{error}");
         }
-    }
-
-    #[test]
-    fn memory_keeps_its_size() {
-        let fd = memory(4096).unwrap();
-        assert_eq!(rustix::io::pwrite(&fd, b"x", 4096), Err(rustix::io::Errno::PERM));
-        assert_eq!(rustix::io::pwrite(&fd, b"x", 4095), Ok(1));
     }
 }

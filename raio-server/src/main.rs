@@ -26,13 +26,16 @@ mod placement;
 mod pool;
 mod probe;
 mod rate_limit;
+mod rejection;
 mod request;
 mod root;
 mod server;
 mod session;
 mod size;
 mod stats;
+mod syscalls;
 mod tuning;
+mod volume;
 mod worker;
 
 use std::io::Write;

@@ -7,28 +7,27 @@
 
 use std::borrow::Cow;
 use std::ffi::{CStr, CString, OsStr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use raio_transport::Status;
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::Errno;
 use rustix::path::Arg;
 
-use crate::engine::{Descriptor, FileInfo, stat};
-use crate::export::{Export, Rejection, Shown};
+use crate::export::Export;
+use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
-use crate::session::{Access, FileKind, OpenFile};
+use crate::session::{Access, OpenFile};
+use crate::syscalls::{FileInfo, openat2, reopen, stat};
+use crate::volume::{BlockDevice, RegularFile, Volume};
 
-/// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
-const RETRIES_MAX: u32 = 32;
 /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one
 /// that is not there.
 const CREATIONS_MAX: u32 = 40;
-/// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
-const DIRECT_ALIGN_DEFAULT: u32 = 4096;
 
 /// A file to be opened.
 #[derive(Clone, Debug)]
@@ -55,28 +54,25 @@ pub struct Opened {
     pub info: FileInfo,
 }
 
+/// What an [`Opening`] comes to.
+pub type OpenResult = Result<Opened, Rejection>;
+
 impl Opening {
     /// Opens the file. May take as long as its file system does, or the holder of a lease on it.
-    pub fn open(&self, export: &Export) -> Result<Opened, Rejection> {
+    pub fn open(&self, export: &Export) -> OpenResult {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
         let directory = root.enter(export.name())?;
         let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
         let fd = self.find_or_create(export.name(), root, base)?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
         let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
-        let direct_align = if self.has(OFlags::DIRECT) {
-            let sector = || rustix::fs::ioctl_blksszget(fd.as_fd()).ok().filter(|_| is_device);
-            info.direct_align.or_else(sector).unwrap_or(DIRECT_ALIGN_DEFAULT).max(1)
+        let lanes = export.lanes().clone();
+        let volume: Arc<dyn Volume> = if is_device {
+            Arc::new(BlockDevice::new(fd, lanes, &info))
         } else {
-            1
+            Arc::new(RegularFile::new(fd, lanes, &info, root.size_limit()))
         };
-        let fd = Descriptor::new(fd, export.lanes().clone());
-        let kind = if is_device {
-            FileKind::Device(fd)
-        } else {
-            FileKind::Regular { fd, size_limit: root.size_limit() }
-        };
-        Ok(Opened { file: OpenFile::new(kind, self.access, direct_align), info })
+        Ok(Opened { file: OpenFile::new(volume, self.access, self.export), info })
     }
 
     fn flags(&self) -> OFlags {
@@ -222,7 +218,7 @@ impl Opening {
 
     fn rejection(&self, errno: i32, hint: &str) -> Rejection {
         let error = std::io::Error::from_raw_os_error(errno);
-        let path = Shown(self.path.as_bytes());
+        let path = EscapedPath(self.path.as_bytes());
         let space = if hint.is_empty() { "" } else { " " };
         Rejection {
             status: Status::storage(errno),
@@ -241,28 +237,4 @@ fn split(path: &[u8]) -> (&[u8], &[u8]) {
         _ if start == 0 => (b".", path),
         _ => path.split_at(start),
     }
-}
-
-/// openat2(2), tried again when a rename came in between.
-pub fn openat2(
-    base: BorrowedFd<'_>,
-    path: impl Arg + Copy,
-    flags: OFlags,
-    mode: Mode,
-    resolve: ResolveFlags,
-) -> Result<OwnedFd, Errno> {
-    let flags = flags | OFlags::CLOEXEC;
-    let mut retries = RETRIES_MAX;
-    loop {
-        match retry_on_intr(|| rustix::fs::openat2(base, path, flags, mode, resolve)) {
-            Err(Errno::AGAIN) if retries > 0 => retries -= 1,
-            result => return result,
-        }
-    }
-}
-
-/// Opens what a descriptor refers to once more, with other flags.
-pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
-    retry_on_intr(|| rustix::fs::open(&*path, flags | OFlags::CLOEXEC, Mode::empty()))
 }

@@ -20,9 +20,10 @@ use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
 use crate::device_queue::DispatchLimiter;
-use crate::engine::{Completion, Descriptor, FileInfo, Operation, Outcome, Pending};
+use crate::engine::{Completion, Operation, Outcome, Pending};
 use crate::open::Opening;
 use crate::session::OpenFile;
+use crate::syscalls::FileInfo;
 
 /// An open file as one worker has it.
 #[derive(Debug)]
@@ -305,17 +306,9 @@ impl Work {
         }
     }
 
-    /// The place of its file's export among all. None: it needs neither disk nor file system.
-    pub fn export(&self) -> Option<usize> {
-        Some(self.file()?.open.own_fd()?.lanes().export)
-    }
-
-    /// The descriptor of its file, which it has submitted an operation on before.
-    pub fn submitted_fd(&self) -> &Arc<Descriptor> {
-        match self.file().and_then(|file| file.open.fd()) {
-            Some(fd) => fd,
-            None => unreachable!("{self:?} is on no file"),
-        }
+    /// The export that has a share of the memory for requests like this, because they may hang.
+    pub fn hanging_export(&self) -> Option<usize> {
+        self.file()?.open.hanging_export
     }
 
     /// The file, if this goes straight to its device.
@@ -390,23 +383,7 @@ impl Work {
         }
     }
 
-    /// Does what needs no engine: reads of zeros, and writes that nobody keeps.
-    pub fn on_null(&self, size: u64, slot: Option<Slot>) -> Response {
-        match (self, slot) {
-            (Self::Read(_, read), Some(mut slot)) => {
-                let mut read = *read;
-                let left = size.saturating_sub(read.span.offset);
-                read.done = read.slot_len().min(usize::try_from(left).unwrap_or(usize::MAX));
-                slot.bytes_mut()[..read.done].fill(0);
-                data(read.answer(slot))
-            }
-            (Self::Write(_, write), _) => success(write.range.length),
-            (Self::Stat(file), _) => status_of(file, synthetic_stat(size)),
-            _ => success(0),
-        }
-    }
-
-    /// For a sentence.
+    /// For an error message.
     fn name(&self) -> &'static str {
         match self {
             Self::Read(..) => "Reading",
@@ -420,20 +397,10 @@ impl Work {
     }
 }
 
-/// The status of what is no file of the server's.
-pub fn synthetic_stat(size: u64) -> FileInfo {
-    let mut info = FileInfo { status: Default::default(), direct_align: None };
-    info.status.size = size.into();
-    info.status.mode = (libc::S_IFREG | 0o666).into();
-    info.status.links = 1.into();
-    info.status.block_bytes = 4096.into();
-    info
-}
-
 /// The answer that brings a file's status.
 pub fn status_of(file: &WorkerFile, info: FileInfo) -> Response {
     let mut status = info.status;
-    status.direct_align = file.open.direct_align.into();
+    status.direct_align = file.open.alignment.into();
     Response { status: Status::OK, result: 0, body: status.as_bytes().into(), data: None }
 }
 
@@ -483,14 +450,15 @@ mod tests {
     use raio_transport::memory::Arena;
 
     use super::*;
-    use crate::session::{Access, FileKind};
+    use crate::session::Access;
+    use crate::volume::Null;
 
     fn slot(len: usize) -> Slot {
         Arena::new(len, len).unwrap().alloc(len).unwrap()
     }
 
     fn file() -> Rc<WorkerFile> {
-        let open = OpenFile::new(FileKind::Null { size: 0 }, Access { read: true, write: true }, 1);
+        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
         Rc::new(WorkerFile::new(FileHandle(1), Arc::new(open)))
     }
 
@@ -659,17 +627,5 @@ mod tests {
             let errno = if is_stopped { libc::ECANCELED } else { libc::ENOSPC };
             assert_eq!((response.status.errno, response.result), (errno, 500));
         }
-    }
-
-    #[test]
-    fn null_reads_zeros_up_to_its_size() {
-        let mut dirty = slot(4096);
-        dirty.bytes_mut().fill(7);
-        let work = Work::Read(file(), Read::new(range(90, 20), 1).unwrap());
-        let response = work.on_null(100, Some(dirty));
-        let data = response.data.unwrap();
-        assert_eq!((response.result, data.len), (10, 10));
-        assert_eq!(data.slot.bytes()[..10], [0; 10]);
-        assert_eq!(work.on_null(10, Some(slot(4096))).result, 0);
     }
 }

@@ -12,10 +12,10 @@ use raio_transport::Status;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
-use crate::export::Rejection;
 use crate::export_spec::ExportSpec;
-use crate::open::openat2;
-use crate::session::SizeLimit;
+use crate::rejection::Rejection;
+use crate::syscalls::openat2;
+use crate::volume::SizeLimit;
 
 /// The types of file systems that are served: those that hold files, and none that stand for the kernel's or
 /// a process's state, the server's own memory among it. By `f_type` of statfs(2); raio_server(8) names them.

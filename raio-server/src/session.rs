@@ -17,7 +17,7 @@ use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePa
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
-use crate::engine::Descriptor;
+use crate::volume::{SizeLimit, Volume};
 
 /// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
 const INDEX_BITS: u32 = 20;
@@ -44,104 +44,48 @@ impl Access {
     }
 }
 
-/// A size that clients may not go beyond.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SizeLimit {
-    /// The size.
-    pub bytes: u64,
-    /// The errno for writes beyond it.
-    pub errno: i32,
-}
-
-/// What an open file is.
-#[derive(Debug)]
-pub enum FileKind {
-    /// A regular file.
-    Regular {
-        /// Its descriptor.
-        fd: Arc<Descriptor>,
-        /// How large clients may make it.
-        size_limit: Option<SizeLimit>,
-    },
-    /// A block device.
-    Device(Arc<Descriptor>),
-    /// A `mem:` export.
-    Memory {
-        /// Shared by all who have it open.
-        fd: Arc<Descriptor>,
-        /// Fixed.
-        size: u64,
-    },
-    /// A `null:` export.
-    Null {
-        /// Pretended.
-        size: u64,
-    },
-}
-
 /// An open file of a session, shared by all workers.
 #[derive(Debug)]
 pub struct OpenFile {
-    /// What it is.
-    pub kind: FileKind,
+    /// What its I/O is done on.
+    pub volume: Arc<dyn Volume>,
     /// What it may be used for.
     pub access: Access,
-    /// Offsets and lengths must be multiples of this; 1 if the file is not open with O_DIRECT.
-    pub direct_align: u32,
+    /// [`Volume::alignment`]: offsets and lengths of I/O are multiples of it.
+    pub alignment: u32,
+    /// [`Volume::size_limit`].
+    pub size_limit: Option<SizeLimit>,
+    /// The export that it is of, if requests on it may hang: they have a share of the memory together.
+    pub hanging_export: Option<usize>,
     closed: AtomicBool,
 }
 
 impl OpenFile {
-    /// A file that has just been opened.
-    pub fn new(kind: FileKind, access: Access, direct_align: u32) -> Self {
-        Self { kind, access, direct_align, closed: AtomicBool::new(false) }
+    /// A volume that has just been opened, of the export that has this place among all.
+    pub fn new(volume: Arc<dyn Volume>, access: Access, export: usize) -> Self {
+        Self {
+            access,
+            alignment: volume.alignment(),
+            size_limit: volume.size_limit(),
+            hanging_export: volume.may_hang().then_some(export),
+            volume,
+            closed: AtomicBool::new(false),
+        }
     }
 
-    /// Whether it is open with O_DIRECT.
+    /// Whether its reads and writes go straight to a device.
     pub fn is_direct(&self) -> bool {
-        self.direct_align > 1
+        self.alignment > 1
     }
 
     /// Whether its handle has been closed.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
     }
-
-    /// Its descriptor, if it has one.
-    pub fn fd(&self) -> Option<&Arc<Descriptor>> {
-        match &self.kind {
-            FileKind::Regular { fd, .. } | FileKind::Device(fd) | FileKind::Memory { fd, .. } => Some(fd),
-            FileKind::Null { .. } => None,
-        }
-    }
-
-    /// Its size if that is fixed by the configuration.
-    pub fn fixed_size(&self) -> Option<u64> {
-        match self.kind {
-            FileKind::Memory { size, .. } | FileKind::Null { size } => Some(size),
-            FileKind::Regular { .. } | FileKind::Device(_) => None,
-        }
-    }
-
-    /// How large clients may make it, if the configuration says.
-    pub fn size_limit(&self) -> Option<SizeLimit> {
-        match self.kind {
-            FileKind::Regular { size_limit, .. } => size_limit,
-            FileKind::Memory { size, .. } | FileKind::Null { size } => {
-                Some(SizeLimit { bytes: size, errno: libc::ENOSPC })
-            }
-            FileKind::Device(_) => None,
-        }
-    }
-
-    /// The descriptor that closes with this file.
-    pub fn own_fd(&self) -> Option<&Descriptor> {
-        match &self.kind {
-            FileKind::Regular { fd, .. } | FileKind::Device(fd) => Some(fd),
-            FileKind::Memory { .. } | FileKind::Null { .. } => None,
-        }
-    }
 }
+
+/// A file that has lost its handle: its volume is to be closed.
+pub type ClosedFile = (Arc<OpenFile>, FilePermit);
 
 /// One client's session.
 #[derive(Debug)]
@@ -165,8 +109,7 @@ struct Files {
 #[derive(Debug)]
 struct FileEntry {
     generation: u32,
-    /// With its place, which its descriptor shares.
-    file: Option<(Arc<OpenFile>, Arc<FilePermit>)>,
+    file: Option<(Arc<OpenFile>, FilePermit)>,
 }
 
 impl FileEntry {
@@ -185,10 +128,7 @@ impl Session {
                 format!("The session has {open} files open, and there are no more handles. Close some.");
             return Err(Excess { who: Who::Session, text });
         }
-        let place = Arc::new(self.limits.open(&self.account, address)?);
-        if let Some(fd) = file.own_fd() {
-            fd.takes(Arc::clone(&place));
-        }
+        let permit = self.limits.open(&self.account, address)?;
         let index = files.free.pop().map_or_else(
             || {
                 // Not 0, so that no handle is all zeros.
@@ -198,7 +138,7 @@ impl Session {
             |index| index as usize,
         );
         let entry = &mut files.entries[index];
-        entry.file = Some((file, place));
+        entry.file = Some((file, permit));
         Ok(entry.handle(index))
     }
 
@@ -235,23 +175,23 @@ impl Session {
             .map(|(file, _)| Arc::clone(file))
     }
 
-    /// Takes the handle from a file, which is closed once nobody uses it any more.
-    pub fn close(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
+    /// Takes the handle from a file.
+    pub fn close(&self, handle: FileHandle) -> Option<ClosedFile> {
         let mut files = lock(&self.files);
         let index = index_of(handle);
         let entry = files.entries.get_mut(index).filter(|entry| entry.handle(index) == handle)?;
-        let (file, _) = entry.file.take()?;
+        let closed = entry.file.take()?;
         entry.generation = (entry.generation + 1) & (u32::MAX >> INDEX_BITS);
         entry.generation = entry.generation.max(1);
         files.free.push(index as u32);
-        self.forget(&file);
-        Some(file)
+        self.forget(&closed.0);
+        Some(closed)
     }
 
-    fn close_all(&self) -> Vec<Arc<OpenFile>> {
+    fn close_all(&self) -> Vec<ClosedFile> {
         let files = std::mem::take(&mut *lock(&self.files));
         let files = files.entries.into_iter().filter_map(|entry| entry.file);
-        files.map(|(file, _)| file).inspect(|file| self.forget(file)).collect()
+        files.inspect(|(file, _)| self.forget(file)).collect()
     }
 
     fn forget(&self, file: &OpenFile) {
@@ -310,9 +250,9 @@ impl Sessions {
         Ok(Arc::clone(&joined.session))
     }
 
-    /// A worker's last connection of this session has gone. Gives the files to be closed if no worker has any
-    /// more.
-    pub fn leave(&self, session: &Session) -> Vec<Arc<OpenFile>> {
+    /// A worker's last connection of this session has gone. Returns the files to be closed if no worker has
+    /// any more.
+    pub fn leave(&self, session: &Session) -> Vec<ClosedFile> {
         let mut by_id = lock(&self.by_id);
         let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };
         joined.workers -= 1;
@@ -350,6 +290,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use crate::limits::{Caps, RESERVE, Room};
+    use crate::volume::Null;
 
     fn sessions(sessions_max: usize, files_max: usize) -> Sessions {
         Sessions::new(sessions_max, limits(files_max))
@@ -361,7 +302,7 @@ mod tests {
     }
 
     fn null() -> Arc<OpenFile> {
-        Arc::new(OpenFile::new(FileKind::Null { size: 1 }, Access { read: true, write: true }, 1))
+        Arc::new(OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write: true }, 0))
     }
 
     #[test]
@@ -371,7 +312,7 @@ mod tests {
         let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
-        let file = session.close(first).unwrap();
+        let (file, _permit) = session.close(first).unwrap();
         assert!(file.is_closed());
         assert!(session.close(first).is_none());
         let second = session.insert(null(), &None).unwrap();

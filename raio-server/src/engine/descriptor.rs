@@ -3,13 +3,10 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use raio_transport::reactor::Sender;
 use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
-use crate::limits::FilePermit;
-
-use super::{Completion, Job, Lanes};
+use super::{Closing, Job, Lanes};
 use crate::log;
 
 /// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel),
@@ -30,9 +27,7 @@ pub struct Descriptor {
     /// None once it is being closed.
     fd: Option<OwnedFd>,
     lanes: Lanes,
-    on_close: OnceLock<(Sender<Completion>, u64)>,
-    /// Counts it, until close(2) has returned.
-    place: OnceLock<Arc<FilePermit>>,
+    closing: OnceLock<Closing>,
     /// How to read what is in the page cache without waiting. None: it is not read from there.
     pub(super) cached_reads: Option<ReadWriteFlags>,
     /// Writes go to the page cache and may stay there.
@@ -76,8 +71,7 @@ impl Descriptor {
         Arc::new(Self {
             fd: Some(fd),
             lanes,
-            on_close: OnceLock::new(),
-            place: OnceLock::new(),
+            closing: OnceLock::new(),
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
@@ -90,17 +84,16 @@ impl Descriptor {
         &self.lanes
     }
 
-    /// It counts as this place until close(2) has returned. Once at most.
-    pub fn takes(&self, place: Arc<FilePermit>) {
-        let taken = self.place.set(place);
-        debug_assert!(taken.is_ok(), "a file is counted once");
+    /// Whether it is open with O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
     }
 
-    /// Has the result of close(2) sent once the last user has gone, as the completion with this key. Once at
+    /// Its file is being closed: close(2) is called, and this completed, once the last user has gone. Once at
     /// most.
-    pub fn report_close(&self, to: Sender<Completion>, key: u64) {
-        let reported = self.on_close.set((to, key));
-        debug_assert!(reported.is_ok(), "a file is closed once");
+    pub fn close(&self, closing: Closing) {
+        let closed = self.closing.set(closing);
+        debug_assert!(closed.is_ok(), "a file is closed once");
     }
 }
 
@@ -137,7 +130,7 @@ impl Drop for Descriptor {
     fn drop(&mut self) {
         if let Some(fd) = self.fd.take() {
             let lane = self.lanes.control;
-            lane.submit(lane.ticket(), Job::close(fd, self.place.take(), self.on_close.take()));
+            lane.submit(lane.ticket(), Job::Close(fd, self.closing.take()));
         }
     }
 }

@@ -1,29 +1,31 @@
-//! How operations on files are carried out: the third seam, beside the two roles of a transport.
+//! How operations on descriptors are carried out: by io_uring, or by threads. Volumes
+//! ([`crate::volume`]) that have a descriptor are served by their worker's engine.
 //!
 //! An operation owns its slot and a share in its file; the slot comes back in the [`Completion`] that ends
 //! it: one for each operation. An engine belongs to one worker, which lends it the reactor. Nothing here
 //! makes the worker's thread wait for a disk or a file system: what may wait runs in a lane of the [`pool`],
 //! see [`Job`].
 
+pub mod completions;
 mod descriptor;
 mod job;
 mod misses;
 mod threads;
 mod uring;
 
+use std::any::Any;
 use std::sync::{Arc, Weak};
 
-use raio_transport::protocol::FileStatus;
-use raio_transport::reactor::{Event, OpId, Reactor, Sender};
+use raio_transport::reactor::{Event, OpId, Reactor};
 use raio_transport::transport::SlotRange;
 
 use crate::client::Client;
-use crate::export::Rejection;
-use crate::open::Opened;
 use crate::pool::{self, Pool, Ticket};
+use crate::syscalls::FileInfo;
 
+pub use completions::{Closing, CompletionQueue};
 pub use descriptor::Descriptor;
-pub use job::{Job, stat};
+pub use job::Job;
 use misses::{Miss, Misses};
 pub use threads::Threads;
 pub use uring::Uring;
@@ -60,15 +62,12 @@ pub struct Lanes {
     pub data: Lane,
     /// Reads that need no lane and yet the disk.
     misses: Arc<Misses>,
-    /// The export's place among all.
-    pub export: usize,
 }
 
 impl Lanes {
-    /// New ones, for the export that has this place among all.
-    pub fn new(pool: &'static Pool<Job>, export: usize) -> Self {
+    /// New ones.
+    pub fn new(pool: &'static Pool<Job>) -> Self {
         Self {
-            export,
             control: pool.lane(CONTROL_WIDTH),
             lease: pool.lane(LEASE_WIDTH),
             flush: pool.lane(FLUSH_WIDTH),
@@ -138,19 +137,10 @@ pub enum Outcome {
     WouldBlock(SlotRange),
     /// How many bytes, from its start, a discard, write zeroes or allocate has done.
     Cleared(u64),
-    /// What an open came to.
-    Opened(Result<Box<Opened>, Rejection>),
+    /// What a [`Call`] returned.
+    Returned(Box<dyn Any + Send>),
     /// The status that was asked for.
     Stat(Box<FileInfo>),
-}
-
-/// A file's status, and what more statx(2) knows.
-#[derive(Clone, Copy, Debug)]
-pub struct FileInfo {
-    /// As clients see it.
-    pub status: FileStatus,
-    /// What O_DIRECT wants offsets and lengths to be multiples of, if the file system says so.
-    pub direct_align: Option<u32>,
 }
 
 /// The end of an operation.
@@ -164,17 +154,23 @@ pub struct Completion {
     pub outcome: Outcome,
 }
 
-/// Where an operation is, for [`Engine::cancel`].
+/// Where an operation is, for cancelling it.
 #[derive(Clone, Copy, Debug)]
 pub enum Pending {
     /// In the reactor.
     Ring(OpId),
     /// In a lane, in the job with this ticket.
     Lane(Lane, Ticket),
+    /// With a volume that needs no engine, under this number of its own.
+    #[cfg_attr(
+        not(test),
+        expect(dead_code, reason = "every volume of this version is the engine's or ends at once")
+    )]
+    Volume(u64),
 }
 
-/// What runs in a lane and is no operation on an open file: it makes its own outcome.
-pub type Call = Box<dyn FnOnce() -> Outcome + Send>;
+/// What runs in a lane and is no operation on an open file. What it returns is the [`Outcome::Returned`].
+pub type Call = Box<dyn FnOnce() -> Box<dyn Any + Send> + Send>;
 
 /// Carries out operations on files.
 pub trait Engine {
@@ -209,8 +205,8 @@ pub trait Engine {
         None
     }
 
-    /// Where one completion that comes from another thread is to go to: for [`Descriptor::report_close`].
-    fn expect_completion(&mut self) -> Sender<Completion>;
+    /// Where operations end, those that are not the engine's among them.
+    fn completions(&mut self) -> &mut CompletionQueue;
 
     /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
     fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending);
@@ -222,7 +218,9 @@ pub trait Engine {
     fn handle(&mut self, event: Event);
 
     /// The next operation that has ended.
-    fn next(&mut self) -> Option<Completion>;
+    fn next(&mut self) -> Option<Completion> {
+        self.completions().next()
+    }
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use raio_transport::reactor::{Config, Wait};
 use rustix::fs::{Mode, OFlags};
 
 use super::*;
+use crate::limits::{Account, Caps, FilePermit, Limits, Room};
 
 struct Bench {
     name: &'static str,
@@ -34,9 +35,15 @@ fn each(test: impl Fn(&mut Bench)) {
         reactor.register_arena(&arena).unwrap();
         let engine: Box<dyn Engine> =
             if threads { Box::new(Threads::new(&reactor)) } else { Box::new(Uring::new(&reactor)) };
-        let (lanes, client) = (Lanes::new(Pool::start().unwrap(), 0), Client::new(None));
+        let (lanes, client) = (Lanes::new(Pool::start().unwrap()), Client::new(None));
         test(&mut Bench { name, reactor, engine, arena, lanes, client });
     }
+}
+
+fn permit() -> FilePermit {
+    let room = Room { descriptors: 10, files: 10, bytes: 1 << 20, workers: 1 };
+    let limits = Limits::new(room, Caps::default(), Caps::default());
+    limits.open(&Account::default(), &None).unwrap()
 }
 
 impl Bench {
@@ -154,7 +161,7 @@ fn files_are_asked_flushed_and_closed() {
         assert_eq!(info.status.links.get(), 1);
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: false }).result, Ok(0));
         assert_eq!(bench.run(&file, Operation::Fsync { data_only: true }).result, Ok(0));
-        file.report_close(bench.engine.expect_completion(), 5);
+        file.close(Closing::new(bench.engine.completions().completer(5), permit()));
         drop(file);
         let completion = bench.next();
         assert_eq!((completion.key, completion.result), (5, Ok(0)));
@@ -165,16 +172,10 @@ fn files_are_asked_flushed_and_closed() {
 fn calls_return_what_they_come_to() {
     each(|bench| {
         let lane = bench.lanes.control;
-        let opened = || Err(Rejection { status: raio_transport::Status::OK, text: "no".into() });
-        bench.engine.call(
-            6,
-            &Arc::downgrade(&bench.client),
-            lane,
-            Box::new(move || Outcome::Opened(opened())),
-        );
+        bench.engine.call(6, &Arc::downgrade(&bench.client), lane, Box::new(|| Box::new("no")));
         let completion = bench.next();
-        let Outcome::Opened(Err(rejection)) = completion.outcome else { panic!("{completion:?}") };
-        assert_eq!((completion.key, &*rejection.text), (6, "no"));
+        let Outcome::Returned(returned) = completion.outcome else { panic!("{completion:?}") };
+        assert_eq!((completion.key, returned.downcast_ref()), (6, Some(&"no")));
     });
 }
 
@@ -187,7 +188,7 @@ fn a_call_that_panics_has_failed_and_its_lane_is_as_wide_as_before() {
             let completion = bench.next();
             assert_eq!((completion.key, completion.result), (key, Err(libc::EIO)));
         }
-        bench.engine.call(77, &client, lane, Box::new(|| Outcome::None));
+        bench.engine.call(77, &client, lane, Box::new(|| Box::new(())));
         assert_eq!(bench.next().result, Ok(0));
     });
 }
@@ -200,7 +201,8 @@ fn what_there_is_no_thread_for_ends_with_eagain_and_gives_its_slot_back() {
         let source = SlotRange { slot: bench.slot(&[1; 4096]), start: 0, len: 4096 };
         let write = Operation::Write { source, offset: 0 };
         let task = job::Task::on(8, &Arc::downgrade(&bench.client), &file, write);
-        let job = Job::new(bench.engine.expect_completion(), vec![task]);
+        bench.engine.completions().expect_one();
+        let job = Job::new(bench.engine.completions().sender(), vec![task]);
         assert!(pool::Job::reject(job).is_none());
         let completion = bench.next();
         assert_eq!((completion.key, completion.result), (8, Err(libc::EAGAIN)));
@@ -281,7 +283,7 @@ fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
     let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let path = directory.path().join("file");
     std::fs::write(&path, "x").unwrap();
-    let lanes = Lanes::new(Pool::start().unwrap(), 0);
+    let lanes = Lanes::new(Pool::start().unwrap());
     let open = || {
         let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         Descriptor::new(fd, lanes.clone())

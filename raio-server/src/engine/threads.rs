@@ -3,24 +3,19 @@
 //!
 //! Completions come back through a mailbox, which wakes the worker.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
-use raio_transport::reactor::{Event, Reactor, Receiver, Sender, mailbox};
+use raio_transport::reactor::{Event, Reactor};
 
 use super::job::{Task, take};
-use super::{Call, Completion, Descriptor, Engine, Job, Lane, Operation, Pending};
+use super::{Call, CompletionQueue, Descriptor, Engine, Job, Lane, Operation, Pending};
 use crate::client::Client;
 use crate::pool::Ticket;
 
 /// A worker's way to the pool.
 #[derive(Debug)]
 pub struct Threads {
-    completions: Sender<Completion>,
-    ended: Receiver<Completion>,
-    /// Completions that are to come from other threads: with none there is nothing to look for.
-    expected: usize,
-    cancelled: VecDeque<Completion>,
+    completions: CompletionQueue,
     /// This iteration's writes to the page cache, in batches: to hand over each by itself would cost more
     /// than to do it.
     writes: Vec<Batch>,
@@ -40,14 +35,13 @@ const BATCH_MAX: usize = 64;
 impl Threads {
     /// For the worker of this reactor.
     pub fn new(reactor: &Reactor) -> Self {
-        let (completions, ended) = mailbox(reactor.waker());
-        Self { completions, ended, expected: 0, cancelled: VecDeque::new(), writes: Vec::new() }
+        Self { completions: CompletionQueue::new(reactor), writes: Vec::new() }
     }
 
     fn begin(&mut self, lane: Lane, task: Task) -> Pending {
-        self.expected += 1;
+        self.completions.expect_one();
         let ticket = lane.ticket();
-        lane.submit(ticket, Job::new(self.completions.clone(), vec![task]));
+        lane.submit(ticket, Job::new(self.completions.sender(), vec![task]));
         Pending::Lane(lane, ticket)
     }
 }
@@ -64,7 +58,7 @@ impl Engine for Threads {
         if !file.is_write_back || !matches!(operation, Operation::Write { .. }) {
             return Some(self.submit_blocking(key, client, file, operation));
         }
-        self.expected += 1;
+        self.completions.expect_one();
         let lane = file.lanes().data;
         let task = Task::on(key, client, file, operation);
         let has_room = |batch: &&mut Batch| batch.lane == lane && batch.tasks.len() < BATCH_MAX;
@@ -105,9 +99,8 @@ impl Engine for Threads {
         self.begin(lane, Task::call(key, client, call))
     }
 
-    fn expect_completion(&mut self) -> Sender<Completion> {
-        self.expected += 1;
-        self.completions.clone()
+    fn completions(&mut self) -> &mut CompletionQueue {
+        &mut self.completions
     }
 
     fn cancel(&mut self, _reactor: &mut Reactor, key: u64, pending: Pending) {
@@ -117,8 +110,7 @@ impl Engine for Threads {
             None => lane.take_back(ticket, |job| job.take(key)),
         };
         if let Some(task) = task {
-            self.expected -= 1;
-            self.cancelled.push_back(task.cancelled());
+            self.completions.push_instead(task.cancelled());
         }
     }
 
@@ -128,7 +120,7 @@ impl Engine for Threads {
         }
         for Batch { lane, ticket, tasks } in self.writes.drain(..) {
             if !tasks.is_empty() {
-                lane.submit(ticket, Job::new(self.completions.clone(), tasks));
+                lane.submit(ticket, Job::new(self.completions.sender(), tasks));
             }
         }
         true
@@ -136,17 +128,5 @@ impl Engine for Threads {
 
     fn handle(&mut self, event: Event) {
         unreachable!("this engine submits nothing to the reactor, yet there is {event:?}");
-    }
-
-    fn next(&mut self) -> Option<Completion> {
-        if let Some(completion) = self.cancelled.pop_front() {
-            return Some(completion);
-        }
-        if self.expected == 0 {
-            return None;
-        }
-        let completion = self.ended.take()?;
-        self.expected -= 1;
-        Some(completion)
     }
 }

@@ -6,15 +6,17 @@
 //! else would wait in the submission, or for one of a few threads that all rings' operations share, so it is
 //! for the lanes. So is what the ring could not do without waiting.
 
-use std::collections::VecDeque;
 use std::io::IoSliceMut;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Sender, Token};
+use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Token};
 use rustix::io::{Errno, preadv2};
 
-use super::{Call, Completion, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome, Pending, Threads};
+use super::{
+    Call, Completion, CompletionQueue, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome, Pending,
+    Threads,
+};
 use crate::client::Client;
 
 /// A read of memory that takes so long has waited, most likely for what was swapped out. After two of them...
@@ -26,7 +28,6 @@ const PAUSE: u32 = 100;
 #[derive(Debug)]
 pub struct Uring {
     lanes: Threads,
-    ended: VecDeque<Completion>,
     /// The last read of what may wait has waited.
     has_waited: bool,
     /// Until then what may wait is not read at once, because it has waited twice.
@@ -36,7 +37,7 @@ pub struct Uring {
 impl Uring {
     /// For the worker of this reactor.
     pub fn new(reactor: &Reactor) -> Self {
-        Self { lanes: Threads::new(reactor), ended: VecDeque::new(), has_waited: false, paused_until: None }
+        Self { lanes: Threads::new(reactor), has_waited: false, paused_until: None }
     }
 
     /// Reads what the page cache has. None: that may wait.
@@ -87,7 +88,7 @@ impl Engine for Uring {
             Operation::Read { mut target, offset } => {
                 if let Some(result) = self.read_cached(file, target.bytes_mut(), offset) {
                     let (result, outcome) = (result.map_err(Errno::raw_os_error), Outcome::Slot(target));
-                    self.ended.push_back(Completion { key, result, outcome });
+                    self.completions().push(Completion { key, result, outcome });
                     return None;
                 }
                 let is_miss = !file.is_direct;
@@ -130,14 +131,14 @@ impl Engine for Uring {
         (n as usize == bytes.len()).then_some(())
     }
 
-    fn expect_completion(&mut self) -> Sender<Completion> {
-        self.lanes.expect_completion()
+    fn completions(&mut self) -> &mut CompletionQueue {
+        self.lanes.completions()
     }
 
     fn cancel(&mut self, reactor: &mut Reactor, key: u64, pending: Pending) {
         match pending {
             Pending::Ring(id) => reactor.cancel(id),
-            Pending::Lane(..) => self.lanes.cancel(reactor, key, pending),
+            pending => self.lanes.cancel(reactor, key, pending),
         }
     }
 
@@ -153,10 +154,6 @@ impl Engine for Uring {
             Err(libc::EAGAIN | libc::EOPNOTSUPP) => Outcome::WouldBlock(range),
             _ => Outcome::Slot(range),
         };
-        self.ended.push_back(Completion { key: event.token.value, result: event.result, outcome });
-    }
-
-    fn next(&mut self) -> Option<Completion> {
-        if self.ended.is_empty() { self.lanes.next() } else { self.ended.pop_front() }
+        self.completions().push(Completion { key: event.token.value, result: event.result, outcome });
     }
 }

@@ -15,15 +15,18 @@ use tracing::field::display;
 
 use super::Worker;
 use super::connection::{Connection, log_client};
-use crate::engine::FileInfo;
-use crate::export::{Rejection, Shown, Target};
+use crate::engine::Closing;
+use crate::export::Target;
 use crate::limits::Excess;
 use crate::log;
-use crate::open::{Opened, Opening};
+use crate::open::{OpenResult, Opened, Opening};
+use crate::rejection::{EscapedPath, Rejection};
 use crate::request::{
     Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, status_of, success,
 };
-use crate::session::{Access, OpenFile, SizeLimit};
+use crate::session::{Access, OpenFile};
+use crate::syscalls::FileInfo;
+use crate::volume::SizeLimit;
 
 /// What becomes of a command at first.
 enum First {
@@ -145,13 +148,10 @@ impl Worker {
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> First {
         let Connection { peer, name, .. } = &self.connections[connection];
         let client = peer.map(display);
-        tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", Shown(path));
+        tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         match self.shared.exports.resolve(flags, mode, path) {
             Err(rejection) => First::Answer(self.open_rejected(Some(connection), rejection)),
-            Ok(Target::Ready(open)) => {
-                let info = FileInfo { status: Default::default(), direct_align: None };
-                First::Answer(self.give_handle(connection, open, info))
-            }
+            Ok(Target::Ready(file, info)) => First::Answer(self.give_handle(connection, file, info)),
             Ok(Target::Path { export, path, how }) => First::Work(Work::Open(Arc::new(Opening {
                 export,
                 path,
@@ -163,7 +163,7 @@ impl Worker {
     }
 
     /// An open has ended.
-    pub(super) fn open_ended(&mut self, key: usize, result: Result<Box<Opened>, Rejection>) {
+    pub(super) fn open_ended(&mut self, key: usize, result: OpenResult) {
         if let Err(rejection) = &result
             && rejection.status.errno == libc::EAGAIN
             && self.wait_for_lease(key)
@@ -171,10 +171,7 @@ impl Worker {
             return;
         }
         let response = match (result, self.requests[key].connection) {
-            (Ok(opened), Some(connection)) => {
-                let Opened { file, info } = *opened;
-                self.give_handle(connection, file, info)
-            }
+            (Ok(Opened { file, info }), Some(connection)) => self.give_handle(connection, file, info),
             // Nobody waits for it any more.
             (Ok(_), None) => success(0),
             (Err(rejection), connection) => self.open_rejected(connection, rejection),
@@ -195,7 +192,7 @@ impl Worker {
         failure(status, &text)
     }
 
-    fn give_handle(&mut self, connection: usize, open: OpenFile, mut info: FileInfo) -> Response {
+    fn give_handle(&mut self, connection: usize, open: OpenFile, info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
         let account = &self.connections[connection].account;
@@ -206,9 +203,6 @@ impl Worker {
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
-        if let Some(size) = open.fixed_size() {
-            info = crate::request::synthetic_stat(size);
-        }
         let file = self.remember(session, WorkerFile::new(handle, open));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
@@ -218,17 +212,14 @@ impl Worker {
 
     fn close(&mut self, connection: usize, request: &transport::Request, handle: FileHandle) {
         let session = self.connections[connection].session;
-        let Some(file) = self.sessions[session].session.close(handle) else {
+        let Some((file, permit)) = self.sessions[session].session.close(handle) else {
             return self.respond(request.key, unknown_handle());
         };
         self.forget(session, handle);
         self.tell_others(self.sessions[session].session.id, handle);
         let key = self.begin(connection, request.key, Work::Close);
-        match file.own_fd() {
-            // Another worker, or a request in flight, may be its last user.
-            Some(fd) => fd.report_close(self.engine.expect_completion(), key as u64),
-            None => self.answer(key, success(0)),
-        }
+        // Another worker, or a request in flight, may be its last user.
+        file.volume.close(Closing::new(self.engine.completions().completer(key as u64), permit));
     }
 
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {
@@ -265,7 +256,7 @@ fn writable(file: Rc<WorkerFile>) -> Result<Rc<WorkerFile>, Response> {
 
 /// Files do not grow beyond what the configuration allows.
 fn within_size(file: Rc<WorkerFile>, range: Range) -> Result<Rc<WorkerFile>, Response> {
-    match file.open.size_limit() {
+    match file.open.size_limit {
         Some(SizeLimit { bytes, errno }) if range.end() > bytes => {
             let text = if errno == libc::EFBIG {
                 format!(
@@ -287,7 +278,7 @@ fn in_pieces(command: RangeCommand, file: Rc<WorkerFile>, range: Range) -> Resul
 
 fn read(file: Rc<WorkerFile>, range: Range, slot_bytes_max: usize) -> Result<Work, Response> {
     let file = readable(file)?;
-    let align = file.open.direct_align;
+    let align = file.open.alignment;
     match Read::new(range, align) {
         Some(read) if read.slot_len() <= slot_bytes_max => Ok(Work::Read(file, read)),
         _ => {
@@ -301,7 +292,7 @@ fn read(file: Rc<WorkerFile>, range: Range, slot_bytes_max: usize) -> Result<Wor
 
 fn write(file: Rc<WorkerFile>, range: Range) -> Result<Work, Response> {
     let file = within_size(writable(file)?, range)?;
-    let align = file.open.direct_align;
+    let align = file.open.alignment;
     if !range.is_aligned(align.into()) {
         let text = format!(
             "With O_DIRECT this file takes writes only at multiples of {align} bytes, of lengths that are multiples of {align} bytes."

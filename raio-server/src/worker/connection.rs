@@ -16,7 +16,7 @@ use tracing::field::display;
 
 use super::{Mail, Worker};
 use crate::client::Client;
-use crate::engine;
+use crate::engine::{self, Closing};
 use crate::limits::{AddressAccount, Excess};
 use crate::log;
 use crate::request::{State, WorkerFile};
@@ -158,9 +158,7 @@ impl Worker {
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
                 // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests[request].connection = None;
-                if let Some(pending) = self.requests[request].operation {
-                    self.engine.cancel(&mut self.reactor, request as u64, pending);
-                }
+                self.cancel_operation(request);
             } else {
                 self.remove_request(request);
             }
@@ -236,11 +234,10 @@ impl Worker {
         let LocalSession { session, files, .. } = self.sessions.remove(key);
         self.sessions_by_id.remove(&session.id);
         drop(files);
-        for file in self.shared.sessions.leave(&session) {
-            if let Some(fd) = file.own_fd() {
-                fd.report_close(self.engine.expect_completion(), engine::DETACHED);
-                self.closing += 1;
-            }
+        for (file, permit) in self.shared.sessions.leave(&session) {
+            let completer = self.engine.completions().completer(engine::DETACHED);
+            file.volume.close(Closing::new(completer, permit));
+            self.closing += 1;
         }
     }
 

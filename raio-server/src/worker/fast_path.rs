@@ -23,9 +23,9 @@ impl Worker {
             return false;
         }
         let Some(file) = self.file(connection, file) else { return false };
-        let (Some(fd), true, false) = (file.open.fd(), file.open.access.read, file.open.is_direct()) else {
+        if !file.open.access.read || file.open.is_direct() {
             return false;
-        };
+        }
         let len = length as usize;
         if Range::new(offset, length.into()).is_none() {
             return false;
@@ -35,8 +35,8 @@ impl Worker {
         if self.admission.decide(&demand, &self.arena, unsent) != Decision::Admit {
             return false;
         }
-        let engine = &mut self.engine;
-        let mut read = |bytes: &mut [u8]| engine.try_read_cached(fd, bytes, offset).is_some();
+        let (volume, engine) = (&file.open.volume, &mut *self.engine);
+        let mut read = |bytes: &mut [u8]| volume.try_read_cached(engine, bytes, offset).is_some();
         if !self.transport.respond_filled(name, len, &mut self.arena, &mut read) {
             return false;
         }

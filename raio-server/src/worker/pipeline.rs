@@ -1,5 +1,6 @@
 //! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
 
+use std::any::Any;
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
@@ -13,15 +14,17 @@ use super::admission::{Demand, StallCheck};
 use super::connection::Connection;
 use super::{TIMER, Worker};
 use crate::client::Client;
-use crate::engine::{self, Completion, Outcome};
+use crate::engine::{self, Completion, Operation, Outcome};
+use crate::open::{OpenResult, Opening};
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 use crate::tuning::device::SUBMIT_BATCH;
+use crate::volume::Context;
 
 impl Worker {
     /// Takes a request on. Gives its key.
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
         // If there is no other export its requests may have all.
-        let export = if self.shared.exports.all().len() > 1 { work.export() } else { None };
+        let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
         let demand = Demand { connection, bytes: work.slot_len(), export };
         let request = self.requests.insert(Request {
             key,
@@ -172,34 +175,58 @@ impl Worker {
     }
 
     fn begin_execution(&mut self, key: usize, slot: Option<Slot>) {
+        let work = &self.requests[key].work;
+        match work {
+            // Its completion comes when the last user of the file has gone.
+            Work::Close => {}
+            Work::Open(opening) => {
+                let opening = Arc::clone(opening);
+                self.begin_open(key, opening);
+            }
+            work => {
+                let operation = work.first(slot);
+                self.submit(key, operation, false);
+            }
+        }
+    }
+
+    fn begin_open(&mut self, key: usize, opening: Arc<Opening>) {
+        let client = self.client(key);
+        let shared = Arc::clone(&self.shared);
+        let lanes = shared.exports.all()[opening.export].lanes();
+        let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
+        let call = move || -> Box<dyn Any + Send> {
+            let opened: OpenResult = opening.open(&shared.exports.all()[opening.export]);
+            Box::new(opened)
+        };
+        self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
+    }
+
+    /// Has the volume of a request's file begin an operation.
+    fn submit(&mut self, key: usize, operation: Operation, blocking: bool) {
         let client = self.client(key);
         let request = &mut self.requests[key];
-        let fd = match &request.work {
-            // Its completion comes when the last user of the file has gone.
-            Work::Close => return,
-            Work::Open(opening) => {
-                let (shared, opening) = (Arc::clone(&self.shared), Arc::clone(opening));
-                let lanes = shared.exports.all()[opening.export].lanes();
-                let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
-                let call = move || {
-                    let opened = opening.open(&shared.exports.all()[opening.export]);
-                    Outcome::Opened(opened.map(Box::new))
-                };
-                request.operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
-                return;
-            }
-            work => work.file().and_then(|file| file.open.fd()),
+        let Some(file) = request.work.file() else { unreachable!("{request:?} is on no file") };
+        let volume = &*file.open.volume;
+        let context = &mut Context { reactor: &mut self.reactor, engine: &mut *self.engine };
+        request.operation = if blocking {
+            volume.submit_blocking(context, key as u64, &client, operation)
+        } else {
+            volume.submit(context, key as u64, &client, operation)
         };
-        match fd {
-            Some(fd) => {
-                let operation = request.work.first(slot);
-                request.operation = self.engine.submit(&mut self.reactor, key as u64, &client, fd, operation);
+    }
+
+    /// Asks for the operation of a request to end early.
+    pub(super) fn cancel_operation(&mut self, key: usize) {
+        let request = &self.requests[key];
+        let Some(pending) = request.operation else { return };
+        let key = key as u64;
+        match request.work.file() {
+            Some(file) => {
+                let context = &mut Context { reactor: &mut self.reactor, engine: &mut *self.engine };
+                file.open.volume.cancel(context, key, pending);
             }
-            None => {
-                let size = request.work.file().and_then(|file| file.open.fixed_size()).unwrap_or(0);
-                let response = request.work.on_null(size, slot);
-                self.answer(key, response);
-            }
+            None => self.engine.cancel(&mut self.reactor, key, pending),
         }
     }
 
@@ -225,8 +252,11 @@ impl Worker {
         let key = completion.key as usize;
         let request = &mut self.requests[key];
         debug_assert_eq!(request.state, State::Executing);
-        if let Outcome::Opened(result) = completion.outcome {
-            return self.open_ended(key, result);
+        if let Outcome::Returned(returned) = completion.outcome {
+            return match returned.downcast::<OpenResult>() {
+                Ok(result) => self.open_ended(key, *result),
+                Err(_) => unreachable!("only opens make calls"),
+            };
         }
         if request.is_cancelled || request.connection.is_none() {
             request.work.stop();
@@ -234,18 +264,8 @@ impl Worker {
         match request.work.completed(completion) {
             Step::Done(response) => self.ended(key, response),
             Step::Again(_) if !self.has_client(key) => self.ended(key, cancelled()),
-            Step::Again(operation) => {
-                let client = self.client(key);
-                let request = &mut self.requests[key];
-                let fd = request.work.submitted_fd();
-                request.operation = self.engine.submit(&mut self.reactor, key as u64, &client, fd, operation);
-            }
-            Step::Blocking(operation) => {
-                let client = self.client(key);
-                let request = &mut self.requests[key];
-                let fd = request.work.submitted_fd();
-                request.operation = Some(self.engine.submit_blocking(key as u64, &client, fd, operation));
-            }
+            Step::Again(operation) => self.submit(key, operation, false),
+            Step::Blocking(operation) => self.submit(key, operation, true),
         }
     }
 
@@ -367,11 +387,7 @@ impl Worker {
             // When its data has come.
             State::Fetching => {}
             State::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
-            State::Executing => {
-                if let Some(operation) = request.operation {
-                    self.engine.cancel(&mut self.reactor, key as u64, operation);
-                }
-            }
+            State::Executing => self.cancel_operation(key),
         }
     }
 }

@@ -4,6 +4,7 @@
 mod coalescing_device;
 mod fast_path;
 mod instructions;
+mod volumes;
 
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
@@ -18,7 +19,7 @@ use raio_transport::tcp::Client;
 use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
-use crate::config::Options;
+use crate::config::{Config, Options};
 use crate::limits::{Caps, Limits, Room};
 use crate::pool::Pool;
 
@@ -31,8 +32,13 @@ fn worker(export: &str, spin_us: &str) -> Worker {
     let options =
         Options::parse_from(["raio_server", "--export", export, "--spin-us", spin_us, "--memory", "128M"]);
     let config = options.check(1).expect("the options make sense");
+    let exports = Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported");
+    worker_of(exports, &config)
+}
+
+fn worker_of(exports: Exports, config: &Config) -> Worker {
     let shared = Shared {
-        exports: Exports::open(&config.exports, Pool::start().unwrap()).expect("it can be exported"),
+        exports,
         sessions: Sessions::new(16, limits()),
         policy: Arc::default(),
         workers: OnceLock::new(),
@@ -121,14 +127,35 @@ struct Bench {
     client: Client,
     file: FileHandle,
     next_block: usize,
-    _directory: tempfile::TempDir,
+    _directory: Option<tempfile::TempDir>,
 }
 
 impl Bench {
     fn new(mut worker: Worker, directory: tempfile::TempDir, flags: u32) -> Self {
         let mut client = connect(&mut worker);
         let file = open(&mut worker, &mut client, flags, b"/d/file");
-        Self { worker, client, file, next_block: 0, _directory: directory }
+        Self { worker, client, file, next_block: 0, _directory: Some(directory) }
+    }
+
+    /// Sends a command that has no data. Its reply has this tag.
+    fn send(&mut self, tag: u64, command: &Command<'_>) {
+        let mut body = Vec::new();
+        command.encode(&mut body);
+        self.client.send(tag, &body, Bulk::None, true).expect("a credit is left");
+        self.client.flush();
+    }
+
+    /// The next replies, so many of them, in the order in which they came.
+    fn replies(&mut self, count: usize) -> Vec<Reply> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let mut replies = Vec::new();
+        while replies.len() < count {
+            assert!(Instant::now() < deadline, "{} of {count} replies came", replies.len());
+            run_once(&mut self.worker);
+            self.client.receive(&mut replies);
+        }
+        assert_eq!(replies.len(), count);
+        replies
     }
 
     /// Asks for the next blocks. Gives the last request.

@@ -7,7 +7,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::*;
 use crate::client::Client;
-use crate::engine::{Call, Completion, Descriptor, Lane, Operation, Pending};
+use crate::engine::{Call, Completion, CompletionQueue, Descriptor, Lane, Operation, Pending};
 
 const DEPTH: usize = 32;
 /// What the device gets of so many, and what is held back.
@@ -50,8 +50,8 @@ impl Engine for Late {
         self.ring.call(key, client, lane, call)
     }
 
-    fn expect_completion(&mut self) -> Sender<Completion> {
-        self.ring.expect_completion()
+    fn completions(&mut self) -> &mut CompletionQueue {
+        self.ring.completions()
     }
 
     /// It never is in time.

@@ -1,0 +1,87 @@
+//! System calls on files that more than one module makes. All of them may wait for a file system: not for a
+//! worker's thread.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use raio_transport::protocol::FileStatus;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::path::Arg;
+
+/// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
+const RETRIES_MAX: u32 = 32;
+
+/// A file's status, and what more statx(2) knows.
+#[derive(Clone, Copy, Debug)]
+pub struct FileInfo {
+    /// As clients see it.
+    pub status: FileStatus,
+    /// What O_DIRECT wants offsets and lengths to be multiples of, if the file system says so.
+    pub direct_align: Option<u32>,
+}
+
+impl FileInfo {
+    /// Of what is no file of the server's, and has this size.
+    pub fn synthetic(size: u64) -> Self {
+        let mut info = Self { status: Default::default(), direct_align: None };
+        info.status.size = size.into();
+        info.status.mode = (libc::S_IFREG | 0o666).into();
+        info.status.links = 1.into();
+        info.status.block_bytes = 4096.into();
+        info
+    }
+}
+
+/// The status of an open file, with a block device's capacity as its size.
+pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
+    let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?;
+    let is_device = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice;
+    let size = if is_device { rustix::fs::seek(&fd, SeekFrom::End(0))? } else { stat.stx_size };
+    let ns = |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
+    let device = |major, minor| libc::makedev(major, minor).into();
+    let knows_align = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0;
+    Ok(FileInfo {
+        status: FileStatus {
+            size: size.into(),
+            blocks: stat.stx_blocks.into(),
+            inode: stat.stx_ino.into(),
+            device: device(stat.stx_dev_major, stat.stx_dev_minor),
+            rdevice: device(stat.stx_rdev_major, stat.stx_rdev_minor),
+            accessed_ns: ns(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
+            modified_ns: ns(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+            changed_ns: ns(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+            mode: u32::from(stat.stx_mode).into(),
+            links: stat.stx_nlink.into(),
+            uid: stat.stx_uid.into(),
+            gid: stat.stx_gid.into(),
+            block_bytes: stat.stx_blksize.into(),
+            direct_align: 1.into(),
+        },
+        direct_align: knows_align.then_some(stat.stx_dio_offset_align),
+    })
+}
+
+/// openat2(2), tried again when a rename came in between.
+pub fn openat2(
+    base: BorrowedFd<'_>,
+    path: impl Arg + Copy,
+    flags: OFlags,
+    mode: Mode,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    let flags = flags | OFlags::CLOEXEC;
+    let mut retries = RETRIES_MAX;
+    loop {
+        match retry_on_intr(|| rustix::fs::openat2(base, path, flags, mode, resolve)) {
+            Err(Errno::AGAIN) if retries > 0 => retries -= 1,
+            result => return result,
+        }
+    }
+}
+
+/// Opens what a descriptor refers to once more, with other flags.
+pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    retry_on_intr(|| rustix::fs::open(&*path, flags | OFlags::CLOEXEC, Mode::empty()))
+}

@@ -1,0 +1,87 @@
+//! Memory of a fixed size, zeros at the start: one memfd, which all who open the export share.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+
+use super::{Context, SizeLimit, Volume};
+use crate::client::Client;
+use crate::engine::{Closing, Descriptor, Engine, Lanes, Operation, Pending};
+
+/// A `mem:` export.
+#[derive(Debug)]
+pub struct Memory {
+    fd: Arc<Descriptor>,
+    size: u64,
+}
+
+impl Memory {
+    /// So many bytes.
+    pub fn new(size: u64, lanes: Lanes) -> rustix::io::Result<Self> {
+        Ok(Self { fd: Descriptor::new(memfd(size)?, lanes), size })
+    }
+}
+
+/// Memory that keeps its size.
+fn memfd(size: u64) -> rustix::io::Result<OwnedFd> {
+    let fd = rustix::fs::memfd_create("raio-mem", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK)?;
+    Ok(fd)
+}
+
+impl Volume for Memory {
+    fn submit(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending> {
+        context.engine.submit(context.reactor, key, client, &self.fd, operation)
+    }
+
+    fn submit_blocking(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending> {
+        Some(context.engine.submit_blocking(key, client, &self.fd, operation))
+    }
+
+    fn cancel(&self, context: &mut Context<'_>, key: u64, pending: Pending) {
+        context.engine.cancel(context.reactor, key, pending);
+    }
+
+    /// It stays, for others.
+    fn close(&self, closing: Closing) {
+        closing.complete(Ok(()));
+    }
+
+    fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
+        engine.try_read_cached(&self.fd, bytes, offset)
+    }
+
+    fn size_limit(&self) -> Option<SizeLimit> {
+        Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC })
+    }
+
+    fn may_hang(&self) -> bool {
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_keeps_its_size() {
+        let fd = memfd(4096).unwrap();
+        assert_eq!(rustix::io::pwrite(&fd, b"x", 4096), Err(rustix::io::Errno::PERM));
+        assert_eq!(rustix::io::pwrite(&fd, b"x", 4095), Ok(1));
+    }
+}

@@ -1,0 +1,108 @@
+//! What an open file does its I/O on: the third seam, beside the two roles of a transport.
+//!
+//! ```text
+//!   session: OpenFile (access, counts) --owns--> dyn Volume
+//!     RegularFile, BlockDevice, Memory   have a descriptor: the worker's engine (uring | threads) serves them
+//!     Null                               ends every operation at once
+//!     (an image elsewhere)               keeps a Completer, and ends the operation from a thread of its own
+//!     (a filter)                         wraps another volume
+//! ```
+//!
+//! An operation owns its slot, which comes back in the one [`Completion`](crate::engine::Completion) that ends
+//! it. A volume is shared by all workers; each lends it what is its own ([`Context`]) for the length of a call.
+//! No call waits for a disk, a file system or a network.
+
+mod device;
+mod file;
+mod memory;
+mod null;
+
+use std::fmt::Debug;
+use std::sync::Weak;
+
+use raio_transport::reactor::Reactor;
+
+use crate::client::Client;
+use crate::engine::{Closing, Engine, Operation, Pending};
+
+pub use device::BlockDevice;
+pub use file::RegularFile;
+pub use memory::Memory;
+pub use null::Null;
+
+/// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
+const DIRECT_ALIGN_DEFAULT: u32 = 4096;
+
+/// What a worker lends a volume.
+pub struct Context<'a> {
+    /// The worker's event loop.
+    pub reactor: &'a mut Reactor,
+    /// Serves descriptors, and has the queue that all operations end in: [`Engine::completions`].
+    pub engine: &'a mut dyn Engine,
+}
+
+/// A size that clients may not go beyond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SizeLimit {
+    /// The size.
+    pub bytes: u64,
+    /// The errno for writes beyond it.
+    pub errno: i32,
+}
+
+/// What an open file does its I/O on.
+pub trait Volume: Debug + Send + Sync {
+    /// Begins an operation, which ends with one completion in [`Engine::completions`] that has this key: at
+    /// once, or from another thread by a [`Completer`](crate::engine::Completer). What has to wait before it
+    /// begins should be cancelled if `client` has gone by then. What is returned is for [`Volume::cancel`];
+    /// None if it has ended.
+    fn submit(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending>;
+
+    /// Begins anew what has come back as [`Outcome::WouldBlock`](crate::engine::Outcome::WouldBlock).
+    fn submit_blocking(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending> {
+        self.submit(context, key, client, operation)
+    }
+
+    /// Asks for an operation to end early. Best effort: it ends with ECANCELED, or as it would have.
+    fn cancel(&self, context: &mut Context<'_>, key: u64, pending: Pending);
+
+    /// An open file that owns this volume has been closed. Operations may be in flight: what is to be given
+    /// back is given back behind them, and `closing` completed then.
+    fn close(&self, closing: Closing);
+
+    /// Fills `bytes` if that takes no waiting, for the fast path. None if it has not: [`Volume::submit`] does
+    /// more.
+    fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
+        let _ = (engine, bytes, offset);
+        None
+    }
+
+    /// What offsets and lengths of reads and writes are multiples of. Beyond 1 they go straight to a device,
+    /// whose queue depth the worker watches ([`crate::device_queue`]).
+    fn alignment(&self) -> u32 {
+        1
+    }
+
+    /// How large clients may make it, if that is limited.
+    fn size_limit(&self) -> Option<SizeLimit> {
+        None
+    }
+
+    /// Whether its operations may take for ever. If so its export has a share of the memory for requests, and
+    /// no more.
+    fn may_hang(&self) -> bool {
+        true
+    }
+}
