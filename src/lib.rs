@@ -22,6 +22,7 @@
 
 pub mod address;
 pub mod busy_poll;
+mod client;
 pub mod error;
 pub mod handshake;
 mod keepalive;
@@ -39,5 +40,6 @@ pub mod reactor;
 pub mod size;
 pub mod tcp;
 pub mod transport;
+mod tuning;
 
 pub use error::{Class, Error, Status, Violation};

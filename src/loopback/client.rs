@@ -3,7 +3,6 @@
 //! While a request is in flight its buffers are in the link, where the server reaches them; they come back
 //! with the reply.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,12 +10,11 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::link::{Access, End, Rejected};
-use crate::error::{Class, Error, Status, Violation};
+use crate::client::{Core, Exposed, Wait};
+use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
-use crate::keepalive::{Action, Keepalive};
-use crate::memory::Buffers;
-use crate::message::{self, DataCrc, Limits, Message, Parsed, RemoteRegion};
-use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
+use crate::message::{Parsed, RemoteRegion};
+use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
 
 /// Receives posted beyond one for each credit: the server's pings, pongs and its goaway.
 const CONTROL_MESSAGES: usize = 8;
@@ -28,33 +26,14 @@ pub struct Client {
     end: Option<End>,
     /// Polled in place of the end's when that has gone.
     eventfd: Arc<OwnedFd>,
-    grant: Grant,
-    limits: Limits,
-    outstanding: Outstanding<Pending>,
-    /// What [`ClientTransport::flush`] is to send.
-    queue: VecDeque<(Option<RequestId>, Vec<u8>)>,
-    keepalive: Keepalive,
-    failure: Option<Error>,
-    /// How requests end that the failure takes with it.
-    lost: Status,
-    counters: ClientCounters,
+    core: Core<Option<Lease>>,
 }
 
-#[derive(Debug)]
-struct Pending {
-    tag: u64,
-    bulk: Held,
-}
-
-/// Where the buffers of a request are.
-#[derive(Debug)]
-enum Held {
-    /// Here: there are none, or they travel in the request.
-    Here(Bulk),
-    /// In the link, for the server to place data in.
-    In(u32),
-    /// In the link, for the server to fetch from.
-    Out(u32),
+/// What is in the link, for the server to reach, under which key.
+#[derive(Clone, Copy, Debug)]
+struct Lease {
+    access: Access,
+    key: u32,
 }
 
 impl Client {
@@ -66,18 +45,18 @@ impl Client {
         };
         end.send(offer.hello())
             .map_err(|_| closed(libc::ECONNRESET, "the server went away before the handshake"))?;
-        let grant = loop {
+        let (grant, now) = loop {
             end.look();
+            let now = Instant::now();
             if let Some(welcome) = end.receive() {
                 match offer.grant(&welcome)? {
-                    Parsed::Item(grant, taken) if taken == welcome.len() => break grant,
+                    Parsed::Item(grant, taken) if taken == welcome.len() => break (grant, now),
                     Parsed::Item(..) | Parsed::Need(_) => return Err(Violation::Length.into()),
                 }
             }
             if end.has_lost_peer() {
                 return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
             }
-            let now = Instant::now();
             if now >= deadline {
                 return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
             }
@@ -87,195 +66,72 @@ impl Client {
             }
         };
         end.set_receives(grant.credits() as usize + CONTROL_MESSAGES);
-        Ok(Self {
-            eventfd: Arc::clone(end.eventfd()),
-            end: Some(end),
-            grant,
-            limits: grant.limits(),
-            outstanding: Outstanding::new(&grant),
-            queue: VecDeque::new(),
-            keepalive: Keepalive::new(&grant, Instant::now()),
-            failure: None,
-            lost: Status::OK,
-            counters: ClientCounters::default(),
-        })
+        Ok(Self { eventfd: Arc::clone(end.eventfd()), end: Some(end), core: Core::new(grant, now) })
     }
 
     /// How long the server may be silent while something is outstanding before the connection ends with
     /// ETIMEDOUT. It is pinged in between. Default: three times the keepalive granted.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.keepalive.set_request_timeout(timeout);
+        self.core.set_request_timeout(timeout);
     }
 
-    fn fail(&mut self, error: Error, lost: Status) {
-        if self.failure.is_some() {
-            return;
-        }
-        if let (Error::Violation(violation), Some(end)) = (&error, &self.end) {
-            let mut goaway = Vec::new();
-            let status = Status::protocol(violation.errno());
-            message::encode_goaway(status, &violation.to_string(), self.limits.crc, &mut goaway);
-            let _ = end.send(goaway);
-        }
-        self.failure = Some(error);
-        self.lost = lost;
-        self.queue.clear();
-    }
-
-    fn fail_violation(&mut self, violation: Violation) {
-        let lost = match violation.errno() {
-            libc::ETIMEDOUT => Status::transport(libc::ETIMEDOUT),
-            errno => Status::protocol(errno),
-        };
-        self.fail(violation.into(), lost);
-    }
-
-    fn fail_lost(&mut self, errno: i32, why: &str) {
-        let text = format!("{why}. Connect anew");
-        self.fail(Error::Closed { errno, text }, Status::transport(errno));
-    }
-
-    /// Moves everything outstanding to `replies`, after a failure, and lets go of the link.
-    fn hand_out_lost(&mut self, replies: &mut Vec<Reply>) {
-        let Some(end) = self.end.take() else { return };
-        for pending in self.outstanding.drain() {
-            replies.push(Reply {
-                tag: pending.tag,
-                status: self.lost,
-                result: 0,
-                body: Body::from(&[][..]),
-                data_len: 0,
-                bulk: taken_back(&end, pending.bulk),
-            });
+    /// Sends what is queued, as far as the other end takes it.
+    fn send_queue(&mut self) {
+        let Some(end) = &self.end else { return };
+        self.core.counters.sends += u64::from(self.core.has_unsent());
+        while let Some(unsent) = self.core.front() {
+            let mut message = unsent.head.to_vec();
+            if let Some(buffers) = unsent.data {
+                buffers.slices(0..buffers.len()).for_each(|slice| message.extend_from_slice(slice));
+            }
+            let len = message.len();
+            match end.send(message) {
+                Ok(()) => self.core.on_sent(len),
+                // If it has gone the next `receive` finds out.
+                Err(Rejected::Full(_) | Rejected::Gone) => return,
+            }
         }
     }
 
     /// Takes in one message.
-    fn take_in(&mut self, message: &[u8], replies: &mut Vec<Reply>) -> Result<(), Violation> {
-        let Parsed::Item(parsed, taken) = message::parse(message, &self.limits)? else {
-            return Err(Violation::Length);
-        };
-        // Data does not travel in responses: it has been placed.
-        if taken != message.len() {
-            return Err(Violation::Length);
-        }
-        match parsed {
-            Message::Response(response, body) => replies.push(self.finish(&response, body)?),
-            Message::Ping(id) => {
-                let mut pong = Vec::new();
-                message::encode_pong(id, self.limits.crc, &mut pong);
-                self.queue.push_back((None, pong));
-                self.flush();
-                if self.queue.len() > self.grant.credits() as usize + CONTROL_MESSAGES {
-                    return Err(Violation::Stalled);
-                }
+    fn take_in(&mut self, message: &[u8], replies: &mut Vec<Reply>) {
+        let mut taken = 0;
+        loop {
+            let end = self.end.as_ref();
+            let progress = self.core.on_messages(&message[taken..], replies, |bulk, lease, _| {
+                reclaim(end, bulk, lease);
+                0
+            });
+            taken += progress.taken;
+            if !progress.flush {
+                return;
             }
-            Message::Pong(id) if self.keepalive.permits_pong(id) => {}
-            Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goaway(status, text) => {
-                let text = message::text(text);
-                let lost = match status.class {
-                    Class::Protocol => status,
-                    _ => Status::transport(libc::ECONNRESET),
-                };
-                let errno = if status.is_ok() { libc::ECONNRESET } else { status.errno };
-                self.fail(Error::Closed { errno, text }, lost);
+            self.send_queue();
+            if taken == message.len() {
+                return;
             }
-            Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
-            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
         }
-        Ok(())
     }
 
-    fn finish(&mut self, response: &message::Response, body: &[u8]) -> Result<Reply, Violation> {
-        let id = RequestId(response.id);
-        if self.queue.iter().any(|(queued, _)| *queued == Some(id)) {
-            return Err(Violation::RequestId);
+    /// Does what is left to be done when the connection has just ended.
+    fn end(&mut self) {
+        let goaway = self.core.take_ending().and_then(|ending| ending.goaway);
+        if let (Some(goaway), Some(end)) = (goaway, &self.end) {
+            let _ = end.send(goaway);
         }
-        let pending = self.outstanding.get(id).ok_or(Violation::RequestId)?;
-        let key = if let Held::In(key) = pending.bulk { Some(key) } else { None };
-        let data_len = response.data_len as usize;
-        let mut placed = None;
-        // Checks come before the request ends, so that a violation finds it outstanding and ends it with the
-        // others.
-        if let (Some(key), Some(end)) = (key, &self.end) {
-            let buffers = end.withdraw(key).ok_or(Violation::RequestId)?;
-            let wrong = if data_len > buffers.len() {
-                Some(Violation::Length)
-            } else if self.limits.crc && crc_of(&buffers, data_len) != response.data_crc {
-                Some(Violation::Checksum)
-            } else {
-                None
-            };
-            if let Some(violation) = wrong {
-                if let Some(pending) = self.outstanding.get_mut(id) {
-                    pending.bulk = Held::Here(Bulk::In(buffers));
-                }
-                return Err(violation);
-            }
-            placed = Some(Bulk::In(buffers));
-        } else if data_len > 0 || response.data_crc != 0 {
-            return Err(Violation::Length);
-        }
-        let pending = match self.outstanding.finish(id, response.credits) {
-            Ok(pending) => pending,
-            Err(violation) => {
-                if let (Some(bulk), Some(pending)) = (placed, self.outstanding.get_mut(id)) {
-                    pending.bulk = Held::Here(bulk);
-                }
-                return Err(violation);
-            }
-        };
-        let bulk = match (placed, &self.end) {
-            (Some(bulk), _) => bulk,
-            (None, Some(end)) => taken_back(end, pending.bulk),
-            (None, None) => Bulk::None,
-        };
-        Ok(Reply {
-            tag: pending.tag,
-            status: response.status,
-            result: response.result,
-            body: Body::from(body),
-            data_len,
-            bulk,
-        })
-    }
-
-    /// Pings a server that has been silent for long. Whether it has been silent for too long; if so, and
-    /// nothing has arrived, it is given up.
-    fn has_timed_out(&mut self, now: Instant) -> bool {
-        if self.failure.is_some() {
-            return false;
-        }
-        let verdict = self.keepalive.action(now, !self.outstanding.is_empty());
-        if verdict == Action::Ping {
-            self.queue_ping(now);
-            self.flush();
-        }
-        verdict == Action::TimedOut
-    }
-
-    fn queue_ping(&mut self, now: Instant) {
-        let id = self.keepalive.on_ping(now);
-        let mut ping = Vec::new();
-        message::encode_ping(id, self.limits.crc, &mut ping);
-        self.queue.push_back((None, ping));
     }
 }
 
-/// The buffers of a request that is over.
-fn taken_back(end: &End, held: Held) -> Bulk {
-    match held {
-        Held::Here(bulk) => bulk,
-        Held::In(key) => end.withdraw(key).map_or(Bulk::None, Bulk::In),
-        Held::Out(key) => end.withdraw(key).map_or(Bulk::None, Bulk::Out),
+/// Brings a request's buffers back from the link, if they are there.
+fn reclaim(end: Option<&End>, bulk: &mut Bulk, lease: &mut Option<Lease>) {
+    if let (Some(Lease { access, key }), Some(end)) = (lease.take(), end)
+        && let Some(buffers) = end.withdraw(key)
+    {
+        *bulk = match access {
+            Access::Write => Bulk::In(buffers),
+            Access::Read => Bulk::Out(buffers),
+        };
     }
-}
-
-fn crc_of(buffers: &Buffers, len: usize) -> u32 {
-    let mut crc = DataCrc::default();
-    buffers.slices(0..len).for_each(|slice| crc.update(slice));
-    crc.finish()
 }
 
 /// Whether it became readable in time.
@@ -287,140 +143,103 @@ fn poll(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> Result<bool, rustix::i
 
 impl ClientTransport for Client {
     fn grant(&self) -> &Grant {
-        &self.grant
+        self.core.grant()
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        let Some(end) = self.end.as_ref().filter(|_| self.failure.is_none()) else {
+        let Some(end) = self.end.as_ref().filter(|_| self.core.may_send(body, &bulk, control)) else {
             return Err(NotSent(bulk));
         };
-        assert!(
-            bulk.len_out().max(bulk.len_in()) <= self.limits.data_bytes_max as usize
-                && body.len() <= message::BODY_BYTES_MAX,
-            "a request exceeds the grant"
-        );
-        if self.outstanding.is_empty() {
-            self.keepalive.on_send(Instant::now());
-        }
-        let id = match self.outstanding.insert(Pending { tag, bulk: Held::Here(bulk) }, control) {
-            Ok(id) => id,
-            Err(Pending { bulk: Held::Here(bulk), .. }) => return Err(NotSent(bulk)),
-            Err(_) => unreachable!("it was put in as Here"),
-        };
-        let Some(pending) = self.outstanding.get_mut(id) else { unreachable!("it was just put in") };
-        let mut request =
-            message::Request { id: id.0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
-        let mut inline = Vec::new();
-        let Held::Here(bulk) = std::mem::replace(&mut pending.bulk, Held::Here(Bulk::None)) else {
-            unreachable!("it was put in as Here")
-        };
-        pending.bulk = match bulk {
-            Bulk::None => Held::Here(Bulk::None),
+        let inline_bytes_max = self.core.grant().inline_bytes_max as usize;
+        let exposed = match &bulk {
+            Bulk::None => Exposed { region: RemoteRegion::None, data_len: 0, lease: None },
             Bulk::In(buffers) => {
-                let len = buffers.len() as u32;
-                let key = end.lay_open(Access::Write, buffers);
-                request.region = RemoteRegion::In { address: 0, key, len };
-                Held::In(key)
+                let (key, len) = (end.reserve_key(), buffers.len() as u32);
+                let region = RemoteRegion::In { address: 0, key, len };
+                Exposed { region, data_len: 0, lease: Some(Lease { access: Access::Write, key }) }
+            }
+            Bulk::Out(buffers) if buffers.len() <= inline_bytes_max => {
+                Exposed { region: RemoteRegion::None, data_len: buffers.len(), lease: None }
             }
             Bulk::Out(buffers) => {
-                let len = buffers.len();
-                if self.limits.crc {
-                    request.data_crc = crc_of(&buffers, len);
-                }
-                if len <= self.grant.inline_bytes_max as usize {
-                    buffers.slices(0..len).for_each(|slice| inline.extend_from_slice(slice));
-                    request.data_len = len as u32;
-                    Held::Here(Bulk::Out(buffers))
-                } else {
-                    let key = end.lay_open(Access::Read, buffers);
-                    request.region = RemoteRegion::Out { address: 0, key, len: len as u32 };
-                    Held::Out(key)
-                }
+                let (key, len) = (end.reserve_key(), buffers.len() as u32);
+                let region = RemoteRegion::Out { address: 0, key, len };
+                Exposed { region, data_len: 0, lease: Some(Lease { access: Access::Read, key }) }
             }
         };
-        let mut message = Vec::new();
-        request.encode(body, self.limits.crc, &mut message);
-        message.append(&mut inline);
-        self.queue.push_back((Some(id), message));
+        let lease = exposed.lease;
+        let id = self.core.send(tag, body, bulk, control, exposed)?;
+        if let (Some(Lease { access, key }), Some(bulk)) = (lease, self.core.bulk_mut(id))
+            && let Bulk::In(buffers) | Bulk::Out(buffers) = std::mem::replace(bulk, Bulk::None)
+        {
+            end.lay_open_as(key, access, buffers);
+        }
         Ok(id)
     }
 
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {
-        let at = self.queue.iter().position(|(id, _)| *id == Some(request))?;
-        self.queue.remove(at);
-        let pending = self.outstanding.finish(request, 1).ok()?;
-        Some(taken_back(self.end.as_ref()?, pending.bulk))
+        let (mut bulk, mut lease) = self.core.dequeue(request)?;
+        reclaim(self.end.as_ref(), &mut bulk, &mut lease);
+        Some(bulk)
     }
 
     fn flush(&mut self) {
-        let Some(end) = &self.end else { return };
-        self.counters.sends += u64::from(!self.queue.is_empty());
-        while let Some((id, message)) = self.queue.pop_front() {
-            match end.send(message) {
-                Ok(()) => {}
-                Err(Rejected::Full(message)) => {
-                    self.queue.push_front((id, message));
-                    return;
-                }
-                // The next `receive` finds out.
-                Err(Rejected::Gone) => self.queue.clear(),
-            }
+        if self.core.begins_to_owe() {
+            self.core.on_owed(Instant::now());
         }
+        self.send_queue();
     }
 
     fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let now = Instant::now();
         let before = replies.len();
         let mut arrived = false;
         if let Some(end) = &self.end {
             end.look();
-            if !self.queue.is_empty() {
-                self.flush();
-            }
+            self.send_queue();
         }
-        while self.failure.is_none()
+        while !self.core.has_failed()
             && let Some(end) = &self.end
         {
             // Asked before the inbox is looked into: what the server sent before it went is taken in.
             let gone = end.has_lost_peer();
             if let Some(message) = end.receive() {
                 arrived = true;
-                self.keepalive.on_receive(Instant::now());
-                if let Err(violation) = self.take_in(&message, replies) {
-                    self.fail_violation(violation);
-                }
+                self.take_in(&message, replies);
             } else if gone {
-                self.fail_lost(libc::ECONNRESET, "the server closed it");
+                self.core.fail_lost(libc::ECONNRESET, "the server closed it");
             } else {
                 break;
             }
         }
-        self.counters.receives += u64::from(arrived);
-        if !arrived && self.has_timed_out(Instant::now()) {
-            self.fail_lost(libc::ETIMEDOUT, "the server has been silent for too long");
+        self.core.counters.receives += u64::from(arrived);
+        if arrived {
+            self.core.on_receive(now);
+        } else if self.core.on_silence(now) {
+            self.send_queue();
         }
-        if self.failure.is_some() {
-            self.hand_out_lost(replies);
+        if self.core.has_failed() {
+            self.end();
+            let end = self.end.take();
+            self.core.hand_out_lost(replies, |bulk, lease, _| {
+                reclaim(end.as_ref(), bulk, lease);
+                0
+            });
         }
         arrived || replies.len() > before
     }
 
     fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
-        self.flush();
+        self.send_queue();
         loop {
-            let now = Instant::now();
-            if self.has_timed_out(now)
-                || self.failure.is_some()
-                || deadline.is_some_and(|deadline| now >= deadline)
-            {
-                return Ok(());
-            }
-            let until =
-                deadline.into_iter().chain(self.keepalive.deadline(!self.outstanding.is_empty())).min();
-            let left = until.map(|until| until.saturating_duration_since(now));
-            match poll(self.eventfd.as_fd(), left) {
-                Ok(true) => return Ok(()),
-                Ok(false) => {}
-                Err(errno) => return Err(Error::io("Waiting for the server was interrupted", errno)),
+            match self.core.on_wait(Instant::now(), deadline) {
+                Wait::Return => return Ok(()),
+                Wait::Flush => self.send_queue(),
+                Wait::Sleep(timeout) => match poll(self.eventfd.as_fd(), timeout) {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => {}
+                    Err(errno) => return Err(Error::io("Waiting for the server was interrupted", errno)),
+                },
             }
         }
     }
@@ -430,35 +249,32 @@ impl ClientTransport for Client {
     }
 
     fn outstanding(&self) -> usize {
-        self.outstanding.len()
+        self.core.outstanding()
     }
 
     fn credits(&self) -> usize {
-        self.outstanding.credits()
+        self.core.credits()
     }
 
     fn failure(&self) -> Option<&Error> {
-        self.failure.as_ref()
+        self.core.failure()
     }
 
     fn ping(&mut self, timeout: Duration) {
-        if self.failure.is_none() {
-            let now = Instant::now();
-            self.queue_ping(now);
-            self.keepalive.expect_by(now + timeout);
-            self.flush();
-        }
+        self.core.ping(Instant::now(), timeout);
+        self.send_queue();
     }
 
     fn last_rx(&self) -> Instant {
-        self.keepalive.last_rx()
+        self.core.last_rx()
     }
 
     fn abort(&mut self, violation: Violation) {
-        self.fail_violation(violation);
+        self.core.fail_violation(violation);
+        self.end();
     }
 
     fn counters(&self) -> ClientCounters {
-        self.counters
+        self.core.counters
     }
 }

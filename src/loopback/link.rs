@@ -154,12 +154,23 @@ impl End {
         self.sides()[1 - self.side].gone
     }
 
-    /// Lays memory open. Gives the key for it.
-    pub fn lay_open(&self, access: Access, buffers: Buffers) -> u32 {
+    /// A key for memory that is yet to be laid open.
+    pub(super) fn reserve_key(&self) -> u32 {
         let side = &mut self.sides()[self.side];
         let key = side.next_key;
         side.next_key = key.wrapping_add(1);
-        side.open.insert(key, (access, buffers));
+        key
+    }
+
+    /// Lays memory open under a key that was reserved.
+    pub(super) fn lay_open_as(&self, key: u32, access: Access, buffers: Buffers) {
+        self.sides()[self.side].open.insert(key, (access, buffers));
+    }
+
+    /// Lays memory open. Returns the key for it.
+    pub fn lay_open(&self, access: Access, buffers: Buffers) -> u32 {
+        let key = self.reserve_key();
+        self.lay_open_as(key, access, buffers);
         key
     }
 

@@ -23,37 +23,15 @@ use super::device::{Access, CompletionChannel, Domain, Mr, PortAddress};
 use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Failure, QueuePair, Size};
 use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
+use crate::client::outstanding::Outstanding;
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::keepalive::{Action, Keepalive};
 use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot, process};
 use crate::message::{self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::tcp;
-use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Outstanding, Reply, RequestId};
-
-/// Queue depth asked for by a client that leaves it to the server.
-const DEPTH_DEFAULT: u32 = 1024;
-/// Room for requests that are being sent, at most.
-const SEND_BYTES_MAX: usize = 256 << 10;
-const SEND_BYTES_MIN: usize = 64 << 10;
-/// The most data that is sent inline, whatever the server would take.
-const INLINE_BYTES_MAX: usize = 16 << 10;
-/// The least that is registered at a time for bounce slots.
-const BOUNCE_BYTES_MIN: usize = 1 << 20;
-/// While the client polls without ever waiting, it looks at the descriptors so often.
-const LOOK_EVERY: Duration = Duration::from_millis(2);
-/// While there is no room to send, it is looked for so often.
-const ROOM_EVERY: Duration = Duration::from_millis(1);
-/// How long the first try to connect takes.
-const CONNECT_TIME: Duration = Duration::from_millis(1500);
-/// The server may take this part of the time that is left to answer over a queue pair that was just made: a
-/// busy one takes its time, and there must be enough left to connect anew.
-const PROOF_PART: u32 = 4;
-/// When the TCP connection of a queue pair has ended, what is still on its way by the queue pair may take so
-/// long.
-const STREAM_GRACE: Duration = Duration::from_millis(100);
-/// How long a goaway may take.
-const GOAWAY_TIME: Duration = Duration::from_millis(100);
+use crate::transport::{Body, Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
+use crate::tuning::*;
 
 /// A connection to a server over RDMA.
 #[derive(Debug)]
@@ -158,7 +136,7 @@ impl Client {
     ) -> Result<Self, Error> {
         super::device::devices().map_err(no_rdma)?;
         // A lost datagram is sent again by rdma_cm only after four seconds.
-        let mut patience = CONNECT_TIME;
+        let mut patience = RDMA_CONNECT_TIME;
         let (mut qp, offer, domain, channel, events) = loop {
             let until = deadline.min(Instant::now() + patience);
             match Self::establish(address, source, offer, until) {
@@ -204,7 +182,7 @@ impl Client {
         let grant = *stream.grant();
         let mut this = Self::assemble(qp, grant, domain, channel, None, Some(stream)).map_err(lost)?;
         let asked = Instant::now();
-        let until = asked + deadline.saturating_duration_since(asked) / PROOF_PART;
+        let until = asked + deadline.saturating_duration_since(asked) / RDMA_PROOF_PART;
         this.ping(until.saturating_duration_since(asked));
         while this.last_rx() < asked {
             this.receive(&mut Vec::new());
@@ -213,7 +191,7 @@ impl Client {
                 return Err(lost(Error::Unsupported(text.into())));
             }
             if this.last_rx() < asked {
-                let _ = this.wait(Some(until + LOOK_EVERY));
+                let _ = this.wait(Some(until + RDMA_DESCRIPTORS_EVERY));
             }
         }
         Ok(this)
@@ -292,7 +270,7 @@ impl Client {
             process: process(),
             grant,
             limits: grant.limits(),
-            inline_bytes_max: (grant.inline_bytes_max as usize).min(INLINE_BYTES_MAX),
+            inline_bytes_max: (grant.inline_bytes_max as usize).min(RDMA_INLINE_BYTES_MAX),
             head: Vec::with_capacity(4096),
             queue: VecDeque::with_capacity(grant.credits() as usize),
             message: Vec::with_capacity(MESSAGE_BYTES),
@@ -328,7 +306,7 @@ impl Client {
         };
         let limits = device.limits().map_err(failed)?;
         let depth_max = limits.work_requests.min(limits.completions).saturating_sub(2 * CONTROL_MESSAGES + 1);
-        let wanted = if offer.queue_depth == 0 { DEPTH_DEFAULT } else { offer.queue_depth };
+        let wanted = if offer.queue_depth == 0 { RDMA_DEPTH_DEFAULT } else { offer.queue_depth };
         let offer = Offer { queue_depth: wanted.min(depth_max.max(1) as u32), ..offer.clone() };
         let credits = offer.queue_depth as usize + 1;
         let domain = Domain::new(device)?;
@@ -388,7 +366,7 @@ impl Client {
         if qp.post(true).is_err() {
             return;
         }
-        let deadline = Instant::now() + GOAWAY_TIME;
+        let deadline = Instant::now() + RDMA_GOAWAY_TIME;
         while !qp.is_idle() && Instant::now() < deadline {
             qp.look_at_sends();
             if let Some(Completion::Failed(_)) = qp.next() {
@@ -623,7 +601,7 @@ impl Client {
             stream.receive(&mut Vec::new());
         }
         let Some(failure) = stream.failure() else { return };
-        if self.stream_ended.get_or_insert_with(Instant::now).elapsed() < STREAM_GRACE {
+        if self.stream_ended.get_or_insert_with(Instant::now).elapsed() < RDMA_COMPANION_GRACE {
             return;
         }
         let (errno, text) = match failure {
@@ -660,7 +638,7 @@ impl Client {
             Some((slot, keys)) => (slot, keys),
             None => {
                 let mapped: usize = self.bounce.iter().map(|(arena, _)| arena.len()).sum();
-                let bytes = mapped.max(BOUNCE_BYTES_MIN);
+                let bytes = mapped.max(RDMA_BOUNCE_BYTES_MIN);
                 let no_memory = |source| {
                     Error::io("There is no memory for data that is not registered; free some", source)
                 };
@@ -784,7 +762,8 @@ fn size_for(credits: usize) -> Size {
         sends: credits + 2 * CONTROL_MESSAGES,
         receives: credits + CONTROL_MESSAGES,
         receive_bytes: MESSAGE_BYTES,
-        send_bytes: (credits * (MESSAGE_BYTES + INLINE_BYTES_MAX)).clamp(SEND_BYTES_MIN, SEND_BYTES_MAX),
+        send_bytes: (credits * (MESSAGE_BYTES + RDMA_INLINE_BYTES_MAX))
+            .clamp(RDMA_SEND_BYTES_MIN, RDMA_SEND_BYTES_MAX),
     }
 }
 
@@ -951,7 +930,7 @@ impl ClientTransport for Client {
         }
         if !arrived {
             let now = Instant::now();
-            if now - self.looked >= LOOK_EVERY {
+            if now - self.looked >= RDMA_DESCRIPTORS_EVERY {
                 self.look_at_descriptors();
             }
             if self.has_timed_out(now) {
@@ -989,7 +968,7 @@ impl ClientTransport for Client {
             let mut left = until.map(|until| until.saturating_duration_since(now));
             if !self.queue.is_empty() {
                 // What would make room is not announced.
-                left = Some(left.map_or(ROOM_EVERY, |left| left.min(ROOM_EVERY)));
+                left = Some(left.map_or(RDMA_ROOM_EVERY, |left| left.min(RDMA_ROOM_EVERY)));
             }
             let timeout = left.map(timespec);
             let mut fds = [PollFd::from_borrowed_fd(self.epoll.as_fd(), PollFlags::IN)];

@@ -5,9 +5,10 @@ use std::thread;
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::{Class, Status};
 use crate::handshake::Policy;
 use crate::memory::{Buffer, Buffers};
-use crate::message::{FEATURE_CRC, Response};
+use crate::message::{self, FEATURE_CRC, Limits, Message, Response};
 
 /// The server's end of a connection, written by hand so that it can misbehave.
 struct Peer {
@@ -395,7 +396,7 @@ fn a_server_that_pings_and_takes_no_pongs_is_stalled() {
     while client.failure().is_none() {
         client.receive(&mut replies);
         assert!(Instant::now() < deadline);
-        assert!(client.head.len() < 1 << 20);
+        assert!(client.core.unsent_bytes() < 1 << 20);
     }
     assert!(matches!(client.failure(), Some(Error::Violation(Violation::Stalled))));
     drop(client);

@@ -1,0 +1,844 @@
+//! The client's half of the protocol, for every transport: what is outstanding, what is to be sent next, what
+//! the server's messages mean, and when and how a connection ends.
+//!
+//! A [`Core`] does no I/O and does not read the clock: its transport moves bytes for it and tells the time.
+//! A transport asks what to send ([`Core::unsent`], [`Core::front`]) and says how much of it has gone
+//! ([`Core::on_sent`]); it hands in what has arrived ([`Core::on_bytes`] from a stream, [`Core::on_messages`]
+//! where data is placed) and gets the replies; and where it would sleep it asks for how long
+//! ([`Core::on_wait`]). When the connection ends, for whatever reason, [`Core::take_ending`] says what is
+//! left to be done about it.
+//!
+//! The core owns the buffers of a request until the request is over: answered (or lost with the connection),
+//! *and* its data sent. A server may answer before it has taken the data, with an error; then the reply waits
+//! in `early`. The server is not trusted: whatever it sends is checked, and at most ends this connection.
+
+pub(crate) mod outstanding;
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::error::{Class, Error, Status, Violation};
+use crate::handshake::Grant;
+use crate::keepalive::{Action, Keepalive};
+use crate::memory::Buffers;
+use crate::message::{
+    self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, Request, Response,
+};
+use crate::transport::{Body, Bulk, ClientCounters, NotSent, Reply, RequestId};
+use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
+use outstanding::Outstanding;
+
+/// A connection that has shaken hands. `L` is what the transport keeps with each request while the server may
+/// reach its memory: nothing where the data travels with the messages.
+#[derive(Debug)]
+pub(crate) struct Core<L = ()> {
+    grant: Grant,
+    limits: Limits,
+    outstanding: Outstanding<Pending<L>>,
+    /// Outstanding requests that await at least [`LARGE_BYTES`], less those that await fewer.
+    large: isize,
+    /// Something has been outstanding since the clock was last looked at, and nothing was before.
+    begins_to_owe: bool,
+
+    /// Headers and commands of `queue`, in order, those already sent in front.
+    head: Vec<u8>,
+    /// Where in `head` the front of `queue` begins.
+    head_at: usize,
+    /// Messages not yet wholly sent.
+    queue: VecDeque<Queued>,
+    /// How many bytes of the front of `queue`, data included, have been sent.
+    sent: usize,
+    pongs_queued: usize,
+
+    /// A response whose data is arriving.
+    partial: Option<Partial>,
+    /// The reply to the request at the front of `queue`, whose data is not wholly sent.
+    early: Option<Reply>,
+    /// Replies that have not yet been handed out.
+    done: Vec<Reply>,
+    upgrade: Upgrade,
+
+    keepalive: Keepalive,
+    failure: Option<Error>,
+    /// How requests end that the failure takes with it.
+    lost: Status,
+    ending: Option<Ending>,
+    /// Some of them are the transport's to count.
+    pub counters: ClientCounters,
+}
+
+/// An outstanding request. Its encoded command lies in `head` until it has been sent: a connection that is to
+/// be made anew under its requests would keep it here.
+#[derive(Debug)]
+struct Pending<L> {
+    tag: u64,
+    bulk: Bulk,
+    /// It is still in `queue`.
+    queued: bool,
+    lease: L,
+}
+
+/// A message to be sent: so many bytes of `head`, then so many of the request's data.
+#[derive(Debug)]
+struct Queued {
+    head_len: usize,
+    data_len: usize,
+    /// None for all that is no request.
+    request: Option<RequestId>,
+    pong: bool,
+}
+
+/// A response whose header has been taken in, but not all of its data.
+#[derive(Debug)]
+struct Partial {
+    reply: Reply,
+    /// How much of its `data_len` is in place.
+    placed: usize,
+    data_crc: u32,
+    /// The request was still in `queue`.
+    queued: bool,
+}
+
+/// The move from a stream to a queue pair.
+#[derive(Debug)]
+enum Upgrade {
+    /// The server must not tell where its queue pair is.
+    None,
+    /// It is to.
+    Requested,
+    Answered(Result<QueuePairAddress, Error>),
+}
+
+/// How the server gets the data of a request, or brings it.
+#[derive(Debug)]
+pub(crate) struct Exposed<L> {
+    /// What it may reach by itself.
+    pub region: RemoteRegion,
+    /// Bytes that travel behind the command.
+    pub data_len: usize,
+    pub lease: L,
+}
+
+/// A whole message that is to be sent.
+#[derive(Debug)]
+pub(crate) struct Unsent<'a> {
+    pub head: &'a [u8],
+    /// The data that travels with it.
+    pub data: Option<&'a Buffers>,
+}
+
+/// What was taken in of some bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Progress {
+    pub taken: usize,
+    /// There is a pong to be sent before the rest is taken in.
+    pub flush: bool,
+}
+
+/// What a caller does who would wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Come back: there is something to be received, or the deadline has come.
+    Return,
+    /// Send, and ask again.
+    Flush,
+    /// Sleep for at most this long, if anything limits it.
+    Sleep(Option<Duration>),
+}
+
+/// What a transport has to do when its connection has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Ending {
+    /// A GOAWAY to send, if it can be sent.
+    pub goaway: Option<Vec<u8>>,
+    /// There were messages not yet wholly sent: nothing may follow them on a stream.
+    pub was_sending: bool,
+    /// Neither side had anything outstanding.
+    pub is_orderly: bool,
+}
+
+impl<L> Core<L> {
+    /// For a connection that was granted this at `now`.
+    pub fn new(grant: Grant, now: Instant) -> Self {
+        Self {
+            grant,
+            limits: grant.limits(),
+            outstanding: Outstanding::new(&grant),
+            large: 0,
+            begins_to_owe: false,
+            head: Vec::with_capacity(4096),
+            head_at: 0,
+            queue: VecDeque::with_capacity(grant.credits() as usize),
+            sent: 0,
+            pongs_queued: 0,
+            partial: None,
+            early: None,
+            done: Vec::new(),
+            upgrade: Upgrade::None,
+            keepalive: Keepalive::new(&grant, now),
+            failure: None,
+            lost: Status::OK,
+            ending: None,
+            counters: ClientCounters::default(),
+        }
+    }
+
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Credits left for ordinary requests.
+    pub fn credits(&self) -> usize {
+        self.outstanding.credits()
+    }
+
+    /// Requests that are not over, or whose replies have not been handed out.
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+            + usize::from(self.partial.is_some())
+            + usize::from(self.early.is_some())
+            + self.done.len()
+    }
+
+    /// Why the connection ended, if it has.
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    pub fn has_failed(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    /// Whether most of what is awaited is large.
+    pub fn awaits_large(&self) -> bool {
+        self.large > 0
+    }
+
+    /// Whether the server owes a sign of life.
+    fn is_owed(&self) -> bool {
+        !self.outstanding.is_empty() || self.partial.is_some() || self.early.is_some()
+    }
+
+    /// Whether nothing is unsent or unanswered.
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && !self.is_owed()
+    }
+
+    // Requests
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Whether a request can be sent: the connection lives and there is a credit. Panics if it exceeds the
+    /// grant.
+    pub fn may_send(&self, body: &[u8], bulk: &Bulk, control: bool) -> bool {
+        assert!(
+            bulk.len_out().max(bulk.len_in()) <= self.limits.data_bytes_max as usize
+                && body.len() <= message::BODY_BYTES_MAX,
+            "a request exceeds the grant"
+        );
+        self.failure.is_none() && self.outstanding.may_insert(control)
+    }
+
+    /// Queues a request that may be sent.
+    pub fn send(
+        &mut self,
+        tag: u64,
+        body: &[u8],
+        bulk: Bulk,
+        control: bool,
+        exposed: Exposed<L>,
+    ) -> Result<RequestId, NotSent> {
+        let Exposed { region, data_len, lease } = exposed;
+        let data_crc = match &bulk {
+            Bulk::Out(buffers) if self.limits.crc => crc_of(buffers, buffers.len()),
+            _ => 0,
+        };
+        let largeness = largeness(&bulk);
+        let was_idle = self.outstanding.is_empty();
+        let pending = Pending { tag, bulk, queued: true, lease };
+        let id = self.outstanding.insert(pending, control).map_err(|pending| NotSent(pending.bulk))?;
+        self.begins_to_owe |= was_idle;
+        self.large += largeness;
+        let start = self.head.len();
+        let request = Request { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
+        request.encode(body, self.limits.crc, &mut self.head);
+        self.push(start, data_len, Some(id), false);
+        Ok(id)
+    }
+
+    #[allow(dead_code, reason = "for RDMA, which follows")]
+    /// Ends a request that may be sent and cannot be, for want of something on this side.
+    pub fn send_failed(
+        &mut self,
+        tag: u64,
+        bulk: Bulk,
+        lease: L,
+        error: &Error,
+    ) -> Result<RequestId, NotSent> {
+        let pending = Pending { tag, bulk, queued: false, lease };
+        let id = self.outstanding.insert(pending, true).map_err(|pending| NotSent(pending.bulk))?;
+        let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1) else {
+            unreachable!("it was just put in, with the credit that comes back")
+        };
+        let text = format!("{error}.");
+        let body = Body::from(message::clipped(&text).as_bytes());
+        let status = Status::transport(error.errno());
+        self.done.push(Reply { tag, status, result: 0, body, data_len: 0, bulk });
+        Ok(id)
+    }
+
+    /// The buffers of a request, for a transport that keeps them elsewhere while the server may reach them.
+    pub fn bulk_mut(&mut self, id: RequestId) -> Option<&mut Bulk> {
+        self.outstanding.get_mut(id).map(|pending| &mut pending.bulk)
+    }
+
+    /// Takes back a request of which not one byte has been sent.
+    pub fn dequeue(&mut self, request: RequestId) -> Option<(Bulk, L)> {
+        let index = self.queue.iter().position(|queued| queued.request == Some(request))?;
+        if index == 0 && self.sent > 0 {
+            return None;
+        }
+        let start = self.head_at + self.queue.range(..index).map(|queued| queued.head_len).sum::<usize>();
+        let queued = self.queue.remove(index)?;
+        self.head.drain(start..start + queued.head_len);
+        let pending = self.outstanding.finish(request, 1).ok()?;
+        self.large -= largeness(&pending.bulk);
+        Some((pending.bulk, pending.lease))
+    }
+
+    /// Moves what is over and has not been handed out to `replies`.
+    pub fn take_done(&mut self, replies: &mut Vec<Reply>) {
+        replies.append(&mut self.done);
+    }
+
+    /// Says where this side's end of a queue pair is, and lets the server say where its end is.
+    pub fn request_upgrade(&mut self, ours: &QueuePairAddress) {
+        let start = self.head.len();
+        message::encode_queue_pair(Ok(ours), self.limits.crc, &mut self.head);
+        self.push(start, 0, None, false);
+        self.upgrade = Upgrade::Requested;
+    }
+
+    /// What the server said to that, once.
+    pub fn take_upgrade(&mut self) -> Option<Result<QueuePairAddress, Error>> {
+        match std::mem::replace(&mut self.upgrade, Upgrade::None) {
+            Upgrade::Answered(answer) => Some(answer),
+            other => {
+                self.upgrade = other;
+                None
+            }
+        }
+    }
+
+    // Sending
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Queues the message that `head` has from `start` on.
+    fn push(&mut self, start: usize, data_len: usize, request: Option<RequestId>, pong: bool) {
+        let head_len = self.head.len() - start;
+        self.queue.push_back(Queued { head_len, data_len, request, pong });
+    }
+
+    pub fn has_unsent(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Bytes of messages that wait to be sent, without their data.
+    #[cfg(test)]
+    pub fn unsent_bytes(&self) -> usize {
+        self.head.len()
+    }
+
+    /// To be called before something is sent: whether the time is to be passed to [`Core::on_owed`].
+    pub fn begins_to_owe(&self) -> bool {
+        self.begins_to_owe
+    }
+
+    /// The server owes something from now on.
+    pub fn on_owed(&mut self, now: Instant) {
+        self.begins_to_owe = false;
+        self.keepalive.on_send(now);
+    }
+
+    /// Visits what is to be sent on a stream, in order, until there is no more or `push` takes no more.
+    pub fn unsent<'a>(&'a self, mut push: impl FnMut(&'a [u8]) -> bool) {
+        // Headers of messages without data form one run.
+        let mut run = self.head_at..self.head_at;
+        let mut skip = self.sent;
+        for queued in &self.queue {
+            run.end += queued.head_len;
+            if queued.data_len > 0 {
+                run.start += skip.min(run.len());
+                if !run.is_empty() && !push(&self.head[run.clone()]) {
+                    return;
+                }
+                run.start = run.end;
+                let from = skip.saturating_sub(queued.head_len);
+                if !self.data_of(queued).slices(from..queued.data_len).all(&mut push) {
+                    return;
+                }
+                skip = 0;
+            }
+        }
+        run.start += skip.min(run.len());
+        if !run.is_empty() {
+            push(&self.head[run]);
+        }
+    }
+
+    /// The message that is to be sent next where each is sent at once, as a whole.
+    pub fn front(&self) -> Option<Unsent<'_>> {
+        let queued = self.queue.front()?;
+        let head = &self.head[self.head_at..self.head_at + queued.head_len];
+        Some(Unsent { head, data: (queued.data_len > 0).then(|| self.data_of(queued)) })
+    }
+
+    /// The data of a queued request: it is outstanding, or, at the front, already answered.
+    fn data_of(&self, queued: &Queued) -> &Buffers {
+        let bulk = match queued.request.and_then(|id| self.outstanding.get(id)) {
+            Some(pending) => Some(&pending.bulk),
+            None => self.early.as_ref().map(|reply| &reply.bulk),
+        };
+        match bulk {
+            Some(Bulk::Out(buffers)) => buffers,
+            _ => unreachable!("a queued message with data is a request that owns it"),
+        }
+    }
+
+    /// `n` more bytes have been sent.
+    pub fn on_sent(&mut self, mut n: usize) {
+        while let Some(front) = self.queue.front() {
+            let left = front.head_len + front.data_len - self.sent;
+            if n < left {
+                self.sent += n;
+                break;
+            }
+            n -= left;
+            self.sent = 0;
+            self.head_at += front.head_len;
+            self.pongs_queued -= usize::from(front.pong);
+            if let Some(id) = front.request {
+                match self.outstanding.get_mut(id) {
+                    Some(pending) => pending.queued = false,
+                    None => match &mut self.partial {
+                        Some(partial) if partial.queued => partial.queued = false,
+                        _ => self.done.extend(self.early.take()),
+                    },
+                }
+            }
+            self.queue.pop_front();
+        }
+        if self.queue.is_empty() {
+            self.head.clear();
+            self.head_at = 0;
+        } else if self.head_at >= CLIENT_SENT_HEAD_BYTES_MAX {
+            self.head.drain(..self.head_at);
+            self.head_at = 0;
+        }
+    }
+
+    // Receiving
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Something was received.
+    pub fn on_receive(&mut self, now: Instant) {
+        self.keepalive.on_receive(now);
+    }
+
+    /// How much of the data of a response that has begun is still to come.
+    pub fn data_left(&self) -> usize {
+        self.partial.as_ref().map_or(0, |partial| partial.reply.data_len - partial.placed)
+    }
+
+    /// Where that goes: the request's buffers, and the range of them.
+    pub fn data_room(&mut self) -> Option<(&mut Buffers, Range<usize>)> {
+        let partial = self.partial.as_mut()?;
+        match &mut partial.reply.bulk {
+            Bulk::In(buffers) => Some((buffers, partial.placed..partial.reply.data_len)),
+            _ => None,
+        }
+    }
+
+    /// `n` more bytes of it are in place.
+    pub fn on_data(&mut self, n: usize) {
+        if let Some(partial) = &mut self.partial {
+            partial.placed += n;
+        }
+    }
+
+    /// Takes in what is complete at the front of a stream's bytes. A violation ends the connection.
+    pub fn on_bytes(&mut self, bytes: &[u8], replies: &mut Vec<Reply>) -> Progress {
+        let mut progress = Progress { taken: 0, flush: false };
+        if let Err(violation) = self.parse(bytes, &mut progress, replies) {
+            self.fail_violation(violation);
+        }
+        progress
+    }
+
+    fn parse(
+        &mut self,
+        bytes: &[u8],
+        progress: &mut Progress,
+        replies: &mut Vec<Reply>,
+    ) -> Result<(), Violation> {
+        while self.failure.is_none() && !progress.flush {
+            if let Some(partial) = &mut self.partial {
+                let left = partial.reply.data_len - partial.placed;
+                let rest = &bytes[progress.taken..];
+                let n = left.min(rest.len());
+                if n > 0
+                    && let Bulk::In(buffers) = &mut partial.reply.bulk
+                {
+                    buffers.write_at(partial.placed, &rest[..n]);
+                    partial.placed += n;
+                    progress.taken += n;
+                    self.counters.bounced_bytes += n as u64;
+                }
+                if n < left {
+                    return Ok(());
+                }
+                self.finish_partial(replies)?;
+            }
+            let (message, taken) = match message::parse(&bytes[progress.taken..], &self.limits)? {
+                Parsed::Need(_) => return Ok(()),
+                Parsed::Item(message, taken) => (message, taken),
+            };
+            progress.taken += taken;
+            if let Message::Response(response, body) = message {
+                let body = Body::from(body);
+                self.begin_response(response, body)?;
+            } else {
+                progress.flush = self.on_control(message)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in what one receive brought where data is placed: whole messages, one or more. `reclaim` brings
+    /// a request's buffers back from where the server reached them, with so many bytes of data in them, and
+    /// says how many it had to copy. A violation ends the connection.
+    pub fn on_messages(
+        &mut self,
+        bytes: &[u8],
+        replies: &mut Vec<Reply>,
+        mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
+    ) -> Progress {
+        let mut progress = Progress { taken: 0, flush: false };
+        loop {
+            // Data does not travel in responses: it has been placed.
+            let taken = match message::parse(&bytes[progress.taken..], &self.limits) {
+                Ok(Parsed::Item(Message::Response(response, body), taken)) => {
+                    self.finish_placed(response, body, replies, &mut reclaim).map(|()| taken)
+                }
+                Ok(Parsed::Item(message, taken)) => self.on_control(message).map(|flush| {
+                    progress.flush = flush;
+                    taken
+                }),
+                Ok(Parsed::Need(_)) => Err(Violation::Length),
+                Err(violation) => Err(violation),
+            };
+            match taken {
+                Ok(taken) => progress.taken += taken,
+                Err(violation) => self.fail_violation(violation),
+            }
+            if progress.flush || progress.taken == bytes.len() || self.failure.is_some() {
+                return progress;
+            }
+        }
+    }
+
+    #[allow(dead_code, reason = "for RDMA, which follows")]
+    /// The response to a request whose data has been placed, and that has no message of its own.
+    pub fn on_placed(
+        &mut self,
+        response: Response,
+        replies: &mut Vec<Reply>,
+        mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
+    ) {
+        // It has no room for a checksum.
+        let finished = match self.limits.crc {
+            true => Err(Violation::Checksum),
+            false => self.finish_placed(response, &[], replies, &mut reclaim),
+        };
+        if let Err(violation) = finished {
+            self.fail_violation(violation);
+        }
+    }
+
+    fn finish_placed(
+        &mut self,
+        response: Response,
+        body: &[u8],
+        replies: &mut Vec<Reply>,
+        reclaim: &mut impl FnMut(&mut Bulk, &mut L, usize) -> usize,
+    ) -> Result<(), Violation> {
+        let data_len = response.data_len as usize;
+        if let Some(pending) = self.outstanding.get_mut(RequestId(response.id))
+            && !pending.queued
+        {
+            let copied = reclaim(&mut pending.bulk, &mut pending.lease, data_len);
+            self.counters.bounced_bytes += copied as u64;
+        }
+        self.begin_response(response, Body::from(body))?;
+        self.on_data(data_len);
+        self.finish_partial(replies)
+    }
+
+    /// Takes in a message that is no response. Whether it is to be answered at once.
+    fn on_control(&mut self, message: Message<'_>) -> Result<bool, Violation> {
+        match message {
+            Message::Ping(id) => {
+                if self.pongs_queued == CLIENT_PONGS_MAX {
+                    return Err(Violation::Stalled);
+                }
+                self.pongs_queued += 1;
+                let start = self.head.len();
+                message::encode_pong(id, self.limits.crc, &mut self.head);
+                self.push(start, 0, None, true);
+                return Ok(true);
+            }
+            Message::Pong(id) if self.keepalive.permits_pong(id) => {}
+            Message::Pong(_) => return Err(Violation::RequestId),
+            Message::Goaway(status, text) => self.on_goaway(status, message::text(text)),
+            Message::QueuePair(what) if matches!(self.upgrade, Upgrade::Requested) => {
+                let rejected = |(status, text)| Error::Rejected { status, text: message::text(text) };
+                self.upgrade = Upgrade::Answered(what.map_err(rejected));
+            }
+            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
+            Message::Request(..) => return Err(Violation::Kind(message::Kind::Request as u8)),
+            Message::Response(..) => unreachable!("the callers take responses"),
+        }
+        Ok(false)
+    }
+
+    /// A response's header has arrived: its request is no longer outstanding, its data goes to `partial`.
+    fn begin_response(&mut self, response: Response, body: Body) -> Result<(), Violation> {
+        let id = RequestId(response.id);
+        let pending = self.outstanding.get(id).ok_or(Violation::RequestId)?;
+        let data_len = response.data_len as usize;
+        if data_len > pending.bulk.len_in() {
+            return Err(Violation::Length);
+        }
+        if pending.queued {
+            // The server may answer before it has the data, but not before it has the command.
+            let front = self.queue.front();
+            if !front.is_some_and(|front| front.request == Some(id) && self.sent >= front.head_len) {
+                return Err(Violation::RequestId);
+            }
+        }
+        let pending = self.outstanding.finish(id, response.credits)?;
+        self.large -= largeness(&pending.bulk);
+        self.partial = Some(Partial {
+            reply: Reply {
+                tag: pending.tag,
+                status: response.status,
+                result: response.result,
+                body,
+                data_len,
+                bulk: pending.bulk,
+            },
+            placed: 0,
+            data_crc: response.data_crc,
+            queued: pending.queued,
+        });
+        Ok(())
+    }
+
+    /// All data of `partial` is in place.
+    fn finish_partial(&mut self, replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        let Some(partial) = &self.partial else { return Ok(()) };
+        if self.limits.crc {
+            let crc = match &partial.reply.bulk {
+                Bulk::In(buffers) => crc_of(buffers, partial.reply.data_len),
+                _ => 0,
+            };
+            if crc != partial.data_crc {
+                return Err(Violation::Checksum);
+            }
+        }
+        if let Some(partial) = self.partial.take() {
+            if partial.queued {
+                self.early = Some(partial.reply);
+            } else {
+                replies.push(partial.reply);
+            }
+        }
+        Ok(())
+    }
+
+    // The end
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Ends the connection; `lost` is how requests end that it takes with it.
+    pub fn fail(&mut self, error: Error, lost: Status) {
+        if self.failure.is_some() {
+            return;
+        }
+        let goaway = match &error {
+            Error::Violation(violation) => {
+                let mut goaway = Vec::new();
+                let status = Status::protocol(violation.errno());
+                message::encode_goaway(status, &violation.to_string(), self.limits.crc, &mut goaway);
+                Some(goaway)
+            }
+            _ => None,
+        };
+        self.ending =
+            Some(Ending { goaway, was_sending: !self.queue.is_empty(), is_orderly: self.is_idle() });
+        self.failure = Some(error);
+        self.lost = lost;
+        self.queue.clear();
+        self.head.clear();
+        self.head_at = 0;
+        self.sent = 0;
+        self.pongs_queued = 0;
+    }
+
+    /// Ends it because the server broke the protocol, and is to hear so.
+    pub fn fail_violation(&mut self, violation: Violation) {
+        let lost = match violation.errno() {
+            libc::ETIMEDOUT => Status::transport(libc::ETIMEDOUT),
+            errno => Status::protocol(errno),
+        };
+        self.fail(violation.into(), lost);
+    }
+
+    /// Ends it because it was lost.
+    pub fn fail_lost(&mut self, errno: i32, why: &str) {
+        let text = format!("{why}. If the server still runs, its log says more; connect anew");
+        self.fail(Error::Closed { errno, text }, Status::transport(lost_errno(errno)));
+    }
+
+    fn on_goaway(&mut self, status: Status, text: String) {
+        let lost = match status.class {
+            Class::Protocol => Status::protocol(status.errno),
+            _ => Status::transport(lost_errno(status.errno)),
+        };
+        let errno = if status.is_ok() { libc::ECONNRESET } else { status.errno };
+        let text = if text.is_empty() { "the server ended it without giving a reason".into() } else { text };
+        self.fail(Error::Closed { errno, text }, lost);
+    }
+
+    /// What the transport has to do about the end of the connection: once, if it has ended.
+    pub fn take_ending(&mut self) -> Option<Ending> {
+        self.ending.take()
+    }
+
+    /// Moves everything outstanding to `replies`, after a failure, each request once. `reclaim` brings its
+    /// buffers back from where the server reached them: see [`Core::on_messages`].
+    pub fn hand_out_lost(
+        &mut self,
+        replies: &mut Vec<Reply>,
+        mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
+    ) {
+        let status = self.lost;
+        let reply =
+            |tag, bulk| Reply { tag, status, result: 0, body: Body::from(&[][..]), data_len: 0, bulk };
+        replies.append(&mut self.done);
+        replies.extend(self.early.take());
+        replies.extend(self.partial.take().map(|partial| reply(partial.reply.tag, partial.reply.bulk)));
+        replies.extend(self.outstanding.drain().map(|mut pending| {
+            reclaim(&mut pending.bulk, &mut pending.lease, 0);
+            reply(pending.tag, pending.bulk)
+        }));
+        self.large = 0;
+    }
+
+    // Keepalive
+    // ------------------------------------------------------------------------------------------------------
+
+    /// How long the server may be silent while something is outstanding.
+    pub fn set_request_timeout(&mut self, timeout: Duration) {
+        self.keepalive.set_request_timeout(timeout);
+    }
+
+    /// When something was last received.
+    pub fn last_rx(&self) -> Instant {
+        self.keepalive.last_rx()
+    }
+
+    /// Queues a ping; something must be received within `timeout`.
+    pub fn ping(&mut self, now: Instant, timeout: Duration) {
+        if self.failure.is_none() {
+            self.queue_ping(now);
+            self.keepalive.expect_by(now + timeout);
+        }
+    }
+
+    fn queue_ping(&mut self, now: Instant) {
+        let id = self.keepalive.on_ping(now);
+        let start = self.head.len();
+        message::encode_ping(id, self.limits.crc, &mut self.head);
+        self.push(start, 0, None, false);
+    }
+
+    /// What a silent server calls for now.
+    fn action(&mut self, now: Instant) -> Action {
+        if self.begins_to_owe {
+            self.on_owed(now);
+        }
+        if self.failure.is_some() { Action::Wait } else { self.keepalive.action(now, self.is_owed()) }
+    }
+
+    /// Nothing is there to be received. Whether there is a ping to be sent: the server has been silent for
+    /// long. If it was for too long, the connection ends.
+    pub fn on_silence(&mut self, now: Instant) -> bool {
+        match self.action(now) {
+            Action::Wait => false,
+            Action::Ping => {
+                self.queue_ping(now);
+                true
+            }
+            Action::TimedOut => {
+                let silent = now.saturating_duration_since(self.last_rx()).as_secs_f64();
+                self.fail_lost(libc::ETIMEDOUT, &format!("the server has been silent for {silent:.1} s"));
+                false
+            }
+        }
+    }
+
+    /// What a caller does who would wait for the server until `deadline`.
+    pub fn on_wait(&mut self, now: Instant, deadline: Option<Instant>) -> Wait {
+        if self.failure.is_some() || !self.done.is_empty() {
+            return Wait::Return;
+        }
+        match self.action(now) {
+            // What there is to be received comes first.
+            Action::TimedOut => Wait::Return,
+            Action::Ping => {
+                self.queue_ping(now);
+                Wait::Flush
+            }
+            Action::Wait if deadline.is_some_and(|deadline| now >= deadline) => Wait::Return,
+            Action::Wait => {
+                let until = deadline.into_iter().chain(self.keepalive.deadline(self.is_owed())).min();
+                Wait::Sleep(until.map(|until| until.saturating_duration_since(now)))
+            }
+        }
+    }
+}
+
+/// The errno of requests that end because their connection ended for this reason: few errnos, so that a
+/// caller can tell them from the file's.
+fn lost_errno(errno: i32) -> i32 {
+    match errno {
+        libc::ETIMEDOUT | libc::EPIPE | libc::ENOTCONN => errno,
+        _ => libc::ECONNRESET,
+    }
+}
+
+/// What a request adds to [`Core::large`].
+fn largeness(bulk: &Bulk) -> isize {
+    match bulk.len_in() {
+        0 => 0,
+        len if len < LARGE_BYTES => -1,
+        _ => 1,
+    }
+}
+
+/// CRC32C of the first `len` bytes.
+fn crc_of(buffers: &Buffers, len: usize) -> u32 {
+    let mut crc = DataCrc::default();
+    buffers.slices(0..len).for_each(|slice| crc.update(slice));
+    crc.finish()
+}
