@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+mod authorize;
 mod clear;
 mod client;
 mod config;

@@ -143,8 +143,13 @@ pub struct Read {
 impl Read {
     /// None if the range that must be read lies beyond what a file can have.
     pub fn new(range: Range, align: u32) -> Option<Self> {
-        let span = if range.length == 0 { range } else { range.widened(align.into())? };
+        let span = if range.length == 0 || align == 1 { range } else { range.widened(align.into())? };
         Some(Self { range, span, align: align as usize, done: 0 })
+    }
+
+    /// What was asked for.
+    pub fn range(&self) -> Range {
+        self.range
     }
 
     /// The memory that it needs.

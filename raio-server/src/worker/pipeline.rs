@@ -310,11 +310,6 @@ impl Worker {
         self.connections[connection].requests.iter().copied().find(|&key| self.requests[key].key.id == id)
     }
 
-    /// The largest slot.
-    pub(super) fn slot_bytes_max(&self) -> usize {
-        self.arena.slot_bytes_max()
-    }
-
     fn enter(&mut self, key: usize, state: State) {
         let before = std::mem::replace(&mut self.requests[key].state, state);
         self.in_state[before as usize] -= 1;
@@ -335,11 +330,7 @@ impl Worker {
             self.uncount_request(connection, &request.work);
         }
         if response.status.is_ok() {
-            match request.work {
-                Work::Read(..) => self.counters.read_bytes.add(response.result),
-                Work::Write(..) => self.counters.written_bytes.add(response.result),
-                _ => {}
-            }
+            self.count_data(&request.work, response.result);
         }
         let was_cancelled = response.status.errno == libc::ECANCELED;
         self.respond(request.key, response);
@@ -368,11 +359,25 @@ impl Worker {
 
     /// Answers a request that was not begun, or is over.
     pub(super) fn respond(&mut self, name: RequestKey, response: Response) {
+        self.count_response(response.status);
+        self.transport.respond(&mut self.reactor, name, response);
+    }
+
+    /// Counts a response, of the fast path or any other.
+    pub(super) fn count_response(&self, status: Status) {
         self.counters.answered.add(1);
-        if !response.status.is_ok() {
+        if !status.is_ok() {
             self.counters.errors.add(1);
         }
-        self.transport.respond(&mut self.reactor, name, response);
+    }
+
+    /// Counts what a request that has succeeded has moved.
+    pub(super) fn count_data(&self, work: &Work, bytes: u64) {
+        match work {
+            Work::Read(..) => self.counters.read_bytes.add(bytes),
+            Work::Write(..) => self.counters.written_bytes.add(bytes),
+            _ => {}
+        }
     }
 
     /// Cancels a request as far as that goes.

@@ -1,0 +1,234 @@
+//! Whether a client may do what it asks of an open file: the one place that decides it, for the fast path and
+//! for all other requests.
+//!
+//! In this order: the range exists, the file is open for the operation (which the protocol's table of
+//! operations tells), the range keeps within the size limit, it is aligned.
+
+use std::rc::Rc;
+
+use raio_transport::Status;
+use raio_transport::protocol::{Access, Command};
+use raio_transport::transport::Response;
+
+use crate::request::{Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success};
+use crate::session::OpenFile;
+use crate::volume::SizeLimit;
+
+/// The work that a command on an open file means. If it may not be done, or there is nothing to do, the error
+/// is the response. A read may take a slot of `slot_bytes_max` at most.
+///
+/// # Panics
+///
+/// If the command is not on an open file, or closes it.
+pub fn authorize(
+    command: &Command<'_>,
+    file: Rc<WorkerFile>,
+    slot_bytes_max: usize,
+) -> Result<Work, Response> {
+    let needed = command.opcode().operation().access;
+    let in_pieces = |file: Rc<WorkerFile>, command, range| Work::InPieces(file, Pieces::new(command, range));
+    let (work, length) = match *command {
+        Command::Stat(_) => return Ok(Work::Stat(file)),
+        Command::Fsync { data_only, .. } => return Ok(Work::Fsync(file, data_only)),
+        Command::Read { offset, length, .. } => {
+            let range = permitted_range(&file.open, needed, offset, length.into())?;
+            let read = widened(&file.open, range, slot_bytes_max)?;
+            (Work::Read(file, read), range.length)
+        }
+        Command::Write { offset, length, .. } => {
+            let range = permitted_range(&file.open, needed, offset, length.into())?;
+            check_size_limit(&file.open, range)?;
+            check_alignment(&file.open, range)?;
+            (Work::Write(file, Write::new(range)), range.length)
+        }
+        Command::Discard { offset, length, .. } => {
+            let range = permitted_range(&file.open, needed, offset, length)?;
+            (in_pieces(file, RangeCommand::Discard, range), length)
+        }
+        Command::WriteZeroes { offset, length, .. } => {
+            let range = permitted_range(&file.open, needed, offset, length)?;
+            check_size_limit(&file.open, range)?;
+            (in_pieces(file, RangeCommand::WriteZeroes, range), length)
+        }
+        Command::Allocate { offset, length, keep_size, .. } => {
+            let range = permitted_range(&file.open, needed, offset, length)?;
+            check_size_limit(&file.open, range)?;
+            (in_pieces(file, RangeCommand::Allocate { keep_size }, range), length)
+        }
+        Command::Open { .. } | Command::Close(_) | Command::Cancel { .. } => {
+            unreachable!("{command:?} is no work on an open file")
+        }
+    };
+    // Checked like any other, and then there is nothing to do.
+    if length == 0 { Err(success(0)) } else { Ok(work) }
+}
+
+/// A range of a file that is open for what is needed.
+fn permitted_range(open: &OpenFile, needed: Access, offset: u64, length: u64) -> Result<Range, Response> {
+    let Some(range) = Range::new(offset, length) else {
+        let text = "Offset and length lead beyond what a file can have (2^63 - 1 bytes).";
+        return Err(failure(Status::storage(libc::EINVAL), text));
+    };
+    match needed {
+        Access::Read if !open.access.read => {
+            Err(failure(Status::storage(libc::EBADF), "The file is not open for reading."))
+        }
+        Access::Write if !open.access.write => {
+            Err(failure(Status::storage(libc::EBADF), "The file is not open for writing."))
+        }
+        Access::Any | Access::Read | Access::Write => Ok(range),
+    }
+}
+
+/// Files do not grow beyond what the configuration allows.
+fn check_size_limit(open: &OpenFile, range: Range) -> Result<(), Response> {
+    let Some(SizeLimit { bytes, errno }) = open.size_limit.filter(|limit| range.end() > limit.bytes) else {
+        return Ok(());
+    };
+    let text = if errno == libc::EFBIG {
+        format!(
+            "Files of this export cannot be larger than {bytes} bytes. Its operator can raise `max-file-size`."
+        )
+    } else {
+        format!("The export ends at {bytes} bytes and does not grow.")
+    };
+    Err(failure(Status::storage(errno), &text))
+}
+
+/// A write is not widened: that would mean to read, change and write back what another client may be writing.
+fn check_alignment(open: &OpenFile, range: Range) -> Result<(), Response> {
+    let align = open.alignment;
+    if range.is_aligned(align.into()) {
+        return Ok(());
+    }
+    let text = format!(
+        "With O_DIRECT this file takes writes only at multiples of {align} bytes, of lengths that are multiples \
+         of {align} bytes."
+    );
+    Err(failure(Status::storage(libc::EINVAL), &text))
+}
+
+/// A read of a range that need not be aligned.
+fn widened(open: &OpenFile, range: Range, slot_bytes_max: usize) -> Result<Read, Response> {
+    let align = open.alignment;
+    Read::new(range, align).filter(|read| read.slot_len() <= slot_bytes_max).ok_or_else(|| {
+        let text = format!(
+            "With O_DIRECT this file wants multiples of {align} bytes, and the range cannot be widened to that."
+        );
+        failure(Status::storage(libc::EINVAL), &text)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Weak};
+
+    use raio_transport::protocol::FileHandle;
+
+    use super::*;
+    use crate::client::Client;
+    use crate::engine::{Closing, Operation, Pending};
+    use crate::session;
+    use crate::volume::{Context, Volume};
+
+    const HANDLE: FileHandle = FileHandle(1);
+    const SIZE: u64 = 64 << 10;
+
+    /// A file of a limited size.
+    #[derive(Debug)]
+    struct Limited {
+        alignment: u32,
+        errno: i32,
+    }
+
+    impl Volume for Limited {
+        fn submit(&self, _: &mut Context<'_>, _: u64, _: &Weak<Client>, _: Operation) -> Option<Pending> {
+            unreachable!("nothing is submitted here")
+        }
+
+        fn cancel(&self, _: &mut Context<'_>, _: u64, _: Pending) {}
+
+        fn close(&self, closing: Closing) {
+            closing.complete(Ok(()));
+        }
+
+        fn alignment(&self) -> u32 {
+            self.alignment
+        }
+
+        fn size_limit(&self) -> Option<SizeLimit> {
+            Some(SizeLimit { bytes: SIZE, errno: self.errno })
+        }
+    }
+
+    fn file(read: bool, write: bool, alignment: u32) -> Rc<WorkerFile> {
+        let volume = Arc::new(Limited { alignment, errno: libc::EFBIG });
+        let open = OpenFile::new(volume, session::Access { read, write }, 0);
+        Rc::new(WorkerFile::new(HANDLE, Arc::new(open)))
+    }
+
+    /// All commands that have a range.
+    fn on_range(offset: u64, length: u32) -> [Command<'static>; 5] {
+        let (file, long) = (HANDLE, length.into());
+        [
+            Command::Read { file, offset, length },
+            Command::Write { file, offset, length },
+            Command::Discard { file, offset, length: long },
+            Command::WriteZeroes { file, offset, length: long },
+            Command::Allocate { file, offset, length: long, keep_size: true },
+        ]
+    }
+
+    /// The errno of each; 0 if it may be done.
+    fn errnos(commands: &[Command<'_>], file: &Rc<WorkerFile>) -> Vec<i32> {
+        let errno = |command| match authorize(command, Rc::clone(file), 1 << 20) {
+            Ok(work) => {
+                assert!(work.file().is_some_and(|of| Rc::ptr_eq(of, file)));
+                0
+            }
+            Err(response) => response.status.errno,
+        };
+        commands.iter().map(errno).collect()
+    }
+
+    #[test]
+    fn a_file_is_used_for_what_it_is_open_for() {
+        let commands = on_range(0, 10);
+        assert_eq!(errnos(&commands, &file(true, true, 1)), [0; 5]);
+        assert_eq!(errnos(&commands, &file(false, true, 1)), [libc::EBADF, 0, 0, 0, 0]);
+        let bad = libc::EBADF;
+        assert_eq!(errnos(&commands, &file(true, false, 1)), [0, bad, bad, bad, bad]);
+        let without_range = [Command::Stat(HANDLE), Command::Fsync { file: HANDLE, data_only: true }];
+        assert_eq!(errnos(&without_range, &file(false, false, 1)), [0, 0]);
+    }
+
+    #[test]
+    fn only_what_makes_a_file_longer_heeds_its_size_limit() {
+        let big = libc::EFBIG;
+        assert_eq!(errnos(&on_range(SIZE - 10, 10), &file(true, true, 1)), [0; 5]);
+        assert_eq!(errnos(&on_range(SIZE - 10, 11), &file(true, true, 1)), [0, big, 0, big, big]);
+        assert_eq!(errnos(&on_range(i64::MAX as u64, 1), &file(false, false, 1)), [libc::EINVAL; 5]);
+    }
+
+    #[test]
+    fn direct_writes_are_aligned_and_direct_reads_are_widened_if_there_is_memory() {
+        let file = file(true, true, 4096);
+        assert_eq!(errnos(&on_range(4096, 8192), &file), [0; 5]);
+        assert_eq!(errnos(&on_range(4096, 8191), &file), [0, libc::EINVAL, 0, 0, 0]);
+        assert_eq!(errnos(&on_range(4095, 8192), &file), [0, libc::EINVAL, 0, 0, 0]);
+        let read = Command::Read { file: HANDLE, offset: 4095, length: 2 };
+        let work = authorize(&read, Rc::clone(&file), 8192).unwrap();
+        assert_eq!(work.slot_len(), 8192);
+        assert_eq!(authorize(&read, file, 4096).unwrap_err().status.errno, libc::EINVAL);
+    }
+
+    #[test]
+    fn an_empty_range_is_checked_and_done() {
+        for command in on_range(SIZE, 0) {
+            let response = authorize(&command, file(true, true, 4096), 0).unwrap_err();
+            assert_eq!((response.status, response.result), (Status::OK, 0));
+        }
+        let response = authorize(&on_range(SIZE + 1, 0)[1], file(true, true, 1), 0).unwrap_err();
+        assert_eq!(response.status.errno, libc::EFBIG);
+    }
+}
