@@ -5,160 +5,29 @@
 //! Reads into a lent buffer wait apart while all buffers are lent out. On the steady path nothing is
 //! allocated or locked: an operation is a slot of a table, a submission one send, a wake-up one receive.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::busy_poll::BusyPoll;
 use raio_transport::error::Violation;
-use raio_transport::memory::{Arena, Buffer, Buffers, Region};
+use raio_transport::memory::{Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
 use raio_transport::{Class, Status};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use crate::error::Error;
-use crate::file::{File, Use};
+use crate::error::{Error, protocol_error};
+use crate::file::{File, FileRefs};
+use crate::lent_pool::LentPool;
+use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
-use crate::session::{Shared, protocol_error};
+use crate::session::{Session, Shared};
+use crate::tuning::{BURST_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, SPIN_EACH, SPIN_MULTIPLIER_MAX};
 
-/// The most operations in one context.
-pub const MAXEVENTS_MAX: usize = 65_536;
-/// The least that is mapped at a time for lent buffers.
-const LENT_BYTES_MIN: usize = 1 << 20;
-/// After so many completions others may have the core. A program for which there is always an answer would
-/// keep it for as long as the scheduler lets it, milliseconds, while the answers of others like it lie there.
-const STREAK_MAX: u32 = 32;
-/// A wait may spin for once more for each so many operations in flight...
-const SPIN_EACH: usize = 32;
-/// ... but no more often than this.
-const SPIN_TIMES_MAX: usize = 4;
-/// So often a wait that spins looks for news before it looks at the clock and lets others have the core.
-const LOOKS: usize = 8;
 /// The tag of a cancel request; operations have the index of their slot.
 const TAG_CANCEL: u64 = u64::MAX;
-
-/// What is to be done to a file, with the memory for it.
-#[derive(Debug)]
-pub enum Operation {
-    /// Read into `buffers`.
-    Read {
-        /// Where in the file.
-        offset: u64,
-        /// As many bytes as these hold; fewer at the end of the file, or if what is behind failed.
-        buffers: Buffers,
-    },
-    /// Read into a buffer that the context lends; give it back with [`Context::release`].
-    ReadLent {
-        /// Where in the file.
-        offset: u64,
-        /// How many bytes.
-        length: usize,
-    },
-    /// Write from `buffers`.
-    Write {
-        /// Where in the file.
-        offset: u64,
-        /// All their bytes; fewer if what is behind failed.
-        buffers: Buffers,
-    },
-    /// Make what was written and completed durable.
-    Fsync {
-        /// fdatasync(2).
-        data_only: bool,
-    },
-    /// Give the range back to the storage; it reads as zeros where the storage says so.
-    Discard {
-        /// Where in the file.
-        offset: u64,
-        /// How many bytes; not bounded by [`Context::io_bytes_max`].
-        length: u64,
-    },
-    /// Make the range read as zeros.
-    WriteZeroes {
-        /// Where in the file.
-        offset: u64,
-        /// How many bytes; not bounded by [`Context::io_bytes_max`].
-        length: u64,
-    },
-    /// Reserve storage for the range. No byte changes; a file that ends before becomes longer, with zeros.
-    Allocate {
-        /// Where in the file.
-        offset: u64,
-        /// How many bytes; not bounded by [`Context::io_bytes_max`].
-        length: u64,
-        /// The file's size stays.
-        keep_size: bool,
-    },
-}
-
-/// An operation that was not taken, with its buffers.
-#[derive(Debug)]
-pub struct Rejected {
-    /// As it was submitted.
-    pub operation: Operation,
-    /// Why: EAGAIN (the context is full), EBADF (not an open file of this session), EINVAL, ENOTCONN.
-    pub error: Error,
-}
-
-/// Names an operation until its completion is collected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ticket {
-    index: u32,
-    generation: u32,
-}
-
-impl Ticket {
-    /// A number below the context's `maxevents`, unique among its operations.
-    pub fn index(&self) -> u32 {
-        self.index
-    }
-}
-
-/// The end of an operation.
-#[derive(Debug)]
-pub struct Completion {
-    /// As given to [`Context::submit`].
-    pub token: u64,
-    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than
-    /// asked, the same operation on the rest tells why: 0 bytes (a read at the end of the file), or the
-    /// failure.
-    pub result: Result<u64, Error>,
-    /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
-    pub buffers: Option<Buffers>,
-    /// `buffers` is lent: give it to [`Context::release`].
-    pub is_lent: bool,
-}
-
-/// The counters of a context.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Operations taken.
-    pub submitted: u64,
-    /// Operations that have ended, failures among them.
-    pub completed: u64,
-    /// Operations that failed.
-    pub failed: u64,
-    /// Bytes read.
-    pub bytes_read: u64,
-    /// Bytes written.
-    pub bytes_written: u64,
-    /// Bytes copied within the library on their way to or from the caller's memory.
-    pub bounced_bytes: u64,
-    /// System calls that sent.
-    pub sends: u64,
-    /// System calls that received something.
-    pub receives: u64,
-    /// Times that a wait went to sleep.
-    pub sleeps: u64,
-    /// Operations taken and not ended, now.
-    pub in_flight: u64,
-    /// Requests on the wire that the server granted.
-    pub queue_depth: u64,
-    /// The largest operation.
-    pub io_bytes_max: u64,
-}
 
 /// One connection of a session, with its queue of operations.
 ///
@@ -191,37 +60,32 @@ pub struct Context {
     maxevents: usize,
     request_timeout: Duration,
     /// Grows up to `maxevents`.
-    slots: Vec<Slot>,
+    slots: Vec<OperationSlot>,
     free: Vec<u32>,
-    /// Slots that wait for a credit, in order.
-    waiting: VecDeque<u32>,
-    /// Slots that wait for a lent buffer, in order.
+    /// Slots that wait for a credit, FIFO.
+    queued: VecDeque<u32>,
+    /// Slots that wait for a lent buffer, FIFO.
     waiting_lent: VecDeque<u32>,
-    /// Slots that have ended and are not collected, in order.
+    /// Completed slots that are not collected, FIFO.
     done: VecDeque<u32>,
-    /// Slots submitted that have not ended.
+    /// Slots submitted and not completed.
     in_flight: usize,
     /// Kept for their memory.
     replies: Vec<Reply>,
     body: Vec<u8>,
     /// The answer to a cancel request has come.
     cancel_answered: bool,
-    uses: Vec<Option<Use>>,
-    use_of: HashMap<u64, u32>,
-    /// The number and the use of the file used last.
-    last_use: Option<(u64, u32)>,
-    arenas: Vec<Arena>,
-    /// Lent buffers that are being read into or are with the caller.
-    lent: usize,
+    files: FileRefs,
+    lent: LentPool,
     poller: Option<Poller>,
     spin: BusyPoll,
-    /// Completions since it last offered the core to others, without having waited.
-    streak: u32,
+    /// Completions collected since it last yielded the core, without having waited.
+    burst: u32,
     stats: Stats,
 }
 
 #[derive(Debug)]
-struct Slot {
+struct OperationSlot {
     generation: u32,
     token: u64,
     file: u32,
@@ -229,17 +93,17 @@ struct Slot {
     is_lent: bool,
     /// Being cancelled: whoever cancels it collects it.
     cancelling: bool,
-    /// Ticked when it ends.
+    /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
-    state: State,
+    state: OperationState,
 }
 
 #[derive(Debug)]
-enum State {
+enum OperationState {
     Free,
     /// For a credit, or for a lent buffer.
-    Waiting(Command<'static>, Bulk),
+    Queued(Command<'static>, Bulk),
     Sent(RequestId),
     Done(Completion),
 }
@@ -254,8 +118,16 @@ impl std::fmt::Debug for Context {
     }
 }
 
+impl Session {
+    /// Makes a context for at most `maxevents` operations in flight (1 to [`MAXEVENTS_MAX`]). It opens a
+    /// connection of its own.
+    pub fn context(&self, maxevents: usize) -> Result<Context, Error> {
+        Context::new(Arc::clone(self.shared()), maxevents)
+    }
+}
+
 impl Context {
-    pub(crate) fn new(session: Arc<Shared>, maxevents: usize) -> Result<Self, Error> {
+    fn new(session: Arc<Shared>, maxevents: usize) -> Result<Self, Error> {
         if !(1..=MAXEVENTS_MAX).contains(&maxevents) {
             return Err(Error::call(
                 libc::EINVAL,
@@ -273,7 +145,7 @@ impl Context {
             0 => maxevents as u32,
             depth => depth.min(maxevents as u32),
         };
-        let transport = session.dial(wanted)?;
+        let transport = session.connect(wanted)?;
         let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
@@ -283,21 +155,18 @@ impl Context {
             request_timeout,
             slots: Vec::new(),
             free: Vec::new(),
-            waiting: VecDeque::new(),
+            queued: VecDeque::new(),
             waiting_lent: VecDeque::new(),
             done: VecDeque::new(),
             in_flight: 0,
             replies: Vec::new(),
             body: Vec::new(),
             cancel_answered: false,
-            uses: Vec::new(),
-            use_of: HashMap::new(),
-            last_use: None,
-            arenas: Vec::new(),
-            lent: 0,
+            files: FileRefs::default(),
+            lent: LentPool::new(maxevents),
             poller: None,
             spin,
-            streak: 0,
+            burst: 0,
             stats: Stats::default(),
         })
     }
@@ -339,7 +208,7 @@ impl Context {
         let Some(slot) = self.slots.get_mut(ticket.index as usize) else { return };
         match slot.state {
             _ if slot.generation != ticket.generation => {}
-            State::Done(_) => tick(&eventfd),
+            OperationState::Done(_) => signal(&eventfd),
             _ => slot.eventfd = Some(eventfd),
         }
     }
@@ -435,7 +304,7 @@ impl Context {
     }
 
     fn enqueue(&mut self, file: &File, operation: Operation, token: u64, failure: Option<Error>) -> Ticket {
-        let user = self.use_of(file);
+        let file_index = self.files.index_of(file);
         let handle = file.inner().handle();
         let (command, bulk, length, is_lent) = match operation {
             Operation::Read { offset, buffers } => {
@@ -464,7 +333,7 @@ impl Context {
             }
         };
         let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(Slot {
+            self.slots.push(OperationSlot {
                 generation: 0,
                 token: 0,
                 file: 0,
@@ -473,128 +342,80 @@ impl Context {
                 cancelling: false,
                 eventfd: None,
                 length: 0,
-                state: State::Free,
+                state: OperationState::Free,
             });
             self.slots.len() as u32 - 1
         });
         let slot = &mut self.slots[index as usize];
         slot.token = token;
-        slot.file = user;
+        slot.file = file_index;
         slot.opcode = command.opcode();
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
-        slot.state = State::Waiting(command, bulk);
+        slot.state = OperationState::Queued(command, bulk);
         let ticket = Ticket { index, generation: slot.generation };
         self.in_flight += 1;
         self.stats.submitted += 1;
-        if let Some(user) = &self.uses[user as usize] {
-            user.add();
-        }
+        self.files.operation_started(file_index);
         if let Some(failure) = failure {
-            self.end_waiting(index, failure);
+            self.complete_unsent(index, failure);
         } else if is_lent {
             self.waiting_lent.push_back(index);
             self.lend();
         } else {
-            self.waiting.push_back(index);
+            self.queued.push_back(index);
         }
-        self.start();
+        self.send_queued();
         ticket
     }
 
-    /// The number in `uses` of this file.
-    fn use_of(&mut self, file: &File) -> u32 {
-        let number = file.inner().number();
-        if let Some((last, user)) = self.last_use
-            && last == number
-        {
-            return user;
-        }
-        let user = self.use_of.get(&number).copied().unwrap_or_else(|| {
-            // Time to forget closed files.
-            for user in &mut self.uses {
-                if let Some(closed) = user
-                    && closed.file().is_closing()
-                    && closed.is_idle()
-                {
-                    self.use_of.remove(&closed.file().number());
-                    *user = None;
-                }
-            }
-            let new = Some(Use::new(Arc::clone(file.inner())));
-            let user = match self.uses.iter().position(Option::is_none) {
-                Some(at) => {
-                    self.uses[at] = new;
-                    at as u32
-                }
-                None => {
-                    self.uses.push(new);
-                    self.uses.len() as u32 - 1
-                }
-            };
-            self.use_of.insert(number, user);
-            user
-        });
-        self.last_use = Some((number, user));
-        user
-    }
-
-    /// Gives buffers to reads that wait for one, as far as there are any.
+    /// Lends buffers to reads that wait for one, as far as there are any.
     fn lend(&mut self) {
-        while self.lent < self.maxevents
+        while self.lent.has_buffer()
             && let Some(index) = self.waiting_lent.pop_front()
         {
             let length = self.slots[index as usize].length as usize;
-            match self.lend_one(length) {
+            let (io_bytes_max, transport) = (self.io_bytes_max(), &mut self.transport);
+            let lent = self.lent.lend(length, io_bytes_max, |arena| transport.register_arena(arena));
+            match lent {
                 Ok(buffer) => {
-                    self.lent += 1;
-                    if let State::Waiting(_, bulk) = &mut self.slots[index as usize].state {
+                    if let OperationState::Queued(_, bulk) = &mut self.slots[index as usize].state {
                         *bulk = Bulk::In(Buffers::One(buffer));
                     }
-                    self.waiting.push_back(index);
+                    self.queued.push_back(index);
                 }
                 Err(error) => {
                     let status = Status::storage(error.raw_os_error().unwrap_or(libc::ENOMEM));
                     let text = format!("There is no memory for a lent buffer ({error}). Release some.");
-                    // It has not got what `end` would take back.
+                    // It has no buffer that `complete` would take back.
                     self.slots[index as usize].is_lent = false;
-                    self.end(index, Err(Error { status, text }), Bulk::None);
+                    self.complete(index, Err(Error { status, text }), Bulk::None);
                 }
             }
         }
     }
 
-    fn lend_one(&mut self, length: usize) -> std::io::Result<Buffer> {
-        if let Some(slot) = self.arenas.iter_mut().rev().find_map(|arena| arena.alloc(length)) {
-            return Ok(Buffer::Slot(slot, length));
-        }
-        let mapped: usize = self.arenas.iter().map(Arena::len).sum();
-        let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), self.io_bytes_max())?;
-        let slot = arena.alloc(length).ok_or_else(|| std::io::Error::from_raw_os_error(libc::ENOMEM))?;
-        self.transport.register_arena(&arena).map_err(std::io::Error::other)?;
-        self.arenas.push(arena);
-        Ok(Buffer::Slot(slot, length))
-    }
-
-    /// Hands what waits to the transport, as far as there are credits.
-    fn start(&mut self) {
+    /// Hands queued operations to the transport, as far as there are credits.
+    fn send_queued(&mut self) {
         while self.transport.credits() > 0
             && self.transport.failure().is_none()
-            && let Some(index) = self.waiting.pop_front()
+            && let Some(index) = self.queued.pop_front()
         {
             let slot = &mut self.slots[index as usize];
-            let State::Waiting(command, bulk) = std::mem::replace(&mut slot.state, State::Free) else {
-                unreachable!("`waiting` has waiting slots")
+            let OperationState::Queued(command, bulk) =
+                std::mem::replace(&mut slot.state, OperationState::Free)
+            else {
+                unreachable!("`queued` has queued slots")
             };
             self.body.clear();
             command.encode(&mut self.body);
             match self.transport.send(index.into(), &self.body, bulk, false) {
-                Ok(request) => slot.state = State::Sent(request),
+                Ok(request) => slot.state = OperationState::Sent(request),
                 Err(NotSent(bulk)) => {
-                    // The connection has ended: `pump` is about to hear of it.
-                    slot.state = State::Waiting(command, bulk);
-                    self.waiting.push_front(index);
+                    // The connection has ended: `poll` is about to hear of it.
+                    slot.state = OperationState::Queued(command, bulk);
+                    self.queued.push_front(index);
                     break;
                 }
             }
@@ -609,30 +430,30 @@ impl Context {
         }
     }
 
-    /// Takes in what has arrived. Whether anything has, if only a part of an answer.
-    fn pump(&mut self) -> bool {
+    /// Receives what has arrived. Returns whether anything has, if only a part of a response.
+    fn poll(&mut self) -> bool {
         let mut replies = std::mem::take(&mut self.replies);
         let arrived = self.transport.receive(&mut replies);
         for reply in replies.drain(..) {
-            self.take_in(reply);
+            self.handle_reply(reply);
         }
         self.replies = replies;
-        if !self.waiting.is_empty() || !self.waiting_lent.is_empty() {
+        if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
-                for index in self.waiting.drain(..).chain(self.waiting_lent.drain(..)).collect::<Vec<_>>() {
-                    self.end_waiting(index, failure.clone());
+                for index in self.queued.drain(..).chain(self.waiting_lent.drain(..)).collect::<Vec<_>>() {
+                    self.complete_unsent(index, failure.clone());
                 }
             } else {
                 // A lent buffer comes free by a read that failed, too.
                 self.lend();
-                self.start();
+                self.send_queued();
                 self.transport.flush();
             }
         }
         arrived
     }
 
-    fn take_in(&mut self, reply: Reply) {
+    fn handle_reply(&mut self, reply: Reply) {
         if reply.tag == TAG_CANCEL {
             self.cancel_answered = true;
             return;
@@ -650,30 +471,30 @@ impl Context {
                 _ => Error::from_reply(reply.status, &reply.body),
             })
         } else {
-            let makes_sense = match slot.opcode {
+            let is_valid = match slot.opcode {
                 Opcode::Read => reply.result == reply.data_len as u64,
                 Opcode::Write => reply.result <= slot.length,
                 _ => true,
             };
-            if makes_sense {
+            if is_valid {
                 Ok(if matches!(slot.opcode, Opcode::Read | Opcode::Write) { reply.result } else { 0 })
             } else {
                 self.transport.abort(Violation::Field);
                 Err(protocol_error())
             }
         };
-        self.end(index, result, reply.bulk);
+        self.complete(index, result, reply.bulk);
     }
 
-    /// Ends an operation that was not sent.
-    fn end_waiting(&mut self, index: u32, error: Error) {
-        let state = std::mem::replace(&mut self.slots[index as usize].state, State::Free);
-        let bulk = if let State::Waiting(_, bulk) = state { bulk } else { Bulk::None };
-        self.end(index, Err(error), bulk);
+    /// Completes an operation that was not sent.
+    fn complete_unsent(&mut self, index: u32, error: Error) {
+        let state = std::mem::replace(&mut self.slots[index as usize].state, OperationState::Free);
+        let bulk = if let OperationState::Queued(_, bulk) = state { bulk } else { Bulk::None };
+        self.complete(index, Err(error), bulk);
     }
 
-    /// An operation has ended.
-    fn end(&mut self, index: u32, result: Result<u64, Error>, bulk: Bulk) {
+    /// Completes an operation: its slot keeps the completion until it is collected.
+    fn complete(&mut self, index: u32, result: Result<u64, Error>, bulk: Bulk) {
         let slot = &mut self.slots[index as usize];
         let mut buffers = match bulk {
             Bulk::In(buffers) | Bulk::Out(buffers) => Some(buffers),
@@ -690,22 +511,20 @@ impl Context {
                 self.stats.failed += 1;
                 cancelled = slot.cancelling && error.errno() == libc::ECANCELED;
                 if slot.is_lent && buffers.take().is_some() {
-                    self.lent -= 1;
+                    self.lent.take_back();
                 }
             }
         }
         if let Some(eventfd) = slot.eventfd.take()
             && !cancelled
         {
-            tick(&eventfd);
+            signal(&eventfd);
         }
         let token = slot.token;
         let is_lent = slot.is_lent && buffers.is_some();
-        slot.state = State::Done(Completion { token, result, buffers, is_lent });
+        slot.state = OperationState::Done(Completion { token, result, buffers, is_lent });
         self.done.push_back(index);
-        if let Some(user) = &self.uses[slot.file as usize] {
-            user.remove();
-        }
+        self.files.operation_completed(slot.file);
     }
 
     /// Waits until `min` completions are there to be collected, or `timeout` has passed; with `min` 0 takes
@@ -717,8 +536,8 @@ impl Context {
     pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
         self.check_process()?;
         self.transport.flush();
-        if self.streak >= STREAK_MAX {
-            self.streak = 0;
+        if self.burst >= BURST_MAX {
+            self.burst = 0;
             std::thread::yield_now();
         }
         let ready = self.done.len();
@@ -728,8 +547,8 @@ impl Context {
         if ready > 0 && ready >= enough {
             return Ok(ready);
         }
-        self.pump();
-        let waited = if self.is_short_of(min, timeout) && timeout != Some(Duration::ZERO) {
+        self.poll();
+        let waited = if self.keeps_waiting(min, timeout) && timeout != Some(Duration::ZERO) {
             self.wait_for(min, timeout)
         } else {
             Ok(())
@@ -745,47 +564,47 @@ impl Context {
         }
     }
 
-    /// Whether a wait for `min` completions goes on. With a timeout it lasts that long even if fewer are in
+    /// Whether a wait for `min` completions must go on. With a timeout it lasts that long even if fewer are in
     /// flight, so that a loop around it does not spin.
-    fn is_short_of(&self, min: usize, timeout: Option<Duration>) -> bool {
+    fn keeps_waiting(&self, min: usize, timeout: Option<Duration>) -> bool {
         self.done.len() < min
             && (self.in_flight > 0 || (timeout.is_some() && self.transport.failure().is_none()))
     }
 
-    /// How many times as long a wait may spin: a server answers many together, which takes it longer than
-    /// one.
-    fn patience(&self) -> u32 {
-        1 + (self.in_flight / SPIN_EACH).min(SPIN_TIMES_MAX - 1) as u32
+    /// By how much a wait may poll longer than usual: a server answers many operations together, which takes
+    /// longer than one.
+    fn spin_multiplier(&self) -> u32 {
+        1 + (self.in_flight / SPIN_EACH).min(SPIN_MULTIPLIER_MAX - 1) as u32
     }
 
-    /// Spins a little, then sleeps, until `min` completions are there or as many as there can be.
+    /// Polls for a while, then sleeps, until `min` completions are there or as many as there can be.
     fn wait_for(&mut self, min: usize, timeout: Option<Duration>) -> Result<(), Error> {
         let begin = Instant::now();
         // One so far away that there is no such instant is none.
         let deadline = timeout.and_then(|timeout| begin.checked_add(timeout));
-        self.streak = 0;
+        self.burst = 0;
         let mut since = begin;
-        let mut spinning = self.spin.begin(self.patience());
-        while self.is_short_of(min, timeout) {
+        let mut spinning = self.spin.begin(self.spin_multiplier());
+        while self.keeps_waiting(min, timeout) {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 break;
             }
-            // News is whatever arrives: a large answer takes longer than anybody should spin, and comes in
-            // many parts.
-            let news = if self.spin.should_continue(&mut spinning) {
-                (0..LOOKS).any(|_| self.pump())
+            // Any byte that arrives counts: a large response takes longer than anybody should spin, and comes
+            // in many parts.
+            let arrived = if self.spin.should_continue(&mut spinning) {
+                (0..POLLS_PER_YIELD).any(|_| self.poll())
             } else {
                 self.stats.sleeps += 1;
                 let waited = self.transport.wait(deadline);
-                let arrived = self.pump();
+                let arrived = self.poll();
                 waited?;
                 arrived
             };
-            if news {
+            if arrived {
                 let now = Instant::now();
                 self.spin.record(&spinning, now - since);
                 since = now;
-                spinning = self.spin.begin(self.patience());
+                spinning = self.spin.begin(self.spin_multiplier());
             }
         }
         Ok(())
@@ -795,14 +614,15 @@ impl Context {
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Option<Completion> {
         let index = self.done.pop_front()?;
-        self.streak += 1;
+        self.burst += 1;
         self.collect(index)
     }
 
     /// Frees the slot of an operation that has ended.
     fn collect(&mut self, index: u32) -> Option<Completion> {
         let slot = &mut self.slots[index as usize];
-        let State::Done(completion) = std::mem::replace(&mut slot.state, State::Free) else {
+        let OperationState::Done(completion) = std::mem::replace(&mut slot.state, OperationState::Free)
+        else {
             return None;
         };
         slot.generation = slot.generation.wrapping_add(1);
@@ -847,7 +667,7 @@ impl Context {
     /// The ticket of the operation with this index and token, if it is in flight or not yet collected.
     pub fn ticket(&self, index: u32, token: u64) -> Option<Ticket> {
         let slot = self.slots.get(index as usize)?;
-        let taken = !matches!(slot.state, State::Free) && slot.token == token;
+        let taken = !matches!(slot.state, OperationState::Free) && slot.token == token;
         taken.then_some(Ticket { index, generation: slot.generation })
     }
 
@@ -870,10 +690,10 @@ impl Context {
             return Err(none());
         }
         let request = match slot.state {
-            State::Free => return Err(none()),
-            State::Done(_) => return Err(too_late()),
-            State::Waiting(..) => None,
-            State::Sent(request) => Some(request),
+            OperationState::Free => return Err(none()),
+            OperationState::Done(_) => return Err(too_late()),
+            OperationState::Queued(..) => None,
+            OperationState::Sent(request) => Some(request),
         };
         slot.cancelling = true;
         let cancelled = Error {
@@ -882,22 +702,22 @@ impl Context {
         };
         match request {
             None => {
-                self.waiting.retain(|&waiting| waiting != index);
+                self.queued.retain(|&waiting| waiting != index);
                 self.waiting_lent.retain(|&waiting| waiting != index);
-                self.end_waiting(index, cancelled);
+                self.complete_unsent(index, cancelled);
             }
             Some(request) => match self.transport.dequeue(request) {
-                Some(bulk) => self.end(index, Err(cancelled), bulk),
+                Some(bulk) => self.complete(index, Err(cancelled), bulk),
                 None => self.cancel_remotely(index, request),
             },
         }
         self.lend();
-        self.start();
+        self.send_queued();
         self.transport.flush();
         let slot = &mut self.slots[index as usize];
         slot.cancelling = false;
         match &slot.state {
-            State::Done(completion)
+            OperationState::Done(completion)
                 if completion.result.as_ref().is_err_and(|error| error.errno() == libc::ECANCELED) =>
             {
                 self.done.retain(|&done| done != index);
@@ -914,14 +734,14 @@ impl Context {
         self.cancel_answered = false;
         // The control credit is free: whoever used it has waited for the answer.
         if self.transport.send(TAG_CANCEL, &self.body, Bulk::None, true).is_err() {
-            self.pump();
+            self.poll();
             return;
         }
         self.transport.flush();
         let deadline = Instant::now() + self.request_timeout;
         loop {
-            self.pump();
-            let sent = matches!(self.slots[index as usize].state, State::Sent(_));
+            self.poll();
+            let sent = matches!(self.slots[index as usize].state, OperationState::Sent(_));
             if self.cancel_answered || (self.transport.failure().is_some() && !sent) {
                 return;
             }
@@ -940,10 +760,10 @@ impl Context {
     /// Gives back a buffer that the context lent. Reads that wait for one go on.
     pub fn release(&mut self, buffers: Buffers) {
         drop(buffers);
-        self.lent = self.lent.saturating_sub(1);
+        self.lent.take_back();
         if !self.waiting_lent.is_empty() && !self.session.is_inherited() {
             self.lend();
-            self.start();
+            self.send_queued();
             self.transport.flush();
             self.sync_poller();
         }
@@ -973,12 +793,12 @@ impl Context {
         }
         let waiting: Vec<_> = self.waiting_lent.drain(..).collect();
         for index in waiting {
-            self.end_waiting(index, Error::call(libc::ECANCELED, "The context was closed."));
+            self.complete_unsent(index, Error::call(libc::ECANCELED, "The context was closed."));
         }
         self.transport.flush();
         let deadline = Instant::now() + self.session.options().call_timeout;
         while self.in_flight > 0 && Instant::now() < deadline {
-            self.pump();
+            self.poll();
             if self.in_flight > 0
                 && self.transport.wait(Some(deadline)).is_err_and(|error| error.errno() != libc::EINTR)
             {
@@ -992,7 +812,7 @@ impl Context {
 /// waits for the eventfd is woken by what is in it. (Between the two calls another thread could fill it.
 /// There is no write(2) to a blocking eventfd that does not block, and O_NONBLOCK would be the program's,
 /// too.)
-fn tick(eventfd: &OwnedFd) {
+fn signal(eventfd: &OwnedFd) {
     let mut writable = [PollFd::new(eventfd, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     if rustix::event::poll(&mut writable, Some(&now)).is_ok_and(|ready| ready > 0) {

@@ -41,6 +41,32 @@ impl Error {
     }
 }
 
+/// A call on a session that was stopped.
+pub(crate) fn session_stopped() -> Error {
+    Error {
+        status: Status::transport(libc::ENOTCONN),
+        text: "The session was stopped. Make a new one.".into(),
+    }
+}
+
+/// A call that the server, which answers pings, has not answered.
+pub(crate) fn timed_out() -> Error {
+    Error {
+        status: Status::transport(libc::ETIMEDOUT),
+        text: "The server is there, but has not done this in time: its storage may hang. See its log, or allow a longer call timeout."
+            .into(),
+    }
+}
+
+/// A response that is well-formed, but not one that the request can have.
+pub(crate) fn protocol_error() -> Error {
+    Error {
+        status: Status::protocol(libc::EPROTO),
+        text: "The server's answer makes no sense. Check that library and server are of matching versions."
+            .into(),
+    }
+}
+
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.text)

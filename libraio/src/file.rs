@@ -1,17 +1,21 @@
 //! An open file of a session.
 //!
 //! Closing waits for nothing: I/O that is in flight when the file is closed runs to its end, and the server
-//! is told only then. For that each context that uses a file keeps a count of its own of what it has in
-//! flight on it, a plain store on the data path; whoever closes looks at all counts, and the context that
-//! brings the last one to zero looks whether the file was closed meanwhile.
+//! is told only then. For that each context that uses a file has a [`FileRef`] with a count of its own of what
+//! it has in flight on it, a plain store on the data path; whoever closes reads all counts, and the context
+//! that brings the last one to zero checks whether the file was closed meanwhile.
 
+use std::collections::HashMap;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use raio_transport::protocol::{FileHandle, FileStatus};
+use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 
-use crate::error::Error;
-use crate::session::Shared;
+use crate::error::{Error, protocol_error};
+use crate::open_flags::open_flags;
+use crate::session::{Session, Shared};
 
 /// An open file. Usable from every context of its session, and from any thread; dropping it closes it.
 #[derive(Debug)]
@@ -32,6 +36,33 @@ pub(crate) struct Inner {
     closing: AtomicBool,
     /// The server has been told.
     closed: AtomicBool,
+}
+
+impl Session {
+    /// Opens a file of the server. `path` reads /EXPORT/path/beneath/it; `flags` are those of open(2):
+    /// O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC, O_DSYNC, O_NOFOLLOW;
+    /// O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK are accepted and ignored; others are EINVAL. `mode` has
+    /// the permissions of a file that O_CREAT creates. Blocks for a round trip.
+    pub fn open(&self, path: impl AsRef<Path>, flags: i32, mode: u32) -> Result<File, Error> {
+        let path = path.as_ref().as_os_str().as_bytes();
+        let flags = open_flags(flags)?;
+        if path.is_empty() {
+            return Err(Error::call(libc::ENOENT, "The path is empty. Give one like /EXPORT/file."));
+        }
+        // PATH_MAX counts C's terminating zero.
+        if path.len() >= protocol::PATH_BYTES_MAX {
+            return Err(Error::call(
+                libc::ENAMETOOLONG,
+                format!("The path has {} bytes; give one of at most 4,095.", path.len()),
+            ));
+        }
+        if path.contains(&0) {
+            return Err(Error::call(libc::EINVAL, "The path has a zero byte in it. Give one without."));
+        }
+        let reply = self.shared().call(&Command::Open { flags, mode: mode & 0o7777, path })?;
+        let handle = u32::try_from(reply.result).map_err(|_| protocol_error())?;
+        Ok(File::new(Arc::clone(self.shared()), FileHandle(handle)))
+    }
 }
 
 impl File {
@@ -65,7 +96,7 @@ impl File {
     /// a round trip, unless something is in flight. Closing twice does nothing.
     pub fn close(&self) -> Result<(), Error> {
         self.inner.session.check_process()?;
-        if self.inner.closing.swap(true, Ordering::SeqCst) || !self.inner.take_last() {
+        if self.inner.closing.swap(true, Ordering::SeqCst) || !self.inner.begin_close() {
             return Ok(());
         }
         self.inner.session.close(self.inner.handle)
@@ -75,7 +106,7 @@ impl File {
 impl Drop for File {
     fn drop(&mut self) {
         if !self.inner.session.is_inherited() && !self.inner.closing.swap(true, Ordering::SeqCst) {
-            self.inner.ended();
+            self.inner.close_if_idle();
         }
     }
 }
@@ -85,30 +116,26 @@ impl Inner {
         self.handle
     }
 
-    pub(crate) fn number(&self) -> u64 {
-        self.number
-    }
-
     pub(crate) fn session(&self) -> &Arc<Shared> {
         &self.session
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        // Pairs with the store of a count in `Use::remove`: at least one of the two threads sees what the
+        // Pairs with the store of a count in `FileRef::operation_completed`: at least one of the two threads sees what the
         // other wrote.
         self.closing.load(Ordering::SeqCst)
     }
 
     /// Whether nothing is in flight, and the server is not yet told: the caller must tell it.
-    fn take_last(&self) -> bool {
+    fn begin_close(&self) -> bool {
         let counts = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
         counts.iter().all(|count| count.load(Ordering::SeqCst) == 0)
             && !self.closed.swap(true, Ordering::SeqCst)
     }
 
     /// Tells the server that the file is closed, if nothing is in flight.
-    fn ended(&self) {
-        if self.take_last() {
+    fn close_if_idle(&self) {
+        if self.begin_close() {
             self.session.close_later(self.handle);
         }
     }
@@ -116,47 +143,41 @@ impl Inner {
 
 /// A file in a context that uses it.
 #[derive(Debug)]
-pub(crate) struct Use {
+struct FileRef {
     file: Arc<Inner>,
     /// Written by the context alone.
     in_flight: Arc<AtomicUsize>,
 }
 
-impl Use {
-    pub(crate) fn new(file: Arc<Inner>) -> Self {
+impl FileRef {
+    fn new(file: Arc<Inner>) -> Self {
         let in_flight = Arc::new(AtomicUsize::new(0));
         file.in_flight.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&in_flight));
         Self { file, in_flight }
     }
 
-    pub(crate) fn file(&self) -> &Inner {
-        &self.file
-    }
-
-    pub(crate) fn is_idle(&self) -> bool {
+    fn is_idle(&self) -> bool {
         self.in_flight.load(Ordering::Relaxed) == 0
     }
 
-    /// Notes that one more operation is in flight.
-    pub(crate) fn add(&self) {
+    fn operation_started(&self) {
         self.in_flight.store(self.in_flight.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
-    /// Notes that one has come to its end.
-    pub(crate) fn remove(&self) {
+    fn operation_completed(&self) {
         let left = self.in_flight.load(Ordering::Relaxed) - 1;
         if left > 0 {
             self.in_flight.store(left, Ordering::Release);
         } else {
             self.in_flight.store(0, Ordering::SeqCst);
             if self.file.is_closing() {
-                self.file.ended();
+                self.file.close_if_idle();
             }
         }
     }
 }
 
-impl Drop for Use {
+impl Drop for FileRef {
     fn drop(&mut self) {
         if self.file.session.is_inherited() {
             return;
@@ -166,7 +187,100 @@ impl Drop for Use {
         counts.retain(|count| !Arc::ptr_eq(count, &self.in_flight));
         drop(counts);
         if self.file.is_closing() {
-            self.file.ended();
+            self.file.close_if_idle();
         }
+    }
+}
+
+/// The files that a context has used, by a small index.
+#[derive(Debug, Default)]
+pub(crate) struct FileRefs {
+    refs: Vec<Option<FileRef>>,
+    by_number: HashMap<u64, u32>,
+    /// The number and the index of the file used last.
+    last: Option<(u64, u32)>,
+}
+
+impl FileRefs {
+    /// The index of this file. It stays the same while an operation is in flight on it.
+    pub(crate) fn index_of(&mut self, file: &File) -> u32 {
+        let number = file.inner.number;
+        if let Some((last, index)) = self.last
+            && last == number
+        {
+            return index;
+        }
+        let index = match self.by_number.get(&number) {
+            Some(&index) => index,
+            None => self.insert(file),
+        };
+        self.last = Some((number, index));
+        index
+    }
+
+    fn insert(&mut self, file: &File) -> u32 {
+        // Time to forget closed files.
+        for entry in &mut self.refs {
+            if let Some(closed) = entry.take_if(|entry| entry.file.is_closing() && entry.is_idle()) {
+                self.by_number.remove(&closed.file.number);
+            }
+        }
+        let new = Some(FileRef::new(Arc::clone(&file.inner)));
+        let index = match self.refs.iter().position(Option::is_none) {
+            Some(index) => {
+                self.refs[index] = new;
+                index as u32
+            }
+            None => {
+                self.refs.push(new);
+                self.refs.len() as u32 - 1
+            }
+        };
+        self.by_number.insert(file.inner.number, index);
+        index
+    }
+
+    pub(crate) fn operation_started(&self, index: u32) {
+        if let Some(file) = &self.refs[index as usize] {
+            file.operation_started();
+        }
+    }
+
+    pub(crate) fn operation_completed(&self, index: u32) {
+        if let Some(file) = &self.refs[index as usize] {
+            file.operation_completed();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use raio_transport::address::Scheme;
+    use raio_transport::handshake::Policy;
+
+    use super::*;
+    use crate::fake_server::FakeServer;
+    use crate::session::Options;
+
+    #[test]
+    fn a_file_keeps_its_index_and_closed_files_make_room() {
+        let server = FakeServer::start(Policy::default());
+        server.file("/e/data", vec![0; 10]);
+        let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
+        let open = || session.open("/e/data", libc::O_RDONLY, 0).unwrap();
+        let mut refs = FileRefs::default();
+        let (first, second) = (open(), open());
+        assert_eq!([&first, &second, &first].map(|file| refs.index_of(file)), [0, 1, 0]);
+        refs.operation_started(0);
+        first.close().unwrap();
+        second.close().unwrap();
+        assert_eq!(server.open(), 1, "an operation is in flight on the first");
+        let third = open();
+        assert_eq!(refs.index_of(&third), 1);
+        refs.operation_completed(0);
+        assert_eq!(refs.index_of(&open()), 0);
+        // Its close was sent without waiting for it; the next call comes after it.
+        third.status().unwrap();
+        assert_eq!(server.open(), 1);
     }
 }

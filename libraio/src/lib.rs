@@ -6,26 +6,46 @@
 //!
 //! The library starts no threads, installs no signal handlers and prints nothing. Programs in C use the same
 //! through `include/libraio.h`, which [`ffi`] implements.
+//!
+//! # Layers
+//!
+//! A module uses only modules of a lower layer:
+//!
+//! | layer | modules | what |
+//! |---|---|---|
+//! | 5 | `ffi` | the C API; the only module with unsafe code |
+//! | 4 | `context` | a connection and its queue of operations: the data path |
+//! | 3 | `file` | an open file, and what each context has in flight on it |
+//! | 2 | `session` | a server, and whose turn it is on the control connection |
+//! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags` | parts, which do not know of one another |
+//! | 0 | `error`, `tuning` | |
 
 #![deny(unsafe_code)]
 
 mod context;
+mod control;
 mod error;
 #[cfg(test)]
 mod fake_server;
 #[allow(unsafe_code)]
 pub mod ffi;
 mod file;
+mod lent_pool;
+mod open_flags;
+mod operation;
 mod poller;
 mod session;
 #[cfg(test)]
 mod tests;
+mod tuning;
 
-pub use context::{Completion, Context, MAXEVENTS_MAX, Operation, Rejected, Stats, Ticket};
+pub use context::Context;
 pub use error::Error;
 pub use file::File;
+pub use operation::{Completion, Operation, Rejected, Stats, Ticket};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::FileStatus;
 pub use raio_transport::{Class, Status};
 pub use session::{Options, Session};
+pub use tuning::MAXEVENTS_MAX;

@@ -21,14 +21,7 @@ use slab::Slab;
 use crate::content;
 use crate::options::{Plan, Until};
 use crate::session::Session;
-
-const EVENTS_MAX: usize = 1024;
-/// How often somebody is told how it goes, and silent servers are looked for.
-const TICK: Duration = Duration::from_secs(1);
-/// A session that was asked something so long ago has a look at the time itself.
-const SILENCE: Duration = Duration::from_secs(5);
-/// After the time is over answers may take so long.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::tuning::{DRAIN_TIMEOUT, EVENTS_MAX, KEEPALIVE_CHECK_AFTER, TICK};
 
 /// What reads, or writes, came to.
 #[derive(Debug)]
@@ -89,7 +82,7 @@ struct Place {
     next_block: u64,
     is_in_line: bool,
     is_dirty: bool,
-    /// Epoll looks whether it can be written to.
+    /// Epoll watches whether it can be written to.
     is_blocked: bool,
     asked: Instant,
 }
@@ -178,7 +171,7 @@ impl<'a> Load<'a> {
         Ok(this)
     }
 
-    /// Does it. `tell` hears once a second how far it is.
+    /// Runs the load. `tell` is told once a second how far it is.
     pub fn run(mut self, mut tell: impl FnMut(&Outcome, Duration)) -> io::Result<(Outcome, Vec<Session>)> {
         let active: Vec<u32> = self.line.iter().copied().collect();
         let started = Instant::now();
@@ -207,7 +200,7 @@ impl<'a> Load<'a> {
             if now >= tick {
                 tick += TICK;
                 tell(&self.outcome, now - started);
-                self.look_for_silence(now);
+                self.run_timers(now);
             }
             let until = if is_ending { tick } else { end.map_or(tick, |end| end.min(tick)) };
             let left = until.saturating_duration_since(Instant::now());
@@ -371,11 +364,11 @@ impl<'a> Load<'a> {
         self.buffers.push(buffer);
     }
 
-    /// Lets those look at the time that wait for long: they ping the server, or give it up.
-    fn look_for_silence(&mut self, now: Instant) {
+    /// Runs the timers of sessions that have waited for long: they ping the server, or give it up.
+    fn run_timers(&mut self, now: Instant) {
         for n in 0..self.places.len() {
             let place = &self.places[n];
-            if place.in_flight > 0 && now.saturating_duration_since(place.asked) >= SILENCE {
+            if place.in_flight > 0 && now.saturating_duration_since(place.asked) >= KEEPALIVE_CHECK_AFTER {
                 self.receive(n as u32);
             }
         }
@@ -391,7 +384,7 @@ impl<'a> Load<'a> {
     }
 }
 
-/// Has epoll look whether the session can be written to exactly when it has something to write.
+/// Has epoll watch whether the session can be written to exactly when it has something to write.
 fn watch(epoll: &OwnedFd, n: u32, session: &mut Session, is_blocked: &mut bool) -> io::Result<()> {
     let has_failed = session.client.failure().is_some();
     let (fd, writes) = session.client.poll_fd();

@@ -15,6 +15,7 @@ mod load;
 mod options;
 mod report;
 mod session;
+mod tuning;
 
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
@@ -31,9 +32,7 @@ use load::Load;
 use options::{Options, Plan};
 use report::{Opened, Progress, Report, grouped};
 use session::Session;
-
-/// Descriptors that are not sessions'.
-const DESCRIPTORS_OWN: usize = 32;
+use tuning::DESCRIPTORS_OWN;
 
 fn main() -> ExitCode {
     let options = Options::parse();

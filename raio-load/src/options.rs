@@ -9,13 +9,7 @@ use raio_transport::address::{Address, Scheme};
 use raio_transport::size;
 
 use crate::content::WORD_BYTES;
-
-const IO_BYTES_MAX: u64 = 256 << 20;
-const DEPTH_MAX: u32 = 65_534;
-const SESSIONS_MAX: usize = 1 << 24;
-/// Ephemeral ports between a pair of addresses are some 28,000. With so many addresses of ours none has many
-/// in use.
-const LOOPBACK_SOURCES: u32 = 250;
+use crate::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, SESSIONS_MAX};
 
 /// Opens many sessions with a raio server, reads and writes on them, and checks every byte.
 #[derive(Debug, Parser)]

@@ -20,14 +20,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::content;
 use crate::options::Plan;
-
-/// Threads that open sessions.
-const OPENERS: usize = 4;
-/// For connecting, the handshake and the open, each.
-const TIMEOUT: Duration = Duration::from_secs(20);
-
-/// The file is filled by writes of this length.
-const FILL_BYTES: u64 = 1 << 20;
+use crate::tuning::{FILL_BYTES, OPEN_TIMEOUT, OPENERS};
 
 /// An open session.
 pub struct Session {
@@ -38,7 +31,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// Opens the n-th session of the plan, and its file. Also gives the file's status.
+    /// Opens the n-th session of the plan, and its file. Also returns the file's status.
     fn open(plan: &Plan, n: usize, flags: u32) -> Result<(Self, FileStatus), Error> {
         let offer = Offer {
             session: SessionId::random(),
@@ -47,7 +40,7 @@ impl Session {
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
         let stream = connect(plan.server, source)?;
-        let client = tcp::Client::from_stream(stream.into(), &offer, Instant::now() + TIMEOUT)?;
+        let client = tcp::Client::from_stream(stream.into(), &offer, Instant::now() + OPEN_TIMEOUT)?;
         let mut this = Self { client, file: FileHandle(0) };
         let open = Command::Open { flags, mode: 0o644, path: plan.path.as_bytes() };
         let reply = this.call(&open, Bulk::None)?;
@@ -56,7 +49,7 @@ impl Session {
         Ok((this, status))
     }
 
-    /// Opens the plan's first session. Fills the file if that is planned. Also gives the file's size.
+    /// Opens the plan's first session. Fills the file if that is planned. Also returns the file's size.
     pub fn open_first(plan: &Plan) -> Result<(Self, u64), Error> {
         let fill = if plan.fill { OPEN_WRITE | OPEN_CREATE } else { 0 };
         let (mut this, status) = Self::open(plan, 0, open_flags(plan) | fill)?;
@@ -92,7 +85,7 @@ impl Session {
             Some(Error::Closed { errno, text }) => Error::Closed { errno: *errno, text: text.clone() },
             Some(error) => Error::Closed { errno: error.errno(), text: error.to_string() },
             None => {
-                let text = format!("the server did not answer in {} s; see its log", TIMEOUT.as_secs());
+                let text = format!("the server did not answer in {} s; see its log", OPEN_TIMEOUT.as_secs());
                 Error::Closed { errno: libc::ETIMEDOUT, text }
             }
         };
@@ -101,7 +94,7 @@ impl Session {
         }
         self.client.flush();
         let mut replies = Vec::new();
-        let deadline = Instant::now() + TIMEOUT;
+        let deadline = Instant::now() + OPEN_TIMEOUT;
         loop {
             self.client.receive(&mut replies);
             if let Some(reply) = replies.pop() {
@@ -140,7 +133,7 @@ fn connect(server: SocketAddr, source: Option<IpAddr>) -> Result<Socket, Error> 
         if let Some(source) = source {
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
-        socket.connect_timeout(&server.into(), TIMEOUT)?;
+        socket.connect_timeout(&server.into(), OPEN_TIMEOUT)?;
         Ok(socket)
     };
     connect().map_err(|error: std::io::Error| {

@@ -16,7 +16,8 @@ use super::lent::LentBuffers;
 use super::memory::ALLOCATIONS;
 use super::probe::ReadProbe;
 use super::state::{CONTEXTS, ContextState, LIVE, MRS, no_context, raio_context, state, stopped};
-use crate::context::{Context, Stats};
+use crate::context::Context;
+use crate::operation::Stats;
 
 /// See libraio.h.
 ///

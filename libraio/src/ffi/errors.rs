@@ -6,9 +6,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_long};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::error::Error;
-
-/// Room for a text, with the zero at its end.
-const MESSAGE_BYTES: usize = 1024;
+use crate::tuning::MESSAGE_BYTES;
 
 thread_local! {
     // Without a destructor: it is there as long as its thread.

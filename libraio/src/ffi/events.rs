@@ -10,7 +10,7 @@ use super::abi::{RES2_RETRYABLE, raio_event, raio_iocb};
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
 use super::lent::LentBuffers;
 use super::state::{raio_context, state, stopped};
-use crate::context::Completion;
+use crate::operation::Completion;
 
 /// See libraio.h.
 ///

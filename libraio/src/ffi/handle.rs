@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::tuning::HANDLE_QUARANTINE;
+
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -16,10 +18,6 @@ pub struct Handle<T> {
     content: UnsafeCell<Option<T>>,
 }
 
-/// Destroyed handles are reused, the oldest first, once more than this many are there: a stale pointer should
-/// find an empty handle.
-const QUARANTINE: usize = 1024;
-
 impl<T> Handle<T> {
     /// The magic number of a handle at this address that has content.
     fn magic_of(pointer: *mut Self) -> usize {
@@ -29,7 +27,7 @@ impl<T> Handle<T> {
     /// A handle with this content.
     pub(super) fn create(pool: &Mutex<VecDeque<usize>>, content: T) -> *mut Self {
         let mut pool = lock(pool);
-        let reused = if pool.len() > QUARANTINE { pool.pop_front() } else { None };
+        let reused = if pool.len() > HANDLE_QUARANTINE { pool.pop_front() } else { None };
         drop(pool);
         let pointer = match reused {
             Some(address) => std::ptr::with_exposed_provenance_mut::<Self>(address),
@@ -109,7 +107,7 @@ mod tests {
             assert_eq!(Handle::destroy(&pool, first), Some(1));
             assert_eq!(Handle::get(first), None);
             assert_eq!(Handle::destroy(&pool, first), None, "once");
-            for n in 0..QUARANTINE as u32 {
+            for n in 0..HANDLE_QUARANTINE as u32 {
                 let other = Handle::create(&pool, n);
                 assert_ne!(other, first);
                 Handle::destroy(&pool, other);

@@ -12,8 +12,9 @@ use super::file_cache::FileCache;
 use super::handle::Handle;
 use super::lent::LentBuffers;
 use super::probe::ReadProbe;
-use crate::context::{Context, Stats};
+use crate::context::Context;
 use crate::error::Error;
+use crate::operation::Stats;
 
 /// Destroyed contexts: see [`Handle::create`].
 pub(super) static CONTEXTS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());

@@ -9,8 +9,8 @@ use super::errors::{invalid, long};
 use super::handle::Handle;
 use super::probe::ReadProbe;
 use super::state::{ContextState, raio_context, raio_mr, state, stopped};
-use crate::context::Operation;
 use crate::error::Error;
+use crate::operation::Operation;
 
 /// See libraio.h.
 ///

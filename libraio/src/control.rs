@@ -1,0 +1,173 @@
+//! The control connection of a session: it carries what blocks its caller for a round trip (open, stat,
+//! close), one call at a time. Who may use it when is the session's business.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use raio_transport::protocol::{Command, FileHandle};
+use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
+
+use crate::error::{Error, session_stopped, timed_out};
+use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
+
+/// Files to be closed by whoever next has the control connection: ending an operation must not wait for
+/// another thread's round trip.
+#[derive(Debug, Default)]
+pub(crate) struct PendingCloses(Mutex<Vec<FileHandle>>);
+
+impl PendingCloses {
+    fn lock(&self) -> MutexGuard<'_, Vec<FileHandle>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn push(&self, handle: FileHandle) {
+        self.lock().push(handle);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    pub(crate) fn clear(&self) {
+        self.lock().clear();
+    }
+}
+
+/// A control connection.
+pub(crate) struct Control {
+    transport: Box<dyn ClientTransport>,
+    replies: Vec<Reply>,
+    body: Vec<u8>,
+    tag: u64,
+    /// Opens that nobody waits for any more. What they open is closed.
+    abandoned_opens: Vec<u64>,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("tag", &self.tag).finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    pub(crate) fn new(transport: Box<dyn ClientTransport>) -> Self {
+        Self { transport, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned_opens: Vec::new() }
+    }
+
+    /// Pings a server that has let another connection of the session time out.
+    pub(crate) fn ping_suspect(&mut self) {
+        self.transport.ping(SUSPECT_TIMEOUT);
+    }
+
+    /// Has the server execute a command, and waits for its answer. `is_stopped` tells whether another thread
+    /// has stopped the session.
+    pub(crate) fn call(
+        &mut self,
+        command: &Command<'_>,
+        deadline: Instant,
+        closes: &PendingCloses,
+        is_stopped: &dyn Fn() -> bool,
+    ) -> Result<Reply, Error> {
+        if let Some(failure) = self.transport.failure() {
+            return Err(Error::not_connected(failure));
+        }
+        let Some(tag) = self.send(command, deadline, closes, is_stopped) else {
+            let other = || if is_stopped() { session_stopped() } else { timed_out() };
+            return Err(self.transport.failure().map_or_else(other, Error::not_connected));
+        };
+        loop {
+            self.receive(closes);
+            if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
+                let reply = self.replies.swap_remove(at);
+                return match self.transport.failure() {
+                    _ if reply.status.is_ok() => Ok(reply),
+                    Some(failure) if reply.body.is_empty() => {
+                        Err(Error { status: reply.status, text: failure.to_string() })
+                    }
+                    _ => Err(Error::from_reply(reply.status, &reply.body)),
+                };
+            }
+            if let Some(failure) = self.transport.failure() {
+                return Err(Error::not_connected(failure));
+            }
+            if is_stopped() {
+                return Err(session_stopped());
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                if matches!(command, Command::Open { .. }) {
+                    self.abandoned_opens.push(tag);
+                }
+                return Err(timed_out());
+            }
+            // A signal is the caller's business, but not a reason to give up half way. The transport ends a
+            // wait for a dead server.
+            match self.transport.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL))) {
+                Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
+                _ => {}
+            }
+        }
+    }
+
+    /// Sends a command. Returns its tag; None if the connection has ended, the session was stopped, or the
+    /// deadline passes without a credit.
+    fn send(
+        &mut self,
+        command: &Command<'_>,
+        deadline: Instant,
+        closes: &PendingCloses,
+        is_stopped: &dyn Fn() -> bool,
+    ) -> Option<u64> {
+        self.tag += 1;
+        self.body.clear();
+        command.encode(&mut self.body);
+        while let Err(NotSent(_)) = self.transport.send(self.tag, &self.body, Bulk::None, false) {
+            // Closes that nobody waited for have used up the credits.
+            self.receive(closes);
+            let now = Instant::now();
+            if self.transport.failure().is_some() || is_stopped() || now >= deadline {
+                return None;
+            }
+            if self.transport.credits() == 0 {
+                let _ = self.transport.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL)));
+            }
+        }
+        self.transport.flush();
+        Some(self.tag)
+    }
+
+    /// Sends pending closes as far as there are credits, and takes in what has arrived. Whether all are sent;
+    /// the rest goes with a later call.
+    pub(crate) fn send_closes(&mut self, closes: &PendingCloses) -> bool {
+        self.receive(closes);
+        let mut closes = closes.lock();
+        while let Some(&handle) = closes.last() {
+            self.tag += 1;
+            self.body.clear();
+            Command::Close(handle).encode(&mut self.body);
+            if self.transport.send(self.tag, &self.body, Bulk::None, false).is_err() {
+                break;
+            }
+            closes.pop();
+        }
+        self.transport.flush();
+        closes.is_empty()
+    }
+
+    /// Receives replies, and forgets those of before. What an abandoned open has opened goes to `closes`.
+    fn receive(&mut self, closes: &PendingCloses) {
+        self.replies.clear();
+        self.transport.receive(&mut self.replies);
+        if self.abandoned_opens.is_empty() {
+            return;
+        }
+        for reply in &self.replies {
+            if let Some(at) = self.abandoned_opens.iter().position(|&tag| tag == reply.tag) {
+                self.abandoned_opens.swap_remove(at);
+                if let (true, Ok(handle)) = (reply.status.is_ok(), u32::try_from(reply.result)) {
+                    closes.push(FileHandle(handle));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Operations and their completions, as a program has them.
+
+use raio_transport::memory::Buffers;
+
+use crate::error::Error;
+
+/// What is to be done to a file, with the memory for it.
+#[derive(Debug)]
+pub enum Operation {
+    /// Read into `buffers`.
+    Read {
+        /// Where in the file.
+        offset: u64,
+        /// As many bytes as these hold; fewer at the end of the file, or if what is behind failed.
+        buffers: Buffers,
+    },
+    /// Read into a buffer that the context lends; give it back with [`crate::Context::release`].
+    ReadLent {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        length: usize,
+    },
+    /// Write from `buffers`.
+    Write {
+        /// Where in the file.
+        offset: u64,
+        /// All their bytes; fewer if what is behind failed.
+        buffers: Buffers,
+    },
+    /// Make what was written and completed durable.
+    Fsync {
+        /// fdatasync(2).
+        data_only: bool,
+    },
+    /// Give the range back to the storage; it reads as zeros where the storage says so.
+    Discard {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        length: u64,
+    },
+    /// Make the range read as zeros.
+    WriteZeroes {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        length: u64,
+    },
+    /// Reserve storage for the range. No byte changes; a file that ends before becomes longer, with zeros.
+    Allocate {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        length: u64,
+        /// The file's size stays.
+        keep_size: bool,
+    },
+}
+
+/// An operation that was not taken, with its buffers.
+#[derive(Debug)]
+pub struct Rejected {
+    /// As it was submitted.
+    pub operation: Operation,
+    /// Why: EAGAIN (the context is full), EBADF (not an open file of this session), EINVAL, ENOTCONN.
+    pub error: Error,
+}
+
+/// Names an operation until its completion is collected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ticket {
+    pub(crate) index: u32,
+    pub(crate) generation: u32,
+}
+
+impl Ticket {
+    /// A number below the context's `maxevents`, unique among its operations.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+}
+
+/// The end of an operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// As given to [`crate::Context::submit`].
+    pub token: u64,
+    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than
+    /// asked, the same operation on the rest tells why: 0 bytes (a read at the end of the file), or the
+    /// failure.
+    pub result: Result<u64, Error>,
+    /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
+    pub buffers: Option<Buffers>,
+    /// `buffers` is lent: give it to [`crate::Context::release`].
+    pub is_lent: bool,
+}
+
+/// The counters of a context.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Operations taken.
+    pub submitted: u64,
+    /// Operations that have ended, failures among them.
+    pub completed: u64,
+    /// Operations that failed.
+    pub failed: u64,
+    /// Bytes read.
+    pub bytes_read: u64,
+    /// Bytes written.
+    pub bytes_written: u64,
+    /// Bytes copied within the library on their way to or from the caller's memory.
+    pub bounced_bytes: u64,
+    /// System calls that sent.
+    pub sends: u64,
+    /// System calls that received something.
+    pub receives: u64,
+    /// Times that a wait went to sleep.
+    pub sleeps: u64,
+    /// Operations taken and not ended, now.
+    pub in_flight: u64,
+    /// Requests on the wire that the server granted.
+    pub queue_depth: u64,
+    /// The largest operation.
+    pub io_bytes_max: u64,
+}
