@@ -8,12 +8,10 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::syscalls::{FileInfo, reopen, stat};
+use crate::tuning::files::PIECE_BYTES;
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 static ZEROS: [u8; 256 << 10] = [0; 256 << 10];
-
-/// At most this much is done by a call, so that others of its lane have their turns and it can be cancelled.
-const PIECE_BYTES: u64 = 64 << 20;
 
 /// Gives storage back; the range reads as zeros then. Returns how much of it is done. EOPNOTSUPP if it takes
 /// writing.

@@ -15,21 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use serde::Deserialize;
 
 use crate::size::Size;
-
-/// Permits beyond the ordinary ones, for those who have few; descriptors must be left for them.
-pub const RESERVE: usize = 64;
-/// So many of them for sessions, whatever address they come from.
-const SESSION_RESERVE: usize = RESERVE / 2;
-
-/// What a connection may take of the memory that is for connections: its structs, 2 KiB with its session's,
-/// and the heap that its messages may cause in any case ([`raio_transport::tcp::Server::set_heap_max`]).
-const CONNECTION_BYTES: usize = 16 << 10;
-/// What an open file takes, and what each worker takes that has used it.
-const FILE_BYTES: usize = 512;
-const FILE_BYTES_PER_WORKER: usize = 256;
-
-/// This part of the memory for permits is not for queue pairs of an address that has more than is left.
-const QUEUE_PAIR_RESERVE: usize = 8;
+use crate::tuning::limits::{
+    CONNECTION_BYTES, FILE_BYTES, FILE_BYTES_PER_WORKER, QUEUE_PAIR_RESERVE_PART, RESERVE, SESSION_RESERVE,
+};
 
 fn file_bytes(workers: usize) -> usize {
     FILE_BYTES + workers * FILE_BYTES_PER_WORKER
@@ -485,7 +473,8 @@ impl Limits {
         let permit = QueuePairPermit { limits: Arc::clone(self), address, bytes };
         let (used, max) = (self.used().bytes(self.room.workers), self.room.bytes);
         let left = max.checked_sub(used);
-        if left.is_some_and(|left| left >= max / QUEUE_PAIR_RESERVE || own.is_some_and(|own| own < left)) {
+        if left.is_some_and(|left| left >= max / QUEUE_PAIR_RESERVE_PART || own.is_some_and(|own| own < left))
+        {
             return Ok(permit);
         }
         Err(format!(

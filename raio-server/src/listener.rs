@@ -2,7 +2,7 @@
 //! accept.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::bail;
 use raio_transport::address::Scheme;
@@ -11,14 +11,8 @@ use raio_transport::{rdma, tcp};
 use rustix::net::getpeername;
 
 use crate::log;
+use crate::tuning::main_thread::{ACCEPT_RETRY, BIND_RETRY, BIND_TIMEOUT};
 use crate::worker::RawConnection;
-
-/// After a failed accept (most often: no descriptors left).
-const RETRY: Duration = Duration::from_millis(100);
-
-/// How long an address that is taken is waited for, and how often it is tried.
-const BIND_TIMEOUT: Duration = Duration::from_secs(2);
-const BIND_RETRY: Duration = Duration::from_millis(20);
 
 /// All listening sockets.
 #[derive(Debug)]
@@ -106,7 +100,7 @@ impl Listener {
                     };
                     tracing::warn!("Cannot accept a connection on {}: {error}.{hint}", socket.address);
                 }
-                reactor.timer(Instant::now() + RETRY, event.token);
+                reactor.timer(Instant::now() + ACCEPT_RETRY, event.token);
                 None
             }
         }

@@ -16,21 +16,13 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 
-use crate::rate_limit::{RateLimit, WINDOW};
-
-/// Lines that wait to be written, at most.
-const QUEUE_LINES: usize = 512;
-/// Longer lines are cut.
-const LINE_BYTES_MAX: usize = 4096;
-/// What is queued when the server ends is waited for so long.
-const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
+use crate::rate_limit::RateLimit;
+use crate::tuning::log::{FLUSH_TIMEOUT, LINE_BYTES_MAX, QUEUE_LINES, RATE_LIMIT_PERIOD, RATE_LIMIT_WINDOW};
 
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
 static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();
 static LOST: AtomicU64 = AtomicU64::new(0);
 static RATE_LIMIT: LazyLock<Mutex<RateLimit>> = LazyLock::new(Mutex::default);
-/// How often it is seen whether the rate limit has something to report.
-const RATE_LIMIT_PERIOD: Duration = Duration::from_secs(1);
 
 enum Message {
     Line(Vec<u8>),
@@ -84,6 +76,18 @@ pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
     rate_limit().permit(peer, kind, Instant::now())
 }
 
+/// Logs a line about a client, whose socket address may be known, unless there were too many of the kind about
+/// its address.
+macro_rules! log_client {
+    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
+        if $crate::log::permit($peer.map(|peer| peer.ip()), $kind) {
+            tracing::$level!(client = $peer.map(tracing::field::display), $($line)*);
+        }
+    };
+}
+
+pub(crate) use log_client;
+
 /// Logs how many lines were not permitted in the windows that are over by then.
 fn report_suppressed(now: Instant) {
     let suppressed = rate_limit().end_windows(now);
@@ -100,7 +104,7 @@ pub fn lost() -> u64 {
 /// Waits until what is queued has been written, for a short while at most. For the end of the process.
 pub fn flush() {
     let now = Instant::now();
-    report_suppressed(now + WINDOW);
+    report_suppressed(now + RATE_LIMIT_WINDOW);
     let deadline = now + FLUSH_TIMEOUT;
     for queue in [&STATISTICS, &LOG].into_iter().filter_map(OnceLock::get) {
         let (sender, done) = sync_channel(1);

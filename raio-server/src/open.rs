@@ -23,11 +23,8 @@ use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, OpenFile};
 use crate::syscalls::{FileInfo, openat2, reopen, stat};
+use crate::tuning::files::CREATIONS_MAX;
 use crate::volume::{BlockDevice, RegularFile, Volume};
-
-/// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one
-/// that is not there.
-const CREATIONS_MAX: u32 = 40;
 
 /// A file to be opened.
 #[derive(Clone, Debug)]

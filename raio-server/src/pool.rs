@@ -14,17 +14,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::log;
-
-/// A thread without work ends after this long.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// After a thread could not be started the next try comes this much later.
-const RETRY: Duration = Duration::from_millis(100);
-/// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that
-/// wait in it.
-const START_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::tuning::pool::{IDLE_TIMEOUT, START_RETRY, START_TIMEOUT};
 
 /// What a pool's threads run.
 pub trait Job: Send + Sized + 'static {
@@ -181,7 +174,8 @@ impl<J: Job> Pool<J> {
                 }
             }
             state = self.lock();
-            (state, _) = self.too_few.wait_timeout(state, RETRY).unwrap_or_else(PoisonError::into_inner);
+            (state, _) =
+                self.too_few.wait_timeout(state, START_RETRY).unwrap_or_else(PoisonError::into_inner);
         }
     }
 }
@@ -259,6 +253,7 @@ impl<J: Job> Lane<J> {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
 
     use super::*;
 

@@ -3,14 +3,9 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// The while in which lines are counted.
-pub const WINDOW: Duration = Duration::from_secs(10);
-/// Lines of a kind about an address in a window.
-const LINES_MAX: u32 = 10;
-/// Addresses and kinds that are told apart at a time; the others share.
-const KEYS_MAX: usize = 1024;
+use crate::tuning::log::{RATE_LIMIT_KEYS, RATE_LIMIT_LINES, RATE_LIMIT_WINDOW};
 
 /// What lines are limited by: whom they are about (None: nobody in particular, or one of very many), and a
 /// short name of their kind.
@@ -31,10 +26,10 @@ impl RateLimit {
     /// Whether a line may be logged now.
     pub fn permit(&mut self, peer: Option<IpAddr>, kind: &'static str, now: Instant) -> bool {
         let key = (peer.map(network), kind);
-        let is_told_apart = self.0.len() < KEYS_MAX || self.0.contains_key(&key);
+        let is_told_apart = self.0.len() < RATE_LIMIT_KEYS || self.0.contains_key(&key);
         let key = if is_told_apart { key } else { (None, kind) };
         let window = self.0.entry(key).or_insert(Window { since: now, passed: 0, suppressed: 0 });
-        if window.passed < LINES_MAX {
+        if window.passed < RATE_LIMIT_LINES {
             window.passed += 1;
             return true;
         }
@@ -49,7 +44,7 @@ impl RateLimit {
 
     /// Ends the windows whose time is over. Returns what was suppressed in them, and how often.
     pub fn end_windows(&mut self, now: Instant) -> Vec<(Key, u64)> {
-        let over = self.0.extract_if(|_, window| now >= window.since + WINDOW);
+        let over = self.0.extract_if(|_, window| now >= window.since + RATE_LIMIT_WINDOW);
         over.filter(|(_, window)| window.suppressed > 0)
             .map(|(key, window)| (key, window.suppressed))
             .collect()
@@ -77,11 +72,14 @@ mod tests {
         let other = Some("192.0.2.1".parse().unwrap());
         let passed =
             (0..1000).filter(|n| limit.permit(Some(if n % 2 == 0 { flood } else { same }), "magic", now));
-        assert_eq!(passed.count(), LINES_MAX as usize);
+        assert_eq!(passed.count(), RATE_LIMIT_LINES as usize);
         assert!(limit.permit(other, "magic", now) && limit.permit(Some(flood), "field", now));
         assert!(limit.end_windows(now).is_empty());
         let network = Some("2001:db8::".parse().unwrap());
-        assert_eq!(limit.end_windows(now + WINDOW), [((network, "magic"), 1000 - u64::from(LINES_MAX))]);
+        assert_eq!(
+            limit.end_windows(now + RATE_LIMIT_WINDOW),
+            [((network, "magic"), 1000 - u64::from(RATE_LIMIT_LINES))]
+        );
         assert!(limit.is_empty() && limit.permit(Some(flood), "magic", now));
     }
 
@@ -91,6 +89,8 @@ mod tests {
         let mut limit = RateLimit::default();
         let addresses = (0..100_000u32).map(|n| Some(IpAddr::from(n.to_be_bytes())));
         let passed = addresses.filter(|&peer| limit.permit(peer, "magic", now)).count();
-        assert!(passed <= KEYS_MAX + LINES_MAX as usize && limit.0.len() <= KEYS_MAX + 1);
+        assert!(
+            passed <= RATE_LIMIT_KEYS + RATE_LIMIT_LINES as usize && limit.0.len() <= RATE_LIMIT_KEYS + 1
+        );
     }
 }

@@ -20,10 +20,12 @@ use crate::export::Exports;
 use crate::export_spec::Source;
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
+use crate::log::log_client;
 use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
+use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
 use crate::{log, probe};
 
@@ -31,17 +33,6 @@ const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
 const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
-
-/// A worker that takes none of the connections that wait for it for this long is stuck: others get them.
-const CHECK_EVERY: Duration = Duration::from_millis(100);
-
-/// What is in flight has so long to finish when the server is told to stop.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How much longer than the workers the main thread waits: for them to notice the deadline.
-const DRAIN_SLACK: Duration = Duration::from_secs(1);
-
-/// Descriptors for listeners, rings, exports and devices, and for the reserve of [`Limits`]; generous.
-const DESCRIPTORS_OWN: usize = 256;
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
 pub const HANDLED_SIGNALS: [i32; 5] =
@@ -228,12 +219,12 @@ impl Server {
             Ok(permit) => permit,
             Err(Excess { text, .. }) => {
                 self.rejected += 1;
-                if log::permit(peer.map(|peer| peer.ip()), "connections that were rejected") {
-                    tracing::info!(
-                        client = peer.map(tracing::field::display),
-                        "A connection was rejected. {text}"
-                    );
-                }
+                log_client!(
+                    info,
+                    peer,
+                    "connections that were rejected",
+                    "A connection was rejected. {text}"
+                );
                 match connection {
                     RawConnection::Tcp(socket, _) => {
                         // As much as the socket takes; nobody waits for a client here.
@@ -268,7 +259,7 @@ impl Server {
 
     fn check_later(&mut self) {
         if !std::mem::replace(&mut self.is_checking, true) {
-            self.reactor.timer(Instant::now() + CHECK_EVERY, CHECK);
+            self.reactor.timer(Instant::now() + STUCK_AFTER, CHECK);
         }
     }
 

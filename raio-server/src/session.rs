@@ -289,7 +289,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::{Caps, RESERVE, Room};
+    use crate::limits::{Caps, Room};
+    use crate::tuning::limits::RESERVE;
     use crate::volume::Null;
 
     fn sessions(sessions_max: usize, files_max: usize) -> Sessions {

@@ -8,8 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom, StatxF
 use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
 
-/// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
-const RETRIES_MAX: u32 = 32;
+use crate::tuning::files::LOOKUP_RETRIES_MAX;
 
 /// A file's status, and what more statx(2) knows.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +70,7 @@ pub fn openat2(
     resolve: ResolveFlags,
 ) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::CLOEXEC;
-    let mut retries = RETRIES_MAX;
+    let mut retries = LOOKUP_RETRIES_MAX;
     loop {
         match retry_on_intr(|| rustix::fs::openat2(base, path, flags, mode, resolve)) {
             Err(Errno::AGAIN) if retries > 0 => retries -= 1,

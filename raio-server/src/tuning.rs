@@ -55,3 +55,130 @@ pub mod drain {
     /// How long a drained worker waits for its peers to read their goaway and close.
     pub const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
 }
+
+/// An export's lanes in the pool of threads: [`crate::engine::Lanes`]. Several, so that flushes that hang stop
+/// neither its opens nor its reads, and leases not the opens of other files. In jobs at a time; not measured:
+/// tests/e2e/tests/blocking.rs shows that what hangs in one holds up no other.
+pub mod lanes {
+    /// Opens and questions about files.
+    pub const CONTROL_WIDTH: usize = 8;
+    /// Opens that wait for the holder of a lease, which takes up to the kernel's lease-break-time (45 s).
+    pub const LEASE_WIDTH: usize = 4;
+    /// Flushes, and changes of files' allocation.
+    pub const FLUSH_WIDTH: usize = 8;
+    /// Reads and writes: enough to keep a disk busy that serves several requests at a time.
+    pub const DATA_WIDTH: usize = 16;
+    /// Writes to the page cache that are handed over together at most, so that one of them is found soon when
+    /// it is cancelled. That an iteration's writes are one batch is measured (to hand over each by itself
+    /// costs more than to do it), the number is not.
+    pub const WRITE_BATCH: usize = 64;
+}
+
+/// Reads of the page cache, by workers.
+pub mod cached_reads {
+    use std::time::Duration;
+
+    /// A read of memory that takes so long has waited, most likely for what was swapped out: a thousand times
+    /// what it takes else. After two of them ...
+    pub const WAITED: Duration = Duration::from_millis(1);
+    /// ... the lane reads for so many times as long as the second took: that is one per cent of a worker's
+    /// time for such reads. Not measured.
+    pub const PAUSE: u32 = 100;
+    /// So many requests of an export at most are with its disk because of workers, and those of one read more:
+    /// half of the fewest that a disk takes (`nr_requests`: 32), beyond which whoever asks waits.
+    pub const MISSES_MAX: usize = 16;
+    /// Bytes of one of them: a longer read is several. The kernel's default for readahead.
+    pub const MISS_BYTES: usize = 128 << 10;
+    /// Of a file with more holes the extents behind them are not loaded when it is opened: each takes a system
+    /// call of a few microseconds, and an open is not to take longer than half a second. Not measured.
+    pub const HOLES_MAX: usize = 100_000;
+}
+
+/// Opening files, and changing their allocation.
+pub mod files {
+    /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
+    /// Whoever renames without end can make it fail, and only that.
+    pub const LOOKUP_RETRIES_MAX: u32 = 32;
+    /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one
+    /// that is not there: as many links as the kernel follows.
+    pub const CREATIONS_MAX: u32 = 40;
+    /// Bytes. The alignment for O_DIRECT where nobody says what it is: enough for every disk.
+    pub const DIRECT_ALIGN_DEFAULT: u32 = 4096;
+    /// Bytes that one call discards, zeroes or allocates at most, so that others of its lane have their turns
+    /// and it can be cancelled: 64 ms of a disk that writes 1 GB/s.
+    pub const PIECE_BYTES: u64 = 64 << 20;
+}
+
+/// The pool of threads.
+pub mod pool {
+    use std::time::Duration;
+
+    /// A thread without work ends after this long. Not measured: it costs some tens of KiB while it waits.
+    pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+    /// After a thread could not be started the next try comes this much later.
+    pub const START_RETRY: Duration = Duration::from_millis(100);
+    /// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that
+    /// wait in it: as long as others' retries go on before anybody looks into it.
+    pub const START_TIMEOUT: Duration = Duration::from_secs(5);
+}
+
+/// What sessions, connections and files take, and what is in reserve: [`crate::limits`].
+pub mod limits {
+    /// Permits beyond the ordinary ones, for those who have few; descriptors must be left for them.
+    pub const RESERVE: usize = 64;
+    /// So many of them for sessions, whatever address they come from.
+    pub const SESSION_RESERVE: usize = RESERVE / 2;
+    /// Bytes that a connection may take of the memory that is for connections: its structs, 2 KiB with its
+    /// session's, and the heap that its messages may cause in any case
+    /// ([`raio_transport::tcp::Server::set_heap_max`]). tests/e2e/tests/scale.rs holds idle sessions to less.
+    pub const CONNECTION_BYTES: usize = 16 << 10;
+    /// Bytes that an open file takes ...
+    pub const FILE_BYTES: usize = 512;
+    /// ... and that each worker takes which has used it.
+    pub const FILE_BYTES_PER_WORKER: usize = 256;
+    /// One part in so many of the memory for permits is not for queue pairs of an address that has more than is
+    /// left.
+    pub const QUEUE_PAIR_RESERVE_PART: usize = 8;
+}
+
+/// The log and the statistics.
+pub mod log {
+    use std::time::Duration;
+
+    /// Lines that wait to be written, at most: 2 MiB if all are as long as they may be.
+    pub const QUEUE_LINES: usize = 512;
+    /// Bytes. Longer lines are cut.
+    pub const LINE_BYTES_MAX: usize = 4096;
+    /// What is queued when the server ends is waited for so long.
+    pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
+    /// How often it is seen whether the rate limit has something to report.
+    pub const RATE_LIMIT_PERIOD: Duration = Duration::from_secs(1);
+    /// The while in which the rate limit counts lines.
+    pub const RATE_LIMIT_WINDOW: Duration = Duration::from_secs(10);
+    /// Lines of a kind about an address in a window.
+    pub const RATE_LIMIT_LINES: u32 = 10;
+    /// Addresses and kinds that are told apart at a time; the others share.
+    pub const RATE_LIMIT_KEYS: usize = 1024;
+}
+
+/// The main thread.
+pub mod main_thread {
+    use std::time::Duration;
+
+    /// After an accept failed (most often: no descriptors are left) the next comes this much later.
+    pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+    /// How long an address that is taken is waited for: a server that is replaced needs some time to end ...
+    pub const BIND_TIMEOUT: Duration = Duration::from_secs(2);
+    /// ... and how often it is tried.
+    pub const BIND_RETRY: Duration = Duration::from_millis(20);
+    /// A worker that takes none of the connections that wait for it for this long is stuck: others get them.
+    /// tests/e2e/tests/placement.rs.
+    pub const STUCK_AFTER: Duration = Duration::from_millis(100);
+    /// What is in flight has so long to finish when the server is told to stop.
+    pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How much longer than the workers the main thread waits: for them to notice the deadline.
+    pub const DRAIN_SLACK: Duration = Duration::from_secs(1);
+    /// Descriptors for listeners, rings, exports and devices, and for the reserve of [`super::limits`];
+    /// generous.
+    pub const DESCRIPTORS_OWN: usize = 256;
+}

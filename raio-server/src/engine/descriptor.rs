@@ -8,16 +8,13 @@ use rustix::io::ReadWriteFlags;
 
 use super::{Closing, Job, Lanes};
 use crate::log;
+use crate::tuning::cached_reads::HOLES_MAX;
 
 /// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel),
 /// and whose O_DIRECT takes RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait
 /// within io_uring_enter(2); on btrfs for checksums, which each read looks up on the disk.
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
-
-/// Of a file with more holes the extents behind them are not loaded: that would take longer than anybody
-/// wants to wait for an open.
-const HOLES_MAX: usize = 100_000;
 
 /// A file's descriptor. When its last user drops it, whoever that is, the pool closes it: close(2) may wait,
 /// for a server that is to store what was written or for gigabytes of memory to be freed, and may bring an

@@ -9,11 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Descriptor;
-
-/// At most this many requests of an export are with its disk because of workers, and those of one read more.
-const REQUESTS_MAX: usize = 16;
-/// A longer read is several requests.
-const REQUEST_BYTES: usize = 128 << 10;
+use crate::tuning::cached_reads::{MISS_BYTES, MISSES_MAX};
 
 /// Requests that an export's disk has because of workers' buffered reads.
 #[derive(Debug, Default)]
@@ -22,7 +18,7 @@ pub struct Misses(AtomicUsize);
 impl Misses {
     /// Whether the disk has enough to do. Workers that ask at the same time may each go beyond it by a read.
     pub fn are_enough(&self) -> bool {
-        self.0.load(Ordering::Relaxed) >= REQUESTS_MAX
+        self.0.load(Ordering::Relaxed) >= MISSES_MAX
     }
 }
 
@@ -36,7 +32,7 @@ pub struct Miss {
 impl Miss {
     /// A read of this many bytes.
     pub fn new(file: &Arc<Descriptor>, bytes: usize) -> Self {
-        let requests = bytes.div_ceil(REQUEST_BYTES);
+        let requests = bytes.div_ceil(MISS_BYTES);
         file.lanes().misses.0.fetch_add(requests, Ordering::Relaxed);
         Self { file: Arc::clone(file), requests }
     }

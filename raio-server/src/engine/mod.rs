@@ -22,6 +22,7 @@ use raio_transport::transport::SlotRange;
 use crate::client::Client;
 use crate::pool::{self, Pool, Ticket};
 use crate::syscalls::FileInfo;
+use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
 pub use descriptor::Descriptor;
@@ -38,15 +39,6 @@ pub const DETACHED: u64 = u64::MAX;
 
 /// A lane of the process's pool.
 pub type Lane = pool::Lane<Job>;
-
-/// Opens and questions about files of an export that run at a time...
-const CONTROL_WIDTH: usize = 8;
-/// ... opens that wait for the holder of a lease, ...
-const LEASE_WIDTH: usize = 4;
-/// ... flushes and changes of its files' allocation, ...
-const FLUSH_WIDTH: usize = 8;
-/// ... and reads and writes: enough to keep a disk busy that serves several requests at a time.
-const DATA_WIDTH: usize = 16;
 
 /// An export's shares of the pool. Several, so that flushes that hang stop neither its opens nor its reads,
 /// and leases not the opens of other files.

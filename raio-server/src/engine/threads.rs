@@ -11,6 +11,7 @@ use super::job::{Task, take};
 use super::{Call, CompletionQueue, Descriptor, Engine, Job, Lane, Operation, Pending};
 use crate::client::Client;
 use crate::pool::Ticket;
+use crate::tuning::lanes::WRITE_BATCH;
 
 /// A worker's way to the pool.
 #[derive(Debug)]
@@ -28,9 +29,6 @@ struct Batch {
     ticket: Ticket,
     tasks: Vec<Task>,
 }
-
-/// A batch has no more, so that one of them is found soon.
-const BATCH_MAX: usize = 64;
 
 impl Threads {
     /// For the worker of this reactor.
@@ -61,7 +59,7 @@ impl Engine for Threads {
         self.completions.expect_one();
         let lane = file.lanes().data;
         let task = Task::on(key, client, file, operation);
-        let has_room = |batch: &&mut Batch| batch.lane == lane && batch.tasks.len() < BATCH_MAX;
+        let has_room = |batch: &&mut Batch| batch.lane == lane && batch.tasks.len() < WRITE_BATCH;
         let ticket = match self.writes.iter_mut().find(has_room) {
             Some(batch) => {
                 batch.tasks.push(task);

@@ -8,7 +8,7 @@
 
 use std::io::IoSliceMut;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Token};
 use rustix::io::{Errno, preadv2};
@@ -18,11 +18,7 @@ use super::{
     Threads,
 };
 use crate::client::Client;
-
-/// A read of memory that takes so long has waited, most likely for what was swapped out. After two of them...
-const WAITED: Duration = Duration::from_millis(1);
-/// ... the lane reads for so many times as long as the second took.
-const PAUSE: u32 = 100;
+use crate::tuning::cached_reads::{PAUSE, WAITED};
 
 /// Passes operations on to the ring.
 #[derive(Debug)]

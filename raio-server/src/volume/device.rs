@@ -3,10 +3,11 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 
-use super::{Context, DIRECT_ALIGN_DEFAULT, Volume};
+use super::{Context, Volume};
 use crate::client::Client;
 use crate::engine::{Closing, Descriptor, Engine, Lanes, Operation, Pending};
 use crate::syscalls::FileInfo;
+use crate::tuning::files::DIRECT_ALIGN_DEFAULT;
 
 /// A block device. Its descriptor closes with the last user.
 #[derive(Debug)]

@@ -30,9 +30,6 @@ pub use file::RegularFile;
 pub use memory::Memory;
 pub use null::Null;
 
-/// The alignment for O_DIRECT where nobody says what it is: enough for every disk.
-const DIRECT_ALIGN_DEFAULT: u32 = 4096;
-
 /// What a worker lends a volume.
 pub struct Context<'a> {
     /// The worker's event loop.
