@@ -39,6 +39,7 @@ pub mod rdma;
 pub mod reactor;
 pub mod size;
 pub mod tcp;
+pub mod trace;
 pub mod transport;
 mod tuning;
 

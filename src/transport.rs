@@ -388,6 +388,12 @@ pub trait ClientTransport: Send {
         Ok(())
     }
 
+    /// The local port of the connection, by which the server knows it, too (see [`crate::trace`]). None where
+    /// it has no such port, or that is not known.
+    fn local_port(&self) -> Option<u16> {
+        None
+    }
+
     /// Undoes it. No buffer of the region may be in flight.
     fn unregister_region(&mut self, region: &Region) {
         let _ = region;

@@ -1053,6 +1053,10 @@ impl ClientTransport for Client {
         self.fail_violation(violation);
     }
 
+    fn local_port(&self) -> Option<u16> {
+        self.stream.as_ref()?.local_port()
+    }
+
     fn counters(&self) -> ClientCounters {
         self.counters
     }

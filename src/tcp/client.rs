@@ -413,6 +413,10 @@ impl ClientTransport for Client {
         self.end();
     }
 
+    fn local_port(&self) -> Option<u16> {
+        self.local_address().ok().map(|address| address.port())
+    }
+
     fn counters(&self) -> ClientCounters {
         self.core.counters
     }
