@@ -37,6 +37,7 @@ pub mod protocol;
 pub mod rdma;
 #[allow(unsafe_code)]
 pub mod reactor;
+mod server;
 pub mod size;
 pub mod tcp;
 pub mod trace;

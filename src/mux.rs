@@ -262,7 +262,7 @@ impl Server {
                         rdma.hold(queue_pair, held);
                     }
                     set(&mut self.streams, queue_pair, moved);
-                    self.tcp.answer_upgrade(reactor, stream, Ok(&ours));
+                    self.tcp.answer_upgrade(reactor, stream, Ok((queue_pair, &ours)));
                 }
                 Err(error) => {
                     let client = exchange.remote.map(tracing::field::display);

@@ -1,10 +1,9 @@
 //! The server's side of the in-process transport: all connections of one worker.
 //!
-//! A request is in `unanswered` from its arrival until its response has been sent, so that is where credits
-//! are counted. A connection whose peer has no room for its answers is not read from: what it holds here
-//! stays within its credits.
+//! This moves messages for [`MessageConnection`]s, which know the protocol. A connection whose peer has no
+//! room for its answers is not read from.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,18 +11,15 @@ use slab::Slab;
 
 use super::link::End;
 use crate::error::{Status, Violation};
-use crate::handshake::{Peer, Policy};
-use crate::memory::Slot;
-use crate::message::{self, Limits, Message, Parsed, RemoteRegion};
-use crate::reactor::{Event, File, Op, OpId, Payload, Reactor, TimerId, Token};
-use crate::transport::{
-    CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
-};
+use crate::handshake::Policy;
+use crate::memory::{Slot, SlotRange};
+use crate::reactor::{Clock, Event, File, Op, OpId, Payload, Reactor, TimerId, Token};
+use crate::server::{DataSource, Due, MessageConnection, Outgoing, Taken};
+use crate::transport::{CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport};
+use crate::tuning::CONTROL_MESSAGES;
 
-/// Receives posted beyond one for each credit: pings, pongs and a goaway.
-const CONTROL_MESSAGES: usize = 8;
-/// A connection's share of a turn, in messages.
-const TURN_MESSAGES_MAX: usize = 64;
+/// A connection's share of an iteration, in messages.
+const MESSAGES_MAX: usize = 64;
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -34,55 +30,19 @@ pub struct Server {
     generation: u32,
     events: VecDeque<ServerEvent>,
     /// Connections with something to send since the last flush.
-    answered: Vec<ConnectionId>,
+    dirty: Vec<ConnectionId>,
 }
 
 #[derive(Debug)]
 struct Connection {
-    generation: u32,
+    /// Data that came with a request is kept as a copy.
+    messages: MessageConnection<Vec<u8>>,
     end: End,
     eventfd: File,
-    looking: OpId,
+    readable: OpId,
     timer: Option<(Instant, TimerId)>,
-    /// None until the handshake is over.
-    open: Option<Open>,
-    since: Instant,
-    heard: Instant,
-    unanswered: HashMap<u64, Unanswered>,
-    unsent: VecDeque<Outgoing>,
-    /// Since when the peer has had no room for what is unsent.
-    blocked: Option<Instant>,
-    /// Found while sending: the next look ends the connection.
+    /// Found while sending: the next receive ends the connection.
     broken: Option<Violation>,
-}
-
-#[derive(Debug)]
-struct Open {
-    peer: Peer,
-    limits: Limits,
-}
-
-#[derive(Debug)]
-struct Unanswered {
-    region: RemoteRegion,
-    data_crc: u32,
-    inline: Vec<u8>,
-    answered: bool,
-}
-
-#[derive(Debug)]
-enum Outgoing {
-    Message(Vec<u8>),
-    Response(u64, Response),
-}
-
-impl Outgoing {
-    fn slot_bytes(&self) -> usize {
-        match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot.len(),
-            _ => 0,
-        }
-    }
 }
 
 impl Server {
@@ -94,7 +54,7 @@ impl Server {
             connections: Slab::new(),
             generation: 0,
             events: VecDeque::new(),
-            answered: Vec::new(),
+            dirty: Vec::new(),
         }
     }
 
@@ -104,20 +64,13 @@ impl Server {
         let entry = self.connections.vacant_entry();
         let id = ConnectionId { index: entry.key() as u32, generation: self.generation };
         let eventfd = reactor.file(Arc::clone(end.eventfd()));
-        let looking = reactor.submit(token(self.owner, id), Op::Readable { file: eventfd.clone() });
-        let now = Instant::now();
+        let readable = reactor.submit(token(self.owner, id), Op::Readable { file: eventfd.clone() });
         entry.insert(Connection {
-            generation: id.generation,
+            messages: MessageConnection::new(id, &self.policy, reactor.clock()),
             end,
             eventfd,
-            looking,
+            readable,
             timer: None,
-            open: None,
-            since: now,
-            heard: now,
-            unanswered: HashMap::new(),
-            unsent: VecDeque::new(),
-            blocked: None,
             broken: None,
         });
         self.set_timer(reactor, id);
@@ -125,15 +78,14 @@ impl Server {
     }
 
     fn get(&mut self, id: ConnectionId) -> Option<&mut Connection> {
-        self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+        self.connections.get_mut(id.index as usize).filter(|c| c.messages.core.id == id)
     }
 
     /// Sees to it that a timer comes at the connection's next deadline, or before.
     fn set_timer(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         let token = token(self.owner, id);
-        let policy = Arc::clone(&self.policy);
         let Some(connection) = self.get(id) else { return };
-        let Some((at, _)) = connection.deadline(&policy) else { return };
+        let Some(at) = connection.messages.core.deadline() else { return };
         match connection.timer {
             Some((set, _)) if set <= at => return,
             Some((_, timer)) => reactor.cancel_timer(timer),
@@ -143,37 +95,32 @@ impl Server {
     }
 
     /// Takes in what has arrived at a connection, and sends what waits for room.
-    fn look(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+    fn poll(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         let Some(connection) = self.get(id) else { return };
         connection.end.look();
         // Asked before the inbox is looked into: what the client sent before it went is taken in.
-        let gone = connection.end.has_lost_peer();
-        connection.send();
+        let is_gone = connection.end.has_lost_peer();
+        connection.send(reactor.clock());
         if let Some(violation) = connection.broken {
             return self.end(reactor, id, CloseReason::Violation(violation));
         }
-        for _ in 0..TURN_MESSAGES_MAX {
+        for _ in 0..MESSAGES_MAX {
             let Some(connection) = self.get(id) else { return };
-            if !connection.unsent.is_empty() && !gone {
+            if connection.messages.has_unsent() && !is_gone {
                 // It will be looked at again when there is room.
                 return self.set_timer(reactor, id);
             }
             let Some(message) = connection.end.receive() else {
-                if gone {
-                    let finished = connection.unanswered.is_empty() && connection.open.is_some();
-                    let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(0) };
+                if is_gone {
+                    let reason = connection.messages.core.ended_by(Status::OK);
                     self.end(reactor, id, reason);
                 }
                 return self.set_timer(reactor, id);
             };
-            connection.heard = Instant::now();
-            let taken = if connection.open.is_some() {
-                self.take_in(reactor, id, message)
-            } else {
-                self.shake_hands(id, &message)
-            };
-            if let Err(violation) = taken {
-                return self.end(reactor, id, CloseReason::Violation(violation));
+            match self.take_in(reactor, id, &message) {
+                Ok(None) => {}
+                Ok(Some(reason)) => return self.end(reactor, id, reason),
+                Err(violation) => return self.end(reactor, id, CloseReason::Violation(violation)),
             }
         }
         if let Some(connection) = self.get(id) {
@@ -182,132 +129,68 @@ impl Server {
         }
     }
 
-    fn shake_hands(&mut self, id: ConnectionId, hello: &[u8]) -> Result<(), Violation> {
-        let Parsed::Item((peer, welcome), taken) = self.policy.welcome(hello)? else {
-            return Err(Violation::Length);
-        };
-        if taken != hello.len() {
-            return Err(Violation::Length);
-        }
-        let Some(connection) = self.get(id) else { return Ok(()) };
-        connection.end.set_receives(peer.grant.credits() as usize + CONTROL_MESSAGES);
-        connection.unsent.push_back(Outgoing::Message(welcome));
-        connection.open = Some(Open { peer: peer.clone(), limits: peer.grant.limits() });
-        self.answered.push(id);
-        self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
-        Ok(())
-    }
-
+    /// Takes in a message; if that ends the connection, how.
     fn take_in(
         &mut self,
-        reactor: &mut Reactor,
+        reactor: &Reactor,
         id: ConnectionId,
-        message: Vec<u8>,
-    ) -> Result<(), Violation> {
-        let Some(connection) = self.get(id) else { return Ok(()) };
-        let Some(open) = &connection.open else { return Ok(()) };
-        let Parsed::Item(parsed, taken) = message::parse(&message, &open.limits)? else {
-            return Err(Violation::Length);
+        message: &[u8],
+    ) -> Result<Option<CloseReason>, Violation> {
+        let Some(connection) =
+            self.connections.get_mut(id.index as usize).filter(|c| c.messages.core.id == id)
+        else {
+            return Ok(None);
         };
-        let inline = &message[taken..];
-        match parsed {
-            Message::Request(request, body) => {
-                let grant = &open.peer.grant;
-                if inline.len() != request.data_len as usize || inline.len() > grant.inline_bytes_max as usize
-                {
-                    return Err(Violation::Length);
-                }
-                let fetched = matches!(request.region, RemoteRegion::Out { .. });
-                if open.limits.crc && !fetched && request.data_crc != message::data_crc(inline) {
-                    return Err(Violation::Checksum);
-                }
-                if connection.unanswered.len() >= grant.credits() as usize {
-                    return Err(Violation::Credits);
-                }
-                if connection.unanswered.contains_key(&request.id) {
-                    return Err(Violation::RequestId);
-                }
-                let unanswered = Unanswered {
-                    region: request.region,
-                    data_crc: request.data_crc,
-                    inline: inline.to_vec(),
-                    answered: false,
-                };
-                connection.unanswered.insert(request.id, unanswered);
-                self.events.push_back(ServerEvent::Request(Request {
-                    key: RequestKey { connection: id, id: request.id },
-                    body: body.into(),
-                    data_len: request.data_out_len(),
-                    region_len: request.region_in_len(),
-                }));
-            }
-            _ if !inline.is_empty() => return Err(Violation::Length),
-            Message::Ping(ping) => {
-                let mut pong = Vec::new();
-                message::encode_pong(ping, open.limits.crc, &mut pong);
-                connection.unsent.push_back(Outgoing::Message(pong));
-                connection.send();
-            }
-            // This side never pings.
-            Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goaway(status, _) => {
-                let finished = connection.unanswered.is_empty() && status.is_ok();
-                let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
-                self.end(reactor, id, reason);
-            }
-            Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
-            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
+        if !connection.messages.core.is_open() {
+            let (peer, welcome) = MessageConnection::<Vec<u8>>::on_hello(&self.policy, message)?;
+            connection.end.set_receives(peer.grant.credits() as usize + CONTROL_MESSAGES);
+            connection.messages.open(&peer, Some(welcome), reactor.clock());
+            self.dirty.push(id);
+            self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
+            return Ok(None);
         }
-        Ok(())
+        let len = match connection.messages.on_message(message, &mut self.events)? {
+            Taken::Closed(reason) => return Ok(Some(reason)),
+            Taken::Bytes(len) => len,
+            Taken::Data { len, id, range } => {
+                connection.messages.keep_data(id, message[range].to_vec());
+                len
+            }
+        };
+        if len < message.len() {
+            // A message comes alone.
+            return Err(Violation::Length);
+        }
+        connection.send(reactor.clock());
+        Ok(None)
     }
 
     /// Ends a connection, saying goaway to a peer that broke the protocol.
     fn end(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
-        match reason {
-            // Whoever it is does not speak raio, and would not understand.
-            CloseReason::Violation(Violation::Magic) => {}
-            CloseReason::Violation(violation) => {
-                self.send_goaway(id, Status::protocol(violation.errno()), &format!("{violation}."));
-            }
-            _ => {}
+        let policy = Arc::clone(&self.policy);
+        let Some(connection) = self.get(id) else { return };
+        if connection.messages.say_violation(&policy, &reason) {
+            connection.send_last();
         }
-        if self.get(id).is_none() {
-            return;
-        }
-        let connection = self.connections.remove(id.index as usize);
-        reactor.cancel(connection.looking);
+        let mut connection = self.connections.remove(id.index as usize);
+        reactor.cancel(connection.readable);
         if let Some((_, timer)) = connection.timer {
             reactor.cancel_timer(timer);
         }
-        self.events.push_back(ServerEvent::Closed(id, reason));
-    }
-
-    fn send_goaway(&mut self, id: ConnectionId, status: Status, text: &str) {
-        let rejection = self.policy.rejection(status.errno, text);
-        let Some(connection) = self.get(id) else { return };
-        let goaway = match &connection.open {
-            None => rejection,
-            Some(open) => {
-                let mut goaway = Vec::new();
-                message::encode_goaway(status, text, open.limits.crc, &mut goaway);
-                goaway
-            }
-        };
-        // If it has no room it will see that this side has gone.
-        let _ = connection.end.send(goaway);
+        connection.messages.report_closed(reason, &mut self.events, reactor.clock());
     }
 }
 
 impl Connection {
-    /// Sends from the front of `unsent` as long as the peer has room.
-    fn send(&mut self) {
-        while !self.unsent.is_empty() && self.broken.is_none() {
-            if !self.end.has_room() {
-                self.blocked.get_or_insert_with(Instant::now);
+    /// Sends as long as the peer has room.
+    fn send(&mut self, clock: &Clock) {
+        while self.messages.has_unsent() && self.broken.is_none() {
+            let has_room = self.end.has_room();
+            self.messages.note_progress(has_room, 0, clock);
+            if !has_room {
                 return;
             }
-            self.blocked = None;
-            let message = match self.unsent.pop_front() {
+            let message = match self.messages.poll_send() {
                 Some(Outgoing::Message(message)) => Ok(message),
                 Some(Outgoing::Response(id, response)) => self.place(id, &response),
                 None => return,
@@ -323,37 +206,28 @@ impl Connection {
         }
     }
 
+    /// Sends the last message. If there is no room for it the peer will see that this side has gone.
+    fn send_last(&mut self) {
+        let mut last = None;
+        while let Some(outgoing) = self.messages.poll_send() {
+            last = Some(outgoing);
+        }
+        if let Some(Outgoing::Message(message)) = last {
+            let _ = self.end.send(message);
+        }
+    }
+
     /// Places the data of a response and makes its message, with which the request ends.
     fn place(&mut self, id: u64, response: &Response) -> Result<Vec<u8>, Violation> {
-        let crc = self.open.as_ref().is_some_and(|open| open.limits.crc);
-        let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
+        let (header, region) = self.messages.finish(id, response);
         let data = response.data.as_ref().map_or(&[][..], |d| d.bytes());
-        // Memory that the peer named and did not lay open is its fault.
+        // Memory that the peer named and did not expose is its fault.
         if !data.is_empty() && !self.end.place(region, data) && !self.end.has_lost_peer() {
             return Err(Violation::Field);
         }
-        let header = message::Response {
-            id,
-            body_len: 0,
-            data_len: data.len() as u32,
-            status: response.status,
-            credits: 1,
-            result: response.result,
-            data_crc: if crc { message::data_crc(data) } else { 0 },
-        };
         let mut message = Vec::new();
-        header.encode(&response.body, crc, &mut message);
+        header.encode(&response.body, self.messages.core.crc(), &mut message);
         Ok(message)
-    }
-
-    /// When it is over with this connection unless something happens before, and how.
-    fn deadline(&self, policy: &Policy) -> Option<(Instant, Violation)> {
-        let Some(open) = &self.open else {
-            return Some((self.since + policy.handshake_timeout, Violation::HandshakeTimeout));
-        };
-        // Three times, so that one late message is no death sentence.
-        let promised = open.peer.keepalive * 3;
-        (!promised.is_zero()).then(|| (self.heard + promised, Violation::Silent))
     }
 }
 
@@ -369,61 +243,45 @@ impl ServerTransport for Server {
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let value = event.token.value;
         let id = ConnectionId { index: value as u32, generation: (value >> 32) as u32 };
-        let policy = Arc::clone(&self.policy);
         let Some(connection) = self.get(id) else { return };
         if let Payload::Timer = event.payload {
             connection.timer = None;
-            match connection.deadline(&policy) {
-                Some((at, violation)) if at <= Instant::now() => {
-                    self.end(reactor, id, CloseReason::Violation(violation));
-                }
-                _ => self.set_timer(reactor, id),
+            // It is always read from: there is no other way to hear that its peer has gone.
+            match connection.messages.core.on_timer(reactor.clock(), true) {
+                Due::Fail(violation) => self.end(reactor, id, CloseReason::Violation(violation)),
+                Due::Nothing | Due::Drop => self.set_timer(reactor, id),
             }
             return;
         }
         let file = connection.eventfd.clone();
-        self.look(reactor, id);
+        self.poll(reactor, id);
         let token = token(self.owner, id);
         if let Some(connection) = self.get(id) {
-            connection.looking = reactor.submit(token, Op::Readable { file });
+            connection.readable = reactor.submit(token, Op::Readable { file });
         }
     }
 
     fn next_event(&mut self) -> Option<ServerEvent> {
-        while let Some(event) = self.events.pop_front() {
-            // Requests of a connection that has ended since are void.
-            let connection = match &event {
-                ServerEvent::Request(request) => request.key.connection,
-                ServerEvent::Fetched(key, _) => key.connection,
-                ServerEvent::Opened(..) | ServerEvent::Closed(..) => return Some(event),
-            };
-            if self.get(connection).is_some() {
-                return Some(event);
-            }
-        }
-        None
+        self.events.pop_front()
     }
 
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, mut slot: Slot, start: usize) {
         let Some(connection) = self.get(request.connection) else { return };
-        let crc = connection.open.as_ref().is_some_and(|open| open.limits.crc);
-        let Some(asked) = connection.unanswered.get_mut(&request.id) else { return };
-        let fetched = match asked.region {
-            RemoteRegion::Out { len, .. } => {
-                let target = &mut slot.bytes_mut()[start..start + len as usize];
-                if !connection.end.fetch(asked.region, target) {
+        let fetched = match connection.messages.take_data(request.id) {
+            None => return,
+            Some(DataSource::Remote(region, len)) => {
+                let target = &mut slot.bytes_mut()[start..start + len];
+                if !connection.end.fetch(region, target) {
                     Err(Violation::Field)
-                } else if crc && message::data_crc(target) != asked.data_crc {
-                    Err(Violation::Checksum)
                 } else {
-                    Ok(target.len())
+                    connection.messages.check_fetched(request.id, target).map(|()| len)
                 }
             }
-            _ => {
-                let inline = std::mem::take(&mut asked.inline);
-                slot.bytes_mut()[start..start + inline.len()].copy_from_slice(&inline);
-                Ok(inline.len())
+            Some(DataSource::Inline(data)) => {
+                slot.bytes_mut()[start..start + data.len()].copy_from_slice(&data);
+                Ok(data.len())
             }
+            Some(DataSource::None) => Ok(0),
         };
         match fetched {
             Ok(len) => {
@@ -439,66 +297,59 @@ impl ServerTransport for Server {
 
     fn respond(&mut self, _reactor: &mut Reactor, request: RequestKey, response: Response) {
         let Some(connection) = self.get(request.connection) else { return };
-        let asked = connection.unanswered.get_mut(&request.id).expect("a request is answered once");
-        assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
-        let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
-        assert!(
-            response.data.as_ref().is_none_or(|data| data.len <= room as usize),
-            "a response brings more data than its request has room for"
-        );
-        connection.unsent.push_back(Outgoing::Response(request.id, response));
-        self.answered.push(request.connection);
+        connection.messages.respond(request.id, response);
+        self.dirty.push(request.connection);
     }
 
     fn flush(&mut self, reactor: &mut Reactor) {
-        for id in std::mem::take(&mut self.answered) {
+        for id in std::mem::take(&mut self.dirty) {
             if let Some(connection) = self.get(id) {
-                connection.send();
+                connection.send(reactor.clock());
                 self.set_timer(reactor, id);
             }
         }
     }
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
-        self.send_goaway(connection, status, text);
-        self.end(reactor, connection, CloseReason::Local);
+        let policy = Arc::clone(&self.policy);
+        if let Some(found) = self.get(connection) {
+            found.messages.say_goaway(&policy, status, text);
+            found.send_last();
+            self.end(reactor, connection, CloseReason::Local);
+        }
     }
 
     fn reject(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
-        let rejection = self.policy.rejection(errno, text);
+        let policy = Arc::clone(&self.policy);
         if let Some(connection) = self.get(id) {
-            let _ = connection.end.send(rejection);
+            connection.messages.reject(&policy, errno, text);
+            connection.send_last();
             self.end(reactor, id, CloseReason::Rejected);
         }
     }
 
     fn close_stalled(&mut self, reactor: &mut Reactor, close: bool) {
-        let now = Instant::now();
-        let stalled = |connection: &Connection| {
-            connection.blocked.is_some_and(|since| since + self.policy.stall_timeout <= now)
+        let is_stalled = |connection: &Connection| {
+            connection.messages.is_stalled(self.policy.stall_timeout, reactor.clock())
         };
-        let ids: Vec<_> = self
+        let stalled: Vec<_> = self
             .connections
             .iter()
-            .filter(|(_, connection)| close && stalled(connection))
-            .map(|(index, connection)| ConnectionId {
-                index: index as u32,
-                generation: connection.generation,
-            })
+            .filter(|(_, connection)| close && is_stalled(connection))
+            .map(|(_, connection)| connection.messages.core.id)
             .collect();
-        for id in ids {
+        for id in stalled {
             self.end(reactor, id, CloseReason::Evicted);
         }
     }
 
     fn unsent_bytes(&self, id: ConnectionId) -> usize {
-        let connection = self.connections.get(id.index as usize).filter(|c| c.generation == id.generation);
-        let unsent = connection.into_iter().flat_map(|connection| &connection.unsent);
-        unsent.map(Outgoing::slot_bytes).sum()
+        let connection = self.connections.get(id.index as usize).filter(|c| c.messages.core.id == id);
+        connection.map_or(0, |connection| connection.messages.unsent_bytes())
     }
 
     fn is_sending(&self) -> bool {
-        self.connections.iter().any(|(_, connection)| !connection.unsent.is_empty())
+        self.connections.iter().any(|(_, connection)| connection.messages.has_unsent())
     }
 
     fn connections(&self) -> usize {

@@ -34,10 +34,9 @@ pub use server::{Counters, Server};
 
 use crate::error::Error;
 use crate::message::{BODY_BYTES_MAX, HEADER_BYTES};
+use crate::tuning::CONTROL_MESSAGES;
 use private_data::{parse_rejection, rejection, request};
 
-/// Receives posted beyond one for each credit: pings, pongs and a goaway.
-const CONTROL_MESSAGES: usize = 8;
 /// Receives posted before the handshake has said how many credits there are.
 const HANDSHAKE_MESSAGES: usize = 2;
 /// The longest message without data.

@@ -1,9 +1,9 @@
 //! The server's side of RDMA: all connections of one worker.
 //!
-//! A request is in `unanswered` from its arrival until its response is chained, so that is where credits are
-//! counted. Its data comes with it, in the receive buffer that it arrived in, or is fetched by RDMA READ
-//! under a budget of its own; the data of its response is placed by RDMA WRITE, with the response in its
-//! immediate data or behind it in the same chain. A connection's chain is posted once a turn.
+//! This moves messages for [`MessageConnection`]s, which know the protocol. A request's data comes with it, in
+//! the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data of
+//! its response is placed by RDMA WRITE, with the response in its immediate data or behind it in the same
+//! chain. A connection's chain is posted once an iteration.
 //!
 //! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which
 //! are not posted again, so what it holds here stays within its credits.
@@ -12,12 +12,12 @@
 //! armed, polled once more, and from then on announces itself at its device's completion channel.
 
 use std::any::Any;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use slab::Slab;
 
@@ -25,28 +25,20 @@ use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
 use super::out_of_band::port_of;
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size, registrations};
-use super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
+use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
-use crate::handshake::{Peer, Policy};
-use crate::memory::{Arena, Mapping, Slot};
-use crate::message::{self, HANDSHAKE_BYTES_MAX, Link, Message, Parsed, QueuePairAddress, RemoteRegion};
-use crate::reactor::{Event, File, Op, Payload, Reactor, TimerId, Token};
+use crate::handshake::Policy;
+use crate::memory::{Arena, Mapping, Slot, SlotRange};
+use crate::message::{Link, QueuePairAddress, RemoteRegion};
+use crate::reactor::{Clock, Event, File, Op, Payload, Reactor, TimerId, Token};
+use crate::server::{DataSource, Due, MessageConnection, Outgoing, Phase, Taken};
 use crate::transport::{
-    ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, Request, RequestKey, Response, ServerEvent,
-    ServerTransport, SlotRange, UpgradeRequest,
+    ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, RequestKey, Response, ServerEvent,
+    ServerTransport, UpgradeRequest,
 };
-
-/// A connection's share of a turn, in completions.
-const TURN_COMPLETIONS_MAX: usize = 64;
-/// Room for messages that are being sent, for each connection; most have 40 bytes.
-const SEND_BYTES: usize = 64 << 10;
-/// How long a goaway may take to reach the peer.
-const LINGER: Duration = Duration::from_secs(1);
-/// A peer that nothing shows to be there for so long is probed: an idle connection does not notice that its
-/// peer is gone.
-const PROBE_EVERY: Duration = Duration::from_secs(10);
-/// The least that a queue pair must hold to be of use.
-const WORK_REQUESTS_MIN: usize = 16;
+use crate::tuning::{
+    CONTROL_MESSAGES, PROBE_EVERY, QUEUE_COMPLETIONS_MAX, SEND_RING_BYTES, WORK_REQUESTS_MIN,
+};
 
 /// What the server's operations in the reactor are about: the low bits of a token's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +107,12 @@ struct Port {
     async_file: File,
 }
 
+/// A connection with what is the device's.
 #[derive(Debug)]
 struct Connection {
-    generation: u32,
     qp: QueuePair,
+    /// Data that came with a request is kept where it was received, with what is around it.
+    messages: MessageConnection<(Received, Range<usize>)>,
     /// Dropped after the queue pair. See [`Server::hold`].
     held: Option<Arc<dyn Any>>,
     /// So are these. See [`Server::set_memory`].
@@ -126,11 +120,6 @@ struct Connection {
     /// The client's address, for the log.
     peer: Option<IpAddr>,
     port: usize,
-    state: State,
-    /// Checksums were granted.
-    crc: bool,
-    since: Instant,
-    heard: Instant,
     /// When its device last showed that it is there, or was asked to.
     answered: Instant,
     timer: Option<(Instant, TimerId)>,
@@ -138,62 +127,18 @@ struct Connection {
     is_dirty: bool,
     /// Received and not taken in.
     inbox: VecDeque<Received>,
-    unanswered: HashMap<u64, Unanswered>,
     /// RDMA READs that wait for their turn: the requests' ids, and where the data goes.
     fetches: VecDeque<(u64, SlotRange)>,
     reads: usize,
     reads_max: usize,
-    unsent: VecDeque<Outgoing>,
-    /// Bytes of the slots in `unsent`.
-    unsent_bytes: usize,
-    /// Since when what is posted has made no progress, and how many work requests had ended then.
-    waiting: Option<(Instant, u64)>,
     /// The response that is being chained; kept for its memory.
     header: Vec<u8>,
     counters: Counters,
 }
 
-/// What is due with a connection.
-#[derive(Debug)]
-enum Due {
-    /// It is over, for this reason.
-    End(Violation),
-    /// Its time to linger is over.
-    Drop,
-    /// Its peer is to show that it is there.
-    Probe,
-}
-
-#[derive(Debug)]
-enum State {
-    Handshake,
-    Open(Box<Peer>),
-    /// Reported as closed; its goaway is on its way.
-    Lingering,
-}
-
-#[derive(Debug)]
-struct Unanswered {
-    region: RemoteRegion,
-    data_crc: u32,
-    /// What the data came in, and where in it.
-    inline: Option<(Received, Range<usize>)>,
-    answered: bool,
-}
-
-#[derive(Debug)]
-enum Outgoing {
-    Message(Vec<u8>),
-    Response(u64, Response),
-}
-
-impl Outgoing {
-    fn slot_bytes(&self) -> usize {
-        match self {
-            Self::Response(_, Response { data: Some(data), .. }) => data.slot.len(),
-            _ => 0,
-        }
-    }
+/// The connection with this id.
+fn find(connections: &mut Slab<Connection>, id: ConnectionId) -> Option<&mut Connection> {
+    connections.get_mut(id.index as usize).filter(|connection| connection.id() == id)
 }
 
 impl Server {
@@ -216,7 +161,7 @@ impl Server {
             hot: Vec::new(),
             dirty: Vec::new(),
             counters: Counters::default(),
-            asked: Instant::now(),
+            asked: reactor.clock().now(),
             memory: Box::new(|_, _| Ok(Box::new(()))),
         };
         this.watch(reactor, Kind::Connecting, 0);
@@ -321,7 +266,8 @@ impl Server {
         qp.id()
             .accept(&request(), reads_max)
             .map_err(|source| Error::io("Cannot accept an RDMA connection", source))?;
-        let mut connection = Connection::new(connection_id, qp, port, State::Handshake, &size, reads_max);
+        let messages = MessageConnection::new(connection_id, policy, reactor.clock());
+        let mut connection = Connection::new(qp, messages, port, &size, reads_max, reactor.clock());
         connection.peer = peer;
         connection.memory.push(memory);
         entry.insert(connection);
@@ -389,12 +335,11 @@ impl Server {
             ))
         })?;
         qp.set_send_bytes_max(MESSAGE_BYTES);
-        let state = State::Open(Box::new(peer.clone()));
-        let mut connection = Connection::new(id, qp, port, state, &size, reads_max);
-        connection.crc = grant.crc();
+        let mut messages = MessageConnection::new(id, policy, reactor.clock());
+        messages.open(peer, None, reactor.clock());
+        let mut connection = Connection::new(qp, messages, port, &size, reads_max, reactor.clock());
         connection.peer = Some(remote);
         connection.memory.push(memory);
-        connection.unanswered.reserve(credits);
         entry.insert(connection);
         self.set_timer(reactor, id);
         Ok((id, ours))
@@ -406,19 +351,19 @@ impl Server {
         self.look(reactor, id, usize::MAX);
         let Some(connection) = self.get(id) else { return };
         let reason = match reason {
-            CloseReason::Finished | CloseReason::Lost(0) => connection.gone(),
+            CloseReason::Finished | CloseReason::Lost(0) => connection.messages.core.ended_by(Status::OK),
             other => other,
         };
         self.end(reactor, id, reason);
     }
 
     fn get(&mut self, id: ConnectionId) -> Option<&mut Connection> {
-        self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
+        find(&mut self.connections, id)
     }
 
     /// The same, if it has not been reported as closed.
     fn get_alive(&mut self, id: ConnectionId) -> Option<&mut Connection> {
-        self.get(id).filter(|c| !matches!(c.state, State::Lingering))
+        self.get(id).filter(|connection| !connection.is_lingering())
     }
 
     fn heat(&mut self, id: ConnectionId) {
@@ -440,9 +385,8 @@ impl Server {
     /// Sees to it that a timer comes at the connection's next deadline, or before.
     fn set_timer(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         let token = Token { owner: self.owner, value: number_of(id) << 2 | Kind::Timer as u64 };
-        let policy = Arc::clone(&self.policy);
         let Some(connection) = self.get(id) else { return };
-        let Some((at, _)) = connection.deadline(&policy) else { return };
+        let Some(at) = connection.deadline() else { return };
         match connection.timer {
             Some((set, _)) if set <= at => return,
             Some((_, timer)) => reactor.cancel_timer(timer),
@@ -452,25 +396,23 @@ impl Server {
     }
 
     fn timer(&mut self, reactor: &mut Reactor, id: ConnectionId) {
-        let policy = Arc::clone(&self.policy);
         let Some(connection) = self.get(id) else { return };
         connection.timer = None;
-        match connection.deadline(&policy) {
-            Some((at, Due::Drop)) if at <= Instant::now() => self.drop_connection(reactor, id),
-            Some((at, Due::End(violation))) if at <= Instant::now() => {
-                self.end(reactor, id, CloseReason::Violation(violation));
-            }
-            Some((at, Due::Probe)) if at <= Instant::now() => {
-                connection.answered = Instant::now();
-                // What is outstanding is a probe as well.
-                if connection.qp.is_idle() {
-                    connection.qp.probe();
-                }
-                self.post(reactor, id);
-                self.set_timer(reactor, id);
-            }
-            _ => self.set_timer(reactor, id),
+        let is_read_from = !connection.messages.is_behind();
+        match connection.messages.core.on_timer(reactor.clock(), is_read_from) {
+            Due::Drop => return self.drop_connection(reactor, id),
+            Due::Fail(violation) => return self.end(reactor, id, CloseReason::Violation(violation)),
+            Due::Nothing => {}
         }
+        if connection.probe_at().is_some_and(|at| at <= reactor.clock().now()) {
+            connection.answered = reactor.clock().now();
+            // What is outstanding is a probe as well.
+            if connection.qp.is_idle() {
+                connection.qp.probe();
+            }
+            self.post(reactor, id);
+        }
+        self.set_timer(reactor, id);
     }
 
     /// Takes in what rdma_cm has to say.
@@ -484,7 +426,7 @@ impl Server {
                     let Some(connection) = self.get(id) else { continue };
                     let reason = match event.kind {
                         CmKind::DeviceRemoved => CloseReason::Lost(libc::ENODEV),
-                        _ => connection.gone(),
+                        _ => connection.messages.core.ended_by(Status::OK),
                     };
                     self.end(reactor, id, reason);
                     self.drop_connection(reactor, id);
@@ -497,11 +439,7 @@ impl Server {
     /// Takes in up to `max` completions of a connection, and messages as far as its answers are taken.
     fn look(&mut self, reactor: &mut Reactor, id: ConnectionId, max: usize) {
         let mut failed: Option<Failure> = None;
-        let Some(connection) =
-            self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
-        else {
-            return;
-        };
+        let Some(connection) = find(&mut self.connections, id) else { return };
         let mut any = false;
         for _ in 0..max {
             if !connection.qp.look() {
@@ -510,16 +448,16 @@ impl Server {
             any = true;
             match connection.qp.next() {
                 Some(Completion::Received(message)) => connection.inbox.push_back(message),
-                // Nothing of this side's is laid open.
+                // Nothing of this side's is exposed.
                 Some(Completion::Placed { .. }) => {
                     return self.end(reactor, id, CloseReason::Violation(Violation::Field));
                 }
                 Some(Completion::Read(request, range)) => {
                     connection.reads -= 1;
-                    if let Some(violation) = connection.fetched_wrong(request, &range) {
+                    if let Err(violation) = connection.messages.check_fetched(request, range.bytes()) {
                         return self.end(reactor, id, CloseReason::Violation(violation));
                     }
-                    if !matches!(connection.state, State::Lingering) {
+                    if !connection.is_lingering() {
                         let key = RequestKey { connection: id, id: request };
                         self.events.push_back(ServerEvent::Fetched(key, range));
                     }
@@ -536,8 +474,8 @@ impl Server {
                 None => {}
             }
         }
-        connection.note_progress();
-        any |= !connection.unsent.is_empty() || !connection.fetches.is_empty();
+        connection.note_progress(reactor.clock());
+        any |= connection.messages.has_unsent() || !connection.fetches.is_empty();
         // What it sent before it failed counts.
         self.take_in_inbox(reactor, id);
         if any {
@@ -546,8 +484,8 @@ impl Server {
         if let Some(failure) = failed {
             self.failed(reactor, id, failure);
         } else if let Some(connection) = self.get(id)
-            && matches!(connection.state, State::Lingering)
-            && connection.unsent.is_empty()
+            && connection.is_lingering()
+            && !connection.messages.has_unsent()
             && connection.qp.is_idle()
         {
             self.drop_connection(reactor, id);
@@ -564,28 +502,28 @@ impl Server {
         } else if failure.is_rnr() {
             CloseReason::Violation(Violation::Stalled)
         } else if failure.is_flush() {
-            connection.gone()
+            connection.messages.core.ended_by(Status::OK)
         } else {
             CloseReason::Lost(failure.errno())
         };
         let client = connection.peer.map(tracing::field::display);
         tracing::debug!(client, "An RDMA connection has failed: {}.", failure.text());
-        self.report(id, reason);
+        self.report(reactor, id, reason);
         self.drop_connection(reactor, id);
     }
 
     fn take_in_inbox(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         loop {
             let Some(connection) = self.get_alive(id) else { return };
-            if connection.unsent.len() > connection.unsent_max() {
+            if connection.messages.is_behind() {
                 return;
             }
             let Some(message) = connection.inbox.pop_front() else { return };
-            connection.heard = Instant::now();
-            connection.answered = connection.heard;
-            let taken = match connection.state {
-                State::Handshake => self.shake_hands(reactor, id, message),
-                _ => self.take_in(reactor, id, message),
+            connection.answered = reactor.clock().now();
+            let taken = if connection.messages.core.is_open() {
+                self.take_in(reactor, id, message)
+            } else {
+                self.on_hello(reactor, id, message)
             };
             if let Err(violation) = taken {
                 return self.end(reactor, id, CloseReason::Violation(violation));
@@ -593,23 +531,15 @@ impl Server {
         }
     }
 
-    fn shake_hands(
+    fn on_hello(
         &mut self,
         reactor: &mut Reactor,
         id: ConnectionId,
         message: Received,
     ) -> Result<(), Violation> {
-        let Some(connection) = self.connections.get_mut(id.index as usize) else { return Ok(()) };
-        let hello = connection.qp.bytes(&message);
-        if hello.len() > HANDSHAKE_BYTES_MAX {
-            return Err(Violation::HandshakeTooLong);
-        }
-        let Parsed::Item((peer, welcome), taken) = self.ports[connection.port].policy.welcome(hello)? else {
-            return Err(Violation::Length);
-        };
-        if taken != hello.len() {
-            return Err(Violation::Length);
-        }
+        let Some(connection) = find(&mut self.connections, id) else { return Ok(()) };
+        let policy = &self.ports[connection.port].policy;
+        let (peer, welcome) = MessageConnection::<()>::on_hello(policy, connection.qp.bytes(&message))?;
         connection.qp.give_back(message);
         let receives = peer.grant.credits() as usize + CONTROL_MESSAGES;
         let size = size_for(receives - CONTROL_MESSAGES, self.policy.inline_bytes_max, 0);
@@ -621,17 +551,13 @@ impl Server {
         if let Err(text) = provided {
             let client = connection.peer.map(tracing::field::display);
             tracing::debug!(client, "An RDMA connection is rejected. {text}");
-            let rejection = self.policy.rejection(libc::ENOMEM, &text);
-            connection.unsent.push_back(Outgoing::Message(rejection));
-            self.report(id, CloseReason::Rejected);
+            connection.messages.reject(&self.policy, libc::ENOMEM, &text);
+            self.report(reactor, id, CloseReason::Rejected);
             self.linger(reactor, id);
             return Ok(());
         }
         connection.qp.set_send_bytes_max(MESSAGE_BYTES);
-        connection.unanswered.reserve(peer.grant.credits() as usize);
-        connection.unsent.push_back(Outgoing::Message(welcome));
-        connection.crc = peer.grant.crc();
-        connection.state = State::Open(Box::new(peer.clone()));
+        connection.messages.open(&peer, Some(welcome), reactor.clock());
         self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
         self.mark_dirty(id);
         self.set_timer(reactor, id);
@@ -647,88 +573,30 @@ impl Server {
     ) -> Result<(), Violation> {
         let mut start = 0;
         loop {
-            let taken = self.take_in_message(reactor, id, &received, start)?;
-            let Some(connection) = self.get_alive(id) else { return Ok(()) };
-            start += taken;
-            if start == connection.qp.bytes(&received).len() {
-                connection.qp.give_back(received);
+            let Some(connection) = find(&mut self.connections, id) else { return Ok(()) };
+            let (messages, qp) = (&mut connection.messages, &mut connection.qp);
+            match messages.on_message(&qp.bytes(&received)[start..], &mut self.events)? {
+                Taken::Bytes(len) => start += len,
+                Taken::Data { len, id, range } => {
+                    let range = range.start + start..range.end + start;
+                    messages.keep_data(id, (qp.share(&received), range));
+                    start += len;
+                }
+                Taken::Closed(reason) => {
+                    self.end(reactor, id, reason);
+                    return Ok(());
+                }
+            }
+            if start == qp.bytes(&received).len() {
+                qp.give_back(received);
                 return Ok(());
             }
         }
     }
 
-    /// Takes in the message that begins there. Gives its length.
-    fn take_in_message(
-        &mut self,
-        reactor: &mut Reactor,
-        id: ConnectionId,
-        received: &Received,
-        start: usize,
-    ) -> Result<usize, Violation> {
-        let Some(connection) = self.get_alive(id) else { return Ok(0) };
-        let State::Open(peer) = &connection.state else { return Ok(0) };
-        let (limits, credits) = (peer.grant.limits(), peer.grant.credits() as usize);
-        let inline_bytes_max = peer.grant.inline_bytes_max as usize;
-        let bytes = &connection.qp.bytes(received)[start..];
-        let Parsed::Item(parsed, taken) = message::parse(bytes, &limits)? else {
-            return Err(Violation::Length);
-        };
-        match parsed {
-            Message::Request(request, body) => {
-                let data_len = request.data_len as usize;
-                let inline = bytes[taken..].get(..data_len).ok_or(Violation::Length)?;
-                if data_len > inline_bytes_max {
-                    return Err(Violation::Length);
-                }
-                let is_fetched = matches!(request.region, RemoteRegion::Out { .. });
-                if limits.crc && !is_fetched && request.data_crc != message::data_crc(inline) {
-                    return Err(Violation::Checksum);
-                }
-                if connection.unanswered.len() >= credits {
-                    return Err(Violation::Credits);
-                }
-                if connection.unanswered.contains_key(&request.id) {
-                    return Err(Violation::RequestId);
-                }
-                let event = ServerEvent::Request(Request {
-                    key: RequestKey { connection: id, id: request.id },
-                    body: body.into(),
-                    data_len: request.data_out_len(),
-                    region_len: request.region_in_len(),
-                });
-                let at = start + taken;
-                let inline = (data_len > 0).then(|| (connection.qp.share(received), at..at + data_len));
-                let (region, data_crc) = (request.region, request.data_crc);
-                connection
-                    .unanswered
-                    .insert(request.id, Unanswered { region, data_crc, inline, answered: false });
-                self.events.push_back(event);
-                return Ok(taken + data_len);
-            }
-            Message::Ping(ping) => {
-                let mut pong = Vec::new();
-                message::encode_pong(ping, limits.crc, &mut pong);
-                connection.unsent.push_back(Outgoing::Message(pong));
-            }
-            // This side never pings.
-            Message::Pong(_) => return Err(Violation::RequestId),
-            Message::Goaway(status, _) => {
-                let finished = connection.unanswered.is_empty() && status.is_ok();
-                let reason = if finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) };
-                self.end(reactor, id, reason);
-            }
-            Message::Response(..) => return Err(Violation::Kind(message::Kind::Response as u8)),
-            Message::QueuePair(..) => return Err(Violation::Kind(message::Kind::QueuePair as u8)),
-        }
-        Ok(taken)
-    }
-
     /// Chains what a connection is to send, as far as there is room, and posts it.
     fn post(&mut self, reactor: &mut Reactor, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.index as usize) else { return };
-        if connection.generation != id.generation {
-            return;
-        }
+        let Some(connection) = find(&mut self.connections, id) else { return };
         connection.is_dirty = false;
         let port = &self.ports[connection.port];
         connection.chain_fetches(&port.arena);
@@ -736,10 +604,10 @@ impl Server {
         if let Err(error) = connection.qp.post(true) {
             let client = connection.peer.map(tracing::field::display);
             tracing::warn!(client, "An RDMA connection is closed, for its device rejects work: {error}.");
-            self.report(id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
+            self.report(reactor, id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
             return self.drop_connection(reactor, id);
         }
-        connection.note_progress();
+        connection.note_progress(reactor.clock());
         // Its completions will come soon.
         let is_waiting = !connection.qp.is_idle();
         if is_waiting {
@@ -750,34 +618,21 @@ impl Server {
 
     /// Ends a connection, saying goaway to a peer that broke the protocol.
     fn end(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
-        if self.get_alive(id).is_none() {
-            return;
+        let policy = Arc::clone(&self.policy);
+        let Some(connection) = self.get_alive(id) else { return };
+        let has_last_words = connection.messages.say_violation(&policy, &reason);
+        self.report(reactor, id, reason);
+        if has_last_words {
+            self.linger(reactor, id);
+        } else {
+            self.drop_connection(reactor, id);
         }
-        match reason {
-            // Whoever it is does not speak raio, and would not understand.
-            CloseReason::Violation(Violation::Magic) => {}
-            CloseReason::Violation(violation) => {
-                self.send_goaway(id, Status::protocol(violation.errno()), &format!("{violation}."));
-                self.report(id, reason);
-                return self.linger(reactor, id);
-            }
-            _ => {}
-        }
-        self.report(id, reason);
-        self.drop_connection(reactor, id);
     }
 
     /// Tells the worker, once.
-    fn report(&mut self, id: ConnectionId, reason: CloseReason) {
-        if let Some(connection) = self.get_alive(id) {
-            connection.state = State::Lingering;
-            connection.since = Instant::now();
-            self.events.retain(|event| match event {
-                ServerEvent::Request(request) => request.key.connection != id,
-                ServerEvent::Fetched(key, _) => key.connection != id,
-                ServerEvent::Opened(..) | ServerEvent::Closed(..) => true,
-            });
-            self.events.push_back(ServerEvent::Closed(id, reason));
+    fn report(&mut self, reactor: &Reactor, id: ConnectionId, reason: CloseReason) {
+        if let Some(connection) = find(&mut self.connections, id).filter(|found| !found.is_lingering()) {
+            connection.messages.report_closed(reason, &mut self.events, reactor.clock());
         }
     }
 
@@ -793,20 +648,6 @@ impl Server {
         }
         self.set_timer(reactor, id);
         self.heat(id);
-    }
-
-    fn send_goaway(&mut self, id: ConnectionId, status: Status, text: &str) {
-        let rejection = self.policy.rejection(status.errno, text);
-        let Some(connection) = self.get_alive(id) else { return };
-        let goaway = match &connection.state {
-            State::Open(peer) => {
-                let mut goaway = Vec::new();
-                message::encode_goaway(status, text, peer.grant.crc(), &mut goaway);
-                goaway
-            }
-            _ => rejection,
-        };
-        connection.unsent.push_back(Outgoing::Message(goaway));
     }
 
     /// Lets go of a connection that was reported. The device has let go of its memory when this returns.
@@ -834,37 +675,44 @@ impl Drop for Server {
 }
 
 impl Connection {
-    fn new(id: ConnectionId, qp: QueuePair, port: usize, state: State, size: &Size, reads_max: u8) -> Self {
+    fn new(
+        qp: QueuePair,
+        messages: MessageConnection<(Received, Range<usize>)>,
+        port: usize,
+        size: &Size,
+        reads_max: u8,
+        clock: &Clock,
+    ) -> Self {
         // The queue may be shorter than was asked for: half of it is for answers then.
         let answers = size.sends - usize::from(reads_max);
         let reads_max = usize::from(reads_max).min((qp.room() / 2).max(qp.room().saturating_sub(answers)));
-        let now = Instant::now();
         Self {
-            generation: id.generation,
             qp,
+            messages,
             held: None,
             memory: Vec::new(),
             peer: None,
             port,
-            state,
-            crc: false,
-            since: now,
-            heard: now,
-            answered: now,
+            answered: clock.now(),
             timer: None,
             is_hot: false,
             is_dirty: false,
             inbox: VecDeque::new(),
-            unanswered: HashMap::new(),
             fetches: VecDeque::new(),
             reads: 0,
             reads_max,
-            unsent: VecDeque::new(),
-            unsent_bytes: 0,
-            waiting: None,
             header: Vec::new(),
             counters: Counters::default(),
         }
+    }
+
+    fn id(&self) -> ConnectionId {
+        self.messages.core.id
+    }
+
+    /// Whether it has been reported as closed.
+    fn is_lingering(&self) -> bool {
+        self.messages.core.phase() == Phase::Lingering
     }
 
     fn counted(&self) -> Counters {
@@ -875,37 +723,10 @@ impl Connection {
         }
     }
 
-    /// How it ends when its peer has gone.
-    fn gone(&self) -> CloseReason {
-        let finished = self.unanswered.is_empty() && matches!(self.state, State::Open(_));
-        if finished { CloseReason::Finished } else { CloseReason::Lost(0) }
-    }
-
-    /// Beyond so many unsent messages nothing more is taken in.
-    fn unsent_max(&self) -> usize {
-        match &self.state {
-            State::Open(peer) => peer.grant.credits() as usize + CONTROL_MESSAGES,
-            _ => CONTROL_MESSAGES,
-        }
-    }
-
-    /// What is wrong with data that was fetched.
-    fn fetched_wrong(&self, request: u64, range: &SlotRange) -> Option<Violation> {
-        let expected = self.unanswered.get(&request).filter(|_| self.crc)?.data_crc;
-        let data = range.bytes();
-        (message::data_crc(data) != expected).then_some(Violation::Checksum)
-    }
-
     /// Notes since when what is posted has waited.
-    fn note_progress(&mut self) {
-        let ended = self.qp.ended();
-        if self.waiting.is_some_and(|(_, then)| then != ended) {
-            self.answered = Instant::now();
-        }
-        if self.qp.is_idle() {
-            self.waiting = None;
-        } else if self.waiting.is_none_or(|(_, then)| then != ended) {
-            self.waiting = Some((Instant::now(), ended));
+    fn note_progress(&mut self, clock: &Clock) {
+        if self.messages.note_progress(self.qp.is_idle(), self.qp.ended(), clock) {
+            self.answered = clock.now();
         }
     }
 
@@ -914,14 +735,12 @@ impl Connection {
             && self.qp.room() > 0
             && let Some((request, range)) = self.fetches.pop_front()
         {
-            let Some(Unanswered { region: RemoteRegion::Out { address, key, .. }, .. }) =
-                self.unanswered.get(&request)
-            else {
+            let Some(RemoteRegion::Out { address, key, .. }) = self.messages.region(request) else {
                 continue;
             };
             self.reads += 1;
             self.counters.reads += 1;
-            self.qp.read(request, range, arena, *address, *key);
+            self.qp.read(request, range, arena, address, key);
         }
     }
 
@@ -930,9 +749,8 @@ impl Connection {
         // make.
         while self.qp.room() >= 2 + self.reads_max - self.reads
             && self.qp.has_room_for(MESSAGE_BYTES)
-            && let Some(outgoing) = self.unsent.pop_front()
+            && let Some(outgoing) = self.messages.poll_send()
         {
-            self.unsent_bytes -= outgoing.slot_bytes();
             match outgoing {
                 Outgoing::Message(bytes) => self.qp.send(std::iter::once(&bytes[..]), bytes.len()),
                 Outgoing::Response(id, response) => self.chain_response(id, response, port),
@@ -944,29 +762,16 @@ impl Connection {
     /// response is in the immediate data: one work request says it all.
     fn chain_response(&mut self, id: u64, response: Response, port: &Port) {
         self.counters.responses += 1;
-        let region = self.unanswered.remove(&id).map_or(RemoteRegion::None, |unanswered| unanswered.region);
-        let mut header = message::Response {
-            id,
-            body_len: 0,
-            data_len: 0,
-            status: response.status,
-            credits: 1,
-            result: response.result,
-            data_crc: 0,
-        };
+        let (header, region) = self.messages.finish(id, &response);
+        let crc = self.messages.core.crc();
         if let (Some(range), RemoteRegion::In { address, key, .. }) = (response.data, region)
             && range.len > 0
         {
-            header.data_len = range.len as u32;
-            if self.crc {
-                let data = range.bytes();
-                header.data_crc = message::data_crc(data);
-            }
             self.counters.writes += 1;
             let is_plain = response.status.is_ok()
                 && response.result == range.len as u64
                 && response.body.is_empty()
-                && !self.crc
+                && !crc
                 && !port.limits.is_iwarp;
             let immediate = u32::try_from(id).ok().filter(|_| is_plain);
             self.qp.write(range, &port.arena, address, key, immediate);
@@ -975,24 +780,18 @@ impl Connection {
             }
         }
         self.header.clear();
-        header.encode(&response.body, self.crc, &mut self.header);
+        header.encode(&response.body, crc, &mut self.header);
         self.qp.send(std::iter::once(&self.header[..]), self.header.len());
     }
 
-    /// What is due next with this connection unless something happens before, and when.
-    fn deadline(&self, policy: &Policy) -> Option<(Instant, Due)> {
-        let peer = match &self.state {
-            State::Handshake => {
-                return Some((self.since + policy.handshake_timeout, Due::End(Violation::HandshakeTimeout)));
-            }
-            State::Lingering => return Some((self.since + LINGER, Due::Drop)),
-            State::Open(peer) => peer,
-        };
-        // Three times, so that one late message is no death sentence.
-        let promised = peer.keepalive * 3;
-        let silent = (!promised.is_zero()).then(|| (self.heard + promised, Due::End(Violation::Silent)));
-        let probe = (self.answered + PROBE_EVERY, Due::Probe);
-        silent.into_iter().chain([probe]).min_by_key(|(at, _)| *at)
+    /// When the peer is to show that it is there: an idle connection does not notice that its peer is gone.
+    fn probe_at(&self) -> Option<Instant> {
+        self.messages.core.is_open().then(|| self.answered + PROBE_EVERY)
+    }
+
+    /// When something is due unless something else happens before.
+    fn deadline(&self) -> Option<Instant> {
+        self.messages.core.deadline().into_iter().chain(self.probe_at()).min()
     }
 }
 
@@ -1016,7 +815,7 @@ fn size_for(credits: usize, inline_bytes_max: u32, reads_max: u8) -> Size {
         sends: 2 * credits + CONTROL_MESSAGES + usize::from(reads_max),
         receives: credits + CONTROL_MESSAGES,
         receive_bytes: MESSAGE_BYTES + inline_bytes_max as usize,
-        send_bytes: SEND_BYTES,
+        send_bytes: SEND_RING_BYTES,
     }
 }
 
@@ -1104,9 +903,7 @@ impl ServerTransport for Server {
         let mut at = 0;
         while at < self.hot.len() {
             let id = self.hot[at];
-            let Some(connection) =
-                self.connections.get_mut(id.index as usize).filter(|c| c.generation == id.generation)
-            else {
+            let Some(connection) = find(&mut self.connections, id) else {
                 self.hot.swap_remove(at);
                 continue;
             };
@@ -1131,7 +928,7 @@ impl ServerTransport for Server {
     fn process_ready(&mut self, reactor: &mut Reactor) {
         for at in (0..self.hot.len()).rev() {
             let Some(&id) = self.hot.get(at) else { continue };
-            self.look(reactor, id, TURN_COMPLETIONS_MAX);
+            self.look(reactor, id, QUEUE_COMPLETIONS_MAX);
         }
     }
 
@@ -1139,57 +936,38 @@ impl ServerTransport for Server {
         self.events.pop_front()
     }
 
-    fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, mut slot: Slot, start: usize) {
+    fn fetch(&mut self, _reactor: &mut Reactor, request: RequestKey, mut slot: Slot, start: usize) {
         assert!(slot.is_of(&self.arena), "data is fetched into the arena that this server was made for");
         let Some(connection) = self.get_alive(request.connection) else { return };
-        let Some(asked) = connection.unanswered.get_mut(&request.id) else { return };
-        let fetched = match asked.region {
-            RemoteRegion::Out { len, .. } if len > 0 => {
-                connection.fetches.push_back((request.id, SlotRange { slot, start, len: len as usize }));
-                let _ = reactor;
+        let fetched = match connection.messages.take_data(request.id) {
+            None => return,
+            Some(DataSource::Remote(_, len)) => {
+                connection.fetches.push_back((request.id, SlotRange { slot, start, len }));
                 return self.mark_dirty(request.connection);
             }
-            _ => match asked.inline.take() {
-                None => SlotRange { slot, start, len: 0 },
-                Some((message, range)) => {
-                    let len = range.len();
-                    let inline = &connection.qp.bytes(&message)[range];
-                    slot.bytes_mut()[start..start + len].copy_from_slice(inline);
-                    connection.counters.copied_bytes += len as u64;
-                    connection.qp.give_back(message);
-                    SlotRange { slot, start, len }
-                }
-            },
+            Some(DataSource::None) => SlotRange { slot, start, len: 0 },
+            Some(DataSource::Inline((message, range))) => {
+                let len = range.len();
+                let inline = &connection.qp.bytes(&message)[range];
+                slot.bytes_mut()[start..start + len].copy_from_slice(inline);
+                connection.counters.copied_bytes += len as u64;
+                connection.qp.give_back(message);
+                SlotRange { slot, start, len }
+            }
         };
         self.events.push_back(ServerEvent::Fetched(request, fetched));
         self.mark_dirty(request.connection);
     }
 
     fn respond(&mut self, _reactor: &mut Reactor, request: RequestKey, response: Response) {
-        let id = request.connection;
-        let Some(connection) = self
-            .connections
-            .get_mut(id.index as usize)
-            .filter(|c| c.generation == id.generation && !matches!(c.state, State::Lingering))
-        else {
-            return;
-        };
-        let asked = connection.unanswered.get_mut(&request.id).expect("a request is answered once");
-        assert!(!std::mem::replace(&mut asked.answered, true), "a request is answered once");
-        let room = if let RemoteRegion::In { len, .. } = asked.region { len } else { 0 };
         assert!(
-            response
-                .data
-                .as_ref()
-                .is_none_or(|data| data.len <= room as usize && data.slot.is_of(&self.arena)),
-            "a response brings no more data than its request has room for, and from this server's arena"
+            response.data.as_ref().is_none_or(|data| data.slot.is_of(&self.arena)),
+            "the data of a response is in this server's arena"
         );
-        if let Some((message, _)) = asked.inline.take() {
+        let Some(connection) = self.get_alive(request.connection) else { return };
+        if let Some((message, _)) = connection.messages.respond(request.id, response) {
             connection.qp.give_back(message);
         }
-        let outgoing = Outgoing::Response(request.id, response);
-        connection.unsent_bytes += outgoing.slot_bytes();
-        connection.unsent.push_back(outgoing);
         self.mark_dirty(request.connection);
     }
 
@@ -1206,21 +984,19 @@ impl ServerTransport for Server {
     }
 
     fn close(&mut self, reactor: &mut Reactor, connection: ConnectionId, status: Status, text: &str) {
-        if self.get_alive(connection).is_some() {
-            self.send_goaway(connection, status, text);
-            self.report(connection, CloseReason::Local);
+        let policy = Arc::clone(&self.policy);
+        if let Some(found) = self.get_alive(connection) {
+            found.messages.say_goaway(&policy, status, text);
+            self.report(reactor, connection, CloseReason::Local);
             self.linger(reactor, connection);
         }
     }
 
     fn reject(&mut self, reactor: &mut Reactor, id: ConnectionId, errno: i32, text: &str) {
-        let rejection = self.policy.rejection(errno, text);
+        let policy = Arc::clone(&self.policy);
         if let Some(connection) = self.get_alive(id) {
-            // The welcome, and what it said at once.
-            connection.unsent.clear();
-            connection.unsent_bytes = 0;
-            connection.unsent.push_back(Outgoing::Message(rejection));
-            self.report(id, CloseReason::Rejected);
+            connection.messages.reject(&policy, errno, text);
+            self.report(reactor, id, CloseReason::Rejected);
             self.linger(reactor, id);
         }
     }
@@ -1230,19 +1006,12 @@ impl ServerTransport for Server {
         if !close {
             return;
         }
-        let now = Instant::now();
-        let is_stalled = |connection: &Connection| {
-            matches!(connection.state, State::Open(_))
-                && connection.waiting.is_some_and(|(since, _)| since + self.policy.stall_timeout <= now)
-        };
+        let timeout = self.policy.stall_timeout;
         let stalled: Vec<_> = self
             .connections
             .iter()
-            .filter(|(_, connection)| is_stalled(connection))
-            .map(|(index, connection)| ConnectionId {
-                index: index as u32,
-                generation: connection.generation,
-            })
+            .filter(|(_, connection)| connection.messages.is_stalled(timeout, reactor.clock()))
+            .map(|(_, connection)| connection.id())
             .collect();
         for id in stalled {
             self.end(reactor, id, CloseReason::Evicted);
@@ -1250,6 +1019,7 @@ impl ServerTransport for Server {
     }
 
     fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
+        // Read anew: the worker may have been held up since the iteration began.
         let now = Instant::now();
         if now - self.asked >= ALIVE_FOR {
             self.asked = now;
@@ -1259,14 +1029,14 @@ impl ServerTransport for Server {
     }
 
     fn unsent_bytes(&self, id: ConnectionId) -> usize {
-        let connection = self.connections.get(id.index as usize).filter(|c| c.generation == id.generation);
-        connection.map_or(0, |connection| connection.unsent_bytes + connection.qp.held_bytes())
+        let connection = self.connections.get(id.index as usize).filter(|found| found.id() == id);
+        connection.map_or(0, |connection| connection.messages.unsent_bytes() + connection.qp.held_bytes())
     }
 
     fn is_sending(&self) -> bool {
         self.connections
             .iter()
-            .any(|(_, connection)| !connection.unsent.is_empty() || !connection.qp.is_idle())
+            .any(|(_, connection)| connection.messages.has_unsent() || !connection.qp.is_idle())
     }
 
     fn connections(&self) -> usize {

@@ -131,6 +131,20 @@ impl SendBatch {
         }
     }
 
+    /// All of it, as if it had been sent.
+    #[cfg(test)]
+    pub(crate) fn take_all(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for piece in &self.pieces {
+            all.extend_from_slice(match piece {
+                Piece::Bytes(range) => &self.bytes[range.clone()],
+                Piece::Slot(range) => range.bytes(),
+            });
+        }
+        self.advance(all.len());
+        all
+    }
+
     /// The message header for the kernel. It points into this batch, which must not move or change until the
     /// kernel is done.
     pub(super) fn msghdr(&mut self) -> *const libc::msghdr {

@@ -16,6 +16,7 @@
 //! Tokens carry an owner number so that a worker can tell whose event it is; the value is the owner's.
 
 mod batch;
+mod clock;
 mod epoll;
 mod mailbox;
 mod nonblocking;
@@ -33,6 +34,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
+pub use clock::Clock;
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
 pub use received::Received;
 pub use sources::{FileWatch, Signals, block_signals};
@@ -287,6 +289,7 @@ pub struct Reactor {
     /// See [`Reactor::expect`].
     expected: u32,
     sleeps: u64,
+    clock: Clock,
 }
 
 impl Reactor {
@@ -314,6 +317,7 @@ impl Reactor {
             fixed_retired: Rc::default(),
             expected: 1,
             sleeps: 0,
+            clock: Clock::default(),
         })
     }
 
@@ -330,6 +334,11 @@ impl Reactor {
     /// Wakes this reactor from other threads.
     pub fn waker(&self) -> Waker {
         self.waker.clone()
+    }
+
+    /// The time, as of this iteration of the event loop.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     /// How often it has gone to sleep.
@@ -451,6 +460,17 @@ impl Reactor {
     /// there is news elsewhere, and if so the turn comes back. Its argument says that the reactor is about to
     /// sleep, so that news from then on must wake it.
     pub fn poll_with(
+        &mut self,
+        wait: Wait,
+        events: &mut Vec<Event>,
+        look: &mut dyn FnMut(bool) -> bool,
+    ) -> io::Result<()> {
+        let polled = self.poll_until(wait, events, look);
+        self.clock.advance();
+        polled
+    }
+
+    fn poll_until(
         &mut self,
         wait: Wait,
         events: &mut Vec<Event>,

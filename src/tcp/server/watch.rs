@@ -13,13 +13,11 @@
 //!
 //! [`Policy::unreachable_timeout`]: crate::handshake::Policy::unreachable_timeout
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::net::sockopt;
-
-use super::{Connection, Server, State};
+use super::{Kind, Server, entry};
 use crate::reactor::{Reactor, TcpInfo, Token};
-use crate::transport::{CloseReason, ConnectionId};
+use crate::transport::ConnectionId;
 
 /// The kernel is asked so often within the timeout.
 const LOOKS: u8 = 6;
@@ -28,8 +26,6 @@ const LOOKS: u8 = 6;
 const ATTEMPTS: u32 = 3;
 /// In one iteration of the event loop the kernel is asked about so many connections at most.
 const LOOKS_AT_ONCE: usize = 64;
-/// The token's value of the timer for the next looks. No connection has this index.
-pub(super) const LOOK: u64 = u64::MAX;
 
 /// A connection to which something was sent.
 pub(super) struct Watched {
@@ -74,16 +70,16 @@ impl Watched {
 impl Server {
     /// Something is sent to the peer.
     #[cold]
-    pub(super) fn watch(&mut self, reactor: &mut Reactor, connection: &mut Connection) {
-        connection.is_watched = true;
+    pub(super) fn watch(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         if self.watched.is_empty() {
-            self.look_in(reactor, self.policy.unreachable_timeout / LOOKS.into());
+            self.look_in(reactor, self.shared.policy.unreachable_timeout / LOOKS.into());
         }
-        self.watched.push_back(Watched::new(connection.id));
+        self.watched.push_back(Watched::new(id));
     }
 
     fn look_in(&self, reactor: &mut Reactor, time: Duration) {
-        reactor.timer(Instant::now() + time, Token { owner: self.owner, value: LOOK });
+        let at = reactor.clock().now() + time;
+        reactor.timer(at, Token { owner: self.owner, value: Kind::Watch as u64 });
     }
 
     /// Looks at the connections on the list, a part of them at a time.
@@ -99,26 +95,25 @@ impl Server {
         if self.looks_left > 0 {
             self.look_in(reactor, Duration::ZERO);
         } else if !self.watched.is_empty() {
-            self.look_in(reactor, self.policy.unreachable_timeout / LOOKS.into());
+            self.look_in(reactor, self.shared.policy.unreachable_timeout / LOOKS.into());
         }
     }
 
     /// Returns it if it stays on the list.
     fn look_at(&mut self, reactor: &mut Reactor, mut watched: Watched) -> Option<Watched> {
-        let mut connection = self.take(watched.connection)?;
+        let id = watched.connection;
+        let connection = entry(&mut self.entries, id)?;
         let verdict = match TcpInfo::of(&connection.socket) {
-            Ok(info) if connection.state == State::Open => watched.judge(&info),
+            Ok(info) if connection.stream.is_open() => watched.judge(&info),
             _ => Action::Settled,
         };
         // A send that waits for room may go on without a new one.
-        let stays = verdict == Action::Wait || (verdict == Action::Settled && connection.send_in_flight);
+        let stays = verdict == Action::Wait || (verdict == Action::Settled && connection.stream.is_sending());
         connection.is_watched = stays;
         if verdict == Action::Unreachable {
-            // The kernel need not keep what it has for this peer.
-            let _ = sockopt::set_socket_linger(&connection.socket, Some(Duration::ZERO));
-            self.end(&mut connection, CloseReason::Unreachable);
+            connection.stream.end_unreachable(&mut self.shared);
         }
-        self.put(reactor, connection);
+        self.settle(reactor, id);
         stays.then_some(watched)
     }
 }

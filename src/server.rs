@@ -1,0 +1,23 @@
+//! The server's side of a connection, as every transport has it: the protocol without the I/O.
+//!
+//! ```text
+//!   tcp::Server                     rdma::Server, loopback::Server       moves bytes; knows sockets, queue pairs
+//!        |                                |                              and the reactor
+//!   StreamConnection                 MessageConnection                   messages out of a stream of bytes, or
+//!        |                                |                              whole; what to send next
+//!        +---------- ConnectionCore ------+                              phases, credits, ids, limits, deadlines
+//! ```
+//!
+//! Nothing here makes a system call or asks for the time: a transport passes in what has happened and its
+//! clock, and asks what is to be done next. So all of it is tested with a clock of the test's own.
+
+mod core;
+mod in_flight;
+mod message;
+mod outbox;
+mod stream;
+
+pub(crate) use core::{ConnectionCore, Control, Due, Phase};
+pub(crate) use in_flight::InFlight;
+pub(crate) use message::{DataSource, MessageConnection, Outgoing, Taken};
+pub(crate) use stream::{Close, Receive, StreamConnection, StreamShared};

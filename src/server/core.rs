@@ -1,0 +1,344 @@
+//! What a server does with a connection on every transport: phases, credits, ids, limits, deadlines.
+
+use std::time::{Duration, Instant};
+
+use super::InFlight;
+use crate::error::{Status, Violation};
+use crate::handshake::{Peer, Policy};
+use crate::message::{self, Kind, Limits, Message};
+use crate::reactor::Clock;
+use crate::transport::{CloseReason, ConnectionId};
+use crate::tuning::{KEEPALIVES_MISSED_MAX, LINGER};
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// The hello has not come, or not all of it.
+    Handshake,
+    /// Requests may come.
+    Open,
+    /// Over, and reported as closed: its goaway or rejection is on the way.
+    Lingering,
+    /// Over: nothing is sent or received any more.
+    Dead,
+}
+
+/// What is due with a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// Nothing: ask again at [`ConnectionCore::deadline`].
+    Nothing,
+    /// The peer has not done in time what it must: the connection fails.
+    Fail(Violation),
+    /// It has lingered for long enough.
+    Drop,
+}
+
+/// What a message that is no request calls for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Control {
+    /// Answer with a pong of this id.
+    Pong(u64),
+    /// A pong, which this side has not asked for.
+    Ignore,
+    /// The peer has closed the connection.
+    Closed(CloseReason),
+}
+
+/// One connection, as the protocol sees it. `R` is what a transport keeps of a request in flight.
+#[derive(Debug)]
+pub(crate) struct ConnectionCore<R> {
+    pub id: ConnectionId,
+    phase: Phase,
+    limits: Limits,
+    /// The most requests in flight.
+    credits: usize,
+    pub in_flight: InFlight<R>,
+    /// How often the peer promised to send something; zero: it did not.
+    keepalive: Duration,
+    /// Something has come since the last such interval began.
+    is_heard: bool,
+    /// So many such intervals in a row have passed in silence.
+    missed: u8,
+    deadline: Option<Instant>,
+}
+
+impl<R> ConnectionCore<R> {
+    /// A connection whose handshake is still to come.
+    pub fn new(id: ConnectionId, policy: &Policy, clock: &Clock) -> Self {
+        Self {
+            id,
+            phase: Phase::Handshake,
+            limits: Limits { crc: false, data_bytes_max: 0 },
+            credits: 0,
+            in_flight: InFlight::default(),
+            keepalive: Duration::ZERO,
+            is_heard: false,
+            missed: 0,
+            deadline: Some(clock.now() + policy.handshake_timeout),
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.phase == Phase::Open
+    }
+
+    /// What the peer may send.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub fn crc(&self) -> bool {
+        self.limits.crc
+    }
+
+    /// The most requests in flight.
+    pub fn credits(&self) -> usize {
+        self.credits
+    }
+
+    /// The handshake is over: this is granted.
+    pub fn open(&mut self, peer: &Peer, clock: &Clock) {
+        self.phase = Phase::Open;
+        self.limits = peer.grant.limits();
+        self.credits = peer.grant.credits() as usize;
+        self.keepalive = peer.keepalive;
+        self.is_heard = true;
+        self.deadline = (!peer.keepalive.is_zero()).then(|| clock.now() + peer.keepalive);
+    }
+
+    /// The peer is not expected to say anything any more, as it has promised: it does so elsewhere.
+    pub fn release_keepalive(&mut self) {
+        self.keepalive = Duration::ZERO;
+        self.deadline = None;
+    }
+
+    /// Something has come from the peer.
+    pub fn on_receive(&mut self) {
+        self.is_heard = true;
+    }
+
+    /// Takes in a request with no more than what was granted, and an id of its own.
+    pub fn admit(&mut self, id: u64, request: R) -> Result<(), Violation> {
+        if self.in_flight.len() >= self.credits {
+            return Err(Violation::Credits);
+        }
+        if self.in_flight.contains(id) {
+            return Err(Violation::RequestId);
+        }
+        self.in_flight.insert(id, request);
+        Ok(())
+    }
+
+    /// What a message that is no request calls for.
+    pub fn on_control(&self, message: &Message<'_>) -> Result<Control, Violation> {
+        match message {
+            Message::Ping(id) => Ok(Control::Pong(*id)),
+            Message::Pong(_) => Ok(Control::Ignore),
+            Message::Goaway(status, _) => Ok(Control::Closed(self.ended_by(*status))),
+            Message::Request(..) => Err(Violation::Kind(Kind::Request as u8)),
+            Message::Response(..) => Err(Violation::Kind(Kind::Response as u8)),
+            Message::QueuePair(..) => Err(Violation::Kind(Kind::QueuePair as u8)),
+        }
+    }
+
+    /// Why it has ended when its peer says so with this status.
+    pub fn ended_by(&self, status: Status) -> CloseReason {
+        let is_finished = self.is_open() && self.in_flight.is_empty() && status.is_ok();
+        if is_finished { CloseReason::Finished } else { CloseReason::Lost(status.errno) }
+    }
+
+    /// When something is due: [`ConnectionCore::on_timer`].
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// What is due. A peer is not heard while it is not read from.
+    pub fn on_timer(&mut self, clock: &Clock, is_read_from: bool) -> Due {
+        let now = clock.now();
+        if self.deadline.is_none_or(|at| now < at) {
+            return Due::Nothing;
+        }
+        self.deadline = None;
+        match self.phase {
+            Phase::Handshake => Due::Fail(Violation::HandshakeTimeout),
+            Phase::Lingering => Due::Drop,
+            Phase::Dead => Due::Nothing,
+            Phase::Open => {
+                let is_silent = is_read_from && !std::mem::take(&mut self.is_heard);
+                self.missed = if is_silent { self.missed + 1 } else { 0 };
+                if self.missed >= KEEPALIVES_MISSED_MAX {
+                    return Due::Fail(Violation::Silent);
+                }
+                self.deadline = Some(now + self.keepalive);
+                Due::Nothing
+            }
+        }
+    }
+
+    /// The last words to the peer: a goaway, or a rejection in the place of the welcome. None for one that
+    /// does not speak raio, and would not understand, and for one that has had them.
+    pub fn last_words(&self, policy: &Policy, status: Status, text: &str) -> Option<Vec<u8>> {
+        match self.phase {
+            Phase::Handshake => Some(policy.rejection(status.errno, text)),
+            Phase::Open => {
+                let mut goaway = Vec::new();
+                message::encode_goaway(status, text, self.limits.crc, &mut goaway);
+                Some(goaway)
+            }
+            Phase::Lingering | Phase::Dead => None,
+        }
+    }
+
+    /// It is over, once what is on the way to its peer has had a while to get there.
+    pub fn linger(&mut self, clock: &Clock) {
+        self.phase = Phase::Lingering;
+        self.in_flight.clear();
+        self.deadline = Some(clock.now() + LINGER);
+    }
+
+    /// It is over.
+    pub fn die(&mut self) {
+        self.phase = Phase::Dead;
+        self.deadline = None;
+    }
+}
+
+/// What a peer is told that broke the protocol. A violation in the first bytes is no raio: nothing is said.
+pub(super) fn words_for(violation: Violation) -> Option<(Status, String)> {
+    let status = Status { retryable: false, ..Status::protocol(violation.errno()) };
+    (violation != Violation::Magic).then(|| (status, format!("{violation}.")))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::handshake::Offer;
+    use crate::message::Parsed;
+
+    /// A client that was granted this queue depth.
+    pub(crate) fn peer(queue_depth: u32) -> Peer {
+        let hello = Offer { queue_depth, ..Offer::new("test") }.hello();
+        let Ok(Parsed::Item((peer, _), _)) = Policy::default().welcome(&hello) else { panic!("no welcome") };
+        peer
+    }
+
+    const ID: ConnectionId = ConnectionId { index: 0, generation: 0 };
+
+    struct Run {
+        start: Instant,
+        core: ConnectionCore<()>,
+    }
+
+    impl Run {
+        fn new() -> Self {
+            let start = Instant::now();
+            Self { start, core: ConnectionCore::new(ID, &Policy::default(), &Clock::at(start)) }
+        }
+
+        fn open(keepalive: Duration) -> Self {
+            let mut run = Self::new();
+            let clock = run.clock(0);
+            run.core.open(&Peer { keepalive, ..peer(2) }, &clock);
+            run
+        }
+
+        fn clock(&self, ms: u64) -> Clock {
+            Clock::at(self.start + Duration::from_millis(ms))
+        }
+
+        fn at(&mut self, ms: u64, is_read_from: bool) -> Due {
+            let clock = self.clock(ms);
+            self.core.on_timer(&clock, is_read_from)
+        }
+    }
+
+    #[test]
+    fn a_handshake_has_a_deadline() {
+        let mut run = Run::new();
+        assert_eq!(run.at(4999, true), Due::Nothing);
+        assert_eq!(run.at(5000, true), Due::Fail(Violation::HandshakeTimeout));
+    }
+
+    #[test]
+    fn a_peer_that_promised_nothing_may_be_silent() {
+        assert_eq!(Run::open(Duration::ZERO).core.deadline(), None);
+    }
+
+    #[test]
+    fn a_peer_that_breaks_its_promise_three_times_fails() {
+        let mut run = Run::open(Duration::from_millis(100));
+        for ms in [100, 200, 300] {
+            assert_eq!(run.at(ms, true), Due::Nothing);
+        }
+        assert_eq!(run.at(400, true), Due::Fail(Violation::Silent));
+    }
+
+    #[test]
+    fn a_peer_that_says_anything_is_given_the_whole_time_again() {
+        let mut run = Run::open(Duration::from_millis(100));
+        for ms in (100..1500).step_by(100) {
+            if ms % 300 == 0 {
+                run.core.on_receive();
+            }
+            assert_eq!(run.at(ms, true), Due::Nothing, "at {ms} ms");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_is_not_read_from_is_not_silent() {
+        let mut run = Run::open(Duration::from_millis(100));
+        for ms in (100..1500).step_by(100) {
+            assert_eq!(run.at(ms, false), Due::Nothing);
+        }
+        // Nor is it the moment after.
+        assert_eq!(run.at(1500, true), Due::Nothing);
+    }
+
+    #[test]
+    fn requests_beyond_the_credits_and_ids_in_flight_are_violations() {
+        let mut run = Run::open(Duration::ZERO);
+        // A queue depth of 2, and one for control messages.
+        for id in [5, 6, 7] {
+            assert_eq!(run.core.admit(id, ()), Ok(()));
+        }
+        assert_eq!(run.core.admit(8, ()), Err(Violation::Credits));
+        run.core.in_flight.remove(5);
+        assert_eq!(run.core.admit(6, ()), Err(Violation::RequestId));
+        assert_eq!(run.core.admit(5, ()), Ok(()));
+    }
+
+    #[test]
+    fn a_connection_has_finished_only_if_nothing_is_in_flight_and_all_is_well() {
+        let mut run = Run::open(Duration::ZERO);
+        assert_eq!(run.core.ended_by(Status::OK), CloseReason::Finished);
+        assert_eq!(run.core.ended_by(Status::protocol(libc::EPROTO)), CloseReason::Lost(libc::EPROTO));
+        run.core.admit(1, ()).unwrap();
+        assert_eq!(run.core.ended_by(Status::OK), CloseReason::Lost(0));
+        assert_eq!(Run::new().core.ended_by(Status::OK), CloseReason::Lost(0), "no handshake");
+    }
+
+    #[test]
+    fn a_connection_lingers_for_a_while_and_says_its_last_words_once() {
+        let mut run = Run::open(Duration::from_millis(100));
+        let policy = Policy::default();
+        assert!(run.core.last_words(&policy, Status::OK, "").is_some());
+        let clock = run.clock(1000);
+        run.core.linger(&clock);
+        assert!(run.core.last_words(&policy, Status::OK, "").is_none());
+        assert_eq!(run.at(1999, true), Due::Nothing);
+        assert_eq!(run.at(2000, true), Due::Drop);
+    }
+
+    #[test]
+    fn messages_that_are_not_for_a_server_are_violations() {
+        let run = Run::open(Duration::ZERO);
+        assert_eq!(run.core.on_control(&Message::Ping(9)), Ok(Control::Pong(9)));
+        let response = message::Response::of_data(1, 0);
+        assert_eq!(run.core.on_control(&Message::Response(response, &[])), Err(Violation::Kind(2)));
+    }
+}
