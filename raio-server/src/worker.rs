@@ -7,18 +7,21 @@
 
 mod admission;
 mod command;
-mod connection;
+mod connections;
+mod device_queues;
 mod fast_path;
 #[cfg(debug_assertions)]
 mod filter;
+mod lifecycle;
+mod local_sessions;
 mod pipeline;
+mod requests;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::rc::Rc;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -28,9 +31,8 @@ use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, ConnectionId, ServerEvent, ServerTransport};
+use raio_transport::transport::{self, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma};
-use slab::Slab;
 
 use crate::config::BackendKind;
 use crate::engine::{self, Engine, Threads, Uring};
@@ -38,12 +40,15 @@ use crate::export::Exports;
 use crate::limits::ConnectionPermit;
 use crate::log;
 use crate::placement::Placement;
-use crate::request::{Request, State, WorkerFile};
+use crate::request::State;
 use crate::session::Sessions;
 use crate::stats::Counters;
 use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
 use admission::Admission;
-use connection::{Connection, LocalSession};
+use connections::{Arrival, Connections};
+use device_queues::DeviceQueues;
+use local_sessions::LocalSessions;
+use requests::Requests;
 
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
@@ -141,25 +146,13 @@ pub struct Worker {
     arena: Arena,
     transport: mux::Server,
     engine: Box<dyn Engine>,
-    connections: Slab<Connection>,
-    /// Of all connections, those in their handshake among them. The transport holds them, too, and longer:
-    /// until a socket is closed.
-    permits: HashMap<ConnectionId, Arc<ConnectionPermit>>,
-    /// Connections by the transport's index for them.
-    by_transport: Vec<Option<usize>>,
-    sessions: Slab<LocalSession>,
-    sessions_by_id: HashMap<SessionId, usize>,
-    requests: Slab<Request>,
-    /// How many requests are in each state.
-    in_state: [usize; 3],
-    /// O_DIRECT reads and writes that devices have.
-    at_devices: usize,
-    /// Files whose devices have reported, and have not yet got more.
-    reported: Vec<Rc<WorkerFile>>,
+    connections: Connections,
+    sessions: LocalSessions,
+    requests: Requests,
+    admission: Admission,
+    device_queues: DeviceQueues,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
-    /// Who gets memory.
-    admission: Admission,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
     /// An option limits the requests of a session or an address.
@@ -170,8 +163,6 @@ pub struct Worker {
     /// The last turn did something, which may have consequences that no event announces.
     is_busy: bool,
     drain: Option<Drain>,
-    /// Whom the connections are with.
-    peers: HashMap<ConnectionId, SocketAddr>,
 }
 
 /// What the server learns of a worker's start.
@@ -266,22 +257,16 @@ impl Worker {
             reactor,
             arena,
             engine,
-            connections: Slab::new(),
-            permits: HashMap::new(),
-            by_transport: Vec::new(),
-            sessions: Slab::new(),
-            sessions_by_id: HashMap::new(),
-            requests: Slab::new(),
-            in_state: [0; 3],
-            at_devices: 0,
-            reported: Vec::new(),
+            connections: Connections::default(),
+            sessions: LocalSessions::default(),
+            requests: Requests::default(),
+            device_queues: DeviceQueues::default(),
             closing: 0,
             deferred: VecDeque::new(),
             events: Vec::new(),
             handed_over: false,
             is_busy: false,
             drain: None,
-            peers: HashMap::new(),
         };
         Ok((worker, started))
     }
@@ -323,7 +308,7 @@ impl Worker {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         // Who has just got a batch of writes may want this core: no spinning against it.
         let spins = wait == Wait::Poll || !std::mem::take(&mut self.handed_over);
-        self.reactor.set_spin_multiplier(if spins { self.at_devices.max(1) } else { 0 });
+        self.reactor.set_spin_multiplier(if spins { self.device_queues.in_flight().max(1) } else { 0 });
         let happened = self.transport.run_once(&mut self.reactor, wait, &mut self.events);
         self.is_busy = happened.context("The event loop failed")?;
         for event in self.events.drain(..) {
@@ -345,11 +330,7 @@ impl Worker {
         while let Some(mail) = self.mail.take() {
             self.is_busy = true;
             match mail {
-                Mail::Forget { session, handle } => {
-                    if let Some(&session) = self.sessions_by_id.get(&session) {
-                        self.forget(session, handle);
-                    }
-                }
+                Mail::Forget { session, handle } => self.sessions.forget(session, handle),
                 Mail::Drain(deadline) => {
                     let reject_at = Instant::now() + GRACE;
                     self.reactor.timer(reject_at, TIMER);
@@ -380,10 +361,7 @@ impl Worker {
             }
         };
         self.transport.hold(id, Arc::clone(&permit) as _);
-        self.permits.insert(id, permit);
-        if let Some(peer) = peer {
-            self.peers.insert(id, peer);
-        }
+        self.connections.arrive(id, Arrival { permit, peer });
     }
 
     fn take_completions(&mut self) {
@@ -397,10 +375,9 @@ impl Worker {
     /// Passes on the connections that belong to other workers.
     fn pass_on(&mut self) {
         while let Some(passed) = self.transport.next_passed() {
-            if let (Some(workers), Some(permit)) =
-                (self.shared.workers.get(), self.permits.remove(&passed.connection))
+            if let (Some(workers), Some(Arrival { permit, peer })) =
+                (self.shared.workers.get(), self.connections.take_arriving(passed.connection))
             {
-                let peer = self.peers.remove(&passed.connection);
                 let connection = RawConnection::Passed(passed.stream, peer, passed.hello);
                 workers[passed.to].connections.send((connection, permit));
             }
@@ -428,7 +405,7 @@ impl Worker {
     }
 
     fn take_request(&mut self, request: &transport::Request) {
-        if let Some(connection) = self.connection(request.key.connection)
+        if let Some(connection) = self.connections.key(request.key.connection)
             && self.connections[connection].violation.is_none()
         {
             self.command(connection, request);
@@ -445,9 +422,9 @@ impl Worker {
     fn publish(&mut self) {
         let counters = &self.counters;
         counters.connections.set(self.transport.connections() as u64);
-        counters.need_slot.set(self.in_state[State::NeedSlot as usize] as u64);
-        counters.fetching.set(self.in_state[State::Fetching as usize] as u64);
-        counters.executing.set((self.in_state[State::Executing as usize] + self.closing) as u64);
+        counters.need_slot.set(self.requests.in_state(State::NeedSlot) as u64);
+        counters.fetching.set(self.requests.in_state(State::Fetching) as u64);
+        counters.executing.set((self.requests.in_state(State::Executing) + self.closing) as u64);
         counters.slot_bytes.set(self.arena.used_bytes() as u64);
         let (heap_bytes, message_waits) = self.transport.heap();
         counters.heap_bytes.set(heap_bytes as u64);
@@ -477,9 +454,9 @@ impl Worker {
             return None;
         }
         if now >= drain.deadline {
-            return Some(self.connections.is_empty() && self.requests.is_empty());
+            return Some(self.connections.none_is_open() && self.requests.is_empty());
         }
-        if self.connections.is_empty() {
+        if self.connections.none_is_open() {
             if self.transport.connections() == 0 {
                 return Some(true);
             }
@@ -493,8 +470,8 @@ impl Worker {
         if !self.deferred.is_empty() || (self.is_busy && now < drain.reject_at + QUIESCE_TIMEOUT) {
             return None;
         }
-        for (_, connection) in &mut self.connections {
-            if connection.requests.is_empty() && self.transport.unsent_bytes(connection.id) == 0 {
+        for (key, connection) in self.connections.iter() {
+            if self.requests.oldest(key).is_none() && self.transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
                 self.transport.close(

@@ -13,7 +13,8 @@ use raio_transport::{Status, Violation};
 use tracing::field::display;
 
 use super::Worker;
-use super::connection::{Connection, log_client};
+use super::connections::Connection;
+use super::lifecycle::log_client;
 use crate::authorize::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
@@ -50,10 +51,12 @@ impl Worker {
             | Command::Fsync { file, .. }
             | Command::Discard { file, .. }
             | Command::WriteZeroes { file, .. }
-            | Command::Allocate { file, .. } => match self.file(connection, file) {
-                Some(file) => authorize(&command, file, self.arena.slot_bytes_max()),
-                None => Err(unknown_handle()),
-            },
+            | Command::Allocate { file, .. } => {
+                match self.sessions.file(self.connections[connection].session, file) {
+                    Some(file) => authorize(&command, file, self.arena.slot_bytes_max()),
+                    None => Err(unknown_handle()),
+                }
+            }
         };
         match work {
             // What is answered on arrival is never in flight.
@@ -71,8 +74,8 @@ impl Worker {
     /// they may.
     #[cold]
     fn count_request(&mut self, connection: usize, request: &transport::Request) -> bool {
-        let Connection { session, account, .. } = &self.connections[connection];
-        let counted = self.sessions[*session].session.begin_request(account);
+        let by = &self.connections[connection];
+        let counted = self.sessions[by.session].session.begin_request(by.account());
         if let Err(Excess { who, text }) = &counted {
             self.counters.rejected_requests[*who as usize].add(1);
             let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
@@ -85,8 +88,8 @@ impl Worker {
     // ---------------------------------------------------------------------------------------------------------------
 
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> Result<Work, Response> {
-        let Connection { peer, name, .. } = &self.connections[connection];
-        let client = peer.map(display);
+        let Connection { arrival, name, .. } = &self.connections[connection];
+        let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         match self.shared.exports.resolve(flags, mode, path) {
             Err(rejection) => Err(self.open_rejected(Some(connection), rejection)),
@@ -120,7 +123,8 @@ impl Worker {
 
     fn open_rejected(&self, connection: Option<usize>, rejection: Rejection) -> Response {
         let Rejection { status, text } = rejection;
-        if let Some(Connection { peer, name, .. }) = connection.map(|key| &self.connections[key]) {
+        if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key]) {
+            let peer = arrival.peer;
             // What the file system says is the client's business, what the operator has decided is theirs.
             if status.class == Class::Policy {
                 log_client!(info, peer, "opens that were rejected", name, "An open was rejected: {text}");
@@ -134,7 +138,7 @@ impl Worker {
     fn give_handle(&mut self, connection: usize, open: OpenFile, info: FileInfo) -> Response {
         let session = self.connections[connection].session;
         let open = Arc::new(open);
-        let account = &self.connections[connection].account;
+        let account = self.connections[connection].account();
         let handle = match self.sessions[session].session.insert(Arc::clone(&open), account) {
             Ok(handle) => handle,
             Err(Excess { who, text }) => {
@@ -142,7 +146,7 @@ impl Worker {
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
-        let file = self.remember(session, WorkerFile::new(handle, open));
+        let file = self.sessions.remember(session, WorkerFile::new(handle, open));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
 
@@ -154,15 +158,16 @@ impl Worker {
         let Some((file, permit)) = self.sessions[session].session.close(handle) else {
             return self.respond(request.key, unknown_handle());
         };
-        self.forget(session, handle);
-        self.tell_others(self.sessions[session].session.id, handle);
+        let id = self.sessions[session].session.id;
+        self.sessions.forget(id, handle);
+        self.tell_others(id, handle);
         let key = self.begin(connection, request.key, Work::Close);
         // Another worker, or a request in flight, may be its last user.
         file.volume.close(Closing::new(self.engine.completions().completer(key as u64), permit));
     }
 
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {
-        let Some(key) = self.request_by_id(connection, id) else {
+        let Some(key) = self.requests.by_id(connection, id) else {
             let text = "The request that was to be cancelled is not outstanding.";
             return self.respond(request.key, failure(Status::storage(libc::ENOENT), text));
         };

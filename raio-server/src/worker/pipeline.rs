@@ -1,23 +1,21 @@
 //! Moves requests along, from their arrival to their answer: see [`crate::request`] for the states.
 
 use std::any::Any;
-use std::rc::Rc;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use raio_transport::memory::Slot;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 use raio_transport::{Status, mux};
-use slab::Slab;
 
 use super::admission::{Demand, StallCheck};
-use super::connection::Connection;
+use super::connections::Connections;
+use super::requests::Cancel;
 use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
 use crate::open::{OpenResult, Opening};
 use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
-use crate::tuning::device::SUBMIT_BATCH;
 use crate::volume::Context;
 
 impl Worker {
@@ -26,19 +24,7 @@ impl Worker {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
         let demand = Demand { connection, bytes: work.slot_len(), export };
-        let request = self.requests.insert(Request {
-            key,
-            connection: Some(connection),
-            state: State::NeedSlot,
-            work,
-            slot_bytes: 0,
-            export,
-            is_cancelled: false,
-            cancel_request: None,
-            operation: None,
-        });
-        self.in_state[State::NeedSlot as usize] += 1;
-        self.connections[connection].requests.push_back(request);
+        let request = self.requests.begin(connection, key, work, export);
         if demand.bytes == 0 {
             self.execute(request, None);
             return request;
@@ -55,12 +41,11 @@ impl Worker {
     }
 
     /// Takes out a request that is over.
-    pub(super) fn remove_request(&mut self, key: usize) -> Request {
-        if self.requests[key].state == State::Fetching {
-            self.admission.set_fetching(self.requests[key].export, false);
+    pub(super) fn end_request(&mut self, key: usize) -> Request {
+        let request = self.requests.end(key);
+        if request.state == State::Fetching {
+            self.admission.set_fetching(request.export, false);
         }
-        let request = self.requests.remove(key);
-        self.in_state[request.state as usize] -= 1;
         self.admission.release(request.connection, request.export, request.slot_bytes);
         request
     }
@@ -125,8 +110,8 @@ impl Worker {
     }
 
     pub(super) fn fetched(&mut self, name: RequestKey, range: SlotRange) {
-        let Some(connection) = self.connection(name.connection) else { return };
-        let Some(key) = self.request_by_id(connection, name.id) else { return };
+        let Some(connection) = self.connections.key(name.connection) else { return };
+        let Some(key) = self.requests.by_id(connection, name.id) else { return };
         if self.requests[key].is_cancelled {
             self.answer(key, cancelled());
         } else {
@@ -149,8 +134,7 @@ impl Worker {
         self.enter(key, State::Executing);
         match (self.requests[key].work.direct_file().cloned(), slot) {
             (Some(file), Some(slot)) => {
-                let admitted = file.device_queue.borrow_mut().admit(key, slot);
-                if let Some(slot) = admitted {
+                if let Some(slot) = self.device_queues.admit(&file, key, slot) {
                     self.begin_direct(&file, key, slot);
                 }
             }
@@ -159,11 +143,8 @@ impl Worker {
     }
 
     fn begin_direct(&mut self, file: &WorkerFile, key: usize, slot: Slot) {
-        self.at_devices += 1;
         self.begin_execution(key, Some(slot));
-        // The device starts on the first while the kernel takes in the others.
-        if self.at_devices.is_multiple_of(SUBMIT_BATCH) && file.device_queue.borrow().coalesces_completions()
-        {
+        if self.device_queues.should_submit(file) {
             self.reactor.submit_now();
         }
     }
@@ -272,48 +253,32 @@ impl Worker {
     /// The last operation of a request has ended.
     fn ended(&mut self, key: usize, response: Response) {
         if let Some(file) = self.requests[key].work.direct_file() {
-            self.at_devices -= 1;
-            if file.device_queue.borrow_mut().ended() {
-                self.reported.push(Rc::clone(file));
-            }
+            self.device_queues.ended(file);
         }
         self.answer(key, response);
     }
 
     /// Gives devices that have reported what was held back for them.
     pub(super) fn feed_devices(&mut self) {
-        while let Some(file) = self.reported.pop() {
-            file.device_queue.borrow_mut().on_batch_complete();
-            loop {
-                let due = file.device_queue.borrow().due();
-                let Some(key) = due else { break };
+        while let Some(file) = self.device_queues.next_reported() {
+            while let Some(key) = self.device_queues.due(&file) {
                 if !self.has_client(key) {
-                    drop(self.take_back(key));
+                    drop(self.device_queues.take_back(&file, key));
                     self.answer(key, cancelled());
-                    continue;
+                } else if let Some((key, slot)) = self.device_queues.begin_next(&file) {
+                    self.begin_direct(&file, key, slot);
                 }
-                let next = file.device_queue.borrow_mut().next();
-                let Some((_, slot)) = next else { break };
-                self.begin_direct(&file, key, slot);
             }
         }
     }
 
-    /// Takes back a request that is held back from its device. Gives its memory; None if it is not.
+    /// Takes back a request that is held back from its device. Returns its memory; None if it is not.
     pub(super) fn take_back(&self, key: usize) -> Option<Slot> {
-        let file = self.requests[key].work.direct_file()?;
-        file.device_queue.borrow_mut().take_back(key)
-    }
-
-    /// A connection's request that is not yet answered, by the client's id.
-    pub(super) fn request_by_id(&self, connection: usize, id: u64) -> Option<usize> {
-        self.connections[connection].requests.iter().copied().find(|&key| self.requests[key].key.id == id)
+        self.device_queues.take_back(self.requests[key].work.direct_file()?, key)
     }
 
     fn enter(&mut self, key: usize, state: State) {
-        let before = std::mem::replace(&mut self.requests[key].state, state);
-        self.in_state[before as usize] -= 1;
-        self.in_state[state as usize] += 1;
+        let before = self.requests.enter(key, state);
         if before == State::Fetching || state == State::Fetching {
             self.admission.set_fetching(self.requests[key].export, state == State::Fetching);
         }
@@ -321,11 +286,8 @@ impl Worker {
 
     /// Ends a request that was begun. If its connection has gone, the answer goes nowhere.
     pub(super) fn answer(&mut self, key: usize, response: Response) {
-        let request = self.remove_request(key);
+        let request = self.end_request(key);
         let Some(connection) = request.connection else { return };
-        let entry = &mut self.connections[connection];
-        let at = entry.requests.iter().position(|&other| other == key);
-        at.and_then(|at| entry.requests.remove(at));
         if self.counts_requests {
             self.uncount_request(connection, &request.work);
         }
@@ -352,8 +314,8 @@ impl Worker {
     pub(super) fn uncount_request(&self, connection: usize, work: &Work) {
         // A close is no burden: it ends one.
         if !matches!(work, Work::Close) {
-            let Connection { session, account, .. } = &self.connections[connection];
-            self.sessions[*session].session.end_request(account);
+            let connection = &self.connections[connection];
+            self.sessions[connection.session].session.end_request(connection.account());
         }
     }
 
@@ -382,17 +344,14 @@ impl Worker {
 
     /// Cancels a request as far as that goes.
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
-        self.requests[key].is_cancelled = true;
-        let request = &self.requests[key];
-        match request.state {
-            State::NeedSlot => {
+        match self.requests.cancel(key) {
+            Cancel::NotBegun => {
                 self.admission.cancel(connection, key);
                 self.answer(key, cancelled());
             }
-            // When its data has come.
-            State::Fetching => {}
-            State::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
-            State::Executing => self.cancel_operation(key),
+            Cancel::WhenFetched => {}
+            Cancel::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
+            Cancel::Executing => self.cancel_operation(key),
         }
     }
 }
@@ -400,7 +359,7 @@ impl Worker {
 /// How many bytes the unsent responses of a connection hold.
 pub(super) fn unsent_bytes<'a>(
     transport: &'a mux::Server,
-    connections: &'a Slab<Connection>,
+    connections: &'a Connections,
 ) -> impl Fn(usize) -> usize + Copy + 'a {
     |connection| transport.unsent_bytes(connections[connection].id)
 }

@@ -1,6 +1,7 @@
 //! A device that reports only when it has nothing left to do: see [`crate::device_queue`].
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Weak;
 
 use rustix::fs::{Mode, OFlags};
@@ -102,7 +103,7 @@ fn late_bench() -> Option<(Bench, Rc<Cell<bool>>)> {
     may_report.set(true);
     bench.read(DEPTH);
     bench.collect(DEPTH);
-    assert_eq!((bench.worker.at_devices, bench.worker.requests.len()), (0, 0));
+    assert_eq!((bench.worker.device_queues.in_flight(), bench.worker.requests.len()), (0, 0));
     may_report.set(false);
     Some((bench, may_report))
 }
@@ -113,10 +114,10 @@ fn has_something_to_do_as_soon_as_it_reports() {
     bench.read(DEPTH);
     for _ in 0..50 {
         until(&mut bench.worker, "all are taken in", |worker| worker.requests.len() == DEPTH);
-        assert_eq!(bench.worker.at_devices, BEGUN);
+        assert_eq!(bench.worker.device_queues.in_flight(), BEGUN);
         may_report.set(true);
         until(&mut bench.worker, "it reports", |worker| worker.requests.len() == HELD);
-        assert_eq!(bench.worker.at_devices, HELD, "it has nothing to do");
+        assert_eq!(bench.worker.device_queues.in_flight(), HELD, "it has nothing to do");
         may_report.set(false);
         assert!(bench.collect(BEGUN).is_empty());
         bench.read(BEGUN);
@@ -148,5 +149,5 @@ fn a_client_that_goes_leaves_nothing_behind() {
     until(&mut bench.worker, "what is held back is gone", |worker| worker.requests.len() <= BEGUN);
     may_report.set(true);
     until(&mut bench.worker, "the rest is gone", |worker| worker.requests.is_empty());
-    assert_eq!((bench.worker.at_devices, bench.worker.arena.used_bytes()), (0, 0));
+    assert_eq!((bench.worker.device_queues.in_flight(), bench.worker.arena.used_bytes()), (0, 0));
 }

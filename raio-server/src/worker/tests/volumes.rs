@@ -229,7 +229,7 @@ impl Bench {
     /// Takes turns until the volume has so many operations.
     fn until_submitted(&mut self, count: usize) {
         until(&mut self.worker, "all are submitted", |worker| {
-            worker.in_state[State::Executing as usize] == count
+            worker.requests.in_state(State::Executing) == count
         });
     }
 }
@@ -289,7 +289,7 @@ fn a_request_on_another_thread_is_cancelled_if_that_can() {
             assert!(bench.collect(DEPTH - 1).is_empty());
         } else {
             until(&mut bench.worker, "it is told", |worker| {
-                worker.requests.iter().any(|(_, request)| request.is_cancelled)
+                worker.requests.of(0).any(|request| worker.requests[request].is_cancelled)
             });
             thread.send(Tell::Release).unwrap();
             let replies = bench.replies(DEPTH + 1);
@@ -325,7 +325,7 @@ fn a_client_that_goes_leaves_nothing_on_another_thread() {
         bench.until_submitted(2 * DEPTH);
         let Bench { client, mut worker, .. } = bench;
         drop(client);
-        until(&mut worker, "the connection has gone", |worker| worker.connections.is_empty());
+        until(&mut worker, "the connection has gone", |worker| worker.connections.none_is_open());
         if !can_cancel {
             assert_eq!(worker.requests.len(), 2 * DEPTH, "their memory is still in use");
             thread.send(Tell::Release).unwrap();

@@ -1,0 +1,197 @@
+//! The connections of a worker: those in their handshake, and those that are open.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::ops::{Index, IndexMut};
+use std::sync::Arc;
+
+use raio_transport::Violation;
+use raio_transport::transport::ConnectionId;
+use slab::Slab;
+
+use crate::client::Client;
+use crate::limits::{AddressAccount, ConnectionPermit};
+
+/// What is known of a connection from the first.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Counts it, until it is gone. The transport has it, too, and for longer: until the socket is closed.
+    pub permit: Arc<ConnectionPermit>,
+    /// Where its client is, if that is known.
+    pub peer: Option<SocketAddr>,
+}
+
+/// A connection that has finished its handshake.
+#[derive(Debug)]
+pub struct Connection {
+    /// The transport's name for it.
+    pub id: ConnectionId,
+    /// What was known before.
+    pub arrival: Arrival,
+    /// Its session's key.
+    pub session: usize,
+    /// What its client did wrong: it is closing.
+    pub violation: Option<Violation>,
+    /// It is counted in [`crate::placement`].
+    pub has_data: bool,
+    /// What the client calls itself.
+    pub name: String,
+    /// What waits in lanes on its behalf is cancelled once this has gone.
+    pub client: Arc<Client>,
+}
+
+impl Connection {
+    /// Where its client is.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.arrival.peer
+    }
+
+    /// What all workers count for its address.
+    pub fn account(&self) -> &AddressAccount {
+        self.arrival.permit.address()
+    }
+}
+
+/// See the module documentation. A connection's key is its index here.
+#[derive(Debug, Default)]
+pub struct Connections {
+    /// Those in their handshake, and those that were rejected at its end.
+    arriving: HashMap<ConnectionId, Arrival>,
+    open: Slab<Connection>,
+    /// The keys of those that are open, by the index in the transport's name.
+    keys: Vec<Option<usize>>,
+}
+
+impl Connections {
+    /// A connection has arrived.
+    pub fn arrive(&mut self, id: ConnectionId, arrival: Arrival) {
+        self.arriving.insert(id, arrival);
+    }
+
+    /// What is known of a connection that has not opened.
+    pub fn arriving(&self, id: ConnectionId) -> Option<&Arrival> {
+        self.arriving.get(&id)
+    }
+
+    /// Takes out a connection that has not opened: it has ended, or opens now, or goes to another worker.
+    pub fn take_arriving(&mut self, id: ConnectionId) -> Option<Arrival> {
+        self.arriving.remove(&id)
+    }
+
+    /// A connection has opened. Returns its key.
+    pub fn open(&mut self, connection: Connection) -> usize {
+        let index = connection.id.index as usize;
+        let key = self.open.insert(connection);
+        if self.keys.len() <= index {
+            self.keys.resize(index + 1, None);
+        }
+        self.keys[index] = Some(key);
+        key
+    }
+
+    /// The key of an open connection.
+    pub fn key(&self, id: ConnectionId) -> Option<usize> {
+        let key = (*self.keys.get(id.index as usize)?)?;
+        (self.open[key].id == id).then_some(key)
+    }
+
+    /// An open connection has ended.
+    pub fn close(&mut self, key: usize) -> Connection {
+        let connection = self.open.remove(key);
+        self.keys[connection.id.index as usize] = None;
+        connection
+    }
+
+    /// Those that are open.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Connection)> {
+        self.open.iter()
+    }
+
+    /// Whether none is open.
+    pub fn none_is_open(&self) -> bool {
+        self.open.is_empty()
+    }
+}
+
+impl Index<usize> for Connections {
+    type Output = Connection;
+
+    fn index(&self, key: usize) -> &Connection {
+        &self.open[key]
+    }
+}
+
+impl IndexMut<usize> for Connections {
+    fn index_mut(&mut self, key: usize) -> &mut Connection {
+        &mut self.open[key]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{Caps, Limits, Room};
+
+    fn id(index: u32, generation: u32) -> ConnectionId {
+        ConnectionId { index, generation }
+    }
+
+    /// A connection that arrives. Its permit is the second reference to what is returned.
+    fn arrive(connections: &mut Connections, id: ConnectionId) -> Arc<ConnectionPermit> {
+        let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 1 };
+        let permit = Arc::new(Limits::new(room, Caps::default(), Caps::default()).connect(None).unwrap());
+        connections.arrive(id, Arrival { permit: Arc::clone(&permit), peer: None });
+        permit
+    }
+
+    fn open(connections: &mut Connections, id: ConnectionId) -> usize {
+        let arrival = connections.take_arriving(id).expect("it has arrived");
+        connections.open(Connection {
+            id,
+            arrival,
+            session: 0,
+            violation: None,
+            has_data: true,
+            name: String::new(),
+            client: Client::new(None),
+        })
+    }
+
+    #[test]
+    fn a_connection_is_known_by_one_name_from_its_arrival_to_its_end() {
+        let mut connections = Connections::default();
+        let permit = arrive(&mut connections, id(5, 1));
+        assert!(connections.arriving(id(5, 1)).is_some());
+        assert_eq!(connections.key(id(5, 1)), None, "it has not opened");
+        let key = open(&mut connections, id(5, 1));
+        assert!(connections.arriving(id(5, 1)).is_none());
+        assert_eq!(connections.key(id(5, 1)), Some(key));
+        assert_eq!(connections[key].id, id(5, 1));
+        assert_eq!(Arc::strong_count(&permit), 2);
+        drop(connections.close(key));
+        assert_eq!(Arc::strong_count(&permit), 1, "its permit is free");
+        assert!(connections.none_is_open() && connections.key(id(5, 1)).is_none());
+    }
+
+    #[test]
+    fn a_name_whose_index_is_used_again_means_nobody() {
+        let mut connections = Connections::default();
+        arrive(&mut connections, id(0, 1));
+        let key = open(&mut connections, id(0, 1));
+        connections.close(key);
+        arrive(&mut connections, id(0, 2));
+        let key = open(&mut connections, id(0, 2));
+        assert_eq!((connections.key(id(0, 1)), connections.key(id(0, 2))), (None, Some(key)));
+        assert_eq!(connections.key(id(17, 1)), None);
+    }
+
+    #[test]
+    fn one_that_never_opens_leaves_nothing_behind() {
+        let mut connections = Connections::default();
+        let permit = arrive(&mut connections, id(3, 1));
+        assert!(connections.take_arriving(id(3, 2)).is_none());
+        drop(connections.take_arriving(id(3, 1)));
+        assert_eq!(Arc::strong_count(&permit), 1);
+        assert!(connections.iter().next().is_none());
+    }
+}

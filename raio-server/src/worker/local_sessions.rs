@@ -1,0 +1,211 @@
+//! The sessions that have connections at a worker, and this worker's view of their files.
+
+use std::collections::HashMap;
+use std::ops::Index;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use raio_transport::message::SessionId;
+use raio_transport::protocol::FileHandle;
+use slab::Slab;
+
+use crate::limits::{AddressAccount, Excess};
+use crate::request::WorkerFile;
+use crate::session::{ClosedFile, Session, Sessions, index_of};
+
+/// A session that has connections here.
+#[derive(Debug)]
+pub struct LocalSession {
+    /// What all workers share.
+    pub session: Arc<Session>,
+    connections: usize,
+    /// This worker's view of the files, by the index in their handles.
+    files: Vec<Option<Rc<WorkerFile>>>,
+}
+
+/// See the module documentation. A session's key is its index here.
+#[derive(Debug, Default)]
+pub struct LocalSessions {
+    all: Slab<LocalSession>,
+    by_id: HashMap<SessionId, usize>,
+}
+
+impl LocalSessions {
+    /// The session with this id, for a connection from an address. The error says why there may not be one
+    /// more.
+    pub fn join(
+        &mut self,
+        shared: &Sessions,
+        id: SessionId,
+        address: &AddressAccount,
+    ) -> Result<usize, Excess> {
+        if let Some(&key) = self.by_id.get(&id) {
+            return Ok(key);
+        }
+        let session = shared.join(id, address)?;
+        let key = self.all.insert(LocalSession { session, connections: 0, files: Vec::new() });
+        self.by_id.insert(id, key);
+        Ok(key)
+    }
+
+    /// A connection of it opens. Returns whether it is the first here; the error says why it may not.
+    pub fn attach(&mut self, key: usize, address: &AddressAccount) -> Result<bool, Excess> {
+        let local = &mut self.all[key];
+        local.session.attach(address)?;
+        local.connections += 1;
+        Ok(local.connections == 1)
+    }
+
+    /// One that was attached has ended.
+    pub fn detach(&mut self, key: usize) {
+        let local = &mut self.all[key];
+        local.session.detach();
+        local.connections -= 1;
+    }
+
+    /// Forgets a session that has no connections here (any more). Returns the files to be closed, if it has
+    /// none anywhere; None if it has some here.
+    pub fn leave_if_unused(&mut self, shared: &Sessions, key: usize) -> Option<Vec<ClosedFile>> {
+        if self.all[key].connections > 0 {
+            return None;
+        }
+        let LocalSession { session, files, .. } = self.all.remove(key);
+        self.by_id.remove(&session.id);
+        drop(files);
+        Some(shared.leave(&session))
+    }
+
+    /// The file with this handle. The first use here of one asks all workers' table, which is locked.
+    pub fn file(&mut self, key: usize, handle: FileHandle) -> Option<Rc<WorkerFile>> {
+        let local = &self.all[key];
+        if let Some(Some(file)) = local.files.get(index_of(handle))
+            && file.handle == handle
+            && !file.open.is_closed()
+        {
+            return Some(Rc::clone(file));
+        }
+        let open = local.session.get(handle)?;
+        Some(self.remember(key, WorkerFile::new(handle, open)))
+    }
+
+    /// Keeps this worker's view of a file.
+    pub fn remember(&mut self, key: usize, file: WorkerFile) -> Rc<WorkerFile> {
+        let files = &mut self.all[key].files;
+        let index = index_of(file.handle);
+        if files.len() <= index {
+            files.resize(index + 1, None);
+        }
+        let file = Rc::new(file);
+        files[index] = Some(Rc::clone(&file));
+        file
+    }
+
+    /// Drops this worker's view of a file that was closed.
+    pub fn forget(&mut self, session: SessionId, handle: FileHandle) {
+        if let Some(&key) = self.by_id.get(&session)
+            && let Some(file) = self.all[key].files.get_mut(index_of(handle))
+            && file.as_ref().is_some_and(|file| file.handle == handle)
+        {
+            *file = None;
+        }
+    }
+}
+
+impl Index<usize> for LocalSessions {
+    type Output = LocalSession;
+
+    fn index(&self, key: usize) -> &LocalSession {
+        &self.all[key]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::{Caps, Limits, Room};
+    use crate::session::{Access, OpenFile};
+    use crate::volume::Null;
+
+    const ID: SessionId = SessionId([1; 16]);
+
+    /// All workers' table, for clients that may have so many connections.
+    fn shared(connections_max: usize) -> Sessions {
+        let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 2 };
+        let caps = Caps { connections: Some(connections_max), ..Caps::default() };
+        Sessions::new(9, Limits::new(room, caps, Caps::default()))
+    }
+
+    fn insert(session: &Session) -> FileHandle {
+        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        session.insert(Arc::new(open), &None).unwrap()
+    }
+
+    /// A worker with a connection of the session.
+    fn worker(shared: &Sessions) -> (LocalSessions, usize) {
+        let mut sessions = LocalSessions::default();
+        let key = sessions.join(shared, ID, &None).unwrap();
+        assert!(sessions.attach(key, &None).unwrap(), "it is the first");
+        (sessions, key)
+    }
+
+    #[test]
+    fn a_session_is_joined_once_and_left_with_its_last_connection() {
+        let shared = shared(9);
+        let (mut sessions, key) = worker(&shared);
+        assert_eq!(sessions.join(&shared, ID, &None).unwrap(), key);
+        assert!(!sessions.attach(key, &None).unwrap());
+        insert(&sessions[key].session);
+        sessions.detach(key);
+        assert!(sessions.leave_if_unused(&shared, key).is_none());
+        sessions.detach(key);
+        assert_eq!(sessions.leave_if_unused(&shared, key).unwrap().len(), 1, "its file is to be closed");
+        assert_eq!(shared.len(), 0);
+    }
+
+    #[test]
+    fn its_files_stay_open_as_long_as_another_worker_has_a_connection_of_it() {
+        let shared = shared(9);
+        let ((mut here, key), (mut there, other)) = (worker(&shared), worker(&shared));
+        let handle = insert(&here[key].session);
+        here.detach(key);
+        assert!(here.leave_if_unused(&shared, key).unwrap().is_empty());
+        assert!(there.file(other, handle).is_some());
+        there.detach(other);
+        assert_eq!(there.leave_if_unused(&shared, other).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_connection_too_many_does_not_keep_its_session() {
+        let shared = shared(0);
+        let mut sessions = LocalSessions::default();
+        let key = sessions.join(&shared, ID, &None).unwrap();
+        assert!(sessions.attach(key, &None).is_err());
+        assert!(sessions.leave_if_unused(&shared, key).unwrap().is_empty());
+        assert_eq!(shared.len(), 0);
+    }
+
+    #[test]
+    fn a_workers_view_of_a_file_is_kept_until_the_file_is_closed_by_whichever_worker() {
+        let shared = shared(9);
+        let ((mut here, key), (there, other)) = (worker(&shared), worker(&shared));
+        let handle = insert(&there[other].session);
+        let file = here.file(key, handle).unwrap();
+        assert!(Rc::ptr_eq(&file, &here.file(key, handle).unwrap()));
+        let closed = there[other].session.close(handle).unwrap();
+        assert!(here.file(key, handle).is_none(), "before anybody has told this worker");
+        assert!(Rc::strong_count(&file) == 2, "it has its view still");
+        here.forget(ID, handle);
+        assert_eq!(Rc::strong_count(&file), 1);
+        drop(closed);
+
+        // The next file has the same place and another handle.
+        let next = insert(&there[other].session);
+        assert_eq!(index_of(next), index_of(handle));
+        assert!(here.file(key, next).is_some() && here.file(key, handle).is_none());
+        here.forget(ID, handle);
+        let file = here.file(key, next).unwrap();
+        assert_eq!(Rc::strong_count(&file), 2, "it is not the one that was to be forgotten");
+        here.forget(SessionId([2; 16]), next);
+        assert_eq!(Rc::strong_count(&file), 2);
+    }
+}

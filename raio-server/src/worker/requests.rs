@@ -1,0 +1,220 @@
+//! The requests of a worker that are not yet answered: which there are, where each is, and whose it is.
+
+use std::collections::VecDeque;
+use std::ops::{Index, IndexMut};
+
+use raio_transport::transport::RequestKey;
+use slab::Slab;
+
+use crate::request::{Request, State, Work};
+
+/// See the module documentation. A request's key is its index here, which is also its key at the engine.
+#[derive(Debug, Default)]
+pub struct Requests {
+    all: Slab<Request>,
+    /// How many are in each state.
+    in_state: [usize; 3],
+    /// Those of each connection, by its key, oldest first. Most are answered in order, so looking for one from
+    /// the front is short.
+    of_connections: Vec<VecDeque<usize>>,
+}
+
+/// What is to be done about a request that is to be cancelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancel {
+    /// It waits for memory, and is over.
+    NotBegun,
+    /// It is over when its data has come.
+    WhenFetched,
+    /// Its device queue holds it back, or its volume has it: they are to be asked.
+    Executing,
+}
+
+impl Requests {
+    /// A request of a connection has come.
+    pub fn begin(&mut self, connection: usize, key: RequestKey, work: Work, export: Option<usize>) -> usize {
+        let request = self.all.insert(Request {
+            key,
+            connection: Some(connection),
+            state: State::NeedSlot,
+            work,
+            slot_bytes: 0,
+            export,
+            is_cancelled: false,
+            cancel_request: None,
+            operation: None,
+        });
+        self.in_state[State::NeedSlot as usize] += 1;
+        if self.of_connections.len() <= connection {
+            self.of_connections.resize_with(connection + 1, VecDeque::new);
+        }
+        self.of_connections[connection].push_back(request);
+        request
+    }
+
+    /// A request enters a state. Returns the one that it leaves.
+    pub fn enter(&mut self, request: usize, state: State) -> State {
+        let before = std::mem::replace(&mut self.all[request].state, state);
+        self.in_state[before as usize] -= 1;
+        self.in_state[state as usize] += 1;
+        before
+    }
+
+    /// A request is over.
+    pub fn end(&mut self, request: usize) -> Request {
+        let ended = self.all.remove(request);
+        self.in_state[ended.state as usize] -= 1;
+        if let Some(connection) = ended.connection {
+            let siblings = &mut self.of_connections[connection];
+            let at = siblings.iter().position(|&other| other == request);
+            at.and_then(|at| siblings.remove(at));
+        }
+        ended
+    }
+
+    /// The connection of a request has ended. The engine still has the request, whose answer is for nobody.
+    pub fn detach(&mut self, request: usize) {
+        if let Some(connection) = self.all[request].connection.take() {
+            self.of_connections[connection].retain(|&other| other != request);
+        }
+    }
+
+    /// The oldest request of a connection.
+    pub fn oldest(&self, connection: usize) -> Option<usize> {
+        self.of(connection).next()
+    }
+
+    /// A connection's requests, oldest first.
+    pub fn of(&self, connection: usize) -> impl Iterator<Item = usize> + '_ {
+        self.of_connections.get(connection).into_iter().flatten().copied()
+    }
+
+    /// A connection's request by the client's id.
+    pub fn by_id(&self, connection: usize, id: u64) -> Option<usize> {
+        self.of(connection).find(|&request| self.all[request].key.id == id)
+    }
+
+    /// A request is to be cancelled: it is not begun, and nothing more is begun for it.
+    pub fn cancel(&mut self, request: usize) -> Cancel {
+        let request = &mut self.all[request];
+        request.is_cancelled = true;
+        match request.state {
+            State::NeedSlot => Cancel::NotBegun,
+            State::Fetching => Cancel::WhenFetched,
+            State::Executing => Cancel::Executing,
+        }
+    }
+
+    /// How many are in a state.
+    pub fn in_state(&self, state: State) -> usize {
+        self.in_state[state as usize]
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// How many there are.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+}
+
+impl Index<usize> for Requests {
+    type Output = Request;
+
+    fn index(&self, request: usize) -> &Request {
+        &self.all[request]
+    }
+}
+
+impl IndexMut<usize> for Requests {
+    fn index_mut(&mut self, request: usize) -> &mut Request {
+        &mut self.all[request]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use raio_transport::transport::ConnectionId;
+
+    use super::*;
+
+    fn key(id: u64) -> RequestKey {
+        RequestKey { connection: ConnectionId { index: 0, generation: 0 }, id }
+    }
+
+    fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
+        requests.begin(connection, key(id), Work::Close, None)
+    }
+
+    fn in_states(requests: &Requests) -> [usize; 3] {
+        [State::NeedSlot, State::Fetching, State::Executing].map(|state| requests.in_state(state))
+    }
+
+    #[test]
+    fn each_is_counted_in_the_state_that_it_is_in() {
+        let mut requests = Requests::default();
+        let [write, read, other] = [1, 2, 3].map(|id| begin(&mut requests, 0, id));
+        assert_eq!(in_states(&requests), [3, 0, 0]);
+        assert_eq!(requests.enter(write, State::Fetching), State::NeedSlot);
+        assert_eq!(requests.enter(read, State::Executing), State::NeedSlot);
+        assert_eq!(in_states(&requests), [1, 1, 1]);
+        assert_eq!(requests.enter(write, State::Executing), State::Fetching);
+        for request in [write, read, other] {
+            requests.end(request);
+        }
+        assert_eq!(in_states(&requests), [0; 3]);
+        assert!(requests.is_empty());
+    }
+
+    #[test]
+    fn a_clients_id_finds_its_own_request_alone() {
+        let mut requests = Requests::default();
+        let first = begin(&mut requests, 0, 7);
+        let others = begin(&mut requests, 3, 7);
+        assert_eq!((requests.by_id(0, 7), requests.by_id(3, 7)), (Some(first), Some(others)));
+        assert_eq!((requests.by_id(0, 8), requests.by_id(1, 7), requests.by_id(9, 7)), (None, None, None));
+        requests.end(first);
+        assert_eq!((requests.by_id(0, 7), requests.by_id(3, 7)), (None, Some(others)));
+    }
+
+    #[test]
+    fn a_connections_requests_are_in_the_order_in_which_they_came() {
+        let mut requests = Requests::default();
+        let all: Vec<_> = (0..5).map(|id| begin(&mut requests, 2, id)).collect();
+        requests.end(all[0]);
+        requests.end(all[3]);
+        assert_eq!(requests.of(2).collect::<Vec<_>>(), [all[1], all[2], all[4]]);
+        assert_eq!(requests.oldest(2), Some(all[1]));
+        assert_eq!(requests.oldest(0), None);
+    }
+
+    #[test]
+    fn a_request_outlives_its_connection_and_is_none_of_the_next() {
+        let mut requests = Requests::default();
+        let request = begin(&mut requests, 0, 1);
+        requests.enter(request, State::Executing);
+        requests.detach(request);
+        assert_eq!(requests.oldest(0), None);
+        let next = begin(&mut requests, 0, 1);
+        assert_eq!(requests.by_id(0, 1), Some(next));
+        assert!(requests.end(request).connection.is_none());
+        assert_eq!(requests.of(0).collect::<Vec<_>>(), [next]);
+    }
+
+    #[test]
+    fn how_a_request_is_cancelled_depends_on_where_it_is() {
+        let mut requests = Requests::default();
+        let request = begin(&mut requests, 0, 1);
+        assert!(!requests[request].is_cancelled);
+        assert_eq!(requests.cancel(request), Cancel::NotBegun);
+        assert!(requests[request].is_cancelled);
+        requests.enter(request, State::Fetching);
+        assert_eq!(requests.cancel(request), Cancel::WhenFetched);
+        requests.enter(request, State::Executing);
+        assert_eq!(requests.cancel(request), Cancel::Executing);
+    }
+}
