@@ -151,12 +151,14 @@ fn who_does_not_take_or_send_is_closed_only_when_others_wait_for_memory() {
     }
     drop(deaf_crowd);
     crowd.run(|| true).expect("the small clients do not notice");
-    let statistics =
-        server.statistics_when(|statistics| number(statistics, "/connections") == CLIENTS as u64);
+    // A connection that ends at the end of an iteration takes its requests along in the next.
+    let statistics = server.statistics_when(|statistics| {
+        number(statistics, "/connections") == CLIENTS as u64
+            && number(statistics, "/in_flight/need_slot") == 0
+    });
     assert!(number(&statistics, "/closes/evicted") >= 2, "{statistics}");
     assert_eq!(number(&statistics, "/closes/stalled"), 0, "{statistics}");
     assert_eq!(number(&statistics, "/slot_bytes"), 0, "{statistics}");
-    assert_eq!(number(&statistics, "/in_flight/need_slot"), 0, "{statistics}");
 }
 
 #[test]
