@@ -1,0 +1,65 @@
+//! `cargo run -p raio-lint`: checks what neither rustc nor clippy does. Prints each finding with file and line, and fails if
+//! there is one. With `--graph` it prints which module uses which instead.
+//!
+//! - [`layers`]: modules depend on one another in one direction only, as docs/ARCHITECTURE.md's tables say.
+//! - [`names`]: no two public types of a library have the same name, and no name that was given up comes back.
+//! - [`widths`]: lines of source, comments and documents are no wider than rustfmt's `max_width`.
+
+mod layers;
+mod modules;
+mod names;
+mod widths;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, ensure};
+
+/// What is wrong, and where.
+struct Finding {
+    place: String,
+    text: String,
+}
+
+impl Finding {
+    fn new(file: &Path, line: usize, text: impl Into<String>) -> Self {
+        Self { place: format!("{}:{line}", file.display()), text: text.into() }
+    }
+}
+
+/// The tracked files whose names end with one of these, relative to the repository's root.
+fn tracked(endings: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
+    let output = Command::new("git").arg("ls-files").output().context("Cannot run git")?;
+    ensure!(output.status.success(), "git ls-files failed: run this in a clone of the repository");
+    let files = String::from_utf8(output.stdout)?;
+    let has_ending = |file: &&str| endings.iter().any(|ending| file.ends_with(ending));
+    Ok(files.lines().filter(has_ending).map(PathBuf::from).filter(|file| file.exists()).collect())
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    std::env::set_current_dir(&root).with_context(|| format!("There is no {}", root.display()))?;
+    let mut findings = Vec::new();
+    let prints_graph = std::env::args().nth(1).as_deref() == Some("--graph");
+    for krate in layers::CRATES {
+        let modules = modules::read(Path::new(krate.root))?;
+        if prints_graph {
+            layers::print(krate, &modules);
+            continue;
+        }
+        layers::check(krate, &modules, &mut findings)?;
+        if krate.is_library {
+            names::check_public_types(krate, &modules, &mut findings);
+        }
+    }
+    if prints_graph {
+        return Ok(ExitCode::SUCCESS);
+    }
+    names::check_old_names(&mut findings)?;
+    widths::check(&mut findings)?;
+    for Finding { place, text } in &findings {
+        println!("{place}: {text}");
+    }
+    println!("raio-lint: {} findings", findings.len());
+    Ok(if findings.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
