@@ -52,9 +52,9 @@ pub struct Operation {
     /// Which way its bulk data goes. `length` is then the length of that data, and has 32 bits.
     pub direction: Direction,
     /// What the file must be open for.
-    pub access: Access,
+    pub access: FileAccess,
     /// Whether it is about sessions, files and requests, or about a file's data.
-    pub class: Class,
+    pub class: OperationClass,
 }
 
 /// Fields of the 24-byte command.
@@ -81,7 +81,7 @@ pub enum Direction {
 
 /// What a file must be open for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub enum FileAccess {
     /// Anything, or there is no file.
     Any,
     /// Reading.
@@ -92,7 +92,7 @@ pub enum Access {
 
 /// What an operation is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
+pub enum OperationClass {
     /// Sessions, files and requests.
     Control,
     /// A file's data.
@@ -106,13 +106,13 @@ const RANGE: Fields = Fields { file: true, offset: true, length: true };
 
 /// An operation on a session, a file or a request.
 const fn control(opcode: Opcode, name: &'static str, fields: Fields) -> Operation {
-    let (direction, access, class) = (Direction::None, Access::Any, Class::Control);
+    let (direction, access, class) = (Direction::None, FileAccess::Any, OperationClass::Control);
     Operation { opcode, name, fields, flags: 0, direction, access, class }
 }
 
 /// An operation on a range of a file.
-const fn on_range(opcode: Opcode, name: &'static str, access: Access) -> Operation {
-    let (direction, class) = (Direction::None, Class::Data);
+const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Operation {
+    let (direction, class) = (Direction::None, OperationClass::Data);
     Operation { opcode, name, fields: RANGE, flags: 0, direction, access, class }
 }
 
@@ -135,13 +135,13 @@ pub const OPERATIONS: [Operation; 10] = [
     control(Opcode::Open, "open", NONE),
     control(Opcode::Close, "close", FILE),
     control(Opcode::Stat, "stat", FILE),
-    Operation { direction: Direction::ToClient, ..on_range(Opcode::Read, "read", Access::Read) },
-    Operation { direction: Direction::ToServer, ..on_range(Opcode::Write, "write", Access::Write) },
-    Operation { fields: FILE, flags: FLAG_DATA_ONLY, ..on_range(Opcode::Fsync, "fsync", Access::Any) },
-    on_range(Opcode::Discard, "discard", Access::Write),
-    on_range(Opcode::WriteZeroes, "write_zeroes", Access::Write),
+    Operation { direction: Direction::ToClient, ..on_range(Opcode::Read, "read", FileAccess::Read) },
+    Operation { direction: Direction::ToServer, ..on_range(Opcode::Write, "write", FileAccess::Write) },
+    Operation { fields: FILE, flags: FLAG_DATA_ONLY, ..on_range(Opcode::Fsync, "fsync", FileAccess::Any) },
+    on_range(Opcode::Discard, "discard", FileAccess::Write),
+    on_range(Opcode::WriteZeroes, "write_zeroes", FileAccess::Write),
     control(Opcode::Cancel, "cancel", ID),
-    Operation { flags: FLAG_KEEP_SIZE, ..on_range(Opcode::Allocate, "allocate", Access::Write) },
+    Operation { flags: FLAG_KEEP_SIZE, ..on_range(Opcode::Allocate, "allocate", FileAccess::Write) },
 ];
 
 const _: () = {

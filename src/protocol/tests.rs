@@ -199,7 +199,7 @@ fn the_documented_operations_are_those_of_the_table() {
                 Direction::ToClient => "to client",
                 Direction::ToServer => "to server",
             };
-            let class = if operation.class == Class::Control { "control" } else { "data" };
+            let class = if operation.class == OperationClass::Control { "control" } else { "data" };
             (operation.opcode as u16, operation.name, operation.fields, operation.flags, direction, class)
         })
         .collect();
