@@ -66,8 +66,7 @@ pub fn check(krate: &Crate, modules: &Modules, findings: &mut Vec<Finding>) -> a
         let text = format!("the layers of {} name `{module}`, which is no module", krate.name);
         findings.push(Finding::new(Path::new(DOCUMENT), 1, text));
     }
-    // By parent: which child uses which, and where first.
-    let mut graphs: BTreeMap<&[String], BTreeMap<(&str, &str), (&Path, usize)>> = BTreeMap::new();
+    let mut graphs: BTreeMap<&[String], Uses> = BTreeMap::new();
     for (from, module) in modules {
         for (used, line) in &module.uses {
             let to = module_of(modules, used);
@@ -97,6 +96,9 @@ pub fn check(krate: &Crate, modules: &Modules, findings: &mut Vec<Finding>) -> a
     }
     Ok(())
 }
+
+/// Which child of a module uses which, and where first.
+type Uses<'a> = BTreeMap<(&'a str, &'a str), (&'a Path, usize)>;
 
 /// Prints which top-level module uses which.
 pub fn print(krate: &Crate, modules: &Modules) {

@@ -93,7 +93,7 @@ fn resolve_reexports(modules: &mut Modules) {
         .iter()
         .flat_map(|(path, module)| {
             let named = module.reexports.iter().filter(|(name, ..)| name != "*");
-            named.map(|(name, target, _)| ([&path[..], &[name.clone()]].concat(), target.clone()))
+            named.map(|(name, target, _)| ([&path[..], std::slice::from_ref(name)].concat(), target.clone()))
         })
         .collect();
     let follow = |path: &ModulePath| {
