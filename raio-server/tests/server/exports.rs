@@ -178,14 +178,21 @@ fn creation_does_what_open_2_does() {
 /// A process that holds leases on files, until its standard input ends. It gives them up when it is asked to,
 /// if `on_request`.
 fn lease_holder(paths: &[PathBuf], on_request: bool) -> Child {
-    let holder = "import fcntl, os, signal, sys\n\
+    // A signal writes into the pipe at once. Python runs a handler only between two of its instructions, so one
+    // that came right before a blocking read would wait for ever.
+    let holder = "import fcntl, os, select, signal, sys\n\
                   fds = [os.open(path, os.O_RDWR) for path in sys.argv[2:]]\n\
                   lease = lambda kind: [fcntl.fcntl(fd, fcntl.F_SETLEASE, kind) for fd in fds]\n\
-                  give_up = lambda *_: lease(fcntl.F_UNLCK)\n\
-                  signal.signal(signal.SIGIO, give_up if sys.argv[1] == 'true' else signal.SIG_IGN)\n\
+                  requested, request = os.pipe()\n\
+                  os.set_blocking(request, False)\n\
+                  signal.set_wakeup_fd(request)\n\
+                  signal.signal(signal.SIGIO, lambda *_: None)\n\
                   lease(fcntl.F_WRLCK)\n\
                   print('held', flush=True)\n\
-                  sys.stdin.read()\n";
+                  while sys.stdin not in select.select([sys.stdin, requested], [], [])[0]:\n\
+                  \tos.read(requested, 99)\n\
+                  \tif sys.argv[1] == 'true':\n\
+                  \t\tlease(fcntl.F_UNLCK)\n";
     let mut python = Process::new("python3");
     python.args(["-c", holder, &on_request.to_string()]).args(paths);
     let mut python = python.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3 runs");
