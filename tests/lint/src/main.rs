@@ -16,6 +16,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, ensure};
 
 /// What is wrong, and where.
+#[derive(PartialEq)]
 struct Finding {
     place: String,
     text: String,
@@ -57,6 +58,7 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     names::check_old_names(&mut findings)?;
     widths::check(&mut findings)?;
+    findings.dedup();
     for Finding { place, text } in &findings {
         println!("{place}: {text}");
     }
