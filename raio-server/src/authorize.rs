@@ -7,7 +7,7 @@
 use std::rc::Rc;
 
 use raio_transport::Status;
-use raio_transport::protocol::{Access, Command};
+use raio_transport::protocol::{Command, FileAccess};
 use raio_transport::transport::Response;
 
 use crate::request::{Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success};
@@ -70,13 +70,13 @@ fn permitted_range(open: &OpenFile, needed: Access, offset: u64, length: u64) ->
         return Err(failure(Status::storage(libc::EINVAL), text));
     };
     match needed {
-        Access::Read if !open.access.read => {
+        FileAccess::Read if !open.access.read => {
             Err(failure(Status::storage(libc::EBADF), "The file is not open for reading."))
         }
-        Access::Write if !open.access.write => {
+        FileAccess::Write if !open.access.write => {
             Err(failure(Status::storage(libc::EBADF), "The file is not open for writing."))
         }
-        Access::Any | Access::Read | Access::Write => Ok(range),
+        FileAccess::Any | FileAccess::Read | FileAccess::Write => Ok(range),
     }
 }
 
