@@ -64,7 +64,7 @@ pub fn authorize(
 }
 
 /// A range of a file that is open for what is needed.
-fn permitted_range(open: &OpenFile, needed: Access, offset: u64, length: u64) -> Result<Range, Response> {
+fn permitted_range(open: &OpenFile, needed: FileAccess, offset: u64, length: u64) -> Result<Range, Response> {
     let Some(range) = Range::new(offset, length) else {
         let text = "Offset and length lead beyond what a file can have (2^63 - 1 bytes).";
         return Err(failure(Status::storage(libc::EINVAL), text));
