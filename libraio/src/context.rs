@@ -24,6 +24,7 @@ use crate::lent_pool::LentPool;
 use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
+use crate::trace::Tracer;
 use crate::tuning::{BURST_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, SPIN_EACH, SPIN_MULTIPLIER_MAX};
 
 /// The tag of a cancel request; operations have the index of their slot.
@@ -78,6 +79,8 @@ pub struct Context {
     files: FileRefs,
     lent: LentPool,
     poller: Option<Poller>,
+    /// With `RAIO_TRACE` alone.
+    tracer: Option<Box<Tracer>>,
     spin: BusyPoll,
     /// Completions collected since it last yielded the core, without having waited.
     burst: u32,
@@ -96,6 +99,9 @@ struct OperationSlot {
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
+    /// When it was submitted, and the id of its request once that was sent: for the trace.
+    submitted_ns: u64,
+    request: Option<u32>,
     state: OperationState,
 }
 
@@ -106,6 +112,13 @@ enum OperationState {
     Queued(Command<'static>, Bulk),
     Sent(RequestId),
     Done(Completion),
+}
+
+impl OperationSlot {
+    /// The operation's name in a trace.
+    fn name(&self) -> &'static str {
+        self.opcode.operation().name
+    }
 }
 
 impl std::fmt::Debug for Context {
@@ -147,6 +160,7 @@ impl Context {
         };
         let transport = session.connect(wanted)?;
         let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
+        let tracer = Tracer::for_context(transport.local_port())?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
             session,
@@ -165,6 +179,7 @@ impl Context {
             files: FileRefs::default(),
             lent: LentPool::new(maxevents),
             poller: None,
+            tracer,
             spin,
             burst: 0,
             stats: Stats::default(),
@@ -342,6 +357,8 @@ impl Context {
                 cancelling: false,
                 eventfd: None,
                 length: 0,
+                submitted_ns: 0,
+                request: None,
                 state: OperationState::Free,
             });
             self.slots.len() as u32 - 1
@@ -353,6 +370,10 @@ impl Context {
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
+        if let Some(tracer) = &self.tracer {
+            slot.submitted_ns = tracer.now_ns();
+            slot.request = None;
+        }
         slot.state = OperationState::Queued(command, bulk);
         let ticket = Ticket { index, generation: slot.generation };
         self.in_flight += 1;
@@ -411,7 +432,13 @@ impl Context {
             self.body.clear();
             command.encode(&mut self.body);
             match self.transport.send(index.into(), &self.body, bulk, false) {
-                Ok(request) => slot.state = OperationState::Sent(request),
+                Ok(request) => {
+                    slot.state = OperationState::Sent(request);
+                    if let Some(tracer) = &self.tracer {
+                        slot.request = Some(request.0 as u32);
+                        tracer.sent(slot.name(), slot.submitted_ns, request.0 as u32, slot.length);
+                    }
+                }
                 Err(NotSent(bulk)) => {
                     // The connection has ended: `poll` is about to hear of it.
                     slot.state = OperationState::Queued(command, bulk);
@@ -460,6 +487,9 @@ impl Context {
         }
         let index = reply.tag as u32;
         let slot = &self.slots[index as usize];
+        if let (Some(tracer), Some(request)) = (&self.tracer, slot.request) {
+            tracer.answered(request, reply.result);
+        }
         let result = if !reply.status.is_ok() {
             Err(match self.transport.failure() {
                 Some(failure) if reply.body.is_empty() => {
@@ -626,6 +656,9 @@ impl Context {
             return None;
         };
         slot.generation = slot.generation.wrapping_add(1);
+        if let (Some(tracer), Some(request)) = (&self.tracer, slot.request) {
+            tracer.collected(slot.name(), request, completion.result.as_ref().map_or(0, |&bytes| bytes));
+        }
         self.free.push(index);
         Some(completion)
     }

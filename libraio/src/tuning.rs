@@ -58,3 +58,7 @@ pub(crate) const HANDLE_QUARANTINE: usize = 1024;
 /// Bytes of the message of a thread (`raio_errmsg`), with the zero at its end. The longest message of the
 /// library has 300, and one of a server's at most 256.
 pub(crate) const MESSAGE_BYTES: usize = 1024;
+
+/// Records in the trace of a context (`RAIO_TRACE`), 40 bytes each: the last 16,384 operations, 2.6 MB. A
+/// viewer still opens the file of a few such contexts at once.
+pub(crate) const TRACE_RECORDS: usize = 65_536;

@@ -2,7 +2,9 @@
 
 use std::ffi::{c_int, c_ulonglong};
 use std::os::fd::AsRawFd;
+use std::panic::catch_unwind;
 use std::ptr::null_mut;
+use std::sync::Once;
 
 use raio_transport::memory::process;
 
@@ -18,6 +20,7 @@ use super::probe::ReadProbe;
 use super::state::{CONTEXTS, ContextState, LIVE, MRS, no_context, raio_context, state, stopped};
 use crate::context::Context;
 use crate::operation::Stats;
+use crate::trace;
 
 /// See libraio.h.
 ///
@@ -67,10 +70,26 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
             return Err(error);
         }
         lock(&LIVE).insert(ctx.addr());
+        write_trace_at_exit();
         // SAFETY: as above.
         unsafe { ctxp.write(ctx) };
         Ok(0)
     })
+}
+
+/// Has the trace of contexts that are not destroyed written when the process exits, if there is one.
+fn write_trace_at_exit() {
+    extern "C" fn write() {
+        let _ = catch_unwind(trace::write_all);
+    }
+    static REGISTERED: Once = Once::new();
+    if trace::is_on() {
+        REGISTERED.call_once(|| {
+            // SAFETY: the function takes nothing and does not unwind. It is called before the library is
+            // unloaded, for atexit(3) in a shared object is of that object.
+            unsafe { libc::atexit(write) };
+        });
+    }
 }
 
 /// See libraio.h.

@@ -225,6 +225,56 @@ fn a_byte_that_cannot_be_read_is_a_failure_of_every_example_and_not_the_end_of_t
     }
 }
 
+/// What `raio-transport`'s `trace` module promises of a file, and what it is for: each request in its steps.
+#[test]
+fn a_trace_has_each_request_from_its_submission_to_its_collection() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for build in ["plain", "sanitized"] {
+        let exports = serve();
+        let program = programs().join(build).join("r-aio-3-batches-and-endings");
+        let traced = |file: &str| {
+            let mut command = command(&program, Some(&exports.server));
+            command.env("RAIO_TRACE", directory.path().join(file));
+            command
+        };
+        passes(traced(&format!("{build}-%p.json")));
+        let file = std::fs::read_dir(directory.path())
+            .expect("the directory")
+            .map(|entry| entry.expect("an entry").path())
+            .find(|path| path.to_string_lossy().contains(build))
+            .expect("a trace");
+        let name = file.file_name().expect("a name").to_string_lossy().into_owned();
+        assert!(!name.contains('%'), "{name}");
+        let text = std::fs::read_to_string(&file).expect("the trace");
+        let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        assert_eq!(trace["otherData"]["clock_offset_us"], 0);
+        let mut steps = std::collections::BTreeMap::<String, Vec<(f64, String)>>::new();
+        for event in trace["traceEvents"].as_array().expect("events") {
+            if event["cat"] == "request" {
+                let id = event["id"].as_str().expect("an id");
+                let (port, request) = id.split_once('-').expect("a connection and a request");
+                assert!(
+                    port.parse::<u16>().expect("a port") > 1023 && u32::from_str_radix(request, 16).is_ok()
+                );
+                let phase = event["ph"].as_str().expect("a phase");
+                let step = if phase == "n" { &event["name"] } else { &event["ph"] };
+                let time = event["ts"].as_f64().expect("a time");
+                steps.entry(id.to_owned()).or_default().push((time, step.as_str().expect("text").to_owned()));
+            }
+        }
+        assert!(!steps.is_empty(), "{text}");
+        for (id, steps) in steps {
+            assert!(steps.is_sorted_by_key(|(time, _)| *time), "{id}: {steps:?}");
+            let names: Vec<&str> = steps.iter().map(|(_, step)| step.as_str()).collect();
+            assert!(["b", "sent", "answered", "e"].starts_with(&names), "{id}: {names:?}");
+        }
+        // A trace is never overwritten.
+        let output = traced(&name).output().expect("the program runs");
+        assert!(!output.status.success());
+        assert!(std::fs::read_to_string(&file).expect("the trace") == text);
+    }
+}
+
 #[test]
 fn a_client_is_clean_under_valgrind() {
     let exports = serve();

@@ -1,0 +1,200 @@
+//! `RAIO_TRACE=FILE`: what each request did when, in a file that Perfetto opens (see `raio_transport::trace`).
+//!
+//! A context has a ring of records. It is written when the context ends, or when the program exits by exit(3)
+//! or from main (programs in C only: see `ffi`). Off, it costs the data path a branch for each step.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use raio_transport::memory::process;
+use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
+
+use crate::error::Error;
+use crate::tuning::TRACE_RECORDS;
+
+/// The trace of this process, once a context was made with `RAIO_TRACE` set.
+static TRACE: Mutex<Option<ProcessTrace>> = Mutex::new(None);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug)]
+struct ProcessTrace {
+    /// The process that made it: see [`process`]. Its children do not write to its file.
+    process: u64,
+    file: TraceFile,
+    /// Of contexts that live, with their numbers.
+    rings: Vec<(u32, Arc<Mutex<Ring>>)>,
+    /// The number of the latest context.
+    last: u32,
+}
+
+impl ProcessTrace {
+    /// Writes a ring. A failure has nobody who could be told: the program's work goes on without its trace.
+    fn write(&mut self, number: u32, ring: &Ring) {
+        let _ = self.file.append(number, &format!("context {number}"), ring);
+    }
+}
+
+/// Records what a context's requests do.
+#[derive(Debug)]
+pub(crate) struct Tracer {
+    clock: Clock,
+    connection: u16,
+    number: u32,
+    ring: Arc<Mutex<Ring>>,
+}
+
+impl Tracer {
+    /// A tracer for a context whose connection has this local port, if `RAIO_TRACE` is set. A connection
+    /// without a port goes by the context's number, and is not found in the server's trace.
+    pub(crate) fn for_context(local_port: Option<u16>) -> Result<Option<Box<Self>>, Error> {
+        let path = path();
+        let Some(path) = path else { return Ok(None) };
+        let mut trace = lock(&TRACE);
+        let trace = match &mut *trace {
+            Some(trace) if trace.process == process() => trace,
+            trace => {
+                let file = TraceFile::create(Path::new(&path), "libraio").map_err(|error| {
+                    Error::call(
+                        error.raw_os_error().unwrap_or(libc::EINVAL),
+                        format!(
+                            "RAIO_TRACE: cannot create {path:?} ({error}). Name a file that does not exist; %p in \
+                             its name becomes the process id."
+                        ),
+                    )
+                })?;
+                trace.insert(ProcessTrace { process: process(), file, rings: Vec::new(), last: 0 })
+            }
+        };
+        trace.last += 1;
+        let number = trace.last;
+        let ring = Arc::new(Mutex::new(Ring::new(TRACE_RECORDS)));
+        trace.rings.push((number, Arc::clone(&ring)));
+        let connection = local_port.unwrap_or(number as u16);
+        Ok(Some(Box::new(Self { clock: trace.file.clock(), connection, number, ring })))
+    }
+
+    pub(crate) fn now_ns(&self) -> u64 {
+        self.clock.now_ns()
+    }
+
+    /// A request was handed to the transport, for an operation that was submitted at `submitted_ns`.
+    pub(crate) fn sent(&self, name: &'static str, submitted_ns: u64, request: u32, bytes: u64) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let begin = Record {
+            time_ns: submitted_ns,
+            name,
+            phase: Phase::Begin,
+            connection: self.connection,
+            request,
+            bytes,
+        };
+        let mut ring = lock(&self.ring);
+        ring.push(begin);
+        ring.push(Record { time_ns: self.now_ns(), name: "sent", phase: Phase::Point, ..begin });
+    }
+
+    /// Its response has arrived, or it was lost with the connection.
+    pub(crate) fn answered(&self, request: u32, bytes: u64) {
+        self.push("answered", Phase::Point, request, bytes);
+    }
+
+    /// The program has collected its completion.
+    pub(crate) fn collected(&self, name: &'static str, request: u32, bytes: u64) {
+        self.push(name, Phase::End, request, bytes);
+    }
+
+    fn push(&self, name: &'static str, phase: Phase, request: u32, bytes: u64) {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let (time_ns, connection) = (self.now_ns(), self.connection);
+        lock(&self.ring).push(Record { time_ns, name, phase, connection, request, bytes });
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        let mut trace = lock(&TRACE);
+        let Some(trace) = trace.as_mut().filter(|trace| trace.process == process()) else { return };
+        // Not if it was written at exit.
+        if let Some(at) = trace.rings.iter().position(|(number, _)| *number == self.number) {
+            trace.rings.swap_remove(at);
+            trace.write(self.number, &lock(&self.ring));
+        }
+    }
+}
+
+/// Whether this process has a trace.
+pub(crate) fn is_on() -> bool {
+    lock(&TRACE).as_ref().is_some_and(|trace| trace.process == process())
+}
+
+/// Writes the rings of contexts that were not ended. For the end of the process: another thread that is about
+/// to record something is not waited for.
+pub(crate) fn write_all() {
+    let Ok(mut trace) = TRACE.try_lock() else { return };
+    let Some(trace) = trace.as_mut().filter(|trace| trace.process == process()) else { return };
+    for (number, ring) in std::mem::take(&mut trace.rings) {
+        if let Ok(ring) = ring.try_lock() {
+            trace.write(number, &ring);
+        }
+    }
+}
+
+/// The file that is asked for. As secure_getenv(3), nothing in a program that runs with rights its user has
+/// not.
+fn path() -> Option<OsString> {
+    let value = std::env::var_os("RAIO_TRACE").filter(|value| !value.is_empty())?;
+    if is_secure(&std::fs::read("/proc/self/auxv").ok()?) {
+        return None;
+    }
+    Some(expand(value.as_bytes(), std::process::id()))
+}
+
+/// Whether the kernel says (AT_SECURE in the auxiliary vector) that this program has rights that its user has
+/// not. Such a program cannot read its own vector, either.
+fn is_secure(auxv: &[u8]) -> bool {
+    const AT_SECURE: usize = 23;
+    let (entries, _) = auxv.as_chunks::<{ 2 * size_of::<usize>() }>();
+    let words = entries.iter().map(|entry| entry.split_at(size_of::<usize>()));
+    let mut secure = words.filter(|(kind, _)| **kind == AT_SECURE.to_ne_bytes());
+    secure.next().is_none_or(|(_, value)| value.iter().any(|&byte| byte != 0))
+}
+
+/// Puts the process id in the place of each `%p`.
+fn expand(name: &[u8], pid: u32) -> OsString {
+    let pid = pid.to_string();
+    let mut expanded = Vec::with_capacity(name.len());
+    let mut rest = name;
+    while let Some(at) = rest.windows(2).position(|pair| pair == b"%p") {
+        expanded.extend_from_slice(&rest[..at]);
+        expanded.extend_from_slice(pid.as_bytes());
+        rest = &rest[at + 2..];
+    }
+    expanded.extend_from_slice(rest);
+    OsString::from_vec(expanded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_trusted_only_if_the_kernel_says_so() {
+        let auxv = |words: &[usize]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
+        assert!(!is_secure(&auxv(&[6, 4096, 23, 0, 0, 0])));
+        assert!(is_secure(&auxv(&[6, 23, 23, 1, 0, 0])));
+        assert!(is_secure(&auxv(&[6, 4096])) && is_secure(&[]));
+        assert!(!is_secure(&std::fs::read("/proc/self/auxv").unwrap()));
+    }
+
+    #[test]
+    fn the_process_id_takes_the_place_of_percent_p() {
+        for (name, path) in [("a", "a"), ("%p", "7"), ("/t/%p-%p.json", "/t/7-7.json"), ("%%p%", "%7%")] {
+            assert_eq!(expand(name.as_bytes(), 7), path);
+        }
+    }
+}
