@@ -12,7 +12,7 @@
 //! *and* its data sent. A server may answer before it has taken the data, with an error; then the reply waits
 //! in `early`. The server is not trusted: whatever it sends is checked, and at most ends this connection.
 
-pub(crate) mod outstanding;
+mod outstanding;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -132,7 +132,7 @@ pub(crate) struct Unsent<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Progress {
     pub taken: usize,
-    /// There is a pong to be sent before the rest is taken in.
+    /// There are pongs to be sent, before the rest is taken in.
     pub flush: bool,
 }
 
@@ -216,7 +216,7 @@ impl<L> Core<L> {
     }
 
     /// Whether the server owes a sign of life.
-    fn is_owed(&self) -> bool {
+    pub fn is_owed(&self) -> bool {
         !self.outstanding.is_empty() || self.partial.is_some() || self.early.is_some()
     }
 
@@ -266,7 +266,6 @@ impl<L> Core<L> {
         Ok(id)
     }
 
-    #[allow(dead_code, reason = "for RDMA, which follows")]
     /// Ends a request that may be sent and cannot be, for want of something on this side.
     pub fn send_failed(
         &mut self,
@@ -304,6 +303,11 @@ impl<L> Core<L> {
         let pending = self.outstanding.finish(request, 1).ok()?;
         self.large -= largeness(&pending.bulk);
         Some((pending.bulk, pending.lease))
+    }
+
+    /// Keeps replies for [`Core::take_done`].
+    pub fn hand_out_later(&mut self, mut replies: Vec<Reply>) {
+        self.done.append(&mut replies);
     }
 
     /// Moves what is over and has not been handed out to `replies`.
@@ -481,7 +485,7 @@ impl<L> Core<L> {
         progress: &mut Progress,
         replies: &mut Vec<Reply>,
     ) -> Result<(), Violation> {
-        while self.failure.is_none() && !progress.flush {
+        while self.failure.is_none() && !self.must_flush(progress) {
             if let Some(partial) = &mut self.partial {
                 let left = partial.reply.data_len - partial.placed;
                 let rest = &bytes[progress.taken..];
@@ -508,10 +512,15 @@ impl<L> Core<L> {
                 let body = Body::from(body);
                 self.begin_response(response, body)?;
             } else {
-                progress.flush = self.on_control(message)?;
+                progress.flush |= self.on_control(message)?;
             }
         }
         Ok(())
+    }
+
+    /// Whether no more pings can be taken in before pongs are sent.
+    fn must_flush(&self, progress: &Progress) -> bool {
+        progress.flush && self.pongs_queued == CLIENT_PONGS_MAX
     }
 
     /// Takes in what one receive brought where data is placed: whole messages, one or more. `reclaim` brings
@@ -524,14 +533,14 @@ impl<L> Core<L> {
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) -> Progress {
         let mut progress = Progress { taken: 0, flush: false };
-        loop {
+        while self.failure.is_none() && !self.must_flush(&progress) {
             // Data does not travel in responses: it has been placed.
             let taken = match message::parse(&bytes[progress.taken..], &self.limits) {
                 Ok(Parsed::Item(Message::Response(response, body), taken)) => {
                     self.finish_placed(response, body, replies, &mut reclaim).map(|()| taken)
                 }
-                Ok(Parsed::Item(message, taken)) => self.on_control(message).map(|flush| {
-                    progress.flush = flush;
+                Ok(Parsed::Item(message, taken)) => self.on_control(message).map(|is_pong| {
+                    progress.flush |= is_pong;
                     taken
                 }),
                 Ok(Parsed::Need(_)) => Err(Violation::Length),
@@ -541,13 +550,13 @@ impl<L> Core<L> {
                 Ok(taken) => progress.taken += taken,
                 Err(violation) => self.fail_violation(violation),
             }
-            if progress.flush || progress.taken == bytes.len() || self.failure.is_some() {
-                return progress;
+            if progress.taken == bytes.len() {
+                break;
             }
         }
+        progress
     }
 
-    #[allow(dead_code, reason = "for RDMA, which follows")]
     /// The response to a request whose data has been placed, and that has no message of its own.
     pub fn on_placed(
         &mut self,
@@ -584,7 +593,7 @@ impl<L> Core<L> {
         self.finish_partial(replies)
     }
 
-    /// Takes in a message that is no response. Whether it is to be answered at once.
+    /// Takes in a message that is no response. Whether there is a pong to be sent.
     fn on_control(&mut self, message: Message<'_>) -> Result<bool, Violation> {
         match message {
             Message::Ping(id) => {
@@ -842,3 +851,6 @@ fn crc_of(buffers: &Buffers, len: usize) -> u32 {
     buffers.slices(0..len).for_each(|slice| crc.update(slice));
     crc.finish()
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,7 +45,7 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
     if !stream.grant().queue_pair {
         return Ok(over_tcp(Box::new(stream), &"the server has no RDMA, or will not use it; see its log"));
     }
-    let (stream, error) = match rdma::Client::upgrade(stream, deadline) {
+    let (stream, error) = match upgrade(stream, deadline) {
         Ok(client) => return Ok(Reached::Rdma(Box::new(client))),
         Err(failed) => failed,
     };
@@ -59,6 +59,27 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
         }
         error => over_tcp(stream, error),
     })
+}
+
+/// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by
+/// `deadline`. Fails with the TCP connection if that can be used as it is, and with why.
+pub fn upgrade(
+    mut stream: tcp::Client,
+    deadline: Instant,
+) -> Result<rdma::Client, (Option<Box<tcp::Client>>, Error)> {
+    let made = stream.local_address().and_then(|local| rdma::Upgrade::new(local.ip(), stream.grant()));
+    let made = match made {
+        Ok(made) => made,
+        Err(error) => return Err((Some(Box::new(stream)), error)),
+    };
+    // If it takes longer there must be time left to connect anew.
+    let now = Instant::now();
+    let half = now + deadline.saturating_duration_since(now) / 2;
+    match stream.exchange_queue_pairs(made.address(), half) {
+        Ok(theirs) => made.connect(&theirs, Box::new(stream), deadline).map_err(|error| (None, error)),
+        Err(error) if stream.failure().is_some() => Err((None, error)),
+        Err(error) => Err((Some(Box::new(stream)), error)),
+    }
 }
 
 /// All connections of one worker: over TCP, by RDMA, and those that move from one to the other, which nobody

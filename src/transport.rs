@@ -388,12 +388,6 @@ pub trait ClientTransport: Send {
         Ok(())
     }
 
-    /// The local port of the connection, by which the server knows it, too (see [`crate::trace`]). None where
-    /// it has no such port, or that is not known.
-    fn local_port(&self) -> Option<u16> {
-        None
-    }
-
     /// Undoes it. No buffer of the region may be in flight.
     fn unregister_region(&mut self, region: &Region) {
         let _ = region;
@@ -403,6 +397,12 @@ pub trait ClientTransport: Send {
     fn register_arena(&mut self, arena: &Arena) -> Result<(), Error> {
         let _ = arena;
         Ok(())
+    }
+
+    /// The local port of the connection, by which the server knows it, too (see [`crate::trace`]). None where
+    /// it has no such port, or that is not known.
+    fn local_port(&self) -> Option<u16> {
+        None
     }
 
     /// Requests outstanding, sent or queued.

@@ -6,7 +6,7 @@ use crate::transport::RequestId;
 
 /// The requests: ids are slot index and generation, so that a late response never hits a reused slot.
 #[derive(Debug)]
-pub(crate) struct Outstanding<T> {
+pub(super) struct Outstanding<T> {
     slots: Vec<(u16, Option<T>)>,
     free: Vec<u32>,
     /// Credits: how many more requests may be sent, the one for control messages among them.

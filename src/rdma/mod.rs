@@ -28,7 +28,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-pub use client::Client;
+pub use client::{Client, Upgrade};
 pub use end::{Allow, End};
 pub use server::{Counters, Server};
 

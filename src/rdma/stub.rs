@@ -13,7 +13,6 @@ use crate::handshake::{Grant, Offer, Policy};
 use crate::memory::{Arena, Slot};
 use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, Reactor};
-use crate::tcp;
 use crate::transport::{
     Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, QueuePairMemory, Reply,
     RequestId, RequestKey, Response, ServerEvent, ServerTransport,
@@ -287,17 +286,38 @@ impl ServerTransport for Server {
 
 /// Nothing.
 #[derive(Debug)]
+pub struct Upgrade(Infallible);
+
+impl Upgrade {
+    /// Fails.
+    pub fn new(_: IpAddr, _: &Grant) -> Result<Self, Error> {
+        Err(absent())
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &QueuePairAddress {
+        match self.0 {}
+    }
+
+    /// Connects it.
+    pub fn connect(
+        self,
+        _: &QueuePairAddress,
+        _: Box<dyn ClientTransport>,
+        _: Instant,
+    ) -> Result<Client, Error> {
+        match self.0 {}
+    }
+}
+
+/// Nothing.
+#[derive(Debug)]
 pub struct Client(Infallible);
 
 impl Client {
     /// Fails.
     pub fn connect(_: SocketAddr, _: Option<IpAddr>, _: &Offer, _: Instant) -> Result<Self, Error> {
         Err(absent())
-    }
-
-    /// Fails.
-    pub fn upgrade(stream: tcp::Client, _: Instant) -> Result<Self, (Option<Box<tcp::Client>>, Error)> {
-        Err((Some(Box::new(stream)), absent()))
     }
 
     /// How long the server may be silent.

@@ -330,7 +330,7 @@ impl Server {
             Transport::RdmaAfterTcp => {
                 let offer = Offer { queue_pair: true, ..offer.clone() };
                 let stream = tcp::Client::from_stream(self.stream(), &offer, deadline)?;
-                Box::new(rdma::Client::upgrade(stream, deadline).map_err(|(_, error)| error)?)
+                Box::new(mux::upgrade(stream, deadline).map_err(|(_, error)| error)?)
             }
             _ => Box::new(tcp::Client::from_stream(self.stream(), offer, deadline)?),
         };

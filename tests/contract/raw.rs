@@ -11,7 +11,7 @@ use raio_transport::message::{
     self, HANDSHAKE_BYTES, HandshakeOption, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, Welcome,
 };
 use raio_transport::transport::ClientTransport;
-use raio_transport::{loopback, rdma, tcp};
+use raio_transport::{loopback, mux, rdma, tcp};
 
 use crate::harness::{
     Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
@@ -240,7 +240,7 @@ impl Raw {
                     if !stream.grant().queue_pair {
                         return Ok(Box::new(stream) as _);
                     }
-                    let moved = rdma::Client::upgrade(stream, deadline);
+                    let moved = mux::upgrade(stream, deadline);
                     moved.map(|client| Box::new(client) as _).map_err(|(_, error)| error)
                 });
                 (thread, Self::new(Wire::Tcp(ours, Vec::new())))

@@ -1,11 +1,12 @@
 use std::io::Write;
 use std::net::TcpListener;
+use std::sync::LazyLock;
 use std::thread;
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::error::{Class, Status};
+use crate::error::Status;
 use crate::handshake::Policy;
 use crate::memory::{Buffer, Buffers};
 use crate::message::{self, FEATURE_CRC, Limits, Message, Response};
@@ -93,8 +94,11 @@ fn out(data: Vec<u8>) -> Bulk {
     Bulk::Out(Buffers::One(Buffer::Owned(data.into())))
 }
 
+/// Bytes that differ by where they are and by the seed.
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251 + seed) as u8).collect()
+    static TABLE: LazyLock<Vec<u8>> =
+        LazyLock::new(|| (0..(1 << 20) + 256).map(|at| (at * 7 + at / 251) as u8).collect());
+    TABLE[seed % 256..][..len].to_vec()
 }
 
 fn bytes_of(bulk: &Bulk) -> Vec<u8> {
@@ -119,42 +123,6 @@ fn receive(client: &mut Client, n: usize) -> Vec<Reply> {
     }
     assert_eq!(replies.len(), n);
     replies
-}
-
-/// Sends `n` reads, has the server send `bytes`, and gives the failure with the replies.
-fn provoke(n: usize, bytes: &[u8]) -> (Violation, Vec<Reply>) {
-    let (mut client, mut peer) = pair(&policy(), 0);
-    for tag in 0..n {
-        client.send(tag as u64, &[0; 24], room(4096), false).unwrap();
-    }
-    client.flush();
-    for _ in 0..n {
-        peer.request();
-    }
-    peer.stream.write_all(bytes).unwrap();
-    let mut replies = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while client.failure().is_none() {
-        client.receive(&mut replies);
-        assert!(Instant::now() < deadline);
-    }
-    assert_eq!(client.outstanding(), 0);
-    let violation = match client.failure() {
-        Some(Error::Violation(violation)) => *violation,
-        other => panic!("{other:?} is no violation"),
-    };
-    // The server hears why.
-    peer.inbox.clear();
-    loop {
-        match message::parse(&peer.inbox, &peer.limits).unwrap() {
-            Parsed::Need(_) => peer.fill(),
-            Parsed::Item(message, _) => {
-                assert!(matches!(message, Message::Goaway(..)), "{message:?}");
-                break;
-            }
-        }
-    }
-    (violation, replies)
 }
 
 fn response(id: u64) -> Response {
@@ -274,118 +242,31 @@ fn a_server_that_takes_nothing_blocks_nobody_and_gets_everything_in_the_end() {
 }
 
 #[test]
-fn a_request_that_is_recalled_leaves_no_trace_in_the_stream() {
+fn a_server_hears_what_it_did_wrong() {
     let (mut client, mut peer) = pair(&policy(), 0);
-    let ids: Vec<_> = (0..4)
-        .map(|tag| client.send(tag, &[tag as u8; 24], out(vec![tag as u8; 8]), false).unwrap())
-        .collect();
-    assert!(client.dequeue(ids[2]).is_some());
-    assert!(client.dequeue(ids[2]).is_none());
-    assert!(client.dequeue(ids[0]).is_some());
-    client.flush();
-    assert!(client.dequeue(ids[1]).is_none(), "it has been sent");
-    for tag in [1, 3] {
-        let (request, data) = peer.request();
-        assert_eq!((request.id, data), (ids[tag].0, vec![tag as u8; 8]));
-    }
-    assert_eq!(client.outstanding(), 2);
-    assert_eq!(client.credits(), 6);
-}
-
-#[test]
-fn an_answer_that_comes_before_the_data_was_sent_waits_for_the_buffer() {
-    let policy = Policy { data_bytes_max: 64 << 20, ..policy() };
-    let (mut client, mut peer) = pair(&policy, 0);
-    client.send(9, &[0; 24], out(pattern(64 << 20, 1)), false).unwrap();
-    client.flush();
-    peer.fill();
-    let Parsed::Item(Message::Request(request, _), _) = message::parse(&peer.inbox, &peer.limits).unwrap()
-    else {
-        panic!("no request came")
-    };
-    let rejection = Response { status: Status::storage(libc::EBADF), ..response(request.id) };
-    peer.stream.write_all(&encoded(rejection)).unwrap();
-    let mut replies = Vec::new();
-    let until = Instant::now() + Duration::from_millis(200);
-    while Instant::now() < until {
-        client.receive(&mut replies);
-    }
-    assert!(replies.is_empty(), "the buffer is still being sent");
-    assert_eq!(client.outstanding(), 1);
-    let server = thread::spawn(move || {
-        peer.request();
-        peer
-    });
-    let replies = receive(&mut client, 1);
-    assert_eq!(replies[0].status, Status::storage(libc::EBADF));
-    server.join().unwrap();
-    assert!(client.failure().is_none());
-    assert_eq!(client.outstanding(), 0);
-}
-
-#[test]
-fn the_server_may_not_give_what_was_not_asked_for() {
-    let mut long = Vec::new();
-    Response { data_len: 4097, ..response(0) }.encode(&[], false, &mut long);
-    let mut request = Vec::new();
-    message::Request { id: 0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 }.encode(
-        &[0; 24],
-        false,
-        &mut request,
-    );
-    let mut pong = Vec::new();
-    message::encode_pong(1, false, &mut pong);
-    let mut twice = encoded(response(0));
-    twice.extend(encoded(response(0)));
-    for (bytes, violation, answered) in [
-        (long, Violation::Length, 0),
-        (encoded(Response { data_len: u32::MAX, ..response(0) }), Violation::Length, 0),
-        (encoded(response(7)), Violation::RequestId, 0),
-        (encoded(response(1 << 32)), Violation::RequestId, 0),
-        (encoded(response(u64::MAX)), Violation::RequestId, 0),
-        (twice, Violation::RequestId, 1),
-        (encoded(Response { credits: 3, ..response(0) }), Violation::Credits, 0),
-        (request, Violation::Kind(1), 0),
-        (pong, Violation::RequestId, 0),
-        (vec![0xff; 40], Violation::Kind(0xff), 0),
-    ] {
-        let (found, replies) = provoke(2, &bytes);
-        assert_eq!(found, violation);
-        assert_eq!(replies.len(), 2);
-        assert!(replies[..answered].iter().all(|reply| reply.status.is_ok()));
-        assert!(replies[answered..].iter().all(|reply| reply.status == Status::protocol(libc::EPROTO)));
-    }
-}
-
-#[test]
-fn data_for_a_request_without_room_is_a_violation() {
-    let (mut client, mut peer) = pair(&policy(), 0);
-    client.send(0, &[0; 24], Bulk::None, false).unwrap();
+    client.send(0, &[0; 24], room(4096), false).unwrap();
     client.flush();
     peer.request();
-    peer.stream.write_all(&encoded(Response { data_len: 1, ..response(0) })).unwrap();
+    peer.stream.write_all(&encoded(response(7))).unwrap();
     assert_eq!(receive(&mut client, 1)[0].status, Status::protocol(libc::EPROTO));
-}
-
-#[test]
-fn checksums_are_checked() {
-    for place in [10, 39, 40, 4135] {
-        let (mut client, mut peer) = pair(&policy(), FEATURE_CRC);
-        client.send(0, &[0; 24], room(4096), false).unwrap();
-        client.flush();
-        let mut bytes = Vec::new();
-        let (request, _) = peer.request();
-        peer.answer(request.id, &pattern(4096, 0), &mut bytes);
-        bytes[place] ^= 0x10;
-        peer.stream.write_all(&bytes).unwrap();
-        assert_eq!(receive(&mut client, 1)[0].status.class, Class::Protocol);
-        assert!(matches!(client.failure(), Some(Error::Violation(Violation::Checksum))), "byte {place}");
+    assert!(matches!(client.failure(), Some(Error::Violation(Violation::RequestId))));
+    loop {
+        match message::parse(&peer.inbox, &peer.limits).unwrap() {
+            Parsed::Need(_) => peer.fill(),
+            Parsed::Item(message, _) => {
+                assert!(matches!(message, Message::Goaway(..)), "{message:?}");
+                break;
+            }
+        }
     }
 }
 
 #[test]
 fn a_server_that_pings_and_takes_no_pongs_is_stalled() {
     let (mut client, mut peer) = pair(&policy(), 0);
+    // Room for few pongs, each of which is a system call.
+    socket2::SockRef::from(&client.stream).set_send_buffer_size(16 << 10).unwrap();
+    socket2::SockRef::from(&peer.stream).set_recv_buffer_size(16 << 10).unwrap();
     let mut pings = Vec::new();
     for id in 0..20_000 {
         message::encode_ping(id, false, &mut pings);
@@ -487,69 +368,6 @@ fn a_stream_that_ends_anywhere_loses_each_request_once() {
         let lost = replies.iter().filter(|r| r.status == Status::transport(libc::ECONNRESET)).count();
         assert_eq!(lost, if cut == whole.len() { 2 } else { 3 }, "cut after {cut}");
     }
-}
-
-#[test]
-fn a_silent_server_is_pinged_then_given_up() {
-    let policy = Policy { keepalive: Duration::from_millis(100), ..policy() };
-    let (mut client, mut peer) = pair(&policy, 0);
-    // Nothing outstanding, nothing sent.
-    client.wait(Some(Instant::now() + Duration::from_millis(400))).unwrap();
-    assert!(!client.receive(&mut Vec::new()));
-    assert_eq!(client.counters().sends, 0);
-    client.send(0, &[0; 24], Bulk::None, false).unwrap();
-    client.flush();
-    peer.request();
-    // A server that works long but answers pings is waited for.
-    let start = Instant::now();
-    let worker = thread::spawn(move || {
-        while start.elapsed() < Duration::from_millis(700) {
-            peer.fill();
-            let Parsed::Item(Message::Ping(id), 40) = message::parse(&peer.inbox, &peer.limits).unwrap()
-            else {
-                panic!("not a ping")
-            };
-            peer.inbox.clear();
-            let mut pong = Vec::new();
-            message::encode_pong(id, false, &mut pong);
-            peer.stream.write_all(&pong).unwrap();
-        }
-        peer
-    });
-    let mut replies = Vec::new();
-    while client.failure().is_none() {
-        client.wait(None).unwrap();
-        client.receive(&mut replies);
-    }
-    let _peer = worker.join().unwrap();
-    assert!(start.elapsed() >= Duration::from_millis(900), "{:?}", start.elapsed());
-    assert_eq!(replies.len(), 1);
-    assert_eq!(replies[0].status, Status::transport(libc::ETIMEDOUT));
-    assert_eq!(client.failure().unwrap().errno(), libc::ETIMEDOUT);
-}
-
-#[test]
-fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
-    let policy = Policy { keepalive: Duration::from_millis(100), ..policy() };
-    let (mut client, mut peer) = pair(&policy, 0);
-    client.send(0, &[0; 24], Bulk::None, false).unwrap();
-    client.send(1, &[0; 24], Bulk::None, false).unwrap();
-    client.flush();
-    let (request, _) = peer.request();
-    thread::sleep(Duration::from_millis(500));
-    let mut replies = Vec::new();
-    // Nothing was heard for longer than the request timeout, but the server was not asked either.
-    assert!(!client.receive(&mut replies));
-    assert!(client.failure().is_none());
-    let mut bytes = Vec::new();
-    peer.answer(request.id, &[], &mut bytes);
-    peer.stream.write_all(&bytes).unwrap();
-    thread::sleep(Duration::from_millis(500));
-    // The answer came in time; that it was not read in time is nobody's fault.
-    client.wait(None).unwrap();
-    client.receive(&mut replies);
-    assert!(client.failure().is_none());
-    assert_eq!(replies.len(), 1);
 }
 
 #[test]
