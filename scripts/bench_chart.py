@@ -8,7 +8,12 @@ from picture import Picture
 WIDTH, HEIGHT = 760, 480
 LEFT, RIGHT, TOP, BOTTOM = 74, 690, 64, 396
 COLOURS = {"raio": "blue", "nbdkit": "orange", "local": "grey", "floor": "grey"}
-NAMES = {"raio": "raio", "nbdkit": "nbdkit", "local": "local io_uring, no network", "floor": "floor: bare TCP and pread"}
+NAMES = {
+    "raio": "raio",
+    "nbdkit": "nbdkit",
+    "local": "local io_uring, no network",
+    "floor": "floor: bare TCP and pread",
+}
 DASHES = {"raio": "", "nbdkit": "7 3", "local": "2 3"}
 # Where the label of a point may be: beside it, towards the first free side, with its anchor.
 SIDES = [(-7, -6, "end"), (7, -6, "start"), (8, 4, "start"), (-8, 4, "end"), (7, 14, "start"), (-7, 14, "end"),
@@ -50,7 +55,9 @@ class Labels:
         for line in lines:
             for (ax, ay), (bx, by) in zip(line, line[1:]):
                 steps = max(1, int(math.dist((ax, ay), (bx, by)) / 3))
-                self.along += [(ax + (bx - ax) * i / steps, ay + (by - ay) * i / steps) for i in range(steps + 1)]
+                self.along += [
+                    (ax + (bx - ax) * i / steps, ay + (by - ay) * i / steps) for i in range(steps + 1)
+                ]
         self.taken = []
 
     def place(self, x, y, text, sides=SIDES, size=11):
@@ -97,7 +104,9 @@ def latency(curves, caption):
     lines = {name: [(x(iops), y(us)) for _, iops, us in points] for name, points in curves.items()}
     for name, line in lines.items():
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in line)
-        picture.out.append(f'<polyline class="{COLOURS[name]}-line" points="{path}" stroke-dasharray="{DASHES[name]}"/>')
+        picture.out.append(
+            f'<polyline class="{COLOURS[name]}-line" points="{path}" stroke-dasharray="{DASHES[name]}"/>'
+        )
     for name, line in lines.items():
         for px, py in line:
             picture.out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" class="{COLOURS[name]}"/>')
@@ -119,7 +128,10 @@ def latency(curves, caption):
 def throughput(rows, caption):
     """Bars. `rows`: for each workload its name and the IOPS by target; of floor and local the first that there is is drawn."""
     bar, gap, first = 15, 18, 78
-    groups = [(name, [t for t in ("floor", "local") if t in iops][:1] + ["raio", "nbdkit"], iops) for name, iops in rows]
+    groups = [
+        (name, [t for t in ("floor", "local") if t in iops][:1] + ["raio", "nbdkit"], iops)
+        for name, iops in rows
+    ]
     height = first + sum(len(targets) * bar + gap for _, targets, _ in groups) + 18
     left, right = 290, 672
     picture = Picture(WIDTH, height, "Bars: IOPS of raio beside the floor or local io_uring, and nbdkit")
@@ -139,7 +151,9 @@ def throughput(rows, caption):
             width = (right - left) * iops[target] / most
             fill = f"{COLOURS[target]}-box" if target in ("floor", "local") else COLOURS[target]
             dashes = ' stroke-dasharray="2 3"' if target == "local" else ""
-            picture.out.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{bar - 3}" class="{fill}"{dashes}/>')
+            picture.out.append(
+                f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{bar - 3}" class="{fill}"{dashes}/>'
+            )
             picture.text(round(left + width + 6, 1), y + bar - 5, f"{iops[target]:,.0f}", "small")
             y += bar
         y += gap

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""What scripts/bench prints of its results: one table of everything, and how far raio is from what it aims at.
+"""What scripts/bench prints of its results: one table of everything, and how far raio is from what it aims
+at.
 
-Results are lists of runs, by the names of workload and target. Every figure is the median of a list, every aim a ratio of two
-such medians of the same, interleaved, runs.
+Results are lists of runs, by the names of workload and target. Every figure is the median of a list, every
+aim a ratio of two such medians of the same, interleaved, runs.
 """
 
 import statistics
@@ -55,8 +56,12 @@ def short_table(results):
     yield "| IOPS | floor | local | raio | nbdkit | raio × floor | raio × nbdkit | raio: median µs | p99 µs |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for workload, row in rows(results):
-        iops = [f"{row[name][0]:,.0f}" if name in row else "" for name in ("floor", "local", "raio", "nbdkit")]
-        ratios = [f"{row['raio'][0] / row[name][0]:.2f}" if name in row else "" for name in ("floor", "nbdkit")]
+        iops = [
+            f"{row[name][0]:,.0f}" if name in row else "" for name in ("floor", "local", "raio", "nbdkit")
+        ]
+        ratios = [
+            f"{row['raio'][0] / row[name][0]:.2f}" if name in row else "" for name in ("floor", "nbdkit")
+        ]
         yield f"| {' | '.join([workload, *iops, *ratios])} | {row['raio'][1]:,.1f} | {row['raio'][2]:,.1f} |"
 
 

@@ -51,7 +51,9 @@ class Picture:
 
     def text(self, x, y, text, kind="", anchor="start"):
         """A line of text; `y` is its base line."""
-        attributes = (f' class="{kind}"' if kind else "") + (f' text-anchor="{anchor}"' if anchor != "start" else "")
+        attributes = (f' class="{kind}"' if kind else "") + (
+            f' text-anchor="{anchor}"' if anchor != "start" else ""
+        )
         self.out.append(f'<text x="{x:g}" y="{y:g}"{attributes}>{html.escape(text, quote=False)}</text>')
 
     def box(self, x, y, width, height, colour="plain", lines=(), at="middle"):
