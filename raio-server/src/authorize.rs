@@ -7,77 +7,85 @@
 use std::rc::Rc;
 
 use raio_transport::Status;
-use raio_transport::protocol::{Command, FileAccess};
+use raio_transport::protocol::{Command, FileAccess, Opcode};
 use raio_transport::transport::Response;
 
 use crate::request::{Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success};
 use crate::session::OpenFile;
 use crate::volume::SizeLimit;
 
-/// The work that a command on an open file means. If it may not be done, or there is nothing to do, the error
-/// is the response. A read may take a slot of `slot_bytes_max` at most.
+/// A read of an open file, which may take a slot of `slot_bytes_max` at most. If it may not be done, or there
+/// is nothing to do, the error is the response.
+// Inlined: the fast path pays for what is due for a read only.
+#[inline(always)]
+pub fn read(open: &OpenFile, offset: u64, length: u32, slot_bytes_max: usize) -> Result<Read, Response> {
+    let range = permitted_range(open, Opcode::Read, offset, length.into())?;
+    match Read::new(range, open.alignment) {
+        _ if length == 0 => Err(success(0)),
+        Some(read) if read.slot_len() <= slot_bytes_max => Ok(read),
+        _ => Err(cannot_be_widened(open)),
+    }
+}
+
+/// The work that any other command on an open file means, or the response, as for [`read`].
 ///
 /// # Panics
 ///
-/// If the command is not on an open file, or closes it.
-pub fn authorize(
-    command: &Command<'_>,
-    file: Rc<WorkerFile>,
-    slot_bytes_max: usize,
-) -> Result<Work, Response> {
-    let needed = command.opcode().operation().access;
+/// If the command is a read, or is not on an open file, or closes it.
+pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Response> {
+    let opcode = command.opcode();
     let in_pieces = |file: Rc<WorkerFile>, command, range| Work::InPieces(file, Pieces::new(command, range));
     let (work, length) = match *command {
         Command::Stat(_) => return Ok(Work::Stat(file)),
         Command::Fsync { data_only, .. } => return Ok(Work::Fsync(file, data_only)),
-        Command::Read { offset, length, .. } => {
-            let range = permitted_range(&file.open, needed, offset, length.into())?;
-            let read = widened(&file.open, range, slot_bytes_max)?;
-            (Work::Read(file, read), range.length)
-        }
         Command::Write { offset, length, .. } => {
-            let range = permitted_range(&file.open, needed, offset, length.into())?;
+            let range = permitted_range(&file.open, opcode, offset, length.into())?;
             check_size_limit(&file.open, range)?;
             check_alignment(&file.open, range)?;
             (Work::Write(file, Write::new(range)), range.length)
         }
         Command::Discard { offset, length, .. } => {
-            let range = permitted_range(&file.open, needed, offset, length)?;
+            let range = permitted_range(&file.open, opcode, offset, length)?;
             (in_pieces(file, RangeCommand::Discard, range), length)
         }
         Command::WriteZeroes { offset, length, .. } => {
-            let range = permitted_range(&file.open, needed, offset, length)?;
+            let range = permitted_range(&file.open, opcode, offset, length)?;
             check_size_limit(&file.open, range)?;
             (in_pieces(file, RangeCommand::WriteZeroes, range), length)
         }
         Command::Allocate { offset, length, keep_size, .. } => {
-            let range = permitted_range(&file.open, needed, offset, length)?;
+            let range = permitted_range(&file.open, opcode, offset, length)?;
             check_size_limit(&file.open, range)?;
             (in_pieces(file, RangeCommand::Allocate { keep_size }, range), length)
         }
-        Command::Open { .. } | Command::Close(_) | Command::Cancel { .. } => {
-            unreachable!("{command:?} is no work on an open file")
+        Command::Read { .. } | Command::Open { .. } | Command::Close(_) | Command::Cancel { .. } => {
+            unreachable!("{command:?} is no other work on an open file")
         }
     };
     // Checked like any other, and then there is nothing to do.
     if length == 0 { Err(success(0)) } else { Ok(work) }
 }
 
-/// A range of a file that is open for what is needed.
-fn permitted_range(open: &OpenFile, needed: FileAccess, offset: u64, length: u64) -> Result<Range, Response> {
-    let Some(range) = Range::new(offset, length) else {
-        let text = "Offset and length lead beyond what a file can have (2^63 - 1 bytes).";
-        return Err(failure(Status::storage(libc::EINVAL), text));
-    };
-    match needed {
-        FileAccess::Read if !open.access.read => {
-            Err(failure(Status::storage(libc::EBADF), "The file is not open for reading."))
-        }
-        FileAccess::Write if !open.access.write => {
-            Err(failure(Status::storage(libc::EBADF), "The file is not open for writing."))
-        }
+/// A range of a file that is open for the operation.
+#[inline]
+fn permitted_range(open: &OpenFile, opcode: Opcode, offset: u64, length: u64) -> Result<Range, Response> {
+    let Some(range) = Range::new(offset, length) else { return Err(beyond_every_file()) };
+    match opcode.operation().access {
+        FileAccess::Read if !open.access.read => Err(not_open_for("reading")),
+        FileAccess::Write if !open.access.write => Err(not_open_for("writing")),
         FileAccess::Any | FileAccess::Read | FileAccess::Write => Ok(range),
     }
+}
+
+#[cold]
+fn beyond_every_file() -> Response {
+    let text = "Offset and length lead beyond what a file can have (2^63 - 1 bytes).";
+    failure(Status::storage(libc::EINVAL), text)
+}
+
+#[cold]
+fn not_open_for(what: &str) -> Response {
+    failure(Status::storage(libc::EBADF), &format!("The file is not open for {what}."))
 }
 
 /// Files do not grow beyond what the configuration allows.
@@ -87,7 +95,8 @@ fn check_size_limit(open: &OpenFile, range: Range) -> Result<(), Response> {
     };
     let text = if errno == libc::EFBIG {
         format!(
-            "Files of this export cannot be larger than {bytes} bytes. Its operator can raise `max-file-size`."
+            "Files of this export cannot be larger than {bytes} bytes. Its operator can raise \
+             `max-file-size`."
         )
     } else {
         format!("The export ends at {bytes} bytes and does not grow.")
@@ -102,21 +111,19 @@ fn check_alignment(open: &OpenFile, range: Range) -> Result<(), Response> {
         return Ok(());
     }
     let text = format!(
-        "With O_DIRECT this file takes writes only at multiples of {align} bytes, of lengths that are multiples \
-         of {align} bytes."
+        "With O_DIRECT this file takes writes only at multiples of {align} bytes, of lengths that are \
+         multiples of {align} bytes."
     );
     Err(failure(Status::storage(libc::EINVAL), &text))
 }
 
-/// A read of a range that need not be aligned.
-fn widened(open: &OpenFile, range: Range, slot_bytes_max: usize) -> Result<Read, Response> {
-    let align = open.alignment;
-    Read::new(range, align).filter(|read| read.slot_len() <= slot_bytes_max).ok_or_else(|| {
-        let text = format!(
-            "With O_DIRECT this file wants multiples of {align} bytes, and the range cannot be widened to that."
-        );
-        failure(Status::storage(libc::EINVAL), &text)
-    })
+#[cold]
+fn cannot_be_widened(open: &OpenFile) -> Response {
+    let text = format!(
+        "With O_DIRECT this file wants multiples of {} bytes, and the range cannot be widened to that.",
+        open.alignment
+    );
+    failure(Status::storage(libc::EINVAL), &text)
 }
 
 #[cfg(test)]
@@ -179,15 +186,24 @@ mod tests {
         ]
     }
 
+    /// As the worker does it.
+    fn authorize(
+        command: &Command<'_>,
+        file: &Rc<WorkerFile>,
+        slot_bytes_max: usize,
+    ) -> Result<Work, Response> {
+        let file = Rc::clone(file);
+        match *command {
+            Command::Read { offset, length, .. } => {
+                read(&file.open, offset, length, slot_bytes_max).map(|read| Work::Read(file, read))
+            }
+            _ => work(command, file),
+        }
+    }
+
     /// The errno of each; 0 if it may be done.
     fn errnos(commands: &[Command<'_>], file: &Rc<WorkerFile>) -> Vec<i32> {
-        let errno = |command| match authorize(command, Rc::clone(file), 1 << 20) {
-            Ok(work) => {
-                assert!(work.file().is_some_and(|of| Rc::ptr_eq(of, file)));
-                0
-            }
-            Err(response) => response.status.errno,
-        };
+        let errno = |command| authorize(command, file, 1 << 20).map_or_else(|r| r.status.errno, |_| 0);
         commands.iter().map(errno).collect()
     }
 
@@ -217,18 +233,18 @@ mod tests {
         assert_eq!(errnos(&on_range(4096, 8191), &file), [0, libc::EINVAL, 0, 0, 0]);
         assert_eq!(errnos(&on_range(4095, 8192), &file), [0, libc::EINVAL, 0, 0, 0]);
         let read = Command::Read { file: HANDLE, offset: 4095, length: 2 };
-        let work = authorize(&read, Rc::clone(&file), 8192).unwrap();
+        let work = authorize(&read, &file, 8192).unwrap();
         assert_eq!(work.slot_len(), 8192);
-        assert_eq!(authorize(&read, file, 4096).unwrap_err().status.errno, libc::EINVAL);
+        assert_eq!(authorize(&read, &file, 4096).unwrap_err().status.errno, libc::EINVAL);
     }
 
     #[test]
     fn an_empty_range_is_checked_and_done() {
         for command in on_range(SIZE, 0) {
-            let response = authorize(&command, file(true, true, 4096), 0).unwrap_err();
+            let response = authorize(&command, &file(true, true, 4096), 0).unwrap_err();
             assert_eq!((response.status, response.result), (Status::OK, 0));
         }
-        let response = authorize(&on_range(SIZE + 1, 0)[1], file(true, true, 1), 0).unwrap_err();
+        let response = authorize(&on_range(SIZE + 1, 0)[1], &file(true, true, 1), 0).unwrap_err();
         assert_eq!(response.status.errno, libc::EFBIG);
     }
 }

@@ -74,7 +74,7 @@ pub fn allocate(fd: impl AsFd, offset: u64, length: u64, keep_size: bool) -> Res
     }
 }
 
-/// Fails if the file system has no room for so many more bytes, before others find none.
+/// Fails if the file system has no room for this many more bytes, before others find none.
 fn check_room(fd: impl AsFd, bytes: u64) -> Result<(), Errno> {
     let fs = rustix::fs::fstatvfs(fd)?;
     let may_use_reserve =

@@ -7,7 +7,7 @@ use std::time::Instant;
 use raio_transport::tcp;
 use raio_transport::transport::ALIVE_FOR;
 
-/// The client of one connection. It ends when its worker hears of the connection's end, however long that
+/// The client of one connection. It ends when its worker learns of the connection's end, however long that
 /// worker is held up.
 #[derive(Debug)]
 pub struct Client {

@@ -1,6 +1,6 @@
 //! What the server is told: command line and TOML file, merged and checked.
 //!
-//! Both have the same names. Command-line options override the file. Every error is a sentence that names the
+//! Both have the same names. Command-line options override the file. Every error message names the
 //! option, or the file with line and column, and the right form.
 
 use std::collections::{HashMap, HashSet};
@@ -31,7 +31,7 @@ const IO_BYTES_MAX: u64 = 256 << 20;
 const ARENAS_BYTES_DEFAULT: u64 = 128 << 20;
 const HEAP_BYTES_DEFAULT: u64 = 32 << 20;
 const HEAP_BYTES_DEFAULT_PER_WORKER: u64 = 4 << 20;
-/// ... and so many sessions with a connection and a file.
+/// ... and this number of sessions with a connection and a file.
 const SESSIONS_DEFAULT: usize = 32_768;
 const SPIN_US_DEFAULT: u64 = 50;
 const SPIN_US_MAX: u64 = 1_000_000;
@@ -250,7 +250,7 @@ impl Memory {
         sessions as u64 * session_bytes(workers) as u64
     }
 
-    /// The least for so many sessions, if they are given, and these arenas.
+    /// The least for this number of sessions, if it is given, and these arenas.
     fn least(sessions: Option<usize>, workers: usize, arenas: u64) -> u64 {
         sessions.map_or(2 * arenas, |sessions| (arenas + Self::places(sessions, workers)).div_ceil(7) * 8)
     }
@@ -267,9 +267,11 @@ impl Options {
         let text = std::fs::read_to_string(&path)
             .with_context(|| format!("Cannot read the file that --config names, {}", path.display()))?;
         let mut file: Self = toml::from_str(&text).map_err(|error| {
-            let place = error.span().map_or(path.display().to_string(), |span| place(&path, &text, span.start));
+            let place =
+                error.span().map_or(path.display().to_string(), |span| place(&path, &text, span.start));
             anyhow!(
-                "{place}: {}\nThe keys of the file are the names of the options without the dashes in front, and tables \
+                "{place}: {}\nThe keys of the file are the names of the options without the dashes in \
+                 front, and tables \
                  [export.NAME], see raio_server(8).",
                 error.message()
             )
@@ -319,7 +321,8 @@ impl Options {
             && let Some(reason) = rdma::unavailable()
         {
             bail!(
-                "{} rdma://: there is no RDMA here ({reason}). Install it (--list-devices shows what there is), or listen on \
+                "{} rdma://: there is no RDMA here ({reason}). Install it (--list-devices shows what there \
+                 is), or listen on \
                  tcp://HOST:PORT.",
                 name("listen")
             );
@@ -327,7 +330,8 @@ impl Options {
 
         ensure!(
             !options.export.is_empty(),
-            "There is nothing to serve. Say what with --export NAME=PATH (a directory, a regular file or a block device; add \
+            "There is nothing to serve. Say what with --export NAME=PATH (a directory, a regular file or a \
+             block device; add \
              `,rw` to let clients write), or with an [export.NAME] table of the configuration file."
         );
         let mut names = HashSet::new();
@@ -387,7 +391,8 @@ impl Options {
         let memory = split.all();
         ensure!(
             split.arenas >= arenas_min,
-            "{} is {memory} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes{}. Give at least {} bytes, \
+            "{} is {memory} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes{}. \
+             Give at least {} bytes, \
              or fewer --workers{}, or a smaller --io-max.",
             name("memory"),
             options.max_sessions.map_or(String::new(), |sessions| format!(" and --max-sessions {sessions}")),
@@ -396,7 +401,8 @@ impl Options {
         );
         ensure!(
             memory <= available.bytes,
-            "{} is {memory} bytes, but {} has {} bytes. Give a smaller --memory, and leave some for the page cache.",
+            "{} is {memory} bytes, but {} has {} bytes. Give a smaller --memory, and leave some for the \
+             page cache.",
             name("memory"),
             available.of,
             available.bytes
@@ -413,7 +419,8 @@ impl Options {
             let Some(Size(bytes)) = caps.memory else { continue };
             ensure!(
                 bytes >= arenas_min,
-                "{name}: memory is {bytes} bytes, too little for {workers} workers with an --io-max of {io_bytes} bytes. Give at \
+                "{name}: memory is {bytes} bytes, too little for {workers} workers with an --io-max of \
+                 {io_bytes} bytes. Give at \
                  least {arenas_min} bytes, or leave it out."
             );
             ensure!(
@@ -455,7 +462,8 @@ fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, SocketAddr)>> {
     if !url.contains("://") {
         if url.parse::<u16>().is_ok() {
             bail!(
-                "it is a port alone. Write tcp://127.0.0.1:{url} for clients on this machine, or tcp://0.0.0.0:{url} for all."
+                "it is a port alone. Write tcp://127.0.0.1:{url} for clients on this machine, or \
+                 tcp://0.0.0.0:{url} for all."
             );
         }
         let meant = format!("tcp://{url}");
@@ -469,7 +477,8 @@ fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, SocketAddr)>> {
     }
     let found = (address.host.as_str(), address.port).to_socket_addrs().map_err(|error| {
         anyhow!(
-            "{error}. Give an address or a host name of this machine, or 0.0.0.0 or [::] for all its addresses."
+            "{error}. Give an address or a host name of this machine, or 0.0.0.0 or [::] for all its \
+             addresses."
         )
     })?;
     Ok(found.map(|found| (address.scheme, found)).collect())
@@ -514,7 +523,8 @@ pub fn advice(error: &clap::Error) -> Option<String> {
         Some((_, advice)) => Some(format!("There is no option {argument}. {advice}")),
         None if argument.starts_with('-') => None,
         None => Some(format!(
-            "{argument:?} stands alone. To export it write --export NAME=PATH, and an option's value behind the option."
+            "{argument:?} stands alone. To export it write --export NAME=PATH, and an option's value behind \
+             the option."
         )),
     }
 }
@@ -546,7 +556,8 @@ mod tests {
     fn the_command_line_goes_before_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("raio.toml");
-        let text = "listen = ['tcp://127.0.0.2:1', 'tcp://[::1]:2']\nexport = ['a=/tmp']\nio-max = '64k'\nmemory = 8388608\n\
+        let text = "listen = ['tcp://127.0.0.2:1', 'tcp://[::1]:2']\nexport = ['a=/tmp']\nio-max = \
+        '64k'\nmemory = 8388608\n\
                     queue-depth = 7\nbackend = 'threads'\nlog = 'debug'\nspin-us = 0\nworkers = 3\n\
                     max-sessions = 5\n";
         std::fs::write(&path, text).unwrap();
@@ -601,7 +612,8 @@ mod tests {
     fn tables_of_exports_have_all_keys() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("raio.toml");
-        let text = "[export.a]\npath = '/srv,x'\naccess = 'rw'\ndirect = true\nmountpoint = true\ndevices = true\n\
+        let text = "[export.a]\npath = '/srv,x'\naccess = 'rw'\ndirect = true\nmountpoint = true\ndevices = \
+        true\n\
                     grow = true\nmax-file-size = '1G'\ncross-mounts = true\n[export.n]\nnull = '1M'\n\
                     [export.m]\nmemory = 4096\naccess = 'ro'\n";
         std::fs::write(&path, text).unwrap();
@@ -663,7 +675,7 @@ mod tests {
             [arenas, heap, places].map(|bytes| bytes / MIB)
         };
         assert_eq!(split(None, None, u64::MAX), [128, 32, 544]);
-        assert_eq!(split(None, Some(65_536), 0), [128, 32, 1088], "so many sessions were asked for");
+        assert_eq!(split(None, Some(65_536), 0), [128, 32, 1088], "that number of sessions was asked for");
         let many = Memory::split(None, None, 1024, 2048 * MIB, u64::MAX);
         assert_eq!((many.arenas, many.heap), (2048 * MIB, 4096 * MIB), "it grows with the workers");
         assert_eq!(split(None, None, 128 * MIB), [64, 16, 48], "on a small machine there is less");

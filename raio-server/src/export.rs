@@ -119,7 +119,8 @@ impl Export {
                 if spec.is_writable && may(Permission::WRITE_OK).is_err() {
                     let (name, path) = (&spec.name, real.display());
                     tracing::warn!(
-                        "Export {name}: files cannot be created in {path} itself. Run raio_server as a user who may do that, or \
+                        "Export {name}: files cannot be created in {path} itself. Run raio_server as a user \
+                         who may do that, or \
                          change the permissions."
                     );
                 }

@@ -115,7 +115,8 @@ impl FromStr for ExportSpec {
         );
         if let Some(meant) = misplaced_option(source) {
             return Err(format!(
-                "Options follow a comma: write {name}={meant}. If the path ends like that, name it in an [export.{name}] \
+                "Options follow a comma: write {name}={meant}. If the path ends like that, name it in an \
+                 [export.{name}] \
                  table of the configuration file."
             ));
         }
@@ -133,7 +134,8 @@ impl FromStr for ExportSpec {
                             "Write `{lower} = true` in an [export.{name}] table of the configuration file."
                         ),
                         _ => format!(
-                            "The options are ro, rw and direct. There are more, and paths with commas, in [export.{name}] tables \
+                            "The options are ro, rw and direct. There are more, and paths with commas, in \
+                             [export.{name}] tables \
                              of the configuration file."
                         ),
                     };

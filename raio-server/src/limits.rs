@@ -33,7 +33,7 @@ pub fn session_bytes(workers: usize) -> usize {
 pub struct Room {
     /// Descriptors, those of [`RESERVE`] not counted.
     pub descriptors: usize,
-    /// Of these, at most so many for files.
+    /// How many of these files may take.
     pub files: usize,
     /// Memory.
     pub bytes: usize,
@@ -81,7 +81,8 @@ impl FromStr for Caps {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const FORM: &str = "Write one or more of connections=NUMBER, files=NUMBER, requests=NUMBER and memory=SIZE, with commas \
+        const FORM: &str = "Write one or more of connections=NUMBER, files=NUMBER, requests=NUMBER and \
+        memory=SIZE, with commas \
                             between them.";
         let mut caps = Self::default();
         for part in text.split(',') {
@@ -372,7 +373,8 @@ impl Limits {
             if let Some(what) = self.shortage(used, Usage::default(), Some(usage)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
                 let text = format!(
-                    "The server has as many connections and open files as it may, and {} of the connections are from {address}. \
+                    "The server has as many connections and open files as it may, and {} of the connections \
+                     are from {address}. \
                      Close some, or raise its {what}.",
                     usage.connections
                 );
@@ -392,7 +394,8 @@ impl Limits {
         if used >= max && own.is_none_or(|own| own >= left) {
             let theirs = own.map_or(String::new(), |own| format!(", {own} of them from this address"));
             let text = format!(
-                "The server has as many sessions as it takes ({used}){theirs}. Come back when one has ended, or raise its --max-sessions."
+                "The server has as many sessions as it takes ({used}){theirs}. Come back when one has \
+                 ended, or raise its --max-sessions."
             );
             return Err(Excess { who: Who::Address, text });
         }
@@ -417,7 +420,8 @@ impl Limits {
         self.leave(session);
         let Usage { connections, files, .. } = usage;
         let text = format!(
-            "The server has as many connections and open files as it may, and {connections} and {files} of them are this session's. \
+            "The server has as many connections and open files as it may, and {connections} and {files} of \
+             them are this session's. \
              Close some, or raise its {what}."
         );
         Err(Excess { who: Who::Session, text })
@@ -446,7 +450,8 @@ impl Limits {
         let Some(what) = shortage else { return Ok(permit) };
         self.close(session);
         let text = format!(
-            "The server has as many files open as it may, {} of them for this session. Close some, or raise its {what}.",
+            "The server has as many files open as it may, {} of them for this session. Close some, or raise \
+             its {what}.",
             own.files
         );
         Err(Excess { who: Who::Session, text })
@@ -478,7 +483,8 @@ impl Limits {
             return Ok(permit);
         }
         Err(format!(
-            "The server has no memory for another queue pair: connections, open files and queue pairs have {} of {} KiB. Use TCP, close \
+            "The server has no memory for another queue pair: connections, open files and queue pairs have \
+             {} of {} KiB. Use TCP, close \
              some, or raise its --memory.",
             (used - bytes) >> 10,
             max >> 10

@@ -68,7 +68,7 @@ impl Listener {
         self.sockets.iter().map(url).collect::<Vec<_>>().join(" ")
     }
 
-    /// Takes in what happened to an accept, and goes on accepting. Gives a connection if there is one.
+    /// Handles the end of an accept, and accepts the next. Returns a connection if there is one.
     pub fn handle(&mut self, reactor: &mut Reactor, event: Event) -> Option<RawConnection> {
         let index = event.token.value as usize;
         let socket = self.sockets.get_mut(index)?;

@@ -76,8 +76,8 @@ pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
     rate_limit().permit(peer, kind, Instant::now())
 }
 
-/// Logs a line about a client, whose socket address may be known, unless there were too many of the kind about
-/// its address.
+/// Logs a line about a client, whose socket address may be known, unless there were too many of the kind
+/// about its address.
 macro_rules! log_client {
     ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
         if $crate::log::permit($peer.map(|peer| peer.ip()), $kind) {
@@ -144,7 +144,10 @@ fn sanitized(text: &str) -> String {
     let mut line = String::with_capacity(text.len() + 1);
     for char in text.strip_suffix('\n').unwrap_or(text).chars() {
         // Beside the control characters: line and paragraph separators, and what turns the direction of text.
-        let is_odd = matches!(char, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        let is_odd = matches!(
+            char,
+            '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+        );
         if char.is_control() || is_odd {
             line.extend(char.escape_default());
         } else {

@@ -166,12 +166,14 @@ fn drop_fsetid() -> anyhow::Result<()> {
 
 fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     privileges.context(
-        "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an ordinary user, or allow \
+        "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an \
+         ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
     if rustix::process::geteuid().is_root() {
         tracing::warn!(
-            "The server runs as root, so clients can do with the exports what root can. Run it as a user of its own that may \
+            "The server runs as root, so clients can do with the exports what root can. Run it as a user of \
+             its own that may \
              access nothing but the exports."
         );
     }

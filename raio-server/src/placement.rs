@@ -19,7 +19,7 @@ struct Load {
 }
 
 impl Placement {
-    /// For so many workers.
+    /// For a number of workers.
     pub fn new(workers: usize) -> Self {
         Self(Mutex::new(vec![Load::default(); workers]))
     }

@@ -164,7 +164,8 @@ impl<J: Job> Pool<J> {
             drop(state);
             if log::permit(None, "threads that cannot be started") {
                 tracing::warn!(
-                    "Cannot start a thread for file operations ({error}), so some wait. Raise the limit on processes with `ulimit -u`, \
+                    "Cannot start a thread for file operations ({error}), so some wait. Raise the limit on \
+                     processes with `ulimit -u`, \
                      or TasksMax= in the unit."
                 );
             }
@@ -213,7 +214,7 @@ impl<J: Job> Lane<J> {
         Ticket(self.pool.next_ticket.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Has a job run once its turn has come.
+    /// Runs a job once the lane has room for it.
     pub fn submit(&self, ticket: Ticket, job: J) {
         let mut state = self.pool.lock();
         let queue = &mut state.lanes[self.index];

@@ -13,7 +13,8 @@ pub fn for_files() -> anyhow::Result<()> {
     let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let missing = |what: &str, why: &str, error: Errno| {
         format!(
-            "{what} does not work here ({error}), and {why}. Linux 5.6 or newer has it; in a container or a unit, allow it in \
+            "{what} does not work here ({error}), and {why}. Linux 5.6 or newer has it; in a container or a \
+             unit, allow it in \
              the seccomp profile (SystemCallFilter=)."
         )
     };
@@ -25,7 +26,8 @@ pub fn for_files() -> anyhow::Result<()> {
     }
     if let Err(error) = rustix::fs::open("/proc/self/fd", directory, Mode::empty()) {
         bail!(
-            "/proc/self/fd cannot be used ({error}), and by it files are opened once their type is known. Mount /proc: \
+            "/proc/self/fd cannot be used ({error}), and by it files are opened once their type is known. \
+             Mount /proc: \
              `mount -t proc proc /proc`, or allow it in the container or unit (ProcSubset=all)."
         );
     }
@@ -37,7 +39,8 @@ pub fn for_files() -> anyhow::Result<()> {
             rustix::io::preadv2(zero, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::empty())
     {
         tracing::warn!(
-            "preadv2(2) does not work here ({error}), so that reads take longer. Allow it in the seccomp profile."
+            "preadv2(2) does not work here ({error}), so that reads take longer. Allow it in the seccomp \
+             profile."
         );
     }
     Ok(())

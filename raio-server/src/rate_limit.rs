@@ -11,7 +11,7 @@ use crate::tuning::log::{RATE_LIMIT_KEYS, RATE_LIMIT_LINES, RATE_LIMIT_WINDOW};
 /// short name of their kind.
 pub type Key = (Option<IpAddr>, &'static str);
 
-/// Lets so many lines of each kind through in a while, and counts the rest.
+/// Permits a number of lines of each kind in a window, and counts the rest.
 #[derive(Debug, Default)]
 pub struct RateLimit(HashMap<Key, Window>);
 

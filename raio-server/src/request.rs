@@ -1,7 +1,7 @@
 //! A request, from its arrival to its answer, whatever transport it came by.
 //!
 //! ```text
-//!   NeedSlot --> Fetching (writes) --> Executing --> Responding: the transport has the answer, and the request is free
+//!   NeedSlot --> Fetching (writes) --> Executing --> answered: the request is gone
 //! ```
 //!
 //! What needs no memory starts at Executing. That no memory is free is a state and not an error: the request
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::message;
-use raio_transport::protocol::FileHandle;
+use raio_transport::protocol::{Direction, FileHandle};
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
@@ -142,6 +142,7 @@ pub struct Read {
 
 impl Read {
     /// None if the range that must be read lies beyond what a file can have.
+    #[inline]
     pub fn new(range: Range, align: u32) -> Option<Self> {
         let span = if range.length == 0 || align == 1 { range } else { range.widened(align.into())? };
         Some(Self { range, span, align: align as usize, done: 0 })
@@ -299,6 +300,15 @@ impl Work {
         }
     }
 
+    /// Which way its data goes.
+    pub fn direction(&self) -> Direction {
+        match self {
+            Self::Read(..) => Direction::ToClient,
+            Self::Write(..) => Direction::ToServer,
+            _ => Direction::None,
+        }
+    }
+
     /// The file that it works on. An open has its directory, and a close nothing.
     pub fn file(&self) -> Option<&Rc<WorkerFile>> {
         match self {
@@ -423,7 +433,7 @@ pub fn success(result: u64) -> Response {
     Response { status: Status::OK, result, body: no_body(), data: None }
 }
 
-/// The answer to what failed, with a sentence for a human.
+/// The answer to what failed, with an error message for a human.
 pub fn failure(status: Status, text: &str) -> Response {
     Response { status, result: 0, body: message::clipped(text).as_bytes().into(), data: None }
 }
@@ -438,7 +448,8 @@ fn reason(errno: i32) -> String {
     let error = std::io::Error::from_raw_os_error(errno);
     match errno {
         libc::EAGAIN => format!(
-            "{error}. It may have no thread for this: try again later, or raise its limit on processes with `ulimit -u` or TasksMax=."
+            "{error}. It may have no thread for this: try again later, or raise its limit on processes with \
+             `ulimit -u` or TasksMax=."
         ),
         _ => format!("{error}."),
     }

@@ -202,7 +202,8 @@ impl Root {
         let before = seen.replace(now);
         if before.is_some_and(|before| before != now) {
             tracing::warn!(
-                "Export {name}: {:?} is another {} than before (something was mounted, unmounted or replaced), and served from now on. \
+                "Export {name}: {:?} is another {} than before (something was mounted, unmounted or \
+                 replaced), and served from now on. \
                  Files that are open stay what they are.",
                 self.path,
                 if self.is_directory() { "directory" } else { "device" },

@@ -303,7 +303,7 @@ impl Server {
         }
     }
 
-    /// Acts on a signal. Gives a code if the server is to exit at once.
+    /// Acts on a signal. Returns the exit code if the server is to exit at once.
     fn signal(&mut self, signal: i32) -> Option<ExitCode> {
         if signal == libc::SIGUSR1 {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
@@ -400,7 +400,7 @@ fn cpus_to_pin(workers: usize) -> Vec<usize> {
     if cpus.len() < workers { Vec::new() } else { cpus }
 }
 
-/// Logs what the system did not give, once, with the remedy. Gives the backend's name.
+/// Logs what the system did not give, once, with the remedy. Returns the backend's name.
 fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     let fallback = started.iter().find_map(|worker| worker.fallback.as_deref());
     if let Some(reason) = fallback {
@@ -412,8 +412,10 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
         let limit = limit.map_or("unlimited".to_owned(), |bytes| format!("{} KiB", bytes >> 10));
         tracing::warn!(
-            "Cannot register {} MiB of buffers with io_uring for each of {} workers ({error}): the memlock limit is {limit}. \
-             It works all the same, a little slower. Raise the limit with `ulimit -l`, or LimitMEMLOCK= in the unit.",
+            "Cannot register {} MiB of buffers with io_uring for each of {} workers ({error}): the memlock \
+             limit is {limit}. \
+             It works all the same, a little slower. Raise the limit with `ulimit -l`, or LimitMEMLOCK= in \
+             the unit.",
             config.arena_bytes >> 20,
             config.workers
         );
@@ -424,7 +426,7 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
 }
 
-/// What so many sessions take: a connection and a file for each, and what is not theirs.
+/// What a number of sessions take: a connection and a file for each, and what is not theirs.
 fn descriptors_for(sessions: usize) -> usize {
     DESCRIPTORS_OWN + 2 * sessions
 }
@@ -438,7 +440,8 @@ fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize,
         None => (limit / 4).max(1),
         Some(sessions) => {
             let remedy = format!(
-                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller --max-sessions",
+                "Raise the hard limit with `ulimit -Hn {}`, or LimitNOFILE= in the unit, or give a smaller \
+                 --max-sessions",
                 descriptors_for(sessions)
             );
             ensure!(
@@ -447,7 +450,8 @@ fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize,
             );
             if descriptors_for(sessions) > limit {
                 tracing::warn!(
-                    "--max-sessions {sessions} is more than can each have a file open: this process may have only {limit} open \
+                    "--max-sessions {sessions} is more than can each have a file open: this process may \
+                     have only {limit} open \
                      files. {remedy}."
                 );
             }
@@ -475,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn more_sessions_than_descriptors_are_refused_with_a_sentence_that_says_how_many_it_takes() {
+    fn more_sessions_than_descriptors_are_rejected_with_the_number_that_it_takes() {
         let error = session_limits(1024, Some(1000)).unwrap_err().to_string();
         assert!(error.contains("--max-sessions is 1000") && error.contains("ulimit -Hn 2256"), "{error}");
     }

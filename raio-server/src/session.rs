@@ -119,7 +119,8 @@ impl FileEntry {
 }
 
 impl Session {
-    /// Gives a file a handle, on behalf of a connection from an address. The error says why it gets none.
+    /// Enters a file under a new handle, on behalf of a connection from an address. The error says why it
+    /// gets none.
     pub fn insert(&self, file: Arc<OpenFile>, address: &AddressAccount) -> Result<FileHandle, Excess> {
         let mut files = lock(&self.files);
         let open = files.entries.len() - files.free.len();

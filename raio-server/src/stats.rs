@@ -83,7 +83,7 @@ pub struct Counters {
     pub heap_bytes: Counter,
     /// Times that a connection was not read from because its messages took too many.
     pub message_waits: Counter,
-    /// The most bytes of the arena that one turn has given out.
+    /// The most bytes of the arena that one iteration has given out.
     pub iteration_bytes_max: Counter,
     /// Connections that were rejected because their session has as many as it may.
     pub rejected_connections: Counter,

@@ -37,9 +37,9 @@ pub mod fast_path {
 
 /// O_DIRECT requests at a device that coalesces completions: see [`crate::device_queue`].
 pub mod device {
-    /// So many requests go to the kernel with one system call: the device starts on the first while the kernel
-    /// takes in the others. 4 KiB read, depth 32, O_DIRECT: 77,408 operations a second against 63,854, with
-    /// the limit on dispatch.
+    /// So many requests go to the kernel with one system call: the device starts on the first while the
+    /// kernel takes in the others. 4 KiB read, depth 32, O_DIRECT: 77,408 operations a second against
+    /// 63,854, with the limit on dispatch.
     pub const SUBMIT_BATCH: usize = 2;
 }
 
@@ -56,9 +56,9 @@ pub mod drain {
     pub const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
 }
 
-/// An export's lanes in the pool of threads: [`crate::engine::Lanes`]. Several, so that flushes that hang stop
-/// neither its opens nor its reads, and leases not the opens of other files. In jobs at a time; not measured:
-/// tests/e2e/tests/blocking.rs shows that what hangs in one holds up no other.
+/// An export's lanes in the pool of threads: [`crate::engine::Lanes`]. Several, so that flushes that hang
+/// stop neither its opens nor its reads, and leases not the opens of other files. In jobs at a time; not
+/// measured: tests/e2e/tests/blocking.rs shows that what hangs in one holds up no other.
 pub mod lanes {
     /// Opens and questions about files.
     pub const CONTROL_WIDTH: usize = 8;
@@ -84,23 +84,23 @@ pub mod cached_reads {
     /// ... the lane reads for so many times as long as the second took: that is one per cent of a worker's
     /// time for such reads. Not measured.
     pub const PAUSE: u32 = 100;
-    /// So many requests of an export at most are with its disk because of workers, and those of one read more:
-    /// half of the fewest that a disk takes (`nr_requests`: 32), beyond which whoever asks waits.
+    /// So many requests of an export at most are with its disk because of workers, and those of one read
+    /// more: half of the fewest that a disk takes (`nr_requests`: 32), beyond which whoever asks waits.
     pub const MISSES_MAX: usize = 16;
     /// Bytes of one of them: a longer read is several. The kernel's default for readahead.
     pub const MISS_BYTES: usize = 128 << 10;
-    /// Of a file with more holes the extents behind them are not loaded when it is opened: each takes a system
-    /// call of a few microseconds, and an open is not to take longer than half a second. Not measured.
+    /// Of a file with more holes the extents behind them are not loaded when it is opened: each takes a
+    /// system call of a few microseconds, and an open is not to take longer than half a second. Not measured.
     pub const HOLES_MAX: usize = 100_000;
 }
 
 /// Opening files, and changing their allocation.
 pub mod files {
-    /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the export.
-    /// Whoever renames without end can make it fail, and only that.
+    /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the
+    /// export. Whoever renames without end can make it fail, and only that.
     pub const LOOKUP_RETRIES_MAX: u32 = 32;
-    /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to one
-    /// that is not there: as many links as the kernel follows.
+    /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to
+    /// one that is not there: as many links as the kernel follows.
     pub const CREATIONS_MAX: u32 = 40;
     /// Bytes. The alignment for O_DIRECT where nobody says what it is: enough for every disk.
     pub const DIRECT_ALIGN_DEFAULT: u32 = 4096;
@@ -136,8 +136,8 @@ pub mod limits {
     pub const FILE_BYTES: usize = 512;
     /// ... and that each worker takes which has used it.
     pub const FILE_BYTES_PER_WORKER: usize = 256;
-    /// One part in so many of the memory for permits is not for queue pairs of an address that has more than is
-    /// left.
+    /// One part in so many of the memory for permits is not for queue pairs of an address that has more than
+    /// is left.
     pub const QUEUE_PAIR_RESERVE_PART: usize = 8;
 }
 

@@ -56,7 +56,8 @@ impl Descriptor {
             || mount_keeps_atime(&fd);
         if is_asynchronous && !keeps_atime && log::permit(None, "files of other users") {
             tracing::info!(
-                "A file belongs to another user, so the server cannot open it with O_NOATIME, and reads it more slowly. Run the \
+                "A file belongs to another user, so the server cannot open it with O_NOATIME, and reads it \
+                 more slowly. Run the \
                  server as the owner, give it CAP_FOWNER, or mount the file system with noatime."
             );
         }

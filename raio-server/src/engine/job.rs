@@ -113,7 +113,7 @@ pub(super) fn take(tasks: &mut Vec<Task>, key: u64) -> Option<Task> {
 impl pool::Job for Job {
     fn run(self) {
         match self {
-            // The worker hears of them once all have ended.
+            // The worker is woken once, when all have ended.
             Self::Operations(to, tasks) => to.send_all(tasks.into_iter().map(Task::run)),
             Self::Close(fd, closing) => {
                 let closed = reactor::close(fd);

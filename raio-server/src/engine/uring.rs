@@ -37,6 +37,7 @@ impl Uring {
     }
 
     /// Reads what the page cache has. None: that may wait.
+    #[inline(always)]
     fn read_cached(
         &mut self,
         file: &Descriptor,

@@ -1,16 +1,16 @@
 //! What an open file does its I/O on: the third seam, beside the two roles of a transport.
 //!
 //! ```text
-//!   session: OpenFile (access, counts) --owns--> dyn Volume
-//!     RegularFile, BlockDevice, Memory   have a descriptor: the worker's engine (uring | threads) serves them
-//!     Null                               ends every operation at once
-//!     (an image elsewhere)               keeps a Completer, and ends the operation from a thread of its own
+//!   session: OpenFile --owns--> dyn Volume
+//!     RegularFile, BlockDevice, Memory   their descriptor is served by the worker's engine
+//!     Null                               ends every operation as it is submitted
+//!     (an image elsewhere)               keeps a Completer, and uses it from a thread of its own
 //!     (a filter)                         wraps another volume
 //! ```
 //!
-//! An operation owns its slot, which comes back in the one [`Completion`](crate::engine::Completion) that ends
-//! it. A volume is shared by all workers; each lends it what is its own ([`Context`]) for the length of a call.
-//! No call waits for a disk, a file system or a network.
+//! An operation owns its slot, which comes back in the one [`Completion`](crate::engine::Completion) that
+//! ends it. A volume is shared by all workers; each lends it what is its own ([`Context`]) for the length of
+//! a call. No call waits for a disk, a file system or a network.
 
 mod device;
 mod file;

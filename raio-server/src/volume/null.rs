@@ -19,7 +19,7 @@ impl Null {
         Self { size }
     }
 
-    /// How many of so many bytes from an offset lie within it.
+    /// How many of `len` bytes from an offset lie within it.
     fn within(&self, offset: u64, len: usize) -> usize {
         let left = self.size.saturating_sub(offset);
         len.min(usize::try_from(left).unwrap_or(usize::MAX))

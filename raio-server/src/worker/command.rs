@@ -1,4 +1,4 @@
-//! The way of every request: decode, find the file, [`authorize`], then the fast path or [`super::pipeline`],
+//! The way of every request: decode, find the file, [`crate::authorize`], then the fast path or [`super::pipeline`],
 //! both by way of [`super::admission`].
 //!
 //! What a client cannot know (a file that is not there, a range that is not aligned) is that request's
@@ -15,7 +15,7 @@ use tracing::field::display;
 use super::Worker;
 use super::connections::Connection;
 use super::lifecycle::log_client;
-use crate::authorize::authorize;
+use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
 use crate::limits::Excess;
@@ -41,26 +41,35 @@ impl Worker {
             let text = "The server is shutting down. Connect again later.";
             return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
         }
+        let session = self.connections[connection].session;
         let work = match command {
             Command::Open { flags, mode, path } => self.open(connection, flags, mode, path),
             Command::Close(handle) => return self.close(connection, request, handle),
             Command::Cancel { id } => return self.cancel_by_id(connection, request, id),
+            Command::Read { file, offset, length } => match self.sessions.file(session, file) {
+                Some(file) => {
+                    match authorize::read(&file.open, offset, length, self.arena.slot_bytes_max()) {
+                        // What is answered on arrival is never in flight.
+                        Ok(read) if self.fast_path(connection, request.key, &file.open, read.range()) => {
+                            return;
+                        }
+                        Ok(read) => Ok(Work::Read(file, read)),
+                        Err(response) => Err(response),
+                    }
+                }
+                None => Err(unknown_handle()),
+            },
             Command::Stat(file)
-            | Command::Read { file, .. }
             | Command::Write { file, .. }
             | Command::Fsync { file, .. }
             | Command::Discard { file, .. }
             | Command::WriteZeroes { file, .. }
-            | Command::Allocate { file, .. } => {
-                match self.sessions.file(self.connections[connection].session, file) {
-                    Some(file) => authorize(&command, file, self.arena.slot_bytes_max()),
-                    None => Err(unknown_handle()),
-                }
-            }
+            | Command::Allocate { file, .. } => match self.sessions.file(session, file) {
+                Some(file) => authorize::work(&command, file),
+                None => Err(unknown_handle()),
+            },
         };
         match work {
-            // What is answered on arrival is never in flight.
-            Ok(work) if self.fast_path(connection, request.key, &work) => {}
             Ok(work) => {
                 if !self.counts_requests || self.count_request(connection, request) {
                     self.begin(connection, request.key, work);
@@ -85,7 +94,7 @@ impl Worker {
     }
 
     // Open
-    // ---------------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> Result<Work, Response> {
         let Connection { arrival, name, .. } = &self.connections[connection];
@@ -151,7 +160,7 @@ impl Worker {
     }
 
     // Close and cancel
-    // -----------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     fn close(&mut self, connection: usize, request: &transport::Request, handle: FileHandle) {
         let session = self.connections[connection].session;

@@ -6,21 +6,29 @@
 //! happened.
 
 use raio_transport::Status;
+use raio_transport::protocol::Direction;
 use raio_transport::transport::{RequestKey, ServerTransport};
 
 use super::Worker;
 use super::admission::{Decision, Demand};
 use super::pipeline::unsent_bytes;
-use crate::request::{Range, Work};
+use crate::request::Range;
+use crate::session::OpenFile;
 use crate::tuning::fast_path::BYTES_MAX;
 
 impl Worker {
     /// Carries out and answers a read that has been authorized. Whether it has; if not, nothing has happened.
-    pub(super) fn fast_path(&mut self, connection: usize, name: RequestKey, work: &Work) -> bool {
-        let Work::Read(file, read) = work else { return false };
-        let Range { offset, length } = read.range();
+    #[inline(always)]
+    pub(super) fn fast_path(
+        &mut self,
+        connection: usize,
+        name: RequestKey,
+        open: &OpenFile,
+        range: Range,
+    ) -> bool {
+        let Range { offset, length } = range;
         // It does not overtake its connection's own requests.
-        if length > BYTES_MAX.into() || file.open.is_direct() || self.admission.is_waiting(connection) {
+        if length > BYTES_MAX.into() || open.is_direct() || self.admission.is_waiting(connection) {
             return false;
         }
         let bytes = length as usize;
@@ -29,13 +37,13 @@ impl Worker {
         if self.admission.decide(&demand, &self.arena, unsent) != Decision::Admit {
             return false;
         }
-        let (volume, engine) = (&file.open.volume, &mut *self.engine);
+        let (volume, engine) = (&open.volume, &mut *self.engine);
         let mut read = |bytes: &mut [u8]| volume.try_read_cached(engine, bytes, offset).is_some();
         if !self.transport.respond_filled(name, bytes, &mut self.arena, &mut read) {
             return false;
         }
         self.count_response(Status::OK);
-        self.count_data(work, length);
+        self.count_data(Direction::ToClient, length);
         // Where nobody spins the client would only be woken more often.
         if self.admission.spend(bytes) && !self.shared.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);

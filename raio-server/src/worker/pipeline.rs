@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use raio_transport::memory::Slot;
+use raio_transport::protocol::Direction;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 use raio_transport::{Status, mux};
 
@@ -292,7 +293,7 @@ impl Worker {
             self.uncount_request(connection, &request.work);
         }
         if response.status.is_ok() {
-            self.count_data(&request.work, response.result);
+            self.count_data(request.work.direction(), response.result);
         }
         let was_cancelled = response.status.errno == libc::ECANCELED;
         self.respond(request.key, response);
@@ -334,11 +335,11 @@ impl Worker {
     }
 
     /// Counts what a request that has succeeded has moved.
-    pub(super) fn count_data(&self, work: &Work, bytes: u64) {
-        match work {
-            Work::Read(..) => self.counters.read_bytes.add(bytes),
-            Work::Write(..) => self.counters.written_bytes.add(bytes),
-            _ => {}
+    pub(super) fn count_data(&self, direction: Direction, bytes: u64) {
+        match direction {
+            Direction::ToClient => self.counters.read_bytes.add(bytes),
+            Direction::ToServer => self.counters.written_bytes.add(bytes),
+            Direction::None => {}
         }
     }
 

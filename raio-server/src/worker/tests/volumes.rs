@@ -1,5 +1,5 @@
-//! Volumes that are not the server's own: one that a thread of its own completes, as the callback of a storage
-//! library would, and one that wraps another.
+//! Volumes that are not the server's own: one that a thread of its own completes, as the callback of a
+//! storage library would, and one that wraps another.
 
 use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering};
