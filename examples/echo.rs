@@ -126,7 +126,7 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
                     }
                     answer(&mut server, key, Status::OK, None);
                 }
-                ServerEvent::Opened(..) => {}
+                ServerEvent::Opened(..) | ServerEvent::Moved(..) => {}
                 ServerEvent::Closed(connection, _) => {
                     kept.retain(|(owner, _), _| *owner != connection);
                     coming.retain(|key: &RequestKey, _| key.connection != connection);

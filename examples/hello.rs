@@ -72,6 +72,7 @@ fn serve(listener: OwnedFd) -> std::io::Result<()> {
                     server.respond(&mut reactor, request.key, response);
                 }
                 ServerEvent::Fetched(..) => unreachable!("greetings bring no data"),
+                ServerEvent::Moved(..) => unreachable!("there is one transport"),
                 ServerEvent::Closed(_, reason) => println!("server: it left ({})", reason.name()),
             }
         }

@@ -116,7 +116,7 @@ fn work(
                         Response { status: Status::OK, result: 0, body, data: None },
                     );
                 }
-                ServerEvent::Fetched(..) | ServerEvent::Closed(..) => {}
+                ServerEvent::Fetched(..) | ServerEvent::Moved(..) | ServerEvent::Closed(..) => {}
             }
         }
         server.flush(reactor);

@@ -7,7 +7,8 @@
 use std::any::Any;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Status, Violation};
@@ -17,9 +18,11 @@ use crate::memory::{Arena, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::reactor::{Event, Reactor, Wait};
 
-/// A connection of a server's transport: an index that is reused and a generation that is not.
+/// A connection of a server: its transport, an index there that is reused and a generation that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId {
+    /// The owner number of its transport: [`ServerTransport::owner`].
+    pub transport: u8,
     /// Index.
     pub index: u32,
     /// Generation.
@@ -104,6 +107,9 @@ pub enum ServerEvent {
     /// A client has finished its part of the handshake. Its welcome goes out with the next
     /// [`ServerTransport::flush`]; until then it can be rejected: [`ServerTransport::reject`].
     Opened(ConnectionId, Box<Peer>),
+    /// A connection has moved to another transport, before its first request: what had the first id has the
+    /// second from now on.
+    Moved(ConnectionId, ConnectionId),
     /// A request has arrived. Answer it once: with [`ServerTransport::respond`], perhaps after
     /// [`ServerTransport::fetch`].
     Request(Request),
@@ -125,10 +131,71 @@ pub struct UpgradeRequest {
     pub peer: Peer,
     /// Where its queue pair is.
     pub theirs: QueuePairAddress,
+    /// What is kept for its owner: [`ServerTransport::hold`].
+    pub held: Option<Arc<dyn Any>>,
     /// The addresses of both ends of the connection, if they are IP addresses.
     pub local: Option<IpAddr>,
     /// The client's.
     pub remote: Option<IpAddr>,
+}
+
+/// A connection that was accepted, for the transport that it is of.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A non-blocking stream socket. If another server has passed it on, with what it had received.
+    Stream(Arc<OwnedFd>, Option<Vec<u8>>),
+    /// What the listener of another transport has given.
+    Other(Box<dyn Any>),
+}
+
+/// A connection that is passed on to another server, before anything has been said to its client.
+#[derive(Debug)]
+pub struct Passed {
+    /// Which it was.
+    pub connection: ConnectionId,
+    /// To which server, as was decided when its hello had come.
+    pub to: usize,
+    /// Its socket.
+    pub stream: Arc<OwnedFd>,
+    /// All that was received: its hello, and what came behind it. For [`Incoming::Stream`].
+    pub hello: Vec<u8>,
+}
+
+/// What a transport has to say to another about a connection that moves from the one to the other, or has
+/// moved: then each has a half of it, its partner the other.
+#[derive(Debug)]
+pub enum Handover {
+    /// A connection asks to move. Ask the others to [`ServerTransport::take_over`], then
+    /// [`ServerTransport::answer_upgrade`].
+    Upgrade(UpgradeRequest),
+    /// One half has ended: [`ServerTransport::partner_ended`] for the other.
+    Ended {
+        /// The other half.
+        partner: ConnectionId,
+        /// How.
+        reason: CloseReason,
+        /// What the client was told.
+        status: Status,
+        /// The same, in words.
+        text: String,
+    },
+}
+
+/// What a server's transport has counted, if it counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServerCounters {
+    /// Responses posted.
+    pub responses: u64,
+    /// Work requests posted, receives not counted.
+    pub work_requests: u64,
+    /// Doorbells: chains of work requests posted.
+    pub doorbells: u64,
+    /// RDMA WRITEs among the work requests.
+    pub writes: u64,
+    /// RDMA READs among them.
+    pub reads: u64,
+    /// Bytes of data copied: what came inline.
+    pub copied_bytes: u64,
 }
 
 /// Why a connection ended.
@@ -187,16 +254,22 @@ pub trait ServerTransport {
         })?;
         let happened = poll_ready || !events.is_empty();
         let owners = self.owners();
-        for event in events.extract_if(.., |event| owners.contains(&event.token.owner)) {
+        let is_ours = |owner: u8| 1u64.checked_shl(owner.into()).is_some_and(|bit| owners & bit != 0);
+        for event in events.extract_if(.., |event| is_ours(event.token.owner)) {
             self.handle(reactor, event);
         }
         self.process_ready(reactor);
         Ok(happened)
     }
 
-    /// The owner numbers in the tokens of this transport's operations, twice the same if it has one: their
-    /// events are for [`ServerTransport::handle`].
-    fn owners(&self) -> [u8; 2];
+    /// The owner number in the tokens of this transport's operations: their events are for
+    /// [`ServerTransport::handle`], and its connections' ids name it by that. Below 64.
+    fn owner(&self) -> u8;
+
+    /// The owner numbers of all that this is made of, a bit for each.
+    fn owners(&self) -> u64 {
+        1 << self.owner()
+    }
 
     /// Takes in what happened on the ring to an operation of this transport's (its [`crate::reactor::Token`]
     /// has this transport's owner number).
@@ -293,6 +366,106 @@ pub trait ServerTransport {
 
     /// Connections now, those in their handshake among them.
     fn connections(&self) -> usize;
+
+    // Connections that come, stay with their owner, and go elsewhere
+    // ----------------------------------------------------------------------------------------------------
+
+    /// Takes over a connection that was accepted; its handshake is still to come. Returns it if it is not of
+    /// this transport's kind, else the connection's id, or why there is none.
+    fn accept(
+        &mut self,
+        reactor: &mut Reactor,
+        incoming: Incoming,
+    ) -> Result<Result<ConnectionId, Error>, Incoming> {
+        let _ = reactor;
+        Err(incoming)
+    }
+
+    /// Keeps this, for its owner, as long as the connection takes anything of the system: a while longer than
+    /// until it is reported as closed.
+    fn hold(&mut self, connection: ConnectionId, held: Arc<dyn Any>) {
+        let _ = (connection, held);
+    }
+
+    /// The next connection that is to be passed on to another server.
+    fn next_passed(&mut self) -> Option<Passed> {
+        None
+    }
+
+    /// A connection's socket, if it has one, as long as that is open.
+    fn socket(&self, connection: ConnectionId) -> Option<Weak<OwnedFd>> {
+        let _ = connection;
+        None
+    }
+
+    /// The next thing that this transport has to say to another.
+    fn next_handover(&mut self) -> Option<Handover> {
+        None
+    }
+
+    /// Takes over a connection that asks to move, with all that it was granted. Returns its new id, and what
+    /// its client must be told; requests may come from then on. Fails, with nothing changed, if it cannot.
+    fn take_over(
+        &mut self,
+        reactor: &mut Reactor,
+        request: &UpgradeRequest,
+    ) -> Result<(ConnectionId, QueuePairAddress), Error> {
+        let _ = (reactor, request);
+        Err(Error::Unsupported("no connection can move to this transport".into()))
+    }
+
+    /// Answers a connection of this transport's that asked to move: it moves there, and from now on carries
+    /// nothing but signs of life and its end; or it stays, for this reason.
+    fn answer_upgrade(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: ConnectionId,
+        answer: Result<(ConnectionId, &QueuePairAddress), (Status, &str)>,
+    ) {
+        let _ = (reactor, connection, answer);
+    }
+
+    /// The other half of a connection that has moved, if it has.
+    fn partner(&self, connection: ConnectionId) -> Option<ConnectionId> {
+        let _ = connection;
+        None
+    }
+
+    /// The other half of a connection has ended, and with it this one.
+    fn partner_ended(
+        &mut self,
+        reactor: &mut Reactor,
+        connection: ConnectionId,
+        reason: CloseReason,
+        status: Status,
+        text: &str,
+    ) {
+        let _ = (reactor, connection, reason, status, text);
+    }
+
+    // Accounts
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Heap that the connections' messages cause now, of what there may be, and how often one was not read
+    /// from because of that (backpressure).
+    fn heap(&self) -> (usize, u64) {
+        (0, 0)
+    }
+
+    /// Whether there are connections that are not read from because of that.
+    fn has_gated(&self) -> bool {
+        false
+    }
+
+    /// Lets their clients know that the server is alive, as [`ServerTransport::show_life`] does.
+    fn show_life_to_gated(&mut self, reactor: &mut Reactor) {
+        let _ = reactor;
+    }
+
+    /// What was counted, over all connections.
+    fn counters(&self) -> ServerCounters {
+        ServerCounters::default()
+    }
 }
 
 /// What a request carries besides its command.

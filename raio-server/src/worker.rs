@@ -31,8 +31,8 @@ use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, ServerEvent, ServerTransport};
-use raio_transport::{Status, mux, rdma};
+use raio_transport::transport::{self, Incoming, ServerEvent, ServerTransport};
+use raio_transport::{Status, mux, rdma, tcp};
 
 use crate::config::BackendKind;
 use crate::engine::{self, Engine, Threads, Uring};
@@ -225,26 +225,32 @@ impl Worker {
         let started =
             Started { senders: WorkerSenders { mailbox, connections }, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
-        let mut transport = mux::Server::new(TCP, &shared.policy, rdma);
-        transport.set_heap_max(shared.heap_bytes);
-        let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
-        transport.set_queue_pair_memory(Box::new(move |address, bytes| {
-            let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
-                counting.rejected_queue_pairs.add(1);
-                if log::permit(address, "queue pairs that were rejected") {
-                    tracing::info!(
-                        client = address.map(tracing::field::display),
-                        "A queue pair was rejected. {text}"
-                    );
-                }
-            })?;
-            Ok(Box::new(permit))
-        }));
+        let policy = Policy { queue_pair: rdma.is_some(), ..Policy::clone(&shared.policy) };
+        let mut tcp = tcp::Server::new(TCP, Arc::new(policy));
+        tcp.set_heap_max(shared.heap_bytes);
         let placing = Arc::clone(&shared);
-        transport.set_place(Box::new(move |peer| {
+        tcp.set_place(Box::new(move |peer| {
             let to = if peer.control { index } else { placing.placement.claim(index) };
             (to != index).then_some(to)
         }));
+        let mut transports: Vec<Box<dyn ServerTransport>> = vec![Box::new(tcp)];
+        if let Some(mut rdma) = rdma {
+            let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
+            rdma.set_memory(Box::new(move |address, bytes| {
+                let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
+                    counting.rejected_queue_pairs.add(1);
+                    if log::permit(address, "queue pairs that were rejected") {
+                        tracing::info!(
+                            client = address.map(tracing::field::display),
+                            "A queue pair was rejected. {text}"
+                        );
+                    }
+                })?;
+                Ok(Box::new(permit))
+            }));
+            transports.push(Box::new(rdma));
+        }
+        let transport = mux::Server::new(transports);
         let worker = Self {
             transport,
             admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),
@@ -343,13 +349,12 @@ impl Worker {
 
     fn adopt(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let peer = connection.peer();
-        let adopted = match connection {
-            RawConnection::Tcp(stream, _) => Ok(self.transport.adopt_tcp(&mut self.reactor, stream)),
-            RawConnection::Passed(stream, _, hello) => {
-                Ok(self.transport.adopt_passed(&mut self.reactor, stream, hello))
-            }
-            RawConnection::Rdma(incoming) => self.transport.adopt_rdma(&mut self.reactor, incoming),
+        let incoming = match connection {
+            RawConnection::Tcp(stream, _) => Incoming::Stream(Arc::new(stream), None),
+            RawConnection::Passed(stream, _, hello) => Incoming::Stream(stream, Some(hello)),
+            RawConnection::Rdma(incoming) => Incoming::Other(Box::new(incoming)),
         };
+        let adopted = self.transport.adopt(&mut self.reactor, incoming);
         let id = match adopted {
             Ok(id) => id,
             Err(error) => {
@@ -395,6 +400,7 @@ impl Worker {
             self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, *peer),
+                ServerEvent::Moved(from, to) => self.connections.on_moved(from, to),
                 ServerEvent::Request(request) if self.admission.has_budget() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),

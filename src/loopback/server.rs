@@ -62,7 +62,8 @@ impl Server {
     pub fn adopt(&mut self, reactor: &mut Reactor, end: End) -> ConnectionId {
         self.generation = self.generation.wrapping_add(1);
         let entry = self.connections.vacant_entry();
-        let id = ConnectionId { index: entry.key() as u32, generation: self.generation };
+        let id =
+            ConnectionId { transport: self.owner, index: entry.key() as u32, generation: self.generation };
         let eventfd = reactor.file(Arc::clone(end.eventfd()));
         let readable = reactor.submit(token(self.owner, id), Op::Readable { file: eventfd.clone() });
         entry.insert(Connection {
@@ -236,13 +237,14 @@ fn token(owner: u8, id: ConnectionId) -> Token {
 }
 
 impl ServerTransport for Server {
-    fn owners(&self) -> [u8; 2] {
-        [self.owner; 2]
+    fn owner(&self) -> u8 {
+        self.owner
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let value = event.token.value;
-        let id = ConnectionId { index: value as u32, generation: (value >> 32) as u32 };
+        let id =
+            ConnectionId { transport: self.owner, index: value as u32, generation: (value >> 32) as u32 };
         let Some(connection) = self.get(id) else { return };
         if let Payload::Timer = event.payload {
             connection.timer = None;

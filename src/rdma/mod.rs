@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 pub use client::{Client, Upgrade};
 pub use end::{Allow, End};
-pub use server::{Counters, Server};
+pub use server::Server;
 
 use crate::error::Error;
 use crate::message::{BODY_BYTES_MAX, HEADER_BYTES};

@@ -33,8 +33,8 @@ use crate::message::{Link, QueuePairAddress, RemoteRegion};
 use crate::reactor::{Clock, Event, File, Op, Payload, Reactor, TimerId, Token};
 use crate::server::{DataSource, Due, MessageConnection, Outgoing, Phase, Taken};
 use crate::transport::{
-    ALIVE_FOR, CloseReason, ConnectionId, QueuePairMemory, RequestKey, Response, ServerEvent,
-    ServerTransport, UpgradeRequest,
+    self, ALIVE_FOR, CloseReason, ConnectionId, Handover, QueuePairMemory, RequestKey, Response,
+    ServerCounters, ServerEvent, ServerTransport, UpgradeRequest,
 };
 use crate::tuning::{
     CONTROL_MESSAGES, PROBE_EVERY, QUEUE_COMPLETIONS_MAX, SEND_RING_BYTES, WORK_REQUESTS_MIN,
@@ -53,23 +53,6 @@ enum Kind {
     Timer = 3,
 }
 
-/// What this server has counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Responses posted.
-    pub responses: u64,
-    /// Work requests posted, receives not counted.
-    pub work_requests: u64,
-    /// Doorbells: chains of work requests posted.
-    pub doorbells: u64,
-    /// RDMA WRITEs among the work requests.
-    pub writes: u64,
-    /// RDMA READs among them.
-    pub reads: u64,
-    /// Bytes of data copied: what came inline.
-    pub copied_bytes: u64,
-}
-
 /// See the module documentation.
 pub struct Server {
     owner: u8,
@@ -82,12 +65,14 @@ pub struct Server {
     channel_file: File,
     generation: u32,
     events: VecDeque<ServerEvent>,
+    /// Streams whose queue pairs have ended.
+    ended: VecDeque<Handover>,
     /// Connections whose queues are polled.
     hot: Vec<ConnectionId>,
     /// Connections with something to post since the last flush.
     dirty: Vec<ConnectionId>,
     /// Of connections that have ended.
-    counters: Counters,
+    counters: ServerCounters,
     /// When rdma_cm was last asked for disconnects.
     asked: Instant,
     memory: QueuePairMemory,
@@ -113,7 +98,9 @@ struct Connection {
     qp: QueuePair,
     /// Data that came with a request is kept where it was received, with what is around it.
     messages: MessageConnection<(Received, Range<usize>)>,
-    /// Dropped after the queue pair. See [`Server::hold`].
+    /// The stream that it began on, whose end is the end of this connection.
+    companion: Option<ConnectionId>,
+    /// Dropped after the queue pair. See [`ServerTransport::hold`].
     held: Option<Arc<dyn Any>>,
     /// So are these. See [`Server::set_memory`].
     memory: Vec<Box<dyn Any>>,
@@ -133,7 +120,7 @@ struct Connection {
     reads_max: usize,
     /// The response that is being chained; kept for its memory.
     header: Vec<u8>,
-    counters: Counters,
+    counters: ServerCounters,
 }
 
 /// The connection with this id.
@@ -158,9 +145,10 @@ impl Server {
             channel_file,
             generation: 0,
             events: VecDeque::new(),
+            ended: VecDeque::new(),
             hot: Vec::new(),
             dirty: Vec::new(),
-            counters: Counters::default(),
+            counters: ServerCounters::default(),
             asked: reactor.clock().now(),
             memory: Box::new(|_, _| Ok(Box::new(()))),
         };
@@ -195,22 +183,9 @@ impl Server {
         Ok(())
     }
 
-    /// Keeps this, for its owner, as long as the connection has its queue pair: until it is reported as
-    /// closed or a while longer.
-    pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
-        if let Some(connection) = self.get(id) {
-            connection.held = Some(held);
-        }
-    }
-
     /// From now on `memory` decides who has memory for a queue pair. Until then everybody has.
     pub fn set_memory(&mut self, memory: QueuePairMemory) {
         self.memory = memory;
-    }
-
-    /// What was counted, over all connections.
-    pub fn counters(&self) -> Counters {
-        self.connections.iter().fold(self.counters, |sum, (_, connection)| sum.plus(&connection.counted()))
     }
 
     /// Has the reactor tell when this file is readable.
@@ -253,7 +228,8 @@ impl Server {
         };
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
         let entry = self.connections.vacant_entry();
-        let connection_id = ConnectionId { index: entry.key() as u32, generation: self.generation };
+        let connection_id =
+            ConnectionId { transport: self.owner, index: entry.key() as u32, generation: self.generation };
         let number = number_of(connection_id);
         id.set_tag(number);
         id.migrate(&self.channel)
@@ -275,17 +251,14 @@ impl Server {
         Ok(connection_id)
     }
 
-    /// Makes a queue pair for a client that has shaken hands over TCP and told where its own is. Gives what
-    /// the client must be told; requests may come from then on. Whoever owns the TCP connection says
-    /// [`Server::stream_ended`] when it ends, and ends it when this one closes. Fails, with nothing changed,
-    /// if there can be no such queue pair.
-    pub fn pair_up(
+    /// Makes a queue pair for a client that has shaken hands over TCP and told where its own is.
+    fn take_over_stream(
         &mut self,
         reactor: &mut Reactor,
-        exchange: &UpgradeRequest,
+        request: &UpgradeRequest,
     ) -> Result<(ConnectionId, QueuePairAddress), Error> {
         let unfit = |what: String| Err(Error::Unsupported(what));
-        let UpgradeRequest { peer, theirs, local, remote, .. } = exchange;
+        let UpgradeRequest { peer, theirs, local, remote, .. } = request;
         let (Some(local), Some(remote)) = (*local, *remote) else {
             return unfit("the connection has no IP addresses; use TCP".into());
         };
@@ -321,7 +294,8 @@ impl Server {
             .map_err(|text| at.failed(text.trim_end_matches('.')))?;
         self.generation = self.generation.wrapping_add(1) & 0x3fff_ffff;
         let entry = self.connections.vacant_entry();
-        let id = ConnectionId { index: entry.key() as u32, generation: self.generation };
+        let id =
+            ConnectionId { transport: self.owner, index: entry.key() as u32, generation: self.generation };
         let mut qp = QueuePair::new(None, domain, channel, number_of(id), limits, &size, true)
             .map_err(|error| at.failed(error))?;
         let ours = qp.address(&at, theirs.peer_psn, theirs.psn, 0);
@@ -340,21 +314,11 @@ impl Server {
         let mut connection = Connection::new(qp, messages, port, &size, reads_max, reactor.clock());
         connection.peer = Some(remote);
         connection.memory.push(memory);
+        connection.held = request.held.clone();
+        connection.companion = Some(request.connection);
         entry.insert(connection);
         self.set_timer(reactor, id);
         Ok((id, ours))
-    }
-
-    /// The TCP connection of a connection that was paired up has ended, and with it this one.
-    pub fn stream_ended(&mut self, reactor: &mut Reactor, id: ConnectionId, reason: CloseReason) {
-        // What the client sent before it went is taken in.
-        self.look(reactor, id, usize::MAX);
-        let Some(connection) = self.get(id) else { return };
-        let reason = match reason {
-            CloseReason::Finished | CloseReason::Lost(0) => connection.messages.core.ended_by(Status::OK),
-            other => other,
-        };
-        self.end(reactor, id, reason);
     }
 
     fn get(&mut self, id: ConnectionId) -> Option<&mut Connection> {
@@ -380,6 +344,11 @@ impl Server {
         {
             self.dirty.push(id);
         }
+    }
+
+    /// The connection that a device, or a token, calls by this number.
+    fn id_of(&self, number: u64) -> ConnectionId {
+        ConnectionId { transport: self.owner, index: number as u32, generation: (number >> 32) as u32 }
     }
 
     /// Sees to it that a timer comes at the connection's next deadline, or before.
@@ -418,7 +387,7 @@ impl Server {
     /// Takes in what rdma_cm has to say.
     fn connecting(&mut self, reactor: &mut Reactor) {
         while let Some(event) = self.channel.next() {
-            let id = id_of(event.tag);
+            let id = self.id_of(event.tag);
             match event.kind {
                 CmKind::Disconnected | CmKind::Rejected | CmKind::DeviceRemoved => {
                     // What it sent before it went is taken in.
@@ -629,10 +598,31 @@ impl Server {
         }
     }
 
-    /// Tells the worker, once.
+    /// Tells the worker, once, and the stream that it began on.
     fn report(&mut self, reactor: &Reactor, id: ConnectionId, reason: CloseReason) {
+        let (status, text) = match reason {
+            CloseReason::Violation(violation) => {
+                (Status::protocol(violation.errno()), format!("{violation}."))
+            }
+            _ => (Status::OK, String::new()),
+        };
+        self.report_as(reactor, id, reason, status, text);
+    }
+
+    /// The same, with what the client is told.
+    fn report_as(
+        &mut self,
+        reactor: &Reactor,
+        id: ConnectionId,
+        reason: CloseReason,
+        status: Status,
+        text: String,
+    ) {
         if let Some(connection) = find(&mut self.connections, id).filter(|found| !found.is_lingering()) {
-            connection.messages.report_closed(reason, &mut self.events, reactor.clock());
+            connection.messages.report_closed(reason.clone(), &mut self.events, reactor.clock());
+            if let Some(partner) = connection.companion.take() {
+                self.ended.push_back(Handover::Ended { partner, reason, status, text });
+            }
         }
     }
 
@@ -659,7 +649,7 @@ impl Server {
         if let Some((_, timer)) = connection.timer {
             reactor.cancel_timer(timer);
         }
-        self.counters = self.counters.plus(&connection.counted());
+        self.counters = plus(self.counters, connection.counted());
         connection.qp.disconnect();
         drop(connection);
     }
@@ -689,6 +679,7 @@ impl Connection {
         Self {
             qp,
             messages,
+            companion: None,
             held: None,
             memory: Vec::new(),
             peer: None,
@@ -702,7 +693,7 @@ impl Connection {
             reads: 0,
             reads_max,
             header: Vec::new(),
-            counters: Counters::default(),
+            counters: ServerCounters::default(),
         }
     }
 
@@ -715,8 +706,8 @@ impl Connection {
         self.messages.core.phase() == Phase::Lingering
     }
 
-    fn counted(&self) -> Counters {
-        Counters {
+    fn counted(&self) -> ServerCounters {
+        ServerCounters {
             work_requests: self.qp.counters.work_requests,
             doorbells: self.qp.counters.doorbells,
             ..self.counters
@@ -795,16 +786,14 @@ impl Connection {
     }
 }
 
-impl Counters {
-    fn plus(&self, other: &Self) -> Self {
-        Self {
-            responses: self.responses + other.responses,
-            work_requests: self.work_requests + other.work_requests,
-            doorbells: self.doorbells + other.doorbells,
-            writes: self.writes + other.writes,
-            reads: self.reads + other.reads,
-            copied_bytes: self.copied_bytes + other.copied_bytes,
-        }
+fn plus(one: ServerCounters, other: ServerCounters) -> ServerCounters {
+    ServerCounters {
+        responses: one.responses + other.responses,
+        work_requests: one.work_requests + other.work_requests,
+        doorbells: one.doorbells + other.doorbells,
+        writes: one.writes + other.writes,
+        reads: one.reads + other.reads,
+        copied_bytes: one.copied_bytes + other.copied_bytes,
     }
 }
 
@@ -860,19 +849,15 @@ fn number_of(id: ConnectionId) -> u64 {
     u64::from(id.generation) << 32 | u64::from(id.index)
 }
 
-fn id_of(number: u64) -> ConnectionId {
-    ConnectionId { index: number as u32, generation: (number >> 32) as u32 }
-}
-
 impl ServerTransport for Server {
-    fn owners(&self) -> [u8; 2] {
-        [self.owner; 2]
+    fn owner(&self) -> u8 {
+        self.owner
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let index = event.token.value >> 2;
         if let Payload::Timer = event.payload {
-            return self.timer(reactor, id_of(index));
+            return self.timer(reactor, self.id_of(index));
         }
         let index = index as usize;
         match event.token.value & 3 {
@@ -882,7 +867,7 @@ impl ServerTransport for Server {
             }
             kind if kind == Kind::Completions as u64 => {
                 let mut announced = Vec::new();
-                self.ports[index].channel.take_events(|context| announced.push(id_of(context)));
+                self.ports[index].channel.take_events(|context| announced.push(self.id_of(context)));
                 announced.into_iter().for_each(|id| self.heat(id));
                 self.watch(reactor, Kind::Completions, index);
             }
@@ -897,7 +882,7 @@ impl ServerTransport for Server {
 
     fn poll_ready(&mut self, arm: bool) -> bool {
         // What a flush, or a close, has left behind.
-        if !self.events.is_empty() || !self.dirty.is_empty() {
+        if !self.events.is_empty() || !self.dirty.is_empty() || !self.ended.is_empty() {
             return true;
         }
         let mut at = 0;
@@ -987,7 +972,7 @@ impl ServerTransport for Server {
         let policy = Arc::clone(&self.policy);
         if let Some(found) = self.get_alive(connection) {
             found.messages.say_goaway(&policy, status, text);
-            self.report(reactor, connection, CloseReason::Local);
+            self.report_as(reactor, connection, CloseReason::Local, status, text.into());
             self.linger(reactor, connection);
         }
     }
@@ -1041,5 +1026,65 @@ impl ServerTransport for Server {
 
     fn connections(&self) -> usize {
         self.connections.len()
+    }
+
+    fn accept(
+        &mut self,
+        reactor: &mut Reactor,
+        incoming: transport::Incoming,
+    ) -> Result<Result<ConnectionId, Error>, transport::Incoming> {
+        match incoming {
+            transport::Incoming::Other(other) => match other.downcast() {
+                Ok(incoming) => Ok(self.adopt(reactor, *incoming)),
+                Err(other) => Err(transport::Incoming::Other(other)),
+            },
+            stream @ transport::Incoming::Stream(..) => Err(stream),
+        }
+    }
+
+    fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
+        if let Some(connection) = self.get(id) {
+            connection.held = Some(held);
+        }
+    }
+
+    fn next_handover(&mut self) -> Option<Handover> {
+        self.ended.pop_front()
+    }
+
+    fn take_over(
+        &mut self,
+        reactor: &mut Reactor,
+        request: &UpgradeRequest,
+    ) -> Result<(ConnectionId, QueuePairAddress), Error> {
+        self.take_over_stream(reactor, request)
+    }
+
+    fn partner(&self, id: ConnectionId) -> Option<ConnectionId> {
+        self.connections.get(id.index as usize).filter(|found| found.id() == id)?.companion
+    }
+
+    fn partner_ended(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        reason: CloseReason,
+        _status: Status,
+        _text: &str,
+    ) {
+        let Some(connection) = self.get(id) else { return };
+        connection.companion = None;
+        // What the client sent before it went is taken in.
+        self.look(reactor, id, usize::MAX);
+        let Some(connection) = self.get(id) else { return };
+        let reason = match reason {
+            CloseReason::Finished | CloseReason::Lost(0) => connection.messages.core.ended_by(Status::OK),
+            other => other,
+        };
+        self.end(reactor, id, reason);
+    }
+
+    fn counters(&self) -> ServerCounters {
+        self.connections.iter().fold(self.counters, |sum, (_, connection)| plus(sum, connection.counted()))
     }
 }

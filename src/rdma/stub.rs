@@ -1,7 +1,6 @@
 //! What stands in for the RDMA transport in a build without the feature `rdma`: the same names, of which no
 //! value can be made.
 
-use std::any::Any;
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,8 +13,8 @@ use crate::memory::{Arena, Slot};
 use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
-    Bulk, ClientCounters, ClientTransport, CloseReason, ConnectionId, NotSent, QueuePairMemory, Reply,
-    RequestId, RequestKey, Response, ServerEvent, ServerTransport,
+    Bulk, ClientCounters, ClientTransport, ConnectionId, NotSent, QueuePairMemory, Reply, RequestId,
+    RequestKey, Response, ServerEvent, ServerTransport,
 };
 
 const REASON: &str = "this program was built without RDMA";
@@ -187,23 +186,6 @@ impl End {
 #[derive(Debug)]
 pub struct Server(Infallible);
 
-/// What a server has counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Responses posted.
-    pub responses: u64,
-    /// Work requests posted.
-    pub work_requests: u64,
-    /// Chains of them.
-    pub doorbells: u64,
-    /// RDMA WRITEs.
-    pub writes: u64,
-    /// RDMA READs.
-    pub reads: u64,
-    /// Bytes of data copied.
-    pub copied_bytes: u64,
-}
-
 impl Server {
     /// Fails.
     pub fn new(_: &mut Reactor, _: u8, _: Arc<Policy>, _: &Arena) -> Result<Self, Error> {
@@ -215,30 +197,6 @@ impl Server {
         match self.0 {}
     }
 
-    /// Makes a queue pair.
-    pub fn pair_up(
-        &mut self,
-        _: &mut Reactor,
-        _: &crate::transport::UpgradeRequest,
-    ) -> Result<(ConnectionId, QueuePairAddress), Error> {
-        match self.0 {}
-    }
-
-    /// Ends a connection.
-    pub fn stream_ended(&mut self, _: &mut Reactor, _: ConnectionId, _: CloseReason) {
-        match self.0 {}
-    }
-
-    /// Keeps something.
-    pub fn hold(&mut self, _: ConnectionId, _: Arc<dyn Any>) {
-        match self.0 {}
-    }
-
-    /// What was counted.
-    pub fn counters(&self) -> Counters {
-        match self.0 {}
-    }
-
     /// Has this decide who has memory.
     pub fn set_memory(&mut self, _: QueuePairMemory) {
         match self.0 {}
@@ -246,7 +204,7 @@ impl Server {
 }
 
 impl ServerTransport for Server {
-    fn owners(&self) -> [u8; 2] {
+    fn owner(&self) -> u8 {
         match self.0 {}
     }
     fn handle(&mut self, _: &mut Reactor, _: Event) {

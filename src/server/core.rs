@@ -227,7 +227,7 @@ pub(crate) mod tests {
         peer
     }
 
-    const ID: ConnectionId = ConnectionId { index: 0, generation: 0 };
+    const ID: ConnectionId = ConnectionId { transport: 0, index: 0, generation: 0 };
 
     struct Run {
         start: Instant,

@@ -50,6 +50,10 @@ impl<R> InFlight<R> {
     }
 
     pub fn remove(&mut self, id: u64) -> Option<R> {
+        if self.ids.front() == Some(&id) {
+            self.ids.pop_front();
+            return self.requests.pop_front();
+        }
         let position = self.position(id)?;
         self.ids.remove(position);
         self.requests.remove(position)

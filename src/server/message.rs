@@ -318,7 +318,7 @@ mod tests {
     use crate::memory::{Arena, SlotRange};
     use crate::transport::Body;
 
-    const ID: ConnectionId = ConnectionId { index: 0, generation: 0 };
+    const ID: ConnectionId = ConnectionId { transport: 0, index: 0, generation: 0 };
 
     struct Run {
         start: Instant,

@@ -35,6 +35,10 @@ pub(crate) struct StreamShared {
     pub events: VecDeque<ServerEvent>,
     /// Clients that want to move to a queue pair.
     pub upgrades: VecDeque<(ConnectionId, Box<Peer>, QueuePairAddress)>,
+    /// Where connections had moved to that have ended here.
+    pub ended: VecDeque<(ConnectionId, CloseReason)>,
+    /// How many have moved.
+    pub upgraded: usize,
     /// Connections with something to send since the last flush.
     pub dirty: Vec<u32>,
     pub spare: SpareBatches,
@@ -58,6 +62,8 @@ impl StreamShared {
             route: Box::new(|_| None),
             events: VecDeque::new(),
             upgrades: VecDeque::new(),
+            ended: VecDeque::new(),
+            upgraded: 0,
             dirty: Vec::new(),
             spare: SpareBatches::default(),
             large_receives: 0,
@@ -123,9 +129,8 @@ enum UpgradeState {
     Offered(Box<Peer>),
     /// It has asked. Nothing but signs of life may come.
     Requested,
-    /// It has moved there: the same.
-    #[allow(dead_code, reason = "the set of transports is about to ask")]
-    Upgraded(ConnectionId),
+    /// It has moved there, unless that has ended: the same.
+    Upgraded(Option<ConnectionId>),
 }
 
 /// A request in flight.
@@ -708,7 +713,8 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
                 // What it has promised to say it now says elsewhere.
                 self.core.release_keepalive();
                 self.needs_attention = true;
-                UpgradeState::Upgraded(to)
+                shared.upgraded += 1;
+                UpgradeState::Upgraded(Some(to))
             }
             Err(_) => UpgradeState::None,
         };
@@ -724,9 +730,22 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The connection that it has moved to.
-    #[allow(dead_code, reason = "the set of transports is about to ask")]
     pub fn upgraded_to(&self) -> Option<ConnectionId> {
-        if let UpgradeState::Upgraded(to) = self.upgrade { Some(to) } else { None }
+        if let UpgradeState::Upgraded(to) = self.upgrade { to } else { None }
+    }
+
+    /// The connection that it has moved to has ended: this one says so, and ends without being reported.
+    pub fn partner_ended(&mut self, status: Status, text: &str, shared: &mut StreamShared, clock: &Clock) {
+        self.upgrade = UpgradeState::Upgraded(None);
+        self.close(status, text, CloseReason::Local, shared, clock);
+    }
+
+    /// Reports that it has ended, to the connection that it has moved to if it has.
+    fn report(&mut self, reason: CloseReason, shared: &mut StreamShared) {
+        match self.upgrade {
+            UpgradeState::Upgraded(to) => shared.ended.extend(to.map(|to| (to, reason))),
+            _ => shared.events.push_back(ServerEvent::Closed(self.core.id, reason)),
+        }
     }
 
     /// Lets the client know that the server lives, if it cannot tell: it is not read from, and nothing is on
@@ -951,7 +970,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         self.core.linger(clock);
         self.core.in_flight.clear();
         self.needs_attention = true;
-        shared.events.push_back(ServerEvent::Closed(self.core.id, reason));
+        self.report(reason, shared);
         self.mark_dirty(shared);
     }
 
@@ -960,9 +979,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         match self.core.phase() {
             Phase::Dead => return,
             Phase::Lingering => {}
-            Phase::Handshake | Phase::Open => {
-                shared.events.push_back(ServerEvent::Closed(self.core.id, reason));
-            }
+            Phase::Handshake | Phase::Open => self.report(reason, shared),
         }
         self.core.die();
         self.unread = Unread::None;
@@ -990,6 +1007,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             shared.gated.retain(|&other| other != self.core.id.index);
         }
         shared.large_receives -= usize::from(self.large_for > 0);
+        shared.upgraded -= usize::from(matches!(self.upgrade, UpgradeState::Upgraded(_)));
     }
 
     /// On what it has made no progress since the last stall check, though it holds memory for that. What was

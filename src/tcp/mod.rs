@@ -11,7 +11,7 @@ use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 pub use client::Client;
-pub use server::{Passed, Place, Server};
+pub use server::{Place, Server};
 
 use crate::error::Error;
 

@@ -15,16 +15,19 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{Shutdown, getpeername, getsockname, shutdown, sockopt};
 
-use crate::error::Status;
+use crate::error::{Error, Status};
 use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Slot};
 use crate::message::QueuePairAddress;
-use crate::reactor::{Event, File, Op, Payload, Reactor, Received, TimerId, Token, bound_tcp_retries};
+use crate::reactor::{
+    Clock, Event, File, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
+};
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::transport::{
-    CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport, UpgradeRequest,
+    CloseReason, ConnectionId, Handover, Incoming, Passed, RequestKey, Response, ServerEvent,
+    ServerTransport, UpgradeRequest,
 };
-use watch::Watched;
+use watch::{Verdict, Watch};
 
 /// All connections of one worker.
 pub struct Server {
@@ -36,27 +39,11 @@ pub struct Server {
     sending: usize,
     /// Sends have ended at once, so there may be memory for somebody who waits for it.
     has_sent: bool,
-    /// Connections to which something was sent, in the order in which they are looked at.
-    watched: VecDeque<Watched>,
-    /// So many of them have not been looked at in this round.
-    looks_left: usize,
+    watch: Watch,
 }
 
 /// Decides, when the hello of a connection has come, to whom it is passed on; None: it stays.
 pub type Place = Box<dyn FnMut(&Peer) -> Option<usize>>;
-
-/// A connection that is passed on, before anything has been said to its client.
-#[derive(Debug)]
-pub struct Passed {
-    /// Which it was.
-    pub connection: ConnectionId,
-    /// As [`Place`] said.
-    pub to: usize,
-    /// Its socket.
-    pub stream: Arc<OwnedFd>,
-    /// All that was received: its hello, and what came behind it. For [`Server::adopt_passed`].
-    pub hello: Vec<u8>,
-}
 
 struct Entry {
     generation: u32,
@@ -67,7 +54,7 @@ struct Entry {
 struct Connection {
     stream: StreamConnection<Received>,
     socket: File,
-    /// Dropped after the socket. See [`Server::hold`].
+    /// Dropped after the socket. See [`ServerTransport::hold`].
     held: Option<Arc<dyn Any>>,
     timer: Option<(Instant, TimerId)>,
     /// It is on the list of those to which something was sent.
@@ -114,11 +101,64 @@ impl Connection {
         !has_ended
     }
 
-    /// The kernel drops what it has of a connection when that closes, rather than try to deliver it.
+    fn received(&mut self, event: Event, shared: &mut StreamShared, clock: &Clock) {
+        let stream = &mut self.stream;
+        match (event.result, event.payload) {
+            (Ok(n @ 1..), Payload::Received(received)) => {
+                debug_assert_eq!(n as usize, received.len());
+                stream.on_bytes(received, shared, clock);
+            }
+            (Ok(n @ 1..), Payload::Slot(range)) => stream.on_data(n as usize, range, shared, clock),
+            (Ok(0), _) => stream.on_end(shared),
+            (Ok(_), _) => unreachable!("a receive gives back a slot or a buffer"),
+            // All buffers are in use: they come back within this iteration, so ask again.
+            (Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN), Payload::Slot(range)) => {
+                stream.on_nothing(Some(range));
+            }
+            (Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN), _) => stream.on_nothing(None),
+            (Err(errno), _) => stream.on_receive_failed(shared, lost(errno)),
+        }
+    }
+
+    fn sent(&mut self, event: Event, shared: &mut StreamShared) {
+        let Payload::Batch(batch) = event.payload else { unreachable!("a send gives back its batch") };
+        match event.result {
+            Ok(n) => self.stream.on_sent(n as usize, batch, shared),
+            Err(libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
+                self.stream.on_sent(0, batch, shared);
+            }
+            Err(errno) => self.stream.on_send_failed(lost(errno), shared),
+        }
+    }
+
+    /// Starts the receive that it is to have, if any.
+    fn receive(&mut self, shared: &mut StreamShared, reactor: &mut Reactor) {
+        if let Some(receive) = self.stream.poll_receive(shared, reactor.clock()) {
+            self.submit(receive, reactor);
+        }
+    }
+
+    fn submit(&self, receive: Receive, reactor: &mut Reactor) {
+        let socket = self.socket.clone();
+        let op = match receive {
+            Receive::Any(len_max) => Op::Recv { socket, len_max },
+            Receive::Into(target) => Op::RecvInto { socket, target },
+        };
+        reactor.submit(token(self.stream.id(), Kind::Receive), op);
+    }
+
+    /// Charges for its heap. Returns whether something else follows from what has happened to it:
+    /// [`Server::attend`].
+    fn settle(&mut self, shared: &mut StreamShared) -> bool {
+        self.stream.settle_heap(shared);
+        self.stream.needs_attention()
+    }
+
     fn close(&self, how: &Close) {
         match how {
             Close::Write => drop(shutdown(&self.socket, Shutdown::Write)),
             Close::Reset => {
+                // The kernel drops what it has of it, rather than try to deliver that.
                 let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
                 let _ = shutdown(&self.socket, Shutdown::Both);
             }
@@ -141,12 +181,11 @@ impl Server {
             owner,
             entries: Vec::new(),
             free: Vec::new(),
+            watch: Watch::new(owner, policy.unreachable_timeout),
             shared: StreamShared::new(policy),
             passed: VecDeque::new(),
             sending: 0,
             has_sent: false,
-            watched: VecDeque::new(),
-            looks_left: 0,
         }
     }
 
@@ -163,18 +202,8 @@ impl Server {
         self.shared.route = place;
     }
 
-    /// The next connection that is to be passed on.
-    pub fn next_passed(&mut self) -> Option<Passed> {
-        self.passed.pop_front()
-    }
-
-    /// Takes over a connection that another server has passed on.
-    pub fn adopt_passed(
-        &mut self,
-        reactor: &mut Reactor,
-        stream: Arc<OwnedFd>,
-        hello: Vec<u8>,
-    ) -> ConnectionId {
+    /// Takes over a connection that another server has passed on, with what it had received.
+    fn adopt_passed(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>, hello: Vec<u8>) -> ConnectionId {
         let id = self.insert(reactor, stream, true);
         self.with(reactor, id, |connection, shared, reactor| {
             connection.stream.on_hello(hello, shared, reactor.clock());
@@ -184,8 +213,8 @@ impl Server {
 
     /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the
     /// connection in later events.
-    pub fn adopt(&mut self, reactor: &mut Reactor, stream: OwnedFd) -> ConnectionId {
-        let id = self.insert(reactor, Arc::new(stream), false);
+    pub fn adopt(&mut self, reactor: &mut Reactor, stream: impl Into<Arc<OwnedFd>>) -> ConnectionId {
+        let id = self.insert(reactor, stream.into(), false);
         self.with(reactor, id, |_, _, _| {});
         id
     }
@@ -208,7 +237,7 @@ impl Server {
             self.entries.len() as u32 - 1
         });
         let entry = &mut self.entries[index as usize];
-        let id = ConnectionId { index, generation: entry.generation };
+        let id = ConnectionId { transport: self.owner, index, generation: entry.generation };
         entry.connection = Some(Box::new(Connection {
             stream: StreamConnection::new(id, &self.shared.policy, is_placed, reactor.clock()),
             socket: reactor.file(stream),
@@ -219,48 +248,8 @@ impl Server {
         id
     }
 
-    /// Keeps this, for its owner, until the connection's socket is closed, which may be a while after the
-    /// connection is reported as closed.
-    pub fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
-        if let Some(connection) = entry(&mut self.entries, id) {
-            connection.held = Some(held);
-        }
-    }
-
-    /// What is kept for its owner.
-    pub fn held(&self, id: ConnectionId) -> Option<Arc<dyn Any>> {
-        self.connection(id)?.held.clone()
-    }
-
-    /// Heap that connections cause now, of what [`Server::set_heap_max`] bounds, and how often one was not
-    /// read from because of that.
-    pub fn heap(&self) -> (usize, u64) {
-        self.shared.heap()
-    }
-
-    /// Whether there are connections that are not read from because of that.
-    pub fn has_gated(&self) -> bool {
-        !self.shared.gated.is_empty()
-    }
-
-    /// Lets their clients know that the server is alive, as [`ServerTransport::show_life`] does.
-    pub fn show_life_to_gated(&mut self, reactor: &mut Reactor) {
-        // From the end, for one that has ended is taken out.
-        for at in (0..self.shared.gated.len()).rev() {
-            let index = self.shared.gated[at];
-            if let Some(id) = self.id_at(index) {
-                self.show_life(reactor, id);
-            }
-        }
-    }
-
-    /// The socket of a connection, as long as it is open.
-    pub fn socket(&self, id: ConnectionId) -> Option<Weak<OwnedFd>> {
-        Some(self.connection(id)?.socket.downgrade())
-    }
-
     /// The next client that wants to move to a queue pair.
-    pub fn next_upgrade(&mut self) -> Option<UpgradeRequest> {
+    fn next_upgrade(&mut self) -> Option<UpgradeRequest> {
         while let Some((id, peer, theirs)) = self.shared.upgrades.pop_front() {
             let Some(connection) = self.connection(id) else { continue };
             // It may have ended since, for what it said next.
@@ -272,25 +261,13 @@ impl Server {
                     connection: id,
                     peer: *peer,
                     theirs,
+                    held: connection.held.clone(),
                     local: getsockname(&connection.socket).ok().and_then(ip),
                     remote: getpeername(&connection.socket).ok().flatten().and_then(ip),
                 });
             }
         }
         None
-    }
-
-    /// Answers it: the connection moves to this one, by a queue pair with this address, and from now on
-    /// carries nothing but signs of life and its end; or it stays, for this reason.
-    pub fn answer_upgrade(
-        &mut self,
-        reactor: &mut Reactor,
-        id: ConnectionId,
-        answer: Result<(ConnectionId, &QueuePairAddress), (Status, &str)>,
-    ) {
-        self.with(reactor, id, |connection, shared, _| {
-            connection.stream.answer_upgrade(answer, shared);
-        });
     }
 
     fn connection(&self, id: ConnectionId) -> Option<&Connection> {
@@ -312,78 +289,33 @@ impl Server {
     ) {
         if let Some(connection) = entry(&mut self.entries, id) {
             change(connection, &mut self.shared, reactor);
-            self.receive(reactor, id);
-            self.settle(reactor, id);
-        }
-    }
-
-    /// Starts the receive that a connection is to have, if any.
-    fn receive(&mut self, reactor: &mut Reactor, id: ConnectionId) {
-        if let Some(connection) = entry(&mut self.entries, id)
-            && let Some(receive) = connection.stream.poll_receive(&mut self.shared, reactor.clock())
-        {
-            submit(reactor, self.owner, connection, receive);
-        }
-    }
-
-    /// Starts the send that is due, if none is in flight.
-    fn send(&mut self, reactor: &mut Reactor, id: ConnectionId) {
-        let Some(connection) = entry(&mut self.entries, id) else { return };
-        let Some(batch) = connection.stream.poll_send() else { return };
-        self.sending += 1;
-        if !std::mem::replace(&mut connection.is_watched, true) {
-            self.watch(reactor, id);
-        }
-        let Some(connection) = entry(&mut self.entries, id) else { return };
-        let token = token(self.owner, id, Kind::Send);
-        if let Some(event) = reactor.send(token, connection.socket.clone(), batch) {
-            self.has_sent = true;
-            self.sent(id, event);
-            // There may be room for more answers now.
-            self.receive(reactor, id);
-        }
-    }
-
-    fn sent(&mut self, id: ConnectionId, event: Event) {
-        self.sending -= 1;
-        let Payload::Batch(batch) = event.payload else { unreachable!("a send gives back its batch") };
-        let Some(connection) = entry(&mut self.entries, id) else { return };
-        match event.result {
-            Ok(n) => connection.stream.on_sent(n as usize, batch, &mut self.shared),
-            Err(libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
-                connection.stream.on_sent(0, batch, &mut self.shared);
-            }
-            Err(errno) => connection.stream.on_send_failed(lost(errno), &mut self.shared),
-        }
-    }
-
-    fn received(&mut self, reactor: &Reactor, id: ConnectionId, event: Event) {
-        let Some(Connection { stream, .. }) = entry(&mut self.entries, id) else { return };
-        let (shared, clock) = (&mut self.shared, reactor.clock());
-        match (event.result, event.payload) {
-            // All buffers are in use: they come back within this iteration, so ask again.
-            (Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN), Payload::Slot(range)) => {
-                stream.on_nothing(Some(range));
-            }
-            (Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN), _) => stream.on_nothing(None),
-            (Err(errno), _) => stream.on_receive_failed(shared, lost(errno)),
-            (Ok(0), _) => stream.on_end(shared),
-            (Ok(n), Payload::Slot(range)) => stream.on_data(n as usize, range, shared, clock),
-            (Ok(_), Payload::Received(received)) => stream.on_bytes(received, shared, clock),
-            _ => unreachable!("a receive gives back a slot or a buffer"),
-        }
-    }
-
-    /// Does what follows from a change: charges for heap, sets the timer, closes, and lets go of what is over.
-    fn settle(&mut self, reactor: &mut Reactor, id: ConnectionId) {
-        if let Some(connection) = entry(&mut self.entries, id) {
-            connection.stream.settle_heap(&mut self.shared);
-            if connection.stream.needs_attention() {
+            connection.receive(&mut self.shared, reactor);
+            if connection.settle(&mut self.shared) {
                 self.attend(reactor, id);
             }
         }
     }
 
+    /// Starts the send of the connection there that is due, if none is in flight.
+    fn send(&mut self, reactor: &mut Reactor, index: u32) {
+        let Some(connection) = self.entries[index as usize].connection.as_deref_mut() else { return };
+        let Some(batch) = connection.stream.poll_send() else { return };
+        let id = connection.stream.id();
+        if !std::mem::replace(&mut connection.is_watched, true) {
+            self.watch.add(reactor, id);
+        }
+        match reactor.send(token(id, Kind::Send), connection.socket.clone(), batch) {
+            None => self.sending += 1,
+            Some(event) => {
+                self.has_sent = true;
+                connection.sent(event, &mut self.shared);
+                // There may be room for more answers now.
+                connection.receive(&mut self.shared, reactor);
+            }
+        }
+    }
+
+    /// Does what seldom follows from a change: sets the timer, closes, and lets go of what is over.
     #[cold]
     fn attend(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         let Some(connection) = entry(&mut self.entries, id) else { return };
@@ -400,7 +332,7 @@ impl Server {
             if let Some((_, timer)) = connection.timer.take() {
                 reactor.cancel_timer(timer);
             }
-            connection.timer = deadline.map(|at| (at, reactor.timer(at, token(self.owner, id, Kind::Timer))));
+            connection.timer = deadline.map(|at| (at, reactor.timer(at, token(id, Kind::Timer))));
         }
         if connection.stream.is_over() {
             connection.stream.on_gone(&mut self.shared);
@@ -411,45 +343,74 @@ impl Server {
         }
     }
 
+    /// Asks the kernel about the connections to which something was sent: it may try in vain.
+    fn check_watched(&mut self, reactor: &mut Reactor) {
+        let (entries, shared) = (&mut self.entries, &mut self.shared);
+        let mut ended = Vec::new();
+        self.watch.check(reactor, |id, judge| {
+            let Some(connection) = entry(entries, id) else { return false };
+            let verdict = match TcpInfo::of(&connection.socket) {
+                Ok(info) if connection.stream.is_open() => judge(&info),
+                _ => Verdict::Settled,
+            };
+            // A send that waits for room may go on without a new one.
+            let stays =
+                verdict == Verdict::Wait || (verdict == Verdict::Settled && connection.stream.is_sending());
+            connection.is_watched = stays;
+            if verdict == Verdict::Unreachable {
+                connection.stream.end_unreachable(shared);
+                ended.push(id);
+            }
+            stays
+        });
+        for id in ended {
+            self.with(reactor, id, |_, _, _| {});
+        }
+    }
+
     fn all(&self) -> Vec<ConnectionId> {
         self.entries.iter().filter_map(|entry| Some(entry.connection.as_ref()?.stream.id())).collect()
     }
 }
 
-fn token(owner: u8, id: ConnectionId, kind: Kind) -> Token {
-    Token { owner, value: u64::from(id.generation) << 32 | u64::from(id.index) << 2 | kind as u64 }
-}
-
-fn submit(reactor: &mut Reactor, owner: u8, connection: &Connection, receive: Receive) {
-    let socket = connection.socket.clone();
-    let op = match receive {
-        Receive::Any(len_max) => Op::Recv { socket, len_max },
-        Receive::Into(target) => Op::RecvInto { socket, target },
-    };
-    reactor.submit(token(owner, connection.stream.id(), Kind::Receive), op);
+fn token(id: ConnectionId, kind: Kind) -> Token {
+    let value = u64::from(id.generation) << 32 | u64::from(id.index) << 2 | kind as u64;
+    Token { owner: id.transport, value }
 }
 
 impl ServerTransport for Server {
-    fn owners(&self) -> [u8; 2] {
-        [self.owner; 2]
+    fn owner(&self) -> u8 {
+        self.owner
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
         let value = event.token.value;
-        let id = ConnectionId { index: (value as u32) >> 2, generation: (value >> 32) as u32 };
-        match value & 3 {
-            kind if kind == Kind::Receive as u64 => self.received(reactor, id, event),
-            kind if kind == Kind::Send as u64 => self.sent(id, event),
-            kind if kind == Kind::Timer as u64 => {
-                if let Some(connection) = entry(&mut self.entries, id) {
-                    connection.timer = None;
-                    connection.stream.on_timer(&mut self.shared, reactor.clock());
-                }
-            }
-            _ => return self.look_at_watched(reactor),
+        let id = ConnectionId {
+            transport: self.owner,
+            index: (value as u32) >> 2,
+            generation: (value >> 32) as u32,
+        };
+        let kind = value & 3;
+        if kind == Kind::Watch as u64 {
+            return self.check_watched(reactor);
         }
-        self.receive(reactor, id);
-        self.settle(reactor, id);
+        self.sending -= usize::from(kind == Kind::Send as u64);
+        let Some(connection) = entry(&mut self.entries, id) else {
+            debug_assert!(matches!(event.payload, Payload::Timer), "an operation outlived its connection");
+            return;
+        };
+        if kind == Kind::Receive as u64 {
+            connection.received(event, &mut self.shared, reactor.clock());
+        } else if kind == Kind::Send as u64 {
+            connection.sent(event, &mut self.shared);
+        } else {
+            connection.timer = None;
+            connection.stream.on_timer(&mut self.shared, reactor.clock());
+        }
+        connection.receive(&mut self.shared, reactor);
+        if connection.settle(&mut self.shared) {
+            self.attend(reactor, id);
+        }
     }
 
     fn poll_ready(&mut self, _arm: bool) -> bool {
@@ -458,6 +419,7 @@ impl ServerTransport for Server {
             || !self.shared.events.is_empty()
             || !self.shared.dirty.is_empty()
             || !self.passed.is_empty()
+            || !self.shared.ended.is_empty()
     }
 
     fn process_ready(&mut self, _reactor: &mut Reactor) {
@@ -478,9 +440,11 @@ impl ServerTransport for Server {
         let id = request.connection;
         let Some(connection) = entry(&mut self.entries, id) else { return };
         if connection.stream.respond(request.id, response, &mut self.shared, reactor.clock()) {
-            self.receive(reactor, id);
+            connection.receive(&mut self.shared, reactor);
         }
-        self.settle(reactor, id);
+        if connection.settle(&mut self.shared) {
+            self.attend(reactor, id);
+        }
     }
 
     fn respond_filled(
@@ -499,35 +463,39 @@ impl ServerTransport for Server {
         let mut dirty = std::mem::take(&mut self.shared.dirty);
         for index in dirty.drain(..) {
             let Some(connection) = self.entries[index as usize].connection.as_deref_mut() else { continue };
-            let id = connection.stream.id();
             if connection.stream.begin_flush(&mut self.shared) {
-                self.send(reactor, id);
+                self.send(reactor, index);
             }
-            if entry(&mut self.entries, id).is_some_and(|connection| connection.stream.is_gated()) {
-                self.receive(reactor, id);
+            let Some(connection) = self.entries[index as usize].connection.as_deref_mut() else { continue };
+            if connection.stream.is_gated() {
+                connection.receive(&mut self.shared, reactor);
             }
-            self.settle(reactor, id);
+            if connection.settle(&mut self.shared) {
+                let id = connection.stream.id();
+                self.attend(reactor, id);
+            }
         }
         if self.shared.dirty.is_empty() {
             self.shared.dirty = dirty;
         }
         for index in self.shared.take_gated() {
             let Some(connection) = self.entries[index as usize].connection.as_deref_mut() else { continue };
-            let id = connection.stream.id();
             if let Some(receive) = connection.stream.reopen_gate(&mut self.shared, reactor.clock()) {
-                submit(reactor, self.owner, connection, receive);
+                connection.submit(receive, reactor);
             }
-            self.settle(reactor, id);
+            if connection.settle(&mut self.shared) {
+                let id = connection.stream.id();
+                self.attend(reactor, id);
+            }
         }
     }
 
     fn flush_early(&mut self, reactor: &mut Reactor) {
         for at in 0..self.shared.dirty.len() {
-            let index = self.shared.dirty[at] as usize;
-            let Some(connection) = self.entries[index].connection.as_deref_mut() else { continue };
-            let id = connection.stream.id();
-            if connection.stream.begin_early_flush() {
-                self.send(reactor, id);
+            let index = self.shared.dirty[at];
+            let connection = self.entries[index as usize].connection.as_deref_mut();
+            if connection.is_some_and(|connection| connection.stream.begin_early_flush()) {
+                self.send(reactor, index);
             }
         }
     }
@@ -555,8 +523,8 @@ impl ServerTransport for Server {
     fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
         let Some(found) = entry(&mut self.entries, connection) else { return false };
         let is_there = found.is_there(&mut self.shared);
-        if !is_there {
-            self.settle(reactor, connection);
+        if !is_there && found.settle(&mut self.shared) {
+            self.attend(reactor, connection);
         }
         is_there
     }
@@ -567,7 +535,9 @@ impl ServerTransport for Server {
         if found.stream.is_unread() && found.is_there(&mut self.shared) {
             found.stream.show_life(&mut self.shared);
         }
-        self.settle(reactor, connection);
+        if found.settle(&mut self.shared) {
+            self.attend(reactor, connection);
+        }
     }
 
     fn unsent_bytes(&self, connection: ConnectionId) -> usize {
@@ -579,6 +549,88 @@ impl ServerTransport for Server {
     }
 
     fn connections(&self) -> usize {
-        self.entries.len() - self.free.len()
+        // Those that have moved count where they are now.
+        self.entries.len() - self.free.len() - self.shared.upgraded
+    }
+
+    fn accept(
+        &mut self,
+        reactor: &mut Reactor,
+        incoming: Incoming,
+    ) -> Result<Result<ConnectionId, Error>, Incoming> {
+        match incoming {
+            Incoming::Stream(stream, None) => Ok(Ok(self.adopt(reactor, stream))),
+            Incoming::Stream(stream, Some(hello)) => Ok(Ok(self.adopt_passed(reactor, stream, hello))),
+            incoming @ Incoming::Other(_) => Err(incoming),
+        }
+    }
+
+    fn hold(&mut self, id: ConnectionId, held: Arc<dyn Any>) {
+        if let Some(connection) = entry(&mut self.entries, id) {
+            connection.held = Some(held);
+        }
+    }
+
+    fn next_passed(&mut self) -> Option<Passed> {
+        self.passed.pop_front()
+    }
+
+    fn socket(&self, id: ConnectionId) -> Option<Weak<OwnedFd>> {
+        Some(self.connection(id)?.socket.downgrade())
+    }
+
+    fn next_handover(&mut self) -> Option<Handover> {
+        match self.shared.ended.pop_front() {
+            Some((partner, reason)) => {
+                Some(Handover::Ended { partner, reason, status: Status::OK, text: String::new() })
+            }
+            None => self.next_upgrade().map(Handover::Upgrade),
+        }
+    }
+
+    fn answer_upgrade(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        answer: Result<(ConnectionId, &QueuePairAddress), (Status, &str)>,
+    ) {
+        self.with(reactor, id, |connection, shared, _| {
+            connection.stream.answer_upgrade(answer, shared);
+        });
+    }
+
+    fn partner(&self, id: ConnectionId) -> Option<ConnectionId> {
+        self.connection(id)?.stream.upgraded_to()
+    }
+
+    fn partner_ended(
+        &mut self,
+        reactor: &mut Reactor,
+        id: ConnectionId,
+        _reason: CloseReason,
+        status: Status,
+        text: &str,
+    ) {
+        self.with(reactor, id, |connection, shared, reactor| {
+            connection.stream.partner_ended(status, text, shared, reactor.clock());
+        });
+    }
+
+    fn heap(&self) -> (usize, u64) {
+        self.shared.heap()
+    }
+
+    fn has_gated(&self) -> bool {
+        !self.shared.gated.is_empty()
+    }
+
+    fn show_life_to_gated(&mut self, reactor: &mut Reactor) {
+        // From the end, for one that has ended is taken out.
+        for at in (0..self.shared.gated.len()).rev() {
+            let index = self.shared.gated[at];
+            if let Some(id) = self.id_at(index) {
+                self.show_life(reactor, id);
+            }
+        }
     }
 }

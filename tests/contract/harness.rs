@@ -16,8 +16,8 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
-    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
-    ServerEvent, ServerTransport, SlotRange,
+    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Reply, Request, RequestKey, Response,
+    ServerCounters, ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
 
@@ -159,7 +159,7 @@ pub struct Seen {
     pub waiting: usize,
     pub connections: usize,
     /// What the RDMA transport has counted.
-    pub rdma: rdma::Counters,
+    pub rdma: ServerCounters,
 }
 
 impl Seen {
@@ -245,7 +245,11 @@ impl Server {
                         }
                         Transport::RdmaAfterTcp => {
                             let rdma = rdma::Server::new(&mut reactor, 2, Arc::clone(&policy), &arena);
-                            Wires::Any(Box::new(mux::Server::new(1, &policy, Some(rdma.unwrap()))))
+                            let policy = Policy { queue_pair: true, ..Policy::clone(&policy) };
+                            let tcp = Box::new(tcp::Server::new(1, Arc::new(policy)));
+                            let transports: Vec<Box<dyn ServerTransport>> =
+                                vec![tcp, Box::new(rdma.unwrap())];
+                            Wires::Any(Box::new(mux::Server::new(transports)))
                         }
                         _ => Wires::Tcp(tcp::Server::new(1, policy)),
                     };
@@ -443,7 +447,10 @@ impl Wires {
     fn adopt(&mut self, reactor: &mut Reactor, wire: Wire) {
         match (self, wire) {
             (Self::Tcp(server), Wire::Tcp(fd)) => drop(server.adopt(reactor, fd)),
-            (Self::Any(server), Wire::Tcp(fd)) => drop(server.adopt_tcp(reactor, fd)),
+            (Self::Any(server), Wire::Tcp(fd)) => {
+                let incoming = Incoming::Stream(Arc::new(fd), None);
+                server.adopt(reactor, incoming).unwrap();
+            }
             (Self::Loopback(server), Wire::Loopback(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {
                 if let Err(error) = server.adopt(reactor, incoming) {
@@ -538,7 +545,7 @@ impl Handler {
         seen.connections = transport.connections();
         match &self.wires {
             Wires::Rdma(server) => seen.rdma = server.counters(),
-            Wires::Any(server) => seen.rdma = server.rdma_counters(),
+            Wires::Any(server) => seen.rdma = server.counters(),
             Wires::Tcp(_) | Wires::Loopback(_) => {}
         }
         seen.arena_bytes = self.arena.used_bytes();
@@ -560,6 +567,11 @@ impl Handler {
                 if !is_bystander {
                     self.seen.0.lock().unwrap().opened.push((id, *peer));
                 }
+            }
+            ServerEvent::Moved(from, to) => {
+                let open = self.open.remove(&from).expect("an open connection moves");
+                assert!(open.unanswered.is_empty(), "it moves before its first request");
+                assert!(self.open.insert(to, open).is_none(), "it gets an id of its own");
             }
             ServerEvent::Closed(id, reason) => {
                 let open = self.open.remove(&id);

@@ -5,8 +5,8 @@ use raio_transport::error::{Error, Violation};
 use raio_transport::handshake::Offer;
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message::{self, BODY_BYTES_MAX, HEADER_BYTES, RemoteRegion};
-use raio_transport::rdma::{Allow, Counters, End};
-use raio_transport::transport::{Bulk, CloseReason};
+use raio_transport::rdma::{Allow, End};
+use raio_transport::transport::{Bulk, CloseReason, ServerCounters};
 
 use crate::harness::{
     Op, Server, Transport, bytes_of, command, data, has_rdma, pattern, rdma_source, room, serve_plain,
@@ -19,7 +19,7 @@ fn server() -> Option<Server> {
 }
 
 /// What the server has counted once it has answered so many requests of RDMA clients.
-fn counted(server: &Server, responses: u64) -> Counters {
+fn counted(server: &Server, responses: u64) -> ServerCounters {
     server
         .until("the responses to be counted", |seen| (seen.rdma.responses >= responses).then_some(seen.rdma))
 }

@@ -58,8 +58,8 @@ pub struct Connections {
     /// Those in their handshake, and those that were rejected at its end.
     arriving: HashMap<ConnectionId, Arrival>,
     open: Slab<Connection>,
-    /// The keys of those that are open, by the index in the transport's name.
-    keys: Vec<Option<usize>>,
+    /// The keys of those that are open, by their transport and the index in its name for them.
+    keys: Vec<Vec<Option<usize>>>,
 }
 
 impl Connections {
@@ -80,25 +80,43 @@ impl Connections {
 
     /// A connection has opened. Returns its key.
     pub fn open(&mut self, connection: Connection) -> usize {
-        let index = connection.id.index as usize;
+        let id = connection.id;
         let key = self.open.insert(connection);
-        if self.keys.len() <= index {
-            self.keys.resize(index + 1, None);
-        }
-        self.keys[index] = Some(key);
+        *self.key_mut(id) = Some(key);
         key
+    }
+
+    fn key_mut(&mut self, id: ConnectionId) -> &mut Option<usize> {
+        let (transport, index) = (usize::from(id.transport), id.index as usize);
+        if self.keys.len() <= transport {
+            self.keys.resize(transport + 1, Vec::new());
+        }
+        let keys = &mut self.keys[transport];
+        if keys.len() <= index {
+            keys.resize(index + 1, None);
+        }
+        &mut keys[index]
+    }
+
+    /// An open connection has moved to another transport, and got another name with that.
+    pub fn on_moved(&mut self, from: ConnectionId, to: ConnectionId) {
+        if let Some(key) = self.key(from) {
+            *self.key_mut(from) = None;
+            *self.key_mut(to) = Some(key);
+            self.open[key].id = to;
+        }
     }
 
     /// The key of an open connection.
     pub fn key(&self, id: ConnectionId) -> Option<usize> {
-        let key = (*self.keys.get(id.index as usize)?)?;
+        let key = (*self.keys.get(usize::from(id.transport))?.get(id.index as usize)?)?;
         (self.open[key].id == id).then_some(key)
     }
 
     /// An open connection has ended.
     pub fn close(&mut self, key: usize) -> Connection {
         let connection = self.open.remove(key);
-        self.keys[connection.id.index as usize] = None;
+        *self.key_mut(connection.id) = None;
         connection
     }
 
@@ -133,7 +151,7 @@ mod tests {
     use crate::limits::{Caps, Limits, Room};
 
     fn id(index: u32, generation: u32) -> ConnectionId {
-        ConnectionId { index, generation }
+        ConnectionId { transport: 0, index, generation }
     }
 
     /// A connection that arrives. Its permit is the second reference to what is returned.
@@ -183,6 +201,18 @@ mod tests {
         let key = open(&mut connections, id(0, 2));
         assert_eq!((connections.key(id(0, 1)), connections.key(id(0, 2))), (None, Some(key)));
         assert_eq!(connections.key(id(17, 1)), None);
+    }
+
+    #[test]
+    fn one_that_moves_to_another_transport_has_another_name_and_the_same_key() {
+        let mut connections = Connections::default();
+        arrive(&mut connections, id(5, 1));
+        let key = open(&mut connections, id(5, 1));
+        let moved = ConnectionId { transport: 1, index: 0, generation: 7 };
+        connections.on_moved(id(5, 1), moved);
+        assert_eq!((connections.key(id(5, 1)), connections.key(moved)), (None, Some(key)));
+        assert_eq!(connections.close(key).id, moved);
+        assert!(connections.key(moved).is_none());
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 use std::net::SocketAddr;
 
+use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
-use raio_transport::{Violation, mux};
 
 use tracing::field::display;
 
@@ -35,7 +35,7 @@ impl Worker {
         let Some(arrival) = self.connections.arriving(id) else { return };
         let address = arrival.peer;
         tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
-        if !peer.control && mux::Server::is_by_rdma_cm(id) {
+        if !peer.control && id.transport == super::RDMA {
             // It stays where it was accepted. The others were counted when their place was claimed, even if
             // they have ended since.
             self.shared.placement.add(self.index);

@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     fn key(id: u64) -> RequestKey {
-        RequestKey { connection: ConnectionId { index: 0, generation: 0 }, id }
+        RequestKey { connection: ConnectionId { transport: 0, index: 0, generation: 0 }, id }
     }
 
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {

@@ -7,7 +7,7 @@ use crate::handshake::Offer;
 use crate::message::Link;
 use crate::transport::Body;
 
-const ID: ConnectionId = ConnectionId { index: 3, generation: 1 };
+const ID: ConnectionId = ConnectionId { transport: 0, index: 3, generation: 1 };
 
 /// A connection, its worker, and a client that is a vector of bytes.
 struct Run {
@@ -478,7 +478,7 @@ fn a_connection_that_has_moved_carries_nothing_but_signs_of_life() {
         reads: 16,
         link: Link::Ethernet,
     };
-    let to = ConnectionId { index: 8, generation: 8 };
+    let to = ConnectionId { transport: 1, index: 8, generation: 8 };
     for is_answered in [false, true] {
         let mut run = Run::open_with(&offer);
         let mut bytes = Vec::new();
@@ -497,8 +497,24 @@ fn a_connection_that_has_moved_carries_nothing_but_signs_of_life() {
         run.send(&bytes);
         assert_eq!(kinds(&run.flush()), [4]);
         run.send(&request(1, 0, b""));
-        assert_eq!(run.closed(), Some(CloseReason::Violation(Violation::Kind(Kind::Request as u8))));
+        let violation = CloseReason::Violation(Violation::Kind(Kind::Request as u8));
+        if is_answered {
+            assert_eq!(run.shared.ended.pop_front(), Some((to, violation)), "the other half is told");
+            assert!(run.event().is_none());
+        } else {
+            assert_eq!(run.closed(), Some(violation));
+        }
     }
+}
+
+#[test]
+fn a_connection_whose_other_half_has_ended_says_so_and_is_not_reported() {
+    let mut run = Run::open_with(&Offer { queue_pair: true, ..Offer::new("test") });
+    run.connection.upgrade = UpgradeState::Upgraded(Some(ID));
+    let clock = run.clock();
+    run.connection.partner_ended(Status::OK, "", &mut run.shared, &clock);
+    assert_eq!(kinds(&run.flush()), [5]);
+    assert!(run.event().is_none() && run.shared.ended.is_empty());
 }
 
 #[test]

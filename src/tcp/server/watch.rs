@@ -13,9 +13,10 @@
 //!
 //! [`Policy::unreachable_timeout`]: crate::handshake::Policy::unreachable_timeout
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{Kind, Server, entry};
+use super::Kind;
 use crate::reactor::{Reactor, TcpInfo, Token};
 use crate::transport::ConnectionId;
 
@@ -28,7 +29,7 @@ const ATTEMPTS: u32 = 3;
 const LOOKS_AT_ONCE: usize = 64;
 
 /// A connection to which something was sent.
-pub(super) struct Watched {
+struct Watched {
     connection: ConnectionId,
     /// As they were when the peer was last found to have sent something.
     segments_in: u32,
@@ -38,7 +39,7 @@ pub(super) struct Watched {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Action {
+pub(super) enum Verdict {
     /// Nothing is outstanding.
     Settled,
     Wait,
@@ -50,71 +51,76 @@ impl Watched {
         Self { connection, segments_in: 0, retransmitted: 0, looks: 0 }
     }
 
-    fn judge(&mut self, info: &TcpInfo) -> Action {
+    fn judge(&mut self, info: &TcpInfo) -> Verdict {
         if info.unacked == 0 && info.unsent_bytes == 0 {
-            return Action::Settled;
+            return Verdict::Settled;
         }
         if info.segments_in != self.segments_in {
             self.segments_in = info.segments_in;
             self.retransmitted = info.retransmitted;
             self.looks = 0;
-            return Action::Wait;
+            return Verdict::Wait;
         }
         self.looks = self.looks.saturating_add(1);
         // Answered probes are not counted by the kernel.
         let attempts = u32::from(info.probes) + info.retransmitted.wrapping_sub(self.retransmitted);
-        if self.looks >= LOOKS && attempts >= ATTEMPTS { Action::Unreachable } else { Action::Wait }
+        if self.looks >= LOOKS && attempts >= ATTEMPTS { Verdict::Unreachable } else { Verdict::Wait }
     }
 }
 
-impl Server {
-    /// Something is sent to the peer.
+/// The connections to which something was sent.
+pub(super) struct Watch {
+    owner: u8,
+    interval: Duration,
+    /// In the order in which they are checked.
+    watched: VecDeque<Watched>,
+    /// So many of them have not been checked in this round.
+    left: usize,
+}
+
+impl Watch {
+    /// A list whose timer's token has this owner.
+    pub fn new(owner: u8, unreachable_timeout: Duration) -> Self {
+        Self { owner, interval: unreachable_timeout / LOOKS.into(), watched: VecDeque::new(), left: 0 }
+    }
+
+    /// Something is sent to this peer, which is not on the list.
     #[cold]
-    pub(super) fn watch(&mut self, reactor: &mut Reactor, id: ConnectionId) {
+    pub fn add(&mut self, reactor: &mut Reactor, id: ConnectionId) {
         if self.watched.is_empty() {
-            self.look_in(reactor, self.shared.policy.unreachable_timeout / LOOKS.into());
+            self.check_in(reactor, self.interval);
         }
         self.watched.push_back(Watched::new(id));
     }
 
-    fn look_in(&self, reactor: &mut Reactor, time: Duration) {
+    fn check_in(&self, reactor: &mut Reactor, time: Duration) {
         let at = reactor.clock().now() + time;
         reactor.timer(at, Token { owner: self.owner, value: Kind::Watch as u64 });
     }
 
-    /// Looks at the connections on the list, a part of them at a time.
-    pub(super) fn look_at_watched(&mut self, reactor: &mut Reactor) {
-        if self.looks_left == 0 {
-            self.looks_left = self.watched.len();
+    /// Checks the connections on the list, a part of them at a time. `check` says of one, for which it is
+    /// given the judge, whether it stays on the list.
+    pub fn check(
+        &mut self,
+        reactor: &mut Reactor,
+        mut check: impl FnMut(ConnectionId, &mut dyn FnMut(&TcpInfo) -> Verdict) -> bool,
+    ) {
+        if self.left == 0 {
+            self.left = self.watched.len();
         }
-        for _ in 0..LOOKS_AT_ONCE.min(self.looks_left) {
-            self.looks_left -= 1;
-            let watched = self.watched.pop_front().and_then(|watched| self.look_at(reactor, watched));
-            self.watched.extend(watched);
+        for _ in 0..LOOKS_AT_ONCE.min(self.left) {
+            self.left -= 1;
+            if let Some(mut watched) = self.watched.pop_front()
+                && check(watched.connection, &mut |info| watched.judge(info))
+            {
+                self.watched.push_back(watched);
+            }
         }
-        if self.looks_left > 0 {
-            self.look_in(reactor, Duration::ZERO);
+        if self.left > 0 {
+            self.check_in(reactor, Duration::ZERO);
         } else if !self.watched.is_empty() {
-            self.look_in(reactor, self.shared.policy.unreachable_timeout / LOOKS.into());
+            self.check_in(reactor, self.interval);
         }
-    }
-
-    /// Returns it if it stays on the list.
-    fn look_at(&mut self, reactor: &mut Reactor, mut watched: Watched) -> Option<Watched> {
-        let id = watched.connection;
-        let connection = entry(&mut self.entries, id)?;
-        let verdict = match TcpInfo::of(&connection.socket) {
-            Ok(info) if connection.stream.is_open() => watched.judge(&info),
-            _ => Action::Settled,
-        };
-        // A send that waits for room may go on without a new one.
-        let stays = verdict == Action::Wait || (verdict == Action::Settled && connection.stream.is_sending());
-        connection.is_watched = stays;
-        if verdict == Action::Unreachable {
-            connection.stream.end_unreachable(&mut self.shared);
-        }
-        self.settle(reactor, id);
-        stays.then_some(watched)
     }
 }
 
@@ -125,8 +131,8 @@ mod tests {
     /// A connection with segments that have not been acknowledged; the peer was heard at the first look.
     fn unacked() -> (Watched, TcpInfo) {
         let info = TcpInfo { unacked: 3, segments_in: 70, retransmitted: 50, ..TcpInfo::default() };
-        let mut watched = Watched::new(ConnectionId { index: 0, generation: 0 });
-        assert_eq!(watched.judge(&info), Action::Wait);
+        let mut watched = Watched::new(ConnectionId { transport: 0, index: 0, generation: 0 });
+        assert_eq!(watched.judge(&info), Verdict::Wait);
         (watched, info)
     }
 
@@ -141,9 +147,9 @@ mod tests {
         let (mut watched, mut info) = unacked();
         for _ in 1..LOOKS {
             info.retransmitted += 1;
-            assert_eq!(watched.judge(&info), Action::Wait);
+            assert_eq!(watched.judge(&info), Verdict::Wait);
         }
-        assert_eq!(watched.judge(&info), Action::Unreachable);
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
     }
 
     #[test]
@@ -153,7 +159,7 @@ mod tests {
             info.segments_in += 1;
             for _ in 0..LOOKS {
                 info.retransmitted += 1;
-                assert_eq!(watched.judge(&info), Action::Wait);
+                assert_eq!(watched.judge(&info), Verdict::Wait);
             }
         }
     }
@@ -163,10 +169,10 @@ mod tests {
         let (mut watched, mut info) = unacked();
         info.retransmitted += ATTEMPTS - 1;
         for _ in 0..1000 {
-            assert_eq!(watched.judge(&info), Action::Wait);
+            assert_eq!(watched.judge(&info), Verdict::Wait);
         }
         info.retransmitted += 1;
-        assert_eq!(watched.judge(&info), Action::Unreachable);
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
     }
 
     #[test]
@@ -174,11 +180,11 @@ mod tests {
         let (mut watched, mut info) = zero_window();
         for _ in 0..10 {
             for _ in 0..4 * LOOKS {
-                assert_eq!(watched.judge(&info), Action::Wait);
+                assert_eq!(watched.judge(&info), Verdict::Wait);
             }
             // A look may come before the answer.
             info.probes = 1;
-            assert_eq!(watched.judge(&info), Action::Wait);
+            assert_eq!(watched.judge(&info), Verdict::Wait);
             info.probes = 0;
             info.segments_in += 1;
         }
@@ -188,10 +194,10 @@ mod tests {
     fn a_peer_with_a_zero_window_that_does_not_answer_probes_is_unreachable() {
         let (mut watched, mut info) = zero_window();
         for _ in 0..LOOKS {
-            assert_eq!(watched.judge(&info), Action::Wait);
+            assert_eq!(watched.judge(&info), Verdict::Wait);
         }
         info.probes = ATTEMPTS as u8;
-        assert_eq!(watched.judge(&info), Action::Unreachable);
+        assert_eq!(watched.judge(&info), Verdict::Unreachable);
     }
 
     /// Then what is in flight is sent again in the place of probes.
@@ -200,10 +206,10 @@ mod tests {
         let (mut watched, mut info) = unacked();
         for _ in 0..10 {
             for _ in 0..4 * LOOKS {
-                assert_eq!(watched.judge(&info), Action::Wait);
+                assert_eq!(watched.judge(&info), Verdict::Wait);
             }
             info.retransmitted += 1;
-            assert_eq!(watched.judge(&info), Action::Wait);
+            assert_eq!(watched.judge(&info), Verdict::Wait);
             info.segments_in += 1;
         }
     }
@@ -211,6 +217,6 @@ mod tests {
     #[test]
     fn a_peer_that_has_acknowledged_everything_is_not_watched() {
         let (mut watched, info) = unacked();
-        assert_eq!(watched.judge(&TcpInfo { unacked: 0, ..info }), Action::Settled);
+        assert_eq!(watched.judge(&TcpInfo { unacked: 0, ..info }), Verdict::Settled);
     }
 }

@@ -25,7 +25,7 @@ use raio_transport::message::{
 use raio_transport::reactor::{Config, Event, Reactor, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
-    Body, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    Body, ConnectionId, Handover, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
 };
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
@@ -208,16 +208,28 @@ impl Server {
         Some(slot)
     }
 
+    fn on_closed(&mut self) {
+        self.closed += 1;
+        self.unanswered.clear();
+        self.held.clear();
+    }
+
     fn run_once(&mut self) {
         self.transport.run_once(&mut self.reactor, Wait::Poll, &mut self.events).unwrap();
-        while let Some(exchange) = self.transport.next_upgrade() {
-            // It moves, or stays, as the client's own number says.
-            let answer = if exchange.theirs.qpn & 1 == 0 {
-                Ok(&exchange.theirs)
-            } else {
-                Err((Status::transport(19), "There is no device."))
-            };
-            self.transport.answer_upgrade(&mut self.reactor, exchange.connection, answer);
+        while let Some(handover) = self.transport.next_handover() {
+            match handover {
+                Handover::Upgrade(request) => {
+                    // It moves, or stays, as the client's own number says.
+                    let to = ConnectionId { transport: 2, index: 0, generation: 0 };
+                    let answer = if request.theirs.qpn & 1 == 0 {
+                        Ok((to, &request.theirs))
+                    } else {
+                        Err((Status::transport(19), "There is no device."))
+                    };
+                    self.transport.answer_upgrade(&mut self.reactor, request.connection, answer);
+                }
+                Handover::Ended { .. } => self.on_closed(),
+            }
         }
         while let Some(event) = self.transport.next_event() {
             match event {
@@ -226,11 +238,8 @@ impl Server {
                     self.credits = peer.grant.credits() as usize;
                     self.limits = peer.grant.limits();
                 }
-                ServerEvent::Closed(..) => {
-                    self.closed += 1;
-                    self.unanswered.clear();
-                    self.held.clear();
-                }
+                ServerEvent::Moved(..) => unreachable!("there is one transport"),
+                ServerEvent::Closed(..) => self.on_closed(),
                 ServerEvent::Request(request) => {
                     assert!(self.opened == 1 && self.closed == 0);
                     assert!(self.unanswered.insert(request.key), "a request comes once");
