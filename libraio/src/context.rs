@@ -41,7 +41,8 @@ const TAG_CANCEL: u64 = u64::MAX;
 /// let mut context = session.context(32)?;
 /// for n in 0..32 {
 ///     let buffers = Buffers::One(Buffer::Owned(vec![0; 4096].into()));
-///     context.submit(&file, Operation::Read { offset: n * 4096, buffers }, n).map_err(|rejected| rejected.error)?;
+///     let read = Operation::Read { offset: n * 4096, buffers };
+///     context.submit(&file, read, n).map_err(|rejected| rejected.error)?;
 /// }
 /// context.flush();
 /// let mut left = 32;
@@ -145,13 +146,14 @@ impl Context {
             return Err(Error::call(
                 libc::EINVAL,
                 format!(
-                    "A context cannot have {maxevents} operations in flight; choose 1 to {MAXEVENTS_MAX}."
+                    "A context cannot have {maxevents} operations in flight. Pass a number from 1 to \
+                     {MAXEVENTS_MAX}."
                 ),
             ));
         }
         session.check_process()?;
         if !session.is_open() {
-            return Err(Error::call(libc::EBADF, "The session was stopped. Make a new one."));
+            return Err(Error::call(libc::EBADF, "The session was stopped. Open a new one."));
         }
         let options = session.options();
         let wanted = match options.queue_depth {
@@ -261,7 +263,8 @@ impl Context {
         if self.session.is_inherited() {
             return Err(Error::call(
                 libc::EINVAL,
-                "The context is one of the parent process. A child makes its own, in a session of its own.",
+                "The context belongs to the parent process. Open a session and create a context in the \
+                 child.",
             ));
         }
         Ok(())
@@ -275,13 +278,13 @@ impl Context {
         if self.is_full() {
             return Err(Error::call(
                 libc::EAGAIN,
-                "The context is full. Collect completions first, or make it larger.",
+                "The context is full. Collect completions first, or create it with a larger maxevents.",
             ));
         }
         if file.inner().is_closing() || !Arc::ptr_eq(file.inner().session(), &self.session) {
             return Err(Error::call(
                 libc::EBADF,
-                "That is no open file of this context's session. Open it in the same session.",
+                "The file is closed or belongs to another session. Open it in the context's session.",
             ));
         }
         let (offset, length) = match operation {
@@ -296,22 +299,27 @@ impl Context {
                 if *length > i64::MAX as u64 || *offset > i64::MAX as u64 - *length {
                     return Err(Error::call(
                         libc::EINVAL,
-                        "The range ends beyond the largest offset there is. Choose a smaller one.",
+                        "The range ends beyond the largest file offset (2^63 - 1). Pass a smaller offset or \
+                         length.",
                     ));
                 }
                 (*offset, 0)
             }
         };
         if offset > i64::MAX as u64 {
-            return Err(Error::call(libc::EINVAL, "The offset is negative. Give one from the file's start."));
+            return Err(Error::call(
+                libc::EINVAL,
+                "The offset is negative. Pass one counted from the start of the file.",
+            ));
         }
         let most = self.io_bytes_max() as u64;
         if length > most {
             return Err(Error::call(
                 libc::EINVAL,
                 format!(
-                    "{length} bytes are more than the server takes in one operation ({most}). Split it, or start \
-                     raio_server with a larger --io-max."
+                    "An operation may carry at most {most} bytes; this one has {length}. Split it, or start \
+                     raio_server with a \
+                     larger --io-max."
                 ),
             ));
         }
@@ -408,7 +416,8 @@ impl Context {
                 }
                 Err(error) => {
                     let status = Status::storage(error.raw_os_error().unwrap_or(libc::ENOMEM));
-                    let text = format!("There is no memory for a lent buffer ({error}). Release some.");
+                    let text =
+                        format!("Cannot allocate a lent buffer ({error}). Release some that were collected.");
                     // It has no buffer that `complete` would take back.
                     self.slots[index as usize].is_lent = false;
                     self.complete(index, Err(Error { status, text }), Bulk::None);
@@ -594,8 +603,8 @@ impl Context {
         }
     }
 
-    /// Whether a wait for `min` completions must go on. With a timeout it lasts that long even if fewer are in
-    /// flight, so that a loop around it does not spin.
+    /// Whether a wait for `min` completions must go on. With a timeout it lasts that long even if fewer are
+    /// in flight, so that a loop around it does not spin.
     fn keeps_waiting(&self, min: usize, timeout: Option<Duration>) -> bool {
         self.done.len() < min
             && (self.in_flight > 0 || (timeout.is_some() && self.transport.failure().is_none()))
@@ -685,7 +694,10 @@ impl Context {
             let poller = Poller::new(self.transport.poll_fd().0).map_err(|error| {
                 Error::call(
                     error.raw_os_error().unwrap_or(libc::EMFILE),
-                    format!("Cannot make a descriptor to poll ({error}). Close some, or raise `ulimit -n`."),
+                    format!(
+                        "Cannot create a descriptor to poll ({error}). Close some descriptors, or raise \
+                             `ulimit -n`."
+                    ),
                 )
             })?;
             self.poller = Some(poller);
@@ -717,7 +729,12 @@ impl Context {
 
     fn try_cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
         let index = ticket.index;
-        let none = || Error::call(libc::EINVAL, "That operation is not in flight in this context.");
+        let none = || {
+            Error::call(
+                libc::EINVAL,
+                "The operation is not in flight in this context. Pass the ticket of one that is.",
+            )
+        };
         let slot = self.slots.get_mut(index as usize).ok_or_else(none)?;
         if slot.generation != ticket.generation {
             return Err(none());
@@ -854,5 +871,8 @@ fn signal(eventfd: &OwnedFd) {
 }
 
 fn too_late() -> Error {
-    Error::call(libc::EAGAIN, "Too late to cancel: it is being done, or is done. Its own completion comes.")
+    Error::call(
+        libc::EAGAIN,
+        "Too late to cancel: the operation is executing or has completed. Its own completion follows.",
+    )
 }

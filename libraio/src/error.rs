@@ -22,7 +22,7 @@ impl Error {
     pub(crate) fn not_connected(why: &raio_transport::Error) -> Self {
         Self {
             status: Status::transport(libc::ENOTCONN),
-            text: format!("There is no connection any more ({why}). Make a new session."),
+            text: format!("The connection has ended ({why}). Open a new session."),
         }
     }
 
@@ -45,7 +45,7 @@ impl Error {
 pub(crate) fn session_stopped() -> Error {
     Error {
         status: Status::transport(libc::ENOTCONN),
-        text: "The session was stopped. Make a new one.".into(),
+        text: "The session was stopped. Open a new one.".into(),
     }
 }
 
@@ -53,7 +53,8 @@ pub(crate) fn session_stopped() -> Error {
 pub(crate) fn timed_out() -> Error {
     Error {
         status: Status::transport(libc::ETIMEDOUT),
-        text: "The server is there, but has not done this in time: its storage may hang. See its log, or allow a longer call timeout."
+        text: "The server answers pings, but did not answer this call in time: its storage may hang. See \
+               its log, or raise the call timeout."
             .into(),
     }
 }
@@ -62,8 +63,7 @@ pub(crate) fn timed_out() -> Error {
 pub(crate) fn protocol_error() -> Error {
     Error {
         status: Status::protocol(libc::EPROTO),
-        text: "The server's answer makes no sense. Check that library and server are of matching versions."
-            .into(),
+        text: "The server's response is invalid. Check that the versions of library and server match.".into(),
     }
 }
 

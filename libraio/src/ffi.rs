@@ -1,12 +1,12 @@
 //! The C API. `include/libraio.h` says what each function promises; nothing is decided here: pointers are
 //! checked and turned into the types of the safe API, results into return values and errno.
 //!
-//! What C holds a pointer to (`raio_context_t`, `raio_mr_t`) is a [`handle::Handle`]: a few bytes that are never
-//! unmapped, with a magic number that is cleared when its content is destroyed. A call on a destroyed handle
-//! thus finds no magic number and fails with EINVAL.
+//! What C holds a pointer to (`raio_context_t`, `raio_mr_t`) is a [`handle::Handle`]: a few bytes that are
+//! never unmapped, with a magic number that is cleared when its content is destroyed. A call on a destroyed
+//! handle thus finds no magic number and fails with EINVAL.
 //!
-//! Threads: a context and what hangs on it (registrations, lent buffers) belong to one thread at a time, as the
-//! header says. Descriptors are looked up in a table with a lock ([`descriptor`]).
+//! Threads: a context and what hangs on it (registrations, lent buffers) belong to one thread at a time, as
+//! the header says. Descriptors are looked up in a table with a lock ([`descriptor`]).
 //!
 //! Each module uses only those above it:
 //!

@@ -1,9 +1,9 @@
 //! An open file of a session.
 //!
 //! Closing waits for nothing: I/O that is in flight when the file is closed runs to its end, and the server
-//! is told only then. For that each context that uses a file has a [`FileRef`] with a count of its own of what
-//! it has in flight on it, a plain store on the data path; whoever closes reads all counts, and the context
-//! that brings the last one to zero checks whether the file was closed meanwhile.
+//! is told only then. For that each context that uses a file has a [`FileRef`] with a count of its own of
+//! what it has in flight on it, a plain store on the data path; whoever closes reads all counts, and the
+//! context that brings the last one to zero checks whether the file was closed meanwhile.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
@@ -41,23 +41,23 @@ pub(crate) struct Inner {
 impl Session {
     /// Opens a file of the server. `path` reads /EXPORT/path/beneath/it; `flags` are those of open(2):
     /// O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC, O_DSYNC, O_NOFOLLOW;
-    /// O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK are accepted and ignored; others are EINVAL. `mode` has
-    /// the permissions of a file that O_CREAT creates. Blocks for a round trip.
+    /// O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK are accepted and ignored; others are EINVAL. `mode`
+    /// has the permissions of a file that O_CREAT creates. Blocks for a round trip.
     pub fn open(&self, path: impl AsRef<Path>, flags: i32, mode: u32) -> Result<File, Error> {
         let path = path.as_ref().as_os_str().as_bytes();
         let flags = open_flags(flags)?;
         if path.is_empty() {
-            return Err(Error::call(libc::ENOENT, "The path is empty. Give one like /EXPORT/file."));
+            return Err(Error::call(libc::ENOENT, "The path is empty. Pass one such as /EXPORT/file."));
         }
         // PATH_MAX counts C's terminating zero.
         if path.len() >= protocol::PATH_BYTES_MAX {
             return Err(Error::call(
                 libc::ENAMETOOLONG,
-                format!("The path has {} bytes; give one of at most 4,095.", path.len()),
+                format!("The path is {} bytes long. Pass one of at most 4,095 bytes.", path.len()),
             ));
         }
         if path.contains(&0) {
-            return Err(Error::call(libc::EINVAL, "The path has a zero byte in it. Give one without."));
+            return Err(Error::call(libc::EINVAL, "The path contains a zero byte. Pass one without."));
         }
         let reply = self.shared().call(&Command::Open { flags, mode: mode & 0o7777, path })?;
         let handle = u32::try_from(reply.result).map_err(|_| protocol_error())?;
@@ -87,7 +87,7 @@ impl File {
     /// Asks the server for the file's present status. Blocks for a round trip.
     pub fn status(&self) -> Result<FileStatus, Error> {
         if self.inner.is_closing() {
-            return Err(Error::call(libc::EBADF, "The file has been closed. Open it again."));
+            return Err(Error::call(libc::EBADF, "The file is closed. Open it again."));
         }
         self.inner.session.status(self.inner.handle)
     }
@@ -121,8 +121,8 @@ impl Inner {
     }
 
     pub(crate) fn is_closing(&self) -> bool {
-        // Pairs with the store of a count in `FileRef::operation_completed`: at least one of the two threads sees what the
-        // other wrote.
+        // Pairs with the store of a count in `FileRef::operation_completed`: at least one of the two threads
+        // sees what the other wrote.
         self.closing.load(Ordering::SeqCst)
     }
 

@@ -16,7 +16,7 @@ pub(crate) fn open_flags(flags: i32) -> Result<u32, Error> {
         _ => {
             return Err(Error::call(
                 libc::EINVAL,
-                "The access mode is none. Use O_RDONLY, O_WRONLY or O_RDWR.",
+                "The access mode is invalid. Use O_RDONLY, O_WRONLY or O_RDWR.",
             ));
         }
     };
@@ -45,13 +45,14 @@ pub(crate) fn open_flags(flags: i32) -> Result<u32, Error> {
     if left & libc::O_APPEND != 0 {
         return Err(Error::call(
             libc::EINVAL,
-            "O_APPEND is not supported: each write names its offset. raio_fstat() tells where the file ends.",
+            "O_APPEND is not supported, because each write names its offset. Leave it out; raio_fstat() \
+             returns the file's size.",
         ));
     }
     if left != 0 {
         return Err(Error::call(
             libc::EINVAL,
-            format!("Flags {left:#o} of open(2) have no meaning for a remote file. Leave them out."),
+            format!("Flags {left:#o} of open(2) are not supported for remote files. Leave them out."),
         ));
     }
     Ok(wire)

@@ -1,8 +1,8 @@
 //! A session: one server, and the control connection that keeps the session alive there.
 //!
 //! Threads use the control connection one after the other. Contexts have connections of their own, which name
-//! the same session. Nothing on the data path comes here. What a session opens and makes is beside those types:
-//! [`Session::open`] in `file.rs`, [`Session::context`] in `context.rs`.
+//! the same session. Nothing on the data path comes here. What a session opens and makes is beside those
+//! types: [`Session::open`] in `file.rs`, [`Session::context`] in `context.rs`.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -137,7 +137,10 @@ impl Session {
         if address.port == 0 {
             return Err(Error::call(
                 libc::EINVAL,
-                format!("{url:?} names port 0, which no server has. Give the port that raio_server printed."),
+                format!(
+                    "{url:?} names port 0, on which no server listens. Pass the port that raio_server \
+                     printed."
+                ),
             ));
         }
         let deadline = Instant::now() + options.connect_timeout;
@@ -151,7 +154,9 @@ impl Session {
                 Err(error) => last = Some(error),
             }
         }
-        Err(last.unwrap_or_else(|| Error::call(libc::ENOENT, format!("{url:?} has no address."))))
+        Err(last.unwrap_or_else(|| {
+            Error::call(libc::ENOENT, format!("{url:?} resolves to no address. Check the host name."))
+        }))
     }
 
     /// Opens a session with the server at this address.
@@ -305,7 +310,7 @@ impl Shared {
         if self.is_inherited() {
             return Err(Error::call(
                 libc::EBADF,
-                "The session is one of the parent process. A child makes its own, and opens files in it.",
+                "The session belongs to the parent process. Open a session and its files in the child.",
             ));
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! `RAIO_TRACE=FILE`: what each request did when, in a file that Perfetto opens (see `raio_transport::trace`).
+//! `RAIO_TRACE=FILE`: what each request did when, in a file that Perfetto opens (see
+//! `raio_transport::trace`).
 //!
 //! A context has a ring of records. It is written when the context ends, or when the program exits by exit(3)
 //! or from main (programs in C only: see `ffi`). Off, it costs the data path a branch for each step.
@@ -62,7 +63,8 @@ impl Tracer {
                     Error::call(
                         error.raw_os_error().unwrap_or(libc::EINVAL),
                         format!(
-                            "RAIO_TRACE: cannot create {path:?} ({error}). Name a file that does not exist; %p in \
+                            "RAIO_TRACE: cannot create {path:?} ({error}). Name a file that does not exist; \
+                             %p in \
                              its name becomes the process id."
                         ),
                     )

@@ -1,5 +1,5 @@
-//! Every constant that was chosen rather than given: its unit, why it has this value, and the measurement that
-//! chose it, where one did (docs/PERFORMANCE.md has the tables).
+//! Every constant that was chosen rather than given: its unit, why it has this value, and the measurement
+//! that chose it, where one did (docs/PERFORMANCE.md has the tables).
 
 use std::time::Duration;
 
@@ -11,25 +11,25 @@ pub const MAXEVENTS_MAX: usize = 65_536;
 /// the default `--io-max` fits. Not measured.
 pub(crate) const LENT_BYTES_MIN: usize = 1 << 20;
 
-/// Completions that a program may collect without having waited before it yields the core. A program for which
-/// there is always an answer would keep it for a tick of the scheduler, 4 ms, while the answers of others lie
-/// there. Measured with four fio jobs on one core, null, depth 32: p99 from 3,981 to 326 µs.
+/// Completions that a program may collect without having waited before it yields the core. A program for
+/// which there is always an answer would keep it for a tick of the scheduler, 4 ms, while the answers of
+/// others lie there. Measured with four fio jobs on one core, null, depth 32: p99 from 3,981 to 326 µs.
 pub(crate) const BURST_MAX: u32 = 32;
 
 /// Operations in flight for which a wait may poll for once more its time, because a server answers many of
 /// them together. Measured at depth 128 and 256, 4 KiB reads: IOPS × 1.03 and × 1.06.
 pub(crate) const SPIN_EACH: usize = 32;
 
-/// Times: the most by which polling before sleep is extended (see [`SPIN_EACH`]): 4 × 50 µs. More did not pay:
-/// both sides polling for 500 µs brought × 1.02 at the price of a core.
+/// Times: the most by which polling before sleep is extended (see [`SPIN_EACH`]): 4 × 50 µs. More did not
+/// pay: both sides polling for 500 µs brought × 1.02 at the price of a core.
 pub(crate) const SPIN_MULTIPLIER_MAX: usize = 4;
 
-/// Polls of the transport before a wait reads the clock and yields. Measured at depth 1, 4 KiB reads, together
-/// with one poll fewer on the way of a request: IOPS × 1.06.
+/// Polls of the transport before a wait reads the clock and yields. Measured at depth 1, 4 KiB reads,
+/// together with one poll fewer on the way of a request: IOPS × 1.06.
 pub(crate) const POLLS_PER_YIELD: usize = 8;
 
-/// Requests outstanding on a control connection: one that is waited for, and closes that nobody waits for. Not
-/// measured; it is not on the data path.
+/// Requests outstanding on a control connection: one that is waited for, and closes that nobody waits for.
+/// Not measured; it is not on the data path.
 pub(crate) const CONTROL_DEPTH: u32 = 8;
 
 /// How soon a server must answer a ping if it has let another connection of the session time out. Far above
@@ -43,12 +43,13 @@ pub(crate) const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Default of `connect_timeout`: two retransmissions of a SYN (1 s, 3 s) fit.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Default of `call_timeout`: what a disk may need to spin up, or a server's file system to commit its journal.
+/// Default of `call_timeout`: what a disk may need to spin up, or a server's file system to commit its
+/// journal.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Default of `spin`: how long a wait polls before it sleeps. As long as a round trip over a local network and
-/// a read of the page cache take; the busy-polling itself adapts (`raio_transport::busy_poll`). Measured at
-/// depth 1: without it IOPS are a fifth.
+/// Default of `spin`: how long a wait polls before it sleeps. As long as a round trip over a local network
+/// and a read of the page cache take; the busy-polling itself adapts (`raio_transport::busy_poll`). Measured
+/// at depth 1: without it IOPS are a fifth.
 pub(crate) const SPIN: Duration = Duration::from_micros(50);
 
 /// Destroyed handles that are kept before the oldest is reused, 16 to 64 bytes each: a stale pointer to a

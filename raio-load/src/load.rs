@@ -352,7 +352,8 @@ impl<'a> Load<'a> {
             self.outcome.wrong += 1;
             self.outcome.first_wrong.get_or_insert_with(|| {
                 format!(
-                    "Byte {at} of the file is wrong, in the {length} bytes that were read at {}. Was the file written by --fill, and \
+                    "Byte {at} of the file is wrong, in the {length} bytes that were read at {}. Was the \
+                     file written by --fill, and \
                      by nobody else since?",
                     issued.offset
                 )

@@ -67,7 +67,8 @@ fn run(plan: &Plan) -> anyhow::Result<Report> {
     let limit = open_files::raise(wanted);
     ensure!(
         limit >= wanted,
-        "{} sessions take {} open files, but this process may have only {}, which is enough for {} sessions. Raise the hard limit \
+        "{} sessions take {} open files, but this process may have only {}, which is enough for {} \
+         sessions. Raise the hard limit \
          as root (`ulimit -Hn {wanted}`, or LimitNOFILE= in a unit), or give --sessions {}.",
         grouped(plan.sessions as u64),
         grouped(wanted as u64),
@@ -92,7 +93,8 @@ fn run(plan: &Plan) -> anyhow::Result<Report> {
     let size = plan.size.unwrap_or(file_size);
     ensure!(
         size <= file_size && size >= u64::from(plan.io_bytes),
-        "{} has {file_size} bytes, which is too little. Have it written with --fill and --size, or give a smaller --size or --io-size.",
+        "{} has {file_size} bytes, which is too little. Have it written with --fill and --size, or give a \
+         smaller --size or --io-size.",
         plan.path
     );
 

@@ -170,7 +170,8 @@ impl Report {
     pub fn text(&self, plan: &Plan) -> String {
         let outcome = &self.outcome;
         let mut text = format!(
-            "sessions  {} opened ({:.0} a second), {} active with {} to {} reads and writes each, {} rejected, {} lost, closed in {:.1} s\n",
+            "sessions  {} opened ({:.0} a second), {} active with {} to {} reads and writes each, {} \
+             rejected, {} lost, closed in {:.1} s\n",
             grouped(self.opened.count as u64),
             self.open_rate(),
             grouped(plan.active.min(self.opened.count) as u64),

@@ -139,7 +139,8 @@ fn connect(server: SocketAddr, source: Option<IpAddr>) -> Result<Socket, Error> 
     connect().map_err(|error: std::io::Error| {
         let remedy = match error.raw_os_error() {
             Some(libc::EADDRINUSE | libc::EADDRNOTAVAIL) => {
-                "; if its ports are used up give more addresses with --source, each must be one of this machine's"
+                "; if its ports are used up give more addresses with --source, each must be one of this \
+                 machine's"
             }
             Some(libc::EMFILE | libc::ENFILE) => "; raise the limit on open files with `ulimit -n`",
             _ => "; check that raio_server listens there, and that no firewall is in between",

@@ -9,8 +9,8 @@ pub const EVENTS_MAX: usize = 1024;
 /// How often progress is reported, and sessions are checked for servers that do not answer.
 pub const TICK: Duration = Duration::from_secs(1);
 
-/// A session that has waited this long for an answer runs its own timers: it pings the server, or gives it up.
-/// As long as the keepalive interval that servers grant.
+/// A session that has waited this long for an answer runs its own timers: it pings the server, or gives it
+/// up. As long as the keepalive interval that servers grant.
 pub const KEEPALIVE_CHECK_AFTER: Duration = Duration::from_secs(5);
 
 /// How long answers may take after the end of the run: twice the timeout of a dead server.

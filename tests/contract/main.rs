@@ -63,6 +63,8 @@ mod hostile_client;
 mod hostile_server;
 mod keepalive;
 mod ordinary;
+#[path = "../random/mod.rs"]
+mod random;
 mod raw;
 mod rdma;
 mod slow;

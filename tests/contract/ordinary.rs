@@ -9,26 +9,7 @@ use raio_transport::message::{BODY_BYTES_MAX, FEATURE_CRC, text};
 use raio_transport::transport::{Bulk, CloseReason};
 
 use crate::harness::{Op, Server, Setup, bytes_of, command, data, pattern, room, serve, serve_plain};
-
-/// A small generator; the seed is printed, and `RAIO_SEED` replays one.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let seed = std::env::var("RAIO_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
-            u64::from_le_bytes(raio_transport::handshake::random_id()[..8].try_into().unwrap())
-        });
-        println!("RAIO_SEED={seed}");
-        Self(seed | 1)
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) as usize % end
-    }
-}
+use crate::random::Random;
 
 contract! {
     fn one_request_at_a_time_is_answered_in_order(transport) {
@@ -57,8 +38,8 @@ contract! {
             let requests = 800;
             while tag < requests || !expected.is_empty() {
                 while tag < requests && expected.len() < depth {
-                    let len = [random.below(9_000), random.below(70_000)][random.below(2)];
-                    let (op, bulk) = match random.below(3) {
+                    let len = [random.index(9_000), random.index(70_000)][random.index(2)];
+                    let (op, bulk) = match random.index(3) {
                         0 => (Op::Get, room(len)),
                         1 => (Op::Put, data(pattern(tag, len))),
                         _ => (Op::Echo, Bulk::None),

@@ -30,7 +30,7 @@ use crate::trace;
 pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut raio_context) -> c_int {
     int(|| {
         if ctxp.is_null() {
-            return Err(invalid("The place for the context is NULL. Give one."));
+            return Err(invalid("The context pointer is NULL. Pass one."));
         }
         // SAFETY: not null, and the caller vouches for the rest.
         let before = unsafe { ctxp.read_unaligned() };
@@ -39,7 +39,8 @@ pub unsafe extern "C" fn raio_setup(fd: c_int, maxevents: c_int, ctxp: *mut *mut
             // SAFETY: it is one of our handles, and `process` never changes in a context.
             if unsafe { state(before) }.is_ok() {
                 return Err(invalid(
-                    "The place for the context holds one that was not destroyed. Destroy that first, or give another place.",
+                    "The context pointer holds a context that was not destroyed. Destroy it first, or pass \
+                     another pointer.",
                 ));
             }
         }
@@ -152,9 +153,7 @@ pub unsafe extern "C" fn raio_get_stats(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if stats.is_null() || size < size_of::<c_ulonglong>() {
-            return Err(invalid(
-                "The place for the counters is NULL or has no room. Give a struct raio_stats.",
-            ));
+            return Err(invalid("The statistics buffer is NULL or too small. Pass a struct raio_stats."));
         }
         let size = size.min(size_of::<raio_stats>());
         let s = state.context.as_ref().map_or(state.stats, Context::stats);

@@ -106,7 +106,8 @@ fn no_session(fd: i32) -> Error {
     Error::call(
         libc::EBADF,
         format!(
-            "Descriptor {fd} is no session of this process. Use one of raio_start() or raio_connect(); a forked child makes its own."
+            "Descriptor {fd} is not a session of this process. Pass one from raio_start() or \
+             raio_connect(); a forked child opens its own."
         ),
     )
 }
@@ -114,7 +115,7 @@ fn no_session(fd: i32) -> Error {
 fn no_file(fd: i32) -> Error {
     Error::call(
         libc::EBADF,
-        format!("Descriptor {fd} is no open file of this process. Use one of raio_open()."),
+        format!("Descriptor {fd} is not an open file of this process. Pass one from raio_open()."),
     )
 }
 
@@ -182,8 +183,8 @@ pub(super) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     file
 }
 
-/// Takes a session and its files out of the table. Returns the session, to be stopped, and the addresses of its
-/// contexts.
+/// Takes a session and its files out of the table. Returns the session, to be stopped, and the addresses of
+/// its contexts.
 pub(super) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Error> {
     let mut files = Vec::new();
     let removed = with(|table| {

@@ -37,7 +37,7 @@ pub(super) fn run<T>(body: impl FnOnce() -> Result<T, Error>) -> Result<T, c_int
             Err(error.errno())
         }
         Err(_) => {
-            set_message("The library failed in a way that it should not. Please report this.");
+            set_message("Internal error in libraio. Please report it.");
             Err(libc::EIO)
         }
     }
@@ -70,7 +70,7 @@ pub(super) fn invalid(text: impl Into<String>) -> Error {
 /// `text` is null or a C string that outlives the result.
 pub(super) unsafe fn c_str<'a>(text: *const c_char, what: &str) -> Result<&'a [u8], Error> {
     if text.is_null() {
-        return Err(invalid(format!("The {what} is NULL. Give one.")));
+        return Err(invalid(format!("The {what} is NULL. Pass one.")));
     }
     // SAFETY: not null, and a C string as the caller vouches.
     Ok(unsafe { CStr::from_ptr(text) }.to_bytes())

@@ -28,7 +28,7 @@ impl Eventfds {
     /// The eventfd that has this number now.
     pub(super) fn hold(&mut self, number: c_uint) -> Result<Arc<OwnedFd>, Error> {
         let fd = c_int::try_from(number).map_err(|_| {
-            invalid("The iocb's eventfd is negative. Give raio_set_eventfd() one of eventfd(2).")
+            invalid("The iocb's eventfd is negative. Pass one from eventfd(2) to raio_set_eventfd().")
         })?;
         if let Some(held) = self.held.iter_mut().find(|held| held.number == fd)
             && let Some(eventfd) = held.eventfd.upgrade()
@@ -59,14 +59,14 @@ fn duplicate_eventfd(fd: c_int) -> Result<OwnedFd, Error> {
     let eventfd =
         rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 0).map_err(|errno| {
             let text = format!(
-                "The iocb's eventfd {fd} cannot be used ({errno}). Give one of eventfd(2) that is open."
+                "The iocb's eventfd {fd} cannot be used ({errno}). Pass an open one from eventfd(2)."
             );
             Error::call(errno.raw_os_error(), text)
         })?;
     if is_eventfd(&eventfd) {
         Ok(eventfd)
     } else {
-        Err(invalid(format!("The iocb's eventfd {fd} is something else. Give one of eventfd(2).")))
+        Err(invalid(format!("The iocb's eventfd {fd} is another kind of file. Pass one from eventfd(2).")))
     }
 }
 

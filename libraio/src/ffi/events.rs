@@ -29,10 +29,10 @@ pub unsafe extern "C" fn raio_getevents(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         let (Ok(min), Ok(max)) = (usize::try_from(min_nr), usize::try_from(nr)) else {
-            return Err(invalid("min_nr or nr is negative. Give 0 or more."));
+            return Err(invalid("min_nr or nr is negative. Pass 0 or more."));
         };
         if min > max || (events.is_null() && max > 0) {
-            return Err(invalid("min_nr is more than nr, or the events are NULL. Give room for nr events."));
+            return Err(invalid("min_nr exceeds nr, or the events are NULL. Pass a buffer for nr events."));
         }
         let timeout = if timeout.is_null() {
             None
@@ -41,7 +41,12 @@ pub unsafe extern "C" fn raio_getevents(
             let timeout = unsafe { timeout.read_unaligned() };
             match (u64::try_from(timeout.tv_sec), u32::try_from(timeout.tv_nsec)) {
                 (Ok(s), Ok(ns)) if ns < 1_000_000_000 => Some(Duration::new(s, ns)),
-                _ => return Err(invalid("The timeout is negative, or has a second or more in tv_nsec.")),
+                _ => {
+                    return Err(invalid(
+                        "The timeout is negative, or its tv_nsec is 1,000,000,000 or more. Pass a valid \
+                         timespec.",
+                    ));
+                }
             }
         };
         let context = state.context.as_mut().ok_or_else(stopped)?;
@@ -119,9 +124,9 @@ pub unsafe extern "C" fn raio_release(ctx: *mut raio_context, nr: c_long, events
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         let count =
-            usize::try_from(nr).map_err(|_| invalid("The number of events is negative. Give 0 or more."))?;
+            usize::try_from(nr).map_err(|_| invalid("The number of events is negative. Pass 0 or more."))?;
         if events.is_null() && count > 0 {
-            return Err(invalid("The events are NULL. Give those of raio_getevents()."));
+            return Err(invalid("The events are NULL. Pass those from raio_getevents()."));
         }
         let mut unknown = 0;
         for n in 0..count {
@@ -160,14 +165,14 @@ pub unsafe extern "C" fn raio_cancel(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if iocb.is_null() || evt.is_null() {
-            return Err(invalid("The iocb or the place for its event is NULL. Give both."));
+            return Err(invalid("The iocb or the event buffer is NULL. Pass both."));
         }
         let context = state.context.as_mut().ok_or_else(stopped)?;
         // SAFETY: not null, and the caller vouches for the rest.
         let key = unsafe { (*iocb).key };
-        let ticket = context
-            .ticket(key, iocb.expose_provenance() as u64)
-            .ok_or_else(|| invalid("That iocb is not in flight in this context."))?;
+        let ticket = context.ticket(key, iocb.expose_provenance() as u64).ok_or_else(|| {
+            invalid("The iocb is not in flight in this context. Pass one that was submitted to it.")
+        })?;
         let completion = context.cancel(ticket)?;
         // It may have failed before, and been submitted again.
         state.failures.supersede(iocb.addr());
@@ -192,7 +197,10 @@ pub unsafe extern "C" fn raio_event_errmsg(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if event.is_null() {
-            return Err(invalid("The event is NULL. Give one of the last raio_getevents() or raio_cancel()."));
+            return Err(invalid(
+                "The event is NULL. Pass one from the latest raio_getevents() or \
+                                raio_cancel().",
+            ));
         }
         // SAFETY: not null, and the caller vouches for the rest.
         let (obj, res) = unsafe { ((*event).obj.addr(), (*event).res as c_long) };
@@ -200,7 +208,10 @@ pub unsafe extern "C" fn raio_event_errmsg(
             return Ok(c"".as_ptr());
         }
         let text = state.failures.find(obj).ok_or_else(|| {
-            invalid("That event is not of the context's last raio_getevents() or raio_cancel(). Ask before the next.")
+            invalid(
+                "The event is not from the context's latest raio_getevents() or raio_cancel(). Ask \
+                     before the next call.",
+            )
         })?;
         Ok(text.as_ptr())
     })

@@ -46,7 +46,7 @@ pub unsafe extern "C" fn raio_fstat(fd: c_int, buf: *mut libc::stat64) -> c_int 
     int(|| {
         let (file, _) = descriptor::file(fd)?;
         if buf.is_null() {
-            return Err(invalid("The place for the status is NULL. Give one."));
+            return Err(invalid("The stat buffer is NULL. Pass one."));
         }
         let status = file.status()?;
         // SAFETY: a `stat64` is integers, for which zero is a value.

@@ -10,7 +10,8 @@ use super::descriptor;
 use crate::error::Error;
 use crate::file::File;
 
-/// Files by descriptor. What was looked up stays valid until any descriptor is closed ([`descriptor::epoch`]).
+/// Files by descriptor. What was looked up stays valid until any descriptor is closed
+/// ([`descriptor::epoch`]).
 #[derive(Default)]
 pub(super) struct FileCache {
     epoch: u64,
@@ -36,7 +37,8 @@ impl FileCache {
                         return Err(Error::call(
                             libc::EBADF,
                             format!(
-                                "Descriptor {fd} is a file of another session. Use that session's contexts."
+                                "Descriptor {fd} is a file of another session. Submit it to a context of \
+                                 that session."
                             ),
                         ));
                     }

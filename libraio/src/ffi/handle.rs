@@ -69,7 +69,8 @@ impl<T> Handle<T> {
         if !unsafe { Self::is_live(pointer) } {
             return None;
         }
-        // SAFETY: the magic number says that this is a live handle of ours; the caller vouches for exclusive use.
+        // SAFETY: the magic number says that this is a live handle of ours; the caller vouches for exclusive
+        // use.
         unsafe { (*(*pointer).content.get()).as_mut() }
     }
 

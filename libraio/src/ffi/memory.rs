@@ -61,12 +61,12 @@ pub unsafe extern "C" fn raio_reg_mr(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if mr.is_null() {
-            return Err(invalid("The place for the registration is NULL. Give one."));
+            return Err(invalid("The registration pointer is NULL. Pass one."));
         }
         // SAFETY: the caller vouches that the memory stays mapped until raio_dereg_mr() or raio_destroy().
         let region = unsafe { Region::new(buf.cast(), len) }.ok_or_else(|| {
             invalid(
-                "That memory cannot be registered: it is NULL, empty, or wraps around. Give mapped memory.",
+                "The memory cannot be registered: it is NULL, empty, or wraps around. Pass mapped memory.",
             )
         })?;
         let registered = register(ctx, state, region, false)?;
@@ -89,7 +89,10 @@ pub unsafe extern "C" fn raio_dereg_mr(ctx: *mut raio_context, mr: *mut raio_mr)
         let registration = unsafe { Handle::get(mr) }
             .filter(|registration| registration.context == ctx && !registration.is_allocated)
             .ok_or_else(|| {
-                invalid("That is no registration of this context by raio_reg_mr(). (raio_free() ends the others.)")
+                invalid(
+                    "Not a registration of this context from raio_reg_mr(). (raio_free() ends that of \
+                         raio_alloc().)",
+                )
             })?;
         if registration.region.in_use() {
             return Err(busy());
@@ -103,7 +106,7 @@ pub unsafe extern "C" fn raio_dereg_mr(ctx: *mut raio_context, mr: *mut raio_mr)
 }
 
 fn busy() -> Error {
-    Error::call(libc::EBUSY, "I/O in flight uses that memory. Collect its events first.")
+    Error::call(libc::EBUSY, "I/O in flight uses the memory. Collect its events first.")
 }
 
 /// See libraio.h.
@@ -120,7 +123,7 @@ pub unsafe extern "C" fn raio_alloc(
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if len == 0 {
-            return Err(invalid("The length is 0. Ask for at least one byte."));
+            return Err(invalid("The length is 0. Pass at least 1."));
         }
         let (memory, mapped) = map(len)?;
         // SAFETY: the mapping stays until raio_free(), which rejects while the region is in use.
@@ -153,7 +156,7 @@ pub unsafe extern "C" fn raio_alloc(
 fn map(len: usize) -> Result<(*mut c_void, usize), Error> {
     const HUGE: usize = 2 << 20;
     let failed = || {
-        Error::call(libc::ENOMEM, format!("There is no memory for {len} bytes. Ask for less, or free some."))
+        Error::call(libc::ENOMEM, format!("Cannot allocate {len} bytes. Ask for less, or free some memory."))
     };
     let plain = (len.checked_next_multiple_of(4096).ok_or_else(failed)?, 0);
     let huge = len.checked_next_multiple_of(HUGE).filter(|_| len >= HUGE).map(|len| (len, libc::MAP_HUGETLB));
@@ -199,7 +202,7 @@ pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> 
         let mut allocations = lock(&ALLOCATIONS);
         let mapped_here = allocations.get(&buf.addr()).filter(|allocation| allocation.process == process());
         let allocation = mapped_here.ok_or_else(|| {
-            invalid("That memory is not from raio_alloc(), or was freed. Give what raio_alloc() gave.")
+            invalid("The memory is not from raio_alloc(), or was freed. Pass what raio_alloc() returned.")
         })?;
         let mr = std::ptr::with_exposed_provenance_mut::<raio_mr>(allocation.mr);
         // SAFETY: null or one of our handles; only `Region::in_use`, which is atomic, is looked at.

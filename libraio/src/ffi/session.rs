@@ -30,7 +30,7 @@ pub unsafe extern "C" fn raio_start(
         // SAFETY: the caller vouches for the string.
         let transport = unsafe { c_str(transport, "transport") }?;
         if addr.is_null() {
-            return Err(invalid("The address is NULL. Give one."));
+            return Err(invalid("The address is NULL. Pass one."));
         }
         let scheme = match transport {
             b"tcp" => Scheme::Tcp,
@@ -39,7 +39,7 @@ pub unsafe extern "C" fn raio_start(
                 return Err(Error::call(
                     libc::EPROTONOSUPPORT,
                     format!(
-                        "There is no transport {:?}. Use \"tcp\" or \"rdma\".",
+                        "Transport {:?} is unknown. Use \"tcp\" or \"rdma\".",
                         String::from_utf8_lossy(transport)
                     ),
                 ));
@@ -56,7 +56,11 @@ pub unsafe extern "C" fn raio_start(
 /// # Safety
 /// `addr` points at `len` readable bytes, or `len` is not one that an address can have.
 pub(super) unsafe fn socket_address(addr: *const libc::sockaddr, len: usize) -> Result<SocketAddr, Error> {
-    let wrong = || invalid(format!("{len} is not the length of an address of that family."));
+    let wrong = || {
+        invalid(format!(
+            "The address cannot be {len} bytes long. Pass the size of its struct sockaddr_in or sockaddr_in6."
+        ))
+    };
     if len < size_of::<libc::sa_family_t>() || len > size_of::<libc::sockaddr_storage>() {
         return Err(wrong());
     }
@@ -93,7 +97,7 @@ pub unsafe extern "C" fn raio_connect(url: *const c_char, options: *const raio_o
         // SAFETY: the caller vouches for the string.
         let url = unsafe { c_str(url, "URL") }?;
         let url = std::str::from_utf8(url)
-            .map_err(|_| invalid("The URL is not UTF-8. Write it like raio://HOST:PORT."))?;
+            .map_err(|_| invalid("The URL is not UTF-8. Write it as raio://HOST:PORT."))?;
         let options = if options.is_null() {
             Options::default()
         } else {
@@ -116,7 +120,7 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
     // SAFETY: the size is the first field.
     let size = unsafe { options.cast::<c_uint>().read_unaligned() } as usize;
     if !(size_of::<raio_options>()..=SIZE_MAX).contains(&size) {
-        return Err(invalid("raio_options.size is wrong. Set it to sizeof(struct raio_options)."));
+        return Err(invalid("raio_options.size is invalid. Set it to sizeof(struct raio_options)."));
     }
     // SAFETY: there are at least as many bytes, and all its fields are integers.
     let known = unsafe { options.read_unaligned() };
@@ -129,7 +133,8 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
         || known.flags & !(OPT_CRC | OPT_NO_SPIN) != 0
     {
         return Err(invalid(
-            "raio_options has something set that this library does not know. Zero it first, and set only what \
+            "raio_options has something set that this library does not know. Zero it first, and set only \
+             what \
              this version's header has.",
         ));
     }

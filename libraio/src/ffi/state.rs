@@ -70,11 +70,11 @@ pub(super) unsafe fn state<'a>(ctx: *mut raio_context) -> Result<&'a mut Context
 pub(super) static LIVE: LazyLock<Mutex<HashSet<usize>>> = LazyLock::new(Mutex::default);
 
 pub(super) fn no_context() -> Error {
-    invalid("That is no context. Use one of raio_setup() that was not destroyed.")
+    invalid("Not a context, or a destroyed one. Pass one from raio_setup().")
 }
 
 fn inherited() -> Error {
-    invalid("The context is one of the parent process. A child makes its own, in a session of its own.")
+    invalid("The context belongs to the parent process. Open a session and create a context in the child.")
 }
 
 pub(super) fn stopped() -> Error {

@@ -23,13 +23,13 @@ pub unsafe extern "C" fn raio_submit(ctx: *mut raio_context, nr: c_long, ios: *m
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the context.
         let state = unsafe { state(ctx) }?;
         if nr < 0 {
-            return Err(invalid("The number of iocbs is negative. Give 0 or more."));
+            return Err(invalid("The number of iocbs is negative. Pass 0 or more."));
         }
         if nr == 0 {
             return Ok(0);
         }
         if ios.is_null() {
-            return Err(invalid("The array of iocbs is NULL. Give one."));
+            return Err(invalid("The array of iocbs is NULL. Pass one."));
         }
         if let Some(context) = &state.context {
             let count = usize::try_from(nr).unwrap_or(0).min(context.room());
@@ -70,12 +70,12 @@ unsafe fn submit(
 ) -> Result<(), Error> {
     let context = state.context.as_mut().ok_or_else(stopped)?;
     if iocb.is_null() || !iocb.is_aligned() {
-        return Err(invalid("An iocb is NULL or not aligned. Give iocbs that raio_prep_*() has prepared."));
+        return Err(invalid("An iocb is NULL or misaligned. Pass iocbs prepared by raio_prep_*()."));
     }
     if context.is_full() {
         return Err(Error::call(
             libc::EAGAIN,
-            "The context is full. Collect events first, or give raio_setup() a larger maxevents.",
+            "The context is full. Collect events first, or pass a larger maxevents to raio_setup().",
         ));
     }
     // SAFETY: not null, aligned, and the caller vouches that it is an iocb that nobody changes meanwhile.
@@ -101,7 +101,7 @@ unsafe fn submit(
 fn unreadable() -> Error {
     Error::call(
         libc::EFAULT,
-        "The memory to be written cannot be read. Give memory that is mapped for reading.",
+        "The memory to write from cannot be read. Pass memory that is mapped for reading.",
     )
 }
 
@@ -120,10 +120,14 @@ unsafe fn operation(
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
         || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {
-        return Err(invalid(format!("The iocb has flags ({:#x}) without meaning. Clear them.", c.flags)));
+        return Err(invalid(format!(
+            "The iocb has flags ({:#x}) that its operation does not take. Clear them.",
+            c.flags
+        )));
     }
-    let offset = u64::try_from(c.offset)
-        .map_err(|_| invalid("The iocb's offset is negative. Give one from the file's start."))?;
+    let offset = u64::try_from(c.offset).map_err(|_| {
+        invalid("The iocb's offset is negative. Pass one counted from the start of the file.")
+    })?;
     Ok(match io.raio_lio_opcode {
         CMD_PREAD if c.buf.is_null() => {
             if c.nbytes > io_bytes_max {
@@ -143,18 +147,22 @@ unsafe fn operation(
         }
         CMD_PREADV | CMD_PWRITEV => {
             if c.nbytes > IOV_MAX || (c.buf.is_null() && c.nbytes > 0) {
-                return Err(invalid("The iovecs are NULL or more than 1,024. Split the operation."));
+                return Err(invalid(
+                    "The iovecs are NULL or more than 1,024. Pass an array, or split the operation.",
+                ));
+            }
+            let iovecs = (0..c.nbytes as usize).map(|n| {
+                // SAFETY: the caller vouches for `nbytes` iovecs.
+                unsafe { c.buf.cast::<libc::iovec>().add(n).read_unaligned() }
+            });
+            let total = iovecs.clone().fold(0, |total: u64, iov| total.saturating_add(iov.iov_len as u64));
+            if total > io_bytes_max {
+                return Err(too_long(total, io_bytes_max));
             }
             let mut pieces = vectors.pop().unwrap_or_default();
-            let mut left = io_bytes_max;
-            for n in 0..c.nbytes as usize {
-                // SAFETY: the caller vouches for `nbytes` iovecs.
-                let iov = unsafe { c.buf.cast::<libc::iovec>().add(n).read_unaligned() };
-                if iov.iov_len > 0 {
-                    // SAFETY: the caller vouches for the memory behind each.
-                    pieces.push(unsafe { buffer(ctx, c.mr, iov.iov_base, iov.iov_len as u64, left) }?);
-                    left -= iov.iov_len as u64;
-                }
+            for iov in iovecs.filter(|iov| iov.iov_len > 0) {
+                // SAFETY: the caller vouches for the memory behind each.
+                pieces.push(unsafe { buffer(ctx, c.mr, iov.iov_base, iov.iov_len as u64, io_bytes_max) }?);
             }
             let buffers = Buffers::Many(pieces);
             if io.raio_lio_opcode == CMD_PREADV {
@@ -170,14 +178,15 @@ unsafe fn operation(
             Operation::Allocate { offset, length: c.nbytes, keep_size: c.flags & IOCB_KEEP_SIZE != 0 }
         }
         other => {
-            return Err(invalid(format!("There is no operation {other}. Use one of enum raio_iocb_cmd.")));
+            return Err(invalid(format!("Operation {other} is unknown. Use one of enum raio_iocb_cmd.")));
         }
     })
 }
 
 fn too_long(len: u64, most: u64) -> Error {
     invalid(format!(
-        "{len} bytes are more than one iocb may have left ({most}). Split it, or start raio_server with a larger \
+        "An iocb may carry at most {most} bytes; this one has {len}. Split it, or start raio_server with a \
+         larger \
          --io-max."
     ))
 }
@@ -202,18 +211,18 @@ unsafe fn buffer(
         return match unsafe { RawBuffer::new(address, len) } {
             Some(raw) => Ok(Buffer::Raw(raw)),
             None if len == 0 => Ok(Buffer::Owned(Box::default())),
-            None => Err(invalid("The buffer is NULL. Give one.")),
+            None => Err(invalid("The buffer is NULL. Pass one.")),
         };
     }
     // SAFETY: the pointer is one of raio_reg_mr() or readable memory; registrations of this context are this
     // thread's.
     let registration = unsafe { Handle::get(mr) }.filter(|registration| registration.context == ctx);
     let registration = registration.ok_or_else(|| {
-        invalid("The iocb's mr is no registration of this context. Use one of it, or NULL.")
+        invalid("The iocb's mr is not a registration of this context. Pass one that is, or NULL.")
     })?;
     // SAFETY: the caller vouches for the memory.
     unsafe { registration.region.buffer(address, len) }
-        .ok_or_else(|| invalid("The buffer does not lie within its mr. Register all of it, or use mr NULL."))
+        .ok_or_else(|| invalid("The buffer lies outside its mr. Register all of it, or pass NULL as mr."))
 }
 
 /// Checks that the memory of a batch's writes can be read.

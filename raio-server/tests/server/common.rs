@@ -348,29 +348,3 @@ impl Client {
         self.do_it(&Command::Close(file))
     }
 }
-
-/// Random numbers that a printed seed replays: set RAIO_TEST_SEED.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new() -> Self {
-        let seed = match std::env::var("RAIO_TEST_SEED") {
-            Ok(seed) => seed.parse().unwrap(),
-            Err(_) => {
-                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64
-            }
-        };
-        eprintln!("RAIO_TEST_SEED={seed}");
-        Self(seed)
-    }
-
-    /// Less than `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ z >> 31) % end
-    }
-}

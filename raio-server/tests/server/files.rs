@@ -12,7 +12,8 @@ use raio_transport::protocol::{
 };
 use raio_transport::transport::{Bulk, ClientTransport};
 
-use crate::common::{Client, Random, Server, buffers, data, each};
+use crate::common::{Client, Server, buffers, data, each};
+use crate::random::Random;
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 

@@ -13,7 +13,8 @@ use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
 
-use crate::common::{Client, Random, Server, TIMEOUT, Variant, buffers, each};
+use crate::common::{Client, Server, TIMEOUT, Variant, buffers, each};
+use crate::random::Random;
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 

@@ -7,4 +7,6 @@ mod files;
 mod lifecycle;
 mod log;
 mod paths;
+#[path = "../../../tests/random/mod.rs"]
+mod random;
 mod startup;

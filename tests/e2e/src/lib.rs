@@ -10,6 +10,8 @@ mod device;
 mod flood;
 mod fuse;
 mod herd;
+#[path = "../../random/mod.rs"]
+mod random;
 mod raw;
 mod sandbox;
 mod server;
@@ -21,6 +23,7 @@ pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
 pub use fuse::{FuseCall, FuseFs, FuseOptions};
 pub use herd::{Demand, Herd, Restless};
+pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};

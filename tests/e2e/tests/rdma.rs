@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Operation, Options, Session};
 use raio_e2e::{
-    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Server, Shaped, TCP, binary, is_at_rest, needs_wire,
+    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Random, Server, Shaped, TCP, binary, is_at_rest, needs_wire,
     numbers, resources, resources_return_to,
 };
 use rustix::event::{PollFd, PollFlags, poll};
@@ -25,26 +25,6 @@ const KIB: usize = 1 << 10;
 
 fn kills() -> usize {
     std::env::var("RAIO_TEST_KILLS").map_or(20, |text| text.parse().expect("RAIO_TEST_KILLS is a number")) / 2
-}
-
-/// Random numbers. The seed is printed, and RAIO_TEST_SEED replays it.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let seed = std::env::var("RAIO_TEST_SEED").map_or_else(
-            |_| now().expect("a clock after 1970").subsec_nanos().into(),
-            |text| text.parse().expect("RAIO_TEST_SEED is a number"),
-        );
-        println!("replay with RAIO_TEST_SEED={seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % end
-    }
 }
 
 /// Reads 300 pieces of the file, and finds them right.

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 use raio_e2e::Server;
+pub use raio_e2e::seed;
 
 /// Where `libraio_fio.so` is: `RAIO_FIO_ENGINE`, or what scripts/build-fio-engine builds.
 pub fn engine() -> &'static Path {
@@ -61,18 +62,4 @@ pub fn assert_same_bytes(one: &Path, other: &Path, why: &str) {
     let output =
         Command::new("cmp").args([OsStr::new("--"), one.as_ref(), other.as_ref()]).output().expect("cmp");
     assert!(output.status.success(), "{why}: {}", said(&output));
-}
-
-/// The seed for this run: `RAIO_TEST_SEED`, or one from the clock. Printed, so that a failure can be
-/// replayed.
-pub fn seed() -> u64 {
-    let seed = match std::env::var("RAIO_TEST_SEED") {
-        Ok(text) => text.parse().expect("RAIO_TEST_SEED is a number"),
-        Err(_) => {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.expect("a clock after 1970").subsec_nanos().into()
-        }
-    };
-    println!("replay with RAIO_TEST_SEED={seed}");
-    seed
 }
