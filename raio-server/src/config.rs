@@ -102,6 +102,10 @@ pub struct Options {
     /// What to log to standard error [default: info]
     #[arg(long, value_enum)]
     log: Option<LogLevel>,
+    /// Record what becomes of each request, and write it to this new file at SIGUSR2 and at the end: JSON for
+    /// ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Read options from this TOML file; they have the names of these, without the dashes in front
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -170,7 +174,7 @@ pub enum LogLevel {
     Info,
     /// And each connection and session.
     Debug,
-    /// And everything.
+    /// And each request.
     Trace,
 }
 
@@ -207,6 +211,8 @@ pub struct Config {
     pub backend: BackendKind,
     /// How much to log.
     pub log: LogLevel,
+    /// Where to trace requests to.
+    pub trace: Option<PathBuf>,
 }
 
 impl Config {
@@ -299,7 +305,8 @@ impl Options {
             memory unless is_none,
             stall_timeout unless is_none,
             backend unless is_none,
-            log unless is_none
+            log unless is_none,
+            trace unless is_none
         );
         Ok(Self { places, ..file })
     }
@@ -452,6 +459,7 @@ impl Options {
             stall_timeout: Duration::from_secs(stall_timeout),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
+            trace: options.trace,
         })
     }
 }

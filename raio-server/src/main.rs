@@ -35,6 +35,7 @@ mod session;
 mod size;
 mod stats;
 mod syscalls;
+mod trace;
 mod tuning;
 mod volume;
 mod worker;

@@ -11,11 +11,12 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use raio_transport::Status;
 use raio_transport::memory::Slot;
 use raio_transport::message;
-use raio_transport::protocol::{Direction, FileHandle};
+use raio_transport::protocol::{Direction, FileHandle, Opcode};
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
 use zerocopy::IntoBytes;
 
@@ -62,6 +63,10 @@ pub struct Request {
     /// ... and the worker's connection. None once that is gone: the engine still has the request, and its
     /// answer is for nobody.
     pub connection: Option<usize>,
+    /// What was asked for.
+    pub opcode: Opcode,
+    /// In the iteration of which time.
+    pub arrived: Instant,
     /// Where it is.
     pub state: State,
     /// What it does.
@@ -73,7 +78,7 @@ pub struct Request {
     /// It is to be cancelled.
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
-    pub cancel_request: Option<RequestKey>,
+    pub cancel_request: Option<(RequestKey, Instant)>,
     /// Where its operation is, for cancelling.
     pub operation: Option<Pending>,
 }
@@ -318,6 +323,14 @@ impl Work {
             | Self::InPieces(file, _)
             | Self::Stat(file) => Some(file),
             Self::Open(_) | Self::Close => None,
+        }
+    }
+
+    /// The place of its export among all; none for a close.
+    pub fn export(&self) -> Option<usize> {
+        match self {
+            Self::Open(opening) => Some(opening.export),
+            work => Some(work.file()?.open.export),
         }
     }
 

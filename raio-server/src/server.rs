@@ -16,7 +16,7 @@ use rustix::net::{SendFlags, Shutdown};
 
 use crate::config::{BackendKind, Config};
 use crate::engine::Job;
-use crate::export::Exports;
+use crate::export::{Export, Exports};
 use crate::export_spec::Source;
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
@@ -25,6 +25,7 @@ use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters};
+use crate::trace::Trace;
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
 use crate::{log, probe};
@@ -139,6 +140,7 @@ impl Server {
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,
+            trace: config.trace.as_deref().map(Trace::start).transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
@@ -208,6 +210,9 @@ impl Server {
         }
         if !all_answered {
             tracing::warn!("What was in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same.");
+        }
+        if let Some(trace) = &self.shared.trace {
+            trace.flush();
         }
         Ok(if all_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
@@ -308,6 +313,7 @@ impl Server {
         if signal == libc::SIGUSR1 {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
             let sessions = &self.shared.sessions;
+            let exports: Vec<_> = self.shared.exports.all().iter().map(Export::name).collect();
             let line = stats::json(
                 counters,
                 self.backend,
@@ -316,8 +322,13 @@ impl Server {
                 sessions.len(),
                 sessions.open_files(),
                 &self.shared.placement.data_connections(),
+                &exports,
             );
             log::print(&line);
+            return None;
+        }
+        if signal == libc::SIGUSR2 && self.shared.trace.is_some() {
+            self.workers.iter().for_each(|worker| worker.senders.mailbox.send(Mail::Trace));
             return None;
         }
         if let libc::SIGHUP | libc::SIGUSR2 = signal {
@@ -357,7 +368,7 @@ fn start_workers(
     let mut workers = Vec::new();
     let mut all_started = Vec::new();
     for index in 0..count {
-        let counters = Arc::new(Counters::default());
+        let counters = Arc::new(Counters::new(shared.exports.all().len()));
         let (sender, receiver) = mpsc::sync_channel(1);
         let thread = {
             let (shared, counters, cpu) =

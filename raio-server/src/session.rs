@@ -55,7 +55,9 @@ pub struct OpenFile {
     pub alignment: u32,
     /// [`Volume::size_limit`].
     pub size_limit: Option<SizeLimit>,
-    /// The export that it is of, if requests on it may hang: they have a share of the memory together.
+    /// The place of the export that it is of among all.
+    pub export: usize,
+    /// The same, if requests on it may hang: they have a share of the memory together.
     pub hanging_export: Option<usize>,
     closed: AtomicBool,
 }
@@ -67,6 +69,7 @@ impl OpenFile {
             access,
             alignment: volume.alignment(),
             size_limit: volume.size_limit(),
+            export,
             hanging_export: volume.may_hang().then_some(export),
             volume,
             closed: AtomicBool::new(false),

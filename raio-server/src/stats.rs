@@ -5,6 +5,7 @@
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use raio_transport::protocol::{OPERATIONS, Opcode};
 use raio_transport::transport::CloseReason;
@@ -56,6 +57,77 @@ const REASONS: [&str; 20] = [
     "stalled",
 ];
 
+/// Latencies are counted in buckets of which eight are between a duration and its double.
+const BUCKETS_PER_OCTAVE_LOG2: u32 = 3;
+/// From 1 µs to 69 s, in powers of two of nanoseconds. What takes less or more is in the first or last bucket.
+const SHORTEST_LOG2: u32 = 10;
+const LONGEST_LOG2: u32 = 36;
+const BUCKETS: usize = ((LONGEST_LOG2 - SHORTEST_LOG2) << BUCKETS_PER_OCTAVE_LOG2) as usize;
+
+/// How many requests have taken how long: a histogram with logarithmic buckets, of which each is an eighth of
+/// what it stands for wide.
+#[derive(Debug)]
+pub struct Histogram(Box<[Counter]>);
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self((0..BUCKETS).map(|_| Counter::default()).collect())
+    }
+}
+
+impl Histogram {
+    /// Counts requests that have taken this long. Only its own thread may.
+    pub fn record(&self, took: Duration, count: u64) {
+        let ns = (took.as_nanos() as u64).clamp(1 << SHORTEST_LOG2, (1 << LONGEST_LOG2) - 1);
+        let octave = ns.ilog2();
+        let within = (ns >> (octave - BUCKETS_PER_OCTAVE_LOG2)) & ((1 << BUCKETS_PER_OCTAVE_LOG2) - 1);
+        let bucket = u64::from((octave - SHORTEST_LOG2) << BUCKETS_PER_OCTAVE_LOG2) + within;
+        self.0[bucket as usize].add(count);
+    }
+
+    /// The end of a bucket.
+    fn end(bucket: usize) -> Duration {
+        let octave = SHORTEST_LOG2 + (bucket as u32 >> BUCKETS_PER_OCTAVE_LOG2);
+        let within = bucket as u64 & ((1 << BUCKETS_PER_OCTAVE_LOG2) - 1);
+        let eighths = (1 << BUCKETS_PER_OCTAVE_LOG2) + within + 1;
+        Duration::from_nanos(eighths << (octave - BUCKETS_PER_OCTAVE_LOG2))
+    }
+
+    /// Adds what another has counted.
+    fn add(&self, other: &Self) {
+        self.0.iter().zip(&other.0).for_each(|(sum, counter)| sum.add(counter.get()));
+    }
+
+    /// How many requests were counted.
+    pub fn count(&self) -> u64 {
+        self.0.iter().map(Counter::get).sum()
+    }
+
+    /// A duration that this part of the requests, or more, have not exceeded; zero if there were none.
+    pub fn quantile(&self, part: f64) -> Duration {
+        let wanted = ((self.count() as f64 * part).ceil() as u64).max(1);
+        let mut seen = 0;
+        let reaches = |counter: &Counter| {
+            seen += counter.get();
+            seen >= wanted
+        };
+        self.0.iter().position(reaches).map_or(Duration::ZERO, Self::end)
+    }
+}
+
+/// What one worker counts for one export.
+#[derive(Debug, Default)]
+pub struct ExportCounters {
+    /// Requests that were carried out and answered.
+    pub requests: Counter,
+    /// Of these, with a failure.
+    pub errors: Counter,
+    /// Bytes read and answered.
+    pub read_bytes: Counter,
+    /// Bytes written.
+    pub written_bytes: Counter,
+}
+
 /// What one worker counts.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -101,11 +173,26 @@ pub struct Counters {
     pub iterations: Counter,
     /// Times that the loop went to sleep.
     pub sleeps: Counter,
+    /// Requests that were answered on arrival, by the fast path.
+    pub fast_path: Counter,
+    /// By the export's place among all.
+    pub exports: Box<[ExportCounters]>,
+    latencies: [Histogram; OPERATIONS.len()],
     requests: [Counter; OPERATIONS.len()],
     closes: [Counter; REASONS.len()],
 }
 
 impl Counters {
+    /// For so many exports.
+    pub fn new(exports: usize) -> Self {
+        Self { exports: (0..exports).map(|_| ExportCounters::default()).collect(), ..Self::default() }
+    }
+
+    /// How long requests with this opcode take.
+    pub fn latency(&self, opcode: Opcode) -> &Histogram {
+        &self.latencies[opcode as usize - 1]
+    }
+
     /// A request with this opcode has come.
     pub fn request(&self, opcode: Opcode) {
         self.requests[opcode as usize - 1].add(1);
@@ -135,6 +222,7 @@ pub fn json<'a>(
     sessions: usize,
     open_files: usize,
     data_connections: &[usize],
+    exports: &[&str],
 ) -> String {
     let sum =
         |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
@@ -148,6 +236,7 @@ pub fn json<'a>(
     number("sessions", sessions as u64);
     number("open_files", open_files as u64);
     number("answered", sum(|c| &c.answered));
+    number("fast_path", sum(|c| &c.fast_path));
     number("errors", sum(|c| &c.errors));
     number("read_bytes", sum(|c| &c.read_bytes));
     number("written_bytes", sum(|c| &c.written_bytes));
@@ -210,6 +299,8 @@ pub fn json<'a>(
             .enumerate()
             .map(|(index, name)| (name, workers.clone().map(|worker| worker.closes[index].get()).sum())),
     );
+    write_latencies(&mut out, workers.clone());
+    write_exports(&mut out, workers.clone(), exports);
     out.push_str(",\"per_worker\":[");
     for (at, (worker, data_connections)) in workers.zip(data_connections).enumerate() {
         let comma = if at > 0 { "," } else { "" };
@@ -224,6 +315,53 @@ pub fn json<'a>(
     out
 }
 
+/// In microseconds, by operation.
+fn write_latencies<'a>(out: &mut String, workers: impl Iterator<Item = &'a Counters> + Clone) {
+    out.push_str(",\"latency_us\":{");
+    for (at, operation) in OPERATIONS.iter().enumerate() {
+        let sum = Histogram::default();
+        workers.clone().for_each(|worker| sum.add(worker.latency(operation.opcode)));
+        let us = |part| sum.quantile(part).as_nanos() as f64 / 1000.0;
+        let comma = if at > 0 { "," } else { "" };
+        let _ = write!(
+            out,
+            "{comma}\"{}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\"max\":{:.1}}}",
+            operation.name,
+            sum.count(),
+            us(0.5),
+            us(0.9),
+            us(0.99),
+            us(0.999),
+            us(1.0)
+        );
+    }
+    out.push('}');
+}
+
+fn write_exports<'a>(
+    out: &mut String,
+    workers: impl Iterator<Item = &'a Counters> + Clone,
+    exports: &[&str],
+) {
+    out.push_str(",\"exports\":{");
+    for (at, name) in exports.iter().enumerate() {
+        let sum = |counter: fn(&ExportCounters) -> &Counter| {
+            workers.clone().map(|worker| counter(&worker.exports[at]).get()).sum::<u64>()
+        };
+        let comma = if at > 0 { "," } else { "" };
+        let name = name.replace('\\', "\\\\").replace('"', "\\\"");
+        let _ = write!(
+            out,
+            "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{}}}",
+            sum(|c| &c.requests),
+            sum(|c| &c.errors),
+            sum(|c| &c.read_bytes),
+            sum(|c| &c.written_bytes)
+        );
+    }
+    out.push('}');
+}
+
 #[cfg(test)]
 mod tests {
     use raio_transport::Violation;
@@ -232,14 +370,16 @@ mod tests {
 
     #[test]
     fn workers_add_up() {
-        let workers = [Counters::default(), Counters::default()];
+        let workers = [Counters::new(2), Counters::new(2)];
         for worker in &workers {
             worker.read_bytes.add(5);
             worker.iteration_bytes_max.set(7);
             worker.request(Opcode::Cancel);
+            worker.latency(Opcode::Read).record(Duration::from_micros(100), 2);
+            worker.exports[1].written_bytes.add(9);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
-        let json = json(workers.iter(), "uring", 3, 4, 1, 2, &[4, 5]);
+        let json = json(workers.iter(), "uring", 3, 4, 1, 2, &[4, 5], &["a", "b\""]);
         assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
@@ -250,10 +390,37 @@ mod tests {
             "\"address_connections\":4",
             "\"open_files\":2",
             "\"read\":0",
+            "\"read\":{\"count\":4,\"p50\":106.5,",
+            "\"b\\\"\":{\"requests\":0,\"errors\":0,\"read_bytes\":0,\"written_bytes\":18}",
             "\"per_worker\":[{\"connections\":0,\"data_connections\":4,",
         ] {
             assert!(json.contains(part), "{part} is not in {json}");
         }
+    }
+
+    #[test]
+    fn a_latency_is_counted_within_an_eighth_of_what_it_was() {
+        for ns in [1 << 10, 1500, 4096, 4097, 99_999, 1_000_000, 123_456_789, 60_000_000_000_u64] {
+            let histogram = Histogram::default();
+            histogram.record(Duration::from_nanos(ns), 1);
+            let counted = histogram.quantile(0.5).as_nanos() as u64;
+            assert!(ns < counted && counted <= ns + ns / 8 + 1, "{ns} ns count as {counted}");
+        }
+        for (ns, counted) in [(0, 1 << 10), (u64::MAX, 1 << LONGEST_LOG2)] {
+            let histogram = Histogram::default();
+            histogram.record(Duration::from_nanos(ns), 1);
+            assert!(histogram.quantile(1.0) <= Duration::from_nanos(counted + counted / 8));
+        }
+    }
+
+    #[test]
+    fn quantiles_are_of_all_that_was_counted() {
+        let histogram = Histogram::default();
+        assert_eq!(histogram.quantile(0.99), Duration::ZERO);
+        histogram.record(Duration::from_micros(10), 90);
+        histogram.record(Duration::from_micros(1000), 10);
+        let us = |part| histogram.quantile(part).as_micros();
+        assert_eq!((us(0.0), us(0.5), us(0.9), us(0.91), us(1.0)), (10, 10, 10, 1048, 1048));
     }
 
     #[test]

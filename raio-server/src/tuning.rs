@@ -182,3 +182,14 @@ pub mod main_thread {
     /// generous.
     pub const DESCRIPTORS_OWN: usize = 256;
 }
+
+/// What is recorded of requests.
+pub mod statistics {
+    /// Latencies of requests that the fast path answers are taken in one iteration of so many: to read the
+    /// clock twice costs 140 instructions, 3 % of a 4 KiB read at depth 1.
+    pub const FAST_PATH_EVERY: u64 = 16;
+    /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
+    pub const TRACE_RECORDS: usize = 1 << 16;
+    /// How long the end of the process waits for the trace to be written, for a file system may hang.
+    pub const TRACE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
+}

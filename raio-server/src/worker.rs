@@ -12,12 +12,14 @@ mod device_queues;
 mod fast_path;
 #[cfg(debug_assertions)]
 mod filter;
+mod latencies;
 mod lifecycle;
 mod local_sessions;
 mod pipeline;
 mod requests;
 #[cfg(test)]
 mod tests;
+mod tracer;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -43,12 +45,15 @@ use crate::placement::Placement;
 use crate::request::State;
 use crate::session::Sessions;
 use crate::stats::Counters;
+use crate::trace::Trace;
 use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
 use admission::Admission;
 use connections::{Arrival, Connections};
 use device_queues::DeviceQueues;
+use latencies::Latencies;
 use local_sessions::LocalSessions;
 use requests::Requests;
+use tracer::Tracer;
 
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
@@ -79,6 +84,8 @@ pub struct Shared {
     pub memory_caps: [usize; 2],
     /// How long an idle worker spins.
     pub spin: Duration,
+    /// Where requests are traced to.
+    pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
     pub rdma: bool,
 }
@@ -123,6 +130,8 @@ pub enum Mail {
         /// Which.
         handle: FileHandle,
     },
+    /// Hand over what was traced since the last time.
+    Trace,
     /// Finish what is in flight, by then, and end.
     Drain(Instant),
 }
@@ -151,6 +160,8 @@ pub struct Worker {
     requests: Requests,
     admission: Admission,
     device_queues: DeviceQueues,
+    latencies: Latencies,
+    tracer: Tracer,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
     /// Requests for a later iteration.
@@ -255,6 +266,7 @@ impl Worker {
             transport,
             admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),
             counts_requests: shared.sessions.count_requests(),
+            tracer: Tracer::new(shared.trace.as_ref()),
             shared,
             counters,
             index,
@@ -267,6 +279,7 @@ impl Worker {
             sessions: LocalSessions::default(),
             requests: Requests::default(),
             device_queues: DeviceQueues::default(),
+            latencies: Latencies::default(),
             closing: 0,
             deferred: VecDeque::new(),
             events: Vec::new(),
@@ -284,6 +297,7 @@ impl Worker {
         loop {
             self.run_once()?;
             if let Some(outcome) = self.drained() {
+                self.hand_over_trace();
                 return Ok(outcome);
             }
         }
@@ -292,7 +306,7 @@ impl Worker {
     /// One turn of the loop.
     fn run_once(&mut self) -> anyhow::Result<()> {
         self.poll_events()?;
-        self.admission.begin_iteration();
+        self.begin_iteration();
         self.take_mail();
         self.take_completions();
         self.show_life();
@@ -303,9 +317,8 @@ impl Worker {
         // What the page cache had at once.
         self.take_completions();
         self.handed_over |= self.engine.flush();
-        self.send_answers();
+        self.flush();
         self.publish();
-        self.is_busy |= self.admission.is_exhausted();
         Ok(())
     }
 
@@ -326,6 +339,14 @@ impl Worker {
         Ok(())
     }
 
+    fn begin_iteration(&mut self) {
+        self.admission.begin_iteration();
+        if self.latencies.begin_iteration() {
+            // What the fast path answers counts from here.
+            self.reactor.clock().now();
+        }
+    }
+
     fn take_mail(&mut self) {
         while let Some((connection, permit)) = self.incoming.take() {
             self.is_busy = true;
@@ -337,8 +358,9 @@ impl Worker {
             self.is_busy = true;
             match mail {
                 Mail::Forget { session, handle } => self.sessions.forget(session, handle),
+                Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
-                    let reject_at = Instant::now() + GRACE;
+                    let reject_at = self.reactor.clock().now() + GRACE;
                     self.reactor.timer(reject_at, TIMER);
                     self.reactor.timer(deadline, TIMER);
                     self.drain = Some(Drain { reject_at, deadline, goaway_deadline: None });
@@ -418,10 +440,16 @@ impl Worker {
         }
     }
 
-    fn send_answers(&mut self) {
+    /// Sends the responses, a batch for each connection.
+    fn flush(&mut self) {
         self.transport.flush(&mut self.reactor);
         if self.transport.has_gated() {
             self.promise_life_sign();
+        }
+        self.is_busy |= self.admission.is_exhausted();
+        if self.latencies.has_answered() {
+            let began = self.reactor.clock().now();
+            self.latencies.end_iteration(began, Instant::now(), &self.counters);
         }
     }
 
@@ -449,13 +477,13 @@ impl Worker {
 
     /// Whether new requests are rejected.
     fn is_rejecting(&self) -> bool {
-        self.drain.as_ref().is_some_and(|drain| Instant::now() >= drain.reject_at)
+        self.drain.as_ref().is_some_and(|drain| self.reactor.clock().now() >= drain.reject_at)
     }
 
     /// Whether the worker was told to stop and is done; if so, whether everything was answered.
     fn drained(&mut self) -> Option<bool> {
         let drain = self.drain.as_mut()?;
-        let now = Instant::now();
+        let now = self.reactor.clock().now();
         if now < drain.reject_at {
             return None;
         }

@@ -7,8 +7,9 @@
 use std::sync::Arc;
 
 use raio_transport::error::Class;
-use raio_transport::protocol::{Command, FileHandle};
-use raio_transport::transport::{self, Response};
+use raio_transport::protocol::{Command, FileHandle, Opcode};
+use raio_transport::trace::Phase;
+use raio_transport::transport::{self, RequestKey, Response};
 use raio_transport::{Status, Violation};
 use tracing::field::display;
 
@@ -36,10 +37,14 @@ impl Worker {
         if command.read_length() != request.region_len || command.write_length() != request.data_len {
             return self.violate(connection, Violation::Length);
         }
-        self.counters.request(command.opcode());
+        let opcode = command.opcode();
+        self.counters.request(opcode);
+        let bytes = request.region_len + request.data_len;
+        self.trace(request.key, Phase::Begin, opcode.operation().name, bytes.into());
         if self.is_rejecting() {
             let text = "The server is shutting down. Connect again later.";
-            return self.respond(request.key, failure(Status::transport(libc::ESHUTDOWN), text));
+            let response = failure(Status::transport(libc::ESHUTDOWN), text);
+            return self.respond_now(request.key, opcode, response);
         }
         let session = self.connections[connection].session;
         let work = match command {
@@ -71,24 +76,29 @@ impl Worker {
         };
         match work {
             Ok(work) => {
-                if !self.counts_requests || self.count_request(connection, request) {
-                    self.begin(connection, request.key, work);
+                if !self.counts_requests || self.count_request(connection, request, opcode) {
+                    self.begin(connection, request.key, opcode, work);
                 }
             }
-            Err(response) => self.respond(request.key, response),
+            Err(response) => self.respond_now(request.key, opcode, response),
         }
+    }
+
+    /// Answers a request in the iteration that has taken it in.
+    fn respond_now(&mut self, name: RequestKey, opcode: Opcode, response: Response) {
+        self.respond(name, opcode, self.reactor.clock().now(), response);
     }
 
     /// Counts one more request of a connection's session and address, or answers it: they have as many as
     /// they may.
     #[cold]
-    fn count_request(&mut self, connection: usize, request: &transport::Request) -> bool {
+    fn count_request(&mut self, connection: usize, request: &transport::Request, opcode: Opcode) -> bool {
         let by = &self.connections[connection];
         let counted = self.sessions[by.session].session.begin_request(by.account());
         if let Err(Excess { who, text }) = &counted {
             self.counters.rejected_requests[*who as usize].add(1);
             let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
-            self.respond(request.key, failure(status, text));
+            self.respond_now(request.key, opcode, failure(status, text));
         }
         counted.is_ok()
     }
@@ -165,12 +175,12 @@ impl Worker {
     fn close(&mut self, connection: usize, request: &transport::Request, handle: FileHandle) {
         let session = self.connections[connection].session;
         let Some((file, permit)) = self.sessions[session].session.close(handle) else {
-            return self.respond(request.key, unknown_handle());
+            return self.respond_now(request.key, Opcode::Close, unknown_handle());
         };
         let id = self.sessions[session].session.id;
         self.sessions.forget(id, handle);
         self.tell_others(id, handle);
-        let key = self.begin(connection, request.key, Work::Close);
+        let key = self.begin(connection, request.key, Opcode::Close, Work::Close);
         // Another worker, or a request in flight, may be its last user.
         file.volume.close(Closing::new(self.engine.completions().completer(key as u64), permit));
     }
@@ -178,13 +188,15 @@ impl Worker {
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {
         let Some(key) = self.requests.by_id(connection, id) else {
             let text = "The request that was to be cancelled is not outstanding.";
-            return self.respond(request.key, failure(Status::storage(libc::ENOENT), text));
+            let response = failure(Status::storage(libc::ENOENT), text);
+            return self.respond_now(request.key, Opcode::Cancel, response);
         };
         if self.requests[key].cancel_request.is_some() {
             let text = "The request is being cancelled already.";
-            return self.respond(request.key, failure(Status::storage(libc::EALREADY), text));
+            let response = failure(Status::storage(libc::EALREADY), text);
+            return self.respond_now(request.key, Opcode::Cancel, response);
         }
-        self.requests[key].cancel_request = Some(request.key);
+        self.requests[key].cancel_request = Some((request.key, self.reactor.clock().now()));
         self.cancel(connection, key);
     }
 }

@@ -6,7 +6,8 @@
 //! happened.
 
 use raio_transport::Status;
-use raio_transport::protocol::Direction;
+use raio_transport::protocol::{Direction, Opcode};
+use raio_transport::trace::Phase;
 use raio_transport::transport::{RequestKey, ServerTransport};
 
 use super::Worker;
@@ -42,8 +43,16 @@ impl Worker {
         if !self.transport.respond_filled(name, bytes, &mut self.arena, &mut read) {
             return false;
         }
+        self.counters.fast_path.add(1);
         self.count_response(Status::OK);
-        self.count_data(Direction::ToClient, length);
+        self.count_work(Some(open.export), Direction::ToClient, Status::OK, length);
+        if self.latencies.samples_fast_path() {
+            self.latencies.answered_at_once(Opcode::Read);
+        }
+        if self.tracer.is_on() {
+            self.trace(name, Phase::Point, "fast_path", 0);
+            self.trace(name, Phase::End, Opcode::Read.operation().name, length);
+        }
         // Where nobody spins the client would only be woken more often.
         if self.admission.spend(bytes) && !self.shared.spin.is_zero() {
             self.transport.flush_early(&mut self.reactor);

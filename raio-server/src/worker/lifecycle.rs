@@ -7,6 +7,7 @@ use raio_transport::error::Status;
 use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
+use raio_transport::trace::Phase;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use tracing::field::display;
@@ -94,6 +95,11 @@ impl Worker {
             return;
         };
         while let Some(request) = self.requests.oldest(key) {
+            if self.tracer.is_on() {
+                let (name, opcode) = (self.requests[request].key, self.requests[request].opcode);
+                self.trace(name, Phase::Point, "lost", 0);
+                self.trace(name, Phase::End, opcode.operation().name, 0);
+            }
             if self.counts_requests {
                 self.uncount_request(key, &self.requests[request].work);
             }

@@ -5,7 +5,8 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use raio_transport::memory::Slot;
-use raio_transport::protocol::Direction;
+use raio_transport::protocol::{Direction, Opcode};
+use raio_transport::trace::Phase;
 use raio_transport::transport::{RequestKey, Response, ServerTransport, SlotRange};
 use raio_transport::{Status, mux};
 
@@ -21,11 +22,12 @@ use crate::volume::Context;
 
 impl Worker {
     /// Takes a request on. Gives its key.
-    pub(super) fn begin(&mut self, connection: usize, key: RequestKey, work: Work) -> usize {
+    pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
         let demand = Demand { connection, bytes: work.slot_len(), export };
-        let request = self.requests.begin(connection, key, work, export);
+        let request =
+            self.requests.begin(connection, (key, opcode, self.reactor.clock().now()), work, export);
         if demand.bytes == 0 {
             self.execute(request, None);
             return request;
@@ -37,6 +39,7 @@ impl Worker {
             self.counters.slot_waits.add(1);
             self.admission.wait(request, demand);
             self.promise_life_sign();
+            self.trace(key, Phase::Point, "need_slot", 0);
         }
         request
     }
@@ -65,7 +68,8 @@ impl Worker {
     /// would ask.
     pub(super) fn promise_life_sign(&mut self) {
         if !self.admission.has_life_sign()
-            && let Some(at) = self.admission.arm_life_sign(Instant::now(), self.shared.policy.keepalive / 2)
+            && let Some(at) =
+                self.admission.arm_life_sign(self.reactor.clock().now(), self.shared.policy.keepalive / 2)
         {
             self.reactor.timer(at, TIMER);
         }
@@ -74,7 +78,7 @@ impl Worker {
     /// Shows clients whose requests, or messages, wait for memory that the server lives: it may not get to
     /// their pings.
     pub(super) fn show_life(&mut self) {
-        if !self.admission.has_life_sign() || !self.admission.take_life_sign(Instant::now()) {
+        if !self.admission.has_life_sign() || !self.admission.take_life_sign(self.reactor.clock().now()) {
             return;
         }
         for connection in self.admission.waiting() {
@@ -91,7 +95,8 @@ impl Worker {
     pub(super) fn evict_stalled(&mut self) {
         let timeout = self.shared.policy.stall_timeout;
         if self.admission.may_be_stalled()
-            && let Some(StallCheck { close, next }) = self.admission.check_stalled(Instant::now(), timeout)
+            && let Some(StallCheck { close, next }) =
+                self.admission.check_stalled(self.reactor.clock().now(), timeout)
         {
             self.transport.close_stalled(&mut self.reactor, close);
             self.reactor.timer(next, TIMER);
@@ -280,6 +285,10 @@ impl Worker {
 
     fn enter(&mut self, key: usize, state: State) {
         let before = self.requests.enter(key, state);
+        if self.tracer.is_on() {
+            let name = if state == State::Fetching { "fetching" } else { "executing" };
+            self.trace(self.requests[key].key, Phase::Point, name, 0);
+        }
         if before == State::Fetching || state == State::Fetching {
             self.admission.set_fetching(self.requests[key].export, state == State::Fetching);
         }
@@ -292,12 +301,10 @@ impl Worker {
         if self.counts_requests {
             self.uncount_request(connection, &request.work);
         }
-        if response.status.is_ok() {
-            self.count_data(request.work.direction(), response.result);
-        }
+        self.count_work(request.work.export(), request.work.direction(), response.status, response.result);
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond(request.key, response);
-        if let Some(cancel_request) = request.cancel_request {
+        self.respond(request.key, request.opcode, request.arrived, response);
+        if let Some((cancel_request, arrived)) = request.cancel_request {
             let response = if was_cancelled {
                 success(0)
             } else {
@@ -306,7 +313,7 @@ impl Worker {
                     "It was too late to cancel the request: it has run to its end.",
                 )
             };
-            self.respond(cancel_request, response);
+            self.respond(cancel_request, Opcode::Cancel, arrived, response);
         }
     }
 
@@ -321,8 +328,10 @@ impl Worker {
     }
 
     /// Answers a request that was not begun, or is over.
-    pub(super) fn respond(&mut self, name: RequestKey, response: Response) {
+    pub(super) fn respond(&mut self, name: RequestKey, opcode: Opcode, arrived: Instant, response: Response) {
         self.count_response(response.status);
+        self.latencies.answered(opcode, arrived, self.reactor.clock().now(), &self.counters);
+        self.trace(name, Phase::End, opcode.operation().name, response.result);
         self.transport.respond(&mut self.reactor, name, response);
     }
 
@@ -334,11 +343,20 @@ impl Worker {
         }
     }
 
-    /// Counts what a request that has succeeded has moved.
-    pub(super) fn count_data(&self, direction: Direction, bytes: u64) {
+    /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved.
+    pub(super) fn count_work(&self, export: Option<usize>, direction: Direction, status: Status, bytes: u64) {
+        let Some(export) = export.and_then(|export| self.counters.exports.get(export)) else { return };
+        export.requests.add(1);
         match direction {
-            Direction::ToClient => self.counters.read_bytes.add(bytes),
-            Direction::ToServer => self.counters.written_bytes.add(bytes),
+            _ if !status.is_ok() => export.errors.add(1),
+            Direction::ToClient => {
+                self.counters.read_bytes.add(bytes);
+                export.read_bytes.add(bytes);
+            }
+            Direction::ToServer => {
+                self.counters.written_bytes.add(bytes);
+                export.written_bytes.add(bytes);
+            }
             Direction::None => {}
         }
     }

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 use std::ops::{Index, IndexMut};
+use std::time::Instant;
 
+use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
 use slab::Slab;
 
@@ -32,10 +34,18 @@ pub enum Cancel {
 
 impl Requests {
     /// A request of a connection has come.
-    pub fn begin(&mut self, connection: usize, key: RequestKey, work: Work, export: Option<usize>) -> usize {
+    pub fn begin(
+        &mut self,
+        connection: usize,
+        (key, opcode, arrived): (RequestKey, Opcode, Instant),
+        work: Work,
+        export: Option<usize>,
+    ) -> usize {
         let request = self.all.insert(Request {
             key,
             connection: Some(connection),
+            opcode,
+            arrived,
             state: State::NeedSlot,
             work,
             slot_bytes: 0,
@@ -147,7 +157,7 @@ mod tests {
     }
 
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
-        requests.begin(connection, key(id), Work::Close, None)
+        requests.begin(connection, (key(id), Opcode::Close, Instant::now()), Work::Close, None)
     }
 
     fn in_states(requests: &Requests) -> [usize; 3] {

@@ -48,9 +48,11 @@ fn worker_of(exports: Exports, config: &Config) -> Worker {
         heap_bytes: config.heap_bytes,
         memory_caps: [usize::MAX; 2],
         spin: config.spin,
+        trace: None,
         rdma: false,
     };
-    let (worker, started) = Worker::new(0, Arc::new(shared), Arc::default(), None).expect("a worker starts");
+    let (worker, started) =
+        Worker::new(0, Arc::new(shared), Arc::new(Counters::new(1)), None).expect("a worker starts");
     assert!(started.fallback.is_none(), "these tests are for io_uring, but {:?}", started.fallback);
     worker
 }

@@ -6,6 +6,7 @@ mod exports;
 mod files;
 mod lifecycle;
 mod log;
+mod observing;
 mod paths;
 #[path = "../../../tests/random/mod.rs"]
 mod random;

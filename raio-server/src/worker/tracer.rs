@@ -1,0 +1,66 @@
+//! What is recorded of each request, if that is asked for: by `--trace` in a ring, by `--log trace` in the log.
+
+use raio_transport::trace::{Clock, Phase, Record, Ring};
+use raio_transport::transport::RequestKey;
+use tracing::field::display;
+
+use super::Worker;
+use crate::trace::Trace;
+
+/// A worker's ring of records.
+#[derive(Debug)]
+pub struct Tracer {
+    ring: Option<(Clock, Ring)>,
+    /// The log has a line for each record.
+    logs: bool,
+}
+
+impl Tracer {
+    /// Of what is to be written to this file.
+    pub fn new(trace: Option<&Trace>) -> Self {
+        let ring = trace.map(|trace| (trace.clock(), trace.ring()));
+        Self { ring, logs: tracing::enabled!(tracing::Level::TRACE) }
+    }
+
+    /// Whether anything is recorded.
+    pub fn is_on(&self) -> bool {
+        self.ring.is_some() || self.logs
+    }
+}
+
+impl Worker {
+    /// Records that a request has come to a point.
+    pub(super) fn trace(&mut self, request: RequestKey, phase: Phase, name: &'static str, bytes: u64) {
+        if self.tracer.is_on() {
+            self.record(request, phase, name, bytes);
+        }
+    }
+
+    /// The clock is read for each record: what an iteration does is to be told apart.
+    #[cold]
+    fn record(&mut self, request: RequestKey, phase: Phase, name: &'static str, bytes: u64) {
+        let connection = self.connections.key(request.connection);
+        let peer = connection.and_then(|connection| self.connections[connection].peer());
+        if self.tracer.logs {
+            let client = peer.map(display);
+            tracing::trace!(client, request = request.id, bytes, "{phase:?} of a request: {name}.");
+        }
+        if let Some((clock, ring)) = &mut self.tracer.ring {
+            ring.push(Record {
+                time_ns: clock.now_ns(),
+                name,
+                phase,
+                connection: peer.map_or(0, |peer| peer.port()),
+                request: request.id as u32,
+                bytes: bytes as u32,
+            });
+        }
+    }
+
+    /// Has what was recorded since the last time written.
+    pub(super) fn hand_over_trace(&mut self) {
+        if let (Some(trace), Some((_, ring))) = (&self.shared.trace, &mut self.tracer.ring) {
+            trace.write(self.index, std::mem::replace(ring, trace.ring()));
+        }
+    }
+}

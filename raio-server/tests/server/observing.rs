@@ -1,0 +1,125 @@
+//! What an operator can see of requests: the trace, the log at `trace`, and the statistics of latencies, of the
+//! fast path and of exports.
+
+use std::time::{Duration, Instant};
+
+use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::transport::ClientTransport;
+use rustix::process::Signal;
+
+use crate::common::{Server, TIMEOUT, Variant};
+
+const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
+
+/// Writes and reads back a little.
+fn work(server: &Server) -> u16 {
+    let mut client = server.client();
+    let file = client.open("/d/f", NEW).unwrap();
+    client.write(file, 0, &[1; 5000]).unwrap();
+    client.read(file, 0, 5000).unwrap();
+    client.transport.local_port().expect("it is on TCP")
+}
+
+/// What a file has once it says so, for it is written behind the server's back.
+fn read_until(path: &std::path::Path, text: &str) -> String {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let content = std::fs::read_to_string(path).unwrap();
+        if content.contains(text) {
+            return content;
+        }
+        assert!(Instant::now() < deadline, "{text} is not in {content}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_trace_has_each_request_at_sigusr2_and_at_the_end() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("trace.json");
+    let mut server = Server::start(Variant::Uring, &["--workers", "1", "--trace", path.to_str().unwrap()]);
+    let port = work(&server);
+    server.signal(Signal::USR2);
+    let written = format!("\"name\":\"write\",\"cat\":\"request\",\"ph\":\"e\",\"id\":\"{port}-");
+    let first = read_until(&path, &written);
+    for (name, phase) in
+        [("open", "b"), ("open", "e"), ("write", "b"), ("fetching", "n"), ("executing", "n"), ("read", "e")]
+    {
+        let event = format!("\"name\":\"{name}\",\"cat\":\"request\",\"ph\":\"{phase}\",\"id\":\"{port}-");
+        assert!(first.contains(&event), "{event} is not in {first}");
+    }
+    assert!(first.contains("\"args\":{\"bytes\":5000}"), "{first}");
+    assert!(!server.log().contains("is ignored"));
+
+    let second_port = work(&server);
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let both = std::fs::read_to_string(&path).unwrap();
+    assert!(both.starts_with(first.trim_end_matches("\n]}\n")), "what was written before is still there");
+    let ended = |port| both.matches(&format!("\"ph\":\"e\",\"id\":\"{port}-")).count();
+    assert_eq!((ended(port), ended(second_port)), (3, 3), "each once: {both}");
+    assert!(both.trim_end().ends_with("]}"), "{both}");
+}
+
+#[test]
+fn a_trace_does_not_overwrite_a_file() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("precious");
+    std::fs::write(&path, "precious").unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_raio_server"))
+        .args(["--listen", "tcp://127.0.0.1:0", "--export", "n=null:1M", "--trace", path.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("Name a file that does not exist yet"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn the_log_has_each_request_at_trace_and_none_at_debug() {
+    for (level, has_requests) in [("trace", true), ("debug", false)] {
+        let server = Server::start(Variant::Uring, &["--log", level]);
+        work(&server);
+        let log = server.log_until("A client's connection has ended.");
+        for line in
+            ["Begin of a request: write.", "Point of a request: executing.", "End of a request: read."]
+        {
+            assert_eq!(log.contains(line), has_requests, "{line}\n{log}");
+        }
+    }
+}
+
+#[test]
+fn the_statistics_tell_latencies_the_fast_path_and_exports_apart() {
+    let mut server = Server::start(Variant::Uring, &["--workers", "1", "--export", "n=null:1M"]);
+    let mut client = server.client();
+    let file = client.open("/d/f", NEW).unwrap();
+    client.write(file, 0, &[1; 4096]).unwrap();
+    for _ in 0..100 {
+        client.read(file, 0, 4096).unwrap();
+    }
+    let null = client.open("/n", OPEN_READ).unwrap();
+    client.read(null, 0, 1000).unwrap();
+    let stats = server.stats_until("counted", |stats| stats.get("answered") == 104);
+    let after = |name: &str| {
+        let at = stats.0.find(name).unwrap_or_else(|| panic!("{name} is not in {}", stats.0));
+        let number: String =
+            stats.0[at + name.len()..].chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+        number.parse::<f64>().unwrap()
+    };
+    assert_eq!(after("\"latency_us\":{\"open\":{\"count\":"), 2.0, "{}", stats.0);
+    assert_eq!(after("\"write\":{\"count\":"), 1.0, "{}", stats.0);
+    let reads = after("\"read\":{\"count\":");
+    assert!((1.0..=101.0).contains(&reads), "some of them: {}", stats.0);
+    let of_writes = stats.0.split_once("\"write\":{\"count\":1,\"p50\":").unwrap().1;
+    let p50: f64 = of_writes.split(',').next().unwrap().parse().unwrap();
+    assert!(p50 >= 1.0 && p50 < TIMEOUT.as_micros() as f64, "{}", stats.0);
+    // What the page cache has, or is in memory.
+    assert!(stats.get("fast_path") > 50, "{}", stats.0);
+    assert!(stats.0.contains(
+        "\"exports\":{\"d\":{\"requests\":102,\"errors\":0,\"read_bytes\":409600,\"written_bytes\":4096}"
+    ));
+    assert!(stats.0.contains("\"n\":{\"requests\":"), "{}", stats.0);
+    assert!(stats.0.contains("\"read_bytes\":1000,\"written_bytes\":0}"), "{}", stats.0);
+}
