@@ -169,7 +169,7 @@ pub struct Counters {
     pub slot_waits: Counter,
     /// Times that one had to because its session, or its address, has as much as it may.
     pub memory_waits: [Counter; 2],
-    /// Turns of the loop.
+    /// Iterations of the loop.
     pub iterations: Counter,
     /// Times that the loop went to sleep.
     pub sleeps: Counter,

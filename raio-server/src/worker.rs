@@ -1,9 +1,20 @@
 //! A worker: one thread that owns a reactor, an arena, the connections that were placed on it, and their
 //! requests.
 //!
-//! Nothing here is shared but what [`Shared`] holds, and that is for the control path. A turn hears from
-//! everyone, moves each request along as far as it goes, then sends all answers at once. What commands mean
-//! is in [`command`], how requests move along in [`pipeline`], and which of them need not in [`fast_path`].
+//! [`Worker::run_once`] is an iteration of its loop: it takes in what has happened, moves each request along
+//! as far as it goes, then sends all responses at once. The parts each know one thing and are tested alone:
+//!
+//! | part | what it knows |
+//! |---|---|
+//! | [`connections`], [`local_sessions`] | who is connected, and which files each session has here |
+//! | [`requests`] | which requests are in progress, and where each is |
+//! | [`admission`] | who gets memory, how much of it, and when |
+//! | [`device_queues`] | what devices have, and what is held back for them |
+//! | [`latencies`], [`tracer`] | how long requests take, and what becomes of each |
+//!
+//! The worker connects them: [`command`] takes a request in, [`fast_path`] answers it on arrival or
+//! [`pipeline`] moves it along, and [`lifecycle`] is how connections begin and end. Nothing here is shared
+//! with other threads but [`Shared`], which is for the control path.
 
 mod admission;
 mod command;
@@ -171,7 +182,7 @@ pub struct Worker {
     events: Vec<Event>,
     /// Another thread has got writes since the worker last waited.
     handed_over: bool,
-    /// The last turn did something, which may have consequences that no event announces.
+    /// The last iteration did something, which may have consequences that no event announces.
     is_busy: bool,
     drain: Option<Drain>,
 }
@@ -303,18 +314,20 @@ impl Worker {
         }
     }
 
-    /// One turn of the loop.
+    /// One iteration of the loop.
     fn run_once(&mut self) -> anyhow::Result<()> {
+        // What has happened: events, other threads' mail, and operations that have ended.
         self.poll_events()?;
         self.begin_iteration();
         self.take_mail();
         self.take_completions();
+        // Requests that wait for memory come before those that have just arrived.
         self.show_life();
         self.admit();
         self.evict_stalled();
         self.take_requests();
         self.pass_on();
-        // What the page cache had at once.
+        // What volumes have carried out at once, then what the engine has gathered.
         self.take_completions();
         self.handed_over |= self.engine.flush();
         self.flush();
@@ -322,7 +335,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Submits what the last turn asked for, and hears what has ended. Sleeps here if there is nothing to do.
+    /// Submits what the last iteration asked for, and takes in what has ended. Sleeps here if there is nothing
+    /// to do.
     fn poll_events(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         // Who has just got a batch of writes may want this core: no spinning against it.
@@ -473,7 +487,7 @@ impl Worker {
     }
 
     // The end
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Whether new requests are rejected.
     fn is_rejecting(&self) -> bool {

@@ -182,7 +182,7 @@ impl Admission {
     }
 
     // Connections
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// A connection of a session has opened, from an address if that is known.
     pub fn open(&mut self, connection: usize, session: usize, ip: Option<IpAddr>) {
@@ -229,7 +229,7 @@ impl Admission {
     }
 
     // Iterations
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// A new iteration of the worker's loop.
     pub fn begin_iteration(&mut self) {
@@ -254,7 +254,8 @@ impl Admission {
         self.iteration_bytes
     }
 
-    /// The fast path has answered with so many bytes. Returns whether the responses so far should leave early.
+    /// The fast path has answered with so many bytes. Returns whether the responses so far should leave
+    /// early.
     pub fn spend(&mut self, bytes: usize) -> bool {
         let before = self.fast_path_bytes;
         self.fast_path_bytes += bytes;
@@ -263,7 +264,7 @@ impl Admission {
     }
 
     // Decisions
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Whether a request may have memory now. `unsent` says how many bytes the unsent responses of a
     /// connection hold.
@@ -379,7 +380,7 @@ impl Admission {
     }
 
     // Memory
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Gives a request that has just come its memory, unless it has to wait: [`Admission::wait`].
     pub fn admit(
@@ -500,7 +501,7 @@ impl Admission {
     }
 
     // Those who wait
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Connections with requests that wait.
     pub fn waiting(&self) -> impl Iterator<Item = usize> + '_ {
@@ -569,7 +570,7 @@ impl Admission {
     }
 
     // What sessions and addresses hold
-    // ----------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     fn groups(&mut self, connection: usize) -> [Option<(Who, &mut Group)>; 2] {
         let Account { session, address, .. } = self.accounts[connection];

@@ -63,7 +63,7 @@ fn run_once(worker: &mut Worker) {
     worker.run_once().expect("the worker goes on");
 }
 
-/// Takes turns until it is as it should be.
+/// Runs iterations until it is as it should be.
 fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !is_so(worker) {
@@ -177,7 +177,7 @@ impl Bench {
         last.expect("at least one")
     }
 
-    /// Takes turns until so many replies have come, and looks at the data of those that succeeded. Gives the
+    /// Runs iterations until so many replies have come, and looks at the data of those that succeeded. Gives the
     /// others.
     fn collect(&mut self, count: usize) -> Vec<Reply> {
         let deadline = Instant::now() + Duration::from_secs(30);

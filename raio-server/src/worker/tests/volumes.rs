@@ -226,7 +226,7 @@ impl Bench {
         self.client.flush();
     }
 
-    /// Takes turns until the volume has so many operations.
+    /// Runs iterations until the volume has so many operations.
     fn until_submitted(&mut self, count: usize) {
         until(&mut self.worker, "all are submitted", |worker| {
             worker.requests.in_state(State::Executing) == count
