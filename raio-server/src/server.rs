@@ -24,7 +24,7 @@ use crate::log::log_client;
 use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
-use crate::stats::{self, Counters};
+use crate::stats::{self, Counters, Whole};
 use crate::trace::Trace;
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
@@ -314,16 +314,16 @@ impl Server {
             let counters = self.workers.iter().map(|worker| &*worker.counters);
             let sessions = &self.shared.sessions;
             let exports: Vec<_> = self.shared.exports.all().iter().map(Export::name).collect();
-            let line = stats::json(
-                counters,
-                self.backend,
-                self.accepted,
-                self.rejected,
-                sessions.len(),
-                sessions.open_files(),
-                &self.shared.placement.data_connections(),
-                &exports,
-            );
+            let whole = Whole {
+                backend: self.backend,
+                accepted: self.accepted,
+                rejected_by_address: self.rejected,
+                sessions: sessions.len(),
+                open_files: sessions.open_files(),
+                data_connections: &self.shared.placement.data_connections(),
+                exports: &exports,
+            };
+            let line = stats::json(counters, &whole);
             log::print(&line);
             return None;
         }

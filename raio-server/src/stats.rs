@@ -213,17 +213,28 @@ impl Counters {
     }
 }
 
+/// What only the whole server knows.
+#[derive(Debug)]
+pub struct Whole<'a> {
+    /// How files are read and written.
+    pub backend: &'a str,
+    /// Connections that were accepted.
+    pub accepted: u64,
+    /// Of these, those that were rejected because their address has as many as it may.
+    pub rejected_by_address: u64,
+    /// Sessions now.
+    pub sessions: usize,
+    /// Files that they have open.
+    pub open_files: usize,
+    /// Connections for data that each worker has.
+    pub data_connections: &'a [usize],
+    /// The names of the exports.
+    pub exports: &'a [&'a str],
+}
+
 /// One line of JSON: the sums over all workers, with what only the whole server knows.
-pub fn json<'a>(
-    workers: impl Iterator<Item = &'a Counters> + Clone,
-    backend: &str,
-    accepted: u64,
-    rejected_by_address: u64,
-    sessions: usize,
-    open_files: usize,
-    data_connections: &[usize],
-    exports: &[&str],
-) -> String {
+pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Whole<'_>) -> String {
+    let Whole { backend, accepted, rejected_by_address, sessions, open_files, .. } = *whole;
     let sum =
         |counter: fn(&Counters) -> &Counter| workers.clone().map(|worker| counter(worker).get()).sum::<u64>();
     let mut out = format!("{{\"version\":\"{}\",\"backend\":\"{backend}\"", env!("CARGO_PKG_VERSION"));
@@ -300,9 +311,9 @@ pub fn json<'a>(
             .map(|(index, name)| (name, workers.clone().map(|worker| worker.closes[index].get()).sum())),
     );
     write_latencies(&mut out, workers.clone());
-    write_exports(&mut out, workers.clone(), exports);
+    write_exports(&mut out, workers.clone(), whole.exports);
     out.push_str(",\"per_worker\":[");
-    for (at, (worker, data_connections)) in workers.zip(data_connections).enumerate() {
+    for (at, (worker, data_connections)) in workers.zip(whole.data_connections).enumerate() {
         let comma = if at > 0 { "," } else { "" };
         let _ = write!(
             out,
@@ -379,7 +390,16 @@ mod tests {
             worker.exports[1].written_bytes.add(9);
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
-        let json = json(workers.iter(), "uring", 3, 4, 1, 2, &[4, 5], &["a", "b\""]);
+        let whole = Whole {
+            backend: "uring",
+            accepted: 3,
+            rejected_by_address: 4,
+            sessions: 1,
+            open_files: 2,
+            data_connections: &[4, 5],
+            exports: &["a", "b\""],
+        };
+        let json = json(workers.iter(), &whole);
         assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
