@@ -59,7 +59,7 @@ pub unsafe extern "C" fn raio_fstat(fd: c_int, buf: *mut libc::stat64) -> c_int 
         stat.st_gid = status.gid.get();
         stat.st_rdev = status.rdevice.get();
         stat.st_size = status.size.get() as i64;
-        stat.st_blksize = status.block_bytes.get().into();
+        stat.st_blksize = status.block_bytes.get() as _;
         stat.st_blocks = status.blocks.get() as i64;
         let seconds = |ns: i64| (ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000));
         (stat.st_atime, stat.st_atime_nsec) = seconds(status.accessed_ns.get());
