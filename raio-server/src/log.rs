@@ -79,10 +79,17 @@ pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
 /// Logs a line about a client, whose socket address may be known, unless there were too many of the kind
 /// about its address.
 macro_rules! log_client {
-    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
-        if $crate::log::permit($peer.map(|peer| peer.ip()), $kind) {
-            tracing::$level!(client = $peer.map(tracing::field::display), $($line)*);
+    (@ $level:ident, $client:expr, $address:expr, $kind:expr, $($line:tt)*) => {
+        if $crate::log::permit($address, $kind) {
+            tracing::$level!(client = $client.map(tracing::field::display), $($line)*);
         }
+    };
+    // Of some no more than the IP address is known.
+    ($level:ident, ip $address:expr, $kind:expr, $($line:tt)*) => {
+        $crate::log::log_client!(@ $level, $address, $address, $kind, $($line)*)
+    };
+    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
+        $crate::log::log_client!(@ $level, $peer, $peer.map(|peer| peer.ip()), $kind, $($line)*)
     };
 }
 

@@ -51,7 +51,7 @@ use crate::config::BackendKind;
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
 use crate::limits::ConnectionPermit;
-use crate::log;
+use crate::log::log_client;
 use crate::placement::Placement;
 use crate::request::State;
 use crate::session::Sessions;
@@ -261,12 +261,8 @@ impl Worker {
             rdma.set_memory(Box::new(move |address, bytes| {
                 let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
                     counting.rejected_queue_pairs.add(1);
-                    if log::permit(address, "queue pairs that were rejected") {
-                        tracing::info!(
-                            client = address.map(tracing::field::display),
-                            "A queue pair was rejected. {text}"
-                        );
-                    }
+                    let kind = "queue pairs that were rejected";
+                    log_client!(info, ip address, kind, "A queue pair was rejected. {text}");
                 })?;
                 Ok(Box::new(permit))
             }));
@@ -394,10 +390,7 @@ impl Worker {
         let id = match adopted {
             Ok(id) => id,
             Err(error) => {
-                if log::permit(peer.map(|peer| peer.ip()), "clients that were rejected") {
-                    let client = peer.map(tracing::field::display);
-                    tracing::info!(client, "A client was rejected: {error}.");
-                }
+                log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.");
                 return;
             }
         };

@@ -15,12 +15,11 @@ use tracing::field::display;
 
 use super::Worker;
 use super::connections::Connection;
-use super::lifecycle::log_client;
 use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
 use crate::limits::Excess;
-use crate::log;
+use crate::log::log_client;
 use crate::open::{OpenResult, Opened, Opening};
 use crate::rejection::{EscapedPath, Rejection};
 use crate::request::{Work, WorkerFile, failure, status_of, success};

@@ -17,19 +17,8 @@ use super::{Mail, Worker};
 use crate::client::Client;
 use crate::engine::{self, Closing};
 use crate::limits::Excess;
-use crate::log;
+use crate::log::log_client;
 use crate::request::State;
-
-/// Logs a line about a client, unless there were too many of the kind about its address.
-macro_rules! log_client {
-    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
-        if log::permit($peer.map(|peer| peer.ip()), $kind) {
-            tracing::$level!(client = $peer.map(display), $($line)*);
-        }
-    };
-}
-
-pub(super) use log_client;
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
