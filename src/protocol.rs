@@ -28,10 +28,12 @@ pub enum Opcode {
 
 impl Opcode {
     /// The row of [`OPERATIONS`] for it.
+    #[inline]
     pub fn operation(self) -> &'static Operation {
         &OPERATIONS[self as usize - 1]
     }
 
+    #[inline]
     fn from_wire(value: u16) -> Option<Self> {
         let index = usize::from(value).checked_sub(1)?;
         OPERATIONS.get(index).map(|operation| operation.opcode)
@@ -311,6 +313,7 @@ struct Parts {
 
 impl<'a> Command<'a> {
     /// Its fields. Those of an open are in a layout of its own.
+    #[inline]
     fn parts(&self) -> Parts {
         let parts = |opcode, file, offset, length| Parts { opcode, flags: 0, file, offset, length };
         let flag = |is_set, flag| if is_set { flag } else { 0 };
@@ -334,6 +337,7 @@ impl<'a> Command<'a> {
     }
 
     /// The command with these fields, which are known to be what its operation uses.
+    #[inline]
     fn from_parts(Parts { opcode, flags, file, offset, length }: Parts) -> Result<Self, Violation> {
         let data_len = || u32::try_from(length).map_err(|_| Violation::Length);
         Ok(match opcode {
@@ -382,6 +386,7 @@ impl<'a> Command<'a> {
 
     /// Reads a command. Whether its length agrees with the request's data and region is for the caller to
     /// check: see [`Command::read_length`] and [`Command::write_length`].
+    #[inline]
     pub fn decode(body: &'a [u8]) -> Result<Self, Violation> {
         let (opcode, _) = U16::ref_from_prefix(body).map_err(|_| Violation::Length)?;
         let opcode = Opcode::from_wire(opcode.get()).ok_or(Violation::Field)?;
@@ -423,6 +428,7 @@ impl<'a> Command<'a> {
     }
 
     /// How many bytes of data the response brings at most: the request's inward region must have this length.
+    #[inline]
     pub fn read_length(&self) -> u32 {
         match *self {
             Self::Read { length, .. } => length,
@@ -431,6 +437,7 @@ impl<'a> Command<'a> {
     }
 
     /// How many bytes of data the request brings: its inline data or outward region must have this length.
+    #[inline]
     pub fn write_length(&self) -> u32 {
         match *self {
             Self::Write { length, .. } => length,
@@ -439,6 +446,7 @@ impl<'a> Command<'a> {
     }
 
     /// Its opcode.
+    #[inline]
     pub fn opcode(&self) -> Opcode {
         self.parts().opcode
     }
