@@ -2,46 +2,64 @@
 /*
  * libraio: remote asynchronous I/O.
  *
- * A program reads and writes files of a raio_server in the manner of libaio: prepare control blocks, submit a
- * batch, collect completions. This header is the reference; docs/man/libraio.3 is the tour.
+ * A program reads and writes files of a raio_server in the manner of libaio: prepare iocbs, submit a batch,
+ * collect events. This header is the reference; docs/man/libraio.3 is the tutorial.
  *
  * The model
  *
- *   session   raio_start() or raio_connect(): one server, its open files. Named by a descriptor.
- *   file      raio_open(): belongs to its session, usable from each of its contexts. Named by a descriptor.
- *   context   raio_setup(): one connection with its own queue. A session has as many as the program has threads.
- *   iocb      one operation. It and its buffer belong to the library from raio_submit() until its event is
- *             collected by raio_getevents() (or returned by raio_cancel()); until then touch neither.
+ *   session   raio_start() or raio_connect(): one server and its open files. Named by a descriptor.
+ *   file      raio_open(): belongs to its session; usable from each of its contexts. Named by a descriptor.
+ *   context   raio_setup(): one connection with its own queue. A program has one per thread that does I/O.
+ *   iocb      one operation. The library owns it and its buffer from raio_submit() until raio_getevents() or
+ *             raio_cancel() returns its event; until then the program must not access either.
  *
- * raio descriptors are not kernel file descriptors: read(2), close(2) and the like answer EBADF for them.
+ * raio descriptors are not kernel file descriptors: read(2), close(2) and the like fail with EBADF for them.
  *
- * Threads.  Calls on a session or a file (start, stop, open, fstat, close, setup) may come from any thread, and
- * block for a round trip. A context belongs to one thread at a time: nothing in it is locked. The library starts
- * no threads, installs no signal handlers, and prints nothing.
+ * Threads.  Calls on sessions and files (start, stop, open, fstat, close, setup) are thread-safe, and block
+ * for a round trip. A context may be used by one thread at a time: it has no locks. The library starts no
+ * threads, installs no signal handlers, and prints nothing.
  *
- * fork.  A child opens sessions, files and contexts of its own. Those of its parent it does not have: a context is
- * EINVAL there, a descriptor EBADF, and the parent goes on undisturbed, also when the child exits. raio_stop() ends a
- * session whether or not children live. Memory from raio_alloc() is not inherited by a child. A process
- * that has used RDMA has children that cannot: there raio_connect() says so with EPROTONOSUPPORT, or uses TCP.
+ * Busy-polling.  Before raio_getevents() sleeps it polls the connection for a short time (adaptive
+ * busy-polling: `spin_us`, RAIO_OPT_NO_SPIN). It polls less while that does not pay, and not at all while
+ * other threads want its core.
  *
- * Time.  Each call that waits for the server has a limit, in struct raio_options: connect_timeout_ms for raio_start(),
- * raio_connect() and raio_setup(); call_timeout_ms for raio_open(), raio_fstat(), raio_close() and raio_destroy(), if
- * the server answers pings but not the call; request_timeout_ms for a server that is silent, and for raio_cancel() with
- * any server. raio_getevents() has its own: with a NULL timeout it waits as long as a server that answers pings takes.
- * The lookup of a host name has that of the system's resolver. A signal interrupts raio_getevents() alone (EINTR); all
- * others go on, whatever SA_RESTART says.
+ * Keepalive.  While a request is outstanding the library pings a silent server. A server that does not answer
+ * for `request_timeout_ms` is considered dead, and the connection fails.
  *
- * Errors.  Calls that return int give -1 and set errno, or, where they say so, return the negated errno as libaio
- * does. An event carries the negated errno in `res`. raio_errmsg() has the text of the latest call's failure, and
- * raio_event_errmsg() that of an event. An
- * argument that makes no sense is EINVAL, a descriptor or context that is not (any longer) one is EBADF or EINVAL:
- * never a crash, as far as the library can see the pointer. When the server goes away, everything in flight
- * completes once, with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT in its event, and later calls fail with ENOTCONN.
- * A write that completes with one of those may or may not have reached the file, and may still reach the file later.
+ * Flow control.  The server grants each context a queue depth (credits) and a maximum size of one operation.
+ * iocbs beyond the queue depth wait in the context; raio_submit() returns fewer than nr (backpressure) once
+ * maxevents iocbs are in flight or uncollected.
  *
- * Order.  Operations in flight at the same time run in no particular order, as with libaio: wait for one before
- * submitting another that must follow it. An fsync covers the writes whose events were collected before it was
- * submitted, whichever context they used.
+ * Zero-copy.  Over RDMA, data is placed directly into memory that was registered (raio_reg_mr(),
+ * raio_alloc()); other memory is copied through a bounce buffer, which `bounced_bytes` counts. Over TCP the
+ * kernel copies in any case.
+ *
+ * fork.  A child must open its own sessions, files and contexts. The parent's are invalid there: EINVAL for a
+ * context, EBADF for a descriptor. The parent is not affected, also when the child exits. raio_stop() ends a
+ * session whether or not children are alive. A child does not inherit memory from raio_alloc(). After a
+ * process has used RDMA its children cannot: raio_connect() fails with EPROTONOSUPPORT there, or uses TCP.
+ *
+ * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
+ * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
+ * raio_close() and raio_destroy() if the server answers pings but not the call; request_timeout_ms applies to
+ * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
+ * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
+ * signal interrupts only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
+ *
+ * Errors.  Calls that return int return -1 and set errno or, where stated, return the negated errno as libaio
+ * does. An event has the negated errno in `res`. raio_errmsg() returns the message of the latest call,
+ * raio_event_errmsg() that of an event. An invalid argument is EINVAL; a descriptor or context that is not,
+ * or no longer, valid is EBADF or EINVAL: never a crash, as far as the library can check the pointer. When
+ * the server is lost, every iocb in flight completes once, with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT, and
+ * later calls fail with ENOTCONN. A write that completes with one of these may or may not have reached the
+ * file, and may still reach it later.
+ *
+ * Order.  Operations in flight at the same time are not ordered, as with libaio: collect one before
+ * submitting another that must follow it. An fsync covers the writes whose events were collected before it
+ * was submitted, on any context.
+ *
+ * Tracing.  With RAIO_TRACE=FILE in the environment the library writes when each request was submitted, sent,
+ * answered and collected, in a format that https://ui.perfetto.dev opens: see libraio(3).
  */
 #ifndef LIBRAIO_H
 #define LIBRAIO_H
@@ -72,28 +90,28 @@ enum raio_iocb_cmd {
 	RAIO_CMD_PREADV = 2,		/* buf is a struct iovec[nbytes] */
 	RAIO_CMD_PWRITEV = 3,		/* buf is a struct iovec[nbytes] */
 	RAIO_CMD_FSYNC = 4,		/* RAIO_IOCB_DATASYNC: data only */
-	RAIO_CMD_DISCARD = 5,		/* give the range back; it reads as zeros where the storage says so */
+	RAIO_CMD_DISCARD = 5,		/* deallocate the range; zeros if the storage guarantees that */
 	RAIO_CMD_WRITE_ZEROES = 6,	/* the range reads as zeros afterwards */
-	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file; RAIO_IOCB_KEEP_SIZE: its size stays */
+	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
 };
 
 /* raio_iocb_common.flags; every other bit must be 0 */
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
-#define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file's size stays */
+#define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file size does not change */
 
 struct raio_iocb_common {
 	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
 	unsigned long long nbytes;	/* length in bytes, or number of iovecs */
 	long long offset;		/* in bytes, from the start of the file */
-	raio_mr_t mr;			/* the registration that buf lies in, or NULL */
+	raio_mr_t mr;			/* the registration that contains buf, or NULL */
 	unsigned int flags;		/* RAIO_IOCB_* */
 	unsigned int resfd;		/* with RAIO_IOCB_EVENTFD: an eventfd(2) */
 };
 
 struct raio_iocb {
 	void *data;			/* the caller's, returned in the event */
-	unsigned int key;		/* the library's while in flight */
+	unsigned int key;		/* set by the library; do not change while in flight */
 	int raio_fildes;		/* from raio_open(), or the session's descriptor for its first file */
 	int raio_lio_opcode;		/* enum raio_iocb_cmd */
 	int pad;
@@ -105,13 +123,14 @@ struct raio_iocb {
 struct raio_event {
 	void *data;			/* of the iocb */
 	struct raio_iocb *obj;		/* the iocb */
-	unsigned long long handle;	/* names what the library lent for it, for raio_release(); 0 if nothing */
-	unsigned long res;		/* bytes done, or a negated errno. Fewer than asked: the file ended there, or what is behind
-					   failed; the same operation on the rest tells which (a read: 0, or the error) */
+	unsigned long long handle;	/* of the lent buffer, for raio_release(); 0 if none */
+	unsigned long res;		/* bytes transferred, or a negated errno. A short count: end of file,
+					   or the rest failed; the same operation on the rest returns
+					   which (0 at the end, or the error) */
 	unsigned long res2;		/* 0; for a failure RAIO_RES2_* */
 };
 
-/* raio_event.res2 of a failure: where it arose, and whether trying again may help */
+/* raio_event.res2 of a failure: its origin, and whether a retry may succeed */
 #define RAIO_RES2_TRANSPORT	1ul	/* the connection; a write's outcome is unknown */
 #define RAIO_RES2_PROTOCOL	2ul	/* a peer broke the protocol */
 #define RAIO_RES2_STORAGE	3ul	/* the server's file or device */
@@ -119,239 +138,251 @@ struct raio_event {
 #define RAIO_RES2_CLASS		0xfful	/* mask of the above */
 #define RAIO_RES2_RETRYABLE	0x100ul	/* the same request may succeed later */
 
-/* Sessions ------------------------------------------------------------------------------------------------- */
+/* Sessions ---------------------------------------------------------------------------------------------- */
 
 /*
- * Options for raio_connect(). Set everything to zero, `size` to sizeof(struct raio_options), then what you need:
- * zero always means the default. A larger struct (from a newer header) is accepted while what this library does
- * not know is zero; EINVAL otherwise.
+ * Options for raio_connect(). Zero the struct, set `size` to sizeof(struct raio_options), then set what you
+ * need: zero is always the default. A larger struct (from a newer header) is accepted if the fields that this
+ * library does not know are zero; otherwise EINVAL.
  */
 struct raio_options {
 	unsigned int size;			/* sizeof(struct raio_options) */
 	unsigned int flags;			/* RAIO_OPT_* */
-	unsigned int queue_depth;		/* requests on the wire per context; default and most: what the server grants */
-	unsigned int connect_timeout_ms;	/* for connecting and the handshake, all addresses of the server together; default
-						   5,000 */
-	unsigned int request_timeout_ms;	/* the server is taken for dead if it is silent this long while asked
-						   something; default: three times the keepalive interval it grants */
-	unsigned int spin_us;			/* wait actively this long before sleeping in raio_getevents(), up to four times
-						   as long with many operations in flight; default 50 */
+	unsigned int queue_depth;		/* outstanding requests per context; default and maximum:
+						   the server's grant */
+	unsigned int connect_timeout_ms;	/* connecting and the handshake, over all addresses of the
+						   server; default 5,000 */
+	unsigned int request_timeout_ms;	/* a server silent for this long with a request outstanding
+						   is dead; default: three keepalive intervals */
+	unsigned int spin_us;			/* busy-poll for this long before raio_getevents() sleeps, up
+						   to four times as long with many iocbs in flight;
+						   default 50 */
 	unsigned int reserved_0;		/* 0 */
-	unsigned int call_timeout_ms;		/* how long raio_open() and the like wait for a server that answers pings but not
-						   the call; default 30,000 */
+	unsigned int call_timeout_ms;		/* raio_open() and the like, if the server answers pings but
+						   not the call; default 30,000 */
 	unsigned int reserved[8];		/* 0 */
 };
 
-#define RAIO_OPT_CRC		(1u << 0)	/* protect headers and data with CRC32C; fails if the server cannot */
-#define RAIO_OPT_NO_SPIN	(1u << 1)	/* sleep at once: least CPU, more latency */
+#define RAIO_OPT_CRC		(1u << 0)	/* CRC32C of headers and data; fails if the server cannot */
+#define RAIO_OPT_NO_SPIN	(1u << 1)	/* no busy-polling: least CPU, more latency */
 
 /*
- * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails with
- * EPROTONOSUPPORT in a library built without it.
+ * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails
+ * with EPROTONOSUPPORT in a library built without it.
  *
  * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, or an address of the wrong length),
- * EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family), ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT,
- * EPROTO (what answers is not a raio server, or broke the protocol), EPROTONOSUPPORT (no protocol version in
- * common), EUSERS (the server has all the sessions it takes), ENOMEM, EMFILE.
+ * EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family), ECONNREFUSED, EHOSTUNREACH, ENETUNREACH,
+ * ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol version in
+ * common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE.
  */
 int raio_start(const char *transport, const struct sockaddr *addr, socklen_t addrlen);
 
 /*
- * raio_connect - raio_start() by URL. The port may be left out: 7240. IPv6 in brackets. `options` may be NULL.
- * Names are looked up with getaddrinfo(3) and each address is tried in turn.
+ * raio_connect - raio_start() by URL. The default port is 7240. IPv6 addresses are in brackets. `options` may
+ * be NULL. Names are resolved with getaddrinfo(3), and each address is tried in turn.
  *
- *   raio://host:port       connects over TCP, to a port that the server listens on with tcp://, and moves to RDMA
- *                          if both sides have it for the addresses of that connection. If they do not, it stays
- *                          on TCP, and raio_errmsg() says why: it is "" after a raio_connect() that did as well
- *                          as could be.
+ *   raio://host:port       connects over TCP, to a port that the server listens on with tcp://, and upgrades
+ *                          to RDMA if both hosts have it for the addresses of that connection. Otherwise it
+ *                          stays on TCP, and raio_errmsg() returns the reason; it is "" if the
+ *                          session is on RDMA.
  *   raio+tcp://host:port   TCP only.
  *   raio+rdma://host:port  RDMA only, by rdma_cm, to a port that the server listens on with rdma://.
  *
- * Returns and fails as raio_start(), and EINVAL for a URL or options that make no sense, ENOENT for a host name
- * that nobody knows.
+ * Returns and fails as raio_start(), and with EINVAL for an invalid URL or invalid options, ENOENT for an
+ * unknown host name.
  */
 int raio_connect(const char *url, const struct raio_options *options);
 
 /*
- * raio_stop - ends the session at once: closes its files and connections. No more of a write in flight is sent; if the
- * server has it already it may still reach the file later. The session's contexts cannot be used any more: I/O in flight
- * completes without an event, raio_submit(), raio_getevents(), raio_cancel() and raio_poll_fd() fail with ENOTCONN,
- * raio_destroy() frees them. A raio_open(), raio_fstat() or raio_close() of another thread that waits for
- * the server fails with ENOTCONN.
- * No context of the session may be in use by another thread meanwhile.
+ * raio_stop - ends the session immediately: closes its files and connections. The rest of a write in flight
+ * is not sent; what the server has received may still reach the file later. The session's contexts become
+ * unusable: I/O in flight completes without an event; raio_submit(), raio_getevents(), raio_cancel() and
+ * raio_poll_fd() fail with ENOTCONN; raio_destroy() frees them. A raio_open(), raio_fstat() or raio_close()
+ * that waits for the server in another thread fails with ENOTCONN. No other thread may use a context of the
+ * session during the call.
  *
  * Returns 0, or -1 with errno EBADF.
  */
 int raio_stop(int fd);
 
-/* Files ---------------------------------------------------------------------------------------------------- */
+/* Files ------------------------------------------------------------------------------------------------- */
 
 /*
- * raio_open - opens `pathname`, which reads /EXPORT/path/beneath/it, on the server of session `fd`. `flags` are
- * those of open(2): O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC, O_DSYNC; O_CLOEXEC,
- * O_LARGEFILE, O_NOCTTY, O_NONBLOCK and O_NOFOLLOW are accepted (O_NOFOLLOW is honoured, the rest mean nothing
- * here); others are EINVAL. With O_CREAT the file's mode is 0644: see raio_open_mode().
+ * raio_open - opens `pathname`, of the form /EXPORT/path/in/the/export, on the server of session `fd`.
+ * `flags` are those of open(2): O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_EXCL, O_TRUNC, O_DIRECT, O_SYNC,
+ * O_DSYNC; O_CLOEXEC, O_LARGEFILE, O_NOCTTY, O_NONBLOCK and O_NOFOLLOW are accepted (O_NOFOLLOW is honoured,
+ * the others are ignored); any other flag is EINVAL. With O_CREAT the file's mode is 0644: see
+ * raio_open_mode().
  *
- * Returns 0 for the first successful open of a session: from then on the session's own descriptor stands for that
- * file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno: EBADF (fd is
- * no session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST, EISDIR, EXDEV (the path
- * leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular file nor a block device),
- * ENXIO (the device, or what is to be mounted, is not there), ETIMEDOUT (not done in time; what the server opens later
- * is closed by the session's next call that asks the server, or its end), ENOTCONN and its kind (the server is gone).
+ * Returns 0 for the first successful open of a session: from then on the session's own descriptor also names
+ * that file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno:
+ * EBADF (fd is not a session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST,
+ * EISDIR, EXDEV (the path leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular
+ * file nor a block device), ENXIO (the device, or the export's mount, is missing), ETIMEDOUT (if the server
+ * opens the file later, the session's next call to the server or its end closes it), ENOTCONN, ECONNRESET or
+ * EPIPE (the server is lost).
  */
 int raio_open(int fd, const char *pathname, int flags);
 
-/* raio_open_mode - raio_open() with the permission bits of a file that O_CREAT creates, less the server's umask. */
+/* raio_open_mode - raio_open() with the mode of a file that O_CREAT creates; the server's umask applies. */
 int raio_open_mode(int fd, const char *pathname, int flags, mode_t mode);
 
 /*
- * raio_fstat - asks the server for the file's present status. `fd` is a file, or a session for its first file. For
- * a block device st_size is its capacity in bytes.
+ * raio_fstat - gets the file's current status from the server. `fd` is a file, or a session for its first
+ * file. For a block device st_size is its capacity in bytes.
  *
  * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include.
  *
- * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ETIMEDOUT (not done in time), ENOTCONN and its kind.
+ * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ETIMEDOUT, ENOTCONN, ECONNRESET, EPIPE.
  */
 int raio_fstat(int fd, struct stat64 *buf);
 
 /*
- * raio_close - closes a file, or the first file of a session (the session itself lives on until raio_stop()). I/O
- * in flight on it runs to its end, and the server closes the file after it; then its errors are lost, so collect
- * the completions first.
+ * raio_close - closes a file, or the first file of a session (the session continues until raio_stop()). I/O
+ * in flight on it completes, and the server closes the file afterwards; errors of that close are lost, so
+ * collect the events first.
  *
- * Returns 0, or -1 with errno, and it is closed all the same: EBADF; ETIMEDOUT, ENOTCONN and its kind; or what close(2) said on
- * the server. Some file systems (NFS, FUSE) store what was written only then, and report EDQUOT, ENOSPC or EIO: what
- * was written may be lost. Only an fsync before it makes sure.
+ * Returns 0, or -1 with errno; the file is closed in either case: EBADF, ETIMEDOUT, ENOTCONN, ECONNRESET,
+ * EPIPE, or the errno of close(2) on the server. Some file systems (NFS, FUSE) write back at close, and
+ * report EDQUOT, ENOSPC or EIO: written data may be lost then. Only an fsync before the close rules that out.
  */
 int raio_close(int fd);
 
-/* Contexts ------------------------------------------------------------------------------------------------- */
+/* Contexts ---------------------------------------------------------------------------------------------- */
 
 /*
- * raio_setup - makes a context for at most `maxevents` iocbs in flight (1 to 65,536), on the session of `fd`. It
- * opens a connection of its own. May come before or after raio_open(). `*ctxp` should be NULL before, as with io_setup(),
- * and is set on success, else NULL. A context that was not destroyed is left there.
+ * raio_setup - creates a context for at most `maxevents` iocbs in flight (1 to 65,536), on the session of
+ * `fd`. It opens its own connection. May be called before or after raio_open(). `*ctxp` should be NULL before
+ * the call, as with io_setup(); it is set to the context on success and to NULL on failure, except that a
+ * context that was not destroyed is left there.
  *
- * Returns 0, or -1 with errno: EBADF, EINVAL (also if `*ctxp` is a context that was not destroyed, were it dead by
- * raio_stop()), ENOMEM, or one of raio_start()'s.
+ * Returns 0, or -1 with errno: EBADF, EINVAL (also if `*ctxp` is a context that was not destroyed, even after
+ * raio_stop()), ENOMEM, those of raio_start(), or, with RAIO_TRACE, those of open(2).
  */
 int raio_setup(int fd, int maxevents, raio_context_t *ctxp);
 
 /*
- * raio_destroy - waits until nothing is in flight (no longer than the request timeout if the server is silent, than the
- * call timeout if it answers pings alone; what is left then is given up, and a write may still reach the file later),
- * drops the uncollected events, and frees the context with its registrations and lent buffers. Memory from
- * raio_alloc() lives until raio_free().
+ * raio_destroy - waits until nothing is in flight (at most the request timeout if the server is silent, and
+ * the call timeout if it only answers pings; the rest is abandoned, and a write may still reach the file
+ * later), drops uncollected events, and frees the context with its registrations and lent buffers. Memory
+ * from raio_alloc() remains valid until raio_free().
  *
  * Returns 0, or -1 with errno EINVAL.
  */
 int raio_destroy(raio_context_t ctx);
 
 /*
- * raio_submit - queues `nr` control blocks, and sends what the server can take; the rest follows as answers come.
- * Never blocks.
+ * raio_submit - queues `nr` iocbs and sends as many as the server has granted credits for; the rest is sent
+ * as responses arrive. Never blocks.
  *
- * Memory.  `buf` may be any memory of the caller's. If it lies in a registration (raio_reg_mr(), raio_alloc())
- * name that in `mr`, and RDMA moves the data with no copy; on TCP it makes no difference. A read with `buf` NULL
- * lends one of the library's buffers: when the event is collected, obj->u.c.buf points at the data, which is the
- * caller's until raio_release() of that event. While maxevents buffers are lent out, such reads wait.
+ * Memory.  `buf` may be any memory of the caller. If it is in a registration (raio_reg_mr(), raio_alloc()),
+ * set `mr` to that for zero-copy over RDMA; over TCP it makes no difference. A read with `buf` NULL uses one
+ * of the library's buffers, which it lends: when the event is collected, obj->u.c.buf points at the data, and
+ * the caller owns it until raio_release() of that event. While maxevents buffers are lent out, such reads
+ * wait.
  *
- * Memory to be written that cannot be read fails that iocb alone: its event says -EFAULT, and nothing is written.
- * Memory to be read into is not checked: if it cannot be written to, the program gets SIGSEGV where the library copies
- * into it, as it does at least with the beginning of each read, and loses the connection where the kernel does.
+ * A write from unreadable memory fails with -EFAULT in the event of that iocb, and nothing is written. The
+ * memory of a read is not checked: if it is not writable, the program gets SIGSEGV where the library copies
+ * into it, as it does at least with the beginning of each read, and loses the connection where the kernel
+ * copies.
  *
- * Length.  At most the server's --io-max in one iocb (1 MiB unless configured); more is EINVAL.
+ * Length.  At most the server's --io-max per iocb (default 1 MiB); more is EINVAL.
  *
- * Returns how many were taken, from the front: fewer than nr when the context fills up, or when a later one is
- * bad (submitting that one again then gives its error). -EAGAIN: full already. For the first one being bad:
- * -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr, resfd no eventfd), -EBADF (raio_fildes is no
- * open file of this session, resfd is not open), -EMFILE (for an eventfd, see raio_set_eventfd()). -ENOTCONN: the
- * connection has failed. nr 0 returns 0; nr negative is -EINVAL.
+ * Returns how many were accepted, from the front: fewer than nr if the context is full, or if a later one is
+ * invalid (submit that one again to get its error). -EAGAIN: the context was full already. If the first one
+ * is invalid: -EINVAL (NULL, opcode, flags, length, negative offset, buf not within mr, resfd not an
+ * eventfd), -EBADF (raio_fildes is not an open file of this session, resfd is not open), -EMFILE (for an
+ * eventfd, see raio_set_eventfd()). -ENOTCONN: the connection has failed. nr 0 returns 0; nr negative is
+ * -EINVAL.
  */
 int raio_submit(raio_context_t ctx, long nr, struct raio_iocb *ios[]);
 
 /*
- * raio_getevents - collects at least `min_nr` and at most `nr` completions. `timeout` NULL waits for min_nr; zero
- * polls; otherwise whatever is there at its end is returned. min_nr may be 0: what is there now. If less than
- * min_nr is in flight, it waits until the timeout all the same; without one it returns what there is rather than wait
- * for ever.
+ * raio_getevents - collects at least `min_nr` and at most `nr` events. With `timeout` NULL it waits for
+ * min_nr; with a zero timeout it polls; otherwise it returns what has completed when the timeout expires.
+ * min_nr 0 returns what has completed now. If fewer than min_nr are in flight, it still waits for the
+ * timeout; without one it returns what there is instead of waiting forever.
  *
- * Returns how many, or -EINVAL (NULL, negative, min_nr > nr, a malformed timeout), -EINTR (a signal, with nothing
- * collected yet), -ENOTCONN (the connection has failed and every event was collected).
+ * Returns how many, or -EINVAL (NULL, negative, min_nr > nr, a malformed timeout), -EINTR (a signal, with
+ * nothing collected yet), -ENOTCONN (the connection has failed and every event was collected).
  */
-int raio_getevents(raio_context_t ctx, long min_nr, long nr, struct raio_event *events, struct timespec *timeout);
+int raio_getevents(raio_context_t ctx, long min_nr, long nr, struct raio_event *events,
+		   struct timespec *timeout);
 
 /*
- * raio_release - gives back what the library lent for these events. Events that lent nothing are passed over.
+ * raio_release - returns the lent buffers of these events. Events without one are skipped.
  *
- * Returns 0, or -1 with errno EINVAL (NULL, negative nr, or a handle that is not lent out; the others are released
- * all the same).
+ * Returns 0, or -1 with errno EINVAL (NULL, negative nr, or a handle that is not lent out; the others are
+ * still released).
  */
 int raio_release(raio_context_t ctx, long nr, struct raio_event *events);
 
 /*
- * raio_cancel - tries to cancel an iocb. Blocks for a round trip if it has been sent. A server that does not answer
- * this within the request timeout is taken for dead, though it answers pings: the context's connection ends, and all
- * that is in flight with it.
+ * raio_cancel - tries to cancel an iocb. Blocks for a round trip if it was sent. If the server does not
+ * answer the cancel request within the request timeout, the context's connection ends with everything in
+ * flight on it, even if the server answers pings.
  *
- * Returns 0: cancelled, it did nothing and will do nothing; *evt is its event (res -ECANCELED), and raio_getevents()
- * will not report it. Else -1 with errno, and its own event comes in the normal way: EAGAIN (too late, it is being
- * done or is done), EINVAL (NULL, or not in flight), ENOTCONN.
+ * Returns 0 if the iocb was cancelled and has no effect; *evt is its event (res -ECANCELED), and
+ * raio_getevents() will not return it. Otherwise -1 with errno, and raio_getevents() returns its event as
+ * usual: EAGAIN (too late: it is executing or has completed), EINVAL (NULL, or not in flight), ENOTCONN.
  */
 int raio_cancel(raio_context_t ctx, struct raio_iocb *iocb, struct raio_event *evt);
 
 /*
- * raio_poll_fd - a kernel descriptor for poll(2), epoll(7), libevent, libuv: readable when raio_getevents() may
- * have something to do. Call raio_getevents(ctx, 0, nr, ...) then, until it returns fewer than nr. It belongs to
- * the context; do not read, write or close it.
+ * raio_poll_fd - a kernel descriptor for poll(2), epoll(7), libevent, libuv: readable when raio_getevents()
+ * may have work. Then call raio_getevents(ctx, 0, nr, ...) until it returns fewer than nr. It belongs to the
+ * context; do not read, write or close it.
  *
  * Returns it, or -1 with errno: EINVAL, ENOTCONN, EMFILE, ENOMEM.
  */
 int raio_poll_fd(raio_context_t ctx);
 
-/* Memory --------------------------------------------------------------------------------------------------- */
+/* Memory ------------------------------------------------------------------------------------------------ */
 
 /*
- * raio_reg_mr - registers the caller's memory [buf, buf + len) for I/O on this context. The memory must stay mapped
- * until raio_dereg_mr() or raio_destroy(). Register few large regions, not one for each I/O.
+ * raio_reg_mr - registers the caller's memory [buf, buf + len) for I/O on this context. The memory must stay
+ * mapped until raio_dereg_mr() or raio_destroy(). Register few large regions, not one per I/O.
  *
  * Returns 0 and sets *mr, or -1 with errno: EINVAL (NULL, length 0, wraps around), ENOMEM.
  */
 int raio_reg_mr(raio_context_t ctx, void *buf, size_t len, raio_mr_t *mr);
 
 /*
- * raio_dereg_mr - undoes it. Returns 0, or -1 with errno: EINVAL (not a registration of this context), EBUSY (I/O in
- * flight uses it).
+ * raio_dereg_mr - unregisters it. Returns 0, or -1 with errno: EINVAL (not a registration of this context),
+ * EBUSY (I/O in flight uses it).
  */
 int raio_dereg_mr(raio_context_t ctx, raio_mr_t mr);
 
 /*
- * raio_alloc - allocates `len` bytes, zeroed, aligned to 4 KiB at least, on huge pages if the system has some to
- * spare, and registers them. Their pages are faulted in, so that the first I/O on them is as fast as the others.
- * `*mr` (which may be NULL) is set to the registration. It ends with raio_free().
+ * raio_alloc - allocates `len` bytes, zeroed, aligned to at least 4 KiB, on huge pages if the system has free
+ * ones, and registers them. The pages are prefaulted, so that the first I/O on them is as fast as later I/O.
+ * `*mr` is set to the registration if mr is not NULL. raio_free() ends it.
  *
  * Returns the memory, or NULL with errno: EINVAL, ENOMEM.
  */
 void *raio_alloc(raio_context_t ctx, size_t len, raio_mr_t *mr);
 
-/* raio_free - frees it. Returns 0, or -1 with errno: EINVAL (not from raio_alloc()), EBUSY (I/O in flight uses it). */
+/*
+ * raio_free - frees it. Returns 0, or -1 with errno: EINVAL (not from raio_alloc()), EBUSY (I/O in flight
+ * uses it).
+ */
 int raio_free(raio_context_t ctx, void *buf);
 
-/* Information ---------------------------------------------------------------------------------------------- */
+/* Information ------------------------------------------------------------------------------------------- */
 
-/* The counters of a context since raio_setup(). `size` first, so that later versions can add to the end. */
+/* The counters of a context since raio_setup(). `size` is first, so that later versions can append fields. */
 struct raio_stats {
 	unsigned long long size;		/* bytes of this struct that were filled in */
-	unsigned long long submitted;		/* iocbs taken by raio_submit() */
-	unsigned long long completed;		/* events made, failures among them */
+	unsigned long long submitted;		/* iocbs accepted by raio_submit() */
+	unsigned long long completed;		/* including failures */
 	unsigned long long failed;		/* events with a negative res */
 	unsigned long long bytes_read;
 	unsigned long long bytes_written;
-	unsigned long long bounced_bytes;	/* copied within the library on their way to or from the caller's memory */
+	unsigned long long bounced_bytes;	/* copied by the library to or from the caller's memory */
 	unsigned long long sends;		/* system calls that sent */
 	unsigned long long receives;		/* system calls that received something */
 	unsigned long long sleeps;		/* times raio_getevents() went to sleep */
-	unsigned long long reconnects;		/* 0: a lost session is reported, not replaced */
+	unsigned long long reconnects;		/* always 0: a lost session is reported, not reconnected */
 	unsigned long long in_flight;		/* now */
 	unsigned long long queue_depth;		/* granted by the server */
 	unsigned long long io_bytes_max;	/* granted by the server: largest nbytes of one iocb */
@@ -361,30 +392,31 @@ struct raio_stats {
 int raio_get_stats(raio_context_t ctx, struct raio_stats *stats, size_t size);
 
 /*
- * raio_errmsg - the text of the latest raio call in this thread: why it failed, "" after success. After a raio_getevents()
- * that has collected failures it is that of the last of them, after a raio_connect() why it is not over RDMA: see
- * there. It is always at the same address in a thread, until the next raio call there. For people: its wording may
- * change.
+ * raio_errmsg - the message of the latest raio call in this thread: why it failed and what to do about it, ""
+ * after success. After a raio_getevents() that returned failures it is the message of the last of them; after
+ * a raio_connect() it is why the session is not on RDMA. The address is the same for all calls of a thread;
+ * the text is valid until the next one. It is meant for people: the wording may change.
  */
 const char *raio_errmsg(void);
 
 /*
- * raio_event_errmsg - why an event failed, for an event of the context's latest raio_getevents() or of a raio_cancel()
- * since. Valid until the context's next raio_getevents().
+ * raio_event_errmsg - the message of a failed event, from the context's latest raio_getevents() or a later
+ * raio_cancel(). Valid until the context's next raio_getevents().
  *
- * Returns the text, or "" for an event that has not failed, or with errno EINVAL (NULL, no context, an earlier event).
+ * Returns the message; "" for an event that did not fail; "" with errno EINVAL (NULL, not a context, an
+ * earlier event).
  */
 const char *raio_event_errmsg(raio_context_t ctx, const struct raio_event *event);
 
-/* raio_abi_version - the RAIO_ABI_VERSION of the library that is loaded. */
+/* raio_abi_version - the RAIO_ABI_VERSION of the loaded library. */
 unsigned int raio_abi_version(void);
 
-/* Preparing control blocks --------------------------------------------------------------------------------- */
+/* Preparing control blocks ------------------------------------------------------------------------------ */
 
-/* Each clears the iocb, `data` included, and sets it up. Set `data` afterwards. */
+/* Each zeroes the iocb, including `data`, and sets it up. Set `data` afterwards. */
 
-static inline void raio_prep_(struct raio_iocb *iocb, int opcode, int fd, void *buf, unsigned long long nbytes,
-			      long long offset, raio_mr_t mr)
+static inline void raio_prep_(struct raio_iocb *iocb, int opcode, int fd, void *buf,
+			      unsigned long long nbytes, long long offset, raio_mr_t mr)
 {
 	memset(iocb, 0, sizeof(*iocb));
 	iocb->raio_fildes = fd;
@@ -407,7 +439,10 @@ static inline void raio_prep_pwrite(struct raio_iocb *iocb, int fd, void *buf, s
 	raio_prep_(iocb, RAIO_CMD_PWRITE, fd, buf, count, offset, mr);
 }
 
-/* The iovecs are read by raio_submit(), and may go afterwards; what they point at stays the library's. At most 1,024. */
+/*
+ * raio_submit() copies the iovecs, at most 1,024; the library owns the buffers that they point at while in
+ * flight.
+ */
 static inline void raio_prep_preadv(struct raio_iocb *iocb, int fd, const struct iovec *iov, int iovcnt,
 				    long long offset, raio_mr_t mr)
 {
@@ -428,8 +463,9 @@ static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only
 		iocb->u.c.flags |= RAIO_IOCB_DATASYNC;
 }
 
-/* Any length: --io-max does not bound these three. */
-static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes)
+/* Any length: --io-max does not apply to these three. */
+static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset,
+				     unsigned long long nbytes)
 {
 	raio_prep_(iocb, RAIO_CMD_DISCARD, fd, NULL, nbytes, offset, NULL);
 }
@@ -441,11 +477,11 @@ static inline void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long l
 }
 
 /*
- * fallocate(2) with mode 0, or with keep_size FALLOC_FL_KEEP_SIZE: no byte of the file changes, whoever writes it meanwhile.
- * -EOPNOTSUPP where the server's storage cannot do it.
+ * fallocate(2) with mode 0, or FALLOC_FL_KEEP_SIZE if keep_size: no byte of the file changes, also with
+ * concurrent writers. -EOPNOTSUPP if the server's storage does not support it.
  */
-static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes,
-				      int keep_size)
+static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset,
+				      unsigned long long nbytes, int keep_size)
 {
 	raio_prep_(iocb, RAIO_CMD_ALLOCATE, fd, NULL, nbytes, offset, NULL);
 	if (keep_size)
@@ -453,12 +489,13 @@ static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long 
 }
 
 /*
- * One tick on `eventfd` when this iocb completes. Call it after raio_prep_*. The library holds the eventfd open while
- * iocbs with it are in flight, by one more descriptor for each context and eventfd, so that it may be closed meanwhile.
- * (Where kcmp(2) is forbidden it takes one for each raio_submit().) A full eventfd is left as it is rather than waited for,
- * unless it becomes full by another thread, and has no EFD_NONBLOCK, at the moment of the tick. The library has no
- * thread of its own: it notices completions, and ticks, within calls on the context (raio_submit, raio_getevents, raio_cancel). A program
- * that sleeps on the eventfd sleeps on raio_poll_fd() too, and calls raio_getevents(ctx, 0, nr, ...) when that wakes it.
+ * Adds 1 to `eventfd` when this iocb completes. Call it after raio_prep_*. The library holds the eventfd open
+ * while iocbs that use it are in flight, with one duplicate descriptor per context and eventfd, so the
+ * program may close its own. (Where kcmp(2) is forbidden, it takes one per raio_submit().) A full eventfd is
+ * skipped rather than waited for, unless it has no EFD_NONBLOCK and another thread fills it at that moment.
+ * The library has no threads: it detects completions, and signals the eventfd, only within calls on the
+ * context (raio_submit, raio_getevents, raio_cancel). A program that sleeps on the eventfd must also watch
+ * raio_poll_fd(), and call raio_getevents(ctx, 0, nr, ...) when that becomes readable.
  */
 static inline void raio_set_eventfd(struct raio_iocb *iocb, int eventfd)
 {

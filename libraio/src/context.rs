@@ -2,8 +2,13 @@
 //!
 //! An operation owns its buffers from [`Context::submit`] to the [`Completion`] that gives them back. Up to
 //! `maxevents` are in a context; of those the server has as many as it granted, the rest wait here in order.
-//! Reads into a lent buffer wait apart while all buffers are lent out. On the steady path nothing is
-//! allocated or locked: an operation is a slot of a table, a submission one send, a wake-up one receive.
+//! Reads into a lent buffer wait apart while all buffers are lent out. The fast path neither allocates nor
+//! locks: an operation is a slot of a table, a submission one send, a wake-up one receive.
+//!
+//! Flow control: the server grants credits, and operations beyond them are queued here; a full context
+//! rejects operations with EAGAIN, which is the program's backpressure. Data is zero-copy where the transport
+//! has it: RDMA places it in registered memory ([`Context::register`]), and large data over TCP is received
+//! into the operation's buffers.
 
 use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -188,14 +193,13 @@ impl Context {
         })
     }
 
-    /// Lets the network reach a region of the caller's: data from and to it is not copied on the way (with
-    /// TCP, the kernel does that).
+    /// Registers a region of the caller's memory for zero-copy I/O over RDMA. Over TCP it changes nothing.
     pub fn register(&mut self, region: &Region) -> Result<(), Error> {
         self.check_process()?;
         Ok(self.transport.register_region(region)?)
     }
 
-    /// Undoes [`Context::register`]. No operation on the region's memory may be in flight
+    /// Unregisters it. No operation on the region's memory may be in flight
     /// ([`Region::in_use`]).
     pub fn unregister(&mut self, region: &Region) {
         if !self.session.is_inherited() {
@@ -208,7 +212,7 @@ impl Context {
         self.transport.grant().data_bytes_max as usize
     }
 
-    /// Whether nothing more is taken until completions are collected.
+    /// Whether it rejects operations until completions are collected.
     pub fn is_full(&self) -> bool {
         self.in_flight + self.done.len() >= self.maxevents
     }
@@ -649,7 +653,7 @@ impl Context {
         Ok(())
     }
 
-    /// The next completion, if one is there. Does not look for new ones: see [`Context::wait`].
+    /// The next completion, if one has arrived. Does not poll: see [`Context::wait`].
     #[allow(clippy::should_implement_trait)]
     pub fn next(&mut self) -> Option<Completion> {
         let index = self.done.pop_front()?;
@@ -807,7 +811,7 @@ impl Context {
         }
     }
 
-    /// Gives back a buffer that the context lent. Reads that wait for one go on.
+    /// Returns a buffer that the context lent. Reads that wait for one continue.
     pub fn release(&mut self, buffers: Buffers) {
         drop(buffers);
         self.lent.take_back();

@@ -1,4 +1,4 @@
-//! The one error type: a status (errno, where it arose, whether trying again may help) and a sentence.
+//! The one error type: a status (errno, where it arose, whether a retry may succeed) and a message.
 
 use raio_transport::error::Class;
 use raio_transport::{Status, message};
@@ -6,14 +6,14 @@ use raio_transport::{Status, message};
 /// A call or an operation that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
-    /// What and whose. Class `None` means that the call itself made no sense, or cannot be done now.
+    /// The errno and its origin. Class `None` means that the call was invalid, or cannot be executed now.
     pub status: Status,
-    /// A sentence for people.
+    /// The message, for people: what is wrong, and what to do about it.
     pub text: String,
 }
 
 impl Error {
-    /// A call that makes no sense, or cannot be done now.
+    /// A call that is invalid, or cannot be executed now.
     pub(crate) fn call(errno: i32, text: impl Into<String>) -> Self {
         Self { status: Status { errno, class: Class::None, retryable: false }, text: text.into() }
     }

@@ -6,7 +6,7 @@
 //! handle thus finds no magic number and fails with EINVAL.
 //!
 //! Threads: a context and what hangs on it (registrations, lent buffers) belong to one thread at a time, as
-//! the header says. Descriptors are looked up in a table with a lock ([`descriptor`]).
+//! the header says. Descriptors are looked up in a table with a lock (`descriptor`).
 //!
 //! Each module uses only those above it:
 //!

@@ -24,7 +24,8 @@ use crate::tuning;
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Requests on the wire per context; 0: as many as the server grants and the context's size allows.
+    /// Outstanding requests per context (flow control); 0: as many as the server grants and `maxevents`
+    /// allows.
     pub queue_depth: u32,
     /// For connecting and the handshake, in total: if the server has several addresses, each gets its share
     /// of what is left. (How long the lookup of a name takes is up to the resolver's configuration.)
@@ -32,11 +33,11 @@ pub struct Options {
     /// How long a call that waits for an answer may take (open, status, close, closing a context), if the
     /// server answers pings.
     pub call_timeout: Duration,
-    /// The server is guard for dead if it is silent this long while asked something; None: three times the
-    /// keepalive interval that it grants.
+    /// Keepalive: a server that is silent this long with a request outstanding is considered dead. None:
+    /// three times the keepalive interval that it grants.
     pub request_timeout: Option<Duration>,
-    /// How long to wait actively before sleeping, up to four times as long with many operations in flight.
-    /// The library does less by itself where that does not pay.
+    /// How long to busy-poll before sleeping, up to four times as long with many operations in flight. The
+    /// busy-polling is adaptive: it stops where it does not pay.
     pub spin: Duration,
     /// Protect headers and data with CRC32C. Connecting fails if the server cannot.
     pub crc: bool,
@@ -83,7 +84,7 @@ pub(crate) struct Shared {
     /// Where the server was reached.
     address: SocketAddr,
     options: Options,
-    /// Why raio:// is TCP here, as a sentence.
+    /// Why raio:// is TCP here: a message for people.
     why_tcp: Option<String>,
     /// Names the session on each of its connections.
     id: SessionId,
@@ -192,8 +193,8 @@ impl Session {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// Why a session with `raio://` is over TCP rather than RDMA, as a sentence. None if it is not, or was to
-    /// be over TCP.
+    /// Why a session with `raio://` is over TCP rather than RDMA: a message for people. None if it is not, or
+    /// was to be over TCP.
     pub fn why_tcp(&self) -> Option<&str> {
         self.shared.why_tcp.as_deref()
     }
