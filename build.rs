@@ -46,9 +46,9 @@ fn bindings() {
         }
     };
     println!(
-        "cargo::error=The RDMA transport needs the headers of libibverbs and librdmacm, and libclang to read them ({why}). Install \
-         the packages libibverbs-dev, librdmacm-dev and libclang-dev (Debian's names), or build without RDMA: cargo build \
-         --no-default-features."
+        "cargo::error=The RDMA transport needs the headers of libibverbs and librdmacm, and libclang to read \
+         them ({why}). Install the packages libibverbs-dev, librdmacm-dev and libclang-dev (Debian's names), \
+         or build without RDMA: cargo build --no-default-features."
     );
     std::process::exit(1);
 }

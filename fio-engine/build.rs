@@ -18,9 +18,9 @@ fn main() {
 
     let Some(include) = std::env::var_os("FIO_INCLUDE").map(PathBuf::from) else {
         println!(
-            "cargo::warning=FIO_INCLUDE is not set, so libraio_fio.so has no engine in it. Build the engine with \
-             scripts/build-fio-engine, which finds the headers of the installed fio, or set FIO_INCLUDE to the \
-             source tree of the fio that will load it."
+            "cargo::warning=FIO_INCLUDE is not set, so libraio_fio.so has no engine in it. Build the engine \
+             with scripts/build-fio-engine, which finds the headers of the installed fio, or set FIO_INCLUDE \
+             to the source tree of the fio that will load it."
         );
         return;
     };
@@ -28,8 +28,8 @@ fn main() {
     let headers = headers_version(&include);
     match running_version() {
         Some(running) if running != headers => fail(&format!(
-            "FIO_INCLUDE holds the headers of {headers}, but the fio in PATH is {running}. Set FIO_INCLUDE to the \
-             source tree of {running}, or FIO to the fio that will load the engine."
+            "FIO_INCLUDE holds the headers of {headers}, but the fio in PATH is {running}. Set FIO_INCLUDE to \
+             the source tree of {running}, or FIO to the fio that will load the engine."
         )),
         Some(_) => {}
         None => println!(

@@ -351,7 +351,9 @@ impl Offer {
         }
         if grant.features != self.features {
             return Err(Error::Unsupported(
-                "The server does not offer checksums (CRC32C). Connect without them, or allow them on the server.".into(),
+                "The server does not offer checksums (CRC32C). Connect without them, or allow them on the \
+                 server."
+                    .into(),
             ));
         }
         Ok(Parsed::Item(grant, taken))

@@ -40,7 +40,8 @@ impl Opcode {
     }
 }
 
-/// One operation of the protocol: what decoding, permission checks, statistics, fuzz seeds and documents know of it.
+/// One operation of the protocol: what decoding, permission checks, statistics, fuzz seeds and documents know
+/// of it.
 #[derive(Debug)]
 pub struct Operation {
     /// Its number on the wire.
@@ -118,21 +119,23 @@ const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Ope
     Operation { opcode, name, fields: RANGE, flags: 0, direction, access, class }
 }
 
-/// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for people; a
-/// test compares the two.
+/// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for
+/// people; a test compares the two.
 ///
 /// - **open**: opens a file by its path. Result: its handle; body: [`FileStatus`].
 /// - **close**: closes a handle.
 /// - **stat**: body of the response: [`FileStatus`].
-/// - **read**: reads `length` bytes at `offset`. Result: how many; fewer at end of file, or if a later part failed.
+/// - **read**: reads `length` bytes at `offset`. Result: how many; fewer at end of file, or if a later part
+///   failed.
 /// - **write**: writes the request's data at `offset`. Result: how many; fewer if a later part failed.
-/// - **fsync**: makes durable what was written; with [`FLAG_DATA_ONLY`] without metadata that reading does not need.
+/// - **fsync**: makes durable what was written; with [`FLAG_DATA_ONLY`] without metadata that reading does
+///   not need.
 /// - **discard**: deallocates the range, which reads as zeros afterwards.
 /// - **write_zeroes**: makes the range read as zeros.
 /// - **cancel**: cancels the request whose id is in `offset`. Succeeds once that request has been answered as
 ///   cancelled; EALREADY if it is too late, ENOENT if it is not outstanding.
-/// - **allocate**: reserves storage for the range and changes no byte. A shorter file grows to the range's end, except
-///   with [`FLAG_KEEP_SIZE`].
+/// - **allocate**: reserves storage for the range and changes no byte. A shorter file grows to the range's
+///   end, except with [`FLAG_KEEP_SIZE`].
 pub const OPERATIONS: [Operation; 10] = [
     control(Opcode::Open, "open", NONE),
     control(Opcode::Close, "close", FILE),
@@ -249,8 +252,8 @@ const _: () = assert!(size_of::<IoCommand>() == 24);
 const _: () = assert!(size_of::<OpenCommand>() == 16);
 const _: () = assert!(size_of::<FileStatus>() == 88);
 
-/// A command, checked. Offsets and lengths are in bytes, and `file` is the handle of an open file. [`OPERATIONS`] says
-/// what each does.
+/// A command, checked. Offsets and lengths are in bytes, and `file` is the handle of an open file.
+/// [`OPERATIONS`] says what each does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(missing_docs, reason = "`OPERATIONS` documents them")]
 pub enum Command<'a> {

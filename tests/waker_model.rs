@@ -78,7 +78,8 @@ impl Reactor {
 fn check(model: impl Fn() + Sync + Send + 'static) {
     if option_env!("RUSTFLAGS").is_some_and(|flags| flags.contains("sanitizer")) {
         eprintln!(
-            "SKIPPED under a sanitizer: it takes the stacks of loom's coroutines for leaks, and there is no memory to check here."
+            "SKIPPED under a sanitizer: it takes the stacks of loom's coroutines for leaks, and there is no \
+             memory to check here."
         );
         return;
     }

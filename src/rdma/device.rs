@@ -440,8 +440,8 @@ fn cannot_register(device: Device, len: usize, source: io::Error) -> Error {
     match (source.raw_os_error(), limit) {
         (Some(libc::ENOMEM | libc::EAGAIN), Some(limit)) => Error::io(
             format!(
-                "Cannot lock {size} for RDMA: the memlock limit is {} KiB. Raise it with `ulimit -l`, or set LimitMEMLOCK= in the \
-                 unit",
+                "Cannot lock {size} for RDMA: the memlock limit is {} KiB. Raise it with `ulimit -l`, or set \
+                 LimitMEMLOCK= in the unit",
                 limit >> 10
             ),
             source,

@@ -25,8 +25,8 @@ pub(super) fn port_of(local: IpAddr) -> Result<PortAddress, Error> {
         };
         let tried: Vec<_> = devices.iter().take(3).map(ports).collect();
         Error::Unsupported(format!(
-            "no RDMA port that is up has the address {local} (looked for GID {gid} on {}{}). Use an address that \
-             `raio_server --list-devices` shows",
+            "no RDMA port that is up has the address {local} (looked for GID {gid} on {}{}). Use an address \
+             that `raio_server --list-devices` shows",
             tried.join(", "),
             if devices.len() > 3 { " and others" } else { "" }
         ))

@@ -84,7 +84,8 @@ impl Unavailable {
 impl fmt::Display for Unavailable {
     /// Why io_uring is not used, and what to do about it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const PROFILE: &str = "allow io_uring_setup, io_uring_enter and io_uring_register in the seccomp profile of the container or unit";
+        const PROFILE: &str = "allow io_uring_setup, io_uring_enter and io_uring_register in the seccomp \
+            profile of the container or unit";
         let Self(call, error) = self;
         match error.raw_os_error() {
             Some(libc::EPERM) => {

@@ -19,7 +19,8 @@ fn start(arguments: &str) -> Server {
     let server = binary("raio_server");
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!(
-        "ulimit -n {OPEN_FILES} && exec {} --listen tcp://127.0.0.1:0 --export n=null:1M --export etc=/etc {arguments}",
+        "ulimit -n {OPEN_FILES} && exec {} --listen tcp://127.0.0.1:0 --export n=null:1M --export etc=/etc \
+         {arguments}",
         server.display()
     ));
     Server::spawn(command)

@@ -138,7 +138,8 @@ impl Blocks {
                 };
                 assert!(
                     is(self.acknowledged[block]) || unknown.is_some_and(is),
-                    "block {block}, page {page}: not version {} which was acknowledged, nor {unknown:?}, but {:x?}",
+                    "block {block}, page {page}: not version {} which was acknowledged, nor {unknown:?}, but \
+                     {:x?}",
                     self.acknowledged[block],
                     &words[..16]
                 );

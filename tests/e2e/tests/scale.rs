@@ -84,8 +84,8 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
     let sessions = SESSIONS.min(limit.saturating_sub(DESCRIPTORS_OWN) / 2);
     if sessions < SESSIONS {
         eprintln!(
-            "SKIPPED: {SESSIONS} sessions with a file each take {} open files, and a process here may have only {limit}: {sessions} \
-             sessions instead. Raise the hard limit, `ulimit -Hn`.",
+            "SKIPPED: {SESSIONS} sessions with a file each take {} open files, and a process here may have \
+             only {limit}: {sessions} sessions instead. Raise the hard limit, `ulimit -Hn`.",
             2 * SESSIONS + DESCRIPTORS_OWN
         );
     }

@@ -265,7 +265,8 @@ impl<'res> Channel<'res> {
                 thread::sleep(Duration::from_millis(100));
                 self.look_at_stream()?;
                 return Err(format!(
-                    "A work request failed with status {status} (vendor {vendor}, see ibv_wc_status in verbs.h). See the server's log."
+                    "A work request failed with status {status} (vendor {vendor}, see ibv_wc_status in \
+                     verbs.h). See the server's log."
                 )
                 .into());
             }

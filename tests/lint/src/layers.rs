@@ -1,7 +1,7 @@
 //! Modules depend on one another in one direction only.
 //!
-//! docs/ARCHITECTURE.md has a table of layers for each crate: a top-level module may use those of lower layers. Within a
-//! module, its children must not use one another in a circle.
+//! docs/ARCHITECTURE.md has a table of layers for each crate: a top-level module may use those of lower
+//! layers. Within a module, its children must not use one another in a circle.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -32,8 +32,8 @@ pub const CRATES: &[Crate] = &[
     Crate { name: "raio-load", root: "raio-load/src/main.rs", is_library: false },
 ];
 
-/// The layer of each top-level module, from the rows `| NUMBER | `module`, `module` | ...` below a line that begins with
-/// `### NAME (`.
+/// The layer of each top-level module, from the rows `| NUMBER | `module`, `module` | ...` below a line that
+/// begins with `### NAME (`.
 fn layers(name: &str) -> anyhow::Result<HashMap<String, usize>> {
     let document = fs::read_to_string(DOCUMENT).with_context(|| format!("Cannot read {DOCUMENT}"))?;
     let heading = format!("### {name} (");

@@ -1,8 +1,9 @@
-//! `cargo run -p raio-lint`: checks what neither rustc nor clippy does. Prints each finding with file and line, and fails if
-//! there is one. With `--graph` it prints which module uses which instead.
+//! `cargo run -p raio-lint`: checks what neither rustc nor clippy does. Prints each finding with file and
+//! line, and fails if there is one. With `--graph` it prints which module uses which instead.
 //!
 //! - [`layers`]: modules depend on one another in one direction only, as docs/ARCHITECTURE.md's tables say.
-//! - [`names`]: no two public types of a library have the same name, and no name that was given up comes back.
+//! - [`names`]: no two public types of a library have the same name, and no name that was given up comes
+//!   back.
 //! - [`widths`]: lines of source, comments and documents are no wider than rustfmt's `max_width`.
 
 mod layers;

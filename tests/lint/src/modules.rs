@@ -21,8 +21,8 @@ pub struct Module {
     pub is_public: bool,
     /// Absolute paths (without `crate`) that it mentions, with their lines.
     pub uses: Vec<(ModulePath, usize)>,
-    /// Names that it makes available from elsewhere, with the paths that they stand for, and whether publicly. A glob has
-    /// the name `*`.
+    /// Names that it makes available from elsewhere, with the paths that they stand for, and whether
+    /// publicly. A glob has the name `*`.
     pub reexports: Vec<(String, ModulePath, bool)>,
     /// Public types that it defines, with their lines.
     pub types: Vec<(String, usize)>,

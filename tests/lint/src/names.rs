@@ -9,8 +9,8 @@ use crate::Finding;
 use crate::layers::Crate;
 use crate::modules::{Modules, module_of};
 
-/// `OLD NEW...` in each line: a word that is not used any more, and what the field says. Lines that begin with `#` are
-/// comments.
+/// `OLD NEW...` in each line: a word that is not used any more, and what the field says. Lines that begin
+/// with `#` are comments.
 const OLD_NAMES: &str = "tests/lint/old-names";
 
 /// Appends the public types of a crate that have the same name.

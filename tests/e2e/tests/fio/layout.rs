@@ -58,7 +58,8 @@ impl Matrix {
                             for &on_open in self.either {
                                 for &exists in self.exists {
                                     let mut options = format!(
-                                        "rw={rw}\nfallocate={fallocate}\n{size}\nfile_append={}\noverwrite={}\n\
+                                        "rw={rw}\nfallocate={fallocate}\n\
+                                         {size}\nfile_append={}\noverwrite={}\n\
                                          create_on_open={}\n",
                                         flag(append),
                                         flag(overwrite),

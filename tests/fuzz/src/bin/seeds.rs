@@ -111,10 +111,14 @@ fn private_data() -> [(&'static str, Vec<u8>); 2] {
 }
 
 const CONFIGURATIONS: &[&str] = &[
-    "export = [\"a=/srv,rw\", \"n=null:1M\"]\nworkers = 2\nmemory = \"64M\"\nio-max = 65536\nlog = \"warn\"\n",
-    "[export.a]\npath = \"/srv\"\naccess = \"rw\"\ndirect = true\nmountpoint = true\ndevices = true\nmax-file-size = \"1G\"\n\
-     cross-mounts = true\n[export.\"b c\"]\npath = \"/x,y\"\ngrow = true\n[export.m]\nmemory = \"1M\"\n[export.n]\nnull = 4096\n",
-    "queue-depth = 4\nmax-sessions = 10\nspin-us = 0\nbackend = \"threads\"\nlisten = [\"tcp://127.0.0.1:0\"]\n",
+    "export = [\"a=/srv,rw\", \"n=null:1M\"]\nworkers = 2\nmemory = \"64M\"\n\
+     io-max = 65536\nlog = \"warn\"\n",
+    "[export.a]\npath = \"/srv\"\naccess = \"rw\"\ndirect = true\nmountpoint = true\n\
+     devices = true\nmax-file-size = \"1G\"\ncross-mounts = true\n[export.\"b c\"]\n\
+     path = \"/x,y\"\ngrow = true\n[export.m]\nmemory = \"1M\"\n[export.n]\n\
+     null = 4096\n",
+    "queue-depth = 4\nmax-sessions = 10\nspin-us = 0\nbackend = \"threads\"\n\
+     listen = [\"tcp://127.0.0.1:0\"]\n",
 ];
 
 /// One command of each operation, with every field and flag that it uses.
