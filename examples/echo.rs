@@ -19,16 +19,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use raio_transport::Status;
+use raio_transport::event_loop::EventLoop;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
-use raio_transport::reactor::{Config, Op, Payload, Reactor, Token, Wait};
+use raio_transport::reactor::Wait;
 use raio_transport::tcp;
-use raio_transport::transport::{
-    Body, Bulk, ClientTransport, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
-};
+use raio_transport::transport::{Body, Bulk, ClientTransport, RequestKey, Response, ServerEvent, SlotRange};
 
-const LISTENER: u8 = 0;
-const TRANSPORT: u8 = 1;
 const ARENA_BYTES: usize = 64 << 20;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -69,33 +66,17 @@ fn parse(command: &[u8]) -> Option<(u8, u64)> {
 }
 
 fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
-    let mut reactor = Reactor::new(&Config::default())?;
     let policy = Policy::default();
     let mut arena = Arena::new(ARENA_BYTES, policy.data_bytes_max as usize)?;
-    let mut server = tcp::Server::new(TRANSPORT, Arc::new(policy));
+    let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(policy)))?;
+    server.listen(listener);
     // What was put and not yet got back.
     let mut kept = HashMap::new();
     // Requests whose data is on the way, and its name.
     let mut coming = HashMap::new();
-
-    let listener = reactor.file(listener);
-    let accept = Token { owner: LISTENER, value: 0 };
-    reactor.submit(accept, Op::Accept { listener: listener.clone() });
-    let mut events = Vec::new();
     loop {
-        server.run_once(&mut reactor, Wait::Block, &mut events)?;
-        for event in events.drain(..) {
-            if let Payload::Fd(stream) = event.payload {
-                server.adopt(&mut reactor, stream);
-                reactor.submit(accept, Op::Accept { listener: listener.clone() });
-            }
-        }
+        server.run_once(Wait::Block)?;
         while let Some(event) = server.next_event() {
-            let mut answer = |server: &mut tcp::Server, key: RequestKey, status, data: Option<SlotRange>| {
-                let result = data.as_ref().map_or(0, |data| data.len as u64);
-                let response = Response { status, result, body: Body::from(&[][..]), data };
-                server.respond(&mut reactor, key, response);
-            };
             match event {
                 ServerEvent::Request(request) => match parse(&request.body) {
                     // Put: the data has not come yet. It is told where to go, or, without memory for it,
@@ -103,28 +84,28 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
                     Some((b'p', name)) => match arena.alloc(request.data_len as usize) {
                         Some(slot) if request.data_len > 0 => {
                             coming.insert(request.key, name);
-                            server.fetch(&mut reactor, request.key, slot, 0);
+                            server.fetch(request.key, slot, 0);
                         }
                         Some(slot) => {
                             kept.insert((request.key.connection, name), SlotRange { slot, start: 0, len: 0 });
-                            answer(&mut server, request.key, Status::OK, None);
+                            server.respond(request.key, answer(Status::OK, None));
                         }
-                        None => answer(&mut server, request.key, Status::storage(libc::ENOBUFS), None),
+                        None => server.respond(request.key, answer(Status::storage(libc::ENOBUFS), None)),
                     },
                     // Get.
                     Some((b'g', name)) => match kept.remove(&(request.key.connection, name)) {
                         Some(data) if data.len <= request.region_len as usize => {
-                            answer(&mut server, request.key, Status::OK, Some(data));
+                            server.respond(request.key, answer(Status::OK, Some(data)));
                         }
-                        _ => answer(&mut server, request.key, Status::storage(libc::ENOENT), None),
+                        _ => server.respond(request.key, answer(Status::storage(libc::ENOENT), None)),
                     },
-                    _ => answer(&mut server, request.key, Status::protocol(libc::EINVAL), None),
+                    _ => server.respond(request.key, answer(Status::protocol(libc::EINVAL), None)),
                 },
                 ServerEvent::Fetched(key, data) => {
                     if let Some(name) = coming.remove(&key) {
                         kept.insert((key.connection, name), data);
                     }
-                    answer(&mut server, key, Status::OK, None);
+                    server.respond(key, answer(Status::OK, None));
                 }
                 ServerEvent::Opened(..) | ServerEvent::Moved(..) => {}
                 ServerEvent::Closed(connection, _) => {
@@ -133,8 +114,12 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
                 }
             }
         }
-        server.flush(&mut reactor);
     }
+}
+
+fn answer(status: Status, data: Option<SlotRange>) -> Response {
+    let result = data.as_ref().map_or(0, |data| data.len as u64);
+    Response { status, result, body: Body::from(&[][..]), data }
 }
 
 /// Puts data and gets it back `count` times, `depth` at a time, and prints how fast that went.

@@ -14,15 +14,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use raio_transport::Status;
+use raio_transport::event_loop::EventLoop;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::text;
-use raio_transport::reactor::{Config, Op, Payload, Reactor, Token, Wait};
+use raio_transport::reactor::Wait;
 use raio_transport::tcp;
-use raio_transport::transport::{Body, Bulk, ClientTransport, Response, ServerEvent, ServerTransport};
-
-/// Who an event of the reactor's is for.
-const LISTENER: u8 = 0;
-const TRANSPORT: u8 = 1;
+use raio_transport::transport::{Body, Bulk, ClientTransport, Response, ServerEvent};
 
 fn main() -> Result<(), Box<dyn Error>> {
     // Port 0: whichever is free.
@@ -45,38 +42,23 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// One thread that accepts, receives and answers, for any number of clients.
 fn serve(listener: OwnedFd) -> std::io::Result<()> {
-    let mut reactor = Reactor::new(&Config::default())?;
-    let mut server = tcp::Server::new(TRANSPORT, Arc::new(Policy::default()));
-    let listener = reactor.file(listener);
-    let accept = Token { owner: LISTENER, value: 0 };
-    reactor.submit(accept, Op::Accept { listener: listener.clone() });
-
-    let mut events = Vec::new();
+    let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(Policy::default())))?;
+    server.listen(listener);
     loop {
-        // Wait until something has happened; what is left in `events` is not the transport's,
-        server.run_once(&mut reactor, Wait::Block, &mut events)?;
-        for event in events.drain(..) {
-            if let Payload::Fd(stream) = event.payload {
-                server.adopt(&mut reactor, stream);
-                reactor.submit(accept, Op::Accept { listener: listener.clone() });
-            }
-        }
-        // do what was asked for,
+        // Sends the answers, and waits until something has happened.
+        server.run_once(Wait::Block)?;
         while let Some(event) = server.next_event() {
             match event {
                 ServerEvent::Opened(_, peer) => println!("server: {:?} is here", peer.name),
                 ServerEvent::Request(request) => {
                     println!("server: it says {:?}", text(&request.body));
                     let body = Body::from(&b"Hello, client!"[..]);
-                    let response = Response { status: Status::OK, result: 0, body, data: None };
-                    server.respond(&mut reactor, request.key, response);
+                    server.respond(request.key, Response { status: Status::OK, result: 0, body, data: None });
                 }
+                ServerEvent::Closed(_, reason) => println!("server: it left ({})", reason.name()),
                 ServerEvent::Fetched(..) => unreachable!("greetings bring no data"),
                 ServerEvent::Moved(..) => unreachable!("there is one transport"),
-                ServerEvent::Closed(_, reason) => println!("server: it left ({})", reason.name()),
             }
         }
-        // and send all answers at once.
-        server.flush(&mut reactor);
     }
 }

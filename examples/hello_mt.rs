@@ -17,13 +17,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use raio_transport::Status;
+use raio_transport::event_loop::EventLoop;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::text;
-use raio_transport::reactor::{Config, Reactor, Receiver, Sender, Wait, mailbox};
+use raio_transport::reactor::{Receiver, Sender, Wait, mailbox};
 use raio_transport::tcp;
-use raio_transport::transport::{Body, Bulk, ClientTransport, Response, ServerEvent, ServerTransport};
-
-const TRANSPORT: u8 = 1;
+use raio_transport::transport::{Accepted, Body, Bulk, ClientTransport, Response, ServerEvent};
 
 /// What a worker finds in its mailbox.
 enum Mail {
@@ -43,10 +42,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(|_| {
             let (policy, ready) = (Arc::clone(&policy), ready.0.clone());
             thread::spawn(move || {
-                let mut reactor = Reactor::new(&Config::default())?;
-                let (sender, receiver) = mailbox(reactor.waker());
+                let server = EventLoop::new(tcp::Server::new(0, policy))
+                    .map_err(|source| raio_transport::Error::io("Cannot make an event loop", source))?;
+                let (sender, receiver) = mailbox(server.waker());
                 ready.send(sender).expect("main waits for it");
-                work(&mut reactor, tcp::Server::new(TRANSPORT, policy), &receiver)
+                work(server, &receiver)
             })
         })
         .collect();
@@ -89,17 +89,17 @@ fn accept(listener: &TcpListener, workers: &[Sender<Mail>]) -> std::io::Result<(
 
 /// Serves until it is stopped. Returns how many clients it had and how often it was greeted.
 fn work(
-    reactor: &mut Reactor,
-    mut server: tcp::Server,
+    mut server: EventLoop<tcp::Server>,
     mailbox: &Receiver<Mail>,
-) -> std::io::Result<(usize, usize)> {
+) -> Result<(usize, usize), raio_transport::Error> {
     let (mut clients, mut greetings) = (0, 0);
-    let mut events = Vec::new();
     loop {
-        server.run_once(reactor, Wait::Block, &mut events)?;
+        server.run_once(Wait::Block).map_err(|source| raio_transport::Error::io("Cannot go on", source))?;
         while let Some(mail) = mailbox.take() {
             match mail {
-                Mail::Client(stream) => drop(server.adopt(reactor, stream)),
+                Mail::Client(stream) => {
+                    server.adopt(Accepted::Stream(Arc::new(stream), None))?;
+                }
                 Mail::Stop => return Ok((clients, greetings)),
             }
         }
@@ -110,16 +110,11 @@ fn work(
                     greetings += 1;
                     let answer = format!("Hello, {}!", text(&request.body));
                     let body = Body::from(answer.as_bytes());
-                    server.respond(
-                        reactor,
-                        request.key,
-                        Response { status: Status::OK, result: 0, body, data: None },
-                    );
+                    server.respond(request.key, Response { status: Status::OK, result: 0, body, data: None });
                 }
                 ServerEvent::Fetched(..) | ServerEvent::Moved(..) | ServerEvent::Closed(..) => {}
             }
         }
-        server.flush(reactor);
     }
 }
 

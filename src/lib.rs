@@ -24,6 +24,7 @@ pub mod address;
 pub mod busy_poll;
 mod client;
 pub mod error;
+pub mod event_loop;
 pub mod handshake;
 mod keepalive;
 pub mod loopback;

@@ -16,7 +16,7 @@ use crate::handshake::Offer;
 use crate::memory::{Arena, Slot};
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
-    ClientTransport, ConnectionId, Handover, Incoming, Passed, RequestKey, Response, ServerCounters,
+    Accepted, ClientTransport, ConnectionId, Handover, Passed, RequestKey, Response, ServerCounters,
     ServerEvent, ServerTransport, UpgradeRequest,
 };
 use crate::{message, rdma, tcp};
@@ -99,7 +99,7 @@ impl Server {
     }
 
     /// Takes over a connection that was accepted; its handshake is still to come.
-    pub fn adopt(&mut self, reactor: &mut Reactor, mut incoming: Incoming) -> Result<ConnectionId, Error> {
+    pub fn adopt(&mut self, reactor: &mut Reactor, mut incoming: Accepted) -> Result<ConnectionId, Error> {
         for (_, transport) in &mut self.transports {
             match transport.accept(reactor, incoming) {
                 Ok(accepted) => return accepted,
@@ -199,8 +199,11 @@ impl ServerTransport for Server {
     }
 
     fn next_event(&mut self) -> Option<ServerEvent> {
-        // All that there was of a connection before it moved has been taken before the flush that moved it.
-        self.moved.pop_front().or_else(|| self.all_mut().find_map(|transport| transport.next_event()))
+        if let Some(&ServerEvent::Moved(from, _)) = self.moved.front() {
+            // What there was of it before it moved comes first.
+            return self.find_mut(from).next_event().or_else(|| self.moved.pop_front());
+        }
+        self.all_mut().find_map(|transport| transport.next_event())
     }
 
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize) {

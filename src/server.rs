@@ -1,11 +1,11 @@
 //! The server's side of a connection, as every transport has it: the protocol without the I/O.
 //!
 //! ```text
-//!   tcp::Server                     rdma::Server, loopback::Server       moves bytes; knows sockets, queue pairs
-//!        |                                |                              and the reactor
-//!   StreamConnection                 MessageConnection                   messages out of a stream of bytes, or
-//!        |                                |                              whole; what to send next
-//!        +---------- ConnectionCore ------+                              phases, credits, ids, limits, deadlines
+//!   tcp::Server              rdma::Server, loopback::Server    move bytes; know sockets, queue pairs
+//!        |                              |                      and the reactor
+//!   StreamConnection             MessageConnection             messages out of a stream of bytes, or
+//!        |                              |                      whole; what to send next
+//!        +-------- ConnectionCore ------+                      phases, credits, ids, limits, deadlines
 //! ```
 //!
 //! Nothing here makes a system call or asks for the time: a transport passes in what has happened and its

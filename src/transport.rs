@@ -141,7 +141,7 @@ pub struct UpgradeRequest {
 
 /// A connection that was accepted, for the transport that it is of.
 #[derive(Debug)]
-pub enum Incoming {
+pub enum Accepted {
     /// A non-blocking stream socket. If another server has passed it on, with what it had received.
     Stream(Arc<OwnedFd>, Option<Vec<u8>>),
     /// What the listener of another transport has given.
@@ -157,7 +157,7 @@ pub struct Passed {
     pub to: usize,
     /// Its socket.
     pub stream: Arc<OwnedFd>,
-    /// All that was received: its hello, and what came behind it. For [`Incoming::Stream`].
+    /// All that was received: its hello, and what came behind it. For [`Accepted::Stream`].
     pub hello: Vec<u8>,
 }
 
@@ -375,8 +375,8 @@ pub trait ServerTransport {
     fn accept(
         &mut self,
         reactor: &mut Reactor,
-        incoming: Incoming,
-    ) -> Result<Result<ConnectionId, Error>, Incoming> {
+        incoming: Accepted,
+    ) -> Result<Result<ConnectionId, Error>, Accepted> {
         let _ = reactor;
         Err(incoming)
     }
@@ -444,7 +444,7 @@ pub trait ServerTransport {
     }
 
     // Accounts
-    // ------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Heap that the connections' messages cause now, of what there may be, and how often one was not read
     /// from because of that (backpressure).

@@ -44,7 +44,7 @@ use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, Incoming, ServerEvent, ServerTransport};
+use raio_transport::transport::{self, Accepted, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma, tcp};
 
 use crate::config::BackendKind;
@@ -382,9 +382,9 @@ impl Worker {
     fn adopt(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let peer = connection.peer();
         let incoming = match connection {
-            RawConnection::Tcp(stream, _) => Incoming::Stream(Arc::new(stream), None),
-            RawConnection::Passed(stream, _, hello) => Incoming::Stream(stream, Some(hello)),
-            RawConnection::Rdma(incoming) => Incoming::Other(Box::new(incoming)),
+            RawConnection::Tcp(stream, _) => Accepted::Stream(Arc::new(stream), None),
+            RawConnection::Passed(stream, _, hello) => Accepted::Stream(stream, Some(hello)),
+            RawConnection::Rdma(incoming) => Accepted::Other(Box::new(incoming)),
         };
         let adopted = self.transport.adopt(&mut self.reactor, incoming);
         let id = match adopted {

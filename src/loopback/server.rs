@@ -13,7 +13,7 @@ use super::link::End;
 use crate::error::{Status, Violation};
 use crate::handshake::Policy;
 use crate::memory::{Slot, SlotRange};
-use crate::reactor::{Clock, Event, File, Op, OpId, Payload, Reactor, TimerId, Token};
+use crate::reactor::{Event, File, LoopClock, Op, OpId, Payload, Reactor, TimerId, Token};
 use crate::server::{DataSource, Due, MessageConnection, Outgoing, Taken};
 use crate::transport::{CloseReason, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport};
 use crate::tuning::CONTROL_MESSAGES;
@@ -184,7 +184,7 @@ impl Server {
 
 impl Connection {
     /// Sends as long as the peer has room.
-    fn send(&mut self, clock: &Clock) {
+    fn send(&mut self, clock: &LoopClock) {
         while self.messages.has_unsent() && self.broken.is_none() {
             let has_room = self.end.has_room();
             self.messages.note_progress(has_room, 0, clock);

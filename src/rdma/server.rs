@@ -30,7 +30,7 @@ use crate::error::{Error, Status, Violation};
 use crate::handshake::Policy;
 use crate::memory::{Arena, Mapping, Slot, SlotRange};
 use crate::message::{Link, QueuePairAddress, RemoteRegion};
-use crate::reactor::{Clock, Event, File, Op, Payload, Reactor, TimerId, Token};
+use crate::reactor::{Event, File, LoopClock, Op, Payload, Reactor, TimerId, Token};
 use crate::server::{DataSource, Due, MessageConnection, Outgoing, Phase, Taken};
 use crate::transport::{
     self, ALIVE_FOR, CloseReason, ConnectionId, Handover, QueuePairMemory, RequestKey, Response,
@@ -671,7 +671,7 @@ impl Connection {
         port: usize,
         size: &Size,
         reads_max: u8,
-        clock: &Clock,
+        clock: &LoopClock,
     ) -> Self {
         // The queue may be shorter than was asked for: half of it is for answers then.
         let answers = size.sends - usize::from(reads_max);
@@ -715,7 +715,7 @@ impl Connection {
     }
 
     /// Notes since when what is posted has waited.
-    fn note_progress(&mut self, clock: &Clock) {
+    fn note_progress(&mut self, clock: &LoopClock) {
         if self.messages.note_progress(self.qp.is_idle(), self.qp.ended(), clock) {
             self.answered = clock.now();
         }
@@ -1031,14 +1031,14 @@ impl ServerTransport for Server {
     fn accept(
         &mut self,
         reactor: &mut Reactor,
-        incoming: transport::Incoming,
-    ) -> Result<Result<ConnectionId, Error>, transport::Incoming> {
+        incoming: transport::Accepted,
+    ) -> Result<Result<ConnectionId, Error>, transport::Accepted> {
         match incoming {
-            transport::Incoming::Other(other) => match other.downcast() {
+            transport::Accepted::Other(other) => match other.downcast() {
                 Ok(incoming) => Ok(self.adopt(reactor, *incoming)),
-                Err(other) => Err(transport::Incoming::Other(other)),
+                Err(other) => Err(transport::Accepted::Other(other)),
             },
-            stream @ transport::Incoming::Stream(..) => Err(stream),
+            stream @ transport::Accepted::Stream(..) => Err(stream),
         }
     }
 

@@ -6,9 +6,9 @@ use std::time::Instant;
 /// A clock that stands still for an iteration of the event loop: it is read when somebody first asks, and
 /// then not again before the next iteration, for reading it costs about 70 instructions.
 #[derive(Debug, Default)]
-pub struct Clock(Cell<Option<Instant>>);
+pub struct LoopClock(Cell<Option<Instant>>);
 
-impl Clock {
+impl LoopClock {
     /// A clock that stands at this time: for tests.
     pub fn at(now: Instant) -> Self {
         Self(Cell::new(Some(now)))

@@ -34,7 +34,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
-pub use clock::Clock;
+pub use clock::LoopClock;
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
 pub use received::Received;
 pub use sources::{FileWatch, Signals, block_signals};
@@ -289,7 +289,7 @@ pub struct Reactor {
     /// See [`Reactor::expect`].
     expected: u32,
     sleeps: u64,
-    clock: Clock,
+    clock: LoopClock,
 }
 
 impl Reactor {
@@ -317,7 +317,7 @@ impl Reactor {
             fixed_retired: Rc::default(),
             expected: 1,
             sleeps: 0,
-            clock: Clock::default(),
+            clock: LoopClock::default(),
         })
     }
 
@@ -337,7 +337,7 @@ impl Reactor {
     }
 
     /// The time, as of this iteration of the event loop.
-    pub fn clock(&self) -> &Clock {
+    pub fn clock(&self) -> &LoopClock {
         &self.clock
     }
 

@@ -6,7 +6,7 @@ use super::InFlight;
 use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, Kind, Limits, Message};
-use crate::reactor::Clock;
+use crate::reactor::LoopClock;
 use crate::transport::{CloseReason, ConnectionId};
 use crate::tuning::{KEEPALIVES_MISSED_MAX, LINGER};
 
@@ -65,7 +65,7 @@ pub(crate) struct ConnectionCore<R> {
 
 impl<R> ConnectionCore<R> {
     /// A connection whose handshake is still to come.
-    pub fn new(id: ConnectionId, policy: &Policy, clock: &Clock) -> Self {
+    pub fn new(id: ConnectionId, policy: &Policy, clock: &LoopClock) -> Self {
         Self {
             id,
             phase: Phase::Handshake,
@@ -102,7 +102,7 @@ impl<R> ConnectionCore<R> {
     }
 
     /// The handshake is over: this is granted.
-    pub fn open(&mut self, peer: &Peer, clock: &Clock) {
+    pub fn open(&mut self, peer: &Peer, clock: &LoopClock) {
         self.phase = Phase::Open;
         self.limits = peer.grant.limits();
         self.credits = peer.grant.credits() as usize;
@@ -158,7 +158,7 @@ impl<R> ConnectionCore<R> {
     }
 
     /// What is due. A peer is not heard while it is not read from.
-    pub fn on_timer(&mut self, clock: &Clock, is_read_from: bool) -> Due {
+    pub fn on_timer(&mut self, clock: &LoopClock, is_read_from: bool) -> Due {
         let now = clock.now();
         if self.deadline.is_none_or(|at| now < at) {
             return Due::Nothing;
@@ -195,7 +195,7 @@ impl<R> ConnectionCore<R> {
     }
 
     /// It is over, once what is on the way to its peer has had a while to get there.
-    pub fn linger(&mut self, clock: &Clock) {
+    pub fn linger(&mut self, clock: &LoopClock) {
         self.phase = Phase::Lingering;
         self.in_flight.clear();
         self.deadline = Some(clock.now() + LINGER);
@@ -237,7 +237,7 @@ pub(crate) mod tests {
     impl Run {
         fn new() -> Self {
             let start = Instant::now();
-            Self { start, core: ConnectionCore::new(ID, &Policy::default(), &Clock::at(start)) }
+            Self { start, core: ConnectionCore::new(ID, &Policy::default(), &LoopClock::at(start)) }
         }
 
         fn open(keepalive: Duration) -> Self {
@@ -247,8 +247,8 @@ pub(crate) mod tests {
             run
         }
 
-        fn clock(&self, ms: u64) -> Clock {
-            Clock::at(self.start + Duration::from_millis(ms))
+        fn clock(&self, ms: u64) -> LoopClock {
+            LoopClock::at(self.start + Duration::from_millis(ms))
         }
 
         fn at(&mut self, ms: u64, is_read_from: bool) -> Due {

@@ -13,7 +13,7 @@ use super::{ConnectionCore, Control};
 use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, HANDSHAKE_BYTES_MAX, Message, Parsed, RemoteRegion};
-use crate::reactor::Clock;
+use crate::reactor::LoopClock;
 use crate::transport::{CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
 use crate::tuning::CONTROL_MESSAGES;
 
@@ -83,7 +83,7 @@ pub(crate) struct MessageConnection<I> {
 
 impl<I> MessageConnection<I> {
     /// A connection whose handshake is still to come.
-    pub fn new(id: ConnectionId, policy: &Policy, clock: &Clock) -> Self {
+    pub fn new(id: ConnectionId, policy: &Policy, clock: &LoopClock) -> Self {
         Self {
             core: ConnectionCore::new(id, policy, clock),
             inline_bytes_max: 0,
@@ -105,7 +105,7 @@ impl<I> MessageConnection<I> {
     }
 
     /// The handshake is over.
-    pub fn open(&mut self, peer: &Peer, welcome: Option<Vec<u8>>, clock: &Clock) {
+    pub fn open(&mut self, peer: &Peer, welcome: Option<Vec<u8>>, clock: &LoopClock) {
         self.core.open(peer, clock);
         self.inline_bytes_max = peer.grant.inline_bytes_max as usize;
         self.core.in_flight.reserve(self.core.credits());
@@ -259,7 +259,7 @@ impl<I> MessageConnection<I> {
 
     /// Notes whether what is on the way to the peer makes progress: `done` counts what has arrived. Returns
     /// whether some of what was waited for has.
-    pub fn note_progress(&mut self, is_idle: bool, done: u64, clock: &Clock) -> bool {
+    pub fn note_progress(&mut self, is_idle: bool, done: u64, clock: &LoopClock) -> bool {
         let has_progressed = self.stalled.is_some_and(|(_, then)| then != done);
         if is_idle {
             self.stalled = None;
@@ -270,7 +270,7 @@ impl<I> MessageConnection<I> {
     }
 
     /// Whether the peer has made no progress for so long.
-    pub fn is_stalled(&self, timeout: Duration, clock: &Clock) -> bool {
+    pub fn is_stalled(&self, timeout: Duration, clock: &LoopClock) -> bool {
         self.core.is_open() && self.stalled.is_some_and(|(since, _)| since + timeout <= clock.now())
     }
 
@@ -299,7 +299,12 @@ impl<I> MessageConnection<I> {
     }
 
     /// It is over: reports it, once, and takes back what of its requests was not reported yet.
-    pub fn report_closed(&mut self, reason: CloseReason, events: &mut VecDeque<ServerEvent>, clock: &Clock) {
+    pub fn report_closed(
+        &mut self,
+        reason: CloseReason,
+        events: &mut VecDeque<ServerEvent>,
+        clock: &LoopClock,
+    ) {
         let id = self.core.id;
         self.core.linger(clock);
         events.retain(|event| match event {
@@ -329,14 +334,14 @@ mod tests {
     impl Run {
         fn open() -> Self {
             let start = Instant::now();
-            let clock = Clock::at(start);
+            let clock = LoopClock::at(start);
             let mut connection = MessageConnection::new(ID, &Policy::default(), &clock);
             connection.open(&peer(2), None, &clock);
             Self { start, connection, events: VecDeque::new() }
         }
 
-        fn clock(&self, ms: u64) -> Clock {
-            Clock::at(self.start + Duration::from_millis(ms))
+        fn clock(&self, ms: u64) -> LoopClock {
+            LoopClock::at(self.start + Duration::from_millis(ms))
         }
 
         fn take(&mut self, bytes: &[u8]) -> Result<Taken, Violation> {

@@ -17,7 +17,7 @@ use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
-use crate::reactor::{Clock, SendBatch};
+use crate::reactor::{LoopClock, SendBatch};
 use crate::transport::{ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
 use crate::tuning::{
     BODY_COUNTED_MIN, DIRECT_BYTES_MIN, HEAP_BASE, HEAP_MESSAGES, HEAP_PART, LARGE_RECEIVE_BYTES,
@@ -262,7 +262,7 @@ pub(crate) struct StreamConnection<B> {
 
 impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     /// A connection whose handshake is still to come. One that `is_placed` is not passed on.
-    pub fn new(id: ConnectionId, policy: &Policy, is_placed: bool, clock: &Clock) -> Self {
+    pub fn new(id: ConnectionId, policy: &Policy, is_placed: bool, clock: &LoopClock) -> Self {
         Self {
             core: ConnectionCore::new(id, policy, clock),
             hello: Vec::new(),
@@ -307,10 +307,10 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     // Received
-    // --------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// The receive that is to be started, if any. [`StreamConnection::on_bytes`] or another `on_` follows.
-    pub fn poll_receive(&mut self, shared: &mut StreamShared, clock: &Clock) -> Option<Receive> {
+    pub fn poll_receive(&mut self, shared: &mut StreamShared, clock: &LoopClock) -> Option<Receive> {
         if self.receive_in_flight || self.core.phase() == Phase::Dead {
             return None;
         }
@@ -376,7 +376,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// `n` bytes have been received into the slot of a message's data.
-    pub fn on_data(&mut self, n: usize, range: SlotRange, shared: &mut StreamShared, clock: &Clock) {
+    pub fn on_data(&mut self, n: usize, range: SlotRange, shared: &mut StreamShared, clock: &LoopClock) {
         self.receive_in_flight = false;
         self.core.on_receive();
         self.progress.bytes_in += n as u64;
@@ -390,7 +390,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// These bytes have been received.
-    pub fn on_bytes(&mut self, bytes: B, shared: &mut StreamShared, clock: &Clock) {
+    pub fn on_bytes(&mut self, bytes: B, shared: &mut StreamShared, clock: &LoopClock) {
         self.receive_in_flight = false;
         self.core.on_receive();
         let n = bytes.len();
@@ -428,7 +428,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// All that has come so far: the hello, and perhaps what is behind it.
-    pub fn on_hello(&mut self, hello: Vec<u8>, shared: &mut StreamShared, clock: &Clock) {
+    pub fn on_hello(&mut self, hello: Vec<u8>, shared: &mut StreamShared, clock: &LoopClock) {
         match shared.policy.welcome(&hello) {
             Ok(Parsed::Need(n)) if hello.len() < n.min(message::HANDSHAKE_BYTES_MAX) => self.hello = hello,
             Ok(Parsed::Need(_)) => self.fail(shared, clock, Violation::HandshakeTooLong),
@@ -459,7 +459,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Looks at the unread bytes, as far as the connection's state lets it.
-    fn read(&mut self, shared: &mut StreamShared, clock: &Clock) {
+    fn read(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
         let mut unread = std::mem::replace(&mut self.unread, Unread::None);
         while self.core.is_open() {
             let bytes = unread.bytes();
@@ -507,7 +507,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Ends the data of a request if it is complete.
-    fn finish_data(&mut self, shared: &mut StreamShared, clock: &Clock) {
+    fn finish_data(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
         let Receiving::Data { id, slot, start, len, filled, crc } = &mut self.receiving else { return };
         if filled < len {
             return;
@@ -623,7 +623,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The data of a request is to come into this slot.
-    pub fn fetch(&mut self, id: u64, slot: Slot, start: usize, shared: &mut StreamShared, clock: &Clock) {
+    pub fn fetch(&mut self, id: u64, slot: Slot, start: usize, shared: &mut StreamShared, clock: &LoopClock) {
         if let Receiving::AwaitingFetch { id: awaited, len, crc } = self.receiving
             && id == awaited
         {
@@ -634,13 +634,19 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     // Sent
-    // ------------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Answers a request. Returns whether that was one whose data was still to come: it is discarded.
     ///
     /// # Panics
     /// If the response brings more data than the request has room for.
-    pub fn respond(&mut self, id: u64, response: Response, shared: &mut StreamShared, clock: &Clock) -> bool {
+    pub fn respond(
+        &mut self,
+        id: u64,
+        response: Response,
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) -> bool {
         if !self.core.is_open() {
             return false;
         }
@@ -735,7 +741,13 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The connection that it has moved to has ended: this one says so, and ends without being reported.
-    pub fn partner_ended(&mut self, status: Status, text: &str, shared: &mut StreamShared, clock: &Clock) {
+    pub fn partner_ended(
+        &mut self,
+        status: Status,
+        text: &str,
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) {
         self.upgrade = UpgradeState::Upgraded(None);
         self.close(status, text, CloseReason::Local, shared, clock);
     }
@@ -765,7 +777,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// An iteration is over: the reactor's buffers go back, for others may need them. Returns whether what is
-    /// to be sent is to be sent now: it is not if something left early, for one large send costs less than two.
+    /// to be sent leaves now: not if something left early, for one large send costs less than two.
     pub fn begin_flush(&mut self, shared: &mut StreamShared) -> bool {
         self.is_dirty = false;
         if let Unread::Borrowed(received, at) = &self.unread {
@@ -830,7 +842,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     // Heap
-    // ------------------------------------------------------------------------------------------------------------
+    // ----------------------------------------------------------------------------------------------------
 
     /// Heap that its messages cause.
     fn messages_heap(&self) -> usize {
@@ -880,7 +892,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Others have come to cause less heap: the receive that is to be started now, if any.
-    pub fn reopen_gate(&mut self, shared: &mut StreamShared, clock: &Clock) -> Option<Receive> {
+    pub fn reopen_gate(&mut self, shared: &mut StreamShared, clock: &LoopClock) -> Option<Receive> {
         self.is_in_gated = false;
         let receive = if self.is_gated { self.poll_receive(shared, clock) } else { None };
         if self.is_gated {
@@ -906,7 +918,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The deadline may have come.
-    pub fn on_timer(&mut self, shared: &mut StreamShared, clock: &Clock) {
+    pub fn on_timer(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
         self.needs_attention = true;
         match self.core.on_timer(clock, self.receive_in_flight) {
             Due::Nothing => {}
@@ -931,7 +943,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Ends a connection whose peer broke the protocol, and tells the peer.
-    fn fail(&mut self, shared: &mut StreamShared, clock: &Clock, violation: Violation) {
+    fn fail(&mut self, shared: &mut StreamShared, clock: &LoopClock, violation: Violation) {
         let reason = CloseReason::Violation(violation);
         match words_for(violation) {
             Some((status, text)) => self.close(status, &text, reason, shared, clock),
@@ -946,14 +958,14 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         text: &str,
         reason: CloseReason,
         shared: &mut StreamShared,
-        clock: &Clock,
+        clock: &LoopClock,
     ) {
         let Some(words) = self.core.last_words(&shared.policy, status, text) else { return };
         self.say_last(&words, reason, shared, clock);
     }
 
     /// Rejects a client whose welcome has not been sent.
-    pub fn reject(&mut self, errno: i32, text: &str, shared: &mut StreamShared, clock: &Clock) {
+    pub fn reject(&mut self, errno: i32, text: &str, shared: &mut StreamShared, clock: &LoopClock) {
         if self.core.is_open() {
             // The welcome, and what it said at once.
             self.outbox.discard_next();
@@ -962,7 +974,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
     }
 
-    fn say_last(&mut self, words: &[u8], reason: CloseReason, shared: &mut StreamShared, clock: &Clock) {
+    fn say_last(&mut self, words: &[u8], reason: CloseReason, shared: &mut StreamShared, clock: &LoopClock) {
         self.outbox.push_bytes(&mut shared.spare, |out| out.extend_from_slice(words));
         self.unread = Unread::None;
         self.receiving = Receiving::Messages;
@@ -1036,17 +1048,17 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
     }
 
-    /// Notes how far it has come. With `close`, ends it if it has made no progress since the last time on what
-    /// it holds memory for.
-    pub fn check_progress(&mut self, close: bool, shared: &mut StreamShared, clock: &Clock) {
+    /// Notes how far it has come. With `close`, ends it if it has made no progress since the last time on
+    /// what it holds memory for.
+    pub fn check_progress(&mut self, close: bool, shared: &mut StreamShared, clock: &LoopClock) {
         match self.stalled().filter(|_| close) {
             None => {}
             // A goaway would wait behind what it does not take, and so would the end of the stream, for
             // minutes, with all that the kernel holds for it.
             Some(Stalled::Output) => self.reset(shared, CloseReason::Evicted),
             Some(Stalled::Input) => {
-                let text = "The server needed the memory that this connection held: it had begun to send data \
-                            and did not go on with them while other clients waited. Connect again, and send \
+                let text = "The server needed the memory that this connection held: it had begun to send \
+                            data and did not go on with them while other clients waited. Connect again, and send \
                             messages without a pause.";
                 let status = Status { retryable: true, ..Status::policy(libc::ENOBUFS) };
                 self.close(status, text, CloseReason::Evicted, shared, clock);

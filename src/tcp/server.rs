@@ -20,11 +20,11 @@ use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Slot};
 use crate::message::QueuePairAddress;
 use crate::reactor::{
-    Clock, Event, File, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
+    Event, File, LoopClock, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
 };
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::transport::{
-    CloseReason, ConnectionId, Handover, Incoming, Passed, RequestKey, Response, ServerEvent,
+    Accepted, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
     ServerTransport, UpgradeRequest,
 };
 use watch::{Verdict, Watch};
@@ -101,7 +101,7 @@ impl Connection {
         !has_ended
     }
 
-    fn received(&mut self, event: Event, shared: &mut StreamShared, clock: &Clock) {
+    fn received(&mut self, event: Event, shared: &mut StreamShared, clock: &LoopClock) {
         let stream = &mut self.stream;
         match (event.result, event.payload) {
             (Ok(n @ 1..), Payload::Received(received)) => {
@@ -556,12 +556,12 @@ impl ServerTransport for Server {
     fn accept(
         &mut self,
         reactor: &mut Reactor,
-        incoming: Incoming,
-    ) -> Result<Result<ConnectionId, Error>, Incoming> {
+        incoming: Accepted,
+    ) -> Result<Result<ConnectionId, Error>, Accepted> {
         match incoming {
-            Incoming::Stream(stream, None) => Ok(Ok(self.adopt(reactor, stream))),
-            Incoming::Stream(stream, Some(hello)) => Ok(Ok(self.adopt_passed(reactor, stream, hello))),
-            incoming @ Incoming::Other(_) => Err(incoming),
+            Accepted::Stream(stream, None) => Ok(Ok(self.adopt(reactor, stream))),
+            Accepted::Stream(stream, Some(hello)) => Ok(Ok(self.adopt_passed(reactor, stream, hello))),
+            incoming @ Accepted::Other(_) => Err(incoming),
         }
     }
 

@@ -16,7 +16,7 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
-    Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Reply, Request, RequestKey, Response,
+    Accepted, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
     ServerCounters, ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
@@ -448,7 +448,7 @@ impl Wires {
         match (self, wire) {
             (Self::Tcp(server), Wire::Tcp(fd)) => drop(server.adopt(reactor, fd)),
             (Self::Any(server), Wire::Tcp(fd)) => {
-                let incoming = Incoming::Stream(Arc::new(fd), None);
+                let incoming = Accepted::Stream(Arc::new(fd), None);
                 server.adopt(reactor, incoming).unwrap();
             }
             (Self::Loopback(server), Wire::Loopback(end)) => drop(server.adopt(reactor, end)),

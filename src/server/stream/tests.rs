@@ -26,7 +26,7 @@ impl Run {
     fn with(policy: Policy) -> Self {
         let start = Instant::now();
         let shared = StreamShared::new(Arc::new(policy));
-        let connection = StreamConnection::new(ID, &shared.policy, false, &Clock::at(start));
+        let connection = StreamConnection::new(ID, &shared.policy, false, &LoopClock::at(start));
         let arena = Arena::new(4 << 20, 1 << 20).unwrap();
         Self { start, ms: 0, shared, connection, arena }
     }
@@ -43,8 +43,8 @@ impl Run {
         run
     }
 
-    fn clock(&self) -> Clock {
-        Clock::at(self.start + Duration::from_millis(self.ms))
+    fn clock(&self) -> LoopClock {
+        LoopClock::at(self.start + Duration::from_millis(self.ms))
     }
 
     fn receive(&mut self) -> Option<Receive> {
