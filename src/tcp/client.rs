@@ -278,11 +278,11 @@ impl ClientTransport for Client {
         if self.send_error.is_some() || !self.core.may_send(body, &bulk, control) {
             return Err(NotSent(bulk));
         }
-        let region = match &bulk {
-            Bulk::In(buffers) => RemoteRegion::In { address: 0, key: 0, len: buffers.len() as u32 },
-            _ => RemoteRegion::None,
+        let (region, data_len) = match &bulk {
+            Bulk::None => (RemoteRegion::None, 0),
+            Bulk::In(buffers) => (RemoteRegion::In { address: 0, key: 0, len: buffers.len() as u32 }, 0),
+            Bulk::Out(buffers) => (RemoteRegion::None, buffers.len()),
         };
-        let data_len = bulk.len_out();
         self.core.send(tag, body, bulk, control, Exposed { region, data_len, lease: () })
     }
 
@@ -305,21 +305,22 @@ impl ClientTransport for Client {
             self.send_queue();
         }
         self.core.take_done(replies);
-        let mut more = true;
+        if !self.unparsed.is_empty() {
+            // What came along with the handshake, or what has not been complete yet.
+            self.parse(replies);
+        }
         let mut reads = 0;
         while !self.core.has_failed() {
-            // First of all what came along with the handshake.
-            self.parse(replies);
-            if !more || self.core.has_failed() {
-                break;
-            }
             match self.read() {
                 Ok((0, _)) => self.core.fail_lost(libc::ECONNRESET, "the server closed it"),
-                Ok((_, again)) => {
+                Ok((_, more)) => {
                     self.core.counters.receives += 1;
                     arrived = true;
                     reads += 1;
-                    more = again && reads < READS_MAX;
+                    self.parse(replies);
+                    if !more || reads == READS_MAX {
+                        break;
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
