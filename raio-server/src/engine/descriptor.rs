@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
-use super::{Closing, Job, Lanes};
+use super::{Closing, Lanes};
 use crate::log;
 use crate::tuning::cached_reads::HOLES_MAX;
 
@@ -22,9 +22,9 @@ const ASYNCHRONOUS: [libc::__fsword_t; 3] =
 #[derive(Debug)]
 pub struct Descriptor {
     /// None once it is being closed.
-    fd: Option<OwnedFd>,
+    pub(super) fd: Option<OwnedFd>,
     lanes: Lanes,
-    closing: OnceLock<Closing>,
+    pub(super) closing: OnceLock<Closing>,
     /// How to read what is in the page cache without waiting. None: it is not read from there.
     pub(super) cached_reads: Option<ReadWriteFlags>,
     /// Writes go to the page cache and may stay there.
@@ -119,16 +119,7 @@ impl AsFd for Descriptor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.fd {
             Some(fd) => fd.as_fd(),
-            None => unreachable!("only `drop` takes it"),
-        }
-    }
-}
-
-impl Drop for Descriptor {
-    fn drop(&mut self) {
-        if let Some(fd) = self.fd.take() {
-            let lane = self.lanes.control;
-            lane.submit(lane.ticket(), Job::Close(fd, self.closing.take()));
+            None => unreachable!("only `drop` takes it, in `job`"),
         }
     }
 }

@@ -139,6 +139,15 @@ impl pool::Job for Job {
     }
 }
 
+impl Drop for Descriptor {
+    fn drop(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            let lane = self.lanes().control;
+            lane.submit(lane.ticket(), Job::Close(fd, self.closing.take()));
+        }
+    }
+}
+
 impl Operation {
     fn run(self, fd: &Descriptor) -> (Result<u32, i32>, Outcome) {
         let nothing = |result: Result<(), Errno>| (result.map(|()| 0), Outcome::None);

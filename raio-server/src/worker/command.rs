@@ -1,5 +1,5 @@
-//! The way of every request: decode, find the file, [`crate::authorize`], then the fast path or [`super::pipeline`],
-//! both by way of [`super::admission`].
+//! The way of every request: decode, find the file, [`crate::authorize`], then the fast path or
+//! [`super::pipeline`], both by way of [`super::admission`].
 //!
 //! What a client cannot know (a file that is not there, a range that is not aligned) is that request's
 //! failure, with an error message; what only a broken client says ends the connection.
