@@ -65,8 +65,8 @@ pub struct Request {
     pub connection: Option<usize>,
     /// What was asked for.
     pub opcode: Opcode,
-    /// In the iteration of which time.
-    pub arrived: Instant,
+    /// In the iteration of which time, if its latency is measured.
+    pub arrived: Option<Instant>,
     /// Where it is.
     pub state: State,
     /// What it does.
@@ -78,7 +78,7 @@ pub struct Request {
     /// It is to be cancelled.
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
-    pub cancel_request: Option<(RequestKey, Instant)>,
+    pub cancel_request: Option<(RequestKey, Option<Instant>)>,
     /// Where its operation is, for cancelling.
     pub operation: Option<Pending>,
 }

@@ -351,7 +351,7 @@ impl Worker {
 
     fn begin_iteration(&mut self) {
         self.admission.begin_iteration();
-        if self.latencies.begin_iteration() {
+        if self.latencies.measures_fast_path() {
             // What the fast path answers counts from here.
             self.reactor.clock().now();
         }
@@ -454,9 +454,9 @@ impl Worker {
             self.promise_life_sign();
         }
         self.is_busy |= self.admission.is_exhausted();
-        if self.latencies.has_answered() {
+        if self.latencies.end_iteration() {
             let began = self.reactor.clock().now();
-            self.latencies.end_iteration(began, Instant::now(), &self.counters);
+            self.latencies.record(began, Instant::now(), &self.counters);
         }
     }
 

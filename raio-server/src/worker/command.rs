@@ -85,7 +85,8 @@ impl Worker {
 
     /// Answers a request in the iteration that has taken it in.
     fn respond_now(&mut self, name: RequestKey, opcode: Opcode, response: Response) {
-        self.respond(name, opcode, self.reactor.clock().now(), response);
+        let arrived = self.arrived(opcode);
+        self.respond(name, opcode, arrived, response);
     }
 
     /// Counts one more request of a connection's session and address, or answers it: they have as many as
@@ -195,7 +196,7 @@ impl Worker {
             let response = failure(Status::storage(libc::EALREADY), text);
             return self.respond_now(request.key, Opcode::Cancel, response);
         }
-        self.requests[key].cancel_request = Some((request.key, self.reactor.clock().now()));
+        self.requests[key].cancel_request = Some((request.key, self.arrived(Opcode::Cancel)));
         self.cancel(connection, key);
     }
 }

@@ -46,9 +46,7 @@ impl Worker {
         self.counters.fast_path.add(1);
         self.count_response(Status::OK);
         self.count_work(Some(open.export), Direction::ToClient, Status::OK, length);
-        if self.latencies.samples_fast_path() {
-            self.latencies.answered_at_once(Opcode::Read);
-        }
+        self.latencies.answered_by_fast_path();
         if self.tracer.is_on() {
             self.trace(name, Phase::Point, "fast_path", 0);
             self.trace(name, Phase::End, Opcode::Read.operation().name, length);

@@ -1,35 +1,67 @@
 //! How long requests take, from the iteration that takes them in to the one that answers them.
 //!
-//! A request that is answered by the iteration that took it in has taken as long as that, until its responses
-//! have been passed on. The clock is read for it once all are, and not at all for most of those that the fast
-//! path answers: of these, one iteration in [`FAST_PATH_EVERY`] counts.
+//! To read the clock costs too much for every request. So one in [`MEASURED_EVERY`] reads and writes is
+//! measured, and all that is rarer. A request that is answered by the iteration that took it in has taken as
+//! long as that, until its responses have been passed on: the clock is read for all of them at its end. Of
+//! iterations in which the fast path answers, one in [`MEASURED_EVERY`] is measured.
 
 use std::time::Instant;
 
 use raio_transport::protocol::{OPERATIONS, Opcode};
 
 use crate::stats::Counters;
-use crate::tuning::statistics::FAST_PATH_EVERY;
+use crate::tuning::statistics::MEASURED_EVERY;
 
 /// See the module documentation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Latencies {
-    iterations: u64,
+    /// Reads and writes that the fast path has not answered.
+    data_requests: u32,
+    /// Iterations in which the fast path has answered.
+    fast_iterations: u32,
+    /// The next of these is measured.
+    measures_fast_path: bool,
+    /// The fast path has answered in this iteration.
+    has_fast_path: bool,
     /// Requests that this iteration has taken in and answered.
     answered: [u32; OPERATIONS.len()],
     has_answered: bool,
 }
 
+impl Default for Latencies {
+    fn default() -> Self {
+        Self {
+            data_requests: 0,
+            fast_iterations: 0,
+            measures_fast_path: true,
+            has_fast_path: false,
+            answered: [0; OPERATIONS.len()],
+            has_answered: false,
+        }
+    }
+}
+
 impl Latencies {
-    /// A new iteration. Returns whether those that the fast path answers in it count.
-    pub fn begin_iteration(&mut self) -> bool {
-        self.iterations += 1;
-        self.samples_fast_path()
+    /// Whether what the fast path answers in this iteration is measured: the clock is to be read before.
+    pub fn measures_fast_path(&self) -> bool {
+        self.measures_fast_path
     }
 
-    /// Whether requests that the fast path answers count in this iteration.
-    pub fn samples_fast_path(&self) -> bool {
-        self.iterations.is_multiple_of(FAST_PATH_EVERY)
+    /// Whether a request that has come is measured.
+    pub fn measures(&mut self, opcode: Opcode) -> bool {
+        if !matches!(opcode, Opcode::Read | Opcode::Write) {
+            return true;
+        }
+        self.data_requests = self.data_requests.wrapping_add(1);
+        self.data_requests % MEASURED_EVERY == 1
+    }
+
+    /// The fast path has answered a read.
+    pub fn answered_by_fast_path(&mut self) {
+        self.has_fast_path = true;
+        if self.measures_fast_path {
+            self.answered_at_once(Opcode::Read);
+        }
     }
 
     /// A request is answered in the iteration of `now` that was taken in in that of `arrived`.
@@ -42,19 +74,23 @@ impl Latencies {
     }
 
     /// A request is answered in the iteration that took it in.
-    pub fn answered_at_once(&mut self, opcode: Opcode) {
+    fn answered_at_once(&mut self, opcode: Opcode) {
         self.answered[opcode as usize - 1] += 1;
         self.has_answered = true;
     }
 
-    /// Whether [`Latencies::end_iteration`] has something to record.
-    pub fn has_answered(&self) -> bool {
-        self.has_answered
+    /// The responses of an iteration have been passed on. Returns whether [`Latencies::record`] has something
+    /// to do.
+    pub fn end_iteration(&mut self) -> bool {
+        if std::mem::take(&mut self.has_fast_path) {
+            self.fast_iterations = self.fast_iterations.wrapping_add(1);
+            self.measures_fast_path = self.fast_iterations.is_multiple_of(MEASURED_EVERY);
+        }
+        std::mem::take(&mut self.has_answered)
     }
 
-    /// The responses of an iteration have been passed on.
-    pub fn end_iteration(&mut self, began: Instant, now: Instant, counters: &Counters) {
-        self.has_answered = false;
+    /// Counts what an iteration has taken in and answered.
+    pub fn record(&mut self, began: Instant, now: Instant, counters: &Counters) {
         for (count, operation) in self.answered.iter_mut().zip(&OPERATIONS) {
             if *count > 0 {
                 counters.latency(operation.opcode).record(now - began, std::mem::take(count).into());
@@ -78,7 +114,7 @@ mod tests {
         let (mut latencies, counters) = (Latencies::default(), Counters::new(0));
         let now = Instant::now();
         latencies.answered(Opcode::Write, now, now + Duration::from_millis(1), &counters);
-        assert_eq!((counts(&counters), latencies.has_answered()), ((0, 1), false));
+        assert_eq!((counts(&counters), latencies.end_iteration()), ((0, 1), false));
         assert_eq!(counters.latency(Opcode::Write).quantile(0.5), Duration::from_nanos(1 << 20));
     }
 
@@ -87,18 +123,34 @@ mod tests {
         let (mut latencies, counters) = (Latencies::default(), Counters::new(0));
         let began = Instant::now();
         latencies.answered(Opcode::Read, began, began, &counters);
-        latencies.answered_at_once(Opcode::Read);
-        assert_eq!((counts(&counters), latencies.has_answered()), ((0, 0), true));
-        latencies.end_iteration(began, began + Duration::from_micros(5), &counters);
-        assert_eq!((counts(&counters), latencies.has_answered()), ((2, 0), false));
-        latencies.end_iteration(began, began + Duration::from_micros(5), &counters);
-        assert_eq!(counts(&counters), (2, 0), "once");
+        latencies.answered_by_fast_path();
+        assert_eq!(counts(&counters), (0, 0));
+        assert!(latencies.end_iteration());
+        latencies.record(began, began + Duration::from_micros(5), &counters);
+        assert_eq!((counts(&counters), latencies.end_iteration()), ((2, 0), false));
     }
 
     #[test]
-    fn the_fast_path_counts_in_one_iteration_of_many() {
+    fn one_read_or_write_in_many_is_measured_and_all_that_is_rarer() {
         let mut latencies = Latencies::default();
-        let sampled = (0..10 * FAST_PATH_EVERY).filter(|_| latencies.begin_iteration()).count();
-        assert_eq!(sampled, 10);
+        let writes: Vec<_> = (0..3 * MEASURED_EVERY).map(|_| latencies.measures(Opcode::Write)).collect();
+        assert!(writes[0]);
+        assert_eq!(writes.iter().filter(|&&measured| measured).count(), 3);
+        assert!((0..10).all(|_| latencies.measures(Opcode::Stat)));
+    }
+
+    #[test]
+    fn the_fast_path_is_measured_in_one_of_the_iterations_in_which_it_answers() {
+        let mut latencies = Latencies::default();
+        let mut measured = 0;
+        for at in 0..6 * MEASURED_EVERY {
+            // Every other iteration has nothing to do.
+            if at % 2 == 1 {
+                measured += u32::from(latencies.measures_fast_path());
+                latencies.answered_by_fast_path();
+            }
+            latencies.end_iteration();
+        }
+        assert_eq!(measured, 3);
     }
 }

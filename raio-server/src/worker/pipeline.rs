@@ -26,8 +26,8 @@ impl Worker {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
         let demand = Demand { connection, bytes: work.slot_len(), export };
-        let request =
-            self.requests.begin(connection, (key, opcode, self.reactor.clock().now()), work, export);
+        let arrived = self.arrived(opcode);
+        let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
         if demand.bytes == 0 {
             self.execute(request, None);
             return request;
@@ -42,6 +42,11 @@ impl Worker {
             self.trace(key, Phase::Point, "need_slot", 0);
         }
         request
+    }
+
+    /// The time, if a request that has come is measured.
+    pub(super) fn arrived(&mut self, opcode: Opcode) -> Option<Instant> {
+        self.latencies.measures(opcode).then(|| self.reactor.clock().now())
     }
 
     /// Takes out a request that is over.
@@ -328,9 +333,17 @@ impl Worker {
     }
 
     /// Answers a request that was not begun, or is over.
-    pub(super) fn respond(&mut self, name: RequestKey, opcode: Opcode, arrived: Instant, response: Response) {
+    pub(super) fn respond(
+        &mut self,
+        name: RequestKey,
+        opcode: Opcode,
+        arrived: Option<Instant>,
+        response: Response,
+    ) {
         self.count_response(response.status);
-        self.latencies.answered(opcode, arrived, self.reactor.clock().now(), &self.counters);
+        if let Some(arrived) = arrived {
+            self.latencies.answered(opcode, arrived, self.reactor.clock().now(), &self.counters);
+        }
         self.trace(name, Phase::End, opcode.operation().name, response.result);
         self.transport.respond(&mut self.reactor, name, response);
     }

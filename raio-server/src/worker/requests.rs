@@ -37,7 +37,7 @@ impl Requests {
     pub fn begin(
         &mut self,
         connection: usize,
-        (key, opcode, arrived): (RequestKey, Opcode, Instant),
+        (key, opcode, arrived): (RequestKey, Opcode, Option<Instant>),
         work: Work,
         export: Option<usize>,
     ) -> usize {
@@ -157,7 +157,7 @@ mod tests {
     }
 
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
-        requests.begin(connection, (key(id), Opcode::Close, Instant::now()), Work::Close, None)
+        requests.begin(connection, (key(id), Opcode::Close, None), Work::Close, None)
     }
 
     fn in_states(requests: &Requests) -> [usize; 3] {
