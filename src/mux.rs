@@ -203,7 +203,13 @@ impl ServerTransport for Server {
             // What there was of it before it moved comes first.
             return self.find_mut(from).next_event().or_else(|| self.moved.pop_front());
         }
-        self.all_mut().find_map(|transport| transport.next_event())
+        for (_, transport) in &mut self.transports {
+            let event = transport.next_event();
+            if event.is_some() {
+                return event;
+            }
+        }
+        None
     }
 
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize) {

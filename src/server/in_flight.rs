@@ -1,19 +1,16 @@
 //! The requests of a connection that are in flight: they have arrived and are not yet answered.
 
-use std::collections::VecDeque;
-
-/// Requests in flight, by the client's id. There are at most as many as the connection has credits, and most
-/// are answered in about the order in which they came: a search from the oldest on finds them at once, and
-/// ids that lie side by side are compared faster than a hash is made.
+/// Requests in flight, by the client's id. There are at most as many as the connection has credits, and ids
+/// that lie side by side are compared faster than a hash is made. Their order means nothing.
 #[derive(Debug)]
 pub(crate) struct InFlight<R> {
-    ids: VecDeque<u64>,
-    requests: VecDeque<R>,
+    ids: Vec<u64>,
+    requests: Vec<R>,
 }
 
 impl<R> Default for InFlight<R> {
     fn default() -> Self {
-        Self { ids: VecDeque::new(), requests: VecDeque::new() }
+        Self { ids: Vec::new(), requests: Vec::new() }
     }
 }
 
@@ -26,18 +23,19 @@ impl<R> InFlight<R> {
         self.ids.is_empty()
     }
 
+    /// Where a request is, until the next change.
+    pub fn position(&self, id: u64) -> Option<usize> {
+        self.ids.iter().position(|&other| other == id)
+    }
+
     pub fn contains(&self, id: u64) -> bool {
-        self.ids.contains(&id)
+        self.position(id).is_some()
     }
 
     /// Adds a request whose id is not in flight.
     pub fn insert(&mut self, id: u64, request: R) {
-        self.ids.push_back(id);
-        self.requests.push_back(request);
-    }
-
-    fn position(&self, id: u64) -> Option<usize> {
-        self.ids.iter().position(|&other| other == id)
+        self.ids.push(id);
+        self.requests.push(request);
     }
 
     pub fn get(&self, id: u64) -> Option<&R> {
@@ -49,14 +47,14 @@ impl<R> InFlight<R> {
         self.requests.get_mut(position)
     }
 
+    /// Removes the request at this position.
+    pub fn remove_at(&mut self, position: usize) -> R {
+        self.ids.swap_remove(position);
+        self.requests.swap_remove(position)
+    }
+
     pub fn remove(&mut self, id: u64) -> Option<R> {
-        if self.ids.front() == Some(&id) {
-            self.ids.pop_front();
-            return self.requests.pop_front();
-        }
-        let position = self.position(id)?;
-        self.ids.remove(position);
-        self.requests.remove(position)
+        self.position(id).map(|position| self.remove_at(position))
     }
 
     pub fn clear(&mut self) {

@@ -560,12 +560,19 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     fn on_message(&mut self, message: Message<'_>, shared: &mut StreamShared) -> Result<(), Violation> {
+        if let Message::Request(request, body) = message {
+            return self.on_request(&request, body, shared);
+        }
+        self.on_control(message, shared)
+    }
+
+    #[cold]
+    fn on_control(&mut self, message: Message<'_>, shared: &mut StreamShared) -> Result<(), Violation> {
         let offered = match &self.upgrade {
             UpgradeState::Offered(_) => std::mem::replace(&mut self.upgrade, UpgradeState::None),
             _ => UpgradeState::None,
         };
         match (message, offered) {
-            (Message::Request(request, body), _) => self.on_request(&request, body, shared),
             (Message::QueuePair(theirs), UpgradeState::Offered(peer)) => {
                 let theirs = theirs.map_err(|_| Violation::Field)?;
                 self.upgrade = UpgradeState::Requested;
@@ -593,8 +600,13 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         body: &[u8],
         shared: &mut StreamShared,
     ) -> Result<(), Violation> {
-        if matches!(self.upgrade, UpgradeState::Requested | UpgradeState::Upgraded(_)) {
-            return Err(Violation::Kind(Kind::Request as u8));
+        match self.upgrade {
+            UpgradeState::None => {}
+            // It stays.
+            UpgradeState::Offered(_) => self.upgrade = UpgradeState::None,
+            UpgradeState::Requested | UpgradeState::Upgraded(_) => {
+                return Err(Violation::Kind(Kind::Request as u8));
+            }
         }
         let region_len = request.region_in_len();
         let body_heap = if request.body_len < BODY_COUNTED_MIN { 0 } else { request.body_len };
@@ -680,9 +692,10 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         fill: &mut dyn FnMut(&mut [u8]) -> bool,
         shared: &mut StreamShared,
     ) -> bool {
-        if !self.core.is_open() || !self.core.in_flight.contains(id) {
+        if !self.core.is_open() {
             return false;
         }
+        let Some(position) = self.core.in_flight.position(id) else { return false };
         let crc = self.core.crc();
         let mut response = message::Response::of_data(id, len as u32);
         let filled = self.outbox.push_filled(&mut shared.spare, HEADER_BYTES + len, arena, |bytes| {
@@ -699,7 +712,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         if filled.is_none() {
             return false;
         }
-        self.core.in_flight.remove(id);
+        self.core.in_flight.remove_at(position);
         self.mark_dirty(shared);
         true
     }
