@@ -477,7 +477,11 @@ proptest! {
                 (0u64..6, 0u32..9000, 0u16..3).prop_map(|(id, data_len, credits)| {
                     encoded(Response { data_len, credits, ..response(id) })
                 }),
-                any::<u64>().prop_map(|id| { let mut out = vec![]; message::encode_ping(id, false, &mut out); out }),
+                any::<u64>().prop_map(|id| {
+                    let mut out = vec![];
+                    message::encode_ping(id, false, &mut out);
+                    out
+                }),
             ],
             1..20,
         ),
