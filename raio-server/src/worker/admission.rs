@@ -419,6 +419,9 @@ impl Admission {
     /// The next of the waiting requests that may have its memory, and the memory. Only small ones overtake
     /// the connection that is starved: else a large request would never have its turn.
     pub fn next(&mut self, arena: &mut Arena, unsent: &impl Fn(usize) -> usize) -> Option<(usize, Slot)> {
+        if self.round_robin.is_empty() {
+            return None;
+        }
         // What was dropped since is free.
         arena.used_bytes();
         let mut passed_over = 0;
