@@ -17,8 +17,8 @@
 //! [`memory`] and [`reactor`] stand on those; the transports on the two role traits of [`transport`].
 
 #![deny(unsafe_code)]
-// What only RDMA uses stays in a build without it.
-#![cfg_attr(not(feature = "rdma"), allow(dead_code))]
+// What only RDMA, or only a test's peer, uses stays in a build without it.
+#![cfg_attr(not(all(feature = "rdma", feature = "test-peers")), allow(dead_code))]
 
 pub mod address;
 pub mod busy_poll;
@@ -27,6 +27,7 @@ pub mod error;
 pub mod event_loop;
 pub mod handshake;
 mod keepalive;
+#[cfg(feature = "test-peers")]
 pub mod loopback;
 #[allow(unsafe_code)]
 pub mod memory;

@@ -13,11 +13,13 @@
 
 mod core;
 mod in_flight;
+#[cfg(any(feature = "rdma", feature = "test-peers"))]
 mod message;
 mod outbox;
 mod stream;
 
 pub(crate) use core::{ConnectionCore, Control, Due, Phase};
 pub(crate) use in_flight::InFlight;
+#[cfg(any(feature = "rdma", feature = "test-peers"))]
 pub(crate) use message::{DataSource, MessageConnection, Outgoing, Taken};
 pub(crate) use stream::{Close, Receive, StreamConnection, StreamShared};

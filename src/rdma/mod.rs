@@ -15,6 +15,7 @@ mod client;
 mod cm;
 #[allow(unsafe_code)]
 mod device;
+#[cfg(feature = "test-peers")]
 mod end;
 mod out_of_band;
 mod private_data;
@@ -29,6 +30,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 pub use client::{Client, Upgrade};
+#[cfg(feature = "test-peers")]
 pub use end::{Allow, End};
 pub use server::Server;
 
