@@ -1,18 +1,18 @@
 //! Request tracing: a ring of fixed-size records in memory, written as JSON in the Trace Event Format, which
 //! <https://ui.perfetto.dev> opens.
 //!
-//! Both sides name a request alike: category `request`, id `CONNECTION-REQUEST`, where CONNECTION is the client's
-//! local port and REQUEST the request's id on the wire in hex. So the files of a client and of a server, put
-//! together, show each request on both sides:
+//! Both sides name a request alike: category `request`, id `CONNECTION-REQUEST`, where CONNECTION is the
+//! client's local port and REQUEST the request's id on the wire in hex. So the files of a client and of a
+//! server, put together, show each request on both sides:
 //!
 //! ```text
 //! jq -s '{traceEvents: map(.traceEvents) | add}' client.json server.json > both.json
 //! ```
 //!
 //! Times are microseconds of CLOCK_REALTIME: one pair of it and the monotonic clock is read at the start, and
-//! the rest is measured by the monotonic clock. Between two hosts the clocks differ by what NTP or PTP leaves.
-//! `otherData.clock_offset_us` has what must be added to this file's times to compare them with the other
-//! side's: 0, which is right on one host.
+//! the rest is measured by the monotonic clock. Between two hosts the clocks differ by what NTP or PTP
+//! leaves. `otherData.clock_offset_us` has what must be added to this file's times to compare them with the
+//! other side's: 0, which is right on one host.
 //!
 //! A trace has no session ids, no paths and no data in it.
 
@@ -149,8 +149,9 @@ impl TraceFile {
         let pid = std::process::id();
         write!(
             file,
-            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"process\":{process_name:?},\"clock\":\"realtime\",\
-             \"clock_offset_us\":0}},\"traceEvents\":[\n{{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\
+            "{{\"displayTimeUnit\":\"ns\",\"otherData\":{{\"process\":{process_name:?},\
+             \"clock\":\"realtime\",\"clock_offset_us\":0}},\"traceEvents\":[\n\
+             {{\"name\":\"process_name\",\"ph\":\"M\",\"pid\":{pid},\
              \"args\":{{\"name\":{process_name:?}}}}}{TAIL}"
         )?;
         Ok(Self { file, clock })

@@ -1,8 +1,8 @@
 //! The shared object that fio loads: `engine.c`, which is the engine, and libraio, linked into one.
 //!
 //! rustc hides the C symbols of a cdylib, so fio cannot find `engine.c`'s `ioengine` by name; it finds
-//! `get_ioengine` and asks that. Without fio's headers (`FIO_INCLUDE`, see `build.rs`) there is no engine, and
-//! this library is empty.
+//! `get_ioengine` and asks that. Without fio's headers (`FIO_INCLUDE`, see `build.rs`) there is no engine,
+//! and this library is empty.
 
 #![cfg(fio_headers)]
 

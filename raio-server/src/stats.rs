@@ -59,7 +59,8 @@ const REASONS: [&str; 20] = [
 
 /// Latencies are counted in buckets of which eight are between a duration and its double.
 const BUCKETS_PER_OCTAVE_LOG2: u32 = 3;
-/// From 1 µs to 69 s, in powers of two of nanoseconds. What takes less or more is in the first or last bucket.
+/// From 1 µs to 69 s, in powers of two of nanoseconds. What takes less or more is in the first or last
+/// bucket.
 const SHORTEST_LOG2: u32 = 10;
 const LONGEST_LOG2: u32 = 36;
 const BUCKETS: usize = ((LONGEST_LOG2 - SHORTEST_LOG2) << BUCKETS_PER_OCTAVE_LOG2) as usize;
@@ -336,7 +337,8 @@ fn write_latencies<'a>(out: &mut String, workers: impl Iterator<Item = &'a Count
         let comma = if at > 0 { "," } else { "" };
         let _ = write!(
             out,
-            "{comma}\"{}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\"p999\":{:.1},\"max\":{:.1}}}",
+            "{comma}\"{}\":{{\"count\":{},\"p50\":{:.1},\"p90\":{:.1},\"p99\":{:.1},\
+             \"p999\":{:.1},\"max\":{:.1}}}",
             operation.name,
             sum.count(),
             us(0.5),

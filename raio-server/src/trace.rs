@@ -1,5 +1,5 @@
-//! The file of `--trace`: a thread of its own writes what workers hand to it, so that none of them waits for a
-//! disk. See [`raio_transport::trace`] for what is in it.
+//! The file of `--trace`: a thread of its own writes what workers hand to it, so that none of them waits for
+//! a disk. See [`raio_transport::trace`] for what is in it.
 
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};

@@ -331,8 +331,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Submits what the last iteration asked for, and takes in what has ended. Sleeps here if there is nothing
-    /// to do.
+    /// Submits what the last iteration asked for, and takes in what has ended. Sleeps here if there is
+    /// nothing to do.
     fn poll_events(&mut self) -> anyhow::Result<()> {
         let wait = if self.is_busy { Wait::Poll } else { Wait::Block };
         // Who has just got a batch of writes may want this core: no spinning against it.

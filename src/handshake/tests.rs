@@ -211,10 +211,13 @@ proptest! {
             queue_pair: has_queue_pairs,
             ..Policy::default()
         };
-        let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else { panic!("not welcome") };
+        let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&offer.hello()) else {
+            panic!("not welcome")
+        };
         let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("{:?}", offer.grant(&welcome)) };
         prop_assert_eq!(grant, peer.grant);
-        prop_assert_eq!((peer.session, peer.epoch, peer.keepalive), (SessionId(session), epoch, offer.keepalive));
+        let said = (peer.session, peer.epoch, peer.keepalive);
+        prop_assert_eq!(said, (SessionId(session), epoch, offer.keepalive));
         prop_assert_eq!(peer.name, message::text(name.as_bytes()));
         prop_assert_eq!(grant.crc(), wants_crc);
         prop_assert_eq!(peer.control, wants_control);
@@ -244,7 +247,9 @@ proptest! {
             let options = &bytes[48..];
             let options: Vec<_> = options
                 .chunks(20)
-                .map(|value| HandshakeOption { kind: value[0].into(), flags: u16::from(value[0] >> 6), value })
+                .map(|value| {
+                    HandshakeOption { kind: value[0].into(), flags: u16::from(value[0] >> 6), value }
+                })
                 .collect();
             let hello = zerocopy::FromBytes::read_from_bytes(&fixed).unwrap();
             let _ = policy().welcome(&message::encode_handshake::<message::Hello>(hello, &options));

@@ -478,7 +478,11 @@ proptest! {
     }
 
     #[test]
-    fn a_message_that_is_cut_short_needs_exactly_the_rest(sample in any_sample(), crc: bool, cut in 0.0..1.0) {
+    fn a_message_that_is_cut_short_needs_exactly_the_rest(
+        sample in any_sample(),
+        crc: bool,
+        cut in 0.0..1.0,
+    ) {
         let limits = Limits { crc, ..PLAIN };
         let mut bytes = Vec::new();
         sample.encode(crc, &mut bytes);
@@ -488,7 +492,10 @@ proptest! {
     }
 
     #[test]
-    fn a_changed_bit_is_found_where_checksums_are_granted(sample in any_sample(), bit in any::<prop::sample::Index>()) {
+    fn a_changed_bit_is_found_where_checksums_are_granted(
+        sample in any_sample(),
+        bit in any::<prop::sample::Index>(),
+    ) {
         let mut bytes = Vec::new();
         sample.encode(true, &mut bytes);
         let bit = bit.index(bytes.len() * 8);
@@ -502,7 +509,11 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_parsing_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), crc: bool, kind in 0u8..8) {
+    fn nothing_makes_parsing_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        crc: bool,
+        kind in 0u8..8,
+    ) {
         let limits = Limits { crc, ..PLAIN };
         let _ = parse(&bytes, &limits);
         // Most random bytes fail at the first field, so give the rest a chance.
@@ -519,7 +530,10 @@ proptest! {
 
     #[test]
     fn options_are_parsed_as_they_were_encoded(
-        options in prop::collection::vec((any::<u16>(), 0u16..4, prop::collection::vec(any::<u8>(), 0..40)), 0..8),
+        options in prop::collection::vec(
+            (any::<u16>(), 0u16..4, prop::collection::vec(any::<u8>(), 0..40)),
+            0..8,
+        ),
     ) {
         let given: Vec<_> = options
             .iter()
@@ -534,7 +548,10 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_parsing_a_handshake_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), len in 0u8..32) {
+    fn nothing_makes_parsing_a_handshake_panic(
+        bytes in prop::collection::vec(any::<u8>(), 0..300),
+        len in 0u8..32,
+    ) {
         let _ = parse_handshake::<Hello>(&bytes);
         let mut likely = [&MAGIC[..], &bytes].concat();
         if likely.len() >= 16 {
@@ -546,7 +563,10 @@ proptest! {
     }
 
     #[test]
-    fn a_checksum_in_pieces_is_that_of_the_whole(data in prop::collection::vec(any::<u8>(), 0..500), cut in any::<prop::sample::Index>()) {
+    fn a_checksum_in_pieces_is_that_of_the_whole(
+        data in prop::collection::vec(any::<u8>(), 0..500),
+        cut in any::<prop::sample::Index>(),
+    ) {
         let cut = cut.index(data.len() + 1);
         let mut crc = DataCrc::default();
         crc.update(&data[..cut]);

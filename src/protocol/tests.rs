@@ -261,7 +261,11 @@ proptest! {
     }
 
     #[test]
-    fn what_is_decoded_is_encoded_as_it_was(bytes in prop::collection::vec(any::<u8>(), 24), opcode in 0u16..12, sparse: bool) {
+    fn what_is_decoded_is_encoded_as_it_was(
+        bytes in prop::collection::vec(any::<u8>(), 24),
+        opcode in 0u16..12,
+        sparse: bool,
+    ) {
         let mut bytes = bytes;
         bytes[..2].copy_from_slice(&opcode.to_le_bytes());
         if sparse {

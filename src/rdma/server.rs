@@ -1,8 +1,8 @@
 //! The server's side of RDMA: all connections of one worker.
 //!
-//! This moves messages for [`MessageConnection`]s, which know the protocol. A request's data comes with it, in
-//! the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data of
-//! its response is placed by RDMA WRITE, with the response in its immediate data or behind it in the same
+//! This moves messages for [`MessageConnection`]s, which know the protocol. A request's data comes with it,
+//! in the receive buffer that it arrived in, or is fetched by RDMA READ under a budget of its own; the data
+//! of its response is placed by RDMA WRITE, with the response in its immediate data or behind it in the same
 //! chain. A connection's chain is posted once an iteration.
 //!
 //! A connection whose answers pile up is not taken in from: its messages stay in their receive buffers, which
@@ -826,7 +826,8 @@ fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy>
     let depth = receives.min(completions).max(1) as u32;
     if depth < within.queue_depth {
         tracing::warn!(
-            "The RDMA device {} has queues for {depth} requests a connection: connections by it are granted that, not {}.",
+            "The RDMA device {} has queues for {depth} requests a connection: connections by it are granted \
+             that, not {}.",
             device.name(),
             within.queue_depth
         );
@@ -834,7 +835,8 @@ fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy>
     }
     if limits.message_bytes < within.data_bytes_max {
         tracing::warn!(
-            "The RDMA device {} moves at most {} bytes at a time: connections by it are granted that, not {}.",
+            "The RDMA device {} moves at most {} bytes at a time: connections by it are granted that, not \
+             {}.",
             device.name(),
             limits.message_bytes,
             within.data_bytes_max

@@ -36,7 +36,7 @@ fn open(name: &str) -> Result<std::mem::ManuallyDrop<libloading::Library>, Strin
 
 /// Declares the table of functions, and how it is filled.
 macro_rules! functions {
-    ($($library:ident { $(fn $name:ident($($type:ty),*) $(-> $result:ty)?;)* })*) => {
+    ($($library:ident { $(fn $name:ident($($type:ty),* $(,)?) $(-> $result:ty)?;)* })*) => {
         /// The functions of both libraries.
         pub(super) struct Verbs {
             $($(pub $name: unsafe extern "C" fn($($type),*) $(-> $result)?,)*)*
@@ -89,7 +89,12 @@ functions! {
         fn rdma_get_devices(*mut c_int) -> *mut *mut ibv_context;
         fn rdma_create_event_channel() -> *mut rdma_event_channel;
         fn rdma_destroy_event_channel(*mut rdma_event_channel);
-        fn rdma_create_id(*mut rdma_event_channel, *mut *mut rdma_cm_id, *mut c_void, rdma_port_space) -> c_int;
+        fn rdma_create_id(
+            *mut rdma_event_channel,
+            *mut *mut rdma_cm_id,
+            *mut c_void,
+            rdma_port_space,
+        ) -> c_int;
         fn rdma_destroy_id(*mut rdma_cm_id) -> c_int;
         fn rdma_migrate_id(*mut rdma_cm_id, *mut rdma_event_channel) -> c_int;
         fn rdma_bind_addr(*mut rdma_cm_id, *mut sockaddr) -> c_int;

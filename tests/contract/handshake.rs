@@ -101,7 +101,8 @@ contract! {
 
     fn a_peer_with_another_magic_is_closed_without_a_word(transport) {
         let server = serve_plain(transport);
-        for (n, bytes) in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"raio\n", b"\0", &[0xff; 4096]].iter().enumerate() {
+        let strangers = [&b"GET / HTTP/1.1\r\n\r\n"[..], b"raio\n", b"\0", &[0xff; 4096]];
+        for (n, bytes) in strangers.iter().enumerate() {
             let mut raw = Raw::client(&server);
             raw.send(bytes);
             assert_eq!(server.closed(n), CloseReason::Violation(Violation::Magic));
@@ -193,7 +194,8 @@ contract! {
 
     fn a_feature_that_the_server_lacks_is_one_clear_sentence(transport) {
         let server = serve(transport, Policy { features: 0, ..Policy::default() });
-        let error = server.connect(&Offer { features: FEATURE_CRC, ..Offer::new("crc") }).map(|_| ()).unwrap_err();
+        let offer = Offer { features: FEATURE_CRC, ..Offer::new("crc") };
+        let error = server.connect(&offer).map(|_| ()).unwrap_err();
         assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
         assert!(error.to_string().contains("Connect without"), "{error}");
         server.serves_others();
@@ -229,8 +231,14 @@ contract! {
         long[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
         assert_eq!(client_gets(&long), Violation::HandshakeTooLong);
         for (what, bytes) in [
-            ("a version that was not offered", welcome(|w| { w.queue_depth = 8.into(); w.version = 2.into(); })),
-            ("a feature that was not asked for", welcome(|w| { w.queue_depth = 8.into(); w.features = 1.into(); })),
+            ("a version that was not offered", welcome(|w| {
+                w.queue_depth = 8.into();
+                w.version = 2.into();
+            })),
+            ("a feature that was not asked for", welcome(|w| {
+                w.queue_depth = 8.into();
+                w.features = 1.into();
+            })),
             ("no request at all", welcome(|w| w.queue_depth = 0.into())),
             ("more requests than asked for", welcome(|w| w.queue_depth = 9.into())),
             ("hardly any data", welcome(|w| { w.queue_depth = 8.into(); w.data_bytes_max = 100.into(); })),

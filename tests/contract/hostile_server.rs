@@ -133,7 +133,8 @@ contract! {
     }
 
     fn a_server_that_keeps_every_credit_is_given_up(transport) {
-        let (mut client, mut raw) = Raw::server(transport, &Policy { queue_depth: 2, ..Policy::default() }, 0);
+        let policy = Policy { queue_depth: 2, ..Policy::default() };
+        let (mut client, mut raw) = Raw::server(transport, &policy, 0);
         for tag in 0..2 {
             client.send(tag, &command(Op::Echo, 0), Bulk::None);
         }
@@ -178,7 +179,8 @@ contract! {
     fn a_goaway_ends_every_request_with_its_sentence(transport) {
         let (client, replies) = provoke(transport, 0, |_, _| {
             let mut bytes = Vec::new();
-            message::encode_goaway(Status::transport(libc::ESHUTDOWN), "We close at eight.", false, &mut bytes);
+            let status = Status::transport(libc::ESHUTDOWN);
+            message::encode_goaway(status, "We close at eight.", false, &mut bytes);
             bytes
         });
         assert!(replies.iter().all(|reply| reply.status.class == Class::Transport), "{replies:?}");

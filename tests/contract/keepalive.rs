@@ -87,7 +87,8 @@ contract! {
             client.transport.wait(Some(until)).unwrap();
             client.transport.receive(&mut replies);
         }
-        assert!(replies.is_empty() && client.transport.failure().is_none(), "{:?}", client.transport.failure());
+        let failure = client.transport.failure();
+        assert!(replies.is_empty() && failure.is_none(), "{failure:?}");
         client.send(1, &command(Op::Release, 0), Bulk::None);
         assert_eq!((client.next().tag, client.next().tag), (0, 1));
     }

@@ -29,7 +29,8 @@ contract! {
         let mut random = Random::new();
         for features in [0, FEATURE_CRC] {
             // No sign of life may push along what would otherwise never leave.
-            let server = serve(transport, Policy { keepalive: Duration::from_secs(3600), ..Policy::default() });
+            let policy = Policy { keepalive: Duration::from_secs(3600), ..Policy::default() };
+            let server = serve(transport, policy);
             let mut client = server.connect(&Offer { features, ..Offer::new("busy") }).unwrap();
             let depth = client.transport.grant().queue_depth as usize;
             assert_eq!(client.transport.grant().crc(), features != 0);
@@ -121,7 +122,9 @@ contract! {
         let pieces = lens.map(|len| Buffer::Owned(vec![0; len].into()));
         let reply = client.call(&command(Op::Get, 9), Bulk::In(Buffers::Many(pieces.into())));
         assert!(bytes_of(&reply.bulk) == expected);
-        let Bulk::In(Buffers::Many(pieces)) = reply.bulk else { panic!("the pieces came back as something else") };
+        let Bulk::In(Buffers::Many(pieces)) = reply.bulk else {
+            panic!("the pieces came back as something else")
+        };
         assert!(pieces.iter().map(Buffer::len).eq(lens));
     }
 

@@ -48,7 +48,8 @@ contract! {
         let mut asked = 0;
         loop {
             bystander.works();
-            let (answered, is_closed) = server.until("a look", |seen| Some((seen.requests, !seen.closed.is_empty())));
+            let (answered, is_closed) =
+                server.until("a look", |seen| Some((seen.requests, !seen.closed.is_empty())));
             if is_closed {
                 break;
             }
@@ -64,7 +65,8 @@ contract! {
         // as it takes nothing.
         let is_rdma = transport.is_rdma();
         let credits = CloseReason::Violation(Violation::Credits);
-        assert!(reason == CloseReason::Evicted || (is_rdma && (reason == credits || reason == NO_RECEIVES)), "{reason:?}");
+        let ends_for_rdma = is_rdma && (reason == credits || reason == NO_RECEIVES);
+        assert!(reason == CloseReason::Evicted || ends_for_rdma, "{reason:?}");
         bystander.works();
         server.until("everything to be given back", |seen| (seen.arena_bytes == 0).then_some(()));
         let (slot_bytes, credits) = (128 << 10, 17);
@@ -77,7 +79,8 @@ contract! {
             2 * (credits * slot_bytes + (1 << 20))
         };
         server.each_seen(|seen| {
-            assert!(seen.unsent_bytes_max > 0 && seen.unsent_bytes_max <= bound, "{} bytes", seen.unsent_bytes_max);
+            let unsent = seen.unsent_bytes_max;
+            assert!(unsent > 0 && unsent <= bound, "{unsent} bytes");
             assert!(seen.arena_bytes_max <= bound + (1 << 20), "{} bytes", seen.arena_bytes_max);
         });
     }

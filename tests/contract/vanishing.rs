@@ -71,7 +71,9 @@ contract! {
             drop(client);
             let reason = server.closed(n as usize);
             assert!(n == 0 || was_lost(reason));
-            server.each_seen(|seen| assert_eq!(seen.requests, n, "a request was sent after its client had gone"));
+            server.each_seen(|seen| {
+                assert_eq!(seen.requests, n, "a request was sent after its client had gone");
+            });
         }
         server.until_empty(0);
         server.serves_others();
@@ -117,7 +119,8 @@ contract! {
         server.until("the last to be gone", |seen| (seen.closed.len() == 100).then_some(()));
         server.until_empty(0);
         server.each_seen(|seen| {
-            assert!(seen.closed.iter().all(|(_, reason)| *reason == CloseReason::Finished), "{:?}", seen.reasons());
+            let all_finished = seen.closed.iter().all(|(_, reason)| *reason == CloseReason::Finished);
+            assert!(all_finished, "{:?}", seen.reasons());
         });
     }
 

@@ -1,4 +1,5 @@
-//! Random numbers for the tests that proptest does not suit. The seed is printed; `RAIO_TEST_SEED` replays it.
+//! Random numbers for the tests that proptest does not suit. The seed is printed; `RAIO_TEST_SEED` replays
+//! it.
 
 // Each test program that has this module uses a part of it.
 #![allow(dead_code)]

@@ -1,7 +1,7 @@
 //! O_DIRECT requests and the devices that they are for.
 //!
-//! Each file has a [`DispatchLimiter`], which says how many of its requests its device gets at a time. Here is
-//! what a worker knows of all of them: how many devices have, and which have reported.
+//! Each file has a [`DispatchLimiter`], which says how many of its requests its device gets at a time. Here
+//! is what a worker knows of all of them: how many devices have, and which have reported.
 
 use std::rc::Rc;
 

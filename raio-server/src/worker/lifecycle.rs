@@ -130,8 +130,8 @@ impl Worker {
                         peer,
                         "clients that became unreachable",
                         name = connection.name,
-                        "A client's connection was closed: for {:?} or longer nothing has come from its host, although TCP tried \
-                         again and again. The host, or the network to it, has failed.",
+                        "A client's connection was closed: for {:?} or longer nothing has come from its host, \
+                         although TCP tried again and again. The host, or the network to it, has failed.",
                         policy.unreachable_timeout
                     ),
                     CloseReason::Evicted => log_client!(
@@ -139,8 +139,9 @@ impl Worker {
                         peer,
                         "connections closed for memory",
                         name = connection.name,
-                        "A client's connection was closed: for {:?} it took no responses, or did not go on with a message, while \
-                         others waited for the memory that it held. Raise --memory if such clients are welcome.",
+                        "A client's connection was closed: for {:?} it took no responses, or did not go on \
+                         with a message, while others waited for the memory that it held. Raise --memory if \
+                         such clients are welcome.",
                         policy.stall_timeout
                     ),
                     _ => {}

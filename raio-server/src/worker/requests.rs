@@ -16,8 +16,8 @@ pub struct Requests {
     all: Slab<Request>,
     /// How many are in each state.
     in_state: [usize; 3],
-    /// Those of each connection, by its key, oldest first. Most are answered in order, so looking for one from
-    /// the front is short.
+    /// Those of each connection, by its key, oldest first. Most are answered in order, so looking for one
+    /// from the front is short.
     of_connections: Vec<VecDeque<usize>>,
 }
 

@@ -177,8 +177,8 @@ impl Bench {
         last.expect("at least one")
     }
 
-    /// Runs iterations until so many replies have come, and looks at the data of those that succeeded. Gives the
-    /// others.
+    /// Runs iterations until so many replies have come, and looks at the data of those that succeeded. Gives
+    /// the others.
     fn collect(&mut self, count: usize) -> Vec<Reply> {
         let deadline = Instant::now() + Duration::from_secs(30);
         let (mut came, mut failed, mut replies) = (0, Vec::new(), Vec::new());

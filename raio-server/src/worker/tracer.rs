@@ -1,4 +1,5 @@
-//! What is recorded of each request, if that is asked for: by `--trace` in a ring, by `--log trace` in the log.
+//! What is recorded of each request, if that is asked for: by `--trace` in a ring, by `--log trace` in the
+//! log.
 
 use raio_transport::trace::{Clock, Phase, Record, Ring};
 use raio_transport::transport::RequestKey;

@@ -178,8 +178,8 @@ fn creation_does_what_open_2_does() {
 /// A process that holds leases on files, until its standard input ends. It gives them up when it is asked to,
 /// if `on_request`.
 fn lease_holder(paths: &[PathBuf], on_request: bool) -> Child {
-    // A signal writes into the pipe at once. Python runs a handler only between two of its instructions, so one
-    // that came right before a blocking read would wait for ever.
+    // A signal writes into the pipe at once. Python runs a handler only between two of its instructions, so
+    // one that came right before a blocking read would wait for ever.
     let holder = "import fcntl, os, select, signal, sys\n\
                   fds = [os.open(path, os.O_RDWR) for path in sys.argv[2:]]\n\
                   lease = lambda kind: [fcntl.fcntl(fd, fcntl.F_SETLEASE, kind) for fd in fds]\n\

@@ -1,5 +1,5 @@
-//! What an operator can see of requests: the trace, the log at `trace`, and the statistics of latencies, of the
-//! fast path and of exports.
+//! What an operator can see of requests: the trace, the log at `trace`, and the statistics of latencies, of
+//! the fast path and of exports.
 
 use std::time::{Duration, Instant};
 
