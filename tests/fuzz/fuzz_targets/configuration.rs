@@ -27,6 +27,9 @@ mod limits;
 mod machine;
 #[path = "../../../raio-server/src/size.rs"]
 mod size;
+#[allow(dead_code)]
+#[path = "../../../raio-server/src/tuning.rs"]
+mod tuning;
 
 use config::{Config, Options};
 use export_spec::{ExportSpec, Source};

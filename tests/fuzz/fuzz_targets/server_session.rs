@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -130,7 +131,7 @@ impl Server {
         self.to_fetch.clear();
         self.brought.clear();
         let mut received = Vec::new();
-        self.transport.adopt(&mut self.reactor, theirs.into());
+        self.transport.adopt(&mut self.reactor, OwnedFd::from(theirs));
         for mut piece in mode.pieces(&bytes) {
             while !piece.is_empty() && self.closed == 0 {
                 match ours.write(piece) {
