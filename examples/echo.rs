@@ -68,7 +68,7 @@ fn parse(command: &[u8]) -> Option<(u8, u64)> {
 fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
     let policy = Policy::default();
     let mut arena = Arena::new(ARENA_BYTES, policy.data_bytes_max as usize)?;
-    let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(policy)))?;
+    let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(policy)))?;
     server.listen(listener);
     // What was put and not yet got back.
     let mut kept = HashMap::new();
@@ -125,7 +125,7 @@ fn answer(status: Status, data: Option<SlotRange>) -> Response {
 /// Puts data and gets it back `count` times, `depth` at a time, and prints how fast that went.
 fn echo(address: SocketAddr, bytes: usize, count: usize, depth: usize) -> Result<(), Box<dyn Error>> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    let mut client = tcp::Client::connect(address, &Offer::new("echo"), deadline)?;
+    let mut client = tcp::TcpClient::connect(address, &Offer::new("echo"), deadline)?;
     let data_bytes_max = client.grant().data_bytes_max as usize;
     if bytes > data_bytes_max {
         return Err(format!("the server takes at most {data_bytes_max} bytes; ask for less").into());

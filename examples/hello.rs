@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     thread::spawn(move || serve(listener).expect("the server serves"));
 
     let deadline = Instant::now() + Duration::from_secs(5);
-    let mut client = tcp::Client::connect(address, &Offer::new("hello"), deadline)?;
+    let mut client = tcp::TcpClient::connect(address, &Offer::new("hello"), deadline)?;
     client.send(1, b"Hello, server!", Bulk::None, false).expect("a new connection has credits");
     client.flush();
 
@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// One thread that accepts, receives and answers, for any number of clients.
 fn serve(listener: OwnedFd) -> std::io::Result<()> {
-    let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(Policy::default())))?;
+    let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;
     server.listen(listener);
     loop {
         // Sends the answers, and waits until something has happened.

@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(|_| {
             let (policy, ready) = (Arc::clone(&policy), ready.0.clone());
             thread::spawn(move || {
-                let server = EventLoop::new(tcp::Server::new(0, policy))
+                let server = EventLoop::new(tcp::TcpServer::new(0, policy))
                     .map_err(|source| raio_transport::Error::io("Cannot make an event loop", source))?;
                 let (sender, receiver) = mailbox(server.waker());
                 ready.send(sender).expect("main waits for it");
@@ -89,7 +89,7 @@ fn accept(listener: &TcpListener, workers: &[Sender<Mail>]) -> std::io::Result<(
 
 /// Serves until it is stopped. Returns how many clients it had and how often it was greeted.
 fn work(
-    mut server: EventLoop<tcp::Server>,
+    mut server: EventLoop<tcp::TcpServer>,
     mailbox: &Receiver<Mail>,
 ) -> Result<(usize, usize), raio_transport::Error> {
     let (mut clients, mut greetings) = (0, 0);
@@ -122,7 +122,7 @@ fn work(
 fn greet(address: SocketAddr, n: usize, greetings: usize) -> Result<(), raio_transport::Error> {
     let name = format!("client {n}");
     let deadline = Instant::now() + Duration::from_secs(10);
-    let mut client = tcp::Client::connect(address, &Offer::new(&name), deadline)?;
+    let mut client = tcp::TcpClient::connect(address, &Offer::new(&name), deadline)?;
     let (mut sent, mut greeted, mut replies) = (0, 0, Vec::new());
     while greeted < greetings {
         while sent < greetings && client.send(sent as u64, name.as_bytes(), Bulk::None, false).is_ok() {

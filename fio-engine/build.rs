@@ -28,8 +28,8 @@ fn main() {
     let headers = headers_version(&include);
     match running_version() {
         Some(running) if running != headers => fail(&format!(
-            "FIO_INCLUDE holds the headers of {headers}, but the fio in PATH is {running}. Set FIO_INCLUDE to \
-             the source tree of {running}, or FIO to the fio that will load the engine."
+            "FIO_INCLUDE holds the headers of {headers}, but the fio in PATH is {running}. Set FIO_INCLUDE \
+             to the source tree of {running}, or FIO to the fio that will load the engine."
         )),
         Some(_) => {}
         None => println!(

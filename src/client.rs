@@ -23,7 +23,7 @@ use crate::handshake::Grant;
 use crate::keepalive::{Action, Keepalive};
 use crate::memory::Buffers;
 use crate::message::{
-    self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, Request, Response,
+    self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
 use crate::transport::{Body, Bulk, ClientCounters, NotSent, Reply, RequestId};
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
@@ -266,7 +266,7 @@ impl<L> Core<L> {
         self.begins_to_owe |= was_idle;
         self.large += largeness;
         let start = self.head.len();
-        let request = Request { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
+        let request = RequestHeader { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
         request.encode(body, self.limits.crc, &mut self.head);
         self.push(start, data_len, Some(id), false);
         Ok(id)
@@ -568,7 +568,7 @@ impl<L> Core<L> {
     /// The response to a request whose data has been placed, and that has no message of its own.
     pub fn on_placed(
         &mut self,
-        response: Response,
+        response: ResponseHeader,
         replies: &mut Vec<Reply>,
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
@@ -584,7 +584,7 @@ impl<L> Core<L> {
 
     fn finish_placed(
         &mut self,
-        response: Response,
+        response: ResponseHeader,
         body: &[u8],
         replies: &mut Vec<Reply>,
         reclaim: &mut impl FnMut(&mut Bulk, &mut L, usize) -> usize,
@@ -629,7 +629,7 @@ impl<L> Core<L> {
     }
 
     /// A response's header has arrived: its request is no longer outstanding, its data goes to `partial`.
-    fn begin_response(&mut self, response: Response, body: Body) -> Result<(), Violation> {
+    fn begin_response(&mut self, response: ResponseHeader, body: Body) -> Result<(), Violation> {
         let id = RequestId(response.id);
         let pending = self.outstanding.get(id).ok_or(Violation::RequestId)?;
         let data_len = response.data_len as usize;

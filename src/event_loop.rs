@@ -5,7 +5,7 @@
 //! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
 //! # use raio_transport::transport::{Body, Response, ServerEvent};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(Policy::default())))?;
+//! let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;
 //! server.listen(tcp::listen("127.0.0.1:0".parse()?)?.0);
 //! loop {
 //!     server.run_once(Wait::Block)?;
@@ -195,8 +195,8 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(30);
 
-    fn server() -> (EventLoop<tcp::Server>, SocketAddr) {
-        let mut server = EventLoop::new(tcp::Server::new(0, Arc::new(Policy::default()))).unwrap();
+    fn server() -> (EventLoop<tcp::TcpServer>, SocketAddr) {
+        let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default()))).unwrap();
         let (listener, address) = tcp::listen("127.0.0.1:0".parse().unwrap()).unwrap();
         server.listen(listener);
         (server, address)
@@ -206,7 +206,7 @@ mod tests {
     fn client(address: SocketAddr, count: u64) -> std::thread::JoinHandle<usize> {
         std::thread::spawn(move || {
             let deadline = Instant::now() + PATIENCE;
-            let mut client = tcp::Client::connect(address, &Offer::new("test"), deadline).unwrap();
+            let mut client = tcp::TcpClient::connect(address, &Offer::new("test"), deadline).unwrap();
             for tag in 0..count {
                 client.send(tag, b"command.", Bulk::None, false).unwrap();
             }
@@ -220,13 +220,13 @@ mod tests {
         })
     }
 
-    fn respond(server: &mut EventLoop<tcp::Server>, request: RequestKey) {
+    fn respond(server: &mut EventLoop<tcp::TcpServer>, request: RequestKey) {
         let response = Response { status: Status::OK, result: 0, body: Body::from(&[][..]), data: None };
         server.respond(request, response);
     }
 
     /// Serves until the last connection has gone; takes at most so many events in an iteration.
-    fn serve(server: &mut EventLoop<tcp::Server>, events_max: usize) {
+    fn serve(server: &mut EventLoop<tcp::TcpServer>, events_max: usize) {
         let mut is_closed = false;
         while !is_closed {
             server.run_once(Wait::Block).unwrap();

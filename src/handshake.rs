@@ -1,9 +1,9 @@
 //! The handshake: what a client offers, what a server grants. The same for every transport; each carries the
 //! bytes its way.
 //!
-//! The client speaks first. The server answers with a grant, or a rejection with a sentence, and every option
-//! that it does not know with "unsupported": an old peer and a new one always find out what they have in
-//! common.
+//! The client speaks first. The server answers with a grant, or a rejection with an error message, and every
+//! option that it does not know with "unsupported": an old peer and a new one always find out what they have
+//! in common.
 
 use std::time::Duration;
 

@@ -56,7 +56,7 @@ pub enum Kind {
 }
 
 /// The header of every message. Which of the fields in the middle mean something depends on the kind:
-/// [`Request`] and [`Response`] are the typed views.
+/// [`RequestHeader`] and [`ResponseHeader`] are the typed views.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Header {
@@ -79,7 +79,7 @@ const FLAG_REGION_IN: u8 = 1 << 0;
 const FLAG_REGION_OUT: u8 = 1 << 1;
 const FLAG_RETRYABLE: u8 = 1 << 0;
 
-/// The client memory that a request lays open to the server, and which way data flows. On a stream there is
+/// The client memory that a request exposes to the server, and which way data flows. On a stream there is
 /// no address: `In` then says how much data the response may bring, and `Out` does not occur (data follows
 /// the request).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,7 +108,7 @@ pub enum RemoteRegion {
 
 /// The header of a request, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct RequestHeader {
     /// Chosen by the client, unique among its outstanding requests on this connection.
     pub id: u64,
     /// Length of the command.
@@ -123,7 +123,7 @@ pub struct Request {
 
 /// The header of a response, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Response {
+pub struct ResponseHeader {
     /// Of the request.
     pub id: u64,
     /// Length of the body.
@@ -144,16 +144,16 @@ pub struct Response {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message<'a> {
     /// A command.
-    Request(Request, &'a [u8]),
+    Request(RequestHeader, &'a [u8]),
     /// An answer.
-    Response(Response, &'a [u8]),
+    Response(ResponseHeader, &'a [u8]),
     /// A question whether the peer is there.
     Ping(u64),
     /// The answer to it.
     Pong(u64),
     /// The end of the connection, and why.
     Goaway(Status, &'a [u8]),
-    /// Where the sender's queue pair is; or from a server that makes none why not, with a sentence.
+    /// Where the sender's queue pair is; or from a server that makes none why not, with an error message.
     QueuePair(Result<QueuePairAddress, (Status, &'a [u8])>),
 }
 
@@ -339,7 +339,7 @@ impl Header {
     }
 }
 
-impl Request {
+impl RequestHeader {
     /// Appends a request to `out`. `self.body_len` is ignored: the body says it.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
         let mut header = Header::new(Kind::Request, self.id, padded(body.len()), self.data_len);
@@ -403,7 +403,7 @@ impl Request {
     }
 }
 
-impl Response {
+impl ResponseHeader {
     /// The response to a read that has brought so many bytes; also what immediate data stands for.
     pub(crate) fn of_data(id: u64, len: u32) -> Self {
         Self {
@@ -468,7 +468,7 @@ pub fn encode_pong(id: u64, crc: bool, out: &mut Vec<u8>) {
     Header::new(Kind::Pong, id, 0, 0).finish(&[], crc, out);
 }
 
-/// Appends a goaway to `out`: the status and a sentence (cut to 256 bytes).
+/// Appends a goaway to `out`: the status and an error message (cut to 256 bytes).
 pub fn encode_goaway(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) {
     let text = clipped(text);
     let mut header = Header::new(Kind::Goaway, 0, padded(text.len()), 0);
@@ -476,7 +476,7 @@ pub fn encode_goaway(status: Status, text: &str, crc: bool, out: &mut Vec<u8>) {
     header.finish(text.as_bytes(), crc, out);
 }
 
-/// Appends where a queue pair is, or why there is none: the status and a sentence (cut to 256 bytes).
+/// Appends where a queue pair is, or why there is none: the status and an error message (cut to 256 bytes).
 pub fn encode_queue_pair(what: Result<&QueuePairAddress, (Status, &str)>, crc: bool, out: &mut Vec<u8>) {
     let (status, body) = match what {
         Ok(address) => (Status::OK, address.encode().as_bytes().to_vec()),
@@ -535,8 +535,8 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         return Err(if limits.crc { Violation::Checksum } else { Violation::Reserved });
     }
     let message = match kind {
-        Kind::Request => Message::Request(Request::decode(header, limits)?, body),
-        Kind::Response => Message::Response(Response::decode(header, limits)?, body),
+        Kind::Request => Message::Request(RequestHeader::decode(header, limits)?, body),
+        Kind::Response => Message::Response(ResponseHeader::decode(header, limits)?, body),
         Kind::Ping | Kind::Pong | Kind::Goaway | Kind::QueuePair => {
             if header.data_len.get() != 0 || header.data_crc.get() != 0 || header.tail != [0; 8] {
                 return Err(Violation::Reserved);
@@ -679,7 +679,7 @@ pub const OPTION_REQUIRED: u16 = 1 << 0;
 pub const OPTION_UNSUPPORTED: u16 = 1 << 1;
 /// Option: a name for logs (UTF-8). The server answers with its own.
 pub const OPTION_NAME: u16 = 1;
-/// Option: a sentence that says why the server rejected (UTF-8).
+/// Option: an error message that says why the server rejected (UTF-8).
 pub const OPTION_TEXT: u16 = 2;
 /// Option without a value: the connection could move from this stream to a queue pair.
 pub const OPTION_QUEUE_PAIR: u16 = 3;

@@ -25,9 +25,9 @@ use crate::{message, rdma, tcp};
 #[derive(Debug)]
 pub enum Reached {
     /// By a queue pair.
-    Rdma(Box<rdma::Client>),
-    /// Over TCP, and, if it might have been otherwise, a sentence that says why not.
-    Tcp(Box<tcp::Client>, Option<String>),
+    Rdma(Box<rdma::RdmaClient>),
+    /// Over TCP, and, if it might have been otherwise, an error message that says why not.
+    Tcp(Box<tcp::TcpClient>, Option<String>),
 }
 
 /// Connects to the server at `address` and shakes hands, by `deadline`.
@@ -37,11 +37,11 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
         tracing::info!("{why}");
         Reached::Tcp(stream, Some(why))
     };
-    let plain = || Ok::<_, Error>(Box::new(tcp::Client::connect(address, offer, deadline)?));
+    let plain = || Ok::<_, Error>(Box::new(tcp::TcpClient::connect(address, offer, deadline)?));
     if let Some(reason) = rdma::unavailable() {
         return Ok(over_tcp(plain()?, &format_args!("there is no RDMA here ({reason})")));
     }
-    let stream = tcp::Client::connect(address, &Offer { queue_pair: true, ..offer.clone() }, deadline)?;
+    let stream = tcp::TcpClient::connect(address, &Offer { queue_pair: true, ..offer.clone() }, deadline)?;
     if !stream.grant().queue_pair {
         return Ok(over_tcp(Box::new(stream), &"the server has no RDMA, or will not use it; see its log"));
     }
@@ -64,9 +64,9 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
 /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by
 /// `deadline`. Fails with the TCP connection if that can be used as it is, and with why.
 pub fn upgrade(
-    mut stream: tcp::Client,
+    mut stream: tcp::TcpClient,
     deadline: Instant,
-) -> Result<rdma::Client, (Option<Box<tcp::Client>>, Error)> {
+) -> Result<rdma::RdmaClient, (Option<Box<tcp::TcpClient>>, Error)> {
     let made = stream.local_address().and_then(|local| rdma::Upgrade::new(local.ip(), stream.grant()));
     let made = match made {
         Ok(made) => made,
@@ -85,13 +85,13 @@ pub fn upgrade(
 /// All connections of one worker, over a list of transports. A connection's id names its transport. One that
 /// moves from one transport to another has a half in each from then on, and the id of the half that it has
 /// moved to.
-pub struct Server {
+pub struct Mux {
     transports: Vec<(u8, Box<dyn ServerTransport>)>,
     /// Connections that have moved.
     moved: VecDeque<ServerEvent>,
 }
 
-impl Server {
+impl Mux {
     /// Connections over any of these transports, which have different owner numbers.
     pub fn new(transports: Vec<Box<dyn ServerTransport>>) -> Self {
         let transports = transports.into_iter().map(|transport| (transport.owner(), transport)).collect();
@@ -173,7 +173,7 @@ impl Server {
     }
 }
 
-impl ServerTransport for Server {
+impl ServerTransport for Mux {
     fn owner(&self) -> u8 {
         self.transports.first().map_or(0, |(owner, _)| *owner)
     }

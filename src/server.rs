@@ -1,7 +1,7 @@
 //! The server's side of a connection, as every transport has it: the protocol without the I/O.
 //!
 //! ```text
-//!   tcp::Server              rdma::Server, loopback::Server    move bytes; know sockets, queue pairs
+//!   TcpServer                    RdmaServer, LoopbackServer    move bytes; know sockets, queue pairs
 //!        |                              |                      and the reactor
 //!   StreamConnection             MessageConnection             messages out of a stream of bytes, or
 //!        |                              |                      whole; what to send next

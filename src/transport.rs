@@ -95,7 +95,7 @@ pub struct Response {
     pub status: Status,
     /// The command's result.
     pub result: u64,
-    /// A body: for a failure a sentence (see [`crate::message::clipped`]), else what the command says.
+    /// A body: for a failure an error message (see [`crate::message::clipped`]), else what the command says.
     pub body: Body,
     /// Bulk data: `slot[start..start + len]`; at most the request's `region_len`.
     pub data: Option<SlotRange>,
@@ -233,8 +233,8 @@ impl CloseReason {
 }
 
 /// Asked before a connection from this address, if it is known, takes so many bytes for its queue pair and
-/// what its messages may cause. Gives what is dropped once they are free again, or a sentence for the client
-/// that says why it may not have them.
+/// what its messages may cause. Gives what is dropped once they are free again, or an error message for the
+/// client that says why it may not have them.
 pub type QueuePairMemory = Box<dyn FnMut(Option<IpAddr>, usize) -> Result<Box<dyn Any>, String>>;
 
 /// The server's side of a transport: all connections of one worker. The worker lends its reactor to each

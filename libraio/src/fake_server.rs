@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use raio_transport::Status;
 use raio_transport::handshake::Policy;
-use raio_transport::message::{self, Limits, Message, Parsed, Response};
+use raio_transport::message::{self, Limits, Message, Parsed, ResponseHeader};
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE};
 use zerocopy::IntoBytes;
 
@@ -271,7 +271,7 @@ impl Answer {
 
 fn encode(id: u64, answer: Answer, limits: Limits, out: &mut Vec<u8>) {
     let data_crc = if limits.crc { message::data_crc(&answer.data) } else { 0 };
-    let response = Response {
+    let response = ResponseHeader {
         id,
         body_len: 0,
         data_len: answer.data.len() as u32,

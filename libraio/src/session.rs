@@ -245,10 +245,10 @@ impl Shared {
         let reached = match self.scheme {
             Scheme::Any => mux::connect(self.address, &offer, deadline)?,
             Scheme::Rdma => {
-                mux::Reached::Rdma(Box::new(rdma::Client::connect(self.address, None, &offer, deadline)?))
+                mux::Reached::Rdma(Box::new(rdma::RdmaClient::connect(self.address, None, &offer, deadline)?))
             }
             Scheme::Tcp => {
-                mux::Reached::Tcp(Box::new(tcp::Client::connect(self.address, &offer, deadline)?), None)
+                mux::Reached::Tcp(Box::new(tcp::TcpClient::connect(self.address, &offer, deadline)?), None)
             }
         };
         let timeout = self.options.request_timeout;

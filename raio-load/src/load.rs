@@ -65,7 +65,7 @@ pub struct Outcome {
     pub lost: usize,
     /// The fewest and most reads and writes of an active session.
     pub ios_per_session: (u64, u64),
-    /// What was first seen of each of these, as a sentence.
+    /// What was first seen of each of these, as an error message.
     pub first_error: Option<String>,
     /// Of wrong data.
     pub first_wrong: Option<String>,

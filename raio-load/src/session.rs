@@ -25,7 +25,7 @@ use crate::tuning::{FILL_BYTES, OPEN_TIMEOUT, OPENERS};
 /// An open session.
 pub struct Session {
     /// Its connection.
-    pub client: tcp::Client,
+    pub client: tcp::TcpClient,
     /// Its file.
     pub file: FileHandle,
 }
@@ -40,7 +40,7 @@ impl Session {
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
         let stream = connect(plan.server, source)?;
-        let client = tcp::Client::from_stream(stream.into(), &offer, Instant::now() + OPEN_TIMEOUT)?;
+        let client = tcp::TcpClient::from_stream(stream.into(), &offer, Instant::now() + OPEN_TIMEOUT)?;
         let mut this = Self { client, file: FileHandle(0) };
         let open = Command::Open { flags, mode: 0o644, path: plan.path.as_bytes() };
         let reply = this.call(&open, Bulk::None)?;
@@ -81,7 +81,7 @@ impl Session {
     fn call(&mut self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let lost = |client: &tcp::Client| match client.failure() {
+        let lost = |client: &tcp::TcpClient| match client.failure() {
             Some(Error::Closed { errno, text }) => Error::Closed { errno: *errno, text: text.clone() },
             Some(error) => Error::Closed { errno: error.errno(), text: error.to_string() },
             None => {

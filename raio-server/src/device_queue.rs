@@ -3,7 +3,7 @@
 //! Some devices report only when they have nothing left to do, and then everything at once: virtual ones do,
 //! whose host works their queue to its end before it interrupts. Such a device would be idle until the
 //! answers have gone out and the client's next requests have come in. So it gets a part of what there is, and
-//! the rest in the moment it reports, to work on in the meantime. A device that reports by and by gets
+//! the rest in the moment it reports, to work on in the meantime. A device that reports one by one gets
 //! everything as it comes.
 
 use std::collections::VecDeque;

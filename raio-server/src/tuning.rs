@@ -130,7 +130,8 @@ pub mod limits {
     pub const SESSION_RESERVE: usize = RESERVE / 2;
     /// Bytes that a connection may take of the memory that is for connections: its structs, 2 KiB with its
     /// session's, and the heap that its messages may cause in any case
-    /// ([`raio_transport::tcp::Server::set_heap_max`]). tests/e2e/tests/scale.rs holds idle sessions to less.
+    /// ([`raio_transport::tcp::TcpServer::set_heap_max`]). tests/e2e/tests/scale.rs holds idle sessions to
+    /// less.
     pub const CONNECTION_BYTES: usize = 16 << 10;
     /// Bytes that an open file takes ...
     pub const FILE_BYTES: usize = 512;

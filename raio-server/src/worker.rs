@@ -118,7 +118,7 @@ pub enum RawConnection {
     /// One that a worker has passed on to another: its permit there is counted.
     Passed(Arc<OwnedFd>, Option<SocketAddr>, Vec<u8>),
     /// One that a client asks for.
-    Rdma(rdma::Incoming),
+    Rdma(rdma::RdmaIncoming),
 }
 
 impl RawConnection {
@@ -164,7 +164,7 @@ pub struct Worker {
     incoming: Receiver<(RawConnection, Arc<ConnectionPermit>)>,
     reactor: Reactor,
     arena: Arena,
-    transport: mux::Server,
+    transport: mux::Mux,
     engine: Box<dyn Engine>,
     connections: Connections,
     sessions: LocalSessions,
@@ -235,7 +235,7 @@ impl Worker {
         let mut no_rdma = None;
         let mut rdma = None;
         if rdma::unavailable().is_none() {
-            match rdma::Server::new(&mut reactor, RDMA, Arc::clone(&shared.policy), &arena) {
+            match rdma::RdmaServer::new(&mut reactor, RDMA, Arc::clone(&shared.policy), &arena) {
                 Ok(server) => rdma = Some(server),
                 Err(error) if shared.rdma => return Err(error.into()),
                 Err(error) => no_rdma = Some(error),
@@ -248,7 +248,7 @@ impl Worker {
             Started { senders: WorkerSenders { mailbox, connections }, fallback, unregistered, no_rdma };
         counters.arena_bytes.set(arena.len() as u64);
         let policy = Policy { queue_pair: rdma.is_some(), ..Policy::clone(&shared.policy) };
-        let mut tcp = tcp::Server::new(TCP, Arc::new(policy));
+        let mut tcp = tcp::TcpServer::new(TCP, Arc::new(policy));
         tcp.set_heap_max(shared.heap_bytes);
         let placing = Arc::clone(&shared);
         tcp.set_place(Box::new(move |peer| {
@@ -268,7 +268,7 @@ impl Worker {
             }));
             transports.push(Box::new(rdma));
         }
-        let transport = mux::Server::new(transports);
+        let transport = mux::Mux::new(transports);
         let worker = Self {
             transport,
             admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),

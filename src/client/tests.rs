@@ -77,8 +77,8 @@ fn sent<L>(core: &mut Core<L>, n: usize) -> Vec<u8> {
     stream
 }
 
-fn response(id: RequestId, data: &[u8]) -> Response {
-    Response {
+fn response(id: RequestId, data: &[u8]) -> ResponseHeader {
+    ResponseHeader {
         id: id.0,
         body_len: 0,
         data_len: data.len() as u32,
@@ -92,11 +92,11 @@ fn response(id: RequestId, data: &[u8]) -> Response {
 /// A response on the stream.
 fn answer(id: RequestId, data: &[u8], crc: bool, stream: &mut Vec<u8>) {
     let data_crc = if crc { message::data_crc(data) } else { 0 };
-    Response { data_crc, ..response(id, data) }.encode(&[], crc, stream);
+    ResponseHeader { data_crc, ..response(id, data) }.encode(&[], crc, stream);
     stream.extend_from_slice(data);
 }
 
-fn encoded(response: Response) -> Vec<u8> {
+fn encoded(response: ResponseHeader) -> Vec<u8> {
     let mut out = Vec::new();
     response.encode(&[], false, &mut out);
     out
@@ -246,7 +246,7 @@ fn an_answer_that_comes_before_the_data_was_sent_waits_for_the_buffer() {
     let (mut core, _) = core(0);
     let id = send(&mut core, 9, out(pattern(1000, 1))).unwrap();
     core.on_sent(64 + 500);
-    let rejection = encoded(Response { status: Status::storage(libc::EBADF), ..response(id, &[]) });
+    let rejection = encoded(ResponseHeader { status: Status::storage(libc::EBADF), ..response(id, &[]) });
     assert!(receive(&mut core, &rejection).is_empty(), "the buffer is still being sent");
     assert_eq!(core.outstanding(), 1);
     assert!(!core.is_idle());
@@ -294,11 +294,8 @@ fn a_large_answer_may_be_read_into_place() {
 fn the_server_may_not_give_what_was_not_asked_for() {
     let [first, second] = [RequestId(0), RequestId(1)];
     let mut request = Vec::new();
-    message::Request { id: 0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 }.encode(
-        &[0; 24],
-        false,
-        &mut request,
-    );
+    message::RequestHeader { id: 0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 }
+        .encode(&[0; 24], false, &mut request);
     let mut pong = Vec::new();
     message::encode_pong(1, false, &mut pong);
     let address = QueuePairAddress {
@@ -315,14 +312,14 @@ fn the_server_may_not_give_what_was_not_asked_for() {
     message::encode_queue_pair(Ok(&address), false, &mut queue_pair);
     let twice = [encoded(response(first, &[])), encoded(response(first, &[]))].concat();
     for (bytes, expected, answered) in [
-        (encoded(Response { data_len: 4097, ..response(first, &[]) }), Violation::Length, 0),
-        (encoded(Response { data_len: u32::MAX, ..response(first, &[]) }), Violation::Length, 0),
-        (encoded(Response { data_len: 1, ..response(second, &[]) }), Violation::Length, 0),
+        (encoded(ResponseHeader { data_len: 4097, ..response(first, &[]) }), Violation::Length, 0),
+        (encoded(ResponseHeader { data_len: u32::MAX, ..response(first, &[]) }), Violation::Length, 0),
+        (encoded(ResponseHeader { data_len: 1, ..response(second, &[]) }), Violation::Length, 0),
         (encoded(response(RequestId(7), &[])), Violation::RequestId, 0),
         (encoded(response(RequestId(1 << 32), &[])), Violation::RequestId, 0),
         (encoded(response(RequestId(u64::MAX), &[])), Violation::RequestId, 0),
         (twice, Violation::RequestId, 1),
-        (encoded(Response { credits: 3, ..response(first, &[]) }), Violation::Credits, 0),
+        (encoded(ResponseHeader { credits: 3, ..response(first, &[]) }), Violation::Credits, 0),
         (request, Violation::Kind(1), 0),
         (pong, Violation::RequestId, 0),
         (queue_pair, Violation::Kind(6), 0),
@@ -463,7 +460,7 @@ fn placed_data_is_brought_back_with_the_answer() {
         let mut messages = Vec::new();
         for id in ids {
             let data_crc = if crc { message::data_crc(&data) } else { 0 };
-            Response { data_crc, ..response(id, &data) }.encode(&[], crc, &mut messages);
+            ResponseHeader { data_crc, ..response(id, &data) }.encode(&[], crc, &mut messages);
         }
         let mut replies = Vec::new();
         let progress = core.on_messages(&messages, &mut replies, reclaim);
@@ -482,7 +479,7 @@ fn a_response_without_a_message_has_no_checksum() {
         let id = send_placed(&mut core, 0, &data);
         sent(&mut core, usize::MAX);
         let mut replies = Vec::new();
-        core.on_placed(Response::of_data(id.0, 100), &mut replies, reclaim);
+        core.on_placed(ResponseHeader::of_data(id.0, 100), &mut replies, reclaim);
         assert_eq!((replies.len(), core.has_failed()), if crc { (0, true) } else { (1, false) });
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::link::{Access, End, Rejected};
+use super::link::{Access, LoopbackEnd, Rejected};
 use crate::client::{Core, Exposed, Wait};
 use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
@@ -19,11 +19,11 @@ use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, Re
 /// Receives posted beyond one for each credit: the server's pings, pongs and its goaway.
 const CONTROL_MESSAGES: usize = 8;
 
-/// A connection to a [`super::Server`].
+/// A connection to a [`super::LoopbackServer`].
 #[derive(Debug)]
-pub struct Client {
+pub struct LoopbackClient {
     /// None once the connection has ended.
-    end: Option<End>,
+    end: Option<LoopbackEnd>,
     /// Polled in place of the end's when that has gone.
     eventfd: Arc<OwnedFd>,
     core: Core<Option<Lease>>,
@@ -36,12 +36,12 @@ struct Lease {
     key: u32,
 }
 
-impl Client {
+impl LoopbackClient {
     /// Shakes hands with the server at the other end of the link, by `deadline`.
-    pub fn from_end(end: End, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
+    pub fn from_end(end: LoopbackEnd, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         let closed = |errno, text: &str| Error::Closed {
             errno,
-            text: format!("{text}. Check that the other end of the link is a loopback::Server's"),
+            text: format!("{text}. Check that the other end of the link is a loopback::LoopbackServer's"),
         };
         end.send(offer.hello())
             .map_err(|_| closed(libc::ECONNRESET, "the server went away before the handshake"))?;
@@ -123,7 +123,7 @@ impl Client {
 }
 
 /// Brings a request's buffers back from the link, if they are there.
-fn reclaim(end: Option<&End>, bulk: &mut Bulk, lease: &mut Option<Lease>) {
+fn reclaim(end: Option<&LoopbackEnd>, bulk: &mut Bulk, lease: &mut Option<Lease>) {
     if let (Some(Lease { access, key }), Some(end)) = (lease.take(), end)
         && let Some(buffers) = end.withdraw(key)
     {
@@ -141,7 +141,7 @@ fn poll(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> Result<bool, rustix::i
     Ok(rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], timeout.as_ref())? > 0)
 }
 
-impl ClientTransport for Client {
+impl ClientTransport for LoopbackClient {
     fn grant(&self) -> &Grant {
         self.core.grant()
     }

@@ -1,7 +1,7 @@
-//! The link: two ends that pass whole messages, and memory that one end lays open to the other.
+//! The link: two ends that pass whole messages, and memory that one end exposes to the other.
 //!
 //! Each end has an inbox with room for so many messages (its posted receives) and an eventfd that says
-//! "look": something has arrived, there is room again, or the other end has gone. Memory laid open moves into
+//! "look": something has arrived, there is room again, or the other end has gone. Memory exposed moves into
 //! the link and stays there until it is withdrawn, so whoever copies from or to it does so under the link's
 //! lock and never after it was withdrawn.
 
@@ -15,15 +15,15 @@ use rustix::event::{EventfdFlags, eventfd};
 use crate::memory::Buffers;
 use crate::message::RemoteRegion;
 
-/// Receives that an end has posted before [`End::set_receives`]: enough for a handshake.
+/// Receives that an end has posted before [`LoopbackEnd::set_receives`]: enough for a handshake.
 const RECEIVES_DEFAULT: usize = 2;
 
-/// What the other end may do with memory that is laid open.
+/// What the other end may do with memory that is exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// [`End::place`].
+    /// [`LoopbackEnd::place`].
     Write,
-    /// [`End::fetch`].
+    /// [`LoopbackEnd::fetch`].
     Read,
 }
 
@@ -38,7 +38,7 @@ pub enum Rejected {
 
 /// One end of a link. Dropping it is how a peer vanishes.
 #[derive(Debug)]
-pub struct End {
+pub struct LoopbackEnd {
     link: Arc<Link>,
     side: usize,
 }
@@ -61,7 +61,7 @@ struct Side {
     next_key: u32,
 }
 
-impl End {
+impl LoopbackEnd {
     /// A new link's two ends.
     pub fn pair() -> io::Result<(Self, Self)> {
         let side = || Side {
@@ -113,8 +113,8 @@ impl End {
         }
     }
 
-    /// Whether [`End::send`] would not find the inbox full; stays so until this end sends. If it would, the
-    /// eventfd will say when there is room.
+    /// Whether [`LoopbackEnd::send`] would not find the inbox full; stays so until this end sends. If it
+    /// would, the eventfd will say when there is room.
     pub fn has_room(&self) -> bool {
         let mut sides = self.sides();
         let peer = &mut sides[1 - self.side];
@@ -154,7 +154,7 @@ impl End {
         self.sides()[1 - self.side].gone
     }
 
-    /// A key for memory that is yet to be laid open.
+    /// A key for memory that is yet to be exposed.
     pub(super) fn reserve_key(&self) -> u32 {
         let side = &mut self.sides()[self.side];
         let key = side.next_key;
@@ -168,13 +168,13 @@ impl End {
     }
 
     /// Lays memory open. Returns the key for it.
-    pub fn lay_open(&self, access: Access, buffers: Buffers) -> u32 {
+    pub fn expose(&self, access: Access, buffers: Buffers) -> u32 {
         let key = self.reserve_key();
         self.lay_open_as(key, access, buffers);
         key
     }
 
-    /// Takes memory back that was laid open.
+    /// Takes memory back that was exposed.
     pub fn withdraw(&self, key: u32) -> Option<Buffers> {
         self.sides()[self.side].open.remove(&key).map(|(_, buffers)| buffers)
     }
@@ -219,12 +219,12 @@ impl End {
     }
 }
 
-/// Addresses count from the front of what was laid open.
+/// Addresses count from the front of what was exposed.
 fn within(address: u64, len: u32, open: usize) -> bool {
     address <= open as u64 && u64::from(len) <= open as u64 - address
 }
 
-impl Drop for End {
+impl Drop for LoopbackEnd {
     fn drop(&mut self) {
         let mut sides = self.sides();
         sides[self.side].gone = true;

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use slab::Slab;
 
-use super::link::End;
+use super::link::LoopbackEnd;
 use crate::error::{Status, Violation};
 use crate::handshake::Policy;
 use crate::memory::{Slot, SlotRange};
@@ -23,7 +23,7 @@ const MESSAGES_MAX: usize = 64;
 
 /// See the module documentation.
 #[derive(Debug)]
-pub struct Server {
+pub struct LoopbackServer {
     owner: u8,
     policy: Arc<Policy>,
     connections: Slab<Connection>,
@@ -37,7 +37,7 @@ pub struct Server {
 struct Connection {
     /// Data that came with a request is kept as a copy.
     messages: MessageConnection<Vec<u8>>,
-    end: End,
+    end: LoopbackEnd,
     eventfd: File,
     readable: OpId,
     timer: Option<(Instant, TimerId)>,
@@ -45,7 +45,7 @@ struct Connection {
     broken: Option<Violation>,
 }
 
-impl Server {
+impl LoopbackServer {
     /// A server without connections. Its tokens have this owner number.
     pub fn new(owner: u8, policy: Arc<Policy>) -> Self {
         Self {
@@ -59,7 +59,7 @@ impl Server {
     }
 
     /// Takes over one end of a link, whose other end a client has. The handshake is still to come.
-    pub fn adopt(&mut self, reactor: &mut Reactor, end: End) -> ConnectionId {
+    pub fn adopt(&mut self, reactor: &mut Reactor, end: LoopbackEnd) -> ConnectionId {
         self.generation = self.generation.wrapping_add(1);
         let entry = self.connections.vacant_entry();
         let id =
@@ -236,7 +236,7 @@ fn token(owner: u8, id: ConnectionId) -> Token {
     Token { owner, value: u64::from(id.generation) << 32 | u64::from(id.index) }
 }
 
-impl ServerTransport for Server {
+impl ServerTransport for LoopbackServer {
     fn owner(&self) -> u8 {
         self.owner
     }

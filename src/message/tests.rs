@@ -28,12 +28,12 @@ fn golden(text: &str, limits: &Limits, message: Message<'_>, encode: impl FnOnce
     assert_eq!(parse(&bytes, limits), Ok(Parsed::Item(message, bytes.len())));
 }
 
-fn a_request(region: RemoteRegion) -> Request {
-    Request { id: ID, body_len: 0, data_len: 0, region, data_crc: 0 }
+fn a_request(region: RemoteRegion) -> RequestHeader {
+    RequestHeader { id: ID, body_len: 0, data_len: 0, region, data_crc: 0 }
 }
 
-fn a_response(status: Status) -> Response {
-    Response { id: ID, body_len: 0, data_len: 0, status, credits: 1, result: 0, data_crc: 0 }
+fn a_response(status: Status) -> ResponseHeader {
+    ResponseHeader { id: ID, body_len: 0, data_len: 0, status, credits: 1, result: 0, data_crc: 0 }
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn a_request_without_a_body_has_these_bytes() {
 #[test]
 fn a_request_with_room_for_data_has_these_bytes() {
     let region = RemoteRegion::In { address: 0x1122_3344_5566_7788, key: 0xaabb_ccdd, len: 0x1000 };
-    let request = Request { body_len: 8, ..a_request(region) };
+    let request = RequestHeader { body_len: 8, ..a_request(region) };
     golden(
         "01 01 08 00  00 00 00 00  01 02 03 04 05 06 07 08
          88 77 66 55 44 33 22 11   dd cc bb aa  00 10 00 00
@@ -80,7 +80,7 @@ fn a_request_with_data_to_be_fetched_has_these_bytes() {
 
 #[test]
 fn a_request_with_inline_data_and_checksums_has_these_bytes() {
-    let request = Request {
+    let request = RequestHeader {
         body_len: 16,
         data_len: 9,
         data_crc: data_crc(b"some data"),
@@ -99,7 +99,7 @@ fn a_request_with_inline_data_and_checksums_has_these_bytes() {
 
 #[test]
 fn a_successful_response_has_these_bytes() {
-    let response = Response { credits: 3, result: 0x1122_3344_5566_7788, ..a_response(Status::OK) };
+    let response = ResponseHeader { credits: 3, result: 0x1122_3344_5566_7788, ..a_response(Status::OK) };
     golden(
         "02 00 00 00  00 00 00 00  01 02 03 04 05 06 07 08
          00 00 00 00  03 00 00 00  88 77 66 55 44 33 22 11
@@ -112,7 +112,7 @@ fn a_successful_response_has_these_bytes() {
 
 #[test]
 fn a_response_with_data_and_checksums_has_these_bytes() {
-    let response = Response {
+    let response = ResponseHeader {
         data_len: 9,
         result: 0x1122_3344_5566_7788,
         data_crc: data_crc(b"some data"),
@@ -152,7 +152,7 @@ fn each_class_of_failure_has_these_bytes() {
             "02 00 08 00 00 00 00 00 01 02 03 04 05 06 07 08 1e 00 04 00 01 00 00 00",
         ),
     ] {
-        let response = Response { body_len: 8, ..a_response(status) };
+        let response = ResponseHeader { body_len: 8, ..a_response(status) };
         let text =
             format!("{text} 00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  4f 68 2e 00 00 00 00 00");
         golden(&text, &PLAIN, Message::Response(response, b"Oh.\0\0\0\0\0"), |out| {
@@ -333,16 +333,16 @@ fn any_region() -> impl Strategy<Value = RemoteRegion> {
     ]
 }
 
-fn any_request() -> impl Strategy<Value = Request> {
+fn any_request() -> impl Strategy<Value = RequestHeader> {
     (any::<u64>(), any_region(), 0u32..=1 << 20, any::<u32>()).prop_map(|(id, region, data_len, data_crc)| {
         let data_len = if matches!(region, RemoteRegion::Out { .. }) { 0 } else { data_len };
-        Request { id, body_len: 0, data_len, region, data_crc }
+        RequestHeader { id, body_len: 0, data_len, region, data_crc }
     })
 }
 
-fn any_response() -> impl Strategy<Value = Response> {
+fn any_response() -> impl Strategy<Value = ResponseHeader> {
     (any::<u64>(), any_status(), 0u32..=1 << 20, any::<u16>(), any::<u64>(), any::<u32>()).prop_map(
-        |(id, status, data_len, credits, result, data_crc)| Response {
+        |(id, status, data_len, credits, result, data_crc)| ResponseHeader {
             id,
             body_len: 0,
             data_len,
@@ -364,8 +364,8 @@ fn any_body() -> impl Strategy<Value = Vec<u8>> {
 /// Every kind of message, encoded, and what it must be parsed as.
 #[derive(Clone, Debug)]
 enum Sample {
-    Request(Request, Vec<u8>),
-    Response(Response, Vec<u8>),
+    Request(RequestHeader, Vec<u8>),
+    Response(ResponseHeader, Vec<u8>),
     Ping(u64),
     Pong(u64),
     Goaway(Status, String),
@@ -416,7 +416,7 @@ impl Sample {
             Self::Request(request, body) => self.plain_request(request, crc).encode(body, crc, out),
             Self::Response(response, body) => {
                 let data_crc = if crc { response.data_crc } else { 0 };
-                Response { data_crc, ..*response }.encode(body, crc, out);
+                ResponseHeader { data_crc, ..*response }.encode(body, crc, out);
             }
             Self::Ping(id) => encode_ping(*id, crc, out),
             Self::Pong(id) => encode_pong(*id, crc, out),
@@ -426,8 +426,8 @@ impl Sample {
         }
     }
 
-    fn plain_request(&self, request: &Request, crc: bool) -> Request {
-        Request { data_crc: if crc { request.data_crc } else { 0 }, ..*request }
+    fn plain_request(&self, request: &RequestHeader, crc: bool) -> RequestHeader {
+        RequestHeader { data_crc: if crc { request.data_crc } else { 0 }, ..*request }
     }
 
     fn is(&self, message: &Message<'_>, crc: bool) -> bool {
@@ -439,13 +439,15 @@ impl Sample {
         match (self, message) {
             (Self::Request(request, body), Message::Request(got, got_body)) => {
                 let body = padded_body(body);
-                let expected = Request { body_len: body.len() as u16, ..self.plain_request(request, crc) };
+                let expected =
+                    RequestHeader { body_len: body.len() as u16, ..self.plain_request(request, crc) };
                 *got == expected && *got_body == body
             }
             (Self::Response(response, body), Message::Response(got, got_body)) => {
                 let body = padded_body(body);
                 let data_crc = if crc { response.data_crc } else { 0 };
-                *got == Response { body_len: body.len() as u16, data_crc, ..*response } && *got_body == body
+                *got == ResponseHeader { body_len: body.len() as u16, data_crc, ..*response }
+                    && *got_body == body
             }
             (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
             (Self::Goaway(status, sentence), Message::Goaway(got, body)) => {

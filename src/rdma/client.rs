@@ -1,6 +1,6 @@
 //! The client's side of RDMA: one connection, used by one thread at a time.
 //!
-//! While a request is in flight its buffers are laid open to the server, for its direction only: memory that
+//! While a request is in flight its buffers are exposed to the server, for its direction only: memory that
 //! was registered as it is, other memory through a bounce slot, which is counted. Small writes travel in
 //! their request. The buffers come back with the reply; when the connection ends without one, the queue pair
 //! is destroyed first, so that nothing lands in them afterwards.
@@ -29,7 +29,7 @@ use crate::client::{Core, Exposed, Wait};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::{Arena, Region, Slot, process};
-use crate::message::{self, RemoteRegion, Response};
+use crate::message::{self, RemoteRegion, ResponseHeader};
 use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
     RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME, RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
@@ -40,7 +40,7 @@ use registration::Registration;
 
 /// A connection to a server over RDMA.
 #[derive(Debug)]
-pub struct Client {
+pub struct RdmaClient {
     /// None once the connection has ended. First, so that it is destroyed before the memory that it uses.
     qp: Option<QueuePair>,
     /// With each request the bounce slot that the server really reaches, if it has one.
@@ -93,7 +93,7 @@ impl Companion {
     }
 }
 
-impl Client {
+impl RdmaClient {
     /// Connects to the server at `address`, from `source` if that is given, and shakes hands, by `deadline`.
     pub fn connect(
         address: SocketAddr,
@@ -158,7 +158,7 @@ impl Client {
                 }
                 Some(Completion::Placed { immediate, len, receive }) => {
                     qp.give_back(receive);
-                    self.core.on_placed(Response::of_data(immediate.into(), len), replies, reclaim);
+                    self.core.on_placed(ResponseHeader::of_data(immediate.into(), len), replies, reclaim);
                 }
                 Some(Completion::Failed(failure)) => self.fail_work(failure, now),
                 Some(Completion::Read(..)) | None => {}
@@ -334,7 +334,7 @@ fn reclaim(bulk: &mut Bulk, bounce: &mut Option<Slot>, data_len: usize) -> usize
     }
 }
 
-impl ClientTransport for Client {
+impl ClientTransport for RdmaClient {
     fn grant(&self) -> &Grant {
         self.core.grant()
     }
@@ -493,7 +493,7 @@ impl ClientTransport for Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for RdmaClient {
     fn drop(&mut self) {
         if self.process != process() {
             // A forked child's copy: the device's objects are its parent's, and so is the memory that it

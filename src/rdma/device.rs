@@ -71,7 +71,7 @@ pub(super) struct PortAddress {
     pub mtu: u32,
 }
 
-/// Every device, or why there is none, as the rest of a sentence.
+/// Every device, or why there is none, as the rest of an error message.
 pub(super) fn devices() -> Result<&'static [Device], &'static str> {
     static DEVICES: OnceLock<(u32, Result<Vec<Device>, String>)> = OnceLock::new();
     let (process, devices) = DEVICES.get_or_init(|| (std::process::id(), find()));

@@ -1,7 +1,7 @@
-//! One end of a connection by hand, for tests: it says what it is told to, and lays open what it is told to.
+//! One end of a connection by hand, for tests: it says and exposes what it is told to.
 //!
-//! An [`End`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so that
-//! tests can see what the other side makes of that. Calls block, but not for ever.
+//! An [`RdmaEnd`] is to RDMA what a connected socket is to TCP. It follows none of the protocol's rules, so
+//! that tests can see what the other side makes of that. Calls block, but not for ever.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
@@ -12,7 +12,7 @@ use super::cm::{EventChannel, Id, Kind};
 use super::device::{Access, CompletionChannel, Device, Domain, Mr, PortAddress};
 use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Message, QueuePair, Size};
-use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, parse_rejection, request};
+use super::{HANDSHAKE_MESSAGES, MESSAGE_BYTES, RdmaIncoming, no_rdma, parse_rejection, request};
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, QueuePairAddress, RemoteRegion};
@@ -24,7 +24,7 @@ const MESSAGE_BYTES_MAX: usize = MESSAGE_BYTES + (64 << 10);
 /// How long a work request may take.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What a peer may do to memory that is laid open.
+/// What a peer may do to memory that is exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allow {
     /// Read it.
@@ -46,19 +46,19 @@ enum Arrived {
 
 /// See the module documentation.
 #[derive(Debug)]
-pub struct End {
+pub struct RdmaEnd {
     qp: QueuePair,
     domain: Arc<Domain>,
     _channel: Arc<CompletionChannel>,
     /// rdma_cm's, if that makes the connection; else the port.
     made_by: Result<Arc<EventChannel>, PortAddress>,
-    /// What is laid open, for ever.
+    /// What is exposed, for ever.
     open: Vec<(Slot, Mr)>,
     inbox: VecDeque<Arrived>,
     has_failed: bool,
 }
 
-impl End {
+impl RdmaEnd {
     /// Asks the listener at `address` for a connection, saying `private_data`, or what a client says.
     pub fn connect(
         address: SocketAddr,
@@ -87,9 +87,9 @@ impl End {
     }
 
     /// Agrees to a connection that was asked for.
-    pub fn accept(incoming: Incoming) -> Result<Self, Error> {
+    pub fn accept(incoming: RdmaIncoming) -> Result<Self, Error> {
         let failed = |source| Error::io("Cannot accept an RDMA connection", source);
-        let Incoming { mut id, reads_out } = incoming;
+        let RdmaIncoming { mut id, reads_out } = incoming;
         let events = EventChannel::new().map_err(failed)?;
         id.migrate(&events).map_err(failed)?;
         let end = Self::new(id, &events)?;
@@ -226,7 +226,7 @@ impl End {
             Arrived::Placed { immediate, len, receive } => {
                 self.qp.give_back(receive);
                 let mut bytes = Vec::new();
-                message::Response::of_data(immediate.into(), len).encode(&[], false, &mut bytes);
+                message::ResponseHeader::of_data(immediate.into(), len).encode(&[], false, &mut bytes);
                 bytes
             }
         };
@@ -241,7 +241,7 @@ impl End {
     }
 
     fn memory(&self, len: usize, access: Access) -> Result<(Slot, Mr), Error> {
-        let no_memory = |source| Error::io("There is no memory to lay open", source);
+        let no_memory = |source| Error::io("There is no memory to expose", source);
         let mut arena = Arena::new(len, len).map_err(no_memory)?;
         let slot = arena.alloc(len).ok_or_else(|| no_memory(std::io::ErrorKind::OutOfMemory.into()))?;
         let mr = Mr::of_mapping(&self.domain, &arena.mapping(), access)?;
@@ -249,7 +249,7 @@ impl End {
     }
 
     /// Lays `len` bytes open, rounded up to whole pages. Gives their address and key.
-    pub fn lay_open(&mut self, allow: Allow, len: usize) -> Result<(u64, u32), Error> {
+    pub fn expose(&mut self, allow: Allow, len: usize) -> Result<(u64, u32), Error> {
         let access = if allow == Allow::Read { Access::RemoteRead } else { Access::RemoteWrite };
         let (slot, mr) = self.memory(len, access)?;
         let found = (slot.bytes().as_ptr().expose_provenance() as u64, mr.rkey());
@@ -270,7 +270,7 @@ impl End {
     }
 }
 
-impl Drop for End {
+impl Drop for RdmaEnd {
     fn drop(&mut self) {
         self.qp.disconnect();
     }

@@ -1,8 +1,8 @@
 //! The RDMA transport: messages over reliable queue pairs, data placed and fetched by the server with RDMA
 //! WRITE and READ.
 //!
-//! [`Listener`] hears of connections in one thread, [`Server::adopt`] takes each over in a worker's;
-//! [`Client`] is the other end. The client lays its memory open to the server for a request's length and
+//! [`Listener`] hears of connections in one thread, [`RdmaServer::adopt`] takes each over in a worker's;
+//! [`RdmaClient`] is the other end. The client lays its memory open to the server for a request's length and
 //! direction; the server never gives out a key. What is posted, by whom and in which order is in
 //! docs/PROTOCOL.md.
 //!
@@ -29,10 +29,10 @@ use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-pub use client::{Client, Upgrade};
+pub use client::{RdmaClient, Upgrade};
 #[cfg(feature = "test-peers")]
-pub use end::{Allow, End};
-pub use server::Server;
+pub use end::{Allow, RdmaEnd};
+pub use server::RdmaServer;
 
 use crate::error::Error;
 use crate::message::{BODY_BYTES_MAX, HEADER_BYTES};
@@ -92,7 +92,7 @@ impl Port {
     }
 }
 
-/// Why there is no RDMA here, as the rest of a sentence; None if there is.
+/// Why there is no RDMA here, as the rest of an error message; None if there is.
 pub fn unavailable() -> Option<String> {
     device::devices().err().map(str::to_owned)
 }
@@ -120,12 +120,12 @@ pub struct Listener {
 
 /// A connection that a client asks for. Dropping it rejects the client without a reason.
 #[derive(Debug)]
-pub struct Incoming {
+pub struct RdmaIncoming {
     id: cm::Id,
     reads_out: u8,
 }
 
-impl Incoming {
+impl RdmaIncoming {
     /// The client's address.
     pub fn peer(&self) -> Option<SocketAddr> {
         self.id.peer()
@@ -166,13 +166,13 @@ impl Listener {
         self.channel.owned_fd().map_err(|source| Error::io("Cannot watch for RDMA connections", source))
     }
 
-    /// The next connection, for [`Server::adopt`]. None if there is none now. Peers that do not speak raio,
-    /// or no version of it that this side does, are rejected with the reason.
-    pub fn accept(&self) -> Option<Incoming> {
+    /// The next connection, for [`RdmaServer::adopt`]. None if there is none now. Peers that do not speak
+    /// raio, or no version of it that this side does, are rejected with the reason.
+    pub fn accept(&self) -> Option<RdmaIncoming> {
         while let Some(event) = self.channel.next() {
             let Some(id) = event.incoming else { continue };
             match private_data::check_request(&event.private_data) {
-                Ok(()) => return Some(Incoming { id, reads_out: event.reads_out }),
+                Ok(()) => return Some(RdmaIncoming { id, reads_out: event.reads_out }),
                 Err((errno, text)) => {
                     let client = id.peer().map(tracing::field::display);
                     tracing::debug!(client, "An RDMA connection is rejected: {text}");

@@ -791,7 +791,7 @@ impl Failure {
         self.status == verbs::IBV_WC_WR_FLUSH_ERR
     }
 
-    /// The peer named memory that it had not laid open.
+    /// The peer named memory that it had not exposed.
     pub fn is_access(&self) -> bool {
         !self.is_receive
             && matches!(

@@ -25,7 +25,7 @@ use super::cm::{EventChannel, Kind as CmKind};
 use super::device::{Access, CompletionChannel, Device, Domain, Limits, Mr, devices};
 use super::out_of_band::port_of;
 use super::queue_pair::{Completion, Failure, Message as Received, QueuePair, Size, registrations};
-use super::{HANDSHAKE_MESSAGES, Incoming, MESSAGE_BYTES, no_rdma, rejection, request};
+use super::{HANDSHAKE_MESSAGES, MESSAGE_BYTES, RdmaIncoming, no_rdma, rejection, request};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::Policy;
 use crate::memory::{Arena, Mapping, Slot, SlotRange};
@@ -54,7 +54,7 @@ enum Kind {
 }
 
 /// See the module documentation.
-pub struct Server {
+pub struct RdmaServer {
     owner: u8,
     policy: Arc<Policy>,
     arena: Arc<Mapping>,
@@ -102,7 +102,7 @@ struct Connection {
     companion: Option<ConnectionId>,
     /// Dropped after the queue pair. See [`ServerTransport::hold`].
     held: Option<Arc<dyn Any>>,
-    /// So are these. See [`Server::set_memory`].
+    /// So are these. See [`RdmaServer::set_memory`].
     memory: Vec<Box<dyn Any>>,
     /// The client's address, for the log.
     peer: Option<IpAddr>,
@@ -128,7 +128,7 @@ fn find(connections: &mut Slab<Connection>, id: ConnectionId) -> Option<&mut Con
     connections.get_mut(id.index as usize).filter(|connection| connection.id() == id)
 }
 
-impl Server {
+impl RdmaServer {
     /// A server without connections, for requests whose data is in slots of `arena`. Its tokens have this
     /// owner number. The arena is registered with every device that can be used; fails if there is none.
     pub fn new(reactor: &mut Reactor, owner: u8, policy: Arc<Policy>, arena: &Arena) -> Result<Self, Error> {
@@ -201,8 +201,8 @@ impl Server {
 
     /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client
     /// rejected, if the device cannot have one more, or there is no memory for it.
-    pub fn adopt(&mut self, reactor: &mut Reactor, incoming: Incoming) -> Result<ConnectionId, Error> {
-        let Incoming { mut id, reads_out } = incoming;
+    pub fn adopt(&mut self, reactor: &mut Reactor, incoming: RdmaIncoming) -> Result<ConnectionId, Error> {
+        let RdmaIncoming { mut id, reads_out } = incoming;
         let peer = id.peer().map(|peer| peer.ip());
         let device = id.device();
         let Some(port) = self.ports.iter().position(|port| Some(port.device) == device) else {
@@ -655,7 +655,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for RdmaServer {
     fn drop(&mut self) {
         for (_, connection) in &mut self.connections {
             connection.qp.disconnect();
@@ -851,7 +851,7 @@ fn number_of(id: ConnectionId) -> u64 {
     u64::from(id.generation) << 32 | u64::from(id.index)
 }
 
-impl ServerTransport for Server {
+impl ServerTransport for RdmaServer {
     fn owner(&self) -> u8 {
         self.owner
     }

@@ -19,7 +19,7 @@ use crate::transport::{
 
 const REASON: &str = "this program was built without RDMA";
 
-/// Why there is no RDMA here, as the rest of a sentence.
+/// Why there is no RDMA here, as the rest of an error message.
 pub fn unavailable() -> Option<String> {
     Some(REASON.into())
 }
@@ -77,9 +77,9 @@ pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
 
 /// Nothing.
 #[derive(Debug)]
-pub struct Incoming(Infallible);
+pub struct RdmaIncoming(Infallible);
 
-impl Incoming {
+impl RdmaIncoming {
     /// The client's address.
     pub fn peer(&self) -> Option<SocketAddr> {
         match self.0 {}
@@ -112,12 +112,12 @@ impl Listener {
     }
 
     /// The next connection.
-    pub fn accept(&self) -> Option<Incoming> {
+    pub fn accept(&self) -> Option<RdmaIncoming> {
         match self.0 {}
     }
 }
 
-/// What a peer may do to memory that is laid open.
+/// What a peer may do to memory that is exposed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Allow {
     /// Read it.
@@ -128,16 +128,16 @@ pub enum Allow {
 
 /// Nothing.
 #[derive(Debug)]
-pub struct End(Infallible);
+pub struct RdmaEnd(Infallible);
 
-impl End {
+impl RdmaEnd {
     /// Fails.
     pub fn connect(_: SocketAddr, _: Option<IpAddr>, _: Option<&[u8]>) -> Result<Self, Error> {
         Err(absent())
     }
 
     /// Agrees to a connection.
-    pub fn accept(incoming: Incoming) -> Result<Self, Error> {
+    pub fn accept(incoming: RdmaIncoming) -> Result<Self, Error> {
         match incoming.0 {}
     }
 
@@ -172,7 +172,7 @@ impl End {
     }
 
     /// Lays memory open.
-    pub fn lay_open(&mut self, _: Allow, _: usize) -> Result<(u64, u32), Error> {
+    pub fn expose(&mut self, _: Allow, _: usize) -> Result<(u64, u32), Error> {
         match self.0 {}
     }
 
@@ -184,16 +184,16 @@ impl End {
 
 /// Nothing.
 #[derive(Debug)]
-pub struct Server(Infallible);
+pub struct RdmaServer(Infallible);
 
-impl Server {
+impl RdmaServer {
     /// Fails.
     pub fn new(_: &mut Reactor, _: u8, _: Arc<Policy>, _: &Arena) -> Result<Self, Error> {
         Err(absent())
     }
 
     /// Takes over a connection.
-    pub fn adopt(&mut self, _: &mut Reactor, _: Incoming) -> Result<ConnectionId, Error> {
+    pub fn adopt(&mut self, _: &mut Reactor, _: RdmaIncoming) -> Result<ConnectionId, Error> {
         match self.0 {}
     }
 
@@ -203,7 +203,7 @@ impl Server {
     }
 }
 
-impl ServerTransport for Server {
+impl ServerTransport for RdmaServer {
     fn owner(&self) -> u8 {
         match self.0 {}
     }
@@ -263,16 +263,16 @@ impl Upgrade {
         _: &QueuePairAddress,
         _: Box<dyn ClientTransport>,
         _: Instant,
-    ) -> Result<Client, Error> {
+    ) -> Result<RdmaClient, Error> {
         match self.0 {}
     }
 }
 
 /// Nothing.
 #[derive(Debug)]
-pub struct Client(Infallible);
+pub struct RdmaClient(Infallible);
 
-impl Client {
+impl RdmaClient {
     /// Fails.
     pub fn connect(_: SocketAddr, _: Option<IpAddr>, _: &Offer, _: Instant) -> Result<Self, Error> {
         Err(absent())
@@ -284,7 +284,7 @@ impl Client {
     }
 }
 
-impl ClientTransport for Client {
+impl ClientTransport for RdmaClient {
     fn grant(&self) -> &Grant {
         match self.0 {}
     }

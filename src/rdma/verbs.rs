@@ -119,7 +119,7 @@ impl std::fmt::Debug for Verbs {
     }
 }
 
-/// The libraries' functions, or why there are none, as the rest of a sentence.
+/// The libraries' functions, or why there are none, as the rest of an error message.
 pub(super) fn verbs() -> Result<&'static Verbs, &'static str> {
     static VERBS: OnceLock<Result<Verbs, String>> = OnceLock::new();
     VERBS.get_or_init(Verbs::load).as_ref().map_err(String::as_str)

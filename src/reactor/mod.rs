@@ -326,7 +326,7 @@ impl Reactor {
         matches!(self.engine, Engine::Ring(_))
     }
 
-    /// Why it is not an io_uring, as the rest of a sentence that begins "io_uring is not used: ".
+    /// Why it is not an io_uring, as the rest of an error message that begins "io_uring is not used: ".
     pub fn fallback_reason(&self) -> Option<&str> {
         self.fallback.as_deref()
     }

@@ -338,7 +338,7 @@ pub(crate) mod tests {
     fn messages_that_are_not_for_a_server_are_violations() {
         let run = Run::open(Duration::ZERO);
         assert_eq!(run.core.on_control(&Message::Ping(9)), Ok(Control::Pong(9)));
-        let response = message::Response::of_data(1, 0);
+        let response = message::ResponseHeader::of_data(1, 0);
         assert_eq!(run.core.on_control(&Message::Response(response, &[])), Err(Violation::Kind(2)));
     }
 }

@@ -225,13 +225,13 @@ impl<I> MessageConnection<I> {
     }
 
     /// Ends a request: its response's header, and where in the peer's memory the response's data goes.
-    pub fn finish(&mut self, id: u64, response: &Response) -> (message::Response, RemoteRegion) {
+    pub fn finish(&mut self, id: u64, response: &Response) -> (message::ResponseHeader, RemoteRegion) {
         let region = self.core.in_flight.remove(id).map_or(RemoteRegion::None, |asked| asked.region);
         let data = match (&response.data, region) {
             (Some(range), RemoteRegion::In { .. }) => range.bytes(),
             _ => &[],
         };
-        let header = message::Response {
+        let header = message::ResponseHeader {
             id,
             body_len: 0,
             data_len: data.len() as u32,
@@ -358,7 +358,8 @@ mod tests {
     }
 
     fn encode(id: u64, region: RemoteRegion, data: &[u8]) -> Vec<u8> {
-        let request = message::Request { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
+        let request =
+            message::RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(b"command.", false, &mut bytes);
         bytes.extend_from_slice(data);

@@ -69,7 +69,7 @@ impl Outbox {
             Some(range) if crc && data_len > 0 => message::data_crc(range.bytes()),
             _ => 0,
         };
-        let header = message::Response {
+        let header = message::ResponseHeader {
             id,
             body_len: 0,
             data_len: data_len as u32,

@@ -596,7 +596,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
 
     fn on_request(
         &mut self,
-        request: &message::Request,
+        request: &message::RequestHeader,
         body: &[u8],
         shared: &mut StreamShared,
     ) -> Result<(), Violation> {
@@ -697,7 +697,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let Some(position) = self.core.in_flight.position(id) else { return false };
         let crc = self.core.crc();
-        let mut response = message::Response::of_data(id, len as u32);
+        let mut response = message::ResponseHeader::of_data(id, len as u32);
         let filled = self.outbox.push_filled(&mut shared.spare, HEADER_BYTES + len, arena, |bytes| {
             let (header, data) = bytes.split_at_mut(HEADER_BYTES);
             if !fill(data) {
@@ -1071,8 +1071,8 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             Some(Stalled::Output) => self.reset(shared, CloseReason::Evicted),
             Some(Stalled::Input) => {
                 let text = "The server needed the memory that this connection held: it had begun to send \
-                            data and did not go on with them while other clients waited. Connect again, and send \
-                            messages without a pause.";
+                    data and did not go on while other clients waited. Connect again, and send messages \
+                    without a pause.";
                 let status = Status { retryable: true, ..Status::policy(libc::ENOBUFS) };
                 self.close(status, text, CloseReason::Evicted, shared, clock);
             }

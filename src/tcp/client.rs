@@ -33,7 +33,7 @@ const RESET_HINT: &str =
 
 /// A connection to a server over TCP.
 #[derive(Debug)]
-pub struct Client {
+pub struct TcpClient {
     stream: TcpStream,
     core: Core,
     /// The socket took no more at the last try.
@@ -48,7 +48,7 @@ pub struct Client {
     process: u64,
 }
 
-impl Client {
+impl TcpClient {
     /// Connects to the server at `address` and shakes hands, by `deadline`.
     pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         let failed = |source| {
@@ -269,7 +269,7 @@ impl Client {
     }
 }
 
-impl ClientTransport for Client {
+impl ClientTransport for TcpClient {
     fn grant(&self) -> &Grant {
         self.core.grant()
     }
@@ -423,7 +423,7 @@ impl ClientTransport for Client {
     }
 }
 
-impl Drop for Client {
+impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {

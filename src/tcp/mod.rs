@@ -10,8 +10,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-pub use client::Client;
-pub use server::{Place, Server};
+pub use client::TcpClient;
+pub use server::{Place, TcpServer};
 
 use crate::error::Error;
 

@@ -30,7 +30,7 @@ use crate::transport::{
 use watch::{Verdict, Watch};
 
 /// All connections of one worker.
-pub struct Server {
+pub struct TcpServer {
     owner: u8,
     entries: Vec<Entry>,
     free: Vec<u32>,
@@ -148,7 +148,7 @@ impl Connection {
     }
 
     /// Charges for its heap. Returns whether something else follows from what has happened to it:
-    /// [`Server::attend`].
+    /// [`TcpServer::attend`].
     fn settle(&mut self, shared: &mut StreamShared) -> bool {
         self.stream.settle_heap(shared);
         self.stream.needs_attention()
@@ -174,7 +174,7 @@ fn entry(entries: &mut [Entry], id: ConnectionId) -> Option<&mut Connection> {
     entry.connection.as_deref_mut()
 }
 
-impl Server {
+impl TcpServer {
     /// A transport with no connections. Events on its operations carry `owner`.
     pub fn new(owner: u8, policy: Arc<Policy>) -> Self {
         Self {
@@ -378,7 +378,7 @@ fn token(id: ConnectionId, kind: Kind) -> Token {
     Token { owner: id.transport, value }
 }
 
-impl ServerTransport for Server {
+impl ServerTransport for TcpServer {
     fn owner(&self) -> u8 {
         self.owner
     }

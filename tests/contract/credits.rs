@@ -84,7 +84,7 @@ contract! {
         ] {
             let (mut raw, _) = Raw::open_client(&server, &Offer::new("large"));
             let mut bytes = Vec::new();
-            let request = message::Request { id: 1, body_len: 0, data_len, region, data_crc: 0 };
+            let request = message::RequestHeader { id: 1, body_len: 0, data_len, region, data_crc: 0 };
             request.encode(&command(Op::Put, 0), false, &mut bytes);
             raw.send(&bytes);
             assert_eq!(server.closed(n), CloseReason::Violation(Violation::Length), "{data_len} {region:?}");

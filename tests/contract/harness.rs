@@ -104,7 +104,7 @@ pub enum Op {
     Hold,
     /// Answers what is held by its connection, newest first, and then itself.
     Release,
-    /// Closes its connection, with a sentence.
+    /// Closes its connection, with an error message.
     Close,
 }
 
@@ -124,8 +124,8 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 /// One end of a connection, handed to the server.
 enum Wire {
     Tcp(OwnedFd),
-    Loopback(loopback::End),
-    Rdma(rdma::Incoming),
+    Loopback(loopback::LoopbackEnd),
+    Rdma(rdma::RdmaIncoming),
 }
 
 const STALL_CHECK: Token = Token { owner: 9, value: 0 };
@@ -239,19 +239,19 @@ impl Server {
                     let arena = Arena::new(arena_bytes, 2 * policy.data_bytes_max as usize).unwrap();
                     let _ = reactor.register_arena(&arena);
                     let wires = match transport {
-                        Transport::Loopback => Wires::Loopback(loopback::Server::new(1, policy)),
+                        Transport::Loopback => Wires::Loopback(loopback::LoopbackServer::new(1, policy)),
                         Transport::Rdma => {
-                            Wires::Rdma(rdma::Server::new(&mut reactor, 1, policy, &arena).unwrap())
+                            Wires::Rdma(rdma::RdmaServer::new(&mut reactor, 1, policy, &arena).unwrap())
                         }
                         Transport::RdmaAfterTcp => {
-                            let rdma = rdma::Server::new(&mut reactor, 2, Arc::clone(&policy), &arena);
+                            let rdma = rdma::RdmaServer::new(&mut reactor, 2, Arc::clone(&policy), &arena);
                             let policy = Policy { queue_pair: true, ..Policy::clone(&policy) };
-                            let tcp = Box::new(tcp::Server::new(1, Arc::new(policy)));
+                            let tcp = Box::new(tcp::TcpServer::new(1, Arc::new(policy)));
                             let transports: Vec<Box<dyn ServerTransport>> =
                                 vec![tcp, Box::new(rdma.unwrap())];
-                            Wires::Any(Box::new(mux::Server::new(transports)))
+                            Wires::Any(Box::new(mux::Mux::new(transports)))
                         }
-                        _ => Wires::Tcp(tcp::Server::new(1, policy)),
+                        _ => Wires::Tcp(tcp::TcpServer::new(1, policy)),
                     };
                     let mut handler = Handler::new(wires, arena, seen_by_worker);
                     handler.stall_timeout = stall_timeout;
@@ -317,8 +317,8 @@ impl Server {
     }
 
     /// A link to the server.
-    pub fn link(&self) -> loopback::End {
-        let (client, server) = loopback::End::pair().unwrap();
+    pub fn link(&self) -> loopback::LoopbackEnd {
+        let (client, server) = loopback::LoopbackEnd::pair().unwrap();
         self.adopt(Wire::Loopback(server));
         client
     }
@@ -327,16 +327,18 @@ impl Server {
     pub fn connect(&self, offer: &Offer) -> Result<Client, Error> {
         let deadline = Instant::now() + PATIENCE;
         let transport: Box<dyn ClientTransport> = match self.transport {
-            Transport::Loopback => Box::new(loopback::Client::from_end(self.link(), offer, deadline)?),
+            Transport::Loopback => {
+                Box::new(loopback::LoopbackClient::from_end(self.link(), offer, deadline)?)
+            }
             Transport::Rdma => {
-                Box::new(rdma::Client::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
+                Box::new(rdma::RdmaClient::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
             }
             Transport::RdmaAfterTcp => {
                 let offer = Offer { queue_pair: true, ..offer.clone() };
-                let stream = tcp::Client::from_stream(self.stream(), &offer, deadline)?;
+                let stream = tcp::TcpClient::from_stream(self.stream(), &offer, deadline)?;
                 Box::new(mux::upgrade(stream, deadline).map_err(|(_, error)| error)?)
             }
-            _ => Box::new(tcp::Client::from_stream(self.stream(), offer, deadline)?),
+            _ => Box::new(tcp::TcpClient::from_stream(self.stream(), offer, deadline)?),
         };
         Ok(Client { transport, replies: Vec::new() })
     }
@@ -428,10 +430,10 @@ fn tcp_pair_at(address: Ipv4Addr) -> (TcpStream, TcpStream) {
 // ---------------------------------------------------------------------------------------------
 
 enum Wires {
-    Tcp(tcp::Server),
-    Loopback(loopback::Server),
-    Rdma(rdma::Server),
-    Any(Box<mux::Server>),
+    Tcp(tcp::TcpServer),
+    Loopback(loopback::LoopbackServer),
+    Rdma(rdma::RdmaServer),
+    Any(Box<mux::Mux>),
 }
 
 impl Wires {

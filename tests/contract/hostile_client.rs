@@ -13,7 +13,7 @@ use crate::raw::{Raw, answer_to};
 
 fn request(crc: bool) -> Vec<u8> {
     let request =
-        message::Request { id: 5, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
+        message::RequestHeader { id: 5, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
     let mut bytes = Vec::new();
     request.encode(&command(Op::Hold, 0), crc, &mut bytes);
     bytes
@@ -121,7 +121,7 @@ contract! {
         let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };
         let (mut raw, _) = Raw::open_client(&server, &offer);
         let data = pattern(0, 8000);
-        let request = message::Request {
+        let request = message::RequestHeader {
             id: 1,
             body_len: 0,
             data_len: 8000,
@@ -174,7 +174,7 @@ fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("rdma"));
         let region = RemoteRegion::Out { address: 0, key: 1, len: 4096 };
-        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request = message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
         raw.send(&encoded(|out| request.encode(&command(Op::Put, 0), false, out)));
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Field));
         server.serves_others();
@@ -185,7 +185,7 @@ fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
 fn memory_that_was_not_laid_open_cannot_be_reached() {
     let server = serve_plain(Transport::Loopback);
     let open =
-        |raw: &Raw, access, len| raw.end().lay_open(access, Buffers::One(Buffer::Owned(vec![7; len].into())));
+        |raw: &Raw, access, len| raw.end().expose(access, Buffers::One(Buffer::Owned(vec![7; len].into())));
     // What the request says, and what there is: access and length.
     let (write, read) = (loopback::Access::Write, loopback::Access::Read);
     for (n, (what, op, access, there, address, len)) in [
@@ -208,7 +208,7 @@ fn memory_that_was_not_laid_open_cannot_be_reached() {
         } else {
             RemoteRegion::In { address, key, len }
         };
-        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request = message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
         raw.send(&encoded(|out| request.encode(&command(op, 0), false, out)));
         assert_eq!(server.closed(n), CloseReason::Violation(Violation::Field), "{what}");
         server.serves_others();

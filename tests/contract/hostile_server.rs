@@ -16,7 +16,7 @@ use crate::raw::{Got, Raw, answer_to};
 fn provoke(
     transport: Transport,
     features: u64,
-    bytes: impl FnOnce(&mut Raw, [message::Request; 3]) -> Vec<u8>,
+    bytes: impl FnOnce(&mut Raw, [message::RequestHeader; 3]) -> Vec<u8>,
 ) -> (Client, Vec<Reply>) {
     let (mut client, mut raw) = Raw::server(transport, &Policy::default(), features);
     client.send(0, &command(Op::Get, 0), room(4096));
@@ -50,7 +50,7 @@ fn provoke(
 fn violation(
     transport: Transport,
     features: u64,
-    bytes: impl FnOnce(&mut Raw, [message::Request; 3]) -> Vec<u8>,
+    bytes: impl FnOnce(&mut Raw, [message::RequestHeader; 3]) -> Vec<u8>,
 ) -> Violation {
     let (client, replies) = provoke(transport, features, bytes);
     for reply in &replies {
@@ -62,7 +62,7 @@ fn violation(
     }
 }
 
-fn response(id: u64, change: impl FnOnce(&mut message::Response)) -> Vec<u8> {
+fn response(id: u64, change: impl FnOnce(&mut message::ResponseHeader)) -> Vec<u8> {
     let mut response = answer_to(id);
     change(&mut response);
     let mut bytes = Vec::new();
@@ -72,12 +72,12 @@ fn response(id: u64, change: impl FnOnce(&mut message::Response)) -> Vec<u8> {
 
 contract! {
     fn each_violation_ends_every_request_once(transport) {
-        type Make = fn([message::Request; 3]) -> Vec<u8>;
+        type Make = fn([message::RequestHeader; 3]) -> Vec<u8>;
         let cases: [(&str, Violation, Make); 14] = [
             ("a request", Violation::Kind(1), |[get, ..]| {
                 let mut bytes = Vec::new();
                 let region = RemoteRegion::None;
-                message::Request { region, ..get }.encode(&[], false, &mut bytes);
+                message::RequestHeader { region, ..get }.encode(&[], false, &mut bytes);
                 bytes
             }),
             ("an unknown kind", Violation::Kind(77), |_| vec![77; 40]),
@@ -160,7 +160,7 @@ contract! {
         let damaged_data = violation(transport, FEATURE_CRC, |raw, [get, ..]| {
             let good = pattern(0, 1000);
             let mut bytes = Vec::new();
-            let response = message::Response {
+            let response = message::ResponseHeader {
                 data_len: 1000,
                 data_crc: message::data_crc(&good) ^ 1,
                 ..answer_to(get.id)

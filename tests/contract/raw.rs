@@ -28,18 +28,18 @@ pub struct Raw {
 enum Wire {
     /// And what has been read of it.
     Tcp(TcpStream, Vec<u8>),
-    Loopback(loopback::End),
-    Rdma(Box<rdma::End>),
+    Loopback(loopback::LoopbackEnd),
+    Rdma(Box<rdma::RdmaEnd>),
     /// The queue pair, and the TCP connection that it was exchanged over.
-    RdmaAfterTcp(Box<rdma::End>, TcpStream),
+    RdmaAfterTcp(Box<rdma::RdmaEnd>, TcpStream),
 }
 
 /// What came.
 #[derive(Debug, PartialEq)]
 pub enum Got {
-    Request(message::Request, Vec<u8>, Vec<u8>),
+    Request(message::RequestHeader, Vec<u8>, Vec<u8>),
     /// With the data, on TCP.
-    Response(message::Response, Vec<u8>, Vec<u8>),
+    Response(message::ResponseHeader, Vec<u8>, Vec<u8>),
     Ping(u64),
     Pong(u64),
     Goaway(Status, String),
@@ -74,7 +74,7 @@ impl Raw {
         match server.transport {
             Transport::Loopback => Self::new(Wire::Loopback(server.link())),
             Transport::Rdma => {
-                let end = rdma::End::connect(server.rdma_address(), rdma_source(), None).unwrap();
+                let end = rdma::RdmaEnd::connect(server.rdma_address(), rdma_source(), None).unwrap();
                 Self::new(Wire::Rdma(Box::new(end)))
             }
             _ => Self::new(Wire::Tcp(server.stream(), Vec::new())),
@@ -97,8 +97,8 @@ impl Raw {
     }
 
     /// A queue pair by the stream's address, and what to say of it.
-    pub fn unjoined(&mut self) -> (rdma::End, QueuePairAddress) {
-        rdma::End::unjoined(self.stream().local_addr().unwrap().ip()).unwrap()
+    pub fn unjoined(&mut self) -> (rdma::RdmaEnd, QueuePairAddress) {
+        rdma::RdmaEnd::unjoined(self.stream().local_addr().unwrap().ip()).unwrap()
     }
 
     /// Tells the other side.
@@ -117,7 +117,7 @@ impl Raw {
     }
 
     /// Moves to the queue pair.
-    pub fn join(&mut self, mut end: rdma::End, ours: &QueuePairAddress, theirs: &QueuePairAddress) {
+    pub fn join(&mut self, mut end: rdma::RdmaEnd, ours: &QueuePairAddress, theirs: &QueuePairAddress) {
         end.join(ours, theirs).unwrap();
         let stream = self.stream().try_clone().unwrap();
         stream.set_nonblocking(true).unwrap();
@@ -209,9 +209,10 @@ impl Raw {
         let deadline = Instant::now() + time;
         match transport {
             Transport::Loopback => {
-                let (ours, theirs) = loopback::End::pair().unwrap();
+                let (ours, theirs) = loopback::LoopbackEnd::pair().unwrap();
                 let thread = std::thread::spawn(move || {
-                    loopback::Client::from_end(theirs, &offer, deadline).map(|client| Box::new(client) as _)
+                    loopback::LoopbackClient::from_end(theirs, &offer, deadline)
+                        .map(|client| Box::new(client) as _)
                 });
                 (thread, Self::new(Wire::Loopback(ours)))
             }
@@ -219,7 +220,7 @@ impl Raw {
                 let listener = rdma_listener();
                 let address = listener.address();
                 let thread = std::thread::spawn(move || {
-                    rdma::Client::connect(address, rdma_source(), &offer, deadline)
+                    rdma::RdmaClient::connect(address, rdma_source(), &offer, deadline)
                         .map(|client| Box::new(client) as _)
                 });
                 let incoming = loop {
@@ -229,14 +230,14 @@ impl Raw {
                     }
                     assert!(Instant::now() < deadline + PATIENCE, "the client does not connect");
                 };
-                (thread, Self::new(Wire::Rdma(Box::new(rdma::End::accept(incoming).unwrap()))))
+                (thread, Self::new(Wire::Rdma(Box::new(rdma::RdmaEnd::accept(incoming).unwrap()))))
             }
             Transport::RdmaAfterTcp => {
                 let (theirs, ours) = tcp_pair_by_rdma();
                 ours.set_nonblocking(false).unwrap();
                 let thread = std::thread::spawn(move || {
                     let offer = Offer { queue_pair: true, ..offer };
-                    let stream = tcp::Client::from_stream(theirs, &offer, deadline)?;
+                    let stream = tcp::TcpClient::from_stream(theirs, &offer, deadline)?;
                     if !stream.grant().queue_pair {
                         return Ok(Box::new(stream) as _);
                     }
@@ -250,7 +251,7 @@ impl Raw {
                 ours.set_nonblocking(false).unwrap();
                 ours.set_nodelay(true).unwrap();
                 let thread = std::thread::spawn(move || {
-                    tcp::Client::from_stream(theirs, &offer, deadline).map(|client| Box::new(client) as _)
+                    tcp::TcpClient::from_stream(theirs, &offer, deadline).map(|client| Box::new(client) as _)
                 });
                 (thread, Self::new(Wire::Tcp(ours, Vec::new())))
             }
@@ -266,7 +267,7 @@ impl Raw {
     }
 
     /// The link, to misbehave with memory.
-    pub fn end(&self) -> &loopback::End {
+    pub fn end(&self) -> &loopback::LoopbackEnd {
         match &self.wire {
             Wire::Loopback(end) => end,
             _ => panic!("it is no link"),
@@ -274,7 +275,7 @@ impl Raw {
     }
 
     /// The queue pair, to misbehave with memory.
-    pub fn rdma(&mut self) -> &mut rdma::End {
+    pub fn rdma(&mut self) -> &mut rdma::RdmaEnd {
         match &mut self.wire {
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end,
             Wire::Tcp(..) | Wire::Loopback(_) => panic!("it has no queue pair"),
@@ -315,7 +316,8 @@ impl Raw {
     pub fn request(&mut self, id: u64, body: &[u8], data: &[u8]) -> bool {
         let data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
         let data_len = data.len() as u32;
-        let request = message::Request { id, body_len: 0, data_len, region: RemoteRegion::None, data_crc };
+        let request =
+            message::RequestHeader { id, body_len: 0, data_len, region: RemoteRegion::None, data_crc };
         let mut bytes = Vec::new();
         request.encode(body, self.limits.crc, &mut bytes);
         bytes.extend_from_slice(data);
@@ -327,22 +329,22 @@ impl Raw {
         let (address, key) = match &mut self.wire {
             Wire::Tcp(..) => (0, 0),
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => {
-                end.lay_open(rdma::Allow::Write, len.max(1) as usize).unwrap()
+                end.expose(rdma::Allow::Write, len.max(1) as usize).unwrap()
             }
             Wire::Loopback(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));
-                (0, end.lay_open(loopback::Access::Write, buffers))
+                (0, end.expose(loopback::Access::Write, buffers))
             }
         };
         let region = RemoteRegion::In { address, key, len };
-        let request = message::Request { id, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request = message::RequestHeader { id, body_len: 0, data_len: 0, region, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(body, self.limits.crc, &mut bytes);
         self.send(&bytes)
     }
 
     /// The answer to a request whose data is wherever this transport wants it.
-    pub fn respond(&mut self, request: &message::Request, data: &[u8]) {
+    pub fn respond(&mut self, request: &message::RequestHeader, data: &[u8]) {
         let mut bytes = Vec::new();
         let mut response = answer_to(request.id);
         response.data_len = data.len() as u32;
@@ -453,7 +455,7 @@ impl Raw {
     }
 
     /// The next request.
-    pub fn next_request(&mut self) -> message::Request {
+    pub fn next_request(&mut self) -> message::RequestHeader {
         match self.next() {
             Got::Request(request, ..) => request,
             other => panic!("{other:?} is no request"),
@@ -474,8 +476,8 @@ impl Raw {
 }
 
 /// A good response without data.
-pub fn answer_to(id: u64) -> message::Response {
-    message::Response {
+pub fn answer_to(id: u64) -> message::ResponseHeader {
+    message::ResponseHeader {
         id,
         body_len: 0,
         data_len: 0,

@@ -5,7 +5,7 @@ use raio_transport::error::{Error, Violation};
 use raio_transport::handshake::Offer;
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message::{self, BODY_BYTES_MAX, HEADER_BYTES, RemoteRegion};
-use raio_transport::rdma::{Allow, End};
+use raio_transport::rdma::{Allow, RdmaEnd};
 use raio_transport::transport::{Bulk, CloseReason, ServerCounters};
 
 use crate::harness::{
@@ -122,7 +122,7 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
     let Some(server) = server() else { return };
     let mut bystander = server.bystander();
     let page = 4096;
-    // What the request says, and what there is: how it is laid open, and by how much it is missed.
+    // What the request says, and what there is: how it is exposed, and by how much it is missed.
     for (n, (what, op, allow, offset, len)) in [
         ("no memory to fetch from", Op::Put, None, 0, 100),
         ("memory to be written only", Op::Put, Some(Allow::Write), 0, 100),
@@ -138,7 +138,7 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
     {
         let (mut raw, _) = Raw::open_client(&server, &Offer::new(what));
         let (address, key) = allow.map_or((0x10_0000, 0x99_9999), |allow| {
-            let (address, key) = raw.rdma().lay_open(allow, page as usize).unwrap();
+            let (address, key) = raw.rdma().expose(allow, page as usize).unwrap();
             (address.wrapping_add(offset), key)
         });
         let region = if op == Op::Put {
@@ -146,7 +146,7 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
         } else {
             RemoteRegion::In { address, key, len }
         };
-        let request = message::Request { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request = message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(&command(op, 0), false, &mut bytes);
         raw.send(&bytes);
@@ -187,7 +187,7 @@ fn private_data_that_is_not_raios_is_turned_away_with_the_reason() {
         (&message::MAGIC[..], "no protocol version in common"),
         (&old, "no protocol version in common"),
     ] {
-        match End::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
+        match RdmaEnd::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
             Err(Error::Rejected { text, .. }) => assert!(text.contains(said), "{text}"),
             other => panic!("{other:?}"),
         }

@@ -30,7 +30,7 @@ fn evicted(server: &Server) -> usize {
 
 fn get(id: u64, len: u32) -> Vec<u8> {
     let region = RemoteRegion::In { address: 0, key: 0, len };
-    let request = message::Request { id, body_len: 0, data_len: 0, region, data_crc: 0 };
+    let request = message::RequestHeader { id, body_len: 0, data_len: 0, region, data_crc: 0 };
     let mut bytes = Vec::new();
     request.encode(&command(Op::Get, id), false, &mut bytes);
     bytes
@@ -154,8 +154,13 @@ fn a_client_that_sends_a_byte_at_a_time_is_served() {
         let server = serve(transport, Policy::default());
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("bytewise"));
         let mut bytes = get(1, 5000);
-        let write =
-            message::Request { id: 2, body_len: 0, data_len: 500, region: RemoteRegion::None, data_crc: 0 };
+        let write = message::RequestHeader {
+            id: 2,
+            body_len: 0,
+            data_len: 500,
+            region: RemoteRegion::None,
+            data_crc: 0,
+        };
         write.encode(&command(Op::Put, 4), false, &mut bytes);
         bytes.extend_from_slice(&pattern(4, 500));
         message::encode_ping(3, false, &mut bytes);
@@ -178,8 +183,13 @@ fn a_client_that_sends_a_byte_at_a_time_is_served() {
 #[test]
 fn a_client_that_begins_a_message_and_stops_is_closed_if_it_holds_memory() {
     let mut bytes = Vec::new();
-    let request =
-        message::Request { id: 1, body_len: 0, data_len: 60_000, region: RemoteRegion::None, data_crc: 0 };
+    let request = message::RequestHeader {
+        id: 1,
+        body_len: 0,
+        data_len: 60_000,
+        region: RemoteRegion::None,
+        data_crc: 0,
+    };
     request.encode(&command(Op::Put, 0), false, &mut bytes);
     bytes.extend_from_slice(&pattern(0, 60_000));
     for transport in Transport::TCP {
@@ -211,7 +221,7 @@ fn a_client_that_trickles_a_message_for_too_long_is_closed() {
             serve(Transport::TcpUring, Policy { stall_timeout: Duration::from_millis(200), ..impatient() });
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("trickle"));
         let mut bytes = Vec::new();
-        let request = message::Request {
+        let request = message::RequestHeader {
             id: 1,
             body_len: 0,
             data_len: 60_000,
@@ -248,8 +258,13 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
         // 48 bytes each, and each is answered with 80.
         let mut asks = Vec::new();
         for id in 0..4096 {
-            let request =
-                message::Request { id, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
+            let request = message::RequestHeader {
+                id,
+                body_len: 0,
+                data_len: 0,
+                region: RemoteRegion::None,
+                data_crc: 0,
+            };
             request.encode(&command(Op::Refuse, 0)[..8], false, &mut asks);
         }
         let (mut sent, mut taken) = (0, 0);

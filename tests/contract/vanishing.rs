@@ -19,8 +19,13 @@ fn was_lost(reason: CloseReason) -> bool {
 /// A request for a write of 200,000 bytes, as bytes.
 fn large_write() -> Vec<u8> {
     let mut bytes = Vec::new();
-    let request =
-        message::Request { id: 1, body_len: 0, data_len: 200_000, region: RemoteRegion::None, data_crc: 0 };
+    let request = message::RequestHeader {
+        id: 1,
+        body_len: 0,
+        data_len: 200_000,
+        region: RemoteRegion::None,
+        data_crc: 0,
+    };
     request.encode(&command(Op::Put, 0), false, &mut bytes);
     bytes.extend_from_slice(&pattern(0, 200_000));
     bytes
@@ -272,7 +277,7 @@ fn a_server_that_stops_sending_is_gone() {
 fn a_server_that_goes_in_the_middle_of_an_answer_ends_every_request_once() {
     let mut bytes = Vec::new();
     for _ in 0..2 {
-        message::Response { data_len: 50_000, ..answer_to(0) }.encode(&[0; 8], false, &mut bytes);
+        message::ResponseHeader { data_len: 50_000, ..answer_to(0) }.encode(&[0; 8], false, &mut bytes);
     }
     for len in [1, 39, 40, 47, 48] {
         let (mut client, mut raw) = Raw::server(Transport::TcpEpoll, &Policy::default(), 0);

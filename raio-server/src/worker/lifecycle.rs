@@ -130,7 +130,7 @@ impl Worker {
                         peer,
                         "clients that became unreachable",
                         name = connection.name,
-                        "A client's connection was closed: for {:?} or longer nothing has come from its host, \
+                        "A client's connection was closed: for {:?} nothing has come from its host, \
                          although TCP tried again and again. The host, or the network to it, has failed.",
                         policy.unreachable_timeout
                     ),

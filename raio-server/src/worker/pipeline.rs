@@ -390,7 +390,7 @@ impl Worker {
 
 /// How many bytes the unsent responses of a connection hold.
 pub(super) fn unsent_bytes<'a>(
-    transport: &'a mux::Server,
+    transport: &'a mux::Mux,
     connections: &'a Connections,
 ) -> impl Fn(usize) -> usize + Copy + 'a {
     |connection| transport.unsent_bytes(connections[connection].id)

@@ -15,7 +15,7 @@ use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{Command, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
-use raio_transport::tcp::Client;
+use raio_transport::tcp::TcpClient;
 use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 
 use super::*;
@@ -72,7 +72,7 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
     }
 }
 
-fn connect(worker: &mut Worker) -> Client {
+fn connect(worker: &mut Worker) -> TcpClient {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
     let permit = limits().connect(None).expect("a permit");
@@ -80,7 +80,7 @@ fn connect(worker: &mut Worker) -> Client {
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {
-        Client::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
+        TcpClient::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
     });
     while !connecting.is_finished() {
         run_once(worker);
@@ -89,7 +89,7 @@ fn connect(worker: &mut Worker) -> Client {
     connecting.join().expect("it does not panic").expect("the worker grants a connection")
 }
 
-fn open(worker: &mut Worker, client: &mut Client, flags: u32, path: &[u8]) -> FileHandle {
+fn open(worker: &mut Worker, client: &mut TcpClient, flags: u32, path: &[u8]) -> FileHandle {
     let mut body = Vec::new();
     Command::Open { flags, mode: 0, path }.encode(&mut body);
     client.send(0, &body, Bulk::None, true).expect("a credit is left");
@@ -126,7 +126,7 @@ fn export(directory: &tempfile::TempDir) -> String {
 /// A worker, and a client that reads blocks of a file.
 struct Bench {
     worker: Worker,
-    client: Client,
+    client: TcpClient,
     file: FileHandle,
     next_block: usize,
     _directory: Option<tempfile::TempDir>,

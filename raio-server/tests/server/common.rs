@@ -236,7 +236,7 @@ impl Stats {
 
 /// A client that has one connection.
 pub struct Client {
-    pub transport: tcp::Client,
+    pub transport: tcp::TcpClient,
     tag: u64,
     replies: HashMap<u64, Reply>,
 }
@@ -255,13 +255,13 @@ fn outcome(reply: &Reply) -> Result<u64, i32> {
         return Ok(reply.result);
     }
     let text = message::text(&reply.body);
-    assert!(text.is_empty() || text.ends_with('.'), "not a sentence: {text:?}");
+    assert!(text.is_empty() || text.ends_with('.'), "not an error message: {text:?}");
     Err(reply.status.errno)
 }
 
 impl Client {
     pub fn connect(address: SocketAddr, offer: &Offer) -> Self {
-        let transport = tcp::Client::connect(address, offer, Instant::now() + TIMEOUT).unwrap();
+        let transport = tcp::TcpClient::connect(address, offer, Instant::now() + TIMEOUT).unwrap();
         Self { transport, tag: 0, replies: HashMap::new() }
     }
 

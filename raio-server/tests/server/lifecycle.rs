@@ -112,8 +112,13 @@ fn a_write_that_never_arrives_holds_up_the_end_for_so_long_and_no_longer() {
     half.read_exact(&mut [0; 64]).unwrap();
     let mut body = Vec::new();
     Command::Write { file, offset: 0, length: 1000 }.encode(&mut body);
-    let request =
-        message::Request { id: 1, body_len: 0, data_len: 1000, region: RemoteRegion::None, data_crc: 0 };
+    let request = message::RequestHeader {
+        id: 1,
+        body_len: 0,
+        data_len: 1000,
+        region: RemoteRegion::None,
+        data_crc: 0,
+    };
     let mut bytes = Vec::new();
     request.encode(&body, false, &mut bytes);
     half.write_all(&bytes).unwrap();

@@ -11,7 +11,7 @@ use super::super::device::{CompletionChannel, Domain, PortAddress, devices};
 use super::super::out_of_band::{packet_numbers, port_of};
 use super::super::queue_pair::{Completion, QueuePair, Size};
 use super::super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
-use super::Client;
+use super::RdmaClient;
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::message::{Parsed, QueuePairAddress};
@@ -84,7 +84,7 @@ impl Upgrade {
         theirs: &QueuePairAddress,
         mut stream: Box<dyn ClientTransport>,
         deadline: Instant,
-    ) -> Result<Client, Error> {
+    ) -> Result<RdmaClient, Error> {
         let Self { at, parts, ours, grant } = self;
         let mirrored = (theirs.psn, theirs.peer_psn, theirs.link) == (ours.peer_psn, ours.psn, ours.link);
         if !mirrored || theirs.reads != 0 {
@@ -94,7 +94,8 @@ impl Upgrade {
         parts.qp.join(&at, &ours, theirs, 0).map_err(|source| {
             at.failed(Error::io("the queue pair cannot be connected with the server's", source))
         })?;
-        let mut client = Client::assemble(parts, grant, Some(stream)).map_err(|error| at.failed(error))?;
+        let mut client =
+            RdmaClient::assemble(parts, grant, Some(stream)).map_err(|error| at.failed(error))?;
         let asked = Instant::now();
         let time = deadline.saturating_duration_since(asked) / RDMA_PROOF_PART;
         client.ping(time);

@@ -147,7 +147,7 @@ fn request(id: u64, region_len: u32, data: &[u8]) -> Vec<u8> {
         0 => RemoteRegion::None,
         len => RemoteRegion::In { address: 0, key: 0, len },
     };
-    let header = message::Request { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
+    let header = message::RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
     let mut bytes = Vec::new();
     header.encode(b"command.", false, &mut bytes);
     bytes.extend_from_slice(data);

@@ -9,7 +9,7 @@ use super::*;
 use crate::error::Status;
 use crate::handshake::Policy;
 use crate::memory::{Buffer, Buffers};
-use crate::message::{self, FEATURE_CRC, Limits, Message, Response};
+use crate::message::{self, FEATURE_CRC, Limits, Message, ResponseHeader};
 
 /// The server's end of a connection, written by hand so that it can misbehave.
 struct Peer {
@@ -23,7 +23,7 @@ fn policy() -> Policy {
 }
 
 /// A client and its server's end, after the handshake.
-fn pair(policy: &Policy, features: u64) -> (Client, Peer) {
+fn pair(policy: &Policy, features: u64) -> (TcpClient, Peer) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let offer = Offer { features, ..Offer::new("test") };
@@ -43,13 +43,13 @@ fn pair(policy: &Policy, features: u64) -> (Client, Peer) {
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         Peer { stream, limits: peer.grant.limits(), inbox: Vec::new() }
     });
-    let client = Client::connect(address, &offer, Instant::now() + Duration::from_secs(10)).unwrap();
+    let client = TcpClient::connect(address, &offer, Instant::now() + Duration::from_secs(10)).unwrap();
     (client, server.join().unwrap())
 }
 
 impl Peer {
     /// The next request, with its data.
-    fn request(&mut self) -> (message::Request, Vec<u8>) {
+    fn request(&mut self) -> (message::RequestHeader, Vec<u8>) {
         loop {
             if let Parsed::Item(message, taken) = message::parse(&self.inbox, &self.limits).unwrap()
                 && let Message::Request(request, _) = message
@@ -72,7 +72,7 @@ impl Peer {
     }
 
     fn answer(&self, id: u64, data: &[u8], out: &mut Vec<u8>) {
-        let response = Response {
+        let response = ResponseHeader {
             id,
             body_len: 0,
             data_len: data.len() as u32,
@@ -111,7 +111,7 @@ fn bytes_of(bulk: &Bulk) -> Vec<u8> {
 }
 
 /// Receives until `n` replies are there.
-fn receive(client: &mut Client, n: usize) -> Vec<Reply> {
+fn receive(client: &mut TcpClient, n: usize) -> Vec<Reply> {
     let mut replies = Vec::new();
     let deadline = Instant::now() + Duration::from_secs(10);
     while replies.len() < n {
@@ -125,11 +125,11 @@ fn receive(client: &mut Client, n: usize) -> Vec<Reply> {
     replies
 }
 
-fn response(id: u64) -> Response {
-    Response { id, body_len: 0, data_len: 0, status: Status::OK, credits: 1, result: 0, data_crc: 0 }
+fn response(id: u64) -> ResponseHeader {
+    ResponseHeader { id, body_len: 0, data_len: 0, status: Status::OK, credits: 1, result: 0, data_crc: 0 }
 }
 
-fn encoded(response: Response) -> Vec<u8> {
+fn encoded(response: ResponseHeader) -> Vec<u8> {
     let mut out = Vec::new();
     response.encode(&[], false, &mut out);
     out
@@ -343,7 +343,7 @@ fn a_goaway_ends_everything_with_its_sentence() {
 fn a_stream_that_ends_anywhere_loses_each_request_once() {
     let mut whole = Vec::new();
     let data = pattern(20_000, 0);
-    Response { data_len: 20_000, result: 20_000, ..response(0) }.encode(&[], false, &mut whole);
+    ResponseHeader { data_len: 20_000, result: 20_000, ..response(0) }.encode(&[], false, &mut whole);
     whole.extend_from_slice(&data);
     for cut in [0, 1, 39, 40, 41, 10_000, 20_039, 20_040] {
         let (mut client, mut peer) = pair(&policy(), 0);
@@ -400,7 +400,7 @@ fn abort_hands_out_everything_once() {
 fn handshakes_that_fail_say_why() {
     let policy = policy();
     for (answer, errno) in [
-        (Some(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()), libc::EPROTO),
+        (Some(b"HTTP/1.1 400 Bad RequestHeader\r\n\r\n".to_vec()), libc::EPROTO),
         (Some(policy.rejection(libc::EUSERS, "All seats are taken.")), libc::EUSERS),
         (Some(vec![]), libc::ECONNRESET),
         (None, libc::ETIMEDOUT),
@@ -419,13 +419,13 @@ fn handshakes_that_fail_say_why() {
         let patience =
             if errno == libc::ETIMEDOUT { Duration::from_millis(250) } else { Duration::from_secs(20) };
         let deadline = Instant::now() + patience;
-        let error = Client::connect(address, &Offer::new("test"), deadline).unwrap_err();
+        let error = TcpClient::connect(address, &Offer::new("test"), deadline).unwrap_err();
         assert_eq!(error.errno(), errno, "{error}");
         server.join().unwrap();
     }
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let deadline = Instant::now() + Duration::from_secs(5);
-    let error = Client::connect(nobody, &Offer::new("test"), deadline).unwrap_err();
+    let error = TcpClient::connect(nobody, &Offer::new("test"), deadline).unwrap_err();
     assert_eq!(error.errno(), libc::ECONNREFUSED);
     assert!(error.to_string().contains("check that raio_server listens there"), "{error}");
 }
@@ -475,7 +475,7 @@ proptest! {
             prop_oneof![
                 prop::collection::vec(any::<u8>(), 0..200),
                 (0u64..6, 0u32..9000, 0u16..3).prop_map(|(id, data_len, credits)| {
-                    encoded(Response { data_len, credits, ..response(id) })
+                    encoded(ResponseHeader { data_len, credits, ..response(id) })
                 }),
                 any::<u64>().prop_map(|id| {
                     let mut out = vec![];
@@ -519,7 +519,7 @@ fn rest_of(peer: &mut Peer) -> (usize, Option<i32>) {
 #[test]
 fn what_a_client_has_given_up_is_not_sent() {
     let policy = Policy { data_bytes_max: 16 << 20, ..policy() };
-    let ends: [fn(Client); 2] = [drop, |mut client| client.abort(Violation::Silent)];
+    let ends: [fn(TcpClient); 2] = [drop, |mut client| client.abort(Violation::Silent)];
     for end in ends {
         let (mut client, mut peer) = pair(&policy, 0);
         let data = Bulk::Out(Buffers::One(Buffer::Owned(vec![1; 16 << 20].into())));

@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use raio_transport::address::Address;
 use raio_transport::handshake::Offer;
 use raio_transport::message::{
-    self, HANDSHAKE_BYTES, Limits, Message, Parsed, RemoteRegion, Request, Response,
+    self, HANDSHAKE_BYTES, Limits, Message, Parsed, RemoteRegion, RequestHeader, ResponseHeader,
 };
 use raio_transport::protocol::{Command, FileHandle, FileStatus};
 
@@ -72,7 +72,7 @@ impl Raw {
     }
 
     /// Receives the next message, which is an answer, up to its data: those are the caller's to receive.
-    pub fn response(&mut self) -> io::Result<(Response, Vec<u8>)> {
+    pub fn response(&mut self) -> io::Result<(ResponseHeader, Vec<u8>)> {
         let mut bytes = vec![0; HEADER_BYTES];
         self.stream.read_exact(&mut bytes)?;
         loop {
@@ -102,7 +102,7 @@ pub fn request(id: u64, command: &Command<'_>, data_len: u32) -> Vec<u8> {
     let mut body = Vec::new();
     command.encode(&mut body);
     let mut bytes = Vec::new();
-    Request { id, body_len: 0, data_len, region, data_crc: 0 }.encode(&body, false, &mut bytes);
+    RequestHeader { id, body_len: 0, data_len, region, data_crc: 0 }.encode(&body, false, &mut bytes);
     bytes
 }
 

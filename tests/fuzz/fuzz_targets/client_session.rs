@@ -52,7 +52,7 @@ fn session(mode: Mode, offer: &Offer, welcome: &[u8], bytes: &[u8]) {
     let _ = server.write_all(welcome);
     // Nobody will send the rest of half a welcome.
     let deadline = Instant::now() + Duration::from_millis(2);
-    let client = tcp::Client::from_stream(TcpStream::from(OwnedFd::from(client)), offer, deadline);
+    let client = tcp::TcpClient::from_stream(TcpStream::from(OwnedFd::from(client)), offer, deadline);
     let Ok(mut client) = client else { return };
 
     // Its ids are 0, 1, 2, ..., so that an input can name them.

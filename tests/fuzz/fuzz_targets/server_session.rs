@@ -46,7 +46,7 @@ fuzz_target!(|input: &[u8]| {
 
 struct Server {
     reactor: Reactor,
-    transport: tcp::Server,
+    transport: tcp::TcpServer,
     arena: Arena,
     events: Vec<Event>,
     opened: usize,
@@ -86,7 +86,7 @@ impl Server {
             Policy { queue_depth: 8, data_bytes_max: DATA_BYTES_MAX, queue_pair: true, ..Policy::default() };
         Self {
             reactor: Reactor::new(&config).unwrap(),
-            transport: tcp::Server::new(1, Arc::new(policy)),
+            transport: tcp::TcpServer::new(1, Arc::new(policy)),
             arena: Arena::new(ARENA_BYTES, DATA_BYTES_MAX as usize).unwrap(),
             events: Vec::new(),
             opened: 0,

@@ -29,7 +29,7 @@ fn serve(worker: &mut Worker) {
 
 #[inline(never)]
 fn submit(
-    client: &mut Client,
+    client: &mut TcpClient,
     direction: Direction,
     file: FileHandle,
     first: u64,
@@ -56,13 +56,19 @@ fn submit(
 }
 
 #[inline(never)]
-fn collect(client: &mut Client, replies: &mut Vec<Reply>) {
+fn collect(client: &mut TcpClient, replies: &mut Vec<Reply>) {
     client.receive(replies);
 }
 
 /// So many requests, `depth` at a time.
 #[inline(never)]
-fn scenario(worker: &mut Worker, client: &mut Client, file: FileHandle, direction: Direction, depth: usize) {
+fn scenario(
+    worker: &mut Worker,
+    client: &mut TcpClient,
+    file: FileHandle,
+    direction: Direction,
+    depth: usize,
+) {
     let block = || Buffers::One(Buffer::Owned(vec![7; BLOCK_BYTES].into()));
     let mut buffers: Vec<_> = (0..depth).map(|_| block()).collect();
     let mut replies = Vec::with_capacity(depth);

@@ -12,7 +12,7 @@ use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
-    QueuePairAddress, RemoteRegion, Request, Response, SessionId, VERSION,
+    QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader, SessionId, VERSION,
 };
 use raio_transport::protocol::{Command, Fields, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode};
 
@@ -162,7 +162,7 @@ fn requests() -> Vec<(String, Vec<u8>)> {
     .enumerate()
     {
         let data = vec![b'd'; data_len as usize];
-        let request = Request { id: id as u64, body_len: 0, data_len, region, data_crc: 0 };
+        let request = RequestHeader { id: id as u64, body_len: 0, data_len, region, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(&[verb; 24], false, &mut bytes);
         bytes.extend_from_slice(&data);
@@ -186,7 +186,7 @@ fn responses() -> Vec<(String, Vec<u8>)> {
     .into_iter()
     .enumerate()
     {
-        let response = Response {
+        let response = ResponseHeader {
             id: id as u64,
             body_len: 0,
             data_len,
