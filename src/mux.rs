@@ -87,15 +87,16 @@ pub fn upgrade(
 /// moved to.
 pub struct Mux {
     transports: Vec<(u8, Box<dyn ServerTransport>)>,
-    /// Connections that have moved.
-    moved: VecDeque<ServerEvent>,
+    /// Connections that have moved, each after what its new transport had to report before: the connection
+    /// that had its name's index until then may have closed.
+    pending: VecDeque<ServerEvent>,
 }
 
 impl Mux {
     /// Connections over any of these transports, which have different owner numbers.
     pub fn new(transports: Vec<Box<dyn ServerTransport>>) -> Self {
         let transports = transports.into_iter().map(|transport| (transport.owner(), transport)).collect();
-        Self { transports, moved: VecDeque::new() }
+        Self { transports, pending: VecDeque::new() }
     }
 
     /// Takes over a connection that was accepted; its handshake is still to come.
@@ -154,13 +155,14 @@ impl Mux {
         let mut taken = Err(Error::Unsupported("the server has no other transport; use TCP".into()));
         for (owner, transport) in &mut self.transports {
             if *owner != from.transport && taken.is_err() {
+                self.pending.extend(std::iter::from_fn(|| transport.next_event()));
                 taken = transport.take_over(reactor, request);
             }
         }
         match taken {
             Ok((to, ours)) => {
                 self.find_mut(from).answer_upgrade(reactor, from, Ok((to, &ours)));
-                self.moved.push_back(ServerEvent::Moved(from, to));
+                self.pending.push_back(ServerEvent::Moved(from, to));
             }
             Err(error) => {
                 let client = request.remote.map(tracing::field::display);
@@ -191,7 +193,7 @@ impl ServerTransport for Mux {
 
     fn poll_ready(&mut self, arm: bool) -> bool {
         // What a flush has left behind.
-        !self.moved.is_empty() || self.all_mut().any(|transport| transport.poll_ready(arm))
+        !self.pending.is_empty() || self.all_mut().any(|transport| transport.poll_ready(arm))
     }
 
     fn process_ready(&mut self, reactor: &mut Reactor) {
@@ -199,9 +201,13 @@ impl ServerTransport for Mux {
     }
 
     fn next_event(&mut self) -> Option<ServerEvent> {
-        if let Some(&ServerEvent::Moved(from, _)) = self.moved.front() {
+        match self.pending.front() {
+            None => {}
             // What there was of it before it moved comes first.
-            return self.find_mut(from).next_event().or_else(|| self.moved.pop_front());
+            Some(&ServerEvent::Moved(from, _)) => {
+                return self.find_mut(from).next_event().or_else(|| self.pending.pop_front());
+            }
+            Some(_) => return self.pending.pop_front(),
         }
         for (_, transport) in &mut self.transports {
             let event = transport.next_event();
@@ -306,5 +312,127 @@ impl ServerTransport for Mux {
     fn counters(&self) -> ServerCounters {
         let mut counters = self.all().map(ServerTransport::counters);
         counters.find(|counters| *counters != ServerCounters::default()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Link, QueuePairAddress};
+    use crate::server::peer;
+    use crate::transport::CloseReason;
+
+    const STREAMS: u8 = 0;
+    const QUEUE_PAIRS: u8 = 1;
+
+    fn id(transport: u8, generation: u32) -> ConnectionId {
+        ConnectionId { transport, index: 0, generation }
+    }
+
+    /// A transport that reports and hands over what it is told to, and takes over whoever asks.
+    #[derive(Default)]
+    struct Fake {
+        owner: u8,
+        events: VecDeque<ServerEvent>,
+        handovers: VecDeque<Handover>,
+        takes_over_as: Option<ConnectionId>,
+    }
+
+    impl ServerTransport for Fake {
+        fn owner(&self) -> u8 {
+            self.owner
+        }
+
+        fn handle(&mut self, _: &mut Reactor, _: Event) {}
+
+        fn next_event(&mut self) -> Option<ServerEvent> {
+            self.events.pop_front()
+        }
+
+        fn fetch(&mut self, _: &mut Reactor, _: RequestKey, _: Slot, _: usize) {}
+
+        fn respond(&mut self, _: &mut Reactor, _: RequestKey, _: Response) {}
+
+        fn flush(&mut self, _: &mut Reactor) {}
+
+        fn close(&mut self, _: &mut Reactor, _: ConnectionId, _: Status, _: &str) {}
+
+        fn reject(&mut self, _: &mut Reactor, _: ConnectionId, _: i32, _: &str) {}
+
+        fn close_stalled(&mut self, _: &mut Reactor, _: bool) {}
+
+        fn unsent_bytes(&self, _: ConnectionId) -> usize {
+            0
+        }
+
+        fn is_sending(&self) -> bool {
+            false
+        }
+
+        fn connections(&self) -> usize {
+            0
+        }
+
+        fn next_handover(&mut self) -> Option<Handover> {
+            self.handovers.pop_front()
+        }
+
+        fn take_over(
+            &mut self,
+            _: &mut Reactor,
+            request: &UpgradeRequest,
+        ) -> Result<(ConnectionId, QueuePairAddress), Error> {
+            let to = self.takes_over_as.ok_or(Error::Unsupported("it takes none".into()))?;
+            Ok((to, request.theirs))
+        }
+    }
+
+    #[test]
+    fn a_connection_that_has_closed_is_reported_before_another_moves_to_its_index() {
+        let theirs = QueuePairAddress {
+            gid: [0; 16],
+            qpn: 1,
+            psn: 1,
+            peer_psn: 1,
+            mtu: 1024,
+            lid: 0,
+            reads: 1,
+            link: Link::Ethernet,
+        };
+        let request = UpgradeRequest {
+            connection: id(STREAMS, 7),
+            peer: peer(2),
+            theirs,
+            held: None,
+            local: None,
+            remote: None,
+        };
+        let streams = Fake {
+            owner: STREAMS,
+            events: [ServerEvent::Closed(id(STREAMS, 6), CloseReason::Finished)].into(),
+            handovers: [Handover::Upgrade(request)].into(),
+            ..Fake::default()
+        };
+        let queue_pairs = Fake {
+            owner: QUEUE_PAIRS,
+            events: [ServerEvent::Closed(id(QUEUE_PAIRS, 1), CloseReason::Lost(0))].into(),
+            takes_over_as: Some(id(QUEUE_PAIRS, 2)),
+            ..Fake::default()
+        };
+        let mut reactor = Reactor::new(&crate::reactor::Config::default()).unwrap();
+        let mut mux = Mux::new(vec![Box::new(streams), Box::new(queue_pairs)]);
+        mux.flush(&mut reactor);
+        assert!(mux.poll_ready(true), "there is something to report");
+        assert!(
+            matches!(mux.next_event(), Some(ServerEvent::Closed(closed, _)) if closed == id(QUEUE_PAIRS, 1))
+        );
+        assert!(matches!(mux.next_event(), Some(ServerEvent::Closed(closed, _)) if closed == id(STREAMS, 6)));
+        let moved = mux.next_event();
+        assert!(
+            matches!(moved, Some(ServerEvent::Moved(from, to))
+                if from == id(STREAMS, 7) && to == id(QUEUE_PAIRS, 2)),
+            "{moved:?}"
+        );
+        assert!(mux.next_event().is_none() && !mux.poll_ready(true));
     }
 }

@@ -18,6 +18,8 @@ mod message;
 mod outbox;
 mod stream;
 
+#[cfg(test)]
+pub(crate) use core::tests::peer;
 pub(crate) use core::{ConnectionCore, Control, Due, Phase};
 pub(crate) use in_flight::InFlight;
 #[cfg(any(feature = "rdma", feature = "test-peers"))]
