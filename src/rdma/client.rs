@@ -385,7 +385,7 @@ impl ClientTransport for RdmaClient {
             if self.descriptors.taken_before(now, RDMA_DESCRIPTORS_EVERY) {
                 self.check_descriptors(now);
             }
-            if self.core.on_silence(now) {
+            if self.core.on_silence(now, Instant::now) {
                 self.send_queue();
             }
         }

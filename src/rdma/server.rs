@@ -423,13 +423,14 @@ impl RdmaServer {
                 }
                 Some(Completion::Read(request, range)) => {
                     connection.reads -= 1;
+                    if connection.is_lingering() {
+                        continue;
+                    }
                     if let Err(violation) = connection.messages.check_fetched(request, range.bytes()) {
                         return self.end(reactor, id, CloseReason::Violation(violation));
                     }
-                    if !connection.is_lingering() {
-                        let key = RequestKey { connection: id, id: request };
-                        self.events.push_back(ServerEvent::Fetched(key, range));
-                    }
+                    let key = RequestKey { connection: id, id: request };
+                    self.events.push_back(ServerEvent::Fetched(key, range));
                 }
                 // The first says why; the others only follow.
                 Some(Completion::Failed(failure)) => {

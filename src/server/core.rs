@@ -75,7 +75,7 @@ impl<R> ConnectionCore<R> {
             keepalive: Duration::ZERO,
             is_heard: false,
             missed: 0,
-            deadline: Some(clock.now() + policy.handshake_timeout),
+            deadline: Some(clock.read() + policy.handshake_timeout),
         }
     }
 
@@ -194,11 +194,11 @@ impl<R> ConnectionCore<R> {
         }
     }
 
-    /// It is over, once what is on the way to its peer has had a while to get there.
+    /// It is over, once what is on the way to its peer has had a while to get there: responses that wait to be
+    /// sent still go to the memory that their requests name.
     pub fn linger(&mut self, clock: &LoopClock) {
         self.phase = Phase::Lingering;
-        self.in_flight.clear();
-        self.deadline = Some(clock.now() + LINGER);
+        self.deadline = Some(clock.read() + LINGER);
     }
 
     /// It is over.

@@ -264,7 +264,7 @@ impl<I> MessageConnection<I> {
         if is_idle {
             self.stalled = None;
         } else if self.stalled.is_none() || has_progressed {
-            self.stalled = Some((clock.now(), done));
+            self.stalled = Some((clock.read(), done));
         }
         has_progressed
     }
@@ -472,6 +472,23 @@ mod tests {
         run.connection.report_closed(CloseReason::Local, &mut run.events, &clock);
         assert!(matches!(run.events.pop_front(), Some(ServerEvent::Closed(ID, CloseReason::Local))));
         assert!(run.events.is_empty() && !run.connection.core.is_open());
+    }
+
+    #[test]
+    fn responses_that_wait_when_a_connection_ends_still_know_where_their_data_goes() {
+        let mut run = Run::open();
+        let mut arena = Arena::new(1 << 20, 64 << 10).unwrap();
+        let region = RemoteRegion::In { address: 0, key: 0, len: 4096 };
+        run.request(1, region, b"").unwrap();
+        let slot = arena.alloc(4096).unwrap();
+        run.connection.respond(1, response(Some(SlotRange { slot, start: 0, len: 100 })));
+        let clock = run.clock(0);
+        run.connection.say_goaway(&Policy::default(), Status::OK, "");
+        run.connection.report_closed(CloseReason::Local, &mut run.events, &clock);
+        let Some(Outgoing::Response(1, made)) = run.connection.poll_send() else { panic!() };
+        let (header, to) = run.connection.finish(1, &made);
+        assert_eq!((header.data_len, to), (100, region));
+        assert!(matches!(run.connection.poll_send(), Some(Outgoing::Message(_))), "the goaway comes last");
     }
 
     #[test]

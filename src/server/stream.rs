@@ -761,6 +761,8 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         shared: &mut StreamShared,
         clock: &LoopClock,
     ) {
+        // From now on it counts by itself.
+        shared.upgraded -= usize::from(matches!(self.upgrade, UpgradeState::Upgraded(Some(_))));
         self.upgrade = UpgradeState::Upgraded(None);
         self.close(status, text, CloseReason::Local, shared, clock);
     }
@@ -1032,7 +1034,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             shared.gated.retain(|&other| other != self.core.id.index);
         }
         shared.large_receives -= usize::from(self.large_for > 0);
-        shared.upgraded -= usize::from(matches!(self.upgrade, UpgradeState::Upgraded(_)));
+        shared.upgraded -= usize::from(matches!(self.upgrade, UpgradeState::Upgraded(Some(_))));
     }
 
     /// On what it has made no progress since the last stall check, though it holds memory for that. What was

@@ -404,7 +404,8 @@ impl ServerTransport for TcpServer {
         } else if kind == Kind::Send as u64 {
             connection.sent(event, &mut self.shared);
         } else {
-            connection.timer = None;
+            // It may be one that was cancelled when it had come already.
+            connection.timer.take_if(|(at, _)| *at <= reactor.clock().now());
             connection.stream.on_timer(&mut self.shared, reactor.clock());
         }
         connection.receive(&mut self.shared, reactor);

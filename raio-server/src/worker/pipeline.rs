@@ -101,7 +101,7 @@ impl Worker {
         let timeout = self.shared.policy.stall_timeout;
         if self.admission.may_be_stalled()
             && let Some(StallCheck { close, next }) =
-                self.admission.check_stalled(self.reactor.clock().now(), timeout)
+                self.admission.check_stalled(self.reactor.clock().read(), timeout)
         {
             self.transport.close_stalled(&mut self.reactor, close);
             self.reactor.timer(next, TIMER);

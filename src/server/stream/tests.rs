@@ -511,8 +511,10 @@ fn a_connection_that_has_moved_carries_nothing_but_signs_of_life() {
 fn a_connection_whose_other_half_has_ended_says_so_and_is_not_reported() {
     let mut run = Run::open_with(&Offer { queue_pair: true, ..Offer::new("test") });
     run.connection.upgrade = UpgradeState::Upgraded(Some(ID));
+    run.shared.upgraded = 1;
     let clock = run.clock();
     run.connection.partner_ended(Status::OK, "", &mut run.shared, &clock);
+    assert_eq!(run.shared.upgraded, 0, "it counts by itself until it is gone");
     assert_eq!(kinds(&run.flush()), [5]);
     assert!(run.event().is_none() && run.shared.ended.is_empty());
 }
