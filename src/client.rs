@@ -797,13 +797,15 @@ impl<L> Core<L> {
         if self.failure.is_some() { Action::Wait } else { self.keepalive.action(now, self.is_owed()) }
     }
 
-    /// Nothing is there to be received. Whether there is a ping to be sent: the server has been silent for
-    /// long. If it was for too long, the connection ends.
-    pub fn on_silence(&mut self, now: Instant) -> bool {
+    /// Nothing was there to be received at `now`. Whether there is a ping to be sent, at the time that
+    /// `sent_at` returns: the server has been silent for long. If it was for too long, the connection ends.
+    pub fn on_silence(&mut self, now: Instant, sent_at: impl FnOnce() -> Instant) -> bool {
         match self.action(now) {
             Action::Wait => false,
             Action::Ping => {
-                self.queue_ping(now);
+                // The caller may have been held up since `now`, and the server is given up only some time after
+                // the ping.
+                self.queue_ping(sent_at());
                 true
             }
             Action::TimedOut => {

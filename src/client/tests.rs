@@ -516,7 +516,7 @@ fn a_silent_server_is_pinged_now_and_then_and_given_up_in_the_end() {
     let (mut core, start) = core(0);
     // Nothing outstanding, nothing sent.
     assert_eq!(core.on_wait(start + 1000 * SECOND, None), Wait::Sleep(None));
-    assert!(!core.on_silence(start + 1000 * SECOND));
+    assert!(!core.on_silence(start + 1000 * SECOND, || start + 1000 * SECOND));
     send(&mut core, 0, Bulk::None);
     sent(&mut core, usize::MAX);
     let asked = start + 2000 * SECOND;
@@ -525,11 +525,11 @@ fn a_silent_server_is_pinged_now_and_then_and_given_up_in_the_end() {
     for n in 1..=20 {
         let due = asked + 5 * n * SECOND;
         assert_eq!(core.on_wait(due - SECOND, None), Wait::Sleep(Some(SECOND)));
-        assert!(!core.on_silence(due - SECOND));
-        assert!(core.on_silence(due));
+        assert!(!core.on_silence(due - SECOND, || due - SECOND));
+        assert!(core.on_silence(due, || due));
         let Message::Ping(id) = parse_one(&sent(&mut core, usize::MAX)) else { panic!("not a ping") };
         assert_eq!(id, u64::from(n));
-        assert!(!core.on_silence(due), "it has just been asked");
+        assert!(!core.on_silence(due, || due), "it has just been asked");
         let mut pong = Vec::new();
         message::encode_pong(id, false, &mut pong);
         receive(&mut core, &pong);
@@ -542,12 +542,12 @@ fn a_silent_server_is_pinged_now_and_then_and_given_up_in_the_end() {
     for second in 5..15 {
         let left = (15 - second) * SECOND;
         assert_eq!(core.on_wait(last + second * SECOND, None), Wait::Sleep(Some(left)));
-        assert!(!core.on_silence(last + second * SECOND));
+        assert!(!core.on_silence(last + second * SECOND, || last + second * SECOND));
     }
     // What there is to be received comes first.
     assert_eq!(core.on_wait(last + 15 * SECOND, None), Wait::Return);
     assert!(!core.has_failed());
-    assert!(!core.on_silence(last + 15 * SECOND));
+    assert!(!core.on_silence(last + 15 * SECOND, || last + 15 * SECOND));
     assert_eq!(core.failure().unwrap().errno(), libc::ETIMEDOUT);
     assert!(core.failure().unwrap().to_string().contains("silent for 15.0 s"));
     let replies = lost(&mut core);
@@ -562,7 +562,7 @@ fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
     core.on_owed(start);
     // Nothing was heard for longer than the request timeout, but the server was not asked either.
     let late = start + 100 * SECOND;
-    assert!(core.on_silence(late));
+    assert!(core.on_silence(late, || late));
     sent(&mut core, usize::MAX);
     // The answer came in time; that it was not read in time is nobody's fault: it is looked for first.
     let later = late + 100 * SECOND;
@@ -571,7 +571,7 @@ fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
     answer(id, &[], false, &mut bytes);
     assert_eq!(receive(&mut core, &bytes).len(), 1);
     core.on_receive(later);
-    assert!(!core.on_silence(later) && !core.has_failed());
+    assert!(!core.on_silence(later, || later) && !core.has_failed());
 }
 
 #[test]
@@ -596,7 +596,7 @@ fn a_ping_that_nobody_answers_ends_the_connection() {
     assert!(matches!(parse_one(&sent(&mut core, usize::MAX)), Message::Ping(1)));
     assert_eq!(core.on_wait(start, None), Wait::Sleep(Some(SECOND)));
     assert_eq!(core.on_wait(start + SECOND, None), Wait::Return);
-    core.on_silence(start + SECOND);
+    core.on_silence(start + SECOND, || start + SECOND);
     assert_eq!(core.failure().unwrap().errno(), libc::ETIMEDOUT);
     // No ping follows the end.
     core.ping(start + SECOND, SECOND);
@@ -609,9 +609,9 @@ fn a_short_request_timeout_is_kept() {
     core.set_request_timeout(3 * SECOND);
     send(&mut core, 0, Bulk::None);
     core.on_owed(start);
-    assert!(core.on_silence(start + SECOND));
-    assert!(!core.on_silence(start + 2 * SECOND) && !core.has_failed());
-    core.on_silence(start + 3 * SECOND);
+    assert!(core.on_silence(start + SECOND, || start + SECOND));
+    assert!(!core.on_silence(start + 2 * SECOND, || start + 2 * SECOND) && !core.has_failed());
+    core.on_silence(start + 3 * SECOND, || start + 3 * SECOND);
     assert!(core.has_failed());
 }
 

@@ -215,7 +215,7 @@ impl ClientTransport for LoopbackClient {
         self.core.counters.receives += u64::from(arrived);
         if arrived {
             self.core.on_receive(now);
-        } else if self.core.on_silence(now) {
+        } else if self.core.on_silence(now, Instant::now) {
             self.send_queue();
         }
         if self.core.has_failed() {

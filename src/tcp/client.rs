@@ -341,7 +341,7 @@ impl ClientTransport for TcpClient {
         }
         if arrived {
             self.core.on_receive(now);
-        } else if self.core.on_silence(now) {
+        } else if self.core.on_silence(now, Instant::now) {
             self.send_queue();
         }
         self.core.take_done(replies);
