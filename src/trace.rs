@@ -191,8 +191,12 @@ impl TraceFile {
             );
         }
         text.push_str(TAIL);
-        self.file.seek(SeekFrom::End(-(TAIL.len() as i64)))?;
-        self.file.write_all(text.as_bytes())
+        let end = self.file.seek(SeekFrom::End(-(TAIL.len() as i64)))?;
+        self.file.write_all(text.as_bytes()).inspect_err(|_| {
+            // A full disk: what was there stays a whole file.
+            let _ = self.file.set_len(end).and_then(|()| self.file.seek(SeekFrom::Start(end)));
+            let _ = self.file.write_all(TAIL.as_bytes());
+        })
     }
 }
 

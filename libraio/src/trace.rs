@@ -7,7 +7,8 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
@@ -15,8 +16,12 @@ use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
 use crate::error::Error;
 use crate::tuning::TRACE_RECORDS;
 
-/// The trace of this process, once a context was made with `RAIO_TRACE` set.
+/// The trace of this process, once a context was made with `RAIO_TRACE` set. A thread holds the lock while it
+/// writes a file, so a child that is forked meanwhile never gets it: see [`OWNER`].
 static TRACE: Mutex<Option<ProcessTrace>> = Mutex::new(None);
+/// The process that has locked [`TRACE`] first (see [`process`]), 0: none. Others, its children, do not wait
+/// for the lock.
+static OWNER: AtomicU64 = AtomicU64::new(0);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -43,6 +48,8 @@ impl ProcessTrace {
 /// Records what a context's requests do.
 #[derive(Debug)]
 pub(crate) struct Tracer {
+    /// The process that made it.
+    process: u64,
     clock: Clock,
     connection: u16,
     number: u32,
@@ -55,9 +62,21 @@ impl Tracer {
     pub(crate) fn for_context(local_port: Option<u16>) -> Result<Option<Box<Self>>, Error> {
         let path = path();
         let Some(path) = path else { return Ok(None) };
-        let mut trace = lock(&TRACE);
+        let me = process();
+        let owner = OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
+        let mut trace = if owner == Ok(0) || owner == Err(me) {
+            lock(&TRACE)
+        } else {
+            match TRACE.try_lock() {
+                Ok(trace) => trace,
+                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                // Forked while its parent wrote: it has no trace.
+                Err(TryLockError::WouldBlock) => return Ok(None),
+            }
+        };
+        OWNER.store(me, Ordering::Relaxed);
         let trace = match &mut *trace {
-            Some(trace) if trace.process == process() => trace,
+            Some(trace) if trace.process == me => trace,
             trace => {
                 let file = TraceFile::create(Path::new(&path), "libraio").map_err(|error| {
                     Error::call(
@@ -69,7 +88,7 @@ impl Tracer {
                         ),
                     )
                 })?;
-                trace.insert(ProcessTrace { process: process(), file, rings: Vec::new(), last: 0 })
+                trace.insert(ProcessTrace { process: me, file, rings: Vec::new(), last: 0 })
             }
         };
         trace.last += 1;
@@ -77,7 +96,7 @@ impl Tracer {
         let ring = Arc::new(Mutex::new(Ring::new(TRACE_RECORDS)));
         trace.rings.push((number, Arc::clone(&ring)));
         let connection = local_port.unwrap_or(number as u16);
-        Ok(Some(Box::new(Self { clock: trace.file.clock(), connection, number, ring })))
+        Ok(Some(Box::new(Self { process: me, clock: trace.file.clock(), connection, number, ring })))
     }
 
     pub(crate) fn now_ns(&self) -> u64 {
@@ -119,6 +138,9 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
+        if self.process != process() {
+            return;
+        }
         let mut trace = lock(&TRACE);
         let Some(trace) = trace.as_mut().filter(|trace| trace.process == process()) else { return };
         // Not if it was written at exit.
@@ -131,7 +153,7 @@ impl Drop for Tracer {
 
 /// Whether this process has a trace.
 pub(crate) fn is_on() -> bool {
-    lock(&TRACE).as_ref().is_some_and(|trace| trace.process == process())
+    OWNER.load(Ordering::Relaxed) == process()
 }
 
 /// Writes the rings of contexts that were not ended. For the end of the process: another thread that is about

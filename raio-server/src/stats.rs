@@ -351,6 +351,21 @@ fn write_latencies<'a>(out: &mut String, workers: impl Iterator<Item = &'a Count
     out.push('}');
 }
 
+/// A string as JSON has it between quotes.
+fn json_escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c < ' ' => {
+                let _ = write!(out, "\\u{:04x}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}
+
 fn write_exports<'a>(
     out: &mut String,
     workers: impl Iterator<Item = &'a Counters> + Clone,
@@ -362,7 +377,7 @@ fn write_exports<'a>(
             workers.clone().map(|worker| counter(&worker.exports[at]).get()).sum::<u64>()
         };
         let comma = if at > 0 { "," } else { "" };
-        let name = name.replace('\\', "\\\\").replace('"', "\\\"");
+        let name = json_escaped(name);
         let _ = write!(
             out,
             "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{}}}",
@@ -380,6 +395,11 @@ mod tests {
     use raio_transport::Violation;
 
     use super::*;
+
+    #[test]
+    fn names_are_escaped_as_json_has_it() {
+        assert_eq!(json_escaped("a \"b\" \\ \n\u{1}ä"), "a \\\"b\\\" \\\\ \\u000a\\u0001ä");
+    }
 
     #[test]
     fn workers_add_up() {

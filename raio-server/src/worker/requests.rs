@@ -85,7 +85,10 @@ impl Requests {
     /// The connection of a request has ended. The engine still has the request, whose answer is for nobody.
     pub fn detach(&mut self, request: usize) {
         if let Some(connection) = self.all[request].connection.take() {
-            self.of_connections[connection].retain(|&other| other != request);
+            // The oldest is first, and whoever detaches all begins with it.
+            let siblings = &mut self.of_connections[connection];
+            let at = siblings.iter().position(|&other| other == request);
+            at.and_then(|at| siblings.remove(at));
         }
     }
 
