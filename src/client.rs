@@ -803,8 +803,8 @@ impl<L> Core<L> {
         match self.action(now) {
             Action::Wait => false,
             Action::Ping => {
-                // The caller may have been held up since `now`, and the server is given up only some time after
-                // the ping.
+                // The caller may have been held up since `now`, and the server is given up only some time
+                // after the ping.
                 self.queue_ping(sent_at());
                 true
             }

@@ -194,8 +194,8 @@ impl<R> ConnectionCore<R> {
         }
     }
 
-    /// It is over, once what is on the way to its peer has had a while to get there: responses that wait to be
-    /// sent still go to the memory that their requests name.
+    /// It is over, once what is on the way to its peer has had a while to get there: responses that wait to
+    /// be sent still go to the memory that their requests name.
     pub fn linger(&mut self, clock: &LoopClock) {
         self.phase = Phase::Lingering;
         self.deadline = Some(clock.read() + LINGER);
