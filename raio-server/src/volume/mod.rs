@@ -50,7 +50,7 @@ pub struct SizeLimit {
 /// What an open file does its I/O on.
 pub trait Volume: Debug + Send + Sync {
     /// Begins an operation, which ends with one completion in [`Engine::completions`] that has this key: at
-    /// once, or from another thread by a [`Completer`](crate::engine::Completer). What has to wait before it
+    /// once, or from another thread by a `Completer`. What has to wait before it
     /// begins should be cancelled if `client` has gone by then. What is returned is for [`Volume::cancel`];
     /// None if it has ended.
     fn submit(

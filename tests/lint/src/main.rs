@@ -29,18 +29,23 @@ impl Finding {
     }
 }
 
+/// What git says.
+fn git(arguments: &[&str]) -> anyhow::Result<String> {
+    let output = Command::new("git").args(arguments).output().context("Cannot run git")?;
+    ensure!(output.status.success(), "git {arguments:?} failed: run this in a clone of the repository");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
 /// The tracked files whose names end with one of these, relative to the repository's root.
 fn tracked(endings: &[&str]) -> anyhow::Result<Vec<PathBuf>> {
-    let output = Command::new("git").arg("ls-files").output().context("Cannot run git")?;
-    ensure!(output.status.success(), "git ls-files failed: run this in a clone of the repository");
-    let files = String::from_utf8(output.stdout)?;
+    let files = git(&["ls-files"])?;
     let has_ending = |file: &&str| endings.iter().any(|ending| file.ends_with(ending));
     Ok(files.lines().filter(has_ending).map(PathBuf::from).filter(|file| file.exists()).collect())
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    std::env::set_current_dir(&root).with_context(|| format!("There is no {}", root.display()))?;
+    let root = git(&["rev-parse", "--show-toplevel"])?;
+    std::env::set_current_dir(root.trim()).with_context(|| format!("There is no {root}"))?;
     let mut findings = Vec::new();
     let prints_graph = std::env::args().nth(1).as_deref() == Some("--graph");
     for krate in layers::CRATES {
