@@ -1,11 +1,11 @@
 //! A regular file.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use super::{Context, SizeLimit, Volume};
-use crate::client::Client;
-use crate::engine::{Closing, Descriptor, Engine, Lanes, Operation, Pending};
+use super::SizeLimit;
+use super::served::Served;
+use crate::engine::{Descriptor, Lanes};
 use crate::syscalls::FileInfo;
 use crate::tuning::files::DIRECT_ALIGN_DEFAULT;
 
@@ -28,37 +28,9 @@ impl RegularFile {
     }
 }
 
-impl Volume for RegularFile {
-    fn submit(
-        &self,
-        context: &mut Context<'_>,
-        key: u64,
-        client: &Weak<Client>,
-        operation: Operation,
-    ) -> Option<Pending> {
-        context.engine.submit(context.reactor, key, client, &self.fd, operation)
-    }
-
-    fn submit_blocking(
-        &self,
-        context: &mut Context<'_>,
-        key: u64,
-        client: &Weak<Client>,
-        operation: Operation,
-    ) -> Option<Pending> {
-        Some(context.engine.submit_blocking(key, client, &self.fd, operation))
-    }
-
-    fn cancel(&self, context: &mut Context<'_>, key: u64, pending: Pending) {
-        context.engine.cancel(context.reactor, key, pending);
-    }
-
-    fn close(&self, closing: Closing) {
-        self.fd.close(closing);
-    }
-
-    fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
-        engine.try_read_cached(&self.fd, bytes, offset)
+impl Served for RegularFile {
+    fn descriptor(&self) -> &Arc<Descriptor> {
+        &self.fd
     }
 
     fn alignment(&self) -> u32 {

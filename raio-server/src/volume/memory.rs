@@ -1,13 +1,13 @@
 //! Memory of a fixed size, zeros at the start: one memfd, which all who open the export share.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::{Context, SizeLimit, Volume};
-use crate::client::Client;
-use crate::engine::{Closing, Descriptor, Engine, Lanes, Operation, Pending};
+use super::SizeLimit;
+use super::served::Served;
+use crate::engine::{Closing, Descriptor, Lanes};
 
 /// A `mem:` export.
 #[derive(Debug)]
@@ -31,38 +31,14 @@ fn memfd(size: u64) -> rustix::io::Result<OwnedFd> {
     Ok(fd)
 }
 
-impl Volume for Memory {
-    fn submit(
-        &self,
-        context: &mut Context<'_>,
-        key: u64,
-        client: &Weak<Client>,
-        operation: Operation,
-    ) -> Option<Pending> {
-        context.engine.submit(context.reactor, key, client, &self.fd, operation)
-    }
-
-    fn submit_blocking(
-        &self,
-        context: &mut Context<'_>,
-        key: u64,
-        client: &Weak<Client>,
-        operation: Operation,
-    ) -> Option<Pending> {
-        Some(context.engine.submit_blocking(key, client, &self.fd, operation))
-    }
-
-    fn cancel(&self, context: &mut Context<'_>, key: u64, pending: Pending) {
-        context.engine.cancel(context.reactor, key, pending);
+impl Served for Memory {
+    fn descriptor(&self) -> &Arc<Descriptor> {
+        &self.fd
     }
 
     /// It stays, for others.
     fn close(&self, closing: Closing) {
         closing.complete(Ok(()));
-    }
-
-    fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
-        engine.try_read_cached(&self.fd, bytes, offset)
     }
 
     fn size_limit(&self) -> Option<SizeLimit> {

@@ -16,6 +16,7 @@ mod device;
 mod file;
 mod memory;
 mod null;
+mod served;
 
 use std::fmt::Debug;
 use std::sync::Weak;
@@ -50,9 +51,8 @@ pub struct SizeLimit {
 /// What an open file does its I/O on.
 pub trait Volume: Debug + Send + Sync {
     /// Begins an operation, which ends with one completion in [`Engine::completions`] that has this key: at
-    /// once, or from another thread by a `Completer`. What has to wait before it
-    /// begins should be cancelled if `client` has gone by then. What is returned is for [`Volume::cancel`];
-    /// None if it has ended.
+    /// once, or from another thread by a `Completer`. What has to wait before it begins is cancelled if
+    /// `client` has gone by then. Returns what [`Volume::cancel`] needs; None if it has ended.
     fn submit(
         &self,
         context: &mut Context<'_>,

@@ -1,0 +1,76 @@
+//! Volumes with a descriptor: the worker's engine serves it.
+
+use std::fmt::Debug;
+use std::sync::{Arc, Weak};
+
+use super::{Context, SizeLimit, Volume};
+use crate::client::Client;
+use crate::engine::{Closing, Descriptor, Engine, Operation, Pending};
+
+/// A volume whose operations are its descriptor's. The other methods are as in [`Volume`].
+pub(super) trait Served: Debug + Send + Sync {
+    fn descriptor(&self) -> &Arc<Descriptor>;
+
+    /// The descriptor closes with its last user.
+    fn close(&self, closing: Closing) {
+        self.descriptor().close(closing);
+    }
+
+    fn alignment(&self) -> u32 {
+        1
+    }
+
+    fn size_limit(&self) -> Option<SizeLimit> {
+        None
+    }
+
+    fn may_hang(&self) -> bool {
+        true
+    }
+}
+
+impl<V: Served> Volume for V {
+    fn submit(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending> {
+        context.engine.submit(context.reactor, key, client, self.descriptor(), operation)
+    }
+
+    fn submit_blocking(
+        &self,
+        context: &mut Context<'_>,
+        key: u64,
+        client: &Weak<Client>,
+        operation: Operation,
+    ) -> Option<Pending> {
+        Some(context.engine.submit_blocking(key, client, self.descriptor(), operation))
+    }
+
+    fn cancel(&self, context: &mut Context<'_>, key: u64, pending: Pending) {
+        context.engine.cancel(context.reactor, key, pending);
+    }
+
+    fn close(&self, closing: Closing) {
+        Served::close(self, closing);
+    }
+
+    fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
+        engine.try_read_cached(self.descriptor(), bytes, offset)
+    }
+
+    fn alignment(&self) -> u32 {
+        Served::alignment(self)
+    }
+
+    fn size_limit(&self) -> Option<SizeLimit> {
+        Served::size_limit(self)
+    }
+
+    fn may_hang(&self) -> bool {
+        Served::may_hang(self)
+    }
+}
