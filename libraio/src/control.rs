@@ -1,13 +1,14 @@
 //! The control connection of a session: it carries what blocks its caller for a round trip (open, stat,
 //! close), one call at a time. Who may use it when is the session's business.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
 
 use crate::error::{Error, session_stopped, timed_out};
+use crate::sync::lock;
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 
 /// Files to be closed by whoever next has the control connection: ending an operation must not wait for
@@ -17,7 +18,7 @@ pub(crate) struct PendingCloses(Mutex<Vec<FileHandle>>);
 
 impl PendingCloses {
     fn lock(&self) -> MutexGuard<'_, Vec<FileHandle>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     pub(crate) fn push(&self, handle: FileHandle) {

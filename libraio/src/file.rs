@@ -9,13 +9,14 @@ use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 
 use crate::error::{Error, protocol_error};
 use crate::open_flags::open_flags;
 use crate::session::{Session, Shared};
+use crate::sync::lock;
 
 /// An open file. Usable from every context of its session, and from any thread; dropping it closes it.
 #[derive(Debug)]
@@ -128,7 +129,7 @@ impl Inner {
 
     /// Whether nothing is in flight, and the server is not yet told: the caller must tell it.
     fn begin_close(&self) -> bool {
-        let counts = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = lock(&self.in_flight);
         counts.iter().all(|count| count.load(Ordering::SeqCst) == 0)
             && !self.closed.swap(true, Ordering::SeqCst)
     }
@@ -152,7 +153,7 @@ struct FileRef {
 impl FileRef {
     fn new(file: Arc<Inner>) -> Self {
         let in_flight = Arc::new(AtomicUsize::new(0));
-        file.in_flight.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&in_flight));
+        lock(&file.in_flight).push(Arc::clone(&in_flight));
         Self { file, in_flight }
     }
 
@@ -183,7 +184,7 @@ impl Drop for FileRef {
             return;
         }
         self.in_flight.store(0, Ordering::SeqCst);
-        let mut counts = self.file.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = lock(&self.file.in_flight);
         counts.retain(|count| !Arc::ptr_eq(count, &self.in_flight));
         drop(counts);
         if self.file.is_closing() {

@@ -19,6 +19,7 @@ use raio_transport::{mux, rdma, tcp};
 
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
+use crate::sync::lock;
 use crate::tuning;
 
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
@@ -269,7 +270,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, ControlState> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.control)
     }
 
     /// Takes the control connection, if nobody has it.

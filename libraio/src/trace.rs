@@ -8,12 +8,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
 
 use crate::error::Error;
+use crate::sync::lock;
 use crate::tuning::TRACE_RECORDS;
 
 /// The trace of this process, once a context was made with `RAIO_TRACE` set. A thread holds the lock while it
@@ -22,10 +23,6 @@ static TRACE: Mutex<Option<ProcessTrace>> = Mutex::new(None);
 /// The process that has locked [`TRACE`] first (see [`process`]), 0: none. Others, its children, do not wait
 /// for the lock.
 static OWNER: AtomicU64 = AtomicU64::new(0);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 #[derive(Debug)]
 struct ProcessTrace {

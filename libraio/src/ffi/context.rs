@@ -13,13 +13,14 @@ use super::descriptor;
 use super::errors::{FailureTexts, int, invalid};
 use super::eventfd::Eventfds;
 use super::file_cache::FileCache;
-use super::handle::{Handle, lock};
+use super::handle::Handle;
 use super::lent::LentBuffers;
 use super::memory::ALLOCATIONS;
 use super::probe::ReadProbe;
 use super::state::{CONTEXTS, ContextState, LIVE, MRS, no_context, raio_context, state, stopped};
 use crate::context::Context;
 use crate::operation::Stats;
+use crate::sync::lock;
 use crate::trace;
 
 /// See libraio.h.

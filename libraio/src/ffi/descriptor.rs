@@ -9,13 +9,14 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use raio_transport::memory::process;
 
 use crate::error::Error;
 use crate::file::File;
 use crate::session::Session;
+use crate::sync::lock;
 
 /// The first descriptor. The kernel's end at 1,048,576 (fs.nr_open) unless an administrator raises that.
 const FIRST: i32 = 1 << 24;
@@ -62,7 +63,7 @@ pub(super) fn epoch() -> u64 {
 }
 
 fn table() -> MutexGuard<'static, Option<Table>> {
-    TABLE.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&TABLE)
 }
 
 fn with<T>(body: impl FnOnce(&mut Table) -> T) -> T {

@@ -2,14 +2,11 @@
 
 use std::cell::UnsafeCell;
 use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::sync::lock;
 use crate::tuning::HANDLE_QUARANTINE;
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// What an opaque C pointer points at. Never unmapped; the magic number is there while it has content.
 #[repr(C)]

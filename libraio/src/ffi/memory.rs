@@ -8,9 +8,10 @@ use std::sync::{LazyLock, Mutex};
 use raio_transport::memory::{Region, process};
 
 use super::errors::{fail, int, invalid, run};
-use super::handle::{Handle, lock};
+use super::handle::Handle;
 use super::state::{ContextState, MRS, Registration, raio_context, raio_mr, state};
 use crate::error::Error;
+use crate::sync::lock;
 
 /// Memory of raio_alloc(), by its address.
 pub(super) struct Allocation {
