@@ -18,6 +18,8 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use rustix::event::Timespec;
+
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::Grant;
 use crate::keepalive::{Action, Keepalive};
@@ -145,6 +147,11 @@ pub(crate) enum Wait {
     Flush,
     /// Sleep for at most this long, if anything limits it.
     Sleep(Option<Duration>),
+}
+
+/// A duration as poll(2) takes it.
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
 /// What a transport has to do when its connection has ended.

@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use super::link::{Access, LoopbackEnd, Rejected};
-use crate::client::{Core, Exposed, Wait};
+use crate::client::{Core, Exposed, Wait, timespec};
 use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::message::{Parsed, RemoteRegion};
@@ -136,8 +136,7 @@ fn reclaim(end: Option<&LoopbackEnd>, bulk: &mut Bulk, lease: &mut Option<Lease>
 
 /// Whether it became readable in time.
 fn poll(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> Result<bool, rustix::io::Errno> {
-    let timeout =
-        timeout.map(|t| Timespec { tv_sec: t.as_secs() as i64, tv_nsec: i64::from(t.subsec_nanos()) });
+    let timeout = timeout.map(timespec);
     Ok(rustix::event::poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], timeout.as_ref())? > 0)
 }
 

@@ -12,8 +12,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use socket2::SockAddr;
+
+use crate::client::timespec;
 
 use super::device::{Device, Domain, devices};
 use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
@@ -156,7 +158,7 @@ impl EventChannel {
             if left.is_zero() {
                 return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
             }
-            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let timeout = timespec(left);
             let mut fds = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
             match rustix::event::poll(&mut fds, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -13,10 +13,10 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 
-use crate::client::{Core, Exposed, Wait};
+use crate::client::{Core, Exposed, Wait, timespec};
 use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::process;
@@ -441,10 +441,6 @@ fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
 /// Sends; a stream that is closed gives EPIPE and no signal.
 fn send(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     Ok(rustix::net::sendmsg(stream, slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
 /// Sends the hello, waits for the welcome. What came behind the welcome stays in `staging`, at the range

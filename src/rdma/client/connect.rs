@@ -2,9 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 
 use super::super::cm::{EventChannel, Id, Kind};
 use super::super::device::{CompletionChannel, Domain, PortAddress, devices};
@@ -12,6 +12,7 @@ use super::super::out_of_band::{packet_numbers, port_of};
 use super::super::queue_pair::{Completion, QueuePair, Size};
 use super::super::{CONTROL_MESSAGES, HANDSHAKE_MESSAGES, MESSAGE_BYTES, no_rdma, parse_rejection, request};
 use super::RdmaClient;
+use crate::client::timespec;
 use crate::error::{Class, Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::message::{Parsed, QueuePairAddress};
@@ -273,8 +274,4 @@ fn shake_hands(
             Err(errno) => return Err(Error::io("Cannot wait for the server", errno)),
         }
     }
-}
-
-pub(super) fn timespec(duration: Duration) -> Timespec {
-    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }

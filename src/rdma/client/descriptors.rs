@@ -10,10 +10,11 @@ use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::io::Errno;
 
+use crate::client::timespec;
+
 use super::super::cm::{Event, EventChannel};
 use super::super::device::{CompletionChannel, Domain};
 use super::super::queue_pair::QueuePair;
-use super::connect::timespec;
 
 #[derive(Debug)]
 pub(super) struct Descriptors {
