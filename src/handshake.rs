@@ -166,7 +166,7 @@ pub struct Peer {
 }
 
 impl Policy {
-    /// Reads a client's hello at the front of `bytes`. Gives the client and the welcome to send, and the
+    /// Reads a client's hello at the front of `bytes`. Returns the client and the welcome to send, and the
     /// number of bytes read; or the violation, for which [`Policy::rejection`] makes the answer.
     pub fn welcome(&self, bytes: &[u8]) -> Result<Parsed<(Peer, Vec<u8>)>, Violation> {
         let (hello, options, taken) = match message::parse_handshake::<Hello>(bytes)? {

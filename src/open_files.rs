@@ -3,7 +3,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Raises the limit as far as the process may without being privileged, and if that is less than `wanted` as
-/// far as it may at all. Gives the limit as it is then.
+/// far as it may at all. Returns the new limit.
 pub fn raise(wanted: usize) -> usize {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current != maximum {

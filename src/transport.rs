@@ -233,7 +233,7 @@ impl CloseReason {
 }
 
 /// Asked before a connection from this address, if it is known, takes so many bytes for its queue pair and
-/// what its messages may cause. Gives what is dropped once they are free again, or an error message for the
+/// what its messages may cause. Returns what is dropped once they are free again, or an error message for the
 /// client that says why it may not have them.
 pub type QueuePairMemory = Box<dyn FnMut(Option<IpAddr>, usize) -> Result<Box<dyn Any>, String>>;
 
@@ -535,7 +535,7 @@ pub trait ClientTransport: Send {
     /// exceed the grant.
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
 
-    /// Takes back a request of which not one byte has been sent. Gives its buffers.
+    /// Takes back a request of which no byte has been sent. Returns its buffers.
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk>;
 
     /// Sends what is queued, as far as the peer takes it.

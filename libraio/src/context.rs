@@ -838,9 +838,9 @@ impl Context {
     }
 
     /// Waits until nothing is in flight, and drops the context. Reads that wait for a lent buffer are
-    /// dropped. A server that is silent is waited for no longer than the request timeout, one that only
-    /// answers pings no longer than the call timeout: what is left then is given up, and a write may still
-    /// reach the file later.
+    /// dropped. It waits for the request timeout at most if the server is silent, and for the call timeout at
+    /// most if the server only answers pings. Then it abandons the operations that are left; an abandoned
+    /// write may still reach the file later.
     pub fn close(mut self) {
         if self.session.is_inherited() {
             return;
@@ -862,10 +862,9 @@ impl Context {
     }
 }
 
-/// Adds one to an eventfd that has room for it. As the kernel does for libaio, it does not wait for room: who
-/// waits for the eventfd is woken by what is in it. (Between the two calls another thread could fill it.
-/// There is no write(2) to a blocking eventfd that does not block, and O_NONBLOCK would be the program's,
-/// too.)
+/// Adds one to an eventfd, unless its counter is full. As the kernel does for libaio, it does not wait: a
+/// full counter wakes its readers already. Between the two calls another thread could fill the counter, and
+/// then write(2) blocks. O_NONBLOCK would prevent that, but would also change the program's own descriptor.
 fn signal(eventfd: &OwnedFd) {
     let mut writable = [PollFd::new(eventfd, PollFlags::OUT)];
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };

@@ -11,8 +11,8 @@ use crate::error::{Error, session_stopped, timed_out};
 use crate::sync::lock;
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 
-/// Files to be closed by whoever next has the control connection: ending an operation must not wait for
-/// another thread's round trip.
+/// Files that the next thread with the control connection closes. The thread that completes an operation does
+/// not close them itself, because it would wait for another thread's round trip.
 #[derive(Debug, Default)]
 pub(crate) struct PendingCloses(Mutex<Vec<FileHandle>>);
 

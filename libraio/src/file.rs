@@ -1,9 +1,9 @@
 //! An open file of a session.
 //!
 //! Closing waits for nothing: I/O that is in flight when the file is closed runs to its end, and the server
-//! is told only then. For that each context that uses a file has a [`FileRef`] with a count of its own of
-//! what it has in flight on it, a plain store on the data path; whoever closes reads all counts, and the
-//! context that brings the last one to zero checks whether the file was closed meanwhile.
+//! is told only then. Therefore each context that uses a file has a [`FileRef`] with its own count of the
+//! operations in flight, which costs the data path a plain store. The closing thread reads all counts. The
+//! context that brings the last count to zero checks whether the file was closed meanwhile.
 
 use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;

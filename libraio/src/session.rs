@@ -29,7 +29,7 @@ pub struct Options {
     /// allows.
     pub queue_depth: u32,
     /// For connecting and the handshake, in total: if the server has several addresses, each gets its share
-    /// of what is left. (How long the lookup of a name takes is up to the resolver's configuration.)
+    /// of what is left. The time for resolving a name is set by the resolver's configuration.
     pub connect_timeout: Duration,
     /// How long a call that waits for an answer may take (open, status, close, closing a context), if the
     /// server answers pings.

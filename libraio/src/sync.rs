@@ -1,5 +1,5 @@
-//! Locks of this library. Nothing is left half done by a panic under one of them, so a poisoned lock is as good
-//! as any.
+//! Locks of this library. A panic under one of them leaves nothing half done, so a poisoned lock is as
+//! good as any other.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -36,7 +36,7 @@ struct ProcessTrace {
 }
 
 impl ProcessTrace {
-    /// Writes a ring. A failure has nobody who could be told: the program's work goes on without its trace.
+    /// Writes a ring. Errors are ignored, because there is no caller to report them to.
     fn write(&mut self, number: u32, ring: &Ring) {
         let _ = self.file.append(number, &format!("context {number}"), ring);
     }
@@ -80,8 +80,7 @@ impl Tracer {
                         error.raw_os_error().unwrap_or(libc::EINVAL),
                         format!(
                             "RAIO_TRACE: cannot create {path:?} ({error}). Name a file that does not exist; \
-                             %p in \
-                             its name becomes the process id."
+                             %p in its name becomes the process id."
                         ),
                     )
                 })?;

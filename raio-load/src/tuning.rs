@@ -29,8 +29,8 @@ pub const DEPTH_MAX: u32 = 65_534;
 /// Sessions: the most of `--sessions`. More than any machine has memory for.
 pub const SESSIONS_MAX: usize = 1 << 24;
 
-/// Addresses of 127.0.0.0/8 that many sessions connect from. Ephemeral ports between a pair of addresses are
-/// some 28,000: with so many addresses none has many in use.
+/// Addresses of 127.0.0.0/8 that many sessions connect from. There are about 28,000 ephemeral ports
+/// for each pair of addresses, so this number of addresses keeps the use of each low.
 pub const LOOPBACK_SOURCES: u32 = 250;
 
 /// Threads that open sessions, so that the rate does not hang on how far away the server is.

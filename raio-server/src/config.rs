@@ -83,8 +83,8 @@ pub struct Options {
     /// workers need; at most half of what there is]
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
-    /// While others wait for memory, a connection that for so long does not take responses, or does not go on
-    /// with a message, is closed [default: 2]
+    /// While others wait for memory, close a connection that has taken no responses, or has not continued a
+    /// message, for this time [default: 2]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     stall_timeout: Option<u64>,
     /// How files are read and written [default: uring where the system allows it, else threads]

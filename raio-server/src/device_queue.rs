@@ -82,7 +82,7 @@ impl DispatchLimiter {
         Some(next)
     }
 
-    /// Takes out a request that is held. Gives its memory; None if it is not.
+    /// Takes out a request that is held. Returns its memory; None if it is not held.
     pub fn take_back(&mut self, key: usize) -> Option<Slot> {
         let at = self.held.iter().position(|&(held, _)| held == key)?;
         self.held.remove(at).map(|(_, slot)| slot)
@@ -125,7 +125,7 @@ mod tests {
             }
         }
 
-        /// The device reports so many. Gives their keys.
+        /// The device reports this number of requests. Returns their keys.
         fn report(&mut self, count: usize) -> Vec<usize> {
             let keys: Vec<_> = self.begun.drain(..count).map(|(key, _)| key).collect();
             for at in 0..count {

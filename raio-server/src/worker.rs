@@ -297,7 +297,7 @@ impl Worker {
         Ok((worker, started))
     }
 
-    /// Works until it is told to stop. Gives whether everything in flight was answered by then.
+    /// Works until it is told to stop. Returns whether everything in flight was answered by then.
     pub fn run(&mut self) -> anyhow::Result<bool> {
         #[cfg(debug_assertions)]
         filter::install()?;

@@ -46,7 +46,7 @@ impl<T> Outstanding<T> {
         self.credits > u32::from(!control) && !self.free.is_empty()
     }
 
-    /// Spends a credit on a request. Gives the value back if there is none left.
+    /// Spends a credit on a request. Returns the value if there is none left.
     pub fn insert(&mut self, value: T, control: bool) -> Result<RequestId, T> {
         if !self.may_insert(control) {
             return Err(value);

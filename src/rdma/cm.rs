@@ -202,7 +202,7 @@ impl Id {
         Ok(Self { raw: not_null(raw)?, channel: Arc::clone(channel), verbs })
     }
 
-    /// Listens. Gives the address with the actual port.
+    /// Listens. Returns the address with the actual port.
     pub fn listen(&self, address: SocketAddr) -> io::Result<SocketAddr> {
         let raw = SockAddr::from(address);
         // SAFETY: the identifier is alive and the address is one.

@@ -88,7 +88,7 @@ impl FileWatch {
         Ok(Self { file, token })
     }
 
-    /// Watches a file or directory for being written, moved, created in or deleted. Gives the number that
+    /// Watches a file or directory for being written, moved, created in or deleted. Returns the number that
     /// names it in [`FileWatch::read`].
     pub fn add(&self, path: &Path) -> io::Result<i32> {
         let path = CString::new(path.as_os_str().as_encoded_bytes())?;

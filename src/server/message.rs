@@ -198,7 +198,7 @@ impl<I> MessageConnection<I> {
         }
     }
 
-    /// Answers a request. Gives back the data that came with it, if nobody wanted it.
+    /// Answers a request. Returns the data that came with it, if it was not fetched.
     ///
     /// # Panics
     /// If it was answered before, or the response brings more data than the request has room for.

@@ -18,7 +18,7 @@ use crate::error::Error;
 /// Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
 
-/// Listens on an address, for [`crate::reactor::Op::Accept`]. Gives the socket, non-blocking, and its address
+/// Listens on an address, for [`crate::reactor::Op::Accept`]. Returns the non-blocking socket and its address
 /// with the actual port.
 pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
     let open = || -> std::io::Result<(Socket, Option<SocketAddr>)> {

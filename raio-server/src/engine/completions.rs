@@ -110,7 +110,7 @@ impl Closing {
     /// The file is closed. The result is close(2)'s, if there was one: what had not been written until then
     /// may have failed.
     pub fn complete(self, result: Result<(), i32>) {
-        // Whoever learns that it is closed may open another.
+        // First, because a client that learns of the close may open another file at once.
         drop(self.permit);
         self.completer.complete(result.map(|()| 0), Outcome::None);
     }

@@ -16,9 +16,9 @@ use crate::tuning::cached_reads::HOLES_MAX;
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
 
-/// A file's descriptor. When its last user drops it, whoever that is, the pool closes it: close(2) may wait,
-/// for a server that is to store what was written or for gigabytes of memory to be freed, and may bring an
-/// error to light.
+/// A file's descriptor. The pool closes it when its last user drops it. close(2) may wait, for example for a
+/// file server to store written data or for the kernel to free gigabytes of memory, and it may return an
+/// error.
 #[derive(Debug)]
 pub struct Descriptor {
     /// None once it is being closed.

@@ -21,7 +21,7 @@ use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
 use crate::volume::Context;
 
 impl Worker {
-    /// Takes a request on. Gives its key.
+    /// Begins a request. Returns its key.
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };

@@ -160,7 +160,7 @@ impl Bench {
         replies
     }
 
-    /// Asks for the next blocks. Gives the last request.
+    /// Asks for the next blocks. Returns the last request.
     fn read(&mut self, count: usize) -> RequestId {
         let mut body = Vec::new();
         let mut last = None;

@@ -265,7 +265,7 @@ impl Client {
         Self { transport, tag: 0, replies: HashMap::new() }
     }
 
-    /// Sends a command. Gives its tag, and its id for a cancel.
+    /// Sends a command. Returns its tag, and its id for a cancel.
     pub fn send(&mut self, command: &Command<'_>, bulk: Bulk) -> (u64, RequestId) {
         let mut body = Vec::new();
         command.encode(&mut body);

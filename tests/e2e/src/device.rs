@@ -13,7 +13,7 @@ pub fn needs_root(what: &str) -> bool {
     false
 }
 
-/// Runs a program that must succeed. Gives what it prints.
+/// Runs a program that must succeed. Returns its output.
 pub(crate) fn run(program: &str, arguments: &[&str]) -> String {
     let output =
         Command::new(program).args(arguments).output().unwrap_or_else(|error| panic!("{program}: {error}"));

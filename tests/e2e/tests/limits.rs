@@ -46,7 +46,7 @@ fn connect(server: &Server, offer: &Offer) -> Result<TcpStream, String> {
     }
 }
 
-/// Opens the file until the server rejects that. Gives how often it did not, and its error.
+/// Opens the file until the server rejects that. Returns how often it did not, and its error.
 fn open_all(raw: &mut Raw, path: &str) -> (usize, i32, String) {
     for opened in 0..2 * OPEN_FILES {
         let ask = Ask::Open { flags: OPEN_READ, mode: 0, path: path.as_bytes() };
