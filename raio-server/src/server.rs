@@ -354,6 +354,20 @@ impl Server {
     }
 }
 
+/// An error with its causes, but none that the text before it ends with.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text += ": ";
+            text += &cause;
+        }
+    }
+    text
+}
+
 fn start_pool() -> anyhow::Result<&'static Pool<Job>> {
     Pool::start()
         .context("Cannot start a thread for file operations. Raise the limit on processes with `ulimit -u`")
@@ -389,7 +403,7 @@ fn start_workers(
                 };
                 match worker.run() {
                     Ok(outcome) => ended.ended.outcome = Some(outcome),
-                    Err(error) => tracing::error!("Worker {index}: {}.", crate::describe(&error)),
+                    Err(error) => tracing::error!("Worker {index}: {}.", describe(&error)),
                 }
             }
         };

@@ -10,29 +10,9 @@ use std::os::unix::fs::FileExt;
 
 use clap::Parser;
 use libfuzzer_sys::fuzz_target;
+use raio_server::config::{Config, Options};
+use raio_server::export_spec::{ExportSpec, Source};
 use raio_transport::address::Address;
-
-// raio_server is a program and offers no modules.
-#[allow(dead_code)]
-#[path = "../../../raio-server/src/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "../../../raio-server/src/export_spec.rs"]
-mod export_spec;
-#[allow(dead_code)]
-#[path = "../../../raio-server/src/limits.rs"]
-mod limits;
-#[allow(dead_code)]
-#[path = "../../../raio-server/src/machine.rs"]
-mod machine;
-#[path = "../../../raio-server/src/size.rs"]
-mod size;
-#[allow(dead_code)]
-#[path = "../../../raio-server/src/tuning.rs"]
-mod tuning;
-
-use config::{Config, Options};
-use export_spec::{ExportSpec, Source};
 
 fuzz_target!(|input: &[u8]| {
     let Some((&kind, bytes)) = input.split_first() else { return };

@@ -1,0 +1,42 @@
+//! What raio_server is made of. The program is [`main`]; its modules are here for programs that test them,
+//! and promise nothing to others.
+//!
+//! ```text
+//!   main thread: listener, signals --- raw connections ---> workers, one for each core:
+//!                                                           transports -> command -> request -> engine
+//! ```
+
+#![deny(unsafe_code)]
+
+mod authorize;
+mod clear;
+mod client;
+pub mod config;
+mod device_queue;
+mod engine;
+mod export;
+pub mod export_spec;
+mod limits;
+mod listener;
+mod log;
+mod machine;
+mod open;
+mod placement;
+mod pool;
+mod probe;
+mod program;
+mod rate_limit;
+mod rejection;
+mod request;
+mod root;
+mod server;
+mod session;
+mod size;
+mod stats;
+mod syscalls;
+mod trace;
+mod tuning;
+mod volume;
+mod worker;
+
+pub use program::main;
