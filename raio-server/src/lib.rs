@@ -25,6 +25,9 @@ mod placement;
 mod pool;
 mod probe;
 mod program;
+#[cfg(test)]
+#[path = "../../tests/random/mod.rs"]
+mod random;
 mod rate_limit;
 mod rejection;
 mod request;
@@ -33,6 +36,7 @@ mod server;
 mod session;
 mod size;
 mod stats;
+mod sync;
 mod syscalls;
 mod trace;
 mod tuning;

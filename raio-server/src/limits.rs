@@ -10,11 +10,12 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use serde::Deserialize;
 
 use crate::size::Size;
+use crate::sync::lock;
 use crate::tuning::limits::{
     CONNECTION_BYTES, FILE_BYTES, FILE_BYTES_PER_WORKER, QUEUE_PAIR_RESERVE_PART, RESERVE, SESSION_RESERVE,
 };
@@ -324,7 +325,7 @@ impl Limits {
     }
 
     fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Weak<Account>>> {
-        self.by_address.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.by_address)
     }
 
     fn used(&self) -> Usage {

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 
 use crate::rate_limit::RateLimit;
+use crate::sync::lock;
 use crate::tuning::log::{FLUSH_TIMEOUT, LINE_BYTES_MAX, QUEUE_LINES, RATE_LIMIT_PERIOD, RATE_LIMIT_WINDOW};
 
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
@@ -67,7 +68,7 @@ pub fn print(text: &str) {
 }
 
 fn rate_limit() -> MutexGuard<'static, RateLimit> {
-    RATE_LIMIT.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&RATE_LIMIT)
 }
 
 /// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is

@@ -5,7 +5,9 @@
 //! it on there if that is another one. So workers differ by at most one such connection when they are made;
 //! those that carry control commands alone cost nothing and stay where they are.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::sync::lock;
 
 /// The data connections of all workers.
 #[derive(Debug)]
@@ -25,7 +27,7 @@ impl Placement {
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Load>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     /// Counts a data connection where there are fewest: at `here`, rather than at another worker that has as

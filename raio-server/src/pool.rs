@@ -17,6 +17,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::log;
+use crate::sync::lock;
 use crate::tuning::pool::{IDLE_TIMEOUT, START_RETRY, START_TIMEOUT};
 
 /// What a pool's threads run.
@@ -117,7 +118,7 @@ impl<J: Job> Pool<J> {
 
     /// No job runs while this is locked, so nobody waits for it for long.
     fn lock(&self) -> MutexGuard<'_, State<J>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn spawn(&'static self) -> io::Result<()> {

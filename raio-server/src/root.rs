@@ -4,8 +4,8 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::ensure;
 use raio_transport::Status;
@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::export_spec::ExportSpec;
 use crate::rejection::Rejection;
+use crate::sync::lock;
 use crate::syscalls::openat2;
 use crate::volume::SizeLimit;
 
@@ -198,7 +199,7 @@ impl Root {
 
     /// Takes in what is at the path.
     fn take_in(&self, name: &str, now: Identity) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.seen);
         let before = seen.replace(now);
         if before.is_some_and(|before| before != now) {
             tracing::warn!(

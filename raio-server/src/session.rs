@@ -11,12 +11,13 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
+use crate::sync::lock;
 use crate::volume::{SizeLimit, Volume};
 
 /// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
@@ -283,11 +284,6 @@ impl Sessions {
     pub fn open_files(&self) -> usize {
         self.limits.files()
     }
-}
-
-/// Nothing here is left half done by a panic, so a poisoned lock is as good as any.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
