@@ -157,10 +157,9 @@ pub(crate) fn timespec(duration: Duration) -> Timespec {
 /// What a transport has to do when its connection has ended.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Ending {
-    /// A GOAWAY to send, if it can be sent.
+    /// A GOAWAY to send, if it can be sent. On a stream it is behind the rest of a message of which a part
+    /// has been sent; what was queued behind that is not sent any more.
     pub goaway: Option<Vec<u8>>,
-    /// There were messages not yet wholly sent: nothing may follow them on a stream.
-    pub was_sending: bool,
     /// Neither side had anything outstanding.
     pub is_orderly: bool,
 }
@@ -411,11 +410,27 @@ impl<L> Core<L> {
         Some(Unsent { head, data: (queued.data_len > 0).then(|| self.data_of(queued)) })
     }
 
+    /// The rest of a message of which a part has been sent.
+    fn half_sent(&self) -> Vec<u8> {
+        let Some(front) = self.queue.front().filter(|_| self.sent > 0) else { return Vec::new() };
+        let head = &self.head[self.head_at..self.head_at + front.head_len];
+        let mut rest = head[self.sent.min(head.len())..].to_vec();
+        if front.data_len > 0 {
+            let from = self.sent.saturating_sub(head.len());
+            let slices = self.data_of(front).slices(from..front.data_len);
+            slices.for_each(|slice| rest.extend_from_slice(slice));
+        }
+        rest
+    }
+
     /// The data of a queued request: it is outstanding, or, at the front, already answered.
     fn data_of(&self, queued: &Queued) -> &Buffers {
         let bulk = match queued.request.and_then(|id| self.outstanding.get(id)) {
             Some(pending) => Some(&pending.bulk),
-            None => self.early.as_ref().map(|reply| &reply.bulk),
+            None => {
+                let arriving = self.partial.as_ref().filter(|partial| partial.queued);
+                arriving.map(|partial| &partial.reply).or(self.early.as_ref()).map(|reply| &reply.bulk)
+            }
         };
         match bulk {
             Some(Bulk::Out(buffers)) => buffers,
@@ -700,15 +715,14 @@ impl<L> Core<L> {
         }
         let goaway = match &error {
             Error::Violation(violation) => {
-                let mut goaway = Vec::new();
+                let mut goaway = self.half_sent();
                 let status = Status::protocol(violation.errno());
                 message::encode_goaway(status, &violation.to_string(), self.limits.crc, &mut goaway);
                 Some(goaway)
             }
             _ => None,
         };
-        self.ending =
-            Some(Ending { goaway, was_sending: !self.queue.is_empty(), is_orderly: self.is_idle() });
+        self.ending = Some(Ending { goaway, is_orderly: self.is_idle() });
         self.failure = Some(error);
         self.lost = lost;
         self.queue.clear();

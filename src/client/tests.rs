@@ -65,16 +65,21 @@ fn send<L: Default>(core: &mut Core<L>, tag: u64, bulk: Bulk) -> Option<RequestI
 fn sent<L>(core: &mut Core<L>, n: usize) -> Vec<u8> {
     let mut stream = Vec::new();
     while core.has_unsent() {
-        let mut piece = Vec::new();
-        core.unsent(|slice| {
-            piece.extend_from_slice(slice);
-            piece.len() < n
-        });
-        piece.truncate(n);
-        core.on_sent(piece.len());
-        stream.extend(piece);
+        stream.extend(sent_once(core, n));
     }
     stream
+}
+
+/// The next `n` bytes that are to be sent.
+fn sent_once<L>(core: &mut Core<L>, n: usize) -> Vec<u8> {
+    let mut piece = Vec::new();
+    core.unsent(|slice| {
+        piece.extend_from_slice(slice);
+        piece.len() < n
+    });
+    piece.truncate(n);
+    core.on_sent(piece.len());
+    piece
 }
 
 fn response(id: RequestId, data: &[u8]) -> ResponseHeader {
@@ -337,7 +342,7 @@ fn the_server_may_not_give_what_was_not_asked_for() {
         let Message::Goaway(status, text) = parse_one(&goaway) else { panic!("no goaway") };
         assert_eq!(status, Status::protocol(libc::EPROTO));
         assert_eq!(message::text(text), expected.to_string());
-        assert!(!ending.was_sending && !ending.is_orderly);
+        assert!(!ending.is_orderly);
         replies.extend(lost(&mut core));
         assert_eq!(replies.len(), 2);
         assert!(replies[..answered].iter().all(|reply| reply.status.is_ok()));
@@ -395,8 +400,49 @@ fn a_server_that_pings_and_takes_no_pongs_is_stalled() {
     assert!(!core.has_failed());
     core.on_bytes(&ping, &mut Vec::new());
     assert_eq!(violation(&core), Violation::Stalled);
-    // Nothing may follow what was being sent.
-    assert!(core.take_ending().unwrap().was_sending);
+}
+
+#[test]
+fn what_waits_to_be_sent_does_not_keep_the_reason_from_the_server() {
+    let data = pattern(5000, 3);
+    // How much of the first message has been sent: nothing, a part of its header, of its data.
+    for part in [0, 1, 40, 4000] {
+        let (mut core, _) = core(0);
+        send(&mut core, 0, out(data.clone())).unwrap();
+        send(&mut core, 1, Bulk::None).unwrap();
+        let mut whole = sent_once(&mut core, part);
+        let mut bytes = Vec::new();
+        message::encode_ping(1, false, &mut bytes);
+        bytes.push(0xff);
+        bytes.resize(80, 0);
+        receive(&mut core, &bytes);
+        assert_eq!(violation(&core), Violation::Kind(0xff));
+        assert!(!core.has_unsent());
+        whole.extend(core.take_ending().unwrap().goaway.unwrap());
+        let limits = message::Limits { crc: false, data_bytes_max: 1 << 20 };
+        let mut goaway = &whole[..];
+        if part > 0 {
+            let Ok(Parsed::Item(Message::Request(..), len)) = message::parse(&whole, &limits) else {
+                panic!("the message that was begun is not finished")
+            };
+            assert_eq!(&whole[len..len + 5000], &data[..]);
+            goaway = &whole[len + 5000..];
+        }
+        assert!(matches!(parse_one(goaway), Message::Goaway(..)), "{part}");
+        assert_eq!(lost(&mut core).len(), 2);
+    }
+}
+
+#[test]
+fn an_answer_to_a_write_that_is_half_sent_may_be_a_violation() {
+    let (mut core, _) = core(FEATURE_CRC);
+    let id = send(&mut core, 0, out(vec![7; 5000])).unwrap();
+    sent_once(&mut core, 1000);
+    let mut bytes = Vec::new();
+    ResponseHeader { data_crc: 1, ..response(id, &[]) }.encode(&[], true, &mut bytes);
+    receive(&mut core, &bytes);
+    assert_eq!(violation(&core), Violation::Checksum);
+    assert_eq!(lost(&mut core).len(), 1);
 }
 
 #[test]
@@ -650,7 +696,7 @@ fn a_goaway_ends_everything_with_its_text() {
         let errno = if status.is_ok() { libc::ECONNRESET } else { status.errno };
         assert_eq!(core.failure().unwrap().errno(), errno);
         assert!(core.failure().unwrap().to_string().contains("The server stops."));
-        let ending = Ending { goaway: None, was_sending: false, is_orderly: false };
+        let ending = Ending { goaway: None, is_orderly: false };
         assert_eq!(core.take_ending(), Some(ending));
         assert_eq!(core.take_ending(), None);
         assert!(!core.may_send(&[], &Bulk::None, true));

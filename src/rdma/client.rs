@@ -304,15 +304,19 @@ impl RdmaClient {
     /// Tells the server that this is the end, and sees to it that it has heard.
     fn send_goaway(&mut self, goaway: &[u8]) {
         let Some(qp) = &mut self.qp else { return };
+        let deadline = Instant::now() + RDMA_GOAWAY_TIME;
         qp.look_at_sends();
-        if qp.room() == 0 || !qp.has_room_for(goaway.len()) {
-            return;
+        while qp.room() == 0 || !qp.has_room_for(goaway.len()) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::yield_now();
+            qp.look_at_sends();
         }
         qp.send(std::iter::once(goaway), goaway.len());
         if qp.post(true).is_err() {
             return;
         }
-        let deadline = Instant::now() + RDMA_GOAWAY_TIME;
         while !qp.is_idle() && Instant::now() < deadline {
             qp.look_at_sends();
             if let Some(Completion::Failed(_)) = qp.next() {

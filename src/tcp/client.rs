@@ -140,7 +140,7 @@ impl TcpClient {
     /// Does what is left to be done when the connection has just ended.
     fn end(&mut self) {
         let Some(ending) = self.core.take_ending() else { return };
-        if let (Some(goaway), false) = (ending.goaway, ending.was_sending) {
+        if let Some(goaway) = ending.goaway {
             // Tell the server what it did wrong, if the socket takes it.
             let _ = send(&self.stream, &[IoSlice::new(&goaway)]);
         }

@@ -85,6 +85,25 @@ contract! {
         server.until_empty(1);
     }
 
+    fn what_is_to_be_answered_before_a_violation_does_not_keep_the_reason_back(transport) {
+        let server = serve_plain(transport);
+        let (mut raw, _) = Raw::open_client(&server, &Offer::new("pings"));
+        let ping = encoded(|out| message::encode_ping(1, false, out));
+        // In one receive, where that is possible.
+        let violation = [77; 40];
+        if transport == Transport::Loopback {
+            // Its messages come alone.
+            raw.send(&ping);
+            raw.send(&violation);
+        } else {
+            raw.send(&[&ping[..], &violation].concat());
+        }
+        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Kind(77)));
+        let (status, text) = raw.goaway().expect("it is told why");
+        assert_eq!((status, text), (Status::protocol(libc::EPROTO), format!("{}.", Violation::Kind(77))));
+        server.until_empty(0);
+    }
+
     fn a_wrong_checksum_closes_the_connection(transport) {
         let server = serve_plain(transport);
         let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };

@@ -117,6 +117,21 @@ contract! {
         }
     }
 
+    fn what_is_to_be_answered_before_a_violation_does_not_keep_the_reason_back(transport) {
+        let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
+        client.send(0, &command(Op::Echo, 0), Bulk::None);
+        client.transport.flush();
+        raw.next_request();
+        // In one receive.
+        let mut bytes = Vec::new();
+        message::encode_ping(1, false, &mut bytes);
+        bytes.extend([77; 40]);
+        raw.send(&bytes);
+        client.until_failed();
+        let (status, text) = raw.goaway().expect("the server is told why");
+        assert_eq!((status, text), (Status::protocol(libc::EPROTO), Violation::Kind(77).to_string()));
+    }
+
     fn an_answer_that_comes_twice_is_a_violation(transport) {
         let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
         client.send(0, &command(Op::Echo, 0), Bulk::None);
