@@ -27,7 +27,7 @@ use crate::memory::Buffers;
 use crate::message::{
     self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
-use crate::transport::{Body, Bulk, ClientCounters, NotSent, Reply, RequestId};
+use crate::transport::{Body, Bulk, ClientCore, ClientCounters, NotSent, Reply, RequestId};
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
 use outstanding::Outstanding;
 
@@ -188,28 +188,6 @@ impl<L> Core<L> {
             ending: None,
             counters: ClientCounters::default(),
         }
-    }
-
-    pub fn grant(&self) -> &Grant {
-        &self.grant
-    }
-
-    /// Credits left for ordinary requests.
-    pub fn credits(&self) -> usize {
-        self.outstanding.credits()
-    }
-
-    /// Requests that are not over, or whose replies have not been handed out.
-    pub fn outstanding(&self) -> usize {
-        self.outstanding.len()
-            + usize::from(self.partial.is_some())
-            + usize::from(self.early.is_some())
-            + self.done.len()
-    }
-
-    /// Why the connection ended, if it has.
-    pub fn failure(&self) -> Option<&Error> {
-        self.failure.as_ref()
     }
 
     pub fn has_failed(&self) -> bool {
@@ -785,24 +763,6 @@ impl<L> Core<L> {
     // Keepalive
     // ------------------------------------------------------------------------------------------------------
 
-    /// How long the server may be silent while something is outstanding.
-    pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.keepalive.set_request_timeout(timeout);
-    }
-
-    /// When something was last received.
-    pub fn last_rx(&self) -> Instant {
-        self.keepalive.last_rx()
-    }
-
-    /// Queues a ping; something must be received within `timeout`.
-    pub fn ping(&mut self, now: Instant, timeout: Duration) {
-        if self.failure.is_none() {
-            self.queue_ping(now);
-            self.keepalive.expect_by(now + timeout);
-        }
-    }
-
     fn queue_ping(&mut self, now: Instant) {
         let id = self.keepalive.on_ping(now);
         let start = self.head.len();
@@ -854,6 +814,46 @@ impl<L> Core<L> {
                 let until = deadline.into_iter().chain(self.keepalive.deadline(self.is_owed())).min();
                 Wait::Sleep(until.map(|until| until.saturating_duration_since(now)))
             }
+        }
+    }
+}
+
+impl<L> ClientCore for Core<L> {
+    fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    fn outstanding(&self) -> usize {
+        self.outstanding.len()
+            + usize::from(self.partial.is_some())
+            + usize::from(self.early.is_some())
+            + self.done.len()
+    }
+
+    fn credits(&self) -> usize {
+        self.outstanding.credits()
+    }
+
+    fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    fn last_rx(&self) -> Instant {
+        self.keepalive.last_rx()
+    }
+
+    fn counters(&self) -> ClientCounters {
+        self.counters
+    }
+
+    fn set_request_timeout(&mut self, timeout: Duration) {
+        self.keepalive.set_request_timeout(timeout);
+    }
+
+    fn ping(&mut self, now: Instant, timeout: Duration) {
+        if self.failure.is_none() {
+            self.queue_ping(now);
+            self.keepalive.expect_by(now + timeout);
         }
     }
 }

@@ -524,11 +524,41 @@ pub struct ClientCounters {
 #[derive(Debug)]
 pub struct NotSent(pub Bulk);
 
+/// What a client's connection knows of itself, whatever moves its bytes.
+pub trait ClientCore {
+    /// What the server granted.
+    fn grant(&self) -> &Grant;
+
+    /// Requests that are not over, or whose replies have not been handed out.
+    fn outstanding(&self) -> usize;
+
+    /// Credits left for ordinary requests.
+    fn credits(&self) -> usize;
+
+    /// Why the connection ended, if it has.
+    fn failure(&self) -> Option<&Error>;
+
+    /// When something was last received.
+    fn last_rx(&self) -> Instant;
+
+    /// What was counted.
+    fn counters(&self) -> ClientCounters;
+
+    /// How long the server may be silent while something is outstanding.
+    fn set_request_timeout(&mut self, timeout: Duration);
+
+    /// Queues a ping at `now`; something must be received within `timeout`.
+    fn ping(&mut self, now: Instant, timeout: Duration);
+}
+
 /// The client's side of a transport: one connection, in one thread at a time. Nothing here blocks but
 /// [`ClientTransport::wait`].
 pub trait ClientTransport: Send {
-    /// What the server granted.
-    fn grant(&self) -> &Grant;
+    /// The part that is the same over every transport.
+    fn core(&self) -> &dyn ClientCore;
+
+    /// The same, to be changed.
+    fn core_mut(&mut self) -> &mut dyn ClientCore;
 
     /// Queues a request; [`ClientTransport::flush`] sends it. `control` requests may use the credit that is
     /// kept for them. Fails when no credit is left or the connection has ended. The data of `bulk` must not
@@ -578,28 +608,53 @@ pub trait ClientTransport: Send {
         None
     }
 
-    /// Requests outstanding, sent or queued.
-    fn outstanding(&self) -> usize;
-
-    /// Credits left for ordinary requests.
-    fn credits(&self) -> usize;
-
-    /// Why the connection ended, if it has.
-    fn failure(&self) -> Option<&Error>;
-
-    /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the
-    /// connection when [`ClientTransport::receive`] or [`ClientTransport::wait`] is next called after it.
-    fn ping(&mut self, timeout: Duration);
-
-    /// When the server was last heard.
-    fn last_rx(&self) -> Instant;
-
     /// Ends the connection now: all that is outstanding is over with this status at the next
     /// [`ClientTransport::receive`].
     fn abort(&mut self, violation: Violation);
 
+    /// What the server granted.
+    fn grant(&self) -> &Grant {
+        self.core().grant()
+    }
+
+    /// Requests outstanding, sent or queued.
+    fn outstanding(&self) -> usize {
+        self.core().outstanding()
+    }
+
+    /// Credits left for ordinary requests.
+    fn credits(&self) -> usize {
+        self.core().credits()
+    }
+
+    /// Why the connection ended, if it has.
+    fn failure(&self) -> Option<&Error> {
+        self.core().failure()
+    }
+
+    /// When the server was last heard.
+    fn last_rx(&self) -> Instant {
+        self.core().last_rx()
+    }
+
     /// What was counted.
-    fn counters(&self) -> ClientCounters;
+    fn counters(&self) -> ClientCounters {
+        self.core().counters()
+    }
+
+    /// How long the server may be silent while something is outstanding before the connection ends with
+    /// ETIMEDOUT. It is pinged in between, so a server that lives but works long on a request is not silent.
+    /// Default: three times the keepalive granted.
+    fn set_request_timeout(&mut self, timeout: Duration) {
+        self.core_mut().set_request_timeout(timeout);
+    }
+
+    /// Asks the server whether it is there. Any sign of life within `timeout` is an answer; silence ends the
+    /// connection when [`ClientTransport::receive`] or [`ClientTransport::wait`] is next called after it.
+    fn ping(&mut self, timeout: Duration) {
+        self.core_mut().ping(Instant::now(), timeout);
+        self.flush();
+    }
 }
 
 /// An outstanding request as the client's transport knows it; also its id on the wire. It has 32 bits, for

@@ -12,9 +12,9 @@ use rustix::event::{PollFd, PollFlags};
 use super::link::{Access, LoopbackEnd, Rejected};
 use crate::client::{Core, Exposed, Wait, timespec};
 use crate::error::{Error, Violation};
-use crate::handshake::{Grant, Offer};
+use crate::handshake::Offer;
 use crate::message::{Parsed, RemoteRegion};
-use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 
 /// Receives posted beyond one for each credit: the server's pings, pongs and its goaway.
 const CONTROL_MESSAGES: usize = 8;
@@ -67,12 +67,6 @@ impl LoopbackClient {
         };
         end.set_receives(grant.credits() as usize + CONTROL_MESSAGES);
         Ok(Self { eventfd: Arc::clone(end.eventfd()), end: Some(end), core: Core::new(grant, now) })
-    }
-
-    /// How long the server may be silent while something is outstanding before the connection ends with
-    /// ETIMEDOUT. It is pinged in between. Default: three times the keepalive granted.
-    pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.core.set_request_timeout(timeout);
     }
 
     /// Sends what is queued, as far as the other end takes it.
@@ -141,8 +135,12 @@ fn poll(fd: BorrowedFd<'_>, timeout: Option<Duration>) -> Result<bool, rustix::i
 }
 
 impl ClientTransport for LoopbackClient {
-    fn grant(&self) -> &Grant {
-        self.core.grant()
+    fn core(&self) -> &dyn ClientCore {
+        &self.core
+    }
+
+    fn core_mut(&mut self) -> &mut dyn ClientCore {
+        &mut self.core
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
@@ -247,33 +245,8 @@ impl ClientTransport for LoopbackClient {
         (self.eventfd.as_fd(), false)
     }
 
-    fn outstanding(&self) -> usize {
-        self.core.outstanding()
-    }
-
-    fn credits(&self) -> usize {
-        self.core.credits()
-    }
-
-    fn failure(&self) -> Option<&Error> {
-        self.core.failure()
-    }
-
-    fn ping(&mut self, timeout: Duration) {
-        self.core.ping(Instant::now(), timeout);
-        self.send_queue();
-    }
-
-    fn last_rx(&self) -> Instant {
-        self.core.last_rx()
-    }
-
     fn abort(&mut self, violation: Violation) {
         self.core.fail_violation(violation);
         self.end();
-    }
-
-    fn counters(&self) -> ClientCounters {
-        self.core.counters
     }
 }

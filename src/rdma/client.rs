@@ -18,7 +18,7 @@ mod registration;
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 pub use connect::Upgrade;
 
@@ -30,7 +30,7 @@ use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::{Arena, Region, Slot, process};
 use crate::message::{self, RemoteRegion, ResponseHeader};
-use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
     RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME, RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
 };
@@ -127,12 +127,6 @@ impl RdmaClient {
             message: Vec::with_capacity(MESSAGE_BYTES),
             process: process(),
         })
-    }
-
-    /// How long the server may be silent while something is outstanding before the connection ends with
-    /// ETIMEDOUT. It is pinged in between. Default: three times the keepalive granted.
-    pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.core.set_request_timeout(timeout);
     }
 
     // Receiving
@@ -339,8 +333,12 @@ fn reclaim(bulk: &mut Bulk, bounce: &mut Option<Slot>, data_len: usize) -> usize
 }
 
 impl ClientTransport for RdmaClient {
-    fn grant(&self) -> &Grant {
-        self.core.grant()
+    fn core(&self) -> &dyn ClientCore {
+        &self.core
+    }
+
+    fn core_mut(&mut self) -> &mut dyn ClientCore {
+        &mut self.core
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
@@ -462,27 +460,6 @@ impl ClientTransport for RdmaClient {
         self.registration.add_arena(arena)
     }
 
-    fn outstanding(&self) -> usize {
-        self.core.outstanding()
-    }
-
-    fn credits(&self) -> usize {
-        self.core.credits()
-    }
-
-    fn failure(&self) -> Option<&Error> {
-        self.core.failure()
-    }
-
-    fn ping(&mut self, timeout: Duration) {
-        self.core.ping(Instant::now(), timeout);
-        self.send_queue();
-    }
-
-    fn last_rx(&self) -> Instant {
-        self.core.last_rx()
-    }
-
     fn abort(&mut self, violation: Violation) {
         self.core.fail_violation(violation);
         self.end();
@@ -490,10 +467,6 @@ impl ClientTransport for RdmaClient {
 
     fn local_port(&self) -> Option<u16> {
         self.companion.as_ref()?.transport.local_port()
-    }
-
-    fn counters(&self) -> ClientCounters {
-        self.core.counters
     }
 }
 

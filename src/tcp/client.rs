@@ -21,7 +21,7 @@ use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::process;
 use crate::message::{Parsed, QueuePairAddress, RemoteRegion};
-use crate::transport::{Bulk, ClientCounters, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
     TCP_CLIENT_READS_MAX as READS_MAX, TCP_CLIENT_SLICES_MAX as SLICES_MAX, TCP_DIRECT_BYTES as DIRECT_BYTES,
     TCP_READ_AHEAD_BYTES as READ_AHEAD_BYTES, TCP_STAGING_BYTES as STAGING_BYTES,
@@ -91,13 +91,6 @@ impl TcpClient {
             unparsed,
             process: process(),
         })
-    }
-
-    /// How long the server may be silent while something is outstanding before the connection ends with
-    /// ETIMEDOUT. It is pinged in between, so a server that lives but works long on a request is not silent.
-    /// Default: three times the keepalive granted.
-    pub fn set_request_timeout(&mut self, timeout: Duration) {
-        self.core.set_request_timeout(timeout);
     }
 
     /// Its own address.
@@ -270,8 +263,12 @@ impl TcpClient {
 }
 
 impl ClientTransport for TcpClient {
-    fn grant(&self) -> &Grant {
-        self.core.grant()
+    fn core(&self) -> &dyn ClientCore {
+        &self.core
+    }
+
+    fn core_mut(&mut self) -> &mut dyn ClientCore {
+        &mut self.core
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
@@ -388,27 +385,6 @@ impl ClientTransport for TcpClient {
         (self.stream.as_fd(), self.core.has_unsent())
     }
 
-    fn outstanding(&self) -> usize {
-        self.core.outstanding()
-    }
-
-    fn credits(&self) -> usize {
-        self.core.credits()
-    }
-
-    fn failure(&self) -> Option<&Error> {
-        self.core.failure()
-    }
-
-    fn ping(&mut self, timeout: Duration) {
-        self.core.ping(Instant::now(), timeout);
-        self.send_queue();
-    }
-
-    fn last_rx(&self) -> Instant {
-        self.core.last_rx()
-    }
-
     fn abort(&mut self, violation: Violation) {
         self.core.fail_violation(violation);
         self.end();
@@ -416,10 +392,6 @@ impl ClientTransport for TcpClient {
 
     fn local_port(&self) -> Option<u16> {
         self.local_address().ok().map(|address| address.port())
-    }
-
-    fn counters(&self) -> ClientCounters {
-        self.core.counters
     }
 }
 
