@@ -37,6 +37,7 @@ pub mod open_files;
 pub mod protocol;
 #[cfg_attr(not(feature = "rdma"), path = "rdma/stub.rs")]
 pub mod rdma;
+pub mod rdma_devices;
 #[allow(unsafe_code)]
 pub mod reactor;
 mod server;

@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use crate::address::Scheme;
 use crate::error::{Class, Error, Status};
 use crate::handshake::Offer;
 use crate::memory::{Arena, Slot};
@@ -22,20 +23,39 @@ use crate::transport::{
 use crate::{message, rdma, tcp};
 
 /// A client that has connected.
-#[derive(Debug)]
-pub enum Reached {
-    /// By a queue pair.
-    Rdma(Box<rdma::RdmaClient>),
-    /// Over TCP, and, if it might have been otherwise, an error message that says why not.
-    Tcp(Box<tcp::TcpClient>, Option<String>),
+pub struct Reached {
+    /// Its connection.
+    pub transport: Box<dyn ClientTransport>,
+    /// An error message that says why it is over TCP, if it might have been over RDMA.
+    pub why_tcp: Option<String>,
 }
 
-/// Connects to the server at `address` and shakes hands, by `deadline`.
-pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Reached, Error> {
-    let over_tcp = |stream, why: &dyn std::fmt::Display| {
+/// Connects to the server at `address`, over the transports that `scheme` allows, and shakes hands, by
+/// `deadline`.
+pub fn connect(
+    scheme: Scheme,
+    address: SocketAddr,
+    offer: &Offer,
+    deadline: Instant,
+) -> Result<Reached, Error> {
+    match scheme {
+        Scheme::Any => connect_any(address, offer, deadline),
+        Scheme::Rdma => {
+            let transport = rdma::connect(address, None, offer, deadline)?;
+            Ok(Reached { transport, why_tcp: None })
+        }
+        Scheme::Tcp => {
+            let transport = Box::new(tcp::TcpClient::connect(address, offer, deadline)?);
+            Ok(Reached { transport, why_tcp: None })
+        }
+    }
+}
+
+fn connect_any(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Reached, Error> {
+    let over_tcp = |transport: Box<tcp::TcpClient>, why: &dyn std::fmt::Display| {
         let why = format!("Connected over TCP, not RDMA: {why}.");
         tracing::info!("{why}");
-        Reached::Tcp(stream, Some(why))
+        Reached { transport, why_tcp: Some(why) }
     };
     let plain = || Ok::<_, Error>(Box::new(tcp::TcpClient::connect(address, offer, deadline)?));
     if let Some(reason) = rdma::unavailable() {
@@ -46,7 +66,7 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
         return Ok(over_tcp(Box::new(stream), &"the server has no RDMA, or will not use it; see its log"));
     }
     let (stream, error) = match upgrade(stream, deadline) {
-        Ok(client) => return Ok(Reached::Rdma(Box::new(client))),
+        Ok(transport) => return Ok(Reached { transport, why_tcp: None }),
         Err(failed) => failed,
     };
     let stream = match stream {
@@ -63,20 +83,21 @@ pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<
 
 /// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by
 /// `deadline`. Fails with the TCP connection if that can be used as it is, and with why.
+#[expect(clippy::type_complexity, reason = "the connection that is left of it")]
 pub fn upgrade(
     mut stream: tcp::TcpClient,
     deadline: Instant,
-) -> Result<rdma::RdmaClient, (Option<Box<tcp::TcpClient>>, Error)> {
-    let made = stream.local_address().and_then(|local| rdma::Upgrade::new(local.ip(), stream.grant()));
-    let made = match made {
+) -> Result<Box<dyn ClientTransport>, (Option<Box<tcp::TcpClient>>, Error)> {
+    let made = stream.local_address().and_then(|local| rdma::upgrade(local.ip(), stream.grant()));
+    let (ours, connect) = match made {
         Ok(made) => made,
         Err(error) => return Err((Some(Box::new(stream)), error)),
     };
     // If it takes longer there must be time left to connect anew.
     let now = Instant::now();
     let half = now + deadline.saturating_duration_since(now) / 2;
-    match stream.exchange_queue_pairs(made.address(), half) {
-        Ok(theirs) => made.connect(&theirs, Box::new(stream), deadline).map_err(|error| (None, error)),
+    match stream.exchange_queue_pairs(&ours, half) {
+        Ok(theirs) => connect(&theirs, Box::new(stream), deadline).map_err(|error| (None, error)),
         Err(error) if stream.failure().is_some() => Err((None, error)),
         Err(error) => Err((Some(Box::new(stream)), error)),
     }

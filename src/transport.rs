@@ -5,11 +5,11 @@
 //! connections on its worker's reactor; a client's is one connection and needs no reactor.
 
 use std::any::Any;
-use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
@@ -139,13 +139,55 @@ pub struct UpgradeRequest {
     pub remote: Option<IpAddr>,
 }
 
+/// Listens for connections of a transport whose connections are no stream sockets.
+pub trait Listener: fmt::Debug + Send {
+    /// Where it listens, with the actual port.
+    fn address(&self) -> SocketAddr;
+
+    /// Readable when [`Listener::accept`] may have something.
+    fn fd(&self) -> Result<OwnedFd, Error>;
+
+    /// The next connection. None if there is none now.
+    fn accept(&self) -> Option<Box<dyn Incoming>>;
+}
+
+/// A connection that a client asks for. Dropping it rejects the client without a reason.
+pub trait Incoming: Any + fmt::Debug + Send {
+    /// The client's address, if it is known.
+    fn peer(&self) -> Option<SocketAddr>;
+
+    /// Rejects the client, with an errno and an error message for it.
+    fn reject(self: Box<Self>, errno: i32, text: &str);
+}
+
+/// The connection as its transport knows it, or as it was if it is not of that kind.
+pub(crate) fn downcast<T: Incoming>(incoming: Box<dyn Incoming>) -> Result<Box<T>, Box<dyn Incoming>> {
+    if (&*incoming as &dyn Any).is::<T>() {
+        let incoming: Box<dyn Any> = incoming;
+        Ok(incoming.downcast().expect("it was asked for its type"))
+    } else {
+        Err(incoming)
+    }
+}
+
+/// Connects a queue pair with the server's, which is at this address, and waits until that has answered over
+/// it, for a part of the time until the deadline. The stream goes along: it carries nothing more, and each
+/// ends with the other.
+pub type ConnectQueuePair = Box<
+    dyn FnOnce(
+        &QueuePairAddress,
+        Box<dyn ClientTransport>,
+        Instant,
+    ) -> Result<Box<dyn ClientTransport>, Error>,
+>;
+
 /// A connection that was accepted, for the transport that it is of.
 #[derive(Debug)]
 pub enum Accepted {
     /// A non-blocking stream socket. If another server has passed it on, with what it had received.
     Stream(Arc<OwnedFd>, Option<Vec<u8>>),
     /// What the listener of another transport has given.
-    Other(Box<dyn Any>),
+    Other(Box<dyn Incoming>),
 }
 
 /// A connection that is passed on to another server, before anything has been said to its client.

@@ -13,9 +13,9 @@ use raio_transport::address::{Address, Scheme};
 use raio_transport::handshake::Offer;
 use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, SessionId};
+use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus};
 use raio_transport::transport::{ClientTransport, Reply};
-use raio_transport::{mux, rdma, tcp};
 
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
@@ -243,26 +243,12 @@ impl Shared {
             control,
             ..Offer::new(program_name())
         };
-        let reached = match self.scheme {
-            Scheme::Any => mux::connect(self.address, &offer, deadline)?,
-            Scheme::Rdma => {
-                mux::Reached::Rdma(Box::new(rdma::RdmaClient::connect(self.address, None, &offer, deadline)?))
-            }
-            Scheme::Tcp => {
-                mux::Reached::Tcp(Box::new(tcp::TcpClient::connect(self.address, &offer, deadline)?), None)
-            }
-        };
-        let timeout = self.options.request_timeout;
-        Ok(match reached {
-            mux::Reached::Rdma(mut client) => {
-                timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
-                (client, None)
-            }
-            mux::Reached::Tcp(mut client, why) => {
-                timeout.into_iter().for_each(|timeout| client.set_request_timeout(timeout));
-                (client, why)
-            }
-        })
+        let mux::Reached { mut transport, why_tcp } =
+            mux::connect(self.scheme, self.address, &offer, deadline)?;
+        if let Some(timeout) = self.options.request_timeout {
+            transport.set_request_timeout(timeout);
+        }
+        Ok((transport, why_tcp))
     }
 
     pub(crate) fn options(&self) -> &Options {
@@ -393,6 +379,7 @@ fn program_name() -> String {
 #[cfg(test)]
 mod tests {
     use raio_transport::handshake::Policy;
+    use raio_transport::rdma;
 
     use super::*;
     use crate::fake_server::FakeServer;

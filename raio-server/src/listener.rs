@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::bail;
 use raio_transport::address::Scheme;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
-use raio_transport::{rdma, tcp};
+use raio_transport::{rdma, tcp, transport};
 use rustix::net::getpeername;
 
 use crate::log;
@@ -26,7 +26,7 @@ struct Socket {
     file: File,
     address: SocketAddr,
     /// None: it is a TCP socket.
-    rdma: Option<rdma::Listener>,
+    rdma: Option<Box<dyn transport::Listener>>,
     accept: Option<OpId>,
 }
 
@@ -40,7 +40,7 @@ impl Listener {
         let mut this = Self { owner, sockets: Vec::new() };
         for &(scheme, address) in addresses {
             let (fd, address, rdma) = if scheme == Scheme::Rdma {
-                let listener = when_free(|| rdma::Listener::bind(address))?;
+                let listener = when_free(|| rdma::listen(address))?;
                 (listener.fd()?, listener.address(), Some(listener))
             } else {
                 let (socket, address) = when_free(|| tcp::listen(address))?;

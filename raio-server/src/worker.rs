@@ -44,7 +44,7 @@ use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, Accepted, ServerEvent, ServerTransport};
+use raio_transport::transport::{self, Accepted, Incoming, QueuePairMemory, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma, tcp};
 
 use crate::config::BackendKind;
@@ -118,7 +118,7 @@ pub enum RawConnection {
     /// One that a worker has passed on to another: its permit there is counted.
     Passed(Arc<OwnedFd>, Option<SocketAddr>, Vec<u8>),
     /// One that a client asks for.
-    Rdma(rdma::RdmaIncoming),
+    Rdma(Box<dyn Incoming>),
 }
 
 impl RawConnection {
@@ -235,7 +235,16 @@ impl Worker {
         let mut no_rdma = None;
         let mut rdma = None;
         if rdma::unavailable().is_none() {
-            match rdma::RdmaServer::new(&mut reactor, RDMA, Arc::clone(&shared.policy), &arena) {
+            let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
+            let memory: QueuePairMemory = Box::new(move |address, bytes| {
+                let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
+                    counting.rejected_queue_pairs.add(1);
+                    let kind = "queue pairs that were rejected";
+                    log_client!(info, ip address, kind, "A queue pair was rejected. {text}");
+                })?;
+                Ok(Box::new(permit))
+            });
+            match rdma::server(&mut reactor, RDMA, Arc::clone(&shared.policy), &arena, memory) {
                 Ok(server) => rdma = Some(server),
                 Err(error) if shared.rdma => return Err(error.into()),
                 Err(error) => no_rdma = Some(error),
@@ -256,18 +265,7 @@ impl Worker {
             (to != index).then_some(to)
         }));
         let mut transports: Vec<Box<dyn ServerTransport>> = vec![Box::new(tcp)];
-        if let Some(mut rdma) = rdma {
-            let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
-            rdma.set_memory(Box::new(move |address, bytes| {
-                let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
-                    counting.rejected_queue_pairs.add(1);
-                    let kind = "queue pairs that were rejected";
-                    log_client!(info, ip address, kind, "A queue pair was rejected. {text}");
-                })?;
-                Ok(Box::new(permit))
-            }));
-            transports.push(Box::new(rdma));
-        }
+        transports.extend(rdma);
         let transport = mux::Mux::new(transports);
         let worker = Self {
             transport,
@@ -384,7 +382,7 @@ impl Worker {
         let incoming = match connection {
             RawConnection::Tcp(stream, _) => Accepted::Stream(Arc::new(stream), None),
             RawConnection::Passed(stream, _, hello) => Accepted::Stream(stream, Some(hello)),
-            RawConnection::Rdma(incoming) => Accepted::Other(Box::new(incoming)),
+            RawConnection::Rdma(incoming) => Accepted::Other(incoming),
         };
         let adopted = self.transport.adopt(&mut self.reactor, incoming);
         let id = match adopted {

@@ -151,7 +151,7 @@ impl Device {
     }
 
     /// What `raio_server --list-devices` says of it.
-    pub fn ports(&self) -> Vec<super::Port> {
+    pub fn ports(&self) -> Vec<crate::rdma_devices::Port> {
         let mut attr = verbs::ibv_device_attr::default();
         // SAFETY: the context is open and `attr` may be written.
         if verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) }).is_err() {
@@ -160,7 +160,7 @@ impl Device {
         (1..=attr.phys_port_cnt).map(|number| self.port(number)).collect()
     }
 
-    fn port(&self, number: u8) -> super::Port {
+    fn port(&self, number: u8) -> crate::rdma_devices::Port {
         let attr = self.port_attr(number).unwrap_or_default();
         let is_ethernet = u32::from(attr.link_layer) == verbs::IBV_LINK_LAYER_ETHERNET;
         let gids = (0..attr.gid_tbl_len.max(0) as u32).filter_map(|index| self.gid(number, index)).collect();
@@ -171,7 +171,7 @@ impl Device {
             verbs::IBV_PORT_ARMED => "armed",
             _ => "unknown",
         };
-        super::Port {
+        crate::rdma_devices::Port {
             number,
             state,
             link: if is_ethernet { "Ethernet" } else { "InfiniBand" },
@@ -180,7 +180,7 @@ impl Device {
         }
     }
 
-    fn gid(&self, port: u8, index: u32) -> Option<super::Gid> {
+    fn gid(&self, port: u8, index: u32) -> Option<crate::rdma_devices::Gid> {
         let mut entry = verbs::ibv_gid_entry::default();
         // SAFETY: the context is open, and `entry` may be written as far as its size says.
         let result = unsafe {
@@ -201,7 +201,7 @@ impl Device {
             verbs::IBV_GID_TYPE_ROCE_V2 => "RoCE v2",
             _ => "IB",
         };
-        (raw != [0; 16]).then_some(super::Gid { index, address: raw.into(), kind })
+        (raw != [0; 16]).then_some(crate::rdma_devices::Gid { index, address: raw.into(), kind })
     }
 
     /// How many ports it has.

@@ -16,6 +16,7 @@ use super::{HANDSHAKE_MESSAGES, MESSAGE_BYTES, RdmaIncoming, no_rdma, parse_reje
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, QueuePairAddress, RemoteRegion};
+use crate::transport::{Incoming, downcast};
 
 /// Receives that may be posted.
 const RECEIVES_MAX: usize = 1100;
@@ -87,9 +88,10 @@ impl RdmaEnd {
     }
 
     /// Agrees to a connection that was asked for.
-    pub fn accept(incoming: RdmaIncoming) -> Result<Self, Error> {
+    pub fn accept(incoming: Box<dyn Incoming>) -> Result<Self, Error> {
         let failed = |source| Error::io("Cannot accept an RDMA connection", source);
-        let RdmaIncoming { mut id, reads_out } = incoming;
+        let incoming = downcast(incoming).map_err(|_| no_rdma("it is asked for in another way"))?;
+        let RdmaIncoming { mut id, reads_out } = *incoming;
         let events = EventChannel::new().map_err(failed)?;
         id.migrate(&events).map_err(failed)?;
         let end = Self::new(id, &events)?;

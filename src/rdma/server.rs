@@ -102,7 +102,7 @@ struct Connection {
     companion: Option<ConnectionId>,
     /// Dropped after the queue pair. See [`ServerTransport::hold`].
     held: Option<Arc<dyn Any>>,
-    /// So are these. See [`RdmaServer::set_memory`].
+    /// So are these. See [`QueuePairMemory`].
     memory: Vec<Box<dyn Any>>,
     /// The client's address, for the log.
     peer: Option<IpAddr>,
@@ -129,9 +129,14 @@ fn find(connections: &mut Slab<Connection>, id: ConnectionId) -> Option<&mut Con
 }
 
 impl RdmaServer {
-    /// A server without connections, for requests whose data is in slots of `arena`. Its tokens have this
-    /// owner number. The arena is registered with every device that can be used; fails if there is none.
-    pub fn new(reactor: &mut Reactor, owner: u8, policy: Arc<Policy>, arena: &Arena) -> Result<Self, Error> {
+    /// See [`super::server`].
+    pub fn new(
+        reactor: &mut Reactor,
+        owner: u8,
+        policy: Arc<Policy>,
+        arena: &Arena,
+        memory: QueuePairMemory,
+    ) -> Result<Self, Error> {
         let failed = |source| Error::io("Cannot watch for RDMA connections", source);
         let channel = EventChannel::new().map_err(failed)?;
         let channel_file = reactor.file(channel.owned_fd().map_err(failed)?);
@@ -150,7 +155,7 @@ impl RdmaServer {
             dirty: Vec::new(),
             counters: ServerCounters::default(),
             asked: reactor.clock().now(),
-            memory: Box::new(|_, _| Ok(Box::new(()))),
+            memory,
         };
         this.watch(reactor, Kind::Connecting, 0);
         let mut last = None;
@@ -183,11 +188,6 @@ impl RdmaServer {
         Ok(())
     }
 
-    /// From now on `memory` decides who has memory for a queue pair. Until then everybody has.
-    pub fn set_memory(&mut self, memory: QueuePairMemory) {
-        self.memory = memory;
-    }
-
     /// Has the reactor tell when this file is readable.
     fn watch(&self, reactor: &mut Reactor, kind: Kind, index: usize) {
         let file = match kind {
@@ -201,7 +201,7 @@ impl RdmaServer {
 
     /// Takes over a connection that a client asks for. The handshake is still to come. Fails, with the client
     /// rejected, if the device cannot have one more, or there is no memory for it.
-    pub fn adopt(&mut self, reactor: &mut Reactor, incoming: RdmaIncoming) -> Result<ConnectionId, Error> {
+    fn adopt(&mut self, reactor: &mut Reactor, incoming: RdmaIncoming) -> Result<ConnectionId, Error> {
         let RdmaIncoming { mut id, reads_out } = incoming;
         let peer = id.peer().map(|peer| peer.ip());
         let device = id.device();
@@ -1037,7 +1037,7 @@ impl ServerTransport for RdmaServer {
         incoming: transport::Accepted,
     ) -> Result<Result<ConnectionId, Error>, transport::Accepted> {
         match incoming {
-            transport::Accepted::Other(other) => match other.downcast() {
+            transport::Accepted::Other(other) => match transport::downcast(other) {
                 Ok(incoming) => Ok(self.adopt(reactor, *incoming)),
                 Err(other) => Err(transport::Accepted::Other(other)),
             },

@@ -16,8 +16,8 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
-    Accepted, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Reply, Request, RequestKey, Response,
-    ServerCounters, ServerEvent, ServerTransport, SlotRange,
+    Accepted, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener, Reply, Request,
+    RequestKey, Response, ServerCounters, ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
 
@@ -75,8 +75,8 @@ pub fn rdma_source() -> Option<IpAddr> {
 }
 
 /// A listener for RDMA connections.
-pub fn rdma_listener() -> rdma::Listener {
-    rdma::Listener::bind(SocketAddr::new(rdma_addresses()[0].into(), 0)).unwrap()
+pub fn rdma_listener() -> Box<dyn Listener> {
+    rdma::listen(SocketAddr::new(rdma_addresses()[0].into(), 0)).unwrap()
 }
 
 /// Says so if it has not.
@@ -125,7 +125,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 enum Wire {
     Tcp(OwnedFd),
     Loopback(loopback::LoopbackEnd),
-    Rdma(rdma::RdmaIncoming),
+    Rdma(Box<dyn Incoming>),
 }
 
 const STALL_CHECK: Token = Token { owner: 9, value: 0 };
@@ -241,17 +241,19 @@ impl Server {
                     let wires = match transport {
                         Transport::Loopback => Wires::Loopback(loopback::LoopbackServer::new(1, policy)),
                         Transport::Rdma => {
-                            Wires::Rdma(rdma::RdmaServer::new(&mut reactor, 1, policy, &arena).unwrap())
+                            let memory = Box::new(|_, _| Ok(Box::new(()) as _));
+                            Wires::Rdma(rdma::server(&mut reactor, 1, policy, &arena, memory).unwrap())
                         }
                         Transport::RdmaAfterTcp => {
-                            let rdma = rdma::RdmaServer::new(&mut reactor, 2, Arc::clone(&policy), &arena);
+                            let ours = Arc::clone(&policy);
+                            let memory = Box::new(|_, _| Ok(Box::new(()) as _));
+                            let rdma = rdma::server(&mut reactor, 2, ours, &arena, memory);
                             let policy = Policy { queue_pair: true, ..Policy::clone(&policy) };
                             let tcp = Box::new(tcp::TcpServer::new(1, Arc::new(policy)));
-                            let transports: Vec<Box<dyn ServerTransport>> =
-                                vec![tcp, Box::new(rdma.unwrap())];
+                            let transports: Vec<Box<dyn ServerTransport>> = vec![tcp, rdma.unwrap()];
                             Wires::Any(Box::new(mux::Mux::new(transports)))
                         }
-                        _ => Wires::Tcp(tcp::TcpServer::new(1, policy)),
+                        _ => Wires::Tcp(Box::new(tcp::TcpServer::new(1, policy))),
                     };
                     let mut handler = Handler::new(wires, arena, seen_by_worker);
                     handler.stall_timeout = stall_timeout;
@@ -330,13 +332,11 @@ impl Server {
             Transport::Loopback => {
                 Box::new(loopback::LoopbackClient::from_end(self.link(), offer, deadline)?)
             }
-            Transport::Rdma => {
-                Box::new(rdma::RdmaClient::connect(self.rdma_address(), rdma_source(), offer, deadline)?)
-            }
+            Transport::Rdma => rdma::connect(self.rdma_address(), rdma_source(), offer, deadline)?,
             Transport::RdmaAfterTcp => {
                 let offer = Offer { queue_pair: true, ..offer.clone() };
                 let stream = tcp::TcpClient::from_stream(self.stream(), &offer, deadline)?;
-                Box::new(mux::upgrade(stream, deadline).map_err(|(_, error)| error)?)
+                mux::upgrade(stream, deadline).map_err(|(_, error)| error)?
             }
             _ => Box::new(tcp::TcpClient::from_stream(self.stream(), offer, deadline)?),
         };
@@ -430,18 +430,18 @@ fn tcp_pair_at(address: Ipv4Addr) -> (TcpStream, TcpStream) {
 // ---------------------------------------------------------------------------------------------
 
 enum Wires {
-    Tcp(tcp::TcpServer),
+    Tcp(Box<tcp::TcpServer>),
     Loopback(loopback::LoopbackServer),
-    Rdma(rdma::RdmaServer),
+    Rdma(Box<dyn ServerTransport>),
     Any(Box<mux::Mux>),
 }
 
 impl Wires {
     fn transport(&mut self) -> &mut dyn ServerTransport {
         match self {
-            Self::Tcp(server) => server,
+            Self::Tcp(server) => &mut **server,
             Self::Loopback(server) => server,
-            Self::Rdma(server) => server,
+            Self::Rdma(server) => &mut **server,
             Self::Any(server) => &mut **server,
         }
     }
@@ -455,7 +455,8 @@ impl Wires {
             }
             (Self::Loopback(server), Wire::Loopback(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {
-                if let Err(error) = server.adopt(reactor, incoming) {
+                let adopted = server.accept(reactor, Accepted::Other(incoming));
+                if let Err(error) = adopted.expect("it is of this kind") {
                     eprintln!("a connection was not taken over: {error}");
                 }
             }

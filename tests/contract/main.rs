@@ -67,6 +67,7 @@ mod ordinary;
 mod random;
 mod raw;
 mod rdma;
+mod rdma_end;
 mod slow;
 mod unreachable;
 mod upgrade;

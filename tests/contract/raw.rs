@@ -16,6 +16,7 @@ use raio_transport::{loopback, mux, rdma, tcp};
 use crate::harness::{
     Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
 };
+use crate::rdma_end::{self, End};
 
 /// A peer's end of a connection.
 pub struct Raw {
@@ -29,9 +30,9 @@ enum Wire {
     /// And what has been read of it.
     Tcp(TcpStream, Vec<u8>),
     Loopback(loopback::LoopbackEnd),
-    Rdma(Box<rdma::RdmaEnd>),
+    Rdma(Box<dyn End>),
     /// The queue pair, and the TCP connection that it was exchanged over.
-    RdmaAfterTcp(Box<rdma::RdmaEnd>, TcpStream),
+    RdmaAfterTcp(Box<dyn End>, TcpStream),
 }
 
 /// What came.
@@ -74,8 +75,8 @@ impl Raw {
         match server.transport {
             Transport::Loopback => Self::new(Wire::Loopback(server.link())),
             Transport::Rdma => {
-                let end = rdma::RdmaEnd::connect(server.rdma_address(), rdma_source(), None).unwrap();
-                Self::new(Wire::Rdma(Box::new(end)))
+                let end = rdma_end::connect(server.rdma_address(), rdma_source(), None).unwrap();
+                Self::new(Wire::Rdma(end))
             }
             _ => Self::new(Wire::Tcp(server.stream(), Vec::new())),
         }
@@ -97,8 +98,8 @@ impl Raw {
     }
 
     /// A queue pair by the stream's address, and what to say of it.
-    pub fn unjoined(&mut self) -> (rdma::RdmaEnd, QueuePairAddress) {
-        rdma::RdmaEnd::unjoined(self.stream().local_addr().unwrap().ip()).unwrap()
+    pub fn unjoined(&mut self) -> (Box<dyn End>, QueuePairAddress) {
+        rdma_end::unjoined(self.stream().local_addr().unwrap().ip()).unwrap()
     }
 
     /// Tells the other side.
@@ -117,11 +118,11 @@ impl Raw {
     }
 
     /// Moves to the queue pair.
-    pub fn join(&mut self, mut end: rdma::RdmaEnd, ours: &QueuePairAddress, theirs: &QueuePairAddress) {
+    pub fn join(&mut self, mut end: Box<dyn End>, ours: &QueuePairAddress, theirs: &QueuePairAddress) {
         end.join(ours, theirs).unwrap();
         let stream = self.stream().try_clone().unwrap();
         stream.set_nonblocking(true).unwrap();
-        self.wire = Wire::RdmaAfterTcp(Box::new(end), stream);
+        self.wire = Wire::RdmaAfterTcp(end, stream);
     }
 
     /// The same, over a stream with small buffers.
@@ -219,10 +220,8 @@ impl Raw {
             Transport::Rdma => {
                 let listener = rdma_listener();
                 let address = listener.address();
-                let thread = std::thread::spawn(move || {
-                    rdma::RdmaClient::connect(address, rdma_source(), &offer, deadline)
-                        .map(|client| Box::new(client) as _)
-                });
+                let thread =
+                    std::thread::spawn(move || rdma::connect(address, rdma_source(), &offer, deadline));
                 let incoming = loop {
                     match listener.accept() {
                         Some(incoming) => break incoming,
@@ -230,7 +229,7 @@ impl Raw {
                     }
                     assert!(Instant::now() < deadline + PATIENCE, "the client does not connect");
                 };
-                (thread, Self::new(Wire::Rdma(Box::new(rdma::RdmaEnd::accept(incoming).unwrap()))))
+                (thread, Self::new(Wire::Rdma(rdma_end::accept(incoming).unwrap())))
             }
             Transport::RdmaAfterTcp => {
                 let (theirs, ours) = tcp_pair_by_rdma();
@@ -241,8 +240,7 @@ impl Raw {
                     if !stream.grant().queue_pair {
                         return Ok(Box::new(stream) as _);
                     }
-                    let moved = mux::upgrade(stream, deadline);
-                    moved.map(|client| Box::new(client) as _).map_err(|(_, error)| error)
+                    mux::upgrade(stream, deadline).map_err(|(_, error)| error)
                 });
                 (thread, Self::new(Wire::Tcp(ours, Vec::new())))
             }
@@ -275,9 +273,9 @@ impl Raw {
     }
 
     /// The queue pair, to misbehave with memory.
-    pub fn rdma(&mut self) -> &mut rdma::RdmaEnd {
+    pub fn rdma(&mut self) -> &mut dyn End {
         match &mut self.wire {
-            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => end,
+            Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => &mut **end,
             Wire::Tcp(..) | Wire::Loopback(_) => panic!("it has no queue pair"),
         }
     }
@@ -329,7 +327,7 @@ impl Raw {
         let (address, key) = match &mut self.wire {
             Wire::Tcp(..) => (0, 0),
             Wire::Rdma(end) | Wire::RdmaAfterTcp(end, _) => {
-                end.expose(rdma::Allow::Write, len.max(1) as usize).unwrap()
+                end.expose(loopback::Access::Write, len.max(1) as usize).unwrap()
             }
             Wire::Loopback(end) => {
                 let buffers = Buffers::One(Buffer::Owned(vec![0; len as usize].into()));

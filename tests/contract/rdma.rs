@@ -3,15 +3,16 @@
 
 use raio_transport::error::{Error, Violation};
 use raio_transport::handshake::Offer;
+use raio_transport::loopback::Access;
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message::{self, BODY_BYTES_MAX, HEADER_BYTES, RemoteRegion};
-use raio_transport::rdma::{Allow, RdmaEnd};
 use raio_transport::transport::{Bulk, CloseReason, ServerCounters};
 
 use crate::harness::{
     Op, Server, Transport, bytes_of, command, data, has_rdma, pattern, rdma_source, room, serve_plain,
 };
 use crate::raw::Raw;
+use crate::rdma_end;
 
 /// A server, if there is a device.
 fn server() -> Option<Server> {
@@ -125,13 +126,13 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
     // What the request says, and what there is: how it is exposed, and by how much it is missed.
     for (n, (what, op, allow, offset, len)) in [
         ("no memory to fetch from", Op::Put, None, 0, 100),
-        ("memory to be written only", Op::Put, Some(Allow::Write), 0, 100),
-        ("too little memory to fetch from", Op::Put, Some(Allow::Read), 0, page + 1),
-        ("an address before the memory", Op::Put, Some(Allow::Read), u64::MAX, 100),
+        ("memory to be written only", Op::Put, Some(Access::Write), 0, 100),
+        ("too little memory to fetch from", Op::Put, Some(Access::Read), 0, page + 1),
+        ("an address before the memory", Op::Put, Some(Access::Read), u64::MAX, 100),
         ("no memory to place data in", Op::Get, None, 0, 100),
-        ("memory to be read only", Op::Get, Some(Allow::Read), 0, 100),
-        ("too little memory to place data in", Op::Get, Some(Allow::Write), 1, page),
-        ("an address far beyond the memory", Op::Get, Some(Allow::Write), 1 << 40, 100),
+        ("memory to be read only", Op::Get, Some(Access::Read), 0, 100),
+        ("too little memory to place data in", Op::Get, Some(Access::Write), 1, page),
+        ("an address far beyond the memory", Op::Get, Some(Access::Write), 1 << 40, 100),
     ]
     .into_iter()
     .enumerate()
@@ -187,9 +188,9 @@ fn private_data_that_is_not_raios_is_turned_away_with_the_reason() {
         (&message::MAGIC[..], "no protocol version in common"),
         (&old, "no protocol version in common"),
     ] {
-        match RdmaEnd::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
+        match rdma_end::connect(server.rdma_address(), rdma_source(), Some(private_data)) {
             Err(Error::Rejected { text, .. }) => assert!(text.contains(said), "{text}"),
-            other => panic!("{other:?}"),
+            other => panic!("{:?}", other.err()),
         }
     }
     server.serves_others();

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use raio_transport::address::Scheme;
 use raio_transport::error::{Class, Violation};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, HEADER_BYTES, Link, Parsed, QueuePairAddress};
@@ -263,8 +264,9 @@ fn the_end_of_a_servers_queue_pair_ends_the_tcp_connection() {
 /// What [`mux::connect`] makes of a server at a listener of `pair`'s kind.
 fn reach(server: &Server, listener: TcpListener) -> Reached {
     let address = listener.local_addr().unwrap();
-    let client =
-        std::thread::spawn(move || mux::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+    let client = std::thread::spawn(move || {
+        mux::connect(Scheme::Any, address, &Offer::new("any"), Instant::now() + PATIENCE)
+    });
     while !client.is_finished() {
         listener.set_nonblocking(true).unwrap();
         match listener.accept() {
@@ -278,6 +280,12 @@ fn reach(server: &Server, listener: TcpListener) -> Reached {
     client.join().unwrap().unwrap()
 }
 
+/// The same, of one that is over TCP, and why.
+fn reach_over_tcp(server: &Server, listener: TcpListener) -> (Box<dyn ClientTransport>, String) {
+    let Reached { transport, why_tcp } = reach(server, listener);
+    (transport, why_tcp.expect("there is a reason"))
+}
+
 fn listener_by_rdma() -> TcpListener {
     let (_, server) = tcp_pair_by_rdma();
     TcpListener::bind((server.local_addr().unwrap().ip(), 0)).unwrap()
@@ -286,8 +294,9 @@ fn listener_by_rdma() -> TcpListener {
 #[test]
 fn a_client_that_leaves_it_open_gets_rdma_where_both_sides_have_it() {
     let Some(server) = server() else { return };
-    let Reached::Rdma(client) = reach(&server, listener_by_rdma()) else { panic!("over TCP") };
-    Client::over(client).works();
+    let reached = reach(&server, listener_by_rdma());
+    assert_eq!(reached.why_tcp, None);
+    Client::over(reached.transport).works();
     server.until("the answers", |seen| (seen.rdma.responses == 3).then_some(()));
 }
 
@@ -296,18 +305,13 @@ fn a_client_that_leaves_it_open_is_told_why_it_stays_on_tcp() {
     if !has_rdma() {
         // There is a reason all the same.
         let server = serve_plain(Transport::TcpEpoll);
-        let Reached::Tcp(client, Some(why)) = reach(&server, TcpListener::bind("127.0.0.1:0").unwrap())
-        else {
-            panic!("no reason")
-        };
+        let (client, why) = reach_over_tcp(&server, TcpListener::bind("127.0.0.1:0").unwrap());
         assert!(why.starts_with("Connected over TCP, not RDMA: there is no RDMA here ("), "{why}");
         return Client::over(client).works();
     }
     // Loopback belongs to no device.
     let server = serve_plain(Transport::RdmaAfterTcp);
-    let Reached::Tcp(client, Some(why)) = reach(&server, TcpListener::bind("127.0.0.1:0").unwrap()) else {
-        panic!("no reason")
-    };
+    let (client, why) = reach_over_tcp(&server, TcpListener::bind("127.0.0.1:0").unwrap());
     assert!(
         why.contains("GID ::ffff:127.0.0.1 on ") && why.contains("port 1") && why.ends_with('.'),
         "{why}"
@@ -315,7 +319,7 @@ fn a_client_that_leaves_it_open_is_told_why_it_stays_on_tcp() {
     Client::over(client).works();
     // The server has none, though its address is right.
     let server = serve_plain(Transport::TcpEpoll);
-    let Reached::Tcp(client, Some(why)) = reach(&server, listener_by_rdma()) else { panic!("no reason") };
+    let (client, why) = reach_over_tcp(&server, listener_by_rdma());
     assert!(why.contains("the server has no RDMA"), "{why}");
     Client::over(client).works();
 }
@@ -390,8 +394,9 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     }
     let listener = listener_by_rdma();
     let address = listener.local_addr().unwrap();
-    let client =
-        std::thread::spawn(move || mux::connect(address, &Offer::new("any"), Instant::now() + PATIENCE));
+    let client = std::thread::spawn(move || {
+        mux::connect(Scheme::Any, address, &Offer::new("any"), Instant::now() + PATIENCE)
+    });
     let policy = Policy { queue_pair: true, ..Policy::default() };
     let welcome = || {
         let mut raw = Raw::over_stream(listener.accept().unwrap().0);
@@ -409,8 +414,9 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     first.goaway();
     let (_second, moves) = welcome();
     assert!(!moves, "it is not asked for again");
-    let Ok(Reached::Tcp(client, Some(why))) = client.join().unwrap() else { panic!("not over TCP") };
-    assert!(client.failure().is_none());
+    let Reached { transport, why_tcp } = client.join().unwrap().unwrap();
+    assert!(transport.failure().is_none());
+    let why = why_tcp.expect("it is over TCP");
     assert!(why.contains("does not answer over the queue pair"), "{why}");
 }
 
