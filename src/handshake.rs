@@ -148,6 +148,14 @@ impl Grant {
     }
 }
 
+/// Who a client is, as far as its connection has proven it. What it may do depends on this, and not on what
+/// it calls itself ([`Peer::name`]) or where it seems to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// It has proven nothing: anybody who reaches the server.
+    Anonymous,
+}
+
 /// A client as the server knows it after its hello.
 #[derive(Clone, Debug)]
 pub struct Peer {
@@ -155,6 +163,8 @@ pub struct Peer {
     pub session: SessionId,
     /// The incarnation of the session.
     pub epoch: u64,
+    /// Who it is, as far as that is proven: not by the hello, but by what carries it.
+    pub identity: Identity,
     /// Its name for the log; from the peer, so not to be trusted.
     pub name: String,
     /// It promised to send something this often; zero: no promise.
@@ -237,6 +247,7 @@ impl Policy {
         let peer = Peer {
             session: hello.session,
             epoch: hello.epoch.get(),
+            identity: Identity::Anonymous,
             name: name.unwrap_or_default(),
             keepalive: Duration::from_millis(hello.keepalive_ms.get().into()),
             control,

@@ -40,6 +40,7 @@ pub mod rdma;
 pub mod rdma_devices;
 #[allow(unsafe_code)]
 pub mod reactor;
+mod records;
 mod server;
 pub mod size;
 pub mod tcp;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail, ensure};
 use raio_transport::Status;
+use raio_transport::handshake::Identity;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
@@ -194,8 +195,22 @@ impl Exports {
         &self.0
     }
 
-    /// Resolves a client's path and flags (`OPEN_*`) as far as that goes without touching the file.
-    pub fn resolve(&self, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
+    /// The place of the export that a client knows by this name.
+    fn find(&self, identity: &Identity, name: &[u8]) -> Option<usize> {
+        match identity {
+            // Whoever reaches the server may open what it exports.
+            Identity::Anonymous => self.0.iter().position(|export| export.name.as_bytes() == name),
+        }
+    }
+
+    /// Resolves the path and flags (`OPEN_*`) of a client as far as that goes without touching the file.
+    pub fn resolve(
+        &self,
+        identity: &Identity,
+        flags: u32,
+        mode: u32,
+        path: &[u8],
+    ) -> Result<Target, Rejection> {
         let reject = |status, text: String| Err(Rejection { status, text });
         let shown = EscapedPath(path);
         let Some(rest) = path.strip_prefix(b"/") else {
@@ -205,7 +220,7 @@ impl Exports {
         let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
         let rest = &rest[start..];
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
-        let Some(index) = self.0.iter().position(|export| export.name.as_bytes() == name) else {
+        let Some(index) = self.find(identity, name) else {
             let text =
                 format!("There is no export {}. Ask the server's operator for the names.", EscapedPath(name));
             return reject(Status::storage(libc::ENOENT), text);
@@ -295,7 +310,7 @@ mod tests {
     }
 
     fn errno(exports: &Exports, flags: u32, path: &str) -> i32 {
-        exports.resolve(flags, 0o644, path.as_bytes()).unwrap_err().status.errno
+        exports.resolve(&Identity::Anonymous, flags, 0o644, path.as_bytes()).unwrap_err().status.errno
     }
 
     #[test]
@@ -311,7 +326,10 @@ mod tests {
             spec("m=mem:1M"),
         ];
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
-        let path_of = |flags, path: &str| match exports.resolve(flags, 0o600, path.as_bytes()).unwrap() {
+        let path_of = |flags, path: &str| match exports
+            .resolve(&Identity::Anonymous, flags, 0o600, path.as_bytes())
+            .unwrap()
+        {
             Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
             Target::Ready(file, _) => panic!("{file:?}"),
         };
@@ -337,8 +355,9 @@ mod tests {
         assert_eq!(errno(&exports, OPEN_READ | OPEN_TRUNCATE, "/d/a"), libc::EROFS);
         assert_eq!(errno(&exports, OPEN_WRITE, "/m"), libc::EROFS);
         assert_eq!(errno(&exports, OPEN_WRITE | OPEN_CREATE | OPEN_EXCLUSIVE, "/n"), libc::EEXIST);
-        assert!(exports.resolve(OPEN_WRITE, 0, b"/n").is_ok());
-        let rejection = exports.resolve(OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
+        assert!(exports.resolve(&Identity::Anonymous, OPEN_WRITE, 0, b"/n").is_ok());
+        let rejection =
+            exports.resolve(&Identity::Anonymous, OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
         assert_eq!(rejection.status, Status::policy(libc::EPERM));
     }
 

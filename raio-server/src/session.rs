@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
+use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
@@ -96,6 +97,8 @@ pub type ClosedFile = (Arc<OpenFile>, FilePermit);
 pub struct Session {
     /// Its uuid.
     pub id: SessionId,
+    /// Whose it is: that of the connection that began it. What it may open depends on this.
+    pub identity: Identity,
     files: Mutex<Files>,
     /// What it has, on all workers.
     account: Account,
@@ -232,9 +235,14 @@ impl Sessions {
         Self { by_id: Mutex::default(), sessions_max, limits }
     }
 
-    /// A worker has got its first connection of this session, from an address. The error says why there may
-    /// not be one more.
-    pub fn join(&self, id: SessionId, address: &AddressAccount) -> Result<Arc<Session>, Excess> {
+    /// A worker has got its first connection of this session, of this client, from an address. The error says
+    /// why there may not be one more.
+    pub fn join(
+        &self,
+        id: SessionId,
+        identity: &Identity,
+        address: &AddressAccount,
+    ) -> Result<Arc<Session>, Excess> {
         let mut by_id = lock(&self.by_id);
         let used = by_id.len();
         let joined = match by_id.entry(id) {
@@ -243,6 +251,7 @@ impl Sessions {
                 self.limits.begin_session(used, self.sessions_max, address)?;
                 let session = Session {
                     id,
+                    identity: identity.clone(),
                     files: Mutex::default(),
                     account: Account::default(),
                     address: address.clone(),
@@ -309,7 +318,7 @@ mod tests {
     #[test]
     fn a_handle_does_not_outlive_its_close() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
+        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
         let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -324,7 +333,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = sessions(9, 1).join(SessionId([1; 16]), &None).unwrap();
+        let session = sessions(9, 1).join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null(), &None).unwrap();
@@ -336,8 +345,11 @@ mod tests {
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
-        assert!(Arc::ptr_eq(&session, &sessions.join(SessionId([1; 16]), &None).unwrap()));
+        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
+        assert!(Arc::ptr_eq(
+            &session,
+            &sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap()
+        ));
         let file = null();
         let handle = session.insert(Arc::clone(&file), &None).unwrap();
         assert!(sessions.leave(&session).is_empty());
@@ -351,37 +363,50 @@ mod tests {
     #[test]
     fn sessions_do_not_see_each_others_files() {
         let sessions = sessions(9, 10);
-        let handle = sessions.join(SessionId([1; 16]), &None).unwrap().insert(null(), &None).unwrap();
-        assert!(sessions.join(SessionId([2; 16]), &None).unwrap().get(handle).is_none());
+        let handle = sessions
+            .join(SessionId([1; 16]), &Identity::Anonymous, &None)
+            .unwrap()
+            .insert(null(), &None)
+            .unwrap();
+        assert!(
+            sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).unwrap().get(handle).is_none()
+        );
     }
 
     #[test]
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
         let sessions = sessions(1, 9);
-        let session = sessions.join(SessionId([1; 16]), &None).unwrap();
-        assert!(sessions.join(SessionId([2; 16]), &None).is_err());
-        assert!(sessions.join(SessionId([1; 16]), &None).is_ok());
+        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
+        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_err());
+        assert!(sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).is_ok());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16]), &None).is_err());
+        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_err());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16]), &None).is_ok());
+        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_ok());
     }
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
         let sessions = sessions(9, 2);
         let (session, other) = (
-            sessions.join(SessionId([1; 16]), &None).unwrap(),
-            sessions.join(SessionId([2; 16]), &None).unwrap(),
+            sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap(),
+            sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).unwrap(),
         );
         let first = session.insert(null(), &None).unwrap();
         while session.insert(null(), &None).is_ok() {}
         let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
         assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
-        while sessions.join(SessionId([3; 16]), &None).is_ok_and(|third| third.insert(null(), &None).is_ok())
-        {
-        }
+        while sessions
+            .join(SessionId([3; 16]), &Identity::Anonymous, &None)
+            .is_ok_and(|third| third.insert(null(), &None).is_ok())
+        {}
         session.close(first).unwrap();
-        assert!(sessions.join(SessionId([4; 16]), &None).unwrap().insert(null(), &None).is_ok());
+        assert!(
+            sessions
+                .join(SessionId([4; 16]), &Identity::Anonymous, &None)
+                .unwrap()
+                .insert(null(), &None)
+                .is_ok()
+        );
     }
 }

@@ -3,6 +3,7 @@
 use crate::memory::Arena;
 use crate::message;
 use crate::reactor::SendBatch;
+use crate::records::Records;
 use crate::transport::Response;
 use crate::tuning::{SMALL_RESPONSE_HEAP, SPARE_BATCHES};
 
@@ -126,7 +127,7 @@ impl Outbox {
     }
 
     /// The next batch to send, if there is something and nothing is being sent. [`Outbox::on_sent`] follows.
-    pub fn poll_send(&mut self) -> Option<Box<SendBatch>> {
+    pub fn poll_send(&mut self, records: &mut Records) -> Option<Box<SendBatch>> {
         if self.is_sending {
             return None;
         }
@@ -136,7 +137,7 @@ impl Outbox {
             self.sent_heap = std::mem::take(&mut self.next_heap);
             let next = self.next.take();
             self.filled_before = next.as_ref().map_or(0, |next| next.filled());
-            next
+            next.map(|next| records.seal_batch(next))
         })?;
         self.is_sending = true;
         Some(batch)

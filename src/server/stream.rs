@@ -18,6 +18,7 @@ use crate::handshake::{Peer, Policy};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{LoopClock, SendBatch};
+use crate::records::Records;
 use crate::transport::{ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
 use crate::tuning::{
     BODY_COUNTED_MIN, DIRECT_BYTES_MIN, HEAP_BASE, HEAP_MESSAGES, HEAP_PART, LARGE_RECEIVE_BYTES,
@@ -225,6 +226,7 @@ fn progress_due(held_bytes: usize) -> u64 {
 /// One connection. `B` is a buffer of received bytes.
 pub(crate) struct StreamConnection<B> {
     core: ConnectionCore<StreamRequest>,
+    records: Records,
     /// What has come of the hello.
     hello: Vec<u8>,
     /// It was passed on to here, and stays.
@@ -262,9 +264,16 @@ pub(crate) struct StreamConnection<B> {
 
 impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     /// A connection whose handshake is still to come. One that `is_placed` is not passed on.
-    pub fn new(id: ConnectionId, policy: &Policy, is_placed: bool, clock: &LoopClock) -> Self {
+    pub fn new(
+        id: ConnectionId,
+        policy: &Policy,
+        records: Records,
+        is_placed: bool,
+        clock: &LoopClock,
+    ) -> Self {
         Self {
             core: ConnectionCore::new(id, policy, clock),
+            records,
             hello: Vec::new(),
             is_placed,
             upgrade: UpgradeState::None,
@@ -339,7 +348,9 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let receive = match &mut self.receiving {
             Receiving::AwaitingFetch { .. } => return None,
-            Receiving::Data { slot, start, len, filled, .. } if *len - *filled >= DIRECT_BYTES_MIN => {
+            Receiving::Data { slot, start, len, filled, .. }
+                if self.records.is_clear() && *len - *filled >= DIRECT_BYTES_MIN =>
+            {
                 let slot = slot.take()?;
                 Receive::Into(SlotRange { slot, start: *start + *filled, len: *len - *filled })
             }
@@ -389,21 +400,34 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
     }
 
+    /// The messages' bytes among those received. A layer that seals opens whole records where they are, and
+    /// copies the front of one that has not come whole.
+    #[inline]
+    fn open(&self, bytes: B) -> Result<Unread<B>, Violation> {
+        match self.records {
+            Records::Clear => Ok(Unread::Borrowed(bytes, 0)),
+        }
+    }
+
     /// These bytes have been received.
     pub fn on_bytes(&mut self, bytes: B, shared: &mut StreamShared, clock: &LoopClock) {
         self.receive_in_flight = false;
         self.core.on_receive();
         let n = bytes.len();
         self.progress.bytes_in += n as u64;
+        let opened = match self.open(bytes) {
+            Ok(opened) => opened,
+            Err(violation) => return self.fail(shared, clock, violation),
+        };
         match self.core.phase() {
             Phase::Open => {
-                self.unread = Unread::Borrowed(bytes, 0);
+                self.unread = opened;
                 self.pings = 0;
                 self.read(shared, clock);
                 self.choose_receive_size(n, shared);
             }
             Phase::Handshake => {
-                self.hello.extend_from_slice(&bytes);
+                self.hello.extend_from_slice(opened.bytes());
                 let hello = std::mem::take(&mut self.hello);
                 self.on_hello(hello, shared, clock);
             }
@@ -434,6 +458,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             Ok(Parsed::Need(_)) => self.fail(shared, clock, Violation::HandshakeTooLong),
             Err(violation) => self.fail(shared, clock, violation),
             Ok(Parsed::Item((peer, welcome), taken)) => {
+                let peer = Peer { identity: self.records.identity(), ..peer };
                 if !self.is_placed
                     && let Some(to) = (shared.route)(&peer)
                 {
@@ -817,7 +842,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     /// The batch that is to be sent, if any. [`StreamConnection::on_sent`] follows, or
     /// [`StreamConnection::on_send_failed`].
     pub fn poll_send(&mut self) -> Option<Box<SendBatch>> {
-        if self.core.phase() == Phase::Dead { None } else { self.outbox.poll_send() }
+        if self.core.phase() == Phase::Dead { None } else { self.outbox.poll_send(&mut self.records) }
     }
 
     /// A send has ended: `n` bytes were sent, the batch is what is left.

@@ -21,6 +21,7 @@ use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::process;
 use crate::message::{Parsed, QueuePairAddress, RemoteRegion};
+use crate::records::Records;
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
     TCP_CLIENT_READS_MAX as READS_MAX, TCP_CLIENT_SLICES_MAX as SLICES_MAX, TCP_DIRECT_BYTES as DIRECT_BYTES,
@@ -35,6 +36,7 @@ const RESET_HINT: &str =
 #[derive(Debug)]
 pub struct TcpClient {
     stream: TcpStream,
+    records: Records,
     core: Core,
     /// The socket took no more at the last try.
     blocked: bool,
@@ -81,9 +83,11 @@ impl TcpClient {
         // Does not matter to a socket that is no TCP socket (a test's socket pair).
         let _ = stream.set_nodelay(true);
         let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
-        let (grant, unparsed) = shake_hands(&stream, offer, deadline, &mut staging)?;
+        let mut records = Records::Clear;
+        let (grant, unparsed) = shake_hands(&stream, &mut records, offer, deadline, &mut staging)?;
         Ok(Self {
             stream,
+            records,
             core: Core::new(grant, Instant::now()),
             blocked: false,
             send_error: None,
@@ -135,7 +139,7 @@ impl TcpClient {
         let Some(ending) = self.core.take_ending() else { return };
         if let Some(goaway) = ending.goaway {
             // Tell the server what it did wrong, if the socket takes it.
-            let _ = send(&self.stream, &[IoSlice::new(&goaway)]);
+            let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
         }
         self.close(ending.is_orderly);
         self.blocked = false;
@@ -192,9 +196,9 @@ impl TcpClient {
             total += slice.len();
             true
         });
-        let sent = send(&self.stream, &slices[..count]);
+        let sent = send(&self.stream, self.records.seal(&slices[..count]));
         self.core.counters.sends += 1;
-        let n = sent?;
+        let n = self.records.on_sent(sent?);
         self.core.on_sent(n);
         Ok(n == total)
     }
@@ -204,21 +208,23 @@ impl TcpClient {
 
     /// Reads once. How many bytes, and whether there may be more.
     fn read(&mut self) -> io::Result<(usize, bool)> {
-        // What is left is less than one message without its data: cheap to move.
-        self.staging.copy_within(self.unparsed.clone(), 0);
+        // What is left is less than one message without its data, and less than a record: cheap to move.
+        let held = self.records.held();
+        self.staging.copy_within(self.unparsed.start..self.unparsed.end + held, 0);
         self.unparsed = 0..self.unparsed.len();
-        let end = self.unparsed.end;
+        let end = self.unparsed.end + held;
         let left = self.core.data_left();
-        let limit = if left >= DIRECT_BYTES {
+        let is_direct = left >= DIRECT_BYTES && self.records.is_clear();
+        let limit = if is_direct {
             READ_AHEAD_BYTES
         } else if self.core.awaits_large() {
-            end + left + READ_AHEAD_BYTES
+            (end + left + READ_AHEAD_BYTES).min(STAGING_BYTES)
         } else {
             STAGING_BYTES
         };
         let staging = &mut self.staging[end..limit];
-        let (n, tried) = match self.core.data_room() {
-            Some((buffers, range)) if left >= DIRECT_BYTES => {
+        let (n, tried, staged) = match self.core.data_room() {
+            Some((buffers, range)) if is_direct => {
                 let mut slices: [IoSliceMut<'_>; SLICES_MAX] =
                     std::array::from_fn(|_| IoSliceMut::new(&mut []));
                 let mut count = 0;
@@ -236,16 +242,18 @@ impl TcpClient {
                 }
                 let n = (&self.stream).read_vectored(&mut slices[..count])?;
                 self.core.on_data(n.min(direct));
-                self.unparsed.end += n.saturating_sub(direct);
-                (n, tried)
+                (n, tried, n.saturating_sub(direct))
             }
             _ => {
                 let tried = staging.len();
                 let n = (&self.stream).read(staging)?;
-                self.unparsed.end += n;
-                (n, tried)
+                (n, tried, n)
             }
         };
+        match self.records.open(&mut self.staging, self.unparsed.end..end + staged) {
+            Ok(opened) => self.unparsed.end += opened,
+            Err(violation) => self.core.fail_violation(violation),
+        }
         Ok((n, n == tried))
     }
 
@@ -419,6 +427,7 @@ fn send(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
 /// returned.
 fn shake_hands(
     stream: &TcpStream,
+    records: &mut Records,
     offer: &Offer,
     deadline: Instant,
     staging: &mut [u8],
@@ -431,6 +440,7 @@ fn shake_hands(
     };
     let hello = offer.hello();
     let mut sent = 0;
+    // What was received, opened.
     let mut end = 0;
     loop {
         let flags = if sent < hello.len() { PollFlags::OUT } else { PollFlags::IN };
@@ -442,13 +452,19 @@ fn shake_hands(
             Err(errno) => return Err(wrong(errno.into())),
         }
         let step = if sent < hello.len() {
-            send(stream, &[IoSlice::new(&hello[sent..])]).map(|n| sent += n)
+            let sealed = send(stream, records.seal(&[IoSlice::new(&hello[sent..])]));
+            sealed.map(|n| sent += records.on_sent(n))
         } else {
             // One that sends more than a handshake may be long has been found out by `grant`.
             let mut stream = stream;
-            match stream.read(&mut staging[end..]) {
+            let held = records.held();
+            match stream.read(&mut staging[end + held..]) {
                 Ok(0) => Err(rustix::io::Errno::CONNRESET.into()),
-                other => other.map(|n| end += n),
+                Ok(n) => {
+                    end += records.open(staging, end..end + held + n)?;
+                    Ok(())
+                }
+                Err(error) => Err(error),
             }
         };
         match step {

@@ -22,6 +22,7 @@ use crate::message::QueuePairAddress;
 use crate::reactor::{
     Event, File, LoopClock, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
 };
+use crate::records::Records;
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::transport::{
     Accepted, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
@@ -204,7 +205,7 @@ impl TcpServer {
 
     /// Takes over a connection that another server has passed on, with what it had received.
     fn adopt_passed(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>, hello: Vec<u8>) -> ConnectionId {
-        let id = self.insert(reactor, stream, true);
+        let id = self.insert(reactor, stream, Records::Clear, true);
         self.with(reactor, id, |connection, shared, reactor| {
             connection.stream.on_hello(hello, shared, reactor.clock());
         });
@@ -214,12 +215,18 @@ impl TcpServer {
     /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the
     /// connection in later events.
     pub fn adopt(&mut self, reactor: &mut Reactor, stream: impl Into<Arc<OwnedFd>>) -> ConnectionId {
-        let id = self.insert(reactor, stream.into(), false);
+        let id = self.insert(reactor, stream.into(), Records::Clear, false);
         self.with(reactor, id, |_, _, _| {});
         id
     }
 
-    fn insert(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>, is_placed: bool) -> ConnectionId {
+    fn insert(
+        &mut self,
+        reactor: &mut Reactor,
+        stream: Arc<OwnedFd>,
+        records: Records,
+        is_placed: bool,
+    ) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&stream, true);
         // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to
@@ -239,7 +246,7 @@ impl TcpServer {
         let entry = &mut self.entries[index as usize];
         let id = ConnectionId { transport: self.owner, index, generation: entry.generation };
         entry.connection = Some(Box::new(Connection {
-            stream: StreamConnection::new(id, &self.shared.policy, is_placed, reactor.clock()),
+            stream: StreamConnection::new(id, &self.shared.policy, records, is_placed, reactor.clock()),
             socket: reactor.file(stream),
             held: None,
             timer: None,

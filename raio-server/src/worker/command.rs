@@ -107,10 +107,11 @@ impl Worker {
     // ----------------------------------------------------------------------------------------------------
 
     fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> Result<Work, Response> {
-        let Connection { arrival, name, .. } = &self.connections[connection];
+        let Connection { arrival, name, session, .. } = &self.connections[connection];
         let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
-        match self.shared.exports.resolve(flags, mode, path) {
+        let identity = &self.sessions[*session].session.identity;
+        match self.shared.exports.resolve(identity, flags, mode, path) {
             Err(rejection) => Err(self.open_rejected(Some(connection), rejection)),
             Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, file, info)),
             Ok(Target::Path { export, path, how }) => Ok(Work::Open(Arc::new(Opening {

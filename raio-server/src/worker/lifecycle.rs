@@ -31,7 +31,7 @@ impl Worker {
             self.shared.placement.add(self.index);
         }
         let account = arrival.permit.address();
-        let session = match self.sessions.join(&self.shared.sessions, peer.session, account) {
+        let session = match self.sessions.join(&self.shared.sessions, peer.session, &peer.identity, account) {
             Ok(session) => session,
             Err(Excess { text, .. }) => return self.reject(id, address, &peer, &text),
         };

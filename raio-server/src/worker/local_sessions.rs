@@ -5,6 +5,7 @@ use std::ops::Index;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use slab::Slab;
@@ -31,18 +32,19 @@ pub struct LocalSessions {
 }
 
 impl LocalSessions {
-    /// The session with this id, for a connection from an address. The error says why there may not be one
-    /// more.
+    /// The session with this id, for a connection of this client from an address. The error says why there
+    /// may not be one more.
     pub fn join(
         &mut self,
         shared: &Sessions,
         id: SessionId,
+        identity: &Identity,
         address: &AddressAccount,
     ) -> Result<usize, Excess> {
         if let Some(&key) = self.by_id.get(&id) {
             return Ok(key);
         }
-        let session = shared.join(id, address)?;
+        let session = shared.join(id, identity, address)?;
         let key = self.all.insert(LocalSession { session, connections: 0, files: Vec::new() });
         self.by_id.insert(id, key);
         Ok(key)
@@ -143,7 +145,7 @@ mod tests {
     /// A worker with a connection of the session.
     fn worker(shared: &Sessions) -> (LocalSessions, usize) {
         let mut sessions = LocalSessions::default();
-        let key = sessions.join(shared, ID, &None).unwrap();
+        let key = sessions.join(shared, ID, &Identity::Anonymous, &None).unwrap();
         assert!(sessions.attach(key, &None).unwrap(), "it is the first");
         (sessions, key)
     }
@@ -152,7 +154,7 @@ mod tests {
     fn a_session_is_joined_once_and_left_with_its_last_connection() {
         let shared = shared(9);
         let (mut sessions, key) = worker(&shared);
-        assert_eq!(sessions.join(&shared, ID, &None).unwrap(), key);
+        assert_eq!(sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap(), key);
         assert!(!sessions.attach(key, &None).unwrap());
         insert(&sessions[key].session);
         sessions.detach(key);
@@ -178,7 +180,7 @@ mod tests {
     fn a_connection_too_many_does_not_keep_its_session() {
         let shared = shared(0);
         let mut sessions = LocalSessions::default();
-        let key = sessions.join(&shared, ID, &None).unwrap();
+        let key = sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap();
         assert!(sessions.attach(key, &None).is_err());
         assert!(sessions.leave_if_unused(&shared, key).unwrap().is_empty());
         assert_eq!(shared.len(), 0);
