@@ -4,6 +4,7 @@
 mod coalescing_device;
 mod fast_path;
 mod instructions;
+mod limits;
 mod volumes;
 
 use std::net::TcpStream;
@@ -23,9 +24,10 @@ use crate::config::{Config, Options};
 use crate::limits::{Caps, Limits, Room};
 use crate::pool::Pool;
 
-fn limits() -> Arc<Limits> {
-    let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 1 };
-    Limits::new(room, Caps::default(), Caps::default())
+const ROOM: Room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 1 };
+
+fn no_limits() -> Arc<Limits> {
+    Limits::new(ROOM, Caps::default(), Caps::default())
 }
 
 fn worker(export: &str, spin_us: &str) -> Worker {
@@ -37,9 +39,13 @@ fn worker(export: &str, spin_us: &str) -> Worker {
 }
 
 fn worker_of(exports: Exports, config: &Config) -> Worker {
+    worker_within(no_limits(), exports, config)
+}
+
+fn worker_within(limits: Arc<Limits>, exports: Exports, config: &Config) -> Worker {
     let shared = Shared {
         exports,
-        sessions: Sessions::new(16, limits()),
+        sessions: Sessions::new(16, limits),
         policy: Arc::default(),
         workers: OnceLock::new(),
         placement: Placement::new(1),
@@ -75,7 +81,7 @@ fn until(worker: &mut Worker, what: &str, is_so: impl Fn(&Worker) -> bool) {
 fn connect(worker: &mut Worker) -> TcpClient {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
-    let permit = limits().connect(None).expect("a permit");
+    let permit = no_limits().connect(None).expect("a permit");
     worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
     let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
