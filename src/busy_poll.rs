@@ -6,12 +6,8 @@
 //! by running them first, for milliseconds. So a thread that finds that it was preempted while it polled does
 //! not poll for a while.
 
+use crate::tuning::{PREEMPTED_AFTER, PREEMPTED_PAUSE};
 use std::time::{Duration, Instant};
-
-/// Between two polls lies at most this long, unless the thread was preempted.
-const PREEMPTED_AFTER: Duration = Duration::from_micros(250);
-/// A preempted thread does not poll for this many times as long as it was away.
-const PAUSE: u32 = 10;
 
 /// How long one thread polls before it sleeps: the configured time while events arrive within it, less and
 /// less while they do not.
@@ -57,7 +53,7 @@ impl BusyPoll {
         let away = now - window.polled;
         let preempted = away >= PREEMPTED_AFTER;
         if preempted {
-            self.paused_until = Some(now + away * PAUSE);
+            self.paused_until = Some(now + away * PREEMPTED_PAUSE);
             window.until = now;
         }
         window.polled = now;

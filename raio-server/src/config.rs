@@ -19,27 +19,15 @@ use crate::export_spec::{self, ExportSpec};
 use crate::limits::{Caps, Who, session_bytes};
 use crate::machine::memory_limit;
 use crate::size::Size;
+use crate::tuning::options::{
+    ARENAS_BYTES_DEFAULT, HEAP_BYTES_DEFAULT, HEAP_BYTES_DEFAULT_PER_WORKER, IO_BYTES_DEFAULT, IO_BYTES_MAX,
+    IO_BYTES_MIN, QUEUE_DEPTH_DEFAULT, SESSIONS_DEFAULT, SESSIONS_MAX, SPIN_US_DEFAULT, SPIN_US_MAX,
+    STALL_TIMEOUT_DEFAULT, STALL_TIMEOUT_MAX, WORKERS_MAX,
+};
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
-const QUEUE_DEPTH_DEFAULT: u32 = 128;
 /// What the wire's credits can count.
 const QUEUE_DEPTH_MAX: u32 = 65_534;
-const IO_BYTES_DEFAULT: u64 = 1 << 20;
-const IO_BYTES_MIN: u64 = 4 << 10;
-const IO_BYTES_MAX: u64 = 256 << 20;
-/// What `--memory` is by default made of: buffers for data, what messages take beside it...
-const ARENAS_BYTES_DEFAULT: u64 = 128 << 20;
-const HEAP_BYTES_DEFAULT: u64 = 32 << 20;
-const HEAP_BYTES_DEFAULT_PER_WORKER: u64 = 4 << 20;
-/// ... and this number of sessions with a connection and a file.
-const SESSIONS_DEFAULT: usize = 32_768;
-const SPIN_US_DEFAULT: u64 = 50;
-const SPIN_US_MAX: u64 = 1_000_000;
-const WORKERS_MAX: usize = 1024;
-const STALL_TIMEOUT_DEFAULT: u64 = 2;
-const STALL_TIMEOUT_MAX: u64 = 86_400;
-/// More than a process can have open files.
-const SESSIONS_MAX: usize = 1 << 24;
 
 /// Serves directories, files and block devices to raio clients.
 #[derive(Debug, Default, Parser, Deserialize)]

@@ -10,8 +10,7 @@ use std::collections::VecDeque;
 
 use raio_transport::memory::Slot;
 
-/// Fewer may have ended together by chance.
-const TOGETHER_MIN: usize = 8;
+use crate::tuning::device::TOGETHER_MIN;
 
 /// One file's, at one worker.
 #[derive(Debug)]

@@ -1,6 +1,44 @@
 //! The constants that were chosen rather than given: each with its unit, its reason, and the measurement that
 //! chose it (rows of docs/PERFORMANCE.md), or that none did.
 
+/// Defaults and bounds of options.
+pub mod options {
+    /// Requests of `--queue-depth`. 4 KiB read: beyond depth 128 no client gains anything (depth 128: 655,916
+    /// operations a second, depth 256: 631,198).
+    pub const QUEUE_DEPTH_DEFAULT: u32 = 128;
+    /// Bytes of `--io-max`. A read of 1 MiB moves fewer bytes a second than eight of 128 KiB; larger
+    /// requests would only hold more memory.
+    pub const IO_BYTES_DEFAULT: u64 = 1 << 20;
+    /// ... and its least: a block.
+    pub const IO_BYTES_MIN: u64 = 4 << 10;
+    /// ... and its most. Not measured: a response holds that much memory until it is taken.
+    pub const IO_BYTES_MAX: u64 = 256 << 20;
+    /// Bytes that `--memory` is by default made of: buffers for data. Not measured: 1,000 requests of 128
+    /// KiB, and little on any machine of today ...
+    pub const ARENAS_BYTES_DEFAULT: u64 = 128 << 20;
+    /// ... what messages take beside it ...
+    pub const HEAP_BYTES_DEFAULT: u64 = 32 << 20;
+    /// ... but for each worker at least this: its 64 large receives ...
+    pub const HEAP_BYTES_DEFAULT_PER_WORKER: u64 = 4 << 20;
+    /// ... and this number of sessions with a connection and a file. Not measured: tests/e2e/tests/scale.rs
+    /// opens as many.
+    pub const SESSIONS_DEFAULT: usize = 32_768;
+    /// Microseconds of `--spin-us`: a round trip over a local network and a read of the page cache. 4 KiB
+    /// read, depth 1, without it: a fifth of the operations.
+    pub const SPIN_US_DEFAULT: u64 = 50;
+    /// ... and its most: a second is for ever.
+    pub const SPIN_US_MAX: u64 = 1_000_000;
+    /// Workers at most. Not measured: more cores than any machine has for one program.
+    pub const WORKERS_MAX: usize = 1024;
+    /// Seconds of `--stall-timeout`. Not measured: a client that lives moves 4 KiB in it over any network,
+    /// and others wait no longer than a person would.
+    pub const STALL_TIMEOUT_DEFAULT: u64 = 2;
+    /// ... and its most: a day.
+    pub const STALL_TIMEOUT_MAX: u64 = 86_400;
+    /// Sessions of `--max-sessions` at most: more than a process can have open files.
+    pub const SESSIONS_MAX: usize = 1 << 24;
+}
+
 /// Shares of a worker's arena, which nobody's need exceeds: dynamic thresholds shrink them as it fills.
 pub mod memory {
     /// A connection's quota is one part in so many of the arena. Not measured: eight connections may fill an
@@ -37,6 +75,9 @@ pub mod fast_path {
 
 /// O_DIRECT requests at a device that coalesces completions: see [`crate::device_queue`].
 pub mod device {
+    /// Requests that end together from which on a device is taken to coalesce completions: fewer may have
+    /// ended together by chance. Not measured by itself.
+    pub const TOGETHER_MIN: usize = 8;
     /// So many requests go to the kernel with one system call: the device starts on the first while the
     /// kernel takes in the others. 4 KiB read, depth 32, O_DIRECT: 77,408 operations a second against
     /// 63,854, with the limit on dispatch.
@@ -48,11 +89,13 @@ pub mod drain {
     use std::time::Duration;
 
     /// After it was told to stop, a worker takes new requests for so long: those that were on their way. A
-    /// hundred round trips of a slow local network.
+    /// hundred round trips of a slow local network. Not measured.
     pub const GRACE: Duration = Duration::from_millis(100);
     /// From then on connections without requests are closed once nothing arrives any more, or after so long.
+    /// Not measured: a client that goes on sending is told with an error from then on.
     pub const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
-    /// How long a drained worker waits for its peers to read their goaway and close.
+    /// How long a drained worker waits for its peers to read their goaway and close: longer than a connection
+    /// lingers for that. Not measured.
     pub const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
 }
 
@@ -97,15 +140,15 @@ pub mod cached_reads {
 /// Opening files, and changing their allocation.
 pub mod files {
     /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the
-    /// export. Whoever renames without end can make it fail, and only that.
+    /// export. Whoever renames without end can make it fail, and only that. Not measured.
     pub const LOOKUP_RETRIES_MAX: u32 = 32;
     /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to
-    /// one that is not there: as many links as the kernel follows.
+    /// one that is not there: as many links as the kernel follows. Not measured.
     pub const CREATIONS_MAX: u32 = 40;
     /// Bytes. The alignment for O_DIRECT where nobody says what it is: enough for every disk.
     pub const DIRECT_ALIGN_DEFAULT: u32 = 4096;
     /// Bytes that one call discards, zeroes or allocates at most, so that others of its lane have their turns
-    /// and it can be cancelled: 64 ms of a disk that writes 1 GB/s.
+    /// and it can be cancelled: 64 ms of a disk that writes 1 GB/s. Not measured.
     pub const PIECE_BYTES: u64 = 64 << 20;
 }
 
@@ -115,16 +158,18 @@ pub mod pool {
 
     /// A thread without work ends after this long. Not measured: it costs some tens of KiB while it waits.
     pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-    /// After a thread could not be started the next try comes this much later.
+    /// After a thread could not be started the next try comes this much later. Not measured: jobs wait for
+    /// the threads that there are meanwhile.
     pub const START_RETRY: Duration = Duration::from_millis(100);
     /// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that
-    /// wait in it: as long as others' retries go on before anybody looks into it.
+    /// wait in it: as long as others' retries go on before anybody looks into it. Not measured.
     pub const START_TIMEOUT: Duration = Duration::from_secs(5);
 }
 
 /// What sessions, connections and files take, and what is in reserve: [`crate::limits`].
 pub mod limits {
-    /// Permits beyond the ordinary ones, for those who have few; descriptors must be left for them.
+    /// Permits beyond the ordinary ones, for those who have few; descriptors must be left for them. Not
+    /// measured: an operator with a handful of programs gets in when all ordinary places are taken.
     pub const RESERVE: usize = 64;
     /// So many of them for sessions, whatever address they come from.
     pub const SESSION_RESERVE: usize = RESERVE / 2;
@@ -133,24 +178,24 @@ pub mod limits {
     /// ([`raio_transport::tcp::TcpServer::set_heap_max`]). tests/e2e/tests/scale.rs holds idle sessions to
     /// less.
     pub const CONNECTION_BYTES: usize = 16 << 10;
-    /// Bytes that an open file takes ...
+    /// Bytes that an open file takes, rounded up from its structs ...
     pub const FILE_BYTES: usize = 512;
     /// ... and that each worker takes which has used it.
     pub const FILE_BYTES_PER_WORKER: usize = 256;
     /// One part in so many of the memory for permits is not for queue pairs of an address that has more than
-    /// is left.
+    /// is left. Not measured.
     pub const QUEUE_PAIR_RESERVE_PART: usize = 8;
 }
 
-/// The log and the statistics.
+/// The log and the statistics. None is measured: the log is on no path of a request.
 pub mod log {
     use std::time::Duration;
 
     /// Lines that wait to be written, at most: 2 MiB if all are as long as they may be.
     pub const QUEUE_LINES: usize = 512;
-    /// Bytes. Longer lines are cut.
+    /// Bytes. Longer lines are cut: few paths are that long.
     pub const LINE_BYTES_MAX: usize = 4096;
-    /// What is queued when the server ends is waited for so long.
+    /// What is queued when the server ends is waited for so long: a terminal takes it, a full pipe does not.
     pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
     /// How often it is seen whether the rate limit has something to report.
     pub const RATE_LIMIT_PERIOD: Duration = Duration::from_secs(1);
@@ -162,7 +207,7 @@ pub mod log {
     pub const RATE_LIMIT_KEYS: usize = 1024;
 }
 
-/// The main thread.
+/// The main thread. None is measured: it is on no path of a request.
 pub mod main_thread {
     use std::time::Duration;
 
@@ -175,7 +220,8 @@ pub mod main_thread {
     /// A worker that takes none of the connections that wait for it for this long is stuck: others get them.
     /// tests/e2e/tests/placement.rs.
     pub const STUCK_AFTER: Duration = Duration::from_millis(100);
-    /// What is in flight has so long to finish when the server is told to stop.
+    /// What is in flight has so long to finish when the server is told to stop: less than the service manager
+    /// waits before it kills (90 s).
     pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
     /// How much longer than the workers the main thread waits: for them to notice the deadline.
     pub const DRAIN_SLACK: Duration = Duration::from_secs(1);
@@ -191,6 +237,7 @@ pub mod statistics {
     pub const MEASURED_EVERY: u32 = 16;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;
-    /// How long the end of the process waits for the trace to be written, for a file system may hang.
+    /// How long the end of the process waits for the trace to be written, for a file system may hang. Not
+    /// measured.
     pub const TRACE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 }

@@ -16,21 +16,10 @@ use rustix::event::{PollFd, PollFlags};
 use socket2::SockAddr;
 
 use crate::client::timespec;
+use crate::tuning::{ACK_RETRIES, ACK_TIMEOUT, RDMA_BACKLOG, RDMA_RESOLVE_TIME, RNR_RETRIES};
 
 use super::device::{Device, Domain, devices};
 use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
-
-/// How long the device waits for an acknowledgement before it sends again: 4.096 us << 15, that is 134 ms.
-/// With six retries a connection whose wire is cut ends after about a second; rdma_cm's own choice would take
-/// minutes. Seven retries are for ever with Soft-RoCE.
-pub(super) const ACK_TIMEOUT: u8 = 15;
-pub(super) const RETRIES: u8 = 6;
-/// A peer that has posted no receive is asked again so often, then given up: receives are pre-posted, so it
-/// has broken the protocol.
-pub(super) const RNR_RETRIES: u8 = 3;
-/// How long one try to find the way to an address takes.
-const RESOLVE_TIME: Duration = Duration::from_millis(500);
-const BACKLOG: i32 = 1024;
 
 /// Where events of identifiers arrive.
 #[derive(Debug)]
@@ -208,7 +197,7 @@ impl Id {
         // SAFETY: the identifier is alive and the address is one.
         check(unsafe { (self.verbs.rdma_bind_addr)(self.raw.as_ptr(), raw_address(&raw)) })?;
         // SAFETY: the identifier is alive.
-        check(unsafe { (self.verbs.rdma_listen)(self.raw.as_ptr(), BACKLOG) })?;
+        check(unsafe { (self.verbs.rdma_listen)(self.raw.as_ptr(), RDMA_BACKLOG) })?;
         let mut address = address;
         // SAFETY: the identifier is alive.
         address.set_port(u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) }));
@@ -260,7 +249,7 @@ impl Id {
     ) -> io::Result<Self> {
         loop {
             let id = Self::new(channel)?;
-            match id.try_resolve(source, address, deadline.min(Instant::now() + RESOLVE_TIME)) {
+            match id.try_resolve(source, address, deadline.min(Instant::now() + RDMA_RESOLVE_TIME)) {
                 Ok(()) => return Ok(id),
                 // The kernel may miss that a neighbour has answered, and looks again only when its time is
                 // over.
@@ -366,7 +355,7 @@ impl Id {
             private_data_len: private_data.len() as u8,
             responder_resources: reads_in,
             initiator_depth: 0,
-            retry_count: RETRIES,
+            retry_count: ACK_RETRIES,
             rnr_retry_count: RNR_RETRIES,
             ..Default::default()
         };

@@ -14,28 +14,19 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use super::cm::{ACK_TIMEOUT, Id, RETRIES, RNR_RETRIES};
+use super::cm::Id;
 use super::device::{Access, CompletionChannel, Domain, Limits, Mr, PortAddress};
 use super::verbs::{self, Verbs, check, ibv_sge, ibv_wc, not_null};
 use crate::error::Error;
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{Link, QueuePairAddress};
+use crate::tuning::{
+    ACK_RETRIES, ACK_TIMEOUT, HOPS, QUEUE_INLINE_BYTES, QUEUE_POLL, RNR_RETRIES, RNR_TIMER, SIGNAL_BYTES,
+    SPLIT_BYTES_MIN,
+};
 
-/// Short messages are copied into their work request, where the device can.
-const INLINE_BYTES: u32 = 220;
-/// Completions taken from a queue at a time.
-const POLL: usize = 32;
-/// Within a chain, data of so many bytes is followed by a completion: its slots come free early, and progress
-/// shows.
-const SIGNAL_BYTES: usize = 256 << 10;
-/// What fits into so many bytes is registered in one piece.
-const SPLIT_BYTES_MIN: usize = 256 << 10;
 /// Tells a receive's `wr_id` from the others, which are sequence numbers.
 const RECEIVE: u64 = 1 << 63;
-/// A peer without a receive is asked again after 0.64 ms.
-const RNR_TIMER: u8 = 12;
-/// Routers that a packet may pass.
-const HOPS: u8 = 64;
 
 /// How a queue pair is made.
 pub(super) struct Size {
@@ -289,7 +280,7 @@ impl QueuePair {
             // SAFETY: the domain is alive, and the queues are until the queue pair has been destroyed.
             None => not_null(unsafe { (verbs.ibv_create_qp)(domain.raw(), made) }),
         };
-        let mut made = attr(INLINE_BYTES);
+        let mut made = attr(QUEUE_INLINE_BYTES);
         let qp = create_qp(&mut made).or_else(|_| {
             made = attr(0);
             create_qp(&mut made)
@@ -323,7 +314,7 @@ impl QueuePair {
             inline_bytes: made.cap.max_inline_data as usize,
             held_bytes: 0,
             unsignalled_bytes: 0,
-            polled: VecDeque::with_capacity(POLL),
+            polled: VecDeque::with_capacity(QUEUE_POLL),
             _channel: Arc::clone(channel),
             domain: Arc::clone(domain),
             counters: Counters { work_requests: 0, doorbells: 0 },
@@ -428,7 +419,7 @@ impl QueuePair {
         let attr = verbs::ibv_qp_attr {
             qp_state: verbs::IBV_QPS_RTS,
             timeout: ACK_TIMEOUT,
-            retry_cnt: RETRIES,
+            retry_cnt: ACK_RETRIES,
             rnr_retry: RNR_RETRIES,
             sq_psn: ours.psn,
             max_rd_atomic: reads_out,
@@ -497,10 +488,10 @@ impl QueuePair {
 
     /// Posts the receive buffers that were given back.
     pub fn post_receives(&mut self) -> io::Result<()> {
-        let mut wrs = [verbs::ibv_recv_wr::default(); POLL];
-        let mut sges = [ibv_sge::default(); POLL];
+        let mut wrs = [verbs::ibv_recv_wr::default(); QUEUE_POLL];
+        let mut sges = [ibv_sge::default(); QUEUE_POLL];
         while !self.given_back.is_empty() {
-            let n = self.given_back.len().min(POLL);
+            let n = self.given_back.len().min(QUEUE_POLL);
             for at in 0..n {
                 let index = self.given_back[self.given_back.len() - 1 - at];
                 let (receives, offset) = self.buffer(index);
@@ -706,7 +697,7 @@ impl QueuePair {
     }
 
     fn poll(&mut self, cq: NonNull<verbs::ibv_cq>) -> bool {
-        let mut wcs = [ibv_wc::default(); POLL];
+        let mut wcs = [ibv_wc::default(); QUEUE_POLL];
         // SAFETY: the queue is alive.
         let n = match unsafe { verbs::poll_cq(cq.as_ptr(), &mut wcs) } {
             Ok(n) => n,

@@ -4,14 +4,10 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::memory::{Arena, SlotRange};
+use crate::tuning::{FILLED_BYTES_MAX, SEND_BYTES_MAX};
 
 /// The most pieces that one sendmsg(2) takes.
 const IOV_MAX: usize = 1024;
-/// The most bytes of one send. A reactor's other sockets have their turn before the next: a send of megabytes
-/// takes as long as hundreds of small requests.
-const SEND_BYTES_MAX: usize = 1 << 20;
-/// A slot that is filled with several answers has no more than this, unless one alone needs it.
-const FILLED_BYTES_MAX: usize = 128 << 10;
 
 /// What one connection is to send, in order. While the kernel has it, it is inside the reactor.
 #[derive(Default)]

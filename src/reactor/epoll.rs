@@ -13,10 +13,10 @@ use slab::Slab;
 use super::nonblocking::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Token, Waker};
+use crate::tuning::EPOLL_EVENTS_MAX;
 
 /// The key under which the waker's eventfd is registered; no descriptor has this number.
 const WAKER: u64 = u64::MAX;
-const EVENTS_MAX: usize = 256;
 
 struct Pending {
     token: Token,
@@ -53,7 +53,7 @@ impl Epoll {
             generation: 0,
             fresh: VecDeque::new(),
             waiting: HashMap::new(),
-            ready: Vec::with_capacity(EVENTS_MAX),
+            ready: Vec::with_capacity(EPOLL_EVENTS_MAX),
             pool: Pool::new(config.received_count, config.received_bytes, false)?,
             waker: waker.clone(),
         })

@@ -43,13 +43,7 @@ pub use timers::TimerId;
 
 use crate::busy_poll::BusyPoll;
 use crate::memory::{Arena, SlotRange};
-
-/// The most that [`Reactor::expect`] makes of it.
-const EXPECTED_MAX: usize = 10;
-
-/// While every iteration has events, timers are looked at in one of so many: asking for the time costs about
-/// 70 instructions.
-const TIMERS_EVERY: u8 = 16;
+use crate::tuning::{SPIN_MULTIPLIER_MAX, TIMERS_EVERY};
 
 /// Names an operation or timer to its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -428,7 +422,7 @@ impl Reactor {
     /// was configured to, at most ten times. Several that were begun together end later than one, and often
     /// together. None: it does not spin.
     pub fn set_spin_multiplier(&mut self, operations: usize) {
-        self.expected = operations.min(EXPECTED_MAX) as u32;
+        self.expected = operations.min(SPIN_MULTIPLIER_MAX) as u32;
     }
 
     /// Operations in flight.

@@ -20,6 +20,7 @@ use super::nonblocking::{attempt, ended};
 use super::received::Pool;
 use super::{Config, Event, Op, OpId, Payload, Token, Waker};
 use crate::memory::{Arena, FIXED_CHUNK_BYTES, SlotRange};
+use crate::tuning::{POSTS_MAX, RING_DRAIN_TIMEOUT, WATCHED_MAX, WATCHED_POLLS_MAX};
 
 /// `user_data` of submissions whose completions mean nothing to anybody.
 const IGNORED: u64 = u64::MAX;
@@ -27,17 +28,8 @@ const IGNORED: u64 = u64::MAX;
 const WAKER: u64 = u64::MAX - 1;
 /// The group of the buffers for [`Op::Recv`].
 const BUFFER_GROUP: u16 = 0;
-/// A spinning reactor looks by itself for what arrives at so many sockets: that takes a system call each, and
-/// spares the ring's detour by a poll, a wake-up and a call to take both in.
-const WATCHED_MAX: usize = 4;
 /// Their buffers. Each may be held until the end of a turn, and the next be received meanwhile.
 const WATCHED_BUFFERS: u16 = 2 * WATCHED_MAX as u16;
-/// After so many looks without success the ring has the socket.
-const LOOKS_MAX: u32 = 4096;
-/// So often in a turn, so that it has an end.
-const POSTS_MAX: usize = 64;
-/// How long a dropped ring waits for its operations to end.
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 struct InFlight {
     token: Token,
@@ -238,7 +230,7 @@ impl Ring {
             let key = watched.key;
             watched.looks += 1;
             match attempt(&mut self.in_flight[key].op, &pool) {
-                Err(libc::EAGAIN | libc::EINTR) if watched.looks < LOOKS_MAX => at += 1,
+                Err(libc::EAGAIN | libc::EINTR) if watched.looks < WATCHED_POLLS_MAX => at += 1,
                 Err(libc::EAGAIN | libc::EINTR | libc::ENOBUFS) => {
                     self.watched.swap_remove(at);
                     self.arm(key);
@@ -404,13 +396,13 @@ impl Drop for Ring {
     /// Cancels what is in flight and waits for it to end; what does not end is leaked, for the kernel may
     /// still write to it.
     fn drop(&mut self) {
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let deadline = Instant::now() + RING_DRAIN_TIMEOUT;
         for Watched { key, .. } in self.watched.drain(..) {
             self.in_flight.remove(key);
         }
         self.enter(0, None);
         // This waits for what cannot be cancelled (a read from a disk that hangs), so it has a limit too.
-        let limit = Timespec::from(DRAIN_TIMEOUT / 2);
+        let limit = Timespec::from(RING_DRAIN_TIMEOUT / 2);
         let _ = self.ring.submitter().register_sync_cancel(Some(limit), CancelBuilder::any());
         let mut events = Vec::new();
         while !self.in_flight.is_empty() && Instant::now() < deadline {

@@ -14,9 +14,7 @@ pub use client::TcpClient;
 pub use server::{Place, TcpServer};
 
 use crate::error::Error;
-
-/// Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn.
-const BACKLOG: i32 = 4096;
+use crate::tuning::TCP_BACKLOG;
 
 /// Listens on an address, for [`crate::reactor::Op::Accept`]. Returns the non-blocking socket and its address
 /// with the actual port.
@@ -30,7 +28,7 @@ pub fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Error> {
         socket.set_nonblocking(true)?;
         spare_congestion_control(&socket, address);
         socket.bind(&SockAddr::from(address))?;
-        socket.listen(BACKLOG)?;
+        socket.listen(TCP_BACKLOG)?;
         let bound = socket.local_addr()?.as_socket();
         Ok((socket, bound))
     };

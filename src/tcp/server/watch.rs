@@ -19,14 +19,7 @@ use std::time::Duration;
 use super::Kind;
 use crate::reactor::{Reactor, TcpInfo, Token};
 use crate::transport::ConnectionId;
-
-/// The kernel is asked so often within the timeout.
-const LOOKS: u8 = 6;
-/// The kernel must have tried so often since the peer was last heard. The last of them may have been a moment
-/// ago, the others have not been answered.
-const ATTEMPTS: u32 = 3;
-/// In one iteration of the event loop the kernel is asked about so many connections at most.
-const LOOKS_AT_ONCE: usize = 64;
+use crate::tuning::{WATCH_AT_ONCE, WATCH_ATTEMPTS, WATCH_CHECKS};
 
 /// A connection to which something was sent.
 struct Watched {
@@ -64,7 +57,11 @@ impl Watched {
         self.looks = self.looks.saturating_add(1);
         // Answered probes are not counted by the kernel.
         let attempts = u32::from(info.probes) + info.retransmitted.wrapping_sub(self.retransmitted);
-        if self.looks >= LOOKS && attempts >= ATTEMPTS { Verdict::Unreachable } else { Verdict::Wait }
+        if self.looks >= WATCH_CHECKS && attempts >= WATCH_ATTEMPTS {
+            Verdict::Unreachable
+        } else {
+            Verdict::Wait
+        }
     }
 }
 
@@ -81,7 +78,7 @@ pub(super) struct Watch {
 impl Watch {
     /// A list whose timer's token has this owner.
     pub fn new(owner: u8, unreachable_timeout: Duration) -> Self {
-        Self { owner, interval: unreachable_timeout / LOOKS.into(), watched: VecDeque::new(), left: 0 }
+        Self { owner, interval: unreachable_timeout / WATCH_CHECKS.into(), watched: VecDeque::new(), left: 0 }
     }
 
     /// Something is sent to this peer, which is not on the list.
@@ -108,7 +105,7 @@ impl Watch {
         if self.left == 0 {
             self.left = self.watched.len();
         }
-        for _ in 0..LOOKS_AT_ONCE.min(self.left) {
+        for _ in 0..WATCH_AT_ONCE.min(self.left) {
             self.left -= 1;
             if let Some(mut watched) = self.watched.pop_front()
                 && check(watched.connection, &mut |info| watched.judge(info))
@@ -145,7 +142,7 @@ mod tests {
     #[test]
     fn a_peer_that_acknowledges_nothing_is_unreachable_after_the_timeout() {
         let (mut watched, mut info) = unacked();
-        for _ in 1..LOOKS {
+        for _ in 1..WATCH_CHECKS {
             info.retransmitted += 1;
             assert_eq!(watched.judge(&info), Verdict::Wait);
         }
@@ -157,7 +154,7 @@ mod tests {
         let (mut watched, mut info) = unacked();
         for _ in 0..5 {
             info.segments_in += 1;
-            for _ in 0..LOOKS {
+            for _ in 0..WATCH_CHECKS {
                 info.retransmitted += 1;
                 assert_eq!(watched.judge(&info), Verdict::Wait);
             }
@@ -167,7 +164,7 @@ mod tests {
     #[test]
     fn a_peer_to_which_the_kernel_has_not_tried_again_is_not_unreachable() {
         let (mut watched, mut info) = unacked();
-        info.retransmitted += ATTEMPTS - 1;
+        info.retransmitted += WATCH_ATTEMPTS - 1;
         for _ in 0..1000 {
             assert_eq!(watched.judge(&info), Verdict::Wait);
         }
@@ -179,7 +176,7 @@ mod tests {
     fn a_peer_with_a_zero_window_that_answers_probes_two_minutes_apart_is_kept() {
         let (mut watched, mut info) = zero_window();
         for _ in 0..10 {
-            for _ in 0..4 * LOOKS {
+            for _ in 0..4 * WATCH_CHECKS {
                 assert_eq!(watched.judge(&info), Verdict::Wait);
             }
             // A look may come before the answer.
@@ -193,10 +190,10 @@ mod tests {
     #[test]
     fn a_peer_with_a_zero_window_that_does_not_answer_probes_is_unreachable() {
         let (mut watched, mut info) = zero_window();
-        for _ in 0..LOOKS {
+        for _ in 0..WATCH_CHECKS {
             assert_eq!(watched.judge(&info), Verdict::Wait);
         }
-        info.probes = ATTEMPTS as u8;
+        info.probes = WATCH_ATTEMPTS as u8;
         assert_eq!(watched.judge(&info), Verdict::Unreachable);
     }
 
@@ -205,7 +202,7 @@ mod tests {
     fn a_peer_that_takes_its_window_back_and_answers_is_kept() {
         let (mut watched, mut info) = unacked();
         for _ in 0..10 {
-            for _ in 0..4 * LOOKS {
+            for _ in 0..4 * WATCH_CHECKS {
                 assert_eq!(watched.judge(&info), Verdict::Wait);
             }
             info.retransmitted += 1;
