@@ -48,6 +48,8 @@ pub struct RdmaClient {
     registration: Registration,
     descriptors: Descriptors,
     companion: Option<Companion>,
+    /// rdma_cm's, if that has made the connection.
+    local_port: Option<u16>,
     inline_bytes_max: usize,
     /// The message that is being taken in; kept for its memory.
     message: Vec<u8>,
@@ -115,6 +117,7 @@ impl RdmaClient {
         let now = Instant::now();
         qp.set_send_bytes_max(MESSAGE_BYTES + grant.inline_bytes_max as usize);
         let companion_fd = companion.as_mut().map(|companion| companion.poll_fd().0);
+        let local_port = events.is_some().then(|| qp.id().local_port()).flatten();
         let descriptors = Descriptors::new(&domain, channel, events, companion_fd, now)
             .map_err(|source| Error::io("Cannot watch an RDMA connection", source))?;
         Ok(Self {
@@ -123,6 +126,7 @@ impl RdmaClient {
             registration: Registration::new(domain, grant.data_bytes_max as usize),
             descriptors,
             companion: companion.map(|transport| Companion { transport, ended: None }),
+            local_port,
             inline_bytes_max: (grant.inline_bytes_max as usize).min(RDMA_INLINE_BYTES_MAX),
             message: Vec::with_capacity(MESSAGE_BYTES),
             process: process(),
@@ -466,7 +470,10 @@ impl ClientTransport for RdmaClient {
     }
 
     fn local_port(&self) -> Option<u16> {
-        self.companion.as_ref()?.transport.local_port()
+        match &self.companion {
+            Some(companion) => companion.transport.local_port(),
+            None => self.local_port,
+        }
     }
 }
 

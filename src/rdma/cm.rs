@@ -227,6 +227,21 @@ impl Id {
         }
     }
 
+    /// The port of this side, which the other side knows, too. None before it has one.
+    pub fn local_port(&self) -> Option<u16> {
+        // SAFETY: the identifier is alive.
+        let address = unsafe { self.raw.as_ref().route.addr.__bindgen_anon_1 };
+        // SAFETY: as in `peer`.
+        let port = unsafe {
+            match i32::from(address.src_addr.sa_family) {
+                libc::AF_INET => address.src_sin.sin_port,
+                libc::AF_INET6 => address.src_sin6.sin6_port,
+                _ => return None,
+            }
+        };
+        Some(u16::from_be(port)).filter(|port| *port != 0)
+    }
+
     /// Takes an address of this machine, which tells the device and the port that it belongs to.
     pub fn bind(&self, address: IpAddr) -> io::Result<()> {
         let raw = SockAddr::from(SocketAddr::new(address, 0));

@@ -186,6 +186,8 @@ pub struct Server {
 /// A thread that hands what is asked for to the workers in turn.
 struct RdmaAcceptor {
     address: SocketAddr,
+    /// Where the clients were that it has accepted.
+    clients: Arc<Mutex<Vec<SocketAddr>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -267,18 +269,21 @@ impl Server {
             let listener = rdma_listener();
             let (address, stop) = (listener.address(), Arc::new(AtomicBool::new(false)));
             let stopped = Arc::clone(&stop);
+            let clients: Arc<Mutex<Vec<SocketAddr>>> = Arc::default();
+            let seen = Arc::clone(&clients);
             let senders: Vec<_> = workers.iter().map(|worker: &Worker| worker.sender.clone()).collect();
             let thread = std::thread::spawn(move || {
                 let mut next = 0;
                 while !stopped.load(Ordering::Relaxed) {
                     while let Some(incoming) = listener.accept() {
+                        seen.lock().unwrap().extend(incoming.peer());
                         senders[next % senders.len()].send(Mail::Adopt(Wire::Rdma(incoming)));
                         next += 1;
                     }
                     std::thread::sleep(Duration::from_millis(2));
                 }
             });
-            RdmaAcceptor { address, stop, thread: Some(thread) }
+            RdmaAcceptor { address, clients, stop, thread: Some(thread) }
         });
         Self { transport, workers, next: AtomicUsize::new(0), rdma }
     }
@@ -286,6 +291,11 @@ impl Server {
     /// Where the server listens for RDMA connections.
     pub fn rdma_address(&self) -> SocketAddr {
         self.rdma.as_ref().expect("it serves RDMA").address
+    }
+
+    /// Where the clients were that have come by rdma_cm.
+    pub fn rdma_clients(&self) -> Vec<SocketAddr> {
+        self.rdma.as_ref().expect("it serves RDMA").clients.lock().unwrap().clone()
     }
 
     fn adopt(&self, wire: Wire) {

@@ -195,3 +195,13 @@ fn private_data_that_is_not_raios_is_turned_away_with_the_reason() {
     }
     server.serves_others();
 }
+
+#[test]
+fn both_sides_know_the_port_by_which_a_trace_names_the_connection() {
+    let Some(server) = server() else { return };
+    let clients: Vec<_> = (0..3).map(|_| server.client()).collect();
+    let ours: Vec<_> = clients.iter().map(|client| client.transport.local_port()).collect();
+    let theirs: Vec<_> = server.rdma_clients().iter().map(|client| Some(client.port())).collect();
+    assert_eq!(ours, theirs);
+    assert!(ours.iter().all(Option::is_some) && ours[0] != ours[1] && ours[1] != ours[2], "{ours:?}");
+}
