@@ -17,6 +17,7 @@ pub use crate::memory::SlotRange;
 use crate::memory::{Arena, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::reactor::{Event, Reactor, Wait};
+pub use crate::tuning::ALIVE_FOR;
 
 /// A connection of a server: its transport, an index there that is reused and a generation that is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,10 +29,6 @@ pub struct ConnectionId {
     /// Generation.
     pub generation: u32,
 }
-
-/// A connection that was alive a moment ago is not asked again: less than it takes another client to write
-/// and have it acknowledged.
-pub const ALIVE_FOR: Duration = Duration::from_micros(100);
 
 /// A request as the server knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 /// Operations: the most in one context. Bounds its table of operations, 200 bytes each, at 13 MB. The server
-/// grants far fewer requests; the rest waits in the context.
+/// grants far fewer requests; the rest waits in the context. Not
+/// measured: a limit.
 pub const MAXEVENTS_MAX: usize = 65_536;
 
 /// Bytes: the least that is mapped at a time for lent buffers. One of the largest operations of a server with
@@ -33,18 +34,19 @@ pub(crate) const POLLS_PER_YIELD: usize = 8;
 pub(crate) const CONTROL_DEPTH: u32 = 8;
 
 /// How soon a server must answer a ping if it has let another connection of the session time out. Far above
-/// the round trips of any network, far below the 15 s that the first timeout took.
+/// the round trips of any network, far below the 15 s that the first timeout took. Not
+/// measured.
 pub(crate) const SUSPECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How soon a call that waits for the server notices that another thread has stopped the session. A wake-up
-/// of each waiting thread 20 times a second costs nothing that shows.
+/// of each waiting thread 20 times a second costs nothing that shows. Not measured.
 pub(crate) const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Default of `connect_timeout`: two retransmissions of a SYN (1 s, 3 s) fit.
+/// Default of `connect_timeout`: two retransmissions of a SYN (1 s, 3 s) fit. Not measured.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Default of `call_timeout`: what a disk may need to spin up, or a server's file system to commit its
-/// journal.
+/// journal. Not measured.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Default of `spin`: how long a wait polls before it sleeps. As long as a round trip over a local network
@@ -57,9 +59,9 @@ pub(crate) const SPIN: Duration = Duration::from_micros(50);
 pub(crate) const HANDLE_QUARANTINE: usize = 1024;
 
 /// Bytes of the message of a thread (`raio_errmsg`), with the zero at its end. The longest message of the
-/// library has 300, and one of a server's at most 256.
+/// library has 300, and one of a server's at most 256. Not measured.
 pub(crate) const MESSAGE_BYTES: usize = 1024;
 
 /// Records in the trace of a context (`RAIO_TRACE`), 40 bytes each: the last 16,384 operations, 2.6 MB. A
-/// viewer still opens the file of a few such contexts at once.
+/// viewer still opens the file of a few such contexts at once. Not measured.
 pub(crate) const TRACE_RECORDS: usize = 65_536;

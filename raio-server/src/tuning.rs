@@ -197,13 +197,13 @@ pub mod log {
     pub const LINE_BYTES_MAX: usize = 4096;
     /// What is queued when the server ends is waited for so long: a terminal takes it, a full pipe does not.
     pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
-    /// How often it is seen whether the rate limit has something to report.
+    /// How often it is seen whether the rate limit has something to report: an idle thread wakes up for it.
     pub const RATE_LIMIT_PERIOD: Duration = Duration::from_secs(1);
     /// The while in which the rate limit counts lines.
     pub const RATE_LIMIT_WINDOW: Duration = Duration::from_secs(10);
-    /// Lines of a kind about an address in a window.
+    /// Lines of a kind about an address in a window: enough to see what happens, and that it goes on.
     pub const RATE_LIMIT_LINES: u32 = 10;
-    /// Addresses and kinds that are told apart at a time; the others share.
+    /// Addresses and kinds that are told apart at a time; the others share: a bound on its memory.
     pub const RATE_LIMIT_KEYS: usize = 1024;
 }
 
