@@ -7,7 +7,7 @@
 //! - The layer has a handshake of its own, of several steps, before the hello, which travels inside. A client
 //!   does it in `TcpClient::from_stream`, by the same deadline. A server's connection is made with its layer
 //!   (`StreamConnection::new`): the handshake costs more than an iteration of a worker may take, so it is
-//!   over before the worker gets the connection. A worker that passes the connection on passes the layer.
+//!   over before the worker gets the connection. A worker that passes it on will have to pass the layer, too.
 //! - A record has a header before its data and a tag behind it, and at most 16 KiB in between. So sealing
 //!   copies, into memory of the layer: what is to be sent is sealed as late as possible, once, in records as
 //!   large as they can be. What a send leaves over is sealed already.
