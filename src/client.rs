@@ -27,6 +27,7 @@ use crate::memory::Buffers;
 use crate::message::{
     self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
+use crate::trace::ClockSample;
 use crate::transport::{Body, Bulk, ClientCore, ClientCounters, NotSent, Reply, RequestId};
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
 use outstanding::Outstanding;
@@ -452,9 +453,10 @@ impl<L> Core<L> {
     // Receiving
     // ------------------------------------------------------------------------------------------------------
 
-    /// Something was received.
-    pub fn on_receive(&mut self, now: Instant) {
-        self.keepalive.on_receive(now);
+    /// What was received has been taken in. `now` may be from before that; `taken_at` returns the time after
+    /// it, which is asked for only if a pong brought the server's time.
+    pub fn on_receive(&mut self, now: Instant, taken_at: impl FnOnce() -> Instant) {
+        self.keepalive.on_receive(now, taken_at);
     }
 
     /// How much of the data of a response that has begun is still to come.
@@ -610,12 +612,14 @@ impl<L> Core<L> {
                 }
                 self.pongs_queued += 1;
                 let start = self.head.len();
-                message::encode_pong(id, self.limits.crc, &mut self.head);
+                message::encode_pong(id, 0, self.limits.crc, &mut self.head);
                 self.push(start, 0, None, true);
                 return Ok(true);
             }
-            Message::Pong(id) if self.keepalive.permits_pong(id) => {}
-            Message::Pong(_) => return Err(Violation::RequestId),
+            Message::Pong(id, time_ns) if self.keepalive.permits_pong(id) => {
+                self.keepalive.on_pong(id, time_ns);
+            }
+            Message::Pong(..) => return Err(Violation::RequestId),
             Message::Goaway(status, text) => self.on_goaway(status, message::text(text)),
             Message::QueuePair(what) if matches!(self.upgrade, Upgrade::Requested) => {
                 let rejected = |(status, text)| Error::Rejected { status, text: message::text(text) };
@@ -840,6 +844,10 @@ impl<L> ClientCore for Core<L> {
 
     fn last_rx(&self) -> Instant {
         self.keepalive.last_rx()
+    }
+
+    fn clock_sample(&self) -> Option<ClockSample> {
+        self.keepalive.clock_sample()
     }
 
     fn counters(&self) -> ClientCounters {

@@ -11,9 +11,10 @@ use zerocopy::little_endian::{U16, U32, U64};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, FEATURE_CRC, HandshakeOption, Hello, Limits, MAGIC, OPTION_CONTROL, OPTION_NAME, OPTION_QUEUE_PAIR,
-    OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
+    self, FEATURE_CRC, FEATURE_PONG_TIME, HandshakeOption, Hello, Limits, MAGIC, OPTION_CONTROL, OPTION_NAME,
+    OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
+use crate::trace::Clock;
 
 /// The shortest and the longest keepalive interval that a client takes from a server.
 const KEEPALIVE_MIN: Duration = Duration::from_millis(100);
@@ -47,7 +48,7 @@ pub struct Offer {
     pub session: SessionId,
     /// The incarnation of the session.
     pub epoch: u64,
-    /// Feature bits that the client must have.
+    /// Feature bits that the client asks for. It must have checksums; it does without times in pongs.
     pub features: u64,
     /// Requests it would like to have outstanding; 0 for what the server grants.
     pub queue_depth: u32,
@@ -89,13 +90,15 @@ pub struct Policy {
     pub name: String,
     /// Clients of this transport, a stream, may move to queue pairs.
     pub queue_pair: bool,
+    /// What the times in pongs are read from.
+    pub clock: Clock,
 }
 
 impl Default for Policy {
     fn default() -> Self {
         Self {
             server: random_id(),
-            features: FEATURE_CRC,
+            features: FEATURE_CRC | FEATURE_PONG_TIME,
             queue_depth: 128,
             data_bytes_max: 1 << 20,
             // With the room for any message, an RDMA receive so holds four writes of 4 KiB.
@@ -106,6 +109,7 @@ impl Default for Policy {
             unreachable_timeout: Duration::from_secs(30),
             name: "raio".into(),
             queue_pair: false,
+            clock: Clock::new(),
         }
     }
 }
@@ -142,9 +146,14 @@ impl Grant {
         self.features & FEATURE_CRC != 0
     }
 
-    /// What the peer may send under this grant.
+    /// Whether the server's pongs have its time.
+    pub fn pong_time(&self) -> bool {
+        self.features & FEATURE_PONG_TIME != 0
+    }
+
+    /// What the server may send under this grant. The pongs of a client have no time.
     pub fn limits(&self) -> Limits {
-        Limits { crc: self.crc(), data_bytes_max: self.data_bytes_max }
+        Limits { crc: self.crc(), data_bytes_max: self.data_bytes_max, pong_time: self.pong_time() }
     }
 }
 
@@ -360,7 +369,7 @@ impl Offer {
         {
             return Err(Violation::Field.into());
         }
-        if grant.features != self.features {
+        if self.features & FEATURE_CRC != 0 && !grant.crc() {
             return Err(Error::Unsupported(
                 "The server does not offer checksums (CRC32C). Connect without them, or allow them on the \
                  server."

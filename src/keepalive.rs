@@ -4,10 +4,14 @@
 //! It is given up only some time after a ping: if its client did not look for long, the silence was not the
 //! server's. Time is passed in; what a ping looks like and how it is sent is the caller's business.
 
+use std::collections::VecDeque;
+use std::num::NonZero;
 use std::time::{Duration, Instant};
 
 use crate::handshake::Grant;
 use crate::message::UNASKED_PONG;
+use crate::trace::ClockSample;
+use crate::tuning::CLOCK_SAMPLES;
 
 /// When the server was last heard, when it was last pinged, and what follows from it.
 #[derive(Debug)]
@@ -17,9 +21,14 @@ pub(crate) struct Keepalive {
     last_rx: Instant,
     /// Since when something has been outstanding.
     last_idle: Instant,
-    /// The number of the last ping, and when it was sent, if nothing was received since.
+    /// The number of the last ping, when it was sent, and the same if nothing was received since.
     pings: u64,
+    last_ping: Instant,
     pinged: Option<Instant>,
+    /// The server's time from the pong to the last ping, while that is being taken in.
+    pong_ns: Option<NonZero<u64>>,
+    /// From the latest pongs with a time, at most [`CLOCK_SAMPLES`].
+    samples: VecDeque<ClockSample>,
     /// When a ping that the caller asked for must have been answered.
     ping_deadline: Option<Instant>,
 }
@@ -44,7 +53,10 @@ impl Keepalive {
             last_rx: now,
             last_idle: now,
             pings: 0,
+            last_ping: now,
             pinged: None,
+            pong_ns: None,
+            samples: VecDeque::new(),
             ping_deadline: None,
         }
     }
@@ -59,11 +71,30 @@ impl Keepalive {
         self.last_rx
     }
 
-    /// Something was received.
-    pub fn on_receive(&mut self, now: Instant) {
+    /// Something was received at `now` or after. If it had a pong with a time, `taken_at` returns the time
+    /// after it was received.
+    pub fn on_receive(&mut self, now: Instant, taken_at: impl FnOnce() -> Instant) {
         self.last_rx = now;
         self.pinged = None;
         self.ping_deadline = None;
+        if let Some(peer_ns) = self.pong_ns.take() {
+            if self.samples.len() == CLOCK_SAMPLES {
+                self.samples.pop_front();
+            }
+            self.samples.push_back(ClockSample::new(self.last_ping, taken_at(), peer_ns.get()));
+        }
+    }
+
+    /// A pong was received that is permitted. Only the one to the last ping tells how long it took.
+    pub fn on_pong(&mut self, id: u64, time_ns: u64) {
+        if id == self.pings {
+            self.pong_ns = NonZero::new(time_ns);
+        }
+    }
+
+    /// Of the latest pongs the one that came soonest, for its time has the least error.
+    pub fn clock_sample(&self) -> Option<ClockSample> {
+        self.samples.iter().copied().min_by_key(|sample| sample.round_trip)
     }
 
     /// From now on something is outstanding, and nothing was before.
@@ -74,6 +105,7 @@ impl Keepalive {
     /// The number for a ping that is sent now.
     pub fn on_ping(&mut self, now: Instant) -> u64 {
         self.pings += 1;
+        self.last_ping = now;
         self.pinged = Some(now);
         self.pings
     }
@@ -166,7 +198,7 @@ mod tests {
         let (mut keepalive, start) = keepalive();
         keepalive.on_send(start);
         keepalive.on_ping(start + SECOND);
-        keepalive.on_receive(start + 2 * SECOND);
+        keepalive.on_receive(start + 2 * SECOND, Instant::now);
         assert_eq!(keepalive.last_rx(), start + 2 * SECOND);
         assert_eq!(keepalive.deadline(true), Some(start + 3 * SECOND));
         assert_eq!(keepalive.action(start + 3 * SECOND, true), Action::Ping);
@@ -189,7 +221,7 @@ mod tests {
         keepalive.expect_by(start + SECOND / 2);
         assert_eq!(keepalive.action(start + SECOND / 4, false), Action::Wait);
         assert_eq!(keepalive.action(start + SECOND / 2, false), Action::TimedOut);
-        keepalive.on_receive(start + SECOND / 2);
+        keepalive.on_receive(start + SECOND / 2, Instant::now);
         assert_eq!(keepalive.action(start + SECOND, false), Action::Wait);
     }
 

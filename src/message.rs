@@ -29,8 +29,8 @@ pub const HANDSHAKE_BYTES: usize = 64;
 
 /// Feature bit: CRC32C over headers, bodies and data.
 pub const FEATURE_CRC: u64 = 1 << 0;
-/// Every feature bit that has a meaning.
-pub const FEATURES: u64 = FEATURE_CRC;
+/// Feature bit: the server's pongs have its time, for the trace of a client (see [`crate::trace`]).
+pub const FEATURE_PONG_TIME: u64 = 1 << 1;
 
 /// Rounds a body length up to what the wire wants.
 pub const fn padded(len: usize) -> usize {
@@ -67,7 +67,7 @@ pub struct Header {
     id: U64,
     /// Request: address of the client's region. Response: errno u16, class u8, 0 u8, credits u16, 0 u16.
     middle: [u8; 8],
-    /// Request: region key u32, region length u32. Response: result u64.
+    /// Request: region key u32, region length u32. Response: result u64. Pong: time u64.
     tail: [u8; 8],
     data_crc: U32,
     header_crc: U32,
@@ -149,8 +149,8 @@ pub enum Message<'a> {
     Response(ResponseHeader, &'a [u8]),
     /// A question whether the peer is there.
     Ping(u64),
-    /// The answer to it.
-    Pong(u64),
+    /// The answer to it, and the sender's time ([`encode_pong`]).
+    Pong(u64, u64),
     /// The end of the connection, and why.
     Goaway(Status, &'a [u8]),
     /// Where the sender's queue pair is; or from a server that makes none why not, with an error message.
@@ -273,6 +273,8 @@ pub struct Limits {
     pub crc: bool,
     /// The most data that one message may bring or ask for.
     pub data_bytes_max: u32,
+    /// Whether its pongs may have a time.
+    pub pong_time: bool,
 }
 
 impl Header {
@@ -463,9 +465,11 @@ pub fn encode_ping(id: u64, crc: bool, out: &mut Vec<u8>) {
 /// The id of a pong that answers no ping: a sign of life of a server that does not get to the client's pings.
 pub const UNASKED_PONG: u64 = 0;
 
-/// Appends a pong to `out`.
-pub fn encode_pong(id: u64, crc: bool, out: &mut Vec<u8>) {
-    Header::new(Kind::Pong, id, 0, 0).finish(&[], crc, out);
+/// Appends a pong to `out`. `time_ns`: the sender's time in nanoseconds since the Epoch, or 0.
+pub fn encode_pong(id: u64, time_ns: u64, crc: bool, out: &mut Vec<u8>) {
+    let mut header = Header::new(Kind::Pong, id, 0, 0);
+    header.tail = time_ns.to_le_bytes();
+    header.finish(&[], crc, out);
 }
 
 /// Appends a goaway to `out`: the status and an error message (cut to 256 bytes).
@@ -538,7 +542,11 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         Kind::Request => Message::Request(RequestHeader::decode(header, limits)?, body),
         Kind::Response => Message::Response(ResponseHeader::decode(header, limits)?, body),
         Kind::Ping | Kind::Pong | Kind::Goaway | Kind::QueuePair => {
-            if header.data_len.get() != 0 || header.data_crc.get() != 0 || header.tail != [0; 8] {
+            let has_tail = kind == Kind::Pong && limits.pong_time;
+            if header.data_len.get() != 0
+                || header.data_crc.get() != 0
+                || (header.tail != [0; 8] && !has_tail)
+            {
                 return Err(Violation::Reserved);
             }
             if matches!(kind, Kind::Goaway | Kind::QueuePair) {
@@ -557,7 +565,7 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
             } else if kind == Kind::Ping {
                 Message::Ping(header.id.get())
             } else {
-                Message::Pong(header.id.get())
+                Message::Pong(header.id.get(), u64::from_le_bytes(header.tail))
             }
         }
     };

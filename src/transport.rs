@@ -17,6 +17,7 @@ pub use crate::memory::SlotRange;
 use crate::memory::{Arena, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::reactor::{Event, Reactor, Wait};
+use crate::trace::ClockSample;
 pub use crate::tuning::ALIVE_FOR;
 
 /// A connection of a server: its transport, an index there that is reused and a generation that is not.
@@ -580,6 +581,12 @@ pub trait ClientCore {
     /// When something was last received.
     fn last_rx(&self) -> Instant;
 
+    /// How the server's clock stands to this side's: of the latest pongs with the server's time the one that
+    /// came soonest. None before one has come, and if [`FEATURE_PONG_TIME`] was not granted.
+    ///
+    /// [`FEATURE_PONG_TIME`]: crate::message::FEATURE_PONG_TIME
+    fn clock_sample(&self) -> Option<ClockSample>;
+
     /// What was counted.
     fn counters(&self) -> ClientCounters;
 
@@ -674,6 +681,11 @@ pub trait ClientTransport: Send {
     /// When the server was last heard.
     fn last_rx(&self) -> Instant {
         self.core().last_rx()
+    }
+
+    /// How the server's clock stands to this side's: see [`ClientCore::clock_sample`].
+    fn clock_sample(&self) -> Option<ClockSample> {
+        self.core().clock_sample()
     }
 
     /// What was counted.

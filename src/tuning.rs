@@ -18,6 +18,9 @@ pub(crate) const CLIENT_SENT_HEAD_BYTES_MAX: usize = 64 << 10;
 /// Pongs that wait to be sent. A server that pings on without taking them is stalled: one that lives has few
 /// pings on their way. Not measured: a limit, not a speed.
 pub(crate) const CLIENT_PONGS_MAX: usize = 64;
+/// Pongs with the server's time of which the one that came soonest counts. Few, so that one from long ago is
+/// forgotten: clocks drift. Not measured.
+pub(crate) const CLOCK_SAMPLES: usize = 8;
 
 // The client over TCP
 // ----------------------------------------------------------------------------------------------------------

@@ -165,9 +165,9 @@ impl Context {
             0 => maxevents as u32,
             depth => depth.min(maxevents as u32),
         };
-        let transport = session.connect(wanted)?;
+        let mut transport = session.connect(wanted)?;
         let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
-        let tracer = Tracer::for_context(transport.local_port())?;
+        let tracer = Tracer::for_context(&mut *transport, request_timeout)?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
             session,

@@ -141,7 +141,7 @@ impl Connection {
                 Parsed::Item(Message::Ping(id), taken) => {
                     self.inbox.drain(..taken);
                     let mut pong = Vec::new();
-                    message::encode_pong(id, limits.crc, &mut pong);
+                    message::encode_pong(id, 0, limits.crc, &mut pong);
                     self.stream.write_all(&pong).ok()?;
                     continue;
                 }

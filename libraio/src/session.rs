@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use raio_transport::address::{Address, Scheme};
 use raio_transport::handshake::Offer;
 use raio_transport::memory::process;
-use raio_transport::message::{FEATURE_CRC, SessionId};
+use raio_transport::message::{FEATURE_CRC, FEATURE_PONG_TIME, SessionId};
 use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus};
 use raio_transport::transport::{ClientTransport, Reply};
@@ -20,7 +20,7 @@ use raio_transport::transport::{ClientTransport, Reply};
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
 use crate::sync::lock;
-use crate::tuning;
+use crate::{trace, tuning};
 
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
 #[derive(Clone, Debug)]
@@ -238,7 +238,9 @@ impl Shared {
     ) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
         let offer = Offer {
             session: self.id,
-            features: if self.options.crc { FEATURE_CRC } else { 0 },
+            features: if self.options.crc { FEATURE_CRC } else { 0 }
+                // Requests of the control connection are not traced.
+                | if !control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
             queue_depth: depth,
             control,
             ..Offer::new(program_name())

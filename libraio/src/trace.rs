@@ -9,13 +9,15 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
+use std::time::{Duration, Instant};
 
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
+use raio_transport::transport::ClientTransport;
 
 use crate::error::Error;
 use crate::sync::lock;
-use crate::tuning::TRACE_RECORDS;
+use crate::tuning::{CLOCK_PINGS, TRACE_RECORDS};
 
 /// The trace of this process, once a context was made with `RAIO_TRACE` set. A thread holds the lock while it
 /// writes a file, so a child that is forked meanwhile never gets it: see [`OWNER`].
@@ -54,9 +56,13 @@ pub(crate) struct Tracer {
 }
 
 impl Tracer {
-    /// A tracer for a context whose connection has this local port, if `RAIO_TRACE` is set. A connection
-    /// without a port goes by the context's number, and is not found in the server's trace.
-    pub(crate) fn for_context(local_port: Option<u16>) -> Result<Option<Box<Self>>, Error> {
+    /// A tracer for a context with this connection, if `RAIO_TRACE` is set. It asks the server for its time,
+    /// and waits at most that long for each answer. A connection without a local port goes by the context's
+    /// number, and is not found in the server's trace.
+    pub(crate) fn for_context(
+        transport: &mut dyn ClientTransport,
+        timeout: Duration,
+    ) -> Result<Option<Box<Self>>, Error> {
         let path = path();
         let Some(path) = path else { return Ok(None) };
         let me = process();
@@ -75,7 +81,7 @@ impl Tracer {
         let trace = match &mut *trace {
             Some(trace) if trace.process == me => trace,
             trace => {
-                let file = TraceFile::create(Path::new(&path), "libraio").map_err(|error| {
+                let file = TraceFile::of_client(Path::new(&path), "libraio").map_err(|error| {
                     Error::call(
                         error.raw_os_error().unwrap_or(libc::EINVAL),
                         format!(
@@ -91,7 +97,12 @@ impl Tracer {
         let number = trace.last;
         let ring = Arc::new(Mutex::new(Ring::new(TRACE_RECORDS)));
         trace.rings.push((number, Arc::clone(&ring)));
-        let connection = local_port.unwrap_or(number as u16);
+        let connection = transport.local_port().unwrap_or(number as u16);
+        compare_clocks(transport, timeout);
+        if let Some(sample) = transport.clock_sample() {
+            // As with its rings: there is no caller to report an error to.
+            let _ = trace.file.set_offset(&sample);
+        }
         Ok(Some(Box::new(Self { process: me, clock: trace.file.clock(), connection, number, ring })))
     }
 
@@ -145,6 +156,30 @@ impl Drop for Tracer {
             trace.write(self.number, &lock(&self.ring));
         }
     }
+}
+
+/// Pings the server a few times, if its pongs have its time. If the connection ends meanwhile, the next
+/// operation on it says so.
+fn compare_clocks(transport: &mut dyn ClientTransport, timeout: Duration) {
+    if !transport.grant().pong_time() {
+        return;
+    }
+    for _ in 0..CLOCK_PINGS {
+        let asked = Instant::now();
+        transport.ping(timeout);
+        while transport.last_rx() < asked && transport.failure().is_none() {
+            // No request is outstanding, so there is no reply.
+            transport.receive(&mut Vec::new());
+            if transport.last_rx() < asked {
+                let _ = transport.wait(Some(asked + timeout));
+            }
+        }
+    }
+}
+
+/// Whether requests are to be traced.
+pub(crate) fn is_wanted() -> bool {
+    path().is_some()
 }
 
 /// Whether this process has a trace.

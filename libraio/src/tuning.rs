@@ -62,6 +62,10 @@ pub(crate) const HANDLE_QUARANTINE: usize = 1024;
 /// library has 300, and one of a server's at most 256. Not measured.
 pub(crate) const MESSAGE_BYTES: usize = 1024;
 
+/// Pings with which a new context that is traced compares the clocks: the first ones may find the server
+/// asleep, and the one that is answered soonest counts. Not measured.
+pub(crate) const CLOCK_PINGS: usize = 8;
+
 /// Records in the trace of a context (`RAIO_TRACE`), 40 bytes each: the last 16,384 operations, 2.6 MB. A
 /// viewer still opens the file of a few such contexts at once. Not measured.
 pub(crate) const TRACE_RECORDS: usize = 65_536;

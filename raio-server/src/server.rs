@@ -122,16 +122,19 @@ impl Server {
         let signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
+        let policy = Policy {
+            queue_depth: config.queue_depth,
+            data_bytes_max: config.io_bytes_max,
+            stall_timeout: config.stall_timeout,
+            name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            ..Policy::default()
+        };
+        let trace = config.trace.as_deref().map(|path| Trace::start(path, policy.clock, config.workers));
+        let trace = trace.transpose()?;
         let shared = Arc::new(Shared {
             exports,
             sessions: Sessions::new(sessions_max, Arc::clone(&limits)),
-            policy: Arc::new(Policy {
-                queue_depth: config.queue_depth,
-                data_bytes_max: config.io_bytes_max,
-                stall_timeout: config.stall_timeout,
-                name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
-                ..Policy::default()
-            }),
+            policy: Arc::new(policy),
             workers: OnceLock::new(),
             placement: Placement::new(config.workers),
             backend: config.backend,
@@ -140,7 +143,7 @@ impl Server {
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,
-            trace: config.trace.as_deref().map(Trace::start).transpose()?,
+            trace,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
         });
         let (sender, ended) = reactor::mailbox(reactor.waker());
@@ -331,10 +334,13 @@ impl Server {
             self.workers.iter().for_each(|worker| worker.senders.mailbox.send(Mail::Trace));
             return None;
         }
-        if let libc::SIGHUP | libc::SIGUSR2 = signal {
-            let name = if signal == libc::SIGHUP { "SIGHUP" } else { "SIGUSR2" };
+        if signal == libc::SIGUSR2 {
+            tracing::info!("SIGUSR2 is ignored: there is no trace. Start the server with --trace FILE.");
+            return None;
+        }
+        if signal == libc::SIGHUP {
             tracing::info!(
-                "{name} is ignored. To change the configuration, stop the server and start it anew."
+                "SIGHUP is ignored. To change the configuration, stop the server and start it anew."
             );
             return None;
         }

@@ -302,7 +302,7 @@ impl Worker {
         loop {
             self.run_once()?;
             if let Some(outcome) = self.drained() {
-                self.hand_over_trace();
+                self.hand_over_last_trace();
                 return Ok(outcome);
             }
         }

@@ -5,7 +5,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::handshake::{Offer, Policy};
 use crate::memory::Buffer;
-use crate::message::{FEATURE_CRC, Link};
+use crate::message::{FEATURE_CRC, FEATURE_PONG_TIME, Link};
+use crate::trace::Clock;
+use crate::tuning::CLOCK_SAMPLES;
 use crate::tuning::LARGE_BYTES;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -140,7 +142,7 @@ fn violation(core: &Core) -> Violation {
 }
 
 fn parse_one(bytes: &[u8]) -> Message<'_> {
-    let limits = Limits { crc: false, data_bytes_max: 1 << 20 };
+    let limits = Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
     match message::parse(bytes, &limits).unwrap() {
         Parsed::Item(message, taken) => {
             assert_eq!(taken, bytes.len());
@@ -302,7 +304,7 @@ fn the_server_may_not_give_what_was_not_asked_for() {
     message::RequestHeader { id: 0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 }
         .encode(&[0; 24], false, &mut request);
     let mut pong = Vec::new();
-    message::encode_pong(1, false, &mut pong);
+    message::encode_pong(1, 0, false, &mut pong);
     let address = QueuePairAddress {
         gid: [1; 16],
         qpn: 2,
@@ -376,8 +378,8 @@ fn pings_are_answered_together() {
     let progress = core.on_bytes(&pings(2), &mut Vec::new());
     assert_eq!(progress, Progress { taken: 80, flush: true });
     let pongs = sent(&mut core, usize::MAX);
-    assert_eq!(parse_one(&pongs[..40]), Message::Pong(0));
-    assert_eq!(parse_one(&pongs[40..]), Message::Pong(1));
+    assert_eq!(parse_one(&pongs[..40]), Message::Pong(0, 0));
+    assert_eq!(parse_one(&pongs[40..]), Message::Pong(1, 0));
     // No more of them wait than may.
     let many = pings(2 * CLIENT_PONGS_MAX);
     for taken in [0, many.len() / 2] {
@@ -419,7 +421,7 @@ fn what_waits_to_be_sent_does_not_keep_the_reason_from_the_server() {
         assert_eq!(violation(&core), Violation::Kind(0xff));
         assert!(!core.has_unsent());
         whole.extend(core.take_ending().unwrap().goaway.unwrap());
-        let limits = message::Limits { crc: false, data_bytes_max: 1 << 20 };
+        let limits = message::Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
         let mut goaway = &whole[..];
         if part > 0 {
             let Ok(Parsed::Item(Message::Request(..), len)) = message::parse(&whole, &limits) else {
@@ -577,9 +579,9 @@ fn a_silent_server_is_pinged_now_and_then_and_given_up_in_the_end() {
         assert_eq!(id, u64::from(n));
         assert!(!core.on_silence(due, || due), "it has just been asked");
         let mut pong = Vec::new();
-        message::encode_pong(id, false, &mut pong);
+        message::encode_pong(id, 0, false, &mut pong);
         receive(&mut core, &pong);
-        core.on_receive(due);
+        core.on_receive(due, || due);
     }
     let last = asked + 100 * SECOND;
     assert_eq!(core.last_rx(), last);
@@ -600,6 +602,58 @@ fn a_silent_server_is_pinged_now_and_then_and_given_up_in_the_end() {
     assert_eq!((replies.len(), replies[0].status), (1, Status::transport(libc::ETIMEDOUT)));
 }
 
+/// The core of a client whose server tells its time, and that server's clock, a minute ahead of the first.
+fn core_with_clocks() -> (Core, Instant, Clock, Clock) {
+    let (core, start) = core(FEATURE_PONG_TIME);
+    let ours = Clock::new();
+    (core, start, ours, ours.ahead(Duration::from_secs(60)))
+}
+
+/// Pings at `sent`; the server reads its clock after `there`, and the pong is there after `back` more.
+fn exchange_times(core: &mut Core, sent: Instant, there: Duration, back: Duration, theirs: &Clock) {
+    core.ping(sent, SECOND);
+    let Message::Ping(id) = parse_one(&self::sent(core, usize::MAX)) else { panic!("not a ping") };
+    let mut pong = Vec::new();
+    message::encode_pong(id, theirs.realtime_ns(sent + there), false, &mut pong);
+    receive(core, &pong);
+    // What was received was looked for from before.
+    core.on_receive(sent, || sent + there + back);
+}
+
+#[test]
+fn the_offset_of_the_servers_clock_is_that_of_the_soonest_of_the_latest_pongs() {
+    let (mut core, start, ours, theirs) = core_with_clocks();
+    assert_eq!(core.clock_sample(), None);
+    let us = Duration::from_micros;
+    exchange_times(&mut core, start, us(300), us(100), &theirs);
+    exchange_times(&mut core, start + SECOND, us(10), us(20), &theirs);
+    exchange_times(&mut core, start + 2 * SECOND, us(100), us(5000), &theirs);
+    let best = core.clock_sample().unwrap();
+    assert_eq!(best.round_trip, us(30));
+    assert_eq!(best.offset_ns(&ours), 60_000_000_000 - 5_000);
+    // Half a round trip is the most that it can be wrong by.
+    for n in 0..CLOCK_SAMPLES as u32 {
+        exchange_times(&mut core, start + (10 + n) * SECOND, us(0), us(100 + u64::from(n)), &theirs);
+    }
+    let best = core.clock_sample().unwrap();
+    assert_eq!((best.round_trip, best.offset_ns(&ours)), (us(100), 60_000_000_000 - 50_000), "drift");
+}
+
+#[test]
+fn a_pong_without_a_time_or_to_an_earlier_ping_tells_nothing_of_the_clock() {
+    let (mut core, start, _, theirs) = core_with_clocks();
+    core.ping(start, SECOND);
+    core.ping(start, SECOND);
+    sent(&mut core, usize::MAX);
+    for (id, time_ns) in [(1, theirs.realtime_ns(start)), (2, 0), (message::UNASKED_PONG, 7)] {
+        let mut pong = Vec::new();
+        message::encode_pong(id, time_ns, false, &mut pong);
+        receive(&mut core, &pong);
+        core.on_receive(start, || panic!("there is nothing to be read the clock for"));
+    }
+    assert_eq!(core.clock_sample(), None);
+}
+
 #[test]
 fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
     let (mut core, start) = core(0);
@@ -616,7 +670,7 @@ fn a_client_that_did_not_look_for_long_does_not_blame_the_server() {
     let mut bytes = Vec::new();
     answer(id, &[], false, &mut bytes);
     assert_eq!(receive(&mut core, &bytes).len(), 1);
-    core.on_receive(later);
+    core.on_receive(later, || later);
     assert!(!core.on_silence(later, || later) && !core.has_failed());
 }
 

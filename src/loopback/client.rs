@@ -211,7 +211,7 @@ impl ClientTransport for LoopbackClient {
         }
         self.core.counters.receives += u64::from(arrived);
         if arrived {
-            self.core.on_receive(now);
+            self.core.on_receive(now, Instant::now);
         } else if self.core.on_silence(now, Instant::now) {
             self.send_queue();
         }

@@ -13,8 +13,8 @@ pub(crate) fn hex(text: &str) -> Vec<u8> {
     digits.chunks_exact(2).map(|pair| (pair[0] << 4 | pair[1]) as u8).collect()
 }
 
-const PLAIN: Limits = Limits { crc: false, data_bytes_max: 1 << 20 };
-const CHECKED: Limits = Limits { crc: true, data_bytes_max: 1 << 20 };
+const PLAIN: Limits = Limits { crc: false, data_bytes_max: 1 << 20, pong_time: true };
+const CHECKED: Limits = Limits { crc: true, data_bytes_max: 1 << 20, pong_time: true };
 
 const ID: u64 = 0x0807_0605_0403_0201;
 
@@ -167,8 +167,24 @@ fn pings_and_pongs_have_these_bytes() {
                 00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  00 00 00 00";
     golden(&format!("03 {rest} 00 00 00 00"), &PLAIN, Message::Ping(7), |out| encode_ping(7, false, out));
     golden(&format!("03 {rest} 89 c0 2f ce"), &CHECKED, Message::Ping(7), |out| encode_ping(7, true, out));
-    golden(&format!("04 {rest} 00 00 00 00"), &PLAIN, Message::Pong(7), |out| encode_pong(7, false, out));
-    golden(&format!("04 {rest} bd e2 48 55"), &CHECKED, Message::Pong(7), |out| encode_pong(7, true, out));
+    golden(&format!("04 {rest} 00 00 00 00"), &PLAIN, Message::Pong(7, 0), |out| {
+        encode_pong(7, 0, false, out)
+    });
+    golden(&format!("04 {rest} bd e2 48 55"), &CHECKED, Message::Pong(7, 0), |out| {
+        encode_pong(7, 0, true, out)
+    });
+}
+
+#[test]
+fn a_pong_has_a_time_only_where_that_was_granted() {
+    let timed = "04 00 00 00  00 00 00 00  07 00 00 00 00 00 00 00
+                 00 00 00 00 00 00 00 00  15 cd 5b 07 00 00 00 00  00 00 00 00  00 00 00 00";
+    golden(timed, &PLAIN, Message::Pong(7, 123_456_789), |out| encode_pong(7, 123_456_789, false, out));
+    let ungranted = Limits { pong_time: false, ..PLAIN };
+    assert_eq!(parse(&hex(timed), &ungranted), Err(Violation::Reserved));
+    let mut ping = hex(timed);
+    ping[0] = Kind::Ping as u8;
+    assert_eq!(parse(&ping, &PLAIN), Err(Violation::Reserved), "only pongs");
 }
 
 #[test]
@@ -367,7 +383,7 @@ enum Sample {
     Request(RequestHeader, Vec<u8>),
     Response(ResponseHeader, Vec<u8>),
     Ping(u64),
-    Pong(u64),
+    Pong(u64, u64),
     Goaway(Status, String),
     QueuePair(QueuePairAddress),
     NoQueuePair(Status, String),
@@ -401,7 +417,7 @@ fn any_sample() -> impl Strategy<Value = Sample> {
         (any_request(), any_body()).prop_map(|(request, body)| Sample::Request(request, body)),
         (any_response(), any_body()).prop_map(|(response, body)| Sample::Response(response, body)),
         any::<u64>().prop_map(Sample::Ping),
-        any::<u64>().prop_map(Sample::Pong),
+        any::<(u64, u64)>().prop_map(|(id, time_ns)| Sample::Pong(id, time_ns)),
         (any_status(), "\\PC{0,300}").prop_map(|(status, text)| Sample::Goaway(status, text)),
         any_queue_pair().prop_map(Sample::QueuePair),
         (any_status(), "\\PC{0,300}")
@@ -419,7 +435,7 @@ impl Sample {
                 ResponseHeader { data_crc, ..*response }.encode(body, crc, out);
             }
             Self::Ping(id) => encode_ping(*id, crc, out),
-            Self::Pong(id) => encode_pong(*id, crc, out),
+            Self::Pong(id, time_ns) => encode_pong(*id, *time_ns, crc, out),
             Self::Goaway(status, text) => encode_goaway(*status, text, crc, out),
             Self::QueuePair(address) => encode_queue_pair(Ok(address), crc, out),
             Self::NoQueuePair(status, text) => encode_queue_pair(Err((*status, text)), crc, out),
@@ -449,7 +465,8 @@ impl Sample {
                 *got == ResponseHeader { body_len: body.len() as u16, data_crc, ..*response }
                     && *got_body == body
             }
-            (Self::Ping(id), Message::Ping(got)) | (Self::Pong(id), Message::Pong(got)) => id == got,
+            (Self::Ping(id), Message::Ping(got)) => id == got,
+            (Self::Pong(id, time_ns), Message::Pong(got, got_time)) => (id, time_ns) == (got, got_time),
             (Self::Goaway(status, sentence), Message::Goaway(got, body)) => {
                 got == status && text(body) == text(sentence.as_bytes())
             }

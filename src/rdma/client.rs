@@ -163,7 +163,7 @@ impl RdmaClient {
             }
         }
         if arrived {
-            self.core.on_receive(now);
+            self.core.on_receive(now, Instant::now);
             self.core.counters.receives += 1;
             if let Some(qp) = &mut self.qp
                 && let Err(error) = qp.post_receives()

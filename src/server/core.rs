@@ -7,6 +7,7 @@ use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, Kind, Limits, Message};
 use crate::reactor::LoopClock;
+use crate::trace::Clock;
 use crate::transport::{CloseReason, ConnectionId};
 use crate::tuning::{KEEPALIVES_MISSED_MAX, LINGER};
 
@@ -37,7 +38,7 @@ pub(crate) enum Due {
 /// What a message that is no request calls for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Control {
-    /// Answer with a pong of this id.
+    /// Answer with a pong of this id: [`ConnectionCore::encode_pong`].
     Pong(u64),
     /// A pong, which this side has not asked for.
     Ignore,
@@ -51,6 +52,10 @@ pub(crate) struct ConnectionCore<R> {
     pub id: ConnectionId,
     phase: Phase,
     limits: Limits,
+    /// What the times in pongs are read from.
+    clock: Clock,
+    /// Its pongs have them.
+    pong_time: bool,
     /// The most requests in flight.
     credits: usize,
     pub in_flight: InFlight<R>,
@@ -69,7 +74,9 @@ impl<R> ConnectionCore<R> {
         Self {
             id,
             phase: Phase::Handshake,
-            limits: Limits { crc: false, data_bytes_max: 0 },
+            limits: Limits { crc: false, data_bytes_max: 0, pong_time: false },
+            clock: policy.clock,
+            pong_time: false,
             credits: 0,
             in_flight: InFlight::default(),
             keepalive: Duration::ZERO,
@@ -104,7 +111,8 @@ impl<R> ConnectionCore<R> {
     /// The handshake is over: this is granted.
     pub fn open(&mut self, peer: &Peer, clock: &LoopClock) {
         self.phase = Phase::Open;
-        self.limits = peer.grant.limits();
+        self.limits = Limits { pong_time: false, ..peer.grant.limits() };
+        self.pong_time = peer.grant.pong_time();
         self.credits = peer.grant.credits() as usize;
         self.keepalive = peer.keepalive;
         self.is_heard = true;
@@ -138,12 +146,19 @@ impl<R> ConnectionCore<R> {
     pub fn on_control(&self, message: &Message<'_>) -> Result<Control, Violation> {
         match message {
             Message::Ping(id) => Ok(Control::Pong(*id)),
-            Message::Pong(_) => Ok(Control::Ignore),
+            Message::Pong(..) => Ok(Control::Ignore),
             Message::Goaway(status, _) => Ok(Control::Closed(self.ended_by(*status))),
             Message::Request(..) => Err(Violation::Kind(Kind::Request as u8)),
             Message::Response(..) => Err(Violation::Kind(Kind::Response as u8)),
             Message::QueuePair(..) => Err(Violation::Kind(Kind::QueuePair as u8)),
         }
+    }
+
+    /// Appends the answer to a ping that is being taken in. The clock is read now: the time must lie between
+    /// the ping's arrival and the pong's departure.
+    pub fn encode_pong(&self, id: u64, out: &mut Vec<u8>) {
+        let time_ns = if self.pong_time { self.clock.realtime_ns(Instant::now()) } else { 0 };
+        message::encode_pong(id, time_ns, self.limits.crc, out);
     }
 
     /// Why it has ended when its peer says so with this status.

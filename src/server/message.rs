@@ -126,7 +126,7 @@ impl<I> MessageConnection<I> {
             return match self.core.on_control(&parsed)? {
                 Control::Pong(id) => {
                     let mut pong = Vec::new();
-                    message::encode_pong(id, self.core.crc(), &mut pong);
+                    self.core.encode_pong(id, &mut pong);
                     self.unsent.push_back(Outgoing::Message(pong));
                     Ok(Taken::Bytes(taken))
                 }
@@ -445,7 +445,7 @@ mod tests {
         assert_eq!(run.take(&bytes), Ok(Taken::Bytes(bytes.len())));
         assert!(matches!(run.connection.poll_send(), Some(Outgoing::Message(_))));
         bytes.clear();
-        message::encode_pong(8, false, &mut bytes);
+        message::encode_pong(8, 0, false, &mut bytes);
         assert_eq!(run.take(&bytes), Err(Violation::RequestId));
     }
 

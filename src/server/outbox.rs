@@ -54,12 +54,12 @@ impl Outbox {
         self.next(spare).push_bytes(write);
     }
 
-    /// Appends a pong that the peer has asked for. One that asks without ever reading is stopped as one that
-    /// does not take its answers.
-    pub fn push_pong(&mut self, spare: &mut SpareBatches, id: u64, crc: bool) {
+    /// Appends a pong that the peer has asked for, as `write` does. One that asks without ever reading is
+    /// stopped as one that does not take its answers.
+    pub fn push_pong(&mut self, spare: &mut SpareBatches, write: impl FnOnce(&mut Vec<u8>)) {
         self.next_count += 1;
         self.next_heap += SMALL_RESPONSE_HEAP;
-        self.push_bytes(spare, |out| message::encode_pong(id, crc, out));
+        self.push_bytes(spare, write);
     }
 
     /// Appends a response.

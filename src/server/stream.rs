@@ -608,7 +608,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
                 match self.core.on_control(&message)? {
                     Control::Pong(id) => {
                         self.pings += 1;
-                        self.outbox.push_pong(&mut shared.spare, id, self.core.crc());
+                        self.outbox.push_pong(&mut shared.spare, |out| self.core.encode_pong(id, out));
                         self.mark_dirty(shared);
                     }
                     Control::Ignore => {}
@@ -805,7 +805,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     pub fn show_life(&mut self, shared: &mut StreamShared) {
         if self.core.is_open() && !self.outbox.has_unsent() && !self.outbox.is_sending() {
             let crc = self.core.crc();
-            let pong = |out: &mut Vec<u8>| message::encode_pong(message::UNASKED_PONG, crc, out);
+            let pong = |out: &mut Vec<u8>| message::encode_pong(message::UNASKED_PONG, 0, crc, out);
             self.outbox.push_bytes(&mut shared.spare, pong);
             self.mark_dirty(shared);
         }

@@ -345,7 +345,7 @@ impl ClientTransport for TcpClient {
             }
         }
         if arrived {
-            self.core.on_receive(now);
+            self.core.on_receive(now, Instant::now);
         } else if self.core.on_silence(now, Instant::now) {
             self.send_queue();
         }

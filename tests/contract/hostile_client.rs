@@ -58,7 +58,7 @@ contract! {
                 out[4] = 1;
             }), Violation::Reserved),
             ("a pong with a flag", encoded(|out| {
-                message::encode_pong(1, false, out);
+                message::encode_pong(1, 0, false, out);
                 out[1] = 1;
             }), Violation::Reserved),
             ("a goaway with an id", encoded(|out| {

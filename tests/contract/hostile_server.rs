@@ -108,7 +108,7 @@ contract! {
             }),
             ("a pong that nobody asked for", Violation::RequestId, |_| {
                 let mut bytes = Vec::new();
-                message::encode_pong(9, false, &mut bytes);
+                message::encode_pong(9, 0, false, &mut bytes);
                 bytes
             }),
         ];

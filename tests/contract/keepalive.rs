@@ -4,14 +4,26 @@ use std::time::{Duration, Instant};
 
 use raio_transport::error::{Class, Error, Status, Violation};
 use raio_transport::handshake::{Offer, Policy};
-use raio_transport::message;
+use raio_transport::message::{self, FEATURE_PONG_TIME};
+use raio_transport::trace::Clock;
 use raio_transport::transport::{Bulk, CloseReason};
 
-use crate::harness::{Op, PATIENCE, command, room, serve, serve_plain};
+use crate::harness::{Client, Op, PATIENCE, command, room, serve, serve_plain};
 use crate::raw::{Got, Raw};
 
 fn brief() -> Policy {
     Policy { keepalive: Duration::from_millis(50), ..Policy::default() }
+}
+
+/// Waits for the answer to a ping.
+fn ping(client: &mut Client) {
+    let asked = Instant::now();
+    client.transport.ping(PATIENCE);
+    while client.transport.last_rx() < asked {
+        client.transport.wait(Some(asked + PATIENCE)).unwrap();
+        client.transport.receive(&mut Vec::new());
+        assert!(client.transport.failure().is_none(), "{:?}", client.transport.failure());
+    }
 }
 
 contract! {
@@ -109,13 +121,52 @@ contract! {
         assert_eq!((client.next().tag, client.next().tag), (0, 1));
     }
 
+    fn a_client_finds_the_offset_of_the_servers_clock(transport) {
+        let ours = Clock::new();
+        let ahead = Duration::from_secs(3600);
+        let server = serve(transport, Policy { clock: ours.ahead(ahead), ..Policy::default() });
+        let offer = Offer { features: FEATURE_PONG_TIME, ..Offer::new("traced") };
+        let mut client = server.connect(&offer).unwrap();
+        assert!(client.transport.grant().pong_time());
+        for _ in 0..10 {
+            ping(&mut client);
+        }
+        let sample = client.transport.clock_sample().expect("the server told its time");
+        let error = sample.offset_ns(&ours) - ahead.as_nanos() as i64;
+        let most = sample.round_trip.as_nanos() as u64 / 2 + 1;
+        assert!(error.unsigned_abs() <= most, "{error} ns off, of at most {most}");
+        client.works();
+    }
+
+    fn a_server_that_cannot_tell_its_time_need_not(transport) {
+        let old = serve(transport, Policy { features: 0, ..Policy::default() });
+        let offer = Offer { features: FEATURE_PONG_TIME, ..Offer::new("traced") };
+        let mut client = old.connect(&offer).unwrap();
+        assert!(!client.transport.grant().pong_time());
+        ping(&mut client);
+        assert_eq!(client.transport.clock_sample(), None);
+        client.works();
+    }
+
+    fn a_time_that_was_not_asked_for_is_a_violation(transport) {
+        let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
+        client.transport.ping(PATIENCE);
+        let Got::Ping(id) = raw.next() else { panic!("no ping came") };
+        let mut pong = Vec::new();
+        message::encode_pong(id, 1, false, &mut pong);
+        raw.send(&pong);
+        client.until_failed();
+        let failure = client.transport.failure();
+        assert!(matches!(failure, Some(Error::Violation(Violation::Reserved))), "{failure:?}");
+    }
+
     fn an_idle_client_can_ask_whether_the_server_is_there(transport) {
         let (mut client, mut raw) = Raw::server(transport, &Policy::default(), 0);
         let heard = client.transport.last_rx();
         client.transport.ping(PATIENCE);
         let Got::Ping(id) = raw.next() else { panic!("no ping came") };
         let mut pong = Vec::new();
-        message::encode_pong(id, false, &mut pong);
+        message::encode_pong(id, 0, false, &mut pong);
         raw.send(&pong);
         let deadline = Instant::now() + PATIENCE;
         while client.transport.last_rx() == heard {

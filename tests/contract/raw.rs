@@ -62,7 +62,11 @@ impl Raw {
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             stream.set_write_timeout(Some(PATIENCE)).unwrap();
         }
-        Self { wire, limits: Limits { crc: false, data_bytes_max: u32::MAX }, rest: Vec::new() }
+        Self {
+            wire,
+            limits: Limits { crc: false, data_bytes_max: u32::MAX, pong_time: false },
+            rest: Vec::new(),
+        }
     }
 
     /// A peer over a stream, which has not said anything.
@@ -184,7 +188,7 @@ impl Raw {
             over_tcp.stream().set_nonblocking(true).unwrap();
             let Got::Ping(ping) = raw.next() else { panic!("the client does not try the queue pair") };
             let mut pong = Vec::new();
-            message::encode_pong(ping, raw.limits.crc, &mut pong);
+            message::encode_pong(ping, 0, raw.limits.crc, &mut pong);
             std::thread::sleep(busy);
             raw.send(&pong);
         }
@@ -492,7 +496,7 @@ fn got(bytes: &[u8], limits: &Limits) -> Option<(Got, usize)> {
         Message::Request(request, body) => Got::Request(request, body.to_vec(), Vec::new()),
         Message::Response(response, body) => Got::Response(response, body.to_vec(), Vec::new()),
         Message::Ping(id) => Got::Ping(id),
-        Message::Pong(id) => Got::Pong(id),
+        Message::Pong(id, _) => Got::Pong(id),
         Message::Goaway(status, text) => Got::Goaway(status, message::text(text)),
         Message::QueuePair(what) => {
             Got::QueuePair(what.map_err(|(status, text)| (status, message::text(text))))

@@ -7,6 +7,8 @@ use tracing::field::display;
 
 use super::Worker;
 use crate::trace::Trace;
+#[cfg(test)]
+use crate::tuning::statistics::TRACE_RECORDS;
 
 /// A worker's ring of records.
 #[derive(Debug)]
@@ -21,6 +23,12 @@ impl Tracer {
     pub fn new(trace: Option<&Trace>) -> Self {
         let ring = trace.map(|trace| (trace.clock(), trace.ring()));
         Self { ring, logs: tracing::enabled!(tracing::Level::TRACE) }
+    }
+
+    /// One whose records are written nowhere.
+    #[cfg(test)]
+    pub fn in_memory() -> Self {
+        Self { ring: Some((Clock::new(), Ring::new(TRACE_RECORDS))), logs: false }
     }
 
     /// Whether anything is recorded.
@@ -60,8 +68,17 @@ impl Worker {
 
     /// Has what was recorded since the last time written.
     pub(super) fn hand_over_trace(&mut self) {
-        if let (Some(trace), Some((_, ring))) = (&self.shared.trace, &mut self.tracer.ring) {
-            trace.write(self.index, std::mem::replace(ring, trace.ring()));
+        if let (Some(trace), Some((_, ring))) = (&self.shared.trace, &mut self.tracer.ring)
+            && let Err(kept) = trace.write(self.index, std::mem::replace(ring, trace.ring()))
+        {
+            *ring = kept;
+        }
+    }
+
+    /// The same at the worker's end.
+    pub(super) fn hand_over_last_trace(&mut self) {
+        if let (Some(trace), Some((_, ring))) = (&self.shared.trace, self.tracer.ring.take()) {
+            trace.write_last(self.index, ring);
         }
     }
 }

@@ -157,7 +157,7 @@ fn request(id: u64, region_len: u32, data: &[u8]) -> Vec<u8> {
 
 /// The kinds of the messages that the server has sent.
 fn kinds(mut bytes: &[u8]) -> Vec<u8> {
-    let limits = message::Limits { crc: false, data_bytes_max: 1 << 20 };
+    let limits = message::Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
     let mut kinds = Vec::new();
     while let Ok(Parsed::Item(message, len)) = message::parse(bytes, &limits) {
         kinds.push(bytes[0]);

@@ -293,7 +293,7 @@ fn pings_are_answered() {
     client.wait(Some(Instant::now() + Duration::from_secs(10))).unwrap();
     assert!(client.receive(&mut Vec::new()));
     peer.fill();
-    assert_eq!(message::parse(&peer.inbox, &peer.limits), Ok(Parsed::Item(Message::Pong(77), 40)));
+    assert_eq!(message::parse(&peer.inbox, &peer.limits), Ok(Parsed::Item(Message::Pong(77, 0), 40)));
 }
 
 #[test]

@@ -12,7 +12,7 @@ use raio_transport::protocol::{Command, FileHandle, FileStatus};
 
 /// The length of a message's header.
 pub(crate) const HEADER_BYTES: usize = 40;
-const LIMITS: Limits = Limits { crc: false, data_bytes_max: u32::MAX };
+const LIMITS: Limits = Limits { crc: false, data_bytes_max: u32::MAX, pong_time: false };
 
 /// A client with one session, one connection and one open file.
 pub struct Raw {
@@ -84,7 +84,7 @@ impl Raw {
                 }
                 Parsed::Item(Message::Response(response, body), _) => return Ok((response, body.to_vec())),
                 // The server lives.
-                Parsed::Item(Message::Pong(message::UNASKED_PONG), _) => {
+                Parsed::Item(Message::Pong(message::UNASKED_PONG, _), _) => {
                     self.stream.read_exact(&mut bytes)?;
                 }
                 Parsed::Item(other, _) => return Err(wrong(format!("{other:?} is no answer"))),

@@ -2,12 +2,13 @@
 //! runs as a user would build it, and again under AddressSanitizer and UndefinedBehaviorSanitizer; one client
 //! runs under valgrind.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
-use raio_e2e::{FuseFs, FuseOptions, Server, binary, is_at_rest};
+use raio_e2e::{FuseFs, FuseOptions, Server, binary, is_at_rest, needs_root};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -173,20 +174,27 @@ fn when_the_server_is_killed_every_iocb_completes_once_with_an_error() {
     }
 }
 
-/// The examples, as libraio/examples/Makefile builds them.
-fn examples() -> PathBuf {
-    let library = binary("libraio.so");
-    let directory = library.parent().expect("a file is in a directory");
-    let out = directory.join("c-examples");
-    let make = Command::new("make")
-        .args(["-s", "-C", &format!("{REPOSITORY}/libraio/examples")])
-        .args(["raio_cp", "raio_cat", "raio_epoll"].map(|name| format!("{}/{name}", out.display())))
-        .arg(format!("O={}", out.display()))
-        .arg(format!("RAIO={}", directory.display()))
-        .output()
-        .expect("make runs");
-    assert!(make.status.success(), "the examples do not build:\n{}", String::from_utf8_lossy(&make.stderr));
-    out
+/// The examples, as libraio/examples/Makefile builds them, built once for all tests of this file.
+fn examples() -> &'static Path {
+    static EXAMPLES: OnceLock<PathBuf> = OnceLock::new();
+    EXAMPLES.get_or_init(|| {
+        let library = binary("libraio.so");
+        let directory = library.parent().expect("a file is in a directory");
+        let out = directory.join("c-examples");
+        let make = Command::new("make")
+            .args(["-s", "-C", &format!("{REPOSITORY}/libraio/examples")])
+            .args(["raio_cp", "raio_cat", "raio_epoll"].map(|name| format!("{}/{name}", out.display())))
+            .arg(format!("O={}", out.display()))
+            .arg(format!("RAIO={}", directory.display()))
+            .output()
+            .expect("make runs");
+        assert!(
+            make.status.success(),
+            "the examples do not build:\n{}",
+            String::from_utf8_lossy(&make.stderr)
+        );
+        out
+    })
 }
 
 #[test]
@@ -247,8 +255,9 @@ fn a_trace_has_each_request_from_its_submission_to_its_collection() {
         assert!(!name.contains('%'), "{name}");
         let text = std::fs::read_to_string(&file).expect("the trace");
         let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-        assert_eq!(trace["otherData"]["clock_offset_us"], 0);
-        let mut steps = std::collections::BTreeMap::<String, Vec<(f64, String)>>::new();
+        let known = &trace["otherData"];
+        assert!(known["clock_offset_us"].is_number() && known["clock_error_us"].is_number(), "{known}");
+        let mut steps = BTreeMap::<String, Vec<(f64, String)>>::new();
         for event in trace["traceEvents"].as_array().expect("events") {
             if event["cat"] == "request" {
                 let id = event["id"].as_str().expect("an id");
@@ -272,6 +281,85 @@ fn a_trace_has_each_request_from_its_submission_to_its_collection() {
         let output = traced(&name).output().expect("the program runs");
         assert!(!output.status.success());
         assert!(std::fs::read_to_string(&file).expect("the trace") == text);
+    }
+}
+
+/// Where each request begins and ends in a trace, in microseconds of the server's clock.
+fn spans(file: &Path) -> (BTreeMap<String, (f64, f64)>, f64) {
+    let text = std::fs::read_to_string(file).expect("the trace");
+    let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let known = |name: &str| trace["otherData"][name].as_f64().expect("a number");
+    let mut spans = BTreeMap::<String, (f64, f64)>::new();
+    for event in trace["traceEvents"].as_array().expect("events") {
+        if event["cat"] == "request" {
+            let time = event["ts"].as_f64().expect("a time") + known("clock_offset_us");
+            let span = spans.entry(event["id"].as_str().expect("an id").to_owned()).or_default();
+            match event["ph"].as_str() {
+                Some("b") => span.0 = time,
+                Some("e") => span.1 = time,
+                _ => {}
+            }
+        }
+    }
+    (spans, known("clock_error_us"))
+}
+
+#[test]
+fn the_traces_of_both_sides_have_each_request_of_the_client() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (of_client, of_server) = (directory.path().join("client.json"), directory.path().join("server.json"));
+    let mut server =
+        Server::start_with(&["rw=mem:64M,rw"], &["--trace", of_server.to_str().expect("plain text")]);
+    let content = directory.path().join("content");
+    std::fs::write(&content, vec![7; 8 << 20]).expect("a file to be copied");
+    let mut copy = Command::new(examples().join("raio_cp"));
+    copy.env("RAIO_TRACE", &of_client);
+    copy.arg(&content).arg(format!("raio+tcp://{}/rw", server.address()));
+    passes(copy);
+    server.signal(rustix::process::Signal::TERM);
+    assert!(server.wait().success());
+    let ((client, error), (served, _)) = (spans(&of_client), spans(&of_server));
+    assert!(client.len() > 10, "{client:?}");
+    // Times are doubles: they are exact to a quarter of a microsecond.
+    let error = error + 1.0;
+    for (id, (begin, end)) in client {
+        let (from, to) = served.get(&id).unwrap_or_else(|| panic!("{id} is not in the server's trace"));
+        assert!(
+            begin - error <= *from && from <= to && *to <= end + error,
+            "{id}: {begin} {from} {to} {end}"
+        );
+    }
+}
+
+/// A program that runs with rights its user has not creates no file for him.
+#[test]
+fn a_setuid_program_ignores_raio_trace() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    const OTHER_USER: u32 = 65_534;
+    if !needs_root("a setuid program") {
+        return;
+    }
+    let exports = serve();
+    let directory = tempfile::tempdir().expect("a directory");
+    let program = directory.path().join("io");
+    std::fs::copy(programs().join("static/io"), &program).expect("a copy");
+    let permit = |path: &Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("its permissions");
+    };
+    permit(directory.path(), 0o777);
+    for (mode, is_traced) in [(0o755, true), (0o4755, false)] {
+        permit(&program, mode);
+        let traces = directory.path().join(format!("{mode:o}"));
+        std::fs::create_dir(&traces).expect("a directory");
+        permit(&traces, 0o777);
+        let mut command = command(&program, Some(&exports.server));
+        // It forks, so there is a file for each process.
+        command.env("RAIO_TRACE", traces.join("%p")).uid(OTHER_USER);
+        passes(command);
+        let mut files = std::fs::read_dir(&traces).expect("the directory").map(|file| file.expect("a file"));
+        let first = files.next().map(|file| file.metadata().expect("its status").permissions().mode());
+        assert_eq!(first.map(|mode| mode & 0o7777), is_traced.then_some(0o600), "{mode:o}");
     }
 }
 

@@ -449,7 +449,7 @@ fn who_is_not_read_from_because_of_its_messages_is_shown_that_the_server_lives()
     let mut last = clients.pop().expect("a client");
     last.stream.set_read_timeout(Some(Policy::default().keepalive)).expect("a socket");
     let mut pong = Vec::new();
-    message::encode_pong(message::UNASKED_PONG, false, &mut pong);
+    message::encode_pong(message::UNASKED_PONG, 0, false, &mut pong);
     let mut said = vec![0; pong.len()];
     last.stream.read_exact(&mut said).expect("a sign of life");
     assert_eq!(said, pong, "its ping lies behind what is not read");

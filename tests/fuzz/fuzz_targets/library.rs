@@ -72,7 +72,7 @@ fn lie(mut stream: TcpStream, input: &[u8]) -> Option<()> {
             Parsed::Item(Message::Ping(id), taken) => {
                 inbox.drain(..taken);
                 let mut pong = Vec::new();
-                message::encode_pong(id, false, &mut pong);
+                message::encode_pong(id, 0, false, &mut pong);
                 stream.write_all(&pong).ok()?;
                 continue;
             }

@@ -34,7 +34,7 @@ fuzz_target!(|input: &[u8]| {
         if crc && !mode.has(Mode::RAW) {
             mend_messages(&mut bytes);
         }
-        messages(&bytes, &Limits { crc, data_bytes_max: 1 << 20 });
+        messages(&bytes, &Limits { crc, data_bytes_max: 1 << 20, pong_time: true });
         command(&bytes);
     }
 });
@@ -103,7 +103,7 @@ fn messages(mut bytes: &[u8], limits: &Limits) {
                 let _ = FileStatus::decode(body);
             }
             Message::Ping(id) => encode_ping(id, limits.crc, &mut again),
-            Message::Pong(id) => encode_pong(id, limits.crc, &mut again),
+            Message::Pong(id, time_ns) => encode_pong(id, time_ns, limits.crc, &mut again),
             Message::Goaway(status, body) => {
                 encode_goaway(status, &text(body), limits.crc, &mut again);
                 // Its text may have been no UTF-8, or padded differently.

@@ -13,6 +13,8 @@ const BLOCK_BYTES: usize = 4096;
 const FILE_BLOCKS: u64 = 1024;
 /// In each scenario. What is done for the first time only is spread over all of them.
 const REQUESTS: u64 = 1024;
+/// Set if the worker is to trace the requests.
+const TRACED: &str = "RAIO_COUNT_TRACED";
 /// How often to look whether the pool has done its part.
 const POOL: Duration = Duration::from_micros(100);
 
@@ -95,6 +97,9 @@ fn scenario(
 #[test]
 fn requests_to_be_counted_succeed() {
     let mut worker = worker("m=mem:4M,rw", "0");
+    if std::env::var_os(TRACED).is_some() {
+        worker.tracer = Tracer::in_memory();
+    }
     let mut client = connect(&mut worker);
     let file = open(&mut worker, &mut client, OPEN_READ | OPEN_WRITE, b"/m");
     for direction in [Direction::Write, Direction::Read] {

@@ -222,7 +222,8 @@ fn control() -> Vec<(String, Vec<u8>)> {
     };
     vec![
         ("ping".into(), encoded(&|out| message::encode_ping(9, false, out))),
-        ("pong".into(), encoded(&|out| message::encode_pong(1, false, out))),
+        ("pong".into(), encoded(&|out| message::encode_pong(1, 0, false, out))),
+        ("pong-time".into(), encoded(&|out| message::encode_pong(1, 1 << 60, false, out))),
         ("queue-pair".into(), encoded(&|out| message::encode_queue_pair(Ok(&queue_pair), false, out))),
         (
             "no-queue-pair".into(),
