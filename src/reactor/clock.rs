@@ -8,14 +8,22 @@ use std::time::Instant;
 #[derive(Debug, Default)]
 pub struct LoopClock {
     now: Cell<Option<Instant>>,
-    /// It does not go on.
-    is_fixed: bool,
+    /// It goes on only when it is set.
+    is_fixed: Cell<bool>,
 }
 
 impl LoopClock {
     /// A clock that stands at this time: for tests.
     pub fn at(now: Instant) -> Self {
-        Self { now: Cell::new(Some(now)), is_fixed: true }
+        Self { now: Cell::new(Some(now)), is_fixed: Cell::new(true) }
+    }
+
+    /// It is this time from now on, until it is set again: a virtual clock, for tests. Timers and deadlines
+    /// follow it.
+    #[cfg(any(test, feature = "test-peers"))]
+    pub fn set(&self, now: Instant) {
+        self.now.set(Some(now));
+        self.is_fixed.set(true);
     }
 
     /// The time, as of this iteration.
@@ -30,11 +38,13 @@ impl LoopClock {
     /// The time at this moment, for what is due so long after it: the thread may have been held up since the
     /// iteration began, and a peer would have that much less time.
     pub fn read(&self) -> Instant {
-        if self.is_fixed { self.now() } else { Instant::now() }
+        if self.is_fixed.get() { self.now() } else { Instant::now() }
     }
 
     /// A new iteration begins.
     pub(super) fn advance(&self) {
-        self.now.set(None);
+        if !self.is_fixed.get() {
+            self.now.set(None);
+        }
     }
 }

@@ -478,7 +478,7 @@ impl Reactor {
         self.timers_passed += 1;
         if events.len() == before || self.timers_passed >= TIMERS_EVERY {
             self.timers_passed = 0;
-            self.timers.expire(events);
+            self.timers.expire(&self.clock, events);
         }
         if wait == Wait::Poll || events.len() > before || self.waker.take() || look(false) {
             return Ok(());
@@ -500,7 +500,7 @@ impl Reactor {
                 self.spin.record(&spinning, begin.elapsed());
                 return Ok(());
             }
-            if self.timers.next().is_some_and(|at| at <= Instant::now()) {
+            if self.timers.next().is_some_and(|at| at <= self.clock.read()) {
                 break;
             }
         }
@@ -514,7 +514,7 @@ impl Reactor {
             result?;
         }
         self.waker.take();
-        self.timers.expire(events);
+        self.timers.expire(&self.clock, events);
         self.spin.record(&spinning, begin.elapsed());
         Ok(())
     }
@@ -535,7 +535,7 @@ impl Reactor {
     }
 
     fn engine_sleep(&mut self, events: &mut Vec<Event>) -> io::Result<()> {
-        let timeout = self.timers.next().map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = self.timers.next().map(|at| at.saturating_duration_since(self.clock.read()));
         match &mut self.engine {
             Engine::Ring(ring) => ring.sleep(timeout, events),
             Engine::Epoll(epoll) => epoll.poll(timeout, events),

@@ -305,3 +305,21 @@ fn files_are_read_and_written_through_the_ring_and_let_go() {
     drop(range);
     assert_eq!(arena.used_bytes(), 0);
 }
+
+#[test]
+fn a_timer_comes_when_the_clock_is_set_and_not_before() {
+    both(|mut reactor| {
+        let start = Instant::now();
+        reactor.clock().set(start);
+        reactor.timer(start + Duration::from_secs(3600), TOKEN);
+        let mut events = Vec::new();
+        for (seconds, comes) in [(0, 0), (3599, 0), (3600, 1), (7200, 0)] {
+            reactor.clock().set(start + Duration::from_secs(seconds));
+            for _ in 0..2 * TIMERS_EVERY {
+                reactor.run_once(Wait::Poll, &mut events).unwrap();
+            }
+            assert_eq!(events.drain(..).count(), comes, "after {seconds} s");
+            assert_eq!(reactor.clock().now(), start + Duration::from_secs(seconds));
+        }
+    });
+}

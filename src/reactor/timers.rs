@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use slab::Slab;
 
-use super::{Event, Payload, Token};
+use super::{Event, LoopClock, Payload, Token};
 
 /// A timer that has been set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,11 +53,12 @@ impl Timers {
         None
     }
 
-    pub fn expire(&mut self, events: &mut Vec<Event>) {
+    /// Appends the timers that have come by the clock.
+    pub fn expire(&mut self, clock: &LoopClock, events: &mut Vec<Event>) {
         if self.live.is_empty() {
             return;
         }
-        let now = Instant::now();
+        let now = clock.read();
         while self.next().is_some_and(|at| at <= now) {
             if let Some(Reverse((_, _, key))) = self.heap.pop() {
                 let (_, token) = self.live.remove(key);

@@ -84,11 +84,11 @@ fn lost(errno: i32) -> CloseReason {
 impl Connection {
     /// Whether its peer has neither reset nor closed it; if it has, the connection ends. The clock is read
     /// anew: the worker may have been held up since the iteration began.
-    fn is_there(&mut self, shared: &mut StreamShared) -> bool {
+    fn is_there(&mut self, shared: &mut StreamShared, clock: &LoopClock) -> bool {
         if !self.stream.is_open() {
             return false;
         }
-        let now = Instant::now();
+        let now = clock.read();
         if self.stream.is_alive_at(now) {
             return true;
         }
@@ -530,7 +530,7 @@ impl ServerTransport for TcpServer {
 
     fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
         let Some(found) = entry(&mut self.entries, connection) else { return false };
-        let is_there = found.is_there(&mut self.shared);
+        let is_there = found.is_there(&mut self.shared, reactor.clock());
         if !is_there && found.settle(&mut self.shared) {
             self.attend(reactor, connection);
         }
@@ -540,7 +540,7 @@ impl ServerTransport for TcpServer {
     fn show_life(&mut self, reactor: &mut Reactor, connection: ConnectionId) {
         let Some(found) = entry(&mut self.entries, connection) else { return };
         // Nor is it heard that such a connection has ended.
-        if found.stream.is_unread() && found.is_there(&mut self.shared) {
+        if found.stream.is_unread() && found.is_there(&mut self.shared, reactor.clock()) {
             found.stream.show_life(&mut self.shared);
         }
         if found.settle(&mut self.shared) {
