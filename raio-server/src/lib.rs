@@ -44,3 +44,5 @@ mod volume;
 mod worker;
 
 pub use program::main;
+#[cfg(any(test, feature = "test-worker"))]
+pub use worker::driven::{InUse, TestWorker};

@@ -511,6 +511,12 @@ impl Limits {
         }
     }
 
+    /// Connections and open files, of all sessions.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn places(&self) -> usize {
+        self.used().count()
+    }
+
     /// Open files of all sessions.
     pub fn files(&self) -> usize {
         get(&self.files)

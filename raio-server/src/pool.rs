@@ -109,6 +109,38 @@ impl<J: Job> Pool<J> {
         Ok(pool)
     }
 
+    /// A pool without threads: whoever has it runs its jobs, with [`Pool::run_one`].
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn without_threads() -> &'static Self {
+        // As if there were always an idle one, so that none is asked for.
+        let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle: usize::MAX };
+        Box::leak(Box::new(Self {
+            state: Mutex::new(state),
+            next_ticket: AtomicU64::new(0),
+            work: Condvar::new(),
+            too_few: Condvar::new(),
+        }))
+    }
+
+    /// Runs one of the jobs that may run, the oldest if `which` is 0, in this thread. Returns false if there
+    /// is none.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn run_one(&self, which: usize) -> bool {
+        let mut state = self.lock();
+        let at = which.checked_rem(state.ready.len()).unwrap_or(0);
+        let Some(Ready { lane, job, .. }) = state.ready.remove(at) else { return false };
+        drop(state);
+        job.run();
+        self.lock().finished(lane);
+        true
+    }
+
+    /// Jobs that have not ended.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn unfinished(&self) -> usize {
+        self.lock().lanes.iter().map(|lane| lane.running + lane.waiting.len()).sum()
+    }
+
     /// A new lane, which runs at most `width` jobs at a time.
     pub fn lane(&'static self, width: usize) -> Lane<J> {
         let mut state = self.lock();

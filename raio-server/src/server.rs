@@ -4,12 +4,10 @@
 //! serves nothing itself.
 
 use std::process::ExitCode;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use raio_transport::address::Scheme;
-use raio_transport::handshake::Policy;
 use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
 use rustix::net::{SendFlags, Shutdown};
@@ -21,11 +19,9 @@ use crate::export_spec::Source;
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
-use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::{self, Counters, Whole};
-use crate::trace::Trace;
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
 use crate::{log, probe};
@@ -122,30 +118,8 @@ impl Server {
         let signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
-        let policy = Policy {
-            queue_depth: config.queue_depth,
-            data_bytes_max: config.io_bytes_max,
-            stall_timeout: config.stall_timeout,
-            name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
-            ..Policy::default()
-        };
-        let trace = config.trace.as_deref().map(|path| Trace::start(path, policy.clock, config.workers));
-        let trace = trace.transpose()?;
-        let shared = Arc::new(Shared {
-            exports,
-            sessions: Sessions::new(sessions_max, Arc::clone(&limits)),
-            policy: Arc::new(policy),
-            workers: OnceLock::new(),
-            placement: Placement::new(config.workers),
-            backend: config.backend,
-            arena_bytes: config.arena_bytes,
-            heap_bytes: config.heap_bytes,
-            memory_caps: [config.session_caps, config.address_caps]
-                .map(|caps| config.each_workers(caps.memory)),
-            spin: config.spin,
-            trace,
-            rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
-        });
+        let sessions = Sessions::new(sessions_max, Arc::clone(&limits));
+        let shared = Arc::new(Shared::new(config, exports, sessions)?);
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
         let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());

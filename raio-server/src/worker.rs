@@ -20,6 +20,8 @@ mod admission;
 mod command;
 mod connections;
 mod device_queues;
+#[cfg(any(test, feature = "test-worker"))]
+pub mod driven;
 mod fast_path;
 #[cfg(debug_assertions)]
 mod filter;
@@ -39,6 +41,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
 use raio_transport::memory::Arena;
 use raio_transport::message::SessionId;
@@ -47,7 +50,7 @@ use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wai
 use raio_transport::transport::{self, Accepted, Incoming, QueuePairMemory, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma, tcp};
 
-use crate::config::BackendKind;
+use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
 use crate::limits::ConnectionPermit;
@@ -99,6 +102,35 @@ pub struct Shared {
     pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
     pub rdma: bool,
+}
+
+impl Shared {
+    /// What a configuration asks for, with its exports and a table for its sessions.
+    pub fn new(config: &Config, exports: Exports, sessions: Sessions) -> anyhow::Result<Self> {
+        let policy = Policy {
+            queue_depth: config.queue_depth,
+            data_bytes_max: config.io_bytes_max,
+            stall_timeout: config.stall_timeout,
+            name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
+            ..Policy::default()
+        };
+        let trace = config.trace.as_deref().map(|path| Trace::start(path, policy.clock, config.workers));
+        Ok(Self {
+            exports,
+            sessions,
+            policy: Arc::new(policy),
+            workers: OnceLock::new(),
+            placement: Placement::new(config.workers),
+            backend: config.backend,
+            arena_bytes: config.arena_bytes,
+            heap_bytes: config.heap_bytes,
+            memory_caps: [config.session_caps, config.address_caps]
+                .map(|caps| config.each_workers(caps.memory)),
+            spin: config.spin,
+            trace: trace.transpose()?,
+            rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
+        })
+    }
 }
 
 /// How to reach a worker.
@@ -208,8 +240,19 @@ impl Worker {
         counters: Arc<Counters>,
         cpu: Option<usize>,
     ) -> anyhow::Result<(Self, Started)> {
-        let mut reactor = Reactor::new(&reactor::Config { spin: shared.spin, ..reactor::Config::default() })
+        let reactor = Reactor::new(&reactor::Config { spin: shared.spin, ..reactor::Config::default() })
             .context("Cannot make an event loop")?;
+        Self::on(reactor, index, shared, counters, cpu)
+    }
+
+    /// The same over an event loop that there is.
+    fn on(
+        mut reactor: Reactor,
+        index: usize,
+        shared: Arc<Shared>,
+        counters: Arc<Counters>,
+        cpu: Option<usize>,
+    ) -> anyhow::Result<(Self, Started)> {
         let io_bytes_max = shared.policy.data_bytes_max as usize;
         // Twice the largest request, for a direct read takes up to a block more on each side. Down to a
         // multiple of that, for up would be more than was allowed.
@@ -454,7 +497,7 @@ impl Worker {
         self.is_busy |= self.admission.is_exhausted();
         if self.latencies.end_iteration() {
             let began = self.reactor.clock().now();
-            self.latencies.record(began, Instant::now(), &self.counters);
+            self.latencies.record(began, self.reactor.clock().read(), &self.counters);
         }
     }
 

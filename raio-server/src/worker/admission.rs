@@ -228,6 +228,15 @@ impl Admission {
         self.accounts[connection].is_waiting
     }
 
+    /// Bytes that requests hold, and connections that wait for some, as they are counted here.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn in_use(&self) -> (usize, usize) {
+        let of_connections: usize = self.accounts.iter().map(|account| account.slot_bytes).sum();
+        let of_exports: usize = self.exports.iter().map(|export| export.held + export.fetching).sum();
+        let waiting: usize = self.sessions.iter().map(|session| session.waiting).sum();
+        (of_connections + of_exports, waiting + self.round_robin.len())
+    }
+
     // Iterations
     // ----------------------------------------------------------------------------------------------------
 

@@ -125,6 +125,12 @@ impl Connections {
         self.open.iter()
     }
 
+    /// How many there are, those in their handshake included.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn len(&self) -> usize {
+        self.arriving.len() + self.open.len()
+    }
+
     /// Whether none is open.
     pub fn none_is_open(&self) -> bool {
         self.open.is_empty()

@@ -32,6 +32,12 @@ pub struct LocalSessions {
 }
 
 impl LocalSessions {
+    /// How many there are.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
     /// The session with this id, for a connection of this client from an address. The error says why there
     /// may not be one more.
     pub fn join(

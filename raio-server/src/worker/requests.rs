@@ -129,7 +129,7 @@ impl Requests {
     }
 
     /// How many there are.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-worker"))]
     pub fn len(&self) -> usize {
         self.all.len()
     }

@@ -2,6 +2,7 @@
 //! they take turns.
 
 mod coalescing_device;
+mod driven;
 mod fast_path;
 mod instructions;
 mod limits;
@@ -43,20 +44,7 @@ fn worker_of(exports: Exports, config: &Config) -> Worker {
 }
 
 fn worker_within(limits: Arc<Limits>, exports: Exports, config: &Config) -> Worker {
-    let shared = Shared {
-        exports,
-        sessions: Sessions::new(16, limits),
-        policy: Arc::default(),
-        workers: OnceLock::new(),
-        placement: Placement::new(1),
-        backend: config.backend,
-        arena_bytes: config.arena_bytes,
-        heap_bytes: config.heap_bytes,
-        memory_caps: [usize::MAX; 2],
-        spin: config.spin,
-        trace: None,
-        rdma: false,
-    };
+    let shared = Shared::new(config, exports, Sessions::new(16, limits)).expect("there is no trace");
     let (worker, started) =
         Worker::new(0, Arc::new(shared), Arc::new(Counters::new(1)), None).expect("a worker starts");
     assert!(started.fallback.is_none(), "these tests are for io_uring, but {:?}", started.fallback);

@@ -1,0 +1,169 @@
+//! A worker that a test drives, in the test's own thread and by the test's clock.
+//!
+//! Nothing happens by itself: an iteration of the worker, a blocking operation (elsewhere a thread of the
+//! pool does it) and the passing of time are calls. So what becomes of a run depends on those calls alone.
+//! The reactor is the one over epoll and the engine is `threads`, because the kernel ends operations of
+//! io_uring when it likes.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use clap::Parser;
+use raio_transport::reactor::{self, Reactor};
+use raio_transport::transport::ServerTransport;
+
+use super::{Mail, RawConnection, Shared, Worker, WorkerSenders};
+use crate::config::{BackendKind, Config, Options};
+use crate::engine::Job;
+use crate::export::Exports;
+use crate::limits::{Limits, Room};
+use crate::pool::Pool;
+use crate::session::Sessions;
+use crate::stats::Counters;
+
+/// What a worker has because of its clients, and all workers count: nothing once they are gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InUse {
+    /// Connections, as the transport has them, and as the worker has them.
+    pub connections: [usize; 2],
+    /// Sessions, as the worker has them, and as all workers share them.
+    pub sessions: [usize; 2],
+    /// Files that have a handle, and files that are being closed.
+    pub files: [usize; 2],
+    /// Connections, open files and what else the limits count.
+    pub places: usize,
+    /// Data connections, by which new ones are placed.
+    pub data_connections: usize,
+    /// Requests that are not answered, and those that are deferred to the next iteration.
+    pub requests: [usize; 2],
+    /// Bytes that requests hold, and connections that wait for some, by the books of the admission.
+    pub admitted: (usize, usize),
+    /// Bytes of the arena.
+    pub slot_bytes: usize,
+    /// Bytes of messages beside it.
+    pub heap_bytes: usize,
+    /// Operations of the reactor.
+    pub operations: usize,
+    /// Jobs of the pool.
+    pub jobs: usize,
+}
+
+/// See the module documentation. Everything is done by the thread that made it.
+pub struct TestWorker {
+    shared: Arc<Shared>,
+    limits: Arc<Limits>,
+    pool: &'static Pool<Job>,
+    senders: WorkerSenders,
+    worker: Worker,
+    now: Instant,
+}
+
+impl TestWorker {
+    /// A worker of a server with these options, which all may have `places` connections and open files
+    /// together. Of what the options say the listeners, the backend and the number of workers do not count.
+    pub fn new(options: &[&str], places: usize) -> anyhow::Result<Self> {
+        let config = Options::try_parse_from(["raio_server"].iter().chain(options))?.check(1)?;
+        let config = Config { backend: BackendKind::Threads, workers: 1, spin: Duration::ZERO, ..config };
+        let pool = Pool::without_threads();
+        let exports = Exports::open(&config.exports, pool)?;
+        let room = Room {
+            descriptors: places,
+            files: places / 2,
+            bytes: config.places_bytes,
+            workers: config.workers,
+        };
+        let limits = Limits::new(room, config.session_caps, config.address_caps);
+        let sessions_max = config.sessions_max.context("Give --max-sessions")?;
+        let sessions = Sessions::new(sessions_max, Arc::clone(&limits));
+        let shared = Arc::new(Shared::new(&config, exports, sessions)?);
+        let now = Instant::now();
+        let (worker, senders) = start(&shared, now)?;
+        Ok(Self { shared, limits, pool, senders, worker, now })
+    }
+
+    /// The worker has drained and ends: another one begins, with the same exports and sessions.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        (self.worker, self.senders) = start(&self.shared, self.now)?;
+        Ok(())
+    }
+
+    /// Fills the free memory of the arena, to see if any of it is sent as it is.
+    pub fn fill_arena(&mut self, byte: u8) {
+        let arena = &mut self.worker.arena;
+        let len = arena.slot_bytes_max();
+        let slots: Vec<_> = std::iter::from_fn(|| arena.alloc(len)).collect();
+        slots.into_iter().for_each(|mut slot| slot.bytes_mut().fill(byte));
+    }
+
+    /// Hands over a stream socket, non-blocking, as the main thread does. The error says why there may not be
+    /// one more connection.
+    pub fn connect(&mut self, socket: OwnedFd) -> anyhow::Result<()> {
+        let permit = self.limits.connect(None).map_err(|excess| anyhow!(excess.text))?;
+        self.senders.connections.send((RawConnection::Tcp(socket, None), Arc::new(permit)));
+        Ok(())
+    }
+
+    /// One iteration of the worker. It never sleeps.
+    pub fn run_once(&mut self) -> anyhow::Result<()> {
+        self.worker.is_busy = true;
+        self.worker.run_once()
+    }
+
+    /// Carries out one of the blocking operations that may begin, the oldest if `which` is 0. Returns false
+    /// if there is none.
+    pub fn run_job(&mut self, which: usize) -> bool {
+        self.pool.run_one(which)
+    }
+
+    /// Lets time pass.
+    pub fn advance(&mut self, by: Duration) {
+        self.now += by;
+        self.worker.reactor.clock().set(self.now);
+    }
+
+    /// Tells the worker to stop, within this time.
+    pub fn drain(&mut self, within: Duration) {
+        self.senders.mailbox.send(Mail::Drain(self.now + within));
+    }
+
+    /// Whether it has drained and is to end; if so, whether everything was answered.
+    pub fn drained(&mut self) -> Option<bool> {
+        self.worker.drained()
+    }
+
+    /// What there is now.
+    pub fn in_use(&mut self) -> InUse {
+        let worker = &mut self.worker;
+        InUse {
+            connections: [worker.transport.connections(), worker.connections.len()],
+            sessions: [worker.sessions.len(), self.shared.sessions.len()],
+            files: [self.shared.sessions.open_files(), worker.closing],
+            places: self.limits.places(),
+            data_connections: self.shared.placement.data_connections().iter().sum(),
+            requests: [worker.requests.len(), worker.deferred.len()],
+            admitted: worker.admission.in_use(),
+            slot_bytes: worker.arena.used_bytes(),
+            heap_bytes: worker.transport.heap().0,
+            operations: worker.reactor.in_flight(),
+            jobs: self.pool.unfinished(),
+        }
+    }
+}
+
+fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(Worker, WorkerSenders)> {
+    // Few and small buffers, so that a test runs out of them.
+    let config = reactor::Config {
+        epoll: true,
+        spin: Duration::ZERO,
+        received_count: 4,
+        received_bytes: 4096,
+        ..reactor::Config::default()
+    };
+    let reactor = Reactor::new(&config).context("Cannot make an event loop")?;
+    reactor.clock().set(now);
+    let counters = Arc::new(Counters::new(shared.exports.all().len()));
+    let (worker, started) = Worker::on(reactor, 0, Arc::clone(shared), counters, None)?;
+    Ok((worker, started.senders))
+}
