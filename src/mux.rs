@@ -108,6 +108,8 @@ pub fn upgrade(
 /// moved to.
 pub struct Mux {
     transports: Vec<(u8, Box<dyn ServerTransport>)>,
+    /// The owner numbers of all, a bit for each.
+    owners: u64,
     /// Connections that have moved, each after what its new transport had to report before: the connection
     /// that had its name's index until then may have closed.
     pending: VecDeque<ServerEvent>,
@@ -116,8 +118,9 @@ pub struct Mux {
 impl Mux {
     /// Connections over any of these transports, which have different owner numbers.
     pub fn new(transports: Vec<Box<dyn ServerTransport>>) -> Self {
+        let owners = transports.iter().fold(0, |owners, transport| owners | transport.owners());
         let transports = transports.into_iter().map(|transport| (transport.owner(), transport)).collect();
-        Self { transports, pending: VecDeque::new() }
+        Self { transports, owners, pending: VecDeque::new() }
     }
 
     /// Takes over a connection that was accepted; its handshake is still to come.
@@ -160,6 +163,18 @@ impl Mux {
         }
     }
 
+    #[cold]
+    fn next_pending(&mut self) -> Option<ServerEvent> {
+        // What there was of it before it moved comes first.
+        if let Some(&ServerEvent::Moved(from, _)) = self.pending.front()
+            && let Some(event) = self.find_mut(from).next_event()
+        {
+            return Some(event);
+        }
+        self.pending.pop_front()
+    }
+
+    #[cold]
     fn hand(&mut self, reactor: &mut Reactor, handover: Handover) {
         match handover {
             Handover::Upgrade(request) => self.upgrade(reactor, &request),
@@ -202,7 +217,7 @@ impl ServerTransport for Mux {
     }
 
     fn owners(&self) -> u64 {
-        self.all().fold(0, |owners, transport| owners | transport.owners())
+        self.owners
     }
 
     fn handle(&mut self, reactor: &mut Reactor, event: Event) {
@@ -222,21 +237,11 @@ impl ServerTransport for Mux {
     }
 
     fn next_event(&mut self) -> Option<ServerEvent> {
-        match self.pending.front() {
-            None => {}
-            // What there was of it before it moved comes first.
-            Some(&ServerEvent::Moved(from, _)) => {
-                return self.find_mut(from).next_event().or_else(|| self.pending.pop_front());
-            }
-            Some(_) => return self.pending.pop_front(),
+        if self.pending.is_empty() {
+            self.all_mut().find_map(|transport| transport.next_event())
+        } else {
+            self.next_pending()
         }
-        for (_, transport) in &mut self.transports {
-            let event = transport.next_event();
-            if event.is_some() {
-                return event;
-            }
-        }
-        None
     }
 
     fn fetch(&mut self, reactor: &mut Reactor, request: RequestKey, slot: Slot, start: usize) {

@@ -295,8 +295,10 @@ pub trait ServerTransport {
         let happened = poll_ready || !events.is_empty();
         let owners = self.owners();
         let is_ours = |owner: u8| 1u64.checked_shl(owner.into()).is_some_and(|bit| owners & bit != 0);
-        for event in events.extract_if(.., |event| is_ours(event.token.owner)) {
-            self.handle(reactor, event);
+        if !events.is_empty() {
+            for event in events.extract_if(.., |event| is_ours(event.token.owner)) {
+                self.handle(reactor, event);
+            }
         }
         self.process_ready(reactor);
         Ok(happened)

@@ -78,7 +78,7 @@ pub struct Request {
     /// It is to be cancelled.
     pub is_cancelled: bool,
     /// The cancel command that waits for its end.
-    pub cancel_request: Option<(RequestKey, Option<Instant>)>,
+    pub cancel_request: Option<Box<(RequestKey, Option<Instant>)>>,
     /// Where its operation is, for cancelling.
     pub operation: Option<Pending>,
 }

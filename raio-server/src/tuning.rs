@@ -235,6 +235,9 @@ pub mod statistics {
     /// One read or write in so many is measured: to read the clock twice costs 150 instructions, 3 % of a
     /// 4 KiB read at depth 1.
     pub const MEASURED_EVERY: u32 = 16;
+    /// A worker publishes its gauges before it may sleep, and once in so many iterations while it is busy:
+    /// that takes 100 instructions. Some microseconds later is soon enough for those who look.
+    pub const PUBLISHED_EVERY: u32 = 16;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;
     /// How long the end of the process waits for the trace to be written, for a file system may hang. Not

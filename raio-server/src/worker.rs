@@ -61,6 +61,7 @@ use crate::session::Sessions;
 use crate::stats::Counters;
 use crate::trace::Trace;
 use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
+use crate::tuning::statistics::PUBLISHED_EVERY;
 use admission::Admission;
 use connections::{Arrival, Connections};
 use device_queues::DeviceQueues;
@@ -205,6 +206,8 @@ pub struct Worker {
     device_queues: DeviceQueues,
     latencies: Latencies,
     tracer: Tracer,
+    /// Iterations since the gauges were published.
+    unpublished: u32,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
     /// Requests for a later iteration.
@@ -328,6 +331,7 @@ impl Worker {
             requests: Requests::default(),
             device_queues: DeviceQueues::default(),
             latencies: Latencies::default(),
+            unpublished: 0,
             closing: 0,
             deferred: VecDeque::new(),
             events: Vec::new(),
@@ -355,7 +359,7 @@ impl Worker {
     fn run_once(&mut self) -> anyhow::Result<()> {
         // What has happened: events, other threads' mail, and operations that have ended.
         self.poll_events()?;
-        self.begin_iteration();
+        self.admission.begin_iteration();
         self.take_mail();
         self.take_completions();
         // Requests that wait for memory come before those that have just arrived.
@@ -381,21 +385,15 @@ impl Worker {
         self.reactor.set_spin_multiplier(if spins { self.device_queues.in_flight().max(1) } else { 0 });
         let happened = self.transport.run_once(&mut self.reactor, wait, &mut self.events);
         self.is_busy = happened.context("The event loop failed")?;
-        for event in self.events.drain(..) {
-            // The others are the worker's timers, which only wake it.
-            if event.token.owner == engine::OWNER {
-                self.engine.handle(event);
+        if !self.events.is_empty() {
+            for event in self.events.drain(..) {
+                // The others are the worker's timers, which only wake it.
+                if event.token.owner == engine::OWNER {
+                    self.engine.handle(event);
+                }
             }
         }
         Ok(())
-    }
-
-    fn begin_iteration(&mut self) {
-        self.admission.begin_iteration();
-        if self.latencies.measures_fast_path() {
-            // What the fast path answers counts from here.
-            self.reactor.clock().now();
-        }
     }
 
     fn take_mail(&mut self) {
@@ -501,8 +499,15 @@ impl Worker {
         }
     }
 
+    /// Publishes the gauges. Another iteration follows at once while the worker is busy: one of them does it.
     fn publish(&mut self) {
         let counters = &self.counters;
+        counters.iterations.add(1);
+        self.unpublished += 1;
+        if self.is_busy && self.unpublished < PUBLISHED_EVERY {
+            return;
+        }
+        self.unpublished = 0;
         counters.connections.set(self.transport.connections() as u64);
         counters.need_slot.set(self.requests.in_state(State::NeedSlot) as u64);
         counters.fetching.set(self.requests.in_state(State::Fetching) as u64);
@@ -512,12 +517,10 @@ impl Worker {
         counters.heap_bytes.set(heap_bytes as u64);
         counters.message_waits.set(message_waits);
         counters.sleeps.set(self.reactor.sleeps());
-        let iteration_bytes = self.admission.iteration_bytes() as u64;
-        counters.iteration_bytes_max.set(counters.iteration_bytes_max.get().max(iteration_bytes));
+        counters.iteration_bytes_max.set(self.admission.iteration_bytes_max() as u64);
         for (counter, waits) in counters.memory_waits.iter().zip(self.admission.share_waits()) {
             counter.set(waits);
         }
-        counters.iterations.add(1);
     }
 
     // The end

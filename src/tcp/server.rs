@@ -588,6 +588,10 @@ impl ServerTransport for TcpServer {
     }
 
     fn next_handover(&mut self) -> Option<Handover> {
+        // Asked in every iteration, and rarely for something.
+        if self.shared.ended.is_empty() && self.shared.upgrades.is_empty() {
+            return None;
+        }
         match self.shared.ended.pop_front() {
             Some((partner, reason)) => {
                 Some(Handover::Ended { partner, reason, status: Status::OK, text: String::new() })

@@ -139,6 +139,8 @@ pub struct Admission {
     holding: Vec<usize>,
     /// All of them have been noted in this iteration.
     is_noted: bool,
+    /// The most bytes that an earlier iteration has given out.
+    iteration_bytes_max: usize,
     /// Bytes that this iteration has given out...
     iteration_bytes: usize,
     /// ... and those of them that the fast path has.
@@ -171,6 +173,7 @@ impl Admission {
             starved: None,
             holding: Vec::new(),
             is_noted: false,
+            iteration_bytes_max: 0,
             iteration_bytes: 0,
             fast_path_bytes: 0,
             is_exhausted: false,
@@ -242,6 +245,7 @@ impl Admission {
 
     /// A new iteration of the worker's loop.
     pub fn begin_iteration(&mut self) {
+        self.iteration_bytes_max = self.iteration_bytes_max();
         self.iteration_bytes = 0;
         self.fast_path_bytes = 0;
         self.is_exhausted = false;
@@ -259,8 +263,14 @@ impl Admission {
     }
 
     /// Bytes that this iteration has given out.
+    #[cfg(test)]
     pub fn iteration_bytes(&self) -> usize {
         self.iteration_bytes
+    }
+
+    /// The most bytes that an iteration has given out.
+    pub fn iteration_bytes_max(&self) -> usize {
+        self.iteration_bytes_max.max(self.iteration_bytes)
     }
 
     /// The fast path has answered with so many bytes. Returns whether the responses so far should leave

@@ -197,7 +197,7 @@ impl Worker {
             let response = failure(Status::storage(libc::EALREADY), text);
             return self.respond_now(request.key, Opcode::Cancel, response);
         }
-        self.requests[key].cancel_request = Some((request.key, self.arrived(Opcode::Cancel)));
+        self.requests[key].cancel_request = Some(Box::new((request.key, self.arrived(Opcode::Cancel))));
         self.cancel(connection, key);
     }
 }

@@ -17,7 +17,7 @@ use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
 use crate::open::{OpenResult, Opening};
-use crate::request::{Request, State, Step, Work, WorkerFile, failure, success};
+use crate::request::{State, Step, Work, WorkerFile, failure, success};
 use crate::volume::Context;
 
 impl Worker {
@@ -49,14 +49,14 @@ impl Worker {
         self.latencies.measures(opcode).then(|| self.reactor.clock().now())
     }
 
-    /// Takes out a request that is over.
-    pub(super) fn end_request(&mut self, key: usize) -> Request {
-        let request = self.requests.end(key);
+    /// Takes out a request that is over, and what it has on the accounts.
+    pub(super) fn end_request(&mut self, key: usize) {
+        let request = &self.requests[key];
         if request.state == State::Fetching {
             self.admission.set_fetching(request.export, false);
         }
         self.admission.release(request.connection, request.export, request.slot_bytes);
-        request
+        self.requests.end(key);
     }
 
     /// Gives memory to requests that wait for it.
@@ -301,15 +301,20 @@ impl Worker {
 
     /// Ends a request that was begun. If its connection has gone, the answer goes nowhere.
     pub(super) fn answer(&mut self, key: usize, response: Response) {
-        let request = self.end_request(key);
-        let Some(connection) = request.connection else { return };
+        let request = &mut self.requests[key];
+        let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
+        let cancel_request = request.cancel_request.take();
+        let request = &self.requests[key];
+        let Some(connection) = request.connection else { return self.end_request(key) };
         if self.counts_requests {
             self.uncount_request(connection, &request.work);
         }
         self.count_work(request.work.export(), request.work.direction(), response.status, response.result);
+        self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
-        self.respond(request.key, request.opcode, request.arrived, response);
-        if let Some((cancel_request, arrived)) = request.cancel_request {
+        self.respond(name, opcode, arrived, response);
+        if let Some(cancel_request) = cancel_request {
+            let (cancel_request, arrived) = *cancel_request;
             let response = if was_cancelled {
                 success(0)
             } else {

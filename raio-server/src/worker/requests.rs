@@ -6,14 +6,16 @@ use std::time::Instant;
 
 use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
-use slab::Slab;
 
 use crate::request::{Request, State, Work};
 
 /// See the module documentation. A request's key is its index here, which is also its key at the engine.
 #[derive(Debug, Default)]
 pub struct Requests {
-    all: Slab<Request>,
+    /// A request stays in its place until it has ended, for it is too large to be moved (a slab would).
+    all: Vec<Option<Request>>,
+    /// The places that are free.
+    free: Vec<usize>,
     /// How many are in each state.
     in_state: [usize; 3],
     /// Those of each connection, by its key, oldest first. Most are answered in order, so looking for one
@@ -34,6 +36,7 @@ pub enum Cancel {
 
 impl Requests {
     /// A request of a connection has come.
+    #[inline]
     pub fn begin(
         &mut self,
         connection: usize,
@@ -41,7 +44,11 @@ impl Requests {
         work: Work,
         export: Option<usize>,
     ) -> usize {
-        let request = self.all.insert(Request {
+        let request = self.free.pop().unwrap_or_else(|| {
+            self.all.push(None);
+            self.all.len() - 1
+        });
+        self.all[request] = Some(Request {
             key,
             connection: Some(connection),
             opcode,
@@ -64,31 +71,34 @@ impl Requests {
 
     /// A request enters a state. Returns the one that it leaves.
     pub fn enter(&mut self, request: usize, state: State) -> State {
-        let before = std::mem::replace(&mut self.all[request].state, state);
+        let before = std::mem::replace(&mut self[request].state, state);
         self.in_state[before as usize] -= 1;
         self.in_state[state as usize] += 1;
         before
     }
 
     /// A request is over.
-    pub fn end(&mut self, request: usize) -> Request {
-        let ended = self.all.remove(request);
-        self.in_state[ended.state as usize] -= 1;
-        if let Some(connection) = ended.connection {
-            let siblings = &mut self.of_connections[connection];
-            let at = siblings.iter().position(|&other| other == request);
-            at.and_then(|at| siblings.remove(at));
+    pub fn end(&mut self, request: usize) {
+        let Request { state, connection, .. } = self[request];
+        self.all[request] = None;
+        self.free.push(request);
+        self.in_state[state as usize] -= 1;
+        if let Some(connection) = connection {
+            self.forget(connection, request);
         }
-        ended
+    }
+
+    fn forget(&mut self, connection: usize, request: usize) {
+        // The oldest is first, and whoever takes out all begins with it.
+        let siblings = &mut self.of_connections[connection];
+        let at = siblings.iter().position(|&other| other == request);
+        at.and_then(|at| siblings.remove(at));
     }
 
     /// The connection of a request has ended. The engine still has the request, whose answer is for nobody.
     pub fn detach(&mut self, request: usize) {
-        if let Some(connection) = self.all[request].connection.take() {
-            // The oldest is first, and whoever detaches all begins with it.
-            let siblings = &mut self.of_connections[connection];
-            let at = siblings.iter().position(|&other| other == request);
-            at.and_then(|at| siblings.remove(at));
+        if let Some(connection) = self[request].connection.take() {
+            self.forget(connection, request);
         }
     }
 
@@ -104,12 +114,12 @@ impl Requests {
 
     /// A connection's request by the client's id.
     pub fn by_id(&self, connection: usize, id: u64) -> Option<usize> {
-        self.of(connection).find(|&request| self.all[request].key.id == id)
+        self.of(connection).find(|&request| self[request].key.id == id)
     }
 
     /// A request is to be cancelled: it is not begun, and nothing more is begun for it.
     pub fn cancel(&mut self, request: usize) -> Cancel {
-        let request = &mut self.all[request];
+        let request = &mut self[request];
         request.is_cancelled = true;
         match request.state {
             State::NeedSlot => Cancel::NotBegun,
@@ -125,13 +135,13 @@ impl Requests {
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+        self.all.len() == self.free.len()
     }
 
     /// How many there are.
     #[cfg(any(test, feature = "test-worker"))]
     pub fn len(&self) -> usize {
-        self.all.len()
+        self.all.len() - self.free.len()
     }
 }
 
@@ -139,13 +149,13 @@ impl Index<usize> for Requests {
     type Output = Request;
 
     fn index(&self, request: usize) -> &Request {
-        &self.all[request]
+        self.all[request].as_ref().expect("a request is looked for by the key that it has")
     }
 }
 
 impl IndexMut<usize> for Requests {
     fn index_mut(&mut self, request: usize) -> &mut Request {
-        &mut self.all[request]
+        self.all[request].as_mut().expect("a request is looked for by the key that it has")
     }
 }
 
@@ -214,7 +224,7 @@ mod tests {
         assert_eq!(requests.oldest(0), None);
         let next = begin(&mut requests, 0, 1);
         assert_eq!(requests.by_id(0, 1), Some(next));
-        assert!(requests.end(request).connection.is_none());
+        requests.end(request);
         assert_eq!(requests.of(0).collect::<Vec<_>>(), [next]);
     }
 
