@@ -467,7 +467,7 @@ pub trait ServerTransport {
         let _ = (reactor, connection, answer);
     }
 
-    /// The other half of a connection that has moved, if it has.
+    /// For a connection that this transport has taken over: its half in the transport that it came from.
     fn partner(&self, connection: ConnectionId) -> Option<ConnectionId> {
         let _ = connection;
         None

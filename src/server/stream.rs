@@ -774,6 +774,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The connection that it has moved to.
+    #[cfg(test)]
     pub fn upgraded_to(&self) -> Option<ConnectionId> {
         if let UpgradeState::Upgraded(to) = self.upgrade { to } else { None }
     }

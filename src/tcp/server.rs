@@ -611,10 +611,6 @@ impl ServerTransport for TcpServer {
         });
     }
 
-    fn partner(&self, id: ConnectionId) -> Option<ConnectionId> {
-        self.connection(id)?.stream.upgraded_to()
-    }
-
     fn partner_ended(
         &mut self,
         reactor: &mut Reactor,
