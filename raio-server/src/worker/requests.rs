@@ -108,13 +108,14 @@ impl Requests {
     }
 
     /// A connection's requests, oldest first.
-    pub fn of(&self, connection: usize) -> impl Iterator<Item = usize> + '_ {
+    pub fn of(&self, connection: usize) -> impl DoubleEndedIterator<Item = usize> + '_ {
         self.of_connections.get(connection).into_iter().flatten().copied()
     }
 
-    /// A connection's request by the client's id.
+    /// A connection's request by the client's id. Looks at the newest first: over TCP that is the one whose
+    /// data arrives.
     pub fn by_id(&self, connection: usize, id: u64) -> Option<usize> {
-        self.of(connection).find(|&request| self[request].key.id == id)
+        self.of(connection).rfind(|&request| self[request].key.id == id)
     }
 
     /// A request is to be cancelled: it is not begun, and nothing more is begun for it.
