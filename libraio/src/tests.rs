@@ -370,7 +370,8 @@ fn a_server_that_answers_nothing_at_all_is_given_up() {
 
 #[test]
 fn no_call_waits_for_ever_for_a_server_that_only_answers_pings() {
-    let server = FakeServer::start(Policy { keepalive: Duration::from_millis(100), ..policy() });
+    // A ping in each call, and a second until a server that is held up counts as gone.
+    let server = FakeServer::start(Policy { keepalive: Duration::from_millis(250), ..policy() });
     server.file("/e/data", pattern(4096));
     let limit = Duration::from_millis(300);
     let session = connect(&server, &Options { call_timeout: limit, ..Options::default() });
