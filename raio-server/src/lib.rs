@@ -44,5 +44,7 @@ mod volume;
 mod worker;
 
 pub use program::main;
+#[cfg(feature = "test-worker")]
+pub use worker::admission::{Admission, Demand};
 #[cfg(any(test, feature = "test-worker"))]
 pub use worker::driven::{InUse, TestWorker};

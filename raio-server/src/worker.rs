@@ -16,7 +16,7 @@
 //! [`pipeline`] moves it along, and [`lifecycle`] is how connections begin and end. Nothing here is shared
 //! with other threads but [`Shared`], which is for the control path.
 
-mod admission;
+pub mod admission;
 mod command;
 mod connections;
 mod device_queues;
