@@ -150,7 +150,7 @@ impl LoopbackServer {
             self.events.push_back(ServerEvent::Opened(id, Box::new(peer)));
             return Ok(None);
         }
-        let len = match connection.messages.on_message(message, &mut self.events)? {
+        let len = match connection.messages.on_message(message, &mut self.events, reactor.clock())? {
             Taken::Closed(reason) => return Ok(Some(reason)),
             Taken::Bytes(len) => len,
             Taken::Data { len, id, range } => {

@@ -545,7 +545,7 @@ impl RdmaServer {
         loop {
             let Some(connection) = find(&mut self.connections, id) else { return Ok(()) };
             let (messages, qp) = (&mut connection.messages, &mut connection.qp);
-            match messages.on_message(&qp.bytes(&received)[start..], &mut self.events)? {
+            match messages.on_message(&qp.bytes(&received)[start..], &mut self.events, reactor.clock())? {
                 Taken::Bytes(len) => start += len,
                 Taken::Data { len, id, range } => {
                     let range = range.start + start..range.end + start;
@@ -1008,7 +1008,7 @@ impl ServerTransport for RdmaServer {
 
     fn is_alive(&mut self, reactor: &mut Reactor, connection: ConnectionId) -> bool {
         // Read anew: the worker may have been held up since the iteration began.
-        let now = Instant::now();
+        let now = reactor.clock().read();
         if now - self.asked >= ALIVE_FOR {
             self.asked = now;
             self.connecting(reactor);

@@ -154,10 +154,10 @@ impl<R> ConnectionCore<R> {
         }
     }
 
-    /// Appends the answer to a ping that is being taken in. The clock is read now: the time must lie between
-    /// the ping's arrival and the pong's departure.
-    pub fn encode_pong(&self, id: u64, out: &mut Vec<u8>) {
-        let time_ns = if self.pong_time { self.clock.realtime_ns(Instant::now()) } else { 0 };
+    /// Appends the answer to a ping that is being taken in. The clock is read: the time must lie between the
+    /// ping's arrival and the pong's departure.
+    pub fn encode_pong(&self, id: u64, clock: &LoopClock, out: &mut Vec<u8>) {
+        let time_ns = if self.pong_time { self.clock.realtime_ns(clock.read()) } else { 0 };
         message::encode_pong(id, time_ns, self.limits.crc, out);
     }
 

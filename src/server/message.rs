@@ -117,6 +117,7 @@ impl<I> MessageConnection<I> {
         &mut self,
         bytes: &[u8],
         events: &mut VecDeque<ServerEvent>,
+        clock: &LoopClock,
     ) -> Result<Taken, Violation> {
         self.core.on_receive();
         let Parsed::Item(parsed, taken) = message::parse(bytes, self.core.limits())? else {
@@ -126,7 +127,7 @@ impl<I> MessageConnection<I> {
             return match self.core.on_control(&parsed)? {
                 Control::Pong(id) => {
                     let mut pong = Vec::new();
-                    self.core.encode_pong(id, &mut pong);
+                    self.core.encode_pong(id, clock, &mut pong);
                     self.unsent.push_back(Outgoing::Message(pong));
                     Ok(Taken::Bytes(taken))
                 }
@@ -345,7 +346,8 @@ mod tests {
         }
 
         fn take(&mut self, bytes: &[u8]) -> Result<Taken, Violation> {
-            let taken = self.connection.on_message(bytes, &mut self.events)?;
+            let clock = self.clock(0);
+            let taken = self.connection.on_message(bytes, &mut self.events, &clock)?;
             if let Taken::Data { id, range, .. } = &taken {
                 self.connection.keep_data(*id, range.clone());
             }

@@ -516,7 +516,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
                 Receiving::Data { slot: None, .. } => {
                     unreachable!("a receive has the slot, so nothing else is received")
                 }
-                Receiving::Messages => match self.read_message(bytes, shared) {
+                Receiving::Messages => match self.read_message(bytes, shared, clock) {
                     Ok(n) => n,
                     Err(violation) => {
                         self.fail(shared, clock, violation);
@@ -550,11 +550,16 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Takes in one message, or a part of one. Returns how many of `bytes` that took.
-    fn read_message(&mut self, bytes: &[u8], shared: &mut StreamShared) -> Result<usize, Violation> {
+    fn read_message(
+        &mut self,
+        bytes: &[u8],
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) -> Result<usize, Violation> {
         if self.partial.is_empty() {
             return match message::parse(bytes, self.core.limits())? {
                 Parsed::Item(message, len) => {
-                    self.on_message(message, shared)?;
+                    self.on_message(message, shared, clock)?;
                     Ok(len)
                 }
                 Parsed::Need(_) => {
@@ -568,7 +573,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         loop {
             match message::parse(&partial, self.core.limits())? {
                 Parsed::Item(message, _) => {
-                    self.on_message(message, shared)?;
+                    self.on_message(message, shared, clock)?;
                     return Ok(taken);
                 }
                 Parsed::Need(n) => {
@@ -584,15 +589,25 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
     }
 
-    fn on_message(&mut self, message: Message<'_>, shared: &mut StreamShared) -> Result<(), Violation> {
+    fn on_message(
+        &mut self,
+        message: Message<'_>,
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) -> Result<(), Violation> {
         if let Message::Request(request, body) = message {
             return self.on_request(&request, body, shared);
         }
-        self.on_control(message, shared)
+        self.on_control(message, shared, clock)
     }
 
     #[cold]
-    fn on_control(&mut self, message: Message<'_>, shared: &mut StreamShared) -> Result<(), Violation> {
+    fn on_control(
+        &mut self,
+        message: Message<'_>,
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) -> Result<(), Violation> {
         let offered = match &self.upgrade {
             UpgradeState::Offered(_) => std::mem::replace(&mut self.upgrade, UpgradeState::None),
             _ => UpgradeState::None,
@@ -608,7 +623,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
                 match self.core.on_control(&message)? {
                     Control::Pong(id) => {
                         self.pings += 1;
-                        self.outbox.push_pong(&mut shared.spare, |out| self.core.encode_pong(id, out));
+                        self.outbox.push_pong(&mut shared.spare, |out| self.core.encode_pong(id, clock, out));
                         self.mark_dirty(shared);
                     }
                     Control::Ignore => {}
