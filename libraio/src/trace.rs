@@ -9,7 +9,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
@@ -56,15 +56,17 @@ pub(crate) struct Tracer {
 }
 
 impl Tracer {
-    /// A tracer for a context with this connection, if `RAIO_TRACE` is set. It asks the server for its time,
-    /// and waits at most that long for each answer. A connection without a local port goes by the context's
+    /// A tracer for a context with this connection, if `RAIO_TRACE` is set. It asks the server for its time
+    /// until `deadline`. A connection without a local port goes by the context's
     /// number, and is not found in the server's trace.
     pub(crate) fn for_context(
         transport: &mut dyn ClientTransport,
-        timeout: Duration,
+        deadline: Instant,
     ) -> Result<Option<Box<Self>>, Error> {
         let path = path();
         let Some(path) = path else { return Ok(None) };
+        // Before anything is locked: it waits for the server.
+        compare_clocks(transport, deadline);
         let me = process();
         let owner = OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
         let mut trace = if owner == Ok(0) || owner == Err(me) {
@@ -98,7 +100,6 @@ impl Tracer {
         let ring = Arc::new(Mutex::new(Ring::new(TRACE_RECORDS)));
         trace.rings.push((number, Arc::clone(&ring)));
         let connection = transport.local_port().unwrap_or(number as u16);
-        compare_clocks(transport, timeout);
         if let Some(sample) = transport.clock_sample() {
             // As with its rings: there is no caller to report an error to.
             let _ = trace.file.set_offset(&sample);
@@ -159,19 +160,22 @@ impl Drop for Tracer {
 }
 
 /// Pings the server a few times, if its pongs have its time. If the connection ends meanwhile, the next
-/// operation on it says so.
-fn compare_clocks(transport: &mut dyn ClientTransport, timeout: Duration) {
+/// operation on it says so. A pong that has not come by the deadline is no sample.
+fn compare_clocks(transport: &mut dyn ClientTransport, deadline: Instant) {
     if !transport.grant().pong_time() {
         return;
     }
     for _ in 0..CLOCK_PINGS {
         let asked = Instant::now();
-        transport.ping(timeout);
-        while transport.last_rx() < asked && transport.failure().is_none() {
+        if asked >= deadline {
+            return;
+        }
+        transport.ping(transport.grant().keepalive * 3);
+        while transport.last_rx() < asked && transport.failure().is_none() && Instant::now() < deadline {
             // No request is outstanding, so there is no reply.
             transport.receive(&mut Vec::new());
             if transport.last_rx() < asked {
-                let _ = transport.wait(Some(asked + timeout));
+                let _ = transport.wait(Some(deadline));
             }
         }
     }

@@ -349,6 +349,7 @@ impl Worker {
         loop {
             self.run_once()?;
             if let Some(outcome) = self.drained() {
+                self.publish_gauges();
                 self.hand_over_last_trace();
                 return Ok(outcome);
             }
@@ -499,16 +500,20 @@ impl Worker {
         }
     }
 
-    /// Publishes the gauges. Another iteration follows at once while the worker is busy: one of them does it.
+    /// Publishes what the main thread places connections by, and the gauges. While the worker is busy another
+    /// iteration follows at once: one of them publishes these.
     fn publish(&mut self) {
-        let counters = &self.counters;
-        counters.iterations.add(1);
+        self.counters.iterations.add(1);
+        self.counters.connections.set(self.transport.connections() as u64);
         self.unpublished += 1;
-        if self.is_busy && self.unpublished < PUBLISHED_EVERY {
-            return;
+        if !self.is_busy || self.unpublished >= PUBLISHED_EVERY {
+            self.publish_gauges();
         }
+    }
+
+    fn publish_gauges(&mut self) {
         self.unpublished = 0;
-        counters.connections.set(self.transport.connections() as u64);
+        let counters = &self.counters;
         counters.need_slot.set(self.requests.in_state(State::NeedSlot) as u64);
         counters.fetching.set(self.requests.in_state(State::Fetching) as u64);
         counters.executing.set((self.requests.in_state(State::Executing) + self.closing) as u64);

@@ -305,7 +305,7 @@ impl RdmaClient {
         let deadline = Instant::now() + RDMA_GOAWAY_TIME;
         qp.look_at_sends();
         while qp.room() == 0 || !qp.has_room_for(goaway.len()) {
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || matches!(qp.next(), Some(Completion::Failed(_))) {
                 return;
             }
             std::thread::yield_now();

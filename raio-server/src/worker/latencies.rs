@@ -3,7 +3,8 @@
 //! To read the clock costs too much for every request. So one in [`MEASURED_EVERY`] reads and writes is
 //! measured, and all that is rarer. A request that is answered by the iteration that took it in has taken as
 //! long as that, until its responses have been passed on: the clock is read for all of them at its end. Of
-//! iterations in which the fast path answers, one in [`MEASURED_EVERY`] is measured.
+//! iterations in which the fast path answers, one in [`MEASURED_EVERY`] is measured, from the first read that
+//! it answers.
 
 use std::time::Instant;
 

@@ -69,10 +69,17 @@ fn who_breaks_the_promise_to_say_something_is_closed_and_the_session_ends() {
     let keepalive = Duration::from_secs(1);
     let _client = welcomed(&mut worker, &Offer { keepalive, ..offer() });
     assert_eq!(worker.in_use().sessions, [1, 1]);
-    for _ in 0..10 {
+    for _ in 0..3 {
+        assert_eq!(worker.in_use().sessions, [1, 1], "a ping may come at the end of an interval");
         worker.advance(keepalive);
         run(&mut worker);
     }
+    worker.advance(keepalive);
+    run(&mut worker);
+    assert_eq!(worker.in_use().sessions, [0, 0]);
+    // It lingers, so that the client learns why.
+    worker.advance(Duration::from_secs(10));
+    run(&mut worker);
     assert_eq!(worker.in_use(), InUse::default());
 }
 
