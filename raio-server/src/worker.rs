@@ -434,6 +434,7 @@ impl Worker {
                 return;
             }
         };
+        self.unpublished = PUBLISHED_EVERY;
         self.transport.hold(id, Arc::clone(&permit) as _);
         self.connections.arrive(id, Arrival { permit, peer });
     }
@@ -449,6 +450,7 @@ impl Worker {
     /// Passes on the connections that belong to other workers.
     fn pass_on(&mut self) {
         while let Some(passed) = self.transport.next_passed() {
+            self.unpublished = PUBLISHED_EVERY;
             if let (Some(workers), Some(Arrival { permit, peer })) =
                 (self.shared.workers.get(), self.connections.take_arriving(passed.connection))
             {
@@ -474,7 +476,10 @@ impl Worker {
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
-                ServerEvent::Closed(id, reason) => self.closed(id, &reason),
+                ServerEvent::Closed(id, reason) => {
+                    self.unpublished = PUBLISHED_EVERY;
+                    self.closed(id, &reason);
+                }
             }
         }
     }
@@ -500,11 +505,10 @@ impl Worker {
         }
     }
 
-    /// Publishes what the main thread places connections by, and the gauges. While the worker is busy another
-    /// iteration follows at once: one of them publishes these.
+    /// Publishes the gauges. While the worker is busy another iteration follows at once, and one of them does
+    /// it; but at once if there are more or fewer connections, for others are placed by that.
     fn publish(&mut self) {
         self.counters.iterations.add(1);
-        self.counters.connections.set(self.transport.connections() as u64);
         self.unpublished += 1;
         if !self.is_busy || self.unpublished >= PUBLISHED_EVERY {
             self.publish_gauges();
@@ -514,6 +518,7 @@ impl Worker {
     fn publish_gauges(&mut self) {
         self.unpublished = 0;
         let counters = &self.counters;
+        counters.connections.set(self.transport.connections() as u64);
         counters.need_slot.set(self.requests.in_state(State::NeedSlot) as u64);
         counters.fetching.set(self.requests.in_state(State::Fetching) as u64);
         counters.executing.set((self.requests.in_state(State::Executing) + self.closing) as u64);
