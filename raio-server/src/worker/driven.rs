@@ -19,6 +19,7 @@ use crate::config::{BackendKind, Config, Options};
 use crate::engine::Job;
 use crate::export::Exports;
 use crate::limits::{Limits, Room};
+use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::Counters;
@@ -52,46 +53,53 @@ pub struct InUse {
 
 /// See the module documentation. Everything is done by the thread that made it.
 pub struct TestWorker {
+    config: Config,
+    places: usize,
     shared: Arc<Shared>,
     limits: Arc<Limits>,
     pool: &'static Pool<Job>,
-    senders: WorkerSenders,
-    worker: Worker,
+    /// Whom to send mail, and the worker. None only while it is replaced.
+    running: Option<(WorkerSenders, Worker)>,
     now: Instant,
 }
 
 impl TestWorker {
-    /// A worker of a server with these options, which all may have `places` connections and open files
-    /// together. Of what the options say the listeners, the backend and the number of workers do not count.
+    /// A worker of a server with these options, whose clients may have `places` connections and open files
+    /// together. Of the options the listeners, the backend and the number of workers do not count.
     pub fn new(options: &[&str], places: usize) -> anyhow::Result<Self> {
         let config = Options::try_parse_from(["raio_server"].iter().chain(options))?.check(1)?;
         let config = Config { backend: BackendKind::Threads, workers: 1, spin: Duration::ZERO, ..config };
         let pool = Pool::without_threads();
         let exports = Exports::open(&config.exports, pool)?;
-        let room = Room {
-            descriptors: places,
-            files: places / 2,
-            bytes: config.places_bytes,
-            workers: config.workers,
-        };
-        let limits = Limits::new(room, config.session_caps, config.address_caps);
-        let sessions_max = config.sessions_max.context("Give --max-sessions")?;
-        let sessions = Sessions::new(sessions_max, Arc::clone(&limits));
+        let (limits, sessions) = limits(&config, places)?;
         let shared = Arc::new(Shared::new(&config, exports, sessions)?);
         let now = Instant::now();
-        let (worker, senders) = start(&shared, now)?;
-        Ok(Self { shared, limits, pool, senders, worker, now })
+        let running = Some(start(&shared, now)?);
+        Ok(Self { config, places, shared, limits, pool, running, now })
     }
 
-    /// The worker has drained and ends: another one begins, with the same exports and sessions.
+    /// The worker has drained, and its process ends. Another one begins, with the same exports.
     pub fn restart(&mut self) -> anyhow::Result<()> {
-        (self.worker, self.senders) = start(&self.shared, self.now)?;
+        self.running = None;
+        while self.run_job(0) {}
+        let shared = Arc::get_mut(&mut self.shared).context("The worker has left something behind")?;
+        (self.limits, shared.sessions) = limits(&self.config, self.places)?;
+        shared.placement = Placement::new(1);
+        self.running = Some(start(&self.shared, self.now)?);
         Ok(())
+    }
+
+    fn senders(&self) -> &WorkerSenders {
+        &self.running.as_ref().expect("there is a worker").0
+    }
+
+    fn worker(&mut self) -> &mut Worker {
+        &mut self.running.as_mut().expect("there is a worker").1
     }
 
     /// Fills the free memory of the arena, to see if any of it is sent as it is.
     pub fn fill_arena(&mut self, byte: u8) {
-        let arena = &mut self.worker.arena;
+        let arena = &mut self.worker().arena;
         let len = arena.slot_bytes_max();
         let slots: Vec<_> = std::iter::from_fn(|| arena.alloc(len)).collect();
         slots.into_iter().for_each(|mut slot| slot.bytes_mut().fill(byte));
@@ -101,14 +109,15 @@ impl TestWorker {
     /// one more connection.
     pub fn connect(&mut self, socket: OwnedFd) -> anyhow::Result<()> {
         let permit = self.limits.connect(None).map_err(|excess| anyhow!(excess.text))?;
-        self.senders.connections.send((RawConnection::Tcp(socket, None), Arc::new(permit)));
+        self.senders().connections.send((RawConnection::Tcp(socket, None), Arc::new(permit)));
         Ok(())
     }
 
     /// One iteration of the worker. It never sleeps.
     pub fn run_once(&mut self) -> anyhow::Result<()> {
-        self.worker.is_busy = true;
-        self.worker.run_once()
+        let worker = self.worker();
+        worker.is_busy = true;
+        worker.run_once()
     }
 
     /// Carries out one of the blocking operations that may begin, the oldest if `which` is 0. Returns false
@@ -120,28 +129,30 @@ impl TestWorker {
     /// Lets time pass.
     pub fn advance(&mut self, by: Duration) {
         self.now += by;
-        self.worker.reactor.clock().set(self.now);
+        let now = self.now;
+        self.worker().reactor.clock().set(now);
     }
 
     /// Tells the worker to stop, within this time.
     pub fn drain(&mut self, within: Duration) {
-        self.senders.mailbox.send(Mail::Drain(self.now + within));
+        self.senders().mailbox.send(Mail::Drain(self.now + within));
     }
 
     /// Whether it has drained and is to end; if so, whether everything was answered.
     pub fn drained(&mut self) -> Option<bool> {
-        self.worker.drained()
+        self.worker().drained()
     }
 
     /// What there is now.
     pub fn in_use(&mut self) -> InUse {
-        let worker = &mut self.worker;
+        let (_, worker) = self.running.as_mut().expect("there is a worker");
+        let Shared { sessions, placement, .. } = &*self.shared;
         InUse {
             connections: [worker.transport.connections(), worker.connections.len()],
-            sessions: [worker.sessions.len(), self.shared.sessions.len()],
-            files: [self.shared.sessions.open_files(), worker.closing],
+            sessions: [worker.sessions.len(), sessions.len()],
+            files: [sessions.open_files(), worker.closing],
             places: self.limits.places(),
-            data_connections: self.shared.placement.data_connections().iter().sum(),
+            data_connections: placement.data_connections().iter().sum(),
             requests: [worker.requests.len(), worker.deferred.len()],
             admitted: worker.admission.in_use(),
             slot_bytes: worker.arena.used_bytes(),
@@ -152,7 +163,14 @@ impl TestWorker {
     }
 }
 
-fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(Worker, WorkerSenders)> {
+fn limits(config: &Config, places: usize) -> anyhow::Result<(Arc<Limits>, Sessions)> {
+    let room = Room { descriptors: places, files: places / 2, bytes: config.places_bytes, workers: 1 };
+    let limits = Limits::new(room, config.session_caps, config.address_caps);
+    let sessions_max = config.sessions_max.context("Give --max-sessions")?;
+    Ok((Arc::clone(&limits), Sessions::new(sessions_max, limits)))
+}
+
+fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(WorkerSenders, Worker)> {
     // Few and small buffers, so that a test runs out of them.
     let config = reactor::Config {
         epoll: true,
@@ -165,5 +183,5 @@ fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(Worker, WorkerSe
     reactor.clock().set(now);
     let counters = Arc::new(Counters::new(shared.exports.all().len()));
     let (worker, started) = Worker::on(reactor, 0, Arc::clone(shared), counters, None)?;
-    Ok((worker, started.senders))
+    Ok((started.senders, worker))
 }

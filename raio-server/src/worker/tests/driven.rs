@@ -125,6 +125,14 @@ fn a_worker_that_is_told_to_stop_does_so_in_time_and_another_begins() {
         outcome = outcome.or(worker.drained());
     }
     assert_eq!(outcome, Some(true));
+    // One whose time is over leaves what it has.
+    worker.restart().expect("another worker");
+    let _client = welcomed(&mut worker, &offer());
+    worker.drain(Duration::ZERO);
+    run(&mut worker);
+    worker.advance(Duration::from_secs(1));
+    assert_eq!(worker.drained(), Some(false));
+    assert_eq!(worker.in_use().sessions, [1, 1]);
     worker.restart().expect("another worker");
     assert_eq!(worker.in_use(), InUse::default());
     welcomed(&mut worker, &offer());
