@@ -75,3 +75,42 @@ impl Mode {
         bytes.chunks(step)
     }
 }
+
+/// What happens in an input of the target `server`: the low five bits of a step. Numbers that have no name
+/// are requests.
+pub mod step {
+    /// A client connects.
+    pub const CONNECT: u8 = 0;
+    /// Time passes.
+    pub const ADVANCE: u8 = 2;
+    /// A blocking operation runs.
+    pub const RUN_JOB: u8 = 3;
+    /// All of them run.
+    pub const RUN_JOBS: u8 = 5;
+    /// The worker runs some iterations.
+    pub const RUN: u8 = 6;
+    /// The server is told to stop, if the step is [`ODD`].
+    pub const DRAIN: u8 = 7;
+    /// A client goes, without a word.
+    pub const LEAVE: u8 = 8;
+    /// A client takes no more of what is sent to it, or again.
+    pub const DEAFEN: u8 = 9;
+    /// A client sends what it has kept back.
+    pub const CONTINUE: u8 = 10;
+    /// A client ends its half of the connection, if the step is [`ODD`].
+    pub const SHUT_DOWN: u8 = 11;
+    /// A client sends a ping; a goaway if the step is [`ODD`].
+    pub const PING: u8 = 12;
+    /// A client sends bytes of the input.
+    pub const RAW: u8 = 13;
+    /// A client cancels one of its requests.
+    pub const CANCEL: u8 = 14;
+    /// A client asks for something.
+    pub const REQUEST: u8 = 15;
+    /// The mask of all these.
+    pub const KIND: u8 = 0x1f;
+    /// A variant, which may break the rules.
+    pub const ODD: u8 = 0x20;
+    /// The worker does not run after it.
+    pub const AT_ONCE: u8 = 0x80;
+}

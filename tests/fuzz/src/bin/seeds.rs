@@ -7,7 +7,7 @@ use std::error::Error;
 use std::fs;
 use std::path::Path;
 
-use raio_fuzz::Mode;
+use raio_fuzz::{Mode, step};
 use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
@@ -54,6 +54,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let all: Vec<u8> = requests().into_iter().flat_map(|(_, bytes)| bytes).collect();
     write("server_session", "conversation", &[plain, crc, pieces], &all)?;
+    for (name, steps) in conversations() {
+        write("server", name, &[0, 1], &steps.concat())?;
+    }
     let all: Vec<u8> = responses().into_iter().flat_map(|(_, bytes)| bytes).collect();
     write("client_session", "conversation", &[plain, crc, pieces], &all)?;
     for (name, hello) in hellos() {
@@ -170,6 +173,117 @@ fn requests() -> Vec<(String, Vec<u8>)> {
     }
     all.extend(control());
     all
+}
+
+/// Steps of an input of `server`, as it understands them.
+mod steps {
+    use super::{OPEN_CREATE, OPEN_WRITE, OPERATIONS, Opcode, step};
+
+    // Indices in the target's tables of paths and lengths.
+    pub const MEMORY: u8 = 1;
+    pub const NULL: u8 = 4;
+    pub const FILE: u8 = 6;
+    pub const FIXED: u8 = 12;
+    pub const PAGE: u8 = 5;
+
+    pub type Steps = Vec<Vec<u8>>;
+
+    pub fn connect(session: u8) -> Vec<u8> {
+        vec![step::CONNECT, session]
+    }
+
+    pub fn run() -> Vec<u8> {
+        vec![step::RUN, 5]
+    }
+
+    pub fn jobs() -> Vec<u8> {
+        vec![step::RUN_JOBS]
+    }
+
+    pub fn open(client: u8, flags: u32, path: u8) -> Steps {
+        vec![vec![step::REQUEST, client, 0, (flags >> 1) as u8, path], jobs(), run()]
+    }
+
+    /// On the session's first file, at its begin.
+    pub fn on_file(client: u8, opcode: Opcode, length: u8) -> Vec<u8> {
+        vec![step::REQUEST, client, opcode as u8 - 1, 0, 0, length]
+    }
+
+    /// A client that has opened a file.
+    pub fn begin(path: u8) -> Steps {
+        [vec![connect(0), run()], open(0, OPEN_WRITE | OPEN_CREATE, path)].concat()
+    }
+
+    /// Two of them.
+    pub fn two(session: u8) -> Steps {
+        [begin(MEMORY), vec![connect(session), run()], open(1, OPEN_WRITE, MEMORY)].concat()
+    }
+
+    /// All that a client can do with its file.
+    pub fn everything() -> Steps {
+        let others = OPERATIONS.iter().map(|operation| operation.opcode);
+        let others = others.filter(|opcode| !matches!(opcode, Opcode::Open | Opcode::Close));
+        let all = others.chain([Opcode::Read, Opcode::Close]);
+        all.flat_map(|opcode| [on_file(0, opcode, PAGE), run(), jobs(), run()]).collect()
+    }
+}
+
+/// What one client does to a whole server, step by step.
+fn conversations() -> Vec<(&'static str, steps::Steps)> {
+    use steps::*;
+    let mut all = Vec::new();
+    for (name, path) in [("memory", MEMORY), ("null", NULL), ("file", FILE), ("fixed", FIXED)] {
+        all.push((name, [begin(path), everything()].concat()));
+    }
+    all.push(("read-only", [vec![connect(0), run()], open(0, 0, MEMORY), everything()].concat()));
+    for (name, path) in [("large-memory", MEMORY), ("large-null", NULL), ("large-file", FILE)] {
+        let mut steps = begin(path);
+        // 5000, 20,000 and 32,768 bytes.
+        for length in [6, 9, 10] {
+            for opcode in [Opcode::Write, Opcode::Read] {
+                steps.extend([on_file(0, opcode, length), run(), jobs(), run()]);
+            }
+        }
+        all.push((name, steps));
+    }
+    // The command's length differs from that of the data.
+    for (name, opcode) in [("other-length-read", Opcode::Read), ("other-length-write", Opcode::Write)] {
+        let odd = vec![step::REQUEST | step::ODD, 0, (opcode as u8 - 1) | 0x20, 0, 0, PAGE, 17, 0x20];
+        all.push((name, [begin(MEMORY), vec![odd, run(), jobs(), run()]].concat()));
+    }
+    let write = on_file(0, Opcode::Write, PAGE);
+    let cancel = vec![step::CANCEL, 0, 0];
+    all.push(("cancel", [begin(FILE), vec![write.clone(), cancel.clone(), jobs(), run()]].concat()));
+    all.push(("cancel-late", [begin(FILE), vec![write, vec![step::RUN_JOB, 0], cancel]].concat()));
+    let half = vec![step::REQUEST, 0, (Opcode::Write as u8 - 1) | 0x40, 0, 0, PAGE, 100];
+    let late = vec![half, vec![step::ADVANCE, 8], run(), vec![step::CONTINUE, 0], run(), jobs(), run()];
+    all.push(("half-a-message", [begin(MEMORY), late].concat()));
+    let odd = vec![vec![step::PING | step::ODD, 0], vec![step::SHUT_DOWN | step::ODD, 0], run()];
+    all.push(("ends", [begin(NULL), odd].concat()));
+    let ping = [vec![step::PING, 0], vec![7; 8], vec![step::RAW, 0, 40], vec![0xff; 40]].concat();
+    all.push(("raw", [begin(NULL), vec![ping]].concat()));
+    all.extend(conversations_of_two());
+    all
+}
+
+/// What two clients do.
+fn conversations_of_two() -> Vec<(&'static str, steps::Steps)> {
+    use steps::*;
+    let write = || on_file(0, Opcode::Write, PAGE);
+    let read = |client| on_file(client, Opcode::Read, PAGE);
+    let large = [&[step::REQUEST | step::AT_ONCE][..], &on_file(0, Opcode::Read, 11)[1..]].concat();
+    let share = vec![write(), read(1), jobs(), run(), read(1), jobs()];
+    let leave = vec![vec![step::LEAVE, 0], jobs(), run(), read(0), jobs()];
+    let deaf = vec![vec![step::DEAFEN, 0], read(0), read(0), jobs(), run(), vec![step::ADVANCE, 8], read(1)];
+    let drain = vec![write(), vec![step::DRAIN | step::ODD, 40], run(), vec![step::ADVANCE, 4], run()];
+    vec![
+        ("session-of-two", [two(0), share.clone()].concat()),
+        ("two-sessions", [two(1), share].concat()),
+        ("leave", [two(1), vec![write()], leave.clone()].concat()),
+        ("leave-waiting", [two(1), vec![large; 6], vec![run()], leave].concat()),
+        ("deaf", [two(1), deaf].concat()),
+        ("drain", [two(0), drain].concat()),
+    ]
 }
 
 /// Responses to what `client_session` sends.
