@@ -316,7 +316,7 @@ fn idle_servers_and_clients_use_no_processor() {
     assert_idle("the server", || server.cpu_time());
 
     // An answer that does not come.
-    server.signal(Signal::STOP);
+    server.hold_up();
     let [(_, file, context), (_, polled_file, polled_context), _] = &mut clients;
     let (sender, ids) = mpsc::channel();
     std::thread::scope(|scope| {
