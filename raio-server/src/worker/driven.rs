@@ -6,7 +6,7 @@
 //! io_uring when it likes.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -23,6 +23,7 @@ use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::Counters;
+use crate::sync::lock;
 
 /// What a worker has because of its clients, and all workers count: nothing once they are gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,6 +64,9 @@ pub struct TestWorker {
     now: Instant,
 }
 
+/// The pools of all test workers: they live as long as the process.
+static POOLS: Mutex<Vec<&'static Pool<Job>>> = Mutex::new(Vec::new());
+
 impl TestWorker {
     /// A worker of a server with these options, whose clients may have `places` connections and open files
     /// together. Of the options the listeners, the backend and the number of workers do not count.
@@ -70,6 +74,8 @@ impl TestWorker {
         let config = Options::try_parse_from(["raio_server"].iter().chain(options))?.check(1)?;
         let config = Config { backend: BackendKind::Threads, workers: 1, spin: Duration::ZERO, ..config };
         let pool = Pool::without_threads();
+        // No thread has it, and what nobody can reach counts as a leak.
+        lock(&POOLS).push(pool);
         let exports = Exports::open(&config.exports, pool)?;
         let (limits, sessions) = limits(&config, places)?;
         let shared = Arc::new(Shared::new(&config, exports, sessions)?);
