@@ -327,13 +327,14 @@ fn a_session_that_took_the_memory_gets_no_more_of_it_before_another_that_waits()
 fn ping_until_full(server: &mut Server, clients: &mut [Raw]) {
     let mut pings = Vec::new();
     (0..4096).for_each(|id| message::encode_ping(id, false, &mut pings));
+    // How much each has sent: a ping of which the socket took a part goes on where that ended.
+    let mut sent = vec![0; clients.len()];
     let mut last = u64::MAX;
     loop {
-        for raw in &mut *clients {
+        for (raw, sent) in clients.iter_mut().zip(&mut sent) {
             raw.stream.set_nonblocking(true).expect("a socket");
-            let mut sent = 0;
-            while let Ok(n) = raw.stream.write(&pings[sent % pings.len()..]) {
-                sent += n;
+            while let Ok(n) = raw.stream.write(&pings[*sent % pings.len()..]) {
+                *sent += n;
             }
         }
         if is_quiet(server, &mut last) {
