@@ -391,13 +391,11 @@ impl<L> Core<L> {
 
     /// The rest of a message of which a part has been sent.
     fn half_sent(&self) -> Vec<u8> {
-        let Some(front) = self.queue.front().filter(|_| self.sent > 0) else { return Vec::new() };
-        let head = &self.head[self.head_at..self.head_at + front.head_len];
+        let Some(Unsent { head, data }) = self.front().filter(|_| self.sent > 0) else { return Vec::new() };
         let mut rest = head[self.sent.min(head.len())..].to_vec();
-        if front.data_len > 0 {
+        if let Some(data) = data {
             let from = self.sent.saturating_sub(head.len());
-            let slices = self.data_of(front).slices(from..front.data_len);
-            slices.for_each(|slice| rest.extend_from_slice(slice));
+            data.slices(from..data.len()).for_each(|slice| rest.extend_from_slice(slice));
         }
         rest
     }
@@ -852,6 +850,10 @@ impl<L> ClientCore for Core<L> {
 
     fn counters(&self) -> ClientCounters {
         self.counters
+    }
+
+    fn request_timeout(&self) -> Duration {
+        self.keepalive.request_timeout()
     }
 
     fn set_request_timeout(&mut self, timeout: Duration) {

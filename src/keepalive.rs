@@ -62,6 +62,11 @@ impl Keepalive {
     }
 
     /// How long the server may be silent while it owes something.
+    pub fn request_timeout(&self) -> Duration {
+        self.request_timeout
+    }
+
+    /// The same from now on.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
         self.request_timeout = timeout.max(Duration::from_millis(1));
     }

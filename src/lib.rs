@@ -43,6 +43,7 @@ pub mod reactor;
 mod records;
 mod server;
 pub mod size;
+pub mod sync;
 pub mod tcp;
 pub mod trace;
 pub mod transport;

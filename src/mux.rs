@@ -38,17 +38,12 @@ pub fn connect(
     offer: &Offer,
     deadline: Instant,
 ) -> Result<Reached, Error> {
-    match scheme {
-        Scheme::Any => connect_any(address, offer, deadline),
-        Scheme::Rdma => {
-            let transport = rdma::connect(address, None, offer, deadline)?;
-            Ok(Reached { transport, why_tcp: None })
-        }
-        Scheme::Tcp => {
-            let transport = Box::new(tcp::TcpClient::connect(address, offer, deadline)?);
-            Ok(Reached { transport, why_tcp: None })
-        }
-    }
+    let transport = match scheme {
+        Scheme::Any => return connect_any(address, offer, deadline),
+        Scheme::Rdma => rdma::connect(address, None, offer, deadline)?,
+        Scheme::Tcp => Box::new(tcp::TcpClient::connect(address, offer, deadline)?),
+    };
+    Ok(Reached { transport, why_tcp: None })
 }
 
 fn connect_any(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Reached, Error> {

@@ -166,8 +166,8 @@ impl Context {
             depth => depth.min(maxevents as u32),
         };
         let deadline = Instant::now() + options.connect_timeout;
-        let mut transport = session.connect(wanted)?;
-        let request_timeout = options.request_timeout.unwrap_or(transport.grant().keepalive * 3);
+        let mut transport = session.connect(wanted, deadline)?;
+        let request_timeout = transport.request_timeout();
         let tracer = Tracer::for_context(&mut *transport, deadline)?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {

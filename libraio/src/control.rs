@@ -8,8 +8,8 @@ use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
 
 use crate::error::{Error, session_stopped, timed_out};
-use crate::sync::lock;
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
+use raio_transport::sync::lock;
 
 /// Files that the next thread with the control connection closes. The thread that completes an operation does
 /// not close them itself, because it would wait for another thread's round trip.

@@ -16,7 +16,7 @@ use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 use crate::error::{Error, protocol_error};
 use crate::open_flags::open_flags;
 use crate::session::{Session, Shared};
-use crate::sync::lock;
+use raio_transport::sync::lock;
 
 /// An open file. Usable from every context of its session, and from any thread; dropping it closes it.
 #[derive(Debug)]

@@ -18,7 +18,7 @@
 //! | 3 | `file` | an open file, and what each context has in flight on it |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
 //! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `trace` | use no other part |
-//! | 0 | `error`, `sync`, `tuning` | |
+//! | 0 | `error`, `tuning` | |
 
 #![deny(unsafe_code)]
 
@@ -35,7 +35,6 @@ mod open_flags;
 mod operation;
 mod poller;
 mod session;
-mod sync;
 #[cfg(test)]
 mod tests;
 mod trace;

@@ -19,8 +19,8 @@ use raio_transport::transport::{ClientTransport, Reply};
 
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
-use crate::sync::lock;
 use crate::{trace, tuning};
+use raio_transport::sync::lock;
 
 /// How to connect, and how a session's contexts behave. `Options::default()` suits most.
 #[derive(Clone, Debug)]
@@ -29,7 +29,7 @@ pub struct Options {
     /// allows.
     pub queue_depth: u32,
     /// For connecting and the handshake, in total: if the server has several addresses, each gets its share
-    /// of what is left. The time for resolving a name is set by the resolver's configuration.
+    /// of what is left. Resolving a host name is not included: the configuration of the resolver limits that.
     pub connect_timeout: Duration,
     /// How long a call that waits for an answer may take (open, status, close, closing a context), if the
     /// server answers pings.
@@ -223,9 +223,8 @@ impl Session {
 }
 
 impl Shared {
-    /// Opens a connection of this session that may have `depth` requests outstanding.
-    pub(crate) fn connect(&self, depth: u32) -> Result<Box<dyn ClientTransport>, Error> {
-        let deadline = Instant::now() + self.options.connect_timeout;
+    /// Opens a connection of this session that may have `depth` requests outstanding, by `deadline`.
+    pub(crate) fn connect(&self, depth: u32, deadline: Instant) -> Result<Box<dyn ClientTransport>, Error> {
         self.reach(depth, false, deadline).map(|(transport, _)| transport)
     }
 

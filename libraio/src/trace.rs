@@ -16,8 +16,8 @@ use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
 use raio_transport::transport::ClientTransport;
 
 use crate::error::Error;
-use crate::sync::lock;
 use crate::tuning::{CLOCK_PINGS, TRACE_RECORDS};
+use raio_transport::sync::lock;
 
 /// The trace of this process, once a context was made with `RAIO_TRACE` set. A thread holds the lock while it
 /// writes a file, so a child that is forked meanwhile never gets it: see [`OWNER`].
@@ -57,8 +57,8 @@ pub(crate) struct Tracer {
 
 impl Tracer {
     /// A tracer for a context with this connection, if `RAIO_TRACE` is set. It asks the server for its time
-    /// until `deadline`. A connection without a local port goes by the context's
-    /// number, and is not found in the server's trace.
+    /// until `deadline`. A connection without a local port goes by the context's number, and is not found in
+    /// the server's trace.
     pub(crate) fn for_context(
         transport: &mut dyn ClientTransport,
         deadline: Instant,
@@ -170,7 +170,7 @@ fn compare_clocks(transport: &mut dyn ClientTransport, deadline: Instant) {
         if asked >= deadline {
             return;
         }
-        transport.ping(transport.grant().keepalive * 3);
+        transport.ping(transport.request_timeout());
         while transport.last_rx() < asked && transport.failure().is_none() && Instant::now() < deadline {
             // No request is outstanding, so there is no reply.
             transport.receive(&mut Vec::new());

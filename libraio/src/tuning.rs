@@ -4,8 +4,7 @@
 use std::time::Duration;
 
 /// Operations: the most in one context. Bounds its table of operations, 200 bytes each, at 13 MB. The server
-/// grants far fewer requests; the rest waits in the context. Not
-/// measured: a limit.
+/// grants far fewer requests; the rest waits in the context. Not measured: a limit.
 pub const MAXEVENTS_MAX: usize = 65_536;
 
 /// Bytes: the least that is mapped at a time for lent buffers. One of the largest operations of a server with
@@ -34,8 +33,7 @@ pub(crate) const POLLS_PER_YIELD: usize = 8;
 pub(crate) const CONTROL_DEPTH: u32 = 8;
 
 /// How soon a server must answer a ping if it has let another connection of the session time out. Far above
-/// the round trips of any network, far below the 15 s that the first timeout took. Not
-/// measured.
+/// the round trips of any network, far below the 15 s that the first timeout took. Not measured.
 pub(crate) const SUSPECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How soon a call that waits for the server notices that another thread has stopped the session. A wake-up

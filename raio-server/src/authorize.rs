@@ -136,7 +136,7 @@ mod tests {
     use crate::client::Client;
     use crate::engine::{Closing, Operation, Pending};
     use crate::session;
-    use crate::volume::{Context, Volume};
+    use crate::volume::{Context, Properties, Volume};
 
     const HANDLE: FileHandle = FileHandle(1);
     const SIZE: u64 = 64 << 10;
@@ -159,12 +159,9 @@ mod tests {
             closing.complete(Ok(()));
         }
 
-        fn alignment(&self) -> u32 {
-            self.alignment
-        }
-
-        fn size_limit(&self) -> Option<SizeLimit> {
-            Some(SizeLimit { bytes: SIZE, errno: self.errno })
+        fn properties(&self) -> Properties {
+            let size_limit = Some(SizeLimit { bytes: SIZE, errno: self.errno });
+            Properties { alignment: self.alignment, size_limit, ..Properties::default() }
         }
     }
 

@@ -198,7 +198,7 @@ impl Exports {
     /// The place of the export that a client knows by this name.
     fn find(&self, identity: &Identity, name: &[u8]) -> Option<usize> {
         match identity {
-            // Whoever reaches the server may open what it exports.
+            // Every client that can connect may open every export.
             Identity::Anonymous => self.0.iter().position(|export| export.name.as_bytes() == name),
         }
     }

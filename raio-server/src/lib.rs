@@ -36,7 +36,6 @@ mod server;
 mod session;
 mod size;
 mod stats;
-mod sync;
 mod syscalls;
 mod trace;
 mod tuning;

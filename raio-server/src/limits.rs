@@ -15,10 +15,10 @@ use std::sync::{Arc, Mutex, Weak};
 use serde::Deserialize;
 
 use crate::size::Size;
-use crate::sync::lock;
 use crate::tuning::limits::{
     CONNECTION_BYTES, FILE_BYTES, FILE_BYTES_PER_WORKER, QUEUE_PAIR_RESERVE_PART, RESERVE, SESSION_RESERVE,
 };
+use raio_transport::sync::lock;
 
 fn file_bytes(workers: usize) -> usize {
     FILE_BYTES + workers * FILE_BYTES_PER_WORKER

@@ -17,8 +17,8 @@ use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 
 use crate::rate_limit::RateLimit;
-use crate::sync::lock;
 use crate::tuning::log::{FLUSH_TIMEOUT, LINE_BYTES_MAX, QUEUE_LINES, RATE_LIMIT_PERIOD, RATE_LIMIT_WINDOW};
+use raio_transport::sync::lock;
 
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
 static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();

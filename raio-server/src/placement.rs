@@ -7,7 +7,7 @@
 
 use std::sync::{Mutex, MutexGuard};
 
-use crate::sync::lock;
+use raio_transport::sync::lock;
 
 /// The data connections of all workers.
 #[derive(Debug)]

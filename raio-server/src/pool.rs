@@ -17,8 +17,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::log;
-use crate::sync::lock;
 use crate::tuning::pool::{IDLE_TIMEOUT, START_RETRY, START_TIMEOUT};
+use raio_transport::sync::lock;
 
 /// What a pool's threads run.
 pub trait Job: Send + Sized + 'static {
@@ -97,23 +97,22 @@ impl<J> PartialEq for Lane<J> {
 impl<J: Job> Pool<J> {
     /// Starts a pool with one thread.
     pub fn start() -> io::Result<&'static Self> {
-        let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle: 1 };
-        let pool: &Self = Box::leak(Box::new(Self {
-            state: Mutex::new(state),
-            next_ticket: AtomicU64::new(0),
-            work: Condvar::new(),
-            too_few: Condvar::new(),
-        }));
+        let pool = Self::with_idle(1);
         pool.spawn()?;
         std::thread::Builder::new().name("raio-pool".into()).spawn(|| pool.start_threads())?;
         Ok(pool)
     }
 
-    /// A pool without threads: whoever has it runs its jobs, with [`Pool::run_one`].
+    /// A pool without threads. Its user runs the jobs, with [`Pool::run_one`].
     #[cfg(any(test, feature = "test-worker"))]
     pub fn without_threads() -> &'static Self {
         // As if there were always an idle one, so that none is asked for.
-        let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle: usize::MAX };
+        Self::with_idle(usize::MAX)
+    }
+
+    /// A pool whose threads are the caller's business: this number of them counts as idle.
+    fn with_idle(idle: usize) -> &'static Self {
+        let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle };
         Box::leak(Box::new(Self {
             state: Mutex::new(state),
             next_ticket: AtomicU64::new(0),

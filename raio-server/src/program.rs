@@ -98,9 +98,9 @@ fn list_devices() -> ExitCode {
     }
 }
 
-/// Gives up what no thread of a server is to have: a write by its clients takes set-user-id and set-group-id
-/// bits from a file, as a write by an ordinary user does, which the kernel leaves out for whoever has
-/// CAP_FSETID. Before the first thread starts, for capabilities belong to threads, and new ones inherit them.
+/// Drops CAP_FSETID. A write by a client must clear the set-user-ID and set-group-ID bits of a file, as a
+/// write by an ordinary user does; the kernel does not clear them for a thread with this capability. To be
+/// called before the first thread starts: capabilities belong to threads, and new threads inherit them.
 fn drop_fsetid() -> anyhow::Result<()> {
     let mut sets = match capabilities(None) {
         // A sandbox may forbid to ask. Then an ordinary user has none.
@@ -131,7 +131,7 @@ fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<Exit
         );
     }
     let server = Server::start(config)?;
-    // What the start had to say comes before, for whoever waits for this.
+    // The messages of the start come before this line, which scripts wait for.
     log::flush();
     log::print(&format!("raio_server: ready on {}", server.urls()));
     server.run()

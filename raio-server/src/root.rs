@@ -14,9 +14,9 @@ use rustix::io::Errno;
 
 use crate::export_spec::ExportSpec;
 use crate::rejection::Rejection;
-use crate::sync::lock;
 use crate::syscalls::openat2;
 use crate::volume::SizeLimit;
+use raio_transport::sync::lock;
 
 /// The types of file systems that are served: those that hold files, and none that stand for the kernel's or
 /// a process's state, the server's own memory among it. By `f_type` of statfs(2); raio_server(8) names them.

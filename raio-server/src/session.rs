@@ -18,8 +18,8 @@ use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
-use crate::sync::lock;
-use crate::volume::{SizeLimit, Volume};
+use crate::volume::{Properties, SizeLimit, Volume};
+use raio_transport::sync::lock;
 
 /// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
 const INDEX_BITS: u32 = 20;
@@ -67,12 +67,13 @@ pub struct OpenFile {
 impl OpenFile {
     /// A volume that has just been opened, of the export that has this place among all.
     pub fn new(volume: Arc<dyn Volume>, access: Access, export: usize) -> Self {
+        let Properties { alignment, size_limit, may_hang } = volume.properties();
         Self {
             access,
-            alignment: volume.alignment(),
-            size_limit: volume.size_limit(),
+            alignment,
+            size_limit,
             export,
-            hanging_export: volume.may_hang().then_some(export),
+            hanging_export: may_hang.then_some(export),
             volume,
             closed: AtomicBool::new(false),
         }
@@ -311,6 +312,11 @@ mod tests {
         Limits::new(room, Caps::default(), Caps::default())
     }
 
+    /// A client's first connection of the session with this number.
+    fn join(sessions: &Sessions, number: u8) -> Result<Arc<Session>, Excess> {
+        sessions.join(SessionId([number; 16]), &Identity::Anonymous, &None)
+    }
+
     fn null() -> Arc<OpenFile> {
         Arc::new(OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write: true }, 0))
     }
@@ -318,7 +324,7 @@ mod tests {
     #[test]
     fn a_handle_does_not_outlive_its_close() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
+        let session = join(&sessions, 1).unwrap();
         let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -333,7 +339,7 @@ mod tests {
 
     #[test]
     fn handles_differ_until_their_generation_wraps() {
-        let session = sessions(9, 1).join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
+        let session = join(&sessions(9, 1), 1).unwrap();
         let mut seen = std::collections::HashSet::new();
         for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
             let handle = session.insert(null(), &None).unwrap();
@@ -345,11 +351,8 @@ mod tests {
     #[test]
     fn a_session_ends_with_its_last_connection_and_closes_its_files() {
         let sessions = sessions(9, 10);
-        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
-        assert!(Arc::ptr_eq(
-            &session,
-            &sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap()
-        ));
+        let session = join(&sessions, 1).unwrap();
+        assert!(Arc::ptr_eq(&session, &join(&sessions, 1).unwrap()));
         let file = null();
         let handle = session.insert(Arc::clone(&file), &None).unwrap();
         assert!(sessions.leave(&session).is_empty());
@@ -363,50 +366,32 @@ mod tests {
     #[test]
     fn sessions_do_not_see_each_others_files() {
         let sessions = sessions(9, 10);
-        let handle = sessions
-            .join(SessionId([1; 16]), &Identity::Anonymous, &None)
-            .unwrap()
-            .insert(null(), &None)
-            .unwrap();
-        assert!(
-            sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).unwrap().get(handle).is_none()
-        );
+        let handle = join(&sessions, 1).unwrap().insert(null(), &None).unwrap();
+        assert!(join(&sessions, 2).unwrap().get(handle).is_none());
     }
 
     #[test]
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
         let sessions = sessions(1, 9);
-        let session = sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap();
-        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_err());
-        assert!(sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).is_ok());
+        let session = join(&sessions, 1).unwrap();
+        assert!(join(&sessions, 2).is_err());
+        assert!(join(&sessions, 1).is_ok());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_err());
+        assert!(join(&sessions, 2).is_err());
         sessions.leave(&session);
-        assert!(sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).is_ok());
+        assert!(join(&sessions, 2).is_ok());
     }
 
     #[test]
     fn sessions_cannot_have_more_files_than_they_may_together() {
         let sessions = sessions(9, 2);
-        let (session, other) = (
-            sessions.join(SessionId([1; 16]), &Identity::Anonymous, &None).unwrap(),
-            sessions.join(SessionId([2; 16]), &Identity::Anonymous, &None).unwrap(),
-        );
+        let (session, other) = (join(&sessions, 1).unwrap(), join(&sessions, 2).unwrap());
         let first = session.insert(null(), &None).unwrap();
         while session.insert(null(), &None).is_ok() {}
         let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
         assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
-        while sessions
-            .join(SessionId([3; 16]), &Identity::Anonymous, &None)
-            .is_ok_and(|third| third.insert(null(), &None).is_ok())
-        {}
+        while join(&sessions, 3).is_ok_and(|third| third.insert(null(), &None).is_ok()) {}
         session.close(first).unwrap();
-        assert!(
-            sessions
-                .join(SessionId([4; 16]), &Identity::Anonymous, &None)
-                .unwrap()
-                .insert(null(), &None)
-                .is_ok()
-        );
+        assert!(join(&sessions, 4).unwrap().insert(null(), &None).is_ok());
     }
 }

@@ -1,5 +1,5 @@
 //! The file of `--trace`: a thread of its own writes what workers hand to it, so that none of them waits for
-//! a disk. Its queue has room for one ring of each worker. See [`raio_transport::trace`] for what is in it.
+//! a disk. Its queue holds at most one ring per worker. See [`raio_transport::trace`] for what is in it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,8 +58,8 @@ impl Trace {
         Ring::new(TRACE_RECORDS)
     }
 
-    /// Has a worker's records written. Never waits: if what was handed over before is still being written,
-    /// the worker keeps its ring, and goes on with it.
+    /// Has a worker's records written. Never waits: while earlier rings are still being written,
+    /// the worker gets its ring back and continues to use it.
     pub fn write(&self, worker: usize, ring: Ring) -> Result<(), Ring> {
         self.push(worker, ring).inspect_err(|_| {
             tracing::warn!(

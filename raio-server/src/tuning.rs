@@ -140,7 +140,7 @@ pub mod cached_reads {
 /// Opening files, and changing their allocation.
 pub mod files {
     /// How often a lookup is tried again when the kernel cannot tell whether a rename led it out of the
-    /// export. Whoever renames without end can make it fail, and only that. Not measured.
+    /// export. A client that renames without end can make lookups fail, and nothing else. Not measured.
     pub const LOOKUP_RETRIES_MAX: u32 = 32;
     /// How often a file may vanish and appear between its lookup and its creation, or be a symbolic link to
     /// one that is not there: as many links as the kernel follows. Not measured.
@@ -220,8 +220,8 @@ pub mod main_thread {
     /// A worker that takes none of the connections that wait for it for this long is stuck: others get them.
     /// tests/e2e/tests/placement.rs.
     pub const STUCK_AFTER: Duration = Duration::from_millis(100);
-    /// What is in flight has so long to finish when the server is told to stop: less than the service manager
-    /// waits before it kills (90 s).
+    /// When the server is told to stop, requests in flight have this time to finish: less than the service
+    /// manager waits before it kills (90 s).
     pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
     /// How much longer than the workers the main thread waits: for them to notice the deadline.
     pub const DRAIN_SLACK: Duration = Duration::from_secs(1);
@@ -235,8 +235,8 @@ pub mod statistics {
     /// One read or write in so many is measured: to read the clock twice costs 150 instructions, 3 % of a
     /// 4 KiB read at depth 1.
     pub const MEASURED_EVERY: u32 = 16;
-    /// A worker publishes its gauges before it may sleep, and once in so many iterations while it is busy:
-    /// that takes 100 instructions. Some microseconds later is soon enough for those who look.
+    /// A worker publishes its gauges before it may sleep, and in one of this number of iterations while it is
+    /// busy. Publishing takes 100 instructions, and readers of gauges do not need them to the microsecond.
     pub const PUBLISHED_EVERY: u32 = 16;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;

@@ -48,7 +48,7 @@ impl<T> Outstanding<T> {
 
     /// Spends a credit on a request. Returns the value if there is none left.
     pub fn insert(&mut self, value: T, control: bool) -> Result<RequestId, T> {
-        if self.credits <= u32::from(!control) {
+        if !self.may_insert(control) {
             return Err(value);
         }
         let Some(index) = self.free.pop() else { return Err(value) };

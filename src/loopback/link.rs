@@ -8,12 +8,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::memory::Buffers;
 use crate::message::RemoteRegion;
+use crate::sync::lock;
 
 /// Receives that an end has posted before [`LoopbackEnd::set_receives`]: enough for a handshake.
 const RECEIVES_DEFAULT: usize = 2;
@@ -80,7 +81,7 @@ impl LoopbackEnd {
 
     fn sides(&self) -> MutexGuard<'_, [Side; 2]> {
         // A panic elsewhere leaves the sides whole: every change under the lock is one step.
-        self.link.sides.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.link.sides)
     }
 
     fn ring(&self, side: usize) {

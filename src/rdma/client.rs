@@ -303,25 +303,28 @@ impl RdmaClient {
     fn send_goaway(&mut self, goaway: &[u8]) {
         let Some(qp) = &mut self.qp else { return };
         let deadline = Instant::now() + RDMA_GOAWAY_TIME;
-        qp.look_at_sends();
-        while qp.room() == 0 || !qp.has_room_for(goaway.len()) {
-            if Instant::now() >= deadline || matches!(qp.next(), Some(Completion::Failed(_))) {
-                return;
-            }
-            std::thread::yield_now();
-            qp.look_at_sends();
-        }
-        qp.send(std::iter::once(goaway), goaway.len());
-        if qp.post(true).is_err() {
+        if !sends_until(qp, deadline, |qp| qp.room() > 0 && qp.has_room_for(goaway.len())) {
             return;
         }
-        while !qp.is_idle() && Instant::now() < deadline {
-            qp.look_at_sends();
-            if let Some(Completion::Failed(_)) = qp.next() {
-                return;
-            }
-            std::thread::yield_now();
+        qp.send(std::iter::once(goaway), goaway.len());
+        if qp.post(true).is_ok() {
+            sends_until(qp, deadline, QueuePair::is_idle);
         }
+    }
+}
+
+/// Polls for completions of sends until `is_so`. False if it is not by the deadline, or the queue pair has
+/// failed.
+fn sends_until(qp: &mut QueuePair, deadline: Instant, is_so: impl Fn(&QueuePair) -> bool) -> bool {
+    loop {
+        qp.look_at_sends();
+        if is_so(qp) {
+            return true;
+        }
+        if Instant::now() >= deadline || matches!(qp.next(), Some(Completion::Failed(_))) {
+            return false;
+        }
+        std::thread::yield_now();
     }
 }
 

@@ -198,10 +198,7 @@ impl Id {
         check(unsafe { (self.verbs.rdma_bind_addr)(self.raw.as_ptr(), raw_address(&raw)) })?;
         // SAFETY: the identifier is alive.
         check(unsafe { (self.verbs.rdma_listen)(self.raw.as_ptr(), RDMA_BACKLOG) })?;
-        let mut address = address;
-        // SAFETY: the identifier is alive.
-        address.set_port(u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) }));
-        Ok(address)
+        Ok(SocketAddr::new(address.ip(), self.local_port().unwrap_or_default()))
     }
 
     /// The address of the other side.
@@ -227,19 +224,11 @@ impl Id {
         }
     }
 
-    /// The port of this side, which the other side knows, too. None before it has one.
+    /// The port of this side, which the other side knows, too. None before it has one. In the host's order.
     pub fn local_port(&self) -> Option<u16> {
         // SAFETY: the identifier is alive.
-        let address = unsafe { self.raw.as_ref().route.addr.__bindgen_anon_1 };
-        // SAFETY: as in `peer`.
-        let port = unsafe {
-            match i32::from(address.src_addr.sa_family) {
-                libc::AF_INET => address.src_sin.sin_port,
-                libc::AF_INET6 => address.src_sin6.sin6_port,
-                _ => return None,
-            }
-        };
-        Some(u16::from_be(port)).filter(|port| *port != 0)
+        let port = u16::from_be(unsafe { (self.verbs.rdma_get_src_port)(self.raw.as_ptr()) });
+        (port != 0).then_some(port)
     }
 
     /// Takes an address of this machine, which tells the device and the port that it belongs to.

@@ -14,6 +14,7 @@ use super::verbs::{self, Verbs, ibv_context, verbs};
 use crate::error::Error;
 use crate::memory::{Mapping, Region};
 use crate::message::Link;
+use crate::rdma_devices::{Gid, Port};
 
 /// An open device. There are few, and they stay.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -151,7 +152,7 @@ impl Device {
     }
 
     /// What `raio_server --list-devices` says of it.
-    pub fn ports(&self) -> Vec<crate::rdma_devices::Port> {
+    pub fn ports(&self) -> Vec<Port> {
         let mut attr = verbs::ibv_device_attr::default();
         // SAFETY: the context is open and `attr` may be written.
         if verbs::check(unsafe { (self.verbs.ibv_query_device)(self.context.as_ptr(), &mut attr) }).is_err() {
@@ -160,7 +161,7 @@ impl Device {
         (1..=attr.phys_port_cnt).map(|number| self.port(number)).collect()
     }
 
-    fn port(&self, number: u8) -> crate::rdma_devices::Port {
+    fn port(&self, number: u8) -> Port {
         let attr = self.port_attr(number).unwrap_or_default();
         let is_ethernet = u32::from(attr.link_layer) == verbs::IBV_LINK_LAYER_ETHERNET;
         let gids = (0..attr.gid_tbl_len.max(0) as u32).filter_map(|index| self.gid(number, index)).collect();
@@ -171,7 +172,7 @@ impl Device {
             verbs::IBV_PORT_ARMED => "armed",
             _ => "unknown",
         };
-        crate::rdma_devices::Port {
+        Port {
             number,
             state,
             link: if is_ethernet { "Ethernet" } else { "InfiniBand" },
@@ -180,7 +181,7 @@ impl Device {
         }
     }
 
-    fn gid(&self, port: u8, index: u32) -> Option<crate::rdma_devices::Gid> {
+    fn gid(&self, port: u8, index: u32) -> Option<Gid> {
         let mut entry = verbs::ibv_gid_entry::default();
         // SAFETY: the context is open, and `entry` may be written as far as its size says.
         let result = unsafe {
@@ -201,7 +202,7 @@ impl Device {
             verbs::IBV_GID_TYPE_ROCE_V2 => "RoCE v2",
             _ => "IB",
         };
-        (raw != [0; 16]).then_some(crate::rdma_devices::Gid { index, address: raw.into(), kind })
+        (raw != [0; 16]).then_some(Gid { index, address: raw.into(), kind })
     }
 
     /// How many ports it has.

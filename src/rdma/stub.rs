@@ -1,5 +1,5 @@
-//! In place of the RDMA transport in a build without the feature `rdma`: whoever wants RDMA is told why there
-//! is none.
+//! In place of the RDMA transport in a build without the feature `rdma`: every function fails, with an error
+//! that says why there is no RDMA.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -130,7 +130,7 @@ contract! {
             // A client by rdma_cm gives up an attempt that takes too long, and begins another.
             let is_expected = |reason: &CloseReason| match reason {
                 CloseReason::Finished => true,
-                CloseReason::Lost(0) => !transport.is_tcp(),
+                CloseReason::Lost(0) => transport == Transport::Rdma,
                 _ => false,
             };
             let all_expected = seen.closed.iter().all(|(_, reason)| is_expected(reason));

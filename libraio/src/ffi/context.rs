@@ -20,8 +20,8 @@ use super::probe::ReadProbe;
 use super::state::{CONTEXTS, ContextState, LIVE, MRS, no_context, raio_context, state, stopped};
 use crate::context::Context;
 use crate::operation::Stats;
-use crate::sync::lock;
 use crate::trace;
+use raio_transport::sync::lock;
 
 /// See libraio.h.
 ///

@@ -16,7 +16,7 @@ use raio_transport::memory::process;
 use crate::error::Error;
 use crate::file::File;
 use crate::session::Session;
-use crate::sync::lock;
+use raio_transport::sync::lock;
 
 /// The first descriptor. The kernel's end at 1,048,576 (fs.nr_open) unless an administrator raises that.
 const FIRST: i32 = 1 << 24;

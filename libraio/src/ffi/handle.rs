@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::sync::lock;
 use crate::tuning::HANDLE_QUARANTINE;
+use raio_transport::sync::lock;
 
 /// What an opaque C pointer points at. Never unmapped; the magic number is there while it has content.
 #[repr(C)]

@@ -11,7 +11,7 @@ use super::errors::{fail, int, invalid, run};
 use super::handle::Handle;
 use super::state::{ContextState, MRS, Registration, raio_context, raio_mr, state};
 use crate::error::Error;
-use crate::sync::lock;
+use raio_transport::sync::lock;
 
 /// Memory of raio_alloc(), by its address.
 pub(super) struct Allocation {

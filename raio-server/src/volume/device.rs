@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use super::Properties;
 use super::served::Served;
 use crate::engine::{Descriptor, Lanes};
 use crate::syscalls::FileInfo;
@@ -32,7 +33,7 @@ impl Served for BlockDevice {
         &self.fd
     }
 
-    fn alignment(&self) -> u32 {
-        self.alignment
+    fn properties(&self) -> Properties {
+        Properties { alignment: self.alignment, ..Properties::default() }
     }
 }

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::SizeLimit;
 use super::served::Served;
+use super::{Properties, SizeLimit};
 use crate::engine::{Descriptor, Lanes};
 use crate::syscalls::FileInfo;
 use crate::tuning::files::DIRECT_ALIGN_DEFAULT;
@@ -33,11 +33,7 @@ impl Served for RegularFile {
         &self.fd
     }
 
-    fn alignment(&self) -> u32 {
-        self.alignment
-    }
-
-    fn size_limit(&self) -> Option<SizeLimit> {
-        self.size_limit
+    fn properties(&self) -> Properties {
+        Properties { alignment: self.alignment, size_limit: self.size_limit, ..Properties::default() }
     }
 }

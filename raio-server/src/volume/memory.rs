@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::SizeLimit;
 use super::served::Served;
+use super::{Properties, SizeLimit};
 use crate::engine::{Closing, Descriptor, Lanes};
 
 /// A `mem:` export.
@@ -41,12 +41,9 @@ impl Served for Memory {
         closing.complete(Ok(()));
     }
 
-    fn size_limit(&self) -> Option<SizeLimit> {
-        Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC })
-    }
-
-    fn may_hang(&self) -> bool {
-        false
+    fn properties(&self) -> Properties {
+        let size_limit = Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC });
+        Properties { size_limit, may_hang: false, ..Properties::default() }
     }
 }
 

@@ -48,6 +48,24 @@ pub struct SizeLimit {
     pub errno: i32,
 }
 
+/// What a volume is like. It stays so as long as the volume is open.
+#[derive(Clone, Copy, Debug)]
+pub struct Properties {
+    /// What offsets and lengths of reads and writes are multiples of. Beyond 1 they go straight to a device,
+    /// whose queue depth the worker watches ([`crate::device_queue`]).
+    pub alignment: u32,
+    /// How large clients may make it, if that is limited.
+    pub size_limit: Option<SizeLimit>,
+    /// Its operations may take for ever: its export has a share of the memory for requests, and no more.
+    pub may_hang: bool,
+}
+
+impl Default for Properties {
+    fn default() -> Self {
+        Self { alignment: 1, size_limit: None, may_hang: true }
+    }
+}
+
 /// What an open file does its I/O on.
 pub trait Volume: Debug + Send + Sync {
     /// Begins an operation, which ends with one completion in [`Engine::completions`] that has this key: at
@@ -86,20 +104,8 @@ pub trait Volume: Debug + Send + Sync {
         None
     }
 
-    /// What offsets and lengths of reads and writes are multiples of. Beyond 1 they go straight to a device,
-    /// whose queue depth the worker watches ([`crate::device_queue`]).
-    fn alignment(&self) -> u32 {
-        1
-    }
-
-    /// How large clients may make it, if that is limited.
-    fn size_limit(&self) -> Option<SizeLimit> {
-        None
-    }
-
-    /// Whether its operations may take for ever. If so its export has a share of the memory for requests, and
-    /// no more.
-    fn may_hang(&self) -> bool {
-        true
+    /// What it is like.
+    fn properties(&self) -> Properties {
+        Properties::default()
     }
 }

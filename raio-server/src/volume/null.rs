@@ -2,7 +2,7 @@
 
 use std::sync::Weak;
 
-use super::{Context, SizeLimit, Volume};
+use super::{Context, Properties, SizeLimit, Volume};
 use crate::client::Client;
 use crate::engine::{Closing, Completion, Engine, Operation, Outcome, Pending};
 use crate::syscalls::FileInfo;
@@ -66,12 +66,9 @@ impl Volume for Null {
         (self.within(offset, bytes.len()) == bytes.len()).then(|| bytes.fill(0))
     }
 
-    fn size_limit(&self) -> Option<SizeLimit> {
-        Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC })
-    }
-
-    fn may_hang(&self) -> bool {
-        false
+    fn properties(&self) -> Properties {
+        let size_limit = Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC });
+        Properties { size_limit, may_hang: false, ..Properties::default() }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
-use super::{Context, SizeLimit, Volume};
+use super::{Context, Properties, Volume};
 use crate::client::Client;
 use crate::engine::{Closing, Descriptor, Engine, Operation, Pending};
 
@@ -16,17 +16,7 @@ pub(super) trait Served: Debug + Send + Sync {
         self.descriptor().close(closing);
     }
 
-    fn alignment(&self) -> u32 {
-        1
-    }
-
-    fn size_limit(&self) -> Option<SizeLimit> {
-        None
-    }
-
-    fn may_hang(&self) -> bool {
-        true
-    }
+    fn properties(&self) -> Properties;
 }
 
 impl<V: Served> Volume for V {
@@ -62,15 +52,7 @@ impl<V: Served> Volume for V {
         engine.try_read_cached(self.descriptor(), bytes, offset)
     }
 
-    fn alignment(&self) -> u32 {
-        Served::alignment(self)
-    }
-
-    fn size_limit(&self) -> Option<SizeLimit> {
-        Served::size_limit(self)
-    }
-
-    fn may_hang(&self) -> bool {
-        Served::may_hang(self)
+    fn properties(&self) -> Properties {
+        Served::properties(self)
     }
 }

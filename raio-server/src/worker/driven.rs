@@ -23,7 +23,7 @@ use crate::placement::Placement;
 use crate::pool::Pool;
 use crate::session::Sessions;
 use crate::stats::Counters;
-use crate::sync::lock;
+use raio_transport::sync::lock;
 
 /// What a worker has because of its clients, and all workers count: nothing once they are gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -89,7 +89,7 @@ impl Requests {
     }
 
     fn forget(&mut self, connection: usize, request: usize) {
-        // The oldest is first, and whoever takes out all begins with it.
+        // Usually the first: requests mostly end in order, and a closing connection ends the oldest first.
         let siblings = &mut self.of_connections[connection];
         let at = siblings.iter().position(|&other| other == request);
         at.and_then(|at| siblings.remove(at));

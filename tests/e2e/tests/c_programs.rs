@@ -15,23 +15,24 @@ const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 /// Where the programs are, built once for all tests of this file.
 fn programs() -> &'static Path {
     static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAMS.get_or_init(|| {
-        let library = binary("libraio.so");
-        let directory = library.parent().expect("a file is in a directory");
-        let out = directory.join("c-tests");
-        let make = Command::new("make")
-            .args(["-s", "-C", &format!("{REPOSITORY}/tests/c")])
-            .arg(format!("O={}", out.display()))
-            .arg(format!("LIBDIR={}", directory.display()))
-            .output()
-            .expect("make runs");
-        assert!(
-            make.status.success(),
-            "the C programs do not build:\n{}",
-            String::from_utf8_lossy(&make.stderr)
-        );
-        out
-    })
+    PROGRAMS.get_or_init(|| make("tests/c", "c-tests", "LIBDIR", &[]))
+}
+
+/// Has make build programs of a folder of the repository, in a folder beside the library, whose own folder is
+/// told by this variable. Returns the programs' folder.
+fn make(folder: &str, out: &str, library_variable: &str, programs: &[&str]) -> PathBuf {
+    let library = binary("libraio.so");
+    let directory = library.parent().expect("a file is in a directory");
+    let out = directory.join(out);
+    let make = Command::new("make")
+        .args(["-s", "-C", &format!("{REPOSITORY}/{folder}")])
+        .args(programs.iter().map(|name| format!("{}/{name}", out.display())))
+        .arg(format!("O={}", out.display()))
+        .arg(format!("{library_variable}={}", directory.display()))
+        .output()
+        .expect("make runs");
+    assert!(make.status.success(), "{folder} does not build:\n{}", String::from_utf8_lossy(&make.stderr));
+    out
 }
 
 /// A server with the exports that tests/c/check.h names, over files of its own.
@@ -178,22 +179,7 @@ fn when_the_server_is_killed_every_iocb_completes_once_with_an_error() {
 fn examples() -> &'static Path {
     static EXAMPLES: OnceLock<PathBuf> = OnceLock::new();
     EXAMPLES.get_or_init(|| {
-        let library = binary("libraio.so");
-        let directory = library.parent().expect("a file is in a directory");
-        let out = directory.join("c-examples");
-        let make = Command::new("make")
-            .args(["-s", "-C", &format!("{REPOSITORY}/libraio/examples")])
-            .args(["raio_cp", "raio_cat", "raio_epoll"].map(|name| format!("{}/{name}", out.display())))
-            .arg(format!("O={}", out.display()))
-            .arg(format!("RAIO={}", directory.display()))
-            .output()
-            .expect("make runs");
-        assert!(
-            make.status.success(),
-            "the examples do not build:\n{}",
-            String::from_utf8_lossy(&make.stderr)
-        );
-        out
+        make("libraio/examples", "c-examples", "RAIO", &["raio_cp", "raio_cat", "raio_epoll"])
     })
 }
 
@@ -253,8 +239,7 @@ fn a_trace_has_each_request_from_its_submission_to_its_collection() {
             .expect("a trace");
         let name = file.file_name().expect("a name").to_string_lossy().into_owned();
         assert!(!name.contains('%'), "{name}");
-        let text = std::fs::read_to_string(&file).expect("the trace");
-        let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let (text, trace) = read_trace(&file);
         let known = &trace["otherData"];
         assert!(known["clock_offset_us"].is_number() && known["clock_error_us"].is_number(), "{known}");
         let mut steps = BTreeMap::<String, Vec<(f64, String)>>::new();
@@ -284,10 +269,16 @@ fn a_trace_has_each_request_from_its_submission_to_its_collection() {
     }
 }
 
+/// A trace: its text, and what that means.
+fn read_trace(file: &Path) -> (String, serde_json::Value) {
+    let text = std::fs::read_to_string(file).expect("the trace");
+    let trace = serde_json::from_str(&text).expect("JSON");
+    (text, trace)
+}
+
 /// Where each request begins and ends in a trace, in microseconds of the server's clock.
 fn spans(file: &Path) -> (BTreeMap<String, (f64, f64)>, f64) {
-    let text = std::fs::read_to_string(file).expect("the trace");
-    let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let (_, trace) = read_trace(file);
     let known = |name: &str| trace["otherData"][name].as_f64().expect("a number");
     let mut spans = BTreeMap::<String, (f64, f64)>::new();
     for event in trace["traceEvents"].as_array().expect("events") {

@@ -4,7 +4,7 @@ use super::*;
 
 const MAX: usize = 4;
 
-/// A client of a session that may have so many requests in flight, and a file whose requests end at once.
+/// A client whose session may have [`MAX`] requests in flight, and a file whose requests complete at once.
 fn bench() -> Bench {
     let options = Options::parse_from(["raio_server", "--export", "n=null:1M", "--memory", "128M"]);
     let config = options.check(1).expect("the options make sense");

@@ -10,7 +10,7 @@ use crate::client::Client as Origin;
 use crate::engine::completions::Completer;
 use crate::engine::{Closing, Lanes, Operation, Outcome, Pending};
 use crate::export::Export;
-use crate::volume::{Context, Memory, SizeLimit, Volume};
+use crate::volume::{Context, Memory, Properties, SizeLimit, Volume};
 
 const SIZE: u64 = (FILE_BLOCKS * BLOCK) as u64;
 const DEPTH: usize = 16;
@@ -138,8 +138,9 @@ impl Volume for Image {
         self.tell(Tell::Close(closing));
     }
 
-    fn size_limit(&self) -> Option<SizeLimit> {
-        Some(SizeLimit { bytes: SIZE, errno: libc::ENOSPC })
+    fn properties(&self) -> Properties {
+        let size_limit = Some(SizeLimit { bytes: SIZE, errno: libc::ENOSPC });
+        Properties { size_limit, ..Properties::default() }
     }
 }
 
@@ -185,16 +186,8 @@ impl<V: Volume> Volume for PassThrough<V> {
         self.volume.try_read_cached(engine, bytes, offset)
     }
 
-    fn alignment(&self) -> u32 {
-        self.volume.alignment()
-    }
-
-    fn size_limit(&self) -> Option<SizeLimit> {
-        self.volume.size_limit()
-    }
-
-    fn may_hang(&self) -> bool {
-        self.volume.may_hang()
+    fn properties(&self) -> Properties {
+        self.volume.properties()
     }
 }
 

@@ -1,9 +1,0 @@
-//! Locks of this library. A panic under one of them leaves nothing half done, so a poisoned lock is as
-//! good as any other.
-
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Waits for the lock.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
