@@ -117,7 +117,12 @@ fn the_statistics_tell_latencies_the_fast_path_and_exports_apart() {
     }
     let null = client.open("/n", OPEN_READ).unwrap();
     client.read(null, 0, 1000).unwrap();
-    let stats = server.stats_until("counted", |stats| stats.get("answered") == 104);
+    // Latencies are counted after the answers, at the end of an iteration.
+    let stats = server.stats_until("counted", |stats| {
+        stats.get("answered") == 104
+            && stats.0.contains("\"latency_us\":{\"open\":{\"count\":2,")
+            && stats.0.contains("\"write\":{\"count\":1,")
+    });
     let after = |name: &str| {
         let at = stats.0.find(name).unwrap_or_else(|| panic!("{name} is not in {}", stats.0));
         let number: String =
