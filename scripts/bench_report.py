@@ -7,6 +7,7 @@ aim a ratio of two such medians of the same, interleaved, runs.
 """
 
 import statistics
+import textwrap
 
 
 def median(runs, key):
@@ -143,7 +144,8 @@ def aims(results, idle_cpu_percent):
     disturbed = [w for w in (d1, d32, d128) if (w, floor) in results and of(w, floor) < of(w, blocking)]
     if disturbed:
         yield ""
-        yield (
+        yield textwrap.fill(
             f"These ratios mean little: the spinning floor was slower than the blocking one at {', '.join(disturbed)}, so "
-            "something else used the processors. Measure again on a quiet machine, with two processors at least."
+            "something else used the processors. Measure again on a quiet machine, with two processors at least.",
+            110,
         )
