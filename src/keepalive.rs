@@ -66,7 +66,7 @@ impl Keepalive {
         self.request_timeout
     }
 
-    /// The same from now on.
+    /// Sets the request timeout, from now on.
     pub fn set_request_timeout(&mut self, timeout: Duration) {
         self.request_timeout = timeout.max(Duration::from_millis(1));
     }

@@ -28,8 +28,9 @@ pub struct Options {
     /// Outstanding requests per context (flow control); 0: as many as the server grants and `maxevents`
     /// allows.
     pub queue_depth: u32,
-    /// For connecting and the handshake, in total: if the server has several addresses, each gets its share
-    /// of what is left. Resolving a host name is not included: the configuration of the resolver limits that.
+    /// Timeout for connecting and the handshake together. If the host name has several addresses, each
+    /// attempt gets an equal share of the remaining time. DNS resolution is not included: it has the
+    /// resolver's own timeout.
     pub connect_timeout: Duration,
     /// How long a call that waits for an answer may take (open, status, close, closing a context), if the
     /// server answers pings.

@@ -103,14 +103,14 @@ impl<J: Job> Pool<J> {
         Ok(pool)
     }
 
-    /// A pool without threads. Its user runs the jobs, with [`Pool::run_one`].
+    /// A pool without threads: the caller runs its jobs, with [`Pool::run_one`].
     #[cfg(any(test, feature = "test-worker"))]
     pub fn without_threads() -> &'static Self {
         // As if there were always an idle one, so that none is asked for.
         Self::with_idle(usize::MAX)
     }
 
-    /// A pool whose threads are the caller's business: this number of them counts as idle.
+    /// A pool that counts this number of threads as idle. The caller starts them.
     fn with_idle(idle: usize) -> &'static Self {
         let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle };
         Box::leak(Box::new(Self {

@@ -1,5 +1,6 @@
-//! The file of `--trace`: a thread of its own writes what workers hand to it, so that none of them waits for
-//! a disk. Its queue holds at most one ring per worker. See [`raio_transport::trace`] for what is in it.
+//! Writes the trace file (`--trace`) in a thread of its own, so that no worker waits for a disk. Workers send
+//! their rings of records to it through a bounded queue, at most one ring per worker. The file format is in
+//! [`raio_transport::trace`].
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,8 +59,8 @@ impl Trace {
         Ring::new(TRACE_RECORDS)
     }
 
-    /// Has a worker's records written. Never waits: while earlier rings are still being written,
-    /// the worker gets its ring back and continues to use it.
+    /// Queues a worker's records to be written. Never blocks: if the queue is full, the worker gets its ring
+    /// back and continues to use it.
     pub fn write(&self, worker: usize, ring: Ring) -> Result<(), Ring> {
         self.push(worker, ring).inspect_err(|_| {
             tracing::warn!(

@@ -232,11 +232,11 @@ pub mod main_thread {
 
 /// What is recorded of requests.
 pub mod statistics {
-    /// One read or write in so many is measured: to read the clock twice costs 150 instructions, 3 % of a
-    /// 4 KiB read at depth 1.
+    /// Sampling interval, in reads or writes: the latency of one in 16 is measured. Reading the clock twice
+    /// costs 150 instructions, 3 % of a 4 KiB read at depth 1.
     pub const MEASURED_EVERY: u32 = 16;
-    /// A worker publishes its gauges before it may sleep, and in one of this number of iterations while it is
-    /// busy. Publishing takes 100 instructions, and readers of gauges do not need them to the microsecond.
+    /// Publishing interval of the gauges of a busy worker, in iterations; it also publishes them before it
+    /// sleeps. Publishing costs 100 instructions, and gauges need not be exact to the microsecond.
     pub const PUBLISHED_EVERY: u32 = 16;
     /// Records of a worker's trace, of 40 bytes each: about 20,000 requests. Not measured.
     pub const TRACE_RECORDS: usize = 1 << 16;

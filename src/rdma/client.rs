@@ -313,12 +313,12 @@ impl RdmaClient {
     }
 }
 
-/// Polls for completions of sends until `is_so`. False if it is not by the deadline, or the queue pair has
-/// failed.
-fn sends_until(qp: &mut QueuePair, deadline: Instant, is_so: impl Fn(&QueuePair) -> bool) -> bool {
+/// Polls for completions of sends until the condition is true. Returns false if the deadline passes or the
+/// queue pair fails before.
+fn sends_until(qp: &mut QueuePair, deadline: Instant, condition: impl Fn(&QueuePair) -> bool) -> bool {
     loop {
         qp.look_at_sends();
-        if is_so(qp) {
+        if condition(qp) {
             return true;
         }
         if Instant::now() >= deadline || matches!(qp.next(), Some(Completion::Failed(_))) {

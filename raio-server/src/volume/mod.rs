@@ -48,15 +48,15 @@ pub struct SizeLimit {
     pub errno: i32,
 }
 
-/// What a volume is like. It stays so as long as the volume is open.
+/// Properties of a volume. They do not change while it is open.
 #[derive(Clone, Copy, Debug)]
 pub struct Properties {
-    /// What offsets and lengths of reads and writes are multiples of. Beyond 1 they go straight to a device,
-    /// whose queue depth the worker watches ([`crate::device_queue`]).
+    /// Alignment in bytes of offsets and lengths of reads and writes. If it is above 1, they bypass the page
+    /// cache, and go through a device queue ([`crate::device_queue`]).
     pub alignment: u32,
-    /// How large clients may make it, if that is limited.
+    /// The size in bytes up to which clients may extend it; None for no limit.
     pub size_limit: Option<SizeLimit>,
-    /// Its operations may take for ever: its export has a share of the memory for requests, and no more.
+    /// Its operations may never complete. If so, requests on its export are limited to a quota of the memory.
     pub may_hang: bool,
 }
 
@@ -104,7 +104,7 @@ pub trait Volume: Debug + Send + Sync {
         None
     }
 
-    /// What it is like.
+    /// Its properties.
     fn properties(&self) -> Properties {
         Properties::default()
     }

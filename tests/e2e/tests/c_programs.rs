@@ -18,8 +18,9 @@ fn programs() -> &'static Path {
     PROGRAMS.get_or_init(|| make("tests/c", "c-tests", "LIBDIR", &[]))
 }
 
-/// Has make build programs of a folder of the repository, in a folder beside the library, whose own folder is
-/// told by this variable. Returns the programs' folder.
+/// Runs make in a directory of the repository, to build programs in a directory beside libraio.so.
+/// `library_variable` is the make variable for the directory of the library. Returns the directory of the
+/// programs.
 fn make(folder: &str, out: &str, library_variable: &str, programs: &[&str]) -> PathBuf {
     let library = binary("libraio.so");
     let directory = library.parent().expect("a file is in a directory");
