@@ -5,16 +5,22 @@
 //! option that it does not know with "unsupported": an old peer and a new one always find out what they have
 //! in common.
 
+use std::cell::OnceCell;
 use std::time::Duration;
 
 use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, FEATURE_CRC, FEATURE_PONG_TIME, HandshakeOption, Hello, Limits, MAGIC, OPTION_CONTROL, OPTION_NAME,
-    OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
+    self, ChannelOption, FEATURE_CRC, FEATURE_PONG_TIME, HandshakeOption, Hello, Limits, MAGIC,
+    OPTION_CHANNEL, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_SUPERSEDE, OPTION_TEXT,
+    OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
 use crate::trace::Clock;
+
+/// The most sessions that one hello supersedes.
+pub const SUPERSEDED_MAX: usize = 8;
 
 /// The shortest and the longest keepalive interval that a client takes from a server.
 const KEEPALIVE_MIN: Duration = Duration::from_millis(100);
@@ -41,13 +47,28 @@ impl SessionId {
     }
 }
 
+/// The channel of a session that a connection belongs to. A broken connection's place in it is taken by the
+/// next one, which has a higher epoch; nothing that came by an older one happens from then on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChannelOffer {
+    /// Which of the session's: 0 for the one that carries control commands alone.
+    pub number: u32,
+    /// 1 for the first connection; higher with each attempt to connect, whether it succeeds or not.
+    pub epoch: u64,
+    /// How long the server is to keep the channel when its connection has broken.
+    pub linger: Duration,
+}
+
 /// What a client offers.
 #[derive(Clone, Debug)]
 pub struct Offer {
     /// The session; [`SessionId::random`] for a new one.
     pub session: SessionId,
-    /// The incarnation of the session.
-    pub epoch: u64,
+    /// The channel of the session; None for a connection that cannot be resumed.
+    pub channel: Option<ChannelOffer>,
+    /// Sessions of the same client that it has given up, at most [`SUPERSEDED_MAX`]: the server ends them
+    /// before a request of this connection runs.
+    pub supersedes: Vec<SessionId>,
     /// Feature bits that the client asks for. It must have checksums; it does without times in pongs.
     pub features: u64,
     /// Requests it would like to have outstanding; 0 for what the server grants.
@@ -58,9 +79,6 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
-    /// It will carry control commands alone, no reads and writes: a server need not share it out among its
-    /// threads.
-    pub control: bool,
 }
 
 /// What a server is ready to grant.
@@ -86,6 +104,8 @@ pub struct Policy {
     /// On TCP, a peer from which nothing comes for so long, while something that was sent to it is
     /// outstanding and is sent again in vain, is taken to be unreachable.
     pub unreachable_timeout: Duration,
+    /// The longest that a channel whose connection has broken is kept.
+    pub linger: Duration,
     /// The server's name.
     pub name: String,
     /// Clients of this transport, a stream, may move to queue pairs.
@@ -107,6 +127,7 @@ impl Default for Policy {
             handshake_timeout: Duration::from_secs(5),
             stall_timeout: Duration::from_secs(2),
             unreachable_timeout: Duration::from_secs(30),
+            linger: Duration::from_secs(90),
             name: "raio".into(),
             queue_pair: false,
             clock: Clock::new(),
@@ -133,6 +154,8 @@ pub struct Grant {
     pub keepalive: Duration,
     /// The connection may move from this stream to a queue pair.
     pub queue_pair: bool,
+    /// How long the channel is kept when the connection has broken; zero without a channel.
+    pub linger: Duration,
 }
 
 impl Grant {
@@ -170,18 +193,41 @@ pub enum Identity {
 pub struct Peer {
     /// Its session.
     pub session: SessionId,
-    /// The incarnation of the session.
-    pub epoch: u64,
+    /// Its channel of the session, if it has one.
+    pub channel: Option<ChannelOffer>,
+    /// Sessions that it had, and has given up.
+    pub supersedes: Vec<SessionId>,
     /// Who it is, as far as that is proven: not by the hello, but by what carries it.
     pub identity: Identity,
     /// Its name for the log; from the peer, so not to be trusted.
     pub name: String,
     /// It promised to send something this often; zero: no promise.
     pub keepalive: Duration,
-    /// It carries control commands alone.
-    pub control: bool,
     /// What it was granted.
     pub grant: Grant,
+}
+
+impl ChannelOption {
+    fn new(channel: &ChannelOffer) -> Self {
+        Self {
+            number: U32::new(channel.number),
+            linger_ms: U32::new(channel.linger.as_millis().try_into().unwrap_or(u32::MAX)),
+        }
+    }
+}
+
+impl Peer {
+    /// Whether its connection carries control commands alone: the server need not distribute it among its
+    /// threads.
+    pub fn is_control(&self) -> bool {
+        self.channel.is_some_and(|channel| channel.number == 0)
+    }
+
+    /// Whether there may be requests of earlier connections that must be over before one of this connection
+    /// runs. Its first command is then an outcome, whose answer says that they are.
+    pub fn begins_with_outcome(&self) -> bool {
+        self.channel.is_some_and(|channel| channel.epoch > 1) || !self.supersedes.is_empty()
+    }
 }
 
 impl Policy {
@@ -201,7 +247,9 @@ impl Policy {
         }
         let mut name = None;
         let mut queue_pair = false;
-        let mut control = false;
+        let mut channel = None;
+        let mut supersedes = None;
+        let channel_granted = OnceCell::new();
         let mut answers = Vec::new();
         for option in message::parse_options(options) {
             let option = option?;
@@ -217,11 +265,26 @@ impl Policy {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] });
-            } else if option.kind == OPTION_CONTROL {
-                if !option.value.is_empty() || std::mem::replace(&mut control, true) {
+            } else if option.kind == OPTION_CHANNEL {
+                let value = ChannelOption::read_from_bytes(option.value).map_err(|_| Violation::Length)?;
+                let epoch = hello.epoch.get();
+                if epoch == 0 {
                     return Err(Violation::Field);
                 }
-                answers.push(HandshakeOption { kind: OPTION_CONTROL, flags: 0, value: &[] });
+                let linger = Duration::from_millis(value.linger_ms.get().into()).min(self.linger);
+                let offered = ChannelOffer { number: value.number.get(), epoch, linger };
+                if channel.replace(offered).is_some() {
+                    return Err(Violation::Field);
+                }
+                let granted = channel_granted.get_or_init(|| ChannelOption::new(&offered));
+                let value = granted.as_bytes();
+                answers.push(HandshakeOption { kind: OPTION_CHANNEL, flags: 0, value });
+            } else if option.kind == OPTION_SUPERSEDE {
+                let ids = <[SessionId]>::ref_from_bytes(option.value).map_err(|_| Violation::Length)?;
+                if ids.len() > SUPERSEDED_MAX || supersedes.replace(ids.to_vec()).is_some() {
+                    return Err(Violation::Field);
+                }
+                answers.push(HandshakeOption { kind: OPTION_SUPERSEDE, flags: 0, value: &[] });
             } else if option.flags & OPTION_REQUIRED != 0 {
                 return Err(Violation::RequiredOption(option.kind));
             } else {
@@ -238,6 +301,7 @@ impl Policy {
             inline_bytes_max: self.inline_bytes_max,
             keepalive: self.keepalive,
             queue_pair,
+            linger: channel.map_or(Duration::ZERO, |channel| channel.linger),
         };
         let welcome = Welcome {
             magic: MAGIC,
@@ -255,11 +319,11 @@ impl Policy {
         };
         let peer = Peer {
             session: hello.session,
-            epoch: hello.epoch.get(),
+            channel,
+            supersedes: supersedes.unwrap_or_default(),
             identity: Identity::Anonymous,
             name: name.unwrap_or_default(),
             keepalive: Duration::from_millis(hello.keepalive_ms.get().into()),
-            control,
             grant,
         };
         Ok(Parsed::Item((peer, message::encode_handshake(welcome, &answers)), taken))
@@ -291,13 +355,13 @@ impl Offer {
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             session: SessionId::random(),
-            epoch: 1,
+            channel: None,
+            supersedes: Vec::new(),
             features: 0,
             queue_depth: 0,
             keepalive: Duration::ZERO,
             name: name.into(),
             queue_pair: false,
-            control: false,
         }
     }
 
@@ -310,7 +374,7 @@ impl Offer {
             options_len: U32::ZERO,
             features: U64::new(self.features),
             session: self.session,
-            epoch: U64::new(self.epoch),
+            epoch: U64::new(self.channel.map_or(0, |channel| channel.epoch)),
             queue_depth: U32::new(self.queue_depth),
             keepalive_ms: U32::new(self.keepalive.as_millis() as u32),
             crc: U32::ZERO,
@@ -318,8 +382,18 @@ impl Offer {
         };
         let name = message::clipped(&self.name).as_bytes();
         let mut options = vec![HandshakeOption { kind: OPTION_NAME, flags: 0, value: name }];
-        for (kind, is_set) in [(OPTION_QUEUE_PAIR, self.queue_pair), (OPTION_CONTROL, self.control)] {
-            options.extend(is_set.then_some(HandshakeOption { kind, flags: 0, value: &[] }));
+        if self.queue_pair {
+            options.push(HandshakeOption { kind: OPTION_QUEUE_PAIR, flags: 0, value: &[] });
+        }
+        // A server without channels could not keep what these promise.
+        let flags = OPTION_REQUIRED;
+        let channel = self.channel.as_ref().map(ChannelOption::new);
+        if let Some(channel) = &channel {
+            options.push(HandshakeOption { kind: OPTION_CHANNEL, flags, value: channel.as_bytes() });
+        }
+        if !self.supersedes.is_empty() {
+            let value = self.supersedes.as_bytes();
+            options.push(HandshakeOption { kind: OPTION_SUPERSEDE, flags, value });
         }
         message::encode_handshake(hello, &options)
     }
@@ -332,12 +406,17 @@ impl Offer {
         };
         let mut text = String::new();
         let mut queue_pair = false;
+        let mut linger = Duration::ZERO;
         for option in message::parse_options(options) {
             let option = option?;
             if option.kind == OPTION_TEXT {
                 text = message::text(option.value);
             }
             queue_pair |= option.kind == OPTION_QUEUE_PAIR && option.flags & OPTION_UNSUPPORTED == 0;
+            if option.kind == OPTION_CHANNEL {
+                let value = ChannelOption::read_from_bytes(option.value).map_err(|_| Violation::Length)?;
+                linger = Duration::from_millis(value.linger_ms.get().into());
+            }
         }
         let errno = i32::from(welcome.errno.get());
         if errno > message::ERRNO_MAX {
@@ -357,11 +436,13 @@ impl Offer {
             keepalive: Duration::from_millis(welcome.keepalive_ms.get().into())
                 .clamp(KEEPALIVE_MIN, KEEPALIVE_MAX),
             queue_pair,
+            linger,
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
         if grant.version != VERSION
             || grant.features & !self.features != 0
             || grant.queue_pair && !self.queue_pair
+            || grant.linger > self.channel.map_or(Duration::ZERO, |channel| channel.linger)
             || grant.queue_depth == 0
             || grant.queue_depth > depth_max
             || grant.data_bytes_max < 4096

@@ -171,6 +171,7 @@ mod tests {
             inline_bytes_max: 0,
             keepalive: SECOND,
             queue_pair: false,
+            linger: Duration::ZERO,
         };
         let start = Instant::now();
         (Keepalive::new(&grant, start), start)

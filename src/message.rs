@@ -16,7 +16,7 @@ use crate::error::{Class, Status, Violation};
 /// The first bytes of each side of a connection.
 pub const MAGIC: [u8; 8] = *b"raio\r\n\x1a\n";
 /// The protocol version that this code speaks.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Length of [`Header`].
 pub const HEADER_BYTES: usize = 40;
@@ -625,7 +625,7 @@ pub struct Hello {
     /// The session that this connection belongs to: random, secret, chosen by the client for its first
     /// connection.
     pub session: SessionId,
-    /// Which incarnation of the session: grows with each reconnect.
+    /// Which connection of its channel ([`OPTION_CHANNEL`]) this is: grows with each attempt to connect.
     pub epoch: U64,
     /// Requests that the client would like to have outstanding; 0 for what the server grants.
     pub queue_depth: U32,
@@ -691,8 +691,21 @@ pub const OPTION_NAME: u16 = 1;
 pub const OPTION_TEXT: u16 = 2;
 /// Option without a value: the connection could move from this stream to a queue pair.
 pub const OPTION_QUEUE_PAIR: u16 = 3;
-/// The connection carries control commands alone.
-pub const OPTION_CONTROL: u16 = 4;
+/// Option: the channel that this connection belongs to ([`ChannelOption`]).
+pub const OPTION_CHANNEL: u16 = 4;
+/// Option: sessions that the client had, and has given up ([`SessionId`]s).
+pub const OPTION_SUPERSEDE: u16 = 5;
+
+/// The value of [`OPTION_CHANNEL`], of both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ChannelOption {
+    /// Which channel of the session: 0 for the one that carries control commands alone.
+    pub number: U32,
+    /// How long the server keeps the channel when its connection has broken, in ms: what the client asks for,
+    /// or what the server grants.
+    pub linger_ms: U32,
+}
 
 /// One option of a handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

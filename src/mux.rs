@@ -431,7 +431,7 @@ mod tests {
         let streams = Fake {
             owner: STREAMS,
             events: [ServerEvent::Closed(id(STREAMS, 6), CloseReason::Finished)].into(),
-            handovers: [Handover::Upgrade(request)].into(),
+            handovers: [Handover::Upgrade(Box::new(request))].into(),
             ..Fake::default()
         };
         let queue_pairs = Fake {

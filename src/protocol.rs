@@ -1,13 +1,14 @@
 //! raio's own commands, on top of the message layer: open, read, write, ... [`OPERATIONS`] lists them.
 //!
-//! A command is the body of a request. All but an open have one layout of 24 bytes, so that a request is 64
-//! bytes in all. Data to be written is the request's bulk data, data read is the response's; the response's
-//! result is the byte count, or the file handle of an open.
+//! A command is the body of a request. All but three (open, outcome, reopen) have one layout of 24 bytes, so
+//! that a request is 64 bytes in all. Data to be written is the request's bulk data, data read is the
+//! response's; the response's result is the byte count, or the file handle of an open.
 
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::error::Violation;
+use crate::error::{Class, Status, Violation};
+use crate::message::{ERRNO_MAX, padded};
 
 /// What a command asks for. [`OPERATIONS`] says what each means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,6 +25,8 @@ pub enum Opcode {
     WriteZeroes = 8,
     Cancel = 9,
     Allocate = 10,
+    Outcome = 11,
+    Reopen = 12,
 }
 
 impl Opcode {
@@ -48,8 +51,8 @@ pub struct Operation {
     pub opcode: Opcode,
     /// Its name in statistics, logs and documents.
     pub name: &'static str,
-    /// The fields of the command that it uses; all others are 0. Open has a layout of its own.
-    pub fields: Fields,
+    /// The fields of the 24-byte command that it uses; all others are 0. None if it has a layout of its own.
+    pub fields: Option<Fields>,
     /// The flag bits that it knows.
     pub flags: u16,
     /// Which way its bulk data goes. `length` is then the length of that data, and has 32 bits.
@@ -58,6 +61,8 @@ pub struct Operation {
     pub access: FileAccess,
     /// Whether it is about sessions, files and requests, or about a file's data.
     pub class: OperationClass,
+    /// Whether the server keeps how it has ended, for [`Opcode::Outcome`]: it must not run twice.
+    pub is_recorded: bool,
 }
 
 /// Fields of the 24-byte command.
@@ -102,21 +107,21 @@ pub enum OperationClass {
     Data,
 }
 
-const NONE: Fields = Fields { file: false, offset: false, length: false };
-const FILE: Fields = Fields { file: true, ..NONE };
-const ID: Fields = Fields { offset: true, ..NONE };
+const FILE: Fields = Fields { file: true, offset: false, length: false };
+const ID: Fields = Fields { file: false, offset: true, length: false };
 const RANGE: Fields = Fields { file: true, offset: true, length: true };
 
 /// An operation on a session, a file or a request.
-const fn control(opcode: Opcode, name: &'static str, fields: Fields) -> Operation {
+const fn control(opcode: Opcode, name: &'static str, fields: Option<Fields>) -> Operation {
     let (direction, access, class) = (Direction::None, FileAccess::Any, OperationClass::Control);
-    Operation { opcode, name, fields, flags: 0, direction, access, class }
+    Operation { opcode, name, fields, flags: 0, direction, access, class, is_recorded: false }
 }
 
-/// An operation on a range of a file.
+/// An operation on a range of a file. One that needs a file open for writing changes it.
 const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Operation {
     let (direction, class) = (Direction::None, OperationClass::Data);
-    Operation { opcode, name, fields: RANGE, flags: 0, direction, access, class }
+    let (fields, is_recorded) = (Some(RANGE), matches!(access, FileAccess::Write));
+    Operation { opcode, name, fields, flags: 0, direction, access, class, is_recorded }
 }
 
 /// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for
@@ -136,17 +141,27 @@ const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Ope
 ///   cancelled; EALREADY if it is too late, ENOENT if it is not outstanding.
 /// - **allocate**: reserves storage for the range and changes no byte. A shorter file grows to the range's
 ///   end, except with [`FLAG_KEEP_SIZE`].
-pub const OPERATIONS: [Operation; 10] = [
-    control(Opcode::Open, "open", NONE),
-    control(Opcode::Close, "close", FILE),
-    control(Opcode::Stat, "stat", FILE),
+/// - **outcome**: says what became of requests of the channel's previous connections: a [`RequestOutcome`]
+///   for each id in the body of the response. It is answered only when none of them can still happen.
+/// - **reopen**: opens a file that a previous server had open, under the same handle, if it is still the same
+///   file. Result and body: as of an open.
+pub const OPERATIONS: [Operation; 12] = [
+    Operation { is_recorded: true, ..control(Opcode::Open, "open", None) },
+    control(Opcode::Close, "close", Some(FILE)),
+    control(Opcode::Stat, "stat", Some(FILE)),
     Operation { direction: Direction::ToClient, ..on_range(Opcode::Read, "read", FileAccess::Read) },
     Operation { direction: Direction::ToServer, ..on_range(Opcode::Write, "write", FileAccess::Write) },
-    Operation { fields: FILE, flags: FLAG_DATA_ONLY, ..on_range(Opcode::Fsync, "fsync", FileAccess::Any) },
+    Operation {
+        fields: Some(FILE),
+        flags: FLAG_DATA_ONLY,
+        ..on_range(Opcode::Fsync, "fsync", FileAccess::Any)
+    },
     on_range(Opcode::Discard, "discard", FileAccess::Write),
     on_range(Opcode::WriteZeroes, "write_zeroes", FileAccess::Write),
-    control(Opcode::Cancel, "cancel", ID),
+    control(Opcode::Cancel, "cancel", Some(ID)),
     Operation { flags: FLAG_KEEP_SIZE, ..on_range(Opcode::Allocate, "allocate", FileAccess::Write) },
+    control(Opcode::Outcome, "outcome", None),
+    control(Opcode::Reopen, "reopen", None),
 ];
 
 const _: () = {
@@ -181,15 +196,19 @@ pub const OPEN_DSYNC: u32 = 1 << 7;
 /// O_NOFOLLOW: the last component must not be a symbolic link.
 pub const OPEN_NOFOLLOW: u32 = 1 << 8;
 const OPEN_FLAGS: u32 = (1 << 9) - 1;
+/// What a file that was opened once must not be opened with again.
+const OPEN_ONCE_FLAGS: u32 = OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE;
 
 /// The longest path, in bytes.
 pub const PATH_BYTES_MAX: usize = 4_096;
+/// The most ids in one [`Opcode::Outcome`].
+pub const OUTCOMES_MAX: usize = 256;
 
 /// Names an open file within a session. An index that the server reuses, and a generation that it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileHandle(pub u32);
 
-/// The command of everything but an open.
+/// The command of all that have no layout of their own.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct IoCommand {
@@ -210,6 +229,41 @@ struct OpenCommand {
     mode: U32,
     path_len: U32,
 }
+
+/// The fixed part of an outcome. The ids follow, 32 bits each, padded with zeros to a multiple of 8.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct OutcomeCommand {
+    opcode: U16,
+    count: U16,
+    reserved: U32,
+}
+
+/// The fixed part of a reopen. The path follows, padded with zeros to a multiple of 8.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct ReopenCommand {
+    opcode: U16,
+    reserved: U16,
+    flags: U32,
+    file: U32,
+    path_len: U32,
+    identity: [u8; 16],
+}
+
+/// What became of one request: an element of the response to [`Opcode::Outcome`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct RequestOutcome {
+    id: U32,
+    errno: U16,
+    class: u8,
+    state: u8,
+    result: U64,
+}
+
+const STATE_NEVER: u8 = 0;
+const STATE_DONE: u8 = 1;
 
 /// The status of a file. Times are in nanoseconds since the epoch.
 #[derive(
@@ -246,11 +300,17 @@ pub struct FileStatus {
     /// Offsets and lengths of direct writes must be multiples of this; 1 if the file is not open with
     /// [`OPEN_DIRECT`].
     pub direct_align: U32,
+    /// The same as long as it is the same file, and different for any other; zeros if the server cannot tell.
+    pub identity: [u8; 16],
+    /// Changes when acknowledged writes that were not followed by an fsync may have been lost.
+    pub verifier: U64,
 }
 
 const _: () = assert!(size_of::<IoCommand>() == 24);
 const _: () = assert!(size_of::<OpenCommand>() == 16);
-const _: () = assert!(size_of::<FileStatus>() == 88);
+const _: () = assert!(size_of::<OutcomeCommand>() == 8 && size_of::<ReopenCommand>() == 32);
+const _: () = assert!(size_of::<RequestOutcome>() == 16);
+const _: () = assert!(size_of::<FileStatus>() == 112);
 
 /// A command, checked. Offsets and lengths are in bytes, and `file` is the handle of an open file.
 /// [`OPERATIONS`] says what each does.
@@ -303,6 +363,20 @@ pub enum Command<'a> {
         /// The file's size does not change.
         keep_size: bool,
     },
+    Outcome {
+        /// Ids of requests, at most [`OUTCOMES_MAX`].
+        ids: &'a [U32],
+    },
+    Reopen {
+        /// `OPEN_*` bits, without those that create or truncate.
+        flags: u32,
+        /// What it was open under.
+        file: FileHandle,
+        /// [`FileStatus::identity`].
+        identity: [u8; 16],
+        /// Bytes without a zero among them.
+        path: &'a [u8],
+    },
 }
 
 /// What the fields of the 24-byte command hold.
@@ -315,7 +389,7 @@ struct Parts {
 }
 
 impl<'a> Command<'a> {
-    /// Its fields. Those of an open are in a layout of its own.
+    /// Its fields, if it has no layout of its own.
     #[inline]
     fn parts(&self) -> Parts {
         let parts = |opcode, file, offset, length| Parts { opcode, flags: 0, file, offset, length };
@@ -336,6 +410,8 @@ impl<'a> Command<'a> {
                 let parts = parts(Opcode::Allocate, file, offset, length);
                 Parts { flags: flag(keep_size, FLAG_KEEP_SIZE), ..parts }
             }
+            Self::Outcome { .. } => parts(Opcode::Outcome, FileHandle(0), 0, 0),
+            Self::Reopen { file, .. } => parts(Opcode::Reopen, file, 0, 0),
         }
     }
 
@@ -344,7 +420,7 @@ impl<'a> Command<'a> {
     fn from_parts(Parts { opcode, flags, file, offset, length }: Parts) -> Result<Self, Violation> {
         let data_len = || u32::try_from(length).map_err(|_| Violation::Length);
         Ok(match opcode {
-            Opcode::Open => return Err(Violation::Field),
+            Opcode::Open | Opcode::Outcome | Opcode::Reopen => return Err(Violation::Field),
             Opcode::Close => Self::Close(file),
             Opcode::Stat => Self::Stat(file),
             Opcode::Read => Self::Read { file, offset, length: data_len()? },
@@ -361,20 +437,40 @@ impl<'a> Command<'a> {
 
     /// Appends the command in wire form.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let start = out.len();
-        if let Self::Open { flags, mode, path } = *self {
-            debug_assert!(path.len() <= PATH_BYTES_MAX);
-            let open = OpenCommand {
-                opcode: U16::new(Opcode::Open as u16),
-                reserved: U16::ZERO,
-                flags: U32::new(flags),
-                mode: U32::new(mode),
-                path_len: U32::new(path.len() as u32),
-            };
-            out.extend_from_slice(open.as_bytes());
-            out.extend_from_slice(path);
-            out.resize(start + crate::message::padded(out.len() - start), 0);
-            return;
+        match *self {
+            Self::Open { flags, mode, path } => {
+                debug_assert!(path.len() <= PATH_BYTES_MAX);
+                let open = OpenCommand {
+                    opcode: U16::new(Opcode::Open as u16),
+                    reserved: U16::ZERO,
+                    flags: U32::new(flags),
+                    mode: U32::new(mode),
+                    path_len: U32::new(path.len() as u32),
+                };
+                return encode_padded(open.as_bytes(), path, out);
+            }
+            Self::Outcome { ids } => {
+                debug_assert!(ids.len() <= OUTCOMES_MAX);
+                let outcome = OutcomeCommand {
+                    opcode: U16::new(Opcode::Outcome as u16),
+                    count: U16::new(ids.len() as u16),
+                    reserved: U32::ZERO,
+                };
+                return encode_padded(outcome.as_bytes(), ids.as_bytes(), out);
+            }
+            Self::Reopen { flags, file, identity, path } => {
+                debug_assert!(path.len() <= PATH_BYTES_MAX);
+                let reopen = ReopenCommand {
+                    opcode: U16::new(Opcode::Reopen as u16),
+                    reserved: U16::ZERO,
+                    flags: U32::new(flags),
+                    file: U32::new(file.0),
+                    path_len: U32::new(path.len() as u32),
+                    identity,
+                };
+                return encode_padded(reopen.as_bytes(), path, out);
+            }
+            _ => {}
         }
         let Parts { opcode, flags, file, offset, length } = self.parts();
         let command = IoCommand {
@@ -393,13 +489,16 @@ impl<'a> Command<'a> {
     pub fn decode(body: &'a [u8]) -> Result<Self, Violation> {
         let (opcode, _) = U16::ref_from_prefix(body).map_err(|_| Violation::Length)?;
         let opcode = Opcode::from_wire(opcode.get()).ok_or(Violation::Field)?;
-        if opcode == Opcode::Open {
-            return Self::decode_open(body);
-        }
+        let Operation { fields: Some(fields), flags: known_flags, .. } = opcode.operation() else {
+            return match opcode {
+                Opcode::Open => Self::decode_open(body),
+                Opcode::Outcome => Self::decode_outcome(body),
+                _ => Self::decode_reopen(body),
+            };
+        };
         let command = IoCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
         let file = FileHandle(command.file.get());
         let (flags, offset, length) = (command.flags.get(), command.offset.get(), command.length.get());
-        let Operation { fields, flags: known_flags, .. } = opcode.operation();
         if flags & !known_flags != 0
             || (file.0 != 0 && !fields.file)
             || (offset != 0 && !fields.offset)
@@ -412,22 +511,41 @@ impl<'a> Command<'a> {
 
     fn decode_open(body: &'a [u8]) -> Result<Self, Violation> {
         let (open, rest) = OpenCommand::ref_from_prefix(body).map_err(|_| Violation::Length)?;
-        let len = open.path_len.get() as usize;
-        if len == 0 || len > PATH_BYTES_MAX || rest.len() != crate::message::padded(len) {
-            return Err(Violation::Length);
-        }
-        let (path, padding) = rest.split_at(len);
-        if open.reserved.get() != 0 || padding.iter().any(|&b| b != 0) || open.flags.get() & !OPEN_FLAGS != 0
-        {
+        let path = decode_path(open.path_len, rest)?;
+        let flags = open.flags.get();
+        if open.reserved.get() != 0 || flags & !OPEN_FLAGS != 0 {
             return Err(Violation::Reserved);
         }
-        if path.contains(&0)
-            || open.mode.get() & !0o7777 != 0
-            || open.flags.get() & (OPEN_READ | OPEN_WRITE) == 0
-        {
+        if open.mode.get() & !0o7777 != 0 || flags & (OPEN_READ | OPEN_WRITE) == 0 {
             return Err(Violation::Field);
         }
-        Ok(Self::Open { flags: open.flags.get(), mode: open.mode.get(), path })
+        Ok(Self::Open { flags, mode: open.mode.get(), path })
+    }
+
+    fn decode_outcome(body: &'a [u8]) -> Result<Self, Violation> {
+        let (outcome, rest) = OutcomeCommand::ref_from_prefix(body).map_err(|_| Violation::Length)?;
+        let len = usize::from(outcome.count.get()) * size_of::<U32>();
+        if len > OUTCOMES_MAX * size_of::<U32>() {
+            return Err(Violation::Length);
+        }
+        if outcome.reserved.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        let ids = <[U32]>::ref_from_bytes(decode_padded(len, rest)?).map_err(|_| Violation::Length)?;
+        Ok(Self::Outcome { ids })
+    }
+
+    fn decode_reopen(body: &'a [u8]) -> Result<Self, Violation> {
+        let (reopen, rest) = ReopenCommand::ref_from_prefix(body).map_err(|_| Violation::Length)?;
+        let path = decode_path(reopen.path_len, rest)?;
+        let flags = reopen.flags.get();
+        if reopen.reserved.get() != 0 || flags & !(OPEN_FLAGS & !OPEN_ONCE_FLAGS) != 0 {
+            return Err(Violation::Reserved);
+        }
+        if flags & (OPEN_READ | OPEN_WRITE) == 0 {
+            return Err(Violation::Field);
+        }
+        Ok(Self::Reopen { flags, file: FileHandle(reopen.file.get()), identity: reopen.identity, path })
     }
 
     /// How many bytes of data the response brings at most: the request's inward region must have this length.
@@ -452,6 +570,74 @@ impl<'a> Command<'a> {
     #[inline]
     pub fn opcode(&self) -> Opcode {
         self.parts().opcode
+    }
+}
+
+/// Appends the fixed part of a command and what follows it, padded with zeros to a multiple of 8.
+fn encode_padded(fixed: &[u8], rest: &[u8], out: &mut Vec<u8>) {
+    let start = out.len();
+    out.extend_from_slice(fixed);
+    out.extend_from_slice(rest);
+    out.resize(start + padded(out.len() - start), 0);
+}
+
+/// The first `len` bytes of what is padded with zeros to a multiple of 8.
+fn decode_padded(len: usize, bytes: &[u8]) -> Result<&[u8], Violation> {
+    if bytes.len() != padded(len) {
+        return Err(Violation::Length);
+    }
+    let (bytes, padding) = bytes.split_at(len);
+    if padding.iter().any(|&byte| byte != 0) { Err(Violation::Reserved) } else { Ok(bytes) }
+}
+
+fn decode_path(len: U32, bytes: &[u8]) -> Result<&[u8], Violation> {
+    let len = len.get() as usize;
+    if len == 0 || len > PATH_BYTES_MAX {
+        return Err(Violation::Length);
+    }
+    let path = decode_padded(len, bytes)?;
+    if path.contains(&0) { Err(Violation::Field) } else { Ok(path) }
+}
+
+impl RequestOutcome {
+    /// A request that was not executed, and never will be.
+    pub fn never(id: u32) -> Self {
+        Self { id: U32::new(id), errno: U16::ZERO, class: 0, state: STATE_NEVER, result: U64::ZERO }
+    }
+
+    /// A request that was executed, and answered with this status and result.
+    pub fn done(id: u32, status: Status, result: u64) -> Self {
+        Self {
+            id: U32::new(id),
+            errno: U16::new(status.errno as u16),
+            class: status.class as u8,
+            state: STATE_DONE,
+            result: U64::new(result),
+        }
+    }
+
+    /// Of which request it is.
+    pub fn id(&self) -> u32 {
+        self.id.get()
+    }
+
+    /// How it was answered; None if it was never executed. The status is not retryable.
+    pub fn answer(&self) -> Result<Option<(Status, u64)>, Violation> {
+        let errno = i32::from(self.errno.get());
+        let class = Class::from_wire(self.class).ok_or(Violation::Field)?;
+        if (errno == 0) != (class == Class::None) || errno > ERRNO_MAX {
+            return Err(Violation::Field);
+        }
+        match self.state {
+            STATE_NEVER if errno == 0 && self.result.get() == 0 => Ok(None),
+            STATE_DONE => Ok(Some((Status { errno, class, retryable: false }, self.result.get()))),
+            _ => Err(Violation::Field),
+        }
+    }
+
+    /// The outcomes in the body of a response.
+    pub fn decode(body: &[u8]) -> Result<&[Self], Violation> {
+        <[Self]>::ref_from_bytes(body).map_err(|_| Violation::Length)
     }
 }
 

@@ -207,7 +207,7 @@ pub struct Passed {
 pub enum Handover {
     /// A connection asks to move. Ask the others to [`ServerTransport::take_over`], then
     /// [`ServerTransport::answer_upgrade`].
-    Upgrade(UpgradeRequest),
+    Upgrade(Box<UpgradeRequest>),
     /// One half has ended: [`ServerTransport::partner_ended`] for the other.
     Ended {
         /// The other half.

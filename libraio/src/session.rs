@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use raio_transport::address::{Address, Scheme};
-use raio_transport::handshake::Offer;
+use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, FEATURE_PONG_TIME, SessionId};
 use raio_transport::mux;
@@ -242,7 +242,7 @@ impl Shared {
                 // Requests of the control connection are not traced.
                 | if !control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
             queue_depth: depth,
-            control,
+            channel: control.then_some(ChannelOffer { number: 0, epoch: 1, linger: Duration::ZERO }),
             ..Offer::new(program_name())
         };
         let mux::Reached { mut transport, why_tcp } =

@@ -58,7 +58,12 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
             check_size_limit(&file.open, range)?;
             (in_pieces(file, RangeCommand::Allocate { keep_size }, range), length)
         }
-        Command::Read { .. } | Command::Open { .. } | Command::Close(_) | Command::Cancel { .. } => {
+        Command::Read { .. }
+        | Command::Open { .. }
+        | Command::Close(_)
+        | Command::Cancel { .. }
+        | Command::Outcome { .. }
+        | Command::Reopen { .. } => {
             unreachable!("{command:?} is no other work on an open file")
         }
     };

@@ -56,6 +56,7 @@ pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
             gid: stat.stx_gid.into(),
             block_bytes: stat.stx_blksize.into(),
             direct_align: 1.into(),
+            ..FileStatus::default()
         },
         direct_align: knows_align.then_some(stat.stx_dio_offset_align),
     })

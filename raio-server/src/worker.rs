@@ -307,7 +307,7 @@ impl Worker {
         tcp.set_heap_max(shared.heap_bytes);
         let placing = Arc::clone(&shared);
         tcp.set_place(Box::new(move |peer| {
-            let to = if peer.control { index } else { placing.placement.claim(index) };
+            let to = if peer.is_control() { index } else { placing.placement.claim(index) };
             (to != index).then_some(to)
         }));
         let mut transports: Vec<Box<dyn ServerTransport>> = vec![Box::new(tcp)];

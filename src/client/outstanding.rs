@@ -122,6 +122,7 @@ mod tests {
             inline_bytes_max: 0,
             keepalive: Duration::from_secs(1),
             queue_pair: false,
+            linger: Duration::ZERO,
         }
     }
 

@@ -6,16 +6,16 @@ use proptest::prelude::*;
 use super::*;
 use crate::message::tests::hex;
 
-const HELLO: &str = "72 61 69 6f 0d 0a 1a 0a  01 00 01 00 10 00 00 00
+const HELLO: &str = "72 61 69 6f 0d 0a 1a 0a  02 00 02 00 10 00 00 00
                      01 00 00 00 00 00 00 00  10 11 12 13 14 15 16 17
-                     18 19 1a 1b 1c 1d 1e 1f  03 00 00 00 00 00 00 00
-                     20 00 00 00 dc 05 00 00  ef b8 b4 aa 00 00 00 00
+                     18 19 1a 1b 1c 1d 1e 1f  00 00 00 00 00 00 00 00
+                     20 00 00 00 dc 05 00 00  57 a2 c2 90 00 00 00 00
                      01 00 00 00 06 00 00 00  67 6f 6c 64 65 6e 00 00";
 
-const WELCOME: &str = "72 61 69 6f 0d 0a 1a 0a  01 00 00 00 10 00 00 00
+const WELCOME: &str = "72 61 69 6f 0d 0a 1a 0a  02 00 00 00 10 00 00 00
                        01 00 00 00 00 00 00 00  20 21 22 23 24 25 26 27
                        28 29 2a 2b 2c 2d 2e 2f  20 00 00 00 00 00 10 00
-                       00 20 00 00 88 13 00 00  d6 c2 a6 57 00 00 00 00
+                       00 20 00 00 88 13 00 00  6c 15 d2 1d 00 00 00 00
                        01 00 00 00 04 00 00 00  72 61 69 6f 00 00 00 00";
 
 const REFUSAL: &str = "72 61 69 6f 0d 0a 1a 0a  00 00 57 00 10 00 00 00
@@ -27,13 +27,13 @@ const REFUSAL: &str = "72 61 69 6f 0d 0a 1a 0a  00 00 57 00 10 00 00 00
 fn offer() -> Offer {
     Offer {
         session: SessionId(std::array::from_fn(|n| n as u8 + 0x10)),
-        epoch: 3,
+        channel: None,
+        supersedes: Vec::new(),
         features: FEATURE_CRC,
         queue_depth: 32,
         keepalive: Duration::from_millis(1500),
         name: "golden".into(),
         queue_pair: false,
-        control: false,
     }
 }
 
@@ -43,7 +43,7 @@ fn policy() -> Policy {
 
 fn grant() -> Grant {
     Grant {
-        version: 1,
+        version: 2,
         features: FEATURE_CRC,
         server: policy().server,
         queue_depth: 32,
@@ -51,6 +51,7 @@ fn grant() -> Grant {
         inline_bytes_max: 8192,
         keepalive: Duration::from_secs(5),
         queue_pair: false,
+        linger: Duration::ZERO,
     }
 }
 
@@ -65,7 +66,7 @@ fn a_welcome_has_these_bytes() {
     let Ok(Parsed::Item((peer, welcome), taken)) = policy().welcome(&hello) else { panic!("not welcome") };
     assert_eq!(welcome, hex(WELCOME), "{welcome:02x?}");
     assert_eq!(taken, hello.len());
-    assert_eq!((peer.session, peer.epoch, peer.name.as_str()), (offer().session, 3, "golden"));
+    assert_eq!((peer.session, peer.channel, peer.name.as_str()), (offer().session, None, "golden"));
     assert_eq!((peer.keepalive, peer.grant), (Duration::from_millis(1500), grant()));
 }
 
@@ -98,6 +99,54 @@ fn a_client_asks_for_a_queue_pair_once_and_says_no_more_about_it() {
     for options in [&[option(b"x")][..], &[option(b""), option(b"")]] {
         let bytes = message::encode_handshake(hello, options);
         assert_eq!(policy.welcome(&bytes).err(), Some(Violation::Field));
+    }
+}
+
+#[test]
+fn a_client_names_its_channel_and_the_sessions_that_it_has_given_up_with_these_bytes() {
+    const CHANNEL: &str = "04 00 01 00 08 00 00 00  07 00 00 00 10 27 00 00";
+    const SUPERSEDE: &str = "05 00 01 00 10 00 00 00  30 31 32 33 34 35 36 37  38 39 3a 3b 3c 3d 3e 3f";
+    let channel = ChannelOffer { number: 7, epoch: 0x0102_0304, linger: Duration::from_secs(10) };
+    let given_up = SessionId(std::array::from_fn(|n| n as u8 + 0x30));
+    let offer = Offer { channel: Some(channel), supersedes: vec![given_up], ..offer() };
+    let hello = offer.hello();
+    assert_eq!(hello[64..], [&hex(HELLO)[64..], &hex(CHANNEL), &hex(SUPERSEDE)].concat());
+    assert_eq!(hello[40..48], hex("04 03 02 01 00 00 00 00"));
+    let policy = Policy { linger: Duration::from_secs(5), ..policy() };
+    let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&hello) else { panic!("not welcome") };
+    let granted = ChannelOffer { linger: Duration::from_secs(5), ..channel };
+    assert_eq!((peer.channel, &peer.supersedes), (Some(granted), &vec![given_up]));
+    assert!(peer.begins_with_outcome() && !peer.is_control());
+    let answers = "04 00 00 00 08 00 00 00  07 00 00 00 88 13 00 00  05 00 00 00 00 00 00 00";
+    assert_eq!(welcome[64..], [&hex(WELCOME)[64..], &hex(answers)].concat());
+    let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("no grant") };
+    assert_eq!(grant.linger, granted.linger);
+    // A client that has asked for less, or for nothing, must not be granted more.
+    for channel in [None, Some(ChannelOffer { linger: Duration::from_secs(1), ..channel })] {
+        let asked = Offer { channel, ..offer.clone() }.grant(&welcome);
+        assert!(matches!(asked, Err(Error::Violation(Violation::Field))), "{asked:?}");
+    }
+}
+
+#[test]
+fn a_channel_or_a_supersede_that_makes_no_sense_is_a_violation() {
+    let Ok(Parsed::Item((hello, _), _)) = message::parse_handshake::<message::Hello>(&offer().hello()) else {
+        panic!("no hello")
+    };
+    let first = Hello { epoch: U64::new(1), ..hello };
+    let option = |kind, value| HandshakeOption { kind, flags: OPTION_REQUIRED, value };
+    let (channel, superseded) = ([0; 8], [1; 16 * (SUPERSEDED_MAX + 1)]);
+    for (hello, options, violation) in [
+        (hello, vec![option(OPTION_CHANNEL, &channel[..])], Violation::Field),
+        (first, vec![option(OPTION_CHANNEL, &channel[..]); 2], Violation::Field),
+        (first, vec![option(OPTION_CHANNEL, &channel[..7])], Violation::Length),
+        (first, vec![option(OPTION_CHANNEL, &[0; 16][..])], Violation::Length),
+        (first, vec![option(OPTION_SUPERSEDE, &superseded[..])], Violation::Field),
+        (first, vec![option(OPTION_SUPERSEDE, &superseded[..16]); 2], Violation::Field),
+        (first, vec![option(OPTION_SUPERSEDE, &superseded[..15])], Violation::Length),
+    ] {
+        let bytes = message::encode_handshake(hello, &options);
+        assert_eq!(policy().welcome(&bytes).err(), Some(violation), "{options:?}");
     }
 }
 
@@ -180,10 +229,10 @@ proptest! {
     #[test]
     fn any_offer_and_any_policy_end_in_the_same_grant_on_both_sides(
         session: [u8; 16],
-        epoch: u64,
+        channel: Option<(u32, u64, u32)>,
         wants_crc: bool,
         wants_queue_pair: bool,
-        wants_control: bool,
+        superseded in prop::collection::vec(any::<[u8; 16]>(), 0..=SUPERSEDED_MAX),
         has_queue_pairs: bool,
         queue_depth in prop_oneof![Just(0u32), 1u32..200_000],
         keepalive_ms in 0u32..1_000_000,
@@ -193,15 +242,20 @@ proptest! {
         inline_bytes_max: u32,
         policy_keepalive_ms in 100u32..60_000,
     ) {
+        let channel = channel.map(|(number, epoch, linger_ms)| ChannelOffer {
+            number,
+            epoch: epoch.max(1),
+            linger: Duration::from_millis(linger_ms.into()),
+        });
         let offer = Offer {
             session: SessionId(session),
-            epoch,
+            channel,
+            supersedes: superseded.iter().copied().map(SessionId).collect(),
             features: if wants_crc { FEATURE_CRC } else { 0 },
             queue_depth,
             keepalive: Duration::from_millis(keepalive_ms.into()),
             name: name.clone(),
             queue_pair: wants_queue_pair,
-            control: wants_control,
         };
         let policy = Policy {
             queue_depth: depth_max,
@@ -216,11 +270,14 @@ proptest! {
         };
         let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("{:?}", offer.grant(&welcome)) };
         prop_assert_eq!(grant, peer.grant);
-        let said = (peer.session, peer.epoch, peer.keepalive);
-        prop_assert_eq!(said, (SessionId(session), epoch, offer.keepalive));
+        let said = (peer.session, &peer.supersedes, peer.keepalive);
+        prop_assert_eq!(said, (SessionId(session), &offer.supersedes, offer.keepalive));
+        let linger = |channel: ChannelOffer| channel.linger.min(policy.linger);
+        let granted = channel.map(|channel| ChannelOffer { linger: linger(channel), ..channel });
+        prop_assert_eq!(peer.channel, granted);
+        prop_assert_eq!(grant.linger, granted.map_or(Duration::ZERO, |channel| channel.linger));
         prop_assert_eq!(peer.name, message::text(name.as_bytes()));
         prop_assert_eq!(grant.crc(), wants_crc);
-        prop_assert_eq!(peer.control, wants_control);
         prop_assert_eq!(grant.queue_pair, wants_queue_pair && has_queue_pairs);
         prop_assert!(grant.queue_depth >= 1 && grant.queue_depth <= depth_max);
         prop_assert!(queue_depth == 0 || grant.queue_depth <= queue_depth);

@@ -32,6 +32,57 @@ fn an_open_has_these_bytes() {
 }
 
 #[test]
+fn an_outcome_and_its_answer_have_these_bytes() {
+    let ids = [0x0001_0002, 0x0403_0201, 7].map(U32::new);
+    golden(
+        Command::Outcome { ids: &ids },
+        "0b 00 03 00 00 00 00 00  02 00 01 00 01 02 03 04  07 00 00 00 00 00 00 00",
+    );
+    golden(Command::Outcome { ids: &[] }, "0b 00 00 00 00 00 00 00");
+    let bytes = hex(
+        "02 00 01 00  00 00 00 00  00 00 00 00 00 00 00 00  01 02 03 04  00 00 00 01  00 10 00 00 00 00 00 00
+         07 00 00 00  1c 00 03 01  00 02 00 00 00 00 00 00",
+    );
+    let failed = Status::storage(libc::ENOSPC);
+    let outcomes = [
+        RequestOutcome::never(0x0001_0002),
+        RequestOutcome::done(0x0403_0201, Status::OK, 4096),
+        RequestOutcome::done(7, failed, 512),
+    ];
+    assert_eq!((RequestOutcome::decode(&bytes), outcomes.as_bytes()), (Ok(&outcomes[..]), &bytes[..]));
+    assert_eq!(outcomes.map(|outcome| outcome.id()), [0x0001_0002, 0x0403_0201, 7]);
+    let answers = [Ok(None), Ok(Some((Status::OK, 4096))), Ok(Some((failed, 512)))];
+    assert_eq!(outcomes.map(|outcome| outcome.answer()), answers);
+    assert_eq!(RequestOutcome::decode(&bytes[..40]), Err(Violation::Length));
+    // A state that does not exist; a class without an errno; an errno that is too large; a result of nothing.
+    for (at, value) in [(7, 2), (22, 3), (37, 0x10), (8, 1)] {
+        let mut bytes = bytes.clone();
+        bytes[at] = value;
+        let outcomes = RequestOutcome::decode(&bytes).unwrap();
+        let wrong = outcomes.iter().filter(|outcome| outcome.answer() == Err(Violation::Field)).count();
+        assert_eq!(wrong, 1, "byte {at}");
+    }
+}
+
+#[test]
+fn a_reopen_has_these_bytes() {
+    let identity = std::array::from_fn(|n| n as u8);
+    golden(
+        Command::Reopen { flags: OPEN_READ | OPEN_DIRECT, file: FILE, identity, path: b"/data/a" },
+        "0c 00 00 00  21 00 00 00  11 22 33 44  07 00 00 00
+         00 01 02 03 04 05 06 07  08 09 0a 0b 0c 0d 0e 0f  2f 64 61 74 61 2f 61 00",
+    );
+}
+
+#[test]
+fn what_is_recorded_is_what_must_not_run_twice() {
+    let recorded =
+        OPERATIONS.iter().filter(|operation| operation.is_recorded).map(|operation| operation.opcode);
+    let expected = [Opcode::Open, Opcode::Write, Opcode::Discard, Opcode::WriteZeroes, Opcode::Allocate];
+    assert_eq!(recorded.collect::<Vec<_>>(), expected);
+}
+
+#[test]
 fn each_flag_of_an_open_is_this_bit() {
     let flags = [
         OPEN_READ,
@@ -95,7 +146,8 @@ fn a_file_status_has_these_bytes() {
     let bytes = hex(
         "08 07 06 05 04 03 02 01  10 00 00 00 00 00 00 00  2a 00 00 00 00 00 00 00  01 08 00 00 00 00 00 00
          05 00 00 00 00 00 00 00  ff ff ff ff ff ff ff ff  00 ca 9a 3b 00 00 00 00  01 00 00 00 00 00 00 80
-         a4 81 00 00  02 00 00 00  e8 03 00 00  e9 03 00 00  00 10 00 00  00 02 00 00",
+         a4 81 00 00  02 00 00 00  e8 03 00 00  e9 03 00 00  00 10 00 00  00 02 00 00
+         00 01 02 03 04 05 06 07  08 09 0a 0b 0c 0d 0e 0f  88 77 66 55 44 33 22 11",
     );
     let status = FileStatus::decode(&bytes).unwrap();
     let expected = FileStatus {
@@ -113,9 +165,11 @@ fn a_file_status_has_these_bytes() {
         gid: U32::new(1001),
         block_bytes: U32::new(4096),
         direct_align: U32::new(512),
+        identity: std::array::from_fn(|n| n as u8),
+        verifier: U64::new(0x1122_3344_5566_7788),
     };
     assert_eq!((status, status.as_bytes()), (expected, &bytes[..]));
-    assert_eq!(FileStatus::decode(&bytes[..80]), Err(Violation::Length));
+    assert_eq!(FileStatus::decode(&bytes[..88]), Err(Violation::Length));
 }
 
 #[test]
@@ -126,7 +180,7 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     // One byte of a good command, changed.
     for (what, good, at, value, violation) in [
         ("opcode 0", read, 0, 0, Violation::Field),
-        ("opcode 11", read, 0, 11, Violation::Field),
+        ("opcode 13", read, 0, 13, Violation::Field),
         ("opcode 260", read, 1, 1, Violation::Field),
         ("a read with a flag", read, 2, 1, Violation::Reserved),
         ("a read of 4 GiB", read, 20, 1, Violation::Length),
@@ -151,6 +205,26 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     assert_eq!(Command::decode(&fsync), Err(Violation::Reserved));
     let allocate = hex("0a 00 02 00 11 22 33 44  00 00 00 00 00 00 00 00  00 10 00 00 00 00 00 00");
     assert_eq!(Command::decode(&allocate), Err(Violation::Reserved));
+    let outcome = "0b 00 03 00 00 00 00 00  02 00 01 00 01 02 03 04  07 00 00 00 00 00 00 00";
+    let reopen = "0c 00 00 00  21 00 00 00  11 22 33 44  07 00 00 00
+                  00 01 02 03 04 05 06 07  08 09 0a 0b 0c 0d 0e 0f  2f 64 61 74 61 2f 61 00";
+    for (what, good, at, value, violation) in [
+        ("an outcome of more ids than it has", outcome, 2, 5, Violation::Length),
+        ("an outcome of fewer ids than it has", outcome, 2, 1, Violation::Length),
+        ("an outcome of too many ids", outcome, 3, 2, Violation::Length),
+        ("an outcome with a reserved byte", outcome, 5, 1, Violation::Reserved),
+        ("an outcome with padding that is not zero", outcome, 21, 1, Violation::Reserved),
+        ("a reopen with a reserved byte", reopen, 3, 1, Violation::Reserved),
+        ("a reopen that creates", reopen, 4, 5, Violation::Reserved),
+        ("a reopen that truncates", reopen, 4, 0x11, Violation::Reserved),
+        ("a reopen neither to read nor to write", reopen, 4, 0x20, Violation::Field),
+        ("a reopen of no path", reopen, 12, 0, Violation::Length),
+        ("a reopen with a zero within its path", reopen, 34, 0, Violation::Field),
+    ] {
+        let mut bytes = hex(good);
+        bytes[at] = value;
+        assert_eq!(Command::decode(&bytes), Err(violation), "{what}");
+    }
     let cancel = hex("09 00 00 00 01 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00");
     assert_eq!(Command::decode(&cancel), Err(Violation::Reserved));
     for len in [0, 1, 8, 23, 25, 32] {
@@ -161,15 +235,23 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
 }
 
 #[test]
-fn the_longest_path_fits_into_a_message() {
-    let path = vec![b'p'; PATH_BYTES_MAX];
-    let mut bytes = Vec::new();
-    Command::Open { flags: OPEN_READ, mode: 0, path: &path }.encode(&mut bytes);
-    assert!(bytes.len() <= crate::message::BODY_BYTES_MAX);
-    assert!(Command::decode(&bytes).is_ok());
+fn the_longest_paths_and_most_ids_fit_into_a_message() {
+    let path = &vec![b'p'; PATH_BYTES_MAX];
+    for command in [
+        Command::Open { flags: OPEN_READ, mode: 0, path },
+        Command::Reopen { flags: OPEN_READ, file: FILE, identity: [1; 16], path },
+        Command::Outcome { ids: &[U32::new(1); OUTCOMES_MAX] },
+    ] {
+        let mut bytes = Vec::new();
+        command.encode(&mut bytes);
+        assert!(bytes.len() <= crate::message::BODY_BYTES_MAX);
+        assert_eq!(Command::decode(&bytes), Ok(command));
+    }
+    assert!(size_of::<[RequestOutcome; OUTCOMES_MAX]>() <= crate::message::BODY_BYTES_MAX);
 }
 
-/// docs/PROTOCOL.md's table, as [`OPERATIONS`] has it: opcode, name, fields, flags, direction, class.
+/// docs/PROTOCOL.md's table, as [`OPERATIONS`] has it: opcode, name, fields, flags, direction, class, and
+/// whether it is recorded.
 #[test]
 fn the_documented_operations_are_those_of_the_table() {
     let document = include_str!("../../docs/PROTOCOL.md");
@@ -184,10 +266,15 @@ fn the_documented_operations_are_those_of_the_table() {
             (
                 cells[1].parse::<u16>().expect("an opcode"),
                 cells[2],
-                Fields { file: uses("file"), offset: uses("offset"), length: uses("length") },
+                (cells[3] != "own layout, below").then(|| Fields {
+                    file: uses("file"),
+                    offset: uses("offset"),
+                    length: uses("length"),
+                }),
                 bits.map(|bit| 1 << bit).sum::<u16>(),
                 cells[4],
                 cells[5],
+                cells[6],
             )
         })
         .collect();
@@ -200,7 +287,9 @@ fn the_documented_operations_are_those_of_the_table() {
                 Direction::ToServer => "to server",
             };
             let class = if operation.class == OperationClass::Control { "control" } else { "data" };
-            (operation.opcode as u16, operation.name, operation.fields, operation.flags, direction, class)
+            let recorded = if operation.is_recorded { "yes" } else { "no" };
+            let Operation { opcode, name, fields, flags, .. } = *operation;
+            (opcode as u16, name, fields, flags, direction, class, recorded)
         })
         .collect();
     assert_eq!(documented, table);
@@ -208,8 +297,8 @@ fn the_documented_operations_are_those_of_the_table() {
 
 #[test]
 fn an_operation_accepts_the_fields_of_its_row_and_no_others() {
-    for operation in OPERATIONS.iter().filter(|operation| operation.opcode != Opcode::Open) {
-        let Fields { file, offset, length } = operation.fields;
+    for operation in &OPERATIONS {
+        let Some(Fields { file, offset, length }) = operation.fields else { continue };
         for (at, is_used, what) in [
             (2, operation.flags != 0, "flags"),
             (4, file, "file"),
@@ -226,7 +315,7 @@ fn an_operation_accepts_the_fields_of_its_row_and_no_others() {
 }
 
 fn any_command() -> impl Strategy<Value = (u8, u32, u64, u64, Vec<u8>)> {
-    (1u8..=10, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
+    (1u8..=12, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
 }
 
 fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) -> Command<'_> {
@@ -245,7 +334,16 @@ fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) 
         7 => Command::Discard { file, offset, length },
         8 => Command::WriteZeroes { file, offset, length },
         9 => Command::Cancel { id: offset },
-        _ => Command::Allocate { file, offset, length, keep_size: offset % 2 == 1 },
+        10 => Command::Allocate { file, offset, length, keep_size: offset % 2 == 1 },
+        11 => Command::Outcome {
+            ids: <[U32]>::ref_from_bytes(&path[..path.len() & !3]).expect("a multiple of their size"),
+        },
+        _ => Command::Reopen {
+            flags: (length as u32 & OPEN_FLAGS & !OPEN_ONCE_FLAGS) | OPEN_READ,
+            file,
+            identity: std::array::from_fn(|n| n as u8 ^ offset as u8),
+            path,
+        },
     }
 }
 

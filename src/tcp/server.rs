@@ -596,7 +596,7 @@ impl ServerTransport for TcpServer {
             Some((partner, reason)) => {
                 Some(Handover::Ended { partner, reason, status: Status::OK, text: String::new() })
             }
-            None => self.next_upgrade().map(Handover::Upgrade),
+            None => self.next_upgrade().map(|request| Handover::Upgrade(Box::new(request))),
         }
     }
 

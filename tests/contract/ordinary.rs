@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use raio_transport::error::Status;
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{ChannelOffer, Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{BODY_BYTES_MAX, FEATURE_CRC, text};
 use raio_transport::transport::{Bulk, CloseReason};
@@ -233,10 +233,11 @@ contract! {
     fn both_ends_know_each_other(transport) {
         let policy = Policy { queue_depth: 8, name: "the server".into(), ..Policy::default() };
         let server = serve(transport, policy.clone());
-        let offer = Offer { queue_depth: 5, epoch: 3, ..Offer::new("the client") };
+        let channel = Some(ChannelOffer { number: 7, epoch: 3, linger: Duration::from_secs(1) });
+        let offer = Offer { queue_depth: 5, channel, ..Offer::new("the client") };
         let client = server.connect(&offer).unwrap();
         let peer = server.until("the client", |seen| seen.opened.first().map(|(_, peer)| peer.clone()));
-        assert_eq!((peer.session, peer.epoch, peer.name.as_str()), (offer.session, 3, "the client"));
+        assert_eq!((peer.session, peer.channel, peer.name.as_str()), (offer.session, channel, "the client"));
         assert_eq!(&peer.grant, client.transport.grant());
         assert_eq!((peer.grant.queue_depth, peer.grant.server), (5, policy.server));
         let greedy = server.connect(&Offer { queue_depth: 1000, ..offer }).unwrap();

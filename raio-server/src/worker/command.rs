@@ -63,6 +63,10 @@ impl Worker {
                 }
                 None => Err(unknown_handle()),
             },
+            Command::Outcome { .. } | Command::Reopen { .. } => {
+                let text = "This server does not resume connections. Connect anew.";
+                Err(failure(Status::policy(libc::EOPNOTSUPP), text))
+            }
             Command::Stat(file)
             | Command::Write { file, .. }
             | Command::Fsync { file, .. }

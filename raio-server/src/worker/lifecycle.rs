@@ -25,7 +25,7 @@ impl Worker {
         let Some(arrival) = self.connections.arriving(id) else { return };
         let address = arrival.peer;
         tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
-        if !peer.control && id.transport == super::RDMA {
+        if !peer.is_control() && id.transport == super::RDMA {
             // It stays where it was accepted. The others were counted when their place was claimed, even if
             // they have ended since.
             self.shared.placement.add(self.index);
@@ -52,7 +52,7 @@ impl Worker {
             arrival,
             session,
             violation: None,
-            has_data: !peer.control,
+            has_data: !peer.is_control(),
             name: peer.name,
             client: Client::new(self.transport.socket(id)),
         });
@@ -61,7 +61,7 @@ impl Worker {
 
     /// Rejects a client in its handshake: it has, or there are, as many as there may be.
     fn reject(&mut self, id: ConnectionId, address: Option<SocketAddr>, peer: &Peer, text: &str) {
-        if !peer.control {
+        if !peer.is_control() {
             self.shared.placement.release(self.index);
         }
         log_client!(

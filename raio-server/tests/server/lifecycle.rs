@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use raio_transport::Error;
 use raio_transport::handshake::Offer;
 use raio_transport::message::{self, RemoteRegion};
-use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
 
@@ -274,7 +274,10 @@ fn well_formed_nonsense_harms_nobody() {
                     for tag in in_flight[who].drain(..) {
                         let reply = client.wait(tag);
                         assert!(client.transport.failure().is_none(), "{:?}", client.transport.failure());
-                        if reply.status.is_ok() && reply.body.len() == 88 && reply.result > 0 {
+                        if reply.status.is_ok()
+                            && reply.body.len() == size_of::<FileStatus>()
+                            && reply.result > 0
+                        {
                             files.push(FileHandle(reply.result as u32));
                         }
                     }

@@ -219,7 +219,7 @@ fn a_handshake_that_takes_too_long_ends_with_a_rejection_and_a_time_to_read_it()
 #[test]
 fn a_connection_that_is_for_another_is_passed_on_with_all_that_came() {
     let mut run = Run::new();
-    run.shared.route = Box::new(|peer| (!peer.control).then_some(5));
+    run.shared.route = Box::new(|peer| (!peer.is_control()).then_some(5));
     let bytes = [Offer::new("test").hello(), request(1, 0, b"")].concat();
     run.send(&bytes);
     assert_eq!(run.close(), Some(Close::PassOn(5, bytes.clone())));

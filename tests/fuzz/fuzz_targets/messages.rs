@@ -64,6 +64,8 @@ fn handshake(bytes: &[u8]) {
             features: peer.grant.features,
             queue_depth: peer.grant.queue_depth,
             queue_pair: peer.grant.queue_pair,
+            channel: peer.channel,
+            supersedes: peer.supersedes,
             ..Offer::new("the same")
         };
         match offer.grant(&welcome) {

@@ -581,7 +581,6 @@ impl World {
         let offer = Offer {
             features: if variant & 4 != 0 { FEATURE_CRC } else { 0 },
             session: self.sessions[session].id,
-            control: variant & 8 != 0,
             keepalive: if variant & 16 != 0 { Duration::from_secs(1) } else { Duration::ZERO },
             queue_depth: if variant & 32 != 0 { 2 } else { 0 },
             ..Offer::new("fuzz")
@@ -708,8 +707,7 @@ impl World {
                 }
             };
             Command::Open { flags, mode, path: &path }.encode(&mut body);
-        } else {
-            let fields = operation.fields;
+        } else if let Some(fields) = operation.fields {
             let file = session.handle(input);
             let offset = match input.byte() {
                 255 => input.u64(),
@@ -729,6 +727,13 @@ impl World {
             body.extend((if fields.file { file.0 } else { 0 }).to_le_bytes());
             body.extend((if fields.offset { offset } else { 0 }).to_le_bytes());
             body.extend((if fields.length { length } else { 0 }).to_le_bytes());
+        } else if operation.opcode == Opcode::Outcome {
+            let ids = [u32::from(input.byte()), input.u64() as u32].map(Into::into);
+            Command::Outcome { ids: &ids[..usize::from(kind >> 6).min(2)] }.encode(&mut body);
+        } else {
+            let file = session.handle(input);
+            let identity = [input.byte(); 16];
+            Command::Reopen { flags: OPEN_READ, file, identity, path: b"/dir/a" }.encode(&mut body);
         }
         let room = if operation.direction == Direction::ToClient { length as u32 } else { 0 };
         if is_odd && kind & 0x20 != 0 {
@@ -919,7 +924,11 @@ impl World {
                 of.into_iter().for_each(|of| of.is_cancelled = true);
                 Asked::Other
             }
-            Command::Stat(_) | Command::Fsync { .. } | Command::Allocate { .. } => Asked::Other,
+            Command::Stat(_)
+            | Command::Fsync { .. }
+            | Command::Allocate { .. }
+            | Command::Outcome { .. }
+            | Command::Reopen { .. } => Asked::Other,
         }
     }
 

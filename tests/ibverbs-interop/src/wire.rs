@@ -24,6 +24,7 @@ pub const QUEUE_PAIR: u8 = 6;
 const MAGIC: [u8; 8] = *b"raio\r\n\x1a\n";
 const HANDSHAKE: usize = 64;
 const HANDSHAKE_MAX: usize = 4096;
+const VERSION: u16 = 2;
 const OPTION_NAME: u16 = 1;
 const OPTION_TEXT: u16 = 2;
 const OPTION_QUEUE_PAIR: u16 = 3;
@@ -68,12 +69,12 @@ pub fn hello(session: [u8; 16], queue_depth: u32) -> Vec<u8> {
         pad(&mut options);
     }
     let mut hello = MAGIC.to_vec();
-    hello.extend(1u16.to_le_bytes()); // oldest and newest version
-    hello.extend(1u16.to_le_bytes());
+    hello.extend(VERSION.to_le_bytes()); // oldest and newest
+    hello.extend(VERSION.to_le_bytes());
     hello.extend((options.len() as u32).to_le_bytes());
     hello.extend(0u64.to_le_bytes()); // no features
     hello.extend(session);
-    hello.extend(1u64.to_le_bytes()); // epoch
+    hello.extend(0u64.to_le_bytes()); // no channel, and so no epoch
     hello.extend(queue_depth.to_le_bytes());
     hello.extend([0; 12]); // no keepalive promised, checksum, reserved
     hello.extend(options);

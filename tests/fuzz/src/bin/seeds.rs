@@ -14,7 +14,9 @@ use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
     QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader, SessionId, VERSION,
 };
-use raio_transport::protocol::{Command, Fields, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode};
+use raio_transport::protocol::{
+    Command, Fields, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode,
+};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let directory = std::env::args().nth(1).ok_or("usage: seeds DIRECTORY")?;
@@ -126,21 +128,27 @@ const CONFIGURATIONS: &[&str] = &[
 
 /// One command of each operation, with every field and flag that it uses.
 fn commands() -> Vec<(String, Vec<u8>)> {
-    let open =
-        Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path: b"/data/file" };
+    let path = b"/data/file";
+    let identity = [9; 16];
     OPERATIONS
         .iter()
         .map(|operation| {
             let mut bytes = Vec::new();
-            if operation.opcode == Opcode::Open {
-                open.encode(&mut bytes);
-            } else {
-                let Fields { file, offset, length } = operation.fields;
+            if let Some(Fields { file, offset, length }) = operation.fields {
                 bytes.extend_from_slice(&(operation.opcode as u16).to_le_bytes());
                 bytes.extend_from_slice(&operation.flags.to_le_bytes());
                 bytes.extend_from_slice(&u32::from(file).to_le_bytes());
                 bytes.extend_from_slice(&(if offset { 8192u64 } else { 0 }).to_le_bytes());
                 bytes.extend_from_slice(&(if length { 4096u64 } else { 0 }).to_le_bytes());
+            } else {
+                let command = match operation.opcode {
+                    Opcode::Open => {
+                        Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path }
+                    }
+                    Opcode::Outcome => Command::Outcome { ids: &[1.into(), 65_537.into(), 2.into()] },
+                    _ => Command::Reopen { flags: OPEN_READ, file: FileHandle(1 << 20), identity, path },
+                };
+                command.encode(&mut bytes);
             }
             (format!("command-{}", operation.name), bytes)
         })
