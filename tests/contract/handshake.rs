@@ -233,7 +233,7 @@ contract! {
         for (what, bytes) in [
             ("a version that was not offered", welcome(|w| {
                 w.queue_depth = 8.into();
-                w.version = 2.into();
+                w.version = (VERSION + 1).into();
             })),
             ("a feature that was not asked for", welcome(|w| {
                 w.queue_depth = 8.into();
