@@ -27,8 +27,11 @@ use crate::memory::Buffers;
 use crate::message::{
     self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
+use crate::protocol::Opcode;
 use crate::trace::ClockSample;
-use crate::transport::{Body, Bulk, ClientCore, ClientCounters, NotSent, Reply, RequestId};
+use crate::transport::{
+    Body, Bulk, ClientCore, ClientCounters, KeptCommand, Lost, NotSent, Reply, RequestId, UsedIds,
+};
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
 use outstanding::Outstanding;
 
@@ -67,18 +70,23 @@ pub(crate) struct Core<L = ()> {
     /// How requests end that the failure takes with it.
     lost: Status,
     ending: Option<Ending>,
+    /// What is outstanding at the end goes to `lost_requests`: [`ClientCore::keep_lost`].
+    keeps_lost: bool,
+    lost_requests: Vec<Lost>,
     /// Some of them are the transport's to count.
     pub counters: ClientCounters,
 }
 
-/// An outstanding request. Its encoded command lies in `head` until it has been sent: a connection that is to
-/// be made anew under its requests would keep it here.
+/// An outstanding request.
 #[derive(Debug)]
 struct Pending<L> {
     tag: u64,
     bulk: Bulk,
     /// It is still in `queue`.
     queued: bool,
+    control: bool,
+    /// For another connection, if this one breaks.
+    command: KeptCommand,
     lease: L,
 }
 
@@ -101,6 +109,10 @@ struct Partial {
     data_crc: u32,
     /// The request was still in `queue`.
     queued: bool,
+    control: bool,
+    /// Of the request, and its command.
+    id: RequestId,
+    command: KeptCommand,
 }
 
 /// The move from a stream to a queue pair.
@@ -187,6 +199,8 @@ impl<L> Core<L> {
             failure: None,
             lost: Status::OK,
             ending: None,
+            keeps_lost: false,
+            lost_requests: Vec::new(),
             counters: ClientCounters::default(),
         }
     }
@@ -246,8 +260,13 @@ impl<L> Core<L> {
         };
         let largeness = largeness(&bulk);
         let was_idle = self.outstanding.is_empty();
-        let pending = Pending { tag, bulk, queued: true, lease };
-        let id = self.outstanding.insert(pending, control).map_err(|pending| NotSent(pending.bulk))?;
+        let command = KeptCommand::from(body);
+        let pending = Pending { tag, bulk, queued: true, control, command, lease };
+        let is_recorded = Opcode::is_recorded_on_wire(body);
+        let id = self
+            .outstanding
+            .insert(pending, control, is_recorded)
+            .map_err(|pending| NotSent(pending.bulk))?;
         self.begins_to_owe |= was_idle;
         self.large += largeness;
         let start = self.head.len();
@@ -265,8 +284,9 @@ impl<L> Core<L> {
         lease: L,
         error: &Error,
     ) -> Result<RequestId, NotSent> {
-        let pending = Pending { tag, bulk, queued: false, lease };
-        let id = self.outstanding.insert(pending, true).map_err(|pending| NotSent(pending.bulk))?;
+        let command = KeptCommand::from(&[][..]);
+        let pending = Pending { tag, bulk, queued: false, control: true, command, lease };
+        let id = self.outstanding.insert(pending, true, false).map_err(|pending| NotSent(pending.bulk))?;
         let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1) else {
             unreachable!("it was just put in, with the credit that comes back")
         };
@@ -659,6 +679,9 @@ impl<L> Core<L> {
             placed: 0,
             data_crc: response.data_crc,
             queued: pending.queued,
+            control: pending.control,
+            id,
+            command: pending.command,
         });
         Ok(())
     }
@@ -742,23 +765,36 @@ impl<L> Core<L> {
         self.ending.take()
     }
 
-    /// Moves everything outstanding to `replies`, after a failure, each request once. `reclaim` brings its
-    /// buffers back from where the server reached them: see [`Core::on_messages`].
+    /// Moves everything outstanding to `replies`, after a failure, each request once; or to what
+    /// [`ClientCore::take_lost`] returns. `reclaim` brings a request's buffers back from where the server
+    /// reached them: see [`Core::on_messages`].
     pub fn hand_out_lost(
         &mut self,
         replies: &mut Vec<Reply>,
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
-        let status = self.lost;
-        let reply =
-            |tag, bulk| Reply { tag, status, result: 0, body: Body::from(&[][..]), data_len: 0, bulk };
         replies.append(&mut self.done);
         replies.extend(self.early.take());
-        replies.extend(self.partial.take().map(|partial| reply(partial.reply.tag, partial.reply.bulk)));
-        replies.extend(self.outstanding.drain().map(|mut pending| {
+        let arriving = self.partial.take().map(|partial| Lost {
+            tag: partial.reply.tag,
+            id: partial.id,
+            command: partial.command,
+            bulk: partial.reply.bulk,
+            control: partial.control,
+            was_sent: !partial.queued,
+        });
+        let unanswered = self.outstanding.drain().map(|(id, mut pending)| {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
-            reply(pending.tag, pending.bulk)
-        }));
+            let Pending { tag, bulk, queued, control, command, .. } = pending;
+            Lost { tag, id, command, bulk, control, was_sent: !queued }
+        });
+        let lost = arriving.into_iter().chain(unanswered);
+        if self.keeps_lost {
+            self.lost_requests.extend(lost);
+        } else {
+            let status = self.lost;
+            replies.extend(lost.map(|lost| lost.reply(status)));
+        }
         self.large = 0;
     }
 
@@ -830,6 +866,7 @@ impl<L> ClientCore for Core<L> {
             + usize::from(self.partial.is_some())
             + usize::from(self.early.is_some())
             + self.done.len()
+            + self.lost_requests.len()
     }
 
     fn credits(&self) -> usize {
@@ -858,6 +895,26 @@ impl<L> ClientCore for Core<L> {
 
     fn set_request_timeout(&mut self, timeout: Duration) {
         self.keepalive.set_request_timeout(timeout);
+    }
+
+    fn find(&self, tag: u64) -> Option<RequestId> {
+        self.outstanding.find(|pending| pending.tag == tag)
+    }
+
+    fn keep_lost(&mut self) {
+        self.keeps_lost = true;
+    }
+
+    fn take_lost(&mut self) -> Vec<Lost> {
+        std::mem::take(&mut self.lost_requests)
+    }
+
+    fn set_used_ids(&mut self, used: &UsedIds) {
+        self.outstanding.set_used_ids(used);
+    }
+
+    fn add_used_ids(&self, used: &mut UsedIds) {
+        self.outstanding.add_used_ids(used);
     }
 
     fn ping(&mut self, now: Instant, timeout: Duration) {

@@ -36,6 +36,22 @@ impl Opcode {
         &OPERATIONS[self as usize - 1]
     }
 
+    /// Whether this encoded command is one whose end the server records ([`Operation::is_recorded`]).
+    #[inline]
+    pub fn is_recorded_on_wire(command: &[u8]) -> bool {
+        const RECORDED: u32 = {
+            let (mut bits, mut index) = (0, 0);
+            while index < OPERATIONS.len() {
+                if OPERATIONS[index].is_recorded {
+                    bits |= 1 << OPERATIONS[index].opcode as u16;
+                }
+                index += 1;
+            }
+            bits
+        };
+        matches!(*command, [opcode @ 0..32, 0, ..] if RECORDED >> opcode & 1 != 0)
+    }
+
     #[inline]
     fn from_wire(value: u16) -> Option<Self> {
         let index = usize::from(value).checked_sub(1)?;

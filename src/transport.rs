@@ -567,6 +567,101 @@ pub struct ClientCounters {
 #[derive(Debug)]
 pub struct NotSent(pub Bulk);
 
+/// A request that was outstanding when its connection ended, and that another connection may send again.
+#[derive(Debug)]
+pub struct Lost {
+    /// The caller's, from [`ClientTransport::send`].
+    pub tag: u64,
+    /// What it was called on the wire.
+    pub id: RequestId,
+    /// Its command.
+    pub command: KeptCommand,
+    /// The caller's buffers.
+    pub bulk: Bulk,
+    /// It might use the credit that is kept for control requests.
+    pub control: bool,
+    /// The whole of it was sent: the server may have received it. A server never runs a request that it has
+    /// not received completely.
+    pub was_sent: bool,
+}
+
+impl Lost {
+    /// It ends with this status.
+    pub fn reply(self, status: Status) -> Reply {
+        let body = Body::from(&[][..]);
+        Reply { tag: self.tag, status, result: 0, body, data_len: 0, bulk: self.bulk }
+    }
+}
+
+/// The encoded command of an outstanding request: in place if it has 24 bytes, so that the requests that
+/// matter allocate nothing.
+#[derive(Clone, Debug)]
+pub enum KeptCommand {
+    /// Of 24 bytes.
+    Short([u8; 24]),
+    /// Of any other length.
+    Long(Box<[u8]>),
+}
+
+impl From<&[u8]> for KeptCommand {
+    #[inline]
+    fn from(bytes: &[u8]) -> Self {
+        match bytes.try_into() {
+            Ok(bytes) => Self::Short(bytes),
+            Err(_) => Self::Long(bytes.into()),
+        }
+    }
+}
+
+impl std::ops::Deref for KeptCommand {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Short(bytes) => bytes,
+            Self::Long(bytes) => bytes,
+        }
+    }
+}
+
+/// What a slot of a channel remembers from one connection to the next. A request's id is its slot and the
+/// slot's generation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct IdHistory {
+    /// Of the next request.
+    pub generation: u16,
+    /// The generation of the slot's last recorded request, by which the server knows that. The next recorded
+    /// request may not have it.
+    pub recorded: Option<u16>,
+}
+
+impl IdHistory {
+    /// The id of the request in this slot.
+    #[inline]
+    pub fn id(self, index: u32) -> RequestId {
+        RequestId(u64::from(self.generation) << 16 | u64::from(index))
+    }
+
+    /// The next request is recorded.
+    #[inline]
+    pub fn on_recorded(&mut self) {
+        if self.recorded == Some(self.generation) {
+            self.on_over();
+        }
+        self.recorded = Some(self.generation);
+    }
+
+    /// A request is over: the next one has another generation.
+    #[inline]
+    pub fn on_over(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+    }
+}
+
+/// The ids that a channel has used, for its next connection.
+#[derive(Clone, Debug, Default)]
+pub struct UsedIds(pub(crate) Vec<IdHistory>);
+
 /// What a client's connection knows of itself, whatever moves its bytes.
 pub trait ClientCore {
     /// What the server granted.
@@ -598,6 +693,23 @@ pub trait ClientCore {
 
     /// Sets the request timeout, from now on.
     fn set_request_timeout(&mut self, timeout: Duration);
+
+    /// The id of the outstanding request with this tag.
+    fn find(&self, tag: u64) -> Option<RequestId>;
+
+    /// Keeps what is outstanding when the connection ends for [`ClientCore::take_lost`], rather than to have
+    /// [`ClientTransport::receive`] return it as over.
+    fn keep_lost(&mut self);
+
+    /// What was outstanding when the connection ended: after the [`ClientTransport::receive`] that has found
+    /// that out.
+    fn take_lost(&mut self) -> Vec<Lost>;
+
+    /// Goes on with the ids of the channel's earlier connections. For a connection that has sent nothing.
+    fn set_used_ids(&mut self, used: &UsedIds);
+
+    /// Adds those that this connection has used.
+    fn add_used_ids(&self, used: &mut UsedIds);
 
     /// Queues a ping at `now`; something must be received within `timeout`.
     fn ping(&mut self, now: Instant, timeout: Duration);

@@ -2,16 +2,22 @@
 
 use crate::error::Violation;
 use crate::handshake::Grant;
-use crate::transport::RequestId;
+use crate::transport::{IdHistory as History, RequestId, UsedIds};
 
 /// The requests: ids are slot index and generation, so that a late response never hits a reused slot.
 #[derive(Debug)]
 pub(super) struct Outstanding<T> {
-    slots: Vec<(u16, Option<T>)>,
+    slots: Vec<Slot<T>>,
     free: Vec<u32>,
     /// Credits: how many more requests may be sent, the one for control messages among them.
     credits: u32,
     credits_max: u32,
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    history: History,
+    value: Option<T>,
 }
 
 impl<T> Outstanding<T> {
@@ -19,10 +25,27 @@ impl<T> Outstanding<T> {
     pub fn new(grant: &Grant) -> Self {
         let credits = grant.credits();
         Self {
-            slots: (0..credits).map(|_| (0, None)).collect(),
+            slots: (0..credits).map(|_| Slot { history: History::default(), value: None }).collect(),
             free: (0..credits).rev().collect(),
             credits,
             credits_max: credits,
+        }
+    }
+
+    /// Goes on with the generations of the channel's earlier connections. Nothing is outstanding yet.
+    pub fn set_used_ids(&mut self, used: &UsedIds) {
+        for (slot, &history) in self.slots.iter_mut().zip(&used.0) {
+            slot.history = history;
+        }
+    }
+
+    /// Adds to what the channel's earlier connections have used what this one has.
+    pub fn add_used_ids(&self, used: &mut UsedIds) {
+        if used.0.len() < self.slots.len() {
+            used.0.resize(self.slots.len(), History::default());
+        }
+        for (history, slot) in used.0.iter_mut().zip(&self.slots) {
+            *history = slot.history;
         }
     }
 
@@ -46,28 +69,39 @@ impl<T> Outstanding<T> {
         self.credits > u32::from(!control) && !self.free.is_empty()
     }
 
-    /// Spends a credit on a request. Returns the value if there is none left.
-    pub fn insert(&mut self, value: T, control: bool) -> Result<RequestId, T> {
+    /// Spends a credit on a request; `is_recorded` says whether the server records how it ends. Returns the
+    /// value if there is none left.
+    #[inline]
+    pub fn insert(&mut self, value: T, control: bool, is_recorded: bool) -> Result<RequestId, T> {
         if !self.may_insert(control) {
             return Err(value);
         }
         let Some(index) = self.free.pop() else { return Err(value) };
         self.credits -= 1;
-        let (generation, slot) = &mut self.slots[index as usize];
-        *slot = Some(value);
-        Ok(RequestId(u64::from(*generation) << 16 | u64::from(index)))
+        let slot = &mut self.slots[index as usize];
+        if is_recorded {
+            slot.history.on_recorded();
+        }
+        slot.value = Some(value);
+        Ok(slot.history.id(index))
+    }
+
+    /// The id of the first request for which this is so.
+    pub fn find(&self, mut is_it: impl FnMut(&T) -> bool) -> Option<RequestId> {
+        let index = self.slots.iter().position(|slot| slot.value.as_ref().is_some_and(&mut is_it))?;
+        Some(self.slots[index].history.id(index as u32))
     }
 
     /// The request with this id.
     pub fn get(&self, id: RequestId) -> Option<&T> {
-        let (generation, slot) = self.slots.get(id.0 as u16 as usize)?;
-        if u64::from(*generation) == id.0 >> 16 { slot.as_ref() } else { None }
+        let slot = self.slots.get(id.0 as u16 as usize)?;
+        if u64::from(slot.history.generation) == id.0 >> 16 { slot.value.as_ref() } else { None }
     }
 
     /// The request with this id, to change.
     pub fn get_mut(&mut self, id: RequestId) -> Option<&mut T> {
-        let (generation, slot) = self.slots.get_mut(id.0 as u16 as usize)?;
-        if u64::from(*generation) == id.0 >> 16 { slot.as_mut() } else { None }
+        let slot = self.slots.get_mut(id.0 as u16 as usize)?;
+        if u64::from(slot.history.generation) == id.0 >> 16 { slot.value.as_mut() } else { None }
     }
 
     /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request,
@@ -76,8 +110,8 @@ impl<T> Outstanding<T> {
     pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
         let index = id.0 as u16;
         let left = (self.len() as u32).saturating_sub(1);
-        let (generation, slot) = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
-        if u64::from(*generation) != id.0 >> 16 {
+        let slot = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
+        if u64::from(slot.history.generation) != id.0 >> 16 {
             return Err(Violation::RequestId);
         }
         let credits = self.credits + u32::from(credits);
@@ -86,22 +120,23 @@ impl<T> Outstanding<T> {
         if credits > self.credits_max - left || (left == 0 && credits <= 1) {
             return Err(Violation::Credits);
         }
-        let value = slot.take().ok_or(Violation::RequestId)?;
-        *generation = generation.wrapping_add(1);
+        let value = slot.value.take().ok_or(Violation::RequestId)?;
+        slot.history.on_over();
         self.free.push(index.into());
         self.credits = credits;
         Ok(value)
     }
 
     /// Takes out everything, for a connection that has ended.
-    pub fn drain(&mut self) -> impl Iterator<Item = T> + '_ {
+    pub fn drain(&mut self) -> impl Iterator<Item = (RequestId, T)> + '_ {
         let free = &mut self.free;
         self.credits = self.credits_max;
-        self.slots.iter_mut().enumerate().filter_map(move |(index, (generation, slot))| {
-            let value = slot.take()?;
-            *generation = generation.wrapping_add(1);
+        self.slots.iter_mut().enumerate().filter_map(move |(index, slot)| {
+            let value = slot.value.take()?;
+            let id = slot.history.id(index as u32);
+            slot.history.on_over();
             free.push(index as u32);
-            Some(value)
+            Some((id, value))
         })
     }
 }
@@ -129,19 +164,19 @@ mod tests {
     #[test]
     fn the_last_credit_is_for_control_messages() {
         let mut outstanding = Outstanding::new(&grant(2));
-        outstanding.insert((), false).unwrap();
-        outstanding.insert((), false).unwrap();
-        assert!(outstanding.insert((), false).is_err());
-        outstanding.insert((), true).unwrap();
-        assert!(outstanding.insert((), true).is_err());
+        outstanding.insert((), false, false).unwrap();
+        outstanding.insert((), false, false).unwrap();
+        assert!(outstanding.insert((), false, false).is_err());
+        outstanding.insert((), true, false).unwrap();
+        assert!(outstanding.insert((), true, false).is_err());
     }
 
     #[test]
     fn a_late_response_does_not_hit_a_reused_slot() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let first = outstanding.insert('a', false).unwrap();
+        let first = outstanding.insert('a', false, false).unwrap();
         assert_eq!(outstanding.finish(first, 1), Ok('a'));
-        let second = outstanding.insert('b', false).unwrap();
+        let second = outstanding.insert('b', false, false).unwrap();
         assert_ne!(first, second);
         assert_eq!(outstanding.finish(first, 1), Err(Violation::RequestId));
         assert_eq!(outstanding.finish(second, 1), Ok('b'));
@@ -150,15 +185,15 @@ mod tests {
     #[test]
     fn credits_that_were_never_spent_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let id = outstanding.insert((), false).unwrap();
+        let id = outstanding.insert((), false, false).unwrap();
         assert_eq!(outstanding.finish(id, 2), Err(Violation::Credits));
     }
 
     #[test]
     fn credits_of_a_request_that_is_not_over_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(4));
-        let first = outstanding.insert((), false).unwrap();
-        outstanding.insert((), false).unwrap();
+        let first = outstanding.insert((), false, false).unwrap();
+        outstanding.insert((), false, false).unwrap();
         assert_eq!(outstanding.finish(first, 2), Err(Violation::Credits));
         assert_eq!(outstanding.finish(first, 1), Ok(()));
     }
@@ -166,11 +201,60 @@ mod tests {
     #[test]
     fn credits_that_are_all_kept_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(2));
-        let first = outstanding.insert('a', false).unwrap();
-        let second = outstanding.insert('b', false).unwrap();
+        let first = outstanding.insert('a', false, false).unwrap();
+        let second = outstanding.insert('b', false, false).unwrap();
         // They may yet come with the next response.
         assert_eq!(outstanding.finish(first, 0), Ok('a'));
         assert_eq!(outstanding.finish(second, 0), Err(Violation::Credits));
         assert_eq!(outstanding.finish(second, 1), Ok('b'));
+    }
+
+    #[test]
+    fn a_recorded_request_does_not_get_the_id_of_the_last_one_of_its_slot() {
+        let mut outstanding = Outstanding::new(&grant(1));
+        // The control credit's slot, so that all have the other one.
+        let mut run = |is_recorded| {
+            let id = outstanding.insert((), false, is_recorded).unwrap();
+            outstanding.finish(id, 1).unwrap();
+            id
+        };
+        let first = run(true);
+        for _ in 0..65_535 {
+            assert_ne!(run(false), first);
+        }
+        assert_ne!(run(true), first);
+        for _ in 0..65_534 {
+            run(false);
+        }
+        // One that is not recorded may have it.
+        assert_eq!(run(false), first);
+    }
+
+    #[test]
+    fn the_generations_of_a_channel_go_on_over_its_connections() {
+        let mut used = UsedIds::default();
+        let mut earlier = Vec::new();
+        // The server grants more, and less, than before.
+        for depth in [2, 1, 3, 2] {
+            let mut outstanding = Outstanding::new(&grant(depth));
+            outstanding.set_used_ids(&used);
+            for _ in 0..depth {
+                let id = outstanding.insert((), false, true).unwrap();
+                assert!(!earlier.contains(&id), "{id:?}");
+                earlier.push(id);
+            }
+            assert_eq!(outstanding.drain().count(), depth as usize);
+            outstanding.add_used_ids(&mut used);
+        }
+    }
+
+    #[test]
+    fn a_request_is_found_by_what_it_holds() {
+        let mut outstanding = Outstanding::new(&grant(2));
+        let first = outstanding.insert('a', false, false).unwrap();
+        outstanding.insert('b', false, false).unwrap();
+        assert_eq!(outstanding.find(|&value| value == 'a'), Some(first));
+        outstanding.finish(first, 1).unwrap();
+        assert_eq!(outstanding.find(|&value| value == 'a'), None);
     }
 }

@@ -72,6 +72,16 @@ fn sent<L>(core: &mut Core<L>, n: usize) -> Vec<u8> {
     stream
 }
 
+/// How many bytes are to be sent.
+fn sent_len<L>(core: &Core<L>) -> usize {
+    let mut len = 0;
+    core.unsent(|slice| {
+        len += slice.len();
+        true
+    });
+    len
+}
+
 /// The next `n` bytes that are to be sent.
 fn sent_once<L>(core: &mut Core<L>, n: usize) -> Vec<u8> {
     let mut piece = Vec::new();
@@ -920,4 +930,58 @@ impl Peer {
             self.inbox.drain(..taken);
         }
     }
+}
+
+#[test]
+fn what_a_broken_connection_takes_with_it_can_be_kept_to_be_sent_again() {
+    let (mut core, _) = core(0);
+    core.keep_lost();
+    let ids = [room(8), out(vec![2; 8]), room(100_000), out(vec![4; 50])]
+        .map(|bulk| send(&mut core, bulk.len_in() as u64 + bulk.len_out() as u64, bulk).unwrap());
+    // The fourth is sent but for its last byte.
+    let all = sent_len(&core);
+    assert_eq!(sent_once(&mut core, all - 1).len(), all - 1);
+    // The first is answered; of the third's response a part has come.
+    let mut stream = Vec::new();
+    answer(ids[0], &[1; 8], false, &mut stream);
+    answer(ids[2], &[3; 100_000], false, &mut stream);
+    let replies = receive(&mut core, &stream[..1000]);
+    assert_eq!(replies.iter().map(|reply| reply.tag).collect::<Vec<_>>(), [8]);
+    core.fail_lost(libc::ECONNRESET, "it was cut");
+    let mut replies = Vec::new();
+    core.hand_out_lost(&mut replies, |_, _, _| 0);
+    assert!(replies.is_empty(), "{replies:?}");
+    assert_eq!(core.outstanding(), 3);
+    let lost = core.take_lost();
+    assert_eq!(core.outstanding(), 0);
+    let of = |id| lost.iter().find(|lost| lost.id == id).expect("it was not answered");
+    for (id, len, was_sent) in [(ids[1], 8, true), (ids[2], 100_000, true), (ids[3], 50, false)] {
+        assert_eq!((of(id).tag, of(id).was_sent, of(id).control), (len, was_sent, false));
+        assert_eq!((*of(id).command).to_vec(), [len as u8; 24]);
+        assert_eq!(of(id).bulk.len_in() as u64 + of(id).bulk.len_out() as u64, len);
+    }
+    assert!(core.take_lost().is_empty(), "each once");
+}
+
+#[test]
+fn a_reply_that_came_before_the_end_is_no_loss() {
+    let (mut core, _) = core(0);
+    core.keep_lost();
+    let id = send(&mut core, 7, out(vec![7; 500])).unwrap();
+    // The server fails it before it has its data.
+    sent_once(&mut core, 100);
+    let failure = ResponseHeader { status: Status::storage(libc::ENOSPC), ..response(id, &[]) };
+    assert!(receive(&mut core, &encoded(failure)).is_empty());
+    core.fail_lost(libc::ECONNRESET, "it was cut");
+    let mut replies = Vec::new();
+    core.hand_out_lost(&mut replies, |_, _, _| 0);
+    assert_eq!((replies[0].tag, replies[0].status.errno), (7, libc::ENOSPC));
+    assert!(core.take_lost().is_empty());
+}
+
+#[test]
+fn a_request_is_found_by_its_tag() {
+    let (mut core, _) = core(0);
+    let id = send(&mut core, 70, room(8)).unwrap();
+    assert_eq!((core.find(70), core.find(71)), (Some(id), None));
 }

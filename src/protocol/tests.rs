@@ -390,3 +390,15 @@ proptest! {
         let _ = Command::decode(&likely);
     }
 }
+
+#[test]
+fn what_is_recorded_is_told_from_the_encoded_command() {
+    for operation in &OPERATIONS {
+        let mut command = vec![0; 24];
+        command[..2].copy_from_slice(&(operation.opcode as u16).to_le_bytes());
+        assert_eq!(Opcode::is_recorded_on_wire(&command), operation.is_recorded, "{}", operation.name);
+        command[1] = 1;
+        assert!(!Opcode::is_recorded_on_wire(&command), "it is another operation's number");
+    }
+    assert!(!Opcode::is_recorded_on_wire(&[]));
+}
