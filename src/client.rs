@@ -60,7 +60,7 @@ pub(crate) struct Core<L = ()> {
     /// A response whose data is arriving.
     partial: Option<Partial>,
     /// The reply to the request at the front of `queue`, whose data is not wholly sent.
-    early: Option<Reply>,
+    early: Option<Partial>,
     /// Replies that have not yet been handed out.
     done: Vec<Reply>,
     upgrade: Upgrade,
@@ -100,7 +100,7 @@ struct Queued {
     pong: bool,
 }
 
-/// A response whose header has been taken in, but not all of its data.
+/// A response whose header has been taken in, but not all of its data, or before the request's was sent.
 #[derive(Debug)]
 struct Partial {
     reply: Reply,
@@ -113,6 +113,20 @@ struct Partial {
     /// Of the request, and its command.
     id: RequestId,
     command: KeptCommand,
+}
+
+impl Partial {
+    /// Its request, as if nothing had come.
+    fn into_lost(self) -> Lost {
+        Lost {
+            tag: self.reply.tag,
+            id: self.id,
+            command: self.command,
+            bulk: self.reply.bulk,
+            control: self.control,
+            was_sent: !self.queued,
+        }
+    }
 }
 
 /// The move from a stream to a queue pair.
@@ -293,7 +307,7 @@ impl<L> Core<L> {
         let text = format!("{error}.");
         let body = Body::from(message::clipped(&text).as_bytes());
         let status = Status::transport(error.errno());
-        self.done.push(Reply { tag, status, result: 0, body, data_len: 0, bulk });
+        self.done.push(Reply { tag, status, is_unknown: false, result: 0, body, data_len: 0, bulk });
         Ok(id)
     }
 
@@ -426,7 +440,7 @@ impl<L> Core<L> {
             Some(pending) => Some(&pending.bulk),
             None => {
                 let arriving = self.partial.as_ref().filter(|partial| partial.queued);
-                arriving.map(|partial| &partial.reply).or(self.early.as_ref()).map(|reply| &reply.bulk)
+                arriving.or(self.early.as_ref()).map(|partial| &partial.reply.bulk)
             }
         };
         match bulk {
@@ -453,7 +467,11 @@ impl<L> Core<L> {
                     Some(pending) => pending.queued = false,
                     None => match &mut self.partial {
                         Some(partial) if partial.queued => partial.queued = false,
-                        _ => self.done.extend(self.early.take()),
+                        _ => {
+                            if let Some(reply) = self.early.take().and_then(|early| self.end_of(early)) {
+                                self.done.push(reply);
+                            }
+                        }
                     },
                 }
             }
@@ -671,6 +689,7 @@ impl<L> Core<L> {
             reply: Reply {
                 tag: pending.tag,
                 status: response.status,
+                is_unknown: false,
                 result: response.result,
                 body,
                 data_len,
@@ -700,12 +719,27 @@ impl<L> Core<L> {
         }
         if let Some(partial) = self.partial.take() {
             if partial.queued {
-                self.early = Some(partial.reply);
-            } else {
-                replies.push(partial.reply);
+                self.early = Some(partial);
+            } else if let Some(reply) = self.end_of(partial) {
+                replies.push(reply);
             }
         }
         Ok(())
+    }
+
+    /// The reply to a request that is over. None if the server has not executed it, because it is shutting
+    /// down, and another connection may send it again.
+    #[inline]
+    fn end_of(&mut self, partial: Partial) -> Option<Reply> {
+        if partial.reply.status.errno == libc::ESHUTDOWN
+            && partial.reply.status.class == Class::Transport
+            && self.keeps_lost
+        {
+            let lost = Lost { was_sent: false, ..partial.into_lost() };
+            self.lost_requests.push(lost);
+            return None;
+        }
+        Some(partial.reply)
     }
 
     // The end
@@ -774,15 +808,9 @@ impl<L> Core<L> {
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
         replies.append(&mut self.done);
-        replies.extend(self.early.take());
-        let arriving = self.partial.take().map(|partial| Lost {
-            tag: partial.reply.tag,
-            id: partial.id,
-            command: partial.command,
-            bulk: partial.reply.bulk,
-            control: partial.control,
-            was_sent: !partial.queued,
-        });
+        let early = self.early.take();
+        replies.extend(early.and_then(|early| self.end_of(early)));
+        let arriving = self.partial.take().map(Partial::into_lost);
         let unanswered = self.outstanding.drain().map(|(id, mut pending)| {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
             let Pending { tag, bulk, queued, control, command, .. } = pending;
@@ -895,6 +923,11 @@ impl<L> ClientCore for Core<L> {
 
     fn set_request_timeout(&mut self, timeout: Duration) {
         self.keepalive.set_request_timeout(timeout);
+    }
+
+    fn has_unanswered_recorded(&self) -> bool {
+        let is_it = |pending: &Pending<L>| !pending.queued && Opcode::is_recorded_on_wire(&pending.command);
+        self.outstanding.find(is_it).is_some()
     }
 
     fn find(&self, tag: u64) -> Option<RequestId> {

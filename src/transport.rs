@@ -16,6 +16,7 @@ use crate::handshake::{Grant, Peer};
 pub use crate::memory::SlotRange;
 use crate::memory::{Arena, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
+use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
 use crate::trace::ClockSample;
 pub use crate::tuning::ALIVE_FOR;
@@ -541,6 +542,8 @@ pub struct Reply {
     pub tag: u64,
     /// How it went.
     pub status: Status,
+    /// It has failed with its connection, and may have been executed nevertheless.
+    pub is_unknown: bool,
     /// The command's result.
     pub result: u64,
     /// The body of the response: for a failure a padded sentence ([`crate::message::text`]). Empty if the
@@ -580,16 +583,17 @@ pub struct Lost {
     pub bulk: Bulk,
     /// It might use the credit that is kept for control requests.
     pub control: bool,
-    /// The whole of it was sent: the server may have received it. A server never runs a request that it has
-    /// not received completely.
+    /// The whole of it was sent, and the server has not said that it was not executed. A server never runs a
+    /// request that it has not received completely.
     pub was_sent: bool,
 }
 
 impl Lost {
-    /// It ends with this status.
+    /// It ends with this status, which is a failure.
     pub fn reply(self, status: Status) -> Reply {
+        let is_unknown = self.was_sent && Opcode::is_recorded_on_wire(&self.command);
         let body = Body::from(&[][..]);
-        Reply { tag: self.tag, status, result: 0, body, data_len: 0, bulk: self.bulk }
+        Reply { tag: self.tag, status, is_unknown, result: 0, body, data_len: 0, bulk: self.bulk }
     }
 }
 
@@ -694,11 +698,15 @@ pub trait ClientCore {
     /// Sets the request timeout, from now on.
     fn set_request_timeout(&mut self, timeout: Duration);
 
+    /// Whether a request was sent and not answered that must not run twice.
+    fn has_unanswered_recorded(&self) -> bool;
+
     /// The id of the outstanding request with this tag.
     fn find(&self, tag: u64) -> Option<RequestId>;
 
     /// Keeps what is outstanding when the connection ends for [`ClientCore::take_lost`], rather than to have
-    /// [`ClientTransport::receive`] return it as over.
+    /// [`ClientTransport::receive`] return it as over; and what a server has not executed because it is
+    /// shutting down.
     fn keep_lost(&mut self);
 
     /// What was outstanding when the connection ended: after the [`ClientTransport::receive`] that has found

@@ -985,3 +985,38 @@ fn a_request_is_found_by_its_tag() {
     let id = send(&mut core, 70, room(8)).unwrap();
     assert_eq!((core.find(70), core.find(71)), (Some(id), None));
 }
+
+#[test]
+fn what_a_server_that_shuts_down_has_not_executed_is_sent_again() {
+    for keeps in [true, false] {
+        let (mut core, _) = core(0);
+        if keeps {
+            core.keep_lost();
+        }
+        let whole = send(&mut core, 1, out(vec![1; 500])).unwrap();
+        sent(&mut core, 1000);
+        let half = send(&mut core, 2, out(vec![2; 500])).unwrap();
+        sent_once(&mut core, 100);
+        let status = Status::transport(libc::ESHUTDOWN);
+        let mut replies = Vec::new();
+        for id in [whole, half] {
+            replies.extend(receive(&mut core, &encoded(ResponseHeader { status, ..response(id, &[]) })));
+        }
+        sent(&mut core, 1000);
+        core.take_done(&mut replies);
+        core.fail_lost(libc::ESHUTDOWN, "it shuts down");
+        core.hand_out_lost(&mut replies, |_, _, _| 0);
+        let lost = core.take_lost();
+        if keeps {
+            assert!(replies.is_empty());
+            assert_eq!(
+                lost.iter().map(|lost| (lost.tag, lost.was_sent)).collect::<Vec<_>>(),
+                [(1, false), (2, false)]
+            );
+            assert_eq!(bytes_of(&lost[1].bulk), [2; 500]);
+        } else {
+            assert_eq!(replies.iter().map(|reply| reply.status).collect::<Vec<_>>(), [status; 2]);
+            assert!(lost.is_empty());
+        }
+    }
+}
