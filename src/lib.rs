@@ -41,6 +41,7 @@ pub mod rdma_devices;
 #[allow(unsafe_code)]
 pub mod reactor;
 mod records;
+pub mod resume;
 mod server;
 pub mod size;
 pub mod sync;
