@@ -5,11 +5,13 @@
 //! behind.
 
 mod cable;
+mod cells;
 mod crowd;
 mod device;
 mod flood;
 mod fuse;
 mod herd;
+mod history;
 #[path = "../../random/mod.rs"]
 mod random;
 mod raw;
@@ -18,11 +20,16 @@ mod server;
 mod wire;
 
 pub use cable::{Cable, End};
+pub use cells::{CELL_BYTES, CellPlace, CellValue, INITIAL, decode_cell, encode_cell};
 pub use crowd::Crowd;
 pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
 pub use fuse::{FuseCall, FuseFs, FuseOptions};
 pub use herd::{Demand, Herd, Restless};
+pub use history::{
+    CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
+    Violation,
+};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
