@@ -12,6 +12,7 @@ mod flood;
 mod fuse;
 mod herd;
 mod history;
+mod proxy;
 #[path = "../../random/mod.rs"]
 mod random;
 mod raw;
@@ -30,6 +31,7 @@ pub use history::{
     CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
     Violation,
 };
+pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;

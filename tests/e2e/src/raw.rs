@@ -71,6 +71,11 @@ impl Raw {
         self.send(id, &Command::Write { file: self.file, offset, length }, length)
     }
 
+    /// Has what was written made durable.
+    pub fn send_fsync(&mut self, id: u64) -> io::Result<()> {
+        self.send(id, &Command::Fsync { file: self.file, data_only: false }, 0)
+    }
+
     /// Receives the next message, which is an answer, up to its data: those are the caller's to receive.
     pub fn response(&mut self) -> io::Result<(ResponseHeader, Vec<u8>)> {
         let mut bytes = vec![0; HEADER_BYTES];
