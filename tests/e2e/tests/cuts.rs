@@ -1,0 +1,321 @@
+//! A connection that is cut anywhere leaves nothing behind that was not said, and nothing that was answered is
+//! missing: a fixed script (hello, open, three writes, fsync, read) through a proxy, cut at each byte of each
+//! header and now and then in the data, both ways, by an end, a reset and silence.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Context, File, Operation, Options, Scheme, Session};
+use raio_e2e::{Direction, Ending, PATIENCE, Proxy, Raw, Server, Treatment, is_at_rest};
+use raio_transport::handshake::Offer;
+use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+
+const BLOCK: u64 = 4096;
+const WRITES: u64 = 3;
+/// The length of the header of a request and the command behind it.
+const REQUEST_BYTES: u64 = 64;
+const ENDINGS: [Ending; 3] = [Ending::Fin, Ending::Reset, Ending::Silence];
+/// How long a client waits that hears nothing.
+const SILENCE: Duration = Duration::from_millis(40);
+/// Runs at the same time: most only wait.
+const THREADS: usize = 8;
+
+/// What block n is filled with.
+fn letter(n: u64) -> u8 {
+    b'A' + n as u8
+}
+
+/// How far a run of the script came.
+#[derive(Debug, Default)]
+struct Progress {
+    is_open: bool,
+    /// Writes that were answered.
+    written: u64,
+    /// Writes that were sent, or may have been.
+    sent: u64,
+    is_synced: bool,
+    is_read: bool,
+}
+
+/// The script by hand.
+fn by_hand(stream: TcpStream, path: &str, progress: &mut Progress) -> io::Result<()> {
+    stream.set_read_timeout(Some(SILENCE))?;
+    let flags = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
+    let mut client = Raw::open_on(stream, &Offer::new("cut"), path, flags)?;
+    progress.is_open = true;
+    for n in 0..WRITES {
+        progress.sent = n + 1;
+        client.send_write_header(n, n * BLOCK, BLOCK as u32)?;
+        client.stream.write_all(&[letter(n); BLOCK as usize])?;
+        let (response, _) = client.response()?;
+        assert_eq!((response.id, response.result, response.status.errno), (n, BLOCK, 0));
+        progress.written = n + 1;
+    }
+    client.send_fsync(WRITES)?;
+    let (response, _) = client.response()?;
+    assert_eq!((response.id, response.status.errno), (WRITES, 0));
+    progress.is_synced = true;
+    client.send_read(WRITES + 1, 0, BLOCK as u32)?;
+    let (response, _) = client.response()?;
+    assert_eq!((response.result, response.data_len, response.status.errno), (BLOCK, BLOCK as u32, 0));
+    let mut data = vec![0; BLOCK as usize];
+    client.stream.read_exact(&mut data)?;
+    assert!(data.iter().all(|&byte| byte == letter(0)));
+    progress.is_read = true;
+    Ok(())
+}
+
+fn run(
+    context: &mut Context,
+    file: &File,
+    operation: Operation,
+) -> Result<(u64, Option<Buffers>), raio::Error> {
+    context.submit(file, operation, 0).map_err(|rejected| rejected.error)?;
+    while context.wait(1, 1, None)? == 0 {}
+    let completion = context.next().expect("it is there");
+    Ok((completion.result?, completion.buffers))
+}
+
+/// The script by libraio.
+fn by_library(proxy: &Proxy, path: &str, progress: &mut Progress) -> Result<(), raio::Error> {
+    let options = Options {
+        connect_timeout: SILENCE * 2,
+        call_timeout: SILENCE * 2,
+        request_timeout: Some(SILENCE),
+        ..Options::default()
+    };
+    let session = Session::connect_to(Scheme::Tcp, proxy.address(), &options)?;
+    let file = session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644)?;
+    progress.is_open = true;
+    let mut context = session.context(4)?;
+    for n in 0..WRITES {
+        progress.sent = n + 1;
+        let buffers = Buffers::One(Buffer::Owned(vec![letter(n); BLOCK as usize].into()));
+        assert_eq!(run(&mut context, &file, Operation::Write { offset: n * BLOCK, buffers })?.0, BLOCK);
+        progress.written = n + 1;
+    }
+    run(&mut context, &file, Operation::Fsync { data_only: false })?;
+    progress.is_synced = true;
+    let buffers = Buffers::One(Buffer::Owned(vec![0; BLOCK as usize].into()));
+    let (count, buffers) = run(&mut context, &file, Operation::Read { offset: 0, buffers })?;
+    assert_eq!(count, BLOCK);
+    let buffers = buffers.expect("a read gives its buffer back");
+    assert!(buffers.pieces()[0].bytes().iter().all(|&byte| byte == letter(0)));
+    progress.is_read = true;
+    Ok(())
+}
+
+/// Where a run is cut: the connection with this number, in this direction, after so many bytes.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    connection: usize,
+    direction: Direction,
+    after: u64,
+    ending: Ending,
+}
+
+impl Place {
+    /// The treatments of the connections up to this one.
+    fn treatments(self) -> Vec<Treatment> {
+        let mut treatments = vec![Treatment::default(); self.connection + 1];
+        treatments[self.connection].cut = Some((self.direction, self.after, self.ending));
+        treatments
+    }
+}
+
+/// Every number of bytes up to `total`, but in `data`, of which there are several ranges, each 64th.
+fn positions(total: u64, data: &[std::ops::Range<u64>]) -> impl Iterator<Item = u64> {
+    let is_within = |at: u64| {
+        data.iter()
+            .find(|range| range.contains(&at))
+            .is_some_and(|range| !(at - range.start).is_multiple_of(64))
+    };
+    (0..total).filter(move |&at| !is_within(at))
+}
+
+/// Where the data of the writes is, after a hello and so on of so many bytes.
+fn written_data(first: u64) -> Vec<std::ops::Range<u64>> {
+    let begin = |n| first + n * (REQUEST_BYTES + BLOCK) + REQUEST_BYTES;
+    (0..WRITES).map(|n| begin(n)..begin(n) + BLOCK).collect()
+}
+
+/// What the file that a run wrote must be: `complete` writes at most had reached the server whole.
+fn check(path: &Path, progress: &Progress, can_be_open: bool, complete: u64) {
+    let content = match std::fs::read(path) {
+        Ok(content) => content,
+        Err(error) => {
+            assert!(error.kind() == io::ErrorKind::NotFound && !progress.is_open, "{error}");
+            return;
+        }
+    };
+    assert!(can_be_open, "it was opened by half a request");
+    let blocks: Vec<&[u8]> = content.chunks(BLOCK as usize).collect();
+    assert!(blocks.len() as u64 >= progress.written, "a write that was answered is missing");
+    assert!(blocks.len() as u64 <= complete.min(progress.sent), "half a write was done, or one never sent");
+    for (n, block) in (0..).zip(blocks) {
+        assert!(
+            block.len() as u64 == BLOCK && block.iter().all(|&byte| byte == letter(n)),
+            "half of block {n}"
+        );
+    }
+}
+
+/// A server of a directory, runs that are cut, and what must be true of each in the end.
+struct Bench {
+    directory: tempfile::TempDir,
+    server: Server,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let export = format!("d={},rw", directory.path().display());
+        let server = Server::start_with(&[&export], &["--log", "error"]);
+        Self { directory, server }
+    }
+
+    fn path(&self, n: usize) -> String {
+        format!("/d/file{n:05}")
+    }
+
+    /// Has each run done, each with a proxy of the thread that does it, and checks them once the server is at
+    /// rest. `limits` says of a place whether the open can be complete, and how many writes can.
+    fn cut_at(
+        &mut self,
+        places: &[Place],
+        script: impl Fn(&Proxy, &str, &mut Progress) + Sync,
+        limits: impl Fn(Place) -> (bool, u64),
+    ) {
+        let next = AtomicUsize::new(0);
+        let begin = Instant::now();
+        let all: Vec<(usize, Progress)> = std::thread::scope(|scope| {
+            let work = || {
+                let mut mine = Vec::new();
+                let proxy = Proxy::start(self.server.address());
+                loop {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(&place) = places.get(n) else { return mine };
+                    proxy.plan(place.treatments());
+                    let mut progress = Progress::default();
+                    let began = Instant::now();
+                    script(&proxy, &self.path(n), &mut progress);
+                    assert!(began.elapsed() < PATIENCE, "{place:?} took {:?}", began.elapsed());
+                    mine.push((n, progress));
+                }
+            };
+            let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().flat_map(|thread| thread.join().expect("no run fails")).collect()
+        });
+        assert_eq!(all.len(), places.len());
+        self.server.statistics_when(is_at_rest);
+        for (n, progress) in &all {
+            let (can_be_open, complete) = limits(places[*n]);
+            let file = self.directory.path().join(format!("file{n:05}"));
+            let checked = std::panic::catch_unwind(|| check(&file, progress, can_be_open, complete));
+            assert!(checked.is_ok(), "{:?}: {progress:?}", places[*n]);
+        }
+        eprintln!("{} cuts took {:?}", places.len(), begin.elapsed());
+    }
+}
+
+/// Cuts with each ending, or with one, by turns.
+fn with_endings(
+    connection: usize,
+    direction: Direction,
+    positions: impl Iterator<Item = u64>,
+    is_each: bool,
+) -> Vec<Place> {
+    let each = positions.enumerate().flat_map(move |(n, after)| {
+        let endings = if is_each { &ENDINGS[..] } else { &ENDINGS[n % 3..][..1] };
+        endings.iter().map(move |&ending| Place { connection, direction, after, ending })
+    });
+    each.collect()
+}
+
+#[test]
+fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing_by_halves() {
+    let mut bench = Bench::new();
+    // One run that is not cut tells where everything is.
+    let proxy = Proxy::start(bench.server.address());
+    let connect = |proxy: &Proxy| TcpStream::connect(proxy.address()).expect("the proxy listens");
+    let mut progress = Progress::default();
+    by_hand(connect(&proxy), &bench.path(99_999), &mut progress).expect("it is not cut");
+    let [up, down] = [Direction::Up, Direction::Down].map(|direction| proxy.passed(0, direction));
+    drop(proxy);
+    // The fsync and the read are behind the writes.
+    let first = up - 2 * REQUEST_BYTES - WRITES * (REQUEST_BYTES + BLOCK);
+    let data = written_data(first);
+    let read = down - BLOCK..down;
+    let mut places = with_endings(0, Direction::Up, positions(up, &data), true);
+    places.extend(with_endings(0, Direction::Down, positions(down, &[read]), true));
+    bench.cut_at(
+        &places,
+        |proxy, path, progress| {
+            let ended = by_hand(connect(proxy), path, progress);
+            assert!(ended.is_err() && !progress.is_read, "it was cut");
+        },
+        |place| match place.direction {
+            Direction::Up => {
+                let complete = data.iter().filter(|range| range.end <= place.after).count();
+                (place.after >= first, complete as u64)
+            }
+            Direction::Down => (true, WRITES),
+        },
+    );
+}
+
+/// As above, with libraio for a client: `is_each` with each ending at each place.
+fn cut_the_library(is_each: bool) {
+    let mut bench = Bench::new();
+    let proxy = Proxy::start(bench.server.address());
+    let passed =
+        |connection| [Direction::Up, Direction::Down].map(|direction| proxy.passed(connection, direction));
+    let session = Session::connect_to(Scheme::Tcp, proxy.address(), &Options::default()).expect("a session");
+    let hello = proxy.passed(0, Direction::Up);
+    drop(session.context(4).expect("a context"));
+    let first = proxy.passed(1, Direction::Up);
+    drop(session);
+    by_library(&proxy, &bench.path(99_999), &mut Progress::default()).expect("it is not cut");
+    let [control, data] = [passed(2), passed(3)];
+    drop(proxy);
+    let written = written_data(first);
+    // What the other connection has not said by then is not cut, so the open is there once its request is.
+    let mut places = Vec::new();
+    for (connection, totals) in [(0, control), (1, data)] {
+        let [up, down] = totals;
+        let (in_requests, in_responses) =
+            if connection == 0 { (&[][..], None) } else { (&written[..], Some(down - BLOCK..down)) };
+        places.extend(with_endings(connection, Direction::Up, positions(up, in_requests), is_each));
+        let in_responses: Vec<_> = in_responses.into_iter().collect();
+        places.extend(with_endings(connection, Direction::Down, positions(down, &in_responses), is_each));
+    }
+    bench.cut_at(
+        &places,
+        |proxy, path, progress| {
+            // The last bytes are those of closing, of which nothing is heard.
+            let _ = by_library(proxy, path, progress);
+        },
+        |place| match (place.connection, place.direction) {
+            (0, Direction::Up) => (place.after > hello, WRITES),
+            (1, Direction::Up) => {
+                let complete = written.iter().filter(|range| range.end <= place.after).count();
+                (true, complete as u64)
+            }
+            _ => (true, WRITES),
+        },
+    );
+}
+
+#[test]
+fn libraio_cut_at_any_byte_says_of_no_write_that_it_was_done_if_it_was_not() {
+    cut_the_library(false);
+}
+
+#[test]
+#[ignore = "long"]
+fn libraio_cut_at_any_byte_in_every_way_says_of_no_write_that_it_was_done_if_it_was_not() {
+    cut_the_library(true);
+}
