@@ -28,6 +28,11 @@ impl Random {
         Self(seed())
     }
 
+    /// With this one.
+    pub fn with_seed(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// Less than `end`.
     pub fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

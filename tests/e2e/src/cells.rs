@@ -1,5 +1,5 @@
-//! Cells: the unit of what the chaos clients write. Each says who wrote it, when, and where it belongs, so that
-//! whatever is read can be judged.
+//! Cells: the unit of what the chaos clients write. Each says who wrote it, when, and where it belongs, so
+//! that whatever is read can be judged.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,6 +8,10 @@ use raio_transport::message::data_crc;
 
 /// The length of a cell.
 pub const CELL_BYTES: usize = 64;
+/// How many files the cells of a run are in: `0`, `1` and so on of a directory.
+pub const FILES: u32 = 2;
+/// How many cells each of them has, most of them in a hole.
+pub const FILE_CELLS: u32 = 1 << 20;
 /// Where the checksum begins, which covers what is before it.
 const CRC_AT: usize = CELL_BYTES - 4;
 /// Where the filling begins.
@@ -85,4 +89,10 @@ pub fn decode_cell(place: CellPlace, bytes: &[u8; CELL_BYTES]) -> Option<CellVal
     let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
     let value = CellValue { client: word(0), sequence: word(4) };
     (value != INITIAL && encode_cell(place, value) == *bytes).then_some(value)
+}
+
+/// The time that logs have: the kernel's monotonic clock, which is one for all processes, in nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }

@@ -58,6 +58,12 @@ impl LoopDevice {
         let device = self.path.to_string_lossy().into_owned();
         let force = if file_system == "xfs" { "-f" } else { "-F" };
         run(&format!("mkfs.{file_system}"), &["-q", force, &device]);
+        self.mount_again(file_system)
+    }
+
+    /// Mounts the file system that is on it already.
+    pub fn mount_again(self, file_system: &str) -> Mounted {
+        let device = self.path.to_string_lossy().into_owned();
         let directory = tempfile::tempdir().expect("a mount point");
         run("mount", &["-t", file_system, &device, &directory.path().to_string_lossy()]);
         Mounted { directory, device: self }
@@ -92,9 +98,9 @@ impl Mounted {
     }
 
     /// Freezes it: whatever would write to it waits, until what this returns is dropped.
-    pub fn freeze(&self) -> Frozen<'_> {
+    pub fn freeze(&self) -> Frozen {
         run("fsfreeze", &["--freeze", &self.path().to_string_lossy()]);
-        Frozen(self)
+        Frozen(self.path().to_owned())
     }
 }
 
@@ -106,10 +112,10 @@ impl Drop for Mounted {
 }
 
 /// A file system that is frozen (FIFREEZE). Thawed when dropped.
-pub struct Frozen<'a>(&'a Mounted);
+pub struct Frozen(PathBuf);
 
-impl Drop for Frozen<'_> {
+impl Drop for Frozen {
     fn drop(&mut self) {
-        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(self.0.path()).status();
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.0).status();
     }
 }

@@ -1,16 +1,17 @@
 //! The history of the cells of a run, and whether it is one that a disk can have.
 //!
 //! Each client logs a line for each cell of each operation (see [`LogLine`]). Each cell must behave as a
-//! linearizable register, the content after a crash must be at least what was synced before it, and no cell may
-//! be torn.
+//! linearizable register, the content after a crash must be at least what was synced before it, and no cell
+//! may be torn.
 //!
-//! All values that are written differ. So it is known which write a read has its value from, and linearizability
-//! can be decided in linear time after sorting (Gibbons and Korach, "Testing Shared Memories", 1997): the write
-//! of a value and the reads of it form a cluster, which must lie in one piece in any order of operations. If the
-//! first of them to end has ended (`first_end`) before the last one to begin has begun (`last_begin`) of another
-//! cluster, the whole cluster is before the other. A history is linearizable if no two clusters are each before
-//! the other, and no read has ended before its write has begun. Their paper says the same by zones between the
-//! two times: no two forward zones overlap, and no backward zone lies within a forward one.
+//! All values that are written differ. So it is known which write a read has its value from, and
+//! linearizability can be decided in linear time after sorting (Gibbons and Korach, "Testing Shared
+//! Memories", 1997): the write of a value and the reads of it form a cluster, which must lie in one piece in
+//! any order of operations. If the first of them to end has ended (`first_end`) before the last one to begin
+//! has begun (`last_begin`) of another cluster, the whole cluster is before the other. A history is
+//! linearizable if no two clusters are each before the other, and no read has ended before its write has
+//! begun. Their paper says the same by zones between the two times: no two forward zones overlap, and no
+//! backward zone lies within a forward one.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -35,12 +36,12 @@ pub enum Outcome {
 /// A line of a client's log. Times are in nanoseconds, of one clock for all logs, and greater than 0.
 ///
 /// ```text
-/// begin FILE CELL COUNT VALUE BEGIN              a write of cells begins
-/// write FILE CELL VALUE BEGIN END OUTCOME        of each of its cells: its end (- if unknown)
-/// read FILE CELL VALUE BEGIN END                 of each cell of a read that succeeded
-/// broken FILE CELL HEX BEGIN END                 of a cell that was read and is torn, or belongs elsewhere
+/// begin FILE CELL COUNT VALUE BEGIN        a write of cells begins
+/// write FILE CELL VALUE BEGIN END OUTCOME  of each of its cells: its end (- if unknown)
+/// read FILE CELL VALUE BEGIN END           of each cell of a read that succeeded
+/// broken FILE CELL HEX BEGIN END           of a cell that was read and is torn, or belongs elsewhere
 /// fsync FILE BEGIN END OUTCOME
-/// fence TIME                                     nothing of this client whose outcome is unknown happens later
+/// fence TIME                               nothing of this client that is unknown happens later
 /// ```
 ///
 /// A write that has no line but its first is one of unknown outcome.
@@ -355,7 +356,8 @@ impl CellHistory {
                 faults.push(disorder(&pair[0], &pair[1]));
             }
         }
-        // Where forward zones overlap there is a fault already; where they do not, their ends are in order, too.
+        // Where forward zones overlap there is a fault already; where they do not, their ends are in order,
+        // too.
         for inner in &backward {
             let later = forward.partition_point(|cluster| cluster.is_before(inner));
             if let Some(outer) = later.checked_sub(1).map(|at| forward[at])

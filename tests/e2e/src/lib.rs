@@ -21,7 +21,9 @@ mod server;
 mod wire;
 
 pub use cable::{Cable, End};
-pub use cells::{CELL_BYTES, CellPlace, CellValue, INITIAL, decode_cell, encode_cell};
+pub use cells::{
+    CELL_BYTES, CellPlace, CellValue, FILE_CELLS, FILES, INITIAL, decode_cell, encode_cell, monotonic_ns,
+};
 pub use crowd::Crowd;
 pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};

@@ -137,8 +137,8 @@ impl Proxy {
         self.order(|orders| orders.is_refusing = is_refusing);
     }
 
-    /// Flips a bit of what comes next in this direction, of whichever connection: this one, or if so much does
-    /// not come, that one modulo what comes.
+    /// Flips a bit of what comes next in this direction, of whichever connection: this one, or if so much
+    /// does not come, that one modulo what comes.
     pub fn flip(&self, direction: Direction, bit: u64) {
         self.order(|orders| orders.flip = Some((direction, bit)));
     }
@@ -378,8 +378,8 @@ impl Relayed {
                 }
             }
             Phase::Ending => {
-                for n in 0..2 {
-                    if !ready[n].is_empty() {
+                for (n, flags) in ready.iter().enumerate() {
+                    if !flags.is_empty() {
                         self.pipes[n].has_ended |= throw_away(&mut self.ends[n]);
                     }
                 }
@@ -397,8 +397,8 @@ impl Relayed {
                 if ready.iter().any(|flags| flags.contains(PollFlags::ERR)) {
                     return self.end(Ending::Reset);
                 }
-                for n in 0..2 {
-                    if ready[n].intersects(PollFlags::IN | PollFlags::HUP) && self.take(n, control).is_err()
+                for (n, flags) in ready.iter().enumerate() {
+                    if flags.intersects(PollFlags::IN | PollFlags::HUP) && self.take(n, control).is_err()
                         || self.pass(n).is_err()
                     {
                         return self.end(Ending::Reset);

@@ -1,6 +1,6 @@
-//! A connection that is cut anywhere leaves nothing behind that was not said, and nothing that was answered is
-//! missing: a fixed script (hello, open, three writes, fsync, read) through a proxy, cut at each byte of each
-//! header and now and then in the data, both ways, by an end, a reset and silence.
+//! A connection that is cut anywhere leaves nothing behind that was not said, and nothing that was answered
+//! is missing: a fixed script (hello, open, three writes, fsync, read) through a proxy, cut at each byte of
+//! each header and now and then in the data, both ways, by an end, a reset and silence.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -40,8 +40,8 @@ struct Progress {
     is_read: bool,
 }
 
-/// The script by hand.
-fn by_hand(stream: TcpStream, path: &str, progress: &mut Progress) -> io::Result<()> {
+/// The script, byte by byte.
+fn run_raw(stream: TcpStream, path: &str, progress: &mut Progress) -> io::Result<()> {
     stream.set_read_timeout(Some(SILENCE))?;
     let flags = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
     let mut client = Raw::open_on(stream, &Offer::new("cut"), path, flags)?;
@@ -80,7 +80,7 @@ fn run(
 }
 
 /// The script by libraio.
-fn by_library(proxy: &Proxy, path: &str, progress: &mut Progress) -> Result<(), raio::Error> {
+fn run_library(proxy: &Proxy, path: &str, progress: &mut Progress) -> Result<(), raio::Error> {
     let options = Options {
         connect_timeout: SILENCE * 2,
         call_timeout: SILENCE * 2,
@@ -242,7 +242,7 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     let proxy = Proxy::start(bench.server.address());
     let connect = |proxy: &Proxy| TcpStream::connect(proxy.address()).expect("the proxy listens");
     let mut progress = Progress::default();
-    by_hand(connect(&proxy), &bench.path(99_999), &mut progress).expect("it is not cut");
+    run_raw(connect(&proxy), &bench.path(99_999), &mut progress).expect("it is not cut");
     let [up, down] = [Direction::Up, Direction::Down].map(|direction| proxy.passed(0, direction));
     drop(proxy);
     // The fsync and the read are behind the writes.
@@ -254,7 +254,7 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     bench.cut_at(
         &places,
         |proxy, path, progress| {
-            let ended = by_hand(connect(proxy), path, progress);
+            let ended = run_raw(connect(proxy), path, progress);
             assert!(ended.is_err() && !progress.is_read, "it was cut");
         },
         |place| match place.direction {
@@ -278,7 +278,7 @@ fn cut_the_library(is_each: bool) {
     drop(session.context(4).expect("a context"));
     let first = proxy.passed(1, Direction::Up);
     drop(session);
-    by_library(&proxy, &bench.path(99_999), &mut Progress::default()).expect("it is not cut");
+    run_library(&proxy, &bench.path(99_999), &mut Progress::default()).expect("it is not cut");
     let [control, data] = [passed(2), passed(3)];
     drop(proxy);
     let written = written_data(first);
@@ -296,7 +296,7 @@ fn cut_the_library(is_each: bool) {
         &places,
         |proxy, path, progress| {
             // The last bytes are those of closing, of which nothing is heard.
-            let _ = by_library(proxy, path, progress);
+            let _ = run_library(proxy, path, progress);
         },
         |place| match (place.connection, place.direction) {
             (0, Direction::Up) => (place.after > hello, WRITES),

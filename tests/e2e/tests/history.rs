@@ -14,8 +14,8 @@ fn value(sequence: u32) -> CellValue {
     if sequence == 0 { INITIAL } else { CellValue { client: 1, sequence } }
 }
 
-/// A history by a log in short: `w 7 10 20` writes value 1.7 from 10 to 20, with `failed` or `unknown` behind it
-/// if it did not succeed; `r 7 30 40` reads it, `s 50 60` syncs; other lines are as in a log.
+/// A history by a log in short: `w 7 10 20` writes value 1.7 from 10 to 20, with `failed` or `unknown` behind
+/// it if it did not succeed; `r 7 30 40` reads it, `s 50 60` syncs; other lines are as in a log.
 fn history(short: &str) -> History {
     let mut log = String::new();
     for line in short.lines().map(str::trim).filter(|line| !line.is_empty()) {
