@@ -25,6 +25,8 @@ pub mod busy_poll;
 mod client;
 pub mod error;
 pub mod event_loop;
+#[allow(unsafe_code)]
+pub mod file_handles;
 pub mod handshake;
 mod keepalive;
 #[cfg(feature = "test-peers")]

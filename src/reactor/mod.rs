@@ -112,6 +112,12 @@ impl File {
         Arc::clone(&self.0.fd)
     }
 
+    /// Whether the ring has it among its registered files: then it stays open until nothing of the ring is in
+    /// flight, even if the process is killed.
+    pub fn is_registered(&self) -> bool {
+        self.0.fixed.is_some()
+    }
+
     /// The descriptor, as long as it is open.
     pub fn downgrade(&self) -> Weak<OwnedFd> {
         Arc::downgrade(&self.0.fd)
