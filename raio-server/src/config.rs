@@ -94,6 +94,13 @@ pub struct Options {
     /// ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Keep there what a restart needs: who writes to which export, and write verifiers; it is made if there
+    /// is none [default: nothing is kept]
+    #[arg(long, value_name = "DIRECTORY")]
+    state: Option<PathBuf>,
+    /// Do not start if clients may write and the state directory cannot be used
+    #[arg(long)]
+    strict: bool,
     /// Read options from this TOML file; they have the names of these, without the dashes in front
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -201,6 +208,10 @@ pub struct Config {
     pub log: LogLevel,
     /// Where to trace requests to.
     pub trace: Option<PathBuf>,
+    /// Where to keep what a restart needs.
+    pub state: Option<PathBuf>,
+    /// Nothing is exported for writing without it.
+    pub is_strict: bool,
 }
 
 impl Config {
@@ -294,8 +305,10 @@ impl Options {
             stall_timeout unless is_none,
             backend unless is_none,
             log unless is_none,
-            trace unless is_none
+            trace unless is_none,
+            state unless is_none
         );
+        file.strict |= self.strict;
         Ok(Self { places, ..file })
     }
 
@@ -448,6 +461,8 @@ impl Options {
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
+            state: options.state,
+            is_strict: options.strict,
         })
     }
 }

@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use raio_transport::Status;
@@ -20,13 +21,16 @@ use raio_transport::protocol::{
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags};
 
+use crate::claim::Claim;
 use crate::engine::{Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
+use crate::file_identity::{self, Basis, FileIdentity};
 use crate::pool::Pool;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
 use crate::session::{Access, OpenFile};
 use crate::syscalls::FileInfo;
+use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
 
 /// An export, open. Shared by all workers.
@@ -37,6 +41,11 @@ pub struct Export {
     is_writable: bool,
     is_direct: bool,
     lanes: Lanes,
+    /// Of what is no file: no other export, of this server or the next one, has it.
+    instance: FileIdentity,
+    verifier: Arc<Verifier>,
+    /// By what its files were told apart ([`Basis`]), as far as the log says so.
+    told: AtomicU8,
 }
 
 /// What an export has.
@@ -76,6 +85,9 @@ impl Export {
             is_writable: spec.is_writable || matches!(spec.source, Source::Null(_)),
             is_direct: spec.is_direct,
             lanes,
+            instance: file_identity::random(),
+            verifier: Arc::default(),
+            told: AtomicU8::new(0),
         })
     }
 
@@ -88,6 +100,9 @@ impl Export {
             is_writable: true,
             is_direct: false,
             lanes,
+            instance: file_identity::random(),
+            verifier: Arc::default(),
+            told: AtomicU8::new(0),
         }
     }
 
@@ -146,6 +161,39 @@ impl Export {
     /// Its shares of the pool.
     pub fn lanes(&self) -> &Lanes {
         &self.lanes
+    }
+
+    /// Changes when acknowledged writes to it may have been lost.
+    pub fn verifier(&self) -> &Arc<Verifier> {
+        &self.verifier
+    }
+
+    /// What no other server may write to while this one does. None if nothing is written, or nothing stays.
+    pub fn claim(&self) -> anyhow::Result<Option<Claim>> {
+        match self.root() {
+            Some(root) if self.is_writable => root.claim(&self.name).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// A file of it is known by this. The log says by what, once of each kind.
+    pub fn note_basis(&self, basis: Basis) {
+        if self.told.fetch_or(basis as u8, Ordering::Relaxed) & basis as u8 != 0 {
+            return;
+        }
+        let name = &self.name;
+        match basis {
+            Basis::Handle => tracing::debug!("Export {name}: files are known by their handles."),
+            Basis::Disk => tracing::debug!("Export {name}: its disk is known by its identifiers."),
+            Basis::Inode => tracing::info!(
+                "Export {name}: its file system, or this kernel, gives files no handles. They are told apart \
+                 by device, inode and time of creation, so after a remount clients may have to open their \
+                 files anew."
+            ),
+            Basis::DeviceNumber => tracing::info!(
+                "Export {name}: its disk has no identifier, so after a reboot clients have to open it anew."
+            ),
+        }
     }
 
     /// Where its files lie, if it is of a file system.
@@ -249,7 +297,9 @@ impl Exports {
                 return reject(Status::storage(libc::EEXIST), format!("{shown} exists already."));
             }
             Origin::Volume(volume, info) => {
-                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index);
+                let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
+                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index)
+                    .known_as(export.instance, verifier);
                 return Ok(Target::Ready(file, *info));
             }
         };

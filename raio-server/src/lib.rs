@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod authorize;
+mod claim;
 mod clear;
 mod client;
 pub mod config;
@@ -16,6 +17,7 @@ mod device_queue;
 mod engine;
 mod export;
 pub mod export_spec;
+mod file_identity;
 mod limits;
 mod listener;
 mod log;
@@ -35,10 +37,12 @@ mod root;
 mod server;
 mod session;
 mod size;
+mod state_directory;
 mod stats;
 mod syscalls;
 mod trace;
 mod tuning;
+mod verifier;
 mod volume;
 mod worker;
 

@@ -13,17 +13,21 @@ use std::path::Path;
 use std::sync::Arc;
 
 use raio_transport::Status;
+use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::OpenHow;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
+use crate::engine::Descriptor;
 use crate::export::Export;
+use crate::file_identity::{Facts, FileIdentity};
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, OpenFile};
 use crate::syscalls::{FileInfo, openat2, reopen, stat};
 use crate::tuning::files::CREATIONS_MAX;
+use crate::verifier::FileVerifier;
 use crate::volume::{BlockDevice, RegularFile, Volume};
 
 /// A file to be opened.
@@ -40,6 +44,17 @@ pub struct Opening {
     /// If somebody has a lease on the file, it waits for them to give it up. Else it fails with EAGAIN then,
     /// and they are asked to.
     pub waits_for_lease: bool,
+    /// It takes the place of a file that an earlier server had open.
+    pub reopens: Option<Reopens>,
+}
+
+/// What a reopen wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reopens {
+    /// The handle that the file is to have.
+    pub handle: FileHandle,
+    /// What the file has to be.
+    pub identity: FileIdentity,
 }
 
 /// A file that has been opened.
@@ -63,13 +78,20 @@ impl Opening {
         let fd = self.find_or_create(export.name(), root, base)?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
         let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
-        let lanes = export.lanes().clone();
+        let facts = Facts::of(&fd).map_err(|errno| self.failed(errno))?;
+        export.note_basis(facts.basis);
+        if self.reopens.is_some_and(|reopens| reopens.identity != facts.identity) {
+            return Err(another_file(self.path.as_bytes()));
+        }
+        let verifier = FileVerifier::new(Arc::clone(export.verifier()), facts.storage);
+        let fd = Descriptor::new(fd, export.lanes().clone(), Arc::clone(export.verifier()));
         let volume: Arc<dyn Volume> = if is_device {
-            Arc::new(BlockDevice::new(fd, lanes, &info))
+            Arc::new(BlockDevice::new(fd, &info))
         } else {
-            Arc::new(RegularFile::new(fd, lanes, &info, root.size_limit()))
+            Arc::new(RegularFile::new(fd, &info, root.size_limit()))
         };
-        Ok(Opened { file: OpenFile::new(volume, self.access, self.export), info })
+        let file = OpenFile::new(volume, self.access, self.export).known_as(facts.identity, verifier);
+        Ok(Opened { file, info })
     }
 
     fn flags(&self) -> OFlags {
@@ -221,6 +243,18 @@ impl Opening {
             status: Status::storage(errno),
             text: format!("Cannot open {path} on the server: {error}.{space}{hint}"),
         }
+    }
+}
+
+/// Why a file is not opened again: what is at its path is not what was there.
+pub fn another_file(path: &[u8]) -> Rejection {
+    let path = EscapedPath(path);
+    Rejection {
+        status: Status::storage(libc::ESTALE),
+        text: format!(
+            "{path} is not the file that was open before the server began anew: another one has its place. \
+             Open it by its path if that is what you want."
+        ),
     }
 }
 

@@ -130,7 +130,7 @@ fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<Exit
              access nothing but the exports."
         );
     }
-    let server = Server::start(config)?;
+    let Some(server) = Server::start(config)? else { return Ok(ExitCode::SUCCESS) };
     // The messages of the start come before this line, which scripts wait for.
     log::flush();
     log::print(&format!("raio_server: ready on {}", server.urls()));

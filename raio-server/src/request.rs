@@ -405,7 +405,11 @@ impl Work {
                 Err(errno) => Step::Done(failure_after(pieces.done, pieces.name(), errno)),
             },
             (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
-            (Self::Fsync(..) | Self::Close, Ok(_), _) => Step::Done(success(0)),
+            // As it is now. What was lost before this fsync has changed it, and a client that has written
+            // before that knows another one; so it notices also if another file's fsync has failed while
+            // this one ran. It cannot know the new one yet, for it is new since this fsync began.
+            (Self::Fsync(file, _), Ok(_), _) => Step::Done(success(file.open.verifier.get())),
+            (Self::Close, Ok(_), _) => Step::Done(success(0)),
             (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
             (work, Ok(n), outcome) => unreachable!("{work:?} ended with {n} and {outcome:?}"),
         }
@@ -429,6 +433,8 @@ impl Work {
 pub fn status_of(file: &WorkerFile, info: FileInfo) -> Response {
     let mut status = info.status;
     status.direct_align = file.open.alignment.into();
+    status.identity = file.open.identity;
+    status.verifier = file.open.verifier.get().into();
     Response { status: Status::OK, result: 0, body: status.as_bytes().into(), data: None }
 }
 

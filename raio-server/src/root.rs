@@ -1,6 +1,6 @@
 //! Where an export's files lie, and which of them are served.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -12,6 +12,7 @@ use raio_transport::Status;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
+use crate::claim::Claim;
 use crate::export_spec::ExportSpec;
 use crate::rejection::Rejection;
 use crate::syscalls::openat2;
@@ -136,6 +137,12 @@ impl Root {
     /// The path, for an open of what is no directory.
     pub fn path(&self) -> &CString {
         &self.path
+    }
+
+    /// What no other server may write to while this one does. `name` is the export's.
+    pub fn claim(&self, name: &str) -> anyhow::Result<Claim> {
+        let path = Path::new(OsStr::from_bytes(self.path.as_bytes()));
+        Claim::of(name, path, self.crosses_mounts, self.must_be_mountpoint)
     }
 
     /// What openat2(2) is to mind.

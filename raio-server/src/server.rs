@@ -3,6 +3,7 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
 //! serves nothing itself.
 
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
 use rustix::net::{SendFlags, Shutdown};
 
+use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
@@ -21,10 +23,13 @@ use crate::listener::Listener;
 use crate::log::log_client;
 use crate::pool::Pool;
 use crate::session::Sessions;
+use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
+use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
+use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
-use crate::{log, probe};
+use crate::{file_identity, log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -102,9 +107,123 @@ fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Ex
     Ok((sessions_max, limits, Exports::open(&config.exports, start_pool()?)?))
 }
 
+/// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has been
+/// killed can do so any more; then has the exports keep their verifiers. Returns what holds the lock; None if
+/// there is no state directory, or nothing to lock. The error of a state directory that cannot be used is
+/// logged, unless the options are strict.
+fn claim(
+    config: &Config,
+    exports: &Exports,
+    wait: impl FnMut(&str) -> anyhow::Result<bool>,
+) -> anyhow::Result<Claimed> {
+    let mut claims = Vec::new();
+    let mut written = Vec::new();
+    for export in exports.all() {
+        if let Some(claim) = export.claim()? {
+            claims.push(claim);
+            written.push(export);
+        }
+    }
+    if claims.is_empty() {
+        return Ok(Claimed::Yes(None));
+    }
+    let directory = match &config.state {
+        Some(path) => StateDirectory::open(path),
+        None => Err(anyhow!("There is no state directory")),
+    };
+    let directory = match directory {
+        Ok(directory) => Arc::new(directory),
+        Err(error) if config.is_strict => {
+            return Err(error.context(
+                "With --strict nothing is exported for writing without a state directory. Name one that the \
+                 server may write to with --state",
+            ));
+        }
+        Err(error) => {
+            tracing::warn!(
+                "{}, so nothing keeps another server from writing to the same files, or a killed one's last \
+                 writes from landing after new ones; and after a restart the next fsync of each client that \
+                 has written fails once. Name one with --state.",
+                describe(&error)
+            );
+            return Ok(Claimed::Yes(None));
+        }
+    };
+    let lock = match claim_when_free(&directory, &claims, wait)? {
+        Some(lock) => lock,
+        None => return Ok(Claimed::Stopped),
+    };
+    let boot = file_identity::boot();
+    Verifier::remove_old(&directory, boot)?;
+    for (export, claim) in written.iter().zip(&claims) {
+        let name = format!("{}{}", verifier::PREFIX, claim.key());
+        let about = format!("{} {}", claim.name, claim.path);
+        export.verifier().keep(&directory, &name, &about, boot)?;
+    }
+    Ok(Claimed::Yes(Some(lock)))
+}
+
+/// What came of [`claim`].
+enum Claimed {
+    /// The exports may be served, as long as this is open.
+    Yes(Option<Arc<OwnedFd>>),
+    /// The server was told to stop.
+    Stopped,
+}
+
+/// Waits until nobody else has what is claimed. `wait` is told why, and returns false if the server is to
+/// stop instead.
+fn claim_when_free(
+    directory: &StateDirectory,
+    claims: &[Claim],
+    mut wait: impl FnMut(&str) -> anyhow::Result<bool>,
+) -> anyhow::Result<Option<Arc<OwnedFd>>> {
+    loop {
+        match try_claim(directory, claims)? {
+            Attempt::Locked(lock) => return Ok(Some(lock)),
+            Attempt::Busy(why) => {
+                if !wait(&why)? {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+}
+
+/// A server that waits for another one to end.
+struct Waiting<'a> {
+    reactor: &'a mut Reactor,
+    signals: &'a mut Signals,
+    since: Instant,
+    /// What the log says that it waits for.
+    said: String,
+}
+
+impl Waiting<'_> {
+    /// Waits a little. Whether it is worth another try: the server has not been told to stop.
+    fn wait(&mut self, why: &str) -> anyhow::Result<bool> {
+        if self.since.elapsed() >= CLAIM_SAY_AFTER && self.said != why {
+            tracing::warn!("Not ready yet: {why}. Waiting until it has ended.");
+            self.said = why.to_owned();
+        }
+        self.reactor.timer(Instant::now() + CLAIM_RETRY, CHECK);
+        let mut events = Vec::new();
+        self.reactor.run_once(Wait::Block, &mut events).context("The main event loop failed")?;
+        if events.iter().any(|event| event.token == SIGNALS) {
+            let stop = [libc::SIGTERM, libc::SIGINT];
+            if self.signals.read(self.reactor).iter().any(|signal| stop.contains(signal)) {
+                tracing::info!("Told to stop, before anything was served.");
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
 impl Server {
-    /// Opens the exports, listens, and starts the workers.
-    pub fn start(config: &Config) -> anyhow::Result<Self> {
+    /// Opens the exports, waits until they are nobody else's, listens, and starts the workers. None: it was
+    /// told to stop before.
+    pub fn start(config: &Config) -> anyhow::Result<Option<Self>> {
         let (sessions_max, limits, exports) = limits_and_exports(config)?;
         let main = reactor::Config {
             entries: 64,
@@ -115,16 +234,26 @@ impl Server {
             epoll: false,
         };
         let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
-        let signals =
+        let mut signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
+        let mut waiting = Waiting {
+            reactor: &mut reactor,
+            signals: &mut signals,
+            since: Instant::now(),
+            said: String::new(),
+        };
+        let lock = match claim(config, &exports, |why| waiting.wait(why))? {
+            Claimed::Yes(lock) => lock,
+            Claimed::Stopped => return Ok(None),
+        };
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
         let sessions = Sessions::new(sessions_max, Arc::clone(&limits));
-        let shared = Arc::new(Shared::new(config, exports, sessions)?);
+        let shared = Arc::new(Shared { claim: lock, ..Shared::new(config, exports, sessions)? });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;
         let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());
         let backend = say_what_was_missing(config, &started);
-        Ok(Self {
+        Ok(Some(Self {
             reactor,
             listener,
             signals,
@@ -137,7 +266,7 @@ impl Server {
             limits,
             is_checking: false,
             is_draining: false,
-        })
+        }))
     }
 
     /// Where it listens, as URLs.
@@ -427,6 +556,13 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     }
     if let Some(error) = started.iter().find_map(|worker| worker.no_rdma.as_ref()) {
         tracing::warn!("RDMA is not used, so clients of raio:// stay on TCP: {error}.");
+    }
+    if started.iter().any(|worker| worker.unclaimed) {
+        tracing::warn!(
+            "The limit on open files leaves no room for a ring's table of files, so if this server is \
+             killed, the next one does not wait for what is in flight. Raise it with `ulimit -n`, or \
+             LimitNOFILE= in the unit."
+        );
     }
     if config.backend == BackendKind::Threads || fallback.is_some() { "threads" } else { "uring" }
 }

@@ -13,11 +13,13 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::file_identity::FileIdentity;
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 
+use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
 
@@ -61,6 +63,10 @@ pub struct OpenFile {
     pub export: usize,
     /// The same, if requests on it may hang: they have a share of the memory together.
     pub hanging_export: Option<usize>,
+    /// What tells it from all other files; zeros if that is not known.
+    pub identity: FileIdentity,
+    /// Changes when acknowledged writes may have been lost.
+    pub verifier: FileVerifier,
     closed: AtomicBool,
 }
 
@@ -75,8 +81,15 @@ impl OpenFile {
             export,
             hanging_export: may_hang.then_some(export),
             volume,
+            identity: FileIdentity::default(),
+            verifier: FileVerifier::default(),
             closed: AtomicBool::new(false),
         }
+    }
+
+    /// The same, of which this is known.
+    pub fn known_as(self, identity: FileIdentity, verifier: FileVerifier) -> Self {
+        Self { identity, verifier, ..self }
     }
 
     /// Whether its reads and writes go straight to a device.

@@ -244,3 +244,18 @@ pub mod statistics {
     /// measured.
     pub const TRACE_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 }
+
+/// The state directory. None is measured: it is read when the server starts, and written when writes are
+/// lost.
+pub mod state {
+    use std::time::Duration;
+
+    /// Bytes of a file of it, at most: a server with some thousand exports.
+    pub const FILE_BYTES_MAX: u64 = 4 << 20;
+    /// Files of a kind, at most: more servers and exports than any machine has.
+    pub const FILES_MAX: usize = 10_000;
+    /// How often a server that waits for another one looks whether that has ended ...
+    pub const CLAIM_RETRY: Duration = Duration::from_millis(20);
+    /// ... and after how long it says for what it waits.
+    pub const CLAIM_SAY_AFTER: Duration = Duration::from_secs(1);
+}

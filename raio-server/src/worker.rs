@@ -103,6 +103,8 @@ pub struct Shared {
     pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
     pub rdma: bool,
+    /// What is locked as long as anything of the server can happen: see [`crate::claim`].
+    pub claim: Option<Arc<OwnedFd>>,
 }
 
 impl Shared {
@@ -130,6 +132,7 @@ impl Shared {
             spin: config.spin,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
+            claim: None,
         })
     }
 }
@@ -196,6 +199,8 @@ pub struct Worker {
     mail: Receiver<Mail>,
     incoming: Receiver<(RawConnection, Arc<ConnectionPermit>)>,
     reactor: Reactor,
+    /// [`Shared::claim`], in the ring's table of files.
+    _claim: Option<reactor::File>,
     arena: Arena,
     transport: mux::Mux,
     engine: Box<dyn Engine>,
@@ -233,6 +238,9 @@ pub struct Started {
     pub unregistered: Option<std::io::Error>,
     /// Why it does without the RDMA that there is.
     pub no_rdma: Option<raio_transport::Error>,
+    /// Its ring does not hold [`Shared::claim`]: a server that takes this one's place does not wait for what
+    /// the ring has begun.
+    pub unclaimed: bool,
 }
 
 impl Worker {
@@ -268,6 +276,8 @@ impl Worker {
             )
         })?;
         let unregistered = reactor.register_arena(&arena).err();
+        let claim = shared.claim.clone().map(|fd| reactor.file(fd));
+        let unclaimed = reactor.has_ring() && claim.as_ref().is_some_and(|claim| !claim.is_registered());
         let engine: Box<dyn Engine> = if shared.backend == BackendKind::Uring && reactor.has_ring() {
             Box::new(Uring::new(&reactor))
         } else {
@@ -299,8 +309,13 @@ impl Worker {
         let (mailbox, mail) = reactor::mailbox(reactor.waker());
         let fallback = reactor.fallback_reason().map(str::to_owned);
         let (connections, incoming) = reactor::mailbox(reactor.waker());
-        let started =
-            Started { senders: WorkerSenders { mailbox, connections }, fallback, unregistered, no_rdma };
+        let started = Started {
+            senders: WorkerSenders { mailbox, connections },
+            fallback,
+            unregistered,
+            no_rdma,
+            unclaimed,
+        };
         counters.arena_bytes.set(arena.len() as u64);
         let policy = Policy { queue_pair: rdma.is_some(), ..Policy::clone(&shared.policy) };
         let mut tcp = tcp::TcpServer::new(TCP, Arc::new(policy));
@@ -324,6 +339,7 @@ impl Worker {
             mail,
             incoming,
             reactor,
+            _claim: claim,
             arena,
             engine,
             connections: Connections::default(),

@@ -9,6 +9,7 @@ use rustix::io::ReadWriteFlags;
 use super::{Closing, Lanes};
 use crate::log;
 use crate::tuning::cached_reads::HOLES_MAX;
+use crate::verifier::Verifier;
 
 /// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel),
 /// and whose O_DIRECT takes RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait
@@ -24,6 +25,8 @@ pub struct Descriptor {
     /// None once it is being closed.
     pub(super) fd: Option<OwnedFd>,
     lanes: Lanes,
+    /// That of its export.
+    pub(super) verifier: Arc<Verifier>,
     pub(super) closing: OnceLock<Closing>,
     /// How to read what is in the page cache without waiting. None: it is not read from there.
     pub(super) cached_reads: Option<ReadWriteFlags>,
@@ -38,7 +41,7 @@ pub struct Descriptor {
 impl Descriptor {
     /// Takes a descriptor of a file of the export that has these lanes. May wait for the file system: not for
     /// a worker's thread.
-    pub fn new(fd: OwnedFd, lanes: Lanes) -> Arc<Self> {
+    pub fn new(fd: OwnedFd, lanes: Lanes, verifier: Arc<Verifier>) -> Arc<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
         let is_direct = flags.contains(OFlags::DIRECT);
         let is_device = rustix::fs::fstat(&fd)
@@ -69,6 +72,7 @@ impl Descriptor {
         Arc::new(Self {
             fd: Some(fd),
             lanes,
+            verifier,
             closing: OnceLock::new(),
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),

@@ -10,6 +10,7 @@ use rustix::io::{Errno, retry_on_intr};
 use super::{Call, Closing, Completion, Descriptor, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
 use crate::syscalls::{FileInfo, stat};
+use crate::verifier::Verifier;
 use crate::{clear, pool};
 
 /// What a thread does in one go.
@@ -17,8 +18,8 @@ use crate::{clear, pool};
 pub enum Job {
     /// Operations, one after another. Their completions come together.
     Operations(Sender<Completion>, Vec<Task>),
-    /// close(2), and whom to tell.
-    Close(OwnedFd, Option<Closing>),
+    /// close(2), the verifier that changes if it says that writes were lost, and whom to tell.
+    Close(OwnedFd, Arc<Verifier>, Option<Closing>),
 }
 
 /// One operation.
@@ -115,8 +116,11 @@ impl pool::Job for Job {
         match self {
             // The worker is woken once, when all have ended.
             Self::Operations(to, tasks) => to.send_all(tasks.into_iter().map(Task::run)),
-            Self::Close(fd, closing) => {
+            Self::Close(fd, verifier, closing) => {
                 let closed = reactor::close(fd);
+                if closed.is_err_and(loses_writes) {
+                    verifier.writes_were_lost();
+                }
                 if let Some(closing) = closing {
                     closing.complete(closed);
                 }
@@ -143,9 +147,25 @@ impl Drop for Descriptor {
     fn drop(&mut self) {
         if let Some(fd) = self.fd.take() {
             let lane = self.lanes().control;
-            lane.submit(lane.ticket(), Job::Close(fd, self.closing.take()));
+            let verifier = Arc::clone(&self.verifier);
+            lane.submit(lane.ticket(), Job::Close(fd, verifier, self.closing.take()));
         }
     }
+}
+
+/// Whether an fsync, or a close, that ends with this errno may have lost what was written before: it has been
+/// attempted.
+fn loses_writes(errno: i32) -> bool {
+    !matches!(
+        errno,
+        libc::EINVAL | libc::EBADF | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINTR | libc::EAGAIN
+    )
+}
+
+/// Whether a write that does not return before it is on the disk, and ends with this errno, says that the
+/// disk fails or is full.
+pub(super) fn is_failed_write(errno: i32) -> bool {
+    matches!(errno, libc::EIO | libc::ENOSPC)
 }
 
 impl Operation {
@@ -168,10 +188,21 @@ impl Operation {
             Self::Write { source, offset } => {
                 let bytes = source.bytes();
                 let result = retry_on_intr(|| rustix::io::pwrite(fd, bytes, offset));
+                if !fd.is_write_back && result.is_err_and(|errno| is_failed_write(errno.raw_os_error())) {
+                    fd.verifier.writes_were_lost();
+                }
                 (result.map(|n| n as u32), Outcome::Slot(source))
             }
-            Self::Fsync { data_only: true } => nothing(retry_on_intr(|| rustix::fs::fdatasync(fd))),
-            Self::Fsync { data_only: false } => nothing(retry_on_intr(|| rustix::fs::fsync(fd))),
+            Self::Fsync { data_only } => {
+                let fsync = if data_only { rustix::fs::fdatasync } else { rustix::fs::fsync };
+                let result = retry_on_intr(|| fsync(fd));
+                // At once: the kernel tells of lost writes once, and a process that opens the file from now
+                // on, or a server that is started after this one was killed, gets success.
+                if result.is_err_and(|errno| loses_writes(errno.raw_os_error())) {
+                    fd.verifier.writes_were_lost();
+                }
+                nothing(result)
+            }
             Self::Discard { offset, length } => cleared(clear::discard(fd, offset, length)),
             Self::WriteZeroes { offset, length } => cleared(clear::write_zeroes(fd, offset, length)),
             Self::Allocate { offset, length, keep_size } => {

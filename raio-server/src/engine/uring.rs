@@ -13,12 +13,16 @@ use std::time::Instant;
 use raio_transport::reactor::{Event, Op, OpenFile, Payload, Reactor, Token};
 use rustix::io::{Errno, preadv2};
 
+use super::job::is_failed_write;
 use super::{
     Call, Completion, CompletionQueue, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome, Pending,
     Threads,
 };
 use crate::client::Client;
 use crate::tuning::cached_reads::{PAUSE, WAITED};
+
+/// In the value of a token, beside the key: the operation is a write.
+const WRITE: u64 = 1 << 63;
 
 /// Passes operations on to the ring.
 #[derive(Debug)]
@@ -81,6 +85,7 @@ impl Engine for Uring {
         operation: Operation,
     ) -> Option<Pending> {
         let on = || Arc::clone(file) as Arc<dyn OpenFile>;
+        let mut value = key;
         let op = match operation {
             Operation::Read { mut target, offset } => {
                 if let Some(result) = self.read_cached(file, target.bytes_mut(), offset) {
@@ -102,11 +107,12 @@ impl Engine for Uring {
                 Op::Read { file, target, offset, nowait: !is_miss }
             }
             Operation::Write { source, offset } if file.is_direct && file.is_asynchronous => {
+                value |= WRITE;
                 Op::Write { file: on(), source, offset, nowait: true }
             }
             operation => return self.lanes.submit(reactor, key, client, file, operation),
         };
-        Some(Pending::Ring(reactor.submit(Token { owner: OWNER, value: key }, op)))
+        Some(Pending::Ring(reactor.submit(Token { owner: OWNER, value }, op)))
     }
 
     fn submit_blocking(
@@ -149,8 +155,13 @@ impl Engine for Uring {
         };
         let outcome = match event.result {
             Err(libc::EAGAIN | libc::EOPNOTSUPP) => Outcome::WouldBlock(range),
+            // The lane tries again. If that fails, too, its thread may wait until the verifier is written.
+            Err(errno) if event.token.value & WRITE != 0 && is_failed_write(errno) => {
+                Outcome::WouldBlock(range)
+            }
             _ => Outcome::Slot(range),
         };
-        self.completions().push(Completion { key: event.token.value, result: event.result, outcome });
+        let key = event.token.value & !WRITE;
+        self.completions().push(Completion { key, result: event.result, outcome });
     }
 }

@@ -1,11 +1,10 @@
 //! A block device.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::Properties;
 use super::served::Served;
-use crate::engine::{Descriptor, Lanes};
+use crate::engine::Descriptor;
 use crate::syscalls::FileInfo;
 use crate::tuning::files::DIRECT_ALIGN_DEFAULT;
 
@@ -19,9 +18,8 @@ pub struct BlockDevice {
 impl BlockDevice {
     /// Takes a descriptor of a device that has this status. May wait for the device: not for a worker's
     /// thread.
-    pub fn new(fd: OwnedFd, lanes: Lanes, info: &FileInfo) -> Self {
+    pub fn new(fd: Arc<Descriptor>, info: &FileInfo) -> Self {
         let sector = rustix::fs::ioctl_blksszget(&fd).ok();
-        let fd = Descriptor::new(fd, lanes);
         let direct = || info.direct_align.or(sector).unwrap_or(DIRECT_ALIGN_DEFAULT).max(1);
         let alignment = if fd.is_direct() { direct() } else { 1 };
         Self { fd, alignment }

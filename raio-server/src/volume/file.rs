@@ -1,11 +1,10 @@
 //! A regular file.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::served::Served;
 use super::{Properties, SizeLimit};
-use crate::engine::{Descriptor, Lanes};
+use crate::engine::Descriptor;
 use crate::syscalls::FileInfo;
 use crate::tuning::files::DIRECT_ALIGN_DEFAULT;
 
@@ -18,10 +17,8 @@ pub struct RegularFile {
 }
 
 impl RegularFile {
-    /// Takes a descriptor of a file that has this status. May wait for the file system: not for a worker's
-    /// thread.
-    pub fn new(fd: OwnedFd, lanes: Lanes, info: &FileInfo, size_limit: Option<SizeLimit>) -> Self {
-        let fd = Descriptor::new(fd, lanes);
+    /// Takes a descriptor of a file that has this status.
+    pub fn new(fd: Arc<Descriptor>, info: &FileInfo, size_limit: Option<SizeLimit>) -> Self {
         let direct = || info.direct_align.unwrap_or(DIRECT_ALIGN_DEFAULT).max(1);
         let alignment = if fd.is_direct() { direct() } else { 1 };
         Self { fd, alignment, size_limit }

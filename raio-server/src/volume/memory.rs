@@ -19,7 +19,7 @@ pub struct Memory {
 impl Memory {
     /// So many bytes.
     pub fn new(size: u64, lanes: Lanes) -> rustix::io::Result<Self> {
-        Ok(Self { fd: Descriptor::new(memfd(size)?, lanes), size })
+        Ok(Self { fd: Descriptor::new(memfd(size)?, lanes, Arc::default()), size })
     }
 }
 

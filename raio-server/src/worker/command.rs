@@ -124,6 +124,7 @@ impl Worker {
                 how,
                 access: Access::from_flags(flags),
                 waits_for_lease: false,
+                reopens: None,
             }))),
         }
     }

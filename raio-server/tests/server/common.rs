@@ -344,6 +344,13 @@ impl Client {
         Ok(FileStatus::decode(&reply.body).unwrap())
     }
 
+    /// Returns the verifier, which is the file's.
+    pub fn fsync(&mut self, file: FileHandle, data_only: bool) -> Result<u64, i32> {
+        let verifier = self.do_it(&Command::Fsync { file, data_only })?;
+        assert_eq!(self.status(file)?.verifier.get(), verifier);
+        Ok(verifier)
+    }
+
     pub fn close(&mut self, file: FileHandle) -> Result<u64, i32> {
         self.do_it(&Command::Close(file))
     }

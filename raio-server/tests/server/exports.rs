@@ -283,7 +283,7 @@ fn a_low_limit_on_processes_cancels_nothing() {
             assert!(reply.status.is_ok(), "{variant}: {reply:?}\n{}", server.log());
             let file = FileHandle(reply.result as u32);
             assert_eq!(client.write(file, 0, b"x"), Ok(1));
-            assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
+            client.fsync(file, false).unwrap();
         }
         let limits = std::fs::read_to_string(format!("/proc/{}/limits", server.child.id())).unwrap();
         let limit = limits.lines().find(|line| line.starts_with("Max processes")).unwrap();
@@ -583,7 +583,7 @@ fn zeroes_like_the_model(client: &mut Client, open: &str, flags: u32, local: &Pa
         model.resize(model.len().max(end), 0);
         model[start..end].fill(0);
     }
-    assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
+    client.fsync(file, false).unwrap();
     let mut found = vec![1; model.len()];
     let size = client.status(file).unwrap().size.get();
     assert!(!may_grow || size == model.len() as u64, "{open}: {size}");

@@ -97,8 +97,8 @@ fn a_file_is_created_written_flushed_read_back_and_closed() {
         );
         let bytes: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
         assert_eq!(client.write(file, 5, &bytes), Ok(300_000));
-        assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
-        assert_eq!(client.do_it(&Command::Fsync { file, data_only: true }), Ok(0));
+        client.fsync(file, false).unwrap();
+        client.fsync(file, true).unwrap();
         assert_eq!(client.read(file, 0, 300_005).unwrap(), [&[0; 5][..], &bytes].concat());
         let local = std::fs::metadata(server.path("new")).unwrap();
         let status = client.status(file).unwrap();
@@ -378,7 +378,7 @@ fn null_and_memory_exports_behave_like_files_of_a_fixed_size() {
             assert_eq!(client.write(file, 100, &[1; 50]), Ok(50));
             assert_eq!(client.read(file, 149, 2).unwrap(), if path == "/m" { [1, 0] } else { [0, 0] });
             assert_eq!(client.write(file, 9_999, &[1; 2]), Err(libc::ENOSPC));
-            assert_eq!(client.do_it(&Command::Fsync { file, data_only: false }), Ok(0));
+            client.fsync(file, false).unwrap();
             assert_eq!(client.close(file), Ok(0));
         }
         let file = client.open("/m", OPEN_READ).unwrap();
@@ -454,7 +454,7 @@ fn a_block_device_is_served_with_its_capacity() {
             assert_eq!(client.read(file, 4096, 4096).unwrap(), [0; 4096]);
             assert_eq!(client.do_it(&Command::Discard { file, offset: 8192, length: 4096 }), Ok(0));
             assert_eq!(client.read(file, 8192, 4096).unwrap(), [0; 4096]);
-            assert_eq!(client.do_it(&Command::Fsync { file, data_only: true }), Ok(0));
+            client.fsync(file, true).unwrap();
             assert_eq!(client.write(file, 4096, &[3; 8192]), Ok(8192));
         }
     });

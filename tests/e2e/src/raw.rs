@@ -20,7 +20,10 @@ pub struct Raw {
     pub stream: TcpStream,
     /// How many bytes the file has.
     pub file_bytes: u64,
-    file: FileHandle,
+    /// Its status when it was opened.
+    pub status: FileStatus,
+    /// Its handle.
+    pub file: FileHandle,
 }
 
 fn wrong(what: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
@@ -38,7 +41,7 @@ impl Raw {
     /// The same on a connection of the caller's, in the session of `offer`.
     pub fn open_on(stream: TcpStream, offer: &Offer, path: &str, flags: u32) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        let mut raw = Self { stream, file_bytes: 0, file: FileHandle(0) };
+        let mut raw = Self { stream, file_bytes: 0, status: FileStatus::default(), file: FileHandle(0) };
         raw.stream.write_all(&offer.hello())?;
         let mut welcome = vec![0; HANDSHAKE_BYTES];
         raw.stream.read_exact(&mut welcome)?;
@@ -47,14 +50,34 @@ impl Raw {
             welcome.resize(n, 0);
             raw.stream.read_exact(&mut welcome[have..])?;
         }
-        raw.send(0, &Command::Open { flags, mode: 0, path: path.as_bytes() }, 0)?;
-        let (response, body) = raw.response()?;
-        if !response.status.is_ok() {
-            return Err(wrong(message::text(&body)));
-        }
-        raw.file = FileHandle(response.result as u32);
-        raw.file_bytes = FileStatus::decode(&body).map_err(|error| wrong(format!("{error}")))?.size.get();
+        raw.enter(&Command::Open { flags, mode: 0, path: path.as_bytes() })?;
         Ok(raw)
+    }
+
+    /// Opens or reopens a file, which takes the place of the one that this had.
+    pub fn enter(&mut self, command: &Command<'_>) -> io::Result<()> {
+        let (result, body) = self.call(command)?;
+        self.status = FileStatus::decode(&body).map_err(|error| wrong(format!("{error}")))?;
+        (self.file, self.file_bytes) = (FileHandle(result as u32), self.status.size.get());
+        Ok(())
+    }
+
+    /// Sends a command without data, and waits for its answer. Returns its result and body; a command that
+    /// the server answers with a failure is an error with that errno, whose text goes to standard error.
+    pub fn call(&mut self, command: &Command<'_>) -> io::Result<(u64, Vec<u8>)> {
+        self.send(0, command, 0)?;
+        let (response, body) = self.response()?;
+        if !response.status.is_ok() {
+            eprintln!("raw: {}", message::text(&body));
+            return Err(io::Error::from_raw_os_error(response.status.errno));
+        }
+        Ok((response.result, body))
+    }
+
+    /// Flushes the file. Returns its verifier.
+    pub fn fsync(&mut self) -> io::Result<u64> {
+        let file = self.file;
+        self.call(&Command::Fsync { file, data_only: false }).map(|(verifier, _)| verifier)
     }
 
     fn send(&mut self, id: u64, command: &Command<'_>, data_len: u32) -> io::Result<()> {

@@ -1,0 +1,263 @@
+//! What tells a file from all others, also after a restart of the server and of the machine, and what tells
+//! its storage from what was there before a reboot, a remount or another disk. By system calls that may wait:
+//! for a thread of the pool, once for each open.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use raio_transport::file_handles::{file_handle, file_system_uuid};
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
+use rustix::io::Errno;
+
+/// STATX_MNT_ID_UNIQUE (Linux 6.8): the id of a mount that no later one gets. Older kernels ignore the bit.
+const MNT_ID_UNIQUE: u32 = 0x4000;
+/// A disk may lie in a file that lies on a disk, and so on: as deep as anybody nests them.
+const DEPTH_MAX: u32 = 4;
+
+/// [`raio_transport::protocol::FileStatus::identity`].
+pub type FileIdentity = [u8; 16];
+
+/// By what a file is told from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Basis {
+    /// The UUID of its file system, and its handle in it.
+    Handle = 1,
+    /// The numbers of its device and inode, and when it was created.
+    Inode = 2,
+    /// Identifiers of the disk.
+    Disk = 4,
+    /// The number of the device, in this boot.
+    DeviceNumber = 8,
+}
+
+/// What is known of an open file.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts {
+    /// The same for the same file, and different for any other.
+    pub identity: FileIdentity,
+    /// Changes when what was not yet on the disk is lost: with the boot, the mount, the device.
+    pub storage: u64,
+    /// What the identity is made of.
+    pub basis: Basis,
+}
+
+/// A hash that stays as it is for ever: FNV-1a of 128 bits. Nothing that a client could choose is hashed but
+/// which file it is.
+#[derive(Clone, Copy)]
+struct Digest(u128);
+
+impl Digest {
+    fn of(what: &str) -> Self {
+        Self(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d).and(what.as_bytes())
+    }
+
+    /// And these bytes, and how many they are.
+    fn and(self, bytes: &[u8]) -> Self {
+        let len = (bytes.len() as u64).to_le_bytes();
+        let step = |hash: u128, &byte: &u8| {
+            (hash ^ u128::from(byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+        };
+        Self(bytes.iter().chain(&len).fold(self.0, step))
+    }
+
+    fn number(self, number: u64) -> Self {
+        self.and(&number.to_le_bytes())
+    }
+
+    /// Not 0, which says that nothing is known.
+    fn identity(self) -> FileIdentity {
+        self.0.max(1).to_le_bytes()
+    }
+
+    fn storage(self) -> u64 {
+        (self.0 >> 64) as u64 ^ self.0 as u64
+    }
+}
+
+/// The id of this boot of the machine; a random one where it is not to be had.
+pub fn boot() -> &'static str {
+    static BOOT: OnceLock<String> = OnceLock::new();
+    BOOT.get_or_init(|| {
+        let path = PathBuf::from("/proc/sys/kernel/random/boot_id");
+        // A test reboots the machine by another file.
+        #[cfg(debug_assertions)]
+        let path = std::env::var_os("RAIO_TEST_BOOT_ID").map_or(path, PathBuf::from);
+        read(&path).unwrap_or_else(|| {
+            use std::hash::{BuildHasher, RandomState};
+            format!("unknown-{:016x}", RandomState::new().hash_one(0))
+        })
+    })
+}
+
+/// The text of a file below /sys or /proc, if there is any.
+fn read(path: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let text = text.trim();
+    (!text.is_empty()).then(|| text.to_owned())
+}
+
+/// An identity that no other has.
+pub fn random() -> FileIdentity {
+    use std::hash::{BuildHasher, RandomState};
+    let half = || RandomState::new().hash_one(0);
+    let both = u128::from(half()) << 64 | u128::from(half());
+    both.max(1).to_le_bytes()
+}
+
+impl Facts {
+    /// Of an open file or block device, which may not be open with O_PATH.
+    pub fn of(fd: impl AsFd) -> Result<Self, Errno> {
+        Self::within(fd, 0)
+    }
+
+    fn within(fd: impl AsFd, depth: u32) -> Result<Self, Errno> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+        let mask = mask | StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = rustix::fs::statx(&fd, c"", flags, mask)?;
+        if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice {
+            return Ok(Self::of_device((stat.stx_rdev_major, stat.stx_rdev_minor), depth));
+        }
+        let uuid = file_system_uuid(&fd).ok();
+        let handle = file_handle(&fd).ok();
+        let (basis, identity) = match (&uuid, handle) {
+            (Some(uuid), Some((kind, handle))) => {
+                (Basis::Handle, Digest::of("handle").and(uuid).number(kind as u64).and(&handle))
+            }
+            _ => (Basis::Inode, by_inode(&stat)),
+        };
+        let mount = Digest::of("mount").and(boot().as_bytes()).number(stat.stx_mnt_id);
+        let mount = if stat.stx_mask & MNT_ID_UNIQUE == 0 {
+            // Another mount may have got the id, but hardly of a disk that has been there all the time.
+            mount.and(device_sequence((stat.stx_dev_major, stat.stx_dev_minor)).as_bytes())
+        } else {
+            mount
+        };
+        let storage = mount.and(&uuid.unwrap_or_default()).storage();
+        Ok(Self { identity: identity.identity(), storage, basis })
+    }
+
+    fn of_device(device: (u32, u32), depth: u32) -> Self {
+        let in_this_boot = |what| {
+            Digest::of(what)
+                .and(boot().as_bytes())
+                .number(libc::makedev(device.0, device.1))
+                .and(device_sequence(device).as_bytes())
+        };
+        let storage = in_this_boot("device").storage();
+        let (basis, identity) = match disk_identifiers(device, depth) {
+            Some(identity) => (Basis::Disk, identity),
+            None => (Basis::DeviceNumber, in_this_boot("number")),
+        };
+        Self { identity: identity.identity(), storage, basis }
+    }
+}
+
+fn by_inode(stat: &Statx) -> Digest {
+    let has_birth = stat.stx_mask & StatxFlags::BTIME.bits() != 0;
+    let birth = if has_birth { (stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec) } else { (0, 0) };
+    Digest::of("inode")
+        .number(libc::makedev(stat.stx_dev_major, stat.stx_dev_minor))
+        .number(stat.stx_ino)
+        .number(birth.0 as u64)
+        .number(birth.1.into())
+}
+
+/// Where the kernel describes a device, and its disk if it is a partition.
+fn described((major, minor): (u32, u32)) -> (PathBuf, PathBuf) {
+    let device = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let is_partition = device.join("partition").exists();
+    let disk = if is_partition { device.join("..") } else { device.clone() };
+    (device, disk)
+}
+
+/// The number of the whole disk that a device is a partition of.
+pub fn disk_of(device: (u32, u32)) -> Option<(u32, u32)> {
+    let (path, disk) = described(device);
+    if path == disk {
+        return None;
+    }
+    let numbers = read(&disk.join("dev"))?;
+    let (major, minor) = numbers.split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// A number that changes when another disk takes the place of one. Empty if there is no disk.
+fn device_sequence(device: (u32, u32)) -> String {
+    read(&described(device).1.join("diskseq")).unwrap_or_default()
+}
+
+/// What the disk, and the partition on it, say of themselves.
+fn disk_identifiers(device: (u32, u32), depth: u32) -> Option<Digest> {
+    let (path, disk) = described(device);
+    let whole = match read(&disk.join("loop/backing_file")) {
+        Some(backing) if depth < DEPTH_MAX => {
+            let nonblock = libc::O_NONBLOCK | libc::O_NOCTTY;
+            let file = File::options().read(true).custom_flags(nonblock).open(backing).ok()?;
+            let Facts { identity, .. } = Facts::within(file, depth + 1).ok()?;
+            let offset = read(&disk.join("loop/offset")).unwrap_or_default();
+            Digest::of("loop").and(&identity).and(offset.as_bytes())
+        }
+        Some(_) => return None,
+        None => ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"]
+            .iter()
+            .find_map(|&name| Some(Digest::of(name).and(read(&disk.join(name))?.as_bytes())))?,
+    };
+    if path == disk {
+        return Some(whole);
+    }
+    let of_partition = |name| read(&path.join(name)).unwrap_or_default();
+    Some(whole.and(of_partition("partition").as_bytes()).and(of_partition("start").as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(path: &Path) -> Facts {
+        Facts::of(File::open(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_file_keeps_its_identity_whatever_is_done_with_it_and_no_other_has_it() {
+        // Not in /tmp, which may be a tmpfs.
+        let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = |name: &str| directory.path().join(name);
+        std::fs::write(path("a"), "one").unwrap();
+        let before = facts(&path("a"));
+        assert_ne!(before.identity, [0; 16]);
+        std::fs::write(path("a"), "another content").unwrap();
+        std::fs::rename(path("a"), path("b")).unwrap();
+        std::fs::hard_link(path("b"), path("c")).unwrap();
+        let after = facts(&path("c"));
+        assert_eq!((after.identity, after.storage), (before.identity, before.storage));
+        std::fs::remove_file(path("b")).unwrap();
+        std::fs::remove_file(path("c")).unwrap();
+        // Most likely it gets the inode of the one that has gone.
+        for name in ["d", "e", "f"] {
+            std::fs::write(path(name), "one").unwrap();
+            assert_ne!(facts(&path(name)).identity, before.identity);
+            assert_eq!(facts(&path(name)).storage, before.storage);
+        }
+    }
+
+    #[test]
+    fn a_digest_tells_how_its_parts_are_divided_and_stays_what_it_is() {
+        let digest = Digest::of("a").and(b"bc").and(b"d").0;
+        assert_ne!(digest, Digest::of("a").and(b"b").and(b"cd").0);
+        assert_ne!(digest, Digest::of("ab").and(b"c").and(b"d").0);
+        // Identities outlive the server's version: this may never change.
+        assert_eq!(Digest::of("handle").number(7).identity(), KEPT);
+    }
+
+    const KEPT: FileIdentity = [82, 81, 103, 211, 59, 210, 148, 175, 143, 208, 247, 73, 160, 75, 31, 28];
+
+    #[test]
+    fn random_identities_differ() {
+        assert_ne!(random(), random());
+    }
+}

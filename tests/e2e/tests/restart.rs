@@ -1,0 +1,345 @@
+//! Servers that are killed and started anew: what a file is, whether writes were lost, and who may write.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use raio_e2e::{FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, binary, needs_root};
+use raio_transport::protocol::{OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
+use rustix::process::{Signal, kill_process};
+
+const BLOCK: usize = 4096;
+const READ_WRITE: u32 = OPEN_READ | OPEN_WRITE;
+
+/// A place for the state and the logs of servers that follow one another.
+struct Place {
+    directory: tempfile::TempDir,
+    arguments: Vec<String>,
+}
+
+impl Place {
+    /// For servers with these exports.
+    fn new(exports: &[String]) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let arguments = exports.iter().flat_map(|export| ["--export".to_owned(), export.clone()]).collect();
+        Self { directory, arguments }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// A server that keeps its state here, yet to be started.
+    fn process(&self) -> Process {
+        let mut process = self.process_without_state();
+        process.arg("--state").arg(self.state());
+        process
+    }
+
+    fn process_without_state(&self) -> Process {
+        let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
+        let mut process = Process::new(binary("raio_server"));
+        process.args(["--listen", "tcp://127.0.0.1:0", "--workers", "2"]).args(&self.arguments).stderr(log);
+        process
+    }
+
+    fn start(&self) -> Server {
+        Server::spawn(self.process())
+    }
+
+    /// Starts a server that will be ready at some time.
+    fn begin(&self) -> JoinHandle<Server> {
+        let process = self.process();
+        std::thread::spawn(move || Server::spawn(process))
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).expect("there is a log")
+    }
+
+    fn log_until(&self, text: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.log().contains(text) {
+            assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// The identity and the verifier of a file, as an open of it tells.
+fn facts(server: &Server, path: &str) -> ([u8; 16], u64) {
+    let file = Raw::open(&server.url(), path, OPEN_READ).expect("a file");
+    assert_ne!(file.status.identity, [0; 16], "{path}");
+    assert_ne!(file.status.verifier.get(), 0, "{path}");
+    (file.status.identity, file.status.verifier.get())
+}
+
+fn errno(result: io::Result<u64>) -> Option<i32> {
+    result.expect_err("it fails").raw_os_error()
+}
+
+#[test]
+fn a_file_keeps_its_identity_and_its_verifier_when_the_server_is_killed_and_started_anew() {
+    if !needs_root("a file system of a kind") {
+        return;
+    }
+    for kind in ["ext4", "xfs"] {
+        let mounted = LoopDevice::new(320 << 20).mount(kind);
+        let path = mounted.path().to_owned();
+        std::fs::write(path.join("file"), "one").expect("a file");
+        std::fs::write(path.join("other"), "two").expect("a file");
+        let device = LoopDevice::new(1 << 20);
+        let place = Place::new(&[
+            format!("d={},rw", path.display()),
+            format!("dev={},rw", device.path().display()),
+            "m=mem:1M,rw".to_owned(),
+        ]);
+        let all = |server: &Server| ["/d/file", "/dev", "/d/other"].map(|path| facts(server, path));
+
+        let mut server = place.start();
+        let before = all(&server);
+        let memory = facts(&server, "/m");
+        assert_ne!(before[0].0, before[2].0, "{kind}: two files are one");
+        server.kill();
+
+        let mut server = place.start();
+        assert_eq!(all(&server), before, "{kind}");
+        let now = facts(&server, "/m");
+        assert!(now.0 != memory.0 && now.1 != memory.1, "{kind}: memory outlives its server");
+        server.kill();
+
+        // After a reboot what had not been flushed is lost.
+        std::fs::write(place.path("boot"), "another").expect("a file");
+        let mut process = place.process();
+        process.env("RAIO_TEST_BOOT_ID", place.path("boot"));
+        let mut server = Server::spawn(process);
+        for ((identity, verifier), before) in all(&server).into_iter().zip(before) {
+            assert!(identity == before.0 && verifier != before.1, "{kind}: as if there had been no reboot");
+        }
+        server.kill();
+
+        // Without a state directory nobody knows what the last server knew.
+        let before = {
+            let mut server = Server::spawn(place.process_without_state());
+            let before = all(&server);
+            server.kill();
+            before
+        };
+        let mut server = Server::spawn(place.process_without_state());
+        for ((identity, verifier), before) in all(&server).into_iter().zip(before) {
+            assert!(identity == before.0 && verifier != before.1, "{kind}: no state, and yet remembered");
+        }
+        server.kill();
+        drop(server);
+
+        let mut server = place.start();
+        let before = facts(&server, "/d/file");
+        let other = facts(&server, "/d/other");
+        server.kill();
+        drop(server);
+        let mounted = mounted.remount();
+        let mut server = place.start();
+        let now = facts(&server, "/d/file");
+        assert!(now.0 == before.0 && now.1 != before.1, "{kind}: as if it had not been mounted anew");
+        server.kill();
+        drop(server);
+
+        std::fs::rename(mounted.path().join("other"), mounted.path().join("file")).expect("renamed");
+        assert_eq!(facts(&place.start(), "/d/file").0, other.0, "{kind}");
+    }
+}
+
+#[test]
+fn a_failed_fsync_changes_the_verifier_for_this_server_and_the_next_one() {
+    let Some(fuse) = FuseFs::mount("a failing fsync", FuseOptions::default(), &[("file", b"content")]) else {
+        return;
+    };
+    let place = Place::new(&[format!("d={},rw", fuse.path().display())]);
+    let mut server = place.start();
+    let mut file = Raw::open(&server.url(), "/d/file", READ_WRITE).expect("a file");
+    let first = file.fsync().expect("it is flushed");
+    assert_eq!(first, file.status.verifier.get());
+    assert_eq!(file.fsync().expect("it is flushed"), first);
+    fuse.fail(FuseCall::Fsync, libc::EIO);
+    assert_eq!(errno(file.fsync()), Some(libc::EIO));
+    fuse.mend(FuseCall::Fsync);
+    let second = file.fsync().expect("it is flushed");
+    assert_ne!(second, first);
+    assert_eq!(facts(&server, "/d/file").1, second);
+    server.kill();
+    assert_eq!(facts(&place.start(), "/d/file").1, second);
+}
+
+#[test]
+fn a_direct_write_to_a_full_disk_changes_the_verifier() {
+    if !needs_root("a file system that is full") {
+        return;
+    }
+    for backend in ["uring", "threads"] {
+        let mounted = LoopDevice::new(16 << 20).mount("ext4");
+        let mut place = Place::new(&[format!("d={},rw", mounted.path().display())]);
+        place.arguments.extend(["--backend", backend].map(str::to_owned));
+        let mut filler = File::create(mounted.path().join("filler")).expect("a file");
+        while filler.write_all(&[0; BLOCK]).is_ok() {}
+        let server = place.start();
+        let flags = READ_WRITE | OPEN_CREATE | OPEN_DIRECT;
+        let mut file = Raw::open(&server.url(), "/d/file", flags).expect("a file");
+        let before = file.status.verifier.get();
+        file.send_write_header(1, 0, BLOCK as u32).expect("the server is there");
+        file.stream.write_all(&[b'x'; BLOCK]).expect("the server is there");
+        let (response, _) = file.response().expect("an answer");
+        assert_eq!(response.status.errno, libc::ENOSPC, "{backend}");
+        assert_ne!(facts(&server, "/d/file").1, before, "{backend}");
+    }
+}
+
+/// Writes a block full of one letter, straight to the disk, and does not wait for the answer.
+fn begin_write(server: &mut Server, path: &str) -> Raw {
+    let mut file = Raw::open(&server.url(), path, READ_WRITE | OPEN_DIRECT).expect("a file");
+    file.send_write_header(1, 0, BLOCK as u32).expect("the server is there");
+    file.stream.write_all(&[b'o'; BLOCK]).expect("the server is there");
+    server.statistics_when(|now| now["in_flight"]["executing"] == 1);
+    file
+}
+
+fn first_byte(path: &Path) -> u8 {
+    let mut bytes = [0];
+    File::open(path).and_then(|file| file.read_exact_at(&mut bytes, 0)).expect("it can be read");
+    bytes[0]
+}
+
+#[test]
+fn a_server_is_ready_only_when_what_a_killed_one_has_begun_is_over() {
+    if !needs_root("freezing a file system") {
+        return;
+    }
+    // What is written to a disk is in the ring, and the process is gone at once. What is written to a file
+    // hangs in a thread, and the process with it.
+    for is_disk in [true, false] {
+        let mounted = LoopDevice::new(64 << 20).mount("ext4");
+        let path = mounted.path().join("file");
+        std::fs::write(&path, vec![b'.'; 1 << 20]).expect("a file");
+        let device = is_disk.then(|| LoopDevice::over(&path));
+        let (export, name) = match &device {
+            Some(device) => (format!("d={},rw", device.path().display()), "/d"),
+            None => (format!("d={},rw", mounted.path().display()), "/d/file"),
+        };
+        let place = Place::new(&[export]);
+        let mut server = place.start();
+        let frozen = mounted.freeze();
+        let _file = begin_write(&mut server, name);
+        server.signal(Signal::KILL);
+        if is_disk {
+            server.wait();
+        }
+        let next = place.begin();
+        place.log_until("is still in flight");
+        assert!(!next.is_finished(), "it does not wait");
+        let begun = Instant::now();
+        drop(frozen);
+        let server = next.join().expect("it is ready");
+        assert!(begun.elapsed() < PATIENCE);
+        // Whatever the old one had begun is there before the new one is.
+        let mut content = [0; BLOCK];
+        let mut file = Raw::open(&server.url(), name, OPEN_READ | OPEN_DIRECT).expect("a file");
+        file.send_read(1, 0, BLOCK as u32).expect("the server is there");
+        file.response().expect("an answer");
+        io::Read::read_exact(&mut file.stream, &mut content).expect("data");
+        if is_disk {
+            assert_eq!(content, [b'o'; BLOCK]);
+            assert_eq!(first_byte(device.as_ref().expect("a disk").path()), b'o');
+        }
+    }
+}
+
+#[test]
+fn two_servers_do_not_write_to_the_same_files_and_the_second_one_says_who_does() {
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(directory.path().join("beneath")).expect("a directory");
+    std::fs::write(directory.path().join("beneath/file"), "content").expect("a file");
+    let of = |path: &str, access| format!("x={},{access}", directory.path().join(path).display());
+    let first_place = Place::new(&[of("", "rw")]);
+    let mut first = first_place.start();
+    let in_the_same_state = |export| {
+        let mut place = Place::new(&[export]);
+        place.arguments.extend(["--state".to_owned(), first_place.state().display().to_string()]);
+        place
+    };
+    // A reader disturbs nobody.
+    drop(Server::spawn(in_the_same_state(of("", "ro")).process_without_state()));
+
+    for path in ["", "beneath", "beneath/file"] {
+        let place = in_the_same_state(of(path, "rw"));
+        let mut child = place.process_without_state().stdout(Stdio::piped()).spawn().expect("it starts");
+        place.log_until(&format!("running (process {})", first.pid()));
+        kill_process(rustix::process::Pid::from_child(&child), Signal::TERM).expect("it waits");
+        assert_eq!(child.wait().expect("it ends").code(), Some(0), "{}", place.log());
+    }
+
+    let place = in_the_same_state(of("beneath", "rw"));
+    let process = place.process_without_state();
+    let second = std::thread::spawn(move || Server::spawn(process));
+    place.log_until("Not ready yet");
+    first.signal(Signal::TERM);
+    first.wait();
+    second.join().expect("it is ready once the first one has ended");
+}
+
+#[test]
+fn without_a_state_directory_a_strict_server_lets_nobody_write() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for access in ["rw", "ro"] {
+        let place = Place::new(&[format!("d={},{access}", directory.path().display())]);
+        if access == "ro" {
+            let mut process = place.process_without_state();
+            process.arg("--strict");
+            drop(Server::spawn(process));
+            continue;
+        }
+        std::fs::write(place.path("file"), "").expect("a file");
+        for state in [None, Some(place.path("file")), Some(place.path("no/such/directory"))] {
+            let mut process = place.process_without_state();
+            process.arg("--strict");
+            if let Some(state) = &state {
+                process.arg("--state").arg(state);
+            }
+            assert_eq!(process.status().expect("it runs").code(), Some(1), "{state:?}");
+            assert!(place.log().contains("Name one that the server may write to with --state"));
+            // Others say so, and serve.
+            let mut process = place.process_without_state();
+            if let Some(state) = &state {
+                process.arg("--state").arg(state);
+            }
+            drop(Server::spawn(process));
+            place.log_until("fails once. Name one with --state.");
+        }
+    }
+}
+
+#[test]
+fn a_verifier_that_nobody_has_written_keeps_the_server_from_starting() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let place = Place::new(&[format!("d={},rw", directory.path().display())]);
+    place.start().kill();
+    let verifiers: Vec<_> = std::fs::read_dir(place.state())
+        .expect("there is a state")
+        .map(|entry| entry.expect("an entry").path())
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("verifier.")))
+        .collect();
+    let [path] = &verifiers[..] else { panic!("{verifiers:?}") };
+    let content = std::fs::read_to_string(path).expect("text");
+    std::fs::write(path, content.replace("value ", "value x")).expect("written");
+    assert_eq!(place.process().status().expect("it runs").code(), Some(1));
+    let log = place.log();
+    assert!(log.contains(&*path.to_string_lossy()) && log.contains("line 4"), "{log}");
+    std::fs::remove_file(path).expect("removed");
+    drop(place.start());
+}
