@@ -23,6 +23,7 @@
 pub mod address;
 pub mod busy_poll;
 mod client;
+pub mod connecting;
 pub mod error;
 pub mod event_loop;
 #[allow(unsafe_code)]

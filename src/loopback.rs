@@ -13,6 +13,6 @@ mod client;
 mod link;
 mod server;
 
-pub use client::LoopbackClient;
+pub use client::{LoopbackClient, LoopbackDial};
 pub use link::{Access, LoopbackEnd, Rejected};
 pub use server::LoopbackServer;

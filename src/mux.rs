@@ -6,97 +6,21 @@
 
 use std::any::Any;
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
 
-use crate::address::Scheme;
 use crate::error::{Class, Error, Status};
-use crate::handshake::Offer;
 use crate::memory::{Arena, Slot};
+use crate::message;
 use crate::reactor::{Event, Reactor};
 use crate::transport::{
-    Accepted, ClientTransport, ConnectionId, Handover, Passed, RequestKey, Response, ServerCounters,
-    ServerEvent, ServerTransport, UpgradeRequest,
+    Accepted, ConnectionId, Handover, Passed, RequestKey, Response, ServerCounters, ServerEvent,
+    ServerTransport, UpgradeRequest,
 };
-use crate::{message, rdma, tcp};
 
-/// A client that has connected.
-pub struct Reached {
-    /// Its connection.
-    pub transport: Box<dyn ClientTransport>,
-    /// An error message that says why it is over TCP, if it might have been over RDMA.
-    pub why_tcp: Option<String>,
-}
+mod dial;
 
-/// Connects to the server at `address`, over the transports that `scheme` allows, and shakes hands, by
-/// `deadline`.
-pub fn connect(
-    scheme: Scheme,
-    address: SocketAddr,
-    offer: &Offer,
-    deadline: Instant,
-) -> Result<Reached, Error> {
-    let transport = match scheme {
-        Scheme::Any => return connect_any(address, offer, deadline),
-        Scheme::Rdma => rdma::connect(address, None, offer, deadline)?,
-        Scheme::Tcp => Box::new(tcp::TcpClient::connect(address, offer, deadline)?),
-    };
-    Ok(Reached { transport, why_tcp: None })
-}
-
-fn connect_any(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Reached, Error> {
-    let over_tcp = |transport: Box<tcp::TcpClient>, why: &dyn std::fmt::Display| {
-        let why = format!("Connected over TCP, not RDMA: {why}.");
-        tracing::info!("{why}");
-        Reached { transport, why_tcp: Some(why) }
-    };
-    let plain = || Ok::<_, Error>(Box::new(tcp::TcpClient::connect(address, offer, deadline)?));
-    if let Some(reason) = rdma::unavailable() {
-        return Ok(over_tcp(plain()?, &format_args!("there is no RDMA here ({reason})")));
-    }
-    let stream = tcp::TcpClient::connect(address, &Offer { queue_pair: true, ..offer.clone() }, deadline)?;
-    if !stream.grant().queue_pair {
-        return Ok(over_tcp(Box::new(stream), &"the server has no RDMA, or will not use it; see its log"));
-    }
-    let (stream, error) = match upgrade(stream, deadline) {
-        Ok(transport) => return Ok(Reached { transport, why_tcp: None }),
-        Err(failed) => failed,
-    };
-    let stream = match stream {
-        Some(stream) => stream,
-        None => plain()?,
-    };
-    Ok(match &error {
-        Error::Rejected { text, .. } => {
-            over_tcp(stream, &format_args!("the server says: {}", text.trim_end_matches('.')))
-        }
-        error => over_tcp(stream, error),
-    })
-}
-
-/// Moves a connection that has shaken hands over TCP, and asked for nothing yet, to a queue pair, by
-/// `deadline`. Fails with the TCP connection if that can be used as it is, and with why.
-#[expect(clippy::type_complexity, reason = "the connection that is left of it")]
-pub fn upgrade(
-    mut stream: tcp::TcpClient,
-    deadline: Instant,
-) -> Result<Box<dyn ClientTransport>, (Option<Box<tcp::TcpClient>>, Error)> {
-    let made = stream.local_address().and_then(|local| rdma::upgrade(local.ip(), stream.grant()));
-    let (ours, connect) = match made {
-        Ok(made) => made,
-        Err(error) => return Err((Some(Box::new(stream)), error)),
-    };
-    // If it takes longer there must be time left to connect anew.
-    let now = Instant::now();
-    let half = now + deadline.saturating_duration_since(now) / 2;
-    match stream.exchange_queue_pairs(&ours, half) {
-        Ok(theirs) => connect(&theirs, Box::new(stream), deadline).map_err(|error| (None, error)),
-        Err(error) if stream.failure().is_some() => Err((None, error)),
-        Err(error) => Err((Some(Box::new(stream)), error)),
-    }
-}
+pub use dial::{Dial, Reached, connect, upgrade};
 
 /// All connections of one worker, over a list of transports. A connection's id names its transport. One that
 /// moves from one transport to another has a half in each from then on, and the id of the half that it has

@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+use crate::connecting::Connecting;
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
 pub use crate::memory::SlotRange;
@@ -169,15 +170,15 @@ pub(crate) fn downcast<T: Incoming>(incoming: Box<dyn Incoming>) -> Result<Box<T
     }
 }
 
-/// Connects a queue pair with the server's, which is at this address, and waits until that has answered over
-/// it, for a part of the time until the deadline. The stream goes along: it carries nothing more, and each
-/// ends with the other.
+/// A client's connection that is being made, whatever transport it is of.
+pub type ClientDial = Box<dyn Connecting<Outcome = Result<Box<dyn ClientTransport>, Error>>>;
+
+/// Connects a queue pair with the server's, which is at this address, and sees whether that answers over it:
+/// from now on, for a part of the time until the deadline. The stream goes along: it carries nothing more,
+/// and each ends with the other.
 pub type ConnectQueuePair = Box<
-    dyn FnOnce(
-        &QueuePairAddress,
-        Box<dyn ClientTransport>,
-        Instant,
-    ) -> Result<Box<dyn ClientTransport>, Error>,
+    dyn FnOnce(&QueuePairAddress, Box<dyn ClientTransport>, Instant, Instant) -> Result<ClientDial, Error>
+        + Send,
 >;
 
 /// A connection that was accepted, for the transport that it is of.

@@ -245,7 +245,7 @@ impl Shared {
             channel: control.then_some(ChannelOffer { number: 0, epoch: 1, linger: Duration::ZERO }),
             ..Offer::new(program_name())
         };
-        let mux::Reached { mut transport, why_tcp } =
+        let mux::Reached { mut transport, why_tcp, .. } =
             mux::connect(self.scheme, self.address, &offer, deadline)?;
         if let Some(timeout) = self.options.request_timeout {
             transport.set_request_timeout(timeout);

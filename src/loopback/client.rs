@@ -11,8 +11,9 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::link::{Access, LoopbackEnd, Rejected};
 use crate::client::{Core, Exposed, Wait, timespec};
+use crate::connecting::{Awaited, Connecting, finish};
 use crate::error::{Error, Violation};
-use crate::handshake::Offer;
+use crate::handshake::{Grant, Offer};
 use crate::message::{Parsed, RemoteRegion};
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 
@@ -36,37 +37,81 @@ struct Lease {
     key: u32,
 }
 
-impl LoopbackClient {
-    /// Shakes hands with the server at the other end of the link, by `deadline`.
-    pub fn from_end(end: LoopbackEnd, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
+/// A connection to a [`super::LoopbackServer`] that is being made.
+#[derive(Debug)]
+pub struct LoopbackDial {
+    /// None once it is over.
+    end: Option<LoopbackEnd>,
+    /// To be sent first.
+    hello: Option<Vec<u8>>,
+    offer: Offer,
+    deadline: Instant,
+}
+
+impl LoopbackDial {
+    /// Shakes hands with the server at the other end of the link, by `deadline`. The first step begins.
+    pub fn new(end: LoopbackEnd, offer: &Offer, deadline: Instant) -> Self {
+        Self { end: Some(end), hello: Some(offer.hello()), offer: offer.clone(), deadline }
+    }
+
+    fn go_on(&mut self, now: Instant) -> Result<Option<LoopbackClient>, Error> {
         let closed = |errno, text: &str| Error::Closed {
             errno,
             text: format!("{text}. Check that the other end of the link is a loopback::LoopbackServer's"),
         };
-        end.send(offer.hello())
-            .map_err(|_| closed(libc::ECONNRESET, "the server went away before the handshake"))?;
-        let (grant, now) = loop {
-            end.look();
-            let now = Instant::now();
-            if let Some(welcome) = end.receive() {
-                match offer.grant(&welcome)? {
-                    Parsed::Item(grant, taken) if taken == welcome.len() => break (grant, now),
-                    Parsed::Item(..) | Parsed::Need(_) => return Err(Violation::Length.into()),
+        let Some(end) = &self.end else { return Ok(None) };
+        if let Some(hello) = self.hello.take() {
+            end.send(hello)
+                .map_err(|_| closed(libc::ECONNRESET, "the server went away before the handshake"))?;
+        }
+        end.look();
+        // Asked before the inbox is looked into: what the server sent before it went is taken in.
+        let gone = end.has_lost_peer();
+        if let Some(welcome) = end.receive() {
+            return match self.offer.grant(&welcome)? {
+                Parsed::Item(grant, taken) if taken == welcome.len() => {
+                    Ok(self.end.take().map(|end| LoopbackClient::new(end, grant, now)))
                 }
-            }
-            if end.has_lost_peer() {
-                return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
-            }
-            if now >= deadline {
-                return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
-            }
-            match poll(end.eventfd().as_fd(), Some(deadline - now)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(Error::io("Cannot wait for the server", errno)),
-            }
-        };
+                Parsed::Item(..) | Parsed::Need(_) => Err(Violation::Length.into()),
+            };
+        }
+        if gone {
+            return Err(closed(libc::ECONNRESET, "the server went away during the handshake"));
+        }
+        if now >= self.deadline {
+            return Err(closed(libc::ETIMEDOUT, "the server did not finish the handshake in time"));
+        }
+        Ok(None)
+    }
+}
+
+impl Connecting for LoopbackDial {
+    type Outcome = Result<LoopbackClient, Error>;
+
+    fn step(&mut self, now: Instant) -> Option<Self::Outcome> {
+        self.go_on(now).transpose()
+    }
+
+    fn awaited(&mut self) -> Vec<Awaited<'_>> {
+        self.end.iter().map(|end| Awaited::input(end.eventfd().as_fd())).collect()
+    }
+
+    fn step_by(&self) -> Instant {
+        self.deadline
+    }
+}
+
+impl LoopbackClient {
+    /// Shakes hands with the server at the other end of the link, by `deadline`. Waits for it;
+    /// [`LoopbackDial`] does not.
+    pub fn from_end(end: LoopbackEnd, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
+        finish(&mut LoopbackDial::new(end, offer, deadline))
+    }
+
+    /// The client of a connection that was granted this at `now`.
+    fn new(end: LoopbackEnd, grant: Grant, now: Instant) -> Self {
         end.set_receives(grant.credits() as usize + CONTROL_MESSAGES);
-        Ok(Self { eventfd: Arc::clone(end.eventfd()), end: Some(end), core: Core::new(grant, now) })
+        Self { eventfd: Arc::clone(end.eventfd()), end: Some(end), core: Core::new(grant, now) }
     }
 
     /// Sends what is queued, as far as the other end takes it.

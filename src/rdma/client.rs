@@ -16,18 +16,18 @@ mod connect;
 mod descriptors;
 mod registration;
 
-use std::net::{IpAddr, SocketAddr};
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-pub use connect::Upgrade;
+pub use connect::{RdmaDial, Upgrade};
 
 use super::MESSAGE_BYTES;
 use super::cm::Kind;
 use super::queue_pair::{Completion, Failure, QueuePair};
 use crate::client::{Core, Exposed, Wait};
+use crate::connecting::Awaited;
 use crate::error::{Error, Status, Violation};
-use crate::handshake::{Grant, Offer};
+use crate::handshake::Grant;
 use crate::memory::{Arena, Region, Slot, process};
 use crate::message::{self, RemoteRegion, ResponseHeader};
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
@@ -96,25 +96,14 @@ impl Companion {
 }
 
 impl RdmaClient {
-    /// Connects to the server at `address`, from `source` if that is given, and shakes hands, by `deadline`.
-    pub fn connect(
-        address: SocketAddr,
-        source: Option<IpAddr>,
-        offer: &Offer,
-        deadline: Instant,
-    ) -> Result<Self, Error> {
-        let (parts, grant) = connect::connect(address, source, offer, deadline)?;
-        Self::assemble(parts, grant, None)
-    }
-
-    /// A client of a connection that is there.
+    /// A client of a connection that was granted this at `now`.
     fn assemble(
         parts: Parts,
         grant: Grant,
         mut companion: Option<Box<dyn ClientTransport>>,
+        now: Instant,
     ) -> Result<Self, Error> {
         let Parts { mut qp, domain, channel, events } = parts;
-        let now = Instant::now();
         qp.set_send_bytes_max(MESSAGE_BYTES + grant.inline_bytes_max as usize);
         let companion_fd = companion.as_mut().map(|companion| companion.poll_fd().0);
         let local_port = events.is_some().then(|| qp.id().local_port()).flatten();
@@ -131,6 +120,41 @@ impl RdmaClient {
             message: Vec::with_capacity(MESSAGE_BYTES),
             process: process(),
         })
+    }
+
+    /// Whether the server has answered over the queue pair by `until`. None if that is not known yet: then
+    /// [`RdmaClient::awaited`] tell when there is more to know.
+    fn has_answered(&mut self, now: Instant, until: Instant) -> Option<bool> {
+        loop {
+            self.check_descriptors(now);
+            self.receive(&mut Vec::new());
+            if self.core.has_failed() {
+                return Some(false);
+            }
+            if self.core.counters.receives > 0 {
+                return Some(true);
+            }
+            if now >= until {
+                self.core.fail_lost(libc::ETIMEDOUT, "the server has not answered in time");
+                self.receive(&mut Vec::new());
+                return Some(false);
+            }
+            let qp = self.qp.as_mut()?;
+            if let Err(error) = self.descriptors.arm(qp) {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                self.core.fail_lost(errno, "the RDMA device does not announce completions");
+            } else if !qp.look() {
+                return None;
+            }
+        }
+    }
+
+    /// What a connection is polled by that is to prove itself. Not [`ClientTransport::poll_fd`], after which
+    /// each call would take care that its descriptor is up to date.
+    fn awaited(&mut self) -> Vec<Awaited<'_>> {
+        let completions = self.descriptors.completions();
+        let companion = self.companion.as_mut().map(|companion| companion.transport.poll_fd().0);
+        companion.into_iter().chain([completions]).map(Awaited::input).collect()
     }
 
     // Receiving

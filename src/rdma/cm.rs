@@ -4,19 +4,15 @@
 //! It belongs to one event channel at a time and keeps that alive. Each event is copied out of the library
 //! and acknowledged at once, so that nothing ever waits for an acknowledgement.
 
+use socket2::SockAddr;
 use std::ffi::c_void;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
-use socket2::SockAddr;
-
-use crate::client::timespec;
-use crate::tuning::{ACK_RETRIES, ACK_TIMEOUT, RDMA_BACKLOG, RDMA_RESOLVE_TIME, RNR_RETRIES};
+use crate::tuning::{ACK_RETRIES, ACK_TIMEOUT, RDMA_BACKLOG, RNR_RETRIES};
 
 use super::device::{Device, Domain, devices};
 use super::verbs::{self, Verbs, check, not_null, rdma_cm_id, verbs};
@@ -60,6 +56,19 @@ pub(super) enum Kind {
     Disconnected,
     DeviceRemoved,
     Other,
+}
+
+impl Event {
+    /// Whether the address or the route is resolved, or why not.
+    pub fn resolved(&self) -> io::Result<()> {
+        match self.kind {
+            Kind::Resolved => Ok(()),
+            _ => Err(io::Error::from_raw_os_error(match self.status.abs() {
+                0 => libc::EHOSTUNREACH,
+                errno => errno,
+            })),
+        }
+    }
 }
 
 impl EventChannel {
@@ -135,25 +144,6 @@ impl EventChannel {
         // SAFETY: it is the event just got, acknowledged once; nothing of it is used afterwards.
         unsafe { (self.verbs.rdma_ack_cm_event)(raw) };
         Some(Event { kind, tag, status, private_data, reads_out, incoming })
-    }
-
-    /// The next event, waiting for it until `deadline`.
-    pub fn wait(self: &Arc<Self>, deadline: Instant) -> io::Result<Event> {
-        loop {
-            if let Some(event) = self.next() {
-                return Ok(event);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
-            }
-            let timeout = timespec(left);
-            let mut fds = [PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
-            match rustix::event::poll(&mut fds, Some(&timeout)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        }
     }
 }
 
@@ -244,58 +234,26 @@ impl Id {
         unsafe { self.raw.as_ref() }.port_num
     }
 
-    /// An identifier that has found the way to an address, from `source` if that is given.
-    pub fn resolve(
-        channel: &Arc<EventChannel>,
-        source: Option<SocketAddr>,
-        address: SocketAddr,
-        deadline: Instant,
-    ) -> io::Result<Self> {
-        loop {
-            let id = Self::new(channel)?;
-            match id.try_resolve(source, address, deadline.min(Instant::now() + RDMA_RESOLVE_TIME)) {
-                Ok(()) => return Ok(id),
-                // The kernel may miss that a neighbour has answered, and looks again only when its time is
-                // over.
-                Err(error) if error.raw_os_error() == Some(libc::ETIMEDOUT) && Instant::now() < deadline => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    fn try_resolve(
+    /// Begins to look for the device with the way to an address, from `source` if that is given, for so many
+    /// milliseconds: [`Event::resolved`].
+    pub fn resolve_address(
         &self,
         source: Option<SocketAddr>,
         address: SocketAddr,
-        deadline: Instant,
+        ms: i32,
     ) -> io::Result<()> {
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        let ms = left.as_millis() as i32;
-        // A little more, for the kernel's own answer to arrive.
-        let deadline = deadline + Duration::from_millis(100);
         let source = source.map(SockAddr::from);
         let raw_source = source.as_ref().map_or(std::ptr::null_mut(), raw_address);
         let raw = SockAddr::from(address);
         // SAFETY: the identifier is alive; the addresses are, or one is null.
-        check(unsafe {
-            (self.verbs.rdma_resolve_addr)(self.raw.as_ptr(), raw_source, raw_address(&raw), ms)
-        })?;
-        self.resolved(deadline)?;
-        self.set_ack_timeout();
-        // SAFETY: the identifier is alive.
-        check(unsafe { (self.verbs.rdma_resolve_route)(self.raw.as_ptr(), ms) })?;
-        self.resolved(deadline)
+        check(unsafe { (self.verbs.rdma_resolve_addr)(self.raw.as_ptr(), raw_source, raw_address(&raw), ms) })
     }
 
-    fn resolved(&self, deadline: Instant) -> io::Result<()> {
-        let event = self.channel.wait(deadline)?;
-        match event.kind {
-            Kind::Resolved => Ok(()),
-            _ => Err(io::Error::from_raw_os_error(match event.status.abs() {
-                0 => libc::EHOSTUNREACH,
-                errno => errno,
-            })),
-        }
+    /// Begins to look for the route, once the address is resolved.
+    pub fn resolve_route(&self, ms: i32) -> io::Result<()> {
+        self.set_ack_timeout();
+        // SAFETY: the identifier is alive.
+        check(unsafe { (self.verbs.rdma_resolve_route)(self.raw.as_ptr(), ms) })
     }
 
     fn set_ack_timeout(&self) {

@@ -8,11 +8,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::cm::{EventChannel, Id, Kind};
+use super::cm::{Event, EventChannel, Id, Kind};
 use super::device::{Access, CompletionChannel, Device, Domain, Mr, PortAddress};
 use super::out_of_band::{packet_numbers, port_of};
 use super::queue_pair::{Completion, Message, QueuePair, Size};
+use super::resolution::Resolution;
 use super::{HANDSHAKE_MESSAGES, MESSAGE_BYTES, RdmaIncoming, no_rdma, parse_rejection, request};
+use crate::connecting::{Awaited, finish, sleep};
 use crate::error::{Class, Error, Status};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, QueuePairAddress, RemoteRegion};
@@ -59,6 +61,17 @@ pub struct RdmaEnd {
     has_failed: bool,
 }
 
+/// The next event, once it is there.
+fn wait(events: &Arc<EventChannel>, deadline: Instant) -> std::io::Result<Event> {
+    loop {
+        match events.next() {
+            Some(event) => return Ok(event),
+            None if Instant::now() >= deadline => return Err(std::io::ErrorKind::TimedOut.into()),
+            None => sleep(&[Awaited::input(events.fd())], deadline),
+        }
+    }
+}
+
 impl RdmaEnd {
     /// Asks the listener at `address` for a connection, saying `private_data`, or what a client says.
     pub fn connect(
@@ -71,11 +84,11 @@ impl RdmaEnd {
         let deadline = Instant::now() + PATIENCE;
         let events = EventChannel::new().map_err(failed)?;
         let source = source.map(|ip| SocketAddr::new(ip, 0));
-        let id = Id::resolve(&events, source, address, deadline).map_err(failed)?;
+        let id = finish(&mut Resolution::new(&events, source, address, deadline)).map_err(failed)?;
         let end = Self::new(id, &events)?;
         let reads = end.domain.device.limits().map_err(failed)?.reads_in;
         end.qp.id().connect(private_data.unwrap_or(&request()), reads).map_err(failed)?;
-        let event = events.wait(deadline).map_err(failed)?;
+        let event = wait(&events, deadline).map_err(failed)?;
         if event.kind == Kind::Established {
             return Ok(end);
         }

@@ -21,6 +21,7 @@ mod out_of_band;
 mod private_data;
 #[allow(unsafe_code)]
 mod queue_pair;
+mod resolution;
 mod server;
 #[allow(unsafe_code)]
 mod verbs;
@@ -33,6 +34,7 @@ use std::time::Instant;
 #[cfg(feature = "test-peers")]
 pub use end::{Allow, RdmaEnd};
 
+use crate::connecting::finish;
 use crate::error::Error;
 use crate::handshake::{Grant, Offer, Policy};
 use crate::memory::Arena;
@@ -40,10 +42,10 @@ use crate::message::{BODY_BYTES_MAX, HEADER_BYTES, QueuePairAddress};
 use crate::rdma_devices::DeviceInfo;
 use crate::reactor::Reactor;
 use crate::transport::{
-    ClientTransport, ConnectQueuePair, Incoming, Listener, QueuePairMemory, ServerTransport,
+    ClientDial, ClientTransport, ConnectQueuePair, Incoming, Listener, QueuePairMemory, ServerTransport,
 };
 use crate::tuning::CONTROL_MESSAGES;
-use client::{RdmaClient, Upgrade};
+use client::{RdmaDial, Upgrade};
 use private_data::{parse_rejection, rejection, request};
 use server::RdmaServer;
 
@@ -83,13 +85,20 @@ pub fn server(
 }
 
 /// Connects to the server at `address`, from `source` if that is given, and shakes hands, by `deadline`.
+/// Waits for it; [`dial`] does not.
 pub fn connect(
     address: SocketAddr,
     source: Option<IpAddr>,
     offer: &Offer,
     deadline: Instant,
 ) -> Result<Box<dyn ClientTransport>, Error> {
-    Ok(Box::new(RdmaClient::connect(address, source, offer, deadline)?))
+    finish(&mut *dial(address, source, offer, deadline))
+}
+
+/// A connection to the server at `address`, from `source` if that is given, which is to be made and have
+/// shaken hands by `deadline`.
+pub fn dial(address: SocketAddr, source: Option<IpAddr>, offer: &Offer, deadline: Instant) -> ClientDial {
+    Box::new(RdmaDial::new(address, source, offer, deadline))
 }
 
 /// Makes a queue pair, ready to receive, for a connection that has shaken hands over TCP and asked for
@@ -100,7 +109,9 @@ pub fn upgrade(local: IpAddr, grant: &Grant) -> Result<(QueuePairAddress, Connec
     let ours = *made.address();
     Ok((
         ours,
-        Box::new(move |theirs, stream, deadline| Ok(Box::new(made.connect(theirs, stream, deadline)?))),
+        Box::new(move |theirs, stream, now, deadline| {
+            Ok(Box::new(made.connect(theirs, stream, now, deadline)?))
+        }),
     ))
 }
 

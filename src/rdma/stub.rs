@@ -5,13 +5,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::connecting::{Awaited, Connecting};
 use crate::error::Error;
 use crate::handshake::{Grant, Offer, Policy};
 use crate::memory::Arena;
 use crate::message::QueuePairAddress;
 use crate::rdma_devices::DeviceInfo;
 use crate::reactor::Reactor;
-use crate::transport::{ClientTransport, ConnectQueuePair, Listener, QueuePairMemory, ServerTransport};
+use crate::transport::{
+    ClientDial, ClientTransport, ConnectQueuePair, Listener, QueuePairMemory, ServerTransport,
+};
 
 const REASON: &str = "this program was built without RDMA";
 
@@ -54,6 +57,30 @@ pub fn connect(
     _: Instant,
 ) -> Result<Box<dyn ClientTransport>, Error> {
     fail()
+}
+
+/// Fails at its first step.
+pub fn dial(_: SocketAddr, _: Option<IpAddr>, _: &Offer, _: Instant) -> ClientDial {
+    Box::new(NoDial)
+}
+
+/// A connection that cannot be made.
+struct NoDial;
+
+impl Connecting for NoDial {
+    type Outcome = Result<Box<dyn ClientTransport>, Error>;
+
+    fn step(&mut self, _: Instant) -> Option<Self::Outcome> {
+        Some(fail())
+    }
+
+    fn awaited(&mut self) -> Vec<Awaited<'_>> {
+        Vec::new()
+    }
+
+    fn step_by(&self) -> Instant {
+        Instant::now()
+    }
 }
 
 /// Fails.

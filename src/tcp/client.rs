@@ -6,7 +6,9 @@
 //! response's data is still to come it is read straight into the caller's buffers, with the bytes behind it
 //! going to `staging` in the same call.
 //!
-//! What the bytes mean is the [`Core`]'s business.
+//! What the bytes mean is the [`Core`]'s business, making the connection that of `dial`.
+
+mod dial;
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -16,11 +18,14 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendAncillaryBuffer, SendFlags};
 
+pub use dial::TcpDial;
+
 use crate::client::{Core, Exposed, Wait, timespec};
+use crate::connecting::finish;
 use crate::error::{Error, Violation};
-use crate::handshake::{Grant, Offer};
+use crate::handshake::Offer;
 use crate::memory::process;
-use crate::message::{Parsed, QueuePairAddress, RemoteRegion};
+use crate::message::{QueuePairAddress, RemoteRegion};
 use crate::records::Records;
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
@@ -51,50 +56,15 @@ pub struct TcpClient {
 }
 
 impl TcpClient {
-    /// Connects to the server at `address` and shakes hands, by `deadline`.
+    /// Connects to the server at `address` and shakes hands, by `deadline`. Waits for it; [`TcpDial`] does
+    /// not.
     pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
-        let failed = |source| {
-            Error::io(
-                format!(
-                    "Cannot connect to {address}; check that raio_server listens there and that no firewall \
-                     is in between"
-                ),
-                source,
-            )
-        };
-        let socket = socket2::Socket::new(
-            socket2::Domain::for_address(address),
-            socket2::Type::STREAM,
-            Some(socket2::Protocol::TCP),
-        )
-        .map_err(failed)?;
-        super::spare_congestion_control(&socket, address);
-        abort_on_close(&socket, true).map_err(failed)?;
-        // A zero timeout would be rejected rather than expire.
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        socket.connect_timeout(&address.into(), left).map_err(failed)?;
-        Self::from_stream(socket.into(), offer, deadline)
+        finish(&mut TcpDial::new(address, offer, deadline))
     }
 
-    /// Shakes hands over a stream that is connected, by `deadline`.
+    /// Shakes hands over a stream that is connected, by `deadline`. Waits for it.
     pub fn from_stream(stream: TcpStream, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
-        stream.set_nonblocking(true).map_err(|source| Error::io("Cannot set up the socket", source))?;
-        abort_on_close(&stream, true).map_err(|source| Error::io("Cannot set up the socket", source))?;
-        // Does not matter to a socket that is no TCP socket (a test's socket pair).
-        let _ = stream.set_nodelay(true);
-        let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
-        let mut records = Records::Clear;
-        let (grant, unparsed) = shake_hands(&stream, &mut records, offer, deadline, &mut staging)?;
-        Ok(Self {
-            stream,
-            records,
-            core: Core::new(grant, Instant::now()),
-            blocked: false,
-            send_error: None,
-            staging,
-            unparsed,
-            process: process(),
-        })
+        finish(&mut TcpDial::over(stream, offer, deadline))
     }
 
     /// Its own address.
@@ -103,35 +73,34 @@ impl TcpClient {
         address.map_err(|source| Error::io("Cannot find out the connection's address", source))
     }
 
-    /// Tells the server where this side's end of a queue pair is, and waits until `deadline` to be told where
-    /// the server's is. Nothing may have been asked yet, and [`Grant::queue_pair`] must be granted. If the
-    /// server makes no queue pair, or none in time, this fails; in the first case the connection goes on as
-    /// it is ([`ClientTransport::failure`] is None).
-    pub fn exchange_queue_pairs(
-        &mut self,
-        ours: &QueuePairAddress,
-        deadline: Instant,
-    ) -> Result<QueuePairAddress, Error> {
+    /// Tells the server where this side's end of a queue pair is, and lets it tell where the server's is:
+    /// [`TcpClient::take_queue_pair`]. Nothing may have been asked yet, and [`Grant::queue_pair`] must be
+    /// granted.
+    ///
+    /// [`Grant::queue_pair`]: crate::handshake::Grant::queue_pair
+    pub fn send_queue_pair(&mut self, ours: &QueuePairAddress) {
         self.core.request_upgrade(ours);
         self.flush();
-        let mut none = Vec::new();
-        loop {
-            self.receive(&mut none);
-            if let Some(answer) = self.core.take_upgrade() {
-                return answer;
-            }
-            if !self.core.has_failed() && Instant::now() >= deadline {
-                self.core.fail_lost(libc::ETIMEDOUT, "the server made no queue pair in time");
-                self.end();
-            }
-            if let Some(failure) = self.core.failure() {
-                return Err(Error::Closed { errno: failure.errno(), text: failure.to_string() });
-            }
-            match self.wait(Some(deadline)) {
-                Err(error) if error.errno() != libc::EINTR => return Err(error),
-                _ => {}
-            }
+    }
+
+    /// Where the server's end of the queue pair is, once the server has told. If it makes no queue pair, or
+    /// none until `deadline`, this fails; in the first case the connection goes on as it is
+    /// ([`ClientTransport::failure`] is None).
+    pub fn take_queue_pair(
+        &mut self,
+        now: Instant,
+        deadline: Instant,
+    ) -> Option<Result<QueuePairAddress, Error>> {
+        self.receive(&mut Vec::new());
+        if let Some(answer) = self.core.take_upgrade() {
+            return Some(answer);
         }
+        if !self.core.has_failed() && now >= deadline {
+            self.core.fail_lost(libc::ETIMEDOUT, "the server made no queue pair in time");
+            self.end();
+        }
+        let failure = self.core.failure()?;
+        Some(Err(Error::Closed { errno: failure.errno(), text: failure.to_string() }))
     }
 
     /// Does what is left to be done when the connection has just ended.
@@ -421,63 +390,6 @@ fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
 /// Sends; a stream that is closed gives EPIPE and no signal.
 fn send(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     Ok(rustix::net::sendmsg(stream, slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
-}
-
-/// Sends the hello, waits for the welcome. What came behind the welcome stays in `staging`, at the range
-/// returned.
-fn shake_hands(
-    stream: &TcpStream,
-    records: &mut Records,
-    offer: &Offer,
-    deadline: Instant,
-    staging: &mut [u8],
-) -> Result<(Grant, std::ops::Range<usize>), Error> {
-    let wrong = |source: io::Error| {
-        Error::io(
-            "The handshake with the server failed; check that a raio_server listens on that port",
-            source,
-        )
-    };
-    let hello = offer.hello();
-    let mut sent = 0;
-    // What was received, opened.
-    let mut end = 0;
-    loop {
-        let flags = if sent < hello.len() { PollFlags::OUT } else { PollFlags::IN };
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = timespec(left);
-        match rustix::event::poll(&mut [PollFd::new(stream, flags)], Some(&timeout)) {
-            Ok(0) => return Err(wrong(rustix::io::Errno::TIMEDOUT.into())),
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(wrong(errno.into())),
-        }
-        let step = if sent < hello.len() {
-            let sealed = send(stream, records.seal(&[IoSlice::new(&hello[sent..])]));
-            sealed.map(|n| sent += records.on_sent(n))
-        } else {
-            // One that sends more than a handshake may be long has been found out by `grant`.
-            let mut stream = stream;
-            let held = records.held();
-            match stream.read(&mut staging[end + held..]) {
-                Ok(0) => Err(rustix::io::Errno::CONNRESET.into()),
-                Ok(n) => {
-                    end += records.open(staging, end..end + held + n)?;
-                    Ok(())
-                }
-                Err(error) => Err(error),
-            }
-        };
-        match step {
-            Ok(()) => {}
-            Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(error) => return Err(wrong(error)),
-        }
-        if end > 0
-            && let Parsed::Item(grant, taken) = offer.grant(&staging[..end])?
-        {
-            return Ok((grant, taken..end));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-pub use client::TcpClient;
+pub use client::{TcpClient, TcpDial};
 pub use server::{Place, TcpServer};
 
 use crate::error::Error;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::address::Scheme;
 use raio_transport::error::{Class, Violation};
-use raio_transport::handshake::{Offer, Policy};
+use raio_transport::handshake::{ChannelOffer, Offer, Policy};
 use raio_transport::message::{self, HEADER_BYTES, Link, Parsed, QueuePairAddress};
 use raio_transport::mux::{self, Reached};
 use raio_transport::transport::{Bulk, ClientTransport, CloseReason};
@@ -282,7 +282,7 @@ fn reach(server: &Server, listener: TcpListener) -> Reached {
 
 /// The same, of one that is over TCP, and why.
 fn reach_over_tcp(server: &Server, listener: TcpListener) -> (Box<dyn ClientTransport>, String) {
-    let Reached { transport, why_tcp } = reach(server, listener);
+    let Reached { transport, why_tcp, .. } = reach(server, listener);
     (transport, why_tcp.expect("there is a reason"))
 }
 
@@ -394,27 +394,30 @@ fn a_queue_pair_over_which_nothing_comes_is_given_up_for_a_new_tcp_connection() 
     }
     let listener = listener_by_rdma();
     let address = listener.local_addr().unwrap();
-    let client = std::thread::spawn(move || {
-        mux::connect(Scheme::Any, address, &Offer::new("any"), Instant::now() + PATIENCE)
-    });
+    let channel = ChannelOffer { number: 1, epoch: 5, linger: Duration::from_secs(10) };
+    let offer = Offer { channel: Some(channel), ..Offer::new("any") };
+    let client =
+        std::thread::spawn(move || mux::connect(Scheme::Any, address, &offer, Instant::now() + PATIENCE));
     let policy = Policy { queue_pair: true, ..Policy::default() };
     let welcome = || {
         let mut raw = Raw::over_stream(listener.accept().unwrap().0);
         let hello = raw.handshake_bytes().expect("a hello comes");
         let Ok(Parsed::Item((peer, welcome), _)) = policy.welcome(&hello) else { panic!("half a hello") };
         raw.send(&welcome);
-        (raw, peer.grant.queue_pair)
+        (raw, peer.grant.queue_pair, peer.channel.expect("it has one").epoch)
     };
-    let (mut first, moves) = welcome();
+    let (mut first, moves, epoch) = welcome();
     assert!(moves, "it is asked for");
+    assert_eq!(epoch, 5);
     let theirs = first.next_queue_pair();
     let (_end, ours) = first.unjoined();
     // Nobody is there.
     first.send_queue_pair(&QueuePairAddress { psn: theirs.peer_psn, peer_psn: theirs.psn, reads: 0, ..ours });
     first.goaway();
-    let (_second, moves) = welcome();
+    let (_second, moves, second_epoch) = welcome();
     assert!(!moves, "it is not asked for again");
-    let Reached { transport, why_tcp } = client.join().unwrap().unwrap();
+    let Reached { transport, why_tcp, epoch } = client.join().unwrap().unwrap();
+    assert_eq!((second_epoch, epoch), (6, Some(6)), "a server takes no epoch twice");
     assert!(transport.failure().is_none());
     let why = why_tcp.expect("it is over TCP");
     assert!(why.contains("does not answer over the queue pair"), "{why}");

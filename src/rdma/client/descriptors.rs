@@ -69,6 +69,11 @@ impl Descriptors {
         self.epoll.as_fd()
     }
 
+    /// The completion channel's.
+    pub fn completions(&self) -> BorrowedFd<'_> {
+        self.channel.fd()
+    }
+
     pub fn is_armed(&self) -> bool {
         self.is_armed
     }

@@ -9,7 +9,7 @@ use super::*;
 use crate::error::Status;
 use crate::handshake::Policy;
 use crate::memory::{Buffer, Buffers};
-use crate::message::{self, FEATURE_CRC, Limits, Message, ResponseHeader};
+use crate::message::{self, FEATURE_CRC, Limits, Message, Parsed, ResponseHeader};
 
 /// The server's end of a connection, written by hand so that it can misbehave.
 struct Peer {
