@@ -57,6 +57,7 @@ macro_rules! contract {
 }
 
 mod credits;
+mod dial;
 mod handshake;
 mod harness;
 mod hostile_client;
