@@ -61,11 +61,12 @@ impl LoopDevice {
         self.mount_again(file_system)
     }
 
-    /// Mounts the file system that is on it already.
+    /// Mounts the file system that is on it already, also if it is a copy of one that is mounted.
     pub fn mount_again(self, file_system: &str) -> Mounted {
         let device = self.path.to_string_lossy().into_owned();
         let directory = tempfile::tempdir().expect("a mount point");
-        run("mount", &["-t", file_system, &device, &directory.path().to_string_lossy()]);
+        let options = if file_system == "xfs" { "nouuid" } else { "defaults" };
+        run("mount", &["-t", file_system, "-o", options, &device, &directory.path().to_string_lossy()]);
         Mounted { directory, device: self }
     }
 }

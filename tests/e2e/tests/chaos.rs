@@ -25,10 +25,10 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const CLIENTS: usize = 3;
 const PORT: u16 = 7240;
-/// Small, so that it is soon full.
-const IMAGE_BYTES: u64 = 96 << 20;
-/// The least for xfs.
-const OUTER_BYTES: u64 = 512 << 20;
+/// File systems, and images for them that are small, so that they are soon full.
+const FILE_SYSTEMS: [(&str, u64); 2] = [("ext4", 96 << 20), ("xfs", 300 << 20)];
+/// Sparse, with room for what images of crashes do not share with the one that they are of.
+const OUTER_BYTES: u64 = 1 << 30;
 
 /// What can go wrong. Most of it for a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +126,8 @@ struct Chaos {
     begin: Instant,
     /// What happened, for people.
     story: String,
+    file_system: &'static str,
+    image_bytes: u64,
     files: Mounted,
     /// Has the image of `files`, and can clone it in one step.
     outer: Mounted,
@@ -141,10 +143,12 @@ enum Honesty {
     SyncsNothing,
 }
 
-fn start_server(cable: &Cable, files: &Path, log: &Path, honesty: Honesty) -> Server {
+fn start_server(cable: &Cable, files: &Path, log: &Path, random: &mut Random, honesty: Honesty) -> Server {
+    let mut backend = ["uring", "threads"][random.index(2)];
     let mut command = match honesty {
         Honesty::Honest => cable.command(End::A, binary("raio_server")),
         Honesty::SyncsNothing => {
+            backend = "threads";
             let mut command = cable.command(End::A, binary("sandboxed"));
             let calls =
                 [(libc::SYS_fsync, 0), (libc::SYS_fdatasync, 0), (libc::SYS_io_uring_setup, libc::ENOSYS)];
@@ -154,6 +158,7 @@ fn start_server(cable: &Cable, files: &Path, log: &Path, honesty: Honesty) -> Se
         }
     };
     command.args(["--listen", &format!("tcp://{}:{PORT}", cable.address(End::A)), "--workers", "2"]);
+    command.args(["--backend", backend]);
     command.args(["--export", &format!("d={},rw", files.display())]);
     let log = OpenOptions::new().append(true).create(true).open(log).expect("a log");
     command.stderr(log);
@@ -161,20 +166,22 @@ fn start_server(cable: &Cable, files: &Path, log: &Path, honesty: Honesty) -> Se
 }
 
 impl Chaos {
-    fn new(random: Random, honesty: Honesty) -> Option<Self> {
+    fn new(mut random: Random, honesty: Honesty) -> Option<Self> {
         let cable = Cable::new("chaos")?;
         let directory = tempfile::tempdir().expect("a directory");
         let outer = LoopDevice::new(OUTER_BYTES).mount("xfs");
         let image = outer.path().join("image");
-        File::create(&image).and_then(|file| file.set_len(IMAGE_BYTES)).expect("an image");
-        let files = LoopDevice::over(&image).mount("ext4");
+        let (file_system, image_bytes) = FILE_SYSTEMS[random.index(FILE_SYSTEMS.len())];
+        File::create(&image).and_then(|file| file.set_len(image_bytes)).expect("an image");
+        let files = LoopDevice::over(&image).mount(file_system);
         for n in 0..FILES {
             let file = File::create(files.path().join(n.to_string())).expect("a file");
             file.set_len(u64::from(FILE_CELLS) * CELL_BYTES as u64).expect("a sparse file");
             file.sync_all().expect("a file system");
         }
         File::open(files.path()).and_then(|directory| directory.sync_all()).expect("a file system");
-        let server = start_server(&cable, files.path(), &directory.path().join("server"), honesty);
+        let server =
+            start_server(&cable, files.path(), &directory.path().join("server"), &mut random, honesty);
         let here: Ipv4Addr = cable.address(End::B).parse().expect("an address");
         let proxy = cable.on(End::B, || Proxy::start_on(here, server.address()));
         let mut this = Self {
@@ -187,7 +194,9 @@ impl Chaos {
             images: Vec::new(),
             random,
             begin: Instant::now(),
-            story: String::new(),
+            story: format!("on {file_system}\n"),
+            file_system,
+            image_bytes,
             files,
             outer,
             cable,
@@ -282,7 +291,7 @@ impl Chaos {
 
     fn start_server(&mut self) {
         let log = self.directory.path().join("server");
-        self.server = start_server(&self.cable, self.files.path(), &log, Honesty::Honest);
+        self.server = start_server(&self.cable, self.files.path(), &log, &mut self.random, Honesty::Honest);
     }
 
     fn undo_where(&mut self, matches: impl Fn(&Trouble) -> bool) {
@@ -322,7 +331,7 @@ impl Chaos {
     /// Takes all the space that is left.
     fn fill(&self) {
         let file = File::create(self.filler()).expect("a file");
-        let (mut length, mut at) = (IMAGE_BYTES, 0);
+        let (mut length, mut at) = (self.image_bytes, 0);
         while length >= 4096 {
             match fallocate(&file, FallocateFlags::empty(), at, length) {
                 Ok(()) => at += length,
@@ -340,7 +349,7 @@ impl Chaos {
         let begin = monotonic_ns();
         ioctl_ficlone(&clone, &image).expect("xfs clones");
         let end = monotonic_ns();
-        let files = LoopDevice::over(&path).mount_again("ext4");
+        let files = LoopDevice::over(&path).mount_again(self.file_system);
         let cells = read_files(files.path());
         let written = cells.values().flatten().count();
         self.tell(format_args!("image {} has {written} cells", self.images.len()));
@@ -505,7 +514,7 @@ impl Pace {
 fn what_clients_see_in_chaos_is_what_disks_can_do_and_what_they_synced_is_there_after_a_crash() {
     match std::env::var("RAIO_TEST_CHAOS_SECONDS") {
         Ok(seconds) => chaos(&Pace::slow(seconds.parse().expect("RAIO_TEST_CHAOS_SECONDS is a number"))),
-        Err(_) => chaos(&Pace::quick(36)),
+        Err(_) => chaos(&Pace::quick(30)),
     }
 }
 

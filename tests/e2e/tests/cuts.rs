@@ -1,6 +1,7 @@
 //! A connection that is cut anywhere leaves nothing behind that was not said, and nothing that was answered
 //! is missing: a fixed script (hello, open, three writes, fsync, read) through a proxy, cut at each byte of
-//! each header and now and then in the data, both ways, by an end, a reset and silence.
+//! each header and now and then in the data, both ways, by an end, a reset and silence. With checksums the
+//! same is true of a connection on which a bit is flipped.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -9,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, File, Operation, Options, Scheme, Session};
-use raio_e2e::{Direction, Ending, PATIENCE, Proxy, Raw, Server, Treatment, is_at_rest};
+use raio_e2e::{Direction, Ending, PATIENCE, Proxy, Random, Raw, Server, Treatment, is_at_rest};
 use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
@@ -42,7 +43,6 @@ struct Progress {
 
 /// The script, byte by byte.
 fn run_raw(stream: TcpStream, path: &str, progress: &mut Progress) -> io::Result<()> {
-    stream.set_read_timeout(Some(SILENCE))?;
     let flags = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
     let mut client = Raw::open_on(stream, &Offer::new("cut"), path, flags)?;
     progress.is_open = true;
@@ -79,15 +79,14 @@ fn run(
     Ok((completion.result?, completion.buffers))
 }
 
-/// The script by libraio.
-fn run_library(proxy: &Proxy, path: &str, progress: &mut Progress) -> Result<(), raio::Error> {
-    let options = Options {
-        connect_timeout: SILENCE * 2,
-        call_timeout: SILENCE * 2,
-        request_timeout: Some(SILENCE),
-        ..Options::default()
-    };
-    let session = Session::connect_to(Scheme::Tcp, proxy.address(), &options)?;
+/// The script by libraio. Its pings, if any, are not part of it.
+fn run_library(
+    proxy: &Proxy,
+    path: &str,
+    options: &Options,
+    progress: &mut Progress,
+) -> Result<(), raio::Error> {
+    let session = Session::connect_to(Scheme::Tcp, proxy.address(), options)?;
     let file = session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644)?;
     progress.is_open = true;
     let mut context = session.context(4)?;
@@ -108,20 +107,32 @@ fn run_library(proxy: &Proxy, path: &str, progress: &mut Progress) -> Result<(),
     Ok(())
 }
 
-/// Where a run is cut: the connection with this number, in this direction, after so many bytes.
+/// What is done to a connection.
+#[derive(Clone, Copy, Debug)]
+enum Harm {
+    Cut(Ending),
+    /// This bit of the next byte is flipped.
+    Flip(u64),
+}
+
+/// Where it is done: to the connection with this number, in this direction, after so many bytes.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     connection: usize,
     direction: Direction,
     after: u64,
-    ending: Ending,
+    harm: Harm,
 }
 
 impl Place {
     /// The treatments of the connections up to this one.
     fn treatments(self) -> Vec<Treatment> {
         let mut treatments = vec![Treatment::default(); self.connection + 1];
-        treatments[self.connection].cut = Some((self.direction, self.after, self.ending));
+        let treatment = &mut treatments[self.connection];
+        match self.harm {
+            Harm::Cut(ending) => treatment.cut = Some((self.direction, self.after, ending)),
+            Harm::Flip(bit) => treatment.flip = Some((self.direction, self.after * 8 + bit)),
+        }
         treatments
     }
 }
@@ -181,12 +192,12 @@ impl Bench {
         format!("/d/file{n:05}")
     }
 
-    /// Has each run done, each with a proxy of the thread that does it, and checks them once the server is at
-    /// rest. `limits` says of a place whether the open can be complete, and how many writes can.
-    fn cut_at(
+    /// Has each run done, and checks them once the server is at rest. `limits` says of a place whether the
+    /// open can be complete, and how many writes can.
+    fn harm_at(
         &mut self,
         places: &[Place],
-        script: impl Fn(&Proxy, &str, &mut Progress) + Sync,
+        script: impl Fn(&Proxy, Place, &str, &mut Progress) + Sync,
         limits: impl Fn(Place) -> (bool, u64),
     ) {
         let next = AtomicUsize::new(0);
@@ -194,14 +205,15 @@ impl Bench {
         let all: Vec<(usize, Progress)> = std::thread::scope(|scope| {
             let work = || {
                 let mut mine = Vec::new();
-                let proxy = Proxy::start(self.server.address());
                 loop {
                     let n = next.fetch_add(1, Ordering::Relaxed);
                     let Some(&place) = places.get(n) else { return mine };
+                    // One of its own: a connection that the run before had given up may come late.
+                    let proxy = Proxy::start(self.server.address());
                     proxy.plan(place.treatments());
                     let mut progress = Progress::default();
                     let began = Instant::now();
-                    script(&proxy, &self.path(n), &mut progress);
+                    script(&proxy, place, &self.path(n), &mut progress);
                     assert!(began.elapsed() < PATIENCE, "{place:?} took {:?}", began.elapsed());
                     mine.push((n, progress));
                 }
@@ -217,7 +229,7 @@ impl Bench {
             let checked = std::panic::catch_unwind(|| check(&file, progress, can_be_open, complete));
             assert!(checked.is_ok(), "{:?}: {progress:?}", places[*n]);
         }
-        eprintln!("{} cuts took {:?}", places.len(), begin.elapsed());
+        eprintln!("{} runs took {:?}", places.len(), begin.elapsed());
     }
 }
 
@@ -230,7 +242,7 @@ fn with_endings(
 ) -> Vec<Place> {
     let each = positions.enumerate().flat_map(move |(n, after)| {
         let endings = if is_each { &ENDINGS[..] } else { &ENDINGS[n % 3..][..1] };
-        endings.iter().map(move |&ending| Place { connection, direction, after, ending })
+        endings.iter().map(move |&ending| Place { connection, direction, after, harm: Harm::Cut(ending) })
     });
     each.collect()
 }
@@ -240,9 +252,13 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     let mut bench = Bench::new();
     // One run that is not cut tells where everything is.
     let proxy = Proxy::start(bench.server.address());
-    let connect = |proxy: &Proxy| TcpStream::connect(proxy.address()).expect("the proxy listens");
+    let connect = |proxy: &Proxy, patience| {
+        let stream = TcpStream::connect(proxy.address()).expect("the proxy listens");
+        stream.set_read_timeout(Some(patience)).expect("a socket");
+        stream
+    };
     let mut progress = Progress::default();
-    run_raw(connect(&proxy), &bench.path(99_999), &mut progress).expect("it is not cut");
+    run_raw(connect(&proxy, PATIENCE), &bench.path(99_999), &mut progress).expect("it is not cut");
     let [up, down] = [Direction::Up, Direction::Down].map(|direction| proxy.passed(0, direction));
     drop(proxy);
     // The fsync and the read are behind the writes.
@@ -251,10 +267,10 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     let read = down - BLOCK..down;
     let mut places = with_endings(0, Direction::Up, positions(up, &data), true);
     places.extend(with_endings(0, Direction::Down, positions(down, &[read]), true));
-    bench.cut_at(
+    bench.harm_at(
         &places,
-        |proxy, path, progress| {
-            let ended = run_raw(connect(proxy), path, progress);
+        |proxy, _, path, progress| {
+            let ended = run_raw(connect(proxy, SILENCE), path, progress);
             assert!(ended.is_err() && !progress.is_read, "it was cut");
         },
         |place| match place.direction {
@@ -267,46 +283,97 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     );
 }
 
-/// As above, with libraio for a client: `is_each` with each ending at each place.
-fn cut_the_library(is_each: bool) {
-    let mut bench = Bench::new();
-    let proxy = Proxy::start(bench.server.address());
-    let passed =
-        |connection| [Direction::Up, Direction::Down].map(|direction| proxy.passed(connection, direction));
-    let session = Session::connect_to(Scheme::Tcp, proxy.address(), &Options::default()).expect("a session");
-    let hello = proxy.passed(0, Direction::Up);
-    drop(session.context(4).expect("a context"));
-    let first = proxy.passed(1, Direction::Up);
-    drop(session);
-    run_library(&proxy, &bench.path(99_999), &mut Progress::default()).expect("it is not cut");
-    let [control, data] = [passed(2), passed(3)];
-    drop(proxy);
-    let written = written_data(first);
-    // What the other connection has not said by then is not cut, so the open is there once its request is.
-    let mut places = Vec::new();
-    for (connection, totals) in [(0, control), (1, data)] {
-        let [up, down] = totals;
-        let (in_requests, in_responses) =
-            if connection == 0 { (&[][..], None) } else { (&written[..], Some(down - BLOCK..down)) };
-        places.extend(with_endings(connection, Direction::Up, positions(up, in_requests), is_each));
-        let in_responses: Vec<_> = in_responses.into_iter().collect();
-        places.extend(with_endings(connection, Direction::Down, positions(down, &in_responses), is_each));
+/// A server, and where in the connections of libraio what is.
+struct LibraryBench {
+    bench: Bench,
+    /// How many bytes the control connection brings each way, up to the end of the open.
+    opened: [u64; 2],
+    /// The same in all, of the control connection and of the context's.
+    all: [[u64; 2]; 2],
+    /// Where the context's connection has the data of writes, and ends its last request.
+    written: Vec<std::ops::Range<u64>>,
+    requests_end: u64,
+    options: Options,
+}
+
+impl LibraryBench {
+    fn new(crc: bool) -> Self {
+        let bench = Bench::new();
+        let proxy = Proxy::start(bench.server.address());
+        let passed = |connection| {
+            [Direction::Up, Direction::Down].map(|direction| proxy.passed(connection, direction))
+        };
+        let options = Options { crc, ..Options::default() };
+        let session = Session::connect_to(Scheme::Tcp, proxy.address(), &options).expect("a session");
+        let file = session.open(bench.path(99_998), libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
+        let opened = passed(0);
+        drop(session.context(4).expect("a context"));
+        let written = written_data(passed(1)[0]);
+        drop((file, session));
+        run_library(&proxy, &bench.path(99_999), &options, &mut Progress::default())
+            .expect("nothing is done to it");
+        let all = [passed(2), passed(3)];
+        let requests_end = written[WRITES as usize - 1].end + 2 * REQUEST_BYTES;
+        drop(proxy);
+        // Only now: a server that is slow would be pinged.
+        let options = Options {
+            connect_timeout: SILENCE * 2,
+            call_timeout: SILENCE * 2,
+            request_timeout: Some(SILENCE),
+            ..options
+        };
+        Self { bench, opened, all, written, requests_end, options }
     }
-    bench.cut_at(
-        &places,
-        |proxy, path, progress| {
-            // The last bytes are those of closing, of which nothing is heard.
-            let _ = run_library(proxy, path, progress);
-        },
-        |place| match (place.connection, place.direction) {
-            (0, Direction::Up) => (place.after > hello, WRITES),
-            (1, Direction::Up) => {
-                let complete = written.iter().filter(|range| range.end <= place.after).count();
-                (true, complete as u64)
-            }
-            _ => (true, WRITES),
-        },
-    );
+
+    /// The places for harm in a connection.
+    fn positions(&self, connection: usize, direction: Direction) -> Vec<u64> {
+        let total = self.all[connection][direction as usize];
+        let data = match (connection, direction) {
+            (0, _) => Vec::new(),
+            (_, Direction::Up) => self.written.clone(),
+            (_, Direction::Down) => std::iter::once(total - BLOCK..total).collect(),
+        };
+        positions(total, &data).collect()
+    }
+
+    fn harm_at(&mut self, places: &[Place]) {
+        let Self { bench, opened, written, requests_end, options, .. } = self;
+        bench.harm_at(
+            places,
+            |proxy, place, path, progress| {
+                let ended = run_library(proxy, path, options, progress);
+                let is_before_the_end = match (place.connection, place.direction) {
+                    (0, direction) => place.after < opened[direction as usize],
+                    (_, Direction::Up) => place.after < *requests_end,
+                    (_, Direction::Down) => true,
+                };
+                // The last bytes of the control connection are those of closing, of which nothing is heard.
+                assert!(ended.is_err() || !is_before_the_end, "{place:?} has no consequence");
+            },
+            |place| match (place.connection, place.direction) {
+                // The other connection says nothing before the open has been answered.
+                (0, Direction::Up) if place.after < opened[0] => (false, 0),
+                (1, Direction::Up) => {
+                    let complete = written.iter().filter(|range| range.end <= place.after).count();
+                    (true, complete as u64)
+                }
+                _ => (true, WRITES),
+            },
+        );
+    }
+}
+
+const WAYS: [(usize, Direction); 4] =
+    [(0, Direction::Up), (0, Direction::Down), (1, Direction::Up), (1, Direction::Down)];
+
+/// `is_each`: with each ending at each place.
+fn cut_the_library(is_each: bool) {
+    let mut bench = LibraryBench::new(false);
+    let places = WAYS.map(|(connection, direction)| {
+        let positions = bench.positions(connection, direction);
+        with_endings(connection, direction, positions.into_iter(), is_each)
+    });
+    bench.harm_at(&places.concat());
 }
 
 #[test]
@@ -318,4 +385,33 @@ fn libraio_cut_at_any_byte_says_of_no_write_that_it_was_done_if_it_was_not() {
 #[ignore = "long"]
 fn libraio_cut_at_any_byte_in_every_way_says_of_no_write_that_it_was_done_if_it_was_not() {
     cut_the_library(true);
+}
+
+/// With each of these bits of a byte.
+fn flip_in_the_library(bits: impl Fn(u64) -> std::ops::Range<u64>) {
+    let mut bench = LibraryBench::new(true);
+    let mut places = Vec::new();
+    for (connection, direction) in WAYS {
+        for after in bench.positions(connection, direction) {
+            let flips = bits(after).map(Harm::Flip);
+            places.extend(flips.map(|harm| Place { connection, direction, after, harm }));
+        }
+    }
+    bench.harm_at(&places);
+}
+
+#[test]
+fn with_checksums_a_bit_flipped_at_any_byte_is_noticed_and_nothing_wrong_is_written_or_read() {
+    let mut random = Random::new();
+    let any: Vec<u64> = (0..1000).map(|_| random.below(8)).collect();
+    flip_in_the_library(|at| {
+        let bit = any[at as usize % any.len()];
+        bit..bit + 1
+    });
+}
+
+#[test]
+#[ignore = "long"]
+fn with_checksums_any_bit_flipped_is_noticed_and_nothing_wrong_is_written_or_read() {
+    flip_in_the_library(|_| 0..8);
 }
