@@ -36,7 +36,7 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
     let opcode = command.opcode();
     let in_pieces = |file: Rc<WorkerFile>, command, range| Work::InPieces(file, Pieces::new(command, range));
     let (work, length) = match *command {
-        Command::Stat(_) => return Ok(Work::Stat(file)),
+        Command::Stat(_) => return Ok(Work::Stat(file, 0)),
         Command::Fsync { data_only, .. } => return Ok(Work::Fsync(file, data_only)),
         Command::Write { offset, length, .. } => {
             let range = permitted_range(&file.open, opcode, offset, length.into())?;

@@ -83,6 +83,13 @@ impl Claim {
         holds(&other.near) || self.crosses_mounts && holds(&other.far)
     }
 
+    /// Whether a directory lies in it, as far as that can be told.
+    pub fn contains(&self, directory: &Path) -> bool {
+        let directory = directory.canonicalize().ok();
+        let inner = directory.and_then(|path| Self::of("", &path, false, false).ok());
+        inner.is_some_and(|inner| self.conflicts(&inner) && !inner.holds(self))
+    }
+
     /// A name for a file of the export, without its directory: of what it is, whatever it is called.
     pub fn key(&self) -> String {
         let key: String = self.objects.first().map_or("", |object| object).replace('/', "-");
@@ -269,6 +276,8 @@ mod tests {
         let path = |name: &str| directory.path().join(name);
         std::fs::hard_link(path("a/file"), path("c/link")).unwrap();
         std::os::unix::fs::symlink("a", path("d")).unwrap();
+        assert!(claim(&path("a")).contains(&path("a/b")) && !claim(&path("a")).contains(&path("c")));
+        assert!(!claim(&path("a/b")).contains(&path("a")));
         for (one, other, expected) in [
             ("a", "a", true),
             ("a", "d", true),

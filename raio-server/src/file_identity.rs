@@ -123,7 +123,7 @@ impl Facts {
             return Ok(Self::of_device((stat.stx_rdev_major, stat.stx_rdev_minor), depth));
         }
         let uuid = file_system_uuid(&fd).ok();
-        let handle = file_handle(&fd).ok();
+        let handle = uuid.as_ref().and_then(|_| file_handle(&fd).ok());
         let (basis, identity) = match (&uuid, handle) {
             (Some(uuid), Some((kind, handle))) => {
                 (Basis::Handle, Digest::of("handle").and(uuid).number(kind as u64).and(&handle))

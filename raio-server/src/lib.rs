@@ -18,6 +18,7 @@ mod engine;
 mod export;
 pub mod export_spec;
 mod file_identity;
+mod handles;
 mod limits;
 mod listener;
 mod log;

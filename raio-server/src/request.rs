@@ -94,8 +94,9 @@ pub enum Work {
     Fsync(Rc<WorkerFile>, bool),
     /// Discard, write zeroes or allocate.
     InPieces(Rc<WorkerFile>, Pieces),
-    /// See [`raio_transport::protocol::Opcode::Stat`].
-    Stat(Rc<WorkerFile>),
+    /// See [`raio_transport::protocol::Opcode::Stat`]. With the result: a reopen of a file that is open
+    /// answers with its handle.
+    Stat(Rc<WorkerFile>, u64),
     /// See [`raio_transport::protocol::Opcode::Open`].
     Open(Arc<Opening>),
     /// See [`raio_transport::protocol::Opcode::Close`].
@@ -321,7 +322,7 @@ impl Work {
             | Self::Write(file, _)
             | Self::Fsync(file, _)
             | Self::InPieces(file, _)
-            | Self::Stat(file) => Some(file),
+            | Self::Stat(file, _) => Some(file),
             Self::Open(_) | Self::Close => None,
         }
     }
@@ -354,7 +355,7 @@ impl Work {
             (Self::Write(_, write), Some(slot)) => write.next(slot),
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
             (Self::InPieces(_, pieces), None) => pieces.next(),
-            (Self::Stat(_), None) => Operation::Stat,
+            (Self::Stat(..), None) => Operation::Stat,
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
     }
@@ -404,7 +405,9 @@ impl Work {
                 Ok(false) => Step::Done(success(0)),
                 Err(errno) => Step::Done(failure_after(pieces.done, pieces.name(), errno)),
             },
-            (Self::Stat(file), Ok(_), Outcome::Stat(info)) => Step::Done(status_of(file, *info)),
+            (Self::Stat(file, result), Ok(_), Outcome::Stat(info)) => {
+                Step::Done(Response { result: *result, ..status_of(file, *info) })
+            }
             // As it is now. What was lost before this fsync has changed it, and a client that has written
             // before that knows another one; so it notices also if another file's fsync has failed while
             // this one ran. It cannot know the new one yet, for it is new since this fsync began.
@@ -422,7 +425,7 @@ impl Work {
             Self::Write(..) => "Writing",
             Self::Fsync(..) => "Flushing",
             Self::InPieces(_, pieces) => pieces.name(),
-            Self::Stat(_) => "Asking for the status",
+            Self::Stat(..) => "Asking for the status",
             Self::Open(_) => "Opening",
             Self::Close => "Closing",
         }

@@ -3,6 +3,7 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
 //! serves nothing itself.
 
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
@@ -18,6 +19,7 @@ use crate::config::{BackendKind, Config};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
+use crate::handles::GENERATION_MAX;
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
@@ -149,6 +151,13 @@ fn claim(
             return Ok(Claimed::Yes(None));
         }
     };
+    if let Some(export) = written.iter().zip(&claims).find(|(_, claim)| claim.contains(directory.root())) {
+        tracing::warn!(
+            "The state directory lies in export {}, where clients may write to it, and so make this server \
+             wait for ever or believe that writes are not lost. Name another one with --state.",
+            export.0.name()
+        );
+    }
     let lock = match claim_when_free(&directory, &claims, wait)? {
         Some(lock) => lock,
         None => return Ok(Claimed::Stopped),
@@ -247,7 +256,9 @@ impl Server {
             Claimed::Stopped => return Ok(None),
         };
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
-        let sessions = Sessions::new(sessions_max, Arc::clone(&limits));
+        let first_generation = 1 + (RandomState::new().hash_one(0) % u64::from(GENERATION_MAX)) as u32;
+        let sessions =
+            Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
         let shared = Arc::new(Shared { claim: lock, ..Shared::new(config, exports, sessions)? });
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(config.workers, &shared, &sender)?;

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::file_identity::FileIdentity;
+use crate::handles::Handles;
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
@@ -22,15 +23,6 @@ use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
 use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
-
-/// A handle is an index that is reused and, above it, a generation that is not (until it wraps).
-const INDEX_BITS: u32 = 20;
-const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
-
-/// The index in a handle.
-pub fn index_of(handle: FileHandle) -> usize {
-    (handle.0 & INDEX_MASK) as usize
-}
 
 /// What a file is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +89,11 @@ impl OpenFile {
         self.alignment > 1
     }
 
+    /// Whether it is this file, opened for the same.
+    pub fn is_same(&self, identity: FileIdentity, access: Access) -> bool {
+        self.identity == identity && self.access == access
+    }
+
     /// Whether its handle has been closed.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -113,7 +110,7 @@ pub struct Session {
     pub id: SessionId,
     /// Whose it is: that of the connection that began it. What it may open depends on this.
     pub identity: Identity,
-    files: Mutex<Files>,
+    files: Mutex<Handles<ClosedFile>>,
     /// What it has, on all workers.
     account: Account,
     /// Of the address that its first connection was from: counts it.
@@ -121,22 +118,13 @@ pub struct Session {
     limits: Arc<Limits>,
 }
 
-#[derive(Debug, Default)]
-struct Files {
-    entries: Vec<FileEntry>,
-    free: Vec<u32>,
-}
-
+/// Why a file is not reopened.
 #[derive(Debug)]
-struct FileEntry {
-    generation: u32,
-    file: Option<(Arc<OpenFile>, FilePermit)>,
-}
-
-impl FileEntry {
-    fn handle(&self, index: usize) -> FileHandle {
-        FileHandle(self.generation << INDEX_BITS | index as u32)
-    }
+pub enum NotReopened {
+    /// Another file has the handle.
+    Taken,
+    /// There are as many open files as there may be.
+    Excess(Excess),
 }
 
 impl Session {
@@ -144,24 +132,41 @@ impl Session {
     /// gets none.
     pub fn insert(&self, file: Arc<OpenFile>, address: &AddressAccount) -> Result<FileHandle, Excess> {
         let mut files = lock(&self.files);
-        let open = files.entries.len() - files.free.len();
-        if open > INDEX_MASK as usize {
+        if files.is_full() {
+            let open = files.len();
             let text =
                 format!("The session has {open} files open, and there are no more handles. Close some.");
             return Err(Excess { who: Who::Session, text });
         }
         let permit = self.limits.open(&self.account, address)?;
-        let index = files.free.pop().map_or_else(
-            || {
-                // Not 0, so that no handle is all zeros.
-                files.entries.push(FileEntry { generation: 1, file: None });
-                files.entries.len() - 1
-            },
-            |index| index as usize,
-        );
-        let entry = &mut files.entries[index];
-        entry.file = Some((file, permit));
-        Ok(entry.handle(index))
+        Ok(files.insert((file, permit)))
+    }
+
+    /// Enters a file under this handle, which an earlier server gave it, on behalf of a connection from an
+    /// address. Returns the file that has the handle: the same one may have had it before.
+    pub fn reopen(
+        &self,
+        handle: FileHandle,
+        file: Arc<OpenFile>,
+        address: &AddressAccount,
+    ) -> Result<Arc<OpenFile>, NotReopened> {
+        let mut files = lock(&self.files);
+        if let Some((open, _)) = files.get(handle)
+            && open.is_same(file.identity, file.access)
+        {
+            return Ok(Arc::clone(open));
+        }
+        if files.is_taken(handle) {
+            return Err(NotReopened::Taken);
+        }
+        let permit = self.limits.open(&self.account, address).map_err(NotReopened::Excess)?;
+        files.put(handle, (Arc::clone(&file), permit));
+        Ok(file)
+    }
+
+    /// Whether the index of a handle is one of about as many as files have been open at a time.
+    pub fn is_near(&self, index: usize) -> bool {
+        lock(&self.files).is_near(index)
     }
 
     /// A connection of it has opened. The error says why it may not.
@@ -186,34 +191,20 @@ impl Session {
 
     /// The file with this handle.
     pub fn get(&self, handle: FileHandle) -> Option<Arc<OpenFile>> {
-        let files = lock(&self.files);
-        let index = index_of(handle);
-        files
-            .entries
-            .get(index)
-            .filter(|entry| entry.handle(index) == handle)?
-            .file
-            .as_ref()
-            .map(|(file, _)| Arc::clone(file))
+        lock(&self.files).get(handle).map(|(file, _)| Arc::clone(file))
     }
 
     /// Takes the handle from a file.
     pub fn close(&self, handle: FileHandle) -> Option<ClosedFile> {
         let mut files = lock(&self.files);
-        let index = index_of(handle);
-        let entry = files.entries.get_mut(index).filter(|entry| entry.handle(index) == handle)?;
-        let closed = entry.file.take()?;
-        entry.generation = (entry.generation + 1) & (u32::MAX >> INDEX_BITS);
-        entry.generation = entry.generation.max(1);
-        files.free.push(index as u32);
+        let closed = files.remove(handle)?;
         self.forget(&closed.0);
         Some(closed)
     }
 
     fn close_all(&self) -> Vec<ClosedFile> {
         let files = std::mem::take(&mut *lock(&self.files));
-        let files = files.entries.into_iter().filter_map(|entry| entry.file);
-        files.inspect(|(file, _)| self.forget(file)).collect()
+        files.into_files().inspect(|(file, _)| self.forget(file)).collect()
     }
 
     fn forget(&self, file: &OpenFile) {
@@ -228,6 +219,8 @@ pub struct Sessions {
     by_id: Mutex<HashMap<SessionId, Joined>>,
     sessions_max: usize,
     limits: Arc<Limits>,
+    /// See [`Handles::new`].
+    first_generation: u32,
 }
 
 #[derive(Debug)]
@@ -246,7 +239,12 @@ impl Sessions {
     /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what
     /// `limits` allows them.
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
-        Self { by_id: Mutex::default(), sessions_max, limits }
+        Self { by_id: Mutex::default(), sessions_max, limits, first_generation: 1 }
+    }
+
+    /// The same, whose files have handles that begin with this generation.
+    pub fn with_first_generation(self, first_generation: u32) -> Self {
+        Self { first_generation, ..self }
     }
 
     /// A worker has got its first connection of this session, of this client, from an address. The error says
@@ -266,7 +264,7 @@ impl Sessions {
                 let session = Session {
                     id,
                     identity: identity.clone(),
-                    files: Mutex::default(),
+                    files: Mutex::new(Handles::new(self.first_generation)),
                     account: Account::default(),
                     address: address.clone(),
                     limits: Arc::clone(&self.limits),
@@ -345,20 +343,34 @@ mod tests {
         assert!(file.is_closed());
         assert!(session.close(first).is_none());
         let second = session.insert(null(), &None).unwrap();
-        assert_eq!(index_of(first), index_of(second));
         assert!(session.get(first).is_none());
         assert!(session.get(second).is_some());
     }
 
     #[test]
-    fn handles_differ_until_their_generation_wraps() {
-        let session = join(&sessions(9, 1), 1).unwrap();
-        let mut seen = std::collections::HashSet::new();
-        for _ in 0..(1 << (32 - INDEX_BITS)) - 1 {
-            let handle = session.insert(null(), &None).unwrap();
-            assert!(handle.0 != 0 && seen.insert(handle), "{handle:?} was given twice");
-            session.close(handle).unwrap();
+    fn a_file_is_reopened_once_and_counts_as_an_open_one() {
+        let sessions = sessions(9, 10);
+        let session = join(&sessions, 1).unwrap();
+        let known = |n: u8, write| {
+            let file = OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write }, 0);
+            Arc::new(file.known_as([n; 16], FileVerifier::default()))
+        };
+        let handle = FileHandle(7 << 20 | 12_345);
+        let first = session.reopen(handle, known(1, true), &None).unwrap();
+        let again = session.reopen(handle, known(1, true), &None).unwrap();
+        assert!(Arc::ptr_eq(&first, &again) && Arc::ptr_eq(&first, &session.get(handle).unwrap()));
+        assert_eq!(sessions.open_files(), 1);
+        for other in [known(2, true), known(1, false)] {
+            let error = session.reopen(handle, other, &None).unwrap_err();
+            assert!(matches!(error, NotReopened::Taken));
         }
+        assert!(session.close(handle).is_some() && first.is_closed());
+        assert_eq!(sessions.open_files(), 0);
+        let handles = |n| FileHandle(1 << 20 | n);
+        let open = (0..).take_while(|&n| session.reopen(handles(n), known(3, true), &None).is_ok()).count();
+        assert!((10..10 + RESERVE).contains(&open), "{open}");
+        let error = session.reopen(handles(open as u32), known(3, true), &None).unwrap_err();
+        assert!(matches!(error, NotReopened::Excess(_)));
     }
 
     #[test]

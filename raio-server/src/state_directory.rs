@@ -44,6 +44,11 @@ impl StateDirectory {
         Ok(this)
     }
 
+    /// Its path.
+    pub fn root(&self) -> &Path {
+        &self.path
+    }
+
     /// The path of a file in it, for messages.
     pub fn path(&self, name: &str) -> PathBuf {
         self.path.join(name)

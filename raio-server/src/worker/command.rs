@@ -18,12 +18,13 @@ use super::connections::Connection;
 use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
+use crate::handles::is_handle;
 use crate::limits::Excess;
 use crate::log::log_client;
-use crate::open::{OpenResult, Opened, Opening};
+use crate::open::{OpenResult, Opened, Opening, Reopens, another_file};
 use crate::rejection::{EscapedPath, Rejection};
 use crate::request::{Work, WorkerFile, failure, status_of, success};
-use crate::session::{Access, OpenFile};
+use crate::session::{Access, NotReopened, OpenFile};
 use crate::syscalls::FileInfo;
 
 impl Worker {
@@ -47,7 +48,10 @@ impl Worker {
         }
         let session = self.connections[connection].session;
         let work = match command {
-            Command::Open { flags, mode, path } => self.open(connection, flags, mode, path),
+            Command::Open { flags, mode, path } => self.open(connection, flags, mode, path, None),
+            Command::Reopen { flags, file, identity, path } => {
+                self.reopen(connection, flags, Reopens { handle: file, identity }, path)
+            }
             Command::Close(handle) => return self.close(connection, request, handle),
             Command::Cancel { id } => return self.cancel_by_id(connection, request, id),
             Command::Read { file, offset, length } => match self.sessions.file(session, file) {
@@ -63,7 +67,7 @@ impl Worker {
                 }
                 None => Err(unknown_handle()),
             },
-            Command::Outcome { .. } | Command::Reopen { .. } => {
+            Command::Outcome { .. } => {
                 let text = "This server does not resume connections. Connect anew.";
                 Err(failure(Status::policy(libc::EOPNOTSUPP), text))
             }
@@ -110,22 +114,56 @@ impl Worker {
     // Open
     // ----------------------------------------------------------------------------------------------------
 
-    fn open(&mut self, connection: usize, flags: u32, mode: u32, path: &[u8]) -> Result<Work, Response> {
+    fn open(
+        &mut self,
+        connection: usize,
+        flags: u32,
+        mode: u32,
+        path: &[u8],
+        reopens: Option<Reopens>,
+    ) -> Result<Work, Response> {
         let Connection { arrival, name, session, .. } = &self.connections[connection];
         let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         let identity = &self.sessions[*session].session.identity;
         match self.shared.exports.resolve(identity, flags, mode, path) {
             Err(rejection) => Err(self.open_rejected(Some(connection), rejection)),
-            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, file, info)),
+            Ok(Target::Ready(file, _))
+                if reopens.is_some_and(|reopens| reopens.identity != file.identity) =>
+            {
+                Err(self.open_rejected(Some(connection), another_file(path)))
+            }
+            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, file, info, reopens)),
             Ok(Target::Path { export, path, how }) => Ok(Work::Open(Arc::new(Opening {
                 export,
                 path,
                 how,
                 access: Access::from_flags(flags),
                 waits_for_lease: false,
-                reopens: None,
+                reopens,
             }))),
+        }
+    }
+
+    /// Opens a file under the handle that an earlier server gave it, unless it has it already.
+    fn reopen(
+        &mut self,
+        connection: usize,
+        flags: u32,
+        reopens: Reopens,
+        path: &[u8],
+    ) -> Result<Work, Response> {
+        if !is_handle(reopens.handle) {
+            let text = "No server gives files this handle.";
+            return Err(failure(Status::storage(libc::EINVAL), text));
+        }
+        let session = self.connections[connection].session;
+        match self.sessions.file(session, reopens.handle) {
+            Some(file) if file.open.is_same(reopens.identity, Access::from_flags(flags)) => {
+                Ok(Work::Stat(file, reopens.handle.0.into()))
+            }
+            Some(_) => Err(handle_taken()),
+            None => self.open(connection, flags, 0, path, Some(reopens)),
         }
     }
 
@@ -138,7 +176,13 @@ impl Worker {
             return;
         }
         let response = match (result, self.requests[key].connection) {
-            (Ok(Opened { file, info }), Some(connection)) => self.give_handle(connection, file, info),
+            (Ok(Opened { file, info }), Some(connection)) => {
+                let reopens = match &self.requests[key].work {
+                    Work::Open(opening) => opening.reopens,
+                    _ => None,
+                };
+                self.give_handle(connection, file, info, reopens)
+            }
             // Nobody waits for it any more.
             (Ok(_), None) => success(0),
             (Err(rejection), connection) => self.open_rejected(connection, rejection),
@@ -160,18 +204,35 @@ impl Worker {
         failure(status, &text)
     }
 
-    fn give_handle(&mut self, connection: usize, open: OpenFile, info: FileInfo) -> Response {
-        let session = self.connections[connection].session;
+    fn give_handle(
+        &mut self,
+        connection: usize,
+        open: OpenFile,
+        info: FileInfo,
+        reopens: Option<Reopens>,
+    ) -> Response {
+        let local = self.connections[connection].session;
         let open = Arc::new(open);
         let account = self.connections[connection].account();
-        let handle = match self.sessions[session].session.insert(Arc::clone(&open), account) {
-            Ok(handle) => handle,
+        let session = &self.sessions[local].session;
+        let given = match reopens {
+            None => session.insert(Arc::clone(&open), account).map(|handle| (handle, open)),
+            Some(Reopens { handle, .. }) => match session.reopen(handle, open, account) {
+                Ok(open) => Ok((handle, open)),
+                Err(NotReopened::Taken) => return handle_taken(),
+                Err(NotReopened::Excess(excess)) => Err(excess),
+            },
+        };
+        let (handle, open) = match given {
+            Ok(given) => given,
             Err(Excess { who, text }) => {
                 self.counters.rejected_files[who as usize].add(1);
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
-        let file = self.sessions.remember(session, WorkerFile::new(handle, open));
+        // This worker may have it already, by a reopen that came at the same time.
+        let known = if reopens.is_some() { self.sessions.file(local, handle) } else { None };
+        let file = known.unwrap_or_else(|| self.sessions.remember(local, WorkerFile::new(handle, open)));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
 
@@ -205,6 +266,13 @@ impl Worker {
         self.requests[key].cancel_request = Some(Box::new((request.key, self.arrived(Opcode::Cancel))));
         self.cancel(connection, key);
     }
+}
+
+fn handle_taken() -> Response {
+    failure(
+        Status::storage(libc::EEXIST),
+        "Another file of this session has that handle. Open the file anew.",
+    )
 }
 
 fn unknown_handle() -> Response {

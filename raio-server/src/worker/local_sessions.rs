@@ -10,9 +10,10 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use slab::Slab;
 
+use crate::handles::index_of;
 use crate::limits::{AddressAccount, Excess};
 use crate::request::WorkerFile;
-use crate::session::{ClosedFile, Session, Sessions, index_of};
+use crate::session::{ClosedFile, Session, Sessions};
 
 /// A session that has connections here.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub struct LocalSession {
     connections: usize,
     /// This worker's view of the files, by the index in their handles.
     files: Vec<Option<Rc<WorkerFile>>>,
+    /// The same of files whose client has chosen an index far beyond the number of its files.
+    far: HashMap<usize, Rc<WorkerFile>>,
 }
 
 /// See the module documentation. A session's key is its index here.
@@ -51,7 +54,8 @@ impl LocalSessions {
             return Ok(key);
         }
         let session = shared.join(id, identity, address)?;
-        let key = self.all.insert(LocalSession { session, connections: 0, files: Vec::new() });
+        let key =
+            self.all.insert(LocalSession { session, connections: 0, files: Vec::new(), far: HashMap::new() });
         self.by_id.insert(id, key);
         Ok(key)
     }
@@ -77,9 +81,9 @@ impl LocalSessions {
         if self.all[key].connections > 0 {
             return None;
         }
-        let LocalSession { session, files, .. } = self.all.remove(key);
+        let LocalSession { session, files, far, .. } = self.all.remove(key);
         self.by_id.remove(&session.id);
-        drop(files);
+        drop((files, far));
         Some(shared.leave(&session))
     }
 
@@ -92,29 +96,44 @@ impl LocalSessions {
         {
             return Some(Rc::clone(file));
         }
+        if let Some(file) = local.far.get(&index_of(handle))
+            && file.handle == handle
+            && !file.open.is_closed()
+        {
+            return Some(Rc::clone(file));
+        }
         let open = local.session.get(handle)?;
         Some(self.remember(key, WorkerFile::new(handle, open)))
     }
 
     /// Keeps this worker's view of a file.
     pub fn remember(&mut self, key: usize, file: WorkerFile) -> Rc<WorkerFile> {
-        let files = &mut self.all[key].files;
+        let LocalSession { session, files, far, .. } = &mut self.all[key];
         let index = index_of(file.handle);
+        let file = Rc::new(file);
         if files.len() <= index {
+            if !session.is_near(index) {
+                far.insert(index, Rc::clone(&file));
+                return file;
+            }
             files.resize(index + 1, None);
         }
-        let file = Rc::new(file);
         files[index] = Some(Rc::clone(&file));
         file
     }
 
     /// Drops this worker's view of a file that was closed.
     pub fn forget(&mut self, session: SessionId, handle: FileHandle) {
-        if let Some(&key) = self.by_id.get(&session)
-            && let Some(file) = self.all[key].files.get_mut(index_of(handle))
+        let Some(&key) = self.by_id.get(&session) else { return };
+        let LocalSession { files, far, .. } = &mut self.all[key];
+        let index = index_of(handle);
+        if let Some(file) = files.get_mut(index)
             && file.as_ref().is_some_and(|file| file.handle == handle)
         {
             *file = None;
+        }
+        if far.get(&index).is_some_and(|file| file.handle == handle) {
+            far.remove(&index);
         }
     }
 }
@@ -141,6 +160,27 @@ mod tests {
         let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 2 };
         let caps = Caps { connections: Some(connections_max), ..Caps::default() };
         Sessions::new(9, Limits::new(room, caps, Caps::default()))
+    }
+
+    #[test]
+    fn a_file_whose_handle_its_client_has_chosen_takes_no_more_memory_than_any_other() {
+        let shared = shared(9);
+        let mut sessions = LocalSessions::default();
+        let key = sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap();
+        let session = Arc::clone(&sessions[key].session);
+        let near = insert(&session);
+        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        let far = FileHandle(u32::MAX);
+        session.reopen(far, Arc::new(open), &None).unwrap();
+        for handle in [near, far] {
+            let file = sessions.file(key, handle).unwrap();
+            assert!(Rc::ptr_eq(&file, &sessions.file(key, handle).unwrap()), "it is asked for each time");
+        }
+        assert!(sessions[key].files.len() <= 1);
+        session.close(far).unwrap();
+        assert!(sessions.file(key, far).is_none());
+        sessions.forget(ID, far);
+        assert!(sessions[key].far.is_empty());
     }
 
     fn insert(session: &Session) -> FileHandle {

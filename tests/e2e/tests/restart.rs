@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio_e2e::{FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, binary, needs_root};
-use raio_transport::protocol::{OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use rustix::process::{Signal, kill_process};
 
 const BLOCK: usize = 4096;
@@ -342,4 +342,72 @@ fn a_verifier_that_nobody_has_written_keeps_the_server_from_starting() {
     assert!(log.contains(&*path.to_string_lossy()) && log.contains("line 4"), "{log}");
     std::fs::remove_file(path).expect("removed");
     drop(place.start());
+}
+
+/// Opens a file under the handle that an earlier server gave it.
+fn reopen(client: &mut Raw, path: &str, flags: u32, of: (FileHandle, [u8; 16])) -> io::Result<FileHandle> {
+    client.enter(&Command::Reopen { flags, file: of.0, identity: of.1, path: path.as_bytes() })?;
+    Ok(client.file)
+}
+
+fn read(client: &mut Raw, bytes: u32) -> Vec<u8> {
+    client.send_read(1, 0, bytes).expect("the server is there");
+    let (response, _) = client.response().expect("an answer");
+    assert!(response.status.is_ok(), "{:?}", response.status);
+    let mut content = vec![0; response.data_len as usize];
+    io::Read::read_exact(&mut client.stream, &mut content).expect("data");
+    content
+}
+
+#[test]
+fn a_file_is_reopened_under_its_handle_if_it_is_the_same_and_under_no_other() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    for name in ["first", "file", "other"] {
+        std::fs::write(directory.path().join(name), name).expect("a file");
+    }
+    let place = Place::new(&[format!("d={},rw", directory.path().display()), "m=mem:4k,rw".to_owned()]);
+    let mut server = place.start();
+    let mut client = Raw::open(&server.url(), "/d/first", OPEN_READ).expect("a file");
+    let mut opened = |path: &str| {
+        client.enter(&Command::Open { flags: READ_WRITE, mode: 0, path: path.as_bytes() }).expect("a file");
+        (client.file, client.status.identity)
+    };
+    let (file, other, memory) = (opened("/d/file"), opened("/d/other"), opened("/m"));
+    server.kill();
+
+    let server = place.start();
+    let mut client = Raw::open(&server.url(), "/d/first", OPEN_READ).expect("a file");
+    let client = &mut client;
+    let errno = |result: io::Result<FileHandle>| result.expect_err("it fails").raw_os_error();
+    // However often: the answer may have been lost.
+    for _ in 0..3 {
+        assert_eq!(reopen(client, "/d/file", READ_WRITE, file).expect("the same file"), file.0);
+        assert_eq!((client.status.identity, client.file_bytes), (file.1, 4));
+        assert_eq!(read(client, 100), b"file");
+    }
+    // Also if it has another name by now.
+    std::fs::rename(directory.path().join("file"), directory.path().join("renamed")).expect("renamed");
+    assert_eq!(reopen(client, "/d/file", READ_WRITE, file).expect("it is open"), file.0);
+
+    let taken = (file.0, other.1);
+    assert_eq!(errno(reopen(client, "/d/other", READ_WRITE, taken)), Some(libc::EEXIST));
+    assert_eq!(errno(reopen(client, "/d/renamed", OPEN_READ, file)), Some(libc::EEXIST));
+    let next_generation = (FileHandle(file.0.0 ^ 1 << 20), file.1);
+    assert_eq!(errno(reopen(client, "/d/renamed", READ_WRITE, next_generation)), Some(libc::EEXIST));
+
+    std::fs::copy(directory.path().join("other"), directory.path().join("copy")).expect("copied");
+    std::fs::rename(directory.path().join("copy"), directory.path().join("other")).expect("renamed");
+    assert_eq!(errno(reopen(client, "/d/other", READ_WRITE, other)), Some(libc::ESTALE));
+    assert_eq!(errno(reopen(client, "/m", READ_WRITE, memory)), Some(libc::ESTALE));
+    assert_eq!(errno(reopen(client, "/d/none", READ_WRITE, other)), Some(libc::ENOENT));
+    let nothing = (FileHandle(5), file.1);
+    assert_eq!(errno(reopen(client, "/d/renamed", READ_WRITE, nothing)), Some(libc::EINVAL));
+
+    // Wherever a client wants its file, it has it there, and the next one has another handle.
+    let far = (FileHandle(u32::MAX), file.1);
+    assert_eq!(reopen(client, "/d/renamed", READ_WRITE, far).expect("the same file"), far.0);
+    assert_eq!(read(client, 100), b"file");
+    client.call(&Command::Close(far.0)).expect("it is open");
+    client.send_read(1, 0, 1).expect("the server is there");
+    assert_eq!(client.response().expect("an answer").0.status.errno, libc::EBADF);
 }
