@@ -21,8 +21,8 @@ use crate::machine::memory_limit;
 use crate::size::Size;
 use crate::tuning::options::{
     ARENAS_BYTES_DEFAULT, HEAP_BYTES_DEFAULT, HEAP_BYTES_DEFAULT_PER_WORKER, IO_BYTES_DEFAULT, IO_BYTES_MAX,
-    IO_BYTES_MIN, QUEUE_DEPTH_DEFAULT, SESSIONS_DEFAULT, SESSIONS_MAX, SPIN_US_DEFAULT, SPIN_US_MAX,
-    STALL_TIMEOUT_DEFAULT, STALL_TIMEOUT_MAX, WORKERS_MAX,
+    IO_BYTES_MIN, LINGER_DEFAULT, LINGER_MAX, QUEUE_DEPTH_DEFAULT, SESSIONS_DEFAULT, SESSIONS_MAX,
+    SPIN_US_DEFAULT, SPIN_US_MAX, STALL_TIMEOUT_DEFAULT, STALL_TIMEOUT_MAX, WORKERS_MAX,
 };
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
@@ -75,6 +75,9 @@ pub struct Options {
     /// message, for this time [default: 2]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     stall_timeout: Option<u64>,
+    /// How long the session of a client whose connection has broken is kept for it, at most [default: 90]
+    #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
+    linger: Option<u64>,
     /// How files are read and written [default: uring where the system allows it, else threads]
     #[arg(long, value_enum)]
     backend: Option<BackendKind>,
@@ -202,6 +205,8 @@ pub struct Config {
     pub places_bytes: usize,
     /// While others wait for memory, a connection that makes no progress for so long is closed.
     pub stall_timeout: Duration,
+    /// The longest that a channel whose connection has broken is kept.
+    pub linger: Duration,
     /// What was asked for.
     pub backend: BackendKind,
     /// How much to log.
@@ -303,6 +308,7 @@ impl Options {
             spin_us unless is_none,
             memory unless is_none,
             stall_timeout unless is_none,
+            linger unless is_none,
             backend unless is_none,
             log unless is_none,
             trace unless is_none,
@@ -444,6 +450,12 @@ impl Options {
             "{} is {stall_timeout}. Give a number of seconds from 1 to {STALL_TIMEOUT_MAX}.",
             name("stall-timeout")
         );
+        let linger = options.linger.unwrap_or(LINGER_DEFAULT);
+        ensure!(
+            linger <= LINGER_MAX,
+            "{} is {linger}. Give a number of seconds from 0 to {LINGER_MAX}.",
+            name("linger")
+        );
         Ok(Config {
             listen,
             exports: options.export,
@@ -458,6 +470,7 @@ impl Options {
             heap_bytes: (split.heap / workers as u64) as usize,
             places_bytes: split.places as usize,
             stall_timeout: Duration::from_secs(stall_timeout),
+            linger: Duration::from_secs(linger),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
@@ -601,6 +614,7 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
             (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
+            (&["--export", "a=/", "--linger", "86401"], "--linger is 86401"),
             (&["--export", "a=/", "--limits-per-session", "files=0"], "--limits-per-session: files is 0"),
             (
                 &["--export", "a=/", "--limits-per-address", "memory=1M"],

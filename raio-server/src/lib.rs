@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod authorize;
+mod channel;
 mod claim;
 mod clear;
 mod client;
@@ -37,6 +38,7 @@ mod request;
 mod root;
 mod server;
 mod session;
+mod sessions;
 mod size;
 mod state_directory;
 mod stats;

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, Weak};
 use serde::Deserialize;
 
 use crate::size::Size;
+use crate::tuning::channels::PARKED_PART;
 use crate::tuning::limits::{
     CONNECTION_BYTES, FILE_BYTES, FILE_BYTES_PER_WORKER, QUEUE_PAIR_RESERVE_PART, RESERVE, SESSION_RESERVE,
 };
@@ -490,6 +491,11 @@ impl Limits {
             (used - bytes) >> 10,
             max >> 10
         ))
+    }
+
+    /// Bytes that channels without a connection may take together.
+    pub fn parked_bytes_max(&self) -> usize {
+        self.room.bytes / PARKED_PART
     }
 
     /// Whether requests must be counted: an option limits them.

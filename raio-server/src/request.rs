@@ -315,6 +315,25 @@ impl Work {
         }
     }
 
+    /// Whether it must not run twice, so that its end is recorded ([`raio_transport::protocol::Operation`]).
+    pub fn is_recorded(&self) -> bool {
+        match self {
+            Self::Write(..) | Self::InPieces(..) => true,
+            Self::Open(opening) => opening.reopens.is_none(),
+            _ => false,
+        }
+    }
+
+    /// The answer if it does not go on, because nobody wants it any more: cancelled, or what was done until
+    /// then.
+    pub fn abandoned(&self) -> Response {
+        match self {
+            Self::Write(_, write) if write.done > 0 => success(write.done as u64),
+            Self::InPieces(_, pieces) => failure_after(pieces.done, pieces.name(), libc::ECANCELED),
+            _ => cancelled(),
+        }
+    }
+
     /// The file that it works on. An open has its directory, and a close nothing.
     pub fn file(&self) -> Option<&Rc<WorkerFile>> {
         match self {
@@ -453,6 +472,11 @@ fn data(range: SlotRange) -> Response {
 /// The answer to what succeeded.
 pub fn success(result: u64) -> Response {
     Response { status: Status::OK, result, body: no_body(), data: None }
+}
+
+/// The answer to what was cancelled before anything was done.
+pub fn cancelled() -> Response {
+    failure(Status::storage(libc::ECANCELED), "The request was cancelled.")
 }
 
 /// The answer to what failed, with an error message for a human.

@@ -24,7 +24,7 @@ use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
 use crate::pool::Pool;
-use crate::session::Sessions;
+use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
@@ -436,6 +436,7 @@ impl Server {
                 accepted: self.accepted,
                 rejected_by_address: self.rejected,
                 sessions: sessions.len(),
+                channels: sessions.channel_counts(),
                 open_files: sessions.open_files(),
                 data_connections: &self.shared.placement.data_connections(),
                 exports: &exports,

@@ -1,21 +1,18 @@
-//! Sessions: clients by their uuid, and the files that each has open.
+//! A client's session: the files that it has open.
 //!
-//! A session's files are usable from all of its connections, on whichever worker they landed. The tables here
-//! are shared and locked, and so for the control path only: open, close, and a worker's first use of a
-//! handle. Data path: each worker has its own view of a file ([`crate::worker`]'s cache), and sees by
+//! A session's files are usable from all of its connections, on whichever worker they landed. The table here
+//! is shared and locked, and so for the control path only: open, close, and a worker's first use of a handle.
+//! Data path: each worker has its own view of a file ([`crate::worker`]'s cache), and sees by
 //! [`OpenFile::is_closed`] that another worker closed it.
 //!
-//! A session lives as long as it has connections. When the last one goes its files close.
+//! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::file_identity::FileIdentity;
 use crate::handles::Handles;
-use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, QueuePairPermit, Who};
+use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, Who};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
@@ -128,6 +125,17 @@ pub enum NotReopened {
 }
 
 impl Session {
+    /// A session of a client, which its address counts: see [`Limits::begin_session`].
+    pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
+        let (files, account) = (Mutex::default(), Account::default());
+        Self { id, identity, files, account, address, limits }
+    }
+
+    /// The same, whose files have handles that begin with this generation.
+    pub fn with_first_generation(self, first_generation: u32) -> Self {
+        Self { files: Mutex::new(Handles::new(first_generation)), ..self }
+    }
+
     /// Enters a file under a new handle, on behalf of a connection from an address. The error says why it
     /// gets none.
     pub fn insert(&self, file: Arc<OpenFile>, address: &AddressAccount) -> Result<FileHandle, Excess> {
@@ -202,7 +210,9 @@ impl Session {
         Some(closed)
     }
 
-    fn close_all(&self) -> Vec<ClosedFile> {
+    /// The session has ended. Returns the files that it had.
+    pub fn end(&self) -> Vec<ClosedFile> {
+        self.limits.end_session(&self.address);
         let files = std::mem::take(&mut *lock(&self.files));
         files.into_files().inspect(|(file, _)| self.forget(file)).collect()
     }
@@ -213,100 +223,6 @@ impl Session {
     }
 }
 
-/// All sessions of the server.
-#[derive(Debug)]
-pub struct Sessions {
-    by_id: Mutex<HashMap<SessionId, Joined>>,
-    sessions_max: usize,
-    limits: Arc<Limits>,
-    /// See [`Handles::new`].
-    first_generation: u32,
-}
-
-#[derive(Debug)]
-struct Joined {
-    session: Arc<Session>,
-    /// How many workers have connections of it.
-    workers: usize,
-}
-
-impl Sessions {
-    /// See [`Limits::queue_pair`].
-    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPermit, String> {
-        self.limits.queue_pair(address, bytes)
-    }
-
-    /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what
-    /// `limits` allows them.
-    pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
-        Self { by_id: Mutex::default(), sessions_max, limits, first_generation: 1 }
-    }
-
-    /// The same, whose files have handles that begin with this generation.
-    pub fn with_first_generation(self, first_generation: u32) -> Self {
-        Self { first_generation, ..self }
-    }
-
-    /// A worker has got its first connection of this session, of this client, from an address. The error says
-    /// why there may not be one more.
-    pub fn join(
-        &self,
-        id: SessionId,
-        identity: &Identity,
-        address: &AddressAccount,
-    ) -> Result<Arc<Session>, Excess> {
-        let mut by_id = lock(&self.by_id);
-        let used = by_id.len();
-        let joined = match by_id.entry(id) {
-            Entry::Occupied(joined) => joined.into_mut(),
-            Entry::Vacant(vacant) => {
-                self.limits.begin_session(used, self.sessions_max, address)?;
-                let session = Session {
-                    id,
-                    identity: identity.clone(),
-                    files: Mutex::new(Handles::new(self.first_generation)),
-                    account: Account::default(),
-                    address: address.clone(),
-                    limits: Arc::clone(&self.limits),
-                };
-                vacant.insert(Joined { session: Arc::new(session), workers: 0 })
-            }
-        };
-        joined.workers += 1;
-        Ok(Arc::clone(&joined.session))
-    }
-
-    /// A worker's last connection of this session has gone. Returns the files to be closed if no worker has
-    /// any more.
-    pub fn leave(&self, session: &Session) -> Vec<ClosedFile> {
-        let mut by_id = lock(&self.by_id);
-        let Some(joined) = by_id.get_mut(&session.id) else { return Vec::new() };
-        joined.workers -= 1;
-        if joined.workers > 0 {
-            return Vec::new();
-        }
-        by_id.remove(&session.id);
-        self.limits.end_session(&session.address);
-        drop(by_id);
-        session.close_all()
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        lock(&self.by_id).len()
-    }
-
-    /// Whether their requests are counted.
-    pub fn count_requests(&self) -> bool {
-        self.limits.counts_requests()
-    }
-
-    /// Open files of all of them.
-    pub fn open_files(&self) -> usize {
-        self.limits.files()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -314,18 +230,11 @@ mod tests {
     use crate::tuning::limits::RESERVE;
     use crate::volume::Null;
 
-    fn sessions(sessions_max: usize, files_max: usize) -> Sessions {
-        Sessions::new(sessions_max, limits(files_max))
-    }
-
-    fn limits(files: usize) -> Arc<Limits> {
+    fn session(files: usize) -> Session {
         let room = Room { descriptors: 1000, files, bytes: 1 << 30, workers: 1 };
-        Limits::new(room, Caps::default(), Caps::default())
-    }
-
-    /// A client's first connection of the session with this number.
-    fn join(sessions: &Sessions, number: u8) -> Result<Arc<Session>, Excess> {
-        sessions.join(SessionId([number; 16]), &Identity::Anonymous, &None)
+        let limits = Limits::new(room, Caps::default(), Caps::default());
+        limits.begin_session(0, 1, &None).unwrap();
+        Session::new(SessionId([1; 16]), Identity::Anonymous, None, limits)
     }
 
     fn null() -> Arc<OpenFile> {
@@ -334,8 +243,7 @@ mod tests {
 
     #[test]
     fn a_handle_does_not_outlive_its_close() {
-        let sessions = sessions(9, 10);
-        let session = join(&sessions, 1).unwrap();
+        let session = session(10);
         let first = session.insert(null(), &None).unwrap();
         assert_ne!(first.0, 0);
         assert!(session.get(first).is_some());
@@ -349,8 +257,7 @@ mod tests {
 
     #[test]
     fn a_file_is_reopened_once_and_counts_as_an_open_one() {
-        let sessions = sessions(9, 10);
-        let session = join(&sessions, 1).unwrap();
+        let session = session(10);
         let known = |n: u8, write| {
             let file = OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write }, 0);
             Arc::new(file.known_as([n; 16], FileVerifier::default()))
@@ -359,64 +266,17 @@ mod tests {
         let first = session.reopen(handle, known(1, true), &None).unwrap();
         let again = session.reopen(handle, known(1, true), &None).unwrap();
         assert!(Arc::ptr_eq(&first, &again) && Arc::ptr_eq(&first, &session.get(handle).unwrap()));
-        assert_eq!(sessions.open_files(), 1);
+        assert_eq!(session.limits.files(), 1);
         for other in [known(2, true), known(1, false)] {
             let error = session.reopen(handle, other, &None).unwrap_err();
             assert!(matches!(error, NotReopened::Taken));
         }
         assert!(session.close(handle).is_some() && first.is_closed());
-        assert_eq!(sessions.open_files(), 0);
+        assert_eq!(session.limits.files(), 0);
         let handles = |n| FileHandle(1 << 20 | n);
         let open = (0..).take_while(|&n| session.reopen(handles(n), known(3, true), &None).is_ok()).count();
         assert!((10..10 + RESERVE).contains(&open), "{open}");
         let error = session.reopen(handles(open as u32), known(3, true), &None).unwrap_err();
         assert!(matches!(error, NotReopened::Excess(_)));
-    }
-
-    #[test]
-    fn a_session_ends_with_its_last_connection_and_closes_its_files() {
-        let sessions = sessions(9, 10);
-        let session = join(&sessions, 1).unwrap();
-        assert!(Arc::ptr_eq(&session, &join(&sessions, 1).unwrap()));
-        let file = null();
-        let handle = session.insert(Arc::clone(&file), &None).unwrap();
-        assert!(sessions.leave(&session).is_empty());
-        assert!(!file.is_closed());
-        assert_eq!((sessions.len(), sessions.open_files()), (1, 1));
-        assert_eq!(sessions.leave(&session).len(), 1);
-        assert!(file.is_closed() && session.get(handle).is_none());
-        assert_eq!((sessions.len(), sessions.open_files()), (0, 0));
-    }
-
-    #[test]
-    fn sessions_do_not_see_each_others_files() {
-        let sessions = sessions(9, 10);
-        let handle = join(&sessions, 1).unwrap().insert(null(), &None).unwrap();
-        assert!(join(&sessions, 2).unwrap().get(handle).is_none());
-    }
-
-    #[test]
-    fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
-        let sessions = sessions(1, 9);
-        let session = join(&sessions, 1).unwrap();
-        assert!(join(&sessions, 2).is_err());
-        assert!(join(&sessions, 1).is_ok());
-        sessions.leave(&session);
-        assert!(join(&sessions, 2).is_err());
-        sessions.leave(&session);
-        assert!(join(&sessions, 2).is_ok());
-    }
-
-    #[test]
-    fn sessions_cannot_have_more_files_than_they_may_together() {
-        let sessions = sessions(9, 2);
-        let (session, other) = (join(&sessions, 1).unwrap(), join(&sessions, 2).unwrap());
-        let first = session.insert(null(), &None).unwrap();
-        while session.insert(null(), &None).is_ok() {}
-        let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
-        assert!(theirs > 0 && sessions.open_files() < 2 + RESERVE);
-        while join(&sessions, 3).is_ok_and(|third| third.insert(null(), &None).is_ok()) {}
-        session.close(first).unwrap();
-        assert!(join(&sessions, 4).unwrap().insert(null(), &None).is_ok());
     }
 }

@@ -34,8 +34,9 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 20] = [
+const REASONS: [&str; 21] = [
     "finished",
+    "goodbye",
     "lost",
     "local",
     "rejected",
@@ -214,6 +215,29 @@ impl Counters {
     }
 }
 
+/// What has happened to channels, and how many there are, for the statistics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ChannelCounts {
+    /// Connections that have taken the place of one before.
+    pub resumed: u64,
+    /// Connections that were closed because another one took their place, or their session was given up.
+    pub fenced: u64,
+    /// Connections that were rejected because a newer one had come.
+    pub stale: u64,
+    /// Channels that were forgotten because nobody came back in time ...
+    pub expired: u64,
+    /// ... because too many were parked ...
+    pub evicted_channels: u64,
+    /// ... and sessions, because others wanted to begin one.
+    pub evicted_sessions: u64,
+    /// Channels without a connection now.
+    pub parked: usize,
+    /// Sessions without one now.
+    pub lingering: usize,
+    /// Requests that execute now and must not run twice, whose connection has ended.
+    pub orphans: usize,
+}
+
 /// What only the whole server knows.
 #[derive(Debug)]
 pub struct Whole<'a> {
@@ -225,6 +249,8 @@ pub struct Whole<'a> {
     pub rejected_by_address: u64,
     /// Sessions now.
     pub sessions: usize,
+    /// What has happened to their channels.
+    pub channels: ChannelCounts,
     /// Files that they have open.
     pub open_files: usize,
     /// Connections for data that each worker has.
@@ -277,6 +303,22 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
             ("session_connections", sum(|c| &c.rejected_connections)),
             ("session_files", sum(|c| &c.rejected_files[Who::Session as usize])),
             ("session_requests", sum(|c| &c.rejected_requests[Who::Session as usize])),
+        ]
+        .into_iter(),
+    );
+    let channels = &whole.channels;
+    object(
+        "channels",
+        &mut [
+            ("resumed", channels.resumed),
+            ("fenced", channels.fenced),
+            ("stale", channels.stale),
+            ("expired", channels.expired),
+            ("evicted_channels", channels.evicted_channels),
+            ("evicted_sessions", channels.evicted_sessions),
+            ("parked", channels.parked as u64),
+            ("lingering_sessions", channels.lingering as u64),
+            ("orphans", channels.orphans as u64),
         ]
         .into_iter(),
     );
@@ -417,6 +459,7 @@ mod tests {
             accepted: 3,
             rejected_by_address: 4,
             sessions: 1,
+            channels: ChannelCounts { stale: 5, ..ChannelCounts::default() },
             open_files: 2,
             data_connections: &[4, 5],
             exports: &["a", "b\""],
@@ -425,6 +468,7 @@ mod tests {
         assert!(json.starts_with('{') && json.ends_with("}]}") && !json.contains('\n'));
         for part in [
             "\"read_bytes\":10",
+            "\"stale\":5",
             "\"iteration_bytes_max\":7",
             "\"cancel\":2",
             "\"stalled\":2",
@@ -486,6 +530,7 @@ mod tests {
         ];
         let reasons = [
             CloseReason::Finished,
+            CloseReason::Goodbye,
             CloseReason::Lost(0),
             CloseReason::Local,
             CloseReason::Rejected,

@@ -35,6 +35,11 @@ pub mod options {
     pub const STALL_TIMEOUT_DEFAULT: u64 = 2;
     /// ... and its most: a day.
     pub const STALL_TIMEOUT_MAX: u64 = 86_400;
+    /// Seconds of `--linger`: as long as a client tries to connect again (60 s), and 30 s because the server may
+    /// have noticed before it that the connection has broken. Not measured.
+    pub const LINGER_DEFAULT: u64 = 90;
+    /// ... and its most: a day.
+    pub const LINGER_MAX: u64 = 86_400;
     /// Sessions of `--max-sessions` at most: more than a process can have open files.
     pub const SESSIONS_MAX: usize = 1 << 24;
 }
@@ -164,6 +169,21 @@ pub mod pool {
     /// A lane whose turn it is, and for which no thread could be started for this long, rejects the jobs that
     /// wait in it: as long as others' retries go on before anybody looks into it. Not measured.
     pub const START_TIMEOUT: Duration = Duration::from_secs(5);
+}
+
+/// Channels, and the connections that take the place of broken ones. None is measured.
+pub mod channels {
+    use std::time::Duration;
+
+    /// Bytes that a channel without a connection takes, what it has recorded not counted: rounded up from its
+    /// structs and its part of a session's.
+    pub const PARKED_BYTES: usize = 1 << 10;
+    /// One part in so many of the memory for connections and files is for such channels: half of the
+    /// connections may break at the same time.
+    pub const PARKED_PART: usize = 4;
+    /// A connection that waits for so long until nothing of those before it can happen is worth a line in the
+    /// log.
+    pub const FENCE_LOGGED_AFTER: Duration = Duration::from_secs(5);
 }
 
 /// What sessions, connections and files take, and what is in reserve: [`crate::limits`].

@@ -13,8 +13,9 @@
 //! | [`latencies`], [`tracer`] | how long requests take, and what becomes of each |
 //!
 //! The worker connects them: [`command`] takes a request in, [`fast_path`] answers it on arrival or
-//! [`pipeline`] moves it along, and [`lifecycle`] is how connections begin and end. Nothing here is shared
-//! with other threads but [`Shared`], which is for the control path.
+//! [`pipeline`] moves it along, [`lifecycle`] is how connections begin and end, and [`fence`] how one takes
+//! the place of another. Nothing here is shared with other threads but [`Shared`], which is for the control
+//! path.
 
 pub mod admission;
 mod command;
@@ -23,6 +24,7 @@ mod device_queues;
 #[cfg(any(test, feature = "test-worker"))]
 pub mod driven;
 mod fast_path;
+mod fence;
 #[cfg(debug_assertions)]
 mod filter;
 mod latencies;
@@ -34,7 +36,7 @@ mod requests;
 mod tests;
 mod tracer;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
@@ -57,14 +59,15 @@ use crate::limits::ConnectionPermit;
 use crate::log::log_client;
 use crate::placement::Placement;
 use crate::request::State;
-use crate::session::Sessions;
+use crate::sessions::{ConnectionName, Sessions};
 use crate::stats::Counters;
 use crate::trace::Trace;
 use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
 use crate::tuning::statistics::PUBLISHED_EVERY;
 use admission::Admission;
-use connections::{Arrival, Connections};
+use connections::{Arrival, Connections, Standing};
 use device_queues::DeviceQueues;
+use fence::Orphan;
 use latencies::Latencies;
 use local_sessions::LocalSessions;
 use requests::Requests;
@@ -73,8 +76,12 @@ use tracer::Tracer;
 /// The owner numbers of the transports' operations.
 const TCP: u8 = 0;
 const RDMA: u8 = 1;
-/// The owner number of the worker's own timers.
+/// The owner number of the worker's own timers. Most only wake it.
 const TIMER: Token = Token { owner: 0xff, value: 0 };
+/// Channels may have expired.
+const EXPIRY: Token = Token { owner: 0xff, value: 1 };
+/// A connection may have waited for long.
+const FENCE_CHECK: Token = Token { owner: 0xff, value: 2 };
 
 /// What all workers share.
 #[derive(Debug)]
@@ -114,6 +121,7 @@ impl Shared {
             queue_depth: config.queue_depth,
             data_bytes_max: config.io_bytes_max,
             stall_timeout: config.stall_timeout,
+            linger: config.linger,
             name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
             ..Policy::default()
         };
@@ -177,6 +185,10 @@ pub enum Mail {
         /// Which.
         handle: FileHandle,
     },
+    /// Another connection has taken the place of this one: close it.
+    Fence(ConnectionName),
+    /// What this connection waited for may be over.
+    Settle(ConnectionName),
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -215,6 +227,12 @@ pub struct Worker {
     unpublished: u32,
     /// Files that are being closed for nobody: their session has ended.
     closing: usize,
+    /// Requests that their connections have left behind, by their keys.
+    orphans: HashMap<usize, Orphan>,
+    /// Connections that have joined a session so far.
+    joined: u64,
+    /// The earliest time for which there is a timer for [`EXPIRY`].
+    expires: Option<Instant>,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
     /// An option limits the requests of a session or an address.
@@ -349,6 +367,9 @@ impl Worker {
             latencies: Latencies::default(),
             unpublished: 0,
             closing: 0,
+            orphans: HashMap::new(),
+            joined: 0,
+            expires: None,
             deferred: VecDeque::new(),
             events: Vec::new(),
             handed_over: false,
@@ -404,11 +425,20 @@ impl Worker {
         self.is_busy = happened.context("The event loop failed")?;
         // Usually empty; draining an empty vector costs 22 instructions.
         if !self.events.is_empty() {
+            let (mut may_expire, mut is_late) = (false, false);
             for event in self.events.drain(..) {
-                // The others are the worker's timers, which only wake it.
                 if event.token.owner == engine::OWNER {
                     self.engine.handle(event);
+                } else {
+                    may_expire |= event.token == EXPIRY;
+                    is_late |= event.token == FENCE_CHECK;
                 }
+            }
+            if may_expire {
+                self.expire();
+            }
+            if is_late {
+                self.log_late_fences();
             }
         }
         Ok(())
@@ -425,6 +455,8 @@ impl Worker {
             self.is_busy = true;
             match mail {
                 Mail::Forget { session, handle } => self.sessions.forget(session, handle),
+                Mail::Fence(connection) => self.close_fenced(connection),
+                Mail::Settle(connection) => self.settle(connection),
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;
@@ -502,10 +534,11 @@ impl Worker {
     }
 
     fn take_request(&mut self, request: &transport::Request) {
-        if let Some(connection) = self.connections.key(request.key.connection)
-            && self.connections[connection].violation.is_none()
-        {
-            self.command(connection, request);
+        let Some(connection) = self.connections.key(request.key.connection) else { return };
+        match self.connections[connection].standing {
+            Standing::Settled => self.command(connection, request),
+            Standing::Waiting => self.command_while_waiting(connection, request),
+            Standing::Closing(_) => {}
         }
     }
 

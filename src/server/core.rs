@@ -56,6 +56,8 @@ pub(crate) struct ConnectionCore<R> {
     clock: Clock,
     /// Its pongs have them.
     pong_time: bool,
+    /// It is of a channel, which ends with the peer's goaway.
+    has_channel: bool,
     /// The most requests in flight.
     credits: usize,
     pub in_flight: InFlight<R>,
@@ -77,6 +79,7 @@ impl<R> ConnectionCore<R> {
             limits: Limits { crc: false, data_bytes_max: 0, pong_time: false },
             clock: policy.clock,
             pong_time: false,
+            has_channel: false,
             credits: 0,
             in_flight: InFlight::default(),
             keepalive: Duration::ZERO,
@@ -113,6 +116,7 @@ impl<R> ConnectionCore<R> {
         self.phase = Phase::Open;
         self.limits = Limits { pong_time: false, ..peer.grant.limits() };
         self.pong_time = peer.grant.pong_time();
+        self.has_channel = peer.channel.is_some();
         self.credits = peer.grant.credits() as usize;
         self.keepalive = peer.keepalive;
         self.is_heard = true;
@@ -147,6 +151,9 @@ impl<R> ConnectionCore<R> {
         match message {
             Message::Ping(id) => Ok(Control::Pong(*id)),
             Message::Pong(..) => Ok(Control::Ignore),
+            Message::Goaway(status, _) if self.is_open() && self.has_channel && status.is_ok() => {
+                Ok(Control::Closed(CloseReason::Goodbye))
+            }
             Message::Goaway(status, _) => Ok(Control::Closed(self.ended_by(*status))),
             Message::Request(..) => Err(Violation::Kind(Kind::Request as u8)),
             Message::Response(..) => Err(Violation::Kind(Kind::Response as u8)),
@@ -232,7 +239,7 @@ pub(super) fn words_for(violation: Violation) -> Option<(Status, String)> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::handshake::Offer;
+    use crate::handshake::{ChannelOffer, Offer};
     use crate::message::Parsed;
 
     /// A client that was granted this queue depth.
@@ -335,6 +342,22 @@ pub(crate) mod tests {
         run.core.admit(1, ()).unwrap();
         assert_eq!(run.core.ended_by(Status::OK), CloseReason::Lost(0));
         assert_eq!(Run::new().core.ended_by(Status::OK), CloseReason::Lost(0), "no handshake");
+    }
+
+    #[test]
+    fn a_goaway_without_an_error_ends_a_channel_whatever_is_in_flight() {
+        let mut run = Run::new();
+        let clock = run.clock(0);
+        let channel = ChannelOffer { number: 1, epoch: 1, linger: Duration::ZERO };
+        run.core.open(&Peer { channel: Some(channel), ..peer(2) }, &clock);
+        run.core.admit(1, ()).unwrap();
+        let goaway = |status| Message::Goaway(status, &[]);
+        assert_eq!(run.core.on_control(&goaway(Status::OK)), Ok(Control::Closed(CloseReason::Goodbye)));
+        let lost = Ok(Control::Closed(CloseReason::Lost(libc::EPROTO)));
+        assert_eq!(run.core.on_control(&goaway(Status::protocol(libc::EPROTO))), lost);
+        let run = Run::open(Duration::ZERO);
+        let finished = Ok(Control::Closed(CloseReason::Finished));
+        assert_eq!(run.core.on_control(&goaway(Status::OK)), finished, "it has no channel");
     }
 
     #[test]

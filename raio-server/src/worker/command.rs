@@ -23,7 +23,7 @@ use crate::limits::Excess;
 use crate::log::log_client;
 use crate::open::{OpenResult, Opened, Opening, Reopens, another_file};
 use crate::rejection::{EscapedPath, Rejection};
-use crate::request::{Work, WorkerFile, failure, status_of, success};
+use crate::request::{Work, WorkerFile, cancelled, failure, status_of};
 use crate::session::{Access, NotReopened, OpenFile};
 use crate::syscalls::FileInfo;
 
@@ -48,7 +48,16 @@ impl Worker {
         }
         let session = self.connections[connection].session;
         let work = match command {
-            Command::Open { flags, mode, path } => self.open(connection, flags, mode, path, None),
+            Command::Open { flags, mode, path } => {
+                if !self.has_slot(connection, request.key.id) {
+                    return self.violate(connection, Violation::RequestId);
+                }
+                let work = self.open(connection, flags, mode, path, None);
+                if let Err(response) = &work {
+                    self.record_outcome(connection, request.key.id, false, response);
+                }
+                work
+            }
             Command::Reopen { flags, file, identity, path } => {
                 self.reopen(connection, flags, Reopens { handle: file, identity }, path)
             }
@@ -67,16 +76,16 @@ impl Worker {
                 }
                 None => Err(unknown_handle()),
             },
-            Command::Outcome { .. } => {
-                let text = "This server does not resume connections. Connect anew.";
-                Err(failure(Status::policy(libc::EOPNOTSUPP), text))
-            }
+            Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
             Command::Stat(file)
             | Command::Write { file, .. }
             | Command::Fsync { file, .. }
             | Command::Discard { file, .. }
             | Command::WriteZeroes { file, .. }
             | Command::Allocate { file, .. } => match self.sessions.file(session, file) {
+                _ if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) => {
+                    return self.violate(connection, Violation::RequestId);
+                }
                 Some(file) => authorize::work(&command, file),
                 None => Err(unknown_handle()),
             },
@@ -92,7 +101,7 @@ impl Worker {
     }
 
     /// Answers a request in the iteration that has taken it in.
-    fn respond_now(&mut self, name: RequestKey, opcode: Opcode, response: Response) {
+    pub(super) fn respond_now(&mut self, name: RequestKey, opcode: Opcode, response: Response) {
         let arrived = self.arrived(opcode);
         self.respond(name, opcode, arrived, response);
     }
@@ -183,8 +192,9 @@ impl Worker {
                 };
                 self.give_handle(connection, file, info, reopens)
             }
-            // Nobody waits for it any more.
-            (Ok(_), None) => success(0),
+            (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
+            // Whoever has the lease was asked to give it up, and nothing else was done.
+            (Err(Rejection { status: Status { errno: libc::EAGAIN, .. }, .. }), None) => cancelled(),
             (Err(rejection), connection) => self.open_rejected(connection, rejection),
         };
         self.answer(key, response);

@@ -4,13 +4,17 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
+use std::time::Duration;
 
 use raio_transport::Violation;
 use raio_transport::transport::ConnectionId;
 use slab::Slab;
 
+use super::fence::Fencing;
+use crate::channel::Outcomes;
 use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
+use crate::sessions::{ConnectionName, Member};
 
 /// What is known of a connection from the first.
 #[derive(Debug)]
@@ -19,6 +23,17 @@ pub struct Arrival {
     pub permit: Arc<ConnectionPermit>,
     /// Where its client is, if that is known.
     pub peer: Option<SocketAddr>,
+}
+
+/// Whether the requests of a connection may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// They may.
+    Settled,
+    /// Not yet: something that came before may still happen.
+    Waiting,
+    /// No more: it is closing, because its client did something wrong if that is told.
+    Closing(Option<Violation>),
 }
 
 /// A connection that has finished its handshake.
@@ -30,8 +45,21 @@ pub struct Connection {
     pub arrival: Arrival,
     /// Its session's key.
     pub session: usize,
-    /// What its client did wrong: it is closing.
-    pub violation: Option<Violation>,
+    /// What it is to its session and its channel.
+    pub member: Member,
+    /// Whether its requests may run.
+    pub standing: Standing,
+    /// What it waits for.
+    pub fencing: Option<Box<Fencing>>,
+    /// How its recorded requests have ended, and those of the connections before it. None if it has no
+    /// channel, or waits.
+    pub outcomes: Option<Outcomes>,
+    /// What has become of requests of the connections before it is known.
+    pub knows_earlier: bool,
+    /// How long its channel is kept when it has ended.
+    pub linger: Duration,
+    /// The most requests that it may have outstanding, one for control messages not counted.
+    pub queue_depth: u32,
     /// It is counted in [`crate::placement`].
     pub has_data: bool,
     /// What the client calls itself.
@@ -76,6 +104,16 @@ impl Connections {
     /// Takes out a connection that has not opened: it has ended, or opens now, or goes to another worker.
     pub fn take_arriving(&mut self, id: ConnectionId) -> Option<Arrival> {
         self.arriving.remove(&id)
+    }
+
+    /// The key that the next connection will have.
+    pub fn next_key(&self) -> usize {
+        self.open.vacant_key()
+    }
+
+    /// The key of the open connection with this name.
+    pub fn named(&self, name: ConnectionName) -> Option<usize> {
+        self.open.get(name.key).filter(|found| found.member.name == name).map(|_| name.key)
     }
 
     /// A connection has opened. Returns its key.
@@ -153,8 +191,13 @@ impl IndexMut<usize> for Connections {
 
 #[cfg(test)]
 mod tests {
+    use raio_transport::handshake::Identity;
+    use raio_transport::message::SessionId;
+
     use super::*;
     use crate::limits::{Caps, Limits, Room};
+    use crate::session::Session;
+    use crate::sessions::ChannelKey;
 
     fn id(index: u32, generation: u32) -> ConnectionId {
         ConnectionId { transport: 0, index, generation }
@@ -168,13 +211,28 @@ mod tests {
         permit
     }
 
+    fn member(serial: u64) -> Member {
+        let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 1 };
+        let limits = Limits::new(room, Caps::default(), Caps::default());
+        let session = Session::new(SessionId([1; 16]), Identity::Anonymous, None, limits);
+        let name = ConnectionName { worker: 0, key: serial as usize, serial };
+        Member { session: Arc::new(session), channel: ChannelKey::Unnumbered(name), name }
+    }
+
     fn open(connections: &mut Connections, id: ConnectionId) -> usize {
         let arrival = connections.take_arriving(id).expect("it has arrived");
+        let key = connections.next_key();
         connections.open(Connection {
             id,
             arrival,
             session: 0,
-            violation: None,
+            member: member(key as u64),
+            standing: Standing::Settled,
+            fencing: None,
+            outcomes: None,
+            knows_earlier: true,
+            linger: Duration::ZERO,
+            queue_depth: 128,
             has_data: true,
             name: String::new(),
             client: Client::new(None),

@@ -21,7 +21,7 @@ use crate::export::Exports;
 use crate::limits::{Limits, Room};
 use crate::placement::Placement;
 use crate::pool::Pool;
-use crate::session::Sessions;
+use crate::sessions::Sessions;
 use crate::stats::Counters;
 use raio_transport::sync::lock;
 
@@ -32,6 +32,8 @@ pub struct InUse {
     pub connections: [usize; 2],
     /// Sessions, as the worker has them, and as all workers share them.
     pub sessions: [usize; 2],
+    /// Channels without a connection, and requests that connections have left behind.
+    pub channels: [usize; 2],
     /// Files that have a handle, and files that are being closed.
     pub files: [usize; 2],
     /// Connections, open files and what else the limits count.
@@ -156,6 +158,7 @@ impl TestWorker {
         InUse {
             connections: [worker.transport.connections(), worker.connections.len()],
             sessions: [worker.sessions.len(), sessions.len()],
+            channels: [sessions.channel_counts().parked, worker.orphans.len()],
             files: [sessions.open_files(), worker.closing],
             places: self.limits.places(),
             data_connections: placement.data_connections().iter().sum(),

@@ -1,6 +1,7 @@
 //! How connections and sessions begin and end at a worker.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
@@ -12,13 +13,14 @@ use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use tracing::field::display;
 
-use super::connections::Connection;
+use super::connections::{Connection, Standing};
+use super::fence::{Fencing, Orphan};
 use super::{Mail, Worker};
 use crate::client::Client;
-use crate::engine::{self, Closing};
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::request::State;
+use crate::sessions::{ConnectionName, Joined, Refusal, Remains};
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
@@ -30,28 +32,45 @@ impl Worker {
             // they have ended since.
             self.shared.placement.add(self.index);
         }
-        let account = arrival.permit.address();
-        let session = match self.sessions.join(&self.shared.sessions, peer.session, &peer.identity, account) {
-            Ok(session) => session,
-            Err(Excess { text, .. }) => return self.reject(id, address, &peer, &text),
-        };
-        match self.sessions.attach(session, account) {
-            Ok(true) => {
-                log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
+        let account = arrival.permit.address().clone();
+        self.joined += 1;
+        let name =
+            ConnectionName { worker: self.index, key: self.connections.next_key(), serial: self.joined };
+        let now = self.reactor.clock().now();
+        let (joined, effects) = self.shared.sessions.join(&peer, &account, name, now);
+        self.carry_out(effects);
+        let Joined { member, is_new, outcomes, fence } = match joined {
+            Ok(joined) => joined,
+            Err(Refusal::Excess(Excess { text, .. })) => {
+                return self.reject(id, address, &peer, libc::EUSERS, &text);
             }
-            Ok(false) => {}
+            Err(Refusal::Stale(text)) => return self.reject(id, address, &peer, libc::ESTALE, &text),
+        };
+        let session = match self.sessions.attach(&member.session, &account) {
+            Ok(session) => session,
             Err(Excess { text, .. }) => {
                 self.counters.rejected_connections.add(1);
-                self.leave_if_unused(session);
-                return self.reject(id, address, &peer, &text);
+                let remains = Remains { outcomes, fence, executing: 0, linger: peer.grant.linger };
+                let effects = self.shared.sessions.ended(&member, remains, now);
+                self.carry_out(effects);
+                return self.reject(id, address, &peer, libc::EUSERS, &text);
             }
+        };
+        if is_new {
+            log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
         }
         let Some(arrival) = self.connections.take_arriving(id) else { return };
         let key = self.connections.open(Connection {
             id,
             arrival,
             session,
-            violation: None,
+            member,
+            standing: if fence.is_some() { Standing::Waiting } else { Standing::Settled },
+            fencing: fence.map(|fence| Box::new(Fencing::new(fence))),
+            outcomes,
+            knows_earlier: true,
+            linger: peer.grant.linger,
+            queue_depth: peer.grant.queue_depth,
             has_data: !peer.is_control(),
             name: peer.name,
             client: Client::new(self.transport.socket(id)),
@@ -59,8 +78,8 @@ impl Worker {
         self.admission.open(key, session, address.map(|address| address.ip().to_canonical()));
     }
 
-    /// Rejects a client in its handshake: it has, or there are, as many as there may be.
-    fn reject(&mut self, id: ConnectionId, address: Option<SocketAddr>, peer: &Peer, text: &str) {
+    /// Rejects a client in its handshake: there are as many as there may be, or a newer connection has come.
+    fn reject(&mut self, id: ConnectionId, address: Option<SocketAddr>, peer: &Peer, errno: i32, text: &str) {
         if !peer.is_control() {
             self.shared.placement.release(self.index);
         }
@@ -71,7 +90,7 @@ impl Worker {
             name = peer.name,
             "A client was rejected. {text}"
         );
-        self.transport.reject(&mut self.reactor, id, libc::EUSERS, text);
+        self.transport.reject(&mut self.reactor, id, errno, text);
     }
 
     pub(super) fn closed(&mut self, id: ConnectionId, reason: &CloseReason) {
@@ -83,6 +102,7 @@ impl Worker {
             }
             return;
         };
+        let mut executing = 0;
         while let Some(request) = self.requests.oldest(key) {
             if self.tracer.is_on() {
                 let (name, opcode) = (self.requests[request].key, self.requests[request].opcode);
@@ -95,21 +115,28 @@ impl Worker {
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
                 // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests.detach(request);
+                if self.requests[request].work.is_recorded() {
+                    executing += 1;
+                    let Connection { member, arrival, .. } = &self.connections[key];
+                    let account = arrival.permit.address().clone();
+                    self.orphans.insert(request, Orphan { member: member.clone(), account });
+                }
                 self.cancel_operation(request);
             } else {
                 self.end_request(request);
             }
         }
         self.admission.close(key);
-        let connection = self.connections.close(key);
+        let mut connection = self.connections.close(key);
         let peer = connection.peer();
         if connection.has_data {
             self.shared.placement.release(self.index);
         }
-        let violation = connection.violation.or(match reason {
-            CloseReason::Violation(violation) => Some(*violation),
+        let violation = match (connection.standing, reason) {
+            (Standing::Closing(Some(noted)), _) => Some(noted),
+            (_, CloseReason::Violation(violation)) => Some(*violation),
             _ => None,
-        });
+        };
         match violation {
             Some(violation) => {
                 self.counters.close(violation.name());
@@ -156,28 +183,25 @@ impl Worker {
             "A client's connection has ended."
         );
         self.sessions.detach(connection.session);
-        if self.leave_if_unused(connection.session) {
+        let remains = Remains {
+            outcomes: connection.outcomes.take(),
+            fence: connection.fencing.take().map(|fencing| fencing.fence),
+            executing,
+            linger: if *reason == CloseReason::Goodbye { Duration::ZERO } else { connection.linger },
+        };
+        let now = self.reactor.clock().now();
+        let effects = self.shared.sessions.ended(&connection.member, remains, now);
+        let has_ended = effects.ended > 0;
+        self.carry_out(effects);
+        if has_ended {
             log_client!(info, peer, "sessions that ended", name = connection.name, "A session has ended.");
         }
     }
 
-    /// Leaves a session that has no connections here any more. Whether it has none.
-    fn leave_if_unused(&mut self, session: usize) -> bool {
-        let Some(closed) = self.sessions.leave_if_unused(&self.shared.sessions, session) else {
-            return false;
-        };
-        for (file, permit) in closed {
-            let completer = self.engine.completions().completer(engine::DETACHED);
-            file.volume.close(Closing::new(completer, permit));
-            self.closing += 1;
-        }
-        true
-    }
-
     /// Ends a connection whose client broke raio's protocol.
     pub(super) fn violate(&mut self, connection: usize, violation: Violation) {
-        let Connection { id, violation: noted, .. } = &mut self.connections[connection];
-        *noted = Some(violation);
+        let Connection { id, standing, .. } = &mut self.connections[connection];
+        *standing = Standing::Closing(Some(violation));
         let status = Status::protocol(violation.errno());
         self.transport.close(&mut self.reactor, *id, status, &format!("{violation}."));
     }

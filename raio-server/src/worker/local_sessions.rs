@@ -5,7 +5,6 @@ use std::ops::Index;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use slab::Slab;
@@ -13,7 +12,7 @@ use slab::Slab;
 use crate::handles::index_of;
 use crate::limits::{AddressAccount, Excess};
 use crate::request::WorkerFile;
-use crate::session::{ClosedFile, Session, Sessions};
+use crate::session::Session;
 
 /// A session that has connections here.
 #[derive(Debug)]
@@ -41,50 +40,31 @@ impl LocalSessions {
         self.all.len()
     }
 
-    /// The session with this id, for a connection of this client from an address. The error says why there
-    /// may not be one more.
-    pub fn join(
-        &mut self,
-        shared: &Sessions,
-        id: SessionId,
-        identity: &Identity,
-        address: &AddressAccount,
-    ) -> Result<usize, Excess> {
-        if let Some(&key) = self.by_id.get(&id) {
-            return Ok(key);
-        }
-        let session = shared.join(id, identity, address)?;
-        let key =
-            self.all.insert(LocalSession { session, connections: 0, files: Vec::new(), far: HashMap::new() });
-        self.by_id.insert(id, key);
+    /// Another connection of a session opens here, from an address. Returns the session's key; the error
+    /// says why it may not.
+    pub fn attach(&mut self, session: &Arc<Session>, address: &AddressAccount) -> Result<usize, Excess> {
+        session.attach(address)?;
+        let known = self.by_id.get(&session.id).copied();
+        let key = known.filter(|&key| Arc::ptr_eq(&self.all[key].session, session)).unwrap_or_else(|| {
+            let session = Arc::clone(session);
+            self.all.insert(LocalSession { session, connections: 0, files: Vec::new(), far: HashMap::new() })
+        });
+        self.by_id.insert(session.id, key);
+        self.all[key].connections += 1;
         Ok(key)
     }
 
-    /// A connection of it opens. Returns whether it is the first here; the error says why it may not.
-    pub fn attach(&mut self, key: usize, address: &AddressAccount) -> Result<bool, Excess> {
-        let local = &mut self.all[key];
-        local.session.attach(address)?;
-        local.connections += 1;
-        Ok(local.connections == 1)
-    }
-
-    /// One that was attached has ended.
+    /// One that was attached has ended. With the last one here, this worker's view of the session ends.
     pub fn detach(&mut self, key: usize) {
         let local = &mut self.all[key];
         local.session.detach();
         local.connections -= 1;
-    }
-
-    /// Forgets a session that has no connections here (any more). Returns the files to be closed, if it has
-    /// none anywhere; None if it has some here.
-    pub fn leave_if_unused(&mut self, shared: &Sessions, key: usize) -> Option<Vec<ClosedFile>> {
-        if self.all[key].connections > 0 {
-            return None;
+        if local.connections == 0 {
+            let LocalSession { session, .. } = self.all.remove(key);
+            if self.by_id.get(&session.id) == Some(&key) {
+                self.by_id.remove(&session.id);
+            }
         }
-        let LocalSession { session, files, far, .. } = self.all.remove(key);
-        self.by_id.remove(&session.id);
-        drop((files, far));
-        Some(shared.leave(&session))
     }
 
     /// The file with this handle. The first use here of one asks all workers' table, which is locked.
@@ -148,6 +128,8 @@ impl Index<usize> for LocalSessions {
 
 #[cfg(test)]
 mod tests {
+    use raio_transport::handshake::Identity;
+
     use super::*;
     use crate::limits::{Caps, Limits, Room};
     use crate::session::{Access, OpenFile};
@@ -155,19 +137,18 @@ mod tests {
 
     const ID: SessionId = SessionId([1; 16]);
 
-    /// All workers' table, for clients that may have so many connections.
-    fn shared(connections_max: usize) -> Sessions {
+    /// A session that may have so many connections.
+    fn session(connections_max: usize) -> Arc<Session> {
         let room = Room { descriptors: 64, files: 16, bytes: 1 << 20, workers: 2 };
         let caps = Caps { connections: Some(connections_max), ..Caps::default() };
-        Sessions::new(9, Limits::new(room, caps, Caps::default()))
+        let limits = Limits::new(room, caps, Caps::default());
+        Arc::new(Session::new(ID, Identity::Anonymous, None, limits))
     }
 
     #[test]
     fn a_file_whose_handle_its_client_has_chosen_takes_no_more_memory_than_any_other() {
-        let shared = shared(9);
-        let mut sessions = LocalSessions::default();
-        let key = sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap();
-        let session = Arc::clone(&sessions[key].session);
+        let session = session(9);
+        let (mut sessions, key) = worker(&session);
         let near = insert(&session);
         let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
         let far = FileHandle(u32::MAX);
@@ -189,53 +170,47 @@ mod tests {
     }
 
     /// A worker with a connection of the session.
-    fn worker(shared: &Sessions) -> (LocalSessions, usize) {
+    fn worker(session: &Arc<Session>) -> (LocalSessions, usize) {
         let mut sessions = LocalSessions::default();
-        let key = sessions.join(shared, ID, &Identity::Anonymous, &None).unwrap();
-        assert!(sessions.attach(key, &None).unwrap(), "it is the first");
+        let key = sessions.attach(session, &None).unwrap();
         (sessions, key)
     }
 
     #[test]
-    fn a_session_is_joined_once_and_left_with_its_last_connection() {
-        let shared = shared(9);
-        let (mut sessions, key) = worker(&shared);
-        assert_eq!(sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap(), key);
-        assert!(!sessions.attach(key, &None).unwrap());
-        insert(&sessions[key].session);
+    fn a_workers_view_of_a_session_lasts_from_its_first_connection_there_to_its_last() {
+        let session = session(9);
+        let (mut sessions, key) = worker(&session);
+        assert_eq!(sessions.attach(&session, &None).unwrap(), key);
         sessions.detach(key);
-        assert!(sessions.leave_if_unused(&shared, key).is_none());
+        assert_eq!(sessions.len(), 1);
         sessions.detach(key);
-        assert_eq!(sessions.leave_if_unused(&shared, key).unwrap().len(), 1, "its file is to be closed");
-        assert_eq!(shared.len(), 0);
+        assert_eq!((sessions.len(), Arc::strong_count(&session)), (0, 1));
     }
 
     #[test]
-    fn its_files_stay_open_as_long_as_another_worker_has_a_connection_of_it() {
-        let shared = shared(9);
-        let ((mut here, key), (mut there, other)) = (worker(&shared), worker(&shared));
-        let handle = insert(&here[key].session);
-        here.detach(key);
-        assert!(here.leave_if_unused(&shared, key).unwrap().is_empty());
-        assert!(there.file(other, handle).is_some());
-        there.detach(other);
-        assert_eq!(there.leave_if_unused(&shared, other).unwrap().len(), 1);
+    fn a_session_that_has_the_id_of_one_that_ended_has_none_of_its_files() {
+        let (old, new) = (session(9), session(9));
+        let (mut sessions, old_key) = worker(&old);
+        let handle = insert(&old);
+        assert!(sessions.file(old_key, handle).is_some());
+        let new_key = sessions.attach(&new, &None).unwrap();
+        assert!(sessions.file(new_key, handle).is_none());
+        sessions.detach(old_key);
+        assert_eq!(sessions.attach(&new, &None).unwrap(), new_key);
     }
 
     #[test]
-    fn a_connection_too_many_does_not_keep_its_session() {
-        let shared = shared(0);
+    fn a_connection_too_many_leaves_nothing_behind() {
+        let session = session(0);
         let mut sessions = LocalSessions::default();
-        let key = sessions.join(&shared, ID, &Identity::Anonymous, &None).unwrap();
-        assert!(sessions.attach(key, &None).is_err());
-        assert!(sessions.leave_if_unused(&shared, key).unwrap().is_empty());
-        assert_eq!(shared.len(), 0);
+        assert!(sessions.attach(&session, &None).is_err());
+        assert_eq!((sessions.len(), Arc::strong_count(&session)), (0, 1));
     }
 
     #[test]
     fn a_workers_view_of_a_file_is_kept_until_the_file_is_closed_by_whichever_worker() {
-        let shared = shared(9);
-        let ((mut here, key), (there, other)) = (worker(&shared), worker(&shared));
+        let session = session(9);
+        let ((mut here, key), (there, other)) = (worker(&session), worker(&session));
         let handle = insert(&there[other].session);
         let file = here.file(key, handle).unwrap();
         assert!(Rc::ptr_eq(&file, &here.file(key, handle).unwrap()));

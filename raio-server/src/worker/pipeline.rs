@@ -17,7 +17,7 @@ use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
 use crate::open::{OpenResult, Opening};
-use crate::request::{State, Step, Work, WorkerFile, failure, success};
+use crate::request::{State, Step, Work, WorkerFile, cancelled, failure, success};
 use crate::volume::Context;
 
 impl Worker {
@@ -255,7 +255,10 @@ impl Worker {
         }
         match request.work.completed(completion) {
             Step::Done(response) => self.ended(key, response),
-            Step::Again(_) if !self.has_client(key) => self.ended(key, cancelled()),
+            Step::Again(_) if !self.has_client(key) => {
+                let response = self.requests[key].work.abandoned();
+                self.ended(key, response);
+            }
             Step::Again(operation) => self.submit(key, operation, false),
             Step::Blocking(operation) => self.submit(key, operation, true),
         }
@@ -305,10 +308,15 @@ impl Worker {
         let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
         let cancel_request = request.cancel_request.take();
         let request = &self.requests[key];
-        let Some(connection) = request.connection else { return self.end_request(key) };
+        let Some(connection) = request.connection else { return self.orphan_ended(key, &response) };
         if self.counts_requests {
             self.uncount_request(connection, &request.work);
         }
+        if request.work.is_recorded() {
+            let is_cancelled = request.is_cancelled;
+            self.record_outcome(connection, name.id, is_cancelled, &response);
+        }
+        let request = &self.requests[key];
         self.count_work(request.work.export(), request.work.direction(), response.status, response.result);
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
@@ -399,8 +407,4 @@ pub(super) fn unsent_bytes<'a>(
     connections: &'a Connections,
 ) -> impl Fn(usize) -> usize + Copy + 'a {
     |connection| transport.unsent_bytes(connections[connection].id)
-}
-
-fn cancelled() -> Response {
-    failure(Status::storage(libc::ECANCELED), "The request was cancelled.")
 }

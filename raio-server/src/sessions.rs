@@ -1,0 +1,777 @@
+//! All sessions: clients by their uuid, and the channels of each.
+//!
+//! A session lives as long as it has channels. A connection without one counts as a channel that nobody comes
+//! back to. What happens to a channel is decided in [`crate::channel`]; here is who is told of it. All of it
+//! is under one lock, which is taken when a connection says hello, when it ends, and when a request ends that
+//! it has left behind.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use raio_transport::error::Status;
+use raio_transport::handshake::Peer;
+use raio_transport::message::SessionId;
+use raio_transport::sync::lock;
+
+use crate::channel::{Channel, Outcomes};
+use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
+use crate::session::{ClosedFile, Session};
+use crate::stats::ChannelCounts;
+use crate::tuning::channels::PARKED_BYTES;
+
+/// A connection of the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ConnectionName {
+    /// Its worker.
+    pub worker: usize,
+    /// Its key there ...
+    pub key: usize,
+    /// ... and a number that no other connection of the worker has had.
+    pub serial: u64,
+}
+
+/// Which channel of its session it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ChannelKey {
+    /// By its number.
+    Numbered(u32),
+    /// That of a connection which has none.
+    Unnumbered(ConnectionName),
+}
+
+/// What is to be done because of what has happened to a channel.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Effects {
+    /// Connections that are to be closed: another one has taken their place.
+    pub close: Vec<ConnectionName>,
+    /// Connections that may be settled now: [`Sessions::settle`].
+    pub wake: Vec<ConnectionName>,
+    /// Files that are to be closed: their session has ended.
+    pub files: Vec<ClosedFile>,
+    /// Sessions that have ended.
+    pub ended: usize,
+    /// When [`Sessions::expire`] is due, if a channel was parked.
+    pub expires: Option<Instant>,
+}
+
+/// Why a connection may not join.
+#[derive(Debug)]
+pub enum Refusal {
+    /// There are as many sessions as there may be.
+    Excess(Excess),
+    /// A connection that is newer, or its client, has made it obsolete: for the client.
+    Stale(String),
+}
+
+/// A connection as its session knows it.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its session.
+    pub session: Arc<Session>,
+    /// Its channel.
+    pub channel: ChannelKey,
+    /// Its name.
+    pub name: ConnectionName,
+}
+
+/// What a connection that has ended leaves behind.
+#[derive(Debug)]
+pub struct Remains {
+    /// What it has recorded, if it was settled.
+    pub outcomes: Option<Outcomes>,
+    /// What it waited for, if it was not.
+    pub fence: Option<Fence>,
+    /// Recorded requests that execute.
+    pub executing: usize,
+    /// How long its channel is kept; zero if nobody will come back.
+    pub linger: Duration,
+}
+
+/// What a connection must wait for before its requests may run.
+#[derive(Debug)]
+pub struct Fence {
+    /// The channel is that of the connections before it. If not, nothing is known of their requests.
+    pub is_known: bool,
+    /// Sessions of its client that had been given up, and were not over.
+    superseded: Vec<Arc<Session>>,
+}
+
+/// What a connection still waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unsettled {
+    /// Connections of its channel that have not ended.
+    pub connections: usize,
+    /// Requests of those that have, which execute.
+    pub orphans: usize,
+    /// Sessions that it has superseded.
+    pub sessions: usize,
+}
+
+/// A connection that has joined.
+#[derive(Debug)]
+pub struct Joined {
+    /// Who it is.
+    pub member: Member,
+    /// It is the session's first connection.
+    pub is_new: bool,
+    /// Where its requests are recorded, if it has a numbered channel and need not wait.
+    pub outcomes: Option<Outcomes>,
+    /// What it waits for, if it must.
+    pub fence: Option<Fence>,
+}
+
+/// All sessions of the server.
+#[derive(Debug)]
+pub struct Sessions {
+    table: Mutex<Table>,
+    sessions_max: usize,
+    limits: Arc<Limits>,
+    /// See [`crate::handles::Handles::new`].
+    first_generation: u32,
+}
+
+#[derive(Debug)]
+struct Table {
+    by_id: HashMap<SessionId, Of>,
+    /// Sessions without a connection, that without one for longest first.
+    idle: BTreeMap<(Instant, u64), SessionId>,
+    /// When parked channels expire.
+    deadlines: BTreeMap<(Instant, u64), (SessionId, ChannelKey)>,
+    /// Bytes that parked channels take, and how many they may take.
+    parked_bytes: usize,
+    parked_bytes_max: usize,
+    /// Tells keys of the same time apart.
+    serial: u64,
+    counts: ChannelCounts,
+}
+
+/// What there is of a session.
+#[derive(Debug)]
+struct Of {
+    session: Arc<Session>,
+    channels: HashMap<ChannelKey, Place>,
+    connections: usize,
+    /// Its client has given it up: nobody joins it.
+    is_superseded: bool,
+    /// Who waits for its end.
+    waiters: Vec<ConnectionName>,
+    /// Its key in [`Table::idle`].
+    idle: Option<(Instant, u64)>,
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    channel: Channel<ConnectionName>,
+    /// Its key in [`Table::deadlines`].
+    deadline: Option<(Instant, u64)>,
+    /// It is parked, and was counted with so many bytes.
+    parked_bytes: Option<usize>,
+}
+
+impl Sessions {
+    /// None yet. There may be `sessions_max` at a time, and a few for addresses that have few, with what
+    /// `limits` allows them.
+    pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
+        let table = Table {
+            by_id: HashMap::new(),
+            idle: BTreeMap::new(),
+            deadlines: BTreeMap::new(),
+            parked_bytes: 0,
+            parked_bytes_max: limits.parked_bytes_max(),
+            serial: 0,
+            counts: ChannelCounts::default(),
+        };
+        Self { table: Mutex::new(table), sessions_max, limits, first_generation: 1 }
+    }
+
+    /// The same, whose files have handles that begin with this generation.
+    pub fn with_first_generation(self, first_generation: u32) -> Self {
+        Self { first_generation, ..self }
+    }
+
+    /// A connection of a client says hello. What is returned besides is to be done even if it may not join.
+    pub fn join(
+        &self,
+        peer: &Peer,
+        address: &AddressAccount,
+        connection: ConnectionName,
+        now: Instant,
+    ) -> (Result<Joined, Refusal>, Effects) {
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        let joined = table.join(peer, connection, &mut effects, |table, effects| {
+            // Whoever is without a connection makes room.
+            while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
+                if !table.evict_session(effects) {
+                    return Err(excess);
+                }
+            }
+            let (identity, limits) = (peer.identity.clone(), Arc::clone(&self.limits));
+            let session = Session::new(peer.session, identity, address.clone(), limits);
+            Ok(Arc::new(session.with_first_generation(self.first_generation)))
+        });
+        let joined = joined.map(|mut joined| {
+            table.supersede(peer, &mut joined, now, &mut effects);
+            joined
+        });
+        (joined, effects)
+    }
+
+    /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
+    /// not come before. If so it gets what its channel has recorded.
+    pub fn settle(&self, member: &Member, fence: &mut Fence) -> Result<Outcomes, Unsettled> {
+        let Member { session, channel, name } = member;
+        let mut table = lock(&self.table);
+        let by_id = &mut table.by_id;
+        let is_left = |given_up: &Arc<Session>| {
+            by_id.get(&given_up.id).is_some_and(|of| Arc::ptr_eq(&of.session, given_up))
+        };
+        fence.superseded.retain(is_left);
+        let sessions = fence.superseded.len();
+        let Some(place) = by_id.get_mut(&session.id).and_then(|of| of.channels.get_mut(channel)) else {
+            debug_assert!(false, "a session has the channels of its connections");
+            return Err(Unsettled { connections: 0, orphans: 0, sessions });
+        };
+        let (connections, orphans) = place.channel.waits_for();
+        let outcomes = if sessions == 0 { place.channel.settle(*name) } else { None };
+        outcomes.ok_or(Unsettled { connections, orphans, sessions })
+    }
+
+    /// A connection that has joined has ended.
+    pub fn ended(&self, member: &Member, remains: Remains, now: Instant) -> Effects {
+        let Member { session, channel, name } = member;
+        let Remains { outcomes, fence, executing, linger } = remains;
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        table.counts.orphans += executing;
+        for given_up in fence.into_iter().flat_map(|fence| fence.superseded) {
+            if let Some(of) = table.by_id.get_mut(&given_up.id) {
+                of.waiters.retain(|waiter| waiter != name);
+            }
+        }
+        let Some(of) = table.by_id.get_mut(&session.id) else { return effects };
+        of.connections -= 1;
+        if let Some(place) = of.channels.get_mut(channel) {
+            place.channel.ended(*name, outcomes, executing, now + linger);
+        }
+        table.review(session.id, *channel, now, &mut effects);
+        effects
+    }
+
+    /// A request that a connection has left behind has ended, like this if it has done something.
+    pub fn orphan_ended(&self, member: &Member, ended: Option<(u32, Status, u64)>, now: Instant) -> Effects {
+        let Member { session, channel, .. } = member;
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        table.counts.orphans -= 1;
+        let of = table.by_id.get_mut(&session.id);
+        if let Some(place) = of.and_then(|of| of.channels.get_mut(channel)) {
+            place.channel.orphan_ended(ended);
+        }
+        table.review(session.id, *channel, now, &mut effects);
+        effects
+    }
+
+    /// Forgets the channels whose time is over. [`Effects::expires`] says when the next one's is.
+    pub fn expire(&self, now: Instant) -> Effects {
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        while let Some(first) = table.deadlines.first_entry().filter(|first| first.key().0 <= now) {
+            let (session, channel) = first.remove();
+            let of = table.by_id.get_mut(&session);
+            let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) else { continue };
+            place.deadline = None;
+            table.counts.expired += 1;
+            table.review(session, channel, now, &mut effects);
+        }
+        effects.expires = table.deadlines.first_key_value().map(|(&(at, _), _)| at);
+        effects
+    }
+
+    /// See [`Limits::queue_pair`].
+    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPermit, String> {
+        self.limits.queue_pair(address, bytes)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        lock(&self.table).by_id.len()
+    }
+
+    /// Whether their requests are counted.
+    pub fn count_requests(&self) -> bool {
+        self.limits.counts_requests()
+    }
+
+    /// Open files of all of them.
+    pub fn open_files(&self) -> usize {
+        self.limits.files()
+    }
+
+    /// What has happened to channels.
+    pub fn channel_counts(&self) -> ChannelCounts {
+        let table = lock(&self.table);
+        ChannelCounts { lingering: table.idle.len(), ..table.counts }
+    }
+}
+
+impl Table {
+    fn join(
+        &mut self,
+        peer: &Peer,
+        connection: ConnectionName,
+        effects: &mut Effects,
+        begin: impl FnOnce(&mut Self, &mut Effects) -> Result<Arc<Session>, Excess>,
+    ) -> Result<Joined, Refusal> {
+        let (channel, epoch) = match peer.channel {
+            Some(channel) => (ChannelKey::Numbered(channel.number), channel.epoch),
+            None => (ChannelKey::Unnumbered(connection), 1),
+        };
+        let is_new = !self.by_id.contains_key(&peer.session);
+        if is_new {
+            let session = begin(self, effects).map_err(Refusal::Excess)?;
+            let of = Of {
+                session,
+                channels: HashMap::new(),
+                connections: 0,
+                is_superseded: false,
+                waiters: Vec::new(),
+                idle: None,
+            };
+            self.by_id.insert(peer.session, of);
+        }
+        let of = self.by_id.get_mut(&peer.session).expect("it is there, or has just been entered");
+        if of.is_superseded {
+            self.counts.stale += 1;
+            let text = "The session was given up by its client, and is ending. Begin another one.";
+            return Err(Refusal::Stale(text.into()));
+        }
+        let (place, is_known) = match of.channels.entry(channel) {
+            Entry::Occupied(place) => (place.into_mut(), true),
+            Entry::Vacant(vacant) => (vacant.insert(Place::default()), false),
+        };
+        let before = match place.channel.join(epoch, connection) {
+            Ok(before) => before,
+            Err(stale) => {
+                self.counts.stale += 1;
+                let text = format!(
+                    "The channel has had a connection with epoch {}, and this one's is {epoch}. Connect \
+                     with a higher one.",
+                    stale.known
+                );
+                return Err(Refusal::Stale(text));
+            }
+        };
+        self.counts.fenced += u64::from(before.is_some());
+        effects.close.extend(before);
+        if let Some(deadline) = place.deadline.take() {
+            self.deadlines.remove(&deadline);
+        }
+        if let Some(bytes) = place.parked_bytes.take() {
+            self.parked_bytes -= bytes;
+            self.counts.parked -= 1;
+        }
+        self.counts.resumed += u64::from(is_known);
+        of.connections += 1;
+        if let Some(idle) = of.idle.take() {
+            self.idle.remove(&idle);
+        }
+        let fence = peer
+            .begins_with_outcome()
+            .then(|| Fence { is_known: is_known || epoch == 1, superseded: Vec::new() });
+        let outcomes = match fence {
+            None => place.channel.settle(connection).filter(|_| peer.channel.is_some()),
+            Some(_) => None,
+        };
+        let member = Member { session: Arc::clone(&of.session), channel, name: connection };
+        Ok(Joined { member, is_new, outcomes, fence })
+    }
+
+    /// Ends the sessions that a client has given up, as far as they can be ended now.
+    fn supersede(&mut self, peer: &Peer, joined: &mut Joined, now: Instant, effects: &mut Effects) {
+        for &id in peer.supersedes.iter().filter(|&&id| id != peer.session) {
+            let Some(of) = self.by_id.get_mut(&id) else { continue };
+            of.is_superseded = true;
+            let session = Arc::clone(&of.session);
+            let channels: Vec<_> = of.channels.keys().copied().collect();
+            for channel in channels {
+                let of = self.by_id.get_mut(&id);
+                if let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) {
+                    let live = place.channel.give_up(now);
+                    self.counts.fenced += u64::from(live.is_some());
+                    effects.close.extend(live);
+                    self.review(id, channel, now, effects);
+                }
+            }
+            if let (Some(of), Some(fence)) = (self.by_id.get_mut(&id), &mut joined.fence) {
+                of.waiters.push(joined.member.name);
+                fence.superseded.push(session);
+            }
+        }
+    }
+
+    /// Something has happened to a channel: forgets it if it is over, and else has it settle or expire.
+    fn review(&mut self, id: SessionId, key: ChannelKey, now: Instant, effects: &mut Effects) {
+        let Some(of) = self.by_id.get_mut(&id) else { return };
+        let Some(place) = of.channels.get_mut(&key) else { return };
+        if place.channel.is_over(now) {
+            return self.forget(id, key, effects);
+        }
+        if place.channel.is_settled() {
+            effects.wake.extend(place.channel.live());
+        }
+        if let Some(until) = place.channel.parked_until() {
+            let bytes = PARKED_BYTES + place.channel.bytes();
+            let counted = place.parked_bytes.replace(bytes);
+            self.counts.parked += usize::from(counted.is_none());
+            self.parked_bytes = self.parked_bytes + bytes - counted.unwrap_or(0);
+            if place.deadline.is_none() && until > now {
+                self.serial += 1;
+                place.deadline = Some((until, self.serial));
+                self.deadlines.insert((until, self.serial), (id, key));
+                effects.expires = Some(until);
+            }
+        }
+        if of.connections == 0 && of.idle.is_none() {
+            self.serial += 1;
+            of.idle = Some((now, self.serial));
+            self.idle.insert((now, self.serial), id);
+        }
+        self.evict_channels(effects);
+    }
+
+    /// Takes a channel out, and its session if that has no other.
+    fn forget(&mut self, id: SessionId, key: ChannelKey, effects: &mut Effects) {
+        let Some(of) = self.by_id.get_mut(&id) else { return };
+        let Some(place) = of.channels.remove(&key) else { return };
+        if let Some(deadline) = place.deadline {
+            self.deadlines.remove(&deadline);
+        }
+        if let Some(bytes) = place.parked_bytes {
+            self.parked_bytes -= bytes;
+            self.counts.parked -= 1;
+        }
+        if !of.channels.is_empty() {
+            return;
+        }
+        if let Some(of) = self.by_id.remove(&id) {
+            if let Some(idle) = of.idle {
+                self.idle.remove(&idle);
+            }
+            effects.wake.extend(of.waiters);
+            effects.files.extend(of.session.end());
+            effects.ended += 1;
+        }
+    }
+
+    /// Forgets the channels that expire first if the parked ones take too much memory.
+    fn evict_channels(&mut self, effects: &mut Effects) {
+        while self.parked_bytes > self.parked_bytes_max {
+            let is_quiet = |(id, key): &(SessionId, ChannelKey)| {
+                let place = self.by_id.get(id).and_then(|of| of.channels.get(key));
+                place.is_some_and(|place| place.channel.is_settled())
+            };
+            let Some(&(id, key)) = self.deadlines.values().find(|&parked| is_quiet(parked)) else { return };
+            self.counts.evicted_channels += 1;
+            self.forget(id, key, effects);
+        }
+    }
+
+    /// Ends the session that has been without a connection for longest, if nothing of it executes. False if
+    /// there is none.
+    fn evict_session(&mut self, effects: &mut Effects) -> bool {
+        let is_quiet = |id: &SessionId| {
+            let of = self.by_id.get(id);
+            of.is_some_and(|of| of.channels.values().all(|place| place.channel.is_settled()))
+        };
+        let Some(&id) = self.idle.values().find(|&id| is_quiet(id)) else { return false };
+        self.counts.evicted_sessions += 1;
+        let channels = self.by_id.get(&id).map(|of| of.channels.keys().copied().collect::<Vec<_>>());
+        for channel in channels.into_iter().flatten() {
+            self.forget(id, channel, effects);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use raio_transport::handshake::{ChannelOffer, Offer, Policy};
+    use raio_transport::message::Parsed;
+
+    use super::*;
+    use crate::limits::{Caps, Room};
+    use crate::session::{Access, OpenFile};
+    use crate::tuning::channels::PARKED_PART;
+    use crate::tuning::limits::RESERVE;
+    use crate::volume::Null;
+
+    const LINGER: Duration = Duration::from_secs(90);
+
+    /// All sessions, and a time that passes when it is told to.
+    struct Run {
+        sessions: Sessions,
+        now: Instant,
+        serial: u64,
+    }
+
+    fn limits(files: usize, bytes: usize) -> Arc<Limits> {
+        let room = Room { descriptors: 1000, files, bytes, workers: 1 };
+        Limits::new(room, Caps::default(), Caps::default())
+    }
+
+    fn id(number: u8) -> SessionId {
+        SessionId([number; 16])
+    }
+
+    /// A client of the session with this number, perhaps of a channel in an epoch.
+    fn peer(number: u8, channel: Option<(u32, u64)>) -> Peer {
+        let channel = channel.map(|(number, epoch)| ChannelOffer { number, epoch, linger: LINGER });
+        let hello = Offer { session: id(number), channel, ..Offer::new("test") }.hello();
+        let Ok(Parsed::Item((peer, _), _)) = Policy::default().welcome(&hello) else { panic!("no welcome") };
+        peer
+    }
+
+    impl Run {
+        fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
+            Self { sessions: Sessions::new(sessions_max, limits), now: Instant::now(), serial: 0 }
+        }
+
+        fn join_as(&mut self, peer: &Peer) -> (Result<Joined, Refusal>, Effects) {
+            self.serial += 1;
+            let name = ConnectionName { worker: 0, key: 0, serial: self.serial };
+            self.sessions.join(peer, &None, name, self.now)
+        }
+
+        fn try_join(&mut self, number: u8, channel: Option<(u32, u64)>) -> Result<Joined, Refusal> {
+            self.join_as(&peer(number, channel)).0
+        }
+
+        fn join(&mut self, number: u8, channel: Option<(u32, u64)>) -> Joined {
+            self.try_join(number, channel).expect("it may join")
+        }
+
+        /// A connection ends, and leaves requests behind.
+        fn end(&mut self, joined: Joined, executing: usize, linger: Duration) -> Effects {
+            let Joined { member, outcomes, fence, .. } = joined;
+            let remains = Remains { outcomes, fence, executing, linger };
+            self.sessions.ended(&member, remains, self.now)
+        }
+
+        /// It waits no more.
+        fn settle(&mut self, joined: &mut Joined) -> Result<(), Unsettled> {
+            let fence = joined.fence.as_mut().expect("it waits");
+            joined.outcomes = Some(self.sessions.settle(&joined.member, fence)?);
+            Ok(())
+        }
+
+        fn counts(&self) -> ChannelCounts {
+            self.sessions.channel_counts()
+        }
+    }
+
+    fn run() -> Run {
+        Run::new(9, limits(10, 1 << 30))
+    }
+
+    fn null() -> Arc<OpenFile> {
+        Arc::new(OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write: true }, 0))
+    }
+
+    #[test]
+    fn a_session_ends_with_its_last_connection_if_none_has_a_channel_and_closes_its_files() {
+        let mut run = run();
+        let (first, second) = (run.join(1, None), run.join(1, None));
+        assert!(first.is_new && !second.is_new);
+        let session = Arc::clone(&second.member.session);
+        assert!(Arc::ptr_eq(&first.member.session, &session));
+        let file = null();
+        let handle = session.insert(Arc::clone(&file), &None).unwrap();
+        assert_eq!(run.end(first, 0, Duration::ZERO).ended, 0);
+        assert!(!file.is_closed());
+        assert_eq!((run.sessions.len(), run.sessions.open_files()), (1, 1));
+        let effects = run.end(second, 0, Duration::ZERO);
+        assert_eq!((effects.ended, effects.files.len()), (1, 1));
+        drop(effects);
+        assert!(file.is_closed() && session.get(handle).is_none());
+        assert_eq!((run.sessions.len(), run.sessions.open_files()), (0, 0));
+    }
+
+    #[test]
+    fn sessions_do_not_see_each_others_files() {
+        let mut run = run();
+        let handle = run.join(1, None).member.session.insert(null(), &None).unwrap();
+        assert!(run.join(2, None).member.session.get(handle).is_none());
+    }
+
+    #[test]
+    fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
+        let mut run = Run::new(1, limits(9, 1 << 30));
+        let first = run.join(1, None);
+        assert!(matches!(run.try_join(2, None), Err(Refusal::Excess(_))));
+        let second = run.join(1, None);
+        let _ = run.end(first, 0, Duration::ZERO);
+        assert!(run.try_join(2, None).is_err());
+        let _ = run.end(second, 0, Duration::ZERO);
+        assert!(run.try_join(2, None).is_ok());
+    }
+
+    #[test]
+    fn sessions_cannot_have_more_files_than_they_may_together() {
+        let mut run = Run::new(9, limits(2, 1 << 30));
+        let [session, other] = [1, 2].map(|number| run.join(number, None).member.session);
+        let first = session.insert(null(), &None).unwrap();
+        while session.insert(null(), &None).is_ok() {}
+        let theirs = (0..).take_while(|_| other.insert(null(), &None).is_ok()).count();
+        assert!(theirs > 0 && run.sessions.open_files() < 2 + RESERVE);
+        while run.try_join(3, None).is_ok_and(|third| third.member.session.insert(null(), &None).is_ok()) {}
+        session.close(first).unwrap();
+        assert!(run.join(4, None).member.session.insert(null(), &None).is_ok());
+    }
+
+    #[test]
+    fn a_channel_whose_connection_has_broken_keeps_its_session_for_the_linger_time() {
+        let mut run = run();
+        let joined = run.join(1, Some((3, 1)));
+        let session = Arc::clone(&joined.member.session);
+        session.insert(null(), &None).unwrap();
+        let effects = run.end(joined, 0, LINGER);
+        assert_eq!((effects.ended, effects.expires), (0, Some(run.now + LINGER)));
+        assert_eq!((run.counts().parked, run.counts().lingering), (1, 1));
+
+        run.now += LINGER / 2;
+        let mut joined = run.join(1, Some((3, 2)));
+        assert!(Arc::ptr_eq(&joined.member.session, &session) && !joined.is_new);
+        assert!(joined.fence.as_ref().is_some_and(|fence| fence.is_known));
+        run.settle(&mut joined).unwrap();
+        assert_eq!((run.counts().parked, run.counts().lingering, run.counts().resumed), (0, 0, 1));
+        run.now += LINGER;
+        assert_eq!(run.sessions.expire(run.now).ended, 0, "it has a connection");
+        let _ = run.end(joined, 0, LINGER);
+        run.now += LINGER;
+        let effects = run.sessions.expire(run.now);
+        assert_eq!((effects.ended, effects.files.len(), effects.expires), (1, 1, None));
+        assert_eq!(run.counts().expired, 1);
+
+        let joined = run.join(1, Some((3, 3)));
+        assert!(joined.is_new && !joined.fence.unwrap().is_known);
+    }
+
+    #[test]
+    fn a_goodbye_ends_a_channel_at_once_and_its_session_with_the_last() {
+        let mut run = run();
+        let (control, data) = (run.join(1, Some((0, 1))), run.join(1, Some((1, 1))));
+        assert_eq!(run.end(data, 0, Duration::ZERO).ended, 0);
+        assert!(!run.join(1, Some((1, 2))).fence.unwrap().is_known, "it is another channel");
+        let _ = run.end(control, 0, LINGER);
+        assert_eq!(run.sessions.len(), 1);
+    }
+
+    #[test]
+    fn a_connection_takes_the_place_of_one_that_has_not_ended_and_waits_for_it() {
+        let mut run = run();
+        let first = run.join(1, Some((3, 1)));
+        assert!(first.outcomes.is_some() && first.fence.is_none());
+        let old = first.member.name;
+        let (joined, effects) = run.join_as(&peer(1, Some((3, 2))));
+        let mut joined = joined.unwrap();
+        assert_eq!(effects.close, [old]);
+        assert!(matches!(run.try_join(1, Some((3, 2))), Err(Refusal::Stale(_))));
+        let waits = Unsettled { connections: 1, orphans: 0, sessions: 0 };
+        assert_eq!(run.settle(&mut joined), Err(waits));
+        let (member, effects) = (first.member.clone(), run.end(first, 1, LINGER));
+        assert!(effects.wake.is_empty(), "it has left a request behind");
+        assert_eq!(run.settle(&mut joined), Err(Unsettled { connections: 0, orphans: 1, sessions: 0 }));
+        let ended = Some((7, Status::OK, 512));
+        let effects = run.sessions.orphan_ended(&member, ended, run.now);
+        assert_eq!(effects.wake, [joined.member.name]);
+        run.settle(&mut joined).unwrap();
+        let answer = joined.outcomes.unwrap().of(7).answer();
+        assert_eq!(answer, Ok(Some((Status::OK, 512))));
+        let ChannelCounts { fenced, stale, orphans, .. } = run.counts();
+        assert_eq!((fenced, stale, orphans), (1, 1, 0));
+    }
+
+    #[test]
+    fn sessions_that_are_superseded_end_first() {
+        let mut run = run();
+        let (first, second) = (run.join(1, Some((0, 1))), run.join(1, Some((1, 1))));
+        first.member.session.insert(null(), &None).unwrap();
+        let parked = run.join(2, Some((0, 1)));
+        let _ = run.end(parked, 0, LINGER);
+        let newcomer = Peer { supersedes: vec![id(1), id(2), id(3), id(4)], ..peer(4, Some((0, 1))) };
+        let (joined, effects) = run.join_as(&newcomer);
+        let mut joined = joined.unwrap();
+        assert_eq!((effects.close.len(), effects.ended), (2, 1), "the parked one is over");
+        let waits = |sessions| Unsettled { connections: 0, orphans: 0, sessions };
+        assert_eq!(run.settle(&mut joined), Err(waits(1)));
+        assert!(matches!(run.try_join(1, Some((1, 2))), Err(Refusal::Stale(_))), "nobody joins it");
+        let _ = run.end(first, 0, LINGER);
+        let (member, _) = (second.member.clone(), run.end(second, 1, LINGER));
+        assert_eq!(run.settle(&mut joined), Err(waits(1)));
+        let effects = run.sessions.orphan_ended(&member, None, run.now);
+        assert_eq!((effects.ended, effects.files.len()), (1, 1));
+        assert_eq!(effects.wake, [joined.member.name]);
+        run.settle(&mut joined).unwrap();
+        assert_eq!(run.sessions.len(), 1);
+    }
+
+    #[test]
+    fn who_waits_for_a_session_and_goes_is_not_waited_for() {
+        let mut run = run();
+        let old = run.join(1, None);
+        for epoch in 1..100 {
+            let newcomer = Peer { supersedes: vec![id(1)], ..peer(2, Some((0, epoch))) };
+            let joined = run.join_as(&newcomer).0.unwrap();
+            let _ = run.end(joined, 0, LINGER);
+        }
+        assert!(run.end(old, 0, LINGER).wake.is_empty());
+    }
+
+    #[test]
+    fn a_session_without_a_connection_makes_room_for_another_the_oldest_first() {
+        let mut run = Run::new(2, limits(9, 1 << 30));
+        for number in [1, 2] {
+            let joined = run.join(number, Some((0, 1)));
+            let _ = run.end(joined, usize::from(number == 1), LINGER);
+            run.now += Duration::from_secs(1);
+        }
+        let _third = run.join(3, Some((0, 1)));
+        assert_eq!((run.counts().evicted_sessions, run.sessions.len()), (1, 2));
+        assert!(run.try_join(4, None).is_err(), "of the first something executes");
+        assert!(!run.join(1, Some((0, 2))).is_new);
+    }
+
+    #[test]
+    fn channels_without_a_connection_take_a_part_of_the_memory_and_no_more() {
+        let channels = 10;
+        let mut run = Run::new(9, limits(9, PARKED_PART * channels * PARKED_BYTES));
+        let _other = run.join(1, None);
+        for number in 0..2 * channels as u32 {
+            let joined = run.join(1, Some((number, 1)));
+            let _ = run.end(joined, 0, LINGER);
+            run.now += Duration::from_secs(1);
+        }
+        assert_eq!((run.counts().parked, run.counts().evicted_channels), (channels, channels as u64));
+        assert!(!run.join(1, Some((0, 2))).fence.unwrap().is_known, "the oldest is gone");
+        assert!(run.join(1, Some((19, 2))).fence.unwrap().is_known);
+    }
+
+    #[test]
+    fn nothing_is_left_when_all_have_gone() {
+        let mut run = run();
+        for number in 0..5 {
+            let joined = run.join(number, Some((number.into(), 1)));
+            let _ = run.end(joined, 0, LINGER);
+        }
+        run.now += LINGER;
+        assert_eq!(run.sessions.expire(run.now).ended, 5);
+        let table = lock(&run.sessions.table);
+        assert!(table.by_id.is_empty() && table.idle.is_empty() && table.deadlines.is_empty());
+        assert_eq!((table.parked_bytes, table.counts.parked), (0, 0));
+    }
+}

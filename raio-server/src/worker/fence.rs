@@ -1,0 +1,310 @@
+//! How a connection takes the place of one that has broken: [`crate::channel`] says when it may.
+//!
+//! ```text
+//!   hello --> Waiting: `outcome` arrives, and waits --> settled: it is answered --> Settled
+//!               ^ the connections before it end, on any worker; so do the requests that they have left
+//! ```
+//!
+//! The one that waits does so here, not in the admission: it holds nothing, and nothing waits for it.
+
+use std::mem;
+use std::sync::Arc;
+use std::time::Instant;
+
+use raio_transport::Violation;
+use raio_transport::error::Status;
+use raio_transport::protocol::{Command, Opcode};
+use raio_transport::trace::Phase;
+use raio_transport::transport::{self, RequestKey, Response, ServerTransport};
+use zerocopy::IntoBytes;
+
+use super::connections::{Connection, Standing};
+use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
+use crate::channel::slot_of;
+use crate::engine::{self, Closing};
+use crate::limits::{AddressAccount, Excess};
+use crate::log::log_client;
+use crate::open::Opened;
+use crate::request::{cancelled, failure, success};
+use crate::sessions::{ChannelKey, ConnectionName, Effects, Fence, Member, Unsettled};
+use crate::tuning::channels::FENCE_LOGGED_AFTER;
+
+/// A connection that waits.
+#[derive(Debug)]
+pub struct Fencing {
+    /// For what.
+    pub fence: Fence,
+    /// Its outcome request, if that has come.
+    asked: Option<Asked>,
+    is_logged: bool,
+}
+
+#[derive(Debug)]
+struct Asked {
+    key: RequestKey,
+    ids: Box<[u32]>,
+    at: Instant,
+    arrived: Option<Instant>,
+}
+
+impl Fencing {
+    /// Of a connection that has not asked yet.
+    pub fn new(fence: Fence) -> Self {
+        Self { fence, asked: None, is_logged: false }
+    }
+}
+
+/// A recorded request that its connection has left behind.
+#[derive(Debug)]
+pub struct Orphan {
+    /// The connection.
+    pub member: Member,
+    /// Of the address that it was from.
+    pub account: AddressAccount,
+}
+
+impl Worker {
+    // Requests
+    // ----------------------------------------------------------------------------------------------------
+
+    /// Takes in a request of a connection that waits. It may ask for outcomes, once, and cancel that.
+    #[cold]
+    pub(super) fn command_while_waiting(&mut self, connection: usize, request: &transport::Request) {
+        let command = match Command::decode(&request.body) {
+            Ok(command) => command,
+            Err(violation) => return self.violate(connection, violation),
+        };
+        if request.region_len != 0 || request.data_len != 0 {
+            return self.violate(connection, Violation::Field);
+        }
+        let opcode = command.opcode();
+        let now = self.reactor.clock().now();
+        let arrived = self.arrived(opcode);
+        let Some(fencing) = &mut self.connections[connection].fencing else { return };
+        match command {
+            Command::Outcome { ids } if fencing.asked.is_none() => {
+                let ids = ids.iter().map(|id| id.get()).collect();
+                fencing.asked = Some(Asked { key: request.key, ids, at: now, arrived });
+                self.counters.request(opcode);
+                self.trace(request.key, Phase::Begin, opcode.operation().name, 0);
+                if !self.settle_if_possible(connection) {
+                    self.trace(request.key, Phase::Point, "fence", 0);
+                    self.reactor.timer(now + FENCE_LOGGED_AFTER, FENCE_CHECK);
+                }
+            }
+            Command::Cancel { id } => {
+                let asked = fencing.asked.take_if(|asked| asked.key.id == id);
+                self.counters.request(opcode);
+                self.trace(request.key, Phase::Begin, opcode.operation().name, 0);
+                let response = match asked {
+                    Some(asked) => {
+                        self.respond(asked.key, Opcode::Outcome, asked.arrived, cancelled());
+                        success(0)
+                    }
+                    None => {
+                        let text = "The request that was to be cancelled is not outstanding.";
+                        failure(Status::storage(libc::ENOENT), text)
+                    }
+                };
+                self.respond(request.key, opcode, arrived, response);
+            }
+            _ => self.violate(connection, Violation::Field),
+        }
+    }
+
+    /// What became of requests of the connections before this one.
+    pub(super) fn outcomes(&self, connection: usize, ids: impl ExactSizeIterator<Item = u32>) -> Response {
+        let Connection { outcomes, knows_earlier, .. } = &self.connections[connection];
+        if !knows_earlier {
+            let text = "The server does not know the channel: it has been restarted, or the time for which it \
+                        keeps a channel is over. The connection begins a new one.";
+            return failure(Status::policy(libc::ESTALE), text);
+        }
+        let count = ids.len() as u64;
+        let no_channel = crate::channel::Outcomes::default();
+        let outcomes = outcomes.as_ref().unwrap_or(&no_channel);
+        let all: Vec<_> = ids.map(|id| outcomes.of(id)).collect();
+        Response { body: all.as_bytes().into(), ..success(count) }
+    }
+
+    /// Whether a recorded request may have this id: if the connection has a channel, it must name a slot.
+    pub(super) fn has_slot(&self, connection: usize, id: u64) -> bool {
+        let Connection { outcomes, queue_depth, .. } = &self.connections[connection];
+        outcomes.is_none() || slot_of(id, *queue_depth).is_some()
+    }
+
+    /// A recorded request ends with this answer. If it was cancelled, though its client did not ask for that,
+    /// its connection was seen to have broken, and nothing was done.
+    pub(super) fn record_outcome(
+        &mut self,
+        connection: usize,
+        id: u64,
+        is_cancelled: bool,
+        answer: &Response,
+    ) {
+        if let Some(outcomes) = &mut self.connections[connection].outcomes
+            && (is_cancelled || has_effect(answer))
+        {
+            outcomes.record(id as u32, answer.status, answer.result);
+        }
+    }
+
+    // Orphans
+    // ----------------------------------------------------------------------------------------------------
+
+    /// A request ends whose connection has gone.
+    #[cold]
+    pub(super) fn orphan_ended(&mut self, key: usize, answer: &Response) {
+        let is_cancelled = self.requests[key].is_cancelled;
+        let id = self.requests[key].key.id;
+        self.end_request(key);
+        let Some(Orphan { member, .. }) = self.orphans.remove(&key) else { return };
+        let is_recorded =
+            matches!(member.channel, ChannelKey::Numbered(_)) && (is_cancelled || has_effect(answer));
+        let ended = is_recorded.then_some((id as u32, answer.status, answer.result));
+        let now = self.reactor.clock().now();
+        let effects = self.shared.sessions.orphan_ended(&member, ended, now);
+        self.carry_out(effects);
+    }
+
+    /// A file was opened for a connection that has gone. The next one of its channel finds it.
+    pub(super) fn give_handle_to_orphan(&self, key: usize, opened: Opened) -> Response {
+        let Some(Orphan { member, account }) = self.orphans.get(&key) else { return success(0) };
+        match member.session.insert(Arc::new(opened.file), account) {
+            Ok(handle) => success(handle.0.into()),
+            Err(Excess { who, text }) => {
+                self.counters.rejected_files[who as usize].add(1);
+                failure(Status::storage(libc::EMFILE), &text)
+            }
+        }
+    }
+
+    // Channels
+    // ----------------------------------------------------------------------------------------------------
+
+    /// Does what is to be done because of what has happened to a channel.
+    pub(super) fn carry_out(&mut self, effects: Effects) {
+        let Effects { close, wake, files, ended: _, expires } = effects;
+        for connection in close {
+            if connection.worker == self.index {
+                self.close_fenced(connection);
+            } else {
+                self.tell(connection.worker, Mail::Fence(connection));
+            }
+        }
+        for connection in wake {
+            if connection.worker == self.index {
+                self.settle(connection);
+            } else {
+                self.tell(connection.worker, Mail::Settle(connection));
+            }
+        }
+        for (file, permit) in files {
+            let completer = self.engine.completions().completer(engine::DETACHED);
+            file.volume.close(Closing::new(completer, permit));
+            self.closing += 1;
+        }
+        if let Some(at) = expires
+            && self.expires.is_none_or(|earliest| at < earliest)
+        {
+            self.expires = Some(at);
+            self.reactor.timer(at, EXPIRY);
+        }
+    }
+
+    fn tell(&self, worker: usize, mail: Mail) {
+        if let Some(senders) = self.shared.workers.get().and_then(|workers| workers.get(worker)) {
+            senders.mailbox.send(mail);
+        }
+    }
+
+    /// Closes a connection whose place another one has taken.
+    pub(super) fn close_fenced(&mut self, name: ConnectionName) {
+        let Some(key) = self.connections.named(name) else { return };
+        let connection = &mut self.connections[key];
+        if matches!(connection.standing, Standing::Closing(_)) {
+            return;
+        }
+        connection.standing = Standing::Closing(None);
+        let status = Status::policy(libc::ESTALE);
+        let text = "A newer connection of the client has taken the place of this one.";
+        self.transport.close(&mut self.reactor, connection.id, status, text);
+    }
+
+    /// What a connection waits for may be over.
+    pub(super) fn settle(&mut self, name: ConnectionName) {
+        if let Some(key) = self.connections.named(name) {
+            self.settle_if_possible(key);
+        }
+    }
+
+    /// Answers the outcome request of a connection if what it waits for is over. Whether it is.
+    fn settle_if_possible(&mut self, key: usize) -> bool {
+        let connection = &mut self.connections[key];
+        let Some(fencing) = connection.fencing.as_mut().filter(|fencing| fencing.asked.is_some()) else {
+            return false;
+        };
+        if connection.standing != Standing::Waiting {
+            return false;
+        }
+        let Ok(outcomes) = self.shared.sessions.settle(&connection.member, &mut fencing.fence) else {
+            return false;
+        };
+        let Some(fencing) = mem::take(&mut connection.fencing) else { return false };
+        connection.knows_earlier = fencing.fence.is_known;
+        connection.standing = Standing::Settled;
+        if matches!(connection.member.channel, ChannelKey::Numbered(_)) {
+            connection.outcomes = Some(outcomes);
+        }
+        if let Some(Asked { key: name, ids, arrived, .. }) = fencing.asked {
+            let response = self.outcomes(key, ids.into_iter());
+            self.respond(name, Opcode::Outcome, arrived, response);
+        }
+        true
+    }
+
+    /// Forgets the channels of all workers whose time is over.
+    #[cold]
+    pub(super) fn expire(&mut self) {
+        self.expires = None;
+        let effects = self.shared.sessions.expire(self.reactor.clock().now());
+        if effects.ended > 0 {
+            tracing::info!("{} sessions have ended: their clients did not come back.", effects.ended);
+        }
+        self.carry_out(effects);
+    }
+
+    /// Logs which connections have waited for long, each once, and what for.
+    #[cold]
+    pub(super) fn log_late_fences(&mut self) {
+        let now = self.reactor.clock().now();
+        let waiting: Vec<_> = self.connections.iter().map(|(key, _)| key).collect();
+        for key in waiting {
+            let connection = &mut self.connections[key];
+            let Some(fencing) = &mut connection.fencing else { continue };
+            let is_late = fencing.asked.as_ref().is_some_and(|asked| asked.at + FENCE_LOGGED_AFTER <= now);
+            if !is_late || mem::replace(&mut fencing.is_logged, true) {
+                continue;
+            }
+            if let Err(Unsettled { connections, orphans, sessions }) =
+                self.shared.sessions.settle(&connection.member, &mut fencing.fence)
+            {
+                let peer = connection.peer();
+                log_client!(
+                    warn,
+                    peer,
+                    "clients that wait for what their broken connections have left",
+                    name = connection.name,
+                    "A client waits for what its broken connections have left, for {FENCE_LOGGED_AFTER:?} so \
+                     far: {connections} connections that a worker has not closed, {orphans} requests that a \
+                     disk or file system has not finished, {sessions} sessions that it has given up."
+                );
+            }
+        }
+    }
+}
+
+/// Whether something was done, or was tried.
+fn has_effect(answer: &Response) -> bool {
+    answer.status.errno != libc::ECANCELED || answer.result > 0
+}
