@@ -246,7 +246,7 @@ pub enum CloseReason {
     /// The peer closed it in good order, with nothing outstanding.
     Finished,
     /// The peer has said that it is the end of its channel.
-    Goodbye,
+    Goaway,
     /// The peer went away with requests outstanding, or the network failed (errno; 0: end of stream).
     Lost(i32),
     /// The peer broke the protocol.
@@ -266,7 +266,7 @@ impl CloseReason {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Finished => "finished",
-            Self::Goodbye => "goodbye",
+            Self::Goaway => "goaway",
             Self::Lost(_) => "lost",
             Self::Violation(violation) => violation.name(),
             Self::Local => "local",

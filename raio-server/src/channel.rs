@@ -386,7 +386,7 @@ mod tests {
             let settled = self.channel.settle(*name);
             assert_eq!(settled.is_some(), *name == self.epoch && !others_live);
             let Some(outcomes) = settled else { return };
-            for (_, &id) in &self.last_ids {
+            for &id in self.last_ids.values() {
                 let answer = outcomes.of(id).answer().unwrap();
                 assert_eq!(answer.map(|(_, result)| result), self.done.get(&id).copied(), "of {id:#x}");
             }

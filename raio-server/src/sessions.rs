@@ -60,7 +60,7 @@ pub struct Effects {
 
 /// Why a connection may not join.
 #[derive(Debug)]
-pub enum Refusal {
+pub enum NotJoined {
     /// There are as many sessions as there may be.
     Excess(Excess),
     /// A connection that is newer, or its client, has made it obsolete: for the client.
@@ -200,7 +200,7 @@ impl Sessions {
         address: &AddressAccount,
         connection: ConnectionName,
         now: Instant,
-    ) -> (Result<Joined, Refusal>, Effects) {
+    ) -> (Result<Joined, NotJoined>, Effects) {
         let mut effects = Effects::default();
         let mut table = lock(&self.table);
         let joined = table.join(peer, connection, &mut effects, |table, effects| {
@@ -326,14 +326,14 @@ impl Table {
         connection: ConnectionName,
         effects: &mut Effects,
         begin: impl FnOnce(&mut Self, &mut Effects) -> Result<Arc<Session>, Excess>,
-    ) -> Result<Joined, Refusal> {
+    ) -> Result<Joined, NotJoined> {
         let (channel, epoch) = match peer.channel {
             Some(channel) => (ChannelKey::Numbered(channel.number), channel.epoch),
             None => (ChannelKey::Unnumbered(connection), 1),
         };
         let is_new = !self.by_id.contains_key(&peer.session);
         if is_new {
-            let session = begin(self, effects).map_err(Refusal::Excess)?;
+            let session = begin(self, effects).map_err(NotJoined::Excess)?;
             let of = Of {
                 session,
                 channels: HashMap::new(),
@@ -348,7 +348,7 @@ impl Table {
         if of.is_superseded {
             self.counts.stale += 1;
             let text = "The session was given up by its client, and is ending. Begin another one.";
-            return Err(Refusal::Stale(text.into()));
+            return Err(NotJoined::Stale(text.into()));
         }
         let (place, is_known) = match of.channels.entry(channel) {
             Entry::Occupied(place) => (place.into_mut(), true),
@@ -363,7 +363,7 @@ impl Table {
                      with a higher one.",
                     stale.known
                 );
-                return Err(Refusal::Stale(text));
+                return Err(NotJoined::Stale(text));
             }
         };
         self.counts.fenced += u64::from(before.is_some());
@@ -541,13 +541,13 @@ mod tests {
             Self { sessions: Sessions::new(sessions_max, limits), now: Instant::now(), serial: 0 }
         }
 
-        fn join_as(&mut self, peer: &Peer) -> (Result<Joined, Refusal>, Effects) {
+        fn join_as(&mut self, peer: &Peer) -> (Result<Joined, NotJoined>, Effects) {
             self.serial += 1;
             let name = ConnectionName { worker: 0, key: 0, serial: self.serial };
             self.sessions.join(peer, &None, name, self.now)
         }
 
-        fn try_join(&mut self, number: u8, channel: Option<(u32, u64)>) -> Result<Joined, Refusal> {
+        fn try_join(&mut self, number: u8, channel: Option<(u32, u64)>) -> Result<Joined, NotJoined> {
             self.join_as(&peer(number, channel)).0
         }
 
@@ -612,7 +612,7 @@ mod tests {
     fn one_session_too_many_is_not_let_in_but_those_that_are_may_have_more_connections() {
         let mut run = Run::new(1, limits(9, 1 << 30));
         let first = run.join(1, None);
-        assert!(matches!(run.try_join(2, None), Err(Refusal::Excess(_))));
+        assert!(matches!(run.try_join(2, None), Err(NotJoined::Excess(_))));
         let second = run.join(1, None);
         let _ = run.end(first, 0, Duration::ZERO);
         assert!(run.try_join(2, None).is_err());
@@ -680,7 +680,7 @@ mod tests {
         let (joined, effects) = run.join_as(&peer(1, Some((3, 2))));
         let mut joined = joined.unwrap();
         assert_eq!(effects.close, [old]);
-        assert!(matches!(run.try_join(1, Some((3, 2))), Err(Refusal::Stale(_))));
+        assert!(matches!(run.try_join(1, Some((3, 2))), Err(NotJoined::Stale(_))));
         let waits = Unsettled { connections: 1, orphans: 0, sessions: 0 };
         assert_eq!(run.settle(&mut joined), Err(waits));
         let (member, effects) = (first.member.clone(), run.end(first, 1, LINGER));
@@ -709,7 +709,7 @@ mod tests {
         assert_eq!((effects.close.len(), effects.ended), (2, 1), "the parked one is over");
         let waits = |sessions| Unsettled { connections: 0, orphans: 0, sessions };
         assert_eq!(run.settle(&mut joined), Err(waits(1)));
-        assert!(matches!(run.try_join(1, Some((1, 2))), Err(Refusal::Stale(_))), "nobody joins it");
+        assert!(matches!(run.try_join(1, Some((1, 2))), Err(NotJoined::Stale(_))), "nobody joins it");
         let _ = run.end(first, 0, LINGER);
         let (member, _) = (second.member.clone(), run.end(second, 1, LINGER));
         assert_eq!(run.settle(&mut joined), Err(waits(1)));

@@ -36,7 +36,7 @@ impl Counter {
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
 const REASONS: [&str; 21] = [
     "finished",
-    "goodbye",
+    "goaway",
     "lost",
     "local",
     "rejected",
@@ -530,7 +530,7 @@ mod tests {
         ];
         let reasons = [
             CloseReason::Finished,
-            CloseReason::Goodbye,
+            CloseReason::Goaway,
             CloseReason::Lost(0),
             CloseReason::Local,
             CloseReason::Rejected,

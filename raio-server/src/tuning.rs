@@ -35,8 +35,8 @@ pub mod options {
     pub const STALL_TIMEOUT_DEFAULT: u64 = 2;
     /// ... and its most: a day.
     pub const STALL_TIMEOUT_MAX: u64 = 86_400;
-    /// Seconds of `--linger`: as long as a client tries to connect again (60 s), and 30 s because the server may
-    /// have noticed before it that the connection has broken. Not measured.
+    /// Seconds of `--linger`: as long as a client tries to connect again (60 s), and 30 s because the server
+    /// may have noticed before it that the connection has broken. Not measured.
     pub const LINGER_DEFAULT: u64 = 90;
     /// ... and its most: a day.
     pub const LINGER_MAX: u64 = 86_400;

@@ -152,7 +152,7 @@ impl<R> ConnectionCore<R> {
             Message::Ping(id) => Ok(Control::Pong(*id)),
             Message::Pong(..) => Ok(Control::Ignore),
             Message::Goaway(status, _) if self.is_open() && self.has_channel && status.is_ok() => {
-                Ok(Control::Closed(CloseReason::Goodbye))
+                Ok(Control::Closed(CloseReason::Goaway))
             }
             Message::Goaway(status, _) => Ok(Control::Closed(self.ended_by(*status))),
             Message::Request(..) => Err(Violation::Kind(Kind::Request as u8)),
@@ -352,7 +352,7 @@ pub(crate) mod tests {
         run.core.open(&Peer { channel: Some(channel), ..peer(2) }, &clock);
         run.core.admit(1, ()).unwrap();
         let goaway = |status| Message::Goaway(status, &[]);
-        assert_eq!(run.core.on_control(&goaway(Status::OK)), Ok(Control::Closed(CloseReason::Goodbye)));
+        assert_eq!(run.core.on_control(&goaway(Status::OK)), Ok(Control::Closed(CloseReason::Goaway)));
         let lost = Ok(Control::Closed(CloseReason::Lost(libc::EPROTO)));
         assert_eq!(run.core.on_control(&goaway(Status::protocol(libc::EPROTO))), lost);
         let run = Run::open(Duration::ZERO);

@@ -4,17 +4,16 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use raio_transport::Violation;
-use raio_transport::transport::ConnectionId;
+use raio_transport::transport::{ConnectionId, RequestKey};
 use slab::Slab;
 
-use super::fence::Fencing;
 use crate::channel::Outcomes;
 use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
-use crate::sessions::{ConnectionName, Member};
+use crate::sessions::{ConnectionName, Fence, Member};
 
 /// What is known of a connection from the first.
 #[derive(Debug)]
@@ -34,6 +33,37 @@ pub enum Standing {
     Waiting,
     /// No more: it is closing, because its client did something wrong if that is told.
     Closing(Option<Violation>),
+}
+
+/// A connection that waits.
+#[derive(Debug)]
+pub struct Fencing {
+    /// For what.
+    pub fence: Fence,
+    /// Its outcome request, if that has come.
+    pub asked: Option<Asked>,
+    /// The log has a line about it.
+    pub is_logged: bool,
+}
+
+/// An outcome request that is not answered.
+#[derive(Debug)]
+pub struct Asked {
+    /// Its name at the transport.
+    pub key: RequestKey,
+    /// What it asks for.
+    pub ids: Box<[u32]>,
+    /// When it came ...
+    pub at: Instant,
+    /// ... and the same, if its latency is measured.
+    pub arrived: Option<Instant>,
+}
+
+impl Fencing {
+    /// Of a connection that has not asked yet.
+    pub fn new(fence: Fence) -> Self {
+        Self { fence, asked: None, is_logged: false }
+    }
 }
 
 /// A connection that has finished its handshake.

@@ -9,16 +9,15 @@
 
 use std::mem;
 use std::sync::Arc;
-use std::time::Instant;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::trace::Phase;
-use raio_transport::transport::{self, RequestKey, Response, ServerTransport};
+use raio_transport::transport::{self, Response, ServerTransport};
 use zerocopy::IntoBytes;
 
-use super::connections::{Connection, Standing};
+use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
 use crate::channel::slot_of;
 use crate::engine::{self, Closing};
@@ -26,33 +25,8 @@ use crate::limits::{AddressAccount, Excess};
 use crate::log::log_client;
 use crate::open::Opened;
 use crate::request::{cancelled, failure, success};
-use crate::sessions::{ChannelKey, ConnectionName, Effects, Fence, Member, Unsettled};
+use crate::sessions::{ChannelKey, ConnectionName, Effects, Member, Unsettled};
 use crate::tuning::channels::FENCE_LOGGED_AFTER;
-
-/// A connection that waits.
-#[derive(Debug)]
-pub struct Fencing {
-    /// For what.
-    pub fence: Fence,
-    /// Its outcome request, if that has come.
-    asked: Option<Asked>,
-    is_logged: bool,
-}
-
-#[derive(Debug)]
-struct Asked {
-    key: RequestKey,
-    ids: Box<[u32]>,
-    at: Instant,
-    arrived: Option<Instant>,
-}
-
-impl Fencing {
-    /// Of a connection that has not asked yet.
-    pub fn new(fence: Fence) -> Self {
-        Self { fence, asked: None, is_logged: false }
-    }
-}
 
 /// A recorded request that its connection has left behind.
 #[derive(Debug)]
@@ -116,8 +90,8 @@ impl Worker {
     pub(super) fn outcomes(&self, connection: usize, ids: impl ExactSizeIterator<Item = u32>) -> Response {
         let Connection { outcomes, knows_earlier, .. } = &self.connections[connection];
         if !knows_earlier {
-            let text = "The server does not know the channel: it has been restarted, or the time for which it \
-                        keeps a channel is over. The connection begins a new one.";
+            let text = "The server does not know the channel: it has been restarted, or the time for which \
+                        it keeps a channel is over. The connection begins a new one.";
             return failure(Status::policy(libc::ESTALE), text);
         }
         let count = ids.len() as u64;
@@ -133,8 +107,8 @@ impl Worker {
         outcomes.is_none() || slot_of(id, *queue_depth).is_some()
     }
 
-    /// A recorded request ends with this answer. If it was cancelled, though its client did not ask for that,
-    /// its connection was seen to have broken, and nothing was done.
+    /// A recorded request ends with this answer. If it was cancelled though its client has not asked for
+    /// that, its connection was seen to have broken, and nothing was done.
     pub(super) fn record_outcome(
         &mut self,
         connection: usize,

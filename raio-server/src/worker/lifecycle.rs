@@ -13,14 +13,14 @@ use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
 
 use tracing::field::display;
 
-use super::connections::{Connection, Standing};
-use super::fence::{Fencing, Orphan};
+use super::connections::{Connection, Fencing, Standing};
+use super::fence::Orphan;
 use super::{Mail, Worker};
 use crate::client::Client;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::request::State;
-use crate::sessions::{ConnectionName, Joined, Refusal, Remains};
+use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
@@ -41,10 +41,10 @@ impl Worker {
         self.carry_out(effects);
         let Joined { member, is_new, outcomes, fence } = match joined {
             Ok(joined) => joined,
-            Err(Refusal::Excess(Excess { text, .. })) => {
+            Err(NotJoined::Excess(Excess { text, .. })) => {
                 return self.reject(id, address, &peer, libc::EUSERS, &text);
             }
-            Err(Refusal::Stale(text)) => return self.reject(id, address, &peer, libc::ESTALE, &text),
+            Err(NotJoined::Stale(text)) => return self.reject(id, address, &peer, libc::ESTALE, &text),
         };
         let session = match self.sessions.attach(&member.session, &account) {
             Ok(session) => session,
@@ -187,7 +187,7 @@ impl Worker {
             outcomes: connection.outcomes.take(),
             fence: connection.fencing.take().map(|fencing| fencing.fence),
             executing,
-            linger: if *reason == CloseReason::Goodbye { Duration::ZERO } else { connection.linger },
+            linger: if *reason == CloseReason::Goaway { Duration::ZERO } else { connection.linger },
         };
         let now = self.reactor.clock().now();
         let effects = self.shared.sessions.ended(&connection.member, remains, now);

@@ -1,6 +1,7 @@
 //! A worker with everything it has (transport, ring, arena, exports) and its client, in one thread, where
 //! they take turns.
 
+mod channels;
 mod coalescing_device;
 mod driven;
 mod fast_path;

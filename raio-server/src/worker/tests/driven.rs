@@ -4,8 +4,11 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use raio_transport::handshake::{Offer, Policy};
-use raio_transport::message::{Parsed, RemoteRegion, RequestHeader, SessionId, Welcome, parse_handshake};
+use raio_transport::Status;
+use raio_transport::handshake::{ChannelOffer, Offer, Policy};
+use raio_transport::message::{
+    self, Parsed, RemoteRegion, RequestHeader, SessionId, Welcome, parse_handshake,
+};
 use raio_transport::protocol::{Command, OPEN_READ};
 
 use crate::worker::driven::{InUse, TestWorker};
@@ -136,4 +139,51 @@ fn a_worker_that_is_told_to_stop_does_so_in_time_and_another_begins() {
     worker.restart().expect("another worker");
     assert_eq!(worker.in_use(), InUse::default());
     welcomed(&mut worker, &offer());
+}
+
+fn resumable(epoch: u64) -> Offer {
+    let channel = Some(ChannelOffer { number: 1, epoch, linger: Duration::from_secs(60) });
+    Offer { channel, ..offer() }
+}
+
+#[test]
+fn a_channel_whose_connection_has_broken_is_kept_for_the_time_that_was_granted() {
+    let mut worker = worker();
+    drop(welcomed(&mut worker, &resumable(1)));
+    run(&mut worker);
+    let parked = InUse { sessions: [0, 1], channels: [1, 0], ..InUse::default() };
+    assert_eq!(worker.in_use(), parked);
+    worker.advance(Duration::from_secs(60) - INSTANT);
+    run(&mut worker);
+    assert_eq!(worker.in_use(), parked);
+    drop(welcomed(&mut worker, &resumable(2)));
+    run(&mut worker);
+    worker.advance(Duration::from_secs(60) - INSTANT);
+    run(&mut worker);
+    assert_eq!(worker.in_use(), parked, "the time begins anew");
+    worker.advance(INSTANT);
+    run(&mut worker);
+    assert_eq!(worker.in_use(), InUse::default());
+}
+
+#[test]
+fn a_goodbye_ends_a_channel_and_nothing_is_kept() {
+    let mut worker = worker();
+    let mut client = welcomed(&mut worker, &resumable(1));
+    let mut goaway = Vec::new();
+    message::encode_goaway(Status::OK, "", false, &mut goaway);
+    client.write_all(&goaway).unwrap();
+    run(&mut worker);
+    drop(client);
+    run(&mut worker);
+    assert_eq!(worker.in_use(), InUse::default());
+}
+
+#[test]
+fn a_server_that_is_told_not_to_linger_keeps_no_channel() {
+    let options = ["--export", "m=mem:64k,rw", "--memory", "64M", "--max-sessions", "4", "--linger", "0"];
+    let mut worker = TestWorker::new(&options, 16).expect("a worker");
+    drop(welcomed(&mut worker, &resumable(1)));
+    run(&mut worker);
+    assert_eq!(worker.in_use(), InUse::default());
 }

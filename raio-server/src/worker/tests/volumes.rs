@@ -18,7 +18,7 @@ const DEPTH: usize = 16;
 const CLOSE_ERRNO: i32 = libc::EDQUOT;
 
 /// What the image's thread is told.
-enum Tell {
+pub(super) enum Tell {
     Begin(u64, Completer, Operation),
     Cancel(u64),
     Close(Closing),
@@ -30,7 +30,7 @@ enum Tell {
 
 /// An image somewhere else: its operations end on a thread of its own, in another order than they began.
 #[derive(Debug)]
-struct Image {
+pub(super) struct Image {
     thread: mpsc::Sender<Tell>,
     next_id: AtomicU64,
 }
@@ -102,7 +102,7 @@ impl Storage {
 
 impl Image {
     /// Held until it is released.
-    fn new(can_cancel: bool) -> (Self, mpsc::Sender<Tell>) {
+    pub(super) fn new(can_cancel: bool) -> (Self, mpsc::Sender<Tell>) {
         let (thread, told) = mpsc::channel();
         let bytes = (0..FILE_BLOCKS).flat_map(block).collect();
         let storage =

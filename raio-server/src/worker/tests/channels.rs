@@ -1,0 +1,343 @@
+//! Connections that take the place of others, on two workers that take turns with their clients.
+
+use std::sync::mpsc;
+
+use raio_transport::handshake::ChannelOffer;
+use raio_transport::protocol::{Opcode, RequestOutcome};
+use zerocopy::little_endian::U32;
+
+use super::volumes::{Image, Tell};
+use super::*;
+use crate::engine::Lanes;
+use crate::export::Export;
+
+const SIZE: u64 = (FILE_BLOCKS * BLOCK) as u64;
+const LINGER: Duration = Duration::from_secs(90);
+/// Iterations in which something would have happened that must not.
+const A_WHILE: usize = 50;
+
+/// Two workers of one server, whose only export is an image that holds everything until it is released.
+struct Pair {
+    workers: [Worker; 2],
+    image: mpsc::Sender<Tell>,
+}
+
+struct Member {
+    client: TcpClient,
+    replies: Vec<Reply>,
+}
+
+fn pair(can_cancel: bool) -> Pair {
+    let options = Options::parse_from(["raio_server", "--export", "unused=null:1", "--memory", "128M"]);
+    let config = options.check(2).expect("the options make sense");
+    let (volume, image) = Image::new(can_cancel);
+    let lanes = Lanes::new(Pool::start().unwrap());
+    let exports = Exports::of(vec![Export::of_volume("v", volume, SIZE, lanes)]);
+    let shared = Shared::new(&config, exports, Sessions::new(16, no_limits())).expect("there is no trace");
+    let shared = Arc::new(shared);
+    let start = |index| {
+        let counters = Arc::new(Counters::new(1));
+        Worker::new(index, Arc::clone(&shared), counters, None).expect("a worker starts")
+    };
+    let [(first, to_first), (second, to_second)] = [0, 1].map(start);
+    shared.workers.set(vec![to_first.senders, to_second.senders]).expect("nobody has");
+    Pair { workers: [first, second], image }
+}
+
+/// Of a session's control channel: its connection stays at the worker that has accepted it.
+fn offer(number: u8, epoch: u64) -> Offer {
+    let channel = Some(ChannelOffer { number: 0, epoch, linger: LINGER });
+    Offer { session: SessionId([number; 16]), channel, ..Offer::new("test") }
+}
+
+impl Pair {
+    fn run(&mut self) {
+        self.workers.iter_mut().for_each(run_once);
+    }
+
+    /// A client connects to this worker.
+    fn try_connect(&mut self, at: usize, offer: &Offer) -> Result<Member, raio_transport::Error> {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        theirs.set_nonblocking(true).expect("it can be set up");
+        let permit = no_limits().connect(None).expect("a permit");
+        self.workers[at].adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let offer = offer.clone();
+        let connecting = std::thread::spawn(move || {
+            TcpClient::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)
+        });
+        while !connecting.is_finished() {
+            self.run();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let client = connecting.join().expect("it does not panic")?;
+        Ok(Member { client, replies: Vec::new() })
+    }
+
+    fn connect(&mut self, at: usize, offer: &Offer) -> Member {
+        self.try_connect(at, offer).expect("the worker grants a connection")
+    }
+
+    /// Runs iterations until it is as it should be.
+    fn until(&mut self, what: &str, is_so: impl Fn(&[Worker; 2]) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !is_so(&self.workers) {
+            assert!(Instant::now() < deadline, "{what}: not within 30 s");
+            self.run();
+        }
+    }
+
+    /// The next reply of a client. None if the connection ends first.
+    fn reply(&mut self, member: &mut Member) -> Option<Reply> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while member.replies.is_empty() && member.client.failure().is_none() {
+            assert!(Instant::now() < deadline, "no reply within 30 s");
+            self.run();
+            member.client.receive(&mut member.replies);
+        }
+        // What was outstanding at the end is handed out, too.
+        let reply = (!member.replies.is_empty()).then(|| member.replies.remove(0));
+        reply.filter(|_| member.client.failure().is_none())
+    }
+
+    /// Runs for a while, in which no reply comes to this client.
+    fn waits(&mut self, member: &mut Member) {
+        for _ in 0..A_WHILE {
+            self.run();
+            member.client.receive(&mut member.replies);
+        }
+        assert!(member.replies.is_empty() && member.client.failure().is_none(), "{:?}", member.replies);
+    }
+
+    fn open(&mut self, member: &mut Member) -> (u32, FileHandle) {
+        let id = member.send(&Command::Open { flags: OPEN_READ | OPEN_WRITE, mode: 0, path: b"/v" });
+        let reply = self.reply(member).expect("an answer");
+        assert_eq!(reply.status, Status::OK);
+        (id, FileHandle(reply.result as u32))
+    }
+
+    /// What became of these requests.
+    fn outcomes(&mut self, member: &mut Member, ids: &[u32]) -> Result<Vec<Option<(i32, u64)>>, i32> {
+        member.ask(ids);
+        self.told(member)
+    }
+
+    /// The answer to an outcome.
+    fn told(&mut self, member: &mut Member) -> Result<Vec<Option<(i32, u64)>>, i32> {
+        let reply = self.reply(member).expect("an answer");
+        if !reply.status.is_ok() {
+            return Err(reply.status.errno);
+        }
+        let all = RequestOutcome::decode(&reply.body).expect("outcomes");
+        assert_eq!(all.len() as u64, reply.result);
+        let answer = |outcome: &RequestOutcome| {
+            let answer = outcome.answer().expect("it makes sense");
+            answer.map(|(status, result)| (status.errno, result))
+        };
+        Ok(all.iter().map(answer).collect())
+    }
+
+    fn release(&self) {
+        self.image.send(Tell::Release).expect("its thread lives");
+    }
+
+    fn counts(&self) -> crate::stats::ChannelCounts {
+        self.workers[0].shared.sessions.channel_counts()
+    }
+}
+
+impl Member {
+    /// Sends a command without data. Returns its id.
+    fn send(&mut self, command: &Command<'_>) -> u32 {
+        let mut body = Vec::new();
+        command.encode(&mut body);
+        let id = self.client.send(0, &body, Bulk::None, true).expect("a credit is left");
+        self.client.flush();
+        id.0 as u32
+    }
+
+    /// Sends a block. Returns the request's id.
+    fn write(&mut self, file: FileHandle, at: usize) -> u32 {
+        let mut body = Vec::new();
+        Command::Write { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
+        let buffer = Buffers::One(Buffer::Owned(block(at + 1).into()));
+        let id = self.client.send(0, &body, Bulk::Out(buffer), false).expect("a credit is left");
+        self.client.flush();
+        id.0 as u32
+    }
+
+    fn ask(&mut self, ids: &[u32]) -> u32 {
+        let ids: Vec<_> = ids.iter().map(|&id| U32::new(id)).collect();
+        self.send(&Command::Outcome { ids: &ids })
+    }
+}
+
+fn executing(workers: &[Worker; 2]) -> usize {
+    workers.iter().map(|worker| worker.requests.in_state(State::Executing)).sum()
+}
+
+#[test]
+fn a_connection_waits_for_the_requests_of_the_one_before_it_on_whichever_worker() {
+    for (is_broken, to) in [(true, 0), (true, 1), (false, 0), (false, 1)] {
+        let mut pair = pair(false);
+        let mut old = pair.connect(0, &offer(1, 1));
+        let (opened, file) = pair.open(&mut old);
+        assert_eq!(opened & 0xffff, 0, "the write has the same slot");
+        let written = old.write(file, 7);
+        pair.until("the image has it", |workers| executing(workers) == 1);
+        let mut kept = Some(old);
+        if is_broken {
+            kept = None;
+        }
+        let mut new = pair.connect(to, &offer(1, 2));
+        new.ask(&[opened, written, 0x7_0001]);
+        pair.waits(&mut new);
+        assert_eq!(pair.counts().orphans, 1);
+        if let Some(old) = &mut kept {
+            assert!(pair.reply(old).is_none(), "it is closed");
+        }
+
+        // Nothing else waits.
+        let mut other = pair.connect(to, &offer(2, 1));
+        pair.open(&mut other);
+
+        pair.release();
+        let expected = [None, Some((0, BLOCK as u64)), None];
+        assert_eq!(pair.told(&mut new).unwrap(), expected, "broken: {is_broken}, to worker {to}");
+        new.send(&Command::Stat(file));
+        assert!(pair.reply(&mut new).is_some(), "its requests run");
+        new.write(file, 7);
+        assert_eq!(pair.reply(&mut new).unwrap().status, Status::OK, "by the handle of the old one");
+        let counts = pair.counts();
+        assert_eq!((counts.orphans, counts.resumed, counts.fenced), (0, 1, u64::from(!is_broken)));
+    }
+}
+
+#[test]
+fn what_was_cancelled_because_its_connection_broke_was_not_executed() {
+    let mut pair = pair(true);
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    let written = old.write(file, 7);
+    pair.until("the image has it", |workers| executing(workers) == 1);
+    drop(old);
+    let mut new = pair.connect(1, &offer(1, 2));
+    assert_eq!(pair.outcomes(&mut new, &[written]), Ok(vec![None]));
+}
+
+#[test]
+fn an_open_whose_answer_was_lost_has_a_handle_for_the_next_connection() {
+    let mut pair = pair(true);
+    pair.release();
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (opened, file) = pair.open(&mut old);
+    drop(old);
+    let mut new = pair.connect(1, &offer(1, 2));
+    assert_eq!(pair.outcomes(&mut new, &[opened]), Ok(vec![Some((0, file.0.into()))]));
+    new.write(file, 0);
+    assert_eq!(pair.reply(&mut new).unwrap().status, Status::OK);
+}
+
+#[test]
+fn what_was_answered_is_known_however_often_the_client_comes_back() {
+    let mut pair = pair(true);
+    pair.release();
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    let written = old.write(file, 7);
+    assert_eq!(pair.reply(&mut old).unwrap().status, Status::OK);
+    drop(old);
+    for epoch in 2..6 {
+        let mut new = pair.connect(epoch as usize % 2, &offer(1, epoch));
+        let expected = Ok(vec![Some((0, BLOCK as u64))]);
+        assert_eq!(pair.outcomes(&mut new, &[written]), expected);
+        assert_eq!(pair.outcomes(&mut new, &[written]), expected, "it may ask again");
+    }
+}
+
+#[test]
+fn an_epoch_that_is_not_higher_is_rejected() {
+    let mut pair = pair(true);
+    let _new = pair.connect(0, &offer(1, 5));
+    for epoch in [1, 5] {
+        let error = pair.try_connect(1, &offer(1, epoch)).err().expect("it is rejected");
+        let raio_transport::Error::Rejected { status, text } = error else { panic!("{error}") };
+        assert_eq!(status.errno, libc::ESTALE);
+        assert!(text.contains("epoch 5"), "{text}");
+    }
+    assert_eq!(pair.counts().stale, 2);
+}
+
+#[test]
+fn of_a_channel_that_is_not_known_nothing_is_told() {
+    let mut pair = pair(true);
+    let mut new = pair.connect(0, &offer(1, 2));
+    for _ in 0..2 {
+        assert_eq!(pair.outcomes(&mut new, &[1, 2]), Err(libc::ESTALE));
+    }
+    pair.open(&mut new);
+}
+
+#[test]
+fn nothing_runs_before_the_outcome_is_answered() {
+    let mut pair = pair(false);
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    let written = old.write(file, 7);
+    pair.until("the image has it", |workers| executing(workers) == 1);
+    let mut epoch = 1;
+    for is_asked in [false, true] {
+        for command in [Command::Stat(file), Command::Close(file), Command::Outcome { ids: &[] }] {
+            if !is_asked && command.opcode() == Opcode::Outcome {
+                continue;
+            }
+            epoch += 1;
+            let mut new = pair.connect(1, &offer(1, epoch));
+            if is_asked {
+                new.ask(&[]);
+            }
+            new.send(&command);
+            assert!(pair.reply(&mut new).is_none(), "{command:?} does not close it");
+        }
+    }
+    let mut new = pair.connect(1, &offer(1, epoch + 1));
+    let asked = new.ask(&[written]);
+    new.send(&Command::Cancel { id: asked.into() });
+    let [outcome, cancel] = [0, 1].map(|_| pair.reply(&mut new).unwrap().status.errno);
+    assert_eq!((outcome, cancel), (libc::ECANCELED, 0));
+    new.ask(&[written]);
+    pair.waits(&mut new);
+    pair.release();
+    assert_eq!(pair.told(&mut new), Ok(vec![Some((0, BLOCK as u64))]));
+}
+
+#[test]
+fn a_session_that_was_given_up_is_over_before_the_next_one_begins() {
+    let mut pair = pair(false);
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    old.write(file, 7);
+    pair.until("the image has it", |workers| executing(workers) == 1);
+    let gone = SessionId([9; 16]);
+    let mut new = pair.connect(1, &Offer { supersedes: vec![SessionId([1; 16]), gone], ..offer(2, 1) });
+    new.ask(&[]);
+    pair.waits(&mut new);
+    assert!(pair.reply(&mut old).is_none(), "it is closed");
+    assert!(pair.try_connect(0, &offer(1, 2)).is_err(), "and nobody joins its session");
+    pair.release();
+    assert_eq!(pair.told(&mut new), Ok(vec![]));
+    assert_eq!(pair.workers[0].shared.sessions.len(), 1);
+    pair.open(&mut new);
+}
+
+#[test]
+fn a_recorded_request_names_a_slot_if_its_connection_has_a_channel() {
+    let mut pair = pair(true);
+    let mut member = pair.connect(0, &Offer { queue_depth: 1, ..offer(1, 1) });
+    pair.open(&mut member);
+    let connection = &mut pair.workers[0].connections[0];
+    assert!(connection.outcomes.is_some());
+    assert_eq!(connection.queue_depth, 1);
+    assert!(pair.workers[0].has_slot(0, 0x5_0001) && !pair.workers[0].has_slot(0, 0x5_0002));
+    assert!(!pair.workers[0].has_slot(0, 1 << 32));
+}
