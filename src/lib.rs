@@ -22,6 +22,7 @@
 
 pub mod address;
 pub mod busy_poll;
+pub mod channel;
 mod client;
 pub mod connecting;
 pub mod error;

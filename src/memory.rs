@@ -11,8 +11,8 @@
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use crossbeam_queue::ArrayQueue;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -95,6 +95,16 @@ pub struct Arena {
     unmerged: bool,
 }
 
+/// The memory of an arena, to be registered. It stays mapped as long as this lives.
+#[derive(Clone, Debug)]
+pub struct ArenaMemory(Arc<Mapping>);
+
+impl ArenaMemory {
+    pub(crate) fn mapping(&self) -> &Arc<Mapping> {
+        &self.0
+    }
+}
+
 /// A piece of an arena, owned. Its memory is the owner's alone.
 #[derive(Debug)]
 pub struct Slot {
@@ -117,6 +127,11 @@ impl Arena {
         // Lowest addresses are popped first, so that a lightly used arena touches few pages.
         free[usize::from(order_max)] = (0..blocks).step_by(1 << order_max).rev().collect();
         Ok(Self { mapping, free, free_bytes: len, unmerged: false })
+    }
+
+    /// Its memory, for registration.
+    pub fn memory(&self) -> ArenaMemory {
+        ArenaMemory(Arc::clone(&self.mapping))
     }
 
     /// Its memory, which lives until the last slot is gone and the last of these.
@@ -360,6 +375,11 @@ impl Region {
         Some(Self(Arc::new(RegionInner { address, len, number })))
     }
 
+    /// The same region, in a form that does not count as its use.
+    pub fn downgrade(&self) -> WeakRegion {
+        WeakRegion(Arc::downgrade(&self.0))
+    }
+
     /// Its address and length, for registration.
     pub(crate) fn extent(&self) -> (usize, usize) {
         (self.0.address, self.0.len)
@@ -389,6 +409,22 @@ impl Region {
         let mut raw = unsafe { RawBuffer::new(address, len) }?;
         raw.region = Some(self.clone());
         Some(Buffer::Raw(raw))
+    }
+}
+
+/// A region, as long as there is one.
+#[derive(Clone, Debug)]
+pub struct WeakRegion(Weak<RegionInner>);
+
+impl WeakRegion {
+    /// The region, if it is still there.
+    pub fn upgrade(&self) -> Option<Region> {
+        self.0.upgrade().map(Region)
+    }
+
+    /// Whether it is this one.
+    pub fn is(&self, region: &Region) -> bool {
+        self.0.as_ptr() == Arc::as_ptr(&region.0)
     }
 }
 

@@ -279,6 +279,11 @@ impl Machine {
         }
     }
 
+    /// The attempt may have offered this epoch, too.
+    pub fn on_epoch(&mut self, epoch: u64) {
+        self.epoch = self.epoch.max(epoch);
+    }
+
     /// The server has welcomed the client.
     pub fn on_dialed(&mut self) {
         if self.state == State::Dialing {

@@ -15,7 +15,7 @@ use crate::connecting::Connecting;
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Peer};
 pub use crate::memory::SlotRange;
-use crate::memory::{Arena, Buffers, Region, Slot};
+use crate::memory::{Arena, ArenaMemory, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
@@ -773,7 +773,7 @@ pub trait ClientTransport: Send {
     }
 
     /// The same for an arena whose slots are read into. It stays registered until the connection is dropped.
-    fn register_arena(&mut self, arena: &Arena) -> Result<(), Error> {
+    fn register_arena(&mut self, arena: &ArenaMemory) -> Result<(), Error> {
         let _ = arena;
         Ok(())
     }

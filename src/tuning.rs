@@ -7,6 +7,11 @@ use std::time::Duration;
 // The client's half, on every transport
 // ----------------------------------------------------------------------------------------------------------
 
+/// How long a client has received nothing before it looks, ahead of the first request of a batch, whether its
+/// connection has ended: one system call, which a program that keeps busy does not make. A server needs more
+/// time to be restarted. Not measured.
+pub(crate) const CLIENT_IDLE_CHECK_AFTER: Duration = Duration::from_millis(1);
+
 /// A request for at least this many bytes of data is large: that data is read straight into place, while less
 /// is read ahead in one call with what follows, and copied. Not measured by itself: to copy 16 KiB costs
 /// about as much as another system call.

@@ -41,7 +41,8 @@
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
  * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
- * raio_close() and raio_destroy() if the server answers pings but not the call; request_timeout_ms applies to
+ * raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
+ * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
  * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
  * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
  * signal interrupts only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
@@ -49,10 +50,19 @@
  * Errors.  Calls that return int return -1 and set errno or, where stated, return the negated errno as libaio
  * does. An event has the negated errno in `res`. raio_errmsg() returns the message of the latest call,
  * raio_event_errmsg() that of an event. An invalid argument is EINVAL; a descriptor or context that is not,
- * or no longer, valid is EBADF or EINVAL: never a crash, as far as the library can check the pointer. When
- * the server is lost, every iocb in flight completes once, with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT, and
- * later calls fail with ENOTCONN. A write that completes with one of these may or may not have reached the
- * file, and may still reach it later.
+ * or no longer, valid is EBADF or EINVAL: never a crash, as far as the library can check the pointer.
+ *
+ * Lost connections.  When the connection breaks, or the server is restarted, the library connects again within
+ * its calls, to the same address, and goes on: each iocb completes once, and nothing is done twice. A program
+ * notices a pause, and `reconnects` in the statistics. After a restart the library opens the session's files
+ * again. Then these can fail: a write or the like that was under way, with ECONNRESET and RAIO_RES2_UNKNOWN (it
+ * may have been done; it will not be done later; RAIO_OPT_REDO does it again instead); everything on a file
+ * that is another one now, with ESTALE; and the first fsync after acknowledged writes that the server has lost,
+ * with EIO and RAIO_RES2_LOST. If the server is not back within `reconnect_ms`, every iocb in flight completes
+ * with ETIMEDOUT, and later calls fail with ENOTCONN. A write that completes with ETIMEDOUT and
+ * RAIO_RES2_UNKNOWN may or may not have reached the file, and may still reach it later; so may any write that
+ * completes with ENOTCONN, ECONNRESET, EPIPE or ETIMEDOUT in a session with RAIO_OPT_NO_RECONNECT. A forked
+ * child never connects again.
  *
  * Order.  Operations in flight at the same time are not ordered, as with libaio: collect one before
  * submitting another that must follow it. An fsync covers the writes whose events were collected before it
@@ -137,6 +147,9 @@ struct raio_event {
 #define RAIO_RES2_POLICY	4ul	/* the server's configuration forbids it */
 #define RAIO_RES2_CLASS		0xfful	/* mask of the above */
 #define RAIO_RES2_RETRYABLE	0x100ul	/* the same request may succeed later */
+#define RAIO_RES2_UNKNOWN	0x200ul	/* it may have been done; and with the errno ETIMEDOUT, or with
+					   RAIO_OPT_NO_RECONNECT, it may yet be */
+#define RAIO_RES2_LOST		0x400ul	/* an fsync: acknowledged writes may be gone (EIO) */
 
 /* Sessions ---------------------------------------------------------------------------------------------- */
 
@@ -157,7 +170,8 @@ struct raio_options {
 	unsigned int spin_us;			/* busy-poll for this long before raio_getevents() sleeps, up
 						   to four times as long with many iocbs in flight;
 						   default 50 */
-	unsigned int reserved_0;		/* 0 */
+	unsigned int reconnect_ms;		/* how long a session whose connection was lost tries to go
+						   on; default 60,000 */
 	unsigned int call_timeout_ms;		/* raio_open() and the like, if the server answers pings but
 						   not the call; default 30,000 */
 	unsigned int reserved[8];		/* 0 */
@@ -165,6 +179,9 @@ struct raio_options {
 
 #define RAIO_OPT_CRC		(1u << 0)	/* CRC32C of headers and data; fails if the server cannot */
 #define RAIO_OPT_NO_SPIN	(1u << 1)	/* no busy-polling: least CPU, more latency */
+#define RAIO_OPT_REDO		(1u << 2)	/* after a restart of the server, do again what may have been
+						   done: for a program that alone writes to its files */
+#define RAIO_OPT_NO_RECONNECT	(1u << 3)	/* a session ends with its connection */
 
 /*
  * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails
@@ -382,10 +399,13 @@ struct raio_stats {
 	unsigned long long sends;		/* system calls that sent */
 	unsigned long long receives;		/* system calls that received something */
 	unsigned long long sleeps;		/* times raio_getevents() went to sleep */
-	unsigned long long reconnects;		/* always 0: a lost session is reported, not reconnected */
+	unsigned long long reconnects;		/* connections that took the place of a lost one */
 	unsigned long long in_flight;		/* now */
 	unsigned long long queue_depth;		/* granted by the server */
 	unsigned long long io_bytes_max;	/* granted by the server: largest nbytes of one iocb */
+	unsigned long long resent;		/* requests sent again over another connection */
+	unsigned long long unknown;		/* iocbs that failed with RAIO_RES2_UNKNOWN */
+	unsigned long long lost;		/* fsyncs that failed with RAIO_RES2_LOST */
 };
 
 /* raio_get_stats - fills in at most `size` bytes of *stats. Returns 0, or -1 with errno EINVAL. */

@@ -15,12 +15,13 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use raio_transport::Status;
 use raio_transport::busy_poll::BusyPoll;
+use raio_transport::channel::Channel;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
-use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply, RequestId};
-use raio_transport::{Class, Status};
+use raio_transport::transport::{Bulk, NotSent, Reply};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Error, protocol_error};
@@ -30,10 +31,15 @@ use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
 use crate::trace::Tracer;
-use crate::tuning::{BURST_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, SPIN_EACH, SPIN_MULTIPLIER_MAX};
+use crate::tuning::{
+    BURST_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, RESUME_GRACE, SPIN_EACH, SPIN_MULTIPLIER_MAX,
+};
 
 /// The tag of a cancel request; operations have the index of their slot.
 const TAG_CANCEL: u64 = u64::MAX;
+
+/// In the place of a command that is not sent.
+const NOTHING: Command<'static> = Command::Cancel { id: 0 };
 
 /// One connection of a session, with its queue of operations.
 ///
@@ -63,7 +69,9 @@ const TAG_CANCEL: u64 = u64::MAX;
 /// ```
 pub struct Context {
     session: Arc<Shared>,
-    transport: Box<dyn ClientTransport>,
+    channel: Channel,
+    /// Connections of the channel whose effects on the files are known here.
+    connections: u64,
     maxevents: usize,
     request_timeout: Duration,
     /// Grows up to `maxevents`.
@@ -105,6 +113,8 @@ struct OperationSlot {
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
+    /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]).
+    unstable: u64,
     /// When it was submitted, and the id of its request once that was sent: for the trace.
     submitted_ns: u64,
     request: Option<u32>,
@@ -116,7 +126,7 @@ enum OperationState {
     Free,
     /// For a credit, or for a lent buffer.
     Queued(Command<'static>, Bulk),
-    Sent(RequestId),
+    Sent,
     Done(Completion),
 }
 
@@ -166,13 +176,14 @@ impl Context {
             depth => depth.min(maxevents as u32),
         };
         let deadline = Instant::now() + options.connect_timeout;
-        let mut transport = session.connect(wanted, deadline)?;
-        let request_timeout = transport.request_timeout();
-        let tracer = Tracer::for_context(&mut *transport, deadline)?;
+        let mut channel = Shared::connect(&session, wanted, deadline)?;
+        let request_timeout = channel.request_timeout();
+        let tracer = Tracer::for_context(&mut channel, deadline)?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
             session,
-            transport,
+            channel,
+            connections: 1,
             maxevents,
             request_timeout,
             slots: Vec::new(),
@@ -197,20 +208,20 @@ impl Context {
     /// Registers a region of the caller's memory for zero-copy I/O over RDMA. Over TCP it changes nothing.
     pub fn register(&mut self, region: &Region) -> Result<(), Error> {
         self.check_process()?;
-        Ok(self.transport.register_region(region)?)
+        Ok(self.channel.register_region(region)?)
     }
 
     /// Unregisters it. No operation on the region's memory may be in flight
     /// ([`Region::in_use`]).
     pub fn unregister(&mut self, region: &Region) {
         if !self.session.is_inherited() {
-            self.transport.unregister_region(region);
+            self.channel.unregister_region(region);
         }
     }
 
     /// The largest read or write.
     pub fn io_bytes_max(&self) -> usize {
-        self.transport.grant().data_bytes_max as usize
+        self.channel.grant().data_bytes_max as usize
     }
 
     /// Whether it rejects operations until completions are collected.
@@ -220,7 +231,7 @@ impl Context {
 
     /// Why the connection ended, if it has.
     pub fn failure(&self) -> Option<Error> {
-        self.transport.failure().map(Error::not_connected)
+        self.channel.failure().map(Error::not_connected)
     }
 
     /// Has one added to an eventfd when an operation ends, as soon as the library hears of it: within
@@ -277,7 +288,7 @@ impl Context {
 
     fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
         self.check_process()?;
-        if let Some(failure) = self.transport.failure() {
+        if let Some(failure) = self.channel.failure() {
             return Err(Error::not_connected(failure));
         }
         if self.is_full() {
@@ -332,8 +343,9 @@ impl Context {
     }
 
     fn enqueue(&mut self, file: &File, operation: Operation, token: u64, failure: Option<Error>) -> Ticket {
-        let file_index = self.files.index_of(file);
         let handle = file.inner().handle();
+        let channel = &self.channel;
+        let file_index = self.files.index_of(file, || channel.verifier(handle));
         let (command, bulk, length, is_lent) = match operation {
             Operation::Read { offset, buffers } => {
                 let length = buffers.len() as u32;
@@ -370,6 +382,7 @@ impl Context {
                 cancelling: false,
                 eventfd: None,
                 length: 0,
+                unstable: 0,
                 submitted_ns: 0,
                 request: None,
                 state: OperationState::Free,
@@ -383,6 +396,9 @@ impl Context {
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
+        if slot.opcode == Opcode::Fsync {
+            slot.unstable = self.files.take_unstable(file_index);
+        }
         if let Some(tracer) = &self.tracer {
             slot.submitted_ns = tracer.now_ns();
             slot.request = None;
@@ -410,8 +426,8 @@ impl Context {
             && let Some(index) = self.waiting_lent.pop_front()
         {
             let length = self.slots[index as usize].length as usize;
-            let (io_bytes_max, transport) = (self.io_bytes_max(), &mut self.transport);
-            let lent = self.lent.lend(length, io_bytes_max, |arena| transport.register_arena(arena));
+            let (io_bytes_max, channel) = (self.io_bytes_max(), &mut self.channel);
+            let lent = self.lent.lend(length, io_bytes_max, |memory| channel.register_arena(memory));
             match lent {
                 Ok(buffer) => {
                     if let OperationState::Queued(_, bulk) = &mut self.slots[index as usize].state {
@@ -425,7 +441,7 @@ impl Context {
                         format!("Cannot allocate a lent buffer ({error}). Release some that were collected.");
                     // It has no buffer that `complete` would take back.
                     self.slots[index as usize].is_lent = false;
-                    self.complete(index, Err(Error { status, text }), Bulk::None);
+                    self.complete(index, Err(Error::new(status, text)), Bulk::None);
                 }
             }
         }
@@ -433,8 +449,7 @@ impl Context {
 
     /// Hands queued operations to the transport, as far as there are credits.
     fn send_queued(&mut self) {
-        while self.transport.credits() > 0
-            && self.transport.failure().is_none()
+        while self.channel.credits() > 0
             && let Some(index) = self.queued.pop_front()
         {
             let slot = &mut self.slots[index as usize];
@@ -445,9 +460,9 @@ impl Context {
             };
             self.body.clear();
             command.encode(&mut self.body);
-            match self.transport.send(index.into(), &self.body, bulk, false) {
+            match self.channel.send(index.into(), &self.body, bulk, false) {
                 Ok(request) => {
-                    slot.state = OperationState::Sent(request);
+                    slot.state = OperationState::Sent;
                     if let Some(tracer) = &self.tracer {
                         slot.request = Some(request.0 as u32);
                         tracer.sent(slot.name(), slot.submitted_ns, request.0 as u32, slot.length);
@@ -466,7 +481,7 @@ impl Context {
     /// Sends what is queued, as far as the server takes it. Never blocks.
     pub fn flush(&mut self) {
         if !self.session.is_inherited() {
-            self.transport.flush();
+            self.channel.flush();
             self.sync_poller();
         }
     }
@@ -474,11 +489,18 @@ impl Context {
     /// Receives what has arrived. Returns whether anything has, if only a part of a response.
     fn poll(&mut self) -> bool {
         let mut replies = std::mem::take(&mut self.replies);
-        let arrived = self.transport.receive(&mut replies);
+        let arrived = self.channel.receive(&mut replies);
         for reply in replies.drain(..) {
             self.handle_reply(reply);
         }
         self.replies = replies;
+        if self.channel.connections() != self.connections {
+            // After the replies: what was acknowledged before the loss had the verifiers of that time.
+            self.connections = self.channel.connections();
+            self.session.suspect();
+            let channel = &self.channel;
+            self.files.set_verifiers(|handle| channel.verifier(handle));
+        }
         if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
                 for index in self.queued.drain(..).chain(self.waiting_lent.drain(..)).collect::<Vec<_>>() {
@@ -488,7 +510,7 @@ impl Context {
                 // A lent buffer comes free by a read that failed, too.
                 self.lend();
                 self.send_queued();
-                self.transport.flush();
+                self.channel.flush();
             }
         }
         arrived
@@ -505,15 +527,12 @@ impl Context {
             tracer.answered(request, reply.result);
         }
         let result = if !reply.status.is_ok() {
-            Err(match self.transport.failure() {
-                Some(failure) if reply.body.is_empty() => {
-                    if failure.errno() == libc::ETIMEDOUT {
-                        self.session.suspect();
-                    }
-                    Error { status: reply.status, text: failure.to_string() }
-                }
-                _ => Error::from_reply(reply.status, &reply.body),
-            })
+            Err(self.failure_of(index, &reply))
+        } else if slot.opcode == Opcode::Fsync && !self.files.synced(slot.file, slot.unstable, reply.result) {
+            self.stats.lost += 1;
+            let text = "The server has lost writes that were acknowledged before this fsync: it, or its \
+                        machine, was restarted, or its disk failed. Write again what was not durable before.";
+            Err(Error { is_lost: true, ..Error::new(Status::storage(libc::EIO), text) })
         } else {
             let is_valid = match slot.opcode {
                 Opcode::Read => reply.result == reply.data_len as u64,
@@ -521,18 +540,47 @@ impl Context {
                 _ => true,
             };
             if is_valid {
+                if slot.opcode.operation().is_recorded {
+                    self.files.written(slot.file);
+                }
                 Ok(if matches!(slot.opcode, Opcode::Read | Opcode::Write) { reply.result } else { 0 })
             } else {
-                self.transport.abort(Violation::Field);
+                self.channel.abort(Violation::Field);
                 Err(protocol_error())
             }
         };
         self.complete(index, result, reply.bulk);
     }
 
+    /// Why an operation failed.
+    #[cold]
+    fn failure_of(&mut self, index: u32, reply: &Reply) -> Error {
+        let slot = &self.slots[index as usize];
+        if slot.opcode == Opcode::Fsync {
+            self.files.put_back_unstable(slot.file, slot.unstable);
+        }
+        self.stats.unknown += u64::from(reply.is_unknown);
+        let failure = self.channel.failure();
+        if failure.is_some_and(|failure| failure.errno() == libc::ETIMEDOUT) {
+            self.session.suspect();
+        }
+        if reply.status.errno == libc::EBADF
+            && let Some(status) = self.files.handle(slot.file).and_then(|file| self.channel.stale(file))
+        {
+            let text = "The server was restarted, and the file could not be opened again: it is another one \
+                        now. Open it again.";
+            return Error::new(status, text);
+        }
+        Error::from_reply(reply, failure)
+    }
+
     /// Completes an operation that was not sent.
     fn complete_unsent(&mut self, index: u32, error: Error) {
-        let state = std::mem::replace(&mut self.slots[index as usize].state, OperationState::Free);
+        let slot = &mut self.slots[index as usize];
+        if slot.opcode == Opcode::Fsync {
+            self.files.put_back_unstable(slot.file, slot.unstable);
+        }
+        let state = std::mem::replace(&mut slot.state, OperationState::Free);
         let bulk = if let OperationState::Queued(_, bulk) = state { bulk } else { Bulk::None };
         self.complete(index, Err(error), bulk);
     }
@@ -579,7 +627,7 @@ impl Context {
     /// connection has ended and every completion has been collected.
     pub fn wait(&mut self, min: usize, max: usize, timeout: Option<Duration>) -> Result<usize, Error> {
         self.check_process()?;
-        self.transport.flush();
+        self.channel.flush();
         if self.burst >= BURST_MAX {
             self.burst = 0;
             std::thread::yield_now();
@@ -602,7 +650,7 @@ impl Context {
             return Ok(self.done.len());
         }
         waited?;
-        match self.transport.failure() {
+        match self.channel.failure() {
             Some(failure) if self.in_flight == 0 => Err(Error::not_connected(failure)),
             _ => Ok(0),
         }
@@ -612,7 +660,7 @@ impl Context {
     /// in flight, so that a loop around it does not spin.
     fn keeps_waiting(&self, min: usize, timeout: Option<Duration>) -> bool {
         self.done.len() < min
-            && (self.in_flight > 0 || (timeout.is_some() && self.transport.failure().is_none()))
+            && (self.in_flight > 0 || (timeout.is_some() && self.channel.failure().is_none()))
     }
 
     /// By how much a wait may poll longer than usual: a server answers many operations together, which takes
@@ -639,7 +687,7 @@ impl Context {
                 (0..POLLS_PER_YIELD).any(|_| self.poll())
             } else {
                 self.stats.sleeps += 1;
-                let waited = self.transport.wait(deadline);
+                let waited = self.channel.wait(deadline);
                 let arrived = self.poll();
                 waited?;
                 arrived
@@ -682,9 +730,9 @@ impl Context {
         if let Some(poller) = &mut self.poller
             && !self.session.is_inherited()
         {
-            let tick = self.transport.grant().keepalive.min(self.request_timeout / 3);
-            let (fd, out) = self.transport.poll_fd();
-            poller.sync(fd, out, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
+            let tick = self.channel.grant().keepalive.min(self.request_timeout / 3);
+            let watch = self.channel.watch();
+            poller.sync(watch, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
         }
     }
 
@@ -692,11 +740,11 @@ impl Context {
     /// that with `min` 0 then, and [`Context::next`] until it gives nothing.
     pub fn poll_fd(&mut self) -> Result<BorrowedFd<'_>, Error> {
         self.check_process()?;
-        if let Some(failure) = self.transport.failure() {
+        if let Some(failure) = self.channel.failure() {
             return Err(Error::not_connected(failure));
         }
         if self.poller.is_none() {
-            let poller = Poller::new(self.transport.poll_fd().0).map_err(|error| {
+            let poller = Poller::new().map_err(|error| {
                 Error::call(
                     error.raw_os_error().unwrap_or(libc::EMFILE),
                     format!(
@@ -744,31 +792,31 @@ impl Context {
         if slot.generation != ticket.generation {
             return Err(none());
         }
-        let request = match slot.state {
+        let is_queued = match slot.state {
             OperationState::Free => return Err(none()),
             OperationState::Done(_) => return Err(too_late()),
-            OperationState::Queued(..) => None,
-            OperationState::Sent(request) => Some(request),
+            OperationState::Queued(..) => true,
+            OperationState::Sent => false,
         };
         slot.cancelling = true;
-        let cancelled = Error {
-            status: Status { errno: libc::ECANCELED, class: Class::None, retryable: false },
-            text: "The operation was cancelled.".into(),
-        };
-        match request {
-            None => {
+        let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
+        match is_queued {
+            true => {
                 self.queued.retain(|&waiting| waiting != index);
                 self.waiting_lent.retain(|&waiting| waiting != index);
                 self.complete_unsent(index, cancelled);
             }
-            Some(request) => match self.transport.dequeue(request) {
-                Some(bulk) => self.complete(index, Err(cancelled), bulk),
-                None => self.cancel_remotely(index, request),
+            false => match self.channel.dequeue(index.into()) {
+                Some(bulk) => {
+                    self.slots[index as usize].state = OperationState::Queued(NOTHING, bulk);
+                    self.complete_unsent(index, cancelled);
+                }
+                None => self.cancel_remotely(index),
             },
         }
         self.lend();
         self.send_queued();
-        self.transport.flush();
+        self.channel.flush();
         let slot = &mut self.slots[index as usize];
         slot.cancelling = false;
         match &slot.state {
@@ -783,30 +831,27 @@ impl Context {
     }
 
     /// Asks the server to cancel, and waits for its answer. The operation, if cancelled, has ended by then.
-    fn cancel_remotely(&mut self, index: u32, request: RequestId) {
-        self.body.clear();
-        Command::Cancel { id: request.0 }.encode(&mut self.body);
+    fn cancel_remotely(&mut self, index: u32) {
         self.cancel_answered = false;
         // The control credit is free: whoever used it has waited for the answer.
-        if self.transport.send(TAG_CANCEL, &self.body, Bulk::None, true).is_err() {
+        if !self.channel.cancel(index.into(), TAG_CANCEL) {
             self.poll();
             return;
         }
-        self.transport.flush();
         let deadline = Instant::now() + self.request_timeout;
         loop {
             self.poll();
-            let sent = matches!(self.slots[index as usize].state, OperationState::Sent(_));
-            if self.cancel_answered || (self.transport.failure().is_some() && !sent) {
+            let sent = matches!(self.slots[index as usize].state, OperationState::Sent);
+            if self.cancel_answered || (self.channel.failure().is_some() && !sent) {
                 return;
             }
             if Instant::now() >= deadline {
                 // It answers pings, but not this.
-                self.transport.abort(Violation::Silent);
+                self.channel.abort(Violation::Silent);
                 continue;
             }
-            match self.transport.wait(Some(deadline)) {
-                Err(error) if error.errno() != libc::EINTR => self.transport.abort(Violation::Silent),
+            match self.channel.wait(Some(deadline)) {
+                Err(error) if error.errno() != libc::EINTR => self.channel.abort(Violation::Silent),
                 _ => {}
             }
         }
@@ -819,20 +864,23 @@ impl Context {
         if !self.waiting_lent.is_empty() && !self.session.is_inherited() {
             self.lend();
             self.send_queued();
-            self.transport.flush();
+            self.channel.flush();
             self.sync_poller();
         }
     }
 
     /// The counters.
     pub fn stats(&self) -> Stats {
-        let transport = self.transport.counters();
+        let transport = self.channel.counters();
+        let resumed = self.channel.resume_counters();
         Stats {
+            reconnects: resumed.reconnects,
+            resent: resumed.resent,
             bounced_bytes: transport.bounced_bytes,
             sends: transport.sends,
             receives: transport.receives,
             in_flight: self.in_flight as u64,
-            queue_depth: self.transport.grant().queue_depth.into(),
+            queue_depth: self.channel.grant().queue_depth.into(),
             io_bytes_max: self.io_bytes_max() as u64,
             ..self.stats
         }
@@ -850,12 +898,18 @@ impl Context {
         for index in waiting {
             self.complete_unsent(index, Error::call(libc::ECANCELED, "The context was closed."));
         }
-        self.transport.flush();
-        let deadline = Instant::now() + self.session.options().call_timeout;
+        self.channel.flush();
+        let begin = Instant::now();
+        let deadline = begin + self.session.options().call_timeout;
         while self.in_flight > 0 && Instant::now() < deadline {
             self.poll();
+            // A session that is resumed at once is waited for, but not its whole window.
+            if !self.channel.is_connected() && begin.elapsed() >= RESUME_GRACE {
+                break;
+            }
+            let deadline = if self.channel.is_connected() { deadline } else { begin + RESUME_GRACE };
             if self.in_flight > 0
-                && self.transport.wait(Some(deadline)).is_err_and(|error| error.errno() != libc::EINTR)
+                && self.channel.wait(Some(deadline)).is_err_and(|error| error.errno() != libc::EINTR)
             {
                 break;
             }

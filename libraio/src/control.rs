@@ -4,10 +4,11 @@
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
+use raio_transport::channel::Channel;
 use raio_transport::protocol::{Command, FileHandle};
-use raio_transport::transport::{Bulk, ClientTransport, NotSent, Reply};
+use raio_transport::transport::{Bulk, NotSent, Reply};
 
-use crate::error::{Error, session_stopped, timed_out};
+use crate::error::{Error, reconnecting, session_stopped, timed_out};
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
@@ -36,7 +37,7 @@ impl PendingCloses {
 
 /// A control connection.
 pub(crate) struct Control {
-    transport: Box<dyn ClientTransport>,
+    channel: Channel,
     replies: Vec<Reply>,
     body: Vec<u8>,
     tag: u64,
@@ -51,13 +52,30 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
-    pub(crate) fn new(transport: Box<dyn ClientTransport>) -> Self {
-        Self { transport, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned_opens: Vec::new() }
+    pub(crate) fn new(channel: Channel) -> Self {
+        Self { channel, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned_opens: Vec::new() }
+    }
+
+    /// Whether something that must not run twice was sent and not answered.
+    pub(crate) fn is_owed(&self) -> bool {
+        self.channel.has_unanswered_recorded()
+    }
+
+    /// Waits for the answers to closes, for a short time: the end of a connection with nothing unanswered
+    /// ends its channel.
+    pub(crate) fn settle(&mut self) {
+        let deadline = Instant::now() + STOP_CHECK_INTERVAL;
+        while self.channel.is_waiting() && !self.is_owed() && Instant::now() < deadline {
+            self.channel.receive(&mut self.replies);
+            if self.channel.is_waiting() && self.channel.wait(Some(deadline)).is_err() {
+                return;
+            }
+        }
     }
 
     /// Pings a server that has let another connection of the session time out.
     pub(crate) fn ping_suspect(&mut self) {
-        self.transport.ping(SUSPECT_TIMEOUT);
+        self.channel.ping(SUSPECT_TIMEOUT);
     }
 
     /// Has the server execute a command, and waits for its answer. `is_stopped` tells whether another thread
@@ -69,26 +87,26 @@ impl Control {
         closes: &PendingCloses,
         is_stopped: &dyn Fn() -> bool,
     ) -> Result<Reply, Error> {
-        if let Some(failure) = self.transport.failure() {
+        if let Some(failure) = self.channel.failure() {
             return Err(Error::not_connected(failure));
         }
+        // A connection that has broken since the last call is made again before anything is sent by it.
+        self.receive(closes);
         let Some(tag) = self.send(command, deadline, closes, is_stopped) else {
-            let other = || if is_stopped() { session_stopped() } else { timed_out() };
-            return Err(self.transport.failure().map_or_else(other, Error::not_connected));
+            let late = if self.channel.is_connected() { timed_out() } else { reconnecting() };
+            let other = || if is_stopped() { session_stopped() } else { late };
+            return Err(self.channel.failure().map_or_else(other, Error::not_connected));
         };
         loop {
             self.receive(closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
-                return match self.transport.failure() {
-                    _ if reply.status.is_ok() => Ok(reply),
-                    Some(failure) if reply.body.is_empty() => {
-                        Err(Error { status: reply.status, text: failure.to_string() })
-                    }
-                    _ => Err(Error::from_reply(reply.status, &reply.body)),
+                return match reply.status.is_ok() {
+                    true => Ok(reply),
+                    false => Err(Error::from_reply(&reply, self.channel.failure())),
                 };
             }
-            if let Some(failure) = self.transport.failure() {
+            if let Some(failure) = self.channel.failure() {
                 return Err(Error::not_connected(failure));
             }
             if is_stopped() {
@@ -99,11 +117,11 @@ impl Control {
                 if matches!(command, Command::Open { .. }) {
                     self.abandoned_opens.push(tag);
                 }
-                return Err(timed_out());
+                return Err(if self.channel.is_connected() { timed_out() } else { reconnecting() });
             }
             // A signal is the caller's business, but not a reason to give up half way. The transport ends a
             // wait for a dead server.
-            match self.transport.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL))) {
+            match self.channel.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL))) {
                 Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
                 _ => {}
             }
@@ -122,18 +140,18 @@ impl Control {
         self.tag += 1;
         self.body.clear();
         command.encode(&mut self.body);
-        while let Err(NotSent(_)) = self.transport.send(self.tag, &self.body, Bulk::None, false) {
+        while let Err(NotSent(_)) = self.channel.send(self.tag, &self.body, Bulk::None, false) {
             // Closes that nobody waited for have used up the credits.
             self.receive(closes);
             let now = Instant::now();
-            if self.transport.failure().is_some() || is_stopped() || now >= deadline {
+            if self.channel.failure().is_some() || is_stopped() || now >= deadline {
                 return None;
             }
-            if self.transport.credits() == 0 {
-                let _ = self.transport.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL)));
+            if self.channel.credits() == 0 {
+                let _ = self.channel.wait(Some(deadline.min(now + STOP_CHECK_INTERVAL)));
             }
         }
-        self.transport.flush();
+        self.channel.flush();
         Some(self.tag)
     }
 
@@ -146,19 +164,19 @@ impl Control {
             self.tag += 1;
             self.body.clear();
             Command::Close(handle).encode(&mut self.body);
-            if self.transport.send(self.tag, &self.body, Bulk::None, false).is_err() {
+            if self.channel.send(self.tag, &self.body, Bulk::None, false).is_err() {
                 break;
             }
             closes.pop();
         }
-        self.transport.flush();
+        self.channel.flush();
         closes.is_empty()
     }
 
     /// Receives replies, and forgets those of before. What an abandoned open has opened goes to `closes`.
     fn receive(&mut self, closes: &PendingCloses) {
         self.replies.clear();
-        self.transport.receive(&mut self.replies);
+        self.channel.receive(&mut self.replies);
         if self.abandoned_opens.is_empty() {
             return;
         }

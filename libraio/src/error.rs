@@ -1,6 +1,7 @@
 //! The one error type: a status (errno, where it arose, whether a retry may succeed) and a message.
 
 use raio_transport::error::Class;
+use raio_transport::transport::Reply;
 use raio_transport::{Status, message};
 
 /// A call or an operation that failed.
@@ -10,29 +11,39 @@ pub struct Error {
     pub status: Status,
     /// The message, for people: what is wrong, and what to do about it.
     pub text: String,
+    /// The operation may have been done nevertheless: its connection was lost.
+    pub is_unknown: bool,
+    /// An fsync: writes that were acknowledged before it may be lost.
+    pub is_lost: bool,
 }
 
 impl Error {
+    pub(crate) fn new(status: Status, text: impl Into<String>) -> Self {
+        Self { status, text: text.into(), is_unknown: false, is_lost: false }
+    }
+
     /// A call that is invalid, or cannot be executed now.
     pub(crate) fn call(errno: i32, text: impl Into<String>) -> Self {
-        Self { status: Status { errno, class: Class::None, retryable: false }, text: text.into() }
+        Self::new(Status { errno, class: Class::None, retryable: false }, text)
     }
 
     /// A call on a connection that has ended.
     pub(crate) fn not_connected(why: &raio_transport::Error) -> Self {
-        Self {
-            status: Status::transport(libc::ENOTCONN),
-            text: format!("The connection has ended ({why}). Open a new session."),
-        }
+        let text = format!("The connection has ended ({why}). Open a new session.");
+        Self::new(Status::transport(libc::ENOTCONN), text)
     }
 
-    /// The failure of a request, from the body of its response.
-    pub(crate) fn from_reply(status: Status, body: &[u8]) -> Self {
-        let mut text = message::text(body);
+    /// The failure of a request. `failure` is why its channel was given up, if it was.
+    pub(crate) fn from_reply(reply: &Reply, failure: Option<&raio_transport::Error>) -> Self {
+        let status = reply.status;
+        let mut text = message::text(&reply.body);
         if text.is_empty() {
-            text = std::io::Error::from_raw_os_error(status.errno).to_string();
+            text = match failure {
+                Some(failure) => failure.to_string(),
+                None => std::io::Error::from_raw_os_error(status.errno).to_string(),
+            };
         }
-        Self { status, text }
+        Self { is_unknown: reply.is_unknown, ..Self::new(status, text) }
     }
 
     /// The errno, positive.
@@ -43,28 +54,27 @@ impl Error {
 
 /// A call on a session that was stopped.
 pub(crate) fn session_stopped() -> Error {
-    Error {
-        status: Status::transport(libc::ENOTCONN),
-        text: "The session was stopped. Open a new one.".into(),
-    }
+    Error::new(Status::transport(libc::ENOTCONN), "The session was stopped. Open a new one.")
+}
+
+/// A call that waits for a session that is being resumed.
+pub(crate) fn reconnecting() -> Error {
+    let text = "The connection to the server was lost, and is being made again: this call did not wait \
+                longer. Check that raio_server runs, or raise the call timeout.";
+    Error::new(Status::transport(libc::ETIMEDOUT), text)
 }
 
 /// A call that the server, which answers pings, has not answered.
 pub(crate) fn timed_out() -> Error {
-    Error {
-        status: Status::transport(libc::ETIMEDOUT),
-        text: "The server answers pings, but did not answer this call in time: its storage may hang. See \
-               its log, or raise the call timeout."
-            .into(),
-    }
+    let text = "The server answers pings, but did not answer this call in time: its storage may hang. See \
+                its log, or raise the call timeout.";
+    Error::new(Status::transport(libc::ETIMEDOUT), text)
 }
 
 /// A response that is well-formed, but not one that the request can have.
 pub(crate) fn protocol_error() -> Error {
-    Error {
-        status: Status::protocol(libc::EPROTO),
-        text: "The server's response is invalid. Check that the versions of library and server match.".into(),
-    }
+    let text = "The server's response is invalid. Check that the versions of library and server match.";
+    Error::new(Status::protocol(libc::EPROTO), text)
 }
 
 impl std::fmt::Display for Error {
@@ -85,6 +95,6 @@ impl From<raio_transport::Error> for Error {
             E::Rejected { status, .. } => *status,
             E::Violation(_) => Status::protocol(errno),
         };
-        Self { status, text: error.to_string() }
+        Self::new(status, error.to_string())
     }
 }

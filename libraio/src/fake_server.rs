@@ -1,5 +1,6 @@
 //! A server for unit tests: a thread for each connection, files in memory, and a switch that makes it hold
-//! its answers. It trusts its client and asserts what it relies on.
+//! its answers. It knows channels, can be cut off at any request, and restarted. It trusts its client and
+//! asserts what it relies on.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Read, Write};
@@ -10,9 +11,10 @@ use std::time::Duration;
 
 use raio_transport::Status;
 use raio_transport::handshake::Policy;
-use raio_transport::message::{self, Limits, Message, Parsed, ResponseHeader};
-use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE};
+use raio_transport::message::{self, Limits, Message, Parsed, ResponseHeader, SessionId};
+use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, RequestOutcome};
 use zerocopy::IntoBytes;
+use zerocopy::little_endian::U32;
 
 pub(crate) struct FakeServer {
     pub(crate) address: SocketAddr,
@@ -30,6 +32,20 @@ struct State {
     files: HashMap<Vec<u8>, Arc<Mutex<Vec<u8>>>>,
     open: BTreeMap<u32, Arc<Mutex<Vec<u8>>>>,
     opened: u32,
+    channels: HashMap<([u8; 16], u32), Channel>,
+    /// Sessions that clients have given up.
+    superseded: Vec<SessionId>,
+    /// Channels that their clients have ended.
+    goaways: usize,
+    /// After how many requests all connections are cut, and whether the last one is executed before.
+    cut: Option<(usize, bool)>,
+    /// Writes executed.
+    writes: usize,
+    verifier: u64,
+    /// How often each file was replaced by another one.
+    replaced: HashMap<Vec<u8>, u8>,
+    /// Nobody is welcomed; with this errno, or with none.
+    rejecting: Option<i32>,
     /// Reads and writes are not answered.
     holding: bool,
     /// Nothing is answered but pings.
@@ -37,6 +53,35 @@ struct State {
     /// Nothing is done at all.
     frozen: bool,
     connections: Vec<TcpStream>,
+}
+
+/// What is kept of a channel.
+#[derive(Default)]
+struct Channel {
+    epoch: u64,
+    /// How the last recorded request of each slot has ended.
+    done: HashMap<u16, RequestOutcome>,
+}
+
+impl State {
+    fn cut_all(&mut self) {
+        for stream in self.connections.drain(..) {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    fn status(&self, path: &[u8], size: usize) -> FileStatus {
+        let mut identity = [self.replaced.get(path).copied().unwrap_or(0); 16];
+        let len = path.len().min(15);
+        identity[..len].copy_from_slice(&path[..len]);
+        let verifier = self.verifier.into();
+        FileStatus { size: (size as u64).into(), identity, verifier, ..FileStatus::default() }
+    }
+
+    fn path_of(&self, file: &Arc<Mutex<Vec<u8>>>) -> Vec<u8> {
+        let found = self.files.iter().find(|(_, other)| Arc::ptr_eq(file, other));
+        found.map(|(path, _)| path.clone()).unwrap_or_default()
+    }
 }
 
 impl FakeServer {
@@ -50,7 +95,9 @@ impl FakeServer {
                 let shared = Arc::clone(&shared);
                 shared.state.lock().unwrap().connections.push(stream.try_clone().unwrap());
                 thread::spawn(move || {
-                    Connection { stream, inbox: Vec::new(), shared, held: Vec::new() }.serve()
+                    let (inbox, held) = (Vec::new(), Vec::new());
+                    let (channel, is_gone, must_ask) = (None, false, false);
+                    Connection { stream, inbox, shared, held, channel, is_gone, must_ask }.serve()
                 });
             }
         });
@@ -87,9 +134,52 @@ impl FakeServer {
 
     /// Cuts every connection.
     pub(crate) fn die(&self) {
-        for stream in self.shared.state.lock().unwrap().connections.drain(..) {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.shared.state.lock().unwrap().cut_all();
+    }
+
+    /// Cuts every connection at the n-th request from now on, which is executed before that or is not.
+    pub(crate) fn cut_at(&self, n: usize, executed: bool) {
+        self.shared.state.lock().unwrap().cut = Some((n, executed));
+    }
+
+    /// Forgets what a process that is started anew does not know, and perhaps what it has not made durable.
+    pub(crate) fn restart(&self, verifier: u64) {
+        let mut state = self.shared.state.lock().unwrap();
+        state.cut_all();
+        state.channels.clear();
+        state.open.clear();
+        state.verifier = verifier;
+    }
+
+    /// A file is another one from now on.
+    pub(crate) fn replace(&self, path: &str) {
+        *self.shared.state.lock().unwrap().replaced.entry(path.into()).or_default() += 1;
+    }
+
+    /// Turns everybody away with this errno; with 0 without a word.
+    pub(crate) fn reject(&self, errno: Option<i32>) {
+        self.shared.state.lock().unwrap().rejecting = errno;
+    }
+
+    /// Writes executed.
+    pub(crate) fn writes(&self) -> usize {
+        self.shared.state.lock().unwrap().writes
+    }
+
+    pub(crate) fn goaways(&self) -> usize {
+        self.shared.state.lock().unwrap().goaways
+    }
+
+    pub(crate) fn superseded(&self) -> usize {
+        self.shared.state.lock().unwrap().superseded.len()
+    }
+
+    /// The numbers and epochs of the channels.
+    pub(crate) fn channels(&self) -> Vec<(u32, u64)> {
+        let state = self.shared.state.lock().unwrap();
+        let mut all: Vec<_> = state.channels.iter().map(|((_, n), channel)| (*n, channel.epoch)).collect();
+        all.sort_unstable();
+        all
     }
 }
 
@@ -99,6 +189,11 @@ struct Connection {
     shared: Arc<Shared>,
     /// Requests that are not answered for now: id, command, data.
     held: Vec<(u64, Vec<u8>, Vec<u8>)>,
+    channel: Option<([u8; 16], u32)>,
+    /// The channel was not known.
+    is_gone: bool,
+    /// The first command must be an outcome.
+    must_ask: bool,
 }
 
 impl Connection {
@@ -119,12 +214,38 @@ impl Connection {
         let peer = loop {
             if let Parsed::Item((peer, welcome), taken) = self.shared.policy.welcome(&self.inbox).unwrap() {
                 self.inbox.drain(..taken);
+                let mut state = self.shared.state.lock().unwrap();
+                let mut rejected = state.rejecting;
+                if let Some(offered) = peer.channel {
+                    let is_known = state.channels.contains_key(&(peer.session.0, offered.number));
+                    let channel = state.channels.entry((peer.session.0, offered.number)).or_default();
+                    self.is_gone = offered.epoch > 1 && !is_known;
+                    if channel.epoch >= offered.epoch {
+                        rejected = Some(libc::ESTALE);
+                    } else if rejected.is_none() {
+                        channel.epoch = offered.epoch;
+                    } else if !is_known {
+                        state.channels.remove(&(peer.session.0, offered.number));
+                    }
+                }
+                if let Some(errno) = rejected {
+                    drop(state);
+                    if errno != 0 {
+                        let _ = self.stream.write_all(&self.shared.policy.rejection(errno, "Not now."));
+                    }
+                    let _ = self.stream.shutdown(std::net::Shutdown::Both);
+                    return None;
+                }
+                state.superseded.extend(&peer.supersedes);
+                drop(state);
                 self.stream.write_all(&welcome).ok()?;
                 break peer;
             }
             self.fill()?;
         };
         let limits = peer.grant.limits();
+        self.channel = peer.channel.map(|channel| (peer.session.0, channel.number));
+        self.must_ask = peer.begins_with_outcome();
         // So that held requests are looked at again.
         self.stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
         loop {
@@ -144,6 +265,16 @@ impl Connection {
                     message::encode_pong(id, 0, limits.crc, &mut pong);
                     self.stream.write_all(&pong).ok()?;
                     continue;
+                }
+                Parsed::Item(Message::Goaway(status, _), _) => {
+                    let mut state = self.shared.state.lock().unwrap();
+                    if status.is_ok()
+                        && let Some(channel) = self.channel
+                    {
+                        state.channels.remove(&channel);
+                        state.goaways += 1;
+                    }
+                    return None;
                 }
                 Parsed::Item(..) => return None,
                 Parsed::Need(_) => None,
@@ -185,10 +316,58 @@ impl Connection {
                 encode(id, Answer { status, ..Answer::ok(0) }, limits, out);
             } else if holding && matches!(command, Command::Read { .. } | Command::Write { .. }) {
                 self.held.push((id, body, data));
+            } else if let Command::Outcome { ids } = command {
+                self.must_ask = false;
+                encode(id, self.outcomes(ids), limits, out);
             } else {
-                encode(id, self.execute(&command, &data), limits, out);
+                assert!(!self.must_ask, "{command:?} before an outcome");
+                let mut state = self.shared.state.lock().unwrap();
+                let is_last = match &mut state.cut {
+                    Some((0, executed)) => Some(*executed),
+                    Some((n, _)) => {
+                        *n -= 1;
+                        None
+                    }
+                    None => None,
+                };
+                if let Some(executed) = is_last {
+                    state.cut = None;
+                    state.cut_all();
+                    if !executed {
+                        return;
+                    }
+                }
+                drop(state);
+                let answer = self.execute(&command, &data);
+                if command.opcode().operation().is_recorded
+                    && let Some(channel) = self.channel
+                {
+                    let mut state = self.shared.state.lock().unwrap();
+                    let outcome = RequestOutcome::done(id as u32, answer.status, answer.result);
+                    let channel = state.channels.entry(channel).or_default();
+                    let before = channel.done.insert(id as u16, outcome);
+                    assert!(before.is_none_or(|before| u64::from(before.id()) != id), "an id was used again");
+                }
+                if is_last.is_some() {
+                    return;
+                }
+                encode(id, answer, limits, out);
             }
         }
+    }
+
+    fn outcomes(&self, ids: &[U32]) -> Answer {
+        if self.is_gone {
+            return Answer::failed(Status::storage(libc::ESTALE), "There is no such channel.");
+        }
+        let state = self.shared.state.lock().unwrap();
+        let channel = self.channel.and_then(|channel| state.channels.get(&channel));
+        let of = |id: u32| {
+            let done = channel.and_then(|channel| channel.done.get(&(id as u16)));
+            done.filter(|done| done.id() == id).copied().unwrap_or_else(|| RequestOutcome::never(id))
+        };
+        let body = ids.iter().flat_map(|id| of(id.get()).as_bytes().to_vec()).collect();
+        Answer { body, ..Answer::ok(ids.len() as u64) }
     }
 
     fn execute(&self, command: &Command<'_>, data: &[u8]) -> Answer {
@@ -201,8 +380,20 @@ impl Connection {
             };
             state.opened += 1;
             let handle = state.opened;
+            let status = state.status(path, file.lock().unwrap().len());
             state.open.insert(handle, file);
-            return Answer::ok(handle.into());
+            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
+        }
+        if let Command::Reopen { file: FileHandle(handle), identity, path, .. } = *command {
+            let Some(file) = state.files.get(path).cloned() else {
+                return Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
+            };
+            let status = state.status(path, file.lock().unwrap().len());
+            if status.identity != identity {
+                return Answer::failed(Status::storage(libc::ESTALE), "It is another file.");
+            }
+            state.open.insert(handle, file);
+            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
         }
         let (Command::Close(FileHandle(handle))
         | Command::Stat(FileHandle(handle))
@@ -222,13 +413,14 @@ impl Connection {
             state.open.remove(&handle);
             return Answer::ok(0);
         }
+        state.writes += usize::from(matches!(command, Command::Write { .. }));
+        let verifier = state.verifier;
+        let path = state.path_of(&file);
+        let status = state.status(&path, file.lock().unwrap().len());
         drop(state);
         let mut file = file.lock().unwrap();
         match *command {
-            Command::Stat(_) => {
-                let status = FileStatus { size: (file.len() as u64).into(), ..FileStatus::default() };
-                Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) }
-            }
+            Command::Stat(_) => Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) },
             Command::Read { offset, length, .. } => {
                 let start = file.len().min(offset as usize);
                 let end = file.len().min(start + length as usize);
@@ -246,7 +438,7 @@ impl Connection {
                 file[offset as usize..(offset + length) as usize].fill(0);
                 Answer::ok(0)
             }
-            Command::Fsync { .. } => Answer::ok(0),
+            Command::Fsync { .. } => Answer::ok(verifier),
             _ => Answer::failed(Status::storage(libc::EOPNOTSUPP), "Not here."),
         }
     }

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use raio_transport::channel::Reopenable;
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 
 use crate::error::{Error, protocol_error};
@@ -31,8 +32,14 @@ pub(crate) struct Inner {
     handle: FileHandle,
     /// Differs from that of every other file of this process.
     number: u64,
-    /// What each context has in flight.
-    in_flight: Mutex<Vec<Arc<AtomicUsize>>>,
+    /// Its verifier when it was opened.
+    verifier: u64,
+    /// Its writes are durable when they are acknowledged.
+    is_synced: bool,
+    /// What each context has of it.
+    uses: Mutex<Vec<Arc<Use>>>,
+    /// What contexts that are gone have left of [`Use::unstable`].
+    unstable: AtomicU64,
     /// No new I/O; the server is to be told once nothing is in flight.
     closing: AtomicBool,
     /// The server has been told.
@@ -61,20 +68,31 @@ impl Session {
             return Err(Error::call(libc::EINVAL, "The path contains a zero byte. Pass one without."));
         }
         let reply = self.shared().call(&Command::Open { flags, mode: mode & 0o7777, path })?;
-        let handle = u32::try_from(reply.result).map_err(|_| protocol_error())?;
-        Ok(File::new(Arc::clone(self.shared()), FileHandle(handle)))
+        let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);
+        let status = match reply.body.is_empty() {
+            false => FileStatus::decode(&reply.body).map_err(|_| protocol_error())?,
+            // It was opened by a request whose connection has broken: its outcome is all that there is.
+            true => self.shared().status(handle)?,
+        };
+        let opened = Reopenable { flags, path: path.into(), identity: status.identity };
+        self.shared().files().insert(handle, opened);
+        let is_synced = flags & (protocol::OPEN_SYNC | protocol::OPEN_DSYNC) != 0;
+        Ok(File::new(Arc::clone(self.shared()), handle, status.verifier.get(), is_synced))
     }
 }
 
 impl File {
-    pub(crate) fn new(session: Arc<Shared>, handle: FileHandle) -> Self {
+    pub(crate) fn new(session: Arc<Shared>, handle: FileHandle, verifier: u64, is_synced: bool) -> Self {
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         Self {
             inner: Arc::new(Inner {
                 session,
                 handle,
                 number: NUMBER.fetch_add(1, Ordering::Relaxed),
-                in_flight: Mutex::new(Vec::new()),
+                verifier,
+                is_synced,
+                uses: Mutex::new(Vec::new()),
+                unstable: AtomicU64::new(0),
                 closing: AtomicBool::new(false),
                 closed: AtomicBool::new(false),
             }),
@@ -129,9 +147,14 @@ impl Inner {
 
     /// Whether nothing is in flight, and the server is not yet told: the caller must tell it.
     fn begin_close(&self) -> bool {
-        let counts = lock(&self.in_flight);
-        counts.iter().all(|count| count.load(Ordering::SeqCst) == 0)
-            && !self.closed.swap(true, Ordering::SeqCst)
+        let uses = lock(&self.uses);
+        let begins = uses.iter().all(|one| one.in_flight.load(Ordering::SeqCst) == 0)
+            && !self.closed.swap(true, Ordering::SeqCst);
+        if begins {
+            // It is not opened again any more.
+            self.session.files().remove(self.handle);
+        }
+        begins
     }
 
     /// Tells the server that the file is closed, if nothing is in flight.
@@ -142,35 +165,62 @@ impl Inner {
     }
 }
 
+/// What a context has of a file, as others see it.
+#[derive(Debug, Default)]
+struct Use {
+    /// Operations. Written by the context alone.
+    in_flight: AtomicUsize,
+    /// The verifier that the file had at the first acknowledged write that no fsync has followed; 0: there is
+    /// none. [`CONFLICT`]: writes were acknowledged under several.
+    unstable: AtomicU64,
+}
+
+/// No verifier is this.
+const CONFLICT: u64 = u64::MAX;
+
+/// What stands for two values of [`Use::unstable`] together.
+fn both(one: u64, other: u64) -> u64 {
+    match (one, other) {
+        (0, some) | (some, 0) => some,
+        (one, other) if one == other => one,
+        _ => CONFLICT,
+    }
+}
+
 /// A file in a context that uses it.
 #[derive(Debug)]
 struct FileRef {
     file: Arc<Inner>,
-    /// Written by the context alone.
-    in_flight: Arc<AtomicUsize>,
+    shared: Arc<Use>,
+    /// The file's verifier as this context's server has it.
+    verifier: u64,
 }
 
 impl FileRef {
-    fn new(file: Arc<Inner>) -> Self {
-        let in_flight = Arc::new(AtomicUsize::new(0));
-        lock(&file.in_flight).push(Arc::clone(&in_flight));
-        Self { file, in_flight }
+    fn new(file: Arc<Inner>, verifier: u64) -> Self {
+        let shared = Arc::new(Use::default());
+        lock(&file.uses).push(Arc::clone(&shared));
+        // Of a file whose writes are durable at once nothing is to be noted.
+        let verifier = if file.is_synced { 0 } else { verifier };
+        Self { file, shared, verifier }
     }
 
     fn is_idle(&self) -> bool {
-        self.in_flight.load(Ordering::Relaxed) == 0
+        self.shared.in_flight.load(Ordering::Relaxed) == 0
     }
 
     fn operation_started(&self) {
-        self.in_flight.store(self.in_flight.load(Ordering::Relaxed) + 1, Ordering::Release);
+        let in_flight = &self.shared.in_flight;
+        in_flight.store(in_flight.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 
     fn operation_completed(&self) {
-        let left = self.in_flight.load(Ordering::Relaxed) - 1;
+        let in_flight = &self.shared.in_flight;
+        let left = in_flight.load(Ordering::Relaxed) - 1;
         if left > 0 {
-            self.in_flight.store(left, Ordering::Release);
+            in_flight.store(left, Ordering::Release);
         } else {
-            self.in_flight.store(0, Ordering::SeqCst);
+            in_flight.store(0, Ordering::SeqCst);
             if self.file.is_closing() {
                 self.file.close_if_idle();
             }
@@ -183,10 +233,24 @@ impl Drop for FileRef {
         if self.file.session.is_inherited() {
             return;
         }
-        self.in_flight.store(0, Ordering::SeqCst);
-        let mut counts = lock(&self.file.in_flight);
-        counts.retain(|count| !Arc::ptr_eq(count, &self.in_flight));
-        drop(counts);
+        self.shared.in_flight.store(0, Ordering::SeqCst);
+        let mut uses = lock(&self.file.uses);
+        uses.retain(|one| !Arc::ptr_eq(one, &self.shared));
+        // The next fsync of another context is for what this one has written, too.
+        let left = self.shared.unstable.load(Ordering::Acquire);
+        if left != 0
+            && let Some(other) = uses.first()
+        {
+            let _ = other
+                .unstable
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |value| Some(both(left, value)));
+        } else if left != 0 {
+            let _ = self
+                .file
+                .unstable
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, |value| Some(both(left, value)));
+        }
+        drop(uses);
         if self.file.is_closing() {
             self.file.close_if_idle();
         }
@@ -204,7 +268,10 @@ pub(crate) struct FileRefs {
 
 impl FileRefs {
     /// The index of this file. It stays the same while an operation is in flight on it.
-    pub(crate) fn index_of(&mut self, file: &File) -> u32 {
+    ///
+    /// `verifier` is that of the file on the context's server, if it was opened again there.
+    #[inline]
+    pub(crate) fn index_of(&mut self, file: &File, verifier: impl FnOnce() -> Option<u64>) -> u32 {
         let number = file.inner.number;
         if let Some((last, index)) = self.last
             && last == number
@@ -213,20 +280,20 @@ impl FileRefs {
         }
         let index = match self.by_number.get(&number) {
             Some(&index) => index,
-            None => self.insert(file),
+            None => self.insert(file, verifier().unwrap_or(file.inner.verifier)),
         };
         self.last = Some((number, index));
         index
     }
 
-    fn insert(&mut self, file: &File) -> u32 {
+    fn insert(&mut self, file: &File, verifier: u64) -> u32 {
         // Time to forget closed files.
         for entry in &mut self.refs {
             if let Some(closed) = entry.take_if(|entry| entry.file.is_closing() && entry.is_idle()) {
                 self.by_number.remove(&closed.file.number);
             }
         }
-        let new = Some(FileRef::new(Arc::clone(&file.inner)));
+        let new = Some(FileRef::new(Arc::clone(&file.inner), verifier));
         let index = match self.refs.iter().position(Option::is_none) {
             Some(index) => {
                 self.refs[index] = new;
@@ -245,6 +312,61 @@ impl FileRefs {
         if let Some(file) = &self.refs[index as usize] {
             file.operation_started();
         }
+    }
+
+    /// A write, or the like, was acknowledged: an fsync is to find out whether it was lost.
+    #[inline]
+    pub(crate) fn written(&self, index: u32) {
+        if let Some(file) = &self.refs[index as usize]
+            && file.shared.unstable.load(Ordering::Acquire) == 0
+        {
+            file.shared.unstable.store(file.verifier, Ordering::Release);
+        }
+    }
+
+    /// What an fsync that is submitted now is to make durable, of all contexts: the verifier that it must
+    /// find, 0 if there is none.
+    pub(crate) fn take_unstable(&self, index: u32) -> u64 {
+        let Some(file) = &self.refs[index as usize] else { return 0 };
+        let uses = lock(&file.file.uses);
+        let left = file.file.unstable.swap(0, Ordering::AcqRel);
+        uses.iter().fold(left, |taken, one| both(taken, one.unstable.swap(0, Ordering::AcqRel)))
+    }
+
+    /// The fsync has made nothing durable.
+    pub(crate) fn put_back_unstable(&self, index: u32, taken: u64) {
+        if let Some(file) = &self.refs[index as usize]
+            && taken != 0
+        {
+            let merged = |value| Some(both(taken, value));
+            let _ = file.shared.unstable.fetch_update(Ordering::AcqRel, Ordering::Acquire, merged);
+        }
+    }
+
+    /// The verifier that an fsync has found; whether everything is there that had the verifier `taken`.
+    pub(crate) fn synced(&mut self, index: u32, taken: u64, found: u64) -> bool {
+        if let Some(file) = &mut self.refs[index as usize]
+            && !file.file.is_synced
+        {
+            file.verifier = found;
+        }
+        taken == 0 || taken == found
+    }
+
+    /// The files have been opened again, with these verifiers.
+    pub(crate) fn set_verifiers(&mut self, verifier: impl Fn(FileHandle) -> Option<u64>) {
+        for file in self.refs.iter_mut().flatten() {
+            if let Some(verifier) = verifier(file.file.handle)
+                && !file.file.is_synced
+            {
+                file.verifier = verifier;
+            }
+        }
+    }
+
+    /// The handle of a file.
+    pub(crate) fn handle(&self, index: u32) -> Option<FileHandle> {
+        self.refs[index as usize].as_ref().map(|file| file.file.handle)
     }
 
     pub(crate) fn operation_completed(&self, index: u32) {
@@ -271,15 +393,15 @@ mod tests {
         let open = || session.open("/e/data", libc::O_RDONLY, 0).unwrap();
         let mut refs = FileRefs::default();
         let (first, second) = (open(), open());
-        assert_eq!([&first, &second, &first].map(|file| refs.index_of(file)), [0, 1, 0]);
+        assert_eq!([&first, &second, &first].map(|file| refs.index_of(file, || None)), [0, 1, 0]);
         refs.operation_started(0);
         first.close().unwrap();
         second.close().unwrap();
         assert_eq!(server.open(), 1, "an operation is in flight on the first");
         let third = open();
-        assert_eq!(refs.index_of(&third), 1);
+        assert_eq!(refs.index_of(&third, || None), 1);
         refs.operation_completed(0);
-        assert_eq!(refs.index_of(&open()), 0);
+        assert_eq!(refs.index_of(&open(), || None), 0);
         // Its close was sent without waiting for it; the next call comes after it.
         third.status().unwrap();
         assert_eq!(server.open(), 1);

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use raio_transport::memory::{Arena, Buffer};
+use raio_transport::memory::{Arena, ArenaMemory, Buffer};
 
 use crate::tuning::LENT_BYTES_MIN;
 
@@ -32,7 +32,7 @@ impl LentPool {
         &mut self,
         length: usize,
         io_bytes_max: usize,
-        register: impl FnOnce(&Arena) -> Result<(), E>,
+        register: impl FnOnce(&ArenaMemory) -> Result<(), E>,
     ) -> io::Result<Buffer>
     where
         E: std::error::Error + Send + Sync + 'static,
@@ -44,7 +44,7 @@ impl LentPool {
                 let mapped: usize = self.arenas.iter().map(Arena::len).sum();
                 let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), io_bytes_max)?;
                 let slot = arena.alloc(length).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-                register(&arena).map_err(io::Error::other)?;
+                register(&arena.memory()).map_err(io::Error::other)?;
                 self.arenas.push(arena);
                 slot
             }

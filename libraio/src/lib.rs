@@ -34,6 +34,8 @@ mod lent_pool;
 mod open_flags;
 mod operation;
 mod poller;
+#[cfg(test)]
+mod resume_tests;
 mod session;
 #[cfg(test)]
 mod tests;

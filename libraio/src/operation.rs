@@ -117,6 +117,14 @@ pub struct Stats {
     pub receives: u64,
     /// Times that a wait went to sleep.
     pub sleeps: u64,
+    /// Connections that took the place of a broken one.
+    pub reconnects: u64,
+    /// Requests that were sent again.
+    pub resent: u64,
+    /// Operations that failed with their connection, and may have been done: [`Error::is_unknown`].
+    pub unknown: u64,
+    /// Fsyncs that failed because writes may be lost: [`Error::is_lost`].
+    pub lost: u64,
     /// Operations taken and not ended, now.
     pub in_flight: u64,
     /// Requests on the wire that the server granted.

@@ -1,5 +1,5 @@
 //! The descriptor that a foreign event loop polls: an epoll instance with the socket, a flag and a timer in
-//! it.
+//! it. The socket is another one after a reconnect; the timer is then also for the next attempt.
 //!
 //! The socket is watched for writing only while output is pending. The flag is raised while completions are
 //! there that the program has not collected. The timer wakes a program with something in flight in time to
@@ -9,6 +9,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use raio_transport::channel::Watch;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::time::{
@@ -22,6 +23,11 @@ pub(crate) struct Poller {
     /// An eventfd: the flag.
     flag: OwnedFd,
     timer: OwnedFd,
+    /// Duplicates of what the channel watches. The originals close with their connection, and what a forked
+    /// child has of them would stay in the epoll instance.
+    watched: Vec<OwnedFd>,
+    /// The connection that is watched; None while one is being made.
+    connection: Option<u64>,
     /// The socket is watched for writing.
     out: bool,
     raised: bool,
@@ -30,29 +36,52 @@ pub(crate) struct Poller {
 }
 
 impl Poller {
-    /// For a context with this socket.
-    pub(crate) fn new(socket: BorrowedFd<'_>) -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let flag = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let timer =
             timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        for fd in [socket, flag.as_fd(), timer.as_fd()] {
+        for fd in [flag.as_fd(), timer.as_fd()] {
             epoll::add(&epoll, fd, EventData::new_u64(0), EventFlags::IN)?;
         }
-        Ok(Self { epoll, flag, timer, out: false, raised: false, tick_at: None })
+        let (watched, connection) = (Vec::new(), None);
+        Ok(Self { epoll, flag, timer, watched, connection, out: false, raised: false, tick_at: None })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
 
-    /// Brings it in line: whether output is pending on the socket, whether there is something to collect, and
-    /// how soon at the latest the context must be called.
-    pub(crate) fn sync(&mut self, socket: BorrowedFd<'_>, out: bool, collect: bool, tick: Option<Duration>) {
-        if out != self.out {
-            let flags = if out { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
-            if epoll::modify(&self.epoll, socket, EventData::new_u64(0), flags).is_ok() {
-                self.out = out;
+    /// Brings it in line: with what the channel watches, whether there is something to collect, and how soon
+    /// at the latest the context must be called while its connection is whole.
+    pub(crate) fn sync(&mut self, watch: Watch<'_>, collect: bool, tick: Option<Duration>) {
+        let mut tick_at = None;
+        match watch {
+            Watch::Connected(socket, out, connection) if self.connection == Some(connection) => {
+                if out != self.out
+                    && let Some(watched) = self.watched.first()
+                {
+                    let _ = socket;
+                    let flags = if out { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+                    if epoll::modify(&self.epoll, watched, EventData::new_u64(0), flags).is_ok() {
+                        self.out = out;
+                    }
+                }
+            }
+            Watch::Connected(socket, out, connection) => {
+                self.watch(&[(socket, out)]);
+                (self.connection, self.out) = (Some(connection), out);
+            }
+            Watch::Connecting(fds, due) => {
+                self.watch(&fds);
+                self.connection = None;
+                tick_at = Some(due);
+            }
+            // The failure is to be collected.
+            Watch::Failed => {
+                self.watch(&[]);
+                self.connection = None;
+                tick_at = Some(Instant::now());
             }
         }
         if collect != self.raised {
@@ -72,13 +101,34 @@ impl Poller {
             let _ = rustix::io::read(&self.timer, &mut [0; 8]);
             self.tick_at = None;
         }
-        if let (Some(tick), None) = (tick, self.tick_at) {
-            // The timer stays set when nothing is in flight any more: one wake-up for nothing is cheaper than
-            // two system calls for each operation.
-            let value = Timespec { tv_sec: tick.as_secs() as i64, tv_nsec: i64::from(tick.subsec_nanos()) };
-            let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-            if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok() {
-                self.tick_at = Some(Instant::now() + tick);
+        // The timer stays set when nothing is in flight any more: one wake-up for nothing is cheaper than two
+        // system calls for each operation.
+        let is_set_by = |at| self.tick_at.is_some_and(|set| set <= at);
+        let tick_at = match (tick_at, tick) {
+            (Some(at), _) if !is_set_by(at) => at,
+            (None, Some(tick)) if self.tick_at.is_none() => Instant::now() + tick,
+            _ => return,
+        };
+        // A timer of no time would never go off.
+        let left = tick_at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
+        if timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok() {
+            self.tick_at = Some(tick_at);
+        }
+    }
+
+    /// Watches these descriptors, and whether for writing, in the place of those before.
+    fn watch(&mut self, fds: &[(BorrowedFd<'_>, bool)]) {
+        for fd in self.watched.drain(..) {
+            let _ = epoll::delete(&self.epoll, &fd);
+        }
+        for &(fd, out) in fds {
+            // Without descriptors to spare the timer must do.
+            let Ok(fd) = rustix::io::fcntl_dupfd_cloexec(fd, 0) else { continue };
+            let flags = if out { EventFlags::IN | EventFlags::OUT } else { EventFlags::IN };
+            if epoll::add(&self.epoll, &fd, EventData::new_u64(0), flags).is_ok() {
+                self.watched.push(fd);
             }
         }
     }

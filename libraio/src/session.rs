@@ -5,17 +5,18 @@
 //! types: [`Session::open`] in `file.rs`, [`Session::context`] in `context.rs`.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use raio_transport::address::{Address, Scheme};
-use raio_transport::handshake::{ChannelOffer, Offer};
+use raio_transport::channel::{Abandoned, Channel, Dialer, OpenFiles, Settings};
+use raio_transport::handshake::{ChannelOffer, Offer, SUPERSEDED_MAX};
 use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, FEATURE_PONG_TIME, SessionId};
 use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus};
-use raio_transport::transport::{ClientTransport, Reply};
+use raio_transport::transport::{Reply, UsedIds};
 
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
@@ -43,6 +44,12 @@ pub struct Options {
     pub spin: Duration,
     /// Protect headers and data with CRC32C. Connecting fails if the server cannot.
     pub crc: bool,
+    /// How long a session whose connection was lost tries to go on; zero: it ends with its connection.
+    pub reconnect: Duration,
+    /// After a restart of the server, do again what may have been done ([`Error::is_unknown`]), rather than
+    /// to let it fail. For a program that alone writes to its files: it would overwrite what another client
+    /// has written meanwhile.
+    pub redo: bool,
 }
 
 impl Default for Options {
@@ -54,6 +61,8 @@ impl Default for Options {
             request_timeout: None,
             spin: tuning::SPIN,
             crc: false,
+            reconnect: tuning::RECONNECT_WINDOW,
+            redo: false,
         }
     }
 }
@@ -95,16 +104,38 @@ pub(crate) struct Shared {
     control: Mutex<ControlState>,
     /// `control` has come free, or the session was stopped.
     changed: Condvar,
-    /// A context's connection has timed out: whether the server still is must be found out before it is
-    /// waited for once more.
+    /// A context has lost its connection: whether the server still answers this one must be found out before
+    /// it is waited for once more.
     suspect: AtomicBool,
     closes: PendingCloses,
+    files: Arc<OpenFiles>,
+    /// The number of the last channel. The control connection's is 0.
+    channels: AtomicU32,
+    /// Channels that were given up while something was under way by them that must not be overtaken: the next
+    /// context takes their place.
+    abandoned: Mutex<Vec<Abandoned>>,
+}
+
+/// Sessions of this process that were given up while something was under way in them: the next session with
+/// the same server has them ended first.
+static GIVEN_UP: Mutex<Vec<(SocketAddr, SessionId)>> = Mutex::new(Vec::new());
+
+/// The lock, unless it was held when this process was forked.
+fn given_up() -> Option<MutexGuard<'static, Vec<(SocketAddr, SessionId)>>> {
+    for _ in 0..tuning::LOCK_ATTEMPTS {
+        match GIVEN_UP.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => std::thread::yield_now(),
+        }
+    }
+    None
 }
 
 /// Who has the control connection.
 #[derive(Debug)]
 enum ControlState {
-    Idle(Control),
+    Idle(Box<Control>),
     /// In use by a thread, which returns it ([`ControlGuard`]).
     Busy,
     Stopped,
@@ -114,7 +145,7 @@ enum ControlState {
 struct ControlGuard<'a> {
     shared: &'a Shared,
     /// None only while it is dropped.
-    control: Option<Control>,
+    control: Option<Box<Control>>,
 }
 
 impl Drop for ControlGuard<'_> {
@@ -126,7 +157,10 @@ impl Drop for ControlGuard<'_> {
         {
             *state = ControlState::Idle(control);
         }
-        drop(self.control.take());
+        drop(state);
+        if let Some(control) = self.control.take() {
+            self.shared.end_control(control);
+        }
         self.shared.changed.notify_all();
     }
 }
@@ -184,14 +218,31 @@ impl Session {
             changed: Condvar::new(),
             suspect: AtomicBool::new(false),
             closes: PendingCloses::default(),
+            files: Arc::default(),
+            channels: AtomicU32::new(0),
+            abandoned: Mutex::default(),
         };
-        let (transport, why_tcp) = shared.reach(tuning::CONTROL_DEPTH, true, deadline)?;
-        if why_tcp.is_some() {
+        let superseded: Vec<_> = given_up().map_or_else(Vec::new, |mut all| {
+            let (mut here, elsewhere): (Vec<_>, Vec<_>) =
+                all.drain(..).partition(|given_up| given_up.0 == address);
+            *all = elsewhere;
+            all.extend(here.drain(here.len().min(SUPERSEDED_MAX)..));
+            here.into_iter().map(|(_, id)| id).collect()
+        });
+        let put_back = superseded.clone();
+        let first = Abandoned { number: 0, epoch: 0, used: UsedIds::default() };
+        let reached = shared.reach(tuning::CONTROL_DEPTH, first, superseded, deadline);
+        let channel = reached.inspect_err(|_| {
+            if let Some(mut all) = given_up() {
+                all.extend(put_back.into_iter().map(|id| (address, id)));
+            }
+        })?;
+        if let Some(why_tcp) = channel.why_tcp() {
             // The session's other connections need not find out once more.
             shared.scheme = Scheme::Tcp;
-            shared.why_tcp = why_tcp;
+            shared.why_tcp = Some(why_tcp.to_owned());
         }
-        *shared.lock() = ControlState::Idle(Control::new(transport));
+        *shared.lock() = ControlState::Idle(Box::new(Control::new(channel)));
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -209,10 +260,35 @@ impl Session {
             return;
         }
         let mut state = self.shared.lock();
-        if matches!(std::mem::replace(&mut *state, ControlState::Stopped), ControlState::Busy) {
-            self.shared.changed.notify_all();
-            // That thread closes the connection within STOP_CHECK_INTERVAL, unless it does not run.
-            drop(self.shared.changed.wait_timeout(state, tuning::STOP_CHECK_INTERVAL * 10));
+        match std::mem::replace(&mut *state, ControlState::Stopped) {
+            ControlState::Busy => {
+                self.shared.changed.notify_all();
+                // That thread closes the connection within STOP_CHECK_INTERVAL, unless it does not run.
+                drop(self.shared.changed.wait_timeout(state, tuning::STOP_CHECK_INTERVAL * 10));
+            }
+            ControlState::Idle(control) => {
+                drop(state);
+                self.shared.end_control(control);
+            }
+            ControlState::Stopped => {}
+        }
+        if !lock(&self.shared.abandoned).is_empty() {
+            self.shared.give_up();
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.is_inherited() {
+            return;
+        }
+        let control = std::mem::replace(&mut *self.lock(), ControlState::Stopped);
+        if let ControlState::Idle(control) = control {
+            self.end_control(control);
+        }
+        if !lock(&self.abandoned).is_empty() {
+            self.give_up();
         }
     }
 }
@@ -224,33 +300,102 @@ impl Session {
 }
 
 impl Shared {
-    /// Opens a connection of this session that may have `depth` requests outstanding, by `deadline`.
-    pub(crate) fn connect(&self, depth: u32, deadline: Instant) -> Result<Box<dyn ClientTransport>, Error> {
-        self.reach(depth, false, deadline).map(|(transport, _)| transport)
+    /// Makes a channel of this session that may have `depth` requests outstanding, by `deadline`.
+    pub(crate) fn connect(this: &Arc<Self>, depth: u32, deadline: Instant) -> Result<Channel, Error> {
+        let earlier = lock(&this.abandoned).pop().unwrap_or_else(|| Abandoned {
+            number: this.channels.fetch_add(1, Ordering::Relaxed) + 1,
+            epoch: 0,
+            used: UsedIds::default(),
+        });
+        let again = Abandoned { used: earlier.used.clone(), ..earlier };
+        match this.reach(depth, earlier, Vec::new(), deadline) {
+            Ok(mut channel) => {
+                let session = Arc::clone(this);
+                channel.on_abandoned(move |abandoned| session.abandon(abandoned));
+                Ok(channel)
+            }
+            Err(error) => {
+                if again.epoch > 0 {
+                    // A dial may offer two.
+                    lock(&this.abandoned).push(Abandoned { epoch: again.epoch + 2, ..again });
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// The same; also why it is over TCP if it could have been otherwise.
+    /// The same, in the place of an earlier channel, which may be none yet.
     fn reach(
         &self,
         depth: u32,
-        control: bool,
+        earlier: Abandoned,
+        supersedes: Vec<SessionId>,
         deadline: Instant,
-    ) -> Result<(Box<dyn ClientTransport>, Option<String>), Error> {
+    ) -> Result<Channel, Error> {
+        let Abandoned { number, epoch, used } = earlier;
+        let is_control = number == 0;
+        let options = &self.options;
+        let linger = match options.reconnect {
+            Duration::ZERO => Duration::ZERO,
+            window => {
+                let notice = options.request_timeout.unwrap_or(tuning::REQUEST_TIMEOUT);
+                window + notice + tuning::LINGER_EXTRA
+            }
+        };
         let offer = Offer {
             session: self.id,
-            features: if self.options.crc { FEATURE_CRC } else { 0 }
+            supersedes,
+            features: if options.crc { FEATURE_CRC } else { 0 }
                 // Requests of the control connection are not traced.
-                | if !control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
+                | if !is_control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
             queue_depth: depth,
-            channel: control.then_some(ChannelOffer { number: 0, epoch: 1, linger: Duration::ZERO }),
+            channel: Some(ChannelOffer { number, epoch: epoch + 1, linger }),
             ..Offer::new(program_name())
         };
-        let mux::Reached { mut transport, why_tcp, .. } =
-            mux::connect(self.scheme, self.address, &offer, deadline)?;
-        if let Some(timeout) = self.options.request_timeout {
-            transport.set_request_timeout(timeout);
+        let settings = Settings {
+            window: options.reconnect,
+            redo: options.redo,
+            connect_timeout: options.connect_timeout,
+            request_timeout: options.request_timeout,
+        };
+        // Names are looked up only when a session begins: that may take long.
+        let (scheme, address) = (self.scheme, self.address);
+        let dialer: Dialer = Box::new(move |offer, now, deadline| {
+            Box::new(mux::Dial::begin(scheme, address, offer, now, deadline))
+        });
+        let files = Arc::clone(&self.files);
+        Ok(Channel::connect(dialer, offer, used, settings, files, deadline)?)
+    }
+
+    /// A channel was given up with something under way.
+    fn abandon(&self, abandoned: Abandoned) {
+        lock(&self.abandoned).push(abandoned);
+        if !self.is_open() {
+            self.give_up();
         }
-        Ok((transport, why_tcp))
+    }
+
+    /// The session was stopped with something under way.
+    fn give_up(&self) {
+        if let Some(mut all) = given_up()
+            && !all.contains(&(self.address, self.id))
+        {
+            all.push((self.address, self.id));
+        }
+    }
+
+    fn end_control(&self, mut control: Box<Control>) {
+        control.settle();
+        let is_owed = control.is_owed();
+        drop(control);
+        if is_owed {
+            self.give_up();
+        }
+    }
+
+    /// The session's open files.
+    pub(crate) fn files(&self) -> &OpenFiles {
+        &self.files
     }
 
     pub(crate) fn options(&self) -> &Options {
@@ -311,7 +456,7 @@ impl Shared {
         !matches!(*self.lock(), ControlState::Stopped)
     }
 
-    /// A context's connection has timed out.
+    /// A context has lost its connection.
     pub(crate) fn suspect(&self) {
         self.suspect.store(true, Ordering::Relaxed);
     }
@@ -389,7 +534,11 @@ mod tests {
     use crate::tuning::SUSPECT_TIMEOUT;
 
     fn connect(server: &FakeServer, request_timeout: Duration) -> Session {
-        let options = Options { request_timeout: Some(request_timeout), ..Options::default() };
+        let options = Options {
+            request_timeout: Some(request_timeout),
+            reconnect: Duration::ZERO,
+            ..Options::default()
+        };
         Session::connect_to(Scheme::Tcp, server.address, &options).unwrap()
     }
 

@@ -198,7 +198,7 @@ fn lent_buffers_are_bounded_and_reads_that_want_more_wait_alone() {
 fn a_read_that_fails_makes_room_for_one_that_waits_for_a_lent_buffer() {
     let (_server, session, file) = start();
     // A handle that the server does not know.
-    let gone = File::new(Arc::clone(file.inner().session()), FileHandle(999));
+    let gone = File::new(Arc::clone(file.inner().session()), FileHandle(999), 0, false);
     let mut context = session.context(2).unwrap();
     let lent = Operation::ReadLent { offset: 0, length: 10 };
     context.submit(&file, lent, 0).unwrap();
@@ -256,8 +256,11 @@ fn an_operation_can_be_cancelled_wherever_it_is() {
 }
 
 #[test]
-fn a_server_that_vanishes_ends_everything_once() {
-    let (server, session, file) = start();
+fn a_server_that_vanishes_ends_everything_once_if_nobody_is_to_connect_again() {
+    let server = FakeServer::start(policy());
+    server.file("/e/data", pattern(1 << 20));
+    let session = connect(&server, &Options { reconnect: Duration::ZERO, ..Options::default() });
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
     let mut context = session.context(30).unwrap();
     server.hold(true);
     for n in 0..29 {

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Instant;
 
+use raio_transport::channel::Channel;
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
-use raio_transport::transport::ClientTransport;
 
 use crate::error::Error;
 use crate::tuning::{CLOCK_PINGS, TRACE_RECORDS};
@@ -59,14 +59,11 @@ impl Tracer {
     /// A tracer for a context with this connection, if `RAIO_TRACE` is set. It asks the server for its time
     /// until `deadline`. A connection without a local port goes by the context's number, and is not found in
     /// the server's trace.
-    pub(crate) fn for_context(
-        transport: &mut dyn ClientTransport,
-        deadline: Instant,
-    ) -> Result<Option<Box<Self>>, Error> {
+    pub(crate) fn for_context(channel: &mut Channel, deadline: Instant) -> Result<Option<Box<Self>>, Error> {
         let path = path();
         let Some(path) = path else { return Ok(None) };
         // Before anything is locked: it waits for the server.
-        compare_clocks(transport, deadline);
+        compare_clocks(channel, deadline);
         let me = process();
         let owner = OWNER.compare_exchange(0, me, Ordering::Relaxed, Ordering::Relaxed);
         let mut trace = if owner == Ok(0) || owner == Err(me) {
@@ -99,8 +96,8 @@ impl Tracer {
         let number = trace.last;
         let ring = Arc::new(Mutex::new(Ring::new(TRACE_RECORDS)));
         trace.rings.push((number, Arc::clone(&ring)));
-        let connection = transport.local_port().unwrap_or(number as u16);
-        if let Some(sample) = transport.clock_sample() {
+        let connection = channel.local_port().unwrap_or(number as u16);
+        if let Some(sample) = channel.clock_sample() {
             // As with its rings: there is no caller to report an error to.
             let _ = trace.file.set_offset(&sample);
         }
@@ -161,8 +158,8 @@ impl Drop for Tracer {
 
 /// Pings the server a few times, if its pongs have its time. If the connection ends meanwhile, the next
 /// operation on it says so. A pong that has not come by the deadline is no sample.
-fn compare_clocks(transport: &mut dyn ClientTransport, deadline: Instant) {
-    if !transport.grant().pong_time() {
+fn compare_clocks(channel: &mut Channel, deadline: Instant) {
+    if !channel.grant().pong_time() {
         return;
     }
     for _ in 0..CLOCK_PINGS {
@@ -170,12 +167,12 @@ fn compare_clocks(transport: &mut dyn ClientTransport, deadline: Instant) {
         if asked >= deadline {
             return;
         }
-        transport.ping(transport.request_timeout());
-        while transport.last_rx() < asked && transport.failure().is_none() && Instant::now() < deadline {
+        channel.ping(channel.request_timeout());
+        while channel.last_rx().is_some_and(|at| at < asked) && Instant::now() < deadline {
             // No request is outstanding, so there is no reply.
-            transport.receive(&mut Vec::new());
-            if transport.last_rx() < asked {
-                let _ = transport.wait(Some(deadline));
+            channel.receive(&mut Vec::new());
+            if channel.last_rx().is_some_and(|at| at < asked) {
+                let _ = channel.wait(Some(deadline));
             }
         }
     }

@@ -43,6 +43,20 @@ pub(crate) const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Default of `connect_timeout`: two retransmissions of a SYN (1 s, 3 s) fit. Not measured.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Default of `reconnect`: a server's restart, and what a network takes to find another way. Not measured.
+pub(crate) const RECONNECT_WINDOW: Duration = Duration::from_secs(60);
+
+/// How much longer than a client may need to notice the loss of its connection and to give up a server keeps
+/// its channel. Not measured.
+pub(crate) const LINGER_EXTRA: Duration = Duration::from_secs(15);
+
+/// What a client waits for a silent server unless it is told otherwise: three times the default keepalive.
+pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the end of a context waits for a session that is being resumed. Far above what that takes while
+/// the server is there, far below the window. Not measured.
+pub(crate) const RESUME_GRACE: Duration = Duration::from_secs(1);
+
 /// Default of `call_timeout`: what a disk may need to spin up, or a server's file system to commit its
 /// journal. Not measured.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -51,6 +65,10 @@ pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// and a read of the page cache take; the busy-polling itself adapts (`raio_transport::busy_poll`). Measured
 /// at depth 1: without it IOPS are a fifth.
 pub(crate) const SPIN: Duration = Duration::from_micros(50);
+
+/// Times that a lock is tried that is held for some instructions, before it is taken for one that was held
+/// when the process was forked. Not measured.
+pub(crate) const LOCK_ATTEMPTS: usize = 10_000;
 
 /// Destroyed handles that are kept before the oldest is reused, 16 to 64 bytes each: a stale pointer to a
 /// context finds an empty handle for as many calls of raio_setup(). Not measured.

@@ -28,11 +28,12 @@ use crate::client::{Core, Exposed, Wait};
 use crate::connecting::Awaited;
 use crate::error::{Error, Status, Violation};
 use crate::handshake::Grant;
-use crate::memory::{Arena, Region, Slot, process};
+use crate::memory::{ArenaMemory, Region, Slot, process};
 use crate::message::{self, RemoteRegion, ResponseHeader};
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
-    RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME, RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
+    CLIENT_IDLE_CHECK_AFTER, RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME,
+    RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
 };
 use connect::Parts;
 use descriptors::Descriptors;
@@ -389,7 +390,12 @@ impl ClientTransport for RdmaClient {
 
     fn flush(&mut self) {
         if self.core.begins_to_owe() {
-            self.core.on_owed(Instant::now());
+            let now = Instant::now();
+            if now.saturating_duration_since(self.core.last_rx()) >= CLIENT_IDLE_CHECK_AFTER {
+                // What is sent by a connection that has ended has an unknown outcome for no reason.
+                self.check_descriptors(now);
+            }
+            self.core.on_owed(now);
         }
         self.send_queue();
     }
@@ -487,7 +493,7 @@ impl ClientTransport for RdmaClient {
         self.registration.remove_region(region);
     }
 
-    fn register_arena(&mut self, arena: &Arena) -> Result<(), Error> {
+    fn register_arena(&mut self, arena: &ArenaMemory) -> Result<(), Error> {
         self.registration.add_arena(arena)
     }
 

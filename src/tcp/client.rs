@@ -16,20 +16,21 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 pub use dial::TcpDial;
 
 use crate::client::{Core, Exposed, Wait, timespec};
 use crate::connecting::finish;
-use crate::error::{Error, Violation};
+use crate::error::{Error, Status, Violation};
 use crate::handshake::Offer;
 use crate::memory::process;
-use crate::message::{QueuePairAddress, RemoteRegion};
+use crate::message::{self, QueuePairAddress, RemoteRegion};
 use crate::records::Records;
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
 use crate::tuning::{
-    TCP_CLIENT_READS_MAX as READS_MAX, TCP_CLIENT_SLICES_MAX as SLICES_MAX, TCP_DIRECT_BYTES as DIRECT_BYTES,
+    CLIENT_IDLE_CHECK_AFTER as IDLE_CHECK_AFTER, TCP_CLIENT_READS_MAX as READS_MAX,
+    TCP_CLIENT_SLICES_MAX as SLICES_MAX, TCP_DIRECT_BYTES as DIRECT_BYTES,
     TCP_READ_AHEAD_BYTES as READ_AHEAD_BYTES, TCP_STAGING_BYTES as STAGING_BYTES,
 };
 
@@ -45,6 +46,9 @@ pub struct TcpClient {
     core: Core,
     /// The socket took no more at the last try.
     blocked: bool,
+    /// Something had arrived before the first of what is queued could be sent: that is taken in first, as it
+    /// may be the end of the connection.
+    held_back: bool,
     /// Sending failed. The connection ends once everything that arrived before has been taken in: it may say
     /// why.
     send_error: Option<io::Error>,
@@ -134,7 +138,7 @@ impl TcpClient {
     /// Sends what is queued, as far as the socket takes it.
     fn send_queue(&mut self) {
         self.blocked = false;
-        while self.core.has_unsent() && self.send_error.is_none() {
+        while self.core.has_unsent() && self.send_error.is_none() && !self.held_back {
             match self.send_some() {
                 Ok(true) => {}
                 Ok(false) => {
@@ -266,7 +270,11 @@ impl ClientTransport for TcpClient {
 
     fn flush(&mut self) {
         if self.core.begins_to_owe() {
-            self.core.on_owed(Instant::now());
+            let now = Instant::now();
+            // What is sent by a connection that has ended has an unknown outcome for no reason.
+            let idle = now.saturating_duration_since(self.core.last_rx());
+            self.held_back = idle >= IDLE_CHECK_AFTER && has_arrived(&self.stream);
+            self.core.on_owed(now);
         }
         self.send_queue();
     }
@@ -312,6 +320,10 @@ impl ClientTransport for TcpClient {
                     self.core.fail_lost(errno, &format!("{error}{hint}"));
                 }
             }
+        }
+        if self.held_back {
+            self.held_back = false;
+            self.send_queue();
         }
         if arrived {
             self.core.on_receive(now, Instant::now);
@@ -376,7 +388,14 @@ impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {
-            self.close(self.core.is_idle());
+            let is_idle = self.core.is_idle();
+            if is_idle && !self.core.grant().linger.is_zero() {
+                // The bare end of the stream would leave the channel to be resumed.
+                let mut goaway = Vec::new();
+                message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
+                let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
+            }
+            self.close(is_idle);
         }
     }
 }
@@ -385,6 +404,12 @@ impl Drop for TcpClient {
 /// are done: otherwise the kernel would go on sending what its program has given up, after kill -9 too.
 fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
     Ok(rustix::net::sockopt::set_socket_linger(socket, aborts.then_some(Duration::ZERO))?)
+}
+
+/// Whether there is something to be received, or the stream has ended.
+fn has_arrived(stream: &TcpStream) -> bool {
+    let received = rustix::net::recv(stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    !matches!(received, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR))
 }
 
 /// Sends; a stream that is closed gives EPIPE and no signal.

@@ -155,6 +155,24 @@ static inline socklen_t server_address(char **argv, struct sockaddr_storage *add
 	return len;
 }
 
+/* A session with the server that ends when its connection is lost. */
+static inline int session_without_reconnect(char **argv)
+{
+	struct raio_options options = { .size = sizeof(options), .flags = RAIO_OPT_NO_RECONNECT };
+	char host[256], port[16], url[320];
+	int fd;
+
+	if (strstr(argv[1], "://")) {
+		snprintf(url, sizeof(url), "%s", argv[1]);
+	} else {
+		server_name(argv, host, sizeof(host), port, sizeof(port));
+		snprintf(url, sizeof(url), strchr(host, ':') ? "raio+tcp://[%s]:%s" : "raio+tcp://%s:%s", host, port);
+	}
+	fd = raio_connect(url, &options);
+	MUST(fd > 0);
+	return fd;
+}
+
 /* A session with the server: by raio_connect() if a URL was given, else by raio_start(). */
 static inline int session(char **argv)
 {

@@ -49,12 +49,12 @@ AT(raio_options, queue_depth, 8);
 AT(raio_options, connect_timeout_ms, 12);
 AT(raio_options, request_timeout_ms, 16);
 AT(raio_options, spin_us, 20);
-AT(raio_options, reserved_0, 24);
+AT(raio_options, reconnect_ms, 24);
 AT(raio_options, call_timeout_ms, 28);
 AT(raio_options, reserved, 32);
 WIDTH(raio_options, reserved, 32);
 
-SIZE(raio_stats, 112);
+SIZE(raio_stats, 136);
 AT(raio_stats, size, 0);
 AT(raio_stats, submitted, 8);
 AT(raio_stats, completed, 16);
@@ -69,6 +69,9 @@ AT(raio_stats, reconnects, 80);
 AT(raio_stats, in_flight, 88);
 AT(raio_stats, queue_depth, 96);
 AT(raio_stats, io_bytes_max, 104);
+AT(raio_stats, resent, 112);
+AT(raio_stats, unknown, 120);
+AT(raio_stats, lost, 128);
 
 PIN(pread, RAIO_CMD_PREAD == 0);
 PIN(pwrite, RAIO_CMD_PWRITE == 1);
@@ -90,7 +93,11 @@ PIN(res2_policy, RAIO_RES2_POLICY == 4);
 PIN(res2_class, RAIO_RES2_CLASS == 0xff);
 PIN(res2_retryable, RAIO_RES2_RETRYABLE == 0x100);
 PIN(opt_crc, RAIO_OPT_CRC == 1);
+PIN(res2_unknown, RAIO_RES2_UNKNOWN == 0x200);
+PIN(res2_lost, RAIO_RES2_LOST == 0x400);
 PIN(opt_no_spin, RAIO_OPT_NO_SPIN == 2);
+PIN(opt_redo, RAIO_OPT_REDO == 4);
+PIN(opt_no_reconnect, RAIO_OPT_NO_RECONNECT == 8);
 PIN(abi_major, RAIO_ABI_MAJOR == 0);
 PIN(abi_version, RAIO_ABI_VERSION == ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR));
 

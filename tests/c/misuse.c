@@ -183,7 +183,7 @@ static void connect_(char **argv)
 	options.size = sizeof(options);
 	options.flags = 1u << 31;
 	FAILS(raio_connect(url, &options), EINVAL);
-	options.flags = 1u << 2;
+	options.flags = 1u << 5;
 	FAILS(raio_connect(url, &options), EINVAL);
 	options.flags = 0;
 	options.reserved[0] = 1;

@@ -50,7 +50,7 @@ int main(int argc, char **argv)
 
 	begin(argc, argv);
 	words = server_words(argc, argv);
-	fd = session(argv);
+	fd = session_without_reconnect(argv);
 	MUST(raio_open(fd, "/null", O_RDWR) == 0);
 	writes = raio_open(fd, "/mem", O_RDWR);
 	MUST(writes > 0);

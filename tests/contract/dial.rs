@@ -293,7 +293,7 @@ contract! {
         let mut memory = Memory::new();
         for round in 1..=3 {
             let mut client = server.client();
-            client.transport.register_arena(&memory.arena).unwrap();
+            client.transport.register_arena(&memory.arena.memory()).unwrap();
             client.transport.register_region(&memory.region).unwrap();
             for (tag, room) in (0..).zip(memory.rooms()) {
                 client.send(tag, &command(Op::Get, tag), room);

@@ -34,7 +34,7 @@ fn a_read_into_registered_memory_takes_one_work_request_and_no_copy() {
     let Some(server) = server() else { return };
     let mut client = server.client();
     let mut arena = Arena::new(4 << 20, 256 << 10).unwrap();
-    client.transport.register_arena(&arena).unwrap();
+    client.transport.register_arena(&arena.memory()).unwrap();
     let mut asked = 0;
     for len in [1, 4096, 100_000, 256 << 10] {
         for seed in 0..8 {
@@ -90,7 +90,7 @@ fn a_large_write_from_registered_memory_is_fetched_and_not_copied() {
     let Some(server) = server() else { return };
     let mut client = server.client();
     let mut arena = Arena::new(8 << 20, 256 << 10).unwrap();
-    client.transport.register_arena(&arena).unwrap();
+    client.transport.register_arena(&arena.memory()).unwrap();
     for seed in 0..16 {
         let Buffers::One(mut buffer) = slots(&mut arena, 200_000) else { unreachable!() };
         buffer.bytes_mut().copy_from_slice(&pattern(seed, 200_000));

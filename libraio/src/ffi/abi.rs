@@ -21,9 +21,13 @@ pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
 pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
+pub(super) const RES2_UNKNOWN: c_ulong = 0x200;
+pub(super) const RES2_LOST: c_ulong = 0x400;
 
 pub(super) const OPT_CRC: c_uint = 1 << 0;
 pub(super) const OPT_NO_SPIN: c_uint = 1 << 1;
+pub(super) const OPT_REDO: c_uint = 1 << 2;
+pub(super) const OPT_NO_RECONNECT: c_uint = 1 << 3;
 
 /// `struct raio_iocb_common`
 #[repr(C)]
@@ -67,7 +71,7 @@ pub struct raio_options {
     pub(super) connect_timeout_ms: c_uint,
     pub(super) request_timeout_ms: c_uint,
     pub(super) spin_us: c_uint,
-    pub(super) reserved_0: c_uint,
+    pub(super) reconnect_ms: c_uint,
     pub(super) call_timeout_ms: c_uint,
     pub(super) reserved: [c_uint; 8],
 }
@@ -89,12 +93,15 @@ pub struct raio_stats {
     pub(super) in_flight: c_ulonglong,
     pub(super) queue_depth: c_ulonglong,
     pub(super) io_bytes_max: c_ulonglong,
+    pub(super) resent: c_ulonglong,
+    pub(super) unknown: c_ulonglong,
+    pub(super) lost: c_ulonglong,
 }
 
 const _: () = {
     assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
     assert!(
-        size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 112
+        size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 136
     );
 };
 

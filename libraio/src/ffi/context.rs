@@ -169,10 +169,13 @@ pub unsafe extern "C" fn raio_get_stats(
             sends: s.sends,
             receives: s.receives,
             sleeps: s.sleeps,
-            reconnects: 0,
+            reconnects: s.reconnects,
             in_flight: s.in_flight,
             queue_depth: s.queue_depth,
             io_bytes_max: s.io_bytes_max,
+            resent: s.resent,
+            unknown: s.unknown,
+            lost: s.lost,
         };
         // SAFETY: `size` bytes are within `filled`, and the caller vouches for as many at `stats`.
         unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), stats.cast::<u8>(), size) };

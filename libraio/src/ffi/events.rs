@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use raio_transport::memory::{Buffer, Buffers};
 
-use super::abi::{RES2_RETRYABLE, raio_event, raio_iocb};
+use super::abi::{RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, raio_event, raio_iocb};
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
 use super::lent::LentBuffers;
 use super::state::{raio_context, state, stopped};
@@ -106,7 +106,10 @@ fn event(
         Err(error) => {
             failures.add(obj.addr(), &error.text);
             let retryable = if error.status.retryable { RES2_RETRYABLE } else { 0 };
-            (-c_long::from(error.errno()) as c_ulong, error.status.class as c_ulong | retryable)
+            let unknown = if error.is_unknown { RES2_UNKNOWN } else { 0 };
+            let lost = if error.is_lost { RES2_LOST } else { 0 };
+            let res2 = error.status.class as c_ulong | retryable | unknown | lost;
+            (-c_long::from(error.errno()) as c_ulong, res2)
         }
     };
     // SAFETY: as above.

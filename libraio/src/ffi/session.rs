@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use raio_transport::address::Scheme;
 
-use super::abi::{OPT_CRC, OPT_NO_SPIN, raio_options};
+use super::abi::{OPT_CRC, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
 use super::descriptor;
 use super::errors::{c_str, int, invalid, set_message};
 use super::file_cache::FileCache;
@@ -128,9 +128,8 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
     // SAFETY: the caller vouches for `size` bytes.
     let newer = tail.map(|at| unsafe { options.cast::<u8>().add(at).read() }).any(|byte| byte != 0);
     if newer
-        || known.reserved_0 != 0
         || known.reserved.iter().any(|&word| word != 0)
-        || known.flags & !(OPT_CRC | OPT_NO_SPIN) != 0
+        || known.flags & !(OPT_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT) != 0
     {
         return Err(invalid(
             "raio_options has something set that this library does not know. Zero it first, and set only \
@@ -151,6 +150,11 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
             (false, us) => Duration::from_micros(us.into()),
         },
         crc: known.flags & OPT_CRC != 0,
+        reconnect: match known.flags & OPT_NO_RECONNECT {
+            0 => ms(known.reconnect_ms).unwrap_or(defaults.reconnect),
+            _ => Duration::ZERO,
+        },
+        redo: known.flags & OPT_REDO != 0,
     })
 }
 

@@ -78,8 +78,6 @@ fn inherited() -> Error {
 }
 
 pub(super) fn stopped() -> Error {
-    Error {
-        status: raio_transport::Status::transport(libc::ENOTCONN),
-        text: "The context's session was stopped. Destroy the context.".into(),
-    }
+    let status = raio_transport::Status::transport(libc::ENOTCONN);
+    Error::new(status, "The context's session was stopped. Destroy the context.")
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::super::device::{Access, Domain, Mr};
 use crate::error::Error;
-use crate::memory::{Arena, Buffer, Buffers, Mapping, Region, Slot};
+use crate::memory::{Arena, ArenaMemory, Buffer, Buffers, Mapping, Region, Slot};
 use crate::tuning::RDMA_BOUNCE_BYTES_MIN;
 
 #[derive(Debug)]
@@ -84,10 +84,9 @@ impl Registration {
         self.regions.remove(&region.number());
     }
 
-    pub fn add_arena(&mut self, arena: &Arena) -> Result<(), Error> {
-        let mapping = arena.mapping();
-        let keys = Keys::of_mapping(&self.domain, &mapping)?;
-        self.arenas.push((mapping, keys));
+    pub fn add_arena(&mut self, arena: &ArenaMemory) -> Result<(), Error> {
+        let keys = Keys::of_mapping(&self.domain, arena.mapping())?;
+        self.arenas.push((Arc::clone(arena.mapping()), keys));
         Ok(())
     }
 

@@ -229,6 +229,7 @@ impl Handshake {
             records,
             core: Core::new(grant, now),
             blocked: false,
+            held_back: false,
             send_error: None,
             staging,
             unparsed,

@@ -303,7 +303,7 @@ impl LibraryBench {
         let passed = |connection| {
             [Direction::Up, Direction::Down].map(|direction| proxy.passed(connection, direction))
         };
-        let options = Options { crc, ..Options::default() };
+        let options = Options { crc, reconnect: Duration::ZERO, ..Options::default() };
         let session = Session::connect_to(Scheme::Tcp, proxy.address(), &options).expect("a session");
         let file = session.open(bench.path(99_998), libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
         let opened = passed(0);

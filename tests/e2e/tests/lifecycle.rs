@@ -122,7 +122,8 @@ fn after_a_server_has_been_killed_and_started_again_a_new_session_works() {
     let export = format!("d={}", directory.path().display());
     let mut server = Server::start(&[&export]);
     let listen = server.listen_url();
-    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let options = Options { reconnect: Duration::ZERO, ..Options::default() };
+    let session = Session::connect(&server.url(), &options).expect("a session");
     let file = session.open("/d/file", libc::O_RDONLY, 0).expect("a file");
     server.kill();
     let lost = file.status().expect_err("the server is gone").errno();

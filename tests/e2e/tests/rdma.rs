@@ -171,7 +171,9 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
     let mut before = None;
     for _ in 0..kills() {
         let mut server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
-        let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+        let session =
+            Session::connect(&server.url(), &Options { reconnect: Duration::ZERO, ..Options::default() })
+                .expect("a session");
         let file = session.open("/d/blocks", libc::O_RDWR, 0).expect("a file");
         let mut context = session.context(Blocks::COUNT).expect("a context");
         blocks.write_all(&mut context, &file);

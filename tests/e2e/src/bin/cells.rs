@@ -50,6 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         call_timeout: SILENCE_MAX * 5,
         request_timeout: Some(SILENCE_MAX),
         crc,
+        reconnect: Duration::ZERO,
         ..Options::default()
     };
     while !IS_OVER.load(Ordering::Relaxed) {

@@ -1,0 +1,1077 @@
+//! A channel as its program has it: one connection after another, each in the place of the broken one before.
+//!
+//! While the connection is whole a [`Channel`] passes everything on to its transport. When the connection
+//! breaks, the requests that were outstanding stay with the channel, which connects again, asks the server
+//! what became of those that must not run twice, sends the others again, and goes on. If the server does not
+//! know the channel any more, it opens the session's files again before. [`crate::resume`] has the
+//! decisions; this moves the bytes. All of it happens within the calls of the program: there is no thread.
+//!
+//! A transport is dropped before the next one is made, so that nothing lands in buffers that are sent again.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use zerocopy::little_endian::U32;
+
+use crate::error::{Error, Status, Violation};
+use crate::handshake::{Grant, Offer, random_id};
+use crate::memory::{ArenaMemory, Region, WeakRegion, process};
+use crate::message;
+use crate::mux::{self, Reached};
+use crate::protocol::{
+    Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_TRUNCATE, OUTCOMES_MAX, RequestOutcome,
+};
+use crate::resume::{self, End, Fate, Machine, State, Step};
+use crate::sync::lock;
+use crate::trace::ClockSample;
+use crate::transport::{
+    Body, Bulk, ClientCounters, ClientTransport, Lost, NotSent, Reply, RequestId, UsedIds,
+};
+
+/// A connection that is being made. Dropping it gives it up.
+pub trait Dialing: Send {
+    /// Goes on as far as that is possible at `now`. Some once it is over; it is not called after that.
+    fn step(&mut self, now: Instant) -> Option<Result<Reached, Error>>;
+
+    /// Readable when a step can go on. None if only the time tells.
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>>;
+
+    /// When the next step is due even if nothing can be polled by then.
+    fn step_by(&self) -> Instant;
+
+    /// The highest epoch that it may have offered.
+    fn epoch(&self) -> Option<u64>;
+}
+
+impl Dialing for mux::Dial {
+    fn step(&mut self, now: Instant) -> Option<Result<Reached, Error>> {
+        self.step(now)
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.poll_fd()
+    }
+
+    fn step_by(&self) -> Instant {
+        self.step_by()
+    }
+
+    fn epoch(&self) -> Option<u64> {
+        self.epoch()
+    }
+}
+
+/// Begins to connect to the server, by a deadline.
+pub type Dialer = Box<dyn FnMut(&Offer, Instant, Instant) -> Box<dyn Dialing> + Send>;
+
+/// How a channel behaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// For how long it tries to continue after a loss; zero: it ends with its connection.
+    pub window: Duration,
+    /// It repeats what may have been executed when the server does not know what became of it.
+    pub redo: bool,
+    /// For each attempt to connect.
+    pub connect_timeout: Duration,
+    /// See [`ClientTransport::request_timeout`]. None: what the transport has.
+    pub request_timeout: Option<Duration>,
+}
+
+/// What a channel leaves behind that is dropped with requests unanswered that must not run twice: a channel
+/// that has this number and a higher epoch begins when they cannot happen any more.
+#[derive(Debug)]
+pub struct Abandoned {
+    /// Its number.
+    pub number: u32,
+    /// Its latest epoch.
+    pub epoch: u64,
+    /// The ids that it has used.
+    pub used: UsedIds,
+}
+
+/// What became of a channel's requests over its losses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResumeCounters {
+    /// Connections that took the place of a broken one.
+    pub reconnects: u64,
+    /// Requests sent again.
+    pub resent: u64,
+    /// Requests that may have been executed, and ended as failed.
+    pub unknown: u64,
+}
+
+/// The open files of a session, as they are opened again on a server that does not have them.
+#[derive(Debug, Default)]
+pub struct OpenFiles(Mutex<HashMap<u32, Arc<Reopenable>>>);
+
+/// One of them.
+#[derive(Debug)]
+pub struct Reopenable {
+    /// The flags that it was opened with (`OPEN_*`).
+    pub flags: u32,
+    /// Its path.
+    pub path: Box<[u8]>,
+    /// Its [`FileStatus::identity`] when it was opened.
+    pub identity: [u8; 16],
+}
+
+impl OpenFiles {
+    /// A file was opened.
+    pub fn insert(&self, handle: FileHandle, file: Reopenable) {
+        lock(&self.0).insert(handle.0, Arc::new(file));
+    }
+
+    /// It was closed.
+    pub fn remove(&self, handle: FileHandle) {
+        lock(&self.0).remove(&handle.0);
+    }
+
+    fn list(&self) -> Vec<(FileHandle, Arc<Reopenable>)> {
+        lock(&self.0).iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
+    }
+}
+
+/// What an event loop polls for a channel.
+#[derive(Debug)]
+pub enum Watch<'a> {
+    /// The connection's descriptor, and whether also for writing. The number tells one connection from the
+    /// next.
+    Connected(BorrowedFd<'a>, bool, u64),
+    /// The channel is connecting: descriptors, and whether for writing; and when [`Channel::receive`] is due
+    /// at the latest. They are others after each call.
+    Connecting(Vec<(BorrowedFd<'a>, bool)>, Instant),
+    /// It has failed.
+    Failed,
+}
+
+/// See the module documentation.
+pub struct Channel {
+    /// Some: connected, and nothing is left of earlier connections.
+    transport: Option<Box<dyn ClientTransport>>,
+    /// The latest.
+    grant: Grant,
+    /// Why it was given up.
+    failure: Option<Error>,
+    /// A request was answered over this connection.
+    is_useful: bool,
+    /// Connections so far.
+    connections: u64,
+    rest: Box<Rest>,
+}
+
+/// What is not needed while the connection is whole.
+struct Rest {
+    dialer: Dialer,
+    offer: Offer,
+    settings: Settings,
+    files: Arc<OpenFiles>,
+    /// The process that it belongs to: a forked child does not connect again.
+    process: u64,
+    machine: Machine,
+    phase: Phase,
+    /// The server has lost the files, and has not got all back.
+    must_reopen: bool,
+    /// To be sent again.
+    again: VecDeque<Lost>,
+    /// May have been executed.
+    asked: Vec<Lost>,
+    /// Over, and not handed out.
+    over: Vec<Reply>,
+    /// Why there is no connection.
+    why: String,
+    used: UsedIds,
+    /// Those of earlier connections.
+    counters: ClientCounters,
+    resumed: ResumeCounters,
+    regions: Vec<WeakRegion>,
+    arenas: Vec<ArenaMemory>,
+    /// Verifiers of the files that were opened again.
+    verifiers: HashMap<u32, u64>,
+    /// How requests end of files that could not be.
+    stale: HashMap<u32, End>,
+    why_tcp: Option<String>,
+    on_abandoned: Option<Box<dyn FnOnce(Abandoned) + Send>>,
+}
+
+#[derive(Default)]
+enum Phase {
+    /// Connected, given up, or between two attempts.
+    #[default]
+    Idle,
+    Dialing(Box<dyn Dialing>),
+    /// An outcome is outstanding.
+    Resolving(Box<dyn ClientTransport>),
+    Reopening(Box<dyn ClientTransport>, Reopening),
+    /// Connected, with fewer credits than there is to be sent again.
+    Resending(Box<dyn ClientTransport>),
+}
+
+struct Reopening {
+    files: Vec<(FileHandle, Arc<Reopenable>)>,
+    sent: usize,
+    answered: usize,
+}
+
+impl std::fmt::Debug for Channel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Channel").field("machine", &self.rest.machine).finish_non_exhaustive()
+    }
+}
+
+impl Channel {
+    /// Makes the channel's first connection, by `deadline`, and waits for it. `offer` has the channel; if
+    /// that has had connections before, or sessions are superseded, it also waits until nothing of them can
+    /// still happen. `used` are the ids that the channel has used.
+    pub fn connect(
+        mut dialer: Dialer,
+        offer: Offer,
+        used: UsedIds,
+        settings: Settings,
+        files: Arc<OpenFiles>,
+        deadline: Instant,
+    ) -> Result<Self, Error> {
+        let mut dialing = dialer(&offer, Instant::now(), deadline);
+        let Reached { mut transport, why_tcp, .. } = loop {
+            if let Some(reached) = dialing.step(Instant::now()) {
+                break reached?;
+            }
+            let until = dialing.step_by().min(deadline);
+            // A signal is no reason to give up half way.
+            let _ = sleep(dialing.poll_fd(), until);
+        };
+        let epoch = dialing.epoch().unwrap_or(0);
+        drop(dialing);
+        if let Some(timeout) = settings.request_timeout {
+            transport.set_request_timeout(timeout);
+        }
+        transport.core_mut().set_used_ids(&used);
+        if epoch > 1 || !offer.supersedes.is_empty() {
+            first_outcome(&mut *transport, deadline)?;
+        }
+        let reconnects = !settings.window.is_zero() && offer.channel.is_some();
+        if reconnects {
+            transport.core_mut().keep_lost();
+        }
+        let seed = u128::from_ne_bytes(random_id()) as u64;
+        let window = if reconnects { settings.window } else { Duration::ZERO };
+        Ok(Self {
+            grant: *transport.grant(),
+            transport: Some(transport),
+            failure: None,
+            is_useful: false,
+            connections: 1,
+            rest: Box::new(Rest {
+                dialer,
+                // Only the first connection supersedes.
+                offer: Offer { supersedes: Vec::new(), ..offer },
+                settings: Settings { window, ..settings },
+                files,
+                process: process(),
+                machine: Machine::new(epoch, window, seed),
+                phase: Phase::Idle,
+                must_reopen: false,
+                again: VecDeque::new(),
+                asked: Vec::new(),
+                over: Vec::new(),
+                why: String::new(),
+                used,
+                counters: ClientCounters::default(),
+                resumed: ResumeCounters::default(),
+                regions: Vec::new(),
+                arenas: Vec::new(),
+                verifiers: HashMap::new(),
+                stale: HashMap::new(),
+                why_tcp,
+                on_abandoned: None,
+            }),
+        })
+    }
+
+    /// Has this called when the channel is dropped with requests unanswered that must not run twice.
+    pub fn on_abandoned(&mut self, hook: impl FnOnce(Abandoned) + Send + 'static) {
+        self.rest.on_abandoned = Some(Box::new(hook));
+    }
+
+    /// Why the first connection is over TCP, if it might have been over RDMA: a message for people.
+    pub fn why_tcp(&self) -> Option<&str> {
+        self.rest.why_tcp.as_deref()
+    }
+
+    // While it is connected
+    // ------------------------------------------------------------------------------------------------------
+
+    /// Whether requests can be sent now, as far as there are credits. If not it is connecting, or has failed.
+    #[inline]
+    pub fn is_connected(&self) -> bool {
+        self.transport.is_some()
+    }
+
+    /// Why the channel was given up, if it was.
+    #[inline]
+    pub fn failure(&self) -> Option<&Error> {
+        self.failure.as_ref()
+    }
+
+    /// What the server granted, at the last time.
+    #[inline]
+    pub fn grant(&self) -> &Grant {
+        &self.grant
+    }
+
+    /// Whether it is connected, and something is outstanding.
+    pub fn is_waiting(&self) -> bool {
+        self.transport.as_ref().is_some_and(|transport| transport.outstanding() > 0)
+    }
+
+    /// Credits left for ordinary requests: none while it is not connected.
+    #[inline]
+    pub fn credits(&self) -> usize {
+        self.transport.as_ref().map_or(0, |transport| transport.credits())
+    }
+
+    /// Queues a request: see [`ClientTransport::send`]. Fails without a credit.
+    #[inline]
+    pub fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
+        match &mut self.transport {
+            Some(transport) => transport.send(tag, body, bulk, control),
+            None => Err(NotSent(bulk)),
+        }
+    }
+
+    /// Sends what is queued, as far as the server takes it.
+    #[inline]
+    pub fn flush(&mut self) {
+        if let Some(transport) = &mut self.transport {
+            transport.flush();
+        }
+    }
+
+    /// Takes in what has arrived, and appends what is over to `replies`. If the connection has broken, or is
+    /// being made, goes on with that. Returns whether anything has arrived, or happened.
+    #[inline]
+    pub fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let Some(transport) = &mut self.transport else { return self.recover(replies) };
+        let before = replies.len();
+        let arrived = transport.receive(replies);
+        self.is_useful |= replies.len() > before;
+        if transport.failure().is_none() {
+            return arrived;
+        }
+        self.lose();
+        self.recover(replies);
+        true
+    }
+
+    /// Sleeps until there may be something to receive, what is queued can be sent, or `deadline` has come:
+    /// see [`ClientTransport::wait`].
+    #[inline]
+    pub fn wait(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        match &mut self.transport {
+            Some(transport) => transport.wait(deadline),
+            None => self.wait_to_recover(deadline),
+        }
+    }
+
+    /// Takes back a request of which no byte has been sent on the connection that there is. Returns its
+    /// buffers.
+    pub fn dequeue(&mut self, tag: u64) -> Option<Bulk> {
+        if let Some(at) = self.rest.again.iter().position(|lost| lost.tag == tag) {
+            return self.rest.again.remove(at).map(|lost| lost.bulk);
+        }
+        let transport = self.live()?;
+        let request = transport.core().find(tag)?;
+        transport.dequeue(request)
+    }
+
+    /// Asks the server to cancel the request with this tag; the answer has the tag `answer`. Whether it was
+    /// asked: not without a connection, or a credit.
+    pub fn cancel(&mut self, tag: u64, answer: u64) -> bool {
+        let Some(transport) = self.live() else { return false };
+        let Some(request) = transport.core().find(tag) else { return false };
+        let mut body = Vec::new();
+        Command::Cancel { id: request.0 }.encode(&mut body);
+        let asked = transport.send(answer, &body, Bulk::None, true).is_ok();
+        transport.flush();
+        asked
+    }
+
+    /// Ends the connection because the server broke the protocol. The channel goes on with another.
+    pub fn abort(&mut self, violation: Violation) {
+        if let Some(transport) = self.live() {
+            transport.abort(violation);
+        }
+    }
+
+    /// What to poll.
+    pub fn watch(&mut self) -> Watch<'_> {
+        let due = self.due();
+        if self.failure.is_some() {
+            return Watch::Failed;
+        }
+        if let Some(transport) = &mut self.transport {
+            let (fd, out) = transport.poll_fd();
+            return Watch::Connected(fd, out, self.connections);
+        }
+        match &mut self.rest.phase {
+            Phase::Idle => Watch::Connecting(Vec::new(), due),
+            Phase::Dialing(dialing) => {
+                let due = due.min(dialing.step_by());
+                Watch::Connecting(dialing.poll_fd().map(|fd| (fd, false)).into_iter().collect(), due)
+            }
+            Phase::Resolving(transport) | Phase::Reopening(transport, _) | Phase::Resending(transport) => {
+                // So that a silent server is pinged.
+                let due = due.min(Instant::now() + transport.request_timeout() / 3);
+                Watch::Connecting(vec![transport.poll_fd()], due)
+            }
+        }
+    }
+
+    /// How long the server may be silent while something is outstanding: see
+    /// [`ClientTransport::request_timeout`].
+    pub fn request_timeout(&self) -> Duration {
+        self.transport.as_deref().or(self.phase_transport()).map_or_else(
+            || self.rest.settings.request_timeout.unwrap_or(self.grant.keepalive * 3),
+            |transport| transport.request_timeout(),
+        )
+    }
+
+    /// Asks the server whether it is there: see [`ClientTransport::ping`].
+    pub fn ping(&mut self, timeout: Duration) {
+        if let Some(transport) = &mut self.transport {
+            transport.ping(timeout);
+        }
+    }
+
+    /// How the server's clock stands to this side's.
+    pub fn clock_sample(&self) -> Option<ClockSample> {
+        self.transport.as_ref()?.clock_sample()
+    }
+
+    /// When the server was last heard. None without a connection.
+    pub fn last_rx(&self) -> Option<Instant> {
+        Some(self.transport.as_ref()?.last_rx())
+    }
+
+    /// The local port of the connection.
+    pub fn local_port(&self) -> Option<u16> {
+        self.transport.as_ref()?.local_port()
+    }
+
+    /// What was counted, over all connections.
+    pub fn counters(&self) -> ClientCounters {
+        let live = self.transport.as_deref().or(self.phase_transport());
+        let mut sum = self.rest.counters;
+        if let Some(transport) = live {
+            add(&mut sum, transport.counters());
+        }
+        sum
+    }
+
+    /// Connections so far. It changes when the channel goes on after a loss.
+    #[inline]
+    pub fn connections(&self) -> u64 {
+        self.connections
+    }
+
+    /// What was counted of its losses.
+    pub fn resume_counters(&self) -> ResumeCounters {
+        self.rest.resumed
+    }
+
+    /// The verifier that a file had when it was opened again, if it was.
+    pub fn verifier(&self, file: FileHandle) -> Option<u64> {
+        self.rest.verifiers.get(&file.0).copied()
+    }
+
+    /// How requests of a file end that could not be opened again.
+    pub fn stale(&self, file: FileHandle) -> Option<Status> {
+        self.rest.stale.get(&file.0).map(|end| end.status)
+    }
+
+    /// Lets the network reach a region: see [`ClientTransport::register_region`].
+    pub fn register_region(&mut self, region: &Region) -> Result<(), Error> {
+        if let Some(transport) = &mut self.transport {
+            transport.register_region(region)?;
+        }
+        self.rest.regions.push(region.downgrade());
+        Ok(())
+    }
+
+    /// Undoes it.
+    pub fn unregister_region(&mut self, region: &Region) {
+        self.rest.regions.retain(|other| !other.is(region));
+        if let Some(transport) = self.live() {
+            transport.unregister_region(region);
+        }
+    }
+
+    /// The same for an arena whose slots are read into.
+    pub fn register_arena(&mut self, arena: &ArenaMemory) -> Result<(), Error> {
+        if let Some(transport) = &mut self.transport {
+            transport.register_arena(arena)?;
+        }
+        self.rest.arenas.push(arena.clone());
+        Ok(())
+    }
+
+    /// Whether requests may have been executed, or may yet be, of which that is not known.
+    pub fn has_unanswered_recorded(&self) -> bool {
+        let live = self.transport.as_ref().or(match &self.rest.phase {
+            Phase::Resending(transport) => Some(transport),
+            _ => None,
+        });
+        !self.rest.asked.is_empty() || live.is_some_and(|live| live.core().has_unanswered_recorded())
+    }
+
+    /// The transport that has the program's requests.
+    fn live(&mut self) -> Option<&mut Box<dyn ClientTransport>> {
+        match (&mut self.transport, &mut self.rest.phase) {
+            (Some(transport), _) | (None, Phase::Resending(transport)) => Some(transport),
+            _ => None,
+        }
+    }
+
+    fn phase_transport(&self) -> Option<&dyn ClientTransport> {
+        match &self.rest.phase {
+            Phase::Resolving(transport) | Phase::Reopening(transport, _) | Phase::Resending(transport) => {
+                Some(&**transport)
+            }
+            Phase::Idle | Phase::Dialing(_) => None,
+        }
+    }
+
+    // A loss
+    // ------------------------------------------------------------------------------------------------------
+
+    /// The connection has ended.
+    #[cold]
+    fn lose(&mut self) {
+        let Some(mut transport) = self.transport.take() else { return };
+        let was_useful = std::mem::take(&mut self.is_useful);
+        let rest = &mut *self.rest;
+        let failure = transport.failure().map(copy_of);
+        let is_violation = matches!(failure, Some(Error::Violation(_)));
+        rest.why = failure.as_ref().map(ToString::to_string).unwrap_or_default();
+        let lost = rest.bury(&mut *transport);
+        // Nothing lands in the buffers after this.
+        drop(transport);
+        if rest.settings.window.is_zero() {
+            self.failure = failure;
+            return rest.machine.give_up();
+        }
+        for lost in lost {
+            match resume::at_loss(&lost.command, lost.was_sent) {
+                Fate::Again => rest.again.push_back(lost),
+                Fate::Ask => rest.asked.push(lost),
+                Fate::Over(end) => rest.end(lost, end),
+            }
+        }
+        tracing::info!("The connection was lost: {}. Connecting again.", rest.why);
+        rest.machine.on_loss(Instant::now(), was_useful && !is_violation);
+    }
+
+    /// Goes on without a connection that is whole. Whether anything happened.
+    #[cold]
+    fn recover(&mut self, replies: &mut Vec<Reply>) -> bool {
+        let before = replies.len();
+        let mut has_happened = false;
+        if self.rest.process == process() {
+            while self.transport.is_none() && self.failure.is_none() && self.go_on(Instant::now(), replies) {
+                has_happened = true;
+            }
+        }
+        replies.append(&mut self.rest.over);
+        has_happened || replies.len() > before
+    }
+
+    /// One step. Whether there may be another one at once.
+    fn go_on(&mut self, now: Instant, replies: &mut Vec<Reply>) -> bool {
+        let rest = &mut *self.rest;
+        match rest.machine.step(now) {
+            Step::None | Step::Wait(_) => {}
+            Step::GiveUp => {
+                let seconds = rest.settings.window.as_secs_f64();
+                let text = format!("it could not be resumed within {seconds} s ({})", rest.why);
+                let errno = libc::ETIMEDOUT;
+                self.give_up(Error::Closed { errno, text }, Status::transport(errno));
+                return true;
+            }
+            Step::Dial(epoch, end) => {
+                if let Some(channel) = &mut rest.offer.channel {
+                    channel.epoch = epoch;
+                }
+                let deadline = end.min(now + rest.settings.connect_timeout);
+                rest.phase = Phase::Dialing((rest.dialer)(&rest.offer, now, deadline));
+            }
+        }
+        match std::mem::take(&mut rest.phase) {
+            Phase::Idle => false,
+            Phase::Dialing(mut dialing) => {
+                let Some(reached) = dialing.step(now) else {
+                    rest.phase = Phase::Dialing(dialing);
+                    return false;
+                };
+                if let Some(epoch) = dialing.epoch() {
+                    rest.machine.on_epoch(epoch);
+                }
+                drop(dialing);
+                match reached {
+                    Ok(reached) => self.on_welcome(reached.transport),
+                    Err(error) => self.on_dial_failed(error),
+                }
+                true
+            }
+            Phase::Resolving(transport) => self.resolve(transport),
+            Phase::Reopening(transport, reopening) => self.reopen(transport, reopening),
+            Phase::Resending(mut transport) => {
+                let before = replies.len();
+                transport.receive(replies);
+                self.is_useful |= replies.len() > before;
+                if transport.failure().is_some() {
+                    self.transport = Some(transport);
+                    self.lose();
+                    return true;
+                }
+                self.resend(transport);
+                replies.len() > before
+            }
+        }
+    }
+
+    fn on_dial_failed(&mut self, error: Error) {
+        let is_final = resume::is_final(&error);
+        self.rest.why = error.to_string();
+        self.rest.machine.on_dial_failed(Instant::now(), is_final);
+        if is_final {
+            self.give_up(error, Status::transport(libc::ECONNRESET));
+        }
+    }
+
+    /// The server has welcomed this connection: it is asked what became of earlier requests.
+    fn on_welcome(&mut self, mut transport: Box<dyn ClientTransport>) {
+        let rest = &mut *self.rest;
+        let grant = *transport.grant();
+        if grant.data_bytes_max < self.grant.data_bytes_max {
+            let text = format!(
+                "The server was started again with a smaller --io-max: {} bytes instead of {}.",
+                grant.data_bytes_max, self.grant.data_bytes_max
+            );
+            return self.on_dial_failed(Error::Unsupported(text));
+        }
+        if let Some(timeout) = rest.settings.request_timeout {
+            transport.set_request_timeout(timeout);
+        }
+        let core = transport.core_mut();
+        core.set_used_ids(&rest.used);
+        core.keep_lost();
+        let regions = rest.regions.iter().filter_map(WeakRegion::upgrade);
+        let mut registered = Ok(());
+        for region in regions {
+            registered = registered.and_then(|()| transport.register_region(&region));
+        }
+        for arena in &rest.arenas {
+            registered = registered.and_then(|()| transport.register_arena(arena));
+        }
+        if let Err(error) = registered {
+            return self.on_dial_failed(error);
+        }
+        self.grant = grant;
+        rest.machine.on_dialed();
+        self.ask(transport);
+    }
+
+    /// Asks for the next outcomes.
+    fn ask(&mut self, mut transport: Box<dyn ClientTransport>) {
+        let asked = self.rest.asked.iter().take(OUTCOMES_MAX);
+        let ids: Vec<U32> = asked.map(|lost| U32::new(lost.id.0 as u32)).collect();
+        let mut body = Vec::new();
+        Command::Outcome { ids: &ids }.encode(&mut body);
+        // If the connection has ended already, that is found out by the next `receive`.
+        let _ = transport.send(0, &body, Bulk::None, true);
+        transport.flush();
+        self.rest.phase = Phase::Resolving(transport);
+    }
+
+    /// Waits for an outcome. Whether there may be more to do at once.
+    fn resolve(&mut self, mut transport: Box<dyn ClientTransport>) -> bool {
+        let mut replies = Vec::new();
+        transport.receive(&mut replies);
+        let Some(reply) = replies.pop() else {
+            if transport.failure().is_some() {
+                self.lose_again(transport);
+                return true;
+            }
+            self.rest.phase = Phase::Resolving(transport);
+            return false;
+        };
+        match reply.status.errno {
+            0 => match self.take_outcomes(&reply.body) {
+                Ok(()) if self.rest.asked.is_empty() => self.on_resolved(transport),
+                Ok(()) => self.ask(transport),
+                Err(violation) => {
+                    transport.abort(violation);
+                    self.lose_again(transport);
+                }
+            },
+            libc::ESTALE => {
+                self.on_gone();
+                self.on_resolved(transport);
+            }
+            errno if reply.status.retryable => {
+                self.rest.why = format!("the server does not resume the session now (errno {errno})");
+                self.lose_again(transport);
+            }
+            errno => {
+                let text = format!("the server does not resume the session: {}", message::text(&reply.body));
+                self.give_up(Error::Closed { errno, text }, Status::transport(libc::ECONNRESET));
+            }
+        }
+        true
+    }
+
+    /// What became of the first of `asked`.
+    fn take_outcomes(&mut self, body: &[u8]) -> Result<(), Violation> {
+        let rest = &mut *self.rest;
+        let count = rest.asked.len().min(OUTCOMES_MAX);
+        let outcomes = RequestOutcome::decode(body)?;
+        if outcomes.len() != count {
+            return Err(Violation::Length);
+        }
+        // All are checked before any is believed.
+        let mut fates = Vec::with_capacity(count);
+        for (outcome, lost) in outcomes.iter().zip(&rest.asked) {
+            if u64::from(outcome.id()) != lost.id.0 {
+                return Err(Violation::RequestId);
+            }
+            fates.push(resume::after_outcome(outcome.answer()?));
+        }
+        let asked: Vec<_> = rest.asked.drain(..count).collect();
+        for (lost, fate) in asked.into_iter().zip(fates) {
+            match fate {
+                Fate::Over(end) => rest.end(lost, end),
+                Fate::Again | Fate::Ask => rest.again.push_back(lost),
+            }
+        }
+        Ok(())
+    }
+
+    /// The server does not know the channel any more.
+    fn on_gone(&mut self) {
+        let rest = &mut *self.rest;
+        rest.must_reopen = true;
+        let asked = rest.asked.drain(..).map(|lost| (lost, Fate::Ask));
+        let again = rest.again.drain(..).map(|lost| (lost, Fate::Again));
+        for (lost, fate) in again.chain(asked).collect::<Vec<_>>() {
+            match resume::at_gone(&lost.command, fate, rest.settings.redo) {
+                Fate::Over(end) => rest.end(lost, end),
+                Fate::Again | Fate::Ask => rest.again.push_back(lost),
+            }
+        }
+    }
+
+    fn on_resolved(&mut self, transport: Box<dyn ClientTransport>) {
+        self.rest.machine.on_resolved(self.rest.must_reopen);
+        if self.rest.must_reopen {
+            self.rest.stale.clear();
+            let reopening = Reopening { files: self.rest.files.list(), sent: 0, answered: 0 };
+            self.rest.phase = Phase::Reopening(transport, reopening);
+        } else {
+            self.on_connected(transport);
+        }
+    }
+
+    /// Opens files again. Whether there may be more to do at once.
+    fn reopen(&mut self, mut transport: Box<dyn ClientTransport>, mut reopening: Reopening) -> bool {
+        let rest = &mut *self.rest;
+        while let Some((handle, file)) = reopening.files.get(reopening.sent) {
+            let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
+            let (file, identity, path) = (*handle, file.identity, &file.path[..]);
+            let mut body = Vec::new();
+            Command::Reopen { flags, file, identity, path }.encode(&mut body);
+            if transport.send(reopening.sent as u64, &body, Bulk::None, false).is_err() {
+                break;
+            }
+            reopening.sent += 1;
+        }
+        transport.flush();
+        let mut replies = Vec::new();
+        transport.receive(&mut replies);
+        for reply in &replies {
+            let Some((handle, _)) = reopening.files.get(reply.tag as usize) else { continue };
+            reopening.answered += 1;
+            if !reply.status.is_ok() {
+                rest.stale.insert(handle.0, resume::at_reopen_failure(reply.status));
+                continue;
+            }
+            match FileStatus::decode(&reply.body) {
+                Ok(status) if reply.result == u64::from(handle.0) => {
+                    rest.verifiers.insert(handle.0, status.verifier.get());
+                }
+                _ => transport.abort(Violation::Field),
+            }
+        }
+        if transport.failure().is_some() {
+            self.lose_again(transport);
+        } else if reopening.answered < reopening.files.len() {
+            rest.phase = Phase::Reopening(transport, reopening);
+            return !replies.is_empty();
+        } else {
+            rest.must_reopen = false;
+            for lost in std::mem::take(&mut rest.again) {
+                let file = resume::file_of(&lost.command);
+                match file.and_then(|file| rest.stale.get(&file.0).copied()) {
+                    Some(end) => rest.end(lost, end),
+                    None => rest.again.push_back(lost),
+                }
+            }
+            rest.machine.on_reopened();
+            self.on_connected(transport);
+        }
+        true
+    }
+
+    fn on_connected(&mut self, transport: Box<dyn ClientTransport>) {
+        let rest = &mut *self.rest;
+        self.connections += 1;
+        rest.resumed.reconnects += 1;
+        tracing::info!("The session goes on: {} requests are sent again.", rest.again.len());
+        self.is_useful = false;
+        self.resend(transport);
+    }
+
+    fn resend(&mut self, mut transport: Box<dyn ClientTransport>) {
+        let rest = &mut *self.rest;
+        while let Some(lost) = rest.again.pop_front() {
+            let Lost { tag, id, command, bulk, control, was_sent } = lost;
+            if let Err(NotSent(bulk)) = transport.send(tag, &command, bulk, control) {
+                rest.again.push_front(Lost { tag, id, command, bulk, control, was_sent });
+                break;
+            }
+            rest.resumed.resent += 1;
+        }
+        transport.flush();
+        if rest.again.is_empty() {
+            self.transport = Some(transport);
+        } else {
+            rest.phase = Phase::Resending(transport);
+        }
+    }
+
+    /// A connection has ended before it was of use. Nothing of the program's was outstanding on it.
+    fn lose_again(&mut self, mut transport: Box<dyn ClientTransport>) {
+        let rest = &mut *self.rest;
+        if let Some(failure) = transport.failure() {
+            rest.why = failure.to_string();
+        }
+        rest.bury(&mut *transport);
+        drop(transport);
+        rest.machine.on_loss(Instant::now(), false);
+    }
+
+    /// The channel is given up: everything is over.
+    fn give_up(&mut self, failure: Error, status: Status) {
+        let rest = &mut *self.rest;
+        tracing::warn!("The session is given up: {failure}.");
+        rest.phase = Phase::Idle;
+        rest.machine.give_up();
+        rest.why = failure.to_string();
+        let asked = rest.asked.drain(..).map(|lost| (lost, Fate::Ask));
+        let again = rest.again.drain(..).map(|lost| (lost, Fate::Again));
+        for (lost, fate) in again.chain(asked).collect::<Vec<_>>() {
+            rest.end(lost, resume::at_failure(fate, status));
+        }
+        self.failure = Some(failure);
+    }
+
+    /// When the next step is due, whatever can be polled.
+    fn due(&self) -> Instant {
+        let end = self.rest.machine.end();
+        match self.rest.machine.state() {
+            State::Lost(at) => end.map_or(at, |end| at.min(end)),
+            _ => end.unwrap_or_else(Instant::now),
+        }
+    }
+
+    #[cold]
+    fn wait_to_recover(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        if self.failure.is_some() || !self.rest.over.is_empty() {
+            return Ok(());
+        }
+        let due = self.due();
+        let until = deadline.map_or(due, |deadline| deadline.min(due));
+        match &mut self.rest.phase {
+            Phase::Idle => sleep(None, until),
+            Phase::Dialing(dialing) => sleep(dialing.poll_fd(), until.min(dialing.step_by())),
+            Phase::Resolving(transport) | Phase::Reopening(transport, _) | Phase::Resending(transport) => {
+                transport.wait(Some(until))
+            }
+        }
+    }
+}
+
+impl Rest {
+    /// A request is over.
+    fn end(&mut self, lost: Lost, end: End) {
+        let End { status, result, is_unknown } = end;
+        self.resumed.unknown += u64::from(is_unknown);
+        let text = if is_unknown && self.asked_in_vain() {
+            "The server was restarted while this was executing: it may have been done. It will not be done \
+             later."
+                .into()
+        } else if is_unknown {
+            format!("The connection was lost, and this may have been done, or may yet be: {}.", self.why)
+        } else if status.is_ok() {
+            String::new()
+        } else {
+            match status.errno {
+                libc::ESTALE => "The server was restarted, and the file is another one now.".into(),
+                libc::EAGAIN => "The connection was lost; the request goes on.".into(),
+                _ if status == Status::transport(status.errno) => {
+                    format!("The connection was lost: {}.", self.why)
+                }
+                // The file's or device's.
+                _ => String::new(),
+            }
+        };
+        let body = Body::from(message::clipped(&text).as_bytes());
+        self.over.push(Reply {
+            tag: lost.tag,
+            status,
+            is_unknown,
+            result,
+            body,
+            data_len: 0,
+            bulk: lost.bulk,
+        });
+    }
+
+    /// The server has said that it does not know.
+    fn asked_in_vain(&self) -> bool {
+        self.machine.state() == State::Resolving
+    }
+
+    /// Takes what a connection that has ended leaves behind.
+    fn bury(&mut self, transport: &mut dyn ClientTransport) -> Vec<Lost> {
+        add(&mut self.counters, transport.counters());
+        transport.core().add_used_ids(&mut self.used);
+        transport.core_mut().take_lost()
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        if self.rest.process != process() {
+            return;
+        }
+        let is_abandoned = self.has_unanswered_recorded();
+        let rest = &mut *self.rest;
+        for mut transport in [
+            self.transport.take(),
+            match std::mem::take(&mut rest.phase) {
+                Phase::Resolving(transport)
+                | Phase::Reopening(transport, _)
+                | Phase::Resending(transport) => Some(transport),
+                Phase::Idle | Phase::Dialing(_) => None,
+            },
+        ]
+        .into_iter()
+        .flatten()
+        {
+            rest.bury(&mut *transport);
+        }
+        if let (true, Some(hook), Some(channel)) =
+            (is_abandoned, rest.on_abandoned.take(), rest.offer.channel)
+        {
+            let used = std::mem::take(&mut rest.used);
+            hook(Abandoned { number: channel.number, epoch: rest.machine.epoch(), used });
+        }
+    }
+}
+
+/// Has the server say that nothing of earlier connections, or of superseded sessions, can still happen.
+fn first_outcome(transport: &mut dyn ClientTransport, deadline: Instant) -> Result<(), Error> {
+    let mut body = Vec::new();
+    Command::Outcome { ids: &[] }.encode(&mut body);
+    let _ = transport.send(0, &body, Bulk::None, true);
+    transport.flush();
+    let mut replies = Vec::new();
+    loop {
+        transport.receive(&mut replies);
+        if let Some(reply) = replies.pop() {
+            return match reply.status.errno {
+                // A channel that is not known is as good as a new one.
+                0 | libc::ESTALE => Ok(()),
+                errno => {
+                    let text = message::text(&reply.body);
+                    Err(Error::Closed { errno, text: format!("the server does not begin a session: {text}") })
+                }
+            };
+        }
+        if let Some(failure) = transport.failure() {
+            return Err(copy_of(failure));
+        }
+        if Instant::now() >= deadline {
+            let text = "the server still has requests of an earlier connection of this program under way";
+            return Err(Error::Closed { errno: libc::ETIMEDOUT, text: text.into() });
+        }
+        match transport.wait(Some(deadline)) {
+            Err(error) if error.errno() != libc::EINTR => return Err(error),
+            _ => {}
+        }
+    }
+}
+
+fn add(sum: &mut ClientCounters, counters: ClientCounters) {
+    sum.sends += counters.sends;
+    sum.receives += counters.receives;
+    sum.bounced_bytes += counters.bounced_bytes;
+}
+
+/// The same failure, for one that outlives its transport.
+fn copy_of(error: &Error) -> Error {
+    match error {
+        Error::Violation(violation) => Error::Violation(*violation),
+        Error::Closed { errno, text } => Error::Closed { errno: *errno, text: text.clone() },
+        other => Error::Closed { errno: other.errno(), text: other.to_string() },
+    }
+}
+
+/// Sleeps until the descriptor is readable, or until then.
+fn sleep(fd: Option<BorrowedFd<'_>>, until: Instant) -> Result<(), Error> {
+    let mut fds: Vec<_> = fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).into_iter().collect();
+    let left = until.saturating_duration_since(Instant::now());
+    let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    rustix::event::poll(&mut fds, Some(&timeout))
+        .map(drop)
+        .map_err(|errno| Error::io("Waiting for the server was interrupted", errno))
+}
+
+/// Connects with a call that waits, in one step.
+pub fn waiting(
+    offer: &Offer,
+    connect: impl FnOnce() -> Result<Box<dyn ClientTransport>, Error> + Send + 'static,
+) -> Box<dyn Dialing> {
+    struct Waiting<F>(Option<F>, Option<u64>);
+    impl<F: FnOnce() -> Result<Box<dyn ClientTransport>, Error> + Send> Dialing for Waiting<F> {
+        fn step(&mut self, _: Instant) -> Option<Result<Reached, Error>> {
+            let transport = self.0.take()?();
+            Some(transport.map(|transport| Reached { transport, why_tcp: None, epoch: self.1 }))
+        }
+
+        fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
+
+        fn step_by(&self) -> Instant {
+            Instant::now()
+        }
+
+        fn epoch(&self) -> Option<u64> {
+            self.1
+        }
+    }
+    Box::new(Waiting(Some(connect), offer.channel.map(|channel| channel.epoch)))
+}
