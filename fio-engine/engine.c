@@ -14,6 +14,7 @@
 #include "fio.h"
 #include "optgroup.h"
 
+#include <limits.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 
@@ -33,6 +34,8 @@ struct raio_fio_options {
 	unsigned int crc;
 	unsigned int spin_us;
 	unsigned int batch;
+	unsigned int reconnect;
+	unsigned int redo;
 };
 
 /* What belongs to an io_u, for life: its engine_data */
@@ -116,6 +119,27 @@ static struct fio_option options[] = {
 		.group	= FIO_OPT_G_INVALID,
 	},
 	{
+		.name	= "raio_reconnect",
+		.lname	= "raio reconnect window",
+		.help	= "Seconds that a job whose connection is lost tries to go on (0: it fails at once)",
+		.type	= FIO_OPT_INT,
+		.off1	= offsetof(struct raio_fio_options, reconnect),
+		.def	= "60",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
+		.name	= "raio_redo",
+		.lname	= "raio redo",
+		.help	= "After a restart of the server do again what may have been done (1), as nobody else writes to the job's "
+			  "files; 0: such a write fails",
+		.type	= FIO_OPT_BOOL,
+		.off1	= offsetof(struct raio_fio_options, redo),
+		.def	= "1",
+		.category = FIO_OPT_C_ENGINE,
+		.group	= FIO_OPT_G_INVALID,
+	},
+	{
 		.name	= "raio_batch",
 		.lname	= "raio batch",
 		.help	= "Send up to this many I/Os together while fio fills its queue (0: half of iodepth, from 4 to 32; "
@@ -163,6 +187,14 @@ static int start_session(struct thread_data *td)
 		opts.flags |= RAIO_OPT_CRC;
 	if (!o->spin_us)
 		opts.flags |= RAIO_OPT_NO_SPIN;
+	if (!o->reconnect)
+		opts.flags |= RAIO_OPT_NO_RECONNECT;
+	else if (o->reconnect <= UINT_MAX / 1000)
+		opts.reconnect_ms = o->reconnect * 1000;
+	else
+		opts.reconnect_ms = UINT_MAX;
+	if (o->redo)
+		opts.flags |= RAIO_OPT_REDO;
 
 	session = raio_connect(o->url, &opts);
 	if (session < 0)

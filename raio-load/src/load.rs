@@ -10,10 +10,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use raio_transport::channel::Watch;
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::protocol::Command;
-use raio_transport::transport::{Bulk, ClientTransport, Reply};
+use raio_transport::transport::{Bulk, Reply};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use slab::Slab;
@@ -21,7 +22,7 @@ use slab::Slab;
 use crate::content;
 use crate::options::{Plan, Until};
 use crate::session::Session;
-use crate::tuning::{DRAIN_TIMEOUT, EVENTS_MAX, KEEPALIVE_CHECK_AFTER, TICK};
+use crate::tuning::{DRAIN_TIMEOUT, EVENTS_MAX, KEEPALIVE_CHECK_AFTER, RECONNECT_TICK, TICK};
 
 /// What reads, or writes, came to.
 #[derive(Debug)]
@@ -61,6 +62,10 @@ pub struct Outcome {
     pub errors: u64,
     /// Reads that brought something else than they should.
     pub wrong: u64,
+    /// Writes that may have been done, and failed with their connection. Not among the errors.
+    pub unknown: u64,
+    /// Connections that took the place of a lost one.
+    pub reconnects: u64,
     /// Sessions that ended by themselves.
     pub lost: usize,
     /// The fewest and most reads and writes of an active session.
@@ -84,6 +89,10 @@ struct Place {
     is_dirty: bool,
     /// Epoll watches whether it can be written to.
     is_blocked: bool,
+    /// The connection that epoll watches.
+    connection: u64,
+    /// It connects again.
+    is_recovering: bool,
     asked: Instant,
 }
 
@@ -102,6 +111,8 @@ pub struct Load<'a> {
     epoll: OwnedFd,
     line: VecDeque<u32>,
     dirty: Vec<u32>,
+    /// Sessions that connect again.
+    recovering: Vec<u32>,
     issued: Slab<Issued>,
     buffers: Vec<Box<[u8]>>,
     replies: Vec<Reply>,
@@ -120,8 +131,11 @@ impl<'a> Load<'a> {
         let now = Instant::now();
         let mut places = Vec::with_capacity(count);
         for (n, mut session) in sessions.into_iter().enumerate() {
-            let (fd, _) = session.client.poll_fd();
-            epoll::add(&epoll, fd, EventData::new_u64(n as u64), EventFlags::IN)?;
+            let mut connection = 0;
+            if let Watch::Connected(fd, _, number) = session.client.watch() {
+                epoll::add(&epoll, fd, EventData::new_u64(n as u64), EventFlags::IN)?;
+                connection = number;
+            }
             places.push(Place {
                 session: Some(session),
                 in_flight: 0,
@@ -132,6 +146,8 @@ impl<'a> Load<'a> {
                 is_in_line: false,
                 is_dirty: false,
                 is_blocked: false,
+                connection,
+                is_recovering: false,
                 asked: now,
             });
         }
@@ -142,6 +158,7 @@ impl<'a> Load<'a> {
             epoll,
             line: VecDeque::new(),
             dirty: Vec::new(),
+            recovering: Vec::new(),
             issued: Slab::new(),
             buffers: Vec::new(),
             replies: Vec::new(),
@@ -153,6 +170,8 @@ impl<'a> Load<'a> {
                 writes: Tally::new(),
                 errors: 0,
                 wrong: 0,
+                unknown: 0,
+                reconnects: 0,
                 lost: 0,
                 ios_per_session: (0, 0),
                 first_error: None,
@@ -202,7 +221,11 @@ impl<'a> Load<'a> {
                 tell(&self.outcome, now - started);
                 self.run_timers(now);
             }
-            let until = if is_ending { tick } else { end.map_or(tick, |end| end.min(tick)) };
+            self.recover()?;
+            let mut until = if is_ending { tick } else { end.map_or(tick, |end| end.min(tick)) };
+            if !self.recovering.is_empty() {
+                until = until.min(now + RECONNECT_TICK);
+            }
             let left = until.saturating_duration_since(Instant::now());
             let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             events.clear();
@@ -217,7 +240,9 @@ impl<'a> Load<'a> {
         self.outcome.elapsed = started.elapsed();
         let done = || active.iter().map(|&place| self.places[place as usize].done);
         self.outcome.ios_per_session = (done().min().unwrap_or(0), done().max().unwrap_or(0));
-        let sessions = self.places.into_iter().filter_map(|place| place.session).collect();
+        let sessions: Vec<_> = self.places.into_iter().filter_map(|place| place.session).collect();
+        let reconnects = sessions.iter().map(|session| session.client.resume_counters().reconnects);
+        self.outcome.reconnects = reconnects.sum();
         Ok((self.outcome, sessions))
     }
 
@@ -274,11 +299,13 @@ impl<'a> Load<'a> {
         command.encode(&mut self.command);
         let at = Instant::now();
         let tag = self.issued.insert(Issued { place: n, offset, is_read, at });
-        // It has a credit for each that it may have in flight. If it takes none it has failed, and its next
-        // event says so.
+        // It has a credit for each that it may have in flight. If it takes none it has failed, or connects
+        // again, and its next event says so.
         if session.client.send(tag as u64, &self.command, bulk, false).is_err() {
             self.issued.remove(tag);
-            place.left = 0;
+            if self.plan.reconnect.is_zero() {
+                place.left = 0;
+            }
             return;
         }
         place.left -= 1;
@@ -294,12 +321,23 @@ impl<'a> Load<'a> {
         for n in self.dirty.drain(..) {
             let place = &mut self.places[n as usize];
             place.is_dirty = false;
-            if let Some(session) = &mut place.session {
+            if let Some(mut session) = place.session.take() {
                 session.client.flush();
-                watch(&self.epoll, n, session, &mut place.is_blocked)?;
+                let watched = watch(&self.epoll, n, &mut session, place);
+                place.session = Some(session);
+                watched?;
             }
         }
         Ok(())
+    }
+
+    /// Goes on with the sessions that connect again.
+    fn recover(&mut self) -> io::Result<()> {
+        for n in std::mem::take(&mut self.recovering) {
+            self.places[n as usize].is_recovering = false;
+            self.receive(n);
+        }
+        self.flush()
     }
 
     /// Takes in what a session has been answered.
@@ -309,7 +347,14 @@ impl<'a> Load<'a> {
         let mut replies = std::mem::take(&mut self.replies);
         session.client.receive(&mut replies);
         let failure = session.client.failure().map(ToString::to_string);
-        if failure.is_none() && place.is_blocked && !place.is_dirty {
+        let is_connected = session.client.is_connected();
+        if failure.is_none() && !is_connected && !place.is_recovering {
+            place.is_recovering = true;
+            self.recovering.push(n);
+        }
+        // Another connection is to be watched, too.
+        let is_other = is_connected && session.client.connections() != place.connection;
+        if failure.is_none() && (place.is_blocked || is_other) && !place.is_dirty {
             place.is_dirty = true;
             self.dirty.push(n);
         }
@@ -334,7 +379,9 @@ impl<'a> Load<'a> {
         let (Bulk::In(buffers) | Bulk::Out(buffers)) = reply.bulk else { return };
         let Buffers::One(Buffer::Owned(buffer)) = buffers else { return };
         let what = if issued.is_read { "read" } else { "write" };
-        if !reply.status.is_ok() {
+        if reply.is_unknown {
+            self.outcome.unknown += 1;
+        } else if !reply.status.is_ok() {
             self.outcome.errors += 1;
             self.outcome.first_error.get_or_insert_with(|| {
                 let errno = io::Error::from_raw_os_error(reply.status.errno);
@@ -385,15 +432,18 @@ impl<'a> Load<'a> {
     }
 }
 
-/// Has epoll watch whether the session can be written to exactly when it has something to write.
-fn watch(epoll: &OwnedFd, n: u32, session: &mut Session, is_blocked: &mut bool) -> io::Result<()> {
-    let has_failed = session.client.failure().is_some();
-    let (fd, writes) = session.client.poll_fd();
-    if writes != *is_blocked && !has_failed {
-        *is_blocked = writes;
-        let mut flags = EventFlags::IN;
-        flags.set(EventFlags::OUT, writes);
+/// Has epoll watch the session's connection, and whether it can be written to exactly when it has something
+/// to write.
+fn watch(epoll: &OwnedFd, n: u32, session: &mut Session, place: &mut Place) -> io::Result<()> {
+    // Of a connection that has ended the descriptor is closed, and epoll has forgotten it.
+    let Watch::Connected(fd, writes, connection) = session.client.watch() else { return Ok(()) };
+    let mut flags = EventFlags::IN;
+    flags.set(EventFlags::OUT, writes);
+    if connection != place.connection {
+        epoll::add(epoll, fd, EventData::new_u64(n.into()), flags)?;
+    } else if writes != place.is_blocked {
         epoll::modify(epoll, fd, EventData::new_u64(n.into()), flags)?;
     }
+    (place.connection, place.is_blocked) = (connection, writes);
     Ok(())
 }

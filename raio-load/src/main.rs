@@ -25,7 +25,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use raio_transport::transport::ClientTransport;
 use raio_transport::{Error, open_files};
 
 use load::Load;

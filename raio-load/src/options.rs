@@ -56,6 +56,9 @@ pub struct Options {
     /// Not for a time, but until each active session has done so many reads and writes
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<u64>,
+    /// Let sessions whose connection is lost try this long to go on; 0: they are lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    reconnect: f64,
     /// Check every byte that is read, and write what is there already
     #[arg(long)]
     verify: bool,
@@ -136,6 +139,8 @@ pub struct Plan {
     pub in_flight_max: usize,
     /// For how long.
     pub until: Until,
+    /// How long a session whose connection was lost tries to go on; zero: not at all.
+    pub reconnect: Duration,
     /// Check what is read.
     pub verify: bool,
     /// Wait when all are open.
@@ -189,6 +194,11 @@ impl Options {
             "--seconds is {}. Give more than 0, and at most a million.",
             self.seconds
         );
+        ensure!(
+            (0.0..=1e6).contains(&self.reconnect),
+            "--reconnect is {}. Give 0, or at most a million seconds.",
+            self.reconnect
+        );
         let server = address.resolve()?.into_iter().next().context("The host has no address")?;
         let sources = match server.ip() {
             _ if !self.source.is_empty() => self.source,
@@ -209,6 +219,7 @@ impl Options {
             depth: self.depth,
             in_flight_max: self.in_flight,
             until: self.rounds.map_or(Until::Elapsed(Duration::from_secs_f64(self.seconds)), Until::Rounds),
+            reconnect: Duration::from_secs_f64(self.reconnect),
             verify: self.verify,
             hold: self.hold,
             seed: self.seed,
@@ -238,6 +249,7 @@ mod tests {
         assert_eq!(plan.in_flight_max, 1024);
         assert_eq!((plan.pattern, plan.until), (Pattern::Randread, Until::Elapsed(Duration::from_secs(10))));
         assert_eq!((plan.size, plan.fill, plan.verify, plan.hold), (None, false, false, false));
+        assert_eq!(plan.reconnect, Duration::ZERO);
     }
 
     #[test]
@@ -272,6 +284,7 @@ mod tests {
             (&["--active", "0"], "--active is 0"),
             (&["--active", "101"], "--active is 101"),
             (&["--seconds", "0"], "--seconds is 0"),
+            (&["--reconnect=-1"], "--reconnect is -1"),
             (&["--seconds", "1", "--rounds", "1"], "cannot be used with"),
         ] {
             let error = format!("{:#}", plan(arguments).unwrap_err());

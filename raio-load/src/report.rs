@@ -160,6 +160,8 @@ impl Report {
             "write": tally(&outcome.writes),
             "verified_bytes": if plan.verify { outcome.reads.bytes } else { 0 },
             "errors": outcome.errors,
+            "unknown": outcome.unknown,
+            "reconnects": outcome.reconnects,
             "error": outcome.first_error,
             "wrong": outcome.wrong,
             "wrong_where": outcome.first_wrong,
@@ -207,6 +209,13 @@ impl Report {
             );
         }
         text += &format!("failed    {} reads and writes\n", grouped(outcome.errors));
+        if !plan.reconnect.is_zero() {
+            text += &format!(
+                "resumed   {} connections, {} writes of unknown outcome\n",
+                grouped(outcome.reconnects),
+                grouped(outcome.unknown)
+            );
+        }
         text
     }
 

@@ -5,27 +5,29 @@
 //! does not hang on how far away the server is.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
-use raio_transport::handshake::Offer;
+use raio_transport::channel::{self, Channel, Dialer, OpenFiles, Reopenable, Settings};
+use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{self, SessionId};
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
-use raio_transport::transport::{Bulk, ClientTransport, Reply};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, UsedIds};
 use raio_transport::{Error, tcp};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::content;
 use crate::options::Plan;
-use crate::tuning::{FILL_BYTES, OPEN_TIMEOUT, OPENERS};
+use crate::tuning::{FILL_BYTES, LINGER_EXTRA, OPEN_TIMEOUT, OPENERS};
 
 /// An open session.
 pub struct Session {
     /// Its connection.
-    pub client: tcp::TcpClient,
+    pub client: Channel,
     /// Its file.
     pub file: FileHandle,
 }
@@ -33,19 +35,43 @@ pub struct Session {
 impl Session {
     /// Opens the n-th session of the plan, and its file. Also returns the file's status.
     fn open(plan: &Plan, n: usize, flags: u32) -> Result<(Self, FileStatus), Error> {
+        let linger = match plan.reconnect {
+            Duration::ZERO => Duration::ZERO,
+            window => window + LINGER_EXTRA,
+        };
         let offer = Offer {
             session: SessionId::random(),
+            channel: (!linger.is_zero()).then_some(ChannelOffer { number: 1, epoch: 1, linger }),
             queue_depth: plan.depth,
             ..Offer::new(format!("raio_load[{}]", std::process::id()))
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
-        let stream = connect(plan.server, source)?;
-        let client = tcp::TcpClient::from_stream(stream.into(), &offer, Instant::now() + OPEN_TIMEOUT)?;
+        let server = plan.server;
+        let dialer: Dialer = Box::new(move |offer, _, deadline| {
+            let hello = offer.clone();
+            channel::waiting(offer, move || {
+                let stream = connect(server, source)?;
+                let client = tcp::TcpClient::from_stream(stream.into(), &hello, deadline)?;
+                Ok(Box::new(client) as Box<dyn ClientTransport>)
+            })
+        });
+        let settings = Settings {
+            window: plan.reconnect,
+            redo: false,
+            connect_timeout: OPEN_TIMEOUT,
+            request_timeout: None,
+        };
+        let files = Arc::<OpenFiles>::default();
+        let deadline = Instant::now() + OPEN_TIMEOUT;
+        let client =
+            Channel::connect(dialer, offer, UsedIds::default(), settings, Arc::clone(&files), deadline)?;
         let mut this = Self { client, file: FileHandle(0) };
         let open = Command::Open { flags, mode: 0o644, path: plan.path.as_bytes() };
         let reply = this.call(&open, Bulk::None)?;
         let status = FileStatus::decode(&reply.body)?;
         this.file = FileHandle(reply.result as u32);
+        let path = plan.path.as_bytes().into();
+        files.insert(this.file, Reopenable { flags, path, identity: status.identity });
         Ok((this, status))
     }
 
@@ -81,7 +107,7 @@ impl Session {
     fn call(&mut self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let lost = |client: &tcp::TcpClient| match client.failure() {
+        let lost = |client: &Channel| match client.failure() {
             Some(Error::Closed { errno, text }) => Error::Closed { errno: *errno, text: text.clone() },
             Some(error) => Error::Closed { errno: error.errno(), text: error.to_string() },
             None => {
@@ -158,7 +184,7 @@ pub fn open_all<'scope>(
     next: &'scope AtomicUsize,
     is_over: &'scope AtomicBool,
 ) -> Receiver<Result<Session, Error>> {
-    let (sender, receiver) = channel();
+    let (sender, receiver) = mpsc::channel();
     let started = Instant::now();
     for _ in 0..OPENERS.min(plan.sessions) {
         let sender = sender.clone();

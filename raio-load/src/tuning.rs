@@ -39,5 +39,12 @@ pub const OPENERS: usize = 4;
 /// How long connecting, the handshake and the open may take, each.
 pub const OPEN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How much longer than a session tries to go on the server is to keep it: the time to notice the loss, and
+/// some more.
+pub const LINGER_EXTRA: Duration = Duration::from_secs(30);
+
+/// How often sessions are looked at that connect again.
+pub const RECONNECT_TICK: Duration = Duration::from_millis(1);
+
 /// Bytes of a write that fills the file: the default of raio_server's `--io-max`.
 pub const FILL_BYTES: u64 = 1 << 20;

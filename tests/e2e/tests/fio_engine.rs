@@ -206,7 +206,7 @@ fn fio_ends_with_an_error_when_its_server_dies() {
         "--iodepth=64",
         "--numjobs=2",
     ]);
-    fio.args(["--time_based", "--runtime=60"]);
+    fio.args(["--time_based", "--runtime=60", "--raio_reconnect=0"]);
     let fio =
         fio.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().expect("fio");
     // Both jobs have laid out the file by then.
@@ -252,7 +252,7 @@ fn fio_asks_a_server_that_hangs_nothing_more() {
     let (_directory, mut server) = export();
     let mut fio = fio_raio(&server);
     fio.args(["--filename=/disk/a:/disk/b", "--size=1m", "--rw=randread", "--bs=4k", "--iodepth=8"]);
-    fio.args(["--time_based", "--runtime=600"]);
+    fio.args(["--time_based", "--runtime=600", "--raio_reconnect=0"]);
     fio.arg(format!("--raio_request_timeout_ms={}", TIMEOUT.as_millis()));
     let fio = fio.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("fio");
     // the job has laid out its files by then
