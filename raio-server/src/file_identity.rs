@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -130,15 +130,16 @@ impl Facts {
             }
             _ => (Basis::Inode, by_inode(&stat)),
         };
-        let mount = Digest::of("mount").and(boot().as_bytes()).number(stat.stx_mnt_id);
-        let mount = if stat.stx_mask & MNT_ID_UNIQUE == 0 {
-            // Another mount may have got the id, but hardly of a disk that has been there all the time.
-            mount.and(device_sequence((stat.stx_dev_major, stat.stx_dev_minor)).as_bytes())
-        } else {
-            mount
+        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let uuid = uuid.unwrap_or_default();
+        let instance = match superblock(device, &uuid) {
+            Some(number) => Digest::of("superblock").number(number),
+            // Another mount gets the same id on older kernels, but hardly of a disk that was there all the
+            // time.
+            None => Digest::of("mount").number(stat.stx_mnt_id),
         };
-        let storage = mount.and(&uuid.unwrap_or_default()).storage();
-        Ok(Self { identity: identity.identity(), storage, basis })
+        let storage = instance.and(boot().as_bytes()).and(device_sequence(device).as_bytes()).and(&uuid);
+        Ok(Self { identity: identity.identity(), storage: storage.storage(), basis })
     }
 
     fn of_device(device: (u32, u32), depth: u32) -> Self {
@@ -165,6 +166,29 @@ fn by_inode(stat: &Statx) -> Digest {
         .number(stat.stx_ino)
         .number(birth.0 as u64)
         .number(birth.1.into())
+}
+
+/// A number of a mounted file system that no other has in this boot, not even the same one after it was
+/// unmounted; of those that the kernel describes. Unlike the id of a mount it is the same in all mount
+/// namespaces: a service manager may start a server in another one each time.
+fn superblock((major, minor): (u32, u32), uuid: &[u8]) -> Option<u64> {
+    let name = std::fs::read_link(format!("/sys/dev/block/{major}:{minor}"));
+    // What is below /sys gets inode numbers that are used once.
+    let number = |path: PathBuf| std::fs::metadata(path).ok().map(|metadata| metadata.ino());
+    match name {
+        Ok(name) => ["ext4", "xfs", "f2fs"]
+            .iter()
+            .find_map(|kind| number(Path::new("/sys/fs").join(kind).join(name.file_name()?))),
+        Err(_) => {
+            let mut text: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
+            for at in [8, 13, 18, 23] {
+                if at < text.len() {
+                    text.insert(at, '-');
+                }
+            }
+            number(Path::new("/sys/fs/btrfs").join(text))
+        }
+    }
 }
 
 /// Where the kernel describes a device, and its disk if it is a partition.
