@@ -73,6 +73,8 @@ pub(crate) struct Core<L = ()> {
     /// What is outstanding at the end goes to `lost_requests`: [`ClientCore::keep_lost`].
     keeps_lost: bool,
     lost_requests: Vec<Lost>,
+    /// The server has said that it has executed nothing that it has not answered.
+    is_drained: bool,
     /// Some of them are the transport's to count.
     pub counters: ClientCounters,
 }
@@ -215,6 +217,7 @@ impl<L> Core<L> {
             ending: None,
             keeps_lost: false,
             lost_requests: Vec::new(),
+            is_drained: false,
             counters: ClientCounters::default(),
         }
     }
@@ -785,6 +788,7 @@ impl<L> Core<L> {
     }
 
     fn on_goaway(&mut self, status: Status, text: String) {
+        self.is_drained = status == Status::transport(libc::ESHUTDOWN);
         let lost = match status.class {
             Class::Protocol => Status::protocol(status.errno),
             _ => Status::transport(lost_errno(status.errno)),
@@ -810,11 +814,12 @@ impl<L> Core<L> {
         replies.append(&mut self.done);
         let early = self.early.take();
         replies.extend(early.and_then(|early| self.end_of(early)));
+        let is_drained = self.is_drained;
         let arriving = self.partial.take().map(Partial::into_lost);
         let unanswered = self.outstanding.drain().map(|(id, mut pending)| {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
             let Pending { tag, bulk, queued, control, command, .. } = pending;
-            Lost { tag, id, command, bulk, control, was_sent: !queued }
+            Lost { tag, id, command, bulk, control, was_sent: !queued && !is_drained }
         });
         let lost = arriving.into_iter().chain(unanswered);
         if self.keeps_lost {

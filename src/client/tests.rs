@@ -1020,3 +1020,29 @@ fn what_a_server_that_shuts_down_has_not_executed_is_sent_again() {
         }
     }
 }
+
+#[test]
+fn a_server_that_has_answered_all_it_executed_leaves_nothing_in_doubt() {
+    for (status, was_sent) in
+        [(Status::transport(libc::ESHUTDOWN), false), (Status::storage(libc::EIO), true)]
+    {
+        let (mut core, _) = core(0);
+        core.keep_lost();
+        send(&mut core, 1, out(vec![1; 8])).unwrap();
+        sent(&mut core, 1000);
+        let mut goaway = Vec::new();
+        message::encode_goaway(status, "It shuts down.", false, &mut goaway);
+        assert!(receive(&mut core, &goaway).is_empty());
+        assert!(lost_but(&mut core).iter().all(|lost| lost.was_sent == was_sent));
+    }
+}
+
+/// What is kept after the end.
+fn lost_but(core: &mut Core) -> Vec<Lost> {
+    let mut replies = Vec::new();
+    core.hand_out_lost(&mut replies, |_, (), _| 0);
+    assert!(replies.is_empty());
+    let lost = core.take_lost();
+    assert_eq!(lost.len(), 1);
+    lost
+}

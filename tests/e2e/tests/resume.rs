@@ -1,0 +1,203 @@
+//! Clients of libraio whose connections are cut, and whose servers are started anew, over and over: nothing
+//! fails that need not, nothing is done twice or too late, and what is there is what was said.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
+use raio_e2e::{Ending, PATIENCE, Proxy, Server, binary};
+use rustix::process::Signal;
+
+const BLOCK: usize = 4096;
+const BLOCKS: u64 = 64;
+const CUTS: usize = 40;
+const RESTARTS: usize = 8;
+
+fn write(block: u64, byte: u8) -> Operation {
+    let buffers = Buffers::One(Buffer::Owned(vec![byte; BLOCK].into()));
+    Operation::Write { offset: block * BLOCK as u64, buffers }
+}
+
+fn read(block: u64) -> Operation {
+    let buffers = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
+    Operation::Read { offset: block * BLOCK as u64, buffers }
+}
+
+/// A server that may follow others at the same place.
+fn serve(directory: &Path, listen: &str) -> Server {
+    let mut command = Command::new(binary("raio_server"));
+    command.args(["--listen", listen, "--workers", "2", "--state"]).arg(directory.join("state"));
+    command.arg("--export").arg(format!("d={},rw", directory.join("files").display()));
+    Server::spawn(command)
+}
+
+fn directory() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(directory.path().join("files")).expect("a directory");
+    directory
+}
+
+/// A file, and what is in each of its blocks.
+struct Model {
+    file: File,
+    context: Context,
+    /// What was acknowledged last, and what may be there besides.
+    blocks: Vec<(u8, Option<u8>)>,
+    unknown: u64,
+}
+
+impl Model {
+    fn new(session: &Session) -> Self {
+        let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
+        let context = session.context(BLOCKS as usize).expect("a context");
+        Self { file, context, blocks: vec![(0, None); BLOCKS as usize], unknown: 0 }
+    }
+
+    /// Writes every block, and has something happen meanwhile. How long it took.
+    fn write_all(&mut self, byte: u8, meanwhile: impl FnOnce()) -> Duration {
+        for block in 0..BLOCKS {
+            self.context.submit(&self.file, write(block, byte), block).expect("there is room");
+        }
+        self.context.flush();
+        let begin = Instant::now();
+        meanwhile();
+        for (block, result) in self.collect() {
+            match result {
+                Ok(_) => self.blocks[block] = (byte, None),
+                Err(error) => {
+                    assert!(error.is_unknown && error.errno() == libc::ECONNRESET, "{error:?}");
+                    self.blocks[block].1 = Some(byte);
+                    self.unknown += 1;
+                }
+            }
+        }
+        begin.elapsed()
+    }
+
+    fn collect(&mut self) -> Vec<(usize, Result<u64, Error>)> {
+        let mut all = Vec::new();
+        let deadline = Instant::now() + PATIENCE;
+        while all.len() < BLOCKS as usize {
+            assert!(Instant::now() < deadline, "{} of {BLOCKS}: {:?}", all.len(), self.context.stats());
+            self.context.wait(1, usize::MAX, Some(Duration::from_millis(100))).expect("it goes on");
+            while let Some(completion) = self.context.next() {
+                if let Some(buffers) = &completion.buffers
+                    && completion.result.is_ok()
+                {
+                    let byte = buffers.pieces()[0].bytes()[0];
+                    assert!(buffers.pieces()[0].bytes().iter().all(|&other| other == byte), "a torn block");
+                }
+                all.push((completion.token as usize, completion.result));
+            }
+        }
+        all
+    }
+
+    fn fsync(&mut self) {
+        self.context.submit(&self.file, Operation::Fsync { data_only: true }, 0).expect("there is room");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            assert!(Instant::now() < deadline);
+            if self.context.wait(1, 1, Some(Duration::from_millis(100))).expect("it goes on") > 0 {
+                break;
+            }
+        }
+        self.context.next().expect("it is there").result.expect("nothing is lost");
+    }
+
+    /// What is on the disk.
+    fn check(&self, directory: &Path) {
+        let bytes = std::fs::read(directory.join("files/file")).expect("the file");
+        for (block, &(byte, perhaps)) in self.blocks.iter().enumerate() {
+            let found = &bytes[block * BLOCK..][..BLOCK];
+            let is = |byte: u8| found.iter().all(|&other| other == byte);
+            assert!(is(byte) || perhaps.is_some_and(is), "block {block}: {:?}", &found[..4]);
+        }
+    }
+}
+
+#[test]
+fn on_a_server_that_lives_no_operation_is_unknown_however_often_the_cable_is_cut() {
+    let directory = directory();
+    let server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let proxy = Proxy::start(server.address());
+    let session = Session::connect(&proxy.url(), &Options::default()).expect("a session");
+    let mut model = Model::new(&session);
+    let mut times = Vec::new();
+    for round in 0..CUTS {
+        let ending = if round % 2 == 0 { Ending::Reset } else { Ending::Fin };
+        let took = model.write_all(round as u8 + 1, || {
+            std::thread::sleep(Duration::from_micros(100 * (round as u64 % 7)));
+            proxy.end_all(ending);
+        });
+        times.push(took);
+        model.check(directory.path());
+        assert_eq!(model.file.status().expect("the status").size.get(), BLOCKS * BLOCK as u64);
+    }
+    model.fsync();
+    let stats = model.context.stats();
+    assert_eq!((model.unknown, stats.unknown, stats.failed, stats.lost), (0, 0, 0, 0));
+    assert!(stats.reconnects as usize > CUTS / 2, "{stats:?}");
+    times.sort_unstable();
+    eprintln!("a round of {BLOCKS} writes with a cut took {:?}, half of them", times[CUTS / 2]);
+}
+
+#[test]
+fn servers_that_are_killed_lose_nothing_and_leave_at_most_what_was_under_way_unknown() {
+    let directory = directory();
+    let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let listen = server.listen_url();
+    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let mut model = Model::new(&session);
+    model.write_all(100, || {});
+    for round in 0..RESTARTS {
+        model.write_all(2 * round as u8 + 1, || {
+            server.kill();
+            server = serve(directory.path(), &listen);
+        });
+        model.check(directory.path());
+        // What was acknowledged is there, and what is read is what is there.
+        for block in 0..BLOCKS {
+            model.context.submit(&model.file, read(block), block).expect("there is room");
+        }
+        for (_, result) in model.collect() {
+            assert_eq!(result.expect("a read is sent again"), BLOCK as u64);
+        }
+        model.fsync();
+        let before = model.unknown;
+        model.write_all(2 * round as u8 + 2, || {});
+        assert_eq!(model.unknown, before, "nothing happened to these");
+        model.check(directory.path());
+    }
+    assert!(model.context.stats().reconnects as usize >= RESTARTS);
+}
+
+#[test]
+fn servers_that_are_stopped_in_good_order_and_started_again_cost_a_pause_and_nothing_else() {
+    let directory = directory();
+    let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let listen = server.listen_url();
+    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let mut model = Model::new(&session);
+    for round in 0..RESTARTS {
+        std::thread::scope(|scope| {
+            let (server, listen, path) = (&mut server, &listen, directory.path());
+            let restart = scope.spawn(move || {
+                server.signal(Signal::TERM);
+                assert!(server.wait().success());
+                *server = serve(path, listen);
+            });
+            let mut byte = 0;
+            while !restart.is_finished() || byte == 0 {
+                byte = byte % 100 + 1;
+                model.write_all(byte + round as u8, || {});
+            }
+        });
+        model.fsync();
+        model.check(directory.path());
+    }
+    let stats = model.context.stats();
+    assert_eq!((stats.unknown, stats.failed, stats.lost), (0, 0, 0));
+    assert!(stats.reconnects as usize >= RESTARTS);
+}
