@@ -22,6 +22,11 @@ use crate::cells::{CellPlace, CellValue, INITIAL};
 /// The end of what may still happen.
 pub const FOREVER: u64 = u64::MAX;
 
+/// A note that a client's session was given up, followed by the reason.
+pub const SESSION_GIVEN_UP: &str = "session given up:";
+/// A note that an fsync said that writes may be lost.
+pub const WRITES_LOST: &str = "writes may be lost";
+
 /// How an operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -42,6 +47,7 @@ pub enum Outcome {
 /// broken FILE CELL HEX BEGIN END           of a cell that was read and is torn, or belongs elsewhere
 /// fsync FILE BEGIN END OUTCOME
 /// fence TIME                               nothing of this client that is unknown happens later
+/// note TEXT                                for people, and for what a test wants to count
 /// ```
 ///
 /// A write that has no line but its first is one of unknown outcome.
@@ -77,6 +83,8 @@ pub enum LogLine {
     Fsync(FileSync),
     /// The client's operations of unknown outcome are over.
     Fence(u64),
+    /// Anything.
+    Note(String),
 }
 
 /// A cell of a write.
@@ -150,6 +158,7 @@ impl fmt::Display for LogLine {
                 write!(f, "fsync {file} {begin} {end} {outcome}")
             }
             Self::Fence(time) => write!(f, "fence {time}"),
+            Self::Note(text) => write!(f, "note {text}"),
         }
     }
 }
@@ -159,12 +168,20 @@ fn time(word: &str) -> Option<u64> {
 }
 
 fn outcome(word: &str) -> Option<Outcome> {
-    [Outcome::Ok, Outcome::Failed, Outcome::Unknown].into_iter().find(|outcome| outcome.to_string() == word)
+    match word {
+        "ok" => Some(Outcome::Ok),
+        "failed" => Some(Outcome::Failed),
+        "unknown" => Some(Outcome::Unknown),
+        _ => None,
+    }
 }
 
 impl LogLine {
     /// What a line of a log says, if it says something.
     pub fn parse(line: &str) -> Option<Self> {
+        if let Some(text) = line.strip_prefix("note ") {
+            return Some(Self::Note(text.into()));
+        }
         let words: Vec<&str> = line.split(' ').collect();
         let place =
             |file: &str, cell: &str| Some(CellPlace { file: file.parse().ok()?, cell: cell.parse().ok()? });
@@ -375,6 +392,7 @@ impl CellHistory {
 pub struct History {
     cells: BTreeMap<CellPlace, CellHistory>,
     syncs: HashMap<u32, Vec<FileSync>>,
+    notes: Vec<String>,
 }
 
 /// What a history has, in numbers.
@@ -430,12 +448,11 @@ impl History {
                     if first.is_none_or(|first| first.begin != write.begin) {
                         return Err(wrong("no such write has begun"));
                     }
-                    if write.end < write.begin
-                        || (write.end == FOREVER) != (write.outcome == Outcome::Unknown)
+                    if write.end < write.begin || (write.end == FOREVER && write.outcome != Outcome::Unknown)
                     {
                         return Err(wrong("it ends at no time that it can"));
                     }
-                    if write.outcome == Outcome::Unknown {
+                    if write.end == FOREVER {
                         unknown.push(write);
                     } else {
                         self.cell(write.place).writes.push(write);
@@ -449,6 +466,7 @@ impl History {
                 }
                 LogLine::Broken { place, .. } => self.cell(place).broken.push(line.to_owned()),
                 LogLine::Fsync(sync) => self.syncs.entry(sync.file).or_default().push(sync),
+                LogLine::Note(text) => self.notes.push(text),
                 LogLine::Fence(time) => {
                     for write in unknown.drain(..).chain(begun.drain().map(|(_, write)| write)) {
                         self.cell(write.place).writes.push(CellWrite { end: time, ..write });
@@ -483,6 +501,16 @@ impl History {
             *(if sync.outcome == Outcome::Ok { &mut counts.syncs } else { &mut counts.failed_syncs }) += 1;
         }
         counts
+    }
+
+    /// The cells of writes. Those of unknown outcome that have an end have happened by then or not at all.
+    pub fn writes(&self) -> impl Iterator<Item = &CellWrite> {
+        self.cells.values().flat_map(|cell| &cell.writes)
+    }
+
+    /// What the clients noted.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// What cannot be of cells that are linearizable registers.

@@ -31,7 +31,7 @@ pub use fuse::{FuseCall, FuseFs, FuseOptions};
 pub use herd::{Demand, Herd, Restless};
 pub use history::{
     CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
-    Violation,
+    SESSION_GIVEN_UP, Violation, WRITES_LOST,
 };
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};

@@ -395,6 +395,13 @@ impl Relayed {
             }
             Phase::Passing => {
                 if ready.iter().any(|flags| flags.contains(PollFlags::ERR)) {
+                    // What came before a reset has come.
+                    for (n, flags) in ready.iter().enumerate() {
+                        let is_reset = flags.contains(PollFlags::ERR);
+                        while is_reset && self.take(n, control).is_ok_and(|count| count > 0) {
+                            let _ = self.pass(n);
+                        }
+                    }
                     return self.end(Ending::Reset);
                 }
                 for (n, flags) in ready.iter().enumerate() {
@@ -412,17 +419,17 @@ impl Relayed {
         }
     }
 
-    /// Receives what has come.
-    fn take(&mut self, n: usize, control: &Control) -> std::io::Result<()> {
+    /// Receives what has come. Returns how many bytes that is.
+    fn take(&mut self, n: usize, control: &Control) -> std::io::Result<usize> {
         let left = self.left(n);
         let pipe = &mut self.pipes[n];
         if pipe.has_ended || pipe.queued >= QUEUE_BYTES_MAX || left == 0 {
-            return Ok(());
+            return Ok(0);
         }
         let mut bytes = vec![0; (CHUNK_BYTES as u64).min(left) as usize];
         let count = match self.ends[n].read(&mut bytes) {
             Ok(count) => count,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
             Err(error) => return Err(error),
         };
         bytes.truncate(count);
@@ -446,7 +453,7 @@ impl Relayed {
         if count > 0 {
             pipe.chunks.push_back(Chunk { due: Instant::now() + self.treatment.delay, bytes, sent: 0 });
         }
-        Ok(())
+        Ok(count)
     }
 
     /// Sends on what is due.

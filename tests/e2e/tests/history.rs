@@ -110,6 +110,11 @@ fn each_kind_of_violation_is_found() {
             "w 1 1\nw 2 2 3\nr 1 4 5\nw 3 6 7\nr 1 8 9",
             disorder(1, 3),
         ),
+        (
+            "a ghost: a write that lands after it was given up",
+            "w 1 1 2 unknown\nw 2 3 4\nr 1 5 6",
+            disorder(1, 2),
+        ),
         ("a ghost: a write that lands after its fence", "w 1 1\nfence 2\nw 2 3 4\nr 1 5 6", disorder(1, 2)),
         ("a torn cell", "w 1 1 2\nbroken 0 5 00ff 3 4", Fault::Broken("broken 0 5 00ff 3 4".into())),
     ] {
@@ -126,6 +131,7 @@ fn lines_that_cannot_be_are_errors_and_one_that_was_cut_off_is_none() {
         "begin 0 5 1 1.1 1\nwrite 0 5 1.1 2 3 ok",
         "begin 0 5 1 1.1 4\nwrite 0 5 1.1 4 3 ok",
         "begin 0 5 1 1.1 4\nwrite 0 5 1.1 4 - ok",
+        "begin 0 5 1 1.1 4\nwrite 0 5 1.1 4 3 unknown",
         "read 0 5 1.1 2 1",
         "read 0 5 0.0 0 1",
         "fsync 0 1 2 maybe",

@@ -1,6 +1,6 @@
 //! `cells URL LOG CLIENT SEED [crc]`: reads, writes and syncs cells of the files /d/0, /d/1, ... at random,
-//! by two contexts of a session, and logs what happened, until its standard input ends. When its connection
-//! is lost, it opens a new session. It may be killed at any time: what it has logged by then is whole.
+//! by two contexts of a session, and logs what happened, until its standard input ends. When its session is
+//! given up, it opens a new one. It may be killed at any time: what it has logged by then is whole.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use raio::{Buffer, Buffers, Class, Completion, Context, Error, File, Operation, Options, Session};
 use raio_e2e::{
     CELL_BYTES, CellPlace, CellRead, CellValue, CellWrite, FILE_CELLS, FILES, FOREVER, FileSync, LogLine,
-    Outcome, Random, decode_cell, encode_cell, monotonic_ns,
+    Outcome, Random, SESSION_GIVEN_UP, WRITES_LOST, decode_cell, encode_cell, monotonic_ns,
 };
 
 /// Contexts of a session.
@@ -50,13 +50,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         call_timeout: SILENCE_MAX * 5,
         request_timeout: Some(SILENCE_MAX),
         crc,
-        reconnect: Duration::ZERO,
         ..Options::default()
     };
     while !IS_OVER.load(Ordering::Relaxed) {
         // Whatever goes wrong: on from the start.
-        if let Ok(session) = Session::connect(url, &options) {
-            let _ = client.work(&session);
+        if let Ok(session) = Session::connect(url, &options)
+            && let Err(error) = client.work(&session)
+        {
+            client.say(LogLine::Note(format!("{SESSION_GIVEN_UP} {error}")));
         }
         client.write_log();
         std::thread::sleep(ROUND * 10);
@@ -106,8 +107,8 @@ impl Client {
         let mut queues = (0..CONTEXTS).map(|_| queue()).collect::<Result<Vec<_>, Error>>()?;
         let mut last_wait = None;
         loop {
-            let is_lost = queues.iter().any(|queue| queue.context.failure().is_some());
-            let is_last = is_lost || IS_OVER.load(Ordering::Relaxed);
+            let failure = queues.iter().find_map(|queue| queue.context.failure());
+            let is_last = failure.is_some() || IS_OVER.load(Ordering::Relaxed);
             for queue in &mut queues {
                 if !is_last && queue.in_flight.len() < DEPTH {
                     self.begin(queue, &files);
@@ -124,7 +125,7 @@ impl Client {
                 let since = *last_wait.get_or_insert_with(monotonic_ns);
                 let is_late = monotonic_ns() - since > LAST_WAIT.as_nanos() as u64;
                 if is_late || queues.iter().all(|queue| queue.in_flight.is_empty()) {
-                    return Ok(());
+                    return failure.map_or(Ok(()), Err);
                 }
             }
         }
@@ -172,44 +173,54 @@ impl Client {
             Ok(_) => {
                 queue.in_flight.insert(token, (kind, begin));
             }
-            Err(_) => self.log_end(kind, begin, 0, Outcome::Failed, &[]),
+            Err(_) => self.log_end(kind, begin, 0, (Outcome::Failed, monotonic_ns()), &[]),
         }
     }
 
     fn end(&mut self, queue: &mut Queue, completion: Completion) {
         let (kind, begin) = queue.in_flight.remove(&completion.token).expect("it is in flight");
-        let (bytes, outcome) = match &completion.result {
+        let now = monotonic_ns();
+        let (bytes, rest) = match &completion.result {
+            Ok(_) if matches!(kind, Kind::Fsync { .. }) => (0, (Outcome::Ok, now)),
             // Less is done if what is behind failed.
-            Ok(bytes) => (*bytes, Outcome::Failed),
-            Err(error) => (0, outcome(error)),
+            Ok(bytes) => (*bytes, (Outcome::Failed, now)),
+            // Nothing is dropped because of it.
+            Err(error) if matches!(kind, Kind::Fsync { .. }) && error.status.class == Class::Transport => {
+                (0, (Outcome::Unknown, now))
+            }
+            Err(error) => (0, outcome(error, now)),
         };
+        match &completion.result {
+            Err(error) if error.is_lost => self.say(LogLine::Note(WRITES_LOST.into())),
+            Err(error) if !error.is_unknown && error.errno() != libc::ENOSPC => {
+                self.say(LogLine::Note(format!("failed ({}): {error}", error.errno())));
+            }
+            _ => {}
+        }
         let data = match &completion.buffers {
             Some(buffers) if completion.result.is_ok() => buffers.pieces()[0].bytes().to_vec(),
             _ => Vec::new(),
         };
-        match kind {
-            Kind::Fsync { .. } if completion.result.is_ok() => {
-                self.log_end(kind, begin, 0, Outcome::Ok, &data);
-            }
-            _ => self.log_end(kind, begin, bytes, outcome, &data),
-        }
+        self.log_end(kind, begin, bytes, rest, &data);
     }
 
-    /// Logs the end of an operation: `bytes` of it are done, and of the rest the outcome is this.
-    fn log_end(&mut self, kind: Kind, begin: u64, bytes: u64, outcome: Outcome, data: &[u8]) {
-        let end = monotonic_ns();
+    /// Logs the end of an operation: `bytes` of it are done, and of the rest the outcome is this, at that
+    /// time.
+    fn log_end(&mut self, kind: Kind, begin: u64, bytes: u64, rest: (Outcome, u64), data: &[u8]) {
+        let now = monotonic_ns();
         match kind {
-            Kind::Fsync { file } => self.say(LogLine::Fsync(FileSync { file, begin, end, outcome })),
+            Kind::Fsync { file } => {
+                self.say(LogLine::Fsync(FileSync { file, begin, end: now, outcome: rest.0 }));
+            }
             Kind::Write { place, count, value } => {
                 for (place, at) in cells_of(place, count).zip((0..).step_by(CELL_BYTES)) {
-                    let outcome = if at + CELL_BYTES as u64 <= bytes {
-                        Outcome::Ok
+                    let (outcome, end) = if at + CELL_BYTES as u64 <= bytes {
+                        (Outcome::Ok, now)
                     } else if at < bytes {
-                        Outcome::Unknown
+                        (Outcome::Unknown, now)
                     } else {
-                        outcome
+                        rest
                     };
-                    let end = if outcome == Outcome::Unknown { FOREVER } else { end };
                     self.say(LogLine::Write(CellWrite { place, value, begin, end, outcome }));
                 }
             }
@@ -217,10 +228,10 @@ impl Client {
                 let (cells, _) = data[..bytes as usize].as_chunks::<CELL_BYTES>();
                 for (place, cell) in cells_of(place, count).zip(cells) {
                     match decode_cell(place, cell) {
-                        Some(value) => self.say(LogLine::Read(CellRead { place, value, begin, end })),
+                        Some(value) => self.say(LogLine::Read(CellRead { place, value, begin, end: now })),
                         None => {
                             let hex = cell.iter().map(|byte| format!("{byte:02x}")).collect();
-                            self.say(LogLine::Broken { place, hex, begin, end });
+                            self.say(LogLine::Broken { place, hex, begin, end: now });
                         }
                     }
                 }
@@ -233,12 +244,14 @@ fn cells_of(place: CellPlace, count: u32) -> impl Iterator<Item = CellPlace> {
     (place.cell..place.cell + count).map(move |cell| CellPlace { cell, ..place })
 }
 
-/// How an operation ended that failed so.
-fn outcome(error: &Error) -> Outcome {
+/// How an operation ended that failed so, and by when it was done if it was.
+fn outcome(error: &Error, now: u64) -> (Outcome, u64) {
     match error.status.class {
-        Class::Transport | Class::Protocol => Outcome::Unknown,
+        // Then the server has said that nothing of it happens any more.
+        _ if error.is_unknown && error.errno() == libc::ECONNRESET => (Outcome::Unknown, now),
+        _ if error.is_unknown => (Outcome::Unknown, FOREVER),
         // Of other failures of the storage it is not known how far it came.
-        Class::Storage if error.errno() != libc::ENOSPC => Outcome::Unknown,
-        _ => Outcome::Failed,
+        Class::Storage if error.errno() != libc::ENOSPC => (Outcome::Unknown, now),
+        _ => (Outcome::Failed, now),
     }
 }
