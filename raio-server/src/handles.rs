@@ -83,7 +83,7 @@ impl<F> Handles<F> {
 
     /// Whether there can be no more.
     pub fn is_full(&self) -> bool {
-        self.near.len() > INDEX_MASK as usize && self.near_open == self.near.len()
+        self.len() > INDEX_MASK as usize
     }
 
     /// Whether the index is one of about as many as there are files.
@@ -257,6 +257,20 @@ mod tests {
         handles.put(far, 0);
         handles.remove(far).unwrap();
         assert!((0..10).all(|n| handles.insert(n) != far));
+    }
+
+    #[test]
+    fn it_is_full_when_each_index_has_a_file() {
+        let mut handles = Handles::new(1);
+        handles.put(handle(INDEX_MASK as usize, 1), 0);
+        handles.put(handle(5, 1), 0);
+        let count = std::iter::from_fn(|| (!handles.is_full()).then(|| handles.insert(1))).count();
+        assert_eq!((count, handles.len()), (INDEX_MASK as usize - 1, 1 << INDEX_BITS));
+        for file in [handle(INDEX_MASK as usize, 1), handle(5, 1)] {
+            handles.remove(file).unwrap();
+            let next = handles.insert(2);
+            assert!(handles.is_full() && index_of(next) == index_of(file) && next != file);
+        }
     }
 
     #[test]
