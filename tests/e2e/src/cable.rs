@@ -77,9 +77,9 @@ impl Cable {
 
     /// A command that runs a program on the host at this end. Add the program's arguments to it.
     pub fn command(&self, end: End, program: impl AsRef<OsStr>) -> Command {
-        // With "ip netns exec" it would see mounts of its own, and other ids of them each time.
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/run/netns/{}", self.host(end))).arg("--").arg(program);
+        // It sees mounts of its own, as a service does that is kept apart: other ids of them at each start.
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.host(end)]).arg(program);
         command
     }
 

@@ -682,7 +682,6 @@ fn nothing_fails_and_no_outcome_is_unknown_because_connections_break_to_a_server
 }
 
 #[test]
-#[ignore = "fails: a write that meets the goaway of a server that was told to stop is of unknown outcome"]
 fn nothing_fails_and_no_outcome_is_unknown_because_the_server_is_restarted() {
     nothing_fails_with(&[Trouble::RestartServer]);
 }
