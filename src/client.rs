@@ -42,6 +42,10 @@ pub(crate) struct Core<L = ()> {
     grant: Grant,
     limits: Limits,
     outstanding: Outstanding<Pending<L>>,
+    /// By slot, of its last request.
+    commands: Vec<Sent>,
+    /// Those of `partial` and `early` whose slots have been used again.
+    stash: Vec<(RequestId, Sent)>,
     /// Outstanding requests that await at least [`LARGE_BYTES`], less those that await fewer.
     large: isize,
     /// Something has been outstanding since the clock was last looked at, and nothing was before.
@@ -86,10 +90,15 @@ struct Pending<L> {
     bulk: Bulk,
     /// It is still in `queue`.
     queued: bool,
-    control: bool,
-    /// For another connection, if this one breaks.
-    command: KeptCommand,
     lease: L,
+}
+
+/// What another connection needs of a request, besides its buffers, if this one breaks. By slot, apart from
+/// [`Pending`]: a request that is answered moves, and this does not.
+#[derive(Debug)]
+struct Sent {
+    command: KeptCommand,
+    control: bool,
 }
 
 /// A message to be sent: so many bytes of `head`, then so many of the request's data.
@@ -111,24 +120,7 @@ struct Partial {
     data_crc: u32,
     /// The request was still in `queue`.
     queued: bool,
-    control: bool,
-    /// Of the request, and its command.
     id: RequestId,
-    command: KeptCommand,
-}
-
-impl Partial {
-    /// Its request, as if nothing had come.
-    fn into_lost(self) -> Lost {
-        Lost {
-            tag: self.reply.tag,
-            id: self.id,
-            command: self.command,
-            bulk: self.reply.bulk,
-            control: self.control,
-            was_sent: !self.queued,
-        }
-    }
 }
 
 /// The move from a stream to a queue pair.
@@ -200,6 +192,8 @@ impl<L> Core<L> {
             grant,
             limits: grant.limits(),
             outstanding: Outstanding::new(&grant),
+            commands: Vec::new(),
+            stash: Vec::new(),
             large: 0,
             begins_to_owe: false,
             head: Vec::with_capacity(4096),
@@ -277,13 +271,20 @@ impl<L> Core<L> {
         };
         let largeness = largeness(&bulk);
         let was_idle = self.outstanding.is_empty();
-        let command = KeptCommand::from(body);
-        let pending = Pending { tag, bulk, queued: true, control, command, lease };
+        let pending = Pending { tag, bulk, queued: true, lease };
         let is_recorded = Opcode::is_recorded_on_wire(body);
         let id = self
             .outstanding
             .insert(pending, control, is_recorded)
             .map_err(|pending| NotSent(pending.bulk))?;
+        if self.partial.is_some() || self.early.is_some() {
+            self.stash_command(id);
+        }
+        let sent = Sent { command: KeptCommand::from(body), control };
+        match self.commands.get_mut(id.slot()) {
+            Some(place) => *place = sent,
+            None => self.add_command(id, sent),
+        }
         self.begins_to_owe |= was_idle;
         self.large += largeness;
         let start = self.head.len();
@@ -301,8 +302,7 @@ impl<L> Core<L> {
         lease: L,
         error: &Error,
     ) -> Result<RequestId, NotSent> {
-        let command = KeptCommand::from(&[][..]);
-        let pending = Pending { tag, bulk, queued: false, control: true, command, lease };
+        let pending = Pending { tag, bulk, queued: false, lease };
         let id = self.outstanding.insert(pending, true, false).map_err(|pending| NotSent(pending.bulk))?;
         let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1) else {
             unreachable!("it was just put in, with the credit that comes back")
@@ -312,6 +312,40 @@ impl<L> Core<L> {
         let status = Status::transport(error.errno());
         self.done.push(Reply { tag, status, is_unknown: false, result: 0, body, data_len: 0, bulk });
         Ok(id)
+    }
+
+    /// The first request in this slot: slots are used in order.
+    #[cold]
+    fn add_command(&mut self, id: RequestId, sent: Sent) {
+        let none = || Sent { command: KeptCommand::Short([0; 24]), control: false };
+        self.commands.resize_with(id.slot(), none);
+        self.commands.push(sent);
+    }
+
+    /// A slot is about to be used again: keeps the command of its last request if that is not wholly over.
+    #[cold]
+    fn stash_command(&mut self, id: RequestId) {
+        let ends = [&self.partial, &self.early].map(|end| end.as_ref().map(|partial| partial.id));
+        self.stash.retain(|(stashed, _)| ends.contains(&Some(*stashed)));
+        for end in ends.into_iter().flatten() {
+            if end.slot() == id.slot()
+                && !self.stash.iter().any(|(stashed, _)| *stashed == end)
+                && let Some(Sent { command, control }) = self.commands.get(end.slot())
+            {
+                self.stash.push((end, Sent { command: command.clone(), control: *control }));
+            }
+        }
+    }
+
+    /// What another connection needs to send a request again that is over on this one.
+    #[cold]
+    fn lost(&self, id: RequestId, tag: u64, bulk: Bulk, was_sent: bool) -> Lost {
+        let stashed = self.stash.iter().find(|(stashed, _)| *stashed == id).map(|(_, sent)| sent);
+        let (command, control) = match stashed.or_else(|| self.commands.get(id.slot())) {
+            Some(Sent { command, control }) => (command.clone(), *control),
+            None => (KeptCommand::Long(Box::default()), false),
+        };
+        Lost { tag, id, command, bulk, control, was_sent }
     }
 
     /// The buffers of a request, for a transport that keeps them elsewhere while the server may reach them.
@@ -471,8 +505,12 @@ impl<L> Core<L> {
                     None => match &mut self.partial {
                         Some(partial) if partial.queued => partial.queued = false,
                         _ => {
-                            if let Some(reply) = self.early.take().and_then(|early| self.end_of(early)) {
-                                self.done.push(reply);
+                            if let Some(early) = self.early.take() {
+                                if self.is_rejected(early.reply.status) {
+                                    self.keep_rejected(early);
+                                } else {
+                                    self.done.push(early.reply);
+                                }
                             }
                         }
                     },
@@ -701,9 +739,7 @@ impl<L> Core<L> {
             placed: 0,
             data_crc: response.data_crc,
             queued: pending.queued,
-            control: pending.control,
             id,
-            command: pending.command,
         });
         Ok(())
     }
@@ -723,26 +759,26 @@ impl<L> Core<L> {
         if let Some(partial) = self.partial.take() {
             if partial.queued {
                 self.early = Some(partial);
-            } else if let Some(reply) = self.end_of(partial) {
-                replies.push(reply);
+            } else if self.is_rejected(partial.reply.status) {
+                self.keep_rejected(partial);
+            } else {
+                replies.push(partial.reply);
             }
         }
         Ok(())
     }
 
-    /// The reply to a request that is over. None if the server has not executed it, because it is shutting
-    /// down, and another connection may send it again.
+    /// Whether the server has not executed a request, because it is shutting down, and another connection may
+    /// send it again.
     #[inline]
-    fn end_of(&mut self, partial: Partial) -> Option<Reply> {
-        if partial.reply.status.errno == libc::ESHUTDOWN
-            && partial.reply.status.class == Class::Transport
-            && self.keeps_lost
-        {
-            let lost = Lost { was_sent: false, ..partial.into_lost() };
-            self.lost_requests.push(lost);
-            return None;
-        }
-        Some(partial.reply)
+    fn is_rejected(&self, status: Status) -> bool {
+        status.errno == libc::ESHUTDOWN && status.class == Class::Transport && self.keeps_lost
+    }
+
+    #[cold]
+    fn keep_rejected(&mut self, partial: Partial) {
+        let lost = self.lost(partial.id, partial.reply.tag, partial.reply.bulk, false);
+        self.lost_requests.push(lost);
     }
 
     // The end
@@ -812,21 +848,27 @@ impl<L> Core<L> {
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
         replies.append(&mut self.done);
-        let early = self.early.take();
-        replies.extend(early.and_then(|early| self.end_of(early)));
-        let is_drained = self.is_drained;
-        let arriving = self.partial.take().map(Partial::into_lost);
-        let unanswered = self.outstanding.drain().map(|(id, mut pending)| {
+        if let Some(early) = self.early.take() {
+            if self.is_rejected(early.reply.status) {
+                self.keep_rejected(early);
+            } else {
+                replies.push(early.reply);
+            }
+        }
+        let mut lost = Vec::new();
+        if let Some(Partial { reply, queued, id, .. }) = self.partial.take() {
+            lost.push(self.lost(id, reply.tag, reply.bulk, !queued));
+        }
+        for (id, mut pending) in self.outstanding.drain().collect::<Vec<_>>() {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
-            let Pending { tag, bulk, queued, control, command, .. } = pending;
-            Lost { tag, id, command, bulk, control, was_sent: !queued && !is_drained }
-        });
-        let lost = arriving.into_iter().chain(unanswered);
+            let Pending { tag, bulk, queued, .. } = pending;
+            lost.push(self.lost(id, tag, bulk, !queued && !self.is_drained));
+        }
         if self.keeps_lost {
-            self.lost_requests.extend(lost);
+            self.lost_requests.append(&mut lost);
         } else {
             let status = self.lost;
-            replies.extend(lost.map(|lost| lost.reply(status)));
+            replies.extend(lost.into_iter().map(|lost| lost.reply(status)));
         }
         self.large = 0;
     }
@@ -931,8 +973,10 @@ impl<L> ClientCore for Core<L> {
     }
 
     fn has_unanswered_recorded(&self) -> bool {
-        let is_it = |pending: &Pending<L>| !pending.queued && Opcode::is_recorded_on_wire(&pending.command);
-        self.outstanding.find(is_it).is_some()
+        self.outstanding.iter().any(|(id, pending)| {
+            let sent = self.commands.get(id.slot());
+            !pending.queued && sent.is_some_and(|sent| Opcode::is_recorded_on_wire(&sent.command))
+        })
     }
 
     fn find(&self, tag: u64) -> Option<RequestId> {

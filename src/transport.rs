@@ -847,3 +847,11 @@ pub trait ClientTransport: Send {
 /// RDMA's immediate data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(pub u64);
+
+impl RequestId {
+    /// Its slot among the outstanding requests.
+    #[inline]
+    pub(crate) fn slot(self) -> usize {
+        usize::from(self.0 as u16)
+    }
+}

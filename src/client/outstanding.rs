@@ -86,6 +86,12 @@ impl<T> Outstanding<T> {
         Ok(slot.history.id(index))
     }
 
+    /// All requests with their ids.
+    pub fn iter(&self) -> impl Iterator<Item = (RequestId, &T)> {
+        let with_ids = self.slots.iter().enumerate();
+        with_ids.filter_map(|(index, slot)| Some((slot.history.id(index as u32), slot.value.as_ref()?)))
+    }
+
     /// The id of the first request for which this is so.
     pub fn find(&self, mut is_it: impl FnMut(&T) -> bool) -> Option<RequestId> {
         let index = self.slots.iter().position(|slot| slot.value.as_ref().is_some_and(&mut is_it))?;
