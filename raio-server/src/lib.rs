@@ -25,6 +25,7 @@ mod listener;
 mod log;
 mod machine;
 mod open;
+mod orphan_guard;
 mod placement;
 mod pool;
 mod probe;

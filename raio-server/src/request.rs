@@ -324,6 +324,15 @@ impl Work {
         }
     }
 
+    /// The file and the range of it that it changes, if it is a change.
+    pub fn changes(&self) -> Option<(&OpenFile, Range)> {
+        match self {
+            Self::Write(file, write) => Some((&file.open, write.range)),
+            Self::InPieces(file, pieces) => Some((&file.open, pieces.range)),
+            _ => None,
+        }
+    }
+
     /// The answer if it does not go on, because nobody wants it any more: cancelled, or what was done until
     /// then.
     pub fn abandoned(&self) -> Response {

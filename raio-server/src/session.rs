@@ -81,6 +81,15 @@ impl OpenFile {
         Self { identity, verifier, ..self }
     }
 
+    /// What a change of it changes: the file, or if nothing is known of that the volume.
+    pub fn object(&self) -> ObjectKey {
+        if self.identity != FileIdentity::default() {
+            return ObjectKey(self.identity);
+        }
+        let volume = Arc::as_ptr(&self.volume).cast::<()>() as usize;
+        ObjectKey((volume as u128).to_le_bytes())
+    }
+
     /// Whether its reads and writes go straight to a device.
     pub fn is_direct(&self) -> bool {
         self.alignment > 1
@@ -96,6 +105,10 @@ impl OpenFile {
         self.closed.load(Ordering::Acquire)
     }
 }
+
+/// What a change of an open file changes: the same for all opens of a file, and of another volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ObjectKey(pub [u8; 16]);
 
 /// A file that has lost its handle: its volume is to be closed.
 pub type ClosedFile = (Arc<OpenFile>, FilePermit);

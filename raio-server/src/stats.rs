@@ -169,6 +169,8 @@ pub struct Counters {
     pub rejected_requests: [Counter; 2],
     /// Times that a request had to wait for memory.
     pub slot_waits: Counter,
+    /// Times that a request had to wait for one that a client which has gone has left behind.
+    pub orphan_waits: Counter,
     /// Times that one had to because its session, or its address, has as much as it may.
     pub memory_waits: [Counter; 2],
     /// Iterations of the loop.
@@ -318,7 +320,7 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
             ("evicted_sessions", channels.evicted_sessions),
             ("parked", channels.parked as u64),
             ("lingering_sessions", channels.lingering as u64),
-            ("orphans", channels.orphans as u64),
+            ("orphaned_requests", channels.orphans as u64),
         ]
         .into_iter(),
     );
@@ -327,6 +329,7 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
         &mut [
             ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
             ("messages", sum(|c| &c.message_waits)),
+            ("orphans", sum(|c| &c.orphan_waits)),
             ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),
         ]
         .into_iter(),

@@ -57,6 +57,7 @@ use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
+use crate::orphan_guard::OrphanGuard;
 use crate::placement::Placement;
 use crate::request::State;
 use crate::sessions::{ConnectionName, Sessions};
@@ -90,6 +91,8 @@ pub struct Shared {
     pub exports: Exports,
     /// Who they are, and what they have open.
     pub sessions: Sessions,
+    /// What clients that have gone have left behind.
+    pub orphan_guard: OrphanGuard,
     /// What each connection is granted.
     pub policy: Arc<Policy>,
     /// How to reach each worker, once all have started.
@@ -129,6 +132,7 @@ impl Shared {
         Ok(Self {
             exports,
             sessions,
+            orphan_guard: OrphanGuard::default(),
             policy: Arc::new(policy),
             workers: OnceLock::new(),
             placement: Placement::new(config.workers),
@@ -189,6 +193,8 @@ pub enum Mail {
     Fence(ConnectionName),
     /// What this connection waited for may be over.
     Settle(ConnectionName),
+    /// A request that held back others' has ended.
+    Orphan,
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -229,6 +235,8 @@ pub struct Worker {
     closing: usize,
     /// Requests that their connections have left behind, by their keys.
     orphans: HashMap<usize, Orphan>,
+    /// Requests that wait for what others have left behind, oldest first.
+    held: Vec<usize>,
     /// Connections that have joined a session so far.
     joined: u64,
     /// The earliest time for which there is a timer for [`EXPIRY`].
@@ -368,6 +376,7 @@ impl Worker {
             unpublished: 0,
             closing: 0,
             orphans: HashMap::new(),
+            held: Vec::new(),
             joined: 0,
             expires: None,
             deferred: VecDeque::new(),
@@ -457,6 +466,7 @@ impl Worker {
                 Mail::Forget { session, handle } => self.sessions.forget(session, handle),
                 Mail::Fence(connection) => self.close_fenced(connection),
                 Mail::Settle(connection) => self.settle(connection),
+                Mail::Orphan => self.release_held(),
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;

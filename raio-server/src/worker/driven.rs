@@ -32,7 +32,7 @@ pub struct InUse {
     pub connections: [usize; 2],
     /// Sessions, as the worker has them, and as all workers share them.
     pub sessions: [usize; 2],
-    /// Channels without a connection, and requests that connections have left behind.
+    /// Channels without a connection, and requests that connections have left behind or that wait for such.
     pub channels: [usize; 2],
     /// Files that have a handle, and files that are being closed.
     pub files: [usize; 2],
@@ -158,7 +158,7 @@ impl TestWorker {
         InUse {
             connections: [worker.transport.connections(), worker.connections.len()],
             sessions: [worker.sessions.len(), sessions.len()],
-            channels: [sessions.channel_counts().parked, worker.orphans.len()],
+            channels: [sessions.channel_counts().parked, worker.orphans.len() + worker.held.len()],
             files: [sessions.open_files(), worker.closing],
             places: self.limits.places(),
             data_connections: placement.data_connections().iter().sum(),

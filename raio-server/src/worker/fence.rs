@@ -17,6 +17,7 @@ use raio_transport::trace::Phase;
 use raio_transport::transport::{self, Response, ServerTransport};
 use zerocopy::IntoBytes;
 
+use super::admission::Demand;
 use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
 use crate::channel::slot_of;
@@ -24,7 +25,7 @@ use crate::engine::{self, Closing};
 use crate::limits::{AddressAccount, Excess};
 use crate::log::log_client;
 use crate::open::Opened;
-use crate::request::{cancelled, failure, success};
+use crate::request::{Request, Work, cancelled, failure, success};
 use crate::sessions::{ChannelKey, ConnectionName, Effects, Member, Unsettled};
 use crate::tuning::channels::FENCE_LOGGED_AFTER;
 
@@ -35,6 +36,8 @@ pub struct Orphan {
     pub member: Member,
     /// Of the address that it was from.
     pub account: AddressAccount,
+    /// Its key at the guard, if it changes a file.
+    pub guarded: Option<usize>,
 }
 
 impl Worker {
@@ -132,7 +135,10 @@ impl Worker {
         let is_cancelled = self.requests[key].is_cancelled;
         let id = self.requests[key].key.id;
         self.end_request(key);
-        let Some(Orphan { member, .. }) = self.orphans.remove(&key) else { return };
+        let Some(Orphan { member, guarded, .. }) = self.orphans.remove(&key) else { return };
+        if let Some(guarded) = guarded {
+            self.leave_guard(guarded);
+        }
         let is_recorded =
             matches!(member.channel, ChannelKey::Numbered(_)) && (is_cancelled || has_effect(answer));
         let ended = is_recorded.then_some((id as u32, answer.status, answer.result));
@@ -143,13 +149,57 @@ impl Worker {
 
     /// A file was opened for a connection that has gone. The next one of its channel finds it.
     pub(super) fn give_handle_to_orphan(&self, key: usize, opened: Opened) -> Response {
-        let Some(Orphan { member, account }) = self.orphans.get(&key) else { return success(0) };
+        let Some(Orphan { member, account, .. }) = self.orphans.get(&key) else { return success(0) };
         match member.session.insert(Arc::new(opened.file), account) {
             Ok(handle) => success(handle.0.into()),
             Err(Excess { who, text }) => {
                 self.counters.rejected_files[who as usize].add(1);
                 failure(Status::storage(libc::EMFILE), &text)
             }
+        }
+    }
+
+    fn leave_guard(&mut self, guarded: usize) {
+        for worker in self.shared.orphan_guard.leave(guarded) {
+            if worker == self.index {
+                self.release_held();
+            } else {
+                self.tell(worker, Mail::Orphan);
+            }
+        }
+    }
+
+    /// Whether a request changes what one that somebody has left behind changes, too.
+    #[cold]
+    pub(super) fn is_held_back(&self, work: &Work) -> bool {
+        work.changes().is_some_and(|(file, range)| {
+            let range = range.offset..range.end();
+            self.shared.orphan_guard.holds_back(file.object(), &range, self.index)
+        })
+    }
+
+    /// Holds a request back, before it asks for memory: over TCP nothing more is read from its connection.
+    #[cold]
+    pub(super) fn hold(&mut self, request: usize) {
+        self.counters.orphan_waits.add(1);
+        self.held.push(request);
+        self.promise_life_sign();
+        self.trace(self.requests[request].key, Phase::Point, "held", 0);
+    }
+
+    /// Has those requests go on that need not be held back any more.
+    #[cold]
+    pub(super) fn release_held(&mut self) {
+        for request in mem::take(&mut self.held) {
+            let Request { connection, work, export, .. } = &self.requests[request];
+            let Some(connection) = *connection else { continue };
+            if self.is_held_back(work) {
+                self.held.push(request);
+                continue;
+            }
+            let demand = Demand { connection, bytes: work.slot_len(), export: *export };
+            self.is_busy = true;
+            self.demand(request, demand);
         }
     }
 

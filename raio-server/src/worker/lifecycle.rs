@@ -119,10 +119,15 @@ impl Worker {
                     executing += 1;
                     let Connection { member, arrival, .. } = &self.connections[key];
                     let account = arrival.permit.address().clone();
-                    self.orphans.insert(request, Orphan { member: member.clone(), account });
+                    let member = member.clone();
+                    let guarded = self.requests[request].work.changes().map(|(file, range)| {
+                        self.shared.orphan_guard.enter(file.object(), range.offset..range.end())
+                    });
+                    self.orphans.insert(request, Orphan { member, account, guarded });
                 }
                 self.cancel_operation(request);
             } else {
+                self.held.retain(|&held| held != request);
                 self.end_request(request);
             }
         }

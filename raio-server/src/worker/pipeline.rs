@@ -25,12 +25,23 @@ impl Worker {
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
+        let is_held = work.is_recorded() && self.shared.orphan_guard.is_active() && self.is_held_back(&work);
         let demand = Demand { connection, bytes: work.slot_len(), export };
         let arrived = self.arrived(opcode);
         let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
+        if is_held {
+            self.hold(request);
+        } else {
+            self.demand(request, demand);
+        }
+        request
+    }
+
+    /// Has a request execute, or get or wait for the memory that it needs.
+    pub(super) fn demand(&mut self, request: usize, demand: Demand) {
+        let key = self.requests[request].key;
         if demand.bytes == 0 {
-            self.execute(request, None);
-            return request;
+            return self.execute(request, None);
         }
         let unsent = &unsent_bytes(&self.transport, &self.connections);
         if let Some(slot) = self.admission.admit(&demand, &mut self.arena, unsent) {
@@ -41,7 +52,6 @@ impl Worker {
             self.promise_life_sign();
             self.trace(key, Phase::Point, "need_slot", 0);
         }
-        request
     }
 
     /// The time, if a request that has come is measured.
@@ -86,11 +96,12 @@ impl Worker {
         if !self.admission.has_life_sign() || !self.admission.take_life_sign(self.reactor.clock().now()) {
             return;
         }
-        for connection in self.admission.waiting() {
+        let held = self.held.iter().filter_map(|&request| self.requests[request].connection);
+        for connection in self.admission.waiting().chain(held) {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
         self.transport.show_life_to_gated(&mut self.reactor);
-        if self.admission.waiting().next().is_some() {
+        if self.admission.waiting().next().is_some() || !self.held.is_empty() {
             self.promise_life_sign();
         }
     }
@@ -391,6 +402,7 @@ impl Worker {
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
         match self.requests.cancel(key) {
             Cancel::NotBegun => {
+                self.held.retain(|&held| held != key);
                 self.admission.cancel(connection, key);
                 self.answer(key, cancelled());
             }

@@ -158,12 +158,24 @@ impl Member {
 
     /// Sends a block. Returns the request's id.
     fn write(&mut self, file: FileHandle, at: usize) -> u32 {
+        self.write_as(file, at, block(at + 1))
+    }
+
+    fn write_as(&mut self, file: FileHandle, at: usize, bytes: Vec<u8>) -> u32 {
         let mut body = Vec::new();
         Command::Write { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
-        let buffer = Buffers::One(Buffer::Owned(block(at + 1).into()));
+        let buffer = Buffers::One(Buffer::Owned(bytes.into()));
         let id = self.client.send(0, &body, Bulk::Out(buffer), false).expect("a credit is left");
         self.client.flush();
         id.0 as u32
+    }
+
+    fn read(&mut self, file: FileHandle, at: usize) {
+        let mut body = Vec::new();
+        Command::Read { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
+        let buffer = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
+        self.client.send(0, &body, Bulk::In(buffer), false).expect("a credit is left");
+        self.client.flush();
     }
 
     fn ask(&mut self, ids: &[u32]) -> u32 {
@@ -340,4 +352,58 @@ fn a_recorded_request_names_a_slot_if_its_connection_has_a_channel() {
     assert_eq!(connection.queue_depth, 1);
     assert!(pair.workers[0].has_slot(0, 0x5_0001) && !pair.workers[0].has_slot(0, 0x5_0002));
     assert!(!pair.workers[0].has_slot(0, 1 << 32));
+}
+
+/// A client writes a block and goes, while the image has it.
+fn left_behind(at: usize) -> Pair {
+    let mut pair = pair(false);
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    old.write_as(file, at, vec![b'o'; BLOCK]);
+    pair.until("the image has it", |workers| executing(workers) == 1);
+    drop(old);
+    pair.until("it has gone", |workers| workers[0].connections.none_is_open());
+    pair
+}
+
+#[test]
+fn a_change_waits_for_what_a_client_that_has_gone_has_left_behind() {
+    for to in [0, 1] {
+        let mut pair = left_behind(7);
+        let (mut new, mut other) = (pair.connect(to, &offer(2, 1)), pair.connect(to, &offer(3, 1)));
+        let [file, of_other] = [pair.open(&mut new).1, pair.open(&mut other).1];
+        new.write_as(file, 7, vec![b'N'; BLOCK]);
+        pair.waits(&mut new);
+        assert_eq!(pair.workers[to].held.len(), 1);
+        other.write(of_other, 8);
+        other.read(of_other, 7);
+        pair.until("what does not overlap, and reads, go on", |workers| executing(workers) == 3);
+        pair.release();
+        assert_eq!(pair.reply(&mut new).unwrap().status, Status::OK);
+        new.read(file, 7);
+        let reply = pair.reply(&mut new).unwrap();
+        let Bulk::In(Buffers::One(Buffer::Owned(bytes))) = &reply.bulk else { panic!("it had a buffer") };
+        assert!(bytes.iter().all(|&byte| byte == b'N'), "the old bytes came later, to worker {to}");
+        assert_eq!(pair.workers[0].shared.orphan_guard.len(), 0);
+    }
+}
+
+#[test]
+fn a_request_that_is_held_back_can_be_cancelled_and_ends_with_its_connection() {
+    let mut pair = left_behind(7);
+    let mut new = pair.connect(1, &offer(2, 1));
+    let (_, file) = pair.open(&mut new);
+    let discard = Command::Discard { file, offset: 0, length: SIZE };
+    let id = new.send(&discard);
+    pair.waits(&mut new);
+    new.send(&Command::Cancel { id: id.into() });
+    let [cancelled, cancel] = [0, 1].map(|_| pair.reply(&mut new).unwrap().status.errno);
+    assert_eq!((cancelled, cancel), (libc::ECANCELED, 0));
+    new.send(&discard);
+    pair.until("it is held", |workers| workers[1].held.len() == 1);
+    drop(new);
+    pair.until("nothing is left", |workers| workers[1].requests.is_empty());
+    assert!(pair.workers[1].held.is_empty());
+    pair.release();
+    pair.until("nothing is left behind", |workers| executing(workers) == 0);
 }
