@@ -45,7 +45,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
-use raio_transport::memory::Arena;
+use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
@@ -235,8 +235,8 @@ pub struct Worker {
     closing: usize,
     /// Requests that their connections have left behind, by their keys.
     orphans: HashMap<usize, Orphan>,
-    /// Requests that wait for what others have left behind, oldest first.
-    held: Vec<usize>,
+    /// Requests that wait for what others have left behind, oldest first, with their memory if they have it.
+    held: Vec<(usize, Option<Slot>)>,
     /// Connections that have joined a session so far.
     joined: u64,
     /// The earliest time for which there is a timer for [`EXPIRY`].

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
+use raio_transport::memory::Slot;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::trace::Phase;
 use raio_transport::transport::{self, Response, ServerTransport};
@@ -25,7 +26,7 @@ use crate::engine::{self, Closing};
 use crate::limits::{AddressAccount, Excess};
 use crate::log::log_client;
 use crate::open::Opened;
-use crate::request::{Request, Work, cancelled, failure, success};
+use crate::request::{Request, State, Work, cancelled, failure, success};
 use crate::sessions::{ChannelKey, ConnectionName, Effects, Member, Unsettled};
 use crate::tuning::channels::FENCE_LOGGED_AFTER;
 
@@ -178,28 +179,45 @@ impl Worker {
         })
     }
 
-    /// Holds a request back, before it asks for memory: over TCP nothing more is read from its connection.
+    /// Holds a request back. Mostly it has not asked for memory; over TCP nothing more is read from its
+    /// connection then.
     #[cold]
-    pub(super) fn hold(&mut self, request: usize) {
+    pub(super) fn hold(&mut self, request: usize, slot: Option<Slot>) {
         self.counters.orphan_waits.add(1);
-        self.held.push(request);
+        self.held.push((request, slot));
+        if self.requests.enter(request, State::NeedSlot) == State::Fetching {
+            self.admission.set_fetching(self.requests[request].export, false);
+        }
         self.promise_life_sign();
         self.trace(self.requests[request].key, Phase::Point, "held", 0);
+    }
+
+    /// Takes out a request that is held back. False if it is not.
+    pub(super) fn take_held(&mut self, request: usize) -> bool {
+        let at = self.held.iter().position(|&(held, _)| held == request);
+        at.is_some_and(|at| {
+            self.held.remove(at);
+            true
+        })
     }
 
     /// Has those requests go on that need not be held back any more.
     #[cold]
     pub(super) fn release_held(&mut self) {
-        for request in mem::take(&mut self.held) {
+        for (request, slot) in mem::take(&mut self.held) {
             let Request { connection, work, export, .. } = &self.requests[request];
             let Some(connection) = *connection else { continue };
             if self.is_held_back(work) {
-                self.held.push(request);
+                self.held.push((request, slot));
                 continue;
             }
             let demand = Demand { connection, bytes: work.slot_len(), export: *export };
             self.is_busy = true;
-            self.demand(request, demand);
+            if slot.is_some() {
+                self.execute(request, slot);
+            } else {
+                self.demand(request, demand);
+            }
         }
     }
 

@@ -127,7 +127,7 @@ impl Worker {
                 }
                 self.cancel_operation(request);
             } else {
-                self.held.retain(|&held| held != request);
+                self.take_held(request);
                 self.end_request(request);
             }
         }

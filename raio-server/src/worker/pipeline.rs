@@ -30,7 +30,7 @@ impl Worker {
         let arrived = self.arrived(opcode);
         let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
         if is_held {
-            self.hold(request);
+            self.hold(request, None);
         } else {
             self.demand(request, demand);
         }
@@ -96,7 +96,7 @@ impl Worker {
         if !self.admission.has_life_sign() || !self.admission.take_life_sign(self.reactor.clock().now()) {
             return;
         }
-        let held = self.held.iter().filter_map(|&request| self.requests[request].connection);
+        let held = self.held.iter().filter_map(|&(request, _)| self.requests[request].connection);
         for connection in self.admission.waiting().chain(held) {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
@@ -148,10 +148,15 @@ impl Worker {
         request.connection.is_some() && self.transport.is_alive(&mut self.reactor, request.key.connection)
     }
 
-    fn execute(&mut self, key: usize, slot: Option<Slot>) {
+    pub(super) fn execute(&mut self, key: usize, slot: Option<Slot>) {
         // A close has begun already.
         if !matches!(self.requests[key].work, Work::Close) && !self.has_client(key) {
             return;
+        }
+        // Somebody may have left something behind while it waited.
+        let work = &self.requests[key].work;
+        if work.is_recorded() && self.shared.orphan_guard.is_active() && self.is_held_back(work) {
+            return self.hold(key, slot);
         }
         self.enter(key, State::Executing);
         match (self.requests[key].work.direct_file().cloned(), slot) {
@@ -401,8 +406,8 @@ impl Worker {
     /// Cancels a request as far as that goes.
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
         match self.requests.cancel(key) {
+            _ if self.take_held(key) => self.answer(key, cancelled()),
             Cancel::NotBegun => {
-                self.held.retain(|&held| held != key);
                 self.admission.cancel(connection, key);
                 self.answer(key, cancelled());
             }

@@ -166,7 +166,8 @@ fn a_frozen_file_system_leaves_memory_for_other_exports_whoever_writes_there() {
             |now: &Value| now["in_flight"]["need_slot"] != 0 && now["in_flight"]["fetching"] == 0;
         server.statistics_when(has_filled);
         writers.drain(..CLIENTS as usize / 2);
-        let statistics = server.statistics_when(|now| has_filled(now) && now["sessions"] == CLIENTS / 2 + 1);
+        let statistics =
+            server.statistics_when(|now| has_filled(now) && now["connections"] == CLIENTS / 2 + 2);
         let held = statistics["slot_bytes"].as_u64().expect("a number");
         assert!(held <= MEMORY_BYTES / 2, "{backend}: {statistics}");
         for _ in 0..4 {
