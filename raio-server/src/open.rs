@@ -24,7 +24,7 @@ use crate::export::Export;
 use crate::file_identity::{Facts, FileIdentity};
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
-use crate::session::{Access, OpenFile};
+use crate::session::{Access, ObjectKey, OpenFile};
 use crate::syscalls::{FileInfo, openat2, reopen, stat};
 use crate::tuning::files::CREATIONS_MAX;
 use crate::verifier::FileVerifier;
@@ -90,7 +90,9 @@ impl Opening {
         } else {
             Arc::new(RegularFile::new(fd, &info, root.size_limit()))
         };
-        let file = OpenFile::new(volume, self.access, self.export).known_as(facts.identity, verifier);
+        let file = OpenFile::new(volume, self.access, self.export)
+            .of_object(ObjectKey::of(&info.status))
+            .known_as(facts.identity, verifier);
         Ok(Opened { file, info })
     }
 

@@ -77,8 +77,8 @@ impl OrphanGuard {
 mod tests {
     use super::*;
 
-    const FILE: ObjectKey = ObjectKey([1; 16]);
-    const OTHER: ObjectKey = ObjectKey([2; 16]);
+    const FILE: ObjectKey = ObjectKey(1, 2);
+    const OTHER: ObjectKey = ObjectKey(1, 3);
 
     #[test]
     fn what_overlaps_waits_and_nothing_else_does() {

@@ -15,7 +15,8 @@ use crate::handles::Handles;
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, Who};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
-use raio_transport::protocol::{FileHandle, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
+use rustix::fs::FileType;
 
 use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
@@ -52,6 +53,8 @@ pub struct OpenFile {
     pub export: usize,
     /// The same, if requests on it may hang: they have a share of the memory together.
     pub hanging_export: Option<usize>,
+    /// What its changes change.
+    pub object: ObjectKey,
     /// What tells it from all other files; zeros if that is not known.
     pub identity: FileIdentity,
     /// Changes when acknowledged writes may have been lost.
@@ -63,6 +66,8 @@ impl OpenFile {
     /// A volume that has just been opened, of the export that has this place among all.
     pub fn new(volume: Arc<dyn Volume>, access: Access, export: usize) -> Self {
         let Properties { alignment, size_limit, may_hang } = volume.properties();
+        // If it is no file, all who open it share the volume.
+        let object = ObjectKey(u64::MAX - 1, Arc::as_ptr(&volume).cast::<()>() as u64);
         Self {
             access,
             alignment,
@@ -70,24 +75,21 @@ impl OpenFile {
             export,
             hanging_export: may_hang.then_some(export),
             volume,
+            object,
             identity: FileIdentity::default(),
             verifier: FileVerifier::default(),
             closed: AtomicBool::new(false),
         }
     }
 
+    /// The same, whose changes change this.
+    pub fn of_object(self, object: ObjectKey) -> Self {
+        Self { object, ..self }
+    }
+
     /// The same, of which this is known.
     pub fn known_as(self, identity: FileIdentity, verifier: FileVerifier) -> Self {
         Self { identity, verifier, ..self }
-    }
-
-    /// What a change of it changes: the file, or if nothing is known of that the volume.
-    pub fn object(&self) -> ObjectKey {
-        if self.identity != FileIdentity::default() {
-            return ObjectKey(self.identity);
-        }
-        let volume = Arc::as_ptr(&self.volume).cast::<()>() as usize;
-        ObjectKey((volume as u128).to_le_bytes())
     }
 
     /// Whether its reads and writes go straight to a device.
@@ -108,7 +110,18 @@ impl OpenFile {
 
 /// What a change of an open file changes: the same for all opens of a file, and of another volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ObjectKey(pub [u8; 16]);
+pub struct ObjectKey(pub u64, pub u64);
+
+impl ObjectKey {
+    /// Of a file or a device with this status.
+    pub fn of(status: &FileStatus) -> Self {
+        if FileType::from_raw_mode(status.mode.get()) == FileType::BlockDevice {
+            Self(u64::MAX, status.rdevice.get())
+        } else {
+            Self(status.device.get(), status.inode.get())
+        }
+    }
+}
 
 /// A file that has lost its handle: its volume is to be closed.
 pub type ClosedFile = (Arc<OpenFile>, FilePermit);

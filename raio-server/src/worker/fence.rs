@@ -175,7 +175,7 @@ impl Worker {
     pub(super) fn is_held_back(&self, work: &Work) -> bool {
         work.changes().is_some_and(|(file, range)| {
             let range = range.offset..range.end();
-            self.shared.orphan_guard.holds_back(file.object(), &range, self.index)
+            self.shared.orphan_guard.holds_back(file.object, &range, self.index)
         })
     }
 

@@ -121,7 +121,7 @@ impl Worker {
                     let account = arrival.permit.address().clone();
                     let member = member.clone();
                     let guarded = self.requests[request].work.changes().map(|(file, range)| {
-                        self.shared.orphan_guard.enter(file.object(), range.offset..range.end())
+                        self.shared.orphan_guard.enter(file.object, range.offset..range.end())
                     });
                     self.orphans.insert(request, Orphan { member, account, guarded });
                 }
