@@ -32,6 +32,9 @@ fn letter(n: u64) -> u8 {
 /// How far a run of the script came.
 #[derive(Debug, Default)]
 struct Progress {
+    /// libraio has a session, and a context.
+    has_session: bool,
+    has_context: bool,
     is_open: bool,
     /// Writes that were answered.
     written: u64,
@@ -87,9 +90,11 @@ fn run_library(
     progress: &mut Progress,
 ) -> Result<(), raio::Error> {
     let session = Session::connect_to(Scheme::Tcp, proxy.address(), options)?;
+    progress.has_session = true;
     let file = session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644)?;
     progress.is_open = true;
     let mut context = session.context(4)?;
+    progress.has_context = true;
     for n in 0..WRITES {
         progress.sent = n + 1;
         let buffers = Buffers::One(Buffer::Owned(vec![letter(n); BLOCK as usize].into()));
@@ -192,11 +197,12 @@ impl Bench {
         format!("/d/file{n:05}")
     }
 
-    /// Has each run done, and checks them once the server is at rest. `limits` says of a place whether the
-    /// open can be complete, and how many writes can.
+    /// Has each run done, and checks them once the server is at rest, if it comes to that. `limits` says of a
+    /// place whether the open can be complete, and how many writes can.
     fn harm_at(
         &mut self,
         places: &[Place],
+        comes_to_rest: bool,
         script: impl Fn(&Proxy, Place, &str, &mut Progress) + Sync,
         limits: impl Fn(Place) -> (bool, u64),
     ) {
@@ -222,7 +228,9 @@ impl Bench {
             threads.into_iter().flat_map(|thread| thread.join().expect("no run fails")).collect()
         });
         assert_eq!(all.len(), places.len());
-        self.server.statistics_when(is_at_rest);
+        if comes_to_rest {
+            self.server.statistics_when(is_at_rest);
+        }
         for (n, progress) in &all {
             let (can_be_open, complete) = limits(places[*n]);
             let file = self.directory.path().join(format!("file{n:05}"));
@@ -269,6 +277,7 @@ fn a_connection_cut_at_any_byte_leaves_on_the_disk_what_was_answered_and_nothing
     places.extend(with_endings(0, Direction::Down, positions(down, &[read]), true));
     bench.harm_at(
         &places,
+        true,
         |proxy, _, path, progress| {
             let ended = run_raw(connect(proxy, SILENCE), path, progress);
             assert!(ended.is_err() && !progress.is_read, "it was cut");
@@ -340,6 +349,7 @@ impl LibraryBench {
         let Self { bench, opened, written, requests_end, options, .. } = self;
         bench.harm_at(
             places,
+            true,
             |proxy, place, path, progress| {
                 let ended = run_library(proxy, path, options, progress);
                 let is_before_the_end = match (place.connection, place.direction) {
@@ -379,6 +389,39 @@ fn cut_the_library(is_each: bool) {
 #[test]
 fn libraio_cut_at_any_byte_says_of_no_write_that_it_was_done_if_it_was_not() {
     cut_the_library(false);
+}
+
+/// As above, but libraio goes on by itself: once it has a session, or a context, nothing fails that goes over
+/// it.
+fn go_on_in_the_library(is_each: bool) {
+    let mut bench = LibraryBench::new(false);
+    let places = WAYS.map(|(connection, direction)| {
+        let positions = bench.positions(connection, direction);
+        with_endings(connection, direction, positions.into_iter(), is_each)
+    });
+    let options = Options { call_timeout: PATIENCE, reconnect: PATIENCE, ..bench.options.clone() };
+    bench.bench.harm_at(
+        &places.concat(),
+        // A goaway may be cut, too, and then the session lingers.
+        false,
+        |proxy, place, path, progress| {
+            let ended = run_library(proxy, path, &options, progress);
+            let is_made = if place.connection == 0 { progress.has_session } else { progress.has_context };
+            assert!(ended.is_ok() || !is_made, "{place:?}: {ended:?} {progress:?}");
+        },
+        |_| (true, WRITES),
+    );
+}
+
+#[test]
+fn libraio_cut_at_any_byte_goes_on_and_does_everything() {
+    go_on_in_the_library(false);
+}
+
+#[test]
+#[ignore = "long"]
+fn libraio_cut_at_any_byte_in_every_way_goes_on_and_does_everything() {
+    go_on_in_the_library(true);
 }
 
 #[test]
