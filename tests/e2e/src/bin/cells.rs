@@ -54,10 +54,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     while !IS_OVER.load(Ordering::Relaxed) {
         // Whatever goes wrong: on from the start.
-        if let Ok(session) = Session::connect(url, &options)
-            && let Err(error) = client.work(&session)
-        {
-            client.say(LogLine::Note(format!("{SESSION_GIVEN_UP} {error}")));
+        if let Ok(session) = Session::connect(url, &options) {
+            let _ = client.work(&session);
         }
         client.write_log();
         std::thread::sleep(ROUND * 10);
@@ -125,7 +123,10 @@ impl Client {
                 let since = *last_wait.get_or_insert_with(monotonic_ns);
                 let is_late = monotonic_ns() - since > LAST_WAIT.as_nanos() as u64;
                 if is_late || queues.iter().all(|queue| queue.in_flight.is_empty()) {
-                    return failure.map_or(Ok(()), Err);
+                    if let Some(error) = failure {
+                        self.say(LogLine::Note(format!("{SESSION_GIVEN_UP} {error}")));
+                    }
+                    return Ok(());
                 }
             }
         }
