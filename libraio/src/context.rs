@@ -113,7 +113,8 @@ struct OperationSlot {
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
-    /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]).
+    /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]). Of a write, and the like: the
+    /// file's verifier when it was sent.
     unstable: u64,
     /// When it was submitted, and the id of its request once that was sent: for the trace.
     submitted_ns: u64,
@@ -131,6 +132,11 @@ enum OperationState {
 }
 
 impl OperationSlot {
+    fn is_unacknowledged_write(&self) -> bool {
+        matches!(self.state, OperationState::Queued(..) | OperationState::Sent)
+            && self.opcode.operation().is_recorded
+    }
+
     /// The operation's name in a trace.
     fn name(&self) -> &'static str {
         self.opcode.operation().name
@@ -396,9 +402,11 @@ impl Context {
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
-        if slot.opcode == Opcode::Fsync {
-            slot.unstable = self.files.take_unstable(file_index);
-        }
+        slot.unstable = match slot.opcode {
+            Opcode::Read => 0,
+            Opcode::Fsync => self.files.take_unstable(file_index),
+            _ => self.files.verifier(file_index),
+        };
         if let Some(tracer) = &self.tracer {
             slot.submitted_ns = tracer.now_ns();
             slot.request = None;
@@ -500,6 +508,10 @@ impl Context {
             self.session.suspect();
             let channel = &self.channel;
             self.files.set_verifiers(|handle| channel.verifier(handle));
+            // What is still in flight is sent to this server.
+            for slot in self.slots.iter_mut().filter(|slot| slot.is_unacknowledged_write()) {
+                slot.unstable = self.files.verifier(slot.file);
+            }
         }
         if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
@@ -541,7 +553,7 @@ impl Context {
             };
             if is_valid {
                 if slot.opcode.operation().is_recorded {
-                    self.files.written(slot.file);
+                    self.files.written(slot.file, slot.unstable);
                 }
                 Ok(if matches!(slot.opcode, Opcode::Read | Opcode::Write) { reply.result } else { 0 })
             } else {

@@ -314,13 +314,23 @@ impl FileRefs {
         }
     }
 
-    /// A write, or the like, was acknowledged: an fsync is to find out whether it was lost.
+    /// The file's verifier as far as it is known now.
     #[inline]
-    pub(crate) fn written(&self, index: u32) {
-        if let Some(file) = &self.refs[index as usize]
-            && file.shared.unstable.load(Ordering::Acquire) == 0
-        {
-            file.shared.unstable.store(file.verifier, Ordering::Release);
+    pub(crate) fn verifier(&self, index: u32) -> u64 {
+        self.refs[index as usize].as_ref().map_or(0, |file| file.verifier)
+    }
+
+    /// A write, or the like, was acknowledged: an fsync is to find out whether it was lost. The file had this
+    /// verifier when the write was sent. By the acknowledgement an fsync may have found another one, which
+    /// the write was lost before.
+    #[inline]
+    pub(crate) fn written(&self, index: u32, verifier: u64) {
+        if let Some(file) = &self.refs[index as usize] {
+            let unstable = &file.shared.unstable;
+            let before = unstable.load(Ordering::Acquire);
+            if before != verifier {
+                unstable.store(both(before, verifier), Ordering::Release);
+            }
         }
     }
 
@@ -384,6 +394,30 @@ mod tests {
     use super::*;
     use crate::fake_server::FakeServer;
     use crate::session::Options;
+
+    #[test]
+    fn a_write_that_is_acknowledged_late_was_sent_under_the_verifier_of_that_time() {
+        let server = FakeServer::start(Policy::default());
+        server.file("/e/data", vec![0; 10]);
+        let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
+        let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+        let mut refs = FileRefs::default();
+        let index = refs.index_of(&file, || Some(5));
+        let sent_under = refs.verifier(index);
+        // What was not durable is lost now, and an fsync of the same context hears of it first.
+        assert!(refs.synced(index, 0, 6));
+        refs.written(index, sent_under);
+        let taken = refs.take_unstable(index);
+        assert!(!refs.synced(index, taken, 6), "the next fsync says that it is lost");
+        // Two of different times cannot both be there.
+        refs.written(index, 6);
+        refs.written(index, sent_under);
+        let taken = refs.take_unstable(index);
+        assert!(!refs.synced(index, taken, 6) && !refs.synced(index, taken, 5));
+        refs.written(index, 6);
+        let taken = refs.take_unstable(index);
+        assert!(refs.synced(index, taken, 6));
+    }
 
     #[test]
     fn a_file_keeps_its_index_and_closed_files_make_room() {
