@@ -1,7 +1,7 @@
 //! Connections that are being made: what every transport's way to one has in common.
 //!
 //! Making a connection takes several round trips. A [`Connecting`] does what can be done now and says what it
-//! waits for, so that a program that only polls descriptors can connect, too. [`finish`] waits in its place.
+//! waits for, so that a program that only polls descriptors can connect, too. `finish` waits in its place.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
