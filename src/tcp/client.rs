@@ -388,14 +388,18 @@ impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {
-            let is_idle = self.core.is_idle();
-            if is_idle && !self.core.grant().linger.is_zero() {
-                // The bare end of the stream would leave the channel to be resumed.
-                let mut goaway = Vec::new();
-                message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
-                let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
+            let mut is_over = self.core.is_idle();
+            if !self.core.grant().linger.is_zero() {
+                // Nobody will ask what became of the rest.
+                is_over |= !self.core.has_unsent() && !self.core.has_unanswered_recorded();
+                if is_over {
+                    // The bare end of the stream would leave the channel to be resumed.
+                    let mut goaway = Vec::new();
+                    message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
+                    let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
+                }
             }
-            self.close(is_idle);
+            self.close(is_over);
         }
     }
 }

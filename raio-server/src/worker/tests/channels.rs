@@ -24,6 +24,8 @@ struct Pair {
 
 struct Member {
     client: TcpClient,
+    /// Its end of the connection, to break it.
+    stream: UnixStream,
     replies: Vec<Reply>,
 }
 
@@ -58,6 +60,7 @@ impl Pair {
     /// A client connects to this worker.
     fn try_connect(&mut self, at: usize, offer: &Offer) -> Result<Member, raio_transport::Error> {
         let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let stream = ours.try_clone().expect("a descriptor");
         theirs.set_nonblocking(true).expect("it can be set up");
         let permit = no_limits().connect(None).expect("a permit");
         self.workers[at].adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
@@ -71,7 +74,7 @@ impl Pair {
             std::thread::sleep(Duration::from_millis(1));
         }
         let client = connecting.join().expect("it does not panic")?;
-        Ok(Member { client, replies: Vec::new() })
+        Ok(Member { client, stream, replies: Vec::new() })
     }
 
     fn connect(&mut self, at: usize, offer: &Offer) -> Member {
@@ -147,6 +150,11 @@ impl Pair {
 }
 
 impl Member {
+    /// Its connection breaks before it can say goodbye.
+    fn break_off(self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("it is connected");
+    }
+
     /// Sends a command without data. Returns its id.
     fn send(&mut self, command: &Command<'_>) -> u32 {
         let mut body = Vec::new();
@@ -243,7 +251,7 @@ fn an_open_whose_answer_was_lost_has_a_handle_for_the_next_connection() {
     pair.release();
     let mut old = pair.connect(0, &offer(1, 1));
     let (opened, file) = pair.open(&mut old);
-    drop(old);
+    old.break_off();
     let mut new = pair.connect(1, &offer(1, 2));
     assert_eq!(pair.outcomes(&mut new, &[opened]), Ok(vec![Some((0, file.0.into()))]));
     new.write(file, 0);
@@ -258,12 +266,13 @@ fn what_was_answered_is_known_however_often_the_client_comes_back() {
     let (_, file) = pair.open(&mut old);
     let written = old.write(file, 7);
     assert_eq!(pair.reply(&mut old).unwrap().status, Status::OK);
-    drop(old);
+    old.break_off();
     for epoch in 2..6 {
         let mut new = pair.connect(epoch as usize % 2, &offer(1, epoch));
         let expected = Ok(vec![Some((0, BLOCK as u64))]);
         assert_eq!(pair.outcomes(&mut new, &[written]), expected);
         assert_eq!(pair.outcomes(&mut new, &[written]), expected, "it may ask again");
+        new.break_off();
     }
 }
 
