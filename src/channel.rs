@@ -980,6 +980,9 @@ impl Drop for Channel {
         .into_iter()
         .flatten()
         {
+            if !is_abandoned && !transport.grant().linger.is_zero() {
+                transport.say_goodbye();
+            }
             rest.bury(&mut *transport);
         }
         if let (true, Some(hook), Some(channel)) =

@@ -788,6 +788,12 @@ pub trait ClientTransport: Send {
     /// [`ClientTransport::receive`].
     fn abort(&mut self, violation: Violation);
 
+    /// Tells the server, if that is possible, that the client has left the connection's channel for good, so
+    /// that it need not keep it. Nothing may be unanswered of which the client would ask what became of it.
+    /// The connection is to be dropped next. One that is dropped without this leaves its channel to be
+    /// resumed.
+    fn say_goodbye(&mut self) {}
+
     /// What the server granted.
     fn grant(&self) -> &Grant {
         self.core().grant()

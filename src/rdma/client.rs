@@ -497,6 +497,16 @@ impl ClientTransport for RdmaClient {
         self.registration.add_arena(arena)
     }
 
+    fn say_goodbye(&mut self) {
+        if self.core.has_failed() {
+            return;
+        }
+        self.send_queue();
+        let mut goaway = Vec::new();
+        message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
+        self.send_goaway(&goaway);
+    }
+
     fn abort(&mut self, violation: Violation) {
         self.core.fail_violation(violation);
         self.end();
@@ -522,11 +532,8 @@ impl Drop for RdmaClient {
         }
         // What is unsent or unanswered is given up: it is not sent any more, and the server sees a client
         // that is lost.
-        if !self.core.has_failed() && !self.core.is_owed() {
-            self.send_queue();
-            let mut goaway = Vec::new();
-            message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
-            self.send_goaway(&goaway);
+        if !self.core.has_failed() && !self.core.is_owed() && self.core.grant().linger.is_zero() {
+            self.say_goodbye();
         }
         // Before the memory that it uses.
         if let Some(qp) = self.qp.take() {

@@ -49,6 +49,8 @@ pub struct TcpClient {
     /// Something had arrived before the first of what is queued could be sent: that is taken in first, as it
     /// may be the end of the connection.
     held_back: bool,
+    /// Nothing that is unanswered matters to anybody.
+    said_goodbye: bool,
     /// Sending failed. The connection ends once everything that arrived before has been taken in: it may say
     /// why.
     send_error: Option<io::Error>,
@@ -379,6 +381,16 @@ impl ClientTransport for TcpClient {
         self.end();
     }
 
+    fn say_goodbye(&mut self) {
+        if self.core.has_failed() || self.core.has_unsent() {
+            return;
+        }
+        let mut goaway = Vec::new();
+        message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
+        let sent = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
+        self.said_goodbye = sent.is_ok_and(|n| self.records.on_sent(n) == goaway.len());
+    }
+
     fn local_port(&self) -> Option<u16> {
         self.local_address().ok().map(|address| address.port())
     }
@@ -388,18 +400,7 @@ impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {
-            let mut is_over = self.core.is_idle();
-            if !self.core.grant().linger.is_zero() {
-                // Nobody will ask what became of the rest.
-                is_over |= !self.core.has_unsent() && !self.core.has_unanswered_recorded();
-                if is_over {
-                    // The bare end of the stream would leave the channel to be resumed.
-                    let mut goaway = Vec::new();
-                    message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
-                    let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
-                }
-            }
-            self.close(is_over);
+            self.close(self.core.is_idle() || self.said_goodbye);
         }
     }
 }
