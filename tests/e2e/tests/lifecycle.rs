@@ -15,7 +15,8 @@ fn killing_a_client_at_full_depth_leaks_no_slot_descriptor_or_memory() {
         let directory = tempfile::tempdir().expect("a directory");
         std::fs::write(directory.path().join("file"), vec![1; 32 << 20]).expect("a file");
         let export = format!("d={},rw", directory.path().display());
-        let mut server = Server::start_with(&[&export], &["--backend", backend, "--memory", "64M"]);
+        let mut server =
+            Server::start_with(&[&export], &["--backend", backend, "--memory", "64M", "--linger", "0"]);
         let mut before = None;
         for round in 0..30 {
             let mut flood = Command::new(binary("flood"))

@@ -51,7 +51,8 @@ fn clients_killed_while_the_server_writes_into_their_memory_leave_nothing_behind
     let mut random = Random::new();
     let (_directory, export) = numbers();
     let without_server = resources();
-    let mut server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
+    let mut server =
+        Server::start_with(&[&export], &["--memory", "64M", "--linger", "0", "--listen", LISTEN]);
     let idle = resources();
     let mut before = None;
     for round in 0..kills() {
@@ -170,7 +171,8 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
     let mut blocks = Blocks::new(directory.path());
     let mut before = None;
     for _ in 0..kills() {
-        let mut server = Server::start_with(&[&export], &["--memory", "32M", "--listen", LISTEN]);
+        let mut server =
+            Server::start_with(&[&export], &["--memory", "32M", "--linger", "0", "--listen", LISTEN]);
         let session =
             Session::connect(&server.url(), &Options { reconnect: Duration::ZERO, ..Options::default() })
                 .expect("a session");
@@ -237,11 +239,14 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
 fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
     let Some(_wire) = needs_wire("cutting the wire") else { return };
     let (_directory, export) = numbers();
-    let mut server =
-        Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN, "--listen", TCP]);
+    let mut server = Server::start_with(
+        &[&export],
+        &["--memory", "64M", "--linger", "0", "--listen", LISTEN, "--listen", TCP],
+    );
     let [rdma, tcp] = &server.urls()[..] else { panic!("two addresses") };
     let (rdma, tcp) = (rdma.clone(), tcp.clone());
-    let session = Session::connect(&rdma, &Options::default()).expect("a session");
+    let instantly = Options { reconnect: Duration::ZERO, ..Options::default() };
+    let session = Session::connect(&rdma, &instantly).expect("a session");
     let file = session.open("/d/numbers", libc::O_RDWR, 0).expect("a file");
     let mut context = session.context(64).expect("a context");
     let submit = |context: &mut Context, n: u64| {
@@ -300,7 +305,7 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
 fn idle_servers_and_clients_use_no_processor() {
     let Some(_wire) = needs_wire("idleness") else { return };
     let (_directory, export) = numbers();
-    let server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
+    let server = Server::start_with(&[&export], &["--memory", "64M", "--linger", "0", "--listen", LISTEN]);
     let read = |context: &mut Context, file: &raio::File| {
         context.submit(file, Operation::Read { offset: 0, buffers: buffer(4096) }, 0).expect("room");
         context.flush();
@@ -380,7 +385,7 @@ fn as_nobody(program: &str, arguments: &[&str]) -> Output {
 fn who_may_lock_too_little_memory_is_told_how_much_and_how_to_get_more() {
     let Some(_wire) = needs_wire("a memlock limit") else { return };
     let (_directory, export) = numbers();
-    let server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
+    let server = Server::start_with(&[&export], &["--memory", "64M", "--linger", "0", "--listen", LISTEN]);
     for output in [
         as_nobody("raio_server", &["--export", "null=null:1M", "--memory", "32M", "--listen", LISTEN]),
         as_nobody("flood", &[&server.url(), "/d/numbers"]),
@@ -433,7 +438,8 @@ fn a_server_serves_several_devices_and_tcp_at_once() {
     let Some(_wire) = needs_wire("several devices") else { return };
     let (_directory, export) = numbers();
     let listens = [LISTEN, "rdma://10.77.0.2:0", TCP].map(|url| ["--listen", url]).concat();
-    let mut server = Server::start_with(&[&export], &[&["--memory", "64M"], &listens[..]].concat());
+    let mut server =
+        Server::start_with(&[&export], &[&["--memory", "64M", "--linger", "0"], &listens[..]].concat());
     let urls = server.urls();
     assert_eq!(urls.len(), 3);
     let mut floods: HashMap<_, _> = urls.iter().map(|url| (url, Flood::start(url, "/d/numbers"))).collect();
@@ -468,7 +474,8 @@ fn queue_pairs_take_no_more_memory_than_there_is_and_who_gets_none_stays_on_tcp_
     let (_directory, export) = numbers();
     let memory = MEMORY_BYTES.to_string();
     let listens = ["--listen", LISTEN, "--listen", "tcp://10.77.0.1:0"];
-    let mut server = Server::start_with(&[&export], &[&["--memory", &memory], &listens[..]].concat());
+    let mut server =
+        Server::start_with(&[&export], &[&["--memory", &memory, "--linger", "0"], &listens[..]].concat());
     let urls = server.urls();
     let rdma = &urls[0];
     let any = urls[1].replace("raio+tcp://", "raio://");

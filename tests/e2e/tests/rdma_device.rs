@@ -33,7 +33,8 @@ fn when_a_device_is_removed_its_connections_end_with_a_sentence_and_others_go_on
     let Some(_wire) = needs_wire("removing a device") else { return };
     let (_directory, export) = numbers();
     let listens = [LISTEN, "rdma://10.77.0.2:0", TCP].map(|url| ["--listen", url]).concat();
-    let mut server = Server::start_with(&[&export], &[&["--memory", "64M"], &listens[..]].concat());
+    let mut server =
+        Server::start_with(&[&export], &[&["--memory", "64M", "--linger", "0"], &listens[..]].concat());
     let urls = server.urls();
     // From rxe1 to rxe0, the other way, within rxe0, and by TCP.
     let mut from = Flood::start(&urls[0], "/d/numbers");
@@ -61,8 +62,10 @@ fn when_a_device_is_removed_its_connections_end_with_a_sentence_and_others_go_on
 fn when_a_port_goes_down_its_connections_end_with_a_sentence_and_tcp_goes_on() {
     let Some(_wire) = needs_wire("a port that goes down") else { return };
     let (_directory, export) = numbers();
-    let mut server =
-        Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN, "--listen", TCP]);
+    let mut server = Server::start_with(
+        &[&export],
+        &["--memory", "64M", "--linger", "0", "--listen", LISTEN, "--listen", TCP],
+    );
     let urls = server.urls();
     let mut rdma = Flood::start(&urls[0], "/d/numbers");
     let mut tcp = Flood::start(&urls[1], "/d/numbers");
@@ -73,6 +76,6 @@ fn when_a_port_goes_down_its_connections_end_with_a_sentence_and_tcp_goes_on() {
     server.statistics_when(|statistics| statistics["connections"] == 2);
     drop((tcp, server, cut));
     replug();
-    let server = Server::start_with(&[&export], &["--memory", "64M", "--listen", LISTEN]);
+    let server = Server::start_with(&[&export], &["--memory", "64M", "--linger", "0", "--listen", LISTEN]);
     assert!(Flood::start(&server.url(), "/d/numbers").is_alive());
 }

@@ -4,6 +4,8 @@
 //! `flood URL PATH check [COUNT]`: the same with reads only, of a file whose 64-bit words are their own
 //! number; ends after COUNT of them. A wrong word is an error.
 
+use std::time::Duration;
+
 use raio::{Buffer, Buffers, Operation, Options, Session};
 
 const DEPTH: u64 = 128;
@@ -17,7 +19,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         [url, path, "check", count] => (url, path, Some(count.parse()?)),
         _ => return Err("usage: flood URL PATH [check [COUNT]]".into()),
     };
-    let session = Session::connect(url, &Options::default())?;
+    // Its tests want to see that it has lost its connection.
+    let options = Options { reconnect: Duration::ZERO, ..Options::default() };
+    let session = Session::connect(url, &options)?;
     let file = session.open(path, libc::O_RDWR, 0)?;
     let mut context = session.context(DEPTH as usize)?;
     let mut n = 0u64;
