@@ -981,7 +981,7 @@ impl Drop for Channel {
         .flatten()
         {
             if !is_abandoned && !transport.grant().linger.is_zero() {
-                transport.say_goodbye();
+                transport.send_goaway();
             }
             rest.bury(&mut *transport);
         }

@@ -792,7 +792,7 @@ pub trait ClientTransport: Send {
     /// that it need not keep it. Nothing may be unanswered of which the client would ask what became of it.
     /// The connection is to be dropped next. One that is dropped without this leaves its channel to be
     /// resumed.
-    fn say_goodbye(&mut self) {}
+    fn send_goaway(&mut self) {}
 
     /// What the server granted.
     fn grant(&self) -> &Grant {

@@ -320,12 +320,12 @@ impl RdmaClient {
     /// Does what is left to be done when the connection has just ended.
     fn end(&mut self) {
         if let Some(goaway) = self.core.take_ending().and_then(|ending| ending.goaway) {
-            self.send_goaway(&goaway);
+            self.send_and_wait(&goaway);
         }
     }
 
     /// Tells the server that this is the end, and sees to it that it has heard.
-    fn send_goaway(&mut self, goaway: &[u8]) {
+    fn send_and_wait(&mut self, goaway: &[u8]) {
         let Some(qp) = &mut self.qp else { return };
         let deadline = Instant::now() + RDMA_GOAWAY_TIME;
         if !sends_until(qp, deadline, |qp| qp.room() > 0 && qp.has_room_for(goaway.len())) {
@@ -497,14 +497,14 @@ impl ClientTransport for RdmaClient {
         self.registration.add_arena(arena)
     }
 
-    fn say_goodbye(&mut self) {
+    fn send_goaway(&mut self) {
         if self.core.has_failed() {
             return;
         }
         self.send_queue();
         let mut goaway = Vec::new();
         message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
-        self.send_goaway(&goaway);
+        self.send_and_wait(&goaway);
     }
 
     fn abort(&mut self, violation: Violation) {
@@ -533,7 +533,7 @@ impl Drop for RdmaClient {
         // What is unsent or unanswered is given up: it is not sent any more, and the server sees a client
         // that is lost.
         if !self.core.has_failed() && !self.core.is_owed() && self.core.grant().linger.is_zero() {
-            self.say_goodbye();
+            self.send_goaway();
         }
         // Before the memory that it uses.
         if let Some(qp) = self.qp.take() {

@@ -50,7 +50,7 @@ pub struct TcpClient {
     /// may be the end of the connection.
     held_back: bool,
     /// Nothing that is unanswered matters to anybody.
-    said_goodbye: bool,
+    sent_goaway: bool,
     /// Sending failed. The connection ends once everything that arrived before has been taken in: it may say
     /// why.
     send_error: Option<io::Error>,
@@ -381,14 +381,14 @@ impl ClientTransport for TcpClient {
         self.end();
     }
 
-    fn say_goodbye(&mut self) {
+    fn send_goaway(&mut self) {
         if self.core.has_failed() || self.core.has_unsent() {
             return;
         }
         let mut goaway = Vec::new();
         message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
         let sent = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
-        self.said_goodbye = sent.is_ok_and(|n| self.records.on_sent(n) == goaway.len());
+        self.sent_goaway = sent.is_ok_and(|n| self.records.on_sent(n) == goaway.len());
     }
 
     fn local_port(&self) -> Option<u16> {
@@ -400,7 +400,7 @@ impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {
-            self.close(self.core.is_idle() || self.said_goodbye);
+            self.close(self.core.is_idle() || self.sent_goaway);
         }
     }
 }

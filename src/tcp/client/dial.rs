@@ -230,7 +230,7 @@ impl Handshake {
             core: Core::new(grant, now),
             blocked: false,
             held_back: false,
-            said_goodbye: false,
+            sent_goaway: false,
             send_error: None,
             staging,
             unparsed,

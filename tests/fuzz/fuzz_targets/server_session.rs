@@ -279,7 +279,8 @@ impl Server {
                 self.transport.close(&mut self.reactor, connection, Status::policy(1), "Go away.");
             }
             _ if request.data_len > 0 => {
-                let (len, start) = (request.data_len as usize, request.key.id as usize % 9);
+                let len = request.data_len as usize;
+                let start = (request.key.id as usize % 9).min(DATA_BYTES_MAX as usize - len);
                 let slot = self.slot(len + start).expect("credits bound what is needed");
                 self.to_fetch.insert(request.key, sent);
                 self.transport.fetch(&mut self.reactor, request.key, slot, start);

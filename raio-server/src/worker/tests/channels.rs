@@ -150,7 +150,7 @@ impl Pair {
 }
 
 impl Member {
-    /// Its connection breaks before it can say goodbye.
+    /// Its connection breaks before it can send a GOAWAY.
     fn break_off(self) {
         self.stream.shutdown(std::net::Shutdown::Both).expect("it is connected");
     }
