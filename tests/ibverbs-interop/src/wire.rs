@@ -139,7 +139,7 @@ impl Welcome {
         };
         match answers[..] {
             [(OPTION_NAME, 0, _), (OPTION_QUEUE_PAIR, 0 | UNSUPPORTED, b"")]
-                if u16_at(&bytes, 8) == 1
+                if u16_at(&bytes, 8) == VERSION
                     && u64_at(&bytes, 16) == 0
                     && welcome.queue_depth > 0
                     && welcome.data_bytes_max >= 4096
@@ -376,7 +376,7 @@ pub fn command(opcode: u16, file: u32, offset: u64, len: u64) -> Vec<u8> {
 
 /// The size in a file status.
 pub fn size_in_status(body: &[u8]) -> Result<u64> {
-    if body.len() != 88 {
+    if body.len() != 112 {
         return Err(violation(format!("a file status of {} bytes", body.len())));
     }
     Ok(u64_at(body, 0))
