@@ -23,8 +23,6 @@ const DEPTH: usize = 4;
 const ROUND: Duration = Duration::from_millis(2);
 /// A server that says nothing for so long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
-/// How long a session that has lost a connection waits for what is in flight on its others.
-const LAST_WAIT: Duration = Duration::from_secs(2);
 /// Most operations are on these first cells of a file, so that they meet.
 const HOT_CELLS: u64 = 64;
 const WARM_CELLS: u64 = 4096;
@@ -103,7 +101,6 @@ impl Client {
         let files = files.collect::<Result<Vec<_>, _>>()?;
         let queue = || Ok(Queue { context: session.context(DEPTH)?, in_flight: HashMap::new(), next: 0 });
         let mut queues = (0..CONTEXTS).map(|_| queue()).collect::<Result<Vec<_>, Error>>()?;
-        let mut last_wait = None;
         loop {
             let failure = queues.iter().find_map(|queue| queue.context.failure());
             let is_last = failure.is_some() || IS_OVER.load(Ordering::Relaxed);
@@ -119,15 +116,12 @@ impl Client {
                 }
             }
             self.write_log();
-            if is_last {
-                let since = *last_wait.get_or_insert_with(monotonic_ns);
-                let is_late = monotonic_ns() - since > LAST_WAIT.as_nanos() as u64;
-                if is_late || queues.iter().all(|queue| queue.in_flight.is_empty()) {
-                    if let Some(error) = failure {
-                        self.say(LogLine::Note(format!("{SESSION_GIVEN_UP} {error}")));
-                    }
-                    return Ok(());
+            // However long it takes: a lost connection comes back, or is given up.
+            if is_last && queues.iter().all(|queue| queue.in_flight.is_empty()) {
+                if let Some(error) = failure {
+                    self.say(LogLine::Note(format!("{SESSION_GIVEN_UP} {error}")));
                 }
+                return Ok(());
             }
         }
     }
