@@ -765,7 +765,10 @@ impl Channel {
         let asked = rest.asked.drain(..).map(|lost| (lost, Fate::Ask));
         let again = rest.again.drain(..).map(|lost| (lost, Fate::Again));
         for (lost, fate) in again.chain(asked).collect::<Vec<_>>() {
-            match resume::at_gone(&lost.command, fate, rest.settings.redo) {
+            // What this server does not know cannot be repeated, and stays unknown.
+            let redo =
+                rest.settings.redo && resume::why_not_granted(&lost.command, self.grant.features).is_none();
+            match resume::at_gone(&lost.command, fate, redo) {
                 Fate::Over(end) => rest.end(lost, end),
                 Fate::Again | Fate::Ask => rest.again.push_back(lost),
             }
@@ -837,6 +840,13 @@ impl Channel {
         let rest = &mut *self.rest;
         self.connections += 1;
         rest.resumed.reconnects += 1;
+        // The server may be older than the one before.
+        for lost in std::mem::take(&mut rest.again) {
+            match resume::why_not_granted(&lost.command, self.grant.features) {
+                Some(text) => rest.end_with(lost, End::UNSUPPORTED, &text),
+                None => rest.again.push_back(lost),
+            }
+        }
         tracing::info!("The session goes on: {} requests are sent again.", rest.again.len());
         self.is_useful = false;
         self.resend(transport);
@@ -915,8 +925,7 @@ impl Channel {
 impl Rest {
     /// A request is over.
     fn end(&mut self, lost: Lost, end: End) {
-        let End { status, result, is_unknown } = end;
-        self.resumed.unknown += u64::from(is_unknown);
+        let End { status, is_unknown, .. } = end;
         let text = if is_unknown && self.asked_in_vain() {
             "The server was restarted while this was executing: it may have been done. It will not be done \
              later."
@@ -936,7 +945,14 @@ impl Rest {
                 _ => String::new(),
             }
         };
-        let body = Body::from(message::clipped(&text).as_bytes());
+        self.end_with(lost, end, &text);
+    }
+
+    /// The same, with a message for people.
+    fn end_with(&mut self, lost: Lost, end: End, text: &str) {
+        let End { status, result, is_unknown } = end;
+        self.resumed.unknown += u64::from(is_unknown);
+        let body = Body::from(message::clipped(text).as_bytes());
         self.over.push(Reply {
             tag: lost.tag,
             status,

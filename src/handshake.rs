@@ -69,7 +69,8 @@ pub struct Offer {
     /// Sessions of the same client that it has given up, at most [`SUPERSEDED_MAX`]: the server ends them
     /// before a request of this connection runs.
     pub supersedes: Vec<SessionId>,
-    /// Feature bits that the client asks for. It must have checksums; it does without times in pongs.
+    /// Feature bits that the client asks for. It must have checksums; it does without times in pongs, and
+    /// without groups of operations.
     pub features: u64,
     /// Requests it would like to have outstanding; 0 for what the server grants.
     pub queue_depth: u32,
@@ -428,7 +429,8 @@ impl Offer {
         }
         let grant = Grant {
             version: welcome.version.get(),
-            features: welcome.features.get(),
+            // Bits that this side does not know mean nothing to it.
+            features: welcome.features.get() & self.features,
             server: welcome.server,
             queue_depth: welcome.queue_depth.get(),
             data_bytes_max: welcome.data_bytes_max.get(),
@@ -440,7 +442,6 @@ impl Offer {
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
         if grant.version != VERSION
-            || grant.features & !self.features != 0
             || grant.queue_pair && !self.queue_pair
             || grant.linger > self.channel.map_or(Duration::ZERO, |channel| channel.linger)
             || grant.queue_depth == 0

@@ -31,6 +31,9 @@ pub const HANDSHAKE_BYTES: usize = 64;
 pub const FEATURE_CRC: u64 = 1 << 0;
 /// Feature bit: the server's pongs have its time, for the trace of a client (see [`crate::trace`]).
 pub const FEATURE_PONG_TIME: u64 = 1 << 1;
+/// The feature bits that are not about messages, but about what they carry: each stands for a group of
+/// operations ([`crate::protocol::OperationGroup`]).
+pub const OPERATION_FEATURES_MASK: u64 = 0xffff_ffff << 32;
 
 /// Rounds a body length up to what the wire wants.
 pub const fn padded(len: usize) -> usize {

@@ -8,7 +8,7 @@ use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{Class, Status, Violation};
-use crate::message::{ERRNO_MAX, padded};
+use crate::message::{ERRNO_MAX, OPERATION_FEATURES_MASK, padded};
 
 /// What a command asks for. [`OPERATIONS`] says what each means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,9 +77,69 @@ pub struct Operation {
     pub access: FileAccess,
     /// Whether it is about sessions, files and requests, or about a file's data.
     pub class: OperationClass,
+    /// Which operations a server that knows it knows as well.
+    pub group: OperationGroup,
     /// Whether the server keeps how it has ended, for [`Opcode::Outcome`]: it must not run twice.
     pub is_recorded: bool,
 }
+
+impl Operation {
+    /// Whether a server that has granted these feature bits knows it.
+    pub fn is_granted(&self, features: u64) -> bool {
+        self.group.feature() & !features == 0
+    }
+
+    /// Why a server cannot be asked for it that has granted these feature bits: a message for people. None if
+    /// it can.
+    pub fn why_not_granted(&self, features: u64) -> Option<String> {
+        let (name, group) = (self.name, self.group.name());
+        (!self.is_granted(features)).then(|| {
+            format!(
+                "The server does not know {name}: it is without the operations of the group {group:?}. Use a \
+                 newer raio_server."
+            )
+        })
+    }
+}
+
+/// Operations that came into the protocol together: a server knows all of a group, or none. The handshake
+/// says which ([`OperationGroup::feature`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OperationGroup {
+    /// What every server of this version knows.
+    Basic,
+    /// What changes a file's storage rather than its contents.
+    Space,
+}
+
+impl OperationGroup {
+    /// Its name in messages and documents.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Basic => "basic",
+            Self::Space => "space",
+        }
+    }
+
+    /// Its feature bit in the handshake; 0 if no server is without it.
+    pub const fn feature(self) -> u64 {
+        match self {
+            Self::Basic => 0,
+            Self::Space => 1 << 32,
+        }
+    }
+}
+
+/// The feature bits of all groups: what a client of this version asks for, and a server has.
+pub const OPERATION_FEATURES: u64 = {
+    let (mut bits, mut index) = (0, 0);
+    while index < OPERATIONS.len() {
+        bits |= OPERATIONS[index].group.feature();
+        index += 1;
+    }
+    assert!(bits & !OPERATION_FEATURES_MASK == 0, "the others are the message layer's");
+    bits
+};
 
 /// Fields of the 24-byte command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,14 +190,21 @@ const RANGE: Fields = Fields { file: true, offset: true, length: true };
 /// An operation on a session, a file or a request.
 const fn control(opcode: Opcode, name: &'static str, fields: Option<Fields>) -> Operation {
     let (direction, access, class) = (Direction::None, FileAccess::Any, OperationClass::Control);
-    Operation { opcode, name, fields, flags: 0, direction, access, class, is_recorded: false }
+    let group = OperationGroup::Basic;
+    Operation { opcode, name, fields, flags: 0, direction, access, class, group, is_recorded: false }
 }
 
 /// An operation on a range of a file. One that needs a file open for writing changes it.
 const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Operation {
     let (direction, class) = (Direction::None, OperationClass::Data);
-    let (fields, is_recorded) = (Some(RANGE), matches!(access, FileAccess::Write));
-    Operation { opcode, name, fields, flags: 0, direction, access, class, is_recorded }
+    let (fields, group) = (Some(RANGE), OperationGroup::Basic);
+    let is_recorded = matches!(access, FileAccess::Write);
+    Operation { opcode, name, fields, flags: 0, direction, access, class, group, is_recorded }
+}
+
+/// An operation on the storage of a range of a file.
+const fn on_space(opcode: Opcode, name: &'static str) -> Operation {
+    Operation { group: OperationGroup::Space, ..on_range(opcode, name, FileAccess::Write) }
 }
 
 /// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for
@@ -172,10 +239,10 @@ pub const OPERATIONS: [Operation; 12] = [
         flags: FLAG_DATA_ONLY,
         ..on_range(Opcode::Fsync, "fsync", FileAccess::Any)
     },
-    on_range(Opcode::Discard, "discard", FileAccess::Write),
-    on_range(Opcode::WriteZeroes, "write_zeroes", FileAccess::Write),
+    on_space(Opcode::Discard, "discard"),
+    on_space(Opcode::WriteZeroes, "write_zeroes"),
     control(Opcode::Cancel, "cancel", Some(ID)),
-    Operation { flags: FLAG_KEEP_SIZE, ..on_range(Opcode::Allocate, "allocate", FileAccess::Write) },
+    Operation { flags: FLAG_KEEP_SIZE, ..on_space(Opcode::Allocate, "allocate") },
     control(Opcode::Outcome, "outcome", None),
     control(Opcode::Reopen, "reopen", None),
 ];

@@ -52,6 +52,13 @@ impl End {
         is_unknown: true,
     };
 
+    /// It was not executed: the server does not know the operation.
+    pub(crate) const UNSUPPORTED: Self = Self {
+        status: Status { errno: libc::EOPNOTSUPP, class: Class::Protocol, retryable: false },
+        result: 0,
+        is_unknown: false,
+    };
+
     fn failed(status: Status) -> Self {
         Self { status, result: 0, is_unknown: false }
     }
@@ -138,6 +145,12 @@ pub fn file_of(command: &[u8]) -> Option<FileHandle> {
         | Command::Reopen { file, .. } => Some(file),
         Command::Open { .. } | Command::Cancel { .. } | Command::Outcome { .. } => None,
     }
+}
+
+/// Why a command cannot be sent to a server that has granted these feature bits: see
+/// [`crate::protocol::Operation::why_not_granted`].
+pub fn why_not_granted(command: &[u8], features: u64) -> Option<String> {
+    opcode(command)?.operation().why_not_granted(features)
 }
 
 fn opcode(command: &[u8]) -> Option<Opcode> {

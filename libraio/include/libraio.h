@@ -483,7 +483,10 @@ static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only
 		iocb->u.c.flags |= RAIO_IOCB_DATASYNC;
 }
 
-/* Any length: --io-max does not apply to these three. */
+/*
+ * Any length: --io-max does not apply to these three. On a server that is too old to know one, its event has
+ * -EOPNOTSUPP, and nothing is sent.
+ */
 static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset,
 				     unsigned long long nbytes)
 {

@@ -348,9 +348,17 @@ impl Context {
         Ok(())
     }
 
-    fn enqueue(&mut self, file: &File, operation: Operation, token: u64, failure: Option<Error>) -> Ticket {
+    fn enqueue(
+        &mut self,
+        file: &File,
+        operation: Operation,
+        token: u64,
+        mut failure: Option<Error>,
+    ) -> Ticket {
         let handle = file.inner().handle();
         let channel = &self.channel;
+        // Of operations that a server may not know. Reads and writes do not look.
+        let mut need = |opcode| failure = failure.take().or_else(|| unsupported(opcode, channel));
         let file_index = self.files.index_of(file, || channel.verifier(handle));
         let (command, bulk, length, is_lent) = match operation {
             Operation::Read { offset, buffers } => {
@@ -369,12 +377,15 @@ impl Context {
                 (Command::Fsync { file: handle, data_only }, Bulk::None, 0, false)
             }
             Operation::Discard { offset, length } => {
+                need(Opcode::Discard);
                 (Command::Discard { file: handle, offset, length }, Bulk::None, length, false)
             }
             Operation::WriteZeroes { offset, length } => {
+                need(Opcode::WriteZeroes);
                 (Command::WriteZeroes { file: handle, offset, length }, Bulk::None, length, false)
             }
             Operation::Allocate { offset, length, keep_size } => {
+                need(Opcode::Allocate);
                 (Command::Allocate { file: handle, offset, length, keep_size }, Bulk::None, length, false)
             }
         };
@@ -512,6 +523,7 @@ impl Context {
             for slot in self.slots.iter_mut().filter(|slot| slot.is_unacknowledged_write()) {
                 slot.unstable = self.files.verifier(slot.file);
             }
+            self.fail_unsupported();
         }
         if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
@@ -526,6 +538,17 @@ impl Context {
             }
         }
         arrived
+    }
+
+    /// Completes queued operations that the server does not know, which may be older than the one before.
+    #[cold]
+    fn fail_unsupported(&mut self) {
+        for index in std::mem::take(&mut self.queued) {
+            match unsupported(self.slots[index as usize].opcode, &self.channel) {
+                Some(error) => self.complete_unsent(index, error),
+                None => self.queued.push_back(index),
+            }
+        }
     }
 
     fn handle_reply(&mut self, reply: Reply) {
@@ -927,6 +950,12 @@ impl Context {
             }
         }
     }
+}
+
+/// Why the server cannot be asked for this operation, if it cannot.
+fn unsupported(opcode: Opcode, channel: &Channel) -> Option<Error> {
+    let text = opcode.operation().why_not_granted(channel.grant().features)?;
+    Some(Error::new(Status::protocol(libc::EOPNOTSUPP), text))
 }
 
 /// Adds one to an eventfd, unless its counter is full. As the kernel does for libaio, it does not wait: a

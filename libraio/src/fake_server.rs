@@ -10,9 +10,11 @@ use std::thread;
 use std::time::Duration;
 
 use raio_transport::Status;
-use raio_transport::handshake::Policy;
+use raio_transport::handshake::{Grant, Policy};
 use raio_transport::message::{self, Limits, Message, Parsed, ResponseHeader, SessionId};
-use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, RequestOutcome};
+use raio_transport::protocol::{
+    Command, FileHandle, FileStatus, OPEN_CREATE, OPERATION_FEATURES, RequestOutcome,
+};
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
@@ -44,6 +46,8 @@ struct State {
     verifier: u64,
     /// How often each file was replaced by another one.
     replaced: HashMap<Vec<u8>, u8>,
+    /// Feature bits that it does not have any more.
+    forgotten: u64,
     /// Nobody is welcomed; with this errno, or with none.
     rejecting: Option<i32>,
     /// Reads and writes are not answered.
@@ -88,6 +92,7 @@ impl FakeServer {
     pub(crate) fn start(policy: Policy) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
+        let policy = Policy { features: policy.features | OPERATION_FEATURES, ..policy };
         let shared = Arc::new(Shared { policy, state: Mutex::default(), changed: Condvar::new() });
         let server = Self { address, shared: Arc::clone(&shared) };
         thread::spawn(move || {
@@ -151,6 +156,11 @@ impl FakeServer {
         state.verifier = verifier;
     }
 
+    /// Has no such feature bits from now on, as an older server.
+    pub(crate) fn forget(&self, features: u64) {
+        self.shared.state.lock().unwrap().forgotten = features;
+    }
+
     /// A file is another one from now on.
     pub(crate) fn replace(&self, path: &str) {
         *self.shared.state.lock().unwrap().replaced.entry(path.into()).or_default() += 1;
@@ -212,7 +222,10 @@ impl Connection {
 
     fn serve(mut self) -> Option<()> {
         let peer = loop {
-            if let Parsed::Item((peer, welcome), taken) = self.shared.policy.welcome(&self.inbox).unwrap() {
+            let shared = &self.shared;
+            let features = shared.policy.features & !shared.state.lock().unwrap().forgotten;
+            let policy = Policy { features, ..shared.policy.clone() };
+            if let Parsed::Item((peer, welcome), taken) = policy.welcome(&self.inbox).unwrap() {
                 self.inbox.drain(..taken);
                 let mut state = self.shared.state.lock().unwrap();
                 let mut rejected = state.rejecting;
@@ -285,7 +298,7 @@ impl Connection {
                 self.held.push((id, body, data));
                 assert!(self.held.len() <= peer.grant.credits() as usize, "credits exceeded");
             } else {
-                self.answer(limits, &mut out);
+                self.answer(&peer.grant, &mut out);
                 self.stream.write_all(&out).ok()?;
                 self.fill()?;
             }
@@ -293,7 +306,8 @@ impl Connection {
     }
 
     /// Answers all that need not be held.
-    fn answer(&mut self, limits: Limits, out: &mut Vec<u8>) {
+    fn answer(&mut self, grant: &Grant, out: &mut Vec<u8>) {
+        let (limits, features) = (grant.limits(), grant.features);
         let state = self.shared.state.lock().unwrap();
         let (holding, mute) = (state.holding, state.mute);
         drop(state);
@@ -303,6 +317,7 @@ impl Connection {
                 continue;
             }
             let command = Command::decode(&body).unwrap();
+            assert!(command.opcode().operation().is_granted(features), "{command:?} was not granted");
             if let Command::Cancel { id: target } = command {
                 let status = match self.held.iter().position(|held| held.0 == target) {
                     Some(at) => {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
+use raio_transport::protocol::OPERATION_FEATURES;
 
 use crate::fake_server::FakeServer;
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
@@ -158,6 +159,42 @@ fn a_program_that_alone_writes_may_have_it_done_again() {
     server.reject(None);
     assert_eq!(collect(&mut context, 1).remove(0).result, Ok(BLOCK as u64));
     assert_eq!(server.writes(), 2);
+}
+
+#[test]
+fn what_an_older_server_does_not_know_ends_and_the_rest_goes_on() {
+    for redo in [false, true] {
+        let (server, _session, file, mut context) = start(&Options { redo, ..Options::default() });
+        let discard = Operation::Discard { offset: 0, length: BLOCK as u64 };
+        // One discard executes at the cut. The others wait for a connection.
+        server.cut_at(0, true);
+        server.reject(Some(libc::EUSERS));
+        context.submit(&file, discard, 0).unwrap();
+        context.flush();
+        assert_eq!(context.wait(1, 1, Some(Duration::from_millis(50))), Ok(0));
+        for token in 1..12 {
+            let operation =
+                if token % 2 == 1 { Operation::Discard { offset: 0, length: BLOCK as u64 } } else { read(0) };
+            context.submit(&file, operation, token).unwrap();
+        }
+        server.restart(0);
+        server.forget(OPERATION_FEATURES);
+        server.reject(None);
+        for completion in collect(&mut context, 12) {
+            match (completion.token, completion.result) {
+                (0, Err(error)) => {
+                    assert_eq!((error.errno(), error.is_unknown), (libc::ECONNRESET, true), "{error}");
+                }
+                (token, Err(error)) => {
+                    assert_eq!((token % 2, error.errno()), (1, libc::EOPNOTSUPP), "{error}");
+                    assert!(error.text.contains("discard"), "{error}");
+                    assert!(!error.is_unknown);
+                }
+                (token, result) => assert_eq!((token % 2, result), (0, Ok(BLOCK as u64))),
+            }
+        }
+        assert_eq!(context.stats().reconnects, 1, "nothing was sent that has the server close");
+    }
 }
 
 #[test]

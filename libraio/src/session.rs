@@ -15,7 +15,7 @@ use raio_transport::handshake::{ChannelOffer, Offer, SUPERSEDED_MAX};
 use raio_transport::memory::process;
 use raio_transport::message::{FEATURE_CRC, FEATURE_PONG_TIME, SessionId};
 use raio_transport::mux;
-use raio_transport::protocol::{Command, FileHandle, FileStatus};
+use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
 use raio_transport::transport::{Reply, UsedIds};
 
 use crate::control::{Control, PendingCloses};
@@ -345,7 +345,8 @@ impl Shared {
         let offer = Offer {
             session: self.id,
             supersedes,
-            features: if options.crc { FEATURE_CRC } else { 0 }
+            features: OPERATION_FEATURES
+                | if options.crc { FEATURE_CRC } else { 0 }
                 // Requests of the control connection are not traced.
                 | if !is_control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
             queue_depth: depth,

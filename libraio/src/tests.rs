@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
-use raio_transport::protocol::FileHandle;
+use raio_transport::protocol::{FileHandle, OPERATION_FEATURES, OPERATIONS};
 
 use crate::fake_server::FakeServer;
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
@@ -137,6 +137,41 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
     for maxevents in [0, 65_537] {
         assert_eq!(session.context(maxevents).unwrap_err().errno(), libc::EINVAL);
     }
+}
+
+#[test]
+fn what_the_server_does_not_know_fails_here_and_is_not_sent() {
+    let server = FakeServer::start(policy());
+    server.file("/e/data", pattern(4096));
+    server.forget(OPERATION_FEATURES);
+    let session = connect(&server, &Options::default());
+    let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let mut context = session.context(8).unwrap();
+    let (offset, length) = (0, 4096);
+    let all = [
+        (Operation::Discard { offset, length }, "discard"),
+        (Operation::WriteZeroes { offset, length }, "write_zeroes"),
+        (Operation::Allocate { offset, length, keep_size: true }, "allocate"),
+    ];
+    let mut names: Vec<_> = all.iter().map(|(_, name)| *name).collect();
+    for (operation, name) in all {
+        context.submit(&file, operation, 0).unwrap();
+        let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+        assert_eq!(error.errno(), libc::EOPNOTSUPP);
+        assert!(error.text.contains(&format!("does not know {name}:")), "{error}");
+        assert!(error.text.contains("\"space\""), "{error}");
+    }
+    context.submit(&file, read(0, 4096), 0).unwrap();
+    assert_eq!(collect(&mut context, 1).remove(0).result, Ok(4096), "the connection is as it was");
+    // Each that can be missing was tried.
+    names.sort_unstable();
+    let mut optional: Vec<_> = OPERATIONS
+        .iter()
+        .filter(|operation| !operation.is_granted(0))
+        .map(|operation| operation.name)
+        .collect();
+    optional.sort_unstable();
+    assert_eq!(names, optional);
 }
 
 #[test]

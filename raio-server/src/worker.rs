@@ -47,7 +47,7 @@ use raio_transport::address::Scheme;
 use raio_transport::handshake::Policy;
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
-use raio_transport::protocol::FileHandle;
+use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
 use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{self, Accepted, Incoming, QueuePairMemory, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma, tcp};
@@ -120,13 +120,15 @@ pub struct Shared {
 impl Shared {
     /// What a configuration asks for, with its exports and a table for its sessions.
     pub fn new(config: &Config, exports: Exports, sessions: Sessions) -> anyhow::Result<Self> {
+        let defaults = Policy::default();
         let policy = Policy {
+            features: defaults.features | OPERATION_FEATURES,
             queue_depth: config.queue_depth,
             data_bytes_max: config.io_bytes_max,
             stall_timeout: config.stall_timeout,
             linger: config.linger,
             name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
-            ..Policy::default()
+            ..defaults
         };
         let trace = config.trace.as_deref().map(|path| Trace::start(path, policy.clock, config.workers));
         Ok(Self {

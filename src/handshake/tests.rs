@@ -170,6 +170,22 @@ fn both_ends_agree_on_what_was_granted() {
 }
 
 #[test]
+fn feature_bits_that_a_side_does_not_know_are_ignored_by_it() {
+    let newer = Offer { features: !0, ..offer() };
+    let Ok(Parsed::Item((peer, welcome), _)) = policy().welcome(&newer.hello()) else { panic!("no welcome") };
+    assert_eq!(peer.grant.features, policy().features, "the server grants what it has");
+    let Ok(Parsed::Item(granted, _)) = newer.grant(&welcome) else { panic!("no grant") };
+    assert_eq!(granted, peer.grant);
+    // A server that says more than it was asked.
+    let Ok(Parsed::Item((parts, _), _)) = message::parse_handshake::<Welcome>(&welcome) else {
+        panic!("no welcome")
+    };
+    let bytes = message::encode_handshake(Welcome { features: U64::new(!0), ..parts }, &[]);
+    let Ok(Parsed::Item(granted, _)) = offer().grant(&bytes) else { panic!("no grant") };
+    assert_eq!(granted.features, FEATURE_CRC, "what was not asked for means nothing");
+}
+
+#[test]
 fn a_refusal_is_read_with_its_sentence() {
     match offer().grant(&hex(REFUSAL)) {
         Err(Error::Rejected { status, text }) => {

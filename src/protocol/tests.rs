@@ -250,8 +250,8 @@ fn the_longest_paths_and_most_ids_fit_into_a_message() {
     assert!(size_of::<[RequestOutcome; OUTCOMES_MAX]>() <= crate::message::BODY_BYTES_MAX);
 }
 
-/// docs/PROTOCOL.md's table, as [`OPERATIONS`] has it: opcode, name, fields, flags, direction, class, and
-/// whether it is recorded.
+/// docs/PROTOCOL.md's table, as [`OPERATIONS`] has it: opcode, name, fields, flags, direction, class, group,
+/// and whether it is recorded.
 #[test]
 fn the_documented_operations_are_those_of_the_table() {
     let document = include_str!("../../docs/PROTOCOL.md");
@@ -275,6 +275,7 @@ fn the_documented_operations_are_those_of_the_table() {
                 cells[4],
                 cells[5],
                 cells[6],
+                cells[7],
             )
         })
         .collect();
@@ -288,11 +289,36 @@ fn the_documented_operations_are_those_of_the_table() {
             };
             let class = if operation.class == OperationClass::Control { "control" } else { "data" };
             let recorded = if operation.is_recorded { "yes" } else { "no" };
-            let Operation { opcode, name, fields, flags, .. } = *operation;
-            (opcode as u16, name, fields, flags, direction, class, recorded)
+            let Operation { opcode, name, fields, flags, group, .. } = *operation;
+            (opcode as u16, name, fields, flags, direction, class, group.name(), recorded)
         })
         .collect();
     assert_eq!(documented, table);
+}
+
+#[test]
+fn the_documented_groups_have_the_feature_bits_of_their_operations() {
+    let document = include_str!("../../docs/PROTOCOL.md");
+    let rows = document.lines().skip_while(|line| !line.starts_with("| bit | group |")).skip(2);
+    let documented: Vec<_> = rows
+        .take_while(|line| line.starts_with('|'))
+        .map(|row| {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            (cells[2], 1 << cells[1].parse::<u32>().expect("a bit"))
+        })
+        .collect();
+    for (group, feature) in &documented {
+        let has_operations = OPERATIONS.iter().any(|operation| operation.group.name() == *group);
+        assert!(has_operations && OPERATION_FEATURES & feature != 0, "{group}");
+    }
+    for operation in &OPERATIONS {
+        let feature = operation.group.feature();
+        let is_basic = operation.group == OperationGroup::Basic;
+        assert_eq!(is_basic, !documented.contains(&(operation.group.name(), feature)), "{}", operation.name);
+        assert_eq!((operation.is_granted(0), operation.is_granted(feature)), (is_basic, true));
+        let why = operation.why_not_granted(!feature);
+        assert!(why.is_none_or(|text| text.contains(operation.name)), "{}", operation.name);
+    }
 }
 
 #[test]
