@@ -156,7 +156,7 @@ pub struct Channel {
     /// Why it was given up.
     failure: Option<Error>,
     /// A request was answered over this connection.
-    is_useful: bool,
+    has_answered: bool,
     /// Connections so far.
     connections: u64,
     rest: Box<Rest>,
@@ -171,6 +171,8 @@ struct Rest {
     /// The process that it belongs to: a forked child does not connect again.
     process: u64,
     machine: Machine,
+    /// When the program's requests could be sent over the latest connection.
+    connected_at: Instant,
     phase: Phase,
     /// The server has lost the files, and has not got all back.
     must_reopen: bool,
@@ -261,7 +263,7 @@ impl Channel {
             grant: *transport.grant(),
             transport: Some(transport),
             failure: None,
-            is_useful: false,
+            has_answered: false,
             connections: 1,
             rest: Box::new(Rest {
                 dialer,
@@ -271,6 +273,7 @@ impl Channel {
                 files,
                 process: process(),
                 machine: Machine::new(epoch, window, seed),
+                connected_at: Instant::now(),
                 phase: Phase::Idle,
                 must_reopen: false,
                 again: VecDeque::new(),
@@ -356,7 +359,7 @@ impl Channel {
         let Some(transport) = &mut self.transport else { return self.recover(replies) };
         let before = replies.len();
         let arrived = transport.receive(replies);
-        self.is_useful |= replies.len() > before;
+        self.has_answered |= replies.len() > before;
         if transport.failure().is_none() {
             return arrived;
         }
@@ -550,7 +553,9 @@ impl Channel {
     #[cold]
     fn lose(&mut self) {
         let Some(mut transport) = self.transport.take() else { return };
-        let was_useful = std::mem::take(&mut self.is_useful);
+        let has_answered = std::mem::take(&mut self.has_answered);
+        let now = Instant::now();
+        let owed_since = transport.core().owed_since().unwrap_or(now);
         let rest = &mut *self.rest;
         let failure = transport.failure().map(copy_of);
         let is_violation = matches!(failure, Some(Error::Violation(_)));
@@ -562,6 +567,10 @@ impl Channel {
             self.failure = failure;
             return rest.machine.give_up();
         }
+        // Until then it was whole, as far as is known.
+        let good_until = if has_answered || lost.is_empty() { now } else { owed_since };
+        let good_for = good_until.saturating_duration_since(rest.connected_at);
+        let was_useful = rest.machine.was_useful(has_answered, is_violation, good_for);
         for lost in lost {
             match resume::at_loss(&lost.command, lost.was_sent) {
                 Fate::Again => rest.again.push_back(lost),
@@ -570,7 +579,7 @@ impl Channel {
             }
         }
         tracing::info!("The connection was lost: {}. Connecting again.", rest.why);
-        rest.machine.on_loss(Instant::now(), was_useful && !is_violation);
+        rest.machine.on_loss(now, was_useful);
     }
 
     /// Goes on without a connection that is whole. Whether anything happened.
@@ -629,7 +638,7 @@ impl Channel {
             Phase::Resending(mut transport) => {
                 let before = replies.len();
                 transport.receive(replies);
-                self.is_useful |= replies.len() > before;
+                self.has_answered |= replies.len() > before;
                 if transport.failure().is_some() {
                     self.transport = Some(transport);
                     self.lose();
@@ -840,6 +849,7 @@ impl Channel {
         let rest = &mut *self.rest;
         self.connections += 1;
         rest.resumed.reconnects += 1;
+        rest.connected_at = Instant::now();
         // The server may be older than the one before.
         for lost in std::mem::take(&mut rest.again) {
             match resume::why_not_granted(&lost.command, self.grant.features) {
@@ -848,7 +858,7 @@ impl Channel {
             }
         }
         tracing::info!("The session goes on: {} requests are sent again.", rest.again.len());
-        self.is_useful = false;
+        self.has_answered = false;
         self.resend(transport);
     }
 

@@ -956,6 +956,10 @@ impl<L> ClientCore for Core<L> {
         self.keepalive.last_rx()
     }
 
+    fn owed_since(&self) -> Option<Instant> {
+        (!self.begins_to_owe).then(|| self.keepalive.last_idle())
+    }
+
     fn clock_sample(&self) -> Option<ClockSample> {
         self.keepalive.clock_sample()
     }

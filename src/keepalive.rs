@@ -76,6 +76,11 @@ impl Keepalive {
         self.last_rx
     }
 
+    /// Since when something has been outstanding, if something is.
+    pub fn last_idle(&self) -> Instant {
+        self.last_idle
+    }
+
     /// Something was received at `now` or after. If it had a pong with a time, `taken_at` returns the time
     /// after it was received.
     pub fn on_receive(&mut self, now: Instant, taken_at: impl FnOnce() -> Instant) {

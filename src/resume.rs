@@ -236,8 +236,8 @@ impl Machine {
         self.end.filter(|_| !matches!(self.state, State::Connected | State::Failed))
     }
 
-    /// The connection has broken. `was_useful` says whether a request was answered over it: if not, the
-    /// attempt to connect counts as one that has failed.
+    /// The connection has broken. If it was not of use ([`Machine::was_useful`]) the attempt to connect
+    /// counts as one that has failed, and the window goes on.
     pub fn on_loss(&mut self, now: Instant, was_useful: bool) {
         let is_new = match self.state {
             State::Connected => was_useful || self.end.is_none(),
@@ -251,6 +251,15 @@ impl Machine {
         } else {
             self.retry(now);
         }
+    }
+
+    /// Whether a connection that breaks was of use: requests were answered over it (`has_answered`), and
+    /// the server did not break the protocol (`is_violation`); or it was whole for `good_for`, as long as
+    /// that can be known, before the trouble with it began. So neither a server that accepts connections and
+    /// drops them, nor one request that breaks each of them, is tried for ever; and trouble long after the
+    /// last one has a window of its own.
+    pub fn was_useful(&self, has_answered: bool, is_violation: bool, good_for: Duration) -> bool {
+        has_answered && !is_violation || good_for > PAUSE_MAX.min(self.window)
     }
 
     /// An attempt to connect has failed.

@@ -687,6 +687,10 @@ pub trait ClientCore {
     /// When something was last received.
     fn last_rx(&self) -> Instant;
 
+    /// Since when something is outstanding, if something is. None if that is so since the clock was last
+    /// looked at.
+    fn owed_since(&self) -> Option<Instant>;
+
     /// How the server's clock stands to this side's: of the latest pongs with the server's time the one that
     /// came soonest. None before one has come, and if [`FEATURE_PONG_TIME`] was not granted.
     ///

@@ -251,6 +251,26 @@ fn connections_that_break_before_they_are_of_use_do_not_renew_the_window() {
 }
 
 #[test]
+fn a_connection_was_of_use_that_answered_or_that_was_whole_for_a_while() {
+    let machine = Machine::new(1, WINDOW, 0);
+    let short = Machine::new(1, PAUSE_MAX / 10, 0);
+    let (none, long) = (Duration::ZERO, PAUSE_MAX + Duration::from_nanos(1));
+    for (has_answered, is_violation, good_for, expected) in [
+        (true, false, none, true),
+        (true, true, none, false),
+        (false, false, none, false),
+        (false, true, none, false),
+        (false, false, PAUSE_MAX, false),
+        (false, false, long, true),
+        (true, true, long, true),
+    ] {
+        let was_useful = machine.was_useful(has_answered, is_violation, good_for);
+        assert_eq!(was_useful, expected, "{has_answered} {is_violation} {good_for:?}");
+    }
+    assert!(short.was_useful(false, false, PAUSE_MAX / 9) && !short.was_useful(false, false, PAUSE_MAX / 10));
+}
+
+#[test]
 fn what_comes_too_late_changes_nothing() {
     let (mut machine, now) = lost();
     machine.give_up();

@@ -65,7 +65,7 @@ impl Worker {
                 fencing.asked = Some(Asked { key: request.key, ids, at: now, arrived });
                 self.counters.request(opcode);
                 self.trace(request.key, Phase::Begin, opcode.operation().name, 0);
-                if !self.settle_if_possible(connection) {
+                if self.settle_if_possible(connection).is_some() {
                     self.trace(request.key, Phase::Point, "fence", 0);
                     self.reactor.timer(now + FENCE_LOGGED_AFTER, FENCE_CHECK);
                 }
@@ -276,23 +276,23 @@ impl Worker {
     /// What a connection waits for may be over.
     pub(super) fn settle(&mut self, name: ConnectionName) {
         if let Some(key) = self.connections.named(name) {
-            self.settle_if_possible(key);
+            let _ = self.settle_if_possible(key);
         }
     }
 
-    /// Answers the outcome request of a connection if what it waits for is over. Whether it is.
-    fn settle_if_possible(&mut self, key: usize) -> bool {
+    /// Answers the outcome request of a connection if what it waits for is over. If it has asked, and must
+    /// wait on, returns what for.
+    fn settle_if_possible(&mut self, key: usize) -> Option<Unsettled> {
         let connection = &mut self.connections[key];
-        let Some(fencing) = connection.fencing.as_mut().filter(|fencing| fencing.asked.is_some()) else {
-            return false;
-        };
+        let fencing = connection.fencing.as_mut().filter(|fencing| fencing.asked.is_some())?;
         if connection.standing != Standing::Waiting {
-            return false;
+            return None;
         }
-        let Ok(outcomes) = self.shared.sessions.settle(&connection.member, &mut fencing.fence) else {
-            return false;
+        let outcomes = match self.shared.sessions.settle(&connection.member, &mut fencing.fence) {
+            Ok(outcomes) => outcomes,
+            Err(unsettled) => return Some(unsettled),
         };
-        let Some(fencing) = mem::take(&mut connection.fencing) else { return false };
+        let fencing = mem::take(&mut connection.fencing)?;
         connection.knows_earlier = fencing.fence.is_known;
         connection.standing = Standing::Settled;
         if matches!(connection.member.channel, ChannelKey::Numbered(_)) {
@@ -302,7 +302,7 @@ impl Worker {
             let response = self.outcomes(key, ids.into_iter());
             self.respond(name, Opcode::Outcome, arrived, response);
         }
-        true
+        None
     }
 
     /// Forgets the channels of all workers whose time is over.
@@ -328,20 +328,20 @@ impl Worker {
             if !is_late || mem::replace(&mut fencing.is_logged, true) {
                 continue;
             }
-            if let Err(Unsettled { connections, orphans, sessions }) =
-                self.shared.sessions.settle(&connection.member, &mut fencing.fence)
-            {
-                let peer = connection.peer();
-                log_client!(
-                    warn,
-                    peer,
-                    "clients that wait for what their broken connections have left",
-                    name = connection.name,
-                    "A client waits for what its broken connections have left, for {FENCE_LOGGED_AFTER:?} so \
-                     far: {connections} connections that a worker has not closed, {orphans} requests that a \
-                     disk or file system has not finished, {sessions} sessions that it has given up."
-                );
-            }
+            // What it waits for may be over, and its mail on the way.
+            let Some(unsettled) = self.settle_if_possible(key) else { continue };
+            let Unsettled { connections, orphans, sessions } = unsettled;
+            let connection = &self.connections[key];
+            let peer = connection.peer();
+            log_client!(
+                warn,
+                peer,
+                "clients that wait for what their broken connections have left",
+                name = connection.name,
+                "A client waits for what its broken connections have left, for {FENCE_LOGGED_AFTER:?} so \
+                 far: {connections} connections that a worker has not closed, {orphans} requests that a disk \
+                 or file system has not finished, {sessions} sessions that it has given up."
+            );
         }
     }
 }

@@ -201,3 +201,26 @@ fn servers_that_are_stopped_in_good_order_and_started_again_cost_a_pause_and_not
     assert_eq!((stats.unknown, stats.failed, stats.lost), (0, 0, 0));
     assert!(stats.reconnects as usize >= RESTARTS);
 }
+
+#[test]
+fn an_idle_channel_that_breaks_long_after_its_last_loss_has_a_window_of_its_own() {
+    let directory = directory();
+    let server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let proxy = Proxy::start(server.address());
+    let window = Duration::from_millis(300);
+    let options = Options { reconnect: window, ..Options::default() };
+    let session = Session::connect(&proxy.url(), &options).expect("a session");
+    let mut model = Model::new(&session);
+    for round in 1..4 {
+        proxy.end_all(Ending::Reset);
+        let deadline = Instant::now() + PATIENCE;
+        while model.context.stats().reconnects < round {
+            assert!(Instant::now() < deadline, "it does not notice");
+            model.context.wait(0, 1, Some(Duration::from_millis(1))).expect("it goes on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(window * 2);
+    }
+    model.write_all(1, || {});
+    model.check(directory.path());
+}
