@@ -80,8 +80,8 @@ pub struct Settings {
     pub request_timeout: Option<Duration>,
 }
 
-/// What a channel leaves behind that is dropped with requests unanswered that must not run twice: a channel
-/// that has this number and a higher epoch begins when they cannot happen any more.
+/// What a channel leaves behind that is dropped while requests may be executed yet that must not run twice: a
+/// channel that has this number and a higher epoch begins when they cannot happen any more.
 #[derive(Debug)]
 pub struct Abandoned {
     /// Its number.
@@ -182,6 +182,8 @@ struct Rest {
     asked: Vec<Lost>,
     /// Over, and not handed out.
     over: Vec<Reply>,
+    /// Requests have ended as unknown that may be executed yet: the server has not said otherwise.
+    has_left_unknown: bool,
     /// Why there is no connection.
     why: String,
     used: UsedIds,
@@ -279,6 +281,7 @@ impl Channel {
                 again: VecDeque::new(),
                 asked: Vec::new(),
                 over: Vec::new(),
+                has_left_unknown: false,
                 why: String::new(),
                 used,
                 counters: ClientCounters::default(),
@@ -293,7 +296,8 @@ impl Channel {
         })
     }
 
-    /// Has this called when the channel is dropped with requests unanswered that must not run twice.
+    /// Has this called when the channel is dropped while requests may be executed yet that must not run
+    /// twice.
     pub fn on_abandoned(&mut self, hook: impl FnOnce(Abandoned) + Send + 'static) {
         self.rest.on_abandoned = Some(Box::new(hook));
     }
@@ -364,6 +368,9 @@ impl Channel {
             return arrived;
         }
         self.lose();
+        if self.rest.settings.window.is_zero() {
+            self.rest.has_left_unknown |= replies[before..].iter().any(|reply| reply.is_unknown);
+        }
         self.recover(replies);
         true
     }
@@ -526,7 +533,9 @@ impl Channel {
             Phase::Resending(transport) => Some(transport),
             _ => None,
         });
-        !self.rest.asked.is_empty() || live.is_some_and(|live| live.core().has_unanswered_recorded())
+        self.rest.has_left_unknown
+            || !self.rest.asked.is_empty()
+            || live.is_some_and(|live| live.core().has_unanswered_recorded())
     }
 
     /// The transport that has the program's requests.
@@ -962,6 +971,7 @@ impl Rest {
     fn end_with(&mut self, lost: Lost, end: End, text: &str) {
         let End { status, result, is_unknown } = end;
         self.resumed.unknown += u64::from(is_unknown);
+        self.has_left_unknown |= is_unknown && !self.asked_in_vain();
         let body = Body::from(message::clipped(text).as_bytes());
         self.over.push(Reply {
             tag: lost.tag,

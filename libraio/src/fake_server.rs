@@ -68,6 +68,77 @@ struct Channel {
 }
 
 impl State {
+    fn execute(&mut self, command: &Command<'_>, data: &[u8]) -> Answer {
+        if let Command::Open { flags, path, .. } = *command {
+            let file = match self.files.get(path) {
+                Some(file) => Arc::clone(file),
+                None if flags & OPEN_CREATE != 0 => Arc::clone(self.files.entry(path.to_vec()).or_default()),
+                None => return Answer::failed(Status::storage(libc::ENOENT), "There is no such file."),
+            };
+            self.opened += 1;
+            let handle = self.opened;
+            let status = self.status(path, file.lock().unwrap().len());
+            self.open.insert(handle, file);
+            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
+        }
+        if let Command::Reopen { file: FileHandle(handle), identity, path, .. } = *command {
+            let Some(file) = self.files.get(path).cloned() else {
+                return Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
+            };
+            let status = self.status(path, file.lock().unwrap().len());
+            if status.identity != identity {
+                return Answer::failed(Status::storage(libc::ESTALE), "It is another file.");
+            }
+            self.open.insert(handle, file);
+            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
+        }
+        let (Command::Close(FileHandle(handle))
+        | Command::Stat(FileHandle(handle))
+        | Command::Read { file: FileHandle(handle), .. }
+        | Command::Write { file: FileHandle(handle), .. }
+        | Command::Fsync { file: FileHandle(handle), .. }
+        | Command::Discard { file: FileHandle(handle), .. }
+        | Command::WriteZeroes { file: FileHandle(handle), .. }
+        | Command::Allocate { file: FileHandle(handle), .. }) = *command
+        else {
+            unreachable!("open and cancel are handled above")
+        };
+        let Some(file) = self.open.get(&handle).cloned() else {
+            return Answer::failed(Status::storage(libc::EBADF), "That file is not open.");
+        };
+        if let Command::Close(_) = command {
+            self.open.remove(&handle);
+            return Answer::ok(0);
+        }
+        self.writes += usize::from(matches!(command, Command::Write { .. }));
+        let verifier = self.verifier;
+        let path = self.path_of(&file);
+        let status = self.status(&path, file.lock().unwrap().len());
+        let mut file = file.lock().unwrap();
+        match *command {
+            Command::Stat(_) => Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) },
+            Command::Read { offset, length, .. } => {
+                let start = file.len().min(offset as usize);
+                let end = file.len().min(start + length as usize);
+                Answer { data: file[start..end].to_vec(), ..Answer::ok((end - start) as u64) }
+            }
+            Command::Write { offset, .. } => {
+                let end = offset as usize + data.len();
+                if file.len() < end {
+                    file.resize(end, 0);
+                }
+                file[offset as usize..end].copy_from_slice(data);
+                Answer::ok(data.len() as u64)
+            }
+            Command::WriteZeroes { offset, length, .. } => {
+                file[offset as usize..(offset + length) as usize].fill(0);
+                Answer::ok(0)
+            }
+            Command::Fsync { .. } => Answer::ok(verifier),
+            _ => Answer::failed(Status::storage(libc::EOPNOTSUPP), "Not here."),
+        }
+    }
+
     fn cut_all(&mut self) {
         for stream in self.connections.drain(..) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -101,8 +172,8 @@ impl FakeServer {
                 shared.state.lock().unwrap().connections.push(stream.try_clone().unwrap());
                 thread::spawn(move || {
                     let (inbox, held) = (Vec::new(), Vec::new());
-                    let (channel, is_gone, must_ask) = (None, false, false);
-                    Connection { stream, inbox, shared, held, channel, is_gone, must_ask }.serve()
+                    let (channel, epoch, is_gone, must_ask) = (None, 0, false, false);
+                    Connection { stream, inbox, shared, held, channel, epoch, is_gone, must_ask }.serve()
                 });
             }
         });
@@ -145,6 +216,11 @@ impl FakeServer {
     /// Cuts every connection at the n-th request from now on, which is executed before that or is not.
     pub(crate) fn cut_at(&self, n: usize, executed: bool) {
         self.shared.state.lock().unwrap().cut = Some((n, executed));
+    }
+
+    /// Whether it has not done so yet.
+    pub(crate) fn is_to_cut(&self) -> bool {
+        self.shared.state.lock().unwrap().cut.is_some()
     }
 
     /// Forgets what a process that is started anew does not know, and perhaps what it has not made durable.
@@ -200,6 +276,8 @@ struct Connection {
     /// Requests that are not answered for now: id, command, data.
     held: Vec<(u64, Vec<u8>, Vec<u8>)>,
     channel: Option<([u8; 16], u32)>,
+    /// The channel's, for this connection.
+    epoch: u64,
     /// The channel was not known.
     is_gone: bool,
     /// The first command must be an outcome.
@@ -258,6 +336,7 @@ impl Connection {
         };
         let limits = peer.grant.limits();
         self.channel = peer.channel.map(|channel| (peer.session.0, channel.number));
+        self.epoch = peer.channel.map_or(0, |channel| channel.epoch);
         self.must_ask = peer.begins_with_outcome();
         // So that held requests are looked at again.
         self.stream.set_read_timeout(Some(Duration::from_millis(5))).unwrap();
@@ -345,28 +424,30 @@ impl Connection {
                     }
                     None => None,
                 };
-                if let Some(executed) = is_last {
-                    state.cut = None;
-                    state.cut_all();
-                    if !executed {
-                        return;
-                    }
+                // Under the lock with what comes before and after: a connection that takes this one's place
+                // finds what was executed, and nothing is executed once it has.
+                let channel = self.channel.expect("each connection of libraio has a channel");
+                if state.channels.get(&channel).is_none_or(|channel| channel.epoch != self.epoch) {
+                    return;
                 }
-                drop(state);
-                let answer = self.execute(&command, &data);
-                if command.opcode().operation().is_recorded
-                    && let Some(channel) = self.channel
+                let answer = (is_last != Some(false)).then(|| state.execute(&command, &data));
+                if let Some(answer) = &answer
+                    && command.opcode().operation().is_recorded
                 {
-                    let mut state = self.shared.state.lock().unwrap();
                     let outcome = RequestOutcome::done(id as u32, answer.status, answer.result);
                     let channel = state.channels.entry(channel).or_default();
                     let before = channel.done.insert(id as u16, outcome);
                     assert!(before.is_none_or(|before| u64::from(before.id()) != id), "an id was used again");
                 }
                 if is_last.is_some() {
+                    state.cut = None;
+                    state.cut_all();
                     return;
                 }
-                encode(id, answer, limits, out);
+                drop(state);
+                if let Some(answer) = answer {
+                    encode(id, answer, limits, out);
+                }
             }
         }
     }
@@ -383,79 +464,6 @@ impl Connection {
         };
         let body = ids.iter().flat_map(|id| of(id.get()).as_bytes().to_vec()).collect();
         Answer { body, ..Answer::ok(ids.len() as u64) }
-    }
-
-    fn execute(&self, command: &Command<'_>, data: &[u8]) -> Answer {
-        let mut state = self.shared.state.lock().unwrap();
-        if let Command::Open { flags, path, .. } = *command {
-            let file = match state.files.get(path) {
-                Some(file) => Arc::clone(file),
-                None if flags & OPEN_CREATE != 0 => Arc::clone(state.files.entry(path.to_vec()).or_default()),
-                None => return Answer::failed(Status::storage(libc::ENOENT), "There is no such file."),
-            };
-            state.opened += 1;
-            let handle = state.opened;
-            let status = state.status(path, file.lock().unwrap().len());
-            state.open.insert(handle, file);
-            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
-        }
-        if let Command::Reopen { file: FileHandle(handle), identity, path, .. } = *command {
-            let Some(file) = state.files.get(path).cloned() else {
-                return Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
-            };
-            let status = state.status(path, file.lock().unwrap().len());
-            if status.identity != identity {
-                return Answer::failed(Status::storage(libc::ESTALE), "It is another file.");
-            }
-            state.open.insert(handle, file);
-            return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
-        }
-        let (Command::Close(FileHandle(handle))
-        | Command::Stat(FileHandle(handle))
-        | Command::Read { file: FileHandle(handle), .. }
-        | Command::Write { file: FileHandle(handle), .. }
-        | Command::Fsync { file: FileHandle(handle), .. }
-        | Command::Discard { file: FileHandle(handle), .. }
-        | Command::WriteZeroes { file: FileHandle(handle), .. }
-        | Command::Allocate { file: FileHandle(handle), .. }) = *command
-        else {
-            unreachable!("open and cancel are handled above")
-        };
-        let Some(file) = state.open.get(&handle).cloned() else {
-            return Answer::failed(Status::storage(libc::EBADF), "That file is not open.");
-        };
-        if let Command::Close(_) = command {
-            state.open.remove(&handle);
-            return Answer::ok(0);
-        }
-        state.writes += usize::from(matches!(command, Command::Write { .. }));
-        let verifier = state.verifier;
-        let path = state.path_of(&file);
-        let status = state.status(&path, file.lock().unwrap().len());
-        drop(state);
-        let mut file = file.lock().unwrap();
-        match *command {
-            Command::Stat(_) => Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) },
-            Command::Read { offset, length, .. } => {
-                let start = file.len().min(offset as usize);
-                let end = file.len().min(start + length as usize);
-                Answer { data: file[start..end].to_vec(), ..Answer::ok((end - start) as u64) }
-            }
-            Command::Write { offset, .. } => {
-                let end = offset as usize + data.len();
-                if file.len() < end {
-                    file.resize(end, 0);
-                }
-                file[offset as usize..end].copy_from_slice(data);
-                Answer::ok(data.len() as u64)
-            }
-            Command::WriteZeroes { offset, length, .. } => {
-                file[offset as usize..(offset + length) as usize].fill(0);
-                Answer::ok(0)
-            }
-            Command::Fsync { .. } => Answer::ok(verifier),
-            _ => Answer::failed(Status::storage(libc::EOPNOTSUPP), "Not here."),
-        }
     }
 }
 

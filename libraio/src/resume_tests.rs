@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use raio_transport::handshake::Policy;
+use raio_transport::handshake::{Policy, SUPERSEDED_MAX};
 use raio_transport::protocol::OPERATION_FEATURES;
 
 use crate::fake_server::FakeServer;
@@ -171,7 +171,7 @@ fn what_an_older_server_does_not_know_ends_and_the_rest_goes_on() {
         server.reject(Some(libc::EUSERS));
         context.submit(&file, discard, 0).unwrap();
         context.flush();
-        assert_eq!(context.wait(1, 1, Some(Duration::from_millis(50))), Ok(0));
+        while server.is_to_cut() || context.wait(1, 1, Some(Duration::from_millis(50))) != Ok(0) {}
         for token in 1..12 {
             let operation =
                 if token % 2 == 1 { Operation::Discard { offset: 0, length: BLOCK as u64 } } else { read(0) };
@@ -362,6 +362,61 @@ fn a_session_that_was_stopped_with_a_write_under_way_is_ended_before_the_next_be
     drop(next);
     Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
     assert_eq!(server.superseded(), 1, "once is enough");
+}
+
+#[test]
+fn a_write_that_ended_as_unknown_is_over_before_the_next_context_or_session_begins() {
+    let window = Duration::from_millis(50);
+    for reconnect in [Duration::ZERO, window] {
+        let options = Options { reconnect, ..Options::default() };
+        let (server, session, file, mut context) = start(&options);
+        server.hold(true);
+        context.submit(&file, write(0, 1), 0).unwrap();
+        context.flush();
+        server.reject(Some(0));
+        server.die();
+        let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+        assert!(error.is_unknown, "{error}");
+        drop((context, file));
+        server.reject(None);
+        server.hold(false);
+        if reconnect.is_zero() {
+            // Its control connection is lost as well.
+            drop(session);
+            Session::connect_to(Scheme::Tcp, server.address, &options).unwrap();
+            assert_eq!(server.superseded(), 1);
+        } else {
+            let epoch_of = |number| server.channels().iter().find(|channel| channel.0 == number).unwrap().1;
+            let before = epoch_of(1);
+            let _context = session.context(1).unwrap();
+            assert!(epoch_of(1) > before, "it takes the place of the one before");
+        }
+    }
+}
+
+#[test]
+fn however_many_sessions_were_given_up_the_next_one_has_all_of_them_ended() {
+    let options = Options { reconnect: Duration::ZERO, ..Options::default() };
+    let server = FakeServer::start(Policy::default());
+    server.file(PATH, vec![0; BLOCK]);
+    let given_up = 2 * SUPERSEDED_MAX + 1;
+    let sessions: Vec<_> = (0..given_up)
+        .map(|_| {
+            let session = Session::connect_to(Scheme::Tcp, server.address, &options).unwrap();
+            let file = session.open(PATH, libc::O_RDWR, 0).unwrap();
+            let context = session.context(1).unwrap();
+            (session, file, context)
+        })
+        .collect();
+    server.hold(true);
+    for (session, file, mut context) in sessions {
+        context.submit(&file, write(0, 1), 0).unwrap();
+        context.flush();
+        session.stop();
+    }
+    server.hold(false);
+    Session::connect_to(Scheme::Tcp, server.address, &options).unwrap();
+    assert_eq!(server.superseded(), given_up);
 }
 
 #[test]

@@ -222,21 +222,7 @@ impl Session {
             channels: AtomicU32::new(0),
             abandoned: Mutex::default(),
         };
-        let superseded: Vec<_> = given_up().map_or_else(Vec::new, |mut all| {
-            let (mut here, elsewhere): (Vec<_>, Vec<_>) =
-                all.drain(..).partition(|given_up| given_up.0 == address);
-            *all = elsewhere;
-            all.extend(here.drain(here.len().min(SUPERSEDED_MAX)..));
-            here.into_iter().map(|(_, id)| id).collect()
-        });
-        let put_back = superseded.clone();
-        let first = Abandoned { number: 0, epoch: 0, used: UsedIds::default() };
-        let reached = shared.reach(tuning::CONTROL_DEPTH, first, superseded, deadline);
-        let channel = reached.inspect_err(|_| {
-            if let Some(mut all) = given_up() {
-                all.extend(put_back.into_iter().map(|id| (address, id)));
-            }
-        })?;
+        let channel = shared.reach_anew(deadline)?;
         if let Some(why_tcp) = channel.why_tcp() {
             // The session's other connections need not find out once more.
             shared.scheme = Scheme::Tcp;
@@ -324,7 +310,34 @@ impl Shared {
         }
     }
 
-    /// The same, in the place of an earlier channel, which may be none yet.
+    /// Makes the control channel of a new session. Sessions of this process with this server that were given
+    /// up are ended before, as many with each connection as it can name.
+    fn reach_anew(&self, deadline: Instant) -> Result<Channel, Error> {
+        let is_here = |given_up: &(SocketAddr, SessionId)| given_up.0 == self.address;
+        // A dial may offer two.
+        for epoch in (0..).step_by(2) {
+            let superseded: Vec<_> = given_up().map_or_else(Vec::new, |mut all| {
+                all.extract_if(.., |given_up| is_here(given_up))
+                    .map(|(_, id)| id)
+                    .take(SUPERSEDED_MAX)
+                    .collect()
+            });
+            let put_back = superseded.clone();
+            let first = Abandoned { number: 0, epoch, used: UsedIds::default() };
+            let channel =
+                self.reach(tuning::CONTROL_DEPTH, first, superseded, deadline).inspect_err(|_| {
+                    if let Some(mut all) = given_up() {
+                        all.extend(put_back.into_iter().map(|id| (self.address, id)));
+                    }
+                })?;
+            if !given_up().is_some_and(|all| all.iter().any(is_here)) {
+                return Ok(channel);
+            }
+        }
+        unreachable!("there is always a higher epoch")
+    }
+
+    /// Makes a channel in the place of an earlier one, which may be none yet.
     fn reach(
         &self,
         depth: u32,
