@@ -72,6 +72,9 @@ pub struct Stale {
 pub struct Channel<C> {
     /// The highest that has joined.
     epoch: u64,
+    /// It is that of all requests which its client may ask about. Not if it was begun by a client that had a
+    /// channel before, and that may not have heard yet that nothing is known of it.
+    is_known: bool,
     /// The connection with that epoch, until it ends.
     live: Option<C>,
     /// When the channel may be forgotten, since the connection with that epoch has ended.
@@ -88,6 +91,7 @@ impl<C> Default for Channel<C> {
     fn default() -> Self {
         Self {
             epoch: 0,
+            is_known: false,
             live: None,
             parked_until: None,
             older: Vec::new(),
@@ -104,6 +108,8 @@ impl<C: Copy + PartialEq> Channel<C> {
         if epoch <= self.epoch {
             return Err(Stale { known: self.epoch });
         }
+        // A client's first connection has nothing to ask about.
+        self.is_known |= epoch == 1;
         self.epoch = epoch;
         self.parked_until = None;
         let before = self.live.replace(connection);
@@ -125,6 +131,16 @@ impl<C: Copy + PartialEq> Channel<C> {
         if let Some(outcomes) = outcomes {
             self.outcomes = outcomes;
         }
+    }
+
+    /// The client has heard that nothing is known of its earlier requests, and does not ask about them again.
+    pub fn heard(&mut self) {
+        self.is_known = true;
+    }
+
+    /// Whether nobody is to be told that nothing is known of earlier requests.
+    pub fn is_known(&self) -> bool {
+        self.is_known
     }
 
     /// An orphan has ended, like this if it has done something.

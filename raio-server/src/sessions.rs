@@ -94,7 +94,8 @@ pub struct Remains {
 /// What a connection must wait for before its requests may run.
 #[derive(Debug)]
 pub struct Fence {
-    /// The channel is that of the connections before it. If not, nothing is known of their requests.
+    /// The channel is that of the connections before it. If not, nothing is known of their requests. It may
+    /// become known until the connection is settled.
     pub is_known: bool,
     /// Sessions of its client that had been given up, and were not over.
     superseded: Vec<Arc<Session>>,
@@ -236,9 +237,22 @@ impl Sessions {
             debug_assert!(false, "a session has the channels of its connections");
             return Err(Unsettled { connections: 0, orphans: 0, sessions });
         };
+        fence.is_known = place.channel.is_known();
         let (connections, orphans) = place.channel.waits_for();
         let outcomes = if sessions == 0 { place.channel.settle(*name) } else { None };
         outcomes.ok_or(Unsettled { connections, orphans, sessions })
+    }
+
+    /// The client of a connection has heard that nothing is known of its earlier requests: of what it sends
+    /// from now on all is known. Until then the answer may have been lost with its connection, and the next
+    /// one is given the same.
+    pub fn heard(&self, member: &Member) {
+        let Member { session, channel, .. } = member;
+        let mut table = lock(&self.table);
+        let of = table.by_id.get_mut(&session.id).filter(|of| Arc::ptr_eq(&of.session, session));
+        if let Some(place) = of.and_then(|of| of.channels.get_mut(channel)) {
+            place.channel.heard();
+        }
     }
 
     /// A connection that has joined has ended.
@@ -350,7 +364,7 @@ impl Table {
             let text = "The session was given up by its client, and is ending. Begin another one.";
             return Err(NotJoined::Stale(text.into()));
         }
-        let (place, is_known) = match of.channels.entry(channel) {
+        let (place, is_resumed) = match of.channels.entry(channel) {
             Entry::Occupied(place) => (place.into_mut(), true),
             Entry::Vacant(vacant) => (vacant.insert(Place::default()), false),
         };
@@ -375,14 +389,13 @@ impl Table {
             self.parked_bytes -= bytes;
             self.counts.parked -= 1;
         }
-        self.counts.resumed += u64::from(is_known);
+        self.counts.resumed += u64::from(is_resumed);
         of.connections += 1;
         if let Some(idle) = of.idle.take() {
             self.idle.remove(&idle);
         }
-        let fence = peer
-            .begins_with_outcome()
-            .then(|| Fence { is_known: is_known || epoch == 1, superseded: Vec::new() });
+        let is_known = place.channel.is_known();
+        let fence = peer.begins_with_outcome().then(|| Fence { is_known, superseded: Vec::new() });
         let outcomes = match fence {
             None => place.channel.settle(connection).filter(|_| peer.channel.is_some()),
             Some(_) => None,
@@ -659,6 +672,25 @@ mod tests {
 
         let joined = run.join(1, Some((3, 3)));
         assert!(joined.is_new && !joined.fence.unwrap().is_known);
+    }
+
+    #[test]
+    fn that_a_channel_is_not_known_is_said_until_its_client_has_heard_it() {
+        let mut run = run();
+        for epoch in 5..8 {
+            let mut joined = run.join(1, Some((3, epoch)));
+            run.settle(&mut joined).unwrap();
+            assert!(!joined.fence.as_ref().unwrap().is_known, "the answer before may have been lost");
+            let _ = run.end(joined, 0, LINGER);
+        }
+        let mut joined = run.join(1, Some((3, 8)));
+        run.settle(&mut joined).unwrap();
+        let mut next = run.join(1, Some((3, 9)));
+        assert!(!next.fence.as_ref().unwrap().is_known);
+        run.sessions.heard(&joined.member);
+        let _ = run.end(joined, 0, LINGER);
+        run.settle(&mut next).unwrap();
+        assert!(next.fence.unwrap().is_known, "it has heard it in the meantime");
     }
 
     #[test]

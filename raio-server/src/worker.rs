@@ -549,6 +549,7 @@ impl Worker {
         let Some(connection) = self.connections.key(request.key.connection) else { return };
         match self.connections[connection].standing {
             Standing::Settled => self.command(connection, request),
+            Standing::Told => self.command_when_told(connection, request),
             Standing::Waiting => self.command_while_waiting(connection, request),
             Standing::Closing(_) => {}
         }

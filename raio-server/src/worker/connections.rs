@@ -29,6 +29,8 @@ pub struct Arrival {
 pub enum Standing {
     /// They may.
     Settled,
+    /// They may; and the first one shows that the client has heard that nothing is known of earlier ones.
+    Told,
     /// Not yet: something that came before may still happen.
     Waiting,
     /// No more: it is closing, because its client did something wrong if that is told.

@@ -90,6 +90,19 @@ impl Worker {
         }
     }
 
+    /// Takes in a request of a client that was told that nothing is known of its earlier ones. What may be
+    /// sent without waiting for that answer does not show that it has come.
+    #[cold]
+    pub(super) fn command_when_told(&mut self, connection: usize, request: &transport::Request) {
+        let opcode = Command::decode(&request.body).map(|command| command.opcode());
+        if opcode.is_ok_and(|opcode| !matches!(opcode, Opcode::Outcome | Opcode::Cancel)) {
+            let connection = &mut self.connections[connection];
+            connection.standing = Standing::Settled;
+            self.shared.sessions.heard(&connection.member);
+        }
+        self.command(connection, request);
+    }
+
     /// What became of requests of the connections before this one.
     pub(super) fn outcomes(&self, connection: usize, ids: impl ExactSizeIterator<Item = u32>) -> Response {
         let Connection { outcomes, knows_earlier, .. } = &self.connections[connection];
@@ -294,7 +307,7 @@ impl Worker {
         };
         let fencing = mem::take(&mut connection.fencing)?;
         connection.knows_earlier = fencing.fence.is_known;
-        connection.standing = Standing::Settled;
+        connection.standing = if fencing.fence.is_known { Standing::Settled } else { Standing::Told };
         if matches!(connection.member.channel, ChannelKey::Numbered(_)) {
             connection.outcomes = Some(outcomes);
         }

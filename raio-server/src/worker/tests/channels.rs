@@ -300,6 +300,23 @@ fn of_a_channel_that_is_not_known_nothing_is_told() {
 }
 
 #[test]
+fn a_client_that_has_not_heard_that_its_channel_is_not_known_is_told_again() {
+    let mut pair = pair(true);
+    pair.release();
+    for epoch in 2..5 {
+        let mut new = pair.connect(epoch as usize % 2, &offer(1, epoch));
+        assert_eq!(pair.outcomes(&mut new, &[1]), Err(libc::ESTALE), "the last answer may have been lost");
+        new.break_off();
+    }
+    let mut new = pair.connect(0, &offer(1, 5));
+    assert_eq!(pair.outcomes(&mut new, &[1]), Err(libc::ESTALE));
+    let (opened, file) = pair.open(&mut new);
+    new.break_off();
+    let mut new = pair.connect(1, &offer(1, 6));
+    assert_eq!(pair.outcomes(&mut new, &[opened]), Ok(vec![Some((0, file.0.into()))]));
+}
+
+#[test]
 fn nothing_runs_before_the_outcome_is_answered() {
     let mut pair = pair(false);
     let mut old = pair.connect(0, &offer(1, 1));
