@@ -261,12 +261,15 @@ impl<'a> Load<'a> {
             && let Some(place) = self.line.pop_front()
         {
             self.places[place as usize].is_in_line = false;
-            self.issue_one(place);
-            self.stand_in_line(place);
+            // One that takes nothing stands in line again when something has become of its connection.
+            if self.issue_one(place) {
+                self.stand_in_line(place);
+            }
         }
     }
 
-    fn issue_one(&mut self, n: u32) {
+    /// Whether the session has taken it.
+    fn issue_one(&mut self, n: u32) -> bool {
         let length = self.plan.io_bytes;
         let (reads, writes) = self.plan.pattern.directions();
         let is_read = reads && (!writes || self.next_random() & 1 == 0);
@@ -287,7 +290,10 @@ impl<'a> Load<'a> {
             buffer.fill(0xa5);
         }
         let place = &mut self.places[n as usize];
-        let Some(session) = &mut place.session else { return self.buffers.push(buffer) };
+        let Some(session) = &mut place.session else {
+            self.buffers.push(buffer);
+            return false;
+        };
         let buffers = Buffers::One(Buffer::Owned(buffer));
         let file = session.file;
         let (command, bulk) = if is_read {
@@ -306,7 +312,7 @@ impl<'a> Load<'a> {
             if self.plan.reconnect.is_zero() {
                 place.left = 0;
             }
-            return;
+            return false;
         }
         place.left -= 1;
         place.in_flight += 1;
@@ -315,6 +321,7 @@ impl<'a> Load<'a> {
             place.is_dirty = true;
             self.dirty.push(n);
         }
+        true
     }
 
     fn flush(&mut self) -> io::Result<()> {
