@@ -12,6 +12,7 @@ mod flood;
 mod fuse;
 mod herd;
 mod history;
+mod letters;
 mod proxy;
 #[path = "../../random/mod.rs"]
 mod random;
@@ -33,6 +34,7 @@ pub use history::{
     CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
     SESSION_GIVEN_UP, Violation, WRITES_LOST,
 };
+pub use letters::{LETTER_BYTES, LETTERS, Letters};
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};

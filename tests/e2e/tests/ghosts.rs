@@ -1,12 +1,19 @@
-//! Requests of clients that are gone do not start.
+//! Requests of clients that are gone do not start, and none of them ends after a newer one: no ghost writes.
 
-use std::io::Write;
-use std::time::Duration;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
 
-use raio_e2e::{FuseCall, FuseFs, FuseOptions, Raw, Server, is_at_rest};
+use raio::Options;
+use raio_e2e::{
+    Cable, End, FuseCall, FuseFs, FuseOptions, LETTER_BYTES, LETTERS, LISTEN, Letters, LoopDevice, Mounted,
+    PATIENCE, Raw, Server, Shaped, binary, is_at_rest, needs_root, needs_wire,
+};
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use rustix::net::sockopt;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 const BLOCK: u64 = 4096;
 /// Writes of one client, at once.
@@ -99,4 +106,323 @@ fn what_waits_behind_a_stuck_write_does_not_start_after_its_client_has_gone() {
             assert!(written as u64 <= BEGUN_MAX, "{case}: {written}");
         }
     }
+}
+
+/// How often each case is tried, in every run and in the long one.
+const RUNS: usize = 3;
+const LONG_RUNS: usize = 50;
+/// In which a message arrives that TCP, or a device, tries to deliver again after the wire was cut for about
+/// as long.
+const RETRANSMITTED_AFTER: Duration = Duration::from_millis(700);
+
+/// What the old client's host and that of the server have between them.
+enum Wire {
+    Cable(Cable),
+    /// The one of scripts/rdma-vm. Both ends are on one host.
+    Rdma {
+        _wire: MutexGuard<'static, ()>,
+    },
+}
+
+impl Wire {
+    /// The wires of this machine, and the schemes of URLs over it.
+    fn all(what: &str) -> Option<(Self, &'static [&'static str])> {
+        if let Some(wire) = needs_wire(what) {
+            return Some((Self::Rdma { _wire: wire }, &["raio+rdma", "raio"]));
+        }
+        Some((Self::Cable(Cable::new(what)?), &["raio+tcp"]))
+    }
+
+    /// A program at this end.
+    fn command(&self, end: End, program: &str) -> Command {
+        match self {
+            Self::Cable(cable) => cable.command(end, binary(program)),
+            Self::Rdma { .. } => Command::new(binary(program)),
+        }
+    }
+
+    /// Does something at this end.
+    fn on<T: Send>(&self, end: End, act: impl FnOnce() -> T + Send) -> T {
+        match self {
+            Self::Cable(cable) => cable.on(end, act),
+            Self::Rdma { .. } => act(),
+        }
+    }
+
+    /// Does something while the wire is cut.
+    fn while_cut<T>(&self, act: impl FnOnce() -> T) -> T {
+        match self {
+            Self::Cable(cable) => {
+                cable.pull();
+                let done = act();
+                cable.plug();
+                done
+            }
+            Self::Rdma { .. } => {
+                let _cut = Shaped::new("loss 100%");
+                act()
+            }
+        }
+    }
+}
+
+/// A server with a directory, and a file system that can be frozen.
+struct Place {
+    server: Server,
+    /// For those who come by the wire, and for those on the server's host.
+    far: String,
+    near: String,
+    fast: tempfile::TempDir,
+    slow: Mounted,
+}
+
+impl Place {
+    fn new(wire: &Wire, scheme: &str) -> Self {
+        let fast = tempfile::tempdir().expect("a directory");
+        let slow = LoopDevice::new(32 << 20).mount("ext4");
+        let mut command = wire.command(End::A, "raio_server");
+        let listens = match wire {
+            Wire::Cable(cable) => vec![format!("tcp://{}:0", cable.address(End::A))],
+            Wire::Rdma { .. } => vec![LISTEN.into(), "tcp://10.77.0.1:0".into(), "tcp://127.0.0.1:0".into()],
+        };
+        for listen in &listens {
+            command.args(["--listen", listen]);
+        }
+        command.arg("--export").arg(format!("fast={},rw", fast.path().display()));
+        command.arg("--export").arg(format!("slow={},rw", slow.path().display()));
+        command.args(["--workers", "2", "--memory", "128M"]);
+        let server = Server::spawn(command);
+        let urls = server.urls();
+        let far = match scheme {
+            "raio" => urls[1].replace("raio+tcp", "raio"),
+            _ => urls[0].clone(),
+        };
+        Self { far, near: urls[urls.len() - 1].clone(), server, fast, slow }
+    }
+
+    fn fast(&self) -> PathBuf {
+        self.fast.path().join("file")
+    }
+
+    fn slow(&self) -> PathBuf {
+        self.slow.path().join("file")
+    }
+}
+
+fn options() -> Options {
+    Options {
+        request_timeout: Some(Duration::from_secs(1)),
+        // Emulated devices that have lost packets take their time.
+        connect_timeout: PATIENCE,
+        ..Options::default()
+    }
+}
+
+const PATHS: [&str; 2] = ["/fast/file", "/slow/file"];
+const FAST: usize = 0;
+const SLOW: usize = 1;
+
+/// A client process that writes to one file.
+struct Writer {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<std::process::ChildStdout>,
+}
+
+impl Writer {
+    fn start(wire: &Wire, url: &str, path: &str) -> Self {
+        let mut command = wire.command(End::B, "writer");
+        command.args([url, path, "o"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("a client");
+        let (stdin, stdout) = (child.stdin.take().expect("piped"), child.stdout.take().expect("piped"));
+        let mut this = Self { child, stdin, stdout: BufReader::new(stdout) };
+        this.says("open");
+        this
+    }
+
+    fn says(&mut self, word: &str) {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("it says something");
+        assert_eq!(line.trim(), word);
+    }
+
+    fn begin(&mut self) {
+        writeln!(self.stdin, "write").expect("it listens");
+        self.says("begun");
+    }
+
+    /// Stops it, has something happen, and kills it then.
+    fn stop_and_kill(&mut self, meanwhile: impl FnOnce()) {
+        kill_process(Pid::from_child(&self.child), Signal::STOP).expect("it runs");
+        meanwhile();
+        self.kill();
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The letters that each block of a file has.
+fn letters(path: &Path) -> String {
+    let bytes = std::fs::read(path).expect("the file");
+    let letter = |block: &[u8]| match block.iter().all(|byte| *byte == block[0]) {
+        true => char::from(block[0]),
+        false => '?',
+    };
+    bytes.chunks(LETTER_BYTES).map(letter).collect()
+}
+
+fn all(letter: char) -> String {
+    std::iter::repeat_n(letter, LETTERS).collect()
+}
+
+/// How a client ends with writes under way.
+#[derive(Clone, Copy, Debug)]
+enum Ending {
+    /// Its session is stopped, and the program goes on.
+    GivenUp,
+    /// The process is stopped (SIGSTOP), and killed later.
+    StoppedAndKilled,
+}
+
+const ENDINGS: [Ending; 2] = [Ending::GivenUp, Ending::StoppedAndKilled];
+
+/// Tries each way in which a client may end, often, at a place of its own for each scheme.
+fn for_each_ending(what: &str, runs: usize, case: impl Fn(&Wire, &mut Place, Ending, &str) + Sync) {
+    if !needs_root(what) {
+        return;
+    }
+    let Some((wire, schemes)) = Wire::all(what) else { return };
+    for scheme in schemes {
+        let mut place = Place::new(&wire, scheme);
+        for run in 0..runs {
+            for ending in ENDINGS {
+                let why = format!("{scheme}, {ending:?}, run {run}");
+                wire.on(End::B, || case(&wire, &mut place, ending, &why));
+            }
+        }
+    }
+}
+
+/// Writes of a client that has ended hang in a file system that is frozen. What others write there is written
+/// later, and what they write elsewhere at once; a new session of the same program begins when the old one's
+/// writes are over.
+fn while_a_file_system_is_frozen(wire: &Wire, place: &mut Place, ending: Ending, why: &str) {
+    let far = place.far.clone();
+    let connect = || Letters::connect(&far, &PATHS, &options()).expect("a session");
+    let mut new = connect();
+    new.write(FAST, b'.');
+    new.write(SLOW, b'.');
+    let before = place.server.statistics()["connections"].as_u64().expect("a count");
+    let is_executing = |now: &serde_json::Value| now["in_flight"]["executing"].as_u64() > Some(0);
+    let frozen = match ending {
+        Ending::GivenUp => {
+            let mut old = connect();
+            let frozen = place.slow.freeze();
+            old.begin(SLOW, b'o').expect("there is room");
+            old.write(FAST, b'o');
+            place.server.statistics_when(is_executing);
+            drop(old);
+            frozen
+        }
+        Ending::StoppedAndKilled => {
+            let mut old = Writer::start(wire, &place.far, PATHS[SLOW]);
+            let frozen = place.slow.freeze();
+            old.begin();
+            place.server.statistics_when(is_executing);
+            old.stop_and_kill(|| new.write(FAST, b'n'));
+            frozen
+        }
+    };
+    place.server.statistics_when(|now| now["connections"] == before);
+    assert_ne!(place.server.statistics()["channels"]["orphaned_requests"], 0, "{why}: nothing hangs");
+    new.write(FAST, b'N');
+    new.begin(SLOW, b'N').expect("there is room");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(frozen);
+        });
+        if let Ending::GivenUp = ending {
+            let mut newest = connect();
+            assert_eq!(place.server.statistics()["channels"]["orphaned_requests"], 0, "{why}: not fenced");
+            new.outcomes(LETTERS).into_iter().for_each(|written| _ = written.expect("it is written"));
+            assert_eq!(letters(&place.slow()), all('N'), "{why}");
+            newest.write(SLOW, b'M');
+        } else {
+            new.outcomes(LETTERS).into_iter().for_each(|written| _ = written.expect("it is written"));
+            new.sync(SLOW);
+        }
+    });
+    place.server.statistics_when(|now| now["channels"]["orphaned_requests"] == 0);
+    let last = if let Ending::GivenUp = ending { 'M' } else { 'N' };
+    assert_eq!((letters(&place.fast()), letters(&place.slow())), (all('N'), all(last)), "{why}");
+}
+
+/// What a client has sent into a wire that is cut, and gives up, does not come when the wire is mended, after
+/// what others have written meanwhile; nor when it comes back in a new session.
+fn while_the_wire_is_cut(wire: &Wire, place: &mut Place, ending: Ending, why: &str) {
+    let connect = |url: &str| Letters::connect(url, &PATHS, &options()).expect("a session");
+    let mut new = wire.on(End::A, || connect(&place.near));
+    new.write(FAST, b'.');
+    let write_new = |new: &mut Letters| {
+        new.write(FAST, b'N');
+        assert_eq!(letters(&place.fast()), all('N'), "{why}");
+    };
+    match ending {
+        Ending::GivenUp => {
+            let mut old = connect(&place.far);
+            wire.while_cut(|| {
+                old.begin(FAST, b'o').expect("there is room");
+                drop(old);
+                write_new(&mut new);
+            });
+        }
+        Ending::StoppedAndKilled => {
+            let mut old = Writer::start(wire, &place.far, PATHS[FAST]);
+            wire.while_cut(|| {
+                old.begin();
+                old.stop_and_kill(|| new.write(FAST, b'n'));
+                write_new(&mut new);
+            });
+        }
+    }
+    let mended = Instant::now();
+    let mut newest = connect(&place.far);
+    newest.write(SLOW, b'M');
+    std::thread::sleep(RETRANSMITTED_AFTER.saturating_sub(mended.elapsed()));
+    assert_eq!((letters(&place.fast()), letters(&place.slow())), (all('N'), all('M')), "{why}");
+}
+
+const FREEZE: &str = "a frozen file system and clients that end";
+const CUT: &str = "a cut wire and clients that end";
+
+#[test]
+fn no_old_block_lands_after_a_new_one_when_a_file_system_was_frozen() {
+    for_each_ending(FREEZE, RUNS, while_a_file_system_is_frozen);
+}
+
+#[test]
+fn no_old_block_lands_after_a_new_one_when_the_wire_was_cut() {
+    for_each_ending(CUT, RUNS, while_the_wire_is_cut);
+}
+
+#[test]
+#[ignore = "long"]
+fn no_old_block_lands_after_a_new_one_when_a_file_system_was_frozen_many_times() {
+    for_each_ending(FREEZE, LONG_RUNS, while_a_file_system_is_frozen);
+}
+
+#[test]
+#[ignore = "long"]
+fn no_old_block_lands_after_a_new_one_when_the_wire_was_cut_many_times() {
+    for_each_ending(CUT, LONG_RUNS, while_the_wire_is_cut);
 }
