@@ -63,6 +63,8 @@ struct State {
 #[derive(Default)]
 struct Channel {
     epoch: u64,
+    /// Its client has heard that nothing is known of earlier requests, or has none.
+    is_known: bool,
     /// How the last recorded request of each slot has ended.
     done: HashMap<u16, RequestOutcome>,
 }
@@ -310,7 +312,8 @@ impl Connection {
                 if let Some(offered) = peer.channel {
                     let is_known = state.channels.contains_key(&(peer.session.0, offered.number));
                     let channel = state.channels.entry((peer.session.0, offered.number)).or_default();
-                    self.is_gone = offered.epoch > 1 && !is_known;
+                    channel.is_known |= offered.epoch == 1;
+                    self.is_gone = !channel.is_known;
                     if channel.epoch >= offered.epoch {
                         rejected = Some(libc::ESTALE);
                     } else if rejected.is_none() {
@@ -429,6 +432,9 @@ impl Connection {
                 let channel = self.channel.expect("each connection of libraio has a channel");
                 if state.channels.get(&channel).is_none_or(|channel| channel.epoch != self.epoch) {
                     return;
+                }
+                if let Some(channel) = state.channels.get_mut(&channel) {
+                    channel.is_known = true;
                 }
                 let answer = (is_last != Some(false)).then(|| state.execute(&command, &data));
                 if let Some(answer) = &answer
