@@ -29,11 +29,9 @@ use crate::message::{
 };
 use crate::protocol::Opcode;
 use crate::trace::ClockSample;
-use crate::transport::{
-    Body, Bulk, ClientCore, ClientCounters, KeptCommand, Lost, NotSent, Reply, RequestId, UsedIds,
-};
+use crate::transport::{Body, Bulk, ClientCore, ClientCounters, Lost, NotSent, Reply, RequestId, UsedIds};
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
-use outstanding::Outstanding;
+use outstanding::{Outstanding, Sent};
 
 /// A connection that has shaken hands. `L` is what the transport keeps with each request while the server may
 /// reach its memory: nothing where the data travels with the messages.
@@ -42,10 +40,6 @@ pub(crate) struct Core<L = ()> {
     grant: Grant,
     limits: Limits,
     outstanding: Outstanding<Pending<L>>,
-    /// By slot, of its last request.
-    commands: Vec<Sent>,
-    /// Those of `partial` and `early` whose slots have been used again.
-    stash: Vec<(RequestId, Sent)>,
     /// Outstanding requests that await at least [`LARGE_BYTES`], less those that await fewer.
     large: isize,
     /// Something has been outstanding since the clock was last looked at, and nothing was before.
@@ -62,9 +56,9 @@ pub(crate) struct Core<L = ()> {
     pongs_queued: usize,
 
     /// A response whose data is arriving.
-    partial: Option<Partial>,
+    partial: Option<Held>,
     /// The reply to the request at the front of `queue`, whose data is not wholly sent.
-    early: Option<Partial>,
+    early: Option<Held>,
     /// Replies that have not yet been handed out.
     done: Vec<Reply>,
     upgrade: Upgrade,
@@ -93,14 +87,6 @@ struct Pending<L> {
     lease: L,
 }
 
-/// What another connection needs of a request, besides its buffers, if this one breaks. By slot, apart from
-/// [`Pending`]: a request that is answered moves, and this does not.
-#[derive(Debug)]
-struct Sent {
-    command: KeptCommand,
-    control: bool,
-}
-
 /// A message to be sent: so many bytes of `head`, then so many of the request's data.
 #[derive(Debug)]
 struct Queued {
@@ -111,7 +97,14 @@ struct Queued {
     pong: bool,
 }
 
-/// A response whose header has been taken in, but not all of its data, or before the request's was sent.
+/// A response that waits for something, with what was sent of its request, whose slot may be used again.
+#[derive(Debug)]
+struct Held {
+    partial: Partial,
+    sent: Sent,
+}
+
+/// A response whose header has been taken in.
 #[derive(Debug)]
 struct Partial {
     reply: Reply,
@@ -185,6 +178,13 @@ pub(crate) struct Ending {
     pub is_orderly: bool,
 }
 
+impl Partial {
+    /// How much of its data is still to come.
+    fn left(&self) -> usize {
+        self.reply.data_len - self.placed
+    }
+}
+
 impl<L> Core<L> {
     /// For a connection that was granted this at `now`.
     pub fn new(grant: Grant, now: Instant) -> Self {
@@ -192,8 +192,6 @@ impl<L> Core<L> {
             grant,
             limits: grant.limits(),
             outstanding: Outstanding::new(&grant),
-            commands: Vec::new(),
-            stash: Vec::new(),
             large: 0,
             begins_to_owe: false,
             head: Vec::with_capacity(4096),
@@ -272,19 +270,7 @@ impl<L> Core<L> {
         let largeness = largeness(&bulk);
         let was_idle = self.outstanding.is_empty();
         let pending = Pending { tag, bulk, queued: true, lease };
-        let is_recorded = Opcode::is_recorded_on_wire(body);
-        let id = self
-            .outstanding
-            .insert(pending, control, is_recorded)
-            .map_err(|pending| NotSent(pending.bulk))?;
-        if self.partial.is_some() || self.early.is_some() {
-            self.stash_command(id);
-        }
-        let sent = Sent { command: KeptCommand::from(body), control };
-        match self.commands.get_mut(id.slot()) {
-            Some(place) => *place = sent,
-            None => self.add_command(id, sent),
-        }
+        let id = self.outstanding.insert(pending, control, body).map_err(|pending| NotSent(pending.bulk))?;
         self.begins_to_owe |= was_idle;
         self.large += largeness;
         let start = self.head.len();
@@ -303,8 +289,8 @@ impl<L> Core<L> {
         error: &Error,
     ) -> Result<RequestId, NotSent> {
         let pending = Pending { tag, bulk, queued: false, lease };
-        let id = self.outstanding.insert(pending, true, false).map_err(|pending| NotSent(pending.bulk))?;
-        let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1) else {
+        let id = self.outstanding.insert(pending, true, &[]).map_err(|pending| NotSent(pending.bulk))?;
+        let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1, |_| Ok(())) else {
             unreachable!("it was just put in, with the credit that comes back")
         };
         let text = format!("{error}.");
@@ -314,37 +300,10 @@ impl<L> Core<L> {
         Ok(id)
     }
 
-    /// The first request in this slot: slots are used in order.
-    #[cold]
-    fn add_command(&mut self, id: RequestId, sent: Sent) {
-        let none = || Sent { command: KeptCommand::Short([0; 24]), control: false };
-        self.commands.resize_with(id.slot(), none);
-        self.commands.push(sent);
-    }
-
-    /// A slot is about to be used again: keeps the command of its last request if that is not wholly over.
-    #[cold]
-    fn stash_command(&mut self, id: RequestId) {
-        let ends = [&self.partial, &self.early].map(|end| end.as_ref().map(|partial| partial.id));
-        self.stash.retain(|(stashed, _)| ends.contains(&Some(*stashed)));
-        for end in ends.into_iter().flatten() {
-            if end.slot() == id.slot()
-                && !self.stash.iter().any(|(stashed, _)| *stashed == end)
-                && let Some(Sent { command, control }) = self.commands.get(end.slot())
-            {
-                self.stash.push((end, Sent { command: command.clone(), control: *control }));
-            }
-        }
-    }
-
     /// What another connection needs to send a request again that is over on this one.
     #[cold]
-    fn lost(&self, id: RequestId, tag: u64, bulk: Bulk, was_sent: bool) -> Lost {
-        let stashed = self.stash.iter().find(|(stashed, _)| *stashed == id).map(|(_, sent)| sent);
-        let (command, control) = match stashed.or_else(|| self.commands.get(id.slot())) {
-            Some(Sent { command, control }) => (command.clone(), *control),
-            None => (KeptCommand::Long(Box::default()), false),
-        };
+    fn lost(id: RequestId, tag: u64, bulk: Bulk, was_sent: bool, sent: &Sent) -> Lost {
+        let Sent { command, control } = sent.clone();
         Lost { tag, id, command, bulk, control, was_sent }
     }
 
@@ -362,7 +321,7 @@ impl<L> Core<L> {
         let start = self.head_at + self.queue.range(..index).map(|queued| queued.head_len).sum::<usize>();
         let queued = self.queue.remove(index)?;
         self.head.drain(start..start + queued.head_len);
-        let pending = self.outstanding.finish(request, 1).ok()?;
+        let pending = self.outstanding.finish(request, 1, |_| Ok(())).ok()?;
         self.large -= largeness(&pending.bulk);
         Some((pending.bulk, pending.lease))
     }
@@ -476,8 +435,8 @@ impl<L> Core<L> {
         let bulk = match queued.request.and_then(|id| self.outstanding.get(id)) {
             Some(pending) => Some(&pending.bulk),
             None => {
-                let arriving = self.partial.as_ref().filter(|partial| partial.queued);
-                arriving.or(self.early.as_ref()).map(|partial| &partial.reply.bulk)
+                let arriving = self.partial.as_ref().filter(|held| held.partial.queued);
+                arriving.or(self.early.as_ref()).map(|held| &held.partial.reply.bulk)
             }
         };
         match bulk {
@@ -503,15 +462,10 @@ impl<L> Core<L> {
                 match self.outstanding.get_mut(id) {
                     Some(pending) => pending.queued = false,
                     None => match &mut self.partial {
-                        Some(partial) if partial.queued => partial.queued = false,
+                        Some(Held { partial, .. }) if partial.queued => partial.queued = false,
                         _ => {
-                            if let Some(early) = self.early.take() {
-                                if self.is_rejected(early.reply.status) {
-                                    self.keep_rejected(early);
-                                } else {
-                                    self.done.push(early.reply);
-                                }
-                            }
+                            let reply = self.early.take().and_then(|early| self.unless_rejected(early));
+                            self.done.extend(reply);
                         }
                     },
                 }
@@ -538,12 +492,12 @@ impl<L> Core<L> {
 
     /// How much of the data of a response that has begun is still to come.
     pub fn data_left(&self) -> usize {
-        self.partial.as_ref().map_or(0, |partial| partial.reply.data_len - partial.placed)
+        self.partial.as_ref().map_or(0, |held| held.partial.left())
     }
 
     /// Where that goes: the request's buffers, and the range of them.
     pub fn data_room(&mut self) -> Option<(&mut Buffers, Range<usize>)> {
-        let partial = self.partial.as_mut()?;
+        let Held { partial, .. } = self.partial.as_mut()?;
         match &mut partial.reply.bulk {
             Bulk::In(buffers) => Some((buffers, partial.placed..partial.reply.data_len)),
             _ => None,
@@ -552,7 +506,7 @@ impl<L> Core<L> {
 
     /// `n` more bytes of it are in place.
     pub fn on_data(&mut self, n: usize) {
-        if let Some(partial) = &mut self.partial {
+        if let Some(Held { partial, .. }) = &mut self.partial {
             partial.placed += n;
         }
     }
@@ -573,19 +527,13 @@ impl<L> Core<L> {
         replies: &mut Vec<Reply>,
     ) -> Result<(), Violation> {
         while self.failure.is_none() && !self.must_flush(progress) {
-            if let Some(partial) = &mut self.partial {
-                let left = partial.reply.data_len - partial.placed;
-                let rest = &bytes[progress.taken..];
-                let n = left.min(rest.len());
-                if n > 0
-                    && let Bulk::In(buffers) = &mut partial.reply.bulk
-                {
-                    buffers.write_at(partial.placed, &rest[..n]);
-                    partial.placed += n;
-                    progress.taken += n;
-                    self.counters.bounced_bytes += n as u64;
-                }
-                if n < left {
+            if let Some(Held { partial, .. }) = &mut self.partial {
+                let room = partial.placed..partial.reply.data_len;
+                let copied = place(&mut partial.reply.bulk, room, &bytes[progress.taken..]);
+                partial.placed += copied;
+                progress.taken += copied;
+                self.counters.bounced_bytes += copied as u64;
+                if partial.left() > 0 {
                     return Ok(());
                 }
                 self.finish_partial(replies)?;
@@ -596,8 +544,12 @@ impl<L> Core<L> {
             };
             progress.taken += taken;
             if let Message::Response(response, body) = message {
-                let body = Body::from(body);
-                self.begin_response(response, body)?;
+                let mut pending = self.begin_response(&response)?;
+                let room = 0..response.data_len as usize;
+                let copied = place(&mut pending.bulk, room, &bytes[progress.taken..]);
+                progress.taken += copied;
+                self.counters.bounced_bytes += copied as u64;
+                self.finish(pending, response, body, copied, replies)?;
             } else {
                 progress.flush |= self.on_control(message)?;
             }
@@ -675,9 +627,8 @@ impl<L> Core<L> {
             let copied = reclaim(&mut pending.bulk, &mut pending.lease, data_len);
             self.counters.bounced_bytes += copied as u64;
         }
-        self.begin_response(response, Body::from(body))?;
-        self.on_data(data_len);
-        self.finish_partial(replies)
+        let pending = self.begin_response(&response)?;
+        self.finish(pending, response, body, data_len, replies)
     }
 
     /// Takes in a message that is no response. Whether there is a pong to be sent.
@@ -709,63 +660,89 @@ impl<L> Core<L> {
         Ok(false)
     }
 
-    /// A response's header has arrived: its request is no longer outstanding, its data goes to `partial`.
-    fn begin_response(&mut self, response: ResponseHeader, body: Body) -> Result<(), Violation> {
+    /// A response's header has arrived: its request is no longer outstanding.
+    #[inline]
+    fn begin_response(&mut self, response: &ResponseHeader) -> Result<Pending<L>, Violation> {
         let id = RequestId(response.id);
-        let pending = self.outstanding.get(id).ok_or(Violation::RequestId)?;
-        let data_len = response.data_len as usize;
-        if data_len > pending.bulk.len_in() {
-            return Err(Violation::Length);
-        }
-        if pending.queued {
-            // The server may answer before it has the data, but not before it has the command.
-            let front = self.queue.front();
-            if !front.is_some_and(|front| front.request == Some(id) && self.sent >= front.head_len) {
-                return Err(Violation::RequestId);
+        let (front, sent) = (self.queue.front(), self.sent);
+        let pending = self.outstanding.finish(id, response.credits, |pending| {
+            if response.data_len as usize > pending.bulk.len_in() {
+                return Err(Violation::Length);
             }
-        }
-        let pending = self.outstanding.finish(id, response.credits)?;
+            // The server may answer before it has the data, but not before it has the command.
+            let has_command =
+                || front.is_some_and(|front| front.request == Some(id) && sent >= front.head_len);
+            if pending.queued && !has_command() { Err(Violation::RequestId) } else { Ok(()) }
+        })?;
         self.large -= largeness(&pending.bulk);
-        self.partial = Some(Partial {
-            reply: Reply {
-                tag: pending.tag,
-                status: response.status,
-                is_unknown: false,
-                result: response.result,
-                body,
-                data_len,
-                bulk: pending.bulk,
-            },
-            placed: 0,
-            data_crc: response.data_crc,
-            queued: pending.queued,
-            id,
-        });
-        Ok(())
+        Ok(pending)
+    }
+
+    /// So much of the data of a response that has just begun is in place. Most are complete at once.
+    #[inline]
+    fn finish(
+        &mut self,
+        pending: Pending<L>,
+        response: ResponseHeader,
+        body: &[u8],
+        placed: usize,
+        replies: &mut Vec<Reply>,
+    ) -> Result<(), Violation> {
+        let data_len = response.data_len as usize;
+        let is_over = placed == data_len
+            && !pending.queued
+            && !self.is_rejected(response.status)
+            && self.is_intact(&pending.bulk, data_len, response.data_crc);
+        let reply = Reply {
+            tag: pending.tag,
+            status: response.status,
+            is_unknown: false,
+            result: response.result,
+            body: Body::from(body),
+            data_len,
+            bulk: pending.bulk,
+        };
+        if is_over {
+            replies.push(reply);
+            return Ok(());
+        }
+        let (id, data_crc) = (RequestId(response.id), response.data_crc);
+        self.hold(Partial { reply, placed, data_crc, queued: pending.queued, id }, replies)
+    }
+
+    /// Keeps a response whose request has just ended, as long as it waits for something.
+    #[cold]
+    fn hold(&mut self, partial: Partial, replies: &mut Vec<Reply>) -> Result<(), Violation> {
+        let (sent, is_complete) = (self.outstanding.sent(partial.id).clone(), partial.left() == 0);
+        self.partial = Some(Held { partial, sent });
+        if is_complete { self.finish_partial(replies) } else { Ok(()) }
     }
 
     /// All data of `partial` is in place.
     fn finish_partial(&mut self, replies: &mut Vec<Reply>) -> Result<(), Violation> {
-        let Some(partial) = &self.partial else { return Ok(()) };
-        if self.limits.crc {
-            let crc = match &partial.reply.bulk {
-                Bulk::In(buffers) => crc_of(buffers, partial.reply.data_len),
-                _ => 0,
-            };
-            if crc != partial.data_crc {
-                return Err(Violation::Checksum);
-            }
+        let Some(Held { partial, .. }) = &self.partial else { return Ok(()) };
+        let Partial { reply, data_crc, .. } = partial;
+        if !self.is_intact(&reply.bulk, reply.data_len, *data_crc) {
+            return Err(Violation::Checksum);
         }
-        if let Some(partial) = self.partial.take() {
-            if partial.queued {
-                self.early = Some(partial);
-            } else if self.is_rejected(partial.reply.status) {
-                self.keep_rejected(partial);
+        if let Some(held) = self.partial.take() {
+            if held.partial.queued {
+                self.early = Some(held);
             } else {
-                replies.push(partial.reply);
+                replies.extend(self.unless_rejected(held));
             }
         }
         Ok(())
+    }
+
+    #[inline]
+    fn is_intact(&self, bulk: &Bulk, data_len: usize, data_crc: u32) -> bool {
+        !self.limits.crc
+            || data_crc
+                == match bulk {
+                    Bulk::In(buffers) => crc_of(buffers, data_len),
+                    _ => 0,
+                }
     }
 
     /// Whether the server has not executed a request, because it is shutting down, and another connection may
@@ -775,10 +752,14 @@ impl<L> Core<L> {
         status.errno == libc::ESHUTDOWN && status.class == Class::Transport && self.keeps_lost
     }
 
-    #[cold]
-    fn keep_rejected(&mut self, partial: Partial) {
-        let lost = self.lost(partial.id, partial.reply.tag, partial.reply.bulk, false);
-        self.lost_requests.push(lost);
+    /// The reply, unless another connection may send the request again.
+    fn unless_rejected(&mut self, held: Held) -> Option<Reply> {
+        let Held { partial: Partial { reply, id, .. }, sent } = held;
+        if !self.is_rejected(reply.status) {
+            return Some(reply);
+        }
+        self.lost_requests.push(Self::lost(id, reply.tag, reply.bulk, false, &sent));
+        None
     }
 
     // The end
@@ -848,21 +829,17 @@ impl<L> Core<L> {
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
         replies.append(&mut self.done);
-        if let Some(early) = self.early.take() {
-            if self.is_rejected(early.reply.status) {
-                self.keep_rejected(early);
-            } else {
-                replies.push(early.reply);
-            }
-        }
+        let early = self.early.take();
+        replies.extend(early.and_then(|early| self.unless_rejected(early)));
         let mut lost = Vec::new();
-        if let Some(Partial { reply, queued, id, .. }) = self.partial.take() {
-            lost.push(self.lost(id, reply.tag, reply.bulk, !queued));
+        if let Some(Held { partial: Partial { reply, queued, id, .. }, sent }) = self.partial.take() {
+            lost.push(Self::lost(id, reply.tag, reply.bulk, !queued, &sent));
         }
-        for (id, mut pending) in self.outstanding.drain().collect::<Vec<_>>() {
+        let is_drained = self.is_drained;
+        for (id, mut pending, sent) in self.outstanding.drain() {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
             let Pending { tag, bulk, queued, .. } = pending;
-            lost.push(self.lost(id, tag, bulk, !queued && !self.is_drained));
+            lost.push(Self::lost(id, tag, bulk, !queued && !is_drained, sent));
         }
         if self.keeps_lost {
             self.lost_requests.append(&mut lost);
@@ -977,10 +954,8 @@ impl<L> ClientCore for Core<L> {
     }
 
     fn has_unanswered_recorded(&self) -> bool {
-        self.outstanding.iter().any(|(id, pending)| {
-            let sent = self.commands.get(id.slot());
-            !pending.queued && sent.is_some_and(|sent| Opcode::is_recorded_on_wire(&sent.command))
-        })
+        let mut sent = self.outstanding.iter().filter(|(pending, _)| !pending.queued);
+        sent.any(|(_, sent)| Opcode::is_recorded_on_wire(&sent.command))
     }
 
     fn find(&self, tag: u64) -> Option<RequestId> {
@@ -1017,6 +992,19 @@ fn lost_errno(errno: i32) -> i32 {
     match errno {
         libc::ETIMEDOUT | libc::EPIPE | libc::ENOTCONN => errno,
         _ => libc::ECONNRESET,
+    }
+}
+
+/// Puts what these bytes have of a response's data in place, in this range of its buffers: so many.
+#[inline]
+fn place(bulk: &mut Bulk, room: Range<usize>, bytes: &[u8]) -> usize {
+    let n = room.len().min(bytes.len());
+    match bulk {
+        Bulk::In(buffers) if n > 0 => {
+            buffers.write_at(room.start, &bytes[..n]);
+            n
+        }
+        _ => 0,
     }
 }
 

@@ -2,12 +2,14 @@
 
 use crate::error::Violation;
 use crate::handshake::Grant;
-use crate::transport::{IdHistory as History, RequestId, UsedIds};
+use crate::protocol::Opcode;
+use crate::transport::{IdHistory as History, KeptCommand, RequestId, UsedIds};
 
 /// The requests: ids are slot index and generation, so that a late response never hits a reused slot.
 #[derive(Debug)]
 pub(super) struct Outstanding<T> {
     slots: Vec<Slot<T>>,
+    /// As many as there are credits, or more: what is outstanding has spent one each.
     free: Vec<u32>,
     /// Credits: how many more requests may be sent, the one for control messages among them.
     credits: u32,
@@ -18,14 +20,26 @@ pub(super) struct Outstanding<T> {
 struct Slot<T> {
     history: History,
     value: Option<T>,
+    /// Of the slot's last request, also after that is over: a request that is answered moves, and this does
+    /// not.
+    sent: Sent,
+}
+
+/// What another connection needs of a request, besides its buffers, if this one breaks.
+#[derive(Clone, Debug)]
+pub(super) struct Sent {
+    pub command: KeptCommand,
+    pub control: bool,
 }
 
 impl<T> Outstanding<T> {
     /// For a connection with this grant.
     pub fn new(grant: &Grant) -> Self {
         let credits = grant.credits();
+        let none = || Sent { command: KeptCommand::Short([0; 24]), control: false };
+        let slot = |_| Slot { history: History::default(), value: None, sent: none() };
         Self {
-            slots: (0..credits).map(|_| Slot { history: History::default(), value: None }).collect(),
+            slots: (0..credits).map(slot).collect(),
             free: (0..credits).rev().collect(),
             credits,
             credits_max: credits,
@@ -65,31 +79,37 @@ impl<T> Outstanding<T> {
     }
 
     /// Whether there is a credit for a request.
+    #[inline]
     pub fn may_insert(&self, control: bool) -> bool {
-        self.credits > u32::from(!control) && !self.free.is_empty()
+        self.credits > u32::from(!control)
     }
 
-    /// Spends a credit on a request; `is_recorded` says whether the server records how it ends. Returns the
-    /// value if there is none left.
+    /// Spends a credit on a request with this command. Returns the value if there is none left.
     #[inline]
-    pub fn insert(&mut self, value: T, control: bool, is_recorded: bool) -> Result<RequestId, T> {
+    pub fn insert(&mut self, value: T, control: bool, command: &[u8]) -> Result<RequestId, T> {
         if !self.may_insert(control) {
             return Err(value);
         }
         let Some(index) = self.free.pop() else { return Err(value) };
         self.credits -= 1;
         let slot = &mut self.slots[index as usize];
-        if is_recorded {
+        if Opcode::is_recorded_on_wire(command) {
             slot.history.on_recorded();
         }
+        slot.sent = Sent { command: KeptCommand::from(command), control };
         slot.value = Some(value);
         Ok(slot.history.id(index))
     }
 
-    /// All requests with their ids.
-    pub fn iter(&self) -> impl Iterator<Item = (RequestId, &T)> {
-        let with_ids = self.slots.iter().enumerate();
-        with_ids.filter_map(|(index, slot)| Some((slot.history.id(index as u32), slot.value.as_ref()?)))
+    /// What was sent of the last request of this one's slot: of itself, if it is outstanding or was the last
+    /// to be finished there.
+    pub fn sent(&self, id: RequestId) -> &Sent {
+        &self.slots[id.slot()].sent
+    }
+
+    /// All requests.
+    pub fn iter(&self) -> impl Iterator<Item = (&T, &Sent)> {
+        self.slots.iter().filter_map(|slot| Some((slot.value.as_ref()?, &slot.sent)))
     }
 
     /// The id of the first request for which this is so.
@@ -110,16 +130,21 @@ impl<T> Outstanding<T> {
         if u64::from(slot.history.generation) == id.0 >> 16 { slot.value.as_mut() } else { None }
     }
 
-    /// Ends a request: takes it out and takes back `credits`. A response that names no outstanding request,
-    /// returns more credits than the requests that are over have spent, or leaves nothing outstanding and no
-    /// credit to go on with, is the peer's violation.
-    pub fn finish(&mut self, id: RequestId, credits: u16) -> Result<T, Violation> {
+    /// Ends a request that passes the check: takes it out and takes back `credits`. A response that names no
+    /// outstanding request, returns more credits than the requests that are over have spent, or leaves
+    /// nothing outstanding and no credit to go on with, is the peer's violation.
+    #[inline]
+    pub fn finish(
+        &mut self,
+        id: RequestId,
+        credits: u16,
+        check: impl FnOnce(&T) -> Result<(), Violation>,
+    ) -> Result<T, Violation> {
         let index = id.0 as u16;
         let left = (self.len() as u32).saturating_sub(1);
         let slot = self.slots.get_mut(index as usize).ok_or(Violation::RequestId)?;
-        if u64::from(slot.history.generation) != id.0 >> 16 {
-            return Err(Violation::RequestId);
-        }
+        let value = slot.value.as_ref().filter(|_| u64::from(slot.history.generation) == id.0 >> 16);
+        check(value.ok_or(Violation::RequestId)?)?;
         let credits = self.credits + u32::from(credits);
         // Credits come with responses alone: with none for ordinary requests, and no response to come, there
         // would never be one.
@@ -134,7 +159,7 @@ impl<T> Outstanding<T> {
     }
 
     /// Takes out everything, for a connection that has ended.
-    pub fn drain(&mut self) -> impl Iterator<Item = (RequestId, T)> + '_ {
+    pub fn drain(&mut self) -> impl Iterator<Item = (RequestId, T, &Sent)> {
         let free = &mut self.free;
         self.credits = self.credits_max;
         self.slots.iter_mut().enumerate().filter_map(move |(index, slot)| {
@@ -142,7 +167,7 @@ impl<T> Outstanding<T> {
             let id = slot.history.id(index as u32);
             slot.history.on_over();
             free.push(index as u32);
-            Some((id, value))
+            Some((id, value, &slot.sent))
         })
     }
 }
@@ -152,6 +177,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    /// A command that the server does not record, and one that it does.
+    const READ: [u8; 2] = [Opcode::Read as u8, 0];
+    const WRITE: [u8; 2] = [Opcode::Write as u8, 0];
 
     fn grant(queue_depth: u32) -> Grant {
         Grant {
@@ -170,70 +199,70 @@ mod tests {
     #[test]
     fn the_last_credit_is_for_control_messages() {
         let mut outstanding = Outstanding::new(&grant(2));
-        outstanding.insert((), false, false).unwrap();
-        outstanding.insert((), false, false).unwrap();
-        assert!(outstanding.insert((), false, false).is_err());
-        outstanding.insert((), true, false).unwrap();
-        assert!(outstanding.insert((), true, false).is_err());
+        outstanding.insert((), false, &READ).unwrap();
+        outstanding.insert((), false, &READ).unwrap();
+        assert!(outstanding.insert((), false, &READ).is_err());
+        outstanding.insert((), true, &READ).unwrap();
+        assert!(outstanding.insert((), true, &READ).is_err());
     }
 
     #[test]
     fn a_late_response_does_not_hit_a_reused_slot() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let first = outstanding.insert('a', false, false).unwrap();
-        assert_eq!(outstanding.finish(first, 1), Ok('a'));
-        let second = outstanding.insert('b', false, false).unwrap();
+        let first = outstanding.insert('a', false, &READ).unwrap();
+        assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Ok('a'));
+        let second = outstanding.insert('b', false, &READ).unwrap();
         assert_ne!(first, second);
-        assert_eq!(outstanding.finish(first, 1), Err(Violation::RequestId));
-        assert_eq!(outstanding.finish(second, 1), Ok('b'));
+        assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Err(Violation::RequestId));
+        assert_eq!(outstanding.finish(second, 1, |_| Ok(())), Ok('b'));
     }
 
     #[test]
     fn credits_that_were_never_spent_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let id = outstanding.insert((), false, false).unwrap();
-        assert_eq!(outstanding.finish(id, 2), Err(Violation::Credits));
+        let id = outstanding.insert((), false, &READ).unwrap();
+        assert_eq!(outstanding.finish(id, 2, |_| Ok(())), Err(Violation::Credits));
     }
 
     #[test]
     fn credits_of_a_request_that_is_not_over_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(4));
-        let first = outstanding.insert((), false, false).unwrap();
-        outstanding.insert((), false, false).unwrap();
-        assert_eq!(outstanding.finish(first, 2), Err(Violation::Credits));
-        assert_eq!(outstanding.finish(first, 1), Ok(()));
+        let first = outstanding.insert((), false, &READ).unwrap();
+        outstanding.insert((), false, &READ).unwrap();
+        assert_eq!(outstanding.finish(first, 2, |_| Ok(())), Err(Violation::Credits));
+        assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Ok(()));
     }
 
     #[test]
     fn credits_that_are_all_kept_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(2));
-        let first = outstanding.insert('a', false, false).unwrap();
-        let second = outstanding.insert('b', false, false).unwrap();
+        let first = outstanding.insert('a', false, &READ).unwrap();
+        let second = outstanding.insert('b', false, &READ).unwrap();
         // They may yet come with the next response.
-        assert_eq!(outstanding.finish(first, 0), Ok('a'));
-        assert_eq!(outstanding.finish(second, 0), Err(Violation::Credits));
-        assert_eq!(outstanding.finish(second, 1), Ok('b'));
+        assert_eq!(outstanding.finish(first, 0, |_| Ok(())), Ok('a'));
+        assert_eq!(outstanding.finish(second, 0, |_| Ok(())), Err(Violation::Credits));
+        assert_eq!(outstanding.finish(second, 1, |_| Ok(())), Ok('b'));
     }
 
     #[test]
     fn a_recorded_request_does_not_get_the_id_of_the_last_one_of_its_slot() {
         let mut outstanding = Outstanding::new(&grant(1));
         // The control credit's slot, so that all have the other one.
-        let mut run = |is_recorded| {
-            let id = outstanding.insert((), false, is_recorded).unwrap();
-            outstanding.finish(id, 1).unwrap();
+        let mut run = |command: &[u8]| {
+            let id = outstanding.insert((), false, command).unwrap();
+            outstanding.finish(id, 1, |_| Ok(())).unwrap();
             id
         };
-        let first = run(true);
+        let first = run(&WRITE);
         for _ in 0..65_535 {
-            assert_ne!(run(false), first);
+            assert_ne!(run(&READ), first);
         }
-        assert_ne!(run(true), first);
+        assert_ne!(run(&WRITE), first);
         for _ in 0..65_534 {
-            run(false);
+            run(&READ);
         }
         // One that is not recorded may have it.
-        assert_eq!(run(false), first);
+        assert_eq!(run(&READ), first);
     }
 
     #[test]
@@ -245,7 +274,7 @@ mod tests {
             let mut outstanding = Outstanding::new(&grant(depth));
             outstanding.set_used_ids(&used);
             for _ in 0..depth {
-                let id = outstanding.insert((), false, true).unwrap();
+                let id = outstanding.insert((), false, &WRITE).unwrap();
                 assert!(!earlier.contains(&id), "{id:?}");
                 earlier.push(id);
             }
@@ -257,10 +286,10 @@ mod tests {
     #[test]
     fn a_request_is_found_by_what_it_holds() {
         let mut outstanding = Outstanding::new(&grant(2));
-        let first = outstanding.insert('a', false, false).unwrap();
-        outstanding.insert('b', false, false).unwrap();
+        let first = outstanding.insert('a', false, &READ).unwrap();
+        outstanding.insert('b', false, &READ).unwrap();
         assert_eq!(outstanding.find(|&value| value == 'a'), Some(first));
-        outstanding.finish(first, 1).unwrap();
+        outstanding.finish(first, 1, |_| Ok(())).unwrap();
         assert_eq!(outstanding.find(|&value| value == 'a'), None);
     }
 }

@@ -274,8 +274,8 @@ impl ClientTransport for TcpClient {
         if self.core.begins_to_owe() {
             let now = Instant::now();
             // What is sent by a connection that has ended has an unknown outcome for no reason.
-            let idle = now.saturating_duration_since(self.core.last_rx());
-            self.held_back = idle >= IDLE_CHECK_AFTER && has_arrived(&self.stream);
+            let is_idle = now >= self.core.last_rx() + IDLE_CHECK_AFTER;
+            self.held_back = is_idle && has_arrived(&self.stream);
             self.core.on_owed(now);
         }
         self.send_queue();
