@@ -39,6 +39,7 @@ pub mod message;
 pub mod mux;
 pub mod open_files;
 pub mod protocol;
+pub mod random;
 #[cfg_attr(not(feature = "rdma"), path = "rdma/stub.rs")]
 pub mod rdma;
 pub mod rdma_devices;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Class, Error, Status};
 use crate::protocol::{Command, FileHandle, OPEN_EXCLUSIVE, OPEN_TRUNCATE, Opcode};
+use crate::random::SplitMix64;
 
 /// The longest pause between two attempts to connect, and the first one.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
@@ -211,14 +212,14 @@ pub struct Machine {
     end: Option<Instant>,
     /// Attempts that brought nothing, one after another.
     attempts: u32,
-    random: u64,
+    random: SplitMix64,
 }
 
 impl Machine {
     /// A channel whose first connection, with this epoch, has been made. It is given up when it has been
     /// without a useful one for as long as `window`. Pauses between attempts are drawn from `seed`.
     pub fn new(epoch: u64, window: Duration, seed: u64) -> Self {
-        Self { state: State::Connected, window, epoch, end: None, attempts: 0, random: seed }
+        Self { state: State::Connected, window, epoch, end: None, attempts: 0, random: SplitMix64::new(seed) }
     }
 
     /// Where it is.
@@ -274,7 +275,7 @@ impl Machine {
     fn retry(&mut self, now: Instant) {
         let pause = PAUSE_FIRST.saturating_mul(1 << self.attempts.min(16)).min(PAUSE_MAX);
         self.attempts = self.attempts.saturating_add(1);
-        let nanos = (u128::from(self.next_random()) * (pause.as_nanos() + 1)) >> 64;
+        let nanos = (u128::from(self.random.next_u64()) * (pause.as_nanos() + 1)) >> 64;
         self.state = State::Lost(now + Duration::from_nanos(nanos as u64));
     }
 
@@ -331,15 +332,6 @@ impl Machine {
     /// It is given up, for another reason than that the window is over.
     pub fn give_up(&mut self) {
         self.state = State::Failed;
-    }
-
-    fn next_random(&mut self) -> u64 {
-        // SplitMix64.
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 }
 

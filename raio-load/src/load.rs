@@ -14,6 +14,7 @@ use raio_transport::channel::Watch;
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::protocol::Command;
+use raio_transport::random::SplitMix64;
 use raio_transport::transport::{Bulk, Reply};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
@@ -117,7 +118,7 @@ pub struct Load<'a> {
     buffers: Vec<Box<[u8]>>,
     replies: Vec<Reply>,
     command: Vec<u8>,
-    random: u64,
+    random: SplitMix64,
     outcome: Outcome,
 }
 
@@ -163,7 +164,7 @@ impl<'a> Load<'a> {
             buffers: Vec::new(),
             replies: Vec::new(),
             command: Vec::new(),
-            random: plan.seed,
+            random: SplitMix64::new(plan.seed),
             outcome: Outcome {
                 elapsed: Duration::ZERO,
                 reads: Tally::new(),
@@ -272,9 +273,9 @@ impl<'a> Load<'a> {
     fn issue_one(&mut self, n: u32) -> bool {
         let length = self.plan.io_bytes;
         let (reads, writes) = self.plan.pattern.directions();
-        let is_read = reads && (!writes || self.next_random() & 1 == 0);
+        let is_read = reads && (!writes || self.random.next_u64() & 1 == 0);
         let block = if self.plan.pattern.is_random() {
-            ((u128::from(self.next_random()) * u128::from(self.blocks)) >> 64) as u64
+            ((u128::from(self.random.next_u64()) * u128::from(self.blocks)) >> 64) as u64
         } else {
             let next = &mut self.places[n as usize].next_block;
             let block = *next;
@@ -427,15 +428,6 @@ impl<'a> Load<'a> {
                 self.receive(n as u32);
             }
         }
-    }
-
-    fn next_random(&mut self) -> u64 {
-        // SplitMix64.
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.random;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 }
 

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, anyhow};
+use raio_transport::random::{mix, successor};
 use raio_transport::sync::lock;
 
 use crate::state_directory::StateDirectory;
@@ -41,18 +42,6 @@ struct Kept {
 pub struct FileVerifier {
     export: Arc<Verifier>,
     storage: u64,
-}
-
-/// A bijection that leaves no pattern (the end of SplitMix64).
-fn mix(mut number: u64) -> u64 {
-    number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    number ^ number >> 31
-}
-
-/// The number that follows another one: SplitMix64, which repeats none until it has had all.
-fn successor(number: u64) -> u64 {
-    number.wrapping_add(0x9e37_79b9_7f4a_7c15)
 }
 
 impl Default for Verifier {
