@@ -88,7 +88,7 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 1
+#define RAIO_ABI_MINOR 2
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
