@@ -635,7 +635,7 @@ impl std::ops::Deref for KeptCommand {
 /// What a slot of a channel remembers from one connection to the next. A request's id is its slot and the
 /// slot's generation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct IdHistory {
+pub struct IdHistory {
     /// Of the next request.
     pub generation: u16,
     /// The generation of the slot's last recorded request, by which the server knows that. The next recorded

@@ -29,6 +29,7 @@ pub fn slot_of(id: u64, queue_depth: u32) -> Option<u32> {
 /// How recorded requests have ended: the last of each slot. It takes 16 bytes for each slot up to the highest
 /// that was used.
 #[derive(Debug, Default)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Outcomes(Vec<RequestOutcome>);
 
 impl Outcomes {
@@ -67,8 +68,61 @@ pub struct Stale {
     pub known: u64,
 }
 
+/// What keeps a connection from running its requests too early, or the next one from waiting for ever. The
+/// model in `sessions/model.rs` switches them off, one at a time, to show that each is needed. In programs
+/// all of them are always on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guard {
+    /// A connection joins only with a higher epoch than all before it.
+    Epoch,
+    /// A connection whose place another one has taken is closed.
+    Fence,
+    /// A connection is not settled before those of older epochs have ended ...
+    Connections,
+    /// ... nor before the requests have that those have left behind.
+    Orphans,
+    /// What was recorded is handed over to the next connection.
+    Outcomes,
+    /// A channel is not forgotten as long as something of it may happen.
+    Keep,
+    /// Nobody is told that a request was never executed by a channel that may have been forgotten since.
+    Known,
+    /// The same, until its client has heard of that.
+    Heard,
+    /// A connection is not settled before the sessions are over that it has superseded.
+    Supersede,
+    /// Nobody joins a session that was superseded.
+    GivenUp,
+    /// Who waits for a session is told of its end.
+    Wake,
+}
+
+/// Which guards are on: in programs, all of them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Guards {
+    /// One that is off.
+    #[cfg(test)]
+    pub off: Option<Guard>,
+}
+
+impl Guards {
+    /// Whether this one is.
+    #[cfg(not(test))]
+    #[inline(always)]
+    pub const fn have(self, _: Guard) -> bool {
+        true
+    }
+
+    /// Whether this one is.
+    #[cfg(test)]
+    pub fn have(self, guard: Guard) -> bool {
+        self.off != Some(guard)
+    }
+}
+
 /// A channel of a session. `C` names a connection.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Channel<C> {
     /// The highest that has joined.
     epoch: u64,
@@ -85,7 +139,13 @@ pub struct Channel<C> {
     orphans: usize,
     /// What has been recorded, unless a connection that has not ended has it.
     outcomes: Outcomes,
+    /// Those that it has.
+    pub guards: Guards,
 }
+
+/// See [`Channel::key`].
+#[cfg(test)]
+pub type ChannelState<N> = (u64, bool, Option<N>, Vec<N>, Option<Instant>, usize, bool);
 
 impl<C> Default for Channel<C> {
     fn default() -> Self {
@@ -97,6 +157,7 @@ impl<C> Default for Channel<C> {
             older: Vec::new(),
             orphans: 0,
             outcomes: Outcomes::default(),
+            guards: Guards::default(),
         }
     }
 }
@@ -105,11 +166,11 @@ impl<C: Copy + PartialEq> Channel<C> {
     /// A connection takes the place of the one before it, which is returned if it has not ended: it is to be
     /// closed. Of several that race the one with the highest epoch stays.
     pub fn join(&mut self, epoch: u64, connection: C) -> Result<Option<C>, Stale> {
-        if epoch <= self.epoch {
+        if epoch <= self.epoch && self.guards.have(Guard::Epoch) {
             return Err(Stale { known: self.epoch });
         }
         // A client's first connection has nothing to ask about.
-        self.is_known |= epoch == 1;
+        self.is_known |= epoch == 1 || (self.epoch > 0 && !self.guards.have(Guard::Heard));
         self.epoch = epoch;
         self.parked_until = None;
         let before = self.live.replace(connection);
@@ -128,7 +189,7 @@ impl<C: Copy + PartialEq> Channel<C> {
         }
         self.orphans += executing;
         // Only one at a time is settled, so nothing is lost.
-        if let Some(outcomes) = outcomes {
+        if let Some(outcomes) = outcomes.filter(|_| self.guards.have(Guard::Outcomes)) {
             self.outcomes = outcomes;
         }
     }
@@ -140,7 +201,7 @@ impl<C: Copy + PartialEq> Channel<C> {
 
     /// Whether nobody is to be told that nothing is known of earlier requests.
     pub fn is_known(&self) -> bool {
-        self.is_known
+        self.is_known || !self.guards.have(Guard::Known)
     }
 
     /// An orphan has ended, like this if it has done something.
@@ -161,7 +222,8 @@ impl<C: Copy + PartialEq> Channel<C> {
 
     /// Whether nothing of a connection but the live one can happen any more.
     pub fn is_settled(&self) -> bool {
-        self.older.is_empty() && self.orphans == 0
+        (self.older.is_empty() || !self.guards.have(Guard::Connections))
+            && (self.orphans == 0 || !self.guards.have(Guard::Orphans))
     }
 
     /// Has a connection take what was recorded. None if it is not settled, or not the live one.
@@ -186,7 +248,19 @@ impl<C: Copy + PartialEq> Channel<C> {
 
     /// Whether it is to be forgotten. Not as long as something of it may happen, for who asks must wait.
     pub fn is_over(&self, now: Instant) -> bool {
-        self.is_settled() && self.parked_until.is_some_and(|until| until <= now)
+        (self.is_settled() || !self.guards.have(Guard::Keep))
+            && self.parked_until.is_some_and(|until| until <= now)
+    }
+
+    /// What tells it from others, for the model: its epoch, whether it is known, its connections as `name`
+    /// has them, when it may be forgotten, how many orphans it has, and whether it knows that a request was
+    /// executed.
+    #[cfg(test)]
+    pub fn key<N: Ord>(&self, id: u32, name: impl Fn(C) -> N) -> ChannelState<N> {
+        let mut older: Vec<_> = self.older.iter().map(|&connection| name(connection)).collect();
+        older.sort_unstable();
+        let is_recorded = self.outcomes.of(id) != RequestOutcome::never(id);
+        (self.epoch, self.is_known, self.live.map(name), older, self.parked_until, self.orphans, is_recorded)
     }
 
     /// Bytes of memory that what was recorded takes.

@@ -16,7 +16,7 @@ use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 
-use crate::channel::{Channel, Outcomes};
+use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::session::{ClosedFile, Session};
 use crate::stats::ChannelCounts;
@@ -93,6 +93,7 @@ pub struct Remains {
 
 /// What a connection must wait for before its requests may run.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Fence {
     /// The channel is that of the connections before it. If not, nothing is known of their requests. It may
     /// become known until the connection is settled.
@@ -136,6 +137,7 @@ pub struct Sessions {
 }
 
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Table {
     by_id: HashMap<SessionId, Of>,
     /// Sessions without a connection, that without one for longest first.
@@ -148,10 +150,12 @@ struct Table {
     /// Tells keys of the same time apart.
     serial: u64,
     counts: ChannelCounts,
+    guards: Guards,
 }
 
 /// What there is of a session.
 #[derive(Debug)]
+#[cfg_attr(test, derive(Clone))]
 struct Of {
     session: Arc<Session>,
     channels: HashMap<ChannelKey, Place>,
@@ -165,6 +169,7 @@ struct Of {
 }
 
 #[derive(Debug, Default)]
+#[cfg_attr(test, derive(Clone))]
 struct Place {
     channel: Channel<ConnectionName>,
     /// Its key in [`Table::deadlines`].
@@ -185,6 +190,7 @@ impl Sessions {
             parked_bytes_max: limits.parked_bytes_max(),
             serial: 0,
             counts: ChannelCounts::default(),
+            guards: Guards::default(),
         };
         Self { table: Mutex::new(table), sessions_max, limits, first_generation: 1 }
     }
@@ -227,12 +233,13 @@ impl Sessions {
     pub fn settle(&self, member: &Member, fence: &mut Fence) -> Result<Outcomes, Unsettled> {
         let Member { session, channel, name } = member;
         let mut table = lock(&self.table);
+        let must_wait = table.guards.have(Guard::Supersede);
         let by_id = &mut table.by_id;
         let is_left = |given_up: &Arc<Session>| {
             by_id.get(&given_up.id).is_some_and(|of| Arc::ptr_eq(&of.session, given_up))
         };
         fence.superseded.retain(is_left);
-        let sessions = fence.superseded.len();
+        let sessions = if must_wait { fence.superseded.len() } else { 0 };
         let Some(place) = by_id.get_mut(&session.id).and_then(|of| of.channels.get_mut(channel)) else {
             debug_assert!(false, "a session has the channels of its connections");
             return Err(Unsettled { connections: 0, orphans: 0, sessions });
@@ -359,7 +366,7 @@ impl Table {
             self.by_id.insert(peer.session, of);
         }
         let of = self.by_id.get_mut(&peer.session).expect("it is there, or has just been entered");
-        if of.is_superseded {
+        if of.is_superseded && self.guards.have(Guard::GivenUp) {
             self.counts.stale += 1;
             let text = "The session was given up by its client, and is ending. Begin another one.";
             return Err(NotJoined::Stale(text.into()));
@@ -368,6 +375,7 @@ impl Table {
             Entry::Occupied(place) => (place.into_mut(), true),
             Entry::Vacant(vacant) => (vacant.insert(Place::default()), false),
         };
+        place.channel.guards = self.guards;
         let before = match place.channel.join(epoch, connection) {
             Ok(before) => before,
             Err(stale) => {
@@ -381,7 +389,7 @@ impl Table {
             }
         };
         self.counts.fenced += u64::from(before.is_some());
-        effects.close.extend(before);
+        effects.close.extend(before.filter(|_| self.guards.have(Guard::Fence)));
         if let Some(deadline) = place.deadline.take() {
             self.deadlines.remove(&deadline);
         }
@@ -416,7 +424,7 @@ impl Table {
                 if let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) {
                     let live = place.channel.give_up(now);
                     self.counts.fenced += u64::from(live.is_some());
-                    effects.close.extend(live);
+                    effects.close.extend(live.filter(|_| self.guards.have(Guard::Fence)));
                     self.review(id, channel, now, effects);
                 }
             }
@@ -475,7 +483,9 @@ impl Table {
             if let Some(idle) = of.idle {
                 self.idle.remove(&idle);
             }
-            effects.wake.extend(of.waiters);
+            if self.guards.have(Guard::Wake) {
+                effects.wake.extend(of.waiters);
+            }
             effects.files.extend(of.session.end());
             effects.ended += 1;
         }
@@ -510,6 +520,21 @@ impl Table {
         true
     }
 }
+
+#[cfg(test)]
+impl Clone for Sessions {
+    fn clone(&self) -> Self {
+        Self {
+            table: Mutex::new(lock(&self.table).clone()),
+            sessions_max: self.sessions_max,
+            limits: Arc::clone(&self.limits),
+            first_generation: self.first_generation,
+        }
+    }
+}
+
+#[cfg(test)]
+mod model;
 
 #[cfg(test)]
 mod tests {
