@@ -101,7 +101,7 @@ impl Control {
             self.receive(closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
-                return match reply.status.is_ok() {
+                return match reply.status.is_ok() || self.is_closed_anyway(command, &reply) {
                     true => Ok(reply),
                     false => Err(Error::from_reply(&reply, self.channel.failure())),
                 };
@@ -126,6 +126,14 @@ impl Control {
                 _ => {}
             }
         }
+    }
+
+    /// Whether this is a close of a file that the server does not have open: if it was restarted, the file
+    /// was not opened again, because it was being closed already.
+    fn is_closed_anyway(&self, command: &Command<'_>, reply: &Reply) -> bool {
+        matches!(command, Command::Close(_))
+            && reply.status.errno == libc::EBADF
+            && self.channel.connections() > 1
     }
 
     /// Sends a command. Returns its tag; None if the connection has ended, the session was stopped, or the

@@ -300,6 +300,16 @@ fn calls_that_block_go_on_over_a_broken_connection() {
 }
 
 #[test]
+fn a_file_that_is_closed_after_a_restart_is_closed() {
+    let (server, session, file, _context) = start(&Options::default());
+    let other = session.open(PATH, libc::O_RDWR, 0).unwrap();
+    server.restart(2);
+    file.close().unwrap();
+    other.status().unwrap();
+    other.close().unwrap();
+}
+
+#[test]
 fn the_end_of_a_context_or_session_does_not_wait_for_the_window() {
     let (server, session, file, mut context) = start(&Options::default());
     server.hold(true);
