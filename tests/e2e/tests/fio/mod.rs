@@ -1,5 +1,8 @@
 //! What the fio tests share: where the engine is, and one fio run.
 
+// Not every program uses all of it.
+#![allow(dead_code, unused_imports)]
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
