@@ -3,6 +3,7 @@
 //! for a thread of the pool, once for each open.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -86,7 +87,7 @@ pub fn boot() -> &'static str {
         // A test reboots the machine by another file.
         #[cfg(debug_assertions)]
         let path = std::env::var_os("RAIO_TEST_BOOT_ID").map_or(path, PathBuf::from);
-        read(&path).unwrap_or_else(|| {
+        read(&path).ok().flatten().unwrap_or_else(|| {
             use std::hash::{BuildHasher, RandomState};
             format!("unknown-{:016x}", RandomState::new().hash_one(0))
         })
@@ -94,10 +95,22 @@ pub fn boot() -> &'static str {
 }
 
 /// The text of a file below /sys or /proc, if there is any.
-fn read(path: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
+fn read(path: &Path) -> Result<Option<String>, Errno> {
+    let text = if_there(std::fs::read_to_string(path))?.unwrap_or_default();
     let text = text.trim();
-    (!text.is_empty()).then(|| text.to_owned())
+    Ok((!text.is_empty()).then(|| text.to_owned()))
+}
+
+/// None if something is not to be had here. A shortage is an error: it will be over, and until then a file
+/// must not be taken for another one.
+fn if_there<T>(result: io::Result<T>) -> Result<Option<T>, Errno> {
+    match result {
+        Ok(found) => Ok(Some(found)),
+        Err(error) => match Errno::from_io_error(&error) {
+            Some(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::AGAIN)) => Err(errno),
+            _ => Ok(None),
+        },
+    }
 }
 
 /// An identity that no other has.
@@ -120,7 +133,7 @@ impl Facts {
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let stat = rustix::fs::statx(&fd, c"", flags, mask)?;
         if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice {
-            return Ok(Self::of_device((stat.stx_rdev_major, stat.stx_rdev_minor), depth));
+            return Self::of_device((stat.stx_rdev_major, stat.stx_rdev_minor), depth);
         }
         let uuid = file_system_uuid(&fd).ok();
         let handle = uuid.as_ref().and_then(|_| file_handle(&fd).ok());
@@ -138,23 +151,24 @@ impl Facts {
             // time.
             None => Digest::of("mount").number(stat.stx_mnt_id),
         };
-        let storage = instance.and(boot().as_bytes()).and(device_sequence(device).as_bytes()).and(&uuid);
+        let storage = instance.and(boot().as_bytes()).and(device_sequence(device)?.as_bytes()).and(&uuid);
         Ok(Self { identity: identity.identity(), storage: storage.storage(), basis })
     }
 
-    fn of_device(device: (u32, u32), depth: u32) -> Self {
+    fn of_device(device: (u32, u32), depth: u32) -> Result<Self, Errno> {
+        let sequence = device_sequence(device)?;
         let in_this_boot = |what| {
             Digest::of(what)
                 .and(boot().as_bytes())
                 .number(libc::makedev(device.0, device.1))
-                .and(device_sequence(device).as_bytes())
+                .and(sequence.as_bytes())
         };
         let storage = in_this_boot("device").storage();
-        let (basis, identity) = match disk_identifiers(device, depth) {
+        let (basis, identity) = match disk_identifiers(device, depth)? {
             Some(identity) => (Basis::Disk, identity),
             None => (Basis::DeviceNumber, in_this_boot("number")),
         };
-        Self { identity: identity.identity(), storage, basis }
+        Ok(Self { identity: identity.identity(), storage, basis })
     }
 }
 
@@ -205,37 +219,40 @@ pub fn disk_of(device: (u32, u32)) -> Option<(u32, u32)> {
     if path == disk {
         return None;
     }
-    let numbers = read(&disk.join("dev"))?;
+    let numbers = read(&disk.join("dev")).ok()??;
     let (major, minor) = numbers.split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// A number that changes when another disk takes the place of one. Empty if there is no disk.
-fn device_sequence(device: (u32, u32)) -> String {
-    read(&described(device).1.join("diskseq")).unwrap_or_default()
+fn device_sequence(device: (u32, u32)) -> Result<String, Errno> {
+    Ok(read(&described(device).1.join("diskseq"))?.unwrap_or_default())
 }
 
 /// What the disk, and the partition on it, say of themselves.
-fn disk_identifiers(device: (u32, u32), depth: u32) -> Option<Digest> {
+fn disk_identifiers(device: (u32, u32), depth: u32) -> Result<Option<Digest>, Errno> {
+    const NAMES: [&str; 6] = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"];
     let (path, disk) = described(device);
-    let whole = match read(&disk.join("loop/backing_file")) {
-        Some(backing) if depth < DEPTH_MAX => {
-            let nonblock = libc::O_NONBLOCK | libc::O_NOCTTY;
-            let file = File::options().read(true).custom_flags(nonblock).open(backing).ok()?;
-            let Facts { identity, .. } = Facts::within(file, depth + 1).ok()?;
-            let offset = read(&disk.join("loop/offset")).unwrap_or_default();
-            Digest::of("loop").and(&identity).and(offset.as_bytes())
+    let mut whole = None;
+    if let Some(backing) = read(&disk.join("loop/backing_file"))? {
+        let nonblock = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = if_there(File::options().read(true).custom_flags(nonblock).open(backing))?;
+        if let Some(file) = file.filter(|_| depth < DEPTH_MAX) {
+            let Facts { identity, .. } = Facts::within(file, depth + 1)?;
+            let offset = read(&disk.join("loop/offset"))?.unwrap_or_default();
+            whole = Some(Digest::of("loop").and(&identity).and(offset.as_bytes()));
         }
-        Some(_) => return None,
-        None => ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"]
-            .iter()
-            .find_map(|&name| Some(Digest::of(name).and(read(&disk.join(name))?.as_bytes())))?,
-    };
-    if path == disk {
-        return Some(whole);
+    } else {
+        for name in NAMES {
+            if let Some(text) = read(&disk.join(name))? {
+                whole = Some(Digest::of(name).and(text.as_bytes()));
+                break;
+            }
+        }
     }
-    let of_partition = |name| read(&path.join(name)).unwrap_or_default();
-    Some(whole.and(of_partition("partition").as_bytes()).and(of_partition("start").as_bytes()))
+    let Some(whole) = whole.filter(|_| path != disk) else { return Ok(whole) };
+    let of_partition = |name| Ok(read(&path.join(name))?.unwrap_or_default());
+    Ok(Some(whole.and(of_partition("partition")?.as_bytes()).and(of_partition("start")?.as_bytes())))
 }
 
 #[cfg(test)]
@@ -279,6 +296,17 @@ mod tests {
     }
 
     const KEPT: FileIdentity = [82, 81, 103, 211, 59, 210, 148, 175, 143, 208, 247, 73, 160, 75, 31, 28];
+
+    #[test]
+    fn a_shortage_is_told_from_what_is_not_there() {
+        let failed = |errno| if_there::<()>(Err(io::Error::from_raw_os_error(errno)));
+        for errno in [libc::ENOENT, libc::ENODEV, libc::EACCES, libc::EINVAL] {
+            assert_eq!(failed(errno), Ok(None));
+        }
+        for errno in [libc::EMFILE, libc::ENFILE, libc::ENOMEM] {
+            assert_eq!(failed(errno).unwrap_err().raw_os_error(), errno);
+        }
+    }
 
     #[test]
     fn random_identities_differ() {
