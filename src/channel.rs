@@ -8,7 +8,9 @@
 //!
 //! A transport is dropped before the next one is made, so that nothing lands in buffers that are sent again.
 
-use std::collections::{HashMap, VecDeque};
+mod beginning;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -17,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use zerocopy::little_endian::U32;
 
 use crate::error::{Error, Status, Violation};
-use crate::handshake::{Grant, Offer, random_id};
+use crate::handshake::{Grant, Offer};
 use crate::memory::{ArenaMemory, Region, WeakRegion, process};
 use crate::message;
 use crate::mux::{self, Reached};
@@ -30,6 +32,9 @@ use crate::trace::ClockSample;
 use crate::transport::{
     Body, Bulk, ClientCounters, ClientTransport, Lost, NotSent, Reply, RequestId, UsedIds,
 };
+
+pub use beginning::Beginning;
+use beginning::{Connected, Given};
 
 /// A connection that is being made. Dropping it gives it up.
 pub trait Dialing: Send {
@@ -105,7 +110,11 @@ pub struct ResumeCounters {
 
 /// The open files of a session, as they are opened again on a server that does not have them.
 #[derive(Debug, Default)]
-pub struct OpenFiles(Mutex<HashMap<u32, Arc<Reopenable>>>);
+pub struct OpenFiles {
+    files: Mutex<BTreeMap<u32, Arc<Reopenable>>>,
+    /// The incarnation of the server on which they are open, as far as is known.
+    server: Mutex<Option<[u8; 16]>>,
+}
 
 /// One of them.
 #[derive(Debug)]
@@ -121,16 +130,26 @@ pub struct Reopenable {
 impl OpenFiles {
     /// A file was opened.
     pub fn insert(&self, handle: FileHandle, file: Reopenable) {
-        lock(&self.0).insert(handle.0, Arc::new(file));
+        lock(&self.files).insert(handle.0, Arc::new(file));
     }
 
     /// It was closed.
     pub fn remove(&self, handle: FileHandle) {
-        lock(&self.0).remove(&handle.0);
+        lock(&self.files).remove(&handle.0);
+    }
+
+    /// A connection to this server was made. Whether there are files that it may not have open.
+    fn are_missing(&self, server: [u8; 16]) -> bool {
+        *lock(&self.server).get_or_insert(server) != server && !lock(&self.files).is_empty()
+    }
+
+    /// All have been opened on this server.
+    fn are_at(&self, server: [u8; 16]) {
+        *lock(&self.server) = Some(server);
     }
 
     fn list(&self) -> Vec<(FileHandle, Arc<Reopenable>)> {
-        lock(&self.0).iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
+        lock(&self.files).iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
     }
 }
 
@@ -167,6 +186,8 @@ struct Rest {
     dialer: Dialer,
     offer: Offer,
     settings: Settings,
+    /// What tells it the time.
+    clock: fn() -> Instant,
     files: Arc<OpenFiles>,
     /// The process that it belongs to: a forked child does not connect again.
     process: u64,
@@ -213,10 +234,57 @@ enum Phase {
     Resending(Box<dyn ClientTransport>),
 }
 
+#[derive(Default)]
 struct Reopening {
     files: Vec<(FileHandle, Arc<Reopenable>)>,
     sent: usize,
     answered: usize,
+    /// How requests of files end that could not be opened.
+    stale: HashMap<u32, End>,
+    /// The verifiers of the others.
+    verifiers: HashMap<u32, u64>,
+}
+
+impl Reopening {
+    fn new(files: &OpenFiles) -> Self {
+        Self { files: files.list(), ..Self::default() }
+    }
+
+    /// Sends what can be sent, and takes in what has been answered. Whether anything has.
+    fn step(&mut self, transport: &mut dyn ClientTransport) -> bool {
+        while let Some((handle, file)) = self.files.get(self.sent) {
+            let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
+            let (file, identity, path) = (*handle, file.identity, &file.path[..]);
+            let mut body = Vec::new();
+            Command::Reopen { flags, file, identity, path }.encode(&mut body);
+            if transport.send(self.sent as u64, &body, Bulk::None, false).is_err() {
+                break;
+            }
+            self.sent += 1;
+        }
+        transport.flush();
+        let mut replies = Vec::new();
+        transport.receive(&mut replies);
+        for reply in &replies {
+            let Some((handle, _)) = self.files.get(reply.tag as usize) else { continue };
+            self.answered += 1;
+            if !reply.status.is_ok() {
+                self.stale.insert(handle.0, resume::at_reopen_failure(reply.status));
+                continue;
+            }
+            match FileStatus::decode(&reply.body) {
+                Ok(status) if reply.result == u64::from(handle.0) => {
+                    self.verifiers.insert(handle.0, status.verifier.get());
+                }
+                _ => transport.abort(Violation::Field),
+            }
+        }
+        !replies.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        self.answered == self.files.len()
+    }
 }
 
 impl std::fmt::Debug for Channel {
@@ -230,38 +298,32 @@ impl Channel {
     /// that has had connections before, or sessions are superseded, it also waits until nothing of them can
     /// still happen. `used` are the ids that the channel has used.
     pub fn connect(
-        mut dialer: Dialer,
+        dialer: Dialer,
         offer: Offer,
         used: UsedIds,
         settings: Settings,
         files: Arc<OpenFiles>,
         deadline: Instant,
     ) -> Result<Self, Error> {
-        let mut dialing = dialer(&offer, Instant::now(), deadline);
-        let Reached { mut transport, why_tcp, .. } = loop {
-            if let Some(reached) = dialing.step(Instant::now()) {
-                break reached?;
+        let mut beginning = Beginning::new(dialer, offer, used, settings, files, deadline);
+        loop {
+            if let Some(begun) = beginning.step() {
+                return begun;
             }
-            let until = dialing.step_by().min(deadline);
-            // A signal is no reason to give up half way.
-            let _ = sleep(dialing.poll_fd(), until);
-        };
-        let epoch = dialing.epoch().unwrap_or(0);
-        drop(dialing);
-        if let Some(timeout) = settings.request_timeout {
-            transport.set_request_timeout(timeout);
+            beginning.wait()?;
         }
-        transport.core_mut().set_used_ids(&used);
-        if epoch > 1 || !offer.supersedes.is_empty() {
-            first_outcome(&mut *transport, deadline)?;
-        }
+    }
+
+    /// A channel that has its first connection.
+    fn begun(given: Given, first: Connected) -> Self {
+        let Given { dialer, offer, used, settings, files, clock, seed } = given;
+        let Connected { mut transport, why_tcp, epoch, reopened } = first;
         let reconnects = !settings.window.is_zero() && offer.channel.is_some();
         if reconnects {
             transport.core_mut().keep_lost();
         }
-        let seed = u128::from_ne_bytes(random_id()) as u64;
         let window = if reconnects { settings.window } else { Duration::ZERO };
-        Ok(Self {
+        Self {
             grant: *transport.grant(),
             transport: Some(transport),
             failure: None,
@@ -272,10 +334,11 @@ impl Channel {
                 // Only the first connection supersedes.
                 offer: Offer { supersedes: Vec::new(), ..offer },
                 settings: Settings { window, ..settings },
+                clock,
                 files,
                 process: process(),
                 machine: Machine::new(epoch, window, seed),
-                connected_at: Instant::now(),
+                connected_at: clock(),
                 phase: Phase::Idle,
                 must_reopen: false,
                 again: VecDeque::new(),
@@ -288,12 +351,12 @@ impl Channel {
                 resumed: ResumeCounters::default(),
                 regions: Vec::new(),
                 arenas: Vec::new(),
-                verifiers: HashMap::new(),
-                stale: HashMap::new(),
+                verifiers: reopened.verifiers,
+                stale: reopened.stale,
                 why_tcp,
                 on_abandoned: None,
             }),
-        })
+        }
     }
 
     /// Has this called when the channel is dropped while requests may be executed yet that must not run
@@ -433,7 +496,7 @@ impl Channel {
             }
             Phase::Resolving(transport) | Phase::Reopening(transport, _) | Phase::Resending(transport) => {
                 // So that a silent server is pinged.
-                let due = due.min(Instant::now() + transport.request_timeout() / 3);
+                let due = due.min((self.rest.clock)() + transport.request_timeout() / 3);
                 Watch::Connecting(vec![transport.poll_fd()], due)
             }
         }
@@ -563,7 +626,7 @@ impl Channel {
     fn lose(&mut self) {
         let Some(mut transport) = self.transport.take() else { return };
         let has_answered = std::mem::take(&mut self.has_answered);
-        let now = Instant::now();
+        let now = (self.rest.clock)();
         let owed_since = transport.core().owed_since().unwrap_or(now);
         let rest = &mut *self.rest;
         let failure = transport.failure().map(copy_of);
@@ -597,7 +660,8 @@ impl Channel {
         let before = replies.len();
         let mut has_happened = false;
         if self.rest.process == process() {
-            while self.transport.is_none() && self.failure.is_none() && self.go_on(Instant::now(), replies) {
+            let clock = self.rest.clock;
+            while self.transport.is_none() && self.failure.is_none() && self.go_on(clock(), replies) {
                 has_happened = true;
             }
         }
@@ -662,7 +726,7 @@ impl Channel {
     fn on_dial_failed(&mut self, error: Error) {
         let is_final = resume::is_final(&error);
         self.rest.why = error.to_string();
-        self.rest.machine.on_dial_failed(Instant::now(), is_final);
+        self.rest.machine.on_dial_failed((self.rest.clock)(), is_final);
         if is_final {
             self.give_up(error, Status::transport(libc::ECONNRESET));
         }
@@ -797,8 +861,7 @@ impl Channel {
         self.rest.machine.on_resolved(self.rest.must_reopen);
         if self.rest.must_reopen {
             self.rest.stale.clear();
-            let reopening = Reopening { files: self.rest.files.list(), sent: 0, answered: 0 };
-            self.rest.phase = Phase::Reopening(transport, reopening);
+            self.rest.phase = Phase::Reopening(transport, Reopening::new(&self.rest.files));
         } else {
             self.on_connected(transport);
         }
@@ -806,41 +869,18 @@ impl Channel {
 
     /// Opens files again. Whether there may be more to do at once.
     fn reopen(&mut self, mut transport: Box<dyn ClientTransport>, mut reopening: Reopening) -> bool {
+        let has_arrived = reopening.step(&mut *transport);
         let rest = &mut *self.rest;
-        while let Some((handle, file)) = reopening.files.get(reopening.sent) {
-            let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
-            let (file, identity, path) = (*handle, file.identity, &file.path[..]);
-            let mut body = Vec::new();
-            Command::Reopen { flags, file, identity, path }.encode(&mut body);
-            if transport.send(reopening.sent as u64, &body, Bulk::None, false).is_err() {
-                break;
-            }
-            reopening.sent += 1;
-        }
-        transport.flush();
-        let mut replies = Vec::new();
-        transport.receive(&mut replies);
-        for reply in &replies {
-            let Some((handle, _)) = reopening.files.get(reply.tag as usize) else { continue };
-            reopening.answered += 1;
-            if !reply.status.is_ok() {
-                rest.stale.insert(handle.0, resume::at_reopen_failure(reply.status));
-                continue;
-            }
-            match FileStatus::decode(&reply.body) {
-                Ok(status) if reply.result == u64::from(handle.0) => {
-                    rest.verifiers.insert(handle.0, status.verifier.get());
-                }
-                _ => transport.abort(Violation::Field),
-            }
-        }
         if transport.failure().is_some() {
             self.lose_again(transport);
-        } else if reopening.answered < reopening.files.len() {
+        } else if !reopening.is_over() {
             rest.phase = Phase::Reopening(transport, reopening);
-            return !replies.is_empty();
+            return has_arrived;
         } else {
             rest.must_reopen = false;
+            rest.files.are_at(transport.grant().server);
+            rest.stale = reopening.stale;
+            rest.verifiers.extend(reopening.verifiers);
             for lost in std::mem::take(&mut rest.again) {
                 let file = resume::file_of(&lost.command);
                 match file.and_then(|file| rest.stale.get(&file.0).copied()) {
@@ -858,7 +898,7 @@ impl Channel {
         let rest = &mut *self.rest;
         self.connections += 1;
         rest.resumed.reconnects += 1;
-        rest.connected_at = Instant::now();
+        rest.connected_at = (rest.clock)();
         // The server may be older than the one before.
         for lost in std::mem::take(&mut rest.again) {
             match resume::why_not_granted(&lost.command, self.grant.features) {
@@ -897,7 +937,7 @@ impl Channel {
         }
         rest.bury(&mut *transport);
         drop(transport);
-        rest.machine.on_loss(Instant::now(), false);
+        rest.machine.on_loss((rest.clock)(), false);
     }
 
     /// The channel is given up: everything is over.
@@ -920,7 +960,7 @@ impl Channel {
         let end = self.rest.machine.end();
         match self.rest.machine.state() {
             State::Lost(at) => end.map_or(at, |end| at.min(end)),
-            _ => end.unwrap_or_else(Instant::now),
+            _ => end.unwrap_or_else(self.rest.clock),
         }
     }
 
@@ -1026,39 +1066,6 @@ impl Drop for Channel {
         {
             let used = std::mem::take(&mut rest.used);
             hook(Abandoned { number: channel.number, epoch: rest.machine.epoch(), used });
-        }
-    }
-}
-
-/// Has the server say that nothing of earlier connections, or of superseded sessions, can still happen.
-fn first_outcome(transport: &mut dyn ClientTransport, deadline: Instant) -> Result<(), Error> {
-    let mut body = Vec::new();
-    Command::Outcome { ids: &[] }.encode(&mut body);
-    let _ = transport.send(0, &body, Bulk::None, true);
-    transport.flush();
-    let mut replies = Vec::new();
-    loop {
-        transport.receive(&mut replies);
-        if let Some(reply) = replies.pop() {
-            return match reply.status.errno {
-                // A channel that is not known is as good as a new one.
-                0 | libc::ESTALE => Ok(()),
-                errno => {
-                    let text = message::text(&reply.body);
-                    Err(Error::Closed { errno, text: format!("the server does not begin a session: {text}") })
-                }
-            };
-        }
-        if let Some(failure) = transport.failure() {
-            return Err(copy_of(failure));
-        }
-        if Instant::now() >= deadline {
-            let text = "the server still has requests of an earlier connection of this program under way";
-            return Err(Error::Closed { errno: libc::ETIMEDOUT, text: text.into() });
-        }
-        match transport.wait(Some(deadline)) {
-            Err(error) if error.errno() != libc::EINTR => return Err(error),
-            _ => {}
         }
     }
 }

@@ -44,6 +44,8 @@ struct State {
     /// Writes executed.
     writes: usize,
     verifier: u64,
+    /// How often it was restarted.
+    restarts: u8,
     /// How often each file was replaced by another one.
     replaced: HashMap<Vec<u8>, u8>,
     /// Feature bits that it does not have any more.
@@ -232,6 +234,7 @@ impl FakeServer {
         state.channels.clear();
         state.open.clear();
         state.verifier = verifier;
+        state.restarts += 1;
     }
 
     /// Has no such feature bits from now on, as an older server.
@@ -303,8 +306,11 @@ impl Connection {
     fn serve(mut self) -> Option<()> {
         let peer = loop {
             let shared = &self.shared;
-            let features = shared.policy.features & !shared.state.lock().unwrap().forgotten;
-            let policy = Policy { features, ..shared.policy.clone() };
+            let state = shared.state.lock().unwrap();
+            let mut policy = shared.policy.clone();
+            policy.features &= !state.forgotten;
+            policy.server[0] ^= state.restarts;
+            drop(state);
             if let Parsed::Item((peer, welcome), taken) = policy.welcome(&self.inbox).unwrap() {
                 self.inbox.drain(..taken);
                 let mut state = self.shared.state.lock().unwrap();

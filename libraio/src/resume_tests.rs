@@ -148,6 +148,16 @@ fn after_a_restart_files_are_open_again_and_only_what_was_under_way_is_unknown()
 }
 
 #[test]
+fn a_context_that_is_made_after_a_restart_has_the_files_that_were_open_before() {
+    let (server, session, file, _context) = start(&Options::default());
+    server.restart(1);
+    // Neither the session nor the other context has looked since.
+    let mut context = session.context(16).unwrap();
+    one(&mut context, &file, write(0, 1)).unwrap();
+    assert_eq!(server.contents(PATH)[..BLOCK], [1; BLOCK]);
+}
+
+#[test]
 fn a_program_that_alone_writes_may_have_it_done_again() {
     let (server, _session, file, mut context) = start(&Options { redo: true, ..Options::default() });
     server.cut_at(0, true);

@@ -59,6 +59,8 @@ pub struct TcpClient {
     unparsed: std::ops::Range<usize>,
     /// The process that connected: see [`process`].
     process: u64,
+    /// What tells it the time.
+    clock: fn() -> Instant,
 }
 
 impl TcpClient {
@@ -71,6 +73,12 @@ impl TcpClient {
     /// Shakes hands over a stream that is connected, by `deadline`. Waits for it.
     pub fn from_stream(stream: TcpStream, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         finish(&mut TcpDial::over(stream, offer, deadline))
+    }
+
+    /// Has this tell it the time: a virtual clock, for tests.
+    #[cfg(any(test, feature = "test-peers"))]
+    pub fn set_clock(&mut self, clock: fn() -> Instant) {
+        self.clock = clock;
     }
 
     /// Its own address.
@@ -272,7 +280,7 @@ impl ClientTransport for TcpClient {
 
     fn flush(&mut self) {
         if self.core.begins_to_owe() {
-            let now = Instant::now();
+            let now = (self.clock)();
             // What is sent by a connection that has ended has an unknown outcome for no reason.
             let is_idle = now >= self.core.last_rx() + IDLE_CHECK_AFTER;
             self.held_back = is_idle && has_arrived(&self.stream);
@@ -282,7 +290,7 @@ impl ClientTransport for TcpClient {
     }
 
     fn receive(&mut self, replies: &mut Vec<Reply>) -> bool {
-        let now = Instant::now();
+        let now = (self.clock)();
         let before = replies.len();
         let mut arrived = false;
         if self.blocked {
@@ -328,8 +336,8 @@ impl ClientTransport for TcpClient {
             self.send_queue();
         }
         if arrived {
-            self.core.on_receive(now, Instant::now);
-        } else if self.core.on_silence(now, Instant::now) {
+            self.core.on_receive(now, self.clock);
+        } else if self.core.on_silence(now, self.clock) {
             self.send_queue();
         }
         self.core.take_done(replies);
@@ -345,7 +353,7 @@ impl ClientTransport for TcpClient {
             self.send_queue();
         }
         while self.send_error.is_none() {
-            let timeout = match self.core.on_wait(Instant::now(), deadline) {
+            let timeout = match self.core.on_wait((self.clock)(), deadline) {
                 Wait::Return => return Ok(()),
                 Wait::Flush => {
                     self.send_queue();

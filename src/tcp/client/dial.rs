@@ -235,6 +235,7 @@ impl Handshake {
             staging,
             unparsed,
             process: process(),
+            clock: Instant::now,
         }
     }
 }
