@@ -5,12 +5,12 @@
 //! behind.
 
 mod cable;
-mod cells;
 mod crowd;
 mod device;
 mod flood;
 mod fuse;
 mod herd;
+#[path = "../../history/mod.rs"]
 mod history;
 mod letters;
 mod proxy;
@@ -22,14 +22,14 @@ mod server;
 mod wire;
 
 pub use cable::{Cable, End};
-pub use cells::{
-    CELL_BYTES, CellPlace, CellValue, FILE_CELLS, FILES, INITIAL, decode_cell, encode_cell, monotonic_ns,
-};
 pub use crowd::Crowd;
 pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
 pub use fuse::{FuseCall, FuseFs, FuseOptions};
 pub use herd::{Demand, Herd, Restless};
+pub use history::cells::{
+    CELL_BYTES, CellPlace, CellValue, FILE_CELLS, FILES, INITIAL, decode_cell, encode_cell, monotonic_ns,
+};
 pub use history::{
     CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
     SESSION_GIVEN_UP, Violation, WRITES_LOST,

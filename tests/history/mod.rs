@@ -13,11 +13,16 @@
 //! begun. Their paper says the same by zones between the two times: no two forward zones overlap, and no
 //! backward zone lies within a forward one.
 
+// Each test program that has this module uses a part of it.
+#![allow(dead_code)]
+
+pub mod cells;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::path::Path;
 
-use crate::cells::{CellPlace, CellValue, INITIAL};
+use cells::{CellPlace, CellValue, INITIAL};
 
 /// The end of what may still happen.
 pub const FOREVER: u64 = u64::MAX;
