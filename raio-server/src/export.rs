@@ -106,6 +106,12 @@ impl Export {
         }
     }
 
+    /// The same, with this verifier, as the export that another server had.
+    #[cfg(test)]
+    pub fn known_as(self, instance: FileIdentity, verifier: Arc<Verifier>) -> Self {
+        Self { instance, verifier, ..self }
+    }
+
     fn open_path(path: &Path, spec: &ExportSpec) -> anyhow::Result<Root> {
         let real = path.canonicalize()?;
         let kind = real.metadata()?.file_type();

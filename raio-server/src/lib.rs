@@ -20,6 +20,9 @@ mod export;
 pub mod export_spec;
 mod file_identity;
 mod handles;
+#[cfg(test)]
+#[path = "../../tests/history/mod.rs"]
+mod history;
 mod limits;
 mod listener;
 mod log;

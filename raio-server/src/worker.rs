@@ -253,6 +253,19 @@ pub struct Worker {
     /// The last iteration did something, which may have consequences that no event announces.
     is_busy: bool,
     drain: Option<Drain>,
+    /// What a test has it do otherwise: bits of [`Quirk`].
+    #[cfg(any(test, feature = "test-worker"))]
+    quirks: u8,
+}
+
+/// What a worker does otherwise if a test wants that.
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+enum Quirk {
+    /// Mail does not come before the next iteration.
+    LateMail = 1,
+    /// A mistake: nobody waits for what connections leave behind.
+    ForgetsOrphans = 2,
 }
 
 /// What the server learns of a worker's start.
@@ -386,6 +399,8 @@ impl Worker {
             handed_over: false,
             is_busy: false,
             drain: None,
+            #[cfg(any(test, feature = "test-worker"))]
+            quirks: 0,
         };
         Ok((worker, started))
     }
@@ -404,12 +419,27 @@ impl Worker {
         }
     }
 
+    /// Never, but in a test that wants it.
+    #[inline(always)]
+    fn has_quirk(&self, quirk: Quirk) -> bool {
+        #[cfg(any(test, feature = "test-worker"))]
+        let has = self.quirks & quirk as u8 != 0;
+        #[cfg(not(any(test, feature = "test-worker")))]
+        let has = {
+            let _ = quirk;
+            false
+        };
+        has
+    }
+
     /// One iteration of the loop.
     fn run_once(&mut self) -> anyhow::Result<()> {
         // What has happened: events, other threads' mail, and operations that have ended.
         self.poll_events()?;
         self.admission.begin_iteration();
-        self.take_mail();
+        if !self.has_quirk(Quirk::LateMail) {
+            self.take_mail();
+        }
         self.take_completions();
         // Requests that wait for memory come before those that have just arrived.
         self.show_life();

@@ -82,7 +82,7 @@ impl TestWorker {
         let (limits, sessions) = limits(&config, places)?;
         let shared = Arc::new(Shared::new(&config, exports, sessions)?);
         let now = Instant::now();
-        let running = Some(start(&shared, now)?);
+        let running = Some(start(&shared, 0, now)?);
         Ok(Self { config, places, shared, limits, pool, running, now })
     }
 
@@ -93,7 +93,7 @@ impl TestWorker {
         let shared = Arc::get_mut(&mut self.shared).context("The worker has left something behind")?;
         (self.limits, shared.sessions) = limits(&self.config, self.places)?;
         shared.placement = Placement::new(1);
-        self.running = Some(start(&self.shared, self.now)?);
+        self.running = Some(start(&self.shared, 0, self.now)?);
         Ok(())
     }
 
@@ -179,7 +179,12 @@ fn limits(config: &Config, places: usize) -> anyhow::Result<(Arc<Limits>, Sessio
     Ok((Arc::clone(&limits), Sessions::new(sessions_max, limits)))
 }
 
-fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(WorkerSenders, Worker)> {
+/// Starts a worker whose clock stands at this time.
+pub(super) fn start(
+    shared: &Arc<Shared>,
+    index: usize,
+    now: Instant,
+) -> anyhow::Result<(WorkerSenders, Worker)> {
     // Few and small buffers, so that a test runs out of them.
     let config = reactor::Config {
         epoll: true,
@@ -191,6 +196,6 @@ fn start(shared: &Arc<Shared>, now: Instant) -> anyhow::Result<(WorkerSenders, W
     let reactor = Reactor::new(&config).context("Cannot make an event loop")?;
     reactor.clock().set(now);
     let counters = Arc::new(Counters::new(shared.exports.all().len()));
-    let (worker, started) = Worker::on(reactor, 0, Arc::clone(shared), counters, None)?;
+    let (worker, started) = Worker::on(reactor, index, Arc::clone(shared), counters, None)?;
     Ok((started.senders, worker))
 }

@@ -15,7 +15,7 @@ use tracing::field::display;
 
 use super::connections::{Connection, Fencing, Standing};
 use super::fence::Orphan;
-use super::{Mail, Worker};
+use super::{Mail, Quirk, Worker};
 use crate::client::Client;
 use crate::limits::Excess;
 use crate::log::log_client;
@@ -115,7 +115,7 @@ impl Worker {
             if self.requests[request].state == State::Executing && self.take_back(request).is_none() {
                 // The kernel may have its memory: it runs to its end, which is near if it has not begun.
                 self.requests.detach(request);
-                if self.requests[request].work.is_recorded() {
+                if self.requests[request].work.is_recorded() && !self.has_quirk(Quirk::ForgetsOrphans) {
                     executing += 1;
                     let Connection { member, arrival, .. } = &self.connections[key];
                     let account = arrival.permit.address().clone();

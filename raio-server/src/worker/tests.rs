@@ -7,6 +7,7 @@ mod driven;
 mod fast_path;
 mod instructions;
 mod limits;
+mod simulation;
 mod volumes;
 
 use std::net::TcpStream;
