@@ -70,6 +70,40 @@ impl Drop for Shaped {
     }
 }
 
+/// The wire carries no RDMA, and TCP as before, until this is dropped.
+pub struct WithoutRdma(());
+
+impl WithoutRdma {
+    /// Loses each packet of RoCE v2.
+    pub fn new() -> Self {
+        let this = Self(());
+        for end in ["v0", "v1"] {
+            let tc = |arguments: &str| {
+                let all: Vec<_> = arguments.split_whitespace().collect();
+                run("tc", &all);
+            };
+            tc(&format!("qdisc replace dev {end} root handle 1: prio"));
+            tc(&format!("qdisc add dev {end} parent 1:3 handle 30: netem loss 100%"));
+            tc(&format!(
+                "filter add dev {end} parent 1: protocol ip prio 1 u32 match ip dport 4791 0xffff flowid 1:3"
+            ));
+        }
+        this
+    }
+}
+
+impl Default for WithoutRdma {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for WithoutRdma {
+    fn drop(&mut self) {
+        drop(Shaped(()));
+    }
+}
+
 /// The wire is cut at 10.77.0.1's end, until this is dropped.
 pub struct Cut(());
 

@@ -6,7 +6,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{Ending, PATIENCE, Proxy, Server, binary};
+use raio_e2e::{Ending, LISTEN, PATIENCE, Proxy, Server, WithoutRdma, binary, needs_wire};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
 const BLOCK: usize = 4096;
@@ -26,8 +27,15 @@ fn read(block: u64) -> Operation {
 
 /// A server that may follow others at the same place.
 fn serve(directory: &Path, listen: &str) -> Server {
+    serve_at(directory, &[listen])
+}
+
+fn serve_at(directory: &Path, listens: &[&str]) -> Server {
     let mut command = Command::new(binary("raio_server"));
-    command.args(["--listen", listen, "--workers", "2", "--state"]).arg(directory.join("state"));
+    for listen in listens {
+        command.args(["--listen", listen]);
+    }
+    command.args(["--workers", "2", "--state"]).arg(directory.join("state"));
     command.arg("--export").arg(format!("d={},rw", directory.join("files").display()));
     Server::spawn(command)
 }
@@ -38,8 +46,20 @@ fn directory() -> tempfile::TempDir {
     directory
 }
 
+/// How a program waits for what ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waits {
+    /// In calls that block.
+    InCalls,
+    /// For a descriptor alone, with calls that do not.
+    ForDescriptor,
+}
+
+const WAITS: [Waits; 2] = [Waits::InCalls, Waits::ForDescriptor];
+
 /// A file, and what is in each of its blocks.
 struct Model {
+    waits: Waits,
     file: File,
     context: Context,
     /// What was acknowledged last, and what may be there besides.
@@ -48,10 +68,10 @@ struct Model {
 }
 
 impl Model {
-    fn new(session: &Session) -> Self {
+    fn new(session: &Session, waits: Waits) -> Self {
         let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
         let context = session.context(BLOCKS as usize).expect("a context");
-        Self { file, context, blocks: vec![(0, None); BLOCKS as usize], unknown: 0 }
+        Self { waits, file, context, blocks: vec![(0, None); BLOCKS as usize], unknown: 0 }
     }
 
     /// Writes every block, and has something happen meanwhile. How long it took.
@@ -75,12 +95,31 @@ impl Model {
         begin.elapsed()
     }
 
+    /// Waits for at least one completion, for a while.
+    fn wait(&mut self) {
+        match self.waits {
+            Waits::InCalls => {
+                self.context.wait(1, usize::MAX, Some(Duration::from_millis(100))).expect("it goes on");
+            }
+            Waits::ForDescriptor => {
+                let fd = self.context.poll_fd().expect("a descriptor");
+                // Longer than anything takes: it is readable whenever there is something to do.
+                let timeout = Timespec::try_from(PATIENCE).expect("it is short");
+                let ready = poll(&mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)], Some(&timeout));
+                assert_eq!(ready, Ok(1), "nothing happens: {:?}", self.context.stats());
+                self.context.wait(0, usize::MAX, Some(Duration::ZERO)).expect("it goes on");
+            }
+        }
+    }
+
+    /// The outcomes of an operation on each block, each of which comes once.
     fn collect(&mut self) -> Vec<(usize, Result<u64, Error>)> {
         let mut all = Vec::new();
+        let mut seen = [false; BLOCKS as usize];
         let deadline = Instant::now() + PATIENCE;
         while all.len() < BLOCKS as usize {
             assert!(Instant::now() < deadline, "{} of {BLOCKS}: {:?}", all.len(), self.context.stats());
-            self.context.wait(1, usize::MAX, Some(Duration::from_millis(100))).expect("it goes on");
+            self.wait();
             while let Some(completion) = self.context.next() {
                 if let Some(buffers) = &completion.buffers
                     && completion.result.is_ok()
@@ -88,7 +127,9 @@ impl Model {
                     let byte = buffers.pieces()[0].bytes()[0];
                     assert!(buffers.pieces()[0].bytes().iter().all(|&other| other == byte), "a torn block");
                 }
-                all.push((completion.token as usize, completion.result));
+                let block = completion.token as usize;
+                assert!(!std::mem::replace(&mut seen[block], true), "block {block} ends twice");
+                all.push((block, completion.result));
             }
         }
         all
@@ -96,14 +137,16 @@ impl Model {
 
     fn fsync(&mut self) {
         self.context.submit(&self.file, Operation::Fsync { data_only: true }, 0).expect("there is room");
+        self.context.flush();
         let deadline = Instant::now() + PATIENCE;
-        loop {
+        let completion = loop {
             assert!(Instant::now() < deadline);
-            if self.context.wait(1, 1, Some(Duration::from_millis(100))).expect("it goes on") > 0 {
-                break;
+            self.wait();
+            if let Some(completion) = self.context.next() {
+                break completion;
             }
-        }
-        self.context.next().expect("it is there").result.expect("nothing is lost");
+        };
+        completion.result.expect("nothing is lost");
     }
 
     /// What is on the disk.
@@ -119,11 +162,15 @@ impl Model {
 
 #[test]
 fn on_a_server_that_lives_no_operation_is_unknown_however_often_the_cable_is_cut() {
+    WAITS.into_iter().for_each(cut_often);
+}
+
+fn cut_often(waits: Waits) {
     let directory = directory();
     let server = serve(directory.path(), "tcp://127.0.0.1:0");
     let proxy = Proxy::start(server.address());
     let session = Session::connect(&proxy.url(), &Options::default()).expect("a session");
-    let mut model = Model::new(&session);
+    let mut model = Model::new(&session, waits);
     let mut times = Vec::new();
     for round in 0..CUTS {
         let ending = if round % 2 == 0 { Ending::Reset } else { Ending::Fin };
@@ -145,11 +192,15 @@ fn on_a_server_that_lives_no_operation_is_unknown_however_often_the_cable_is_cut
 
 #[test]
 fn servers_that_are_killed_lose_nothing_and_leave_at_most_what_was_under_way_unknown() {
+    WAITS.into_iter().for_each(killed);
+}
+
+fn killed(waits: Waits) {
     let directory = directory();
     let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
     let listen = server.listen_url();
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
-    let mut model = Model::new(&session);
+    let mut model = Model::new(&session, waits);
     model.write_all(100, || {});
     for round in 0..RESTARTS {
         model.write_all(2 * round as u8 + 1, || {
@@ -171,15 +222,21 @@ fn servers_that_are_killed_lose_nothing_and_leave_at_most_what_was_under_way_unk
         model.check(directory.path());
     }
     assert!(model.context.stats().reconnects as usize >= RESTARTS);
+    assert_eq!(model.context.stats().unknown, model.unknown);
+    assert!(model.unknown <= RESTARTS as u64 * BLOCKS, "more than was in flight at the kills");
 }
 
 #[test]
 fn servers_that_are_stopped_in_good_order_and_started_again_cost_a_pause_and_nothing_else() {
+    WAITS.into_iter().for_each(stopped);
+}
+
+fn stopped(waits: Waits) {
     let directory = directory();
     let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
     let listen = server.listen_url();
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
-    let mut model = Model::new(&session);
+    let mut model = Model::new(&session, waits);
     for round in 0..RESTARTS {
         std::thread::scope(|scope| {
             let (server, listen, path) = (&mut server, &listen, directory.path());
@@ -210,7 +267,7 @@ fn an_idle_channel_that_breaks_long_after_its_last_loss_has_a_window_of_its_own(
     let window = Duration::from_millis(300);
     let options = Options { reconnect: window, ..Options::default() };
     let session = Session::connect(&proxy.url(), &options).expect("a session");
-    let mut model = Model::new(&session);
+    let mut model = Model::new(&session, Waits::InCalls);
     for round in 1..4 {
         proxy.end_all(Ending::Reset);
         let deadline = Instant::now() + PATIENCE;
@@ -223,4 +280,34 @@ fn an_idle_channel_that_breaks_long_after_its_last_loss_has_a_window_of_its_own(
     }
     model.write_all(1, || {});
     model.check(directory.path());
+}
+
+/// For connections by emulated devices.
+fn over_rdma() -> Options {
+    Options { request_timeout: Some(Duration::from_secs(1)), connect_timeout: PATIENCE, ..Options::default() }
+}
+
+#[test]
+fn where_rdma_does_not_come_back_a_session_goes_on_over_tcp() {
+    let Some(_wire) = needs_wire("a wire without RDMA") else { return };
+    let directory = directory();
+    let server = serve_at(directory.path(), &[LISTEN, "tcp://10.77.0.1:0"]);
+    let url = server.urls()[1].replace("raio+tcp", "raio");
+    let session = Session::connect(&url, &over_rdma()).expect("a session");
+    assert_eq!(session.why_tcp(), None);
+    let mut model = Model::new(&session, Waits::InCalls);
+    model.write_all(1, || {});
+    let without = WithoutRdma::new();
+    for byte in 2..5 {
+        model.write_all(byte, || {});
+        model.check(directory.path());
+    }
+    model.fsync();
+    drop(without);
+    model.write_all(5, || {});
+    model.check(directory.path());
+    let stats = model.context.stats();
+    eprintln!("{stats:?}");
+    assert_eq!((model.unknown, stats.unknown, stats.failed, stats.lost), (0, 0, 0, 0));
+    assert!(stats.reconnects > 0, "{stats:?}");
 }
