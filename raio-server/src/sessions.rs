@@ -719,7 +719,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goodbye_ends_a_channel_at_once_and_its_session_with_the_last() {
+    fn a_goaway_ends_a_channel_at_once_and_its_session_with_the_last() {
         let mut run = run();
         let (control, data) = (run.join(1, Some((0, 1))), run.join(1, Some((1, 1))));
         assert_eq!(run.end(data, 0, Duration::ZERO).ended, 0);

@@ -167,7 +167,7 @@ fn a_channel_whose_connection_has_broken_is_kept_for_the_time_that_was_granted()
 }
 
 #[test]
-fn a_goodbye_ends_a_channel_and_nothing_is_kept() {
+fn a_goaway_ends_a_channel_and_nothing_is_kept() {
     let mut worker = worker();
     let mut client = welcomed(&mut worker, &resumable(1));
     let mut goaway = Vec::new();
