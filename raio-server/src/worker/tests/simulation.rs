@@ -37,7 +37,7 @@ use self::disk::{CELLS, Disk, FILES};
 use self::network::{CLIENT, Network, SERVER};
 use self::server::{Server, WORKERS};
 use crate::history::cells::{CellPlace, INITIAL};
-use crate::history::{CellWrite, CrashImage, History, LogLine, Outcome};
+use crate::history::{CellWrite, CrashImage, FileSync, History, LogLine, Outcome};
 use crate::random::Random;
 use crate::worker::driven;
 
@@ -330,7 +330,7 @@ impl World {
         match self.env.random.below(100) {
             0..30 => self.deliver_some(),
             30..50 => self.run_worker(),
-            50..65 => self.disk_step(),
+            50..65 => _ = self.disk_step(),
             65..95 => {
                 let (at, slot) = (self.env.random.index(self.clients.len()), self.env.random.index(2));
                 self.clients[at].act(slot, &mut self.env, false);
@@ -382,11 +382,20 @@ impl World {
         }
     }
 
-    fn disk_step(&mut self) {
-        let text = lock(&self.env.disk).step();
-        if let Some(text) = text {
-            self.env.say(text);
+    /// Whether there was something to do.
+    fn disk_step(&mut self) -> bool {
+        let mut disk = lock(&self.env.disk);
+        let text = disk.step();
+        let failed = std::mem::take(&mut disk.failed);
+        drop(disk);
+        for file in failed {
+            let (begin, end) = (self.env.tick(), self.env.tick());
+            let sync = LogLine::Fsync(FileSync { file, begin, end, outcome: Outcome::Failed });
+            self.logs.push(format!("{sync}\n"));
         }
+        let Some(text) = text else { return false };
+        self.env.say(text);
+        true
     }
 
     fn break_something(&mut self) {
@@ -476,11 +485,11 @@ impl World {
         for at in 0..WORKERS {
             server.run(at, false);
         }
-        while let Some(text) = lock(&self.env.disk).step() {
-            texts.push(text);
-        }
-        let has_happened = !texts.is_empty();
+        let mut has_happened = !texts.is_empty();
         texts.into_iter().for_each(|text| self.env.say(text));
+        while self.disk_step() {
+            has_happened = true;
+        }
         has_happened
     }
 

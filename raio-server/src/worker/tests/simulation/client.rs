@@ -681,7 +681,8 @@ impl Client {
                 } else {
                     self.unstable[file] = both(self.unstable[file], taken);
                     self.acknowledged[file].extend(covers);
-                    (errno == libc::EIO).then_some(Outcome::Failed)
+                    // If it has failed the disk has logged that.
+                    None
                 };
                 if let Some(outcome) = outcome.filter(|_| !op.spans) {
                     let file = file as u32;

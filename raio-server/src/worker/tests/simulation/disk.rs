@@ -48,6 +48,8 @@ pub struct Disk {
     pub forgets_syncs: bool,
     /// Fsyncs that have failed, and crashes.
     pub losses: u64,
+    /// Files whose fsync has failed in this step: perhaps no client hears of it.
+    pub failed: Vec<u32>,
 }
 
 struct Cell {
@@ -118,6 +120,7 @@ impl Disk {
             may_fail: false,
             forgets_syncs: false,
             losses: 0,
+            failed: Vec::new(),
         }
     }
 
@@ -198,6 +201,7 @@ impl Disk {
             Kind::Fsync(versions) => {
                 if self.may_fail && self.random.below(6) == 0 {
                     self.losses += 1;
+                    self.failed.push(file);
                     self.verifiers[file as usize].writes_were_lost();
                     for cell in 0..CELLS {
                         let cell = self.cells.get_mut(&place(file, cell)).expect("a cell");
