@@ -465,6 +465,8 @@ pub enum Buffer {
     Slot(Slot, usize),
     /// Memory behind a C pointer.
     Raw(RawBuffer),
+    /// A part of a buffer that others use at the same time.
+    Part(Box<Part>),
 }
 
 impl Buffer {
@@ -475,6 +477,9 @@ impl Buffer {
             Self::Slot(slot, len) => &slot.bytes()[..*len],
             // SAFETY: `RawBuffer::new`'s caller vouched for the memory for as long as it lives.
             Self::Raw(f) => unsafe { std::slice::from_raw_parts(f.address.as_ptr(), f.len) },
+            // SAFETY: the part lies within a buffer that `whole` keeps, and no other part overlaps it
+            // (`Divided::take`).
+            Self::Part(f) => unsafe { std::slice::from_raw_parts(f.address.as_ptr(), f.len) },
         }
     }
 
@@ -485,6 +490,8 @@ impl Buffer {
             Self::Slot(slot, len) => &mut slot.bytes_mut()[..*len],
             // SAFETY: as in `bytes`, and `&mut self` excludes every other access.
             Self::Raw(f) => unsafe { std::slice::from_raw_parts_mut(f.address.as_ptr(), f.len) },
+            // SAFETY: as in `bytes`, and `&mut self` excludes every other access to the part.
+            Self::Part(f) => unsafe { std::slice::from_raw_parts_mut(f.address.as_ptr(), f.len) },
         }
     }
 
@@ -494,12 +501,31 @@ impl Buffer {
             Self::Owned(bytes) => bytes.len(),
             Self::Slot(_, len) => *len,
             Self::Raw(f) => f.len,
+            Self::Part(f) => f.len,
         }
     }
 
     /// Whether it holds nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// What it is a part of; itself, if it is whole.
+    pub(crate) fn origin(&self) -> &Self {
+        match self {
+            Self::Part(part) => part.whole.buffers.pieces()[part.piece].origin(),
+            whole => whole,
+        }
+    }
+
+    /// Where it begins.
+    fn address(&mut self) -> NonNull<u8> {
+        match self {
+            Self::Owned(bytes) => NonNull::from(&mut **bytes).cast(),
+            Self::Slot(slot, _) => NonNull::from(slot.bytes_mut()).cast(),
+            Self::Raw(raw) => raw.address,
+            Self::Part(part) => part.address,
+        }
     }
 }
 
@@ -577,6 +603,89 @@ fn overlap(at: usize, len: usize, range: &Range<usize>) -> Range<usize> {
     start..end.max(start)
 }
 
+/// Buffers that several I/Os use at the same time, each a part of its own. Parts are taken from the front.
+#[derive(Debug)]
+pub struct Divided {
+    whole: Arc<Whole>,
+    /// Where the next part begins: a piece, and a byte of it.
+    next: (usize, usize),
+    /// Bytes that are in no part yet.
+    left: usize,
+}
+
+/// Buffers whose bytes only their parts reach.
+#[derive(Debug)]
+struct Whole {
+    buffers: Buffers,
+    /// Where each of its pieces lies. Taken when the buffers were in their place, for they own the memory.
+    pieces: Vec<(NonNull<u8>, usize)>,
+}
+
+/// A part of one piece of a [`Divided`].
+#[derive(Debug)]
+pub struct Part {
+    whole: Arc<Whole>,
+    /// Which of its pieces.
+    piece: usize,
+    address: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the bytes of a part are its owner's alone, as no two parts overlap (`Divided::take`). Of the shared
+// `Whole` only addresses and lengths are read, by whichever thread, and its buffers can be dropped in any.
+unsafe impl Send for Part {}
+// SAFETY: as above; it reaches no byte but those that are in no part.
+unsafe impl Send for Divided {}
+
+impl Divided {
+    /// Buffers of which no part has been taken.
+    #[expect(clippy::arc_with_non_send_sync, reason = "`Part` and `Divided` say why they are")]
+    pub fn new(buffers: Buffers) -> Self {
+        let left = buffers.len();
+        let mut whole = Arc::new(Whole { buffers, pieces: Vec::new() });
+        if let Some(Whole { buffers, pieces }) = Arc::get_mut(&mut whole) {
+            pieces.extend(buffers.pieces_mut().iter_mut().map(|piece| (piece.address(), piece.len())));
+        }
+        Self { whole, next: (0, 0), left }
+    }
+
+    /// Bytes that are in no part yet.
+    pub fn left(&self) -> usize {
+        self.left
+    }
+
+    /// Takes the next part: `len` bytes, or as many as are left.
+    pub fn take(&mut self, len: usize) -> Buffers {
+        let mut wanted = len.min(self.left);
+        self.left -= wanted;
+        let mut parts = Vec::new();
+        while wanted > 0 {
+            let (piece, start) = self.next;
+            let (address, piece_len) = self.whole.pieces[piece];
+            let len = wanted.min(piece_len - start);
+            self.next = if start + len == piece_len { (piece + 1, 0) } else { (piece, start + len) };
+            if len == 0 {
+                continue;
+            }
+            wanted -= len;
+            // SAFETY: `start` is within the piece.
+            let address = unsafe { address.add(start) };
+            let part = Buffer::Part(Box::new(Part { whole: Arc::clone(&self.whole), piece, address, len }));
+            if wanted == 0 && parts.is_empty() {
+                return Buffers::One(part);
+            }
+            parts.push(part);
+        }
+        Buffers::Many(parts)
+    }
+
+    /// The buffers, once every part is gone.
+    pub fn into_whole(self) -> Result<Buffers, Self> {
+        let Self { whole, next, left } = self;
+        Arc::try_unwrap(whole).map(|whole| whole.buffers).map_err(|whole| Self { whole, next, left })
+    }
+}
+
 /// A part of a slot. The slot moves along.
 #[derive(Debug)]
 pub struct SlotRange {
@@ -644,6 +753,40 @@ mod tests {
         assert_eq!(all, [0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0, 0]);
         let some: Vec<u8> = buffers.slices(2..8).flatten().copied().collect();
         assert_eq!(some, [1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn parts_cover_their_buffers_once_and_give_them_back() {
+        let mut arena = Arena::new(1 << 16, 4096).unwrap();
+        let mut memory = vec![0; 7];
+        // SAFETY: `memory` is used again only when the buffer is gone.
+        let raw = unsafe { RawBuffer::new(memory.as_mut_ptr(), memory.len()) }.unwrap();
+        let pieces = vec![
+            Buffer::Owned(vec![0; 3].into()),
+            Buffer::Owned(Box::default()),
+            Buffer::Slot(arena.alloc(5).unwrap(), 5),
+            Buffer::Raw(raw),
+        ];
+        let mut divided = Divided::new(Buffers::Many(pieces));
+        let mut parts: Vec<_> = [2, 2, 6, 1, 9].map(|len| divided.take(len)).into();
+        assert_eq!(parts.iter().map(Buffers::len).collect::<Vec<_>>(), [2, 2, 6, 1, 4]);
+        assert_eq!((divided.left(), divided.take(1).len()), (0, 0));
+        // A part can be divided once more.
+        let mut again = Divided::new(parts.remove(2));
+        parts.extend([again.take(4), again.take(4)]);
+        assert!(parts.iter().flat_map(Buffers::pieces).all(|part| !matches!(part.origin(), Buffer::Part(_))));
+        for (n, part) in parts.iter_mut().enumerate() {
+            let bytes = vec![n as u8 + 1; part.len()];
+            part.write_at(0, &bytes);
+        }
+        let mut divided = divided.into_whole().unwrap_err();
+        assert_eq!(divided.take(1).len(), 0);
+        drop((parts, again));
+        let whole = divided.into_whole().unwrap();
+        let all: Vec<u8> = whole.slices(0..15).flatten().copied().collect();
+        assert_eq!(all, [1, 1, 2, 2, 5, 5, 5, 5, 6, 6, 3, 4, 4, 4, 4]);
+        drop(whole);
+        assert_eq!(memory, [6, 6, 3, 4, 4, 4, 4][..]);
     }
 
     proptest! {

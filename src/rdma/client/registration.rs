@@ -115,10 +115,10 @@ impl Registration {
     /// The address and key of memory for the server, if it can reach this by itself.
     fn reachable(&self, buffers: &Buffers, is_in: bool) -> Option<(u64, u32)> {
         let [buffer] = buffers.pieces() else { return None };
-        let keys = match buffer {
+        let keys = match buffer.origin() {
             Buffer::Raw(raw) => self.regions.get(&raw.region()?.number())?,
             Buffer::Slot(slot, _) => &self.arenas.iter().find(|(mapping, _)| slot.is_of(mapping))?.1,
-            Buffer::Owned(_) => return None,
+            Buffer::Owned(_) | Buffer::Part(_) => return None,
         };
         let key = keys.key(is_in)?;
         Some((buffer.bytes().as_ptr().expose_provenance() as u64, key))
