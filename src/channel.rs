@@ -79,6 +79,9 @@ pub struct Settings {
     pub window: Duration,
     /// It repeats what may have been executed when the server does not know what became of it.
     pub redo: bool,
+    /// Whoever has the channel sends requests in parts that a server which was started again with a smaller
+    /// grant would not take: [`Channel::take_oversized`]. If not, such a server ends the channel.
+    pub divides: bool,
     /// For each attempt to connect.
     pub connect_timeout: Duration,
     /// See [`ClientTransport::request_timeout`]. None: what the transport has.
@@ -201,6 +204,8 @@ struct Rest {
     again: VecDeque<Lost>,
     /// May have been executed.
     asked: Vec<Lost>,
+    /// Too large for the grant that there is now.
+    oversized: Vec<Lost>,
     /// Over, and not handed out.
     over: Vec<Reply>,
     /// Requests have ended as unknown that may be executed yet: the server has not said otherwise.
@@ -343,6 +348,7 @@ impl Channel {
                 must_reopen: false,
                 again: VecDeque::new(),
                 asked: Vec::new(),
+                oversized: Vec::new(),
                 over: Vec::new(),
                 has_left_unknown: false,
                 why: String::new(),
@@ -736,7 +742,7 @@ impl Channel {
     fn on_welcome(&mut self, mut transport: Box<dyn ClientTransport>) {
         let rest = &mut *self.rest;
         let grant = *transport.grant();
-        if grant.data_bytes_max < self.grant.data_bytes_max {
+        if grant.data_bytes_max < self.grant.data_bytes_max && !rest.settings.divides {
             let text = format!(
                 "The server was started again with a smaller --io-max: {} bytes instead of {}.",
                 grant.data_bytes_max, self.grant.data_bytes_max
@@ -908,7 +914,26 @@ impl Channel {
         }
         tracing::info!("The session goes on: {} requests are sent again.", rest.again.len());
         self.has_answered = false;
+        self.set_oversized_apart();
         self.resend(transport);
+    }
+
+    /// A server that was started again may grant less than before: what is larger is not sent again.
+    fn set_oversized_apart(&mut self) {
+        let rest = &mut *self.rest;
+        let most = self.grant.data_bytes_max as usize;
+        for lost in std::mem::take(&mut rest.again) {
+            match &lost.bulk {
+                Bulk::In(buffers) | Bulk::Out(buffers) if buffers.len() > most => rest.oversized.push(lost),
+                _ => rest.again.push_back(lost),
+            }
+        }
+    }
+
+    /// Requests that are larger than what the server grants since it was started again, and that were not
+    /// executed: with [`Settings::divides`]. There are some only when [`Channel::connections`] has changed.
+    pub fn take_oversized(&mut self) -> Vec<Lost> {
+        std::mem::take(&mut self.rest.oversized)
     }
 
     fn resend(&mut self, mut transport: Box<dyn ClientTransport>) {

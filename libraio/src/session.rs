@@ -367,6 +367,7 @@ impl Shared {
             ..Offer::new(program_name())
         };
         let settings = Settings {
+            divides: true,
             window: options.reconnect,
             redo: options.redo,
             connect_timeout: options.connect_timeout,

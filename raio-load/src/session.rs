@@ -56,6 +56,7 @@ impl Session {
             })
         });
         let settings = Settings {
+            divides: false,
             window: plan.reconnect,
             redo: false,
             connect_timeout: OPEN_TIMEOUT,

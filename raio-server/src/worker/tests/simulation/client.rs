@@ -261,6 +261,7 @@ impl Client {
             ..Offer::new("simulated")
         };
         let settings = Settings {
+            divides: false,
             window: self.habits.window,
             redo: self.habits.redo,
             connect_timeout: Duration::from_secs(5),
