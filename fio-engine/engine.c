@@ -242,16 +242,6 @@ static long run_one(struct thread_data *td, raio_context_t ctx, struct raio_iocb
 	return ret < 0 ? ret : -EINTR;
 }
 
-static unsigned long long io_bytes_max(raio_context_t ctx)
-{
-	struct raio_stats stats;
-
-	memset(&stats, 0, sizeof(stats));
-	if (raio_get_stats(ctx, &stats, sizeof(stats)) || !stats.io_bytes_max)
-		return 1u << 20;
-	return stats.io_bytes_max;
-}
-
 /* Before the job: sizes and layout -------------------------------------------------------------------------- */
 
 /* What fio would do to a local file of that name, whatever the engine says. */
@@ -485,9 +475,8 @@ static int write_batch(struct thread_data *td, struct fio_file *f, struct layout
 static int write_layout(struct thread_data *td, struct fio_file *f, struct layout *l)
 {
 	unsigned long long bs = td->o.max_bs[DDIR_WRITE], size = f->real_file_size, offset = 0;
-	unsigned long long piece = min(bs, io_bytes_max(l->ctx));
 	unsigned int blocks = bs < LAYOUT_BYTES ? LAYOUT_BYTES / bs : 1;
-	long nr_max = (long)(blocks * ((bs + piece - 1) / piece));
+	long nr_max = (long)blocks;
 	raio_mr_t mr;
 	int ret = 0;
 
@@ -505,14 +494,11 @@ static int write_layout(struct thread_data *td, struct fio_file *f, struct layou
 		long nr = 0;
 
 		for (pos = 0; pos < blocks * bs && offset < size; pos += bs) {
-			unsigned long long len = min(bs, size - offset), part;
+			unsigned long long len = min(bs, size - offset);
 
 			fill_io_buffer(td, l->buf + pos, len, len);
-			for (part = 0; part < len; part += piece) {
-				l->ios[nr] = &l->iocbs[nr];
-				raio_prep_pwrite(&l->iocbs[nr++], l->fd, l->buf + pos + part, min(piece, len - part),
-						 (long long)(start + pos + part), mr);
-			}
+			l->ios[nr] = &l->iocbs[nr];
+			raio_prep_pwrite(&l->iocbs[nr++], l->fd, l->buf + pos, len, (long long)(start + pos), mr);
 			offset += len;
 		}
 		ret = write_batch(td, f, l, nr, nr_max);
@@ -735,7 +721,6 @@ static int alloc_buffers(struct thread_data *td, struct job *job)
 static int raio_fio_init(struct thread_data *td)
 {
 	struct raio_fio_options *o = td->eo;
-	unsigned long long bs, bs_max;
 	struct job *job;
 
 	job = calloc(1, sizeof(*job));
@@ -765,14 +750,6 @@ static int raio_fio_init(struct thread_data *td)
 	if (raio_setup(job->session, (int)job->depth, &job->ctx))
 		return raio_failed(td, o->url, "raio_setup");
 
-	bs = max(td->o.max_bs[DDIR_READ], td->o.max_bs[DDIR_WRITE]);
-	bs_max = io_bytes_max(job->ctx);
-	if ((td_read(td) || td_write(td)) && bs > bs_max) {
-		log_err("raio: bs=%llu is more than the server takes in one request, %llu. Use a smaller bs, or start "
-			"raio_server with --io-max %llu.\n", bs, bs_max, bs);
-		td_verror(td, EINVAL, "bs");
-		return 1;
-	}
 	return alloc_buffers(td, job);
 }
 

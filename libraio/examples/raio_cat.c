@@ -160,9 +160,6 @@ static int cat(const char *operand, long depth, long long bytes)
 	} else {
 		if (raio_get_stats(ctx, &stats, sizeof(stats)))
 			result = failed("ask for the limits of", server);
-		else if (bytes > 0 && (unsigned long long)bytes > stats.io_bytes_max)
-			fprintf(stderr, "raio_cat: The server takes at most %llu bytes at once: use -b %llu or less.\n",
-				stats.io_bytes_max, stats.io_bytes_max);
 		else
 			result = cat_parts(ctx, fd, operand, st.st_size,
 					   bytes > 0 ? (size_t)bytes :

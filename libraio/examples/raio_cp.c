@@ -273,14 +273,10 @@ static int choose_block_bytes(struct copy *copy, long long asked)
 
 	if (raio_get_stats(copy->ctx, &stats, sizeof(stats)))
 		return remote_failed("ask for the limits of", copy->remote_name);
-	if (asked > 0 && (unsigned long long)asked > stats.io_bytes_max) {
-		fprintf(stderr, "raio_cp: The server takes at most %llu bytes at once, not %lld: use -b %llu or less.\n",
-			stats.io_bytes_max, asked, stats.io_bytes_max);
-		return -1;
-	}
-	if (asked <= 0)
-		asked = 128 << 10;
-	copy->block_bytes = (unsigned long long)asked < stats.io_bytes_max ? (size_t)asked : (size_t)stats.io_bytes_max;
+	if (asked > 0)
+		copy->block_bytes = (size_t)asked;
+	else
+		copy->block_bytes = stats.io_bytes_max < 128 << 10 ? (size_t)stats.io_bytes_max : 128 << 10;
 	return 0;
 }
 

@@ -26,9 +26,9 @@
  * Keepalive.  While a request is outstanding the library pings a silent server. A server that does not answer
  * for `request_timeout_ms` is considered dead, and the connection fails.
  *
- * Flow control.  The server grants each context a queue depth (credits) and a maximum size of one operation.
- * iocbs beyond the queue depth wait in the context; raio_submit() returns fewer than nr (backpressure) once
- * maxevents iocbs are in flight or uncollected.
+ * Flow control.  The server grants each context a queue depth (credits) and a maximum size of one request.
+ * iocbs beyond the queue depth wait in the context, and longer ones are sent in parts; raio_submit() returns
+ * fewer than nr (backpressure) once maxevents iocbs are in flight or uncollected.
  *
  * Zero-copy.  Over RDMA, data is placed directly into memory that was registered (raio_reg_mr(),
  * raio_alloc()); other memory is copied through a bounce buffer, which `bounced_bytes` counts. Over TCP the
@@ -303,7 +303,11 @@ int raio_destroy(raio_context_t ctx);
  * into it, as it does at least with the beginning of each read, and loses the connection where the kernel
  * copies.
  *
- * Length.  At most the server's --io-max per iocb (default 1 MiB); more is EINVAL.
+ * Length.  Any. A read or write of more bytes than `io_bytes_max` (the server's --io-max, default 1 MiB) is
+ * sent as several requests, its parts, as credits allow, between the requests of other iocbs. It has one event,
+ * as from preadv(2) or pwritev(2): the bytes that were done without a gap from its start, or why the first was
+ * not; what lies behind a gap does not count, though parts behind it may have been done. RAIO_RES2_UNKNOWN
+ * applies to the whole if it applies to a part. A read with `buf` NULL may have at most 1 GiB.
  *
  * Returns how many were accepted, from the front: fewer than nr if the context is full, or if a later one is
  * invalid (submit that one again to get its error). -EAGAIN: the context was full already. If the first one
@@ -341,7 +345,8 @@ int raio_release(raio_context_t ctx, long nr, struct raio_event *events);
  *
  * Returns 0 if the iocb was cancelled and has no effect; *evt is its event (res -ECANCELED), and
  * raio_getevents() will not return it. Otherwise -1 with errno, and raio_getevents() returns its event as
- * usual: EAGAIN (too late: it is executing or has completed), EINVAL (NULL, or not in flight), ENOTCONN.
+ * usual: EAGAIN (too late: it is executing or has completed; a long one whose first parts are done ends with
+ * as many bytes), EINVAL (NULL, or not in flight), ENOTCONN.
  */
 int raio_cancel(raio_context_t ctx, struct raio_iocb *iocb, struct raio_event *evt);
 
@@ -402,7 +407,7 @@ struct raio_stats {
 	unsigned long long reconnects;		/* connections that took the place of a lost one */
 	unsigned long long in_flight;		/* now */
 	unsigned long long queue_depth;		/* granted by the server */
-	unsigned long long io_bytes_max;	/* granted by the server: largest nbytes of one iocb */
+	unsigned long long io_bytes_max;	/* granted by the server: longer iocbs are sent in parts */
 	unsigned long long resent;		/* requests sent again over another connection */
 	unsigned long long unknown;		/* iocbs that failed with RAIO_RES2_UNKNOWN */
 	unsigned long long lost;		/* fsyncs that failed with RAIO_RES2_LOST */
@@ -484,7 +489,7 @@ static inline void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only
 }
 
 /*
- * Any length: --io-max does not apply to these three. On a server that is too old to know one, its event has
+ * Any length, in one request: --io-max does not apply to these three. On a server that is too old to know one, its event has
  * -EOPNOTSUPP, and nothing is sent.
  */
 static inline void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset,

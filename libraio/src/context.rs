@@ -9,6 +9,9 @@
 //! rejects operations with EAGAIN, which is the program's backpressure. Data is zero-copy where the transport
 //! has it: RDMA places it in registered memory ([`Context::register`]), and large data over TCP is received
 //! into the operation's buffers.
+//!
+//! A read or write that is longer than the server's largest request is a [`Split`]. It takes its place in the
+//! queue once for each of its parts, so that others are sent between them.
 
 use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -21,7 +24,7 @@ use raio_transport::channel::Channel;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
-use raio_transport::transport::{Bulk, NotSent, Reply};
+use raio_transport::transport::{Bulk, Lost, NotSent, Reply};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Error, protocol_error};
@@ -30,13 +33,16 @@ use crate::lent_pool::LentPool;
 use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
+use crate::split::{Part, Split};
 use crate::trace::Tracer;
 use crate::tuning::{
-    BURST_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, RESUME_GRACE, SPIN_EACH, SPIN_MULTIPLIER_MAX,
+    BURST_MAX, LENT_BYTES_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, RESUME_GRACE, SPIN_EACH, SPIN_MULTIPLIER_MAX,
 };
 
-/// The tag of a cancel request; operations have the index of their slot.
+/// The tag of a cancel request.
 const TAG_CANCEL: u64 = u64::MAX;
+/// The first tag of parts of operations; operations have the index of their slot.
+const TAG_PARTS: u64 = 1 << 32;
 
 /// In the place of a command that is not sent.
 const NOTHING: Command<'static> = Command::Cancel { id: 0 };
@@ -85,6 +91,8 @@ pub struct Context {
     done: VecDeque<u32>,
     /// Slots submitted and not completed.
     in_flight: usize,
+    /// Parts of operations that were sent and are not over: at most as many as there are credits.
+    parts: Vec<Option<SentPart>>,
     /// Kept for their memory.
     replies: Vec<Reply>,
     body: Vec<u8>,
@@ -122,18 +130,32 @@ struct OperationSlot {
     state: OperationState,
 }
 
+/// A part of an operation, outstanding.
+#[derive(Clone, Copy, Debug)]
+struct SentPart {
+    /// The operation's slot.
+    operation: u32,
+    /// Where it begins in the operation's range.
+    at: u64,
+    length: u64,
+    /// The id of its request: for the trace.
+    request: u32,
+}
+
 #[derive(Debug)]
 enum OperationState {
     Free,
     /// For a credit, or for a lent buffer.
     Queued(Command<'static>, Bulk),
     Sent,
+    /// Longer than a request may be: some of its parts are sent, others wait.
+    Split(Box<Split>),
     Done(Completion),
 }
 
 impl OperationSlot {
     fn is_unacknowledged_write(&self) -> bool {
-        matches!(self.state, OperationState::Queued(..) | OperationState::Sent)
+        matches!(self.state, OperationState::Queued(..) | OperationState::Sent | OperationState::Split(_))
             && self.opcode.operation().is_recorded
     }
 
@@ -198,6 +220,7 @@ impl Context {
             waiting_lent: VecDeque::new(),
             done: VecDeque::new(),
             in_flight: 0,
+            parts: Vec::new(),
             replies: Vec::new(),
             body: Vec::new(),
             cancel_answered: false,
@@ -225,7 +248,7 @@ impl Context {
         }
     }
 
-    /// The largest read or write.
+    /// The largest read or write that is one request. A longer one is sent in parts.
     pub fn io_bytes_max(&self) -> usize {
         self.channel.grant().data_bytes_max as usize
     }
@@ -334,16 +357,8 @@ impl Context {
                 "The offset is negative. Pass one counted from the start of the file.",
             ));
         }
-        let most = self.io_bytes_max() as u64;
-        if length > most {
-            return Err(Error::call(
-                libc::EINVAL,
-                format!(
-                    "An operation may carry at most {most} bytes; this one has {length}. Split it, or start \
-                     raio_server with a \
-                     larger --io-max."
-                ),
-            ));
+        if length > self.io_bytes_max() as u64 {
+            return check_long(operation, offset, length);
         }
         Ok(())
     }
@@ -362,16 +377,20 @@ impl Context {
         let file_index = self.files.index_of(file, || channel.verifier(handle));
         let (command, bulk, length, is_lent) = match operation {
             Operation::Read { offset, buffers } => {
-                let length = buffers.len() as u32;
-                (Command::Read { file: handle, offset, length }, Bulk::In(buffers), length.into(), false)
+                // Of one that is longer than a request may be the command is not sent.
+                let length = buffers.len();
+                let command = Command::Read { file: handle, offset, length: length as u32 };
+                (command, Bulk::In(buffers), length as u64, false)
             }
             Operation::ReadLent { offset, length } => {
                 let length = length as u32;
                 (Command::Read { file: handle, offset, length }, Bulk::None, length.into(), true)
             }
             Operation::Write { offset, buffers } => {
-                let length = buffers.len() as u32;
-                (Command::Write { file: handle, offset, length }, Bulk::Out(buffers), length.into(), false)
+                // Of one that is longer than a request may be the command is not sent.
+                let length = buffers.len();
+                let command = Command::Write { file: handle, offset, length: length as u32 };
+                (command, Bulk::Out(buffers), length as u64, false)
             }
             Operation::Fsync { data_only } => {
                 (Command::Fsync { file: handle, data_only }, Bulk::None, 0, false)
@@ -422,6 +441,7 @@ impl Context {
             slot.submitted_ns = tracer.now_ns();
             slot.request = None;
         }
+        let has_buffers = !matches!(bulk, Bulk::None);
         slot.state = OperationState::Queued(command, bulk);
         let ticket = Ticket { index, generation: slot.generation };
         self.in_flight += 1;
@@ -432,6 +452,8 @@ impl Context {
         } else if is_lent {
             self.waiting_lent.push_back(index);
             self.lend();
+        } else if length > self.io_bytes_max() as u64 && has_buffers {
+            self.queue_split(index);
         } else {
             self.queued.push_back(index);
         }
@@ -452,7 +474,11 @@ impl Context {
                     if let OperationState::Queued(_, bulk) = &mut self.slots[index as usize].state {
                         *bulk = Bulk::In(Buffers::One(buffer));
                     }
-                    self.queued.push_back(index);
+                    if length > io_bytes_max {
+                        self.queue_split(index);
+                    } else {
+                        self.queued.push_back(index);
+                    }
                 }
                 Err(error) => {
                     let status = Status::storage(error.raw_os_error().unwrap_or(libc::ENOMEM));
@@ -472,10 +498,13 @@ impl Context {
             && let Some(index) = self.queued.pop_front()
         {
             let slot = &mut self.slots[index as usize];
-            let OperationState::Queued(command, bulk) =
-                std::mem::replace(&mut slot.state, OperationState::Free)
-            else {
-                unreachable!("`queued` has queued slots")
+            let state = std::mem::replace(&mut slot.state, OperationState::Free);
+            let OperationState::Queued(command, bulk) = state else {
+                slot.state = state;
+                match self.send_part(index) {
+                    true => continue,
+                    false => break,
+                }
             };
             self.body.clear();
             command.encode(&mut self.body);
@@ -494,6 +523,144 @@ impl Context {
                     break;
                 }
             }
+        }
+    }
+
+    /// A queued operation, longer than a request may be, takes its place in the queue.
+    #[cold]
+    fn queue_split(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        match std::mem::replace(&mut slot.state, OperationState::Free) {
+            OperationState::Queued(command, Bulk::In(buffers) | Bulk::Out(buffers)) => {
+                self.split(index, &command, buffers);
+            }
+            _ => unreachable!("it is a read or a write that has its buffers"),
+        }
+    }
+
+    /// An operation is longer than a request may be, and nothing of it is under way.
+    fn split(&mut self, index: u32, command: &Command<'_>, buffers: Buffers) {
+        let (is_read, file, offset) = match *command {
+            Command::Read { file, offset, .. } => (true, file, offset),
+            Command::Write { file, offset, .. } => (false, file, offset),
+            _ => unreachable!("no other operation has data"),
+        };
+        let split = Split::new(is_read, file, offset, buffers);
+        self.slots[index as usize].state = OperationState::Split(Box::new(split));
+        self.settle(index);
+    }
+
+    /// Queues a split operation again if there is more to be sent of it, and completes it if all is over.
+    #[cold]
+    fn settle(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        let OperationState::Split(split) = &mut slot.state else { return };
+        if split.has_next() != split.is_queued {
+            split.is_queued = !split.is_queued;
+            match split.is_queued {
+                true => self.queued.push_back(index),
+                false => self.queued.retain(|&queued| queued != index),
+            }
+        }
+        if split.is_over()
+            && let OperationState::Split(split) = std::mem::replace(&mut slot.state, OperationState::Free)
+        {
+            // If it is cancelled after a part was done, that is how it has ended, and not that it was undone.
+            slot.cancelling &= !split.has_effect();
+            let (result, bulk) = split.finish();
+            self.complete(index, result, bulk);
+        }
+    }
+
+    /// Sends the next part of a split operation, which has just been taken from the queue. Fails if the
+    /// connection has ended; `poll` is about to hear of it.
+    #[cold]
+    fn send_part(&mut self, index: u32) -> bool {
+        let most = self.io_bytes_max();
+        let slot = &mut self.slots[index as usize];
+        let OperationState::Split(split) = &mut slot.state else {
+            unreachable!("`queued` has slots that are queued or split")
+        };
+        split.is_queued = false;
+        let Some(Part { at, length, command, bulk }) = split.next(most) else { return true };
+        self.body.clear();
+        command.encode(&mut self.body);
+        let place = self.parts.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.parts.push(None);
+            self.parts.len() - 1
+        });
+        let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, false);
+        let is_sent = match sent {
+            Ok(request) => {
+                let request = request.0 as u32;
+                if let Some(tracer) = &self.tracer {
+                    tracer.sent(slot.name(), slot.submitted_ns, request, length);
+                }
+                self.parts[place] = Some(SentPart { operation: index, at, length, request });
+                true
+            }
+            Err(NotSent(bulk)) => {
+                split.put_back(at, bulk);
+                false
+            }
+        };
+        self.settle(index);
+        is_sent
+    }
+
+    /// A reply to something else than a whole operation.
+    #[cold]
+    fn handle_part(&mut self, reply: Reply) {
+        if reply.tag == TAG_CANCEL {
+            self.cancel_answered = true;
+            return;
+        }
+        let place = (reply.tag - TAG_PARTS) as usize;
+        let Some(SentPart { operation: index, at, length, request }) = self.parts[place].take() else {
+            return;
+        };
+        let result = self.result_of(index, length, &reply);
+        if let Some(tracer) = &self.tracer {
+            tracer.answered(request, reply.result);
+            tracer.collected(self.slots[index as usize].name(), request, reply.result);
+        }
+        drop(reply);
+        if let OperationState::Split(split) = &mut self.slots[index as usize].state {
+            split.part_over(at, length, result);
+        }
+        self.settle(index);
+    }
+
+    /// The server takes less in one request than the one that was there before.
+    #[cold]
+    fn divide_oversized(&mut self) {
+        let most = self.io_bytes_max();
+        for Lost { tag, command, bulk, .. } in self.channel.take_oversized() {
+            if tag < TAG_PARTS {
+                let index = tag as u32;
+                match (Command::decode(&command), bulk) {
+                    (Ok(command), Bulk::In(buffers) | Bulk::Out(buffers)) => {
+                        self.split(index, &command, buffers);
+                    }
+                    _ => unreachable!("it is a read or a write, as it was sent"),
+                }
+            } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
+                if let OperationState::Split(split) = &mut self.slots[part.operation as usize].state {
+                    split.put_back(part.at, bulk);
+                }
+                self.settle(part.operation);
+            }
+        }
+        let is_long = |slot: &OperationSlot| match &slot.state {
+            OperationState::Queued(_, Bulk::In(buffers) | Bulk::Out(buffers)) => buffers.len() > most,
+            _ => false,
+        };
+        let queued = std::mem::take(&mut self.queued);
+        let (long, queued): (VecDeque<_>, _) =
+            queued.into_iter().partition(|&index| is_long(&self.slots[index as usize]));
+        self.queued = queued;
+        for index in long {
+            self.queue_split(index);
         }
     }
 
@@ -524,6 +691,7 @@ impl Context {
                 slot.unstable = self.files.verifier(slot.file);
             }
             self.fail_unsupported();
+            self.divide_oversized();
         }
         if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
@@ -552,17 +720,24 @@ impl Context {
     }
 
     fn handle_reply(&mut self, reply: Reply) {
-        if reply.tag == TAG_CANCEL {
-            self.cancel_answered = true;
-            return;
+        if reply.tag >= TAG_PARTS {
+            return self.handle_part(reply);
         }
         let index = reply.tag as u32;
         let slot = &self.slots[index as usize];
         if let (Some(tracer), Some(request)) = (&self.tracer, slot.request) {
             tracer.answered(request, reply.result);
         }
-        let result = if !reply.status.is_ok() {
-            Err(self.failure_of(index, &reply))
+        let result = self.result_of(index, slot.length, &reply);
+        self.complete(index, result, reply.bulk);
+    }
+
+    /// What a reply says of an operation, or of a part of it with this length.
+    #[inline(always)]
+    fn result_of(&mut self, index: u32, length: u64, reply: &Reply) -> Result<u64, Error> {
+        let slot = &self.slots[index as usize];
+        if !reply.status.is_ok() {
+            Err(self.failure_of(index, reply))
         } else if slot.opcode == Opcode::Fsync && !self.files.synced(slot.file, slot.unstable, reply.result) {
             self.stats.lost += 1;
             let text = "The server has lost writes that were acknowledged before this fsync: it, or its \
@@ -571,7 +746,7 @@ impl Context {
         } else {
             let is_valid = match slot.opcode {
                 Opcode::Read => reply.result == reply.data_len as u64,
-                Opcode::Write => reply.result <= slot.length,
+                Opcode::Write => reply.result <= length,
                 _ => true,
             };
             if is_valid {
@@ -583,8 +758,7 @@ impl Context {
                 self.channel.abort(Violation::Field);
                 Err(protocol_error())
             }
-        };
-        self.complete(index, result, reply.bulk);
+        }
     }
 
     /// Why an operation failed.
@@ -594,7 +768,6 @@ impl Context {
         if slot.opcode == Opcode::Fsync {
             self.files.put_back_unstable(slot.file, slot.unstable);
         }
-        self.stats.unknown += u64::from(reply.is_unknown);
         let failure = self.channel.failure();
         if failure.is_some_and(|failure| failure.errno() == libc::ETIMEDOUT) {
             self.session.suspect();
@@ -609,9 +782,13 @@ impl Context {
         Error::from_reply(reply, failure)
     }
 
-    /// Completes an operation that was not sent.
+    /// Completes an operation that was not sent, or as much of it as was not.
     fn complete_unsent(&mut self, index: u32, error: Error) {
         let slot = &mut self.slots[index as usize];
+        if let OperationState::Split(split) = &mut slot.state {
+            split.stop(&error);
+            return self.settle(index);
+        }
         if slot.opcode == Opcode::Fsync {
             self.files.put_back_unstable(slot.file, slot.unstable);
         }
@@ -636,6 +813,7 @@ impl Context {
             (Ok(_), _) => {}
             (Err(error), _) => {
                 self.stats.failed += 1;
+                self.stats.unknown += u64::from(error.is_unknown);
                 cancelled = slot.cancelling && error.errno() == libc::ECANCELED;
                 if slot.is_lent && buffers.take().is_some() {
                     self.lent.take_back();
@@ -827,36 +1005,40 @@ impl Context {
         if slot.generation != ticket.generation {
             return Err(none());
         }
-        let is_queued = match slot.state {
+        let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
+        match slot.state {
             OperationState::Free => return Err(none()),
             OperationState::Done(_) => return Err(too_late()),
-            OperationState::Queued(..) => true,
-            OperationState::Sent => false,
-        };
-        slot.cancelling = true;
-        let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
-        match is_queued {
-            true => {
+            OperationState::Queued(..) => {
+                slot.cancelling = true;
                 self.queued.retain(|&waiting| waiting != index);
                 self.waiting_lent.retain(|&waiting| waiting != index);
                 self.complete_unsent(index, cancelled);
             }
-            false => match self.channel.dequeue(index.into()) {
-                Some(bulk) => {
-                    self.slots[index as usize].state = OperationState::Queued(NOTHING, bulk);
-                    self.complete_unsent(index, cancelled);
+            OperationState::Sent => {
+                slot.cancelling = true;
+                match self.channel.dequeue(index.into()) {
+                    Some(bulk) => {
+                        self.slots[index as usize].state = OperationState::Queued(NOTHING, bulk);
+                        self.complete_unsent(index, cancelled);
+                    }
+                    None => self.cancel_remotely(index.into()),
                 }
-                None => self.cancel_remotely(index),
-            },
+            }
+            OperationState::Split(_) => {
+                slot.cancelling = true;
+                self.cancel_split(index, cancelled);
+            }
         }
         self.lend();
         self.send_queued();
         self.channel.flush();
         let slot = &mut self.slots[index as usize];
-        slot.cancelling = false;
+        let is_undone = std::mem::replace(&mut slot.cancelling, false);
         match &slot.state {
             OperationState::Done(completion)
-                if completion.result.as_ref().is_err_and(|error| error.errno() == libc::ECANCELED) =>
+                if is_undone
+                    && completion.result.as_ref().is_err_and(|error| error.errno() == libc::ECANCELED) =>
             {
                 self.done.retain(|&done| done != index);
                 self.collect(index).ok_or_else(none)
@@ -865,19 +1047,57 @@ impl Context {
         }
     }
 
-    /// Asks the server to cancel, and waits for its answer. The operation, if cancelled, has ended by then.
-    fn cancel_remotely(&mut self, index: u32) {
+    /// Cancels the parts of an operation, the last ones first, so that what is done has no gap.
+    fn cancel_split(&mut self, index: u32, cancelled: Error) {
+        self.complete_unsent(index, cancelled.clone());
+        let mut sent: Vec<_> = (self.parts.iter().enumerate())
+            .filter_map(|(place, part)| Some((place, part.filter(|part| part.operation == index)?)))
+            .collect();
+        sent.sort_unstable_by_key(|(_, part)| std::cmp::Reverse(part.at));
+        for (place, SentPart { at, length, request, .. }) in sent {
+            // Others may have ended while this one was waited for, and parts of other operations may have
+            // their places.
+            if self.parts[place].is_none_or(|part| (part.operation, part.at) != (index, at)) {
+                continue;
+            }
+            let tag = TAG_PARTS + place as u64;
+            let Some(bulk) = self.channel.dequeue(tag) else {
+                self.cancel_remotely(tag);
+                continue;
+            };
+            drop(bulk);
+            self.parts[place] = None;
+            if let Some(tracer) = &self.tracer {
+                tracer.collected(self.slots[index as usize].name(), request, 0);
+            }
+            if let OperationState::Split(split) = &mut self.slots[index as usize].state {
+                split.part_over(at, length, Err(cancelled.clone()));
+            }
+            self.settle(index);
+        }
+    }
+
+    /// Whether the operation or part with this tag is with the server.
+    fn is_sent(&self, tag: u64) -> bool {
+        match tag.checked_sub(TAG_PARTS) {
+            Some(place) => self.parts[place as usize].is_some(),
+            None => matches!(self.slots[tag as usize].state, OperationState::Sent),
+        }
+    }
+
+    /// Asks the server to cancel what has this tag, and waits for its answer. That, if cancelled, has ended
+    /// by then.
+    fn cancel_remotely(&mut self, tag: u64) {
         self.cancel_answered = false;
         // The control credit is free: whoever used it has waited for the answer.
-        if !self.channel.cancel(index.into(), TAG_CANCEL) {
+        if !self.channel.cancel(tag, TAG_CANCEL) {
             self.poll();
             return;
         }
         let deadline = Instant::now() + self.request_timeout;
         loop {
             self.poll();
-            let sent = matches!(self.slots[index as usize].state, OperationState::Sent);
-            if self.cancel_answered || (self.channel.failure().is_some() && !sent) {
+            if self.cancel_answered || (self.channel.failure().is_some() && !self.is_sent(tag)) {
                 return;
             }
             if Instant::now() >= deadline {
@@ -956,6 +1176,27 @@ impl Context {
 fn unsupported(opcode: Opcode, channel: &Channel) -> Option<Error> {
     let text = opcode.operation().why_not_granted(channel.grant().features)?;
     Some(Error::new(Status::protocol(libc::EOPNOTSUPP), text))
+}
+
+/// Whether an operation can be sent in parts.
+#[cold]
+fn check_long(operation: &Operation, offset: u64, length: u64) -> Result<(), Error> {
+    if matches!(operation, Operation::ReadLent { .. }) && length > LENT_BYTES_MAX {
+        return Err(Error::call(
+            libc::EINVAL,
+            format!(
+                "A read into a lent buffer may have at most {LENT_BYTES_MAX} bytes; this one has {length}. \
+                 Pass a buffer, or split it."
+            ),
+        ));
+    }
+    if length > i64::MAX as u64 - offset {
+        return Err(Error::call(
+            libc::EINVAL,
+            "The operation ends beyond the largest file offset (2^63 - 1). Pass a smaller offset or length.",
+        ));
+    }
+    Ok(())
 }
 
 /// Adds one to an eventfd, unless its counter is full. As the kernel does for libaio, it does not wait: a

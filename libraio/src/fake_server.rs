@@ -24,7 +24,7 @@ pub(crate) struct FakeServer {
 }
 
 struct Shared {
-    policy: Policy,
+    policy: Mutex<Policy>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -43,6 +43,8 @@ struct State {
     cut: Option<(usize, bool)>,
     /// Writes executed.
     writes: usize,
+    /// Where files cannot have more bytes; 0: nowhere.
+    full_at: u64,
     verifier: u64,
     /// How often it was restarted.
     restarts: u8,
@@ -115,7 +117,7 @@ impl State {
             return Answer::ok(0);
         }
         self.writes += usize::from(matches!(command, Command::Write { .. }));
-        let verifier = self.verifier;
+        let (verifier, full_at) = (self.verifier, self.full_at);
         let path = self.path_of(&file);
         let status = self.status(&path, file.lock().unwrap().len());
         let mut file = file.lock().unwrap();
@@ -127,6 +129,11 @@ impl State {
                 Answer { data: file[start..end].to_vec(), ..Answer::ok((end - start) as u64) }
             }
             Command::Write { offset, .. } => {
+                let room = if full_at == 0 { u64::MAX } else { full_at.saturating_sub(offset) };
+                let data = &data[..data.len().min(room as usize)];
+                if data.is_empty() && room == 0 {
+                    return Answer::failed(Status::storage(libc::ENOSPC), "It is full.");
+                }
                 let end = offset as usize + data.len();
                 if file.len() < end {
                     file.resize(end, 0);
@@ -168,7 +175,8 @@ impl FakeServer {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let policy = Policy { features: policy.features | OPERATION_FEATURES, ..policy };
-        let shared = Arc::new(Shared { policy, state: Mutex::default(), changed: Condvar::new() });
+        let shared =
+            Arc::new(Shared { policy: Mutex::new(policy), state: Mutex::default(), changed: Condvar::new() });
         let server = Self { address, shared: Arc::clone(&shared) };
         thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
@@ -242,6 +250,16 @@ impl FakeServer {
         self.shared.state.lock().unwrap().forgotten = features;
     }
 
+    /// What it grants from now on.
+    pub(crate) fn set_io_max(&self, bytes: u32) {
+        self.shared.policy.lock().unwrap().data_bytes_max = bytes;
+    }
+
+    /// Files cannot have more bytes than this.
+    pub(crate) fn fill_up(&self, full_at: u64) {
+        self.shared.state.lock().unwrap().full_at = full_at;
+    }
+
     /// A file is another one from now on.
     pub(crate) fn replace(&self, path: &str) {
         *self.shared.state.lock().unwrap().replaced.entry(path.into()).or_default() += 1;
@@ -307,7 +325,7 @@ impl Connection {
         let peer = loop {
             let shared = &self.shared;
             let state = shared.state.lock().unwrap();
-            let mut policy = shared.policy.clone();
+            let mut policy = shared.policy.lock().unwrap().clone();
             policy.features &= !state.forgotten;
             policy.server[0] ^= state.restarts;
             drop(state);
@@ -331,7 +349,7 @@ impl Connection {
                 if let Some(errno) = rejected {
                     drop(state);
                     if errno != 0 {
-                        let _ = self.stream.write_all(&self.shared.policy.rejection(errno, "Not now."));
+                        let _ = self.stream.write_all(&policy.rejection(errno, "Not now."));
                     }
                     let _ = self.stream.shutdown(std::net::Shutdown::Both);
                     return None;

@@ -26,8 +26,8 @@ impl LentPool {
         self.lent < self.max
     }
 
-    /// Lends a buffer of `length` bytes, which is at most `io_bytes_max`. An arena that is mapped for it is
-    /// passed to `register`.
+    /// Lends a buffer of `length` bytes. An arena that is mapped for it, and for others of up to
+    /// `io_bytes_max`, is passed to `register`.
     pub(crate) fn lend<E>(
         &mut self,
         length: usize,
@@ -42,7 +42,7 @@ impl LentPool {
             Some(slot) => slot,
             None => {
                 let mapped: usize = self.arenas.iter().map(Arena::len).sum();
-                let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), io_bytes_max)?;
+                let mut arena = Arena::new(mapped.max(LENT_BYTES_MIN), io_bytes_max.max(length))?;
                 let slot = arena.alloc(length).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
                 register(&arena.memory()).map_err(io::Error::other)?;
                 self.arenas.push(arena);

@@ -17,7 +17,7 @@
 //! | 4 | `context` | a connection and its queue of operations: the data path |
 //! | 3 | `file` | an open file, and what each context has in flight on it |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
-//! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `trace` | use no other part |
+//! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `split`, `trace` | use no other part |
 //! | 0 | `error`, `tuning` | |
 
 #![deny(unsafe_code)]
@@ -37,6 +37,9 @@ mod poller;
 #[cfg(test)]
 mod resume_tests;
 mod session;
+mod split;
+#[cfg(test)]
+mod split_tests;
 #[cfg(test)]
 mod tests;
 mod trace;

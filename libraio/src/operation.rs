@@ -11,14 +11,15 @@ pub enum Operation {
     Read {
         /// Where in the file.
         offset: u64,
-        /// As many bytes as these hold; fewer at the end of the file, or if what is behind failed.
+        /// As many bytes as these hold, any number; fewer at the end of the file, or if what is behind
+        /// failed.
         buffers: Buffers,
     },
     /// Read into a buffer that the context lends; give it back with [`crate::Context::release`].
     ReadLent {
         /// Where in the file.
         offset: u64,
-        /// How many bytes.
+        /// How many bytes, at most 1 GiB.
         length: usize,
     },
     /// Write from `buffers`.
@@ -37,21 +38,21 @@ pub enum Operation {
     Discard {
         /// Where in the file.
         offset: u64,
-        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        /// How many bytes; in one request, whatever [`crate::Context::io_bytes_max`].
         length: u64,
     },
     /// Make the range read as zeros.
     WriteZeroes {
         /// Where in the file.
         offset: u64,
-        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        /// How many bytes; in one request, whatever [`crate::Context::io_bytes_max`].
         length: u64,
     },
     /// Reserve storage for the range. No byte changes; a file that ends before becomes longer, with zeros.
     Allocate {
         /// Where in the file.
         offset: u64,
-        /// How many bytes; not bounded by [`crate::Context::io_bytes_max`].
+        /// How many bytes; in one request, whatever [`crate::Context::io_bytes_max`].
         length: u64,
         /// The file's size stays.
         keep_size: bool,
@@ -129,6 +130,6 @@ pub struct Stats {
     pub in_flight: u64,
     /// Requests on the wire that the server granted.
     pub queue_depth: u64,
-    /// The largest operation.
+    /// The largest request: longer reads and writes are sent in parts.
     pub io_bytes_max: u64,
 }

@@ -121,9 +121,10 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
     let other = connect(&server, &Options::default());
     let foreign = other.open("/e/data", libc::O_RDONLY, 0).unwrap();
     for (file, operation, errno) in [
-        (&file, read(0, (64 << 10) + 1), libc::EINVAL),
+        (&file, read(i64::MAX as u64 - (64 << 10), (64 << 10) + 1), libc::EINVAL),
         (&file, read(1 << 63, 1), libc::EINVAL),
         (&file, Operation::ReadLent { offset: 0, length: usize::MAX }, libc::EINVAL),
+        (&file, Operation::ReadLent { offset: 0, length: (1 << 30) + 1 }, libc::EINVAL),
         (&file, Operation::Discard { offset: i64::MAX as u64, length: 1 }, libc::EINVAL),
         (&file, Operation::WriteZeroes { offset: 1, length: u64::MAX }, libc::EINVAL),
         (&file, Operation::Allocate { offset: 1, length: u64::MAX, keep_size: true }, libc::EINVAL),

@@ -11,6 +11,10 @@ pub const MAXEVENTS_MAX: usize = 65_536;
 /// the default `--io-max` fits. Not measured.
 pub(crate) const LENT_BYTES_MIN: usize = 1 << 20;
 
+/// Bytes: the longest read into a lent buffer. The memory of lent buffers is the library's, and stays mapped
+/// as long as the context. Not measured: a limit.
+pub(crate) const LENT_BYTES_MAX: u64 = 1 << 30;
+
 /// Completions that a program may collect without having waited before it yields the core. A program for
 /// which there is always an answer would keep it for a tick of the scheduler, 4 ms, while the answers of
 /// others lie there. Measured with four fio jobs on one core, null, depth 32: p99 from 3,981 to 326 µs.

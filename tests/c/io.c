@@ -131,23 +131,17 @@ static void every_size(raio_context_t ctx, int session_fd)
 {
 	static const long sizes[] = { 1, 7, 511, 512, 513, 4095, 4096, 4097, 65535, 65536, 65537, 131072, 262145, 1 << 20 };
 	int file = make_file(session_fd, "sizes", 0);
-	struct raio_stats stats;
 	long long offset = 0;
 	raio_mr_t mr;
 	char *memory;
 	size_t i;
 
-	MUST(raio_get_stats(ctx, &stats, sizeof(stats)) == 0);
 	MUST((memory = raio_alloc(ctx, 1 << 20, &mr)) != NULL);
 	EQ((uintptr_t)memory % 4096, 0);
 	CHECK(is_all(memory, 1 << 20, 0));
 	for (i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
 		struct raio_iocb iocb;
 
-		if ((unsigned long long)sizes[i] > stats.io_bytes_max) {
-			printf("io: %ld bytes in one iocb not checked: the server takes %llu\n", sizes[i], stats.io_bytes_max);
-			continue;
-		}
 		fill_pattern(memory, sizes[i], 7, offset);
 		raio_prep_pwrite(&iocb, file, memory, (size_t)sizes[i], offset, mr);
 		EQ(run_iocb(ctx, &iocb), sizes[i]);
@@ -158,6 +152,70 @@ static void every_size(raio_context_t ctx, int session_fd)
 		offset += sizes[i];
 	}
 	EQ(size_of(file), offset);
+	EQ(raio_free(ctx, memory), 0);
+	EQ(raio_close(file), 0);
+}
+
+/* Longer than a request may be: one event, whatever it takes. */
+static void long_iocbs(raio_context_t ctx, int session_fd)
+{
+	static const long bytes = (5 << 20) + 4321;
+	int file = make_file(session_fd, "long", 0), i;
+	struct raio_iocb iocb, *io = &iocb;
+	struct raio_event event;
+	struct iovec iov[3];
+	raio_mr_t mr;
+	char *memory, *back;
+	long n;
+
+	MUST((memory = raio_alloc(ctx, bytes, &mr)) != NULL);
+	MUST((back = malloc(bytes)) != NULL);
+	fill_pattern(memory, bytes, 11, 0);
+	raio_prep_pwrite(&iocb, file, memory, bytes, 7, mr);
+	EQ(run_iocb(ctx, &iocb), bytes);
+	EQ(size_of(file), bytes + 7);
+	memset(back, 0, bytes);
+	iov[0] = (struct iovec){ back, 1 };
+	iov[1] = (struct iovec){ back + 1, 3 << 20 };
+	iov[2] = (struct iovec){ back + 1 + (3 << 20), bytes - 1 - (3 << 20) };
+	raio_prep_preadv(&iocb, file, iov, 3, 7, NULL);
+	EQ(run_iocb(ctx, &iocb), bytes);
+	CHECK(is_pattern(back, bytes, 11, 0));
+	raio_prep_pwritev(&iocb, file, iov, 3, 0, NULL);
+	EQ(run_iocb(ctx, &iocb), bytes);
+	memset(memory, 0, bytes);
+	raio_prep_pread(&iocb, file, memory, bytes, 100, mr);
+	EQ(run_iocb(ctx, &iocb), bytes - 93);
+	CHECK(is_pattern(memory, bytes - 100, 11, 100));
+	/* Lent memory. */
+	raio_prep_pread(&iocb, file, NULL, bytes, 0, NULL);
+	EQ(raio_submit(ctx, 1, &io), 1);
+	EQ(raio_getevents(ctx, 1, 1, &event, NULL), 1);
+	EQ(event.res, bytes);
+	CHECK(is_pattern(iocb.u.c.buf, bytes, 11, 0));
+	EQ(raio_release(ctx, 1, &event), 0);
+	/* Memory that ends too early, for the check of a write. */
+	back = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	MUST(back != MAP_FAILED && mprotect(back + (4 << 20), 4096, PROT_NONE) == 0);
+	raio_prep_pwrite(&iocb, file, back, bytes, 0, NULL);
+	EQ(run_iocb(ctx, &iocb), -EFAULT);
+	EQ(munmap(back, bytes), 0);
+	/* Cancelled: at once, or after what was done. */
+	for (i = 0; i < 8; i++) {
+		raio_prep_pread(&iocb, file, memory, bytes, 0, mr);
+		EQ(raio_submit(ctx, 1, &io), 1);
+		if (i % 2 && raio_getevents(ctx, 0, 1, &event, NULL) == 1)
+			continue;
+		if (raio_cancel(ctx, &iocb, &event) == 0) {
+			EQ(event.res, (unsigned long)-ECANCELED);
+			continue;
+		}
+		EQ(errno, EAGAIN);
+		EQ(raio_getevents(ctx, 1, 1, &event, NULL), 1);
+		n = (long)event.res;
+		CHECK(n > 0 && n <= bytes && is_pattern(memory, n, 11, 0));
+	}
+	free(iov[0].iov_base);
 	EQ(raio_free(ctx, memory), 0);
 	EQ(raio_close(file), 0);
 }
@@ -671,6 +729,7 @@ int main(int argc, char **argv)
 	vectors(ctx, fd);
 	end_of_file(ctx, fd);
 	every_size(ctx, fd);
+	long_iocbs(ctx, fd);
 	syncs(ctx, fd);
 	discard_and_zeroes(ctx, fd);
 	allocation(ctx, fd);

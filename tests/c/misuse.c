@@ -482,17 +482,17 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	REFUSED(EINVAL);
 	MUST(raio_get_stats(ctx, &stats, sizeof(stats)) == 0);
 	MUST(stats.io_bytes_max > 0);
-	raio_prep_pread(&iocb, file, buf, stats.io_bytes_max + 1, 0, NULL);
+	raio_prep_pread(&iocb, file, NULL, (1 << 30) + 1, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pread(&iocb, file, NULL, stats.io_bytes_max + 1, 0, NULL);
+	raio_prep_pread(&iocb, file, buf, stats.io_bytes_max + 1, LLONG_MAX - 1, NULL);
+	REFUSED(EINVAL);
+	raio_prep_pread(&iocb, file, (void *)-4096, stats.io_bytes_max + 1, 0, NULL);
 	REFUSED(EINVAL);
 	raio_prep_pread(&iocb, file, buf, SIZE_MAX, 0, NULL);
 	REFUSED(EINVAL);
 	raio_prep_pwrite(&iocb, writable, buf, SIZE_MAX, 0, NULL);
 	REFUSED(EINVAL);
 	raio_prep_pwrite(&iocb, writable, buf, (size_t)SSIZE_MAX + 1, 4096, NULL);
-	REFUSED(EINVAL);
-	raio_prep_pwrite(&iocb, writable, buf, 1ULL << 32, 0, NULL);
 	REFUSED(EINVAL);
 	raio_prep_pwrite(&iocb, writable, NULL, 1, 0, NULL);
 	REFUSED(EINVAL);
@@ -520,9 +520,6 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	iov[1].iov_len = 2;
 	raio_prep_preadv(&iocb, file, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
-	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
-	REFUSED(EINVAL);
-	iov[0].iov_len = stats.io_bytes_max;
 	raio_prep_pwritev(&iocb, writable, iov, 2, 0, NULL);
 	REFUSED(EINVAL);
 

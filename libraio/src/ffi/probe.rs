@@ -51,6 +51,23 @@ impl ReadProbe {
         }
     }
 
+    /// Checks memory of any length at once, for the iocb at this place in the batch: so that the list of
+    /// bytes stays short.
+    pub(super) fn check_long(&mut self, mut address: usize, mut len: usize, place: usize) {
+        let kept = self.bytes.len();
+        while len > 0 {
+            let some = len.min(IOV_MAX * Self::PAGE - address % Self::PAGE);
+            self.add(address, some);
+            let readable = self.can_copy(kept, self.bytes.len());
+            self.bytes.truncate(kept);
+            if !readable {
+                return self.unreadable.push(place);
+            }
+            let Some(next) = address.checked_add(some) else { return };
+            (address, len) = (next, len - some);
+        }
+    }
+
     /// What was added since the last call is the memory of the iocb at this place in the batch.
     pub(super) fn end_iocb(&mut self, place: usize) {
         self.ends.push((self.bytes.len(), place));
@@ -131,7 +148,10 @@ mod tests {
                 probe.add(address, len);
                 probe.end_iocb(place);
             }
+            probe.check_long(good.as_ptr().addr() + 1, 5000, 4);
+            probe.check_long(bad.addr(), usize::MAX / 2, 5);
             probe.check_bytes();
+            assert_eq!([4, 5].map(|place| probe.is_unreadable(place)), [false, true]);
             assert_eq!([0, 1, 2, 3].map(|place| probe.is_unreadable(place)), [false, true, false, false]);
         }
         // SAFETY: the mapping made above.

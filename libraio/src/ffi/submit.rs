@@ -12,6 +12,9 @@ use super::state::{ContextState, raio_context, raio_mr, state, stopped};
 use crate::error::Error;
 use crate::operation::Operation;
 
+/// No object of a program is larger, and no offset.
+const BYTES_MAX: u64 = isize::MAX as u64;
+
 /// See libraio.h.
 ///
 /// # Safety
@@ -81,7 +84,7 @@ unsafe fn submit(
     // SAFETY: not null, aligned, and the caller vouches that it is an iocb that nobody changes meanwhile.
     let io = unsafe { &mut *iocb };
     // SAFETY: the caller vouches for the iocb's memory.
-    let operation = unsafe { operation(ctx, context.io_bytes_max() as u64, &mut state.vectors, io) }?;
+    let operation = unsafe { operation(ctx, &mut state.vectors, io) }?;
     let file = state.files.get(io.raio_fildes, state.session)?;
     let eventfd = if io.c.flags & IOCB_EVENTFD != 0 { Some(state.eventfds.hold(io.c.resfd)?) } else { None };
     let token = iocb.expose_provenance() as u64;
@@ -111,7 +114,6 @@ fn unreadable() -> Error {
 /// The iocb's memory is as the header demands.
 unsafe fn operation(
     ctx: *mut raio_context,
-    io_bytes_max: u64,
     vectors: &mut Vec<Vec<Buffer>>,
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
@@ -129,15 +131,10 @@ unsafe fn operation(
         invalid("The iocb's offset is negative. Pass one counted from the start of the file.")
     })?;
     Ok(match io.raio_lio_opcode {
-        CMD_PREAD if c.buf.is_null() => {
-            if c.nbytes > io_bytes_max {
-                return Err(too_long(c.nbytes, io_bytes_max));
-            }
-            Operation::ReadLent { offset, length: c.nbytes as usize }
-        }
+        CMD_PREAD if c.buf.is_null() => Operation::ReadLent { offset, length: c.nbytes as usize },
         CMD_PREAD | CMD_PWRITE => {
             // SAFETY: the caller vouches for the memory: it is the library's until the event is collected.
-            let buffer = unsafe { buffer(ctx, c.mr, c.buf, c.nbytes, io_bytes_max) }?;
+            let buffer = unsafe { buffer(ctx, c.mr, c.buf, c.nbytes) }?;
             let buffers = Buffers::One(buffer);
             if io.raio_lio_opcode == CMD_PREAD {
                 Operation::Read { offset, buffers }
@@ -156,13 +153,13 @@ unsafe fn operation(
                 unsafe { c.buf.cast::<libc::iovec>().add(n).read_unaligned() }
             });
             let total = iovecs.clone().fold(0, |total: u64, iov| total.saturating_add(iov.iov_len as u64));
-            if total > io_bytes_max {
-                return Err(too_long(total, io_bytes_max));
+            if total > BYTES_MAX {
+                return Err(too_long(total));
             }
             let mut pieces = vectors.pop().unwrap_or_default();
             for iov in iovecs.filter(|iov| iov.iov_len > 0) {
                 // SAFETY: the caller vouches for the memory behind each.
-                pieces.push(unsafe { buffer(ctx, c.mr, iov.iov_base, iov.iov_len as u64, io_bytes_max) }?);
+                pieces.push(unsafe { buffer(ctx, c.mr, iov.iov_base, iov.iov_len as u64) }?);
             }
             let buffers = Buffers::Many(pieces);
             if io.raio_lio_opcode == CMD_PREADV {
@@ -183,11 +180,9 @@ unsafe fn operation(
     })
 }
 
-fn too_long(len: u64, most: u64) -> Error {
+fn too_long(len: u64) -> Error {
     invalid(format!(
-        "An iocb may carry at most {most} bytes; this one has {len}. Split it, or start raio_server with a \
-         larger \
-         --io-max."
+        "The iocb has {len} bytes, more than a program's memory can be. Pass the length of its buffer."
     ))
 }
 
@@ -200,10 +195,9 @@ unsafe fn buffer(
     mr: *mut raio_mr,
     address: *mut c_void,
     len: u64,
-    most: u64,
 ) -> Result<Buffer, Error> {
-    if len > most {
-        return Err(too_long(len, most));
+    if len > BYTES_MAX || (address.addr() as u64).checked_add(len).is_none() {
+        return Err(too_long(len));
     }
     let (address, len) = (address.cast::<u8>(), len as usize);
     if mr.is_null() {
@@ -253,12 +247,16 @@ unsafe fn probe_writes(
         let is_ours = unsafe { Handle::get(c.mr) }.is_some_and(|mr| mr.context == ctx && mr.is_allocated);
         match opcode {
             CMD_PWRITE if !is_ours && c.nbytes <= most => probe.add(c.buf.addr(), c.nbytes as usize),
+            CMD_PWRITE if !is_ours => probe.check_long(c.buf.addr(), c.nbytes as usize, n),
             CMD_PWRITEV if !is_ours && c.nbytes <= IOV_MAX && !c.buf.is_null() => {
+                let place = n;
                 for n in 0..c.nbytes as usize {
                     // SAFETY: the caller vouches for `nbytes` iovecs.
                     let iov = unsafe { c.buf.cast::<libc::iovec>().add(n).read_unaligned() };
                     if iov.iov_len as u64 <= most {
                         probe.add(iov.iov_base.addr(), iov.iov_len);
+                    } else {
+                        probe.check_long(iov.iov_base.addr(), iov.iov_len, place);
                     }
                 }
             }

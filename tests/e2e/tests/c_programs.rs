@@ -43,18 +43,23 @@ struct Exports {
 }
 
 fn serve() -> Exports {
+    serve_with(&[])
+}
+
+fn serve_with(arguments: &[&str]) -> Exports {
     let directory = tempfile::tempdir().expect("a directory");
     let (writable, readable) = (directory.path().join("rw"), directory.path().join("ro"));
     std::fs::create_dir(&writable).and_then(|()| std::fs::create_dir(&readable)).expect("two directories");
     let data: Vec<u8> = (0..(1usize << 20) + 1234).map(|i| (i * 7 + i / 251) as u8).collect();
     std::fs::write(readable.join("data.bin"), data).expect("data.bin");
     std::fs::write(readable.join("empty"), "").expect("empty");
-    let server = Server::start(&[
+    let exports = [
         &format!("rw={},rw", writable.display()),
         &format!("ro={}", readable.display()),
         "mem=mem:64M,rw",
         "null=null:1G,rw",
-    ]);
+    ];
+    let server = Server::start_with(&exports, arguments);
     Exports { server, _directory: directory }
 }
 
@@ -90,6 +95,14 @@ fn program_passes(name: &str) {
 fn the_header_compiles_as_c99_c11_and_cxx17_and_its_layout_is_pinned() {
     for name in ["compile-c99", "compile-c11", "compile-cxx17", "layout"] {
         passes(command(&programs().join("plain").join(name), None));
+    }
+}
+
+#[test]
+fn it_makes_no_difference_to_a_program_how_much_a_request_may_carry() {
+    let exports = serve_with(&["--io-max", "64K"]);
+    for build in ["plain", "sanitized"] {
+        passes(command(&programs().join(build).join("io"), Some(&exports.server)));
     }
 }
 

@@ -161,7 +161,6 @@ fn fio_jobs_that_cannot_work_are_refused_with_a_sentence() {
         (&["--fsync_on_close=1"], "Use end_fsync=1"),
         (&["--fill_device=1"], "Give size="),
         (&["--filename=relative"], "Give filename=/EXPORT/path"),
-        (&["--bs=64m", "--size=64m"], "--io-max 67108864"),
         (&["--raio_url=raio://127.0.0.1:1"], "raio://127.0.0.1:1"),
         (&["--raio_url=nonsense"], "nonsense"),
         (&["--filename=/nowhere/file"], "nowhere"),

@@ -178,6 +178,20 @@ fn fio_trims_on_a_block_device_leave_the_bytes_that_they_leave_locally() {
 }
 
 #[test]
+fn fio_verifies_blocks_that_are_larger_than_a_request() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let server = Server::start_with(
+        &[&format!("disk={},rw", directory.path().display())],
+        &["--io-max", "1M", "--memory", "64M"],
+    );
+    for rw in ["write", "randrw"] {
+        let mut fio = fio_raio(&server);
+        fio.args(["--filename=/disk/file", "--size=64m", "--bs=4m", "--iodepth=4", "--verify=crc32c"]);
+        succeed(fio.args([&format!("--rw={rw}"), "--verify_fatal=1"]));
+    }
+}
+
+#[test]
 fn fio_jobs_verify_over_a_wire_that_loses_and_delays_packets() {
     let Some(_wire) = needs_wire("a bad wire") else { return };
     let seed = seed();
