@@ -13,6 +13,8 @@ use rustix::process::Signal;
 const BLOCK: usize = 4096;
 const BLOCKS: u64 = 64;
 const CUTS: usize = 40;
+/// Of each kind of request.
+const RESETS: usize = 100;
 const RESTARTS: usize = 8;
 
 fn write(block: u64, byte: u8) -> Operation {
@@ -189,6 +191,36 @@ fn cut_often(waits: Waits) {
     assert!(stats.reconnects as usize > CUTS / 2, "{stats:?}");
     times.sort_unstable();
     eprintln!("a round of {BLOCKS} writes with a cut took {:?}, half of them", times[CUTS / 2]);
+}
+
+#[test]
+fn each_reset_with_a_request_in_flight_is_one_more_connection_and_no_failure() {
+    let directory = directory();
+    let server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let proxy = Proxy::start(server.address());
+    let session = Session::connect(&proxy.url(), &Options::default()).expect("a session");
+    let mut model = Model::new(&session, Waits::InCalls);
+    model.write_all(1, || {});
+    for (what, operation) in [("read", read as fn(u64) -> Operation), ("write", |block| write(block, 1))] {
+        let mut times = Vec::new();
+        let before = model.context.stats().reconnects;
+        for _ in 0..RESETS {
+            proxy.stall(true);
+            model.context.submit(&model.file, operation(0), 0).expect("there is room");
+            model.context.flush();
+            let begin = Instant::now();
+            proxy.end_all(Ending::Reset);
+            proxy.stall(false);
+            while model.context.wait(1, 1, Some(PATIENCE)).expect("it goes on") == 0 {}
+            times.push(begin.elapsed());
+            model.context.next().expect("it is there").result.expect("it has only to be sent again");
+        }
+        assert_eq!(model.context.stats().reconnects - before, RESETS as u64, "{what}");
+        times.sort_unstable();
+        let (median, p99) = (times[RESETS / 2], times[RESETS * 99 / 100]);
+        eprintln!("from a reset to the end of a {what} in flight: median {median:?}, p99 {p99:?}");
+    }
+    assert_eq!(model.context.stats().unknown, 0);
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! Tens of thousands of sessions with one server, by raio_load: each has a file open, all are served, every
-//! byte is checked; what they cost the server, and what becomes of one too many.
+//! byte is checked; what they cost the server, what becomes of one too many, and of all when the server is
+//! killed.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use raio::{Options, Session};
-use raio_e2e::{Server, TCP, binary, is_at_rest};
+use raio_e2e::{PATIENCE, Server, TCP, binary, is_at_rest};
 use raio_transport::open_files;
 use serde_json::Value;
 
@@ -21,9 +23,16 @@ const SOURCES: &str = "--source 127.0.0.1 --source 127.0.0.2 --source 127.0.0.3"
 /// Descriptors of a server that are not sessions'.
 const DESCRIPTORS_OWN: usize = 256;
 
+/// As many as in all tests but the longest.
+const SESSIONS_FEW: usize = 1000;
+
 fn serve(directory: &Path, arguments: &[&str]) -> Server {
+    serve_at(TCP, directory, arguments)
+}
+
+fn serve_at(listen: &str, directory: &Path, arguments: &[&str]) -> Server {
     let export = format!("d={},rw", directory.display());
-    Server::start_with(&[&export], &[&["--listen", TCP], arguments].concat())
+    Server::start_with(&[&export], &[&["--listen", listen], arguments].concat())
 }
 
 fn raio_load(server: &Server, arguments: &str) -> Command {
@@ -71,10 +80,17 @@ impl Held {
         Self { child, stderr }
     }
 
-    fn go_on(mut self) -> Output {
+    fn begin(&mut self) {
         let mut stdin = self.child.stdin.take().expect("stdin is piped");
         stdin.write_all(b"\n").expect("raio_load waits for it");
-        drop(stdin);
+    }
+
+    fn go_on(mut self) -> Output {
+        self.begin();
+        self.end()
+    }
+
+    fn end(mut self) -> Output {
         self.child.stderr = Some(self.stderr.into_inner());
         self.child.wait_with_output().expect("raio_load ends")
     }
@@ -130,6 +146,108 @@ fn thousands_of_sessions_cost_little_are_all_served_and_one_too_many_is_turned_a
     assert_eq!(statistics["closes"]["rejected"], 2, "{statistics}");
     let finished = |statistics: &Value| statistics["closes"]["finished"].as_u64().expect("it is counted");
     assert_eq!(finished(&statistics) - finished(&at_rest), sessions as u64, "{statistics}");
+}
+
+#[test]
+fn a_session_that_can_be_resumed_costs_little_with_its_connection_and_without() {
+    // Enough that what a server takes once does not count.
+    let limit = open_files::raise(2 * 4 * SESSIONS_FEW + DESCRIPTORS_OWN);
+    let sessions = (4 * SESSIONS_FEW).min(limit.saturating_sub(DESCRIPTORS_OWN) / 2);
+    if sessions < SESSIONS_FEW {
+        return eprintln!(
+            "SKIPPED: {sessions} sessions, which is all that {limit} open files are enough for."
+        );
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let mut server = serve(directory.path(), &[]);
+    fill(&mut server);
+    let before = server.resident_bytes();
+    let each = |server: &Server| server.resident_bytes().saturating_sub(before) / sessions as u64;
+
+    let mut held = Held::start(&server, &format!("--sessions {sessions} --reconnect 600 {SOURCES}"));
+    assert_eq!(server.statistics()["sessions"], sessions);
+    let idle = each(&server);
+    held.child.kill().and_then(|()| held.child.wait()).expect("it is killed");
+    let statistics = server.statistics_when(|now| now["channels"]["parked"] == sessions);
+    assert_eq!(statistics["open_files"], sessions, "{statistics}");
+    let parked = each(&server);
+    eprintln!("{idle} bytes a session, {parked} when it is parked");
+    assert!(idle <= SESSION_BYTES_MAX, "{idle} bytes of memory for each idle session");
+    assert!(parked <= SESSION_BYTES_MAX, "{parked} bytes of memory for each parked session");
+}
+
+/// Waits until no connection to this port is left.
+fn await_desertion(port: u16) {
+    let port = format!(":{port:04X}");
+    let is_left = || {
+        let all = std::fs::read_to_string("/proc/net/tcp").expect("it is there");
+        // Columns: number, local and remote address, state.
+        all.lines().any(|line| {
+            line.split_whitespace().nth(2).is_some_and(|remote| remote.ends_with(&port))
+                && line.split_whitespace().nth(3) == Some("01")
+        })
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while is_left() {
+        assert!(Instant::now() < deadline, "a killed server keeps connections");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// So many sessions whose server is killed, and started again: each goes on. Says how long that took.
+fn come_back(sessions: usize) {
+    let directory = tempfile::tempdir().expect("a directory");
+    let state = tempfile::tempdir().expect("a directory");
+    let (path, limit) = (state.path().display().to_string(), sessions.to_string());
+    let arguments = ["--state", &path, "--max-sessions", &limit];
+    let mut server = serve(directory.path(), &arguments);
+    fill(&mut server);
+    let load =
+        format!("--sessions {sessions} --reconnect 120 --pattern randrw --rounds 2 --verify {SOURCES}");
+    let mut held = Held::start(&server, &load);
+    assert_eq!(server.statistics()["sessions"], sessions);
+
+    server.kill();
+    // What is sent before the kernel has closed a connection is of unknown outcome.
+    await_desertion(server.address().port());
+    // All notice it before there is another server, and try in vain.
+    held.begin();
+    let started = Instant::now();
+    let mut server = serve_at(&format!("tcp://{}", server.address()), directory.path(), &arguments);
+    let ready = started.elapsed();
+    let output = held.end();
+    let took = started.elapsed().as_secs_f64();
+    let said = String::from_utf8_lossy(&output.stderr);
+    let report = report(&output);
+    assert!(output.status.success(), "{report}\n{said}");
+    assert_eq!((&report["errors"], &report["sessions"]["lost"]), (&0.into(), &0.into()), "{report}");
+    assert_eq!(report["sessions"]["ios_min"], 2, "{report}");
+    assert!(report["reconnects"].as_u64() >= Some(sessions as u64), "{report}");
+    // Nothing was in flight when the connections ended.
+    assert_eq!(report["unknown"], 0, "{report}");
+    eprintln!(
+        "{sessions} sessions had gone on {took:.2} s after the server was started anew, and {:.2} s after it \
+         was ready; {} connections",
+        took - ready.as_secs_f64(),
+        report["reconnects"]
+    );
+    // They have left what they wrote.
+    server.statistics_when(is_at_rest);
+    let output = run(&server, "--pattern read --rounds 4096 --verify");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_thousand_sessions_go_on_when_their_server_is_killed_and_started_anew() {
+    open_files::raise(2 * SESSIONS_FEW + DESCRIPTORS_OWN);
+    come_back(SESSIONS_FEW);
+}
+
+#[test]
+#[ignore = "long"]
+fn as_many_sessions_as_there_can_be_go_on_when_their_server_is_killed_and_started_anew() {
+    let limit = open_files::raise(2 * SESSIONS + DESCRIPTORS_OWN);
+    come_back(SESSIONS.min(limit.saturating_sub(DESCRIPTORS_OWN) / 2));
 }
 
 #[test]
