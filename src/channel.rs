@@ -12,6 +12,7 @@ mod beginning;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,8 @@ use crate::memory::{ArenaMemory, Region, WeakRegion, process};
 use crate::message;
 use crate::mux::{self, Reached};
 use crate::protocol::{
-    Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_TRUNCATE, OUTCOMES_MAX, RequestOutcome,
+    Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_READ, OPEN_TRUNCATE, OUTCOMES_MAX,
+    RequestOutcome,
 };
 use crate::resume::{self, End, Fate, Machine, State, Step};
 use crate::sync::lock;
@@ -117,6 +119,8 @@ pub struct OpenFiles {
     files: Mutex<BTreeMap<u32, Arc<Reopenable>>>,
     /// The incarnation of the server on which they are open, as far as is known.
     server: Mutex<Option<[u8; 16]>>,
+    /// How often a channel has begun to open all of them again.
+    reopenings: AtomicU64,
 }
 
 /// One of them.
@@ -141,6 +145,20 @@ impl OpenFiles {
         lock(&self.files).remove(&handle.0);
     }
 
+    /// How often a channel has begun to open all of them again. If that changes while a file is opened, from
+    /// before the call until after [`OpenFiles::insert`], the server may not have it: a call about it by the
+    /// channel that has opened it finds out, and has it opened again.
+    pub fn reopenings(&self) -> u64 {
+        self.reopenings.load(Ordering::SeqCst)
+    }
+
+    /// A file that is open for reading; else, whether there is any.
+    fn any(&self) -> Result<FileHandle, bool> {
+        let files = lock(&self.files);
+        let readable = files.iter().rev().find(|(_, file)| file.flags & OPEN_READ != 0);
+        readable.map(|(&handle, _)| FileHandle(handle)).ok_or(!files.is_empty())
+    }
+
     /// A connection to this server was made. Whether there are files that it may not have open.
     fn are_missing(&self, server: [u8; 16]) -> bool {
         *lock(&self.server).get_or_insert(server) != server && !lock(&self.files).is_empty()
@@ -152,7 +170,9 @@ impl OpenFiles {
     }
 
     fn list(&self) -> Vec<(FileHandle, Arc<Reopenable>)> {
-        lock(&self.files).iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
+        let files = lock(&self.files);
+        self.reopenings.fetch_add(1, Ordering::SeqCst);
+        files.iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
     }
 }
 
@@ -200,6 +220,8 @@ struct Rest {
     phase: Phase,
     /// The server has lost the files, and has not got all back.
     must_reopen: bool,
+    /// It has said so over this connection.
+    has_heard: bool,
     /// To be sent again.
     again: VecDeque<Lost>,
     /// May have been executed.
@@ -322,7 +344,7 @@ impl Channel {
     /// A channel that has its first connection.
     fn begun(given: Given, first: Connected) -> Self {
         let Given { dialer, offer, used, settings, files, clock, seed } = given;
-        let Connected { mut transport, why_tcp, epoch, reopened } = first;
+        let Connected { mut transport, why_tcp, epoch, reopened, .. } = first;
         let reconnects = !settings.window.is_zero() && offer.channel.is_some();
         if reconnects {
             transport.core_mut().keep_lost();
@@ -346,6 +368,7 @@ impl Channel {
                 connected_at: clock(),
                 phase: Phase::Idle,
                 must_reopen: false,
+                has_heard: false,
                 again: VecDeque::new(),
                 asked: Vec::new(),
                 oversized: Vec::new(),
@@ -767,6 +790,7 @@ impl Channel {
             return self.on_dial_failed(error);
         }
         self.grant = grant;
+        rest.has_heard = false;
         rest.machine.on_dialed();
         self.ask(transport);
     }
@@ -806,7 +830,13 @@ impl Channel {
             },
             libc::ESTALE => {
                 self.on_gone();
-                self.on_resolved(transport);
+                // The server says so until it knows that this was heard: if it did not, and this connection
+                // broke, what was sent over it would be forgotten, too.
+                if std::mem::replace(&mut self.rest.has_heard, true) {
+                    self.on_resolved(transport);
+                } else {
+                    self.ask(transport);
+                }
             }
             errno if reply.status.retryable => {
                 self.rest.why = format!("the server does not resume the session now (errno {errno})");

@@ -14,8 +14,8 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
     self, ChannelOption, FEATURE_CRC, FEATURE_PONG_TIME, HandshakeOption, Hello, Limits, MAGIC,
-    OPTION_CHANNEL, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_SUPERSEDE, OPTION_TEXT,
-    OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
+    OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED,
+    OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
 use crate::trace::Clock;
 
@@ -427,10 +427,11 @@ impl Offer {
             let status = Status { errno, class: Class::Policy, retryable: false };
             return Err(Error::Rejected { status, text });
         }
+        let features = welcome.features.get();
         let grant = Grant {
             version: welcome.version.get(),
-            // Bits that this side does not know mean nothing to it.
-            features: welcome.features.get() & self.features,
+            // Operations that were not asked for mean nothing to this side.
+            features: features & self.features,
             server: welcome.server,
             queue_depth: welcome.queue_depth.get(),
             data_bytes_max: welcome.data_bytes_max.get(),
@@ -442,6 +443,8 @@ impl Offer {
         };
         let depth_max = if self.queue_depth == 0 { u32::from(u16::MAX) - 1 } else { self.queue_depth };
         if grant.version != VERSION
+            // They change what is said.
+            || features & !OPERATION_FEATURES_MASK & !self.features != 0
             || grant.queue_pair && !self.queue_pair
             || grant.linger > self.channel.map_or(Duration::ZERO, |channel| channel.linger)
             || grant.queue_depth == 0

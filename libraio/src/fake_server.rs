@@ -245,6 +245,14 @@ impl FakeServer {
         state.restarts += 1;
     }
 
+    /// Forgets the sessions and their files, as after their linger time.
+    pub(crate) fn end_sessions(&self) {
+        let mut state = self.shared.state.lock().unwrap();
+        state.cut_all();
+        state.channels.clear();
+        state.open.clear();
+    }
+
     /// Has no such feature bits from now on, as an older server.
     pub(crate) fn forget(&self, features: u64) {
         self.shared.state.lock().unwrap().forgotten = features;
@@ -438,7 +446,12 @@ impl Connection {
             } else if holding && matches!(command, Command::Read { .. } | Command::Write { .. }) {
                 self.held.push((id, body, data));
             } else if let Command::Outcome { ids } = command {
-                self.must_ask = false;
+                if !std::mem::replace(&mut self.must_ask, false)
+                    && let Some(channel) = self.channel
+                    && let Some(channel) = self.shared.state.lock().unwrap().channels.get_mut(&channel)
+                {
+                    (channel.is_known, self.is_gone) = (true, false);
+                }
                 encode(id, self.outcomes(ids), limits, out);
             } else {
                 assert!(!self.must_ask, "{command:?} before an outcome");

@@ -67,6 +67,7 @@ impl Session {
         if path.contains(&0) {
             return Err(Error::call(libc::EINVAL, "The path contains a zero byte. Pass one without."));
         }
+        let reopenings = self.shared().files().reopenings();
         let reply = self.shared().call(&Command::Open { flags, mode: mode & 0o7777, path })?;
         let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);
         let status = match reply.body.is_empty() {
@@ -76,6 +77,10 @@ impl Session {
         };
         let opened = Reopenable { flags, path: path.into(), identity: status.identity };
         self.shared().files().insert(handle, opened);
+        if self.shared().files().reopenings() != reopenings {
+            // Others may be connected to a server that has been started since it was opened.
+            self.shared().status(handle)?;
+        }
         let is_synced = flags & (protocol::OPEN_SYNC | protocol::OPEN_DSYNC) != 0;
         Ok(File::new(Arc::clone(self.shared()), handle, status.verifier.get(), is_synced))
     }

@@ -277,6 +277,20 @@ fn a_server_that_stays_away_is_given_up_when_the_window_is_over() {
 }
 
 #[test]
+fn a_context_of_a_session_that_the_server_has_ended_opens_its_files_again() {
+    for flags in [libc::O_RDWR, libc::O_WRONLY] {
+        let server = FakeServer::start(Policy::default());
+        server.file(PATH, vec![0; BLOCK]);
+        let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
+        let file = session.open(PATH, flags, 0).unwrap();
+        server.end_sessions();
+        let mut context = session.context(1).unwrap();
+        assert_eq!(one(&mut context, &file, write(0, 1)), Ok(BLOCK as u64));
+        assert_eq!(context.stats().reconnects, 0);
+    }
+}
+
+#[test]
 fn a_rejection_for_good_ends_it_at_once() {
     let (server, _session, file, mut context) = start(&Options::default());
     server.hold(true);

@@ -8,8 +8,8 @@ use crate::error::Error;
 use crate::handshake::{Offer, random_id};
 use crate::message;
 use crate::mux::Reached;
-use crate::protocol::Command;
-use crate::transport::{Bulk, ClientTransport, UsedIds};
+use crate::protocol::{Command, FileHandle};
+use crate::transport::{Bulk, ClientTransport, Reply, UsedIds};
 
 /// A channel whose first connection is being made: [`Channel::connect`] waits for it, this does not. Dropping
 /// it gives the channel up.
@@ -38,6 +38,8 @@ pub(super) struct Connected {
     pub transport: Box<dyn ClientTransport>,
     pub why_tcp: Option<String>,
     pub epoch: u64,
+    /// The server has said that it does not know the channel.
+    pub is_gone: bool,
     /// Files of the session that the server may not have had.
     pub reopened: Reopening,
 }
@@ -47,7 +49,10 @@ enum First {
     Dialing(Box<dyn Dialing>),
     /// The server is to say that nothing of earlier connections, or of superseded sessions, can still happen.
     Asking(Connected),
-    /// It has been started again since the session's files were opened.
+    /// The server is to say whether it has the session's files: it may have ended the session, of which it
+    /// had heard nothing for long.
+    Probing(Connected),
+    /// It has not.
     Reopening(Connected),
     Over,
 }
@@ -110,17 +115,32 @@ impl Beginning {
                     }
                     transport.core_mut().set_used_ids(&given.used);
                     let reopened = Reopening::default();
-                    let mut connected = Connected { transport, why_tcp, epoch, reopened };
+                    let mut connected = Connected { transport, why_tcp, epoch, is_gone: false, reopened };
                     if epoch > 1 || !given.offer.supersedes.is_empty() {
                         connected.ask();
                         First::Asking(connected)
-                    } else if given.files.are_missing(connected.transport.grant().server) {
-                        connected.reopened = Reopening::new(&given.files);
-                        First::Reopening(connected)
                     } else {
-                        return Ok(Some(connected));
+                        match given.files.any() {
+                            _ if given.files.are_missing(connected.transport.grant().server) => {
+                                connected.reopen(&given.files)
+                            }
+                            Ok(file) => {
+                                connected.probe(file);
+                                First::Probing(connected)
+                            }
+                            Err(true) => connected.reopen(&given.files),
+                            Err(false) => return Ok(Some(connected)),
+                        }
                     }
                 }
+                First::Probing(mut connected) => match connected.reply(now, self.deadline)? {
+                    None => {
+                        self.first = First::Probing(connected);
+                        return Ok(None);
+                    }
+                    Some(reply) if reply.status.errno == libc::EBADF => connected.reopen(&given.files),
+                    Some(_) => return Ok(Some(connected)),
+                },
                 First::Asking(mut connected) => match connected.answer(now, self.deadline)? {
                     None => {
                         self.first = First::Asking(connected);
@@ -129,8 +149,7 @@ impl Beginning {
                     Some(is_known)
                         if !is_known || given.files.are_missing(connected.transport.grant().server) =>
                     {
-                        connected.reopened = Reopening::new(&given.files);
-                        First::Reopening(connected)
+                        connected.reopen(&given.files)
                     }
                     Some(_) => return Ok(Some(connected)),
                 },
@@ -158,12 +177,12 @@ impl Beginning {
                 let until = dialing.step_by().min(self.deadline);
                 let _ = sleep(dialing.poll_fd(), until);
             }
-            First::Asking(Connected { transport, .. }) | First::Reopening(Connected { transport, .. }) => {
-                match transport.wait(Some(self.deadline)) {
-                    Err(error) if error.errno() != libc::EINTR => return Err(error),
-                    _ => {}
-                }
-            }
+            First::Asking(Connected { transport, .. })
+            | First::Probing(Connected { transport, .. })
+            | First::Reopening(Connected { transport, .. }) => match transport.wait(Some(self.deadline)) {
+                Err(error) if error.errno() != libc::EINTR => return Err(error),
+                _ => {}
+            },
             First::Unbegun | First::Over => {}
         }
         Ok(())
@@ -172,29 +191,55 @@ impl Beginning {
 
 impl Connected {
     fn ask(&mut self) {
+        self.send(&Command::Outcome { ids: &[] }, true);
+    }
+
+    /// Has the server look at a file that is open for reading, without touching its storage.
+    fn probe(&mut self, file: FileHandle) {
+        self.send(&Command::Read { file, offset: 0, length: 0 }, false);
+    }
+
+    fn send(&mut self, command: &Command<'_>, is_control: bool) {
         let mut body = Vec::new();
-        Command::Outcome { ids: &[] }.encode(&mut body);
+        command.encode(&mut body);
         // If the connection has ended already, that is found out by the next `receive`.
-        let _ = self.transport.send(0, &body, Bulk::None, true);
+        let _ = self.transport.send(0, &body, Bulk::None, is_control);
         self.transport.flush();
     }
 
-    /// Whether the server knows the channel, once it has said that nothing of before can still happen.
-    fn answer(&mut self, now: Instant, deadline: Instant) -> Result<Option<bool>, Error> {
+    fn reopen(mut self, files: &OpenFiles) -> First {
+        self.reopened = Reopening::new(files);
+        First::Reopening(self)
+    }
+
+    /// The reply to what was sent, if it has come.
+    fn reply(&mut self, now: Instant, deadline: Instant) -> Result<Option<Reply>, Error> {
         let mut replies = Vec::new();
         self.transport.receive(&mut replies);
         // If the connection has ended, so has the request.
         match replies.pop().filter(|_| self.transport.failure().is_none()) {
-            Some(reply) => match reply.status.errno {
-                0 => Ok(Some(true)),
-                // A channel that is not known is as good as a new one.
-                libc::ESTALE => Ok(Some(false)),
-                errno => {
-                    let text = message::text(&reply.body);
-                    Err(Error::Closed { errno, text: format!("the server does not begin a session: {text}") })
-                }
-            },
+            Some(reply) => Ok(Some(reply)),
             None => self.check(now, deadline).map(|()| None),
+        }
+    }
+
+    /// Whether the server knows the channel, once it has said that nothing of before can still happen. That
+    /// it does not it says until it knows that this was heard, so it is asked once more.
+    fn answer(&mut self, now: Instant, deadline: Instant) -> Result<Option<bool>, Error> {
+        let Some(reply) = self.reply(now, deadline)? else { return Ok(None) };
+        match reply.status.errno {
+            0 => Ok(Some(!self.is_gone)),
+            // A channel that is not known is as good as a new one.
+            libc::ESTALE if self.is_gone => Ok(Some(false)),
+            libc::ESTALE => {
+                self.is_gone = true;
+                self.ask();
+                Ok(None)
+            }
+            errno => {
+                let text = message::text(&reply.body);
+                Err(Error::Closed { errno, text: format!("the server does not begin a session: {text}") })
+            }
         }
     }
 

@@ -180,9 +180,12 @@ fn feature_bits_that_a_side_does_not_know_are_ignored_by_it() {
     let Ok(Parsed::Item((parts, _), _)) = message::parse_handshake::<Welcome>(&welcome) else {
         panic!("no welcome")
     };
-    let bytes = message::encode_handshake(Welcome { features: U64::new(!0), ..parts }, &[]);
+    let features = U64::new(OPERATION_FEATURES_MASK | FEATURE_CRC);
+    let bytes = message::encode_handshake(Welcome { features, ..parts }, &[]);
     let Ok(Parsed::Item(granted, _)) = offer().grant(&bytes) else { panic!("no grant") };
-    assert_eq!(granted.features, FEATURE_CRC, "what was not asked for means nothing");
+    assert_eq!(granted.features, FEATURE_CRC, "operations that were not asked for mean nothing");
+    let bytes = message::encode_handshake(Welcome { features: U64::new(!0), ..parts }, &[]);
+    assert!(offer().grant(&bytes).is_err(), "what changes the messages must have been asked for");
 }
 
 #[test]

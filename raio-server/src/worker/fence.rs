@@ -90,14 +90,15 @@ impl Worker {
         }
     }
 
-    /// Takes in a request of a client that was told that nothing is known of its earlier ones. What may be
-    /// sent without waiting for that answer does not show that it has come.
+    /// Takes in a request of a client that was told that nothing is known of its earlier ones. Whatever it
+    /// sends now but a cancel, which does not wait for answers, shows that it has heard it.
     #[cold]
     pub(super) fn command_when_told(&mut self, connection: usize, request: &transport::Request) {
         let opcode = Command::decode(&request.body).map(|command| command.opcode());
-        if opcode.is_ok_and(|opcode| !matches!(opcode, Opcode::Outcome | Opcode::Cancel)) {
+        if opcode.is_ok_and(|opcode| opcode != Opcode::Cancel) {
             let connection = &mut self.connections[connection];
             connection.standing = Standing::Settled;
+            connection.knows_earlier = true;
             self.shared.sessions.heard(&connection.member);
         }
         self.command(connection, request);
@@ -146,8 +147,12 @@ impl Worker {
     /// A request ends whose connection has gone.
     #[cold]
     pub(super) fn orphan_ended(&mut self, key: usize, answer: &Response) {
-        let is_cancelled = self.requests[key].is_cancelled;
-        let id = self.requests[key].key.id;
+        let request = &self.requests[key];
+        let (is_cancelled, id) = (request.is_cancelled, request.key.id);
+        if answer.status.is_ok() {
+            let (export, direction) = (request.work.export(), request.work.direction());
+            self.count_work(export, direction, answer.status, answer.result);
+        }
         self.end_request(key);
         let Some(Orphan { member, guarded, .. }) = self.orphans.remove(&key) else { return };
         if let Some(guarded) = guarded {
