@@ -242,6 +242,8 @@ struct Rest {
     arenas: Vec<ArenaMemory>,
     /// Verifiers of the files that were opened again.
     verifiers: HashMap<u32, u64>,
+    /// Which connection was the latest over which that was done; 0: none but the first.
+    reopened_at: u64,
     /// How requests end of files that could not be.
     stale: HashMap<u32, End>,
     why_tcp: Option<String>,
@@ -381,6 +383,7 @@ impl Channel {
                 regions: Vec::new(),
                 arenas: Vec::new(),
                 verifiers: reopened.verifiers,
+                reopened_at: 0,
                 stale: reopened.stale,
                 why_tcp,
                 on_abandoned: None,
@@ -576,6 +579,12 @@ impl Channel {
     #[inline]
     pub fn connections(&self) -> u64 {
         self.connections
+    }
+
+    /// Which one was the latest over which the session's files were opened again, since the server had lost
+    /// them. 0: none but the first.
+    pub fn reopened_at(&self) -> u64 {
+        self.rest.reopened_at
     }
 
     /// What was counted of its losses.
@@ -917,6 +926,7 @@ impl Channel {
             rest.files.are_at(transport.grant().server);
             rest.stale = reopening.stale;
             rest.verifiers.extend(reopening.verifiers);
+            rest.reopened_at = self.connections + 1;
             for lost in std::mem::take(&mut rest.again) {
                 let file = resume::file_of(&lost.command);
                 match file.and_then(|file| rest.stale.get(&file.0).copied()) {

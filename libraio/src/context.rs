@@ -682,13 +682,15 @@ impl Context {
         self.replies = replies;
         if self.channel.connections() != self.connections {
             // After the replies: what was acknowledged before the loss had the verifiers of that time.
-            self.connections = self.channel.connections();
+            let before = std::mem::replace(&mut self.connections, self.channel.connections());
             self.session.suspect();
-            let channel = &self.channel;
-            self.files.set_verifiers(|handle| channel.verifier(handle));
-            // What is still in flight is sent to this server.
-            for slot in self.slots.iter_mut().filter(|slot| slot.is_unacknowledged_write()) {
-                slot.unstable = self.files.verifier(slot.file);
+            if self.channel.reopened_at() > before {
+                let channel = &self.channel;
+                self.files.set_verifiers(|handle| channel.verifier(handle));
+                // What is still in flight is sent to this server.
+                for slot in self.slots.iter_mut().filter(|slot| slot.is_unacknowledged_write()) {
+                    slot.unstable = self.files.verifier(slot.file);
+                }
             }
             self.fail_unsupported();
             self.divide_oversized();

@@ -245,6 +245,11 @@ impl FakeServer {
         state.restarts += 1;
     }
 
+    /// Lets files have another verifier, as after an fsync that has failed.
+    pub(crate) fn replace_verifier(&self, verifier: u64) {
+        self.shared.state.lock().unwrap().verifier = verifier;
+    }
+
     /// Forgets the sessions and their files, as after their linger time.
     pub(crate) fn end_sessions(&self) {
         let mut state = self.shared.state.lock().unwrap();

@@ -256,6 +256,21 @@ fn an_fsync_after_lost_writes_fails_once() {
 }
 
 #[test]
+fn a_cut_does_not_bring_back_what_was_known_of_a_file_before_an_fsync_had_failed() {
+    let (server, _session, file, mut context) = start(&Options::default());
+    server.restart(6);
+    one(&mut context, &file, read(0)).unwrap();
+    one(&mut context, &file, write(0, 1)).unwrap();
+    server.replace_verifier(7);
+    assert!(one(&mut context, &file, FSYNC).unwrap_err().is_lost);
+    server.cut_at(0, true);
+    one(&mut context, &file, read(0)).unwrap();
+    one(&mut context, &file, write(0, 1)).unwrap();
+    one(&mut context, &file, FSYNC).unwrap();
+    assert_eq!(context.stats().reconnects, 2);
+}
+
+#[test]
 fn a_server_that_stays_away_is_given_up_when_the_window_is_over() {
     let window = Duration::from_millis(300);
     let (server, _session, file, mut context) = start(&Options { reconnect: window, ..Options::default() });
