@@ -107,6 +107,10 @@ fn serve(listener: OwnedFd) -> Result<(), Box<dyn Error>> {
                     }
                     server.respond(key, answer(Status::OK, None));
                 }
+                ServerEvent::Damaged(key, _) => {
+                    coming.remove(&key);
+                    server.respond(key, answer(Status::DAMAGED, None));
+                }
                 ServerEvent::Opened(..) | ServerEvent::Moved(..) => {}
                 ServerEvent::Closed(connection, _) => {
                     kept.retain(|(owner, _), _| *owner != connection);

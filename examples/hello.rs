@@ -56,7 +56,9 @@ fn serve(listener: OwnedFd) -> std::io::Result<()> {
                     server.respond(request.key, Response { status: Status::OK, result: 0, body, data: None });
                 }
                 ServerEvent::Closed(_, reason) => println!("server: it left ({})", reason.name()),
-                ServerEvent::Fetched(..) => unreachable!("greetings bring no data"),
+                ServerEvent::Fetched(..) | ServerEvent::Damaged(..) => {
+                    unreachable!("greetings bring no data")
+                }
                 ServerEvent::Moved(..) => unreachable!("there is one transport"),
             }
         }

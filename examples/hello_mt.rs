@@ -112,7 +112,8 @@ fn work(
                     let body = Body::from(answer.as_bytes());
                     server.respond(request.key, Response { status: Status::OK, result: 0, body, data: None });
                 }
-                ServerEvent::Fetched(..) | ServerEvent::Moved(..) | ServerEvent::Closed(..) => {}
+                ServerEvent::Moved(..) | ServerEvent::Closed(..) => {}
+                ServerEvent::Fetched(..) | ServerEvent::Damaged(..) => unreachable!("no data is fetched"),
             }
         }
     }

@@ -1139,6 +1139,7 @@ fn add(sum: &mut ClientCounters, counters: ClientCounters) {
     sum.sends += counters.sends;
     sum.receives += counters.receives;
     sum.bounced_bytes += counters.bounced_bytes;
+    sum.checksum_errors += counters.checksum_errors;
 }
 
 /// The same failure, for one that outlives its transport.

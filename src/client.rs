@@ -29,8 +29,10 @@ use crate::message::{
 };
 use crate::protocol::Opcode;
 use crate::trace::ClockSample;
-use crate::transport::{Body, Bulk, ClientCore, ClientCounters, Lost, NotSent, Reply, RequestId, UsedIds};
-use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, LARGE_BYTES};
+use crate::transport::{
+    Body, Bulk, ClientCore, ClientCounters, Damaged, Lost, NotSent, Reply, RequestId, UsedIds,
+};
+use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, DAMAGED_MAX, LARGE_BYTES};
 use outstanding::{Outstanding, Sent};
 
 /// A connection that has shaken hands. `L` is what the transport keeps with each request while the server may
@@ -71,6 +73,8 @@ pub(crate) struct Core<L = ()> {
     /// What is outstanding at the end goes to `lost_requests`: [`ClientCore::keep_lost`].
     keeps_lost: bool,
     lost_requests: Vec<Lost>,
+    /// Requests whose data has arrived damaged, to be sent again.
+    damaged: Vec<Damaged>,
     /// The server has said that it has executed nothing that it has not answered.
     is_drained: bool,
     /// Some of them are the transport's to count.
@@ -84,6 +88,8 @@ struct Pending<L> {
     bulk: Bulk,
     /// It is still in `queue`.
     queued: bool,
+    /// How often its data has arrived damaged so far.
+    damaged: u8,
     lease: L,
 }
 
@@ -113,6 +119,8 @@ struct Partial {
     data_crc: u32,
     /// The request was still in `queue`.
     queued: bool,
+    /// See [`Pending::damaged`].
+    damaged: u8,
     id: RequestId,
 }
 
@@ -209,6 +217,7 @@ impl<L> Core<L> {
             ending: None,
             keeps_lost: false,
             lost_requests: Vec::new(),
+            damaged: Vec::new(),
             is_drained: false,
             counters: ClientCounters::default(),
         }
@@ -216,6 +225,13 @@ impl<L> Core<L> {
 
     pub fn has_failed(&self) -> bool {
         self.failure.is_some()
+    }
+
+    /// Whether there are requests to be sent again: [`ClientTransport::send_damaged_again`].
+    ///
+    /// [`ClientTransport::send_damaged_again`]: crate::transport::ClientTransport::send_damaged_again
+    pub fn has_damaged(&self) -> bool {
+        !self.damaged.is_empty()
     }
 
     /// Whether most of what is awaited is large.
@@ -269,7 +285,7 @@ impl<L> Core<L> {
         };
         let largeness = largeness(&bulk);
         let was_idle = self.outstanding.is_empty();
-        let pending = Pending { tag, bulk, queued: true, lease };
+        let pending = Pending { tag, bulk, queued: true, damaged: 0, lease };
         let id = self.outstanding.insert(pending, control, body).map_err(|pending| NotSent(pending.bulk))?;
         self.begins_to_owe |= was_idle;
         self.large += largeness;
@@ -288,7 +304,7 @@ impl<L> Core<L> {
         lease: L,
         error: &Error,
     ) -> Result<RequestId, NotSent> {
-        let pending = Pending { tag, bulk, queued: false, lease };
+        let pending = Pending { tag, bulk, queued: false, damaged: 0, lease };
         let id = self.outstanding.insert(pending, true, &[]).map_err(|pending| NotSent(pending.bulk))?;
         let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1, |_| Ok(())) else {
             unreachable!("it was just put in, with the credit that comes back")
@@ -464,7 +480,7 @@ impl<L> Core<L> {
                     None => match &mut self.partial {
                         Some(Held { partial, .. }) if partial.queued => partial.queued = false,
                         _ => {
-                            let reply = self.early.take().and_then(|early| self.unless_rejected(early));
+                            let reply = self.early.take().and_then(|early| self.unless_again(early, true));
                             self.done.extend(reply);
                         }
                     },
@@ -692,6 +708,7 @@ impl<L> Core<L> {
         let is_over = placed == data_len
             && !pending.queued
             && !self.is_rejected(response.status)
+            && response.status != Status::DAMAGED
             && self.is_intact(&pending.bulk, data_len, response.data_crc);
         let reply = Reply {
             tag: pending.tag,
@@ -707,7 +724,8 @@ impl<L> Core<L> {
             return Ok(());
         }
         let (id, data_crc) = (RequestId(response.id), response.data_crc);
-        self.hold(Partial { reply, placed, data_crc, queued: pending.queued, id }, replies)
+        let Pending { queued, damaged, .. } = pending;
+        self.hold(Partial { reply, placed, data_crc, queued, damaged, id }, replies)
     }
 
     /// Keeps a response whose request has just ended, as long as it waits for something.
@@ -722,14 +740,15 @@ impl<L> Core<L> {
     fn finish_partial(&mut self, replies: &mut Vec<Reply>) -> Result<(), Violation> {
         let Some(Held { partial, .. }) = &self.partial else { return Ok(()) };
         let Partial { reply, data_crc, .. } = partial;
-        if !self.is_intact(&reply.bulk, reply.data_len, *data_crc) {
+        let is_intact = self.is_intact(&reply.bulk, reply.data_len, *data_crc);
+        if !is_intact && !matches!(reply.bulk, Bulk::In(_)) {
             return Err(Violation::Checksum);
         }
         if let Some(held) = self.partial.take() {
             if held.partial.queued {
                 self.early = Some(held);
             } else {
-                replies.extend(self.unless_rejected(held));
+                replies.extend(self.unless_again(held, is_intact));
             }
         }
         Ok(())
@@ -752,14 +771,28 @@ impl<L> Core<L> {
         status.errno == libc::ESHUTDOWN && status.class == Class::Transport && self.keeps_lost
     }
 
-    /// The reply, unless another connection may send the request again.
-    fn unless_rejected(&mut self, held: Held) -> Option<Reply> {
-        let Held { partial: Partial { reply, id, .. }, sent } = held;
-        if !self.is_rejected(reply.status) {
+    /// The reply, unless the request is to be sent again, by this connection or another one.
+    fn unless_again(&mut self, held: Held, is_intact: bool) -> Option<Reply> {
+        let Held { partial: Partial { mut reply, damaged, id, .. }, sent } = held;
+        if self.is_rejected(reply.status) {
+            self.lost_requests.push(Self::lost(id, reply.tag, reply.bulk, false, &sent));
+            return None;
+        }
+        if is_intact && reply.status != Status::DAMAGED {
             return Some(reply);
         }
-        self.lost_requests.push(Self::lost(id, reply.tag, reply.bulk, false, &sent));
-        None
+        self.counters.checksum_errors += 1;
+        if damaged + 1 < DAMAGED_MAX {
+            let lost = Self::lost(id, reply.tag, reply.bulk, false, &sent);
+            self.damaged.push(Damaged { lost, times: damaged + 1 });
+            return None;
+        }
+        let text = "The data arrived with another checksum than it was sent with, several times: the network \
+                    or memory damages it, or the program changed it while it was being written.";
+        reply.status = Status::DAMAGED;
+        (reply.result, reply.data_len) = (0, 0);
+        reply.body = Body::from(message::clipped(text).as_bytes());
+        Some(reply)
     }
 
     // The end
@@ -830,11 +863,12 @@ impl<L> Core<L> {
     ) {
         replies.append(&mut self.done);
         let early = self.early.take();
-        replies.extend(early.and_then(|early| self.unless_rejected(early)));
+        replies.extend(early.and_then(|early| self.unless_again(early, true)));
         let mut lost = Vec::new();
         if let Some(Held { partial: Partial { reply, queued, id, .. }, sent }) = self.partial.take() {
             lost.push(Self::lost(id, reply.tag, reply.bulk, !queued, &sent));
         }
+        lost.extend(self.damaged.drain(..).map(|damaged| damaged.lost));
         let is_drained = self.is_drained;
         for (id, mut pending, sent) in self.outstanding.drain() {
             reclaim(&mut pending.bulk, &mut pending.lease, 0);
@@ -919,6 +953,7 @@ impl<L> ClientCore for Core<L> {
             + usize::from(self.early.is_some())
             + self.done.len()
             + self.lost_requests.len()
+            + self.damaged.len()
     }
 
     fn credits(&self) -> usize {
@@ -964,6 +999,20 @@ impl<L> ClientCore for Core<L> {
 
     fn keep_lost(&mut self) {
         self.keeps_lost = true;
+    }
+
+    fn take_damaged(&mut self) -> Option<Damaged> {
+        self.damaged.pop()
+    }
+
+    fn put_back_damaged(&mut self, damaged: Damaged) {
+        self.damaged.push(damaged);
+    }
+
+    fn set_damaged(&mut self, id: RequestId, times: u8) {
+        if let Some(pending) = self.outstanding.get_mut(id) {
+            pending.damaged = times;
+        }
     }
 
     fn take_lost(&mut self) -> Vec<Lost> {

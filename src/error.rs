@@ -51,6 +51,9 @@ impl Status {
     /// Success.
     pub const OK: Self = Self { errno: 0, class: Class::None, retryable: false };
 
+    /// The data of a request has arrived with another checksum than it was sent with. Nothing was done.
+    pub const DAMAGED: Self = Self { errno: libc::EILSEQ, class: Class::Transport, retryable: true };
+
     /// A failure of the file or device.
     pub fn storage(errno: i32) -> Self {
         let retryable =

@@ -116,6 +116,9 @@ pub enum ServerEvent {
     /// The data of a request has arrived in the slot given to [`ServerTransport::fetch`]; the first field is
     /// that slot.
     Fetched(RequestKey, SlotRange),
+    /// The same, but the data is not what the client has computed a checksum of. Answer the request with
+    /// [`Status::DAMAGED`], and do nothing else of it: the client sends it again.
+    Damaged(RequestKey, SlotRange),
     /// A connection has ended, perhaps one that was never reported as opened. Its requests are void, and no
     /// further event names it; slots that the transport holds for it come free when the kernel or the NIC has
     /// let go of them.
@@ -568,6 +571,8 @@ pub struct ClientCounters {
     pub receives: u64,
     /// Bytes copied on the way to or from the caller's memory.
     pub bounced_bytes: u64,
+    /// Requests whose data has arrived damaged, each time.
+    pub checksum_errors: u64,
 }
 
 /// Why [`ClientTransport::send`] did not take a request. The caller has its buffers back.
@@ -590,6 +595,16 @@ pub struct Lost {
     /// The whole of it was sent, and the server has not said that it was not executed. A server never runs a
     /// request that it has not received completely.
     pub was_sent: bool,
+}
+
+/// A request whose data has arrived damaged, and that has not been executed for that: a read's at the client,
+/// a write's at the server.
+#[derive(Debug)]
+pub struct Damaged {
+    /// What is to be sent again.
+    pub lost: Lost,
+    /// How often that has happened to it.
+    pub times: u8,
 }
 
 impl Lost {
@@ -721,6 +736,15 @@ pub trait ClientCore {
     /// that out.
     fn take_lost(&mut self) -> Vec<Lost>;
 
+    /// Takes out a request whose data has arrived damaged, and that is to be sent again.
+    fn take_damaged(&mut self) -> Option<Damaged>;
+
+    /// Puts it back: there was no credit.
+    fn put_back_damaged(&mut self, damaged: Damaged);
+
+    /// The data of this request, which has been sent again, has arrived damaged so often before.
+    fn set_damaged(&mut self, id: RequestId, times: u8);
+
     /// Goes on with the ids of the channel's earlier connections. For a connection that has sent nothing.
     fn set_used_ids(&mut self, used: &UsedIds);
 
@@ -744,6 +768,21 @@ pub trait ClientTransport: Send {
     /// kept for them. Fails when no credit is left or the connection has ended. The data of `bulk` must not
     /// exceed the grant.
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
+
+    /// Queues requests again whose data has arrived damaged, as far as there are credits. A transport does so
+    /// as it receives.
+    fn send_damaged_again(&mut self) {
+        while let Some(Damaged { lost, times }) = self.core_mut().take_damaged() {
+            let Lost { tag, id, command, bulk, control, was_sent } = lost;
+            match self.send(tag, &command, bulk, control) {
+                Ok(id) => self.core_mut().set_damaged(id, times),
+                Err(NotSent(bulk)) => {
+                    let lost = Lost { tag, id, command, bulk, control, was_sent };
+                    return self.core_mut().put_back_damaged(Damaged { lost, times });
+                }
+            }
+        }
+    }
 
     /// Takes back a request of which no byte has been sent. Returns its buffers.
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk>;

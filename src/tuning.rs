@@ -20,6 +20,9 @@ pub(crate) const LARGE_BYTES: usize = 16 << 10;
 /// drain. Large, so that few bytes are moved for many sent. Not measured: a queue that drains never comes
 /// here.
 pub(crate) const CLIENT_SENT_HEAD_BYTES_MAX: usize = 64 << 10;
+/// How often the data of a request may arrive damaged: it ends with EILSEQ then. Chance damages it once; what
+/// damages it three times in a row is not chance, and would do so for ever. Not measured.
+pub(crate) const DAMAGED_MAX: u8 = 3;
 /// Pongs that wait to be sent. A server that pings on without taking them is stalled: one that lives has few
 /// pings on their way. Not measured: a limit, not a speed.
 pub(crate) const CLIENT_PONGS_MAX: usize = 64;

@@ -141,7 +141,8 @@ struct raio_event {
 };
 
 /* raio_event.res2 of a failure: its origin, and whether a retry may succeed */
-#define RAIO_RES2_TRANSPORT	1ul	/* the connection; a write's outcome is unknown */
+#define RAIO_RES2_TRANSPORT	1ul	/* the connection. EILSEQ: the data arrived damaged, and was not used;
+					   else a write's outcome is unknown */
 #define RAIO_RES2_PROTOCOL	2ul	/* a peer broke the protocol */
 #define RAIO_RES2_STORAGE	3ul	/* the server's file or device */
 #define RAIO_RES2_POLICY	4ul	/* the server's configuration forbids it */
@@ -411,6 +412,7 @@ struct raio_stats {
 	unsigned long long resent;		/* requests sent again over another connection */
 	unsigned long long unknown;		/* iocbs that failed with RAIO_RES2_UNKNOWN */
 	unsigned long long lost;		/* fsyncs that failed with RAIO_RES2_LOST */
+	unsigned long long checksum_errors;	/* requests whose data arrived damaged, each time */
 };
 
 /* raio_get_stats - fills in at most `size` bytes of *stats. Returns 0, or -1 with errno EINVAL. */

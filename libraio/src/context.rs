@@ -1139,6 +1139,7 @@ impl Context {
             in_flight: self.in_flight as u64,
             queue_depth: self.channel.grant().queue_depth.into(),
             io_bytes_max: self.io_bytes_max() as u64,
+            checksum_errors: transport.checksum_errors,
             ..self.stats
         }
     }

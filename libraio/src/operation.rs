@@ -132,4 +132,6 @@ pub struct Stats {
     pub queue_depth: u64,
     /// The largest request: longer reads and writes are sent in parts.
     pub io_bytes_max: u64,
+    /// Requests whose data has arrived damaged, each time: they were sent again, twice at most.
+    pub checksum_errors: u64,
 }

@@ -149,6 +149,8 @@ pub struct Counters {
     pub read_bytes: Counter,
     /// Bytes written.
     pub written_bytes: Counter,
+    /// Writes whose data arrived damaged.
+    pub checksum_errors: Counter,
     /// Bytes of the arena in slots now.
     pub slot_bytes: Counter,
     /// Bytes of the arena.
@@ -280,6 +282,7 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
     number("errors", sum(|c| &c.errors));
     number("read_bytes", sum(|c| &c.read_bytes));
     number("written_bytes", sum(|c| &c.written_bytes));
+    number("checksum_errors", sum(|c| &c.checksum_errors));
     number("slot_bytes", sum(|c| &c.slot_bytes));
     number("arena_bytes", sum(|c| &c.arena_bytes));
     number("heap_bytes", sum(|c| &c.heap_bytes));

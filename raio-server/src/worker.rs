@@ -567,6 +567,7 @@ impl Worker {
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),
                 ServerEvent::Fetched(key, range) => self.fetched(key, range),
+                ServerEvent::Damaged(key, _) => self.damaged(key),
                 ServerEvent::Closed(id, reason) => {
                     self.unpublished = PUBLISHED_EVERY;
                     self.closed(id, &reason);

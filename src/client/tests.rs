@@ -363,8 +363,8 @@ fn the_server_may_not_give_what_was_not_asked_for() {
 }
 
 #[test]
-fn checksums_are_checked() {
-    for place in [10, 39, 40, 4135] {
+fn checksums_of_headers_are_checked() {
+    for place in [10, 39] {
         let (mut core, _) = core(FEATURE_CRC);
         let id = send(&mut core, 0, room(4096)).unwrap();
         sent(&mut core, usize::MAX);

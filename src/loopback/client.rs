@@ -255,6 +255,10 @@ impl ClientTransport for LoopbackClient {
             }
         }
         self.core.counters.receives += u64::from(arrived);
+        if self.core.has_damaged() && !self.core.has_failed() {
+            self.send_damaged_again();
+            self.send_queue();
+        }
         if arrived {
             self.core.on_receive(now, Instant::now);
         } else if self.core.on_silence(now, Instant::now) {

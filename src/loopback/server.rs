@@ -273,11 +273,7 @@ impl ServerTransport for LoopbackServer {
             None => return,
             Some(DataSource::Remote(region, len)) => {
                 let target = &mut slot.bytes_mut()[start..start + len];
-                if !connection.end.fetch(region, target) {
-                    Err(Violation::Field)
-                } else {
-                    connection.messages.check_fetched(request.id, target).map(|()| len)
-                }
+                if connection.end.fetch(region, target) { Ok(len) } else { Err(Violation::Field) }
             }
             Some(DataSource::Inline(data)) => {
                 slot.bytes_mut()[start..start + data.len()].copy_from_slice(&data);
@@ -287,7 +283,8 @@ impl ServerTransport for LoopbackServer {
         };
         match fetched {
             Ok(len) => {
-                self.events.push_back(ServerEvent::Fetched(request, SlotRange { slot, start, len }));
+                let event = connection.messages.fetched(request.id, SlotRange { slot, start, len });
+                self.events.push_back(event);
             }
             // A peer that has gone has taken its memory along.
             Err(Violation::Field) if connection.end.has_lost_peer() => {

@@ -428,6 +428,10 @@ impl ClientTransport for RdmaClient {
                 self.send_queue();
             }
         }
+        if self.core.has_damaged() && !self.core.has_failed() {
+            self.send_damaged_again();
+            self.send_queue();
+        }
         self.core.take_done(replies);
         if self.core.has_failed() {
             self.end();

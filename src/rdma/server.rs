@@ -426,11 +426,7 @@ impl RdmaServer {
                     if connection.is_lingering() {
                         continue;
                     }
-                    if let Err(violation) = connection.messages.check_fetched(request, range.bytes()) {
-                        return self.end(reactor, id, CloseReason::Violation(violation));
-                    }
-                    let key = RequestKey { connection: id, id: request };
-                    self.events.push_back(ServerEvent::Fetched(key, range));
+                    self.events.push_back(connection.messages.fetched(request, range));
                 }
                 // The first says why; the others only follow.
                 Some(Completion::Failed(failure)) => {
@@ -943,7 +939,8 @@ impl ServerTransport for RdmaServer {
                 SlotRange { slot, start, len }
             }
         };
-        self.events.push_back(ServerEvent::Fetched(request, fetched));
+        let event = connection.messages.fetched(request.id, fetched);
+        self.events.push_back(event);
         self.mark_dirty(request.connection);
     }
 

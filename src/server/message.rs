@@ -14,7 +14,7 @@ use crate::error::{Status, Violation};
 use crate::handshake::{Peer, Policy};
 use crate::message::{self, HANDSHAKE_BYTES_MAX, Message, Parsed, RemoteRegion};
 use crate::reactor::LoopClock;
-use crate::transport::{CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
+use crate::transport::{CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent, SlotRange};
 use crate::tuning::CONTROL_MESSAGES;
 
 /// What is to be sent.
@@ -137,12 +137,14 @@ impl<I> MessageConnection<I> {
             };
         };
         let data_len = request.data_len as usize;
-        let inline = bytes[taken..].get(..data_len).ok_or(Violation::Length)?;
+        if bytes.len() - taken < data_len {
+            return Err(Violation::Length);
+        }
         if data_len > self.inline_bytes_max {
             return Err(Violation::Length);
         }
-        let is_fetched = matches!(request.region, RemoteRegion::Out { .. });
-        if self.core.crc() && !is_fetched && request.data_crc != message::data_crc(inline) {
+        let has_data = data_len > 0 || matches!(request.region, RemoteRegion::Out { .. });
+        if self.core.crc() && !has_data && request.data_crc != 0 {
             return Err(Violation::Checksum);
         }
         self.core.admit(
@@ -189,13 +191,14 @@ impl<I> MessageConnection<I> {
         Some(self.core.in_flight.get(id)?.region)
     }
 
-    /// Checks data that was fetched from the peer's memory.
-    pub fn check_fetched(&self, id: u64, data: &[u8]) -> Result<(), Violation> {
+    /// The event that the data of a request has been brought into a slot.
+    pub fn fetched(&self, id: u64, range: SlotRange) -> ServerEvent {
+        let key = RequestKey { connection: self.core.id, id };
         match self.core.in_flight.get(id) {
-            Some(asked) if self.core.crc() && message::data_crc(data) != asked.data_crc => {
-                Err(Violation::Checksum)
+            Some(asked) if self.core.crc() && message::data_crc(range.bytes()) != asked.data_crc => {
+                ServerEvent::Damaged(key, range)
             }
-            _ => Ok(()),
+            _ => ServerEvent::Fetched(key, range),
         }
     }
 
@@ -310,7 +313,7 @@ impl<I> MessageConnection<I> {
         self.core.linger(clock);
         events.retain(|event| match event {
             ServerEvent::Request(request) => request.key.connection != id,
-            ServerEvent::Fetched(key, _) => key.connection != id,
+            ServerEvent::Fetched(key, _) | ServerEvent::Damaged(key, _) => key.connection != id,
             _ => true,
         });
         events.push_back(ServerEvent::Closed(id, reason));

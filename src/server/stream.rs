@@ -387,7 +387,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// `n` bytes have been received into the slot of a message's data.
-    pub fn on_data(&mut self, n: usize, range: SlotRange, shared: &mut StreamShared, clock: &LoopClock) {
+    pub fn on_data(&mut self, n: usize, range: SlotRange, shared: &mut StreamShared) {
         self.receive_in_flight = false;
         self.core.on_receive();
         self.progress.bytes_in += n as u64;
@@ -396,7 +396,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         {
             *filled += n;
             *slot = Some(range.slot);
-            self.finish_data(shared, clock);
+            self.finish_data(shared);
         }
     }
 
@@ -510,7 +510,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
                     let at = *start + *filled;
                     slot.bytes_mut()[at..at + n].copy_from_slice(&bytes[..n]);
                     *filled += n;
-                    self.finish_data(shared, clock);
+                    self.finish_data(shared);
                     n
                 }
                 Receiving::Data { slot: None, .. } => {
@@ -532,7 +532,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// Ends the data of a request if it is complete.
-    fn finish_data(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
+    fn finish_data(&mut self, shared: &mut StreamShared) {
         let Receiving::Data { id, slot, start, len, filled, crc } = &mut self.receiving else { return };
         if filled < len {
             return;
@@ -543,10 +543,11 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         let crc = *crc;
         self.receiving = Receiving::Messages;
         self.progress.messages_in += 1;
-        if self.core.crc() && message::data_crc(range.bytes()) != crc {
-            return self.fail(shared, clock, Violation::Checksum);
-        }
-        shared.events.push_back(ServerEvent::Fetched(key, range));
+        let is_intact = !self.core.crc() || message::data_crc(range.bytes()) == crc;
+        shared.events.push_back(match is_intact {
+            true => ServerEvent::Fetched(key, range),
+            false => ServerEvent::Damaged(key, range),
+        });
     }
 
     /// Takes in one message, or a part of one. Returns how many of `bytes` that took.

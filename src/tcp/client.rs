@@ -335,6 +335,10 @@ impl ClientTransport for TcpClient {
             self.held_back = false;
             self.send_queue();
         }
+        if self.core.has_damaged() && !self.core.has_failed() {
+            self.send_damaged_again();
+            self.send_queue();
+        }
         if arrived {
             self.core.on_receive(now, self.clock);
         } else if self.core.on_silence(now, self.clock) {

@@ -109,7 +109,7 @@ impl Connection {
                 debug_assert_eq!(n as usize, received.len());
                 stream.on_bytes(received, shared, clock);
             }
-            (Ok(n @ 1..), Payload::Slot(range)) => stream.on_data(n as usize, range, shared, clock),
+            (Ok(n @ 1..), Payload::Slot(range)) => stream.on_data(n as usize, range, shared),
             (Ok(0), _) => stream.on_end(shared),
             (Ok(_), _) => unreachable!("a receive gives back a slot or a buffer"),
             // All buffers are in use: they come back within this iteration, so ask again.

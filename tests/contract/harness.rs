@@ -617,6 +617,10 @@ impl Handler {
                 let same = data.iter().zip(pattern(seed, range.len)).filter(|(a, b)| **a == *b).count();
                 self.answer(reactor, key, Status::OK, same as u64, &[], None);
             }
+            ServerEvent::Damaged(key, _) => {
+                self.fetching.remove(&key).expect("it was asked for");
+                self.answer(reactor, key, Status::DAMAGED, 0, &[], None);
+            }
         }
     }
 

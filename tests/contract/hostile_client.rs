@@ -9,7 +9,7 @@ use raio_transport::message::{self, FEATURE_CRC, HEADER_BYTES, RemoteRegion};
 use raio_transport::transport::CloseReason;
 
 use crate::harness::{Op, Transport, command, pattern, serve_plain};
-use crate::raw::{Raw, answer_to};
+use crate::raw::{Got, Raw, answer_to};
 
 fn request(crc: bool) -> Vec<u8> {
     let request =
@@ -135,23 +135,27 @@ contract! {
         server.serves_others();
     }
 
-    fn a_wrong_checksum_of_data_closes_the_connection(transport) {
+    fn data_with_a_wrong_checksum_is_not_used_and_its_client_may_send_it_again(transport) {
         let server = serve_plain(transport);
         let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };
         let (mut raw, _) = Raw::open_client(&server, &offer);
         let data = pattern(0, 8000);
-        let request = message::RequestHeader {
-            id: 1,
-            body_len: 0,
-            data_len: 8000,
-            region: RemoteRegion::None,
-            data_crc: message::data_crc(&data) ^ 1,
-        };
-        raw.send(&encoded(|out| {
-            request.encode(&command(Op::Put, 0), true, out);
-            out.extend_from_slice(&data);
-        }));
-        assert_eq!(server.closed(0), CloseReason::Violation(Violation::Checksum));
+        for (id, flipped, expected) in [(1, 1, Status::DAMAGED), (2, 0, Status::OK)] {
+            let request = message::RequestHeader {
+                id,
+                body_len: 0,
+                data_len: 8000,
+                region: RemoteRegion::None,
+                data_crc: message::data_crc(&data) ^ flipped,
+            };
+            raw.send(&encoded(|out| {
+                request.encode(&command(Op::Put, 0), true, out);
+                out.extend_from_slice(&data);
+            }));
+            let Got::Response(response, ..) = raw.next() else { panic!("no response") };
+            assert_eq!(response.status, expected);
+        }
+        drop(raw);
         server.serves_others();
         server.until_empty(0);
     }

@@ -8,7 +8,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::message::{self, FEATURE_CRC, RemoteRegion};
 use raio_transport::transport::{Bulk, Reply};
 
-use crate::harness::{Client, Op, Transport, bytes_of, command, data, pattern, room};
+use crate::harness::{Client, Op, PATIENCE, Transport, bytes_of, command, data, pattern, room};
 use crate::raw::{Got, Raw, answer_to};
 
 /// Sends a read, a write and a command, has the server say `bytes` (made from the three requests), and
@@ -59,6 +59,15 @@ fn violation(
     match client.transport.failure() {
         Some(Error::Violation(violation)) => *violation,
         other => panic!("{other:?} is no violation"),
+    }
+}
+
+/// Receives until data has arrived damaged so often, and so many requests are over.
+fn receive(client: &mut Client, replies: &mut Vec<Reply>, checksum_errors: u64, over: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while client.transport.counters().checksum_errors < checksum_errors || replies.len() < over {
+        assert!(Instant::now() < deadline, "{:?}", client.transport.failure());
+        client.transport.receive(replies);
     }
 }
 
@@ -164,7 +173,7 @@ contract! {
         assert!(matches!(client.transport.failure(), Some(Error::Violation(Violation::Credits))));
     }
 
-    fn a_wrong_checksum_is_a_violation(transport) {
+    fn a_wrong_checksum_of_a_header_is_a_violation(transport) {
         let damaged_header = violation(transport, FEATURE_CRC, |_, [get, ..]| {
             let mut bytes = Vec::new();
             answer_to(get.id).encode(&[], true, &mut bytes);
@@ -172,23 +181,58 @@ contract! {
             bytes
         });
         assert_eq!(damaged_header, Violation::Checksum);
-        let damaged_data = violation(transport, FEATURE_CRC, |raw, [get, ..]| {
+    }
+
+    fn data_with_a_wrong_checksum_is_asked_for_again_and_given_up_the_third_time(transport) {
+        for damaged in 1..=3 {
+            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), FEATURE_CRC);
+            client.send(7, &command(Op::Get, 0), room(4096));
+            client.transport.flush();
             let good = pattern(0, 1000);
-            let mut bytes = Vec::new();
-            let response = message::ResponseHeader {
-                data_len: 1000,
-                data_crc: message::data_crc(&good) ^ 1,
-                ..answer_to(get.id)
-            };
-            response.encode(&[], true, &mut bytes);
-            if transport.is_tcp() {
-                bytes.extend_from_slice(&good);
-            } else {
-                raw.place(get.region, &good);
+            let mut replies = Vec::new();
+            for time in 1..=damaged {
+                let request = raw.next_request();
+                raw.respond_with(&request, &good, message::data_crc(&good) ^ 1);
+                receive(&mut client, &mut replies, time, 0);
             }
-            bytes
-        });
-        assert_eq!(damaged_data, Violation::Checksum);
+            if damaged < 3 {
+                assert!(replies.is_empty());
+                let request = raw.next_request();
+                raw.respond(&request, &good);
+            }
+            receive(&mut client, &mut replies, damaged, 1);
+            let reply = &replies[0];
+            assert!(matches!(&reply.bulk, Bulk::In(buffers) if buffers.len() == 4096));
+            assert_eq!(reply.status, if damaged == 3 { Status::DAMAGED } else { Status::OK });
+            if damaged < 3 {
+                assert_eq!((reply.tag, reply.data_len, &bytes_of(&reply.bulk)[..1000]), (7, 1000, &good[..]));
+            }
+            assert!(client.transport.failure().is_none(), "the connection goes on");
+        }
+    }
+
+    fn a_write_that_arrives_damaged_is_sent_again_and_given_up_the_third_time(transport) {
+        for damaged in 1..=3 {
+            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), FEATURE_CRC);
+            client.send(7, &command(Op::Put, 1), data(pattern(1, 100)));
+            client.transport.flush();
+            for time in 0..=damaged.min(2) {
+                let request = raw.next_request();
+                let status = if time < damaged { Status::DAMAGED } else { Status::OK };
+                let mut bytes = Vec::new();
+                message::ResponseHeader { status, ..answer_to(request.id) }.encode(&[], true, &mut bytes);
+                raw.send(&bytes);
+                let mut replies = Vec::new();
+                let is_last = time == damaged.min(2);
+                receive(&mut client, &mut replies, damaged.min(time + 1), usize::from(is_last));
+                assert_eq!(replies.len(), usize::from(is_last));
+                if let Some(reply) = replies.pop() {
+                    assert_eq!(reply.status, if damaged == 3 { Status::DAMAGED } else { Status::OK });
+                    assert_eq!(bytes_of(&reply.bulk), pattern(1, 100));
+                }
+            }
+            assert!(client.transport.failure().is_none(), "the connection goes on");
+        }
     }
 
     fn a_goaway_ends_every_request_with_its_sentence(transport) {

@@ -347,11 +347,17 @@ impl Raw {
 
     /// The answer to a request whose data is wherever this transport wants it.
     pub fn respond(&mut self, request: &message::RequestHeader, data: &[u8]) {
+        let data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
+        self.respond_with(request, data, data_crc);
+    }
+
+    /// The same, with this checksum of the data.
+    pub fn respond_with(&mut self, request: &message::RequestHeader, data: &[u8], data_crc: u32) {
         let mut bytes = Vec::new();
         let mut response = answer_to(request.id);
         response.data_len = data.len() as u32;
         response.result = data.len() as u64;
-        response.data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
+        response.data_crc = data_crc;
         response.encode(&[], self.limits.crc, &mut bytes);
         match self.wire {
             Wire::Tcp(..) => bytes.extend_from_slice(data),

@@ -366,5 +366,5 @@ impl Worker {
 
 /// Whether something was done, or was tried.
 fn has_effect(answer: &Response) -> bool {
-    answer.status.errno != libc::ECANCELED || answer.result > 0
+    answer.status != Status::DAMAGED && answer.status.errno != libc::ECANCELED || answer.result > 0
 }

@@ -141,6 +141,17 @@ impl Worker {
         }
     }
 
+    /// The data of a request is not what its client has sent.
+    #[cold]
+    pub(super) fn damaged(&mut self, name: RequestKey) {
+        self.counters.checksum_errors.add(1);
+        let Some(connection) = self.connections.key(name.connection) else { return };
+        let Some(key) = self.requests.by_id(connection, name.id) else { return };
+        let text = "The data arrived with another checksum than it was sent with.";
+        let is_cancelled = self.requests[key].is_cancelled;
+        self.answer(key, if is_cancelled { cancelled() } else { failure(Status::DAMAGED, text) });
+    }
+
     /// Whether the client of a request that is to be started, or to go on, is still there. If not, the
     /// request ends with its connection.
     fn has_client(&mut self, key: usize) -> bool {

@@ -67,7 +67,7 @@ impl Run {
                     let n = range.len.min(bytes.len());
                     range.bytes_mut()[..n].copy_from_slice(&bytes[..n]);
                     bytes = &bytes[n..];
-                    self.connection.on_data(n, range, &mut self.shared, &clock);
+                    self.connection.on_data(n, range, &mut self.shared);
                 }
             }
             self.connection.settle_heap(&mut self.shared);

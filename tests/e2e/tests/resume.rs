@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{Ending, LISTEN, PATIENCE, Proxy, Server, Shaped, WithoutRdma, binary, needs_wire};
+use raio_e2e::{
+    Direction, Ending, LISTEN, PATIENCE, Proxy, Server, Shaped, Treatment, WithoutRdma, binary, needs_wire,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
@@ -373,4 +375,36 @@ fn where_rdma_does_not_come_back_a_session_goes_on_over_tcp() {
     eprintln!("{stats:?}");
     assert_eq!((model.unknown, stats.unknown, stats.failed, stats.lost), (0, 0, 0, 0));
     assert!(stats.reconnects > 0, "{stats:?}");
+}
+
+#[test]
+fn a_bit_that_flips_in_data_costs_one_request_more_and_no_connection() {
+    const LENGTH: usize = 64 << 10;
+    for direction in [Direction::Up, Direction::Down] {
+        let directory = directory();
+        let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
+        let proxy = Proxy::start(server.address());
+        let flip = Some((direction, 8 * LENGTH as u64 / 2));
+        // The session's own connection is the first.
+        proxy.plan([Treatment::default(), Treatment { flip, ..Treatment::default() }]);
+        let session = Session::connect(&proxy.url(), &Options { crc: true, ..Options::default() });
+        let session = session.expect("a session");
+        let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
+        let mut context = session.context(4).expect("a context");
+        let mut call = |operation| {
+            context.submit(&file, operation, 0).expect("there is room");
+            assert_eq!(context.wait(1, 1, Some(PATIENCE)), Ok(1));
+            let completion = context.next().expect("it is there");
+            assert_eq!(completion.result, Ok(LENGTH as u64));
+            completion.buffers.expect("its buffers").pieces()[0].bytes().to_vec()
+        };
+        let one = |bytes: Vec<u8>| Buffers::One(Buffer::Owned(bytes.into()));
+        let bytes: Vec<u8> = (0..LENGTH).map(|n| (n / 7) as u8).collect();
+        call(Operation::Write { offset: 0, buffers: one(bytes.clone()) });
+        assert!(std::fs::read(directory.path().join("files/file")).expect("the file") == bytes);
+        assert!(call(Operation::Read { offset: 0, buffers: one(vec![0; LENGTH]) }) == bytes);
+        let stats = context.stats();
+        assert_eq!((stats.checksum_errors, stats.reconnects, stats.failed), (1, 0, 0), "{direction:?}");
+        assert_eq!(server.statistics()["checksum_errors"], u64::from(direction == Direction::Up));
+    }
 }
