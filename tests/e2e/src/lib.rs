@@ -41,6 +41,6 @@ pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
 pub use server::{PATIENCE, Server, binary, cpu_time, is_at_rest};
 pub use wire::{
-    Cut, LISTEN, NUMBERS_BYTES, Shaped, TCP, WithoutRdma, needs_wire, numbers, replug, resources,
+    Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,
 };

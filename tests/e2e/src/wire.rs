@@ -70,37 +70,47 @@ impl Drop for Shaped {
     }
 }
 
-/// The wire carries no RDMA, and TCP as before, until this is dropped.
-pub struct WithoutRdma(());
+/// The wire carries nothing, or nothing of one kind, until this is dropped. What is lost is lost where it
+/// arrives: if it is not taken where it is sent, Soft-RoCE ends queue pairs at once, and the one through which
+/// connections are made for good.
+pub struct Silenced(());
 
-impl WithoutRdma {
-    /// Loses each packet of RoCE v2.
+impl Silenced {
+    /// Nothing.
     pub fn new() -> Self {
+        Self::of("matchall")
+    }
+
+    /// Nothing of RoCE v2; TCP as before.
+    pub fn without_rdma() -> Self {
+        Self::of("u32 match ip dport 4791 0xffff")
+    }
+
+    fn of(filter: &str) -> Self {
         let this = Self(());
         for end in ["v0", "v1"] {
             let tc = |arguments: &str| {
                 let all: Vec<_> = arguments.split_whitespace().collect();
                 run("tc", &all);
             };
-            tc(&format!("qdisc replace dev {end} root handle 1: prio"));
-            tc(&format!("qdisc add dev {end} parent 1:3 handle 30: netem loss 100%"));
-            tc(&format!(
-                "filter add dev {end} parent 1: protocol ip prio 1 u32 match ip dport 4791 0xffff flowid 1:3"
-            ));
+            tc(&format!("qdisc add dev {end} ingress"));
+            tc(&format!("filter add dev {end} parent ffff: protocol ip {filter} action drop"));
         }
         this
     }
 }
 
-impl Default for WithoutRdma {
+impl Default for Silenced {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl Drop for WithoutRdma {
+impl Drop for Silenced {
     fn drop(&mut self) {
-        drop(Shaped(()));
+        for end in ["v0", "v1"] {
+            let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "ingress"]).status();
+        }
     }
 }
 

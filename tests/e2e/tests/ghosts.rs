@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use raio::Options;
 use raio_e2e::{
     Cable, End, FuseCall, FuseFs, FuseOptions, LETTER_BYTES, LETTERS, LISTEN, Letters, LoopDevice, Mounted,
-    PATIENCE, Raw, Server, Shaped, binary, is_at_rest, needs_root, needs_wire,
+    PATIENCE, Raw, Server, Silenced, binary, is_at_rest, needs_root, needs_wire,
 };
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use rustix::net::sockopt;
@@ -159,7 +159,7 @@ impl Wire {
                 done
             }
             Self::Rdma { .. } => {
-                let _cut = Shaped::new("loss 100%");
+                let _cut = Silenced::new();
                 act()
             }
         }

@@ -6,9 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{
-    Direction, Ending, LISTEN, PATIENCE, Proxy, Server, Shaped, Treatment, WithoutRdma, binary, needs_wire,
-};
+use raio_e2e::{Direction, Ending, LISTEN, PATIENCE, Proxy, Server, Silenced, Treatment, binary, needs_wire};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
@@ -333,7 +331,7 @@ fn over_rdma_no_operation_is_unknown_however_often_the_wire_is_cut() {
         for round in 0..3 {
             std::thread::scope(|scope| {
                 let cut = scope.spawn(|| {
-                    let _cut = Shaped::new("loss 100%");
+                    let _cut = Silenced::new();
                     std::thread::sleep(Duration::from_secs(2));
                 });
                 let mut byte = 0;
@@ -362,7 +360,7 @@ fn where_rdma_does_not_come_back_a_session_goes_on_over_tcp() {
     assert_eq!(session.why_tcp(), None);
     let mut model = Model::new(&session, Waits::InCalls);
     model.write_all(1, || {});
-    let without = WithoutRdma::new();
+    let without = Silenced::without_rdma();
     for byte in 2..5 {
         model.write_all(byte, || {});
         model.check(directory.path());
