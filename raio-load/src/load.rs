@@ -208,7 +208,8 @@ impl<'a> Load<'a> {
                 self.issue();
             }
             self.flush()?;
-            if self.issued.is_empty() && (is_ending || self.line.is_empty()) {
+            let has_more = !self.line.is_empty() || !self.recovering.is_empty();
+            if self.issued.is_empty() && (is_ending || !has_more) {
                 break;
             }
             if end.is_some_and(|end| now >= end + DRAIN_TIMEOUT) {
@@ -307,11 +308,14 @@ impl<'a> Load<'a> {
         let at = Instant::now();
         let tag = self.issued.insert(Issued { place: n, offset, is_read, at });
         // It has a credit for each that it may have in flight. If it takes none it has failed, or connects
-        // again, and its next event says so.
+        // again.
         if session.client.send(tag as u64, &self.command, bulk, false).is_err() {
             self.issued.remove(tag);
             if self.plan.reconnect.is_zero() {
                 place.left = 0;
+            } else if !place.is_recovering {
+                place.is_recovering = true;
+                self.recovering.push(n);
             }
             return false;
         }
