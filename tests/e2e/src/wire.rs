@@ -70,31 +70,37 @@ impl Drop for Shaped {
     }
 }
 
-/// The wire carries nothing, or nothing of one kind, until this is dropped. What is lost is lost where it
-/// arrives: if it is not taken where it is sent, Soft-RoCE ends queue pairs at once, and the one through which
-/// connections are made for good.
+/// The wire carries nothing, or nothing of one kind, until this is dropped; but what kernels say to each
+/// other to make RDMA connections. If that is lost, and whoever has asked for it gives up, Soft-RoCE ends the
+/// queue pair through which it is said, for good: no connection could be made any more.
 pub struct Silenced(());
 
 impl Silenced {
     /// Nothing.
     pub fn new() -> Self {
-        Self::of("matchall")
+        Self::of("match u32 0 0")
     }
 
     /// Nothing of RoCE v2; TCP as before.
     pub fn without_rdma() -> Self {
-        Self::of("u32 match ip dport 4791 0xffff")
+        Self::of("match ip dport 4791 0xffff")
     }
 
-    fn of(filter: &str) -> Self {
+    /// Loses what matches.
+    fn of(what: &str) -> Self {
         let this = Self(());
         for end in ["v0", "v1"] {
             let tc = |arguments: &str| {
                 let all: Vec<_> = arguments.split_whitespace().collect();
                 run("tc", &all);
             };
-            tc(&format!("qdisc add dev {end} ingress"));
-            tc(&format!("filter add dev {end} parent ffff: protocol ip {filter} action drop"));
+            tc(&format!("qdisc replace dev {end} root handle 1: prio"));
+            tc(&format!("qdisc add dev {end} parent 1:3 handle 30: netem loss 100%"));
+            let filter = format!("filter add dev {end} parent 1: protocol ip");
+            // To queue pair 1.
+            let to_kernel = "match ip dport 4791 0xffff match u32 0x00000001 0x00ffffff at 32";
+            tc(&format!("{filter} prio 1 u32 {to_kernel} flowid 1:1"));
+            tc(&format!("{filter} prio 2 u32 {what} flowid 1:3"));
         }
         this
     }
@@ -108,9 +114,7 @@ impl Default for Silenced {
 
 impl Drop for Silenced {
     fn drop(&mut self) {
-        for end in ["v0", "v1"] {
-            let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "ingress"]).status();
-        }
+        drop(Shaped(()));
     }
 }
 
