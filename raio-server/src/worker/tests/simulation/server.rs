@@ -1,7 +1,7 @@
 //! The server: two workers that run when the run says so.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use clap::Parser;
 use raio_transport::sync::lock;
@@ -31,10 +31,8 @@ pub struct Server {
     drains: bool,
 }
 
-thread_local! {
-    /// Of a pool without threads. No operation of the disk's comes there.
-    static LANES: Lanes = Lanes::new(Pool::without_threads());
-}
+/// Of a pool without threads. No operation of the disk's comes there.
+static LANES: LazyLock<Lanes> = LazyLock::new(|| Lanes::new(Pool::without_threads()));
 
 impl Server {
     /// One that serves this disk. Its handles begin with `generation`.
@@ -55,7 +53,7 @@ impl Server {
         let exports = (0..FILES as u32).map(|file| {
             let volume = SimulatedFile { disk: Arc::clone(disk), file };
             let verifier = lock(disk).verifier(file as usize);
-            Export::of_volume(&name(file), volume, FILE_BYTES, LANES.with(Clone::clone))
+            Export::of_volume(&name(file), volume, FILE_BYTES, LANES.clone())
                 .known_as(identity(file as usize), verifier)
         });
         let exports = Exports::of(exports.collect());
