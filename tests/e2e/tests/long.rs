@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
 use raio_e2e::{Ending, PATIENCE, Proxy, Server, binary};
+use rustix::process::Signal;
 
 const IO_MAX: usize = 64 << 10;
 const LENGTHS: [usize; 5] = [IO_MAX + 1, 1 << 20, (1 << 20) + 4097, (3 << 20) - 1, 16 << 20];
@@ -165,7 +166,9 @@ fn a_server_that_is_started_anew_in_the_middle_may_take_less_in_a_request() {
             .expect("taken");
         let buffers = whole(vec![0; 1 << 20]);
         context.submit(&file, Operation::Read { offset: 0, buffers }, 1).expect("taken");
-        assert!(context.wait(2, 2, Some(Duration::from_millis(30))).expect("it goes on") < 2);
+        let _ = context.wait(2, 2, Some(Duration::from_millis(3))).expect("it goes on");
+        // In the middle of it, on any machine but one that writes 64 MiB in 3 ms.
+        server.signal(Signal::STOP);
         server.kill();
         let _server = spawn(&listen, "64K");
         let mut over = Vec::new();
