@@ -260,6 +260,12 @@ impl Server {
                     );
                     self.answer(key, Status::OK, None);
                 }
+                ServerEvent::Damaged(key, range) => {
+                    let sent = self.to_fetch.remove(&key).expect("it was to be fetched");
+                    assert!(range.bytes() == sent, "what arrived is not what was sent");
+                    assert!(self.limits.crc, "nobody has asked for checksums");
+                    self.answer(key, Status::DAMAGED, None);
+                }
             }
         }
         self.transport.flush(&mut self.reactor);
