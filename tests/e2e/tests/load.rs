@@ -51,8 +51,11 @@ fn a_load_goes_on_when_its_server_is_stopped_and_started_again() {
         server.signal(Signal::TERM);
         assert!(server.wait().success());
         server = serve(directory.path(), &listen);
-        server
-            .statistics_when(|statistics| statistics["requests"]["read"].as_u64().is_some_and(|n| n > 1_000));
+        // Each of them is back.
+        server.statistics_when(|statistics| {
+            statistics["sessions"] == SESSIONS
+                && statistics["requests"]["read"].as_u64().is_some_and(|n| n > 1_000)
+        });
     }
     let (report, status, text) = end(load);
     assert_eq!(status, Some(0), "{text}");
