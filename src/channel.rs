@@ -16,9 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use zerocopy::little_endian::U32;
 
+use crate::connecting::{self, Awaited};
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::{ArenaMemory, Region, WeakRegion, process};
@@ -81,8 +81,8 @@ pub struct Settings {
     pub window: Duration,
     /// It repeats what may have been executed when the server does not know what became of it.
     pub redo: bool,
-    /// Whoever has the channel sends requests in parts that a server which was started again with a smaller
-    /// grant would not take: [`Channel::take_oversized`]. If not, such a server ends the channel.
+    /// The owner of the channel divides requests that are too large for a server which was started again with
+    /// a smaller grant: [`Channel::take_oversized`]. If not, such a server ends the channel.
     pub divides: bool,
     /// For each attempt to connect.
     pub connect_timeout: Duration,
@@ -152,16 +152,20 @@ impl OpenFiles {
         self.reopenings.load(Ordering::SeqCst)
     }
 
-    /// A file that is open for reading; else, whether there is any.
-    fn any(&self) -> Result<FileHandle, bool> {
+    fn is_empty(&self) -> bool {
+        lock(&self.files).is_empty()
+    }
+
+    /// One that is open for reading.
+    fn readable(&self) -> Option<FileHandle> {
         let files = lock(&self.files);
-        let readable = files.iter().rev().find(|(_, file)| file.flags & OPEN_READ != 0);
-        readable.map(|(&handle, _)| FileHandle(handle)).ok_or(!files.is_empty())
+        let found = files.iter().rev().find(|(_, file)| file.flags & OPEN_READ != 0);
+        found.map(|(&handle, _)| FileHandle(handle))
     }
 
     /// A connection to this server was made. Whether there are files that it may not have open.
     fn are_missing(&self, server: [u8; 16]) -> bool {
-        *lock(&self.server).get_or_insert(server) != server && !lock(&self.files).is_empty()
+        *lock(&self.server).get_or_insert(server) != server && !self.is_empty()
     }
 
     /// All have been opened on this server.
@@ -1153,11 +1157,8 @@ fn copy_of(error: &Error) -> Error {
 
 /// Sleeps until the descriptor is readable, or until then.
 fn sleep(fd: Option<BorrowedFd<'_>>, until: Instant) -> Result<(), Error> {
-    let mut fds: Vec<_> = fd.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).into_iter().collect();
-    let left = until.saturating_duration_since(Instant::now());
-    let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-    rustix::event::poll(&mut fds, Some(&timeout))
-        .map(drop)
+    let awaited: Vec<_> = fd.map(Awaited::input).into_iter().collect();
+    connecting::sleep(&awaited, until)
         .map_err(|errno| Error::io("Waiting for the server was interrupted", errno))
 }
 

@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
 
 /// A descriptor, and what it must be ready for.
 #[derive(Clone, Copy, Debug)]
@@ -60,14 +61,15 @@ pub(crate) fn finish<C: Connecting + ?Sized>(connecting: &mut C) -> C::Outcome {
             return outcome;
         }
         let step_by = connecting.step_by();
-        sleep(&connecting.awaited(), step_by);
+        let _ = sleep(&connecting.awaited(), step_by);
     }
 }
 
-/// Sleeps until one of the descriptors can be used, or until `deadline`. It may end early: a signal may come,
-/// and a kernel that does not let us sleep leaves us to try again until the deadline.
-pub(crate) fn sleep(awaited: &[Awaited<'_>], deadline: Instant) {
+/// Sleeps until one of the descriptors can be used, or until `deadline`. It may fail before: with EINTR
+/// after a signal, or because the kernel cannot let the thread sleep. A caller that ignores this tries again
+/// until the deadline.
+pub(crate) fn sleep(awaited: &[Awaited<'_>], deadline: Instant) -> Result<(), Errno> {
     let mut fds: Vec<_> = awaited.iter().map(Awaited::poll_fd).collect();
     let left = deadline.saturating_duration_since(Instant::now());
-    let _ = rustix::event::poll(&mut fds, Timespec::try_from(left).ok().as_ref());
+    rustix::event::poll(&mut fds, Timespec::try_from(left).ok().as_ref()).map(drop)
 }

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use raio_transport::Status;
 use raio_transport::handshake::{Grant, Policy};
@@ -17,6 +17,8 @@ use raio_transport::protocol::{
 };
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
+
+use crate::{Completion, Context};
 
 pub(crate) struct FakeServer {
     pub(crate) address: SocketAddr,
@@ -303,6 +305,19 @@ impl FakeServer {
         all.sort_unstable();
         all
     }
+}
+
+/// Collects `n` completions, in the order of their tokens.
+pub(crate) fn collect(context: &mut Context, n: usize) -> Vec<Completion> {
+    let mut all = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while all.len() < n {
+        assert!(Instant::now() < deadline, "{} of {n}", all.len());
+        context.wait(1, usize::MAX, Some(Duration::from_secs(1))).unwrap();
+        all.extend(std::iter::from_fn(|| context.next()));
+    }
+    all.sort_by_key(|completion| completion.token);
+    all
 }
 
 struct Connection {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::{Policy, SUPERSEDED_MAX};
 use raio_transport::protocol::OPERATION_FEATURES;
 
-use crate::fake_server::FakeServer;
+use crate::fake_server::{self, FakeServer};
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -32,16 +32,9 @@ fn read(block: u64) -> Operation {
 
 const FSYNC: Operation = Operation::Fsync { data_only: true };
 
-/// Collects `n` completions, in the order of their tokens.
+/// Collects `n` completions, whose tokens are 0 to `n` - 1, in their order.
 fn collect(context: &mut Context, n: usize) -> Vec<Completion> {
-    let mut all = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while all.len() < n {
-        assert!(Instant::now() < deadline, "{} of {n}", all.len());
-        context.wait(1, usize::MAX, Some(Duration::from_secs(1))).unwrap();
-        all.extend(std::iter::from_fn(|| context.next()));
-    }
-    all.sort_by_key(|completion| completion.token);
+    let all = fake_server::collect(context, n);
     assert_eq!(
         all.iter().map(|completion| completion.token).collect::<Vec<_>>(),
         (0..n as u64).collect::<Vec<_>>()

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
 
-use crate::fake_server::FakeServer;
+use crate::fake_server::{FakeServer, collect};
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -53,19 +53,6 @@ fn read(offset: u64, len: usize) -> Operation {
 fn bytes(completion: Completion) -> Vec<u8> {
     let buffers = completion.buffers.unwrap();
     buffers.slices(0..buffers.len()).flatten().copied().collect()
-}
-
-/// Collects `n` completions, in the order of their tokens.
-fn collect(context: &mut Context, n: usize) -> Vec<Completion> {
-    let mut all = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while all.len() < n {
-        assert!(Instant::now() < deadline, "{} of {n}", all.len());
-        context.wait(1, usize::MAX, Some(Duration::from_secs(1))).unwrap();
-        all.extend(std::iter::from_fn(|| context.next()));
-    }
-    all.sort_by_key(|completion| completion.token);
-    all
 }
 
 /// Until the server has cut the connections, which it does not let the client make again.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use raio_transport::file_handles::{file_handle, file_system_uuid};
+use raio_transport::handshake::random_id;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
 use rustix::io::Errno;
 
@@ -115,10 +116,7 @@ fn if_there<T>(result: io::Result<T>) -> Result<Option<T>, Errno> {
 
 /// An identity that no other has.
 pub fn random() -> FileIdentity {
-    use std::hash::{BuildHasher, RandomState};
-    let half = || RandomState::new().hash_one(0);
-    let both = u128::from(half()) << 64 | u128::from(half());
-    both.max(1).to_le_bytes()
+    u128::from_le_bytes(random_id()).max(1).to_le_bytes()
 }
 
 impl Facts {

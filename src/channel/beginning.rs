@@ -120,16 +120,14 @@ impl Beginning {
                         connected.ask();
                         First::Asking(connected)
                     } else {
-                        match given.files.any() {
-                            _ if given.files.are_missing(connected.transport.grant().server) => {
-                                connected.reopen(&given.files)
-                            }
-                            Ok(file) => {
+                        let are_missing = given.files.are_missing(connected.transport.grant().server);
+                        match given.files.readable() {
+                            _ if given.files.is_empty() => return Ok(Some(connected)),
+                            Some(file) if !are_missing => {
                                 connected.probe(file);
                                 First::Probing(connected)
                             }
-                            Err(true) => connected.reopen(&given.files),
-                            Err(false) => return Ok(Some(connected)),
+                            _ => connected.reopen(&given.files),
                         }
                     }
                 }

@@ -40,7 +40,7 @@ pub fn connect(
             return outcome;
         }
         let awaited: Vec<_> = dial.poll_fd().into_iter().map(Awaited::input).collect();
-        sleep(&awaited, dial.step_by());
+        let _ = sleep(&awaited, dial.step_by());
     }
 }
 

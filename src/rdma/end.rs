@@ -67,7 +67,7 @@ fn wait(events: &Arc<EventChannel>, deadline: Instant) -> std::io::Result<Event>
         match events.next() {
             Some(event) => return Ok(event),
             None if Instant::now() >= deadline => return Err(std::io::ErrorKind::TimedOut.into()),
-            None => sleep(&[Awaited::input(events.fd())], deadline),
+            None => drop(sleep(&[Awaited::input(events.fd())], deadline)),
         }
     }
 }

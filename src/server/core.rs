@@ -8,7 +8,7 @@ use crate::handshake::{Peer, Policy};
 use crate::message::{self, Kind, Limits, Message};
 use crate::reactor::LoopClock;
 use crate::trace::Clock;
-use crate::transport::{CloseReason, ConnectionId};
+use crate::transport::{CloseReason, ConnectionId, RequestKey, ServerEvent, SlotRange};
 use crate::tuning::{KEEPALIVES_MISSED_MAX, LINGER};
 
 /// How far a connection has come.
@@ -104,6 +104,16 @@ impl<R> ConnectionCore<R> {
 
     pub fn crc(&self) -> bool {
         self.limits.crc
+    }
+
+    /// The event that the data of a request has arrived, of which the client has sent this checksum.
+    pub fn fetched(&self, id: u64, range: SlotRange, sent: Option<u32>) -> ServerEvent {
+        let key = RequestKey { connection: self.id, id };
+        if self.crc() && sent.is_some_and(|sent| sent != message::data_crc(range.bytes())) {
+            ServerEvent::Damaged(key, range)
+        } else {
+            ServerEvent::Fetched(key, range)
+        }
     }
 
     /// The most requests in flight.

@@ -193,13 +193,8 @@ impl<I> MessageConnection<I> {
 
     /// The event that the data of a request has been brought into a slot.
     pub fn fetched(&self, id: u64, range: SlotRange) -> ServerEvent {
-        let key = RequestKey { connection: self.core.id, id };
-        match self.core.in_flight.get(id) {
-            Some(asked) if self.core.crc() && message::data_crc(range.bytes()) != asked.data_crc => {
-                ServerEvent::Damaged(key, range)
-            }
-            _ => ServerEvent::Fetched(key, range),
-        }
+        let sent = self.core.in_flight.get(id).map(|asked| asked.data_crc);
+        self.core.fetched(id, range, sent)
     }
 
     /// Answers a request. Returns the data that came with it, if it was not fetched.

@@ -539,15 +539,10 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let Some(slot) = slot.take() else { return };
         let range = SlotRange { slot, start: *start, len: *len };
-        let key = RequestKey { connection: self.core.id, id: *id };
-        let crc = *crc;
+        let event = self.core.fetched(*id, range, Some(*crc));
         self.receiving = Receiving::Messages;
         self.progress.messages_in += 1;
-        let is_intact = !self.core.crc() || message::data_crc(range.bytes()) == crc;
-        shared.events.push_back(match is_intact {
-            true => ServerEvent::Fetched(key, range),
-            false => ServerEvent::Damaged(key, range),
-        });
+        shared.events.push_back(event);
     }
 
     /// Takes in one message, or a part of one. Returns how many of `bytes` that took.

@@ -64,15 +64,20 @@ impl Shaped {
 
 impl Drop for Shaped {
     fn drop(&mut self) {
-        for end in ["v0", "v1"] {
-            let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "root"]).status();
-        }
+        restore();
+    }
+}
+
+/// Both directions of the wire carry all that is sent, again.
+fn restore() {
+    for end in ["v0", "v1"] {
+        let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "root"]).status();
     }
 }
 
 /// The wire carries nothing, or nothing of one kind, until this is dropped; but what kernels say to each
-/// other to make RDMA connections. If that is lost, and whoever has asked for it gives up, Soft-RoCE ends the
-/// queue pair through which it is said, for good: no connection could be made any more.
+/// other to make RDMA connections. If that is lost, and the process that asked for it gives up, Soft-RoCE
+/// ends the queue pair through which it is said, for good: no connection could be made any more.
 pub struct Silenced(());
 
 impl Silenced {
@@ -114,7 +119,7 @@ impl Default for Silenced {
 
 impl Drop for Silenced {
     fn drop(&mut self) {
-        drop(Shaped(()));
+        restore();
     }
 }
 
