@@ -1,8 +1,9 @@
 //! What a client does about a broken connection, as decisions: no I/O, no clock, no threads.
 //!
 //! A [`Machine`] says when to connect again, under which epoch, and when to give up. [`at_loss`],
-//! [`after_outcome`] and [`at_gone`] say what becomes of each request that was outstanding. Whoever moves the
-//! bytes ([`crate::channel`]) does what they say, and a model of the whole can call the same functions.
+//! [`after_outcome`] and [`at_gone`] say what becomes of each request that was outstanding.
+//! [`crate::channel`] moves the bytes and does what they say; a model of the whole can call the same
+//! functions.
 //!
 //! ```text
 //! Connected --on_loss--> Lost --step--> Dialing --on_dialed--> Resolving --on_resolved(known)--> Connected

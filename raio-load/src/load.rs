@@ -263,7 +263,7 @@ impl<'a> Load<'a> {
             && let Some(place) = self.line.pop_front()
         {
             self.places[place as usize].is_in_line = false;
-            // One that takes nothing stands in line again when something has become of its connection.
+            // A session that takes nothing is queued again when it has received something or reconnected.
             if self.issue_one(place) {
                 self.stand_in_line(place);
             }

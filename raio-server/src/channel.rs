@@ -178,7 +178,7 @@ impl<C: Copy + PartialEq> Channel<C> {
         Ok(before)
     }
 
-    /// A connection has ended. It hands over what it has recorded, if it was settled, and leaves so many
+    /// A connection has ended. It hands over what it has recorded, if it was settled, and leaves `executing`
     /// recorded requests that execute. If it was the last the channel may be forgotten from `until` on.
     pub fn ended(&mut self, connection: C, outcomes: Option<Outcomes>, executing: usize, until: Instant) {
         if self.live == Some(connection) {

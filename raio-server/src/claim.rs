@@ -225,7 +225,7 @@ pub fn try_claim(directory: &StateDirectory, claims: &[Claim]) -> anyhow::Result
             }
         }
     }
-    unreachable!("there are not so many files")
+    unreachable!("the loop tries every number until a file can be created")
 }
 
 fn conflict<'a>(ours: &'a [Claim], theirs: &'a [Claim]) -> Option<(&'a Claim, &'a Claim)> {

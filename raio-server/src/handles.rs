@@ -188,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    /// Most entries that there are for files, whoever chose the handles.
+    /// The most entries there can be, whether the server or a client chose the handles.
     fn entries<F>(handles: &Handles<F>) -> usize {
         handles.near.len().max(handles.free.len()) + handles.far.len()
     }

@@ -248,7 +248,7 @@ impl Opening {
     }
 }
 
-/// Why a file is not opened again: what is at its path is not what was there.
+/// Why a file is not reopened: another file is at its path.
 pub fn another_file(path: &[u8]) -> Rejection {
     let path = EscapedPath(path);
     Rejection {

@@ -1,8 +1,8 @@
-//! Keeps changes of a file behind those that somebody has left behind.
+//! Delays changes of a file that overlap orphans: requests whose connections have ended, and that execute.
 //!
 //! When a client has gone, what it has written may still be executing, and end long after. Another client
 //! that writes to the same place then, and is told that it has written, must not find the old bytes there. So
-//! while such a request executes, changes that overlap it wait, whoever's they are.
+//! while such a request executes, changes of any client that overlap it wait.
 //!
 //! With no such request, and that is nearly always, all of it costs one load for each change of a file.
 

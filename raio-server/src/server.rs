@@ -572,7 +572,7 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     if started.iter().any(|worker| worker.unclaimed) {
         tracing::warn!(
             "The limit on open files leaves no room for a ring's table of files, so if this server is \
-             killed, the next one does not wait for what is in flight. Raise it with `ulimit -n`, or \
+             killed, the next one does not wait for its requests in flight. Raise it with `ulimit -n`, or \
              LimitNOFILE= in the unit."
         );
     }

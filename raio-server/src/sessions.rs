@@ -174,7 +174,7 @@ struct Place {
     channel: Channel<ConnectionName>,
     /// Its key in [`Table::deadlines`].
     deadline: Option<(Instant, u64)>,
-    /// It is parked, and was counted with so many bytes.
+    /// It is parked, and counts with this number of bytes.
     parked_bytes: Option<usize>,
 }
 
@@ -211,7 +211,7 @@ impl Sessions {
         let mut effects = Effects::default();
         let mut table = lock(&self.table);
         let joined = table.join(peer, connection, &mut effects, |table, effects| {
-            // Whoever is without a connection makes room.
+            // Sessions without a connection are evicted for it.
             while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
                 if !table.evict_session(effects) {
                     return Err(excess);

@@ -6,7 +6,7 @@
 //! | `server.PID.NUMBER` | what a server exports for writing; locked as long as anything of it can happen |
 //! | `verifier.NUMBER` | the write verifier of an export ([`crate::verifier`]) |
 //!
-//! What is in the directory may be anything: whoever may write there is trusted no more than a client. All
+//! The files may contain anything: a process that can write there is trusted no more than a client. All
 //! calls may wait for the file system.
 
 use std::io::{Read, Write};
@@ -54,7 +54,7 @@ impl StateDirectory {
         self.path.join(name)
     }
 
-    /// Opens a regular file of it, and nothing else that somebody has put there.
+    /// Opens a regular file of it. Anything else with that name is EINVAL.
     pub fn open_file(&self, name: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, name, flags, ONLY_MINE)?;

@@ -178,8 +178,8 @@ pub mod channels {
     /// Bytes that a channel without a connection takes, what it has recorded not counted: rounded up from its
     /// structs and its part of a session's.
     pub const PARKED_BYTES: usize = 1 << 10;
-    /// One part in so many of the memory for connections and files is for such channels: half of the
-    /// connections may break at the same time.
+    /// The memory for connections and files, divided by this, is for such channels: half of the connections
+    /// may break at the same time.
     pub const PARKED_PART: usize = 4;
     /// A connection that waits for so long until nothing of those before it can happen is worth a line in the
     /// log.

@@ -234,7 +234,7 @@ impl Id {
         unsafe { self.raw.as_ref() }.port_num
     }
 
-    /// Begins to look for the device with the way to an address, from `source` if that is given, for so many
+    /// Begins to look for the device with the way to an address, from `source` if that is given, within `ms`
     /// milliseconds: [`Event::resolved`].
     pub fn resolve_address(
         &self,

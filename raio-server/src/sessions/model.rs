@@ -233,7 +233,7 @@ enum Action {
     },
     /// The first session's client gives it up, and begins another one.
     TakeOver,
-    /// A worker takes in what has come by a connection.
+    /// A worker receives the next message of a connection.
     Receive(usize, u64),
     /// A worker sees that a client has given up a connection.
     Notice(usize, u64),

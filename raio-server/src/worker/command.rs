@@ -193,7 +193,7 @@ impl Worker {
                 self.give_handle(connection, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
-            // Whoever has the lease was asked to give it up, and nothing else was done.
+            // The holder of the lease was asked to give it up, and nothing else was done.
             (Err(Rejection { status: Status { errno: libc::EAGAIN, .. }, .. }), None) => cancelled(),
             (Err(rejection), connection) => self.open_rejected(connection, rejection),
         };

@@ -188,7 +188,7 @@ impl Worker {
         }
     }
 
-    /// Whether a request changes what one that somebody has left behind changes, too.
+    /// Whether a request overlaps an orphan: both change the same bytes.
     #[cold]
     pub(super) fn is_held_back(&self, work: &Work) -> bool {
         work.changes().is_some_and(|(file, range)| {

@@ -164,7 +164,7 @@ impl Worker {
         if !matches!(self.requests[key].work, Work::Close) && !self.has_client(key) {
             return;
         }
-        // Somebody may have left something behind while it waited.
+        // There may be orphans that were none when it began to wait.
         let work = &self.requests[key].work;
         if work.is_recorded() && self.shared.orphan_guard.is_active() && self.is_held_back(work) {
             return self.hold(key, slot);

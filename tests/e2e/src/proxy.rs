@@ -39,7 +39,7 @@ pub enum Direction {
 /// What happens to a connection. By default all comes through at once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Treatment {
-    /// It ends after so many bytes have come through in this direction.
+    /// It ends after this number of bytes has come through in this direction.
     pub cut: Option<(Direction, u64, Ending)>,
     /// How long everything takes.
     pub delay: Duration,

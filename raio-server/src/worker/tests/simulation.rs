@@ -122,7 +122,7 @@ struct Plan {
     drains: bool,
     late_mail: bool,
     failing_syncs: bool,
-    /// A step in so many breaks something.
+    /// One step in `fault_every` breaks something.
     fault_every: u64,
 }
 

@@ -130,7 +130,8 @@ impl Link {
             && self.ends[1 - from].is_some()
     }
 
-    /// Up to so many bytes arrive at the other end, and what comes behind the last one. What happened.
+    /// Up to `max` bytes arrive at the other end, and the end of the stream behind the last one. Returns what
+    /// happened, for the log.
     pub fn deliver(&mut self, from: usize, max: usize) -> String {
         self.take_in(from);
         let to = 1 - from;
