@@ -98,6 +98,15 @@ impl Mounted {
         self
     }
 
+    /// Puts the file system on another device, such as a copy of this one, in its place.
+    pub fn replace(mut self, device: LoopDevice) -> Self {
+        let directory = self.path().to_string_lossy().into_owned();
+        run("umount", &[&directory]);
+        run("mount", &[&device.path.to_string_lossy(), &directory]);
+        self.device = device;
+        self
+    }
+
     /// Freezes it: whatever would write to it waits, until what this returns is dropped.
     pub fn freeze(&self) -> Frozen {
         run("fsfreeze", &["--freeze", &self.path().to_string_lossy()]);

@@ -8,6 +8,7 @@ use std::process::{Command as Process, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use raio::{Buffer, Buffers, Context, Error, Operation, Options, Session};
 use raio_e2e::{FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, binary, needs_root};
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use rustix::process::{Signal, kill_process};
@@ -18,6 +19,7 @@ const READ_WRITE: u32 = OPEN_READ | OPEN_WRITE;
 /// A place for the state and the logs of servers that follow one another.
 struct Place {
     directory: tempfile::TempDir,
+    listen: String,
     arguments: Vec<String>,
 }
 
@@ -26,7 +28,7 @@ impl Place {
     fn new(exports: &[String]) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let arguments = exports.iter().flat_map(|export| ["--export".to_owned(), export.clone()]).collect();
-        Self { directory, arguments }
+        Self { directory, listen: "tcp://127.0.0.1:0".into(), arguments }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -47,7 +49,7 @@ impl Place {
     fn process_without_state(&self) -> Process {
         let log = File::options().create(true).append(true).open(self.path("log")).expect("a log");
         let mut process = Process::new(binary("raio_server"));
-        process.args(["--listen", "tcp://127.0.0.1:0", "--workers", "2"]).args(&self.arguments).stderr(log);
+        process.args(["--listen", &self.listen, "--workers", "2"]).args(&self.arguments).stderr(log);
         process
     }
 
@@ -440,4 +442,73 @@ fn a_file_is_reopened_under_its_handle_if_it_is_the_same_and_under_no_other() {
     client.call(&Command::Close(far.0)).expect("it is open");
     client.send_read(1, 0, 1).expect("the server is there");
     assert_eq!(client.response().expect("an answer").0.status.errno, libc::EBADF);
+}
+
+/// Does one operation of a client, and waits for it.
+fn perform(context: &mut Context, file: &raio::File, operation: Operation) -> Result<u64, Error> {
+    context.submit(file, operation, 0).expect("there is room");
+    context.flush();
+    let deadline = Instant::now() + PATIENCE;
+    while context.wait(1, 1, Some(Duration::from_millis(100))).expect("it goes on") == 0 {
+        assert!(Instant::now() < deadline, "it does not end: {:?}", context.stats());
+    }
+    context.next().expect("it has ended").result
+}
+
+fn write(block: u64, letter: u8) -> Operation {
+    let buffers = Buffers::One(Buffer::Owned(vec![letter; BLOCK].into()));
+    Operation::Write { offset: block * BLOCK as u64, buffers }
+}
+
+#[test]
+fn after_a_crash_of_the_machine_a_client_goes_on_and_the_first_fsync_says_that_writes_are_lost() {
+    const FSYNC: Operation = Operation::Fsync { data_only: false };
+    if !needs_root("a file system that is copied as a crash leaves it") {
+        return;
+    }
+    // A clone of the image is what is on the disk at one moment, in the middle of whatever.
+    let outer = LoopDevice::new(512 << 20).mount("xfs");
+    let (image, crashed) = (outer.path().join("image"), outer.path().join("crashed"));
+    File::create(&image).and_then(|file| file.set_len(32 << 20)).expect("a sparse image");
+    let mut mounted = LoopDevice::over(&image).mount("ext4");
+    let mut place = Place::new(&[format!("d={},rw", mounted.path().display())]);
+    let mut server = place.start();
+    place.listen = server.listen_url();
+
+    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let open = |path| session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
+    let (file, synced) = (open("/d/file"), open("/d/synced"));
+    let mut context = session.context(4).expect("a context");
+    let context = &mut context;
+    for (file, block, letter) in [(&file, 0, b'A'), (&synced, 0, b'S')] {
+        assert_eq!(perform(context, file, write(block, letter)), Ok(BLOCK as u64));
+        assert_eq!(perform(context, file, FSYNC), Ok(0));
+    }
+    for (block, letter) in [(0, b'B'), (1, b'C')] {
+        assert_eq!(perform(context, &file, write(block, letter)), Ok(BLOCK as u64));
+    }
+
+    let clone = File::create(&crashed).expect("a file");
+    rustix::fs::ioctl_ficlone(&clone, File::open(&image).expect("the image")).expect("xfs clones");
+    server.kill();
+    mounted = mounted.replace(LoopDevice::over(&crashed));
+    let found = std::fs::read(mounted.path().join("file")).expect("it was synced");
+    assert_eq!(found, [b'A'; BLOCK], "the crash has lost nothing");
+    std::fs::write(place.path("boot"), "another").expect("a file");
+    let mut process = place.process();
+    process.env("RAIO_TEST_BOOT_ID", place.path("boot"));
+    let server = Server::spawn(process);
+
+    assert_eq!(perform(context, &synced, FSYNC), Ok(0), "nothing of this file was lost");
+    let lost = perform(context, &file, FSYNC).expect_err("writes were lost");
+    assert!(lost.is_lost && !lost.is_unknown && lost.errno() == libc::EIO, "{lost:?}");
+    assert!(lost.text.contains("has lost writes that were acknowledged before this fsync"), "{lost}");
+    assert_eq!(perform(context, &file, FSYNC), Ok(0), "it is said once");
+    assert_eq!(perform(context, &file, write(1, b'C')), Ok(BLOCK as u64));
+    assert_eq!(perform(context, &file, FSYNC), Ok(0));
+    let stats = context.stats();
+    assert_eq!((stats.reconnects, stats.lost, stats.unknown, stats.failed), (1, 1, 0, 1));
+    let found = std::fs::read(mounted.path().join("file")).expect("it was synced");
+    assert_eq!(found, [[b'A'; BLOCK], [b'C'; BLOCK]].concat());
+    drop(server);
 }
