@@ -883,14 +883,31 @@ static void leave_queue(struct thread_data *td, struct job *job, unsigned int nr
 	memmove(job->queued, job->queued + nr, job->queued_nr * sizeof(*job->queued));
 }
 
-/* Takes note of why an io_u failed: many can fail before fio asks for the first. */
-static void remember_failure(struct io_u *io_u, long res, const char *text)
+/* Takes note of why an io_u failed, and of what to do about it: many can fail before fio asks for the first. */
+static void remember_failure(struct io_u *io_u, long res, const char *text, const char *advice)
 {
 	struct request *request = io_u->engine_data;
 
 	io_u->error = (unsigned int)-res;
 	free(request->failure);
-	request->failure = strdup(*text ? text : strerror(io_u->error));
+	if (!*text)
+		text = strerror(io_u->error);
+	if (asprintf(&request->failure, "%s%s", text, advice) < 0)
+		request->failure = NULL;
+}
+
+/* The option of the engine that would have kept a request from failing so, if there is one. */
+static const char *advice_for(const struct raio_fio_options *o, const struct raio_event *event)
+{
+	if ((event->res2 & RAIO_RES2_CLASS) != RAIO_RES2_TRANSPORT)
+		return "";
+	if (!o->reconnect)
+		return " With raio_reconnect=SECONDS the job waits for the server, and goes on.";
+	if (-(long)event->res == ETIMEDOUT)
+		return " With a longer raio_reconnect= the job waits longer for the server.";
+	if (event->res2 & RAIO_RES2_UNKNOWN && !o->redo)
+		return " With raio_redo=1 the job does it again.";
+	return "";
 }
 
 /* Hands the queue to libraio. Never blocks. */
@@ -906,7 +923,7 @@ static void submit_queued(struct thread_data *td)
 		if (ret < 0) {
 			struct io_u *io_u = job->queued[0]->data;
 
-			remember_failure(io_u, ret, raio_errmsg());
+			remember_failure(io_u, ret, raio_errmsg(), "");
 			job->refused[job->refused_nr++] = io_u;
 			ret = 1;
 		}
@@ -929,13 +946,14 @@ static int raio_fio_commit(struct thread_data *td)
 	return 0;
 }
 
-static struct io_u *finish(struct job *job, const struct raio_event *event)
+static struct io_u *finish(struct thread_data *td, const struct raio_event *event)
 {
+	struct job *job = td->io_ops_data;
 	struct io_u *io_u = event->data;
 	long res = (long)event->res;
 
 	if (res < 0) {
-		remember_failure(io_u, res, raio_event_errmsg(job->ctx, event));
+		remember_failure(io_u, res, raio_event_errmsg(job->ctx, event), advice_for(td->eo, event));
 		if ((event->res2 & RAIO_RES2_CLASS) == RAIO_RES2_TRANSPORT)
 			job->lost = true;
 	} else if (io_u->ddir == DDIR_READ || io_u->ddir == DDIR_WRITE) {
@@ -963,7 +981,7 @@ static int raio_fio_getevents(struct thread_data *td, unsigned int min_nr, unsig
 		while (nr < max_nr && job->refused_nr)
 			job->done[nr++] = job->refused[--job->refused_nr];
 		while (nr < max_nr && job->events_at < job->events_nr)
-			job->done[nr++] = finish(job, &job->events[job->events_at++]);
+			job->done[nr++] = finish(td, &job->events[job->events_at++]);
 		if (nr && nr >= min_nr)
 			break;
 

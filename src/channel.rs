@@ -718,7 +718,10 @@ impl Channel {
             Step::None | Step::Wait(_) => {}
             Step::GiveUp => {
                 let seconds = rest.settings.window.as_secs_f64();
-                let text = format!("it could not be resumed within {seconds} s ({})", rest.why);
+                let text = format!(
+                    "the server was away for longer than the reconnect window of {seconds} s ({})",
+                    rest.why
+                );
                 let errno = libc::ETIMEDOUT;
                 self.give_up(Error::Closed { errno, text }, Status::transport(errno));
                 return true;

@@ -70,16 +70,23 @@ impl Job {
         }
     }
 
+    /// Waits until it has ended. Whether it says that it has succeeded, and all that it said.
+    fn end(mut self) -> (bool, String) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.0.try_wait().expect("fio can be waited for") {
+                return (status.success(), self.said());
+            }
+            assert!(Instant::now() < deadline, "fio does not end");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Told to end, it does, without an error.
     fn succeeds(mut self) {
         self.check();
         kill_process(Pid::from_child(&self.0), Signal::INT).expect("it is not waited for");
-        let deadline = Instant::now() + PATIENCE;
-        while self.0.try_wait().expect("fio can be waited for").is_none() {
-            assert!(Instant::now() < deadline, "fio does not end");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let said = self.said();
+        let (_, said) = self.end();
         assert!(said.contains("terminating on signal 2"), "{said}");
         assert!(said.contains("err= 0") && !said.contains("verify failed"), "{said}");
     }
@@ -127,6 +134,39 @@ fn fio_sees_no_error_when_the_server_is_restarted_in_good_order_twenty_times() {
 #[test]
 fn fio_that_writes_again_what_it_must_sees_no_error_when_the_server_is_killed_twenty_times() {
     restarted(&["--raio_redo=1".into()], Server::kill);
+}
+
+/// Kills the server of a job, and starts another one if it is to go on. All that the job said when it failed.
+fn killed(more: &[&str], is_started_again: bool) -> String {
+    let directory = directory();
+    let command = || Command::new(binary("raio_server"));
+    let mut server = serve(command(), directory.path(), "tcp://127.0.0.1:0");
+    let more: Vec<_> = more.iter().map(|&option| option.to_owned()).collect();
+    let mut job = Job::begin(Command::new("fio"), &server.url(), &more);
+    job.works(&mut server);
+    let listen = server.listen_url();
+    server.kill();
+    let _next = is_started_again.then(|| serve(command(), directory.path(), &listen));
+    let (has_succeeded, said) = job.end();
+    assert!(!has_succeeded, "{said}");
+    said
+}
+
+#[test]
+fn fio_fails_when_the_server_is_away_for_longer_than_it_may_be_and_says_which_option_changes_that() {
+    let said = killed(&["--raio_reconnect=1"], false);
+    assert!(said.contains(&format!("err={}", libc::ETIMEDOUT)), "{said}");
+    assert!(said.contains("away for longer than the reconnect window of 1 s"), "{said}");
+    assert!(said.contains("With a longer raio_reconnect= the job waits longer"), "{said}");
+}
+
+#[test]
+fn fio_that_does_not_write_again_fails_when_the_server_is_killed_and_says_which_option_changes_that() {
+    // One write at least is under way all the time.
+    let said = killed(&["--rate_iops=0", "--verify=0"], true);
+    assert!(said.contains(&format!("err={}", libc::ECONNRESET)), "{said}");
+    assert!(said.contains("it may have been done. It will not be done later."), "{said}");
+    assert!(said.contains("With raio_redo=1 the job does it again."), "{said}");
 }
 
 #[test]
