@@ -230,6 +230,10 @@ impl ServerTransport for Mux {
         self.all().map(ServerTransport::connections).sum()
     }
 
+    fn is_delivered(&self) -> bool {
+        self.all().all(ServerTransport::is_delivered)
+    }
+
     fn hold(&mut self, connection: ConnectionId, held: Arc<dyn Any>) {
         self.find_mut(connection).hold(connection, held);
     }

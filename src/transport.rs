@@ -418,6 +418,12 @@ pub trait ServerTransport {
     /// Connections now, those in their handshake among them.
     fn connections(&self) -> usize;
 
+    /// Whether no connection needs the process any more: each has been closed, and its peer's host has all
+    /// that was sent, the goaway last. The peer need not have read it. Takes a system call for each.
+    fn is_delivered(&self) -> bool {
+        self.connections() == 0
+    }
+
     // Connections that come, stay with their owner, and go elsewhere
     // ----------------------------------------------------------------------------------------------------
 

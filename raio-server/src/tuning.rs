@@ -99,9 +99,12 @@ pub mod drain {
     /// From then on connections without requests are closed once nothing arrives any more, or after so long.
     /// Not measured: a client that goes on sending is told with an error from then on.
     pub const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
-    /// How long a drained worker waits for its peers to read their goaway and close: longer than a connection
-    /// lingers for that. Not measured.
+    /// How long a drained worker waits for the hosts of its peers to have their goaways (over RDMA for the
+    /// peers to read them and close): longer than a connection lingers for that. Not measured.
     pub const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
+    /// How often it asks whether they have: about as often as a local network can have changed that. Not
+    /// measured.
+    pub const DELIVERY_CHECK: Duration = Duration::from_millis(10);
 }
 
 /// An export's lanes in the pool of threads: [`crate::engine::Lanes`]. Several, so that flushes that hang

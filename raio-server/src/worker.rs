@@ -63,7 +63,7 @@ use crate::request::State;
 use crate::sessions::{ConnectionName, Sessions};
 use crate::stats::Counters;
 use crate::trace::Trace;
-use crate::tuning::drain::{GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
+use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
 use crate::tuning::statistics::PUBLISHED_EVERY;
 use admission::Admission;
 use connections::{Arrival, Connections, Standing};
@@ -207,6 +207,8 @@ pub enum Mail {
 struct Drain {
     reject_at: Instant,
     deadline: Instant,
+    /// When to look again whether the clients have been told.
+    check_at: Instant,
     goaway_deadline: Option<Instant>,
 }
 
@@ -504,7 +506,8 @@ impl Worker {
                     let reject_at = self.reactor.clock().now() + GRACE;
                     self.reactor.timer(reject_at, TIMER);
                     self.reactor.timer(deadline, TIMER);
-                    self.drain = Some(Drain { reject_at, deadline, goaway_deadline: None });
+                    self.drain =
+                        Some(Drain { reject_at, deadline, check_at: reject_at, goaway_deadline: None });
                 }
             }
         }
@@ -646,8 +649,12 @@ impl Worker {
             return Some(self.connections.none_is_open() && self.requests.is_empty());
         }
         if self.connections.none_is_open() {
-            if self.transport.connections() == 0 {
-                return Some(true);
+            if now >= drain.check_at {
+                if self.transport.is_delivered() {
+                    return Some(true);
+                }
+                drain.check_at = now + DELIVERY_CHECK;
+                self.reactor.timer(drain.check_at, TIMER);
             }
             let goaway_deadline = *drain.goaway_deadline.get_or_insert_with(|| {
                 self.reactor.timer(now + GOAWAY_TIMEOUT, TIMER);

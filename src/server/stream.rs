@@ -785,7 +785,6 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     }
 
     /// The connection that it has moved to.
-    #[cfg(test)]
     pub fn upgraded_to(&self) -> Option<ConnectionId> {
         if let UpgradeState::Upgraded(to) = self.upgrade { to } else { None }
     }
@@ -879,6 +878,11 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     pub fn on_send_failed(&mut self, reason: CloseReason, shared: &mut StreamShared) {
         self.outbox.on_send_failed();
         self.end(shared, reason);
+    }
+
+    /// It was closed, and everything that its peer was to hear has been handed to the kernel.
+    pub fn has_said_all(&self) -> bool {
+        self.core.phase() == Phase::Lingering && !self.outbox.has_unsent() && !self.outbox.is_sending()
     }
 
     /// Bytes of the slots that its unsent answers hold.

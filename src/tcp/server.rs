@@ -561,6 +561,17 @@ impl ServerTransport for TcpServer {
         self.entries.len() - self.free.len() - self.shared.upgraded
     }
 
+    fn is_delivered(&self) -> bool {
+        // What a peer sends from then on is answered with a reset. It can read the goaway all the same.
+        let has_arrived = |connection: &Connection| {
+            let info = || TcpInfo::of(&connection.socket);
+            connection.stream.has_said_all()
+                && info().is_ok_and(|info| info.unacked == 0 && info.unsent_bytes == 0)
+        };
+        let mut all = self.entries.iter().filter_map(|entry| entry.connection.as_deref());
+        all.all(|connection| connection.stream.upgraded_to().is_some() || has_arrived(connection))
+    }
+
     fn accept(
         &mut self,
         reactor: &mut Reactor,

@@ -293,6 +293,46 @@ fn stopped(waits: Waits) {
 }
 
 #[test]
+fn idle_clients_do_not_delay_the_end_of_a_server_and_read_its_goaway_later() {
+    let directory = directory();
+    let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
+    let listen = server.listen_url();
+    let options = Options { reconnect: Duration::ZERO, ..Options::default() };
+    // Neither looks at its connections meanwhile.
+    let session = Session::connect(&server.url(), &options).expect("a session");
+    let mut model = Model::new(&session, Waits::InCalls);
+    model.write_all(1, || {});
+    let resumed = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let mut resumed = Model::new(&resumed, Waits::InCalls);
+    resumed.write_all(1, || {});
+
+    let begin = Instant::now();
+    server.signal(Signal::TERM);
+    assert!(server.wait().success());
+    let took = begin.elapsed();
+    assert!(took < Duration::from_millis(700), "it took {took:?}");
+
+    let error = loop {
+        match model.context.submit(&model.file, write(0, 2), 0) {
+            Err(rejected) => break rejected.error,
+            Ok(_) => match model.context.wait(1, 1, Some(PATIENCE)) {
+                Err(error) => break error,
+                Ok(_) => {
+                    let completion = model.context.next().expect("it is over");
+                    let error = completion.result.expect_err("there is no server");
+                    assert!(!error.is_unknown, "the server has said that it does nothing more: {error:?}");
+                }
+            },
+        }
+    };
+    assert!(error.text.contains("The server is shutting down"), "{error}");
+    let _server = serve(directory.path(), &listen);
+    resumed.write_all(2, || {});
+    assert_eq!(resumed.unknown, 0);
+    resumed.check(directory.path());
+}
+
+#[test]
 fn an_idle_channel_that_breaks_long_after_its_last_loss_has_a_window_of_its_own() {
     let directory = directory();
     let server = serve(directory.path(), "tcp://127.0.0.1:0");
