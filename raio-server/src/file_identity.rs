@@ -133,8 +133,11 @@ impl Facts {
         if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice {
             return Self::of_device((stat.stx_rdev_major, stat.stx_rdev_minor), depth);
         }
-        let uuid = file_system_uuid(&fd).ok();
-        let handle = uuid.as_ref().and_then(|_| file_handle(&fd).ok());
+        let uuid = if_there(file_system_uuid(&fd).map_err(io::Error::from))?;
+        let handle = match uuid {
+            Some(_) => if_there(file_handle(&fd).map_err(io::Error::from))?,
+            None => None,
+        };
         let (basis, identity) = match (&uuid, handle) {
             (Some(uuid), Some((kind, handle))) => {
                 (Basis::Handle, Digest::of("handle").and(uuid).number(kind as u64).and(&handle))
