@@ -29,7 +29,11 @@ struct Client {
 
 impl Client {
     fn new(server: &Server, path: &str) -> Self {
-        let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+        Self::with(server, path, &Options::default())
+    }
+
+    fn with(server: &Server, path: &str, options: &Options) -> Self {
+        let session = Session::connect(&server.url(), options).expect("a session");
         let file = session.open(path, libc::O_RDWR, 0).expect("a file");
         let context = session.context(128).expect("a context");
         Self { session, file, context }
@@ -129,6 +133,70 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
         let mut bytes = vec![0; 64 * BLOCK];
         file.read_exact_at(&mut bytes, 0).expect("its content");
         assert!(bytes.iter().all(|&byte| byte == 7), "{backend}: what was written late is not there");
+    }
+}
+
+#[test]
+fn a_cancel_of_what_hangs_ends_in_time_and_the_context_goes_on_behind_it() {
+    const TIMEOUT: Duration = Duration::from_millis(300);
+    if !needs_root("freezing a file system") {
+        return;
+    }
+    for backend in BACKENDS {
+        let mounted = LoopDevice::new(64 << 20).mount("ext4");
+        std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
+        let directory = healthy();
+        let mut server = server(backend, "2", &[("well", directory.path()), ("stuck", mounted.path())]);
+        let mut well = Client::new(&server, "/well/file");
+        let before = well.latency();
+        let options = Options { request_timeout: Some(TIMEOUT), ..Options::default() };
+        let mut stuck = Client::with(&server, "/stuck/file", &options);
+        stuck.run(Operation::Write { offset: 0, buffers: block() });
+
+        let frozen = mounted.freeze();
+        let write = |at: u64| Operation::Write { offset: at * BLOCK as u64, buffers: block() };
+        let tickets: Vec<_> = (1..9).map(|at| stuck.submit(write(at), at)).collect();
+        server.statistics_when(|now| now["in_flight"]["executing"] == 8);
+        let begin = Instant::now();
+        let error = stuck.context.cancel(tickets[0]).expect_err("the server cannot stop it");
+        let took = begin.elapsed();
+        assert_eq!(error.errno(), libc::EAGAIN, "{backend}: {error}");
+        assert!(took >= TIMEOUT && took < PATIENCE, "{backend}: it took {took:?}");
+        // The next connection is there, and waits for what the one before has left.
+        stuck.submit(write(9), 9);
+        let begin = Instant::now();
+        while server.statistics()["channels"]["resumed"] == 0 {
+            assert!(begin.elapsed() < PATIENCE, "{backend}: it does not connect again");
+            stuck.context.wait(0, 1, Some(Duration::ZERO)).expect("it goes on");
+        }
+        // A server that answers pings is not given up, however long it takes.
+        let waited = stuck.context.wait(1, 1, Some(2 * TIMEOUT)).expect("it goes on");
+        assert_eq!((waited, stuck.context.stats().reconnects), (0, 0), "{backend}: nothing can have ended");
+        assert_eq!(server.statistics()["channels"]["resumed"], 1, "{backend}");
+        assert_unharmed(&server, &mut well, before, "a cancel");
+
+        drop(frozen);
+        let mut ended: Vec<_> = (1..10)
+            .map(|_| {
+                let completion = stuck.next();
+                assert_eq!(completion.result, Ok(BLOCK as u64), "{backend}");
+                completion.token
+            })
+            .collect();
+        ended.sort_unstable();
+        assert_eq!(ended, Vec::from_iter(1..10), "{backend}: each ends once");
+        let stats = stuck.context.stats();
+        assert_eq!((stats.reconnects, stats.unknown, stats.in_flight), (1, 0, 0), "{backend}");
+        stuck.run(Operation::Fsync { data_only: false });
+        let content = std::fs::read(mounted.path().join("file")).expect("the file");
+        assert!(content[..10 * BLOCK].iter().all(|&byte| byte == 7), "{backend}: a write is missing");
+        assert_eq!(
+            server.statistics()["exports"]["stuck"]["written_bytes"],
+            10 * BLOCK,
+            "{backend}: more than once"
+        );
+        drop((well, stuck));
+        server.statistics_when(is_at_rest);
     }
 }
 
