@@ -187,6 +187,8 @@ pub mod channels {
     /// A connection that waits for so long until nothing of those before it can happen is worth a line in the
     /// log.
     pub const FENCE_LOGGED_AFTER: Duration = Duration::from_secs(5);
+    /// A look at all connections that wait costs a worker time: not more often than this.
+    pub const FENCES_CHECKED_EVERY: Duration = Duration::from_secs(1);
 }
 
 /// What sessions, connections and files take, and what is in reserve: [`crate::limits`].

@@ -245,6 +245,8 @@ pub struct Worker {
     joined: u64,
     /// The earliest time for which there is a timer for [`EXPIRY`].
     expires: Option<Instant>,
+    /// There is a timer for [`FENCE_CHECK`].
+    checks_fences: bool,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
     /// An option limits the requests of a session or an address.
@@ -396,6 +398,7 @@ impl Worker {
             held: Vec::new(),
             joined: 0,
             expires: None,
+            checks_fences: false,
             deferred: VecDeque::new(),
             events: Vec::new(),
             handed_over: false,
@@ -481,7 +484,7 @@ impl Worker {
                 self.expire();
             }
             if is_late {
-                self.log_late_fences();
+                self.check_fences();
             }
         }
         Ok(())

@@ -439,6 +439,11 @@ impl Reactor {
         }
     }
 
+    /// Timers that are set, and have not come.
+    pub fn timers(&self) -> usize {
+        self.timers.len()
+    }
+
     /// Sets a timer.
     pub fn timer(&mut self, at: Instant, token: Token) -> TimerId {
         self.timers.insert(at, token)

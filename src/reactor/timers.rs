@@ -42,6 +42,11 @@ impl Timers {
         }
     }
 
+    /// How many are set.
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
     /// When the next timer comes.
     pub fn next(&mut self) -> Option<Instant> {
         while let Some(&Reverse((at, serial, key))) = self.heap.peek() {

@@ -9,6 +9,7 @@
 
 use std::mem;
 use std::sync::Arc;
+use std::time::Instant;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
@@ -28,7 +29,7 @@ use crate::log::log_client;
 use crate::open::Opened;
 use crate::request::{Request, State, Work, cancelled, failure, success};
 use crate::sessions::{ChannelKey, ConnectionName, Effects, Member, Unsettled};
-use crate::tuning::channels::FENCE_LOGGED_AFTER;
+use crate::tuning::channels::{FENCE_LOGGED_AFTER, FENCES_CHECKED_EVERY};
 
 /// A recorded request that its connection has left behind.
 #[derive(Debug)]
@@ -67,7 +68,7 @@ impl Worker {
                 self.trace(request.key, Phase::Begin, opcode.operation().name, 0);
                 if self.settle_if_possible(connection).is_some() {
                     self.trace(request.key, Phase::Point, "fence", 0);
-                    self.reactor.timer(now + FENCE_LOGGED_AFTER, FENCE_CHECK);
+                    self.check_fences_at(now + FENCE_LOGGED_AFTER);
                 }
             }
             Command::Cancel { id } => {
@@ -334,18 +335,33 @@ impl Worker {
         self.carry_out(effects);
     }
 
+    /// Looks which connections have waited for long, then or before. There is one timer for all: a client may
+    /// ask, and cancel that, as often as it likes.
+    fn check_fences_at(&mut self, at: Instant) {
+        if !mem::replace(&mut self.checks_fences, true) {
+            self.reactor.timer(at, FENCE_CHECK);
+        }
+    }
+
     /// Logs which connections have waited for long, each once, and what for.
     #[cold]
-    pub(super) fn log_late_fences(&mut self) {
+    pub(super) fn check_fences(&mut self) {
+        self.checks_fences = false;
         let now = self.reactor.clock().now();
+        let mut next = None;
         let waiting: Vec<_> = self.connections.iter().map(|(key, _)| key).collect();
         for key in waiting {
             let connection = &mut self.connections[key];
-            let Some(fencing) = &mut connection.fencing else { continue };
-            let is_late = fencing.asked.as_ref().is_some_and(|asked| asked.at + FENCE_LOGGED_AFTER <= now);
-            if !is_late || mem::replace(&mut fencing.is_logged, true) {
+            let Some(fencing) = connection.fencing.as_mut().filter(|fencing| !fencing.is_logged) else {
+                continue;
+            };
+            let Some(asked) = &fencing.asked else { continue };
+            let late_at = asked.at + FENCE_LOGGED_AFTER;
+            if now < late_at {
+                next = Some(next.map_or(late_at, |next: Instant| next.min(late_at)));
                 continue;
             }
+            fencing.is_logged = true;
             // What it waits for may be over, and its mail on the way.
             let Some(unsettled) = self.settle_if_possible(key) else { continue };
             let Unsettled { connections, orphans, sessions } = unsettled;
@@ -360,6 +376,9 @@ impl Worker {
                  far: {connections} connections that a worker has not closed, {orphans} requests that a disk \
                  or file system has not finished, {sessions} sessions that it has given up."
             );
+        }
+        if let Some(next) = next {
+            self.check_fences_at(next.max(now + FENCES_CHECKED_EVERY));
         }
     }
 }

@@ -353,6 +353,13 @@ fn nothing_runs_before_the_outcome_is_answered() {
     new.send(&Command::Cancel { id: asked.into() });
     let [outcome, cancel] = [0, 1].map(|_| pair.reply(&mut new).unwrap().status.errno);
     assert_eq!((outcome, cancel), (libc::ECANCELED, 0));
+    let timers = pair.workers[1].reactor.timers();
+    for _ in 0..50 {
+        let asked = new.ask(&[written]);
+        new.send(&Command::Cancel { id: asked.into() });
+        (0..2).for_each(|_| _ = pair.reply(&mut new).unwrap());
+    }
+    assert!(pair.workers[1].reactor.timers() <= timers, "who asks again and again gets no more timers");
     new.ask(&[written]);
     pair.waits(&mut new);
     pair.release();
