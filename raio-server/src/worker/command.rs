@@ -77,6 +77,12 @@ impl Worker {
                 None => Err(unknown_handle()),
             },
             Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
+            // All that are not of the basic group: the others need no look.
+            Command::Discard { .. } | Command::WriteZeroes { .. } | Command::Allocate { .. }
+                if !opcode.operation().is_granted(self.connections[connection].features) =>
+            {
+                Err(not_granted(opcode))
+            }
             Command::Stat(file)
             | Command::Write { file, .. }
             | Command::Fsync { file, .. }
@@ -283,6 +289,16 @@ fn handle_taken() -> Response {
         Status::storage(libc::EEXIST),
         "Another file of this session has that handle. Open the file anew.",
     )
+}
+
+#[cold]
+fn not_granted(opcode: Opcode) -> Response {
+    let (name, group) = (opcode.operation().name, opcode.operation().group.name());
+    let text = format!(
+        "This connection was not granted {name}: its client has not asked for the operations of the group \
+         {group:?} when it connected. Use a newer client."
+    );
+    failure(Status::protocol(libc::EOPNOTSUPP), &text)
 }
 
 fn unknown_handle() -> Response {

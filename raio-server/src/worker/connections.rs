@@ -92,6 +92,8 @@ pub struct Connection {
     pub linger: Duration,
     /// The most requests that it may have outstanding, one for control messages not counted.
     pub queue_depth: u32,
+    /// The feature bits that it was granted.
+    pub features: u64,
     /// It is counted in [`crate::placement`].
     pub has_data: bool,
     /// What the client calls itself.
@@ -265,6 +267,7 @@ mod tests {
             knows_earlier: true,
             linger: Duration::ZERO,
             queue_depth: 128,
+            features: 0,
             has_data: true,
             name: String::new(),
             client: Client::new(None),

@@ -71,6 +71,7 @@ impl Worker {
             knows_earlier: true,
             linger: peer.grant.linger,
             queue_depth: peer.grant.queue_depth,
+            features: peer.grant.features,
             has_data: !peer.is_control(),
             name: peer.name,
             client: Client::new(self.transport.socket(id)),

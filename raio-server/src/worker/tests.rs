@@ -73,7 +73,7 @@ fn connect(worker: &mut Worker) -> TcpClient {
     theirs.set_nonblocking(true).expect("it can be set up");
     let permit = no_limits().connect(None).expect("a permit");
     worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
-    let offer = Offer { session: SessionId::random(), ..Offer::new("test") };
+    let offer = Offer { features: OPERATION_FEATURES, ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {
         TcpClient::from_stream(TcpStream::from(OwnedFd::from(ours)), &offer, deadline)

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::protocol::{Command, FileHandle, FileStatus};
+use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
 use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
 use raio_transport::{message, tcp};
 use tempfile::TempDir;
@@ -260,7 +260,13 @@ fn outcome(reply: &Reply) -> Result<u64, i32> {
 }
 
 impl Client {
+    /// A client that also asks for the operations of all groups.
     pub fn connect(address: SocketAddr, offer: &Offer) -> Self {
+        Self::connect_as(address, &Offer { features: offer.features | OPERATION_FEATURES, ..offer.clone() })
+    }
+
+    /// One that asks for what it offers alone.
+    pub fn connect_as(address: SocketAddr, offer: &Offer) -> Self {
         let transport = tcp::TcpClient::connect(address, offer, Instant::now() + TIMEOUT).unwrap();
         Self { transport, tag: 0, replies: HashMap::new() }
     }

@@ -3,7 +3,8 @@
 use std::sync::mpsc;
 
 use raio_transport::handshake::ChannelOffer;
-use raio_transport::protocol::{Opcode, RequestOutcome};
+use raio_transport::message::{self, FEATURE_CRC};
+use raio_transport::protocol::{OPERATIONS, Opcode, RequestOutcome};
 use zerocopy::little_endian::U32;
 
 use super::volumes::{Image, Tell};
@@ -49,7 +50,8 @@ fn pair(can_cancel: bool) -> Pair {
 /// Of a session's control channel: its connection stays at the worker that has accepted it.
 fn offer(number: u8, epoch: u64) -> Offer {
     let channel = Some(ChannelOffer { number: 0, epoch, linger: LINGER });
-    Offer { session: SessionId([number; 16]), channel, ..Offer::new("test") }
+    let (session, features) = (SessionId([number; 16]), OPERATION_FEATURES);
+    Offer { session, channel, features, ..Offer::new("test") }
 }
 
 impl Pair {
@@ -449,4 +451,40 @@ fn a_request_that_is_held_back_can_be_cancelled_and_ends_with_its_connection() {
     assert!(pair.workers[1].held.is_empty());
     pair.release();
     pair.until("nothing is left behind", |workers| executing(workers) == 0);
+}
+
+#[test]
+fn operations_of_a_group_that_was_not_granted_are_answered_and_never_executed() {
+    let mut pair = pair(true);
+    pair.release();
+    let mut old = pair.connect(0, &Offer { features: FEATURE_CRC, ..offer(1, 1) });
+    let (_, FileHandle(file)) = pair.open(&mut old);
+    let grouped: Vec<_> = OPERATIONS.iter().filter(|operation| !operation.is_granted(0)).collect();
+    assert!(!grouped.is_empty());
+    let send = |member: &mut Member, opcode: Opcode| {
+        let mut body = [0; 24];
+        body[..2].copy_from_slice(&(opcode as u16).to_le_bytes());
+        body[4..8].copy_from_slice(&file.to_le_bytes());
+        body[16..].copy_from_slice(&SIZE.to_le_bytes());
+        let id = member.client.send(opcode as u64, &body, Bulk::None, false).expect("a credit is left");
+        member.client.flush();
+        id.0 as u32
+    };
+    let ids: Vec<_> = grouped.iter().map(|operation| send(&mut old, operation.opcode)).collect();
+    for operation in &grouped {
+        let reply = pair.reply(&mut old).expect("the connection goes on");
+        assert_eq!((reply.tag, reply.status), (operation.opcode as u64, Status::protocol(libc::EOPNOTSUPP)));
+        let text = message::text(&reply.body);
+        assert!(text.contains(operation.name) && text.contains(operation.group.name()), "{text}");
+    }
+    assert_eq!(pair.workers[0].requests.len(), 0);
+    old.break_off();
+    let mut new = pair.connect(1, &offer(1, 2));
+    assert_eq!(pair.outcomes(&mut new, &ids), Ok(vec![None; ids.len()]));
+    // This connection was granted them. What the image has nothing for is the storage's failure.
+    for operation in &grouped {
+        send(&mut new, operation.opcode);
+        let status = pair.reply(&mut new).expect("an answer").status;
+        assert!(status.is_ok() || status == Status::storage(libc::EOPNOTSUPP), "{}", operation.name);
+    }
 }
