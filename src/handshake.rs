@@ -282,7 +282,7 @@ impl Policy {
                 answers.push(HandshakeOption { kind: OPTION_CHANNEL, flags: 0, value });
             } else if option.kind == OPTION_SUPERSEDE {
                 let ids = <[SessionId]>::ref_from_bytes(option.value).map_err(|_| Violation::Length)?;
-                if ids.len() > SUPERSEDED_MAX || supersedes.replace(ids.to_vec()).is_some() {
+                if !(1..=SUPERSEDED_MAX).contains(&ids.len()) || supersedes.replace(ids.to_vec()).is_some() {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_SUPERSEDE, flags: 0, value: &[] });
@@ -416,6 +416,9 @@ impl Offer {
             queue_pair |= option.kind == OPTION_QUEUE_PAIR && option.flags & OPTION_UNSUPPORTED == 0;
             if option.kind == OPTION_CHANNEL {
                 let value = ChannelOption::read_from_bytes(option.value).map_err(|_| Violation::Length)?;
+                if self.channel.is_some_and(|channel| channel.number != value.number.get()) {
+                    return Err(Violation::Field.into());
+                }
                 linger = Duration::from_millis(value.linger_ms.get().into());
             }
         }

@@ -121,8 +121,10 @@ fn a_client_names_its_channel_and_the_sessions_that_it_has_given_up_with_these_b
     assert_eq!(welcome[64..], [&hex(WELCOME)[64..], &hex(answers)].concat());
     let Ok(Parsed::Item(grant, _)) = offer.grant(&welcome) else { panic!("no grant") };
     assert_eq!(grant.linger, granted.linger);
-    // A client that has asked for less, or for nothing, must not be granted more.
-    for channel in [None, Some(ChannelOffer { linger: Duration::from_secs(1), ..channel })] {
+    // A client that has asked for less, for nothing, or for another channel, must not be granted this.
+    let others =
+        [ChannelOffer { linger: Duration::from_secs(1), ..channel }, ChannelOffer { number: 8, ..channel }];
+    for channel in [None, Some(others[0]), Some(others[1])] {
         let asked = Offer { channel, ..offer.clone() }.grant(&welcome);
         assert!(matches!(asked, Err(Error::Violation(Violation::Field))), "{asked:?}");
     }
@@ -144,6 +146,7 @@ fn a_channel_or_a_supersede_that_makes_no_sense_is_a_violation() {
         (first, vec![option(OPTION_SUPERSEDE, &superseded[..])], Violation::Field),
         (first, vec![option(OPTION_SUPERSEDE, &superseded[..16]); 2], Violation::Field),
         (first, vec![option(OPTION_SUPERSEDE, &superseded[..15])], Violation::Length),
+        (first, vec![option(OPTION_SUPERSEDE, &[])], Violation::Field),
     ] {
         let bytes = message::encode_handshake(hello, &options);
         assert_eq!(policy().welcome(&bytes).err(), Some(violation), "{options:?}");
