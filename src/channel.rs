@@ -1174,7 +1174,7 @@ pub fn waiting(
     impl<F: FnOnce() -> Result<Box<dyn ClientTransport>, Error> + Send> Dialing for Waiting<F> {
         fn step(&mut self, _: Instant) -> Option<Result<Reached, Error>> {
             let transport = self.0.take()?();
-            Some(transport.map(|transport| Reached { transport, why_tcp: None, epoch: self.1 }))
+            Some(transport.map(|transport| Reached { transport, why_tcp: None }))
         }
 
         fn poll_fd(&self) -> Option<BorrowedFd<'_>> {

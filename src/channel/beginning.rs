@@ -108,7 +108,7 @@ impl Beginning {
                         self.first = First::Dialing(dialing);
                         return Ok(None);
                     };
-                    let Reached { mut transport, why_tcp, .. } = reached?;
+                    let Reached { mut transport, why_tcp } = reached?;
                     let epoch = dialing.epoch().unwrap_or(0);
                     if let Some(timeout) = given.settings.request_timeout {
                         transport.set_request_timeout(timeout);

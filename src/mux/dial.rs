@@ -22,8 +22,6 @@ pub struct Reached {
     pub transport: Box<dyn ClientTransport>,
     /// An error message that says why it is over TCP, if it might have been over RDMA.
     pub why_tcp: Option<String>,
-    /// The epoch of its channel that it was made with, if it belongs to a channel: see [`Dial::epoch`].
-    pub epoch: Option<u64>,
 }
 
 /// Connects to the server at `address`, over the transports that `scheme` allows, and shakes hands, by
@@ -207,7 +205,7 @@ impl Dial {
             if let Some(why) = &why_tcp {
                 tracing::info!("{why}");
             }
-            return Ok(Some(Reached { transport, why_tcp, epoch: self.epoch() }));
+            return Ok(Some(Reached { transport, why_tcp }));
         }
     }
 

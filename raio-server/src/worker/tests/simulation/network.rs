@@ -187,7 +187,7 @@ impl Dialing for SimulatedDial {
         };
         let reached = dial.step(now)?.map(|mut client| {
             client.set_clock(clock);
-            Reached { transport: Box::new(client), why_tcp: None, epoch: self.epoch }
+            Reached { transport: Box::new(client), why_tcp: None }
         });
         Some(reached)
     }
