@@ -17,6 +17,7 @@ use crate::message::{
     OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED,
     OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
 };
+use crate::random;
 use crate::trace::Clock;
 
 /// The most sessions that one hello supersedes.
@@ -26,24 +27,10 @@ pub const SUPERSEDED_MAX: usize = 8;
 const KEEPALIVE_MIN: Duration = Duration::from_millis(100);
 const KEEPALIVE_MAX: Duration = Duration::from_secs(60);
 
-/// Sixteen random bytes, for a session or a server.
-pub fn random_id() -> [u8; 16] {
-    let mut id = [0; 16];
-    let mut filled = 0;
-    while filled < id.len() {
-        match rustix::rand::getrandom(&mut id[filled..], rustix::rand::GetRandomFlags::empty()) {
-            Ok(n) => filled += n,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => panic!("the kernel gives no random bytes: {error}"),
-        }
-    }
-    id
-}
-
 impl SessionId {
     /// A new session's.
     pub fn random() -> Self {
-        Self(random_id())
+        Self(random::bytes())
     }
 }
 
@@ -118,7 +105,7 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
-            server: random_id(),
+            server: random::bytes(),
             features: FEATURE_CRC | FEATURE_PONG_TIME,
             queue_depth: 128,
             data_bytes_max: 1 << 20,

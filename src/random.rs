@@ -1,4 +1,24 @@
-//! Numbers that are as good as random where nobody would guess them: SplitMix64.
+//! Random numbers: from the kernel, which nobody can guess; and SplitMix64, as good as random where nobody
+//! would guess.
+
+/// Random bytes from the kernel.
+pub fn bytes<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => panic!("the kernel gives no random bytes: {error}"),
+        }
+    }
+    bytes
+}
+
+/// A random number from the kernel.
+pub fn number() -> u64 {
+    u64::from_ne_bytes(bytes())
+}
 
 /// A sequence of numbers, the same for the same seed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

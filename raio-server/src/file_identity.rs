@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use raio_transport::file_handles::{file_handle, file_system_uuid};
-use raio_transport::handshake::random_id;
+use raio_transport::random;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
 use rustix::io::Errno;
 
@@ -88,10 +88,7 @@ pub fn boot() -> &'static str {
         // A test reboots the machine by another file.
         #[cfg(debug_assertions)]
         let path = std::env::var_os("RAIO_TEST_BOOT_ID").map_or(path, PathBuf::from);
-        read(&path).ok().flatten().unwrap_or_else(|| {
-            use std::hash::{BuildHasher, RandomState};
-            format!("unknown-{:016x}", RandomState::new().hash_one(0))
-        })
+        read(&path).ok().flatten().unwrap_or_else(|| format!("unknown-{:016x}", random::number()))
     })
 }
 
@@ -116,7 +113,7 @@ fn if_there<T>(result: io::Result<T>) -> Result<Option<T>, Errno> {
 
 /// An identity that no other has.
 pub fn random() -> FileIdentity {
-    u128::from_le_bytes(random_id()).max(1).to_le_bytes()
+    u128::from_le_bytes(random::bytes()).max(1).to_le_bytes()
 }
 
 impl Facts {

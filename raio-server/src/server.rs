@@ -3,15 +3,14 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
 //! serves nothing itself.
 
-use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use raio_transport::open_files;
 use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::{open_files, random};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::claim::{Attempt, Claim, try_claim};
@@ -256,7 +255,7 @@ impl Server {
             Claimed::Stopped => return Ok(None),
         };
         let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
-        let first_generation = 1 + (RandomState::new().hash_one(0) % u64::from(GENERATION_MAX)) as u32;
+        let first_generation = 1 + (random::number() % u64::from(GENERATION_MAX)) as u32;
         let sessions =
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
         let shared = Arc::new(Shared { claim: lock, ..Shared::new(config, exports, sessions)? });

@@ -7,12 +7,11 @@
 //! without anybody having to notice. The number is kept in the state directory, so that a restart of the
 //! process alone does not change it.
 
-use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, anyhow};
-use raio_transport::random::{mix, successor};
+use raio_transport::random::{self, mix, successor};
 use raio_transport::sync::lock;
 
 use crate::state_directory::StateDirectory;
@@ -47,7 +46,7 @@ pub struct FileVerifier {
 impl Default for Verifier {
     /// A random one, which is kept nowhere.
     fn default() -> Self {
-        Self { value: AtomicU64::new(RandomState::new().hash_one(0)), kept: Mutex::new(None) }
+        Self { value: AtomicU64::new(random::number()), kept: Mutex::new(None) }
     }
 }
 

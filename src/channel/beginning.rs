@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use super::{Channel, Dialer, Dialing, OpenFiles, Reopening, Settings, copy_of, sleep};
 use crate::error::Error;
-use crate::handshake::{Offer, random_id};
+use crate::handshake::Offer;
 use crate::message;
 use crate::mux::Reached;
 use crate::protocol::{Command, FileHandle};
+use crate::random;
 use crate::transport::{Bulk, ClientTransport, Reply, UsedIds};
 
 /// A channel whose first connection is being made: [`Channel::connect`] waits for it, this does not. Dropping
@@ -73,7 +74,7 @@ impl Beginning {
         files: Arc<OpenFiles>,
         deadline: Instant,
     ) -> Self {
-        let seed = u128::from_ne_bytes(random_id()) as u64;
+        let seed = random::number();
         let given = Given { dialer, offer, used, settings, files, clock: Instant::now, seed };
         Self { given: Some(given), deadline, first: First::Unbegun }
     }

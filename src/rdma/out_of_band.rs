@@ -7,8 +7,8 @@ use super::cm::{EventChannel, Id};
 use super::device::{Device, PortAddress, devices};
 use super::no_rdma;
 use crate::error::Error;
-use crate::handshake::random_id;
 use crate::message::Link;
+use crate::random;
 
 /// The port that `local`, an address of this machine's that a TCP connection uses, belongs to.
 pub(super) fn port_of(local: IpAddr) -> Result<PortAddress, Error> {
@@ -50,7 +50,6 @@ impl PortAddress {
 
 /// Two random numbers of 24 bits, for the first packets of both sides.
 pub(super) fn packet_numbers() -> (u32, u32) {
-    let random = random_id();
-    let number = |at: usize| u32::from_le_bytes([random[at], random[at + 1], random[at + 2], 0]);
-    (number(0), number(4))
+    let number = |[a, b, c]: [u8; 3]| u32::from_le_bytes([a, b, c, 0]);
+    (number(random::bytes()), number(random::bytes()))
 }
