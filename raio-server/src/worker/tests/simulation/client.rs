@@ -59,6 +59,8 @@ pub struct Client {
     unresolved: Vec<CellValue>,
     files: Arc<OpenFiles>,
     handles: [Option<FileHandle>; FILES],
+    /// Opened, and not known whether every channel can use it.
+    opened: [Option<Opened>; FILES],
     slots: [Slot; 2],
     next_channel: u32,
     sequence: u32,
@@ -73,6 +75,16 @@ pub struct Client {
 }
 
 type Acknowledged = (CellPlace, CellValue);
+
+/// A file that the server has opened, before the client uses it.
+#[derive(Clone, Copy, Debug)]
+struct Opened {
+    handle: FileHandle,
+    /// [`OpenFiles::reopenings`], before the open was sent.
+    reopenings: u64,
+    /// Who opens files again knows of it.
+    is_listed: bool,
+}
 
 /// A channel's place.
 struct Slot {
@@ -111,10 +123,24 @@ struct Op {
 
 #[derive(Debug)]
 enum What {
-    Open(usize),
-    Read { place: CellPlace, count: u32 },
-    Write { place: CellPlace, count: u32, value: CellValue },
-    Fsync { file: usize, taken: u64, covers: Vec<Acknowledged> },
+    /// With [`OpenFiles::reopenings`] as it is before.
+    Open(usize, u64),
+    /// Of a file that was opened, and is not used yet.
+    Stat(usize, Opened),
+    Read {
+        place: CellPlace,
+        count: u32,
+    },
+    Write {
+        place: CellPlace,
+        count: u32,
+        value: CellValue,
+    },
+    Fsync {
+        file: usize,
+        taken: u64,
+        covers: Vec<Acknowledged>,
+    },
     Cancel,
 }
 
@@ -156,14 +182,6 @@ impl Slot {
         }
     }
 
-    /// The incarnation of the server that it is connected to, or was.
-    fn server(&self) -> Option<[u8; 16]> {
-        match &self.phase {
-            Phase::Up(channel) => Some(channel.grant().server),
-            Phase::None | Phase::Beginning(_) => None,
-        }
-    }
-
     fn say(&mut self, line: LogLine) {
         let _ = writeln!(self.log, "{line}");
     }
@@ -188,6 +206,7 @@ impl Client {
             unresolved: Vec::new(),
             files: Arc::default(),
             handles: [None; FILES],
+            opened: [None; FILES],
             slots: [Slot::new(1), Slot::new(2)],
             next_channel: 3,
             sequence: 0,
@@ -323,6 +342,7 @@ impl Client {
         self.session = env.session_id();
         self.files = Arc::default();
         self.handles = [None; FILES];
+        self.opened = [None; FILES];
         (self.has_begun, self.has_failed) = (false, false);
         for (slot, number) in self.slots.iter_mut().zip(1..) {
             self.unresolved.append(&mut slot.unresolved);
@@ -354,7 +374,7 @@ impl Client {
                     self.unstable[file] = both(self.unstable[file], taken);
                     self.acknowledged[file].extend(covers);
                 }
-                What::Open(_) => self.has_failed = true,
+                What::Open(..) | What::Stat(..) => self.has_failed = true,
                 What::Read { .. } | What::Cancel => {}
             }
         }
@@ -374,7 +394,8 @@ impl Client {
             return self.abandon(at, env);
         }
         if self.habits.cancels && env.random.below(10) == 0 {
-            let all = slot.in_flight.iter().filter(|(_, op)| !matches!(op.what, What::Open(_)));
+            let is_open = |(_, op): &(&u64, &Op)| matches!(op.what, What::Open(..) | What::Stat(..));
+            let all = slot.in_flight.iter().filter(|op| !is_open(op));
             let all: Vec<u64> = all.map(|(&tag, _)| tag).collect();
             let Some(&tag) = all.get(env.random.index(all.len().max(1))) else { return };
             let answer = slot.next_tag;
@@ -429,19 +450,49 @@ impl Client {
         }
     }
 
+    /// Opens a file, or asks for the status of one that was opened.
     fn open(&mut self, file: usize, env: &mut Env) {
         let slot = &mut self.slots[0];
         let Phase::Up(channel) = &mut slot.phase else { return };
         let path = format!("/{}", server::name(file as u32));
         let mut body = Vec::new();
-        let flags = OPEN_READ | OPEN_WRITE;
-        Command::Open { flags, mode: 0, path: path.as_bytes() }.encode(&mut body);
+        let what = match self.opened[file].take() {
+            Some(opened) => {
+                Command::Stat(opened.handle).encode(&mut body);
+                What::Stat(file, opened)
+            }
+            None => {
+                let flags = OPEN_READ | OPEN_WRITE;
+                Command::Open { flags, mode: 0, path: path.as_bytes() }.encode(&mut body);
+                What::Open(file, self.files.reopenings())
+            }
+        };
         if channel.send(slot.next_tag, &body, Bulk::None, false).is_err() {
+            if let What::Stat(file, opened) = what {
+                self.opened[file] = Some(opened);
+            }
             return;
         }
         channel.flush();
-        slot.in_flight.insert(slot.next_tag, Op::new(What::Open(file), env));
+        slot.in_flight.insert(slot.next_tag, Op::new(what, env));
         slot.next_tag += 1;
+    }
+
+    /// The status of a file has come that was opened.
+    fn on_status(&mut self, file: usize, opened: Opened, status: &FileStatus) {
+        if !opened.is_listed {
+            let path = format!("/{}", server::name(file as u32)).into_bytes().into();
+            let (flags, identity) = (OPEN_READ | OPEN_WRITE, status.identity);
+            self.files.insert(opened.handle, Reopenable { flags, path, identity });
+            if self.files.reopenings() != opened.reopenings {
+                // The other channel may be connected to a server that was started since: a call by this one
+                // finds out, and has it opened there.
+                self.opened[file] = Some(Opened { is_listed: true, ..opened });
+                return;
+            }
+        }
+        self.handles[file] = Some(opened.handle);
+        self.slots.iter_mut().for_each(|slot| slot.verifiers[file] = status.verifier.get());
     }
 
     fn submit(&mut self, at: usize, what: What, env: &mut Env) {
@@ -478,7 +529,7 @@ impl Client {
             What::Fsync { file, .. } => {
                 (Command::Fsync { file: handle(*file), data_only: false }, Bulk::None, *file)
             }
-            What::Open(_) | What::Cancel => unreachable!("others send these"),
+            What::Open(..) | What::Stat(..) | What::Cancel => unreachable!("others send these"),
         };
         op.address = buffer(&bulk).map_or(0, |bytes| bytes.as_ptr() as usize);
         op.verifier = slot.verifiers[file];
@@ -508,7 +559,7 @@ impl Client {
                 self.unstable[file] = both(self.unstable[file], taken);
                 self.acknowledged[file].extend(covers);
             }
-            What::Read { .. } | What::Open(_) | What::Cancel => {}
+            What::Read { .. } | What::Open(..) | What::Stat(..) | What::Cancel => {}
         }
     }
 
@@ -583,29 +634,24 @@ impl Client {
         } else if !status.is_ok() {
             let is_told = matches!(op.what, What::Cancel)
                 || (op.is_cancelled && errno == libc::ECANCELED)
-                || (matches!(op.what, What::Fsync { .. }) && errno == libc::EIO);
+                || (matches!(op.what, What::Fsync { .. }) && errno == libc::EIO)
+                || (matches!(op.what, What::Stat(_, opened) if !opened.is_listed) && env.starts > 1);
             assert!(is_told || is_failed, "{:?} has failed with errno {errno}", op.what);
         }
         match op.what {
             What::Cancel => {}
-            What::Open(file) if status.is_ok() => {
-                let opened = match FileStatus::decode(&reply.body) {
-                    Ok(status) => (status.identity, status.verifier.get()),
+            What::Open(file, reopenings) if status.is_ok() => {
+                let opened = Opened { handle: FileHandle(result as u32), reopenings, is_listed: false };
+                match FileStatus::decode(&reply.body) {
+                    Ok(status) => self.on_status(file, opened, &status),
                     // Its answer was lost, and the outcome has told how it had ended: a stat tells the rest.
-                    Err(_) => lock(&env.disk).known_as(file),
-                };
-                let handle = FileHandle(result as u32);
-                let path = format!("/{}", server::name(file as u32)).into_bytes().into();
-                let flags = OPEN_READ | OPEN_WRITE;
-                self.files.insert(handle, Reopenable { flags, path, identity: opened.0 });
-                self.handles[file] = Some(handle);
-                // A server may have opened it that has ended, while the other channel has come back to the
-                // next one before, and knows nothing of it: there it is opened only when this one comes back.
-                let servers: Vec<_> = self.slots.iter().map(|slot| slot.server()).collect();
-                self.has_failed |= env.starts > 1 && servers.windows(2).any(|two| two[0] != two[1]);
-                self.slots.iter_mut().for_each(|slot| slot.verifiers[file] = opened.1);
+                    Err(_) => self.opened[file] = Some(opened),
+                }
             }
-            What::Open(_) => self.has_failed = true,
+            What::Stat(file, opened) if status.is_ok() => {
+                self.on_status(file, opened, &FileStatus::decode(&reply.body).expect("a status"));
+            }
+            What::Open(..) | What::Stat(..) => self.has_failed = true,
             What::Read { place, count } => {
                 if !status.is_ok() {
                     return;

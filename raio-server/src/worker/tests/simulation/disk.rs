@@ -18,7 +18,7 @@ use crate::history::CrashImage;
 use crate::history::cells::{CELL_BYTES, CellPlace, CellValue, INITIAL, decode_cell, encode_cell};
 use crate::random::Random;
 use crate::syscalls::FileInfo;
-use crate::verifier::{FileVerifier, Verifier};
+use crate::verifier::Verifier;
 use crate::volume::{Context, Properties, SizeLimit, Volume};
 
 /// How many files there are, each an export of its own.
@@ -127,11 +127,6 @@ impl Disk {
     /// That of a file.
     pub fn verifier(&self, file: usize) -> Arc<Verifier> {
         Arc::clone(&self.verifiers[file])
-    }
-
-    /// The identity of a file, and its verifier as clients see it.
-    pub fn known_as(&self, file: usize) -> (FileIdentity, u64) {
-        (identity(file), FileVerifier::new(self.verifier(file), 0).get())
     }
 
     /// Nothing of this write may be done from now on.
