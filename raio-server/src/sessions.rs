@@ -54,6 +54,14 @@ pub struct Effects {
     pub files: Vec<ClosedFile>,
     /// Sessions that have ended.
     pub ended: usize,
+    /// The connection that has ended has left a channel that is kept.
+    pub is_kept: bool,
+    /// Channels that were forgotten because nobody came back in time ...
+    pub expired: usize,
+    /// ... and because others needed the room.
+    pub evicted: usize,
+    /// Sessions that the client which has joined has given up.
+    pub superseded: usize,
     /// When [`Sessions::expire`] is due, if a channel was parked.
     pub expires: Option<Instant>,
 }
@@ -98,8 +106,21 @@ pub struct Fence {
     /// The channel is that of the connections before it. If not, nothing is known of their requests. It may
     /// become known until the connection is settled.
     pub is_known: bool,
+    /// How it follows on the connections before it.
+    pub succeeds: Succession,
     /// Sessions of its client that had been given up, and were not over.
     superseded: Vec<Arc<Session>>,
+}
+
+/// How a connection follows on the one of its channel before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Succession {
+    /// There was none here.
+    None,
+    /// That one had ended so long before.
+    After(Duration),
+    /// That one was there yet, as far as the server knew.
+    AtOnce,
 }
 
 /// What a connection still waits for.
@@ -176,6 +197,8 @@ struct Place {
     deadline: Option<(Instant, u64)>,
     /// It is parked, and counts with this number of bytes.
     parked_bytes: Option<usize>,
+    /// When its latest connection ended, if that has ended.
+    lost_at: Option<Instant>,
 }
 
 impl Sessions {
@@ -210,7 +233,7 @@ impl Sessions {
     ) -> (Result<Joined, NotJoined>, Effects) {
         let mut effects = Effects::default();
         let mut table = lock(&self.table);
-        let joined = table.join(peer, connection, &mut effects, |table, effects| {
+        let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
             while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
                 if !table.evict_session(effects) {
@@ -247,6 +270,7 @@ impl Sessions {
         fence.is_known = place.channel.is_known();
         let (connections, orphans) = place.channel.waits_for();
         let outcomes = if sessions == 0 { place.channel.settle(*name) } else { None };
+        table.counts.not_known += u64::from(outcomes.is_some() && !fence.is_known);
         outcomes.ok_or(Unsettled { connections, orphans, sessions })
     }
 
@@ -278,7 +302,12 @@ impl Sessions {
         of.connections -= 1;
         if let Some(place) = of.channels.get_mut(channel) {
             place.channel.ended(*name, outcomes, executing, now + linger);
+            if place.channel.live().is_none() {
+                place.lost_at = Some(now);
+            }
+            effects.is_kept = place.channel.parked_until().is_some_and(|until| until > now);
         }
+        table.counts.broken += u64::from(effects.is_kept);
         table.review(session.id, *channel, now, &mut effects);
         effects
     }
@@ -307,6 +336,7 @@ impl Sessions {
             let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) else { continue };
             place.deadline = None;
             table.counts.expired += 1;
+            effects.expired += 1;
             table.review(session, channel, now, &mut effects);
         }
         effects.expires = table.deadlines.first_key_value().map(|(&(at, _), _)| at);
@@ -345,6 +375,7 @@ impl Table {
         &mut self,
         peer: &Peer,
         connection: ConnectionName,
+        now: Instant,
         effects: &mut Effects,
         begin: impl FnOnce(&mut Self, &mut Effects) -> Result<Arc<Session>, Excess>,
     ) -> Result<Joined, NotJoined> {
@@ -389,6 +420,11 @@ impl Table {
             }
         };
         self.counts.fenced += u64::from(before.is_some());
+        let succeeds = match place.lost_at.take() {
+            Some(lost_at) => Succession::After(now.saturating_duration_since(lost_at)),
+            None if is_resumed => Succession::AtOnce,
+            None => Succession::None,
+        };
         effects.close.extend(before.filter(|_| self.guards.have(Guard::Fence)));
         if let Some(deadline) = place.deadline.take() {
             self.deadlines.remove(&deadline);
@@ -403,7 +439,7 @@ impl Table {
             self.idle.remove(&idle);
         }
         let is_known = place.channel.is_known();
-        let fence = peer.begins_with_outcome().then(|| Fence { is_known, superseded: Vec::new() });
+        let fence = peer.begins_with_outcome().then(|| Fence { is_known, succeeds, superseded: Vec::new() });
         let outcomes = match fence {
             None => place.channel.settle(connection).filter(|_| peer.channel.is_some()),
             Some(_) => None,
@@ -416,7 +452,10 @@ impl Table {
     fn supersede(&mut self, peer: &Peer, joined: &mut Joined, now: Instant, effects: &mut Effects) {
         for &id in peer.supersedes.iter().filter(|&&id| id != peer.session) {
             let Some(of) = self.by_id.get_mut(&id) else { continue };
-            of.is_superseded = true;
+            if !std::mem::replace(&mut of.is_superseded, true) {
+                self.counts.superseded += 1;
+                effects.superseded += 1;
+            }
             let session = Arc::clone(&of.session);
             let channels: Vec<_> = of.channels.keys().copied().collect();
             for channel in channels {
@@ -500,6 +539,7 @@ impl Table {
             };
             let Some(&(id, key)) = self.deadlines.values().find(|&parked| is_quiet(parked)) else { return };
             self.counts.evicted_channels += 1;
+            effects.evicted += 1;
             self.forget(id, key, effects);
         }
     }
@@ -515,6 +555,7 @@ impl Table {
         self.counts.evicted_sessions += 1;
         let channels = self.by_id.get(&id).map(|of| of.channels.keys().copied().collect::<Vec<_>>());
         for channel in channels.into_iter().flatten() {
+            effects.evicted += 1;
             self.forget(id, channel, effects);
         }
         true

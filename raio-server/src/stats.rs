@@ -222,8 +222,14 @@ impl Counters {
 /// What has happened to channels, and how many there are, for the statistics.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ChannelCounts {
+    /// Connections that ended, and whose channel was kept.
+    pub broken: u64,
     /// Connections that have taken the place of one before.
     pub resumed: u64,
+    /// Connections whose client asked what became of requests of a channel that the server did not know.
+    pub not_known: u64,
+    /// Sessions that their client gave up for another one.
+    pub superseded: u64,
     /// Connections that were closed because another one took their place, or their session was given up.
     pub fenced: u64,
     /// Connections that were rejected because a newer one had come.
@@ -315,7 +321,10 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
     object(
         "channels",
         &mut [
+            ("broken", channels.broken),
             ("resumed", channels.resumed),
+            ("not_known", channels.not_known),
+            ("superseded", channels.superseded),
             ("fenced", channels.fenced),
             ("stale", channels.stale),
             ("expired", channels.expired),

@@ -8,6 +8,7 @@
 //! The one that waits does so here, not in the admission: it holds nothing, and nothing waits for it.
 
 use std::mem;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,7 +29,7 @@ use crate::limits::{AddressAccount, Excess};
 use crate::log::log_client;
 use crate::open::Opened;
 use crate::request::{Request, State, Work, cancelled, failure, success};
-use crate::sessions::{ChannelKey, ConnectionName, Effects, Member, Unsettled};
+use crate::sessions::{ChannelKey, ConnectionName, Effects, Fence, Member, Succession, Unsettled};
 use crate::tuning::channels::{FENCE_LOGGED_AFTER, FENCES_CHECKED_EVERY};
 
 /// A recorded request that its connection has left behind.
@@ -245,7 +246,18 @@ impl Worker {
 
     /// Does what is to be done because of what has happened to a channel.
     pub(super) fn carry_out(&mut self, effects: Effects) {
-        let Effects { close, wake, files, ended: _, expires } = effects;
+        // What has happened beside is logged by who knows the client.
+        let Effects { close, wake, files, evicted, expires, .. } = effects;
+        if evicted > 0 {
+            let nobody: Option<IpAddr> = None;
+            log_client!(
+                info,
+                ip nobody,
+                "channels that were forgotten for others",
+                "{evicted} channels of clients that have not come back yet were forgotten: others needed the \
+                 room. Raise --memory or --max-sessions if such clients are to find theirs."
+            );
+        }
         for connection in close {
             if connection.worker == self.index {
                 self.close_fenced(connection);
@@ -318,10 +330,45 @@ impl Worker {
             connection.outcomes = Some(outcomes);
         }
         if let Some(Asked { key: name, ids, arrived, .. }) = fencing.asked {
+            self.log_return(key, &fencing.fence, ids.len());
             let response = self.outcomes(key, ids.into_iter());
             self.respond(name, Opcode::Outcome, arrived, response);
         }
         None
+    }
+
+    /// Logs that a client has come back which has asked for so many outcomes.
+    fn log_return(&self, key: usize, fence: &Fence, asked: usize) {
+        let connection = &self.connections[key];
+        let (peer, name) = (connection.peer(), &connection.name);
+        match fence.succeeds {
+            _ if !fence.is_known => log_client!(
+                info,
+                peer,
+                "clients whose channels are not known",
+                name,
+                "A client has come back to a channel that is not known, and has asked what became of {asked} \
+                 requests. The server was restarted, or has forgotten the channel."
+            ),
+            Succession::None => {}
+            Succession::After(away) => log_client!(
+                info,
+                peer,
+                "clients that have come back",
+                name,
+                "A client has come back {} ms after its connection was lost, and has asked what became of \
+                 {asked} requests.",
+                away.as_millis()
+            ),
+            Succession::AtOnce => log_client!(
+                info,
+                peer,
+                "clients that have come back",
+                name,
+                "A client has come back before the end of its last connection was seen, and has asked what \
+                 became of {asked} requests."
+            ),
+        }
     }
 
     /// Forgets the channels of all workers whose time is over.
@@ -329,8 +376,12 @@ impl Worker {
     pub(super) fn expire(&mut self) {
         self.expires = None;
         let effects = self.shared.sessions.expire(self.reactor.clock().now());
-        if effects.ended > 0 {
-            tracing::info!("{} sessions have ended: their clients did not come back.", effects.ended);
+        let Effects { expired, ended, .. } = effects;
+        if expired > 0 {
+            tracing::info!(
+                "{expired} channels are forgotten, and {ended} sessions have ended: their clients did not \
+                 come back in time."
+            );
         }
         self.carry_out(effects);
     }

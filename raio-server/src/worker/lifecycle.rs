@@ -20,7 +20,7 @@ use crate::client::Client;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::request::State;
-use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
+use crate::sessions::{ConnectionName, Effects, Joined, NotJoined, Remains};
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
@@ -38,6 +38,17 @@ impl Worker {
             ConnectionName { worker: self.index, key: self.connections.next_key(), serial: self.joined };
         let now = self.reactor.clock().now();
         let (joined, effects) = self.shared.sessions.join(&peer, &account, name, now);
+        let superseded = effects.superseded;
+        if superseded > 0 {
+            log_client!(
+                info,
+                address,
+                "sessions that were given up",
+                name = peer.name,
+                "A client has given up {superseded} sessions for another one, which begins when they are \
+                 over."
+            );
+        }
         self.carry_out(effects);
         let Joined { member, is_new, outcomes, fence } = match joined {
             Ok(joined) => joined,
@@ -197,9 +208,21 @@ impl Worker {
         };
         let now = self.reactor.clock().now();
         let effects = self.shared.sessions.ended(&connection.member, remains, now);
-        let has_ended = effects.ended > 0;
+        let Effects { ended, is_kept, .. } = effects;
         self.carry_out(effects);
-        if has_ended {
+        // A server that stops keeps nothing.
+        if is_kept && self.drain.is_none() {
+            log_client!(
+                info,
+                peer,
+                "connections that were lost",
+                name = connection.name,
+                reason = reason.name(),
+                "A client's connection was lost. Its channel is kept for {:?}.",
+                connection.linger
+            );
+        }
+        if ended > 0 {
             log_client!(info, peer, "sessions that ended", name = connection.name, "A session has ended.");
         }
     }

@@ -3,11 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::handshake::{ChannelOffer, Offer};
+use raio_transport::message::SessionId;
+use raio_transport::protocol::{Command, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::ClientTransport;
 use rustix::process::Signal;
+use zerocopy::little_endian::U32;
 
-use crate::common::{Server, TIMEOUT, Variant};
+use crate::common::{Client, Server, TIMEOUT, Variant};
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
@@ -143,4 +146,63 @@ fn the_statistics_tell_latencies_the_fast_path_and_exports_apart() {
     ));
     assert!(stats.0.contains("\"n\":{\"requests\":"), "{}", stats.0);
     assert!(stats.0.contains("\"read_bytes\":1000,\"written_bytes\":0}"), "{}", stats.0);
+}
+
+#[test]
+fn what_becomes_of_lost_connections_is_logged_and_counted() {
+    let mut server = Server::start(Variant::Uring, &["--workers", "1"]);
+    let address = server.address;
+    let connect = |session: u8, epoch: u64, linger: Duration, supersedes: &[u8]| {
+        let id = |session| SessionId([session; 16]);
+        let supersedes = supersedes.iter().map(|&session| id(session)).collect();
+        let channel = Some(ChannelOffer { number: 1, epoch, linger });
+        Client::connect(
+            address,
+            &Offer { session: id(session), channel, supersedes, ..Offer::new("observed") },
+        )
+    };
+    let ask = |client: &mut Client| client.do_it(&Command::Outcome { ids: &[U32::new(7), U32::new(8)] });
+    let a_while = Duration::from_secs(60);
+
+    drop(connect(1, 1, a_while, &[]));
+    server.log_until("INFO A client's connection was lost. Its channel is kept for 60s.");
+    let mut second = connect(1, 2, a_while, &[]);
+    assert_eq!(ask(&mut second), Ok(2));
+    let log = server.log_until("ms after its connection was lost, and has asked what became of 2 requests.");
+    assert!(log.contains("INFO A client has come back "), "{log}");
+    let mut third = connect(1, 3, a_while, &[]);
+    assert_eq!(ask(&mut third), Ok(2));
+    server.log_until(
+        "INFO A client has come back before the end of its last connection was seen, and has asked",
+    );
+
+    let soon = Duration::from_millis(50);
+    let mut unknown = connect(2, 5, soon, &[]);
+    assert_eq!(ask(&mut unknown), Err(libc::ESTALE));
+    server.log_until(
+        "INFO A client has come back to a channel that is not known, and has asked what became of 2",
+    );
+    drop(unknown);
+    server.log_until(
+        "INFO 1 channels are forgotten, and 1 sessions have ended: their clients did not come back",
+    );
+
+    let mut last = connect(3, 1, a_while, &[1]);
+    assert_eq!(ask(&mut last), Ok(2));
+    let log = server.log_until("INFO A client has given up 1 sessions for another one, which begins when");
+    assert_eq!(log.matches("name=\"observed\" reason=\"finished\"").count(), 2, "{log}");
+
+    let stats = server.stats();
+    let count = |name| stats.get(name);
+    for (name, expected) in [
+        ("broken", 2),
+        ("resumed", 2),
+        ("not_known", 1),
+        ("superseded", 1),
+        ("fenced", 2),
+        ("expired", 1),
+        ("parked", 0),
+    ] {
+        assert_eq!(count(name), expected, "{name}: {}", stats.0);
+    }
 }
