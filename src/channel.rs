@@ -221,6 +221,8 @@ struct Rest {
     machine: Machine,
     /// When the program's requests could be sent over the latest connection.
     connected_at: Instant,
+    /// When the latest one was lost over which they could.
+    lost_at: Option<Instant>,
     phase: Phase,
     /// The server has lost the files, and has not got all back.
     must_reopen: bool,
@@ -372,6 +374,7 @@ impl Channel {
                 process: process(),
                 machine: Machine::new(epoch, window, seed),
                 connected_at: clock(),
+                lost_at: None,
                 phase: Phase::Idle,
                 must_reopen: false,
                 has_heard: false,
@@ -419,6 +422,30 @@ impl Channel {
     #[inline]
     pub fn failure(&self) -> Option<&Error> {
         self.failure.as_ref()
+    }
+
+    /// For people, while the connection is being made again: since when, and what stands in the way.
+    #[cold]
+    pub fn recovery(&self) -> Option<String> {
+        let Rest { machine, clock, why, .. } = &*self.rest;
+        let seconds = clock().saturating_duration_since(machine.since()?).as_secs_f64();
+        let lost = format!("The connection to the server was lost {seconds:.1} s ago");
+        Some(match machine.state() {
+            State::Lost(_) | State::Dialing => format!("{lost}, and is being made again: {why}."),
+            State::Resolving => {
+                format!("{lost}. It has been made again, and the server finishes earlier requests first.")
+            }
+            State::Reopening => {
+                format!("{lost}. It has been made again, and the files are being opened again.")
+            }
+            State::Connected | State::Failed => return None,
+        })
+    }
+
+    /// When the connection before this one was lost, and since when requests can be sent over this one. None
+    /// if it is the first, or lost.
+    pub fn outage(&self) -> Option<(Instant, Instant)> {
+        Some((self.rest.lost_at?, self.rest.connected_at)).filter(|(lost, connected)| lost <= connected)
     }
 
     /// What the server granted, at the last time.
@@ -674,6 +701,7 @@ impl Channel {
         let failure = transport.failure().map(copy_of);
         let is_violation = matches!(failure, Some(Error::Violation(_)));
         rest.why = failure.as_ref().map(ToString::to_string).unwrap_or_default();
+        rest.lost_at = Some(now);
         let lost = rest.bury(&mut *transport);
         // Nothing lands in the buffers after this.
         drop(transport);
@@ -959,7 +987,16 @@ impl Channel {
                 None => rest.again.push_back(lost),
             }
         }
-        tracing::info!("The session goes on: {} requests are sent again.", rest.again.len());
+        let away = rest.lost_at.map(|lost_at| rest.connected_at.saturating_duration_since(lost_at));
+        let server = match rest.reopened_at == self.connections {
+            true => "another server, on which its files are open again",
+            false => "the same server",
+        };
+        tracing::info!(
+            "The session goes on after {} ms, with {server}: {} requests are sent again.",
+            away.unwrap_or_default().as_millis(),
+            rest.again.len()
+        );
         self.has_answered = false;
         self.set_oversized_apart();
         self.resend(transport);

@@ -238,6 +238,11 @@ impl Machine {
         self.end.filter(|_| !matches!(self.state, State::Connected | State::Failed))
     }
 
+    /// Since when it has been without a useful connection, unless it is connected or given up.
+    pub fn since(&self) -> Option<Instant> {
+        self.end().map(|end| end - self.window)
+    }
+
     /// The connection has broken. If it was not of use ([`Machine::was_useful`]) the attempt to connect
     /// counts as one that has failed, and the window goes on.
     pub fn on_loss(&mut self, now: Instant, was_useful: bool) {

@@ -54,7 +54,8 @@
  *
  * Lost connections.  When the connection breaks, or the server is restarted, the library connects again within
  * its calls, to the same address, and goes on: each iocb completes once, and nothing is done twice. A program
- * notices a pause, and `reconnects` in the statistics. After a restart the library opens the session's files
+ * notices a pause, during which raio_errmsg() after an empty raio_getevents() says what it waits for, and
+ * `reconnects` in the statistics. After a restart the library opens the session's files
  * again. Then these can fail: a write or the like that was under way, with ECONNRESET and RAIO_RES2_UNKNOWN (it
  * may have been done; it will not be done later; RAIO_OPT_REDO does it again instead); everything on a file
  * that is another one now, with ESTALE; and the first fsync after acknowledged writes that the server has lost,
@@ -421,7 +422,8 @@ int raio_get_stats(raio_context_t ctx, struct raio_stats *stats, size_t size);
 /*
  * raio_errmsg - the message of the latest raio call in this thread: why it failed and what to do about it, ""
  * after success. After a raio_getevents() that returned failures it is the message of the last of them; after
- * a raio_connect() it is why the session is not on RDMA. The address is the same for all calls of a thread;
+ * one that returned 0 while the connection is being made again, since when that is, and what stands in the way;
+ * after a raio_connect() it is why the session is not on RDMA. The address is the same for all calls of a thread;
  * the text is valid until the next one. It is meant for people: the wording may change.
  */
 const char *raio_errmsg(void);

@@ -34,7 +34,7 @@ use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
 use crate::split::{Part, Split};
-use crate::trace::Tracer;
+use crate::trace::{TraceId, Tracer};
 use crate::tuning::{
     BURST_MAX, LENT_BYTES_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, RESUME_GRACE, SPIN_EACH, SPIN_MULTIPLIER_MAX,
 };
@@ -43,6 +43,10 @@ use crate::tuning::{
 const TAG_CANCEL: u64 = u64::MAX;
 /// The first tag of parts of operations; operations have the index of their slot.
 const TAG_PARTS: u64 = 1 << 32;
+
+/// Why [`Context::cancel`] fails.
+const TOO_LATE: &str =
+    "Too late to cancel: the operation is executing or has completed. Its own completion follows.";
 
 /// In the place of a command that is not sent.
 const NOTHING: Command<'static> = Command::Cancel { id: 0 };
@@ -124,9 +128,9 @@ struct OperationSlot {
     /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]). Of a write, and the like: the
     /// file's verifier when it was sent.
     unstable: u64,
-    /// When it was submitted, and the id of its request once that was sent: for the trace.
+    /// When it was submitted, and its request once that was sent: for the trace.
     submitted_ns: u64,
-    request: Option<u32>,
+    request: Option<TraceId>,
     state: OperationState,
 }
 
@@ -138,8 +142,8 @@ struct SentPart {
     /// Where it begins in the operation's range.
     at: u64,
     length: u64,
-    /// The id of its request: for the trace.
-    request: u32,
+    /// Its request: for the trace.
+    request: Option<TraceId>,
 }
 
 #[derive(Debug)]
@@ -263,6 +267,21 @@ impl Context {
         self.channel.failure().map(Error::not_connected)
     }
 
+    /// While the connection is lost and being made again: a message for people, that says since when, and
+    /// what stands in the way. Operations are taken meanwhile, and wait.
+    pub fn reconnecting(&self) -> Option<String> {
+        if self.channel.is_connected() { None } else { self.channel.recovery() }
+    }
+
+    /// What cannot be done now. If the context is connecting again, that may be why.
+    #[cold]
+    pub(crate) fn not_now(&self, text: &str) -> Error {
+        match self.reconnecting() {
+            Some(recovery) => Error::call(libc::EAGAIN, format!("{text} {recovery}")),
+            None => Error::call(libc::EAGAIN, text),
+        }
+    }
+
     /// Has one added to an eventfd when an operation ends, as soon as the library hears of it: within
     /// `submit`, `wait`, `cancel` and `release`. Not for one that [`Context::cancel`] returns. An eventfd
     /// that is full stays as it is.
@@ -321,8 +340,7 @@ impl Context {
             return Err(Error::not_connected(failure));
         }
         if self.is_full() {
-            return Err(Error::call(
-                libc::EAGAIN,
+            return Err(self.not_now(
                 "The context is full. Collect completions first, or create it with a larger maxevents.",
             ));
         }
@@ -512,8 +530,8 @@ impl Context {
                 Ok(request) => {
                     slot.state = OperationState::Sent;
                     if let Some(tracer) = &self.tracer {
-                        slot.request = Some(request.0 as u32);
-                        tracer.sent(slot.name(), slot.submitted_ns, request.0 as u32, slot.length);
+                        slot.request =
+                            Some(tracer.sent(slot.name(), slot.submitted_ns, request, slot.length));
                     }
                 }
                 Err(NotSent(bulk)) => {
@@ -592,10 +610,8 @@ impl Context {
         let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, false);
         let is_sent = match sent {
             Ok(request) => {
-                let request = request.0 as u32;
-                if let Some(tracer) = &self.tracer {
-                    tracer.sent(slot.name(), slot.submitted_ns, request, length);
-                }
+                let sent = |tracer: &Tracer| tracer.sent(slot.name(), slot.submitted_ns, request, length);
+                let request = self.tracer.as_deref().map(sent);
                 self.parts[place] = Some(SentPart { operation: index, at, length, request });
                 true
             }
@@ -620,7 +636,7 @@ impl Context {
             return;
         };
         let result = self.result_of(index, length, &reply);
-        if let Some(tracer) = &self.tracer {
+        if let (Some(tracer), Some(request)) = (&self.tracer, request) {
             tracer.answered(request, reply.result);
             tracer.collected(self.slots[index as usize].name(), request, reply.result);
         }
@@ -684,6 +700,9 @@ impl Context {
             // After the replies: what was acknowledged before the loss had the verifiers of that time.
             let before = std::mem::replace(&mut self.connections, self.channel.connections());
             self.session.suspect();
+            if let Some(tracer) = &mut self.tracer {
+                tracer.reconnected(&self.channel);
+            }
             if self.channel.reopened_at() > before {
                 let channel = &self.channel;
                 self.files.set_verifiers(|handle| channel.verifier(handle));
@@ -1010,7 +1029,7 @@ impl Context {
         let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
         match slot.state {
             OperationState::Free => return Err(none()),
-            OperationState::Done(_) => return Err(too_late()),
+            OperationState::Done(_) => return Err(self.not_now(TOO_LATE)),
             OperationState::Queued(..) => {
                 slot.cancelling = true;
                 self.queued.retain(|&waiting| waiting != index);
@@ -1045,7 +1064,7 @@ impl Context {
                 self.done.retain(|&done| done != index);
                 self.collect(index).ok_or_else(none)
             }
-            _ => Err(self.failure().unwrap_or_else(too_late)),
+            _ => Err(self.failure().unwrap_or_else(|| self.not_now(TOO_LATE))),
         }
     }
 
@@ -1069,7 +1088,7 @@ impl Context {
             };
             drop(bulk);
             self.parts[place] = None;
-            if let Some(tracer) = &self.tracer {
+            if let (Some(tracer), Some(request)) = (&self.tracer, request) {
                 tracer.collected(self.slots[index as usize].name(), request, 0);
             }
             if let OperationState::Split(split) = &mut self.slots[index as usize].state {
@@ -1211,11 +1230,4 @@ fn signal(eventfd: &OwnedFd) {
     if rustix::event::poll(&mut writable, Some(&now)).is_ok_and(|ready| ready > 0) {
         let _ = rustix::io::write(eventfd, &1u64.to_ne_bytes());
     }
-}
-
-fn too_late() -> Error {
-    Error::call(
-        libc::EAGAIN,
-        "Too late to cancel: the operation is executing or has completed. Its own completion follows.",
-    )
 }

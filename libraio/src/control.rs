@@ -93,8 +93,7 @@ impl Control {
         // A connection that has broken since the last call is made again before anything is sent by it.
         self.receive(closes);
         let Some(tag) = self.send(command, deadline, closes, is_stopped) else {
-            let late = if self.channel.is_connected() { timed_out() } else { reconnecting() };
-            let other = || if is_stopped() { session_stopped() } else { late };
+            let other = || if is_stopped() { session_stopped() } else { self.late() };
             return Err(self.channel.failure().map_or_else(other, Error::not_connected));
         };
         loop {
@@ -117,7 +116,7 @@ impl Control {
                 if matches!(command, Command::Open { .. }) {
                     self.abandoned_opens.push(tag);
                 }
-                return Err(if self.channel.is_connected() { timed_out() } else { reconnecting() });
+                return Err(self.late());
             }
             // A signal is the caller's business, but not a reason to give up half way. The transport ends a
             // wait for a dead server.
@@ -125,6 +124,14 @@ impl Control {
                 Err(error) if error.errno() != libc::EINTR => return Err(error.into()),
                 _ => {}
             }
+        }
+    }
+
+    /// Why a call has had no answer by its deadline.
+    fn late(&self) -> Error {
+        match self.channel.is_connected() {
+            true => timed_out(),
+            false => reconnecting(self.channel.recovery()),
         }
     }
 

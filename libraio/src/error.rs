@@ -57,10 +57,12 @@ pub(crate) fn session_stopped() -> Error {
     Error::new(Status::transport(libc::ENOTCONN), "The session was stopped. Open a new one.")
 }
 
-/// A call that waits for a session that is being resumed.
-pub(crate) fn reconnecting() -> Error {
-    let text = "The connection to the server was lost, and is being made again: this call did not wait \
-                longer. Check that raio_server runs, or raise the call timeout.";
+/// A call that waits for a session that is being resumed; `recovery` says how that stands.
+pub(crate) fn reconnecting(recovery: Option<String>) -> Error {
+    let lost = recovery.unwrap_or_else(|| "The connection to the server was lost.".into());
+    let text = format!(
+        "{lost} This call did not wait longer. Check that raio_server runs, or raise the call timeout."
+    );
     Error::new(Status::transport(libc::ETIMEDOUT), text)
 }
 

@@ -475,8 +475,35 @@ fn what_waits_for_a_connection_can_be_cancelled() {
     for ticket in [queued, harmless] {
         assert_eq!(context.cancel(ticket).unwrap().result.unwrap_err().errno(), libc::ECANCELED);
     }
-    assert_eq!(context.cancel(sent).unwrap_err().errno(), libc::EAGAIN, "it may have been executed");
+    let error = context.cancel(sent).unwrap_err();
+    assert_eq!(error.errno(), libc::EAGAIN, "it may have been executed");
+    assert!(
+        error.text.contains("Too late to cancel") && error.text.contains("is being made again"),
+        "{error}"
+    );
     server.hold(false);
     server.reject(None);
     assert_eq!(collect(&mut context, 1).remove(0).result, Ok(BLOCK as u64));
+}
+
+#[test]
+fn a_context_says_what_it_waits_for_as_long_as_it_has_no_connection() {
+    let (server, _session, file, mut context) = start(&Options::default());
+    assert_eq!(context.reconnecting(), None);
+    server.reject(Some(libc::EUSERS));
+    server.die();
+    context.submit(&file, read(0), 0).unwrap();
+    let begin = Instant::now();
+    let said = loop {
+        assert_eq!(context.wait(1, 1, Some(Duration::from_millis(20))), Ok(0));
+        match context.reconnecting() {
+            Some(said) if said.contains("rejected") => break said,
+            _ => assert!(begin.elapsed() < Duration::from_secs(10), "it does not say that it is rejected"),
+        }
+    };
+    assert!(said.starts_with("The connection to the server was lost 0."), "{said}");
+    assert!(said.contains(" s ago, and is being made again: the server rejected the session"), "{said}");
+    server.reject(None);
+    assert_eq!(collect(&mut context, 1).remove(0).result, Ok(BLOCK as u64));
+    assert_eq!(context.reconnecting(), None);
 }

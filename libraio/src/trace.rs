@@ -14,6 +14,7 @@ use std::time::Instant;
 use raio_transport::channel::Channel;
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
+use raio_transport::transport::RequestId;
 
 use crate::error::Error;
 use crate::tuning::{CLOCK_PINGS, TRACE_RECORDS};
@@ -42,6 +43,17 @@ impl ProcessTrace {
     fn write(&mut self, number: u32, ring: &Ring) {
         let _ = self.file.append(number, &format!("context {number}"), ring);
     }
+}
+
+/// The id of an outage among those of the requests of the connection that was lost. No request has it: its
+/// slot is beyond any queue depth.
+const RECONNECT: u32 = u32::MAX;
+
+/// What a request is called in the trace.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TraceId {
+    connection: u16,
+    request: u32,
 }
 
 /// Records what a context's requests do.
@@ -108,35 +120,50 @@ impl Tracer {
         self.clock.now_ns()
     }
 
-    /// A request was handed to the transport, for an operation that was submitted at `submitted_ns`.
-    pub(crate) fn sent(&self, name: &'static str, submitted_ns: u64, request: u32, bytes: u64) {
+    /// A request with this id on the wire was handed to the transport, for an operation that was submitted at
+    /// `submitted_ns`. Returns what it is called from now on, also if it is sent again by another connection.
+    pub(crate) fn sent(&self, name: &'static str, submitted_ns: u64, id: RequestId, bytes: u64) -> TraceId {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let begin = Record {
-            time_ns: submitted_ns,
-            name,
-            phase: Phase::Begin,
-            connection: self.connection,
-            request,
-            bytes,
-        };
+        let trace_id = TraceId { connection: self.connection, request: id.0 as u32 };
+        let TraceId { connection, request } = trace_id;
+        let begin = Record { time_ns: submitted_ns, name, phase: Phase::Begin, connection, request, bytes };
         let mut ring = lock(&self.ring);
         ring.push(begin);
         ring.push(Record { time_ns: self.now_ns(), name: "sent", phase: Phase::Point, ..begin });
+        trace_id
     }
 
     /// Its response has arrived, or it was lost with the connection.
-    pub(crate) fn answered(&self, request: u32, bytes: u64) {
-        self.push("answered", Phase::Point, request, bytes);
+    pub(crate) fn answered(&self, id: TraceId, bytes: u64) {
+        self.push("answered", Phase::Point, id, bytes);
     }
 
     /// The program has collected its completion.
-    pub(crate) fn collected(&self, name: &'static str, request: u32, bytes: u64) {
-        self.push(name, Phase::End, request, bytes);
+    pub(crate) fn collected(&self, name: &'static str, id: TraceId, bytes: u64) {
+        self.push(name, Phase::End, id, bytes);
     }
 
-    fn push(&self, name: &'static str, phase: Phase, request: u32, bytes: u64) {
+    /// The context has another connection, after an outage that began and ended then.
+    pub(crate) fn reconnected(&mut self, channel: &Channel) {
+        let Some((lost_at, connected_at)) = channel.outage() else { return };
+        let begin = Record {
+            time_ns: self.clock.at_ns(lost_at),
+            name: "reconnect",
+            phase: Phase::Begin,
+            connection: self.connection,
+            request: RECONNECT,
+            bytes: 0,
+        };
+        let mut ring = lock(&self.ring);
+        ring.push(begin);
+        ring.push(Record { time_ns: self.clock.at_ns(connected_at), phase: Phase::End, ..begin });
+        drop(ring);
+        self.connection = channel.local_port().unwrap_or(self.connection);
+    }
+
+    fn push(&self, name: &'static str, phase: Phase, id: TraceId, bytes: u64) {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let (time_ns, connection) = (self.now_ns(), self.connection);
+        let (time_ns, TraceId { connection, request }) = (self.now_ns(), id);
         lock(&self.ring).push(Record { time_ns, name, phase, connection, request, bytes });
     }
 }

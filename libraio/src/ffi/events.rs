@@ -72,6 +72,11 @@ pub unsafe extern "C" fn raio_getevents(
             }
             n += 1;
         }
+        if n == 0
+            && let Some(text) = context.reconnecting()
+        {
+            set_message(&text);
+        }
         context.sync_poller();
         Ok(n as c_long)
     })

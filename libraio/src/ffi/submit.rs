@@ -76,8 +76,7 @@ unsafe fn submit(
         return Err(invalid("An iocb is NULL or misaligned. Pass iocbs prepared by raio_prep_*()."));
     }
     if context.is_full() {
-        return Err(Error::call(
-            libc::EAGAIN,
+        return Err(context.not_now(
             "The context is full. Collect events first, or pass a larger maxevents to raio_setup().",
         ));
     }

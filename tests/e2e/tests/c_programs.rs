@@ -3,10 +3,11 @@
 //! runs under valgrind.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::time::Instant;
 
 use raio_e2e::{FuseFs, FuseOptions, Server, binary, is_at_rest, needs_root};
 
@@ -39,7 +40,7 @@ fn make(folder: &str, out: &str, library_variable: &str, programs: &[&str]) -> P
 /// A server with the exports that tests/c/check.h names, over files of its own.
 struct Exports {
     server: Server,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 fn serve() -> Exports {
@@ -60,7 +61,16 @@ fn serve_with(arguments: &[&str]) -> Exports {
         "null=null:1G,rw",
     ];
     let server = Server::start_with(&exports, arguments);
-    Exports { server, _directory: directory }
+    Exports { server, directory }
+}
+
+impl Exports {
+    /// Another server, in the place of this one, which has ended. It listens there.
+    fn start_again(self, listen: &str) -> Self {
+        let export = format!("rw={},rw", self.directory.path().join("rw").display());
+        let server = Server::start_with(&[&export], &["--listen", listen]);
+        Self { server, ..self }
+    }
 }
 
 fn command(program: &Path, server: Option<&Server>) -> Command {
@@ -186,6 +196,58 @@ fn when_the_server_is_killed_every_iocb_completes_once_with_an_error() {
         said.clear();
         std::io::Read::read_to_string(&mut stdout, &mut said).expect("server_death ends");
         assert!(child.wait().expect("server_death ends").success(), "{build}:\n{said}");
+    }
+}
+
+#[test]
+fn while_the_server_is_away_a_program_is_told_so_and_its_trace_shows_for_how_long() {
+    for build in ["plain", "sanitized"] {
+        let mut exports = serve_with(&["--linger", "0"]);
+        let listen = exports.server.listen_url();
+        let directory = tempfile::tempdir().expect("a directory");
+        let trace = directory.path().join("trace.json");
+        let mut command = command(&programs().join(build).join("reconnect"), Some(&exports.server));
+        command.env("RAIO_TRACE", &trace).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("reconnect starts");
+        let mut stdin = child.stdin.take().expect("stdin is piped");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let mut said = String::new();
+        let mut says = |word: &str| {
+            said.clear();
+            stdout.read_line(&mut said).expect("it says how far it is");
+            assert_eq!(said.trim(), word, "{build}");
+        };
+        says("ready");
+        exports.server.kill();
+        let killed = Instant::now();
+        writeln!(stdin).expect("it listens");
+        says("away");
+        let away = killed.elapsed();
+        exports = exports.start_again(&listen);
+        writeln!(stdin).expect("it listens");
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut stdout, &mut said).expect("it ends");
+        assert!(child.wait().expect("it ends").success(), "{build}:\n{said}");
+        drop(exports);
+
+        let (text, trace) = read_trace(&trace);
+        let events = trace["traceEvents"].as_array().expect("events");
+        let at = |phase: &str| {
+            let mut found =
+                events.iter().filter(|event| event["name"] == "reconnect" && event["ph"] == phase);
+            let event = found.next().unwrap_or_else(|| panic!("{build}: {phase} is not in {text}"));
+            assert!(found.next().is_none(), "{build}: {text}");
+            (event["id"].clone(), event["ts"].as_f64().expect("a time"))
+        };
+        let ((id, begin), (other, end)) = (at("b"), at("e"));
+        assert_eq!(id, other);
+        assert!(end - begin >= away.as_micros() as f64 / 2.0, "{build}: {begin} to {end}, away for {away:?}");
+        // Those before and those after have the ports of two connections.
+        let writes = events.iter().filter(|event| event["name"] == "write" && event["ph"] == "b");
+        let ports: std::collections::HashSet<_> = writes
+            .map(|event| event["id"].as_str().expect("an id").split_once('-').expect("two").0)
+            .collect();
+        assert_eq!(ports.len(), 2, "{build}: {text}");
     }
 }
 
