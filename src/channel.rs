@@ -228,6 +228,8 @@ struct Rest {
     must_reopen: bool,
     /// It has said so over this connection.
     has_heard: bool,
+    /// It is another process than the one that the program's requests were sent to.
+    is_another_server: bool,
     /// To be sent again.
     again: VecDeque<Lost>,
     /// May have been executed.
@@ -378,6 +380,7 @@ impl Channel {
                 phase: Phase::Idle,
                 must_reopen: false,
                 has_heard: false,
+                is_another_server: false,
                 again: VecDeque::new(),
                 asked: Vec::new(),
                 oversized: Vec::new(),
@@ -833,6 +836,7 @@ impl Channel {
         if let Err(error) = registered {
             return self.on_dial_failed(error);
         }
+        rest.is_another_server |= grant.server != self.grant.server;
         self.grant = grant;
         rest.has_heard = false;
         rest.machine.on_dialed();
@@ -988,9 +992,11 @@ impl Channel {
             }
         }
         let away = rest.lost_at.map(|lost_at| rest.connected_at.saturating_duration_since(lost_at));
-        let server = match rest.reopened_at == self.connections {
-            true => "another server, on which its files are open again",
-            false => "the same server",
+        let server = match (std::mem::take(&mut rest.is_another_server), rest.reopened_at == self.connections)
+        {
+            (true, _) => "a server that was restarted",
+            (false, true) => "a server that had forgotten it",
+            (false, false) => "the server",
         };
         tracing::info!(
             "The session goes on after {} ms, with {server}: {} requests are sent again.",
@@ -1095,9 +1101,11 @@ impl Rest {
     fn end(&mut self, lost: Lost, end: End) {
         let End { status, is_unknown, .. } = end;
         let text = if is_unknown && self.asked_in_vain() {
-            "The server was restarted while this was executing: it may have been done. It will not be done \
-             later."
-                .into()
+            let why = match self.is_another_server {
+                true => "The server was restarted while this was executing",
+                false => "The connection was lost while this was executing, and the server has forgotten it",
+            };
+            format!("{why}: it may have been done. It will not be done later.")
         } else if is_unknown {
             format!("The connection was lost, and this may have been done, or may yet be: {}.", self.why)
         } else if status.is_ok() {

@@ -833,7 +833,7 @@ impl<L> Core<L> {
 
     /// Ends it because it was lost.
     pub fn fail_lost(&mut self, errno: i32, why: &str) {
-        let text = format!("{why}. If the server still runs, its log says more; connect anew");
+        let text = format!("{why}. If the server still runs, its log says more");
         self.fail(Error::Closed { errno, text }, Status::transport(lost_errno(errno)));
     }
 

@@ -133,11 +133,25 @@ fn after_a_restart_files_are_open_again_and_only_what_was_under_way_is_unknown()
         assert_eq!(all.remove(1).result, Ok(BLOCK as u64), "a read is sent again");
         let error = all.remove(0).result.unwrap_err();
         assert_eq!((error.errno(), error.is_unknown), (libc::ECONNRESET, true), "{error}");
-        assert!(error.text.contains("restarted"), "{error}");
+        assert!(error.text.contains("The server was restarted while this was executing: it may"), "{error}");
         assert_eq!(one(&mut context, &file, write(2, 3)), Ok(BLOCK as u64));
         assert_eq!(server.writes(), 2 + usize::from(executed), "it is not done again");
         assert_eq!((context.stats().unknown, server.open()), (1, 1));
     }
+}
+
+#[test]
+fn a_server_that_has_forgotten_the_session_is_not_said_to_have_been_restarted() {
+    let (server, _session, file, mut context) = start(&Options::default());
+    server.hold(true);
+    context.submit(&file, write(0, 1), 0).unwrap();
+    context.flush();
+    server.end_sessions();
+    server.hold(false);
+    let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+    assert_eq!((error.errno(), error.is_unknown), (libc::ECONNRESET, true), "{error}");
+    assert!(error.text.contains("the server has forgotten it: it may have been done"), "{error}");
+    assert_eq!(one(&mut context, &file, write(0, 2)), Ok(BLOCK as u64));
 }
 
 #[test]

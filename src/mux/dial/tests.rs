@@ -319,7 +319,7 @@ fn a_server_that_says_nothing_of_its_queue_pair_has_half_the_time() {
         test.now += Duration::from_nanos(1);
         test.falls_back(
             "Connected over TCP, not RDMA: the connection has ended: the connection has ended: the server \
-             made no queue pair in time. If the server still runs, its log says more; connect anew.",
+             made no queue pair in time. If the server still runs, its log says more.",
         );
     }
 }
