@@ -97,6 +97,13 @@ impl Cable {
         })
     }
 
+    /// Gives the host at end B another address than [`Cable::address`], as when it roams or its lease ends.
+    pub fn renumber(&self) {
+        let host = self.host(End::B);
+        run("ip", &["-n", &host, "address", "flush", "dev", "eth0"]);
+        run("ip", &["-n", &host, "address", "add", "10.78.0.3/24", "dev", "eth0"]);
+    }
+
     /// Pulls it out: both hosts lose the carrier, and keep addresses, routes and connections.
     pub fn pull(&self) {
         self.set("down");

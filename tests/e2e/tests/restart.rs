@@ -512,3 +512,68 @@ fn after_a_crash_of_the_machine_a_client_goes_on_and_the_first_fsync_says_that_w
     assert_eq!(found, [[b'A'; BLOCK], [b'C'; BLOCK]].concat());
     drop(server);
 }
+
+#[test]
+fn a_failed_fsync_of_one_client_is_told_once_to_each_other_that_has_written() {
+    const FSYNC: Operation = Operation::Fsync { data_only: false };
+    let Some(fuse) = FuseFs::mount("a failing fsync", FuseOptions::default(), &[("file", &[b'.'; BLOCK])])
+    else {
+        return;
+    };
+    let place = Place::new(&[format!("d={},rw", fuse.path().display())]);
+    let server = place.start();
+    let clients: Vec<_> = (0..3)
+        .map(|_| {
+            let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+            let file = session.open("/d/file", libc::O_RDWR, 0).expect("a file");
+            (session.context(1).expect("a context"), file)
+        })
+        .collect();
+    let [(one, of_one), (other, of_other), (reader, of_reader)] = &mut clients.try_into().expect("three");
+    for (context, file) in [(&mut *one, &*of_one), (&mut *other, &*of_other)] {
+        assert_eq!(perform(context, file, write(0, b'x')), Ok(BLOCK as u64));
+    }
+    fuse.fail(FuseCall::Fsync, libc::EIO);
+    let failed = perform(one, of_one, FSYNC).expect_err("the disk fails");
+    assert!(failed.errno() == libc::EIO && !failed.is_lost, "{failed:?}");
+    fuse.mend(FuseCall::Fsync);
+    let lost = perform(other, of_other, FSYNC).expect_err("nobody knows what has become of its write");
+    assert!(lost.errno() == libc::EIO && lost.is_lost, "{lost:?}");
+    for (context, file) in [(other, of_other), (reader, of_reader)] {
+        assert_eq!(perform(context, file, FSYNC), Ok(0));
+    }
+}
+
+#[test]
+fn a_file_that_was_replaced_while_the_server_was_away_is_not_touched() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    for name in ["replaced", "removed", "same"] {
+        std::fs::write(path(name), [b'.'; BLOCK]).expect("a file");
+    }
+    let mut place = Place::new(&[format!("d={},rw", directory.path().display())]);
+    let mut server = place.start();
+    place.listen = server.listen_url();
+    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    let files = ["replaced", "removed", "same"]
+        .map(|name| session.open(format!("/d/{name}"), libc::O_RDWR, 0).expect("a file"));
+    let mut context = session.context(4).expect("a context");
+    server.kill();
+    std::fs::write(path("another"), [b'o'; BLOCK]).expect("a file");
+    std::fs::rename(path("another"), path("replaced")).expect("renamed");
+    std::fs::remove_file(path("removed")).expect("removed");
+    let _server = place.start();
+    let [replaced, removed, same] = &files;
+    for file in [replaced, removed] {
+        for _ in 0..2 {
+            let error = perform(&mut context, file, write(0, b'x')).expect_err("it is another one");
+            assert!(error.errno() == libc::ESTALE && !error.is_unknown, "{error:?}");
+        }
+    }
+    assert_eq!(perform(&mut context, same, write(0, b'x')), Ok(BLOCK as u64));
+    assert_eq!(first_byte(&path("replaced")), b'o');
+    assert!(!path("removed").exists());
+    let again = session.open("/d/replaced", libc::O_RDWR, 0).expect("the other file");
+    assert_eq!(perform(&mut context, &again, write(0, b'x')), Ok(BLOCK as u64));
+    assert_eq!(first_byte(&path("replaced")), b'x');
+}

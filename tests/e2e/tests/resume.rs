@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{Direction, Ending, LISTEN, PATIENCE, Proxy, Server, Silenced, Treatment, binary, needs_wire};
+use raio_e2e::{
+    Cable, Direction, End, Ending, LISTEN, PATIENCE, Proxy, Server, Silenced, Treatment, binary, needs_wire,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::Signal;
 
@@ -33,7 +35,10 @@ fn serve(directory: &Path, listen: &str) -> Server {
 }
 
 fn serve_at(directory: &Path, listens: &[&str]) -> Server {
-    let mut command = Command::new(binary("raio_server"));
+    serve_by(Command::new(binary("raio_server")), directory, listens)
+}
+
+fn serve_by(mut command: Command, directory: &Path, listens: &[&str]) -> Server {
     for listen in listens {
         command.args(["--listen", listen]);
     }
@@ -353,6 +358,28 @@ fn an_idle_channel_that_breaks_long_after_its_last_loss_has_a_window_of_its_own(
     }
     model.write_all(1, || {});
     model.check(directory.path());
+}
+
+#[test]
+fn a_client_whose_address_changes_goes_on() {
+    let Some(cable) = Cable::new("a client whose address changes") else { return };
+    let directory = directory();
+    let command = cable.command(End::A, binary("raio_server"));
+    let listen = format!("tcp://{}:0", cable.address(End::A));
+    let mut server = serve_by(command, directory.path(), &[&listen]);
+    let options = Options { request_timeout: Some(Duration::from_millis(300)), ..Options::default() };
+    cable.on(End::B, || {
+        let session = Session::connect(&server.url(), &options).expect("a session");
+        let mut model = Model::new(&session, Waits::InCalls);
+        model.write_all(1, || {});
+        cable.renumber();
+        model.write_all(2, || {});
+        assert_eq!(model.file.status().expect("the status").size.get(), BLOCKS * BLOCK as u64);
+        model.check(directory.path());
+        let stats = model.context.stats();
+        assert_eq!((model.unknown, stats.unknown, stats.failed, stats.reconnects), (0, 0, 0, 1));
+    });
+    assert!(server.statistics()["channels"]["resumed"].as_u64() >= Some(2), "the context and the session");
 }
 
 /// For connections by emulated devices.
