@@ -8,14 +8,20 @@
 //! An arena is one mapping, cut into blocks of a power of two by a buddy allocator with deferred merging: an
 //! allocation is a pop from a list in the common case. It belongs to one thread; its slots may travel.
 
+mod atomic {
+    pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+}
+mod returned;
+
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
-use crossbeam_queue::ArrayQueue;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use returned::Returned;
 
 /// The smallest block of an arena, and the alignment of every slot: what O_DIRECT wants at most.
 pub const BLOCK_BYTES: usize = 4096;
@@ -27,8 +33,8 @@ const BLOCK_SHIFT: u32 = BLOCK_BYTES.trailing_zeros();
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    /// Slots that were dropped and that the arena has not yet taken back: block number and order.
-    returned: ArrayQueue<(u32, u8)>,
+    /// Slots that were dropped and that the arena has not yet taken back.
+    returned: Returned,
     /// Which ring has it as fixed buffers, and from which index: `ring << 32 | index + 1`; 0 if none.
     registered: AtomicU64,
 }
@@ -41,7 +47,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(len: usize, slots_max: usize) -> io::Result<Self> {
+    fn new(len: usize, blocks: usize) -> io::Result<Self> {
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choosing touches no existing
         // memory.
         let base = unsafe {
@@ -54,7 +60,7 @@ impl Mapping {
         };
         let base =
             NonNull::new(base.cast::<u8>()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let mapping = Self { base, len, returned: ArrayQueue::new(slots_max), registered: AtomicU64::new(0) };
+        let mapping = Self { base, len, returned: Returned::new(blocks), registered: AtomicU64::new(0) };
         // Huge pages spare TLB misses and pins; a child must not share pages that hardware or the kernel
         // writes to. Either may be rejected (no THP in this kernel), which costs nothing but speed.
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontFork] {
@@ -186,7 +192,7 @@ impl Arena {
     }
 
     fn take_back(&mut self) {
-        while let Some((block, order)) = self.mapping.returned.pop() {
+        for (block, order) in self.mapping.returned.take() {
             self.free[usize::from(order)].push(block);
             self.free_bytes += BLOCK_BYTES << order;
             self.unmerged = true;
@@ -296,8 +302,7 @@ pub(crate) const FIXED_CHUNK_BYTES: usize = 1 << 30;
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // The queue has room for every block of the arena, so this cannot fail.
-        let _ = self.mapping.returned.push((self.block, self.order));
+        self.mapping.returned.push(self.block, self.order);
     }
 }
 
@@ -557,7 +562,10 @@ impl Buffers {
 
     /// Length in all.
     pub fn len(&self) -> usize {
-        self.pieces().iter().map(Buffer::len).sum()
+        match self {
+            Self::One(buffer) => buffer.len(),
+            Self::Many(buffers) => buffers.iter().map(Buffer::len).sum(),
+        }
     }
 
     /// Whether they hold nothing.
@@ -586,12 +594,15 @@ impl Buffers {
     }
 
     /// Copies `data` to `offset`; as much as fits.
-    pub fn write_at(&mut self, offset: usize, mut data: &[u8]) {
-        let end = self.len().min(offset + data.len());
-        for slice in self.slices_mut(offset..end) {
-            let (head, rest) = data.split_at(slice.len());
-            slice.copy_from_slice(head);
-            data = rest;
+    pub fn write_at(&mut self, mut offset: usize, mut data: &[u8]) {
+        for piece in self.pieces_mut() {
+            let room = piece.bytes_mut().get_mut(offset..).unwrap_or_default();
+            let (head, rest) = data.split_at(room.len().min(data.len()));
+            room[..head.len()].copy_from_slice(head);
+            if rest.is_empty() {
+                return;
+            }
+            (data, offset) = (rest, offset.saturating_sub(piece.len()));
         }
     }
 }
