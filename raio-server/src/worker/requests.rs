@@ -48,7 +48,8 @@ impl Requests {
             self.all.push(None);
             self.all.len() - 1
         });
-        self.all[request] = Some(Request {
+        let place @ None = &mut self.all[request] else { unreachable!("a free place has no request") };
+        *place = Some(Request {
             key,
             connection: Some(connection),
             opcode,
