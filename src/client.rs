@@ -86,6 +86,8 @@ pub(crate) struct Core<L = ()> {
 struct Pending<L> {
     tag: u64,
     bulk: Bulk,
+    /// How many bytes its response may bring.
+    region_len: u32,
     /// It is still in `queue`.
     queued: bool,
     /// How often its data has arrived damaged so far.
@@ -252,16 +254,12 @@ impl<L> Core<L> {
     // Requests
     // ------------------------------------------------------------------------------------------------------
 
-    /// Whether a request can be sent: the connection lives and there is a credit. Panics if it exceeds the
-    /// grant.
+    /// Whether a request with this command and so many bytes of bulk data can be sent: the connection lives
+    /// and there is a credit. Panics if it exceeds the grant.
     #[inline]
-    pub fn may_send(&self, body: &[u8], bulk: &Bulk, control: bool) -> bool {
-        let data_len = match bulk {
-            Bulk::None => 0,
-            Bulk::In(buffers) | Bulk::Out(buffers) => buffers.len(),
-        };
+    pub fn may_send(&self, body: &[u8], bulk_len: usize, control: bool) -> bool {
         assert!(
-            data_len <= self.limits.data_bytes_max as usize && body.len() <= message::BODY_BYTES_MAX,
+            bulk_len <= self.limits.data_bytes_max as usize && body.len() <= message::BODY_BYTES_MAX,
             "a request exceeds the grant"
         );
         self.failure.is_none() && self.outstanding.may_insert(control)
@@ -283,12 +281,12 @@ impl<L> Core<L> {
             Bulk::Out(buffers) if self.limits.crc => crc_of(buffers, buffers.len()),
             _ => 0,
         };
-        let largeness = largeness(&bulk);
+        let region_len = if let RemoteRegion::In { len, .. } = region { len } else { 0 };
         let was_idle = self.outstanding.is_empty();
-        let pending = Pending { tag, bulk, queued: true, damaged: 0, lease };
+        let pending = Pending { tag, bulk, region_len, queued: true, damaged: 0, lease };
         let id = self.outstanding.insert(pending, control, body).map_err(|pending| NotSent(pending.bulk))?;
         self.begins_to_owe |= was_idle;
-        self.large += largeness;
+        self.large += largeness(region_len);
         let start = self.head.len();
         let request = RequestHeader { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
         request.encode(body, self.limits.crc, &mut self.head);
@@ -304,7 +302,7 @@ impl<L> Core<L> {
         lease: L,
         error: &Error,
     ) -> Result<RequestId, NotSent> {
-        let pending = Pending { tag, bulk, queued: false, damaged: 0, lease };
+        let pending = Pending { tag, bulk, region_len: 0, queued: false, damaged: 0, lease };
         let id = self.outstanding.insert(pending, true, &[]).map_err(|pending| NotSent(pending.bulk))?;
         let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1, |_| Ok(())) else {
             unreachable!("it was just put in, with the credit that comes back")
@@ -338,7 +336,7 @@ impl<L> Core<L> {
         let queued = self.queue.remove(index)?;
         self.head.drain(start..start + queued.head_len);
         let pending = self.outstanding.finish(request, 1, |_| Ok(())).ok()?;
-        self.large -= largeness(&pending.bulk);
+        self.large -= largeness(pending.region_len);
         Some((pending.bulk, pending.lease))
     }
 
@@ -348,8 +346,11 @@ impl<L> Core<L> {
     }
 
     /// Moves what is over and has not been handed out to `replies`.
+    #[inline]
     pub fn take_done(&mut self, replies: &mut Vec<Reply>) {
-        replies.append(&mut self.done);
+        if !self.done.is_empty() {
+            replies.append(&mut self.done);
+        }
     }
 
     /// Says where this side's end of a queue pair is, and lets the server say where its end is.
@@ -682,7 +683,7 @@ impl<L> Core<L> {
         let id = RequestId(response.id);
         let (front, sent) = (self.queue.front(), self.sent);
         let pending = self.outstanding.finish(id, response.credits, |pending| {
-            if response.data_len as usize > pending.bulk.len_in() {
+            if response.data_len > pending.region_len {
                 return Err(Violation::Length);
             }
             // The server may answer before it has the data, but not before it has the command.
@@ -690,7 +691,7 @@ impl<L> Core<L> {
                 || front.is_some_and(|front| front.request == Some(id) && sent >= front.head_len);
             if pending.queued && !has_command() { Err(Violation::RequestId) } else { Ok(()) }
         })?;
-        self.large -= largeness(&pending.bulk);
+        self.large -= largeness(pending.region_len);
         Ok(pending)
     }
 
@@ -707,15 +708,15 @@ impl<L> Core<L> {
         let data_len = response.data_len as usize;
         let is_over = placed == data_len
             && !pending.queued
-            && !self.is_rejected(response.status)
-            && response.status != Status::DAMAGED
+            && !self.is_not_executed(response.status)
             && self.is_intact(&pending.bulk, data_len, response.data_crc);
         let reply = Reply {
             tag: pending.tag,
             status: response.status,
             is_unknown: false,
             result: response.result,
-            body: Body::from(body),
+            // Most have none.
+            body: if body.is_empty() { Body::default() } else { Body::from(body) },
             data_len,
             bulk: pending.bulk,
         };
@@ -769,6 +770,12 @@ impl<L> Core<L> {
     #[inline]
     fn is_rejected(&self, status: Status) -> bool {
         status.errno == libc::ESHUTDOWN && status.class == Class::Transport && self.keeps_lost
+    }
+
+    /// Whether the server has not executed a request, which is therefore not over.
+    #[inline]
+    fn is_not_executed(&self, status: Status) -> bool {
+        !status.is_ok() && (status == Status::DAMAGED || self.is_rejected(status))
     }
 
     /// The reply, unless the request is to be sent again, by this connection or another one.
@@ -1058,8 +1065,8 @@ fn place(bulk: &mut Bulk, room: Range<usize>, bytes: &[u8]) -> usize {
 }
 
 /// What a request adds to [`Core::large`].
-fn largeness(bulk: &Bulk) -> isize {
-    match bulk.len_in() {
+fn largeness(region_len: u32) -> isize {
+    match region_len as usize {
         0 => 0,
         len if len < LARGE_BYTES => -1,
         _ => 1,

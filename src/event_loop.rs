@@ -221,7 +221,7 @@ mod tests {
     }
 
     fn respond(server: &mut EventLoop<tcp::TcpServer>, request: RequestKey) {
-        let response = Response { status: Status::OK, result: 0, body: Body::from(&[][..]), data: None };
+        let response = Response { status: Status::OK, result: 0, body: Body::default(), data: None };
         server.respond(request, response);
     }
 

@@ -64,6 +64,14 @@ impl From<&[u8]> for Body {
     }
 }
 
+impl Default for Body {
+    /// None.
+    #[inline]
+    fn default() -> Self {
+        Self::Short([0; 32], 0)
+    }
+}
+
 impl std::ops::Deref for Body {
     type Target = [u8];
 
@@ -537,6 +545,14 @@ pub enum Bulk {
 }
 
 impl Bulk {
+    /// Bytes in all, in whichever direction.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::None => 0,
+            Self::In(buffers) | Self::Out(buffers) => buffers.len(),
+        }
+    }
+
     /// Bytes that the response may bring.
     pub fn len_in(&self) -> usize {
         if let Self::In(buffers) = self { buffers.len() } else { 0 }
@@ -617,7 +633,7 @@ impl Lost {
     /// It ends with this status, which is a failure.
     pub fn reply(self, status: Status) -> Reply {
         let is_unknown = self.was_sent && Opcode::is_recorded_on_wire(&self.command);
-        let body = Body::from(&[][..]);
+        let body = Body::default();
         Reply { tag: self.tag, status, is_unknown, result: 0, body, data_len: 0, bulk: self.bulk }
     }
 }
@@ -775,8 +791,9 @@ pub trait ClientTransport: Send {
     /// exceed the grant.
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
 
-    /// Queues requests again whose data has arrived damaged, as far as there are credits. A transport does so
+    /// Sends requests again whose data has arrived damaged, as far as there are credits. A transport does so
     /// as it receives.
+    #[cold]
     fn send_damaged_again(&mut self) {
         while let Some(Damaged { lost, times }) = self.core_mut().take_damaged() {
             let Lost { tag, id, command, bulk, control, was_sent } = lost;
@@ -784,10 +801,12 @@ pub trait ClientTransport: Send {
                 Ok(id) => self.core_mut().set_damaged(id, times),
                 Err(NotSent(bulk)) => {
                     let lost = Lost { tag, id, command, bulk, control, was_sent };
-                    return self.core_mut().put_back_damaged(Damaged { lost, times });
+                    self.core_mut().put_back_damaged(Damaged { lost, times });
+                    break;
                 }
             }
         }
+        self.flush();
     }
 
     /// Takes back a request of which no byte has been sent. Returns its buffers.

@@ -470,7 +470,7 @@ pub fn status_of(file: &WorkerFile, info: FileInfo) -> Response {
 }
 
 fn no_body() -> Body {
-    Body::from(&[][..])
+    Body::default()
 }
 
 /// The answer that brings data.

@@ -91,13 +91,14 @@ impl<T> Outstanding<T> {
             return Err(value);
         }
         let Some(index) = self.free.pop() else { return Err(value) };
-        self.credits -= 1;
         let slot = &mut self.slots[index as usize];
+        let vacant @ None = &mut slot.value else { return Err(value) };
+        self.credits -= 1;
         if Opcode::is_recorded_on_wire(command) {
             slot.history.on_recorded();
         }
         slot.sent = Sent { command: KeptCommand::from(command), control };
-        slot.value = Some(value);
+        *vacant = Some(value);
         Ok(slot.history.id(index))
     }
 

@@ -189,7 +189,7 @@ impl ClientTransport for LoopbackClient {
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        let Some(end) = self.end.as_ref().filter(|_| self.core.may_send(body, &bulk, control)) else {
+        let Some(end) = self.end.as_ref().filter(|_| self.core.may_send(body, bulk.len(), control)) else {
             return Err(NotSent(bulk));
         };
         let inline_bytes_max = self.core.grant().inline_bytes_max as usize;
@@ -255,9 +255,8 @@ impl ClientTransport for LoopbackClient {
             }
         }
         self.core.counters.receives += u64::from(arrived);
-        if self.core.has_damaged() && !self.core.has_failed() {
+        if self.core.has_damaged() {
             self.send_damaged_again();
-            self.send_queue();
         }
         if arrived {
             self.core.on_receive(now, Instant::now);

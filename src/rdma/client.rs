@@ -374,7 +374,7 @@ impl ClientTransport for RdmaClient {
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        if !self.core.may_send(body, &bulk, control) {
+        if !self.core.may_send(body, bulk.len(), control) {
             return Err(NotSent(bulk));
         }
         match self.expose(&bulk) {
@@ -428,9 +428,8 @@ impl ClientTransport for RdmaClient {
                 self.send_queue();
             }
         }
-        if self.core.has_damaged() && !self.core.has_failed() {
+        if self.core.has_damaged() {
             self.send_damaged_again();
-            self.send_queue();
         }
         self.core.take_done(replies);
         if self.core.has_failed() {

@@ -367,7 +367,7 @@ mod tests {
     }
 
     fn response(data: Option<SlotRange>) -> Response {
-        Response { status: Status::OK, result: 0, body: Body::from(&[][..]), data }
+        Response { status: Status::OK, result: 0, body: Body::default(), data }
     }
 
     #[test]

@@ -263,13 +263,14 @@ impl ClientTransport for TcpClient {
     }
 
     fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        if self.send_error.is_some() || !self.core.may_send(body, &bulk, control) {
+        let len = bulk.len();
+        if self.send_error.is_some() || !self.core.may_send(body, len, control) {
             return Err(NotSent(bulk));
         }
         let (region, data_len) = match &bulk {
             Bulk::None => (RemoteRegion::None, 0),
-            Bulk::In(buffers) => (RemoteRegion::In { address: 0, key: 0, len: buffers.len() as u32 }, 0),
-            Bulk::Out(buffers) => (RemoteRegion::None, buffers.len()),
+            Bulk::In(_) => (RemoteRegion::In { address: 0, key: 0, len: len as u32 }, 0),
+            Bulk::Out(_) => (RemoteRegion::None, len),
         };
         self.core.send(tag, body, bulk, control, Exposed { region, data_len, lease: () })
     }
@@ -335,9 +336,8 @@ impl ClientTransport for TcpClient {
             self.held_back = false;
             self.send_queue();
         }
-        if self.core.has_damaged() && !self.core.has_failed() {
+        if self.core.has_damaged() {
             self.send_damaged_again();
-            self.send_queue();
         }
         if arrived {
             self.core.on_receive(now, self.clock);

@@ -103,7 +103,7 @@ impl Run {
             let slot = self.arena.alloc(data_len).unwrap();
             SlotRange { slot, start: 0, len: data_len }
         });
-        let response = Response { status: Status::OK, result: 0, body: Body::from(&[][..]), data };
+        let response = Response { status: Status::OK, result: 0, body: Body::default(), data };
         let clock = self.clock();
         let is_discarding = self.connection.respond(id, response, &mut self.shared, &clock);
         self.connection.settle_heap(&mut self.shared);
