@@ -23,7 +23,7 @@ impl Crc {
     }
 
     fn limits(self) -> Limits {
-        Limits { crc: self.is_on(), data_bytes_max: 1 << 20, pong_time: false }
+        Limits { crc: self.is_on(), request_crc: false, data_bytes_max: 1 << 20, pong_time: false }
     }
 }
 
@@ -39,6 +39,7 @@ fn response(id: u64) -> ResponseHeader {
         status: Status::OK,
         credits: 1,
         result: READ_BYTES.into(),
+        has_crc: false,
         data_crc: 0,
     }
 }
@@ -54,7 +55,7 @@ fn parse_one<'a>(bytes: &'a [u8], limits: &Limits) -> (Message<'a>, usize) {
 #[divan::bench(args = [Crc::Off, Crc::On], sample_size = 1000)]
 fn request(bencher: Bencher, crc: Crc) {
     let region = RemoteRegion::In { address: 0, key: 0, len: READ_BYTES };
-    let header = RequestHeader { id: 7, body_len: 0, data_len: 0, region, data_crc: 0 };
+    let header = RequestHeader { id: 7, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
     let command = Command::Read { file: FileHandle(1), offset: 1 << 20, length: READ_BYTES };
     let (mut body, mut wire) = (Vec::new(), Vec::new());
     bencher.bench_local(|| {

@@ -24,7 +24,9 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::reactor::Wait;
 use raio_transport::tcp;
-use raio_transport::transport::{Body, Bulk, ClientTransport, RequestKey, Response, ServerEvent, SlotRange};
+use raio_transport::transport::{
+    Body, Bulk, ClientTransport, RequestKey, Response, SendOptions, ServerEvent, SlotRange,
+};
 
 const ARENA_BYTES: usize = 64 << 20;
 
@@ -142,7 +144,8 @@ fn echo(address: SocketAddr, bytes: usize, count: usize, depth: usize) -> Result
     while done < count {
         while begun < count && begun - done < depth {
             let data = Buffers::One(Buffer::Owned(fill(begun as u64).into()));
-            let sent = client.send(begun as u64, &command(b'p', begun as u64), Bulk::Out(data), false);
+            let sent =
+                client.send(begun as u64, &command(b'p', begun as u64), Bulk::Out(data), SendOptions::PLAIN);
             sent.expect("no more than its credits");
             begun += 1;
         }
@@ -158,7 +161,12 @@ fn echo(address: SocketAddr, bytes: usize, count: usize, depth: usize) -> Result
                 // It is there: now get it back, into the same memory.
                 Bulk::Out(mut buffers) => {
                     buffers.slices_mut(0..bytes).for_each(|slice| slice.fill(0));
-                    let sent = client.send(reply.tag, &command(b'g', reply.tag), Bulk::In(buffers), false);
+                    let sent = client.send(
+                        reply.tag,
+                        &command(b'g', reply.tag),
+                        Bulk::In(buffers),
+                        SendOptions::PLAIN,
+                    );
                     sent.expect("no more than its credits");
                 }
                 Bulk::In(buffers) => {

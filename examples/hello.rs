@@ -19,7 +19,7 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::text;
 use raio_transport::reactor::Wait;
 use raio_transport::tcp;
-use raio_transport::transport::{Body, Bulk, ClientTransport, Response, ServerEvent};
+use raio_transport::transport::{Body, Bulk, ClientTransport, Response, SendOptions, ServerEvent};
 
 fn main() -> Result<(), Box<dyn Error>> {
     // Port 0: whichever is free.
@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let deadline = Instant::now() + Duration::from_secs(5);
     let mut client = tcp::TcpClient::connect(address, &Offer::new("hello"), deadline)?;
-    client.send(1, b"Hello, server!", Bulk::None, false).expect("a new connection has credits");
+    client.send(1, b"Hello, server!", Bulk::None, SendOptions::PLAIN).expect("a new connection has credits");
     client.flush();
 
     let mut replies = Vec::new();

@@ -22,7 +22,7 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::text;
 use raio_transport::reactor::{Receiver, Sender, Wait, mailbox};
 use raio_transport::tcp;
-use raio_transport::transport::{Accepted, Body, Bulk, ClientTransport, Response, ServerEvent};
+use raio_transport::transport::{Accepted, Body, Bulk, ClientTransport, Response, SendOptions, ServerEvent};
 
 /// What a worker finds in its mailbox.
 enum Mail {
@@ -126,7 +126,9 @@ fn greet(address: SocketAddr, n: usize, greetings: usize) -> Result<(), raio_tra
     let mut client = tcp::TcpClient::connect(address, &Offer::new(&name), deadline)?;
     let (mut sent, mut greeted, mut replies) = (0, 0, Vec::new());
     while greeted < greetings {
-        while sent < greetings && client.send(sent as u64, name.as_bytes(), Bulk::None, false).is_ok() {
+        while sent < greetings
+            && client.send(sent as u64, name.as_bytes(), Bulk::None, SendOptions::PLAIN).is_ok()
+        {
             sent += 1;
         }
         client.flush();

@@ -102,9 +102,14 @@ static struct fio_option options[] = {
 		.name	= "raio_crc",
 		.lname	= "raio CRC32C",
 		.help	= "Protect headers and data on the wire with CRC32C",
-		.type	= FIO_OPT_BOOL,
+		.type	= FIO_OPT_STR,
 		.off1	= offsetof(struct raio_fio_options, crc),
-		.def	= "0",
+		.posval	= {
+			{ .ival = "auto", .oval = 0, .help = "Over TCP to another host" },
+			{ .ival = "1", .oval = RAIO_OPT_CRC, .help = "Yes" },
+			{ .ival = "0", .oval = RAIO_OPT_NO_CRC, .help = "No" },
+		},
+		.def	= "auto",
 		.category = FIO_OPT_C_ENGINE,
 		.group	= FIO_OPT_G_INVALID,
 	},
@@ -183,8 +188,7 @@ static int start_session(struct thread_data *td)
 	opts.queue_depth = o->queue_depth;
 	opts.request_timeout_ms = o->request_timeout_ms;
 	opts.spin_us = o->spin_us;
-	if (o->crc)
-		opts.flags |= RAIO_OPT_CRC;
+	opts.flags |= o->crc;
 	if (!o->spin_us)
 		opts.flags |= RAIO_OPT_NO_SPIN;
 	if (!o->reconnect)

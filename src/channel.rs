@@ -32,7 +32,7 @@ use crate::resume::{self, End, Fate, Machine, State, Step};
 use crate::sync::lock;
 use crate::trace::ClockSample;
 use crate::transport::{
-    Body, Bulk, ClientCounters, ClientTransport, Lost, NotSent, Reply, RequestId, UsedIds,
+    Body, Bulk, ClientCounters, ClientTransport, Lost, NotSent, Reply, RequestId, SendOptions, UsedIds,
 };
 
 pub use beginning::Beginning;
@@ -294,7 +294,7 @@ impl Reopening {
             let (file, identity, path) = (*handle, file.identity, &file.path[..]);
             let mut body = Vec::new();
             Command::Reopen { flags, file, identity, path }.encode(&mut body);
-            if transport.send(self.sent as u64, &body, Bulk::None, false).is_err() {
+            if transport.send(self.sent as u64, &body, Bulk::None, SendOptions::PLAIN).is_err() {
                 break;
             }
             self.sent += 1;
@@ -470,9 +470,15 @@ impl Channel {
 
     /// Queues a request: see [`ClientTransport::send`]. Fails without a credit.
     #[inline]
-    pub fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
+    pub fn send(
+        &mut self,
+        tag: u64,
+        body: &[u8],
+        bulk: Bulk,
+        options: SendOptions,
+    ) -> Result<RequestId, NotSent> {
         match &mut self.transport {
-            Some(transport) => transport.send(tag, body, bulk, control),
+            Some(transport) => transport.send(tag, body, bulk, options),
             None => Err(NotSent(bulk)),
         }
     }
@@ -532,7 +538,7 @@ impl Channel {
         let Some(request) = transport.core().find(tag) else { return false };
         let mut body = Vec::new();
         Command::Cancel { id: request.0 }.encode(&mut body);
-        let asked = transport.send(answer, &body, Bulk::None, true).is_ok();
+        let asked = transport.send(answer, &body, Bulk::None, SendOptions::CONTROL).is_ok();
         transport.flush();
         asked
     }
@@ -850,7 +856,7 @@ impl Channel {
         let mut body = Vec::new();
         Command::Outcome { ids: &ids }.encode(&mut body);
         // If the connection has ended already, that is found out by the next `receive`.
-        let _ = transport.send(0, &body, Bulk::None, true);
+        let _ = transport.send(0, &body, Bulk::None, SendOptions::CONTROL);
         transport.flush();
         self.rest.phase = Phase::Resolving(transport);
     }
@@ -986,7 +992,9 @@ impl Channel {
         rest.connected_at = (rest.clock)();
         // The server may be older than the one before.
         for lost in std::mem::take(&mut rest.again) {
-            match resume::why_not_granted(&lost.command, self.grant.features) {
+            let why_not = resume::why_not_granted(&lost.command, self.grant.features)
+                .or_else(|| lost.options.crc.and_then(|_| self.grant.why_no_request_crc()));
+            match why_not {
                 Some(text) => rest.end_with(lost, End::UNSUPPORTED, &text),
                 None => rest.again.push_back(lost),
             }
@@ -1029,9 +1037,9 @@ impl Channel {
     fn resend(&mut self, mut transport: Box<dyn ClientTransport>) {
         let rest = &mut *self.rest;
         while let Some(lost) = rest.again.pop_front() {
-            let Lost { tag, id, command, bulk, control, was_sent } = lost;
-            if let Err(NotSent(bulk)) = transport.send(tag, &command, bulk, control) {
-                rest.again.push_front(Lost { tag, id, command, bulk, control, was_sent });
+            let Lost { tag, id, command, bulk, options, was_sent } = lost;
+            if let Err(NotSent(bulk)) = transport.send(tag, &command, bulk, options) {
+                rest.again.push_front(Lost { tag, id, command, bulk, options, was_sent });
                 break;
             }
             rest.resumed.resent += 1;
@@ -1137,6 +1145,7 @@ impl Rest {
             result,
             body,
             data_len: 0,
+            data_crc: 0,
             bulk: lost.bulk,
         });
     }

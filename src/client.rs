@@ -25,12 +25,12 @@ use crate::handshake::Grant;
 use crate::keepalive::{Action, Keepalive};
 use crate::memory::Buffers;
 use crate::message::{
-    self, DataCrc, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
+    self, Limits, Message, Parsed, QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader,
 };
 use crate::protocol::Opcode;
 use crate::trace::ClockSample;
 use crate::transport::{
-    Body, Bulk, ClientCore, ClientCounters, Damaged, Lost, NotSent, Reply, RequestId, UsedIds,
+    Body, Bulk, ClientCore, ClientCounters, Damaged, Lost, NotSent, Reply, RequestId, SendOptions, UsedIds,
 };
 use crate::tuning::{CLIENT_PONGS_MAX, CLIENT_SENT_HEAD_BYTES_MAX, DAMAGED_MAX, LARGE_BYTES};
 use outstanding::{Outstanding, Sent};
@@ -92,6 +92,8 @@ struct Pending<L> {
     queued: bool,
     /// How often its data has arrived damaged so far.
     damaged: u8,
+    /// Its response must have checksums, though others have none.
+    has_crc: bool,
     lease: L,
 }
 
@@ -118,7 +120,7 @@ struct Partial {
     reply: Reply,
     /// How much of its `data_len` is in place.
     placed: usize,
-    data_crc: u32,
+    has_crc: bool,
     /// The request was still in `queue`.
     queued: bool,
     /// See [`Pending::damaged`].
@@ -257,12 +259,16 @@ impl<L> Core<L> {
     /// Whether a request with this command and so many bytes of bulk data can be sent: the connection lives
     /// and there is a credit. Panics if it exceeds the grant.
     #[inline]
-    pub fn may_send(&self, body: &[u8], bulk_len: usize, control: bool) -> bool {
+    pub fn may_send(&self, body: &[u8], bulk_len: usize, options: SendOptions) -> bool {
         assert!(
             bulk_len <= self.limits.data_bytes_max as usize && body.len() <= message::BODY_BYTES_MAX,
             "a request exceeds the grant"
         );
-        self.failure.is_none() && self.outstanding.may_insert(control)
+        assert!(
+            options.crc.is_none() || self.grant.request_crc(),
+            "a request has checksums, and the server knows none"
+        );
+        self.failure.is_none() && self.outstanding.may_insert(options.control)
     }
 
     /// Queues a request that may be sent.
@@ -273,22 +279,27 @@ impl<L> Core<L> {
         tag: u64,
         body: &[u8],
         bulk: Bulk,
-        control: bool,
+        options: SendOptions,
         exposed: Exposed<L>,
     ) -> Result<RequestId, NotSent> {
         let Exposed { region, data_len, lease } = exposed;
         let data_crc = match &bulk {
-            Bulk::Out(buffers) if self.limits.crc => crc_of(buffers, buffers.len()),
-            _ => 0,
+            // What the program has computed, when it made the data, finds more.
+            Bulk::Out(buffers) if self.limits.crc && options.crc.is_none() => {
+                message::crc_of(buffers.slices(0..buffers.len()))
+            }
+            _ => options.crc.unwrap_or(0),
         };
+        let has_crc = options.crc.is_some() && !self.limits.crc;
         let region_len = if let RemoteRegion::In { len, .. } = region { len } else { 0 };
         let was_idle = self.outstanding.is_empty();
-        let pending = Pending { tag, bulk, region_len, queued: true, damaged: 0, lease };
-        let id = self.outstanding.insert(pending, control, body).map_err(|pending| NotSent(pending.bulk))?;
+        let pending = Pending { tag, bulk, region_len, queued: true, damaged: 0, has_crc, lease };
+        let id = self.outstanding.insert(pending, options, body).map_err(|pending| NotSent(pending.bulk))?;
         self.begins_to_owe |= was_idle;
         self.large += largeness(region_len);
         let start = self.head.len();
-        let request = RequestHeader { id: id.0, body_len: 0, data_len: data_len as u32, region, data_crc };
+        let request =
+            RequestHeader { id: id.0, body_len: 0, data_len: data_len as u32, region, has_crc, data_crc };
         request.encode(body, self.limits.crc, &mut self.head);
         self.push(start, data_len, Some(id), false);
         Ok(id)
@@ -302,23 +313,35 @@ impl<L> Core<L> {
         lease: L,
         error: &Error,
     ) -> Result<RequestId, NotSent> {
-        let pending = Pending { tag, bulk, region_len: 0, queued: false, damaged: 0, lease };
-        let id = self.outstanding.insert(pending, true, &[]).map_err(|pending| NotSent(pending.bulk))?;
+        let pending = Pending { tag, bulk, region_len: 0, queued: false, damaged: 0, has_crc: false, lease };
+        let id = self
+            .outstanding
+            .insert(pending, SendOptions::CONTROL, &[])
+            .map_err(|pending| NotSent(pending.bulk))?;
         let Ok(Pending { bulk, .. }) = self.outstanding.finish(id, 1, |_| Ok(())) else {
             unreachable!("it was just put in, with the credit that comes back")
         };
         let text = format!("{error}.");
         let body = Body::from(message::clipped(&text).as_bytes());
         let status = Status::transport(error.errno());
-        self.done.push(Reply { tag, status, is_unknown: false, result: 0, body, data_len: 0, bulk });
+        self.done.push(Reply {
+            tag,
+            status,
+            is_unknown: false,
+            result: 0,
+            body,
+            data_len: 0,
+            data_crc: 0,
+            bulk,
+        });
         Ok(id)
     }
 
     /// What another connection needs to send a request again that is over on this one.
     #[cold]
     fn lost(id: RequestId, tag: u64, bulk: Bulk, was_sent: bool, sent: &Sent) -> Lost {
-        let Sent { command, control } = sent.clone();
-        Lost { tag, id, command, bulk, control, was_sent }
+        let Sent { command, options } = sent.clone();
+        Lost { tag, id, command, bulk, options, was_sent }
     }
 
     /// The buffers of a request, for a transport that keeps them elsewhere while the server may reach them.
@@ -620,7 +643,7 @@ impl<L> Core<L> {
         replies: &mut Vec<Reply>,
         mut reclaim: impl FnMut(&mut Bulk, &mut L, usize) -> usize,
     ) {
-        // It has no room for a checksum.
+        // It has no room for a checksum. That of a single request is missed below.
         let finished = match self.limits.crc {
             true => Err(Violation::Checksum),
             false => self.finish_placed(response, &[], replies, &mut reclaim),
@@ -686,6 +709,9 @@ impl<L> Core<L> {
             if response.data_len > pending.region_len {
                 return Err(Violation::Length);
             }
+            if response.has_crc != pending.has_crc {
+                return Err(Violation::Checksum);
+            }
             // The server may answer before it has the data, but not before it has the command.
             let has_command =
                 || front.is_some_and(|front| front.request == Some(id) && sent >= front.head_len);
@@ -709,7 +735,7 @@ impl<L> Core<L> {
         let is_over = placed == data_len
             && !pending.queued
             && !self.is_not_executed(response.status)
-            && self.is_intact(&pending.bulk, data_len, response.data_crc);
+            && self.is_intact(&pending.bulk, data_len, response.has_crc, response.data_crc);
         let reply = Reply {
             tag: pending.tag,
             status: response.status,
@@ -718,15 +744,16 @@ impl<L> Core<L> {
             // Most have none.
             body: if body.is_empty() { Body::default() } else { Body::from(body) },
             data_len,
+            data_crc: response.data_crc,
             bulk: pending.bulk,
         };
         if is_over {
             replies.push(reply);
             return Ok(());
         }
-        let (id, data_crc) = (RequestId(response.id), response.data_crc);
-        let Pending { queued, damaged, .. } = pending;
-        self.hold(Partial { reply, placed, data_crc, queued, damaged, id }, replies)
+        let id = RequestId(response.id);
+        let Pending { queued, damaged, has_crc, .. } = pending;
+        self.hold(Partial { reply, placed, has_crc, queued, damaged, id }, replies)
     }
 
     /// Keeps a response whose request has just ended, as long as it waits for something.
@@ -740,8 +767,8 @@ impl<L> Core<L> {
     /// All data of `partial` is in place.
     fn finish_partial(&mut self, replies: &mut Vec<Reply>) -> Result<(), Violation> {
         let Some(Held { partial, .. }) = &self.partial else { return Ok(()) };
-        let Partial { reply, data_crc, .. } = partial;
-        let is_intact = self.is_intact(&reply.bulk, reply.data_len, *data_crc);
+        let Partial { reply, has_crc, .. } = partial;
+        let is_intact = self.is_intact(&reply.bulk, reply.data_len, *has_crc, reply.data_crc);
         if !is_intact && !matches!(reply.bulk, Bulk::In(_)) {
             return Err(Violation::Checksum);
         }
@@ -756,11 +783,11 @@ impl<L> Core<L> {
     }
 
     #[inline]
-    fn is_intact(&self, bulk: &Bulk, data_len: usize, data_crc: u32) -> bool {
-        !self.limits.crc
+    fn is_intact(&self, bulk: &Bulk, data_len: usize, has_crc: bool, data_crc: u32) -> bool {
+        !(self.limits.crc || has_crc)
             || data_crc
                 == match bulk {
-                    Bulk::In(buffers) => crc_of(buffers, data_len),
+                    Bulk::In(buffers) => message::crc_of(buffers.slices(0..data_len)),
                     _ => 0,
                 }
     }
@@ -797,7 +824,7 @@ impl<L> Core<L> {
         let text = "The data arrived with another checksum than it was sent with, several times: the network \
                     or memory damages it, or the program changed it while it was being written.";
         reply.status = Status::DAMAGED;
-        (reply.result, reply.data_len) = (0, 0);
+        (reply.result, reply.data_len, reply.data_crc) = (0, 0, 0);
         reply.body = Body::from(message::clipped(text).as_bytes());
         Some(reply)
     }
@@ -1071,13 +1098,6 @@ fn largeness(region_len: u32) -> isize {
         len if len < LARGE_BYTES => -1,
         _ => 1,
     }
-}
-
-/// CRC32C of the first `len` bytes.
-fn crc_of(buffers: &Buffers, len: usize) -> u32 {
-    let mut crc = DataCrc::default();
-    buffers.slices(0..len).for_each(|slice| crc.update(slice));
-    crc.finish()
 }
 
 #[cfg(test)]

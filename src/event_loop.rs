@@ -3,7 +3,7 @@
 //! ```no_run
 //! # use std::sync::Arc;
 //! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
-//! # use raio_transport::transport::{Body, Response, ServerEvent};
+//! # use raio_transport::transport::{Body, Response, SendOptions, ServerEvent};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;
 //! server.listen(tcp::listen("127.0.0.1:0".parse()?)?.0);
@@ -208,7 +208,7 @@ mod tests {
             let deadline = Instant::now() + PATIENCE;
             let mut client = tcp::TcpClient::connect(address, &Offer::new("test"), deadline).unwrap();
             for tag in 0..count {
-                client.send(tag, b"command.", Bulk::None, false).unwrap();
+                client.send(tag, b"command.", Bulk::None, crate::transport::SendOptions::PLAIN).unwrap();
             }
             client.flush();
             let mut replies = Vec::new();

@@ -13,9 +13,10 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Class, Error, Status, Violation};
 use crate::message::{
-    self, ChannelOption, FEATURE_CRC, FEATURE_PONG_TIME, HandshakeOption, Hello, Limits, MAGIC,
-    OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME, OPTION_QUEUE_PAIR, OPTION_REQUIRED,
-    OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId, VERSION, Welcome,
+    self, ChannelOption, FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC,
+    HandshakeOption, Hello, Limits, MAGIC, OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME,
+    OPTION_QUEUE_PAIR, OPTION_REQUIRED, OPTION_SUPERSEDE, OPTION_TEXT, OPTION_UNSUPPORTED, Parsed, SessionId,
+    VERSION, Welcome,
 };
 use crate::random;
 use crate::trace::Clock;
@@ -56,9 +57,10 @@ pub struct Offer {
     /// Sessions of the same client that it has given up, at most [`SUPERSEDED_MAX`]: the server ends them
     /// before a request of this connection runs.
     pub supersedes: Vec<SessionId>,
-    /// Feature bits that the client asks for. It must have checksums; it does without times in pongs, and
-    /// without groups of operations.
+    /// Feature bits that the client asks for.
     pub features: u64,
+    /// Connecting fails if the server does not grant [`FEATURE_CRC`].
+    pub requires_crc: bool,
     /// Requests it would like to have outstanding; 0 for what the server grants.
     pub queue_depth: u32,
     /// It promises to send something this often; zero: no promise.
@@ -106,7 +108,7 @@ impl Default for Policy {
     fn default() -> Self {
         Self {
             server: random::bytes(),
-            features: FEATURE_CRC | FEATURE_PONG_TIME,
+            features: FEATURE_CRC | FEATURE_PONG_TIME | FEATURE_REQUEST_CRC | FEATURE_CRC_STREAM,
             queue_depth: 128,
             data_bytes_max: 1 << 20,
             // With the room for any message, an RDMA receive so holds four writes of 4 KiB.
@@ -152,9 +154,29 @@ impl Grant {
         self.queue_depth + 1
     }
 
-    /// Whether checksums were granted.
+    /// Whether all messages have checksums.
     pub fn crc(&self) -> bool {
         self.features & FEATURE_CRC != 0
+    }
+
+    /// Whether a request can have checksums: of its own, or because all messages have.
+    pub fn request_crc(&self) -> bool {
+        self.features & (FEATURE_CRC | FEATURE_REQUEST_CRC) != 0
+    }
+
+    /// Why it cannot, for people.
+    pub fn why_no_request_crc(&self) -> Option<String> {
+        let text = "The server does not know checksums (CRC32C) of single requests. Update it, or connect \
+                    with checksums.";
+        (!self.request_crc()).then(|| text.into())
+    }
+
+    /// The same after the move from a stream to a queue pair.
+    pub fn on_queue_pair(mut self) -> Self {
+        if self.features & FEATURE_CRC_STREAM != 0 {
+            self.features &= !FEATURE_CRC;
+        }
+        self
     }
 
     /// Whether the server's pongs have its time.
@@ -164,7 +186,12 @@ impl Grant {
 
     /// What the server may send under this grant. The pongs of a client have no time.
     pub fn limits(&self) -> Limits {
-        Limits { crc: self.crc(), data_bytes_max: self.data_bytes_max, pong_time: self.pong_time() }
+        Limits {
+            crc: self.crc(),
+            request_crc: self.features & FEATURE_REQUEST_CRC != 0,
+            data_bytes_max: self.data_bytes_max,
+            pong_time: self.pong_time(),
+        }
     }
 }
 
@@ -346,6 +373,7 @@ impl Offer {
             channel: None,
             supersedes: Vec::new(),
             features: 0,
+            requires_crc: false,
             queue_depth: 0,
             keepalive: Duration::ZERO,
             name: name.into(),
@@ -444,7 +472,7 @@ impl Offer {
         {
             return Err(Violation::Field.into());
         }
-        if self.features & FEATURE_CRC != 0 && !grant.crc() {
+        if self.requires_crc && !grant.crc() {
             return Err(Error::Unsupported(
                 "The server does not offer checksums (CRC32C). Connect without them, or allow them on the \
                  server."

@@ -31,6 +31,12 @@ pub const HANDSHAKE_BYTES: usize = 64;
 pub const FEATURE_CRC: u64 = 1 << 0;
 /// Feature bit: the server's pongs have its time, for the trace of a client (see [`crate::trace`]).
 pub const FEATURE_PONG_TIME: u64 = 1 << 1;
+/// Feature bit: a request may have checksums, and has its response have them, on a connection whose messages
+/// have none ([`RequestHeader::has_crc`]).
+pub const FEATURE_REQUEST_CRC: u64 = 1 << 2;
+/// Feature bit: [`FEATURE_CRC`] is for a stream alone. A connection that moves to a queue pair has no
+/// checksums there: the network has its own.
+pub const FEATURE_CRC_STREAM: u64 = 1 << 3;
 /// The feature bits that are not about messages, but about what they carry: each stands for a group of
 /// operations ([`crate::protocol::OperationGroup`]).
 pub const OPERATION_FEATURES_MASK: u64 = 0xffff_ffff << 32;
@@ -81,6 +87,8 @@ const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
 const FLAG_REGION_IN: u8 = 1 << 0;
 const FLAG_REGION_OUT: u8 = 1 << 1;
 const FLAG_RETRYABLE: u8 = 1 << 0;
+/// Of a request or a response: it has checksums, though its connection has none.
+const FLAG_CRC: u8 = 1 << 7;
 
 /// The client memory that a request exposes to the server, and which way data flows. On a stream there is
 /// no address: `In` then says how much data the response may bring, and `Out` does not occur (data follows
@@ -120,7 +128,10 @@ pub struct RequestHeader {
     pub data_len: u32,
     /// The client's memory.
     pub region: RemoteRegion,
-    /// CRC32C of the inline data, if the feature was granted.
+    /// It has checksums, and its response is to have them, on a connection without
+    /// ([`FEATURE_REQUEST_CRC`]).
+    pub has_crc: bool,
+    /// CRC32C of the data, with checksums.
     pub data_crc: u32,
 }
 
@@ -139,7 +150,9 @@ pub struct ResponseHeader {
     pub credits: u16,
     /// The command's result: a count, a handle.
     pub result: u64,
-    /// CRC32C of the data, if the feature was granted.
+    /// It has checksums, as its request had them, on a connection without.
+    pub has_crc: bool,
+    /// CRC32C of the data, with checksums.
     pub data_crc: u32,
 }
 
@@ -272,8 +285,10 @@ pub enum Parsed<T> {
 /// What a peer may send: follows from what was granted.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Whether CRCs were granted.
+    /// Whether all messages have checksums.
     pub crc: bool,
+    /// If not, whether requests may.
+    pub request_crc: bool,
     /// The most data that one message may bring or ask for.
     pub data_bytes_max: u32,
     /// Whether its pongs may have a time.
@@ -302,16 +317,27 @@ impl Header {
         self.flags = if status.retryable { FLAG_RETRYABLE } else { 0 };
     }
 
-    fn status(&self) -> Result<Status, Violation> {
+    /// The flags but [`FLAG_CRC`], and whether that is set.
+    fn flags_and_crc(&self, limits: &Limits) -> Result<(u8, bool), Violation> {
+        let has_crc = self.flags & FLAG_CRC != 0;
+        let may_have_crc = !limits.crc && limits.request_crc;
+        if (has_crc && !may_have_crc) || (!limits.crc && !has_crc && self.data_crc.get() != 0) {
+            return Err(Violation::Reserved);
+        }
+        Ok((self.flags & !FLAG_CRC, has_crc))
+    }
+
+    /// What [`Header::set_status`] has set; `flags` are those of the message.
+    fn status(&self, flags: u8) -> Result<Status, Violation> {
         let errno = i32::from(u16::from_le_bytes([self.middle[0], self.middle[1]]));
         let class = Class::from_wire(self.middle[2]).ok_or(Violation::Field)?;
         if (errno == 0) != (class == Class::None) || errno > ERRNO_MAX {
             return Err(Violation::Field);
         }
-        if self.flags & !FLAG_RETRYABLE != 0 || self.middle[3] != 0 || self.middle[6..] != [0, 0] {
+        if flags & !FLAG_RETRYABLE != 0 || self.middle[3] != 0 || self.middle[6..] != [0, 0] {
             return Err(Violation::Reserved);
         }
-        let retryable = self.flags & FLAG_RETRYABLE != 0;
+        let retryable = flags & FLAG_RETRYABLE != 0;
         if retryable && errno == 0 {
             return Err(Violation::Field);
         }
@@ -353,19 +379,20 @@ impl RequestHeader {
             RemoteRegion::In { address, key, len } => (FLAG_REGION_IN, address, key, len),
             RemoteRegion::Out { address, key, len } => (FLAG_REGION_OUT, address, key, len),
         };
-        header.flags = flags;
+        header.flags = flags | crc_flag(self.has_crc && !crc);
         header.middle = address.to_le_bytes();
         header.tail[..4].copy_from_slice(&key.to_le_bytes());
         header.tail[4..].copy_from_slice(&len.to_le_bytes());
         header.data_crc = U32::new(self.data_crc);
-        header.finish(body, crc, out);
+        header.finish(body, crc || self.has_crc, out);
     }
 
     fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
+        let (flags, has_crc) = header.flags_and_crc(limits)?;
         let address = u64::from_le_bytes(header.middle);
         let [k0, k1, k2, k3, l0, l1, l2, l3] = header.tail;
         let (key, len) = (u32::from_le_bytes([k0, k1, k2, k3]), u32::from_le_bytes([l0, l1, l2, l3]));
-        let region = match header.flags {
+        let region = match flags {
             0 if address == 0 && key == 0 && len == 0 => RemoteRegion::None,
             0 => return Err(Violation::Reserved),
             FLAG_REGION_IN => RemoteRegion::In { address, key, len },
@@ -379,14 +406,12 @@ impl RequestHeader {
         {
             return Err(Violation::Length);
         }
-        if !limits.crc && header.data_crc.get() != 0 {
-            return Err(Violation::Reserved);
-        }
         Ok(Self {
             id: header.id.get(),
             body_len: header.body_len.get(),
             data_len,
             region,
+            has_crc,
             data_crc: header.data_crc.get(),
         })
     }
@@ -418,23 +443,25 @@ impl ResponseHeader {
             status: Status::OK,
             credits: 1,
             result: len.into(),
+            has_crc: false,
             data_crc: 0,
         }
     }
 
     /// Appends a response to `out`. `self.body_len` is ignored: the body says it.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
-        self.header(padded(body.len())).finish(body, crc, out);
+        self.header(padded(body.len()), crc).finish(body, crc || self.has_crc, out);
     }
 
     /// The same of a response without a body.
     pub(crate) fn encode_bare(&self, crc: bool) -> [u8; HEADER_BYTES] {
-        self.header(0).finish_bare(crc)
+        self.header(0, crc).finish_bare(crc || self.has_crc)
     }
 
-    fn header(&self, body_len: usize) -> Header {
+    fn header(&self, body_len: usize, crc: bool) -> Header {
         let mut header = Header::new(Kind::Response, self.id, body_len, self.data_len);
         header.set_status(self.status);
+        header.flags |= crc_flag(self.has_crc && !crc);
         header.middle[4..6].copy_from_slice(&self.credits.to_le_bytes());
         header.tail = self.result.to_le_bytes();
         header.data_crc = U32::new(self.data_crc);
@@ -442,22 +469,26 @@ impl ResponseHeader {
     }
 
     fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
+        let (flags, has_crc) = header.flags_and_crc(limits)?;
         if header.data_len.get() > limits.data_bytes_max {
             return Err(Violation::Length);
-        }
-        if !limits.crc && header.data_crc.get() != 0 {
-            return Err(Violation::Reserved);
         }
         Ok(Self {
             id: header.id.get(),
             body_len: header.body_len.get(),
             data_len: header.data_len.get(),
-            status: header.status()?,
+            status: header.status(flags)?,
             credits: u16::from_le_bytes([header.middle[4], header.middle[5]]),
             result: u64::from_le_bytes(header.tail),
+            has_crc,
             data_crc: header.data_crc.get(),
         })
     }
+}
+
+/// [`FLAG_CRC`], if it is to be set.
+const fn crc_flag(is_set: bool) -> u8 {
+    (is_set as u8) * FLAG_CRC
 }
 
 /// Appends a ping to `out`.
@@ -538,8 +569,10 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         return Ok(Parsed::Need(HEADER_BYTES + body_len));
     }
     let body = &rest[..body_len];
-    if header.header_crc.get() != if limits.crc { header.crc(body) } else { 0 } {
-        return Err(if limits.crc { Violation::Checksum } else { Violation::Reserved });
+    // The flag of another kind of message is rejected below, with all its other flags.
+    let has_crc = limits.crc || header.flags & FLAG_CRC != 0;
+    if header.header_crc.get() != if has_crc { header.crc(body) } else { 0 } {
+        return Err(if has_crc { Violation::Checksum } else { Violation::Reserved });
     }
     let message = match kind {
         Kind::Request => Message::Request(RequestHeader::decode(header, limits)?, body),
@@ -553,7 +586,7 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
                 return Err(Violation::Reserved);
             }
             if matches!(kind, Kind::Goaway | Kind::QueuePair) {
-                let status = header.status()?;
+                let status = header.status(header.flags)?;
                 if header.middle[4..6] != [0, 0] || header.id.get() != 0 {
                     return Err(Violation::Reserved);
                 }
@@ -580,20 +613,17 @@ pub fn data_crc(data: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
 }
 
+/// CRC32C of two runs of bytes together, of which these are the CRCs; the second has `len` bytes.
+pub fn combined_crc(first: u32, second: u32, len: u64) -> u32 {
+    let algorithm = crc_fast::CrcAlgorithm::Crc32Iscsi;
+    crc_fast::checksum_combine(algorithm, first.into(), second.into(), len) as u32
+}
+
 /// CRC32C of bulk data that lies in pieces.
-#[derive(Default)]
-pub struct DataCrc(Option<crc_fast::Digest>);
-
-impl DataCrc {
-    /// Adds the next piece.
-    pub fn update(&mut self, data: &[u8]) {
-        self.0.get_or_insert_with(|| crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi)).update(data);
-    }
-
-    /// The sum of all pieces.
-    pub fn finish(self) -> u32 {
-        self.0.map_or(0, |digest| digest.finalize() as u32)
-    }
+pub fn crc_of<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> u32 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    pieces.for_each(|piece| digest.update(piece));
+    digest.finalize() as u32
 }
 
 /// The largest errno there is in Linux: what lies above would look like an address.

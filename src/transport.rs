@@ -580,6 +580,8 @@ pub struct Reply {
     pub body: Body,
     /// How many bytes were placed in `bulk`.
     pub data_len: usize,
+    /// CRC32C of these bytes, which they have been compared with; 0 if the response had no checksums.
+    pub data_crc: u32,
     /// The caller's buffers.
     pub bulk: Bulk,
 }
@@ -597,6 +599,23 @@ pub struct ClientCounters {
     pub checksum_errors: u64,
 }
 
+/// How a request is to be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SendOptions {
+    /// It may use the credit that is kept for control requests.
+    pub control: bool,
+    /// It and its response have checksums, also on a connection without: see [`Grant::request_crc`]. This is
+    /// the CRC32C of the data that it carries; 0 if it carries none.
+    pub crc: Option<u32>,
+}
+
+impl SendOptions {
+    /// Of a request that does not carry data, or not for long.
+    pub const CONTROL: Self = Self { control: true, crc: None };
+    /// Of any other request.
+    pub const PLAIN: Self = Self { control: false, crc: None };
+}
+
 /// Why [`ClientTransport::send`] did not take a request. The caller has its buffers back.
 #[derive(Debug)]
 pub struct NotSent(pub Bulk);
@@ -612,8 +631,8 @@ pub struct Lost {
     pub command: KeptCommand,
     /// The caller's buffers.
     pub bulk: Bulk,
-    /// It might use the credit that is kept for control requests.
-    pub control: bool,
+    /// How it was sent.
+    pub options: SendOptions,
     /// The whole of it was sent, and the server has not said that it was not executed. A server never runs a
     /// request that it has not received completely.
     pub was_sent: bool,
@@ -634,7 +653,16 @@ impl Lost {
     pub fn reply(self, status: Status) -> Reply {
         let is_unknown = self.was_sent && Opcode::is_recorded_on_wire(&self.command);
         let body = Body::default();
-        Reply { tag: self.tag, status, is_unknown, result: 0, body, data_len: 0, bulk: self.bulk }
+        Reply {
+            tag: self.tag,
+            status,
+            is_unknown,
+            result: 0,
+            body,
+            data_len: 0,
+            data_crc: 0,
+            bulk: self.bulk,
+        }
     }
 }
 
@@ -786,21 +814,21 @@ pub trait ClientTransport: Send {
     /// The same, to be changed.
     fn core_mut(&mut self) -> &mut dyn ClientCore;
 
-    /// Queues a request; [`ClientTransport::flush`] sends it. `control` requests may use the credit that is
-    /// kept for them. Fails when no credit is left or the connection has ended. The data of `bulk` must not
-    /// exceed the grant.
-    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent>;
+    /// Queues a request; [`ClientTransport::flush`] sends it. Fails when no credit is left or the connection
+    /// has ended. The data of `bulk` must not exceed the grant, and neither may `options`.
+    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, options: SendOptions)
+    -> Result<RequestId, NotSent>;
 
     /// Sends requests again whose data has arrived damaged, as far as there are credits. A transport does so
     /// as it receives.
     #[cold]
     fn send_damaged_again(&mut self) {
         while let Some(Damaged { lost, times }) = self.core_mut().take_damaged() {
-            let Lost { tag, id, command, bulk, control, was_sent } = lost;
-            match self.send(tag, &command, bulk, control) {
+            let Lost { tag, id, command, bulk, options, was_sent } = lost;
+            match self.send(tag, &command, bulk, options) {
                 Ok(id) => self.core_mut().set_damaged(id, times),
                 Err(NotSent(bulk)) => {
-                    let lost = Lost { tag, id, command, bulk, control, was_sent };
+                    let lost = Lost { tag, id, command, bulk, options, was_sent };
                     self.core_mut().put_back_damaged(Damaged { lost, times });
                     break;
                 }

@@ -110,6 +110,7 @@ enum raio_iocb_cmd {
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
 #define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file size does not change */
+#define RAIO_IOCB_CRC		(1u << 3)	/* checksums for this iocb, see raio_set_crc() */
 
 struct raio_iocb_common {
 	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
@@ -125,7 +126,11 @@ struct raio_iocb {
 	unsigned int key;		/* set by the library; do not change while in flight */
 	int raio_fildes;		/* from raio_open(), or the session's descriptor for its first file */
 	int raio_lio_opcode;		/* enum raio_iocb_cmd */
-	int pad;
+	__extension__ union {
+		int pad;
+		unsigned int crc;	/* with RAIO_IOCB_CRC: CRC32C of the data. For a write the caller's; for
+					   a read set when the event is collected */
+	};
 	union {
 		struct raio_iocb_common c;
 	} u;
@@ -179,11 +184,14 @@ struct raio_options {
 	unsigned int reserved[8];		/* 0 */
 };
 
-#define RAIO_OPT_CRC		(1u << 0)	/* CRC32C of headers and data; fails if the server cannot */
+#define RAIO_OPT_CRC		(1u << 0)	/* CRC32C of headers and data; fails if the server cannot.
+						   Without this and RAIO_OPT_NO_CRC: over TCP to another host,
+						   if the server can */
 #define RAIO_OPT_NO_SPIN	(1u << 1)	/* no busy-polling: least CPU, more latency */
 #define RAIO_OPT_REDO		(1u << 2)	/* after a restart of the server, do again what may have been
 						   done: for a program that alone writes to its files */
 #define RAIO_OPT_NO_RECONNECT	(1u << 3)	/* a session ends with its connection */
+#define RAIO_OPT_NO_CRC		(1u << 4)	/* no CRC32C but that of iocbs with RAIO_IOCB_CRC */
 
 /*
  * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails
@@ -437,6 +445,12 @@ const char *raio_errmsg(void);
  */
 const char *raio_event_errmsg(raio_context_t ctx, const struct raio_event *event);
 
+/*
+ * raio_crc32c - CRC32C (Castagnoli, as in iSCSI and SSE 4.2) of `len` bytes. Start with `crc` 0; the result,
+ * passed as `crc` with the bytes that follow, gives that of both.
+ */
+unsigned int raio_crc32c(unsigned int crc, const void *buf, size_t len);
+
 /* raio_abi_version - the RAIO_ABI_VERSION of the loaded library. */
 unsigned int raio_abi_version(void);
 
@@ -533,6 +547,24 @@ static inline void raio_set_eventfd(struct raio_iocb *iocb, int eventfd)
 {
 	iocb->u.c.flags |= RAIO_IOCB_EVENTFD;
 	iocb->u.c.resfd = (unsigned int)eventfd;
+}
+
+/*
+ * Protects an iocb by checksums from memory to memory, also in a session without (RAIO_OPT_NO_CRC). Call it
+ * after raio_prep_*. For a write, `crc` is the raio_crc32c() of its data, computed when the data was made: the
+ * server compares before it writes. For a read, iocb->crc is that of the bytes that were read, as the server
+ * has said and as the library has compared it with the buffer: no other pass over the data is needed. For all
+ * others `crc` is not used; the request itself is protected.
+ *
+ * What arrives damaged is sent again. The third time the iocb fails with -EILSEQ and RAIO_RES2_TRANSPORT, and
+ * the session goes on: so it does if a buffer is changed while it is being written, or `crc` is wrong. Nothing
+ * is written then, except that of a write longer than `io_bytes_max` parts may have been. (Its data is compared
+ * with `crc` before the first part is sent.) -EOPNOTSUPP: the server is too old.
+ */
+static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
+{
+	iocb->u.c.flags |= RAIO_IOCB_CRC;
+	iocb->crc = crc;
 }
 
 #ifdef __cplusplus

@@ -23,8 +23,9 @@ use raio_transport::busy_poll::BusyPoll;
 use raio_transport::channel::Channel;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
+use raio_transport::message;
 use raio_transport::protocol::{Command, Opcode};
-use raio_transport::transport::{Bulk, Lost, NotSent, Reply};
+use raio_transport::transport::{Bulk, Lost, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::error::{Error, protocol_error};
@@ -125,6 +126,8 @@ struct OperationSlot {
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
+    /// With a checksum of its own: of a write what the program says, of a read what the server has said.
+    crc: Option<u32>,
     /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]). Of a write, and the like: the
     /// file's verifier when it was sent.
     unstable: u64,
@@ -298,7 +301,38 @@ impl Context {
     /// back in the completion.
     pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
-            Ok(()) => Ok(self.enqueue(file, operation, token, None)),
+            Ok(()) => Ok(self.enqueue(file, operation, token, None, None)),
+            Err(error) => Err(Box::new(Rejected { operation, error })),
+        }
+    }
+
+    /// The same, with checksums (CRC32C) of this operation's requests, responses and data, also in a session
+    /// without. `crc` is that of a write's data, as it was when the program made it; None: it is computed
+    /// now, from the buffers. The server compares before it writes. A read brings the server's
+    /// ([`Completion::crc`]), which has been compared with what is in the buffers. Data that is damaged three
+    /// times fails with EILSEQ, and nothing is written.
+    ///
+    /// A write that is longer than a request ([`Context::io_bytes_max`]) is read through here once, for the
+    /// checksums of its parts; if together they are not `crc` nothing is sent.
+    pub fn submit_with_crc(
+        &mut self,
+        file: &File,
+        operation: Operation,
+        crc: Option<u32>,
+        token: u64,
+    ) -> Result<Ticket, Box<Rejected>> {
+        match self.check(file, &operation) {
+            Ok(()) => {
+                let crc = match &operation {
+                    Operation::Write { buffers, .. } => {
+                        crc.unwrap_or_else(|| message::crc_of(buffers.slices(0..buffers.len())))
+                    }
+                    _ => 0,
+                };
+                let why_not = self.channel.grant().why_no_request_crc();
+                let failure = why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text));
+                Ok(self.enqueue(file, operation, token, Some(crc), failure))
+            }
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
@@ -312,7 +346,7 @@ impl Context {
         failure: Error,
     ) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
-            Ok(()) => Ok(self.enqueue(file, operation, token, Some(failure))),
+            Ok(()) => Ok(self.enqueue(file, operation, token, None, Some(failure))),
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
@@ -386,6 +420,7 @@ impl Context {
         file: &File,
         operation: Operation,
         token: u64,
+        crc: Option<u32>,
         mut failure: Option<Error>,
     ) -> Ticket {
         let handle = file.inner().handle();
@@ -436,6 +471,7 @@ impl Context {
                 cancelling: false,
                 eventfd: None,
                 length: 0,
+                crc: None,
                 unstable: 0,
                 submitted_ns: 0,
                 request: None,
@@ -450,6 +486,7 @@ impl Context {
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
+        slot.crc = crc;
         slot.unstable = match slot.opcode {
             Opcode::Read => 0,
             Opcode::Fsync => self.files.take_unstable(file_index),
@@ -526,7 +563,8 @@ impl Context {
             };
             self.body.clear();
             command.encode(&mut self.body);
-            match self.channel.send(index.into(), &self.body, bulk, false) {
+            let options = SendOptions { control: false, crc: slot.crc };
+            match self.channel.send(index.into(), &self.body, bulk, options) {
                 Ok(request) => {
                     slot.state = OperationState::Sent;
                     if let Some(tracer) = &self.tracer {
@@ -563,8 +601,11 @@ impl Context {
             Command::Write { file, offset, .. } => (false, file, offset),
             _ => unreachable!("no other operation has data"),
         };
-        let split = Split::new(is_read, file, offset, buffers);
-        self.slots[index as usize].state = OperationState::Split(Box::new(split));
+        let most = self.io_bytes_max();
+        let slot = &mut self.slots[index as usize];
+        let split = Split::new(is_read, file, offset, buffers, slot.crc, most);
+        self.stats.checksum_errors += u64::from(split.is_damaged());
+        slot.state = OperationState::Split(Box::new(split));
         self.settle(index);
     }
 
@@ -585,7 +626,8 @@ impl Context {
         {
             // If it is cancelled after a part was done, that is how it has ended, and not that it was undone.
             slot.cancelling &= !split.has_effect();
-            let (result, bulk) = split.finish();
+            let (result, bulk, crc) = split.finish();
+            slot.crc = crc;
             self.complete(index, result, bulk);
         }
     }
@@ -600,14 +642,20 @@ impl Context {
             unreachable!("`queued` has slots that are queued or split")
         };
         split.is_queued = false;
-        let Some(Part { at, length, command, bulk }) = split.next(most) else { return true };
+        let next = split.next(most);
+        let Some(Part { at, length, crc, command, bulk }) = next else {
+            // Of a write whose data has changed the rest is not sent.
+            self.settle(index);
+            return true;
+        };
         self.body.clear();
         command.encode(&mut self.body);
         let place = self.parts.iter().position(Option::is_none).unwrap_or_else(|| {
             self.parts.push(None);
             self.parts.len() - 1
         });
-        let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, false);
+        let options = SendOptions { control: false, crc };
+        let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, options);
         let is_sent = match sent {
             Ok(request) => {
                 let sent = |tracer: &Tracer| tracer.sent(slot.name(), slot.submitted_ns, request, length);
@@ -616,7 +664,7 @@ impl Context {
                 true
             }
             Err(NotSent(bulk)) => {
-                split.put_back(at, bulk);
+                split.put_back(at, bulk, crc);
                 false
             }
         };
@@ -640,9 +688,10 @@ impl Context {
             tracer.answered(request, reply.result);
             tracer.collected(self.slots[index as usize].name(), request, reply.result);
         }
+        let crc = reply.data_crc;
         drop(reply);
         if let OperationState::Split(split) = &mut self.slots[index as usize].state {
-            split.part_over(at, length, result);
+            split.part_over(at, length, result, crc);
         }
         self.settle(index);
     }
@@ -651,7 +700,7 @@ impl Context {
     #[cold]
     fn divide_oversized(&mut self) {
         let most = self.io_bytes_max();
-        for Lost { tag, command, bulk, .. } in self.channel.take_oversized() {
+        for Lost { tag, command, bulk, options, .. } in self.channel.take_oversized() {
             if tag < TAG_PARTS {
                 let index = tag as u32;
                 match (Command::decode(&command), bulk) {
@@ -662,7 +711,7 @@ impl Context {
                 }
             } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
                 if let OperationState::Split(split) = &mut self.slots[part.operation as usize].state {
-                    split.put_back(part.at, bulk);
+                    split.put_back(part.at, bulk, options.crc);
                 }
                 self.settle(part.operation);
             }
@@ -733,7 +782,12 @@ impl Context {
     #[cold]
     fn fail_unsupported(&mut self) {
         for index in std::mem::take(&mut self.queued) {
-            match unsupported(self.slots[index as usize].opcode, &self.channel) {
+            let slot = &self.slots[index as usize];
+            let no_crc = || {
+                let why_not = slot.crc.and_then(|_| self.channel.grant().why_no_request_crc());
+                why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text))
+            };
+            match unsupported(slot.opcode, &self.channel).or_else(no_crc) {
                 Some(error) => self.complete_unsent(index, error),
                 None => self.queued.push_back(index),
             }
@@ -750,6 +804,9 @@ impl Context {
             tracer.answered(request, reply.result);
         }
         let result = self.result_of(index, slot.length, &reply);
+        if let Some(crc) = &mut self.slots[index as usize].crc {
+            *crc = reply.data_crc;
+        }
         self.complete(index, result, reply.bulk);
     }
 
@@ -848,7 +905,8 @@ impl Context {
         }
         let token = slot.token;
         let is_lent = slot.is_lent && buffers.is_some();
-        slot.state = OperationState::Done(Completion { token, result, buffers, is_lent });
+        let crc = slot.crc.filter(|_| slot.opcode == Opcode::Read && result.is_ok());
+        slot.state = OperationState::Done(Completion { token, result, buffers, is_lent, crc });
         self.done.push_back(index);
         self.files.operation_completed(slot.file);
     }
@@ -1092,7 +1150,7 @@ impl Context {
                 tracer.collected(self.slots[index as usize].name(), request, 0);
             }
             if let OperationState::Split(split) = &mut self.slots[index as usize].state {
-                split.part_over(at, length, Err(cancelled.clone()));
+                split.part_over(at, length, Err(cancelled.clone()), 0);
             }
             self.settle(index);
         }
@@ -1158,7 +1216,7 @@ impl Context {
             in_flight: self.in_flight as u64,
             queue_depth: self.channel.grant().queue_depth.into(),
             io_bytes_max: self.io_bytes_max() as u64,
-            checksum_errors: transport.checksum_errors,
+            checksum_errors: self.stats.checksum_errors + transport.checksum_errors,
             ..self.stats
         }
     }

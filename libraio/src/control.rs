@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use raio_transport::channel::Channel;
 use raio_transport::protocol::{Command, FileHandle};
-use raio_transport::transport::{Bulk, NotSent, Reply};
+use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 
 use crate::error::{Error, reconnecting, session_stopped, timed_out};
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
@@ -155,7 +155,7 @@ impl Control {
         self.tag += 1;
         self.body.clear();
         command.encode(&mut self.body);
-        while let Err(NotSent(_)) = self.channel.send(self.tag, &self.body, Bulk::None, false) {
+        while let Err(NotSent(_)) = self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN) {
             // Closes that nobody waited for have used up the credits.
             self.receive(closes);
             let now = Instant::now();
@@ -179,7 +179,7 @@ impl Control {
             self.tag += 1;
             self.body.clear();
             Command::Close(handle).encode(&mut self.body);
-            if self.channel.send(self.tag, &self.body, Bulk::None, false).is_err() {
+            if self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
                 break;
             }
             closes.pop();

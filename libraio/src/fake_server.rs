@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::Status;
 use raio_transport::handshake::{Grant, Policy};
-use raio_transport::message::{self, Limits, Message, Parsed, ResponseHeader, SessionId};
+use raio_transport::message::{self, Limits, Message, Parsed, RequestHeader, ResponseHeader, SessionId};
 use raio_transport::protocol::{
     Command, FileHandle, FileStatus, OPEN_CREATE, OPERATION_FEATURES, RequestOutcome,
 };
@@ -325,7 +325,7 @@ struct Connection {
     inbox: Vec<u8>,
     shared: Arc<Shared>,
     /// Requests that are not answered for now: id, command, data.
-    held: Vec<(u64, Vec<u8>, Vec<u8>)>,
+    held: Vec<(RequestHeader, Vec<u8>, Vec<u8>)>,
     channel: Option<([u8; 16], u32)>,
     /// The channel's, for this connection.
     epoch: u64,
@@ -404,7 +404,7 @@ impl Connection {
                 Parsed::Item(Message::Request(request, body), taken) => {
                     let end = taken + request.data_len as usize;
                     (self.inbox.len() >= end)
-                        .then(|| (request.id, body.to_vec(), self.inbox[taken..end].to_vec(), end))
+                        .then(|| (request, body.to_vec(), self.inbox[taken..end].to_vec(), end))
                 }
                 Parsed::Item(Message::Ping(id), taken) => {
                     self.inbox.drain(..taken);
@@ -427,9 +427,9 @@ impl Connection {
                 Parsed::Need(_) => None,
             };
             let mut out = Vec::new();
-            if let Some((id, body, data, end)) = item {
+            if let Some((request, body, data, end)) = item {
                 self.inbox.drain(..end);
-                self.held.push((id, body, data));
+                self.held.push((request, body, data));
                 assert!(self.held.len() <= peer.grant.credits() as usize, "credits exceeded");
             } else {
                 self.answer(&peer.grant, &mut out);
@@ -445,26 +445,26 @@ impl Connection {
         let state = self.shared.state.lock().unwrap();
         let (holding, mute) = (state.holding, state.mute);
         drop(state);
-        for (id, body, data) in std::mem::take(&mut self.held) {
+        for (request, body, data) in std::mem::take(&mut self.held) {
             if mute {
-                self.held.push((id, body, data));
+                self.held.push((request, body, data));
                 continue;
             }
             let command = Command::decode(&body).unwrap();
             assert!(command.opcode().operation().is_granted(features), "{command:?} was not granted");
             if let Command::Cancel { id: target } = command {
-                let status = match self.held.iter().position(|held| held.0 == target) {
+                let status = match self.held.iter().position(|held| held.0.id == target) {
                     Some(at) => {
-                        self.held.remove(at);
+                        let (target, ..) = self.held.remove(at);
                         let cancelled = Status::storage(libc::ECANCELED);
-                        encode(target, Answer::failed(cancelled, "Cancelled."), limits, out);
+                        encode(&target, Answer::failed(cancelled, "Cancelled."), limits, out);
                         Status::OK
                     }
                     None => Status::storage(libc::ENOENT),
                 };
-                encode(id, Answer { status, ..Answer::ok(0) }, limits, out);
+                encode(&request, Answer { status, ..Answer::ok(0) }, limits, out);
             } else if holding && matches!(command, Command::Read { .. } | Command::Write { .. }) {
-                self.held.push((id, body, data));
+                self.held.push((request, body, data));
             } else if let Command::Outcome { ids } = command {
                 if !std::mem::replace(&mut self.must_ask, false)
                     && let Some(channel) = self.channel
@@ -472,7 +472,7 @@ impl Connection {
                 {
                     (channel.is_known, self.is_gone) = (true, false);
                 }
-                encode(id, self.outcomes(ids), limits, out);
+                encode(&request, self.outcomes(ids), limits, out);
             } else {
                 assert!(!self.must_ask, "{command:?} before an outcome");
                 let mut state = self.shared.state.lock().unwrap();
@@ -493,7 +493,13 @@ impl Connection {
                 if let Some(channel) = state.channels.get_mut(&channel) {
                     channel.is_known = true;
                 }
-                let answer = (is_last != Some(false)).then(|| state.execute(&command, &data));
+                let id = request.id;
+                let has_crc = request.has_crc || limits.crc;
+                let is_damaged = has_crc && !data.is_empty() && request.data_crc != message::data_crc(&data);
+                let answer = (is_last != Some(false)).then(|| match is_damaged {
+                    true => Answer::failed(Status::DAMAGED, "It arrived damaged."),
+                    false => state.execute(&command, &data),
+                });
                 if let Some(answer) = &answer
                     && command.opcode().operation().is_recorded
                 {
@@ -509,7 +515,7 @@ impl Connection {
                 }
                 drop(state);
                 if let Some(answer) = answer {
-                    encode(id, answer, limits, out);
+                    encode(&request, answer, limits, out);
                 }
             }
         }
@@ -547,15 +553,17 @@ impl Answer {
     }
 }
 
-fn encode(id: u64, answer: Answer, limits: Limits, out: &mut Vec<u8>) {
-    let data_crc = if limits.crc { message::data_crc(&answer.data) } else { 0 };
+fn encode(request: &RequestHeader, answer: Answer, limits: Limits, out: &mut Vec<u8>) {
+    let has_crc = request.has_crc;
+    let data_crc = if limits.crc || has_crc { message::data_crc(&answer.data) } else { 0 };
     let response = ResponseHeader {
-        id,
+        id: request.id,
         body_len: 0,
         data_len: answer.data.len() as u32,
         status: answer.status,
         credits: 1,
         result: answer.result,
+        has_crc,
         data_crc,
     };
     response.encode(&answer.body, limits.crc, out);

@@ -39,7 +39,7 @@ pub use errors::raio_errmsg;
 pub use events::{raio_cancel, raio_event_errmsg, raio_getevents, raio_release};
 pub use file::{raio_close, raio_fstat, raio_open, raio_open_mode};
 pub use handle::Handle;
-pub use memory::{raio_alloc, raio_dereg_mr, raio_free, raio_reg_mr};
+pub use memory::{raio_alloc, raio_crc32c, raio_dereg_mr, raio_free, raio_reg_mr};
 pub use session::{raio_connect, raio_start, raio_stop};
 pub use state::{ContextState, Registration, raio_context, raio_mr};
 pub use submit::raio_submit;

@@ -95,6 +95,9 @@ pub struct Completion {
     pub buffers: Option<Buffers>,
     /// `buffers` is lent: give it to [`crate::Context::release`].
     pub is_lent: bool,
+    /// CRC32C of the bytes that were read, which are in `buffers` as the server has sent them: of a read that
+    /// was submitted with [`crate::Context::submit_with_crc`].
+    pub crc: Option<u32>,
 }
 
 /// The counters of a context.
@@ -132,6 +135,7 @@ pub struct Stats {
     pub queue_depth: u64,
     /// The largest request: longer reads and writes are sent in parts.
     pub io_bytes_max: u64,
-    /// Requests whose data has arrived damaged, each time: they were sent again, twice at most.
+    /// Requests whose data has arrived damaged, each time: they were sent again, twice at most. Also writes
+    /// that were not sent at all, because their data was not what its checksum says.
     pub checksum_errors: u64,
 }

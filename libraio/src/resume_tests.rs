@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::{Policy, SUPERSEDED_MAX};
+use raio_transport::message::FEATURE_REQUEST_CRC;
 use raio_transport::protocol::OPERATION_FEATURES;
 
 use crate::fake_server::{self, FakeServer};
-use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
+use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
 const BLOCK: usize = 512;
@@ -212,6 +213,37 @@ fn what_an_older_server_does_not_know_ends_and_the_rest_goes_on() {
         }
         assert_eq!(context.stats().reconnects, 1, "nothing was sent that has the server close");
     }
+}
+
+#[test]
+fn an_older_server_fails_operations_with_checksums_of_their_own_and_no_others() {
+    let options = Options { crc: Crc::Off, redo: true, ..Options::default() };
+    let (server, _session, file, mut context) = start(&options);
+    // One is in flight at the restart, and one waits for the connection.
+    server.hold(true);
+    context.submit_with_crc(&file, read(0), None, 0).unwrap();
+    context.flush();
+    server.reject(Some(libc::EUSERS));
+    server.restart(0);
+    server.forget(FEATURE_REQUEST_CRC);
+    assert_eq!(context.wait(1, 1, Some(Duration::from_millis(50))), Ok(0));
+    context.submit_with_crc(&file, read(0), None, 1).unwrap();
+    context.submit(&file, read(0), 2).unwrap();
+    server.hold(false);
+    server.reject(None);
+    let completions = collect(&mut context, 3);
+    context.submit_with_crc(&file, read(0), None, 0).unwrap();
+    for completion in completions.into_iter().chain(collect(&mut context, 1)) {
+        match (completion.token, completion.result) {
+            (2, result) => assert_eq!(result, Ok(BLOCK as u64)),
+            (token, result) => {
+                let error = result.unwrap_err();
+                assert_eq!(error.errno(), libc::EOPNOTSUPP, "{token}: {error}");
+                assert!(error.text.contains("CRC32C"), "{error}");
+            }
+        }
+    }
+    assert_eq!(context.stats().reconnects, 1, "nothing was sent that has the server close");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! the same session. Nothing on the data path comes here. What a session opens and makes is beside those
 //! types: [`Session::open`] in `file.rs`, [`Session::context`] in `context.rs`.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -13,7 +13,9 @@ use raio_transport::address::{Address, Scheme};
 use raio_transport::channel::{Abandoned, Channel, Dialer, OpenFiles, Settings};
 use raio_transport::handshake::{ChannelOffer, Offer, SUPERSEDED_MAX};
 use raio_transport::memory::process;
-use raio_transport::message::{FEATURE_CRC, FEATURE_PONG_TIME, SessionId};
+use raio_transport::message::{
+    FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC, SessionId,
+};
 use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
 use raio_transport::transport::{Reply, UsedIds};
@@ -42,14 +44,28 @@ pub struct Options {
     /// How long to busy-poll before sleeping, up to four times as long with many operations in flight. The
     /// busy-polling is adaptive: it stops where it does not pay.
     pub spin: Duration,
-    /// Protect headers and data with CRC32C. Connecting fails if the server cannot.
-    pub crc: bool,
+    /// Whether headers and data have checksums (CRC32C) on their way.
+    pub crc: Crc,
     /// How long a session whose connection was lost tries to go on; zero: it ends with its connection.
     pub reconnect: Duration,
     /// After a restart of the server, do again what may have been done ([`Error::is_unknown`]), rather than
     /// to let it fail. For a program that alone writes to its files: it would overwrite what another client
     /// has written meanwhile.
     pub redo: bool,
+}
+
+/// Whether the headers and the data of a session have checksums (CRC32C) on their way. Single operations can
+/// have them in any case: [`crate::Context::submit_with_crc`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Crc {
+    /// They have them over TCP to another host, if the server knows them. RDMA has better ones of its own,
+    /// and within a host there is no network.
+    #[default]
+    Auto,
+    /// They have them. Connecting fails if the server does not know them.
+    On,
+    /// They do not.
+    Off,
 }
 
 impl Default for Options {
@@ -60,7 +76,7 @@ impl Default for Options {
             call_timeout: tuning::CALL_TIMEOUT,
             request_timeout: None,
             spin: tuning::SPIN,
-            crc: false,
+            crc: Crc::Auto,
             reconnect: tuning::RECONNECT_WINDOW,
             redo: false,
         }
@@ -95,6 +111,8 @@ pub(crate) struct Shared {
     /// Where the server was reached.
     address: SocketAddr,
     options: Options,
+    /// Feature bits for checksums.
+    crc_features: u64,
     /// Why raio:// is TCP here: a message for people.
     why_tcp: Option<String>,
     /// Names the session on each of its connections.
@@ -114,6 +132,29 @@ pub(crate) struct Shared {
     /// Channels that were given up while something was under way by them that must not be overtaken: the next
     /// context takes their place.
     abandoned: Mutex<Vec<Abandoned>>,
+}
+
+/// The feature bits that a session asks for to have the checksums that it is to have.
+fn crc_features(crc: Crc, scheme: Scheme, address: SocketAddr) -> u64 {
+    FEATURE_REQUEST_CRC
+        | match crc {
+            Crc::On => FEATURE_CRC,
+            Crc::Auto if scheme != Scheme::Rdma && !is_this_host(address) => FEATURE_CRC | FEATURE_CRC_STREAM,
+            Crc::Auto | Crc::Off => 0,
+        }
+}
+
+/// Whether this is an address of this host: then the kernel would send to it from itself. Nothing is sent.
+pub(crate) fn is_this_host(address: SocketAddr) -> bool {
+    let any: SocketAddr = match address {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    };
+    let local = UdpSocket::bind(any).and_then(|socket| {
+        socket.connect(address)?;
+        socket.local_addr()
+    });
+    address.ip().to_canonical().is_loopback() || local.is_ok_and(|local| local.ip() == address.ip())
 }
 
 /// Sessions of this process that were given up while something was under way in them: the next session with
@@ -211,6 +252,7 @@ impl Session {
             scheme,
             address,
             options: options.clone(),
+            crc_features: crc_features(options.crc, scheme, address),
             why_tcp: None,
             id: SessionId::random(),
             process: process(),
@@ -360,9 +402,10 @@ impl Shared {
             session: self.id,
             supersedes,
             features: OPERATION_FEATURES
-                | if options.crc { FEATURE_CRC } else { 0 }
+                | self.crc_features
                 // Requests of the control connection are not traced.
                 | if !is_control && trace::is_wanted() { FEATURE_PONG_TIME } else { 0 },
+            requires_crc: options.crc == Crc::On,
             queue_depth: depth,
             channel: Some(ChannelOffer { number, epoch: epoch + 1, linger }),
             ..Offer::new(program_name())

@@ -4,8 +4,17 @@
 //! would: with the bytes that were done without a gap from its start, or with why the first one was not. What
 //! lies behind a part that was short or has failed does not count, and is not sent if it was not yet. Each
 //! part is a request of its own, with a credit and with what becomes of it when the connection breaks.
+//!
+//! If the whole has a checksum each part has one. Those of a write are computed at once, before the first
+//! part is sent, and must make that of the whole: so nothing is sent of data that is not what the program has
+//! made its checksum of, and the server finds out if a part changes later. Those of a read, as the server
+//! says them, make that of the whole.
 
+use std::collections::VecDeque;
+
+use raio_transport::Status;
 use raio_transport::memory::{Buffers, Divided};
+use raio_transport::message::{combined_crc, crc_of};
 use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::Bulk;
 
@@ -23,8 +32,10 @@ pub(crate) struct Split {
     length: u64,
     /// From its front the parts are taken.
     memory: Divided,
-    /// Parts that were not executed, to be sent again in parts of their own, and where they begin.
-    again: Vec<(u64, Divided)>,
+    /// With a checksum of the whole.
+    crcs: Option<Crcs>,
+    /// Parts that were not executed, to be sent again, perhaps in parts of their own.
+    again: Vec<Again>,
     /// Parts that were sent and are not over.
     in_flight: usize,
     /// No byte from here on counts.
@@ -40,29 +51,64 @@ pub(crate) struct Split {
     pub(crate) is_queued: bool,
 }
 
+/// The checksums of a split operation's parts.
+#[derive(Debug)]
+enum Crcs {
+    /// Of a write: of the parts that have not been taken, and the length of each but the last.
+    Unsent(VecDeque<u32>, usize),
+    /// Of a read: where a part begins, the length of what was read, and its checksum.
+    Read(Vec<(u64, u64, u32)>),
+}
+
+/// A part that is to be sent again.
+#[derive(Debug)]
+struct Again {
+    at: u64,
+    buffers: Buffers,
+    crc: Option<u32>,
+}
+
 /// A part that is to be sent.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) at: u64,
     pub(crate) length: u64,
+    /// For [`raio_transport::transport::SendOptions`].
+    pub(crate) crc: Option<u32>,
     pub(crate) command: Command<'static>,
     pub(crate) bulk: Bulk,
 }
 
 impl Split {
-    /// Nothing of it has been sent.
-    pub(crate) fn new(is_read: bool, file: FileHandle, offset: u64, buffers: Buffers) -> Self {
+    /// Nothing of it has been sent. `crc` is that of a write's data, if it has one; of a read any number.
+    /// Parts are expected to have at most `most` bytes.
+    pub(crate) fn new(
+        is_read: bool,
+        file: FileHandle,
+        offset: u64,
+        buffers: Buffers,
+        crc: Option<u32>,
+        most: usize,
+    ) -> Self {
         let length = buffers.len() as u64;
+        let most = aligned(most);
+        let crcs = match crc {
+            None => Ok(None),
+            Some(_) if is_read => Ok(Some(Crcs::Read(Vec::new()))),
+            Some(crc) => part_crcs(&buffers, most, crc).map(|crcs| Some(Crcs::Unsent(crcs.into(), most))),
+        };
+        let (end, failure) = if crcs.is_ok() { (length, None) } else { (0, Some(damaged())) };
         Self {
             is_read,
             file,
             offset,
             length,
             memory: Divided::new(buffers),
+            crcs: crcs.unwrap_or_default(),
             again: Vec::new(),
             in_flight: 0,
-            end: length,
-            failure: None,
+            end,
+            failure,
             unknown: None,
             has_effect: false,
             stopped: None,
@@ -75,54 +121,94 @@ impl Split {
         self.length - self.memory.left() as u64
     }
 
-    /// Whether a part is to be sent.
-    pub(crate) fn has_next(&self) -> bool {
-        self.unsent() < self.end || self.again.iter().any(|(at, _)| *at < self.end)
+    /// Whether it has failed because the data is not what it was when its checksum was computed.
+    pub(crate) fn is_damaged(&self) -> bool {
+        self.failure.as_ref().is_some_and(|failure| failure.status == Status::DAMAGED)
     }
 
-    /// The next part, of at most `most` bytes. It is in flight from now on.
+    /// Whether a part is to be sent.
+    pub(crate) fn has_next(&self) -> bool {
+        self.unsent() < self.end || self.again.iter().any(|again| again.at < self.end)
+    }
+
+    /// The next part, of at most `most` bytes. It is in flight from now on. None also if the data of a write
+    /// has changed: then it has failed.
     pub(crate) fn next(&mut self, most: usize) -> Option<Part> {
         let end = self.end;
-        self.again.retain(|(at, _)| *at < end);
-        let most = if most > PART_ALIGN { most - most % PART_ALIGN } else { most };
-        let unsent = self.unsent();
-        let (at, buffers) = match self.again.last_mut() {
-            Some((at, memory)) => {
-                let (from, buffers) = (*at, memory.take(most));
-                *at += buffers.len() as u64;
-                if memory.left() == 0 {
-                    self.again.pop();
-                }
-                (from, buffers)
-            }
-            None if unsent < end => (unsent, self.memory.take(most)),
+        self.again.retain(|again| again.at < end);
+        let Again { at, buffers, crc } = match self.again.pop() {
+            Some(again) => again,
+            None if self.unsent() < end => self.take(most),
             None => return None,
         };
+        let most = aligned(most);
+        if buffers.len() > most {
+            // The server takes less than it did.
+            self.divide(at, buffers, crc, most);
+            return self.next(most);
+        }
         self.in_flight += 1;
         let (file, offset, length) = (self.file, self.offset + at, buffers.len() as u32);
         let (command, bulk) = match self.is_read {
             true => (Command::Read { file, offset, length }, Bulk::In(buffers)),
             false => (Command::Write { file, offset, length }, Bulk::Out(buffers)),
         };
-        Some(Part { at, length: length.into(), command, bulk })
+        Some(Part { at, length: length.into(), crc, command, bulk })
+    }
+
+    /// The next part that has not been sent at all.
+    fn take(&mut self, most: usize) -> Again {
+        let at = self.unsent();
+        let (length, crc) = match &mut self.crcs {
+            None => (aligned(most), None),
+            Some(Crcs::Read(_)) => (aligned(most), Some(0)),
+            Some(Crcs::Unsent(crcs, length)) => (*length, crcs.pop_front()),
+        };
+        Again { at, buffers: self.memory.take(length), crc }
+    }
+
+    /// A part that is too large becomes several.
+    fn divide(&mut self, at: u64, buffers: Buffers, crc: Option<u32>, most: usize) {
+        let crcs = match crc.filter(|_| !self.is_read) {
+            None => Vec::new(),
+            Some(crc) => match part_crcs(&buffers, most, crc) {
+                Ok(crcs) => crcs,
+                Err(Damaged) => return self.cut(at, Some(damaged())),
+            },
+        };
+        let mut crcs = crcs.into_iter();
+        let mut memory = Divided::new(buffers);
+        let (mut at, mut parts) = (at, Vec::new());
+        while memory.left() > 0 {
+            let buffers = memory.take(most);
+            let length = buffers.len() as u64;
+            parts.push(Again { at, buffers, crc: crcs.next().or(crc) });
+            at += length;
+        }
+        // The first is taken first.
+        self.again.extend(parts.into_iter().rev());
     }
 
     /// The part that begins at `at` was not executed, and is to be sent again.
-    pub(crate) fn put_back(&mut self, at: u64, bulk: Bulk) {
+    pub(crate) fn put_back(&mut self, at: u64, bulk: Bulk, crc: Option<u32>) {
         self.in_flight -= 1;
         match (self.stopped.clone(), bulk) {
             (Some(stopped), _) => self.cut(at, Some(stopped)),
-            (None, Bulk::In(buffers) | Bulk::Out(buffers)) => self.again.push((at, Divided::new(buffers))),
+            (None, Bulk::In(buffers) | Bulk::Out(buffers)) => self.again.push(Again { at, buffers, crc }),
             (None, Bulk::None) => unreachable!("a part has buffers"),
         }
     }
 
-    /// The part of `length` bytes that begins at `at` is over. Its buffers must be gone.
-    pub(crate) fn part_over(&mut self, at: u64, length: u64, result: Result<u64, Error>) {
+    /// The part of `length` bytes that begins at `at` is over. Its buffers must be gone. `crc` is that of
+    /// what was read.
+    pub(crate) fn part_over(&mut self, at: u64, length: u64, result: Result<u64, Error>, crc: u32) {
         self.in_flight -= 1;
         match result {
             Ok(done) => {
                 self.has_effect |= done > 0;
+                if let Some(Crcs::Read(parts)) = &mut self.crcs {
+                    parts.push((at, done, crc));
+                }
                 if done < length {
                     self.cut(at + done, None);
                 }
@@ -139,7 +225,7 @@ impl Split {
     /// What has not been sent is not to be sent: it has failed.
     pub(crate) fn stop(&mut self, failure: &Error) {
         let again = std::mem::take(&mut self.again);
-        let first = again.iter().map(|(at, _)| *at).chain([self.unsent()]).min();
+        let first = again.iter().map(|again| again.at).chain([self.unsent()]).min();
         if let Some(first) = first {
             self.cut(first, Some(failure.clone()));
         }
@@ -162,10 +248,19 @@ impl Split {
         !self.is_read && (self.has_effect || self.unknown.is_some())
     }
 
-    /// How the whole has ended, with its buffers. It must be over.
-    pub(crate) fn finish(self) -> (Result<u64, Error>, Bulk) {
-        let Self { is_read, memory, again, end, failure, unknown, .. } = self;
+    /// How the whole has ended, with its buffers, and with the checksum of what was read. It must be over.
+    pub(crate) fn finish(self) -> (Result<u64, Error>, Bulk, Option<u32>) {
+        let Self { is_read, memory, again, end, failure, unknown, crcs, .. } = self;
         drop(again);
+        let crc = match crcs {
+            Some(Crcs::Read(mut parts)) => {
+                // Where one ends early the next ones do not count.
+                parts.retain(|(at, ..)| *at < end);
+                parts.sort_unstable_by_key(|(at, ..)| *at);
+                Some(parts.iter().fold(0, |all, &(_, length, crc)| combined_crc(all, crc, length)))
+            }
+            Some(Crcs::Unsent(..)) | None => None,
+        };
         let result = match (unknown, failure) {
             (Some(unknown), _) => Err(unknown),
             (None, Some(failure)) if end == 0 => Err(failure),
@@ -176,8 +271,36 @@ impl Split {
             Ok(buffers) => Bulk::Out(buffers),
             Err(_) => unreachable!("every part is over, and its buffers are gone"),
         };
-        (result, bulk)
+        (result, bulk, crc)
     }
+}
+
+/// The length of a part that may have `most` bytes.
+fn aligned(most: usize) -> usize {
+    if most > PART_ALIGN { most - most % PART_ALIGN } else { most }
+}
+
+/// The data is not what its checksum was computed of.
+struct Damaged;
+
+/// The checksums of the parts of `length` bytes that buffers consist of, if together they are `whole`.
+fn part_crcs(buffers: &Buffers, length: usize, whole: u32) -> Result<Vec<u32>, Damaged> {
+    let (mut crcs, mut all) = (Vec::new(), 0);
+    for at in (0..buffers.len()).step_by(length) {
+        let range = at..buffers.len().min(at + length);
+        let crc = crc_of(buffers.slices(range.clone()));
+        all = combined_crc(all, crc, range.len() as u64);
+        crcs.push(crc);
+    }
+    if all == whole { Ok(crcs) } else { Err(Damaged) }
+}
+
+fn damaged() -> Error {
+    Error::new(
+        Status::DAMAGED,
+        "The data is not what its checksum was computed of: memory is damaged, or the program has changed \
+         it, or has computed the checksum of something else. What was not sent before is not sent.",
+    )
 }
 
 #[cfg(test)]
@@ -195,7 +318,103 @@ mod tests {
     fn split(length: usize) -> Split {
         let cut = length / 3;
         let pieces = [cut, length - cut].map(|len| Buffer::Owned(vec![0; len].into()));
-        Split::new(false, FILE, 1000, Buffers::Many(pieces.into()))
+        Split::new(false, FILE, 1000, Buffers::Many(pieces.into()), None, 1 << 20)
+    }
+
+    /// A write of these bytes, in pieces, of which the program says this checksum.
+    fn checked(bytes: &[u8], crc: u32, most: usize) -> Split {
+        let (first, second) = bytes.split_at(bytes.len() / 3);
+        let pieces = [first, second].map(|piece| Buffer::Owned(piece.into()));
+        Split::new(false, FILE, 0, Buffers::Many(pieces.into()), Some(crc), most)
+    }
+
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|at| (at * 7 + at / 251) as u8).collect()
+    }
+
+    fn bytes_of(bulk: &Bulk) -> Vec<u8> {
+        let (Bulk::In(buffers) | Bulk::Out(buffers)) = bulk else { panic!("no buffers") };
+        buffers.slices(0..buffers.len()).flatten().copied().collect()
+    }
+
+    /// Sends all that is to be sent, each with its right checksum. Which parts.
+    fn send_checked(split: &mut Split, most: usize) -> Vec<(u64, u64)> {
+        let mut parts = Vec::new();
+        while let Some(Part { at, length, crc, bulk, .. }) = split.next(most) {
+            assert_eq!(crc, Some(crc_of([&bytes_of(&bulk)[..]].into_iter())), "at {at}");
+            drop(bulk);
+            split.part_over(at, length, Ok(length), 0);
+            parts.push((at, length));
+        }
+        parts
+    }
+
+    #[test]
+    fn each_part_of_a_write_with_a_checksum_has_its_own() {
+        let bytes = pattern(40_000);
+        let crc = crc_of([&bytes[..]].into_iter());
+        let mut split = checked(&bytes, crc, 10_000);
+        assert!(!split.is_damaged());
+        // More than was expected does not make them longer.
+        let parts = send_checked(&mut split, 20_000);
+        assert_eq!(parts, [(0, 8192), (8192, 8192), (16_384, 8192), (24_576, 8192), (32_768, 7232)]);
+        assert_eq!(split.finish().0, Ok(40_000));
+    }
+
+    #[test]
+    fn of_data_that_is_not_what_its_checksum_says_nothing_is_sent() {
+        let bytes = pattern(40_000);
+        let crc = crc_of([&bytes[..]].into_iter());
+        let mut split = checked(&bytes, crc ^ 1, 8192);
+        assert!(split.is_damaged() && split.is_over() && split.next(8192).is_none());
+        let (result, bulk, _) = split.finish();
+        assert_eq!(result.unwrap_err().status, Status::DAMAGED);
+        assert_eq!(bytes_of(&bulk), bytes, "the buffers come back");
+    }
+
+    #[test]
+    fn a_part_with_a_checksum_that_is_too_large_is_divided_and_compared_once_more() {
+        let bytes = pattern(20_000);
+        let crc = crc_of([&bytes[..]].into_iter());
+        for is_changed in [false, true] {
+            let mut split = checked(&bytes, crc, 16_384);
+            let Part { at, crc, mut bulk, .. } = split.next(16_384).unwrap();
+            if is_changed && let Bulk::Out(buffers) = &mut bulk {
+                buffers.write_at(9000, &[0xa5]);
+            }
+            split.put_back(at, bulk, crc);
+            let parts = send_checked(&mut split, 4096);
+            let (result, ..) = split.finish();
+            if is_changed {
+                assert_eq!((parts, result.unwrap_err().status), (Vec::new(), Status::DAMAGED));
+            } else {
+                let expected = [(0, 4096), (4096, 4096), (8192, 4096), (12_288, 4096), (16_384, 3616)];
+                assert_eq!((&parts[..], result), (&expected[..], Ok(20_000)));
+            }
+        }
+    }
+
+    #[test]
+    fn the_checksum_of_a_read_is_that_of_the_bytes_that_count() {
+        let bytes = pattern(30_000);
+        for (done, order) in [(30_000, false), (30_000, true), (20_000, true), (16_384, false), (0, false)] {
+            let buffers = Buffers::One(Buffer::Owned(vec![0; 30_000].into()));
+            let mut split = Split::new(true, FILE, 0, buffers, Some(0), 8192);
+            let mut parts: Vec<_> = std::iter::from_fn(|| split.next(8192)).collect();
+            if order {
+                parts.reverse();
+            }
+            for Part { at, length, crc, bulk, .. } in parts {
+                assert_eq!(crc, Some(0));
+                drop(bulk);
+                let end = (at + length).min(done.max(at));
+                let read = &bytes[at as usize..end as usize];
+                split.part_over(at, length, Ok(end - at), crc_of([read].into_iter()));
+            }
+            let (result, _, crc) = split.finish();
+            assert_eq!(result, Ok(done));
+            assert_eq!(crc, Some(crc_of([&bytes[..done as usize]].into_iter())));
+        }
     }
 
     fn failure(errno: i32) -> Error {
@@ -203,7 +422,7 @@ mod tests {
     }
 
     fn take(split: &mut Split, most: usize) -> (u64, u64) {
-        let Part { at, length, command, bulk } = split.next(most).unwrap();
+        let Part { at, length, command, bulk, .. } = split.next(most).unwrap();
         assert_eq!(command, Command::Write { file: FILE, offset: 1000 + at, length: length as u32 });
         assert!(matches!(bulk, Bulk::Out(buffers) if buffers.len() as u64 == length));
         (at, length)
@@ -217,10 +436,10 @@ mod tests {
         assert!(!split.has_next() && split.next(10_000).is_none());
         for &(at, length) in parts.iter().rev() {
             assert!(!split.is_over());
-            split.part_over(at, length, Ok(length));
+            split.part_over(at, length, Ok(length), 0);
         }
         assert!(split.is_over() && split.has_effect());
-        let (result, bulk) = split.finish();
+        let (result, bulk, _) = split.finish();
         assert_eq!(result, Ok(20_000));
         assert!(matches!(bulk, Bulk::Out(Buffers::Many(pieces)) if pieces.len() == 2));
     }
@@ -232,10 +451,10 @@ mod tests {
         {
             let mut split = split(100_000);
             let parts: Vec<_> = (0..3).map(|_| take(&mut split, 8192)).collect();
-            split.part_over(parts[2].0, 8192, Ok(8192));
-            split.part_over(parts[1].0, 8192, result);
+            split.part_over(parts[2].0, 8192, Ok(8192), 0);
+            split.part_over(parts[1].0, 8192, result, 0);
             assert!(!split.has_next() && !split.is_over());
-            split.part_over(parts[0].0, 8192, Ok(8192));
+            split.part_over(parts[0].0, 8192, Ok(8192), 0);
             assert!(split.is_over());
             assert_eq!(split.finish().0, expected);
         }
@@ -246,8 +465,8 @@ mod tests {
         let mut split = split(16_384);
         take(&mut split, 8192);
         take(&mut split, 8192);
-        split.part_over(8192, 8192, Err(failure(libc::EIO)));
-        split.part_over(0, 8192, Err(failure(libc::ENOSPC)));
+        split.part_over(8192, 8192, Err(failure(libc::EIO)), 0);
+        split.part_over(0, 8192, Err(failure(libc::ENOSPC)), 0);
         assert_eq!(split.finish().0, Err(failure(libc::ENOSPC)));
     }
 
@@ -257,8 +476,8 @@ mod tests {
         take(&mut split, 8192);
         take(&mut split, 8192);
         let unknown = Error { is_unknown: true, ..failure(libc::ECONNRESET) };
-        split.part_over(8192, 8192, Err(unknown.clone()));
-        split.part_over(0, 8192, Ok(8192));
+        split.part_over(8192, 8192, Err(unknown.clone()), 0);
+        split.part_over(0, 8192, Ok(8192), 0);
         assert_eq!(split.finish().0, Err(unknown));
     }
 
@@ -266,12 +485,12 @@ mod tests {
     fn a_part_that_is_too_large_is_sent_in_parts_of_its_own() {
         let mut split = split(40_000);
         let Part { at, bulk, .. } = split.next(16_384).unwrap();
-        split.put_back(at, bulk);
+        split.put_back(at, bulk, None);
         let mut sizes = Vec::new();
         while split.has_next() {
             let (at, length) = take(&mut split, 4096);
             sizes.push((at, length));
-            split.part_over(at, length, Ok(length));
+            split.part_over(at, length, Ok(length), 0);
         }
         assert_eq!(sizes[..5], [(0, 4096), (4096, 4096), (8192, 4096), (12_288, 4096), (16_384, 4096)]);
         assert!(split.is_over());
@@ -283,13 +502,13 @@ mod tests {
         let mut split = split(40_000);
         take(&mut split, 8192);
         let Part { at, bulk, .. } = split.next(8192).unwrap();
-        split.put_back(at, bulk);
+        split.put_back(at, bulk, None);
         let Part { at, bulk, .. } = split.next(4096).unwrap();
         split.stop(&failure(libc::ECANCELED));
         assert!(!split.has_next() && !split.is_over());
-        split.put_back(at, bulk);
+        split.put_back(at, bulk, None);
         assert!(!split.has_next() && !split.is_over());
-        split.part_over(0, 8192, Ok(8192));
+        split.part_over(0, 8192, Ok(8192), 0);
         assert!(split.is_over());
         assert_eq!(split.finish().0, Ok(8192));
     }
@@ -314,7 +533,7 @@ mod tests {
                     let Part { at, length, bulk, .. } = part;
                     if kind == 7 && put_back < 30 {
                         put_back += 1;
-                        split.put_back(at, bulk);
+                        split.put_back(at, bulk, None);
                         continue;
                     }
                     drop(bulk);
@@ -322,12 +541,12 @@ mod tests {
                         0 => Err(failure(libc::ENOSPC)),
                         n => Ok(n),
                     };
-                    split.part_over(at, length, result);
+                    split.part_over(at, length, result, 0);
                 } else if split.has_next() {
                     in_flight.push_back(split.next(most).unwrap());
                 }
             }
-            let (result, bulk) = split.finish();
+            let (result, bulk, _) = split.finish();
             let expected = match done.min(length as u64) {
                 0 => Err(failure(libc::ENOSPC)),
                 n => Ok(n),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::Policy;
 
 use crate::fake_server::{FakeServer, collect};
-use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
+use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
 const IO_MAX: usize = 8192;
@@ -72,7 +72,7 @@ fn one(context: &mut Context, file: &File, operation: Operation) -> Completion {
 #[test]
 fn an_operation_of_any_length_is_one_completion() {
     for lengths in [&[][..], &[1, 0, 5], &[IO_MAX], &[IO_MAX - 1, IO_MAX, 2], &[3; 1000]] {
-        for crc in [false, true] {
+        for crc in [Crc::Off, Crc::On] {
             let (server, _session, file, mut context) = start(&Options { crc, ..Options::default() });
             let data = pattern(LONG);
             let operation = Operation::Write { offset: 5, buffers: pieces(&data, lengths) };
@@ -248,18 +248,26 @@ fn an_fsync_after_a_restart_in_the_middle_says_that_the_first_part_may_be_lost()
 
 #[test]
 fn a_server_that_takes_less_after_a_restart_gets_smaller_parts() {
-    for io_max in [4096, 5000, 2 * IO_MAX as u32] {
+    let cases = [4096, 5000, 2 * IO_MAX as u32].map(|io_max| [(io_max, false), (io_max, true)]);
+    for (io_max, with_crc) in cases.into_iter().flatten() {
+        let submit = |context: &mut Context, file: &File, operation, token| {
+            let ticket = match with_crc {
+                true => context.submit_with_crc(file, operation, None, token),
+                false => context.submit(file, operation, token),
+            };
+            ticket.unwrap()
+        };
         let (server, session, file, mut context) = start(&Options { redo: true, ..Options::default() });
         // Sent, waiting for a credit, waiting for a lent buffer; whole and in parts.
         server.hold(true);
         for n in 0..3 {
-            context.submit(&file, write(n * LONG as u64, &pattern(LONG)), n).unwrap();
+            submit(&mut context, &file, write(n * LONG as u64, &pattern(LONG)), n);
         }
         for n in 3..10 {
             let offset = n * LONG as u64;
-            context.submit(&file, write(offset, &pattern(IO_MAX)), n).unwrap();
+            submit(&mut context, &file, write(offset, &pattern(IO_MAX)), n);
         }
-        context.submit(&file, read(9 * LONG as u64, 10), 10).unwrap();
+        submit(&mut context, &file, read(9 * LONG as u64, 10), 10);
         context.flush();
         server.reject(Some(libc::EUSERS));
         server.restart(0);
@@ -307,4 +315,37 @@ fn a_long_operation_ends_with_its_session() {
     context.submit(&file, write(0, &pattern(LONG)), 0).unwrap();
     context.close();
     assert_eq!(server.contents(PATH), pattern(LONG));
+}
+
+#[test]
+fn a_long_write_with_a_checksum_is_compared_before_it_is_sent_and_a_read_brings_one() {
+    for features in [Crc::Off, Crc::On] {
+        let (server, _session, file, mut context) = start(&Options { crc: features, ..Options::default() });
+        let data = pattern(LONG);
+        let crc = raio_transport::message::data_crc(&data);
+        for (said, expected) in
+            [(Some(crc ^ 1), Err(libc::EILSEQ)), (Some(crc), Ok(LONG as u64)), (None, Ok(LONG as u64))]
+        {
+            context.submit_with_crc(&file, write(0, &data), said, 0).unwrap();
+            let written = collect(&mut context, 1).remove(0);
+            assert_eq!(
+                written.result.as_ref().map_err(|error| error.errno()),
+                expected.as_ref().map_err(|&errno| errno)
+            );
+            assert_eq!(written.crc, None);
+            assert!(server.contents(PATH) == if expected.is_ok() { &data[..] } else { &[] });
+        }
+        assert_eq!(context.stats().checksum_errors, 1);
+        let buffers = pieces(&vec![0; LONG + 100], &[1, 5000]);
+        for operation in
+            [Operation::Read { offset: 0, buffers }, Operation::ReadLent { offset: 0, length: LONG }]
+        {
+            context.submit_with_crc(&file, operation, None, 0).unwrap();
+            let was_read = collect(&mut context, 1).remove(0);
+            assert_eq!((was_read.result.clone(), was_read.crc), (Ok(LONG as u64), Some(crc)));
+            assert!(bytes(was_read)[..LONG] == data);
+        }
+        let was_read = one(&mut context, &file, read(0, 100));
+        assert_eq!(was_read.crc, None, "it was not asked for");
+    }
 }

@@ -5,7 +5,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES, OPERATIONS};
 
 use crate::fake_server::FakeServer;
-use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session};
+use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 fn policy() -> Policy {
     Policy { queue_depth: 8, data_bytes_max: 64 << 10, ..Policy::default() }
@@ -70,7 +70,7 @@ fn files_are_opened_looked_at_and_closed() {
 
 #[test]
 fn more_operations_than_credits_are_done_in_order_of_submission() {
-    for crc in [false, true] {
+    for crc in [Crc::Off, Crc::On] {
         let (server, _, _) = start();
         let session = connect(&server, &Options { crc, ..Options::default() });
         let file = session.open("/e/data", libc::O_RDONLY, 0).unwrap();
@@ -464,4 +464,46 @@ fn stop_ends_the_calls_of_other_threads_at_once() {
         }
     });
     assert!(began.elapsed() < Options::default().call_timeout / 10, "{:?}", began.elapsed());
+}
+
+#[test]
+fn one_operation_may_have_checksums_in_a_session_without() {
+    for crc in [Crc::Off, Crc::On] {
+        let (server, _, _) = start();
+        let session = connect(&server, &Options { crc, ..Options::default() });
+        let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+        let mut context = session.context(8).unwrap();
+        let before = server.contents("/e/data");
+        let data = vec![0x5a; 5000];
+        let buffers = || Buffers::One(Buffer::Owned(data.clone().into()));
+        let good = raio_transport::message::data_crc(&data);
+        let write = || Operation::Write { offset: 0, buffers: buffers() };
+        context.submit_with_crc(&file, write(), Some(good ^ 1), 0).unwrap();
+        let error = collect(&mut context, 1).remove(0).result.unwrap_err();
+        assert_eq!((error.errno(), error.is_unknown), (libc::EILSEQ, false), "{error}");
+        assert!(server.contents("/e/data") == before, "nothing was written");
+        assert_eq!(context.stats().checksum_errors, 3);
+        for said in [Some(good), None] {
+            context.submit_with_crc(&file, write(), said, 0).unwrap();
+            assert_eq!(collect(&mut context, 1).remove(0).result, Ok(5000));
+            assert!(server.contents("/e/data")[..5000] == data);
+        }
+        context.submit_with_crc(&file, read(0, 5000), None, 0).unwrap();
+        let was_read = collect(&mut context, 1).remove(0);
+        assert_eq!((was_read.result, was_read.crc), (Ok(5000), Some(good)));
+        context.submit_with_crc(&file, Operation::Fsync { data_only: false }, None, 0).unwrap();
+        let synced = collect(&mut context, 1).remove(0);
+        assert_eq!((synced.result, synced.crc), (Ok(0), None));
+        assert_eq!((context.stats().reconnects, context.stats().checksum_errors), (0, 3));
+    }
+}
+
+#[test]
+fn addresses_of_this_host_are_known() {
+    for local in ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        assert!(crate::session::is_this_host(local.parse().unwrap()), "{local}");
+    }
+    for other in ["192.0.2.1:1", "[2001:db8::1]:1"] {
+        assert!(!crate::session::is_this_host(other.parse().unwrap()), "{other}");
+    }
 }

@@ -15,7 +15,7 @@ use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::protocol::Command;
 use raio_transport::random::SplitMix64;
-use raio_transport::transport::{Bulk, Reply};
+use raio_transport::transport::{Bulk, Reply, SendOptions};
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use slab::Slab;
@@ -309,7 +309,7 @@ impl<'a> Load<'a> {
         let tag = self.issued.insert(Issued { place: n, offset, is_read, at });
         // It has a credit for each that it may have in flight. If it takes none it has failed, or connects
         // again.
-        if session.client.send(tag as u64, &self.command, bulk, false).is_err() {
+        if session.client.send(tag as u64, &self.command, bulk, SendOptions::PLAIN).is_err() {
             self.issued.remove(tag);
             if self.plan.reconnect.is_zero() {
                 place.left = 0;

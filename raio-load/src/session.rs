@@ -16,7 +16,7 @@ use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{self, SessionId};
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
-use raio_transport::transport::{Bulk, ClientTransport, Reply, UsedIds};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, SendOptions, UsedIds};
 use raio_transport::{Error, tcp};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -116,7 +116,7 @@ impl Session {
                 Error::Closed { errno: libc::ETIMEDOUT, text }
             }
         };
-        if self.client.send(0, &body, bulk, true).is_err() {
+        if self.client.send(0, &body, bulk, SendOptions::CONTROL).is_err() {
             return Err(lost(&self.client));
         }
         self.client.flush();

@@ -10,7 +10,7 @@ use crate::message;
 use crate::mux::Reached;
 use crate::protocol::{Command, FileHandle};
 use crate::random;
-use crate::transport::{Bulk, ClientTransport, Reply, UsedIds};
+use crate::transport::{Bulk, ClientTransport, Reply, SendOptions, UsedIds};
 
 /// A channel whose first connection is being made: [`Channel::connect`] waits for it, this does not. Dropping
 /// it gives the channel up.
@@ -190,19 +190,19 @@ impl Beginning {
 
 impl Connected {
     fn ask(&mut self) {
-        self.send(&Command::Outcome { ids: &[] }, true);
+        self.send(&Command::Outcome { ids: &[] }, SendOptions::CONTROL);
     }
 
     /// Has the server look at a file that is open for reading, without touching its storage.
     fn probe(&mut self, file: FileHandle) {
-        self.send(&Command::Read { file, offset: 0, length: 0 }, false);
+        self.send(&Command::Read { file, offset: 0, length: 0 }, SendOptions::PLAIN);
     }
 
-    fn send(&mut self, command: &Command<'_>, is_control: bool) {
+    fn send(&mut self, command: &Command<'_>, options: SendOptions) {
         let mut body = Vec::new();
         command.encode(&mut body);
         // If the connection has ended already, that is found out by the next `receive`.
-        let _ = self.transport.send(0, &body, Bulk::None, is_control);
+        let _ = self.transport.send(0, &body, Bulk::None, options);
         self.transport.flush();
     }
 

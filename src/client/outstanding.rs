@@ -3,7 +3,7 @@
 use crate::error::Violation;
 use crate::handshake::Grant;
 use crate::protocol::Opcode;
-use crate::transport::{IdHistory as History, KeptCommand, RequestId, UsedIds};
+use crate::transport::{IdHistory as History, KeptCommand, RequestId, SendOptions, UsedIds};
 
 /// The requests: ids are slot index and generation, so that a late response never hits a reused slot.
 #[derive(Debug)]
@@ -29,14 +29,14 @@ struct Slot<T> {
 #[derive(Clone, Debug)]
 pub(super) struct Sent {
     pub command: KeptCommand,
-    pub control: bool,
+    pub options: SendOptions,
 }
 
 impl<T> Outstanding<T> {
     /// For a connection with this grant.
     pub fn new(grant: &Grant) -> Self {
         let credits = grant.credits();
-        let none = || Sent { command: KeptCommand::Short([0; 24]), control: false };
+        let none = || Sent { command: KeptCommand::Short([0; 24]), options: SendOptions::PLAIN };
         let slot = |_| Slot { history: History::default(), value: None, sent: none() };
         Self {
             slots: (0..credits).map(slot).collect(),
@@ -86,8 +86,8 @@ impl<T> Outstanding<T> {
 
     /// Spends a credit on a request with this command. Returns the value if there is none left.
     #[inline]
-    pub fn insert(&mut self, value: T, control: bool, command: &[u8]) -> Result<RequestId, T> {
-        if !self.may_insert(control) {
+    pub fn insert(&mut self, value: T, options: SendOptions, command: &[u8]) -> Result<RequestId, T> {
+        if !self.may_insert(options.control) {
             return Err(value);
         }
         let Some(index) = self.free.pop() else { return Err(value) };
@@ -97,7 +97,7 @@ impl<T> Outstanding<T> {
         if Opcode::is_recorded_on_wire(command) {
             slot.history.on_recorded();
         }
-        slot.sent = Sent { command: KeptCommand::from(command), control };
+        slot.sent = Sent { command: KeptCommand::from(command), options };
         *vacant = Some(value);
         Ok(slot.history.id(index))
     }
@@ -200,19 +200,19 @@ mod tests {
     #[test]
     fn the_last_credit_is_for_control_messages() {
         let mut outstanding = Outstanding::new(&grant(2));
-        outstanding.insert((), false, &READ).unwrap();
-        outstanding.insert((), false, &READ).unwrap();
-        assert!(outstanding.insert((), false, &READ).is_err());
-        outstanding.insert((), true, &READ).unwrap();
-        assert!(outstanding.insert((), true, &READ).is_err());
+        outstanding.insert((), SendOptions::PLAIN, &READ).unwrap();
+        outstanding.insert((), SendOptions::PLAIN, &READ).unwrap();
+        assert!(outstanding.insert((), SendOptions::PLAIN, &READ).is_err());
+        outstanding.insert((), SendOptions::CONTROL, &READ).unwrap();
+        assert!(outstanding.insert((), SendOptions::CONTROL, &READ).is_err());
     }
 
     #[test]
     fn a_late_response_does_not_hit_a_reused_slot() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let first = outstanding.insert('a', false, &READ).unwrap();
+        let first = outstanding.insert('a', SendOptions::PLAIN, &READ).unwrap();
         assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Ok('a'));
-        let second = outstanding.insert('b', false, &READ).unwrap();
+        let second = outstanding.insert('b', SendOptions::PLAIN, &READ).unwrap();
         assert_ne!(first, second);
         assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Err(Violation::RequestId));
         assert_eq!(outstanding.finish(second, 1, |_| Ok(())), Ok('b'));
@@ -221,15 +221,15 @@ mod tests {
     #[test]
     fn credits_that_were_never_spent_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(1));
-        let id = outstanding.insert((), false, &READ).unwrap();
+        let id = outstanding.insert((), SendOptions::PLAIN, &READ).unwrap();
         assert_eq!(outstanding.finish(id, 2, |_| Ok(())), Err(Violation::Credits));
     }
 
     #[test]
     fn credits_of_a_request_that_is_not_over_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(4));
-        let first = outstanding.insert((), false, &READ).unwrap();
-        outstanding.insert((), false, &READ).unwrap();
+        let first = outstanding.insert((), SendOptions::PLAIN, &READ).unwrap();
+        outstanding.insert((), SendOptions::PLAIN, &READ).unwrap();
         assert_eq!(outstanding.finish(first, 2, |_| Ok(())), Err(Violation::Credits));
         assert_eq!(outstanding.finish(first, 1, |_| Ok(())), Ok(()));
     }
@@ -237,8 +237,8 @@ mod tests {
     #[test]
     fn credits_that_are_all_kept_are_a_violation() {
         let mut outstanding = Outstanding::new(&grant(2));
-        let first = outstanding.insert('a', false, &READ).unwrap();
-        let second = outstanding.insert('b', false, &READ).unwrap();
+        let first = outstanding.insert('a', SendOptions::PLAIN, &READ).unwrap();
+        let second = outstanding.insert('b', SendOptions::PLAIN, &READ).unwrap();
         // They may yet come with the next response.
         assert_eq!(outstanding.finish(first, 0, |_| Ok(())), Ok('a'));
         assert_eq!(outstanding.finish(second, 0, |_| Ok(())), Err(Violation::Credits));
@@ -250,7 +250,7 @@ mod tests {
         let mut outstanding = Outstanding::new(&grant(1));
         // The control credit's slot, so that all have the other one.
         let mut run = |command: &[u8]| {
-            let id = outstanding.insert((), false, command).unwrap();
+            let id = outstanding.insert((), SendOptions::PLAIN, command).unwrap();
             outstanding.finish(id, 1, |_| Ok(())).unwrap();
             id
         };
@@ -275,7 +275,7 @@ mod tests {
             let mut outstanding = Outstanding::new(&grant(depth));
             outstanding.set_used_ids(&used);
             for _ in 0..depth {
-                let id = outstanding.insert((), false, &WRITE).unwrap();
+                let id = outstanding.insert((), SendOptions::PLAIN, &WRITE).unwrap();
                 assert!(!earlier.contains(&id), "{id:?}");
                 earlier.push(id);
             }
@@ -287,8 +287,8 @@ mod tests {
     #[test]
     fn a_request_is_found_by_what_it_holds() {
         let mut outstanding = Outstanding::new(&grant(2));
-        let first = outstanding.insert('a', false, &READ).unwrap();
-        outstanding.insert('b', false, &READ).unwrap();
+        let first = outstanding.insert('a', SendOptions::PLAIN, &READ).unwrap();
+        outstanding.insert('b', SendOptions::PLAIN, &READ).unwrap();
         assert_eq!(outstanding.find(|&value| value == 'a'), Some(first));
         outstanding.finish(first, 1, |_| Ok(())).unwrap();
         assert_eq!(outstanding.find(|&value| value == 'a'), None);

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::handshake::{Offer, Policy};
 use crate::memory::Buffer;
-use crate::message::{FEATURE_CRC, FEATURE_PONG_TIME, Link};
+use crate::message::{FEATURE_CRC, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC, Link};
 use crate::trace::Clock;
 use crate::tuning::CLOCK_SAMPLES;
 use crate::tuning::LARGE_BYTES;
@@ -52,7 +52,16 @@ fn bytes_of(bulk: &Bulk) -> Vec<u8> {
 
 /// Queues a request as a stream's transport does.
 fn send<L: Default>(core: &mut Core<L>, tag: u64, bulk: Bulk) -> Option<RequestId> {
-    if !core.may_send(&[0; 24], bulk.len(), false) {
+    send_with(core, tag, bulk, SendOptions::PLAIN)
+}
+
+fn send_with<L: Default>(
+    core: &mut Core<L>,
+    tag: u64,
+    bulk: Bulk,
+    options: SendOptions,
+) -> Option<RequestId> {
+    if !core.may_send(&[0; 24], bulk.len(), options) {
         return None;
     }
     let region = match bulk.len_in() {
@@ -60,7 +69,7 @@ fn send<L: Default>(core: &mut Core<L>, tag: u64, bulk: Bulk) -> Option<RequestI
         len => RemoteRegion::In { address: 0, key: 0, len: len as u32 },
     };
     let exposed = Exposed { region, data_len: bulk.len_out(), lease: L::default() };
-    Some(core.send(tag, &[tag as u8; 24], bulk, false, exposed).unwrap())
+    Some(core.send(tag, &[tag as u8; 24], bulk, options, exposed).unwrap())
 }
 
 /// Everything that is to be sent, in pieces of at most `n` bytes.
@@ -102,6 +111,7 @@ fn response(id: RequestId, data: &[u8]) -> ResponseHeader {
         status: Status::OK,
         credits: 1,
         result: data.len() as u64,
+        has_crc: false,
         data_crc: 0,
     }
 }
@@ -109,7 +119,7 @@ fn response(id: RequestId, data: &[u8]) -> ResponseHeader {
 /// A response on the stream.
 fn answer(id: RequestId, data: &[u8], crc: bool, stream: &mut Vec<u8>) {
     let data_crc = if crc { message::data_crc(data) } else { 0 };
-    ResponseHeader { data_crc, ..response(id, data) }.encode(&[], crc, stream);
+    ResponseHeader { has_crc: false, data_crc, ..response(id, data) }.encode(&[], crc, stream);
     stream.extend_from_slice(data);
 }
 
@@ -152,7 +162,7 @@ fn violation(core: &Core) -> Violation {
 }
 
 fn parse_one(bytes: &[u8]) -> Message<'_> {
-    let limits = Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
+    let limits = Limits { crc: false, request_crc: false, data_bytes_max: 1 << 20, pong_time: false };
     match message::parse(bytes, &limits).unwrap() {
         Parsed::Item(message, taken) => {
             assert_eq!(taken, bytes.len());
@@ -170,8 +180,8 @@ fn there_are_as_many_requests_as_credits_and_one_more_for_control() {
     let (mut core, _) = core(0);
     let ids: Vec<_> = (0..8).map(|tag| send(&mut core, tag, Bulk::None).unwrap()).collect();
     assert_eq!((core.credits(), core.outstanding()), (0, 8));
-    assert!(!core.may_send(&[], 0, false));
-    assert!(core.may_send(&[], 0, true));
+    assert!(!core.may_send(&[], 0, SendOptions::PLAIN));
+    assert!(core.may_send(&[], 0, SendOptions::CONTROL));
     sent(&mut core, usize::MAX);
     let mut bytes = Vec::new();
     answer(ids[3], &[], false, &mut bytes);
@@ -311,8 +321,15 @@ fn a_large_answer_may_be_read_into_place() {
 fn the_server_may_not_give_what_was_not_asked_for() {
     let [first, second] = [RequestId(0), RequestId(1)];
     let mut request = Vec::new();
-    message::RequestHeader { id: 0, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 }
-        .encode(&[0; 24], false, &mut request);
+    message::RequestHeader {
+        id: 0,
+        body_len: 0,
+        data_len: 0,
+        region: RemoteRegion::None,
+        has_crc: false,
+        data_crc: 0,
+    }
+    .encode(&[0; 24], false, &mut request);
     let mut pong = Vec::new();
     message::encode_pong(1, 0, false, &mut pong);
     let address = QueuePairAddress {
@@ -378,6 +395,58 @@ fn checksums_of_headers_are_checked() {
 }
 
 #[test]
+fn a_request_with_checksums_is_answered_with_checksums_and_others_are_not() {
+    let data = pattern(1000, 3);
+    // What the response has, and what it is to have.
+    for (has_crc, wants_crc) in [(true, true), (false, false), (true, false), (false, true)] {
+        let (mut core, _) = core(FEATURE_REQUEST_CRC);
+        let options = SendOptions { crc: wants_crc.then_some(0), ..SendOptions::PLAIN };
+        let id = send_with(&mut core, 0, room(1000), options).unwrap();
+        let request = sent(&mut core, usize::MAX);
+        let Ok(Parsed::Item(Message::Request(header, _), _)) =
+            message::parse(&request, &core.grant().limits())
+        else {
+            panic!("no request")
+        };
+        assert_eq!(header.has_crc, wants_crc);
+        let data_crc = if has_crc { message::data_crc(&data) } else { 0 };
+        let mut bytes = Vec::new();
+        ResponseHeader { has_crc, data_crc, ..response(id, &data) }.encode(&[], false, &mut bytes);
+        bytes.extend_from_slice(&data);
+        let replies = receive(&mut core, &bytes);
+        if has_crc == wants_crc {
+            assert_eq!((replies[0].data_len, replies[0].data_crc), (1000, data_crc));
+        } else {
+            assert_eq!(violation(&core), Violation::Checksum);
+        }
+    }
+}
+
+#[test]
+fn placed_data_without_a_message_is_no_answer_to_a_request_with_checksums() {
+    let mut core = placed(FEATURE_REQUEST_CRC);
+    let id = send_with(&mut core, 0, room(100), SendOptions { crc: Some(0), ..SendOptions::PLAIN }).unwrap();
+    sent(&mut core, usize::MAX);
+    core.on_placed(ResponseHeader::of_data(id.0, 100), &mut Vec::new(), reclaim);
+    assert!(matches!(core.failure(), Some(Error::Violation(Violation::Checksum))));
+}
+
+#[test]
+fn the_checksum_of_data_is_the_one_that_the_program_has_computed() {
+    for features in [FEATURE_CRC, FEATURE_REQUEST_CRC] {
+        let (mut core, _) = core(features);
+        let options = SendOptions { crc: Some(0x1234_5678), ..SendOptions::PLAIN };
+        send_with(&mut core, 0, out(vec![7; 100]), options).unwrap();
+        let bytes = sent(&mut core, usize::MAX);
+        let Ok(Parsed::Item(Message::Request(header, _), _)) = message::parse(&bytes, &core.grant().limits())
+        else {
+            panic!("no request")
+        };
+        assert_eq!(header.data_crc, 0x1234_5678);
+    }
+}
+
+#[test]
 fn pings_are_answered_together() {
     let (mut core, _) = core(0);
     let pings = |n: usize| {
@@ -431,7 +500,8 @@ fn what_waits_to_be_sent_does_not_keep_the_reason_from_the_server() {
         assert_eq!(violation(&core), Violation::Kind(0xff));
         assert!(!core.has_unsent());
         whole.extend(core.take_ending().unwrap().goaway.unwrap());
-        let limits = message::Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
+        let limits =
+            message::Limits { crc: false, request_crc: false, data_bytes_max: 1 << 20, pong_time: false };
         let mut goaway = &whole[..];
         if part > 0 {
             let Ok(Parsed::Item(Message::Request(..), len)) = message::parse(&whole, &limits) else {
@@ -451,7 +521,7 @@ fn an_answer_to_a_write_that_is_half_sent_may_be_a_violation() {
     let id = send(&mut core, 0, out(vec![7; 5000])).unwrap();
     sent_once(&mut core, 1000);
     let mut bytes = Vec::new();
-    ResponseHeader { data_crc: 1, ..response(id, &[]) }.encode(&[], true, &mut bytes);
+    ResponseHeader { has_crc: false, data_crc: 1, ..response(id, &[]) }.encode(&[], true, &mut bytes);
     receive(&mut core, &bytes);
     assert_eq!(violation(&core), Violation::Checksum);
     assert_eq!(lost(&mut core).len(), 1);
@@ -505,7 +575,7 @@ fn reclaim(bulk: &mut Bulk, lease: &mut Option<Vec<u8>>, data_len: usize) -> usi
 fn send_placed(core: &mut Core<Option<Vec<u8>>>, tag: u64, data: &[u8]) -> RequestId {
     let region = RemoteRegion::In { address: 1, key: 2, len: data.len() as u32 };
     let exposed = Exposed { region, data_len: 0, lease: Some(data.to_vec()) };
-    core.send(tag, &[0; 24], room(data.len()), false, exposed).unwrap()
+    core.send(tag, &[0; 24], room(data.len()), SendOptions::PLAIN, exposed).unwrap()
 }
 
 #[test]
@@ -518,7 +588,11 @@ fn placed_data_is_brought_back_with_the_answer() {
         let mut messages = Vec::new();
         for id in ids {
             let data_crc = if crc { message::data_crc(&data) } else { 0 };
-            ResponseHeader { data_crc, ..response(id, &data) }.encode(&[], crc, &mut messages);
+            ResponseHeader { has_crc: false, data_crc, ..response(id, &data) }.encode(
+                &[],
+                crc,
+                &mut messages,
+            );
         }
         let mut replies = Vec::new();
         let progress = core.on_messages(&messages, &mut replies, reclaim);
@@ -763,7 +837,7 @@ fn a_goaway_ends_everything_with_its_text() {
         let ending = Ending { goaway: None, is_orderly: false };
         assert_eq!(core.take_ending(), Some(ending));
         assert_eq!(core.take_ending(), None);
-        assert!(!core.may_send(&[], 0, true));
+        assert!(!core.may_send(&[], 0, SendOptions::CONTROL));
         let replies = lost(&mut core);
         assert_eq!((replies.len(), replies[0].status), (1, lost_as));
     }
@@ -956,7 +1030,7 @@ fn what_a_broken_connection_takes_with_it_can_be_kept_to_be_sent_again() {
     assert_eq!(core.outstanding(), 0);
     let of = |id| lost.iter().find(|lost| lost.id == id).expect("it was not answered");
     for (id, len, was_sent) in [(ids[1], 8, true), (ids[2], 100_000, true), (ids[3], 50, false)] {
-        assert_eq!((of(id).tag, of(id).was_sent, of(id).control), (len, was_sent, false));
+        assert_eq!((of(id).tag, of(id).was_sent, of(id).options), (len, was_sent, SendOptions::PLAIN));
         assert_eq!((*of(id).command).to_vec(), [len as u8; 24]);
         assert_eq!(of(id).bulk.len_in() as u64 + of(id).bulk.len_out() as u64, len);
     }

@@ -15,7 +15,7 @@ use crate::connecting::{Awaited, Connecting, finish};
 use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::message::{Parsed, RemoteRegion};
-use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId, SendOptions};
 
 /// Receives posted beyond one for each credit: the server's pings, pongs and its goaway.
 const CONTROL_MESSAGES: usize = 8;
@@ -188,8 +188,14 @@ impl ClientTransport for LoopbackClient {
         &mut self.core
     }
 
-    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        let Some(end) = self.end.as_ref().filter(|_| self.core.may_send(body, bulk.len(), control)) else {
+    fn send(
+        &mut self,
+        tag: u64,
+        body: &[u8],
+        bulk: Bulk,
+        options: SendOptions,
+    ) -> Result<RequestId, NotSent> {
+        let Some(end) = self.end.as_ref().filter(|_| self.core.may_send(body, bulk.len(), options)) else {
             return Err(NotSent(bulk));
         };
         let inline_bytes_max = self.core.grant().inline_bytes_max as usize;
@@ -210,7 +216,7 @@ impl ClientTransport for LoopbackClient {
             }
         };
         let lease = exposed.lease;
-        let id = self.core.send(tag, body, bulk, control, exposed)?;
+        let id = self.core.send(tag, body, bulk, options, exposed)?;
         if let (Some(Lease { access, key }), Some(bulk)) = (lease, self.core.bulk_mut(id))
             && let Bulk::In(buffers) | Bulk::Out(buffers) = std::mem::replace(bulk, Bulk::None)
         {

@@ -13,8 +13,8 @@ pub(crate) fn hex(text: &str) -> Vec<u8> {
     digits.chunks_exact(2).map(|pair| (pair[0] << 4 | pair[1]) as u8).collect()
 }
 
-const PLAIN: Limits = Limits { crc: false, data_bytes_max: 1 << 20, pong_time: true };
-const CHECKED: Limits = Limits { crc: true, data_bytes_max: 1 << 20, pong_time: true };
+const PLAIN: Limits = Limits { crc: false, request_crc: false, data_bytes_max: 1 << 20, pong_time: true };
+const CHECKED: Limits = Limits { crc: true, request_crc: false, data_bytes_max: 1 << 20, pong_time: true };
 
 const ID: u64 = 0x0807_0605_0403_0201;
 
@@ -29,11 +29,20 @@ fn golden(text: &str, limits: &Limits, message: Message<'_>, encode: impl FnOnce
 }
 
 fn a_request(region: RemoteRegion) -> RequestHeader {
-    RequestHeader { id: ID, body_len: 0, data_len: 0, region, data_crc: 0 }
+    RequestHeader { id: ID, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }
 }
 
 fn a_response(status: Status) -> ResponseHeader {
-    ResponseHeader { id: ID, body_len: 0, data_len: 0, status, credits: 1, result: 0, data_crc: 0 }
+    ResponseHeader {
+        id: ID,
+        body_len: 0,
+        data_len: 0,
+        status,
+        credits: 1,
+        result: 0,
+        has_crc: false,
+        data_crc: 0,
+    }
 }
 
 #[test]
@@ -83,6 +92,7 @@ fn a_request_with_inline_data_and_checksums_has_these_bytes() {
     let request = RequestHeader {
         body_len: 16,
         data_len: 9,
+        has_crc: false,
         data_crc: data_crc(b"some data"),
         ..a_request(RemoteRegion::None)
     };
@@ -94,6 +104,37 @@ fn a_request_with_inline_data_and_checksums_has_these_bytes() {
         &CHECKED,
         Message::Request(request, b"twelve bytes\0\0\0\0"),
         |out| request.encode(b"twelve bytes", true, out),
+    );
+}
+
+#[test]
+fn a_request_and_a_response_with_checksums_of_their_own_have_these_bytes() {
+    let limits = Limits { request_crc: true, ..PLAIN };
+    let request = RequestHeader {
+        body_len: 16,
+        data_len: 9,
+        has_crc: true,
+        data_crc: data_crc(b"some data"),
+        ..a_request(RemoteRegion::None)
+    };
+    golden(
+        "01 80 10 00  09 00 00 00  01 02 03 04 05 06 07 08
+         00 00 00 00 00 00 00 00   00 00 00 00  00 00 00 00
+         d7 44 f6 ac  c7 3e 02 6a
+         74 77 65 6c 76 65 20 62 79 74 65 73 00 00 00 00",
+        &limits,
+        Message::Request(request, b"twelve bytes\0\0\0\0"),
+        |out| request.encode(b"twelve bytes", false, out),
+    );
+    let status = Status { errno: 5, class: Class::Storage, retryable: true };
+    let response = ResponseHeader { has_crc: true, ..a_response(status) };
+    golden(
+        "02 81 00 00  00 00 00 00  01 02 03 04 05 06 07 08
+         05 00 03 00  01 00 00 00  00 00 00 00 00 00 00 00
+         00 00 00 00  62 f4 3c 40",
+        &limits,
+        Message::Response(response, &[]),
+        |out| response.encode(&[], false, out),
     );
 }
 
@@ -115,6 +156,7 @@ fn a_response_with_data_and_checksums_has_these_bytes() {
     let response = ResponseHeader {
         data_len: 9,
         result: 0x1122_3344_5566_7788,
+        has_crc: false,
         data_crc: data_crc(b"some data"),
         ..a_response(Status::OK)
     };
@@ -352,7 +394,7 @@ fn any_region() -> impl Strategy<Value = RemoteRegion> {
 fn any_request() -> impl Strategy<Value = RequestHeader> {
     (any::<u64>(), any_region(), 0u32..=1 << 20, any::<u32>()).prop_map(|(id, region, data_len, data_crc)| {
         let data_len = if matches!(region, RemoteRegion::Out { .. }) { 0 } else { data_len };
-        RequestHeader { id, body_len: 0, data_len, region, data_crc }
+        RequestHeader { id, body_len: 0, data_len, region, has_crc: false, data_crc }
     })
 }
 
@@ -365,6 +407,7 @@ fn any_response() -> impl Strategy<Value = ResponseHeader> {
             status,
             credits,
             result,
+            has_crc: false,
             data_crc,
         },
     )
@@ -432,7 +475,7 @@ impl Sample {
             Self::Request(request, body) => self.plain_request(request, crc).encode(body, crc, out),
             Self::Response(response, body) => {
                 let data_crc = if crc { response.data_crc } else { 0 };
-                ResponseHeader { data_crc, ..*response }.encode(body, crc, out);
+                ResponseHeader { has_crc: false, data_crc, ..*response }.encode(body, crc, out);
             }
             Self::Ping(id) => encode_ping(*id, crc, out),
             Self::Pong(id, time_ns) => encode_pong(*id, *time_ns, crc, out),
@@ -443,7 +486,7 @@ impl Sample {
     }
 
     fn plain_request(&self, request: &RequestHeader, crc: bool) -> RequestHeader {
-        RequestHeader { data_crc: if crc { request.data_crc } else { 0 }, ..*request }
+        RequestHeader { has_crc: false, data_crc: if crc { request.data_crc } else { 0 }, ..*request }
     }
 
     fn is(&self, message: &Message<'_>, crc: bool) -> bool {
@@ -462,7 +505,7 @@ impl Sample {
             (Self::Response(response, body), Message::Response(got, got_body)) => {
                 let body = padded_body(body);
                 let data_crc = if crc { response.data_crc } else { 0 };
-                *got == ResponseHeader { body_len: body.len() as u16, data_crc, ..*response }
+                *got == ResponseHeader { body_len: body.len() as u16, has_crc: false, data_crc, ..*response }
                     && *got_body == body
             }
             (Self::Ping(id), Message::Ping(got)) => id == got,
@@ -587,10 +630,10 @@ proptest! {
         cut in any::<prop::sample::Index>(),
     ) {
         let cut = cut.index(data.len() + 1);
-        let mut crc = DataCrc::default();
-        crc.update(&data[..cut]);
-        crc.update(&data[cut..]);
-        prop_assert_eq!(crc.finish(), data_crc(&data));
+        let (first, second) = data.split_at(cut);
+        prop_assert_eq!(crc_of([first, second].into_iter()), data_crc(&data));
+        let combined = combined_crc(data_crc(first), data_crc(second), second.len() as u64);
+        prop_assert_eq!(combined, data_crc(&data));
         prop_assert_eq!(data_crc(&data), crc32c::crc32c(&data));
     }
 }

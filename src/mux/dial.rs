@@ -329,7 +329,8 @@ impl Connecting for Upgrade {
             self.state = match std::mem::replace(&mut self.state, UpgradeState::Over) {
                 UpgradeState::Stream(mut stream) => {
                     let local = stream.local_address();
-                    let made = local.and_then(|local| (self.make_queue_pair)(local.ip(), stream.grant()));
+                    let grant = stream.grant().on_queue_pair();
+                    let made = local.and_then(|local| (self.make_queue_pair)(local.ip(), &grant));
                     let (ours, connect) = match made {
                         Ok(made) => made,
                         Err(error) => return Some(Err((Some(stream), error))),

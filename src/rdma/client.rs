@@ -30,7 +30,7 @@ use crate::error::{Error, Status, Violation};
 use crate::handshake::Grant;
 use crate::memory::{ArenaMemory, Region, Slot, process};
 use crate::message::{self, RemoteRegion, ResponseHeader};
-use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId, SendOptions};
 use crate::tuning::{
     CLIENT_IDLE_CHECK_AFTER, RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME,
     RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
@@ -373,12 +373,18 @@ impl ClientTransport for RdmaClient {
         &mut self.core
     }
 
-    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
-        if !self.core.may_send(body, bulk.len(), control) {
+    fn send(
+        &mut self,
+        tag: u64,
+        body: &[u8],
+        bulk: Bulk,
+        options: SendOptions,
+    ) -> Result<RequestId, NotSent> {
+        if !self.core.may_send(body, bulk.len(), options) {
             return Err(NotSent(bulk));
         }
         match self.expose(&bulk) {
-            Ok(exposed) => self.core.send(tag, body, bulk, control, exposed),
+            Ok(exposed) => self.core.send(tag, body, bulk, options, exposed),
             // It was taken, so it ends as a request does.
             Err(error) => self.core.send_failed(tag, bulk, None, &error),
         }

@@ -759,7 +759,7 @@ impl Connection {
             let is_plain = response.status.is_ok()
                 && response.result == range.len as u64
                 && response.body.is_empty()
-                && !crc
+                && !(crc || header.has_crc)
                 && !port.limits.is_iwarp;
             let immediate = u32::try_from(id).ok().filter(|_| is_plain);
             self.qp.write(range, &port.arena, address, key, immediate);

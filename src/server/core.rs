@@ -76,7 +76,7 @@ impl<R> ConnectionCore<R> {
         Self {
             id,
             phase: Phase::Handshake,
-            limits: Limits { crc: false, data_bytes_max: 0, pong_time: false },
+            limits: Limits { crc: false, request_crc: false, data_bytes_max: 0, pong_time: false },
             clock: policy.clock,
             pong_time: false,
             has_channel: false,
@@ -106,10 +106,10 @@ impl<R> ConnectionCore<R> {
         self.limits.crc
     }
 
-    /// The event that the data of a request has arrived, of which the client has sent this checksum.
+    /// The event that the data of a request has arrived, of which the client has sent this checksum if any.
     pub fn fetched(&self, id: u64, range: SlotRange, sent: Option<u32>) -> ServerEvent {
         let key = RequestKey { connection: self.id, id };
-        if self.crc() && sent.is_some_and(|sent| sent != message::data_crc(range.bytes())) {
+        if sent.is_some_and(|sent| sent != message::data_crc(range.bytes())) {
             ServerEvent::Damaged(key, range)
         } else {
             ServerEvent::Fetched(key, range)

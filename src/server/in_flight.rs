@@ -28,6 +28,11 @@ impl<R> InFlight<R> {
         self.ids.iter().position(|&other| other == id)
     }
 
+    /// The request at a [`InFlight::position`].
+    pub fn at(&self, position: usize) -> &R {
+        &self.requests[position]
+    }
+
     pub fn contains(&self, id: u64) -> bool {
         self.position(id).is_some()
     }

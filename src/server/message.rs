@@ -39,6 +39,7 @@ impl Outgoing {
 #[derive(Debug)]
 pub(crate) struct MessageRequest<I> {
     region: RemoteRegion,
+    has_crc: bool,
     data_crc: u32,
     /// The data that came with it, as the transport keeps it.
     inline: Option<I>,
@@ -144,13 +145,14 @@ impl<I> MessageConnection<I> {
             return Err(Violation::Length);
         }
         let has_data = data_len > 0 || matches!(request.region, RemoteRegion::Out { .. });
-        if self.core.crc() && !has_data && request.data_crc != 0 {
+        if !has_data && request.data_crc != 0 {
             return Err(Violation::Checksum);
         }
         self.core.admit(
             request.id,
             MessageRequest {
                 region: request.region,
+                has_crc: request.has_crc,
                 data_crc: request.data_crc,
                 inline: None,
                 is_answered: false,
@@ -193,7 +195,8 @@ impl<I> MessageConnection<I> {
 
     /// The event that the data of a request has been brought into a slot.
     pub fn fetched(&self, id: u64, range: SlotRange) -> ServerEvent {
-        let sent = self.core.in_flight.get(id).map(|asked| asked.data_crc);
+        let asked = self.core.in_flight.get(id).filter(|asked| self.core.crc() || asked.has_crc);
+        let sent = asked.map(|asked| asked.data_crc);
         self.core.fetched(id, range, sent)
     }
 
@@ -225,7 +228,9 @@ impl<I> MessageConnection<I> {
 
     /// Ends a request: its response's header, and where in the peer's memory the response's data goes.
     pub fn finish(&mut self, id: u64, response: &Response) -> (message::ResponseHeader, RemoteRegion) {
-        let region = self.core.in_flight.remove(id).map_or(RemoteRegion::None, |asked| asked.region);
+        let asked = self.core.in_flight.remove(id);
+        let (region, has_crc) =
+            asked.map_or((RemoteRegion::None, false), |asked| (asked.region, asked.has_crc));
         let data = match (&response.data, region) {
             (Some(range), RemoteRegion::In { .. }) => range.bytes(),
             _ => &[],
@@ -237,7 +242,8 @@ impl<I> MessageConnection<I> {
             status: response.status,
             credits: 1,
             result: response.result,
-            data_crc: if self.core.crc() && !data.is_empty() { message::data_crc(data) } else { 0 },
+            has_crc,
+            data_crc: if has_crc || self.core.crc() { message::data_crc(data) } else { 0 },
         };
         (header, region)
     }
@@ -358,8 +364,14 @@ mod tests {
     }
 
     fn encode(id: u64, region: RemoteRegion, data: &[u8]) -> Vec<u8> {
-        let request =
-            message::RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
+        let request = message::RequestHeader {
+            id,
+            body_len: 0,
+            data_len: data.len() as u32,
+            region,
+            has_crc: false,
+            data_crc: 0,
+        };
         let mut bytes = Vec::new();
         request.encode(b"command.", false, &mut bytes);
         bytes.extend_from_slice(data);

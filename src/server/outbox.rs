@@ -63,11 +63,19 @@ impl Outbox {
     }
 
     /// Appends a response.
-    pub fn push_response(&mut self, spare: &mut SpareBatches, id: u64, response: Response, crc: bool) {
+    /// `crc`: all messages have checksums; `has_crc`: this one has.
+    pub fn push_response(
+        &mut self,
+        spare: &mut SpareBatches,
+        id: u64,
+        response: Response,
+        crc: bool,
+        has_crc: bool,
+    ) {
         self.next_heap += SMALL_RESPONSE_HEAP + 2 * response.body.len();
         let data_len = response.data.as_ref().map_or(0, |range| range.len);
         let data_crc = match &response.data {
-            Some(range) if crc && data_len > 0 => message::data_crc(range.bytes()),
+            Some(range) if crc || has_crc => message::data_crc(range.bytes()),
             _ => 0,
         };
         let header = message::ResponseHeader {
@@ -77,6 +85,7 @@ impl Outbox {
             status: response.status,
             credits: 1,
             result: response.result,
+            has_crc,
             data_crc,
         };
         let batch = self.next(spare);

@@ -141,6 +141,8 @@ pub(crate) struct StreamRequest {
     region_len: u32,
     /// The heap of a long body.
     body_heap: u16,
+    /// It has checksums, though others have none.
+    has_crc: bool,
 }
 
 /// Where in the stream of messages a connection is.
@@ -148,9 +150,9 @@ enum Receiving {
     /// Between messages, or within one.
     Messages,
     /// A request with data was reported; the worker has not yet given it a slot.
-    AwaitingFetch { id: u64, len: usize, crc: u32 },
+    AwaitingFetch { id: u64, len: usize, crc: Option<u32> },
     /// Data comes into a slot. While a direct receive is in flight, that has the slot.
-    Data { id: u64, slot: Option<Slot>, start: usize, len: usize, filled: usize, crc: u32 },
+    Data { id: u64, slot: Option<Slot>, start: usize, len: usize, filled: usize, crc: Option<u32> },
     /// A request was answered without its data.
     Discard { left: usize },
 }
@@ -539,7 +541,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let Some(slot) = slot.take() else { return };
         let range = SlotRange { slot, start: *start, len: *len };
-        let event = self.core.fetched(*id, range, Some(*crc));
+        let event = self.core.fetched(*id, range, *crc);
         self.receiving = Receiving::Messages;
         self.progress.messages_in += 1;
         shared.events.push_back(event);
@@ -646,7 +648,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let region_len = request.region_in_len();
         let body_heap = if request.body_len < BODY_COUNTED_MIN { 0 } else { request.body_len };
-        self.core.admit(request.id, StreamRequest { region_len, body_heap })?;
+        self.core.admit(request.id, StreamRequest { region_len, body_heap, has_crc: request.has_crc })?;
         if matches!(request.region, RemoteRegion::Out { .. }) {
             // On a stream data follows the request: there is nothing to fetch from.
             return Err(Violation::Field);
@@ -656,7 +658,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             self.receiving = Receiving::AwaitingFetch {
                 id: request.id,
                 len: request.data_len as usize,
-                crc: request.data_crc,
+                crc: (self.core.crc() || request.has_crc).then_some(request.data_crc),
             };
         } else {
             self.progress.messages_in += 1;
@@ -698,7 +700,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         if !self.core.is_open() {
             return false;
         }
-        let Some(StreamRequest { region_len, body_heap }) = self.core.in_flight.remove(id) else {
+        let Some(StreamRequest { region_len, body_heap, has_crc }) = self.core.in_flight.remove(id) else {
             return false;
         };
         self.bodies_heap -= usize::from(body_heap);
@@ -706,7 +708,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
             response.data.as_ref().is_none_or(|range| range.len <= region_len as usize),
             "a response brings no more data than the request has room for"
         );
-        self.outbox.push_response(&mut shared.spare, id, response, self.core.crc());
+        self.outbox.push_response(&mut shared.spare, id, response, self.core.crc(), has_crc);
         self.mark_dirty(shared);
         if let Receiving::AwaitingFetch { id: awaited, len, .. } = self.receiving
             && id == awaited
@@ -733,13 +735,15 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
         let Some(position) = self.core.in_flight.position(id) else { return false };
         let crc = self.core.crc();
-        let mut response = message::ResponseHeader::of_data(id, len as u32);
+        let has_crc = self.core.in_flight.at(position).has_crc;
+        let mut response =
+            message::ResponseHeader { has_crc, ..message::ResponseHeader::of_data(id, len as u32) };
         let filled = self.outbox.push_filled(&mut shared.spare, HEADER_BYTES + len, arena, |bytes| {
             let (header, data) = bytes.split_at_mut(HEADER_BYTES);
             if !fill(data) {
                 return false;
             }
-            if crc {
+            if crc || response.has_crc {
                 response.data_crc = message::data_crc(data);
             }
             header.copy_from_slice(&response.encode_bare(crc));

@@ -27,7 +27,7 @@ use crate::handshake::Offer;
 use crate::memory::process;
 use crate::message::{self, QueuePairAddress, RemoteRegion};
 use crate::records::Records;
-use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId};
+use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId, SendOptions};
 use crate::tuning::{
     CLIENT_IDLE_CHECK_AFTER as IDLE_CHECK_AFTER, TCP_CLIENT_READS_MAX as READS_MAX,
     TCP_CLIENT_SLICES_MAX as SLICES_MAX, TCP_DIRECT_BYTES as DIRECT_BYTES,
@@ -262,9 +262,15 @@ impl ClientTransport for TcpClient {
         &mut self.core
     }
 
-    fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk, control: bool) -> Result<RequestId, NotSent> {
+    fn send(
+        &mut self,
+        tag: u64,
+        body: &[u8],
+        bulk: Bulk,
+        options: SendOptions,
+    ) -> Result<RequestId, NotSent> {
         let len = bulk.len();
-        if self.send_error.is_some() || !self.core.may_send(body, len, control) {
+        if self.send_error.is_some() || !self.core.may_send(body, len, options) {
             return Err(NotSent(bulk));
         }
         let (region, data_len) = match &bulk {
@@ -272,7 +278,7 @@ impl ClientTransport for TcpClient {
             Bulk::In(_) => (RemoteRegion::In { address: 0, key: 0, len: len as u32 }, 0),
             Bulk::Out(_) => (RemoteRegion::None, len),
         };
-        self.core.send(tag, body, bulk, control, Exposed { region, data_len, lease: () })
+        self.core.send(tag, body, bulk, options, Exposed { region, data_len, lease: () })
     }
 
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {

@@ -266,7 +266,7 @@ impl TcpServer {
                 };
                 return Some(UpgradeRequest {
                     connection: id,
-                    peer: *peer,
+                    peer: Peer { grant: peer.grant.on_queue_pair(), ..*peer },
                     theirs,
                     held: connection.held.clone(),
                     local: getsockname(&connection.socket).ok().and_then(ip),

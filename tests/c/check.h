@@ -155,10 +155,10 @@ static inline socklen_t server_address(char **argv, struct sockaddr_storage *add
 	return len;
 }
 
-/* A session with the server that ends when its connection is lost. */
-static inline int session_without_reconnect(char **argv)
+/* A session with the server, with these RAIO_OPT_*. */
+static inline int session_with(char **argv, unsigned int flags)
 {
-	struct raio_options options = { .size = sizeof(options), .flags = RAIO_OPT_NO_RECONNECT };
+	struct raio_options options = { .size = sizeof(options), .flags = flags };
 	char host[256], port[16], url[320];
 	int fd;
 

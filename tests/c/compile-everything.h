@@ -23,13 +23,14 @@ struct every_call {
 	int (*get_stats)(raio_context_t, struct raio_stats *, size_t);
 	const char *(*errmsg)(void);
 	const char *(*event_errmsg)(raio_context_t, const struct raio_event *);
+	unsigned int (*crc32c)(unsigned int, const void *, size_t);
 	unsigned int (*abi_version)(void);
 };
 
 static const struct every_call every_call = {
 	raio_start,  raio_connect, raio_stop,    raio_open,      raio_open_mode, raio_fstat,  raio_close,
 	raio_setup,  raio_destroy, raio_submit,  raio_getevents, raio_release,   raio_cancel, raio_poll_fd,
-	raio_reg_mr, raio_dereg_mr, raio_alloc,  raio_free,      raio_get_stats, raio_errmsg, raio_event_errmsg, raio_abi_version,
+	raio_reg_mr, raio_dereg_mr, raio_alloc,  raio_free,      raio_get_stats, raio_errmsg, raio_event_errmsg, raio_crc32c, raio_abi_version,
 };
 
 /* The inline functions fill in an iocb as documented. Returns the number of the first that does not, or 0. */

@@ -32,6 +32,7 @@ AT(raio_iocb, key, 8);
 AT(raio_iocb, raio_fildes, 12);
 AT(raio_iocb, raio_lio_opcode, 16);
 AT(raio_iocb, pad, 20);
+AT(raio_iocb, crc, 20);
 AT(raio_iocb, u, 24);
 PIN(raio_iocb_u_c, offsetof(struct raio_iocb, u.c) == 24);
 
@@ -87,6 +88,7 @@ PIN(opcode_width, sizeof(enum raio_iocb_cmd) == 4);
 PIN(eventfd, RAIO_IOCB_EVENTFD == 1);
 PIN(datasync, RAIO_IOCB_DATASYNC == 2);
 PIN(keep_size, RAIO_IOCB_KEEP_SIZE == 4);
+PIN(iocb_crc, RAIO_IOCB_CRC == 8);
 PIN(res2_transport, RAIO_RES2_TRANSPORT == 1);
 PIN(res2_protocol, RAIO_RES2_PROTOCOL == 2);
 PIN(res2_storage, RAIO_RES2_STORAGE == 3);
@@ -99,6 +101,7 @@ PIN(res2_lost, RAIO_RES2_LOST == 0x400);
 PIN(opt_no_spin, RAIO_OPT_NO_SPIN == 2);
 PIN(opt_redo, RAIO_OPT_REDO == 4);
 PIN(opt_no_reconnect, RAIO_OPT_NO_RECONNECT == 8);
+PIN(opt_no_crc, RAIO_OPT_NO_CRC == 16);
 PIN(abi_major, RAIO_ABI_MAJOR == 0);
 PIN(abi_version, RAIO_ABI_VERSION == ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR));
 

@@ -185,6 +185,8 @@ static void connect_(char **argv)
 	FAILS(raio_connect(url, &options), EINVAL);
 	options.flags = 1u << 5;
 	FAILS(raio_connect(url, &options), EINVAL);
+	options.flags = RAIO_OPT_CRC | RAIO_OPT_NO_CRC;
+	FAILS(raio_connect(url, &options), EINVAL);
 	options.flags = 0;
 	options.reserved[0] = 1;
 	FAILS(raio_connect(url, &options), EINVAL);
@@ -474,6 +476,8 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	for (i = 2; i < 32; i++) {
 		raio_prep_pread(&iocb, file, buf, 1, 0, NULL);
 		iocb.u.c.flags = 1u << i;
+		if (iocb.u.c.flags == RAIO_IOCB_CRC)
+			continue;
 		REFUSED(EINVAL);
 	}
 	raio_prep_pread(&iocb, file, buf, 1, -1, NULL);

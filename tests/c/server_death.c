@@ -50,7 +50,7 @@ int main(int argc, char **argv)
 
 	begin(argc, argv);
 	words = server_words(argc, argv);
-	fd = session_without_reconnect(argv);
+	fd = session_with(argv, RAIO_OPT_NO_RECONNECT);
 	MUST(raio_open(fd, "/null", O_RDWR) == 0);
 	writes = raio_open(fd, "/mem", O_RDWR);
 	MUST(writes > 0);

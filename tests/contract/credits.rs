@@ -4,10 +4,12 @@
 use raio_transport::error::Violation;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, RemoteRegion};
-use raio_transport::transport::{Bulk, CloseReason, NotSent};
+use raio_transport::transport::{Bulk, CloseReason, NotSent, SendOptions};
 
 use crate::harness::{Op, bytes_of, command, data, pattern, room, serve, serve_plain};
 use crate::raw::{Got, Raw};
+
+const PLAIN: SendOptions = SendOptions::PLAIN;
 
 fn small() -> Policy {
     Policy { queue_depth: 4, data_bytes_max: 64 << 10, ..Policy::default() }
@@ -24,13 +26,13 @@ contract! {
         }
         for _ in 0..10 {
             let NotSent(bulk) =
-                client.transport.send(9, &command(Op::Put, 0), data(pattern(0, 100)), false).unwrap_err();
+                client.transport.send(9, &command(Op::Put, 0), data(pattern(0, 100)), PLAIN).unwrap_err();
             assert_eq!(bytes_of(&bulk), pattern(0, 100), "the buffers come back");
         }
         assert_eq!((client.transport.credits(), client.transport.outstanding()), (0, 4));
         // One is kept for control messages.
-        client.transport.send(5, &command(Op::Release, 0), Bulk::None, true).unwrap();
-        assert!(client.transport.send(6, &command(Op::Echo, 0), Bulk::None, true).is_err());
+        client.transport.send(5, &command(Op::Release, 0), Bulk::None, SendOptions::CONTROL).unwrap();
+        assert!(client.transport.send(6, &command(Op::Echo, 0), Bulk::None, SendOptions::CONTROL).is_err());
         let tags: Vec<_> = (0..5).map(|_| client.next().tag).collect();
         assert_eq!(tags, [3, 2, 1, 0, 5]);
         assert_eq!(client.transport.credits(), 4);
@@ -84,7 +86,8 @@ contract! {
         ] {
             let (mut raw, _) = Raw::open_client(&server, &Offer::new("large"));
             let mut bytes = Vec::new();
-            let request = message::RequestHeader { id: 1, body_len: 0, data_len, region, data_crc: 0 };
+            let (id, body_len, has_crc, data_crc) = (1, 0, false, 0);
+            let request = message::RequestHeader { id, body_len, data_len, region, has_crc, data_crc };
             request.encode(&command(Op::Put, 0), false, &mut bytes);
             raw.send(&bytes);
             assert_eq!(server.closed(n), CloseReason::Violation(Violation::Length), "{data_len} {region:?}");
@@ -97,7 +100,7 @@ contract! {
         let server = serve(transport, small());
         let mut client = server.client();
         for bulk in [data(vec![0; (64 << 10) + 1]), room((64 << 10) + 1)] {
-            let send = std::panic::AssertUnwindSafe(|| client.transport.send(0, &[], bulk, false).is_ok());
+            let send = std::panic::AssertUnwindSafe(|| client.transport.send(0, &[], bulk, PLAIN).is_ok());
             let panic = std::panic::catch_unwind(send).unwrap_err();
             assert_eq!(panic.downcast_ref::<&str>(), Some(&"a request exceeds the grant"));
         }

@@ -194,7 +194,7 @@ contract! {
 
     fn a_feature_that_the_server_lacks_is_one_clear_sentence(transport) {
         let server = serve(transport, Policy { features: 0, ..Policy::default() });
-        let offer = Offer { features: FEATURE_CRC, ..Offer::new("crc") };
+        let offer = Offer { features: FEATURE_CRC, requires_crc: true, ..Offer::new("crc") };
         let error = server.connect(&offer).map(|_| ()).unwrap_err();
         assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
         assert!(error.to_string().contains("Connect without"), "{error}");
@@ -273,6 +273,7 @@ fn a_hello_in_pieces_is_taken_and_what_follows_at_once_too() {
             body_len: 0,
             data_len: 0,
             region: message::RemoteRegion::None,
+            has_crc: false,
             data_crc: 0,
         };
         request.encode(&command(Op::Echo, 1), false, &mut bytes);

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use raio_transport::error::{Error, Status};
 use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::message;
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
     Accepted, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener, Reply, Request,
-    RequestKey, Response, ServerCounters, ServerEvent, ServerTransport, SlotRange,
+    RequestKey, Response, SendOptions, ServerCounters, ServerEvent, ServerTransport, SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
 
@@ -731,7 +732,17 @@ impl Client {
 
     /// Sends a request, which must be taken.
     pub fn send(&mut self, tag: u64, body: &[u8], bulk: Bulk) {
-        self.transport.send(tag, body, bulk, false).expect("there is a credit");
+        self.transport.send(tag, body, bulk, SendOptions::PLAIN).expect("there is a credit");
+    }
+
+    /// The same, of a request that has checksums in any case.
+    pub fn send_with_crc(&mut self, tag: u64, body: &[u8], bulk: Bulk) {
+        let crc = match &bulk {
+            Bulk::Out(_) => message::data_crc(&bytes_of(&bulk)),
+            _ => 0,
+        };
+        let options = SendOptions { crc: Some(crc), ..SendOptions::PLAIN };
+        self.transport.send(tag, body, bulk, options).expect("there is a credit");
     }
 
     /// Flushes, and gives the next reply.

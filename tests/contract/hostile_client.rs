@@ -5,15 +5,21 @@ use raio_transport::error::{Status, Violation};
 use raio_transport::handshake::Offer;
 use raio_transport::loopback;
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::message::{self, FEATURE_CRC, HEADER_BYTES, RemoteRegion};
+use raio_transport::message::{self, FEATURE_CRC, FEATURE_REQUEST_CRC, HEADER_BYTES, RemoteRegion};
 use raio_transport::transport::CloseReason;
 
 use crate::harness::{Op, Transport, command, pattern, serve_plain};
 use crate::raw::{Got, Raw, answer_to};
 
 fn request(crc: bool) -> Vec<u8> {
-    let request =
-        message::RequestHeader { id: 5, body_len: 0, data_len: 0, region: RemoteRegion::None, data_crc: 0 };
+    let request = message::RequestHeader {
+        id: 5,
+        body_len: 0,
+        data_len: 0,
+        region: RemoteRegion::None,
+        has_crc: false,
+        data_crc: 0,
+    };
     let mut bytes = Vec::new();
     request.encode(&command(Op::Hold, 0), crc, &mut bytes);
     bytes
@@ -136,28 +142,68 @@ contract! {
     }
 
     fn data_with_a_wrong_checksum_is_not_used_and_its_client_may_send_it_again(transport) {
-        let server = serve_plain(transport);
-        let offer = Offer { features: FEATURE_CRC, ..Offer::new("checked") };
-        let (mut raw, _) = Raw::open_client(&server, &offer);
-        let data = pattern(0, 8000);
-        for (id, flipped, expected) in [(1, 1, Status::DAMAGED), (2, 0, Status::OK)] {
-            let request = message::RequestHeader {
-                id,
-                body_len: 0,
-                data_len: 8000,
-                region: RemoteRegion::None,
-                data_crc: message::data_crc(&data) ^ flipped,
-            };
-            raw.send(&encoded(|out| {
-                request.encode(&command(Op::Put, 0), true, out);
-                out.extend_from_slice(&data);
-            }));
-            let Got::Response(response, ..) = raw.next() else { panic!("no response") };
-            assert_eq!(response.status, expected);
+        for features in [FEATURE_CRC, FEATURE_REQUEST_CRC] {
+            let server = serve_plain(transport);
+            let (mut raw, _) = Raw::open_client(&server, &Offer { features, ..Offer::new("checked") });
+            let (all, has_crc) = (features == FEATURE_CRC, features != FEATURE_CRC);
+            let data = pattern(0, 8000);
+            for (id, flipped, expected) in [(1, 1, Status::DAMAGED), (2, 0, Status::OK)] {
+                let request = message::RequestHeader {
+                    id,
+                    body_len: 0,
+                    data_len: 8000,
+                    region: RemoteRegion::None,
+                    has_crc,
+                    data_crc: message::data_crc(&data) ^ flipped,
+                };
+                raw.send(&encoded(|out| {
+                    request.encode(&command(Op::Put, 0), all, out);
+                    out.extend_from_slice(&data);
+                }));
+                let Got::Response(response, ..) = raw.next() else { panic!("no response") };
+                assert_eq!((response.status, response.has_crc), (expected, has_crc));
+            }
+            drop(raw);
+            server.serves_others();
+            server.until_empty(0);
         }
-        drop(raw);
+    }
+
+    fn checksums_of_single_requests_must_be_granted_and_right_and_cover_what_has_no_data(transport) {
+        let server = serve_plain(transport);
+        let good = encoded(|out| {
+            let (id, body_len, data_len, data_crc) = (1, 0, 0, 0);
+            let region = RemoteRegion::None;
+            let request =
+                message::RequestHeader { id, body_len, data_len, region, has_crc: true, data_crc };
+            request.encode(&command(Op::Echo, 0), false, out);
+        });
+        for (n, (features, flipped, expected)) in [
+            (0, None, Violation::Reserved),
+            // All messages have them: no flag is to say so.
+            (FEATURE_CRC | FEATURE_REQUEST_CRC, None, Violation::Reserved),
+            (FEATURE_REQUEST_CRC, Some(HEADER_BYTES), Violation::Checksum),
+            (FEATURE_REQUEST_CRC, Some(HEADER_BYTES - 1), Violation::Checksum),
+            // The flag itself.
+            (FEATURE_REQUEST_CRC, Some(1), Violation::Reserved),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let (mut raw, _) = Raw::open_client(&server, &Offer { features, ..Offer::new("checked") });
+            let mut bytes = good.clone();
+            if let Some(at) = flipped {
+                bytes[at] ^= 0x80;
+            }
+            raw.send(&bytes);
+            assert_eq!(server.closed(n), CloseReason::Violation(expected), "{features} {flipped:?}");
+        }
+        let features = FEATURE_REQUEST_CRC;
+        let (mut raw, _) = Raw::open_client(&server, &Offer { features, ..Offer::new("checked") });
+        raw.send(&good);
+        let Got::Response(response, ..) = raw.next() else { panic!("no response") };
+        assert_eq!((response.status, response.has_crc, response.data_crc), (Status::OK, true, 0));
         server.serves_others();
-        server.until_empty(0);
     }
 
     fn a_goaway_ends_the_connection_in_order(transport) {
@@ -197,7 +243,8 @@ fn a_region_to_be_fetched_makes_no_sense_on_a_stream() {
         let server = serve_plain(transport);
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("rdma"));
         let region = RemoteRegion::Out { address: 0, key: 1, len: 4096 };
-        let request = message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request =
+            message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
         raw.send(&encoded(|out| request.encode(&command(Op::Put, 0), false, out)));
         assert_eq!(server.closed(0), CloseReason::Violation(Violation::Field));
         server.serves_others();
@@ -231,7 +278,8 @@ fn memory_that_was_not_laid_open_cannot_be_reached() {
         } else {
             RemoteRegion::In { address, key, len }
         };
-        let request = message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request =
+            message::RequestHeader { id: 1, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
         raw.send(&encoded(|out| request.encode(&command(op, 0), false, out)));
         assert_eq!(server.closed(n), CloseReason::Violation(Violation::Field), "{what}");
         server.serves_others();

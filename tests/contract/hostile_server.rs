@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use raio_transport::error::{Class, Error, Status, Violation};
 use raio_transport::handshake::Policy;
-use raio_transport::message::{self, FEATURE_CRC, RemoteRegion};
-use raio_transport::transport::{Bulk, Reply};
+use raio_transport::message::{self, FEATURE_CRC, FEATURE_REQUEST_CRC, RemoteRegion};
+use raio_transport::transport::{Bulk, Reply, SendOptions};
 
 use crate::harness::{Client, Op, PATIENCE, Transport, bytes_of, command, data, pattern, room};
 use crate::raw::{Got, Raw, answer_to};
@@ -41,7 +41,7 @@ fn provoke(
     let mut more = Vec::new();
     client.transport.receive(&mut more);
     assert!(more.is_empty());
-    assert!(client.transport.send(9, &[], room(10), false).is_err());
+    assert!(client.transport.send(9, &[], room(10), SendOptions::PLAIN).is_err());
     client.transport.wait(None).unwrap();
     (client, replies)
 }
@@ -184,9 +184,9 @@ contract! {
     }
 
     fn data_with_a_wrong_checksum_is_asked_for_again_and_given_up_the_third_time(transport) {
-        for damaged in 1..=3 {
-            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), FEATURE_CRC);
-            client.send(7, &command(Op::Get, 0), room(4096));
+        for (damaged, features) in (1..=3).flat_map(|n| [(n, FEATURE_CRC), (n, FEATURE_REQUEST_CRC)]) {
+            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), features);
+            client.send_with_crc(7, &command(Op::Get, 0), room(4096));
             client.transport.flush();
             let good = pattern(0, 1000);
             let mut replies = Vec::new();
@@ -212,15 +212,18 @@ contract! {
     }
 
     fn a_write_that_arrives_damaged_is_sent_again_and_given_up_the_third_time(transport) {
-        for damaged in 1..=3 {
-            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), FEATURE_CRC);
-            client.send(7, &command(Op::Put, 1), data(pattern(1, 100)));
+        for (damaged, features) in (1..=3).flat_map(|n| [(n, FEATURE_CRC), (n, FEATURE_REQUEST_CRC)]) {
+            let (mut client, mut raw) = Raw::server(transport, &Policy::default(), features);
+            client.send_with_crc(7, &command(Op::Put, 1), data(pattern(1, 100)));
             client.transport.flush();
             for time in 0..=damaged.min(2) {
                 let request = raw.next_request();
                 let status = if time < damaged { Status::DAMAGED } else { Status::OK };
                 let mut bytes = Vec::new();
-                message::ResponseHeader { status, ..answer_to(request.id) }.encode(&[], true, &mut bytes);
+                let has_crc = request.has_crc;
+                assert_eq!(has_crc, features != FEATURE_CRC, "also when it is sent again");
+                let response = message::ResponseHeader { status, has_crc, ..answer_to(request.id) };
+                response.encode(&[], !has_crc, &mut bytes);
                 raw.send(&bytes);
                 let mut replies = Vec::new();
                 let is_last = time == damaged.min(2);

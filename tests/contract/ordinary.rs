@@ -5,8 +5,8 @@ use std::time::Duration;
 use raio_transport::error::Status;
 use raio_transport::handshake::{ChannelOffer, Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::message::{BODY_BYTES_MAX, FEATURE_CRC, text};
-use raio_transport::transport::{Bulk, CloseReason};
+use raio_transport::message::{self, BODY_BYTES_MAX, FEATURE_CRC, FEATURE_REQUEST_CRC, text};
+use raio_transport::transport::{Bulk, CloseReason, SendOptions};
 
 use crate::harness::{Op, Server, Setup, bytes_of, command, data, pattern, room, serve, serve_plain};
 use crate::random::Random;
@@ -27,13 +27,14 @@ contract! {
 
     fn each_of_many_in_flight_is_answered_once(transport) {
         let mut random = Random::new();
-        for features in [0, FEATURE_CRC] {
+        for features in [0, FEATURE_CRC, FEATURE_REQUEST_CRC] {
             // No sign of life may push along what would otherwise never leave.
             let policy = Policy { keepalive: Duration::from_secs(3600), ..Policy::default() };
             let server = serve(transport, policy);
             let mut client = server.connect(&Offer { features, ..Offer::new("busy") }).unwrap();
             let depth = client.transport.grant().queue_depth as usize;
-            assert_eq!(client.transport.grant().crc(), features != 0);
+            let grant = *client.transport.grant();
+            assert_eq!((grant.crc(), grant.request_crc()), (features == FEATURE_CRC, features != 0));
             let mut expected = std::collections::HashMap::new();
             let mut tag = 0;
             let requests = 800;
@@ -45,15 +46,24 @@ contract! {
                         1 => (Op::Put, data(pattern(tag, len))),
                         _ => (Op::Echo, Bulk::None),
                     };
-                    client.send(tag, &command(op, tag), bulk);
+                    if features != 0 && !tag.is_multiple_of(3) {
+                        client.send_with_crc(tag, &command(op, tag), bulk);
+                    } else {
+                        client.send(tag, &command(op, tag), bulk);
+                    }
                     expected.insert(tag, (op, len));
                     tag += 1;
                 }
                 let reply = client.next();
                 let (op, len) = expected.remove(&reply.tag).expect("it was sent and not yet answered");
                 assert_eq!(reply.status, Status::OK);
+                let has_crc = grant.crc() || (features != 0 && !reply.tag.is_multiple_of(3));
                 match op {
-                    Op::Get => assert!(bytes_of(&reply.bulk) == pattern(reply.tag, len)),
+                    Op::Get => {
+                        let data = pattern(reply.tag, len);
+                        assert!(bytes_of(&reply.bulk) == data);
+                        assert_eq!(reply.data_crc, if has_crc { message::data_crc(&data) } else { 0 });
+                    }
                     Op::Put => assert_eq!(reply.result, len as u64),
                     _ => assert_eq!(&*reply.body, &command(op, reply.tag)),
                 }
@@ -215,8 +225,9 @@ contract! {
         let mut client = server.client();
         let credits = client.transport.credits();
         client.send(1, &command(Op::Echo, 1), Bulk::None);
-        let id = client.transport.send(2, &command(Op::Put, 2), data(pattern(2, 9000)), false).unwrap();
-        let room_id = client.transport.send(3, &command(Op::Get, 3), room(9000), false).unwrap();
+        let (body, bulk) = (command(Op::Put, 2), data(pattern(2, 9000)));
+        let id = client.transport.send(2, &body, bulk, SendOptions::PLAIN).unwrap();
+        let room_id = client.transport.send(3, &command(Op::Get, 3), room(9000), SendOptions::PLAIN).unwrap();
         client.send(4, &command(Op::Put, 4), data(pattern(4, 9000)));
         let bulk = client.transport.dequeue(id).expect("it has not been flushed");
         assert!(matches!(&bulk, Bulk::Out(_)) && bytes_of(&bulk) == pattern(2, 9000));

@@ -64,7 +64,7 @@ impl Raw {
         }
         Self {
             wire,
-            limits: Limits { crc: false, data_bytes_max: u32::MAX, pong_time: false },
+            limits: Limits { crc: false, request_crc: false, data_bytes_max: u32::MAX, pong_time: false },
             rest: Vec::new(),
         }
     }
@@ -139,7 +139,7 @@ impl Raw {
         raw.send(&offer.hello());
         let bytes = raw.handshake_bytes().expect("a welcome comes");
         let Parsed::Item(grant, _) = offer.grant(&bytes).unwrap() else { panic!("half a welcome") };
-        raw.limits.crc = grant.crc();
+        (raw.limits.crc, raw.limits.request_crc) = (grant.limits().crc, grant.limits().request_crc);
         raw.set_receives(grant.credits() as usize + 8);
         (raw, grant)
     }
@@ -318,8 +318,14 @@ impl Raw {
     pub fn request(&mut self, id: u64, body: &[u8], data: &[u8]) -> bool {
         let data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
         let data_len = data.len() as u32;
-        let request =
-            message::RequestHeader { id, body_len: 0, data_len, region: RemoteRegion::None, data_crc };
+        let request = message::RequestHeader {
+            id,
+            body_len: 0,
+            data_len,
+            region: RemoteRegion::None,
+            has_crc: false,
+            data_crc,
+        };
         let mut bytes = Vec::new();
         request.encode(body, self.limits.crc, &mut bytes);
         bytes.extend_from_slice(data);
@@ -339,7 +345,8 @@ impl Raw {
             }
         };
         let region = RemoteRegion::In { address, key, len };
-        let request = message::RequestHeader { id, body_len: 0, data_len: 0, region, data_crc: 0 };
+        let request =
+            message::RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(body, self.limits.crc, &mut bytes);
         self.send(&bytes)
@@ -347,7 +354,8 @@ impl Raw {
 
     /// The answer to a request whose data is wherever this transport wants it.
     pub fn respond(&mut self, request: &message::RequestHeader, data: &[u8]) {
-        let data_crc = if self.limits.crc { message::data_crc(data) } else { 0 };
+        let has_crc = self.limits.crc || request.has_crc;
+        let data_crc = if has_crc { message::data_crc(data) } else { 0 };
         self.respond_with(request, data, data_crc);
     }
 
@@ -357,7 +365,7 @@ impl Raw {
         let mut response = answer_to(request.id);
         response.data_len = data.len() as u32;
         response.result = data.len() as u64;
-        response.data_crc = data_crc;
+        (response.has_crc, response.data_crc) = (request.has_crc, data_crc);
         response.encode(&[], self.limits.crc, &mut bytes);
         match self.wire {
             Wire::Tcp(..) => bytes.extend_from_slice(data),
@@ -492,6 +500,7 @@ pub fn answer_to(id: u64) -> message::ResponseHeader {
         status: Status { errno: 0, class: Class::None, retryable: false },
         credits: 1,
         result: 0,
+        has_crc: false,
         data_crc: 0,
     }
 }

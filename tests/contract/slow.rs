@@ -30,7 +30,8 @@ fn evicted(server: &Server) -> usize {
 
 fn get(id: u64, len: u32) -> Vec<u8> {
     let region = RemoteRegion::In { address: 0, key: 0, len };
-    let request = message::RequestHeader { id, body_len: 0, data_len: 0, region, data_crc: 0 };
+    let request =
+        message::RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 };
     let mut bytes = Vec::new();
     request.encode(&command(Op::Get, id), false, &mut bytes);
     bytes
@@ -159,6 +160,7 @@ fn a_client_that_sends_a_byte_at_a_time_is_served() {
             body_len: 0,
             data_len: 500,
             region: RemoteRegion::None,
+            has_crc: false,
             data_crc: 0,
         };
         write.encode(&command(Op::Put, 4), false, &mut bytes);
@@ -188,6 +190,7 @@ fn a_client_that_begins_a_message_and_stops_is_closed_if_it_holds_memory() {
         body_len: 0,
         data_len: 60_000,
         region: RemoteRegion::None,
+        has_crc: false,
         data_crc: 0,
     };
     request.encode(&command(Op::Put, 0), false, &mut bytes);
@@ -226,6 +229,7 @@ fn a_client_that_trickles_a_message_for_too_long_is_closed() {
             body_len: 0,
             data_len: 60_000,
             region: RemoteRegion::None,
+            has_crc: false,
             data_crc: 0,
         };
         request.encode(&command(Op::Put, 0), false, &mut bytes);
@@ -263,6 +267,7 @@ fn a_client_that_takes_its_answers_in_driblets_is_read_from_no_faster() {
                 body_len: 0,
                 data_len: 0,
                 region: RemoteRegion::None,
+                has_crc: false,
                 data_crc: 0,
             };
             request.encode(&command(Op::Refuse, 0)[..8], false, &mut asks);

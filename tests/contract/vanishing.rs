@@ -24,6 +24,7 @@ fn large_write() -> Vec<u8> {
         body_len: 0,
         data_len: 200_000,
         region: RemoteRegion::None,
+        has_crc: false,
         data_crc: 0,
     };
     request.encode(&command(Op::Put, 0), false, &mut bytes);

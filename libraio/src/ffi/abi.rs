@@ -19,6 +19,7 @@ pub(super) const CMD_ALLOCATE: c_int = 7;
 pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
 pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
 pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
+pub(super) const IOCB_CRC: c_uint = 1 << 3;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
 pub(super) const RES2_UNKNOWN: c_ulong = 0x200;
@@ -28,6 +29,7 @@ pub(super) const OPT_CRC: c_uint = 1 << 0;
 pub(super) const OPT_NO_SPIN: c_uint = 1 << 1;
 pub(super) const OPT_REDO: c_uint = 1 << 2;
 pub(super) const OPT_NO_RECONNECT: c_uint = 1 << 3;
+pub(super) const OPT_NO_CRC: c_uint = 1 << 4;
 
 /// `struct raio_iocb_common`
 #[repr(C)]
@@ -47,7 +49,8 @@ pub struct raio_iocb {
     pub(super) key: c_uint,
     pub(super) raio_fildes: c_int,
     pub(super) raio_lio_opcode: c_int,
-    pub(super) pad: c_int,
+    /// `pad` without [`IOCB_CRC`].
+    pub(super) crc: c_uint,
     pub(super) c: raio_iocb_common,
 }
 

@@ -106,6 +106,10 @@ fn event(
         }
         _ => {}
     }
+    if let Some(crc) = completion.crc {
+        // SAFETY: as above.
+        unsafe { (*obj).crc = crc };
+    }
     let (res, res2) = match &completion.result {
         Ok(n) => (*n as c_ulong, 0),
         Err(error) => {

@@ -1,11 +1,12 @@
 //! Registered memory: the caller's (`raio_reg_mr`) and the library's (`raio_alloc`).
 
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::{LazyLock, Mutex};
 
 use raio_transport::memory::{Region, process};
+use raio_transport::message;
 
 use super::errors::{fail, int, invalid, run};
 use super::handle::Handle;
@@ -228,4 +229,18 @@ pub unsafe extern "C" fn raio_free(ctx: *mut raio_context, buf: *mut c_void) -> 
         unsafe { libc::munmap(buf, len) };
         Ok(0)
     })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `buf` points at `len` bytes that may be read, or `len` is 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_crc32c(crc: c_uint, buf: *const c_void, len: usize) -> c_uint {
+    if buf.is_null() || len == 0 {
+        return crc;
+    }
+    // SAFETY: not null, and the caller vouches for the rest.
+    let bytes = unsafe { std::slice::from_raw_parts(buf.cast::<u8>(), len) };
+    message::combined_crc(crc, message::data_crc(bytes), len as u64)
 }

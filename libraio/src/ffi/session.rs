@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use raio_transport::address::Scheme;
 
-use super::abi::{OPT_CRC, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
+use super::abi::{OPT_CRC, OPT_NO_CRC, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
 use super::descriptor;
 use super::errors::{c_str, int, invalid, set_message};
 use super::file_cache::FileCache;
 use super::state::state;
 use crate::context::Context;
 use crate::error::Error;
-use crate::session::{Options, Session};
+use crate::session::{Crc, Options, Session};
 
 /// See libraio.h.
 ///
@@ -129,7 +129,7 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
     let newer = tail.map(|at| unsafe { options.cast::<u8>().add(at).read() }).any(|byte| byte != 0);
     if newer
         || known.reserved.iter().any(|&word| word != 0)
-        || known.flags & !(OPT_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT) != 0
+        || known.flags & !(OPT_CRC | OPT_NO_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT) != 0
     {
         return Err(invalid(
             "raio_options has something set that this library does not know. Zero it first, and set only \
@@ -149,7 +149,16 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
             (false, 0) => defaults.spin,
             (false, us) => Duration::from_micros(us.into()),
         },
-        crc: known.flags & OPT_CRC != 0,
+        crc: match known.flags & (OPT_CRC | OPT_NO_CRC) {
+            0 => Crc::Auto,
+            OPT_CRC => Crc::On,
+            OPT_NO_CRC => Crc::Off,
+            _ => {
+                return Err(invalid(
+                    "RAIO_OPT_CRC and RAIO_OPT_NO_CRC exclude each other. Pass one of them, or none.",
+                ));
+            }
+        },
         reconnect: match known.flags & OPT_NO_RECONNECT {
             0 => ms(known.reconnect_ms).unwrap_or(defaults.reconnect),
             _ => Duration::ZERO,

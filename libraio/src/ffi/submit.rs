@@ -89,6 +89,8 @@ unsafe fn submit(
     let token = iocb.expose_provenance() as u64;
     let submitted = if state.probe.is_unreadable(place) {
         context.submit_failed(file, operation, token, unreadable())
+    } else if io.c.flags & IOCB_CRC != 0 {
+        context.submit_with_crc(file, operation, Some(io.crc), token)
     } else {
         context.submit(file, operation, token)
     };
@@ -117,7 +119,7 @@ unsafe fn operation(
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
     let c = &io.c;
-    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC) != 0
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
         || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {

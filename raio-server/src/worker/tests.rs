@@ -20,7 +20,7 @@ use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{Command, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use raio_transport::tcp::TcpClient;
-use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId, SendOptions};
 
 use super::*;
 use crate::config::{Config, Options};
@@ -88,7 +88,7 @@ fn connect(worker: &mut Worker) -> TcpClient {
 fn open(worker: &mut Worker, client: &mut TcpClient, flags: u32, path: &[u8]) -> FileHandle {
     let mut body = Vec::new();
     Command::Open { flags, mode: 0, path }.encode(&mut body);
-    client.send(0, &body, Bulk::None, true).expect("a credit is left");
+    client.send(0, &body, Bulk::None, SendOptions::CONTROL).expect("a credit is left");
     client.flush();
     let mut replies = Vec::new();
     while replies.is_empty() {
@@ -139,7 +139,7 @@ impl Bench {
     fn send(&mut self, tag: u64, command: &Command<'_>) {
         let mut body = Vec::new();
         command.encode(&mut body);
-        self.client.send(tag, &body, Bulk::None, true).expect("a credit is left");
+        self.client.send(tag, &body, Bulk::None, SendOptions::CONTROL).expect("a credit is left");
         self.client.flush();
     }
 
@@ -166,7 +166,9 @@ impl Bench {
             Command::Read { file: self.file, offset, length: BLOCK as u32 }.encode(&mut body);
             let buffer = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
             let tag = self.next_block as u64;
-            last = Some(self.client.send(tag, &body, Bulk::In(buffer), false).expect("a credit is left"));
+            last = Some(
+                self.client.send(tag, &body, Bulk::In(buffer), SendOptions::PLAIN).expect("a credit is left"),
+            );
             self.next_block = (self.next_block + 1) % FILE_BLOCKS;
         }
         self.client.flush();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
-use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId, SendOptions};
 use raio_transport::{message, tcp};
 use tempfile::TempDir;
 
@@ -276,7 +276,7 @@ impl Client {
         let mut body = Vec::new();
         command.encode(&mut body);
         self.tag += 1;
-        let id = self.transport.send(self.tag, &body, bulk, false).unwrap();
+        let id = self.transport.send(self.tag, &body, bulk, SendOptions::PLAIN).unwrap();
         self.transport.flush();
         (self.tag, id)
     }

@@ -10,7 +10,7 @@ use raio_transport::protocol::{
     Command, OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
-use raio_transport::transport::{Bulk, ClientTransport};
+use raio_transport::transport::{Bulk, ClientTransport, SendOptions};
 
 use crate::common::{Client, Server, buffers, data, each};
 use crate::random::Random;
@@ -505,7 +505,7 @@ fn a_command_whose_length_contradicts_its_data_ends_that_connection_only() {
             assert_eq!(good.do_it(&Command::Stat(file)), Ok(0));
         }
         let mut bad = server.client();
-        bad.transport.send(1, &[0xff; 24], Bulk::None, false).unwrap();
+        bad.transport.send(1, &[0xff; 24], Bulk::None, SendOptions::PLAIN).unwrap();
         assert!(!bad.wait(1).status.is_ok());
         assert_eq!(good.do_it(&Command::Stat(file)), Ok(0));
         let stats = server.stats_until("closed", |stats| stats.get("connections") == 1);

@@ -117,6 +117,7 @@ fn a_write_that_never_arrives_holds_up_the_end_for_so_long_and_no_longer() {
         body_len: 0,
         data_len: 1000,
         region: RemoteRegion::None,
+        has_crc: false,
         data_crc: 0,
     };
     let mut bytes = Vec::new();

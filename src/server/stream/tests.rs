@@ -148,7 +148,14 @@ fn request(id: u64, region_len: u32, data: &[u8]) -> Vec<u8> {
         0 => RemoteRegion::None,
         len => RemoteRegion::In { address: 0, key: 0, len },
     };
-    let header = message::RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, data_crc: 0 };
+    let header = message::RequestHeader {
+        id,
+        body_len: 0,
+        data_len: data.len() as u32,
+        region,
+        has_crc: false,
+        data_crc: 0,
+    };
     let mut bytes = Vec::new();
     header.encode(b"command.", false, &mut bytes);
     bytes.extend_from_slice(data);
@@ -157,7 +164,8 @@ fn request(id: u64, region_len: u32, data: &[u8]) -> Vec<u8> {
 
 /// The kinds of the messages that the server has sent.
 fn kinds(mut bytes: &[u8]) -> Vec<u8> {
-    let limits = message::Limits { crc: false, data_bytes_max: 1 << 20, pong_time: false };
+    let limits =
+        message::Limits { crc: false, request_crc: false, data_bytes_max: 1 << 20, pong_time: false };
     let mut kinds = Vec::new();
     while let Ok(Parsed::Item(message, len)) = message::parse(bytes, &limits) {
         kinds.push(bytes[0]);

@@ -79,6 +79,7 @@ impl Peer {
             status: Status::OK,
             credits: 1,
             result: data.len() as u64,
+            has_crc: false,
             data_crc: if self.limits.crc { message::data_crc(data) } else { 0 },
         };
         response.encode(&[], self.limits.crc, out);
@@ -126,7 +127,16 @@ fn receive(client: &mut TcpClient, n: usize) -> Vec<Reply> {
 }
 
 fn response(id: u64) -> ResponseHeader {
-    ResponseHeader { id, body_len: 0, data_len: 0, status: Status::OK, credits: 1, result: 0, data_crc: 0 }
+    ResponseHeader {
+        id,
+        body_len: 0,
+        data_len: 0,
+        status: Status::OK,
+        credits: 1,
+        result: 0,
+        has_crc: false,
+        data_crc: 0,
+    }
 }
 
 fn encoded(response: ResponseHeader) -> Vec<u8> {
@@ -139,7 +149,7 @@ fn encoded(response: ResponseHeader) -> Vec<u8> {
 fn a_batch_goes_out_in_one_call_and_its_answers_come_in_by_one() {
     let (mut client, mut peer) = pair(&policy(), 0);
     for tag in 0..8 {
-        client.send(tag, &[tag as u8; 24], room(4096), false).unwrap();
+        client.send(tag, &[tag as u8; 24], room(4096), SendOptions::PLAIN).unwrap();
     }
     client.flush();
     assert_eq!(client.counters().sends, 1);
@@ -165,8 +175,8 @@ fn large_data_is_read_into_place_and_sent_from_place() {
     for features in [0, FEATURE_CRC] {
         let (mut client, mut peer) = pair(&policy(), features);
         let data = pattern(1 << 20, 3);
-        client.send(1, &[0; 24], room(1 << 20), false).unwrap();
-        client.send(2, &[0; 24], out(data.clone()), false).unwrap();
+        client.send(1, &[0; 24], room(1 << 20), SendOptions::PLAIN).unwrap();
+        client.send(2, &[0; 24], out(data.clone()), SendOptions::PLAIN).unwrap();
         let server = thread::spawn(move || {
             let (read, _) = peer.request();
             let (write, data) = peer.request();
@@ -198,8 +208,8 @@ fn data_in_many_pieces_keeps_its_order() {
         )
     };
     let data: Vec<u8> = (0..300).flat_map(|n| pattern(n + 1, n)).collect();
-    client.send(0, &[0; 24], Bulk::Out(pieces(true)), false).unwrap();
-    client.send(1, &[0; 24], Bulk::In(pieces(false)), false).unwrap();
+    client.send(0, &[0; 24], Bulk::Out(pieces(true)), SendOptions::PLAIN).unwrap();
+    client.send(1, &[0; 24], Bulk::In(pieces(false)), SendOptions::PLAIN).unwrap();
     client.flush();
     let (write, received) = peer.request();
     assert_eq!(received, data);
@@ -218,7 +228,9 @@ fn a_server_that_takes_nothing_blocks_nobody_and_gets_everything_in_the_end() {
     let (mut client, mut peer) = pair(&policy, 0);
     let mut ids = Vec::new();
     for tag in 0..32 {
-        ids.push(client.send(tag, &[0; 24], out(pattern(1 << 20, tag as usize)), false).unwrap());
+        ids.push(
+            client.send(tag, &[0; 24], out(pattern(1 << 20, tag as usize)), SendOptions::PLAIN).unwrap(),
+        );
     }
     client.flush();
     assert!(client.poll_fd().1, "32 MiB fit into no socket");
@@ -244,7 +256,7 @@ fn a_server_that_takes_nothing_blocks_nobody_and_gets_everything_in_the_end() {
 #[test]
 fn a_server_hears_what_it_did_wrong() {
     let (mut client, mut peer) = pair(&policy(), 0);
-    client.send(0, &[0; 24], room(4096), false).unwrap();
+    client.send(0, &[0; 24], room(4096), SendOptions::PLAIN).unwrap();
     client.flush();
     peer.request();
     peer.stream.write_all(&encoded(response(7))).unwrap();
@@ -322,8 +334,8 @@ fn a_server_that_pings_without_end_does_not_keep_its_client() {
 #[test]
 fn a_goaway_ends_everything_with_its_sentence() {
     let (mut client, mut peer) = pair(&policy(), 0);
-    client.send(0, &[0; 24], room(10), false).unwrap();
-    client.send(1, &[0; 24], out(vec![1; 10]), false).unwrap();
+    client.send(0, &[0; 24], room(10), SendOptions::PLAIN).unwrap();
+    client.send(1, &[0; 24], out(vec![1; 10]), SendOptions::PLAIN).unwrap();
     client.flush();
     let mut bytes = Vec::new();
     let (request, _) = peer.request();
@@ -336,7 +348,7 @@ fn a_goaway_ends_everything_with_its_sentence() {
     let failure = client.failure().unwrap();
     assert_eq!(failure.errno(), libc::ESHUTDOWN);
     assert!(failure.to_string().contains("The server stops."));
-    assert!(client.send(2, &[0; 24], Bulk::None, true).is_err());
+    assert!(client.send(2, &[0; 24], Bulk::None, SendOptions::CONTROL).is_err());
 }
 
 #[test]
@@ -348,7 +360,7 @@ fn a_stream_that_ends_anywhere_loses_each_request_once() {
     for cut in [0, 1, 39, 40, 41, 10_000, 20_039, 20_040] {
         let (mut client, mut peer) = pair(&policy(), 0);
         for tag in 0..3 {
-            client.send(tag, &[0; 24], room(20_000), false).unwrap();
+            client.send(tag, &[0; 24], room(20_000), SendOptions::PLAIN).unwrap();
         }
         client.flush();
         for _ in 0..3 {
@@ -386,8 +398,8 @@ fn a_ping_that_nobody_answers_ends_the_connection() {
 #[test]
 fn abort_hands_out_everything_once() {
     let (mut client, _peer) = pair(&policy(), 0);
-    client.send(0, &[0; 24], out(vec![0; 100]), false).unwrap();
-    client.send(1, &[0; 24], room(100), false).unwrap();
+    client.send(0, &[0; 24], out(vec![0; 100]), SendOptions::PLAIN).unwrap();
+    client.send(1, &[0; 24], room(100), SendOptions::PLAIN).unwrap();
     client.abort(Violation::Silent);
     let mut replies = Vec::new();
     client.receive(&mut replies);
@@ -443,7 +455,7 @@ proptest! {
         let (mut client, mut peer) = pair(&policy(), if crc { FEATURE_CRC } else { 0 });
         let mut bytes = Vec::new();
         for (tag, &size) in sizes.iter().enumerate() {
-            client.send(tag as u64, &[0; 24], room(size), false).unwrap();
+            client.send(tag as u64, &[0; 24], room(size), SendOptions::PLAIN).unwrap();
             client.flush();
             let (request, _) = peer.request();
             peer.answer(request.id, &pattern(size, tag), &mut bytes);
@@ -488,7 +500,7 @@ proptest! {
     ) {
         let (mut client, mut peer) = pair(&policy(), 0);
         for tag in 0..6 {
-            client.send(tag, &[0; 24], room(8192), false).unwrap();
+            client.send(tag, &[0; 24], room(8192), SendOptions::PLAIN).unwrap();
         }
         client.flush();
         for _ in 0..6 {
@@ -523,7 +535,7 @@ fn what_a_client_has_given_up_is_not_sent() {
     for end in ends {
         let (mut client, mut peer) = pair(&policy, 0);
         let data = Bulk::Out(Buffers::One(Buffer::Owned(vec![1; 16 << 20].into())));
-        client.send(1, &[2; 24], data, false).unwrap();
+        client.send(1, &[2; 24], data, SendOptions::PLAIN).unwrap();
         client.flush();
         end(client);
         let (received, error) = rest_of(&mut peer);
@@ -536,7 +548,7 @@ fn what_a_client_has_given_up_is_not_sent() {
 fn only_a_client_with_nothing_unanswered_ends_in_good_order() {
     for answered in [true, false] {
         let (mut client, mut peer) = pair(&policy(), 0);
-        client.send(1, &[1; 24], Bulk::None, false).unwrap();
+        client.send(1, &[1; 24], Bulk::None, SendOptions::PLAIN).unwrap();
         client.flush();
         let (request, _) = peer.request();
         if answered {

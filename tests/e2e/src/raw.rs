@@ -12,7 +12,7 @@ use raio_transport::protocol::{Command, FileHandle, FileStatus};
 
 /// The length of a message's header.
 pub(crate) const HEADER_BYTES: usize = 40;
-const LIMITS: Limits = Limits { crc: false, data_bytes_max: u32::MAX, pong_time: false };
+const LIMITS: Limits = Limits { crc: false, request_crc: false, data_bytes_max: u32::MAX, pong_time: false };
 
 /// A client with one session, one connection and one open file.
 pub struct Raw {
@@ -130,7 +130,8 @@ pub fn request(id: u64, command: &Command<'_>, data_len: u32) -> Vec<u8> {
     let mut body = Vec::new();
     command.encode(&mut body);
     let mut bytes = Vec::new();
-    RequestHeader { id, body_len: 0, data_len, region, data_crc: 0 }.encode(&body, false, &mut bytes);
+    RequestHeader { id, body_len: 0, data_len, region, has_crc: false, data_crc: 0 }
+        .encode(&body, false, &mut bytes);
     bytes
 }
 

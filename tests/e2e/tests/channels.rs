@@ -11,7 +11,7 @@ use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{Command, FileHandle, OPEN_READ, OPEN_WRITE, RequestOutcome};
 use raio_transport::tcp::TcpClient;
-use raio_transport::transport::{Bulk, ClientTransport, Reply};
+use raio_transport::transport::{Bulk, ClientTransport, Reply, SendOptions};
 use zerocopy::little_endian::U32;
 
 const BLOCK: usize = 4096;
@@ -39,7 +39,7 @@ impl Member {
     fn send(&mut self, command: &Command<'_>, bulk: Bulk) -> u32 {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let id = self.client.send(0, &body, bulk, false).expect("a credit is left");
+        let id = self.client.send(0, &body, bulk, SendOptions::PLAIN).expect("a credit is left");
         self.client.flush();
         id.0 as u32
     }

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use raio::{Buffer, Buffers, Context, File, Operation, Options, Scheme, Session};
+use raio::{Buffer, Buffers, Context, Crc, File, Operation, Options, Scheme, Session};
 use raio_e2e::{Direction, Ending, PATIENCE, Proxy, Random, Raw, Server, Treatment, is_at_rest};
 use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
@@ -315,6 +315,7 @@ impl LibraryBench {
         let passed = |connection| {
             [Direction::Up, Direction::Down].map(|direction| proxy.passed(connection, direction))
         };
+        let crc = if crc { Crc::On } else { Crc::Off };
         let options = Options { crc, reconnect: Duration::ZERO, ..Options::default() };
         let session = Session::connect_to(Scheme::Tcp, proxy.address(), &options).expect("a session");
         let file = session.open(bench.path(99_998), libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
+use raio::{Buffer, Buffers, Context, Crc, Error, File, Operation, Options, Session};
 use raio_e2e::{
     Cable, Direction, End, Ending, LISTEN, PATIENCE, Proxy, Server, Silenced, Treatment, binary, needs_wire,
 };
@@ -452,7 +452,7 @@ fn a_bit_that_flips_in_data_costs_one_request_more_and_no_connection() {
         let flip = Some((direction, 8 * LENGTH as u64 / 2));
         // The session's own connection is the first.
         proxy.plan([Treatment::default(), Treatment { flip, ..Treatment::default() }]);
-        let session = Session::connect(&proxy.url(), &Options { crc: true, ..Options::default() });
+        let session = Session::connect(&proxy.url(), &Options { crc: Crc::On, ..Options::default() });
         let session = session.expect("a session");
         let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
         let mut context = session.context(4).expect("a context");

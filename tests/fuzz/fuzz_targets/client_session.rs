@@ -16,7 +16,7 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{FEATURE_CRC, Parsed, SessionId};
 use raio_transport::tcp;
-use raio_transport::transport::{Bulk, ClientTransport};
+use raio_transport::transport::{Bulk, ClientTransport, SendOptions};
 
 /// Room of the requests, cut into pieces or not; None: no room, some data to send.
 const ROOMS: [Option<&[usize]>; 6] =
@@ -64,7 +64,7 @@ fn session(mode: Mode, offer: &Offer, welcome: &[u8], bytes: &[u8]) {
             None => Bulk::Out(Buffers::One(piece(&500))),
         };
         let fits = bulk.len_in() <= client.grant().data_bytes_max as usize;
-        if fits && client.send(tag as u64, &[4; 24], bulk, false).is_ok() {
+        if fits && client.send(tag as u64, &[4; 24], bulk, SendOptions::PLAIN).is_ok() {
             sent.push(tag as u64);
         }
     }

@@ -776,7 +776,8 @@ impl World {
         };
         let crc = client.crc();
         let data_crc = if crc { data_crc(data) } else { 0 };
-        let header = RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, data_crc };
+        let header =
+            RequestHeader { id, body_len: 0, data_len: data.len() as u32, region, has_crc: false, data_crc };
         header.encode(body, crc, &mut client.unsent);
         client.unsent.extend_from_slice(data);
         true
@@ -1044,6 +1045,7 @@ impl World {
         }
         client.limits = Some(Limits {
             crc: welcome.features.get() & FEATURE_CRC != 0,
+            request_crc: false,
             data_bytes_max: welcome.data_bytes_max.get(),
             // Not asked for.
             pong_time: false,

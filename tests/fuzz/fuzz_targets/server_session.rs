@@ -95,7 +95,7 @@ impl Server {
             credits: 0,
             held: Vec::new(),
             sent: Vec::new(),
-            limits: Limits { crc: false, data_bytes_max: 0, pong_time: false },
+            limits: Limits { crc: false, request_crc: false, data_bytes_max: 0, pong_time: false },
             to_fetch: HashMap::new(),
             brought: HashMap::new(),
             answers: 0,

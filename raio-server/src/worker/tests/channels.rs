@@ -161,7 +161,7 @@ impl Member {
     fn send(&mut self, command: &Command<'_>) -> u32 {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let id = self.client.send(0, &body, Bulk::None, true).expect("a credit is left");
+        let id = self.client.send(0, &body, Bulk::None, SendOptions::CONTROL).expect("a credit is left");
         self.client.flush();
         id.0 as u32
     }
@@ -175,7 +175,7 @@ impl Member {
         let mut body = Vec::new();
         Command::Write { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
         let buffer = Buffers::One(Buffer::Owned(bytes.into()));
-        let id = self.client.send(0, &body, Bulk::Out(buffer), false).expect("a credit is left");
+        let id = self.client.send(0, &body, Bulk::Out(buffer), SendOptions::PLAIN).expect("a credit is left");
         self.client.flush();
         id.0 as u32
     }
@@ -184,7 +184,7 @@ impl Member {
         let mut body = Vec::new();
         Command::Read { file, offset: (at * BLOCK) as u64, length: BLOCK as u32 }.encode(&mut body);
         let buffer = Buffers::One(Buffer::Owned(vec![0; BLOCK].into()));
-        self.client.send(0, &body, Bulk::In(buffer), false).expect("a credit is left");
+        self.client.send(0, &body, Bulk::In(buffer), SendOptions::PLAIN).expect("a credit is left");
         self.client.flush();
     }
 
@@ -466,7 +466,10 @@ fn operations_of_a_group_that_was_not_granted_are_answered_and_never_executed() 
         body[..2].copy_from_slice(&(opcode as u16).to_le_bytes());
         body[4..8].copy_from_slice(&file.to_le_bytes());
         body[16..].copy_from_slice(&SIZE.to_le_bytes());
-        let id = member.client.send(opcode as u64, &body, Bulk::None, false).expect("a credit is left");
+        let id = member
+            .client
+            .send(opcode as u64, &body, Bulk::None, SendOptions::PLAIN)
+            .expect("a credit is left");
         member.client.flush();
         id.0 as u32
     };

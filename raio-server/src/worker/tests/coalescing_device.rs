@@ -130,7 +130,7 @@ fn a_request_that_is_held_back_can_be_cancelled_at_once() {
     let last = bench.read(DEPTH);
     let mut body = Vec::new();
     Command::Cancel { id: last.0 }.encode(&mut body);
-    bench.client.send(u64::MAX, &body, Bulk::None, true).expect("a credit is left");
+    bench.client.send(u64::MAX, &body, Bulk::None, SendOptions::CONTROL).expect("a credit is left");
     bench.client.flush();
     let replies = bench.collect(2);
     let errnos: Vec<_> = replies.iter().map(|reply| (reply.tag, reply.status.errno)).collect();

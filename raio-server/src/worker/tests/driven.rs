@@ -97,7 +97,8 @@ fn a_blocking_operation_runs_when_it_is_told_to() {
             0 => RemoteRegion::None,
             len => RemoteRegion::In { address: 0, key: 0, len },
         };
-        RequestHeader { id, body_len: 0, data_len: 0, region, data_crc: 0 }.encode(&body, false, &mut bytes);
+        RequestHeader { id, body_len: 0, data_len: 0, region, has_crc: false, data_crc: 0 }
+            .encode(&body, false, &mut bytes);
         client.write_all(&bytes).unwrap();
         run(worker);
     };

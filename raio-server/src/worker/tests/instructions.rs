@@ -52,7 +52,7 @@ fn submit(
                 Bulk::Out(buffer)
             }
         };
-        client.send(at, &body, bulk, false).expect("a credit is left");
+        client.send(at, &body, bulk, SendOptions::PLAIN).expect("a credit is left");
     }
     client.flush();
 }

@@ -215,7 +215,7 @@ impl Bench {
         let (offset, length) = ((at * BLOCK) as u64, BLOCK as u32);
         Command::Write { file: self.file, offset, length }.encode(&mut body);
         let buffer = Buffers::One(Buffer::Owned(bytes.into()));
-        self.client.send(at as u64, &body, Bulk::Out(buffer), false).expect("a credit is left");
+        self.client.send(at as u64, &body, Bulk::Out(buffer), SendOptions::PLAIN).expect("a credit is left");
         self.client.flush();
     }
 

@@ -47,7 +47,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         connect_timeout: SILENCE_MAX,
         call_timeout: SILENCE_MAX * 5,
         request_timeout: Some(SILENCE_MAX),
-        crc,
+        crc: if crc { raio::Crc::On } else { raio::Crc::Off },
         ..Options::default()
     };
     while !IS_OVER.load(Ordering::Relaxed) {

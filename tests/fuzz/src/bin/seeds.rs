@@ -173,7 +173,8 @@ fn requests() -> Vec<(String, Vec<u8>)> {
     .enumerate()
     {
         let data = vec![b'd'; data_len as usize];
-        let request = RequestHeader { id: id as u64, body_len: 0, data_len, region, data_crc: 0 };
+        let request =
+            RequestHeader { id: id as u64, body_len: 0, data_len, region, has_crc: false, data_crc: 0 };
         let mut bytes = Vec::new();
         request.encode(&[verb; 24], false, &mut bytes);
         bytes.extend_from_slice(&data);
@@ -315,6 +316,7 @@ fn responses() -> Vec<(String, Vec<u8>)> {
             status,
             credits: 1,
             result: data_len.into(),
+            has_crc: false,
             data_crc: 0,
         };
         let mut bytes = Vec::new();

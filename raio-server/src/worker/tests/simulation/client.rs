@@ -15,7 +15,7 @@ use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use raio_transport::sync::lock;
-use raio_transport::transport::{Bulk, Reply, UsedIds};
+use raio_transport::transport::{Bulk, Reply, SendOptions, UsedIds};
 
 use super::disk::{CELLS, FILES};
 use super::{Env, clock, network, server};
@@ -467,7 +467,7 @@ impl Client {
                 What::Open(file, self.files.reopenings())
             }
         };
-        if channel.send(slot.next_tag, &body, Bulk::None, false).is_err() {
+        if channel.send(slot.next_tag, &body, Bulk::None, SendOptions::PLAIN).is_err() {
             if let What::Stat(file, opened) = what {
                 self.opened[file] = Some(opened);
             }
@@ -535,7 +535,7 @@ impl Client {
         op.verifier = slot.verifiers[file];
         let mut body = Vec::new();
         command.encode(&mut body);
-        let is_sent = channel.send(tag, &body, bulk, false).is_ok();
+        let is_sent = channel.send(tag, &body, bulk, SendOptions::PLAIN).is_ok();
         let what = match &op.what {
             // A verifier differs from run to run.
             What::Fsync { file, covers, .. } => format!("Fsync of file {file}, {} cells", covers.len()),
