@@ -136,15 +136,23 @@ fn fio_that_writes_again_what_it_must_sees_no_error_when_the_server_is_killed_tw
     restarted(&["--raio_redo=1".into()], Server::kill);
 }
 
-/// Kills the server of a job, and starts another one if it is to go on. All that the job said when it failed.
+/// Kills the server of a job with requests under way, and starts another one if it is to go on. All that the
+/// job said when it failed.
 fn killed(more: &[&str], is_started_again: bool) -> String {
     let directory = directory();
     let command = || Command::new(binary("raio_server"));
     let mut server = serve(command(), directory.path(), "tcp://127.0.0.1:0");
-    let more: Vec<_> = more.iter().map(|&option| option.to_owned()).collect();
+    let more: Vec<_> = ["--bsrange=4k-4k", "--fdatasync=0", "--verify=0"]
+        .iter()
+        .chain(more)
+        .map(ToString::to_string)
+        .collect();
     let mut job = Job::begin(Command::new("fio"), &server.url(), &more);
     job.works(&mut server);
     let listen = server.listen_url();
+    server.hold_up();
+    // As long as any: by then fio's queue is full of writes that are sent and not answered.
+    std::thread::sleep(BETWEEN);
     server.kill();
     let _next = is_started_again.then(|| serve(command(), directory.path(), &listen));
     let (has_succeeded, said) = job.end();
@@ -162,8 +170,7 @@ fn fio_fails_when_the_server_is_away_for_longer_than_it_may_be_and_says_which_op
 
 #[test]
 fn fio_that_does_not_write_again_fails_when_the_server_is_killed_and_says_which_option_changes_that() {
-    // One write at least is under way all the time.
-    let said = killed(&["--rate_iops=0", "--verify=0"], true);
+    let said = killed(&[], true);
     assert!(said.contains(&format!("err={}", libc::ECONNRESET)), "{said}");
     assert!(said.contains("it may have been done. It will not be done later."), "{said}");
     assert!(said.contains("With raio_redo=1 the job does it again."), "{said}");
@@ -185,7 +192,7 @@ fn fio_sees_no_error_when_the_cable_is_pulled_twenty_times() {
         std::thread::sleep(PULLED);
         cable.plug();
     }
-    let resumed = server.statistics()["channels"]["resumed"].as_u64();
+    // It may have had no luck so far: what it sends to connect is lost, too, and sent again after a second.
+    server.statistics_when(|now| now["channels"]["resumed"].as_u64() > Some(0));
     job.succeeds();
-    assert!(resumed > Some(0), "the connection was never lost");
 }
