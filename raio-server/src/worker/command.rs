@@ -52,11 +52,7 @@ impl Worker {
                 if !self.has_slot(connection, request.key.id) {
                     return self.violate(connection, Violation::RequestId);
                 }
-                let work = self.open(connection, flags, mode, path, None);
-                if let Err(response) = &work {
-                    self.record_outcome(connection, request.key.id, false, response);
-                }
-                work
+                self.open(connection, flags, mode, path, None)
             }
             Command::Reopen { flags, file, identity, path } => {
                 self.reopen(connection, flags, Reopens { handle: file, identity }, path)
@@ -102,7 +98,14 @@ impl Worker {
                     self.begin(connection, request.key, opcode, work);
                 }
             }
-            Err(response) => self.respond_now(request.key, opcode, response),
+            Err(response) => {
+                // What has failed otherwise has done nothing.
+                let is_done = response.status.is_ok() || opcode == Opcode::Open;
+                if is_done && opcode.operation().is_recorded {
+                    self.record_outcome(connection, request.key.id, false, &response);
+                }
+                self.respond_now(request.key, opcode, response);
+            }
         }
     }
 

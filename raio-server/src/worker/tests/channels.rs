@@ -279,6 +279,24 @@ fn what_was_answered_is_known_however_often_the_client_comes_back() {
 }
 
 #[test]
+fn what_was_answered_is_known_if_there_was_nothing_to_do() {
+    let mut pair = pair(true);
+    let mut old = pair.connect(0, &offer(1, 1));
+    let (_, file) = pair.open(&mut old);
+    let ids = [
+        old.send(&Command::Write { file, offset: 0, length: 0 }),
+        old.send(&Command::WriteZeroes { file, offset: 0, length: 0 }),
+        old.send(&Command::Discard { file, offset: SIZE, length: 0 }),
+    ];
+    for _ in ids {
+        assert_eq!(pair.reply(&mut old).unwrap().status, Status::OK);
+    }
+    old.break_off();
+    let mut new = pair.connect(1, &offer(1, 2));
+    assert_eq!(pair.outcomes(&mut new, &ids), Ok(vec![Some((0, 0)); ids.len()]));
+}
+
+#[test]
 fn an_epoch_that_is_not_higher_is_rejected() {
     let mut pair = pair(true);
     let _new = pair.connect(0, &offer(1, 5));
