@@ -1,6 +1,8 @@
 //! Whether a client is still there, for threads other than its worker's.
 
 use std::os::fd::OwnedFd;
+#[cfg(any(test, feature = "test-worker"))]
+use std::sync::LazyLock;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -33,6 +35,13 @@ impl OnBehalf {
     /// Of this client, from now on.
     pub fn of(client: &Weak<Client>) -> Self {
         Self { client: client.clone(), since: Instant::now() }
+    }
+
+    /// Of somebody who never goes: a test has it begun, so that nobody can stop it.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn of_nobody() -> Self {
+        static STAYS: LazyLock<Arc<Client>> = LazyLock::new(|| Client::new(None));
+        Self::of(&Arc::downgrade(&STAYS))
     }
 
     /// Whether the client has given up what it asked for: its connection has ended. The socket is asked only

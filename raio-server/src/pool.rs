@@ -25,6 +25,10 @@ pub trait Job: Send + Sized + 'static {
     /// Does the work. It may take for ever. It does not panic: its lane would be narrower from then on.
     fn run(self);
 
+    /// It begins, and [`Job::run`] comes later: what would stop it before it has begun does not any more.
+    #[cfg(any(test, feature = "test-worker"))]
+    fn begin(&mut self) {}
+
     /// Whether nothing is left to do, because all of it has been taken back.
     fn is_empty(&self) -> bool;
 
@@ -71,6 +75,14 @@ struct Queue<J> {
     running: usize,
     /// A cancelled job leaves at once, so there are no more than requests in flight.
     waiting: BTreeMap<Ticket, J>,
+}
+
+/// A job that a test has begun.
+#[cfg(any(test, feature = "test-worker"))]
+#[derive(Debug)]
+pub struct Begun<J> {
+    lane: usize,
+    job: J,
 }
 
 /// A share of the pool.
@@ -125,13 +137,27 @@ impl<J: Job> Pool<J> {
     /// is none.
     #[cfg(any(test, feature = "test-worker"))]
     pub fn run_one(&self, which: usize) -> bool {
+        let begun = self.begin_one(which);
+        begun.map(|begun| self.end_one(begun)).is_some()
+    }
+
+    /// Begins one of the jobs that may run. It is for the caller to end it, with [`Pool::end_one`].
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn begin_one(&self, which: usize) -> Option<Begun<J>> {
         let mut state = self.lock();
         let at = which.checked_rem(state.ready.len()).unwrap_or(0);
-        let Some(Ready { lane, job, .. }) = state.ready.remove(at) else { return false };
+        let Ready { lane, job, .. } = state.ready.remove(at)?;
         drop(state);
+        let mut begun = Begun { lane, job };
+        begun.job.begin();
+        Some(begun)
+    }
+
+    /// Runs a job that was begun.
+    #[cfg(any(test, feature = "test-worker"))]
+    pub fn end_one(&self, Begun { lane, job }: Begun<J>) {
         job.run();
         self.lock().finished(lane);
-        true
     }
 
     /// Jobs that have not ended.

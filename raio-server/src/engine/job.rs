@@ -128,6 +128,14 @@ impl pool::Job for Job {
         }
     }
 
+    #[cfg(any(test, feature = "test-worker"))]
+    fn begin(&mut self) {
+        let Self::Operations(_, tasks) = self else { return };
+        for task in tasks.iter_mut().filter(|task| !task.on_behalf.is_over()) {
+            task.on_behalf = OnBehalf::of_nobody();
+        }
+    }
+
     fn is_empty(&self) -> bool {
         matches!(self, Self::Operations(_, tasks) if tasks.is_empty())
     }

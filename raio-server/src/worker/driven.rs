@@ -20,7 +20,7 @@ use crate::engine::Job;
 use crate::export::Exports;
 use crate::limits::{Limits, Room};
 use crate::placement::Placement;
-use crate::pool::Pool;
+use crate::pool::{Begun, Pool};
 use crate::sessions::Sessions;
 use crate::stats::Counters;
 use raio_transport::sync::lock;
@@ -61,6 +61,8 @@ pub struct TestWorker {
     shared: Arc<Shared>,
     limits: Arc<Limits>,
     pool: &'static Pool<Job>,
+    /// Jobs that were begun and have not ended, oldest first.
+    begun: Vec<Begun<Job>>,
     /// Whom to send mail, and the worker. None only while it is replaced.
     running: Option<(WorkerSenders, Worker)>,
     now: Instant,
@@ -83,7 +85,7 @@ impl TestWorker {
         let shared = Arc::new(Shared::new(&config, exports, sessions)?);
         let now = Instant::now();
         let running = Some(start(&shared, 0, now)?);
-        Ok(Self { config, places, shared, limits, pool, running, now })
+        Ok(Self { config, places, shared, limits, pool, begun: Vec::new(), running, now })
     }
 
     /// The worker has drained, and its process ends. Another one begins, with the same exports.
@@ -128,10 +130,25 @@ impl TestWorker {
         worker.run_once()
     }
 
-    /// Carries out one of the blocking operations that may begin, the oldest if `which` is 0. Returns false
-    /// if there is none.
+    /// Carries out one of the blocking operations that may begin, the oldest if `which` is 0, or else of
+    /// those that were begun. Returns false if there is none.
     pub fn run_job(&mut self, which: usize) -> bool {
-        self.pool.run_one(which)
+        self.pool.run_one(which) || self.end_job(which)
+    }
+
+    /// Begins one of the blocking operations that may, the oldest if `which` is 0: from now on nobody can
+    /// stop it. Returns false if there is none.
+    pub fn begin_job(&mut self, which: usize) -> bool {
+        let before = self.begun.len();
+        self.begun.extend(self.pool.begin_one(which));
+        self.begun.len() > before
+    }
+
+    /// Carries out one of those that were begun, the oldest if `which` is 0. Returns false if there is none.
+    pub fn end_job(&mut self, which: usize) -> bool {
+        let Some(at) = which.checked_rem(self.begun.len()) else { return false };
+        self.pool.end_one(self.begun.remove(at));
+        true
     }
 
     /// Lets time pass.
