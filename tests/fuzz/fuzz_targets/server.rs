@@ -9,11 +9,15 @@
 //! writes before and beside it: never one of another file, or of what a slot was used for before. Who keeps
 //! the protocol is not closed, and is answered in the end. When all clients have gone nothing of them is
 //! left, and the next client is served.
+//!
+//! Clients may have channels: what they do not get answered on one connection they ask for on the next. What
+//! the server says then is what has become of it: what was answered is known, what "was not executed" never
+//! is, and nothing of an earlier connection happens any more.
 
 #![no_main]
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
@@ -26,17 +30,23 @@ use libfuzzer_sys::fuzz_target;
 use raio_fuzz::{handshake_len, mend_handshake, mend_messages, step};
 use raio_server::{InUse, TestWorker};
 use raio_transport::Status;
-use raio_transport::handshake::Offer;
+use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::message::{
     self, FEATURE_CRC, Limits, Message, Parsed, RemoteRegion, RequestHeader, ResponseHeader, SessionId,
     Welcome, data_crc, parse, parse_handshake,
 };
 use raio_transport::protocol::{
-    Command, Direction, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_TRUNCATE, OPEN_WRITE,
-    OPERATIONS, Opcode,
+    Command, Direction, FileHandle, FileStatus, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_READ, OPEN_TRUNCATE,
+    OPEN_WRITE, OPERATION_FEATURES, OPERATIONS, Opcode, RequestOutcome,
 };
+use zerocopy::little_endian::U32;
 
 const CONNECTIONS_MAX: usize = 4;
+const SESSIONS_MAX: usize = 6;
+/// The most that the server keeps a channel for.
+const LINGER: Duration = Duration::from_secs(20);
+/// The most ids in one outcome request of a client that keeps the protocol.
+const ASKED_MAX: usize = 16;
 const STEPS_MAX: usize = 400;
 /// No file is larger.
 const FILE_BYTES: usize = 32 << 10;
@@ -101,6 +111,8 @@ struct FileModel {
 }
 
 struct PendingWrite {
+    /// Of the client.
+    session: usize,
     file: usize,
     start: usize,
     /// The bits of its bytes.
@@ -174,7 +186,7 @@ impl Model {
     }
 
     /// Bytes with these bits are to be written there.
-    fn begin_write(&mut self, number: u64, file: usize, start: usize, bits: Vec<u64>) {
+    fn begin_write(&mut self, number: u64, session: usize, file: usize, start: usize, bits: Vec<u64>) {
         if self.is_null(file) {
             return;
         }
@@ -190,12 +202,12 @@ impl Model {
                 add_bits(&mut read.possible[at..at + len], &bits[of..of + len]);
             }
         }
-        self.writes.insert(number, PendingWrite { file, start, bits, is_disputed });
+        self.writes.insert(number, PendingWrite { session, file, start, bits, is_disputed });
     }
 
     /// The first `done` bytes have been written; others may have been.
     fn end_write(&mut self, number: u64, done: usize, grows: bool) {
-        let Some(PendingWrite { file, start, bits, is_disputed }) = self.writes.remove(&number) else {
+        let Some(PendingWrite { file, start, bits, is_disputed, .. }) = self.writes.remove(&number) else {
             return;
         };
         let file = &mut self.files[file];
@@ -206,6 +218,22 @@ impl Model {
         if grows && done > 0 && !is_disputed {
             file.size_min = file.size_min.max(start + done.min(bits.len()));
         }
+    }
+
+    /// The write was not executed, and never will be.
+    fn forget_write(&mut self, number: u64) {
+        self.writes.remove(&number);
+    }
+
+    /// Nothing that these have asked for is carried out any more. It may have been.
+    fn end_writes_of(&mut self, is_theirs: impl Fn(usize) -> bool) {
+        let theirs: Vec<u64> = self
+            .writes
+            .iter()
+            .filter(|(_, write)| is_theirs(write.session))
+            .map(|(&number, _)| number)
+            .collect();
+        theirs.into_iter().for_each(|number| self.end_write(number, 0, false));
     }
 
     fn begin_read(&mut self, number: u64, file: usize, start: usize, len: usize) {
@@ -268,7 +296,15 @@ enum Asked {
         path: Vec<u8>,
         flags: u32,
     },
+    Reopen {
+        path: Vec<u8>,
+        flags: u32,
+        handle: FileHandle,
+    },
     Close(FileHandle),
+    Outcome(Vec<u32>),
+    /// An operation that was not granted.
+    NotGranted,
     Read {
         found: Found,
         length: u32,
@@ -290,9 +326,69 @@ struct Outstanding {
     is_cancelled: bool,
 }
 
+/// A request whose end the server records.
+#[derive(Debug)]
+struct Recorded {
+    id: u32,
+    number: u64,
+    /// Of the connection that it was sent on.
+    epoch: u64,
+    grows: bool,
+    /// How it was answered.
+    answer: Option<(Status, u64)>,
+}
+
+/// A channel, as its client knows it.
+struct Channel {
+    session: usize,
+    number: u32,
+    /// The highest that was offered.
+    epoch: u64,
+    /// For how long it is kept.
+    linger: Duration,
+    /// How long it has been without a connection that is whole.
+    lost_for: Duration,
+    /// The server may not know it.
+    may_be_gone: bool,
+    /// The last request of each slot that was sent completely.
+    slots: BTreeMap<u32, Recorded>,
+    /// The next request's id has this.
+    generation: u16,
+}
+
+/// A file that a session has opened.
+struct Opened {
+    handle: FileHandle,
+    path: Vec<u8>,
+    flags: u32,
+    identity: [u8; 16],
+}
+
+/// Whether a client must ask what became of earlier requests before it may ask for anything else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum MustAsk {
+    No,
+    Yes,
+    /// It has, by the request with this id.
+    Asked(u64),
+}
+
 struct Client {
     stream: UnixStream,
     session: usize,
+    /// The index of its channel, and its epoch.
+    channel: Option<(usize, u64)>,
+    /// Sessions that it has superseded.
+    supersedes: Vec<usize>,
+    must_ask: MustAsk,
+    /// How many requests of earlier connections it asks about when it has had its welcome; None: not at all.
+    asks: Option<usize>,
+    /// Nothing can have made its epoch obsolete.
+    is_fresh: bool,
+    /// Ids of requests that are not answered.
+    ids: Vec<u64>,
+    queue_depth: u32,
+    features: u64,
     /// What it may send: it has had its welcome.
     limits: Option<Limits>,
     credits: usize,
@@ -315,6 +411,8 @@ struct Client {
     has_keepalive: bool,
     /// The server has no reason to close it.
     is_good: bool,
+    /// It was told that nothing is known of its channel.
+    was_told: bool,
     /// It has ended the conversation, or broken the protocol: not all it asked for need be answered.
     has_ended: bool,
     /// What it has sent cannot be read from here on.
@@ -355,13 +453,36 @@ impl Client {
         writes
     }
 
-    /// Whether a request of it makes no sense, or has the id of another one.
+    /// Whether a request of it makes no sense, comes too early, or has an id that it must not have.
     fn breaks_rules(&self, header: &RequestHeader, body: &[u8]) -> bool {
-        self.outstanding.iter().any(|other| other.id == header.id) || sensible(header, body).is_none()
+        let Some(command) = sensible(header, body) else { return true };
+        let is_recorded = command.opcode().operation().is_recorded;
+        self.outstanding.iter().any(|other| other.id == header.id)
+            || self.is_too_early(header.id, &command)
+            || (is_recorded && !self.has_slot(header.id))
     }
 
     fn breaks(&mut self) {
         (self.is_good, self.has_ended) = (false, true);
+    }
+
+    /// The server has no reason to close it, and has let it in.
+    fn is_whole(&self) -> bool {
+        self.limits.is_some() && self.is_good
+    }
+
+    /// Whether it may not send this command yet.
+    fn is_too_early(&self, id: u64, command: &Command<'_>) -> bool {
+        match (self.must_ask, command) {
+            (MustAsk::No, _) | (_, Command::Cancel { .. }) => false,
+            (MustAsk::Asked(asked), Command::Outcome { .. }) => id != asked,
+            (MustAsk::Yes | MustAsk::Asked(_), _) => true,
+        }
+    }
+
+    /// Whether a recorded request of it may have this id.
+    fn has_slot(&self, id: u64) -> bool {
+        self.channel.is_none() || (id <= u64::from(u32::MAX) && id & 0xffff <= u64::from(self.queue_depth))
     }
 }
 
@@ -406,11 +527,17 @@ struct Session {
     opens: usize,
     /// An answer to one was never seen, or the server may have ended the session in between.
     is_unsure: bool,
+    /// What it has opened, on any server.
+    opened: Vec<Opened>,
+    /// Which server it was last connected to.
+    server: u64,
+    is_superseded: bool,
 }
 
 impl Session {
-    fn new(id: SessionId) -> Self {
-        Self { id, files: HashMap::new(), opens: 0, is_unsure: false }
+    fn new(id: SessionId, server: u64) -> Self {
+        let (files, opened) = (HashMap::new(), Vec::new());
+        Self { id, files, opens: 0, is_unsure: false, opened, server, is_superseded: false }
     }
 
     fn file(&self, handle: FileHandle) -> Found {
@@ -438,14 +565,39 @@ struct World {
     sessions: Vec<Session>,
     /// The latest session of each number that inputs have for one.
     current: [Option<usize>; 4],
+    channels: Vec<Channel>,
     clients: Vec<Client>,
     model: Model,
+    /// How often the server was started again.
+    restarts: u64,
     /// Numbers the requests of all clients.
     numbers: u64,
     is_draining: bool,
     /// The last response that has come.
     last: Option<ResponseHeader>,
     buffer: Box<[u8]>,
+}
+
+/// What a server says became of a request, beside how it was answered.
+fn check_outcome(said: Option<(Status, u64)>, answered: Option<(Status, u64)>, id: u32) {
+    match (said, answered) {
+        (None, Some((status, _))) => assert!(!status.is_ok(), "{id:#x} was answered, and is not known"),
+        (Some((said, result)), Some((status, answered))) => {
+            assert_eq!((said.errno, said.class, result), (status.errno, status.class, answered), "{id:#x}");
+        }
+        (_, None) => {}
+    }
+}
+
+/// Which file a path is of, by its status; and what the server tells it by.
+fn identity_of(path: &[u8], body: &[u8]) -> (Identity, [u8; 16]) {
+    let status = FileStatus::decode(body).expect("a status");
+    let name = path.split(|&byte| byte == b'/').find(|name| !name.is_empty());
+    match name.expect("the path of an export") {
+        // What is behind these is no file of the server's.
+        name @ (b"mem" | b"null") => (Identity::Export(name.to_vec()), status.identity),
+        _ => (Identity::Inode(status.device.get(), status.inode.get()), status.identity),
+    }
 }
 
 impl World {
@@ -455,10 +607,11 @@ impl World {
         let (tree, one) = (directory.join("tree"), directory.join("one"));
         fs::write(&one, vec![0; FILE_BYTES / 2]).unwrap();
         let configuration = format!(
-            "io-max = 65536\nqueue-depth = 6\nmax-sessions = 4\nmemory = \"2M\"\nstall-timeout = 1\n\
+            "io-max = 65536\nqueue-depth = 6\nmax-sessions = {SESSIONS_MAX}\nlinger = {}\nmemory = \"2M\"\nstall-timeout = 1\n\
              [export.mem]\nmemory = {FILE_BYTES}\naccess = \"rw\"\n[export.null]\nnull = {FILE_BYTES}\n\
              [export.dir]\npath = {tree:?}\naccess = \"rw\"\nmax-file-size = {FILE_BYTES}\n\
-             [export.ro]\npath = {tree:?}\n[export.one]\npath = {one:?}\naccess = \"rw\"\n"
+             [export.ro]\npath = {tree:?}\n[export.one]\npath = {one:?}\naccess = \"rw\"\n",
+            LINGER.as_secs()
         );
         let file = directory.join("raio_server.toml");
         fs::write(&file, configuration).unwrap();
@@ -468,8 +621,10 @@ impl World {
             server,
             sessions: Vec::new(),
             current: [None; 4],
+            channels: Vec::new(),
             clients: Vec::new(),
             model: Model::default(),
+            restarts: 0,
             numbers: 0,
             is_draining: false,
             last: None,
@@ -509,13 +664,22 @@ impl World {
     /// One thing that happens. A variant of most of them breaks the rules.
     fn step(&mut self, what: u8, is_odd: bool, input: &mut Input<'_>) {
         match what {
-            step::CONNECT | 1 => return self.connect(is_odd, input),
+            step::CONNECT => return self.connect(is_odd, input),
+            step::RESUME => return self.resume(is_odd, input),
             step::ADVANCE => {
                 let by = [0, 1, 50, 99, 300, 1000, 1100, 2000, 5000, 5100, 16_000, 60_000][input.index(12)];
                 return self.advance(Duration::from_millis(by));
             }
-            step::RUN_JOB | 4 => {
+            step::RUN_JOB => {
                 self.server.run_job(input.byte().into());
+                return;
+            }
+            step::BEGIN_JOB if is_odd => {
+                self.server.end_job(input.byte().into());
+                return;
+            }
+            step::BEGIN_JOB => {
+                self.server.begin_job(input.byte().into());
                 return;
             }
             step::RUN_JOBS => return self.run_jobs(),
@@ -578,21 +742,49 @@ impl World {
         }
         let variant = input.byte();
         let session = self.session(usize::from(variant & 3));
+        let channel = (variant & 8 != 0).then(|| {
+            let number = self.channels.iter().filter(|channel| channel.session == session).count() as u32;
+            self.channels.push(Channel {
+                session,
+                number,
+                epoch: 0,
+                linger: LINGER,
+                lost_for: Duration::ZERO,
+                may_be_gone: true,
+                slots: BTreeMap::new(),
+                generation: 0,
+            });
+            (self.channels.len() - 1, 1)
+        });
         let offer = Offer {
-            features: if variant & 4 != 0 { FEATURE_CRC } else { 0 },
+            features: if variant & 4 != 0 { FEATURE_CRC } else { 0 } | OPERATION_FEATURES,
             session: self.sessions[session].id,
+            channel: channel.map(|(at, epoch)| self.channel_offer(at, epoch)),
             keepalive: if variant & 16 != 0 { Duration::from_secs(1) } else { Duration::ZERO },
             queue_depth: if variant & 32 != 0 { 2 } else { 0 },
             ..Offer::new("fuzz")
         };
-        let mut hello = offer.hello();
+        let hello = offer.hello();
         if !is_odd {
-            return self.join(session, &offer, hello, 0, true);
+            return self.join(session, channel, &offer, hello, 0, true);
         }
-        match variant >> 6 {
+        self.join_oddly(session, channel, &offer, hello, variant >> 6, input);
+    }
+
+    /// With a hello that comes in parts, or is damaged.
+    fn join_oddly(
+        &mut self,
+        session: usize,
+        channel: Option<(usize, u64)>,
+        offer: &Offer,
+        mut hello: Vec<u8>,
+        how: u8,
+        input: &mut Input<'_>,
+    ) {
+        match how {
             0 => {
                 let kept_back = input.index(hello.len() + 1);
-                return self.join(session, &offer, hello, kept_back, true);
+                return self.join(session, channel, offer, hello, kept_back, true);
             }
             1 => hello = input.bytes(200),
             _ => {
@@ -603,7 +795,104 @@ impl World {
         mend_handshake(&mut hello);
         // What is behind it would be read as messages.
         hello.truncate(handshake_len(&hello));
-        self.join(session, &offer, hello, 0, false);
+        if how == 1 || channel.is_some() {
+            // It may name whatever session and channel.
+            (0..self.sessions.len()).for_each(|at| self.give_up(at));
+        }
+        self.join(session, None, offer, hello, 0, false);
+    }
+
+    fn channel_offer(&self, at: usize, epoch: u64) -> ChannelOffer {
+        let Channel { number, linger, .. } = self.channels[at];
+        ChannelOffer { number, epoch, linger }
+    }
+
+    /// A client takes the place of a connection of one of the channels, broken or not.
+    fn resume(&mut self, is_odd: bool, input: &mut Input<'_>) {
+        if self.channels.is_empty() {
+            return self.connect(is_odd, input);
+        }
+        let at = input.index(self.channels.len());
+        let (variant, how) = (input.byte(), input.byte());
+        if variant & 1 != 0
+            && let Some(before) =
+                self.clients.iter().position(|client| client.channel.is_some_and(|of| of.0 == at))
+        {
+            // It was broken before.
+            self.remove(before);
+        }
+        if self.clients.len() == CONNECTIONS_MAX {
+            return;
+        }
+        let session = self.channels[at].session;
+        let known = self.channels[at].epoch;
+        let epoch = match how & 7 {
+            _ if !is_odd => known + 1,
+            0 => known,
+            1 => known.saturating_sub(1),
+            2 => input.u64(),
+            3 => known.saturating_add(1 + input.u64() % 1000),
+            _ => known + 1,
+        };
+        if epoch == 0 || known > u64::MAX - 2000 {
+            return;
+        }
+        let supersedes = if variant & 2 != 0 { vec![input.index(self.sessions.len())] } else { Vec::new() };
+        let mut ids: Vec<_> = supersedes.iter().map(|&at: &usize| self.sessions[at].id).collect();
+        if variant & 4 != 0 {
+            ids.extend([self.sessions[session].id, SessionId([0xdd; 16])]);
+        }
+        let channel = ChannelOffer {
+            linger: if variant & 8 != 0 { Duration::from_secs(1) } else { LINGER },
+            ..self.channel_offer(at, epoch)
+        };
+        let offer = Offer {
+            features: if variant & 16 != 0 { FEATURE_CRC } else { OPERATION_FEATURES },
+            session: self.sessions[session].id,
+            channel: Some(channel),
+            supersedes: ids,
+            queue_depth: if variant & 32 != 0 { 2 } else { 0 },
+            ..Offer::new("fuzz")
+        };
+        let hello = offer.hello();
+        let given_up: Vec<_> = supersedes.iter().copied().filter(|&of| of != session).collect();
+        for &of in &given_up {
+            self.give_up(of);
+            self.sessions[of].is_superseded = true;
+        }
+        if is_odd && how & 7 > 4 {
+            return self.join_oddly(session, Some((at, epoch)), &offer, hello, how >> 6, input);
+        }
+        let clients = self.clients.len();
+        self.join(session, Some((at, epoch)), &offer, hello, 0, true);
+        if self.clients.len() == clients {
+            return;
+        }
+        let is_known = |of: &usize| {
+            // Who has not had a welcome may join after this one.
+            let all = self.clients[..clients].iter();
+            all.filter(|client| client.session == *of).all(|client| client.limits.is_some())
+        };
+        let supersedes = given_up.into_iter().filter(is_known).collect();
+        let client = &mut self.clients[clients];
+        client.supersedes = supersedes;
+        client.asks = match variant >> 6 {
+            0 => Some(ASKED_MAX),
+            1 => Some(1),
+            2 => Some(0),
+            _ => None,
+        };
+    }
+
+    /// The server may end this session, or take one of its connections for obsolete.
+    fn give_up(&mut self, session: usize) {
+        for client in self.clients.iter_mut().filter(|client| client.session == session) {
+            client.breaks();
+            client.is_fresh = false;
+        }
+        for channel in self.channels.iter_mut().filter(|channel| channel.session == session) {
+            channel.may_be_gone = true;
+        }
     }
 
     /// The session that has this number: a new one if the server may have ended the last.
@@ -616,16 +905,15 @@ impl World {
         let mut id = [number as u8 + 1; 16];
         id[8..].copy_from_slice(&self.numbers.to_le_bytes());
         self.numbers += 1;
-        self.sessions.push(Session::new(SessionId(id)));
+        self.sessions.push(Session::new(SessionId(id), self.restarts));
         self.current[number] = Some(self.sessions.len() - 1);
         self.sessions.len() - 1
     }
 
-    /// Whether a session has a client that the server has no reason to close.
+    /// Whether the server has a reason to keep a session.
     fn is_kept(&self, session: usize) -> bool {
-        self.clients
-            .iter()
-            .any(|client| client.session == session && client.limits.is_some() && client.is_good)
+        self.clients.iter().any(|client| client.session == session && client.is_whole())
+            || self.channels.iter().any(|channel| channel.session == session && !channel.may_be_gone)
     }
 
     /// Where the server may have ended a session, its handles may stand for other files since.
@@ -639,16 +927,59 @@ impl World {
     }
 
     /// A client connects, and says this. `may_talk`: it can go on when it has had its welcome.
-    fn join(&mut self, session: usize, offer: &Offer, hello: Vec<u8>, kept_back: usize, may_talk: bool) {
+    fn join(
+        &mut self,
+        session: usize,
+        channel: Option<(usize, u64)>,
+        offer: &Offer,
+        hello: Vec<u8>,
+        kept_back: usize,
+        may_talk: bool,
+    ) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.set_nonblocking(true).unwrap();
         if self.server.connect(OwnedFd::from(theirs)).is_err() {
             return;
         }
+        if self.sessions[session].server != self.restarts {
+            // The server knows nothing of it.
+            let of = &mut self.sessions[session];
+            (of.server, of.opens, of.is_unsure) = (self.restarts, 0, false);
+            of.files.clear();
+        }
+        let waiting = self.clients.iter().filter(|client| client.limits.is_none()).count();
+        if self.server.in_use().sessions[1] + waiting + 1 >= SESSIONS_MAX {
+            // One that nobody is connected to may make room.
+            self.forget_channels(|_| true);
+        }
+        let mut is_fresh = false;
+        if let Some((at, epoch)) = channel {
+            let channel = &mut self.channels[at];
+            is_fresh = epoch > channel.epoch && !self.sessions[session].is_superseded;
+            channel.epoch = channel.epoch.max(epoch);
+            channel.linger = offer.channel.map_or(LINGER, |offered| offered.linger).min(channel.linger);
+            for before in &mut self.clients {
+                if before.channel.is_some_and(|(other, known)| other == at && known < epoch) {
+                    // The server closes it.
+                    before.breaks();
+                    before.is_fresh = false;
+                }
+            }
+        }
+        let must_ask = offer.channel.is_some_and(|channel| channel.epoch > 1) || !offer.supersedes.is_empty();
         self.clients.push(Client {
             stream: ours,
             session,
+            channel,
+            supersedes: Vec::new(),
+            must_ask: if must_ask { MustAsk::Yes } else { MustAsk::No },
+            asks: None,
+            is_fresh,
+            was_told: false,
+            ids: Vec::new(),
+            queue_depth: 0,
+            features: 0,
             limits: None,
             credits: 0,
             next_id: 1,
@@ -668,10 +999,24 @@ impl World {
         self.send(self.clients.len() - 1);
     }
 
+    /// The server may have forgotten the channels without a connection for which this is true.
+    fn forget_channels(&mut self, is_over: impl Fn(&Channel) -> bool) {
+        for (at, channel) in self.channels.iter_mut().enumerate() {
+            let is_whole = |client: &Client| client.is_whole() && client.channel.is_some_and(|of| of.0 == at);
+            if is_over(channel) && !self.clients.iter().any(is_whole) {
+                channel.may_be_gone = true;
+            }
+        }
+    }
+
     /// A request of whichever operation.
     fn request(&mut self, at: usize, is_odd: bool, input: &mut Input<'_>) {
         const LENGTHS: [u64; 12] = [0, 1, 16, 100, 512, 4096, 5000, 8192, 16_384, 20_000, 32_768, 65_536];
         let kind = input.byte();
+        if self.clients[at].must_ask != MustAsk::No && !is_odd {
+            // Nothing else yet.
+            return self.ask_for_outcomes(at, usize::from(kind & 15));
+        }
         let operation = &OPERATIONS[usize::from(kind & 0x1f) % OPERATIONS.len()];
         let session = &self.sessions[self.clients[at].session];
         let mut body = Vec::new();
@@ -729,7 +1074,15 @@ impl World {
             body.extend((if fields.length { length } else { 0 }).to_le_bytes());
         } else if operation.opcode == Opcode::Outcome {
             let ids = [u32::from(input.byte()), input.u64() as u32].map(Into::into);
-            Command::Outcome { ids: &ids[..usize::from(kind >> 6).min(2)] }.encode(&mut body);
+            match kind >> 6 {
+                3 => Command::Outcome { ids: &self.to_ask(at, ASKED_MAX) }.encode(&mut body),
+                few => Command::Outcome { ids: &ids[..usize::from(few).min(2)] }.encode(&mut body),
+            }
+        } else if let (false, Some(opened)) = (session.opened.is_empty(), session.opened.get(input.index(16)))
+        {
+            let &Opened { handle: file, flags, identity, ref path } = opened;
+            let flags = flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
+            Command::Reopen { flags, file, identity, path }.encode(&mut body);
         } else {
             let file = session.handle(input);
             let identity = [input.byte(); 16];
@@ -741,7 +1094,7 @@ impl World {
             let at = input.index(body.len());
             body[at] ^= input.byte();
         }
-        let id = self.clients[at].next_id - u64::from(is_odd && kind & 0x40 != 0);
+        let id = self.fresh_id(at) - u64::from(is_odd && kind & 0x40 != 0);
         if !self.push(at, id, &body, room, &data, is_odd) {
             return;
         }
@@ -752,10 +1105,37 @@ impl World {
         }
     }
 
+    /// The ids of requests of earlier connections of a client's channel, so many at most.
+    fn to_ask(&self, at: usize, most: usize) -> Vec<U32> {
+        let Some((channel, epoch)) = self.clients[at].channel else { return Vec::new() };
+        let earlier = self.channels[channel].slots.values().filter(|recorded| recorded.epoch < epoch);
+        earlier.map(|recorded| U32::new(recorded.id)).take(most).collect()
+    }
+
+    /// A client asks what became of earlier requests, if it has not done so.
+    fn ask_for_outcomes(&mut self, at: usize, most: usize) {
+        if self.clients[at].must_ask == MustAsk::Yes {
+            let ids = self.to_ask(at, most);
+            self.ask(at, &Command::Outcome { ids: &ids }, &[], false);
+        }
+    }
+
+    /// An id for the next request of a client: with a channel, a slot that is free and a generation that it
+    /// has not had.
+    fn fresh_id(&mut self, at: usize) -> u64 {
+        let client = &self.clients[at];
+        let Some((channel, _)) = client.channel else { return client.next_id };
+        let is_free = |slot: &u64| client.ids.iter().all(|id| id & 0xffff != *slot);
+        let slot = (0..=u64::from(client.queue_depth)).find(is_free).unwrap_or(client.next_id & 0xffff);
+        let channel = &mut self.channels[channel];
+        channel.generation = channel.generation.wrapping_add(1).max(1);
+        u64::from(channel.generation) << 16 | slot
+    }
+
     fn ask(&mut self, at: usize, command: &Command<'_>, data: &[u8], is_odd: bool) -> bool {
         let mut body = Vec::new();
         command.encode(&mut body);
-        let id = self.clients[at].next_id;
+        let id = self.fresh_id(at);
         self.push(at, id, &body, command.read_length(), data, is_odd)
     }
 
@@ -770,6 +1150,10 @@ impl World {
         }
         client.credits = client.credits.saturating_sub(1);
         client.next_id += 1;
+        client.ids.push(id);
+        if client.must_ask == MustAsk::Yes && body.starts_with(&(Opcode::Outcome as u16).to_le_bytes()) {
+            client.must_ask = MustAsk::Asked(id);
+        }
         let region = match room {
             0 => RemoteRegion::None,
             len => RemoteRegion::In { address: 0, key: 0, len },
@@ -835,6 +1219,10 @@ impl World {
                 Ok(Parsed::Item(Message::Ping(_), taken)) => taken,
                 Ok(Parsed::Item(_, taken)) => {
                     self.clients[at].breaks();
+                    if let Some((channel, _)) = self.clients[at].channel {
+                        // A goaway ends it.
+                        self.channels[channel].may_be_gone = true;
+                    }
                     taken
                 }
             };
@@ -870,21 +1258,44 @@ impl World {
             client.breaks();
         }
         let asked = match sensible(header, body) {
-            Some(command) => self.asked(at, number, command, data),
+            Some(command) => {
+                let is_recorded = command.opcode().operation().is_recorded;
+                let asked = self.asked(at, number, command, data);
+                if is_recorded && !matches!(asked, Asked::NotGranted) {
+                    self.note_recorded(at, header.id, number, &asked);
+                }
+                asked
+            }
             None => Asked::Broken,
         };
         self.clients[at].outstanding.push(Outstanding { id: header.id, number, asked, is_cancelled: false });
     }
 
+    /// A client has sent a request whose end the server records.
+    fn note_recorded(&mut self, at: usize, id: u64, number: u64, asked: &Asked) {
+        let client = &self.clients[at];
+        let Some((channel, epoch)) = client.channel.filter(|_| client.has_slot(id)) else { return };
+        let (id, slot) = (id as u32, id as u32 & 0xffff);
+        let slots = &mut self.channels[channel].slots;
+        if slots.get(&slot).is_none_or(|before| before.epoch <= epoch) {
+            let grows = matches!(asked, Asked::Write { grows: true, .. });
+            slots.insert(slot, Recorded { id, number, epoch, grows, answer: None });
+        }
+    }
+
     /// A client has sent this command.
     fn asked(&mut self, at: usize, number: u64, command: Command<'_>, data: &[u8]) -> Asked {
         let (client, model) = (&mut self.clients[at], &mut self.model);
+        if !command.opcode().operation().is_granted(client.features) {
+            return Asked::NotGranted;
+        }
+        let of = client.session;
         let session = &mut self.sessions[client.session];
         let half = client.half.take();
         let mut write = |file: FileHandle, start, bits, grows| {
             let found = half.filter(|_| !session.is_unsure).unwrap_or_else(|| session.file(file));
             match found {
-                Found::File(file, _) => model.begin_write(number, file, start, bits),
+                Found::File(file, _) => model.begin_write(number, of, file, start, bits),
                 Found::Unknown => model.is_loose = true,
                 Found::Nothing => {}
             }
@@ -893,7 +1304,6 @@ impl World {
         match command {
             Command::Open { path, flags, .. } => {
                 session.opens += 1;
-                let of = client.session;
                 for other in self.clients.iter_mut().filter(|other| other.session == of) {
                     model.is_loose |= other.may_find_more();
                 }
@@ -925,11 +1335,15 @@ impl World {
                 of.into_iter().for_each(|of| of.is_cancelled = true);
                 Asked::Other
             }
-            Command::Stat(_)
-            | Command::Fsync { .. }
-            | Command::Allocate { .. }
-            | Command::Outcome { .. }
-            | Command::Reopen { .. } => Asked::Other,
+            Command::Reopen { path, flags, file: handle, .. } => {
+                session.opens += 1;
+                for other in self.clients.iter_mut().filter(|other| other.session == of) {
+                    model.is_loose |= other.may_find_more();
+                }
+                Asked::Reopen { path: path.to_vec(), flags, handle }
+            }
+            Command::Outcome { ids } => Asked::Outcome(ids.iter().map(|id| id.get()).collect()),
+            Command::Stat(_) | Command::Fsync { .. } | Command::Allocate { .. } => Asked::Other,
         }
     }
 
@@ -942,6 +1356,10 @@ impl World {
             }
             self.current = [None; 4];
             self.server.restart().expect("another worker");
+            // All that the last one had begun is over.
+            self.model.end_writes_of(|_| true);
+            self.restarts += 1;
+            self.channels.iter_mut().for_each(|channel| channel.may_be_gone = true);
             self.server.fill_arena(STALE);
             self.is_draining = false;
         }
@@ -968,13 +1386,26 @@ impl World {
                 client.is_good &= !client.is_slow() && !client.has_keepalive;
             }
         }
+        self.pass(by);
         self.server.advance(by);
+    }
+
+    /// Channels without a connection that is whole may expire.
+    fn pass(&mut self, by: Duration) {
+        const SLACK: Duration = Duration::from_millis(200);
+        for (at, channel) in self.channels.iter_mut().enumerate() {
+            let is_whole = |client: &Client| client.is_whole() && client.channel.is_some_and(|of| of.0 == at);
+            channel.lost_for =
+                if self.clients.iter().any(is_whole) { Duration::ZERO } else { channel.lost_for + by };
+            channel.may_be_gone |= channel.lost_for + SLACK >= channel.linger;
+        }
     }
 
     fn remove(&mut self, at: usize) {
         let client = self.clients.swap_remove(at);
         let session = &mut self.sessions[client.session];
-        let opens = client.outstanding.iter().filter(|other| matches!(other.asked, Asked::Open { .. }));
+        let is_open = |asked: &Asked| matches!(asked, Asked::Open { .. } | Asked::Reopen { .. });
+        let opens = client.outstanding.iter().filter(|other| is_open(&other.asked));
         if opens.count() > 0 {
             session.is_unsure = true;
         }
@@ -1040,6 +1471,8 @@ impl World {
     fn welcome(&mut self, at: usize, welcome: &Welcome) {
         let client = &mut self.clients[at];
         if welcome.errno.get() != 0 || client.has_ended {
+            let is_stale = i32::from(welcome.errno.get()) == libc::ESTALE;
+            assert!(!(is_stale && client.is_fresh), "an epoch that nobody has had is stale");
             client.has_ended = true;
             return;
         }
@@ -1050,8 +1483,81 @@ impl World {
             // Not asked for.
             pong_time: false,
         });
+        client.features = welcome.features.get();
+        client.queue_depth = welcome.queue_depth.get();
         client.credits = welcome.queue_depth.get() as usize + 1;
         client.is_good = !self.is_draining;
+        let (is_good, must_ask, asks) = (client.is_good, client.must_ask, client.asks.take());
+        if let Some((channel, epoch)) = client.channel {
+            let is_newer = |other: &Client| {
+                other.is_whole() && other.channel.is_some_and(|of| of.0 == channel && of.1 >= epoch)
+            };
+            let before = &self.clients[..at];
+            assert!(
+                !before.iter().chain(&self.clients[at + 1..]).any(is_newer),
+                "epoch {epoch} has joined, and there is a newer one"
+            );
+            let channel = &mut self.channels[channel];
+            channel.lost_for = Duration::ZERO;
+            channel.may_be_gone &= !(is_good && must_ask == MustAsk::No);
+        }
+        if let Some(most) = asks {
+            self.ask_for_outcomes(at, most);
+            self.send(at);
+        }
+    }
+
+    /// The answer to an outcome request for these ids has come.
+    fn told(&mut self, at: usize, header: &ResponseHeader, body: &[u8], ids: &[u32]) {
+        let client = &mut self.clients[at];
+        let errno = header.status.errno;
+        if client.must_ask == MustAsk::Asked(header.id) {
+            client.must_ask = if matches!(errno, 0 | libc::ESTALE) { MustAsk::No } else { MustAsk::Yes };
+        }
+        assert!(matches!(errno, 0 | libc::ESTALE | libc::ECANCELED | libc::ESHUTDOWN), "{header:?}");
+        if !matches!(errno, 0 | libc::ESTALE) {
+            return;
+        }
+        let (is_whole, superseded) = (client.is_whole(), client.supersedes.clone());
+        client.was_told |= errno != 0;
+        let of = client.channel;
+        if let Some((channel, epoch)) = of {
+            let channel = &mut self.channels[channel];
+            if errno == 0 {
+                let outcomes = RequestOutcome::decode(body).expect("outcomes");
+                assert_eq!((outcomes.len(), header.result), (ids.len(), ids.len() as u64));
+                for (outcome, &id) in outcomes.iter().zip(ids) {
+                    assert_eq!(outcome.id(), id, "in the same order");
+                    let answer = outcome.answer().expect("it makes sense");
+                    let recorded = channel.slots.get_mut(&(id & 0xffff));
+                    let Some(recorded) = recorded.filter(|other| other.id == id && other.epoch < epoch)
+                    else {
+                        continue;
+                    };
+                    check_outcome(answer, recorded.answer, id);
+                    match answer {
+                        None => self.model.forget_write(recorded.number),
+                        Some((status, result)) => {
+                            let done = if status.is_ok() { result as usize } else { 0 };
+                            self.model.end_write(recorded.number, done, recorded.grows);
+                            recorded.answer = answer;
+                        }
+                    }
+                }
+                channel.may_be_gone &= !is_whole;
+            } else {
+                assert!(channel.may_be_gone, "the server does not know a channel that it is to keep");
+            }
+            // What it was not asked about may have been done, and will not be later.
+            for recorded in channel.slots.values().filter(|recorded| recorded.epoch < epoch) {
+                self.model.end_write(recorded.number, 0, false);
+            }
+            if errno != 0 {
+                channel.slots.retain(|_, recorded| recorded.epoch >= epoch);
+            }
+        }
+        self.model.end_writes_of(|session| superseded.contains(&session));
+        self.doubt();
     }
 
     fn answered(&mut self, at: usize, header: &ResponseHeader, body: &[u8], data: &[u8]) {
@@ -1060,6 +1566,7 @@ impl World {
         if of.is_none() && !header.status.is_ok() && client.early.is_none() && client.is_sending(header.id) {
             client.early = Some(header.id);
             client.credits += usize::from(header.credits);
+            client.ids.retain(|&id| id != header.id);
             return;
         }
         let of = of.expect("each answer belongs to a request that was not answered");
@@ -1070,8 +1577,38 @@ impl World {
         let result = header.result;
         assert!(is_ok || result == 0, "what has failed has no result");
         assert!(data.is_empty() || (is_ok && matches!(asked, Asked::Read { .. })), "nobody asked for data");
+        client.ids.retain(|&id| id != header.id);
+        if let Some((channel, epoch)) = client.channel {
+            let channel = &mut self.channels[channel];
+            let recorded = channel.slots.get_mut(&(header.id as u32 & 0xffff));
+            if let Some(recorded) = recorded.filter(|other| other.number == number) {
+                recorded.answer = Some((header.status, result));
+            }
+            // What it sends once it was told shows that it has heard that.
+            let is_sign = matches!(asked, Asked::Open { .. } | Asked::Read { .. } | Asked::Write { .. });
+            if client.was_told && is_sign && client.is_whole() && epoch == channel.epoch {
+                channel.may_be_gone = false;
+            }
+        }
         let session = &mut self.sessions[client.session];
         match asked {
+            Asked::Outcome(ids) => self.told(at, header, body, &ids),
+            Asked::Reopen { path, flags, handle } => {
+                session.opens -= 1;
+                if is_ok {
+                    assert_eq!(
+                        result,
+                        u64::from(handle.0),
+                        "it is open under the handle that it was to have"
+                    );
+                    let file = self.model.file(identity_of(&path, body).0, FILE_BYTES);
+                    session.files.insert(handle.0, (file, flags));
+                }
+            }
+            Asked::NotGranted => {
+                let is_rejected = header.status == Status::protocol(libc::EOPNOTSUPP);
+                assert!(is_rejected || self.is_draining, "{header:?}");
+            }
             Asked::Open { path, flags } => {
                 session.opens -= 1;
                 if flags & OPEN_TRUNCATE != 0 {
@@ -1079,16 +1616,13 @@ impl World {
                     self.model.truncations -= 1;
                 }
                 if is_ok {
-                    let status = FileStatus::decode(body).expect("a status");
-                    let (device, inode) = (status.device.get(), status.inode.get());
-                    let identity = if inode == 0 {
-                        let name = path.split(|&byte| byte == b'/').find(|name| !name.is_empty());
-                        Identity::Export(name.expect("the path of an export").to_vec())
-                    } else {
-                        Identity::Inode(device, inode)
-                    };
-                    let file = self.model.file(identity, FILE_BYTES);
-                    session.files.insert(result as u32, (file, flags));
+                    let (name, identity) = identity_of(&path, body);
+                    let file = self.model.file(name, FILE_BYTES);
+                    let handle = FileHandle(result as u32);
+                    session.files.insert(handle.0, (file, flags));
+                    if session.opened.len() < 16 {
+                        session.opened.push(Opened { handle, path, flags, identity });
+                    }
                 }
             }
             Asked::Close(handle) if is_ok => _ = session.files.remove(&handle.0),
@@ -1161,6 +1695,7 @@ impl World {
             self.remove(0);
         }
         self.leave_nothing();
+        self.channels.clear();
         self.visit();
         self.reset_files();
         self.model = Model::default();
@@ -1186,7 +1721,7 @@ impl World {
     fn visit(&mut self) {
         let session = self.session(0);
         let offer = Offer { session: self.sessions[session].id, ..Offer::new("fuzz") };
-        self.join(session, &offer, offer.hello(), 0, true);
+        self.join(session, None, &offer, offer.hello(), 0, true);
         for _ in 0..10 {
             self.run_once();
         }

@@ -81,10 +81,14 @@ impl Mode {
 pub mod step {
     /// A client connects.
     pub const CONNECT: u8 = 0;
+    /// A client takes the place of a connection of its channel, whether that is broken or not.
+    pub const RESUME: u8 = 1;
     /// Time passes.
     pub const ADVANCE: u8 = 2;
     /// A blocking operation runs.
     pub const RUN_JOB: u8 = 3;
+    /// One begins, which nobody can stop from then on; if the step is [`ODD`] one ends that was begun.
+    pub const BEGIN_JOB: u8 = 4;
     /// All of them run.
     pub const RUN_JOBS: u8 = 5;
     /// The worker runs some iterations.

@@ -201,6 +201,24 @@ mod steps {
         vec![step::CONNECT, session]
     }
 
+    /// The same with the first, or next, channel of the session.
+    pub fn connect_channel(session: u8) -> Vec<u8> {
+        connect(session | 8)
+    }
+
+    /// Another connection of a channel, the oldest first. See the target for its variants.
+    pub fn resume(channel: u8, variant: u8) -> Vec<u8> {
+        vec![step::RESUME, channel, variant, 0]
+    }
+
+    /// The broken one has gone before.
+    pub const BROKEN: u8 = 1;
+    /// The byte behind names a session that was given up. It stands before the last byte of [`resume`].
+    pub const SUPERSEDES: u8 = 2;
+    pub const BRIEF: u8 = 8;
+    pub const ASKS_NOTHING: u8 = 2 << 6;
+    pub const DOES_NOT_ASK: u8 = 3 << 6;
+
     pub fn run() -> Vec<u8> {
         vec![step::RUN, 5]
     }
@@ -226,6 +244,16 @@ mod steps {
     /// Two of them.
     pub fn two(session: u8) -> Steps {
         [begin(MEMORY), vec![connect(session), run()], open(1, OPEN_WRITE, MEMORY)].concat()
+    }
+
+    /// A client with a channel that has opened a file.
+    pub fn begin_channel(path: u8) -> Steps {
+        [vec![connect_channel(0), run()], open(0, OPEN_WRITE | OPEN_CREATE, path)].concat()
+    }
+
+    /// Opens the session's first file again.
+    pub fn reopen(client: u8) -> Steps {
+        vec![vec![step::REQUEST, client, Opcode::Reopen as u8 - 1, 0], run(), jobs(), run()]
     }
 
     /// All that a client can do with its file.
@@ -272,6 +300,63 @@ fn conversations() -> Vec<(&'static str, steps::Steps)> {
     let ping = [vec![step::PING, 0], vec![7; 8], vec![step::RAW, 0, 40], vec![0xff; 40]].concat();
     all.push(("raw", [begin(NULL), vec![ping]].concat()));
     all.extend(conversations_of_two());
+    all.extend(conversations_of_channels());
+    all
+}
+
+/// What clients do whose connections break.
+fn conversations_of_channels() -> Vec<(&'static str, steps::Steps)> {
+    use steps::*;
+    let write = || on_file(0, Opcode::Write, PAGE);
+    let read = || on_file(0, Opcode::Read, PAGE);
+    let then = || vec![run(), jobs(), run(), read(), run(), jobs(), run()];
+    let leave = || vec![step::LEAVE, 0];
+    let again = |variant| [vec![resume(0, variant)], then()].concat();
+    let drain = vec![vec![step::DRAIN | step::ODD, 40], run(), vec![step::ADVANCE, 8], jobs(), run(), run()];
+    let restarted =
+        [vec![run(), resume(0, BROKEN)], then(), reopen(0), vec![write(), run(), jobs()]].concat();
+    let other = [vec![connect_channel(1), run()], open(1, OPEN_WRITE, FILE)].concat();
+    let given_up = vec![vec![step::RESUME, 1, SUPERSEDES, 0, 0], run(), jobs(), run()];
+    let odd = |how: u8| vec![vec![step::RESUME | step::ODD, 0, 0, how], run(), run()];
+    let second =
+        [vec![connect_channel(0), run(), on_file(1, Opcode::Write, PAGE), leave(), run()], then()].concat();
+    let cancel = vec![step::CANCEL, 0, 0];
+    let deaf = [&[step::DEAFEN, 0][..], &write()].concat();
+    let mut all = Vec::new();
+    for (answered, broken, fenced, path) in [
+        ("memory-answered", "memory-broken", "memory-fenced", MEMORY),
+        ("file-answered", "file-broken", "file-fenced", FILE),
+    ] {
+        all.push((
+            answered,
+            [begin_channel(path), vec![write(), run(), jobs(), run()], again(BROKEN)].concat(),
+        ));
+        all.push((broken, [begin_channel(path), vec![write(), leave()], again(0)].concat()));
+        all.push((fenced, [begin_channel(path), vec![write()], again(0), again(BROKEN)].concat()));
+    }
+    let (begun, ends) = (vec![step::BEGIN_JOB, 0], vec![step::BEGIN_JOB | step::ODD, 0]);
+    let stuck = vec![write(), begun, leave(), run(), resume(0, 0), run(), ends, run(), read(), jobs(), run()];
+    all.push(("stuck", [begin_channel(FILE), stuck.clone(), stuck.clone()].concat()));
+    let waits = [vec![connect_channel(1), run()], open(1, OPEN_WRITE, FILE)].concat();
+    let overlaps = [&stuck[..4], &[write(), run(), jobs(), run(), read(), run(), jobs()]].concat();
+    all.push(("held-back", [begin_channel(FILE), waits, overlaps].concat()));
+    let unheard = vec![deaf, run(), jobs(), run(), leave()];
+    all.push(("unheard", [begin_channel(FILE), unheard, again(0)].concat()));
+    all.push(("asks-nothing", [begin_channel(FILE), vec![write()], again(BROKEN | ASKS_NOTHING)].concat()));
+    all.push(("does-not-ask", [begin_channel(FILE), again(DOES_NOT_ASK), vec![read()]].concat()));
+    all.push(("ask-and-cancel", [begin_channel(FILE), vec![write(), resume(0, 0), run(), cancel]].concat()));
+    all.push(("two-channels", [begin_channel(FILE), second, again(BROKEN)].concat()));
+    let expired = vec![leave(), run(), vec![step::ADVANCE, 11], run()];
+    all.push(("expired", [begin_channel(FILE), expired, again(0), reopen(0), then()].concat()));
+    let brief = vec![leave(), vec![step::ADVANCE, 6], run()];
+    all.push(("brief", [begin_channel(MEMORY), again(BRIEF), brief, again(0), reopen(0)].concat()));
+    all.push(("restarted", [begin_channel(FILE), vec![write()], drain, restarted].concat()));
+    all.push(("given-up", [begin_channel(FILE), other, vec![write()], given_up].concat()));
+    all.push((
+        "stale",
+        [begin_channel(FILE), odd(0), odd(1), odd(3), vec![write()], odd(5), odd(6)].concat(),
+    ));
+    all.push(("reopened", [begin_channel(MEMORY), reopen(0), then()].concat()));
     all
 }
 
