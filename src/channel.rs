@@ -303,14 +303,14 @@ impl Reopening {
         let mut replies = Vec::new();
         transport.receive(&mut replies);
         for reply in &replies {
-            let Some((handle, _)) = self.files.get(reply.tag as usize) else { continue };
+            let Some((handle, file)) = self.files.get(reply.tag as usize) else { continue };
             self.answered += 1;
             if !reply.status.is_ok() {
                 self.stale.insert(handle.0, resume::at_reopen_failure(reply.status));
                 continue;
             }
             match FileStatus::decode(&reply.body) {
-                Ok(status) if reply.result == u64::from(handle.0) => {
+                Ok(status) if reply.result == u64::from(handle.0) && status.identity == file.identity => {
                     self.verifiers.insert(handle.0, status.verifier.get());
                 }
                 _ => transport.abort(Violation::Field),

@@ -264,6 +264,18 @@ fn a_file_that_is_another_one_after_a_restart_is_stale() {
 }
 
 #[test]
+fn a_server_that_opens_another_file_in_its_place_is_given_up() {
+    let options = Options { reconnect: Duration::from_millis(300), ..Options::default() };
+    let (server, _session, file, mut context) = start(&options);
+    one(&mut context, &file, read(0)).unwrap();
+    server.trust();
+    server.replace(PATH);
+    server.restart(0);
+    let error = one(&mut context, &file, read(0)).unwrap_err();
+    assert_eq!((error.errno(), error.is_unknown), (libc::ETIMEDOUT, false), "{error}");
+}
+
+#[test]
 fn an_fsync_after_lost_writes_fails_once() {
     let (server, session, file, mut context) = start(&Options::default());
     server.restart(5);
