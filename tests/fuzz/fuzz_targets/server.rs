@@ -344,6 +344,8 @@ struct Channel {
     number: u32,
     /// The highest that was offered.
     epoch: u64,
+    /// A damaged hello may have offered a higher one.
+    is_epoch_known: bool,
     /// For how long it is kept.
     linger: Duration,
     /// How long it has been without a connection that is whole.
@@ -607,7 +609,8 @@ impl World {
         let (tree, one) = (directory.join("tree"), directory.join("one"));
         fs::write(&one, vec![0; FILE_BYTES / 2]).unwrap();
         let configuration = format!(
-            "io-max = 65536\nqueue-depth = 6\nmax-sessions = {SESSIONS_MAX}\nlinger = {}\nmemory = \"2M\"\nstall-timeout = 1\n\
+            "io-max = 65536\nqueue-depth = 6\nmax-sessions = {SESSIONS_MAX}\nlinger = {}\n\
+             memory = \"2M\"\nstall-timeout = 1\n\
              [export.mem]\nmemory = {FILE_BYTES}\naccess = \"rw\"\n[export.null]\nnull = {FILE_BYTES}\n\
              [export.dir]\npath = {tree:?}\naccess = \"rw\"\nmax-file-size = {FILE_BYTES}\n\
              [export.ro]\npath = {tree:?}\n[export.one]\npath = {one:?}\naccess = \"rw\"\n",
@@ -748,6 +751,7 @@ impl World {
                 session,
                 number,
                 epoch: 0,
+                is_epoch_known: true,
                 linger: LINGER,
                 lost_for: Duration::ZERO,
                 may_be_gone: true,
@@ -798,6 +802,7 @@ impl World {
         if how == 1 || channel.is_some() {
             // It may name whatever session and channel.
             (0..self.sessions.len()).for_each(|at| self.give_up(at));
+            self.channels.iter_mut().for_each(|channel| channel.is_epoch_known = false);
         }
         self.join(session, None, offer, hello, 0, false);
     }
@@ -956,14 +961,20 @@ impl World {
         let mut is_fresh = false;
         if let Some((at, epoch)) = channel {
             let channel = &mut self.channels[at];
-            is_fresh = epoch > channel.epoch && !self.sessions[session].is_superseded;
+            is_fresh =
+                channel.is_epoch_known && epoch > channel.epoch && !self.sessions[session].is_superseded;
             channel.epoch = channel.epoch.max(epoch);
             channel.linger = offer.channel.map_or(LINGER, |offered| offered.linger).min(channel.linger);
             for before in &mut self.clients {
-                if before.channel.is_some_and(|(other, known)| other == at && known < epoch) {
-                    // The server closes it.
-                    before.breaks();
-                    before.is_fresh = false;
+                match before.channel {
+                    Some((other, known)) if other == at && known < epoch => {
+                        // The server closes it.
+                        before.breaks();
+                        before.is_fresh = false;
+                    }
+                    // Whose hello comes first is in time.
+                    Some((other, known)) if other == at && known == epoch => before.is_fresh = false,
+                    _ => {}
                 }
             }
         }

@@ -118,3 +118,38 @@ pub mod step {
     /// The worker does not run after it.
     pub const AT_ONCE: u8 = 0x80;
 }
+
+/// What happens in an input of the target `channel`: the low four bits of a step. Numbers that have no name
+/// take a request back.
+pub mod peer {
+    /// The client asks for something.
+    pub const SUBMIT: u8 = 0;
+    /// The client takes in what has come.
+    pub const RECEIVE: u8 = 1;
+    /// The server does the next thing that it was asked for, and answers.
+    pub const ANSWER: u8 = 2;
+    /// It does all of them.
+    pub const ANSWER_ALL: u8 = 3;
+    /// It breaks off instead.
+    pub const LOSE: u8 = 4;
+    /// It does it, and breaks off instead of answering.
+    pub const EXECUTE: u8 = 5;
+    /// It does it, and breaks off in the middle of the answer.
+    pub const HALF: u8 = 6;
+    /// It does it, and gives another answer.
+    pub const LIE: u8 = 7;
+    /// It sends bytes of the input.
+    pub const RAW: u8 = 8;
+    /// The connection breaks.
+    pub const BREAK: u8 = 9;
+    /// Time passes.
+    pub const ADVANCE: u8 = 10;
+    /// The server is started again, and knows nothing.
+    pub const RESTART: u8 = 11;
+    /// Nobody listens any more, or somebody does again.
+    pub const LISTEN: u8 = 12;
+    /// The client cancels one of its requests.
+    pub const CANCEL: u8 = 13;
+    /// The client looks for nothing after the step.
+    pub const AT_ONCE: u8 = 0x80;
+}

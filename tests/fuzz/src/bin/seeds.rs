@@ -7,7 +7,7 @@ use std::error::Error;
 use std::fs;
 use std::path::Path;
 
-use raio_fuzz::{Mode, step};
+use raio_fuzz::{Mode, peer, step};
 use raio_transport::Status;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{
@@ -58,6 +58,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     write("server_session", "conversation", &[plain, crc, pieces], &all)?;
     for (name, steps) in conversations() {
         write("server", name, &[0, 1], &steps.concat())?;
+    }
+    for (name, steps) in losses() {
+        // The window, whether it repeats what is unknown, checksums, and whether the server comes back.
+        write("channel", name, &[0x20, 0x24, 0x32, 0x0a], &steps)?;
     }
     let all: Vec<u8> = responses().into_iter().flat_map(|(_, bytes)| bytes).collect();
     write("client_session", "conversation", &[plain, crc, pieces], &all)?;
@@ -358,6 +362,50 @@ fn conversations_of_channels() -> Vec<(&'static str, steps::Steps)> {
     ));
     all.push(("reopened", [begin_channel(MEMORY), reopen(0), then()].concat()));
     all
+}
+
+/// How a server loses what a channel has asked for.
+fn losses() -> Vec<(&'static str, Vec<u8>)> {
+    use peer::*;
+    let ask = |opcode: Opcode| [SUBMIT, opcode as u8 - 1];
+    let open = [&ask(Opcode::Open)[..], &[ANSWER]].concat();
+    let two = [ask(Opcode::Write), ask(Opcode::Read)].concat();
+    let then = [&[RECEIVE, RECEIVE, ANSWER_ALL][..], &two, &[ANSWER_ALL, RECEIVE]].concat();
+    // The last byte is how it lies; zeros follow.
+    let lie = |how: u8| [&two[..], &[BREAK, RECEIVE, ANSWER, RECEIVE, LIE, how, 7, 1, RECEIVE]].concat();
+    let restart = |how: u8| [&two[..], &[RESTART, RECEIVE, ANSWER, ANSWER, ANSWER, LIE, how, 16, 3]].concat();
+    let rejected = [&two[..], &[BREAK, RECEIVE, LIE, 0, 87, RECEIVE, ADVANCE, 3, RECEIVE]].concat();
+    let all: Vec<u8> = OPERATIONS.iter().flat_map(|operation| ask(operation.opcode)).collect();
+    let away = [&two[..], &[LISTEN, BREAK, RECEIVE, ADVANCE, 4, RECEIVE, LISTEN, ADVANCE, 4]].concat();
+    [
+        ("answered", two.clone()),
+        ("lost", [&two[..], &[LOSE]].concat()),
+        ("executed", [&two[..], &[EXECUTE]].concat()),
+        ("half", [&two[..], &[HALF, 20]].concat()),
+        ("half-read", [&two[..], &[ANSWER, HALF, 50]].concat()),
+        ("broken", [&two[..], &[BREAK]].concat()),
+        ("executed-twice", [&two[..], &[EXECUTE, RECEIVE, ANSWER, EXECUTE, RECEIVE, ANSWER]].concat()),
+        ("restarted", [&two[..], &[EXECUTE, RESTART]].concat()),
+        ("all", [&all[..], &[EXECUTE, RECEIVE, ANSWER_ALL], &all, &[RESTART]].concat()),
+        ("away", away),
+        ("away-for-long", [&two[..], &[LISTEN, BREAK, RECEIVE, ADVANCE, 7, RECEIVE]].concat()),
+        ("rejected", rejected),
+        ("cancelled", [&two[..], &[CANCEL, 0, BREAK]].concat()),
+        ("lie-body", lie(0)),
+        ("lie-length", lie(1)),
+        ("lie-errno", lie(2)),
+        ("lie-retryable", lie(10)),
+        ("lie-result", lie(3)),
+        ("lie-damaged", lie(5)),
+        ("lie-header", lie(22)),
+        ("lie-twice", lie(38)),
+        ("reopened", restart(6)),
+        ("reopened-body", restart(0)),
+        ("reopened-errno", restart(2)),
+        ("reopened-result", restart(3)),
+    ]
+    .map(|(name, steps)| (name, [&open[..], &steps, &then].concat()))
+    .to_vec()
 }
 
 /// What two clients do.
