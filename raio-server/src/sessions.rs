@@ -301,11 +301,13 @@ impl Sessions {
         let Some(of) = table.by_id.get_mut(&session.id) else { return effects };
         of.connections -= 1;
         if let Some(place) = of.channels.get_mut(channel) {
+            // Otherwise another one has taken its place.
+            let is_latest = place.channel.live() == Some(*name);
             place.channel.ended(*name, outcomes, executing, now + linger);
-            if place.channel.live().is_none() {
+            if is_latest {
                 place.lost_at = Some(now);
+                effects.is_kept = !linger.is_zero();
             }
-            effects.is_kept = place.channel.parked_until().is_some_and(|until| until > now);
         }
         table.counts.broken += u64::from(effects.is_kept);
         table.review(session.id, *channel, now, &mut effects);
@@ -719,13 +721,14 @@ mod tests {
         let session = Arc::clone(&joined.member.session);
         session.insert(null(), &None).unwrap();
         let effects = run.end(joined, 0, LINGER);
-        assert_eq!((effects.ended, effects.expires), (0, Some(run.now + LINGER)));
-        assert_eq!((run.counts().parked, run.counts().lingering), (1, 1));
+        assert_eq!((effects.ended, effects.is_kept, effects.expires), (0, true, Some(run.now + LINGER)));
+        assert_eq!((run.counts().broken, run.counts().parked, run.counts().lingering), (1, 1, 1));
 
         run.now += LINGER / 2;
         let mut joined = run.join(1, Some((3, 2)));
         assert!(Arc::ptr_eq(&joined.member.session, &session) && !joined.is_new);
-        assert!(joined.fence.as_ref().is_some_and(|fence| fence.is_known));
+        let fence = joined.fence.as_ref().unwrap();
+        assert_eq!((fence.is_known, fence.succeeds), (true, Succession::After(LINGER / 2)));
         run.settle(&mut joined).unwrap();
         assert_eq!((run.counts().parked, run.counts().lingering, run.counts().resumed), (0, 0, 1));
         run.now += LINGER;
@@ -733,11 +736,14 @@ mod tests {
         let _ = run.end(joined, 0, LINGER);
         run.now += LINGER;
         let effects = run.sessions.expire(run.now);
-        assert_eq!((effects.ended, effects.files.len(), effects.expires), (1, 1, None));
-        assert_eq!(run.counts().expired, 1);
+        assert_eq!((effects.ended, effects.expired, effects.expires), (1, 1, None));
+        assert_eq!((effects.files.len(), run.counts().expired), (1, 1));
 
-        let joined = run.join(1, Some((3, 3)));
-        assert!(joined.is_new && !joined.fence.unwrap().is_known);
+        let mut joined = run.join(1, Some((3, 3)));
+        run.settle(&mut joined).unwrap();
+        let fence = joined.fence.unwrap();
+        assert!(joined.is_new && !fence.is_known && fence.succeeds == Succession::None);
+        assert_eq!(run.counts().not_known, 1);
     }
 
     #[test]
@@ -778,11 +784,13 @@ mod tests {
         let (joined, effects) = run.join_as(&peer(1, Some((3, 2))));
         let mut joined = joined.unwrap();
         assert_eq!(effects.close, [old]);
+        assert_eq!(joined.fence.as_ref().unwrap().succeeds, Succession::AtOnce);
         assert!(matches!(run.try_join(1, Some((3, 2))), Err(NotJoined::Stale(_))));
         let waits = Unsettled { connections: 1, orphans: 0, sessions: 0 };
         assert_eq!(run.settle(&mut joined), Err(waits));
         let (member, effects) = (first.member.clone(), run.end(first, 1, LINGER));
         assert!(effects.wake.is_empty(), "it has left a request behind");
+        assert!(!effects.is_kept, "another one has its place");
         assert_eq!(run.settle(&mut joined), Err(Unsettled { connections: 0, orphans: 1, sessions: 0 }));
         let ended = Some((7, Status::OK, 512));
         let effects = run.sessions.orphan_ended(&member, ended, run.now);
@@ -805,6 +813,7 @@ mod tests {
         let (joined, effects) = run.join_as(&newcomer);
         let mut joined = joined.unwrap();
         assert_eq!((effects.close.len(), effects.ended), (2, 1), "the parked one is over");
+        assert_eq!((effects.superseded, run.counts().superseded), (2, 2));
         let waits = |sessions| Unsettled { connections: 0, orphans: 0, sessions };
         assert_eq!(run.settle(&mut joined), Err(waits(1)));
         assert!(matches!(run.try_join(1, Some((1, 2))), Err(NotJoined::Stale(_))), "nobody joins it");
