@@ -23,7 +23,8 @@ use raio_transport::connecting::Connecting;
 use raio_transport::handshake::{ChannelOffer, Grant, Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{
-    self, FEATURE_CRC, HEADER_BYTES, Message, Parsed, ResponseHeader, SessionId, data_crc, parse,
+    self, FEATURE_CRC, FEATURE_REQUEST_CRC, HEADER_BYTES, Message, Parsed, RequestHeader, ResponseHeader,
+    SessionId, data_crc, parse,
 };
 use raio_transport::mux::Reached;
 use raio_transport::protocol::{
@@ -31,7 +32,7 @@ use raio_transport::protocol::{
     Opcode, RequestOutcome,
 };
 use raio_transport::tcp::TcpDial;
-use raio_transport::transport::{Bulk, Reply, UsedIds};
+use raio_transport::transport::{Bulk, Reply, SendOptions, UsedIds};
 use raio_transport::{Error, Status};
 use zerocopy::IntoBytes;
 
@@ -228,9 +229,9 @@ impl Server {
                 if connection.inbox.len() < all {
                     return false;
                 }
-                let (id, body, region) = (header.id, body.to_vec(), header.region_in_len());
+                let body = body.to_vec();
                 connection.inbox.drain(..all);
-                self.request(id, &body, region, how, input);
+                self.request(&header, &body, how, input);
                 true
             }
             Parsed::Item(Message::Ping(id), taken) => {
@@ -290,7 +291,8 @@ impl Server {
         }
     }
 
-    fn request(&mut self, id: u64, body: &[u8], region: u32, how: How, input: &mut Input<'_>) {
+    fn request(&mut self, header: &RequestHeader, body: &[u8], how: How, input: &mut Input<'_>) {
+        let &RequestHeader { id, has_crc, .. } = header;
         let command = Command::decode(body).expect("a client keeps the protocol");
         let opcode = command.opcode();
         let Some(connection) = &mut self.connection else { return };
@@ -314,7 +316,7 @@ impl Server {
             let before = self.done.get(&slot).map(RequestOutcome::id);
             assert!(before != Some(id as u32) || self.has_lied, "{id:#x} has been used");
         }
-        let (status, result, answer, data) = self.execute(&command, region);
+        let (status, result, answer, data) = self.execute(&command, header.region_in_len());
         if is_recorded {
             self.done.insert(slot, RequestOutcome::done(id as u32, status, result));
         }
@@ -331,7 +333,8 @@ impl Server {
             status,
             credits: 1,
             result,
-            data_crc: if crc && !data.is_empty() { data_crc(&data) } else { 0 },
+            has_crc,
+            data_crc: if (crc || has_crc) && !data.is_empty() { data_crc(&data) } else { 0 },
         };
         let mut bytes = Vec::new();
         match how {
@@ -498,13 +501,15 @@ fn run(input: &mut Input<'_>) {
     let offer = Offer {
         session,
         queue_depth: DEPTH,
-        features: OPERATION_FEATURES | if mode & 16 != 0 { FEATURE_CRC } else { 0 },
+        features: OPERATION_FEATURES
+            | if mode & 16 != 0 { FEATURE_CRC } else { 0 }
+            | if mode & 64 != 0 { FEATURE_REQUEST_CRC } else { 0 },
         channel: Some(ChannelOffer { number: 1, epoch: 1, linger: Duration::from_secs(90) }),
         ..Offer::new("fuzz")
     };
     let policy = Policy {
         server: [0; 16],
-        features: FEATURE_CRC | OPERATION_FEATURES,
+        features: FEATURE_CRC | FEATURE_REQUEST_CRC | OPERATION_FEATURES,
         queue_depth: DEPTH,
         ..Policy::default()
     };
@@ -643,7 +648,10 @@ impl World {
         let mut body = Vec::new();
         command.encode(&mut body);
         let asked = Asked { opcode: command.opcode(), offset, buffer: buffer(&bulk) };
-        if self.channel.send(tag, &body, bulk, false).is_ok() {
+        let data = if matches!(bulk, Bulk::Out(_)) { vec![0xaa; length as usize] } else { Vec::new() };
+        let wants_crc = self.channel.grant().request_crc() && kind & 0x20 != 0;
+        let options = SendOptions { crc: wants_crc.then(|| data_crc(&data)), ..SendOptions::PLAIN };
+        if self.channel.send(tag, &body, bulk, options).is_ok() {
             self.next += 1;
             self.asked.insert(tag, asked);
             self.channel.flush();

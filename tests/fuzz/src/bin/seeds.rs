@@ -61,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     for (name, steps) in losses() {
         // The window, whether it repeats what is unknown, checksums, and whether the server comes back.
-        write("channel", name, &[0x20, 0x24, 0x32, 0x0a], &steps)?;
+        write("channel", name, &[0x20, 0x24, 0x32, 0x0a, 0x60], &steps)?;
     }
     let all: Vec<u8> = responses().into_iter().flat_map(|(_, bytes)| bytes).collect();
     write("client_session", "conversation", &[plain, crc, pieces], &all)?;
