@@ -265,7 +265,7 @@ impl<L> Core<L> {
             "a request exceeds the grant"
         );
         assert!(
-            options.crc.is_none() || self.grant.request_crc(),
+            !options.has_crc || self.grant.request_crc(),
             "a request has checksums, and the server knows none"
         );
         self.failure.is_none() && self.outstanding.may_insert(options.control)
@@ -285,12 +285,12 @@ impl<L> Core<L> {
         let Exposed { region, data_len, lease } = exposed;
         let data_crc = match &bulk {
             // What the program has computed, when it made the data, finds more.
-            Bulk::Out(buffers) if self.limits.crc && options.crc.is_none() => {
+            Bulk::Out(buffers) if self.limits.crc && !options.has_crc => {
                 message::crc_of(buffers.slices(0..buffers.len()))
             }
-            _ => options.crc.unwrap_or(0),
+            _ => options.crc,
         };
-        let has_crc = options.crc.is_some() && !self.limits.crc;
+        let has_crc = options.has_crc && !self.limits.crc;
         let region_len = if let RemoteRegion::In { len, .. } = region { len } else { 0 };
         let was_idle = self.outstanding.is_empty();
         let pending = Pending { tag, bulk, region_len, queued: true, damaged: 0, has_crc, lease };

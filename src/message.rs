@@ -317,14 +317,20 @@ impl Header {
         self.flags = if status.retryable { FLAG_RETRYABLE } else { 0 };
     }
 
-    /// The flags but [`FLAG_CRC`], and whether that is set.
-    fn flags_and_crc(&self, limits: &Limits) -> Result<(u8, bool), Violation> {
-        let has_crc = self.flags & FLAG_CRC != 0;
-        let may_have_crc = !limits.crc && limits.request_crc;
-        if (has_crc && !may_have_crc) || (!limits.crc && !has_crc && self.data_crc.get() != 0) {
-            return Err(Violation::Reserved);
+    /// Whether it has checksums though its connection has none.
+    fn has_own_crc(&self) -> bool {
+        self.flags & FLAG_CRC != 0
+    }
+
+    /// Checks the checksum of a header and its body.
+    #[cold]
+    fn check_crc(&self, body: &[u8], limits: &Limits) -> Result<(), Violation> {
+        if self.header_crc.get() != self.crc(body) {
+            return Err(Violation::Checksum);
         }
-        Ok((self.flags & !FLAG_CRC, has_crc))
+        // The flag of a message of another kind is rejected with all its other flags.
+        let may_have_own = limits.request_crc && !limits.crc;
+        if self.has_own_crc() && !may_have_own { Err(Violation::Reserved) } else { Ok(()) }
     }
 
     /// What [`Header::set_status`] has set; `flags` are those of the message.
@@ -379,7 +385,10 @@ impl RequestHeader {
             RemoteRegion::In { address, key, len } => (FLAG_REGION_IN, address, key, len),
             RemoteRegion::Out { address, key, len } => (FLAG_REGION_OUT, address, key, len),
         };
-        header.flags = flags | crc_flag(self.has_crc && !crc);
+        header.flags = flags;
+        if self.has_crc && !crc {
+            header.flags |= FLAG_CRC;
+        }
         header.middle = address.to_le_bytes();
         header.tail[..4].copy_from_slice(&key.to_le_bytes());
         header.tail[4..].copy_from_slice(&len.to_le_bytes());
@@ -388,11 +397,10 @@ impl RequestHeader {
     }
 
     fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
-        let (flags, has_crc) = header.flags_and_crc(limits)?;
         let address = u64::from_le_bytes(header.middle);
         let [k0, k1, k2, k3, l0, l1, l2, l3] = header.tail;
         let (key, len) = (u32::from_le_bytes([k0, k1, k2, k3]), u32::from_le_bytes([l0, l1, l2, l3]));
-        let region = match flags {
+        let region = match header.flags & !FLAG_CRC {
             0 if address == 0 && key == 0 && len == 0 => RemoteRegion::None,
             0 => return Err(Violation::Reserved),
             FLAG_REGION_IN => RemoteRegion::In { address, key, len },
@@ -411,7 +419,7 @@ impl RequestHeader {
             body_len: header.body_len.get(),
             data_len,
             region,
-            has_crc,
+            has_crc: header.has_own_crc(),
             data_crc: header.data_crc.get(),
         })
     }
@@ -461,7 +469,9 @@ impl ResponseHeader {
     fn header(&self, body_len: usize, crc: bool) -> Header {
         let mut header = Header::new(Kind::Response, self.id, body_len, self.data_len);
         header.set_status(self.status);
-        header.flags |= crc_flag(self.has_crc && !crc);
+        if self.has_crc && !crc {
+            header.flags |= FLAG_CRC;
+        }
         header.middle[4..6].copy_from_slice(&self.credits.to_le_bytes());
         header.tail = self.result.to_le_bytes();
         header.data_crc = U32::new(self.data_crc);
@@ -469,7 +479,6 @@ impl ResponseHeader {
     }
 
     fn decode(header: &Header, limits: &Limits) -> Result<Self, Violation> {
-        let (flags, has_crc) = header.flags_and_crc(limits)?;
         if header.data_len.get() > limits.data_bytes_max {
             return Err(Violation::Length);
         }
@@ -477,18 +486,13 @@ impl ResponseHeader {
             id: header.id.get(),
             body_len: header.body_len.get(),
             data_len: header.data_len.get(),
-            status: header.status(flags)?,
+            status: header.status(header.flags & !FLAG_CRC)?,
             credits: u16::from_le_bytes([header.middle[4], header.middle[5]]),
             result: u64::from_le_bytes(header.tail),
-            has_crc,
+            has_crc: header.has_own_crc(),
             data_crc: header.data_crc.get(),
         })
     }
-}
-
-/// [`FLAG_CRC`], if it is to be set.
-const fn crc_flag(is_set: bool) -> u8 {
-    (is_set as u8) * FLAG_CRC
 }
 
 /// Appends a ping to `out`.
@@ -569,10 +573,10 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
         return Ok(Parsed::Need(HEADER_BYTES + body_len));
     }
     let body = &rest[..body_len];
-    // The flag of another kind of message is rejected below, with all its other flags.
-    let has_crc = limits.crc || header.flags & FLAG_CRC != 0;
-    if header.header_crc.get() != if has_crc { header.crc(body) } else { 0 } {
-        return Err(if has_crc { Violation::Checksum } else { Violation::Reserved });
+    if limits.crc || header.has_own_crc() {
+        header.check_crc(body, limits)?;
+    } else if header.header_crc.get() | header.data_crc.get() != 0 {
+        return Err(Violation::Reserved);
     }
     let message = match kind {
         Kind::Request => Message::Request(RequestHeader::decode(header, limits)?, body),

@@ -604,16 +604,27 @@ pub struct ClientCounters {
 pub struct SendOptions {
     /// It may use the credit that is kept for control requests.
     pub control: bool,
-    /// It and its response have checksums, also on a connection without: see [`Grant::request_crc`]. This is
-    /// the CRC32C of the data that it carries; 0 if it carries none.
-    pub crc: Option<u32>,
+    /// It and its response have checksums, also on a connection without: see [`Grant::request_crc`].
+    pub has_crc: bool,
+    /// If so, the CRC32C of the data that it carries; 0 if it carries none.
+    pub crc: u32,
 }
 
 impl SendOptions {
     /// Of a request that does not carry data, or not for long.
-    pub const CONTROL: Self = Self { control: true, crc: None };
+    pub const CONTROL: Self = Self { control: true, has_crc: false, crc: 0 };
     /// Of any other request.
-    pub const PLAIN: Self = Self { control: false, crc: None };
+    pub const PLAIN: Self = Self { control: false, has_crc: false, crc: 0 };
+
+    /// Of a request that is to have checksums if `crc` is one: of the data that it carries.
+    pub fn with_crc(crc: Option<u32>) -> Self {
+        Self { control: false, has_crc: crc.is_some(), crc: crc.unwrap_or(0) }
+    }
+
+    /// What [`SendOptions::with_crc`] was given.
+    pub fn given_crc(&self) -> Option<u32> {
+        self.has_crc.then_some(self.crc)
+    }
 }
 
 /// Why [`ClientTransport::send`] did not take a request. The caller has its buffers back.

@@ -422,6 +422,7 @@ struct raio_stats {
 	unsigned long long unknown;		/* iocbs that failed with RAIO_RES2_UNKNOWN */
 	unsigned long long lost;		/* fsyncs that failed with RAIO_RES2_LOST */
 	unsigned long long checksum_errors;	/* requests whose data arrived damaged, each time */
+	unsigned long long crc;			/* 1: all requests have CRC32C, see RAIO_OPT_CRC */
 };
 
 /* raio_get_stats - fills in at most `size` bytes of *stats. Returns 0, or -1 with errno EINVAL. */

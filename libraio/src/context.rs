@@ -126,8 +126,8 @@ struct OperationSlot {
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
-    /// With a checksum of its own: of a write what the program says, of a read what the server has said.
-    crc: Option<u32>,
+    /// How its requests are sent: with checksums of their own, and which a write's is.
+    options: SendOptions,
     /// Of an fsync: what it is to make durable ([`FileRefs::take_unstable`]). Of a write, and the like: the
     /// file's verifier when it was sent.
     unstable: u64,
@@ -301,7 +301,7 @@ impl Context {
     /// back in the completion.
     pub fn submit(&mut self, file: &File, operation: Operation, token: u64) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
-            Ok(()) => Ok(self.enqueue(file, operation, token, None, None)),
+            Ok(()) => Ok(self.enqueue(file, operation, token, SendOptions::PLAIN, None)),
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
@@ -331,7 +331,7 @@ impl Context {
                 };
                 let why_not = self.channel.grant().why_no_request_crc();
                 let failure = why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text));
-                Ok(self.enqueue(file, operation, token, Some(crc), failure))
+                Ok(self.enqueue(file, operation, token, SendOptions::with_crc(Some(crc)), failure))
             }
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
@@ -346,7 +346,7 @@ impl Context {
         failure: Error,
     ) -> Result<Ticket, Box<Rejected>> {
         match self.check(file, &operation) {
-            Ok(()) => Ok(self.enqueue(file, operation, token, None, Some(failure))),
+            Ok(()) => Ok(self.enqueue(file, operation, token, SendOptions::PLAIN, Some(failure))),
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
     }
@@ -420,7 +420,7 @@ impl Context {
         file: &File,
         operation: Operation,
         token: u64,
-        crc: Option<u32>,
+        options: SendOptions,
         mut failure: Option<Error>,
     ) -> Ticket {
         let handle = file.inner().handle();
@@ -471,7 +471,7 @@ impl Context {
                 cancelling: false,
                 eventfd: None,
                 length: 0,
-                crc: None,
+                options: SendOptions::PLAIN,
                 unstable: 0,
                 submitted_ns: 0,
                 request: None,
@@ -486,7 +486,7 @@ impl Context {
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.length = length;
-        slot.crc = crc;
+        slot.options = options;
         slot.unstable = match slot.opcode {
             Opcode::Read => 0,
             Opcode::Fsync => self.files.take_unstable(file_index),
@@ -541,7 +541,7 @@ impl Context {
                         format!("Cannot allocate a lent buffer ({error}). Release some that were collected.");
                     // It has no buffer that `complete` would take back.
                     self.slots[index as usize].is_lent = false;
-                    self.complete(index, Err(Error::new(status, text)), Bulk::None);
+                    self.complete(index, Err(Error::new(status, text)), Bulk::None, 0);
                 }
             }
         }
@@ -563,8 +563,7 @@ impl Context {
             };
             self.body.clear();
             command.encode(&mut self.body);
-            let options = SendOptions { control: false, crc: slot.crc };
-            match self.channel.send(index.into(), &self.body, bulk, options) {
+            match self.channel.send(index.into(), &self.body, bulk, slot.options) {
                 Ok(request) => {
                     slot.state = OperationState::Sent;
                     if let Some(tracer) = &self.tracer {
@@ -603,7 +602,7 @@ impl Context {
         };
         let most = self.io_bytes_max();
         let slot = &mut self.slots[index as usize];
-        let split = Split::new(is_read, file, offset, buffers, slot.crc, most);
+        let split = Split::new(is_read, file, offset, buffers, slot.options.given_crc(), most);
         self.stats.checksum_errors += u64::from(split.is_damaged());
         slot.state = OperationState::Split(Box::new(split));
         self.settle(index);
@@ -627,8 +626,7 @@ impl Context {
             // If it is cancelled after a part was done, that is how it has ended, and not that it was undone.
             slot.cancelling &= !split.has_effect();
             let (result, bulk, crc) = split.finish();
-            slot.crc = crc;
-            self.complete(index, result, bulk);
+            self.complete(index, result, bulk, crc);
         }
     }
 
@@ -654,7 +652,7 @@ impl Context {
             self.parts.push(None);
             self.parts.len() - 1
         });
-        let options = SendOptions { control: false, crc };
+        let options = SendOptions::with_crc(crc);
         let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, options);
         let is_sent = match sent {
             Ok(request) => {
@@ -711,7 +709,7 @@ impl Context {
                 }
             } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
                 if let OperationState::Split(split) = &mut self.slots[part.operation as usize].state {
-                    split.put_back(part.at, bulk, options.crc);
+                    split.put_back(part.at, bulk, options.given_crc());
                 }
                 self.settle(part.operation);
             }
@@ -784,7 +782,7 @@ impl Context {
         for index in std::mem::take(&mut self.queued) {
             let slot = &self.slots[index as usize];
             let no_crc = || {
-                let why_not = slot.crc.and_then(|_| self.channel.grant().why_no_request_crc());
+                let why_not = slot.options.given_crc().and(self.channel.grant().why_no_request_crc());
                 why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text))
             };
             match unsupported(slot.opcode, &self.channel).or_else(no_crc) {
@@ -804,10 +802,7 @@ impl Context {
             tracer.answered(request, reply.result);
         }
         let result = self.result_of(index, slot.length, &reply);
-        if let Some(crc) = &mut self.slots[index as usize].crc {
-            *crc = reply.data_crc;
-        }
-        self.complete(index, result, reply.bulk);
+        self.complete(index, result, reply.bulk, reply.data_crc);
     }
 
     /// What a reply says of an operation, or of a part of it with this length.
@@ -872,11 +867,12 @@ impl Context {
         }
         let state = std::mem::replace(&mut slot.state, OperationState::Free);
         let bulk = if let OperationState::Queued(_, bulk) = state { bulk } else { Bulk::None };
-        self.complete(index, Err(error), bulk);
+        self.complete(index, Err(error), bulk, 0);
     }
 
-    /// Completes an operation: its slot keeps the completion until it is collected.
-    fn complete(&mut self, index: u32, result: Result<u64, Error>, bulk: Bulk) {
+    /// Completes an operation: its slot keeps the completion until it is collected. `data_crc` is that of
+    /// what was read.
+    fn complete(&mut self, index: u32, result: Result<u64, Error>, bulk: Bulk, data_crc: u32) {
         let slot = &mut self.slots[index as usize];
         let mut buffers = match bulk {
             Bulk::In(buffers) | Bulk::Out(buffers) => Some(buffers),
@@ -905,7 +901,8 @@ impl Context {
         }
         let token = slot.token;
         let is_lent = slot.is_lent && buffers.is_some();
-        let crc = slot.crc.filter(|_| slot.opcode == Opcode::Read && result.is_ok());
+        let has_crc = slot.options.has_crc && slot.opcode == Opcode::Read && result.is_ok();
+        let crc = has_crc.then_some(data_crc);
         slot.state = OperationState::Done(Completion { token, result, buffers, is_lent, crc });
         self.done.push_back(index);
         self.files.operation_completed(slot.file);
@@ -1217,6 +1214,7 @@ impl Context {
             queue_depth: self.channel.grant().queue_depth.into(),
             io_bytes_max: self.io_bytes_max() as u64,
             checksum_errors: self.stats.checksum_errors + transport.checksum_errors,
+            has_crc: self.channel.grant().crc(),
             ..self.stats
         }
     }

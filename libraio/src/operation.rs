@@ -138,4 +138,6 @@ pub struct Stats {
     /// Requests whose data has arrived damaged, each time: they were sent again, twice at most. Also writes
     /// that were not sent at all, because their data was not what its checksum says.
     pub checksum_errors: u64,
+    /// Whether all of the connection's messages have checksums: [`crate::Crc`].
+    pub has_crc: bool,
 }

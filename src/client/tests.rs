@@ -400,7 +400,7 @@ fn a_request_with_checksums_is_answered_with_checksums_and_others_are_not() {
     // What the response has, and what it is to have.
     for (has_crc, wants_crc) in [(true, true), (false, false), (true, false), (false, true)] {
         let (mut core, _) = core(FEATURE_REQUEST_CRC);
-        let options = SendOptions { crc: wants_crc.then_some(0), ..SendOptions::PLAIN };
+        let options = SendOptions::with_crc(wants_crc.then_some(0));
         let id = send_with(&mut core, 0, room(1000), options).unwrap();
         let request = sent(&mut core, usize::MAX);
         let Ok(Parsed::Item(Message::Request(header, _), _)) =
@@ -425,7 +425,7 @@ fn a_request_with_checksums_is_answered_with_checksums_and_others_are_not() {
 #[test]
 fn placed_data_without_a_message_is_no_answer_to_a_request_with_checksums() {
     let mut core = placed(FEATURE_REQUEST_CRC);
-    let id = send_with(&mut core, 0, room(100), SendOptions { crc: Some(0), ..SendOptions::PLAIN }).unwrap();
+    let id = send_with(&mut core, 0, room(100), SendOptions::with_crc(Some(0))).unwrap();
     sent(&mut core, usize::MAX);
     core.on_placed(ResponseHeader::of_data(id.0, 100), &mut Vec::new(), reclaim);
     assert!(matches!(core.failure(), Some(Error::Violation(Violation::Checksum))));
@@ -435,7 +435,7 @@ fn placed_data_without_a_message_is_no_answer_to_a_request_with_checksums() {
 fn the_checksum_of_data_is_the_one_that_the_program_has_computed() {
     for features in [FEATURE_CRC, FEATURE_REQUEST_CRC] {
         let (mut core, _) = core(features);
-        let options = SendOptions { crc: Some(0x1234_5678), ..SendOptions::PLAIN };
+        let options = SendOptions::with_crc(Some(0x1234_5678));
         send_with(&mut core, 0, out(vec![7; 100]), options).unwrap();
         let bytes = sent(&mut core, usize::MAX);
         let Ok(Parsed::Item(Message::Request(header, _), _)) = message::parse(&bytes, &core.grant().limits())

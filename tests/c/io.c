@@ -791,6 +791,7 @@ static void checksums(char **argv)
 		EQ(raio_get_stats(ctx, &stats, sizeof(stats)), 0);
 		EQ(stats.checksum_errors, stats.io_bytes_max < sizeof(data) ? 2 : 4);
 		EQ(stats.reconnects, 0);
+		EQ(stats.crc, i);
 		EQ(raio_destroy(ctx), 0);
 		EQ(raio_stop(fd), 0);
 	}

@@ -55,7 +55,7 @@ AT(raio_options, call_timeout_ms, 28);
 AT(raio_options, reserved, 32);
 WIDTH(raio_options, reserved, 32);
 
-SIZE(raio_stats, 144);
+SIZE(raio_stats, 152);
 AT(raio_stats, size, 0);
 AT(raio_stats, submitted, 8);
 AT(raio_stats, completed, 16);
@@ -74,6 +74,7 @@ AT(raio_stats, resent, 112);
 AT(raio_stats, unknown, 120);
 AT(raio_stats, lost, 128);
 AT(raio_stats, checksum_errors, 136);
+AT(raio_stats, crc, 144);
 
 PIN(pread, RAIO_CMD_PREAD == 0);
 PIN(pwrite, RAIO_CMD_PWRITE == 1);

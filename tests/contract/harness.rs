@@ -741,7 +741,7 @@ impl Client {
             Bulk::Out(_) => message::data_crc(&bytes_of(&bulk)),
             _ => 0,
         };
-        let options = SendOptions { crc: Some(crc), ..SendOptions::PLAIN };
+        let options = SendOptions::with_crc(Some(crc));
         self.transport.send(tag, body, bulk, options).expect("there is a credit");
     }
 

@@ -5,10 +5,14 @@ use std::time::Duration;
 use raio_transport::error::Status;
 use raio_transport::handshake::{ChannelOffer, Offer, Policy};
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::message::{self, BODY_BYTES_MAX, FEATURE_CRC, FEATURE_REQUEST_CRC, text};
+use raio_transport::message::{
+    self, BODY_BYTES_MAX, FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_REQUEST_CRC, text,
+};
 use raio_transport::transport::{Bulk, CloseReason, SendOptions};
 
-use crate::harness::{Op, Server, Setup, bytes_of, command, data, pattern, room, serve, serve_plain};
+use crate::harness::{
+    Op, Server, Setup, Transport, bytes_of, command, data, pattern, room, serve, serve_plain,
+};
 use crate::random::Random;
 
 contract! {
@@ -70,6 +74,23 @@ contract! {
             }
             assert_eq!(client.transport.outstanding(), 0);
             assert_eq!(client.transport.credits(), depth);
+            drop(client);
+            server.until_empty(0);
+        }
+    }
+
+    fn checksums_of_a_stream_end_where_it_becomes_a_queue_pair(transport) {
+        for (features, expected) in [
+            (FEATURE_CRC, true),
+            (FEATURE_CRC | FEATURE_CRC_STREAM, transport != Transport::RdmaAfterTcp),
+        ] {
+            let server = serve_plain(transport);
+            let mut client = server.connect(&Offer { features, ..Offer::new("stream") }).unwrap();
+            assert_eq!(client.transport.grant().crc(), expected);
+            client.get(1, 70_000);
+            client.put(2, 70_000);
+            client.get(3, 100);
+            client.put(4, 100);
             drop(client);
             server.until_empty(0);
         }

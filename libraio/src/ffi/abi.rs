@@ -100,12 +100,13 @@ pub struct raio_stats {
     pub(super) unknown: c_ulonglong,
     pub(super) lost: c_ulonglong,
     pub(super) checksum_errors: c_ulonglong,
+    pub(super) crc: c_ulonglong,
 }
 
 const _: () = {
     assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
     assert!(
-        size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 144
+        size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 152
     );
 };
 

@@ -177,6 +177,7 @@ pub unsafe extern "C" fn raio_get_stats(
             unknown: s.unknown,
             lost: s.lost,
             checksum_errors: s.checksum_errors,
+            crc: s.has_crc.into(),
         };
         // SAFETY: `size` bytes are within `filled`, and the caller vouches for as many at `stats`.
         unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), stats.cast::<u8>(), size) };

@@ -445,19 +445,25 @@ fn where_rdma_does_not_come_back_a_session_goes_on_over_tcp() {
 #[test]
 fn a_bit_that_flips_in_data_costs_one_request_more_and_no_connection() {
     const LENGTH: usize = 64 << 10;
-    for direction in [Direction::Up, Direction::Down] {
+    // All messages have checksums, or single operations.
+    for (direction, crc) in
+        [Direction::Up, Direction::Down].into_iter().flat_map(|one| [(one, Crc::On), (one, Crc::Off)])
+    {
         let directory = directory();
         let mut server = serve(directory.path(), "tcp://127.0.0.1:0");
         let proxy = Proxy::start(server.address());
         let flip = Some((direction, 8 * LENGTH as u64 / 2));
         // The session's own connection is the first.
         proxy.plan([Treatment::default(), Treatment { flip, ..Treatment::default() }]);
-        let session = Session::connect(&proxy.url(), &Options { crc: Crc::On, ..Options::default() });
+        let session = Session::connect(&proxy.url(), &Options { crc, ..Options::default() });
         let session = session.expect("a session");
         let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
         let mut context = session.context(4).expect("a context");
         let mut call = |operation| {
-            context.submit(&file, operation, 0).expect("there is room");
+            match crc {
+                Crc::Off => context.submit_with_crc(&file, operation, None, 0).expect("there is room"),
+                _ => context.submit(&file, operation, 0).expect("there is room"),
+            };
             assert_eq!(context.wait(1, 1, Some(PATIENCE)), Ok(1));
             let completion = context.next().expect("it is there");
             assert_eq!(completion.result, Ok(LENGTH as u64));
@@ -469,7 +475,27 @@ fn a_bit_that_flips_in_data_costs_one_request_more_and_no_connection() {
         assert!(std::fs::read(directory.path().join("files/file")).expect("the file") == bytes);
         assert!(call(Operation::Read { offset: 0, buffers: one(vec![0; LENGTH]) }) == bytes);
         let stats = context.stats();
-        assert_eq!((stats.checksum_errors, stats.reconnects, stats.failed), (1, 0, 0), "{direction:?}");
+        assert_eq!(
+            (stats.checksum_errors, stats.reconnects, stats.failed),
+            (1, 0, 0),
+            "{direction:?} {crc:?}"
+        );
         assert_eq!(server.statistics()["checksum_errors"], u64::from(direction == Direction::Up));
+    }
+}
+
+#[test]
+fn sessions_have_checksums_by_default_where_there_is_a_network() {
+    let Some(cable) = Cable::new("a session with another host") else { return };
+    let directory = directory();
+    let listen = format!("tcp://{}:0", cable.address(End::A));
+    let server = serve_by(cable.command(End::A, binary("raio_server")), directory.path(), &[&listen]);
+    let has_crc = |crc| {
+        let options = Options { crc, ..Options::default() };
+        let session = Session::connect(&server.url(), &options).expect("a session");
+        session.context(1).expect("a context").stats().has_crc
+    };
+    for (end, expected) in [(End::A, [false, true, false]), (End::B, [true, true, false])] {
+        assert_eq!(cable.on(end, || [Crc::Auto, Crc::On, Crc::Off].map(has_crc)), expected, "{end:?}");
     }
 }
