@@ -576,7 +576,7 @@ impl<L> Core<L> {
                 if partial.left() > 0 {
                     return Ok(());
                 }
-                self.finish_partial(replies)?;
+                self.finish_partial(replies);
             }
             let (message, taken) = match message::parse(&bytes[progress.taken..], &self.limits)? {
                 Parsed::Need(_) => return Ok(()),
@@ -589,7 +589,7 @@ impl<L> Core<L> {
                 let copied = place(&mut pending.bulk, room, &bytes[progress.taken..]);
                 progress.taken += copied;
                 self.counters.bounced_bytes += copied as u64;
-                self.finish(pending, response, body, copied, replies)?;
+                self.finish(pending, response, body, copied, replies);
             } else {
                 progress.flush |= self.on_control(message)?;
             }
@@ -668,7 +668,8 @@ impl<L> Core<L> {
             self.counters.bounced_bytes += copied as u64;
         }
         let pending = self.begin_response(&response)?;
-        self.finish(pending, response, body, data_len, replies)
+        self.finish(pending, response, body, data_len, replies);
+        Ok(())
     }
 
     /// Takes in a message that is no response. Whether there is a pong to be sent.
@@ -730,7 +731,7 @@ impl<L> Core<L> {
         body: &[u8],
         placed: usize,
         replies: &mut Vec<Reply>,
-    ) -> Result<(), Violation> {
+    ) {
         let data_len = response.data_len as usize;
         let is_over = placed == data_len
             && !pending.queued
@@ -748,38 +749,33 @@ impl<L> Core<L> {
             bulk: pending.bulk,
         };
         if is_over {
-            replies.push(reply);
-            return Ok(());
+            return replies.push(reply);
         }
         let id = RequestId(response.id);
         let Pending { queued, damaged, has_crc, .. } = pending;
-        self.hold(Partial { reply, placed, has_crc, queued, damaged, id }, replies)
+        self.hold(Partial { reply, placed, has_crc, queued, damaged, id }, replies);
     }
 
     /// Keeps a response whose request has just ended, as long as it waits for something.
     #[cold]
-    fn hold(&mut self, partial: Partial, replies: &mut Vec<Reply>) -> Result<(), Violation> {
+    fn hold(&mut self, partial: Partial, replies: &mut Vec<Reply>) {
         let (sent, is_complete) = (self.outstanding.sent(partial.id).clone(), partial.left() == 0);
         self.partial = Some(Held { partial, sent });
-        if is_complete { self.finish_partial(replies) } else { Ok(()) }
+        if is_complete {
+            self.finish_partial(replies);
+        }
     }
 
     /// All data of `partial` is in place.
-    fn finish_partial(&mut self, replies: &mut Vec<Reply>) -> Result<(), Violation> {
-        let Some(Held { partial, .. }) = &self.partial else { return Ok(()) };
-        let Partial { reply, has_crc, .. } = partial;
+    fn finish_partial(&mut self, replies: &mut Vec<Reply>) {
+        let Some(held) = self.partial.take() else { return };
+        let Partial { reply, has_crc, queued, .. } = &held.partial;
         let is_intact = self.is_intact(&reply.bulk, reply.data_len, *has_crc, reply.data_crc);
-        if !is_intact && !matches!(reply.bulk, Bulk::In(_)) {
-            return Err(Violation::Checksum);
+        if *queued {
+            self.early = Some(held);
+        } else {
+            replies.extend(self.unless_again(held, is_intact));
         }
-        if let Some(held) = self.partial.take() {
-            if held.partial.queued {
-                self.early = Some(held);
-            } else {
-                replies.extend(self.unless_again(held, is_intact));
-            }
-        }
-        Ok(())
     }
 
     #[inline]

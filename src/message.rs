@@ -322,10 +322,12 @@ impl Header {
         self.flags & FLAG_CRC != 0
     }
 
-    /// Checks the checksum of a header and its body.
+    /// Checks the checksum of a header and its body, and that only data has one of its own.
     #[cold]
     fn check_crc(&self, body: &[u8], limits: &Limits) -> Result<(), Violation> {
-        if self.header_crc.get() != self.crc(body) {
+        let is_fetched = self.kind == Kind::Request as u8 && self.flags & FLAG_REGION_OUT != 0;
+        let has_data = self.data_len.get() > 0 || is_fetched;
+        if self.header_crc.get() != self.crc(body) || (!has_data && self.data_crc.get() != 0) {
             return Err(Violation::Checksum);
         }
         // The flag of a message of another kind is rejected with all its other flags.

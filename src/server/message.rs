@@ -144,10 +144,6 @@ impl<I> MessageConnection<I> {
         if data_len > self.inline_bytes_max {
             return Err(Violation::Length);
         }
-        let has_data = data_len > 0 || matches!(request.region, RemoteRegion::Out { .. });
-        if !has_data && request.data_crc != 0 {
-            return Err(Violation::Checksum);
-        }
         self.core.admit(
             request.id,
             MessageRequest {
