@@ -339,10 +339,11 @@ fn conversations_of_channels() -> Vec<(&'static str, steps::Steps)> {
         all.push((fenced, [begin_channel(path), vec![write()], again(0), again(BROKEN)].concat()));
     }
     let (begun, ends) = (vec![step::BEGIN_JOB, 0], vec![step::BEGIN_JOB | step::ODD, 0]);
-    let stuck = vec![write(), begun, leave(), run(), resume(0, 0), run(), ends, run(), read(), jobs(), run()];
+    let stuck =
+        vec![write(), run(), begun, leave(), run(), resume(0, 0), run(), ends, run(), read(), jobs(), run()];
     all.push(("stuck", [begin_channel(FILE), stuck.clone(), stuck.clone()].concat()));
     let waits = [vec![connect_channel(1), run()], open(1, OPEN_WRITE, FILE)].concat();
-    let overlaps = [&stuck[..4], &[write(), run(), jobs(), run(), read(), run(), jobs()]].concat();
+    let overlaps = [&stuck[..5], &[write(), run(), jobs(), run(), read(), run(), jobs()]].concat();
     all.push(("held-back", [begin_channel(FILE), waits, overlaps].concat()));
     let unheard = vec![deaf, run(), jobs(), run(), leave()];
     all.push(("unheard", [begin_channel(FILE), unheard, again(0)].concat()));
