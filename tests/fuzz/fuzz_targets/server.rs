@@ -799,12 +799,15 @@ impl World {
         mend_handshake(&mut hello);
         // What is behind it would be read as messages.
         hello.truncate(handshake_len(&hello));
-        if how == 1 || channel.is_some() {
-            // It may name whatever session and channel.
-            (0..self.sessions.len()).for_each(|at| self.give_up(at));
-            self.channels.iter_mut().for_each(|channel| channel.is_epoch_known = false);
+        if how != 1 && channel.is_none() {
+            return self.join(session, None, offer, hello, 0, false);
         }
+        // It may name whatever session and channel.
+        (0..self.sessions.len()).for_each(|at| self.give_up(at));
+        self.channels.iter_mut().for_each(|channel| channel.is_epoch_known = false);
         self.join(session, None, offer, hello, 0, false);
+        // Before anybody else says hello.
+        (0..5).for_each(|_| self.run_once());
     }
 
     fn channel_offer(&self, at: usize, epoch: u64) -> ChannelOffer {
@@ -958,11 +961,13 @@ impl World {
             // One that nobody is connected to may make room.
             self.forget_channels(|_| true);
         }
-        let mut is_fresh = false;
+        let (mut is_fresh, mut may_talk) = (false, may_talk);
         if let Some((at, epoch)) = channel {
             let channel = &mut self.channels[at];
             is_fresh =
                 channel.is_epoch_known && epoch > channel.epoch && !self.sessions[session].is_superseded;
+            // The server may not have had the whole hello of the one that has a higher one.
+            may_talk &= epoch >= channel.epoch;
             channel.epoch = channel.epoch.max(epoch);
             channel.linger = offer.channel.map_or(LINGER, |offered| offered.linger).min(channel.linger);
             for before in &mut self.clients {
