@@ -126,7 +126,9 @@ impl Model {
         // Emulated devices that have lost packets take their time.
         let deadline = Instant::now() + 3 * PATIENCE;
         while all.len() < BLOCKS as usize {
-            assert!(Instant::now() < deadline, "{} of {BLOCKS}: {:?}", all.len(), self.context.stats());
+            let context = &self.context;
+            let (stats, why) = (context.stats(), context.reconnecting());
+            assert!(Instant::now() < deadline, "{} of {BLOCKS}: {stats:?}, {why:?}", all.len());
             self.wait();
             while let Some(completion) = self.context.next() {
                 if let Some(buffers) = &completion.buffers
