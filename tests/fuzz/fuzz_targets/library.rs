@@ -17,7 +17,8 @@ use libfuzzer_sys::fuzz_target;
 use raio::ffi;
 use raio_transport::handshake::Policy;
 use raio_transport::message::{self, Message, Parsed};
-use raio_transport::protocol::Command;
+use raio_transport::protocol::{Command, FileStatus, OPERATION_FEATURES, RequestOutcome};
+use zerocopy::IntoBytes;
 
 const IOCBS: usize = 8;
 const BYTES: usize = 3000;
@@ -54,7 +55,9 @@ fn lie(mut stream: TcpStream, input: &[u8]) -> Option<()> {
         inbox.extend_from_slice(&bytes[..n]);
         Some(())
     };
-    let policy = Policy { queue_depth: 4, data_bytes_max: 8192, ..Policy::default() };
+    let policy = Policy::default();
+    let features = policy.features | OPERATION_FEATURES;
+    let policy = Policy { features, queue_depth: 4, data_bytes_max: 8192, ..policy };
     let grant = loop {
         if let Parsed::Item((peer, welcome), taken) = policy.welcome(&inbox).ok()? {
             inbox.drain(..taken);
@@ -87,15 +90,22 @@ fn lie(mut stream: TcpStream, input: &[u8]) -> Option<()> {
         }
         inbox.drain(..end);
         let &[act, errno, class, credits, result, data, text, rest] = steps.next()? else { return None };
-        let honest = match Command::decode(&body) {
-            Ok(Command::Read { length, .. } | Command::Write { length, .. }) => length.into(),
-            Ok(Command::Open { .. }) => 7,
-            _ => 0,
+        let status = || FileStatus::default().as_bytes().to_vec();
+        let (honest, honest_tail) = match Command::decode(&body) {
+            Ok(Command::Read { length, .. } | Command::Write { length, .. }) => (length.into(), Vec::new()),
+            Ok(Command::Open { .. }) => (7, status()),
+            Ok(Command::Stat(_)) => (0, status()),
+            Ok(Command::Reopen { file, .. }) => (file.0.into(), status()),
+            Ok(Command::Outcome { ids }) => {
+                let never: Vec<_> = ids.iter().map(|id| RequestOutcome::never(id.get())).collect();
+                (ids.len() as u64, never.as_bytes().to_vec())
+            }
+            _ => (0, Vec::new()),
         };
         let is_read = matches!(Command::decode(&body), Ok(Command::Read { .. }));
         // Written by hand: what may not be encoded may be sent.
         let mut header = [0; message::HEADER_BYTES];
-        let mut tail = Vec::new();
+        let mut tail = honest_tail;
         header[0] = 2;
         header[8..16].copy_from_slice(&id.to_le_bytes());
         header[20..22].copy_from_slice(&1u16.to_le_bytes());
@@ -162,9 +172,11 @@ fn is_text(text: *const std::ffi::c_char) {
 fuzz_target!(|input: &[u8]| {
     *INPUT.lock().unwrap() = input.to_vec();
     let url = format!("raio+tcp://{}\0", *SERVER);
-    // size, flags, queue depth, connect, request, spin, 0, call
+    // size, flags, queue depth, connect, request, spin, reconnect, call
     let mut options = [0u32; 16];
     (options[0], options[3], options[4], options[5], options[7]) = (64, 2000, 300, 1, 50);
+    // 0: a minute, which nobody waits for here.
+    options[6] = if input.len() % 2 == 0 { 0 } else { 100 };
     let began = Instant::now();
     // SAFETY: all pointers are of live memory of the kind that the header asks for, which outlives the
     // context.
