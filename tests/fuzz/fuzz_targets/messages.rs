@@ -73,9 +73,11 @@ fn handshake(bytes: &[u8]) {
             other => panic!("a welcome is not understood: {other:?}"),
         }
     }
-    for features in [0, FEATURE_CRC] {
-        if let Ok(Parsed::Item(grant, taken)) = (Offer { features, ..Offer::new("any") }).grant(bytes) {
-            assert!(taken <= bytes.len() && grant.queue_depth > 0 && grant.features == features);
+    for (features, requires_crc) in [(0, false), (FEATURE_CRC, false), (FEATURE_CRC, true)] {
+        let offer = Offer { features, requires_crc, ..Offer::new("any") };
+        if let Ok(Parsed::Item(grant, taken)) = offer.grant(bytes) {
+            assert!(taken <= bytes.len() && grant.queue_depth > 0 && grant.features & !features == 0);
+            assert!(grant.crc() || !requires_crc);
         }
     }
     let _ = parse_handshake::<Hello>(bytes);
