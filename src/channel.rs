@@ -119,7 +119,7 @@ pub struct OpenFiles {
     files: Mutex<BTreeMap<u32, Arc<Reopenable>>>,
     /// The incarnation of the server on which they are open, as far as is known.
     server: Mutex<Option<[u8; 16]>>,
-    /// How often a channel has begun to open all of them again.
+    /// How often a channel has begun, or has begun to open all of them again.
     reopenings: AtomicU64,
 }
 
@@ -145,15 +145,21 @@ impl OpenFiles {
         lock(&self.files).remove(&handle.0);
     }
 
-    /// How often a channel has begun to open all of them again. If that changes while a file is opened, from
-    /// before the call until after [`OpenFiles::insert`], the server may not have it: a call about it by the
-    /// channel that has opened it finds out, and has it opened again.
+    /// How often a channel has begun, or has begun to open all of them again. If that changes while a file is
+    /// opened, from before the call until after [`OpenFiles::insert`], the server of that channel may not
+    /// have it: a call about it by the channel that has opened it finds out, and has it opened again.
     pub fn reopenings(&self) -> u64 {
         self.reopenings.load(Ordering::SeqCst)
     }
 
     fn is_empty(&self) -> bool {
         lock(&self.files).is_empty()
+    }
+
+    /// A channel has its first connection. To be called before it is found out which files are open: the
+    /// server that has opened one may have ended, and its answer not be read yet.
+    fn channel_begins(&self) {
+        self.reopenings.fetch_add(1, Ordering::SeqCst);
     }
 
     /// One that is open for reading.

@@ -72,6 +72,22 @@ fn wherever_a_connection_is_cut_every_operation_succeeds_and_runs_once() {
     }
 }
 
+/// The server that has opened the file may end before its answer is read, and the context be connected to the
+/// next one, which is not told of the file. The simulation has found this.
+#[test]
+fn who_opens_a_file_learns_of_a_context_that_begins_meanwhile() {
+    let server = FakeServer::start(Policy::default());
+    server.file(PATH, vec![0; BLOCK]);
+    let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
+    for _ in 0..2 {
+        let before = session.shared().files().reopenings();
+        let _context = session.context(16).unwrap();
+        assert_ne!(session.shared().files().reopenings(), before);
+        // And the other way round with files that are open.
+        let _file = session.open(PATH, libc::O_RDWR, 0).unwrap();
+    }
+}
+
 #[test]
 fn a_session_goes_on_after_many_cuts() {
     let (server, _session, file, mut context) = start(&Options::default());

@@ -115,6 +115,7 @@ impl Beginning {
                         transport.set_request_timeout(timeout);
                     }
                     transport.core_mut().set_used_ids(&given.used);
+                    given.files.channel_begins();
                     let reopened = Reopening::default();
                     let mut connected = Connected { transport, why_tcp, epoch, is_gone: false, reopened };
                     if epoch > 1 || !given.offer.supersedes.is_empty() {
