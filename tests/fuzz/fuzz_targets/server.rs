@@ -968,6 +968,10 @@ impl World {
                 channel.is_epoch_known && epoch > channel.epoch && !self.sessions[session].is_superseded;
             // The server may not have had the whole hello of the one that has a higher one.
             may_talk &= epoch >= channel.epoch;
+            if epoch <= channel.epoch {
+                // To a server that was started again it may be the first.
+                channel.slots.clear();
+            }
             channel.epoch = channel.epoch.max(epoch);
             channel.linger = offer.channel.map_or(LINGER, |offered| offered.linger).min(channel.linger);
             for before in &mut self.clients {
