@@ -264,10 +264,6 @@ impl<L> Core<L> {
             bulk_len <= self.limits.data_bytes_max as usize && body.len() <= message::BODY_BYTES_MAX,
             "a request exceeds the grant"
         );
-        assert!(
-            !options.has_crc || self.grant.request_crc(),
-            "a request has checksums, and the server knows none"
-        );
         self.failure.is_none() && self.outstanding.may_insert(options.control)
     }
 
@@ -283,14 +279,8 @@ impl<L> Core<L> {
         exposed: Exposed<L>,
     ) -> Result<RequestId, NotSent> {
         let Exposed { region, data_len, lease } = exposed;
-        let data_crc = match &bulk {
-            // What the program has computed, when it made the data, finds more.
-            Bulk::Out(buffers) if self.limits.crc && !options.has_crc => {
-                message::crc_of(buffers.slices(0..buffers.len()))
-            }
-            _ => options.crc,
-        };
-        let has_crc = options.has_crc && !self.limits.crc;
+        let (has_crc, data_crc) =
+            if self.limits.crc || options.has_crc { self.checksum(&bulk, options) } else { (false, 0) };
         let region_len = if let RemoteRegion::In { len, .. } = region { len } else { 0 };
         let was_idle = self.outstanding.is_empty();
         let pending = Pending { tag, bulk, region_len, queued: true, damaged: 0, has_crc, lease };
@@ -303,6 +293,18 @@ impl<L> Core<L> {
         request.encode(body, self.limits.crc, &mut self.head);
         self.push(start, data_len, Some(id), false);
         Ok(id)
+    }
+
+    /// Whether a request has checksums though others have none, and that of its data.
+    #[cold]
+    fn checksum(&self, bulk: &Bulk, options: SendOptions) -> (bool, u32) {
+        assert!(self.grant.request_crc(), "a request has checksums, and the server knows none");
+        let data_crc = match bulk {
+            // What the program has computed, when it made the data, finds more.
+            Bulk::Out(buffers) if !options.has_crc => message::crc_of(buffers.slices(0..buffers.len())),
+            _ => options.crc,
+        };
+        (!self.limits.crc, data_crc)
     }
 
     /// Ends a request that may be sent and cannot be, for want of something on this side.

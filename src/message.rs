@@ -356,12 +356,11 @@ impl Header {
         crc32c::crc32c_append(crc32c::crc32c(&self.as_bytes()[..HEADER_BYTES - 4]), body)
     }
 
-    /// The header of a message without a body, in wire form.
-    fn finish_bare(mut self, crc: bool) -> [u8; HEADER_BYTES] {
-        if crc {
-            self.header_crc = U32::new(self.crc(&[]));
-        }
-        zerocopy::transmute!(self)
+    /// Adds the checksums of a message without a body and with this data.
+    #[cold]
+    fn seal(&mut self, data: &[u8]) {
+        self.data_crc = U32::new(data_crc(data));
+        self.header_crc = U32::new(self.crc(&[]));
     }
 
     /// Appends the header and the body, padded, to `out`.
@@ -379,7 +378,8 @@ impl Header {
 }
 
 impl RequestHeader {
-    /// Appends a request to `out`. `self.body_len` is ignored: the body says it.
+    /// Appends a request to `out`. `self.body_len` is ignored: the body says it. `crc`: all messages of the
+    /// connection have checksums.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
         let mut header = Header::new(Kind::Request, self.id, padded(body.len()), self.data_len);
         let (flags, address, key, len) = match self.region {
@@ -388,7 +388,7 @@ impl RequestHeader {
             RemoteRegion::Out { address, key, len } => (FLAG_REGION_OUT, address, key, len),
         };
         header.flags = flags;
-        if self.has_crc && !crc {
+        if self.has_crc {
             header.flags |= FLAG_CRC;
         }
         header.middle = address.to_le_bytes();
@@ -458,20 +458,25 @@ impl ResponseHeader {
         }
     }
 
-    /// Appends a response to `out`. `self.body_len` is ignored: the body says it.
+    /// Appends a response to `out`. `self.body_len` is ignored: the body says it. `crc`: all messages of the
+    /// connection have checksums.
     pub fn encode(&self, body: &[u8], crc: bool, out: &mut Vec<u8>) {
-        self.header(padded(body.len()), crc).finish(body, crc || self.has_crc, out);
+        self.header(padded(body.len())).finish(body, crc || self.has_crc, out);
     }
 
-    /// The same of a response without a body.
-    pub(crate) fn encode_bare(&self, crc: bool) -> [u8; HEADER_BYTES] {
-        self.header(0, crc).finish_bare(crc || self.has_crc)
+    /// The header of a response with this data and without a body, in wire form.
+    pub(crate) fn encode_bare(&self, data: &[u8], crc: bool) -> [u8; HEADER_BYTES] {
+        let mut header = self.header(0);
+        if crc || self.has_crc {
+            header.seal(data);
+        }
+        zerocopy::transmute!(header)
     }
 
-    fn header(&self, body_len: usize, crc: bool) -> Header {
+    fn header(&self, body_len: usize) -> Header {
         let mut header = Header::new(Kind::Response, self.id, body_len, self.data_len);
         header.set_status(self.status);
-        if self.has_crc && !crc {
+        if self.has_crc {
             header.flags |= FLAG_CRC;
         }
         header.middle[4..6].copy_from_slice(&self.credits.to_le_bytes());

@@ -736,17 +736,14 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         let Some(position) = self.core.in_flight.position(id) else { return false };
         let crc = self.core.crc();
         let has_crc = self.core.in_flight.at(position).has_crc;
-        let mut response =
+        let response =
             message::ResponseHeader { has_crc, ..message::ResponseHeader::of_data(id, len as u32) };
         let filled = self.outbox.push_filled(&mut shared.spare, HEADER_BYTES + len, arena, |bytes| {
             let (header, data) = bytes.split_at_mut(HEADER_BYTES);
             if !fill(data) {
                 return false;
             }
-            if crc || response.has_crc {
-                response.data_crc = message::data_crc(data);
-            }
-            header.copy_from_slice(&response.encode_bare(crc));
+            header.copy_from_slice(&response.encode_bare(data, crc));
             true
         });
         if filled.is_none() {
