@@ -98,15 +98,19 @@ impl Worker {
                     self.begin(connection, request.key, opcode, work);
                 }
             }
-            Err(response) => {
-                // What has failed otherwise has done nothing.
-                let is_done = response.status.is_ok() || opcode == Opcode::Open;
-                if is_done && opcode.operation().is_recorded {
-                    self.record_outcome(connection, request.key.id, false, &response);
-                }
-                self.respond_now(request.key, opcode, response);
-            }
+            Err(response) => self.end_at_once(connection, request.key, opcode, response),
         }
+    }
+
+    /// Answers a request for which there is nothing to do, or that has failed.
+    #[cold]
+    fn end_at_once(&mut self, connection: usize, request: RequestKey, opcode: Opcode, response: Response) {
+        // What has failed has done nothing, unless it is an open.
+        let is_done = response.status.is_ok() || opcode == Opcode::Open;
+        if is_done && opcode.operation().is_recorded {
+            self.record_outcome(connection, request.id, false, &response);
+        }
+        self.respond_now(request, opcode, response);
     }
 
     /// Answers a request in the iteration that has taken it in.
