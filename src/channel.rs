@@ -310,6 +310,10 @@ impl Reopening {
         transport.receive(&mut replies);
         for reply in &replies {
             let Some((handle, file)) = self.files.get(reply.tag as usize) else { continue };
+            if reply.status.is_shutdown() {
+                // Nothing is known of the file. The connection is about to end, and the next server is asked.
+                continue;
+            }
             self.answered += 1;
             if !reply.status.is_ok() {
                 self.stale.insert(handle.0, resume::at_reopen_failure(reply.status));

@@ -794,7 +794,7 @@ impl<L> Core<L> {
     /// send it again.
     #[inline]
     fn is_rejected(&self, status: Status) -> bool {
-        status.errno == libc::ESHUTDOWN && status.class == Class::Transport && self.keeps_lost
+        status.is_shutdown() && self.keeps_lost
     }
 
     /// Whether the server has not executed a request, which is therefore not over.

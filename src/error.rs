@@ -54,6 +54,13 @@ impl Status {
     /// The data of a request has arrived with another checksum than it was sent with. Nothing was done.
     pub const DAMAGED: Self = Self { errno: libc::EILSEQ, class: Class::Transport, retryable: true };
 
+    /// Whether a server says that it has not executed a request because it is shutting down: another
+    /// connection may send it again.
+    #[inline]
+    pub fn is_shutdown(self) -> bool {
+        self.errno == libc::ESHUTDOWN && self.class == Class::Transport
+    }
+
     /// A failure of the file or device.
     pub fn storage(errno: i32) -> Self {
         let retryable =

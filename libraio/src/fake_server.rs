@@ -58,6 +58,7 @@ struct State {
     forgotten: u64,
     /// Nobody is welcomed; with this errno, or with none.
     rejecting: Option<i32>,
+    is_shutting_down: bool,
     /// Reads and writes are not answered.
     holding: bool,
     /// Nothing is answered but pings.
@@ -92,6 +93,9 @@ impl State {
             return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
         }
         if let Command::Reopen { file: FileHandle(handle), identity, path, .. } = *command {
+            if self.is_shutting_down {
+                return Answer::failed(Status::transport(libc::ESHUTDOWN), "The server is shutting down.");
+            }
             let Some(file) = self.files.get(path).cloned() else {
                 return Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
             };
@@ -285,6 +289,11 @@ impl FakeServer {
     /// Opens again whatever is at the path of a file, as a server that does not look.
     pub(crate) fn trust(&self) {
         self.shared.state.lock().unwrap().trusts = true;
+    }
+
+    /// Opens nothing again, as a server does that was told to stop.
+    pub(crate) fn shut_down(&self, is_shutting_down: bool) {
+        self.shared.state.lock().unwrap().is_shutting_down = is_shutting_down;
     }
 
     /// Turns everybody away with this errno; with 0 without a word.

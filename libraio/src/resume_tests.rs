@@ -292,6 +292,24 @@ fn a_server_that_opens_another_file_in_its_place_is_given_up() {
 }
 
 #[test]
+fn a_server_that_shuts_down_while_files_are_opened_again_has_said_nothing_of_them() {
+    let options = Options { connect_timeout: Duration::from_millis(300), ..Options::default() };
+    let (server, session, file, mut context) = start(&options);
+    server.restart(0);
+    server.shut_down(true);
+    assert!(session.context(1).is_err(), "a context that begins cannot be used");
+    context.submit(&file, read(0), 0).unwrap();
+    assert_eq!(context.wait(1, 1, Some(Duration::from_millis(100))), Ok(0));
+    server.restart(1);
+    server.shut_down(false);
+    assert_eq!(collect(&mut context, 1).remove(0).result, Ok(BLOCK as u64));
+    let mut new = session.context(1).unwrap();
+    for context in [&mut context, &mut new] {
+        assert_eq!(one(context, &file, write(0, 7)), Ok(BLOCK as u64));
+    }
+}
+
+#[test]
 fn an_fsync_after_lost_writes_fails_once() {
     let (server, session, file, mut context) = start(&Options::default());
     server.restart(5);
