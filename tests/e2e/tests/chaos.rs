@@ -163,6 +163,8 @@ fn start_server(cable: &Cable, files: &Path, log: &Path, random: &mut Random, ho
         }
     };
     command.args(["--listen", &format!("tcp://{}:{PORT}", cable.address(End::A)), "--workers", "2"]);
+    // Longer than the clients' window, so that it says what became of what they sent.
+    command.args(["--linger", "660"]);
     let state = log.with_file_name("state");
     command.args(["--backend", backend, "--state"]).arg(state);
     command.args(["--export", &format!("d={},rw", files.display())]);

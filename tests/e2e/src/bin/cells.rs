@@ -23,6 +23,9 @@ const DEPTH: usize = 4;
 const ROUND: Duration = Duration::from_millis(2);
 /// A server that says nothing for so long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
+/// A server that is away for so long is given up. Faults one after the other can take minutes, and no test of
+/// chaos is about that.
+const AWAY_MAX: Duration = Duration::from_secs(600);
 /// Most operations are on these first cells of a file, so that they meet.
 const HOT_CELLS: u64 = 64;
 const WARM_CELLS: u64 = 4096;
@@ -47,6 +50,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         connect_timeout: SILENCE_MAX,
         call_timeout: SILENCE_MAX * 5,
         request_timeout: Some(SILENCE_MAX),
+        reconnect: AWAY_MAX,
         crc: if crc { raio::Crc::On } else { raio::Crc::Off },
         ..Options::default()
     };
