@@ -17,6 +17,13 @@ use crate::verifier::Verifier;
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
 
+/// Whether io_uring waits within io_uring_enter(2) for the lock of a file of this kind when it reads by way
+/// of the page cache. XFS takes it for such a read, and a write has it while it waits for the disk. io_uring
+/// then tries once more without RWF_NOWAIT, to learn of the pages without waiting for them.
+fn locks_buffered_reads(kind: Option<libc::__fsword_t>) -> bool {
+    kind == Some(libc::XFS_SUPER_MAGIC)
+}
+
 /// A file's descriptor. The pool closes it when its last user drops it. close(2) may wait, for example for a
 /// file server to store written data or for the kernel to free gigabytes of memory, and it may return an
 /// error.
@@ -77,7 +84,7 @@ impl Descriptor {
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
-            is_asynchronous,
+            is_asynchronous: is_asynchronous && (is_direct || !locks_buffered_reads(kind)),
         })
     }
 
