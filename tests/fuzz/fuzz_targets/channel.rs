@@ -650,7 +650,7 @@ impl World {
         let asked = Asked { opcode: command.opcode(), offset, buffer: buffer(&bulk) };
         let data = if matches!(bulk, Bulk::Out(_)) { vec![0xaa; length as usize] } else { Vec::new() };
         let wants_crc = self.channel.grant().request_crc() && kind & 0x20 != 0;
-        let options = SendOptions { crc: wants_crc.then(|| data_crc(&data)), ..SendOptions::PLAIN };
+        let options = SendOptions::with_crc(wants_crc.then(|| data_crc(&data)));
         if self.channel.send(tag, &body, bulk, options).is_ok() {
             self.next += 1;
             self.asked.insert(tag, asked);
