@@ -1003,7 +1003,7 @@ impl Channel {
         // The server may be older than the one before.
         for lost in std::mem::take(&mut rest.again) {
             let why_not = resume::why_not_granted(&lost.command, self.grant.features)
-                .or_else(|| lost.options.has_crc.then(|| self.grant.why_no_request_crc()).flatten());
+                .or_else(|| lost.options.why_not_granted(&self.grant));
             match why_not {
                 Some(text) => rest.end_with(lost, End::UNSUPPORTED, &text),
                 None => rest.again.push_back(lost),

@@ -164,13 +164,6 @@ impl Grant {
         self.features & (FEATURE_CRC | FEATURE_REQUEST_CRC) != 0
     }
 
-    /// Why it cannot, for people.
-    pub fn why_no_request_crc(&self) -> Option<String> {
-        let text = "The server does not know checksums (CRC32C) of single requests. Update it, or connect \
-                    with checksums.";
-        (!self.request_crc()).then(|| text.into())
-    }
-
     /// The same after the move from a stream to a queue pair.
     pub fn on_queue_pair(mut self) -> Self {
         if self.features & FEATURE_CRC_STREAM != 0 {

@@ -621,6 +621,13 @@ impl SendOptions {
         Self { control: false, has_crc: crc.is_some(), crc: crc.unwrap_or(0) }
     }
 
+    /// Why a request cannot be sent so over a connection with this grant, for people.
+    pub fn why_not_granted(&self, grant: &Grant) -> Option<String> {
+        let text = "The server does not know checksums (CRC32C) of single requests. Update it, or connect \
+                    with checksums.";
+        (self.has_crc && !grant.request_crc()).then(|| text.into())
+    }
+
     /// What [`SendOptions::with_crc`] was given.
     pub fn given_crc(&self) -> Option<u32> {
         self.has_crc.then_some(self.crc)

@@ -329,9 +329,9 @@ impl Context {
                     }
                     _ => 0,
                 };
-                let why_not = self.channel.grant().why_no_request_crc();
-                let failure = why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text));
-                Ok(self.enqueue(file, operation, token, SendOptions::with_crc(Some(crc)), failure))
+                let options = SendOptions::with_crc(Some(crc));
+                let failure = options.why_not_granted(self.channel.grant()).map(not_supported);
+                Ok(self.enqueue(file, operation, token, options, failure))
             }
             Err(error) => Err(Box::new(Rejected { operation, error })),
         }
@@ -781,10 +781,7 @@ impl Context {
     fn fail_unsupported(&mut self) {
         for index in std::mem::take(&mut self.queued) {
             let slot = &self.slots[index as usize];
-            let no_crc = || {
-                let why_not = slot.options.given_crc().and(self.channel.grant().why_no_request_crc());
-                why_not.map(|text| Error::new(Status::protocol(libc::EOPNOTSUPP), text))
-            };
+            let no_crc = || slot.options.why_not_granted(self.channel.grant()).map(not_supported);
             match unsupported(slot.opcode, &self.channel).or_else(no_crc) {
                 Some(error) => self.complete_unsent(index, error),
                 None => self.queued.push_back(index),
@@ -1252,8 +1249,11 @@ impl Context {
 
 /// Why the server cannot be asked for this operation, if it cannot.
 fn unsupported(opcode: Opcode, channel: &Channel) -> Option<Error> {
-    let text = opcode.operation().why_not_granted(channel.grant().features)?;
-    Some(Error::new(Status::protocol(libc::EOPNOTSUPP), text))
+    opcode.operation().why_not_granted(channel.grant().features).map(not_supported)
+}
+
+fn not_supported(text: String) -> Error {
+    Error::new(Status::protocol(libc::EOPNOTSUPP), text)
 }
 
 /// Whether an operation can be sent in parts.
