@@ -146,6 +146,9 @@ fn crc_features(crc: Crc, scheme: Scheme, address: SocketAddr) -> u64 {
 
 /// Whether this is an address of this host: then the kernel would send to it from itself. Nothing is sent.
 pub(crate) fn is_this_host(address: SocketAddr) -> bool {
+    if address.ip().to_canonical().is_loopback() {
+        return true;
+    }
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -154,7 +157,7 @@ pub(crate) fn is_this_host(address: SocketAddr) -> bool {
         socket.connect(address)?;
         socket.local_addr()
     });
-    address.ip().to_canonical().is_loopback() || local.is_ok_and(|local| local.ip() == address.ip())
+    local.is_ok_and(|local| local.ip() == address.ip())
 }
 
 /// Sessions of this process that were given up while something was under way in them: the next session with
