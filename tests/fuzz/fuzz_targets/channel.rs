@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
-use raio_fuzz::{mend_handshake, mend_messages, peer};
+use raio_fuzz::{Input, mend_handshake, mend_messages, peer};
 use raio_transport::channel::{Beginning, Channel, Dialer, Dialing, OpenFiles, Reopenable, Settings};
 use raio_transport::connecting::Connecting;
 use raio_transport::handshake::{ChannelOffer, Grant, Offer, Policy};
@@ -40,7 +40,7 @@ const STEPS_MAX: usize = 300;
 const DEPTH: u32 = 4;
 /// Each request has an offset of its own, by which the server tells it.
 const STRIDE: u64 = 1 << 16;
-/// A server that keeps the protocol has everything done within so many turns.
+/// A server that keeps the protocol has answered everything after this number of iterations.
 const TURNS: usize = 400;
 
 thread_local! {
@@ -60,31 +60,10 @@ fuzz_target!(|input: &[u8]| {
     run(&mut Input(input));
 });
 
-/// What is left of the input. Zeros follow it.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((&byte, rest)) = self.0.split_first() else { return 0 };
-        self.0 = rest;
-        byte
-    }
-
-    fn index(&mut self, len: usize) -> usize {
-        usize::from(self.byte()) % len.max(1)
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let (bytes, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        bytes.to_vec()
-    }
-}
-
 // The server
 // ----------------------------------------------------------------------------------------------------------
 
-/// Connections that nobody has accepted; None: nobody listens.
+/// Connections that have not been accepted; None: the server does not listen.
 type Backlog = Arc<Mutex<Option<Vec<UnixStream>>>>;
 
 struct SomeDial {
@@ -179,7 +158,7 @@ impl Server {
         self.connection.is_some()
     }
 
-    /// Takes in what has come. A connection that is newer takes the place of the one before.
+    /// Takes in what has arrived. A newer connection replaces the one before.
     fn receive(&mut self) {
         let newer = self.backlog.lock().unwrap().as_mut().and_then(|backlog| {
             let newest = backlog.pop();

@@ -27,7 +27,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use raio_fuzz::{handshake_len, mend_handshake, mend_messages, step};
+use raio_fuzz::{Input, handshake_len, mend_handshake, mend_messages, step};
 use raio_server::{InUse, TestWorker};
 use raio_transport::Status;
 use raio_transport::handshake::{ChannelOffer, Offer};
@@ -64,31 +64,6 @@ thread_local! {
 fuzz_target!(|input: &[u8]| {
     WORLD.with_borrow_mut(|world| world.get_or_insert_with(World::new).run(&mut Input(input)));
 });
-
-/// What is left of the input. Zeros follow it.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((&byte, rest)) = self.0.split_first() else { return 0 };
-        self.0 = rest;
-        byte
-    }
-
-    fn index(&mut self, len: usize) -> usize {
-        usize::from(self.byte()) % len
-    }
-
-    fn u64(&mut self) -> u64 {
-        u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let (bytes, rest) = self.0.split_at(len.min(self.0.len()));
-        self.0 = rest;
-        bytes.to_vec()
-    }
-}
 
 // What files may hold
 // ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,35 @@ const BODY_LEN_AT: usize = 2;
 const DATA_LEN_AT: usize = 4;
 const OPTIONS_LEN_AT: usize = 12;
 
+/// What is left of an input. Zeros follow it.
+pub struct Input<'a>(pub &'a [u8]);
+
+impl Input<'_> {
+    /// The next byte.
+    pub fn byte(&mut self) -> u8 {
+        let Some((&byte, rest)) = self.0.split_first() else { return 0 };
+        self.0 = rest;
+        byte
+    }
+
+    /// A number below `len`; 0 if that is 0.
+    pub fn index(&mut self, len: usize) -> usize {
+        usize::from(self.byte()) % len.max(1)
+    }
+
+    /// The next eight bytes, as a number.
+    pub fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
+    }
+
+    /// The next bytes: `len`, or as many as are left.
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let (bytes, rest) = self.0.split_at(len.min(self.0.len()));
+        self.0 = rest;
+        bytes.to_vec()
+    }
+}
+
 /// Puts the right checksum into the handshake message at the front, if it is whole.
 pub fn mend_handshake(bytes: &mut [u8]) {
     let Some(len) = bytes.get(OPTIONS_LEN_AT..OPTIONS_LEN_AT + 4) else { return };
