@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Session};
 use raio_e2e::{
-    FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, is_at_rest, needs_root, raw_request,
+    FuseCall, FuseFs, FuseOptions, LoopDevice, Mounted, PATIENCE, Raw, Server, is_at_rest, needs_root,
+    raw_request,
 };
 use raio_transport::protocol::{Command, OPEN_READ, OPEN_WRITE};
 use serde_json::Value;
@@ -85,6 +86,13 @@ fn healthy() -> tempfile::TempDir {
     directory
 }
 
+/// A file system of its own, with the same file, that can be frozen.
+fn freezable() -> Mounted {
+    let mounted = LoopDevice::new(64 << 20).mount("ext4");
+    std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
+    mounted
+}
+
 fn server(backend: &str, workers: &str, exports: &[(&str, &Path)]) -> Server {
     server_with(backend, workers, exports, &[])
 }
@@ -110,9 +118,7 @@ fn a_frozen_file_system_holds_up_its_own_writes_and_no_other_export() {
         return;
     }
     for backend in BACKENDS {
-        let mounted = LoopDevice::new(64 << 20).mount("ext4");
-        std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
-        let directory = healthy();
+        let (mounted, directory) = (freezable(), healthy());
         let server = server(backend, "1", &[("well", directory.path()), ("stuck", mounted.path())]);
         let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
         let before = well.latency();
@@ -143,9 +149,7 @@ fn a_cancel_of_what_hangs_ends_in_time_and_the_context_goes_on_behind_it() {
         return;
     }
     for backend in BACKENDS {
-        let mounted = LoopDevice::new(64 << 20).mount("ext4");
-        std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
-        let directory = healthy();
+        let (mounted, directory) = (freezable(), healthy());
         let mut server = server(backend, "2", &[("well", directory.path()), ("stuck", mounted.path())]);
         let mut well = Client::new(&server, "/well/file");
         let before = well.latency();
