@@ -256,8 +256,8 @@ impl<L> Core<L> {
     // Requests
     // ------------------------------------------------------------------------------------------------------
 
-    /// Whether a request with this command and so many bytes of bulk data can be sent: the connection lives
-    /// and there is a credit. Panics if it exceeds the grant.
+    /// Whether a request with this command and `bulk_len` bytes of bulk data can be sent: the connection has
+    /// not ended and there is a credit. Panics if it exceeds the grant.
     #[inline]
     pub fn may_send(&self, body: &[u8], bulk_len: usize, options: SendOptions) -> bool {
         assert!(

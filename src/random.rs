@@ -1,5 +1,4 @@
-//! Random numbers: from the kernel, which nobody can guess; and SplitMix64, as good as random where nobody
-//! would guess.
+//! Random numbers: those of the kernel, which cannot be predicted, and SplitMix64 where that does not matter.
 
 /// Random bytes from the kernel.
 pub fn bytes<const N: usize>() -> [u8; N] {

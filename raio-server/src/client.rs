@@ -37,9 +37,9 @@ impl OnBehalf {
         Self { client: client.clone(), since: Instant::now() }
     }
 
-    /// Of somebody who never goes: a test has it begun, so that nobody can stop it.
+    /// For a client that never disconnects: a test has begun the operation, so it can no longer be cancelled.
     #[cfg(any(test, feature = "test-worker"))]
-    pub fn of_nobody() -> Self {
+    pub fn uncancellable() -> Self {
         static STAYS: LazyLock<Arc<Client>> = LazyLock::new(|| Client::new(None));
         Self::of(&Arc::downgrade(&STAYS))
     }

@@ -56,9 +56,9 @@ pub struct Effects {
     pub ended: usize,
     /// The connection that has ended has left a channel that is kept.
     pub is_kept: bool,
-    /// Channels that were forgotten because nobody came back in time ...
+    /// Channels that were forgotten because their clients did not reconnect in time.
     pub expired: usize,
-    /// ... and because others needed the room.
+    /// Channels that were forgotten because others needed the room.
     pub evicted: usize,
     /// Sessions that the client which has joined has given up.
     pub superseded: usize,
@@ -117,9 +117,9 @@ pub struct Fence {
 pub enum Succession {
     /// There was none here.
     None,
-    /// That one had ended so long before.
+    /// That one had ended, this long before.
     After(Duration),
-    /// That one was there yet, as far as the server knew.
+    /// The server had not seen the end of that one.
     AtOnce,
 }
 

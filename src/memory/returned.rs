@@ -14,7 +14,7 @@ pub struct Returned {
 }
 
 impl Returned {
-    /// For an arena of so many blocks.
+    /// For an arena with this number of blocks.
     pub fn new(blocks: usize) -> Self {
         Self { last: AtomicU32::new(0), links: (0..blocks).map(|_| AtomicU64::new(0)).collect() }
     }

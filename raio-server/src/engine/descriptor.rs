@@ -12,8 +12,9 @@ use crate::tuning::cached_reads::HOLES_MAX;
 use crate::verifier::Verifier;
 
 /// File systems whose buffered reads io_uring waits for without a thread (FOP_BUFFER_RASYNC in the kernel),
-/// and whose O_DIRECT takes RWF_NOWAIT: XFS, F2FS, and ext4 with its predecessors. Elsewhere it could wait
-/// within io_uring_enter(2); on btrfs for checksums, which each read looks up on the disk.
+/// and whose O_DIRECT takes RWF_NOWAIT: XFS (but see [`locks_buffered_reads`]), F2FS, and ext4 with its
+/// predecessors. Elsewhere it could wait within io_uring_enter(2); on btrfs for checksums, which each read
+/// looks up on the disk.
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
 

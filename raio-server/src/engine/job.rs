@@ -132,7 +132,7 @@ impl pool::Job for Job {
     fn begin(&mut self) {
         let Self::Operations(_, tasks) = self else { return };
         for task in tasks.iter_mut().filter(|task| !task.on_behalf.is_over()) {
-            task.on_behalf = OnBehalf::of_nobody();
+            task.on_behalf = OnBehalf::uncancellable();
         }
     }
 

@@ -136,8 +136,8 @@ impl TestWorker {
         self.pool.run_one(which) || self.end_job(which)
     }
 
-    /// Begins one of the blocking operations that may, the oldest if `which` is 0: from now on nobody can
-    /// stop it. Returns false if there is none.
+    /// Begins one of the blocking operations that may begin, the oldest if `which` is 0: from now on it
+    /// cannot be cancelled. Returns false if there is none.
     pub fn begin_job(&mut self, which: usize) -> bool {
         let before = self.begun.len();
         self.begun.extend(self.pool.begin_one(which));

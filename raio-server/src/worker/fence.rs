@@ -249,10 +249,10 @@ impl Worker {
         // What has happened beside is logged by who knows the client.
         let Effects { close, wake, files, evicted, expires, .. } = effects;
         if evicted > 0 {
-            let nobody: Option<IpAddr> = None;
+            let no_client: Option<IpAddr> = None;
             log_client!(
                 info,
-                ip nobody,
+                ip no_client,
                 "channels that were forgotten for others",
                 "{evicted} channels of clients that have not come back yet were forgotten: others needed the \
                  room. Raise --memory or --max-sessions if such clients are to find theirs."
@@ -337,7 +337,7 @@ impl Worker {
         None
     }
 
-    /// Logs that a client has come back which has asked for so many outcomes.
+    /// Logs that a client has reconnected; `asked` is the number of outcomes that it has asked for.
     fn log_return(&self, key: usize, fence: &Fence, asked: usize) {
         let connection = &self.connections[key];
         let (peer, name) = (connection.peer(), &connection.name);

@@ -97,7 +97,7 @@ impl Cable {
         })
     }
 
-    /// Gives the host at end B another address than [`Cable::address`], as when it roams or its lease ends.
+    /// Changes the address of the host at end B, as a new DHCP lease or another network does.
     pub fn renumber(&self) {
         let host = self.host(End::B);
         run("ip", &["-n", &host, "address", "flush", "dev", "eth0"]);

@@ -116,7 +116,11 @@ fn a_blocking_operation_runs_when_it_is_told_to() {
     assert!(worker.begin_job(0) && !worker.begin_job(0));
     drop(client);
     run(&mut worker);
-    assert_eq!(worker.in_use().requests, [1, 0], "what was begun goes on when its client has gone");
+    assert_eq!(
+        worker.in_use().requests,
+        [1, 0],
+        "a job that was begun goes on when its client has disconnected"
+    );
     assert!(worker.end_job(0) && !worker.end_job(0));
     run(&mut worker);
     assert_eq!(worker.in_use(), InUse::default());

@@ -23,8 +23,8 @@ const DEPTH: usize = 4;
 const ROUND: Duration = Duration::from_millis(2);
 /// A server that says nothing for so long is lost.
 const SILENCE_MAX: Duration = Duration::from_secs(1);
-/// A server that is away for so long is given up. Faults one after the other can take minutes, and no test of
-/// chaos is about that.
+/// The reconnect window: longer than a sequence of faults can keep the server out of reach, because no test
+/// of chaos is about a client that gives up.
 const AWAY_MAX: Duration = Duration::from_secs(600);
 /// Most operations are on these first cells of a file, so that they meet.
 const HOT_CELLS: u64 = 64;
