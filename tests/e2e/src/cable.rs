@@ -28,6 +28,13 @@ pub struct Cable {
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
+fn link_address(end: End) -> &'static str {
+    match end {
+        End::A => "02:00:00:00:78:01",
+        End::B => "02:00:00:00:78:02",
+    }
+}
+
 impl Cable {
     /// One that is plugged in. Where there can be none, says that `what` is skipped.
     pub fn new(what: &str) -> Option<Self> {
@@ -47,7 +54,19 @@ impl Cable {
             run(
                 "ip",
                 &[
-                    "-n", &middle, "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns",
+                    "-n",
+                    &middle,
+                    "link",
+                    "add",
+                    &port,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth0",
+                    "address",
+                    link_address(end),
+                    "netns",
                     &host,
                 ],
             );
@@ -55,6 +74,27 @@ impl Cable {
             run("ip", &["-n", &host, "address", "add", &format!("{}/24", this.address(end)), "dev", "eth0"]);
             run("ip", &["-n", &host, "link", "set", "eth0", "up"]);
             run("ip", &["-n", &host, "link", "set", "lo", "up"]);
+            // A host that had to ask for the other's link address would keep what is sent while the cable is
+            // pulled for as long as it asks, three seconds, and send it when the cable is plugged in again,
+            // also for a program that has ended. What is sent here is lost.
+            let other = if end == End::A { End::B } else { End::A };
+            let (address, link_address) = (this.address(other), link_address(other));
+            run(
+                "ip",
+                &[
+                    "-n",
+                    &host,
+                    "neighbour",
+                    "add",
+                    address,
+                    "lladdr",
+                    link_address,
+                    "dev",
+                    "eth0",
+                    "nud",
+                    "permanent",
+                ],
+            );
         }
         Some(this)
     }

@@ -49,6 +49,27 @@ pub fn cpu_time(stat: &str) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
+/// Waits until neither end of a TCP connection to port `to`, from port `from` or from any, is established for
+/// the kernel, which under load may pass on a packet later than the call that sends it returns.
+pub fn await_no_connection(from: Option<u16>, to: u16) {
+    let is =
+        |address: &str, port: Option<u16>| port.is_none_or(|port| address.ends_with(&format!(":{port:04X}")));
+    let is_left = || {
+        let all = std::fs::read_to_string("/proc/net/tcp").expect("it is there");
+        // Columns: number, local and remote address, state.
+        all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|line| {
+            let (one, other) = (line[1], line[2]);
+            let is_it = is(one, from) && is(other, Some(to)) || is(one, Some(to)) && is(other, from);
+            is_it && line[3] == "01"
+        })
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while is_left() {
+        assert!(Instant::now() < deadline, "a connection to port {to} is left");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// A program that this workspace builds, found beside the test that asks.
 pub fn binary(name: &str) -> PathBuf {
     let mut path = std::env::current_exe().expect("a test knows its own path");

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use raio::Options;
 use raio_e2e::{
     Cable, End, FuseCall, FuseFs, FuseOptions, LETTER_BYTES, LETTERS, LISTEN, Letters, LoopDevice, Mounted,
-    PATIENCE, Raw, Server, Silenced, binary, is_at_rest, needs_root, needs_wire,
+    PATIENCE, Raw, Server, Silenced, await_no_connection, binary, is_at_rest, needs_root, needs_wire,
 };
 use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 use rustix::net::sockopt;
@@ -31,9 +31,12 @@ fn send_writes(client: &mut Raw, blocks: std::ops::Range<u64>, letter: u8) {
     }
 }
 
-/// Ends the connection as a client does that gives up: by a reset.
+/// Ends the connection as a client does that gives up: by a reset, which has reached the server's kernel then.
 fn reset(client: Raw) {
+    let [from, to] = [client.stream.local_addr(), client.stream.peer_addr()];
     sockopt::set_socket_linger(&client.stream, Some(Duration::ZERO)).expect("a TCP socket");
+    drop(client);
+    await_no_connection(Some(from.expect("it is connected").port()), to.expect("it is connected").port());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use raio::{Options, Session};
-use raio_e2e::{PATIENCE, Server, TCP, binary, is_at_rest};
+use raio_e2e::{PATIENCE, Server, TCP, await_no_connection, binary, is_at_rest};
 use raio_transport::open_files;
 use serde_json::Value;
 
@@ -176,24 +176,6 @@ fn a_session_that_can_be_resumed_costs_little_with_its_connection_and_without() 
     assert!(parked <= SESSION_BYTES_MAX, "{parked} bytes of memory for each parked session");
 }
 
-/// Waits until no connection to this port is left.
-fn await_desertion(port: u16) {
-    let port = format!(":{port:04X}");
-    let is_left = || {
-        let all = std::fs::read_to_string("/proc/net/tcp").expect("it is there");
-        // Columns: number, local and remote address, state.
-        all.lines().any(|line| {
-            line.split_whitespace().nth(2).is_some_and(|remote| remote.ends_with(&port))
-                && line.split_whitespace().nth(3) == Some("01")
-        })
-    };
-    let deadline = Instant::now() + PATIENCE;
-    while is_left() {
-        assert!(Instant::now() < deadline, "a killed server keeps connections");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 /// So many sessions whose server is killed, and started again: each goes on. Says how long that took.
 fn come_back(sessions: usize) {
     let directory = tempfile::tempdir().expect("a directory");
@@ -209,7 +191,7 @@ fn come_back(sessions: usize) {
 
     server.kill();
     // What is sent before the kernel has closed a connection is of unknown outcome.
-    await_desertion(server.address().port());
+    await_no_connection(None, server.address().port());
     // All notice it before there is another server, and try in vain.
     held.begin();
     let started = Instant::now();
