@@ -2,6 +2,7 @@
 //! ends the server if one of them makes a system call that may wait for a disk (`RAIO_TEST_WORKER_FILTER`).
 
 use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -318,6 +319,44 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         fuse.mend(FuseCall::Flush);
         drop(well);
         server.statistics_when(is_at_rest);
+    }
+}
+
+#[test]
+fn a_write_that_holds_the_lock_of_an_xfs_file_holds_up_its_reads_and_no_other_export() {
+    const IMAGE_BYTES: u64 = 300 << 20;
+    let what = "XFS on a disk that hangs";
+    if !needs_root(what) {
+        return;
+    }
+    for backend in BACKENDS {
+        // No page cache: every read of the disk is one of the file system that stands for it.
+        let options = FuseOptions { async_read: true, direct_io: true };
+        let Some(disk) = FuseFs::mount(what, options, &[("image", b"")]) else { return };
+        let image = std::fs::OpenOptions::new().write(true).open(disk.file("image")).expect("a file");
+        image.set_len(IMAGE_BYTES).expect("room");
+        let mounted = LoopDevice::over(&disk.file("image")).mount("xfs");
+        std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
+        let mounted = mounted.remount();
+        let directory = healthy();
+        let server = server(backend, "1", &[("well", directory.path()), ("stuck", mounted.path())]);
+        let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
+        let before = well.latency();
+
+        disk.hang(FuseCall::Read);
+        // A part of a block, so that the rest of it must be read.
+        let part = Buffers::One(Buffer::Owned(vec![7; 16].into()));
+        stuck.submit(Operation::Write { offset: 0, buffers: part }, 0);
+        disk.wait_for_hanging(FuseCall::Read, 1);
+        for at in 1..=16 {
+            stuck.submit(Operation::Read { offset: at << 15, buffers: block() }, at);
+        }
+        let unharmed =
+            catch_unwind(AssertUnwindSafe(|| assert_unharmed(&server, &mut well, before, backend)));
+        // Also if it failed: while the disk hangs, the server cannot be ended.
+        disk.mend(FuseCall::Read);
+        unharmed.unwrap_or_else(|panic| resume_unwind(panic));
+        stuck.collect(17);
     }
 }
 
