@@ -55,6 +55,7 @@ enum First {
     Probing(Connected),
     /// It has not.
     Reopening(Connected),
+    Begun(Connected),
     Over,
 }
 
@@ -122,15 +123,7 @@ impl Beginning {
                         connected.ask();
                         First::Asking(connected)
                     } else {
-                        let are_missing = given.files.are_missing(connected.transport.grant().server);
-                        match given.files.readable() {
-                            _ if given.files.is_empty() => return Ok(Some(connected)),
-                            Some(file) if !are_missing => {
-                                connected.probe(file);
-                                First::Probing(connected)
-                            }
-                            _ => connected.reopen(&given.files),
-                        }
+                        connected.look_for(&given.files)
                     }
                 }
                 First::Probing(mut connected) => match connected.reply(now, self.deadline)? {
@@ -139,19 +132,17 @@ impl Beginning {
                         return Ok(None);
                     }
                     Some(reply) if reply.status.errno == libc::EBADF => connected.reopen(&given.files),
-                    Some(_) => return Ok(Some(connected)),
+                    Some(_) => First::Begun(connected),
                 },
                 First::Asking(mut connected) => match connected.answer(now, self.deadline)? {
                     None => {
                         self.first = First::Asking(connected);
                         return Ok(None);
                     }
-                    Some(is_known)
-                        if !is_known || given.files.are_missing(connected.transport.grant().server) =>
-                    {
-                        connected.reopen(&given.files)
-                    }
-                    Some(_) => return Ok(Some(connected)),
+                    // That it knows the channel says nothing of the session's files: it may have ended the
+                    // session between two attempts to connect.
+                    Some(true) => connected.look_for(&given.files),
+                    Some(false) => connected.reopen(&given.files),
                 },
                 First::Reopening(mut connected) => {
                     let Connected { transport, reopened, .. } = &mut connected;
@@ -159,11 +150,13 @@ impl Beginning {
                     connected.check(now, self.deadline)?;
                     if connected.reopened.is_over() {
                         given.files.are_at(connected.transport.grant().server);
-                        return Ok(Some(connected));
+                        First::Begun(connected)
+                    } else {
+                        self.first = First::Reopening(connected);
+                        return Ok(None);
                     }
-                    self.first = First::Reopening(connected);
-                    return Ok(None);
                 }
+                First::Begun(connected) => return Ok(Some(connected)),
                 First::Over => return Ok(None),
             }
         }
@@ -183,7 +176,7 @@ impl Beginning {
                 Err(error) if error.errno() != libc::EINTR => return Err(error),
                 _ => {}
             },
-            First::Unbegun | First::Over => {}
+            First::Unbegun | First::Begun(_) | First::Over => {}
         }
         Ok(())
     }
@@ -192,6 +185,18 @@ impl Beginning {
 impl Connected {
     fn ask(&mut self) {
         self.send(&Command::Outcome { ids: &[] }, SendOptions::CONTROL);
+    }
+
+    /// Finds out whether the server has the session's files.
+    fn look_for(mut self, files: &OpenFiles) -> First {
+        match files.readable() {
+            _ if files.is_empty() => First::Begun(self),
+            Some(file) if !files.are_missing(self.transport.grant().server) => {
+                self.probe(file);
+                First::Probing(self)
+            }
+            _ => self.reopen(files),
+        }
     }
 
     /// Has the server look at a file that is open for reading, without touching its storage.

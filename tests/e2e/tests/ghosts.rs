@@ -31,7 +31,7 @@ fn send_writes(client: &mut Raw, blocks: std::ops::Range<u64>, letter: u8) {
     }
 }
 
-/// Ends the connection as a client does that gives up: by a reset, which has reached the server's kernel then.
+/// Ends the connection as a client does that gives up: by a reset. It has reached the server's kernel then.
 fn reset(client: Raw) {
     let [from, to] = [client.stream.local_addr(), client.stream.peer_addr()];
     sockopt::set_socket_linger(&client.stream, Some(Duration::ZERO)).expect("a TCP socket");

@@ -6,10 +6,10 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use raio::{Options, Session};
-use raio_e2e::{PATIENCE, Server, TCP, await_no_connection, binary, is_at_rest};
+use raio_e2e::{Server, TCP, await_no_connection, binary, is_at_rest};
 use raio_transport::open_files;
 use serde_json::Value;
 

@@ -1,10 +1,14 @@
 //! Connections that take the place of others, on two workers that take turns with their clients.
 
+use std::os::fd::BorrowedFd;
 use std::sync::mpsc;
 
+use raio_transport::channel::{Beginning, Dialer, Dialing, OpenFiles, Reopenable, Settings};
 use raio_transport::handshake::ChannelOffer;
 use raio_transport::message::{self, FEATURE_CRC};
-use raio_transport::protocol::{OPERATIONS, Opcode, RequestOutcome};
+use raio_transport::mux::Reached;
+use raio_transport::protocol::{FileStatus, OPERATIONS, Opcode, RequestOutcome};
+use raio_transport::transport::UsedIds;
 use zerocopy::little_endian::U32;
 
 use super::volumes::{Image, Tell};
@@ -307,6 +311,85 @@ fn an_epoch_that_is_not_higher_is_rejected() {
         assert!(text.contains("epoch 5"), "{text}");
     }
     assert_eq!(pair.counts().stale, 2);
+}
+
+/// Has a connection already.
+struct Dialed(Option<TcpClient>, u64);
+
+impl Dialing for Dialed {
+    fn step(&mut self, _: Instant) -> Option<Result<Reached, raio_transport::Error>> {
+        self.0.take().map(|client| Ok(Reached { transport: Box::new(client), why_tcp: None }))
+    }
+
+    fn poll_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn step_by(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn epoch(&self) -> Option<u64> {
+        Some(self.1)
+    }
+}
+
+/// A program makes a context whose first connection has this epoch, and reads from a file that it has open.
+fn begins_with_files(
+    pair: &mut Pair,
+    number: u8,
+    epoch: u64,
+    file: FileHandle,
+    identity: [u8; 16],
+) -> Status {
+    let offer = offer(number, epoch);
+    let mut dialed = Some(pair.connect(0, &offer).client);
+    let dialer: Dialer = Box::new(move |_, _, _| Box::new(Dialed(dialed.take(), epoch)));
+    let files = Arc::new(OpenFiles::default());
+    files.insert(file, Reopenable { flags: OPEN_READ, path: b"/v"[..].into(), identity });
+    let settings = Settings {
+        divides: false,
+        window: LINGER,
+        redo: false,
+        connect_timeout: LINGER,
+        request_timeout: None,
+    };
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut beginning = Beginning::new(dialer, offer, UsedIds::default(), settings, files, deadline);
+    let mut channel = loop {
+        pair.run();
+        if let Some(begun) = beginning.step() {
+            break begun.expect("the server knows the client");
+        }
+    };
+    let mut body = Vec::new();
+    Command::Read { file, offset: 0, length: 0 }.encode(&mut body);
+    channel.send(0, &body, Bulk::None, SendOptions::PLAIN).expect("a credit is left");
+    channel.flush();
+    let mut replies = Vec::new();
+    while replies.is_empty() {
+        assert!(Instant::now() < deadline, "no reply within 30 s");
+        pair.run();
+        channel.receive(&mut replies);
+    }
+    replies[0].status
+}
+
+#[test]
+fn a_channel_begins_with_the_files_of_a_session_that_had_ended_whichever_attempt_succeeds() {
+    let mut pair = pair(true);
+    pair.release();
+    let mut earlier = pair.connect(0, &offer(1, 1));
+    earlier.send(&Command::Open { flags: OPEN_READ, mode: 0, path: b"/v" });
+    let opened = pair.reply(&mut earlier).expect("an answer");
+    let (file, identity) =
+        (FileHandle(opened.result as u32), FileStatus::decode(&opened.body).expect("a status").identity);
+    // The session has ended: others have no such file.
+    assert_eq!(begins_with_files(&mut pair, 2, 1, file, identity), Status::OK);
+    assert_eq!(begins_with_files(&mut pair, 3, 2, file, identity), Status::OK);
+    // An attempt to connect that failed has made the channel known.
+    pair.connect(0, &offer(4, 1)).break_off();
+    assert_eq!(begins_with_files(&mut pair, 4, 2, file, identity), Status::OK);
 }
 
 #[test]
