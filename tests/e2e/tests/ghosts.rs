@@ -1,4 +1,6 @@
 //! Requests of clients that are gone do not start, and none of them ends after a newer one: no ghost writes.
+//!
+//! RAIO_TEST_RUNS says how often each case is tried in which a client ends and others write (3).
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -111,9 +113,6 @@ fn what_waits_behind_a_stuck_write_does_not_start_after_its_client_has_gone() {
     }
 }
 
-/// How often each case is tried, in every run and in the long one.
-const RUNS: usize = 3;
-const LONG_RUNS: usize = 50;
 /// In which a message arrives that TCP, or a device, tries to deliver again after the wire was cut for about
 /// as long.
 const RETRANSMITTED_AFTER: Duration = Duration::from_millis(700);
@@ -299,7 +298,9 @@ enum Ending {
 const ENDINGS: [Ending; 2] = [Ending::GivenUp, Ending::StoppedAndKilled];
 
 /// Tries each way in which a client may end, often, at a place of its own for each scheme.
-fn for_each_ending(what: &str, runs: usize, case: impl Fn(&Wire, &mut Place, Ending, &str) + Sync) {
+fn for_each_ending(what: &str, case: impl Fn(&Wire, &mut Place, Ending, &str) + Sync) {
+    let runs =
+        std::env::var("RAIO_TEST_RUNS").map_or(3, |text| text.parse().expect("RAIO_TEST_RUNS is a number"));
     if !needs_root(what) {
         return;
     }
@@ -410,22 +411,10 @@ const CUT: &str = "a cut wire and clients that end";
 
 #[test]
 fn no_old_block_lands_after_a_new_one_when_a_file_system_was_frozen() {
-    for_each_ending(FREEZE, RUNS, while_a_file_system_is_frozen);
+    for_each_ending(FREEZE, while_a_file_system_is_frozen);
 }
 
 #[test]
 fn no_old_block_lands_after_a_new_one_when_the_wire_was_cut() {
-    for_each_ending(CUT, RUNS, while_the_wire_is_cut);
-}
-
-#[test]
-#[ignore = "long"]
-fn no_old_block_lands_after_a_new_one_when_a_file_system_was_frozen_many_times() {
-    for_each_ending(FREEZE, LONG_RUNS, while_a_file_system_is_frozen);
-}
-
-#[test]
-#[ignore = "long"]
-fn no_old_block_lands_after_a_new_one_when_the_wire_was_cut_many_times() {
-    for_each_ending(CUT, LONG_RUNS, while_the_wire_is_cut);
+    for_each_ending(CUT, while_the_wire_is_cut);
 }
