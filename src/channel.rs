@@ -254,7 +254,7 @@ struct Rest {
     resumed: ResumeCounters,
     regions: Vec<WeakRegion>,
     arenas: Vec<ArenaMemory>,
-    /// Verifiers of the files that were opened again.
+    /// Verifiers of the files that were opened again, at the last time.
     verifiers: HashMap<u32, u64>,
     /// Which connection was the latest over which that was done; 0: none but the first.
     reopened_at: u64,
@@ -980,7 +980,7 @@ impl Channel {
             rest.must_reopen = false;
             rest.files.are_at(transport.grant().server);
             rest.stale = reopening.stale;
-            rest.verifiers.extend(reopening.verifiers);
+            rest.verifiers = reopening.verifiers;
             rest.reopened_at = self.connections + 1;
             for lost in std::mem::take(&mut rest.again) {
                 let file = resume::file_of(&lost.command);
