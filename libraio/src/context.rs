@@ -13,6 +13,9 @@
 //! A read or write that is longer than the server's largest request is a [`Split`]. It takes its place in the
 //! queue once for each of its parts, so that others are sent between them.
 
+mod cancel;
+mod parts;
+
 use std::collections::VecDeque;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -25,16 +28,17 @@ use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
 use raio_transport::message;
 use raio_transport::protocol::{Command, Opcode};
-use raio_transport::transport::{Bulk, Lost, NotSent, Reply, SendOptions};
+use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use self::parts::SentPart;
 use crate::error::{Error, protocol_error};
 use crate::file::{File, FileRefs};
 use crate::lent_pool::LentPool;
 use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
-use crate::split::{Part, Split};
+use crate::split::Split;
 use crate::trace::{TraceId, Tracer};
 use crate::tuning::{
     BURST_MAX, LENT_BYTES_MAX, MAXEVENTS_MAX, POLLS_PER_YIELD, RESUME_GRACE, SPIN_EACH, SPIN_MULTIPLIER_MAX,
@@ -44,13 +48,6 @@ use crate::tuning::{
 const TAG_CANCEL: u64 = u64::MAX;
 /// The first tag of parts of operations; operations have the index of their slot.
 const TAG_PARTS: u64 = 1 << 32;
-
-/// Why [`Context::cancel`] fails.
-const TOO_LATE: &str =
-    "Too late to cancel: the operation is executing or has completed. Its own completion follows.";
-
-/// In the place of a command that is not sent.
-const NOTHING: Command<'static> = Command::Cancel { id: 0 };
 
 /// One connection of a session, with its queue of operations.
 ///
@@ -135,18 +132,6 @@ struct OperationSlot {
     submitted_ns: u64,
     request: Option<TraceId>,
     state: OperationState,
-}
-
-/// A part of an operation, outstanding.
-#[derive(Clone, Copy, Debug)]
-struct SentPart {
-    /// The operation's slot.
-    operation: u32,
-    /// Where it begins in the operation's range.
-    at: u64,
-    length: u64,
-    /// Its request: for the trace.
-    request: Option<TraceId>,
 }
 
 #[derive(Debug)]
@@ -581,152 +566,6 @@ impl Context {
         }
     }
 
-    /// A queued operation, longer than a request may be, takes its place in the queue.
-    #[cold]
-    fn queue_split(&mut self, index: u32) {
-        let slot = &mut self.slots[index as usize];
-        match std::mem::replace(&mut slot.state, OperationState::Free) {
-            OperationState::Queued(command, Bulk::In(buffers) | Bulk::Out(buffers)) => {
-                self.split(index, &command, buffers);
-            }
-            _ => unreachable!("it is a read or a write that has its buffers"),
-        }
-    }
-
-    /// An operation is longer than a request may be, and nothing of it is under way.
-    fn split(&mut self, index: u32, command: &Command<'_>, buffers: Buffers) {
-        let (is_read, file, offset) = match *command {
-            Command::Read { file, offset, .. } => (true, file, offset),
-            Command::Write { file, offset, .. } => (false, file, offset),
-            _ => unreachable!("no other operation has data"),
-        };
-        let most = self.io_bytes_max();
-        let slot = &mut self.slots[index as usize];
-        let split = Split::new(is_read, file, offset, buffers, slot.options.given_crc(), most);
-        self.stats.checksum_errors += u64::from(split.is_damaged());
-        slot.state = OperationState::Split(Box::new(split));
-        self.settle(index);
-    }
-
-    /// Queues a split operation again if there is more to be sent of it, and completes it if all is over.
-    #[cold]
-    fn settle(&mut self, index: u32) {
-        let slot = &mut self.slots[index as usize];
-        let OperationState::Split(split) = &mut slot.state else { return };
-        if split.has_next() != split.is_queued {
-            split.is_queued = !split.is_queued;
-            match split.is_queued {
-                true => self.queued.push_back(index),
-                false => self.queued.retain(|&queued| queued != index),
-            }
-        }
-        if split.is_over()
-            && let OperationState::Split(split) = std::mem::replace(&mut slot.state, OperationState::Free)
-        {
-            // If it is cancelled after a part was done, that is how it has ended, and not that it was undone.
-            slot.cancelling &= !split.has_effect();
-            let (result, bulk, crc) = split.finish();
-            self.complete(index, result, bulk, crc);
-        }
-    }
-
-    /// Sends the next part of a split operation, which has just been taken from the queue. Fails if the
-    /// connection has ended; `poll` is about to hear of it.
-    #[cold]
-    fn send_part(&mut self, index: u32) -> bool {
-        let most = self.io_bytes_max();
-        let slot = &mut self.slots[index as usize];
-        let OperationState::Split(split) = &mut slot.state else {
-            unreachable!("`queued` has slots that are queued or split")
-        };
-        split.is_queued = false;
-        let next = split.next(most);
-        let Some(Part { at, length, crc, command, bulk }) = next else {
-            // Of a write whose data has changed the rest is not sent.
-            self.settle(index);
-            return true;
-        };
-        self.body.clear();
-        command.encode(&mut self.body);
-        let place = self.parts.iter().position(Option::is_none).unwrap_or_else(|| {
-            self.parts.push(None);
-            self.parts.len() - 1
-        });
-        let options = SendOptions::with_crc(crc);
-        let sent = self.channel.send(TAG_PARTS + place as u64, &self.body, bulk, options);
-        let is_sent = match sent {
-            Ok(request) => {
-                let sent = |tracer: &Tracer| tracer.sent(slot.name(), slot.submitted_ns, request, length);
-                let request = self.tracer.as_deref().map(sent);
-                self.parts[place] = Some(SentPart { operation: index, at, length, request });
-                true
-            }
-            Err(NotSent(bulk)) => {
-                split.put_back(at, bulk, crc);
-                false
-            }
-        };
-        self.settle(index);
-        is_sent
-    }
-
-    /// A reply to something else than a whole operation.
-    #[cold]
-    fn handle_part(&mut self, reply: Reply) {
-        if reply.tag == TAG_CANCEL {
-            self.cancel_answered = true;
-            return;
-        }
-        let place = (reply.tag - TAG_PARTS) as usize;
-        let Some(SentPart { operation: index, at, length, request }) = self.parts[place].take() else {
-            return;
-        };
-        let result = self.result_of(index, length, &reply);
-        if let (Some(tracer), Some(request)) = (&self.tracer, request) {
-            tracer.answered(request, reply.result);
-            tracer.collected(self.slots[index as usize].name(), request, reply.result);
-        }
-        let crc = reply.data_crc;
-        drop(reply);
-        if let OperationState::Split(split) = &mut self.slots[index as usize].state {
-            split.part_over(at, length, result, crc);
-        }
-        self.settle(index);
-    }
-
-    /// The server takes less in one request than the one that was there before.
-    #[cold]
-    fn divide_oversized(&mut self) {
-        let most = self.io_bytes_max();
-        for Lost { tag, command, bulk, options, .. } in self.channel.take_oversized() {
-            if tag < TAG_PARTS {
-                let index = tag as u32;
-                match (Command::decode(&command), bulk) {
-                    (Ok(command), Bulk::In(buffers) | Bulk::Out(buffers)) => {
-                        self.split(index, &command, buffers);
-                    }
-                    _ => unreachable!("it is a read or a write, as it was sent"),
-                }
-            } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
-                if let OperationState::Split(split) = &mut self.slots[part.operation as usize].state {
-                    split.put_back(part.at, bulk, options.given_crc());
-                }
-                self.settle(part.operation);
-            }
-        }
-        let is_long = |slot: &OperationSlot| match &slot.state {
-            OperationState::Queued(_, Bulk::In(buffers) | Bulk::Out(buffers)) => buffers.len() > most,
-            _ => false,
-        };
-        let queued = std::mem::take(&mut self.queued);
-        let (long, queued): (VecDeque<_>, _) =
-            queued.into_iter().partition(|&index| is_long(&self.slots[index as usize]));
-        self.queued = queued;
-        for index in long {
-            self.queue_split(index);
-        }
-    }
-
     /// Sends what is queued, as far as the server takes it. Never blocks.
     pub fn flush(&mut self) {
         if !self.session.is_inherited() {
@@ -1053,136 +892,6 @@ impl Context {
         let slot = self.slots.get(index as usize)?;
         let taken = !matches!(slot.state, OperationState::Free) && slot.token == token;
         taken.then_some(Ticket { index, generation: slot.generation })
-    }
-
-    /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks
-    /// for a round trip if it has been sent; a server that does not answer within the request timeout is
-    /// taken for dead, and the connection ends. Otherwise its completion comes in the normal way, and this
-    /// fails with EAGAIN (too late), ENOTCONN, or EINVAL (no such operation).
-    pub fn cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
-        self.check_process()?;
-        let result = self.try_cancel(ticket);
-        self.sync_poller();
-        result
-    }
-
-    fn try_cancel(&mut self, ticket: Ticket) -> Result<Completion, Error> {
-        let index = ticket.index;
-        let none = || {
-            Error::call(
-                libc::EINVAL,
-                "The operation is not in flight in this context. Pass the ticket of one that is.",
-            )
-        };
-        let slot = self.slots.get_mut(index as usize).ok_or_else(none)?;
-        if slot.generation != ticket.generation {
-            return Err(none());
-        }
-        let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
-        match slot.state {
-            OperationState::Free => return Err(none()),
-            OperationState::Done(_) => return Err(self.not_now(TOO_LATE)),
-            OperationState::Queued(..) => {
-                slot.cancelling = true;
-                self.queued.retain(|&waiting| waiting != index);
-                self.waiting_lent.retain(|&waiting| waiting != index);
-                self.complete_unsent(index, cancelled);
-            }
-            OperationState::Sent => {
-                slot.cancelling = true;
-                match self.channel.dequeue(index.into()) {
-                    Some(bulk) => {
-                        self.slots[index as usize].state = OperationState::Queued(NOTHING, bulk);
-                        self.complete_unsent(index, cancelled);
-                    }
-                    None => self.cancel_remotely(index.into()),
-                }
-            }
-            OperationState::Split(_) => {
-                slot.cancelling = true;
-                self.cancel_split(index, cancelled);
-            }
-        }
-        self.lend();
-        self.send_queued();
-        self.channel.flush();
-        let slot = &mut self.slots[index as usize];
-        let is_undone = std::mem::replace(&mut slot.cancelling, false);
-        match &slot.state {
-            OperationState::Done(completion)
-                if is_undone
-                    && completion.result.as_ref().is_err_and(|error| error.errno() == libc::ECANCELED) =>
-            {
-                self.done.retain(|&done| done != index);
-                self.collect(index).ok_or_else(none)
-            }
-            _ => Err(self.failure().unwrap_or_else(|| self.not_now(TOO_LATE))),
-        }
-    }
-
-    /// Cancels the parts of an operation, the last ones first, so that what is done has no gap.
-    fn cancel_split(&mut self, index: u32, cancelled: Error) {
-        self.complete_unsent(index, cancelled.clone());
-        let mut sent: Vec<_> = (self.parts.iter().enumerate())
-            .filter_map(|(place, part)| Some((place, part.filter(|part| part.operation == index)?)))
-            .collect();
-        sent.sort_unstable_by_key(|(_, part)| std::cmp::Reverse(part.at));
-        for (place, SentPart { at, length, request, .. }) in sent {
-            // Others may have ended while this one was waited for, and parts of other operations may have
-            // their places.
-            if self.parts[place].is_none_or(|part| (part.operation, part.at) != (index, at)) {
-                continue;
-            }
-            let tag = TAG_PARTS + place as u64;
-            let Some(bulk) = self.channel.dequeue(tag) else {
-                self.cancel_remotely(tag);
-                continue;
-            };
-            drop(bulk);
-            self.parts[place] = None;
-            if let (Some(tracer), Some(request)) = (&self.tracer, request) {
-                tracer.collected(self.slots[index as usize].name(), request, 0);
-            }
-            if let OperationState::Split(split) = &mut self.slots[index as usize].state {
-                split.part_over(at, length, Err(cancelled.clone()), 0);
-            }
-            self.settle(index);
-        }
-    }
-
-    /// Whether the operation or part with this tag is with the server.
-    fn is_sent(&self, tag: u64) -> bool {
-        match tag.checked_sub(TAG_PARTS) {
-            Some(place) => self.parts[place as usize].is_some(),
-            None => matches!(self.slots[tag as usize].state, OperationState::Sent),
-        }
-    }
-
-    /// Asks the server to cancel what has this tag, and waits for its answer. That, if cancelled, has ended
-    /// by then.
-    fn cancel_remotely(&mut self, tag: u64) {
-        self.cancel_answered = false;
-        // The control credit is free: whoever used it has waited for the answer.
-        if !self.channel.cancel(tag, TAG_CANCEL) {
-            self.poll();
-            return;
-        }
-        let deadline = Instant::now() + self.request_timeout;
-        loop {
-            self.poll();
-            if self.cancel_answered || (self.channel.failure().is_some() && !self.is_sent(tag)) {
-                return;
-            }
-            if Instant::now() >= deadline {
-                // It answers pings, but not this.
-                self.channel.abort(Violation::Silent);
-                continue;
-            }
-            match self.channel.wait(Some(deadline)) {
-                Err(error) if error.errno() != libc::EINTR => self.channel.abort(Violation::Silent),
-                _ => {}
-            }
-        }
     }
 
     /// Returns a buffer that the context lent. Reads that wait for one continue.
