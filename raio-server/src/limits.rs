@@ -206,6 +206,11 @@ pub struct Account {
 }
 
 impl Account {
+    /// Which address's it is, if it is one's.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.entry.as_ref().map(|&(_, address)| address)
+    }
+
     fn usage(&self) -> Usage {
         Usage {
             connections: get(&self.connections),

@@ -7,6 +7,7 @@
 //!
 //! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -160,6 +161,11 @@ impl Session {
     /// The same, whose files have handles that begin with this generation.
     pub fn with_first_generation(self, first_generation: u32) -> Self {
         Self { files: Mutex::new(Handles::new(first_generation)), ..self }
+    }
+
+    /// The address that its first connection was from.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.address.as_ref().and_then(|account| account.address())
     }
 
     /// Enters a file under a new handle, on behalf of a connection from an address. The error says why it

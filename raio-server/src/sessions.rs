@@ -5,6 +5,8 @@
 //! is under one lock, which is taken when a connection says hello, when it ends, and when a request ends that
 //! it has left behind.
 
+mod by_address;
+
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -16,6 +18,7 @@ use raio_transport::handshake::Peer;
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 
+use self::by_address::{ByAddress, Key};
 use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::session::{ClosedFile, Session};
@@ -161,12 +164,13 @@ pub struct Sessions {
 #[cfg_attr(test, derive(Clone))]
 struct Table {
     by_id: HashMap<SessionId, Of>,
-    /// Sessions without a connection, that without one for longest first.
-    idle: BTreeMap<(Instant, u64), SessionId>,
+    /// Sessions without a connection, and since when.
+    idle: ByAddress<SessionId>,
     /// When parked channels expire.
-    deadlines: BTreeMap<(Instant, u64), (SessionId, ChannelKey)>,
-    /// Bytes that parked channels take, and how many they may take.
-    parked_bytes: usize,
+    deadlines: BTreeMap<Key, (SessionId, ChannelKey)>,
+    /// The same channels, with the bytes that they take.
+    parked: ByAddress<(SessionId, ChannelKey)>,
+    /// How many bytes parked channels may take.
     parked_bytes_max: usize,
     /// Tells keys of the same time apart.
     serial: u64,
@@ -186,7 +190,7 @@ struct Of {
     /// Who waits for its end.
     waiters: Vec<ConnectionName>,
     /// Its key in [`Table::idle`].
-    idle: Option<(Instant, u64)>,
+    idle: Option<Key>,
 }
 
 #[derive(Debug, Default)]
@@ -194,9 +198,9 @@ struct Of {
 struct Place {
     channel: Channel<ConnectionName>,
     /// Its key in [`Table::deadlines`].
-    deadline: Option<(Instant, u64)>,
-    /// It is parked, and counts with this number of bytes.
-    parked_bytes: Option<usize>,
+    deadline: Option<Key>,
+    /// Its key in [`Table::parked`].
+    parked: Option<Key>,
     /// When its latest connection ended, if that has ended.
     lost_at: Option<Instant>,
 }
@@ -207,9 +211,9 @@ impl Sessions {
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         let table = Table {
             by_id: HashMap::new(),
-            idle: BTreeMap::new(),
+            idle: ByAddress::default(),
             deadlines: BTreeMap::new(),
-            parked_bytes: 0,
+            parked: ByAddress::default(),
             parked_bytes_max: limits.parked_bytes_max(),
             serial: 0,
             counts: ChannelCounts::default(),
@@ -368,7 +372,7 @@ impl Sessions {
     /// What has happened to channels.
     pub fn channel_counts(&self) -> ChannelCounts {
         let table = lock(&self.table);
-        ChannelCounts { lingering: table.idle.len(), ..table.counts }
+        ChannelCounts { parked: table.parked.len(), lingering: table.idle.len(), ..table.counts }
     }
 }
 
@@ -404,6 +408,7 @@ impl Table {
             let text = "The session was given up by its client, and is ending. Begin another one.";
             return Err(NotJoined::Stale(text.into()));
         }
+        let address = of.session.address();
         let (place, is_resumed) = match of.channels.entry(channel) {
             Entry::Occupied(place) => (place.into_mut(), true),
             Entry::Vacant(vacant) => (vacant.insert(Place::default()), false),
@@ -431,14 +436,13 @@ impl Table {
         if let Some(deadline) = place.deadline.take() {
             self.deadlines.remove(&deadline);
         }
-        if let Some(bytes) = place.parked_bytes.take() {
-            self.parked_bytes -= bytes;
-            self.counts.parked -= 1;
+        if let Some(parked) = place.parked.take() {
+            self.parked.remove(address, parked);
         }
         self.counts.resumed += u64::from(is_resumed);
         of.connections += 1;
         if let Some(idle) = of.idle.take() {
-            self.idle.remove(&idle);
+            self.idle.remove(address, idle);
         }
         let is_known = place.channel.is_known();
         let fence = peer.begins_with_outcome().then(|| Fence { is_known, succeeds, superseded: Vec::new() });
@@ -479,6 +483,7 @@ impl Table {
     /// Something has happened to a channel: forgets it if it is over, and else has it settle or expire.
     fn review(&mut self, id: SessionId, key: ChannelKey, now: Instant, effects: &mut Effects) {
         let Some(of) = self.by_id.get_mut(&id) else { return };
+        let address = of.session.address();
         let Some(place) = of.channels.get_mut(&key) else { return };
         if place.channel.is_over(now) {
             return self.forget(id, key, effects);
@@ -487,21 +492,22 @@ impl Table {
             effects.wake.extend(place.channel.live());
         }
         if let Some(until) = place.channel.parked_until() {
-            let bytes = PARKED_BYTES + place.channel.bytes();
-            let counted = place.parked_bytes.replace(bytes);
-            self.counts.parked += usize::from(counted.is_none());
-            self.parked_bytes = self.parked_bytes + bytes - counted.unwrap_or(0);
-            if place.deadline.is_none() && until > now {
+            let parked = *place.parked.get_or_insert_with(|| {
                 self.serial += 1;
-                place.deadline = Some((until, self.serial));
-                self.deadlines.insert((until, self.serial), (id, key));
+                (until, self.serial)
+            });
+            self.parked.insert(address, parked, PARKED_BYTES + place.channel.bytes(), (id, key));
+            if place.deadline.is_none() && until > now {
+                place.deadline = Some(parked);
+                self.deadlines.insert(parked, (id, key));
                 effects.expires = Some(until);
             }
         }
         if of.connections == 0 && of.idle.is_none() {
             self.serial += 1;
-            of.idle = Some((now, self.serial));
-            self.idle.insert((now, self.serial), id);
+            let idle = (now, self.serial);
+            of.idle = Some(idle);
+            self.idle.insert(address, idle, 1, id);
         }
         self.evict_channels(effects);
     }
@@ -509,20 +515,20 @@ impl Table {
     /// Takes a channel out, and its session if that has no other.
     fn forget(&mut self, id: SessionId, key: ChannelKey, effects: &mut Effects) {
         let Some(of) = self.by_id.get_mut(&id) else { return };
+        let address = of.session.address();
         let Some(place) = of.channels.remove(&key) else { return };
         if let Some(deadline) = place.deadline {
             self.deadlines.remove(&deadline);
         }
-        if let Some(bytes) = place.parked_bytes {
-            self.parked_bytes -= bytes;
-            self.counts.parked -= 1;
+        if let Some(parked) = place.parked {
+            self.parked.remove(address, parked);
         }
         if !of.channels.is_empty() {
             return;
         }
         if let Some(of) = self.by_id.remove(&id) {
             if let Some(idle) = of.idle {
-                self.idle.remove(&idle);
+                self.idle.remove(address, idle);
             }
             if self.guards.have(Guard::Wake) {
                 effects.wake.extend(of.waiters);
@@ -532,28 +538,29 @@ impl Table {
         }
     }
 
-    /// Forgets the channels that expire first if the parked ones take too much memory.
+    /// Forgets channels if the parked ones take too much memory: of the address whose channels take most,
+    /// those that expire first.
     fn evict_channels(&mut self, effects: &mut Effects) {
-        while self.parked_bytes > self.parked_bytes_max {
+        while self.parked.size() > self.parked_bytes_max {
             let is_quiet = |(id, key): &(SessionId, ChannelKey)| {
                 let place = self.by_id.get(id).and_then(|of| of.channels.get(key));
                 place.is_some_and(|place| place.channel.is_settled())
             };
-            let Some(&(id, key)) = self.deadlines.values().find(|&parked| is_quiet(parked)) else { return };
+            let Some(&(id, key)) = self.parked.first_to_go().find(|&parked| is_quiet(parked)) else { return };
             self.counts.evicted_channels += 1;
             effects.evicted += 1;
             self.forget(id, key, effects);
         }
     }
 
-    /// Ends the session that has been without a connection for longest, if nothing of it executes. False if
-    /// there is none.
+    /// Ends a session without a connection of which nothing executes: of the address that has most of them,
+    /// that without one for longest. False if there is none.
     fn evict_session(&mut self, effects: &mut Effects) -> bool {
         let is_quiet = |id: &SessionId| {
             let of = self.by_id.get(id);
             of.is_some_and(|of| of.channels.values().all(|place| place.channel.is_settled()))
         };
-        let Some(&id) = self.idle.values().find(|&id| is_quiet(id)) else { return false };
+        let Some(&id) = self.idle.first_to_go().find(|&id| is_quiet(id)) else { return false };
         self.counts.evicted_sessions += 1;
         let channels = self.by_id.get(&id).map(|of| of.channels.keys().copied().collect::<Vec<_>>());
         for channel in channels.into_iter().flatten() {
@@ -869,6 +876,34 @@ mod tests {
     }
 
     #[test]
+    fn a_client_that_leaves_very_much_behind_does_not_push_out_what_others_have_left() {
+        let limits = limits(9, PARKED_PART * 10 * PARKED_BYTES);
+        let mut run = Run::new(4, Arc::clone(&limits));
+        let account = |text: &str| limits.connect(text.parse().ok()).expect("a permit").address().clone();
+        let (theirs, greedy) = (account("10.0.0.1"), account("10.0.0.2"));
+        let mut leave = |address: &AddressAccount, number, channel, linger| {
+            run.serial += 1;
+            let name = ConnectionName { worker: 0, key: 0, serial: run.serial };
+            let (joined, _) = run.sessions.join(&peer(number, channel), address, name, run.now);
+            let is_known =
+                joined.as_ref().is_ok_and(|joined| joined.fence.as_ref().is_some_and(|fence| fence.is_known));
+            let _ = run.end(joined.expect("it may join"), 0, linger);
+            run.now += Duration::from_secs(1);
+            is_known
+        };
+        leave(&theirs, 1, Some((1, 1)), LINGER / 2);
+        leave(&greedy, 2, Some((0, 1)), LINGER);
+        for channel in 1..100 {
+            leave(&greedy, 2, Some((channel, 1)), LINGER);
+        }
+        for session in 3..20 {
+            leave(&greedy, session, Some((0, 1)), LINGER);
+        }
+        assert!(leave(&theirs, 1, Some((1, 2)), LINGER), "nothing is known of its channel");
+        assert!(run.counts().evicted_channels > 0 && run.counts().evicted_sessions > 0);
+    }
+
+    #[test]
     fn nothing_is_left_when_all_have_gone() {
         let mut run = run();
         for number in 0..5 {
@@ -878,7 +913,7 @@ mod tests {
         run.now += LINGER;
         assert_eq!(run.sessions.expire(run.now).ended, 5);
         let table = lock(&run.sessions.table);
-        assert!(table.by_id.is_empty() && table.idle.is_empty() && table.deadlines.is_empty());
-        assert_eq!((table.parked_bytes, table.counts.parked), (0, 0));
+        assert!(table.by_id.is_empty() && table.deadlines.is_empty());
+        assert_eq!((table.idle.len(), table.parked.len(), table.parked.size()), (0, 0, 0));
     }
 }
