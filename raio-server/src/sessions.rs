@@ -168,7 +168,7 @@ struct Table {
     idle: ByAddress<SessionId>,
     /// When parked channels expire.
     deadlines: BTreeMap<Key, (SessionId, ChannelKey)>,
-    /// The same channels, with the bytes that they take.
+    /// Parked channels, with the bytes that they take.
     parked: ByAddress<(SessionId, ChannelKey)>,
     /// How many bytes parked channels may take.
     parked_bytes_max: usize,

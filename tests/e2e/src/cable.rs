@@ -28,6 +28,12 @@ pub struct Cable {
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
+/// Runs ip(8) in a network namespace.
+fn ip(namespace: &str, arguments: &str) {
+    let arguments: Vec<_> = arguments.split(' ').collect();
+    run("ip", &[&["-n", namespace], &arguments[..]].concat());
+}
+
 fn link_address(end: End) -> &'static str {
     match end {
         End::A => "02:00:00:00:78:01",
@@ -45,56 +51,22 @@ impl Cable {
         let this = Self { id };
         let middle = this.middle();
         run("ip", &["netns", "add", &middle]);
-        run("ip", &["-n", &middle, "link", "add", "cable", "type", "bridge"]);
-        run("ip", &["-n", &middle, "link", "set", "cable", "up"]);
-        for end in [End::A, End::B] {
+        ip(&middle, "link add cable type bridge");
+        ip(&middle, "link set cable up");
+        for (end, other) in [(End::A, End::B), (End::B, End::A)] {
             let host = this.host(end);
             run("ip", &["netns", "add", &host]);
-            let port = format!("{end:?}");
-            run(
-                "ip",
-                &[
-                    "-n",
-                    &middle,
-                    "link",
-                    "add",
-                    &port,
-                    "type",
-                    "veth",
-                    "peer",
-                    "name",
-                    "eth0",
-                    "address",
-                    link_address(end),
-                    "netns",
-                    &host,
-                ],
-            );
-            run("ip", &["-n", &middle, "link", "set", &port, "master", "cable", "up"]);
-            run("ip", &["-n", &host, "address", "add", &format!("{}/24", this.address(end)), "dev", "eth0"]);
-            run("ip", &["-n", &host, "link", "set", "eth0", "up"]);
-            run("ip", &["-n", &host, "link", "set", "lo", "up"]);
+            let peer = format!("name eth0 address {} netns {host}", link_address(end));
+            ip(&middle, &format!("link add {end:?} type veth peer {peer}"));
+            ip(&middle, &format!("link set {end:?} master cable up"));
+            ip(&host, &format!("address add {}/24 dev eth0", this.address(end)));
+            ip(&host, "link set eth0 up");
+            ip(&host, "link set lo up");
             // A host that had to ask for the other's link address would keep what is sent while the cable is
             // pulled for as long as it asks, three seconds, and send it when the cable is plugged in again,
             // also for a program that has ended. What is sent here is lost.
-            let other = if end == End::A { End::B } else { End::A };
             let (address, link_address) = (this.address(other), link_address(other));
-            run(
-                "ip",
-                &[
-                    "-n",
-                    &host,
-                    "neighbour",
-                    "add",
-                    address,
-                    "lladdr",
-                    link_address,
-                    "dev",
-                    "eth0",
-                    "nud",
-                    "permanent",
-                ],
-            );
+            ip(&host, &format!("neighbour add {address} lladdr {link_address} dev eth0 nud permanent"));
         }
         Some(this)
     }
@@ -140,8 +112,8 @@ impl Cable {
     /// Changes the address of the host at end B, as a new DHCP lease or another network does.
     pub fn renumber(&self) {
         let host = self.host(End::B);
-        run("ip", &["-n", &host, "address", "flush", "dev", "eth0"]);
-        run("ip", &["-n", &host, "address", "add", "10.78.0.3/24", "dev", "eth0"]);
+        ip(&host, "address flush dev eth0");
+        ip(&host, "address add 10.78.0.3/24 dev eth0");
     }
 
     /// Pulls it out: both hosts lose the carrier, and keep addresses, routes and connections.
@@ -156,7 +128,7 @@ impl Cable {
 
     fn set(&self, state: &str) {
         for port in ["A", "B"] {
-            run("ip", &["-n", &self.middle(), "link", "set", port, state]);
+            ip(&self.middle(), &format!("link set {port} {state}"));
         }
     }
 }

@@ -49,8 +49,8 @@ pub fn cpu_time(stat: &str) -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
-/// Waits until neither end of a TCP connection to port `to`, from port `from` or from any, is established for
-/// the kernel, which under load may pass on a packet later than the call that sends it returns.
+/// Waits until neither end of a TCP connection to port `to`, from port `from` or from any, is established. A
+/// socket that was closed may be open for a while: a child that another test starts has it until its exec.
 pub fn await_no_connection(from: Option<u16>, to: u16) {
     let is =
         |address: &str, port: Option<u16>| port.is_none_or(|port| address.ends_with(&format!(":{port:04X}")));

@@ -56,11 +56,13 @@ fn a_forked_child_that_uses_what_is_its_parents_gets_errors_and_disturbs_nothing
 }
 
 #[test]
-fn a_thousand_sessions_leave_the_server_where_it_began() {
+fn many_sessions_leave_the_server_where_it_began() {
     let directory = tempfile::tempdir().expect("a directory");
     std::fs::write(directory.path().join("file"), "content").expect("a file");
     let mut server = Server::start(&[&format!("d={}", directory.path().display())]);
     let url = server.url();
+    // Emulated processors take long for each. What one leaks is more there.
+    let sessions = if url.starts_with("raio+rdma") { 200 } else { 1000 };
     let cycle = |n: usize| {
         let session = Session::connect(&url, &Options::default()).expect("a session");
         let file = session.open("/d/file", libc::O_RDONLY, 0).expect("a file");
@@ -76,15 +78,15 @@ fn a_thousand_sessions_leave_the_server_where_it_began() {
         }
     };
     // The first sessions touch memory for the first time.
-    (0..1000).for_each(cycle);
+    (0..sessions).for_each(cycle);
     server.statistics_when(is_at_rest);
     let (descriptors, bytes) = (server.descriptors(), server.taken_bytes());
-    (0..1000).for_each(cycle);
+    (0..sessions).for_each(cycle);
     let statistics = server.statistics_when(is_at_rest);
-    assert!(statistics["accepted"].as_u64() >= Some(1100), "{statistics}");
+    assert!(statistics["accepted"].as_u64() >= Some(2 * sessions as u64), "{statistics}");
     assert_eq!(server.descriptors(), descriptors);
     let grown = server.taken_bytes().saturating_sub(bytes);
-    assert!(grown < 4 << 20, "{grown} bytes more after 1,000 more sessions");
+    assert!(grown < 4 << 20, "{grown} bytes more after {sessions} more sessions");
 }
 
 #[test]
