@@ -197,9 +197,7 @@ struct Of {
 #[cfg_attr(test, derive(Clone))]
 struct Place {
     channel: Channel<ConnectionName>,
-    /// Its key in [`Table::deadlines`].
-    deadline: Option<Key>,
-    /// Its key in [`Table::parked`].
+    /// Its key in [`Table::parked`], and until it expires in [`Table::deadlines`].
     parked: Option<Key>,
     /// When its latest connection ended, if that has ended.
     lost_at: Option<Instant>,
@@ -338,9 +336,6 @@ impl Sessions {
         let mut table = lock(&self.table);
         while let Some(first) = table.deadlines.first_entry().filter(|first| first.key().0 <= now) {
             let (session, channel) = first.remove();
-            let of = table.by_id.get_mut(&session);
-            let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) else { continue };
-            place.deadline = None;
             table.counts.expired += 1;
             effects.expired += 1;
             table.review(session, channel, now, &mut effects);
@@ -433,10 +428,8 @@ impl Table {
             None => Succession::None,
         };
         effects.close.extend(before.filter(|_| self.guards.have(Guard::Fence)));
-        if let Some(deadline) = place.deadline.take() {
-            self.deadlines.remove(&deadline);
-        }
         if let Some(parked) = place.parked.take() {
+            self.deadlines.remove(&parked);
             self.parked.remove(address, parked);
         }
         self.counts.resumed += u64::from(is_resumed);
@@ -497,9 +490,7 @@ impl Table {
                 (until, self.serial)
             });
             self.parked.insert(address, parked, PARKED_BYTES + place.channel.bytes(), (id, key));
-            if place.deadline.is_none() && until > now {
-                place.deadline = Some(parked);
-                self.deadlines.insert(parked, (id, key));
+            if until > now && self.deadlines.insert(parked, (id, key)).is_none() {
                 effects.expires = Some(until);
             }
         }
@@ -517,10 +508,8 @@ impl Table {
         let Some(of) = self.by_id.get_mut(&id) else { return };
         let address = of.session.address();
         let Some(place) = of.channels.remove(&key) else { return };
-        if let Some(deadline) = place.deadline {
-            self.deadlines.remove(&deadline);
-        }
         if let Some(parked) = place.parked {
+            self.deadlines.remove(&parked);
             self.parked.remove(address, parked);
         }
         if !of.channels.is_empty() {
