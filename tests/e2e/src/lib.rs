@@ -44,3 +44,9 @@ pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,
 };
+
+/// The number in this variable of the environment, or this one.
+pub fn number(variable: &str, default: usize) -> usize {
+    std::env::var(variable)
+        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{variable} is a number")))
+}

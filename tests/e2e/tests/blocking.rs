@@ -2,7 +2,6 @@
 //! ends the server if one of them makes a system call that may wait for a disk (`RAIO_TEST_WORKER_FILTER`).
 
 use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -103,6 +102,38 @@ fn server_with(backend: &str, workers: &str, exports: &[(&str, &Path)], more: &[
         exports.iter().map(|(name, path)| format!("{name}={},rw", path.display())).collect();
     let exports: Vec<_> = exports.iter().map(String::as_str).collect();
     Server::start_with(&exports, &[&["--backend", backend, "--workers", workers], more].concat())
+}
+
+/// A file system on a disk of this size, and the file system that stands for that disk. Where that is
+/// impossible, says that `what` is skipped.
+fn on_a_disk(what: &str, file_system: &str, bytes: u64) -> Option<(FuseFs, Mounted)> {
+    if !needs_root(what) {
+        return None;
+    }
+    // No page cache: every read of the disk is one of the file system that stands for it.
+    let options = FuseOptions { async_read: true, direct_io: true };
+    let disk = FuseFs::mount(what, options, &[("image", b"")])?;
+    let image = std::fs::File::options().write(true).open(disk.file("image")).expect("a file");
+    image.set_len(bytes).expect("room");
+    let mounted = LoopDevice::over(&disk.file("image")).mount(file_system);
+    Some((disk, mounted))
+}
+
+/// Calls of a disk that hang until this is dropped, also by a test that fails: a server that waits for a disk
+/// cannot be ended.
+struct Hanging<'disk>(&'disk FuseFs, FuseCall);
+
+impl<'disk> Hanging<'disk> {
+    fn new(disk: &'disk FuseFs, call: FuseCall) -> Self {
+        disk.hang(call);
+        Self(disk, call)
+    }
+}
+
+impl Drop for Hanging<'_> {
+    fn drop(&mut self) {
+        self.0.mend(self.1);
+    }
 }
 
 /// No worker waits, and others keep their latency within a factor of two; here of twenty, for the machine may
@@ -324,18 +355,9 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
 
 #[test]
 fn a_write_that_holds_the_lock_of_an_xfs_file_holds_up_its_reads_and_no_other_export() {
-    const IMAGE_BYTES: u64 = 300 << 20;
-    let what = "XFS on a disk that hangs";
-    if !needs_root(what) {
-        return;
-    }
     for backend in BACKENDS {
-        // No page cache: every read of the disk is one of the file system that stands for it.
-        let options = FuseOptions { async_read: true, direct_io: true };
-        let Some(disk) = FuseFs::mount(what, options, &[("image", b"")]) else { return };
-        let image = std::fs::OpenOptions::new().write(true).open(disk.file("image")).expect("a file");
-        image.set_len(IMAGE_BYTES).expect("room");
-        let mounted = LoopDevice::over(&disk.file("image")).mount("xfs");
+        // The smallest that mkfs.xfs makes.
+        let Some((disk, mounted)) = on_a_disk("XFS on a disk that hangs", "xfs", 300 << 20) else { return };
         std::fs::write(mounted.path().join("file"), vec![1; 1 << 20]).expect("a file");
         let mounted = mounted.remount();
         let directory = healthy();
@@ -343,7 +365,7 @@ fn a_write_that_holds_the_lock_of_an_xfs_file_holds_up_its_reads_and_no_other_ex
         let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
         let before = well.latency();
 
-        disk.hang(FuseCall::Read);
+        let hanging = Hanging::new(&disk, FuseCall::Read);
         // A part of a block, so that the rest of it must be read.
         let part = Buffers::One(Buffer::Owned(vec![7; 16].into()));
         stuck.submit(Operation::Write { offset: 0, buffers: part }, 0);
@@ -351,11 +373,8 @@ fn a_write_that_holds_the_lock_of_an_xfs_file_holds_up_its_reads_and_no_other_ex
         for at in 1..=16 {
             stuck.submit(Operation::Read { offset: at << 15, buffers: block() }, at);
         }
-        let unharmed =
-            catch_unwind(AssertUnwindSafe(|| assert_unharmed(&server, &mut well, before, backend)));
-        // Also if it failed: while the disk hangs, the server cannot be ended.
-        disk.mend(FuseCall::Read);
-        unharmed.unwrap_or_else(|panic| resume_unwind(panic));
+        assert_unharmed(&server, &mut well, before, backend);
+        drop(hanging);
         stuck.collect(17);
     }
 }
@@ -488,15 +507,8 @@ const EXTENTS: u64 = 2000;
 
 #[test]
 fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
-    if !needs_root("a file system on a disk that hangs") {
-        return;
-    }
     for backend in BACKENDS {
-        let options = FuseOptions { async_read: true, direct_io: true };
-        let Some(fuse) = FuseFs::mount("a disk that hangs", options, &[("disk", &vec![0; 64 << 20])]) else {
-            return;
-        };
-        let mounted = LoopDevice::over(&fuse.file("disk")).mount("ext4");
+        let Some((disk, mounted)) = on_a_disk("a disk that hangs", "ext4", 64 << 20) else { return };
         let path = mounted.path().join("file");
         let file = std::fs::File::create(&path).expect("a file");
         for at in 0..EXTENTS {
@@ -510,7 +522,7 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         let (mut well, mut stuck) = (Client::new(&server, "/well/file"), Client::new(&server, "/stuck/file"));
         let before = well.latency();
 
-        fuse.hang(FuseCall::Read);
+        let hanging = Hanging::new(&disk, FuseCall::Read);
         let mut others: Vec<_> = (0..3).map(|_| Client::new(&server, "/stuck/file")).collect();
         let mut at = 0;
         // More than the disk takes (`nr_requests` of a loop device is 128), and each extent is a request.
@@ -520,9 +532,9 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
                 at += 3;
             }
         }
-        fuse.wait_for_hanging(FuseCall::Read, 1);
+        disk.wait_for_hanging(FuseCall::Read, 1);
         assert_unharmed(&server, &mut well, before, "512 reads");
-        fuse.mend(FuseCall::Read);
+        drop(hanging);
         for client in others.iter_mut().chain([&mut stuck]) {
             client.collect(128);
         }
@@ -532,17 +544,17 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         let file = std::fs::File::options().write(true).open(&path).expect("a file");
         file.set_modified(std::time::SystemTime::now()).expect("a change");
         file.sync_all().expect("the journal has begun");
-        fuse.hang(FuseCall::Write);
+        let hanging = Hanging::new(&disk, FuseCall::Write);
         file.set_modified(std::time::SystemTime::now()).expect("a change");
         stuck.submit(Operation::Fsync { data_only: false }, 0);
-        fuse.wait_for_hanging(FuseCall::Write, 1);
+        disk.wait_for_hanging(FuseCall::Write, 1);
         assert_unharmed(&server, &mut well, before, "an fsync");
         for at in 0..32 {
             let offset = at * (EXTENTS / 64) * 2 * BLOCK as u64;
             stuck.submit(Operation::Read { offset, buffers: block() }, at);
         }
         assert_unharmed(&server, &mut well, before, "32 reads of what is in memory");
-        fuse.mend(FuseCall::Write);
+        drop(hanging);
         stuck.collect(33);
     }
 }

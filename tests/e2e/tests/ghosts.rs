@@ -299,8 +299,7 @@ const ENDINGS: [Ending; 2] = [Ending::GivenUp, Ending::StoppedAndKilled];
 
 /// Tries each way in which a client may end, often, at a place of its own for each scheme.
 fn for_each_ending(what: &str, case: impl Fn(&Wire, &mut Place, Ending, &str) + Sync) {
-    let runs =
-        std::env::var("RAIO_TEST_RUNS").map_or(3, |text| text.parse().expect("RAIO_TEST_RUNS is a number"));
+    let runs = raio_e2e::number("RAIO_TEST_RUNS", 3);
     if !needs_root(what) {
         return;
     }

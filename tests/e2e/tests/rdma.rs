@@ -24,7 +24,7 @@ use rustix::process::Signal;
 const KIB: usize = 1 << 10;
 
 fn kills() -> usize {
-    std::env::var("RAIO_TEST_KILLS").map_or(20, |text| text.parse().expect("RAIO_TEST_KILLS is a number")) / 2
+    raio_e2e::number("RAIO_TEST_KILLS", 20) / 2
 }
 
 /// Reads 300 pieces of the file, and finds them right.
