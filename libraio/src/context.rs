@@ -118,7 +118,7 @@ struct OperationSlot {
     file: u32,
     opcode: Opcode,
     is_lent: bool,
-    /// Being cancelled: whoever cancels it collects it.
+    /// Being cancelled: [`Context::cancel`] collects it.
     cancelling: bool,
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,

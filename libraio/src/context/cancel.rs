@@ -94,7 +94,7 @@ impl Context {
     /// by then.
     pub(super) fn cancel_remotely(&mut self, tag: u64) {
         self.cancel_answered = false;
-        // The control credit is free: whoever used it has waited for the answer.
+        // The control credit is free: each cancel waits for its answer before it returns.
         if !self.channel.cancel(tag, TAG_CANCEL) {
             self.poll();
             return;
