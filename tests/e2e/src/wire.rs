@@ -35,13 +35,48 @@ pub fn numbers() -> (TempDir, String) {
 static WIRE: Mutex<()> = Mutex::new(());
 
 /// The wire for the time of a test. Where there is none, says that `what` is skipped. It does not open the
-/// devices: whoever has one open keeps it from being removed.
+/// devices: a process that has one open keeps it from being removed.
 pub fn needs_wire(what: &str) -> Option<MutexGuard<'static, ()>> {
     if ["rxe0", "rxe1"].iter().all(|name| Path::new("/sys/class/infiniband").join(name).exists()) {
-        return Some(WIRE.lock().unwrap_or_else(PoisonError::into_inner));
+        let wire = WIRE.lock().unwrap_or_else(PoisonError::into_inner);
+        prepare();
+        return Some(wire);
     }
     eprintln!("SKIPPED: {what} needs two RDMA devices on a wire. Run the tests with scripts/rdma-vm.");
     None
+}
+
+const ENDS: [&str; 2] = ["v0", "v1"];
+
+fn tc(arguments: &str) {
+    run("tc", &arguments.split_whitespace().collect::<Vec<_>>());
+}
+
+/// Gives each end three bands before anything is sent: the first sends, the second loses all, and the third
+/// does as [`Shaped`] says. All is for the first until a filter says otherwise. Filters come and go without
+/// harm; while the queueing discipline itself is exchanged, sending fails, and Soft-RoCE then ends the queue
+/// pair that sends for good, even the kernel's own, through which connections are made.
+fn prepare() {
+    for end in ENDS {
+        tc(&format!(
+            "qdisc replace dev {end} root handle 1: prio bands 3 priomap 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"
+        ));
+        tc(&format!("qdisc replace dev {end} parent 1:2 handle 2: netem loss 100%"));
+    }
+}
+
+/// Has a band have the packets that match, in both directions.
+fn redirect(band: u8, packets: &str) {
+    for end in ENDS {
+        tc(&format!("filter add dev {end} parent 1: protocol ip prio 1 u32 match {packets} flowid 1:{band}"));
+    }
+}
+
+/// Both directions of the wire carry all that is sent, again.
+fn restore() {
+    for end in ENDS {
+        let _ = Command::new("tc").args(["filter", "del", "dev", end, "parent", "1:"]).status();
+    }
 }
 
 /// Both directions of the wire lose or delay packets, as tc-netem(8) says, until this is dropped.
@@ -51,13 +86,10 @@ impl Shaped {
     /// By these arguments of netem.
     pub fn new(netem: &str) -> Self {
         let this = Self(());
-        for end in ["v0", "v1"] {
-            let arguments: Vec<_> = ["qdisc", "replace", "dev", end, "root", "netem"]
-                .into_iter()
-                .chain(netem.split_whitespace())
-                .collect();
-            run("tc", &arguments);
+        for end in ENDS {
+            tc(&format!("qdisc replace dev {end} parent 1:3 handle 3: netem {netem}"));
         }
+        redirect(3, "u32 0 0");
         this
     }
 }
@@ -68,45 +100,24 @@ impl Drop for Shaped {
     }
 }
 
-/// Both directions of the wire carry all that is sent, again.
-fn restore() {
-    for end in ["v0", "v1"] {
-        let _ = Command::new("tc").args(["qdisc", "del", "dev", end, "root"]).status();
-    }
-}
-
-/// The wire carries nothing, or nothing of one kind, until this is dropped; but what kernels say to each
-/// other to make RDMA connections. If that is lost, and the process that asked for it gives up, Soft-RoCE
-/// ends the queue pair through which it is said, for good: no connection could be made any more.
+/// The wire carries nothing, or nothing of one kind, until this is dropped.
 pub struct Silenced(());
 
 impl Silenced {
     /// Nothing.
     pub fn new() -> Self {
-        Self::of("match u32 0 0")
+        Self::of("u32 0 0")
     }
 
     /// Nothing of RoCE v2; TCP as before.
     pub fn without_rdma() -> Self {
-        Self::of("match ip dport 4791 0xffff")
+        Self::of("ip dport 4791 0xffff")
     }
 
     /// Loses what matches.
-    fn of(what: &str) -> Self {
+    fn of(packets: &str) -> Self {
         let this = Self(());
-        for end in ["v0", "v1"] {
-            let tc = |arguments: &str| {
-                let all: Vec<_> = arguments.split_whitespace().collect();
-                run("tc", &all);
-            };
-            tc(&format!("qdisc replace dev {end} root handle 1: prio"));
-            tc(&format!("qdisc add dev {end} parent 1:3 handle 30: netem loss 100%"));
-            let filter = format!("filter add dev {end} parent 1: protocol ip");
-            // To queue pair 1.
-            let to_kernel = "match ip dport 4791 0xffff match u32 0x00000001 0x00ffffff at 32";
-            tc(&format!("{filter} prio 1 u32 {to_kernel} flowid 1:1"));
-            tc(&format!("{filter} prio 2 u32 {what} flowid 1:3"));
-        }
+        redirect(2, packets);
         this
     }
 }

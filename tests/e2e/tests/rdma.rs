@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Operation, Options, Session};
 use raio_e2e::{
-    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Random, Server, Shaped, TCP, binary, is_at_rest, needs_wire,
-    numbers, resources, resources_return_to,
+    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Random, Server, Silenced, TCP, binary, is_at_rest,
+    needs_wire, numbers, resources, resources_return_to,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::Signal;
@@ -272,7 +272,7 @@ fn when_the_wire_is_cut_each_operation_ends_once_and_the_server_serves_on() {
             break;
         }
         if next > 500 && cut.is_none() {
-            cut = Some(Shaped::new("loss 100%"));
+            cut = Some(Silenced::new());
         }
         assert!(Instant::now() < deadline, "{} operations never end", in_flight.len());
         context.wait(1, 64, Some(PATIENCE)).expect("completions");
