@@ -240,6 +240,7 @@ impl Server {
             received_bytes: 4096,
             files: 64,
             epoll: false,
+            is_restricted: false,
         };
         let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
         let mut signals =

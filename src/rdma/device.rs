@@ -72,6 +72,21 @@ pub(super) struct PortAddress {
     pub mtu: u32,
 }
 
+/// Loads the libraries and the drivers of all devices, and opens none. The error is why there is no device, as
+/// the rest of an error message.
+pub(super) fn load() -> Result<(), &'static str> {
+    let verbs = verbs()?;
+    let mut count = 0;
+    // SAFETY: `count` may be written.
+    let list = unsafe { (verbs.ibv_get_device_list)(&mut count) };
+    if list.is_null() {
+        return Err("there is no RDMA device, or its kernel modules (rdma_ucm, ib_uverbs) are not loaded");
+    }
+    // SAFETY: the list is the library's, and none of its devices is used.
+    unsafe { (verbs.ibv_free_device_list)(list) };
+    if count > 0 { Ok(()) } else { Err("there is no RDMA device") }
+}
+
 /// Every device, or why there is none, as the rest of an error message.
 pub(super) fn devices() -> Result<&'static [Device], &'static str> {
     static DEVICES: OnceLock<(u32, Result<Vec<Device>, String>)> = OnceLock::new();

@@ -54,7 +54,14 @@ const HANDSHAKE_MESSAGES: usize = 2;
 /// The longest message without data.
 const MESSAGE_BYTES: usize = HEADER_BYTES + BODY_BYTES_MAX;
 
-/// Why there is no RDMA here, as the rest of an error message; None if there is.
+/// Loads what a process needs for RDMA, without opening a device: the kernel takes no commands through one
+/// that was opened before the process changed its user, its capabilities or its Landlock domain. Returns why
+/// there is no RDMA here, as the rest of an error message.
+pub fn load() -> Option<String> {
+    device::load().err().map(str::to_owned)
+}
+
+/// Why there is no RDMA here, as the rest of an error message; None if there is. Opens all devices.
 pub fn unavailable() -> Option<String> {
     device::devices().err().map(str::to_owned)
 }

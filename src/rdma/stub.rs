@@ -19,6 +19,11 @@ use crate::transport::{
 const REASON: &str = "this program was built without RDMA";
 
 /// Why there is no RDMA here, as the rest of an error message.
+pub fn load() -> Option<String> {
+    unavailable()
+}
+
+/// Why there is no RDMA here, as the rest of an error message.
 pub fn unavailable() -> Option<String> {
     Some(REASON.into())
 }

@@ -63,6 +63,8 @@ macro_rules! functions {
 
 functions! {
     ibverbs {
+        fn ibv_get_device_list(*mut c_int) -> *mut *mut ibv_device;
+        fn ibv_free_device_list(*mut *mut ibv_device);
         fn ibv_get_device_name(*mut ibv_device) -> *const c_char;
         fn ibv_query_device(*mut ibv_context, *mut ibv_device_attr) -> c_int;
         fn ibv_query_port(*mut ibv_context, u8, *mut ibv_port_attr) -> c_int;

@@ -69,6 +69,8 @@ pub struct Config {
     pub files: u32,
     /// Do not even try io_uring.
     pub epoll: bool,
+    /// The kernel is to reject what the reactor never asks of its ring.
+    pub is_restricted: bool,
 }
 
 impl Default for Config {
@@ -80,7 +82,38 @@ impl Default for Config {
             received_bytes: 64 << 10,
             files: 4096,
             epoll: false,
+            is_restricted: false,
         }
+    }
+}
+
+/// A ring for a reactor that another thread will make of it, with [`Reactor::with_ring`]: io_uring_setup(2)
+/// may be forbidden there.
+pub struct DisabledRing(Result<ring::Disabled, String>);
+
+impl DisabledRing {
+    /// Makes a ring, if there is io_uring here and the reactor is to have it.
+    pub fn new(config: &Config) -> Self {
+        if config.epoll {
+            return Self(Err("it was not asked for".to_owned()));
+        }
+        Self(ring::Disabled::new(config).map_err(|error| error.to_string()))
+    }
+
+    /// Whether there is a ring.
+    pub fn is_some(&self) -> bool {
+        self.0.is_ok()
+    }
+
+    /// Why the ring is not restricted, though [`Config::is_restricted`] asked for that.
+    pub fn unrestricted(&self) -> Option<&io::Error> {
+        self.0.as_ref().ok()?.unrestricted()
+    }
+}
+
+impl std::fmt::Debug for DisabledRing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("DisabledRing").field(&self.0.as_ref().err()).finish()
     }
 }
 
@@ -295,14 +328,18 @@ pub struct Reactor {
 impl Reactor {
     /// Makes a reactor for this thread.
     pub fn new(config: &Config) -> io::Result<Self> {
+        Self::with_ring(DisabledRing::new(config), config)
+    }
+
+    /// The same, of a ring that was made with this configuration.
+    pub fn with_ring(ring: DisabledRing, config: &Config) -> io::Result<Self> {
         let waker = Waker::new()?;
-        let (engine, fallback) = if config.epoll {
-            (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some("it was not asked for".to_owned()))
-        } else {
-            match ring::Ring::new(config, &waker) {
-                Ok(ring) => (Engine::Ring(Box::new(ring)), None),
-                Err(error) => (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(error.to_string())),
-            }
+        let enabled = ring.0.and_then(|disabled| {
+            ring::Ring::new(disabled, config, &waker).map_err(|error| error.to_string())
+        });
+        let (engine, fallback) = match enabled {
+            Ok(ring) => (Engine::Ring(Box::new(ring)), None),
+            Err(reason) => (Engine::Epoll(epoll::Epoll::new(config, &waker)?), Some(reason)),
         };
         let files =
             if matches!(engine, Engine::Ring(ref ring) if ring.has_files()) { config.files } else { 0 };
@@ -429,6 +466,16 @@ impl Reactor {
     /// together. None: it does not spin.
     pub fn set_spin_multiplier(&mut self, operations: usize) {
         self.expected = operations.min(SPIN_MULTIPLIER_MAX) as u32;
+    }
+
+    /// For tests: has the kernel answer what no reactor asks of its ring. What that is, and the errno; 0 if it
+    /// was done. Empty if there is no ring.
+    #[cfg(feature = "test-peers")]
+    pub fn attempt_through_ring(&mut self) -> Vec<(&'static str, i32)> {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.attempt(),
+            Engine::Epoll(_) => Vec::new(),
+        }
     }
 
     /// Operations in flight.

@@ -4,6 +4,9 @@
 //! hit a reused key. What the kernel points at (slots, boxes, strings) is on the heap and stays put while the
 //! slab grows.
 
+#[cfg(feature = "test-peers")]
+mod attempt;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -12,6 +15,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use io_uring::register::Restriction;
 use io_uring::types::{self, CancelBuilder, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use slab::Slab;
@@ -100,10 +104,34 @@ impl fmt::Display for Unavailable {
     }
 }
 
-impl Ring {
-    pub fn new(config: &Config, waker: &Waker) -> Result<Self, Unavailable> {
-        static NEXT_ID: AtomicU32 = AtomicU32::new(0);
+/// What [`entry`], [`Ring::cancel`] and [`Ring::watch_waker`] submit. A restricted ring takes nothing else.
+const OPCODES: [u8; 9] = [
+    opcode::Accept::CODE,
+    opcode::AsyncCancel::CODE,
+    opcode::PollAdd::CODE,
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Recv::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+];
+const FLAGS: squeue::Flags = squeue::Flags::BUFFER_SELECT.union(squeue::Flags::FIXED_FILE);
+/// What io_uring_register(2) does for a ring that is enabled: IORING_REGISTER_BUFFERS, .._FILES_UPDATE and
+/// .._SYNC_CANCEL.
+const REGISTRATIONS: [u8; 3] = [0, 6, 24];
+
+/// A ring that takes no submissions yet. It can go to the thread that is to use it.
+pub(super) struct Disabled {
+    ring: IoUring,
+    /// Why it takes whatever the kernel knows, though it was to be restricted.
+    unrestricted: Option<io::Error>,
+}
+
+impl Disabled {
+    pub fn new(config: &Config) -> Result<Self, Unavailable> {
         let ring = IoUring::builder()
+            .setup_r_disabled()
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
@@ -112,8 +140,25 @@ impl Ring {
             .setup_cqsize(config.entries.saturating_mul(4))
             .build(config.entries)
             .map_err(Unavailable::of("io_uring_setup"))?;
-        // A sandbox may allow the one and not the other.
-        ring.submit().map_err(Unavailable::of("io_uring_enter"))?;
+        let mut unrestricted = None;
+        if config.is_restricted {
+            let mut restrictions: Vec<_> = OPCODES.map(Restriction::sqe_op).into();
+            restrictions.push(Restriction::sqe_flags_allowed(FLAGS.bits()));
+            restrictions.extend(REGISTRATIONS.map(Restriction::register_op));
+            unrestricted = ring.submitter().register_restrictions(&mut restrictions).err();
+        }
+        Ok(Self { ring, unrestricted })
+    }
+
+    pub fn unrestricted(&self) -> Option<&io::Error> {
+        self.unrestricted.as_ref()
+    }
+}
+
+impl Ring {
+    /// Enables a ring: from now on it belongs to this thread.
+    pub fn new(Disabled { ring, .. }: Disabled, config: &Config, waker: &Waker) -> Result<Self, Unavailable> {
+        static NEXT_ID: AtomicU32 = AtomicU32::new(0);
         let pool =
             Pool::new(config.received_count, config.received_bytes, true).map_err(Unavailable::of("mmap"))?;
         // SAFETY: the ring of buffers has `count` entries, is page-aligned (slots are), and lives in `pool`,
@@ -125,6 +170,9 @@ impl Ring {
         // Sockets beyond the table are used unregistered; so are all of them if the limit on open files is
         // too low for it.
         let has_files = ring.submitter().register_files_sparse(config.files).is_ok();
+        ring.submitter().register_enable_rings().map_err(Unavailable::of("io_uring_register"))?;
+        // A sandbox may allow the one and not the other.
+        ring.submit().map_err(Unavailable::of("io_uring_enter"))?;
         // One that does not spin does not look.
         let watched_pool = if config.spin.is_zero() {
             None

@@ -1,5 +1,5 @@
-//! What both engines promise. Each test runs over io_uring (where the kernel has it), with spinning and
-//! without, and over epoll.
+//! What both engines promise. Each test runs over io_uring (where the kernel has it), restricted, with
+//! spinning and without, and over epoll.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -14,7 +14,8 @@ const TOKEN: Token = Token { owner: 1, value: 7 };
 fn both(test: impl Fn(Reactor)) {
     // A ring that spins looks at some sockets itself, one that does not leaves all to the kernel.
     for (epoll, spin) in [(false, Config::default().spin), (false, Duration::ZERO), (true, Duration::ZERO)] {
-        let reactor = Reactor::new(&Config { epoll, spin, ..Config::default() }).unwrap();
+        let config = Config { epoll, spin, is_restricted: true, ..Config::default() };
+        let reactor = Reactor::new(&config).unwrap();
         if !epoll && !reactor.has_ring() {
             eprintln!("SKIPPED over io_uring: {}", reactor.fallback_reason().unwrap());
             continue;
@@ -270,7 +271,7 @@ fn a_signal_is_an_event() {
 
 #[test]
 fn files_are_read_and_written_through_the_ring_and_let_go() {
-    let mut reactor = Reactor::new(&Config::default()).unwrap();
+    let mut reactor = Reactor::new(&Config { is_restricted: true, ..Config::default() }).unwrap();
     if !reactor.has_ring() {
         eprintln!("SKIPPED: {}", reactor.fallback_reason().unwrap());
         return;
@@ -322,4 +323,27 @@ fn a_timer_comes_when_the_clock_is_set_and_not_before() {
             assert_eq!(reactor.clock().now(), start + Duration::from_secs(seconds));
         }
     });
+}
+
+#[test]
+#[cfg(feature = "test-peers")]
+fn a_restricted_ring_rejects_what_no_reactor_asks_for_and_goes_to_another_thread() {
+    let config = |is_restricted| Config { is_restricted, ..Config::default() };
+    let answers = |is_restricted| {
+        let ring = DisabledRing::new(&config(is_restricted));
+        assert!(ring.unrestricted().is_none());
+        let thread = std::thread::spawn(move || {
+            let mut reactor = Reactor::with_ring(ring, &config(is_restricted)).unwrap();
+            reactor.attempt_through_ring()
+        });
+        thread.join().unwrap()
+    };
+    let restricted = answers(true);
+    if restricted.is_empty() {
+        return eprintln!("SKIPPED: there is no io_uring here");
+    }
+    assert!(restricted.iter().all(|(_, errno)| *errno == libc::EACCES), "{restricted:?}");
+    let free = answers(false);
+    assert!(free.iter().all(|(_, errno)| *errno != libc::EACCES || free[0].1 == libc::EACCES), "{free:?}");
+    assert!(free.contains(&("nop", 0)) && free.contains(&("register eventfd", 0)), "{free:?}");
 }
