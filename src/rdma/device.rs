@@ -72,8 +72,8 @@ pub(super) struct PortAddress {
     pub mtu: u32,
 }
 
-/// Loads the libraries and the drivers of all devices, and opens none. The error is why there is no device, as
-/// the rest of an error message.
+/// Loads the libraries and the drivers of all devices, and opens none. The error is why there is no device,
+/// as the rest of an error message.
 pub(super) fn load() -> Result<(), &'static str> {
     let verbs = verbs()?;
     let mut count = 0;

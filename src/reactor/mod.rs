@@ -468,8 +468,8 @@ impl Reactor {
         self.expected = operations.min(SPIN_MULTIPLIER_MAX) as u32;
     }
 
-    /// For tests: has the kernel answer what no reactor asks of its ring. What that is, and the errno; 0 if it
-    /// was done. Empty if there is no ring.
+    /// For tests: has the kernel answer what no reactor asks of its ring. What that is, and the errno; 0 if
+    /// it was done. Empty if there is no ring.
     #[cfg(feature = "test-peers")]
     pub fn attempt_through_ring(&mut self) -> Vec<(&'static str, i32)> {
         match &mut self.engine {

@@ -50,7 +50,7 @@ impl Raw {
             welcome.resize(n, 0);
             raw.stream.read_exact(&mut welcome[have..])?;
         }
-        raw.enter(&Command::Open { flags, mode: 0, path: path.as_bytes() })?;
+        raw.enter(&Command::Open { flags, mode: 0o600, path: path.as_bytes() })?;
         Ok(raw)
     }
 
