@@ -104,6 +104,12 @@ pub struct Options {
     /// Do not start if clients may write and the state directory cannot be used
     #[arg(long)]
     strict: bool,
+    /// Become this user, with its groups, before anything is opened [default: the user that starts it]
+    #[arg(long, value_name = "NAME|UID")]
+    user: Option<String>,
+    /// Give up what a server does not need: other files, system calls, capabilities [default: on]
+    #[arg(long, value_enum)]
+    sandbox: Option<SandboxMode>,
     /// Read options from this TOML file; they have the names of these, without the dashes in front
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -158,6 +164,16 @@ pub enum BackendKind {
     Uring,
     /// A pool of threads.
     Threads,
+}
+
+/// Whether the server confines itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SandboxMode {
+    /// As far as the kernel can do it.
+    On,
+    /// Not at all.
+    Off,
 }
 
 /// How much to log.
@@ -217,6 +233,10 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Nothing is exported for writing without it.
     pub is_strict: bool,
+    /// Whom to become: a name, or a number.
+    pub user: Option<String>,
+    /// The server confines itself.
+    pub is_sandboxed: bool,
 }
 
 impl Config {
@@ -312,7 +332,9 @@ impl Options {
             backend unless is_none,
             log unless is_none,
             trace unless is_none,
-            state unless is_none
+            state unless is_none,
+            user unless is_none,
+            sandbox unless is_none
         );
         file.strict |= self.strict;
         Ok(Self { places, ..file })
@@ -332,7 +354,7 @@ impl Options {
             listen.extend(listen_addresses(url).map_err(|why| anyhow!("{} {url}: {why}", name("listen")))?);
         }
         if listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma)
-            && let Some(reason) = rdma::unavailable()
+            && let Some(reason) = rdma::load()
         {
             bail!(
                 "{} rdma://: there is no RDMA here ({reason}). Install it (--list-devices shows what there \
@@ -476,6 +498,8 @@ impl Options {
             trace: options.trace,
             state: options.state,
             is_strict: options.strict,
+            user: options.user,
+            is_sandboxed: options.sandbox != Some(SandboxMode::Off),
         })
     }
 }
@@ -574,6 +598,7 @@ mod tests {
         assert_eq!(config.sessions_max, None);
         assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
+        assert!(config.is_sandboxed && config.user.is_none());
     }
 
     #[test]
@@ -583,7 +608,7 @@ mod tests {
         let text = "listen = ['tcp://127.0.0.2:1', 'tcp://[::1]:2']\nexport = ['a=/tmp']\nio-max = \
         '64k'\nmemory = 8388608\n\
                     queue-depth = 7\nbackend = 'threads'\nlog = 'debug'\nspin-us = 0\nworkers = 3\n\
-                    max-sessions = 5\n";
+                    max-sessions = 5\nuser = 'nobody'\nsandbox = 'off'\n";
         std::fs::write(&path, text).unwrap();
         let path = path.to_str().unwrap();
         let config = options(&["--config", path]).check(2).unwrap();
@@ -592,6 +617,9 @@ mod tests {
         assert_eq!((config.spin, config.arena_bytes), (Duration::ZERO, (4 << 20) / 3));
         assert_eq!(config.sessions_max, Some(5));
         assert_eq!((config.backend, config.log), (BackendKind::Threads, LogLevel::Debug));
+        assert_eq!((config.user.as_deref(), config.is_sandboxed), (Some("nobody"), false));
+        let config = options(&["--config", path, "--user", "0", "--sandbox=on"]).check(2).unwrap();
+        assert_eq!((config.user.as_deref(), config.is_sandboxed), (Some("0"), true));
         let config =
             options(&["--config", path, "--queue-depth", "9", "--export", "b=/", "--backend", "uring"]);
         let config = config.check(2).unwrap();

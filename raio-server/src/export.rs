@@ -28,6 +28,7 @@ use crate::file_identity::{self, Basis, FileIdentity};
 use crate::pool::Pool;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
+use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::verifier::{FileVerifier, Verifier};
@@ -242,6 +243,26 @@ impl Exports {
     #[cfg(test)]
     pub fn of(exports: Vec<Export>) -> Self {
         Self(exports)
+    }
+
+    /// What the sandbox is to let the server open.
+    pub fn grants(&mut self) -> anyhow::Result<Vec<Grant>> {
+        let mut grants = Vec::new();
+        for Export { name, source, is_writable, .. } in &mut self.0 {
+            let Origin::Files(root) = source else { continue };
+            let granted = root.grants(name, *is_writable);
+            grants.extend(granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?);
+        }
+        Ok(grants)
+    }
+
+    /// From now on nothing else can be opened.
+    pub fn confine(&mut self) {
+        for export in &mut self.0 {
+            if let Origin::Files(root) = &mut export.source {
+                root.confine();
+            }
+        }
     }
 
     /// All of them, in order.

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -220,6 +220,22 @@ pub fn disk_of(device: (u32, u32)) -> Option<(u32, u32)> {
     let numbers = read(&disk.join("dev")).ok()??;
     let (major, minor) = numbers.split_once(':')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The files that a disk lies in by which it is known, if it is a loop device.
+pub fn backing_files(device: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut at = device.to_owned();
+    while let Ok(metadata) = std::fs::metadata(&at)
+        && metadata.file_type().is_block_device()
+        && files.len() < DEPTH_MAX as usize
+    {
+        let (_, disk) = described((libc::major(metadata.rdev()), libc::minor(metadata.rdev())));
+        let Ok(Some(backing)) = read(&disk.join("loop/backing_file")) else { break };
+        at = backing.into();
+        files.push(at.clone());
+    }
+    files
 }
 
 /// A number that changes when another disk takes the place of one. Empty if there is no disk.

@@ -31,6 +31,7 @@ mod open;
 mod orphan_guard;
 mod placement;
 mod pool;
+mod privileges;
 mod probe;
 mod program;
 #[cfg(test)]
@@ -40,6 +41,7 @@ mod rate_limit;
 mod rejection;
 mod request;
 mod root;
+mod sandbox;
 mod server;
 mod session;
 mod sessions;

@@ -23,6 +23,8 @@ pub struct Listener {
 
 #[derive(Debug)]
 struct Socket {
+    /// Its place on the command line.
+    position: usize,
     file: File,
     address: SocketAddr,
     /// None: it is a TCP socket.
@@ -31,14 +33,20 @@ struct Socket {
 }
 
 impl Listener {
-    /// Listens on these addresses. Events on its operations carry `owner`.
+    /// Listens nowhere yet. Events on its operations will carry `owner`.
+    pub fn new(owner: u8) -> Self {
+        Self { owner, sockets: Vec::new() }
+    }
+
+    /// Listens on those of the addresses that have this scheme.
     pub fn bind(
+        &mut self,
         reactor: &mut Reactor,
-        owner: u8,
         addresses: &[(Scheme, SocketAddr)],
-    ) -> anyhow::Result<Self> {
-        let mut this = Self { owner, sockets: Vec::new() };
-        for &(scheme, address) in addresses {
+        wanted: Scheme,
+    ) -> anyhow::Result<()> {
+        let wanted = addresses.iter().enumerate().filter(|(_, (scheme, _))| *scheme == wanted);
+        for (position, &(scheme, address)) in wanted {
             let (fd, address, rdma) = if scheme == Scheme::Rdma {
                 let listener = when_free(|| rdma::listen(address))?;
                 (listener.fd()?, listener.address(), Some(listener))
@@ -47,9 +55,10 @@ impl Listener {
                 (socket, address, None)
             };
             let file = reactor.file(fd);
-            this.sockets.push(Socket { file, address, rdma, accept: None });
+            self.sockets.push(Socket { position, file, address, rdma, accept: None });
         }
-        Ok(this)
+        self.sockets.sort_by_key(|socket| socket.position);
+        Ok(())
     }
 
     /// Starts accepting.

@@ -2,7 +2,8 @@
 //!
 //! Each has a bounded queue and a thread that writes, so that no other thread ever waits for whoever reads,
 //! or does not. What finds no room in the queue, or cannot be written (a full device, a closed pipe), is lost
-//! and counted.
+//! and counted. Until there are threads ([`start`]), whoever says something writes it, as far as that can be
+//! done without waiting.
 
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -12,13 +13,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 
 use crate::rate_limit::RateLimit;
 use crate::tuning::log::{FLUSH_TIMEOUT, LINE_BYTES_MAX, QUEUE_LINES, RATE_LIMIT_PERIOD, RATE_LIMIT_WINDOW};
 use raio_transport::sync::lock;
+
+/// What a pipe takes as a whole.
+const PIPE_BUF: usize = libc::PIPE_BUF;
 
 static LOG: OnceLock<SyncSender<Message>> = OnceLock::new();
 static STATISTICS: OnceLock<SyncSender<Message>> = OnceLock::new();
@@ -31,7 +35,7 @@ enum Message {
     Flush(SyncSender<()>),
 }
 
-/// Starts the threads that write. Once, after signals have been blocked.
+/// Starts the threads that write. Once, after signals have been blocked, and with what threads inherit.
 pub fn start() -> io::Result<()> {
     let thread = |name: &str, write: fn(Receiver<Message>)| {
         let (sender, receiver) = sync_channel(QUEUE_LINES);
@@ -39,9 +43,12 @@ pub fn start() -> io::Result<()> {
     };
     let _ = LOG.set(thread("raio-log", write_log)?);
     let _ = STATISTICS.set(thread("raio-stdout", write_statistics)?);
-    // The standard library's hook would wait for standard error.
-    std::panic::set_hook(Box::new(|info| tracing::error!("{}", info.to_string().replace('\n', " "))));
     Ok(())
+}
+
+/// Has panics logged: the standard library's hook would wait for standard error.
+pub fn catch_panics() {
+    std::panic::set_hook(Box::new(|info| tracing::error!("{}", info.to_string().replace('\n', " "))));
 }
 
 /// Has events logged up to this level.
@@ -139,11 +146,24 @@ impl Write for LogWriter {
 }
 
 fn push_log(bytes: &[u8]) {
-    let Some(queue) = LOG.get() else { return };
-    let line = sanitized(&String::from_utf8_lossy(bytes));
-    if queue.try_send(Message::Line(line.into_bytes())).is_err() {
+    let line = sanitized(&String::from_utf8_lossy(bytes)).into_bytes();
+    let is_taken = match LOG.get() {
+        Some(queue) => queue.try_send(Message::Line(line)).is_ok(),
+        None => write_at_once(io::stderr(), &line),
+    };
+    if !is_taken {
         LOST.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Writes a line, as far as that can be done without waiting. Returns whether that is all of it.
+fn write_at_once(to: impl AsFd, line: &[u8]) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // A pipe that has room has it for this much at least.
+    line.chunks(PIPE_BUF).all(|piece| {
+        let mut fds = [PollFd::new(&to, PollFlags::OUT)];
+        poll(&mut fds, Some(&now)) == Ok(1) && rustix::io::write(&to, piece) == Ok(piece.len())
+    })
 }
 
 /// One line in which nothing steers a terminal or looks like another line, whatever names of clients and
@@ -242,6 +262,16 @@ fn write_all(to: impl AsFd, mut bytes: &[u8]) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_that_is_full_holds_up_nobody() {
+        let (reader, writer) = io::pipe().unwrap();
+        let line = vec![b'x'; LINE_BYTES_MAX + 9];
+        let taken = (0..100).take_while(|_| write_at_once(&writer, &line)).count();
+        assert!((1..100).contains(&taken), "{taken} lines");
+        drop(reader);
+        assert!(!write_at_once(&writer, b"x\n"), "a closed one takes nothing");
+    }
 
     #[test]
     fn nothing_in_a_line_steers_a_terminal_or_makes_another_line() {

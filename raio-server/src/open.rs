@@ -75,7 +75,9 @@ impl Opening {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
         let directory = root.enter(export.name())?;
         let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
-        let fd = self.find_or_create(export.name(), root, base)?;
+        let fd = self
+            .find_or_create(export.name(), root, base)
+            .map_err(|rejection| root.explain(export.name(), rejection))?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
         let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
         let facts = Facts::of(&fd).map_err(|errno| self.failed(errno))?;

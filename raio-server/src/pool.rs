@@ -7,7 +7,8 @@
 //! pool is the number of exports times the widths of their lanes.
 //!
 //! Threads are started by a thread of their own, so that they inherit neither a worker's place on a CPU nor
-//! what else it has set up.
+//! what else it has set up. That one is started once the server has its user and its sandbox, which they
+//! inherit.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
@@ -107,11 +108,23 @@ impl<J> PartialEq for Lane<J> {
 }
 
 impl<J: Job> Pool<J> {
-    /// Starts a pool with one thread.
+    /// A pool. Jobs wait until it is started.
+    pub fn new() -> &'static Self {
+        Self::with_idle(1)
+    }
+
+    /// Starts the first thread, and the one that starts the others. Once.
+    pub fn start_first(&'static self) -> io::Result<()> {
+        self.spawn()?;
+        std::thread::Builder::new().name("raio-pool".into()).spawn(|| self.start_threads())?;
+        Ok(())
+    }
+
+    /// A pool that has been started.
+    #[cfg(test)]
     pub fn start() -> io::Result<&'static Self> {
-        let pool = Self::with_idle(1);
-        pool.spawn()?;
-        std::thread::Builder::new().name("raio-pool".into()).spawn(|| pool.start_threads())?;
+        let pool = Self::new();
+        pool.start_first()?;
         Ok(pool)
     }
 
@@ -122,7 +135,7 @@ impl<J: Job> Pool<J> {
         Self::with_idle(usize::MAX)
     }
 
-    /// A pool that counts this number of threads as idle. The caller starts them.
+    /// A pool that counts this number of threads as idle. They are yet to be started.
     fn with_idle(idle: usize) -> &'static Self {
         let state = State { lanes: Vec::new(), ready: VecDeque::new(), idle };
         Box::leak(Box::new(Self {

@@ -9,12 +9,11 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use raio_transport::reactor::block_signals;
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use tracing::level_filters::LevelFilter;
 
 use crate::config::{self, Config, LogLevel, Options};
-use crate::log;
 use crate::server::{self, Server, describe};
+use crate::{log, privileges};
 
 /// Runs `raio_server` with this process's arguments, until it is told to stop. In the process's first and
 /// only thread: signals are blocked for all threads that it starts.
@@ -25,9 +24,10 @@ pub fn main() -> ExitCode {
         Ok(options) => Ok(options),
         Err(error) => Err(config::advice(&error).unwrap_or_else(|| error.exit())),
     };
-    let privileges = drop_fsetid();
-    if let Err(error) = block_signals(&signals).and_then(|()| log::start()) {
-        let _ = writeln!(std::io::stderr(), "raio_server: Cannot block signals or start a thread: {error}.");
+    log::catch_panics();
+    let privileges = privileges::drop_fsetid();
+    if let Err(error) = block_signals(&signals) {
+        log::say(&format!("Cannot block signals: {error}."));
         return ExitCode::FAILURE;
     }
     let code = match options {
@@ -98,38 +98,12 @@ fn list_devices() -> ExitCode {
     }
 }
 
-/// Drops CAP_FSETID. A write by a client must clear the set-user-ID and set-group-ID bits of a file, as a
-/// write by an ordinary user does; the kernel does not clear them for a thread with this capability. To be
-/// called before the first thread starts: capabilities belong to threads, and new threads inherit them.
-fn drop_fsetid() -> anyhow::Result<()> {
-    let mut sets = match capabilities(None) {
-        // A sandbox may forbid to ask. Then an ordinary user has none.
-        Err(_) if !rustix::process::geteuid().is_root() => return Ok(()),
-        sets => sets?,
-    };
-    let has_it = [sets.effective, sets.permitted].iter().any(|set| set.contains(CapabilitySet::FSETID));
-    if has_it {
-        for set in [&mut sets.effective, &mut sets.permitted, &mut sets.inheritable] {
-            set.remove(CapabilitySet::FSETID);
-        }
-        set_capabilities(None, sets)?;
-    }
-    Ok(())
-}
-
 fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     privileges.context(
         "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an \
          ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
-    if rustix::process::geteuid().is_root() {
-        tracing::warn!(
-            "The server runs as root, so clients can do with the exports what root can. Run it as a user of \
-             its own that may \
-             access nothing but the exports."
-        );
-    }
     let Some(server) = Server::start(config)? else { return Ok(ExitCode::SUCCESS) };
     // The messages of the start come before this line, which scripts wait for.
     log::flush();

@@ -14,7 +14,9 @@ use rustix::io::Errno;
 
 use crate::claim::Claim;
 use crate::export_spec::ExportSpec;
+use crate::file_identity;
 use crate::rejection::Rejection;
+use crate::sandbox::Grant;
 use crate::syscalls::openat2;
 use crate::volume::SizeLimit;
 use raio_transport::sync::lock;
@@ -81,6 +83,10 @@ pub struct Root {
     /// What one file may grow to, if it must not grow: the largest size that it was seen to have.
     largest: Option<AtomicU64>,
     seen: Mutex<Option<Identity>>,
+    /// What was there when the sandbox was told what may be opened.
+    granted: Option<Identity>,
+    /// The sandbox allows to open that, and nothing else that gets to the path.
+    is_confined: bool,
 }
 
 /// What tells a directory, or a device, from another at the same path.
@@ -92,6 +98,11 @@ struct Identity {
 }
 
 impl Identity {
+    /// Whether it is the same file or directory, by whatever mount.
+    fn is_same(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
     fn of(stat: &Statx) -> Self {
         Self { device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino, mount: stat.stx_mnt_id }
     }
@@ -116,6 +127,8 @@ impl Root {
             bytes_max: spec.file_bytes_max,
             largest: keeps_size.then(AtomicU64::default),
             seen: Mutex::new(None),
+            granted: None,
+            is_confined: false,
         };
         if kind == FileType::Directory {
             match this.enter(&spec.name) {
@@ -141,8 +154,7 @@ impl Root {
 
     /// What no other server may write to while this one does. `name` is the export's.
     pub fn claim(&self, name: &str) -> anyhow::Result<Claim> {
-        let path = Path::new(OsStr::from_bytes(self.path.as_bytes()));
-        Claim::of(name, path, self.crosses_mounts, self.must_be_mountpoint)
+        Claim::of(name, self.as_path(), self.crosses_mounts, self.must_be_mountpoint)
     }
 
     /// What openat2(2) is to mind.
@@ -156,6 +168,72 @@ impl Root {
             FileType::BlockDevice => ResolveFlags::NO_MAGICLINKS,
             _ => ResolveFlags::NO_SYMLINKS,
         }
+    }
+
+    /// What the sandbox is to let the server open: what is at the path now. `name` is the export's.
+    ///
+    /// Landlock knows files and directories, and not paths. What will be mounted on a directory that is set
+    /// to `mountpoint` is not there yet, so that it takes the directory above.
+    pub fn grants(&mut self, name: &str, is_writable: bool) -> anyhow::Result<Vec<Grant>> {
+        let mut grants = Vec::new();
+        let has_devices = self.has_devices || self.is_device();
+        let path = self.as_path().to_owned();
+        let grant = |at| Grant::of_export(at, is_writable, has_devices);
+        let resolve = if self.is_directory() { ResolveFlags::NO_SYMLINKS } else { self.resolve() };
+        match openat2(CWD, &self.path, OFlags::PATH, Mode::empty(), resolve) {
+            Ok(at) => {
+                self.granted = statx(&at).ok().map(|stat| Identity::of(&stat));
+                grants.push(grant(at)?);
+            }
+            Err(_) if self.must_be_mountpoint => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if let Some(above) = path.parent().filter(|_| self.must_be_mountpoint) {
+            let at = openat2(CWD, above, OFlags::PATH, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
+            grants.push(grant(at)?);
+            tracing::info!(
+                "Export {name}: what will be mounted on {} is not known yet, so the sandbox allows all of \
+                 {}.",
+                path.display(),
+                above.display()
+            );
+        }
+        if self.is_device() {
+            // A disk is known by the file that it lies in.
+            for file in file_identity::backing_files(&path) {
+                grants.extend(Grant::to_read(&file).ok());
+            }
+        }
+        Ok(grants)
+    }
+
+    /// From now on nothing can be opened but what was granted.
+    pub fn confine(&mut self) {
+        self.is_confined = !self.must_be_mountpoint;
+    }
+
+    /// The same rejection, with the reason if it is that the sandbox does not know what is at the path now.
+    /// `name` is the export's.
+    pub fn explain(&self, name: &str, rejection: Rejection) -> Rejection {
+        if !self.is_confined || rejection.status.errno != libc::EACCES {
+            return rejection;
+        }
+        let at = rustix::fs::statx(CWD, &self.path, AtFlags::empty(), StatxFlags::BASIC_STATS);
+        let is_same =
+            at.is_ok_and(|stat| self.granted.is_some_and(|granted| granted.is_same(&Identity::of(&stat))));
+        if is_same {
+            return rejection;
+        }
+        let text = format!(
+            "Export {name} is not what it was when the server started (something was mounted, unmounted, \
+             replaced or removed), and the sandbox of the server allows nothing else. The server must be \
+             started anew; with `mountpoint = true` it would follow what is mounted."
+        );
+        Rejection { text, ..rejection }
+    }
+
+    fn as_path(&self) -> &Path {
+        Path::new(OsStr::from_bytes(self.path.as_bytes()))
     }
 
     /// Whether it is a directory.
@@ -211,10 +289,15 @@ impl Root {
         if before.is_some_and(|before| before != now) {
             tracing::warn!(
                 "Export {name}: {:?} is another {} than before (something was mounted, unmounted or \
-                 replaced), and served from now on. \
-                 Files that are open stay what they are.",
+                 replaced), and {}. Files that are open stay what they are.",
                 self.path,
                 if self.is_directory() { "directory" } else { "device" },
+                match self.granted {
+                    Some(granted) if self.is_confined && self.is_directory() && !granted.is_same(&now) =>
+                        "cannot be served, because the sandbox knows only what was there at the start: start \
+                         the server anew, or set the export to `mountpoint`",
+                    _ => "served from now on",
+                },
             );
         }
     }

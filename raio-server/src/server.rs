@@ -4,13 +4,15 @@
 //! serves nothing itself.
 
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
-use raio_transport::reactor::{self, Reactor, Receiver, Sender, Signals, Token, Wait};
-use raio_transport::{open_files, random};
+use raio_transport::address::Scheme;
+use raio_transport::reactor::{self, DisabledRing, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::claim::{Attempt, Claim, try_claim};
@@ -23,9 +25,12 @@ use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
 use crate::pool::Pool;
+use crate::privileges::{self, User};
+use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
+use crate::trace::Trace;
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
@@ -88,12 +93,23 @@ impl Drop for EndedOnDrop {
 
 /// Whether a server could start with this, as far as can be told without listening.
 pub fn check(config: &Config) -> anyhow::Result<()> {
-    limits_and_exports(config).map(drop)
+    let user = config.user.as_deref().map(User::find).transpose()?;
+    let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
+    reduce(config, user.as_ref())?;
+    limits_and_exports(config, descriptors, Pool::new()).map(drop)
+}
+
+/// Becomes the user, and gives up most of what is not needed to start.
+fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
+    if config.is_sandboxed || user.is_some() { privileges::reduce(user) } else { Ok(()) }
 }
 
 /// How many sessions there may be, the limits on their connections and files, and what clients may open.
-fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
-    let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
+fn limits_and_exports(
+    config: &Config,
+    descriptors: usize,
+    pool: &'static Pool<Job>,
+) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
     let (sessions_max, files_max) = session_limits(descriptors, config.sessions_max)?;
     let room = Room {
         descriptors: descriptors.saturating_sub(DESCRIPTORS_OWN),
@@ -105,13 +121,13 @@ fn limits_and_exports(config: &Config) -> anyhow::Result<(usize, Arc<Limits>, Ex
     if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
         probe::for_files()?;
     }
-    Ok((sessions_max, limits, Exports::open(&config.exports, start_pool()?)?))
+    Ok((sessions_max, limits, Exports::open(&config.exports, pool)?))
 }
 
 /// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has been
-/// killed can do so any more; then has the exports keep their verifiers. Returns what holds the lock; None if
-/// there is no state directory, or nothing to lock. The error of a state directory that cannot be used is
-/// logged, unless the options are strict.
+/// killed can do so any more; then has the exports keep their verifiers. Returns what holds the lock, and
+/// the state directory; None if there is none, or nothing to lock. The error of a state directory that cannot
+/// be used is logged, unless the options are strict.
 fn claim(
     config: &Config,
     exports: &Exports,
@@ -168,13 +184,13 @@ fn claim(
         let about = format!("{} {}", claim.name, claim.path);
         export.verifier().keep(&directory, &name, &about, boot)?;
     }
-    Ok(Claimed::Yes(Some(lock)))
+    Ok(Claimed::Yes(Some((lock, directory))))
 }
 
 /// What came of [`claim`].
 enum Claimed {
-    /// The exports may be served, as long as this is open.
-    Yes(Option<Arc<OwnedFd>>),
+    /// The exports may be served, as long as the lock is open.
+    Yes(Option<(Arc<OwnedFd>, Arc<StateDirectory>)>),
     /// The server was told to stop.
     Stopped,
 }
@@ -231,8 +247,16 @@ impl Waiting<'_> {
 impl Server {
     /// Opens the exports, waits until they are nobody else's, listens, and starts the workers. None: it was
     /// told to stop before.
+    ///
+    /// The order is that of its power. What only root can do comes first: limits, rings, other users. Then
+    /// it opens what it is going to serve, as the user that it stays. Then the sandbox closes, in two steps:
+    /// RDMA devices are opened between them, because the kernel takes no commands from a process that has
+    /// changed its credentials since. Threads inherit all of this, so they start last.
     pub fn start(config: &Config) -> anyhow::Result<Option<Self>> {
-        let (sessions_max, limits, exports) = limits_and_exports(config)?;
+        let user = config.user.as_deref().map(User::find).transpose()?;
+        let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
+        privileges::raise_memlock();
+        let has_rdma = rdma::load().is_none();
         let main = reactor::Config {
             entries: 64,
             spin: Duration::ZERO,
@@ -240,9 +264,31 @@ impl Server {
             received_bytes: 4096,
             files: 64,
             epoll: false,
-            is_restricted: false,
+            is_restricted: config.is_sandboxed,
         };
-        let mut reactor = Reactor::new(&main).context("Cannot make an event loop")?;
+        let main_ring = DisabledRing::new(&main);
+        let mut sandbox = config.is_sandboxed.then(Sandbox::default);
+        if let Some(sandbox) = &mut sandbox
+            && main_ring.is_some()
+        {
+            sandbox.note_rings(main_ring.unrestricted());
+        }
+        let of_worker = Worker::reactor_config(config.spin, config.is_sandboxed);
+        let rings: Vec<_> = (0..config.workers).map(|_| DisabledRing::new(&of_worker)).collect();
+        if let (Some(user), Some(state)) = (&user, &config.state) {
+            StateDirectory::make_for(user.ids(), state)?;
+        }
+        reduce(config, user.as_ref())?;
+        if rustix::process::geteuid().is_root() {
+            tracing::warn!(
+                "The server runs as root, so clients can do with the exports what root can. Run it as a \
+                 user of its own (--user) that may access nothing but the exports."
+            );
+        }
+
+        let pool = Pool::new();
+        let (sessions_max, limits, exports) = limits_and_exports(config, descriptors, pool)?;
+        let mut reactor = Reactor::with_ring(main_ring, &main).context("Cannot make an event loop")?;
         let mut signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
         let mut waiting = Waiting {
@@ -251,17 +297,39 @@ impl Server {
             since: Instant::now(),
             said: String::new(),
         };
-        let lock = match claim(config, &exports, |why| waiting.wait(why))? {
-            Claimed::Yes(lock) => lock,
+        let (lock, state) = match claim(config, &exports, |why| waiting.wait(why))? {
+            Claimed::Yes(claimed) => claimed.unzip(),
             Claimed::Stopped => return Ok(None),
         };
-        let listener = Listener::bind(&mut reactor, LISTENER, &config.listen)?;
         let first_generation = 1 + (random::number() % u64::from(GENERATION_MAX)) as u32;
         let sessions =
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
-        let shared = Arc::new(Shared { claim: lock, ..Shared::new(config, exports, sessions)? });
+        let mut shared = Shared { claim: lock, ..Shared::new(config, exports, sessions)? };
+        let mut listener = Listener::new(LISTENER);
+        listener.bind(&mut reactor, &config.listen, Scheme::Tcp)?;
+        if let Some(sandbox) = &mut sandbox {
+            close_in(sandbox, &mut shared.exports, state.as_deref(), has_rdma)?;
+        } else {
+            tracing::warn!(
+                "The sandbox is off (--sandbox=off): whoever finds a fault in the server has all that its \
+                 user has."
+            );
+            if user.is_some() {
+                privileges::drop_all()?;
+            }
+        }
+        // Opens the devices.
+        let _ = rdma::unavailable();
+        listener.bind(&mut reactor, &config.listen, Scheme::Rdma)?;
+        if let Some(mut sandbox) = sandbox {
+            sandbox.filter_calls();
+            sandbox.report();
+        }
+
+        start_helpers(pool, &shared)?;
+        let shared = Arc::new(shared);
         let (sender, ended) = reactor::mailbox(reactor.waker());
-        let (workers, started) = start_workers(config.workers, &shared, &sender)?;
+        let (workers, started) = start_workers(rings, &shared, &sender)?;
         let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());
         let backend = say_what_was_missing(config, &started);
         Ok(Some(Self {
@@ -489,20 +557,52 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
-fn start_pool() -> anyhow::Result<&'static Pool<Job>> {
-    Pool::start()
-        .context("Cannot start a thread for file operations. Raise the limit on processes with `ulimit -u`")
+/// Puts on all of the sandbox but the filter of system calls.
+fn close_in(
+    sandbox: &mut Sandbox,
+    exports: &mut Exports,
+    state: Option<&StateDirectory>,
+    has_rdma: bool,
+) -> anyhow::Result<()> {
+    let mut grants = exports.grants()?;
+    if let Some(state) = state {
+        grants.push(Grant::of_state(state.fd())?);
+    }
+    // What tells disks from one another, and RDMA devices.
+    grants.extend(Grant::to_read(Path::new("/sys")).ok());
+    if has_rdma {
+        grants.extend(Grant::of_devices(Path::new("/dev/infiniband")).ok());
+    }
+    // It is kept.
+    file_identity::boot();
+    privileges::drop_all()?;
+    if let Err(errno) = privileges::hide() {
+        sandbox.note_gap(format!("prctl(2) does not work ({errno})"));
+    }
+    if sandbox.confine_files(&grants) {
+        exports.confine();
+    }
+    Ok(())
+}
+
+/// Starts the threads beside the workers.
+fn start_helpers(pool: &'static Pool<Job>, shared: &Shared) -> anyhow::Result<()> {
+    const REMEDY: &str = "Raise the limit on processes with `ulimit -u`";
+    log::start().with_context(|| format!("Cannot start a thread for the log. {REMEDY}"))?;
+    pool.start_first().with_context(|| format!("Cannot start a thread for file operations. {REMEDY}"))?;
+    shared.trace.as_ref().map_or(Ok(()), Trace::start)
 }
 
 fn start_workers(
-    count: usize,
+    rings: Vec<DisabledRing>,
     shared: &Arc<Shared>,
     ended: &Sender<Ended>,
 ) -> anyhow::Result<(Vec<WorkerHandle>, Vec<Started>)> {
+    let count = rings.len();
     let cpus = cpus_to_pin(count);
     let mut workers = Vec::new();
     let mut all_started = Vec::new();
-    for index in 0..count {
+    for (index, ring) in rings.into_iter().enumerate() {
         let counters = Arc::new(Counters::new(shared.exports.all().len()));
         let (sender, receiver) = mpsc::sync_channel(1);
         let thread = {
@@ -512,16 +612,16 @@ fn start_workers(
             move || {
                 // All of it, so that it is dropped here.
                 let mut ended = ended;
-                let mut worker = match Worker::new(index, shared, counters, cpu) {
-                    Ok((worker, started)) => {
-                        let _ = sender.send(Ok(started));
-                        worker
-                    }
+                let (mut worker, started) = match Worker::with_ring(ring, index, shared, counters, cpu) {
+                    Ok(made) => made,
                     Err(error) => {
                         let _ = sender.send(Err(error));
                         return;
                     }
                 };
+                #[cfg(all(feature = "test-attack", debug_assertions))]
+                worker.attack();
+                let _ = sender.send(Ok(started));
                 match worker.run() {
                     Ok(outcome) => ended.ended.outcome = Some(outcome),
                     Err(error) => tracing::error!("Worker {index}: {}.", describe(&error)),

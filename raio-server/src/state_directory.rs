@@ -10,7 +10,7 @@
 //! calls may wait for the file system.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
@@ -29,6 +29,15 @@ pub struct StateDirectory {
 }
 
 impl StateDirectory {
+    /// Creates the directory, in one that exists, for a user with these numbers, who perhaps could not do
+    /// that. If it cannot be created, opening it will say why.
+    pub fn make_for((uid, gid): (u32, u32), path: &Path) -> anyhow::Result<()> {
+        match rustix::fs::mkdir(path, ONLY_MINE | Mode::XUSR) {
+            Ok(()) => Ok(std::os::unix::fs::lchown(path, Some(uid), Some(gid))?),
+            Err(_) => Ok(()),
+        }
+    }
+
     /// Opens the directory, or creates it in one that exists. Tries whether files can be written there.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         let cannot = || format!("Cannot use the state directory {}", path.display());
@@ -42,6 +51,11 @@ impl StateDirectory {
         let trial = format!("trial.{}", std::process::id());
         this.replace(&trial, "").and_then(|()| this.remove(&trial)).with_context(cannot)?;
         Ok(this)
+    }
+
+    /// The directory itself.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 
     /// Its path.

@@ -3,16 +3,18 @@
 //! [`raio_transport::trace`].
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use raio_transport::sync::lock;
 use raio_transport::trace::{Clock, Ring, TraceFile};
 
 use crate::tuning::statistics::{TRACE_RECORDS, TRACE_TIMEOUT};
 
+#[derive(Debug)]
 enum Message {
     /// What this worker has recorded.
     Ring(usize, Ring),
@@ -27,11 +29,13 @@ pub struct Trace {
     sender: SyncSender<Message>,
     /// Records that the queue had no room for, and that the file does not tell of yet.
     dropped: Arc<AtomicU64>,
+    /// What the thread will have that is not started yet.
+    unstarted: Mutex<Option<(Writer, Receiver<Message>)>>,
 }
 
 impl Trace {
-    /// Creates the file, and starts the thread that writes to it. The records are of this clock.
-    pub fn start(path: &Path, clock: Clock, workers: usize) -> anyhow::Result<Self> {
+    /// Creates the file. The records are of this clock. [`Trace::start`] is to follow.
+    pub fn create(path: &Path, clock: Clock, workers: usize) -> anyhow::Result<Self> {
         let file = TraceFile::of_server(path, "raio_server", clock).with_context(|| {
             format!(
                 "Cannot create {} for --trace. Name a file that does not exist yet, in a directory that \
@@ -41,12 +45,18 @@ impl Trace {
         })?;
         let (sender, receiver) = sync_channel(workers);
         let dropped = Arc::new(AtomicU64::new(0));
-        let mut writer = Writer { path: path.to_owned(), file, dropped: Arc::clone(&dropped) };
+        let writer = Writer { path: path.to_owned(), file, dropped: Arc::clone(&dropped) };
+        Ok(Self { clock, sender, dropped, unstarted: Mutex::new(Some((writer, receiver))) })
+    }
+
+    /// Starts the thread that writes to the file.
+    pub fn start(&self) -> anyhow::Result<()> {
+        let Some((mut writer, receiver)) = lock(&self.unstarted).take() else { return Ok(()) };
         std::thread::Builder::new()
             .name("raio-trace".into())
             .spawn(move || writer.run(&receiver))
             .context("Cannot start a thread for --trace. Raise the limit on processes with `ulimit -u`")?;
-        Ok(Self { clock, sender, dropped })
+        Ok(())
     }
 
     /// The clock of all records.
@@ -112,6 +122,7 @@ impl Trace {
 }
 
 /// What the thread has.
+#[derive(Debug)]
 struct Writer {
     path: PathBuf,
     file: TraceFile,
@@ -182,7 +193,8 @@ mod tests {
         // Its thread is held up: it does not run yet.
         let (sender, receiver) = sync_channel(2);
         let dropped = Arc::new(AtomicU64::new(0));
-        let trace = Trace { clock: file.clock(), sender, dropped: Arc::clone(&dropped) };
+        let trace =
+            Trace { clock: file.clock(), sender, dropped: Arc::clone(&dropped), unstarted: Mutex::default() };
         assert!(trace.write(0, ring_of(3)).is_ok() && trace.write(1, ring_of(4)).is_ok());
         let kept = trace.write(0, ring_of(5)).unwrap_err();
         assert_eq!(kept.len(), 5);

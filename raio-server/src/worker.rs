@@ -18,6 +18,9 @@
 //! path.
 
 pub mod admission;
+#[cfg(all(feature = "test-attack", debug_assertions))]
+#[allow(unsafe_code)]
+mod attack;
 mod command;
 mod connections;
 mod device_queues;
@@ -48,7 +51,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
-use raio_transport::reactor::{self, Event, Reactor, Receiver, Sender, Token, Wait};
+use raio_transport::reactor::{self, DisabledRing, Event, Reactor, Receiver, Sender, Token, Wait};
 use raio_transport::transport::{self, Accepted, Incoming, QueuePairMemory, ServerEvent, ServerTransport};
 use raio_transport::{Status, mux, rdma, tcp};
 
@@ -130,7 +133,7 @@ impl Shared {
             name: concat!("raio_server/", env!("CARGO_PKG_VERSION")).to_owned(),
             ..defaults
         };
-        let trace = config.trace.as_deref().map(|path| Trace::start(path, policy.clock, config.workers));
+        let trace = config.trace.as_deref().map(|path| Trace::create(path, policy.clock, config.workers));
         Ok(Self {
             exports,
             sessions,
@@ -289,16 +292,36 @@ pub struct Started {
 }
 
 impl Worker {
-    /// Makes a worker, in its own thread. `cpu` is where it is to stay.
-    pub fn new(
+    /// How a worker's reactor is made, and its ring before it.
+    pub fn reactor_config(spin: Duration, is_restricted: bool) -> reactor::Config {
+        reactor::Config { spin, is_restricted, ..reactor::Config::default() }
+    }
+
+    /// Makes a worker, in its own thread, over a ring that was made for its reactor. `cpu` is where it is to
+    /// stay.
+    pub fn with_ring(
+        ring: DisabledRing,
         index: usize,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
         cpu: Option<usize>,
     ) -> anyhow::Result<(Self, Started)> {
-        let reactor = Reactor::new(&reactor::Config { spin: shared.spin, ..reactor::Config::default() })
-            .context("Cannot make an event loop")?;
+        // Restricted or not the ring is already.
+        let config = Self::reactor_config(shared.spin, false);
+        let reactor = Reactor::with_ring(ring, &config).context("Cannot make an event loop")?;
         Self::on(reactor, index, shared, counters, cpu)
+    }
+
+    /// The same with a ring of its own.
+    #[cfg(test)]
+    fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        counters: Arc<Counters>,
+        cpu: Option<usize>,
+    ) -> anyhow::Result<(Self, Started)> {
+        let ring = DisabledRing::new(&Self::reactor_config(shared.spin, true));
+        Self::with_ring(ring, index, shared, counters, cpu)
     }
 
     /// The same over an event loop that there is.

@@ -73,6 +73,8 @@ pub struct Server {
     pub address: SocketAddr,
     pub ready: String,
     stdout: Receiver<String>,
+    /// Lines that nobody has asked for.
+    pub others: Vec<String>,
     log: PathBuf,
     pub directory: TempDir,
 }
@@ -98,7 +100,8 @@ impl Server {
         Self::spawn(process, directory)
     }
 
-    pub fn spawn(mut process: Process, directory: TempDir) -> Self {
+    pub fn spawn(mut process: impl std::borrow::BorrowMut<Process>, directory: TempDir) -> Self {
+        let process = process.borrow_mut();
         let log = directory.path().with_extension("log");
         process.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(File::create(&log).unwrap());
         // A worker that waits for a disk ends the server.
@@ -107,8 +110,15 @@ impl Server {
         let (sender, stdout) = channel();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         std::thread::spawn(move || lines.map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        let mut server =
-            Self { child, address: ([0, 0, 0, 0], 0).into(), ready: String::new(), stdout, log, directory };
+        let mut server = Self {
+            child,
+            address: ([0, 0, 0, 0], 0).into(),
+            ready: String::new(),
+            stdout,
+            others: Vec::new(),
+            log,
+            directory,
+        };
         server.ready = server.line("raio_server: ready on ");
         let url = server.ready.rsplit(' ').next().unwrap();
         server.address = url.strip_prefix("tcp://").unwrap().parse().unwrap();
@@ -120,7 +130,7 @@ impl Server {
         loop {
             match self.stdout.recv_timeout(TIMEOUT) {
                 Ok(line) if line.starts_with(begin) => return line,
-                Ok(_) => {}
+                Ok(line) => self.others.push(line),
                 Err(error) => panic!(
                     "the server said nothing that begins with {begin:?} ({error}); its log:\n{}",
                     self.log()

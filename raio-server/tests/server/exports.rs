@@ -435,7 +435,9 @@ fn a_file_export_whose_target_changes_its_type_is_not_served() {
     let image = directory.path().join("image");
     std::fs::write(&image, "image").unwrap();
     std::fs::write(directory.path().join("other"), "other").unwrap();
-    let server = Server::start(Variant::Uring, &["--export", &format!("i={},rw", image.display())]);
+    // Which would not open what takes the place of the file.
+    let off = ["--sandbox=off", "--export", &format!("i={},rw", image.display())];
+    let server = Server::start(Variant::Uring, &off);
     let mut client = server.client();
     std::fs::remove_file(&image).unwrap();
     assert_eq!(client.open("/i", RW), Err(libc::ENOENT));
@@ -459,7 +461,9 @@ fn a_changed_root_is_noticed_and_a_recreated_one_works() {
     let root = directory.path().join("root");
     std::fs::create_dir(&root).unwrap();
     std::fs::write(root.join("f"), "first").unwrap();
-    let server = Server::start(Variant::Uring, &["--export", &format!("r={},rw", root.display())]);
+    // Which would not open what takes the place of the directory: see `sandbox`.
+    let off = ["--sandbox=off", "--export", &format!("r={},rw", root.display())];
+    let server = Server::start(Variant::Uring, &off);
     let mut client = server.client();
     let mut content = |expected: &[u8]| {
         let file = client.open("/r/f", OPEN_READ).unwrap();

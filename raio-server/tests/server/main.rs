@@ -10,4 +10,5 @@ mod observing;
 mod paths;
 #[path = "../../../tests/random/mod.rs"]
 mod random;
+mod sandbox;
 mod startup;

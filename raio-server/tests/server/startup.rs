@@ -168,7 +168,7 @@ fn where_io_uring_is_forbidden_it_says_so_once_with_the_remedy_and_works() {
 }
 
 /// A copy of the server that everybody may run.
-fn program_in(directory: &std::path::Path) -> std::path::PathBuf {
+pub fn program_in(directory: &std::path::Path) -> std::path::PathBuf {
     std::fs::set_permissions(directory, PermissionsExt::from_mode(0o777)).unwrap();
     let program = directory.join("raio_server");
     // Not by this process: what it forks meanwhile would have the copy open for writing, and nobody could run
