@@ -1,8 +1,8 @@
 //! What the server is, to the kernel: its user and groups, its capabilities, and the limits that it raises
 //! while it may.
 //!
-//! Capabilities and user belong to threads, and new threads inherit them: all of this is for a process that has
-//! one thread yet.
+//! Capabilities and user belong to threads, and new threads inherit them: all of this is for a process that
+//! has one thread yet.
 
 use anyhow::{Context, anyhow};
 use nix::unistd::{self, Gid, Uid};
@@ -10,8 +10,8 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, geteuid, getrlimit, se
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use rustix::{process, thread};
 
-const ALLOW_CAPSET: &str =
-    "Run the server as an ordinary user, or allow capset(2) in the seccomp profile of the container or unit";
+const ALLOW_CAPSET: &str = "Run the server as an ordinary user, or allow capget(2) and capset(2) in the seccomp \
+                            profile of the container or unit";
 
 /// Whom the server is to run as.
 #[derive(Debug)]
@@ -70,8 +70,8 @@ impl User {
         };
         assume().with_context(|| {
             format!(
-                "Cannot become user {name} ({uid}), as --user asks. Start the server as root (with CAP_SETUID \
-                 and CAP_SETGID), or start it as that user and without --user"
+                "Cannot become user {name} ({uid}), as --user asks. Start the server as root (with \
+                 CAP_SETUID and CAP_SETGID), or start it as that user and without --user"
             )
         })
     }
@@ -81,7 +81,7 @@ impl User {
 fn current() -> anyhow::Result<Option<CapabilitySets>> {
     match capabilities(None) {
         Err(_) if !geteuid().is_root() => Ok(None),
-        sets => Ok(Some(sets?)),
+        sets => sets.map(Some).with_context(|| format!("Cannot ask for capabilities. {ALLOW_CAPSET}")),
     }
 }
 
@@ -112,8 +112,7 @@ pub fn reduce(user: Option<&User>) -> anyhow::Result<()> {
         }
     }
     user.map_or(Ok(()), User::assume)?;
-    let sets = capabilities(None)?;
-    retain(sets, CapabilitySet::NET_BIND_SERVICE)
+    current()?.map_or(Ok(()), |sets| retain(sets, CapabilitySet::NET_BIND_SERVICE))
 }
 
 /// Gives up all capabilities.
@@ -144,13 +143,13 @@ pub fn raise_memlock() {
     }
 }
 
-/// Keeps the memory of this process, clients' data among it, from debuggers of its user and out of core dumps;
-/// and no program that it might start gets more privileges than it has.
+/// Keeps the memory of this process, clients' data among it, from debuggers of its user and out of core
+/// dumps; and no program that it might start gets more privileges than it has.
 pub fn hide() -> rustix::io::Result<()> {
+    thread::set_no_new_privs(true)?;
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     let _ = setrlimit(Resource::Core, none);
-    process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    thread::set_no_new_privs(true)
+    process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 //! |---|---|
 //! | [`files`] | Landlock: which files can be opened, and for what |
 //! | [`calls`] | seccomp: which system calls there are |
-//! | `raio_transport::reactor::Config::is_restricted` | what can be asked of a ring, which seccomp does not see |
+//! | `is_restricted` of a reactor's configuration | what can be asked of a ring, which seccomp does not see |
 
 #[allow(unsafe_code)]
 mod calls;

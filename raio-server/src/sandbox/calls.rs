@@ -1,8 +1,8 @@
-//! Which system calls there are: a seccomp filter. What is not listed fails with EPERM, and the kernel's audit
-//! log says so.
+//! Which system calls there are: a seccomp filter. What is not listed fails with EPERM, and the kernel's
+//! audit log says so.
 //!
-//! Calls of the data path are listed without conditions: the kernel knows from the start that they are allowed,
-//! and does not run the filter for them.
+//! Calls of the data path are listed without conditions: the kernel knows from the start that they are
+//! allowed, and does not run the filter for them.
 
 use std::collections::BTreeMap;
 

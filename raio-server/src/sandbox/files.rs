@@ -1,5 +1,5 @@
-//! Which files can be opened: a Landlock domain. It is about opening, creating, renaming and removing; what is
-//! open already, and what stat(2) tells, is not restricted.
+//! Which files can be opened: a Landlock domain. It is about opening, creating, renaming and removing; what
+//! is open already, and what stat(2) tells, is not restricted.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;

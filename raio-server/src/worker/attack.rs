@@ -1,6 +1,6 @@
-//! For tests: what a worker could do that is no longer the server's own, by system calls and through its ring.
-//! It is not in a server that anybody uses: builds have it only with a feature that the tests turn on, and with
-//! debug assertions.
+//! For tests: what a worker could do that is no longer the server's own, by system calls and through its
+//! ring. It is not in a server that anybody uses: builds have it only with a feature that the tests turn on,
+//! and with debug assertions.
 
 use std::io;
 

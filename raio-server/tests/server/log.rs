@@ -25,6 +25,8 @@ impl Mute {
         let url = format!("tcp://{address}");
         let mut process = Process::new(env!("CARGO_BIN_EXE_raio_server"));
         process.args(["--listen", &url, "--workers", "1", "--export", "n=null:1M"]).args(arguments);
+        // As in `Server::spawn`.
+        process.env("ASAN_OPTIONS", "detect_leaks=0");
         let child = process.stdin(Stdio::null()).stdout(stdout).stderr(stderr).spawn().unwrap();
         let this = Self { child, address };
         let deadline = Instant::now() + TIMEOUT;

@@ -14,7 +14,7 @@ use crate::startup::program_in;
 
 const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 /// A user that each Debian has.
-const NOBODY: u32 = 65534;
+const ORDINARY: u32 = 65534;
 
 fn temporary() -> TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
@@ -61,7 +61,7 @@ fn serves(server: &Server) {
 #[test]
 fn every_thread_is_without_capabilities_and_filtered_and_the_server_serves() {
     for variant in [Variant::Uring, Variant::Threads, Variant::Forbidden] {
-        let server = Server::start(variant, &[]);
+        let server = Server::start(variant, &["--sandbox=on"]);
         serves(&server);
         let threads = threads(&server);
         assert!(threads.len() > 5, "{} threads", threads.len());
@@ -123,7 +123,7 @@ fn attacks(arguments: &[&str]) -> Vec<(String, i32)> {
 
 #[test]
 fn a_worker_that_is_not_the_servers_own_any_more_can_do_nothing() {
-    let log_has_landlock = has_landlock(&Server::start(Variant::Uring, &[]));
+    let log_has_landlock = has_landlock(&Server::start(Variant::Uring, &["--sandbox=on"]));
     for (name, errno) in attacks(&[]) {
         let denied = match &*name {
             "by a call: clone3" => libc::ENOSYS,
@@ -171,7 +171,8 @@ fn what_takes_the_place_of_an_export_is_not_opened_and_the_reason_is_told() {
     std::fs::write(path("file"), "x").unwrap();
     let exports =
         [("r", "root"), ("i", "file")].map(|(name, at)| format!("{name}={},rw", path(at).display()));
-    let server = Server::start(Variant::Uring, &["--export", &exports[0], "--export", &exports[1]]);
+    let arguments = ["--sandbox=on", "--export", &exports[0], "--export", &exports[1]];
+    let server = Server::start(Variant::Uring, &arguments);
     if !has_landlock(&server) {
         return;
     }
@@ -198,7 +199,7 @@ fn a_server_becomes_the_user_that_it_is_told() {
     }
     for user in ["nobody", "65534"] {
         let directory = tempfile::tempdir_in("/tmp").unwrap();
-        chown(directory.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+        chown(directory.path(), Some(ORDINARY), Some(ORDINARY)).unwrap();
         let state = TempDir::new_in("/tmp").unwrap();
         std::fs::set_permissions(state.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let state_path = state.path().join("state");
@@ -208,10 +209,10 @@ fn a_server_becomes_the_user_that_it_is_told() {
         process.arg("--state").arg(&state_path);
         let server = Server::spawn(&mut process, directory);
         serves(&server);
-        assert_eq!(server.path("new").metadata().unwrap().uid(), NOBODY);
-        assert_eq!(state_path.metadata().unwrap().uid(), NOBODY);
+        assert_eq!(server.path("new").metadata().unwrap().uid(), ORDINARY);
+        assert_eq!(state_path.metadata().unwrap().uid(), ORDINARY);
         for status in threads(&server) {
-            let ids = format!("{NOBODY} {NOBODY} {NOBODY} {NOBODY}");
+            let ids = format!("{ORDINARY} {ORDINARY} {ORDINARY} {ORDINARY}");
             assert_eq!((&status["Uid"], &status["Gid"]), (&ids, &ids));
             assert!(matches!(&*status["Groups"], "" | "65534"), "{status:?}");
             assert_eq!(status["CapBnd"], "0000000000000000", "{status:?}");
@@ -235,7 +236,7 @@ fn a_user_that_cannot_be_had_or_cannot_serve_is_an_error() {
     }
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let mut program = Process::new(program_in(directory.path()));
-    let ordinary = program.args(["--user", "root", "--export", "n=null:1M"]).uid(NOBODY).gid(NOBODY);
+    let ordinary = program.args(["--user", "root", "--export", "n=null:1M"]).uid(ORDINARY).gid(ORDINARY);
     let (code, text) = run(ordinary);
     assert!(code == Some(1) && text.contains("Start the server as root"), "{code:?} {text}");
     // Root could search this.
