@@ -130,8 +130,14 @@ impl Export {
         }
         let may = |access| rustix::fs::accessat(CWD, &real, access, AtFlags::EACCESS);
         let remedy = |what| {
+            let root = if rustix::process::geteuid().is_root() {
+                ". In its sandbox root may do no more than permissions say"
+            } else {
+                ""
+            };
             format!(
-                "It cannot be {what}: run raio_server as a user who may do that, or change the permissions"
+                "It cannot be {what}: run raio_server as a user who may do that (--user), or change the \
+                 permissions{root}"
             )
         };
         if kind.is_dir() {

@@ -10,8 +10,8 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, geteuid, getrlimit, se
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 use rustix::{process, thread};
 
-const ALLOW_CAPSET: &str = "Run the server as an ordinary user, or allow capget(2) and capset(2) in the seccomp \
-                            profile of the container or unit";
+const ALLOW_CAPSET: &str = "Run the server as an ordinary user, or allow capget(2) and capset(2) in the \
+                            seccomp profile of the container or unit";
 
 /// Whom the server is to run as.
 #[derive(Debug)]

@@ -6,7 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
@@ -41,6 +41,9 @@ const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
 const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
+
+/// The threads for file operations.
+static POOL: LazyLock<&'static Pool<Job>> = LazyLock::new(Pool::new);
 
 /// The signals that the server listens to. They must be blocked before the first thread starts.
 pub const HANDLED_SIGNALS: [i32; 5] =
@@ -96,7 +99,7 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     reduce(config, user.as_ref())?;
-    limits_and_exports(config, descriptors, Pool::new()).map(drop)
+    limits_and_exports(config, descriptors).map(drop)
 }
 
 /// Becomes the user, and gives up most of what is not needed to start.
@@ -105,11 +108,7 @@ fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
 }
 
 /// How many sessions there may be, the limits on their connections and files, and what clients may open.
-fn limits_and_exports(
-    config: &Config,
-    descriptors: usize,
-    pool: &'static Pool<Job>,
-) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
+fn limits_and_exports(config: &Config, descriptors: usize) -> anyhow::Result<(usize, Arc<Limits>, Exports)> {
     let (sessions_max, files_max) = session_limits(descriptors, config.sessions_max)?;
     let room = Room {
         descriptors: descriptors.saturating_sub(DESCRIPTORS_OWN),
@@ -121,7 +120,7 @@ fn limits_and_exports(
     if config.exports.iter().any(|export| matches!(export.source, Source::Path(_))) {
         probe::for_files()?;
     }
-    Ok((sessions_max, limits, Exports::open(&config.exports, pool)?))
+    Ok((sessions_max, limits, Exports::open(&config.exports, *POOL)?))
 }
 
 /// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has been
@@ -253,42 +252,16 @@ impl Server {
     /// RDMA devices are opened between them, because the kernel takes no commands from a process that has
     /// changed its credentials since. Threads inherit all of this, so they start last.
     pub fn start(config: &Config) -> anyhow::Result<Option<Self>> {
-        let user = config.user.as_deref().map(User::find).transpose()?;
+        let mut sandbox = config.is_sandboxed.then(Sandbox::default);
         let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
         privileges::raise_memlock();
         let has_rdma = rdma::load().is_none();
-        let main = reactor::Config {
-            entries: 64,
-            spin: Duration::ZERO,
-            received_count: 1,
-            received_bytes: 4096,
-            files: 64,
-            epoll: false,
-            is_restricted: config.is_sandboxed,
-        };
-        let main_ring = DisabledRing::new(&main);
-        let mut sandbox = config.is_sandboxed.then(Sandbox::default);
-        if let Some(sandbox) = &mut sandbox
-            && main_ring.is_some()
-        {
-            sandbox.note_rings(main_ring.unrestricted());
-        }
-        let of_worker = Worker::reactor_config(config.spin, config.is_sandboxed);
-        let rings: Vec<_> = (0..config.workers).map(|_| DisabledRing::new(&of_worker)).collect();
-        if let (Some(user), Some(state)) = (&user, &config.state) {
-            StateDirectory::make_for(user.ids(), state)?;
-        }
-        reduce(config, user.as_ref())?;
-        if rustix::process::geteuid().is_root() {
-            tracing::warn!(
-                "The server runs as root, so clients can do with the exports what root can. Run it as a \
-                 user of its own (--user) that may access nothing but the exports."
-            );
-        }
+        let (main_ring, rings) = make_rings(config, sandbox.as_mut());
+        become_user(config)?;
 
-        let pool = Pool::new();
-        let (sessions_max, limits, exports) = limits_and_exports(config, descriptors, pool)?;
-        let mut reactor = Reactor::with_ring(main_ring, &main).context("Cannot make an event loop")?;
+        let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
+        let mut reactor =
+            Reactor::with_ring(main_ring, &main_reactor(config)).context("Cannot make an event loop")?;
         let mut signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
         let mut waiting = Waiting {
@@ -307,16 +280,9 @@ impl Server {
         let mut shared = Shared { claim: lock, ..Shared::new(config, exports, sessions)? };
         let mut listener = Listener::new(LISTENER);
         listener.bind(&mut reactor, &config.listen, Scheme::Tcp)?;
-        if let Some(sandbox) = &mut sandbox {
-            close_in(sandbox, &mut shared.exports, state.as_deref(), has_rdma)?;
-        } else {
-            tracing::warn!(
-                "The sandbox is off (--sandbox=off): whoever finds a fault in the server has all that its \
-                 user has."
-            );
-            if user.is_some() {
-                privileges::drop_all()?;
-            }
+        match &mut sandbox {
+            Some(sandbox) => close_in(sandbox, &mut shared.exports, state.as_deref(), has_rdma)?,
+            None => stay_free(config)?,
         }
         // Opens the devices.
         let _ = rdma::unavailable();
@@ -326,7 +292,7 @@ impl Server {
             sandbox.report();
         }
 
-        start_helpers(pool, &shared)?;
+        start_helpers(&shared)?;
         let shared = Arc::new(shared);
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(rings, &shared, &sender)?;
@@ -557,6 +523,55 @@ pub fn describe(error: &anyhow::Error) -> String {
     text
 }
 
+/// How the main thread's reactor is made.
+fn main_reactor(config: &Config) -> reactor::Config {
+    reactor::Config {
+        entries: 64,
+        spin: Duration::ZERO,
+        received_count: 1,
+        received_bytes: 4096,
+        files: 64,
+        epoll: false,
+        is_restricted: config.is_sandboxed,
+    }
+}
+
+/// The rings of the main thread and of the workers: later none can be made.
+fn make_rings(config: &Config, sandbox: Option<&mut Sandbox>) -> (DisabledRing, Vec<DisabledRing>) {
+    let main = DisabledRing::new(&main_reactor(config));
+    if let Some(sandbox) = sandbox
+        && main.is_some()
+    {
+        sandbox.note_rings(main.unrestricted());
+    }
+    let of_worker = Worker::reactor_config(config.spin, config.is_sandboxed);
+    (main, (0..config.workers).map(|_| DisabledRing::new(&of_worker)).collect())
+}
+
+/// Becomes the user that the configuration names, with little power; that user may need a state directory.
+fn become_user(config: &Config) -> anyhow::Result<()> {
+    let user = config.user.as_deref().map(User::find).transpose()?;
+    if let (Some(user), Some(state)) = (&user, &config.state) {
+        StateDirectory::make_for(user.ids(), state)?;
+    }
+    reduce(config, user.as_ref())?;
+    if rustix::process::geteuid().is_root() {
+        tracing::warn!(
+            "The server runs as root, so clients can do with the exports what root can. Run it as a user of \
+             its own (--user) that may access nothing but the exports."
+        );
+    }
+    Ok(())
+}
+
+/// Says that there is no sandbox.
+fn stay_free(config: &Config) -> anyhow::Result<()> {
+    tracing::warn!(
+        "The sandbox is off (--sandbox=off): whoever finds a fault in the server has all that its user has."
+    );
+    if config.user.is_some() { privileges::drop_all() } else { Ok(()) }
+}
+
 /// Puts on all of the sandbox but the filter of system calls.
 fn close_in(
     sandbox: &mut Sandbox,
@@ -586,10 +601,10 @@ fn close_in(
 }
 
 /// Starts the threads beside the workers.
-fn start_helpers(pool: &'static Pool<Job>, shared: &Shared) -> anyhow::Result<()> {
+fn start_helpers(shared: &Shared) -> anyhow::Result<()> {
     const REMEDY: &str = "Raise the limit on processes with `ulimit -u`";
     log::start().with_context(|| format!("Cannot start a thread for the log. {REMEDY}"))?;
-    pool.start_first().with_context(|| format!("Cannot start a thread for file operations. {REMEDY}"))?;
+    POOL.start_first().with_context(|| format!("Cannot start a thread for file operations. {REMEDY}"))?;
     shared.trace.as_ref().map_or(Ok(()), Trace::start)
 }
 

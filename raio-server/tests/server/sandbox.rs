@@ -239,11 +239,15 @@ fn a_user_that_cannot_be_had_or_cannot_serve_is_an_error() {
     let ordinary = program.args(["--user", "root", "--export", "n=null:1M"]).uid(ORDINARY).gid(ORDINARY);
     let (code, text) = run(ordinary);
     assert!(code == Some(1) && text.contains("Start the server as root"), "{code:?} {text}");
-    // Root could search this.
+    // Root could search this, if it had privileges.
     let private = directory.path().join("private");
     std::fs::create_dir(&private).unwrap();
     std::fs::set_permissions(&private, PermissionsExt::from_mode(0o700)).unwrap();
     let export = format!("d={}", private.display());
+    chown(&private, Some(1), Some(1)).unwrap();
+    let (code, text) = run(server().args(["--check", "--export", &export]));
+    assert!(code == Some(2) && text.contains("In its sandbox root may do no more"), "{code:?} {text}");
+    assert_eq!(run(server().args(["--check", "--sandbox=off", "--export", &export])), (Some(0), "".into()));
     for arguments in [&["--check"][..], &["--listen", "tcp://127.0.0.1:0"]] {
         let (code, text) = run(server().args(["--user", "nobody", "--export", &export]).args(arguments));
         assert!(code != Some(0) && text.contains("searched"), "{code:?} {text}");
