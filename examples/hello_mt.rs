@@ -22,7 +22,9 @@ use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::text;
 use raio_transport::reactor::{Receiver, Sender, Wait, mailbox};
 use raio_transport::tcp;
-use raio_transport::transport::{Accepted, Body, Bulk, ClientTransport, Response, SendOptions, ServerEvent};
+use raio_transport::transport::{
+    Accepted, AcceptedStream, Body, Bulk, ClientTransport, Response, SendOptions, ServerEvent,
+};
 
 /// What a worker finds in its mailbox.
 enum Mail {
@@ -98,7 +100,7 @@ fn work(
         while let Some(mail) = mailbox.take() {
             match mail {
                 Mail::Client(stream) => {
-                    server.adopt(Accepted::Stream(Arc::new(stream), None))?;
+                    server.adopt(Accepted::Stream(AcceptedStream::new(stream)))?;
                 }
                 Mail::Stop => return Ok((clients, greetings)),
             }

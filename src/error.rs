@@ -139,6 +139,12 @@ pub enum Violation {
     /// The peer was silent for longer than the keepalive allows.
     #[error("the peer was silent for longer than the keepalive allows")]
     Silent,
+    /// A TLS record that is damaged, forged, repeated, out of order, or of a kind that does not belong there.
+    #[error("a TLS record is damaged or forged, or does not belong there")]
+    Record,
+    /// The peer has ended the connection with a TLS alert.
+    #[error("the peer has sent TLS alert {0}")]
+    Alert(u8),
     /// The peer did not take its answers, or did not finish a message it had begun.
     #[error("the peer made no progress on a message for too long")]
     Stalled,
@@ -162,6 +168,8 @@ impl Violation {
             Self::Field => "field",
             Self::Silent => "silent",
             Self::Stalled => "stalled",
+            Self::Record => "record",
+            Self::Alert(_) => "alert",
         }
     }
 

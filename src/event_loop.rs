@@ -1,8 +1,7 @@
 //! An event loop with its transport, for a program that embeds the message layer: one call, one iteration.
 //!
 //! ```no_run
-//! # use std::sync::Arc;
-//! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
+//! # //! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
 //! # use raio_transport::transport::{Body, Response, SendOptions, ServerEvent};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;
@@ -28,7 +27,9 @@ use std::time::Instant;
 use crate::error::{Error, Status};
 use crate::memory::{Arena, Slot};
 use crate::reactor::{Config, Event, File, Op, OpId, Payload, Reactor, TimerId, Token, Wait, Waker};
-use crate::transport::{Accepted, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport};
+use crate::transport::{
+    Accepted, AcceptedStream, ConnectionId, RequestKey, Response, ServerEvent, ServerTransport,
+};
 
 /// The owner number of the listeners' operations.
 const LISTENERS: u8 = 0xfe;
@@ -99,7 +100,7 @@ impl<T: ServerTransport> EventLoop<T> {
             self.accept(event.token.value as usize);
             if let Payload::Fd(stream) = event.payload {
                 happened = true;
-                let _ = self.adopt(Accepted::Stream(Arc::new(stream), None));
+                let _ = self.adopt(Accepted::Stream(AcceptedStream::new(stream)));
             }
         }
         self.events = events;

@@ -12,6 +12,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::{Class, Error, Status, Violation};
+use crate::keys::PublicKey;
 use crate::message::{
     self, ChannelOption, FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC,
     HandshakeOption, Hello, Limits, MAGIC, OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME,
@@ -19,6 +20,7 @@ use crate::message::{
     VERSION, Welcome,
 };
 use crate::random;
+use crate::tls::ClientTls;
 use crate::trace::Clock;
 
 /// The most sessions that one hello supersedes.
@@ -69,6 +71,8 @@ pub struct Offer {
     pub name: String,
     /// It could move from this stream to a queue pair.
     pub queue_pair: bool,
+    /// How the connection is secured; None: it is not. Only over TCP.
+    pub tls: Option<ClientTls>,
 }
 
 /// What a server is ready to grant.
@@ -194,6 +198,8 @@ impl Grant {
 pub enum Identity {
     /// It has proven nothing: anybody who reaches the server.
     Anonymous,
+    /// It has this key.
+    Key(PublicKey),
 }
 
 /// A client as the server knows it after its hello.
@@ -371,6 +377,7 @@ impl Offer {
             keepalive: Duration::ZERO,
             name: name.into(),
             queue_pair: false,
+            tls: None,
         }
     }
 

@@ -31,6 +31,7 @@ pub mod event_loop;
 pub mod file_handles;
 pub mod handshake;
 mod keepalive;
+pub mod keys;
 #[cfg(feature = "test-peers")]
 pub mod loopback;
 #[allow(unsafe_code)]
@@ -51,6 +52,7 @@ mod server;
 pub mod size;
 pub mod sync;
 pub mod tcp;
+pub mod tls;
 pub mod trace;
 pub mod transport;
 mod tuning;

@@ -1,35 +1,51 @@
-//! The record layer: between the messages of a connection and the bytes of its stream. It seals what is sent
-//! and opens what was received.
+//! The record layer: between the messages of a connection and the bytes of its stream. In the clear, these
+//! are the same. With TLS 1.3 it seals what is sent, and opens what was received.
 //!
-//! There is no encryption yet: [`Records::Clear`] is the only layer, and its bytes are those of the messages.
-//! TLS 1.3 is to be another variant, whose missing arms the compiler then lists. What this place is made for:
-//!
-//! - The layer has a handshake of its own, of several steps, before the hello, which travels inside. A client
-//!   does it in `TcpClient::from_stream`, by the same deadline. A server's connection is made with its layer
-//!   (`StreamConnection::new`): the handshake costs more than an iteration of a worker may take, so it is
-//!   over before the worker gets the connection. A worker that passes it on will have to pass the layer, too.
+//! - TLS has a handshake of its own, of several steps, before the hello, which travels inside. A client does
+//!   it in its dial, by the same deadline. A server's connection is made with its layer: the handshake costs
+//!   more than an iteration of a worker may take, so it is over before the worker gets the connection.
 //! - A record has a header before its data and a tag behind it, and at most 16 KiB in between. So sealing
 //!   copies, into memory of the layer: what is to be sent is sealed as late as possible, once, in records as
 //!   large as they can be. What a send leaves over is sealed already.
 //! - Opening needs no more room than the record has: it is done where that was received.
 //! - Records may carry no message (a change of keys, an alert). They open to nothing; what they ask for is
 //!   sealed in front of the next messages.
-//! - Data moves straight between the stream and its place only if [`Records::is_clear`]: also where the
-//!   kernel seals and opens (kTLS).
-//! - The layer knows who the peer is: [`Records::identity`].
+//! - Data moves straight between the stream and its place only if [`Records::is_clear`].
 
 use std::io::IoSlice;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use crate::error::Violation;
 use crate::handshake::Identity;
 use crate::reactor::SendBatch;
+use crate::tls::records::TlsRecords;
+use crate::tuning::SEAL_BYTES_MAX;
 
 /// The layer of one connection.
 #[derive(Debug)]
 pub(crate) enum Records {
     /// The messages' bytes as they are.
     Clear,
+    /// Sealed.
+    Tls(Box<TlsRecords>),
+}
+
+/// What is to be sent.
+pub(crate) enum Sealed<'a> {
+    Clear(&'a [IoSlice<'a>]),
+    Tls([IoSlice<'a>; 1]),
+}
+
+impl<'a> Deref for Sealed<'a> {
+    type Target = [IoSlice<'a>];
+
+    #[inline]
+    fn deref(&self) -> &[IoSlice<'a>] {
+        match self {
+            Self::Clear(slices) => slices,
+            Self::Tls(slice) => slice,
+        }
+    }
 }
 
 impl Records {
@@ -37,39 +53,43 @@ impl Records {
     pub fn identity(&self) -> Identity {
         match self {
             Self::Clear => Identity::Anonymous,
+            Self::Tls(records) => Identity::Key(records.peer()),
         }
     }
 
     /// Whether the bytes of the stream are those of the messages.
     #[inline]
     pub fn is_clear(&self) -> bool {
-        match self {
-            Self::Clear => true,
-        }
+        matches!(self, Self::Clear)
     }
+
+    // Of a client
+    // ----------------------------------------------------------------------------------------------------
 
     /// What to send for the front of `plain`. The caller passes that again until [`Records::on_sent`] has
     /// said that it has gone.
     #[inline]
-    pub fn seal<'a>(&'a mut self, plain: &'a [IoSlice<'a>]) -> &'a [IoSlice<'a>] {
+    pub fn seal<'a>(&'a mut self, plain: &'a [IoSlice<'a>]) -> Sealed<'a> {
         match self {
-            Self::Clear => plain,
+            Self::Clear => Sealed::Clear(plain),
+            Self::Tls(records) => Sealed::Tls([IoSlice::new(records.unsent(plain, SEAL_BYTES_MAX))]),
         }
     }
 
-    /// `n` of those bytes have been sent. Returns how much of the plaintext that was.
+    /// `n` of those bytes have been sent. Returns how much of the plaintext has gone.
     #[inline]
     pub fn on_sent(&mut self, n: usize) -> usize {
         match self {
             Self::Clear => n,
+            Self::Tls(records) => records.on_sent(n),
         }
     }
 
-    /// The same for a server's batch, which is sent to its end: what a send leaves over is not sealed again.
-    #[inline]
-    pub fn seal_batch(&mut self, plain: Box<SendBatch>) -> Box<SendBatch> {
+    /// What to send at the end: these last words behind what has been sealed, and that nothing more comes.
+    pub fn seal_last<'a>(&'a mut self, words: &'a [IoSlice<'a>]) -> Sealed<'a> {
         match self {
-            Self::Clear => plain,
+            Self::Clear => Sealed::Clear(words),
+            Self::Tls(records) => Sealed::Tls([IoSlice::new(records.last(words))]),
         }
     }
 
@@ -83,6 +103,7 @@ impl Records {
                 debug_assert!(received.end <= buffer.len());
                 Ok(received.len())
             }
+            Self::Tls(records) => records.open(buffer, received),
         }
     }
 
@@ -91,6 +112,43 @@ impl Records {
     pub fn held(&self) -> usize {
         match self {
             Self::Clear => 0,
+            Self::Tls(records) => records.held(),
+        }
+    }
+
+    // Of a server
+    // ----------------------------------------------------------------------------------------------------
+
+    /// Moves the front of a batch, sealed, into another that is sent to its end: what a send leaves over is
+    /// not sealed again. With `is_last` nothing is sent after the end of `plain`. Not in the clear.
+    pub fn seal_batch(&mut self, plain: &mut SendBatch, sealed: &mut SendBatch, is_last: bool) {
+        let Self::Tls(records) = self else { return };
+        let len = plain.len().min(SEAL_BYTES_MAX);
+        sealed.push_bytes(|out| {
+            records.seal(plain.slices(), len, out);
+            if is_last && len == plain.len() {
+                records.seal_end(out);
+            }
+        });
+        plain.advance(len);
+    }
+
+    /// Opens what was received into a buffer that the next receive does not have. The data comes in two
+    /// parts: of a record whose front had come before, and in this range of `bytes`.
+    #[inline]
+    pub fn open_away(&mut self, bytes: &mut [u8]) -> Result<(Vec<u8>, Range<usize>), Violation> {
+        match self {
+            Self::Clear => Ok((Vec::new(), 0..bytes.len())),
+            Self::Tls(records) => records.open_away(bytes),
+        }
+    }
+
+    /// Heap of the front of a record that has not come whole; 0: none has come.
+    #[inline]
+    pub fn heap(&self) -> usize {
+        match self {
+            Self::Clear => 0,
+            Self::Tls(records) => records.heap(),
         }
     }
 }

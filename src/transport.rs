@@ -13,12 +13,13 @@ use std::{fmt, io};
 
 use crate::connecting::Connecting;
 use crate::error::{Error, Status, Violation};
-use crate::handshake::{Grant, Peer};
+use crate::handshake::{Grant, Identity, Peer};
 pub use crate::memory::SlotRange;
 use crate::memory::{Arena, ArenaMemory, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
+use crate::records::Records;
 use crate::trace::ClockSample;
 pub use crate::tuning::ALIVE_FOR;
 
@@ -195,10 +196,37 @@ pub type ConnectQueuePair = Box<
 /// A connection that was accepted, for the transport that it is of.
 #[derive(Debug)]
 pub enum Accepted {
-    /// A non-blocking stream socket. If another server has passed it on, with what it had received.
-    Stream(Arc<OwnedFd>, Option<Vec<u8>>),
+    /// A stream.
+    Stream(AcceptedStream),
     /// What the listener of another transport has given.
     Other(Box<dyn Incoming>),
+}
+
+/// A stream that was accepted, with what is known of it.
+#[derive(Debug)]
+pub struct AcceptedStream {
+    pub(crate) socket: Arc<OwnedFd>,
+    pub(crate) records: Records,
+    /// What has been received: as it came, sealed or not, or opened if another server has passed it on.
+    pub(crate) received: Vec<u8>,
+    pub(crate) is_passed: bool,
+}
+
+impl AcceptedStream {
+    /// A non-blocking stream socket, of which nothing is known.
+    pub fn new(socket: impl Into<Arc<OwnedFd>>) -> Self {
+        Self { socket: socket.into(), records: Records::Clear, received: Vec::new(), is_passed: false }
+    }
+
+    /// One whose client has shown who it is.
+    pub(crate) fn secured(socket: Arc<OwnedFd>, records: Records, received: Vec<u8>) -> Self {
+        Self { socket, records, received, is_passed: false }
+    }
+
+    /// Who the client is.
+    pub fn identity(&self) -> Identity {
+        self.records.identity()
+    }
 }
 
 /// A connection that is passed on to another server, before anything has been said to its client.
@@ -208,10 +236,8 @@ pub struct Passed {
     pub connection: ConnectionId,
     /// To which server, as was decided when its hello had come.
     pub to: usize,
-    /// Its socket.
-    pub stream: Arc<OwnedFd>,
-    /// All that was received: its hello, and what came behind it. For [`Accepted::Stream`].
-    pub hello: Vec<u8>,
+    /// For [`Accepted::Stream`].
+    pub stream: AcceptedStream,
 }
 
 /// What a transport has to say to another about a connection that moves from the one to the other, or has

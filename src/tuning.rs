@@ -36,6 +36,16 @@ pub(crate) const CLOCK_SAMPLES: usize = 8;
 /// Bytes for what arrives: a burst of 32 responses with 4 KiB each fits, and it stays within a core's own
 /// cache. Not measured.
 pub(crate) const TCP_STAGING_BYTES: usize = 192 << 10;
+/// Data that is sealed at a time, to be sent by TLS. More costs memory while a peer does not take it, less
+/// costs system calls. Not measured.
+pub(crate) const SEAL_BYTES_MAX: usize = 256 << 10;
+/// Received at a time in a TLS handshake: more than a flight of it has.
+pub(crate) const TLS_RECEIVE_BYTES: usize = 4 << 10;
+/// How long a client that has been told why it is not wanted is read from: more than a round trip.
+pub(crate) const TLS_READ_ON_FOR: Duration = Duration::from_secs(1);
+/// TLS records that a key seals before the next one takes its place: half of what rustls allows AES-GCM, of
+/// which 2^24.5 are safe (RFC 8446, section 5.5).
+pub(crate) const TLS_RECORDS_PER_KEY: u64 = 1 << 23;
 /// Bytes read ahead while most of what is awaited is large: enough for headers, little to copy.
 /// Not measured: 25 headers of 40 bytes fit.
 pub(crate) const TCP_READ_AHEAD_BYTES: usize = 1 << 10;
@@ -146,6 +156,8 @@ pub(crate) const SMALL_RESPONSE_HEAP: usize = 2 * 40;
 /// Finished batches that a worker keeps for reuse. Not measured: as many connections may send in an iteration
 /// without an allocation.
 pub(crate) const SPARE_BATCHES: usize = 64;
+/// ... unless one keeps more heap than this: it has been sealed into. Not measured.
+pub(crate) const SPARE_BATCH_BYTES: usize = 16 << 10;
 
 /// A connection that was alive a moment ago is not asked again: less than it takes another client to write
 /// and have it acknowledged. Not measured: one poll(2) in so long is 1 % of a core at most.

@@ -280,7 +280,9 @@ impl Exports {
     fn find(&self, identity: &Identity, name: &[u8]) -> Option<usize> {
         match identity {
             // Every client that can connect may open every export.
-            Identity::Anonymous => self.0.iter().position(|export| export.name.as_bytes() == name),
+            Identity::Anonymous | Identity::Key(_) => {
+                self.0.iter().position(|export| export.name.as_bytes() == name)
+            }
         }
     }
 

@@ -447,11 +447,11 @@ impl Server {
         for at in stuck {
             while let Some((connection, permit)) = self.workers[at].senders.connections.take_back() {
                 match connection {
-                    RawConnection::Passed(stream, peer, hello) => {
+                    RawConnection::Passed(stream, peer) => {
                         self.shared.placement.release(at);
                         let to = self.shared.placement.claim(at);
                         let senders = &self.workers[to].senders;
-                        senders.connections.send((RawConnection::Passed(stream, peer, hello), permit));
+                        senders.connections.send((RawConnection::Passed(stream, peer), permit));
                     }
                     connection => self.hand_over(connection, permit),
                 }

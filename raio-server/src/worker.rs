@@ -52,7 +52,9 @@ use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
 use raio_transport::reactor::{self, DisabledRing, Event, Reactor, Receiver, Sender, Token, Wait};
-use raio_transport::transport::{self, Accepted, Incoming, QueuePairMemory, ServerEvent, ServerTransport};
+use raio_transport::transport::{
+    self, Accepted, AcceptedStream, Incoming, QueuePairMemory, ServerEvent, ServerTransport,
+};
 use raio_transport::{Status, mux, rdma, tcp};
 
 use crate::config::{BackendKind, Config};
@@ -169,7 +171,7 @@ pub enum RawConnection {
     /// A stream socket, and whom it leads to if that is an IP address.
     Tcp(OwnedFd, Option<SocketAddr>),
     /// One that a worker has passed on to another: its permit there is counted.
-    Passed(Arc<OwnedFd>, Option<SocketAddr>, Vec<u8>),
+    Passed(AcceptedStream, Option<SocketAddr>),
     /// One that a client asks for.
     Rdma(Box<dyn Incoming>),
 }
@@ -178,7 +180,7 @@ impl RawConnection {
     /// The client's address, if it is known and an IP address.
     pub fn peer(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(_, peer) | Self::Passed(_, peer, _) => *peer,
+            Self::Tcp(_, peer) | Self::Passed(_, peer) => *peer,
             Self::Rdma(incoming) => incoming.peer(),
         }
     }
@@ -542,8 +544,8 @@ impl Worker {
     fn adopt(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let peer = connection.peer();
         let incoming = match connection {
-            RawConnection::Tcp(stream, _) => Accepted::Stream(Arc::new(stream), None),
-            RawConnection::Passed(stream, _, hello) => Accepted::Stream(stream, Some(hello)),
+            RawConnection::Tcp(stream, _) => Accepted::Stream(AcceptedStream::new(stream)),
+            RawConnection::Passed(stream, _) => Accepted::Stream(stream),
             RawConnection::Rdma(incoming) => Accepted::Other(incoming),
         };
         let adopted = self.transport.adopt(&mut self.reactor, incoming);
@@ -574,7 +576,7 @@ impl Worker {
             if let (Some(workers), Some(Arrival { permit, peer })) =
                 (self.shared.workers.get(), self.connections.take_arriving(passed.connection))
             {
-                let connection = RawConnection::Passed(passed.stream, peer, passed.hello);
+                let connection = RawConnection::Passed(passed.stream, peer);
                 workers[passed.to].connections.send((connection, permit));
             }
         }

@@ -35,6 +35,7 @@ fn offer() -> Offer {
         keepalive: Duration::from_millis(1500),
         name: "golden".into(),
         queue_pair: false,
+        tls: None,
     }
 }
 
@@ -280,6 +281,7 @@ proptest! {
             keepalive: Duration::from_millis(keepalive_ms.into()),
             name: name.clone(),
             queue_pair: wants_queue_pair,
+            tls: None,
         };
         let policy = Policy {
             queue_depth: depth_max,

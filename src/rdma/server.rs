@@ -1038,7 +1038,7 @@ impl ServerTransport for RdmaServer {
                 Ok(incoming) => Ok(self.adopt(reactor, *incoming)),
                 Err(other) => Err(transport::Accepted::Other(other)),
             },
-            stream @ transport::Accepted::Stream(..) => Err(stream),
+            stream @ transport::Accepted::Stream(_) => Err(stream),
         }
     }
 

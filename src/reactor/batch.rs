@@ -103,8 +103,26 @@ impl SendBatch {
         self.pieces.is_empty()
     }
 
+    /// How many bytes there are.
+    pub fn len(&self) -> usize {
+        self.pieces.iter().map(Piece::len).sum()
+    }
+
+    /// All bytes, in order.
+    pub fn slices(&self) -> impl Iterator<Item = &[u8]> {
+        self.pieces.iter().map(|piece| match piece {
+            Piece::Bytes(range) => &self.bytes[range.clone()],
+            Piece::Slot(range) => range.bytes(),
+        })
+    }
+
+    /// Heap that it keeps when it is empty.
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// Forgets the first `n` bytes: they have been sent.
-    pub(super) fn advance(&mut self, mut n: usize) {
+    pub(crate) fn advance(&mut self, mut n: usize) {
         while n > 0 {
             let Some(piece) = self.pieces.front_mut() else { break };
             let taken = n.min(piece.len());
@@ -130,13 +148,7 @@ impl SendBatch {
     /// All of it, as if it had been sent.
     #[cfg(test)]
     pub(crate) fn take_all(&mut self) -> Vec<u8> {
-        let mut all = Vec::new();
-        for piece in &self.pieces {
-            all.extend_from_slice(match piece {
-                Piece::Bytes(range) => &self.bytes[range.clone()],
-                Piece::Slot(range) => range.bytes(),
-            });
-        }
+        let all: Vec<u8> = self.slices().flatten().copied().collect();
         self.advance(all.len());
         all
     }

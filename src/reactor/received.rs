@@ -28,6 +28,13 @@ impl std::ops::Deref for Received {
     }
 }
 
+impl std::ops::DerefMut for Received {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`: the buffer is this value's alone, and so borrowed as it is.
+        unsafe { std::slice::from_raw_parts_mut(self.pool.buffer(self.index), self.len) }
+    }
+}
+
 impl Drop for Received {
     fn drop(&mut self) {
         self.pool.give_back(self.index);

@@ -5,7 +5,7 @@ use crate::message;
 use crate::reactor::SendBatch;
 use crate::records::Records;
 use crate::transport::Response;
-use crate::tuning::{SMALL_RESPONSE_HEAP, SPARE_BATCHES};
+use crate::tuning::{SMALL_RESPONSE_HEAP, SPARE_BATCH_BYTES, SPARE_BATCHES};
 
 /// Batches kept for reuse, boxed because the kernel points at a batch while it sends it.
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ impl SpareBatches {
     }
 
     fn put(&mut self, batch: Box<SendBatch>) {
-        if self.0.len() < SPARE_BATCHES {
+        if self.0.len() < SPARE_BATCHES && batch.capacity() <= SPARE_BATCH_BYTES {
             self.0.push(batch);
         }
     }
@@ -33,7 +33,9 @@ pub(super) struct Outbox {
     next_bytes: usize,
     next_count: usize,
     next_heap: usize,
-    /// What the last send left over: goes before `next`.
+    /// What was taken up, and is not sealed yet: goes before `next`. Only where the record layer seals.
+    plain: Option<Box<SendBatch>>,
+    /// What the last send left over: goes before all else.
     rest: Option<Box<SendBatch>>,
     is_sending: bool,
     /// Heap of the batch that is being sent, or is left over.
@@ -132,24 +134,58 @@ impl Outbox {
     /// Forgets everything.
     pub fn discard(&mut self) {
         self.next = None;
+        self.plain = None;
         self.rest = None;
     }
 
     /// The next batch to send, if there is something and nothing is being sent. [`Outbox::on_sent`] follows.
-    pub fn poll_send(&mut self, records: &mut Records) -> Option<Box<SendBatch>> {
+    /// With `is_last` nothing comes behind what there is now.
+    pub fn poll_send(
+        &mut self,
+        spare: &mut SpareBatches,
+        records: &mut Records,
+        is_last: bool,
+    ) -> Option<Box<SendBatch>> {
         if self.is_sending {
             return None;
         }
-        let batch = self.rest.take().or_else(|| {
-            self.next_bytes = 0;
-            self.next_count = 0;
-            self.sent_heap = std::mem::take(&mut self.next_heap);
-            let next = self.next.take();
-            self.filled_before = next.as_ref().map_or(0, |next| next.filled());
-            next.map(|next| records.seal_batch(next))
-        })?;
+        let batch = match self.rest.take() {
+            Some(rest) => rest,
+            None if records.is_clear() => self.take_up()?,
+            None => self.seal(spare, records, is_last)?,
+        };
         self.is_sending = true;
         Some(batch)
+    }
+
+    fn take_up(&mut self) -> Option<Box<SendBatch>> {
+        self.next_bytes = 0;
+        self.next_count = 0;
+        self.sent_heap = std::mem::take(&mut self.next_heap);
+        let next = self.next.take();
+        self.filled_before = next.as_ref().map_or(0, |next| next.filled());
+        next
+    }
+
+    /// Seals as much as is sent at a time.
+    fn seal(
+        &mut self,
+        spare: &mut SpareBatches,
+        records: &mut Records,
+        is_last: bool,
+    ) -> Option<Box<SendBatch>> {
+        let mut plain = match self.plain.take() {
+            Some(plain) => plain,
+            None => self.take_up()?,
+        };
+        let mut sealed = spare.take();
+        records.seal_batch(&mut plain, &mut sealed, is_last && self.next.is_none());
+        if plain.is_empty() {
+            spare.put(plain);
+        } else {
+            self.plain = Some(plain);
+        }
+        Some(sealed)
     }
 
     /// A send has ended; what is in the batch has not been sent. Returns whether all of it was.
@@ -157,6 +193,10 @@ impl Outbox {
         self.is_sending = false;
         if !batch.is_empty() {
             self.rest = Some(batch);
+            return false;
+        }
+        if self.plain.is_some() {
+            spare.put(batch);
             return false;
         }
         self.unsent_bytes = self.next_bytes;
@@ -176,7 +216,7 @@ impl Outbox {
 
     /// Whether there is something that no send has taken up.
     pub fn has_unsent(&self) -> bool {
-        self.next.is_some() || self.rest.is_some()
+        self.next.is_some() || self.plain.is_some() || self.rest.is_some()
     }
 
     /// Whether there are answers beyond what is being sent.
@@ -188,7 +228,7 @@ impl Outbox {
     /// no room.
     pub fn is_behind(&self, bytes_max: usize, count_max: usize) -> bool {
         (self.next_bytes > bytes_max || self.next_count > count_max)
-            && (self.is_sending || self.rest.is_some())
+            && (self.is_sending || self.plain.is_some() || self.rest.is_some())
     }
 
     pub fn unsent_bytes(&self) -> usize {

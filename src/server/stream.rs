@@ -6,7 +6,7 @@
 //! found stalled.
 
 use std::collections::VecDeque;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -167,8 +167,8 @@ impl Receiving {
 /// Bytes received and not yet looked at.
 enum Unread<B> {
     None,
-    /// In a buffer of the reactor's; at most for the length of an iteration.
-    Borrowed(B, usize),
+    /// In this range of a buffer of the reactor's; at most for the length of an iteration.
+    Borrowed(B, Range<usize>),
     /// Copied out of it, since the iteration ended.
     Owned(Vec<u8>, usize),
 }
@@ -177,7 +177,7 @@ impl<B: Deref<Target = [u8]>> Unread<B> {
     fn bytes(&self) -> &[u8] {
         match self {
             Self::None => &[],
-            Self::Borrowed(received, at) => &received[*at..],
+            Self::Borrowed(received, range) => &received[range.clone()],
             Self::Owned(bytes, at) => &bytes[*at..],
         }
     }
@@ -185,7 +185,8 @@ impl<B: Deref<Target = [u8]>> Unread<B> {
     fn advance(&mut self, n: usize) {
         match self {
             Self::None => {}
-            Self::Borrowed(_, at) | Self::Owned(_, at) => *at += n,
+            Self::Borrowed(_, range) => range.start += n,
+            Self::Owned(_, at) => *at += n,
         }
         if self.bytes().is_empty() {
             *self = Self::None;
@@ -264,7 +265,7 @@ pub(crate) struct StreamConnection<B> {
     needs_attention: bool,
 }
 
-impl<B: Deref<Target = [u8]>> StreamConnection<B> {
+impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
     /// A connection whose handshake is still to come. One that `is_placed` is not passed on.
     pub fn new(
         id: ConnectionId,
@@ -310,6 +311,11 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
 
     pub fn is_sending(&self) -> bool {
         self.outbox.is_sending()
+    }
+
+    /// Its record layer, for the one that it is passed on to.
+    pub fn take_records(&mut self) -> Records {
+        std::mem::replace(&mut self.records, Records::Clear)
     }
 
     /// Whether it has ended, and nothing that was started for it is still under way.
@@ -374,7 +380,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     pub fn on_end(&mut self, shared: &mut StreamShared) {
         self.receive_in_flight = false;
         let owes_input = match self.receiving {
-            Receiving::Messages => !self.partial.is_empty(),
+            Receiving::Messages => !self.partial.is_empty() || self.records.heap() > 0,
             Receiving::AwaitingFetch { .. } => false,
             Receiving::Data { .. } | Receiving::Discard { .. } => true,
         };
@@ -402,38 +408,47 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
         }
     }
 
-    /// The messages' bytes among those received. A layer that seals opens whole records where they are, and
-    /// copies the front of one that has not come whole.
-    #[inline]
-    fn open(&self, bytes: B) -> Result<Unread<B>, Violation> {
-        match self.records {
-            Records::Clear => Ok(Unread::Borrowed(bytes, 0)),
-        }
-    }
-
     /// These bytes have been received.
-    pub fn on_bytes(&mut self, bytes: B, shared: &mut StreamShared, clock: &LoopClock) {
+    pub fn on_bytes(&mut self, mut bytes: B, shared: &mut StreamShared, clock: &LoopClock) {
         self.receive_in_flight = false;
         self.core.on_receive();
         let n = bytes.len();
         self.progress.bytes_in += n as u64;
-        let opened = match self.open(bytes) {
+        let (first, range) = match self.records.open_away(&mut bytes) {
             Ok(opened) => opened,
             Err(violation) => return self.fail(shared, clock, violation),
         };
         match self.core.phase() {
             Phase::Open => {
-                self.unread = opened;
                 self.pings = 0;
-                self.read(shared, clock);
+                if !first.is_empty() {
+                    self.unread = Unread::Owned(first, 0);
+                    self.read(shared, clock);
+                }
+                // The first part may have to wait.
+                if let Unread::Owned(waiting, _) = &mut self.unread {
+                    waiting.extend_from_slice(&bytes[range]);
+                } else if !range.is_empty() {
+                    self.unread = Unread::Borrowed(bytes, range);
+                    self.read(shared, clock);
+                }
                 self.choose_receive_size(n, shared);
             }
             Phase::Handshake => {
-                self.hello.extend_from_slice(opened.bytes());
+                self.hello.extend_from_slice(&first);
+                self.hello.extend_from_slice(&bytes[range]);
                 let hello = std::mem::take(&mut self.hello);
                 self.on_hello(hello, shared, clock);
             }
             Phase::Lingering | Phase::Dead => {}
+        }
+    }
+
+    /// These bytes were received with the record layer's handshake.
+    pub fn on_early(&mut self, mut bytes: Vec<u8>, shared: &mut StreamShared, clock: &LoopClock) {
+        match self.records.open_away(&mut bytes) {
+            Ok((_, range)) => self.on_hello(bytes[range].to_vec(), shared, clock),
+            Err(violation) => self.fail(shared, clock, violation),
         }
     }
 
@@ -832,8 +847,8 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     /// to be sent leaves now: not if something left early, for one large send costs less than two.
     pub fn begin_flush(&mut self, shared: &mut StreamShared) -> bool {
         self.is_dirty = false;
-        if let Unread::Borrowed(received, at) = &self.unread {
-            self.unread = Unread::Owned(received[*at..].to_vec(), 0);
+        if let Unread::Borrowed(received, range) = &self.unread {
+            self.unread = Unread::Owned(received[range.clone()].to_vec(), 0);
         }
         if !std::mem::take(&mut self.has_left_early) {
             return true;
@@ -853,8 +868,12 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
 
     /// The batch that is to be sent, if any. [`StreamConnection::on_sent`] follows, or
     /// [`StreamConnection::on_send_failed`].
-    pub fn poll_send(&mut self) -> Option<Box<SendBatch>> {
-        if self.core.phase() == Phase::Dead { None } else { self.outbox.poll_send(&mut self.records) }
+    pub fn poll_send(&mut self, shared: &mut StreamShared) -> Option<Box<SendBatch>> {
+        let phase = self.core.phase();
+        if phase == Phase::Dead {
+            return None;
+        }
+        self.outbox.poll_send(&mut shared.spare, &mut self.records, phase == Phase::Lingering)
     }
 
     /// A send has ended: `n` bytes were sent, the batch is what is left.
@@ -909,7 +928,7 @@ impl<B: Deref<Target = [u8]>> StreamConnection<B> {
     /// ... and all else that it causes beyond what every connection does.
     fn heap_excess(&self) -> usize {
         let unread = if let Unread::Owned(bytes, _) = &self.unread { bytes.len() } else { 0 };
-        (self.messages_heap() + unread).saturating_sub(HEAP_BASE)
+        (self.messages_heap() + unread + self.records.heap()).saturating_sub(HEAP_BASE)
     }
 
     /// Charges the worker's account with what it causes now. After everything that may change that.

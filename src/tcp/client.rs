@@ -120,18 +120,19 @@ impl TcpClient {
     /// Does what is left to be done when the connection has just ended.
     fn end(&mut self) {
         let Some(ending) = self.core.take_ending() else { return };
-        if let Some(goaway) = ending.goaway {
-            // Tell the server what it did wrong, if the socket takes it.
-            let _ = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
-        }
-        self.close(ending.is_orderly);
+        // Tell the server what it did wrong.
+        self.close(ending.goaway.as_deref().unwrap_or_default(), ending.is_orderly);
         self.blocked = false;
         self.unparsed = 0..0;
     }
 
-    /// Ends the connection for every process that has its socket. If it does not end in good order, what is
-    /// unsent or unanswered does not go on being sent: the server gets a reset.
-    fn close(&self, is_orderly: bool) {
+    /// Ends the connection for every process that has its socket, with these words if the socket takes them.
+    /// If it does not end in good order, what is unsent or unanswered does not go on being sent: the server
+    /// gets a reset.
+    fn close(&mut self, words: &[u8], is_orderly: bool) {
+        if !words.is_empty() || is_orderly && !self.records.is_clear() {
+            let _ = send(&self.stream, &self.records.seal_last(&[IoSlice::new(words)]));
+        }
         if is_orderly {
             let _ = abort_on_close(&self.stream, false);
         } else {
@@ -169,21 +170,21 @@ impl TcpClient {
     fn send_some(&mut self) -> io::Result<bool> {
         let mut slices = [IoSlice::new(&[]); SLICES_MAX];
         let mut count = 0;
-        let mut total = 0;
         self.core.unsent(|slice| {
             if count == SLICES_MAX {
                 return false;
             }
             slices[count] = IoSlice::new(slice);
             count += 1;
-            total += slice.len();
             true
         });
-        let sent = send(&self.stream, self.records.seal(&slices[..count]));
+        let sealed = self.records.seal(&slices[..count]);
+        let tried: usize = sealed.iter().map(|slice| slice.len()).sum();
+        let sent = send(&self.stream, &sealed);
         self.core.counters.sends += 1;
-        let n = self.records.on_sent(sent?);
-        self.core.on_sent(n);
-        Ok(n == total)
+        let sent = sent?;
+        self.core.on_sent(self.records.on_sent(sent));
+        Ok(sent == tried)
     }
 
     // Receiving
@@ -405,7 +406,7 @@ impl ClientTransport for TcpClient {
         }
         let mut goaway = Vec::new();
         message::encode_goaway(Status::OK, "", self.core.grant().crc(), &mut goaway);
-        let sent = send(&self.stream, self.records.seal(&[IoSlice::new(&goaway)]));
+        let sent = send(&self.stream, &self.records.seal(&[IoSlice::new(&goaway)]));
         self.sent_goaway = sent.is_ok_and(|n| self.records.on_sent(n) == goaway.len());
     }
 
@@ -418,7 +419,7 @@ impl Drop for TcpClient {
     fn drop(&mut self) {
         // A forked child that drops its copy leaves the connection to its parent.
         if !self.core.has_failed() && self.process == process() {
-            self.close(self.core.is_idle() || self.sent_goaway);
+            self.close(&[], self.core.is_idle() || self.sent_goaway);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The TCP transport: messages and their data on one stream.
 
+mod accept;
 mod client;
 mod server;
 
@@ -10,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+pub use accept::Accepting;
 pub use client::{TcpClient, TcpDial};
 pub use server::{Place, TcpServer};
 

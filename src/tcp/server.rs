@@ -25,7 +25,7 @@ use crate::reactor::{
 use crate::records::Records;
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::transport::{
-    Accepted, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
+    Accepted, AcceptedStream, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
     ServerTransport, UpgradeRequest,
 };
 use watch::{Verdict, Watch};
@@ -203,42 +203,39 @@ impl TcpServer {
         self.shared.route = place;
     }
 
-    /// Takes over a connection that another server has passed on, with what it had received.
-    fn adopt_passed(&mut self, reactor: &mut Reactor, stream: Arc<OwnedFd>, hello: Vec<u8>) -> ConnectionId {
-        let id = self.insert(reactor, stream, Records::Clear, true);
+    /// Takes over a connection, and reads its handshake. Returns its name in later events.
+    pub fn adopt(&mut self, reactor: &mut Reactor, stream: AcceptedStream) -> ConnectionId {
+        let AcceptedStream { socket, records, received, is_passed } = stream;
+        let id = self.insert(reactor, socket, records, is_passed);
         self.with(reactor, id, |connection, shared, reactor| {
-            connection.stream.on_hello(hello, shared, reactor.clock());
+            if is_passed {
+                connection.stream.on_hello(received, shared, reactor.clock());
+            } else if !received.is_empty() {
+                connection.stream.on_early(received, shared, reactor.clock());
+            }
         });
-        id
-    }
-
-    /// Takes over an accepted, non-blocking stream socket, and reads its handshake. Returns the name of the
-    /// connection in later events.
-    pub fn adopt(&mut self, reactor: &mut Reactor, stream: impl Into<Arc<OwnedFd>>) -> ConnectionId {
-        let id = self.insert(reactor, stream.into(), Records::Clear, false);
-        self.with(reactor, id, |_, _, _| {});
         id
     }
 
     fn insert(
         &mut self,
         reactor: &mut Reactor,
-        stream: Arc<OwnedFd>,
+        socket: Arc<OwnedFd>,
         records: Records,
         is_placed: bool,
     ) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
-        let _ = sockopt::set_tcp_nodelay(&stream, true);
+        let _ = sockopt::set_tcp_nodelay(&socket, true);
         // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to
         // speak.
-        if sockopt::set_socket_keepalive(&stream, true).is_ok() {
-            let _ = sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60));
-            let _ = sockopt::set_tcp_keepintvl(&stream, Duration::from_secs(10));
-            let _ = sockopt::set_tcp_keepcnt(&stream, 6);
+        if sockopt::set_socket_keepalive(&socket, true).is_ok() {
+            let _ = sockopt::set_tcp_keepidle(&socket, Duration::from_secs(60));
+            let _ = sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(10));
+            let _ = sockopt::set_tcp_keepcnt(&socket, 6);
         }
         // So that one to which something was sent is found soon even if it took nothing for long before. Not
         // less, for a peer that has taken its window back is given up by the kernel after twice that.
-        bound_tcp_retries(&stream, self.shared.policy.unreachable_timeout / 2);
+        bound_tcp_retries(&socket, self.shared.policy.unreachable_timeout / 2);
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(Entry { generation: 0, connection: None });
             self.entries.len() as u32 - 1
@@ -247,7 +244,7 @@ impl TcpServer {
         let id = ConnectionId { transport: self.owner, index, generation: entry.generation };
         entry.connection = Some(Box::new(Connection {
             stream: StreamConnection::new(id, &self.shared.policy, records, is_placed, reactor.clock()),
-            socket: reactor.file(stream),
+            socket: reactor.file(socket),
             held: None,
             timer: None,
             is_watched: false,
@@ -306,7 +303,7 @@ impl TcpServer {
     /// Starts the send of the connection there that is due, if none is in flight.
     fn send(&mut self, reactor: &mut Reactor, index: u32) {
         let Some(connection) = self.entries[index as usize].connection.as_deref_mut() else { return };
-        let Some(batch) = connection.stream.poll_send() else { return };
+        let Some(batch) = connection.stream.poll_send(&mut self.shared) else { return };
         let id = connection.stream.id();
         if !std::mem::replace(&mut connection.is_watched, true) {
             self.watch.add(reactor, id);
@@ -328,8 +325,13 @@ impl TcpServer {
         let Some(connection) = entry(&mut self.entries, id) else { return };
         match connection.stream.poll_close() {
             Some(Close::PassOn(to, hello)) => {
-                let stream = connection.socket.descriptor();
-                self.passed.push_back(Passed { connection: id, to, stream, hello });
+                let stream = AcceptedStream {
+                    socket: connection.socket.descriptor(),
+                    records: connection.stream.take_records(),
+                    received: hello,
+                    is_passed: true,
+                };
+                self.passed.push_back(Passed { connection: id, to, stream });
             }
             Some(how) => connection.close(&how),
             None => {}
@@ -578,8 +580,7 @@ impl ServerTransport for TcpServer {
         incoming: Accepted,
     ) -> Result<Result<ConnectionId, Error>, Accepted> {
         match incoming {
-            Accepted::Stream(stream, None) => Ok(Ok(self.adopt(reactor, stream))),
-            Accepted::Stream(stream, Some(hello)) => Ok(Ok(self.adopt_passed(reactor, stream, hello))),
+            Accepted::Stream(stream) => Ok(Ok(self.adopt(reactor, stream))),
             incoming @ Accepted::Other(_) => Err(incoming),
         }
     }

@@ -17,10 +17,13 @@ use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
 use raio_transport::transport::{
-    Accepted, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener, Reply, Request,
-    RequestKey, Response, SendOptions, ServerCounters, ServerEvent, ServerTransport, SlotRange,
+    Accepted, AcceptedStream, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener,
+    Reply, Request, RequestKey, Response, SendOptions, ServerCounters, ServerEvent, ServerTransport,
+    SlotRange,
 };
 use raio_transport::{loopback, mux, rdma, tcp};
+
+use crate::tls_peer::{self, unsealed};
 
 /// Nothing in these tests takes so long unless it hangs.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -34,17 +37,20 @@ pub enum Transport {
     /// and sends without the ring.
     TcpSpinning,
     TcpEpoll,
+    /// TLS over TCP, and io_uring.
+    Tls,
     Rdma,
     /// A TCP connection that moves to a queue pair after the handshake.
     RdmaAfterTcp,
 }
 
 impl Transport {
-    /// Those that are a stream from beginning to end.
+    /// Those that are a TCP stream and nothing else.
     pub const TCP: [Self; 3] = [Self::TcpUring, Self::TcpSpinning, Self::TcpEpoll];
 
+    /// Whether it is a stream from beginning to end.
     pub fn is_tcp(self) -> bool {
-        Self::TCP.contains(&self)
+        Self::TCP.contains(&self) || self == Self::Tls
     }
 
     pub fn is_rdma(self) -> bool {
@@ -124,7 +130,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 
 /// One end of a connection, handed to the server.
 enum Wire {
-    Tcp(OwnedFd),
+    Stream(AcceptedStream),
     Loopback(loopback::LoopbackEnd),
     Rdma(Box<dyn Incoming>),
 }
@@ -309,12 +315,21 @@ impl Server {
         let (client, server) =
             if self.transport == Transport::RdmaAfterTcp { tcp_pair_by_rdma() } else { tcp_pair() };
         self.serve(server);
-        client
+        if self.transport == Transport::Tls { unsealed(client, tls_peer::client()) } else { client }
     }
 
     /// Gives the server its end of a stream, non-blocking.
     pub fn serve(&self, stream: TcpStream) {
-        self.adopt(Wire::Tcp(stream.into()));
+        if self.transport != Transport::Tls {
+            return self.adopt(Wire::Stream(AcceptedStream::new(OwnedFd::from(stream))));
+        }
+        let next = self.next.fetch_add(1, Ordering::Relaxed) % self.workers.len();
+        let sender = self.workers[next].sender.clone();
+        std::thread::spawn(move || {
+            if let Ok(stream) = tls_peer::accept(stream, &tls_peer::server_tls()) {
+                sender.send(Mail::Adopt(Wire::Stream(stream)));
+            }
+        });
     }
 
     /// A stream to the server with small buffers, those from the server smallest, so that little is on its
@@ -325,7 +340,7 @@ impl Server {
             socket2::SockRef::from(from).set_send_buffer_size(bytes).unwrap();
             socket2::SockRef::from(to).set_recv_buffer_size(bytes).unwrap();
         }
-        self.adopt(Wire::Tcp(server.into()));
+        self.adopt(Wire::Stream(AcceptedStream::new(OwnedFd::from(server))));
         client
     }
 
@@ -348,6 +363,12 @@ impl Server {
                 let offer = Offer { queue_pair: true, ..offer.clone() };
                 let stream = tcp::TcpClient::from_stream(self.stream(), &offer, deadline)?;
                 mux::upgrade(stream, deadline).map_err(|(_, error)| error)?
+            }
+            Transport::Tls => {
+                let (client, server) = tcp_pair();
+                self.serve(server);
+                let offer = Offer { tls: Some(tls_peer::client_tls()), ..offer.clone() };
+                Box::new(tcp::TcpClient::from_stream(client, &offer, deadline)?)
             }
             _ => Box::new(tcp::TcpClient::from_stream(self.stream(), offer, deadline)?),
         };
@@ -459,10 +480,9 @@ impl Wires {
 
     fn adopt(&mut self, reactor: &mut Reactor, wire: Wire) {
         match (self, wire) {
-            (Self::Tcp(server), Wire::Tcp(fd)) => drop(server.adopt(reactor, fd)),
-            (Self::Any(server), Wire::Tcp(fd)) => {
-                let incoming = Accepted::Stream(Arc::new(fd), None);
-                server.adopt(reactor, incoming).unwrap();
+            (Self::Tcp(server), Wire::Stream(stream)) => drop(server.adopt(reactor, stream)),
+            (Self::Any(server), Wire::Stream(stream)) => {
+                server.adopt(reactor, Accepted::Stream(stream)).unwrap();
             }
             (Self::Loopback(server), Wire::Loopback(end)) => drop(server.adopt(reactor, end)),
             (Self::Rdma(server), Wire::Rdma(incoming)) => {

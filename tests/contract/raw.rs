@@ -17,6 +17,7 @@ use crate::harness::{
     Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
 };
 use crate::rdma_end::{self, End};
+use crate::tls_peer;
 
 /// A peer's end of a connection.
 pub struct Raw {
@@ -249,9 +250,14 @@ impl Raw {
                 (thread, Self::new(Wire::Tcp(ours, Vec::new())))
             }
             _ => {
-                let (theirs, ours) = tcp_pair();
+                let (theirs, mut ours) = tcp_pair();
                 ours.set_nonblocking(false).unwrap();
                 ours.set_nodelay(true).unwrap();
+                let mut offer = offer;
+                if transport == Transport::Tls {
+                    offer.tls = Some(tls_peer::client_tls());
+                    ours = tls_peer::unsealed(ours, tls_peer::server());
+                }
                 let thread = std::thread::spawn(move || {
                     tcp::TcpClient::from_stream(theirs, &offer, deadline).map(|client| Box::new(client) as _)
                 });

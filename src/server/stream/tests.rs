@@ -116,7 +116,7 @@ impl Run {
         while !self.shared.dirty.is_empty() {
             self.shared.dirty.clear();
             if self.connection.begin_flush(&mut self.shared)
-                && let Some(mut batch) = self.connection.poll_send()
+                && let Some(mut batch) = self.connection.poll_send(&mut self.shared)
             {
                 let bytes = batch.take_all();
                 self.connection.on_sent(bytes.len(), batch, &mut self.shared);
@@ -328,7 +328,7 @@ fn a_peer_that_does_not_take_its_answers_is_not_read_from() {
     run.respond(1, 1 << 20);
     run.shared.dirty.clear();
     assert!(run.connection.begin_flush(&mut run.shared));
-    let sending = run.connection.poll_send().unwrap();
+    let sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.respond(2, 1 << 20);
     assert!(run.receive().is_some(), "1 MiB is not too much");
     run.connection.on_nothing(None);
@@ -348,15 +348,15 @@ fn a_peer_that_takes_nothing_between_two_checks_is_reset() {
     run.send(&request(1, 1 << 20, b""));
     run.request();
     run.respond(1, 1 << 20);
-    let mut sending = run.connection.poll_send().unwrap();
+    let mut sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.check_progress(true);
     assert_eq!(run.close(), None, "it has had no time");
     // A trickle is no progress: an eighth of what it holds is.
     run.connection.on_sent((1 << 17) - 1, sending, &mut run.shared);
-    sending = run.connection.poll_send().unwrap();
+    sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.check_progress(false);
     run.connection.on_sent(1 << 17, sending, &mut run.shared);
-    sending = run.connection.poll_send().unwrap();
+    sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.check_progress(true);
     assert_eq!(run.close(), None);
     run.check_progress(true);
@@ -429,7 +429,7 @@ fn what_is_answered_after_an_early_flush_waits_for_the_next() {
     run.send(&[request(1, 0, b""), request(2, 0, b"")].concat());
     run.respond(1, 0);
     assert!(run.connection.begin_early_flush());
-    let mut batch = run.connection.poll_send().unwrap();
+    let mut batch = run.connection.poll_send(&mut run.shared).unwrap();
     let sent = batch.take_all().len();
     run.connection.on_sent(sent, batch, &mut run.shared);
     run.respond(2, 0);

@@ -1,5 +1,5 @@
-//! How a connection over TCP is made: the socket connects, the hello goes out, the welcome comes in, each as
-//! far as the kernel takes or has it.
+//! How a connection over TCP is made: the socket connects, TLS shakes hands if it is used, the hello goes
+//! out, the welcome comes in, each as far as the kernel takes or has it.
 
 use std::io::{self, IoSlice, Read};
 use std::net::{SocketAddr, TcpStream};
@@ -15,11 +15,13 @@ use super::super::spare_congestion_control;
 use super::{STAGING_BYTES, TcpClient, abort_on_close, send};
 use crate::client::Core;
 use crate::connecting::{Awaited, Connecting};
-use crate::error::Error;
+use crate::error::{Error, Violation};
 use crate::handshake::{Grant, Offer};
 use crate::memory::process;
 use crate::message::Parsed;
 use crate::records::Records;
+use crate::tls::{self, ClientTls};
+use crate::tuning::TLS_RECEIVE_BYTES as SECURING_BYTES;
 
 /// A connection over TCP that is being made.
 #[derive(Debug)]
@@ -35,8 +37,16 @@ enum State {
     Unopened(SocketAddr),
     Connecting(TcpStream, SocketAddr),
     Connected(TcpStream),
+    Securing(Securing),
     ShakingHands(Handshake),
     Over,
+}
+
+/// The handshake of TLS.
+#[derive(Debug)]
+struct Securing {
+    stream: TcpStream,
+    handshake: tls::Handshake,
 }
 
 /// A handshake over a stream.
@@ -81,10 +91,25 @@ impl TcpDial {
                     }
                 }
                 State::Connected(stream) => {
-                    let handshake = Handshake::new(stream, &self.offer);
-                    State::ShakingHands(
-                        handshake.map_err(|source| Error::io("Cannot set up the socket", source))?,
-                    )
+                    set_up(&stream).map_err(|source| Error::io("Cannot set up the socket", source))?;
+                    match &self.offer.tls {
+                        Some(tls) => State::Securing(Securing::new(stream, tls)?),
+                        None => {
+                            State::ShakingHands(Handshake::new(stream, Records::Clear, &[], &self.offer)?)
+                        }
+                    }
+                }
+                State::Securing(mut securing) => {
+                    if securing.go_on()? {
+                        let (records, received) = securing.handshake.into_records()?;
+                        let records = Records::Tls(Box::new(records));
+                        State::ShakingHands(Handshake::new(securing.stream, records, &received, &self.offer)?)
+                    } else if now >= self.deadline {
+                        return Err(handshake_failed(Errno::TIMEDOUT.into()));
+                    } else {
+                        self.state = State::Securing(securing);
+                        return Ok(None);
+                    }
                 }
                 State::ShakingHands(mut handshake) => {
                     if let Some((grant, unparsed)) = handshake.go_on(&self.offer)? {
@@ -112,6 +137,7 @@ impl Connecting for TcpDial {
     fn awaited(&mut self) -> Vec<Awaited<'_>> {
         match &self.state {
             State::Connecting(stream, _) => vec![Awaited::output(stream.as_fd())],
+            State::Securing(securing) => vec![securing.awaited()],
             State::ShakingHands(handshake) => vec![handshake.awaited()],
             State::Unopened(_) | State::Connected(_) | State::Over => Vec::new(),
         }
@@ -162,20 +188,73 @@ fn handshake_failed(source: io::Error) -> Error {
     Error::io("The handshake with the server failed; check that a raio_server listens on that port", source)
 }
 
+fn set_up(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    abort_on_close(stream, true)?;
+    // Does not matter to a socket that is no TCP socket (a test's socket pair).
+    let _ = stream.set_nodelay(true);
+    Ok(())
+}
+
+impl Securing {
+    fn new(stream: TcpStream, tls: &ClientTls) -> Result<Self, Error> {
+        let mut handshake = tls::Handshake::client(tls)?;
+        handshake.advance(&[])?;
+        Ok(Self { stream, handshake })
+    }
+
+    fn awaited(&self) -> Awaited<'_> {
+        let fd = self.stream.as_fd();
+        Awaited { fd, input: true, output: !self.handshake.unsent().is_empty() }
+    }
+
+    /// Sends and takes in what it can. Whether the handshake is over: what it still has to send goes out with
+    /// the hello.
+    fn go_on(&mut self) -> Result<bool, Error> {
+        let mut buffer = [0; SECURING_BYTES];
+        loop {
+            self.send().map_err(handshake_failed)?;
+            let n = match (&self.stream).read(&mut buffer) {
+                Ok(0) => return Err(handshake_failed(Errno::CONNRESET.into())),
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(handshake_failed(error)),
+            };
+            match self.handshake.advance(&buffer[..n]) {
+                Ok(false) => {}
+                Ok(true) => return Ok(true),
+                Err(error) => {
+                    // An alert says why, if the socket takes it. It is not to be reset before it is read.
+                    let _ = self.send();
+                    let _ = abort_on_close(&self.stream, false);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        while !self.handshake.unsent().is_empty() {
+            match send(&self.stream, &[IoSlice::new(self.handshake.unsent())]) {
+                Ok(n) => self.handshake.on_sent(n),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Handshake {
-    fn new(stream: TcpStream, offer: &Offer) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        abort_on_close(&stream, true)?;
-        // Does not matter to a socket that is no TCP socket (a test's socket pair).
-        let _ = stream.set_nodelay(true);
-        Ok(Self {
-            stream,
-            records: Records::Clear,
-            hello: offer.hello(),
-            sent: 0,
-            staging: vec![0; STAGING_BYTES].into_boxed_slice(),
-            end: 0,
-        })
+    /// Over a stream that has received this with the handshake of its record layer.
+    fn new(stream: TcpStream, records: Records, received: &[u8], offer: &Offer) -> Result<Self, Error> {
+        let mut records = records;
+        let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
+        staging[..received.len()].copy_from_slice(received);
+        let end = records.open(&mut staging, 0..received.len())?;
+        Ok(Self { stream, records, hello: offer.hello(), sent: 0, staging, end })
     }
 
     /// What the socket must be ready for before it goes on.
@@ -188,7 +267,17 @@ impl Handshake {
     /// lies what came behind it.
     fn go_on(&mut self, offer: &Offer) -> Result<Option<(Grant, Range<usize>)>, Error> {
         loop {
-            let moved = if self.sent < self.hello.len() { self.send_some() } else { self.receive_some()? };
+            let moved = if self.sent < self.hello.len() {
+                self.send_some()
+            } else {
+                match self.receive_some() {
+                    // It has looked at this client's key after the client was done.
+                    Err(Error::Violation(Violation::Alert(tls::CERTIFICATE_UNKNOWN))) => {
+                        return Err(tls::not_known_there());
+                    }
+                    moved => moved?,
+                }
+            };
             match moved {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -204,7 +293,7 @@ impl Handshake {
     }
 
     fn send_some(&mut self) -> io::Result<()> {
-        let n = send(&self.stream, self.records.seal(&[IoSlice::new(&self.hello[self.sent..])]))?;
+        let n = send(&self.stream, &self.records.seal(&[IoSlice::new(&self.hello[self.sent..])]))?;
         self.sent += self.records.on_sent(n);
         Ok(())
     }

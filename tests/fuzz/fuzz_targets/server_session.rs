@@ -26,7 +26,8 @@ use raio_transport::message::{
 use raio_transport::reactor::{Config, Event, Reactor, Wait};
 use raio_transport::tcp;
 use raio_transport::transport::{
-    Body, ConnectionId, Handover, Request, RequestKey, Response, ServerEvent, ServerTransport, SlotRange,
+    AcceptedStream, Body, ConnectionId, Handover, Request, RequestKey, Response, ServerEvent,
+    ServerTransport, SlotRange,
 };
 
 const DATA_BYTES_MAX: u32 = 64 << 10;
@@ -131,7 +132,7 @@ impl Server {
         self.to_fetch.clear();
         self.brought.clear();
         let mut received = Vec::new();
-        self.transport.adopt(&mut self.reactor, OwnedFd::from(theirs));
+        self.transport.adopt(&mut self.reactor, AcceptedStream::new(OwnedFd::from(theirs)));
         for mut piece in mode.pieces(&bytes) {
             while !piece.is_empty() && self.closed == 0 {
                 match ours.write(piece) {
