@@ -1,12 +1,21 @@
 //! Keys: each side of a connection is known by its Ed25519 key, as with SSH. There are no certificates.
 
 use std::fmt;
+use std::fs::OpenOptions;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::str::FromStr;
 
 use base64ct::{Base64, Base64Unpadded, Encoding};
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use zeroize::Zeroizing;
+
+use crate::error::Error;
+
+/// The longest key file that is read.
+const FILE_BYTES_MAX: usize = 4 << 10;
 
 /// How many bytes a key has, a public and a secret one.
 const KEY_BYTES: usize = 32;
@@ -96,6 +105,52 @@ impl SecretKey {
         Zeroizing::new([&PKCS8_PREFIX[..], &self.seed[..]].concat())
     }
 
+    /// Reads a key file. It must be this user's or root's, and nobody else may read it.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let cannot = |source: io::Error| Error::io(format!("Cannot read the key {}", path.display()), source);
+        let wrong = |why: String| {
+            let source = io::Error::from_raw_os_error(libc::EACCES);
+            Error::io(format!("The key {} is not used: {why}", path.display()), source)
+        };
+        // A FIFO is not waited for.
+        let mut options = OpenOptions::new();
+        let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path);
+        let file = file.map_err(cannot)?;
+        let metadata = file.metadata().map_err(cannot)?;
+        if !metadata.is_file() {
+            return Err(wrong("it is no regular file".into()));
+        }
+        let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+        if owner != user && owner != 0 {
+            return Err(wrong(format!("it belongs to user {owner}, and not to this one, {user}")));
+        }
+        if metadata.mode() & 0o077 != 0 {
+            let mode = metadata.mode() & 0o777;
+            return Err(wrong(format!("others may access it (mode {mode:03o}); use `chmod 600`")));
+        }
+        let mut text = Zeroizing::new(String::with_capacity(FILE_BYTES_MAX));
+        file.take(FILE_BYTES_MAX as u64).read_to_string(&mut text).map_err(cannot)?;
+        Self::from_pem(&text).map_err(|why| {
+            let source = io::Error::from_raw_os_error(libc::EINVAL);
+            Error::io(format!("The key {} is not used: {why}", path.display()), source)
+        })
+    }
+
+    /// Makes a new key, and a file with it that only this user may read. If there is a file of that name
+    /// already, nothing is done.
+    pub fn create(path: &Path) -> Result<Self, Error> {
+        let cannot = |source| Error::io(format!("Cannot make the key {}", path.display()), source);
+        let key = Self::generate();
+        let mut options = OpenOptions::new();
+        let mut file = options.write(true).create_new(true).mode(0o600).open(path).map_err(cannot)?;
+        let written = file.write_all(key.to_pem().as_bytes()).and_then(|()| file.sync_all());
+        written.map_err(|source| {
+            let _ = std::fs::remove_file(path);
+            cannot(source)
+        })?;
+        Ok(key)
+    }
+
     /// The text of a key file, PKCS #8 in PEM: `openssl genpkey -algorithm ed25519` makes the same.
     pub fn to_pem(&self) -> Zeroizing<String> {
         let base64 = Zeroizing::new(Base64::encode_string(&self.pkcs8()));
@@ -176,6 +231,26 @@ mod tests {
             let why = SecretKey::from_pem(text).unwrap_err();
             assert!(!why.contains(&base64[40..]), "{why}");
         }
+    }
+
+    #[test]
+    fn key_files_are_made_for_one_user_and_refused_if_others_can_read_them() {
+        let name = format!("raio-key-{}-{}", std::process::id(), crate::random::number());
+        let path = std::env::temp_dir().join(name);
+        let key = SecretKey::create(&path).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o7777, 0o600);
+        assert_eq!(SecretKey::load(&path).unwrap().public(), key.public());
+        assert_eq!(SecretKey::create(&path).unwrap_err().errno(), libc::EEXIST);
+        assert_eq!(SecretKey::load(&path).unwrap().public(), key.public());
+        for mode in [0o640, 0o604, 0o610, 0o602] {
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            let error = SecretKey::load(&path).unwrap_err();
+            assert_eq!(error.errno(), libc::EACCES);
+            assert!(error.to_string().contains("chmod 600"), "{error}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(SecretKey::load(&path).unwrap_err().errno(), libc::ENOENT);
+        assert_eq!(SecretKey::load(&std::env::temp_dir()).unwrap_err().errno(), libc::EACCES);
     }
 
     #[test]
