@@ -231,6 +231,16 @@ impl ChannelOption {
 }
 
 impl Peer {
+    /// The same, known for who it is. Sessions are those of a key: of another one's it can name none.
+    pub(crate) fn known_as(mut self, identity: Identity) -> Self {
+        if let Identity::Key(key) = identity {
+            let bind = |id: &mut SessionId| id.0 = key.bind(&id.0);
+            bind(&mut self.session);
+            self.supersedes.iter_mut().for_each(bind);
+        }
+        Self { identity, ..self }
+    }
+
     /// Whether its connection carries control commands alone: the server need not distribute it among its
     /// threads.
     pub fn is_control(&self) -> bool {
@@ -248,6 +258,15 @@ impl Policy {
     /// Reads a client's hello at the front of `bytes`. Returns the client and the welcome to send, and the
     /// number of bytes read; or the violation, for which [`Policy::rejection`] makes the answer.
     pub fn welcome(&self, bytes: &[u8]) -> Result<Parsed<(Peer, Vec<u8>)>, Violation> {
+        self.welcome_on(bytes, self.queue_pair)
+    }
+
+    /// The same for a stream that may become a queue pair, or may not.
+    pub(crate) fn welcome_on(
+        &self,
+        bytes: &[u8],
+        has_queue_pairs: bool,
+    ) -> Result<Parsed<(Peer, Vec<u8>)>, Violation> {
         let (hello, options, taken) = match message::parse_handshake::<Hello>(bytes)? {
             Parsed::Need(n) => return Ok(Parsed::Need(n)),
             Parsed::Item((hello, options), taken) => (hello, options, taken),
@@ -274,7 +293,7 @@ impl Policy {
                     return Err(Violation::Field);
                 }
                 answers.push(HandshakeOption { kind: OPTION_NAME, flags: 0, value: self.name.as_bytes() });
-            } else if option.kind == OPTION_QUEUE_PAIR && self.queue_pair {
+            } else if option.kind == OPTION_QUEUE_PAIR && has_queue_pairs {
                 if !option.value.is_empty() || std::mem::replace(&mut queue_pair, true) {
                     return Err(Violation::Field);
                 }

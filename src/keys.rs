@@ -8,6 +8,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use base64ct::{Base64, Base64Unpadded, Encoding};
+use ring::digest::{Context, SHA256};
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{Ed25519KeyPair, KeyPair};
 use zeroize::Zeroizing;
@@ -40,6 +41,15 @@ impl PublicKey {
     /// The key with these bytes (RFC 8032).
     pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> Self {
         Self(bytes)
+    }
+
+    /// The name that something has for whoever has this key: another key cannot name it, whatever it says.
+    pub(crate) fn bind(&self, name: &[u8; 16]) -> [u8; 16] {
+        let mut hash = Context::new(&SHA256);
+        hash.update(&self.0);
+        hash.update(name);
+        let hash = hash.finish();
+        *hash.as_ref().first_chunk().expect("a hash has 32 bytes")
     }
 
     /// The key in a SubjectPublicKeyInfo, as a raw public key travels (RFC 7250). None if that is of another

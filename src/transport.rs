@@ -210,17 +210,29 @@ pub struct AcceptedStream {
     /// What has been received: as it came, sealed or not, or opened if another server has passed it on.
     pub(crate) received: Vec<u8>,
     pub(crate) is_passed: bool,
+    /// It may become a queue pair, if the server makes such.
+    pub(crate) may_move: bool,
 }
 
 impl AcceptedStream {
     /// A non-blocking stream socket, of which nothing is known.
     pub fn new(socket: impl Into<Arc<OwnedFd>>) -> Self {
-        Self { socket: socket.into(), records: Records::Clear, received: Vec::new(), is_passed: false }
+        Self::secured(socket.into(), Records::Clear, Vec::new())
     }
 
     /// One whose client has shown who it is.
     pub(crate) fn secured(socket: Arc<OwnedFd>, records: Records, received: Vec<u8>) -> Self {
-        Self { socket, records, received, is_passed: false }
+        Self { socket, records, received, is_passed: false, may_move: true }
+    }
+
+    /// The same as one that never becomes a queue pair: what goes over that is not sealed.
+    pub fn without_rdma(self) -> Self {
+        Self { may_move: false, ..self }
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> &Arc<OwnedFd> {
+        &self.socket
     }
 
     /// Who the client is.

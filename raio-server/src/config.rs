@@ -101,6 +101,10 @@ pub struct Options {
     /// is none [default: nothing is kept]
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,
+    /// Take only clients that have keys, over TLS: DIRECTORY has the server's own key, which is made at the
+    /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
+    #[arg(long, value_name = "DIRECTORY")]
+    keys: Option<PathBuf>,
     /// Do not start if clients may write and the state directory cannot be used
     #[arg(long)]
     strict: bool,
@@ -142,7 +146,7 @@ impl Places {
 }
 
 /// `FILE:LINE:COLUMN` of a byte of the file.
-fn place(path: &Path, text: &str, at: usize) -> String {
+pub(crate) fn place(path: &Path, text: &str, at: usize) -> String {
     let before = text.get(..at).unwrap_or(text);
     let line = before.bytes().filter(|&b| b == b'\n').count() + 1;
     let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;
@@ -231,7 +235,9 @@ pub struct Config {
     pub trace: Option<PathBuf>,
     /// Where to keep what a restart needs.
     pub state: Option<PathBuf>,
-    /// Nothing is exported for writing without it.
+    /// Where the server's key is, and who may connect. None: anybody.
+    pub keys: Option<PathBuf>,
+    /// Nothing is exported for writing without a state directory.
     pub is_strict: bool,
     /// Whom to become: a name, or a number.
     pub user: Option<String>,
@@ -333,6 +339,7 @@ impl Options {
             log unless is_none,
             trace unless is_none,
             state unless is_none,
+            keys unless is_none,
             user unless is_none,
             sandbox unless is_none
         );
@@ -364,6 +371,13 @@ impl Options {
             );
         }
 
+        ensure!(
+            options.keys.is_none() || listen.iter().all(|(scheme, _)| *scheme != Scheme::Rdma),
+            "{} rdma:// does not go with keys: connections that rdma_cm makes are neither sealed nor \
+             authenticated. Listen on tcp://HOST:PORT. Clients of raio:// show their keys there, and those \
+             that may (rdma = \"clear\" in clients.toml) go on by RDMA.",
+            name("listen")
+        );
         ensure!(
             !options.export.is_empty(),
             "There is nothing to serve. Say what with --export NAME=PATH (a directory, a regular file or a \
@@ -497,6 +511,7 @@ impl Options {
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
             state: options.state,
+            keys: options.keys,
             is_strict: options.strict,
             user: options.user,
             is_sandboxed: options.sandbox != Some(SandboxMode::Off),

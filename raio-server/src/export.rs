@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context, bail, ensure};
 use raio_transport::Status;
-use raio_transport::handshake::Identity;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
@@ -25,6 +24,7 @@ use crate::claim::Claim;
 use crate::engine::{Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
 use crate::file_identity::{self, Basis, FileIdentity};
+use crate::keys::Rights;
 use crate::pool::Pool;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
@@ -276,24 +276,14 @@ impl Exports {
         &self.0
     }
 
-    /// The place of the export that a client knows by this name.
-    fn find(&self, identity: &Identity, name: &[u8]) -> Option<usize> {
-        match identity {
-            // Every client that can connect may open every export.
-            Identity::Anonymous | Identity::Key(_) => {
-                self.0.iter().position(|export| export.name.as_bytes() == name)
-            }
-        }
+    /// The place of the export that a client knows by this name, and whether it may write to it.
+    fn find(&self, rights: &Rights, name: &[u8]) -> Option<(usize, bool)> {
+        let at = self.0.iter().position(|export| export.name.as_bytes() == name)?;
+        Some((at, rights.of_export(&self.0[at].name)?))
     }
 
     /// Resolves the path and flags (`OPEN_*`) of a client as far as that goes without touching the file.
-    pub fn resolve(
-        &self,
-        identity: &Identity,
-        flags: u32,
-        mode: u32,
-        path: &[u8],
-    ) -> Result<Target, Rejection> {
+    pub fn resolve(&self, rights: &Rights, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
         let reject = |status, text: String| Err(Rejection { status, text });
         let shown = EscapedPath(path);
         let Some(rest) = path.strip_prefix(b"/") else {
@@ -303,7 +293,7 @@ impl Exports {
         let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
         let rest = &rest[start..];
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
-        let Some(index) = self.find(identity, name) else {
+        let Some((index, may_write)) = self.find(rights, name) else {
             let text =
                 format!("There is no export {}. Ask the server's operator for the names.", EscapedPath(name));
             return reject(Status::storage(libc::ENOENT), text);
@@ -315,6 +305,14 @@ impl Exports {
         if changes && !export.is_writable {
             let text =
                 format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
+            return reject(Status::policy(libc::EROFS), text);
+        }
+        if changes && !may_write {
+            let text = format!(
+                "Export {} is read-only for this client. The server's operator can change that in \
+                 clients.toml.",
+                export.name
+            );
             return reject(Status::policy(libc::EROFS), text);
         }
         if flags & OPEN_CREATE != 0 && mode & !0o777 != 0 {
@@ -395,7 +393,7 @@ mod tests {
     }
 
     fn errno(exports: &Exports, flags: u32, path: &str) -> i32 {
-        exports.resolve(&Identity::Anonymous, flags, 0o644, path.as_bytes()).unwrap_err().status.errno
+        exports.resolve(&Rights::All, flags, 0o644, path.as_bytes()).unwrap_err().status.errno
     }
 
     #[test]
@@ -411,13 +409,11 @@ mod tests {
             spec("m=mem:1M"),
         ];
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
-        let path_of = |flags, path: &str| match exports
-            .resolve(&Identity::Anonymous, flags, 0o600, path.as_bytes())
-            .unwrap()
-        {
-            Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
-            Target::Ready(file, _) => panic!("{file:?}"),
-        };
+        let path_of =
+            |flags, path: &str| match exports.resolve(&Rights::All, flags, 0o600, path.as_bytes()).unwrap() {
+                Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
+                Target::Ready(file, _) => panic!("{file:?}"),
+            };
         let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
         assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
         assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_XDEV);
@@ -440,9 +436,9 @@ mod tests {
         assert_eq!(errno(&exports, OPEN_READ | OPEN_TRUNCATE, "/d/a"), libc::EROFS);
         assert_eq!(errno(&exports, OPEN_WRITE, "/m"), libc::EROFS);
         assert_eq!(errno(&exports, OPEN_WRITE | OPEN_CREATE | OPEN_EXCLUSIVE, "/n"), libc::EEXIST);
-        assert!(exports.resolve(&Identity::Anonymous, OPEN_WRITE, 0, b"/n").is_ok());
+        assert!(exports.resolve(&Rights::All, OPEN_WRITE, 0, b"/n").is_ok());
         let rejection =
-            exports.resolve(&Identity::Anonymous, OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
+            exports.resolve(&Rights::All, OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
         assert_eq!(rejection.status, Status::policy(libc::EPERM));
     }
 

@@ -15,6 +15,7 @@ mod clear;
 mod client;
 pub mod config;
 mod device_queue;
+mod door;
 mod engine;
 mod export;
 pub mod export_spec;
@@ -23,6 +24,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
+mod keys;
 mod limits;
 mod listener;
 mod log;

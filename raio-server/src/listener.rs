@@ -7,6 +7,7 @@ use std::time::Instant;
 use anyhow::bail;
 use raio_transport::address::Scheme;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
+use raio_transport::transport::AcceptedStream;
 use raio_transport::{rdma, tcp, transport};
 use rustix::net::getpeername;
 
@@ -92,7 +93,8 @@ impl Listener {
             (Ok(_), Payload::Fd(fd)) => {
                 self.accept(reactor, index);
                 let peer = getpeername(&fd).ok().flatten();
-                Some(RawConnection::Tcp(fd, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))
+                let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+                Some(RawConnection::Tcp(AcceptedStream::new(fd), peer))
             }
             (Ok(_), _) | (Err(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN), _) => {
                 self.accept(reactor, index);

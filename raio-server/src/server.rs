@@ -3,6 +3,7 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
 //! serves nothing itself.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,17 +11,21 @@ use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
+use jiff::Timestamp;
 use raio_transport::address::Scheme;
+use raio_transport::keys::PublicKey;
 use raio_transport::reactor::{self, DisabledRing, Reactor, Receiver, Sender, Signals, Token, Wait};
 use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
+use crate::door::{Admitted, Arrived, Door};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
 use crate::handles::GENERATION_MAX;
+use crate::keys::Keys;
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
@@ -31,7 +36,7 @@ use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
 use crate::trace::Trace;
-use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, STUCK_AFTER};
+use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER};
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
@@ -41,6 +46,7 @@ const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
 const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
+const EXPIRY: Token = Token { owner: 4, value: 0 };
 
 /// The threads for file operations.
 static POOL: LazyLock<&'static Pool<Job>> = LazyLock::new(Pool::new);
@@ -57,6 +63,10 @@ pub struct Server {
     shared: Arc<Shared>,
     workers: Vec<WorkerHandle>,
     ended: Receiver<Ended>,
+    /// Where clients that must have keys come in, ...
+    door: Option<Door>,
+    /// ... and those that have shown theirs.
+    admitted: Receiver<Admitted>,
     backend: &'static str,
     accepted: u64,
     /// Connections that got no permit.
@@ -98,13 +108,25 @@ impl Drop for EndedOnDrop {
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
+    let keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     reduce(config, user.as_ref())?;
-    limits_and_exports(config, descriptors).map(drop)
+    let (.., exports) = limits_and_exports(config, descriptors)?;
+    if let Some(keys) = &keys {
+        say_unknown_exports(keys, &exports);
+    }
+    Ok(())
 }
 
 /// Becomes the user, and gives up most of what is not needed to start.
 fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
     if config.is_sandboxed || user.is_some() { privileges::reduce(user) } else { Ok(()) }
+}
+
+/// Logs which exports clients are to have that there are not.
+fn say_unknown_exports(keys: &Keys, exports: &Exports) {
+    for name in keys.unknown_exports(exports.all().iter().map(Export::name)) {
+        tracing::warn!("clients.toml names export {name}, which there is not.");
+    }
 }
 
 /// How many sessions there may be, the limits on their connections and files, and what clients may open.
@@ -257,9 +279,17 @@ impl Server {
         privileges::raise_memlock();
         let has_rdma = rdma::load().is_none();
         let (main_ring, rings) = make_rings(config, sandbox.as_mut());
+        // The server's key may be one that only root can read.
+        let keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         become_user(config)?;
 
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
+        if let Some(keys) = &keys {
+            say_unknown_exports(keys, &exports);
+            if keys.len() == 0 {
+                tracing::warn!("clients.toml names no client yet, so nobody can connect.");
+            }
+        }
         let mut reactor =
             Reactor::with_ring(main_ring, &main_reactor(config)).context("Cannot make an event loop")?;
         let mut signals =
@@ -277,11 +307,14 @@ impl Server {
         let first_generation = 1 + (random::number() % u64::from(GENERATION_MAX)) as u32;
         let sessions =
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
-        let mut shared = Shared { claim: lock, ..Shared::new(config, exports, sessions)? };
+        let keys = keys.map(Arc::new);
+        let mut shared = Shared { claim: lock, keys, ..Shared::new(config, exports, sessions)? };
         let mut listener = Listener::new(LISTENER);
         listener.bind(&mut reactor, &config.listen, Scheme::Tcp)?;
         match &mut sandbox {
-            Some(sandbox) => close_in(sandbox, &mut shared.exports, state.as_deref(), has_rdma)?,
+            Some(sandbox) => {
+                close_in(sandbox, &mut shared.exports, state.as_deref(), config.keys.as_deref(), has_rdma)?;
+            }
             None => stay_free(config)?,
         }
         // Opens the devices.
@@ -294,6 +327,11 @@ impl Server {
 
         start_helpers(&shared)?;
         let shared = Arc::new(shared);
+        let (sender, admitted) = reactor::mailbox(reactor.waker());
+        let door = match &shared.keys {
+            Some(keys) => Some(Door::start(Arc::clone(keys), Arc::clone(&shared.policy), sender)?),
+            None => None,
+        };
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(rings, &shared, &sender)?;
         let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());
@@ -305,6 +343,8 @@ impl Server {
             shared,
             workers,
             ended,
+            door,
+            admitted,
             backend,
             accepted: 0,
             rejected: 0,
@@ -314,14 +354,19 @@ impl Server {
         }))
     }
 
-    /// Where it listens, as URLs.
+    /// Where it listens, as URLs, and with which key.
     pub fn urls(&self) -> String {
-        self.listener.urls()
+        let urls = self.listener.urls();
+        match &self.shared.keys {
+            Some(keys) => format!("{urls} with key {}", keys.host().public()),
+            None => urls,
+        }
     }
 
     /// Serves until told to stop.
     pub fn run(mut self) -> anyhow::Result<ExitCode> {
         self.listener.start(&mut self.reactor);
+        self.await_expiry();
         let mut events = Vec::new();
         let mut running = self.workers.len();
         let mut all_answered = true;
@@ -336,6 +381,11 @@ impl Server {
                         }
                     }
                     CHECK => self.check(),
+                    EXPIRY => {
+                        let expired = self.shared.keys.as_ref().map(|keys| keys.expired());
+                        self.revoke(expired.unwrap_or_default());
+                        self.await_expiry();
+                    }
                     SIGNALS => {
                         for signal in self.signals.read(&mut self.reactor) {
                             if let Some(code) = self.signal(signal) {
@@ -350,6 +400,9 @@ impl Server {
                         return Ok(ExitCode::FAILURE);
                     }
                 }
+            }
+            while let Some(Admitted { stream, peer, permit }) = self.admitted.take() {
+                self.hand_over(RawConnection::Tcp(stream, peer), permit);
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
                 let answered = outcome.ok_or_else(|| {
@@ -382,21 +435,67 @@ impl Server {
                     "A connection was rejected. {text}"
                 );
                 match connection {
-                    RawConnection::Tcp(socket, _) => {
+                    // To one with TLS it would mean nothing.
+                    RawConnection::Tcp(stream, _) if self.door.is_none() => {
                         // As much as the socket takes; nobody waits for a client here.
                         let rejection = self.shared.policy.rejection(libc::EUSERS, &text);
                         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                        let _ = rustix::net::send(&socket, &rejection, flags);
-                        let _ = rustix::net::shutdown(&socket, Shutdown::Write);
+                        let _ = rustix::net::send(stream.socket(), &rejection, flags);
+                        let _ = rustix::net::shutdown(stream.socket(), Shutdown::Write);
                     }
                     RawConnection::Rdma(incoming) => incoming.reject(libc::EUSERS, &text),
                     // It has its permit.
-                    RawConnection::Passed(..) => {}
+                    RawConnection::Tcp(..) | RawConnection::Passed(..) => {}
                 }
                 return;
             }
         };
-        self.hand_over(connection, Arc::new(permit));
+        let permit = Arc::new(permit);
+        match (connection, &self.door) {
+            (RawConnection::Tcp(stream, peer), Some(door)) => door.let_in(Arrived { stream, peer, permit }),
+            (connection, _) => self.hand_over(connection, permit),
+        }
+    }
+
+    /// Has the sessions of clients end whose keys may do less than before.
+    fn revoke(&self, keys: HashSet<PublicKey>) {
+        if keys.is_empty() {
+            return;
+        }
+        // The table of sessions is that of all workers.
+        if let Some(worker) = self.workers.first() {
+            worker.senders.mailbox.send(Mail::Revoke(Arc::new(keys)));
+        }
+    }
+
+    /// Sets the timer for the next key that expires.
+    fn await_expiry(&mut self) {
+        let Some(keys) = &self.shared.keys else { return };
+        let left = keys.next_expiry().map(|at| at.duration_since(Timestamp::now()).unsigned_abs());
+        let left = left.map_or(EXPIRY_CHECK, |left| left.min(EXPIRY_CHECK));
+        self.reactor.timer(Instant::now() + left, EXPIRY);
+    }
+
+    /// Reads again who may connect.
+    fn reread_keys(&self, keys: &Keys) {
+        match keys.reread() {
+            Ok(less) => {
+                say_unknown_exports(keys, &self.shared.exports);
+                tracing::info!(
+                    "Read clients.toml again: {} keys may connect. {} may do less than before, and their \
+                     sessions end.",
+                    keys.len(),
+                    less.len()
+                );
+                self.revoke(less);
+            }
+            Err(error) => {
+                tracing::error!(
+                    "Who may connect stays as it was: {}.",
+                    describe(&error).trim_end_matches('.')
+                );
+            }
+        }
     }
 
     /// Hands a connection to the worker that has fewest.
@@ -488,9 +587,12 @@ impl Server {
             return None;
         }
         if signal == libc::SIGHUP {
-            tracing::info!(
-                "SIGHUP is ignored. To change the configuration, stop the server and start it anew."
-            );
+            match &self.shared.keys {
+                Some(keys) => self.reread_keys(keys),
+                None => tracing::info!(
+                    "SIGHUP is ignored. To change the configuration, stop the server and start it anew."
+                ),
+            }
             return None;
         }
         if self.is_draining {
@@ -577,9 +679,14 @@ fn close_in(
     sandbox: &mut Sandbox,
     exports: &mut Exports,
     state: Option<&StateDirectory>,
+    keys: Option<&Path>,
     has_rdma: bool,
 ) -> anyhow::Result<()> {
     let mut grants = exports.grants()?;
+    // Who may connect is read again.
+    if let Some(keys) = keys {
+        grants.push(Grant::to_read(keys)?);
+    }
     if let Some(state) = state {
         grants.push(Grant::of_state(state.fd())?);
     }

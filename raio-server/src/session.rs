@@ -134,6 +134,8 @@ pub struct Session {
     pub id: SessionId,
     /// Whose it is: that of the connection that began it. What it may open depends on this.
     pub identity: Identity,
+    /// Its client may do less than when it began.
+    revoked: AtomicBool,
     files: Mutex<Handles<ClosedFile>>,
     /// What it has, on all workers.
     account: Account,
@@ -155,7 +157,17 @@ impl Session {
     /// A session of a client, which its address counts: see [`Limits::begin_session`].
     pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
         let (files, account) = (Mutex::default(), Account::default());
-        Self { id, identity, files, account, address, limits }
+        Self { id, identity, revoked: AtomicBool::new(false), files, account, address, limits }
+    }
+
+    /// Its client may do less from now on: it is to end.
+    pub fn revoke(&self) {
+        self.revoked.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is to end because its client may do less than when it began.
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Relaxed)
     }
 
     /// The same, whose files have handles that begin with this generation.

@@ -8,13 +8,14 @@
 mod by_address;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Status;
-use raio_transport::handshake::Peer;
+use raio_transport::handshake::{Identity, Peer};
+use raio_transport::keys::PublicKey;
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 
@@ -253,6 +254,22 @@ impl Sessions {
         (joined, effects)
     }
 
+    /// Ends the sessions of clients with these keys, as far as they can be ended now.
+    pub fn revoke(&self, keys: &HashSet<PublicKey>, now: Instant) -> Effects {
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        let is_one = |of: &Of| matches!(&of.session.identity, Identity::Key(key) if keys.contains(key));
+        let of_keys = table.by_id.iter_mut().filter(|(_, of)| is_one(of)).map(|(&id, of)| {
+            of.session.revoke();
+            of.is_superseded = true;
+            id
+        });
+        for id in of_keys.collect::<Vec<_>>() {
+            table.give_up(id, now, &mut effects);
+        }
+        effects
+    }
+
     /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
     /// not come before. If so it gets what its channel has recorded.
     pub fn settle(&self, member: &Member, fence: &mut Fence) -> Result<Outcomes, Unsettled> {
@@ -400,7 +417,7 @@ impl Table {
         let of = self.by_id.get_mut(&peer.session).expect("it is there, or has just been entered");
         if of.is_superseded && self.guards.have(Guard::GivenUp) {
             self.counts.stale += 1;
-            let text = "The session was given up by its client, and is ending. Begin another one.";
+            let text = "The session was given up, and is ending. Begin another one.";
             return Err(NotJoined::Stale(text.into()));
         }
         let address = of.session.address();
@@ -456,19 +473,25 @@ impl Table {
                 effects.superseded += 1;
             }
             let session = Arc::clone(&of.session);
-            let channels: Vec<_> = of.channels.keys().copied().collect();
-            for channel in channels {
-                let of = self.by_id.get_mut(&id);
-                if let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) {
-                    let live = place.channel.give_up(now);
-                    self.counts.fenced += u64::from(live.is_some());
-                    effects.close.extend(live.filter(|_| self.guards.have(Guard::Fence)));
-                    self.review(id, channel, now, effects);
-                }
-            }
+            self.give_up(id, now, effects);
             if let (Some(of), Some(fence)) = (self.by_id.get_mut(&id), &mut joined.fence) {
                 of.waiters.push(joined.member.name);
                 fence.superseded.push(session);
+            }
+        }
+    }
+
+    /// Gives up all channels of a session.
+    fn give_up(&mut self, id: SessionId, now: Instant, effects: &mut Effects) {
+        let of = self.by_id.get(&id);
+        let channels: Vec<_> = of.into_iter().flat_map(|of| of.channels.keys().copied()).collect();
+        for channel in channels {
+            let of = self.by_id.get_mut(&id);
+            if let Some(place) = of.and_then(|of| of.channels.get_mut(&channel)) {
+                let live = place.channel.give_up(now);
+                self.counts.fenced += u64::from(live.is_some());
+                effects.close.extend(live.filter(|_| self.guards.have(Guard::Fence)));
+                self.review(id, channel, now, effects);
             }
         }
     }

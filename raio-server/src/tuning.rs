@@ -232,10 +232,22 @@ pub mod log {
     pub const RATE_LIMIT_KEYS: usize = 1024;
 }
 
+/// Handshakes of clients that must have keys. None is measured.
+pub mod door {
+    use std::time::Duration;
+
+    /// A handshake takes two round trips, and a millisecond.
+    pub const DEADLINE: Duration = Duration::from_secs(5);
+    /// Connections in their handshake.
+    pub const IN_DOOR_MAX: usize = 256;
+}
+
 /// The main thread. None is measured: it is on no path of a request.
 pub mod main_thread {
     use std::time::Duration;
 
+    /// Whether a key has expired is looked at this often, at least: the clock may be set.
+    pub const EXPIRY_CHECK: Duration = Duration::from_secs(60);
     /// After an accept failed (most often: no descriptors are left) the next comes this much later.
     pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
     /// How long an address that is taken is waited for: a server that is replaced needs some time to end ...

@@ -39,7 +39,7 @@ mod requests;
 mod tests;
 mod tracer;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
@@ -47,7 +47,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use raio_transport::address::Scheme;
-use raio_transport::handshake::Policy;
+use raio_transport::handshake::{Identity, Policy};
+use raio_transport::keys::PublicKey;
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
@@ -60,6 +61,7 @@ use raio_transport::{Status, mux, rdma, tcp};
 use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
+use crate::keys::{Keys, Rights};
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
 use crate::orphan_guard::OrphanGuard;
@@ -118,11 +120,18 @@ pub struct Shared {
     pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
     pub rdma: bool,
+    /// Who may connect, if clients must have keys.
+    pub keys: Option<Arc<Keys>>,
     /// What is locked as long as anything of the server can happen: see [`crate::claim`].
     pub claim: Option<Arc<OwnedFd>>,
 }
 
 impl Shared {
+    /// What a client may open.
+    pub fn rights(&self, identity: &Identity) -> Rights {
+        self.keys.as_ref().map_or(Rights::All, |keys| keys.rights(identity))
+    }
+
     /// What a configuration asks for, with its exports and a table for its sessions.
     pub fn new(config: &Config, exports: Exports, sessions: Sessions) -> anyhow::Result<Self> {
         let defaults = Policy::default();
@@ -149,6 +158,7 @@ impl Shared {
             memory_caps: [config.session_caps, config.address_caps]
                 .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,
+            keys: None,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
             claim: None,
@@ -169,7 +179,7 @@ pub struct WorkerSenders {
 #[derive(Debug)]
 pub enum RawConnection {
     /// A stream socket, and whom it leads to if that is an IP address.
-    Tcp(OwnedFd, Option<SocketAddr>),
+    Tcp(AcceptedStream, Option<SocketAddr>),
     /// One that a worker has passed on to another: its permit there is counted.
     Passed(AcceptedStream, Option<SocketAddr>),
     /// One that a client asks for.
@@ -202,6 +212,8 @@ pub enum Mail {
     Settle(ConnectionName),
     /// A request that held back others' has ended.
     Orphan,
+    /// These keys may do less than before: the sessions of their clients end.
+    Revoke(Arc<HashSet<PublicKey>>),
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -529,6 +541,7 @@ impl Worker {
                 Mail::Fence(connection) => self.close_fenced(connection),
                 Mail::Settle(connection) => self.settle(connection),
                 Mail::Orphan => self.release_held(),
+                Mail::Revoke(keys) => self.revoke(&keys),
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;
@@ -544,8 +557,7 @@ impl Worker {
     fn adopt(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let peer = connection.peer();
         let incoming = match connection {
-            RawConnection::Tcp(stream, _) => Accepted::Stream(AcceptedStream::new(stream)),
-            RawConnection::Passed(stream, _) => Accepted::Stream(stream),
+            RawConnection::Tcp(stream, _) | RawConnection::Passed(stream, _) => Accepted::Stream(stream),
             RawConnection::Rdma(incoming) => Accepted::Other(incoming),
         };
         let adopted = self.transport.adopt(&mut self.reactor, incoming);

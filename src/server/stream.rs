@@ -234,6 +234,8 @@ pub(crate) struct StreamConnection<B> {
     hello: Vec<u8>,
     /// It was passed on to here, and stays.
     is_placed: bool,
+    /// It may become a queue pair, if the server makes such.
+    may_move: bool,
     upgrade: UpgradeState,
     receiving: Receiving,
     unread: Unread<B>,
@@ -272,6 +274,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         policy: &Policy,
         records: Records,
         is_placed: bool,
+        may_move: bool,
         clock: &LoopClock,
     ) -> Self {
         Self {
@@ -279,6 +282,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
             records,
             hello: Vec::new(),
             is_placed,
+            may_move,
             upgrade: UpgradeState::None,
             receiving: Receiving::Messages,
             unread: Unread::None,
@@ -311,6 +315,11 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     pub fn is_sending(&self) -> bool {
         self.outbox.is_sending()
+    }
+
+    /// Whether it may become a queue pair, if the server makes such.
+    pub fn may_move(&self) -> bool {
+        self.may_move
     }
 
     /// Its record layer, for the one that it is passed on to.
@@ -470,12 +479,12 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     /// All that has come so far: the hello, and perhaps what is behind it.
     pub fn on_hello(&mut self, hello: Vec<u8>, shared: &mut StreamShared, clock: &LoopClock) {
-        match shared.policy.welcome(&hello) {
+        match shared.policy.welcome_on(&hello, shared.policy.queue_pair && self.may_move) {
             Ok(Parsed::Need(n)) if hello.len() < n.min(message::HANDSHAKE_BYTES_MAX) => self.hello = hello,
             Ok(Parsed::Need(_)) => self.fail(shared, clock, Violation::HandshakeTooLong),
             Err(violation) => self.fail(shared, clock, violation),
             Ok(Parsed::Item((peer, welcome), taken)) => {
-                let peer = Peer { identity: self.records.identity(), ..peer };
+                let peer = peer.known_as(self.records.identity());
                 if !self.is_placed
                     && let Some(to) = (shared.route)(&peer)
                 {

@@ -45,15 +45,15 @@ enum State {
 }
 
 impl Accepting {
-    /// Over an accepted, non-blocking stream socket, by `deadline`.
+    /// Over a stream of which nothing is known, by `deadline`.
     pub fn new(
-        stream: impl Into<Arc<OwnedFd>>,
+        stream: AcceptedStream,
         tls: &ServerTls,
         policy: Arc<Policy>,
         deadline: Instant,
     ) -> Result<Self, Error> {
         let state = State::Begun(Box::new(Handshake::server(tls)?));
-        Ok(Self { stream: stream.into(), policy, state, deadline })
+        Ok(Self { stream: stream.socket, policy, state, deadline })
     }
 
     fn go_on(&mut self, now: Instant) -> Result<Option<AcceptedStream>, Error> {

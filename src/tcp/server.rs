@@ -205,8 +205,8 @@ impl TcpServer {
 
     /// Takes over a connection, and reads its handshake. Returns its name in later events.
     pub fn adopt(&mut self, reactor: &mut Reactor, stream: AcceptedStream) -> ConnectionId {
-        let AcceptedStream { socket, records, received, is_passed } = stream;
-        let id = self.insert(reactor, socket, records, is_passed);
+        let id = self.insert(reactor, &stream.socket, stream.records, stream.is_passed, stream.may_move);
+        let (received, is_passed) = (stream.received, stream.is_passed);
         self.with(reactor, id, |connection, shared, reactor| {
             if is_passed {
                 connection.stream.on_hello(received, shared, reactor.clock());
@@ -220,9 +220,10 @@ impl TcpServer {
     fn insert(
         &mut self,
         reactor: &mut Reactor,
-        socket: Arc<OwnedFd>,
+        socket: &Arc<OwnedFd>,
         records: Records,
         is_placed: bool,
+        may_move: bool,
     ) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
         let _ = sockopt::set_tcp_nodelay(&socket, true);
@@ -243,8 +244,15 @@ impl TcpServer {
         let entry = &mut self.entries[index as usize];
         let id = ConnectionId { transport: self.owner, index, generation: entry.generation };
         entry.connection = Some(Box::new(Connection {
-            stream: StreamConnection::new(id, &self.shared.policy, records, is_placed, reactor.clock()),
-            socket: reactor.file(socket),
+            stream: StreamConnection::new(
+                id,
+                &self.shared.policy,
+                records,
+                is_placed,
+                may_move,
+                reactor.clock(),
+            ),
+            socket: reactor.file(Arc::clone(socket)),
             held: None,
             timer: None,
             is_watched: false,
@@ -330,6 +338,7 @@ impl TcpServer {
                     records: connection.stream.take_records(),
                     received: hello,
                     is_passed: true,
+                    may_move: connection.stream.may_move(),
                 };
                 self.passed.push_back(Passed { connection: id, to, stream });
             }

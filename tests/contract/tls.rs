@@ -138,7 +138,7 @@ fn a_handshake_that_does_not_go_on_ends_by_its_deadline() {
     let deadline = Instant::now() + std::time::Duration::from_millis(50);
     let policy = Arc::default();
     let tls = server_tls();
-    let theirs = std::os::fd::OwnedFd::from(theirs);
+    let theirs = AcceptedStream::new(std::os::fd::OwnedFd::from(theirs));
     let mut accepting = Accepting::new(theirs, &tls, policy, deadline).unwrap();
     assert!(accepting.step(deadline - std::time::Duration::from_millis(1)).is_none());
     assert_eq!(accepting.step_by(), deadline);

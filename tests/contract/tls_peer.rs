@@ -49,7 +49,8 @@ pub fn accept(stream: TcpStream, tls: &ServerTls) -> Result<AcceptedStream, Erro
     let deadline = Instant::now() + PATIENCE;
     let policy = Arc::new(Policy::default());
     stream.set_nonblocking(true).unwrap();
-    let mut accepting = Accepting::new(std::os::fd::OwnedFd::from(stream), tls, policy, deadline)?;
+    let mut accepting =
+        Accepting::new(AcceptedStream::new(std::os::fd::OwnedFd::from(stream)), tls, policy, deadline)?;
     loop {
         if let Some(outcome) = accepting.step(Instant::now()) {
             return outcome;

@@ -147,8 +147,8 @@ impl Worker {
         let Connection { arrival, name, session, .. } = &self.connections[connection];
         let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
-        let identity = &self.sessions[*session].session.identity;
-        match self.shared.exports.resolve(identity, flags, mode, path) {
+        let rights = self.shared.rights(&self.sessions[*session].session.identity);
+        match self.shared.exports.resolve(&rights, flags, mode, path) {
             Err(rejection) => Err(self.open_rejected(Some(connection), rejection)),
             Ok(Target::Ready(file, _))
                 if reopens.is_some_and(|reopens| reopens.identity != file.identity) =>

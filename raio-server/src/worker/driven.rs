@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use clap::Parser;
 use raio_transport::reactor::{self, Reactor};
-use raio_transport::transport::ServerTransport;
+use raio_transport::transport::{AcceptedStream, ServerTransport};
 
 use super::{Mail, RawConnection, Shared, Worker, WorkerSenders};
 use crate::config::{BackendKind, Config, Options};
@@ -119,7 +119,9 @@ impl TestWorker {
     /// one more connection.
     pub fn connect(&mut self, socket: OwnedFd) -> anyhow::Result<()> {
         let permit = self.limits.connect(None).map_err(|excess| anyhow!(excess.text))?;
-        self.senders().connections.send((RawConnection::Tcp(socket, None), Arc::new(permit)));
+        self.senders()
+            .connections
+            .send((RawConnection::Tcp(AcceptedStream::new(socket), None), Arc::new(permit)));
         Ok(())
     }
 

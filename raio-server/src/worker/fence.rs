@@ -7,6 +7,7 @@
 //!
 //! The one that waits does so here, not in the admission: it holds nothing, and nothing waits for it.
 
+use std::collections::HashSet;
 use std::mem;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::time::Instant;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
+use raio_transport::keys::PublicKey;
 use raio_transport::memory::Slot;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::trace::Phase;
@@ -285,6 +287,13 @@ impl Worker {
         }
     }
 
+    /// Ends the sessions of these keys' clients.
+    pub(super) fn revoke(&mut self, keys: &HashSet<PublicKey>) {
+        let now = self.reactor.clock().now();
+        let effects = self.shared.sessions.revoke(keys, now);
+        self.carry_out(effects);
+    }
+
     fn tell(&self, worker: usize, mail: Mail) {
         if let Some(senders) = self.shared.workers.get().and_then(|workers| workers.get(worker)) {
             senders.mailbox.send(mail);
@@ -299,8 +308,12 @@ impl Worker {
             return;
         }
         connection.standing = Standing::Closing(None);
-        let status = Status::policy(libc::ESTALE);
-        let text = "A newer connection of the client has taken the place of this one.";
+        let (errno, text) = if connection.member.session.is_revoked() {
+            (libc::EACCES, "The server's operator has changed what this client's key may do.")
+        } else {
+            (libc::ESTALE, "A newer connection of the client has taken the place of this one.")
+        };
+        let status = Status::policy(errno);
         self.transport.close(&mut self.reactor, connection.id, status, text);
     }
 

@@ -17,6 +17,7 @@ use super::connections::{Connection, Fencing, Standing};
 use super::fence::Orphan;
 use super::{Mail, Quirk, Worker};
 use crate::client::Client;
+use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::request::State;
@@ -31,6 +32,10 @@ impl Worker {
             // It stays where it was accepted. The others were counted when their place was claimed, even if
             // they have ended since.
             self.shared.placement.add(self.index);
+        }
+        if self.shared.rights(&peer.identity) == Rights::None {
+            let text = "This client's key is not accepted any more.";
+            return self.reject(id, address, &peer, libc::EKEYREJECTED, text);
         }
         let account = arrival.permit.address().clone();
         self.joined += 1;

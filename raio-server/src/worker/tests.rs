@@ -72,7 +72,7 @@ fn connect(worker: &mut Worker) -> TcpClient {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("it can be set up");
     let permit = no_limits().connect(None).expect("a permit");
-    worker.adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
+    worker.adopt(RawConnection::Tcp(AcceptedStream::new(OwnedFd::from(theirs)), None), Arc::new(permit));
     let offer = Offer { features: OPERATION_FEATURES, ..Offer::new("test") };
     let deadline = Instant::now() + Duration::from_secs(60);
     let connecting = std::thread::spawn(move || {

@@ -27,7 +27,7 @@ impl Run {
         let start = Instant::now();
         let shared = StreamShared::new(Arc::new(policy));
         let connection =
-            StreamConnection::new(ID, &shared.policy, Records::Clear, false, &LoopClock::at(start));
+            StreamConnection::new(ID, &shared.policy, Records::Clear, false, true, &LoopClock::at(start));
         let arena = Arena::new(4 << 20, 1 << 20).unwrap();
         Self { start, ms: 0, shared, connection, arena }
     }
@@ -237,7 +237,7 @@ fn a_connection_that_is_for_another_is_passed_on_with_all_that_came() {
     let mut there = Run::new();
     there.shared.route = Box::new(|_| Some(9));
     let clock = there.clock();
-    there.connection = StreamConnection::new(ID, &there.shared.policy, Records::Clear, true, &clock);
+    there.connection = StreamConnection::new(ID, &there.shared.policy, Records::Clear, true, true, &clock);
     there.connection.on_hello(bytes, &mut there.shared, &clock);
     assert!(matches!(there.event(), Some(ServerEvent::Opened(..))));
     assert_eq!(there.request().key.id, 1);

@@ -1,6 +1,6 @@
 //! Connections that take the place of others, on two workers that take turns with their clients.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::mpsc;
 
 use raio_transport::channel::{Beginning, Dialer, Dialing, OpenFiles, Reopenable, Settings};
@@ -69,7 +69,8 @@ impl Pair {
         let stream = ours.try_clone().expect("a descriptor");
         theirs.set_nonblocking(true).expect("it can be set up");
         let permit = no_limits().connect(None).expect("a permit");
-        self.workers[at].adopt(RawConnection::Tcp(theirs.into(), None), Arc::new(permit));
+        self.workers[at]
+            .adopt(RawConnection::Tcp(AcceptedStream::new(OwnedFd::from(theirs)), None), Arc::new(permit));
         let deadline = Instant::now() + Duration::from_secs(60);
         let offer = offer.clone();
         let connecting = std::thread::spawn(move || {

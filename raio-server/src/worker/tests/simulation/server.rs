@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 
 use clap::Parser;
 use raio_transport::sync::lock;
-use raio_transport::transport::ServerTransport;
+use raio_transport::transport::{AcceptedStream, ServerTransport};
 
 use super::disk::{Disk, FILE_BYTES, FILES, SimulatedFile, identity};
 use super::{clock, driven};
@@ -76,7 +76,10 @@ impl Server {
     /// A connection is accepted, for this worker.
     pub fn accept(&self, at: usize, socket: OwnedFd) {
         let permit = self.limits.connect(None).expect("there is room");
-        self.workers[at].0.connections.send((RawConnection::Tcp(socket, None), Arc::new(permit)));
+        self.workers[at]
+            .0
+            .connections
+            .send((RawConnection::Tcp(AcceptedStream::new(socket), None), Arc::new(permit)));
     }
 
     /// One iteration of a worker.
