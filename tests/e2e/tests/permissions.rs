@@ -1,0 +1,336 @@
+//! A server that takes only clients with keys: who may connect, what each may open, and how that changes.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
+use raio_e2e::{PATIENCE, Server, is_at_rest};
+use raio_transport::handshake::{ChannelOffer, Offer};
+use raio_transport::key_directory::KeyDirectory;
+use raio_transport::keys::{PublicKey, SecretKey};
+use raio_transport::message::SessionId;
+use raio_transport::tcp::TcpClient;
+use raio_transport::tls::ClientTls;
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+/// A server with exports `data`, `logs` and `other`, all of them writable, and its keys.
+struct Site {
+    directory: TempDir,
+    server: Server,
+}
+
+impl Site {
+    /// With these clients, as `clients.toml` says.
+    fn new(clients: &str) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        for name in ["data", "logs", "other"] {
+            fs::create_dir(directory.path().join(name)).expect("a directory");
+            fs::write(directory.path().join(name).join("file"), b"0123456789").expect("a file");
+        }
+        let keys = directory.path().join("keys");
+        fs::create_dir(&keys).expect("a directory");
+        fs::write(keys.join("clients.toml"), clients).expect("a file");
+        let server = Self::start(&directory, "tcp://127.0.0.1:0");
+        Self { directory, server }
+    }
+
+    fn start(directory: &TempDir, listen: &str) -> Server {
+        let path = directory.path();
+        let exports =
+            ["data", "logs", "other"].map(|name| format!("{name}={}/{name},rw", path.display()));
+        let keys = path.join("keys");
+        let exports = exports.each_ref().map(String::as_str);
+        Server::start_with(&exports, &["--listen", listen, "--keys", keys.to_str().expect("UTF-8")])
+    }
+
+    fn host_key(&self) -> PublicKey {
+        let path = self.directory.path().join("keys/host.key");
+        SecretKey::load(&path).expect("the server has made it").public()
+    }
+
+    /// Has the server read again who may connect.
+    fn set_clients(&self, clients: &str) {
+        fs::write(self.directory.path().join("keys/clients.toml"), clients).expect("a file");
+        self.server.signal(Signal::HUP);
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+}
+
+/// A client with a key of its own, that trusts a server.
+struct Client {
+    keys: TempDir,
+    key: PublicKey,
+}
+
+impl Client {
+    fn new() -> Self {
+        let keys = tempfile::tempdir().expect("a directory");
+        let key = SecretKey::create(&keys.path().join("key")).expect("a key").public();
+        Self { keys, key }
+    }
+
+    fn entry(&self, name: &str, rest: &str) -> String {
+        format!("[client.{name}]\nkeys = ['{}']\n{rest}\n", self.key)
+    }
+
+    fn secret(&self) -> SecretKey {
+        SecretKey::load(&self.keys.path().join("key")).expect("it is there")
+    }
+
+    fn trust(&self, site: &Site) {
+        let address = site.server.address();
+        let directory = KeyDirectory::new(self.keys.path());
+        directory.pin(&address.ip().to_string(), address.port(), site.host_key()).expect("it is pinned");
+    }
+
+    fn connect(&self, site: &Site) -> Result<Session, Error> {
+        self.trust(site);
+        let keys = Keys::Directory(self.keys.path().to_owned());
+        Session::connect(&site.server.url(), &Options { keys, ..Options::default() })
+    }
+}
+
+fn errno<T>(result: Result<T, Error>) -> i32 {
+    result.map(drop).expect_err("it is not allowed").errno()
+}
+
+fn open(session: &Session, path: &str, flags: i32) -> Result<File, Error> {
+    session.open(path, flags, 0o644)
+}
+
+/// Writes ten bytes, and says how that ended.
+fn write(context: &mut Context, file: &File) -> Result<u64, Error> {
+    let buffers = Buffers::One(Buffer::Owned(b"abcdefghij".to_vec().into()));
+    match context.submit(file, Operation::Write { offset: 0, buffers }, 0) {
+        Ok(_) => {}
+        Err(rejected) => return Err(rejected.error),
+    }
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < deadline, "the write does not end");
+        context.wait(1, 1, Some(Duration::from_millis(100)))?;
+        if let Some(completion) = context.next() {
+            return completion.result;
+        }
+    }
+}
+
+#[test]
+fn each_client_has_the_exports_of_its_entry_and_no_others() {
+    let (one, other) = (Client::new(), Client::new());
+    let clients =
+        one.entry("one", "exports = { data = 'rw', logs = 'ro' }") + &other.entry("two", "exports = {}");
+    let site = Site::new(&clients);
+    let session = one.connect(&site).expect("it has a key");
+    let file = open(&session, "/data/file", libc::O_RDWR).expect("it may write");
+    let mut context = session.context(4).expect("a context");
+    assert_eq!(write(&mut context, &file).expect("it may write"), 10);
+    assert_eq!(fs::read(site.path("data/file")).expect("the file"), b"abcdefghij");
+    assert!(open(&session, "/logs/file", libc::O_RDONLY).is_ok());
+    for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_CREAT, libc::O_WRONLY | libc::O_TRUNC] {
+        assert_eq!(errno(open(&session, "/logs/file", flags)), libc::EROFS);
+    }
+    // As if there were none of that name.
+    let hidden = open(&session, "/other/file", libc::O_RDONLY).expect_err("it is not there");
+    let none = open(&session, "/there-is-none/file", libc::O_RDONLY).expect_err("it is not there");
+    assert_eq!(hidden.errno(), libc::ENOENT);
+    assert_eq!(hidden.to_string(), none.to_string().replace("there-is-none", "other"));
+    let session = other.connect(&site).expect("it has a key");
+    assert_eq!(errno(open(&session, "/data/file", libc::O_RDONLY)), libc::ENOENT);
+}
+
+#[test]
+fn who_has_no_accepted_key_does_not_get_in() {
+    let (client, stranger, expired) = (Client::new(), Client::new(), Client::new());
+    let clients = client.entry("one", "exports = { data = 'ro' }")
+        + &format!("[client.late]\nkeys = [{{ key = '{}', expires = 2001-01-01 }}]\n", expired.key);
+    let mut site = Site::new(&clients);
+    assert_eq!(errno(stranger.connect(&site)), libc::EKEYREJECTED);
+    assert_eq!(errno(expired.connect(&site)), libc::EKEYREJECTED);
+    // In the clear.
+    let none = Options { keys: Keys::Off, ..Options::default() };
+    let error = Session::connect(&site.server.url(), &none).map(drop).expect_err("it has no key");
+    assert_eq!(error.errno(), libc::ENOKEY, "{error}");
+    // A server that has another key than the pinned one.
+    client.connect(&site).expect("it has a key");
+    fs::remove_file(site.path("keys/host.key")).expect("it is there");
+    let listen = site.server.listen_url();
+    site.server.signal(Signal::TERM);
+    site.server.wait();
+    site.server = Site::start(&site.directory, &listen);
+    let keys = Keys::Directory(client.keys.path().to_owned());
+    let again = Session::connect(&site.server.url(), &Options { keys, ..Options::default() });
+    assert_eq!(errno(again), libc::EKEYREJECTED);
+    site.server.statistics_when(is_at_rest);
+}
+
+#[test]
+fn a_key_that_is_revoked_ends_its_sessions_within_a_second_and_no_others() {
+    let (one, other) = (Client::new(), Client::new());
+    let rights = "exports = { data = 'rw' }";
+    let site = Site::new(&(one.entry("one", rights) + &other.entry("two", rights)));
+    let (revoked, stays) = (one.connect(&site).expect("a session"), other.connect(&site).expect("a session"));
+    let files = [&revoked, &stays].map(|session| open(session, "/data/file", libc::O_RDWR).expect("a file"));
+    let mut contexts = [&revoked, &stays].map(|session| session.context(4).expect("a context"));
+    for (context, file) in contexts.iter_mut().zip(&files) {
+        assert_eq!(write(context, file).expect("it may"), 10);
+    }
+    site.set_clients(&other.entry("two", rights));
+    let begin = Instant::now();
+    while write(&mut contexts[0], &files[0]).is_ok() {
+        assert!(begin.elapsed() < Duration::from_secs(1), "it goes on");
+    }
+    assert_eq!(write(&mut contexts[1], &files[1]).expect("it may"), 10);
+    assert_eq!(errno(one.connect(&site)), libc::EKEYREJECTED);
+}
+
+#[test]
+fn rights_that_shrink_end_sessions_and_rights_that_grow_do_not() {
+    let client = Client::new();
+    let site = Site::new(&client.entry("one", "exports = { data = 'rw' }"));
+    let session = client.connect(&site).expect("a session");
+    let file = open(&session, "/data/file", libc::O_RDWR).expect("a file");
+    let mut context = session.context(4).expect("a context");
+    site.set_clients(&client.entry("one", "exports = { data = 'rw', logs = 'ro' }"));
+    let deadline = Instant::now() + PATIENCE;
+    while open(&session, "/logs/file", libc::O_RDONLY).is_err() {
+        assert!(Instant::now() < deadline, "the new right does not come");
+    }
+    assert_eq!(write(&mut context, &file).expect("it may"), 10);
+    site.set_clients(&client.entry("one", "exports = { data = 'ro', logs = 'ro' }"));
+    let begin = Instant::now();
+    while write(&mut context, &file).is_ok() {
+        assert!(begin.elapsed() < Duration::from_secs(1), "it goes on");
+    }
+    let session = client.connect(&site).expect("it may still read");
+    assert!(open(&session, "/data/file", libc::O_RDONLY).is_ok());
+    assert_eq!(errno(open(&session, "/data/file", libc::O_RDWR)), libc::EROFS);
+    // A mistake in the file changes nothing.
+    site.set_clients("[client.one]\nkeys = 7\n");
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(open(&session, "/data/file", libc::O_RDONLY).is_ok());
+    client.connect(&site).expect("it may still connect");
+}
+
+#[test]
+fn keys_are_changed_without_a_gap() {
+    let (mut client, next) = (Client::new(), Client::new());
+    let entry = |keys: &[PublicKey]| {
+        let keys: Vec<_> = keys.iter().map(|key| format!("'{key}'")).collect();
+        format!("[client.one]\nkeys = [{}]\nexports = {{ data = 'rw' }}\n", keys.join(", "))
+    };
+    let site = Site::new(&entry(&[client.key]));
+    client.connect(&site).expect("the old key is good");
+    site.set_clients(&entry(&[client.key, next.key]));
+    let deadline = Instant::now() + PATIENCE;
+    while next.connect(&site).is_err() {
+        assert!(Instant::now() < deadline, "the new key is not accepted");
+    }
+    let session = client.connect(&site).expect("and so is the old one, still");
+    site.set_clients(&entry(&[next.key]));
+    let deadline = Instant::now() + PATIENCE;
+    while client.connect(&site).is_ok() {
+        assert!(Instant::now() < deadline, "the old key is accepted");
+    }
+    drop(session);
+    client = next;
+    client.connect(&site).expect("the new key is good");
+}
+
+#[test]
+fn a_session_goes_on_after_a_restart_with_keys() {
+    let client = Client::new();
+    let mut site = Site::new(&client.entry("one", "exports = { data = 'rw' }"));
+    let session = client.connect(&site).expect("a session");
+    let file = open(&session, "/data/file", libc::O_RDWR).expect("a file");
+    let mut context = session.context(4).expect("a context");
+    assert_eq!(write(&mut context, &file).expect("it may"), 10);
+    let listen = site.server.listen_url();
+    site.server.kill();
+    site.server = Site::start(&site.directory, &listen);
+    assert_eq!(write(&mut context, &file).expect("it goes on"), 10);
+    assert_eq!(context.stats().reconnects, 1);
+}
+
+/// A connection that says it is of this session.
+fn join(site: &Site, client: &Client, session: SessionId, epoch: u64) -> Result<TcpClient, raio_transport::Error> {
+    let channel = ChannelOffer { number: 1, epoch, linger: Duration::from_secs(10) };
+    let tls = ClientTls::new(&client.secret(), &[site.host_key()]);
+    let offer = Offer { session, channel: Some(channel), tls: Some(tls), ..Offer::new("test") };
+    TcpClient::connect(site.server.address(), &offer, Instant::now() + PATIENCE)
+}
+
+#[test]
+fn the_session_id_of_another_client_names_nothing() {
+    let (one, other) = (Client::new(), Client::new());
+    let mut site = Site::new(&(one.entry("one", "") + &other.entry("two", "")));
+    let id = SessionId::random();
+    let of_one = join(&site, &one, id, 7).expect("a session");
+    // The same client must come with a higher epoch; to the other one it is a session of its own.
+    assert_eq!(join(&site, &one, id, 7).map(drop).expect_err("it is stale").errno(), libc::ESTALE);
+    let of_other = join(&site, &other, id, 7).expect("a session");
+    assert_eq!(site.server.statistics()["sessions"], 2);
+    drop((of_one, of_other));
+}
+
+#[test]
+fn who_begins_handshakes_and_does_not_end_them_keeps_nobody_out() {
+    let client = Client::new();
+    let mut site = Site::new(&client.entry("one", "exports = { data = 'ro' }"));
+    let mut half_open: Vec<TcpStream> = (0..300)
+        .map(|n| {
+            let mut stream = TcpStream::connect(site.server.address()).expect("it is accepted");
+            // The front of a hello, or nothing.
+            if n % 2 == 0 {
+                let _ = stream.write_all(&[22, 3, 1, 2, 0, 1]);
+            }
+            stream
+        })
+        .collect();
+    let begin = Instant::now();
+    client.connect(&site).expect("it is let in");
+    assert!(begin.elapsed() < Duration::from_secs(4), "it waited for the others to time out");
+    // Those go after five seconds at the latest.
+    for stream in &mut half_open {
+        stream.set_read_timeout(Some(PATIENCE)).expect("it can be set");
+        assert!(!matches!(stream.read(&mut [0]), Ok(1..)), "they hear nothing");
+    }
+    drop(half_open.into_iter().map(OwnedFd::from).collect::<Vec<_>>());
+    site.server.statistics_when(is_at_rest);
+}
+
+#[test]
+fn key_files_that_others_can_read_are_refused() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys");
+    fs::create_dir(&keys).expect("a directory");
+    fs::write(keys.join("clients.toml"), "").expect("a file");
+    SecretKey::create(&keys.join("host.key")).expect("a key");
+    let loose = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    fs::set_permissions(keys.join("host.key"), loose).expect("it is ours");
+    let (code, said) = check(directory.path(), &keys);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("chmod 600"), "{said}");
+    fs::remove_file(keys.join("host.key")).expect("it is there");
+    let (code, said) = check(directory.path(), &keys);
+    assert_eq!(code, Some(2), "a check makes nothing: {said}");
+}
+
+/// What `raio_server --check` says.
+fn check(directory: &Path, keys: &Path) -> (Option<i32>, String) {
+    let export = format!("d={}", directory.display());
+    let output = std::process::Command::new(raio_e2e::binary("raio_server"))
+        .args(["--check", "--export", &export, "--keys"])
+        .arg(keys)
+        .output()
+        .expect("it runs");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
