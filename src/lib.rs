@@ -25,12 +25,15 @@ pub mod busy_poll;
 pub mod channel;
 mod client;
 pub mod connecting;
+#[allow(unsafe_code)]
+pub mod environment;
 pub mod error;
 pub mod event_loop;
 #[allow(unsafe_code)]
 pub mod file_handles;
 pub mod handshake;
 mod keepalive;
+pub mod key_directory;
 pub mod keys;
 #[cfg(feature = "test-peers")]
 pub mod loopback;

@@ -6,7 +6,7 @@
 //! rustls would copy them once more.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{AlwaysResolvesClientRawPublicKeys, Resumption};
@@ -48,11 +48,21 @@ pub struct ServerTls {
 impl ClientTls {
     /// The client has this key, and connects to servers that have one of those.
     pub fn new(key: &SecretKey, servers: &[PublicKey]) -> Self {
-        let provider = provider();
         let servers = servers.to_vec();
-        let verifier =
-            Verifier { accepts: Box::new(move |key| servers.contains(key)), provider: Arc::clone(&provider) };
-        let mut config = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        Self::with_verifier(key, Verifier::new(move |key| servers.contains(key)))
+    }
+
+    /// The client has this key, and connects to whatever server there is, to learn its key: for somebody who
+    /// is asked next whether that is to be trusted. Nothing that such a server says or is told is secret.
+    pub fn learning(key: &SecretKey) -> (Self, ProvenKey) {
+        let verifier = Verifier::new(|_| true);
+        let proven = verifier.proven.clone();
+        (Self::with_verifier(key, verifier), proven)
+    }
+
+    fn with_verifier(key: &SecretKey, verifier: Verifier) -> Self {
+        let provider = Arc::clone(&verifier.provider);
+        let mut config = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&version::TLS13])
             .expect("its suites are those of TLS 1.3")
             .dangerous()
@@ -70,9 +80,8 @@ impl ServerTls {
     /// The server has this key, and takes clients for whose keys `accepts` returns true. It is asked in every
     /// handshake, by the thread that does it.
     pub fn new(key: &SecretKey, accepts: impl Fn(&PublicKey) -> bool + Send + Sync + 'static) -> Self {
-        let provider = provider();
-        let verifier = Verifier { accepts: Box::new(accepts), provider: Arc::clone(&provider) };
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let verifier = Verifier::new(accepts);
+        let mut config = ServerConfig::builder_with_provider(Arc::clone(&verifier.provider))
             .with_protocol_versions(&[&version::TLS13])
             .expect("its suites are those of TLS 1.3")
             .with_client_cert_verifier(Arc::new(verifier))
@@ -144,13 +153,29 @@ fn certified(key: &SecretKey) -> Arc<CertifiedKey> {
     Arc::new(CertifiedKey::new(vec![CertificateDer::from(public.to_vec())], key))
 }
 
+/// The key that a peer has proven to have, once it has: of several the first.
+#[derive(Clone, Debug, Default)]
+pub struct ProvenKey(Arc<OnceLock<PublicKey>>);
+
+impl ProvenKey {
+    /// The key. It is there also if the peer has ended the handshake after its proof.
+    pub fn get(&self) -> Option<PublicKey> {
+        self.0.get().copied()
+    }
+}
+
 /// Takes a peer for who it is if it has proven to have a key that is accepted.
 struct Verifier {
     accepts: Box<dyn Fn(&PublicKey) -> bool + Send + Sync>,
     provider: Arc<CryptoProvider>,
+    proven: ProvenKey,
 }
 
 impl Verifier {
+    fn new(accepts: impl Fn(&PublicKey) -> bool + Send + Sync + 'static) -> Self {
+        Self { accepts: Box::new(accepts), provider: provider(), proven: ProvenKey::default() }
+    }
+
     fn check(&self, key: &CertificateDer<'_>) -> Result<(), TlsError> {
         let key = PublicKey::from_spki(key).ok_or(CertificateError::BadEncoding)?;
         if (self.accepts)(&key) { Ok(()) } else { Err(handshake::not_accepted(key)) }
@@ -162,9 +187,13 @@ impl Verifier {
         key: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, TlsError> {
-        let key = SubjectPublicKeyInfoDer::from(&key[..]);
+        let spki = SubjectPublicKeyInfoDer::from(&key[..]);
         let algorithms = &self.provider.signature_verification_algorithms;
-        verify_tls13_signature_with_raw_key(message, &key, signature, algorithms)
+        let is_valid = verify_tls13_signature_with_raw_key(message, &spki, signature, algorithms)?;
+        if let Some(key) = PublicKey::from_spki(key) {
+            let _ = self.proven.0.set(key);
+        }
+        Ok(is_valid)
     }
 }
 

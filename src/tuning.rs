@@ -249,6 +249,13 @@ pub(crate) const SPIN_MULTIPLIER_MAX: usize = 10;
 /// 70 instructions. A timer is late by that many iterations at most.
 pub(crate) const TIMERS_EVERY: u8 = 16;
 
+// Keys
+// ----------------------------------------------------------------------------------------------------------
+
+/// The longest file of trusted servers that is read: some 10,000 of them. It is read each time that a session
+/// begins.
+pub(crate) const SERVERS_FILE_BYTES_MAX: u64 = 1 << 20;
+
 // Busy-polling
 // ----------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Instant;
 
 use raio_transport::channel::Channel;
+use raio_transport::environment;
 use raio_transport::memory::process;
 use raio_transport::trace::{Clock, Phase, Record, Ring, TraceFile};
 use raio_transport::transport::RequestId;
@@ -227,24 +228,9 @@ pub(crate) fn write_all() {
     }
 }
 
-/// The file that is asked for. As secure_getenv(3), nothing in a program that runs with rights its user has
-/// not.
+/// The file that is asked for.
 fn path() -> Option<OsString> {
-    let value = std::env::var_os("RAIO_TRACE").filter(|value| !value.is_empty())?;
-    if is_secure(&std::fs::read("/proc/self/auxv").ok()?) {
-        return None;
-    }
-    Some(expand(value.as_bytes(), std::process::id()))
-}
-
-/// Whether the kernel says (AT_SECURE in the auxiliary vector) that this program has rights that its user has
-/// not. Such a program cannot read its own vector, either.
-fn is_secure(auxv: &[u8]) -> bool {
-    const AT_SECURE: usize = 23;
-    let (entries, _) = auxv.as_chunks::<{ 2 * size_of::<usize>() }>();
-    let words = entries.iter().map(|entry| entry.split_at(size_of::<usize>()));
-    let mut secure = words.filter(|(kind, _)| **kind == AT_SECURE.to_ne_bytes());
-    secure.next().is_none_or(|(_, value)| value.iter().any(|&byte| byte != 0))
+    Some(expand(environment::variable("RAIO_TRACE")?.as_bytes(), std::process::id()))
 }
 
 /// Puts the process id in the place of each `%p`.
@@ -264,15 +250,6 @@ fn expand(name: &[u8], pid: u32) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_program_is_trusted_only_if_the_kernel_says_so() {
-        let auxv = |words: &[usize]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
-        assert!(!is_secure(&auxv(&[6, 4096, 23, 0, 0, 0])));
-        assert!(is_secure(&auxv(&[6, 23, 23, 1, 0, 0])));
-        assert!(is_secure(&auxv(&[6, 4096])) && is_secure(&[]));
-        assert!(!is_secure(&std::fs::read("/proc/self/auxv").unwrap()));
-    }
 
     #[test]
     fn the_process_id_takes_the_place_of_percent_p() {

@@ -16,6 +16,10 @@ use crate::rdma;
 use crate::tcp::{TcpClient, TcpDial};
 use crate::transport::{ClientDial, ClientTransport, ConnectQueuePair};
 
+/// Why a server whose key is to be proven is not reached by rdma_cm.
+const RDMA_IS_CLEAR: &str = "RDMA by rdma_cm is neither encrypted nor authenticated, and this server is one \
+    that is reached with a key. Use raio:// or raio+tcp://.";
+
 /// A client that has connected.
 pub struct Reached {
     /// Its connection.
@@ -156,6 +160,9 @@ impl Dial {
                 State::Unopened(scheme) => {
                     self.state = match scheme {
                         Scheme::Any => self.any(),
+                        Scheme::Rdma if self.offer.tls.is_some() => {
+                            return Err(Error::Unsupported(RDMA_IS_CLEAR.into()));
+                        }
                         Scheme::Rdma => {
                             State::Rdma(rdma::dial(self.address, None, &self.offer, self.deadline))
                         }
@@ -210,6 +217,10 @@ impl Dial {
     }
 
     fn any(&mut self) -> State {
+        if self.offer.tls.is_some() {
+            self.stays(&"the server is one that is reached with a key, and RDMA would not be encrypted");
+            return self.tcp();
+        }
         match rdma::unavailable() {
             Some(reason) => {
                 self.stays(&format_args!("there is no RDMA here ({reason})"));

@@ -11,7 +11,11 @@ use raio_transport::keys::SecretKey;
 use raio_transport::tcp::{Accepting, TcpClient};
 use raio_transport::tls::{ClientTls, ServerTls};
 use raio_transport::transport::AcceptedStream;
-use rustls::{ClientConfig, ClientConnection};
+use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::pem::PemObject;
+use rustls::server::AlwaysResolvesServerRawPublicKeys;
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
 use crate::harness::{Op, PATIENCE, Transport, command, serve_plain, tcp_pair};
 use crate::raw::{Got, Raw};
@@ -58,6 +62,42 @@ fn a_client_whose_key_is_not_accepted_is_told_so_and_the_server_knows_the_key() 
     let error = accepted.join().unwrap().unwrap_err();
     assert_eq!(error.errno(), libc::EKEYREJECTED);
     assert!(error.to_string().contains(&stranger.public().to_string()), "{error}");
+}
+
+#[test]
+fn a_client_that_learns_a_servers_key_has_it_proven_whether_it_is_known_there_or_not() {
+    for key in [&*CLIENT_KEY, &SecretKey::generate()] {
+        let (client, proven) = ClientTls::learning(key);
+        assert_eq!(proven.get(), None);
+        let (ours, theirs) = tcp_pair();
+        // A connection that was accepted ends at once.
+        let is_accepted = std::thread::spawn(move || accept(theirs, &server_tls()).is_ok());
+        let offer = Offer { tls: Some(client), ..Offer::new("test") };
+        assert!(TcpClient::from_stream(ours, &offer, Instant::now() + PATIENCE).is_err());
+        assert_eq!(is_accepted.join().unwrap(), key.public() == CLIENT_KEY.public());
+        assert_eq!(proven.get(), Some(SERVER_KEY.public()));
+    }
+}
+
+#[test]
+fn a_key_that_is_shown_without_a_proof_is_not_learnt() {
+    // The server shows another one's key, and signs with its own.
+    let signing = |key: &SecretKey| {
+        let key = PrivateKeyDer::from_pem_slice(key.to_pem().as_bytes()).unwrap();
+        rustls::crypto::ring::sign::any_supported_type(&key).unwrap()
+    };
+    let shown = signing(&SecretKey::generate()).public_key().unwrap().to_vec();
+    let certified = CertifiedKey::new(vec![shown.into()], signing(&SERVER_KEY));
+    let mut config = ServerConfig::clone(&server_tls().config());
+    config.cert_resolver = Arc::new(AlwaysResolvesServerRawPublicKeys::new(Arc::new(certified)));
+    let connection = ServerConnection::new(Arc::new(config)).unwrap();
+    let (ours, theirs) = tcp_pair();
+    let _clear = unsealed(theirs, connection.into());
+    let (client, proven) = ClientTls::learning(&CLIENT_KEY);
+    let offer = Offer { tls: Some(client), ..Offer::new("test") };
+    let error = TcpClient::from_stream(ours, &offer, Instant::now() + PATIENCE).unwrap_err();
+    assert_eq!(error.errno(), libc::EPROTO, "{error}");
+    assert_eq!(proven.get(), None);
 }
 
 #[test]
@@ -118,7 +158,7 @@ fn a_client_must_show_a_key_and_say_that_it_speaks_raio() {
 struct NoKey;
 
 impl rustls::client::ResolvesClientCert for NoKey {
-    fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<rustls::sign::CertifiedKey>> {
+    fn resolve(&self, _: &[&[u8]], _: &[rustls::SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         None
     }
 

@@ -425,3 +425,24 @@ fn a_wait_for_a_dial_is_one_call() {
     }
     assert_eq!(client.join().unwrap().unwrap(), None);
 }
+
+#[test]
+fn a_server_that_is_reached_with_a_key_is_not_reached_by_rdma() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let tls = crate::tls::ClientTls::new(&crate::keys::SecretKey::generate(), &[]);
+    let offer = Offer { tls: Some(tls), ..Offer::new("test") };
+    let now = Instant::now();
+    let mut dial = Dial::begin(Scheme::Rdma, address, &offer, now, now + TIME);
+    let Some(Err(error)) = dial.step(now) else { panic!("it goes on") };
+    assert_eq!(error.errno(), libc::EPROTONOSUPPORT);
+    assert!(error.to_string().contains("Use raio:// or raio+tcp://"), "{error}");
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+
+    // Where the scheme leaves it open, nothing of a queue pair is said.
+    let mut dial = Dial::begin(Scheme::Any, address, &offer, now, now + TIME);
+    assert!(dial.step(now).is_none());
+    assert!(matches!(dial.state, State::Tcp(_)));
+    assert!(dial.why_tcp.as_deref().is_some_and(|why| why.contains("RDMA would not be encrypted")));
+}
