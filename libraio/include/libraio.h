@@ -69,6 +69,17 @@
  * submitting another that must follow it. An fsync covers the writes whose events were collected before it
  * was submitted, on any context.
  *
+ * Keys.  A server that is in the client's key directory is reached by TLS 1.3 alone: both sides prove that
+ * they have their keys, and nobody on the way can read or change what they send. That is so for each
+ * connection of the session; there is no fallback to one in the clear. All other servers are reached in the
+ * clear. The directory is $RAIO_KEYS, which must exist then, else $XDG_CONFIG_HOME/raio, else
+ * $HOME/.config/raio. A program with rights that its user does not have (set-user-ID) does not use these
+ * variables, and has no keys. When a session begins the library reads two files there: `key`, the client's
+ * secret key, which nobody else may read, and `servers`, a line HOST:PORT ed25519:KEY [ed25519:KEY ...] for
+ * each server, which nobody else may write. raio(1) makes both. A server is looked up by the host and port of
+ * the URL, and then by the address that these lead to. Over TLS a session does not use RDMA. RAIO_OPT_NO_KEYS
+ * turns all of this off.
+ *
  * Tracing.  With RAIO_TRACE=FILE in the environment the library writes when each request was submitted, sent,
  * answered and collected, in a format that https://ui.perfetto.dev opens: see libraio(3).
  */
@@ -89,7 +100,7 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 2
+#define RAIO_ABI_MINOR 3
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
@@ -186,12 +197,13 @@ struct raio_options {
 
 #define RAIO_OPT_CRC		(1u << 0)	/* CRC32C of headers and data; fails if the server cannot.
 						   Without this and RAIO_OPT_NO_CRC: over TCP to another host,
-						   if the server can */
+						   if the server can, and TLS does not protect them already */
 #define RAIO_OPT_NO_SPIN	(1u << 1)	/* no busy-polling: least CPU, more latency */
 #define RAIO_OPT_REDO		(1u << 2)	/* after a restart of the server, do again what may have been
 						   done: for a program that alone writes to its files */
 #define RAIO_OPT_NO_RECONNECT	(1u << 3)	/* a session ends with its connection */
 #define RAIO_OPT_NO_CRC		(1u << 4)	/* no CRC32C but that of iocbs with RAIO_IOCB_CRC */
+#define RAIO_OPT_NO_KEYS	(1u << 5)	/* connect in the clear, also to a server in the key directory */
 
 /*
  * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails
@@ -200,7 +212,11 @@ struct raio_options {
  * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, or an address of the wrong length),
  * EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family), ECONNREFUSED, EHOSTUNREACH, ENETUNREACH,
  * ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol version in
- * common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE.
+ * common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE. With keys also: ENOKEY (the server
+ * is in the key directory, and there is no `key`; or it takes only clients that have keys), EKEYREJECTED (the
+ * server has another key than the directory says, or does not accept this client's), EPROTO (it does not
+ * speak TLS), EPROTONOSUPPORT ("rdma" to a server in the key directory: that would not be encrypted), EACCES
+ * (others can read `key` or write `servers`), EINVAL (one of the files is malformed).
  */
 int raio_start(const char *transport, const struct sockaddr *addr, socklen_t addrlen);
 

@@ -53,5 +53,5 @@ pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::FileStatus;
 pub use raio_transport::{Class, Status};
-pub use session::{Crc, Options, Session};
+pub use session::{Crc, Keys, Options, Session};
 pub use tuning::MAXEVENTS_MAX;

@@ -5,6 +5,7 @@
 //! types: [`Session::open`] in `file.rs`, [`Session::context`] in `context.rs`.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -12,12 +13,14 @@ use std::time::{Duration, Instant};
 use raio_transport::address::{Address, Scheme};
 use raio_transport::channel::{Abandoned, Channel, Dialer, OpenFiles, Settings};
 use raio_transport::handshake::{ChannelOffer, Offer, SUPERSEDED_MAX};
+use raio_transport::key_directory::KeyDirectory;
 use raio_transport::memory::process;
 use raio_transport::message::{
     FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC, SessionId,
 };
 use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
+use raio_transport::tls::ClientTls;
 use raio_transport::transport::{Reply, UsedIds};
 
 use crate::control::{Control, PendingCloses};
@@ -52,14 +55,46 @@ pub struct Options {
     /// to let it fail. For a program that alone writes to its files: it would overwrite what another client
     /// has written meanwhile.
     pub redo: bool,
+    /// Where this client's key is, and the keys of the servers that it trusts.
+    pub keys: Keys,
+}
+
+/// Where a client's key is (in a file `key`), and the keys of the servers that it trusts (in `servers`).
+/// `raio key` makes both. A server that is in `servers` is reached by TLS alone, and only if it has proven to
+/// have one of its keys there. All others are reached in the clear.
+///
+/// A server is looked up by the host and port of the URL, and then by the address that this led to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Keys {
+    /// In the directory `$RAIO_KEYS`, which must exist if that variable is set, else in
+    /// `$XDG_CONFIG_HOME/raio`, else in `$HOME/.config/raio`. A set-user-ID program does not use its
+    /// environment, so it has no keys.
+    #[default]
+    Auto,
+    /// In this directory, which must exist.
+    Directory(PathBuf),
+    /// Nowhere: every server is reached in the clear.
+    Off,
+}
+
+impl Keys {
+    /// How this server is connected to. None: in the clear.
+    fn tls(&self, host: &str, port: u16) -> Result<Option<ClientTls>, Error> {
+        let directory = match self {
+            Self::Auto => KeyDirectory::from_environment(),
+            Self::Directory(path) => Some(KeyDirectory::new(path)),
+            Self::Off => None,
+        };
+        Ok(directory.map_or(Ok(None), |directory| directory.tls(host, port))?)
+    }
 }
 
 /// Whether the headers and the data of a session have checksums (CRC32C) on their way. Single operations can
 /// have them in any case: [`crate::Context::submit_with_crc`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Crc {
-    /// They have them over TCP to another host, if the server knows them. RDMA has better ones of its own,
-    /// and within a host there is no network.
+    /// They have them over TCP to another host, if the server knows them. RDMA and TLS have better ones of
+    /// their own, and within a host there is no network.
     #[default]
     Auto,
     /// They have them. Connecting fails if the server does not know them.
@@ -79,6 +114,7 @@ impl Default for Options {
             crc: Crc::Auto,
             reconnect: tuning::RECONNECT_WINDOW,
             redo: false,
+            keys: Keys::Auto,
         }
     }
 }
@@ -111,6 +147,8 @@ pub(crate) struct Shared {
     /// Where the server was reached.
     address: SocketAddr,
     options: Options,
+    /// How each connection is secured; None: it is not.
+    tls: Option<ClientTls>,
     /// Feature bits for checksums.
     crc_features: u64,
     /// Why raio:// is TCP here: a message for people.
@@ -135,11 +173,12 @@ pub(crate) struct Shared {
 }
 
 /// The feature bits that a session asks for to have the checksums that it is to have.
-fn crc_features(crc: Crc, scheme: Scheme, address: SocketAddr) -> u64 {
+fn crc_features(crc: Crc, scheme: Scheme, address: SocketAddr, has_tls: bool) -> u64 {
+    let has_better = scheme == Scheme::Rdma || has_tls;
     FEATURE_REQUEST_CRC
         | match crc {
             Crc::On => FEATURE_CRC,
-            Crc::Auto if scheme != Scheme::Rdma && !is_this_host(address) => FEATURE_CRC | FEATURE_CRC_STREAM,
+            Crc::Auto if !has_better && !is_this_host(address) => FEATURE_CRC | FEATURE_CRC_STREAM,
             Crc::Auto | Crc::Off => 0,
         }
 }
@@ -224,13 +263,14 @@ impl Session {
                 ),
             ));
         }
+        let tls = options.keys.tls(&address.host, address.port)?;
         let deadline = Instant::now() + options.connect_timeout;
         let mut last = None;
         let all = address.resolve()?;
         for (n, &found) in all.iter().enumerate() {
             let now = Instant::now();
             let share = deadline.saturating_duration_since(now) / (all.len() - n) as u32;
-            match Self::connect_by(address.scheme, found, options, now + share) {
+            match Self::connect_by(address.scheme, found, options, tls.clone(), now + share) {
                 Ok(session) => return Ok(session),
                 Err(error) => last = Some(error),
             }
@@ -240,22 +280,28 @@ impl Session {
         }))
     }
 
-    /// Opens a session with the server at this address.
+    /// Opens a session with the server at this address, by which its keys are looked up, too ([`Keys`]).
     pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
-        Self::connect_by(scheme, address, options, Instant::now() + options.connect_timeout)
+        Self::connect_by(scheme, address, options, None, Instant::now() + options.connect_timeout)
     }
 
     fn connect_by(
         scheme: Scheme,
         address: SocketAddr,
         options: &Options,
+        tls: Option<ClientTls>,
         deadline: Instant,
     ) -> Result<Self, Error> {
+        let tls = match tls {
+            None => options.keys.tls(&address.ip().to_string(), address.port())?,
+            by_name => by_name,
+        };
         let mut shared = Shared {
             scheme,
             address,
             options: options.clone(),
-            crc_features: crc_features(options.crc, scheme, address),
+            crc_features: crc_features(options.crc, scheme, address, tls.is_some()),
+            tls,
             why_tcp: None,
             id: SessionId::random(),
             process: process(),
@@ -411,6 +457,7 @@ impl Shared {
             requires_crc: options.crc == Crc::On,
             queue_depth: depth,
             channel: Some(ChannelOffer { number, epoch: epoch + 1, linger }),
+            tls: self.tls.clone(),
             ..Offer::new(program_name())
         };
         let settings = Settings {

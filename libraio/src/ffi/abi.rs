@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_uint, c_ulong, c_ulonglong, c_void};
 
 use super::state::raio_mr;
 
-pub(super) const ABI_VERSION: c_uint = 2;
+pub(super) const ABI_VERSION: c_uint = 3;
 pub(super) const IOV_MAX: u64 = 1_024;
 
 pub(super) const CMD_PREAD: c_int = 0;
@@ -30,6 +30,7 @@ pub(super) const OPT_NO_SPIN: c_uint = 1 << 1;
 pub(super) const OPT_REDO: c_uint = 1 << 2;
 pub(super) const OPT_NO_RECONNECT: c_uint = 1 << 3;
 pub(super) const OPT_NO_CRC: c_uint = 1 << 4;
+pub(super) const OPT_NO_KEYS: c_uint = 1 << 5;
 
 /// `struct raio_iocb_common`
 #[repr(C)]

@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use raio_transport::address::Scheme;
 
-use super::abi::{OPT_CRC, OPT_NO_CRC, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
+use super::abi::{OPT_CRC, OPT_NO_CRC, OPT_NO_KEYS, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
 use super::descriptor;
 use super::errors::{c_str, int, invalid, set_message};
 use super::file_cache::FileCache;
 use super::state::state;
 use crate::context::Context;
 use crate::error::Error;
-use crate::session::{Crc, Options, Session};
+use crate::session::{Crc, Keys, Options, Session};
 
 /// See libraio.h.
 ///
@@ -110,6 +110,9 @@ pub unsafe extern "C" fn raio_connect(url: *const c_char, options: *const raio_o
     })
 }
 
+/// The flags of `struct raio_options` that there are.
+const OPT_ALL: c_uint = OPT_CRC | OPT_NO_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT | OPT_NO_KEYS;
+
 /// Reads `struct raio_options`.
 ///
 /// # Safety
@@ -127,10 +130,7 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
     let tail = size_of::<raio_options>()..size;
     // SAFETY: the caller vouches for `size` bytes.
     let newer = tail.map(|at| unsafe { options.cast::<u8>().add(at).read() }).any(|byte| byte != 0);
-    if newer
-        || known.reserved.iter().any(|&word| word != 0)
-        || known.flags & !(OPT_CRC | OPT_NO_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT) != 0
-    {
+    if newer || known.reserved.iter().any(|&word| word != 0) || known.flags & !OPT_ALL != 0 {
         return Err(invalid(
             "raio_options has something set that this library does not know. Zero it first, and set only \
              what \
@@ -164,6 +164,7 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
             _ => Duration::ZERO,
         },
         redo: known.flags & OPT_REDO != 0,
+        keys: if known.flags & OPT_NO_KEYS != 0 { Keys::Off } else { Keys::Auto },
     })
 }
 
