@@ -1,12 +1,15 @@
 //! What the program is told, checked.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use raio_transport::address::{Address, Scheme};
+use raio_transport::key_directory::KeyDirectory;
 use raio_transport::size;
+use raio_transport::tls::ClientTls;
 
 use crate::content::WORD_BYTES;
 use crate::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, SESSIONS_MAX};
@@ -62,6 +65,10 @@ pub struct Options {
     /// Check every byte that is read, and write what is there already
     #[arg(long)]
     verify: bool,
+    /// Where this client's key is, and the keys of the servers that it trusts [default: $RAIO_KEYS, else
+    /// $XDG_CONFIG_HOME/raio, else ~/.config/raio]
+    #[arg(long, value_name = "DIRECTORY")]
+    keys: Option<PathBuf>,
     /// When all sessions are open, wait until there is a line, or the end, on standard input
     #[arg(long)]
     hold: bool,
@@ -115,6 +122,8 @@ pub enum Until {
 pub struct Plan {
     /// The server.
     pub server: SocketAddr,
+    /// How its connections are secured; None: they are not.
+    pub tls: Option<ClientTls>,
     /// The file.
     pub path: String,
     /// How many sessions.
@@ -200,6 +209,14 @@ impl Options {
             self.reconnect
         );
         let server = address.resolve()?.into_iter().next().context("The host has no address")?;
+        let tls = self.keys.map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
+        let tls = tls.map_or(Ok(None), |directory| {
+            // By its name, else by where that leads to.
+            match directory.tls(&address.host, address.port)? {
+                None => directory.tls(&server.ip().to_string(), server.port()),
+                by_name => Ok(by_name),
+            }
+        })?;
         let sources = match server.ip() {
             _ if !self.source.is_empty() => self.source,
             IpAddr::V4(ip) if ip.is_loopback() => loopback_sources(self.sessions),
@@ -207,6 +224,7 @@ impl Options {
         };
         Ok(Plan {
             server,
+            tls,
             path: self.path,
             sessions: self.sessions,
             active: ((self.sessions as f64 * self.active / 100.0).round() as usize).clamp(1, self.sessions),

@@ -43,6 +43,7 @@ impl Session {
             session: SessionId::random(),
             channel: (!linger.is_zero()).then_some(ChannelOffer { number: 1, epoch: 1, linger }),
             queue_depth: plan.depth,
+            tls: plan.tls.clone(),
             ..Offer::new(format!("raio_load[{}]", std::process::id()))
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
