@@ -30,6 +30,7 @@ pub const CRATES: &[Crate] = &[
     Crate { name: "libraio", root: "libraio/src/lib.rs", is_library: true },
     Crate { name: "raio-server", root: "raio-server/src/lib.rs", is_library: true },
     Crate { name: "raio-load", root: "raio-load/src/main.rs", is_library: false },
+    Crate { name: "raio-tool", root: "raio-tool/src/main.rs", is_library: false },
 ];
 
 /// The layer of each top-level module, from the rows `| NUMBER | `module`, `module` | ...` below a line that
