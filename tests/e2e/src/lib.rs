@@ -12,6 +12,7 @@ mod fuse;
 mod herd;
 #[path = "../../history/mod.rs"]
 mod history;
+mod keyed;
 mod letters;
 mod proxy;
 #[path = "../../random/mod.rs"]
@@ -34,6 +35,7 @@ pub use history::{
     CellRead, CellWrite, CrashImage, FOREVER, Fault, FileSync, History, HistoryCounts, LogLine, Outcome,
     SESSION_GIVEN_UP, Violation, WRITES_LOST,
 };
+pub use keyed::KeyedServer;
 pub use letters::{LETTER_BYTES, LETTERS, Letters};
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
