@@ -77,8 +77,9 @@
  * variables, and has no keys. When a session begins the library reads two files there: `key`, the client's
  * secret key, which nobody else may read, and `servers`, a line HOST:PORT ed25519:KEY [ed25519:KEY ...] for
  * each server, which nobody else may write. raio(1) makes both. A server is looked up by the host and port of
- * the URL, and then by the address that these lead to. Over TLS a session does not use RDMA. RAIO_OPT_NO_KEYS
- * turns all of this off.
+ * the URL, and then by the address that these lead to. A session with raio:// moves from TLS to RDMA, where
+ * its data is neither encrypted nor authenticated, only if the server's operator has allowed that to this
+ * client; raio+tcp:// never does. RAIO_OPT_NO_KEYS turns all of this off.
  *
  * Tracing.  With RAIO_TRACE=FILE in the environment the library writes when each request was submitted, sent,
  * answered and collected, in a format that https://ui.perfetto.dev opens: see libraio(3).

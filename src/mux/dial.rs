@@ -217,10 +217,6 @@ impl Dial {
     }
 
     fn any(&mut self) -> State {
-        if self.offer.tls.is_some() {
-            self.stays(&"the server is one that is reached with a key, and RDMA would not be encrypted");
-            return self.tcp();
-        }
         match rdma::unavailable() {
             Some(reason) => {
                 self.stays(&format_args!("there is no RDMA here ({reason})"));

@@ -155,7 +155,12 @@ fn accept_all(
 
 fn shake_hands(shared: &Shared, stream: TcpStream, tls: &ServerTls) -> Result<AcceptedStream, Error> {
     let deadline = Instant::now() + PATIENCE;
-    let mut accepting = Accepting::new(OwnedFd::from(stream), tls, Arc::clone(&shared.policy), deadline)?;
+    let mut accepting = Accepting::new(
+        AcceptedStream::new(OwnedFd::from(stream)),
+        tls,
+        Arc::clone(&shared.policy),
+        deadline,
+    )?;
     loop {
         if let Some(outcome) = accepting.step(Instant::now()) {
             return outcome;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, is_at_rest};
+use raio_e2e::{PATIENCE, Server, is_at_rest, needs_wire};
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
@@ -27,6 +27,11 @@ struct Site {
 impl Site {
     /// With these clients, as `clients.toml` says.
     fn new(clients: &str) -> Self {
+        Self::at(clients, "tcp://127.0.0.1:0")
+    }
+
+    /// The same, listening there.
+    fn at(clients: &str, listen: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         for name in ["data", "logs", "other"] {
             fs::create_dir(directory.path().join(name)).expect("a directory");
@@ -35,14 +40,13 @@ impl Site {
         let keys = directory.path().join("keys");
         fs::create_dir(&keys).expect("a directory");
         fs::write(keys.join("clients.toml"), clients).expect("a file");
-        let server = Self::start(&directory, "tcp://127.0.0.1:0");
+        let server = Self::start(&directory, listen);
         Self { directory, server }
     }
 
     fn start(directory: &TempDir, listen: &str) -> Server {
         let path = directory.path();
-        let exports =
-            ["data", "logs", "other"].map(|name| format!("{name}={}/{name},rw", path.display()));
+        let exports = ["data", "logs", "other"].map(|name| format!("{name}={}/{name},rw", path.display()));
         let keys = path.join("keys");
         let exports = exports.each_ref().map(String::as_str);
         Server::start_with(&exports, &["--listen", listen, "--keys", keys.to_str().expect("UTF-8")])
@@ -135,7 +139,9 @@ fn each_client_has_the_exports_of_its_entry_and_no_others() {
     assert_eq!(write(&mut context, &file).expect("it may write"), 10);
     assert_eq!(fs::read(site.path("data/file")).expect("the file"), b"abcdefghij");
     assert!(open(&session, "/logs/file", libc::O_RDONLY).is_ok());
-    for flags in [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_CREAT, libc::O_WRONLY | libc::O_TRUNC] {
+    for flags in
+        [libc::O_WRONLY, libc::O_RDWR, libc::O_RDONLY | libc::O_CREAT, libc::O_WRONLY | libc::O_TRUNC]
+    {
         assert_eq!(errno(open(&session, "/logs/file", flags)), libc::EROFS);
     }
     // As if there were none of that name.
@@ -261,7 +267,12 @@ fn a_session_goes_on_after_a_restart_with_keys() {
 }
 
 /// A connection that says it is of this session.
-fn join(site: &Site, client: &Client, session: SessionId, epoch: u64) -> Result<TcpClient, raio_transport::Error> {
+fn join(
+    site: &Site,
+    client: &Client,
+    session: SessionId,
+    epoch: u64,
+) -> Result<TcpClient, raio_transport::Error> {
     let channel = ChannelOffer { number: 1, epoch, linger: Duration::from_secs(10) };
     let tls = ClientTls::new(&client.secret(), &[site.host_key()]);
     let offer = Offer { session, channel: Some(channel), tls: Some(tls), ..Offer::new("test") };
@@ -333,4 +344,23 @@ fn check(directory: &Path, keys: &Path) -> (Option<i32>, String) {
         .output()
         .expect("it runs");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn over_rdma_goes_what_a_client_may_send_in_the_clear_and_nothing_else() {
+    let Some(_wire) = needs_wire("clients with keys that may use RDMA") else { return };
+    let (one, other) = (Client::new(), Client::new());
+    let rights = "exports = { data = 'rw' }";
+    let clients = one.entry("one", &format!("{rights}\nrdma = 'clear'")) + &other.entry("two", rights);
+    let site = Site::at(&clients, "tcp://10.77.0.1:0");
+    let url = site.server.url().replace("raio+tcp", "raio");
+    for (client, moves) in [(&one, true), (&other, false)] {
+        client.trust(&site);
+        let keys = Keys::Directory(client.keys.path().to_owned());
+        let session = Session::connect(&url, &Options { keys, ..Options::default() }).expect("a session");
+        assert_eq!(session.why_tcp().is_none(), moves, "{:?}", session.why_tcp());
+        let file = open(&session, "/data/file", libc::O_RDWR).expect("a file");
+        let mut context = session.context(4).expect("a context");
+        assert_eq!(write(&mut context, &file).expect("it may"), 10);
+    }
 }
