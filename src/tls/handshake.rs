@@ -128,7 +128,10 @@ impl Handshake {
             TlsError::InvalidCertificate(CertificateError::Other(OtherError(why))) => {
                 let Some(NotAccepted(key)) = why.downcast_ref() else { return failed(error) };
                 let text = if is_client {
-                    format!("The server's key is {key}, and not one that is trusted")
+                    format!(
+                        "The server's key is {key}, and not one that is trusted here; ask its administrator, \
+                         and then use `raio key trust`"
+                    )
                 } else {
                     format!("The client's key is {key}, and not one that is accepted")
                 };
@@ -201,7 +204,8 @@ fn rejected(text: String) -> Error {
 
 /// Why a server ends a handshake, or what follows on it, with an alert of that name.
 pub(crate) fn not_known_there() -> Error {
-    rejected("It does not accept this client's key".into())
+    let text = "It does not accept this client's key; have its administrator add what `raio key show` prints";
+    rejected(text.into())
 }
 
 fn failed(error: &TlsError) -> Error {
