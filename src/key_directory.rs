@@ -87,7 +87,7 @@ impl KeyDirectory {
         })
     }
 
-    /// The keys that a server may have. None if it is not pinned. `host` is as in a URL, IPv6 addresses
+    /// The keys that a server may have; none if it is not pinned. `host` is as in a URL, IPv6 addresses
     /// without brackets.
     pub fn trusted(&self, host: &str, port: u16) -> Result<Vec<PublicKey>, Error> {
         let servers = parse(&self.read_servers()?).map_err(|error| self.malformed(error))?;

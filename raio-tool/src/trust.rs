@@ -101,7 +101,7 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
         Err(error) if error.errno() == libc::ENOKEY => None,
         Err(error) => return Err(error.into()),
     };
-    let Contact { found, is_known } = contact(&address, own.as_ref())?;
+    let Contact { found, rejects_us } = contact(&address, own.as_ref())?;
     eprintln!("The server at {} has the key {found}.", shown(&address));
     match options.decide(&trusted, found) {
         Ok(Step::Nothing) => eprintln!("It is trusted already."),
@@ -128,7 +128,7 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
     }
     match own {
         None => eprintln!("This client has no key yet. Make one with `raio key new`."),
-        Some(own) if !is_known => eprintln!(
+        Some(own) if rejects_us => eprintln!(
             "The server does not accept this client's key yet. Have its administrator add {}.",
             own.public()
         ),
@@ -141,8 +141,8 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
 struct Contact {
     /// The key that it has proven to have.
     found: PublicKey,
-    /// It takes this client.
-    is_known: bool,
+    /// It does not accept the client's key.
+    rejects_us: bool,
 }
 
 /// Connects as somebody with this key, or with one that nobody knows.
@@ -154,7 +154,8 @@ fn contact(address: &Address, own: Option<&SecretKey>) -> Result<Contact, Failur
         let offer = Offer { tls: Some(tls), ..Offer::new(format!("raio[{}]", std::process::id())) };
         let connected = TcpClient::connect(found, &offer, Instant::now() + CONNECT_TIMEOUT);
         if let Some(found) = proven.get() {
-            return Ok(Contact { found, is_known: connected.is_ok() });
+            let rejects_us = connected.is_err_and(|error| error.errno() == libc::EKEYREJECTED);
+            return Ok(Contact { found, rejects_us });
         }
         last = connected.err();
     }
