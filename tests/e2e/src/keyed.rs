@@ -13,7 +13,7 @@ use raio_transport::connecting::Connecting;
 use raio_transport::event_loop::EventLoop;
 use raio_transport::handshake::{Identity, Policy};
 use raio_transport::keys::{PublicKey, SecretKey};
-use raio_transport::memory::Arena;
+use raio_transport::memory::{Arena, SlotRange};
 use raio_transport::protocol::{Command, FileStatus, OPERATION_FEATURES};
 use raio_transport::reactor::{Wait, Waker};
 use raio_transport::tcp::{Accepting, TcpServer};
@@ -202,10 +202,10 @@ fn answer(request: &Request, arena: &mut Arena) -> Response {
             response.result = 1;
             response.body = Body::from(status.as_bytes());
         }
-        Ok(Command::Read { length, .. }) => {
-            let slot = arena.alloc(length as usize).expect("there is memory for a few");
-            response.result = length.into();
-            response.data = Some(raio_transport::memory::SlotRange { slot, start: 0, len: length as usize });
+        Ok(Command::Read { offset, length, .. }) => {
+            let length = FILE_BYTES.saturating_sub(offset).min(length.into()) as usize;
+            response.result = length as u64;
+            response.data = arena.alloc(length).map(|slot| SlotRange { slot, start: 0, len: length });
         }
         Ok(Command::Fsync { .. } | Command::Close(_)) => {}
         Ok(Command::Outcome { .. }) => response.status = Status::storage(libc::ESTALE),

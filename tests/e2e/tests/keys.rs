@@ -339,6 +339,37 @@ fn raio_load_uses_keys_as_libraio_does() {
 }
 
 #[test]
+fn a_program_in_c_uses_the_keys_of_its_environment() {
+    let server_key = SecretKey::generate();
+    let (client, key) = Client::with_key();
+    let server = KeyedServer::start(&server_key, &[key]);
+    let line = format!("{} {}\n", server.address(), server_key.public());
+    std::fs::write(client.servers(), line).expect("a file");
+    let library = binary("libraio.so");
+    let directory = library.parent().expect("a file is in a directory");
+    let program = client.home.path().join("raio_cat");
+    let make = Command::new("make")
+        .args(["-s", "-C", concat!(env!("CARGO_MANIFEST_DIR"), "/../../libraio/examples")])
+        .arg(&program)
+        .arg(format!("O={}", client.home.path().display()))
+        .arg(format!("RAIO={}", directory.display()))
+        .output()
+        .expect("make runs");
+    assert!(make.status.success(), "{}", text(&make.stderr));
+    let cat = |variable: &str| {
+        let mut command = Command::new(&program);
+        command.args([&format!("{}/e/file", server.url())]).env_clear();
+        command.env("LD_LIBRARY_PATH", directory).env(variable, client.path()).output().expect("it runs")
+    };
+    let with = cat("RAIO_KEYS");
+    assert_eq!((with.status.code(), with.stdout.len()), (Some(0), 64 << 10), "{}", text(&with.stderr));
+    assert!(server.clients().iter().all(|client| *client == Identity::Key(key)));
+    let without = cat("RAIO_NO_KEYS");
+    assert_eq!((without.status.code(), without.stdout.len()), (Some(1), 0));
+    assert!(text(&without.stderr).contains("raio key new"), "{}", text(&without.stderr));
+}
+
+#[test]
 fn a_program_with_the_rights_of_another_user_has_no_keys_from_the_environment() {
     if !raio_e2e::needs_root("a set-user-ID program") {
         return;
