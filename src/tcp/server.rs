@@ -226,17 +226,17 @@ impl TcpServer {
         may_move: bool,
     ) -> ConnectionId {
         // Neither matters to a socket that is no TCP socket (a test's socket pair).
-        let _ = sockopt::set_tcp_nodelay(&socket, true);
+        let _ = sockopt::set_tcp_nodelay(socket, true);
         // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to
         // speak.
-        if sockopt::set_socket_keepalive(&socket, true).is_ok() {
-            let _ = sockopt::set_tcp_keepidle(&socket, Duration::from_secs(60));
-            let _ = sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(10));
-            let _ = sockopt::set_tcp_keepcnt(&socket, 6);
+        if sockopt::set_socket_keepalive(socket, true).is_ok() {
+            let _ = sockopt::set_tcp_keepidle(socket, Duration::from_secs(60));
+            let _ = sockopt::set_tcp_keepintvl(socket, Duration::from_secs(10));
+            let _ = sockopt::set_tcp_keepcnt(socket, 6);
         }
         // So that one to which something was sent is found soon even if it took nothing for long before. Not
         // less, for a peer that has taken its window back is given up by the kernel after twice that.
-        bound_tcp_retries(&socket, self.shared.policy.unreachable_timeout / 2);
+        bound_tcp_retries(socket, self.shared.policy.unreachable_timeout / 2);
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(Entry { generation: 0, connection: None });
             self.entries.len() as u32 - 1
