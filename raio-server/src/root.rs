@@ -98,11 +98,6 @@ struct Identity {
 }
 
 impl Identity {
-    /// Whether it is the same file or directory, by whatever mount.
-    fn is_same(&self, other: &Self) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
-    }
-
     fn of(stat: &Statx) -> Self {
         Self { device: (stat.stx_dev_major, stat.stx_dev_minor), inode: stat.stx_ino, mount: stat.stx_mnt_id }
     }
@@ -218,11 +213,16 @@ impl Root {
         if !self.is_confined || rejection.status.errno != libc::EACCES {
             return rejection;
         }
-        let at = rustix::fs::statx(CWD, &self.path, AtFlags::empty(), StatxFlags::BASIC_STATS);
-        let is_same =
-            at.is_ok_and(|stat| self.granted.is_some_and(|granted| granted.is_same(&Identity::of(&stat))));
-        if is_same {
-            return rejection;
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::MNT_ID;
+        let at = rustix::fs::statx(CWD, &self.path, AtFlags::empty(), mask);
+        if self.granted.is_some() && self.granted == at.ok().map(|stat| Identity::of(&stat)) {
+            // A file system that is mounted again, and has got the same numbers, is another one to Landlock.
+            let text = format!(
+                "{} If its permissions allow it, then the file system was mounted anew, and the sandbox of \
+                 the server does not know it: the server must be started anew.",
+                rejection.text.trim_end()
+            );
+            return Rejection { text, ..rejection };
         }
         let text = format!(
             "Export {name} is not what it was when the server started (something was mounted, unmounted, \
@@ -289,15 +289,15 @@ impl Root {
         if before.is_some_and(|before| before != now) {
             tracing::warn!(
                 "Export {name}: {:?} is another {} than before (something was mounted, unmounted or \
-                 replaced), and {}. Files that are open stay what they are.",
+                 replaced), and served from now on{}. Files that are open stay what they are.",
                 self.path,
                 if self.is_directory() { "directory" } else { "device" },
-                match self.granted {
-                    Some(granted) if self.is_confined && self.is_directory() && !granted.is_same(&now) =>
-                        "cannot be served, because the sandbox knows only what was there at the start: start \
-                         the server anew, or set the export to `mountpoint`",
-                    _ => "served from now on",
-                },
+                if self.is_confined && self.is_directory() && self.granted != Some(now) {
+                    ", unless the sandbox denies it, which knows only what was there at the start: then \
+                     start the server anew, or set the export to `mountpoint`"
+                } else {
+                    ""
+                }
             );
         }
     }

@@ -687,6 +687,29 @@ fn serve_ext4(bytes: u64, content: &[u8]) -> (Server, Mount, LoopDevice, TempDir
 }
 
 #[test]
+fn a_file_system_that_is_mounted_anew_is_another_one_to_the_sandbox() {
+    if !needs_root("mounting") {
+        return;
+    }
+    let (server, mount, disk, directory) = serve_ext4(64 << 20, b"x");
+    if !server.log_until("The sandbox is on").contains("Landlock (ABI") {
+        return eprintln!("SKIPPED: this kernel has no Landlock");
+    }
+    let mut client = server.client();
+    let file = client.open("/m/f", OPEN_READ).unwrap();
+    client.close(file).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    while !Process::new("umount").arg(directory.path()).status().unwrap().success() {
+        assert!(Instant::now() < deadline, "it is in use");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::mem::forget(mount);
+    let _mount = Mount::new(&["-t", "ext4", disk.path.to_str().unwrap()], directory.path());
+    let (errno, text) = why(&mut client, "/m/f", OPEN_READ);
+    assert!(errno == libc::EACCES && text.contains("sandbox"), "{errno}: {text}");
+}
+
+#[test]
 fn zeroing_that_fails_cuts_off_nothing_that_others_append() {
     if !needs_root("mounting") {
         return;

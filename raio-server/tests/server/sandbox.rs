@@ -189,7 +189,7 @@ fn what_takes_the_place_of_an_export_is_not_opened_and_the_reason_is_told() {
         assert!(text.contains("sandbox") && text.contains("started anew"), "{name}: {text}");
     }
     assert_eq!(client.read(open, 0, 10).unwrap(), b"root", "what is open stays what it is");
-    server.log_until("cannot be served, because the sandbox knows only what was there at the start");
+    server.log_until("unless the sandbox denies it, which knows only what was there at the start");
 }
 
 #[test]
