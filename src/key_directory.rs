@@ -7,8 +7,8 @@
 //! A server that has a line is *pinned*: it is reached by TLS alone, and only if it has one of these keys.
 
 use std::fmt;
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs::{DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -150,53 +150,47 @@ impl KeyDirectory {
 
     /// The text of `servers`; "" if there is no such file.
     fn read_servers(&self) -> Result<String, Error> {
+        if !self.is_there()? {
+            return Ok(String::new());
+        }
         let path = self.servers_file();
         let cannot = |source: io::Error| Error::io(format!("Cannot read {}", path.display()), source);
-        let wrong = |errno, why: String| {
-            let source = io::Error::from_raw_os_error(errno);
-            Error::io(format!("{} is not used: {why}", path.display()), source)
-        };
         // A FIFO is not waited for.
         let mut options = OpenOptions::new();
         let file = match options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return match self.path.metadata() {
-                    Err(source) if self.is_named => {
-                        Err(Error::io(format!("Cannot use the keys in {}", self.path.display()), source))
-                    }
-                    _ => Ok(String::new()),
-                };
-            }
-            // A program with another user's $HOME has no keys there.
-            Err(error)
-                if error.kind() == io::ErrorKind::PermissionDenied && !self.is_named && !self.is_own() =>
-            {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(String::new()),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && !self.is_named && !self.is_own() => {
                 return Ok(String::new());
             }
             file => file.map_err(cannot)?,
         };
         let metadata = file.metadata().map_err(cannot)?;
         if !metadata.is_file() {
-            return Err(wrong(libc::EACCES, "it is no regular file".into()));
+            return Err(not_used(&path, libc::EACCES, "it is no regular file"));
         }
-        let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
-        if owner != user && owner != 0 {
-            return Err(wrong(
-                libc::EACCES,
-                format!("it belongs to user {owner}, and not to this one, {user}"),
-            ));
-        }
-        if metadata.mode() & 0o022 != 0 {
-            let mode = metadata.mode() & 0o777;
-            let why = format!("others may write to it (mode {mode:03o}); use `chmod go-w`");
-            return Err(wrong(libc::EACCES, why));
-        }
+        check_safe(&path, &metadata)?;
         let mut bytes = Vec::new();
         file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(cannot)?;
         if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(wrong(libc::EFBIG, format!("it has more than {} KiB", FILE_BYTES_MAX >> 10)));
+            let why = format!("it has more than {} KiB", FILE_BYTES_MAX >> 10);
+            return Err(not_used(&path, libc::EFBIG, &why));
         }
-        String::from_utf8(bytes).map_err(|_| wrong(libc::EINVAL, "it is not text in UTF-8".into()))
+        String::from_utf8(bytes).map_err(|_| not_used(&path, libc::EINVAL, "it is not text in UTF-8"))
+    }
+
+    /// Whether there is a directory. Where it was not named, none is needed: a program may have a $HOME that
+    /// is missing, or another user's. Who can write to it could take the file away, and with it all pins.
+    fn is_there(&self) -> Result<bool, Error> {
+        use ErrorKind::{NotADirectory, NotFound, PermissionDenied};
+        match self.path.metadata() {
+            Ok(metadata) => check_safe(&self.path, &metadata).map(|()| true),
+            Err(error)
+                if !self.is_named && matches!(error.kind(), NotFound | NotADirectory | PermissionDenied) =>
+            {
+                Ok(false)
+            }
+            Err(source) => Err(Error::io(format!("Cannot use the keys in {}", self.path.display()), source)),
+        }
     }
 
     /// Whether it belongs to this user, as far as this user may see that.
@@ -214,6 +208,25 @@ impl KeyDirectory {
 }
 
 const NO_KEY: Errno = Errno::NOKEY;
+
+fn not_used(path: &Path, errno: i32, why: &str) -> Error {
+    Error::io(format!("{} is not used: {why}", path.display()), io::Error::from_raw_os_error(errno))
+}
+
+/// Checks that nobody but this user, and root, can change what has this metadata.
+fn check_safe(path: &Path, metadata: &Metadata) -> Result<(), Error> {
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != user && owner != 0 {
+        let why = format!("it belongs to user {owner}, and not to this one, {user}");
+        return Err(not_used(path, libc::EACCES, &why));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        let mode = metadata.mode() & 0o777;
+        let why = format!("others may write to it (mode {mode:03o}); use `chmod go-w`");
+        return Err(not_used(path, libc::EACCES, &why));
+    }
+    Ok(())
+}
 
 /// What a server is known by.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -91,7 +91,7 @@ fn a_malformed_line_is_an_error_that_says_where_it_is() {
         (format!(":1 {key}"), "the server has no host"),
         (format!("h:65536 {key}"), "not a number up to 65535"),
         (format!("h:0 {key}"), "no server has port 0"),
-        (key.to_string(), "the server's port is not a number"),
+        (PublicKey::from_bytes([0; 32]).to_string(), "the server's port is not a number"),
         (format!("h:1 {key} {}", &key.to_string()[..20]), "is not a public key"),
         ("h:1 AAAA".into(), "is not a public key"),
         (format!("H:1 {key}\nh:01 {key}"), "line 2 has h:1 already"),
@@ -121,6 +121,14 @@ fn a_file_that_others_can_write_to_is_not_used() {
     }
     directory.set_mode(0o444);
     assert_eq!(directory.0.trusted("h", 1).unwrap().len(), 1);
+    for mode in [0o770, 0o702, 0o1777] {
+        std::fs::set_permissions(&directory.0.path, PermissionsExt::from_mode(mode)).unwrap();
+        let error = directory.0.tls("h", 1).unwrap_err();
+        assert_eq!(error.errno(), libc::EACCES, "{mode:o}");
+        assert!(error.to_string().starts_with(&format!("{} is not", directory.0.path.display())), "{error}");
+    }
+    std::fs::set_permissions(&directory.0.path, PermissionsExt::from_mode(0o755)).unwrap();
+    assert_eq!(directory.0.trusted("h", 1).unwrap().len(), 1);
     std::fs::remove_file(directory.0.servers_file()).unwrap();
     std::fs::create_dir(directory.0.servers_file()).unwrap();
     assert_eq!(directory.0.tls("h", 1).unwrap_err().errno(), libc::EACCES);
@@ -141,8 +149,10 @@ fn a_file_that_is_too_long_or_no_text_is_not_used() {
 fn without_a_line_there_is_no_tls_and_with_one_and_without_a_key_there_is_an_error() {
     let directory = Scratch::new();
     assert_eq!(directory.0.tls("h", 1).unwrap_err().errno(), libc::ENOENT, "it was named");
-    let unnamed = KeyDirectory { is_named: false, ..directory.0.clone() };
-    assert!(unnamed.tls("h", 1).unwrap().is_none());
+    for path in [directory.0.path.clone(), "/dev/null/.config/raio".into()] {
+        let unnamed = KeyDirectory { is_named: false, path };
+        assert!(unnamed.tls("h", 1).unwrap().is_none());
+    }
     directory.0.create().unwrap();
     assert!(directory.0.tls("h", 1).unwrap().is_none());
     directory.write(format!("h:1 {}\n", key()).as_bytes());
