@@ -1,7 +1,8 @@
 //! An event loop with its transport, for a program that embeds the message layer: one call, one iteration.
 //!
 //! ```no_run
-//! # //! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
+//! # use std::sync::Arc;
+//! # use raio_transport::{Status, event_loop::EventLoop, handshake::Policy, reactor::Wait, tcp};
 //! # use raio_transport::transport::{Body, Response, SendOptions, ServerEvent};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;

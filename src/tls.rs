@@ -1,8 +1,8 @@
 //! TLS 1.3 (RFC 8446) with raw public keys (RFC 7250): both sides prove who they are, and what they send
 //! after that can be neither read nor changed on the way.
 //!
-//! rustls does the handshake ([`handshake`]), of which nothing is remembered: no tickets, no early data. It
-//! then gives its secrets away. The records are sealed and opened here ([`records`]), in place:
+//! rustls does the handshake (`handshake`), of which nothing is remembered: no tickets, no early data. It
+//! then gives its secrets away. The records are sealed and opened here (`records`), in place:
 //! rustls would copy them once more.
 
 use std::fmt;
