@@ -41,7 +41,7 @@ pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
-pub use server::{PATIENCE, Server, await_no_connection, binary, cpu_time, is_at_rest};
+pub use server::{PATIENCE, Server, await_no_connection, binary, copy_program, cpu_time, is_at_rest};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,

@@ -86,6 +86,13 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// A copy of a program, to be run. Another process writes it: a child that another test starts has every
+/// descriptor of this one until its exec, and nothing runs that somebody has open for writing.
+pub fn copy_program(from: &Path, to: &Path) {
+    let status = Command::new("cp").args([from, to]).status().expect("cp runs");
+    assert!(status.success(), "cp {} {}: {status}", from.display(), to.display());
+}
+
 impl Server {
     /// Starts one on a port of its own choosing (or on `RAIO_TEST_LISTEN`, such as rdma://10.77.0.1:0), with
     /// these exports (as `--export` takes them).

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use raio_e2e::{FuseFs, FuseOptions, Server, binary, is_at_rest, needs_root};
+use raio_e2e::{FuseFs, FuseOptions, Server, binary, copy_program, is_at_rest, needs_root};
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
@@ -410,7 +410,7 @@ fn a_setuid_program_ignores_raio_trace() {
     let exports = serve();
     let directory = tempfile::tempdir().expect("a directory");
     let program = directory.path().join("io");
-    std::fs::copy(programs().join("static/io"), &program).expect("a copy");
+    copy_program(&programs().join("static/io"), &program);
     let permit = |path: &Path, mode| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("its permissions");
     };

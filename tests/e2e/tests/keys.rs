@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use raio::{Crc, Error, File, Keys, Options, Scheme, Session};
-use raio_e2e::{KeyedServer, binary};
+use raio_e2e::{KeyedServer, binary, copy_program};
 use raio_transport::handshake::Identity;
 use raio_transport::keys::{PublicKey, SecretKey};
 
@@ -376,7 +376,7 @@ fn a_program_with_the_rights_of_another_user_has_no_keys_from_the_environment() 
     }
     let (client, _) = Client::with_key();
     let program = client.home.path().join("raio");
-    std::fs::copy(binary("raio"), &program).expect("a copy");
+    copy_program(&binary("raio"), &program);
     set_mode(client.home.path(), 0o755);
     const ANOTHER_USER: u32 = 65534;
     std::os::unix::fs::chown(&program, Some(ANOTHER_USER), None).expect("root may");

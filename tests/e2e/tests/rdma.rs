@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Operation, Options, Session};
 use raio_e2e::{
-    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Random, Server, Silenced, TCP, binary, is_at_rest,
-    needs_wire, numbers, resources, resources_return_to,
+    Cut, Flood, LISTEN, NUMBERS_BYTES, PATIENCE, Random, Server, Silenced, TCP, binary, copy_program,
+    is_at_rest, needs_wire, numbers, resources, resources_return_to,
 };
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::Signal;
@@ -371,7 +371,7 @@ fn as_nobody(program: &str, arguments: &[&str]) -> Output {
     let directory = tempfile::tempdir().expect("a directory");
     std::fs::set_permissions(directory.path(), PermissionsExt::from_mode(0o755)).expect("permissions");
     let copy = directory.path().join(program);
-    std::fs::copy(binary(program), &copy).expect("a copy");
+    copy_program(&binary(program), &copy);
     Command::new("bash")
         .args(["-c", "ulimit -l 64; exec setpriv --reuid nobody --clear-groups -- \"$@\"", "bash"])
         .arg(copy)
