@@ -119,11 +119,18 @@ impl Records {
     // Of a server
     // ----------------------------------------------------------------------------------------------------
 
-    /// Moves the front of a batch, sealed, into another that is sent to its end: what a send leaves over is
-    /// not sealed again. With `is_last` nothing is sent after the end of `plain`. Not in the clear.
-    pub fn seal_batch(&mut self, plain: &mut SendBatch, sealed: &mut SendBatch, is_last: bool) {
+    /// Moves the front of a batch, `bytes_max` of it at most, sealed into another that is sent to its end:
+    /// what a send leaves over is not sealed again. With `is_last` nothing is sent after the end of `plain`.
+    /// Not in the clear.
+    pub fn seal_batch(
+        &mut self,
+        plain: &mut SendBatch,
+        sealed: &mut SendBatch,
+        bytes_max: usize,
+        is_last: bool,
+    ) {
         let Self::Tls(records) = self else { return };
-        let len = plain.len().min(SEAL_BYTES_MAX);
+        let len = plain.len().min(bytes_max);
         sealed.push_bytes(|out| {
             records.seal(plain.slices(), len, out);
             if is_last && len == plain.len() {

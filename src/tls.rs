@@ -289,4 +289,4 @@ impl ClientCertVerifier for Verifier {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -39,6 +39,8 @@ pub(crate) const TCP_STAGING_BYTES: usize = 192 << 10;
 /// Data that is sealed at a time, to be sent by TLS. More costs memory while a peer does not take it, less
 /// costs system calls. Not measured.
 pub(crate) const SEAL_BYTES_MAX: usize = 256 << 10;
+/// The same while heap is short: a record.
+pub(crate) const SEAL_BYTES_WHEN_SHORT: usize = 16 << 10;
 /// Received at a time in a TLS handshake: more than a flight of it has.
 pub(crate) const TLS_RECEIVE_BYTES: usize = 4 << 10;
 /// How long a client that has been told why it is not wanted is read from: more than a round trip.

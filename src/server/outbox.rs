@@ -24,7 +24,8 @@ impl SpareBatches {
     }
 }
 
-/// Answers gather in a batch; one batch at a time is being sent.
+/// Answers gather in a batch; one batch at a time is being sent. A layer that seals copies a part of it, and
+/// gives the slots of that back: the copies count as heap.
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     /// What no send has taken up, ...
@@ -35,6 +36,8 @@ pub(super) struct Outbox {
     next_heap: usize,
     /// What was taken up, and is not sealed yet: goes before `next`. Only where the record layer seals.
     plain: Option<Box<SendBatch>>,
+    /// Heap of what is sealed and not sent.
+    sealed_heap: usize,
     /// What the last send left over: goes before all else.
     rest: Option<Box<SendBatch>>,
     is_sending: bool,
@@ -139,11 +142,13 @@ impl Outbox {
     }
 
     /// The next batch to send, if there is something and nothing is being sent. [`Outbox::on_sent`] follows.
-    /// With `is_last` nothing comes behind what there is now.
+    /// Where the record layer seals, it is at most `seal_max` bytes of data, and with `is_last` nothing comes
+    /// behind what there is now.
     pub fn poll_send(
         &mut self,
         spare: &mut SpareBatches,
         records: &mut Records,
+        seal_max: usize,
         is_last: bool,
     ) -> Option<Box<SendBatch>> {
         if self.is_sending {
@@ -152,7 +157,7 @@ impl Outbox {
         let batch = match self.rest.take() {
             Some(rest) => rest,
             None if records.is_clear() => self.take_up()?,
-            None => self.seal(spare, records, is_last)?,
+            None => self.seal(spare, records, seal_max, is_last)?,
         };
         self.is_sending = true;
         Some(batch)
@@ -172,6 +177,7 @@ impl Outbox {
         &mut self,
         spare: &mut SpareBatches,
         records: &mut Records,
+        bytes_max: usize,
         is_last: bool,
     ) -> Option<Box<SendBatch>> {
         let mut plain = match self.plain.take() {
@@ -179,7 +185,8 @@ impl Outbox {
             None => self.take_up()?,
         };
         let mut sealed = spare.take();
-        records.seal_batch(&mut plain, &mut sealed, is_last && self.next.is_none());
+        records.seal_batch(&mut plain, &mut sealed, bytes_max, is_last && self.next.is_none());
+        self.sealed_heap = sealed.capacity();
         if plain.is_empty() {
             spare.put(plain);
         } else {
@@ -195,6 +202,7 @@ impl Outbox {
             self.rest = Some(batch);
             return false;
         }
+        self.sealed_heap = 0;
         if self.plain.is_some() {
             spare.put(batch);
             return false;
@@ -237,6 +245,43 @@ impl Outbox {
 
     /// Heap that all this takes.
     pub fn heap(&self) -> usize {
-        self.next_heap + self.sent_heap
+        self.next_heap + self.sent_heap + self.sealed_heap
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+    use crate::memory::SlotRange;
+    use crate::tls::tests::pair;
+    use crate::transport::Body;
+
+    #[test]
+    fn what_is_sealed_is_counted_until_it_is_sent_and_no_more_is_sealed_than_may_be() {
+        const DATA: usize = 300_000;
+        const MAX: usize = 64 << 10;
+        let (mut client, server) = pair(u64::MAX);
+        let mut records = Records::Tls(Box::new(server));
+        let mut arena = Arena::new(1 << 20, 512 << 10).unwrap();
+        let (mut outbox, mut spare) = (Outbox::default(), SpareBatches::default());
+        let slot = arena.alloc(DATA).unwrap();
+        let data = Some(SlotRange { slot, start: 0, len: DATA });
+        let response = Response { status: Status::OK, result: 7, body: Body::default(), data };
+        outbox.push_response(&mut spare, 1, response, false, false);
+        let (mut opened, mut sends) = (0, 0);
+        let mut is_done = false;
+        while !is_done {
+            let mut batch = outbox.poll_send(&mut spare, &mut records, MAX, true).expect("there is more");
+            sends += 1;
+            assert!(batch.len() <= MAX + 200, "{} bytes", batch.len());
+            assert!((batch.len()..2 * MAX + 1_000).contains(&outbox.heap()), "{}", outbox.heap());
+            let mut sealed = batch.take_all();
+            opened += client.open_away(&mut sealed).map(|(first, rest)| first.len() + rest.len()).unwrap();
+            is_done = outbox.on_sent(&mut spare, batch);
+        }
+        assert_eq!((sends, opened, outbox.heap()), (5, DATA + message::HEADER_BYTES, 0));
+        assert!(outbox.poll_send(&mut spare, &mut records, MAX, true).is_none());
+        assert_eq!(arena.used_bytes(), 0);
     }
 }

@@ -22,8 +22,8 @@ use crate::records::Records;
 use crate::transport::{ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
 use crate::tuning::{
     BODY_COUNTED_MIN, DIRECT_BYTES_MIN, HEAP_BASE, HEAP_MESSAGES, HEAP_PART, LARGE_RECEIVE_BYTES,
-    LARGE_RECEIVE_FOR, LARGE_RECEIVES_MAX, PROGRESS_BYTES_MIN, PROGRESS_PART, REQUEST_HEAP,
-    SMALL_RECEIVE_BYTES, UNSENT_BYTES_MAX,
+    LARGE_RECEIVE_FOR, LARGE_RECEIVES_MAX, PROGRESS_BYTES_MIN, PROGRESS_PART, REQUEST_HEAP, SEAL_BYTES_MAX,
+    SEAL_BYTES_WHEN_SHORT, SMALL_RECEIVE_BYTES, UNSENT_BYTES_MAX,
 };
 
 /// Decides, when the hello of a connection has come, to whom it is passed on; None: it stays.
@@ -882,7 +882,8 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         if phase == Phase::Dead {
             return None;
         }
-        self.outbox.poll_send(&mut shared.spare, &mut self.records, phase == Phase::Lingering)
+        let seal_max = if shared.is_short_of_heap() { SEAL_BYTES_WHEN_SHORT } else { SEAL_BYTES_MAX };
+        self.outbox.poll_send(&mut shared.spare, &mut self.records, seal_max, phase == Phase::Lingering)
     }
 
     /// A send has ended: `n` bytes were sent, the batch is what is left.

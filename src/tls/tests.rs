@@ -52,7 +52,7 @@ impl Handshakes {
 }
 
 /// Both sides' layers after a handshake, the client's first.
-fn pair(records_per_key: u64) -> (TlsRecords, TlsRecords) {
+pub(crate) fn pair(records_per_key: u64) -> (TlsRecords, TlsRecords) {
     let mut handshakes = Handshakes::new(records_per_key);
     assert!(handshakes.shake(|_, _| ()).unwrap());
     handshakes.into_records()
