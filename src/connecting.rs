@@ -31,7 +31,8 @@ impl<'fd> Awaited<'fd> {
         Self { fd, input: false, output: true }
     }
 
-    fn poll_fd(&self) -> PollFd<'fd> {
+    /// The same for poll(2).
+    pub fn poll_fd(&self) -> PollFd<'fd> {
         let mut flags = PollFlags::empty();
         flags.set(PollFlags::IN, self.input);
         flags.set(PollFlags::OUT, self.output);

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use crate::address::Address;
 use crate::environment;
 use crate::error::Error;
-use crate::keys::{PublicKey, SecretKey};
+use crate::keys::{PublicKey, SecretKey, check_owner};
 use crate::random;
 use crate::tls::ClientTls;
 use crate::tuning::SERVERS_FILE_BYTES_MAX as FILE_BYTES_MAX;
@@ -215,11 +215,7 @@ fn not_used(path: &Path, errno: i32, why: &str) -> Error {
 
 /// Checks that nobody but this user, and root, can change what has this metadata.
 fn check_safe(path: &Path, metadata: &Metadata) -> Result<(), Error> {
-    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
-    if owner != user && owner != 0 {
-        let why = format!("it belongs to user {owner}, and not to this one, {user}");
-        return Err(not_used(path, libc::EACCES, &why));
-    }
+    check_owner(metadata).map_err(|why| not_used(path, libc::EACCES, &why))?;
     if metadata.mode() & 0o022 != 0 {
         let mode = metadata.mode() & 0o777;
         let why = format!("others may write to it (mode {mode:03o}); use `chmod go-w`");

@@ -1,7 +1,7 @@
 //! Keys: each side of a connection is known by its Ed25519 key, as with SSH. There are no certificates.
 
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -38,12 +38,7 @@ const TEXT_PREFIX: &str = "ed25519:";
 pub struct PublicKey([u8; KEY_BYTES]);
 
 impl PublicKey {
-    /// The key with these bytes (RFC 8032).
-    pub fn from_bytes(bytes: [u8; KEY_BYTES]) -> Self {
-        Self(bytes)
-    }
-
-    /// The name that something has for whoever has this key: another key cannot name it, whatever it says.
+    /// An id that depends on the key, too (SHA-256, truncated): no other key makes the same of any id.
     pub(crate) fn bind(&self, name: &[u8; 16]) -> [u8; 16] {
         let mut hash = Context::new(&SHA256);
         hash.update(&self.0);
@@ -130,10 +125,7 @@ impl SecretKey {
         if !metadata.is_file() {
             return Err(wrong("it is no regular file".into()));
         }
-        let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
-        if owner != user && owner != 0 {
-            return Err(wrong(format!("it belongs to user {owner}, and not to this one, {user}")));
-        }
+        check_owner(&metadata).map_err(wrong)?;
         if metadata.mode() & 0o077 != 0 {
             let mode = metadata.mode() & 0o777;
             return Err(wrong(format!("others may access it (mode {mode:03o}); use `chmod 600`")));
@@ -179,6 +171,15 @@ impl SecretKey {
     }
 }
 
+/// Checks that a file of keys belongs to this user or to root. The error says why it is not used.
+pub(crate) fn check_owner(metadata: &Metadata) -> Result<(), String> {
+    let (owner, user) = (metadata.uid(), rustix::process::geteuid().as_raw());
+    if owner != user && owner != 0 {
+        return Err(format!("it belongs to user {owner}, and not to this one, {user}"));
+    }
+    Ok(())
+}
+
 impl fmt::Debug for SecretKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SecretKey").field("public", &self.public).finish_non_exhaustive()
@@ -202,7 +203,7 @@ mod tests {
     #[test]
     fn keys_are_those_of_the_rfc_and_of_openssl() {
         let key = SecretKey::from_seed(Zeroizing::new(SEED));
-        assert_eq!(key.public(), PublicKey::from_bytes(PUBLIC));
+        assert_eq!(key.public(), PublicKey(PUBLIC));
         // `openssl pkey -in FILE -pubout -outform DER` of this text ends with the bytes of PUBLIC.
         let pem = "-----BEGIN PRIVATE KEY-----\n\
             MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n\

@@ -251,7 +251,7 @@ impl Exports {
         Self(exports)
     }
 
-    /// What the sandbox is to let the server open.
+    /// The files that the sandbox must allow to open.
     pub fn grants(&mut self) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         for Export { name, source, is_writable, .. } in &mut self.0 {

@@ -8,6 +8,7 @@
 
 #![deny(unsafe_code)]
 
+mod acceptor;
 mod authorize;
 mod channel;
 mod claim;
@@ -15,7 +16,6 @@ mod clear;
 mod client;
 pub mod config;
 mod device_queue;
-mod door;
 mod engine;
 mod export;
 pub mod export_spec;

@@ -2,8 +2,8 @@
 //!
 //! Each has a bounded queue and a thread that writes, so that no other thread ever waits for whoever reads,
 //! or does not. What finds no room in the queue, or cannot be written (a full device, a closed pipe), is lost
-//! and counted. Until there are threads ([`start`]), whoever says something writes it, as far as that can be
-//! done without waiting.
+//! and counted. Until there are threads ([`start`]), a line is written at once, as far as that can be done
+//! without waiting.
 
 use std::io::{self, Write};
 use std::net::IpAddr;

@@ -165,7 +165,7 @@ impl Root {
         }
     }
 
-    /// What the sandbox is to let the server open: what is at the path now. `name` is the export's.
+    /// The files that the sandbox must allow to open: what is at the path now. `name` is the export's.
     ///
     /// Landlock knows files and directories, and not paths. What will be mounted on a directory that is set
     /// to `mountpoint` is not there yet, so that it takes the directory above.
@@ -207,7 +207,7 @@ impl Root {
         self.is_confined = !self.must_be_mountpoint;
     }
 
-    /// The same rejection, with the reason if it is that the sandbox does not know what is at the path now.
+    /// Adds the reason to a rejection if the sandbox does not know the file that is at the path now.
     /// `name` is the export's.
     pub fn explain(&self, name: &str, rejection: Rejection) -> Rejection {
         if !self.is_confined || rejection.status.errno != libc::EACCES {

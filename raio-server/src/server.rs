@@ -18,9 +18,9 @@ use raio_transport::reactor::{self, DisabledRing, Reactor, Receiver, Sender, Sig
 use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
+use crate::acceptor::{Connection, TlsAcceptor};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
-use crate::door::{Admitted, Arrived, Door};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
@@ -63,10 +63,10 @@ pub struct Server {
     shared: Arc<Shared>,
     workers: Vec<WorkerHandle>,
     ended: Receiver<Ended>,
-    /// Where clients that must have keys come in, ...
-    door: Option<Door>,
-    /// ... and those that have shown theirs.
-    admitted: Receiver<Admitted>,
+    /// Shakes hands with clients that must have keys, ...
+    acceptor: Option<TlsAcceptor>,
+    /// ... and sends their connections here.
+    secured: Receiver<Connection>,
     backend: &'static str,
     accepted: u64,
     /// Connections that got no permit.
@@ -327,9 +327,9 @@ impl Server {
 
         start_helpers(&shared)?;
         let shared = Arc::new(shared);
-        let (sender, admitted) = reactor::mailbox(reactor.waker());
-        let door = match &shared.keys {
-            Some(keys) => Some(Door::start(Arc::clone(keys), Arc::clone(&shared.policy), sender)?),
+        let (sender, secured) = reactor::mailbox(reactor.waker());
+        let acceptor = match &shared.keys {
+            Some(keys) => Some(TlsAcceptor::start(Arc::clone(keys), Arc::clone(&shared.policy), sender)?),
             None => None,
         };
         let (sender, ended) = reactor::mailbox(reactor.waker());
@@ -343,8 +343,8 @@ impl Server {
             shared,
             workers,
             ended,
-            door,
-            admitted,
+            acceptor,
+            secured,
             backend,
             accepted: 0,
             rejected: 0,
@@ -401,7 +401,7 @@ impl Server {
                     }
                 }
             }
-            while let Some(Admitted { stream, peer, permit }) = self.admitted.take() {
+            while let Some(Connection { stream, peer, permit }) = self.secured.take() {
                 self.hand_over(RawConnection::Tcp(stream, peer), permit);
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
@@ -436,7 +436,7 @@ impl Server {
                 );
                 match connection {
                     // To one with TLS it would mean nothing.
-                    RawConnection::Tcp(stream, _) if self.door.is_none() => {
+                    RawConnection::Tcp(stream, _) if self.acceptor.is_none() => {
                         // As much as the socket takes; nobody waits for a client here.
                         let rejection = self.shared.policy.rejection(libc::EUSERS, &text);
                         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -451,8 +451,10 @@ impl Server {
             }
         };
         let permit = Arc::new(permit);
-        match (connection, &self.door) {
-            (RawConnection::Tcp(stream, peer), Some(door)) => door.let_in(Arrived { stream, peer, permit }),
+        match (connection, &self.acceptor) {
+            (RawConnection::Tcp(stream, peer), Some(acceptor)) => {
+                acceptor.begin(Connection { stream, peer, permit })
+            }
             (connection, _) => self.hand_over(connection, permit),
         }
     }
@@ -669,7 +671,8 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
 /// Says that there is no sandbox.
 fn stay_free(config: &Config) -> anyhow::Result<()> {
     tracing::warn!(
-        "The sandbox is off (--sandbox=off): whoever finds a fault in the server has all that its user has."
+        "The sandbox is off (--sandbox=off): an attacker who takes over the server has all that its user may \
+         do."
     );
     if config.user.is_some() { privileges::drop_all() } else { Ok(()) }
 }

@@ -233,13 +233,13 @@ pub mod log {
 }
 
 /// Handshakes of clients that must have keys. None is measured.
-pub mod door {
+pub mod acceptor {
     use std::time::Duration;
 
     /// A handshake takes two round trips, and a millisecond.
     pub const DEADLINE: Duration = Duration::from_secs(5);
     /// Connections in their handshake.
-    pub const IN_DOOR_MAX: usize = 256;
+    pub const HANDSHAKES_MAX: usize = 256;
 }
 
 /// The main thread. None is measured: it is on no path of a request.

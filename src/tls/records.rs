@@ -25,7 +25,7 @@ const DATA_BYTES_MAX: usize = 16 << 10;
 /// ... and the most of what is behind its header.
 const SEALED_BYTES_MAX: usize = DATA_BYTES_MAX + 256;
 
-/// The types of records: what is in them. All that is sealed has the last one's outside.
+/// Content types (RFC 8446, section 5.1). The header of an encrypted record always has that of data.
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const DATA: u8 = 23;

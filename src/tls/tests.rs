@@ -101,7 +101,7 @@ fn a_handshake_with_a_changed_byte_fails_on_one_side_at_least() {
                     *byte ^= 0x40;
                 }
             });
-            // The version of a record, and what is in the one of no meaning, are not looked at.
+            // Ignored: a record's legacy version, and the content of change_cipher_spec.
             if matches!(outcome, Ok(true)) {
                 let (mut client, mut server) = handshakes.into_records();
                 assert_eq!(opened(&mut server, sealed(&mut client, b"hello")).unwrap(), b"hello");

@@ -1,9 +1,9 @@
-//! The door: connections come through it when clients must have keys. A thread of its own shakes hands with
-//! them, for that costs more than a worker may spend on one, and gives those on that have shown a key which
-//! is accepted.
+//! TLS handshakes of accepted connections, where clients must have keys. They are done in a thread of their
+//! own, because one costs more than a worker may spend on a connection. Connections whose client has proven
+//! an accepted key go on to a worker.
 //!
-//! Only so many are in the door at a time, each for a few seconds. If it is full, the one that has been in it
-//! longest goes, of the address that has most: who keeps it full keeps nobody else out.
+//! The number of handshakes in progress and the time of each are limited. If there are too many, the oldest
+//! one of the address that has most is closed, so a client that begins many does not keep others out.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::time::Instant;
 
 use anyhow::Context;
-use raio_transport::connecting::{Awaited, Connecting};
+use raio_transport::connecting::Connecting;
 use raio_transport::error::Error;
 use raio_transport::handshake::{Identity, Policy};
 use raio_transport::reactor;
@@ -26,11 +26,11 @@ use rustix::io::Errno;
 use crate::keys::Keys;
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
-use crate::tuning::door::{DEADLINE, IN_DOOR_MAX};
+use crate::tuning::acceptor::{DEADLINE, HANDSHAKES_MAX};
 
-/// A connection that was accepted.
+/// An accepted connection, before and after its handshake.
 #[derive(Debug)]
-pub struct Arrived {
+pub struct Connection {
     /// Its stream.
     pub stream: AcceptedStream,
     /// Where its client is, if that is an IP address.
@@ -39,31 +39,22 @@ pub struct Arrived {
     pub permit: Arc<ConnectionPermit>,
 }
 
-/// A connection whose client has shown its key.
+/// The thread for handshakes.
 #[derive(Debug)]
-pub struct Admitted {
-    /// Its stream.
-    pub stream: AcceptedStream,
-    /// Where its client is, if that is an IP address.
-    pub peer: Option<SocketAddr>,
-    /// Counts it.
-    pub permit: Arc<ConnectionPermit>,
-}
-
-/// The way in.
-#[derive(Debug)]
-pub struct Door {
-    arrived: Option<Sender<Arrived>>,
+pub struct TlsAcceptor {
+    /// None: it is to end.
+    accepted: Option<Sender<Connection>>,
     /// Wakes the thread.
     waker: Arc<OwnedFd>,
 }
 
-impl Door {
-    /// Starts the thread, which gives those on that are admitted. It ends when this is dropped.
+impl TlsAcceptor {
+    /// Starts the thread, which sends connections to `secured` once their client has proven an accepted key.
+    /// It ends when this is dropped.
     pub fn start(
         keys: Arc<Keys>,
         policy: Arc<Policy>,
-        admitted: reactor::Sender<Admitted>,
+        secured: reactor::Sender<Connection>,
     ) -> anyhow::Result<Self> {
         let cannot = "Cannot start a thread for handshakes";
         let accepts = {
@@ -71,27 +62,27 @@ impl Door {
             move |key: &_| keys.client(key).is_some()
         };
         let waker = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(cannot)?);
-        let (sender, arrived) = channel();
-        let inside = Inside {
+        let (sender, accepted) = channel();
+        let handshakes = Handshakes {
             tls: ServerTls::new(keys.host(), accepts),
             keys,
             policy,
-            arrived,
-            admitted,
-            guests: Vec::new(),
+            accepted,
+            secured,
+            pending: Vec::new(),
         };
         let woken = Arc::clone(&waker);
         std::thread::Builder::new()
-            .name("raio-door".into())
-            .spawn(move || inside.run(&woken))
+            .name("raio-tls".into())
+            .spawn(move || handshakes.run(&woken))
             .context(cannot)?;
-        Ok(Self { arrived: Some(sender), waker })
+        Ok(Self { accepted: Some(sender), waker })
     }
 
-    /// Lets a connection in.
-    pub fn let_in(&self, arrived: Arrived) {
-        if let Some(sender) = &self.arrived
-            && sender.send(arrived).is_err()
+    /// Begins the handshake of a connection.
+    pub fn begin(&self, connection: Connection) {
+        if let Some(sender) = &self.accepted
+            && sender.send(connection).is_err()
         {
             tracing::error!("The thread for handshakes has failed; see above. Start the server anew.");
         }
@@ -103,45 +94,45 @@ impl Door {
     }
 }
 
-impl Drop for Door {
+impl Drop for TlsAcceptor {
     fn drop(&mut self) {
-        self.arrived = None;
+        self.accepted = None;
         self.wake();
     }
 }
 
-/// A connection in the door.
-struct Guest {
+/// A connection in its handshake.
+struct Pending {
     accepting: Accepting,
     peer: Option<SocketAddr>,
     permit: Arc<ConnectionPermit>,
 }
 
-impl Guest {
+impl Pending {
     fn address(&self) -> Option<IpAddr> {
         self.peer.map(|peer| peer.ip().to_canonical())
     }
 }
 
 /// What the thread has.
-struct Inside {
+struct Handshakes {
     tls: ServerTls,
     keys: Arc<Keys>,
     policy: Arc<Policy>,
-    arrived: Receiver<Arrived>,
-    admitted: reactor::Sender<Admitted>,
+    accepted: Receiver<Connection>,
+    secured: reactor::Sender<Connection>,
     /// The oldest first.
-    guests: Vec<Guest>,
+    pending: Vec<Pending>,
 }
 
-impl Inside {
+impl Handshakes {
     fn run(mut self, waker: &OwnedFd) {
         // Which of them to step: those that have come, and those that can go on.
         let mut ready: Vec<bool> = Vec::new();
         loop {
             loop {
-                match self.arrived.try_recv() {
-                    Ok(arrived) => self.take_in(arrived, &mut ready),
+                match self.accepted.try_recv() {
+                    Ok(connection) => self.begin(connection, &mut ready),
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return,
                 }
@@ -151,23 +142,24 @@ impl Inside {
         }
     }
 
-    fn take_in(&mut self, arrived: Arrived, ready: &mut Vec<bool>) {
-        let Arrived { stream, peer, permit } = arrived;
+    fn begin(&mut self, connection: Connection, ready: &mut Vec<bool>) {
+        let Connection { stream, peer, permit } = connection;
         let deadline = Instant::now() + DEADLINE;
         match Accepting::new(stream, &self.tls, Arc::clone(&self.policy), deadline) {
             Ok(accepting) => {
-                if self.guests.len() >= IN_DOOR_MAX {
-                    let at = one_of_most(&self.guests.iter().map(Guest::address).collect::<Vec<_>>());
-                    let guest = self.guests.remove(at);
+                if self.pending.len() >= HANDSHAKES_MAX {
+                    let addresses: Vec<_> = self.pending.iter().map(Pending::address).collect();
+                    let at = oldest_of_address_with_most(&addresses);
+                    let evicted = self.pending.remove(at);
                     ready.remove(at);
                     log_client!(
                         info,
-                        guest.peer,
+                        evicted.peer,
                         "handshakes that were given up",
                         "A client was rejected: too many connections are in their handshake."
                     );
                 }
-                self.guests.push(Guest { accepting, peer, permit });
+                self.pending.push(Pending { accepting, peer, permit });
                 ready.push(true);
             }
             Err(error) => self.reject(peer, &error),
@@ -177,19 +169,17 @@ impl Inside {
     /// Goes on with those that are ready, or whose time has come.
     fn step(&mut self, ready: &[bool]) {
         let now = Instant::now();
-        let guests = std::mem::take(&mut self.guests);
-        for (mut guest, &is_ready) in guests.into_iter().zip(ready) {
-            let outcome =
-                if is_ready || now >= guest.accepting.step_by() { guest.accepting.step(now) } else { None };
-            match outcome {
-                None => self.guests.push(guest),
-                Some(Ok(stream)) => self.admit(stream, guest.peer, guest.permit),
-                Some(Err(error)) => self.reject(guest.peer, &error),
+        for (mut pending, &is_ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
+            let is_due = is_ready || now >= pending.accepting.step_by();
+            match is_due.then(|| pending.accepting.step(now)).flatten() {
+                None => self.pending.push(pending),
+                Some(Ok(stream)) => self.pass_on(stream, pending.peer, pending.permit),
+                Some(Err(error)) => self.reject(pending.peer, &error),
             }
         }
     }
 
-    fn admit(&self, stream: AcceptedStream, peer: Option<SocketAddr>, permit: Arc<ConnectionPermit>) {
+    fn pass_on(&self, stream: AcceptedStream, peer: Option<SocketAddr>, permit: Arc<ConnectionPermit>) {
         let client = match stream.identity() {
             Identity::Key(key) => self.keys.client(&key),
             Identity::Anonymous => None,
@@ -198,7 +188,7 @@ impl Inside {
         let Some(client) = client else { return };
         tracing::debug!(client = client.name, peer = peer.map(tracing::field::display), "A client is known.");
         let stream = if client.may_use_rdma { stream } else { stream.without_rdma() };
-        self.admitted.send(Admitted { stream, peer, permit });
+        self.secured.send(Connection { stream, peer, permit });
     }
 
     fn reject(&self, peer: Option<SocketAddr>, error: &Error) {
@@ -209,21 +199,15 @@ impl Inside {
         log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.{hint}");
     }
 
-    /// Sleeps until there is something to do. Returns which guests can go on.
+    /// Sleeps until there is something to do. Returns which handshakes can go on.
     fn wait(&mut self, waker: &OwnedFd) -> Vec<bool> {
         let now = Instant::now();
-        let by = self.guests.iter().map(|guest| guest.accepting.step_by()).min();
+        let by = self.pending.iter().map(|pending| pending.accepting.step_by()).min();
         let timeout = by.map(|by| by.saturating_duration_since(now));
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         let mut fds = vec![PollFd::new(waker, PollFlags::IN)];
-        for guest in &mut self.guests {
-            // A stream has one descriptor.
-            let Awaited { fd, input, output } = guest.accepting.awaited().remove(0);
-            let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, input);
-            flags.set(PollFlags::OUT, output);
-            fds.push(PollFd::from_borrowed_fd(fd, flags));
-        }
+        // A stream has one descriptor.
+        fds.extend(self.pending.iter_mut().map(|pending| pending.accepting.awaited().remove(0).poll_fd()));
         let polled = poll(&mut fds, timeout.as_ref());
         debug_assert!(matches!(polled, Ok(_) | Err(Errno::INTR | Errno::NOMEM)), "{polled:?}");
         let mut count = [0; 8];
@@ -232,8 +216,8 @@ impl Inside {
     }
 }
 
-/// Of those with these addresses, the first of the address that has most.
-fn one_of_most(addresses: &[Option<IpAddr>]) -> usize {
+/// Of connections with these addresses, oldest first: the first one of the address that has most.
+fn oldest_of_address_with_most(addresses: &[Option<IpAddr>]) -> usize {
     let mut counts: HashMap<Option<IpAddr>, usize> = HashMap::new();
     for &address in addresses {
         *counts.entry(address).or_default() += 1;
@@ -247,10 +231,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_most_in_the_door_makes_room() {
+    fn the_address_with_most_handshakes_loses_its_oldest() {
         let [one, two] = ["10.0.0.1", "10.0.0.2"].map(|address| Some(address.parse().unwrap()));
-        assert_eq!(one_of_most(&[one, two, two, one, two]), 1);
-        assert_eq!(one_of_most(&[two, one, None, one]), 1);
-        assert_eq!(one_of_most(&[one, two]), 0);
+        assert_eq!(oldest_of_address_with_most(&[one, two, two, one, two]), 1);
+        assert_eq!(oldest_of_address_with_most(&[two, one, None, one]), 1);
+        assert_eq!(oldest_of_address_with_most(&[one, two]), 0);
     }
 }
