@@ -703,7 +703,7 @@ fn a_file_system_that_is_mounted_anew_is_another_one_to_the_sandbox() {
         assert!(Instant::now() < deadline, "it is in use");
         std::thread::sleep(Duration::from_millis(10));
     }
-    std::mem::forget(mount);
+    drop(mount); // which finds it done
     let _mount = Mount::new(&["-t", "ext4", disk.path.to_str().unwrap()], directory.path());
     let (errno, text) = why(&mut client, "/m/f", OPEN_READ);
     assert!(errno == libc::EACCES && text.contains("sandbox"), "{errno}: {text}");
