@@ -243,6 +243,9 @@ impl ServerName {
     }
 
     fn parse(text: &str) -> Result<Self, &'static str> {
+        if text.parse::<PublicKey>().is_ok() {
+            return Err("a key stands where the server is to be named");
+        }
         if text.contains('/') {
             return Err("a server is named without a scheme or a path");
         }

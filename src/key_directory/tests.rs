@@ -91,7 +91,7 @@ fn a_malformed_line_is_an_error_that_says_where_it_is() {
         (format!(":1 {key}"), "the server has no host"),
         (format!("h:65536 {key}"), "not a number up to 65535"),
         (format!("h:0 {key}"), "no server has port 0"),
-        (SecretKey::generate().public().to_string(), "the server's port is not a number"),
+        (SecretKey::generate().public().to_string(), "a key stands where the server"),
         (format!("h:1 {key} {}", &key.to_string()[..20]), "is not a public key"),
         ("h:1 AAAA".into(), "is not a public key"),
         (format!("H:1 {key}\nh:01 {key}"), "line 2 has h:1 already"),
