@@ -19,6 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use raio_transport::Status;
+use raio_transport::address::Endpoint;
 use raio_transport::event_loop::EventLoop;
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
@@ -35,21 +36,21 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         [] => {
-            let (listener, address) = tcp::listen("127.0.0.1:0".parse()?)?;
+            let (listener, address) = tcp::listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
             thread::spawn(move || serve(listener).expect("the server serves"));
             for bytes in [64, 4 << 10, 64 << 10, 1 << 20] {
-                echo(address, bytes, (256 << 20) / bytes.max(16 << 10), 16)?;
+                echo(address.clone(), bytes, (256 << 20) / bytes.max(16 << 10), 16)?;
             }
             Ok(())
         }
         ["server", address] => {
-            let (listener, address) = tcp::listen(address.parse()?)?;
+            let (listener, address) = tcp::listen(address.parse::<SocketAddr>()?)?;
             println!("listening on {address}");
             serve(listener)
         }
         ["client", address, ref rest @ ..] if rest.len() <= 3 => {
             let number = |n: usize, default| rest.get(n).map_or(Ok(default), |text| text.parse());
-            echo(address.parse()?, number(0, 4096)?, number(1, 10_000)?, number(2, 16)?.max(1))
+            echo(address.parse::<SocketAddr>()?, number(0, 4096)?, number(1, 10_000)?, number(2, 16)?.max(1))
         }
         _ => Err("usage: echo [server ADDRESS | client ADDRESS [BYTES [COUNT [DEPTH]]]]".into()),
     }
@@ -129,9 +130,9 @@ fn answer(status: Status, data: Option<SlotRange>) -> Response {
 }
 
 /// Puts data and gets it back `count` times, `depth` at a time, and prints how fast that went.
-fn echo(address: SocketAddr, bytes: usize, count: usize, depth: usize) -> Result<(), Box<dyn Error>> {
+fn echo(server: impl Into<Endpoint>, bytes: usize, count: usize, depth: usize) -> Result<(), Box<dyn Error>> {
     let deadline = Instant::now() + Duration::from_secs(10);
-    let mut client = tcp::TcpClient::connect(address, &Offer::new("echo"), deadline)?;
+    let mut client = tcp::TcpClient::connect(server, &Offer::new("echo"), deadline)?;
     let data_bytes_max = client.grant().data_bytes_max as usize;
     if bytes > data_bytes_max {
         return Err(format!("the server takes at most {data_bytes_max} bytes; ask for less").into());

@@ -8,6 +8,7 @@
 //! answer.
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
@@ -23,7 +24,7 @@ use raio_transport::transport::{Body, Bulk, ClientTransport, Response, SendOptio
 
 fn main() -> Result<(), Box<dyn Error>> {
     // Port 0: whichever is free.
-    let (listener, address) = tcp::listen("127.0.0.1:0".parse()?)?;
+    let (listener, address) = tcp::listen("127.0.0.1:0".parse::<SocketAddr>()?)?;
     thread::spawn(move || serve(listener).expect("the server serves"));
 
     let deadline = Instant::now() + Duration::from_secs(5);

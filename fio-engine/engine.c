@@ -71,7 +71,7 @@ static struct fio_option options[] = {
 	{
 		.name	= "raio_url",
 		.lname	= "raio server URL",
-		.help	= "The server: raio://HOST[:PORT], raio+tcp://HOST[:PORT] or raio+rdma://HOST[:PORT]",
+		.help	= "The server: raio://HOST[:PORT], raio+tcp://HOST[:PORT], raio+rdma://HOST[:PORT] or raio+unix:///?socket=PATH",
 		.type	= FIO_OPT_STR_STORE,
 		.off1	= offsetof(struct raio_fio_options, url),
 		.category = FIO_OPT_C_ENGINE,

@@ -6,7 +6,7 @@
 //! # use raio_transport::transport::{Body, Response, SendOptions, ServerEvent};
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default())))?;
-//! server.listen(tcp::listen("127.0.0.1:0".parse()?)?.0);
+//! server.listen(tcp::listen("127.0.0.1:0".parse::<std::net::SocketAddr>()?)?.0);
 //! loop {
 //!     server.run_once(Wait::Block)?;
 //!     while let Some(event) = server.next_event() {
@@ -199,9 +199,9 @@ mod tests {
 
     fn server() -> (EventLoop<tcp::TcpServer>, SocketAddr) {
         let mut server = EventLoop::new(tcp::TcpServer::new(0, Arc::new(Policy::default()))).unwrap();
-        let (listener, address) = tcp::listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let (listener, address) = tcp::listen(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
         server.listen(listener);
-        (server, address)
+        (server, address.ip().unwrap())
     }
 
     /// A client that sends so many requests, and waits for the answers to all.

@@ -6,13 +6,15 @@
 //! in common.
 
 use std::cell::OnceCell;
+use std::sync::Arc;
 use std::time::Duration;
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::credentials::Credentials;
 use crate::error::{Class, Error, Status, Violation};
-use crate::keys::PublicKey;
+use crate::keys::{PublicKey, bind_id};
 use crate::message::{
     self, ChannelOption, FEATURE_CRC, FEATURE_CRC_STREAM, FEATURE_PONG_TIME, FEATURE_REQUEST_CRC,
     HandshakeOption, Hello, Limits, MAGIC, OPERATION_FEATURES_MASK, OPTION_CHANNEL, OPTION_NAME,
@@ -200,6 +202,8 @@ pub enum Identity {
     Anonymous,
     /// It has this key.
     Key(PublicKey),
+    /// It is a process of this machine.
+    User(Arc<Credentials>),
 }
 
 /// A client as the server knows it after its hello.
@@ -231,14 +235,17 @@ impl ChannelOption {
 }
 
 impl Peer {
-    /// The same, known for who it is. Sessions are those of a key: of another one's it can name none.
-    pub(crate) fn known_as(mut self, identity: Identity) -> Self {
-        if let Identity::Key(key) = identity {
-            let bind = |id: &mut SessionId| id.0 = key.bind(&id.0);
-            bind(&mut self.session);
-            self.supersedes.iter_mut().for_each(bind);
-        }
-        Self { identity, ..self }
+    /// The same, known for who it is. Sessions are those of a key or of a user: of another one's it can name
+    /// none.
+    pub(crate) fn known_as(mut self, identity: &Identity) -> Self {
+        let bind = |id: &mut SessionId| match identity {
+            Identity::Anonymous => {}
+            Identity::Key(key) => id.0 = bind_id(key.as_bytes(), &id.0),
+            Identity::User(user) => id.0 = bind_id(&user.uid.to_ne_bytes(), &id.0),
+        };
+        bind(&mut self.session);
+        self.supersedes.iter_mut().for_each(bind);
+        Self { identity: identity.clone(), ..self }
     }
 
     /// Whether its connection carries control commands alone: the server need not distribute it among its

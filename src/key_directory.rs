@@ -257,10 +257,10 @@ impl ServerName {
             "its port is not a number from 0 to 65535" => "the server's port is not a number up to 65535",
             why => why,
         })?;
-        if address.port == 0 {
-            return Err("no server has port 0");
+        match address.host() {
+            Some((host, port @ 1..)) => Ok(Self::new(host, port)),
+            _ => Err("no server has port 0"),
         }
-        Ok(Self::new(&address.host, address.port))
     }
 }
 

@@ -38,13 +38,8 @@ const TEXT_PREFIX: &str = "ed25519:";
 pub struct PublicKey([u8; KEY_BYTES]);
 
 impl PublicKey {
-    /// An id that depends on the key, too (SHA-256, truncated): no other key makes the same of any id.
-    pub(crate) fn bind(&self, name: &[u8; 16]) -> [u8; 16] {
-        let mut hash = Context::new(&SHA256);
-        hash.update(&self.0);
-        hash.update(name);
-        let hash = hash.finish();
-        *hash.as_ref().first_chunk().expect("a hash has 32 bytes")
+    pub(crate) fn as_bytes(&self) -> &[u8; KEY_BYTES] {
+        &self.0
     }
 
     /// The key in a SubjectPublicKeyInfo, as a raw public key travels (RFC 7250). None if that is of another
@@ -53,6 +48,15 @@ impl PublicKey {
         let bytes = spki.strip_prefix(&SPKI_PREFIX)?;
         bytes.try_into().ok().map(Self)
     }
+}
+
+/// An id that depends on its owner, too (SHA-256, truncated): no other owner makes the same of any id.
+pub(crate) fn bind_id(owner: &[u8], id: &[u8; 16]) -> [u8; 16] {
+    let mut hash = Context::new(&SHA256);
+    hash.update(owner);
+    hash.update(id);
+    let hash = hash.finish();
+    *hash.as_ref().first_chunk().expect("a hash has 32 bytes")
 }
 
 impl fmt::Display for PublicKey {

@@ -26,6 +26,8 @@ pub mod channel;
 mod client;
 pub mod connecting;
 #[allow(unsafe_code)]
+pub mod credentials;
+#[allow(unsafe_code)]
 pub mod environment;
 pub mod error;
 pub mod event_loop;

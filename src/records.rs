@@ -16,7 +16,6 @@ use std::io::IoSlice;
 use std::ops::{Deref, Range};
 
 use crate::error::Violation;
-use crate::handshake::Identity;
 use crate::reactor::SendBatch;
 use crate::tls::records::TlsRecords;
 use crate::tuning::SEAL_BYTES_MAX;
@@ -49,14 +48,6 @@ impl<'a> Deref for Sealed<'a> {
 }
 
 impl Records {
-    /// Who the peer is, as the layer's handshake has shown.
-    pub fn identity(&self) -> Identity {
-        match self {
-            Self::Clear => Identity::Anonymous,
-            Self::Tls(records) => Identity::Key(records.peer()),
-        }
-    }
-
     /// Whether the bytes of the stream are those of the messages.
     #[inline]
     pub fn is_clear(&self) -> bool {

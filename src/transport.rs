@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use crate::connecting::Connecting;
+use crate::credentials::Credentials;
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Identity, Peer};
 pub use crate::memory::SlotRange;
@@ -20,6 +21,7 @@ use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
 use crate::records::Records;
+use crate::tls::records::TlsRecords;
 use crate::trace::ClockSample;
 pub use crate::tuning::ALIVE_FOR;
 
@@ -207,6 +209,7 @@ pub enum Accepted {
 pub struct AcceptedStream {
     pub(crate) socket: Arc<OwnedFd>,
     pub(crate) records: Records,
+    pub(crate) identity: Identity,
     /// What has been received: as it came, sealed or not, or opened if another server has passed it on.
     pub(crate) received: Vec<u8>,
     pub(crate) is_passed: bool,
@@ -217,12 +220,26 @@ pub struct AcceptedStream {
 impl AcceptedStream {
     /// A non-blocking stream socket, of which nothing is known.
     pub fn new(socket: impl Into<Arc<OwnedFd>>) -> Self {
-        Self::secured(socket.into(), Records::Clear, Vec::new())
+        Self {
+            socket: socket.into(),
+            records: Records::Clear,
+            identity: Identity::Anonymous,
+            received: Vec::new(),
+            is_passed: false,
+            may_move: true,
+        }
     }
 
-    /// One whose client has shown who it is.
-    pub(crate) fn secured(socket: Arc<OwnedFd>, records: Records, received: Vec<u8>) -> Self {
-        Self { socket, records, received, is_passed: false, may_move: true }
+    /// One whose client has shown to have this key, in the handshake of this layer, behind which something
+    /// may have been received.
+    pub(crate) fn secured(socket: Arc<OwnedFd>, records: TlsRecords, received: Vec<u8>) -> Self {
+        let identity = Identity::Key(records.peer());
+        Self { records: Records::Tls(Box::new(records)), identity, received, ..Self::new(socket) }
+    }
+
+    /// One whose client is a process of this machine, run by this user.
+    pub fn of_user(self, user: Credentials) -> Self {
+        Self { identity: Identity::User(Arc::new(user)), ..self }
     }
 
     /// The same as one that never becomes a queue pair: what goes over that is not sealed.
@@ -236,8 +253,8 @@ impl AcceptedStream {
     }
 
     /// Who the client is.
-    pub fn identity(&self) -> Identity {
-        self.records.identity()
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 }
 

@@ -207,11 +207,13 @@ struct raio_options {
 #define RAIO_OPT_NO_KEYS	(1u << 5)	/* connect in the clear, also to a server in the key directory */
 
 /*
- * raio_start - opens a session to the server at `addr` (IPv4 or IPv6). `transport` is "tcp"; "rdma" fails
- * with EPROTONOSUPPORT in a library built without it.
+ * raio_start - opens a session to the server at `addr`. `transport` is "tcp" or "rdma", for IPv4 and IPv6, or
+ * "unix", for a struct sockaddr_un with a path; "rdma" fails with EPROTONOSUPPORT in a library built without
+ * it.
  *
- * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, or an address of the wrong length),
- * EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family), ECONNREFUSED, EHOSTUNREACH, ENETUNREACH,
+ * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, an address of the wrong length, or of
+ * another kind than the transport's), EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family), ECONNREFUSED,
+ * ENOENT, EACCES (there is no such Unix socket, or this user may not write to it), EHOSTUNREACH, ENETUNREACH,
  * ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol version in
  * common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE. With keys also: ENOKEY (the server
  * is in the key directory, and there is no `key`; or it takes only clients that have keys), EKEYREJECTED (the
@@ -231,9 +233,13 @@ int raio_start(const char *transport, const struct sockaddr *addr, socklen_t add
  *                          session is on RDMA.
  *   raio+tcp://host:port   TCP only.
  *   raio+rdma://host:port  RDMA only, by rdma_cm, to a port that the server listens on with rdma://.
+ *   raio+unix:///?socket=PATH
+ *                          a Unix socket of this machine, which the server listens on with unix://PATH. Keys
+ *                          are not used: the kernel tells the server which user connects. In PATH, %20 and so
+ *                          on stand for other characters.
  *
  * Returns and fails as raio_start(), and with EINVAL for an invalid URL or invalid options, ENOENT for an
- * unknown host name.
+ * unknown host name, EKEYREJECTED if the server does not take this user over its Unix socket.
  */
 int raio_connect(const char *url, const struct raio_options *options);
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use raio_transport::address::{Address, Scheme};
+use raio_transport::address::{Address, Endpoint, Scheme};
 use raio_transport::channel::{Abandoned, Channel, Dialer, OpenFiles, Settings};
 use raio_transport::handshake::{ChannelOffer, Offer, SUPERSEDED_MAX};
 use raio_transport::key_directory::KeyDirectory;
@@ -78,8 +78,9 @@ pub enum Keys {
 }
 
 impl Keys {
-    /// How this server is connected to. None: in the clear.
-    fn tls(&self, host: &str, port: u16) -> Result<Option<ClientTls>, Error> {
+    /// How this server is connected to. None: in the clear, as always over a Unix socket.
+    fn tls(&self, server: Option<(&str, u16)>) -> Result<Option<ClientTls>, Error> {
+        let Some((host, port)) = server else { return Ok(None) };
         let directory = match self {
             Self::Auto => KeyDirectory::from_environment(),
             Self::Directory(path) => Some(KeyDirectory::new(path)),
@@ -145,7 +146,7 @@ pub(crate) struct Shared {
     /// How the server is reached. Any becomes TCP if the first connection stays on it.
     scheme: Scheme,
     /// Where the server was reached.
-    address: SocketAddr,
+    endpoint: Endpoint,
     options: Options,
     /// How each connection is secured; None: it is not.
     tls: Option<ClientTls>,
@@ -173,18 +174,19 @@ pub(crate) struct Shared {
 }
 
 /// The feature bits that a session asks for to have the checksums that it is to have.
-fn crc_features(crc: Crc, scheme: Scheme, address: SocketAddr, has_tls: bool) -> u64 {
+fn crc_features(crc: Crc, scheme: Scheme, endpoint: &Endpoint, has_tls: bool) -> u64 {
     let has_better = scheme == Scheme::Rdma || has_tls;
     FEATURE_REQUEST_CRC
         | match crc {
             Crc::On => FEATURE_CRC,
-            Crc::Auto if !has_better && !is_this_host(address) => FEATURE_CRC | FEATURE_CRC_STREAM,
+            Crc::Auto if !has_better && !is_this_host(endpoint) => FEATURE_CRC | FEATURE_CRC_STREAM,
             Crc::Auto | Crc::Off => 0,
         }
 }
 
-/// Whether this is an address of this host: then the kernel would send to it from itself. Nothing is sent.
-pub(crate) fn is_this_host(address: SocketAddr) -> bool {
+/// Whether this is on this host: then the kernel would send to an address from itself. Nothing is sent.
+pub(crate) fn is_this_host(endpoint: &Endpoint) -> bool {
+    let Some(address) = endpoint.ip() else { return true };
     if address.ip().to_canonical().is_loopback() {
         return true;
     }
@@ -201,10 +203,10 @@ pub(crate) fn is_this_host(address: SocketAddr) -> bool {
 
 /// Sessions of this process that were given up while something was under way in them: the next session with
 /// the same server has them ended first.
-static GIVEN_UP: Mutex<Vec<(SocketAddr, SessionId)>> = Mutex::new(Vec::new());
+static GIVEN_UP: Mutex<Vec<(Endpoint, SessionId)>> = Mutex::new(Vec::new());
 
 /// The lock, unless it was held when this process was forked.
-fn given_up() -> Option<MutexGuard<'static, Vec<(SocketAddr, SessionId)>>> {
+fn given_up() -> Option<MutexGuard<'static, Vec<(Endpoint, SessionId)>>> {
     for _ in 0..tuning::LOCK_ATTEMPTS {
         match GIVEN_UP.try_lock() {
             Ok(guard) => return Some(guard),
@@ -249,12 +251,13 @@ impl Drop for ControlGuard<'_> {
 }
 
 impl Session {
-    /// Opens a session with the server at `raio://HOST[:PORT]`, `raio+tcp://HOST[:PORT]` or
-    /// `raio+rdma://HOST[:PORT]`. The first of them connects over TCP and moves to RDMA if both sides can; if
-    /// not, [`Session::why_tcp`] says why. Each address of the host is tried in turn.
+    /// Opens a session with the server at `raio://HOST[:PORT]`, `raio+tcp://HOST[:PORT]`,
+    /// `raio+rdma://HOST[:PORT]` or, on this machine, `raio+unix:///?socket=PATH`. The first of them connects
+    /// over TCP and moves to RDMA if both sides can; if not, [`Session::why_tcp`] says why. Each address of
+    /// the host is tried in turn.
     pub fn connect(url: &str, options: &Options) -> Result<Self, Error> {
         let address: Address = url.parse()?;
-        if address.port == 0 {
+        if address.host().is_some_and(|(_, port)| port == 0) {
             return Err(Error::call(
                 libc::EINVAL,
                 format!(
@@ -263,14 +266,14 @@ impl Session {
                 ),
             ));
         }
-        let tls = options.keys.tls(&address.host, address.port)?;
+        let tls = options.keys.tls(address.host())?;
         let deadline = Instant::now() + options.connect_timeout;
         let mut last = None;
         let all = address.resolve()?;
-        for (n, &found) in all.iter().enumerate() {
+        for (n, found) in all.iter().enumerate() {
             let now = Instant::now();
             let share = deadline.saturating_duration_since(now) / (all.len() - n) as u32;
-            match Self::connect_by(address.scheme, found, options, tls.clone(), now + share) {
+            match Self::connect_by(address.scheme(), found.clone(), options, tls.clone(), now + share) {
                 Ok(session) => return Ok(session),
                 Err(error) => last = Some(error),
             }
@@ -280,27 +283,35 @@ impl Session {
         }))
     }
 
-    /// Opens a session with the server at this address, by which its keys are looked up, too ([`Keys`]).
-    pub fn connect_to(scheme: Scheme, address: SocketAddr, options: &Options) -> Result<Self, Error> {
-        Self::connect_by(scheme, address, options, None, Instant::now() + options.connect_timeout)
+    /// Opens a session with the server at this endpoint. By its address its keys are looked up, too
+    /// ([`Keys`]).
+    pub fn connect_to(
+        scheme: Scheme,
+        endpoint: impl Into<Endpoint>,
+        options: &Options,
+    ) -> Result<Self, Error> {
+        Self::connect_by(scheme, endpoint.into(), options, None, Instant::now() + options.connect_timeout)
     }
 
     fn connect_by(
         scheme: Scheme,
-        address: SocketAddr,
+        endpoint: Endpoint,
         options: &Options,
         tls: Option<ClientTls>,
         deadline: Instant,
     ) -> Result<Self, Error> {
         let tls = match tls {
-            None => options.keys.tls(&address.ip().to_string(), address.port())?,
+            None => {
+                let address = endpoint.ip().map(|address| (address.ip().to_string(), address.port()));
+                options.keys.tls(address.as_ref().map(|(ip, port)| (ip.as_str(), *port)))?
+            }
             by_name => by_name,
         };
         let mut shared = Shared {
             scheme,
-            address,
+            crc_features: crc_features(options.crc, scheme, &endpoint, tls.is_some()),
+            endpoint,
             options: options.clone(),
-            crc_features: crc_features(options.crc, scheme, address, tls.is_some()),
             tls,
             why_tcp: None,
             id: SessionId::random(),
@@ -404,7 +415,7 @@ impl Shared {
     /// Makes the control channel of a new session. Sessions of this process with this server that were given
     /// up are ended before, as many with each connection as it can name.
     fn reach_anew(&self, deadline: Instant) -> Result<Channel, Error> {
-        let is_here = |given_up: &(SocketAddr, SessionId)| given_up.0 == self.address;
+        let is_here = |given_up: &(Endpoint, SessionId)| given_up.0 == self.endpoint;
         let mut epoch = 0;
         loop {
             let superseded: Vec<_> = given_up().map_or_else(Vec::new, |mut all| {
@@ -418,7 +429,7 @@ impl Shared {
             let channel =
                 self.reach(tuning::CONTROL_DEPTH, first, superseded, deadline).inspect_err(|_| {
                     if let Some(mut all) = given_up() {
-                        all.extend(put_back.into_iter().map(|id| (self.address, id)));
+                        all.extend(put_back.into_iter().map(|id| (self.endpoint.clone(), id)));
                     }
                 })?;
             if !given_up().is_some_and(|all| all.iter().any(is_here)) {
@@ -468,9 +479,9 @@ impl Shared {
             request_timeout: options.request_timeout,
         };
         // Names are looked up only when a session begins: that may take long.
-        let (scheme, address) = (self.scheme, self.address);
+        let (scheme, endpoint) = (self.scheme, self.endpoint.clone());
         let dialer: Dialer = Box::new(move |offer, now, deadline| {
-            Box::new(mux::Dial::begin(scheme, address, offer, now, deadline))
+            Box::new(mux::Dial::begin(scheme, endpoint.clone(), offer, now, deadline))
         });
         let files = Arc::clone(&self.files);
         Ok(Channel::connect(dialer, offer, used, settings, files, deadline)?)
@@ -487,9 +498,9 @@ impl Shared {
     /// The session was stopped with something under way.
     fn give_up(&self) {
         if let Some(mut all) = given_up()
-            && !all.contains(&(self.address, self.id))
+            && !all.iter().any(|(endpoint, id)| *endpoint == self.endpoint && *id == self.id)
         {
-            all.push((self.address, self.id));
+            all.push((self.endpoint.clone(), self.id));
         }
     }
 

@@ -1,12 +1,12 @@
 //! What the program is told, checked.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
-use raio_transport::address::{Address, Scheme};
+use raio_transport::address::{Address, Endpoint, Scheme};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::size;
 use raio_transport::tls::ClientTls;
@@ -121,7 +121,7 @@ pub enum Until {
 #[derive(Debug)]
 pub struct Plan {
     /// The server.
-    pub server: SocketAddr,
+    pub server: Endpoint,
     /// How its connections are secured; None: they are not.
     pub tls: Option<ClientTls>,
     /// The file.
@@ -163,11 +163,15 @@ impl Options {
     pub fn check(self) -> anyhow::Result<Plan> {
         let address: Address = self.url.parse()?;
         ensure!(
-            address.scheme != Scheme::Rdma,
+            address.scheme() != Scheme::Rdma,
             "{} asks for RDMA, and raio_load measures sessions over TCP. Write raio+tcp://HOST:PORT.",
             self.url
         );
-        ensure!(address.port != 0, "{} names port 0. Give the port that raio_server printed.", self.url);
+        ensure!(
+            address.host().is_none_or(|(_, port)| port != 0),
+            "{} names port 0. Give the port that raio_server printed.",
+            self.url
+        );
         ensure!(
             (1..=SESSIONS_MAX).contains(&self.sessions),
             "--sessions is {}. Give a number from 1 to {SESSIONS_MAX}.",
@@ -212,14 +216,15 @@ impl Options {
         let tls = self.keys.map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
         let tls = tls.map_or(Ok(None), |directory| {
             // By its name, else by where that leads to.
-            match directory.tls(&address.host, address.port)? {
-                None => directory.tls(&server.ip().to_string(), server.port()),
-                by_name => Ok(by_name),
+            let by_name = address.host().map_or(Ok(None), |(host, port)| directory.tls(host, port))?;
+            match (by_name, server.ip()) {
+                (None, Some(server)) => directory.tls(&server.ip().to_string(), server.port()),
+                (by_name, _) => Ok(by_name),
             }
         })?;
-        let sources = match server.ip() {
+        let sources = match server.ip().map(|server| server.ip()) {
             _ if !self.source.is_empty() => self.source,
-            IpAddr::V4(ip) if ip.is_loopback() => loopback_sources(self.sessions),
+            Some(IpAddr::V4(ip)) if ip.is_loopback() => loopback_sources(self.sessions),
             _ => Vec::new(),
         };
         Ok(Plan {

@@ -11,6 +11,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
+use raio_transport::address::Endpoint;
 use raio_transport::channel::{self, Channel, Dialer, OpenFiles, Reopenable, Settings};
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::memory::{Buffer, Buffers};
@@ -47,12 +48,16 @@ impl Session {
             ..Offer::new(format!("raio_load[{}]", std::process::id()))
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
-        let server = plan.server;
+        let server = plan.server.clone();
         let dialer: Dialer = Box::new(move |offer, _, deadline| {
-            let hello = offer.clone();
+            let (hello, server) = (offer.clone(), server.clone());
             channel::waiting(offer, move || {
-                let stream = connect(server, source)?;
-                let client = tcp::TcpClient::from_stream(stream.into(), &hello, deadline)?;
+                let client = match &server {
+                    &Endpoint::Ip(address) => {
+                        tcp::TcpClient::from_stream(connect(address, source)?, &hello, deadline)?
+                    }
+                    unix => tcp::TcpClient::connect(unix.clone(), &hello, deadline)?,
+                };
                 Ok(Box::new(client) as Box<dyn ClientTransport>)
             })
         });

@@ -6,7 +6,6 @@
 //! one of the address that has most is closed, so a client that begins many does not keep others out.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -16,6 +15,7 @@ use anyhow::Context;
 use raio_transport::connecting::Connecting;
 use raio_transport::error::Error;
 use raio_transport::handshake::{Identity, Policy};
+use raio_transport::keys::PublicKey;
 use raio_transport::reactor;
 use raio_transport::tcp::Accepting;
 use raio_transport::tls::ServerTls;
@@ -26,6 +26,7 @@ use rustix::io::Errno;
 use crate::keys::Keys;
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
+use crate::peer::{Origin, PeerAddress};
 use crate::tuning::acceptor::{DEADLINE, HANDSHAKES_MAX};
 
 /// An accepted connection, before and after its handshake.
@@ -33,8 +34,8 @@ use crate::tuning::acceptor::{DEADLINE, HANDSHAKES_MAX};
 pub struct Connection {
     /// Its stream.
     pub stream: AcceptedStream,
-    /// Where its client is, if that is an IP address.
-    pub peer: Option<SocketAddr>,
+    /// Where its client is, if that is known.
+    pub peer: Option<PeerAddress>,
     /// Counts it.
     pub permit: Arc<ConnectionPermit>,
 }
@@ -59,7 +60,7 @@ impl TlsAcceptor {
         let cannot = "Cannot start a thread for handshakes";
         let accepts = {
             let keys = Arc::clone(&keys);
-            move |key: &_| keys.client(key).is_some()
+            move |key: &PublicKey| keys.client(&Identity::Key(*key)).is_some()
         };
         let waker = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(cannot)?);
         let (sender, accepted) = channel();
@@ -104,13 +105,13 @@ impl Drop for TlsAcceptor {
 /// A connection in its handshake.
 struct Pending {
     accepting: Accepting,
-    peer: Option<SocketAddr>,
+    peer: Option<PeerAddress>,
     permit: Arc<ConnectionPermit>,
 }
 
 impl Pending {
-    fn address(&self) -> Option<IpAddr> {
-        self.peer.map(|peer| peer.ip().to_canonical())
+    fn address(&self) -> Option<Origin> {
+        self.peer.map(PeerAddress::origin)
     }
 }
 
@@ -179,11 +180,8 @@ impl Handshakes {
         }
     }
 
-    fn pass_on(&self, stream: AcceptedStream, peer: Option<SocketAddr>, permit: Arc<ConnectionPermit>) {
-        let client = match stream.identity() {
-            Identity::Key(key) => self.keys.client(&key),
-            Identity::Anonymous => None,
-        };
+    fn pass_on(&self, stream: AcceptedStream, peer: Option<PeerAddress>, permit: Arc<ConnectionPermit>) {
+        let client = self.keys.client(stream.identity());
         // It has been accepted a moment ago, but its key may have expired since.
         let Some(client) = client else { return };
         tracing::debug!(client = client.name, peer = peer.map(tracing::field::display), "A client is known.");
@@ -191,7 +189,7 @@ impl Handshakes {
         self.secured.send(Connection { stream, peer, permit });
     }
 
-    fn reject(&self, peer: Option<SocketAddr>, error: &Error) {
+    fn reject(&self, peer: Option<PeerAddress>, error: &Error) {
         let hint = match error.errno() {
             libc::EKEYREJECTED => " If it may connect, add the key to clients.toml, and send SIGHUP.",
             _ => "",
@@ -217,8 +215,8 @@ impl Handshakes {
 }
 
 /// Of connections with these addresses, oldest first: the first one of the address that has most.
-fn oldest_of_address_with_most(addresses: &[Option<IpAddr>]) -> usize {
-    let mut counts: HashMap<Option<IpAddr>, usize> = HashMap::new();
+fn oldest_of_address_with_most(addresses: &[Option<Origin>]) -> usize {
+    let mut counts: HashMap<Option<Origin>, usize> = HashMap::new();
     for &address in addresses {
         *counts.entry(address).or_default() += 1;
     }
@@ -232,7 +230,7 @@ mod tests {
 
     #[test]
     fn the_address_with_most_handshakes_loses_its_oldest() {
-        let [one, two] = ["10.0.0.1", "10.0.0.2"].map(|address| Some(address.parse().unwrap()));
+        let [one, two] = [1, 2].map(|uid| Some(Origin::User(uid)));
         assert_eq!(oldest_of_address_with_most(&[one, two, two, one, two]), 1);
         assert_eq!(oldest_of_address_with_most(&[two, one, None, one]), 1);
         assert_eq!(oldest_of_address_with_most(&[one, two]), 0);

@@ -4,14 +4,13 @@
 //! option, or the file with line and column, and the right form.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Parser, ValueEnum};
-use raio_transport::address::{Address, Scheme};
+use raio_transport::address::{Address, Endpoint, Scheme};
 use raio_transport::rdma;
 use serde::Deserialize;
 
@@ -105,6 +104,10 @@ pub struct Options {
     /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
     #[arg(long, value_name = "DIRECTORY")]
     keys: Option<PathBuf>,
+    /// Let everybody who reaches it use the server without a key, also from other machines, and nothing be
+    /// sealed
+    #[arg(long)]
+    clear: bool,
     /// Do not start if clients may write and the state directory cannot be used
     #[arg(long)]
     strict: bool,
@@ -200,7 +203,7 @@ pub enum LogLevel {
 #[derive(Debug)]
 pub struct Config {
     /// Where to listen, and for what.
-    pub listen: Vec<(Scheme, SocketAddr)>,
+    pub listen: Vec<(Scheme, Endpoint)>,
     /// What to export.
     pub exports: Vec<ExportSpec>,
     /// How many worker threads.
@@ -237,6 +240,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Where the server's key is, and who may connect. None: anybody.
     pub keys: Option<PathBuf>,
+    /// Clients of other machines need no key.
+    pub is_open_to_others: bool,
     /// Nothing is exported for writing without a state directory.
     pub is_strict: bool,
     /// Whom to become: a name, or a number.
@@ -344,6 +349,7 @@ impl Options {
             sandbox unless is_none
         );
         file.strict |= self.strict;
+        file.clear |= self.clear;
         Ok(Self { places, ..file })
     }
 
@@ -377,6 +383,23 @@ impl Options {
              authenticated. Listen on tcp://HOST:PORT. Clients of raio:// show their keys there, and those \
              that may (rdma = \"clear\" in clients.toml) go on by RDMA.",
             name("listen")
+        );
+        let reachable = |(_, endpoint): &&(Scheme, Endpoint)| {
+            endpoint.ip().is_some_and(|address| !address.ip().to_canonical().is_loopback())
+        };
+        let open_to_others = listen.iter().find(reachable).map(|(_, endpoint)| endpoint.clone());
+        if let (Some(endpoint), None, false) = (&open_to_others, &options.keys, options.clear) {
+            bail!(
+                "{} {endpoint}: other machines reach this address, and there are no keys: whoever is in the \
+                 network could read and write everything. Give clients keys with --keys DIRECTORY, or \
+                 say --clear if everybody in that network may do that.",
+                name("listen")
+            );
+        }
+        ensure!(
+            !(options.clear && options.keys.is_some()),
+            "{} does not go with keys: clients that have none are not taken. Leave one of the two out.",
+            name("clear")
         );
         ensure!(
             !options.export.is_empty(),
@@ -511,6 +534,7 @@ impl Options {
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
             state: options.state,
+            is_open_to_others: open_to_others.is_some() && options.keys.is_none(),
             keys: options.keys,
             is_strict: options.strict,
             user: options.user,
@@ -520,13 +544,13 @@ impl Options {
 }
 
 /// The addresses of a URL to listen on. The error says why not, and the right form.
-fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, SocketAddr)>> {
-    const FORM: &str = "Write tcp://HOST:PORT or rdma://HOST:PORT";
+fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, Endpoint)>> {
+    const FORM: &str = "Write tcp://HOST:PORT, unix://PATH or rdma://HOST:PORT";
     if !url.contains("://") {
         if url.parse::<u16>().is_ok() {
             bail!(
                 "it is a port alone. Write tcp://127.0.0.1:{url} for clients on this machine, or \
-                 tcp://0.0.0.0:{url} for all."
+                 tcp://0.0.0.0:{url} and --keys for all."
             );
         }
         let meant = format!("tcp://{url}");
@@ -535,16 +559,17 @@ fn listen_addresses(url: &str) -> anyhow::Result<Vec<(Scheme, SocketAddr)>> {
         }
     }
     let address = Address::parse(url).map_err(|why| anyhow!("{why}. {FORM}."))?;
-    if address.scheme == Scheme::Any {
+    let scheme = address.scheme();
+    if scheme == Scheme::Any {
         bail!("a listener has one transport. {FORM}.");
     }
-    let found = (address.host.as_str(), address.port).to_socket_addrs().map_err(|error| {
+    let found = address.resolve().map_err(|error| {
         anyhow!(
             "{error}. Give an address or a host name of this machine, or 0.0.0.0 or [::] for all its \
              addresses."
         )
     })?;
-    Ok(found.map(|found| (address.scheme, found)).collect())
+    Ok(found.into_iter().map(|found| (scheme, found)).collect())
 }
 
 /// What people try for an option of another name, and the option for it.
@@ -594,6 +619,8 @@ pub fn advice(error: &clap::Error) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
     use crate::export_spec::Source;
 
@@ -608,12 +635,30 @@ mod tests {
     #[test]
     fn the_defaults_are_those_of_the_manual() {
         let config = options(&["--export", "a=/tmp"]).check(2).unwrap();
-        assert_eq!(config.listen, [(Scheme::Tcp, "127.0.0.1:7240".parse().unwrap())]);
+        assert_eq!(config.listen, [(Scheme::Tcp, "127.0.0.1:7240".parse::<SocketAddr>().unwrap().into())]);
         assert_eq!((config.workers, config.queue_depth, config.io_bytes_max), (2, 128, 1 << 20));
         assert_eq!(config.sessions_max, None);
         assert_eq!((config.spin, config.arena_bytes), (Duration::from_micros(50), 64 << 20));
         assert_eq!((config.backend, config.log), (BackendKind::Uring, LogLevel::Info));
         assert!(config.is_sandboxed && config.user.is_none());
+    }
+
+    #[test]
+    fn only_keys_or_a_word_of_the_administrator_let_other_machines_in() {
+        let is_open = |arguments: &[&str]| {
+            let all = [&["--export", "a=/tmp"], arguments].concat();
+            options(&all).check(2).map(|config| config.is_open_to_others).ok()
+        };
+        for local in ["tcp://127.9.0.1:1", "tcp://[::1]:1", "tcp://[::ffff:127.0.0.1]:1", "unix:///s"] {
+            assert_eq!(is_open(&["--listen", local]), Some(false), "{local}");
+            assert_eq!(is_open(&["--clear", "--listen", local]), Some(false), "{local}");
+        }
+        for reachable in ["tcp://10.0.0.1:1", "tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://[fe80::1]:1"] {
+            assert_eq!(is_open(&["--listen", reachable]), None, "{reachable}");
+            assert_eq!(is_open(&["--listen", "unix:///s", "--listen", reachable]), None, "{reachable}");
+            assert_eq!(is_open(&["--listen", reachable, "--clear"]), Some(true), "{reachable}");
+            assert_eq!(is_open(&["--listen", reachable, "--keys", "/k"]), Some(false), "{reachable}");
+        }
     }
 
     #[test]
@@ -669,6 +714,10 @@ mod tests {
             (&["--export", "a=/", "--listen", "localhost:7240"], "Write tcp://localhost:7240"),
             (&["--export", "a=/", "--listen", "tcp://no-such-host.invalid:1"], "no-such-host.invalid"),
             (&["--export", "a=/", "--listen", "raio://0.0.0.0"], "tcp://HOST:PORT"),
+            (&["--export", "a=/", "--listen", "unix://here"], "does not begin with /"),
+            (&["--export", "a=/", "--listen", "tcp://10.0.0.1:1"], "10.0.0.1:1: other machines"),
+            (&["--export", "a=/", "--listen", "tcp://[::]:1"], "[::]:1: other machines"),
+            (&["--export", "a=/", "--clear", "--keys", "/k"], "--clear does not go with keys"),
             (&["--config", "/no/such/file"], "--config"),
         ] {
             let error = error(arguments);

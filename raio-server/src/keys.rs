@@ -5,11 +5,16 @@
 //! ```toml
 //! [client.db1]
 //! keys = ["ed25519:...", { key = "ed25519:...", expires = 2027-06-30 }]
+//! users = ["postgres", 1001]
+//! groups = ["backup"]
 //! exports = { data = "rw", logs = "ro" }
 //! rdma = "clear"
 //! ```
+//!
+//! Keys are for clients over a network; users and groups for those on this machine, over a Unix socket. A
+//! user goes before its groups. One whose groups are those of several clients may do what any of them may.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -18,6 +23,8 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, anyhow, bail};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use nix::unistd::{Group, User};
+use raio_transport::credentials::Credentials;
 use raio_transport::handshake::Identity;
 use raio_transport::keys::{PublicKey, SecretKey};
 use raio_transport::sync::lock;
@@ -36,6 +43,8 @@ const CLIENTS_AT_FIRST: &str = "\
 #
 # [client.NAME]
 # keys = [\"ed25519:...\"]
+# users = [\"USER\"]
+# groups = [\"GROUP\"]
 # exports = { EXPORT = \"ro\", OTHER = \"rw\" }
 ";
 
@@ -62,7 +71,7 @@ impl Rights {
 }
 
 /// A client of the file.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
     /// What the file calls it.
     pub name: String,
@@ -77,6 +86,17 @@ impl Client {
         let covers = |name: &String, access| self.exports.get(name).is_some_and(|ours| *ours >= access);
         (self.may_use_rdma || !other.may_use_rdma)
             && other.exports.iter().all(|(name, &access)| covers(name, access))
+    }
+
+    /// One that may do what either may.
+    fn or(&self, other: &Self) -> Self {
+        let mut exports = self.exports.clone();
+        for (name, &access) in &other.exports {
+            let ours = exports.entry(name.clone()).or_insert(access);
+            *ours = access.max(*ours);
+        }
+        let may_use_rdma = self.may_use_rdma || other.may_use_rdma;
+        Self { name: format!("{}+{}", self.name, other.name), exports, may_use_rdma }
     }
 }
 
@@ -102,9 +122,50 @@ impl Entry {
     }
 }
 
-/// All clients' keys, at a time.
+/// All clients, at a time.
 #[derive(Debug, Default)]
-struct Clients(HashMap<PublicKey, Entry>);
+struct Clients {
+    /// How many.
+    len: usize,
+    by_key: HashMap<PublicKey, Entry>,
+    by_uid: HashMap<u32, Arc<Client>>,
+    by_gid: HashMap<u32, Arc<Client>>,
+    unnamed: UnnamedIds,
+}
+
+/// The numbers that the kernel gives for users and groups that have none in this process's user namespace:
+/// they are nobody's in particular.
+#[derive(Clone, Copy, Debug)]
+struct UnnamedIds {
+    uid: u32,
+    gid: u32,
+}
+
+impl Default for UnnamedIds {
+    fn default() -> Self {
+        let read = |name| {
+            let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}"));
+            text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(65534)
+        };
+        Self { uid: read("overflowuid"), gid: read("overflowgid") }
+    }
+}
+
+/// Whose rights have become less, by a change of the file or with time.
+#[derive(Debug)]
+pub struct Revocation {
+    old: Arc<Clients>,
+    new: Arc<Clients>,
+    now: Timestamp,
+}
+
+impl Revocation {
+    /// Whether a session of this client is to end, because it may do less than it might.
+    pub fn concerns(&self, identity: &Identity) -> bool {
+        let Some(new) = self.new.valid(identity, self.now) else { return true };
+        self.old.find(identity).is_some_and(|(old, _)| !new.covers(&old))
+    }
+}
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -113,6 +174,7 @@ pub struct Keys {
     host: SecretKey,
     /// Replaced whole.
     clients: Mutex<Arc<Clients>>,
+    names: Names,
 }
 
 impl Keys {
@@ -140,8 +202,9 @@ impl Keys {
                 Err(error) => return Err(error).with_context(cannot),
             }
         }
-        let clients = Mutex::new(Arc::new(Clients::read(&clients)?));
-        Ok(Self { directory: directory.to_owned(), host: host?, clients })
+        let names = Names::default();
+        let clients = Mutex::new(Arc::new(Clients::read(&clients, &names)?));
+        Ok(Self { directory: directory.to_owned(), host: host?, clients, names })
     }
 
     fn clients(&self) -> Arc<Clients> {
@@ -153,58 +216,47 @@ impl Keys {
         &self.host
     }
 
-    /// How many keys clients may have.
+    /// How many clients there are.
     pub fn len(&self) -> usize {
-        self.clients().0.len()
+        self.clients().len
     }
 
-    /// The client that has this key, unless that has expired.
-    pub fn client(&self, key: &PublicKey) -> Option<Arc<Client>> {
-        let clients = self.clients();
-        let entry = clients.0.get(key).filter(|entry| entry.is_valid(Timestamp::now()))?;
-        Some(Arc::clone(&entry.client))
+    /// The client that this is, unless its key has expired.
+    pub fn client(&self, identity: &Identity) -> Option<Arc<Client>> {
+        self.clients().valid(identity, Timestamp::now())
     }
 
     /// What a client may open.
     pub fn rights(&self, identity: &Identity) -> Rights {
-        match identity {
-            Identity::Anonymous => Rights::None,
-            Identity::Key(key) => self.client(key).map_or(Rights::None, Rights::Of),
-        }
+        self.client(identity).map_or(Rights::None, Rights::Of)
     }
 
-    /// Reads `clients.toml` again. Returns the keys that may do less than before; after an error all is as
-    /// it was.
-    pub fn reread(&self) -> anyhow::Result<HashSet<PublicKey>> {
-        let new = Arc::new(Clients::read(&self.directory.join(CLIENTS))?);
+    /// Reads `clients.toml` again. Returns who may do less than before; after an error all is as it was.
+    pub fn reread(&self) -> anyhow::Result<Revocation> {
+        let new = Arc::new(Clients::read(&self.directory.join(CLIENTS), &self.names)?);
         let old = std::mem::replace(&mut *lock(&self.clients), Arc::clone(&new));
-        let now = Timestamp::now();
-        let is_less = |(key, entry): &(&PublicKey, &Entry)| {
-            let new = new.0.get(key).filter(|new| new.is_valid(now));
-            !new.is_some_and(|new| new.client.covers(&entry.client))
-        };
-        Ok(old.0.iter().filter(is_less).map(|(key, _)| *key).collect())
+        Ok(Revocation { old, new, now: Timestamp::now() })
     }
 
-    /// The keys that have expired.
-    pub fn expired(&self) -> HashSet<PublicKey> {
-        let now = Timestamp::now();
-        let clients = self.clients();
-        clients.0.iter().filter(|(_, entry)| !entry.is_valid(now)).map(|(key, _)| *key).collect()
+    /// Whose keys have expired. None: nobody's.
+    pub fn expired(&self) -> Option<Revocation> {
+        let (clients, now) = (self.clients(), Timestamp::now());
+        let has_expired = clients.by_key.values().any(|entry| !entry.is_valid(now));
+        has_expired.then(|| Revocation { old: Arc::clone(&clients), new: clients, now })
     }
 
     /// When the next key expires.
     pub fn next_expiry(&self) -> Option<Timestamp> {
         let now = Timestamp::now();
         let clients = self.clients();
-        clients.0.values().filter_map(|entry| entry.expires).filter(|&expires| expires > now).min()
+        clients.by_key.values().filter_map(|entry| entry.expires).filter(|&expires| expires > now).min()
     }
 
     /// The exports that clients may open by the file, and that are none of these.
     pub fn unknown_exports<'a>(&self, exports: impl Iterator<Item = &'a str>) -> Vec<String> {
         let known: HashSet<&str> = exports.collect();
         let clients = self.clients();
-        let named = clients.0.values().flat_map(|entry| entry.client.exports.keys());
+        let named = clients.all().flat_map(|client| client.exports.keys());
         let mut unknown: Vec<_> = named.filter(|name| !known.contains(name.as_str())).cloned().collect();
         unknown.sort();
         unknown.dedup();
@@ -219,21 +271,70 @@ impl Keys {
 #[serde(deny_unknown_fields)]
 struct File {
     #[serde(default)]
-    client: BTreeMap<String, ClientTable>,
+    client: BTreeMap<String, Spanned<ClientTable>>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ClientTable {
+    #[serde(default)]
     keys: Vec<Spanned<KeyOrTable>>,
+    #[serde(default)]
+    users: Vec<Spanned<NameOrId>>,
+    #[serde(default)]
+    groups: Vec<Spanned<NameOrId>>,
     #[serde(default)]
     exports: BTreeMap<String, Access>,
     #[serde(default)]
     rdma: Rdma,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
+#[serde(untagged, expecting = "a name or a number is expected")]
+enum NameOrId {
+    Id(u32),
+    Name(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum NameKind {
+    User,
+    Group,
+}
+
+/// The numbers of names that have been looked up: in its sandbox the server cannot look up others.
+#[derive(Debug, Default)]
+struct Names(Mutex<HashMap<(NameKind, String), u32>>);
+
+impl Names {
+    fn id(&self, kind: NameKind, name: &NameOrId) -> Result<u32, String> {
+        let name = match name {
+            NameOrId::Id(id) => return Ok(*id),
+            NameOrId::Name(name) => name,
+        };
+        let mut known = lock(&self.0);
+        if let Some(&id) = known.get(&(kind, name.clone())) {
+            return Ok(id);
+        }
+        let (what, found) = match kind {
+            NameKind::User => ("user", User::from_name(name).map(|user| user.map(|user| user.uid.as_raw()))),
+            NameKind::Group => {
+                ("group", Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())))
+            }
+        };
+        let Ok(Some(id)) = found else {
+            return Err(format!(
+                "the server finds no {what} {name:?}. If there is one, write its number, or start the server \
+                 anew: its sandbox keeps it from looking up names later"
+            ));
+        };
+        known.insert((kind, name.clone()), id);
+        Ok(id)
+    }
+}
+
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a key is expected, or a table with `key` and `expires`")]
 enum KeyOrTable {
     Key(String),
     Table { key: String, expires: Option<Datetime> },
@@ -249,19 +350,24 @@ enum Rdma {
 }
 
 impl Clients {
-    fn read(path: &Path) -> anyhow::Result<Self> {
+    fn read(path: &Path, names: &Names) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("Cannot read who may connect, {}", path.display()))?;
-        Self::parse(path, &text)
+        Self::parse(path, &text, names)
     }
 
-    fn parse(path: &Path, text: &str) -> anyhow::Result<Self> {
+    fn parse(path: &Path, text: &str, names: &Names) -> anyhow::Result<Self> {
         let file: File = toml::from_str(text).map_err(|error| {
             let at = error.span().map_or(path.display().to_string(), |span| place(path, text, span.start));
             anyhow!("{at}: {}\nSee raio_server(8) for the form of {CLIENTS}.", error.message())
         })?;
-        let mut all: HashMap<PublicKey, Entry> = HashMap::new();
+        let mut all = Self { len: file.client.len(), ..Self::default() };
         for (name, table) in file.client {
+            let at = place(path, text, table.span().start);
+            let table = table.into_inner();
+            if table.keys.is_empty() && table.users.is_empty() && table.groups.is_empty() {
+                bail!("{at}: client {name} has no keys, users or groups, so it can never connect.");
+            }
             let may_use_rdma = table.rdma == Rdma::Clear;
             let client = Arc::new(Client { name, exports: table.exports, may_use_rdma });
             for key in table.keys {
@@ -272,13 +378,67 @@ impl Clients {
                 };
                 let expires = expires.map(expiry).transpose().map_err(|why| anyhow!("{at}: {why}."))?;
                 let key: PublicKey = key.parse().map_err(|why| anyhow!("{at}: {key:?} is no key: {why}."))?;
-                if let Some(before) = all.get(&key) {
+                if let Some(before) = all.by_key.get(&key) {
                     bail!("{at}: {key} is a key of client {} already.", before.client.name);
                 }
-                all.insert(key, Entry { client: Arc::clone(&client), expires });
+                all.by_key.insert(key, Entry { client: Arc::clone(&client), expires });
+            }
+            let UnnamedIds { uid, gid } = all.unnamed;
+            for (listed, kind, what, unnamed, by_id) in [
+                (table.users, NameKind::User, "user", uid, &mut all.by_uid),
+                (table.groups, NameKind::Group, "group", gid, &mut all.by_gid),
+            ] {
+                for name in listed {
+                    let at = place(path, text, name.span().start);
+                    let id = names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
+                    if id == unnamed {
+                        bail!(
+                            "{at}: {what} {id} is what the kernel calls every {what} that has no number \
+                             here: it may be anybody."
+                        );
+                    }
+                    if let Some(before) = by_id.insert(id, Arc::clone(&client)) {
+                        bail!("{at}: {what} {id} belongs to client {} already.", before.name);
+                    }
+                }
             }
         }
-        Ok(Self(all))
+        Ok(all)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Client>> {
+        let of_keys = self.by_key.values().map(|entry| &entry.client);
+        of_keys.chain(self.by_uid.values()).chain(self.by_gid.values())
+    }
+
+    /// The client that this is, and when that ends.
+    fn find(&self, identity: &Identity) -> Option<(Arc<Client>, Option<Timestamp>)> {
+        match identity {
+            Identity::Anonymous => None,
+            Identity::Key(key) => {
+                self.by_key.get(key).map(|entry| (Arc::clone(&entry.client), entry.expires))
+            }
+            Identity::User(user) => self.of_user(user).map(|client| (client, None)),
+        }
+    }
+
+    fn of_user(&self, user: &Credentials) -> Option<Arc<Client>> {
+        if user.uid == self.unnamed.uid {
+            return None;
+        }
+        if let Some(client) = self.by_uid.get(&user.uid) {
+            return Some(Arc::clone(client));
+        }
+        let groups: BTreeSet<_> = std::iter::once(&user.gid).chain(&user.groups).collect();
+        let mut clients: Vec<_> = groups.into_iter().filter_map(|gid| self.by_gid.get(gid)).collect();
+        clients.sort_by_key(|client| &client.name);
+        clients.dedup();
+        clients.into_iter().cloned().reduce(|all, client| Arc::new(all.or(&client)))
+    }
+
+    fn valid(&self, identity: &Identity, now: Timestamp) -> Option<Arc<Client>> {
+        let (client, expires) = self.find(identity)?;
+        expires.is_none_or(|expires| now < expires).then_some(client)
     }
 }
 
@@ -309,7 +469,7 @@ mod tests {
     }
 
     fn parse(text: &str) -> anyhow::Result<Clients> {
-        Clients::parse(Path::new("clients.toml"), text)
+        Clients::parse(Path::new("clients.toml"), text, &Names::default())
     }
 
     #[test]
@@ -323,16 +483,48 @@ mod tests {
         );
         let clients = parse(&text).unwrap();
         let now = Timestamp::now();
-        assert_eq!(keys.map(|key| clients.0[&key].is_valid(now)), [true, true, false, true]);
-        let rights = |key: &PublicKey| Rights::Of(Arc::clone(&clients.0[key].client));
+        assert_eq!(keys.map(|key| clients.by_key[&key].is_valid(now)), [true, true, false, true]);
+        let rights = |key: &PublicKey| Rights::Of(Arc::clone(&clients.by_key[key].client));
         for key in &keys[..3] {
             let exports = ["data", "logs", "other"].map(|name| rights(key).of_export(name));
             assert_eq!(exports, [Some(true), Some(false), None]);
-            assert!(clients.0[key].client.may_use_rdma);
+            assert!(clients.by_key[key].client.may_use_rdma);
         }
         assert_eq!(rights(&keys[3]).of_export("data"), None);
-        assert!(!clients.0[&keys[3]].client.may_use_rdma);
-        assert_eq!(parse("").unwrap().0.len(), 0);
+        assert!(!clients.by_key[&keys[3]].client.may_use_rdma);
+        assert_eq!(parse("").unwrap().len, 0);
+    }
+
+    /// A process of this user with these groups.
+    fn user(uid: u32, gid: u32, groups: &[u32]) -> Identity {
+        Identity::User(Arc::new(Credentials { uid, gid, groups: groups.to_vec() }))
+    }
+
+    #[test]
+    fn users_go_before_their_groups_and_may_do_what_any_group_may() {
+        let text = "[client.me]\nusers = ['root', 1001]\nexports = { a = 'ro' }\n\
+                    [client.staff]\ngroups = [50]\nexports = { a = 'rw', b = 'ro' }\n\
+                    [client.backup]\ngroups = [34, 35]\nexports = { b = 'rw', c = 'ro' }\nrdma = 'clear'\n";
+        let clients = parse(text).unwrap();
+        let now = Timestamp::now();
+        let UnnamedIds { uid, gid } = clients.unnamed;
+        let (ro, rw) = (Some(false), Some(true));
+        for (identity, name, exports) in [
+            (user(0, 50, &[]), Some("me"), [ro, None, None]),
+            (user(1001, 50, &[34]), Some("me"), [ro, None, None]),
+            (user(7, 50, &[]), Some("staff"), [rw, ro, None]),
+            (user(7, 7, &[8, 35, 34]), Some("backup"), [None, rw, ro]),
+            (user(7, 34, &[50]), Some("backup+staff"), [rw, rw, ro]),
+            (user(7, 7, &[7]), None, [None; 3]),
+            (user(uid, 50, &[34]), None, [None; 3]),
+            (user(7, gid, &[gid]), None, [None; 3]),
+            (Identity::Anonymous, None, [None; 3]),
+        ] {
+            let client = clients.valid(&identity, now);
+            assert_eq!(client.as_ref().map(|client| client.name.as_str()), name, "{identity:?}");
+            let rights = client.map_or(Rights::None, Rights::Of);
+            assert_eq!(["a", "b", "c"].map(|name| rights.of_export(name)), exports, "{identity:?}");
+        }
     }
 
     #[test]
@@ -340,7 +532,14 @@ mod tests {
         let key = key();
         for (text, at, needle) in [
             ("[client.a]\nkeys = ['rsa:x']".to_owned(), "2:9", "no key"),
-            ("[client.a]\nexports = {}".into(), "1:1", "keys"),
+            ("[client.a]\nexports = {}".into(), "1:1", "no keys"),
+            ("[client.a]\nusers = ['no such user']".into(), "2:10", "no user"),
+            ("[client.a]\ngroups = [1, 'no such group']".into(), "2:14", "no group"),
+            ("[client.a]\nusers = [-1]".into(), "2:9", "a name or a number"),
+            ("[client.a]\nkeys = [1]".into(), "2:8", "a key is expected"),
+            (format!("[client.a]\nusers = [1, {}]", UnnamedIds::default().uid), "2:13", "may be anybody"),
+            ("[client.a]\ngroups = [7]\n[client.b]\ngroups = ['7', 7]".into(), "4:11", "no group"),
+            ("[client.a]\ngroups = [7]\n[client.b]\ngroups = [8, 7]".into(), "4:14", "client a already"),
             (format!("[client.a]\nkeys = ['{key}']\nexports = {{ x = 'RW' }}"), "3:17", "`rw`"),
             (format!("[client.a]\nkeys = ['{key}']\nrdma = 'yes'"), "3:8", "`clear`"),
             (format!("[client.a]\nkeys = ['{key}']\nexport = {{}}"), "3:1", "export"),
@@ -376,6 +575,7 @@ mod tests {
         let path = directory.path().join("keys");
         let keys = Keys::open(&path, true).unwrap();
         let all = [key(), key(), key(), key(), key()];
+        let concerned = |revocation: &Revocation| all.map(|key| revocation.concerns(&Identity::Key(key)));
         let write = |clients: &[(usize, &str)]| {
             let table =
                 |&(n, rest): &(usize, &str)| format!("[client.c{n}]\nkeys = ['{}']\n{rest}\n", all[n]);
@@ -389,7 +589,8 @@ mod tests {
             (3, "exports = { a = 'ro', b = 'ro' }"),
             (4, "rdma = 'clear'"),
         ]);
-        assert!(keys.reread().unwrap().is_empty());
+        let revocation = keys.reread().unwrap();
+        assert_eq!(concerned(&revocation), [false; 5]);
         assert_eq!(keys.rights(&Identity::Key(all[1])).of_export("a"), Some(true));
         write(&[
             (1, "exports = { a = 'ro' }"),
@@ -397,8 +598,7 @@ mod tests {
             (3, "exports = { a = 'ro' }"),
             (4, ""),
         ]);
-        let less = HashSet::from([all[0], all[1], all[3], all[4]]);
-        assert_eq!(keys.reread().unwrap(), less);
+        assert_eq!(concerned(&keys.reread().unwrap()), [true, true, false, true, true]);
         assert_eq!(keys.rights(&Identity::Key(all[0])), Rights::None);
         assert_eq!(keys.rights(&Identity::Key(all[1])).of_export("a"), Some(false));
         // A mistake changes nothing.

@@ -31,6 +31,7 @@ mod log;
 mod machine;
 mod open;
 mod orphan_guard;
+mod peer;
 mod placement;
 mod pool;
 mod privileges;

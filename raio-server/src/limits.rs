@@ -7,13 +7,13 @@
 //! The same holds for sessions, by address.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use serde::Deserialize;
 
+use crate::peer::Origin;
 use crate::size::Size;
 use crate::tuning::channels::PARKED_PART;
 use crate::tuning::limits::{
@@ -202,12 +202,12 @@ pub struct Account {
     /// An address's.
     queue_pair_bytes: AtomicUsize,
     /// Where it is entered, if it is an address's.
-    entry: Option<(Arc<Limits>, IpAddr)>,
+    entry: Option<(Arc<Limits>, Origin)>,
 }
 
 impl Account {
     /// Which address's it is, if it is one's.
-    pub fn address(&self) -> Option<IpAddr> {
+    pub fn address(&self) -> Option<Origin> {
         self.entry.as_ref().map(|&(_, address)| address)
     }
 
@@ -242,7 +242,7 @@ pub struct Limits {
     connections: AtomicUsize,
     files: AtomicUsize,
     queue_pair_bytes: AtomicUsize,
-    by_address: Mutex<HashMap<IpAddr, Weak<Account>>>,
+    by_address: Mutex<HashMap<Origin, Weak<Account>>>,
 }
 
 /// A connection's permit: it lasts until the socket is closed. Dropping it frees the permit.
@@ -330,7 +330,7 @@ impl Limits {
             .inspect_err(|_| _ = (counted.number)(session).fetch_sub(1, Ordering::Relaxed))
     }
 
-    fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<IpAddr, Weak<Account>>> {
+    fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<Origin, Weak<Account>>> {
         lock(&self.by_address)
     }
 
@@ -357,7 +357,7 @@ impl Limits {
         }
     }
 
-    fn account(self: &Arc<Self>, address: IpAddr) -> Arc<Account> {
+    fn account(self: &Arc<Self>, address: Origin) -> Arc<Account> {
         let mut by_address = self.by_address();
         if let Some(account) = by_address.get(&address).and_then(Weak::upgrade) {
             return account;
@@ -370,7 +370,7 @@ impl Limits {
     }
 
     /// A permit for a connection from this address, if it is known.
-    pub fn connect(self: &Arc<Self>, address: Option<IpAddr>) -> Result<ConnectionPermit, Excess> {
+    pub fn connect(self: &Arc<Self>, address: Option<Origin>) -> Result<ConnectionPermit, Excess> {
         let account = address.map(|address| self.account(address));
         if let (Some(own), Some(address)) = (&account, address) {
             // Nobody else takes permits of connections, so there is no race.
@@ -474,10 +474,10 @@ impl Limits {
     /// client.
     pub fn queue_pair(
         self: &Arc<Self>,
-        address: Option<IpAddr>,
+        address: Option<Origin>,
         bytes: usize,
     ) -> Result<QueuePairPermit, String> {
-        let address = address.map(|address| self.account(address.to_canonical()));
+        let address = address.map(|address| self.account(address));
         let own = address.as_ref().map(|account| get(&account.queue_pair_bytes));
         // Counted before it is looked at: several workers together do not go beyond it.
         self.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -573,8 +573,8 @@ mod tests {
         Limits::new(room(descriptors, files), Caps::default(), Caps::default())
     }
 
-    fn address(text: &str) -> Option<IpAddr> {
-        text.parse().ok()
+    fn address(text: &str) -> Option<Origin> {
+        text.parse().ok().map(Origin::Ip)
     }
 
     /// A session that opens all the files that it can, from an address. Returns it, and them.

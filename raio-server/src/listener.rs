@@ -2,16 +2,20 @@
 //! accept.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
-use anyhow::bail;
-use raio_transport::address::Scheme;
+use anyhow::{Context, bail};
+use raio_transport::address::{Address, Endpoint, Scheme};
+use raio_transport::credentials::Credentials;
 use raio_transport::reactor::{Event, File, Op, OpId, Payload, Reactor, Token};
 use raio_transport::transport::AcceptedStream;
 use raio_transport::{rdma, tcp, transport};
 use rustix::net::getpeername;
 
-use crate::log;
+use crate::log::{self, log_client};
+use crate::peer::PeerAddress;
 use crate::tuning::main_thread::{ACCEPT_RETRY, BIND_RETRY, BIND_TIMEOUT};
 use crate::worker::RawConnection;
 
@@ -27,8 +31,8 @@ struct Socket {
     /// Its place on the command line.
     position: usize,
     file: File,
-    address: SocketAddr,
-    /// None: it is a TCP socket.
+    endpoint: Endpoint,
+    /// None: it is a stream socket.
     rdma: Option<Box<dyn transport::Listener>>,
     accept: Option<OpId>,
 }
@@ -39,27 +43,52 @@ impl Listener {
         Self { owner, sockets: Vec::new() }
     }
 
-    /// Listens on those of the addresses that have this scheme.
-    pub fn bind(
+    /// Listens on those of the endpoints that are stream sockets. With `for_all` every user may connect to
+    /// the Unix sockets among them, else those whom the umask leaves.
+    pub fn bind_streams(
         &mut self,
         reactor: &mut Reactor,
-        addresses: &[(Scheme, SocketAddr)],
-        wanted: Scheme,
+        endpoints: &[(Scheme, Endpoint)],
+        for_all: bool,
     ) -> anyhow::Result<()> {
-        let wanted = addresses.iter().enumerate().filter(|(_, (scheme, _))| *scheme == wanted);
-        for (position, &(scheme, address)) in wanted {
-            let (fd, address, rdma) = if scheme == Scheme::Rdma {
-                let listener = when_free(|| rdma::listen(address))?;
-                (listener.fd()?, listener.address(), Some(listener))
-            } else {
-                let (socket, address) = when_free(|| tcp::listen(address))?;
-                (socket, address, None)
-            };
-            let file = reactor.file(fd);
-            self.sockets.push(Socket { position, file, address, rdma, accept: None });
+        for (position, (scheme, endpoint)) in endpoints.iter().enumerate() {
+            if *scheme == Scheme::Rdma {
+                continue;
+            }
+            let (socket, endpoint) = when_free(|| tcp::listen(endpoint.clone()))?;
+            if let (Endpoint::Unix(path), true) = (&endpoint, for_all) {
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
+                    .with_context(|| format!("Cannot let all users connect to {}", path.display()))?;
+            }
+            self.push(reactor, position, socket, endpoint, None);
         }
-        self.sockets.sort_by_key(|socket| socket.position);
         Ok(())
+    }
+
+    /// Listens on those that rdma_cm listens on.
+    pub fn bind_rdma(
+        &mut self,
+        reactor: &mut Reactor,
+        endpoints: &[(Scheme, Endpoint)],
+    ) -> anyhow::Result<()> {
+        for (position, endpoint) in endpoints.iter().enumerate() {
+            let &(Scheme::Rdma, Endpoint::Ip(address)) = endpoint else { continue };
+            let listener = when_free(|| rdma::listen(address))?;
+            self.push(reactor, position, listener.fd()?, listener.address().into(), Some(listener));
+        }
+        Ok(())
+    }
+
+    fn push(
+        &mut self,
+        reactor: &mut Reactor,
+        position: usize,
+        fd: OwnedFd,
+        endpoint: Endpoint,
+        rdma: Option<Box<dyn transport::Listener>>,
+    ) {
+        self.sockets.push(Socket { position, file: reactor.file(fd), endpoint, rdma, accept: None });
+        self.sockets.sort_by_key(|socket| socket.position);
     }
 
     /// Starts accepting.
@@ -71,9 +100,10 @@ impl Listener {
 
     /// Where it listens, with the actual ports, as URLs.
     pub fn urls(&self) -> String {
-        let url = |socket: &Socket| {
-            let scheme = if socket.rdma.is_some() { "rdma" } else { "tcp" };
-            format!("{scheme}://{}", socket.address)
+        let url = |socket: &Socket| match &socket.endpoint {
+            Endpoint::Unix(path) => Address::Unix(path.clone()).to_string(),
+            Endpoint::Ip(address) if socket.rdma.is_some() => format!("rdma://{address}"),
+            Endpoint::Ip(address) => format!("tcp://{address}"),
         };
         self.sockets.iter().map(url).collect::<Vec<_>>().join(" ")
     }
@@ -91,10 +121,14 @@ impl Listener {
         }
         match (event.result, event.payload) {
             (Ok(_), Payload::Fd(fd)) => {
+                let is_unix = socket.endpoint.ip().is_none();
                 self.accept(reactor, index);
+                if is_unix {
+                    return of_user(fd);
+                }
                 let peer = getpeername(&fd).ok().flatten();
                 let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
-                Some(RawConnection::Tcp(AcceptedStream::new(fd), peer))
+                Some(RawConnection::Tcp(AcceptedStream::new(fd), peer.map(PeerAddress::Ip)))
             }
             (Ok(_), _) | (Err(libc::ECONNABORTED | libc::EINTR | libc::EAGAIN), _) => {
                 self.accept(reactor, index);
@@ -109,7 +143,7 @@ impl Listener {
                         }
                         _ => "",
                     };
-                    tracing::warn!("Cannot accept a connection on {}: {error}.{hint}", socket.address);
+                    tracing::warn!("Cannot accept a connection on {}: {error}.{hint}", socket.endpoint);
                 }
                 reactor.timer(Instant::now() + ACCEPT_RETRY, event.token);
                 None
@@ -136,6 +170,25 @@ impl Listener {
     }
 }
 
+/// A connection over a Unix socket. None: the kernel does not say whose it is.
+fn of_user(fd: OwnedFd) -> Option<RawConnection> {
+    match Credentials::of_peer(&fd) {
+        Ok(user) => {
+            let peer = PeerAddress::User(user.uid);
+            Some(RawConnection::Tcp(AcceptedStream::new(fd).of_user(user), Some(peer)))
+        }
+        Err(error) => {
+            log_client!(
+                warn,
+                None::<PeerAddress>,
+                "connections of unknown users",
+                "A connection was closed: the kernel does not say whose it is: {error}."
+            );
+            None
+        }
+    }
+}
+
 /// Binds; again for a while if the address is taken, for a server that was killed keeps it until its last
 /// operation has ended.
 fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::Result<T> {
@@ -154,7 +207,11 @@ fn when_free<T>(bind: impl Fn() -> Result<T, raio_transport::Error>) -> anyhow::
                 "Another process listens there. Stop it, or choose another port with --listen"
             }
             libc::EADDRNOTAVAIL => "Give an address of this machine with --listen",
-            libc::EACCES => "Choose a port above 1023 with --listen, or give the server CAP_NET_BIND_SERVICE",
+            libc::EACCES => {
+                "Choose a port above 1023 with --listen, or give the server CAP_NET_BIND_SERVICE; the \
+                 directory of a Unix socket must let it make files"
+            }
+            libc::ENOENT => "The directory of a Unix socket must be there",
             _ => return Err(error.into()),
         };
         bail!("{error}. {remedy}.");

@@ -6,7 +6,6 @@
 //! without waiting.
 
 use std::io::{self, Write};
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -17,6 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use tracing::level_filters::LevelFilter;
 
+use crate::peer::Origin;
 use crate::rate_limit::RateLimit;
 use crate::tuning::log::{FLUSH_TIMEOUT, LINE_BYTES_MAX, QUEUE_LINES, RATE_LIMIT_PERIOD, RATE_LIMIT_WINDOW};
 use raio_transport::sync::lock;
@@ -80,7 +80,7 @@ fn rate_limit() -> MutexGuard<'static, RateLimit> {
 
 /// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is
 /// logged later.
-pub fn permit(peer: Option<IpAddr>, kind: &'static str) -> bool {
+pub fn permit(peer: Option<Origin>, kind: &'static str) -> bool {
     rate_limit().permit(peer, kind, Instant::now())
 }
 
@@ -92,12 +92,12 @@ macro_rules! log_client {
             tracing::$level!(client = $client.map(tracing::field::display), $($line)*);
         }
     };
-    // Of some no more than the IP address is known.
-    ($level:ident, ip $address:expr, $kind:expr, $($line:tt)*) => {
-        $crate::log::log_client!(@ $level, $address, $address, $kind, $($line)*)
+    // Of some no more than the origin is known.
+    ($level:ident, origin $origin:expr, $kind:expr, $($line:tt)*) => {
+        $crate::log::log_client!(@ $level, $origin, $origin, $kind, $($line)*)
     };
     ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
-        $crate::log::log_client!(@ $level, $peer, $peer.map(|peer| peer.ip()), $kind, $($line)*)
+        $crate::log::log_client!(@ $level, $peer, $peer.map(|peer| peer.origin()), $kind, $($line)*)
     };
 }
 

@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Instant;
 
+use crate::peer::Origin;
 use crate::tuning::log::{RATE_LIMIT_KEYS, RATE_LIMIT_LINES, RATE_LIMIT_WINDOW};
 
 /// What lines are limited by: whom they are about (None: nobody in particular, or one of very many), and a
 /// short name of their kind.
-pub type Key = (Option<IpAddr>, &'static str);
+pub type Key = (Option<Origin>, &'static str);
 
 /// Permits a number of lines of each kind in a window, and counts the rest.
 #[derive(Debug, Default)]
@@ -24,7 +25,7 @@ struct Window {
 
 impl RateLimit {
     /// Whether a line may be logged now.
-    pub fn permit(&mut self, peer: Option<IpAddr>, kind: &'static str, now: Instant) -> bool {
+    pub fn permit(&mut self, peer: Option<Origin>, kind: &'static str, now: Instant) -> bool {
         let key = (peer.map(network), kind);
         let is_told_apart = self.0.len() < RATE_LIMIT_KEYS || self.0.contains_key(&key);
         let key = if is_told_apart { key } else { (None, kind) };
@@ -52,10 +53,12 @@ impl RateLimit {
 }
 
 /// Whoever has one IPv6 address has its whole network of 64 bits.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from(u128::from(address) & !u128::from(u64::MAX)).into(),
-        address => address,
+fn network(origin: Origin) -> Origin {
+    match origin {
+        Origin::Ip(IpAddr::V6(address)) => {
+            IpAddr::from(Ipv6Addr::from(u128::from(address) & !u128::from(u64::MAX))).into()
+        }
+        origin => origin,
     }
 }
 
@@ -67,15 +70,15 @@ mod tests {
     fn a_flood_hides_neither_other_peers_nor_other_kinds_and_is_counted() {
         let now = Instant::now();
         let mut limit = RateLimit::default();
-        let flood: IpAddr = "2001:db8::1".parse().unwrap();
-        let same: IpAddr = "2001:db8::2".parse().unwrap();
-        let other = Some("192.0.2.1".parse().unwrap());
+        let flood = Origin::Ip("2001:db8::1".parse().unwrap());
+        let same = Origin::Ip("2001:db8::2".parse().unwrap());
+        let other = Some(Origin::Ip("192.0.2.1".parse().unwrap()));
         let passed =
             (0..1000).filter(|n| limit.permit(Some(if n % 2 == 0 { flood } else { same }), "magic", now));
         assert_eq!(passed.count(), RATE_LIMIT_LINES as usize);
         assert!(limit.permit(other, "magic", now) && limit.permit(Some(flood), "field", now));
         assert!(limit.end_windows(now).is_empty());
-        let network = Some("2001:db8::".parse().unwrap());
+        let network = Some(Origin::Ip("2001:db8::".parse().unwrap()));
         assert_eq!(
             limit.end_windows(now + RATE_LIMIT_WINDOW),
             [((network, "magic"), 1000 - u64::from(RATE_LIMIT_LINES))]
@@ -87,7 +90,7 @@ mod tests {
     fn very_many_addresses_take_little_memory_and_few_lines() {
         let now = Instant::now();
         let mut limit = RateLimit::default();
-        let addresses = (0..100_000u32).map(|n| Some(IpAddr::from(n.to_be_bytes())));
+        let addresses = (0..100_000u32).map(|n| Some(Origin::Ip(n.to_be_bytes().into())));
         let passed = addresses.filter(|&peer| limit.permit(peer, "magic", now)).count();
         assert!(
             passed <= RATE_LIMIT_KEYS + RATE_LIMIT_LINES as usize && limit.0.len() <= RATE_LIMIT_KEYS + 1

@@ -3,7 +3,6 @@
 //! The main thread has a reactor of its own, for accepting, for signals, and to hear when a worker ends. It
 //! serves nothing itself.
 
-use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
@@ -12,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, ensure};
 use jiff::Timestamp;
-use raio_transport::address::Scheme;
-use raio_transport::keys::PublicKey;
+use raio_transport::handshake::Identity;
 use raio_transport::reactor::{self, DisabledRing, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::transport::AcceptedStream;
 use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
@@ -25,10 +24,11 @@ use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
 use crate::handles::GENERATION_MAX;
-use crate::keys::Keys;
+use crate::keys::{Keys, Revocation};
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
+use crate::peer::PeerAddress;
 use crate::pool::Pool;
 use crate::privileges::{self, User};
 use crate::sandbox::{Grant, Sandbox};
@@ -309,8 +309,14 @@ impl Server {
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
         let keys = keys.map(Arc::new);
         let mut shared = Shared { claim: lock, keys, ..Shared::new(config, exports, sessions)? };
+        if config.is_open_to_others {
+            tracing::warn!(
+                "Clients need no key (--clear): everybody who reaches an address of --listen may open every \
+                 export, and what is sent can be read and changed on its way."
+            );
+        }
         let mut listener = Listener::new(LISTENER);
-        listener.bind(&mut reactor, &config.listen, Scheme::Tcp)?;
+        listener.bind_streams(&mut reactor, &config.listen, shared.keys.is_some())?;
         match &mut sandbox {
             Some(sandbox) => {
                 close_in(sandbox, &mut shared.exports, state.as_deref(), config.keys.as_deref(), has_rdma)?;
@@ -319,7 +325,7 @@ impl Server {
         }
         // Opens the devices.
         let _ = rdma::unavailable();
-        listener.bind(&mut reactor, &config.listen, Scheme::Rdma)?;
+        listener.bind_rdma(&mut reactor, &config.listen)?;
         if let Some(mut sandbox) = sandbox {
             sandbox.filter_calls();
             sandbox.report();
@@ -382,8 +388,9 @@ impl Server {
                     }
                     CHECK => self.check(),
                     EXPIRY => {
-                        let expired = self.shared.keys.as_ref().map(|keys| keys.expired());
-                        self.revoke(expired.unwrap_or_default());
+                        if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
+                            self.revoke(expired);
+                        }
                         self.await_expiry();
                     }
                     SIGNALS => {
@@ -424,7 +431,7 @@ impl Server {
     /// Hands a connection to the worker that has fewest.
     fn place(&mut self, connection: RawConnection) {
         let peer = connection.peer();
-        let permit = match self.limits.connect(peer.map(|peer| peer.ip().to_canonical())) {
+        let permit = match self.limits.connect(peer.map(PeerAddress::origin)) {
             Ok(permit) => permit,
             Err(Excess { text, .. }) => {
                 self.rejected += 1;
@@ -436,7 +443,7 @@ impl Server {
                 );
                 match connection {
                     // To one with TLS it would mean nothing.
-                    RawConnection::Tcp(stream, _) if self.acceptor.is_none() => {
+                    RawConnection::Tcp(stream, _) if !self.is_to_have_key(&stream) => {
                         // As much as the socket takes; nobody waits for a client here.
                         let rejection = self.shared.policy.rejection(libc::EUSERS, &text);
                         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
@@ -452,21 +459,23 @@ impl Server {
         };
         let permit = Arc::new(permit);
         match (connection, &self.acceptor) {
-            (RawConnection::Tcp(stream, peer), Some(acceptor)) => {
+            (RawConnection::Tcp(stream, peer), Some(acceptor)) if self.is_to_have_key(&stream) => {
                 acceptor.begin(Connection { stream, peer, permit })
             }
             (connection, _) => self.hand_over(connection, permit),
         }
     }
 
-    /// Has the sessions of clients end whose keys may do less than before.
-    fn revoke(&self, keys: HashSet<PublicKey>) {
-        if keys.is_empty() {
-            return;
-        }
+    /// Whether the client must show by a key who it is: that of a Unix socket is known.
+    fn is_to_have_key(&self, stream: &AcceptedStream) -> bool {
+        self.acceptor.is_some() && *stream.identity() == Identity::Anonymous
+    }
+
+    /// Has the sessions of clients end that may do less than before.
+    fn revoke(&self, revocation: Revocation) {
         // The table of sessions is that of all workers.
         if let Some(worker) = self.workers.first() {
-            worker.senders.mailbox.send(Mail::Revoke(Arc::new(keys)));
+            worker.senders.mailbox.send(Mail::Revoke(Arc::new(revocation)));
         }
     }
 
@@ -481,15 +490,14 @@ impl Server {
     /// Reads again who may connect.
     fn reread_keys(&self, keys: &Keys) {
         match keys.reread() {
-            Ok(less) => {
+            Ok(revocation) => {
                 say_unknown_exports(keys, &self.shared.exports);
                 tracing::info!(
-                    "Read clients.toml again: {} keys may connect. {} may do less than before, and their \
-                     sessions end.",
-                    keys.len(),
-                    less.len()
+                    "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
+                     than before end.",
+                    keys.len()
                 );
-                self.revoke(less);
+                self.revoke(revocation);
             }
             Err(error) => {
                 tracing::error!(

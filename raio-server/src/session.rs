@@ -7,7 +7,6 @@
 //!
 //! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -19,6 +18,7 @@ use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use rustix::fs::FileType;
 
+use crate::peer::Origin;
 use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
@@ -176,7 +176,7 @@ impl Session {
     }
 
     /// The address that its first connection was from.
-    pub fn address(&self) -> Option<IpAddr> {
+    pub fn address(&self) -> Option<Origin> {
         self.address.as_ref().and_then(|account| account.address())
     }
 

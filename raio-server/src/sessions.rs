@@ -8,20 +8,19 @@
 mod by_address;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Status;
 use raio_transport::handshake::{Identity, Peer};
-use raio_transport::keys::PublicKey;
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 
 use self::by_address::{ByAddress, Key};
 use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
+use crate::peer::Origin;
 use crate::session::{ClosedFile, Session};
 use crate::stats::ChannelCounts;
 use crate::tuning::channels::PARKED_BYTES;
@@ -254,17 +253,17 @@ impl Sessions {
         (joined, effects)
     }
 
-    /// Ends the sessions of clients with these keys, as far as they can be ended now.
-    pub fn revoke(&self, keys: &HashSet<PublicKey>, now: Instant) -> Effects {
+    /// Ends the sessions of these clients, as far as they can be ended now.
+    pub fn revoke(&self, of: impl Fn(&Identity) -> bool, now: Instant) -> Effects {
         let mut effects = Effects::default();
         let mut table = lock(&self.table);
-        let is_one = |of: &Of| matches!(&of.session.identity, Identity::Key(key) if keys.contains(key));
-        let of_keys = table.by_id.iter_mut().filter(|(_, of)| is_one(of)).map(|(&id, of)| {
-            of.session.revoke();
-            of.is_superseded = true;
+        let theirs = table.by_id.iter_mut().filter(|(_, place)| of(&place.session.identity));
+        let revoked = theirs.map(|(&id, place)| {
+            place.session.revoke();
+            place.is_superseded = true;
             id
         });
-        for id in of_keys.collect::<Vec<_>>() {
+        for id in revoked.collect::<Vec<_>>() {
             table.give_up(id, now, &mut effects);
         }
         effects
@@ -362,7 +361,7 @@ impl Sessions {
     }
 
     /// See [`Limits::queue_pair`].
-    pub fn queue_pair(&self, address: Option<IpAddr>, bytes: usize) -> Result<QueuePairPermit, String> {
+    pub fn queue_pair(&self, address: Option<Origin>, bytes: usize) -> Result<QueuePairPermit, String> {
         self.limits.queue_pair(address, bytes)
     }
 
@@ -891,7 +890,9 @@ mod tests {
     fn a_client_that_leaves_very_much_behind_does_not_push_out_what_others_have_left() {
         let limits = limits(9, PARKED_PART * 10 * PARKED_BYTES);
         let mut run = Run::new(4, Arc::clone(&limits));
-        let account = |text: &str| limits.connect(text.parse().ok()).expect("a permit").address().clone();
+        let account = |text: &str| {
+            limits.connect(text.parse().ok().map(Origin::Ip)).expect("a permit").address().clone()
+        };
         let (theirs, greedy) = (account("10.0.0.1"), account("10.0.0.2"));
         let mut leave = |address: &AddressAccount, number, channel, linger| {
             run.serial += 1;

@@ -39,8 +39,7 @@ mod requests;
 mod tests;
 mod tracer;
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::SocketAddr;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -48,7 +47,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use raio_transport::address::Scheme;
 use raio_transport::handshake::{Identity, Policy};
-use raio_transport::keys::PublicKey;
 use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
@@ -61,10 +59,11 @@ use raio_transport::{Status, mux, rdma, tcp};
 use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
-use crate::keys::{Keys, Rights};
+use crate::keys::{Keys, Revocation, Rights};
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
 use crate::orphan_guard::OrphanGuard;
+use crate::peer::{Origin, PeerAddress};
 use crate::placement::Placement;
 use crate::request::State;
 use crate::sessions::{ConnectionName, Sessions};
@@ -178,20 +177,20 @@ pub struct WorkerSenders {
 /// A connection that was accepted, and nothing more.
 #[derive(Debug)]
 pub enum RawConnection {
-    /// A stream socket, and whom it leads to if that is an IP address.
-    Tcp(AcceptedStream, Option<SocketAddr>),
+    /// A stream socket, and whom it leads to if that is known.
+    Tcp(AcceptedStream, Option<PeerAddress>),
     /// One that a worker has passed on to another: its permit there is counted.
-    Passed(AcceptedStream, Option<SocketAddr>),
+    Passed(AcceptedStream, Option<PeerAddress>),
     /// One that a client asks for.
     Rdma(Box<dyn Incoming>),
 }
 
 impl RawConnection {
-    /// The client's address, if it is known and an IP address.
-    pub fn peer(&self) -> Option<SocketAddr> {
+    /// Where the client is, if that is known.
+    pub fn peer(&self) -> Option<PeerAddress> {
         match self {
             Self::Tcp(_, peer) | Self::Passed(_, peer) => *peer,
-            Self::Rdma(incoming) => incoming.peer(),
+            Self::Rdma(incoming) => incoming.peer().map(PeerAddress::Ip),
         }
     }
 }
@@ -212,8 +211,8 @@ pub enum Mail {
     Settle(ConnectionName),
     /// A request that held back others' has ended.
     Orphan,
-    /// These keys may do less than before: the sessions of their clients end.
-    Revoke(Arc<HashSet<PublicKey>>),
+    /// Some clients may do less than before: their sessions end.
+    Revoke(Arc<Revocation>),
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -375,10 +374,11 @@ impl Worker {
         if rdma::unavailable().is_none() {
             let (charging, counting) = (Arc::clone(&shared), Arc::clone(&counters));
             let memory: QueuePairMemory = Box::new(move |address, bytes| {
-                let permit = charging.sessions.queue_pair(address, bytes).inspect_err(|text| {
+                let origin = address.map(Origin::from);
+                let permit = charging.sessions.queue_pair(origin, bytes).inspect_err(|text| {
                     counting.rejected_queue_pairs.add(1);
                     let kind = "queue pairs that were rejected";
-                    log_client!(info, ip address, kind, "A queue pair was rejected. {text}");
+                    log_client!(info, origin origin, kind, "A queue pair was rejected. {text}");
                 })?;
                 Ok(Box::new(permit))
             });
@@ -541,7 +541,7 @@ impl Worker {
                 Mail::Fence(connection) => self.close_fenced(connection),
                 Mail::Settle(connection) => self.settle(connection),
                 Mail::Orphan => self.release_held(),
-                Mail::Revoke(keys) => self.revoke(&keys),
+                Mail::Revoke(revocation) => self.revoke(&revocation),
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;

@@ -64,28 +64,35 @@ impl Options {
         Ok(if self.yes || self.key.is_some() { Step::Pin } else { Step::Ask })
     }
 
-    /// The server's address, if it makes sense.
-    fn address(&self) -> Result<Address, Failure> {
+    /// The server's address with its host and port, if it makes sense.
+    fn server(&self) -> Result<(Address, (String, u16)), Failure> {
         let address: Address = self.url.parse().map_err(|error: Error| Failure::usage(sentence(&error)))?;
-        if address.scheme == Scheme::Rdma {
+        if address.scheme() == Scheme::Rdma {
             return Err(Failure::usage(format!(
                 "{} asks for RDMA, by which no key is shown. Write raio://HOST:PORT.",
                 self.url
             )));
         }
-        if address.port == 0 {
-            return Err(Failure::usage(format!(
+        match address.host() {
+            Some((_, 0)) => Err(Failure::usage(format!(
                 "{} names port 0. Give the port that raio_server printed.",
                 self.url
-            )));
+            ))),
+            Some((host, port)) => {
+                let host = host.to_owned();
+                Ok((address, (host, port)))
+            }
+            None => Err(Failure::usage(format!(
+                "{} is a Unix socket, which needs no key: the kernel says who is there.",
+                self.url
+            ))),
         }
-        Ok(address)
     }
 }
 
 /// Has this client trust a server.
 pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
-    let address = options.address()?;
+    let (address, (host, port)) = options.server()?;
     if !options.yes && options.key.is_none() && !std::io::stdin().is_terminal() {
         return Err(Failure::usage(
             "There is no terminal to ask at. Give the key that the server must have with --key, or --yes to \
@@ -94,7 +101,7 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
     }
     let trusted = match directory.path().try_exists() {
         Ok(false) => Vec::new(),
-        _ => directory.trusted(&address.host, address.port)?,
+        _ => directory.trusted(&host, port)?,
     };
     let own = match directory.key() {
         Ok(key) => Some(key),
@@ -112,7 +119,7 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
             if step == Step::Ask && !ask()? {
                 return Err(Failure::new("Nothing was changed."));
             }
-            directory.pin(&address.host, address.port, found)?;
+            directory.pin(&host, port, found)?;
             eprintln!("It is trusted from now on: {}.", directory.servers_file().display());
         }
         Err(Rejection::Unexpected) => {
@@ -235,14 +242,17 @@ mod tests {
 
     #[test]
     fn servers_that_show_no_key_are_refused_before_anything_is_sent() {
-        for (url, why) in
-            [("h", "has no scheme"), ("raio+rdma://h", "asks for RDMA"), ("raio://h:0", "names port 0")]
-        {
-            let failure = Options { url: url.into(), ..options() }.address().unwrap_err();
+        for (url, why) in [
+            ("h", "has no scheme"),
+            ("raio+rdma://h", "asks for RDMA"),
+            ("raio://h:0", "names port 0"),
+            ("unix:///x", "needs no key"),
+        ] {
+            let failure = Options { url: url.into(), ..options() }.server().unwrap_err();
             assert!(failure.to_string().contains(why), "{url}: {failure}");
             assert_eq!(failure.exit_code(), std::process::ExitCode::from(2), "{url}");
         }
-        let address = Options { url: "raio://[::1]".into(), ..options() }.address().unwrap();
+        let (address, _) = Options { url: "raio://[::1]".into(), ..options() }.server().unwrap();
         assert_eq!(shown(&address), "[::1]:7240");
     }
 }

@@ -1,12 +1,12 @@
 //! Which transport a client connects by, and the way there.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 
-use crate::address::Scheme;
+use crate::address::{Endpoint, Scheme};
 use crate::connecting::{Awaited, Connecting, finish, sleep};
 use crate::error::Error;
 use crate::handshake::{Grant, Offer};
@@ -28,15 +28,15 @@ pub struct Reached {
     pub why_tcp: Option<String>,
 }
 
-/// Connects to the server at `address`, over the transports that `scheme` allows, and shakes hands, by
+/// Connects to the server at `endpoint`, over the transports that `scheme` allows, and shakes hands, by
 /// `deadline`. Waits for it; a [`Dial`] does not.
 pub fn connect(
     scheme: Scheme,
-    address: SocketAddr,
+    endpoint: impl Into<Endpoint>,
     offer: &Offer,
     deadline: Instant,
 ) -> Result<Reached, Error> {
-    let mut dial = Dial::begin(scheme, address, offer, Instant::now(), deadline);
+    let mut dial = Dial::begin(scheme, endpoint, offer, Instant::now(), deadline);
     loop {
         if let Some(outcome) = dial.step(Instant::now()) {
             return outcome;
@@ -66,7 +66,7 @@ pub fn upgrade(
 /// loads RDMA's libraries and opens the devices. See `src/rdma/client/connect.rs` for what is waited for
 /// otherwise.
 pub struct Dial {
-    address: SocketAddr,
+    endpoint: Endpoint,
     /// With the epoch of the connection that is tried now.
     offer: Offer,
     deadline: Instant,
@@ -93,17 +93,18 @@ enum State {
 }
 
 impl Dial {
-    /// Connects to the server at `address`, over the transports that `scheme` allows, and shakes hands, by
-    /// `deadline`. Nothing is done before the first step, which is due now.
+    /// Connects to the server at `endpoint`, over the transports that `scheme` allows, and shakes hands, by
+    /// `deadline`. A Unix socket is one whatever the scheme. Nothing is done before the first step, which is
+    /// due now.
     pub fn begin(
         scheme: Scheme,
-        address: SocketAddr,
+        endpoint: impl Into<Endpoint>,
         offer: &Offer,
         now: Instant,
         deadline: Instant,
     ) -> Self {
         Self {
-            address,
+            endpoint: endpoint.into(),
             offer: offer.clone(),
             deadline,
             begun: now,
@@ -156,57 +157,58 @@ impl Dial {
 
     fn go_on(&mut self, now: Instant) -> Result<Option<Reached>, Error> {
         loop {
-            let transport = match &mut self.state {
-                State::Unopened(scheme) => {
-                    self.state = match scheme {
-                        Scheme::Any => self.any(),
-                        Scheme::Rdma if self.offer.tls.is_some() => {
-                            return Err(Error::Unsupported(RDMA_IS_CLEAR.into()));
-                        }
-                        Scheme::Rdma => {
-                            State::Rdma(rdma::dial(self.address, None, &self.offer, self.deadline))
-                        }
-                        Scheme::Tcp => self.tcp(),
-                    };
-                    continue;
-                }
-                State::Rdma(dial) => dial.step(now).transpose()?,
-                State::Tcp(dial) => dial.step(now).transpose()?.map(|stream| Box::new(stream) as _),
-                State::Stream(dial) => match dial.step(now).transpose()? {
-                    None => None,
-                    Some(stream) if stream.grant().queue_pair => {
-                        self.state = State::Moving(Upgrade {
-                            make_queue_pair: self.make_queue_pair,
-                            ..Upgrade::new(Box::new(stream), self.deadline)
-                        });
+            let transport =
+                match &mut self.state {
+                    State::Unopened(scheme) => {
+                        self.state = match (scheme, &self.endpoint) {
+                            (Scheme::Rdma, _) if self.offer.tls.is_some() => {
+                                return Err(Error::Unsupported(RDMA_IS_CLEAR.into()));
+                            }
+                            (Scheme::Rdma, &Endpoint::Ip(address)) => {
+                                State::Rdma(rdma::dial(address, None, &self.offer, self.deadline))
+                            }
+                            (Scheme::Any, Endpoint::Ip(_)) => self.any(),
+                            (Scheme::Any | Scheme::Rdma, Endpoint::Unix(_))
+                            | (Scheme::Tcp | Scheme::Unix, _) => self.tcp(),
+                        };
                         continue;
                     }
-                    Some(stream) => {
-                        self.stays(&"the server has no RDMA, or will not use it; see its log");
-                        Some(Box::new(stream) as _)
-                    }
-                },
-                State::Moving(upgrade) => match upgrade.step(now) {
-                    None => None,
-                    Some(Ok(transport)) => Some(transport),
-                    Some(Err((stream, error))) => {
-                        match &error {
-                            Error::Rejected { text, .. } => {
-                                self.stays(&format_args!("the server says: {}", text.trim_end_matches('.')))
-                            }
-                            error => self.stays(error),
+                    State::Rdma(dial) => dial.step(now).transpose()?,
+                    State::Tcp(dial) => dial.step(now).transpose()?.map(|stream| Box::new(stream) as _),
+                    State::Stream(dial) => match dial.step(now).transpose()? {
+                        None => None,
+                        Some(stream) if stream.grant().queue_pair => {
+                            self.state = State::Moving(Upgrade {
+                                make_queue_pair: self.make_queue_pair,
+                                ..Upgrade::new(Box::new(stream), self.deadline)
+                            });
+                            continue;
                         }
-                        match stream {
-                            Some(stream) => Some(stream as _),
-                            None => {
-                                self.state = self.anew();
-                                continue;
+                        Some(stream) => {
+                            self.stays(&"the server has no RDMA, or will not use it; see its log");
+                            Some(Box::new(stream) as _)
+                        }
+                    },
+                    State::Moving(upgrade) => match upgrade.step(now) {
+                        None => None,
+                        Some(Ok(transport)) => Some(transport),
+                        Some(Err((stream, error))) => {
+                            match &error {
+                                Error::Rejected { text, .. } => self
+                                    .stays(&format_args!("the server says: {}", text.trim_end_matches('.'))),
+                                error => self.stays(error),
+                            }
+                            match stream {
+                                Some(stream) => Some(stream as _),
+                                None => {
+                                    self.state = self.anew();
+                                    continue;
+                                }
                             }
                         }
-                    }
-                },
-                State::Over => None,
-            };
+                    },
+                    State::Over => None,
+                };
             let Some(transport) = transport else { return Ok(None) };
             let why_tcp = self.why_tcp.take();
             if let Some(why) = &why_tcp {
@@ -224,13 +226,13 @@ impl Dial {
             }
             None => {
                 let offer = Offer { queue_pair: true, ..self.offer.clone() };
-                State::Stream(TcpDial::new(self.address, &offer, self.deadline))
+                State::Stream(TcpDial::new(self.endpoint.clone(), &offer, self.deadline))
             }
         }
     }
 
     fn tcp(&self) -> State {
-        State::Tcp(TcpDial::new(self.address, &self.offer, self.deadline))
+        State::Tcp(TcpDial::new(self.endpoint.clone(), &self.offer, self.deadline))
     }
 
     /// After a connection that could neither move nor stay: the server knows its epoch.
@@ -335,9 +337,9 @@ impl Connecting for Upgrade {
         loop {
             self.state = match std::mem::replace(&mut self.state, UpgradeState::Over) {
                 UpgradeState::Stream(mut stream) => {
-                    let local = stream.local_address();
+                    let local = stream.local_ip();
                     let grant = stream.grant().on_queue_pair();
-                    let made = local.and_then(|local| (self.make_queue_pair)(local.ip(), &grant));
+                    let made = local.and_then(|local| (self.make_queue_pair)(local, &grant));
                     let (ours, connect) = match made {
                         Ok(made) => made,
                         Err(error) => return Some(Err((Some(stream), error))),

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut, Range};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -14,12 +15,14 @@ use super::core::words_for;
 use super::outbox::{Outbox, SpareBatches};
 use super::{ConnectionCore, Control, Due, Phase};
 use crate::error::{Status, Violation};
-use crate::handshake::{Peer, Policy};
+use crate::handshake::{Identity, Peer, Policy};
 use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{LoopClock, SendBatch};
 use crate::records::Records;
-use crate::transport::{ALIVE_FOR, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent};
+use crate::transport::{
+    ALIVE_FOR, AcceptedStream, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent,
+};
 use crate::tuning::{
     BODY_COUNTED_MIN, DIRECT_BYTES_MIN, HEAP_BASE, HEAP_MESSAGES, HEAP_PART, LARGE_RECEIVE_BYTES,
     LARGE_RECEIVE_FOR, LARGE_RECEIVES_MAX, PROGRESS_BYTES_MIN, PROGRESS_PART, REQUEST_HEAP, SEAL_BYTES_MAX,
@@ -230,6 +233,8 @@ fn progress_due(held_bytes: usize) -> u64 {
 pub(crate) struct StreamConnection<B> {
     core: ConnectionCore<StreamRequest>,
     records: Records,
+    /// Who the peer is.
+    identity: Identity,
     /// What has come of the hello.
     hello: Vec<u8>,
     /// It was passed on to here, and stays.
@@ -273,6 +278,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         id: ConnectionId,
         policy: &Policy,
         records: Records,
+        identity: Identity,
         is_placed: bool,
         may_move: bool,
         clock: &LoopClock,
@@ -280,6 +286,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         Self {
             core: ConnectionCore::new(id, policy, clock),
             records,
+            identity,
             hello: Vec::new(),
             is_placed,
             may_move,
@@ -317,14 +324,16 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         self.outbox.is_sending()
     }
 
-    /// Whether it may become a queue pair, if the server makes such.
-    pub fn may_move(&self) -> bool {
-        self.may_move
-    }
-
-    /// Its record layer, for the one that it is passed on to.
-    pub fn take_records(&mut self) -> Records {
-        std::mem::replace(&mut self.records, Records::Clear)
+    /// What the one needs that it is passed on to, with its hello.
+    pub fn pass_on(&mut self, socket: Arc<OwnedFd>, hello: Vec<u8>) -> AcceptedStream {
+        AcceptedStream {
+            socket,
+            records: std::mem::replace(&mut self.records, Records::Clear),
+            identity: self.identity.clone(),
+            received: hello,
+            is_passed: true,
+            may_move: self.may_move,
+        }
     }
 
     /// Whether it has ended, and nothing that was started for it is still under way.
@@ -484,7 +493,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
             Ok(Parsed::Need(_)) => self.fail(shared, clock, Violation::HandshakeTooLong),
             Err(violation) => self.fail(shared, clock, violation),
             Ok(Parsed::Item((peer, welcome), taken)) => {
-                let peer = peer.known_as(self.records.identity());
+                let peer = peer.known_as(&self.identity);
                 if !self.is_placed
                     && let Some(to) = (shared.route)(&peer)
                 {

@@ -10,7 +10,6 @@ use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 use crate::connecting::{Awaited, Connecting};
 use crate::error::{Error, Status};
 use crate::handshake::Policy;
-use crate::records::Records;
 use crate::tls::{Handshake, ServerTls};
 use crate::transport::AcceptedStream;
 use crate::tuning::{TLS_READ_ON_FOR as READ_ON_FOR, TLS_RECEIVE_BYTES as RECEIVE_BYTES};
@@ -90,7 +89,6 @@ impl Accepting {
                         Ok(false) => State::ShakingHands(handshake),
                         Ok(true) => {
                             let (records, received) = handshake.into_records()?;
-                            let records = Records::Tls(Box::new(records));
                             let stream = Arc::clone(&self.stream);
                             return Ok(Some(AcceptedStream::secured(stream, records, received)));
                         }

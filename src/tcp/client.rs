@@ -11,15 +11,18 @@
 mod dial;
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use socket2::Socket;
 
 pub use dial::TcpDial;
 
+use crate::address::Endpoint;
 use crate::client::{Core, Exposed, Wait, timespec};
 use crate::connecting::finish;
 use crate::error::{Error, Status, Violation};
@@ -41,7 +44,7 @@ const RESET_HINT: &str =
 /// A connection to a server over TCP.
 #[derive(Debug)]
 pub struct TcpClient {
-    stream: TcpStream,
+    stream: Socket,
     records: Records,
     core: Core,
     /// The socket took no more at the last try.
@@ -64,14 +67,14 @@ pub struct TcpClient {
 }
 
 impl TcpClient {
-    /// Connects to the server at `address` and shakes hands, by `deadline`. Waits for it; [`TcpDial`] does
+    /// Connects to the server at `endpoint` and shakes hands, by `deadline`. Waits for it; [`TcpDial`] does
     /// not.
-    pub fn connect(address: SocketAddr, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
-        finish(&mut TcpDial::new(address, offer, deadline))
+    pub fn connect(endpoint: impl Into<Endpoint>, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
+        finish(&mut TcpDial::new(endpoint, offer, deadline))
     }
 
-    /// Shakes hands over a stream that is connected, by `deadline`. Waits for it.
-    pub fn from_stream(stream: TcpStream, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
+    /// Shakes hands over a stream socket that is connected, by `deadline`. Waits for it.
+    pub fn from_stream(stream: impl Into<Socket>, offer: &Offer, deadline: Instant) -> Result<Self, Error> {
         finish(&mut TcpDial::over(stream, offer, deadline))
     }
 
@@ -81,10 +84,14 @@ impl TcpClient {
         self.clock = clock;
     }
 
-    /// Its own address.
-    pub fn local_address(&self) -> Result<SocketAddr, Error> {
+    /// Its own IP address.
+    pub fn local_ip(&self) -> Result<IpAddr, Error> {
         let address = self.stream.local_addr();
-        address.map_err(|source| Error::io("Cannot find out the connection's address", source))
+        let address = address.and_then(|address| address.as_socket().ok_or(Errno::AFNOSUPPORT.into()));
+        match address {
+            Ok(address) => Ok(address.ip()),
+            Err(source) => Err(Error::io("Cannot find out the connection's address", source)),
+        }
     }
 
     /// Tells the server where this side's end of a queue pair is, and lets it tell where the server's is:
@@ -137,7 +144,7 @@ impl TcpClient {
             let _ = abort_on_close(&self.stream, false);
         } else {
             // Dissolving the association resets it, also while a forked child keeps the socket open. Only TCP
-            // knows that.
+            // knows that. What a Unix socket has in it stays there, but its peer sees the end before that.
             let _ = rustix::net::connect_unspec(&self.stream);
         }
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -411,7 +418,7 @@ impl ClientTransport for TcpClient {
     }
 
     fn local_port(&self) -> Option<u16> {
-        self.local_address().ok().map(|address| address.port())
+        Some(self.stream.local_addr().ok()?.as_socket()?.port())
     }
 }
 
@@ -431,13 +438,13 @@ fn abort_on_close(socket: impl AsFd, aborts: bool) -> io::Result<()> {
 }
 
 /// Whether there is something to be received, or the stream has ended.
-fn has_arrived(stream: &TcpStream) -> bool {
+fn has_arrived(stream: &Socket) -> bool {
     let received = rustix::net::recv(stream, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
     !matches!(received, Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR))
 }
 
 /// Sends; a stream that is closed gives EPIPE and no signal.
-fn send(stream: &TcpStream, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+fn send(stream: &Socket, slices: &[IoSlice<'_>]) -> io::Result<usize> {
     Ok(rustix::net::sendmsg(stream, slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
 }
 

@@ -22,7 +22,6 @@ use crate::message::QueuePairAddress;
 use crate::reactor::{
     Event, File, LoopClock, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
 };
-use crate::records::Records;
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
 use crate::transport::{
     Accepted, AcceptedStream, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
@@ -204,9 +203,9 @@ impl TcpServer {
     }
 
     /// Takes over a connection, and reads its handshake. Returns its name in later events.
-    pub fn adopt(&mut self, reactor: &mut Reactor, stream: AcceptedStream) -> ConnectionId {
-        let id = self.insert(reactor, &stream.socket, stream.records, stream.is_passed, stream.may_move);
-        let (received, is_passed) = (stream.received, stream.is_passed);
+    pub fn adopt(&mut self, reactor: &mut Reactor, mut stream: AcceptedStream) -> ConnectionId {
+        let (received, is_passed) = (std::mem::take(&mut stream.received), stream.is_passed);
+        let id = self.insert(reactor, stream);
         self.with(reactor, id, |connection, shared, reactor| {
             if is_passed {
                 connection.stream.on_hello(received, shared, reactor.clock());
@@ -217,15 +216,9 @@ impl TcpServer {
         id
     }
 
-    fn insert(
-        &mut self,
-        reactor: &mut Reactor,
-        socket: &Arc<OwnedFd>,
-        records: Records,
-        is_placed: bool,
-        may_move: bool,
-    ) -> ConnectionId {
-        // Neither matters to a socket that is no TCP socket (a test's socket pair).
+    fn insert(&mut self, reactor: &mut Reactor, stream: AcceptedStream) -> ConnectionId {
+        let socket = &stream.socket;
+        // None of this matters to a Unix socket.
         let _ = sockopt::set_tcp_nodelay(socket, true);
         // An idle peer whose host has died is found by the kernel: the protocol does not ask idle clients to
         // speak.
@@ -244,15 +237,16 @@ impl TcpServer {
         let entry = &mut self.entries[index as usize];
         let id = ConnectionId { transport: self.owner, index, generation: entry.generation };
         entry.connection = Some(Box::new(Connection {
+            socket: reactor.file(Arc::clone(socket)),
             stream: StreamConnection::new(
                 id,
                 &self.shared.policy,
-                records,
-                is_placed,
-                may_move,
+                stream.records,
+                stream.identity,
+                stream.is_passed,
+                stream.may_move,
                 reactor.clock(),
             ),
-            socket: reactor.file(Arc::clone(socket)),
             held: None,
             timer: None,
             is_watched: false,
@@ -333,13 +327,7 @@ impl TcpServer {
         let Some(connection) = entry(&mut self.entries, id) else { return };
         match connection.stream.poll_close() {
             Some(Close::PassOn(to, hello)) => {
-                let stream = AcceptedStream {
-                    socket: connection.socket.descriptor(),
-                    records: connection.stream.take_records(),
-                    received: hello,
-                    is_passed: true,
-                    may_move: connection.stream.may_move(),
-                };
+                let stream = connection.stream.pass_on(connection.socket.descriptor(), hello);
                 self.passed.push_back(Passed { connection: id, to, stream });
             }
             Some(how) => connection.close(&how),
@@ -575,9 +563,12 @@ impl ServerTransport for TcpServer {
     fn is_delivered(&self) -> bool {
         // What a peer sends from then on is answered with a reset. It can read the goaway all the same.
         let has_arrived = |connection: &Connection| {
-            let info = || TcpInfo::of(&connection.socket);
-            connection.stream.has_said_all()
-                && info().is_ok_and(|info| info.unacked == 0 && info.unsent_bytes == 0)
+            // What is sent over a Unix socket has arrived.
+            let is_acked = || match TcpInfo::of(&connection.socket) {
+                Ok(info) => info.unacked == 0 && info.unsent_bytes == 0,
+                Err(_) => true,
+            };
+            connection.stream.has_said_all() && is_acked()
         };
         let mut all = self.entries.iter().filter_map(|entry| entry.connection.as_deref());
         all.all(|connection| connection.stream.upgraded_to().is_some() || has_arrived(connection))

@@ -6,11 +6,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use raio_transport::credentials::Credentials;
 use raio_transport::error::{Error, Status};
 use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
@@ -39,6 +41,8 @@ pub enum Transport {
     TcpEpoll,
     /// TLS over TCP, and io_uring.
     Tls,
+    /// A Unix socket, and io_uring.
+    Unix,
     Rdma,
     /// A TCP connection that moves to a queue pair after the handshake.
     RdmaAfterTcp,
@@ -49,8 +53,17 @@ impl Transport {
     pub const TCP: [Self; 3] = [Self::TcpUring, Self::TcpSpinning, Self::TcpEpoll];
 
     /// Whether it is a stream from beginning to end.
-    pub fn is_tcp(self) -> bool {
-        Self::TCP.contains(&self) || self == Self::Tls
+    pub fn is_stream(self) -> bool {
+        Self::TCP.contains(&self) || matches!(self, Self::Tls | Self::Unix)
+    }
+
+    /// Both ends of a stream: a client's, and a server's.
+    pub fn stream_pair(self) -> (TcpStream, TcpStream) {
+        match self {
+            Self::RdmaAfterTcp => tcp_pair_by_rdma(),
+            Self::Unix => unix_pair(),
+            _ => tcp_pair(),
+        }
     }
 
     pub fn is_rdma(self) -> bool {
@@ -312,8 +325,7 @@ impl Server {
 
     /// A stream to the server.
     pub fn stream(&self) -> TcpStream {
-        let (client, server) =
-            if self.transport == Transport::RdmaAfterTcp { tcp_pair_by_rdma() } else { tcp_pair() };
+        let (client, server) = self.transport.stream_pair();
         self.serve(server);
         if self.transport == Transport::Tls { unsealed(client, tls_peer::client()) } else { client }
     }
@@ -321,7 +333,12 @@ impl Server {
     /// Gives the server its end of a stream, non-blocking.
     pub fn serve(&self, stream: TcpStream) {
         if self.transport != Transport::Tls {
-            return self.adopt(Wire::Stream(AcceptedStream::new(OwnedFd::from(stream))));
+            let mut stream = AcceptedStream::new(OwnedFd::from(stream));
+            if self.transport == Transport::Unix {
+                let user = Credentials::of_peer(stream.socket()).unwrap();
+                stream = stream.of_user(user);
+            }
+            return self.adopt(Wire::Stream(stream));
         }
         let next = self.next.fetch_add(1, Ordering::Relaxed) % self.workers.len();
         let sender = self.workers[next].sender.clone();
@@ -447,6 +464,13 @@ pub fn tcp_pair() -> (TcpStream, TcpStream) {
 /// The same, between addresses of RDMA devices.
 pub fn tcp_pair_by_rdma() -> (TcpStream, TcpStream) {
     tcp_pair_at(rdma_addresses()[0])
+}
+
+/// The two ends of a Unix socket: no test asks them what only TCP knows.
+fn unix_pair() -> (TcpStream, TcpStream) {
+    let (client, server) = UnixStream::pair().unwrap();
+    server.set_nonblocking(true).unwrap();
+    (OwnedFd::from(client).into(), OwnedFd::from(server).into())
 }
 
 fn tcp_pair_at(address: Ipv4Addr) -> (TcpStream, TcpStream) {

@@ -223,13 +223,13 @@ contract! {
         let (mut raw, _) = Raw::open_client(&server, &Offer::new("curious"));
         for round in 0..20 {
             for id in 0..50 {
-                if !transport.is_tcp() && id >= 20 {
+                if !transport.is_stream() && id >= 20 {
                     // It has no more receives posted; a stream would just wait.
                     break;
                 }
                 raw.send(&encoded(|out| message::encode_ping(round * 50 + id, false, out)));
             }
-            for id in 0..if !transport.is_tcp() { 20 } else { 50 } {
+            for id in 0..if !transport.is_stream() { 20 } else { 50 } {
                 assert_eq!(raw.next(), crate::raw::Got::Pong(round * 50 + id));
             }
         }

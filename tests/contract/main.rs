@@ -1,6 +1,6 @@
 //! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP
-//! over io_uring, with spinning and without, TCP over epoll, TLS, RDMA by rdma_cm and RDMA that began as TCP
-//! where there is a device. A test is written once, with [`contract!`], and appears seven times.
+//! over io_uring, with spinning and without, TCP over epoll, TLS, Unix sockets, RDMA by rdma_cm and RDMA that
+//! began as TCP where there is a device. A test is written once, with [`contract!`], and appears eight times.
 //!
 //! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread)
 //! and [`raw`] a peer that can misbehave. The server's handler asserts that credits are never exceeded, in
@@ -42,6 +42,13 @@ macro_rules! contract {
                 fn tls() {
                     if crate::harness::has_io_uring() {
                         super::$name(crate::harness::Transport::Tls);
+                    }
+                }
+
+                #[test]
+                fn unix() {
+                    if crate::harness::has_io_uring() {
+                        super::$name(crate::harness::Transport::Unix);
                     }
                 }
 

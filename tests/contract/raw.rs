@@ -13,9 +13,7 @@ use raio_transport::message::{
 use raio_transport::transport::ClientTransport;
 use raio_transport::{loopback, mux, rdma, tcp};
 
-use crate::harness::{
-    Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair, tcp_pair_by_rdma,
-};
+use crate::harness::{Client, PATIENCE, Server, Transport, rdma_listener, rdma_source, tcp_pair_by_rdma};
 use crate::rdma_end::{self, End};
 use crate::tls_peer;
 
@@ -250,9 +248,10 @@ impl Raw {
                 (thread, Self::new(Wire::Tcp(ours, Vec::new())))
             }
             _ => {
-                let (theirs, mut ours) = tcp_pair();
+                let (theirs, mut ours) = transport.stream_pair();
                 ours.set_nonblocking(false).unwrap();
-                ours.set_nodelay(true).unwrap();
+                // A Unix socket has no such option.
+                let _ = ours.set_nodelay(true);
                 let mut offer = offer;
                 if transport == Transport::Tls {
                     offer.tls = Some(tls_peer::client_tls());

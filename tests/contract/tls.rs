@@ -26,7 +26,8 @@ type Accepted = JoinHandle<Result<Identity, Error>>;
 /// A client that connects with this to a server with that, and what both say.
 fn connect(client: Option<ClientTls>, server: ServerTls) -> (Result<TcpClient, Error>, Accepted) {
     let (ours, theirs) = tcp_pair();
-    let accepted = std::thread::spawn(move || accept(theirs, &server).map(|stream| stream.identity()));
+    let accepted =
+        std::thread::spawn(move || accept(theirs, &server).map(|stream| stream.identity().clone()));
     let offer = Offer { tls: client, ..Offer::new("test") };
     (TcpClient::from_stream(ours, &offer, Instant::now() + PATIENCE), accepted)
 }

@@ -1,10 +1,11 @@
 //! Calls on sessions.
 
-use std::ffi::{c_char, c_int, c_uint};
+use std::ffi::{OsStr, c_char, c_int, c_uint};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-use raio_transport::address::Scheme;
+use raio_transport::address::{Endpoint, Scheme};
 
 use super::abi::{OPT_CRC, OPT_NO_CRC, OPT_NO_KEYS, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
 use super::descriptor;
@@ -35,11 +36,12 @@ pub unsafe extern "C" fn raio_start(
         let scheme = match transport {
             b"tcp" => Scheme::Tcp,
             b"rdma" => Scheme::Rdma,
+            b"unix" => Scheme::Unix,
             _ => {
                 return Err(Error::call(
                     libc::EPROTONOSUPPORT,
                     format!(
-                        "Transport {:?} is unknown. Use \"tcp\" or \"rdma\".",
+                        "Transport {:?} is unknown. Use \"tcp\", \"rdma\" or \"unix\".",
                         String::from_utf8_lossy(transport)
                     ),
                 ));
@@ -47,6 +49,12 @@ pub unsafe extern "C" fn raio_start(
         };
         // SAFETY: the caller vouches for `addrlen` bytes, and `socket_address` reads no more.
         let address = unsafe { socket_address(addr, addrlen as usize) }?;
+        if (scheme == Scheme::Unix) != (address.ip().is_none()) {
+            return Err(invalid(
+                "The transport and the address do not fit. Pass a struct sockaddr_un with \"unix\", and with \
+                 no other.",
+            ));
+        }
         Ok(descriptor::add_session(Session::connect_to(scheme, address, &Options::default())?))
     })
 }
@@ -55,10 +63,11 @@ pub unsafe extern "C" fn raio_start(
 ///
 /// # Safety
 /// `addr` points at `len` readable bytes, or `len` is not one that an address can have.
-pub(super) unsafe fn socket_address(addr: *const libc::sockaddr, len: usize) -> Result<SocketAddr, Error> {
+pub(super) unsafe fn socket_address(addr: *const libc::sockaddr, len: usize) -> Result<Endpoint, Error> {
     let wrong = || {
         invalid(format!(
-            "The address cannot be {len} bytes long. Pass the size of its struct sockaddr_in or sockaddr_in6."
+            "The address cannot be {len} bytes long. Pass the size of its struct sockaddr_in, sockaddr_in6 \
+             or sockaddr_un."
         ))
     };
     if len < size_of::<libc::sa_family_t>() || len > size_of::<libc::sockaddr_storage>() {
@@ -71,18 +80,31 @@ pub(super) unsafe fn socket_address(addr: *const libc::sockaddr, len: usize) -> 
             // SAFETY: there are enough bytes for one, and its fields are integers.
             let v4 = unsafe { addr.cast::<libc::sockaddr_in>().read_unaligned() };
             let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
-            Ok(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into())
+            Ok(SocketAddr::from(SocketAddrV4::new(ip, u16::from_be(v4.sin_port))).into())
         }
         libc::AF_INET6 if len >= size_of::<libc::sockaddr_in6>() => {
             // SAFETY: as above.
             let v6 = unsafe { addr.cast::<libc::sockaddr_in6>().read_unaligned() };
             let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-            Ok(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), v6.sin6_flowinfo, v6.sin6_scope_id).into())
+            let (port, flow) = (u16::from_be(v6.sin6_port), v6.sin6_flowinfo);
+            Ok(SocketAddr::from(SocketAddrV6::new(ip, port, flow, v6.sin6_scope_id)).into())
         }
-        libc::AF_INET | libc::AF_INET6 => Err(wrong()),
+        libc::AF_UNIX if len <= size_of::<libc::sockaddr_un>() => {
+            // SAFETY: the caller vouches for `len` bytes, of which those behind the family are the path.
+            let path = unsafe {
+                let path = addr.cast::<u8>().add(size_of::<libc::sa_family_t>());
+                std::slice::from_raw_parts(path, len - size_of::<libc::sa_family_t>())
+            };
+            let path = path.split(|&byte| byte == 0).next().unwrap_or_default();
+            if path.is_empty() {
+                return Err(invalid("The address has no path. Pass that of the server's Unix socket."));
+            }
+            Ok(Endpoint::Unix(OsStr::from_bytes(path).into()))
+        }
+        libc::AF_INET | libc::AF_INET6 | libc::AF_UNIX => Err(wrong()),
         other => Err(Error::call(
             libc::EAFNOSUPPORT,
-            format!("Address family {other} is not supported. Use AF_INET or AF_INET6."),
+            format!("Address family {other} is not supported. Use AF_INET, AF_INET6 or AF_UNIX."),
         )),
     }
 }

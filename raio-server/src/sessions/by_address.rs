@@ -3,8 +3,9 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
 use std::time::Instant;
+
+use crate::peer::Origin;
 
 /// A time, and what tells those of the same time apart.
 pub type Key = (Instant, u64);
@@ -13,10 +14,10 @@ pub type Key = (Instant, u64);
 #[derive(Debug)]
 #[cfg_attr(test, derive(Clone))]
 pub struct ByAddress<T> {
-    shares: HashMap<Option<IpAddr>, Share<T>>,
+    shares: HashMap<Option<Origin>, Share<T>>,
     /// The shares in the order in which they are to have less: the largest first, and of those of one size
     /// that with the earliest key.
-    order: BTreeSet<(Reverse<usize>, Key, Option<IpAddr>)>,
+    order: BTreeSet<(Reverse<usize>, Key, Option<Origin>)>,
     size: usize,
     len: usize,
 }
@@ -37,7 +38,7 @@ impl<T> Default for ByAddress<T> {
 
 impl<T> ByAddress<T> {
     /// Enters a thing, in place of the one with this key if there is one.
-    pub fn insert(&mut self, address: Option<IpAddr>, key: Key, size: usize, thing: T) {
+    pub fn insert(&mut self, address: Option<Origin>, key: Key, size: usize, thing: T) {
         self.remove(address, key);
         self.change(address, |share| {
             share.things.insert(key, (size, thing));
@@ -48,7 +49,7 @@ impl<T> ByAddress<T> {
     }
 
     /// Takes a thing out, if it is there.
-    pub fn remove(&mut self, address: Option<IpAddr>, key: Key) {
+    pub fn remove(&mut self, address: Option<Origin>, key: Key) {
         let share = self.shares.get(&address);
         let Some(&(size, _)) = share.and_then(|share| share.things.get(&key)) else { return };
         self.change(address, |share| {
@@ -60,7 +61,7 @@ impl<T> ByAddress<T> {
     }
 
     /// Changes an address's share, and keeps the order.
-    fn change(&mut self, address: Option<IpAddr>, change: impl FnOnce(&mut Share<T>)) {
+    fn change(&mut self, address: Option<Origin>, change: impl FnOnce(&mut Share<T>)) {
         let share = self.shares.entry(address).or_insert(Share { things: BTreeMap::new(), size: 0 });
         if let Some((&first, _)) = share.things.first_key_value() {
             self.order.remove(&(Reverse(share.size), first, address));
@@ -98,7 +99,7 @@ mod tests {
 
     #[test]
     fn what_the_address_has_that_has_most_goes_first_and_the_earliest_of_it() {
-        let [here, there] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse().ok());
+        let [here, there] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse().ok().map(Origin::Ip));
         let begin = Instant::now();
         let at = |n: u64| (begin + Duration::from_secs(n), n);
         let mut things = ByAddress::default();

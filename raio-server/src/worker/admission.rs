@@ -21,13 +21,13 @@
 //! time is passed in.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use raio_transport::memory::{Arena, BLOCK_BYTES, Slot};
 use slab::Slab;
 
 use crate::limits::Who;
+use crate::peer::Origin;
 use crate::tuning::fast_path;
 use crate::tuning::memory::{
     GROUP_PART, ITERATION_BYTES_MAX, QUOTA_PART, RESERVE_PART, SMALL_BYTES, SMALL_PART,
@@ -101,7 +101,7 @@ struct Group {
 
 #[derive(Debug)]
 struct Address {
-    ip: IpAddr,
+    origin: Origin,
     connections: usize,
     group: Group,
 }
@@ -129,7 +129,7 @@ pub struct Admission {
     /// By the session's key.
     sessions: Vec<Group>,
     addresses: Slab<Address>,
-    address_by_ip: HashMap<IpAddr, usize>,
+    address_by_origin: HashMap<Origin, usize>,
     exports: Vec<ExportUse>,
     /// Connections with requests that wait.
     round_robin: VecDeque<usize>,
@@ -167,7 +167,7 @@ impl Admission {
             accounts: Vec::new(),
             sessions: Vec::new(),
             addresses: Slab::new(),
-            address_by_ip: HashMap::new(),
+            address_by_origin: HashMap::new(),
             exports: vec![ExportUse::default(); exports],
             round_robin: VecDeque::new(),
             starved: None,
@@ -188,17 +188,17 @@ impl Admission {
     // ----------------------------------------------------------------------------------------------------
 
     /// A connection of a session has opened, from an address if that is known.
-    pub fn open(&mut self, connection: usize, session: usize, ip: Option<IpAddr>) {
+    pub fn open(&mut self, connection: usize, session: usize, origin: Option<Origin>) {
         if self.accounts.len() <= connection {
             self.accounts.resize_with(connection + 1, Account::default);
         }
         if self.sessions.len() <= session {
             self.sessions.resize_with(session + 1, Group::default);
         }
-        let address = ip.map(|ip| {
+        let address = origin.map(|origin| {
             let addresses = &mut self.addresses;
-            let new = || addresses.insert(Address { ip, connections: 0, group: Group::default() });
-            let key = *self.address_by_ip.entry(ip).or_insert_with(new);
+            let new = || addresses.insert(Address { origin, connections: 0, group: Group::default() });
+            let key = *self.address_by_origin.entry(origin).or_insert_with(new);
             self.addresses[key].connections += 1;
             key
         });
@@ -221,7 +221,7 @@ impl Admission {
         if let Some(key) = account.address {
             self.addresses[key].connections -= 1;
             if self.addresses[key].connections == 0 {
-                self.address_by_ip.remove(&self.addresses.remove(key).ip);
+                self.address_by_origin.remove(&self.addresses.remove(key).origin);
             }
         }
     }

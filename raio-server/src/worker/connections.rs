@@ -1,7 +1,6 @@
 //! The connections of a worker: those in their handshake, and those that are open.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use slab::Slab;
 use crate::channel::Outcomes;
 use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
+use crate::peer::PeerAddress;
 use crate::sessions::{ConnectionName, Fence, Member};
 
 /// What is known of a connection from the first.
@@ -21,7 +21,7 @@ pub struct Arrival {
     /// Counts it, until it is gone. The transport has it, too, and for longer: until the socket is closed.
     pub permit: Arc<ConnectionPermit>,
     /// Where its client is, if that is known.
-    pub peer: Option<SocketAddr>,
+    pub peer: Option<PeerAddress>,
 }
 
 /// Whether the requests of a connection may run.
@@ -104,7 +104,7 @@ pub struct Connection {
 
 impl Connection {
     /// Where its client is.
-    pub fn peer(&self) -> Option<SocketAddr> {
+    pub fn peer(&self) -> Option<PeerAddress> {
         self.arrival.peer
     }
 

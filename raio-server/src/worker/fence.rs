@@ -7,15 +7,12 @@
 //!
 //! The one that waits does so here, not in the admission: it holds nothing, and nothing waits for it.
 
-use std::collections::HashSet;
 use std::mem;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
-use raio_transport::keys::PublicKey;
 use raio_transport::memory::Slot;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::trace::Phase;
@@ -27,9 +24,11 @@ use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
 use crate::channel::slot_of;
 use crate::engine::{self, Closing};
+use crate::keys::Revocation;
 use crate::limits::{AddressAccount, Excess};
 use crate::log::log_client;
 use crate::open::Opened;
+use crate::peer::Origin;
 use crate::request::{Request, State, Work, cancelled, failure, success};
 use crate::sessions::{ChannelKey, ConnectionName, Effects, Fence, Member, Succession, Unsettled};
 use crate::tuning::channels::{FENCE_LOGGED_AFTER, FENCES_CHECKED_EVERY};
@@ -251,10 +250,10 @@ impl Worker {
         // What has happened beside is logged by who knows the client.
         let Effects { close, wake, files, evicted, expires, .. } = effects;
         if evicted > 0 {
-            let no_client: Option<IpAddr> = None;
+            let no_client: Option<Origin> = None;
             log_client!(
                 info,
-                ip no_client,
+                origin no_client,
                 "channels that were forgotten for others",
                 "{evicted} channels of clients that have not come back yet were forgotten: others needed the \
                  room. Raise --memory or --max-sessions if such clients are to find theirs."
@@ -288,9 +287,9 @@ impl Worker {
     }
 
     /// Ends the sessions of these keys' clients.
-    pub(super) fn revoke(&mut self, keys: &HashSet<PublicKey>) {
+    pub(super) fn revoke(&mut self, revocation: &Revocation) {
         let now = self.reactor.clock().now();
-        let effects = self.shared.sessions.revoke(keys, now);
+        let effects = self.shared.sessions.revoke(|identity| revocation.concerns(identity), now);
         self.carry_out(effects);
     }
 

@@ -1,11 +1,10 @@
 //! How connections and sessions begin and end at a worker.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use raio_transport::Violation;
 use raio_transport::error::Status;
-use raio_transport::handshake::Peer;
+use raio_transport::handshake::{Identity, Peer};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::trace::Phase;
@@ -20,6 +19,7 @@ use crate::client::Client;
 use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
+use crate::peer::PeerAddress;
 use crate::request::State;
 use crate::sessions::{ConnectionName, Effects, Joined, NotJoined, Remains};
 
@@ -34,7 +34,12 @@ impl Worker {
             self.shared.placement.add(self.index);
         }
         if self.shared.rights(&peer.identity) == Rights::None {
-            let text = "This client's key is not accepted any more.";
+            let text = match peer.identity {
+                Identity::User(_) => {
+                    "This user is no client of the server's. If it may connect, add it to clients.toml."
+                }
+                _ => "This client's key is not accepted any more.",
+            };
             return self.reject(id, address, &peer, libc::EKEYREJECTED, text);
         }
         let account = arrival.permit.address().clone();
@@ -92,11 +97,18 @@ impl Worker {
             name: peer.name,
             client: Client::new(self.transport.socket(id)),
         });
-        self.admission.open(key, session, address.map(|address| address.ip().to_canonical()));
+        self.admission.open(key, session, address.map(PeerAddress::origin));
     }
 
     /// Rejects a client in its handshake: there are as many as there may be, or a newer connection has come.
-    fn reject(&mut self, id: ConnectionId, address: Option<SocketAddr>, peer: &Peer, errno: i32, text: &str) {
+    fn reject(
+        &mut self,
+        id: ConnectionId,
+        address: Option<PeerAddress>,
+        peer: &Peer,
+        errno: i32,
+        text: &str,
+    ) {
         if !peer.is_control() {
             self.shared.placement.release(self.index);
         }

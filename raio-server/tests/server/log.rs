@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
+use raio_transport::transport::ClientTransport;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::{Client, Server, TIMEOUT, Variant};
@@ -144,7 +145,7 @@ fn lines_about_clients_have_their_address_and_nothing_that_steers_a_terminal() {
         Server::start(Variant::Uring, &["--log", "debug", "--export", "n=null:1M", "--export", "e=/"]);
     let evil = "evil\n2026 WARN \u{1b}[2Jforged\u{202e}";
     let mut client = Client::connect(server.address, &Offer::new(evil));
-    let address = client.transport.local_address().unwrap();
+    let port = client.transport.local_port().unwrap();
     client.open("/n", OPEN_READ).unwrap();
     assert_eq!(client.open("/d/a\nforged \u{1b}]0;title\u{7}", OPEN_READ), Err(libc::ENOENT));
     assert_eq!(client.open("/e/a\nforged", OPEN_WRITE), Err(libc::EROFS));
@@ -154,7 +155,7 @@ fn lines_about_clients_have_their_address_and_nothing_that_steers_a_terminal() {
     let log = server.log_until("handshake failed");
     assert!(log.chars().all(|c| c == '\n' || !c.is_control()) && !log.contains('\u{202e}'), "{log:?}");
     assert!(log.lines().all(|line| line.starts_with("20")), "a forged line: {log}");
-    let client = format!("client={address}");
+    let client = format!("client=127.0.0.1:{port}");
     for (level, text) in [
         ("INFO", "A session has begun"),
         ("DEBUG", "A client opens"),

@@ -34,6 +34,7 @@ fn what_makes_no_sense_is_said_and_exits_with_2() {
             &["--export", "a=/tmp", "--listen", "tcp://no-such-host.invalid"],
             "--listen tcp://no-such-host.invalid",
         ),
+        (&["--export", "a=/tmp", "--listen", "tcp://0.0.0.0:0"], "--keys DIRECTORY"),
         (&["--export", "a=/tmp", "--workers=many"], "not a whole number"),
         (&["--export", "a=null:1M", "--memory", "4k"], "--memory"),
         (&["--export", "a=null:1M", "--queue-depth", "zero"], "--queue-depth"),
@@ -84,7 +85,11 @@ fn what_cannot_be_had_is_said_and_exits_with_1() {
     let url = format!("tcp://{}", taken.local_addr().unwrap());
     for (arguments, needle) in [
         (&["--export", "a=null:1M", "--listen", &url][..], url.trim_start_matches("tcp://")),
-        (&["--export", "a=null:1M", "--listen", "tcp://192.0.2.1:0"], "an address of this machine"),
+        (
+            &["--export", "a=null:1M", "--clear", "--listen", "tcp://192.0.2.1:0"],
+            "an address of this machine",
+        ),
+        (&["--export", "a=null:1M", "--listen", "unix:///no/such/socket"], "The directory of a Unix socket"),
         (&["--listen", "tcp://127.0.0.1:0", "--export", "a=/no/such/directory"], "/no/such/directory"),
     ] {
         let (code, text) = run(arguments);

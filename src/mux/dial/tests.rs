@@ -100,7 +100,7 @@ impl Test {
         let mut test = Self::new(Scheme::Any);
         test.dial.make_queue_pair = queue_pair;
         let offer = Offer { queue_pair: true, ..offer() };
-        test.dial.state = State::Stream(TcpDial::new(test.dial.address, &offer, test.dial.deadline));
+        test.dial.state = State::Stream(TcpDial::new(test.dial.endpoint.clone(), &offer, test.dial.deadline));
         test.step_none();
         let (stream, peer) = test.greet(true);
         assert!(peer.grant.queue_pair);
@@ -262,7 +262,7 @@ fn without_rdma_it_is_over_tcp_and_says_why() {
 fn a_server_without_rdma_leaves_it_on_tcp() {
     let mut test = Test::new(Scheme::Any);
     let offer = Offer { queue_pair: true, ..offer() };
-    test.dial.state = State::Stream(TcpDial::new(test.dial.address, &offer, test.dial.deadline));
+    test.dial.state = State::Stream(TcpDial::new(test.dial.endpoint.clone(), &offer, test.dial.deadline));
     test.step_none();
     let (_stream, _) = test.greet(false);
     let reached = test.outcome().unwrap();
@@ -402,7 +402,7 @@ fn a_dial_goes_from_thread_to_thread() {
     fn is_send<T: Send>(_: &T) {}
     is_send(&Mutex::new(Dial::begin(
         Scheme::Any,
-        ([127, 0, 0, 1], 1).into(),
+        std::net::SocketAddr::from(([127, 0, 0, 1], 1)),
         &offer(),
         Instant::now(),
         Instant::now(),

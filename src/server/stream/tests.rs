@@ -26,8 +26,15 @@ impl Run {
     fn with(policy: Policy) -> Self {
         let start = Instant::now();
         let shared = StreamShared::new(Arc::new(policy));
-        let connection =
-            StreamConnection::new(ID, &shared.policy, Records::Clear, false, true, &LoopClock::at(start));
+        let connection = StreamConnection::new(
+            ID,
+            &shared.policy,
+            Records::Clear,
+            Identity::Anonymous,
+            false,
+            true,
+            &LoopClock::at(start),
+        );
         let arena = Arena::new(4 << 20, 1 << 20).unwrap();
         Self { start, ms: 0, shared, connection, arena }
     }
@@ -237,7 +244,15 @@ fn a_connection_that_is_for_another_is_passed_on_with_all_that_came() {
     let mut there = Run::new();
     there.shared.route = Box::new(|_| Some(9));
     let clock = there.clock();
-    there.connection = StreamConnection::new(ID, &there.shared.policy, Records::Clear, true, true, &clock);
+    there.connection = StreamConnection::new(
+        ID,
+        &there.shared.policy,
+        Records::Clear,
+        Identity::Anonymous,
+        true,
+        true,
+        &clock,
+    );
     there.connection.on_hello(bytes, &mut there.shared, &clock);
     assert!(matches!(there.event(), Some(ServerEvent::Opened(..))));
     assert_eq!(there.request().key.id, 1);

@@ -2,17 +2,17 @@
 //! out, the welcome comes in, each as far as the kernel takes or has it.
 
 use std::io::{self, IoSlice, Read};
-use std::net::{SocketAddr, TcpStream};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::Socket;
 
-use super::super::spare_congestion_control;
+use super::super::new_socket;
 use super::{STAGING_BYTES, TcpClient, abort_on_close, send};
+use crate::address::Endpoint;
 use crate::client::Core;
 use crate::connecting::{Awaited, Connecting};
 use crate::error::{Error, Violation};
@@ -21,7 +21,7 @@ use crate::memory::process;
 use crate::message::Parsed;
 use crate::records::Records;
 use crate::tls::{self, ClientTls};
-use crate::tuning::TLS_RECEIVE_BYTES as SECURING_BYTES;
+use crate::tuning::{TLS_RECEIVE_BYTES as SECURING_BYTES, UNIX_BACKLOG_RETRY as BACKLOG_RETRY};
 
 /// A connection over TCP that is being made.
 #[derive(Debug)]
@@ -33,10 +33,10 @@ pub struct TcpDial {
 
 #[derive(Debug)]
 enum State {
-    /// There is no socket yet.
-    Unopened(SocketAddr),
-    Connecting(TcpStream, SocketAddr),
-    Connected(TcpStream),
+    /// There is no socket, until the server may have room for one.
+    Unopened(Endpoint, Option<Instant>),
+    Connecting(Socket, Endpoint),
+    Connected(Socket),
     Securing(Securing),
     ShakingHands(Handshake),
     Over,
@@ -45,14 +45,14 @@ enum State {
 /// The handshake of TLS.
 #[derive(Debug)]
 struct Securing {
-    stream: TcpStream,
+    stream: Socket,
     handshake: tls::Handshake,
 }
 
 /// A handshake over a stream.
 #[derive(Debug)]
 struct Handshake {
-    stream: TcpStream,
+    stream: Socket,
     records: Records,
     hello: Vec<u8>,
     /// How much of the hello has been sent.
@@ -63,33 +63,45 @@ struct Handshake {
 }
 
 impl TcpDial {
-    /// Connects to the server at `address` and shakes hands, by `deadline`. The first step begins.
-    pub fn new(address: SocketAddr, offer: &Offer, deadline: Instant) -> Self {
-        Self { offer: offer.clone(), deadline, state: State::Unopened(address) }
+    /// Connects to the server at `endpoint` and shakes hands, by `deadline`. The first step begins.
+    pub fn new(endpoint: impl Into<Endpoint>, offer: &Offer, deadline: Instant) -> Self {
+        Self { offer: offer.clone(), deadline, state: State::Unopened(endpoint.into(), None) }
     }
 
-    /// Shakes hands over a stream that is connected, by `deadline`.
-    pub fn over(stream: TcpStream, offer: &Offer, deadline: Instant) -> Self {
-        Self { offer: offer.clone(), deadline, state: State::Connected(stream) }
+    /// Shakes hands over a stream socket that is connected, by `deadline`.
+    pub fn over(stream: impl Into<Socket>, offer: &Offer, deadline: Instant) -> Self {
+        Self { offer: offer.clone(), deadline, state: State::Connected(stream.into()) }
     }
 
     fn go_on(&mut self, now: Instant) -> Result<Option<TcpClient>, Error> {
         loop {
             self.state = match std::mem::replace(&mut self.state, State::Over) {
-                State::Unopened(address) => {
-                    State::Connecting(open(address).map_err(cannot_connect(address))?, address)
+                State::Unopened(endpoint, at) if at.is_some_and(|at| now < at) => {
+                    self.state = State::Unopened(endpoint, at);
+                    return Ok(None);
                 }
-                State::Connecting(stream, address) => {
-                    let is_connected = is_connected(&stream).map_err(cannot_connect(address))?;
-                    if is_connected {
-                        State::Connected(stream)
-                    } else if now >= self.deadline {
-                        return Err(cannot_connect(address)(io::ErrorKind::TimedOut.into()));
-                    } else {
-                        self.state = State::Connecting(stream, address);
+                State::Unopened(endpoint, _) => match open(&endpoint) {
+                    Ok(socket) => State::Connecting(socket, endpoint),
+                    // The queue of a Unix socket is full. Nothing tells when that is over.
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        if now >= self.deadline {
+                            return Err(cannot_connect(&endpoint, error));
+                        }
+                        State::Unopened(endpoint, Some((now + BACKLOG_RETRY).min(self.deadline)))
+                    }
+                    Err(error) => return Err(cannot_connect(&endpoint, error)),
+                },
+                State::Connecting(socket, endpoint) => match is_connected(&socket) {
+                    Ok(true) => State::Connected(socket),
+                    Ok(false) if now >= self.deadline => {
+                        return Err(cannot_connect(&endpoint, io::ErrorKind::TimedOut.into()));
+                    }
+                    Ok(false) => {
+                        self.state = State::Connecting(socket, endpoint);
                         return Ok(None);
                     }
-                }
+                    Err(error) => return Err(cannot_connect(&endpoint, error)),
+                },
                 State::Connected(stream) => {
                     set_up(&stream).map_err(|source| Error::io("Cannot set up the socket", source))?;
                     match &self.offer.tls {
@@ -139,29 +151,30 @@ impl Connecting for TcpDial {
             State::Connecting(stream, _) => vec![Awaited::output(stream.as_fd())],
             State::Securing(securing) => vec![securing.awaited()],
             State::ShakingHands(handshake) => vec![handshake.awaited()],
-            State::Unopened(_) | State::Connected(_) | State::Over => Vec::new(),
+            State::Unopened(..) | State::Connected(_) | State::Over => Vec::new(),
         }
     }
 
     fn step_by(&self) -> Instant {
-        self.deadline
+        match self.state {
+            State::Unopened(_, Some(at)) => at,
+            _ => self.deadline,
+        }
     }
 }
 
 /// A socket that has begun to connect.
-fn open(address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    spare_congestion_control(&socket, address);
+fn open(endpoint: &Endpoint) -> io::Result<Socket> {
+    let (socket, address) = new_socket(endpoint)?;
     abort_on_close(&socket, true)?;
-    socket.set_nonblocking(true)?;
-    match socket.connect(&address.into()) {
+    match socket.connect(&address) {
         Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
-        _ => Ok(socket.into()),
+        _ => Ok(socket),
     }
 }
 
 /// Whether a socket that has begun to connect is connected.
-fn is_connected(stream: &TcpStream) -> io::Result<bool> {
+fn is_connected(stream: &Socket) -> io::Result<bool> {
     let mut fds = [PollFd::new(stream, PollFlags::OUT)];
     match rustix::event::poll(&mut fds, Some(&Timespec::default())) {
         Ok(0) | Err(Errno::INTR) => Ok(false),
@@ -172,32 +185,29 @@ fn is_connected(stream: &TcpStream) -> io::Result<bool> {
 }
 
 /// Says of an error that it is why there is no connection.
-fn cannot_connect(address: SocketAddr) -> impl Fn(io::Error) -> Error {
-    move |source| {
-        Error::io(
-            format!(
-                "Cannot connect to {address}; check that raio_server listens there and that no firewall \
-                 is in between"
-            ),
-            source,
-        )
-    }
+fn cannot_connect(endpoint: &Endpoint, source: io::Error) -> Error {
+    let check = match (endpoint, source.raw_os_error()) {
+        (Endpoint::Ip(_), _) => "check that raio_server listens there and that no firewall is in between",
+        (Endpoint::Unix(_), Some(libc::EACCES)) => "this user needs write permission for that socket",
+        (Endpoint::Unix(_), _) => "check that raio_server listens there",
+    };
+    Error::io(format!("Cannot connect to {endpoint}; {check}"), source)
 }
 
 fn handshake_failed(source: io::Error) -> Error {
     Error::io("The handshake with the server failed; check that a raio_server listens on that port", source)
 }
 
-fn set_up(stream: &TcpStream) -> io::Result<()> {
+fn set_up(stream: &Socket) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     abort_on_close(stream, true)?;
-    // Does not matter to a socket that is no TCP socket (a test's socket pair).
-    let _ = stream.set_nodelay(true);
+    // Does not matter to a Unix socket.
+    let _ = stream.set_tcp_nodelay(true);
     Ok(())
 }
 
 impl Securing {
-    fn new(stream: TcpStream, tls: &ClientTls) -> Result<Self, Error> {
+    fn new(stream: Socket, tls: &ClientTls) -> Result<Self, Error> {
         let mut handshake = tls::Handshake::client(tls)?;
         handshake.advance(&[])?;
         Ok(Self { stream, handshake })
@@ -249,7 +259,7 @@ impl Securing {
 
 impl Handshake {
     /// Over a stream that has received this with the handshake of its record layer.
-    fn new(stream: TcpStream, records: Records, received: &[u8], offer: &Offer) -> Result<Self, Error> {
+    fn new(stream: Socket, records: Records, received: &[u8], offer: &Offer) -> Result<Self, Error> {
         let mut records = records;
         let mut staging = vec![0; STAGING_BYTES].into_boxed_slice();
         staging[..received.len()].copy_from_slice(received);

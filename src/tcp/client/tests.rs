@@ -1,5 +1,5 @@
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::sync::LazyLock;
 use std::thread;
 

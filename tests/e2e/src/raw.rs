@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 
-use raio_transport::address::Address;
+use raio_transport::address::{Address, Endpoint};
 use raio_transport::handshake::Offer;
 use raio_transport::message::{
     self, HANDSHAKE_BYTES, Limits, Message, Parsed, RemoteRegion, RequestHeader, ResponseHeader,
@@ -35,6 +35,7 @@ impl Raw {
     pub fn open(url: &str, path: &str, flags: u32) -> io::Result<Self> {
         let address: Address = url.parse().map_err(|error| wrong(format!("{error}")))?;
         let addresses = address.resolve().map_err(|error| wrong(format!("{error}")))?;
+        let addresses: Vec<_> = addresses.iter().filter_map(Endpoint::ip).collect();
         Self::open_on(TcpStream::connect(&addresses[..])?, &Offer::new("raw"), path, flags)
     }
 

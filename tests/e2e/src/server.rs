@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use raio_transport::address::Address;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -18,7 +19,7 @@ pub struct Server {
     child: Child,
     stdout: BufReader<ChildStdout>,
     /// "tcp" or "rdma", and where.
-    listens: Vec<(String, SocketAddr)>,
+    listens: Vec<Address>,
 }
 
 /// Whether these statistics say that nobody is connected and nothing is held.
@@ -93,6 +94,14 @@ pub fn copy_program(from: &Path, to: &Path) {
     assert!(status.success(), "cp {} {}: {status}", from.display(), to.display());
 }
 
+/// The URL of a client for a server that listens there.
+fn client_url(listens: &Address) -> String {
+    match listens {
+        Address::Host { .. } => format!("raio+{listens}"),
+        Address::Unix(path) => format!("raio+unix:///?socket={}", path.display()),
+    }
+}
+
 impl Server {
     /// Starts one on a port of its own choosing (or on `RAIO_TEST_LISTEN`, such as rdma://10.77.0.1:0), with
     /// these exports (as `--export` takes them).
@@ -122,39 +131,38 @@ impl Server {
     pub fn spawn(mut command: Command) -> Self {
         // A worker that waits for a disk ends the server, in builds with debug assertions.
         command.env("RAIO_TEST_WORKER_FILTER", "1");
+        // Some listen on the addresses of virtual networks.
+        if !command.get_args().any(|argument| argument == "--keys") {
+            command.arg("--clear");
+        }
         let mut child = command.stdout(Stdio::piped()).spawn().expect("raio_server starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let mut line = String::new();
         stdout.read_line(&mut line).expect("raio_server says when it is ready");
-        let listens: Vec<_> = line
-            .split_whitespace()
-            .filter_map(|word| {
-                let (scheme, address) = word.split_once("://")?;
-                Some((scheme.to_owned(), address.parse().ok()?))
-            })
-            .collect();
+        let listens: Vec<Address> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         assert!(!listens.is_empty(), "raio_server said {line:?} instead of being ready");
         Self { child, stdout, listens }
     }
 
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
-        self.listens[0].1
+        let (host, port) = self.listens[0].host().expect("it listens on an address");
+        SocketAddr::new(host.parse().expect("an IP address"), port)
     }
 
     /// Where it listens, as `--listen` takes it.
     pub fn listen_url(&self) -> String {
-        format!("{}://{}", self.listens[0].0, self.address())
+        self.listens[0].to_string()
     }
 
     /// Where it listens, for clients.
     pub fn url(&self) -> String {
-        format!("raio+{}", self.listen_url())
+        client_url(&self.listens[0])
     }
 
     /// Every place where it listens, for clients.
     pub fn urls(&self) -> Vec<String> {
-        self.listens.iter().map(|(scheme, address)| format!("raio+{scheme}://{address}")).collect()
+        self.listens.iter().map(client_url).collect()
     }
 
     /// Its process id.

@@ -46,7 +46,7 @@ impl Bench {
 
     fn open(&mut self, connection: usize, session: usize, ip: Option<u8>) {
         self.unsent.resize(self.unsent.len().max(connection + 1), 0);
-        let ip = ip.map(|last| IpAddr::V4(Ipv4Addr::new(192, 0, 2, last)));
+        let ip = ip.map(|last| Origin::Ip(Ipv4Addr::new(192, 0, 2, last).into()));
         self.admission.open(connection, session, ip);
     }
 

@@ -1,8 +1,9 @@
 use std::io::Write;
-use std::net::TcpListener;
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
+
+use socket2::{Domain, Type};
 
 use super::*;
 use crate::connecting::sleep;
@@ -130,7 +131,7 @@ fn a_hello_goes_out_as_far_as_the_socket_takes_it() {
         filled += n;
     }
     let now = Instant::now();
-    let mut dial = TcpDial::over(OwnedFd::from(ours).into(), &offer(), now + TIME);
+    let mut dial = TcpDial::over(ours, &offer(), now + TIME);
     assert!(dial.step(now).is_none());
     assert!(dial.awaited()[0].output && !dial.awaited()[0].input);
     theirs.read_exact(&mut vec![0; filled]).unwrap();
@@ -243,7 +244,7 @@ fn a_server_that_resets_before_the_hello_ends_it() {
     let (listener, address) = listener();
     let now = Instant::now();
     let mut dial = TcpDial::new(address, &offer(), now + TIME);
-    dial.state = State::Connecting(open(address).unwrap(), address);
+    dial.state = State::Connecting(open(&address.into()).unwrap(), address.into());
     let (peer, _) = listener.accept().unwrap();
     abort_on_close(&peer, true).unwrap();
     drop(peer);
@@ -272,4 +273,42 @@ fn a_dial_that_is_given_up_resets_its_connection() {
     let Test { dial, mut peer, .. } = test;
     drop(dial);
     assert_eq!(peer.read(&mut [0; 16]).unwrap_err().raw_os_error(), Some(libc::ECONNRESET));
+}
+
+#[test]
+fn a_unix_socket_with_a_full_backlog_is_tried_again_until_there_is_room() {
+    let directory = std::env::temp_dir().join(format!("raio-dial-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let path = directory.join("socket");
+    let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    listener.bind(&socket2::SockAddr::unix(&path).unwrap()).unwrap();
+    listener.listen(0).unwrap();
+    let (begun, offer) = (Instant::now(), offer());
+    let first = open(&Endpoint::Unix(path.clone())).unwrap();
+    let mut dial = TcpDial::new(Endpoint::Unix(path.clone()), &offer, begun + TIME);
+    let now = Instant::now();
+    assert!(dial.step(now).is_none() && dial.awaited().is_empty());
+    assert_eq!(dial.step_by(), now + BACKLOG_RETRY);
+    // Not before.
+    listener.accept().unwrap();
+    assert!(dial.step(now).is_none() && dial.awaited().is_empty());
+    assert!(dial.step(now + BACKLOG_RETRY).is_none());
+    assert_eq!(dial.step_by(), begun + TIME);
+    assert_eq!(dial.awaited().len(), 1);
+    drop(first);
+    // One that never comes to its turn is given up.
+    let mut late = TcpDial::new(Endpoint::Unix(path.clone()), &offer, begun + TIME);
+    let error = loop {
+        match late.step(late.step_by().max(now)) {
+            None => {}
+            Some(outcome) => break outcome.unwrap_err(),
+        }
+    };
+    assert_eq!(error.errno(), libc::EAGAIN);
+    // And one without a server at once.
+    drop(listener);
+    let error = TcpDial::new(Endpoint::Unix(path), &offer, begun + TIME).step(now).unwrap().unwrap_err();
+    assert_eq!(error.errno(), libc::ECONNREFUSED);
+    assert!(error.to_string().contains("check that raio_server listens there"), "{error}");
+    std::fs::remove_dir_all(directory).unwrap();
 }
