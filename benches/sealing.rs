@@ -1,6 +1,6 @@
 //! What one side of TLS does for 128 KiB of data, with the library and in the records that the record layer
-//! uses: copying and sealing what is sent, opening and copying what was received. Prints one line of JSON with
-//! the median of each, in microseconds. `scripts/bench --secure` compares what TLS costs with it.
+//! uses: copying and sealing what is sent, opening and copying what was received. Prints one line of JSON
+//! with the median of each, in microseconds. `scripts/bench --secure` compares what TLS costs with it.
 
 use std::time::Instant;
 
