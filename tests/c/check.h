@@ -2,7 +2,7 @@
 /*
  * What the C tests share: checks that print one line when they fail and go on, and the way to a server.
  *
- * A program takes HOST PORT, or a raio URL, and further words of its own. It calls begin(), checks, and returns
+ * A program takes HOST PORT (or the path of a Unix socket, and any PORT), or a raio URL, and further words of its own. It calls begin(), checks, and returns
  * finish(). What a later step cannot do without is MUST(). A program that hangs is ended by SIGALRM.
  *
  * The server offers /rw (writable), /ro (read-only, with data.bin and empty), /mem and /null.
@@ -20,6 +20,7 @@
 #include <unistd.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <libraio.h>
 
 #define DATA_BIN_BYTES ((1 << 20) + 1234)
@@ -164,6 +165,8 @@ static inline int session_with(char **argv, unsigned int flags)
 
 	if (strstr(argv[1], "://")) {
 		snprintf(url, sizeof(url), "%s", argv[1]);
+	} else if (is_unix(argv)) {
+		snprintf(url, sizeof(url), "raio+unix:///?socket=%s", argv[1]);
 	} else {
 		server_name(argv, host, sizeof(host), port, sizeof(port));
 		snprintf(url, sizeof(url), strchr(host, ':') ? "raio+tcp://[%s]:%s" : "raio+tcp://%s:%s", host, port);
@@ -173,15 +176,27 @@ static inline int session_with(char **argv, unsigned int flags)
 	return fd;
 }
 
+/* The path of a Unix socket, if one was given in the place of HOST. */
+static inline int is_unix(char **argv)
+{
+	return argv[1][0] == '/';
+}
+
 /* A session with the server: by raio_connect() if a URL was given, else by raio_start(). */
 static inline int session(char **argv)
 {
 	struct sockaddr_storage address;
+	struct sockaddr_un local;
 	socklen_t len;
 	int fd;
 
 	if (strstr(argv[1], "://")) {
 		fd = raio_connect(argv[1], NULL);
+	} else if (is_unix(argv)) {
+		memset(&local, 0, sizeof(local));
+		local.sun_family = AF_UNIX;
+		snprintf(local.sun_path, sizeof(local.sun_path), "%s", argv[1]);
+		fd = raio_start("unix", (struct sockaddr *)&local, sizeof(local));
 	} else {
 		len = server_address(argv, &address);
 		fd = raio_start("tcp", (struct sockaddr *)&address, len);

@@ -49,10 +49,15 @@ pub unsafe extern "C" fn raio_start(
         };
         // SAFETY: the caller vouches for `addrlen` bytes, and `socket_address` reads no more.
         let address = unsafe { socket_address(addr, addrlen as usize) }?;
-        if (scheme == Scheme::Unix) != (address.ip().is_none()) {
-            return Err(invalid(
-                "The transport and the address do not fit. Pass a struct sockaddr_un with \"unix\", and with \
-                 no other.",
+        let fits = match address {
+            Endpoint::Ip(_) => scheme != Scheme::Unix,
+            Endpoint::Unix(_) => scheme == Scheme::Unix,
+        };
+        if !fits {
+            return Err(Error::call(
+                libc::EAFNOSUPPORT,
+                "The transport has no addresses of this family. \"unix\" has struct sockaddr_un, the others \
+                 have sockaddr_in and sockaddr_in6.",
             ));
         }
         Ok(descriptor::add_session(Session::connect_to(scheme, address, &Options::default())?))

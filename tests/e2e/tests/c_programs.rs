@@ -178,6 +178,20 @@ fn every_kind_of_io_does_what_the_header_says() {
 }
 
 #[test]
+fn the_same_over_a_unix_socket() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("socket").display().to_string();
+    let listen = format!("unix://{socket}");
+    let exports = serve_with(&["--listen", "tcp://127.0.0.1:0", "--listen", &listen]);
+    for build in ["plain", "sanitized"] {
+        let mut command = command(&programs().join(build).join("io"), None);
+        command.args([&socket, "0"]);
+        passes(command);
+    }
+    drop(exports);
+}
+
+#[test]
 fn misuse_is_an_error_and_never_a_crash() {
     program_passes("misuse");
 }
