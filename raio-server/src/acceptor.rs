@@ -23,6 +23,7 @@ use raio_transport::transport::AcceptedStream;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
+use crate::audit::{Audit, Event, Who};
 use crate::keys::Keys;
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
@@ -55,6 +56,7 @@ impl TlsAcceptor {
     pub fn start(
         keys: Arc<Keys>,
         policy: Arc<Policy>,
+        audit: Option<Arc<Audit>>,
         secured: reactor::Sender<Connection>,
     ) -> anyhow::Result<Self> {
         let cannot = "Cannot start a thread for handshakes";
@@ -68,6 +70,7 @@ impl TlsAcceptor {
             tls: ServerTls::new(keys.host(), accepts),
             keys,
             policy,
+            audit,
             accepted,
             secured,
             pending: Vec::new(),
@@ -120,6 +123,7 @@ struct Handshakes {
     tls: ServerTls,
     keys: Arc<Keys>,
     policy: Arc<Policy>,
+    audit: Option<Arc<Audit>>,
     accepted: Receiver<Connection>,
     secured: reactor::Sender<Connection>,
     /// The oldest first.
@@ -195,6 +199,10 @@ impl Handshakes {
             _ => "",
         };
         log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.{hint}");
+        if let Some(audit) = &self.audit {
+            let event = Event::Reject { errno: error.errno(), reason: error.to_string() };
+            audit.record(&Arc::new(Who::default().at(peer)), event);
+        }
     }
 
     /// Sleeps until there is something to do. Returns which handshakes can go on.

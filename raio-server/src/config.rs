@@ -108,6 +108,14 @@ pub struct Options {
     /// sealed
     #[arg(long)]
     clear: bool,
+    /// Append who connects, what each opens, and how that ends to FILE, a JSON object a line; or send it to
+    /// journald [default: this is not recorded]
+    #[arg(long, value_name = "FILE|journald")]
+    audit: Option<PathBuf>,
+    /// What happens when the audit log cannot be written as fast as it grows [default: lose records, and
+    /// count them]
+    #[arg(long, value_enum)]
+    audit_full: Option<WhenFull>,
     /// Do not start if clients may write and the state directory cannot be used
     #[arg(long)]
     strict: bool,
@@ -199,6 +207,32 @@ pub enum LogLevel {
     Trace,
 }
 
+/// Where the audit log goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AuditTarget {
+    /// To the end of a file.
+    File(PathBuf),
+    /// To journald.
+    Journald,
+}
+
+impl From<PathBuf> for AuditTarget {
+    fn from(path: PathBuf) -> Self {
+        if path.as_os_str() == "journald" { Self::Journald } else { Self::File(path) }
+    }
+}
+
+/// What happens when the audit log cannot be written as fast as it grows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// Records are lost, and counted.
+    #[default]
+    Lose,
+    /// Opens wait.
+    Wait,
+}
+
 /// The configuration, checked.
 #[derive(Debug)]
 pub struct Config {
@@ -242,6 +276,10 @@ pub struct Config {
     pub keys: Option<PathBuf>,
     /// Clients of other machines need no key.
     pub is_open_to_others: bool,
+    /// Where the audit log goes.
+    pub audit: Option<AuditTarget>,
+    /// What happens when it cannot be written.
+    pub audit_full: WhenFull,
     /// Nothing is exported for writing without a state directory.
     pub is_strict: bool,
     /// Whom to become: a name, or a number.
@@ -345,6 +383,8 @@ impl Options {
             trace unless is_none,
             state unless is_none,
             keys unless is_none,
+            audit unless is_none,
+            audit_full unless is_none,
             user unless is_none,
             sandbox unless is_none
         );
@@ -536,6 +576,8 @@ impl Options {
             state: options.state,
             is_open_to_others: open_to_others.is_some() && options.keys.is_none(),
             keys: options.keys,
+            audit: options.audit.map(AuditTarget::from),
+            audit_full: options.audit_full.unwrap_or_default(),
             is_strict: options.strict,
             user: options.user,
             is_sandboxed: options.sandbox != Some(SandboxMode::Off),

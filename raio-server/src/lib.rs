@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod acceptor;
+mod audit;
 mod authorize;
 mod channel;
 mod claim;

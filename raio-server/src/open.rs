@@ -46,6 +46,8 @@ pub struct Opening {
     pub waits_for_lease: bool,
     /// It takes the place of a file that an earlier server had open.
     pub reopens: Option<Reopens>,
+    /// The path as the client has it, for the audit log if there is one.
+    pub asked: Option<Box<str>>,
 }
 
 /// What a reopen wants.

@@ -18,6 +18,7 @@ use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::acceptor::{Connection, TlsAcceptor};
+use crate::audit::{Audit, Event, Who};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
 use crate::engine::Job;
@@ -308,7 +309,9 @@ impl Server {
         let sessions =
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
         let keys = keys.map(Arc::new);
-        let mut shared = Shared { claim: lock, keys, ..Shared::new(config, exports, sessions)? };
+        let audit = config.audit.as_ref().map(|target| Audit::open(target, config.audit_full)).transpose()?;
+        let audit = audit.map(Arc::new);
+        let mut shared = Shared { claim: lock, keys, audit, ..Shared::new(config, exports, sessions)? };
         if config.is_open_to_others {
             tracing::warn!(
                 "Clients need no key (--clear): everybody who reaches an address of --listen may open every \
@@ -319,7 +322,7 @@ impl Server {
         listener.bind_streams(&mut reactor, &config.listen, shared.keys.is_some())?;
         match &mut sandbox {
             Some(sandbox) => {
-                close_in(sandbox, &mut shared.exports, state.as_deref(), config.keys.as_deref(), has_rdma)?;
+                close_in(sandbox, &mut shared, state.as_deref(), config.keys.as_deref(), has_rdma)?;
             }
             None => stay_free(config)?,
         }
@@ -335,12 +338,19 @@ impl Server {
         let shared = Arc::new(shared);
         let (sender, secured) = reactor::mailbox(reactor.waker());
         let acceptor = match &shared.keys {
-            Some(keys) => Some(TlsAcceptor::start(Arc::clone(keys), Arc::clone(&shared.policy), sender)?),
+            Some(keys) => {
+                let (policy, audit) = (Arc::clone(&shared.policy), shared.audit.clone());
+                Some(TlsAcceptor::start(Arc::clone(keys), policy, audit, sender)?)
+            }
             None => None,
         };
         let (sender, ended) = reactor::mailbox(reactor.waker());
         let (workers, started) = start_workers(rings, &shared, &sender)?;
         let _ = shared.workers.set(workers.iter().map(|worker| worker.senders.clone()).collect());
+        if let Some(audit) = &shared.audit {
+            let mailboxes: Vec<_> = workers.iter().map(|worker| worker.senders.mailbox.clone()).collect();
+            audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
+        }
         let backend = say_what_was_missing(config, &started);
         Ok(Some(Self {
             reactor,
@@ -425,6 +435,9 @@ impl Server {
         if let Some(trace) = &self.shared.trace {
             trace.flush();
         }
+        if let Some(audit) = &self.shared.audit {
+            audit.flush();
+        }
         Ok(if all_answered { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
@@ -441,6 +454,10 @@ impl Server {
                     "connections that were rejected",
                     "A connection was rejected. {text}"
                 );
+                if let Some(audit) = &self.shared.audit {
+                    let event = Event::Reject { errno: libc::EUSERS, reason: text.clone() };
+                    audit.record(&Arc::new(Who::default().at(peer)), event);
+                }
                 match connection {
                     // To one with TLS it would mean nothing.
                     RawConnection::Tcp(stream, _) if !self.is_to_have_key(&stream) => {
@@ -580,6 +597,7 @@ impl Server {
                 rejected_by_address: self.rejected,
                 sessions: sessions.len(),
                 channels: sessions.channel_counts(),
+                audit: self.shared.audit.as_ref().map(|audit| audit.counts()),
                 open_files: sessions.open_files(),
                 data_connections: &self.shared.placement.data_connections(),
                 exports: &exports,
@@ -597,11 +615,16 @@ impl Server {
             return None;
         }
         if signal == libc::SIGHUP {
-            match &self.shared.keys {
-                Some(keys) => self.reread_keys(keys),
-                None => tracing::info!(
+            if let Some(keys) = &self.shared.keys {
+                self.reread_keys(keys);
+            }
+            if let Some(audit) = &self.shared.audit {
+                audit.reopen();
+            }
+            if self.shared.keys.is_none() && self.shared.audit.is_none() {
+                tracing::info!(
                     "SIGHUP is ignored. To change the configuration, stop the server and start it anew."
-                ),
+                );
             }
             return None;
         }
@@ -688,12 +711,17 @@ fn stay_free(config: &Config) -> anyhow::Result<()> {
 /// Puts on all of the sandbox but the filter of system calls.
 fn close_in(
     sandbox: &mut Sandbox,
-    exports: &mut Exports,
+    shared: &mut Shared,
     state: Option<&StateDirectory>,
     keys: Option<&Path>,
     has_rdma: bool,
 ) -> anyhow::Result<()> {
+    let exports = &mut shared.exports;
     let mut grants = exports.grants()?;
+    // It may be opened anew.
+    if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {
+        grants.push(Grant::of_log(directory)?);
+    }
     // Who may connect is read again.
     if let Some(keys) = keys {
         grants.push(Grant::to_read(keys)?);

@@ -10,6 +10,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::audit::Audited;
 use crate::file_identity::FileIdentity;
 use crate::handles::Handles;
 use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, Who};
@@ -24,7 +25,7 @@ use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
 
 /// What a file is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
     /// Reading.
     pub read: bool,
@@ -36,6 +37,16 @@ impl Access {
     /// By the `OPEN_*` flags.
     pub fn from_flags(flags: u32) -> Self {
         Self { read: flags & OPEN_READ != 0, write: flags & OPEN_WRITE != 0 }
+    }
+
+    /// In letters.
+    pub fn name(self) -> &'static str {
+        match (self.read, self.write) {
+            (true, true) => "rw",
+            (true, false) => "r",
+            (false, true) => "w",
+            (false, false) => "",
+        }
     }
 }
 
@@ -60,6 +71,8 @@ pub struct OpenFile {
     pub identity: FileIdentity,
     /// Changes when acknowledged writes may have been lost.
     pub verifier: FileVerifier,
+    /// What it is to the audit log, if there is one.
+    pub audited: Option<Box<Audited>>,
     closed: AtomicBool,
 }
 
@@ -79,6 +92,7 @@ impl OpenFile {
             object,
             identity: FileIdentity::default(),
             verifier: FileVerifier::default(),
+            audited: None,
             closed: AtomicBool::new(false),
         }
     }
@@ -91,6 +105,11 @@ impl OpenFile {
     /// The same, of which this is known.
     pub fn known_as(self, identity: FileIdentity, verifier: FileVerifier) -> Self {
         Self { identity, verifier, ..self }
+    }
+
+    /// The same, as the audit log knows it.
+    pub fn audited_as(self, audited: Option<Box<Audited>>) -> Self {
+        Self { audited, ..self }
     }
 
     /// Whether its reads and writes go straight to a device.

@@ -56,7 +56,7 @@ pub struct Effects {
     /// Files that are to be closed: their session has ended.
     pub files: Vec<ClosedFile>,
     /// Sessions that have ended.
-    pub ended: usize,
+    pub ended: Vec<Arc<Session>>,
     /// The connection that has ended has left a channel that is kept.
     pub is_kept: bool,
     /// Channels that were forgotten because their clients did not reconnect in time.
@@ -545,7 +545,7 @@ impl Table {
                 effects.wake.extend(of.waiters);
             }
             effects.files.extend(of.session.end());
-            effects.ended += 1;
+            effects.ended.push(of.session);
         }
     }
 
@@ -690,11 +690,11 @@ mod tests {
         assert!(Arc::ptr_eq(&first.member.session, &session));
         let file = null();
         let handle = session.insert(Arc::clone(&file), &None).unwrap();
-        assert_eq!(run.end(first, 0, Duration::ZERO).ended, 0);
+        assert_eq!(run.end(first, 0, Duration::ZERO).ended.len(), 0);
         assert!(!file.is_closed());
         assert_eq!((run.sessions.len(), run.sessions.open_files()), (1, 1));
         let effects = run.end(second, 0, Duration::ZERO);
-        assert_eq!((effects.ended, effects.files.len()), (1, 1));
+        assert_eq!((effects.ended.len(), effects.files.len()), (1, 1));
         drop(effects);
         assert!(file.is_closed() && session.get(handle).is_none());
         assert_eq!((run.sessions.len(), run.sessions.open_files()), (0, 0));
@@ -739,7 +739,10 @@ mod tests {
         let session = Arc::clone(&joined.member.session);
         session.insert(null(), &None).unwrap();
         let effects = run.end(joined, 0, LINGER);
-        assert_eq!((effects.ended, effects.is_kept, effects.expires), (0, true, Some(run.now + LINGER)));
+        assert_eq!(
+            (effects.ended.len(), effects.is_kept, effects.expires),
+            (0, true, Some(run.now + LINGER))
+        );
         assert_eq!((run.counts().broken, run.counts().parked, run.counts().lingering), (1, 1, 1));
 
         run.now += LINGER / 2;
@@ -750,11 +753,11 @@ mod tests {
         run.settle(&mut joined).unwrap();
         assert_eq!((run.counts().parked, run.counts().lingering, run.counts().resumed), (0, 0, 1));
         run.now += LINGER;
-        assert_eq!(run.sessions.expire(run.now).ended, 0, "it has a connection");
+        assert_eq!(run.sessions.expire(run.now).ended.len(), 0, "it has a connection");
         let _ = run.end(joined, 0, LINGER);
         run.now += LINGER;
         let effects = run.sessions.expire(run.now);
-        assert_eq!((effects.ended, effects.expired, effects.expires), (1, 1, None));
+        assert_eq!((effects.ended.len(), effects.expired, effects.expires), (1, 1, None));
         assert_eq!((effects.files.len(), run.counts().expired), (1, 1));
 
         let mut joined = run.join(1, Some((3, 3)));
@@ -787,7 +790,7 @@ mod tests {
     fn a_goaway_ends_a_channel_at_once_and_its_session_with_the_last() {
         let mut run = run();
         let (control, data) = (run.join(1, Some((0, 1))), run.join(1, Some((1, 1))));
-        assert_eq!(run.end(data, 0, Duration::ZERO).ended, 0);
+        assert_eq!(run.end(data, 0, Duration::ZERO).ended.len(), 0);
         assert!(!run.join(1, Some((1, 2))).fence.unwrap().is_known, "it is another channel");
         let _ = run.end(control, 0, LINGER);
         assert_eq!(run.sessions.len(), 1);
@@ -830,7 +833,7 @@ mod tests {
         let newcomer = Peer { supersedes: vec![id(1), id(2), id(3), id(4)], ..peer(4, Some((0, 1))) };
         let (joined, effects) = run.join_as(&newcomer);
         let mut joined = joined.unwrap();
-        assert_eq!((effects.close.len(), effects.ended), (2, 1), "the parked one is over");
+        assert_eq!((effects.close.len(), effects.ended.len()), (2, 1), "the parked one is over");
         assert_eq!((effects.superseded, run.counts().superseded), (2, 2));
         let waits = |sessions| Unsettled { connections: 0, orphans: 0, sessions };
         assert_eq!(run.settle(&mut joined), Err(waits(1)));
@@ -839,7 +842,7 @@ mod tests {
         let (member, _) = (second.member.clone(), run.end(second, 1, LINGER));
         assert_eq!(run.settle(&mut joined), Err(waits(1)));
         let effects = run.sessions.orphan_ended(&member, None, run.now);
-        assert_eq!((effects.ended, effects.files.len()), (1, 1));
+        assert_eq!((effects.ended.len(), effects.files.len()), (1, 1));
         assert_eq!(effects.wake, [joined.member.name]);
         run.settle(&mut joined).unwrap();
         assert_eq!(run.sessions.len(), 1);
@@ -924,7 +927,7 @@ mod tests {
             let _ = run.end(joined, 0, LINGER);
         }
         run.now += LINGER;
-        assert_eq!(run.sessions.expire(run.now).ended, 5);
+        assert_eq!(run.sessions.expire(run.now).ended.len(), 5);
         let table = lock(&run.sessions.table);
         assert!(table.by_id.is_empty() && table.deadlines.is_empty());
         assert_eq!((table.idle.len(), table.parked.len(), table.parked.size()), (0, 0, 0));

@@ -173,6 +173,8 @@ pub struct Counters {
     pub slot_waits: Counter,
     /// Times that a request had to wait for one that a client which has gone has left behind.
     pub orphan_waits: Counter,
+    /// Opens that waited for the audit log to be written.
+    pub audit_waits: Counter,
     /// Times that one had to because its session, or its address, has as much as it may.
     pub memory_waits: [Counter; 2],
     /// Iterations of the loop.
@@ -261,6 +263,8 @@ pub struct Whole<'a> {
     pub sessions: usize,
     /// What has happened to their channels.
     pub channels: ChannelCounts,
+    /// Records of the audit log that were written, and that were lost, if there is one.
+    pub audit: Option<[u64; 2]>,
     /// Files that they have open.
     pub open_files: usize,
     /// Connections for data that each worker has.
@@ -340,12 +344,16 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
         "waits",
         &mut [
             ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
+            ("audit", sum(|c| &c.audit_waits)),
             ("messages", sum(|c| &c.message_waits)),
             ("orphans", sum(|c| &c.orphan_waits)),
             ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),
         ]
         .into_iter(),
     );
+    if let Some([written, lost]) = whole.audit {
+        object("audit", &mut [("written", written), ("lost", lost)].into_iter());
+    }
     object(
         "in_flight",
         &mut [
@@ -475,6 +483,7 @@ mod tests {
             rejected_by_address: 4,
             sessions: 1,
             channels: ChannelCounts { stale: 5, ..ChannelCounts::default() },
+            audit: None,
             open_files: 2,
             data_connections: &[4, 5],
             exports: &["a", "b\""],

@@ -232,6 +232,20 @@ pub mod log {
     pub const RATE_LIMIT_KEYS: usize = 1024;
 }
 
+/// The audit log. None is measured: a record takes its thread about a microsecond.
+pub mod audit {
+    use std::time::Duration;
+
+    /// Records that wait to be written: a crowd that comes back after a restart, and the files that it opens.
+    pub const QUEUE_RECORDS: usize = 8 << 10;
+    /// Lines are written together up to this size.
+    pub const BATCH_BYTES: usize = 64 << 10;
+    /// After a write has failed (most often: the disk is full) the next comes this much later.
+    pub const RETRY: Duration = Duration::from_millis(200);
+    /// How long the end of the process waits for what is queued.
+    pub const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+}
+
 /// Handshakes of clients that must have keys. None is measured.
 pub mod acceptor {
     use std::time::Duration;

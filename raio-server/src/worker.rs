@@ -56,6 +56,7 @@ use raio_transport::transport::{
 };
 use raio_transport::{Status, mux, rdma, tcp};
 
+use crate::audit::Audit;
 use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
@@ -121,6 +122,8 @@ pub struct Shared {
     pub rdma: bool,
     /// Who may connect, if clients must have keys.
     pub keys: Option<Arc<Keys>>,
+    /// The audit log, if there is one.
+    pub audit: Option<Arc<Audit>>,
     /// What is locked as long as anything of the server can happen: see [`crate::claim`].
     pub claim: Option<Arc<OwnedFd>>,
 }
@@ -158,6 +161,7 @@ impl Shared {
                 .map(|caps| config.each_workers(caps.memory)),
             spin: config.spin,
             keys: None,
+            audit: None,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
             claim: None,
@@ -209,8 +213,8 @@ pub enum Mail {
     Fence(ConnectionName),
     /// What this connection waited for may be over.
     Settle(ConnectionName),
-    /// A request that held back others' has ended.
-    Orphan,
+    /// What held back requests has ended, or the audit log has room for opens again.
+    Release,
     /// Some clients may do less than before: their sessions end.
     Revoke(Arc<Revocation>),
     /// Hand over what was traced since the last time.
@@ -540,7 +544,7 @@ impl Worker {
                 Mail::Forget { session, handle } => self.sessions.forget(session, handle),
                 Mail::Fence(connection) => self.close_fenced(connection),
                 Mail::Settle(connection) => self.settle(connection),
-                Mail::Orphan => self.release_held(),
+                Mail::Release => self.release_held(),
                 Mail::Revoke(revocation) => self.revoke(&revocation),
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {

@@ -55,6 +55,11 @@ impl Grant {
         Self::new(rustix::io::fcntl_dupfd_cloexec(at, 0)?, access)
     }
 
+    /// The directory of a log, whose file is made anew when it was moved away.
+    pub fn of_log(at: OwnedFd) -> Result<Self, Errno> {
+        Self::new(at, make_bitflags!(AccessFs::{WriteFile | MakeReg}))
+    }
+
     /// A file or directory at this path, for reading.
     pub fn to_read(path: &Path) -> Result<Self, Errno> {
         Self::new(at(path)?, make_bitflags!(AccessFs::{ReadFile | ReadDir}))

@@ -15,6 +15,7 @@ use tracing::field::display;
 
 use super::Worker;
 use super::connections::Connection;
+use crate::audit::{Audited, Event};
 use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
@@ -148,21 +149,32 @@ impl Worker {
         let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         let rights = self.shared.rights(&self.sessions[*session].session.identity);
+        let access = Access::from_flags(flags);
+        let is_audited = self.shared.audit.is_some();
+        let asked = is_audited.then(|| match std::str::from_utf8(path) {
+            Ok(text) => text.into(),
+            Err(_) => path.escape_ascii().to_string().into_boxed_str(),
+        });
         match self.shared.exports.resolve(&rights, flags, mode, path) {
-            Err(rejection) => Err(self.open_rejected(Some(connection), rejection)),
+            Err(rejection) => Err(self.open_rejected(Some(connection), &asked, access, rejection)),
+            Ok(Target::Ready(..)) if self.holds_back_opens() => {
+                let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
+                Err(failure(status, "The server's audit log takes nothing now. Try again later."))
+            }
             Ok(Target::Ready(file, _))
                 if reopens.is_some_and(|reopens| reopens.identity != file.identity) =>
             {
-                Err(self.open_rejected(Some(connection), another_file(path)))
+                Err(self.open_rejected(Some(connection), &asked, access, another_file(path)))
             }
-            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, file, info, reopens)),
+            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, &asked, file, info, reopens)),
             Ok(Target::Path { export, path, how }) => Ok(Work::Open(Arc::new(Opening {
                 export,
                 path,
                 how,
-                access: Access::from_flags(flags),
+                access,
                 waits_for_lease: false,
                 reopens,
+                asked,
             }))),
         }
     }
@@ -197,24 +209,33 @@ impl Worker {
         {
             return;
         }
+        let (reopens, asked, access) = match &self.requests[key].work {
+            Work::Open(opening) => (opening.reopens, opening.asked.clone(), opening.access),
+            _ => (None, None, Access::default()),
+        };
         let response = match (result, self.requests[key].connection) {
             (Ok(Opened { file, info }), Some(connection)) => {
-                let reopens = match &self.requests[key].work {
-                    Work::Open(opening) => opening.reopens,
-                    _ => None,
-                };
-                self.give_handle(connection, file, info, reopens)
+                self.give_handle(connection, &asked, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
             // The holder of the lease was asked to give it up, and nothing else was done.
             (Err(Rejection { status: Status { errno: libc::EAGAIN, .. }, .. }), None) => cancelled(),
-            (Err(rejection), connection) => self.open_rejected(connection, rejection),
+            (Err(rejection), connection) => self.open_rejected(connection, &asked, access, rejection),
         };
         self.answer(key, response);
     }
 
-    fn open_rejected(&self, connection: Option<usize>, rejection: Rejection) -> Response {
+    fn open_rejected(
+        &self,
+        connection: Option<usize>,
+        asked: &Option<Box<str>>,
+        access: Access,
+        rejection: Rejection,
+    ) -> Response {
         let Rejection { status, text } = rejection;
+        if let Some(connection) = connection {
+            self.audit_open(connection, asked, access, status.errno);
+        }
         if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key]) {
             let peer = arrival.peer;
             // What the file system says is the client's business, what the operator has decided is theirs.
@@ -227,14 +248,30 @@ impl Worker {
         failure(status, &text)
     }
 
+    /// Records an open, if there is an audit log.
+    fn audit_open(&self, connection: usize, asked: &Option<Box<str>>, access: Access, errno: i32) {
+        if let (Some(audit), Some(path), Some(who)) =
+            (&self.shared.audit, asked, &self.connections[connection].who)
+        {
+            audit.record(who, Event::Open { path: path.to_string(), access: access.name(), errno });
+        }
+    }
+
     fn give_handle(
         &mut self,
         connection: usize,
+        asked: &Option<Box<str>>,
         open: OpenFile,
         info: FileInfo,
         reopens: Option<Reopens>,
     ) -> Response {
         let local = self.connections[connection].session;
+        let access = open.access;
+        let who = self.connections[connection].who.as_ref();
+        let open = match (asked, who) {
+            (Some(path), Some(who)) => open.audited_as(Some(Audited::new(who, path))),
+            _ => open,
+        };
         let open = Arc::new(open);
         let account = self.connections[connection].account();
         let session = &self.sessions[local].session;
@@ -250,11 +287,13 @@ impl Worker {
             Ok(given) => given,
             Err(Excess { who, text }) => {
                 self.counters.rejected_files[who as usize].add(1);
+                self.audit_open(connection, asked, access, libc::EMFILE);
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
         // This worker may have it already, by a reopen that came at the same time.
         let known = if reopens.is_some() { self.sessions.file(local, handle) } else { None };
+        self.audit_open(connection, asked, access, 0);
         let file = known.unwrap_or_else(|| self.sessions.remember(local, WorkerFile::new(handle, open)));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }
@@ -267,6 +306,9 @@ impl Worker {
         let Some((file, permit)) = self.sessions[session].session.close(handle) else {
             return self.respond_now(request.key, Opcode::Close, unknown_handle());
         };
+        if let (Some(audit), Some(file)) = (&self.shared.audit, &file.audited) {
+            audit.closed(file);
+        }
         let id = self.sessions[session].session.id;
         self.sessions.forget(id, handle);
         self.tell_others(id, handle);

@@ -9,6 +9,7 @@ use raio_transport::Violation;
 use raio_transport::transport::{ConnectionId, RequestKey};
 use slab::Slab;
 
+use crate::audit::Who;
 use crate::channel::Outcomes;
 use crate::client::Client;
 use crate::limits::{AddressAccount, ConnectionPermit};
@@ -98,6 +99,8 @@ pub struct Connection {
     pub has_data: bool,
     /// What the client calls itself.
     pub name: String,
+    /// Who the client is, for the audit log if there is one.
+    pub who: Option<Arc<Who>>,
     /// What waits in lanes on its behalf is cancelled once this has gone.
     pub client: Arc<Client>,
 }
@@ -270,6 +273,7 @@ mod tests {
             features: 0,
             has_data: true,
             name: String::new(),
+            who: None,
             client: Client::new(None),
         })
     }

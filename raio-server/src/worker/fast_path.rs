@@ -49,7 +49,10 @@ impl Worker {
         }
         self.counters.fast_path.add(1);
         self.count_response(Status::OK);
-        self.count_work(Some(open.export), Direction::ToClient, Status::OK, length);
+        self.count_for_export(Some(open.export), Direction::ToClient, Status::OK, length);
+        if let Some(audited) = &open.audited {
+            audited.on_read(length);
+        }
         self.latencies.answered_by_fast_path();
         if self.tracer.is_on() {
             self.trace(name, Phase::Point, "fast_path", 0);

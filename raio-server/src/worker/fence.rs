@@ -22,6 +22,7 @@ use zerocopy::IntoBytes;
 use super::admission::Demand;
 use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
+use crate::audit::{Event, Who};
 use crate::channel::slot_of;
 use crate::engine::{self, Closing};
 use crate::keys::Revocation;
@@ -153,8 +154,7 @@ impl Worker {
         let request = &self.requests[key];
         let (is_cancelled, id) = (request.is_cancelled, request.key.id);
         if answer.status.is_ok() {
-            let (export, direction) = (request.work.export(), request.work.direction());
-            self.count_work(export, direction, answer.status, answer.result);
+            self.count_work(&request.work, answer.status, answer.result);
         }
         self.end_request(key);
         let Some(Orphan { member, guarded, .. }) = self.orphans.remove(&key) else { return };
@@ -186,14 +186,27 @@ impl Worker {
             if worker == self.index {
                 self.release_held();
             } else {
-                self.tell(worker, Mail::Orphan);
+                self.tell(worker, Mail::Release);
             }
         }
     }
 
-    /// Whether a request overlaps an orphan: both change the same bytes.
-    #[cold]
+    /// Whether a request waits for others to end: it overlaps an orphan, as both change the same bytes; or it
+    /// is an open that the audit log has no room for.
     pub(super) fn is_held_back(&self, work: &Work) -> bool {
+        match work {
+            Work::Open(_) => self.holds_back_opens(),
+            work => work.is_recorded() && self.shared.orphan_guard.is_active() && self.overlaps_orphan(work),
+        }
+    }
+
+    /// Whether the audit log is to be written before anything more is opened.
+    pub(super) fn holds_back_opens(&self) -> bool {
+        self.shared.audit.as_ref().is_some_and(|audit| audit.holds_back_opens())
+    }
+
+    #[cold]
+    fn overlaps_orphan(&self, work: &Work) -> bool {
         work.changes().is_some_and(|(file, range)| {
             let range = range.offset..range.end();
             self.shared.orphan_guard.holds_back(file.object, &range, self.index)
@@ -204,7 +217,10 @@ impl Worker {
     /// connection then.
     #[cold]
     pub(super) fn hold(&mut self, request: usize, slot: Option<Slot>) {
-        self.counters.orphan_waits.add(1);
+        match self.requests[request].work {
+            Work::Open(_) => self.counters.audit_waits.add(1),
+            _ => self.counters.orphan_waits.add(1),
+        }
         self.held.push((request, slot));
         if self.requests.enter(request, State::NeedSlot) == State::Fetching {
             self.admission.set_fetching(self.requests[request].export, false);
@@ -248,7 +264,7 @@ impl Worker {
     /// Does what is to be done because of what has happened to a channel.
     pub(super) fn carry_out(&mut self, effects: Effects) {
         // What has happened beside is logged by who knows the client.
-        let Effects { close, wake, files, evicted, expires, .. } = effects;
+        let Effects { close, wake, files, ended, evicted, expires, .. } = effects;
         if evicted > 0 {
             let no_client: Option<Origin> = None;
             log_client!(
@@ -271,6 +287,13 @@ impl Worker {
                 self.settle(connection);
             } else {
                 self.tell(connection.worker, Mail::Settle(connection));
+            }
+        }
+        if let Some(audit) = &self.shared.audit {
+            files.iter().filter_map(|(file, _)| file.audited.as_deref()).for_each(|file| audit.closed(file));
+            for session in ended {
+                let who = Who::new(self.shared.keys.as_deref(), &session.identity);
+                audit.record(&Arc::new(who.with_session("", session.id)), Event::End);
             }
         }
         for (file, permit) in files {
@@ -388,7 +411,7 @@ impl Worker {
     pub(super) fn expire(&mut self) {
         self.expires = None;
         let effects = self.shared.sessions.expire(self.reactor.clock().now());
-        let Effects { expired, ended, .. } = effects;
+        let (expired, ended) = (effects.expired, effects.ended.len());
         if expired > 0 {
             tracing::info!(
                 "{expired} channels are forgotten, and {ended} sessions have ended: their clients did not \

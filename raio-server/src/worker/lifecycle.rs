@@ -1,5 +1,6 @@
 //! How connections and sessions begin and end at a worker.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use raio_transport::Violation;
@@ -15,13 +16,14 @@ use tracing::field::display;
 use super::connections::{Connection, Fencing, Standing};
 use super::fence::Orphan;
 use super::{Mail, Quirk, Worker};
+use crate::audit::{Event, Who};
 use crate::client::Client;
 use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::request::State;
-use crate::sessions::{ConnectionName, Effects, Joined, NotJoined, Remains};
+use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
@@ -81,6 +83,11 @@ impl Worker {
             log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
         }
         let Some(arrival) = self.connections.take_arriving(id) else { return };
+        let who = self.shared.audit.as_ref().map(|audit| {
+            let who = Arc::new(self.who(&peer, address));
+            audit.record(&who, Event::Connect);
+            who
+        });
         let key = self.connections.open(Connection {
             id,
             arrival,
@@ -95,9 +102,16 @@ impl Worker {
             features: peer.grant.features,
             has_data: !peer.is_control(),
             name: peer.name,
+            who,
             client: Client::new(self.transport.socket(id)),
         });
         self.admission.open(key, session, address.map(PeerAddress::origin));
+    }
+
+    /// Who the client is to the audit log.
+    fn who(&self, peer: &Peer, address: Option<PeerAddress>) -> Who {
+        let who = Who::new(self.shared.keys.as_deref(), &peer.identity);
+        who.at(address).with_session(&peer.name, peer.session)
     }
 
     /// Rejects a client in its handshake: there are as many as there may be, or a newer connection has come.
@@ -119,6 +133,10 @@ impl Worker {
             name = peer.name,
             "A client was rejected. {text}"
         );
+        if let Some(audit) = &self.shared.audit {
+            let reason = text.to_owned();
+            audit.record(&Arc::new(self.who(peer, address)), Event::Reject { errno, reason });
+        }
         self.transport.reject(&mut self.reactor, id, errno, text);
     }
 
@@ -128,6 +146,10 @@ impl Worker {
             self.counters.close_reason(reason);
             if let CloseReason::Violation(violation) = reason {
                 log_client!(warn, peer, violation.name(), "A client's handshake failed: {violation}.");
+                if let Some(audit) = &self.shared.audit {
+                    let event = Event::Reject { errno: violation.errno(), reason: format!("{violation}.") };
+                    audit.record(&Arc::new(Who::default().at(peer)), event);
+                }
             }
             return;
         };
@@ -163,6 +185,9 @@ impl Worker {
         self.admission.close(key);
         let mut connection = self.connections.close(key);
         let peer = connection.peer();
+        if let (Some(audit), Some(who)) = (&self.shared.audit, &connection.who) {
+            audit.record(who, Event::Disconnect { reason: reason.name() });
+        }
         if connection.has_data {
             self.shared.placement.release(self.index);
         }
@@ -225,7 +250,7 @@ impl Worker {
         };
         let now = self.reactor.clock().now();
         let effects = self.shared.sessions.ended(&connection.member, remains, now);
-        let Effects { ended, is_kept, .. } = effects;
+        let (ended, is_kept) = (effects.ended.len(), effects.is_kept);
         self.carry_out(effects);
         // A server that stops keeps nothing.
         if is_kept && self.drain.is_none() {

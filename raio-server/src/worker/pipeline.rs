@@ -25,7 +25,7 @@ impl Worker {
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
-        let is_held = work.is_recorded() && self.shared.orphan_guard.is_active() && self.is_held_back(&work);
+        let is_held = self.is_held_back(&work);
         let demand = Demand { connection, bytes: work.slot_len(), export };
         let arrived = self.arrived(opcode);
         let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
@@ -166,7 +166,7 @@ impl Worker {
         }
         // There may be orphans that were none when it began to wait.
         let work = &self.requests[key].work;
-        if work.is_recorded() && self.shared.orphan_guard.is_active() && self.is_held_back(work) {
+        if self.is_held_back(work) {
             return self.hold(key, slot);
         }
         self.enter(key, State::Executing);
@@ -344,7 +344,7 @@ impl Worker {
             self.record_outcome(connection, name.id, is_cancelled, &response);
         }
         let request = &self.requests[key];
-        self.count_work(request.work.export(), request.work.direction(), response.status, response.result);
+        self.count_work(&request.work, response.status, response.result);
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
         self.respond(name, opcode, arrived, response);
@@ -397,7 +397,28 @@ impl Worker {
     }
 
     /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved.
-    pub(super) fn count_work(&self, export: Option<usize>, direction: Direction, status: Status, bytes: u64) {
+    pub(super) fn count_work(&self, work: &Work, status: Status, bytes: u64) {
+        let direction = work.direction();
+        self.count_for_export(work.export(), direction, status, bytes);
+        if let Some(audited) = work.file().and_then(|file| file.open.audited.as_deref())
+            && status.is_ok()
+        {
+            match direction {
+                Direction::ToClient => audited.on_read(bytes),
+                Direction::ToServer => audited.on_written(bytes),
+                Direction::None => {}
+            }
+        }
+    }
+
+    /// The same, for its export alone.
+    pub(super) fn count_for_export(
+        &self,
+        export: Option<usize>,
+        direction: Direction,
+        status: Status,
+        bytes: u64,
+    ) {
         let Some(export) = export.and_then(|export| self.counters.exports.get(export)) else { return };
         export.requests.add(1);
         match direction {

@@ -1,0 +1,242 @@
+//! The audit log: what is in it, and what happens when it cannot be written.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
+use raio_e2e::{LoopDevice, PATIENCE, Server, needs_root};
+use raio_transport::key_directory::KeyDirectory;
+use raio_transport::keys::{PublicKey, SecretKey};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A server of one client, with an audit log.
+struct Site {
+    directory: TempDir,
+    key: PublicKey,
+    server: Server,
+}
+
+impl Site {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| directory.path().join(name);
+        for name in ["data", "keys", "client", "log"] {
+            fs::create_dir(at(name)).expect("a directory");
+        }
+        fs::write(at("data/file"), b"0123456789").expect("a file");
+        let key = SecretKey::create(&at("client/key")).expect("a key").public();
+        let entry = format!("[client.one]\nkeys = ['{key}']\nexports = {{ data = 'rw', none = 'ro' }}\n");
+        fs::write(at("keys/clients.toml"), entry).expect("a file");
+        let export = format!("data={},rw", at("data").display());
+        let [keys, log] = ["keys", "log/audit"].map(|name| at(name).display().to_string());
+        let arguments = ["--listen", "tcp://127.0.0.1:0", "--keys", &keys, "--audit", &log];
+        let server = Server::start_with(&[&export, "none=null:1M"], &arguments);
+        Self { directory, key, server }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Connects with the keys in this directory.
+    fn connect(&self, keys: &Path) -> Result<Session, Error> {
+        let host = SecretKey::load(&self.path("keys/host.key")).expect("the server has made it").public();
+        let address = self.server.address();
+        let directory = KeyDirectory::new(keys);
+        directory.pin(&address.ip().to_string(), address.port(), host).expect("it is pinned");
+        let options = Options { keys: Keys::Directory(keys.to_owned()), ..Options::default() };
+        Session::connect(&self.server.url(), &options)
+    }
+}
+
+/// The records of a log.
+fn records(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(|line| serde_json::from_str(line).expect("a line is a JSON object")).collect()
+}
+
+/// The same, once it has a record like this.
+fn records_when(path: &Path, is_there: impl Fn(&Value) -> bool) -> Vec<Value> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let records = records(path);
+        if records.iter().any(&is_there) {
+            return records;
+        }
+        assert!(Instant::now() < deadline, "{records:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn carry_out(context: &mut Context, file: &File, operation: Operation) {
+    context.submit(file, operation, 0).map_err(|rejected| rejected.error).expect("it is begun");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < deadline, "it does not end");
+        context.wait(1, 1, Some(Duration::from_millis(100))).expect("the session lives");
+        if let Some(completion) = context.next() {
+            assert!(completion.result.is_ok(), "{:?}", completion.result);
+            return;
+        }
+    }
+}
+
+fn bytes(len: usize) -> Buffers {
+    Buffers::One(Buffer::Owned(vec![b'x'; len].into()))
+}
+
+#[test]
+fn who_connects_opens_and_leaves_is_recorded_and_how_much_was_moved() {
+    let site = Site::new();
+    let session = site.connect(&site.path("client")).expect("a session");
+    let file = session.open("/data/file", libc::O_RDWR, 0).expect("a file");
+    assert!(session.open("/data/missing", libc::O_RDONLY, 0).is_err());
+    assert!(session.open("/none", libc::O_RDWR, 0).is_err());
+    let ready = session.open("/none", libc::O_RDONLY, 0).expect("a file");
+    let mut context = session.context(4).expect("a context");
+    carry_out(&mut context, &file, Operation::Write { offset: 0, buffers: bytes(7) });
+    carry_out(&mut context, &file, Operation::Read { offset: 0, buffers: bytes(4) });
+    carry_out(&mut context, &file, Operation::Read { offset: 4, buffers: bytes(2) });
+    file.close().expect("it is closed");
+    drop((file, ready, context, session));
+    let log = site.path("log/audit");
+    let records = records_when(&log, |record| record["event"] == "end");
+    let of = |event: &str| records.iter().filter(|it| it["event"] == event).collect::<Vec<_>>();
+    let opens: Vec<_> = of("open")
+        .iter()
+        .map(|it| {
+            (it["path"].as_str().unwrap(), it["access"].as_str().unwrap(), it["errno"].as_i64().unwrap())
+        })
+        .collect();
+    let expected = [
+        ("/data/file", "rw", 0),
+        ("/data/missing", "r", libc::ENOENT.into()),
+        ("/none", "rw", libc::EROFS.into()),
+        ("/none", "r", 0),
+    ];
+    assert_eq!(opens, expected);
+    let closed = of("close");
+    let closed: Vec<_> =
+        closed.iter().map(|it| (&it["path"], &it["read_bytes"], &it["written_bytes"])).collect();
+    assert_eq!(closed.len(), 2);
+    assert_eq!(closed[0], (&"/data/file".into(), &6.into(), &7.into()));
+    assert_eq!((of("connect").len(), of("disconnect").len(), of("end").len()), (2, 2, 1));
+    let hashed = of("connect")[0]["session"].clone();
+    assert_eq!(hashed.as_str().map(str::len), Some(8));
+    for record in &records {
+        assert_eq!(record["client"], "one", "{record}");
+        assert_eq!(record["key"].as_str(), Some(site.key.to_string().as_str()), "{record}");
+        assert_eq!(record["session"], hashed, "{record}");
+        assert!(record["time"].as_str().is_some_and(|time| time.ends_with('Z')), "{record}");
+    }
+    let is_there = |it: &&&Value| it["address"].as_str().is_some_and(|it| it.starts_with("127.0.0.1:"));
+    assert_eq!(records.iter().filter(|it| is_there(&it)).count(), records.len() - 1, "all but the end");
+}
+
+#[test]
+fn who_is_not_let_in_is_recorded() {
+    let site = Site::new();
+    let stranger = tempfile::tempdir().expect("a directory");
+    SecretKey::create(&stranger.path().join("key")).expect("a key");
+    assert!(site.connect(stranger.path()).is_err());
+    let log = site.path("log/audit");
+    let records = records_when(&log, |record| record["event"] == "reject");
+    assert_eq!(records.len(), 1);
+    assert_eq!(records[0]["errno"], libc::EKEYREJECTED);
+    assert!(records[0]["address"].as_str().is_some_and(|it| it.starts_with("127.0.0.1:")), "{}", records[0]);
+}
+
+#[test]
+fn a_log_that_was_moved_away_is_begun_anew_at_sighup() {
+    let mut site = Site::new();
+    let [log, moved] = ["log/audit", "log/audit.1"].map(|name| site.path(name));
+    drop(site.connect(&site.path("client")).expect("a session"));
+    records_when(&log, |record| record["event"] == "end");
+    fs::rename(&log, &moved).expect("it is ours");
+    site.server.signal(Signal::HUP);
+    let deadline = Instant::now() + PATIENCE;
+    while !log.exists() {
+        assert!(Instant::now() < deadline, "it is not begun anew");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    drop(site.connect(&site.path("client")).expect("a session"));
+    records_when(&log, |record| record["event"] == "end");
+    assert_eq!(records(&moved).iter().filter(|it| it["event"] == "end").count(), 1);
+    let counts = site.server.statistics()["audit"].clone();
+    assert_eq!(counts["lost"], 0);
+    assert_eq!(counts["written"], records(&log).len() + records(&moved).len());
+}
+
+/// A server without keys whose log is on a disk of this size that is full.
+fn with_full_disk(when_full: &str) -> (Server, raio_e2e::Mounted) {
+    let disk = LoopDevice::new(16 << 20).mount("ext4");
+    fs::write(disk.path().join("data"), b"0123456789").expect("a file");
+    let export = format!("data={}", disk.path().join("data").display());
+    let log = disk.path().join("audit").display().to_string();
+    let full = format!("--audit-full={when_full}");
+    let server = Server::start_with(&[&export], &["--listen", "tcp://127.0.0.1:0", "--audit", &log, &full]);
+    let filler = fs::File::create(disk.path().join("filler")).expect("a file");
+    let mut chunk = vec![0_u8; 1 << 20];
+    while !chunk.is_empty() {
+        match std::io::Write::write(&mut &filler, &chunk) {
+            Ok(n @ 1..) => chunk.truncate(chunk.len().min(n.next_power_of_two())),
+            _ => chunk.truncate(chunk.len() / 2),
+        }
+    }
+    (server, disk)
+}
+
+/// Opens and closes the file so often. Returns how many opens there were until one took too long.
+fn open_often(session: &Session, count: usize) -> usize {
+    (0..count)
+        .take_while(|_| session.open("/data", libc::O_RDONLY, 0).is_ok_and(|file| file.close().is_ok()))
+        .count()
+}
+
+#[test]
+fn records_that_a_full_disk_does_not_take_are_counted_and_nobody_waits() {
+    if !needs_root("a disk of its own") {
+        return;
+    }
+    let (mut server, disk) = with_full_disk("lose");
+    let session = Session::connect(&server.url(), &Options::default()).expect("a session");
+    assert_eq!(open_often(&session, 6_000), 6_000);
+    let lost = server.statistics()["audit"]["lost"].as_u64().expect("a number");
+    assert!(lost > 0, "12,000 records fitted");
+    fs::remove_file(disk.path().join("filler")).expect("it is ours");
+    let records = records_when(&disk.path().join("audit"), |record| {
+        record["event"] == "lost" && record["records"].as_u64() >= Some(lost)
+    });
+    assert_eq!(records.iter().filter(|it| it["event"] == "lost").count(), 1);
+    assert_eq!(open_often(&session, 1), 1);
+}
+
+#[test]
+fn opens_wait_for_a_log_that_must_have_them() {
+    if !needs_root("a disk of its own") {
+        return;
+    }
+    let (mut server, disk) = with_full_disk("wait");
+    let patient = Options { call_timeout: Duration::from_secs(2), ..Options::default() };
+    let session = Session::connect(&server.url(), &patient).expect("a session");
+    let opens = open_often(&session, 6_000);
+    assert!((1000..6_000).contains(&opens), "{opens} opens");
+    let statistics = server.statistics();
+    assert_eq!(statistics["audit"]["lost"], 0);
+    assert!(statistics["waits"]["audit"].as_u64() > Some(0));
+    // Others are served meanwhile, but for opens.
+    let other = Session::connect(&server.url(), &Options::default()).expect("a session");
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| open_often(&other, 1));
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!waits.is_finished(), "it does not wait");
+        fs::remove_file(disk.path().join("filler")).expect("it is ours");
+        assert_eq!(waits.join().expect("it does not panic"), 1);
+    });
+    let log = disk.path().join("audit");
+    records_when(&log, |record| record["event"] == "close");
+    assert!(records(&log).iter().all(|it| it["event"] != "lost"));
+}
