@@ -232,11 +232,10 @@ impl Outbox {
         self.next.is_some()
     }
 
-    /// Whether more than this waits behind what the peer has not taken. A send that took only a part has made
-    /// no room.
+    /// Whether more than this waits for the next send, be one under way or not: what is received until that
+    /// begins is answered behind it, too. A send that took only a part has made no room.
     pub fn is_behind(&self, bytes_max: usize, count_max: usize) -> bool {
-        (self.next_bytes > bytes_max || self.next_count > count_max)
-            && (self.is_sending || self.plain.is_some() || self.rest.is_some())
+        self.next_bytes > bytes_max || self.next_count > count_max
     }
 
     pub fn unsent_bytes(&self) -> usize {

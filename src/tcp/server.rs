@@ -315,10 +315,10 @@ impl TcpServer {
             Some(event) => {
                 self.has_sent = true;
                 connection.sent(event, &mut self.shared);
-                // There may be room for more answers now.
-                connection.receive(&mut self.shared, reactor);
             }
         }
+        // There may be room for more answers now.
+        connection.receive(&mut self.shared, reactor);
     }
 
     /// Does what seldom follows from a change: sets the timer, closes, and lets go of what is over.

@@ -358,6 +358,21 @@ fn a_peer_that_does_not_take_its_answers_is_not_read_from() {
 }
 
 #[test]
+fn what_waits_for_the_next_send_is_bounded_although_nothing_is_being_sent() {
+    let mut run = Run::open();
+    run.send(&[request(1, 1 << 20, b""), request(2, 1 << 20, b"")].concat());
+    run.respond(1, 1 << 20);
+    assert!(run.receive().is_some(), "1 MiB is not too much");
+    run.connection.on_nothing(None);
+    run.respond(2, 1 << 20);
+    assert!(run.receive().is_none());
+    run.shared.dirty.clear();
+    assert!(run.connection.begin_flush(&mut run.shared));
+    let _sending = run.connection.poll_send(&mut run.shared).unwrap();
+    assert!(run.receive().is_some(), "there is room behind it");
+}
+
+#[test]
 fn a_peer_that_takes_nothing_between_two_checks_is_reset() {
     let mut run = Run::open();
     run.send(&request(1, 1 << 20, b""));
