@@ -306,9 +306,10 @@ impl Out {
                     connect(&socket, &SocketAddrUnix::new(JOURNALD)?)?;
                     Ok(socket)
                 };
-                let socket = connected().map_err(|errno: Errno| io::Error::from(errno)).with_context(|| {
-                    format!("Cannot reach journald at {JOURNALD}, to which --audit is to go. Name a file instead")
-                })?;
+                let socket =
+                    connected().map_err(|errno: Errno| io::Error::from(errno)).with_context(|| {
+                        format!("Cannot reach journald at {JOURNALD}. Name a file with --audit instead")
+                    })?;
                 return Ok(Self::Journald(socket));
             }
         };
