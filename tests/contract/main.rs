@@ -86,6 +86,7 @@ mod rdma_end;
 mod slow;
 mod tls;
 mod tls_peer;
+mod tls_scan;
 mod unreachable;
 mod upgrade;
 mod vanishing;
