@@ -75,9 +75,10 @@ contract! {
             // A send queue full of answers, one work request each, and the credits that wait for room in it.
             (2 * credits + 8) * slot_bytes + credits * slot_bytes
         } else {
-            // What is being sent, and what was answered behind it before it was no longer read from: each at
-            // most what the granted requests and the server's own limit of 1 MiB make.
-            2 * (credits * slot_bytes + (1 << 20))
+            // What is being sent, and what was answered behind it before it was no longer read from. Each is
+            // at most the server's own limit of 1 MiB, the requests that were received when less than that
+            // waited, and those of the receive that was begun before these were answered.
+            2 * (2 * credits * slot_bytes + (1 << 20))
         };
         server.each_seen(|seen| {
             let unsent = seen.unsent_bytes_max;

@@ -160,7 +160,8 @@ fn server_hello(body: &[u8], ended: bool) -> Answer {
 }
 
 fn is_refused(hello: &Hello) -> bool {
-    // handshake_failure, illegal_parameter, protocol_version, unsupported_certificate, no_application_protocol
+    // handshake_failure, illegal_parameter, protocol_version, unsupported_certificate,
+    // no_application_protocol
     matches!(hello.ask(), Answer::Alert(40 | 47 | 70 | 43 | 120) | Answer::Hello { ended: true, .. })
 }
 
