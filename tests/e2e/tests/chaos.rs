@@ -3,7 +3,8 @@
 //! whatever they synced must be there after a crash of the machine.
 //!
 //! `RAIO_TEST_SEED` replays the faults in the same order; when each of them comes, and what it meets, is left
-//! to the machine. `RAIO_TEST_CHAOS_SECONDS` has them come slowly, for that long (`scripts/soak`).
+//! to the machine. `RAIO_TEST_CHAOS_SECONDS` has them come slowly, for that long (`scripts/soak`), and
+//! `RAIO_TEST_CHAOS_KEYS` over TLS.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -19,6 +20,8 @@ use raio_e2e::{
     FOREVER, Fault, Frozen, History, LogLine, LoopDevice, Mounted, Outcome, PATIENCE, Proxy, Random, Server,
     Treatment, Violation, binary, decode_cell, monotonic_ns, seed,
 };
+use raio_transport::key_directory::KeyDirectory;
+use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -168,15 +171,32 @@ fn start_server(cable: &Cable, files: &Path, log: &Path, random: &mut Random, ho
     let state = log.with_file_name("state");
     command.args(["--backend", backend, "--state"]).arg(state);
     command.args(["--export", &format!("d={},rw", files.display())]);
+    let keys = log.with_file_name("keys");
+    if keys.exists() {
+        command.arg("--keys").arg(keys);
+    }
     let log = OpenOptions::new().append(true).create(true).open(log).expect("a log");
     command.stderr(log);
     Server::spawn(command)
 }
 
+/// Keys for a server and its clients in a directory, as `keys` and `client`. Returns the server's.
+fn make_keys(directory: &Path) -> PublicKey {
+    let [keys, client] = ["keys", "client"].map(|name| directory.join(name));
+    for path in [&keys, &client] {
+        std::fs::create_dir(path).expect("a directory");
+    }
+    let key = SecretKey::create(&client.join("key")).expect("a key").public();
+    let entry = format!("[client.cells]\nkeys = ['{key}']\nexports = {{ d = 'rw' }}\n");
+    std::fs::write(keys.join("clients.toml"), entry).expect("a file");
+    SecretKey::create(&keys.join("host.key")).expect("a key").public()
+}
+
 impl Chaos {
-    fn new(mut random: Random, honesty: Honesty) -> Option<Self> {
+    fn new(mut random: Random, honesty: Honesty, has_keys: bool) -> Option<Self> {
         let cable = Cable::new("chaos")?;
         let directory = tempfile::tempdir().expect("a directory");
+        let host_key = has_keys.then(|| make_keys(directory.path()));
         let outer = LoopDevice::new(OUTER_BYTES).mount("xfs");
         let image = outer.path().join("image");
         let (file_system, image_bytes) = FILE_SYSTEMS[random.index(FILE_SYSTEMS.len())];
@@ -192,6 +212,12 @@ impl Chaos {
             start_server(&cable, files.path(), &directory.path().join("server"), &mut random, honesty);
         let here: Ipv4Addr = cable.address(End::B).parse().expect("an address");
         let proxy = cable.on(End::B, || Proxy::start_on(here, server.address()));
+        if let Some(key) = host_key {
+            let trusted = KeyDirectory::new(directory.path().join("client"));
+            for address in [server.address(), proxy.address()] {
+                trusted.pin(&address.ip().to_string(), address.port(), key).expect("it is pinned");
+            }
+        }
         let mut this = Self {
             frozen: None,
             clients: Vec::new(),
@@ -229,6 +255,10 @@ impl Chaos {
         command.arg(url).arg(&log).args([number.to_string(), self.random.below(1 << 32).to_string()]);
         if place > 0 {
             command.arg("crc");
+        }
+        let keys = self.directory.path().join("client");
+        if keys.exists() {
+            command.env("RAIO_KEYS", keys);
         }
         let mut child = command.stdin(Stdio::piped()).spawn().expect("a client");
         Worker { stdin: child.stdin.take(), child, log, number }
@@ -560,35 +590,44 @@ impl Pace {
 fn what_clients_see_in_chaos_is_what_disks_can_do_and_what_they_synced_is_there_after_a_crash() {
     match std::env::var("RAIO_TEST_CHAOS_SECONDS") {
         Ok(seconds) => {
-            chaos(seed(), &Pace::slow(seconds.parse().expect("RAIO_TEST_CHAOS_SECONDS is a number")));
+            let pace = Pace::slow(seconds.parse().expect("RAIO_TEST_CHAOS_SECONDS is a number"));
+            chaos(seed(), &pace, std::env::var_os("RAIO_TEST_CHAOS_KEYS").is_some());
         }
-        Err(_) => chaos(seed(), &Pace::quick(30)),
+        Err(_) => chaos(seed(), &Pace::quick(30), false),
     }
 }
 
 /// The other half of a minute, beside the first one. What it prints is replayed by the test above.
 #[test]
 fn in_another_chaos_at_the_same_time_it_is_no_different() {
-    chaos(seed().wrapping_add(1 << 31), &Pace::quick(30));
+    chaos(seed().wrapping_add(1 << 31), &Pace::quick(30), false);
 }
 
 #[test]
 #[ignore = "long"]
 fn what_clients_see_in_slow_chaos_is_what_disks_can_do_and_what_they_synced_is_there_after_a_crash() {
-    chaos(seed(), &Pace::slow(600));
+    chaos(seed(), &Pace::slow(600), false);
 }
 
-fn chaos(seed: u64, pace: &Pace) {
+#[test]
+#[ignore = "long"]
+fn over_tls_it_is_no_different() {
+    chaos(seed(), &Pace::slow(300), true);
+}
+
+fn chaos(seed: u64, pace: &Pace, has_keys: bool) {
     // Seen of a test that passes, too.
     let _ = writeln!(
         std::io::stderr(),
-        "chaos for {:?}, replay with RAIO_TEST_SEED={seed}{} cargo test -p raio-e2e --test chaos \
+        "chaos for {:?}, replay with RAIO_TEST_SEED={seed}{}{} cargo test -p raio-e2e --test chaos \
          what_clients_see",
         pace.duration,
         pace.variable,
+        if has_keys { " RAIO_TEST_CHAOS_KEYS=1" } else { "" },
     );
     let mut random = Random::with_seed(seed);
-    let Some(mut chaos) = Chaos::new(Random::with_seed(random.below(u64::MAX)), Honesty::Honest) else {
+    let Some(mut chaos) = Chaos::new(Random::with_seed(random.below(u64::MAX)), Honesty::Honest, has_keys)
+    else {
         return;
     };
     let end = Instant::now() + pace.duration;
@@ -638,7 +677,7 @@ fn chaos(seed: u64, pace: &Pace) {
 #[test]
 fn without_chaos_nothing_fails_and_a_server_that_syncs_nothing_is_found() {
     for honesty in [Honesty::Honest, Honesty::SyncsNothing] {
-        let Some(mut chaos) = Chaos::new(Random::new(), honesty) else { return };
+        let Some(mut chaos) = Chaos::new(Random::new(), honesty, false) else { return };
         std::thread::sleep(Duration::from_secs(1));
         chaos.crash();
         chaos.finish();
@@ -659,7 +698,7 @@ fn without_chaos_nothing_fails_and_a_server_that_syncs_nothing_is_found() {
 
 /// With this trouble only, again and again, nothing fails, and no outcome is unknown.
 fn nothing_fails_with(troubles: &[Trouble]) {
-    let Some(mut chaos) = Chaos::new(Random::new(), Honesty::Honest) else { return };
+    let Some(mut chaos) = Chaos::new(Random::new(), Honesty::Honest, false) else { return };
     for (n, trouble) in (0..).zip(troubles.iter().cycle().take(12)) {
         chaos.go_on_until(Instant::now() + Duration::from_millis(300 + n * 37));
         chaos.begin(*trouble, Duration::from_millis(200));
