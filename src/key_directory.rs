@@ -135,6 +135,13 @@ impl KeyDirectory {
         flock(&directory, FlockOperation::LockExclusive).map_err(cannot)?;
         let text = pinned(&self.read_servers()?, &ServerName::new(host, port), key);
         let text = text.map_err(|error| self.malformed(error))?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            // It would not be read, so no server could be reached any more.
+            let kib = FILE_BYTES_MAX >> 10;
+            let path = self.servers_file();
+            let what = format!("Cannot write {}; it would have more than {kib} KiB", path.display());
+            return Err(Error::io(what, Errno::FBIG));
+        }
         let new = self.path.join(format!(".servers-{}-{:016x}", std::process::id(), random::number()));
         let written =
             OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new).and_then(|mut file| {

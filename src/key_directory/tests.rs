@@ -182,6 +182,18 @@ fn pinning_replaces_a_servers_line_and_leaves_the_others_alone() {
 }
 
 #[test]
+fn pinning_does_not_make_a_file_that_is_too_long_to_be_read() {
+    let directory = Scratch::with("");
+    let full = vec![b'#'; FILE_BYTES_MAX as usize];
+    directory.write(&full);
+    assert_eq!(directory.0.pin("h", 1, key()).unwrap_err().errno(), libc::EFBIG);
+    assert_eq!(std::fs::read(directory.0.servers_file()).unwrap(), full);
+    directory.write(&full[100..]);
+    directory.0.pin("h", 1, key()).unwrap();
+    assert_eq!(directory.0.trusted("h", 1).unwrap().len(), 1);
+}
+
+#[test]
 fn pinning_makes_the_directory_and_leaves_one_file_for_this_user_alone() {
     let directory = Scratch::new();
     let (first, second) = (key(), key());
