@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
@@ -15,6 +18,7 @@ use raio_transport::keys::{PublicKey, SecretKey};
 use raio_transport::message::SessionId;
 use raio_transport::tcp::TcpClient;
 use raio_transport::tls::ClientTls;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -316,6 +320,175 @@ fn who_begins_handshakes_and_does_not_end_them_keeps_nobody_out() {
     }
     drop(half_open.into_iter().map(OwnedFd::from).collect::<Vec<_>>());
     site.server.statistics_when(is_at_rest);
+}
+
+/// A connection to there from this address of the loopback device.
+fn connect_from(host: u8, to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&socket, &SocketAddr::from((Ipv4Addr::new(127, 0, 0, host), 0)))?;
+    connect(&socket, &to)?;
+    Ok(TcpStream::from(socket))
+}
+
+/// Clients without an accepted key. From one address they shake hands, so many a minute. From another one
+/// they begin so many handshakes, begin others when the server has closed them, and go on with none.
+struct Strangers {
+    is_over: Arc<AtomicBool>,
+    shaking: Vec<JoinHandle<usize>>,
+    half_open: JoinHandle<usize>,
+}
+
+impl Strangers {
+    const HANDSHAKES_A_MINUTE: u32 = 10_000;
+    const HALF_OPEN: usize = 256;
+
+    fn start(site: &Site) -> Self {
+        const THREADS: u32 = 4;
+        let is_over = Arc::new(AtomicBool::new(false));
+        let (to, host_key) = (site.server.address(), site.host_key());
+        let shaking = (0..THREADS)
+            .map(|_| {
+                let is_over = Arc::clone(&is_over);
+                std::thread::spawn(move || {
+                    let every = Duration::from_secs(60) * THREADS / Self::HANDSHAKES_A_MINUTE;
+                    let tls = ClientTls::new(&SecretKey::generate(), &[host_key]);
+                    let offer = Offer { tls: Some(tls), ..Offer::new("stranger") };
+                    let (mut count, mut next) = (0, Instant::now());
+                    while !is_over.load(Ordering::Relaxed) {
+                        let stream = connect_from(3, to).expect("it is accepted");
+                        let rejected = TcpClient::from_stream(stream, &offer, Instant::now() + PATIENCE);
+                        assert_eq!(
+                            rejected.map(drop).expect_err("it has no key").errno(),
+                            libc::EKEYREJECTED
+                        );
+                        count += 1;
+                        next += every;
+                        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+                    }
+                    count
+                })
+            })
+            .collect();
+        let half_open = {
+            let is_over = Arc::clone(&is_over);
+            std::thread::spawn(move || {
+                let (mut streams, mut count) = (Vec::new(), 0);
+                while !is_over.load(Ordering::Relaxed) {
+                    streams.retain_mut(|stream: &mut TcpStream| {
+                        let read = stream.read(&mut [0; 64]);
+                        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+                    });
+                    while streams.len() < Self::HALF_OPEN {
+                        let mut stream = connect_from(2, to).expect("it is accepted");
+                        // The front of a hello, or nothing.
+                        if count % 2 == 0 {
+                            let _ = stream.write_all(&[22, 3, 1, 2, 0, 1]);
+                        }
+                        stream.set_nonblocking(true).expect("a socket");
+                        streams.push(stream);
+                        count += 1;
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                count
+            })
+        };
+        Self { is_over, shaking, half_open }
+    }
+
+    /// Has them go. How many handshakes were rejected, and how many were begun only.
+    fn end(self) -> (usize, usize) {
+        self.is_over.store(true, Ordering::Relaxed);
+        let shaking = self.shaking.into_iter().map(|thread| thread.join().expect("it does not panic")).sum();
+        (shaking, self.half_open.join().expect("it does not panic"))
+    }
+}
+
+fn read(context: &mut Context, file: &File) -> Result<Vec<u8>, Error> {
+    let buffers = Buffers::One(Buffer::Owned(vec![0; 10].into()));
+    context.submit(file, Operation::Read { offset: 0, buffers }, 0).map_err(|rejected| rejected.error)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        assert!(Instant::now() < deadline, "the read does not end");
+        context.wait(1, 1, Some(Duration::from_millis(100)))?;
+        if let Some(completion) = context.next() {
+            completion.result?;
+            return Ok(completion.buffers.expect("they come back").pieces()[0].bytes().to_vec());
+        }
+    }
+}
+
+/// For so long, honest clients connect and work while strangers come.
+fn work_among_strangers(site: &Site, client: &Client, time: Duration) {
+    let options = Options {
+        keys: Keys::Directory(client.keys.path().to_owned()),
+        connect_timeout: PATIENCE,
+        reconnect: Duration::ZERO,
+        ..Options::default()
+    };
+    let begin = || {
+        let session = Session::connect(&site.server.url(), &options).expect("it is let in");
+        let file = open(&session, "/data/file", libc::O_RDWR).expect("it may");
+        let context = session.context(4).expect("a context");
+        (session, file, context)
+    };
+    let work = |context: &mut Context, file: &File| {
+        assert_eq!(write(context, file).expect("it may"), 10);
+        assert_eq!(read(context, file).expect("it may"), b"abcdefghij");
+    };
+    let (_session, file, mut context) = begin();
+    let strangers = Strangers::start(site);
+    let (begun, mut count) = (Instant::now(), 0);
+    while count < 3 || begun.elapsed() < time {
+        let (_session, file, mut context) = begin();
+        work(&mut context, &file);
+        count += 1;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // One that was there before notices nothing.
+    work(&mut context, &file);
+    let (rejected, half_open) = strangers.end();
+    eprintln!("{count} sessions, {rejected} handshakes rejected, {half_open} begun only");
+}
+
+fn honest_clients_are_served_among_strangers(time: Duration) {
+    let client = Client::new();
+    let mut site = Site::new(&client.entry("one", "exports = { data = 'rw' }"));
+    client.trust(&site);
+    let sockets = |site: &Site| {
+        site.server.descriptors().iter().filter(|descriptor| descriptor.starts_with("socket:")).count()
+    };
+    let at_first = sockets(&site);
+    // The first ones touch memory for the first time.
+    work_among_strangers(&site, &client, Duration::from_secs(1));
+    site.server.statistics_when(is_at_rest);
+    let settle = |site: &Site| {
+        let deadline = Instant::now() + PATIENCE;
+        while sockets(site) > at_first {
+            assert!(Instant::now() < deadline, "there are {:?}", site.server.descriptors());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    settle(&site);
+    let descriptors = site.server.descriptors();
+    let taken = site.server.taken_bytes();
+    work_among_strangers(&site, &client, time);
+    site.server.statistics_when(is_at_rest);
+    settle(&site);
+    assert_eq!(site.server.descriptors(), descriptors);
+    let grown = site.server.taken_bytes().saturating_sub(taken);
+    assert!(grown < 4 << 20, "{grown} bytes more");
+}
+
+#[test]
+fn strangers_who_shake_hands_all_the_time_keep_nobody_out_and_leave_nothing() {
+    honest_clients_are_served_among_strangers(Duration::from_secs(5));
+}
+
+#[test]
+#[ignore = "long"]
+fn strangers_who_shake_hands_for_a_minute_keep_nobody_out_and_leave_nothing() {
+    honest_clients_are_served_among_strangers(Duration::from_secs(60));
 }
 
 #[test]
