@@ -1,16 +1,23 @@
 //! Clients with keys, as users have them: the command `raio`, key directories, libraio and raio_load, with a
-//! server in this process.
+//! server in this process, or on another host.
 
 use std::net::SocketAddr;
+use std::num::NonZero;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use raio::{Crc, Error, File, Keys, Options, Scheme, Session};
-use raio_e2e::{KeyedServer, binary, copy_program};
+use raio_e2e::{Cable, End, KeyedServer, PATIENCE, Server, binary, copy_program};
 use raio_transport::handshake::Identity;
 use raio_transport::keys::{PublicKey, SecretKey};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, recv, socket_with, sockopt};
+use rustix::process::Signal;
 
 /// A client's key directory. It is removed at the end.
 struct Client {
@@ -338,6 +345,25 @@ fn raio_load_uses_keys_as_libraio_does() {
     assert!(text(&without.stderr).contains("raio key new"), "{}", text(&without.stderr));
 }
 
+/// Where libraio.so is.
+fn library_path() -> PathBuf {
+    binary("libraio.so").parent().expect("a file is in a directory").to_owned()
+}
+
+/// One of the examples in C, built into this directory.
+fn example(name: &str, directory: &Path) -> PathBuf {
+    let program = directory.join(name);
+    let make = Command::new("make")
+        .args(["-s", "-C", concat!(env!("CARGO_MANIFEST_DIR"), "/../../libraio/examples")])
+        .arg(&program)
+        .arg(format!("O={}", directory.display()))
+        .arg(format!("RAIO={}", library_path().display()))
+        .output()
+        .expect("make runs");
+    assert!(make.status.success(), "{}", text(&make.stderr));
+    program
+}
+
 #[test]
 fn a_program_in_c_uses_the_keys_of_its_environment() {
     let server_key = SecretKey::generate();
@@ -345,21 +371,12 @@ fn a_program_in_c_uses_the_keys_of_its_environment() {
     let server = KeyedServer::start(&server_key, &[key]);
     let line = format!("{} {}\n", server.address(), server_key.public());
     std::fs::write(client.servers(), line).expect("a file");
-    let library = binary("libraio.so");
-    let directory = library.parent().expect("a file is in a directory");
-    let program = client.home.path().join("raio_cat");
-    let make = Command::new("make")
-        .args(["-s", "-C", concat!(env!("CARGO_MANIFEST_DIR"), "/../../libraio/examples")])
-        .arg(&program)
-        .arg(format!("O={}", client.home.path().display()))
-        .arg(format!("RAIO={}", directory.display()))
-        .output()
-        .expect("make runs");
-    assert!(make.status.success(), "{}", text(&make.stderr));
+    let program = example("raio_cat", client.home.path());
+    let directory = library_path();
     let cat = |variable: &str| {
         let mut command = Command::new(&program);
         command.args([&format!("{}/e/file", server.url())]).env_clear();
-        command.env("LD_LIBRARY_PATH", directory).env(variable, client.path()).output().expect("it runs")
+        command.env("LD_LIBRARY_PATH", &directory).env(variable, client.path()).output().expect("it runs")
     };
     let with = cat("RAIO_KEYS");
     assert_eq!((with.status.code(), with.stdout.len()), (Some(0), 64 << 10), "{}", text(&with.stderr));
@@ -385,4 +402,125 @@ fn a_program_with_the_rights_of_another_user_has_no_keys_from_the_environment() 
     let show = show.expect("it runs");
     assert_eq!(show.status.code(), Some(2), "{}", text(&show.stderr));
     assert!(text(&show.stderr).contains("--keys DIRECTORY"), "{}", text(&show.stderr));
+}
+
+/// Everything that a host sends and receives.
+struct Capture {
+    is_over: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<u8>>,
+}
+
+impl Capture {
+    fn start(cable: &Cable, end: End) -> Self {
+        const ALL: u16 = 3;
+        const BUFFER_BYTES: usize = 64 << 20;
+        let socket: OwnedFd = cable.on(end, || {
+            let protocol = NonZero::new(u16::to_be(ALL).into()).map(Protocol::from_raw);
+            socket_with(AddressFamily::PACKET, SocketType::RAW, SocketFlags::CLOEXEC, protocol)
+                .expect("root may")
+        });
+        sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER_BYTES).expect("root may");
+        let timeout = Some(Duration::from_millis(50));
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, timeout).expect("a socket");
+        let is_over = Arc::new(AtomicBool::new(false));
+        let until = Arc::clone(&is_over);
+        let thread = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            let mut packet = vec![0; 256 << 10];
+            loop {
+                // What came before the end is taken, too.
+                let is_over = until.load(Ordering::Relaxed);
+                match recv(&socket, &mut packet[..], RecvFlags::empty()) {
+                    Ok((n, _)) => all.extend_from_slice(&packet[..n]),
+                    Err(_) if is_over => return all,
+                    Err(_) => {}
+                }
+            }
+        });
+        Self { is_over, thread }
+    }
+
+    /// All packets, one behind the other.
+    fn end(self) -> Vec<u8> {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.thread.join().expect("it does not panic")
+    }
+}
+
+fn has(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+#[test]
+fn a_file_is_copied_between_two_hosts_with_keys_and_nobody_in_between_can_read_it() {
+    let Some(cable) = Cable::new("two hosts with keys") else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| directory.path().join(name);
+    for (client, name) in [("me", "key"), ("stranger", "key"), ("nobody", "none")] {
+        std::fs::create_dir_all(at(client).join(name)).expect("a directory");
+    }
+    std::fs::create_dir(at("data")).expect("a directory");
+    const LINE: &[u8] = b"nobody else reads this line\n";
+    let content = LINE.repeat((1 << 20) / LINE.len());
+    std::fs::write(at("original"), &content).expect("a file");
+    let programs = ["raio_cp", "raio_cat"].map(|name| example(name, directory.path()));
+    let run = |client: &str, program: &Path, arguments: &[&str]| {
+        let mut command = cable.command(End::B, program);
+        command.args(arguments).env_remove("RAIO_KEYS").env("XDG_CONFIG_HOME", at(client));
+        command.env("LD_LIBRARY_PATH", library_path()).stdin(Stdio::null()).output().expect("it runs")
+    };
+    let raio = |client: &str, arguments: &[&str]| {
+        let done = run(client, &binary("raio"), arguments);
+        assert_eq!(done.status.code(), Some(0), "{arguments:?}: {}", text(&done.stderr));
+        text(&done.stdout).trim_end().to_owned()
+    };
+    let [copy, cat] = &programs;
+    let capture = Capture::start(&cable, End::A);
+
+    // The steps of README.md.
+    let key = raio("me", &["key", "new"]);
+    let mut command = cable.command(End::A, binary("raio_server"));
+    command.arg("--keys").arg(at("keys")).args(["--listen", "tcp://10.78.0.1:0"]);
+    command.args(["--export", &format!("safe={},rw", at("data").display())]);
+    let server = Server::spawn(command);
+    let entry = format!("[client.me]\nkeys = [\"{key}\"]\nexports = {{ safe = \"rw\" }}\n");
+    let clients = at("keys/clients.toml");
+    let before = std::fs::read_to_string(&clients).expect("the server has made it");
+    std::fs::write(&clients, before + &entry).expect("a file");
+    server.signal(Signal::HUP);
+    let host_key = SecretKey::load(&at("keys/host.key")).expect("the server has made it").public();
+    let url = format!("raio://{}", server.address());
+    let trust = ["key", "trust", &url, "--key", &host_key.to_string()];
+    raio("me", &trust);
+    // SIGHUP takes a moment.
+    let deadline = Instant::now() + PATIENCE;
+    while text(&run("me", &binary("raio"), &trust).stderr).contains("does not accept") {
+        assert!(Instant::now() < deadline, "the server does not read clients.toml again");
+    }
+    let (original, file) = (at("original").display().to_string(), format!("{url}/safe/file"));
+    let copied = run("me", copy, &[&original, &file]);
+    assert_eq!(copied.status.code(), Some(0), "{}", text(&copied.stderr));
+    let is_same = std::fs::read(at("data/file")).expect("the copy") == content;
+    assert!(is_same, "the copy is not the original");
+    let read = run("me", cat, &[&file]);
+    assert_eq!(read.status.code(), Some(0), "{}", text(&read.stderr));
+    assert!(read.stdout == content, "what is read is not the original");
+
+    // Nobody else gets in.
+    raio("stranger", &["key", "new"]);
+    raio("stranger", &trust);
+    let other = format!("{url}/safe/other");
+    for (client, why) in [("stranger", "does not accept this client's key"), ("nobody", "raio key new")] {
+        for (program, arguments) in [(copy, &[&*original, &*other][..]), (cat, &[&*file])] {
+            let refused = run(client, program, arguments);
+            assert_eq!((refused.status.code(), refused.stdout.len()), (Some(1), 0), "{client}");
+            assert!(text(&refused.stderr).contains(why), "{client}: {}", text(&refused.stderr));
+        }
+    }
+    assert!(!at("data/other").exists());
+
+    let packets = capture.end();
+    assert!(packets.len() > 2 * content.len(), "only {} bytes were captured", packets.len());
+    assert!(has(&packets, b"raio/2"), "a hello is in the clear, and is not in what was captured");
+    assert!(!has(&packets, &LINE[..16]), "the file can be read on its way");
 }
