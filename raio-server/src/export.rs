@@ -30,6 +30,7 @@ use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
 use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
+use crate::subtree::Subtree;
 use crate::syscalls::FileInfo;
 use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
@@ -218,6 +219,15 @@ impl Export {
     }
 }
 
+/// The directory of an export that a client does not leave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// Relative to the export's directory.
+    pub directory: String,
+    /// Where the rest of the path that is opened begins, which is beneath this directory.
+    pub rest: usize,
+}
+
 /// What a client's open comes to.
 #[derive(Debug)]
 pub enum Target {
@@ -227,6 +237,8 @@ pub enum Target {
         export: usize,
         /// Relative to its directory, or its own.
         path: CString,
+        /// In which directory the client has to stay, if not in all of the export.
+        confinement: Option<Confinement>,
         /// How.
         how: OpenHow,
     },
@@ -276,10 +288,11 @@ impl Exports {
         &self.0
     }
 
-    /// The place of the export that a client knows by this name, and whether it may write to it.
-    fn find(&self, rights: &Rights, name: &[u8]) -> Option<(usize, bool)> {
+    /// The place of the export that a client knows by this name, and what it may use of it.
+    fn find<'a>(&self, rights: &'a Rights, name: &[u8]) -> Option<(usize, &'a [Subtree])> {
         let at = self.0.iter().position(|export| export.name.as_bytes() == name)?;
-        Some((at, rights.of_export(&self.0[at].name)?))
+        let subtrees = rights.of_export(&self.0[at].name);
+        (!subtrees.is_empty()).then_some((at, subtrees))
     }
 
     /// Resolves the path and flags (`OPEN_*`) of a client as far as that goes without touching the file.
@@ -293,7 +306,7 @@ impl Exports {
         let start = rest.iter().position(|&b| b != b'/').unwrap_or(rest.len());
         let rest = &rest[start..];
         let (name, rest) = rest.split_at(rest.iter().position(|&b| b == b'/').unwrap_or(rest.len()));
-        let Some((index, may_write)) = self.find(rights, name) else {
+        let Some((index, subtrees)) = self.find(rights, name) else {
             let text =
                 format!("There is no export {}. Ask the server's operator for the names.", EscapedPath(name));
             return reject(Status::storage(libc::ENOENT), text);
@@ -302,12 +315,16 @@ impl Exports {
         let has_more = !rest.is_empty();
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
         let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
+        // Whatever is there, nothing is looked up.
+        let Some((subtree, beneath)) = Subtree::find(subtrees, rest, changes) else {
+            return Err(Rejection::of_path(rest, libc::ENOENT, ""));
+        };
         if changes && !export.is_writable {
             let text =
                 format!("Export {} is read-only. The server's operator can add `,rw` to it.", export.name);
             return reject(Status::policy(libc::EROFS), text);
         }
-        if changes && !may_write {
+        if changes && !subtree.is_writable() {
             let text = format!(
                 "Export {} is read-only for this client. The server's operator can change that in \
                  clients.toml.",
@@ -353,7 +370,9 @@ impl Exports {
             mode: if flags & OPEN_CREATE != 0 { mode.into() } else { 0 },
             resolve: root.resolve().bits(),
         };
-        Ok(Target::Path { export: index, path, how })
+        let confined = |directory: &str| Confinement { directory: directory.to_owned(), rest: beneath };
+        let confinement = subtree.directory().map(confined);
+        Ok(Target::Path { export: index, path, confinement, how })
     }
 }
 
@@ -411,8 +430,10 @@ mod tests {
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
         let path_of =
             |flags, path: &str| match exports.resolve(&Rights::All, flags, 0o600, path.as_bytes()).unwrap() {
-                Target::Path { export, path, how } => (export, path.into_string().unwrap(), how),
-                Target::Ready(file, _) => panic!("{file:?}"),
+                Target::Path { export, path, confinement: None, how } => {
+                    (export, path.into_string().unwrap(), how)
+                }
+                target => panic!("{target:?}"),
             };
         let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
         assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
@@ -440,6 +461,34 @@ mod tests {
         let rejection =
             exports.resolve(&Rights::All, OPEN_WRITE | OPEN_CREATE, 0o4755, b"/w/suid").unwrap_err();
         assert_eq!(rejection.status, Status::policy(libc::EPERM));
+    }
+
+    #[test]
+    fn a_client_with_a_directory_finds_the_paths_beneath_it_and_no_others() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(directory.path().join("a/b")).unwrap();
+        std::fs::write(directory.path().join("other"), "x").unwrap();
+        let spec = spec(&format!("d={},rw", directory.path().display()));
+        let exports = Exports::open(&[spec], Pool::start().unwrap()).unwrap();
+        let rights = Rights::of_directory("d", "a/b");
+        for (path, rest) in [("/d/a/b/x", 4), ("//d//a//b//../x", 6), ("/d/a/b", 3), ("/d/./a/b/", 6)] {
+            match exports.resolve(&rights, OPEN_READ | OPEN_WRITE, 0, path.as_bytes()).unwrap() {
+                Target::Path { confinement, .. } => {
+                    assert_eq!(confinement, Some(Confinement { directory: "a/b".into(), rest }), "{path}");
+                }
+                target => panic!("{target:?}"),
+            }
+        }
+        for flags in [OPEN_READ, OPEN_WRITE, OPEN_WRITE | OPEN_CREATE, OPEN_WRITE | OPEN_TRUNCATE] {
+            for name in ["other", "nothing", "a", "a/", "a/x", "a/../other", "a/../a/b/x", "../d/a/b/x", "."]
+            {
+                let rejection = exports.resolve(&rights, flags, 0o4644, format!("/d/{name}").as_bytes());
+                let Rejection { status, text } = rejection.unwrap_err();
+                assert_eq!(status, Status::storage(libc::ENOENT), "{name}");
+                let missing = std::io::Error::from_raw_os_error(libc::ENOENT);
+                assert_eq!(text, format!("Cannot open {name:?} on the server: {missing}."));
+            }
+        }
     }
 
     #[test]

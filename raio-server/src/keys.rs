@@ -7,14 +7,15 @@
 //! keys = ["ed25519:...", { key = "ed25519:...", expires = 2027-06-30 }]
 //! users = ["postgres", 1001]
 //! groups = ["backup"]
-//! exports = { data = "rw", logs = "ro" }
+//! exports = { data = "rw", logs = "ro", home = { access = "rw", path = "db1/files" } }
 //! rdma = "clear"
 //! ```
 //!
 //! Keys are for clients over a network; users and groups for those on this machine, over a Unix socket. A
 //! user goes before its groups. One whose groups are those of several clients may do what any of them may.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -29,10 +30,13 @@ use raio_transport::handshake::Identity;
 use raio_transport::keys::{PublicKey, SecretKey};
 use raio_transport::sync::lock;
 use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, IntoDeserializer, MapAccess, Visitor};
 use toml::Spanned;
 use toml::value::Datetime;
 
 use crate::config::place;
+use crate::subtree::{Access, Subtree};
 
 const HOST_KEY: &str = "host.key";
 const CLIENTS: &str = "clients.toml";
@@ -45,7 +49,7 @@ const CLIENTS_AT_FIRST: &str = "\
 # keys = [\"ed25519:...\"]
 # users = [\"USER\"]
 # groups = [\"GROUP\"]
-# exports = { EXPORT = \"ro\", OTHER = \"rw\" }
+# exports = { EXPORT = \"ro\", OTHER = { access = \"rw\", path = \"DIRECTORY\" } }
 ";
 
 /// What a client may open.
@@ -53,20 +57,29 @@ const CLIENTS_AT_FIRST: &str = "\
 pub enum Rights {
     /// Every export, as it is exported: there are no keys.
     All,
-    /// These, each for reading, or also for writing.
+    /// What its entry says.
     Of(Arc<Client>),
     /// Nothing.
     None,
 }
 
 impl Rights {
-    /// Whether an export exists for the client, and if so whether it may write.
-    pub fn of_export(&self, name: &str) -> Option<bool> {
+    /// What the client may use of an export. Nothing: there is no such export for it.
+    pub fn of_export(&self, name: &str) -> &[Subtree] {
+        static EVERYTHING: [Subtree; 1] = [Subtree::whole(Access::ReadWrite)];
         match self {
-            Self::All => Some(true),
-            Self::Of(client) => client.exports.get(name).map(|&access| access == Access::ReadWrite),
-            Self::None => None,
+            Self::All => &EVERYTHING,
+            Self::Of(client) => client.exports.get(name).map_or(&[], Vec::as_slice),
+            Self::None => &[],
         }
+    }
+
+    /// Those of a client that has a directory of an export.
+    #[cfg(test)]
+    pub fn of_directory(export: &str, directory: &str) -> Self {
+        let subtree = Subtree::beneath(directory, Access::ReadWrite).unwrap();
+        let exports = [(export.to_owned(), vec![subtree])].into();
+        Self::Of(Arc::new(Client { name: "test".into(), exports, may_use_rdma: false }))
     }
 }
 
@@ -75,7 +88,8 @@ impl Rights {
 pub struct Client {
     /// What the file calls it.
     pub name: String,
-    exports: BTreeMap<String, Access>,
+    /// What it may use of each export.
+    exports: BTreeMap<String, Vec<Subtree>>,
     /// Its data may go over RDMA, where it is not sealed.
     pub may_use_rdma: bool,
 }
@@ -83,30 +97,25 @@ pub struct Client {
 impl Client {
     /// Whether it may do all that another one may.
     fn covers(&self, other: &Self) -> bool {
-        let covers = |name: &String, access| self.exports.get(name).is_some_and(|ours| *ours >= access);
-        (self.may_use_rdma || !other.may_use_rdma)
-            && other.exports.iter().all(|(name, &access)| covers(name, access))
+        let covers = |name, subtree| {
+            self.exports
+                .get(name)
+                .is_some_and(|ours: &Vec<Subtree>| ours.iter().any(|own| own.covers(subtree)))
+        };
+        let mut subtrees =
+            other.exports.iter().flat_map(|(name, subtrees)| subtrees.iter().map(move |one| (name, one)));
+        (self.may_use_rdma || !other.may_use_rdma) && subtrees.all(|(name, subtree)| covers(name, subtree))
     }
 
     /// One that may do what either may.
     fn or(&self, other: &Self) -> Self {
         let mut exports = self.exports.clone();
-        for (name, &access) in &other.exports {
-            let ours = exports.entry(name.clone()).or_insert(access);
-            *ours = access.max(*ours);
+        for (name, subtrees) in &other.exports {
+            exports.entry(name.clone()).or_default().extend_from_slice(subtrees);
         }
         let may_use_rdma = self.may_use_rdma || other.may_use_rdma;
         Self { name: format!("{}+{}", self.name, other.name), exports, may_use_rdma }
     }
-}
-
-/// How a client may use an export.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
-enum Access {
-    #[serde(rename = "ro")]
-    ReadOnly,
-    #[serde(rename = "rw")]
-    ReadWrite,
 }
 
 /// A client's key.
@@ -130,7 +139,17 @@ struct Clients {
     by_key: HashMap<PublicKey, Entry>,
     by_uid: HashMap<u32, Arc<Client>>,
     by_gid: HashMap<u32, Arc<Client>>,
+    requirements: Vec<Requirement>,
     unnamed: UnnamedIds,
+}
+
+/// Something in the file that not every server can do.
+#[derive(Debug)]
+struct Requirement {
+    /// Where in the file.
+    at: String,
+    /// This export must be a directory, if there is one.
+    directory: String,
 }
 
 /// The numbers that the kernel gives for users and groups that have none in this process's user namespace:
@@ -175,6 +194,14 @@ pub struct Keys {
     /// Replaced whole.
     clients: Mutex<Arc<Clients>>,
     names: Names,
+    server: Option<Abilities>,
+}
+
+/// What a server can do, by which the file is checked.
+#[derive(Debug)]
+pub struct Abilities {
+    /// Its exports, and which of them are directories.
+    pub exports: HashMap<String, bool>,
 }
 
 impl Keys {
@@ -204,7 +231,14 @@ impl Keys {
         }
         let names = Names::default();
         let clients = Mutex::new(Arc::new(Clients::read(&clients, &names)?));
-        Ok(Self { directory: directory.to_owned(), host: host?, clients, names })
+        Ok(Self { directory: directory.to_owned(), host: host?, clients, names, server: None })
+    }
+
+    /// Checks the file by what the server can do, now and each time that it is read again.
+    pub fn check_by(&mut self, server: Abilities) -> anyhow::Result<()> {
+        self.clients().check(&server)?;
+        self.server = Some(server);
+        Ok(())
     }
 
     fn clients(&self) -> Arc<Clients> {
@@ -234,6 +268,7 @@ impl Keys {
     /// Reads `clients.toml` again. Returns who may do less than before; after an error all is as it was.
     pub fn reread(&self) -> anyhow::Result<Revocation> {
         let new = Arc::new(Clients::read(&self.directory.join(CLIENTS), &self.names)?);
+        self.server.as_ref().map_or(Ok(()), |server| new.check(server))?;
         let old = std::mem::replace(&mut *lock(&self.clients), Arc::clone(&new));
         Ok(Revocation { old, new, now: Timestamp::now() })
     }
@@ -252,12 +287,13 @@ impl Keys {
         clients.by_key.values().filter_map(|entry| entry.expires).filter(|&expires| expires > now).min()
     }
 
-    /// The exports that clients may open by the file, and that are none of these.
-    pub fn unknown_exports<'a>(&self, exports: impl Iterator<Item = &'a str>) -> Vec<String> {
-        let known: HashSet<&str> = exports.collect();
+    /// The exports that clients may open by the file, and that the server does not have.
+    pub fn unknown_exports(&self) -> Vec<String> {
+        let is_known =
+            |name: &str| self.server.as_ref().is_some_and(|server| server.exports.contains_key(name));
         let clients = self.clients();
         let named = clients.all().flat_map(|client| client.exports.keys());
-        let mut unknown: Vec<_> = named.filter(|name| !known.contains(name.as_str())).cloned().collect();
+        let mut unknown: Vec<_> = named.filter(|name| !is_known(name)).cloned().collect();
         unknown.sort();
         unknown.dedup();
         unknown
@@ -284,9 +320,44 @@ struct ClientTable {
     #[serde(default)]
     groups: Vec<Spanned<NameOrId>>,
     #[serde(default)]
-    exports: BTreeMap<String, Access>,
+    exports: BTreeMap<String, ExportEntry>,
     #[serde(default)]
     rdma: Rdma,
+}
+
+/// What a client may do with an export: `"ro"`, `"rw"`, or a table.
+struct ExportEntry(ExportTable);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ExportTable {
+    access: Access,
+    path: Option<Spanned<String>>,
+}
+
+impl<'de> Deserialize<'de> for ExportEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ExportVisitor)
+    }
+}
+
+struct ExportVisitor;
+
+impl<'de> Visitor<'de> for ExportVisitor {
+    type Value = ExportEntry;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"ro\", \"rw\", or a table with `access` and `path`")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<ExportEntry, E> {
+        let access = Access::deserialize(text.into_deserializer())?;
+        Ok(ExportEntry(ExportTable { access, path: None }))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ExportEntry, A::Error> {
+        ExportTable::deserialize(MapAccessDeserializer::new(map)).map(ExportEntry)
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize)]
@@ -368,8 +439,22 @@ impl Clients {
             if table.keys.is_empty() && table.users.is_empty() && table.groups.is_empty() {
                 bail!("{at}: client {name} has no keys, users or groups, so it can never connect.");
             }
+            let mut exports = BTreeMap::new();
+            for (export, ExportEntry(ExportTable { access, path: directory })) in table.exports {
+                let subtree = match directory {
+                    None => Subtree::whole(access),
+                    Some(directory) => {
+                        let at = place(path, text, directory.span().start);
+                        let subtree = Subtree::beneath(directory.get_ref(), access);
+                        let subtree = subtree.map_err(|why| anyhow!("{at}: {why}."))?;
+                        all.requirements.push(Requirement { at, directory: export.clone() });
+                        subtree
+                    }
+                };
+                exports.insert(export, vec![subtree]);
+            }
             let may_use_rdma = table.rdma == Rdma::Clear;
-            let client = Arc::new(Client { name, exports: table.exports, may_use_rdma });
+            let client = Arc::new(Client { name, exports, may_use_rdma });
             for key in table.keys {
                 let at = place(path, text, key.span().start);
                 let (key, expires) = match key.into_inner() {
@@ -404,6 +489,18 @@ impl Clients {
             }
         }
         Ok(all)
+    }
+
+    /// Whether a server can do what the file requires of it.
+    fn check(&self, server: &Abilities) -> anyhow::Result<()> {
+        for Requirement { at, directory } in &self.requirements {
+            if server.exports.get(directory) == Some(&false) {
+                bail!(
+                    "{at}: export {directory} is no directory, so there is nothing beneath it. Leave `path` out."
+                );
+            }
+        }
+        Ok(())
     }
 
     fn all(&self) -> impl Iterator<Item = &Arc<Client>> {
@@ -486,13 +583,18 @@ mod tests {
         assert_eq!(keys.map(|key| clients.by_key[&key].is_valid(now)), [true, true, false, true]);
         let rights = |key: &PublicKey| Rights::Of(Arc::clone(&clients.by_key[key].client));
         for key in &keys[..3] {
-            let exports = ["data", "logs", "other"].map(|name| rights(key).of_export(name));
+            let exports = ["data", "logs", "other"].map(|name| may_write(&rights(key), name));
             assert_eq!(exports, [Some(true), Some(false), None]);
             assert!(clients.by_key[key].client.may_use_rdma);
         }
-        assert_eq!(rights(&keys[3]).of_export("data"), None);
+        assert_eq!(may_write(&rights(&keys[3]), "data"), None);
         assert!(!clients.by_key[&keys[3]].client.may_use_rdma);
         assert_eq!(parse("").unwrap().len, 0);
+    }
+
+    /// Whether an export exists for a client, and if so whether it may write there.
+    fn may_write(rights: &Rights, name: &str) -> Option<bool> {
+        rights.of_export(name).iter().map(Subtree::is_writable).max()
     }
 
     /// A process of this user with these groups.
@@ -523,7 +625,7 @@ mod tests {
             let client = clients.valid(&identity, now);
             assert_eq!(client.as_ref().map(|client| client.name.as_str()), name, "{identity:?}");
             let rights = client.map_or(Rights::None, Rights::Of);
-            assert_eq!(["a", "b", "c"].map(|name| rights.of_export(name)), exports, "{identity:?}");
+            assert_eq!(["a", "b", "c"].map(|name| may_write(&rights, name)), exports, "{identity:?}");
         }
     }
 
@@ -541,6 +643,23 @@ mod tests {
             ("[client.a]\ngroups = [7]\n[client.b]\ngroups = ['7', 7]".into(), "4:11", "no group"),
             ("[client.a]\ngroups = [7]\n[client.b]\ngroups = [8, 7]".into(), "4:14", "client a already"),
             (format!("[client.a]\nkeys = ['{key}']\nexports = {{ x = 'RW' }}"), "3:17", "`rw`"),
+            (format!("[client.a]\nkeys = ['{key}']\nexports = {{ x = 7 }}"), "3:17", "`access` and `path`"),
+            (
+                format!("[client.a]\nkeys = ['{key}']\nexports = {{ x = {{ access = 'r', path = 'a' }} }}"),
+                "3:28",
+                "`rw`",
+            ),
+            (format!("[client.a]\nkeys = ['{key}']\n[client.a.exports.x]\npath = 'a'"), "3:1", "access"),
+            (
+                format!("[client.a]\nkeys = ['{key}']\n[client.a.exports.x]\naccess = 'rw'\npaht = 'a'"),
+                "5:1",
+                "paht",
+            ),
+            (
+                format!("[client.a]\nkeys = ['{key}']\n[client.a.exports.x]\naccess = 'rw'\npath = '../a'"),
+                "5:8",
+                "no directory",
+            ),
             (format!("[client.a]\nkeys = ['{key}']\nrdma = 'yes'"), "3:8", "`clear`"),
             (format!("[client.a]\nkeys = ['{key}']\nexport = {{}}"), "3:1", "export"),
             (
@@ -555,6 +674,60 @@ mod tests {
             let at = format!("clients.toml:{at}: ");
             assert!(error.starts_with(&at) && error.contains(needle), "{text} ({at}): {error}");
         }
+    }
+
+    #[test]
+    fn a_client_may_have_a_directory_of_an_export_and_groups_have_those_of_each_other() {
+        let text = "[client.staff]\ngroups = [50]\n\
+                    exports = { a = { access = 'ro', path = 'x' }, b = 'rw' }\n\
+                    [client.backup]\ngroups = [34]\nexports.a = { access = 'rw', path = 'x/y' }\n\
+                    [client.all]\ngroups = [35]\nexports = { a = { access = 'rw' }, b = 'ro' }\n";
+        let clients = parse(text).unwrap();
+        let rights = |groups: &[u32]| {
+            clients.valid(&user(7, 7, groups), Timestamp::now()).map_or(Rights::None, Rights::Of)
+        };
+        for (groups, path, writes, found) in [
+            (&[50][..], "x/y/z", false, Some((Some("x"), false))),
+            (&[50], "x/y/z", true, Some((Some("x"), false))),
+            (&[50], "y", false, None),
+            (&[34], "x/z", false, None),
+            (&[34, 50], "x/y/z", false, Some((Some("x"), false))),
+            (&[34, 50], "x/y/z", true, Some((Some("x/y"), true))),
+            (&[34, 50], "y", true, None),
+            (&[34, 35, 50], "x/y/z", true, Some((None, true))),
+        ] {
+            let rights = rights(groups);
+            let subtree = Subtree::find(rights.of_export("a"), path.as_bytes(), writes);
+            let subtree = subtree.map(|(subtree, _)| (subtree.directory(), subtree.is_writable()));
+            assert_eq!(subtree, found, "{groups:?} {path} {writes}");
+        }
+    }
+
+    #[test]
+    fn only_directories_have_something_beneath_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys");
+        let mut keys = Keys::open(&path, true).unwrap();
+        let write = |export: &str| {
+            let text = format!(
+                "[client.a]\nkeys = ['{}']\nexports.{export} = {{ access = 'ro', path = 'x' }}\n",
+                key()
+            );
+            std::fs::write(path.join(CLIENTS), text).unwrap();
+        };
+        let exports = [("files", true), ("disk", false)];
+        let exports = || exports.map(|(name, is_directory)| (name.to_owned(), is_directory)).into();
+        keys.check_by(Abilities { exports: exports() }).unwrap();
+        for (export, is_right) in [("files", true), ("there-is-none", true), ("disk", false)] {
+            write(export);
+            let result = keys.reread();
+            assert_eq!(result.is_ok(), is_right, "{export}: {result:?}");
+        }
+        assert_eq!(keys.unknown_exports(), ["there-is-none"], "what is wrong changes nothing");
+        write("disk");
+        let error = Keys::open(&path, true).unwrap().check_by(Abilities { exports: exports() }).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("clients.toml:3:40: ") && error.contains("no directory"), "{error}");
     }
 
     #[test]
@@ -574,7 +747,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
         let keys = Keys::open(&path, true).unwrap();
-        let all = [key(), key(), key(), key(), key()];
+        let all = [key(), key(), key(), key(), key(), key(), key()];
         let concerned = |revocation: &Revocation| all.map(|key| revocation.concerns(&Identity::Key(key)));
         let write = |clients: &[(usize, &str)]| {
             let table =
@@ -588,23 +761,27 @@ mod tests {
             (2, "exports = { a = 'ro' }"),
             (3, "exports = { a = 'ro', b = 'ro' }"),
             (4, "rdma = 'clear'"),
+            (5, "exports.a = { access = 'rw', path = 'x' }"),
+            (6, "exports.a = { access = 'rw', path = 'x/y' }"),
         ]);
         let revocation = keys.reread().unwrap();
-        assert_eq!(concerned(&revocation), [false; 5]);
-        assert_eq!(keys.rights(&Identity::Key(all[1])).of_export("a"), Some(true));
+        assert_eq!(concerned(&revocation), [false; 7]);
+        assert_eq!(may_write(&keys.rights(&Identity::Key(all[1])), "a"), Some(true));
         write(&[
             (1, "exports = { a = 'ro' }"),
             (2, "exports = { a = 'rw', b = 'ro' }"),
             (3, "exports = { a = 'ro' }"),
             (4, ""),
+            (5, "exports.a = { access = 'rw', path = 'x/y' }"),
+            (6, "exports.a = { access = 'rw', path = 'x' }"),
         ]);
-        assert_eq!(concerned(&keys.reread().unwrap()), [true, true, false, true, true]);
+        assert_eq!(concerned(&keys.reread().unwrap()), [true, true, false, true, true, true, false]);
         assert_eq!(keys.rights(&Identity::Key(all[0])), Rights::None);
-        assert_eq!(keys.rights(&Identity::Key(all[1])).of_export("a"), Some(false));
+        assert_eq!(may_write(&keys.rights(&Identity::Key(all[1])), "a"), Some(false));
         // A mistake changes nothing.
         std::fs::write(path.join(CLIENTS), "[client").unwrap();
         assert!(keys.reread().is_err());
-        assert_eq!(keys.len(), 4);
+        assert_eq!(keys.len(), 6);
         assert_eq!(keys.rights(&Identity::Anonymous), Rights::None);
     }
 }

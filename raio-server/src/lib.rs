@@ -52,6 +52,7 @@ mod sessions;
 mod size;
 mod state_directory;
 mod stats;
+mod subtree;
 mod syscalls;
 mod trace;
 mod tuning;

@@ -20,8 +20,10 @@ use rustix::io::Errno;
 use rustix::path::Arg;
 
 use crate::engine::Descriptor;
-use crate::export::Export;
+use crate::export::{Confinement, Export};
 use crate::file_identity::{Facts, FileIdentity};
+use crate::log::log_client;
+use crate::peer::Origin;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, ObjectKey, OpenFile};
@@ -37,6 +39,8 @@ pub struct Opening {
     pub export: usize,
     /// Relative to the export's directory; of an export that is no directory, its path.
     pub path: CString,
+    /// The directory that it has to lie in, if not all of the export will do.
+    pub confinement: Option<Confinement>,
     /// How.
     pub how: OpenHow,
     /// For what.
@@ -75,7 +79,12 @@ impl Opening {
     /// Opens the file. May take as long as its file system does, or the holder of a lease on it.
     pub fn open(&self, export: &Export) -> OpenResult {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
-        let directory = root.enter(export.name())?;
+        let directory = match (root.enter(export.name())?, &self.confinement) {
+            (Some(directory), Some(confinement)) => {
+                Some(self.confine(export.name(), directory, confinement)?)
+            }
+            (directory, _) => directory,
+        };
         let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
         let fd = self
             .find_or_create(export.name(), root, base)
@@ -100,6 +109,38 @@ impl Opening {
         Ok(Opened { file, info })
     }
 
+    /// The directory that a client does not leave. No symbolic link leads to it, so that those who may make
+    /// some in the export do not choose what the client sees. Whatever keeps it from being opened, to the
+    /// client it is not there; the operator hears why.
+    fn confine(
+        &self,
+        name: &str,
+        export: OwnedFd,
+        Confinement { directory, .. }: &Confinement,
+    ) -> Result<OwnedFd, Rejection> {
+        let resolve = ResolveFlags::from_bits_retain(self.how.resolve) | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        openat2(export.as_fd(), directory.as_str(), flags, Mode::empty(), resolve).map_err(|errno| {
+            log_client!(
+                warn,
+                origin None::<Origin>,
+                "directories that cannot be opened",
+                "Export {name}: a client has only {directory:?} of it, which cannot be opened ({errno}). It \
+                 must be a directory, to which no symbolic link leads."
+            );
+            self.failed(Errno::NOENT)
+        })
+    }
+
+    /// What is looked up, beneath the export or the directory that the client does not leave.
+    fn lookup_path(&self) -> &CStr {
+        let rest = self.confinement.as_ref().map_or(0, |confinement| confinement.rest);
+        match CStr::from_bytes_with_nul(&self.path.as_bytes_with_nul()[rest..]) {
+            Ok(path) if !path.is_empty() => path,
+            _ => c".",
+        }
+    }
+
     fn flags(&self) -> OFlags {
         OFlags::from_bits_retain(self.how.flags as u32)
     }
@@ -112,7 +153,7 @@ impl Opening {
         let must_be_new = self.has(OFlags::CREATE | OFlags::EXCL);
         let creates = self.has(OFlags::CREATE) && !root.is_device();
         let lookup = OFlags::PATH | self.flags().intersection(OFlags::NOFOLLOW);
-        let mut path = Cow::Borrowed(&*self.path);
+        let mut path = Cow::Borrowed(self.lookup_path());
         for _ in 0..CREATIONS_MAX {
             if !(must_be_new && creates) {
                 match self.openat(base, &*path, lookup) {
@@ -229,8 +270,12 @@ impl Opening {
         self.rejection(errno.raw_os_error(), hint)
     }
 
-    /// Why the kernel does not go there.
+    /// Why the kernel does not go there. For a client that has no more than a directory, nothing is there: a
+    /// second lookup could find something else than the first, and tell of what is outside.
     fn leads_out(&self, base: BorrowedFd<'_>, path: &CStr, lookup: OFlags) -> Rejection {
+        if self.confinement.is_some() {
+            return self.failed(Errno::NOENT);
+        }
         let within = ResolveFlags::from_bits_retain(self.how.resolve) - ResolveFlags::NO_XDEV;
         let hint = match openat2(base, path, lookup, Mode::empty(), within) {
             Ok(_) | Err(Errno::NOENT) => {
@@ -242,13 +287,7 @@ impl Opening {
     }
 
     fn rejection(&self, errno: i32, hint: &str) -> Rejection {
-        let error = std::io::Error::from_raw_os_error(errno);
-        let path = EscapedPath(self.path.as_bytes());
-        let space = if hint.is_empty() { "" } else { " " };
-        Rejection {
-            status: Status::storage(errno),
-            text: format!("Cannot open {path} on the server: {error}.{space}{hint}"),
-        }
+        Rejection::of_path(self.path.as_bytes(), errno, hint)
     }
 }
 

@@ -13,6 +13,16 @@ pub struct Rejection {
     pub text: String,
 }
 
+impl Rejection {
+    /// The path of an export cannot be opened. `hint` may be empty.
+    pub fn of_path(path: &[u8], errno: i32, hint: &str) -> Self {
+        let error = std::io::Error::from_raw_os_error(errno);
+        let space = if hint.is_empty() { "" } else { " " };
+        let text = format!("Cannot open {} on the server: {error}.{space}{hint}", EscapedPath(path));
+        Self { status: Status::storage(errno), text }
+    }
+}
+
 /// A client's path for a message: cut short, and escaped so that it cannot harm a terminal.
 pub struct EscapedPath<'a>(pub &'a [u8]);
 

@@ -25,13 +25,14 @@ use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
 use crate::handles::GENERATION_MAX;
-use crate::keys::{Keys, Revocation};
+use crate::keys::{Abilities, Keys, Revocation};
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
 use crate::listener::Listener;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::pool::Pool;
 use crate::privileges::{self, User};
+use crate::root::Root;
 use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
@@ -109,13 +110,10 @@ impl Drop for EndedOnDrop {
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
-    let keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
+    let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     reduce(config, user.as_ref())?;
     let (.., exports) = limits_and_exports(config, descriptors)?;
-    if let Some(keys) = &keys {
-        say_unknown_exports(keys, &exports);
-    }
-    Ok(())
+    keys.as_mut().map_or(Ok(()), |keys| check_clients(keys, &exports))
 }
 
 /// Becomes the user, and gives up most of what is not needed to start.
@@ -123,9 +121,18 @@ fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
     if config.is_sandboxed || user.is_some() { privileges::reduce(user) } else { Ok(()) }
 }
 
+/// Checks what clients are to have by what there is.
+fn check_clients(keys: &mut Keys, exports: &Exports) -> anyhow::Result<()> {
+    let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
+    let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
+    keys.check_by(Abilities { exports: exports.collect() })?;
+    say_unknown_exports(keys);
+    Ok(())
+}
+
 /// Logs which exports clients are to have that there are not.
-fn say_unknown_exports(keys: &Keys, exports: &Exports) {
-    for name in keys.unknown_exports(exports.all().iter().map(Export::name)) {
+fn say_unknown_exports(keys: &Keys) {
+    for name in keys.unknown_exports() {
         tracing::warn!("clients.toml names export {name}, which there is not.");
     }
 }
@@ -281,12 +288,12 @@ impl Server {
         let has_rdma = rdma::load().is_none();
         let (main_ring, rings) = make_rings(config, sandbox.as_mut());
         // The server's key may be one that only root can read.
-        let keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
+        let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         become_user(config)?;
 
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
-        if let Some(keys) = &keys {
-            say_unknown_exports(keys, &exports);
+        if let Some(keys) = &mut keys {
+            check_clients(keys, &exports)?;
             if keys.len() == 0 {
                 tracing::warn!("clients.toml names no client yet, so nobody can connect.");
             }
@@ -508,7 +515,7 @@ impl Server {
     fn reread_keys(&self, keys: &Keys) {
         match keys.reread() {
             Ok(revocation) => {
-                say_unknown_exports(keys, &self.shared.exports);
+                say_unknown_exports(keys);
                 tracing::info!(
                     "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
                      than before end.",

@@ -4,20 +4,23 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, is_at_rest, needs_wire};
+use raio_e2e::{PATIENCE, Server, binary, is_at_rest, needs_wire};
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use raio_transport::message::SessionId;
 use raio_transport::tcp::TcpClient;
 use raio_transport::tls::ClientTls;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -155,6 +158,212 @@ fn each_client_has_the_exports_of_its_entry_and_no_others() {
     assert_eq!(hidden.to_string(), none.to_string().replace("there-is-none", "other"));
     let session = other.connect(&site).expect("it has a key");
     assert_eq!(errno(open(&session, "/data/file", libc::O_RDONLY)), libc::ENOENT);
+}
+
+/// What a client hears of a path that is not there.
+fn not_there(session: &Session, path: &str, flags: i32) -> String {
+    let error = open(session, path, flags).map(drop).expect_err("it is not there");
+    assert_eq!(error.errno(), libc::ENOENT, "{path} with {flags:#x}: {error}");
+    error.to_string()
+}
+
+const ONE_DIRECTORY: &str = "exports = { data = { access = 'rw', path = 'db1/files' } }";
+
+#[test]
+fn a_client_with_a_path_opens_what_is_beneath_it_by_the_usual_names_and_hears_of_nothing_else() {
+    let client = Client::new();
+    let site = Site::new(&client.entry("one", ONE_DIRECTORY));
+    let inside = site.path("data/db1/files");
+    fs::create_dir_all(inside.join("sub")).expect("a directory");
+    fs::write(inside.join("x"), b"0123456789").expect("a file");
+    fs::write(site.path("data/db1/secret"), b"secret").expect("a file");
+    let absolute = site.path("data/db1/secret").display().to_string();
+    for (link, target) in [
+        ("in", "sub/../x"),
+        ("up", ".."),
+        ("out-there", "../secret"),
+        ("out-none", "../secre2"),
+        ("far-there", "sub/../../../file"),
+        ("far-none", "sub/../../../fil2"),
+        ("absolute-there", &absolute),
+        ("absolute-none", "/there/is/none"),
+    ] {
+        symlink(target, inside.join(link)).expect("a link");
+    }
+    let session = client.connect(&site).expect("it has a key");
+    let mut context = session.context(4).expect("a context");
+    for path in ["x", "in", "sub/../x"].map(|name| format!("/data/db1/files/{name}")) {
+        let file = open(&session, &path, libc::O_RDWR).expect("it is there");
+        assert_eq!(write(&mut context, &file).expect("it may write"), 10);
+    }
+    open(&session, "/data//db1/./files//new", libc::O_RDWR | libc::O_CREAT).expect("it may create");
+    assert!(inside.join("new").exists());
+    assert_eq!(errno(open(&session, "/data/db1/files", libc::O_RDONLY)), libc::EISDIR);
+
+    // Outside it makes no difference whether there is something.
+    let missing = not_there(&session, "/data/db1/files/none", libc::O_RDONLY);
+    let (create, truncate) = (libc::O_WRONLY | libc::O_CREAT, libc::O_WRONLY | libc::O_TRUNC);
+    let all = [libc::O_RDONLY, libc::O_RDWR, create, truncate];
+    for (there, none) in [
+        ("file", "fil2"),
+        ("db1", "db2"),
+        ("db1/secret", "db1/secre2"),
+        ("../data/db1/files/x", "../dat2/db1/files/x"),
+        ("db1/../db1/files/x", "db2/../db1/files/x"),
+        ("db1/files/../secret", "db1/files/../secre2"),
+        ("db1/files/../files/x", "db1/files/../file2/x"),
+        ("db1/files/sub/../../../file", "db1/files/sub/../../../fil2"),
+        ("db1/files/up/secret", "db1/files/up/secre2"),
+    ] {
+        for flags in [&all[..], &[create | libc::O_EXCL, libc::O_RDONLY | libc::O_NOFOLLOW]].concat() {
+            for path in [there, none] {
+                let heard = not_there(&session, &format!("/data/{path}"), flags);
+                assert_eq!(heard, missing.replace("db1/files/none", path));
+            }
+        }
+    }
+    not_there(&session, "/data", libc::O_RDONLY);
+    for link in ["out", "far", "absolute"] {
+        for flags in all {
+            for path in ["there", "none"].map(|kind| format!("db1/files/{link}-{kind}")) {
+                let heard = not_there(&session, &format!("/data/{path}"), flags);
+                assert_eq!(heard, missing.replace("db1/files/none", &path));
+            }
+        }
+    }
+    assert_eq!(fs::read(site.path("data/db1/secret")).expect("the file"), b"secret");
+    assert_eq!(fs::read(site.path("data/file")).expect("the file"), b"0123456789");
+    for new in ["fil2", "db2", "db1/secre2", "db1/file2"] {
+        assert!(!site.path("data").join(new).exists(), "{new}");
+    }
+}
+
+#[test]
+fn renames_do_not_lead_a_client_with_a_path_out_of_it() {
+    let client = Client::new();
+    let site = Site::new(&client.entry("one", ONE_DIRECTORY));
+    let inside = site.path("data/db1/files");
+    fs::create_dir_all(inside.join("a/deep")).expect("a directory");
+    fs::create_dir_all(site.path("data/outside/a/deep")).expect("a directory");
+    for (directory, content) in [(inside.clone(), "inside"), (site.path("data/outside"), "not inside")] {
+        for name in ["x", "a/x"] {
+            fs::write(directory.join(name), content).expect("a file");
+        }
+    }
+    symlink("../../outside/a", inside.join("b")).expect("a link");
+    symlink("../outside", site.path("data/db1/link")).expect("a link");
+    let session = client.connect(&site).expect("it has a key");
+    let is_over = AtomicBool::new(false);
+    // A directory and a link that leads out change places: beneath the path, and at it.
+    for (one, other) in [("db1/files/a", "db1/files/b"), ("db1/files", "db1/link")] {
+        let (one, other) = (site.path("data").join(one), site.path("data").join(other));
+        is_over.store(false, Ordering::Relaxed);
+        let (mut opened, mut rejected) = (0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    for _there_and_back in 0..2 {
+                        renameat_with(CWD, &one, CWD, &other, RenameFlags::EXCHANGE).expect("both are there");
+                    }
+                }
+            });
+            let begin = Instant::now();
+            let mut led_out = None;
+            while begin.elapsed() < Duration::from_millis(500) && led_out.is_none() {
+                for path in ["a/x", "a/deep/../x", "a/deep/../../x"] {
+                    let path = format!("/data/db1/files/{path}");
+                    match open(&session, &path, libc::O_RDONLY) {
+                        Ok(file) => {
+                            let size = file.status().expect("its status").size.get();
+                            if size != 6 {
+                                led_out = Some(format!("{path}: {size} bytes"));
+                            }
+                            opened += 1;
+                        }
+                        Err(error) if [libc::ENOENT, libc::EAGAIN].contains(&error.errno()) => rejected += 1,
+                        Err(error) => led_out = Some(format!("{path}: {error}")),
+                    }
+                }
+            }
+            is_over.store(true, Ordering::Relaxed);
+            assert_eq!(led_out, None);
+        });
+        assert!(opened > 0 && rejected > 0, "{opened} opened, {rejected} rejected");
+    }
+}
+
+#[test]
+fn files_are_opened_again_after_a_restart_where_the_client_still_has_their_directory() {
+    for (path, goes_on) in [("db1/files", true), ("db1", true), ("db1/other", false)] {
+        let client = Client::new();
+        let mut site = Site::new(&client.entry("one", ONE_DIRECTORY));
+        fs::create_dir_all(site.path("data/db1/files")).expect("a directory");
+        fs::create_dir_all(site.path("data/db1/other")).expect("a directory");
+        let session = client.connect(&site).expect("a session");
+        let flags = libc::O_RDWR | libc::O_CREAT;
+        let file = open(&session, "/data/db1/files/x", flags).expect("a file");
+        let mut context = session.context(4).expect("a context");
+        assert_eq!(write(&mut context, &file).expect("it may"), 10);
+        let listen = site.server.listen_url();
+        site.server.kill();
+        let entry = client.entry("one", &ONE_DIRECTORY.replace("db1/files", path));
+        fs::write(site.path("keys/clients.toml"), entry).expect("a file");
+        site.server = Site::start(&site.directory, &listen);
+        let written = write(&mut context, &file);
+        assert_eq!(written.is_ok(), goes_on, "{path}: {written:?}");
+    }
+}
+
+#[test]
+fn a_path_that_becomes_narrower_ends_sessions_and_a_wider_one_does_not() {
+    let client = Client::new();
+    let entry = |path: &str| client.entry("one", &ONE_DIRECTORY.replace("db1/files", path));
+    let site = Site::new(&entry("db1/files"));
+    fs::create_dir_all(site.path("data/db1/files")).expect("a directory");
+    fs::write(site.path("data/db1/y"), b"").expect("a file");
+    let session = client.connect(&site).expect("a session");
+    let flags = libc::O_RDWR | libc::O_CREAT;
+    let file = open(&session, "/data/db1/files/x", flags).expect("a file");
+    let mut context = session.context(4).expect("a context");
+    site.set_clients(&entry("db1"));
+    let deadline = Instant::now() + PATIENCE;
+    let further = loop {
+        match open(&session, "/data/db1/y", libc::O_RDWR) {
+            Ok(file) => break file,
+            Err(_) => assert!(Instant::now() < deadline, "the new right does not come"),
+        }
+    };
+    for file in [&file, &further] {
+        assert_eq!(write(&mut context, file).expect("it may"), 10);
+    }
+    site.set_clients(&entry("db1/files"));
+    let begin = Instant::now();
+    while write(&mut context, &further).is_ok() {
+        assert!(begin.elapsed() < Duration::from_secs(1), "it goes on");
+    }
+    let session = client.connect(&site).expect("a session");
+    not_there(&session, "/data/db1/y", libc::O_RDONLY);
+}
+
+#[test]
+fn a_path_on_what_is_no_directory_is_an_error() {
+    let client = Client::new();
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys");
+    fs::create_dir(&keys).expect("a directory");
+    SecretKey::create(&keys.join("host.key")).expect("a key");
+    for (export, code) in [("d", Some(2)), ("there-is-none", Some(0))] {
+        let entry = client.entry("one", &format!("exports.{export} = {{ access = 'ro', path = 'a' }}"));
+        fs::write(keys.join("clients.toml"), entry).expect("a file");
+        let output = Command::new(binary("raio_server"))
+            .args(["--check", "--sandbox=off", "--export", "d=mem:1M", "--keys"])
+            .arg(&keys)
+            .output()
+            .expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), code, "{said}");
+        assert_eq!(said.contains("clients.toml:3:37: export d is no directory"), code == Some(2), "{said}");
+    }
 }
 
 #[test]
@@ -511,7 +720,7 @@ fn key_files_that_others_can_read_are_refused() {
 /// What `raio_server --check` says.
 fn check(directory: &Path, keys: &Path) -> (Option<i32>, String) {
     let export = format!("d={}", directory.display());
-    let output = std::process::Command::new(raio_e2e::binary("raio_server"))
+    let output = Command::new(binary("raio_server"))
         .args(["--check", "--export", &export, "--keys"])
         .arg(keys)
         .output()
