@@ -30,7 +30,7 @@ use crate::rejection::{EscapedPath, Rejection};
 use crate::root::Root;
 use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
-use crate::subtree::Subtree;
+use crate::subtree::{Owner, Subtree};
 use crate::syscalls::FileInfo;
 use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
@@ -239,6 +239,8 @@ pub enum Target {
         path: CString,
         /// In which directory the client has to stay, if not in all of the export.
         confinement: Option<Confinement>,
+        /// To whom it belongs, if it is created.
+        owner: Owner,
         /// How.
         how: OpenHow,
     },
@@ -263,12 +265,13 @@ impl Exports {
         Self(exports)
     }
 
-    /// The files that the sandbox must allow to open.
-    pub fn grants(&mut self) -> anyhow::Result<Vec<Grant>> {
+    /// The files that the sandbox must allow to open, and to remove if the server `may_remove` them where it
+    /// creates some.
+    pub fn grants(&mut self, may_remove: bool) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         for Export { name, source, is_writable, .. } in &mut self.0 {
             let Origin::Files(root) = source else { continue };
-            let granted = root.grants(name, *is_writable);
+            let granted = root.grants(name, *is_writable, may_remove);
             grants.extend(granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?);
         }
         Ok(grants)
@@ -372,7 +375,7 @@ impl Exports {
         };
         let confined = |directory: &str| Confinement { directory: directory.to_owned(), rest: beneath };
         let confinement = subtree.directory().map(confined);
-        Ok(Target::Path { export: index, path, confinement, how })
+        Ok(Target::Path { export: index, path, confinement, owner: subtree.owner(), how })
     }
 }
 
@@ -430,7 +433,7 @@ mod tests {
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
         let path_of =
             |flags, path: &str| match exports.resolve(&Rights::All, flags, 0o600, path.as_bytes()).unwrap() {
-                Target::Path { export, path, confinement: None, how } => {
+                Target::Path { export, path, confinement: None, how, .. } => {
                     (export, path.into_string().unwrap(), how)
                 }
                 target => panic!("{target:?}"),

@@ -8,6 +8,8 @@
 //! users = ["postgres", 1001]
 //! groups = ["backup"]
 //! exports = { data = "rw", logs = "ro", home = { access = "rw", path = "db1/files" } }
+//! owner = "postgres"
+//! group = "data"
 //! rdma = "clear"
 //! ```
 //!
@@ -21,7 +23,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::unistd::{Group, User};
@@ -36,7 +38,8 @@ use toml::Spanned;
 use toml::value::Datetime;
 
 use crate::config::place;
-use crate::subtree::{Access, Subtree};
+use crate::privileges::Giving;
+use crate::subtree::{Access, Owner, Subtree};
 
 const HOST_KEY: &str = "host.key";
 const CLIENTS: &str = "clients.toml";
@@ -66,7 +69,7 @@ pub enum Rights {
 impl Rights {
     /// What the client may use of an export. Nothing: there is no such export for it.
     pub fn of_export(&self, name: &str) -> &[Subtree] {
-        static EVERYTHING: [Subtree; 1] = [Subtree::whole(Access::ReadWrite)];
+        static EVERYTHING: [Subtree; 1] = [Subtree::whole(Access::ReadWrite, Owner { uid: None, gid: None })];
         match self {
             Self::All => &EVERYTHING,
             Self::Of(client) => client.exports.get(name).map_or(&[], Vec::as_slice),
@@ -77,7 +80,7 @@ impl Rights {
     /// Those of a client that has a directory of an export.
     #[cfg(test)]
     pub fn of_directory(export: &str, directory: &str) -> Self {
-        let subtree = Subtree::beneath(directory, Access::ReadWrite).unwrap();
+        let subtree = Subtree::beneath(directory, Access::ReadWrite, Owner::default()).unwrap();
         let exports = [(export.to_owned(), vec![subtree])].into();
         Self::Of(Arc::new(Client { name: "test".into(), exports, may_use_rdma: false }))
     }
@@ -148,8 +151,15 @@ struct Clients {
 struct Requirement {
     /// Where in the file.
     at: String,
-    /// This export must be a directory, if there is one.
-    directory: String,
+    required: Required,
+}
+
+#[derive(Debug)]
+enum Required {
+    /// This export is a directory, if there is one.
+    Directory(String),
+    /// Files can be given to this user or group.
+    Giving(NameKind, u32),
 }
 
 /// The numbers that the kernel gives for users and groups that have none in this process's user namespace:
@@ -202,6 +212,8 @@ pub struct Keys {
 pub struct Abilities {
     /// Its exports, and which of them are directories.
     pub exports: HashMap<String, bool>,
+    /// To whom it can give files.
+    pub giving: Giving,
 }
 
 impl Keys {
@@ -239,6 +251,24 @@ impl Keys {
         self.clients().check(&server)?;
         self.server = Some(server);
         Ok(())
+    }
+
+    /// The users and the groups to whom clients' files are to be given.
+    pub fn owners(&self) -> (Vec<u32>, Vec<u32>) {
+        let clients = self.clients();
+        let of_kind = |wanted: NameKind| {
+            let ids = clients.requirements.iter().filter_map(|requirement| match requirement.required {
+                Required::Giving(kind, id) if kind == wanted => Some(id),
+                _ => None,
+            });
+            ids.collect()
+        };
+        (of_kind(NameKind::User), of_kind(NameKind::Group))
+    }
+
+    /// Whether there are any.
+    pub fn gives_files(&self) -> bool {
+        self.clients().requirements.iter().any(|one| matches!(one.required, Required::Giving(..)))
     }
 
     fn clients(&self) -> Arc<Clients> {
@@ -321,6 +351,8 @@ struct ClientTable {
     groups: Vec<Spanned<NameOrId>>,
     #[serde(default)]
     exports: BTreeMap<String, ExportEntry>,
+    owner: Option<Spanned<NameOrId>>,
+    group: Option<Spanned<NameOrId>>,
     #[serde(default)]
     rdma: Rdma,
 }
@@ -373,6 +405,15 @@ enum NameKind {
     Group,
 }
 
+impl fmt::Display for NameKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::User => "user",
+            Self::Group => "group",
+        })
+    }
+}
+
 /// The numbers of names that have been looked up: in its sandbox the server cannot look up others.
 #[derive(Debug, Default)]
 struct Names(Mutex<HashMap<(NameKind, String), u32>>);
@@ -387,15 +428,13 @@ impl Names {
         if let Some(&id) = known.get(&(kind, name.clone())) {
             return Ok(id);
         }
-        let (what, found) = match kind {
-            NameKind::User => ("user", User::from_name(name).map(|user| user.map(|user| user.uid.as_raw()))),
-            NameKind::Group => {
-                ("group", Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())))
-            }
+        let found = match kind {
+            NameKind::User => User::from_name(name).map(|user| user.map(|user| user.uid.as_raw())),
+            NameKind::Group => Group::from_name(name).map(|group| group.map(|group| group.gid.as_raw())),
         };
         let Ok(Some(id)) = found else {
             return Err(format!(
-                "the server finds no {what} {name:?}. If there is one, write its number, or start the server \
+                "the server finds no {kind} {name:?}. If there is one, write its number, or start the server \
                  anew: its sandbox keeps it from looking up names later"
             ));
         };
@@ -439,15 +478,27 @@ impl Clients {
             if table.keys.is_empty() && table.users.is_empty() && table.groups.is_empty() {
                 bail!("{at}: client {name} has no keys, users or groups, so it can never connect.");
             }
+            let mut id_of = |kind, name: Option<Spanned<NameOrId>>| -> anyhow::Result<_> {
+                let Some(name) = name else { return Ok(None) };
+                let at = place(path, text, name.span().start);
+                let id = names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
+                // What chown(2) takes for none.
+                ensure!(id != u32::MAX, "{at}: no {kind} can have the number {id}.");
+                all.requirements.push(Requirement { at, required: Required::Giving(kind, id) });
+                Ok(Some(id))
+            };
+            let owner =
+                Owner { uid: id_of(NameKind::User, table.owner)?, gid: id_of(NameKind::Group, table.group)? };
             let mut exports = BTreeMap::new();
             for (export, ExportEntry(ExportTable { access, path: directory })) in table.exports {
                 let subtree = match directory {
-                    None => Subtree::whole(access),
+                    None => Subtree::whole(access, owner),
                     Some(directory) => {
                         let at = place(path, text, directory.span().start);
-                        let subtree = Subtree::beneath(directory.get_ref(), access);
+                        let subtree = Subtree::beneath(directory.get_ref(), access, owner);
                         let subtree = subtree.map_err(|why| anyhow!("{at}: {why}."))?;
-                        all.requirements.push(Requirement { at, directory: export.clone() });
+                        let required = Required::Directory(export.clone());
+                        all.requirements.push(Requirement { at, required });
                         subtree
                     }
                 };
@@ -469,21 +520,21 @@ impl Clients {
                 all.by_key.insert(key, Entry { client: Arc::clone(&client), expires });
             }
             let UnnamedIds { uid, gid } = all.unnamed;
-            for (listed, kind, what, unnamed, by_id) in [
-                (table.users, NameKind::User, "user", uid, &mut all.by_uid),
-                (table.groups, NameKind::Group, "group", gid, &mut all.by_gid),
+            for (listed, kind, unnamed, by_id) in [
+                (table.users, NameKind::User, uid, &mut all.by_uid),
+                (table.groups, NameKind::Group, gid, &mut all.by_gid),
             ] {
                 for name in listed {
                     let at = place(path, text, name.span().start);
                     let id = names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
                     if id == unnamed {
                         bail!(
-                            "{at}: {what} {id} is what the kernel calls every {what} that has no number \
+                            "{at}: {kind} {id} is what the kernel calls every {kind} that has no number \
                              here: it may be anybody."
                         );
                     }
                     if let Some(before) = by_id.insert(id, Arc::clone(&client)) {
-                        bail!("{at}: {what} {id} belongs to client {} already.", before.name);
+                        bail!("{at}: {kind} {id} belongs to client {} already.", before.name);
                     }
                 }
             }
@@ -493,11 +544,21 @@ impl Clients {
 
     /// Whether a server can do what the file requires of it.
     fn check(&self, server: &Abilities) -> anyhow::Result<()> {
-        for Requirement { at, directory } in &self.requirements {
-            if server.exports.get(directory) == Some(&false) {
-                bail!(
-                    "{at}: export {directory} is no directory, so there is nothing beneath it. Leave `path` out."
-                );
+        for Requirement { at, required } in &self.requirements {
+            match required {
+                Required::Directory(export) if server.exports.get(export) == Some(&false) => bail!(
+                    "{at}: export {export} is no directory, so there is nothing beneath it. Leave `path` out."
+                ),
+                Required::Directory(_) => {}
+                &Required::Giving(kind, id) => {
+                    let can_give = match kind {
+                        NameKind::User => server.giving.can_give_to_user(id),
+                        NameKind::Group => server.giving.can_give_to_group(id),
+                    };
+                    can_give.map_err(|why| {
+                        anyhow!("{at}: the server cannot give files to {kind} {id}: {why}.")
+                    })?;
+                }
             }
         }
         Ok(())
@@ -560,6 +621,7 @@ fn expiry(datetime: Datetime) -> Result<Timestamp, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::privileges::Chown;
 
     fn key() -> PublicKey {
         SecretKey::generate().public()
@@ -668,6 +730,10 @@ mod tests {
                 "client a already",
             ),
             (format!("[client.a]\nkeys = [{{ key = '{key}', expires = 10:00:00 }}]"), "2:9", "not a moment"),
+            (format!("[client.a]\nkeys = ['{key}']\nowner = 'no such user'"), "3:9", "no user"),
+            (format!("[client.a]\nkeys = ['{key}']\ngroup = 'no such group'"), "3:9", "no group"),
+            (format!("[client.a]\nkeys = ['{key}']\nowner = 4294967295"), "3:9", "no user can have"),
+            (format!("[client.a]\nkeys = ['{key}']\ngroup = -1"), "3:9", "a name or a number"),
             (format!("[clients.a]\nkeys = ['{key}']"), "1:2", "clients"),
         ] {
             let error = parse(&text).unwrap_err().to_string();
@@ -704,6 +770,47 @@ mod tests {
     }
 
     #[test]
+    fn what_a_client_creates_belongs_to_the_owner_of_the_entry_that_allows_it() {
+        let text = "[client.a]\ngroups = [50]\nexports = { x = 'ro', y = 'rw' }\nowner = 'root'\n\
+                    [client.b]\ngroups = [51]\nexports = { x = 'rw', y = 'rw' }\nowner = 7\ngroup = 8\n";
+        let clients = parse(text).unwrap();
+        let owner = |groups: &[u32], export: &str| {
+            let client = clients.valid(&user(7, 7, groups), Timestamp::now()).unwrap();
+            let rights = Rights::Of(client);
+            Subtree::find(rights.of_export(export), b"new", true).unwrap().0.owner()
+        };
+        let of_a = Owner { uid: Some(0), gid: None };
+        let of_b = Owner { uid: Some(7), gid: Some(8) };
+        assert_eq!(owner(&[50], "y"), of_a);
+        assert_eq!([owner(&[51], "x"), owner(&[50, 51], "x")], [of_b; 2]);
+        assert_eq!(owner(&[51, 50], "y"), of_a, "of several the first by name");
+        assert_eq!(Rights::All.of_export("y")[0].owner(), Owner::default());
+    }
+
+    #[test]
+    fn an_owner_to_whom_the_server_cannot_give_files_is_an_error_with_a_remedy() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keys");
+        let mut keys = Keys::open(&path, true).unwrap();
+        let write = |owner: &str| {
+            let text = format!("[client.a]\nkeys = ['{}']\n{owner}\n", key());
+            std::fs::write(path.join(CLIENTS), text).unwrap();
+        };
+        let giving = || Giving::by(5, &[6, 7], Chown::GivenUp);
+        keys.check_by(Abilities { exports: HashMap::new(), giving: giving() }).unwrap();
+        write("owner = 5\ngroup = 7");
+        keys.reread().unwrap();
+        assert_eq!(keys.owners(), (vec![5], vec![7]));
+        for (owner, whom) in [("owner = 6", "user 6"), ("group = 5", "group 5"), ("owner = 0", "user 0")] {
+            write(owner);
+            let error = keys.reread().unwrap_err().to_string();
+            assert!(error.contains("clients.toml:3:9: ") && error.contains(whom), "{error}");
+            assert!(error.contains("start the server anew"), "{error}");
+        }
+        assert_eq!(keys.owners(), (vec![5], vec![7]), "all is as it was");
+    }
+
+    #[test]
     fn only_directories_have_something_beneath_them() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keys");
@@ -717,7 +824,7 @@ mod tests {
         };
         let exports = [("files", true), ("disk", false)];
         let exports = || exports.map(|(name, is_directory)| (name.to_owned(), is_directory)).into();
-        keys.check_by(Abilities { exports: exports() }).unwrap();
+        keys.check_by(Abilities { exports: exports(), giving: Giving::to_anybody() }).unwrap();
         for (export, is_right) in [("files", true), ("there-is-none", true), ("disk", false)] {
             write(export);
             let result = keys.reread();
@@ -725,8 +832,8 @@ mod tests {
         }
         assert_eq!(keys.unknown_exports(), ["there-is-none"], "what is wrong changes nothing");
         write("disk");
-        let error = Keys::open(&path, true).unwrap().check_by(Abilities { exports: exports() }).unwrap_err();
-        let error = error.to_string();
+        let server = Abilities { exports: exports(), giving: Giving::to_anybody() };
+        let error = Keys::open(&path, true).unwrap().check_by(server).unwrap_err().to_string();
         assert!(error.contains("clients.toml:3:40: ") && error.contains("no directory"), "{error}");
     }
 

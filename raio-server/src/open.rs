@@ -15,7 +15,7 @@ use std::sync::Arc;
 use raio_transport::Status;
 use raio_transport::protocol::FileHandle;
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
@@ -27,6 +27,7 @@ use crate::peer::Origin;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, ObjectKey, OpenFile};
+use crate::subtree::Owner;
 use crate::syscalls::{FileInfo, openat2, reopen, stat};
 use crate::tuning::files::CREATIONS_MAX;
 use crate::verifier::FileVerifier;
@@ -41,6 +42,8 @@ pub struct Opening {
     pub path: CString,
     /// The directory that it has to lie in, if not all of the export will do.
     pub confinement: Option<Confinement>,
+    /// To whom it belongs, if it is created.
+    pub owner: Owner,
     /// How.
     pub how: OpenHow,
     /// For what.
@@ -196,8 +199,38 @@ impl Opening {
         match self.openat(directory.as_fd(), file, self.flags() | OFlags::EXCL) {
             Err(Errno::EXIST) if !self.has(OFlags::EXCL) => Ok(None),
             Err(errno) => Err(failed(errno)),
-            Ok(fd) => self.checked(name, root, &fd).map(|_| Some(fd)),
+            Ok(fd) => {
+                self.checked(name, root, &fd)?;
+                self.give_to_owner(directory.as_fd(), file, &fd)?;
+                Ok(Some(fd))
+            }
         }
+    }
+
+    /// Gives a new file, whose name in a directory is `file`, to its owner. If that fails there is no new
+    /// file.
+    fn give_to_owner(&self, directory: BorrowedFd<'_>, file: &[u8], fd: &OwnedFd) -> Result<(), Rejection> {
+        let Owner { uid, gid } = self.owner;
+        if (uid, gid) == (None, None) {
+            return Ok(());
+        }
+        let Err(errno) = rustix::fs::fchown(fd, uid.map(Uid::from_raw), gid.map(Gid::from_raw)) else {
+            return Ok(());
+        };
+        let owners = [("user", uid), ("group", gid)];
+        let owners = owners.iter().filter_map(|(kind, id)| id.map(|id| format!("{kind} {id}")));
+        let owners = owners.collect::<Vec<_>>().join(" and ");
+        let remains = match remove(directory, file, fd) {
+            Ok(()) => String::new(),
+            Err(errno) => format!(" The new file is left there, and empty ({errno})."),
+        };
+        let hint = format!(
+            "The new file cannot be given to {owners}, as clients.toml says: the file system does not allow \
+             that, or does not know them.{remains}"
+        );
+        // It is the operator's concern, and so logged.
+        let status = Status::policy(errno.raw_os_error());
+        Err(Rejection { status, ..self.rejection(errno.raw_os_error(), &hint) })
     }
 
     /// The path to create a file at when there is something at `path` that a lookup did not find: most likely
@@ -289,6 +322,18 @@ impl Opening {
     fn rejection(&self, errno: i32, hint: &str) -> Rejection {
         Rejection::of_path(self.path.as_bytes(), errno, hint)
     }
+}
+
+/// Removes a file that has just been created, if its name in the directory is still its own. No system call
+/// does both, so another file could take its place in between; only who may remove files there can do that.
+fn remove(directory: BorrowedFd<'_>, name: &[u8], file: &OwnedFd) -> Result<(), Errno> {
+    let identity = |stat: Stat| (stat.st_dev, stat.st_ino);
+    let created = rustix::fs::fstat(file)?;
+    let found = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if identity(created) != identity(found) {
+        return Ok(());
+    }
+    rustix::fs::unlinkat(directory, name, AtFlags::empty())
 }
 
 /// Why a file is not reopened: another file is at its path.

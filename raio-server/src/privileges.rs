@@ -96,7 +96,8 @@ pub fn drop_fsetid() -> anyhow::Result<()> {
     }
 }
 
-/// Becomes the user, if one is given, and gives up all capabilities but that to listen on ports below 1024.
+/// Becomes the user, if one is given, and gives up all capabilities but that to listen on ports below 1024,
+/// and that to give files to others: whether clients need it is not known yet.
 pub fn reduce(user: Option<&User>) -> anyhow::Result<()> {
     let Some(sets) = current()? else { return user.map_or(Ok(()), User::assume) };
     // Kernels before 4.3 have no ambient set.
@@ -112,14 +113,99 @@ pub fn reduce(user: Option<&User>) -> anyhow::Result<()> {
         }
     }
     user.map_or(Ok(()), User::assume)?;
-    current()?.map_or(Ok(()), |sets| retain(sets, CapabilitySet::NET_BIND_SERVICE))
+    let kept = CapabilitySet::NET_BIND_SERVICE | CapabilitySet::CHOWN;
+    current()?.map_or(Ok(()), |sets| retain(sets, kept))
 }
 
-/// Gives up all capabilities.
-pub fn drop_all() -> anyhow::Result<()> {
-    match current()? {
-        Some(sets) => retain(sets, CapabilitySet::empty()),
-        None => Ok(()),
+/// Gives up all capabilities, but that to give files to others if it is kept.
+pub fn drop_all(chown: Chown) -> anyhow::Result<()> {
+    let kept = if chown == Chown::Kept { CapabilitySet::CHOWN } else { CapabilitySet::empty() };
+    current()?.map_or(Ok(()), |sets| retain(sets, kept))
+}
+
+/// What becomes of CAP_CHOWN, the capability to give files to other users.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chown {
+    /// The server has it as long as it runs.
+    Kept,
+    /// The server had it, and no client needed it.
+    GivenUp,
+    /// The server was started without it.
+    Missing,
+}
+
+/// To whom a server can give the files that it creates: to its own user and groups, and with CAP_CHOWN to
+/// anybody.
+#[derive(Debug)]
+pub struct Giving {
+    uid: u32,
+    gids: Vec<u32>,
+    chown: Chown,
+}
+
+impl Giving {
+    /// What this process can do, which is the user already that it stays. It keeps CAP_CHOWN if these
+    /// users or groups take it, or if it gives up nothing.
+    pub fn needed_for(users: &[u32], groups: &[u32], gives_up: bool) -> anyhow::Result<Self> {
+        let more = unistd::getgroups().context("Cannot ask for the groups of this process")?;
+        let gids = std::iter::once(unistd::getegid()).chain(more).map(Gid::as_raw).collect();
+        let mut this = Self { uid: geteuid().as_raw(), gids, chown: Chown::Missing };
+        if current()?.is_some_and(|sets| sets.effective.contains(CapabilitySet::CHOWN)) {
+            let is_own = users.iter().all(|&uid| this.is_own_user(uid))
+                && groups.iter().all(|&gid| this.is_own_group(gid));
+            this.chown = if is_own && gives_up { Chown::GivenUp } else { Chown::Kept };
+        }
+        Ok(this)
+    }
+
+    /// One with this user, these groups, and so much power.
+    #[cfg(test)]
+    pub fn by(uid: u32, gids: &[u32], chown: Chown) -> Self {
+        Self { uid, gids: gids.to_vec(), chown }
+    }
+
+    /// One without limits.
+    #[cfg(test)]
+    pub fn to_anybody() -> Self {
+        Self::by(0, &[0], Chown::Kept)
+    }
+
+    /// What becomes of CAP_CHOWN.
+    pub fn chown(&self) -> Chown {
+        self.chown
+    }
+
+    fn is_own_user(&self, uid: u32) -> bool {
+        self.uid == uid
+    }
+
+    fn is_own_group(&self, gid: u32) -> bool {
+        self.gids.contains(&gid)
+    }
+
+    /// Whether files can be given to this user. The error is a clause.
+    pub fn can_give_to_user(&self, uid: u32) -> Result<(), &'static str> {
+        self.can_give(self.is_own_user(uid))
+    }
+
+    /// The same of a group.
+    pub fn can_give_to_group(&self, gid: u32) -> Result<(), &'static str> {
+        self.can_give(self.is_own_group(gid))
+    }
+
+    fn can_give(&self, is_own: bool) -> Result<(), &'static str> {
+        match self.chown {
+            _ if is_own => Ok(()),
+            Chown::Kept => Ok(()),
+            Chown::GivenUp => Err(
+                "it has given up CAP_CHOWN, which no client needed when it started. To change that, start \
+                 the server anew",
+            ),
+            Chown::Missing => Err(
+                "it was started without CAP_CHOWN. Start it as root, with --user if it is not to stay root, \
+                 or name its own user and groups",
+            ),
+        }
     }
 }
 
@@ -162,6 +248,28 @@ mod tests {
         assert_eq!((root.ids(), root.name.as_str()), ((0, 0), "root"));
         assert_eq!(User::find("0").unwrap().name, "root");
         assert!(root.groups.contains(&Gid::from_raw(0)));
+    }
+
+    #[test]
+    fn files_are_given_to_own_users_and_groups_or_with_the_capability_to_anybody() {
+        for (chown, others) in
+            [(Chown::Kept, None), (Chown::GivenUp, Some("anew")), (Chown::Missing, Some("root"))]
+        {
+            let giving = Giving::by(5, &[6, 7], chown);
+            assert!(giving.can_give_to_user(5).is_ok() && giving.can_give_to_group(7).is_ok());
+            for result in [giving.can_give_to_user(6), giving.can_give_to_group(5)] {
+                match others {
+                    None => assert!(result.is_ok()),
+                    Some(needle) => assert!(result.unwrap_err().contains(needle), "{result:?}"),
+                }
+            }
+        }
+        let (uid, gid) = (geteuid().as_raw(), unistd::getegid().as_raw());
+        let own = Giving::needed_for(&[uid], &[gid], true).unwrap();
+        assert!(own.chown() != Chown::Kept, "its own files need no capability");
+        let others = Giving::needed_for(&[uid + 1], &[], true).unwrap();
+        assert_ne!(others.chown(), Chown::GivenUp);
+        assert_eq!(others.can_give_to_user(uid + 1).is_ok(), others.chown() == Chown::Kept);
     }
 
     #[test]

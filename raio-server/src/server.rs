@@ -31,7 +31,7 @@ use crate::listener::Listener;
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::pool::Pool;
-use crate::privileges::{self, User};
+use crate::privileges::{self, Chown, Giving, User};
 use crate::root::Root;
 use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
@@ -113,21 +113,31 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     reduce(config, user.as_ref())?;
     let (.., exports) = limits_and_exports(config, descriptors)?;
-    keys.as_mut().map_or(Ok(()), |keys| check_clients(keys, &exports))
+    check_clients(config, keys.as_mut(), &exports).map(drop)
+}
+
+/// Whether the server gives up power.
+fn is_reduced(config: &Config) -> bool {
+    config.is_sandboxed || config.user.is_some()
 }
 
 /// Becomes the user, and gives up most of what is not needed to start.
 fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
-    if config.is_sandboxed || user.is_some() { privileges::reduce(user) } else { Ok(()) }
+    if is_reduced(config) { privileges::reduce(user) } else { Ok(()) }
 }
 
-/// Checks what clients are to have by what there is.
-fn check_clients(keys: &mut Keys, exports: &Exports) -> anyhow::Result<()> {
+/// Checks what clients are to have by what there is, and by what the server can do. Returns what becomes of
+/// CAP_CHOWN, which only clients need.
+fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) -> anyhow::Result<Chown> {
+    let Some(keys) = keys else { return Ok(Chown::GivenUp) };
+    let (users, groups) = keys.owners();
+    let giving = Giving::needed_for(&users, &groups, is_reduced(config))?;
+    let chown = giving.chown();
     let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
     let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
-    keys.check_by(Abilities { exports: exports.collect() })?;
+    keys.check_by(Abilities { exports: exports.collect(), giving })?;
     say_unknown_exports(keys);
-    Ok(())
+    Ok(chown)
 }
 
 /// Logs which exports clients are to have that there are not.
@@ -292,11 +302,9 @@ impl Server {
         become_user(config)?;
 
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
-        if let Some(keys) = &mut keys {
-            check_clients(keys, &exports)?;
-            if keys.len() == 0 {
-                tracing::warn!("clients.toml names no client yet, so nobody can connect.");
-            }
+        let chown = check_clients(config, keys.as_mut(), &exports)?;
+        if keys.as_ref().is_some_and(|keys| keys.len() == 0) {
+            tracing::warn!("clients.toml names no client yet, so nobody can connect.");
         }
         let mut reactor =
             Reactor::with_ring(main_ring, &main_reactor(config)).context("Cannot make an event loop")?;
@@ -329,9 +337,10 @@ impl Server {
         listener.bind_streams(&mut reactor, &config.listen, shared.keys.is_some())?;
         match &mut sandbox {
             Some(sandbox) => {
-                close_in(sandbox, &mut shared, state.as_deref(), config.keys.as_deref(), has_rdma)?;
+                let grants = grants(config, &mut shared, state.as_deref(), has_rdma)?;
+                close_in(sandbox, &mut shared.exports, &grants, chown)?;
             }
-            None => stay_free(config)?,
+            None => stay_free(config, chown)?,
         }
         // Opens the devices.
         let _ = rdma::unavailable();
@@ -707,30 +716,30 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
 }
 
 /// Says that there is no sandbox.
-fn stay_free(config: &Config) -> anyhow::Result<()> {
+fn stay_free(config: &Config, chown: Chown) -> anyhow::Result<()> {
     tracing::warn!(
         "The sandbox is off (--sandbox=off): an attacker who takes over the server has all that its user may \
          do."
     );
-    if config.user.is_some() { privileges::drop_all() } else { Ok(()) }
+    if config.user.is_some() { privileges::drop_all(chown) } else { Ok(()) }
 }
 
-/// Puts on all of the sandbox but the filter of system calls.
-fn close_in(
-    sandbox: &mut Sandbox,
+/// The files that the sandbox must allow to open.
+fn grants(
+    config: &Config,
     shared: &mut Shared,
     state: Option<&StateDirectory>,
-    keys: Option<&Path>,
     has_rdma: bool,
-) -> anyhow::Result<()> {
-    let exports = &mut shared.exports;
-    let mut grants = exports.grants()?;
+) -> anyhow::Result<Vec<Grant>> {
+    // A file that cannot be given to its owner is removed again.
+    let may_remove = shared.keys.as_ref().is_some_and(|keys| keys.gives_files());
+    let mut grants = shared.exports.grants(may_remove)?;
     // It may be opened anew.
     if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {
         grants.push(Grant::of_log(directory)?);
     }
     // Who may connect is read again.
-    if let Some(keys) = keys {
+    if let Some(keys) = config.keys.as_deref() {
         grants.push(Grant::to_read(keys)?);
     }
     if let Some(state) = state {
@@ -741,13 +750,23 @@ fn close_in(
     if has_rdma {
         grants.extend(Grant::of_devices(Path::new("/dev/infiniband")).ok());
     }
+    Ok(grants)
+}
+
+/// Puts on all of the sandbox but the filter of system calls.
+fn close_in(
+    sandbox: &mut Sandbox,
+    exports: &mut Exports,
+    grants: &[Grant],
+    chown: Chown,
+) -> anyhow::Result<()> {
     // It is kept.
     file_identity::boot();
-    privileges::drop_all()?;
+    privileges::drop_all(chown)?;
     if let Err(errno) = privileges::hide() {
         sandbox.note_gap(format!("prctl(2) does not work ({errno})"));
     }
-    if sandbox.confine_files(&grants) {
+    if sandbox.confine_files(grants) {
         exports.confine();
     }
     Ok(())

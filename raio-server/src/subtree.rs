@@ -15,22 +15,32 @@ pub enum Access {
     ReadWrite,
 }
 
+/// To whom the files belong that a client creates. None: to the server's user, and group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// The user.
+    pub uid: Option<u32>,
+    /// The group.
+    pub gid: Option<u32>,
+}
+
 /// See the module documentation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subtree {
     /// Names with `/` between them; empty for the whole export.
     directory: String,
     access: Access,
+    owner: Owner,
 }
 
 impl Subtree {
     /// All of an export.
-    pub const fn whole(access: Access) -> Self {
-        Self { directory: String::new(), access }
+    pub const fn whole(access: Access, owner: Owner) -> Self {
+        Self { directory: String::new(), access, owner }
     }
 
     /// A directory of it. The error is a clause.
-    pub fn beneath(directory: &str, access: Access) -> Result<Self, String> {
+    pub fn beneath(directory: &str, access: Access, owner: Owner) -> Result<Self, String> {
         let is_name = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
         if !directory.split('/').all(is_name) {
             return Err(format!(
@@ -38,7 +48,7 @@ impl Subtree {
                  \"db1/files\", or leave `path` out for all of the export"
             ));
         }
-        Ok(Self { directory: directory.to_owned(), access })
+        Ok(Self { directory: directory.to_owned(), access, owner })
     }
 
     /// The directory, relative to the export; None if it is the whole export.
@@ -49,6 +59,11 @@ impl Subtree {
     /// Whether the client may write there.
     pub fn is_writable(&self) -> bool {
         self.access == Access::ReadWrite
+    }
+
+    /// To whom the files belong that the client creates there.
+    pub fn owner(&self) -> Owner {
+        self.owner
     }
 
     /// Whether it allows all that another one does.
@@ -93,8 +108,8 @@ mod tests {
 
     fn subtree(directory: &str, access: Access) -> Subtree {
         match directory {
-            "" => Subtree::whole(access),
-            directory => Subtree::beneath(directory, access).unwrap(),
+            "" => Subtree::whole(access, Owner::default()),
+            directory => Subtree::beneath(directory, access, Owner::default()).unwrap(),
         }
     }
 
@@ -165,7 +180,7 @@ mod tests {
     #[test]
     fn a_directory_is_written_as_names() {
         for wrong in ["", "/", "/a", "a/", "a//b", ".", "a/..", "../a", "a\0b"] {
-            let error = Subtree::beneath(wrong, Access::ReadOnly).unwrap_err();
+            let error = Subtree::beneath(wrong, Access::ReadOnly, Owner::default()).unwrap_err();
             assert!(error.contains("db1/files"), "{wrong:?}: {error}");
         }
     }

@@ -39,6 +39,8 @@ const ALLOWED: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     libc::SYS_name_to_handle_at,
+    // A new file, to the owner that its client has.
+    libc::SYS_fchown,
     // The state directory, and /sys.
     libc::SYS_getdents64,
     #[cfg(not(target_arch = "riscv64"))]
@@ -238,6 +240,8 @@ mod tests {
             libc::SYS_process_vm_readv,
             libc::SYS_truncate,
             libc::SYS_linkat,
+            libc::SYS_fchownat,
+            libc::SYS_fchmod,
         ] {
             assert!(!rules.contains_key(&call), "{call}");
         }

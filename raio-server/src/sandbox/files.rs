@@ -47,6 +47,14 @@ impl Grant {
         Self::new(at, access)
     }
 
+    /// The same, and files can be removed from it if it is a directory.
+    pub fn with_removal(mut self) -> Self {
+        if self.access.contains(AccessFs::MakeReg) {
+            self.access |= AccessFs::RemoveFile;
+        }
+        self
+    }
+
     /// The files of the state directory, which are replaced by renaming.
     pub fn of_state(at: BorrowedFd<'_>) -> Result<Self, Errno> {
         let access = make_bitflags!(AccessFs::{
@@ -130,6 +138,10 @@ mod tests {
         assert!(grant(directory.path(), false, true).contains(AccessFs::IoctlDev));
         let of_file = make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate});
         assert_eq!(grant(&file, true, false), of_file);
+        let removable =
+            |path: &Path| Grant::of_export(at(path).unwrap(), true, false).unwrap().with_removal();
+        assert!(removable(directory.path()).access.contains(AccessFs::RemoveFile));
+        assert_eq!(removable(&file).access, of_file);
         for access in [AccessFs::Execute, AccessFs::MakeDir, AccessFs::Refer, AccessFs::RemoveFile] {
             assert!(!grant(directory.path(), true, true).contains(access), "{access:?}");
         }

@@ -167,10 +167,11 @@ impl Worker {
                 Err(self.open_rejected(Some(connection), &asked, access, another_file(path)))
             }
             Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, &asked, file, info, reopens)),
-            Ok(Target::Path { export, path, confinement, how }) => Ok(Work::Open(Arc::new(Opening {
+            Ok(Target::Path { export, path, confinement, owner, how }) => Ok(Work::Open(Arc::new(Opening {
                 export,
                 path,
                 confinement,
+                owner,
                 how,
                 access,
                 waits_for_lease: false,

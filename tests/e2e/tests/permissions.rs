@@ -1,10 +1,10 @@
 //! A server that takes only clients with keys: who may connect, what each may open, and how that changes.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, binary, is_at_rest, needs_wire};
+use raio_e2e::{FuseCall, FuseFs, FuseOptions, PATIENCE, Server, binary, is_at_rest, needs_root, needs_wire};
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
@@ -57,6 +57,22 @@ impl Site {
         let keys = path.join("keys");
         let exports = exports.each_ref().map(String::as_str);
         Server::start_with(&exports, &["--listen", listen, "--keys", keys.to_str().expect("UTF-8")])
+    }
+
+    /// With these clients, and with this `data`. Other users can reach it, and files can be given to them.
+    fn open_to_users(clients: &str, data: &Path, arguments: &[&str], log: Option<fs::File>) -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("it is ours");
+        let keys = directory.path().join("keys");
+        fs::create_dir(&keys).expect("a directory");
+        fs::write(keys.join("clients.toml"), clients).expect("a file");
+        let mut command = Command::new(binary("raio_server"));
+        command.args(["--listen", "tcp://127.0.0.1:0", "--export", &format!("data={},rw", data.display())]);
+        command.arg("--keys").arg(keys).args(arguments);
+        if let Some(log) = log {
+            command.stderr(log);
+        }
+        Self { server: Server::spawn(command), directory }
     }
 
     fn host_key(&self) -> PublicKey {
@@ -364,6 +380,138 @@ fn a_path_on_what_is_no_directory_is_an_error() {
         assert_eq!(output.status.code(), code, "{said}");
         assert_eq!(said.contains("clients.toml:3:37: export d is no directory"), code == Some(2), "{said}");
     }
+}
+
+/// Users that each Debian has: `nobody`, and `daemon` with its group.
+const ORDINARY: u32 = 65534;
+const DAEMON: u32 = 1;
+
+/// A directory that is this user's.
+fn directory_of(uid: u32) -> TempDir {
+    let directory = tempfile::tempdir().expect("a directory");
+    chown(directory.path(), Some(uid), Some(uid)).expect("this is root");
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("this is root");
+    directory
+}
+
+/// The effective capabilities of each thread of a server.
+fn capabilities(server: &Server) -> Vec<u64> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.pid())).expect("it runs");
+    let status = |task: fs::DirEntry| fs::read_to_string(task.path().join("status")).ok();
+    let effective = |status: String| {
+        let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?.trim();
+        u64::from_str_radix(line, 16).ok()
+    };
+    tasks.filter_map(|task| status(task.expect("a thread"))).filter_map(effective).collect()
+}
+
+#[test]
+fn what_a_client_creates_belongs_to_its_owner_and_group_and_else_to_the_server() {
+    if !needs_root("giving files to users") {
+        return;
+    }
+    let [alice, group, plain] = [Client::new(), Client::new(), Client::new()];
+    let exports = "exports = { data = 'rw' }";
+    let clients = alice.entry("alice", &format!("{exports}\nowner = 'daemon'\ngroup = 7"))
+        + &group.entry("group", &format!("{exports}\ngroup = 'daemon'"))
+        + &plain.entry("plain", exports);
+    for (arguments, server_user) in [
+        (&["--user", "nobody"][..], ORDINARY),
+        (&["--user", "nobody", "--sandbox=off"], ORDINARY),
+        (&[], 0),
+        (&["--sandbox=off"], 0),
+    ] {
+        let data = directory_of(server_user);
+        let site = Site::open_to_users(&clients, data.path(), arguments, None);
+        for (client, name, owner) in [
+            (&alice, "a", (DAEMON, 7)),
+            (&group, "g", (server_user, DAEMON)),
+            (&plain, "p", (server_user, server_user)),
+        ] {
+            let session = client.connect(&site).expect("a session");
+            let path = format!("/data/{name}");
+            let file = open(&session, &path, libc::O_RDWR | libc::O_CREAT | libc::O_EXCL).expect("a file");
+            let status = file.status().expect("its status");
+            assert_eq!((status.uid.get(), status.gid.get()), owner, "{name} {arguments:?}");
+            let mut context = session.context(4).expect("a context");
+            assert_eq!(write(&mut context, &file).expect("it may write"), 10);
+            // It is its own only once.
+            open(&session, &path, libc::O_RDONLY | libc::O_CREAT).expect("it is there");
+            let found = data.path().join(name).metadata().expect("the file");
+            assert_eq!((found.uid(), found.gid()), owner);
+        }
+        let found = capabilities(&site.server);
+        if arguments != ["--sandbox=off"] {
+            assert!(found.len() > 3 && found.iter().all(|&effective| effective == 1), "CAP_CHOWN: {found:?}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_given_to_its_owner_is_not_there_afterwards() {
+    let options = FuseOptions::default();
+    let Some(fuse) = FuseFs::mount("a file system without owners", options, &[("old", b"old")]) else {
+        return;
+    };
+    let client = Client::new();
+    let clients = client.entry("one", "exports = { data = 'rw' }\nowner = 'daemon'");
+    let site = Site::open_to_users(&clients, fuse.path(), &[], None);
+    let session = client.connect(&site).expect("a session");
+    fuse.fail(FuseCall::Setattr, libc::EPERM);
+    let error = open(&session, "/data/new", libc::O_RDWR | libc::O_CREAT).map(drop).expect_err("no owner");
+    assert_eq!(error.errno(), libc::EPERM);
+    let text = error.to_string();
+    assert!(text.contains("user 1") && text.contains("clients.toml") && !text.contains("left"), "{text}");
+    assert!(!fuse.file("new").exists());
+    open(&session, "/data/old", libc::O_RDWR | libc::O_CREAT).expect("it is nobody's to give");
+    fuse.mend(FuseCall::Setattr);
+    open(&session, "/data/new", libc::O_RDWR | libc::O_CREAT).expect("now it can be given");
+    assert!(fuse.file("new").exists());
+}
+
+#[test]
+fn a_server_that_has_given_up_the_power_to_give_files_must_be_started_anew() {
+    if !needs_root("giving files to users") {
+        return;
+    }
+    let client = Client::new();
+    let rights = "exports = { data = 'rw' }";
+    let data = directory_of(ORDINARY);
+    let log = data.path().join("log");
+    let to_log = fs::File::create(&log).expect("a log");
+    let clients = client.entry("one", rights);
+    let arguments = ["--user", "nobody"];
+    let mut site = Site::open_to_users(&clients, data.path(), &arguments, Some(to_log));
+    assert!(capabilities(&site.server).iter().all(|&effective| effective == 0));
+    let session = client.connect(&site).expect("a session");
+    let says = |text: &str| {
+        let deadline = Instant::now() + PATIENCE;
+        while !fs::read_to_string(&log).expect("a log").contains(text) {
+            assert!(Instant::now() < deadline, "{text:?} is not in the log");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    site.set_clients(&client.entry("one", &format!("{rights}\nowner = 1")));
+    says("clients.toml:4:9: the server cannot give files to user 1");
+    says("start the server anew");
+    let file = open(&session, "/data/new", libc::O_RDWR | libc::O_CREAT).expect("all is as it was");
+    assert_eq!(file.status().expect("its status").uid.get(), ORDINARY);
+    // Its own user takes no power.
+    site.set_clients(&client.entry("one", &format!("{rights}\nowner = 'nobody'")));
+    says("Read clients.toml again");
+    // Who never had it is told so.
+    site.server.signal(Signal::TERM);
+    site.server.wait();
+    fs::write(site.path("keys/clients.toml"), client.entry("one", "owner = 0")).expect("a file");
+    let output = Command::new("setpriv")
+        .args(["--bounding-set=-chown", "--inh-caps=-chown"])
+        .arg(binary("raio_server"))
+        .args(["--check", "--export", "n=null:1M", "--user", "nobody", "--keys"])
+        .arg(site.path("keys"))
+        .output()
+        .expect("setpriv runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("started without CAP_CHOWN"), "{said}");
 }
 
 #[test]
