@@ -15,7 +15,7 @@ use raio_transport::rdma;
 use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
-use crate::limits::{Caps, Who, session_bytes};
+use crate::limits::{Caps, session_bytes};
 use crate::machine::memory_limit;
 use crate::size::Size;
 use crate::tuning::options::{
@@ -522,12 +522,10 @@ impl Options {
         );
         let session_caps = options.limits_per_session.unwrap_or_default();
         let address_caps = options.limits_per_address.unwrap_or_default();
-        for (who, caps) in [(Who::Session, session_caps), (Who::Address, address_caps)] {
-            let name = name(who.option());
-            for (key, cap) in
-                [("connections", caps.connections), ("files", caps.files), ("requests", caps.requests)]
-            {
-                ensure!(cap != Some(0), "{name}: {key} is 0. Give a number from 1 on, or leave it out.");
+        for (option, caps) in [("limits-per-session", session_caps), ("limits-per-address", address_caps)] {
+            let name = name(option);
+            if let Some(key) = caps.zero() {
+                bail!("{name}: {key} is 0. Give a number from 1 on, or leave it out.");
             }
             let Some(Size(bytes)) = caps.memory else { continue };
             ensure!(

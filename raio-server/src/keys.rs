@@ -10,6 +10,7 @@
 //! exports = { data = "rw", logs = "ro", home = { access = "rw", path = "db1/files" } }
 //! owner = "postgres"
 //! group = "data"
+//! limits = { connections = 16, files = 1000, requests = 256, memory = "64M" }
 //! rdma = "clear"
 //! ```
 //!
@@ -38,6 +39,7 @@ use toml::Spanned;
 use toml::value::Datetime;
 
 use crate::config::place;
+use crate::limits::Caps;
 use crate::privileges::Giving;
 use crate::subtree::{Access, Owner, Subtree};
 
@@ -77,12 +79,25 @@ impl Rights {
         }
     }
 
+    /// The client's name, and what its sessions may have together.
+    pub fn limits(&self) -> Option<(&str, Caps)> {
+        match self {
+            Self::Of(client) => Some((client.name.as_str(), client.limits)),
+            Self::All | Self::None => None,
+        }
+    }
+
     /// Those of a client that has a directory of an export.
     #[cfg(test)]
     pub fn of_directory(export: &str, directory: &str) -> Self {
         let subtree = Subtree::beneath(directory, Access::ReadWrite, Owner::default()).unwrap();
         let exports = [(export.to_owned(), vec![subtree])].into();
-        Self::Of(Arc::new(Client { name: "test".into(), exports, may_use_rdma: false }))
+        Self::Of(Arc::new(Client {
+            name: "test".into(),
+            exports,
+            limits: Caps::default(),
+            may_use_rdma: false,
+        }))
     }
 }
 
@@ -93,6 +108,8 @@ pub struct Client {
     pub name: String,
     /// What it may use of each export.
     exports: BTreeMap<String, Vec<Subtree>>,
+    /// What its sessions may have together.
+    limits: Caps,
     /// Its data may go over RDMA, where it is not sealed.
     pub may_use_rdma: bool,
 }
@@ -110,14 +127,15 @@ impl Client {
         (self.may_use_rdma || !other.may_use_rdma) && subtrees.all(|(name, subtree)| covers(name, subtree))
     }
 
-    /// One that may do what either may.
+    /// One that may do and have what either may.
     fn or(&self, other: &Self) -> Self {
         let mut exports = self.exports.clone();
         for (name, subtrees) in &other.exports {
             exports.entry(name.clone()).or_default().extend_from_slice(subtrees);
         }
         let may_use_rdma = self.may_use_rdma || other.may_use_rdma;
-        Self { name: format!("{}+{}", self.name, other.name), exports, may_use_rdma }
+        let (name, limits) = (format!("{}+{}", self.name, other.name), self.limits.or(&other.limits));
+        Self { name, exports, limits, may_use_rdma }
     }
 }
 
@@ -160,6 +178,8 @@ enum Required {
     Directory(String),
     /// Files can be given to this user or group.
     Giving(NameKind, u32),
+    /// Requests of a client are limited, and therefore counted.
+    CountedRequests,
 }
 
 /// The numbers that the kernel gives for users and groups that have none in this process's user namespace:
@@ -214,6 +234,8 @@ pub struct Abilities {
     pub exports: HashMap<String, bool>,
     /// To whom it can give files.
     pub giving: Giving,
+    /// Whether it counts requests.
+    pub counts_requests: bool,
 }
 
 impl Keys {
@@ -266,7 +288,17 @@ impl Keys {
         (of_kind(NameKind::User), of_kind(NameKind::Group))
     }
 
-    /// Whether there are any.
+    /// Whether requests of a client are limited.
+    pub fn limits_requests(&self) -> bool {
+        self.clients().requirements.iter().any(|one| matches!(one.required, Required::CountedRequests))
+    }
+
+    /// Whether requests are counted: that is decided at the start.
+    pub fn counts_requests(&self) -> bool {
+        self.server.as_ref().is_some_and(|server| server.counts_requests)
+    }
+
+    /// Whether clients' files are to be given to users or groups.
     pub fn gives_files(&self) -> bool {
         self.clients().requirements.iter().any(|one| matches!(one.required, Required::Giving(..)))
     }
@@ -353,6 +385,7 @@ struct ClientTable {
     exports: BTreeMap<String, ExportEntry>,
     owner: Option<Spanned<NameOrId>>,
     group: Option<Spanned<NameOrId>>,
+    limits: Option<Spanned<Caps>>,
     #[serde(default)]
     rdma: Rdma,
 }
@@ -471,75 +504,12 @@ impl Clients {
             let at = error.span().map_or(path.display().to_string(), |span| place(path, text, span.start));
             anyhow!("{at}: {}\nSee raio_server(8) for the form of {CLIENTS}.", error.message())
         })?;
-        let mut all = Self { len: file.client.len(), ..Self::default() };
+        let all = Self { len: file.client.len(), ..Self::default() };
+        let mut reading = Reading { path, text, names, all };
         for (name, table) in file.client {
-            let at = place(path, text, table.span().start);
-            let table = table.into_inner();
-            if table.keys.is_empty() && table.users.is_empty() && table.groups.is_empty() {
-                bail!("{at}: client {name} has no keys, users or groups, so it can never connect.");
-            }
-            let mut id_of = |kind, name: Option<Spanned<NameOrId>>| -> anyhow::Result<_> {
-                let Some(name) = name else { return Ok(None) };
-                let at = place(path, text, name.span().start);
-                let id = names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
-                // What chown(2) takes for none.
-                ensure!(id != u32::MAX, "{at}: no {kind} can have the number {id}.");
-                all.requirements.push(Requirement { at, required: Required::Giving(kind, id) });
-                Ok(Some(id))
-            };
-            let owner =
-                Owner { uid: id_of(NameKind::User, table.owner)?, gid: id_of(NameKind::Group, table.group)? };
-            let mut exports = BTreeMap::new();
-            for (export, ExportEntry(ExportTable { access, path: directory })) in table.exports {
-                let subtree = match directory {
-                    None => Subtree::whole(access, owner),
-                    Some(directory) => {
-                        let at = place(path, text, directory.span().start);
-                        let subtree = Subtree::beneath(directory.get_ref(), access, owner);
-                        let subtree = subtree.map_err(|why| anyhow!("{at}: {why}."))?;
-                        let required = Required::Directory(export.clone());
-                        all.requirements.push(Requirement { at, required });
-                        subtree
-                    }
-                };
-                exports.insert(export, vec![subtree]);
-            }
-            let may_use_rdma = table.rdma == Rdma::Clear;
-            let client = Arc::new(Client { name, exports, may_use_rdma });
-            for key in table.keys {
-                let at = place(path, text, key.span().start);
-                let (key, expires) = match key.into_inner() {
-                    KeyOrTable::Key(key) => (key, None),
-                    KeyOrTable::Table { key, expires } => (key, expires),
-                };
-                let expires = expires.map(expiry).transpose().map_err(|why| anyhow!("{at}: {why}."))?;
-                let key: PublicKey = key.parse().map_err(|why| anyhow!("{at}: {key:?} is no key: {why}."))?;
-                if let Some(before) = all.by_key.get(&key) {
-                    bail!("{at}: {key} is a key of client {} already.", before.client.name);
-                }
-                all.by_key.insert(key, Entry { client: Arc::clone(&client), expires });
-            }
-            let UnnamedIds { uid, gid } = all.unnamed;
-            for (listed, kind, unnamed, by_id) in [
-                (table.users, NameKind::User, uid, &mut all.by_uid),
-                (table.groups, NameKind::Group, gid, &mut all.by_gid),
-            ] {
-                for name in listed {
-                    let at = place(path, text, name.span().start);
-                    let id = names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
-                    if id == unnamed {
-                        bail!(
-                            "{at}: {kind} {id} is what the kernel calls every {kind} that has no number \
-                             here: it may be anybody."
-                        );
-                    }
-                    if let Some(before) = by_id.insert(id, Arc::clone(&client)) {
-                        bail!("{at}: {kind} {id} belongs to client {} already.", before.name);
-                    }
-                }
-            }
+            reading.client(name, table)?;
         }
-        Ok(all)
+        Ok(reading.all)
     }
 
     /// Whether a server can do what the file requires of it.
@@ -550,6 +520,11 @@ impl Clients {
                     "{at}: export {export} is no directory, so there is nothing beneath it. Leave `path` out."
                 ),
                 Required::Directory(_) => {}
+                Required::CountedRequests => ensure!(
+                    server.counts_requests,
+                    "{at}: the server does not count requests, because no client had a limit on them when it \
+                     started. Start the server anew, or leave `requests` out."
+                ),
                 &Required::Giving(kind, id) => {
                     let can_give = match kind {
                         NameKind::User => server.giving.can_give_to_user(id),
@@ -597,6 +572,135 @@ impl Clients {
     fn valid(&self, identity: &Identity, now: Timestamp) -> Option<Arc<Client>> {
         let (client, expires) = self.find(identity)?;
         expires.is_none_or(|expires| now < expires).then_some(client)
+    }
+}
+
+/// A file that is being read.
+struct Reading<'a> {
+    path: &'a Path,
+    text: &'a str,
+    names: &'a Names,
+    /// What it comes to.
+    all: Clients,
+}
+
+impl Reading<'_> {
+    /// Where in the file something is.
+    fn place<T>(&self, of: &Spanned<T>) -> String {
+        place(self.path, self.text, of.span().start)
+    }
+
+    fn require(&mut self, at: String, required: Required) {
+        self.all.requirements.push(Requirement { at, required });
+    }
+
+    fn client(&mut self, name: String, table: Spanned<ClientTable>) -> anyhow::Result<()> {
+        let at = self.place(&table);
+        let table = table.into_inner();
+        if table.keys.is_empty() && table.users.is_empty() && table.groups.is_empty() {
+            bail!("{at}: client {name} has no keys, users or groups, so it can never connect.");
+        }
+        let owner = Owner {
+            uid: self.owner(NameKind::User, table.owner)?,
+            gid: self.owner(NameKind::Group, table.group)?,
+        };
+        let exports = self.exports(table.exports, owner)?;
+        let limits = self.limits(table.limits)?;
+        let may_use_rdma = table.rdma == Rdma::Clear;
+        let client = Arc::new(Client { name, exports, limits, may_use_rdma });
+        self.keys(table.keys, &client)?;
+        self.members(NameKind::User, table.users, &client)?;
+        self.members(NameKind::Group, table.groups, &client)
+    }
+
+    fn owner(&mut self, kind: NameKind, name: Option<Spanned<NameOrId>>) -> anyhow::Result<Option<u32>> {
+        let Some(name) = name else { return Ok(None) };
+        let at = self.place(&name);
+        let id = self.names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
+        // What chown(2) takes for none.
+        ensure!(id != u32::MAX, "{at}: no {kind} can have the number {id}.");
+        self.require(at, Required::Giving(kind, id));
+        Ok(Some(id))
+    }
+
+    fn exports(
+        &mut self,
+        tables: BTreeMap<String, ExportEntry>,
+        owner: Owner,
+    ) -> anyhow::Result<BTreeMap<String, Vec<Subtree>>> {
+        let mut exports = BTreeMap::new();
+        for (export, ExportEntry(ExportTable { access, path })) in tables {
+            let subtree = match path {
+                None => Subtree::whole(access, owner),
+                Some(path) => {
+                    let at = self.place(&path);
+                    let subtree = Subtree::beneath(path.get_ref(), access, owner);
+                    let subtree = subtree.map_err(|why| anyhow!("{at}: {why}."))?;
+                    self.require(at, Required::Directory(export.clone()));
+                    subtree
+                }
+            };
+            exports.insert(export, vec![subtree]);
+        }
+        Ok(exports)
+    }
+
+    fn limits(&mut self, caps: Option<Spanned<Caps>>) -> anyhow::Result<Caps> {
+        let Some(caps) = caps else { return Ok(Caps::default()) };
+        let at = self.place(&caps);
+        let caps = caps.into_inner();
+        if let Some(key) = caps.zero() {
+            bail!("{at}: {key} is 0. Give a number from 1 on, or leave it out.");
+        }
+        if caps.requests.is_some() {
+            self.require(at, Required::CountedRequests);
+        }
+        Ok(caps)
+    }
+
+    fn keys(&mut self, keys: Vec<Spanned<KeyOrTable>>, client: &Arc<Client>) -> anyhow::Result<()> {
+        for key in keys {
+            let at = self.place(&key);
+            let (key, expires) = match key.into_inner() {
+                KeyOrTable::Key(key) => (key, None),
+                KeyOrTable::Table { key, expires } => (key, expires),
+            };
+            let expires = expires.map(expiry).transpose().map_err(|why| anyhow!("{at}: {why}."))?;
+            let key: PublicKey = key.parse().map_err(|why| anyhow!("{at}: {key:?} is no key: {why}."))?;
+            if let Some(before) = self.all.by_key.get(&key) {
+                bail!("{at}: {key} is a key of client {} already.", before.client.name);
+            }
+            self.all.by_key.insert(key, Entry { client: Arc::clone(client), expires });
+        }
+        Ok(())
+    }
+
+    /// Those who are a client when they connect over a Unix socket.
+    fn members(
+        &mut self,
+        kind: NameKind,
+        listed: Vec<Spanned<NameOrId>>,
+        client: &Arc<Client>,
+    ) -> anyhow::Result<()> {
+        for name in listed {
+            let at = self.place(&name);
+            let id = self.names.id(kind, name.get_ref()).map_err(|why| anyhow!("{at}: {why}."))?;
+            let Clients { by_uid, by_gid, unnamed, .. } = &mut self.all;
+            let (by_id, unnamed) = match kind {
+                NameKind::User => (by_uid, unnamed.uid),
+                NameKind::Group => (by_gid, unnamed.gid),
+            };
+            if id == unnamed {
+                bail!(
+                    "{at}: {kind} {id} is what the kernel calls every {kind} that has no number here: it may \
+                     be anybody."
+                );
+            }
+            if let Some(before) = by_id.insert(id, Arc::clone(client)) {
+                bail!("{at}: {kind} {id} belongs to client {} already.", before.name);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -657,6 +761,11 @@ mod tests {
     /// Whether an export exists for a client, and if so whether it may write there.
     fn may_write(rights: &Rights, name: &str) -> Option<bool> {
         rights.of_export(name).iter().map(Subtree::is_writable).max()
+    }
+
+    /// Those of a server that can do everything with these exports.
+    fn abilities(exports: HashMap<String, bool>) -> Abilities {
+        Abilities { exports, giving: Giving::to_anybody(), counts_requests: true }
     }
 
     /// A process of this user with these groups.
@@ -734,6 +843,9 @@ mod tests {
             (format!("[client.a]\nkeys = ['{key}']\ngroup = 'no such group'"), "3:9", "no group"),
             (format!("[client.a]\nkeys = ['{key}']\nowner = 4294967295"), "3:9", "no user can have"),
             (format!("[client.a]\nkeys = ['{key}']\ngroup = -1"), "3:9", "a name or a number"),
+            (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ files = 0 }}"), "3:10", "files is 0"),
+            (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ memory = 0 }}"), "3:10", "memory is 0"),
+            (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ file = 1 }}"), "3:12", "file"),
             (format!("[clients.a]\nkeys = ['{key}']"), "1:2", "clients"),
         ] {
             let error = parse(&text).unwrap_err().to_string();
@@ -796,8 +908,8 @@ mod tests {
             let text = format!("[client.a]\nkeys = ['{}']\n{owner}\n", key());
             std::fs::write(path.join(CLIENTS), text).unwrap();
         };
-        let giving = || Giving::by(5, &[6, 7], Chown::GivenUp);
-        keys.check_by(Abilities { exports: HashMap::new(), giving: giving() }).unwrap();
+        let giving = Giving::by(5, &[6, 7], Chown::GivenUp);
+        keys.check_by(Abilities { giving, ..abilities(HashMap::new()) }).unwrap();
         write("owner = 5\ngroup = 7");
         keys.reread().unwrap();
         assert_eq!(keys.owners(), (vec![5], vec![7]));
@@ -808,6 +920,29 @@ mod tests {
             assert!(error.contains("start the server anew"), "{error}");
         }
         assert_eq!(keys.owners(), (vec![5], vec![7]), "all is as it was");
+    }
+
+    #[test]
+    fn a_client_has_limits_and_several_groups_have_the_largest_of_each() {
+        let text = "[client.a]\ngroups = [50]\nlimits = { files = 3, connections = 4, requests = 9 }\n\
+                    [client.b]\ngroups = [51]\nlimits = { files = 5, memory = '1M', requests = 8 }\n";
+        let clients = parse(text).unwrap();
+        let limits = |groups: &[u32]| {
+            let rights = Rights::Of(clients.valid(&user(7, 7, groups), Timestamp::now()).unwrap());
+            let (name, caps) = rights.limits().unwrap();
+            (name.to_owned(), caps)
+        };
+        let caps = |text: &str| text.parse::<Caps>().unwrap();
+        assert_eq!(limits(&[50]), ("a".to_owned(), caps("files=3,connections=4,requests=9")));
+        assert_eq!(limits(&[50, 51]), ("a+b".to_owned(), caps("files=5,requests=9")));
+        assert_eq!(Rights::All.limits(), None);
+        let uncounted = Abilities { counts_requests: false, ..abilities(HashMap::new()) };
+        let error = clients.check(&uncounted).unwrap_err().to_string();
+        assert!(
+            error.starts_with("clients.toml:3:10: ") && error.contains("Start the server anew"),
+            "{error}"
+        );
+        clients.check(&abilities(HashMap::new())).unwrap();
     }
 
     #[test]
@@ -824,7 +959,7 @@ mod tests {
         };
         let exports = [("files", true), ("disk", false)];
         let exports = || exports.map(|(name, is_directory)| (name.to_owned(), is_directory)).into();
-        keys.check_by(Abilities { exports: exports(), giving: Giving::to_anybody() }).unwrap();
+        keys.check_by(abilities(exports())).unwrap();
         for (export, is_right) in [("files", true), ("there-is-none", true), ("disk", false)] {
             write(export);
             let result = keys.reread();
@@ -832,7 +967,7 @@ mod tests {
         }
         assert_eq!(keys.unknown_exports(), ["there-is-none"], "what is wrong changes nothing");
         write("disk");
-        let server = Abilities { exports: exports(), giving: Giving::to_anybody() };
+        let server = abilities(exports());
         let error = Keys::open(&path, true).unwrap().check_by(server).unwrap_err().to_string();
         assert!(error.contains("clients.toml:3:40: ") && error.contains("no directory"), "{error}");
     }

@@ -1,5 +1,5 @@
-//! What one session and one peer address may have: sessions, connections, open files, requests in flight.
-//! Memory is each worker's own business.
+//! What one session, one client and one peer address may have: sessions, connections, open files, requests in
+//! flight. Memory is each worker's own business.
 //!
 //! Connections and files take descriptors of one process. As long as there are some for everybody nobody is
 //! limited but by options. The last few are for those who have fewer than are left, at first for any such
@@ -9,7 +9,7 @@
 use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use serde::Deserialize;
 
@@ -65,7 +65,8 @@ impl Usage {
     }
 }
 
-/// What an option says that one session may have, or the clients of one address. None: as much as there is.
+/// What an option says that one session may have, or the clients of one address; or what `clients.toml` says
+/// that all sessions of a client may have. None: as much as there is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Caps {
@@ -77,6 +78,32 @@ pub struct Caps {
     pub requests: Option<usize>,
     /// Memory for data in flight, shared out among the workers.
     pub memory: Option<Size>,
+}
+
+impl Caps {
+    /// The name of one that is 0.
+    pub fn zero(&self) -> Option<&'static str> {
+        let memory = self.memory.map(|Size(bytes)| usize::from(bytes > 0));
+        let named = [
+            ("connections", self.connections),
+            ("files", self.files),
+            ("requests", self.requests),
+            ("memory", memory),
+        ];
+        named.into_iter().find(|&(_, cap)| cap == Some(0)).map(|(name, _)| name)
+    }
+
+    /// What somebody may have who may have as much as any of two.
+    pub fn or(&self, other: &Self) -> Self {
+        let more =
+            |one: Option<usize>, other| one.zip(other).map(|(one, other): (usize, usize)| one.max(other));
+        Self {
+            connections: more(self.connections, other.connections),
+            files: more(self.files, other.files),
+            requests: more(self.requests, other.requests),
+            memory: self.memory.zip(other.memory).map(|(Size(one), Size(other))| Size(one.max(other))),
+        }
+    }
 }
 
 impl FromStr for Caps {
@@ -122,17 +149,12 @@ pub enum Who {
     Session,
     /// The clients of an address.
     Address,
+    /// The sessions of a client.
+    Client,
 }
 
-impl Who {
-    /// The option that says what they may have.
-    pub fn option(self) -> &'static str {
-        match self {
-            Self::Session => "limits-per-session",
-            Self::Address => "limits-per-address",
-        }
-    }
-}
+/// How many kinds of [`Who`] there are.
+pub const WHO_COUNT: usize = 3;
 
 /// Somebody may not have more.
 #[derive(Debug, PartialEq, Eq)]
@@ -147,14 +169,17 @@ impl Excess {
     /// There are as many as the option allows.
     fn of_cap(who: Who, count: usize, counted: &Counted) -> Self {
         let Counted { what, verb, key, .. } = counted;
-        let owner = match who {
-            Who::Session => "The session has",
-            Who::Address => "The clients of this address have",
+        let (owner, limit) = match who {
+            Who::Session => ("The session has", format!("{key}= of the server's --limits-per-session")),
+            Who::Address => {
+                ("The clients of this address have", format!("{key}= of the server's --limits-per-address"))
+            }
+            Who::Client => (
+                "The sessions of this client have",
+                format!("{key} of its limits in the server's clients.toml"),
+            ),
         };
-        let option = who.option();
-        let text = format!(
-            "{owner} {count} {what}, as many as they may. {verb}, or raise {key}= of the server's --{option}."
-        );
+        let text = format!("{owner} {count} {what}, as many as they may. {verb}, or raise {limit}.");
         Self { who, text }
     }
 }
@@ -191,24 +216,41 @@ const REQUESTS: Counted = Counted {
     key: "requests",
 };
 
-/// What one session has, or the clients of one address have.
+/// What one session has, or the clients of one address have, or the sessions of one client.
 #[derive(Debug, Default)]
 pub struct Account {
-    /// None, if it is a session's.
+    /// An address's.
     sessions: AtomicUsize,
     connections: AtomicUsize,
     files: AtomicUsize,
     requests: AtomicUsize,
     /// An address's.
     queue_pair_bytes: AtomicUsize,
-    /// Where it is entered, if it is an address's.
-    entry: Option<(Arc<Limits>, Origin)>,
+    /// Where it is entered, if it is an address's or a client's.
+    entry: Option<(Arc<Limits>, Holder)>,
+    /// A session's: its client's account, and what that may have.
+    client: OnceLock<Option<(Arc<Account>, Caps)>>,
+}
+
+/// Who has an account that is not a session's.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Holder {
+    Address(Origin),
+    /// By its name in `clients.toml`.
+    Client(String),
 }
 
 impl Account {
     /// Which address's it is, if it is one's.
     pub fn address(&self) -> Option<Origin> {
-        self.entry.as_ref().map(|&(_, address)| address)
+        match self.entry {
+            Some((_, Holder::Address(address))) => Some(address),
+            _ => None,
+        }
+    }
+
+    fn client(&self) -> Option<&(Arc<Self>, Caps)> {
+        self.client.get()?.as_ref()
     }
 
     fn usage(&self) -> Usage {
@@ -222,10 +264,10 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        let Some((limits, address)) = self.entry.take() else { return };
-        let mut by_address = limits.by_address();
-        if by_address.get(&address).is_some_and(|account| account.strong_count() == 0) {
-            by_address.remove(&address);
+        let Some((limits, holder)) = self.entry.take() else { return };
+        let mut accounts = limits.accounts();
+        if accounts.get(&holder).is_some_and(|account| account.strong_count() == 0) {
+            accounts.remove(&holder);
         }
     }
 }
@@ -242,7 +284,7 @@ pub struct Limits {
     connections: AtomicUsize,
     files: AtomicUsize,
     queue_pair_bytes: AtomicUsize,
-    by_address: Mutex<HashMap<Origin, Weak<Account>>>,
+    accounts: Mutex<HashMap<Holder, Weak<Account>>>,
 }
 
 /// A connection's permit: it lasts until the socket is closed. Dropping it frees the permit.
@@ -296,16 +338,12 @@ impl Limits {
             connections: AtomicUsize::new(0),
             files: AtomicUsize::new(0),
             queue_pair_bytes: AtomicUsize::new(0),
-            by_address: Mutex::default(),
+            accounts: Mutex::default(),
         })
     }
 
-    /// Counts one more for a session or an address, if that is not more than its option allows.
-    fn count(&self, who: Who, account: &Account, counted: &Counted) -> Result<(), Excess> {
-        let caps = match who {
-            Who::Session => &self.session_caps,
-            Who::Address => &self.address_caps,
-        };
+    /// Counts one more for somebody who may have no more than this.
+    fn count(who: Who, account: &Account, caps: &Caps, counted: &Counted) -> Result<(), Excess> {
         let number = (counted.number)(account);
         let before = number.fetch_add(1, Ordering::Relaxed);
         match (counted.cap)(caps) {
@@ -317,21 +355,37 @@ impl Limits {
         }
     }
 
-    /// Counts one more for both, or for neither.
-    fn count_for_both(
+    /// Counts one more for a session and its client, or for neither.
+    fn count_for_session(&self, session: &Account, counted: &Counted) -> Result<(), Excess> {
+        Self::count(Who::Session, session, &self.session_caps, counted)?;
+        let Some((client, caps)) = session.client() else { return Ok(()) };
+        Self::count(Who::Client, client, caps, counted)
+            .inspect_err(|_| _ = (counted.number)(session).fetch_sub(1, Ordering::Relaxed))
+    }
+
+    /// Takes back what [`Limits::count_for_session`] has counted.
+    fn uncount_for_session(session: &Account, counted: &Counted) {
+        let client = session.client().map(|(client, _)| &**client);
+        for account in std::iter::once(session).chain(client) {
+            (counted.number)(account).fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Counts one more for a session, its client and an address, or for none of them.
+    fn count_for_all(
         &self,
         session: &Account,
         address: &AddressAccount,
         counted: &Counted,
     ) -> Result<(), Excess> {
-        self.count(Who::Session, session, counted)?;
+        self.count_for_session(session, counted)?;
         let Some(account) = address else { return Ok(()) };
-        self.count(Who::Address, account, counted)
-            .inspect_err(|_| _ = (counted.number)(session).fetch_sub(1, Ordering::Relaxed))
+        Self::count(Who::Address, account, &self.address_caps, counted)
+            .inspect_err(|_| Self::uncount_for_session(session, counted))
     }
 
-    fn by_address(&self) -> std::sync::MutexGuard<'_, HashMap<Origin, Weak<Account>>> {
-        lock(&self.by_address)
+    fn accounts(&self) -> std::sync::MutexGuard<'_, HashMap<Holder, Weak<Account>>> {
+        lock(&self.accounts)
     }
 
     fn used(&self) -> Usage {
@@ -357,25 +411,46 @@ impl Limits {
         }
     }
 
-    fn account(self: &Arc<Self>, address: Origin) -> Arc<Account> {
-        let mut by_address = self.by_address();
-        if let Some(account) = by_address.get(&address).and_then(Weak::upgrade) {
+    fn account(self: &Arc<Self>, holder: Holder) -> Arc<Account> {
+        let mut accounts = self.accounts();
+        if let Some(account) = accounts.get(&holder).and_then(Weak::upgrade) {
             return account;
         }
         let mut account = Account::default();
-        account.entry = Some((Arc::clone(self), address));
+        account.entry = Some((Arc::clone(self), holder.clone()));
         let account = Arc::new(account);
-        by_address.insert(address, Arc::downgrade(&account));
+        accounts.insert(holder, Arc::downgrade(&account));
         account
+    }
+
+    /// A session is that of the client with this name, whose sessions may have so much together; or of none.
+    /// For each connection, before it joins: what is said first stays.
+    pub fn assign(self: &Arc<Self>, session: &Account, client: Option<(&str, Caps)>) {
+        session.client.get_or_init(|| {
+            let (name, caps) = client?;
+            Some((self.account(Holder::Client(name.to_owned())), caps))
+        });
+    }
+
+    /// The client of a session and the bytes that its requests may hold at a worker, if they are limited.
+    pub fn client_memory<'a>(&self, session: &'a Account) -> Option<(&'a str, usize)> {
+        let (client, caps) = session.client()?;
+        match &client.entry {
+            Some((_, Holder::Client(name))) => {
+                let Size(bytes) = caps.memory?;
+                Some((name.as_str(), (bytes / self.room.workers.max(1) as u64) as usize))
+            }
+            _ => None,
+        }
     }
 
     /// A permit for a connection from this address, if it is known.
     pub fn connect(self: &Arc<Self>, address: Option<Origin>) -> Result<ConnectionPermit, Excess> {
-        let account = address.map(|address| self.account(address));
+        let account = address.map(|address| self.account(Holder::Address(address)));
         if let (Some(own), Some(address)) = (&account, address) {
             // Nobody else takes permits of connections, so there is no race.
             let (used, usage) = (self.used(), own.usage());
-            self.count(Who::Address, own, &CONNECTIONS)?;
+            Self::count(Who::Address, own, &self.address_caps, &CONNECTIONS)?;
             // The session is not known yet. It may be one that has nothing.
             if let Some(what) = self.shortage(used, Usage::default(), Some(usage)) {
                 own.connections.fetch_sub(1, Ordering::Relaxed);
@@ -419,7 +494,7 @@ impl Limits {
     /// [`Limits::leave`].
     pub fn join(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
         let usage = session.usage();
-        self.count(Who::Session, session, &CONNECTIONS)?;
+        self.count_for_session(session, &CONNECTIONS)?;
         let of_address = address.as_ref().map(|account| account.usage().without_a_connection());
         let Some(what) = self.shortage(self.used().without_a_connection(), usage, of_address) else {
             return Ok(());
@@ -436,7 +511,7 @@ impl Limits {
 
     /// A connection of a session has ended.
     pub fn leave(&self, session: &Account) {
-        session.connections.fetch_sub(1, Ordering::Relaxed);
+        Self::uncount_for_session(session, &CONNECTIONS);
     }
 
     /// A permit for a file of a session, opened by a connection from an address. The session counts it until
@@ -451,7 +526,7 @@ impl Limits {
         } else {
             Some("limit with `ulimit -n`")
         };
-        self.count_for_both(session, address, &FILES)?;
+        self.count_for_all(session, address, &FILES)?;
         self.files.fetch_add(1, Ordering::Relaxed);
         let permit = FilePermit { limits: Arc::clone(self), address: address.clone() };
         let Some(what) = shortage else { return Ok(permit) };
@@ -466,7 +541,7 @@ impl Limits {
 
     /// A session has given up a file.
     pub fn close(&self, session: &Account) {
-        session.files.fetch_sub(1, Ordering::Relaxed);
+        Self::uncount_for_session(session, &FILES);
     }
 
     /// Memory for a queue pair of a connection from this address, if it is known. All may have all but the
@@ -477,7 +552,7 @@ impl Limits {
         address: Option<Origin>,
         bytes: usize,
     ) -> Result<QueuePairPermit, String> {
-        let address = address.map(|address| self.account(address));
+        let address = address.map(|address| self.account(Holder::Address(address)));
         let own = address.as_ref().map(|account| get(&account.queue_pair_bytes));
         // Counted before it is looked at: several workers together do not go beyond it.
         self.queue_pair_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -508,15 +583,14 @@ impl Limits {
         self.session_caps.requests.is_some() || self.address_caps.requests.is_some()
     }
 
-    /// A request of a session begins. If [`Limits::counts_requests`], both count it until
-    /// [`Limits::end_request`].
+    /// A request of a session begins. If requests are counted, all count it until [`Limits::end_request`].
     pub fn begin_request(&self, session: &Account, address: &AddressAccount) -> Result<(), Excess> {
-        self.count_for_both(session, address, &REQUESTS)
+        self.count_for_all(session, address, &REQUESTS)
     }
 
     /// A request is over.
     pub fn end_request(&self, session: &Account, address: &AddressAccount) {
-        session.requests.fetch_sub(1, Ordering::Relaxed);
+        Self::uncount_for_session(session, &REQUESTS);
         if let Some(account) = address {
             account.requests.fetch_sub(1, Ordering::Relaxed);
         }
@@ -610,7 +684,7 @@ mod tests {
         permits.truncate(99);
         assert!(limits.connect(greedy).is_ok());
         drop((permits, theirs));
-        assert_eq!((limits.used().count(), limits.by_address().len()), (0, 0));
+        assert_eq!((limits.used().count(), limits.accounts().len()), (0, 0));
     }
 
     #[test]
@@ -676,7 +750,7 @@ mod tests {
         assert_eq!(other.len(), 2);
         assert_eq!(all("10.0.0.3").len(), 1);
         drop((greedy, other, permit));
-        assert_eq!((limits.used().bytes(2), limits.by_address().len()), (0, 0));
+        assert_eq!((limits.used().bytes(2), limits.accounts().len()), (0, 0));
         assert_eq!(all("10.0.0.2").len(), 28);
     }
 
@@ -705,7 +779,7 @@ mod tests {
         // The connection has gone, the file is there.
         assert_eq!(limits.open(&session, connect().address()).unwrap_err().who, Who::Address);
         drop((file, owner));
-        assert!(limits.by_address().is_empty());
+        assert!(limits.accounts().is_empty());
         assert!(limits.open(&session, connect().address()).is_ok());
     }
 
@@ -722,7 +796,8 @@ mod tests {
                 let session = Account::default();
                 let _first = act(&session).unwrap();
                 let Excess { who, text } = act(&session).unwrap_err();
-                assert!(text.contains(&format!("{key}= of the server's --{}.", who.option())), "{text}");
+                let option = if who == Who::Session { "session" } else { "address" };
+                assert!(text.contains(&format!("{key}= of the server's --limits-per-{option}.")), "{text}");
                 errors.push(who);
                 let _ = limits;
             };
@@ -734,6 +809,59 @@ mod tests {
         twice(&limits, &|session| limits.open(session, permit.address()).map(Some), "files");
         twice(&limits, &|session| limits.begin_request(session, permit.address()).map(|()| None), "requests");
         assert_eq!(errors, [Who::Address, Who::Address, Who::Session, Who::Session, Who::Session]);
+    }
+
+    #[test]
+    fn all_sessions_of_a_client_count_together_wherever_they_come_from() {
+        let limits = uncapped(100, 100);
+        let caps = Caps { connections: Some(2), files: Some(2), requests: Some(2), memory: Some(Size(10)) };
+        let permits = ["10.0.0.1", "10.0.0.2"].map(|ip| limits.connect(address(ip)).unwrap());
+        let sessions = [(); 3].map(|()| Account::default());
+        let [one, two, other] = &sessions;
+        limits.assign(one, Some(("db1", caps)));
+        limits.assign(two, Some(("db1", caps)));
+        limits.assign(other, Some(("db2", caps)));
+        // What came first stays.
+        limits.assign(one, None);
+        let [here, there] = permits.each_ref().map(|permit| permit.address());
+        for session in [one, two] {
+            limits.join(session, here).unwrap();
+            limits.begin_request(session, there).unwrap();
+        }
+        let files = [one, two].map(|session| limits.open(session, there).unwrap());
+        for (error, key) in [
+            (limits.join(two, there).unwrap_err(), "connections"),
+            (limits.open(one, here).unwrap_err(), "files"),
+            (limits.begin_request(two, here).unwrap_err(), "requests"),
+        ] {
+            assert_eq!(error.who, Who::Client);
+            assert!(
+                error.text.ends_with(&format!("raise {key} of its limits in the server's clients.toml."))
+            );
+        }
+        limits.join(other, here).unwrap();
+        drop(limits.open(other, here).unwrap());
+        limits.close(other);
+        assert_eq!(limits.client_memory(one), Some(("db1", 5)));
+        // What was rejected is not counted, and what is over neither.
+        limits.leave(one);
+        limits.close(two);
+        limits.end_request(one, there);
+        limits.join(two, here).unwrap();
+        drop(limits.open(one, here).unwrap());
+        limits.begin_request(two, here).unwrap();
+        drop((files, permits));
+        assert_eq!(limits.accounts().len(), 2);
+        drop(sessions);
+        assert!(limits.accounts().is_empty());
+    }
+
+    #[test]
+    fn who_may_have_as_much_as_any_of_two_has_no_limit_that_one_of_them_lacks() {
+        let caps = |text: &str| text.parse::<Caps>().unwrap();
+        let both = caps("connections=3,files=9,memory=1M").or(&caps("connections=7,requests=4,memory=2M"));
+        assert_eq!(both, caps("connections=7,memory=2M"));
+        assert_eq!((caps("files=0").zero(), both.zero()), (Some("files"), None));
     }
 
     #[test]

@@ -135,7 +135,8 @@ fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) ->
     let chown = giving.chown();
     let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
     let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
-    keys.check_by(Abilities { exports: exports.collect(), giving })?;
+    let counts_requests = keys.limits_requests();
+    keys.check_by(Abilities { exports: exports.collect(), giving, counts_requests })?;
     say_unknown_exports(keys);
     Ok(chown)
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use crate::audit::Audited;
 use crate::file_identity::FileIdentity;
 use crate::handles::Handles;
-use crate::limits::{Account, AddressAccount, Excess, FilePermit, Limits, Who};
+use crate::limits::{Account, AddressAccount, Caps, Excess, FilePermit, Limits, Who};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
@@ -240,6 +240,17 @@ impl Session {
         lock(&self.files).is_near(index)
     }
 
+    /// It is that of the client with this name, whose sessions may have so much together: see
+    /// [`Limits::assign`].
+    pub fn assign(&self, client: Option<(&str, Caps)>) {
+        self.limits.assign(&self.account, client);
+    }
+
+    /// Its client, and the bytes that the requests of that may hold at a worker, if they are limited.
+    pub fn client_memory(&self) -> Option<(&str, usize)> {
+        self.limits.client_memory(&self.account)
+    }
+
     /// A connection of it has opened. The error says why it may not.
     pub fn attach(&self, address: &AddressAccount) -> Result<(), Excess> {
         self.limits.join(&self.account, address)
@@ -289,7 +300,7 @@ impl Session {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::{Caps, Room};
+    use crate::limits::Room;
     use crate::tuning::limits::RESERVE;
     use crate::volume::Null;
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use raio_transport::protocol::{OPERATIONS, Opcode};
 use raio_transport::transport::CloseReason;
 
-use crate::limits::Who;
+use crate::limits::{WHO_COUNT, Who};
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -161,14 +161,14 @@ pub struct Counters {
     pub message_waits: Counter,
     /// The most bytes of the arena that one iteration has given out.
     pub iteration_bytes_max: Counter,
-    /// Connections that were rejected because their session has as many as it may.
-    pub rejected_connections: Counter,
+    /// Connections that were rejected because their session, or their client, has as many as it may.
+    pub rejected_connections: [Counter; WHO_COUNT],
     /// Queue pairs for which there was no memory.
     pub rejected_queue_pairs: Counter,
     /// Opens that were rejected because there were as many open files as there may be, by [`Who`] has them.
-    pub rejected_files: [Counter; 2],
+    pub rejected_files: [Counter; WHO_COUNT],
     /// Requests that were rejected because there were as many in flight as there may be.
-    pub rejected_requests: [Counter; 2],
+    pub rejected_requests: [Counter; WHO_COUNT],
     /// Times that a request had to wait for memory.
     pub slot_waits: Counter,
     /// Times that a request had to wait for one that a client which has gone has left behind.
@@ -176,7 +176,7 @@ pub struct Counters {
     /// Opens that waited for the audit log to be written.
     pub audit_waits: Counter,
     /// Times that one had to because its session, or its address, has as much as it may.
-    pub memory_waits: [Counter; 2],
+    pub memory_waits: [Counter; WHO_COUNT],
     /// Iterations of the loop.
     pub iterations: Counter,
     /// Times that the loop went to sleep.
@@ -314,8 +314,11 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
             ("address_connections", rejected_by_address),
             ("address_files", sum(|c| &c.rejected_files[Who::Address as usize])),
             ("address_requests", sum(|c| &c.rejected_requests[Who::Address as usize])),
+            ("client_connections", sum(|c| &c.rejected_connections[Who::Client as usize])),
+            ("client_files", sum(|c| &c.rejected_files[Who::Client as usize])),
+            ("client_requests", sum(|c| &c.rejected_requests[Who::Client as usize])),
             ("queue_pairs", sum(|c| &c.rejected_queue_pairs)),
-            ("session_connections", sum(|c| &c.rejected_connections)),
+            ("session_connections", sum(|c| &c.rejected_connections[Who::Session as usize])),
             ("session_files", sum(|c| &c.rejected_files[Who::Session as usize])),
             ("session_requests", sum(|c| &c.rejected_requests[Who::Session as usize])),
         ]
@@ -345,6 +348,7 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
         &mut [
             ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
             ("audit", sum(|c| &c.audit_waits)),
+            ("client_memory", sum(|c| &c.memory_waits[Who::Client as usize])),
             ("messages", sum(|c| &c.message_waits)),
             ("orphans", sum(|c| &c.orphan_waits)),
             ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),

@@ -269,7 +269,7 @@ pub struct Worker {
     checks_fences: bool,
     /// Requests for a later iteration.
     deferred: VecDeque<transport::Request>,
-    /// An option limits the requests of a session or an address.
+    /// An option limits the requests of a session or an address, or `clients.toml` those of a client.
     counts_requests: bool,
     events: Vec<Event>,
     /// Another thread has got writes since the worker last waited.
@@ -417,7 +417,8 @@ impl Worker {
         let worker = Self {
             transport,
             admission: Admission::new(&arena, io_bytes_max, shared.exports.all().len(), shared.memory_caps),
-            counts_requests: shared.sessions.count_requests(),
+            counts_requests: shared.sessions.count_requests()
+                || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests()),
             tracer: Tracer::new(shared.trace.as_ref()),
             shared,
             counters,

@@ -4,7 +4,8 @@
 //!
 //! - a connection has a **quota**, a dynamic threshold: a part of the arena, less once half of it is in use;
 //! - some of the arena is a **reserve**, for small requests of connections that hold little;
-//! - a session and an address have a **share** while others wait, or what an option says at any time;
+//! - a session and an address have a **share** while others wait, or what an option says at any time, and so
+//!   does a client what `clients.toml` says;
 //! - the requests on one **export** have what leaves as much for the others, for its file system may hang;
 //! - an **iteration** of the worker's loop gives out so much, and the rest waits for the next.
 //!
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 use raio_transport::memory::{Arena, BLOCK_BYTES, Slot};
 use slab::Slab;
 
-use crate::limits::Who;
+use crate::limits::{WHO_COUNT, Who};
 use crate::peer::Origin;
 use crate::tuning::fast_path;
 use crate::tuning::memory::{
@@ -75,6 +76,8 @@ pub struct StallCheck {
 struct Account {
     session: usize,
     address: Option<usize>,
+    /// Its client, and how many bytes that may hold, if they are limited.
+    client: Option<(usize, usize)>,
     /// Bytes in the slots of its requests. Its unsent responses have more: the transport knows.
     slot_bytes: usize,
     /// Its requests that wait for memory, oldest first: what is to be known of each is here, so that nobody
@@ -90,7 +93,7 @@ struct Account {
     is_over_share: bool,
 }
 
-/// What the connections of one session, or of one address, have.
+/// What the connections of one session, of one address, or of one client have.
 #[derive(Debug, Default)]
 struct Group {
     /// Bytes, as they were noted.
@@ -102,6 +105,13 @@ struct Group {
 #[derive(Debug)]
 struct Address {
     origin: Origin,
+    connections: usize,
+    group: Group,
+}
+
+#[derive(Debug)]
+struct LimitedClient {
+    name: String,
     connections: usize,
     group: Group,
 }
@@ -130,6 +140,8 @@ pub struct Admission {
     sessions: Vec<Group>,
     addresses: Slab<Address>,
     address_by_origin: HashMap<Origin, usize>,
+    /// Those whose memory is limited.
+    clients: Slab<LimitedClient>,
     exports: Vec<ExportUse>,
     /// Connections with requests that wait.
     round_robin: VecDeque<usize>,
@@ -153,7 +165,7 @@ pub struct Admission {
     /// When connections that wait are next shown that the server lives.
     life_sign: Option<Instant>,
     /// Times that a request waited because of a share, by [`Who`].
-    share_waits: [u64; 2],
+    share_waits: [u64; WHO_COUNT],
 }
 
 impl Admission {
@@ -168,6 +180,7 @@ impl Admission {
             sessions: Vec::new(),
             addresses: Slab::new(),
             address_by_origin: HashMap::new(),
+            clients: Slab::new(),
             exports: vec![ExportUse::default(); exports],
             round_robin: VecDeque::new(),
             starved: None,
@@ -180,7 +193,7 @@ impl Admission {
             is_short: false,
             stall_check: None,
             life_sign: None,
-            share_waits: [0; 2],
+            share_waits: [0; WHO_COUNT],
         }
     }
 
@@ -205,6 +218,17 @@ impl Admission {
         self.accounts[connection] = Account { session, address, ..Account::default() };
     }
 
+    /// A connection that has just opened is that of a client, all whose connections may hold so many bytes.
+    pub fn limit_client(&mut self, connection: usize, name: &str, bytes: usize) {
+        let known = self.clients.iter().find(|(_, client)| client.name == name).map(|(key, _)| key);
+        let key = known.unwrap_or_else(|| {
+            let name = name.to_owned();
+            self.clients.insert(LimitedClient { name, connections: 0, group: Group::default() })
+        });
+        self.clients[key].connections += 1;
+        self.accounts[connection].client = Some((key, bytes));
+    }
+
     /// A connection has ended, and with it those of its requests that wait. What the others have stays on the
     /// exports' accounts until [`Admission::release`].
     pub fn close(&mut self, connection: usize) {
@@ -222,6 +246,12 @@ impl Admission {
             self.addresses[key].connections -= 1;
             if self.addresses[key].connections == 0 {
                 self.address_by_origin.remove(&self.addresses.remove(key).origin);
+            }
+        }
+        if let Some((key, _)) = account.client {
+            self.clients[key].connections -= 1;
+            if self.clients[key].connections == 0 {
+                self.clients.remove(key);
             }
         }
     }
@@ -295,8 +325,8 @@ impl Admission {
         {
             return Decision::OverExport(export);
         }
-        if let Some(caps) = self.caps
-            && let Some(who) = self.over_cap(connection, bytes, caps, unsent)
+        if (self.caps.is_some() || self.accounts[connection].client.is_some())
+            && let Some(who) = self.over_cap(connection, bytes, unsent)
         {
             return Decision::OverShare(who);
         }
@@ -359,18 +389,15 @@ impl Admission {
         held > 0 && held + bytes > free.saturating_sub(self.reserve.min(free / 2))
     }
 
-    /// Who has so much that an option keeps a connection from having so much more. Whoever holds nothing may
-    /// have any request.
-    fn over_cap(
-        &mut self,
-        connection: usize,
-        bytes: usize,
-        caps: [usize; 2],
-        unsent: &impl Fn(usize) -> usize,
-    ) -> Option<Who> {
+    /// Who has so much that an option, or `clients.toml`, keeps a connection from having so much more. Who
+    /// holds nothing may have any request.
+    fn over_cap(&mut self, connection: usize, bytes: usize, unsent: &impl Fn(usize) -> usize) -> Option<Who> {
         self.note_all(unsent);
         self.note(connection, unsent);
         let bytes = bytes.next_power_of_two().max(BLOCK_BYTES);
+        let [session, address] = self.caps.unwrap_or([usize::MAX; 2]);
+        let client = self.accounts[connection].client.map_or(usize::MAX, |(_, cap)| cap);
+        let caps = [session, address, client];
         let is_over =
             |(who, group): &(Who, &mut Group)| group.held > 0 && group.held + bytes > caps[*who as usize];
         self.groups(connection).into_iter().flatten().find(is_over).map(|(who, _)| who)
@@ -392,8 +419,8 @@ impl Admission {
         self.note_all(unsent);
         self.note(connection, unsent);
         let share = self.quota.max(arena_bytes / GROUP_PART);
-        let is_over = |(_, group): &(Who, &mut Group)| {
-            group.held > 0 && group.held + bytes > share && waiting > group.waiting
+        let is_over = |(who, group): &(Who, &mut Group)| {
+            *who != Who::Client && group.held > 0 && group.held + bytes > share && waiting > group.waiting
         };
         self.groups(connection).into_iter().flatten().find(is_over).map(|(who, _)| who)
     }
@@ -531,7 +558,7 @@ impl Admission {
     }
 
     /// Times that a request waited because of a session's and an address's share.
-    pub fn share_waits(&self) -> [u64; 2] {
+    pub fn share_waits(&self) -> [u64; WHO_COUNT] {
         self.share_waits
     }
 
@@ -591,13 +618,14 @@ impl Admission {
         }
     }
 
-    // What sessions and addresses hold
+    // What sessions, addresses and clients hold
     // ----------------------------------------------------------------------------------------------------
 
-    fn groups(&mut self, connection: usize) -> [Option<(Who, &mut Group)>; 2] {
-        let Account { session, address, .. } = self.accounts[connection];
+    fn groups(&mut self, connection: usize) -> [Option<(Who, &mut Group)>; WHO_COUNT] {
+        let Account { session, address, client, .. } = self.accounts[connection];
         let of_address = address.map(|key| (Who::Address, &mut self.addresses[key].group));
-        [Some((Who::Session, &mut self.sessions[session])), of_address]
+        let of_client = client.map(|(key, _)| (Who::Client, &mut self.clients[key].group));
+        [Some((Who::Session, &mut self.sessions[session])), of_address, of_client]
     }
 
     /// Notes what a connection holds.

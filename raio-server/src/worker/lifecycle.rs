@@ -35,7 +35,8 @@ impl Worker {
             // they have ended since.
             self.shared.placement.add(self.index);
         }
-        if self.shared.rights(&peer.identity) == Rights::None {
+        let rights = self.shared.rights(&peer.identity);
+        if rights == Rights::None {
             let text = match peer.identity {
                 Identity::User(_) => {
                     "This user is no client of the server's. If it may connect, add it to clients.toml."
@@ -69,11 +70,14 @@ impl Worker {
             }
             Err(NotJoined::Stale(text)) => return self.reject(id, address, &peer, libc::ESTALE, &text),
         };
+        member.session.assign(rights.limits());
         let session = match self.sessions.attach(&member.session, &account) {
             Ok(session) => session,
-            Err(Excess { text, .. }) => {
-                self.counters.rejected_connections.add(1);
-                let remains = Remains { outcomes, fence, executing: 0, linger: peer.grant.linger };
+            Err(Excess { who, text }) => {
+                self.counters.rejected_connections[who as usize].add(1);
+                // Nobody comes back to a session that has not begun.
+                let linger = if is_new { Duration::ZERO } else { peer.grant.linger };
+                let remains = Remains { outcomes, fence, executing: 0, linger };
                 let effects = self.shared.sessions.ended(&member, remains, now);
                 self.carry_out(effects);
                 return self.reject(id, address, &peer, libc::EUSERS, &text);
@@ -106,6 +110,9 @@ impl Worker {
             client: Client::new(self.transport.socket(id)),
         });
         self.admission.open(key, session, address.map(PeerAddress::origin));
+        if let Some((client, bytes)) = self.sessions[session].session.client_memory() {
+            self.admission.limit_client(key, client, bytes);
+        }
     }
 
     /// Who the client is to the audit log.

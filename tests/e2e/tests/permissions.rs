@@ -515,6 +515,30 @@ fn a_server_that_has_given_up_the_power_to_give_files_must_be_started_anew() {
 }
 
 #[test]
+fn the_sessions_of_a_client_share_its_limits_and_other_clients_have_their_own() {
+    let (one, other) = (Client::new(), Client::new());
+    let rights = "exports = { data = 'rw' }\nlimits = { connections = 2, files = 1, memory = '8M' }";
+    let mut site = Site::new(&(one.entry("one", rights) + &other.entry("two", rights)));
+    let sessions = [&one, &one, &other].map(|client| client.connect(&site).expect("a session"));
+    let error = one.connect(&site).map(drop).expect_err("a third connection");
+    assert_eq!(error.errno(), libc::EUSERS, "{error}");
+    let needle = "raise connections of its limits in the server's clients.toml";
+    assert!(error.to_string().contains(needle), "{error}");
+    let file = open(&sessions[0], "/data/file", libc::O_RDONLY).expect("a file");
+    let error = open(&sessions[1], "/data/file", libc::O_RDONLY).map(drop).expect_err("a second file");
+    assert_eq!(error.errno(), libc::EMFILE, "{error}");
+    assert!(error.to_string().contains("raise files of its limits"), "{error}");
+    open(&sessions[2], "/data/file", libc::O_RDONLY).expect("it has a limit of its own");
+    let rejected = &site.server.statistics()["rejected"];
+    assert_eq!((&rejected["client_connections"], &rejected["client_files"]), (&1.into(), &1.into()));
+    file.close().expect("it is closed");
+    open(&sessions[1], "/data/file", libc::O_RDONLY).expect("there is room again");
+    drop((file, sessions));
+    site.server.statistics_when(is_at_rest);
+    one.connect(&site).expect("there is room again");
+}
+
+#[test]
 fn who_has_no_accepted_key_does_not_get_in() {
     let (client, stranger, expired) = (Client::new(), Client::new(), Client::new());
     let clients = client.entry("one", "exports = { data = 'ro' }")

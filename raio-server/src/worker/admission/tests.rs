@@ -278,9 +278,39 @@ fn an_option_limits_a_session_and_an_address_at_any_time() {
     bench.admission.begin_iteration();
     assert_eq!(bench.decide(1, 4 * KIB), Decision::OverShare(Who::Address));
     assert_eq!(bench.decide(2, SLOT_BYTES_MAX), Decision::Admit);
-    assert_eq!(bench.admission.share_waits(), [1, 1]);
+    assert_eq!(bench.admission.share_waits(), [1, 1, 0]);
     bench.finish(0);
     assert_eq!(bench.iterate(), [0]);
+}
+
+#[test]
+fn the_sessions_of_a_client_hold_no_more_together_than_it_may() {
+    let mut bench = Bench::with_caps(64 << 20, NO_CAPS);
+    for (connection, client) in [(0, "one"), (1, "one"), (2, "two"), (3, "")] {
+        bench.open(connection, connection, Some(connection as u8));
+        if !client.is_empty() {
+            bench.admission.limit_client(connection, client, 2 << 20);
+        }
+    }
+    for connection in [0, 1] {
+        assert!(bench.request(connection, SLOT_BYTES_MAX, None));
+        bench.admission.begin_iteration();
+    }
+    for connection in [0, 1] {
+        bench.admission.begin_iteration();
+        assert_eq!(bench.decide(connection, 4 * KIB), Decision::OverShare(Who::Client));
+    }
+    assert!(!bench.request(1, 4 * KIB, None));
+    assert_eq!(bench.admission.share_waits(), [0, 0, 1]);
+    for connection in [2, 3] {
+        bench.admission.begin_iteration();
+        assert_eq!(bench.decide(connection, SLOT_BYTES_MAX), Decision::Admit);
+    }
+    bench.finish(0);
+    assert_eq!(bench.iterate(), [1]);
+    bench.admission.close(0);
+    bench.admission.close(2);
+    assert_eq!(bench.admission.clients.len(), 1, "a client is forgotten with its last connection");
 }
 
 #[test]
