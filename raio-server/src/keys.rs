@@ -313,7 +313,7 @@ impl Keys {
     }
 
     /// How many clients there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.clients().len
     }
 
@@ -978,7 +978,7 @@ mod tests {
         let path = directory.path().join("keys");
         assert!(Keys::open(&path, false).is_err());
         let first = Keys::open(&path, true).unwrap();
-        assert_eq!(first.len(), 0);
+        assert_eq!(first.count(), 0);
         let again = Keys::open(&path, true).unwrap();
         assert_eq!(first.host().public(), again.host().public());
         assert!(Keys::open(&path, false).is_ok());
@@ -1023,7 +1023,7 @@ mod tests {
         // A mistake changes nothing.
         std::fs::write(path.join(CLIENTS), "[client").unwrap();
         assert!(keys.reread().is_err());
-        assert_eq!(keys.len(), 6);
+        assert_eq!(keys.count(), 6);
         assert_eq!(keys.rights(&Identity::Anonymous), Rights::None);
     }
 }

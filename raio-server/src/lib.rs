@@ -25,7 +25,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
-mod keys;
+pub mod keys;
 mod limits;
 mod listener;
 mod log;

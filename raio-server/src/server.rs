@@ -304,7 +304,7 @@ impl Server {
 
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
         let chown = check_clients(config, keys.as_mut(), &exports)?;
-        if keys.as_ref().is_some_and(|keys| keys.len() == 0) {
+        if keys.as_ref().is_some_and(|keys| keys.count() == 0) {
             tracing::warn!("clients.toml names no client yet, so nobody can connect.");
         }
         let mut reactor =
@@ -529,7 +529,7 @@ impl Server {
                 tracing::info!(
                     "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
                      than before end.",
-                    keys.len()
+                    keys.count()
                 );
                 self.revoke(revocation);
             }

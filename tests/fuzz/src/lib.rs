@@ -105,6 +105,12 @@ impl Mode {
     }
 }
 
+/// Keys that inputs of the target `configuration` can name.
+pub const PUBLIC_KEYS: [&str; 2] = [
+    "ed25519:11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo",
+    "ed25519:PUAXw+hDiVqStwqnTRt+vJyYLM8uxJaMwM1V8Sr0Zgw",
+];
+
 /// What happens in an input of the target `server`: the low five bits of a step. Numbers that have no name
 /// are requests.
 pub mod step {
@@ -181,4 +187,20 @@ pub mod peer {
     pub const CANCEL: u8 = 13;
     /// The client looks for nothing after the step.
     pub const AT_ONCE: u8 = 0x80;
+}
+
+/// What is done to the tested side in an input of the target `tls`: its first byte.
+pub mod tls {
+    /// A server gets bytes, and no handshake.
+    pub const BYTES_TO_SERVER: u8 = 0;
+    /// A client does.
+    pub const BYTES_TO_CLIENT: u8 = 1;
+    /// A client's part of the handshake is changed.
+    pub const HANDSHAKE_TO_SERVER: u8 = 2;
+    /// A server's part is.
+    pub const HANDSHAKE_TO_CLIENT: u8 = 3;
+    /// After the handshake a client does with its records what it should not.
+    pub const RECORDS_TO_SERVER: u8 = 4;
+    /// A server does.
+    pub const RECORDS_TO_CLIENT: u8 = 5;
 }

@@ -5,11 +5,19 @@
 
 use std::error::Error;
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use raio_fuzz::{Mode, peer, step};
+use raio_fuzz::{Mode, PUBLIC_KEYS, peer, step, tls};
 use raio_transport::Status;
+use raio_transport::connecting::Connecting;
 use raio_transport::handshake::{Offer, Policy};
+use raio_transport::keys::SecretKey;
 use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
     QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader, SessionId, VERSION,
@@ -17,6 +25,9 @@ use raio_transport::message::{
 use raio_transport::protocol::{
     Command, Fields, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode,
 };
+use raio_transport::tcp::{Accepting, TcpDial};
+use raio_transport::tls::{ClientTls, ServerTls};
+use raio_transport::transport::AcceptedStream;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let directory = std::env::args().nth(1).ok_or("usage: seeds DIRECTORY")?;
@@ -75,6 +86,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let then: Vec<u8> = welcome.iter().copied().chain(responses().remove(0).1).collect();
         write("client_session", &name, &[own, own | crc], &then)?;
     }
+    let [key, other] = PUBLIC_KEYS;
     for (kind, texts) in [
         (
             0,
@@ -95,6 +107,19 @@ fn main() -> Result<(), Box<dyn Error>> {
                 "--export=m=mem:1M,rw\n--queue-depth=4\n--spin-us\n0\n--max-sessions\n10\n--log\ndebug",
             ],
         ),
+        (4, &[&format!("# mine\nh:1 {key} # one\n[::1]:2\t{other} {key}\nother:2 {other}\n")]),
+        (
+            5,
+            &[
+                &format!(
+                    "[client.a]\nkeys = [\"{key}\"]\nexports = {{ data = \"rw\", logs = \"ro\" }}\n\
+                     rdma = \"clear\"\n[client.\"b c\"]\nkeys = [{{ key = \"{other}\", \
+                     expires = 2999-06-30T12:00:00Z }}]\n"
+                ),
+                "[client.a]\nusers = [\"root\", 1000]\n[client.b]\ngroups = [50]\n[client.c]\n\
+                 groups = [34, \"root\"]\nexports = { data = \"ro\" }\n",
+            ],
+        ),
     ] {
         for (n, text) in texts.iter().enumerate() {
             write("configuration", &format!("text-{n}"), &[kind], text.as_bytes())?;
@@ -102,6 +127,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     for (name, bytes) in private_data() {
         write("messages", name, &[plain], &bytes)?;
+    }
+    for (name, kind, bytes) in tls_inputs()? {
+        write("tls", &name, &[kind], &bytes)?;
     }
     println!("{count} seeds in {}", directory.display());
     Ok(())
@@ -525,4 +553,97 @@ fn welcomes() -> Vec<(String, Vec<u8>)> {
         ("welcome-crc".into(), welcome(FEATURE_CRC, false)),
         ("rejection".into(), policy.rejection(87, "All seats are taken.")),
     ]
+}
+
+/// What a client sends first to begin TLS, and what a server answers.
+fn flights() -> Result<[Vec<u8>; 2], Box<dyn Error>> {
+    fn pair() -> std::io::Result<(UnixStream, UnixStream)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        theirs.set_nonblocking(true)?;
+        Ok((ours, theirs))
+    }
+    let taken = |mut stream: &UnixStream| {
+        let mut bytes = vec![0; 16 << 10];
+        let n = stream.read(&mut bytes)?;
+        bytes.truncate(n);
+        Ok::<_, std::io::Error>(bytes)
+    };
+    let [client, server] = [SecretKey::generate(), SecretKey::generate()];
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let (ours, theirs) = pair()?;
+    let offer = Offer { tls: Some(ClientTls::new(&client, &[server.public()])), ..Offer::new("seed") };
+    let mut dial = TcpDial::over(TcpStream::from(OwnedFd::from(theirs)), &offer, deadline);
+    assert!(dial.step(Instant::now()).is_none(), "nobody has answered");
+    let hello = taken(&ours)?;
+    let (mut ours, theirs) = pair()?;
+    let stream = AcceptedStream::new(OwnedFd::from(theirs));
+    let tls = ServerTls::new(&server, |_| true);
+    let mut accepting = Accepting::new(stream, &tls, Arc::new(Policy::default()), deadline)?;
+    ours.write_all(&hello)?;
+    assert!(accepting.step(Instant::now()).is_none(), "nobody has answered");
+    let flight = taken(&ours)?;
+    Ok([hello, flight])
+}
+
+/// What peers do to TLS: name, kind, and the rest of the input, which begins with how it is cut.
+fn tls_inputs() -> Result<Vec<(String, u8, Vec<u8>)>, Box<dyn Error>> {
+    let [hello, flight] = flights()?;
+    let clear = Offer::new("seed").hello();
+    let mut all = Vec::new();
+    for (name, kind, bytes) in [
+        ("hello", tls::BYTES_TO_SERVER, &hello[..]),
+        ("clear", tls::BYTES_TO_SERVER, &clear),
+        ("flight", tls::BYTES_TO_CLIENT, &flight),
+        ("alert", tls::BYTES_TO_CLIENT, &[21, 3, 3, 0, 2, 2, 46]),
+    ] {
+        for cut in [0, 1] {
+            all.push((format!("{name}-{cut}"), kind, [&[cut], bytes].concat()));
+        }
+    }
+    // Changes of a flight, or of both: of what travels (0), or of what is sealed in it (1, and then the size
+    // of the records).
+    for (name, travelling, sealed) in [
+        ("whole", &[0, 0][..], &[200, 0][..]),
+        ("small", &[0, 0], &[0, 0]),
+        ("byte", &[1, 0, 0, 70, 9, 1, 0, 0, 70, 9], &[200, 1, 0, 0, 70, 9]),
+        ("short", &[1, 1, 0, 50, 4, 1, 1, 0, 50, 4], &[200, 1, 1, 0, 50, 4]),
+        ("twice", &[0, 1, 3, 0, 6, 40], &[9, 1, 3, 0, 40, 60]),
+        ("cut", &[0, 1, 4, 0, 90, 0], &[200, 1, 4, 0, 90, 0]),
+        ("more", &[0, 1, 2, 0, 0, 2, 7, 7], &[9, 1, 2, 0, 0, 4, 1, 2, 3, 4]),
+    ] {
+        for kind in [tls::HANDSHAKE_TO_SERVER, tls::HANDSHAKE_TO_CLIENT] {
+            all.push((format!("travelling-{name}"), kind, [&[0, 0], travelling].concat()));
+            all.push((format!("sealed-{name}"), kind, [&[5, 1], sealed].concat()));
+        }
+    }
+    for (name, records) in [
+        ("data", &[0, 1, 2, 3, 4, 4][..]),
+        ("empty", &[6, 1, 6, 6, 3]),
+        ("padded", &[5, 200, 5, 0, 4]),
+        ("updates", &[2, 7, 2, 8, 2, 7, 7, 4]),
+        ("too-many-updates", &[7; 18]),
+        ("alert", &[2, 9, 2, 2, 40]),
+        ("end", &[4, 4, 4, 15]),
+        ("data-after-the-end", &[2, 15, 2]),
+        ("other-kind", &[2, 10, 1, 4, 4, 0, 0, 0]),
+        ("in-the-clear", &[2, 11, 3, 5, b'h', b'e', b'l', b'l', b'o']),
+        ("garbage", &[2, 12, 5, 23, 3, 3, 255, 255]),
+        ("too-long", &[2, 13, 0]),
+        ("zeros", &[2, 14, 9]),
+        ("left-out", &[2, 0x82, 2]),
+        ("exchanged", &[2, 0xa2, 2, 2]),
+        ("repeated", &[2, 0xb2, 2]),
+        ("repeated-update", &[2, 0xb7, 2]),
+        ("changed", &[2, 0xc2, 0, 30, 2]),
+        ("cut", &[2, 0xe2, 17, 2]),
+    ] {
+        for cut in [0, 1, 60] {
+            let name = format!("{name}-{cut}");
+            all.push((name.clone(), tls::RECORDS_TO_SERVER, [&[cut], records].concat()));
+            all.push((name.clone(), tls::RECORDS_TO_CLIENT, [&[cut, 0], records].concat()));
+            all.push((format!("welcome-{name}"), tls::RECORDS_TO_CLIENT, [&[cut, 1], records].concat()));
+        }
+    }
+    Ok(all)
 }
