@@ -291,3 +291,22 @@ fn a_server_in_its_sandbox_leaves_no_core_dump() {
     assert!(!dumps(&site, &[]), "it can be dumped");
     assert_eq!(fs::read_dir(&cores).expect("a directory").count(), 0);
 }
+
+#[test]
+fn a_server_in_its_sandbox_cannot_be_looked_into_by_its_own_user() {
+    if !raio_e2e::needs_root("becoming another user") {
+        return;
+    }
+    // `nobody`
+    let as_user = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
+    let maps = |process: &str| {
+        let path = format!("/proc/{process}/maps");
+        let output = Command::new("setpriv").args(as_user).args(["cat", &path]).output();
+        output.expect("setpriv runs").stdout
+    };
+    assert!(!maps("self").is_empty(), "it can look into itself");
+    let server = Server::start_with(&["n=null:1M"], &["--user", "nobody"]);
+    let status = fs::read_to_string(format!("/proc/{}/status", server.pid())).expect("it runs");
+    assert!(status.contains("Uid:\t65534\t65534\t65534\t65534"), "{status}");
+    assert!(maps(&server.pid().to_string()).is_empty());
+}
