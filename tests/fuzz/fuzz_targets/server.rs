@@ -1738,8 +1738,8 @@ impl World {
         let flags = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
         let file = FileHandle(ask(Command::Open { flags, mode: 0, path: b"/mem" }, &[]) as u32);
         let length = FILE_BYTES as u32;
-        assert_eq!(ask(Command::Write { file, offset: 0, length }, &[0; FILE_BYTES]), length.into());
-        assert_eq!(ask(Command::Read { file, offset: 0, length }, &[]), length.into());
+        assert_eq!(ask(Command::Write { file, offset: 0, length }, &[0; FILE_BYTES]), u64::from(length));
+        assert_eq!(ask(Command::Read { file, offset: 0, length }, &[]), u64::from(length));
         ask(Command::Close(file), &[]);
         self.remove(0);
         self.leave_nothing();
