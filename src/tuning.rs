@@ -212,8 +212,8 @@ pub(crate) const RDMA_BACKLOG: i32 = 1024;
 
 /// Connections that may wait to be accepted; the kernel cuts it to net.core.somaxconn, whose default this is.
 pub(crate) const TCP_BACKLOG: i32 = 4096;
-/// How long a client waits before it tries again to connect to a Unix socket that has so many. Not measured:
-/// by then a server that lives has accepted some.
+/// How long a client waits before it tries again to connect to a Unix socket whose backlog is full. Not
+/// measured: by then a server that lives has accepted some.
 pub(crate) const UNIX_BACKLOG_RETRY: Duration = Duration::from_millis(5);
 /// How often within the timeout for unreachable peers the kernel is asked about a connection. Not measured:
 /// one call each 5 s, for connections with something unacknowledged.

@@ -124,7 +124,7 @@ pub enum Event {
     },
     /// A session has ended: its files are closed.
     End,
-    /// So many records are missing here.
+    /// Records are missing here.
     Lost {
         /// How many.
         records: u64,
@@ -170,12 +170,12 @@ impl Audited {
         Box::new(Self { who: Arc::clone(who), path: path.to_owned(), read_bytes, written_bytes })
     }
 
-    /// So much was read.
+    /// Adds to what was read.
     pub fn on_read(&self, bytes: u64) {
         self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// So much was written.
+    /// Adds to what was written.
     pub fn on_written(&self, bytes: u64) {
         self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
@@ -225,7 +225,7 @@ impl Audit {
         Ok(())
     }
 
-    /// Records what somebody does. Never waits.
+    /// Records what a client does. Never waits.
     pub fn record(&self, who: &Arc<Who>, event: Event) {
         let record = Record { time: Timestamp::now(), event, who: Some(Arc::clone(who)) };
         self.counts.queued.fetch_add(1, Ordering::Relaxed);
@@ -257,7 +257,7 @@ impl Audit {
         self.record(&file.who, Event::Close { path: file.path.clone(), read_bytes, written_bytes });
     }
 
-    /// Has the file opened anew, after somebody has moved it away.
+    /// Has the file opened anew, after it was moved away.
     pub fn reopen(&self) {
         let _ = self.sender.try_send(Message::Reopen);
     }

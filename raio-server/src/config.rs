@@ -430,7 +430,7 @@ impl Options {
         let open_to_others = listen.iter().find(reachable).map(|(_, endpoint)| endpoint.clone());
         if let (Some(endpoint), None, false) = (&open_to_others, &options.keys, options.clear) {
             bail!(
-                "{} {endpoint}: other machines reach this address, and there are no keys: whoever is in the \
+                "{} {endpoint}: other machines reach this address, and there are no keys: everybody in the \
                  network could read and write everything. Give clients keys with --keys DIRECTORY, or \
                  say --clear if everybody in that network may do that.",
                 name("listen")
