@@ -156,30 +156,39 @@ static inline socklen_t server_address(char **argv, struct sockaddr_storage *add
 	return len;
 }
 
+/* Whether the path of a Unix socket was given in the place of HOST. */
+static inline int is_unix(char **argv)
+{
+	return argv[1][0] == '/';
+}
+
+/* The server's URL, with this scheme unless it is a Unix socket. */
+static inline void server_url(char **argv, const char *scheme, char *url, size_t len)
+{
+	char host[256], port[32];
+
+	if (is_unix(argv)) {
+		snprintf(url, len, "raio+unix:///?socket=%s", argv[1]);
+		return;
+	}
+	server_name(argv, host, sizeof(host), port, sizeof(port));
+	snprintf(url, len, strchr(host, ':') ? "%s://[%s]:%s" : "%s://%s:%s", scheme, host, port);
+}
+
 /* A session with the server, with these RAIO_OPT_*. */
 static inline int session_with(char **argv, unsigned int flags)
 {
 	struct raio_options options = { .size = sizeof(options), .flags = flags };
-	char host[256], port[16], url[320];
+	char url[320];
 	int fd;
 
-	if (strstr(argv[1], "://")) {
+	if (strstr(argv[1], "://"))
 		snprintf(url, sizeof(url), "%s", argv[1]);
-	} else if (is_unix(argv)) {
-		snprintf(url, sizeof(url), "raio+unix:///?socket=%s", argv[1]);
-	} else {
-		server_name(argv, host, sizeof(host), port, sizeof(port));
-		snprintf(url, sizeof(url), strchr(host, ':') ? "raio+tcp://[%s]:%s" : "raio+tcp://%s:%s", host, port);
-	}
+	else
+		server_url(argv, "raio+tcp", url, sizeof(url));
 	fd = raio_connect(url, &options);
 	MUST(fd > 0);
 	return fd;
-}
-
-/* The path of a Unix socket, if one was given in the place of HOST. */
-static inline int is_unix(char **argv)
-{
-	return argv[1][0] == '/';
 }
 
 /* A session with the server: by raio_connect() if a URL was given, else by raio_start(). */

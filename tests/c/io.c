@@ -638,13 +638,12 @@ static void memory_exports(raio_context_t ctx, int session_fd)
 static void options(char **argv)
 {
 	struct raio_options options;
-	char host[256], port[32], url[320], buf[9000];
+	char url[320], buf[9000];
 	struct raio_stats stats;
 	raio_context_t ctx;
 	int fd, i;
 
-	server_name(argv, host, sizeof(host), port, sizeof(port));
-	snprintf(url, sizeof(url), strchr(host, ':') ? "raio://[%s]:%s" : "raio://%s:%s", host, port);
+	server_url(argv, "raio", url, sizeof(url));
 	for (i = 0; i < 4; i++) {
 		memset(&options, 0, sizeof(options));
 		options.size = sizeof(options);
