@@ -387,7 +387,10 @@ fn who_may_lock_too_little_memory_is_told_how_much_and_how_to_get_more() {
     let (_directory, export) = numbers();
     let server = Server::start_with(&[&export], &["--memory", "64M", "--linger", "0", "--listen", LISTEN]);
     for output in [
-        as_nobody("raio_server", &["--export", "null=null:1M", "--memory", "32M", "--listen", LISTEN]),
+        as_nobody(
+            "raio_server",
+            &["--export", "null=null:1M", "--memory", "32M", "--clear", "--listen", LISTEN],
+        ),
         as_nobody("flood", &[&server.url(), "/d/numbers"]),
     ] {
         assert!(!output.status.success(), "{output:?}");
