@@ -14,6 +14,7 @@ mod herd;
 mod history;
 mod keyed;
 mod letters;
+mod operation;
 mod proxy;
 #[path = "../../random/mod.rs"]
 mod random;
@@ -37,6 +38,7 @@ pub use history::{
 };
 pub use keyed::KeyedServer;
 pub use letters::{LETTER_BYTES, LETTERS, Letters};
+pub use operation::carry_out;
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};

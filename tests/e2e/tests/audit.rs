@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{LoopDevice, PATIENCE, Server, needs_root};
+use raio_e2e::{LoopDevice, PATIENCE, Server, carry_out, needs_root};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::process::Signal;
@@ -71,17 +71,9 @@ fn records_when(path: &Path, is_there: impl Fn(&Value) -> bool) -> Vec<Value> {
     }
 }
 
-fn carry_out(context: &mut Context, file: &File, operation: Operation) {
-    context.submit(file, operation, 0).map_err(|rejected| rejected.error).expect("it is begun");
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        assert!(Instant::now() < deadline, "it does not end");
-        context.wait(1, 1, Some(Duration::from_millis(100))).expect("the session lives");
-        if let Some(completion) = context.next() {
-            assert!(completion.result.is_ok(), "{:?}", completion.result);
-            return;
-        }
-    }
+fn work(context: &mut Context, file: &File, operation: Operation) {
+    let completion = carry_out(context, file, operation).expect("it is begun");
+    assert!(completion.result.is_ok(), "{:?}", completion.result);
 }
 
 fn bytes(len: usize) -> Buffers {
@@ -97,9 +89,9 @@ fn who_connects_opens_and_leaves_is_recorded_and_how_much_was_moved() {
     assert!(session.open("/none", libc::O_RDWR, 0).is_err());
     let ready = session.open("/none", libc::O_RDONLY, 0).expect("a file");
     let mut context = session.context(4).expect("a context");
-    carry_out(&mut context, &file, Operation::Write { offset: 0, buffers: bytes(7) });
-    carry_out(&mut context, &file, Operation::Read { offset: 0, buffers: bytes(4) });
-    carry_out(&mut context, &file, Operation::Read { offset: 4, buffers: bytes(2) });
+    work(&mut context, &file, Operation::Write { offset: 0, buffers: bytes(7) });
+    work(&mut context, &file, Operation::Read { offset: 0, buffers: bytes(4) });
+    work(&mut context, &file, Operation::Read { offset: 4, buffers: bytes(2) });
     file.close().expect("it is closed");
     drop((file, ready, context, session));
     let log = site.path("log/audit");

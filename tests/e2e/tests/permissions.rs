@@ -13,7 +13,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{FuseCall, FuseFs, FuseOptions, PATIENCE, Server, binary, is_at_rest, needs_root, needs_wire};
+use raio_e2e::{
+    FuseCall, FuseFs, FuseOptions, PATIENCE, Server, binary, carry_out, is_at_rest, needs_root, needs_wire,
+};
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
@@ -136,18 +138,7 @@ fn open(session: &Session, path: &str, flags: i32) -> Result<File, Error> {
 /// Writes ten bytes, and says how that ended.
 fn write(context: &mut Context, file: &File) -> Result<u64, Error> {
     let buffers = Buffers::One(Buffer::Owned(b"abcdefghij".to_vec().into()));
-    match context.submit(file, Operation::Write { offset: 0, buffers }, 0) {
-        Ok(_) => {}
-        Err(rejected) => return Err(rejected.error),
-    }
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        assert!(Instant::now() < deadline, "the write does not end");
-        context.wait(1, 1, Some(Duration::from_millis(100)))?;
-        if let Some(completion) = context.next() {
-            return completion.result;
-        }
-    }
+    carry_out(context, file, Operation::Write { offset: 0, buffers })?.result
 }
 
 #[test]
@@ -787,16 +778,9 @@ impl Strangers {
 
 fn read(context: &mut Context, file: &File) -> Result<Vec<u8>, Error> {
     let buffers = Buffers::One(Buffer::Owned(vec![0; 10].into()));
-    context.submit(file, Operation::Read { offset: 0, buffers }, 0).map_err(|rejected| rejected.error)?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        assert!(Instant::now() < deadline, "the read does not end");
-        context.wait(1, 1, Some(Duration::from_millis(100)))?;
-        if let Some(completion) = context.next() {
-            completion.result?;
-            return Ok(completion.buffers.expect("they come back").pieces()[0].bytes().to_vec());
-        }
-    }
+    let completion = carry_out(context, file, Operation::Read { offset: 0, buffers })?;
+    completion.result?;
+    Ok(completion.buffers.expect("they come back").pieces()[0].bytes().to_vec())
 }
 
 /// For so long, honest clients connect and work while strangers come.

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, binary, needs_root};
+use raio_e2e::{PATIENCE, Server, binary, carry_out, needs_root};
 use raio_transport::address::Endpoint;
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::message::SessionId;
@@ -93,15 +93,7 @@ fn open(session: &Session, path: &str, flags: i32) -> Result<File, Error> {
 /// Writes ten bytes, and says how that ended.
 fn write(context: &mut Context, file: &File) -> Result<u64, Error> {
     let buffers = Buffers::One(Buffer::Owned(b"abcdefghij".to_vec().into()));
-    context.submit(file, Operation::Write { offset: 0, buffers }, 0).map_err(|rejected| rejected.error)?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        assert!(Instant::now() < deadline, "the write does not end");
-        context.wait(1, 1, Some(Duration::from_millis(100)))?;
-        if let Some(completion) = context.next() {
-            return completion.result;
-        }
-    }
+    carry_out(context, file, Operation::Write { offset: 0, buffers })?.result
 }
 
 #[test]
