@@ -157,64 +157,66 @@ impl Dial {
 
     fn go_on(&mut self, now: Instant) -> Result<Option<Reached>, Error> {
         loop {
-            let transport =
-                match &mut self.state {
-                    State::Unopened(scheme) => {
-                        self.state = match (scheme, &self.endpoint) {
-                            (Scheme::Rdma, _) if self.offer.tls.is_some() => {
-                                return Err(Error::Unsupported(RDMA_IS_CLEAR.into()));
-                            }
-                            (Scheme::Rdma, &Endpoint::Ip(address)) => {
-                                State::Rdma(rdma::dial(address, None, &self.offer, self.deadline))
-                            }
-                            (Scheme::Any, Endpoint::Ip(_)) => self.any(),
-                            (Scheme::Any | Scheme::Rdma, Endpoint::Unix(_))
-                            | (Scheme::Tcp | Scheme::Unix, _) => self.tcp(),
-                        };
+            let transport = match &mut self.state {
+                &mut State::Unopened(scheme) => {
+                    self.state = self.first(scheme)?;
+                    continue;
+                }
+                State::Rdma(dial) => dial.step(now).transpose()?,
+                State::Tcp(dial) => dial.step(now).transpose()?.map(|stream| Box::new(stream) as _),
+                State::Stream(dial) => match dial.step(now).transpose()? {
+                    None => None,
+                    Some(stream) if stream.grant().queue_pair => {
+                        self.state = State::Moving(Upgrade {
+                            make_queue_pair: self.make_queue_pair,
+                            ..Upgrade::new(Box::new(stream), self.deadline)
+                        });
                         continue;
                     }
-                    State::Rdma(dial) => dial.step(now).transpose()?,
-                    State::Tcp(dial) => dial.step(now).transpose()?.map(|stream| Box::new(stream) as _),
-                    State::Stream(dial) => match dial.step(now).transpose()? {
-                        None => None,
-                        Some(stream) if stream.grant().queue_pair => {
-                            self.state = State::Moving(Upgrade {
-                                make_queue_pair: self.make_queue_pair,
-                                ..Upgrade::new(Box::new(stream), self.deadline)
-                            });
-                            continue;
-                        }
-                        Some(stream) => {
-                            self.stays(&"the server has no RDMA, or will not use it; see its log");
-                            Some(Box::new(stream) as _)
-                        }
-                    },
-                    State::Moving(upgrade) => match upgrade.step(now) {
-                        None => None,
-                        Some(Ok(transport)) => Some(transport),
-                        Some(Err((stream, error))) => {
-                            match &error {
-                                Error::Rejected { text, .. } => self
-                                    .stays(&format_args!("the server says: {}", text.trim_end_matches('.'))),
-                                error => self.stays(error),
+                    Some(stream) => {
+                        self.stays(&"the server has no RDMA, or will not use it; see its log");
+                        Some(Box::new(stream) as _)
+                    }
+                },
+                State::Moving(upgrade) => match upgrade.step(now) {
+                    None => None,
+                    Some(Ok(transport)) => Some(transport),
+                    Some(Err((stream, error))) => {
+                        match &error {
+                            Error::Rejected { text, .. } => {
+                                self.stays(&format_args!("the server says: {}", text.trim_end_matches('.')))
                             }
-                            match stream {
-                                Some(stream) => Some(stream as _),
-                                None => {
-                                    self.state = self.anew();
-                                    continue;
-                                }
+                            error => self.stays(error),
+                        }
+                        match stream {
+                            Some(stream) => Some(stream as _),
+                            None => {
+                                self.state = self.anew();
+                                continue;
                             }
                         }
-                    },
-                    State::Over => None,
-                };
+                    }
+                },
+                State::Over => None,
+            };
             let Some(transport) = transport else { return Ok(None) };
             let why_tcp = self.why_tcp.take();
             if let Some(why) = &why_tcp {
                 tracing::info!("{why}");
             }
             return Ok(Some(Reached { transport, why_tcp }));
+        }
+    }
+
+    /// What to begin with.
+    fn first(&mut self, scheme: Scheme) -> Result<State, Error> {
+        match (scheme, &self.endpoint) {
+            (Scheme::Rdma, _) if self.offer.tls.is_some() => Err(Error::Unsupported(RDMA_IS_CLEAR.into())),
+            (Scheme::Rdma, &Endpoint::Ip(address)) => {
+                Ok(State::Rdma(rdma::dial(address, None, &self.offer, self.deadline)))
+            }
+            (Scheme::Any, Endpoint::Ip(_)) => Ok(self.any()),
+            _ => Ok(self.tcp()),
         }
     }
 
