@@ -23,7 +23,7 @@ use raio_transport::transport::AcceptedStream;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use crate::audit::{Audit, Event, Who};
+use crate::audit::{Audit, Who};
 use crate::keys::Keys;
 use crate::limits::ConnectionPermit;
 use crate::log::log_client;
@@ -200,8 +200,7 @@ impl Handshakes {
         };
         log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.{hint}");
         if let Some(audit) = &self.audit {
-            let event = Event::Reject { errno: error.errno(), reason: error.to_string() };
-            audit.record(&Arc::new(Who::default().at(peer)), event);
+            audit.rejected(Who::default().at(peer), error.errno(), error.to_string());
         }
     }
 

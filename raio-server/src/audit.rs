@@ -159,15 +159,20 @@ enum Message {
 pub struct Audited {
     who: Arc<Who>,
     path: String,
+    access: &'static str,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
 }
 
 impl Audited {
-    /// A file that this client opens at this path.
-    pub fn new(who: &Arc<Who>, path: &str) -> Box<Self> {
+    /// A file that this client opens at this path, for r, w or rw.
+    pub fn new(who: &Arc<Who>, path: &[u8], access: &'static str) -> Arc<Self> {
+        let path = match std::str::from_utf8(path) {
+            Ok(text) => text.to_owned(),
+            Err(_) => path.escape_ascii().to_string(),
+        };
         let (read_bytes, written_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
-        Box::new(Self { who: Arc::clone(who), path: path.to_owned(), read_bytes, written_bytes })
+        Arc::new(Self { who: Arc::clone(who), path, access, read_bytes, written_bytes })
     }
 
     /// Adds to what was read.
@@ -236,6 +241,11 @@ impl Audit {
         }
     }
 
+    /// Records that a connection was rejected.
+    pub fn rejected(&self, who: Who, errno: i32, reason: impl Into<String>) {
+        self.record(&Arc::new(who), Event::Reject { errno, reason: reason.into() });
+    }
+
     /// Whether opens wait now. They are to be tried again when the thread wakes the workers.
     pub fn holds_back_opens(&self) -> bool {
         if self.when_full == WhenFull::Lose || !self.is_half_full() {
@@ -248,6 +258,11 @@ impl Audit {
 
     fn is_half_full(&self) -> bool {
         self.counts.queued.load(Ordering::SeqCst) >= QUEUE_RECORDS / 2
+    }
+
+    /// Records that a file was opened, or why not.
+    pub fn opened(&self, file: &Audited, errno: i32) {
+        self.record(&file.who, Event::Open { path: file.path.clone(), access: file.access, errno });
     }
 
     /// Records that a file was closed.
@@ -483,11 +498,11 @@ mod tests {
         let who = who();
         audit.record(&who, Event::Connect);
         let opened = "/data/a\u{1b}[2J\nb";
-        let file = Audited::new(&who, opened);
-        audit.record(&who, Event::Open { path: opened.into(), access: "rw", errno: 0 });
+        let file = Audited::new(&who, opened.as_bytes(), "rw");
+        audit.opened(&file, 0);
         file.on_read(3);
         file.on_written(5);
-        audit.record(&who, Event::Open { path: "/data/x".into(), access: "r", errno: libc::ENOENT });
+        audit.opened(&Audited::new(&who, b"/data/x", "r"), libc::ENOENT);
         audit.closed(&file);
         audit.record(&who, Event::End);
         audit.flush();

@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, 
 use rustix::io::Errno;
 use rustix::path::Arg;
 
+use crate::audit::Audited;
 use crate::engine::Descriptor;
 use crate::export::{Confinement, Export};
 use crate::file_identity::{Facts, FileIdentity};
@@ -53,8 +54,8 @@ pub struct Opening {
     pub waits_for_lease: bool,
     /// It takes the place of a file that an earlier server had open.
     pub reopens: Option<Reopens>,
-    /// The path as the client has it, for the audit log if there is one.
-    pub asked: Option<Box<str>>,
+    /// What the file is to the audit log, if there is one.
+    pub audited: Option<Arc<Audited>>,
 }
 
 /// What a reopen wants.
@@ -207,8 +208,8 @@ impl Opening {
         }
     }
 
-    /// Gives a new file, whose name in a directory is `file`, to its owner. If that fails there is no new
-    /// file.
+    /// Sets the owner and the group of a new file, which has the name `file` in the directory. If that fails
+    /// the file is removed.
     fn give_to_owner(&self, directory: BorrowedFd<'_>, file: &[u8], fd: &OwnedFd) -> Result<(), Rejection> {
         let Owner { uid, gid } = self.owner;
         if (uid, gid) == (None, None) {

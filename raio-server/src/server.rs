@@ -18,7 +18,7 @@ use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
 use crate::acceptor::{Connection, TlsAcceptor};
-use crate::audit::{Audit, Event, Who};
+use crate::audit::{Audit, Who};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
 use crate::engine::Job;
@@ -472,8 +472,7 @@ impl Server {
                     "A connection was rejected. {text}"
                 );
                 if let Some(audit) = &self.shared.audit {
-                    let event = Event::Reject { errno: libc::EUSERS, reason: text.clone() };
-                    audit.record(&Arc::new(Who::default().at(peer)), event);
+                    audit.rejected(Who::default().at(peer), libc::EUSERS, &text);
                 }
                 match connection {
                     // To one with TLS it would mean nothing.

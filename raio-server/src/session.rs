@@ -25,7 +25,7 @@ use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
 
 /// What a file is opened for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
     /// Reading.
     pub read: bool,
@@ -72,7 +72,7 @@ pub struct OpenFile {
     /// Changes when acknowledged writes may have been lost.
     pub verifier: FileVerifier,
     /// What it is to the audit log, if there is one.
-    pub audited: Option<Box<Audited>>,
+    pub audited: Option<Arc<Audited>>,
     closed: AtomicBool,
 }
 
@@ -105,11 +105,6 @@ impl OpenFile {
     /// The same, of which this is known.
     pub fn known_as(self, identity: FileIdentity, verifier: FileVerifier) -> Self {
         Self { identity, verifier, ..self }
-    }
-
-    /// The same, as the audit log knows it.
-    pub fn audited_as(self, audited: Option<Box<Audited>>) -> Self {
-        Self { audited, ..self }
     }
 
     /// Whether its reads and writes go straight to a device.
@@ -240,8 +235,7 @@ impl Session {
         lock(&self.files).is_near(index)
     }
 
-    /// It is that of the client with this name, whose sessions may have so much together: see
-    /// [`Limits::assign`].
+    /// Notes its client: the name, and the limits of all its sessions together. See [`Limits::assign`].
     pub fn assign(&self, client: Option<(&str, Caps)>) {
         self.limits.assign(&self.account, client);
     }

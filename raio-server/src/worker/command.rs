@@ -15,7 +15,7 @@ use tracing::field::display;
 
 use super::Worker;
 use super::connections::Connection;
-use crate::audit::{Audited, Event};
+use crate::audit::Audited;
 use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
@@ -145,18 +145,14 @@ impl Worker {
         path: &[u8],
         reopens: Option<Reopens>,
     ) -> Result<Work, Response> {
-        let Connection { arrival, name, session, .. } = &self.connections[connection];
+        let Connection { arrival, name, session, who, .. } = &self.connections[connection];
         let client = arrival.peer.map(display);
         tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         let rights = self.shared.rights(&self.sessions[*session].session.identity);
         let access = Access::from_flags(flags);
-        let is_audited = self.shared.audit.is_some();
-        let asked = is_audited.then(|| match std::str::from_utf8(path) {
-            Ok(text) => text.into(),
-            Err(_) => path.escape_ascii().to_string().into_boxed_str(),
-        });
+        let audited = who.as_ref().map(|who| Audited::new(who, path, access.name()));
         match self.shared.exports.resolve(&rights, flags, mode, path) {
-            Err(rejection) => Err(self.open_rejected(Some(connection), &asked, access, rejection)),
+            Err(rejection) => Err(self.open_rejected(Some(connection), audited.as_deref(), rejection)),
             Ok(Target::Ready(..)) if self.holds_back_opens() => {
                 let status = Status { retryable: true, ..Status::policy(libc::EAGAIN) };
                 Err(failure(status, "The server's audit log takes nothing now. Try again later."))
@@ -164,9 +160,9 @@ impl Worker {
             Ok(Target::Ready(file, _))
                 if reopens.is_some_and(|reopens| reopens.identity != file.identity) =>
             {
-                Err(self.open_rejected(Some(connection), &asked, access, another_file(path)))
+                Err(self.open_rejected(Some(connection), audited.as_deref(), another_file(path)))
             }
-            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, &asked, file, info, reopens)),
+            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, audited, file, info, reopens)),
             Ok(Target::Path { export, path, confinement, owner, how }) => Ok(Work::Open(Arc::new(Opening {
                 export,
                 path,
@@ -176,7 +172,7 @@ impl Worker {
                 access,
                 waits_for_lease: false,
                 reopens,
-                asked,
+                audited,
             }))),
         }
     }
@@ -211,18 +207,18 @@ impl Worker {
         {
             return;
         }
-        let (reopens, asked, access) = match &self.requests[key].work {
-            Work::Open(opening) => (opening.reopens, opening.asked.clone(), opening.access),
-            _ => (None, None, Access::default()),
+        let (reopens, audited) = match &self.requests[key].work {
+            Work::Open(opening) => (opening.reopens, opening.audited.clone()),
+            _ => (None, None),
         };
         let response = match (result, self.requests[key].connection) {
             (Ok(Opened { file, info }), Some(connection)) => {
-                self.give_handle(connection, &asked, file, info, reopens)
+                self.give_handle(connection, audited, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
             // The holder of the lease was asked to give it up, and nothing else was done.
             (Err(Rejection { status: Status { errno: libc::EAGAIN, .. }, .. }), None) => cancelled(),
-            (Err(rejection), connection) => self.open_rejected(connection, &asked, access, rejection),
+            (Err(rejection), connection) => self.open_rejected(connection, audited.as_deref(), rejection),
         };
         self.answer(key, response);
     }
@@ -230,15 +226,12 @@ impl Worker {
     fn open_rejected(
         &self,
         connection: Option<usize>,
-        asked: &Option<Box<str>>,
-        access: Access,
+        audited: Option<&Audited>,
         rejection: Rejection,
     ) -> Response {
         let Rejection { status, text } = rejection;
-        if let Some(connection) = connection {
-            self.audit_open(connection, asked, access, status.errno);
-        }
         if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key]) {
+            self.audit_open(audited, status.errno);
             let peer = arrival.peer;
             // What the file system says is the client's business, what the operator has decided is theirs.
             if status.class == Class::Policy {
@@ -251,29 +244,22 @@ impl Worker {
     }
 
     /// Records an open, if there is an audit log.
-    fn audit_open(&self, connection: usize, asked: &Option<Box<str>>, access: Access, errno: i32) {
-        if let (Some(audit), Some(path), Some(who)) =
-            (&self.shared.audit, asked, &self.connections[connection].who)
-        {
-            audit.record(who, Event::Open { path: path.to_string(), access: access.name(), errno });
+    fn audit_open(&self, audited: Option<&Audited>, errno: i32) {
+        if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
+            audit.opened(audited, errno);
         }
     }
 
     fn give_handle(
         &mut self,
         connection: usize,
-        asked: &Option<Box<str>>,
-        open: OpenFile,
+        audited: Option<Arc<Audited>>,
+        mut open: OpenFile,
         info: FileInfo,
         reopens: Option<Reopens>,
     ) -> Response {
         let local = self.connections[connection].session;
-        let access = open.access;
-        let who = self.connections[connection].who.as_ref();
-        let open = match (asked, who) {
-            (Some(path), Some(who)) => open.audited_as(Some(Audited::new(who, path))),
-            _ => open,
-        };
+        open.audited = audited.clone();
         let open = Arc::new(open);
         let account = self.connections[connection].account();
         let session = &self.sessions[local].session;
@@ -289,13 +275,13 @@ impl Worker {
             Ok(given) => given,
             Err(Excess { who, text }) => {
                 self.counters.rejected_files[who as usize].add(1);
-                self.audit_open(connection, asked, access, libc::EMFILE);
+                self.audit_open(audited.as_deref(), libc::EMFILE);
                 return failure(Status::storage(libc::EMFILE), &text);
             }
         };
         // This worker may have it already, by a reopen that came at the same time.
         let known = if reopens.is_some() { self.sessions.file(local, handle) } else { None };
-        self.audit_open(connection, asked, access, 0);
+        self.audit_open(audited.as_deref(), 0);
         let file = known.unwrap_or_else(|| self.sessions.remember(local, WorkerFile::new(handle, open)));
         Response { result: handle.0.into(), ..status_of(&file, info) }
     }

@@ -141,8 +141,7 @@ impl Worker {
             "A client was rejected. {text}"
         );
         if let Some(audit) = &self.shared.audit {
-            let reason = text.to_owned();
-            audit.record(&Arc::new(self.who(peer, address)), Event::Reject { errno, reason });
+            audit.rejected(self.who(peer, address), errno, text);
         }
         self.transport.reject(&mut self.reactor, id, errno, text);
     }
@@ -154,8 +153,7 @@ impl Worker {
             if let CloseReason::Violation(violation) = reason {
                 log_client!(warn, peer, violation.name(), "A client's handshake failed: {violation}.");
                 if let Some(audit) = &self.shared.audit {
-                    let event = Event::Reject { errno: violation.errno(), reason: format!("{violation}.") };
-                    audit.record(&Arc::new(Who::default().at(peer)), event);
+                    audit.rejected(Who::default().at(peer), violation.errno(), format!("{violation}."));
                 }
             }
             return;
