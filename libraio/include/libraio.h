@@ -213,9 +213,9 @@ struct raio_options {
  *
  * Returns the session's descriptor (> 0), or -1 with errno: EINVAL (NULL, an address of the wrong length or
  * without a path), EPROTONOSUPPORT (transport), EAFNOSUPPORT (address family; the transport's are others),
- * ECONNREFUSED, ENOENT, EACCES (there is no such Unix socket, or this user may not write to it), EHOSTUNREACH, ENETUNREACH,
- * ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol version in
- * common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE. With keys also: ENOKEY (the server
+ * ECONNREFUSED, ENOENT, EACCES (there is no such Unix socket, or this user may not write to it), EHOSTUNREACH,
+ * ENETUNREACH, ETIMEDOUT, EPROTO (not a raio server, or a protocol violation), EPROTONOSUPPORT (no protocol
+ * version in common), EUSERS (the server has its maximum of sessions), ENOMEM, EMFILE. With keys also: ENOKEY (the server
  * is in the key directory, and there is no `key`; or it takes only clients that have keys), EKEYREJECTED (the
  * server has another key than the directory says, or does not accept this client's), EPROTO (it does not
  * speak TLS), EPROTONOSUPPORT ("rdma" to a server in the key directory: that would not be encrypted), EACCES

@@ -424,11 +424,15 @@ impl Options {
              that may (rdma = \"clear\" in clients.toml) go on by RDMA.",
             name("listen")
         );
-        let reachable = |(_, endpoint): &&(Scheme, Endpoint)| {
+        let is_reachable = |endpoint: &&Endpoint| {
             endpoint.ip().is_some_and(|address| !address.ip().to_canonical().is_loopback())
         };
-        let open_to_others = listen.iter().find(reachable).map(|(_, endpoint)| endpoint.clone());
-        if let (Some(endpoint), None, false) = (&open_to_others, &options.keys, options.clear) {
+        let reachable = listen.iter().map(|(_, endpoint)| endpoint).find(is_reachable);
+        let is_open_to_others = reachable.is_some() && options.keys.is_none();
+        if let Some(endpoint) = reachable
+            && is_open_to_others
+            && !options.clear
+        {
             bail!(
                 "{} {endpoint}: other machines reach this address, and there are no keys: everybody in the \
                  network could read and write everything. Give clients keys with --keys DIRECTORY, or \
@@ -572,7 +576,7 @@ impl Options {
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
             state: options.state,
-            is_open_to_others: open_to_others.is_some() && options.keys.is_none(),
+            is_open_to_others,
             keys: options.keys,
             audit: options.audit.map(AuditTarget::from),
             audit_full: options.audit_full.unwrap_or_default(),

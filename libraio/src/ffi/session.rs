@@ -49,11 +49,7 @@ pub unsafe extern "C" fn raio_start(
         };
         // SAFETY: the caller vouches for `addrlen` bytes, and `socket_address` reads no more.
         let address = unsafe { socket_address(addr, addrlen as usize) }?;
-        let fits = match address {
-            Endpoint::Ip(_) => scheme != Scheme::Unix,
-            Endpoint::Unix(_) => scheme == Scheme::Unix,
-        };
-        if !fits {
+        if (scheme == Scheme::Unix) != address.ip().is_none() {
             return Err(Error::call(
                 libc::EAFNOSUPPORT,
                 "The transport has no addresses of this family. \"unix\" has struct sockaddr_un, the others \
