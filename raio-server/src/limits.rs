@@ -93,7 +93,7 @@ impl Caps {
         named.into_iter().find(|&(_, cap)| cap == Some(0)).map(|(name, _)| name)
     }
 
-    /// What somebody may have who may have as much as any of two.
+    /// The larger limit of each kind.
     pub fn or(&self, other: &Self) -> Self {
         let more =
             |one: Option<usize>, other| one.zip(other).map(|(one, other): (usize, usize)| one.max(other));
@@ -423,8 +423,9 @@ impl Limits {
         account
     }
 
-    /// A session is that of the client with this name, whose sessions may have so much together; or of none.
-    /// For each connection, before it joins: what is said first stays.
+    /// Notes a session's client: its name, and the limits of all its sessions together. None: it has no
+    /// client.
+    /// Called for each connection before it joins; the first call counts.
     pub fn assign(self: &Arc<Self>, session: &Account, client: Option<(&str, Caps)>) {
         session.client.get_or_init(|| {
             let (name, caps) = client?;

@@ -158,7 +158,7 @@ impl Giving {
         Ok(this)
     }
 
-    /// One with this user, these groups, and so much power.
+    /// Of a server with this user, these groups, and this capability.
     #[cfg(test)]
     pub fn by(uid: u32, gids: &[u32], chown: Chown) -> Self {
         Self { uid, gids: gids.to_vec(), chown }

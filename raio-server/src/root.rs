@@ -165,7 +165,7 @@ impl Root {
         }
     }
 
-    /// The files that the sandbox must allow to open: what is at the path now. `name` is the export's.
+    /// The files that the sandbox must allow to open: the present target of the path. `name` is the export's.
     ///
     /// Landlock knows files and directories, and not paths. What will be mounted on a directory that is set
     /// to `mountpoint` is not there yet, so that it takes the directory above.

@@ -50,7 +50,7 @@ impl Default for Hello {
 /// What the server says first.
 #[derive(Debug, PartialEq, Eq)]
 enum Answer {
-    /// It goes on with this suite, and perhaps wants another share.
+    /// A ServerHello with this suite; with `retry` a HelloRetryRequest.
     Hello {
         suite: u16,
         retry: bool,
@@ -64,7 +64,7 @@ enum Answer {
     Nothing,
 }
 
-/// A vector of TLS, whose length has so many bytes.
+/// A vector of TLS: its length, in `length_bytes` bytes, and its content.
 fn vector(length_bytes: usize, content: &[u8]) -> Vec<u8> {
     let length = (content.len() as u32).to_be_bytes();
     [&length[4 - length_bytes..], content].concat()

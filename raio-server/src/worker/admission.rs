@@ -218,7 +218,7 @@ impl Admission {
         self.accounts[connection] = Account { session, address, ..Account::default() };
     }
 
-    /// A connection that has just opened is that of a client, all whose connections may hold so many bytes.
+    /// Limits what all connections of a client may hold, in bytes. For one that has just opened.
     pub fn limit_client(&mut self, connection: usize, name: &str, bytes: usize) {
         let known = self.clients.iter().find(|(_, client)| client.name == name).map(|(key, _)| key);
         let key = known.unwrap_or_else(|| {
@@ -389,8 +389,8 @@ impl Admission {
         held > 0 && held + bytes > free.saturating_sub(self.reserve.min(free / 2))
     }
 
-    /// Who has so much that an option, or `clients.toml`, keeps a connection from having so much more. Who
-    /// holds nothing may have any request.
+    /// Whose limit, by an option or by `clients.toml`, a request for this number of bytes would exceed. One
+    /// who holds nothing may have any request.
     fn over_cap(&mut self, connection: usize, bytes: usize, unsent: &impl Fn(usize) -> usize) -> Option<Who> {
         self.note_all(unsent);
         self.note(connection, unsent);
