@@ -21,6 +21,7 @@ mod random;
 mod raw;
 mod sandbox;
 mod server;
+mod site;
 mod wire;
 
 pub use cable::{Cable, End};
@@ -44,6 +45,7 @@ pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
 pub use server::{PATIENCE, Server, await_no_connection, binary, copy_program, cpu_time, is_at_rest};
+pub use site::{Client, Site};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
 use raio_e2e::{
-    FuseCall, FuseFs, FuseOptions, PATIENCE, Server, binary, carry_out, is_at_rest, needs_root, needs_wire,
+    Client, FuseCall, FuseFs, FuseOptions, PATIENCE, Server, Site, binary, carry_out, is_at_rest, needs_root,
+    needs_wire,
 };
 use raio_transport::handshake::{ChannelOffer, Offer};
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use raio_transport::message::SessionId;
 use raio_transport::tcp::TcpClient;
@@ -26,106 +26,6 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, connect, socket_with};
 use rustix::process::Signal;
 use tempfile::TempDir;
-
-/// A server with exports `data`, `logs` and `other`, all of them writable, and its keys.
-struct Site {
-    directory: TempDir,
-    server: Server,
-}
-
-impl Site {
-    /// With these clients, as `clients.toml` says.
-    fn new(clients: &str) -> Self {
-        Self::at(clients, "tcp://127.0.0.1:0")
-    }
-
-    /// The same, listening there.
-    fn at(clients: &str, listen: &str) -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        for name in ["data", "logs", "other"] {
-            fs::create_dir(directory.path().join(name)).expect("a directory");
-            fs::write(directory.path().join(name).join("file"), b"0123456789").expect("a file");
-        }
-        let keys = directory.path().join("keys");
-        fs::create_dir(&keys).expect("a directory");
-        fs::write(keys.join("clients.toml"), clients).expect("a file");
-        let server = Self::start(&directory, listen);
-        Self { directory, server }
-    }
-
-    fn start(directory: &TempDir, listen: &str) -> Server {
-        let path = directory.path();
-        let exports = ["data", "logs", "other"].map(|name| format!("{name}={}/{name},rw", path.display()));
-        let keys = path.join("keys");
-        let exports = exports.each_ref().map(String::as_str);
-        Server::start_with(&exports, &["--listen", listen, "--keys", keys.to_str().expect("UTF-8")])
-    }
-
-    /// With these clients, and with this `data`. Other users can reach it, and files can be given to them.
-    fn open_to_users(clients: &str, data: &Path, arguments: &[&str], log: Option<fs::File>) -> Self {
-        let directory = tempfile::tempdir().expect("a directory");
-        fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).expect("it is ours");
-        let keys = directory.path().join("keys");
-        fs::create_dir(&keys).expect("a directory");
-        fs::write(keys.join("clients.toml"), clients).expect("a file");
-        let mut command = Command::new(binary("raio_server"));
-        command.args(["--listen", "tcp://127.0.0.1:0", "--export", &format!("data={},rw", data.display())]);
-        command.arg("--keys").arg(keys).args(arguments);
-        if let Some(log) = log {
-            command.stderr(log);
-        }
-        Self { server: Server::spawn(command), directory }
-    }
-
-    fn host_key(&self) -> PublicKey {
-        let path = self.directory.path().join("keys/host.key");
-        SecretKey::load(&path).expect("the server has made it").public()
-    }
-
-    /// Has the server read again who may connect.
-    fn set_clients(&self, clients: &str) {
-        fs::write(self.directory.path().join("keys/clients.toml"), clients).expect("a file");
-        self.server.signal(Signal::HUP);
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.directory.path().join(name)
-    }
-}
-
-/// A client with a key of its own, that trusts a server.
-struct Client {
-    keys: TempDir,
-    key: PublicKey,
-}
-
-impl Client {
-    fn new() -> Self {
-        let keys = tempfile::tempdir().expect("a directory");
-        let key = SecretKey::create(&keys.path().join("key")).expect("a key").public();
-        Self { keys, key }
-    }
-
-    fn entry(&self, name: &str, rest: &str) -> String {
-        format!("[client.{name}]\nkeys = ['{}']\n{rest}\n", self.key)
-    }
-
-    fn secret(&self) -> SecretKey {
-        SecretKey::load(&self.keys.path().join("key")).expect("it is there")
-    }
-
-    fn trust(&self, site: &Site) {
-        let address = site.server.address();
-        let directory = KeyDirectory::new(self.keys.path());
-        directory.pin(&address.ip().to_string(), address.port(), site.host_key()).expect("it is pinned");
-    }
-
-    fn connect(&self, site: &Site) -> Result<Session, Error> {
-        self.trust(site);
-        let keys = Keys::Directory(self.keys.path().to_owned());
-        Session::connect(&site.server.url(), &Options { keys, ..Options::default() })
-    }
-}
 
 fn errno<T>(result: Result<T, Error>) -> i32 {
     result.map(drop).expect_err("it is not allowed").errno()
