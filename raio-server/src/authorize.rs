@@ -2,7 +2,7 @@
 //! for all other requests.
 //!
 //! In this order: the range exists, the file is open for the operation (which the protocol's table of
-//! operations tells), the range keeps within the size limit, it is aligned.
+//! operations tells), the range keeps within the size limit, it is aligned, and the client may store as much.
 
 use std::rc::Rc;
 
@@ -12,6 +12,7 @@ use raio_transport::transport::Response;
 
 use crate::request::{Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success};
 use crate::session::OpenFile;
+use crate::stored::Full;
 use crate::volume::SizeLimit;
 
 /// A read of an open file, which may take a slot of `slot_bytes_max` at most. If it may not be done, or there
@@ -42,6 +43,7 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
             let range = permitted_range(&file.open, opcode, offset, length.into())?;
             check_size_limit(&file.open, range)?;
             check_alignment(&file.open, range)?;
+            check_stored(&file.open, range)?;
             (Work::Write(file, Write::new(range)), range.length)
         }
         Command::Discard { offset, length, .. } => {
@@ -51,11 +53,13 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
         Command::WriteZeroes { offset, length, .. } => {
             let range = permitted_range(&file.open, opcode, offset, length)?;
             check_size_limit(&file.open, range)?;
+            check_stored(&file.open, range)?;
             (in_pieces(file, RangeCommand::WriteZeroes, range), length)
         }
         Command::Allocate { offset, length, keep_size, .. } => {
             let range = permitted_range(&file.open, opcode, offset, length)?;
             check_size_limit(&file.open, range)?;
+            check_stored(&file.open, range)?;
             (in_pieces(file, RangeCommand::Allocate { keep_size }, range), length)
         }
         Command::Read { .. }
@@ -107,6 +111,18 @@ fn check_size_limit(open: &OpenFile, range: Range) -> Result<(), Response> {
         format!("The export ends at {bytes} bytes and does not grow.")
     };
     Err(failure(Status::storage(errno), &text))
+}
+
+/// Clients store no more than `clients.toml` says. Counts what the request adds.
+fn check_stored(open: &OpenFile, range: Range) -> Result<(), Response> {
+    let Some(stored) = open.stored.as_ref().filter(|_| range.length > 0) else { return Ok(()) };
+    stored.grow(range.end()).map_err(|Full { bytes_max, bytes }| {
+        let text = format!(
+            "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
+             together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
+        );
+        failure(Status::storage(libc::EDQUOT), &text)
+    })
 }
 
 /// A write is not widened: that would mean to read, change and write back what another client may be writing.

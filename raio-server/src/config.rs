@@ -667,6 +667,8 @@ mod tests {
 
     use super::*;
     use crate::export_spec::Source;
+    use crate::size::Size;
+    use crate::throttle::Rates;
 
     fn options(arguments: &[&str]) -> Options {
         Options::try_parse_from(["raio_server"].iter().chain(arguments)).unwrap()
@@ -775,7 +777,8 @@ mod tests {
         let path = directory.path().join("raio.toml");
         let text = "[export.a]\npath = '/srv,x'\naccess = 'rw'\ndirect = true\nmountpoint = true\ndevices = \
         true\n\
-                    grow = true\nmax-file-size = '1G'\ncross-mounts = true\n[export.n]\nnull = '1M'\n\
+                    grow = true\nmax-file-size = '1G'\ncross-mounts = true\niops = 100\nbandwidth = '1M'\n\
+                    burst = 2\n[export.n]\nnull = '1M'\n\
                     [export.m]\nmemory = 4096\naccess = 'ro'\n";
         std::fs::write(&path, text).unwrap();
         let config = options(&["--config", path.to_str().unwrap()]).check(2).unwrap();
@@ -790,6 +793,7 @@ mod tests {
             may_grow: true,
             file_bytes_max: Some(1 << 30),
             crosses_mounts: true,
+            rates: Rates::new(Some(100), Some(Size(1 << 20)), Some(2.0)).unwrap(),
         };
         assert_eq!(*spec("a"), a);
         assert_eq!(spec("n").source, Source::Null(1 << 20));
@@ -814,6 +818,9 @@ mod tests {
             ("[export.a]\npath = '/'\nnull = '1M'", "1:1", "one source"),
             ("[export.a]\naccess = 'rw'", "1:1", "one source"),
             ("[export.a]\nnull = '1M'\ngrow = true", "1:1", "`grow`"),
+            ("[export.a]\nnull = '1M'\niops = 0", "1:1", "iops is 0"),
+            ("[export.a]\nnull = '1M'\niops = -1", "3:8", "-1"),
+            ("[export.a]\nnull = '1M'\nburst = 1.5", "1:1", "without iops or bandwidth"),
             ("[export.'a/b']\nnull = '1M'", "1:9", "cannot name"),
             ("[export.a]\nmemory = 0", "1:1", "size is 0"),
             ("[export.a]\nnull = '1M'\n[export.a]\nnull = '1M'", "3:9", "duplicate"),

@@ -6,19 +6,20 @@
 //! [`crate::open`] opens it.
 
 use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use raio_transport::Status;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
 use raio_transport::reactor::OpenHow;
-use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags};
+use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 
 use crate::claim::Claim;
 use crate::engine::{Job, Lanes};
@@ -31,7 +32,7 @@ use crate::root::Root;
 use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
 use crate::subtree::{Owner, Subtree};
-use crate::syscalls::FileInfo;
+use crate::syscalls::{FileInfo, openat2};
 use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
 
@@ -241,6 +242,8 @@ pub enum Target {
         confinement: Option<Confinement>,
         /// To whom it belongs, if it is created.
         owner: Owner,
+        /// How many bytes the files may have together that the client may change, if that is limited.
+        bytes_max: Option<u64>,
         /// How.
         how: OpenHow,
     },
@@ -267,14 +270,32 @@ impl Exports {
 
     /// The files that the sandbox must allow to open, and to remove if the server `may_remove` them where it
     /// creates some.
-    pub fn grants(&mut self, may_remove: bool) -> anyhow::Result<Vec<Grant>> {
+    /// Directories can be listed if they are `counted`, by the names of their exports.
+    pub fn grants(&mut self, may_remove: bool, counted: &[String]) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         for Export { name, source, is_writable, .. } in &mut self.0 {
             let Origin::Files(root) = source else { continue };
             let granted = root.grants(name, *is_writable, may_remove);
-            grants.extend(granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?);
+            let granted = granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?;
+            let is_counted = counted.contains(name);
+            grants.extend(
+                granted.into_iter().map(|grant| if is_counted { grant.with_listing() } else { grant }),
+            );
         }
         Ok(grants)
+    }
+
+    /// A directory of an export, or the export itself, for listing.
+    pub fn open_directory(&self, export: usize, directory: &str) -> anyhow::Result<OwnedFd> {
+        let Export { name, .. } = &self.0[export];
+        let root = self.0[export].root().context("it is no directory")?;
+        let root_directory = root.enter(name).map_err(|Rejection { text, .. }| anyhow!(text))?;
+        let root_directory = root_directory.context("it is no directory")?;
+        let directory = if directory.is_empty() { "." } else { directory };
+        let resolve = root.resolve() | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        openat2(root_directory.as_fd(), directory, flags, Mode::empty(), resolve)
+            .context("it cannot be opened")
     }
 
     /// From now on nothing else can be opened.
@@ -375,7 +396,8 @@ impl Exports {
         };
         let confined = |directory: &str| Confinement { directory: directory.to_owned(), rest: beneath };
         let confinement = subtree.directory().map(confined);
-        Ok(Target::Path { export: index, path, confinement, owner: subtree.owner(), how })
+        let (owner, bytes_max) = (subtree.owner(), subtree.bytes_max().filter(|_| changes));
+        Ok(Target::Path { export: index, path, confinement, owner, bytes_max, how })
     }
 }
 

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
 use crate::size::Size;
+use crate::throttle::Rates;
 
 /// An export as the configuration names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct ExportSpec {
     pub file_bytes_max: Option<u64>,
     /// File systems that are mounted beneath the directory are served too.
     pub crosses_mounts: bool,
+    /// What all clients may have of it together.
+    pub rates: Rates,
 }
 
 /// What an export serves.
@@ -58,6 +61,7 @@ impl ExportSpec {
             may_grow: false,
             file_bytes_max: None,
             crosses_mounts: false,
+            rates: Rates::NONE,
         }
     }
 }
@@ -193,6 +197,9 @@ struct Table {
     max_file_size: Option<Size>,
     #[serde(default)]
     cross_mounts: bool,
+    iops: Option<u64>,
+    bandwidth: Option<Size>,
+    burst: Option<f64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -234,6 +241,7 @@ impl TryFrom<Table> for Nameless {
             may_grow: table.grow,
             file_bytes_max: table.max_file_size.map(|size| size.0),
             crosses_mounts: table.cross_mounts,
+            rates: Rates::new(table.iops, table.bandwidth, table.burst)?,
             ..ExportSpec::new(String::new(), source)
         };
         spec.checked().map(Self)

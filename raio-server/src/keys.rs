@@ -10,7 +10,7 @@
 //! exports = { data = "rw", logs = "ro", home = { access = "rw", path = "db1/files" } }
 //! owner = "postgres"
 //! group = "data"
-//! limits = { connections = 16, files = 1000, requests = 256, memory = "64M" }
+//! limits = { connections = 16, files = 1000, requests = 256, memory = "64M", iops = 5000 }
 //! rdma = "clear"
 //! ```
 //!
@@ -41,7 +41,9 @@ use toml::value::Datetime;
 use crate::config::place;
 use crate::limits::Caps;
 use crate::privileges::Giving;
+use crate::size::Size;
 use crate::subtree::{Access, Owner, Subtree};
+use crate::throttle::{ClientRates, Rates, Share};
 
 const HOST_KEY: &str = "host.key";
 const CLIENTS: &str = "clients.toml";
@@ -74,7 +76,7 @@ impl Rights {
         static EVERYTHING: [Subtree; 1] = [Subtree::whole(Access::ReadWrite, Owner { uid: None, gid: None })];
         match self {
             Self::All => &EVERYTHING,
-            Self::Of(client) => client.exports.get(name).map_or(&[], Vec::as_slice),
+            Self::Of(client) => client.exports.get(name).map_or(&[], |part| &part.subtrees),
             Self::None => &[],
         }
     }
@@ -87,15 +89,24 @@ impl Rights {
         }
     }
 
+    /// The client's name, and its rates on an export that it may use.
+    pub fn rates(&self, export: &str) -> Option<(&str, ClientRates)> {
+        match self {
+            Self::Of(client) => Some((client.name.as_str(), client.rates_on(export)?)),
+            Self::All | Self::None => None,
+        }
+    }
+
     /// Those of a client that has a directory of an export.
     #[cfg(test)]
     pub fn of_directory(export: &str, directory: &str) -> Self {
         let subtree = Subtree::beneath(directory, Access::ReadWrite, Owner::default()).unwrap();
-        let exports = [(export.to_owned(), vec![subtree])].into();
+        let part = ExportPart { subtrees: vec![subtree], share: Share::DEFAULT };
         Self::Of(Arc::new(Client {
             name: "test".into(),
-            exports,
+            exports: [(export.to_owned(), part)].into(),
             limits: Caps::default(),
+            rates: Rates::NONE,
             may_use_rdma: false,
         }))
     }
@@ -107,35 +118,56 @@ pub struct Client {
     /// What the file calls it.
     pub name: String,
     /// What it may use of each export.
-    exports: BTreeMap<String, Vec<Subtree>>,
+    exports: BTreeMap<String, ExportPart>,
     /// What its sessions may have together.
     limits: Caps,
+    /// How many operations and bytes a second they may have together, on all exports.
+    rates: Rates,
     /// Its data may go over RDMA, where it is not sealed.
     pub may_use_rdma: bool,
 }
 
+/// What a client may use of an export.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ExportPart {
+    subtrees: Vec<Subtree>,
+    share: Share,
+}
+
 impl Client {
+    fn rates_on(&self, export: &str) -> Option<ClientRates> {
+        self.exports.get(export).map(|part| ClientRates { all: self.rates, share: part.share })
+    }
+
     /// Whether it may do all that another one may.
     fn covers(&self, other: &Self) -> bool {
         let covers = |name, subtree| {
             self.exports
                 .get(name)
-                .is_some_and(|ours: &Vec<Subtree>| ours.iter().any(|own| own.covers(subtree)))
+                .is_some_and(|ours: &ExportPart| ours.subtrees.iter().any(|own| own.covers(subtree)))
         };
         let mut subtrees =
-            other.exports.iter().flat_map(|(name, subtrees)| subtrees.iter().map(move |one| (name, one)));
+            other.exports.iter().flat_map(|(name, part)| part.subtrees.iter().map(move |one| (name, one)));
         (self.may_use_rdma || !other.may_use_rdma) && subtrees.all(|(name, subtree)| covers(name, subtree))
     }
 
     /// One that may do and have what either may.
     fn or(&self, other: &Self) -> Self {
         let mut exports = self.exports.clone();
-        for (name, subtrees) in &other.exports {
-            exports.entry(name.clone()).or_default().extend_from_slice(subtrees);
+        for (name, part) in &other.exports {
+            let merge = |ours: &mut ExportPart| {
+                ours.subtrees.extend_from_slice(&part.subtrees);
+                ours.share = ours.share.or(&part.share);
+            };
+            exports.entry(name.clone()).and_modify(merge).or_insert_with(|| part.clone());
         }
-        let may_use_rdma = self.may_use_rdma || other.may_use_rdma;
-        let (name, limits) = (format!("{}+{}", self.name, other.name), self.limits.or(&other.limits));
-        Self { name, exports, limits, may_use_rdma }
+        Self {
+            name: format!("{}+{}", self.name, other.name),
+            exports,
+            limits: self.limits.or(&other.limits),
+            rates: self.rates.or(&other.rates),
+            may_use_rdma: self.may_use_rdma || other.may_use_rdma,
+        }
     }
 }
 
@@ -180,6 +212,8 @@ enum Required {
     Giving(NameKind, u32),
     /// Requests of a client are limited, and therefore counted.
     CountedRequests,
+    /// What clients store in a directory (empty: all) of this export is limited, and therefore counted.
+    CountedBytes(String, String),
 }
 
 /// The numbers that the kernel gives for users and groups that have none in this process's user namespace:
@@ -236,6 +270,8 @@ pub struct Abilities {
     pub giving: Giving,
     /// Whether it counts requests.
     pub counts_requests: bool,
+    /// The exports where it can count what is stored.
+    pub counted_exports: Vec<String>,
 }
 
 impl Keys {
@@ -288,6 +324,16 @@ impl Keys {
         (of_kind(NameKind::User), of_kind(NameKind::Group))
     }
 
+    /// The directories, with their exports, whose stored bytes are limited.
+    pub fn counted_directories(&self) -> Vec<(String, String)> {
+        let clients = self.clients();
+        let counted = clients.requirements.iter().filter_map(|one| match &one.required {
+            Required::CountedBytes(export, directory) => Some((export.clone(), directory.clone())),
+            _ => None,
+        });
+        counted.collect()
+    }
+
     /// Whether requests of a client are limited.
     pub fn limits_requests(&self) -> bool {
         self.clients().requirements.iter().any(|one| matches!(one.required, Required::CountedRequests))
@@ -325,6 +371,11 @@ impl Keys {
     /// What a client may open.
     pub fn rights(&self, identity: &Identity) -> Rights {
         self.client(identity).map_or(Rights::None, Rights::Of)
+    }
+
+    /// The rates on an export of the client that the file gives this name.
+    pub fn rates(&self, client: &str, export: &str) -> Option<ClientRates> {
+        self.clients().all().find(|one| one.name == client)?.rates_on(export)
     }
 
     /// Reads `clients.toml` again. Returns who may do less than before; after an error all is as it was.
@@ -385,19 +436,62 @@ struct ClientTable {
     exports: BTreeMap<String, ExportEntry>,
     owner: Option<Spanned<NameOrId>>,
     group: Option<Spanned<NameOrId>>,
-    limits: Option<Spanned<Caps>>,
+    limits: Option<Spanned<Limits>>,
     #[serde(default)]
     rdma: Rdma,
 }
 
+/// What the sessions of a client may have together.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(try_from = "LimitsTable")]
+struct Limits {
+    caps: Caps,
+    rates: Rates,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LimitsTable {
+    connections: Option<usize>,
+    files: Option<usize>,
+    requests: Option<usize>,
+    memory: Option<Size>,
+    iops: Option<u64>,
+    bandwidth: Option<Size>,
+    burst: Option<f64>,
+}
+
+impl TryFrom<LimitsTable> for Limits {
+    type Error = String;
+
+    fn try_from(table: LimitsTable) -> Result<Self, String> {
+        let LimitsTable { connections, files, requests, memory, iops, bandwidth, burst } = table;
+        let caps = Caps { connections, files, requests, memory };
+        if let Some(key) = caps.zero() {
+            return Err(format!("{key} is 0. Give a number from 1 on, or leave it out."));
+        }
+        Ok(Self { caps, rates: Rates::new(iops, bandwidth, burst)? })
+    }
+}
+
 /// What a client may do with an export: `"ro"`, `"rw"`, or a table.
-struct ExportEntry(ExportTable);
+struct ExportEntry {
+    access: Access,
+    path: Option<Spanned<String>>,
+    share: Share,
+    stored: Option<Spanned<Size>>,
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ExportTable {
     access: Access,
     path: Option<Spanned<String>>,
+    iops: Option<u64>,
+    bandwidth: Option<Size>,
+    burst: Option<f64>,
+    weight: Option<u32>,
+    stored: Option<Spanned<Size>>,
 }
 
 impl<'de> Deserialize<'de> for ExportEntry {
@@ -417,11 +511,15 @@ impl<'de> Visitor<'de> for ExportVisitor {
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<ExportEntry, E> {
         let access = Access::deserialize(text.into_deserializer())?;
-        Ok(ExportEntry(ExportTable { access, path: None }))
+        Ok(ExportEntry { access, path: None, share: Share::DEFAULT, stored: None })
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ExportEntry, A::Error> {
-        ExportTable::deserialize(MapAccessDeserializer::new(map)).map(ExportEntry)
+        let ExportTable { access, path, iops, bandwidth, burst, weight, stored } =
+            ExportTable::deserialize(MapAccessDeserializer::new(map))?;
+        let rates = Rates::new(iops, bandwidth, burst).map_err(de::Error::custom)?;
+        let share = Share::new(rates, weight).map_err(de::Error::custom)?;
+        Ok(ExportEntry { access, path, share, stored })
     }
 }
 
@@ -517,13 +615,19 @@ impl Clients {
         for Requirement { at, required } in &self.requirements {
             match required {
                 Required::Directory(export) if server.exports.get(export) == Some(&false) => bail!(
-                    "{at}: export {export} is no directory, so there is nothing beneath it. Leave `path` out."
+                    "{at}: export {export} is no directory, so there is nothing beneath it. Leave `path` and \
+                     `stored` out."
                 ),
                 Required::Directory(_) => {}
                 Required::CountedRequests => ensure!(
                     server.counts_requests,
                     "{at}: the server does not count requests, because no client had a limit on them when it \
                      started. Start the server anew, or leave `requests` out."
+                ),
+                Required::CountedBytes(export, _) => ensure!(
+                    server.counted_exports.contains(export) || !server.exports.contains_key(export),
+                    "{at}: the server does not count what is stored in export {export}, because no client \
+                     had a limit on it when it started. Start the server anew, or leave `stored` out."
                 ),
                 &Required::Giving(kind, id) => {
                     let can_give = match kind {
@@ -605,9 +709,9 @@ impl Reading<'_> {
             gid: self.owner(NameKind::Group, table.group)?,
         };
         let exports = self.exports(table.exports, owner)?;
-        let limits = self.limits(table.limits)?;
+        let Limits { caps: limits, rates } = self.limits(table.limits);
         let may_use_rdma = table.rdma == Rdma::Clear;
-        let client = Arc::new(Client { name, exports, limits, may_use_rdma });
+        let client = Arc::new(Client { name, exports, limits, rates, may_use_rdma });
         self.keys(table.keys, &client)?;
         self.members(NameKind::User, table.users, &client)?;
         self.members(NameKind::Group, table.groups, &client)
@@ -627,9 +731,9 @@ impl Reading<'_> {
         &mut self,
         tables: BTreeMap<String, ExportEntry>,
         owner: Owner,
-    ) -> anyhow::Result<BTreeMap<String, Vec<Subtree>>> {
+    ) -> anyhow::Result<BTreeMap<String, ExportPart>> {
         let mut exports = BTreeMap::new();
-        for (export, ExportEntry(ExportTable { access, path })) in tables {
+        for (export, ExportEntry { access, path, share, stored }) in tables {
             let subtree = match path {
                 None => Subtree::whole(access, owner),
                 Some(path) => {
@@ -640,22 +744,29 @@ impl Reading<'_> {
                     subtree
                 }
             };
-            exports.insert(export, vec![subtree]);
+            let subtree = match stored {
+                None => subtree,
+                Some(stored) => {
+                    let at = self.place(&stored);
+                    let directory = subtree.directory().unwrap_or_default().to_owned();
+                    self.require(at.clone(), Required::Directory(export.clone()));
+                    self.require(at, Required::CountedBytes(export.clone(), directory));
+                    subtree.with_bytes_max(Some(stored.into_inner().0))
+                }
+            };
+            exports.insert(export, ExportPart { subtrees: vec![subtree], share });
         }
         Ok(exports)
     }
 
-    fn limits(&mut self, caps: Option<Spanned<Caps>>) -> anyhow::Result<Caps> {
-        let Some(caps) = caps else { return Ok(Caps::default()) };
-        let at = self.place(&caps);
-        let caps = caps.into_inner();
-        if let Some(key) = caps.zero() {
-            bail!("{at}: {key} is 0. Give a number from 1 on, or leave it out.");
-        }
-        if caps.requests.is_some() {
+    fn limits(&mut self, limits: Option<Spanned<Limits>>) -> Limits {
+        let Some(limits) = limits else { return Limits { caps: Caps::default(), rates: Rates::NONE } };
+        let at = self.place(&limits);
+        let limits = limits.into_inner();
+        if limits.caps.requests.is_some() {
             self.require(at, Required::CountedRequests);
         }
-        Ok(caps)
+        limits
     }
 
     fn keys(&mut self, keys: Vec<Spanned<KeyOrTable>>, client: &Arc<Client>) -> anyhow::Result<()> {
@@ -765,7 +876,8 @@ mod tests {
 
     /// Those of a server that can do everything with these exports.
     fn abilities(exports: HashMap<String, bool>) -> Abilities {
-        Abilities { exports, giving: Giving::to_anybody(), counts_requests: true }
+        let counted_exports = exports.keys().cloned().collect();
+        Abilities { exports, giving: Giving::to_anybody(), counts_requests: true, counted_exports }
     }
 
     /// A process of this user with these groups.
@@ -846,6 +958,20 @@ mod tests {
             (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ files = 0 }}"), "3:10", "files is 0"),
             (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ memory = 0 }}"), "3:10", "memory is 0"),
             (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ file = 1 }}"), "3:12", "file"),
+            (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ iops = 0 }}"), "3:10", "iops is 0"),
+            (format!("[client.a]\nkeys = ['{key}']\nlimits = {{ burst = 1 }}"), "3:10", "without iops"),
+            (
+                format!("[client.a]\nkeys = ['{key}']\nexports = {{ x = {{ access = 'rw', weight = 0 }} }}"),
+                "3:17",
+                "weight is 0",
+            ),
+            (
+                format!(
+                    "[client.a]\nkeys = ['{key}']\nexports = {{ x = {{ access = 'rw', bandwidth = 1 }} }}"
+                ),
+                "3:17",
+                "bandwidth is 1",
+            ),
             (format!("[clients.a]\nkeys = ['{key}']"), "1:2", "clients"),
         ] {
             let error = parse(&text).unwrap_err().to_string();
@@ -943,6 +1069,36 @@ mod tests {
             "{error}"
         );
         clients.check(&abilities(HashMap::new())).unwrap();
+    }
+
+    #[test]
+    fn a_client_has_rates_and_a_weight_and_several_groups_have_the_largest_of_each() {
+        let text = "[client.a]\ngroups = [50]\nlimits = { iops = 10, bandwidth = '1M' }\n\
+                    exports = { x = { access = 'rw', iops = 5, weight = 3 }, y = 'ro' }\n\
+                    [client.b]\ngroups = [51]\nlimits = { iops = 20, burst = 2 }\n\
+                    exports = { x = { access = 'ro', iops = 7, weight = 2, stored = '1G' } }\n";
+        let clients = parse(text).unwrap();
+        let rates = |groups: &[u32], export: &str| {
+            let rights = Rights::Of(clients.valid(&user(7, 7, groups), Timestamp::now()).unwrap());
+            rights.rates(export).map(|(_, rates)| rates)
+        };
+        let iops = |iops, burst| Rates::new(Some(iops), None, burst).unwrap();
+        let own = rates(&[50], "x").unwrap();
+        assert_eq!(own.all, Rates::new(Some(10), Some(Size(1 << 20)), None).unwrap());
+        assert_eq!(own.share, Share { rates: iops(5, None), weight: 3 });
+        assert_eq!(rates(&[50], "y").unwrap().share, Share::DEFAULT);
+        assert!(rates(&[51], "y").is_none() && Rights::All.rates("x").is_none());
+        let both = rates(&[50, 51], "x").unwrap();
+        assert_eq!((both.all, both.share), (iops(20, Some(2.0)), Share { rates: iops(7, None), weight: 3 }));
+        let uncounted = Abilities {
+            counted_exports: Vec::new(),
+            ..abilities([("x".to_owned(), true), ("y".to_owned(), true)].into())
+        };
+        let error = clients.check(&uncounted).unwrap_err().to_string();
+        assert!(
+            error.starts_with("clients.toml:8:65: ") && error.contains("Start the server anew"),
+            "{error}"
+        );
     }
 
     #[test]

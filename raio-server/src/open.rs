@@ -28,8 +28,10 @@ use crate::peer::Origin;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, ObjectKey, OpenFile};
+use crate::stored::Stored;
 use crate::subtree::Owner;
 use crate::syscalls::{FileInfo, openat2, reopen, stat};
+use crate::throttle::Flow;
 use crate::tuning::files::CREATIONS_MAX;
 use crate::verifier::FileVerifier;
 use crate::volume::{BlockDevice, RegularFile, Volume};
@@ -45,6 +47,8 @@ pub struct Opening {
     pub confinement: Option<Confinement>,
     /// To whom it belongs, if it is created.
     pub owner: Owner,
+    /// Where its bytes are counted, if they are limited, and how many there may be.
+    pub stored: Option<(Arc<Stored>, u64)>,
     /// How.
     pub how: OpenHow,
     /// For what.
@@ -56,6 +60,8 @@ pub struct Opening {
     pub reopens: Option<Reopens>,
     /// What the file is to the audit log, if there is one.
     pub audited: Option<Arc<Audited>>,
+    /// What its client has of the export, if that is limited.
+    pub flow: Option<Arc<Flow>>,
 }
 
 /// What a reopen wants.
@@ -76,6 +82,13 @@ pub struct Opened {
     pub info: FileInfo,
 }
 
+/// A file that was found, or created, and opened.
+struct Found {
+    fd: OwnedFd,
+    /// In bytes, before the open that may have emptied it. Known where stored bytes are counted.
+    size_before: u64,
+}
+
 /// What an [`Opening`] comes to.
 pub type OpenResult = Result<Opened, Rejection>;
 
@@ -90,7 +103,7 @@ impl Opening {
             (directory, _) => directory,
         };
         let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
-        let fd = self
+        let Found { fd, size_before } = self
             .find_or_create(export.name(), root, base)
             .map_err(|rejection| root.explain(export.name(), rejection))?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
@@ -107,9 +120,14 @@ impl Opening {
         } else {
             Arc::new(RegularFile::new(fd, &info, root.size_limit()))
         };
-        let file = OpenFile::new(volume, self.access, self.export)
-            .of_object(ObjectKey::of(&info.status))
+        let (object, size) = (ObjectKey::of(&info.status), info.status.size.get());
+        let stored = self.stored.as_ref().filter(|_| !is_device);
+        let stored = stored
+            .map(|(stored, bytes_max)| stored.opened(*bytes_max, (object.0, object.1), size_before, size));
+        let mut file = OpenFile::new(volume, self.access, self.export)
+            .of_object(object)
             .known_as(facts.identity, verifier);
+        file.stored = stored;
         Ok(Opened { file, info })
     }
 
@@ -153,7 +171,7 @@ impl Opening {
         self.flags().contains(flags)
     }
 
-    fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<OwnedFd, Rejection> {
+    fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<Found, Rejection> {
         let must_be_new = self.has(OFlags::CREATE | OFlags::EXCL);
         let creates = self.has(OFlags::CREATE) && !root.is_device();
         let lookup = OFlags::PATH | self.flags().intersection(OFlags::NOFOLLOW);
@@ -173,7 +191,7 @@ impl Opening {
                 }
             }
             match self.create(name, root, base, &path, lookup)? {
-                Some(fd) => return Ok(fd),
+                Some(fd) => return Ok(Found { fd, size_before: 0 }),
                 None => path = self.behind_link(base, path)?,
             }
         }
@@ -259,8 +277,12 @@ impl Opening {
     }
 
     /// Opens what the lookup has found, if that may be.
-    fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<OwnedFd, Rejection> {
+    fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<Found, Rejection> {
         let kind = self.checked(name, root, node)?;
+        let size_before = match self.stored {
+            Some(_) => rustix::fs::fstat(node).map_err(|errno| self.failed(errno))?.st_size as u64,
+            None => 0,
+        };
         // Leases are on regular files, and to devices O_NONBLOCK means something else.
         let nonblock = if self.waits_for_lease || kind != FileType::RegularFile {
             OFlags::empty()
@@ -272,7 +294,7 @@ impl Opening {
             if !nonblock.is_empty() {
                 rustix::io::ioctl_fionbio(&fd, false)?;
             }
-            Ok(fd)
+            Ok(Found { fd, size_before })
         });
         opened.map_err(|errno| match errno {
             Errno::NOENT => {

@@ -25,6 +25,7 @@ use crate::engine::{Completion, Operation, Outcome, Pending};
 use crate::open::Opening;
 use crate::session::OpenFile;
 use crate::syscalls::FileInfo;
+use crate::throttle::Flow;
 
 /// An open file as one worker has it.
 #[derive(Debug)]
@@ -303,6 +304,23 @@ impl Work {
             Self::Read(_, read) => read.slot_len(),
             Self::Write(_, write) => write.len(),
             _ => 0,
+        }
+    }
+
+    /// The data that it is to move, in bytes.
+    pub fn data_len(&self) -> u64 {
+        match self {
+            Self::Read(_, read) => read.range().length,
+            Self::Write(_, write) => write.range.length,
+            _ => 0,
+        }
+    }
+
+    /// What its client has of the export, if that is limited. A close is not: it ends something.
+    pub fn flow(&self) -> Option<&Arc<Flow>> {
+        match self {
+            Self::Open(opening) => opening.flow.as_ref(),
+            work => work.file()?.open.flow.as_ref(),
         }
     }
 

@@ -37,6 +37,7 @@ use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
+use crate::stored::Place;
 use crate::trace::Trace;
 use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER};
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
@@ -136,7 +137,8 @@ fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) ->
     let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
     let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
     let counts_requests = keys.limits_requests();
-    keys.check_by(Abilities { exports: exports.collect(), giving, counts_requests })?;
+    let counted_exports = keys.counted_directories().into_iter().map(|(export, _)| export).collect();
+    keys.check_by(Abilities { exports: exports.collect(), giving, counts_requests, counted_exports })?;
     say_unknown_exports(keys);
     Ok(chown)
 }
@@ -353,6 +355,7 @@ impl Server {
 
         start_helpers(&shared)?;
         let shared = Arc::new(shared);
+        start_counting(&shared)?;
         let (sender, secured) = reactor::mailbox(reactor.waker());
         let acceptor = match &shared.keys {
             Some(keys) => {
@@ -525,6 +528,9 @@ impl Server {
         match keys.reread() {
             Ok(revocation) => {
                 say_unknown_exports(keys);
+                self.shared.stored.set(counted_places(keys, &self.shared.exports));
+                let exports = self.shared.exports.all();
+                self.shared.throttles.update(|client, export| keys.rates(client, exports[export].name()));
                 tracing::info!(
                     "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
                      than before end.",
@@ -733,7 +739,9 @@ fn grants(
 ) -> anyhow::Result<Vec<Grant>> {
     // A file that cannot be given to its owner is removed again.
     let may_remove = shared.keys.as_ref().is_some_and(|keys| keys.gives_files());
-    let mut grants = shared.exports.grants(may_remove)?;
+    let counted = shared.keys.as_ref().map_or(Vec::new(), |keys| keys.counted_directories());
+    let counted: Vec<_> = counted.into_iter().map(|(export, _)| export).collect();
+    let mut grants = shared.exports.grants(may_remove, &counted)?;
     // It may be opened anew.
     if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {
         grants.push(Grant::of_log(directory)?);
@@ -778,6 +786,38 @@ fn start_helpers(shared: &Shared) -> anyhow::Result<()> {
     log::start().with_context(|| format!("Cannot start a thread for the log. {REMEDY}"))?;
     POOL.start_first().with_context(|| format!("Cannot start a thread for file operations. {REMEDY}"))?;
     shared.trace.as_ref().map_or(Ok(()), Trace::start)
+}
+
+/// The directories where what clients store is limited.
+fn counted_places(keys: &Keys, exports: &Exports) -> Vec<Place> {
+    let place = |(name, directory): (String, String)| {
+        let export = exports.all().iter().position(|export| export.name() == name)?;
+        Some((export, directory))
+    };
+    keys.counted_directories().into_iter().filter_map(place).collect()
+}
+
+/// Has a thread count what clients store, if that is limited.
+fn start_counting(shared: &Arc<Shared>) -> anyhow::Result<()> {
+    let Some(keys) = &shared.keys else { return Ok(()) };
+    let places = counted_places(keys, &shared.exports);
+    if places.is_empty() {
+        return Ok(());
+    }
+    shared.stored.set(places);
+    let (opening, naming) = (Arc::clone(shared), Arc::clone(shared));
+    let open = move |(export, directory): &Place| opening.exports.open_directory(*export, directory);
+    let name = move |(export, directory): &Place| {
+        let export = naming.exports.all()[*export].name();
+        if directory.is_empty() {
+            format!("Export {export}")
+        } else {
+            format!("Export {export}, {directory:?}")
+        }
+    };
+    shared.stored.start(open, name).context(
+        "Cannot start a thread that counts what clients store. Raise the limit on processes with `ulimit -u`",
+    )
 }
 
 fn start_workers(

@@ -20,6 +20,8 @@ use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use rustix::fs::FileType;
 
 use crate::peer::Origin;
+use crate::stored::LimitedFile;
+use crate::throttle::Flow;
 use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
@@ -73,6 +75,10 @@ pub struct OpenFile {
     pub verifier: FileVerifier,
     /// What it is to the audit log, if there is one.
     pub audited: Option<Arc<Audited>>,
+    /// What its client has of the export, if that is limited.
+    pub flow: Option<Arc<Flow>>,
+    /// What it may grow to, if the bytes that its client stores are limited.
+    pub stored: Option<LimitedFile>,
     closed: AtomicBool,
 }
 
@@ -93,6 +99,8 @@ impl OpenFile {
             identity: FileIdentity::default(),
             verifier: FileVerifier::default(),
             audited: None,
+            flow: None,
+            stored: None,
             closed: AtomicBool::new(false),
         }
     }

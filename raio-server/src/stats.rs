@@ -11,6 +11,7 @@ use raio_transport::protocol::{OPERATIONS, Opcode};
 use raio_transport::transport::CloseReason;
 
 use crate::limits::{WHO_COUNT, Who};
+use crate::throttle::{WHOSE_COUNT, Whose};
 
 /// A number that one thread writes and others read.
 #[derive(Debug, Default)]
@@ -128,6 +129,10 @@ pub struct ExportCounters {
     pub read_bytes: Counter,
     /// Bytes written.
     pub written_bytes: Counter,
+    /// Requests that were delayed because of a rate, the client's or the export's ...
+    pub throttled: Counter,
+    /// ... and by how much, in microseconds.
+    pub throttled_us: Counter,
 }
 
 /// What one worker counts.
@@ -175,6 +180,8 @@ pub struct Counters {
     pub orphan_waits: Counter,
     /// Opens that waited for the audit log to be written.
     pub audit_waits: Counter,
+    /// Requests that were delayed because of a rate, by [`Whose`] it is.
+    pub rate_waits: [Counter; WHOSE_COUNT],
     /// Times that one had to because its session, or its address, has as much as it may.
     pub memory_waits: [Counter; WHO_COUNT],
     /// Iterations of the loop.
@@ -204,6 +211,21 @@ impl Counters {
     /// A request with this opcode has come.
     pub fn request(&self, opcode: Opcode) {
         self.requests[opcode as usize - 1].add(1);
+    }
+
+    /// A request on an export is delayed because of a rate.
+    pub fn throttled(&self, whose: Whose, export: Option<usize>) {
+        self.rate_waits[whose as usize].add(1);
+        if let Some(export) = export.and_then(|export| self.exports.get(export)) {
+            export.throttled.add(1);
+        }
+    }
+
+    /// It begins, after so long.
+    pub fn throttled_time(&self, export: Option<usize>, time: Duration) {
+        if let Some(export) = export.and_then(|export| self.exports.get(export)) {
+            export.throttled_us.add(time.as_micros() as u64);
+        }
     }
 
     /// A connection has closed.
@@ -349,6 +371,8 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
             ("address_memory", sum(|c| &c.memory_waits[Who::Address as usize])),
             ("audit", sum(|c| &c.audit_waits)),
             ("client_memory", sum(|c| &c.memory_waits[Who::Client as usize])),
+            ("client_rate", sum(|c| &c.rate_waits[Whose::Client as usize])),
+            ("export_rate", sum(|c| &c.rate_waits[Whose::Export as usize])),
             ("messages", sum(|c| &c.message_waits)),
             ("orphans", sum(|c| &c.orphan_waits)),
             ("session_memory", sum(|c| &c.memory_waits[Who::Session as usize])),
@@ -449,11 +473,14 @@ fn write_exports<'a>(
         let name = json_escaped(name);
         let _ = write!(
             out,
-            "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{}}}",
+            "{comma}\"{name}\":{{\"requests\":{},\"errors\":{},\"read_bytes\":{},\"written_bytes\":{},\
+             \"throttled\":{},\"throttled_us\":{}}}",
             sum(|c| &c.requests),
             sum(|c| &c.errors),
             sum(|c| &c.read_bytes),
-            sum(|c| &c.written_bytes)
+            sum(|c| &c.written_bytes),
+            sum(|c| &c.throttled),
+            sum(|c| &c.throttled_us)
         );
     }
     out.push('}');
@@ -479,6 +506,8 @@ mod tests {
             worker.request(Opcode::Cancel);
             worker.latency(Opcode::Read).record(Duration::from_micros(100), 2);
             worker.exports[1].written_bytes.add(9);
+            worker.throttled(Whose::Export, Some(1));
+            worker.throttled_time(Some(1), Duration::from_micros(1500));
             worker.close_reason(&CloseReason::Violation(Violation::Stalled));
         }
         let whole = Whole {
@@ -497,6 +526,7 @@ mod tests {
         for part in [
             "\"read_bytes\":10",
             "\"stale\":5",
+            "\"export_rate\":2",
             "\"iteration_bytes_max\":7",
             "\"cancel\":2",
             "\"stalled\":2",
@@ -505,7 +535,8 @@ mod tests {
             "\"open_files\":2",
             "\"read\":0",
             "\"read\":{\"count\":4,\"p50\":106.5,",
-            "\"b\\\"\":{\"requests\":0,\"errors\":0,\"read_bytes\":0,\"written_bytes\":18}",
+            "\"b\\\"\":{\"requests\":0,\"errors\":0,\"read_bytes\":0,\"written_bytes\":18,",
+            "\"throttled\":2,\"throttled_us\":3000}}",
             "\"per_worker\":[{\"connections\":0,\"data_connections\":4,",
         ] {
             assert!(json.contains(part), "{part} is not in {json}");

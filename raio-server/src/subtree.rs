@@ -31,12 +31,24 @@ pub struct Subtree {
     directory: String,
     access: Access,
     owner: Owner,
+    /// How many bytes its files may have together when the client makes one longer.
+    bytes_max: Option<u64>,
 }
 
 impl Subtree {
     /// All of an export.
     pub const fn whole(access: Access, owner: Owner) -> Self {
-        Self { directory: String::new(), access, owner }
+        Self { directory: String::new(), access, owner, bytes_max: None }
+    }
+
+    /// The same, whose files may have so many bytes together.
+    pub fn with_bytes_max(self, bytes_max: Option<u64>) -> Self {
+        Self { bytes_max, ..self }
+    }
+
+    /// How many bytes its files may have together. None: as many as there is room for.
+    pub fn bytes_max(&self) -> Option<u64> {
+        self.bytes_max
     }
 
     /// A directory of it. The error is a clause.
@@ -48,7 +60,7 @@ impl Subtree {
                  \"db1/files\", or leave `path` out for all of the export"
             ));
         }
-        Ok(Self { directory: directory.to_owned(), access, owner })
+        Ok(Self { directory: directory.to_owned(), access, owner, bytes_max: None })
     }
 
     /// The directory, relative to the export; None if it is the whole export.

@@ -212,6 +212,44 @@ pub mod limits {
     pub const QUEUE_PAIR_RESERVE_PART: usize = 8;
 }
 
+/// Rates of clients and exports: [`crate::throttle`]. None is measured.
+pub mod throttle {
+    use std::time::Duration;
+
+    /// What was not used in so long may be caught up with, if nothing else is said: a twentieth of a second's
+    /// rate, so that the first second is within a tenth of it ...
+    pub const BURST_DEFAULT: Duration = Duration::from_millis(50);
+    /// ... and its least: workers wake up late by some milliseconds, which must be caught up with ...
+    pub const BURST_MIN: Duration = Duration::from_millis(10);
+    /// ... and its most.
+    pub const BURST_MAX: Duration = Duration::from_secs(3600);
+    /// Operations a second at most: less than 100 ns for each cannot be told exactly in nanoseconds.
+    pub const IOPS_MAX: u64 = 10_000_000;
+    /// Bytes a second at least: a request of `--io-max` (1 MiB) takes a quarter of a minute then.
+    pub const BANDWIDTH_MIN: u64 = 64 << 10;
+    /// The largest weight.
+    pub const WEIGHT_MAX: u32 = 10_000;
+    /// A request that must wait is not looked at before: so often a worker wakes up for it at most.
+    pub const RETRY_AFTER: Duration = Duration::from_millis(1);
+    /// A client may be ahead of others on the same export by its share of what the export does in so long:
+    /// half a per cent of a second, and more than it takes the others' workers to wake up.
+    pub const LEAD: Duration = Duration::from_millis(5);
+    /// A client that was to ask again, and has not for so long, waits no more.
+    pub const FORGOTTEN_AFTER: Duration = Duration::from_millis(20);
+}
+
+/// What is stored beneath a directory: [`crate::stored`]. None is measured.
+pub mod stored {
+    use std::time::Duration;
+
+    /// How often it is counted anew at most, for what others than clients have changed ...
+    pub const COUNTED_EVERY: Duration = Duration::from_secs(600);
+    /// ... and never for more than one part in so many of the time.
+    pub const COUNTING_PART: u32 = 100;
+    /// How many directories deep: each takes a descriptor while what is beneath it is counted.
+    pub const DEPTH_MAX: usize = 128;
+}
+
 /// The log and the statistics. None is measured: the log is on no path of a request.
 pub mod log {
     use std::time::Duration;

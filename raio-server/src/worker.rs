@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`connections`], [`local_sessions`] | who is connected, and which files each session has here |
 //! | [`requests`] | which requests are in progress, and where each is |
+//! | [`throttled`] | which requests wait because of a rate |
 //! | [`admission`] | who gets memory, how much of it, and when |
 //! | [`device_queues`] | what devices have, and what is held back for them |
 //! | [`latencies`], [`tracer`] | how long requests take, and what becomes of each |
@@ -37,6 +38,7 @@ mod pipeline;
 mod requests;
 #[cfg(test)]
 mod tests;
+mod throttled;
 mod tracer;
 
 use std::collections::{HashMap, VecDeque};
@@ -69,6 +71,8 @@ use crate::placement::Placement;
 use crate::request::State;
 use crate::sessions::{ConnectionName, Sessions};
 use crate::stats::Counters;
+use crate::stored::StoredDirectories;
+use crate::throttle::Throttles;
 use crate::trace::Trace;
 use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
 use crate::tuning::statistics::PUBLISHED_EVERY;
@@ -79,6 +83,7 @@ use fence::Orphan;
 use latencies::Latencies;
 use local_sessions::LocalSessions;
 use requests::Requests;
+use throttled::Throttled;
 use tracer::Tracer;
 
 /// The owner numbers of the transports' operations.
@@ -100,6 +105,10 @@ pub struct Shared {
     pub sessions: Sessions,
     /// What clients that have gone have left behind.
     pub orphan_guard: OrphanGuard,
+    /// How many operations and bytes a second clients and exports may have.
+    pub throttles: Throttles,
+    /// How many bytes clients store, where that is limited.
+    pub stored: Arc<StoredDirectories>,
     /// What each connection is granted.
     pub policy: Arc<Policy>,
     /// How to reach each worker, once all have started.
@@ -151,6 +160,8 @@ impl Shared {
             exports,
             sessions,
             orphan_guard: OrphanGuard::default(),
+            throttles: Throttles::new(config.exports.iter().map(|export| export.rates), Instant::now()),
+            stored: Arc::default(),
             policy: Arc::new(policy),
             workers: OnceLock::new(),
             placement: Placement::new(config.workers),
@@ -261,6 +272,10 @@ pub struct Worker {
     orphans: HashMap<usize, Orphan>,
     /// Requests that wait for what others have left behind, oldest first, with their memory if they have it.
     held: Vec<(usize, Option<Slot>)>,
+    /// Requests that wait because of a rate.
+    throttled: Throttled,
+    /// When a timer is set for them.
+    throttled_until: Option<Instant>,
     /// Connections that have joined a session so far.
     joined: u64,
     /// The earliest time for which there is a timer for [`EXPIRY`].
@@ -438,6 +453,8 @@ impl Worker {
             closing: 0,
             orphans: HashMap::new(),
             held: Vec::new(),
+            throttled: Throttled::default(),
+            throttled_until: None,
             joined: 0,
             expires: None,
             checks_fences: false,
@@ -491,6 +508,7 @@ impl Worker {
         // Requests that wait for memory come before those that have just arrived.
         self.show_life();
         self.admit();
+        self.begin_throttled();
         self.evict_stalled();
         self.take_requests();
         self.pass_on();

@@ -55,6 +55,12 @@ impl Grant {
         self
     }
 
+    /// The same, and directories can be listed.
+    pub fn with_listing(mut self) -> Self {
+        self.access |= AccessFs::ReadDir;
+        self
+    }
+
     /// The files of the state directory, which are replaced by renaming.
     pub fn of_state(at: BorrowedFd<'_>) -> Result<Self, Errno> {
         let access = make_bitflags!(AccessFs::{

@@ -20,13 +20,16 @@ use crate::authorize;
 use crate::engine::Closing;
 use crate::export::Target;
 use crate::handles::is_handle;
+use crate::keys::Rights;
 use crate::limits::Excess;
 use crate::log::log_client;
 use crate::open::{OpenResult, Opened, Opening, Reopens, another_file};
+use crate::peer::PeerAddress;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::request::{Work, WorkerFile, cancelled, failure, status_of};
 use crate::session::{Access, NotReopened, OpenFile};
 use crate::syscalls::FileInfo;
+use crate::throttle::{ClientRates, Flow, Holder};
 
 impl Worker {
     /// Takes in a request of a connection that is open.
@@ -162,19 +165,42 @@ impl Worker {
             {
                 Err(self.open_rejected(Some(connection), audited.as_deref(), another_file(path)))
             }
-            Ok(Target::Ready(file, info)) => Err(self.give_handle(connection, audited, file, info, reopens)),
-            Ok(Target::Path { export, path, confinement, owner, how }) => Ok(Work::Open(Arc::new(Opening {
-                export,
-                path,
-                confinement,
-                owner,
-                how,
-                access,
-                waits_for_lease: false,
-                reopens,
-                audited,
-            }))),
+            Ok(Target::Ready(mut file, info)) => {
+                file.flow = self.flow(connection, file.export, &rights);
+                Err(self.give_handle(connection, audited, file, info, reopens))
+            }
+            Ok(Target::Path { export, path, confinement, owner, bytes_max, how }) => {
+                Ok(Work::Open(Arc::new(Opening {
+                    export,
+                    path,
+                    stored: bytes_max.map(|bytes_max| {
+                        let directory = confinement.as_ref().map_or("", |confinement| &confinement.directory);
+                        (self.shared.stored.get((export, directory.to_owned())), bytes_max)
+                    }),
+                    confinement,
+                    owner,
+                    how,
+                    access,
+                    waits_for_lease: false,
+                    reopens,
+                    audited,
+                    flow: self.flow(connection, export, &rights),
+                })))
+            }
         }
+    }
+
+    /// What the client of a connection has of an export, if that is limited.
+    fn flow(&self, connection: usize, export: usize, rights: &Rights) -> Option<Arc<Flow>> {
+        let name = self.shared.exports.all()[export].name();
+        let (holder, rates) = match rights.rates(name) {
+            Some((client, rates)) => (Holder::Client(client.to_owned()), rates),
+            None => {
+                let peer = self.connections[connection].peer();
+                (Holder::Address(peer.map(PeerAddress::origin)), ClientRates::NONE)
+            }
+        };
+        self.shared.throttles.flow(holder, export, &rates, self.reactor.clock().now())
     }
 
     /// Opens a file under the handle that an earlier server gave it, unless it has it already.
@@ -207,12 +233,13 @@ impl Worker {
         {
             return;
         }
-        let (reopens, audited) = match &self.requests[key].work {
-            Work::Open(opening) => (opening.reopens, opening.audited.clone()),
-            _ => (None, None),
+        let (reopens, audited, flow) = match &self.requests[key].work {
+            Work::Open(opening) => (opening.reopens, opening.audited.clone(), opening.flow.clone()),
+            _ => (None, None, None),
         };
         let response = match (result, self.requests[key].connection) {
-            (Ok(Opened { file, info }), Some(connection)) => {
+            (Ok(Opened { mut file, info }), Some(connection)) => {
+                file.flow = flow;
                 self.give_handle(connection, audited, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),

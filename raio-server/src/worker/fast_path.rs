@@ -28,8 +28,12 @@ impl Worker {
         range: Range,
     ) -> bool {
         let Range { offset, length } = range;
-        // It does not overtake its connection's own requests.
-        if length > BYTES_MAX.into() || open.is_direct() || self.admission.is_waiting(connection) {
+        // It does not overtake its connection's own requests. What has a rate may have to wait.
+        if length > BYTES_MAX.into()
+            || open.is_direct()
+            || open.flow.is_some()
+            || self.admission.is_waiting(connection)
+        {
             return false;
         }
         let bytes = length as usize;

@@ -183,7 +183,7 @@ impl Worker {
                 }
                 self.cancel_operation(request);
             } else {
-                self.take_held(request);
+                self.take_waiting(request);
                 self.end_request(request);
             }
         }

@@ -13,11 +13,12 @@ use raio_transport::{Status, mux};
 use super::admission::{Demand, StallCheck};
 use super::connections::Connections;
 use super::requests::Cancel;
+use super::throttled::Waiting;
 use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
 use crate::open::{OpenResult, Opening};
-use crate::request::{State, Step, Work, WorkerFile, cancelled, failure, success};
+use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, success};
 use crate::volume::Context;
 
 impl Worker {
@@ -25,16 +26,78 @@ impl Worker {
     pub(super) fn begin(&mut self, connection: usize, key: RequestKey, opcode: Opcode, work: Work) -> usize {
         // If there is no other export its requests may have all.
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
-        let is_held = self.is_held_back(&work);
-        let demand = Demand { connection, bytes: work.slot_len(), export };
         let arrived = self.arrived(opcode);
+        let is_limited = work.flow().is_some();
         let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
-        if is_held {
-            self.hold(request, None);
-        } else {
-            self.demand(request, demand);
+        if !is_limited || !self.throttle(request) {
+            self.proceed(request);
         }
         request
+    }
+
+    /// Has a request execute, unless it waits for memory, or for what others have left behind.
+    fn proceed(&mut self, request: usize) {
+        let Request { connection, work, export, .. } = &self.requests[request];
+        let Some(connection) = *connection else { return };
+        if self.is_held_back(work) {
+            return self.hold(request, None);
+        }
+        let demand = Demand { connection, bytes: work.slot_len(), export: *export };
+        self.demand(request, demand);
+    }
+
+    /// Has a request wait if it goes beyond a rate. Whether it does.
+    #[cold]
+    fn throttle(&mut self, request: usize) -> bool {
+        let work = &self.requests[request].work;
+        let Some(flow) = work.flow() else { return false };
+        let now = self.reactor.clock().now();
+        let Some(Waiting { whose, .. }) = self.throttled.wait(flow, request, work.data_len(), now) else {
+            return false;
+        };
+        let export = work.export();
+        self.counters.throttled(whose, export);
+        self.promise_life_sign();
+        self.await_throttled();
+        self.trace(self.requests[request].key, Phase::Point, "throttled", 0);
+        true
+    }
+
+    /// Sets a timer for the next request that waits because of a rate.
+    fn await_throttled(&mut self) {
+        if let Some(at) = self.throttled.next_at()
+            && self.throttled_until.is_none_or(|earliest| at < earliest)
+        {
+            self.throttled_until = Some(at);
+            self.reactor.timer(at, TIMER);
+        }
+    }
+
+    /// Begins those of the requests that wait because of a rate whose time has come.
+    #[inline]
+    pub(super) fn begin_throttled(&mut self) {
+        if !self.throttled.is_empty() {
+            self.begin_due();
+        }
+    }
+
+    #[cold]
+    fn begin_due(&mut self) {
+        let now = self.reactor.clock().now();
+        if self.throttled_until.take_if(|at| *at <= now).is_none() {
+            return;
+        }
+        while let Some(Waiting { request, since, .. }) = self.throttled.next(now) {
+            self.is_busy = true;
+            self.counters.throttled_time(self.requests[request].work.export(), now - since);
+            self.proceed(request);
+        }
+        self.await_throttled();
+    }
+
+    /// Takes out a request that is held back, or waits because of a rate. False if it is neither.
+    pub(super) fn take_waiting(&mut self, request: usize) -> bool {
+        self.take_held(request) || self.throttled.take(request)
     }
 
     /// Has a request execute, or get or wait for the memory that it needs.
@@ -96,12 +159,14 @@ impl Worker {
         if !self.admission.has_life_sign() || !self.admission.take_life_sign(self.reactor.clock().now()) {
             return;
         }
-        let held = self.held.iter().filter_map(|&(request, _)| self.requests[request].connection);
+        let held = self.held.iter().map(|&(request, _)| request).chain(self.throttled.requests());
+        let held = held.filter_map(|request| self.requests[request].connection);
         for connection in self.admission.waiting().chain(held) {
             self.transport.show_life(&mut self.reactor, self.connections[connection].id);
         }
         self.transport.show_life_to_gated(&mut self.reactor);
-        if self.admission.waiting().next().is_some() || !self.held.is_empty() {
+        let is_any_held = !self.held.is_empty() || !self.throttled.is_empty();
+        if self.admission.waiting().next().is_some() || is_any_held {
             self.promise_life_sign();
         }
     }
@@ -438,7 +503,7 @@ impl Worker {
     /// Cancels a request as far as that goes.
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
         match self.requests.cancel(key) {
-            _ if self.take_held(key) => self.answer(key, cancelled()),
+            _ if self.take_waiting(key) => self.answer(key, cancelled()),
             Cancel::NotBegun => {
                 self.admission.cancel(connection, key);
                 self.answer(key, cancelled());

@@ -151,7 +151,8 @@ const CONFIGURATIONS: &[&str] = &[
     "export = [\"a=/srv,rw\", \"n=null:1M\"]\nworkers = 2\nmemory = \"64M\"\n\
      io-max = 65536\nlog = \"warn\"\n",
     "[export.a]\npath = \"/srv\"\naccess = \"rw\"\ndirect = true\nmountpoint = true\n\
-     devices = true\nmax-file-size = \"1G\"\ncross-mounts = true\n[export.\"b c\"]\n\
+     devices = true\nmax-file-size = \"1G\"\ncross-mounts = true\niops = 9\n\
+     bandwidth = \"1M\"\nburst = 0.5\n[export.\"b c\"]\n\
      path = \"/x,y\"\ngrow = true\n[export.m]\nmemory = \"1M\"\n[export.n]\n\
      null = 4096\n",
     "queue-depth = 4\nmax-sessions = 10\nspin-us = 0\nbackend = \"threads\"\n\
