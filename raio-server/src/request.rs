@@ -501,6 +501,11 @@ pub fn success(result: u64) -> Response {
     Response { status: Status::OK, result, body: no_body(), data: None }
 }
 
+/// The answer to a request that a server which shuts down does not take.
+pub fn shutting_down() -> Response {
+    failure(Status::transport(libc::ESHUTDOWN), "The server is shutting down. Connect again later.")
+}
+
 /// The answer to what was cancelled before anything was done.
 pub fn cancelled() -> Response {
     failure(Status::storage(libc::ECANCELED), "The request was cancelled.")

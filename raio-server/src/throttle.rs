@@ -13,6 +13,7 @@
 //! client may be ahead of the others by what the export does in [`LEAD`] until they have asked.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -328,13 +329,41 @@ impl ClientRates {
     pub const NONE: Self = Self { all: Rates::NONE, share: Share::DEFAULT };
 }
 
+/// What there is as long as somebody uses it.
+#[derive(Debug)]
+struct InUse<K, V> {
+    all: HashMap<K, Weak<V>>,
+    /// When there are so many, those that nobody uses any more are taken out.
+    swept_at: usize,
+}
+
+impl<K, V> Default for InUse<K, V> {
+    fn default() -> Self {
+        Self { all: HashMap::new(), swept_at: 16 }
+    }
+}
+
+impl<K: Eq + Hash, V> InUse<K, V> {
+    fn get(&self, key: &K) -> Option<Arc<V>> {
+        self.all.get(key).and_then(Weak::upgrade)
+    }
+
+    fn insert(&mut self, key: K, value: &Arc<V>) {
+        if self.all.len() >= self.swept_at {
+            self.all.retain(|_, value| value.strong_count() > 0);
+            self.swept_at = 16.max(2 * self.all.len());
+        }
+        self.all.insert(key, Arc::downgrade(value));
+    }
+}
+
 /// All rates of a server. Shared by its workers; locked when a file is opened.
 #[derive(Debug)]
 pub struct Throttles {
     /// By the export's place; None: it has no rates.
     exports: Box<[Option<Arc<Mutex<Queue>>>]>,
-    clients: Mutex<HashMap<String, Weak<ClientBucket>>>,
-    flows: Mutex<HashMap<(Holder, usize), Weak<Flow>>>,
+    clients: Mutex<InUse<String, ClientBucket>>,
+    flows: Mutex<InUse<(Holder, usize), Flow>>,
     next_id: AtomicU64,
 }
 
@@ -371,8 +400,8 @@ impl Throttles {
             _ => None,
         };
         let mut flows = lock(&self.flows);
-        flows.retain(|_, flow| flow.strong_count() > 0);
-        let known = flows.get(&(holder.clone(), export)).and_then(Weak::upgrade);
+        let key = (holder, export);
+        let known = flows.get(&key);
         // A client that had no rates on all exports when it began has them now, or the other way round: its
         // flow is replaced.
         if let Some(flow) = known.filter(|flow| flow.client.is_some() == client.is_some()) {
@@ -387,19 +416,19 @@ impl Throttles {
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let flow = Arc::new(Flow { id, client, own: Mutex::new(own), export: queue });
-        flows.insert((holder, export), Arc::downgrade(&flow));
+        flows.insert(key, &flow);
         Some(flow)
     }
 
     fn client(&self, name: &str, rates: Rates, now: Instant) -> Arc<ClientBucket> {
         let mut clients = lock(&self.clients);
-        clients.retain(|_, client| client.strong_count() > 0);
-        if let Some(client) = clients.get(name).and_then(Weak::upgrade) {
+        let name = name.to_owned();
+        if let Some(client) = clients.get(&name) {
             lock(&client.0).rates = rates;
             return client;
         }
         let client = Arc::new(ClientBucket(Mutex::new(Bucket::new(rates, now))));
-        clients.insert(name.to_owned(), Arc::downgrade(&client));
+        clients.insert(name, &client);
         client
     }
 
@@ -408,7 +437,7 @@ impl Throttles {
     /// session ends.
     pub fn update(&self, rates: impl Fn(&str, usize) -> Option<ClientRates>) {
         let flows = lock(&self.flows);
-        for ((holder, export), flow) in flows.iter() {
+        for ((holder, export), flow) in &flows.all {
             if let Holder::Client(name) = holder
                 && let Some(flow) = flow.upgrade()
                 && let Some(ClientRates { all, share }) = rates(name, *export)
@@ -644,6 +673,21 @@ mod tests {
         throttles.update(|name, export| (name == "a" && export == 0).then(|| limits(2000)));
         let after = run(&mut loads, now + Duration::from_secs(1), Duration::from_secs(1))[0] - before;
         assert!(within(before, 100, 10) && within(after, 2000, 10), "{before} {after}");
+    }
+
+    #[test]
+    fn clients_that_have_gone_leave_nothing() {
+        let now = Instant::now();
+        let throttles = Throttles::new([rates(Some(1000), None, None)].into_iter(), now);
+        let limits = ClientRates { all: rates(Some(10), None, None), ..ClientRates::NONE };
+        let kept: Vec<_> =
+            (0..20).map(|n| throttles.flow(client(&format!("kept {n}")), 0, &limits, now)).collect();
+        for n in 0..1000 {
+            throttles.flow(client(&format!("{n}")), 0, &limits, now).unwrap();
+        }
+        let (flows, clients) = (lock(&throttles.flows).all.len(), lock(&throttles.clients).all.len());
+        assert!((20..=41).contains(&flows) && (20..=41).contains(&clients), "{flows} {clients}");
+        drop(kept);
     }
 
     #[test]

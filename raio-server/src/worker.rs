@@ -708,6 +708,11 @@ impl Worker {
         if now < drain.reject_at {
             return None;
         }
+        if !self.throttled.is_empty() {
+            self.is_busy = true;
+            self.reject_throttled();
+            return None;
+        }
         if now >= drain.deadline {
             return Some(self.connections.none_is_open() && self.requests.is_empty());
         }

@@ -26,7 +26,7 @@ use crate::log::log_client;
 use crate::open::{OpenResult, Opened, Opening, Reopens, another_file};
 use crate::peer::PeerAddress;
 use crate::rejection::{EscapedPath, Rejection};
-use crate::request::{Work, WorkerFile, cancelled, failure, status_of};
+use crate::request::{Work, WorkerFile, cancelled, failure, shutting_down, status_of};
 use crate::session::{Access, NotReopened, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::throttle::{ClientRates, Flow, Holder};
@@ -46,9 +46,7 @@ impl Worker {
         let bytes = request.region_len + request.data_len;
         self.trace(request.key, Phase::Begin, opcode.operation().name, bytes.into());
         if self.is_rejecting() {
-            let text = "The server is shutting down. Connect again later.";
-            let response = failure(Status::transport(libc::ESHUTDOWN), text);
-            return self.respond_now(request.key, opcode, response);
+            return self.respond_now(request.key, opcode, shutting_down());
         }
         let session = self.connections[connection].session;
         let work = match command {

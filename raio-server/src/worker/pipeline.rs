@@ -18,7 +18,7 @@ use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
 use crate::open::{OpenResult, Opening};
-use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, success};
+use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success};
 use crate::volume::Context;
 
 impl Worker {
@@ -52,22 +52,18 @@ impl Worker {
         let work = &self.requests[request].work;
         let Some(flow) = work.flow() else { return false };
         let now = self.reactor.clock().now();
-        let Some(Waiting { whose, .. }) = self.throttled.wait(flow, request, work.data_len(), now) else {
-            return false;
-        };
-        let export = work.export();
-        self.counters.throttled(whose, export);
+        let waits = self.throttled.wait(flow, request, work.data_len(), now);
+        let Some((Waiting { whose, .. }, until)) = waits else { return false };
+        self.counters.throttled(whose, work.export());
         self.promise_life_sign();
-        self.await_throttled();
+        self.await_throttled(until);
         self.trace(self.requests[request].key, Phase::Point, "throttled", 0);
         true
     }
 
-    /// Sets a timer for the next request that waits because of a rate.
-    fn await_throttled(&mut self) {
-        if let Some(at) = self.throttled.next_at()
-            && self.throttled_until.is_none_or(|earliest| at < earliest)
-        {
+    /// Sets a timer for requests that wait because of a rate.
+    fn await_throttled(&mut self, at: Instant) {
+        if self.throttled_until.is_none_or(|earliest| at < earliest) {
             self.throttled_until = Some(at);
             self.reactor.timer(at, TIMER);
         }
@@ -87,17 +83,37 @@ impl Worker {
         if self.throttled_until.take_if(|at| *at <= now).is_none() {
             return;
         }
-        while let Some(Waiting { request, since, .. }) = self.throttled.next(now) {
+        let (begun, next) = self.throttled.begin(now);
+        for Waiting { request, since, .. } in begun {
             self.is_busy = true;
             self.counters.throttled_time(self.requests[request].work.export(), now - since);
             self.proceed(request);
         }
-        self.await_throttled();
+        if let Some(at) = next {
+            self.await_throttled(at);
+        }
+    }
+
+    /// The server shuts down, and does not carry out what still waits because of a rate.
+    #[cold]
+    pub(super) fn reject_throttled(&mut self) {
+        for key in self.throttled.take_all() {
+            let request = &self.requests[key];
+            let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
+            if let Some(connection) = request.connection
+                && self.counts_requests
+            {
+                self.uncount_request(connection, &request.work);
+            }
+            self.end_request(key);
+            self.respond(name, opcode, arrived, shutting_down());
+        }
     }
 
     /// Takes out a request that is held back, or waits because of a rate. False if it is neither.
     pub(super) fn take_waiting(&mut self, request: usize) -> bool {
-        self.take_held(request) || self.throttled.take(request)
+        let flow = self.requests[request].work.flow();
+        flow.is_some_and(|flow| self.throttled.take(flow, request)) || self.take_held(request)
     }
 
     /// Has a request execute, or get or wait for the memory that it needs.

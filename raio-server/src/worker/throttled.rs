@@ -1,5 +1,5 @@
 //! The requests of a worker that wait because their client, or their export, goes beyond its rate
-//! ([`crate::throttle`]): in order for each client and export, and these take turns.
+//! ([`crate::throttle`]): in order for each client and export.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -33,7 +33,6 @@ struct Queue {
 pub struct Throttled {
     /// By the id of the flow.
     queues: HashMap<u64, Queue>,
-    turns: VecDeque<u64>,
 }
 
 impl Throttled {
@@ -43,60 +42,58 @@ impl Throttled {
     }
 
     /// A request has come that would move so many bytes. None: it may begin. Else it waits here, behind those
-    /// of its flow that wait already; [`Throttled::next_at`] may be another time then.
-    pub fn wait(&mut self, flow: &Arc<Flow>, request: usize, bytes: u64, now: Instant) -> Option<Waiting> {
-        if let Some(Queue { waiting, .. }) = self.queues.get_mut(&flow.id) {
+    /// of its flow that wait already, and [`Throttled::begin`] is due at the latest when this says.
+    pub fn wait(
+        &mut self,
+        flow: &Arc<Flow>,
+        request: usize,
+        bytes: u64,
+        now: Instant,
+    ) -> Option<(Waiting, Instant)> {
+        if let Some(Queue { waiting, asks_at, .. }) = self.queues.get_mut(&flow.id) {
             let whose = waiting.back().map_or(Whose::Client, |last| last.whose);
             let new = Waiting { request, bytes, since: now, whose };
             waiting.push_back(new);
-            return Some(new);
+            return Some((new, *asks_at));
         }
         let Wait { until, whose } = flow.begin(bytes, now).err()?;
         let new = Waiting { request, bytes, since: now, whose };
-        let queue = Queue { flow: Arc::clone(flow), waiting: [new].into(), asks_at: until };
-        self.queues.insert(flow.id, queue);
-        self.turns.push_back(flow.id);
-        Some(new)
+        self.queues.insert(flow.id, Queue { flow: Arc::clone(flow), waiting: [new].into(), asks_at: until });
+        Some((new, until))
     }
 
-    /// The next request that may begin now.
-    pub fn next(&mut self, now: Instant) -> Option<Waiting> {
-        for _ in 0..self.turns.len() {
-            let id = self.turns.pop_front()?;
-            let Some(queue) = self.queues.get_mut(&id) else { continue };
-            let Some(&first) = queue.waiting.front() else {
-                self.queues.remove(&id);
-                continue;
-            };
-            self.turns.push_back(id);
-            if queue.asks_at > now {
-                continue;
-            }
-            match queue.flow.begin(first.bytes, now) {
-                Ok(()) => {
-                    queue.waiting.pop_front();
-                    return Some(first);
+    /// Takes out all that may begin now, and tells when it is to be asked again, if any waits on.
+    pub fn begin(&mut self, now: Instant) -> (Vec<Waiting>, Option<Instant>) {
+        let (mut begun, mut next) = (Vec::new(), None);
+        self.queues.retain(|_, Queue { flow, waiting, asks_at }| {
+            while let Some(first) = waiting.front()
+                && *asks_at <= now
+            {
+                match flow.begin(first.bytes, now) {
+                    Ok(()) => begun.extend(waiting.pop_front()),
+                    Err(Wait { until, .. }) => *asks_at = until,
                 }
-                Err(Wait { until, .. }) => queue.asks_at = until,
             }
-        }
-        None
+            if waiting.is_empty() {
+                return false;
+            }
+            next = Some(next.map_or(*asks_at, |next: Instant| next.min(*asks_at)));
+            true
+        });
+        (begun, next)
     }
 
-    /// When the next one may begin, if any waits.
-    pub fn next_at(&self) -> Option<Instant> {
-        self.queues.values().filter(|queue| !queue.waiting.is_empty()).map(|queue| queue.asks_at).min()
+    /// Takes out a request of a flow. False if it does not wait here.
+    pub fn take(&mut self, flow: &Flow, request: usize) -> bool {
+        let Some(Queue { waiting, .. }) = self.queues.get_mut(&flow.id) else { return false };
+        let at = waiting.iter().position(|waiting| waiting.request == request);
+        at.and_then(|at| waiting.remove(at)).is_some()
     }
 
-    /// Takes out a request. False if it does not wait here.
-    pub fn take(&mut self, request: usize) -> bool {
-        for queue in self.queues.values_mut() {
-            if let Some(at) = queue.waiting.iter().position(|waiting| waiting.request == request) {
-                queue.waiting.remove(at);
-                return true;
-            }
-        }
-        false
+    /// Takes out all.
+    pub fn take_all(&mut self) -> Vec<usize> {
+        let all = std::mem::take(&mut self.queues).into_values();
+        all.flat_map(|queue| queue.waiting).map(|waiting| waiting.request).collect()
     }
 
     /// The requests that wait.
@@ -119,8 +116,8 @@ mod tests {
         (0..count).map(flow).collect()
     }
 
-    fn all_next(throttled: &mut Throttled, now: Instant) -> Vec<usize> {
-        std::iter::from_fn(|| throttled.next(now)).map(|waiting| waiting.request).collect()
+    fn begun(throttled: &mut Throttled, now: Instant) -> Vec<usize> {
+        throttled.begin(now).0.into_iter().map(|waiting| waiting.request).collect()
     }
 
     #[test]
@@ -128,37 +125,44 @@ mod tests {
         let now = Instant::now();
         let flow = &flows(1, now)[0];
         let mut throttled = Throttled::default();
-        let waits = |throttled: &mut Throttled, request| throttled.wait(flow, request, 0, now).is_some();
-        let begun = (0..).find(|&request| waits(&mut throttled, request)).unwrap();
-        assert!(begun >= 50, "{begun}");
-        for request in begun + 1..begun + 20 {
-            assert!(waits(&mut throttled, request));
+        let (first, (_, until)) =
+            (0..).find_map(|request| Some((request, throttled.wait(flow, request, 0, now)?))).unwrap();
+        assert!(first >= 50, "{first}");
+        assert!(until > now && until <= now + Duration::from_millis(1));
+        for request in first + 1..first + 20 {
+            assert!(throttled.wait(flow, request, 0, now).is_some());
         }
-        assert!(all_next(&mut throttled, now).is_empty());
-        assert!(throttled.take(begun + 1) && !throttled.take(begun + 1) && !throttled.take(0));
-        let next_at = throttled.next_at().unwrap();
-        assert!(next_at > now && next_at <= now + Duration::from_millis(1));
+        assert!(begun(&mut throttled, now).is_empty());
+        assert!(throttled.take(flow, first + 1));
+        assert!(!throttled.take(flow, first + 1) && !throttled.take(flow, 0));
         let later = now + Duration::from_millis(10);
-        let first = all_next(&mut throttled, later);
-        assert_eq!(first[..3], [begun, begun + 2, begun + 3]);
-        assert!((9..=11).contains(&first.len()), "{first:?}");
+        let (some, next) = throttled.begin(later);
+        let some: Vec<_> = some.into_iter().map(|waiting| waiting.request).collect();
+        assert_eq!(some[..3], [first, first + 2, first + 3]);
+        assert!((9..=11).contains(&some.len()) && next > Some(later), "{some:?} {next:?}");
         // What comes now does not overtake those that wait.
         assert!(throttled.wait(flow, 1000, 0, later + Duration::from_millis(1)).is_some());
-        let rest = all_next(&mut throttled, now + Duration::from_secs(1));
-        assert_eq!((first.len() + rest.len(), rest.last()), (20, Some(&1000)));
-        assert!(throttled.is_empty() && throttled.next_at().is_none());
+        let (rest, next) = throttled.begin(now + Duration::from_secs(1));
+        let last = rest.last().map(|waiting| waiting.request);
+        assert_eq!((some.len() + rest.len(), last, next), (20, Some(1000), None));
+        assert!(throttled.is_empty());
     }
 
     #[test]
-    fn those_of_several_clients_take_turns() {
+    fn those_of_several_clients_have_the_same() {
         let now = Instant::now();
         let flows = flows(2, now);
         let mut throttled = Throttled::default();
         for request in 0..300 {
             throttled.wait(&flows[request % 2], request, 0, now);
         }
-        let begun = all_next(&mut throttled, now + Duration::from_millis(100));
-        let of_first = begun.iter().filter(|&&request| request % 2 == 0).count();
-        assert!(begun.len() >= 50 && of_first.abs_diff(begun.len() / 2) <= 10, "{begun:?}");
+        let mut all = Vec::new();
+        for ms in 1..=100 {
+            all.extend(begun(&mut throttled, now + Duration::from_millis(ms)));
+        }
+        let of_first = all.iter().filter(|&&request| request % 2 == 0).count();
+        assert!(all.len() >= 90 && of_first.abs_diff(all.len() / 2) <= 10, "{all:?}");
+        assert_eq!(throttled.take_all().len() + all.len() + 51, 300);
+        assert!(throttled.is_empty());
     }
 }

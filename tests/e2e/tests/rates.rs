@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, File, Operation, Options, Session};
 use raio_e2e::{Client, PATIENCE, Server, Site, binary, carry_out, is_at_rest};
+use rustix::process::Signal;
 
 /// A client that always has requests in flight, in several contexts of one session. Dropping it ends it.
 struct Busy {
@@ -146,7 +147,7 @@ fn clients_have_their_rates_and_share_an_exports_by_their_weights() {
 }
 
 #[test]
-fn requests_that_wait_for_a_rate_can_be_cancelled_and_end_with_their_client() {
+fn requests_that_wait_for_a_rate_can_be_cancelled_and_end_with_their_client_or_their_server() {
     let client = Client::new();
     let entry = client.entry("one", "exports = { data = { access = 'rw', iops = 1 } }");
     let (mut site, _) = Site::configured(&entry, "[export.data]\npath = 'DIRECTORY/data'\naccess = 'rw'\n");
@@ -170,6 +171,20 @@ fn requests_that_wait_for_a_rate_can_be_cancelled_and_end_with_their_client() {
     // The last ones wait on, and end with the session.
     drop((context, file, session));
     site.server.statistics_when(is_at_rest);
+
+    let session = client.connect(&site).expect("a session");
+    let file = session.open("/data/file", libc::O_RDWR, 0).expect("a file");
+    let _busy = (0..2)
+        .map(|_| {
+            let mut context = session.context(32).expect("a context");
+            (0..32).for_each(|_| begin(&mut context, &file, 4096, false));
+            context.flush();
+            context
+        })
+        .collect::<Vec<_>>();
+    site.server.statistics_when(|statistics| statistics["waits"]["client_rate"].as_u64() > Some(40));
+    site.server.signal(Signal::TERM);
+    assert!(site.server.wait().success(), "all was answered");
 }
 
 #[test]
