@@ -157,12 +157,12 @@ impl Handshakes {
                     let at = oldest_of_address_with_most(&addresses);
                     let evicted = self.pending.remove(at);
                     ready.remove(at);
-                    log_client!(
-                        info,
-                        evicted.peer,
-                        "handshakes that were given up",
-                        "A client was rejected: too many connections are in their handshake."
-                    );
+                    let text = "Too many connections are in their handshake.";
+                    let kind = "handshakes that were given up";
+                    log_client!(info, evicted.peer, kind, "A client was rejected. {text}");
+                    if let Some(audit) = &self.audit {
+                        audit.rejected(Who::default().at(evicted.peer), libc::EUSERS, text);
+                    }
                 }
                 self.pending.push(Pending { accepting, peer, permit });
                 ready.push(true);

@@ -164,8 +164,8 @@ impl Worker {
                 Err(self.open_rejected(Some(connection), audited.as_deref(), another_file(path)))
             }
             Ok(Target::Ready(mut file, info)) => {
-                file.flow = self.flow(connection, file.export, &rights);
-                Err(self.give_handle(connection, audited, file, info, reopens))
+                (file.audited, file.flow) = (audited, self.flow(connection, file.export, &rights));
+                Err(self.give_handle(connection, file, info, reopens))
             }
             Ok(Target::Path { export, path, confinement, owner, bytes_max, how }) => {
                 Ok(Work::Open(Arc::new(Opening {
@@ -218,7 +218,13 @@ impl Worker {
             Some(file) if file.open.is_same(reopens.identity, Access::from_flags(flags)) => {
                 Ok(Work::Stat(file, reopens.handle.0.into()))
             }
-            Some(_) => Err(handle_taken()),
+            Some(_) => {
+                let who = self.connections[connection].who.as_ref();
+                let access = Access::from_flags(flags).name();
+                let audited = who.map(|who| Audited::new(who, path, access));
+                self.audit_open(audited.as_deref(), libc::EEXIST);
+                Err(handle_taken())
+            }
             None => self.open(connection, flags, 0, path, Some(reopens)),
         }
     }
@@ -235,10 +241,13 @@ impl Worker {
             Work::Open(opening) => (opening.reopens, opening.audited.clone(), opening.flow.clone()),
             _ => (None, None, None),
         };
+        let result = result.map(|Opened { mut file, info }| {
+            (file.audited, file.flow) = (audited.clone(), flow);
+            Opened { file, info }
+        });
         let response = match (result, self.requests[key].connection) {
-            (Ok(Opened { mut file, info }), Some(connection)) => {
-                file.flow = flow;
-                self.give_handle(connection, audited, file, info, reopens)
+            (Ok(Opened { file, info }), Some(connection)) => {
+                self.give_handle(connection, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
             // The holder of the lease was asked to give it up, and nothing else was done.
@@ -269,7 +278,7 @@ impl Worker {
     }
 
     /// Records an open, if there is an audit log.
-    fn audit_open(&self, audited: Option<&Audited>, errno: i32) {
+    pub(super) fn audit_open(&self, audited: Option<&Audited>, errno: i32) {
         if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
             audit.opened(audited, errno);
         }
@@ -278,13 +287,12 @@ impl Worker {
     fn give_handle(
         &mut self,
         connection: usize,
-        audited: Option<Arc<Audited>>,
-        mut open: OpenFile,
+        open: OpenFile,
         info: FileInfo,
         reopens: Option<Reopens>,
     ) -> Response {
         let local = self.connections[connection].session;
-        open.audited = audited.clone();
+        let audited = open.audited.clone();
         let open = Arc::new(open);
         let account = self.connections[connection].account();
         let session = &self.sessions[local].session;
@@ -292,7 +300,10 @@ impl Worker {
             None => session.insert(Arc::clone(&open), account).map(|handle| (handle, open)),
             Some(Reopens { handle, .. }) => match session.reopen(handle, open, account) {
                 Ok(open) => Ok((handle, open)),
-                Err(NotReopened::Taken) => return handle_taken(),
+                Err(NotReopened::Taken) => {
+                    self.audit_open(audited.as_deref(), libc::EEXIST);
+                    return handle_taken();
+                }
                 Err(NotReopened::Excess(excess)) => Err(excess),
             },
         };

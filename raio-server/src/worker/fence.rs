@@ -172,10 +172,15 @@ impl Worker {
     /// A file was opened for a connection that has gone. The next one of its channel finds it.
     pub(super) fn give_handle_to_orphan(&self, key: usize, opened: Opened) -> Response {
         let Some(Orphan { member, account, .. }) = self.orphans.get(&key) else { return success(0) };
+        let audited = opened.file.audited.clone();
         match member.session.insert(Arc::new(opened.file), account) {
-            Ok(handle) => success(handle.0.into()),
+            Ok(handle) => {
+                self.audit_open(audited.as_deref(), 0);
+                success(handle.0.into())
+            }
             Err(Excess { who, text }) => {
                 self.counters.rejected_files[who as usize].add(1);
+                self.audit_open(audited.as_deref(), libc::EMFILE);
                 failure(Status::storage(libc::EMFILE), &text)
             }
         }

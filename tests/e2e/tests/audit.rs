@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{LoopDevice, PATIENCE, Server, carry_out, needs_root};
+use raio_e2e::{
+    Client, Ending, FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Proxy, Server, carry_out, needs_root,
+};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::process::Signal;
@@ -52,10 +54,11 @@ impl Site {
     }
 }
 
-/// The records of a log.
+/// The records of a log. The last may be written in part, on a disk that is full.
 fn records(path: &Path) -> Vec<Value> {
     let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str(line).expect("a line is a JSON object")).collect()
+    let written = text.rfind('\n').map_or("", |end| &text[..end]);
+    written.lines().map(|line| serde_json::from_str(line).expect("a line is a JSON object")).collect()
 }
 
 /// The same, once it has a record like this.
@@ -126,6 +129,46 @@ fn who_connects_opens_and_leaves_is_recorded_and_how_much_was_moved() {
     }
     let is_there = |it: &&&Value| it["address"].as_str().is_some_and(|it| it.starts_with("127.0.0.1:"));
     assert_eq!(records.iter().filter(|it| is_there(&it)).count(), records.len() - 1, "all but the end");
+}
+
+/// The open ends while its client has no connection, and belongs to the next one.
+#[test]
+fn an_open_whose_connection_breaks_is_recorded_with_all_that_is_done_to_the_file() {
+    let options = FuseOptions::default();
+    let Some(fuse) = FuseFs::mount("an open that takes long", options, &[("file", b"0123456789")]) else {
+        return;
+    };
+    let client = Client::new();
+    let logs = tempfile::tempdir().expect("a directory");
+    let log = logs.path().join("audit");
+    let arguments = ["--audit", log.to_str().expect("UTF-8")];
+    let entry = client.entry("one", "exports = { data = 'rw' }");
+    let mut site = raio_e2e::Site::open_to_users(&entry, fuse.path(), &arguments, None);
+    let proxy = Proxy::start(site.server.address());
+    let directory = KeyDirectory::new(client.keys.path());
+    let (host, at) = (site.host_key(), proxy.address());
+    directory.pin(&at.ip().to_string(), at.port(), host).expect("it is pinned");
+    let options = Options { keys: Keys::Directory(client.keys.path().to_owned()), ..Options::default() };
+    let session = Session::connect(&proxy.url(), &options).expect("a session");
+    fuse.hang(FuseCall::Open);
+    let file = std::thread::scope(|scope| {
+        let opening = scope.spawn(|| session.open("/data/file", libc::O_RDWR, 0));
+        fuse.wait_for_hanging(FuseCall::Open, 1);
+        proxy.end_all(Ending::Reset);
+        site.server.statistics_when(|statistics| statistics["channels"]["orphaned_requests"] == 1);
+        fuse.mend(FuseCall::Open);
+        opening.join().expect("it has not failed").expect("a file")
+    });
+    let mut context = session.context(4).expect("a context");
+    work(&mut context, &file, Operation::Write { offset: 0, buffers: bytes(7) });
+    file.close().expect("it is closed");
+    drop((file, context, session));
+    let records = records_when(&log, |record| record["event"] == "end");
+    let of = |event: &str| records.iter().filter(|it| it["event"] == event).collect::<Vec<_>>();
+    let [open, close] = ["open", "close"].map(of);
+    assert_eq!((open.len(), close.len()), (1, 1), "{records:?}");
+    assert_eq!((&open[0]["path"], &open[0]["errno"]), (&"/data/file".into(), &0.into()));
+    assert_eq!((&close[0]["path"], &close[0]["written_bytes"]), (&"/data/file".into(), &7.into()));
 }
 
 #[test]

@@ -188,6 +188,27 @@ fn requests_that_wait_for_a_rate_can_be_cancelled_and_end_with_their_client_or_t
 }
 
 #[test]
+fn the_requests_of_all_sessions_of_a_client_are_limited_together() {
+    let client = Client::new();
+    // All but the first wait.
+    let entry = client.entry("one", "exports = { data = 'ro' }\nlimits = { requests = 3, iops = 1 }");
+    let (mut site, _) = Site::configured(&entry, "[export.data]\npath = 'DIRECTORY/data'\n");
+    fs::write(site.path("data/file"), vec![0; 4096]).expect("a file");
+    let sessions = [(); 2].map(|()| client.connect(&site).expect("a session"));
+    let mut contexts = sessions.each_ref().map(|session| session.context(8).expect("a context"));
+    let files = sessions.each_ref().map(|session| session.open("/data/file", libc::O_RDONLY, 0));
+    let files = files.map(|file| file.expect("a file"));
+    for (context, file) in contexts.iter_mut().zip(&files) {
+        (0..4).for_each(|_| begin(context, file, 4096, false));
+        context.flush();
+    }
+    let statistics = site.server.statistics_when(|it| it["rejected"]["client_requests"].as_u64() > Some(2));
+    assert!(statistics["in_flight"]["need_slot"].as_u64() <= Some(3), "{statistics}");
+    drop((contexts, files, sessions));
+    site.server.statistics_when(is_at_rest);
+}
+
+#[test]
 #[ignore = "long"] // three quarters of a minute
 fn a_write_that_waits_for_its_rate_for_long_is_carried_out_over_the_same_connection() {
     let client = Client::new();
