@@ -221,7 +221,7 @@ impl Counters {
         }
     }
 
-    /// It begins, after so long.
+    /// It begins after it was delayed for this time.
     pub fn throttled_time(&self, export: Option<usize>, time: Duration) {
         if let Some(export) = export.and_then(|export| self.exports.get(export)) {
             export.throttled_us.add(time.as_micros() as u64);

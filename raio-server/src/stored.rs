@@ -152,7 +152,7 @@ pub struct Full {
 }
 
 impl LimitedFile {
-    /// A request is to make the file so long, if it is not longer.
+    /// Counts a request after which the file ends at `end`, or later if it does already.
     pub fn grow(&self, end: u64) -> Result<(), Full> {
         let mut size = self.size.load(Ordering::Relaxed);
         while end > size {
@@ -316,7 +316,7 @@ mod tests {
         assert_eq!(bytes(&stored), 40);
         let file = stored.opened(100, FILE, 0, 0);
         file.grow(60).unwrap();
-        // Whatever it had when it was looked up: what is known of an open file is newer.
+        // The size of an open file is known better than the lookup tells it.
         let again = stored.opened(100, FILE, 0, 0);
         assert_eq!(bytes(&stored), 40);
         again.grow(60).unwrap();

@@ -41,7 +41,7 @@ impl Subtree {
         Self { directory: String::new(), access, owner, bytes_max: None }
     }
 
-    /// The same, whose files may have so many bytes together.
+    /// The same, with a limit on the bytes of all its files together.
     pub fn with_bytes_max(self, bytes_max: Option<u64>) -> Self {
         Self { bytes_max, ..self }
     }

@@ -32,7 +32,7 @@ use crate::tuning::throttle::{
 pub struct Rates {
     iops: Option<u64>,
     bandwidth: Option<u64>,
-    /// What was not used in so long may be caught up with.
+    /// For how long an unused rate may be caught up with.
     burst: Duration,
 }
 
@@ -186,7 +186,7 @@ fn tag(time: Duration, weight: u64) -> Tag {
 /// A flow that waits.
 #[derive(Clone, Copy, Debug)]
 struct Waiter {
-    /// It asks again by then. It does not count later: nobody need say that it waits no more.
+    /// It asks again by then. Later it does not count any more, so it need not say that it no longer waits.
     until: Instant,
     weight: u32,
 }
@@ -254,8 +254,8 @@ struct Own {
 pub struct ClientBucket(Mutex<Bucket>);
 
 impl Flow {
-    /// Begins a request of so many bytes, unless it must wait. Does not block: the locks are held for a few
-    /// instructions.
+    /// Begins a request of this number of bytes, unless it must wait. Any thread may call it, and no thread
+    /// waits: the locks are held for a few instructions.
     pub fn begin(&self, bytes: u64, now: Instant) -> Result<(), Wait> {
         // In this order everywhere.
         let mut client = self.client.as_ref().map(|client| lock(&client.0));
@@ -329,11 +329,11 @@ impl ClientRates {
     pub const NONE: Self = Self { all: Rates::NONE, share: Share::DEFAULT };
 }
 
-/// What there is as long as somebody uses it.
+/// Values by key, as long as they are used elsewhere.
 #[derive(Debug)]
 struct InUse<K, V> {
     all: HashMap<K, Weak<V>>,
-    /// When there are so many, those that nobody uses any more are taken out.
+    /// At this number those that are not used any more are removed.
     swept_at: usize,
 }
 
@@ -465,11 +465,11 @@ mod tests {
         Holder::Client(name.into())
     }
 
-    /// A client whose requests of so many bytes never stop coming, or come in turns.
+    /// A client that always has a request, or one at a time with a pause.
     struct Load {
         flow: Arc<Flow>,
         bytes: u64,
-        /// Requests that it has at once; the rest waits for these.
+        /// It pauses.
         idle_until: Option<Instant>,
         every: Duration,
         asks_at: Instant,
@@ -481,7 +481,7 @@ mod tests {
             Self { flow, bytes, idle_until: None, every: Duration::ZERO, asks_at: now, begun: 0 }
         }
 
-        /// One request, and the next after so long.
+        /// One request at a time, and the next after this time.
         fn light(self, every: Duration) -> Self {
             Self { every, ..self }
         }
@@ -571,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_always_have_requests_share_an_export_by_their_weights_whatever_the_sizes() {
+    fn clients_that_always_have_requests_share_an_export_by_their_weights_with_requests_of_any_size() {
         let now = Instant::now();
         let limits = [rates(Some(4000), None, None), rates(None, Some(64 << 20), None)];
         for (limit, scale) in limits.into_iter().flat_map(|limit| [(limit, 1), (limit, 1000)]) {
@@ -604,7 +604,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_client_does_not_use_the_others_have_and_it_waits_for_nobody() {
+    fn what_one_client_does_not_use_the_others_have_and_it_does_not_wait() {
         let now = Instant::now();
         let throttles = Throttles::new([rates(Some(1000), None, None)].into_iter(), now);
         let flow = |name: &str| throttles.flow(client(name), 0, &ClientRates::NONE, now).unwrap();
@@ -635,7 +635,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_that_has_gone_while_it_waited_holds_up_nobody() {
+    fn a_client_that_has_gone_while_it_waited_does_not_delay_others() {
         let now = Instant::now();
         let throttles = Throttles::new([rates(Some(1000), None, None)].into_iter(), now);
         let [gone, other] =

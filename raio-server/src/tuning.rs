@@ -216,8 +216,8 @@ pub mod limits {
 pub mod throttle {
     use std::time::Duration;
 
-    /// What was not used in so long may be caught up with, if nothing else is said: a twentieth of a second's
-    /// rate, so that the first second is within a tenth of it ...
+    /// For how long an unused rate may be caught up with, if the configuration does not say: a twentieth of a
+    /// second, so that the first second is within a tenth of the rate ...
     pub const BURST_DEFAULT: Duration = Duration::from_millis(50);
     /// ... and its least: workers wake up late by some milliseconds, which must be caught up with ...
     pub const BURST_MIN: Duration = Duration::from_millis(10);
@@ -231,10 +231,10 @@ pub mod throttle {
     pub const WEIGHT_MAX: u32 = 10_000;
     /// A request that must wait is not looked at before: so often a worker wakes up for it at most.
     pub const RETRY_AFTER: Duration = Duration::from_millis(1);
-    /// A client may be ahead of others on the same export by its share of what the export does in so long:
+    /// A client may be ahead of others on the same export by its share of what the export does in this time:
     /// half a per cent of a second, and more than it takes the others' workers to wake up.
     pub const LEAD: Duration = Duration::from_millis(5);
-    /// A client that was to ask again, and has not for so long, waits no more.
+    /// A client that was to ask again, and is late by this time, does not count as waiting any more.
     pub const FORGOTTEN_AFTER: Duration = Duration::from_millis(20);
 }
 
@@ -244,7 +244,7 @@ pub mod stored {
 
     /// How often it is counted anew at most, for what others than clients have changed ...
     pub const COUNTED_EVERY: Duration = Duration::from_secs(600);
-    /// ... and never for more than one part in so many of the time.
+    /// ... and counting never takes more than this part of the time (1 / 100).
     pub const COUNTING_PART: u32 = 100;
     /// How many directories deep: each takes a descriptor while what is beneath it is counted.
     pub const DEPTH_MAX: usize = 128;

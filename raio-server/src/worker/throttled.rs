@@ -41,8 +41,8 @@ impl Throttled {
         self.queues.is_empty()
     }
 
-    /// A request has come that would move so many bytes. None: it may begin. Else it waits here, behind those
-    /// of its flow that wait already, and [`Throttled::begin`] is due at the latest when this says.
+    /// Takes in a request that would move this number of bytes. Returns None if it may begin. Else it waits
+    /// here, behind those of its flow that wait already, and returns when [`Throttled::begin`] is due.
     pub fn wait(
         &mut self,
         flow: &Arc<Flow>,

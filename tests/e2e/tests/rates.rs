@@ -20,7 +20,7 @@ struct Busy {
 }
 
 impl Busy {
-    /// With so many contexts, so many requests in each, of so many bytes. They write if `writes`.
+    /// `depth` requests in flight in each of the contexts.
     fn start(
         session: &Session,
         path: &str,
