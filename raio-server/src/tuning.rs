@@ -94,13 +94,17 @@ pub mod drain {
     use std::time::Duration;
 
     /// After it was told to stop, a worker takes new requests for so long: those that were on their way. A
-    /// hundred round trips of a slow local network. Not measured.
+    /// hundred round trips of a slow local network. Not measured. A connection whose first request comes later
+    /// has so long from then on: libraio does not repeat what it asks first to begin a context ...
     pub const GRACE: Duration = Duration::from_millis(100);
+    /// ... and for its first request this time from its hello, for clients on machines that are busy.
+    pub const GRACE_OF_SILENT: Duration = Duration::from_secs(1);
     /// From then on connections without requests are closed once nothing arrives any more, or after so long.
     /// Not measured: a client that goes on sending is told with an error from then on.
     pub const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
     /// How long a drained worker waits for the hosts of its peers to have their goaways (over RDMA for the
-    /// peers to read them and close): longer than a connection lingers for that. Not measured.
+    /// peers to read them and close), and for the hellos of connections that were accepted: longer than a
+    /// connection lingers for that. Not measured.
     pub const GOAWAY_TIMEOUT: Duration = Duration::from_millis(1500);
     /// How often it asks whether they have: about as often as a local network can have changed that. Not
     /// measured.

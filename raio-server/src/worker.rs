@@ -74,7 +74,7 @@ use crate::stats::Counters;
 use crate::stored::StoredDirectories;
 use crate::throttle::Throttles;
 use crate::trace::Trace;
-use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, QUIESCE_TIMEOUT};
+use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, GRACE_OF_SILENT, QUIESCE_TIMEOUT};
 use crate::tuning::statistics::PUBLISHED_EVERY;
 use admission::Admission;
 use connections::{Arrival, Connections, Standing};
@@ -553,9 +553,8 @@ impl Worker {
     fn take_mail(&mut self) {
         while let Some((connection, permit)) = self.incoming.take() {
             self.is_busy = true;
-            if self.drain.is_none() {
-                self.adopt(connection, permit);
-            }
+            // By a worker that drains, too: a client reconnects when it has begun a session, and not before.
+            self.adopt(connection, permit);
         }
         while let Some(mail) = self.mail.take() {
             self.is_busy = true;
@@ -568,8 +567,10 @@ impl Worker {
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;
-                    self.reactor.timer(reject_at, TIMER);
-                    self.reactor.timer(deadline, TIMER);
+                    let silent_until = self.reactor.clock().now() + GRACE_OF_SILENT;
+                    for at in [reject_at, silent_until, deadline] {
+                        self.reactor.timer(at, TIMER);
+                    }
                     self.drain =
                         Some(Drain { reject_at, deadline, check_at: reject_at, goaway_deadline: None });
                 }
@@ -696,9 +697,23 @@ impl Worker {
     // The end
     // ----------------------------------------------------------------------------------------------------
 
-    /// Whether new requests are rejected.
-    fn is_rejecting(&self) -> bool {
-        self.drain.as_ref().is_some_and(|drain| self.reactor.clock().now() >= drain.reject_at)
+    /// The first request of a connection has come.
+    #[cold]
+    fn begin_grace(&mut self, connection: usize) {
+        let until = self.reactor.clock().now() + GRACE;
+        let connection = &mut self.connections[connection];
+        (connection.has_asked, connection.grace_until) = (true, until);
+        if self.drain.is_some() {
+            self.reactor.timer(until, TIMER);
+        }
+    }
+
+    /// Whether new requests of a connection are rejected.
+    fn is_rejecting(&self, connection: usize) -> bool {
+        self.drain.as_ref().is_some_and(|drain| {
+            let now = self.reactor.clock().now();
+            now >= drain.reject_at && now >= self.connections[connection].grace_until
+        })
     }
 
     /// Whether the worker was told to stop and is done; if so, whether everything was answered.
@@ -735,7 +750,8 @@ impl Worker {
             return None;
         }
         for (key, connection) in self.connections.iter() {
-            if self.requests.oldest(key).is_none() && self.transport.unsent_bytes(connection.id) == 0 {
+            let is_idle = self.requests.oldest(key).is_none() && now >= connection.grace_until;
+            if is_idle && self.transport.unsent_bytes(connection.id) == 0 {
                 self.is_busy = true;
                 let status = Status::transport(libc::ESHUTDOWN);
                 self.transport.close(

@@ -45,7 +45,10 @@ impl Worker {
         self.counters.request(opcode);
         let bytes = request.region_len + request.data_len;
         self.trace(request.key, Phase::Begin, opcode.operation().name, bytes.into());
-        if self.is_rejecting() {
+        if !self.connections[connection].has_asked {
+            self.begin_grace(connection);
+        }
+        if self.is_rejecting(connection) {
             return self.respond_now(request.key, opcode, shutting_down());
         }
         let session = self.connections[connection].session;

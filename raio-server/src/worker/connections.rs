@@ -89,6 +89,10 @@ pub struct Connection {
     pub outcomes: Option<Outcomes>,
     /// What has become of requests of the connections before it is known.
     pub knows_earlier: bool,
+    /// Until then it is served as ever, also if the server ends: it has opened only just.
+    pub grace_until: Instant,
+    /// A request has come.
+    pub has_asked: bool,
     /// How long its channel is kept when it has ended.
     pub linger: Duration,
     /// The most requests that it may have outstanding, one for control messages not counted.
@@ -268,6 +272,8 @@ mod tests {
             fencing: None,
             outcomes: None,
             knows_earlier: true,
+            grace_until: Instant::now(),
+            has_asked: false,
             linger: Duration::ZERO,
             queue_depth: 128,
             features: 0,

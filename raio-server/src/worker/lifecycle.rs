@@ -15,7 +15,7 @@ use tracing::field::display;
 
 use super::connections::{Connection, Fencing, Standing};
 use super::fence::Orphan;
-use super::{Mail, Quirk, Worker};
+use super::{Mail, Quirk, TIMER, Worker};
 use crate::audit::{Event, Who};
 use crate::client::Client;
 use crate::keys::Rights;
@@ -24,6 +24,7 @@ use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::request::State;
 use crate::sessions::{ConnectionName, Joined, NotJoined, Remains};
+use crate::tuning::drain::GRACE_OF_SILENT;
 
 impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
@@ -101,6 +102,8 @@ impl Worker {
             fencing: fence.map(|fence| Box::new(Fencing::new(fence))),
             outcomes,
             knows_earlier: true,
+            grace_until: now + GRACE_OF_SILENT,
+            has_asked: false,
             linger: peer.grant.linger,
             queue_depth: peer.grant.queue_depth,
             features: peer.grant.features,
@@ -109,6 +112,11 @@ impl Worker {
             who,
             client: Client::new(self.transport.socket(id)),
         });
+        if let Some(drain) = &mut self.drain {
+            // It hears of the end, too.
+            drain.goaway_deadline = None;
+            self.reactor.timer(now + GRACE_OF_SILENT, TIMER);
+        }
         self.admission.open(key, session, address.map(PeerAddress::origin));
         if let Some((client, bytes)) = self.sessions[session].session.client_memory() {
             self.admission.limit_client(key, client, bytes);

@@ -1,7 +1,7 @@
 //! Connections and the server itself: how they end, and that nothing is left behind.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -86,6 +86,49 @@ fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
         assert!(started.elapsed() < Duration::from_secs(5));
         assert!(TcpStream::connect(server.address).is_err(), "nobody listens any more");
         let _ = file;
+    });
+}
+
+/// Passes on what comes over either of them, until both have ended.
+fn relay(one: &TcpStream, other: &TcpStream) {
+    let pass = |mut from: &TcpStream, mut to: &TcpStream| {
+        let _ = std::io::copy(&mut from, &mut to);
+        let _ = to.shutdown(std::net::Shutdown::Write);
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| pass(one, other));
+        pass(other, one);
+    });
+}
+
+#[test]
+fn a_client_that_was_accepted_before_the_end_begins_a_session_and_has_its_first_requests_answered() {
+    each(|variant| {
+        let mut server = Server::start(variant, &[]);
+        let between = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = between.local_addr().unwrap();
+        let onward = TcpStream::connect(server.address).unwrap();
+        server.stats_until("connected", |stats| stats.get("connections") == 1);
+        server.signal(Signal::TERM);
+        server.log_until("Told to stop");
+        // Longer than requests are taken from clients that had a session.
+        std::thread::sleep(Duration::from_millis(300));
+        std::thread::scope(|scope| {
+            scope.spawn(|| relay(&between.accept().unwrap().0, &onward));
+            let mut client = Client::connect(address, &Offer::new("late"));
+            client.open("/d/f", NEW).unwrap();
+            let deadline = Instant::now() + TIMEOUT;
+            let mut replies = Vec::new();
+            while client.transport.failure().is_none() {
+                assert!(Instant::now() < deadline);
+                client.transport.wait(Some(deadline)).unwrap();
+                client.transport.receive(&mut replies);
+            }
+            let text = client.transport.failure().unwrap().to_string();
+            assert!(text.contains("shutting down"), "{text}");
+            drop(client);
+        });
+        assert_eq!(server.wait().code(), Some(0));
     });
 }
 
