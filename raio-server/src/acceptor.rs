@@ -30,6 +30,15 @@ use crate::log::log_client;
 use crate::peer::{Origin, PeerAddress};
 use crate::tuning::acceptor::{DEADLINE, HANDSHAKES_MAX};
 
+/// What becomes of the connections that were accepted.
+#[derive(Debug)]
+pub enum Handshaken {
+    /// The client of this one has proven an accepted key.
+    Secured(Connection),
+    /// There are no more: the acceptor was told to finish.
+    Finished,
+}
+
 /// An accepted connection, before and after its handshake.
 #[derive(Debug)]
 pub struct Connection {
@@ -52,12 +61,12 @@ pub struct TlsAcceptor {
 
 impl TlsAcceptor {
     /// Starts the thread, which sends connections to `secured` once their client has proven an accepted key.
-    /// It ends when this is dropped.
+    /// It ends when it was told to finish, or this is dropped, and no handshake is in progress.
     pub fn start(
         keys: Arc<Keys>,
         policy: Arc<Policy>,
         audit: Option<Arc<Audit>>,
-        secured: reactor::Sender<Connection>,
+        secured: reactor::Sender<Handshaken>,
     ) -> anyhow::Result<Self> {
         let cannot = "Cannot start a thread for handshakes";
         let accepts = {
@@ -74,6 +83,7 @@ impl TlsAcceptor {
             accepted,
             secured,
             pending: Vec::new(),
+            is_finishing: false,
         };
         let woken = Arc::clone(&waker);
         std::thread::Builder::new()
@@ -93,6 +103,13 @@ impl TlsAcceptor {
         self.wake();
     }
 
+    /// No more connections come: when those that have come have shaken hands, or not in time, that is said
+    /// with [`Handshaken::Finished`].
+    pub fn finish(&mut self) {
+        self.accepted = None;
+        self.wake();
+    }
+
     fn wake(&self) {
         let _ = rustix::io::write(&*self.waker, &1_u64.to_ne_bytes());
     }
@@ -100,8 +117,7 @@ impl TlsAcceptor {
 
 impl Drop for TlsAcceptor {
     fn drop(&mut self) {
-        self.accepted = None;
-        self.wake();
+        self.finish();
     }
 }
 
@@ -125,9 +141,11 @@ struct Handshakes {
     policy: Arc<Policy>,
     audit: Option<Arc<Audit>>,
     accepted: Receiver<Connection>,
-    secured: reactor::Sender<Connection>,
+    secured: reactor::Sender<Handshaken>,
     /// The oldest first.
     pending: Vec<Pending>,
+    /// No more come.
+    is_finishing: bool,
 }
 
 impl Handshakes {
@@ -135,14 +153,17 @@ impl Handshakes {
         // Which of them to step: those that have come, and those that can go on.
         let mut ready: Vec<bool> = Vec::new();
         loop {
-            loop {
+            while !self.is_finishing {
                 match self.accepted.try_recv() {
                     Ok(connection) => self.begin(connection, &mut ready),
                     Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return,
+                    Err(TryRecvError::Disconnected) => self.is_finishing = true,
                 }
             }
             self.step(&ready);
+            if self.is_finishing && self.pending.is_empty() {
+                return self.secured.send(Handshaken::Finished);
+            }
             ready = self.wait(waker);
         }
     }
@@ -190,7 +211,7 @@ impl Handshakes {
         let Some(client) = client else { return };
         tracing::debug!(client = client.name, peer = peer.map(tracing::field::display), "A client is known.");
         let stream = if client.may_use_rdma { stream } else { stream.without_rdma() };
-        self.secured.send(Connection { stream, peer, permit });
+        self.secured.send(Handshaken::Secured(Connection { stream, peer, permit }));
     }
 
     fn reject(&self, peer: Option<PeerAddress>, error: &Error) {

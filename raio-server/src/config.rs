@@ -25,6 +25,10 @@ use crate::tuning::options::{
 };
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
+/// What sun_path has room for.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// Descriptors in a message (SCM_MAX_FD), without that of the Unix socket at which servers hand over.
+pub const HANDED_OVER_MAX: usize = 252;
 /// What the wire's credits can count.
 const QUEUE_DEPTH_MAX: u32 = 65_534;
 
@@ -100,6 +104,10 @@ pub struct Options {
     /// is none [default: nothing is kept]
     #[arg(long, value_name = "DIRECTORY")]
     state: Option<PathBuf>,
+    /// Take the listening sockets of the server that runs and listens at this Unix socket, and have it end;
+    /// then listen there for the next server [default: nothing is handed over]
+    #[arg(long, value_name = "PATH")]
+    hand_over: Option<PathBuf>,
     /// Take only clients that have keys, over TLS: DIRECTORY has the server's own key, which is made at the
     /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
     #[arg(long, value_name = "DIRECTORY")]
@@ -272,6 +280,8 @@ pub struct Config {
     pub trace: Option<PathBuf>,
     /// Where to keep what a restart needs.
     pub state: Option<PathBuf>,
+    /// Where servers hand over to one another.
+    pub hand_over: Option<PathBuf>,
     /// Where the server's key is, and who may connect. None: anybody.
     pub keys: Option<PathBuf>,
     /// Clients of other machines need no key.
@@ -382,6 +392,7 @@ impl Options {
             log unless is_none,
             trace unless is_none,
             state unless is_none,
+            hand_over unless is_none,
             keys unless is_none,
             audit unless is_none,
             audit_full unless is_none,
@@ -459,6 +470,10 @@ impl Options {
                 name("export"),
                 export.name
             );
+        }
+
+        if let Some(path) = &options.hand_over {
+            check_hand_over(path, &listen).map_err(|why| anyhow!("{}: {why}", name("hand-over")))?;
         }
 
         let workers = options.workers.unwrap_or(cores.clamp(1, WORKERS_MAX));
@@ -576,6 +591,7 @@ impl Options {
             log: options.log.unwrap_or(LogLevel::Info),
             trace: options.trace,
             state: options.state,
+            hand_over: options.hand_over,
             is_open_to_others,
             keys: options.keys,
             audit: options.audit.map(AuditTarget::from),
@@ -585,6 +601,27 @@ impl Options {
             is_sandboxed: options.sandbox != Some(SandboxMode::Off),
         })
     }
+}
+
+/// Whether servers that listen there can hand over at this path.
+fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)]) -> anyhow::Result<()> {
+    ensure!(
+        path.is_absolute(),
+        "{} is not a path from / on. Another server would look for it in its own directory. Write it whole.",
+        path.display()
+    );
+    ensure!(
+        path.as_os_str().len() <= SOCKET_PATH_BYTES_MAX,
+        "{} is longer than {SOCKET_PATH_BYTES_MAX} bytes. Give a shorter path.",
+        path.display()
+    );
+    let sockets = listen.iter().filter(|(scheme, _)| *scheme != Scheme::Rdma).count();
+    ensure!(
+        sockets <= HANDED_OVER_MAX,
+        "no more than {HANDED_OVER_MAX} listening sockets can be handed over, and there are {sockets}. \
+         Listen on fewer addresses, such as 0.0.0.0 for all, or leave this out."
+    );
+    Ok(())
 }
 
 /// The addresses of a URL to listen on. The error says why not, and the right form.
@@ -764,6 +801,7 @@ mod tests {
             (&["--export", "a=/", "--listen", "tcp://10.0.0.1:1"], "10.0.0.1:1: other machines"),
             (&["--export", "a=/", "--listen", "tcp://[::]:1"], "[::]:1: other machines"),
             (&["--export", "a=/", "--clear", "--keys", "/k"], "--clear does not go with keys"),
+            (&["--export", "a=/", "--hand-over", "here"], "--hand-over: here is not a path from / on"),
             (&["--config", "/no/such/file"], "--config"),
         ] {
             let error = error(arguments);

@@ -21,6 +21,7 @@ mod engine;
 mod export;
 pub mod export_spec;
 mod file_identity;
+mod hand_over;
 mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]

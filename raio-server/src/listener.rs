@@ -14,6 +14,7 @@ use raio_transport::transport::AcceptedStream;
 use raio_transport::{rdma, tcp, transport};
 use rustix::net::getpeername;
 
+use crate::hand_over::{self, GivenSocket, Offered};
 use crate::log::{self, log_client};
 use crate::peer::PeerAddress;
 use crate::tuning::main_thread::{ACCEPT_RETRY, BIND_RETRY, BIND_TIMEOUT};
@@ -24,6 +25,7 @@ use crate::worker::RawConnection;
 pub struct Listener {
     owner: u8,
     sockets: Vec<Socket>,
+    is_stopping: bool,
 }
 
 #[derive(Debug)]
@@ -31,6 +33,8 @@ struct Socket {
     /// Its place on the command line.
     position: usize,
     file: File,
+    /// What it was bound for: a URL of `--listen`, its address looked up.
+    url: String,
     endpoint: Endpoint,
     /// None: it is a stream socket.
     rdma: Option<Box<dyn transport::Listener>>,
@@ -40,27 +44,71 @@ struct Socket {
 impl Listener {
     /// Listens nowhere yet. Events on its operations will carry `owner`.
     pub fn new(owner: u8) -> Self {
-        Self { owner, sockets: Vec::new() }
+        Self { owner, sockets: Vec::new(), is_stopping: false }
     }
 
-    /// Listens on those of the endpoints that are stream sockets. With `for_all` every user may connect to
-    /// the Unix sockets among them, else those whom the umask leaves.
+    /// Listens on those of the endpoints that are stream sockets, and that it does not listen on yet. With
+    /// `for_all` every user may connect to the Unix sockets among them, else those whom the umask leaves.
     pub fn bind_streams(
         &mut self,
         reactor: &mut Reactor,
         endpoints: &[(Scheme, Endpoint)],
         for_all: bool,
     ) -> anyhow::Result<()> {
+        self.bind_free(reactor, endpoints, for_all, &[])
+    }
+
+    /// Listens on those of the endpoints for which a socket was given, and on the others. Returns how many
+    /// were given. Those are left out whose port another socket has that was given: they are free when the
+    /// server that has given it has ended.
+    pub fn take_over(
+        &mut self,
+        reactor: &mut Reactor,
+        endpoints: &[(Scheme, Endpoint)],
+        for_all: bool,
+        mut given: Vec<GivenSocket>,
+    ) -> anyhow::Result<usize> {
+        // By where they listen, and then by what they were bound for: that of port 0 has another one.
+        let is_there = |given: &GivenSocket, wanted: &Endpoint| given.endpoint().as_ref() == Some(wanted);
+        let is_for = |given: &GivenSocket, wanted: &Endpoint| given.url == hand_over::url(wanted);
+        for is_it in [is_there, is_for] {
+            for (position, (scheme, endpoint)) in endpoints.iter().enumerate() {
+                if *scheme == Scheme::Rdma || self.is_bound(position) {
+                    continue;
+                }
+                let Some(at) = given.iter().position(|given| is_it(given, endpoint)) else { continue };
+                let given = given.swap_remove(at);
+                let Some(actual) = given.listens_at(endpoint) else { continue };
+                let_all_connect(&actual, for_all)?;
+                self.push(reactor, position, given.socket, hand_over::url(endpoint), actual, None);
+            }
+        }
+        let taken: Vec<_> = given.iter().filter_map(GivenSocket::endpoint).collect();
+        let count = self.sockets.len();
+        self.bind_free(reactor, endpoints, for_all, &taken)?;
+        Ok(count)
+    }
+
+    /// The same, but for those whose port one of these has.
+    fn bind_free(
+        &mut self,
+        reactor: &mut Reactor,
+        endpoints: &[(Scheme, Endpoint)],
+        for_all: bool,
+        taken: &[Endpoint],
+    ) -> anyhow::Result<()> {
+        let port =
+            |endpoint: &Endpoint| endpoint.ip().map(|address| address.port()).filter(|&port| port != 0);
         for (position, (scheme, endpoint)) in endpoints.iter().enumerate() {
-            if *scheme == Scheme::Rdma {
+            let is_taken =
+                port(endpoint).is_some() && taken.iter().any(|other| port(other) == port(endpoint));
+            if *scheme == Scheme::Rdma || self.is_bound(position) || is_taken {
                 continue;
             }
+            let url = hand_over::url(endpoint);
             let (socket, endpoint) = when_free(|| tcp::listen(endpoint.clone()))?;
-            if let (Endpoint::Unix(path), true) = (&endpoint, for_all) {
-                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
-                    .with_context(|| format!("Cannot let all users connect to {}", path.display()))?;
-            }
-            self.push(reactor, position, socket, endpoint, None);
+            let_all_connect(&endpoint, for_all)?;
+            self.push(reactor, position, socket, url, endpoint, None);
         }
         Ok(())
     }
@@ -74,7 +122,8 @@ impl Listener {
         for (position, endpoint) in endpoints.iter().enumerate() {
             let &(Scheme::Rdma, Endpoint::Ip(address)) = endpoint else { continue };
             let listener = when_free(|| rdma::listen(address))?;
-            self.push(reactor, position, listener.fd()?, listener.address().into(), Some(listener));
+            let (fd, endpoint) = (listener.fd()?, listener.address().into());
+            self.push(reactor, position, fd, String::new(), endpoint, Some(listener));
         }
         Ok(())
     }
@@ -84,10 +133,11 @@ impl Listener {
         reactor: &mut Reactor,
         position: usize,
         fd: OwnedFd,
+        url: String,
         endpoint: Endpoint,
         rdma: Option<Box<dyn transport::Listener>>,
     ) {
-        self.sockets.push(Socket { position, file: reactor.file(fd), endpoint, rdma, accept: None });
+        self.sockets.push(Socket { position, file: reactor.file(fd), url, endpoint, rdma, accept: None });
         self.sockets.sort_by_key(|socket| socket.position);
     }
 
@@ -96,6 +146,16 @@ impl Listener {
         for index in 0..self.sockets.len() {
             self.accept(reactor, index);
         }
+    }
+
+    fn is_bound(&self, position: usize) -> bool {
+        self.sockets.iter().any(|socket| socket.position == position)
+    }
+
+    /// The sockets that another process can have: rdma_cm's belong to this one.
+    pub fn offered(&self) -> Vec<Offered> {
+        let streams = self.sockets.iter().filter(|socket| socket.rdma.is_none());
+        streams.map(|it| Offered { url: it.url.clone(), socket: it.file.descriptor() }).collect()
     }
 
     /// Where it listens, with the actual ports, as URLs.
@@ -110,6 +170,18 @@ impl Listener {
 
     /// Handles the end of an accept, and accepts the next. Returns a connection if there is one.
     pub fn handle(&mut self, reactor: &mut Reactor, event: Event) -> Option<RawConnection> {
+        let accepted = self.accepted(reactor, event);
+        self.close_if_stopped();
+        accepted
+    }
+
+    fn close_if_stopped(&mut self) {
+        if self.is_stopping && self.sockets.iter().all(|socket| socket.accept.is_none()) {
+            self.sockets.clear();
+        }
+    }
+
+    fn accepted(&mut self, reactor: &mut Reactor, event: Event) -> Option<RawConnection> {
         let index = event.token.value as usize;
         let socket = self.sockets.get_mut(index)?;
         socket.accept = None;
@@ -134,6 +206,7 @@ impl Listener {
                 self.accept(reactor, index);
                 None
             }
+            (Err(_), _) if self.is_stopping => None,
             (Err(errno), _) => {
                 if log::permit(None, "connections that cannot be accepted") {
                     let error = std::io::Error::from_raw_os_error(errno);
@@ -151,16 +224,25 @@ impl Listener {
         }
     }
 
-    /// Stops listening. What has not been accepted is rejected by the kernel.
+    /// Stops listening. What has been accepted meanwhile is still to be handled: [`Listener::has_stopped`].
+    /// What has not been is rejected by the kernel, unless another process has the socket, too.
     pub fn stop(&mut self, reactor: &mut Reactor) {
-        for socket in self.sockets.drain(..) {
-            if let Some(accept) = socket.accept {
-                reactor.cancel(accept);
-            }
+        self.is_stopping = true;
+        for accept in self.sockets.iter().filter_map(|socket| socket.accept) {
+            reactor.cancel(accept);
         }
+        self.close_if_stopped();
+    }
+
+    /// Whether it was told to stop, and accepts nothing more.
+    pub fn has_stopped(&self) -> bool {
+        self.is_stopping && self.sockets.is_empty()
     }
 
     fn accept(&mut self, reactor: &mut Reactor, index: usize) {
+        if self.is_stopping {
+            return;
+        }
         let socket = &mut self.sockets[index];
         let token = Token { owner: self.owner, value: index as u64 };
         let listener = socket.file.clone();
@@ -168,6 +250,13 @@ impl Listener {
             if socket.rdma.is_some() { Op::Readable { file: listener } } else { Op::Accept { listener } };
         socket.accept = Some(reactor.submit(token, op));
     }
+}
+
+/// With `for_all`, lets every user connect to a Unix socket.
+fn let_all_connect(endpoint: &Endpoint, for_all: bool) -> anyhow::Result<()> {
+    let (Endpoint::Unix(path), true) = (endpoint, for_all) else { return Ok(()) };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))
+        .with_context(|| format!("Cannot let all users connect to {}", path.display()))
 }
 
 /// A connection over a Unix socket. None: the kernel does not say whose it is.

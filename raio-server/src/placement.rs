@@ -5,13 +5,18 @@
 //! it on there if that is another one. So workers differ by at most one such connection when they are made;
 //! those that carry control commands alone cost nothing and stay where they are.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use raio_transport::sync::lock;
 
 /// The data connections of all workers.
 #[derive(Debug)]
-pub struct Placement(Mutex<Vec<Load>>);
+pub struct Placement {
+    loads: Mutex<Vec<Load>>,
+    /// The server ends.
+    is_over: AtomicBool,
+}
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Load {
@@ -23,22 +28,31 @@ struct Load {
 impl Placement {
     /// For a number of workers.
     pub fn new(workers: usize) -> Self {
-        Self(Mutex::new(vec![Load::default(); workers]))
+        Self { loads: Mutex::new(vec![Load::default(); workers]), is_over: AtomicBool::new(false) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Load>> {
-        lock(&self.0)
+        lock(&self.loads)
     }
 
     /// Counts a data connection where there are fewest: at `here`, rather than at another worker that has as
     /// few. Returns where.
     pub fn claim(&self, here: usize) -> usize {
         let mut loads = self.lock();
+        if self.is_over.load(Ordering::Relaxed) {
+            loads[here].data_connections += 1;
+            return here;
+        }
         let rank = |at: usize, load: &Load| (load.is_stuck, load.data_connections, at != here);
         let fewest = loads.iter().enumerate().min_by_key(|&(at, load)| rank(at, load));
         let at = fewest.map_or(here, |(at, _)| at);
         loads[at].data_connections += 1;
         at
+    }
+
+    /// From now on each stays where it is: another worker may have ended.
+    pub fn end(&self) {
+        self.is_over.store(true, Ordering::Relaxed);
     }
 
     /// Counts a data connection that stays at this worker.

@@ -12,18 +12,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, ensure};
 use jiff::Timestamp;
 use raio_transport::handshake::Identity;
-use raio_transport::reactor::{self, DisabledRing, Reactor, Receiver, Sender, Signals, Token, Wait};
+use raio_transport::reactor::{
+    self, DisabledRing, Event, Op, Reactor, Receiver, Sender, Signals, Token, Wait,
+};
 use raio_transport::transport::AcceptedStream;
 use raio_transport::{open_files, random, rdma};
 use rustix::net::{SendFlags, Shutdown};
 
-use crate::acceptor::{Connection, TlsAcceptor};
+use crate::acceptor::{Connection, Handshaken, TlsAcceptor};
 use crate::audit::{Audit, Who};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
+use crate::hand_over::{self, HandOver, Meeting, Predecessor};
 use crate::handles::GENERATION_MAX;
 use crate::keys::{Abilities, Keys, Revocation};
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
@@ -39,7 +42,9 @@ use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
 use crate::stored::Place;
 use crate::trace::Trace;
-use crate::tuning::main_thread::{DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER};
+use crate::tuning::main_thread::{
+    DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, ENTRY_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER,
+};
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
@@ -50,6 +55,8 @@ const SIGNALS: Token = Token { owner: 1, value: 0 };
 const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
 const EXPIRY: Token = Token { owner: 4, value: 0 };
+const HAND_OVER: u8 = 5;
+const ENTRY_DEADLINE: Token = Token { owner: 6, value: 0 };
 
 /// The threads for file operations.
 static POOL: LazyLock<&'static Pool<Job>> = LazyLock::new(Pool::new);
@@ -69,7 +76,7 @@ pub struct Server {
     /// Shakes hands with clients that must have keys, ...
     acceptor: Option<TlsAcceptor>,
     /// ... and sends their connections here.
-    secured: Receiver<Connection>,
+    secured: Receiver<Handshaken>,
     backend: &'static str,
     accepted: u64,
     /// Connections that got no permit.
@@ -77,7 +84,22 @@ pub struct Server {
     limits: Arc<Limits>,
     /// [`CHECK`] will come.
     is_checking: bool,
-    is_draining: bool,
+    phase: Phase,
+    /// Waits for a successor, if one may come. The last to be dropped: then the successor goes on.
+    hand_over: Option<HandOver>,
+}
+
+/// How far a server is that was told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// It was not.
+    Serving,
+    /// It stops to accept.
+    Closing,
+    /// Connections that it has accepted shake hands.
+    ShakingHands,
+    /// The workers finish what is in flight, and end.
+    Draining,
 }
 
 struct WorkerHandle {
@@ -110,6 +132,7 @@ impl Drop for EndedOnDrop {
 /// Whether a server could start with this, as far as can be told without listening.
 pub fn check(config: &Config) -> anyhow::Result<()> {
     let user = config.user.as_deref().map(User::find).transpose()?;
+    config.hand_over.as_deref().map_or(Ok(()), hand_over::check_path)?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
     reduce(config, user.as_ref())?;
@@ -166,70 +189,83 @@ fn limits_and_exports(config: &Config, descriptors: usize) -> anyhow::Result<(us
     Ok((sessions_max, limits, Exports::open(&config.exports, *POOL)?))
 }
 
-/// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has been
-/// killed can do so any more; then has the exports keep their verifiers. Returns what holds the lock, and
-/// the state directory; None if there is none, or nothing to lock. The error of a state directory that cannot
-/// be used is logged, unless the options are strict.
-fn claim(
-    config: &Config,
-    exports: &Exports,
-    wait: impl FnMut(&str) -> anyhow::Result<bool>,
-) -> anyhow::Result<Claimed> {
-    let mut claims = Vec::new();
-    let mut written = Vec::new();
-    for export in exports.all() {
-        if let Some(claim) = export.claim()? {
-            claims.push(claim);
-            written.push(export);
-        }
-    }
-    if claims.is_empty() {
-        return Ok(Claimed::Yes(None));
-    }
-    let directory = match &config.state {
-        Some(path) => StateDirectory::open(path),
-        None => Err(anyhow!("There is no state directory")),
-    };
-    let directory = match directory {
-        Ok(directory) => Arc::new(directory),
-        Err(error) if config.is_strict => {
-            return Err(error.context(
-                "With --strict nothing is exported for writing without a state directory. Name one that the \
-                 server may write to with --state",
-            ));
-        }
-        Err(error) => {
-            tracing::warn!(
-                "{}, so nothing keeps another server from writing to the same files, or a killed one's last \
-                 writes from landing after new ones; and after a restart the next fsync of each client that \
-                 has written fails once. Name one with --state.",
-                describe(&error)
-            );
-            return Ok(Claimed::Yes(None));
-        }
-    };
-    if let Some(export) = written.iter().zip(&claims).find(|(_, claim)| claim.contains(directory.root())) {
-        tracing::warn!(
-            "The state directory lies in export {}, where clients may write to it, and so make this server \
-             wait for ever or believe that writes are not lost. Name another one with --state.",
-            export.0.name()
-        );
-    }
-    let lock = match claim_when_free(&directory, &claims, wait)? {
-        Some(lock) => lock,
-        None => return Ok(Claimed::Stopped),
-    };
-    let boot = file_identity::boot();
-    Verifier::remove_old(&directory, boot)?;
-    for (export, claim) in written.iter().zip(&claims) {
-        let name = format!("{}{}", verifier::PREFIX, claim.key());
-        let about = format!("{} {}", claim.name, claim.path);
-        export.verifier().keep(&directory, &name, &about, boot)?;
-    }
-    Ok(Claimed::Yes(Some((lock, directory))))
+/// What is exported for writing, and where it is claimed.
+struct ToClaim<'a> {
+    written: Vec<&'a Export>,
+    /// Of each of them.
+    claims: Vec<Claim>,
+    /// None: there is none, or nothing to lock.
+    directory: Option<Arc<StateDirectory>>,
 }
 
-/// What came of [`claim`].
+impl<'a> ToClaim<'a> {
+    /// Finds out what is to be claimed. The error of a state directory that cannot be used is logged, unless
+    /// the options are strict.
+    fn find(config: &Config, exports: &'a Exports) -> anyhow::Result<Self> {
+        let (mut written, mut claims) = (Vec::new(), Vec::new());
+        for export in exports.all() {
+            if let Some(claim) = export.claim()? {
+                claims.push(claim);
+                written.push(export);
+            }
+        }
+        if claims.is_empty() {
+            return Ok(Self { written, claims, directory: None });
+        }
+        let directory = match &config.state {
+            Some(path) => StateDirectory::open(path),
+            None => Err(anyhow!("There is no state directory")),
+        };
+        let directory = match directory {
+            Ok(directory) => Arc::new(directory),
+            Err(error) if config.is_strict => {
+                return Err(error.context(
+                    "With --strict nothing is exported for writing without a state directory. Name one that \
+                     the server may write to with --state",
+                ));
+            }
+            Err(error) => {
+                tracing::warn!(
+                    "{}, so nothing keeps another server from writing to the same files, or a killed one's \
+                     last writes from landing after new ones; and after a restart the next fsync of each \
+                     client that has written fails once. Name one with --state.",
+                    describe(&error)
+                );
+                return Ok(Self { written, claims, directory: None });
+            }
+        };
+        if let Some(export) = written.iter().zip(&claims).find(|(_, claim)| claim.contains(directory.root()))
+        {
+            tracing::warn!(
+                "The state directory lies in export {}, where clients may write to it, and so make this \
+                 server wait for ever or believe that writes are not lost. Name another one with --state.",
+                export.0.name()
+            );
+        }
+        Ok(Self { written, claims, directory: Some(directory) })
+    }
+
+    /// Makes sure that nobody else writes to what is exported for writing, and nothing of a server that has
+    /// been killed can do so any more; then has the exports keep their verifiers. Returns what holds the
+    /// lock, and the state directory; None if there is none, or nothing to lock.
+    fn claim(self, wait: impl FnMut(&str) -> anyhow::Result<bool>) -> anyhow::Result<Claimed> {
+        let Some(directory) = self.directory else { return Ok(Claimed::Yes(None)) };
+        let lock = match claim_when_free(&directory, &self.claims, wait)? {
+            Some(lock) => lock,
+            None => return Ok(Claimed::Stopped),
+        };
+        let boot = file_identity::boot();
+        Verifier::remove_old(&directory, boot)?;
+        for (export, claim) in self.written.iter().zip(&self.claims) {
+            let name = format!("{}{}", verifier::PREFIX, claim.key());
+            let about = format!("{} {}", claim.name, claim.path);
+            export.verifier().keep(&directory, &name, &about, boot)?;
+        }
+        Ok(Claimed::Yes(Some((lock, directory))))
+    }
+}
+
+/// What came of [`ToClaim::claim`].
 enum Claimed {
     /// The exports may be served, as long as the lock is open.
     Yes(Option<(Arc<OwnedFd>, Arc<StateDirectory>)>),
@@ -284,11 +320,27 @@ impl Waiting<'_> {
         }
         Ok(true)
     }
+
+    /// Waits until a server has ended that has begun to. Whether this one has not been told to stop.
+    fn wait_for_end(&mut self, predecessor: &Predecessor) -> anyhow::Result<bool> {
+        let socket = self.reactor.file(predecessor.descriptor());
+        self.reactor.submit(CHECK, Op::Readable { file: socket });
+        let why = format!("process {} finishes what is in flight", predecessor.pid);
+        while !predecessor.has_ended() {
+            if !self.wait(&why)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
 }
 
 impl Server {
     /// Opens the exports, waits until they are nobody else's, listens, and starts the workers. None: it was
     /// told to stop before.
+    ///
+    /// If a server runs that hands over to this one, its sockets are taken first, and it is told to end once
+    /// nothing is left that usually fails.
     ///
     /// The order is that of its power. What only root can do comes first: limits, rings, other users. Then
     /// it opens what it is going to serve, as the user that it stays. Then the sandbox closes, in two steps:
@@ -300,6 +352,10 @@ impl Server {
         privileges::raise_memlock();
         let has_rdma = rdma::load().is_none();
         let (main_ring, rings) = make_rings(config, sandbox.as_mut());
+        let (place, mut predecessor) = match meet(config)? {
+            Some(Meeting { place, predecessor }) => (Some(place), predecessor),
+            None => (None, None),
+        };
         // The server's key may be one that only root can read.
         let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         become_user(config)?;
@@ -313,23 +369,13 @@ impl Server {
             Reactor::with_ring(main_ring, &main_reactor(config)).context("Cannot make an event loop")?;
         let mut signals =
             Signals::new(&mut reactor, &HANDLED_SIGNALS, SIGNALS).context("Cannot watch for signals")?;
-        let mut waiting = Waiting {
-            reactor: &mut reactor,
-            signals: &mut signals,
-            since: Instant::now(),
-            said: String::new(),
-        };
-        let (lock, state) = match claim(config, &exports, |why| waiting.wait(why))? {
-            Claimed::Yes(claimed) => claimed.unzip(),
-            Claimed::Stopped => return Ok(None),
-        };
         let first_generation = 1 + (random::number() % u64::from(GENERATION_MAX)) as u32;
         let sessions =
             Sessions::new(sessions_max, Arc::clone(&limits)).with_first_generation(first_generation);
         let keys = keys.map(Arc::new);
         let audit = config.audit.as_ref().map(|target| Audit::open(target, config.audit_full)).transpose()?;
         let audit = audit.map(Arc::new);
-        let mut shared = Shared { claim: lock, keys, audit, ..Shared::new(config, exports, sessions)? };
+        let mut shared = Shared { keys, audit, ..Shared::new(config, exports, sessions)? };
         if config.is_open_to_others {
             tracing::warn!(
                 "Clients need no key (--clear): everybody who reaches an address of --listen may open every \
@@ -337,7 +383,36 @@ impl Server {
             );
         }
         let mut listener = Listener::new(LISTENER);
-        listener.bind_streams(&mut reactor, &config.listen, shared.keys.is_some())?;
+        let for_all = shared.keys.is_some();
+        let to_claim = ToClaim::find(config, &shared.exports)?;
+        let mut taken_over = None;
+        if let Some(predecessor) = &mut predecessor {
+            let given = predecessor.take_sockets();
+            let count = listener.take_over(&mut reactor, &config.listen, for_all, given)?;
+            taken_over = Some((predecessor.pid, count));
+        }
+        let mut waiting = Waiting {
+            reactor: &mut reactor,
+            signals: &mut signals,
+            since: Instant::now(),
+            said: String::new(),
+        };
+        if let Some(predecessor) = predecessor {
+            predecessor.end()?;
+            // What is only read may be read by both for a while.
+            if !to_claim.claims.is_empty() && !waiting.wait_for_end(&predecessor)? {
+                return Ok(None);
+            }
+        }
+        let (lock, state) = match to_claim.claim(|why| waiting.wait(why))? {
+            Claimed::Yes(claimed) => claimed.unzip(),
+            Claimed::Stopped => return Ok(None),
+        };
+        shared.claim = lock;
+        if let Some((pid, count)) = taken_over {
+            tracing::info!("Took over {count} listening sockets from process {pid}.");
+        }
+        listener.bind_streams(&mut reactor, &config.listen, for_all)?;
         match &mut sandbox {
             Some(sandbox) => {
                 let grants = grants(config, &mut shared, state.as_deref(), has_rdma)?;
@@ -372,6 +447,7 @@ impl Server {
             audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
         }
         let backend = say_what_was_missing(config, &started);
+        let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
         Ok(Some(Self {
             reactor,
             listener,
@@ -386,7 +462,8 @@ impl Server {
             rejected: 0,
             limits,
             is_checking: false,
-            is_draining: false,
+            phase: Phase::Serving,
+            hand_over,
         }))
     }
 
@@ -402,6 +479,9 @@ impl Server {
     /// Serves until told to stop.
     pub fn run(mut self) -> anyhow::Result<ExitCode> {
         self.listener.start(&mut self.reactor);
+        if let Some(hand_over) = &mut self.hand_over {
+            hand_over.start(&mut self.reactor);
+        }
         self.await_expiry();
         let mut events = Vec::new();
         let mut running = self.workers.len();
@@ -416,6 +496,8 @@ impl Server {
                             self.place(connection);
                         }
                     }
+                    Token { owner: HAND_OVER, .. } => self.meet_successor(event),
+                    ENTRY_DEADLINE => self.drain(),
                     CHECK => self.check(),
                     EXPIRY => {
                         if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
@@ -438,8 +520,16 @@ impl Server {
                     }
                 }
             }
-            while let Some(Connection { stream, peer, permit }) = self.secured.take() {
-                self.hand_over(RawConnection::Tcp(stream, peer), permit);
+            while let Some(handshaken) = self.secured.take() {
+                match handshaken {
+                    Handshaken::Secured(Connection { stream, peer, permit }) => {
+                        self.assign(RawConnection::Tcp(stream, peer), permit);
+                    }
+                    Handshaken::Finished => self.drain(),
+                }
+            }
+            if self.phase == Phase::Closing && self.listener.has_stopped() {
+                self.shake_last_hands();
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
                 let answered = outcome.ok_or_else(|| {
@@ -498,7 +588,7 @@ impl Server {
             (RawConnection::Tcp(stream, peer), Some(acceptor)) if self.is_to_have_key(&stream) => {
                 acceptor.begin(Connection { stream, peer, permit })
             }
-            (connection, _) => self.hand_over(connection, permit),
+            (connection, _) => self.assign(connection, permit),
         }
     }
 
@@ -547,8 +637,8 @@ impl Server {
         }
     }
 
-    /// Hands a connection to the worker that has fewest.
-    fn hand_over(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
+    /// Assigns a connection to the worker that has fewest.
+    fn assign(&mut self, connection: RawConnection, permit: Arc<ConnectionPermit>) {
         let placement = &self.shared.placement;
         let rank = |at: usize, worker: &WorkerHandle| {
             let waiting = worker.senders.connections.waiting() as u64;
@@ -601,7 +691,7 @@ impl Server {
                         let senders = &self.workers[to].senders;
                         senders.connections.send((RawConnection::Passed(stream, peer), permit));
                     }
-                    connection => self.hand_over(connection, permit),
+                    connection => self.assign(connection, permit),
                 }
             }
         }
@@ -645,24 +735,65 @@ impl Server {
             }
             if self.shared.keys.is_none() && self.shared.audit.is_none() {
                 tracing::info!(
-                    "SIGHUP is ignored. To change the configuration, stop the server and start it anew."
+                    "SIGHUP is ignored. To change the configuration, stop the server and start it anew, or \
+                     start its successor (--hand-over)."
                 );
             }
             return None;
         }
-        if self.is_draining {
+        if self.phase != Phase::Serving {
             tracing::warn!("Told to stop a second time: stopping at once.");
             return Some(ExitCode::from(128 + signal as u8));
         }
-        self.is_draining = true;
         tracing::info!("Told to stop: finishing what is in flight.");
+        self.stop();
+        None
+    }
+
+    /// Speaks with the successor.
+    fn meet_successor(&mut self, event: Event) {
+        let Some(hand_over) = &mut self.hand_over else { return };
+        let successor = hand_over.handle(&mut self.reactor, event, || self.listener.offered());
+        if let Some(successor) = successor {
+            tracing::info!("Handing over to process {successor}: finishing what is in flight.");
+            self.stop();
+        }
+    }
+
+    /// Begins to end: no more connections are accepted.
+    fn stop(&mut self) {
+        self.phase = Phase::Closing;
         self.listener.stop(&mut self.reactor);
+        if let Some(hand_over) = &mut self.hand_over {
+            hand_over.stop(&mut self.reactor);
+        }
+        self.reactor.timer(Instant::now() + ENTRY_TIMEOUT, ENTRY_DEADLINE);
+    }
+
+    /// Nothing is accepted any more. What has been comes to the workers before they are told to end.
+    fn shake_last_hands(&mut self) {
+        self.phase = Phase::ShakingHands;
+        if let Some(hand_over) = &mut self.hand_over {
+            hand_over.confirm();
+        }
+        match &mut self.acceptor {
+            Some(acceptor) => acceptor.finish(),
+            None => self.drain(),
+        }
+    }
+
+    /// Has the workers finish what is in flight, and end.
+    fn drain(&mut self) {
+        if self.phase == Phase::Draining {
+            return;
+        }
+        self.phase = Phase::Draining;
+        self.shared.placement.end();
         let deadline = Instant::now() + DRAIN_TIMEOUT;
         for worker in &self.workers {
             worker.senders.mailbox.send(Mail::Drain(deadline));
         }
         self.reactor.timer(deadline + DRAIN_SLACK, DRAIN_DEADLINE);
-        None
     }
 }
 
@@ -719,6 +850,16 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
         );
     }
     Ok(())
+}
+
+/// Looks for a server that hands over to this one, and has the next one find this one. As whoever starts the
+/// server: the successor connects as the same user, or as root.
+fn meet(config: &Config) -> anyhow::Result<Option<Meeting>> {
+    let Some(path) = &config.hand_over else { return Ok(None) };
+    let user = config.user.as_deref().map(User::find).transpose()?;
+    let mut users = vec![0, rustix::process::geteuid().as_raw()];
+    users.extend(user.map(|user| user.ids().0));
+    Meeting::begin(path, users).map(Some)
 }
 
 /// Says that there is no sandbox.

@@ -316,11 +316,32 @@ pub mod main_thread {
     /// When the server is told to stop, requests in flight have this time to finish: less than the service
     /// manager waits before it kills (90 s).
     pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+    /// Before that, connections that were accepted have this time for their TLS handshakes. A client needs
+    /// two round trips; one that says nothing holds up the end for so long.
+    pub const ENTRY_TIMEOUT: Duration = Duration::from_secs(1);
     /// How much longer than the workers the main thread waits: for them to notice the deadline.
     pub const DRAIN_SLACK: Duration = Duration::from_secs(1);
     /// Descriptors for listeners, rings, exports and devices, and for the reserve of [`super::limits`];
     /// generous.
     pub const DESCRIPTORS_OWN: usize = 256;
+}
+
+/// The hand-over to a successor ([`crate::hand_over`]). None is measured: no client waits for any of it.
+pub mod hand_over {
+    use std::time::Duration;
+
+    /// Successors that may wait for another one.
+    pub const BACKLOG: i32 = 8;
+    /// How often a successor tries that finds no room there.
+    pub const CONNECT_RETRY: Duration = Duration::from_millis(20);
+    /// How long a successor waits for each answer: it may have to wait for another one that says nothing.
+    pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+    /// Who has connected to a running server asks for its sockets at once ...
+    pub const ASK_TIMEOUT: Duration = Duration::from_secs(2);
+    /// ... and has it end when exports are open and keys are read, which a slow file system may delay.
+    pub const END_TIMEOUT: Duration = Duration::from_secs(30);
+    /// Bytes of a message: as many URLs as there may be, of Unix sockets with the longest paths.
+    pub const MESSAGE_BYTES_MAX: usize = 128 << 10;
 }
 
 /// What is recorded of requests.
