@@ -1,5 +1,5 @@
-//! A fio job that verifies what it writes sees not one error while its server is restarted, or killed, or the
-//! cable is pulled, over and over.
+//! A fio job that verifies what it writes sees not one error while its server is restarted, hands over to
+//! another one, or is killed, or the cable is pulled, over and over.
 
 mod fio;
 
@@ -129,6 +129,29 @@ fn fio_sees_no_error_when_the_server_is_restarted_in_good_order_twenty_times() {
         server.signal(Signal::TERM);
         assert!(server.wait().success());
     });
+}
+
+#[test]
+fn fio_sees_no_error_when_ten_servers_hand_over_one_after_another() {
+    let directory = directory();
+    let command = || {
+        let mut command = Command::new(binary("raio_server"));
+        command.arg("--hand-over").arg(directory.path().join("hand-over"));
+        command
+    };
+    let start = || serve(command(), directory.path(), "tcp://127.0.0.1:0");
+    let mut server = start();
+    let mut job = Job::begin(Command::new("fio"), &server.url(), &[]);
+    for _ in 0..10 {
+        job.works(&mut server);
+        std::thread::sleep(BETWEEN);
+        let next = start();
+        assert_eq!(next.url(), server.url(), "it has the port");
+        assert!(server.wait().success());
+        server = next;
+    }
+    job.works(&mut server);
+    job.succeeds();
 }
 
 #[test]
