@@ -9,6 +9,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// Its ports.
     pub ports: Vec<Port>,
+    /// Whether a client with it lets a server reach the buffers of requests alone, by memory windows.
+    pub has_windows: bool,
 }
 
 /// A port of a device.

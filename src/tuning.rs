@@ -100,6 +100,9 @@ pub(crate) const RDMA_COMPANION_GRACE: Duration = Duration::from_millis(100);
 /// How long a GOAWAY by RDMA may take before the queue pair is destroyed all the same. Not measured: many
 /// round trips of a local network.
 pub(crate) const RDMA_GOAWAY_TIME: Duration = Duration::from_millis(100);
+/// How long a region that is unregistered waits for its windows to be invalidated before the connection is
+/// ended instead. Not measured: the device itself gives the server up before, after [`ACK_RETRIES`].
+pub(crate) const RDMA_INVALIDATE_TIME: Duration = Duration::from_secs(2);
 
 // The server's half, on every transport
 // ----------------------------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ fn list_devices() -> ExitCode {
             for gid in &port.gids {
                 text += &format!("    GID {}: {} ({})\n", gid.index, gid.address, gid.kind);
             }
+            text += &format!("    Memory windows: {}\n", if device.has_windows { "yes" } else { "no" });
             if let Some(problem) = port.problem() {
                 text += &format!("    Not usable: {problem}\n");
             }

@@ -2,19 +2,21 @@
 //!
 //! While a request is in flight its buffers are exposed to the server, for its direction only: memory that
 //! was registered as it is, other memory through a bounce slot, which is counted. Small writes travel in
-//! their request. The buffers come back with the reply; when the connection ends without one, the queue pair
-//! is destroyed first, so that nothing lands in them afterwards.
+//! their request. The buffers come back with the reply, when the server's access to them is being
+//! invalidated, if the device has memory windows; when the connection ends without one, the queue pair is
+//! destroyed first, so that nothing lands in them afterwards.
 //!
 //! Nothing here starts a thread. [`ClientTransport::receive`] polls the completion queue in memory;
 //! [`ClientTransport::wait`] arms it, polls once more, and sleeps on a descriptor that stands for the
 //! completion channel, rdma_cm's events and the device's.
 //!
 //! What messages mean is the [`Core`]'s business, making the connection that of `connect`. Memory that the
-//! server may reach is in `registration`, what is slept on in `descriptors`.
+//! server may reach is in `registration`, by which windows in `windows`, what is slept on in `descriptors`.
 
 mod connect;
 mod descriptors;
 mod registration;
+mod windows;
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -23,7 +25,7 @@ pub use connect::{RdmaDial, Upgrade};
 
 use super::MESSAGE_BYTES;
 use super::cm::Kind;
-use super::queue_pair::{Completion, Failure, QueuePair};
+use super::queue_pair::{Completion, Failure, QueuePair, WindowId};
 use crate::client::{Core, Exposed, Wait};
 use crate::connecting::Awaited;
 use crate::error::{Error, Status, Violation};
@@ -33,20 +35,21 @@ use crate::message::{self, RemoteRegion, ResponseHeader};
 use crate::transport::{Bulk, ClientCore, ClientTransport, NotSent, Reply, RequestId, SendOptions};
 use crate::tuning::{
     CLIENT_IDLE_CHECK_AFTER, RDMA_COMPANION_GRACE, RDMA_DESCRIPTORS_EVERY, RDMA_GOAWAY_TIME,
-    RDMA_INLINE_BYTES_MAX, RDMA_ROOM_EVERY,
+    RDMA_INLINE_BYTES_MAX, RDMA_INVALIDATE_TIME, RDMA_ROOM_EVERY,
 };
 use connect::Parts;
 use descriptors::Descriptors;
-use registration::Registration;
+use registration::{Key, Registration};
+use windows::{Windows, await_invalidated};
 
 /// A connection to a server over RDMA.
 #[derive(Debug)]
 pub struct RdmaClient {
     /// None once the connection has ended. First, so that it is destroyed before the memory that it uses.
     qp: Option<QueuePair>,
-    /// With each request the bounce slot that the server really reaches, if it has one.
-    core: Core<Option<Slot>>,
+    core: Core<Lease>,
     registration: Registration,
+    windows: Windows,
     descriptors: Descriptors,
     companion: Option<Companion>,
     /// rdma_cm's, if that has made the connection.
@@ -56,6 +59,15 @@ pub struct RdmaClient {
     message: Vec<u8>,
     /// The process that connected: see [`process`].
     process: u64,
+}
+
+/// What belongs to a request while the server may reach its data.
+#[derive(Debug, Default)]
+struct Lease {
+    /// What the server really reaches, if it is not the request's own memory.
+    bounce: Option<Slot>,
+    /// By what it reaches it, if the device has windows.
+    window: Option<WindowId>,
 }
 
 /// The connection over which a queue pair was exchanged: it carries nothing more, and each ends with the
@@ -104,7 +116,7 @@ impl RdmaClient {
         mut companion: Option<Box<dyn ClientTransport>>,
         now: Instant,
     ) -> Result<Self, Error> {
-        let Parts { mut qp, domain, channel, events } = parts;
+        let Parts { mut qp, domain, channel, events, has_windows } = parts;
         qp.set_send_bytes_max(MESSAGE_BYTES + grant.inline_bytes_max as usize);
         let companion_fd = companion.as_mut().map(|companion| companion.poll_fd().0);
         let local_port = events.is_some().then(|| qp.id().local_port()).flatten();
@@ -113,7 +125,8 @@ impl RdmaClient {
         Ok(Self {
             qp: Some(qp),
             core: Core::new(grant, now),
-            registration: Registration::new(domain, grant.data_bytes_max as usize),
+            registration: Registration::new(domain, grant.data_bytes_max as usize, has_windows),
+            windows: Windows::default(),
             descriptors,
             companion: companion.map(|transport| Companion { transport, ended: None }),
             local_port,
@@ -181,7 +194,8 @@ impl RdmaClient {
                 }
                 Some(Completion::Placed { immediate, len, receive }) => {
                     qp.give_back(receive);
-                    self.core.on_placed(ResponseHeader::of_data(immediate.into(), len), replies, reclaim);
+                    let response = ResponseHeader::of_data(immediate.into(), len);
+                    self.core.on_placed(response, replies, reclaiming(&mut self.windows));
                 }
                 Some(Completion::Failed(failure)) => self.fail_work(failure, now),
                 Some(Completion::Read(..)) | None => {}
@@ -196,6 +210,9 @@ impl RdmaClient {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
                 self.core.fail_lost(errno, "the RDMA device rejects receives");
             }
+            if self.windows.has_over() {
+                self.send_queue();
+            }
         }
         arrived
     }
@@ -204,6 +221,7 @@ impl RdmaClient {
     fn take_in(&mut self, messages: &[u8], replies: &mut Vec<Reply>) {
         let mut taken = 0;
         loop {
+            let reclaim = reclaiming(&mut self.windows);
             let progress = self.core.on_messages(&messages[taken..], replies, reclaim);
             taken += progress.taken;
             if progress.flush {
@@ -239,14 +257,25 @@ impl RdmaClient {
     // Sending
     // ------------------------------------------------------------------------------------------------------
 
-    /// Chains from the front of the queue as far as there is room, and posts.
+    /// Whether something waits for room in the queue pair.
+    fn awaits_room(&self) -> bool {
+        self.core.has_unsent() || self.windows.has_over()
+    }
+
+    /// Chains what is to be done about windows, and from the front of the queue, as far as there is room, and
+    /// posts.
     fn send_queue(&mut self) {
-        let Some(qp) = self.qp.as_mut().filter(|_| self.core.has_unsent()) else { return };
+        if !self.awaits_room() || self.core.has_failed() {
+            return;
+        }
+        let Some(qp) = &mut self.qp else { return };
         if qp.is_half_full() {
             qp.look_at_sends();
         }
+        let invalidates = self.windows.invalidate(qp);
+        let may_send = self.windows.bind(qp);
         let mut sent = false;
-        while let Some(unsent) = self.core.front() {
+        while may_send && let Some(unsent) = self.core.front() {
             let data_len = unsent.data.map_or(0, |buffers| buffers.len());
             let len = unsent.head.len() + data_len;
             if qp.room() == 0 || !qp.has_room_for(len) {
@@ -258,9 +287,10 @@ impl RdmaClient {
             self.core.on_sent(len);
             sent = true;
         }
-        if sent {
-            self.core.counters.sends += 1;
-            let signal = qp.is_half_full();
+        self.core.counters.sends += u64::from(sent);
+        if qp.has_chain() {
+            // A registration comes free with the completion of what has invalidated its windows.
+            let signal = invalidates || qp.is_half_full();
             if let Err(error) = qp.post(signal) {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
                 self.core.fail_lost(errno, "the RDMA device rejects work");
@@ -269,11 +299,12 @@ impl RdmaClient {
     }
 
     /// Lays a request's memory open, or has its data travel in the message.
-    fn expose(&mut self, bulk: &Bulk) -> Result<Exposed<Option<Slot>>, Error> {
+    fn expose(&mut self, bulk: &Bulk) -> Result<Exposed<Lease>, Error> {
+        let in_message = |data_len| Exposed { region: RemoteRegion::None, data_len, lease: Lease::default() };
         let (buffers, is_in) = match bulk {
-            Bulk::None => return Ok(Exposed { region: RemoteRegion::None, data_len: 0, lease: None }),
+            Bulk::None => return Ok(in_message(0)),
             Bulk::Out(buffers) if buffers.len() <= self.inline_bytes_max => {
-                return Ok(Exposed { region: RemoteRegion::None, data_len: buffers.len(), lease: None });
+                return Ok(in_message(buffers.len()));
             }
             Bulk::In(buffers) => (buffers, true),
             Bulk::Out(buffers) => (buffers, false),
@@ -282,12 +313,20 @@ impl RdmaClient {
         if !is_in && reached.bounce.is_some() {
             self.core.counters.bounced_bytes += buffers.len() as u64;
         }
-        let (address, key, len) = (reached.address, reached.key, buffers.len() as u32);
+        let (address, len) = (reached.address, buffers.len() as u32);
+        let (window, key) = match (reached.key, &mut self.qp) {
+            (Key::OfAll(key), _) => (None, key),
+            (Key::OfWindow(mr), Some(qp)) => {
+                let (window, key) = self.windows.open(qp, mr, address, buffers.len(), is_in)?;
+                (Some(window), key)
+            }
+            (Key::OfWindow(_), None) => unreachable!("nothing is sent by a connection that has ended"),
+        };
         let region = match is_in {
             true => RemoteRegion::In { address, key, len },
             false => RemoteRegion::Out { address, key, len },
         };
-        Ok(Exposed { region, data_len: 0, lease: reached.bounce })
+        Ok(Exposed { region, data_len: 0, lease: Lease { bounce: reached.bounce, window } })
     }
 
     // The end
@@ -324,6 +363,14 @@ impl RdmaClient {
         }
     }
 
+    /// From now on the server reaches nothing.
+    fn end_queue_pair(&mut self) {
+        if let Some(qp) = self.qp.take() {
+            qp.disconnect();
+        }
+        self.windows.clear();
+    }
+
     /// Tells the server that this is the end, and sees to it that it has heard.
     fn send_and_wait(&mut self, goaway: &[u8]) {
         let Some(qp) = &mut self.qp else { return };
@@ -353,9 +400,19 @@ fn sends_until(qp: &mut QueuePair, deadline: Instant, condition: impl Fn(&QueueP
     }
 }
 
+/// Takes back what the server could reach of a request that is answered: see [`reclaim`].
+fn reclaiming(windows: &mut Windows) -> impl FnMut(&mut Bulk, &mut Lease, usize) -> usize {
+    move |bulk, lease, data_len| {
+        if let Some(window) = lease.window.take() {
+            windows.close(window);
+        }
+        reclaim(bulk, lease, data_len)
+    }
+}
+
 /// Copies data that the server has brought from a request's bounce slot to its buffers. Returns how much.
-fn reclaim(bulk: &mut Bulk, bounce: &mut Option<Slot>, data_len: usize) -> usize {
-    match (bulk, bounce) {
+fn reclaim(bulk: &mut Bulk, lease: &mut Lease, data_len: usize) -> usize {
+    match (bulk, &mut lease.bounce) {
         (Bulk::In(buffers), Some(slot)) if data_len <= buffers.len() => {
             buffers.write_at(0, &slot.bytes()[..data_len]);
             data_len
@@ -386,12 +443,16 @@ impl ClientTransport for RdmaClient {
         match self.expose(&bulk) {
             Ok(exposed) => self.core.send(tag, body, bulk, options, exposed),
             // It was taken, so it ends as a request does.
-            Err(error) => self.core.send_failed(tag, bulk, None, &error),
+            Err(error) => self.core.send_failed(tag, bulk, Lease::default(), &error),
         }
     }
 
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk> {
-        self.core.dequeue(request).map(|(bulk, _)| bulk)
+        let (bulk, lease) = self.core.dequeue(request)?;
+        if let (Some(window), Some(qp)) = (lease.window, &mut self.qp) {
+            self.windows.take_back(qp, window);
+        }
+        Some(bulk)
     }
 
     fn flush(&mut self) {
@@ -441,9 +502,7 @@ impl ClientTransport for RdmaClient {
         if self.core.has_failed() {
             self.end();
             // The queue pair goes first: nothing lands in memory that its owner has back.
-            if let Some(qp) = self.qp.take() {
-                qp.disconnect();
-            }
+            self.end_queue_pair();
             self.companion = None;
             self.core.hand_out_lost(replies, reclaim);
         }
@@ -460,7 +519,7 @@ impl ClientTransport for RdmaClient {
                     continue;
                 }
                 // What would make room is not announced.
-                Wait::Sleep(timeout) if self.core.has_unsent() => {
+                Wait::Sleep(timeout) if self.awaits_room() => {
                     Some(timeout.map_or(RDMA_ROOM_EVERY, |timeout| timeout.min(RDMA_ROOM_EVERY)))
                 }
                 Wait::Sleep(timeout) => timeout,
@@ -477,8 +536,10 @@ impl ClientTransport for RdmaClient {
                     self.check_descriptors(Instant::now());
                     return Ok(());
                 }
-                Ok(false) if self.core.has_unsent() => {
-                    qp.look_at_sends();
+                Ok(false) if self.awaits_room() => {
+                    if let Some(qp) = &mut self.qp {
+                        qp.look_at_sends();
+                    }
                     self.send_queue();
                 }
                 Ok(false) => {}
@@ -499,7 +560,20 @@ impl ClientTransport for RdmaClient {
     }
 
     fn unregister_region(&mut self, region: &Region) {
-        self.registration.remove_region(region);
+        let Some(mr) = self.registration.remove_region(region) else { return };
+        self.send_queue();
+        let Some(qp) = &mut self.qp else { return };
+        let now = Instant::now();
+        if !self.core.has_failed() && await_invalidated(qp, &mr, now + RDMA_INVALIDATE_TIME) {
+            return;
+        }
+        // The server must not reach it when this returns.
+        let mut replies = Vec::new();
+        self.take_completions(now, &mut replies);
+        self.core.hand_out_later(replies);
+        self.core.fail_lost(libc::ETIMEDOUT, "the server's RDMA device does not answer");
+        self.end();
+        self.end_queue_pair();
     }
 
     fn register_arena(&mut self, arena: &ArenaMemory) -> Result<(), Error> {
@@ -535,6 +609,7 @@ impl Drop for RdmaClient {
             // A forked child's copy: the device's objects are its parent's, and so is the memory that it
             // cannot reach.
             std::mem::forget((self.qp.take(), self.companion.take()));
+            self.windows.forget();
             self.registration.forget();
             self.descriptors.forget();
             return;
@@ -545,8 +620,6 @@ impl Drop for RdmaClient {
             self.send_goaway();
         }
         // Before the memory that it uses.
-        if let Some(qp) = self.qp.take() {
-            qp.disconnect();
-        }
+        self.end_queue_pair();
     }
 }

@@ -56,6 +56,8 @@ pub(super) struct Limits {
     pub message_bytes: u32,
     /// It speaks iWARP, where memory that an RDMA READ fills must be writable from afar.
     pub is_iwarp: bool,
+    /// It has memory windows of type 2B: see [`Window`].
+    pub has_windows: bool,
 }
 
 /// A port that a queue pair can be on, and the GID that its packets come from.
@@ -156,6 +158,8 @@ impl Device {
             reads_in: reads(attr.max_qp_rd_atom),
             message_bytes: message_bytes.unwrap_or(1 << 20).max(1 << 16),
             is_iwarp: transport == verbs::IBV_TRANSPORT_IWARP,
+            has_windows: transport != verbs::IBV_TRANSPORT_IWARP
+                && attr.device_cap_flags & verbs::IBV_DEVICE_MEM_WINDOW_TYPE_2B != 0,
         })
     }
 
@@ -367,6 +371,9 @@ pub(super) enum Access {
     LocalWrite,
     /// The same where an RDMA READ's memory must be writable from afar (iWARP).
     LocalWriteIwarp,
+    /// This side's device may write to it, and the peer may do what windows allow that are bound to parts of
+    /// it.
+    LocalWriteWindows,
     /// The peer may read it.
     RemoteRead,
     /// The peer may write to it.
@@ -414,6 +421,7 @@ impl Mr {
             Access::LocalWriteIwarp | Access::RemoteWrite => {
                 verbs::IBV_ACCESS_LOCAL_WRITE | verbs::IBV_ACCESS_REMOTE_WRITE
             }
+            Access::LocalWriteWindows => verbs::IBV_ACCESS_LOCAL_WRITE | verbs::IBV_ACCESS_MW_BIND,
             Access::RemoteRead => verbs::IBV_ACCESS_REMOTE_READ,
         };
         let pointer = std::ptr::with_exposed_provenance_mut::<c_void>(address);
@@ -428,6 +436,10 @@ impl Mr {
     /// Has the memory stay for ever.
     pub fn leak(&self) {
         std::mem::forget(self.mapping.clone());
+    }
+
+    pub fn raw(&self) -> *mut verbs::ibv_mr {
+        self.raw.as_ptr()
     }
 
     pub fn lkey(&self) -> u32 {
@@ -446,6 +458,65 @@ impl Drop for Mr {
         // SAFETY: it is deregistered once; work requests that name it have ended, or their queue pair has
         // been destroyed before.
         unsafe { (self.domain.verbs.ibv_dereg_mr)(self.raw.as_ptr()) };
+    }
+}
+
+/// A memory window of type 2B: bound to a part of a registration, by a work request, it has a key by which
+/// the peer of that queue pair reaches this part alone, until another work request invalidates it. It has
+/// another key each time.
+#[derive(Debug)]
+pub(super) struct Window {
+    raw: NonNull<verbs::ibv_mw>,
+    /// What it is bound to, which is not deregistered before.
+    pub bound: Option<Arc<Mr>>,
+    /// Last, for the window is in it.
+    _domain: Arc<Domain>,
+}
+
+impl Window {
+    pub fn new(domain: &Arc<Domain>) -> Result<Self, Error> {
+        // SAFETY: the domain is alive.
+        let raw = unsafe { verbs::alloc_window(domain.raw()) }.map_err(|source| {
+            let device = domain.device.name();
+            Error::io(
+                format!("The RDMA device {device} gives no more memory windows; lower the queue depth"),
+                source,
+            )
+        })?;
+        Ok(Self { raw, bound: None, _domain: Arc::clone(domain) })
+    }
+
+    pub fn raw(&self) -> *mut verbs::ibv_mw {
+        self.raw.as_ptr()
+    }
+
+    /// The key that it has, or had last.
+    pub fn key(&self) -> u32 {
+        // SAFETY: the window is alive.
+        unsafe { self.raw.as_ref() }.rkey
+    }
+
+    /// The key that it will have when it is bound next: the low byte is the owner's to choose.
+    pub fn next_key(&self) -> u32 {
+        let key = self.key();
+        (key & !0xff) | (key.wrapping_add(1) & 0xff)
+    }
+
+    /// What binds it has been posted: the library leaves it to its user to note the key.
+    pub fn note_bound(&mut self) {
+        let key = self.next_key();
+        // SAFETY: the window is alive, and nobody else has it.
+        unsafe { self.raw.as_mut() }.rkey = key;
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: it is ended once. Work requests that name it have ended, or their queue pair is about to be
+        // destroyed: then they fail.
+        if let Err(error) = unsafe { verbs::dealloc_window(self.raw.as_ptr()) } {
+            tracing::error!("An RDMA device does not let go of a memory window: {error}.");
+        }
     }
 }
 

@@ -58,6 +58,8 @@ pub struct RdmaEnd {
     /// What is exposed, for ever.
     open: Vec<(Slot, Mr)>,
     inbox: VecDeque<Arrived>,
+    /// What a READ has brought.
+    fetched: Option<SlotRange>,
     has_failed: bool,
 }
 
@@ -162,6 +164,7 @@ impl RdmaEnd {
             made_by,
             open: Vec::new(),
             inbox: VecDeque::new(),
+            fetched: None,
             has_failed: false,
         })
     }
@@ -179,7 +182,8 @@ impl RdmaEnd {
                     self.inbox.push_back(Arrived::Placed { immediate, len, receive });
                 }
                 Some(Completion::Failed(_)) => self.has_failed = true,
-                _ => {}
+                Some(Completion::Read(_, range)) => self.fetched = Some(range),
+                None => {}
             }
             if self.has_failed {
                 return;
@@ -282,6 +286,15 @@ impl RdmaEnd {
         slot.bytes_mut()[..data.len()].copy_from_slice(data);
         self.qp.write(SlotRange { slot, start: 0, len: data.len() }, &mr, address, key, None);
         self.complete()
+    }
+
+    /// Reads so many bytes of the peer's memory. None if the peer does not allow it, or is gone.
+    pub fn fetch(&mut self, address: u64, key: u32, len: usize) -> Option<Vec<u8>> {
+        let (slot, mr) = self.memory(len, Access::LocalWrite).ok()?;
+        self.fetched = None;
+        self.qp.read(0, SlotRange { slot, start: 0, len }, &mr, address, key);
+        let is_complete = self.complete();
+        self.fetched.take().filter(|_| is_complete).map(|range| range.bytes().to_vec())
     }
 }
 

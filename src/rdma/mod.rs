@@ -3,8 +3,8 @@
 //!
 //! What [`listen`] returns hears of connections in one thread, a [`server`] takes each over in a worker's;
 //! [`connect`] makes the other end. The client lays its memory open to the server for a request's length and
-//! direction; the server never gives out a key. What is posted, by whom and in which order is in
-//! docs/PROTOCOL.md.
+//! direction, as far as its device can keep to that (docs/SECURITY.md); the server never gives out a key.
+//! What is posted, by whom and in which order is in docs/PROTOCOL.md.
 //!
 //! The libraries are loaded at run time: on a machine without them, or without a device, [`unavailable`] says
 //! why. `unsafe` lives in `verbs`, `device`, `cm` and `queue_pair`, which own everything that the device may
@@ -69,7 +69,12 @@ pub fn unavailable() -> Option<String> {
 /// Every device.
 pub fn devices() -> Result<Vec<DeviceInfo>, Error> {
     let devices = device::devices().map_err(no_rdma)?;
-    Ok(devices.iter().map(|device| DeviceInfo { name: device.name(), ports: device.ports() }).collect())
+    let info = |device: &device::Device| DeviceInfo {
+        name: device.name(),
+        ports: device.ports(),
+        has_windows: device.limits().is_ok_and(|limits| limits.has_windows),
+    };
+    Ok(devices.iter().map(info).collect())
 }
 
 /// Listens on an address of an RDMA device's network interface, or on all. It belongs to one thread; what it

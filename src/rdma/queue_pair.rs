@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::cm::Id;
-use super::device::{Access, CompletionChannel, Domain, Limits, Mr, PortAddress};
+use super::device::{Access, CompletionChannel, Domain, Limits, Mr, PortAddress, Window};
 use super::verbs::{self, Verbs, check, ibv_sge, ibv_wc, not_null};
 use crate::error::Error;
 use crate::memory::{Arena, Slot, SlotRange};
@@ -88,9 +88,26 @@ struct Outstanding {
     range: Option<SlotRange>,
     /// It is an RDMA READ, of this name.
     read: Option<u64>,
+    /// What a window was bound to that it invalidates.
+    _mr: Option<Arc<Mr>>,
     /// Where the ring's tail is when it has ended.
     ring_end: u64,
 }
+
+/// What a window is bound to, so that the peer reaches it.
+#[derive(Debug)]
+pub(super) struct Binding {
+    pub window: WindowId,
+    pub mr: Arc<Mr>,
+    pub address: u64,
+    pub len: usize,
+    /// Whether the peer may write to it; else it may read it.
+    pub is_written: bool,
+}
+
+/// Names a window of a queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct WindowId(u32);
 
 /// Registered memory from which messages are sent, in order. Positions only grow.
 #[derive(Debug)]
@@ -143,6 +160,12 @@ pub(super) struct QueuePair {
 
     chain: Vec<verbs::ibv_send_wr>,
     chain_sges: Vec<ibv_sge>,
+    /// Windows that the chain binds.
+    chain_bound: Vec<WindowId>,
+    /// Made when they are first needed.
+    windows: Vec<Window>,
+    /// Those that are not bound, or no longer when the chain has been executed.
+    free_windows: Vec<WindowId>,
     /// In the chain, or posted and not known to have ended.
     outstanding: VecDeque<Outstanding>,
     /// The sequence number of the front of `outstanding`.
@@ -229,7 +252,7 @@ impl QueuePair {
             )
         };
         let (ring_memory, ring_mr) = register(domain, size.send_bytes, Access::Local)?;
-        let sends_max = size.sends.min(limits.work_requests);
+        let sends_max = size.sends.min(limits.work_requests).min(limits.completions);
         let receives_max = size.receives.min(limits.work_requests);
         let create_cq = |entries: usize, channel: *mut verbs::ibv_comp_channel| {
             let context = std::ptr::without_provenance_mut::<c_void>(context as usize);
@@ -307,6 +330,9 @@ impl QueuePair {
             given_back: Vec::new(),
             chain: Vec::with_capacity(sends_max),
             chain_sges: Vec::with_capacity(sends_max),
+            chain_bound: Vec::new(),
+            windows: Vec::new(),
+            free_windows: Vec::new(),
             outstanding: VecDeque::with_capacity(sends_max),
             front: 0,
             sends_max,
@@ -560,6 +586,11 @@ impl QueuePair {
         self.chain.push(wr);
     }
 
+    /// Notes what the work request that was chained last uses.
+    fn note(&mut self, range: Option<SlotRange>, read: Option<u64>, mr: Option<Arc<Mr>>) {
+        self.outstanding.push_back(Outstanding { range, read, _mr: mr, ring_end: self.ring.head });
+    }
+
     /// From now on messages are put together into SENDs of at most so many bytes: what the peer's receives
     /// have room for.
     pub fn set_send_bytes_max(&mut self, bytes: usize) {
@@ -596,7 +627,7 @@ impl QueuePair {
         let flags = inline | self.signal_if_much();
         let sge = ibv_sge { addr: address, length: len as u32, lkey: self.ring.mr.lkey() };
         self.chain_up(sge, verbs::IBV_WR_SEND, flags, (0, 0));
-        self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
+        self.note(None, None, None);
     }
 
     /// Chains an RDMA WRITE of the range to the peer's memory, perhaps with immediate data, which the peer
@@ -615,14 +646,14 @@ impl QueuePair {
                 }
             }
         }
-        self.outstanding.push_back(Outstanding { range: Some(range), read: None, ring_end: self.ring.head });
+        self.note(Some(range), None, None);
     }
 
     /// Chains an RDMA WRITE of nothing, for which the peer needs no memory: it ends well if the peer's device
     /// is there.
     pub fn probe(&mut self) {
         self.chain_up(ibv_sge::default(), verbs::IBV_WR_RDMA_WRITE, 0, (0, 0));
-        self.outstanding.push_back(Outstanding { range: None, read: None, ring_end: self.ring.head });
+        self.note(None, None, None);
     }
 
     /// The flag that asks for a completion, if much was written since the last.
@@ -638,11 +669,67 @@ impl QueuePair {
     pub fn read(&mut self, name: u64, range: SlotRange, mr: &Mr, address: u64, key: u32) {
         let sge = sge_of(&range, mr);
         self.chain_up(sge, verbs::IBV_WR_RDMA_READ, verbs::IBV_SEND_SIGNALED, (address, key));
-        self.outstanding.push_back(Outstanding {
-            range: Some(range),
-            read: Some(name),
-            ring_end: self.ring.head,
-        });
+        self.note(Some(range), Some(name), None);
+    }
+
+    /// A window that is not bound, and the key that it will have. It comes back by
+    /// [`QueuePair::invalidate`], or [`QueuePair::put_back`] if it has not been bound.
+    pub fn take_window(&mut self) -> Result<(WindowId, u32), Error> {
+        let id = match self.free_windows.pop() {
+            Some(id) => id,
+            None => {
+                self.windows.push(Window::new(&self.domain)?);
+                WindowId(self.windows.len() as u32 - 1)
+            }
+        };
+        Ok((id, self.windows[id.0 as usize].next_key()))
+    }
+
+    /// See [`QueuePair::take_window`].
+    pub fn put_back(&mut self, window: WindowId) {
+        self.free_windows.push(window);
+    }
+
+    /// Chains what binds a window: work requests behind it may give its key away.
+    pub fn bind(&mut self, binding: Binding) {
+        let Binding { window: id, mr, address, len, is_written } = binding;
+        self.chain_up(ibv_sge::default(), verbs::IBV_WR_BIND_MW, 0, (0, 0));
+        let window = &mut self.windows[id.0 as usize];
+        let access = if is_written { verbs::IBV_ACCESS_REMOTE_WRITE } else { verbs::IBV_ACCESS_REMOTE_READ };
+        if let Some(wr) = self.chain.last_mut() {
+            wr.__bindgen_anon_2.bind_mw = verbs::ibv_send_wr__bindgen_ty_4__bindgen_ty_1 {
+                mw: window.raw(),
+                rkey: window.next_key(),
+                bind_info: verbs::ibv_mw_bind_info {
+                    mr: mr.raw(),
+                    addr: address,
+                    length: len as u64,
+                    mw_access_flags: access,
+                },
+            };
+        }
+        window.bound = Some(mr);
+        self.chain_bound.push(id);
+        self.note(None, None, None);
+    }
+
+    /// Chains what takes the key of a window back that has been posted as bound. It may be bound anew behind
+    /// that: work requests of a queue pair on windows are executed in order.
+    pub fn invalidate(&mut self, id: WindowId) {
+        let window = &mut self.windows[id.0 as usize];
+        let (key, mr) = (window.key(), window.bound.take());
+        self.chain_up(ibv_sge::default(), verbs::IBV_WR_LOCAL_INV, 0, (0, 0));
+        if let Some(wr) = self.chain.last_mut() {
+            wr.__bindgen_anon_1.invalidate_rkey = key;
+        }
+        // It is not deregistered before that has ended.
+        self.note(None, None, mr);
+        self.free_windows.push(id);
+    }
+
+    /// Whether anything is chained and not posted.
+    pub fn has_chain(&self) -> bool {
+        !self.chain.is_empty()
     }
 
     /// Posts the chain, and the receive buffers that were given back. `signal` asks for a completion of the
@@ -666,11 +753,14 @@ impl QueuePair {
         self.unsignalled_bytes = 0;
         self.counters.work_requests += n as u64;
         self.counters.doorbells += 1;
-        // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding` and
-        // `self.ring` until the completion, or the destruction of the queue pair.
+        // SAFETY: the chain is whole; what it names is registered and owned by `self.outstanding`,
+        // `self.windows` and `self.ring` until the completion, or the destruction of the queue pair.
         let posted = unsafe { verbs::post_send(self.qp.as_ptr(), self.chain.as_mut_ptr()) };
         self.chain.clear();
         self.chain_sges.clear();
+        for id in self.chain_bound.drain(..) {
+            self.windows[id.0 as usize].note_bound();
+        }
         posted
     }
 
@@ -749,6 +839,11 @@ impl QueuePair {
         }
     }
 
+    /// Whether a failure is among the completions that were found.
+    pub fn has_failed(&self) -> bool {
+        self.polled.iter().any(|completion| matches!(completion, Completion::Failed(_)))
+    }
+
     /// The next of the completions that were found.
     pub fn next(&mut self) -> Option<Completion> {
         self.polled.pop_front()
@@ -820,6 +915,8 @@ impl Failure {
 
 impl Drop for QueuePair {
     fn drop(&mut self) {
+        // Bound windows would keep it, and the registrations that they are bound to.
+        self.windows.clear();
         // SAFETY: the queue pair and its queues are destroyed once, here, in this order.
         let destroyed = check(unsafe { (self.verbs.ibv_destroy_qp)(self.qp.as_ptr()) });
         if let Err(error) = destroyed {

@@ -178,6 +178,29 @@ pub(super) unsafe fn post_recv(qp: *mut ibv_qp, wr: *mut ibv_recv_wr) -> io::Res
     check(unsafe { post(qp, wr, &mut bad) })
 }
 
+/// ibv_alloc_mw(3), of type 2.
+///
+/// # Safety
+/// `pd` is alive.
+pub(super) unsafe fn alloc_window(pd: *mut ibv_pd) -> io::Result<std::ptr::NonNull<ibv_mw>> {
+    // SAFETY: a live protection domain has a live context.
+    let alloc = unsafe { (*(*pd).context).ops.alloc_mw };
+    let alloc = alloc.ok_or_else(|| io::Error::from_raw_os_error(libc::EOPNOTSUPP))?;
+    // SAFETY: the caller vouches for the domain.
+    not_null(unsafe { alloc(pd, IBV_MW_TYPE_2) })
+}
+
+/// ibv_dealloc_mw(3).
+///
+/// # Safety
+/// `window` is alive, and not used any more.
+pub(super) unsafe fn dealloc_window(window: *mut ibv_mw) -> io::Result<()> {
+    // SAFETY: a live window has a live context; providers that make windows can end them.
+    let dealloc = unsafe { (*(*window).context).ops.dealloc_mw }.expect("the device made the window");
+    // SAFETY: the caller vouches for the window.
+    check(unsafe { dealloc(window) })
+}
+
 /// ibv_poll_cq(3): how many of `wcs` were filled.
 ///
 /// # Safety

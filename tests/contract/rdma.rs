@@ -1,15 +1,18 @@
 //! What only RDMA has: work requests that are counted, memory that is reached from afar, rdma_cm's own
 //! messages.
 
+use std::time::Duration;
+
 use raio_transport::error::{Error, Violation};
-use raio_transport::handshake::Offer;
+use raio_transport::handshake::{Offer, Policy};
 use raio_transport::loopback::Access;
-use raio_transport::memory::{Arena, Buffer, Buffers};
+use raio_transport::memory::{Arena, Buffer, Buffers, Region};
 use raio_transport::message::{self, BODY_BYTES_MAX, HEADER_BYTES, RemoteRegion};
-use raio_transport::transport::{Bulk, CloseReason, ServerCounters};
+use raio_transport::rdma;
+use raio_transport::transport::{Bulk, CloseReason, SendOptions, ServerCounters};
 
 use crate::harness::{
-    Op, Server, Transport, bytes_of, command, data, has_rdma, pattern, rdma_source, room, serve_plain,
+    Client, Op, Server, Transport, bytes_of, command, data, has_rdma, pattern, rdma_source, room, serve_plain,
 };
 use crate::raw::Raw;
 use crate::rdma_end;
@@ -156,6 +159,151 @@ fn memory_that_was_not_laid_open_closes_the_connection_that_named_it() {
         bystander.works();
     }
     server.until_empty(1);
+}
+
+/// A client with an arena that it has registered, and a server by hand: over both ways to a queue pair.
+fn clients_of_a_hostile_server() -> Option<impl Iterator<Item = (Client, Arena, Raw)>> {
+    let devices = if has_rdma() { rdma::devices().unwrap_or_default() } else { Vec::new() };
+    if !devices.iter().any(|device| device.has_windows) {
+        eprintln!("SKIPPED: no RDMA device has memory windows");
+        return None;
+    }
+    Some([Transport::Rdma, Transport::RdmaAfterTcp].into_iter().map(|transport| {
+        let (mut client, raw) = Raw::server(transport, &Policy::default(), 0);
+        let arena = Arena::new(1 << 20, 256 << 10).unwrap();
+        client.transport.register_arena(&arena.memory()).unwrap();
+        (client, arena, raw)
+    }))
+}
+
+/// Has the client ask for data. Returns the request.
+fn asked_for(client: &mut Client, raw: &mut Raw, bulk: Bulk) -> message::RequestHeader {
+    client.send(1, &command(Op::Get, 1), bulk);
+    client.transport.flush();
+    raw.next_request()
+}
+
+/// The address and key of a request's memory.
+fn place_of(request: &message::RequestHeader) -> (u64, u32) {
+    match request.region {
+        RemoteRegion::In { address, key, .. } | RemoteRegion::Out { address, key, .. } => (address, key),
+        RemoteRegion::None => panic!("it has no memory"),
+    }
+}
+
+#[test]
+fn a_server_reaches_the_memory_of_a_request_only_until_it_has_answered() {
+    let Some(clients) = clients_of_a_hostile_server() else { return };
+    for (mut client, mut arena, mut raw) in clients {
+        let request = asked_for(&mut client, &mut raw, Bulk::In(slots(&mut arena, 4096)));
+        raw.respond(&request, &pattern(1, 4096));
+        let reply = client.next();
+        // The device executes what invalidates the key soon after it was posted.
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!raw.rdma().place(request.region, &[0xee; 4096]), "it can be written to again");
+        assert_eq!(bytes_of(&reply.bulk), pattern(1, 4096));
+        drop(raw);
+        client.until_failed();
+        assert_eq!(bytes_of(&reply.bulk), pattern(1, 4096));
+    }
+}
+
+#[test]
+fn a_server_reaches_a_region_of_the_program_only_until_it_has_answered() {
+    let Some(clients) = clients_of_a_hostile_server() else { return };
+    for (mut client, _, mut raw) in clients {
+        let mut bytes = vec![0; 64 << 10].into_boxed_slice();
+        // SAFETY: what lies in it is dropped before it.
+        let region = unsafe { Region::new(bytes.as_mut_ptr(), bytes.len()) }.unwrap();
+        client.transport.register_region(&region).unwrap();
+        // SAFETY: nobody else looks at these bytes as long as the buffer is there.
+        let buffer = unsafe { region.buffer(bytes[4096..].as_mut_ptr(), 8192) }.unwrap();
+        let request = asked_for(&mut client, &mut raw, Bulk::In(Buffers::One(buffer)));
+        raw.respond(&request, &pattern(1, 8192));
+        drop(client.next());
+        // Which waits until the server does not reach it any more.
+        client.transport.unregister_region(&region);
+        assert!(!raw.rdma().place(request.region, &[0xee; 8192]), "it can be written to again");
+        drop(raw);
+        client.until_failed();
+        assert_eq!(bytes[4096..][..8192], pattern(1, 8192));
+        assert!(bytes[..4096].iter().chain(&bytes[12288..]).all(|&byte| byte == 0));
+    }
+}
+
+#[test]
+fn a_key_allows_the_direction_of_its_request_alone() {
+    let Some(clients) = clients_of_a_hostile_server() else { return };
+    for (mut client, mut arena, mut raw) in clients {
+        let request = asked_for(&mut client, &mut raw, Bulk::In(slots(&mut arena, 4096)));
+        let (address, key) = place_of(&request);
+        assert_eq!(raw.rdma().fetch(address, key, 4096), None, "room for data can be read");
+        drop(raw);
+        client.until_failed();
+    }
+    let Some(clients) = clients_of_a_hostile_server() else { return };
+    for (mut client, mut arena, mut raw) in clients {
+        let Buffers::One(mut buffer) = slots(&mut arena, 100_000) else { unreachable!() };
+        buffer.bytes_mut().copy_from_slice(&pattern(1, 100_000));
+        client.send(1, &command(Op::Put, 1), Bulk::Out(Buffers::One(buffer)));
+        client.transport.flush();
+        let (address, key) = place_of(&raw.next_request());
+        assert_eq!(raw.rdma().fetch(address, key, 100_000), Some(pattern(1, 100_000)));
+        let there = RemoteRegion::In { address, key, len: 4096 };
+        assert!(!raw.rdma().place(there, &[0xee; 4096]), "data can be written to");
+        drop(raw);
+        let replies = client.until_failed();
+        assert_eq!(bytes_of(&replies[0].bulk), pattern(1, 100_000));
+    }
+}
+
+#[test]
+fn a_server_does_not_reach_what_lies_beside_the_memory_of_a_request() {
+    let Some(clients) = clients_of_a_hostile_server() else { return };
+    drop(clients);
+    if rdma::devices().unwrap().iter().any(|device| device.name.starts_with("rxe")) {
+        eprintln!("SKIPPED: Soft-RoCE checks the bounds of registrations, not those of windows");
+        return;
+    }
+    for (offset, len) in [(-1, 1), (4096, 1), (0, 4097)] {
+        for (mut client, mut arena, mut raw) in clients_of_a_hostile_server().into_iter().flatten() {
+            let mut pieces: Vec<_> = (0..3).map(|_| Buffer::Slot(arena.alloc(4096).unwrap(), 4096)).collect();
+            let middle = Bulk::In(Buffers::One(pieces.remove(1)));
+            let request = asked_for(&mut client, &mut raw, middle);
+            let (address, key) = place_of(&request);
+            let there = RemoteRegion::In { address: address.wrapping_add_signed(offset), key, len };
+            assert!(!raw.rdma().place(there, &vec![0xee; len as usize]), "{len} bytes at {offset}");
+            drop(raw);
+            client.until_failed();
+            assert!(pieces.iter().all(|piece| piece.bytes().iter().all(|&byte| byte == 0)));
+        }
+    }
+}
+
+#[test]
+fn windows_serve_one_request_after_the_other() {
+    let Some(server) = server() else { return };
+    let mut client = server.client();
+    let mut arena = Arena::new(4 << 20, 256 << 10).unwrap();
+    client.transport.register_arena(&arena.memory()).unwrap();
+    // A key has one byte that changes: it comes round.
+    for round in 0..300 {
+        for seed in 0..4 {
+            client.send(seed, &command(Op::Get, seed), Bulk::In(slots(&mut arena, 5000)));
+        }
+        // What is taken back before it is sent leaves nothing behind.
+        let options = SendOptions::PLAIN;
+        let unsent = client.transport.send(9, &command(Op::Get, 9), room(5000), options).unwrap();
+        assert!(client.transport.dequeue(unsent).is_some());
+        client.send(4, &command(Op::Put, round), data(pattern(round, 50_000)));
+        for _ in 0..5 {
+            let reply = client.next();
+            match reply.tag {
+                4 => assert_eq!(reply.result, 50_000, "the data arrived wrong"),
+                tag => assert!(reply.status.is_ok() && bytes_of(&reply.bulk) == pattern(tag, 5000)),
+            }
+        }
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub trait End: Send {
     fn expose(&mut self, access: Access, len: usize) -> Result<(u64, u32), Error>;
     /// Writes data to the peer's memory. False if the peer does not allow it, or is gone.
     fn place(&mut self, region: RemoteRegion, data: &[u8]) -> bool;
+    /// Reads so many bytes of the peer's memory. None if the peer does not allow it, or is gone.
+    fn fetch(&mut self, address: u64, key: u32, len: usize) -> Option<Vec<u8>>;
 }
 
 pub use made::*;
@@ -74,6 +76,10 @@ mod made {
 
         fn place(&mut self, region: RemoteRegion, data: &[u8]) -> bool {
             self.place(region, data)
+        }
+
+        fn fetch(&mut self, address: u64, key: u32, len: usize) -> Option<Vec<u8>> {
+            self.fetch(address, key, len)
         }
     }
 }

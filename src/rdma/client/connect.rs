@@ -38,6 +38,8 @@ pub(super) struct Parts {
     pub channel: Arc<CompletionChannel>,
     /// rdma_cm's, if that makes the connection.
     pub events: Option<Arc<EventChannel>>,
+    /// See `registration`.
+    pub has_windows: bool,
 }
 
 /// A connection by rdma_cm that is being made.
@@ -179,11 +181,12 @@ impl RdmaDial {
         let credits = offer.queue_depth as usize + 1;
         let domain = Domain::new(device)?;
         let channel = CompletionChannel::new(device)?;
-        let size = size_for(credits);
+        let size = size_for(credits, limits.has_windows);
         let mut qp = QueuePair::new(Some(id), &domain, &channel, 0, &limits, &size, false)?;
         qp.provide_receives(HANDSHAKE_MESSAGES)?;
         qp.id().connect(&request(), limits.reads_in).map_err(failed)?;
-        Ok((Parts { qp, domain, channel, events: Some(events) }, offer))
+        let has_windows = limits.has_windows;
+        Ok((Parts { qp, domain, channel, events: Some(events), has_windows }, offer))
     }
 }
 
@@ -326,8 +329,8 @@ fn unconnected(at: &PortAddress, grant: &Grant) -> Result<(Parts, QueuePairAddre
     let limits =
         at.device.limits().map_err(|source| Error::io("the device does not tell its limits", source))?;
     let credits = grant.credits() as usize;
-    let size = size_for(credits);
-    if size.sends.max(size.receives) > limits.work_requests.min(limits.completions) {
+    let size = size_for(credits, limits.has_windows);
+    if credits + 2 * CONTROL_MESSAGES > limits.work_requests.min(limits.completions) {
         return unfit(format!("has no queues for the {credits} requests that the server granted"));
     }
     if grant.data_bytes_max > limits.message_bytes {
@@ -343,13 +346,16 @@ fn unconnected(at: &PortAddress, grant: &Grant) -> Result<(Parts, QueuePairAddre
     qp.provide_receives(credits + CONTROL_MESSAGES)?;
     let (psn, peer_psn) = packet_numbers();
     let ours = qp.address(at, psn, peer_psn, limits.reads_in.into());
-    Ok((Parts { qp, domain, channel, events: None }, ours))
+    Ok((Parts { qp, domain, channel, events: None, has_windows: limits.has_windows }, ours))
 }
 
-/// The queue pair of a connection with so many credits.
-fn size_for(credits: usize) -> Size {
+/// The queue pair of a connection with so many credits. The send queue may be shorter, for what has no room
+/// waits.
+fn size_for(credits: usize, has_windows: bool) -> Size {
+    // Each request has a SEND at most, and its window is bound and invalidated.
+    let sends = if has_windows { 3 } else { 1 };
     Size {
-        sends: credits + 2 * CONTROL_MESSAGES,
+        sends: sends * credits + 2 * CONTROL_MESSAGES,
         receives: credits + CONTROL_MESSAGES,
         receive_bytes: MESSAGE_BYTES,
         send_bytes: (credits * (MESSAGE_BYTES + RDMA_INLINE_BYTES_MAX))

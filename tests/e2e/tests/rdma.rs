@@ -415,6 +415,7 @@ fn the_devices_are_listed_with_their_ports_and_addresses_and_why_one_is_not_usab
     for (device, address) in [("rxe0", "10.77.0.1"), ("rxe1", "10.77.0.2")] {
         assert!(said.contains(&format!("{device} port 1: active, Ethernet, MTU 4096\n")), "{said}");
         assert!(said.contains(&format!("GID 1: ::ffff:{address} (RoCE v2)\n")), "{said}");
+        assert!(said.contains("    Memory windows: yes\n"), "{said}");
     }
     let cut = Cut::new();
     let (success, said) = list_devices();
