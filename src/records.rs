@@ -11,12 +11,16 @@
 //! - Records may carry no message (a change of keys, an alert). They open to nothing; what they ask for is
 //!   sealed in front of the next messages.
 //! - Data moves straight between the stream and its place only if [`Records::is_clear`].
+//! - Where the kernel seals and opens, the stream is in the clear to this program. It has to look after
+//!   records that are no data, which the kernel does not understand, and to end the connection when its key
+//!   is used up.
 
 use std::io::IoSlice;
 use std::ops::{Deref, Range};
 
 use crate::error::Violation;
 use crate::reactor::SendBatch;
+use crate::tls::kernel::{ControlRecord, KernelRecords};
 use crate::tls::records::TlsRecords;
 use crate::tuning::SEAL_BYTES_MAX;
 
@@ -27,6 +31,8 @@ pub(crate) enum Records {
     Clear,
     /// Sealed.
     Tls(Box<TlsRecords>),
+    /// Sealed by the kernel; of a server.
+    Kernel(KernelRecords),
 }
 
 /// What is to be sent.
@@ -51,7 +57,7 @@ impl Records {
     /// Whether the bytes of the stream are those of the messages.
     #[inline]
     pub fn is_clear(&self) -> bool {
-        matches!(self, Self::Clear)
+        !matches!(self, Self::Tls(_))
     }
 
     // Of a client
@@ -62,7 +68,7 @@ impl Records {
     #[inline]
     pub fn seal<'a>(&'a mut self, plain: &'a [IoSlice<'a>]) -> Sealed<'a> {
         match self {
-            Self::Clear => Sealed::Clear(plain),
+            Self::Clear | Self::Kernel(_) => Sealed::Clear(plain),
             Self::Tls(records) => Sealed::Tls([IoSlice::new(records.unsent(plain, SEAL_BYTES_MAX))]),
         }
     }
@@ -71,7 +77,7 @@ impl Records {
     #[inline]
     pub fn on_sent(&mut self, n: usize) -> usize {
         match self {
-            Self::Clear => n,
+            Self::Clear | Self::Kernel(_) => n,
             Self::Tls(records) => records.on_sent(n),
         }
     }
@@ -79,7 +85,7 @@ impl Records {
     /// What to send at the end: these last words behind what has been sealed, and that nothing more comes.
     pub fn seal_last<'a>(&'a mut self, words: &'a [IoSlice<'a>]) -> Sealed<'a> {
         match self {
-            Self::Clear => Sealed::Clear(words),
+            Self::Clear | Self::Kernel(_) => Sealed::Clear(words),
             Self::Tls(records) => Sealed::Tls([IoSlice::new(records.last(words))]),
         }
     }
@@ -90,7 +96,7 @@ impl Records {
     #[inline]
     pub fn open(&mut self, buffer: &mut [u8], received: Range<usize>) -> Result<usize, Violation> {
         match self {
-            Self::Clear => {
+            Self::Clear | Self::Kernel(_) => {
                 debug_assert!(received.end <= buffer.len());
                 Ok(received.len())
             }
@@ -102,7 +108,7 @@ impl Records {
     #[inline]
     pub fn held(&self) -> usize {
         match self {
-            Self::Clear => 0,
+            Self::Clear | Self::Kernel(_) => 0,
             Self::Tls(records) => records.held(),
         }
     }
@@ -136,7 +142,8 @@ impl Records {
     #[inline]
     pub fn open_away(&mut self, bytes: &mut [u8]) -> Result<(Vec<u8>, Range<usize>), Violation> {
         match self {
-            Self::Clear => Ok((Vec::new(), 0..bytes.len())),
+            Self::Kernel(records) if records.has_ended() => Err(Violation::Record),
+            Self::Clear | Self::Kernel(_) => Ok((Vec::new(), 0..bytes.len())),
             Self::Tls(records) => records.open_away(bytes),
         }
     }
@@ -145,8 +152,57 @@ impl Records {
     #[inline]
     pub fn heap(&self) -> usize {
         match self {
-            Self::Clear => 0,
+            Self::Clear | Self::Kernel(_) => 0,
             Self::Tls(records) => records.heap(),
+        }
+    }
+
+    // Of a server whose kernel seals
+    // ----------------------------------------------------------------------------------------------------
+
+    /// Whether the kernel seals and opens.
+    #[inline]
+    pub fn is_in_kernel(&self) -> bool {
+        matches!(self, Self::Kernel(_))
+    }
+
+    /// A send of so many bytes has ended. Returns whether its key is used up.
+    #[inline]
+    pub fn on_batch_sent(&mut self, n: usize) -> bool {
+        let Self::Kernel(records) = self else { return false };
+        records.on_sent(n);
+        records.is_used_up()
+    }
+
+    /// Whether data may be received straight into its place.
+    #[inline]
+    pub fn is_received_directly(&self) -> bool {
+        match self {
+            Self::Clear => true,
+            Self::Tls(_) => false,
+            // What comes behind the end is looked for in what is received ([`Records::open_away`]).
+            Self::Kernel(records) => !records.has_ended(),
+        }
+    }
+
+    /// Whether nothing more can be received.
+    #[inline]
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self, Self::Kernel(records) if records.is_unreadable())
+    }
+
+    /// The kernel cannot open what has come.
+    pub fn on_bad_record(&mut self) {
+        if let Self::Kernel(records) = self {
+            records.on_bad_record();
+        }
+    }
+
+    /// A record that is no data has come.
+    pub fn on_control(&mut self, kind: u8, message: &[u8]) -> Result<ControlRecord, Violation> {
+        match self {
+            Self::Kernel(records) => records.on_control(kind, message),
+            Self::Clear | Self::Tls(_) => Err(Violation::Record),
         }
     }
 }

@@ -2,8 +2,8 @@
 //! after that can be neither read nor changed on the way.
 //!
 //! rustls does the handshake (`handshake`), of which nothing is remembered: no tickets, no early data. It
-//! then gives its secrets away. The records are sealed and opened here (`records`), in place:
-//! rustls would copy them once more.
+//! then gives its secrets away. The records are sealed and opened here (`records`), in place: rustls would
+//! copy them once more. A server may leave them to the kernel instead (`kernel`).
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -20,10 +20,12 @@ use rustls::{
     ServerConfig, SignatureScheme, version,
 };
 
+use crate::environment::variable;
 use crate::keys::{PublicKey, SecretKey};
 use crate::tuning::TLS_RECORDS_PER_KEY as RECORDS_PER_KEY;
 
 mod handshake;
+pub(crate) mod kernel;
 pub(crate) mod records;
 
 pub(crate) use handshake::{CERTIFICATE_UNKNOWN, Handshake, not_known_there};
@@ -43,6 +45,7 @@ pub struct ClientTls {
 pub struct ServerTls {
     config: Arc<ServerConfig>,
     records_per_key: u64,
+    is_in_kernel: bool,
 }
 
 impl ClientTls {
@@ -72,7 +75,7 @@ impl ClientTls {
         config.enable_sni = false;
         config.resumption = Resumption::disabled();
         config.enable_secret_extraction = true;
-        Self { config: Arc::new(config), records_per_key: RECORDS_PER_KEY }
+        Self { config: Arc::new(config), records_per_key: records_per_key() }
     }
 }
 
@@ -90,8 +93,24 @@ impl ServerTls {
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.enable_secret_extraction = true;
-        Self { config: Arc::new(config), records_per_key: RECORDS_PER_KEY }
+        Self { config: Arc::new(config), records_per_key: records_per_key(), is_in_kernel: false }
     }
+
+    /// The same, but the kernel seals and opens the records: see [`crate::tcp::no_kernel_tls`].
+    pub fn in_kernel(mut self) -> Self {
+        self.is_in_kernel = true;
+        self
+    }
+
+    pub(crate) fn is_in_kernel(&self) -> bool {
+        self.is_in_kernel
+    }
+}
+
+/// Records that a key seals. Tests of whole programs may say fewer, in builds with debug assertions.
+fn records_per_key() -> u64 {
+    let fewer = || variable("RAIO_TEST_RECORDS_PER_KEY")?.to_str()?.parse().ok();
+    cfg!(debug_assertions).then(fewer).flatten().unwrap_or(RECORDS_PER_KEY)
 }
 
 #[cfg(any(test, feature = "test-peers"))]

@@ -15,12 +15,14 @@ use crate::connecting::Connecting;
 use crate::credentials::Credentials;
 use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Identity, Peer};
+use crate::keys::PublicKey;
 pub use crate::memory::SlotRange;
 use crate::memory::{Arena, ArenaMemory, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
 use crate::records::Records;
+use crate::tls::kernel::KernelRecords;
 use crate::tls::records::TlsRecords;
 use crate::trace::ClockSample;
 pub use crate::tuning::ALIVE_FOR;
@@ -237,6 +239,12 @@ impl AcceptedStream {
         Self { records: Records::Tls(Box::new(records)), identity, received, ..Self::new(socket) }
     }
 
+    /// The same, where the kernel seals and opens.
+    pub(crate) fn secured_by_kernel(socket: Arc<OwnedFd>, peer: PublicKey, records: KernelRecords) -> Self {
+        let identity = Identity::Key(peer);
+        Self { records: Records::Kernel(records), identity, ..Self::new(socket) }
+    }
+
     /// One whose client is a process of this machine, run by this user.
     pub fn of_user(self, user: Credentials) -> Self {
         Self { identity: Identity::User(Arc::new(user)), ..self }
@@ -325,6 +333,9 @@ pub enum CloseReason {
     Evicted,
     /// The peer's host does not answer any more: it or the network to it has failed (ETIMEDOUT).
     Unreachable,
+    /// A key has been used for as many records as it may be, and the kernel, which seals them, cannot change
+    /// it. The peer goes on over another connection.
+    KeyUsedUp,
 }
 
 impl CloseReason {
@@ -339,6 +350,7 @@ impl CloseReason {
             Self::Rejected => "rejected",
             Self::Evicted => "evicted",
             Self::Unreachable => "unreachable",
+            Self::KeyUsedUp => "key_used_up",
         }
     }
 }

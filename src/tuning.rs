@@ -45,6 +45,8 @@ pub(crate) const SEAL_BYTES_WHEN_SHORT: usize = 16 << 10;
 pub(crate) const TLS_RECEIVE_BYTES: usize = 4 << 10;
 /// How long a client that has been told why it is not wanted is read from: more than a round trip.
 pub(crate) const TLS_READ_ON_FOR: Duration = Duration::from_secs(1);
+/// Of a record that is no data, where the kernel opens records: more than an alert and a KeyUpdate have.
+pub(crate) const CONTROL_RECORD_BYTES: usize = 16;
 /// TLS records that a key seals before the next one takes its place: half of what rustls allows AES-GCM, of
 /// which 2^24.5 are safe (RFC 8446, section 5.5).
 pub(crate) const TLS_RECORDS_PER_KEY: u64 = 1 << 23;

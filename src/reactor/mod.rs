@@ -18,6 +18,7 @@
 mod batch;
 mod clock;
 mod epoll;
+mod kernel_tls;
 mod mailbox;
 mod nonblocking;
 mod received;
@@ -35,6 +36,7 @@ use std::time::{Duration, Instant};
 
 pub use batch::SendBatch;
 pub use clock::LoopClock;
+pub use kernel_tls::{attach_tls, receive_control_record, send_control_record, set_tls_keys};
 pub use mailbox::{Receiver, Sender, Waker, mailbox};
 pub use received::Received;
 pub use sources::{FileWatch, Signals, block_signals};

@@ -20,6 +20,7 @@ use crate::memory::{Arena, Slot, SlotRange};
 use crate::message::{self, HEADER_BYTES, Kind, Message, Parsed, QueuePairAddress, RemoteRegion};
 use crate::reactor::{LoopClock, SendBatch};
 use crate::records::Records;
+use crate::tls::kernel::ControlRecord;
 use crate::transport::{
     ALIVE_FOR, AcceptedStream, CloseReason, ConnectionId, Request, RequestKey, Response, ServerEvent,
 };
@@ -346,7 +347,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
 
     /// The receive that is to be started, if any. [`StreamConnection::on_bytes`] or another `on_` follows.
     pub fn poll_receive(&mut self, shared: &mut StreamShared, clock: &LoopClock) -> Option<Receive> {
-        if self.receive_in_flight || self.core.phase() == Phase::Dead {
+        if self.receive_in_flight || self.core.phase() == Phase::Dead || self.records.is_unreadable() {
             return None;
         }
         if self.core.is_open() {
@@ -375,7 +376,7 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
         let receive = match &mut self.receiving {
             Receiving::AwaitingFetch { .. } => return None,
             Receiving::Data { slot, start, len, filled, .. }
-                if self.records.is_clear() && *len - *filled >= DIRECT_BYTES_MIN =>
+                if self.records.is_received_directly() && *len - *filled >= DIRECT_BYTES_MIN =>
             {
                 let slot = slot.take()?;
                 Receive::Into(SlotRange { slot, start: *start + *filled, len: *len - *filled })
@@ -410,6 +411,39 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
     pub fn on_receive_failed(&mut self, shared: &mut StreamShared, reason: CloseReason) {
         self.receive_in_flight = false;
         self.end(shared, reason);
+    }
+
+    /// Whether the kernel seals what is sent, and opens what is received.
+    pub fn is_sealed_by_kernel(&self) -> bool {
+        self.records.is_in_kernel()
+    }
+
+    /// A receive has failed, since the kernel has a record of this type that is no data, with this inside.
+    /// It gives back the slot it was for.
+    #[cold]
+    pub fn on_control_record(
+        &mut self,
+        (kind, message): (u8, &[u8]),
+        target: Option<SlotRange>,
+        shared: &mut StreamShared,
+        clock: &LoopClock,
+    ) {
+        self.on_nothing(target);
+        self.core.on_receive();
+        match self.records.on_control(kind, message) {
+            // The end of the stream is received next.
+            Ok(ControlRecord::End) => {}
+            Ok(ControlRecord::KeyUpdate) => self.end_with_key(shared, clock),
+            Err(violation) => self.fail(shared, clock, violation),
+        }
+    }
+
+    /// A receive has failed, since the kernel cannot open what has come.
+    #[cold]
+    pub fn on_bad_record(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
+        self.receive_in_flight = false;
+        self.records.on_bad_record();
+        self.fail(shared, clock, Violation::Record);
     }
 
     /// `n` bytes have been received into the slot of a message's data.
@@ -896,8 +930,9 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
     }
 
     /// A send has ended: `n` bytes were sent, the batch is what is left.
-    pub fn on_sent(&mut self, n: usize, batch: Box<SendBatch>, shared: &mut StreamShared) {
+    pub fn on_sent(&mut self, n: usize, batch: Box<SendBatch>, shared: &mut StreamShared, clock: &LoopClock) {
         self.progress.bytes_out += n as u64;
+        let is_used_up = self.records.on_batch_sent(n);
         if self.core.phase() == Phase::Dead {
             self.outbox.on_send_failed();
         } else if !self.outbox.on_sent(&mut shared.spare, batch) {
@@ -910,6 +945,9 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
                 self.close = Some(Close::Write);
                 self.needs_attention = true;
             }
+        }
+        if is_used_up {
+            self.end_with_key(shared, clock);
         }
     }
 
@@ -1057,6 +1095,16 @@ impl<B: DerefMut<Target = [u8]>> StreamConnection<B> {
     ) {
         let Some(words) = self.core.last_words(&shared.policy, status, text) else { return };
         self.say_last(&words, reason, shared, clock);
+    }
+
+    /// Ends it, if it has not: one of its keys has sealed as much as it may, and the kernel has no other. The
+    /// peer goes on over another connection.
+    #[cold]
+    fn end_with_key(&mut self, shared: &mut StreamShared, clock: &LoopClock) {
+        let text = "The keys of this connection have been used for as many records as they may be, and the \
+            server's kernel cannot change them. Connect again.";
+        let status = Status::transport(libc::ECONNRESET);
+        self.close(status, text, CloseReason::KeyUsedUp, shared, clock);
     }
 
     /// Rejects a client whose welcome has not been sent.

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use socket2::{Protocol, SockAddr, Socket, Type};
 
-pub use accept::Accepting;
+pub use accept::{Accepting, no_kernel_tls};
 pub use client::{TcpClient, TcpDial};
 pub use server::{Place, TcpServer};
 

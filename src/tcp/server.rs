@@ -21,8 +21,10 @@ use crate::memory::{Arena, Slot};
 use crate::message::QueuePairAddress;
 use crate::reactor::{
     Event, File, LoopClock, Op, Payload, Reactor, Received, TcpInfo, TimerId, Token, bound_tcp_retries,
+    receive_control_record, send_control_record,
 };
 use crate::server::{Close, Receive, StreamConnection, StreamShared};
+use crate::tls::kernel::END;
 use crate::transport::{
     Accepted, AcceptedStream, CloseReason, ConnectionId, Handover, Passed, RequestKey, Response, ServerEvent,
     ServerTransport, UpgradeRequest,
@@ -116,16 +118,37 @@ impl Connection {
                 stream.on_nothing(Some(range));
             }
             (Err(libc::ENOBUFS | libc::EINTR | libc::EAGAIN), _) => stream.on_nothing(None),
+            (Err(errno), payload) if stream.is_sealed_by_kernel() => {
+                self.not_received(errno, payload, shared, clock);
+            }
             (Err(errno), _) => stream.on_receive_failed(shared, lost(errno)),
         }
     }
 
-    fn sent(&mut self, event: Event, shared: &mut StreamShared) {
+    /// A receive has failed of a connection whose records the kernel opens.
+    #[cold]
+    fn not_received(&mut self, errno: i32, payload: Payload, shared: &mut StreamShared, clock: &LoopClock) {
+        let stream = &mut self.stream;
+        let errno_of = |error: std::io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+        let target = if let Payload::Slot(range) = payload { Some(range) } else { None };
+        match errno {
+            // What comes next is no data.
+            libc::EIO => match receive_control_record(&self.socket) {
+                Ok((kind, message)) => stream.on_control_record((kind, &message), target, shared, clock),
+                Err(error) => stream.on_receive_failed(shared, lost(errno_of(error))),
+            },
+            // A tag, a length or a version that is wrong.
+            libc::EBADMSG | libc::EMSGSIZE | libc::EINVAL => stream.on_bad_record(shared, clock),
+            errno => stream.on_receive_failed(shared, lost(errno)),
+        }
+    }
+
+    fn sent(&mut self, event: Event, shared: &mut StreamShared, clock: &LoopClock) {
         let Payload::Batch(batch) = event.payload else { unreachable!("a send gives back its batch") };
         match event.result {
-            Ok(n) => self.stream.on_sent(n as usize, batch, shared),
+            Ok(n) => self.stream.on_sent(n as usize, batch, shared, clock),
             Err(libc::EINTR | libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
-                self.stream.on_sent(0, batch, shared);
+                self.stream.on_sent(0, batch, shared, clock);
             }
             Err(errno) => self.stream.on_send_failed(lost(errno), shared),
         }
@@ -156,7 +179,14 @@ impl Connection {
 
     fn close(&self, how: &Close) {
         match how {
-            Close::Write => drop(shutdown(&self.socket, Shutdown::Write)),
+            Close::Write => {
+                if self.stream.is_sealed_by_kernel() {
+                    // A peer that takes nothing does without. What the kernel has sealed and TCP has no room
+                    // for is cut off, which is at most one record.
+                    let _ = send_control_record(&self.socket, END.0, END.1);
+                }
+                let _ = shutdown(&self.socket, Shutdown::Write);
+            }
             Close::Reset => {
                 // The kernel drops what it has of it, rather than try to deliver that.
                 let _ = sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
@@ -314,7 +344,7 @@ impl TcpServer {
             None => self.sending += 1,
             Some(event) => {
                 self.has_sent = true;
-                connection.sent(event, &mut self.shared);
+                connection.sent(event, &mut self.shared, reactor.clock());
             }
         }
         // There may be room for more answers now.
@@ -408,7 +438,7 @@ impl ServerTransport for TcpServer {
         if kind == Kind::Receive as u64 {
             connection.received(event, &mut self.shared, reactor.clock());
         } else if kind == Kind::Send as u64 {
-            connection.sent(event, &mut self.shared);
+            connection.sent(event, &mut self.shared, reactor.clock());
         } else {
             // It may be one that was cancelled when it had come already.
             connection.timer.take_if(|(at, _)| *at <= reactor.clock().now());

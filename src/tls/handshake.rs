@@ -7,9 +7,10 @@ use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
-use rustls::{AlertDescription, CertificateError, Error as TlsError, OtherError};
+use rustls::{AlertDescription, CertificateError, Error as TlsError, ExtractedSecrets, OtherError};
 
-use super::records::{Rekey, TlsRecords, record_len};
+use super::kernel::{CryptoInfo, KernelKeys, KernelRecords};
+use super::records::{HEADER_BYTES, Rekey, TlsRecords, record_len};
 use super::{ALPN, ClientTls, ServerTls};
 use crate::error::{Error, Status};
 use crate::keys::PublicKey;
@@ -142,11 +143,44 @@ impl Handshake {
         }
     }
 
+    /// How many bytes the next record lacks, or first its header.
+    pub fn wanted(&self) -> usize {
+        match self.incoming[self.seen..] {
+            [_, _, _, high, low, ..] => {
+                let len = HEADER_BYTES + usize::from(u16::from_be_bytes([high, low]));
+                len - (self.incoming.len() - self.seen)
+            }
+            ref front => HEADER_BYTES - front.len(),
+        }
+    }
+
     /// The layer for the records that follow, with those that have come already: after the handshake.
     pub fn into_records(self) -> Result<(TlsRecords, Vec<u8>), Error> {
-        let common: &rustls::CommonState = match &self.side {
-            Side::Client(side) => side,
-            Side::Server(side) => side,
+        let (peer, secrets, rekey) = self.side.finish()?;
+        let unsent = self.outgoing[self.sent..].to_vec();
+        let records = TlsRecords::new(peer, secrets, rekey, self.records_per_key, unsent);
+        Ok((records, self.incoming))
+    }
+
+    /// Who the peer is, and what the kernel needs to seal and open the records that follow: after a handshake
+    /// of which no more was received than it needed.
+    pub fn into_kernel_keys(self) -> Result<(PublicKey, KernelKeys), Error> {
+        // The peer cannot have ended the handshake before it had all of it.
+        if !self.incoming.is_empty() || self.sent < self.outgoing.len() {
+            return Err(local(TlsError::General("there is something left of the handshake".into())));
+        }
+        let (peer, ExtractedSecrets { tx, rx }, _) = self.side.finish()?;
+        let records = KernelRecords::new(self.records_per_key);
+        Ok((peer, KernelKeys { sending: CryptoInfo::new(tx), receiving: CryptoInfo::new(rx), records }))
+    }
+}
+
+impl Side {
+    /// Who the peer is, and the secrets: after the handshake.
+    fn finish(self) -> Result<(PublicKey, ExtractedSecrets, Rekey), Error> {
+        let common: &rustls::CommonState = match &self {
+            Self::Client(side) => side,
+            Self::Server(side) => side,
         };
         if common.alpn_protocol() != Some(ALPN) {
             return Err(failed(&TlsError::General("the peer does not say that it speaks raio".into())));
@@ -154,18 +188,16 @@ impl Handshake {
         let key = |certificates: &[CertificateDer<'_>]| PublicKey::from_spki(certificates.first()?);
         let peer = common.peer_certificates().and_then(key);
         let peer = peer.ok_or_else(|| failed(&TlsError::NoCertificatesPresented))?;
-        let (secrets, rekey) = match self.side {
-            Side::Client(side) => {
+        let (secrets, rekey) = match self {
+            Self::Client(side) => {
                 side.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Rekey::Client(rest)))
             }
-            Side::Server(side) => {
+            Self::Server(side) => {
                 side.dangerous_into_kernel_connection().map(|(secrets, rest)| (secrets, Rekey::Server(rest)))
             }
         }
         .map_err(local)?;
-        let unsent = self.outgoing[self.sent..].to_vec();
-        let records = TlsRecords::new(peer, secrets, rekey, self.records_per_key, unsent);
-        Ok((records, self.incoming))
+        Ok((peer, secrets, rekey))
     }
 }
 

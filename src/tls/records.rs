@@ -14,28 +14,28 @@ use crate::error::Violation;
 use crate::keys::PublicKey;
 
 /// Type, version and length of a record, in front of it.
-const HEADER_BYTES: usize = 5;
+pub(super) const HEADER_BYTES: usize = 5;
 
 /// The tag behind its data.
 const TAG_BYTES: usize = 16;
 
 /// The most data of a record, ...
-const DATA_BYTES_MAX: usize = 16 << 10;
+pub(super) const DATA_BYTES_MAX: usize = 16 << 10;
 
 /// ... and the most of what is behind its header.
 const SEALED_BYTES_MAX: usize = DATA_BYTES_MAX + 256;
 
 /// Content types (RFC 8446, section 5.1). The header of an encrypted record always has that of data.
-const ALERT: u8 = 21;
-const HANDSHAKE: u8 = 22;
+pub(super) const ALERT: u8 = 21;
+pub(super) const HANDSHAKE: u8 = 22;
 const DATA: u8 = 23;
 
 /// A message that announces other keys, without and with the request to do the same.
-const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
-const KEY_UPDATE_REQUESTED: [u8; 5] = [24, 0, 0, 1, 1];
+pub(super) const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+pub(super) const KEY_UPDATE_REQUESTED: [u8; 5] = [24, 0, 0, 1, 1];
 
 /// The alert that nothing more comes: a warning of description 0.
-const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+pub(super) const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
 /// So many key updates may come without data in between: each costs more than it is long.
 const KEY_UPDATES_MAX: u32 = 16;

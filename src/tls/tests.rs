@@ -89,6 +89,44 @@ fn flights_may_come_in_any_pieces() {
     }
 }
 
+/// Takes in as much of this as the handshake wants, record by record. Whether that ends it.
+fn read_by_record(handshake: &mut Handshake, bytes: &mut Vec<u8>) -> bool {
+    while !bytes.is_empty() {
+        let piece: Vec<u8> = bytes.drain(..handshake.wanted().min(bytes.len())).collect();
+        if handshake.advance(&piece).unwrap() {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn a_handshake_that_is_read_by_records_leaves_those_behind_it_where_they_are() {
+    for behind in [&b"behind"[..], &[]] {
+        let Handshakes { mut client, mut server } = Handshakes::new(NEVER);
+        assert!(!client.advance(&[]).unwrap());
+        let mut flight = client.unsent().to_vec();
+        client.on_sent(flight.len());
+        assert!(!read_by_record(&mut server, &mut flight));
+        let mut flight = server.unsent().to_vec();
+        server.on_sent(flight.len());
+        assert!(read_by_record(&mut client, &mut flight));
+        let mut flight = [client.unsent(), behind].concat();
+        assert!(read_by_record(&mut server, &mut flight));
+        assert_eq!(flight, behind);
+        let (_, keys) = server.into_kernel_keys().unwrap();
+        // Of AES-128-GCM, from the first record on.
+        for info in [keys.sending, keys.receiving] {
+            assert_eq!((info.bytes().len(), &info.bytes()[32..]), (40, &[0; 8][..]));
+        }
+    }
+    // One that was read too far cannot go on in the kernel.
+    let mut handshakes = Handshakes::new(NEVER);
+    let read_too_far = |flight, bytes: &mut Vec<u8>| bytes.extend(&b"x"[..usize::from(flight == 2)]);
+    assert!(handshakes.shake(read_too_far).unwrap());
+    assert!(handshakes.server.into_kernel_keys().is_err());
+}
+
 #[test]
 fn a_handshake_with_a_changed_byte_fails_on_one_side_at_least() {
     let mut lengths = [0; 3];

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use raio_transport::handshake::{Offer, Peer, Policy};
 use raio_transport::memory::{Arena, Buffer, Buffers};
 use raio_transport::message;
 use raio_transport::reactor::{self, Reactor, Sender, Token, Wait, mailbox};
+use raio_transport::tls::{ClientTls, ServerTls};
 use raio_transport::transport::{
     Accepted, AcceptedStream, Body, Bulk, ClientTransport, CloseReason, ConnectionId, Incoming, Listener,
     Reply, Request, RequestKey, Response, SendOptions, ServerCounters, ServerEvent, ServerTransport,
@@ -41,6 +42,8 @@ pub enum Transport {
     TcpEpoll,
     /// TLS over TCP, and io_uring.
     Tls,
+    /// The same, where the server's kernel seals and opens.
+    KernelTls,
     /// A Unix socket, and io_uring.
     Unix,
     Rdma,
@@ -54,7 +57,23 @@ impl Transport {
 
     /// Whether it is a stream from beginning to end.
     pub fn is_stream(self) -> bool {
-        Self::TCP.contains(&self) || matches!(self, Self::Tls | Self::Unix)
+        Self::TCP.contains(&self) || self.has_tls() || self == Self::Unix
+    }
+
+    /// Whether it is a stream that is sealed.
+    pub fn has_tls(self) -> bool {
+        matches!(self, Self::Tls | Self::KernelTls)
+    }
+
+    /// What a server of it has.
+    fn server_tls(self) -> ServerTls {
+        if self == Self::KernelTls { tls_peer::kernel_server_tls() } else { tls_peer::server_tls() }
+    }
+
+    /// What a client of it has.
+    pub fn client_tls(self) -> ClientTls {
+        // The kernel does not change keys.
+        if self == Self::KernelTls { tls_peer::lasting_client_tls() } else { tls_peer::client_tls() }
     }
 
     /// Both ends of a stream: a client's, and a server's.
@@ -106,6 +125,15 @@ pub fn has_io_uring() -> bool {
         eprintln!("SKIPPED over io_uring, which is not to be had here: {reason}");
     }
     reactor.has_ring()
+}
+
+/// Says so if it has not; panics instead if RAIO_TEST_NEEDS_KTLS is set.
+pub fn has_kernel_tls() -> bool {
+    static MISSING: LazyLock<Option<String>> = LazyLock::new(tcp::no_kernel_tls);
+    let Some(why) = &*MISSING else { return has_io_uring() };
+    assert!(std::env::var_os("RAIO_TEST_NEEDS_KTLS").is_none(), "there is no TLS of the kernel's: {why}");
+    eprintln!("SKIPPED with TLS of the kernel's, which is not to be had here: {why}");
+    false
 }
 
 /// What the server does.
@@ -217,12 +245,14 @@ pub struct Setup {
     pub policy: Policy,
     pub workers: usize,
     pub arena_bytes: usize,
+    /// With the event loop of this transport; None: of its own.
+    pub event_loop: Option<Transport>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
         let policy = Policy { queue_depth: 16, data_bytes_max: 256 << 10, ..Policy::default() };
-        Self { policy, workers: 1, arena_bytes: 16 << 20 }
+        Self { policy, workers: 1, arena_bytes: 16 << 20, event_loop: None }
     }
 }
 
@@ -242,6 +272,7 @@ impl Server {
         let workers = (0..setup.workers)
             .map(|_| {
                 let (policy, arena_bytes) = (Arc::clone(&policy), setup.arena_bytes);
+                let event_loop = setup.event_loop.unwrap_or(transport);
                 // Where a test sets it others always wait for memory.
                 let is_default = policy.stall_timeout == Policy::default().stall_timeout;
                 let stall_timeout = Some(policy.stall_timeout).filter(|_| !is_default);
@@ -250,8 +281,8 @@ impl Server {
                 let (started, starting) = std::sync::mpsc::channel();
                 let thread = std::thread::spawn(move || {
                     let mut config =
-                        reactor::Config { epoll: transport == Transport::TcpEpoll, ..Default::default() };
-                    if transport != Transport::TcpSpinning {
+                        reactor::Config { epoll: event_loop == Transport::TcpEpoll, ..Default::default() };
+                    if event_loop != Transport::TcpSpinning {
                         config.spin = Duration::ZERO;
                     }
                     let mut reactor = Reactor::new(&config).unwrap();
@@ -327,23 +358,28 @@ impl Server {
     pub fn stream(&self) -> TcpStream {
         let (client, server) = self.transport.stream_pair();
         self.serve(server);
-        if self.transport == Transport::Tls { unsealed(client, tls_peer::client()) } else { client }
+        if self.transport.has_tls() { unsealed(client, tls_peer::client()) } else { client }
     }
 
     /// Gives the server its end of a stream, non-blocking.
     pub fn serve(&self, stream: TcpStream) {
-        if self.transport != Transport::Tls {
-            let mut stream = AcceptedStream::new(OwnedFd::from(stream));
-            if self.transport == Transport::Unix {
-                let user = Credentials::of_peer(stream.socket()).unwrap();
-                stream = stream.of_user(user);
-            }
-            return self.adopt(Wire::Stream(stream));
+        if self.transport.has_tls() {
+            return self.shake_hands(stream, self.transport.server_tls());
         }
+        let mut stream = AcceptedStream::new(OwnedFd::from(stream));
+        if self.transport == Transport::Unix {
+            let user = Credentials::of_peer(stream.socket()).unwrap();
+            stream = stream.of_user(user);
+        }
+        self.adopt(Wire::Stream(stream));
+    }
+
+    /// The same, once a client has shown its key.
+    pub fn shake_hands(&self, stream: TcpStream, tls: ServerTls) {
         let next = self.next.fetch_add(1, Ordering::Relaxed) % self.workers.len();
         let sender = self.workers[next].sender.clone();
         std::thread::spawn(move || {
-            if let Ok(stream) = tls_peer::accept(stream, &tls_peer::server_tls()) {
+            if let Ok(stream) = tls_peer::accept(stream, &tls) {
                 sender.send(Mail::Adopt(Wire::Stream(stream)));
             }
         });
@@ -381,10 +417,10 @@ impl Server {
                 let stream = tcp::TcpClient::from_stream(self.stream(), &offer, deadline)?;
                 mux::upgrade(stream, deadline).map_err(|(_, error)| error)?
             }
-            Transport::Tls => {
+            Transport::Tls | Transport::KernelTls => {
                 let (client, server) = tcp_pair();
                 self.serve(server);
-                let offer = Offer { tls: Some(tls_peer::client_tls()), ..offer.clone() };
+                let offer = Offer { tls: Some(self.transport.client_tls()), ..offer.clone() };
                 Box::new(tcp::TcpClient::from_stream(client, &offer, deadline)?)
             }
             _ => Box::new(tcp::TcpClient::from_stream(self.stream(), offer, deadline)?),

@@ -1,6 +1,7 @@
 //! The contract: what every transport promises, as one suite that runs over each of them: in-process, TCP
-//! over io_uring, with spinning and without, TCP over epoll, TLS, Unix sockets, RDMA by rdma_cm and RDMA that
-//! began as TCP where there is a device. A test is written once, with [`contract!`], and appears eight times.
+//! over io_uring, with spinning and without, TCP over epoll, TLS, TLS in the server's kernel where that has
+//! it, Unix sockets, RDMA by rdma_cm and RDMA that began as TCP where there is a device. A test is written
+//! once, with [`contract!`], and appears nine times.
 //!
 //! [`harness`] is a real server (a reactor, a transport and a small handler of opaque commands, in a thread)
 //! and [`raw`] a peer that can misbehave. The server's handler asserts that credits are never exceeded, in
@@ -46,6 +47,13 @@ macro_rules! contract {
                 }
 
                 #[test]
+                fn kernel_tls() {
+                    if crate::harness::has_kernel_tls() {
+                        super::$name(crate::harness::Transport::KernelTls);
+                    }
+                }
+
+                #[test]
                 fn unix() {
                     if crate::harness::has_io_uring() {
                         super::$name(crate::harness::Transport::Unix);
@@ -77,6 +85,7 @@ mod harness;
 mod hostile_client;
 mod hostile_server;
 mod keepalive;
+mod ktls;
 mod ordinary;
 #[path = "../random/mod.rs"]
 mod random;

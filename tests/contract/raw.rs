@@ -253,8 +253,8 @@ impl Raw {
                 // A Unix socket has no such option.
                 let _ = ours.set_nodelay(true);
                 let mut offer = offer;
-                if transport == Transport::Tls {
-                    offer.tls = Some(tls_peer::client_tls());
+                if transport.has_tls() {
+                    offer.tls = Some(transport.client_tls());
                     ours = tls_peer::unsealed(ours, tls_peer::server());
                 }
                 let thread = std::thread::spawn(move || {

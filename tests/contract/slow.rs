@@ -40,7 +40,7 @@ fn get(id: u64, len: u32) -> Vec<u8> {
 contract! {
     fn a_client_that_takes_no_answers_costs_bounded_memory_and_then_its_connection(transport) {
         let policy = impatient();
-        let setup = Setup { policy: policy.clone(), workers: 1, arena_bytes: 64 << 20 };
+        let setup = Setup { policy: policy.clone(), arena_bytes: 64 << 20, ..Setup::default() };
         let server = Server::start(transport, setup);
         let mut bystander = server.bystander();
         let (mut raw, grant) = Raw::open_client(&server, &Offer::new("full"));

@@ -189,8 +189,12 @@ fn a_handshake_that_does_not_go_on_ends_by_its_deadline() {
 
 #[test]
 fn much_that_comes_with_the_handshake_is_taken_in() {
+    takes_in_what_comes_with_the_handshake(Transport::Tls);
+}
+
+pub fn takes_in_what_comes_with_the_handshake(transport: Transport) {
     // The hello, and requests behind it, sealed with the end of the handshake.
-    let server = serve_plain(Transport::Tls);
+    let server = serve_plain(transport);
     let mut raw = Raw::client(&server);
     let mut bytes = Offer::new("test").hello();
     for id in 1..9 {

@@ -33,6 +33,16 @@ pub fn server_tls() -> ServerTls {
     ServerTls::new(&SERVER_KEY, |key| *key == CLIENT_KEY.public()).with_records_per_key(RECORDS_PER_KEY)
 }
 
+/// A client that does not change its key.
+pub fn lasting_client_tls() -> ClientTls {
+    client_tls().with_records_per_key(u64::MAX)
+}
+
+/// A server whose kernel seals and opens, and does not change keys.
+pub fn kernel_server_tls() -> ServerTls {
+    server_tls().with_records_per_key(u64::MAX).in_kernel()
+}
+
 /// A client by rustls.
 pub fn client() -> Connection {
     let name = "raio".try_into().unwrap();

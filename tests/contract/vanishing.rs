@@ -87,7 +87,7 @@ contract! {
 
     fn a_client_that_goes_while_its_data_waits_for_memory_frees_its_place(transport) {
         let policy = Policy { data_bytes_max: 64 << 10, ..Policy::default() };
-        let server = Server::start(transport, Setup { policy, workers: 1, arena_bytes: 64 << 10 });
+        let server = Server::start(transport, Setup { policy, arena_bytes: 64 << 10, ..Setup::default() });
         // The one slot is taken by answers that this client does not collect.
         let (mut greedy, _) = Raw::open_client(&server, &Offer::new("greedy"));
         for id in 0..120 {

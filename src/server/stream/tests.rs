@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::handshake::Offer;
 use crate::message::Link;
+use crate::tls::kernel::KernelRecords;
 use crate::transport::Body;
 
 const ID: ConnectionId = ConnectionId { transport: 0, index: 3, generation: 1 };
@@ -49,6 +50,26 @@ impl Run {
         assert!(matches!(run.event(), Some(ServerEvent::Opened(ID, _))));
         run.flush();
         run
+    }
+
+    /// One whose records the kernel seals, each key for so many.
+    fn open_in_kernel(records_per_key: u64) -> Self {
+        let mut run = Self::new();
+        run.connection.records = Records::Kernel(KernelRecords::new(records_per_key));
+        run.send(&Offer { queue_depth: 4, ..Offer::new("test") }.hello());
+        assert!(matches!(run.event(), Some(ServerEvent::Opened(ID, _))));
+        run.flush();
+        run
+    }
+
+    /// A receive ends with a record that is no data, of this type and with this inside.
+    fn control_record(&mut self, kind: u8, message: &[u8]) {
+        let target = match self.receive().expect("it is read from") {
+            Receive::Any(_) => None,
+            Receive::Into(range) => Some(range),
+        };
+        let clock = self.clock();
+        self.connection.on_control_record((kind, message), target, &mut self.shared, &clock);
     }
 
     fn clock(&self) -> LoopClock {
@@ -126,7 +147,8 @@ impl Run {
                 && let Some(mut batch) = self.connection.poll_send(&mut self.shared)
             {
                 let bytes = batch.take_all();
-                self.connection.on_sent(bytes.len(), batch, &mut self.shared);
+                let clock = self.clock();
+                self.connection.on_sent(bytes.len(), batch, &mut self.shared, &clock);
                 sent.extend(bytes);
             }
         }
@@ -350,7 +372,8 @@ fn a_peer_that_does_not_take_its_answers_is_not_read_from() {
     run.respond(3, 1 << 20);
     assert_eq!(run.connection.unsent_bytes(), 3 << 20);
     assert!(run.receive().is_none());
-    run.connection.on_sent(0, sending, &mut run.shared);
+    let clock = run.clock();
+    run.connection.on_sent(0, sending, &mut run.shared, &clock);
     assert!(run.receive().is_none(), "a part has made no room");
     run.flush();
     assert_eq!(run.connection.unsent_bytes(), 0);
@@ -382,10 +405,12 @@ fn a_peer_that_takes_nothing_between_two_checks_is_reset() {
     run.check_progress(true);
     assert_eq!(run.close(), None, "it has had no time");
     // A trickle is no progress: an eighth of what it holds is.
-    run.connection.on_sent((1 << 17) - 1, sending, &mut run.shared);
+    let clock = run.clock();
+    run.connection.on_sent((1 << 17) - 1, sending, &mut run.shared, &clock);
     sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.check_progress(false);
-    run.connection.on_sent(1 << 17, sending, &mut run.shared);
+    let clock = run.clock();
+    run.connection.on_sent(1 << 17, sending, &mut run.shared, &clock);
     sending = run.connection.poll_send(&mut run.shared).unwrap();
     run.check_progress(true);
     assert_eq!(run.close(), None);
@@ -461,7 +486,8 @@ fn what_is_answered_after_an_early_flush_waits_for_the_next() {
     assert!(run.connection.begin_early_flush());
     let mut batch = run.connection.poll_send(&mut run.shared).unwrap();
     let sent = batch.take_all().len();
-    run.connection.on_sent(sent, batch, &mut run.shared);
+    let clock = run.clock();
+    run.connection.on_sent(sent, batch, &mut run.shared, &clock);
     run.respond(2, 0);
     run.shared.dirty.clear();
     assert!(!run.connection.begin_flush(&mut run.shared));
@@ -617,4 +643,90 @@ proptest! {
         }
         prop_assert_eq!(requests, lens.len() as u64);
     }
+}
+
+const ALERT: u8 = 21;
+const HANDSHAKE: u8 = 22;
+const CLOSE_NOTIFY: [u8; 2] = [1, 0];
+const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
+
+/// Whether what was sent has a goaway with this in its text.
+fn has_goaway(sent: &[u8], part: &str) -> bool {
+    String::from_utf8_lossy(sent).contains(part)
+}
+
+#[test]
+fn a_connection_whose_key_the_kernel_has_used_up_ends_behind_its_answers() {
+    // The welcome is the first record.
+    let mut run = Run::open_in_kernel(3);
+    for id in 1..3 {
+        run.send(&request(id, 0, &[]));
+        let request = run.request();
+        assert!(!run.respond(request.key.id, 0));
+        let sent = run.flush();
+        assert_eq!(has_goaway(&sent, "Connect again."), id == 2);
+    }
+    assert_eq!(run.closed(), Some(CloseReason::KeyUsedUp));
+    assert_eq!(run.close(), Some(Close::Write));
+    // Others may have any number of records.
+    let mut run = Run::open();
+    for id in 1..20 {
+        run.send(&request(id, 0, &[]));
+        let request = run.request();
+        run.respond(request.key.id, 0);
+        run.flush();
+    }
+    assert!(run.connection.is_open());
+}
+
+#[test]
+fn a_key_update_ends_a_connection_whose_records_the_kernel_opens() {
+    let mut run = Run::open_in_kernel(u64::MAX);
+    run.control_record(HANDSHAKE, &KEY_UPDATE);
+    assert_eq!(run.closed(), Some(CloseReason::KeyUsedUp));
+    // What comes now cannot be opened.
+    assert!(run.receive().is_none());
+    assert!(has_goaway(&run.flush(), "Connect again."));
+    assert_eq!(run.close(), Some(Close::Write));
+    run.timer(2000);
+    assert_eq!(run.close(), Some(Close::Both));
+    assert!(run.connection.is_over());
+}
+
+#[test]
+fn a_close_notify_that_the_kernel_has_received_is_followed_by_the_end_and_by_nothing_else() {
+    let mut run = Run::open_in_kernel(u64::MAX);
+    run.control_record(ALERT, &CLOSE_NOTIFY);
+    assert!(run.connection.is_open() && matches!(run.receive(), Some(Receive::Any(_))));
+    run.connection.on_end(&mut run.shared);
+    assert_eq!(run.closed(), Some(CloseReason::Finished));
+
+    let mut run = Run::open_in_kernel(u64::MAX);
+    run.control_record(ALERT, &CLOSE_NOTIFY);
+    run.send(&request(1, 0, &[]));
+    assert_eq!(run.closed(), Some(CloseReason::Violation(Violation::Record)));
+
+    // In the middle of data, which then is received where it is looked at.
+    let mut run = Run::open_in_kernel(u64::MAX);
+    let whole = request(1, 0, &[7; 200_000]);
+    run.send(&whole[..100]);
+    let awaited = run.request();
+    run.fetch(&awaited);
+    run.control_record(ALERT, &CLOSE_NOTIFY);
+    assert!(matches!(run.receive(), Some(Receive::Any(_))));
+    run.connection.on_end(&mut run.shared);
+    assert_eq!(run.closed(), Some(CloseReason::Lost(0)));
+}
+
+#[test]
+fn alerts_and_records_that_the_kernel_cannot_open_end_a_connection() {
+    let mut run = Run::open_in_kernel(u64::MAX);
+    run.control_record(ALERT, &[2, 80]);
+    assert_eq!(run.closed(), Some(CloseReason::Violation(Violation::Alert(80))));
+    let mut run = Run::open_in_kernel(u64::MAX);
+    assert!(run.receive().is_some());
+    let clock = run.clock();
+    run.connection.on_bad_record(&mut run.shared, &clock);
+    assert_eq!(run.closed(), Some(CloseReason::Violation(Violation::Record)));
+    assert!(run.receive().is_none());
 }
