@@ -61,9 +61,11 @@ pub struct TlsAcceptor {
 
 impl TlsAcceptor {
     /// Starts the thread, which sends connections to `secured` once their client has proven an accepted key.
-    /// It ends when it was told to finish, or this is dropped, and no handshake is in progress.
+    /// The kernel seals and opens their records if it is to (`is_in_kernel`). It ends when it was told to finish, or
+    /// this is dropped, and no handshake is in progress.
     pub fn start(
         keys: Arc<Keys>,
+        is_in_kernel: bool,
         policy: Arc<Policy>,
         audit: Option<Arc<Audit>>,
         secured: reactor::Sender<Handshaken>,
@@ -75,8 +77,9 @@ impl TlsAcceptor {
         };
         let waker = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(cannot)?);
         let (sender, accepted) = channel();
+        let tls = ServerTls::new(keys.host(), accepts);
         let handshakes = Handshakes {
-            tls: ServerTls::new(keys.host(), accepts),
+            tls: if is_in_kernel { tls.in_kernel() } else { tls },
             keys,
             policy,
             audit,

@@ -112,6 +112,9 @@ pub struct Options {
     /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
     #[arg(long, value_name = "DIRECTORY")]
     keys: Option<PathBuf>,
+    /// Have the kernel encrypt and decrypt what goes over TLS: it needs its module `tls`
+    #[arg(long)]
+    ktls: bool,
     /// Let everybody who reaches it use the server without a key, also from other machines, and nothing be
     /// sealed
     #[arg(long)]
@@ -284,6 +287,8 @@ pub struct Config {
     pub hand_over: Option<PathBuf>,
     /// Where the server's key is, and who may connect. None: anybody.
     pub keys: Option<PathBuf>,
+    /// The kernel seals and opens the records of TLS.
+    pub has_kernel_tls: bool,
     /// Clients of other machines need no key.
     pub is_open_to_others: bool,
     /// Where the audit log goes.
@@ -401,6 +406,7 @@ impl Options {
         );
         file.strict |= self.strict;
         file.clear |= self.clear;
+        file.ktls |= self.ktls;
         Ok(Self { places, ..file })
     }
 
@@ -455,6 +461,12 @@ impl Options {
             !(options.clear && options.keys.is_some()),
             "{} does not go with keys: clients that have none are not taken. Leave one of the two out.",
             name("clear")
+        );
+        ensure!(
+            !options.ktls || options.keys.is_some(),
+            "{} needs keys: without them there is no TLS, and nothing is encrypted. Give clients keys with \
+             --keys DIRECTORY.",
+            name("ktls")
         );
         ensure!(
             !options.export.is_empty(),
@@ -594,6 +606,7 @@ impl Options {
             hand_over: options.hand_over,
             is_open_to_others,
             keys: options.keys,
+            has_kernel_tls: options.ktls,
             audit: options.audit.map(AuditTarget::from),
             audit_full: options.audit_full.unwrap_or_default(),
             is_strict: options.strict,
@@ -745,6 +758,18 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_seals_only_if_that_is_said() {
+        let config = options(&["--export", "a=/tmp", "--keys", "/k"]).check(2).unwrap();
+        assert!(!config.has_kernel_tls);
+        let config = options(&["--export", "a=/tmp", "--keys", "/k", "--ktls"]).check(2).unwrap();
+        assert!(config.has_kernel_tls);
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("raio.toml");
+        std::fs::write(&path, "export = ['a=/tmp']\nkeys = '/k'\nktls = true\n").unwrap();
+        assert!(options(&["--config", path.to_str().unwrap()]).check(2).unwrap().has_kernel_tls);
+    }
+
+    #[test]
     fn the_command_line_goes_before_the_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("raio.toml");
@@ -802,6 +827,8 @@ mod tests {
             (&["--export", "a=/", "--listen", "tcp://[::]:1"], "[::]:1: other machines"),
             (&["--export", "a=/", "--clear", "--keys", "/k"], "--clear does not go with keys"),
             (&["--export", "a=/", "--hand-over", "here"], "--hand-over: here is not a path from / on"),
+            (&["--export", "a=/", "--ktls"], "--ktls needs keys"),
+            (&["--export", "a=/", "--ktls", "--clear"], "--ktls needs keys"),
             (&["--config", "/no/such/file"], "--config"),
         ] {
             let error = error(arguments);
@@ -850,6 +877,7 @@ mod tests {
             ("listen = [", "1:11", ""),
             ("export = ['a=/']\n  workers = 0", "2:3", "workers is 0"),
             ("export = ['a=/']\nlisten = ['7']", "2:1", "tcp://127.0.0.1:7"),
+            ("export = ['a=/']\nktls = true", "2:1", "ktls needs keys"),
             ("export = ['a=/,RW']", "1:10", "`,rw`"),
             ("[export.a]\npath = '/'\naccess = 'RW'", "3:10", "`rw`"),
             ("[export.a]\npath = '/'\nacess = 'rw'", "3:1", "acess"),

@@ -5,8 +5,18 @@
 use std::io::IoSliceMut;
 
 use anyhow::bail;
+use raio_transport::tcp;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
 use rustix::io::{Errno, ReadWriteFlags};
+
+/// The error names what is missing for the kernel to seal and open the records of TLS. No server that was
+/// told to have that done starts without.
+pub fn for_kernel_tls() -> anyhow::Result<()> {
+    match tcp::no_kernel_tls() {
+        None => Ok(()),
+        Some(why) => bail!("--ktls: the kernel cannot do that. {why}; or start the server without --ktls."),
+    }
+}
 
 /// The error names the first thing that is missing for serving files.
 pub fn for_files() -> anyhow::Result<()> {

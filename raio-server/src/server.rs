@@ -135,6 +135,7 @@ pub fn check(config: &Config) -> anyhow::Result<()> {
     config.hand_over.as_deref().map_or(Ok(()), hand_over::check_path)?;
     let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
     let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, false)).transpose()?;
+    try_kernel_tls(config)?;
     reduce(config, user.as_ref())?;
     let (.., exports) = limits_and_exports(config, descriptors)?;
     check_clients(config, keys.as_mut(), &exports).map(drop)
@@ -148,6 +149,11 @@ fn is_reduced(config: &Config) -> bool {
 /// Becomes the user, and gives up most of what is not needed to start.
 fn reduce(config: &Config, user: Option<&User>) -> anyhow::Result<()> {
     if is_reduced(config) { privileges::reduce(user) } else { Ok(()) }
+}
+
+/// Tries what [`Config::has_kernel_tls`] needs: the kernel loads that for root alone.
+fn try_kernel_tls(config: &Config) -> anyhow::Result<()> {
+    if config.has_kernel_tls { probe::for_kernel_tls() } else { Ok(()) }
 }
 
 /// Checks what clients are to have by what there is, and by what the server can do. Returns what becomes of
@@ -358,6 +364,7 @@ impl Server {
         };
         // The server's key may be one that only root can read.
         let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
+        try_kernel_tls(config)?;
         become_user(config)?;
 
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
@@ -435,7 +442,8 @@ impl Server {
         let acceptor = match &shared.keys {
             Some(keys) => {
                 let (policy, audit) = (Arc::clone(&shared.policy), shared.audit.clone());
-                Some(TlsAcceptor::start(Arc::clone(keys), policy, audit, sender)?)
+                let (keys, is_in_kernel) = (Arc::clone(keys), config.has_kernel_tls);
+                Some(TlsAcceptor::start(keys, is_in_kernel, policy, audit, sender)?)
             }
             None => None,
         };

@@ -35,7 +35,7 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 21] = [
+const REASONS: [&str; 22] = [
     "finished",
     "goaway",
     "lost",
@@ -43,6 +43,7 @@ const REASONS: [&str; 21] = [
     "rejected",
     "evicted",
     "unreachable",
+    "key_used_up",
     "magic",
     "version",
     "handshake_timeout",
@@ -595,6 +596,7 @@ mod tests {
             CloseReason::Rejected,
             CloseReason::Evicted,
             CloseReason::Unreachable,
+            CloseReason::KeyUsedUp,
         ];
         for reason in reasons.into_iter().chain(violations.map(CloseReason::Violation)) {
             assert!(REASONS.contains(&reason.name()), "{reason:?}");

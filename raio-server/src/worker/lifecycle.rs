@@ -243,6 +243,15 @@ impl Worker {
                          such clients are welcome.",
                         policy.stall_timeout
                     ),
+                    CloseReason::KeyUsedUp => log_client!(
+                        info,
+                        peer,
+                        "connections closed for their keys",
+                        name = connection.name,
+                        "A client's connection was closed: its keys have been used for as many records as \
+                         they may be, and the kernel, which seals them (--ktls), cannot change them. The \
+                         client goes on over another one."
+                    ),
                     _ => {}
                 }
             }
