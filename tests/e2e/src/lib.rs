@@ -13,6 +13,7 @@ mod herd;
 #[path = "../../history/mod.rs"]
 mod history;
 mod keyed;
+mod ktls;
 mod letters;
 mod operation;
 mod proxy;
@@ -38,6 +39,7 @@ pub use history::{
     SESSION_GIVEN_UP, Violation, WRITES_LOST,
 };
 pub use keyed::KeyedServer;
+pub use ktls::no_kernel_tls;
 pub use letters::{LETTER_BYTES, LETTERS, Letters};
 pub use operation::carry_out;
 pub use proxy::{Direction, Ending, Proxy, Treatment};
