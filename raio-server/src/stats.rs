@@ -35,7 +35,7 @@ impl Counter {
 }
 
 /// Why connections close, by [`CloseReason::name`]. Handshakes that fail are among them.
-const REASONS: [&str; 22] = [
+const REASONS: [&str; 24] = [
     "finished",
     "goaway",
     "lost",
@@ -57,6 +57,8 @@ const REASONS: [&str; 22] = [
     "request_id",
     "field",
     "silent",
+    "record",
+    "alert",
     "stalled",
 ];
 
@@ -586,6 +588,8 @@ mod tests {
             V::RequestId,
             V::Field,
             V::Silent,
+            V::Record,
+            V::Alert(80),
             V::Stalled,
         ];
         let reasons = [
