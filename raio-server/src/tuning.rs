@@ -94,8 +94,8 @@ pub mod drain {
     use std::time::Duration;
 
     /// After it was told to stop, a worker takes new requests for so long: those that were on their way. A
-    /// hundred round trips of a slow local network. Not measured. A connection whose first request comes later
-    /// has so long from then on: libraio does not repeat what it asks first to begin a context ...
+    /// hundred round trips of a slow local network. Not measured. A connection whose first request comes
+    /// later has so long from then on: libraio does not repeat what it asks first to begin a context ...
     pub const GRACE: Duration = Duration::from_millis(100);
     /// ... and for its first request this time from its hello, for clients on machines that are busy.
     pub const GRACE_OF_SILENT: Duration = Duration::from_secs(1);

@@ -149,16 +149,15 @@ fn nobody_notices(site: &Site, mut server: Server, options: &Options) {
         longest
     };
     let session = Session::connect(&url, options).expect("a session");
-    let (flags, work): (_, fn(&mut Context, &File) -> Result<u64, Error>) =
-        if site.is_writable { (libc::O_RDWR, write) } else { (libc::O_RDONLY, read) };
+    let flags = if site.is_writable { libc::O_RDWR } else { libc::O_RDONLY };
     let stay = || {
         let file = session.open("/d/file", flags, 0).expect("a file");
         let mut context = session.context(4).expect("a context");
         let mut longest = Duration::ZERO;
         while !is_over.load(Ordering::Relaxed) {
             let begun = Instant::now();
-            let count = work(&mut context, &file).expect("the session goes on");
-            assert_eq!(count, CONTENT.len() as u64);
+            let done = if site.is_writable { write(&mut context, &file) } else { read(&mut context, &file) };
+            assert_eq!(done.expect("the session goes on"), CONTENT.len() as u64);
             longest = longest.max(begun.elapsed());
         }
         (longest, context.stats().reconnects)
