@@ -61,8 +61,8 @@ pub struct TlsAcceptor {
 
 impl TlsAcceptor {
     /// Starts the thread, which sends connections to `secured` once their client has proven an accepted key.
-    /// The kernel seals and opens their records if it is to (`is_in_kernel`). It ends when it was told to finish, or
-    /// this is dropped, and no handshake is in progress.
+    /// The kernel seals and opens their records if it is to (`is_in_kernel`). It ends when it was told to
+    /// finish, or this is dropped, and no handshake is in progress.
     pub fn start(
         keys: Arc<Keys>,
         is_in_kernel: bool,
