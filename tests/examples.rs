@@ -11,8 +11,8 @@ fn example(name: &str, arguments: &[&str]) -> Command {
     let me = std::env::current_exe().unwrap();
     let mut directory = me.parent().and_then(Path::parent).and_then(Path::parent).unwrap();
     let mut command = Command::new(env!("CARGO"));
-    // What Cargo tells a test of its package: build scripts that depend on it (ring's) would be run again, here
-    // and by the next Cargo without it, and all that is built on them.
+    // What Cargo tells a test of its package: build scripts that depend on it (ring's) would be run again,
+    // here and by the next Cargo without it, and all that is built on them.
     let of_test = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_NAME", "CARGO_PRIMARY_PACKAGE", "OUT_DIR"];
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|name| of_test.iter().any(|prefix| name.starts_with(prefix))) {
