@@ -20,7 +20,7 @@ pub trait End: Send {
     fn expose(&mut self, access: Access, len: usize) -> Result<(u64, u32), Error>;
     /// Writes data to the peer's memory. False if the peer does not allow it, or is gone.
     fn place(&mut self, region: RemoteRegion, data: &[u8]) -> bool;
-    /// Reads so many bytes of the peer's memory. None if the peer does not allow it, or is gone.
+    /// Reads `len` bytes of the peer's memory. None if the peer does not allow it, or is gone.
     fn fetch(&mut self, address: u64, key: u32, len: usize) -> Option<Vec<u8>>;
 }
 

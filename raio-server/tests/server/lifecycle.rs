@@ -64,6 +64,19 @@ fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
     });
 }
 
+/// Waits until the connection of a client has ended because its server shuts down.
+fn hears_that_the_server_shuts_down(client: &mut Client) {
+    let deadline = Instant::now() + TIMEOUT;
+    let mut replies = Vec::new();
+    while client.transport.failure().is_none() {
+        assert!(Instant::now() < deadline);
+        client.transport.wait(Some(deadline)).unwrap();
+        client.transport.receive(&mut replies);
+    }
+    let text = client.transport.failure().unwrap().to_string();
+    assert!(text.contains("shutting down"), "{text}");
+}
+
 #[test]
 fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
     each(|variant| {
@@ -72,15 +85,7 @@ fn sigint_stops_an_idle_server_too_and_closes_its_clients() {
         let file = client.open("/d/f", NEW).unwrap();
         server.signal(Signal::INT);
         let started = Instant::now();
-        let deadline = started + TIMEOUT;
-        let mut replies = Vec::new();
-        while client.transport.failure().is_none() {
-            assert!(Instant::now() < deadline);
-            client.transport.wait(Some(deadline)).unwrap();
-            client.transport.receive(&mut replies);
-        }
-        let text = client.transport.failure().unwrap().to_string();
-        assert!(text.contains("shutting down"), "{text}");
+        hears_that_the_server_shuts_down(&mut client);
         drop(client);
         assert_eq!(server.wait().code(), Some(0));
         assert!(started.elapsed() < Duration::from_secs(5));
@@ -117,15 +122,7 @@ fn a_client_that_was_accepted_before_the_end_begins_a_session_and_has_its_first_
             scope.spawn(|| relay(&between.accept().unwrap().0, &onward));
             let mut client = Client::connect(address, &Offer::new("late"));
             client.open("/d/f", NEW).unwrap();
-            let deadline = Instant::now() + TIMEOUT;
-            let mut replies = Vec::new();
-            while client.transport.failure().is_none() {
-                assert!(Instant::now() < deadline);
-                client.transport.wait(Some(deadline)).unwrap();
-                client.transport.receive(&mut replies);
-            }
-            let text = client.transport.failure().unwrap().to_string();
-            assert!(text.contains("shutting down"), "{text}");
+            hears_that_the_server_shuts_down(&mut client);
             drop(client);
         });
         assert_eq!(server.wait().code(), Some(0));

@@ -46,8 +46,10 @@ pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
-pub use server::{PATIENCE, Server, await_no_connection, binary, copy_program, cpu_time, is_at_rest};
-pub use site::{Client, Site};
+pub use server::{
+    PATIENCE, Server, await_log, await_no_connection, binary, copy_program, cpu_time, is_at_rest,
+};
+pub use site::{Client, Site, pin};
 pub use wire::{
     Cut, LISTEN, NUMBERS_BYTES, Shaped, Silenced, TCP, needs_wire, numbers, replug, resources,
     resources_return_to,

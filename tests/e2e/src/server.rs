@@ -71,6 +71,19 @@ pub fn await_no_connection(from: Option<u16>, to: u16) {
     }
 }
 
+/// Waits until a log contains this text. Returns all that it contains.
+pub fn await_log(path: &Path, text: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let log = std::fs::read_to_string(path).expect("a log");
+        if log.contains(text) {
+            return log;
+        }
+        assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{log}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A program that this workspace builds, found beside the test that asks.
 pub fn binary(name: &str) -> PathBuf {
     let mut path = std::env::current_exe().expect("a test knows its own path");

@@ -1,6 +1,7 @@
 //! A server whose clients have keys, and such clients.
 
 use std::fs::{self, File, Permissions};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -110,6 +111,11 @@ impl Site {
     }
 }
 
+/// Has the clients whose keys are in a directory trust the server that they reach at an address.
+pub fn pin(keys: &Path, address: SocketAddr, host: PublicKey) {
+    KeyDirectory::new(keys).pin(&address.ip().to_string(), address.port(), host).expect("it is pinned");
+}
+
 /// A client with a key of its own, that trusts a server.
 pub struct Client {
     /// Its directory of keys.
@@ -139,9 +145,7 @@ impl Client {
 
     /// Trusts a server.
     pub fn trust(&self, site: &Site) {
-        let address = site.server.address();
-        let directory = KeyDirectory::new(self.keys.path());
-        directory.pin(&address.ip().to_string(), address.port(), site.host_key()).expect("it is pinned");
+        pin(self.keys.path(), site.server.address(), site.host_key());
     }
 
     /// Connects to a server, which it trusts.

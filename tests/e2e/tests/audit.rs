@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
 use raio_e2e::{
-    Client, Ending, FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Proxy, Server, carry_out, needs_root,
+    Client, Ending, FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Proxy, Server, carry_out,
+    needs_root, pin,
 };
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -46,9 +46,7 @@ impl Site {
     /// Connects with the keys in this directory.
     fn connect(&self, keys: &Path) -> Result<Session, Error> {
         let host = SecretKey::load(&self.path("keys/host.key")).expect("the server has made it").public();
-        let address = self.server.address();
-        let directory = KeyDirectory::new(keys);
-        directory.pin(&address.ip().to_string(), address.port(), host).expect("it is pinned");
+        pin(keys, self.server.address(), host);
         let options = Options { keys: Keys::Directory(keys.to_owned()), ..Options::default() };
         Session::connect(&self.server.url(), &options)
     }
@@ -145,9 +143,7 @@ fn an_open_whose_connection_breaks_is_recorded_with_all_that_is_done_to_the_file
     let entry = client.entry("one", "exports = { data = 'rw' }");
     let mut site = raio_e2e::Site::open_to_users(&entry, fuse.path(), &arguments, None);
     let proxy = Proxy::start(site.server.address());
-    let directory = KeyDirectory::new(client.keys.path());
-    let (host, at) = (site.host_key(), proxy.address());
-    directory.pin(&at.ip().to_string(), at.port(), host).expect("it is pinned");
+    pin(client.keys.path(), proxy.address(), site.host_key());
     let options = Options { keys: Keys::Directory(client.keys.path().to_owned()), ..Options::default() };
     let session = Session::connect(&proxy.url(), &options).expect("a session");
     fuse.hang(FuseCall::Open);

@@ -18,9 +18,8 @@ use std::time::{Duration, Instant};
 use raio_e2e::{
     CELL_BYTES, Cable, CellPlace, CellRead, CellWrite, CrashImage, Direction, End, Ending, FILE_CELLS, FILES,
     FOREVER, Fault, Frozen, History, LogLine, LoopDevice, Mounted, Outcome, PATIENCE, Proxy, Random, Server,
-    Treatment, Violation, binary, decode_cell, monotonic_ns, seed,
+    Treatment, Violation, binary, decode_cell, monotonic_ns, pin, seed,
 };
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, ioctl_ficlone, seek};
 use rustix::io::Errno;
@@ -213,9 +212,8 @@ impl Chaos {
         let here: Ipv4Addr = cable.address(End::B).parse().expect("an address");
         let proxy = cable.on(End::B, || Proxy::start_on(here, server.address()));
         if let Some(key) = host_key {
-            let trusted = KeyDirectory::new(directory.path().join("client"));
             for address in [server.address(), proxy.address()] {
-                trusted.pin(&address.ip().to_string(), address.port(), key).expect("it is pinned");
+                pin(&directory.path().join("client"), address, key);
             }
         }
         let mut this = Self {

@@ -12,8 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, binary, carry_out, needs_root, number};
-use raio_transport::key_directory::KeyDirectory;
+use raio_e2e::{PATIENCE, Server, await_log, binary, carry_out, needs_root, number, pin};
 use raio_transport::keys::SecretKey;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 use rustix::process::{Gid, Signal, Uid};
@@ -90,11 +89,7 @@ impl Site {
     }
 
     fn log_until(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.log().contains(text) {
-            assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        await_log(&self.path("log"), text);
     }
 
     /// Gives servers keys and one client, which trusts a server at this address. Returns how that connects.
@@ -107,8 +102,7 @@ impl Site {
         fs::write(keys.join("clients.toml"), entry).expect("a file");
         let server = server(self);
         let host = SecretKey::load(&keys.join("host.key")).expect("the server has made it").public();
-        let address = server.address();
-        KeyDirectory::new(&own).pin(&address.ip().to_string(), address.port(), host).expect("it is pinned");
+        pin(&own, server.address(), host);
         (server, Options { keys: Keys::Directory(own), ..Options::default() })
     }
 }

@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use raio::{Buffer, Buffers, Context, File, Keys, Operation, Options, Session};
-use raio_e2e::{Server, binary, carry_out, is_at_rest, no_kernel_tls};
-use raio_transport::key_directory::KeyDirectory;
+use raio_e2e::{Server, binary, carry_out, is_at_rest, no_kernel_tls, pin};
 use raio_transport::keys::SecretKey;
 use tempfile::TempDir;
 
@@ -21,7 +20,7 @@ struct Site {
 }
 
 impl Site {
-    /// Whose keys last for so many records of the server's.
+    /// With a limit on the records that the server sends with one key.
     fn new(records_per_key: Option<u64>) -> Self {
         let directory = prepared();
         let path = |name: &str| directory.path().join(name);
@@ -30,10 +29,8 @@ impl Site {
         command.stderr(fs::File::create(path("log")).expect("a file"));
         command.envs(records_per_key.map(|records| (FEWER_RECORDS, records.to_string())));
         let server = Server::spawn(command);
-        let address = server.address();
         let host_key = SecretKey::load(&path("keys/host.key")).expect("the server has made it").public();
-        let client = KeyDirectory::new(path("client"));
-        client.pin(&address.ip().to_string(), address.port(), host_key).expect("it is pinned");
+        pin(&path("client"), server.address(), host_key);
         Self { directory, server }
     }
 
@@ -145,7 +142,7 @@ fn a_session_goes_on_when_the_server_has_used_a_key_up() {
     assert!(log.contains("used for as many records as they may be"), "{log}");
 }
 
-/// raio_load, whose client changes its key after so many records.
+/// raio_load, whose client changes its key after this number of records.
 fn load(site: &Site, records_per_key: u64) -> Output {
     let mut command = Command::new(binary("raio_load"));
     command.args([&site.server.url(), "/data/load", "--keys", site.path("client").to_str().expect("UTF-8")]);

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
 use raio_e2e::{
-    Client, FuseCall, FuseFs, FuseOptions, PATIENCE, Server, Site, binary, carry_out, is_at_rest, needs_root,
-    needs_wire,
+    Client, FuseCall, FuseFs, FuseOptions, PATIENCE, Server, Site, await_log, binary, carry_out, is_at_rest,
+    needs_root, needs_wire,
 };
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::keys::{PublicKey, SecretKey};
@@ -375,21 +375,14 @@ fn a_server_that_has_given_up_the_power_to_give_files_must_be_started_anew() {
     let mut site = Site::open_to_users(&clients, data.path(), &arguments, Some(to_log));
     assert!(capabilities(&site.server).iter().all(|&effective| effective == 0));
     let session = client.connect(&site).expect("a session");
-    let says = |text: &str| {
-        let deadline = Instant::now() + PATIENCE;
-        while !fs::read_to_string(&log).expect("a log").contains(text) {
-            assert!(Instant::now() < deadline, "{text:?} is not in the log");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-    };
     site.set_clients(&client.entry("one", &format!("{rights}\nowner = 1")));
-    says("clients.toml:4:9: the server cannot give files to user 1");
-    says("start the server anew");
+    await_log(&log, "clients.toml:4:9: the server cannot give files to user 1");
+    await_log(&log, "start the server anew");
     let file = open(&session, "/data/new", libc::O_RDWR | libc::O_CREAT).expect("all is as it was");
     assert_eq!(file.status().expect("its status").uid.get(), ORDINARY);
     // Its own user takes no power.
     site.set_clients(&client.entry("one", &format!("{rights}\nowner = 'nobody'")));
-    says("Read clients.toml again");
+    await_log(&log, "Read clients.toml again");
     // Who never had it is told so.
     site.server.signal(Signal::TERM);
     site.server.wait();

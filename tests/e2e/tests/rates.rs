@@ -2,14 +2,13 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, File, Operation, Options, Session};
-use raio_e2e::{Client, PATIENCE, Server, Site, binary, carry_out, is_at_rest};
+use raio_e2e::{Client, PATIENCE, Server, Site, await_log, binary, carry_out, is_at_rest};
 use rustix::process::Signal;
 
 /// A client that always has requests in flight, in several contexts of one session. Dropping it ends it.
@@ -261,19 +260,6 @@ fn without_keys_the_clients_of_an_address_share_what_an_export_has() {
     assert_within_a_tenth(rates["first"] + rates["second"], 100.0, "both");
 }
 
-/// Waits until the log has these many lines with this text.
-fn await_log(log: &Path, text: &str, count: usize) {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let said = fs::read_to_string(log).expect("a log");
-        if said.lines().filter(|line| line.contains(text)).count() >= count {
-            return;
-        }
-        assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{said}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 fn write_at(context: &mut Context, file: &File, offset: u64, bytes: usize) -> Result<u64, i32> {
     let buffers = Buffers::One(Buffer::Owned(vec![b'x'; bytes].into()));
     let completion = carry_out(context, file, Operation::Write { offset, buffers }).expect("it is begun");
@@ -292,12 +278,12 @@ fn clients_store_no_more_than_they_may_and_what_is_emptied_can_be_stored_again()
     let data = "[export.data]\npath = 'DIRECTORY/data'\naccess = 'rw'\n";
     let (site, log) = Site::configured(&limit("100k"), data);
     // It is counted when it is there.
-    await_log(&log, "cannot be counted", 1);
+    await_log(&log, "cannot be counted");
     fs::create_dir_all(site.path("data/one/deep")).expect("a directory");
     fs::write(site.path("data/one/deep/old"), vec![0; 40 << 10]).expect("a file");
     drop(site.server);
     let mut site = Site { server: Site::start_configured(&site.directory), directory: site.directory };
-    await_log(&log, "1 files have 40960 bytes", 1);
+    await_log(&log, "1 files have 40960 bytes");
 
     let session = one.connect(&site).expect("a session");
     let mut context = session.context(4).expect("a context");
@@ -329,7 +315,7 @@ fn clients_store_no_more_than_they_may_and_what_is_emptied_can_be_stored_again()
     let mut its = all.context(1).expect("a context");
     assert_eq!(write_at(&mut its, &free, 0, 200 << 10), Ok(200 << 10));
     site.set_clients(&limit("101k"));
-    await_log(&log, "Read clients.toml again", 1);
+    await_log(&log, "Read clients.toml again");
     let again = create("/data/one/new", 0).expect("a file");
     assert_eq!(write_at(&mut context, &again, 90 << 10, 1 << 10), Ok(1 << 10));
     drop((context, file, second, again, free, its, session, all));

@@ -9,7 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, Operation, Options, Session};
-use raio_e2e::{FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, binary, needs_root};
+use raio_e2e::{
+    FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Raw, Server, await_log, binary, needs_root,
+};
 use raio_transport::protocol::{Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 use rustix::process::{Signal, kill_process};
 
@@ -68,11 +70,7 @@ impl Place {
     }
 
     fn log_until(&self, text: &str) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.log().contains(text) {
-            assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        await_log(&self.path("log"), text);
     }
 }
 

@@ -6,9 +6,8 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use raio_e2e::{LoopDevice, PATIENCE, Raw, Server, binary, needs_root};
+use raio_e2e::{LoopDevice, Raw, Server, await_log, binary, needs_root};
 use raio_transport::protocol::{OPEN_CREATE, OPEN_DIRECT, OPEN_READ, OPEN_WRITE};
 
 const BLOCK: usize = 4096;
@@ -70,15 +69,7 @@ fn log_of(arguments: &[&str], directory: &Path, says: &str) -> String {
     command.args(["--listen", "tcp://127.0.0.1:0", "--export", "n=null:1M"]).args(arguments);
     command.stderr(File::create(&path).expect("a log"));
     let _server = Server::spawn(command);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let log = std::fs::read_to_string(&path).expect("a log");
-        if log.contains(says) {
-            return log;
-        }
-        assert!(Instant::now() < deadline, "{says:?} is not in the log:\n{log}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    await_log(&path, says)
 }
 
 #[test]

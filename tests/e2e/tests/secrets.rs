@@ -10,8 +10,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use base64ct::{Base64, Encoding};
-use raio_e2e::{Server, binary, is_at_rest};
-use raio_transport::key_directory::KeyDirectory;
+use raio_e2e::{Server, binary, is_at_rest, pin};
 use raio_transport::keys::SecretKey;
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
 use tempfile::TempDir;
@@ -173,10 +172,8 @@ impl Site {
     }
 
     fn client(&self, server: &Server) -> Client {
-        let address = server.address();
         let host_key = SecretKey::load(&self.server_key()).expect("it is there").public();
-        let directory = KeyDirectory::new(self.path("client"));
-        directory.pin(&address.ip().to_string(), address.port(), host_key).expect("it is pinned");
+        pin(&self.path("client"), server.address(), host_key);
         let mut child = Command::new(binary("keyed"))
             .args([&server.url(), "/data/file"])
             .env("RAIO_KEYS", self.path("client"))

@@ -4,10 +4,10 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use raio::{Buffer, Buffers, Options, Session};
-use raio_e2e::{LoopDevice, PATIENCE, Server, binary, needs_root};
+use raio_e2e::{LoopDevice, PATIENCE, Server, await_log, binary, needs_root};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -50,15 +50,7 @@ impl Traced {
     }
 
     fn log_until(&self, text: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let log = std::fs::read_to_string(&self.log).expect("the log");
-            if log.contains(text) {
-                return log;
-            }
-            assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{log}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        await_log(&self.log, text)
     }
 
     /// Ends the server in good order. Returns what the trace has.
