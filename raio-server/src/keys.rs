@@ -334,6 +334,11 @@ impl Keys {
         counted.collect()
     }
 
+    /// The exports that these directories are of.
+    pub fn counted_exports(&self) -> Vec<String> {
+        self.counted_directories().into_iter().map(|(export, _)| export).collect()
+    }
+
     /// Whether requests of a client are limited.
     pub fn limits_requests(&self) -> bool {
         self.clients().requirements.iter().any(|one| matches!(one.required, Required::CountedRequests))

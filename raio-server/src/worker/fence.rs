@@ -19,7 +19,6 @@ use raio_transport::trace::Phase;
 use raio_transport::transport::{self, Response, ServerTransport};
 use zerocopy::IntoBytes;
 
-use super::admission::Demand;
 use super::connections::{Asked, Connection, Standing};
 use super::{EXPIRY, FENCE_CHECK, Mail, Worker};
 use crate::audit::{Event, Who};
@@ -247,18 +246,19 @@ impl Worker {
     #[cold]
     pub(super) fn release_held(&mut self) {
         for (request, slot) in mem::take(&mut self.held) {
-            let Request { connection, work, export, .. } = &self.requests[request];
-            let Some(connection) = *connection else { continue };
+            let Request { connection, work, .. } = &self.requests[request];
+            if connection.is_none() {
+                continue;
+            }
             if self.is_held_back(work) {
                 self.held.push((request, slot));
                 continue;
             }
-            let demand = Demand { connection, bytes: work.slot_len(), export: *export };
             self.is_busy = true;
             if slot.is_some() {
                 self.execute(request, slot);
             } else {
-                self.demand(request, demand);
+                self.demand(request);
             }
         }
     }

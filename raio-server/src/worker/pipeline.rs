@@ -37,13 +37,11 @@ impl Worker {
 
     /// Has a request execute, unless it waits for memory, or for what others have left behind.
     fn proceed(&mut self, request: usize) {
-        let Request { connection, work, export, .. } = &self.requests[request];
-        let Some(connection) = *connection else { return };
-        if self.is_held_back(work) {
-            return self.hold(request, None);
+        if self.is_held_back(&self.requests[request].work) {
+            self.hold(request, None);
+        } else {
+            self.demand(request);
         }
-        let demand = Demand { connection, bytes: work.slot_len(), export: *export };
-        self.demand(request, demand);
     }
 
     /// Has a request wait if it goes beyond a rate. Whether it does.
@@ -117,8 +115,10 @@ impl Worker {
     }
 
     /// Has a request execute, or get or wait for the memory that it needs.
-    pub(super) fn demand(&mut self, request: usize, demand: Demand) {
-        let key = self.requests[request].key;
+    pub(super) fn demand(&mut self, request: usize) {
+        let Request { connection, key, work, export, .. } = &self.requests[request];
+        let Some(connection) = *connection else { return };
+        let (key, demand) = (*key, Demand { connection, bytes: work.slot_len(), export: *export });
         if demand.bytes == 0 {
             return self.execute(request, None);
         }
