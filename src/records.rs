@@ -166,7 +166,7 @@ impl Records {
         matches!(self, Self::Kernel(_))
     }
 
-    /// A send of so many bytes has ended. Returns whether its key is used up.
+    /// A send of `n` bytes has ended. Returns whether its key is used up.
     #[inline]
     pub fn on_batch_sent(&mut self, n: usize) -> bool {
         let Self::Kernel(records) = self else { return false };

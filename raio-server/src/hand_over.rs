@@ -8,15 +8,16 @@
 //! |---|---|
 //! | `give PID` | the successor is this process, and wants the listening sockets |
 //! | `pid PID`, and a URL on each further line | the running server is this process; with descriptors |
-//! | `end` | the successor is ready to listen: stop accepting, finish what is in flight, and end |
+//! | `end` | the successor is ready to listen: stop accepting, complete the requests in flight, and end |
 //! | `ending` | nothing more is accepted. The end of the connection is that of the process |
 //!
 //! The descriptors are the socket at PATH, and one for each URL: that of `--listen`, with its address looked
 //! up.
 //!
 //! If the successor goes away before `end` nothing has happened. Each side checks which user the other one
-//! is. The running server waits for no message: it reads what has come, and gives up a successor that sends
-//! nothing in time, or anything else. It talks with one at a time; others wait in the backlog.
+//! is. The running server does not wait for messages: it reads what has arrived, and closes the connection of
+//! a successor that sends nothing in time, or anything else. It serves one at a time; others wait in the
+//! backlog.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -606,7 +607,7 @@ impl HandOver {
             warn,
             None::<PeerAddress>,
             "successors that were given up",
-            "Whoever asked for the listening sockets{process} was given up, and this server goes on: {why}."
+            "A successor{process} was given up, and this server goes on: {why}."
         );
         self.serial += 1;
         self.start(reactor);
@@ -763,7 +764,7 @@ mod tests {
         assert_eq!(server.join().unwrap(), std::process::id());
         assert!(predecessor.has_ended());
         std::net::TcpStream::connect(found.ip().unwrap()).expect("it is still listened on");
-        // Nobody accepts there yet, but somebody will.
+        // The successor's socket takes connections, although nothing accepts them yet.
         assert!(matches!(find(&path).unwrap(), Found::Server(_)));
         drop(place);
         assert!(matches!(find(&path).unwrap(), Found::Abandoned));

@@ -98,7 +98,7 @@ enum Phase {
     Closing,
     /// Connections that it has accepted shake hands.
     ShakingHands,
-    /// The workers finish what is in flight, and end.
+    /// The workers complete the requests in flight, and end.
     Draining,
 }
 
@@ -166,7 +166,7 @@ fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) ->
     let is_directory = |export: &Export| export.root().is_some_and(Root::is_directory);
     let exports = exports.all().iter().map(|export| (export.name().to_owned(), is_directory(export)));
     let counts_requests = keys.limits_requests();
-    let counted_exports = keys.counted_directories().into_iter().map(|(export, _)| export).collect();
+    let counted_exports = keys.counted_exports();
     keys.check_by(Abilities { exports: exports.collect(), giving, counts_requests, counted_exports })?;
     say_unknown_exports(keys);
     Ok(chown)
@@ -331,7 +331,7 @@ impl Waiting<'_> {
     fn wait_for_end(&mut self, predecessor: &Predecessor) -> anyhow::Result<bool> {
         let socket = self.reactor.file(predecessor.descriptor());
         self.reactor.submit(CHECK, Op::Readable { file: socket });
-        let why = format!("process {} finishes what is in flight", predecessor.pid);
+        let why = format!("process {} completes the requests in flight", predecessor.pid);
         while !predecessor.has_ended() {
             if !self.wait(&why)? {
                 return Ok(false);
@@ -753,7 +753,7 @@ impl Server {
             tracing::warn!("Told to stop a second time: stopping at once.");
             return Some(ExitCode::from(128 + signal as u8));
         }
-        tracing::info!("Told to stop: finishing what is in flight.");
+        tracing::info!("Told to stop: completing the requests in flight.");
         self.stop();
         None
     }
@@ -763,7 +763,7 @@ impl Server {
         let Some(hand_over) = &mut self.hand_over else { return };
         let successor = hand_over.handle(&mut self.reactor, event, || self.listener.offered());
         if let Some(successor) = successor {
-            tracing::info!("Handing over to process {successor}: finishing what is in flight.");
+            tracing::info!("Handing over to process {successor}: completing the requests in flight.");
             self.stop();
         }
     }
@@ -790,7 +790,7 @@ impl Server {
         }
     }
 
-    /// Has the workers finish what is in flight, and end.
+    /// Has the workers complete the requests in flight, and end.
     fn drain(&mut self) {
         if self.phase == Phase::Draining {
             return;
@@ -860,8 +860,8 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Looks for a server that hands over to this one, and has the next one find this one. As whoever starts the
-/// server: the successor connects as the same user, or as root.
+/// Looks for a server that hands over to this one, and lets the next one find this one. Called before the
+/// server becomes another user: the successor connects as the user that started it, or as root.
 fn meet(config: &Config) -> anyhow::Result<Option<Meeting>> {
     let Some(path) = &config.hand_over else { return Ok(None) };
     let user = config.user.as_deref().map(User::find).transpose()?;
@@ -888,8 +888,7 @@ fn grants(
 ) -> anyhow::Result<Vec<Grant>> {
     // A file that cannot be given to its owner is removed again.
     let may_remove = shared.keys.as_ref().is_some_and(|keys| keys.gives_files());
-    let counted = shared.keys.as_ref().map_or(Vec::new(), |keys| keys.counted_directories());
-    let counted: Vec<_> = counted.into_iter().map(|(export, _)| export).collect();
+    let counted = shared.keys.as_ref().map_or(Vec::new(), |keys| keys.counted_exports());
     let mut grants = shared.exports.grants(may_remove, &counted)?;
     // It may be opened anew.
     if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {

@@ -195,7 +195,7 @@ struct Waiter {
 #[derive(Debug)]
 struct Queue {
     bucket: Bucket,
-    /// The start tag of what was begun last.
+    /// The start tag of the request that began last.
     virtual_time: Tag,
     /// By the start tags of their next requests and their ids.
     waiting: BTreeMap<(Tag, u64), Waiter>,

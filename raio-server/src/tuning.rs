@@ -93,9 +93,9 @@ pub mod device {
 pub mod drain {
     use std::time::Duration;
 
-    /// After it was told to stop, a worker takes new requests for so long: those that were on their way. A
+    /// After it was told to stop, a worker takes new requests for this time: those that were on their way. A
     /// hundred round trips of a slow local network. Not measured. A connection whose first request comes
-    /// later has so long from then on: libraio does not repeat what it asks first to begin a context ...
+    /// later has this time from then on: libraio does not repeat what it asks first to begin a context ...
     pub const GRACE: Duration = Duration::from_millis(100);
     /// ... and for its first request this time from its hello, for clients on machines that are busy.
     pub const GRACE_OF_SILENT: Duration = Duration::from_secs(1);
@@ -317,7 +317,7 @@ pub mod main_thread {
     /// manager waits before it kills (90 s).
     pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
     /// Before that, connections that were accepted have this time for their TLS handshakes. A client needs
-    /// two round trips; one that says nothing holds up the end for so long.
+    /// two round trips; one that says nothing delays the end by this time.
     pub const ENTRY_TIMEOUT: Duration = Duration::from_secs(1);
     /// How much longer than the workers the main thread waits: for them to notice the deadline.
     pub const DRAIN_SLACK: Duration = Duration::from_secs(1);

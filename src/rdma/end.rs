@@ -288,7 +288,7 @@ impl RdmaEnd {
         self.complete()
     }
 
-    /// Reads so many bytes of the peer's memory. None if the peer does not allow it, or is gone.
+    /// Reads `len` bytes of the peer's memory. None if the peer does not allow it, or is gone.
     pub fn fetch(&mut self, address: u64, key: u32, len: usize) -> Option<Vec<u8>> {
         let (slot, mr) = self.memory(len, Access::LocalWrite).ok()?;
         self.fetched = None;

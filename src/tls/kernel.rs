@@ -102,7 +102,7 @@ impl KernelRecords {
         Self { records_per_key, sent: 0, has_ended: false, is_unreadable: false }
     }
 
-    /// A send has ended, with so many bytes. The kernel ends a record with it, and each that is full before.
+    /// A send of `n` bytes has ended. The kernel ends a record with it, and each that is full before.
     /// One that it ends early for lack of memory is not seen here: [`TLS_RECORDS_PER_KEY`] leaves room for
     /// twice as many.
     ///

@@ -52,7 +52,7 @@ impl Run {
         run
     }
 
-    /// One whose records the kernel seals, each key for so many.
+    /// One whose records the kernel seals, with a limit on the records of each key.
     fn open_in_kernel(records_per_key: u64) -> Self {
         let mut run = Self::new();
         run.connection.records = Records::Kernel(KernelRecords::new(records_per_key));
