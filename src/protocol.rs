@@ -1,14 +1,21 @@
 //! raio's own commands, on top of the message layer: open, read, write, ... [`OPERATIONS`] lists them.
 //!
-//! A command is the body of a request. All but three (open, outcome, reopen) have one layout of 24 bytes, so
-//! that a request is 64 bytes in all. Data to be written is the request's bulk data, data read is the
-//! response's; the response's result is the byte count, or the file handle of an open.
+//! A command is the body of a request. What is done to an open file has one layout of 24 bytes, so that such a
+//! request is 64 bytes in all; what is done to a path has another ([`path`]), and open, outcome and reopen
+//! have layouts of their own. Data to be written is the request's bulk data, data read is the response's; the
+//! response's result is the byte count, or the file handle of an open.
+
+mod entries;
+pub mod path;
 
 use zerocopy::little_endian::{I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::{Class, Status, Violation};
 use crate::message::{ERRNO_MAX, OPERATION_FEATURES_MASK, padded};
+
+pub use entries::{DirectoryEntry, Extent, FileSystemStatus, entries, push_entry};
+use path::{PathCommand, PathFields};
 
 /// What a command asks for. [`OPERATIONS`] says what each means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,6 +34,25 @@ pub enum Opcode {
     Allocate = 10,
     Outcome = 11,
     Reopen = 12,
+    StatPath = 13,
+    Get = 14,
+    Put = 15,
+    List = 16,
+    ListNext = 17,
+    Mkdir = 18,
+    Rmdir = 19,
+    Unlink = 20,
+    Rename = 21,
+    Link = 22,
+    Symlink = 23,
+    Readlink = 24,
+    SetAttributes = 25,
+    Truncate = 26,
+    Statfs = 27,
+    Extents = 28,
+    GetXattr = 29,
+    ListXattr = 30,
+    SetXattr = 31,
 }
 
 impl Opcode {
@@ -39,7 +65,7 @@ impl Opcode {
     /// Whether this encoded command is one whose end the server records ([`Operation::is_recorded`]).
     #[inline]
     pub fn is_recorded_on_wire(command: &[u8]) -> bool {
-        const RECORDED: u32 = {
+        const RECORDED: u64 = {
             let (mut bits, mut index) = (0, 0);
             while index < OPERATIONS.len() {
                 if OPERATIONS[index].is_recorded {
@@ -49,7 +75,7 @@ impl Opcode {
             }
             bits
         };
-        matches!(*command, [opcode @ 0..32, 0, ..] if RECORDED >> opcode & 1 != 0)
+        matches!(*command, [opcode @ 0..64, 0, ..] if RECORDED >> opcode & 1 != 0)
     }
 
     #[inline]
@@ -67,8 +93,8 @@ pub struct Operation {
     pub opcode: Opcode,
     /// Its name in statistics, logs and documents.
     pub name: &'static str,
-    /// The fields of the 24-byte command that it uses; all others are 0. None if it has a layout of its own.
-    pub fields: Option<Fields>,
+    /// The layout of its command, and which of that layout's fields it uses; all others are 0.
+    pub layout: Layout,
     /// The flag bits that it knows.
     pub flags: u16,
     /// Which way its bulk data goes. `length` is then the length of that data, and has 32 bits.
@@ -110,6 +136,8 @@ pub enum OperationGroup {
     Basic,
     /// What changes a file's storage rather than its contents.
     Space,
+    /// Directories, names and attributes, and whole small files by their paths.
+    Names,
 }
 
 impl OperationGroup {
@@ -118,6 +146,7 @@ impl OperationGroup {
         match self {
             Self::Basic => "basic",
             Self::Space => "space",
+            Self::Names => "names",
         }
     }
 
@@ -126,6 +155,7 @@ impl OperationGroup {
         match self {
             Self::Basic => 0,
             Self::Space => 1 << 32,
+            Self::Names => 1 << 33,
         }
     }
 }
@@ -140,6 +170,17 @@ pub const OPERATION_FEATURES: u64 = {
     assert!(bits & !OPERATION_FEATURES_MASK == 0, "the others are the message layer's");
     bits
 };
+
+/// How a command is laid out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// 24 bytes.
+    Fields(Fields),
+    /// 32 bytes, a path, and perhaps a second name.
+    Path(PathFields),
+    /// A layout of its own.
+    Own,
+}
 
 /// Fields of the 24-byte command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -186,25 +227,38 @@ pub enum OperationClass {
 const FILE: Fields = Fields { file: true, offset: false, length: false };
 const ID: Fields = Fields { file: false, offset: true, length: false };
 const RANGE: Fields = Fields { file: true, offset: true, length: true };
+const SIZE: Fields = Fields { file: true, offset: false, length: true };
+const LISTING: Fields = Fields { file: false, offset: true, length: true };
 
 /// An operation on a session, a file or a request.
-const fn control(opcode: Opcode, name: &'static str, fields: Option<Fields>) -> Operation {
+const fn control(opcode: Opcode, name: &'static str, layout: Layout) -> Operation {
     let (direction, access, class) = (Direction::None, FileAccess::Any, OperationClass::Control);
     let group = OperationGroup::Basic;
-    Operation { opcode, name, fields, flags: 0, direction, access, class, group, is_recorded: false }
+    Operation { opcode, name, layout, flags: 0, direction, access, class, group, is_recorded: false }
 }
 
 /// An operation on a range of a file. One that needs a file open for writing changes it.
 const fn on_range(opcode: Opcode, name: &'static str, access: FileAccess) -> Operation {
     let (direction, class) = (Direction::None, OperationClass::Data);
-    let (fields, group) = (Some(RANGE), OperationGroup::Basic);
+    let (layout, group) = (Layout::Fields(RANGE), OperationGroup::Basic);
     let is_recorded = matches!(access, FileAccess::Write);
-    Operation { opcode, name, fields, flags: 0, direction, access, class, group, is_recorded }
+    Operation { opcode, name, layout, flags: 0, direction, access, class, group, is_recorded }
 }
 
 /// An operation on the storage of a range of a file.
 const fn on_space(opcode: Opcode, name: &'static str) -> Operation {
     Operation { group: OperationGroup::Space, ..on_range(opcode, name, FileAccess::Write) }
+}
+
+/// An operation that finds something out about a path.
+const fn on_path(opcode: Opcode, name: &'static str, fields: PathFields) -> Operation {
+    let group = OperationGroup::Names;
+    Operation { group, ..control(opcode, name, Layout::Path(fields)) }
+}
+
+/// An operation that changes what is at a path.
+const fn change(opcode: Opcode, name: &'static str, fields: PathFields) -> Operation {
+    Operation { is_recorded: true, ..on_path(opcode, name, fields) }
 }
 
 /// Every operation, in the order of its opcodes, which begin with 1. docs/PROTOCOL.md has the same table for
@@ -228,23 +282,101 @@ const fn on_space(opcode: Opcode, name: &'static str) -> Operation {
 ///   for each id in the body of the response. It is answered only when none of them can still happen.
 /// - **reopen**: opens a file that a previous server had open, under the same handle, if it is still the same
 ///   file. Result and body: as of an open.
-pub const OPERATIONS: [Operation; 12] = [
-    Operation { is_recorded: true, ..control(Opcode::Open, "open", None) },
-    control(Opcode::Close, "close", Some(FILE)),
-    control(Opcode::Stat, "stat", Some(FILE)),
+/// - **stat_path**: the status of what is at a path. Body: [`FileStatus`], without identity and verifier.
+/// - **get**: brings the first `length` bytes of a file, which is opened for that and closed. Result: how
+///   many; body: [`FileStatus`], as of stat_path.
+/// - **put**: creates a file with the request's data, which takes the place of what is at the path at once
+///   and whole. Result: the bytes written.
+/// - **list**: begins to list a directory; `/` lists the exports. The data are [`DirectoryEntry`]s, the
+///   result names the listing for list_next, or is 0 if this was all of it.
+/// - **list_next**: the next entries of a listing (`offset` is its name), or again those of the last answer;
+///   or ends it. Result: as of list.
+/// - **mkdir**, **rmdir**, **unlink**, **rename**, **link**, **symlink**: as the system calls.
+/// - **readlink**: where a symbolic link leads: the body, which is padded; the result is its length.
+/// - **set_attributes**: permissions, size and time of change of a file or directory.
+/// - **truncate**: sets the size of an open file to `length`.
+/// - **statfs**: the file system of a path. Body: [`FileSystemStatus`].
+/// - **extents**: which parts of a range of an open file have data. Body: [`Extent`]s; result: the offset up
+///   to which they are complete.
+/// - **get_xattr**, **list_xattr**, **set_xattr**: extended attributes of the `user.` class. The value is the
+///   data, the result its length; names end with a zero byte each.
+pub const OPERATIONS: [Operation; 31] = [
+    Operation { is_recorded: true, ..control(Opcode::Open, "open", Layout::Own) },
+    control(Opcode::Close, "close", Layout::Fields(FILE)),
+    control(Opcode::Stat, "stat", Layout::Fields(FILE)),
     Operation { direction: Direction::ToClient, ..on_range(Opcode::Read, "read", FileAccess::Read) },
     Operation { direction: Direction::ToServer, ..on_range(Opcode::Write, "write", FileAccess::Write) },
     Operation {
-        fields: Some(FILE),
+        layout: Layout::Fields(FILE),
         flags: FLAG_DATA_ONLY,
         ..on_range(Opcode::Fsync, "fsync", FileAccess::Any)
     },
     on_space(Opcode::Discard, "discard"),
     on_space(Opcode::WriteZeroes, "write_zeroes"),
-    control(Opcode::Cancel, "cancel", Some(ID)),
+    control(Opcode::Cancel, "cancel", Layout::Fields(ID)),
     Operation { flags: FLAG_KEEP_SIZE, ..on_space(Opcode::Allocate, "allocate") },
-    control(Opcode::Outcome, "outcome", None),
-    control(Opcode::Reopen, "reopen", None),
+    control(Opcode::Outcome, "outcome", Layout::Own),
+    control(Opcode::Reopen, "reopen", Layout::Own),
+    Operation { flags: FLAG_NOFOLLOW, ..on_path(Opcode::StatPath, "stat_path", PathFields::NONE) },
+    Operation {
+        flags: FLAG_NOFOLLOW,
+        direction: Direction::ToClient,
+        class: OperationClass::Data,
+        ..on_path(Opcode::Get, "get", PathFields::LENGTH)
+    },
+    Operation {
+        flags: FLAG_EXCLUSIVE | FLAG_FSYNC | FLAG_SET_TIME,
+        direction: Direction::ToServer,
+        class: OperationClass::Data,
+        ..change(Opcode::Put, "put", PathFields { mode: true, time: true, ..PathFields::LENGTH })
+    },
+    Operation { direction: Direction::ToClient, ..on_path(Opcode::List, "list", PathFields::LENGTH) },
+    Operation {
+        flags: FLAG_ODD_PAGE,
+        direction: Direction::ToClient,
+        group: OperationGroup::Names,
+        ..control(Opcode::ListNext, "list_next", Layout::Fields(LISTING))
+    },
+    change(Opcode::Mkdir, "mkdir", PathFields { mode: true, ..PathFields::NONE }),
+    change(Opcode::Rmdir, "rmdir", PathFields::NONE),
+    change(Opcode::Unlink, "unlink", PathFields::NONE),
+    Operation { flags: FLAG_NO_REPLACE, ..change(Opcode::Rename, "rename", PathFields::OTHER) },
+    change(Opcode::Link, "link", PathFields::OTHER),
+    change(Opcode::Symlink, "symlink", PathFields::OTHER),
+    on_path(Opcode::Readlink, "readlink", PathFields::NONE),
+    Operation {
+        flags: FLAG_NOFOLLOW | FLAG_SET_MODE | FLAG_SET_TIME | FLAG_SET_SIZE,
+        ..change(
+            Opcode::SetAttributes,
+            "set_attributes",
+            PathFields { mode: true, time: true, ..PathFields::LENGTH },
+        )
+    },
+    Operation {
+        layout: Layout::Fields(SIZE),
+        group: OperationGroup::Names,
+        ..on_range(Opcode::Truncate, "truncate", FileAccess::Write)
+    },
+    on_path(Opcode::Statfs, "statfs", PathFields::NONE),
+    Operation {
+        group: OperationGroup::Names,
+        ..on_range(Opcode::Extents, "extents", FileAccess::Any)
+    },
+    Operation {
+        direction: Direction::ToClient,
+        flags: FLAG_NOFOLLOW,
+        ..on_path(Opcode::GetXattr, "get_xattr", PathFields { length: true, ..PathFields::OTHER })
+    },
+    Operation {
+        direction: Direction::ToClient,
+        flags: FLAG_NOFOLLOW,
+        ..on_path(Opcode::ListXattr, "list_xattr", PathFields::LENGTH)
+    },
+    Operation {
+        direction: Direction::ToServer,
+        flags: FLAG_NOFOLLOW | FLAG_EXCLUSIVE | FLAG_REMOVE,
+        ..change(Opcode::SetXattr, "set_xattr", PathFields { length: true, ..PathFields::OTHER })
+    },
 ];
 
 const _: () = {
@@ -259,6 +391,26 @@ const _: () = {
 pub const FLAG_DATA_ONLY: u16 = 1 << 0;
 /// Flag of [`Opcode::Allocate`]: the file's size stays.
 pub const FLAG_KEEP_SIZE: u16 = 1 << 0;
+
+/// Flag of operations on a path: what is there is meant, if it is a symbolic link the link itself.
+pub const FLAG_NOFOLLOW: u16 = 1 << 0;
+/// Flag of [`Opcode::Put`] and [`Opcode::SetXattr`]: fails with EEXIST if there is something already.
+pub const FLAG_EXCLUSIVE: u16 = 1 << 1;
+/// Flag of [`Opcode::Put`]: the file and its name are durable when it is answered.
+pub const FLAG_FSYNC: u16 = 1 << 2;
+/// Flag of [`Opcode::Rename`]: fails with EEXIST if there is something already.
+pub const FLAG_NO_REPLACE: u16 = 1 << 1;
+/// Flag of [`Opcode::SetXattr`]: removes it.
+pub const FLAG_REMOVE: u16 = 1 << 2;
+/// Flag of [`Opcode::Put`] and [`Opcode::SetAttributes`]: sets the time of the last change.
+pub const FLAG_SET_TIME: u16 = 1 << 3;
+/// Flag of [`Opcode::SetAttributes`]: sets the permissions.
+pub const FLAG_SET_MODE: u16 = 1 << 4;
+/// Flag of [`Opcode::SetAttributes`]: sets the size.
+pub const FLAG_SET_SIZE: u16 = 1 << 5;
+/// Flag of [`Opcode::ListNext`]: which page is asked for. That of the first list_next of a listing is 1, and
+/// each following page has the other value than the one before; a page that is asked for again has the same.
+pub const FLAG_ODD_PAGE: u16 = 1 << 0;
 
 /// Read permission wanted.
 pub const OPEN_READ: u32 = 1 << 0;
@@ -460,6 +612,26 @@ pub enum Command<'a> {
         /// Bytes without a zero among them.
         path: &'a [u8],
     },
+    ListNext {
+        /// The result of the list, or the list_next before.
+        listing: u64,
+        /// Which page: [`FLAG_ODD_PAGE`].
+        is_odd: bool,
+        /// How many bytes of entries; 0 ends the listing.
+        length: u32,
+    },
+    Truncate {
+        file: FileHandle,
+        /// The new size.
+        size: u64,
+    },
+    Extents {
+        file: FileHandle,
+        offset: u64,
+        length: u64,
+    },
+    /// All operations on paths.
+    Path(PathCommand<'a>),
 }
 
 /// What the fields of the 24-byte command hold.
@@ -495,6 +667,13 @@ impl<'a> Command<'a> {
             }
             Self::Outcome { .. } => parts(Opcode::Outcome, FileHandle(0), 0, 0),
             Self::Reopen { file, .. } => parts(Opcode::Reopen, file, 0, 0),
+            Self::ListNext { listing, is_odd, length } => Parts {
+                flags: flag(is_odd, FLAG_ODD_PAGE),
+                ..parts(Opcode::ListNext, FileHandle(0), listing, length.into())
+            },
+            Self::Truncate { file, size } => parts(Opcode::Truncate, file, 0, size),
+            Self::Extents { file, offset, length } => parts(Opcode::Extents, file, offset, length),
+            Self::Path(command) => parts(command.opcode, FileHandle(0), 0, 0),
         }
     }
 
@@ -503,7 +682,6 @@ impl<'a> Command<'a> {
     fn from_parts(Parts { opcode, flags, file, offset, length }: Parts) -> Result<Self, Violation> {
         let data_len = || u32::try_from(length).map_err(|_| Violation::Length);
         Ok(match opcode {
-            Opcode::Open | Opcode::Outcome | Opcode::Reopen => return Err(Violation::Field),
             Opcode::Close => Self::Close(file),
             Opcode::Stat => Self::Stat(file),
             Opcode::Read => Self::Read { file, offset, length: data_len()? },
@@ -515,6 +693,13 @@ impl<'a> Command<'a> {
             Opcode::Allocate => {
                 Self::Allocate { file, offset, length, keep_size: flags & FLAG_KEEP_SIZE != 0 }
             }
+            Opcode::ListNext => {
+                Self::ListNext { listing: offset, is_odd: flags & FLAG_ODD_PAGE != 0, length: data_len()? }
+            }
+            Opcode::Truncate => Self::Truncate { file, size: length },
+            Opcode::Extents => Self::Extents { file, offset, length },
+            // They have another layout.
+            _ => return Err(Violation::Field),
         })
     }
 
@@ -553,6 +738,7 @@ impl<'a> Command<'a> {
                 };
                 return encode_padded(reopen.as_bytes(), path, out);
             }
+            Self::Path(command) => return command.encode(out),
             _ => {}
         }
         let Parts { opcode, flags, file, offset, length } = self.parts();
@@ -572,17 +758,22 @@ impl<'a> Command<'a> {
     pub fn decode(body: &'a [u8]) -> Result<Self, Violation> {
         let (opcode, _) = U16::ref_from_prefix(body).map_err(|_| Violation::Length)?;
         let opcode = Opcode::from_wire(opcode.get()).ok_or(Violation::Field)?;
-        let Operation { fields: Some(fields), flags: known_flags, .. } = opcode.operation() else {
-            return match opcode {
-                Opcode::Open => Self::decode_open(body),
-                Opcode::Outcome => Self::decode_outcome(body),
-                _ => Self::decode_reopen(body),
-            };
+        let operation = opcode.operation();
+        let fields = match &operation.layout {
+            Layout::Fields(fields) => fields,
+            Layout::Path(_) => return PathCommand::decode(opcode, body).map(Self::Path),
+            Layout::Own => {
+                return match opcode {
+                    Opcode::Open => Self::decode_open(body),
+                    Opcode::Outcome => Self::decode_outcome(body),
+                    _ => Self::decode_reopen(body),
+                };
+            }
         };
         let command = IoCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
         let file = FileHandle(command.file.get());
         let (flags, offset, length) = (command.flags.get(), command.offset.get(), command.length.get());
-        if flags & !known_flags != 0
+        if flags & !operation.flags != 0
             || (file.0 != 0 && !fields.file)
             || (offset != 0 && !fields.offset)
             || (length != 0 && !fields.length)
@@ -635,7 +826,8 @@ impl<'a> Command<'a> {
     #[inline]
     pub fn read_length(&self) -> u32 {
         match *self {
-            Self::Read { length, .. } => length,
+            Self::Read { length, .. } | Self::ListNext { length, .. } => length,
+            Self::Path(command) => command.data_len(Direction::ToClient),
             _ => 0,
         }
     }
@@ -645,6 +837,7 @@ impl<'a> Command<'a> {
     pub fn write_length(&self) -> u32 {
         match *self {
             Self::Write { length, .. } => length,
+            Self::Path(command) => command.data_len(Direction::ToServer),
             _ => 0,
         }
     }

@@ -144,8 +144,14 @@ pub fn file_of(command: &[u8]) -> Option<FileHandle> {
         | Command::Discard { file, .. }
         | Command::WriteZeroes { file, .. }
         | Command::Allocate { file, .. }
+        | Command::Truncate { file, .. }
+        | Command::Extents { file, .. }
         | Command::Reopen { file, .. } => Some(file),
-        Command::Open { .. } | Command::Cancel { .. } | Command::Outcome { .. } => None,
+        Command::Open { .. }
+        | Command::Cancel { .. }
+        | Command::Outcome { .. }
+        | Command::ListNext { .. }
+        | Command::Path(_) => None,
     }
 }
 

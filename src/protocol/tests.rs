@@ -78,8 +78,10 @@ fn a_reopen_has_these_bytes() {
 fn what_is_recorded_is_what_must_not_run_twice() {
     let recorded =
         OPERATIONS.iter().filter(|operation| operation.is_recorded).map(|operation| operation.opcode);
-    let expected = [Opcode::Open, Opcode::Write, Opcode::Discard, Opcode::WriteZeroes, Opcode::Allocate];
-    assert_eq!(recorded.collect::<Vec<_>>(), expected);
+    use Opcode::*;
+    let on_files = [Open, Write, Discard, WriteZeroes, Allocate];
+    let on_names = [Put, Mkdir, Rmdir, Unlink, Rename, Link, Symlink, SetAttributes, Truncate, SetXattr];
+    assert_eq!(recorded.collect::<Vec<_>>(), [&on_files[..], &on_names[..]].concat());
 }
 
 #[test]
@@ -180,7 +182,7 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     // One byte of a good command, changed.
     for (what, good, at, value, violation) in [
         ("opcode 0", read, 0, 0, Violation::Field),
-        ("opcode 13", read, 0, 13, Violation::Field),
+        ("opcode 32", read, 0, 32, Violation::Field),
         ("opcode 260", read, 1, 1, Violation::Field),
         ("a read with a flag", read, 2, 1, Violation::Reserved),
         ("a read of 4 GiB", read, 20, 1, Violation::Length),
@@ -266,11 +268,20 @@ fn the_documented_operations_are_those_of_the_table() {
             (
                 cells[1].parse::<u16>().expect("an opcode"),
                 cells[2],
-                (cells[3] != "own layout, below").then(|| Fields {
-                    file: uses("file"),
-                    offset: uses("offset"),
-                    length: uses("length"),
-                }),
+                match cells[3] {
+                    "own layout, below" => Layout::Own,
+                    _ if uses("path") => Layout::Path(PathFields {
+                        length: uses("length"),
+                        mode: uses("mode"),
+                        time: uses("modified"),
+                        other: uses("other"),
+                    }),
+                    _ => Layout::Fields(Fields {
+                        file: uses("file"),
+                        offset: uses("offset"),
+                        length: uses("length"),
+                    }),
+                },
                 bits.map(|bit| 1 << bit).sum::<u16>(),
                 cells[4],
                 cells[5],
@@ -289,8 +300,8 @@ fn the_documented_operations_are_those_of_the_table() {
             };
             let class = if operation.class == OperationClass::Control { "control" } else { "data" };
             let recorded = if operation.is_recorded { "yes" } else { "no" };
-            let Operation { opcode, name, fields, flags, group, .. } = *operation;
-            (opcode as u16, name, fields, flags, direction, class, group.name(), recorded)
+            let Operation { opcode, name, layout, flags, group, .. } = *operation;
+            (opcode as u16, name, layout, flags, direction, class, group.name(), recorded)
         })
         .collect();
     assert_eq!(documented, table);
@@ -324,7 +335,7 @@ fn the_documented_groups_have_the_feature_bits_of_their_operations() {
 #[test]
 fn an_operation_accepts_the_fields_of_its_row_and_no_others() {
     for operation in &OPERATIONS {
-        let Some(Fields { file, offset, length }) = operation.fields else { continue };
+        let Layout::Fields(Fields { file, offset, length }) = operation.layout else { continue };
         for (at, is_used, what) in [
             (2, operation.flags != 0, "flags"),
             (4, file, "file"),
@@ -340,8 +351,164 @@ fn an_operation_accepts_the_fields_of_its_row_and_no_others() {
     }
 }
 
+/// A command of each operation on a path, with everything that it may have.
+fn path_commands() -> impl Iterator<Item = PathCommand<'static>> {
+    let on_path = |operation: &&Operation| matches!(operation.layout, Layout::Path(_));
+    OPERATIONS.iter().filter(on_path).map(|operation| {
+        let Layout::Path(fields) = operation.layout else { unreachable!("filtered") };
+        let removes = operation.opcode == Opcode::SetXattr;
+        PathCommand {
+            flags: operation.flags & !if removes { FLAG_REMOVE } else { 0 },
+            mode: if fields.mode { 0o644 } else { 0 },
+            length: if fields.length { 0x1000 } else { 0 },
+            modified_ns: if fields.time { -2 } else { 0 },
+            other: if fields.other { b"user.a" } else { b"" },
+            ..PathCommand::new(operation.opcode, b"/d/a")
+        }
+    })
+}
+
+#[test]
+fn commands_on_paths_have_these_bytes() {
+    let put = PathCommand {
+        flags: FLAG_FSYNC | FLAG_SET_TIME,
+        mode: 0o644,
+        length: 0x1000,
+        modified_ns: 0x0011_2233_4455_6677,
+        ..PathCommand::new(Opcode::Put, b"/data/a")
+    };
+    golden(
+        Command::Path(put),
+        "0f 00 0c 00  a4 01 00 00  00 10 00 00 00 00 00 00
+         77 66 55 44 33 22 11 00  07 00 00 00 00 00 00 00  2f 64 61 74 61 2f 61 00",
+    );
+    let rename = PathCommand {
+        flags: FLAG_NO_REPLACE,
+        other: b"/data/b",
+        ..PathCommand::new(Opcode::Rename, b"/data/a")
+    };
+    golden(
+        Command::Path(rename),
+        "15 00 02 00  00 00 00 00  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00
+         07 00 07 00 00 00 00 00  2f 64 61 74 61 2f 61 2f  64 61 74 61 2f 62 00 00",
+    );
+    golden(
+        Command::ListNext { listing: 0x8877_6655_4433_2211, is_odd: true, length: 0x1000 },
+        "11 00 01 00 00 00 00 00  11 22 33 44 55 66 77 88  00 10 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Truncate { file: FILE, size: 0x0011_2233_4455_6677 },
+        "1a 00 00 00 11 22 33 44  00 00 00 00 00 00 00 00  77 66 55 44 33 22 11 00",
+    );
+    golden(
+        Command::Extents { file: FILE, offset: 1, length: 2 },
+        "1c 00 00 00 11 22 33 44  01 00 00 00 00 00 00 00  02 00 00 00 00 00 00 00",
+    );
+}
+
+#[test]
+fn a_command_on_a_path_has_what_its_operation_uses_and_nothing_else() {
+    for command in path_commands() {
+        let name = command.opcode.operation().name;
+        let mut good = Vec::new();
+        Command::Path(command).encode(&mut good);
+        assert_eq!(Command::decode(&good), Ok(Command::Path(command)), "{name}");
+        let layout = command.opcode.operation().layout;
+        let Layout::Path(PathFields { length, mode, time, other }) = layout else { unreachable!() };
+        let unused = [(4, mode), (8, length), (16, time), (26, other)];
+        let unused = unused.iter().filter(|(_, is_used)| !is_used).map(|&(at, _)| (at, 1));
+        for (at, value) in unused.chain([(3, 0x80), (28, 1), (good.len() - 1, 1), (24, 0), (25, 0x11)]) {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            // A name that is longer by one takes a byte of the padding, which is zero.
+            assert!(Command::decode(&bytes).is_err(), "{name}: byte {at} is {value}");
+        }
+        for (at, value) in [(5, 0x10), (32, 0)] {
+            let mut bytes = good.clone();
+            bytes[at] = value;
+            assert!(Command::decode(&bytes).is_err(), "{name}: byte {at} is {value}");
+        }
+        if command.opcode.operation().direction != Direction::None {
+            let mut bytes = good.clone();
+            bytes[12] = 1;
+            assert_eq!(Command::decode(&bytes), Err(Violation::Length), "{name} of 4 GiB");
+        }
+    }
+    let set = |flags, length, mode, modified_ns| {
+        let fields = PathCommand::new(Opcode::SetAttributes, b"/d/a");
+        let mut bytes = Vec::new();
+        Command::Path(PathCommand { flags, length, mode, modified_ns, ..fields }).encode(&mut bytes);
+        Command::decode(&bytes).err()
+    };
+    assert_eq!(set(FLAG_SET_SIZE, 1 << 40, 0, 0), None);
+    assert_eq!(set(FLAG_SET_MODE, 1, 0o644, 0), Some(Violation::Reserved), "a size that is not to be set");
+    assert_eq!(set(FLAG_SET_SIZE, 1, 0o644, 0), Some(Violation::Reserved), "a mode that is not to be set");
+    assert_eq!(set(0, 0, 0, 1), Some(Violation::Reserved), "a time that is not to be set");
+}
+
+#[test]
+fn entries_of_a_directory_are_read_as_they_were_written() {
+    let names: [&[u8]; 4] = [b"a", b"exactly8", &[0xff; 255], b"...."];
+    let all: Vec<_> = names
+        .iter()
+        .zip(1..)
+        .map(|(&name, n)| DirectoryEntry {
+            name,
+            mode: 0o100_644,
+            size: 1 << (10 * n),
+            modified_ns: -(n as i64),
+            inode: n,
+            has_status: n != 2,
+        })
+        .collect();
+    let mut bytes = vec![0xee; 1024];
+    let mut at = 0;
+    for entry in &all {
+        at += push_entry(entry, &mut bytes[at..]).unwrap();
+    }
+    let bytes = &bytes[..at];
+    assert_eq!(entries(bytes).collect::<Result<Vec<_>, _>>(), Ok(all.clone()));
+    assert_eq!(push_entry(&all[0], &mut [0; 39]), None, "there is no room");
+    for (what, at, value) in [
+        ("no name", 28, 0),
+        ("a name beyond the end", 29, 0x70),
+        ("a name of more than 255 bytes", 29, 1),
+        ("an unknown flag", 30, 2),
+        ("padding that is not zero", 39, 1),
+        ("a slash", 32, b'/'),
+        ("a zero byte", 32, 0),
+        (".", 32, b'.'),
+    ] {
+        let mut bytes = bytes.to_vec();
+        bytes[at] = value;
+        assert!(entries(&bytes).any(|entry| entry.is_err()), "{what}");
+    }
+    assert!(entries(&bytes[..at - 1]).last().unwrap().is_err());
+}
+
+#[test]
+fn extents_are_in_order_and_do_not_touch() {
+    let extents = |list: &[(u64, u64)]| {
+        let list: Vec<_> = list
+            .iter()
+            .map(|&(offset, length)| Extent { offset: offset.into(), length: length.into() })
+            .collect();
+        Extent::decode(list.as_bytes()).map(<[Extent]>::len)
+    };
+    assert_eq!(extents(&[]), Ok(0));
+    assert_eq!(extents(&[(0, 1), (2, 1), (i64::MAX as u64 - 1, 1)]), Ok(3));
+    for wrong in
+        [&[(0, 0)][..], &[(0, 2), (2, 1)], &[(4, 1), (0, 1)], &[(1, i64::MAX as u64)], &[(u64::MAX, 2)]]
+    {
+        assert_eq!(extents(wrong), Err(Violation::Field), "{wrong:?}");
+    }
+    assert_eq!(Extent::decode(&[0; 8]), Err(Violation::Length));
+    assert!(size_of::<[Extent; Extent::COUNT_MAX]>() <= crate::message::BODY_BYTES_MAX);
+}
+
 fn any_command() -> impl Strategy<Value = (u8, u32, u64, u64, Vec<u8>)> {
-    (1u8..=12, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
+    let opcodes = 1..=OPERATIONS.len() as u8;
+    (opcodes, any::<u32>(), any::<u64>(), any::<u64>(), prop::collection::vec(1u8.., 1..=300))
 }
 
 fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) -> Command<'_> {
@@ -364,6 +531,31 @@ fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) 
         11 => Command::Outcome {
             ids: <[U32]>::ref_from_bytes(&path[..path.len() & !3]).expect("a multiple of their size"),
         },
+        17 => Command::ListNext { listing: offset, is_odd: offset % 2 == 1, length: length as u32 },
+        26 => Command::Truncate { file, size: length },
+        28 => Command::Extents { file, offset, length },
+        13.. => {
+            let all = path_commands().find(|command| command.opcode as u8 == *opcode);
+            let all = all.expect("every other one is on a path");
+            let given = |flag: u16| offset as u16 & all.flags & flag != 0;
+            let may = |flag: u16| all.opcode.operation().flags & flag == 0 || given(flag);
+            let data = all.opcode.operation().direction != Direction::None;
+            let length = if data { length & 0xffff_ffff } else { length };
+            let (path, other) = path.split_at(path.len().div_ceil(2));
+            Command::Path(PathCommand {
+                flags: offset as u16 & all.flags,
+                mode: if may(FLAG_SET_MODE) && all.mode != 0 { file.0 & 0o7777 } else { 0 },
+                length: if may(FLAG_SET_SIZE) && all.length != 0 { length } else { 0 },
+                modified_ns: if may(FLAG_SET_TIME) && all.modified_ns != 0 { offset as i64 } else { 0 },
+                path,
+                other: match all.other {
+                    b"" => b"",
+                    _ if other.is_empty() => b"x",
+                    _ => other,
+                },
+                ..all
+            })
+        }
         _ => Command::Reopen {
             flags: (length as u32 & OPEN_FLAGS & !OPEN_ONCE_FLAGS) | OPEN_READ,
             file,
@@ -387,7 +579,7 @@ proptest! {
     #[test]
     fn what_is_decoded_is_encoded_as_it_was(
         bytes in prop::collection::vec(any::<u8>(), 24),
-        opcode in 0u16..12,
+        opcode in 0u16..33,
         sparse: bool,
     ) {
         let mut bytes = bytes;
@@ -404,7 +596,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..13) {
+    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..34) {
         let _ = Command::decode(&bytes);
         let _ = FileStatus::decode(&bytes);
         let mut likely = bytes;
