@@ -358,10 +358,7 @@ pub const OPERATIONS: [Operation; 31] = [
         ..on_range(Opcode::Truncate, "truncate", FileAccess::Write)
     },
     on_path(Opcode::Statfs, "statfs", PathFields::NONE),
-    Operation {
-        group: OperationGroup::Names,
-        ..on_range(Opcode::Extents, "extents", FileAccess::Any)
-    },
+    Operation { group: OperationGroup::Names, ..on_range(Opcode::Extents, "extents", FileAccess::Any) },
     Operation {
         direction: Direction::ToClient,
         flags: FLAG_NOFOLLOW,

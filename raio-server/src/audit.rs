@@ -117,6 +117,21 @@ pub enum Event {
         /// What was written to it.
         written_bytes: u64,
     },
+    /// Something was done to a path: a name, or a whole small file.
+    Operation {
+        /// What: get, put, list, mkdir, rename, ...
+        operation: &'static str,
+        /// Its path, with the export in front.
+        path: String,
+        /// The new path of a rename or a link, or where a symbolic link leads.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        to: Option<String>,
+        /// Of a get or a put: the bytes of the file that were brought.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bytes: Option<u64>,
+        /// 0, or why not.
+        errno: i32,
+    },
     /// A connection has ended.
     Disconnect {
         /// How.
@@ -154,7 +169,14 @@ enum Message {
     Flush(SyncSender<()>),
 }
 
-/// What an open file is to the log.
+fn as_text_path(path: &[u8]) -> String {
+    match std::str::from_utf8(path) {
+        Ok(text) => text.to_owned(),
+        Err(_) => path.escape_ascii().to_string(),
+    }
+}
+
+/// What an open file, or an operation on a path, is to the log.
 #[derive(Debug)]
 pub struct Audited {
     who: Arc<Who>,
@@ -165,12 +187,9 @@ pub struct Audited {
 }
 
 impl Audited {
-    /// A file that this client opens at this path, for r, w or rw.
+    /// A file that this client opens at this path, for r, w or rw; or an operation on the path, by its name.
     pub fn new(who: &Arc<Who>, path: &[u8], access: &'static str) -> Arc<Self> {
-        let path = match std::str::from_utf8(path) {
-            Ok(text) => text.to_owned(),
-            Err(_) => path.escape_ascii().to_string(),
-        };
+        let path = as_text_path(path);
         let (read_bytes, written_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
         Arc::new(Self { who: Arc::clone(who), path, access, read_bytes, written_bytes })
     }
@@ -263,6 +282,13 @@ impl Audit {
     /// Records that a file was opened, or why not.
     pub fn opened(&self, file: &Audited, errno: i32) {
         self.record(&file.who, Event::Open { path: file.path.clone(), access: file.access, errno });
+    }
+
+    /// Records that an operation on a path has ended, and how; `access` of `what` is its name. `to` is what
+    /// else it names, and `bytes` what it has brought of a file.
+    pub fn operated(&self, what: &Audited, to: Option<&[u8]>, bytes: Option<u64>, errno: i32) {
+        let (path, to) = (what.path.clone(), to.map(as_text_path));
+        self.record(&what.who, Event::Operation { operation: what.access, path, to, bytes, errno });
     }
 
     /// Records that a file was closed.

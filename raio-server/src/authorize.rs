@@ -62,12 +62,29 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
             check_stored(&file.open, range)?;
             (in_pieces(file, RangeCommand::Allocate { keep_size }, range), length)
         }
+        Command::Truncate { size, .. } => {
+            let range = permitted_range(&file.open, opcode, 0, size)?;
+            check_size_limit(&file.open, range)?;
+            if let Some(stored) = &file.open.stored {
+                stored.resize(size).map_err(too_much_stored)?;
+            }
+            return Ok(Work::Truncate(file, size));
+        }
+        Command::Extents { offset, length, .. } => {
+            let range = permitted_range(&file.open, opcode, offset, length)?;
+            if length == 0 {
+                return Err(failure(Status::storage(libc::EINVAL), "The range is empty."));
+            }
+            return Ok(Work::Extents(file, range));
+        }
         Command::Read { .. }
         | Command::Open { .. }
         | Command::Close(_)
         | Command::Cancel { .. }
         | Command::Outcome { .. }
-        | Command::Reopen { .. } => {
+        | Command::Reopen { .. }
+        | Command::ListNext { .. }
+        | Command::Path(_) => {
             unreachable!("{command:?} is no other work on an open file")
         }
     };
@@ -116,13 +133,16 @@ fn check_size_limit(open: &OpenFile, range: Range) -> Result<(), Response> {
 /// Clients store no more than `clients.toml` says. Counts what the request adds.
 fn check_stored(open: &OpenFile, range: Range) -> Result<(), Response> {
     let Some(stored) = open.stored.as_ref().filter(|_| range.length > 0) else { return Ok(()) };
-    stored.grow(range.end()).map_err(|Full { bytes_max, bytes }| {
-        let text = format!(
-            "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
-             together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
-        );
-        failure(Status::storage(libc::EDQUOT), &text)
-    })
+    stored.grow(range.end()).map_err(too_much_stored)
+}
+
+#[cold]
+fn too_much_stored(Full { bytes_max, bytes }: Full) -> Response {
+    let text = format!(
+        "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
+         together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
+    );
+    failure(Status::storage(libc::EDQUOT), &text)
 }
 
 /// A write is not widened: that would mean to read, change and write back what another client may be writing.

@@ -13,12 +13,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context, anyhow, bail, ensure};
-use raio_transport::Status;
 use raio_transport::protocol::{
     OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
     OPEN_WRITE,
 };
-use raio_transport::reactor::OpenHow;
+use raio_transport::{Status, random};
 use rustix::fs::{Access as Permission, AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 
 use crate::claim::Claim;
@@ -33,6 +32,7 @@ use crate::sandbox::Grant;
 use crate::session::{Access, OpenFile};
 use crate::subtree::{Owner, Subtree};
 use crate::syscalls::{FileInfo, openat2};
+use crate::unfinished::ends_with_unfinished_put;
 use crate::verifier::{FileVerifier, Verifier};
 use crate::volume::{Memory, Null, Volume};
 
@@ -43,6 +43,8 @@ pub struct Export {
     source: Origin,
     is_writable: bool,
     is_direct: bool,
+    /// Random, and not 0.
+    number: u64,
     lanes: Lanes,
     /// Of what is no file: no other export, of this server or the next one, has it.
     instance: FileIdentity,
@@ -87,6 +89,7 @@ impl Export {
             // What nobody keeps anybody may write.
             is_writable: spec.is_writable || matches!(spec.source, Source::Null(_)),
             is_direct: spec.is_direct,
+            number: random::number().max(1),
             lanes,
             instance: file_identity::random(),
             verifier: Arc::default(),
@@ -102,6 +105,7 @@ impl Export {
             source: Origin::of_volume(volume, size),
             is_writable: true,
             is_direct: false,
+            number: 1,
             lanes,
             instance: file_identity::random(),
             verifier: Arc::default(),
@@ -211,6 +215,24 @@ impl Export {
         }
     }
 
+    /// What it is: a directory, a block device or a file.
+    pub fn kind(&self) -> FileType {
+        self.root().map_or(FileType::RegularFile, Root::kind)
+    }
+
+    /// The size of a volume that is no file.
+    pub fn volume_size(&self) -> Option<u64> {
+        match &self.source {
+            Origin::Volume(_, info) => Some(info.status.size.get()),
+            Origin::Files(_) => None,
+        }
+    }
+
+    /// A number of this server's own for the unfinished files of puts, if clients may write to the export.
+    pub fn number(&self) -> Option<u64> {
+        self.is_writable.then_some(self.number)
+    }
+
     /// Where its files lie, if it is of a file system.
     pub fn root(&self) -> Option<&Root> {
         match &self.source {
@@ -229,23 +251,52 @@ pub struct Confinement {
     pub rest: usize,
 }
 
+/// A path in an export, as far as that is known without touching the file system. [`crate::lookup`] looks it
+/// up.
+#[derive(Clone, Debug)]
+pub struct Location {
+    /// The place of the export among all.
+    pub export: usize,
+    /// Relative to the export's directory; empty for that itself. Of an export that is no directory, its
+    /// path.
+    pub path: CString,
+    /// The directory that it has to lie in, if not all of the export will do.
+    pub confinement: Option<Confinement>,
+    /// What openat2(2) is to mind.
+    pub resolve: ResolveFlags,
+}
+
+/// What a client may do at a location.
+#[derive(Debug)]
+pub struct Located {
+    /// Where.
+    pub at: Location,
+    /// To whom what it creates belongs.
+    pub owner: Owner,
+    /// How many bytes the files may have together that it may change, if that is limited.
+    pub bytes_max: Option<u64>,
+}
+
+/// What a client's path comes to.
+#[derive(Debug)]
+pub enum Found<'a> {
+    /// It is in a file system.
+    Location(Located),
+    /// An export that is a volume: its place among all, the volume, and its status.
+    Volume(usize, &'a Arc<dyn Volume>, FileInfo),
+}
+
 /// What a client's open comes to.
 #[derive(Debug)]
 pub enum Target {
-    /// To be opened in export number `export`.
+    /// To be opened.
     Path {
-        /// Which export.
-        export: usize,
-        /// Relative to its directory, or its own.
-        path: CString,
-        /// In which directory the client has to stay, if not in all of the export.
-        confinement: Option<Confinement>,
-        /// To whom it belongs, if it is created.
-        owner: Owner,
-        /// How many bytes the files may have together that the client may change, if that is limited.
-        bytes_max: Option<u64>,
-        /// How.
-        how: OpenHow,
+        /// Where.
+        at: Located,
+        /// The flags of openat2(2).
+        flags: OFlags,
+        /// The permissions of a file that is created.
+        mode: Mode,
     },
     /// Open already, with its status.
     Ready(OpenFile, FileInfo),
@@ -268,19 +319,13 @@ impl Exports {
         Self(exports)
     }
 
-    /// The files that the sandbox must allow to open, and to remove if the server `may_remove` them where it
-    /// creates some.
-    /// Directories can be listed if they are `counted`, by the names of their exports.
-    pub fn grants(&mut self, may_remove: bool, counted: &[String]) -> anyhow::Result<Vec<Grant>> {
+    /// The files that the sandbox must allow to open.
+    pub fn grants(&mut self) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         for Export { name, source, is_writable, .. } in &mut self.0 {
             let Origin::Files(root) = source else { continue };
-            let granted = root.grants(name, *is_writable, may_remove);
-            let granted = granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?;
-            let is_counted = counted.contains(name);
-            grants.extend(
-                granted.into_iter().map(|grant| if is_counted { grant.with_listing() } else { grant }),
-            );
+            let granted = root.grants(name, *is_writable);
+            grants.extend(granted.with_context(|| format!("Cannot open export {name} for the sandbox"))?);
         }
         Ok(grants)
     }
@@ -319,8 +364,16 @@ impl Exports {
         (!subtrees.is_empty()).then_some((at, subtrees))
     }
 
-    /// Resolves the path and flags (`OPEN_*`) of a client as far as that goes without touching the file.
-    pub fn resolve(&self, rights: &Rights, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
+    /// Finds the export of a client's path, and what the client may do there. `what` is a verb for messages;
+    /// it `changes` something, and may have something `created`.
+    pub fn locate(
+        &self,
+        rights: &Rights,
+        what: &str,
+        changes: bool,
+        creates: bool,
+        path: &[u8],
+    ) -> Result<Found<'_>, Rejection> {
         let reject = |status, text: String| Err(Rejection { status, text });
         let shown = EscapedPath(path);
         let Some(rest) = path.strip_prefix(b"/") else {
@@ -338,10 +391,9 @@ impl Exports {
         let export = &self.0[index];
         let has_more = !rest.is_empty();
         let rest = &rest[rest.iter().position(|&b| b != b'/').unwrap_or(rest.len())..];
-        let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
         // Whatever is there, nothing is looked up.
         let Some((subtree, beneath)) = Subtree::find(subtrees, rest, changes) else {
-            return Err(Rejection::of_path(rest, libc::ENOENT, ""));
+            return Err(Rejection::of_path(what, rest, libc::ENOENT, ""));
         };
         if changes && !export.is_writable {
             let text =
@@ -356,53 +408,76 @@ impl Exports {
             );
             return reject(Status::policy(libc::EROFS), text);
         }
-        if flags & OPEN_CREATE != 0 && mode & !0o777 != 0 {
-            let text =
-                "Files with set-user-id, set-group-id or sticky bits cannot be created here.".to_owned();
-            return reject(Status::policy(libc::EPERM), text);
-        }
         if has_more && !export.root().is_some_and(Root::is_directory) {
             let text = format!("Export {} is no directory: open /{} itself.", export.name, export.name);
             return reject(Status::storage(libc::ENOTDIR), text);
         }
         let root = match &export.source {
             Origin::Files(root) => root,
-            Origin::Volume(..) if flags & OPEN_CREATE != 0 && flags & OPEN_EXCLUSIVE != 0 => {
-                return reject(Status::storage(libc::EEXIST), format!("{shown} exists already."));
-            }
-            Origin::Volume(volume, info) => {
-                let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
-                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index)
-                    .known_as(export.instance, verifier);
-                return Ok(Target::Ready(file, *info));
-            }
+            Origin::Volume(volume, info) => return Ok(Found::Volume(index, volume, *info)),
         };
         let path = if !root.is_directory() {
             root.path().clone()
-        } else if rest.is_empty() {
-            return reject(
-                Status::storage(libc::EISDIR),
-                format!("{shown} is a directory: open a file beneath it."),
-            );
+        } else if ends_with_unfinished_put(rest) {
+            let hint = "The server uses such names itself. Choose another one.";
+            let (errno, hint) = if creates { (libc::EINVAL, hint) } else { (libc::ENOENT, "") };
+            return Err(Rejection::of_path(what, rest, errno, hint));
         } else if let Ok(path) = CString::new(rest) {
             path
         } else {
             return reject(Status::protocol(libc::EINVAL), "A path cannot hold a zero byte.".to_owned());
         };
-        let how = OpenHow {
-            flags: kernel_flags(flags, export.is_direct),
-            mode: if flags & OPEN_CREATE != 0 { mode.into() } else { 0 },
-            resolve: root.resolve().bits(),
-        };
         let confined = |directory: &str| Confinement { directory: directory.to_owned(), rest: beneath };
         let confinement = subtree.directory().map(confined);
+        let at = Location { export: index, path, confinement, resolve: root.resolve() };
         let (owner, bytes_max) = (subtree.owner(), subtree.bytes_max().filter(|_| changes));
-        Ok(Target::Path { export: index, path, confinement, owner, bytes_max, how })
+        Ok(Found::Location(Located { at, owner, bytes_max }))
+    }
+
+    /// Resolves the path and flags (`OPEN_*`) of a client as far as that goes without touching the file.
+    pub fn resolve(&self, rights: &Rights, flags: u32, mode: u32, path: &[u8]) -> Result<Target, Rejection> {
+        let reject = |status, text: String| Err(Rejection { status, text });
+        let shown = EscapedPath(path);
+        let changes = flags & (OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE) != 0;
+        let creates = flags & OPEN_CREATE != 0;
+        match self.locate(rights, "open", changes, creates, path)? {
+            _ if creates && mode & !0o777 != 0 => Err(special_bits()),
+            Found::Volume(..) if creates && flags & OPEN_EXCLUSIVE != 0 => {
+                reject(Status::storage(libc::EEXIST), format!("{shown} exists already."))
+            }
+            Found::Volume(index, volume, info) => {
+                let export = &self.0[index];
+                let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
+                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index)
+                    .known_as(export.instance, verifier);
+                Ok(Target::Ready(file, info))
+            }
+            Found::Location(Located { at, .. }) if at.path.is_empty() => reject(
+                Status::storage(libc::EISDIR),
+                format!("{shown} is a directory: open a file beneath it."),
+            ),
+            Found::Location(at) => Ok(Target::Path {
+                flags: kernel_flags(flags, self.0[at.at.export].is_direct),
+                mode: Mode::from_raw_mode(if creates { mode } else { 0 }),
+                at,
+            }),
+        }
+    }
+
+    /// The exports that a client may use, as a directory of them lists them.
+    pub fn visible<'a>(&'a self, rights: &'a Rights) -> impl Iterator<Item = &'a Export> {
+        self.0.iter().filter(|export| !rights.of_export(&export.name).is_empty())
     }
 }
 
+/// Why nothing is created with these permissions.
+pub fn special_bits() -> Rejection {
+    let text = "Nothing can be created here with set-user-id, set-group-id or sticky bits.".to_owned();
+    Rejection { status: Status::policy(libc::EPERM), text }
+}
+
 /// The flags of openat2(2).
-fn kernel_flags(flags: u32, is_direct: bool) -> u64 {
+fn kernel_flags(flags: u32, is_direct: bool) -> OFlags {
     let access = match (flags & OPEN_READ != 0, flags & OPEN_WRITE != 0) {
         (true, true) => libc::O_RDWR,
         (false, true) => libc::O_WRONLY,
@@ -425,7 +500,7 @@ fn kernel_flags(flags: u32, is_direct: bool) -> u64 {
     if is_direct {
         kernel |= libc::O_DIRECT;
     }
-    kernel as u64
+    OFlags::from_bits_retain(kernel as u32)
 }
 
 #[cfg(test)]
@@ -455,21 +530,21 @@ mod tests {
         let exports = Exports::open(&specs, Pool::start().unwrap()).unwrap();
         let path_of =
             |flags, path: &str| match exports.resolve(&Rights::All, flags, 0o600, path.as_bytes()).unwrap() {
-                Target::Path { export, path, confinement: None, how, .. } => {
-                    (export, path.into_string().unwrap(), how)
+                Target::Path { at: Located { at, .. }, flags, mode } if at.confinement.is_none() => {
+                    (at.export, at.path.into_string().unwrap(), (at.resolve.bits(), flags.bits(), mode))
                 }
                 target => panic!("{target:?}"),
             };
-        let (export, path, how) = path_of(OPEN_READ, "//d//a/../b/");
-        assert_eq!((export, path.as_str(), how.mode), (0, "a/../b/", 0));
-        assert_eq!(how.resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_XDEV);
-        let (_, _, how) = path_of(OPEN_READ | OPEN_WRITE | OPEN_CREATE, "/w/new");
-        assert_eq!(how.mode, 0o600);
+        let (export, path, (resolve, _, mode)) = path_of(OPEN_READ, "//d//a/../b/");
+        assert_eq!((export, path.as_str(), mode), (0, "a/../b/", Mode::empty()));
+        assert_eq!(resolve, libc::RESOLVE_BENEATH | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_XDEV);
+        let (_, _, (_, flags, mode)) = path_of(OPEN_READ | OPEN_WRITE | OPEN_CREATE, "/w/new");
+        assert_eq!(mode, Mode::from_raw_mode(0o600));
         let expected = libc::O_RDWR | libc::O_CREAT | libc::O_DIRECT | libc::O_CLOEXEC | libc::O_NOCTTY;
-        assert_eq!(how.flags, expected as u64);
-        let (_, path, how) = path_of(OPEN_READ, "/f");
+        assert_eq!(flags, expected as u32);
+        let (_, path, (resolve, ..)) = path_of(OPEN_READ, "/f");
         assert_eq!(path, file.canonicalize().unwrap().to_str().unwrap());
-        assert_eq!(how.resolve, libc::RESOLVE_NO_SYMLINKS);
+        assert_eq!(resolve, libc::RESOLVE_NO_SYMLINKS);
         for path in ["", "d/a", "/", "/x/a", "/../etc/passwd", "/."] {
             assert_eq!(errno(&exports, OPEN_READ, path), libc::ENOENT, "{path}");
         }
@@ -498,8 +573,8 @@ mod tests {
         let rights = Rights::of_directory("d", "a/b");
         for (path, rest) in [("/d/a/b/x", 4), ("//d//a//b//../x", 6), ("/d/a/b", 3), ("/d/./a/b/", 6)] {
             match exports.resolve(&rights, OPEN_READ | OPEN_WRITE, 0, path.as_bytes()).unwrap() {
-                Target::Path { confinement, .. } => {
-                    assert_eq!(confinement, Some(Confinement { directory: "a/b".into(), rest }), "{path}");
+                Target::Path { at: Located { at, .. }, .. } => {
+                    assert_eq!(at.confinement, Some(Confinement { directory: "a/b".into(), rest }), "{path}");
                 }
                 target => panic!("{target:?}"),
             }

@@ -14,17 +14,15 @@ use std::sync::Arc;
 
 use raio_transport::Status;
 use raio_transport::protocol::FileHandle;
-use raio_transport::reactor::OpenHow;
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
 use crate::audit::Audited;
 use crate::engine::Descriptor;
-use crate::export::{Confinement, Export};
+use crate::export::{Export, Location};
 use crate::file_identity::{Facts, FileIdentity};
-use crate::log::log_client;
-use crate::peer::Origin;
+use crate::lookup::split;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, ObjectKey, OpenFile};
@@ -39,18 +37,16 @@ use crate::volume::{BlockDevice, RegularFile, Volume};
 /// A file to be opened.
 #[derive(Clone, Debug)]
 pub struct Opening {
-    /// Of which export.
-    pub export: usize,
-    /// Relative to the export's directory; of an export that is no directory, its path.
-    pub path: CString,
-    /// The directory that it has to lie in, if not all of the export will do.
-    pub confinement: Option<Confinement>,
+    /// Where.
+    pub at: Location,
     /// To whom it belongs, if it is created.
     pub owner: Owner,
     /// Where its bytes are counted, if they are limited, and how many there may be.
     pub stored: Option<(Arc<Stored>, u64)>,
-    /// How.
-    pub how: OpenHow,
+    /// How: the flags of openat2(2).
+    pub flags: OFlags,
+    /// The permissions of what is created.
+    pub mode: Mode,
     /// For what.
     pub access: Access,
     /// If somebody has a lease on the file, it waits for them to give it up. Else it fails with EAGAIN then,
@@ -96,22 +92,16 @@ impl Opening {
     /// Opens the file. May take as long as its file system does, or the holder of a lease on it.
     pub fn open(&self, export: &Export) -> OpenResult {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
-        let directory = match (root.enter(export.name())?, &self.confinement) {
-            (Some(directory), Some(confinement)) => {
-                Some(self.confine(export.name(), directory, confinement)?)
-            }
-            (directory, _) => directory,
-        };
-        let base = directory.as_ref().map_or(CWD, AsFd::as_fd);
+        let base = self.at.enter(export)?;
         let Found { fd, size_before } = self
-            .find_or_create(export.name(), root, base)
+            .find_or_create(export.name(), root, base.as_fd())
             .map_err(|rejection| root.explain(export.name(), rejection))?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
         let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
         let facts = Facts::of(&fd).map_err(|errno| self.failed(errno))?;
         export.note_basis(facts.basis);
         if self.reopens.is_some_and(|reopens| reopens.identity != facts.identity) {
-            return Err(another_file(self.path.as_bytes()));
+            return Err(another_file(self.at.path.as_bytes()));
         }
         let verifier = FileVerifier::new(Arc::clone(export.verifier()), facts.storage);
         let fd = Descriptor::new(fd, export.lanes().clone(), Arc::clone(export.verifier()));
@@ -124,58 +114,22 @@ impl Opening {
         let stored = self.stored.as_ref().filter(|_| !is_device);
         let stored = stored
             .map(|(stored, bytes_max)| stored.opened(*bytes_max, (object.0, object.1), size_before, size));
-        let mut file = OpenFile::new(volume, self.access, self.export)
+        let mut file = OpenFile::new(volume, self.access, self.at.export)
             .of_object(object)
             .known_as(facts.identity, verifier);
         file.stored = stored;
         Ok(Opened { file, info })
     }
 
-    /// The directory that a client does not leave. No symbolic link leads to it, so that those who may make
-    /// some in the export do not choose what the client sees. Whatever keeps it from being opened, to the
-    /// client it is not there; the operator hears why.
-    fn confine(
-        &self,
-        name: &str,
-        export: OwnedFd,
-        Confinement { directory, .. }: &Confinement,
-    ) -> Result<OwnedFd, Rejection> {
-        let resolve = ResolveFlags::from_bits_retain(self.how.resolve) | ResolveFlags::NO_SYMLINKS;
-        let flags = OFlags::PATH | OFlags::DIRECTORY;
-        openat2(export.as_fd(), directory.as_str(), flags, Mode::empty(), resolve).map_err(|errno| {
-            log_client!(
-                warn,
-                origin None::<Origin>,
-                "directories that cannot be opened",
-                "Export {name}: a client has only {directory:?} of it, which cannot be opened ({errno}). It \
-                 must be a directory, to which no symbolic link leads."
-            );
-            self.failed(Errno::NOENT)
-        })
-    }
-
-    /// What is looked up, beneath the export or the directory that the client does not leave.
-    fn lookup_path(&self) -> &CStr {
-        let rest = self.confinement.as_ref().map_or(0, |confinement| confinement.rest);
-        match CStr::from_bytes_with_nul(&self.path.as_bytes_with_nul()[rest..]) {
-            Ok(path) if !path.is_empty() => path,
-            _ => c".",
-        }
-    }
-
-    fn flags(&self) -> OFlags {
-        OFlags::from_bits_retain(self.how.flags as u32)
-    }
-
     fn has(&self, flags: OFlags) -> bool {
-        self.flags().contains(flags)
+        self.flags.contains(flags)
     }
 
     fn find_or_create(&self, name: &str, root: &Root, base: BorrowedFd<'_>) -> Result<Found, Rejection> {
         let must_be_new = self.has(OFlags::CREATE | OFlags::EXCL);
         let creates = self.has(OFlags::CREATE) && !root.is_device();
-        let lookup = OFlags::PATH | self.flags().intersection(OFlags::NOFOLLOW);
-        let mut path = Cow::Borrowed(self.lookup_path());
+        let lookup = OFlags::PATH | self.flags.intersection(OFlags::NOFOLLOW);
+        let mut path = Cow::Borrowed(self.at.beneath());
         for _ in 0..CREATIONS_MAX {
             if !(must_be_new && creates) {
                 match self.openat(base, &*path, lookup) {
@@ -215,7 +169,7 @@ impl Opening {
         let (parent, file) = split(path.to_bytes());
         let directory = self.openat(base, parent, OFlags::PATH | OFlags::DIRECTORY).map_err(failed)?;
         check_file_system(&directory).map_err(|(errno, why)| self.rejection(errno, why))?;
-        match self.openat(directory.as_fd(), file, self.flags() | OFlags::EXCL) {
+        match self.openat(directory.as_fd(), file, self.flags | OFlags::EXCL) {
             Err(Errno::EXIST) if !self.has(OFlags::EXCL) => Ok(None),
             Err(errno) => Err(failed(errno)),
             Ok(fd) => {
@@ -289,7 +243,7 @@ impl Opening {
         } else {
             OFlags::NONBLOCK
         };
-        let flags = self.flags() - (OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
+        let flags = self.flags - (OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
         let opened = reopen(node, flags | nonblock).and_then(|fd| {
             if !nonblock.is_empty() {
                 rustix::io::ioctl_fionbio(&fd, false)?;
@@ -311,10 +265,9 @@ impl Opening {
     }
 
     fn openat(&self, base: BorrowedFd<'_>, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let resolve = ResolveFlags::from_bits_retain(self.how.resolve);
         let creates = flags.contains(OFlags::CREATE) && !flags.contains(OFlags::PATH);
-        let mode = if creates { Mode::from_bits_retain(self.how.mode as u32) } else { Mode::empty() };
-        openat2(base, path, flags, mode, resolve)
+        let mode = if creates { self.mode } else { Mode::empty() };
+        self.at.openat(base, path, flags, mode)
     }
 
     fn failed(&self, errno: Errno) -> Rejection {
@@ -329,10 +282,10 @@ impl Opening {
     /// Why the kernel does not go there. For a client that has no more than a directory, nothing is there: a
     /// second lookup could find something else than the first, and tell of what is outside.
     fn leads_out(&self, base: BorrowedFd<'_>, path: &CStr, lookup: OFlags) -> Rejection {
-        if self.confinement.is_some() {
+        if self.at.confinement.is_some() {
             return self.failed(Errno::NOENT);
         }
-        let within = ResolveFlags::from_bits_retain(self.how.resolve) - ResolveFlags::NO_XDEV;
+        let within = self.at.resolve - ResolveFlags::NO_XDEV;
         let hint = match openat2(base, path, lookup, Mode::empty(), within) {
             Ok(_) | Err(Errno::NOENT) => {
                 "Another file system is mounted there; `cross-mounts = true` would serve it."
@@ -343,7 +296,7 @@ impl Opening {
     }
 
     fn rejection(&self, errno: i32, hint: &str) -> Rejection {
-        Rejection::of_path(self.path.as_bytes(), errno, hint)
+        self.at.rejection("open", errno, hint)
     }
 }
 
@@ -368,17 +321,5 @@ pub fn another_file(path: &[u8]) -> Rejection {
             "{path} is not the file that was open before the server began anew: another one has its place. \
              Open it by its path if that is what you want."
         ),
-    }
-}
-
-/// The directory of a path, and what is to be found there. A path that ends with `.` or `..` names nothing
-/// that could be created, and stays as it is.
-fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
-    let start = path[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
-    match &path[start..end] {
-        b"" | b"." | b".." => (b".", path),
-        _ if start == 0 => (b".", path),
-        _ => path.split_at(start),
     }
 }

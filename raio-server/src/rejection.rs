@@ -1,4 +1,4 @@
-//! Why a client's open is rejected, and how its path is shown.
+//! Why an operation on a client's path is rejected, and how its path is shown.
 
 use std::fmt;
 
@@ -14,11 +14,11 @@ pub struct Rejection {
 }
 
 impl Rejection {
-    /// The path of an export cannot be opened. `hint` may be empty.
-    pub fn of_path(path: &[u8], errno: i32, hint: &str) -> Self {
+    /// Something (a verb) cannot be done to a path of an export. `hint` may be empty.
+    pub fn of_path(what: &str, path: &[u8], errno: i32, hint: &str) -> Self {
         let error = std::io::Error::from_raw_os_error(errno);
         let space = if hint.is_empty() { "" } else { " " };
-        let text = format!("Cannot open {} on the server: {error}.{space}{hint}", EscapedPath(path));
+        let text = format!("Cannot {what} {} on the server: {error}.{space}{hint}", EscapedPath(path));
         Self { status: Status::storage(errno), text }
     }
 }

@@ -22,8 +22,10 @@ use zerocopy::IntoBytes;
 
 use crate::device_queue::DispatchLimiter;
 use crate::engine::{Completion, Operation, Outcome, Pending};
+use crate::listing::Listing;
+use crate::names::PathTask;
 use crate::open::Opening;
-use crate::session::OpenFile;
+use crate::session::{ObjectKey, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::throttle::Flow;
 
@@ -102,6 +104,25 @@ pub enum Work {
     Open(Arc<Opening>),
     /// See [`raio_transport::protocol::Opcode::Close`].
     Close,
+    /// See [`raio_transport::protocol::Opcode::Truncate`].
+    Truncate(Rc<WorkerFile>, u64),
+    /// See [`raio_transport::protocol::Opcode::Extents`].
+    Extents(Rc<WorkerFile>, Range),
+    /// An operation on a path.
+    Path(Arc<PathTask>),
+    /// A list of the exports, with room for this many bytes.
+    ListExports(u32),
+    /// See [`raio_transport::protocol::Opcode::ListNext`].
+    ListNext(Arc<Listing>, ListNext),
+}
+
+/// The page of a listing that a request asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct ListNext {
+    /// Whether it is an odd one.
+    pub is_odd: bool,
+    /// The room for it, in bytes.
+    pub length: u32,
 }
 
 /// A part of a file.
@@ -303,7 +324,18 @@ impl Work {
         match self {
             Self::Read(_, read) => read.slot_len(),
             Self::Write(_, write) => write.len(),
+            Self::Path(task) if task.opcode.operation().direction != Direction::None => task.length as usize,
+            Self::ListNext(_, ListNext { length, .. }) | Self::ListExports(length) => *length as usize,
             _ => 0,
+        }
+    }
+
+    /// Whether the memory is for data that its client sends.
+    pub fn is_sent_data(&self) -> bool {
+        match self {
+            Self::Write(..) => true,
+            Self::Path(task) => task.opcode.operation().direction == Direction::ToServer,
+            _ => false,
         }
     }
 
@@ -312,6 +344,7 @@ impl Work {
         match self {
             Self::Read(_, read) => read.range().length,
             Self::Write(_, write) => write.range.length,
+            Self::Path(task) if matches!(task.opcode, Opcode::Get | Opcode::Put) => task.length,
             _ => 0,
         }
     }
@@ -320,6 +353,8 @@ impl Work {
     pub fn flow(&self) -> Option<&Arc<Flow>> {
         match self {
             Self::Open(opening) => opening.flow.as_ref(),
+            Self::Path(task) => task.flow.as_ref(),
+            Self::ListNext(listing, _) => listing.flow.as_ref(),
             work => work.file()?.open.flow.as_ref(),
         }
     }
@@ -329,6 +364,10 @@ impl Work {
         match self {
             Self::Read(..) => Direction::ToClient,
             Self::Write(..) => Direction::ToServer,
+            // Of the others the data is no file's.
+            Self::Path(task) if matches!(task.opcode, Opcode::Get | Opcode::Put) => {
+                task.opcode.operation().direction
+            }
             _ => Direction::None,
         }
     }
@@ -336,17 +375,23 @@ impl Work {
     /// Whether it must not run twice, so that its end is recorded ([`raio_transport::protocol::Operation`]).
     pub fn is_recorded(&self) -> bool {
         match self {
-            Self::Write(..) | Self::InPieces(..) => true,
+            Self::Write(..) | Self::InPieces(..) | Self::Truncate(..) => true,
+            Self::Path(task) => task.opcode.operation().is_recorded,
             Self::Open(opening) => opening.reopens.is_none(),
             _ => false,
         }
     }
 
-    /// The file and the range of it that it changes, if it is a change.
-    pub fn changes(&self) -> Option<(&OpenFile, Range)> {
+    /// What it changes, if it is a change: a range of a file, or the names and attributes of an export.
+    pub fn changes(&self) -> Option<(ObjectKey, std::ops::Range<u64>)> {
+        let of_file = |file: &WorkerFile, range: Range| Some((file.open.object, range.offset..range.end()));
         match self {
-            Self::Write(file, write) => Some((&file.open, write.range)),
-            Self::InPieces(file, pieces) => Some((&file.open, pieces.range)),
+            Self::Write(file, write) => of_file(file, write.range),
+            Self::InPieces(file, pieces) => of_file(file, pieces.range),
+            Self::Truncate(file, _) => Some((file.open.object, 0..u64::MAX)),
+            Self::Path(task) if task.opcode.operation().is_recorded => {
+                Some((ObjectKey::names_of(task.at.export), 0..u64::MAX))
+            }
             _ => None,
         }
     }
@@ -368,22 +413,30 @@ impl Work {
             | Self::Write(file, _)
             | Self::Fsync(file, _)
             | Self::InPieces(file, _)
+            | Self::Truncate(file, _)
+            | Self::Extents(file, _)
             | Self::Stat(file, _) => Some(file),
-            Self::Open(_) | Self::Close => None,
+            Self::Open(_) | Self::Close | Self::Path(_) | Self::ListNext(..) | Self::ListExports(_) => None,
         }
     }
 
     /// The place of its export among all; none for a close.
     pub fn export(&self) -> Option<usize> {
         match self {
-            Self::Open(opening) => Some(opening.export),
+            Self::Open(opening) => Some(opening.at.export),
+            Self::Path(task) => Some(task.at.export),
+            Self::ListNext(listing, _) => Some(listing.export),
             work => Some(work.file()?.open.export),
         }
     }
 
     /// The export that has a share of the memory for requests like this, because they may hang.
     pub fn hanging_export(&self) -> Option<usize> {
-        self.file()?.open.hanging_export
+        match self {
+            Self::Path(task) => Some(task.at.export),
+            Self::ListNext(listing, _) => Some(listing.export),
+            work => work.file()?.open.hanging_export,
+        }
     }
 
     /// The file, if this goes straight to its device.
@@ -402,6 +455,10 @@ impl Work {
             (Self::Fsync(_, data_only), None) => Operation::Fsync { data_only: *data_only },
             (Self::InPieces(_, pieces), None) => pieces.next(),
             (Self::Stat(..), None) => Operation::Stat,
+            (Self::Truncate(_, size), None) => Operation::Truncate { size: *size },
+            (Self::Extents(_, Range { offset, length }), None) => {
+                Operation::Extents { offset: *offset, length: *length }
+            }
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
     }
@@ -458,7 +515,10 @@ impl Work {
             // before that knows another one; so it notices also if another file's fsync has failed while
             // this one ran. It cannot know the new one yet, for it is new since this fsync began.
             (Self::Fsync(file, _), Ok(_), _) => Step::Done(success(file.open.verifier.get())),
-            (Self::Close, Ok(_), _) => Step::Done(success(0)),
+            (Self::Close | Self::Truncate(..), Ok(_), _) => Step::Done(success(0)),
+            (Self::Extents(..), Ok(_), Outcome::Extents(extents, end)) => {
+                Step::Done(Response { body: extents.as_bytes().into(), ..success(end) })
+            }
             (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
             (work, Ok(n), outcome) => unreachable!("{work:?} ended with {n} and {outcome:?}"),
         }
@@ -474,6 +534,10 @@ impl Work {
             Self::Stat(..) => "Asking for the status",
             Self::Open(_) => "Opening",
             Self::Close => "Closing",
+            Self::Truncate(..) => "Truncating",
+            Self::Extents(..) => "Looking for data",
+            Self::Path(_) => "The operation on the path",
+            Self::ListNext(..) | Self::ListExports(_) => "Listing",
         }
     }
 }

@@ -169,14 +169,11 @@ impl Root {
     ///
     /// Landlock knows files and directories, and not paths. What will be mounted on a directory that is set
     /// to `mountpoint` is not there yet, so that it takes the directory above.
-    pub fn grants(&mut self, name: &str, is_writable: bool, may_remove: bool) -> anyhow::Result<Vec<Grant>> {
+    pub fn grants(&mut self, name: &str, is_writable: bool) -> anyhow::Result<Vec<Grant>> {
         let mut grants = Vec::new();
         let has_devices = self.has_devices || self.is_device();
         let path = self.as_path().to_owned();
-        let grant = |at| match Grant::of_export(at, is_writable, has_devices) {
-            Ok(grant) if is_writable && may_remove => Ok(grant.with_removal()),
-            granted => granted,
-        };
+        let grant = |at| Grant::of_export(at, is_writable, has_devices);
         let resolve = if self.is_directory() { ResolveFlags::NO_SYMLINKS } else { self.resolve() };
         match openat2(CWD, &self.path, OFlags::PATH, Mode::empty(), resolve) {
             Ok(at) => {
@@ -237,6 +234,11 @@ impl Root {
 
     fn as_path(&self) -> &Path {
         Path::new(OsStr::from_bytes(self.path.as_bytes()))
+    }
+
+    /// What it was at the start.
+    pub fn kind(&self) -> FileType {
+        self.kind
     }
 
     /// Whether it is a directory.

@@ -886,10 +886,7 @@ fn grants(
     state: Option<&StateDirectory>,
     has_rdma: bool,
 ) -> anyhow::Result<Vec<Grant>> {
-    // A file that cannot be given to its owner is removed again.
-    let may_remove = shared.keys.as_ref().is_some_and(|keys| keys.gives_files());
-    let counted = shared.keys.as_ref().map_or(Vec::new(), |keys| keys.counted_exports());
-    let mut grants = shared.exports.grants(may_remove, &counted)?;
+    let mut grants = shared.exports.grants()?;
     // It may be opened anew.
     if let Some(directory) = shared.audit.as_ref().and_then(|audit| audit.directory()) {
         grants.push(Grant::of_log(directory)?);

@@ -14,6 +14,7 @@ use crate::audit::Audited;
 use crate::file_identity::FileIdentity;
 use crate::handles::Handles;
 use crate::limits::{Account, AddressAccount, Caps, Excess, FilePermit, Limits, Who};
+use crate::listing::{Listing, Listings};
 use raio_transport::handshake::Identity;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
@@ -22,6 +23,7 @@ use rustix::fs::FileType;
 use crate::peer::Origin;
 use crate::stored::LimitedFile;
 use crate::throttle::Flow;
+use crate::tuning::listings::SESSION_MAX;
 use crate::verifier::FileVerifier;
 use crate::volume::{Properties, SizeLimit, Volume};
 use raio_transport::sync::lock;
@@ -136,6 +138,11 @@ impl OpenFile {
 pub struct ObjectKey(pub u64, pub u64);
 
 impl ObjectKey {
+    /// What stands for the names and the attributes of all files of an export.
+    pub fn names_of(export: usize) -> Self {
+        Self(u64::MAX - 2, export as u64)
+    }
+
     /// Of a file or a device with this status.
     pub fn of(status: &FileStatus) -> Self {
         if FileType::from_raw_mode(status.mode.get()) == FileType::BlockDevice {
@@ -159,6 +166,8 @@ pub struct Session {
     /// Its client may do less than when it began.
     revoked: AtomicBool,
     files: Mutex<Handles<ClosedFile>>,
+    /// Directories that it lists. Each counts as an open file.
+    listings: Mutex<Listings<FilePermit>>,
     /// What it has, on all workers.
     account: Account,
     /// Of the address that its first connection was from: counts it.
@@ -178,8 +187,8 @@ pub enum NotReopened {
 impl Session {
     /// A session of a client, which its address counts: see [`Limits::begin_session`].
     pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
-        let (files, account) = (Mutex::default(), Account::default());
-        Self { id, identity, revoked: AtomicBool::new(false), files, account, address, limits }
+        let (files, listings, account) = (Mutex::default(), Mutex::default(), Account::default());
+        Self { id, identity, revoked: AtomicBool::new(false), files, listings, account, address, limits }
     }
 
     /// Its client may do less from now on: it is to end.
@@ -286,9 +295,40 @@ impl Session {
         Some(closed)
     }
 
+    /// Enters a listing, on behalf of a connection from an address. The oldest one goes if there are as many
+    /// as there may be. The error says why it cannot go on. What is dropped closes a directory, which may
+    /// wait: not on a worker's thread.
+    pub fn begin_listing(
+        &self,
+        listing: &Arc<Listing>,
+        address: &AddressAccount,
+    ) -> Result<Option<Arc<Listing>>, Excess> {
+        let permit = self.limits.open(&self.account, address)?;
+        let dropped = lock(&self.listings).insert(Arc::clone(listing), permit, SESSION_MAX);
+        Ok(dropped.map(|dropped| self.forget_listing(dropped)))
+    }
+
+    /// The listing with this name.
+    pub fn listing(&self, id: u64) -> Option<Arc<Listing>> {
+        lock(&self.listings).get(id)
+    }
+
+    /// A listing is over. It is returned, to be dropped where that may wait.
+    pub fn end_listing(&self, id: u64) -> Option<Arc<Listing>> {
+        let ended = lock(&self.listings).remove(id)?;
+        Some(self.forget_listing(ended))
+    }
+
+    fn forget_listing(&self, (listing, _permit): (Arc<Listing>, FilePermit)) -> Arc<Listing> {
+        self.limits.close(&self.account);
+        listing
+    }
+
     /// The session has ended. Returns the files that it had.
     pub fn end(&self) -> Vec<ClosedFile> {
         self.limits.end_session(&self.address);
+        let listings = lock(&self.listings).take();
+        listings.into_iter().for_each(|listing| drop(self.forget_listing(listing)));
         let files = std::mem::take(&mut *lock(&self.files));
         files.into_files().inspect(|(file, _)| self.forget(file)).collect()
     }

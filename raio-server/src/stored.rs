@@ -19,7 +19,7 @@ use rustix::io::Errno;
 use crate::tuning::stored::{COUNTED_EVERY, COUNTING_PART, DEPTH_MAX};
 
 /// What tells a file from others: its device and its inode.
-type FileKey = (u64, u64);
+pub type FileKey = (u64, u64);
 
 fn file_key(stat: &Stat) -> FileKey {
     (stat.st_dev, stat.st_ino)
@@ -46,9 +46,29 @@ impl Stored {
         }
     }
 
-    fn change(&self, from: u64, to: u64) {
+    /// Something had this number of bytes, and has that one now.
+    pub fn change(&self, from: u64, to: u64) {
         let changed = |bytes: u64| Some(bytes.saturating_add(to).saturating_sub(from));
         let _ = self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, changed);
+    }
+
+    /// Counts that a file is about to have `now` bytes in the place of `before`, if that keeps within the
+    /// limit.
+    pub fn replace(&self, bytes_max: u64, before: u64, now: u64) -> Result<(), Full> {
+        self.change(before, now);
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        if now > before && bytes > bytes_max && self.is_counted.load(Ordering::Relaxed) {
+            self.change(now, before);
+            return Err(Full { bytes_max, bytes: bytes.saturating_sub(now - before) });
+        }
+        Ok(())
+    }
+
+    /// A file that clients may have open has this size now, and was counted.
+    pub fn is_now(&self, file: FileKey, size: u64) {
+        if let Some(known) = lock(&self.sizes).get(&file).and_then(Weak::upgrade) {
+            known.store(size, Ordering::Relaxed);
+        }
     }
 
     /// A client has opened a file to change it, which may make it longer until all have this many bytes. It
@@ -152,6 +172,14 @@ pub struct Full {
 }
 
 impl LimitedFile {
+    /// Counts a request after which the file ends at `end`, whether it was longer or shorter.
+    pub fn resize(&self, end: u64) -> Result<(), Full> {
+        self.grow(end)?;
+        let before = self.size.fetch_min(end, Ordering::Relaxed);
+        self.stored.change(before.max(end), end);
+        Ok(())
+    }
+
     /// Counts a request after which the file ends at `end`, or later if it does already.
     pub fn grow(&self, end: u64) -> Result<(), Full> {
         let mut size = self.size.load(Ordering::Relaxed);

@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use raio_transport::protocol::FileStatus;
+use raio_transport::protocol::{Extent, FileStatus};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
@@ -31,18 +31,16 @@ impl FileInfo {
     }
 }
 
-/// The status of an open file, with a block device's capacity as its size.
-pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
+/// The status of what is open with O_PATH; a block device has the size 0.
+pub fn stat_node(fd: impl AsFd) -> Result<FileInfo, Errno> {
     let mask = StatxFlags::BASIC_STATS | StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
     let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?;
-    let is_device = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice;
-    let size = if is_device { rustix::fs::seek(&fd, SeekFrom::End(0))? } else { stat.stx_size };
     let ns = |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
     let device = |major, minor| libc::makedev(major, minor).into();
     let knows_align = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0;
     Ok(FileInfo {
         status: FileStatus {
-            size: size.into(),
+            size: stat.stx_size.into(),
             blocks: stat.stx_blocks.into(),
             inode: stat.stx_ino.into(),
             device: device(stat.stx_dev_major, stat.stx_dev_minor),
@@ -60,6 +58,37 @@ pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
         },
         direct_align: knows_align.then_some(stat.stx_dio_offset_align),
     })
+}
+
+/// The status of an open file, with a block device's capacity as its size.
+pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
+    let mut info = stat_node(&fd)?;
+    if FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice {
+        info.status.size = rustix::fs::seek(&fd, SeekFrom::End(0))?.into();
+    }
+    Ok(info)
+}
+
+/// The parts of a range of a file that have data, and up to where they are known: the end of the range, or the
+/// last one of as many as an answer has.
+pub fn extents(fd: impl AsFd, offset: u64, length: u64) -> Result<(Vec<Extent>, u64), Errno> {
+    let (mut extents, end) = (Vec::new(), offset + length);
+    let mut at = offset;
+    while at < end {
+        let data = match rustix::fs::seek(&fd, SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            // There is no more data, or none in the range.
+            Ok(_) | Err(Errno::NXIO) => break,
+            Err(errno) => return Err(errno),
+        };
+        let hole = rustix::fs::seek(&fd, SeekFrom::Hole(data))?.min(end);
+        extents.push(Extent { offset: data.into(), length: (hole - data).into() });
+        at = hole;
+        if extents.len() == Extent::COUNT_MAX {
+            return Ok((extents, at));
+        }
+    }
+    Ok((extents, end))
 }
 
 /// openat2(2), tried again when a rename came in between.

@@ -254,6 +254,16 @@ pub mod stored {
     pub const DEPTH_MAX: usize = 128;
 }
 
+/// Listings: [`crate::listing`].
+pub mod listings {
+    /// Of a session. A client lists a directory by one at a time.
+    pub const SESSION_MAX: usize = 16;
+    /// What is read of a directory at a time. Not measured.
+    pub const BUFFER_BYTES: usize = 32 << 10;
+    /// The least room of a page: the longest entry, and something to spare.
+    pub const PAGE_BYTES_MIN: u32 = 512;
+}
+
 /// The log and the statistics. None is measured: the log is on no path of a request.
 pub mod log {
     use std::time::Duration;

@@ -34,6 +34,7 @@ mod filter;
 mod latencies;
 mod lifecycle;
 mod local_sessions;
+mod paths;
 mod pipeline;
 mod requests;
 #[cfg(test)]

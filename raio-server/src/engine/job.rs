@@ -9,7 +9,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use super::{Call, Closing, Completion, Descriptor, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
-use crate::syscalls::{FileInfo, stat};
+use crate::syscalls::{FileInfo, extents, stat};
 use crate::verifier::Verifier;
 use crate::{clear, pool};
 
@@ -217,6 +217,11 @@ impl Operation {
                 cleared(clear::allocate(fd, offset, length, keep_size))
             }
             Self::Stat => status(stat(fd)),
+            Self::Truncate { size } => nothing(retry_on_intr(|| rustix::fs::ftruncate(fd, size))),
+            Self::Extents { offset, length } => match extents(fd, offset, length) {
+                Ok((extents, end)) => (Ok(0), Outcome::Extents(extents, end)),
+                Err(errno) => (Err(errno), Outcome::None),
+            },
         };
         (result.map_err(Errno::raw_os_error), outcome)
     }

@@ -16,6 +16,7 @@ mod uring;
 use std::any::Any;
 use std::sync::{Arc, Weak};
 
+use raio_transport::protocol::Extent;
 use raio_transport::reactor::{Event, OpId, Reactor};
 use raio_transport::transport::SlotRange;
 
@@ -48,7 +49,7 @@ pub struct Lanes {
     pub control: Lane,
     /// For opens that wait for the holder of a lease.
     pub lease: Lane,
-    /// For fsync, discard, write zeroes and allocate.
+    /// For fsync, discard, write zeroes, allocate, truncate and extents.
     pub flush: Lane,
     /// For reads and writes.
     pub data: Lane,
@@ -116,6 +117,18 @@ pub enum Operation {
     },
     /// statx(2), and the size of a block device.
     Stat,
+    /// ftruncate(2).
+    Truncate {
+        /// The new size.
+        size: u64,
+    },
+    /// Where the data of a range lies: lseek(2) with SEEK_DATA and SEEK_HOLE.
+    Extents {
+        /// Offset in the file.
+        offset: u64,
+        /// Length.
+        length: u64,
+    },
 }
 
 /// What an ended operation gives back.
@@ -133,6 +146,8 @@ pub enum Outcome {
     Returned(Box<dyn Any + Send>),
     /// The status that was asked for.
     Stat(Box<FileInfo>),
+    /// The parts of a range that have data, and up to where they are known.
+    Extents(Vec<Extent>, u64),
 }
 
 /// The end of an operation.

@@ -87,7 +87,9 @@ impl Engine for Threads {
             Operation::Fsync { .. }
             | Operation::Discard { .. }
             | Operation::WriteZeroes { .. }
-            | Operation::Allocate { .. } => lanes.flush,
+            | Operation::Allocate { .. }
+            | Operation::Truncate { .. }
+            | Operation::Extents { .. } => lanes.flush,
             Operation::Stat => lanes.control,
         };
         self.begin(lane, Task::on(key, client, file, operation))

@@ -39,14 +39,24 @@ const ALLOWED: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     libc::SYS_name_to_handle_at,
-    // A new file, to the owner that its client has.
+    // What is new, to the owner that its client has.
     libc::SYS_fchown,
-    // The state directory, and /sys.
+    libc::SYS_fchownat,
+    // Names and attributes: of exports, and of the state directory.
     libc::SYS_getdents64,
     #[cfg(not(target_arch = "riscv64"))]
     libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_unlinkat,
+    libc::SYS_mkdirat,
+    libc::SYS_linkat,
+    libc::SYS_symlinkat,
+    libc::SYS_fchmodat,
+    libc::SYS_utimensat,
+    libc::SYS_getxattr,
+    libc::SYS_listxattr,
+    libc::SYS_setxattr,
+    libc::SYS_removexattr,
     // Sockets that there are, and those that they accept.
     libc::SYS_accept4,
     libc::SYS_recvfrom,
@@ -239,8 +249,7 @@ mod tests {
             libc::SYS_open_by_handle_at,
             libc::SYS_process_vm_readv,
             libc::SYS_truncate,
-            libc::SYS_linkat,
-            libc::SYS_fchownat,
+            libc::SYS_mknodat,
             libc::SYS_fchmod,
         ] {
             assert!(!rules.contains_key(&call), "{call}");

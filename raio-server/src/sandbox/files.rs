@@ -37,28 +37,16 @@ impl Grant {
 
     /// Files of an export.
     pub fn of_export(at: OwnedFd, is_writable: bool, has_devices: bool) -> Result<Self, Errno> {
-        let mut access: BitFlags<AccessFs> = AccessFs::ReadFile.into();
+        let mut access = make_bitflags!(AccessFs::{ReadFile | ReadDir});
         if is_writable {
-            access |= make_bitflags!(AccessFs::{WriteFile | Truncate | MakeReg});
+            access |= make_bitflags!(AccessFs::{
+                WriteFile | Truncate | MakeReg | MakeDir | MakeSym | RemoveFile | RemoveDir | Refer
+            });
         }
         if has_devices {
             access |= AccessFs::IoctlDev;
         }
         Self::new(at, access)
-    }
-
-    /// The same, and files can be removed from it if it is a directory.
-    pub fn with_removal(mut self) -> Self {
-        if self.access.contains(AccessFs::MakeReg) {
-            self.access |= AccessFs::RemoveFile;
-        }
-        self
-    }
-
-    /// The same, and directories can be listed.
-    pub fn with_listing(mut self) -> Self {
-        self.access |= AccessFs::ReadDir;
-        self
     }
 
     /// The files of the state directory, which are replaced by renaming.
@@ -138,17 +126,20 @@ mod tests {
         let grant = |path: &Path, is_writable, has_devices| {
             Grant::of_export(at(path).unwrap(), is_writable, has_devices).unwrap().access
         };
-        assert_eq!(grant(directory.path(), false, false), AccessFs::ReadFile);
+        let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
+        assert_eq!(grant(directory.path(), false, false), read);
         assert!(grant(directory.path(), true, false).contains(AccessFs::MakeReg));
         assert!(!grant(directory.path(), true, false).contains(AccessFs::IoctlDev));
         assert!(grant(directory.path(), false, true).contains(AccessFs::IoctlDev));
         let of_file = make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate});
         assert_eq!(grant(&file, true, false), of_file);
-        let removable =
-            |path: &Path| Grant::of_export(at(path).unwrap(), true, false).unwrap().with_removal();
-        assert!(removable(directory.path()).access.contains(AccessFs::RemoveFile));
-        assert_eq!(removable(&file).access, of_file);
-        for access in [AccessFs::Execute, AccessFs::MakeDir, AccessFs::Refer, AccessFs::RemoveFile] {
+        for access in [
+            AccessFs::Execute,
+            AccessFs::MakeFifo,
+            AccessFs::MakeSock,
+            AccessFs::MakeChar,
+            AccessFs::MakeBlock,
+        ] {
             assert!(!grant(directory.path(), true, true).contains(access), "{access:?}");
         }
     }
@@ -177,8 +168,12 @@ mod tests {
             denied(std::fs::write(path("ro/file"), "y"));
             denied(std::fs::write(path("ro/new"), "y"));
             denied(std::fs::read("/etc/passwd").map(drop));
-            denied(std::fs::remove_file(path("rw/file")));
-            denied(std::fs::create_dir(path("rw/directory")));
+            std::fs::create_dir(path("rw/directory")).unwrap();
+            std::fs::rename(path("rw/new"), path("rw/directory/new")).unwrap();
+            std::fs::remove_file(path("rw/directory/new")).unwrap();
+            denied(std::fs::remove_file(path("ro/file")));
+            denied(std::fs::create_dir(path("ro/directory")));
+            denied(rustix::fs::mkfifoat(CWD, path("rw/fifo"), Mode::RWXU).map_err(std::io::Error::from));
         };
         // A domain cannot be left: in a thread of its own.
         std::thread::scope(|scope| scope.spawn(confined).join().unwrap());

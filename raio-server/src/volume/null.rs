@@ -25,8 +25,8 @@ impl Null {
         len.min(usize::try_from(left).unwrap_or(usize::MAX))
     }
 
-    fn run(&self, operation: Operation) -> (usize, Outcome) {
-        match operation {
+    fn run(&self, operation: Operation) -> (Result<u32, i32>, Outcome) {
+        let (n, outcome) = match operation {
             Operation::Read { mut target, offset } => {
                 let n = self.within(offset, target.len);
                 target.bytes_mut()[..n].fill(0);
@@ -37,8 +37,11 @@ impl Null {
             Operation::Discard { length, .. }
             | Operation::WriteZeroes { length, .. }
             | Operation::Allocate { length, .. } => (0, Outcome::Cleared(length)),
+            Operation::Extents { offset, length } => (0, Outcome::Extents(Vec::new(), offset + length)),
+            Operation::Truncate { .. } => return (Err(libc::EINVAL), Outcome::None),
             Operation::Stat => (0, Outcome::Stat(Box::new(FileInfo::synthetic(self.size)))),
-        }
+        };
+        (Ok(n as u32), outcome)
     }
 }
 
@@ -50,8 +53,8 @@ impl Volume for Null {
         _client: &Weak<Client>,
         operation: Operation,
     ) -> Option<Pending> {
-        let (n, outcome) = self.run(operation);
-        context.engine.completions().push(Completion { key, result: Ok(n as u32), outcome });
+        let (result, outcome) = self.run(operation);
+        context.engine.completions().push(Completion { key, result, outcome });
         None
     }
 
@@ -88,6 +91,7 @@ mod tests {
             let target = SlotRange { slot, start: 0, len: 20 };
             let (n, outcome) = Null::new(100).run(Operation::Read { target, offset });
             let Outcome::Slot(range) = outcome else { panic!("the slot is lost") };
+            let n = n.unwrap() as usize;
             assert!(range.slot.bytes()[..n].iter().all(|&byte| byte == 0));
             assert_eq!(range.slot.bytes()[n], 7, "more than it said");
             n

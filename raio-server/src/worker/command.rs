@@ -18,7 +18,7 @@ use super::connections::Connection;
 use crate::audit::Audited;
 use crate::authorize;
 use crate::engine::Closing;
-use crate::export::Target;
+use crate::export::{Located, Location, Target};
 use crate::handles::is_handle;
 use crate::keys::Rights;
 use crate::limits::Excess;
@@ -28,6 +28,7 @@ use crate::peer::PeerAddress;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::request::{Work, WorkerFile, cancelled, failure, shutting_down, status_of};
 use crate::session::{Access, NotReopened, OpenFile};
+use crate::stored::Stored;
 use crate::syscalls::FileInfo;
 use crate::throttle::{ClientRates, Flow, Holder};
 
@@ -77,19 +78,36 @@ impl Worker {
                 }
                 None => Err(unknown_handle()),
             },
-            Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
             // All that are not of the basic group: the others need no look.
-            Command::Discard { .. } | Command::WriteZeroes { .. } | Command::Allocate { .. }
+            Command::Discard { .. }
+            | Command::WriteZeroes { .. }
+            | Command::Allocate { .. }
+            | Command::Truncate { .. }
+            | Command::Extents { .. }
+            | Command::ListNext { .. }
+            | Command::Path(_)
                 if !opcode.operation().is_granted(self.connections[connection].features) =>
             {
                 Err(not_granted(opcode))
             }
+            Command::Path(command) => {
+                if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) {
+                    return self.violate(connection, Violation::RequestId);
+                }
+                self.path(connection, &command)
+            }
+            Command::ListNext { listing, is_odd, length } => {
+                self.list_next(connection, listing, is_odd, length)
+            }
+            Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
             Command::Stat(file)
             | Command::Write { file, .. }
             | Command::Fsync { file, .. }
             | Command::Discard { file, .. }
             | Command::WriteZeroes { file, .. }
-            | Command::Allocate { file, .. } => match self.sessions.file(session, file) {
+            | Command::Allocate { file, .. }
+            | Command::Truncate { file, .. }
+            | Command::Extents { file, .. } => match self.sessions.file(session, file) {
                 _ if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) => {
                     return self.violate(connection, Violation::RequestId);
                 }
@@ -170,29 +188,32 @@ impl Worker {
                 (file.audited, file.flow) = (audited, self.flow(connection, file.export, &rights));
                 Err(self.give_handle(connection, file, info, reopens))
             }
-            Ok(Target::Path { export, path, confinement, owner, bytes_max, how }) => {
+            Ok(Target::Path { at: Located { at, owner, bytes_max }, flags, mode }) => {
+                let flow = self.flow(connection, at.export, &rights);
                 Ok(Work::Open(Arc::new(Opening {
-                    export,
-                    path,
-                    stored: bytes_max.map(|bytes_max| {
-                        let directory = confinement.as_ref().map_or("", |confinement| &confinement.directory);
-                        (self.shared.stored.get((export, directory.to_owned())), bytes_max)
-                    }),
-                    confinement,
+                    stored: self.stored(&at, bytes_max),
+                    at,
                     owner,
-                    how,
+                    flags,
+                    mode,
                     access,
                     waits_for_lease: false,
                     reopens,
                     audited,
-                    flow: self.flow(connection, export, &rights),
+                    flow,
                 })))
             }
         }
     }
 
+    /// Where the bytes are counted that clients store at a location, if they are limited, and the limit.
+    pub(super) fn stored(&self, at: &Location, bytes_max: Option<u64>) -> Option<(Arc<Stored>, u64)> {
+        let directory = at.confinement.as_ref().map_or("", |confinement| &confinement.directory);
+        bytes_max.map(|bytes_max| (self.shared.stored.get((at.export, directory.to_owned())), bytes_max))
+    }
+
     /// What the client of a connection has of an export, if that is limited.
-    fn flow(&self, connection: usize, export: usize, rights: &Rights) -> Option<Arc<Flow>> {
+    pub(super) fn flow(&self, connection: usize, export: usize, rights: &Rights) -> Option<Arc<Flow>> {
         let name = self.shared.exports.all()[export].name();
         let (holder, rates) = match rights.rates(name) {
             Some((client, rates)) => (Holder::Client(client.to_owned()), rates),
@@ -236,7 +257,7 @@ impl Worker {
     pub(super) fn open_ended(&mut self, key: usize, result: OpenResult) {
         if let Err(rejection) = &result
             && rejection.status.errno == libc::EAGAIN
-            && self.wait_for_lease(key)
+            && self.wait_for_lease(key, None)
         {
             return;
         }

@@ -200,6 +200,7 @@ impl Worker {
     pub(super) fn is_held_back(&self, work: &Work) -> bool {
         match work {
             Work::Open(_) => self.holds_back_opens(),
+            Work::Path(task) if task.audited.is_some() && self.holds_back_opens() => true,
             work => work.is_recorded() && self.shared.orphan_guard.is_active() && self.overlaps_orphan(work),
         }
     }
@@ -211,10 +212,8 @@ impl Worker {
 
     #[cold]
     fn overlaps_orphan(&self, work: &Work) -> bool {
-        work.changes().is_some_and(|(file, range)| {
-            let range = range.offset..range.end();
-            self.shared.orphan_guard.holds_back(file.object, &range, self.index)
-        })
+        work.changes()
+            .is_some_and(|(object, range)| self.shared.orphan_guard.holds_back(object, &range, self.index))
     }
 
     /// Holds a request back. Mostly it has not asked for memory; over TCP nothing more is read from its
@@ -223,6 +222,7 @@ impl Worker {
     pub(super) fn hold(&mut self, request: usize, slot: Option<Slot>) {
         match self.requests[request].work {
             Work::Open(_) => self.counters.audit_waits.add(1),
+            Work::Path(_) if self.holds_back_opens() => self.counters.audit_waits.add(1),
             _ => self.counters.orphan_waits.add(1),
         }
         self.held.push((request, slot));

@@ -184,9 +184,9 @@ impl Worker {
                     let Connection { member, arrival, .. } = &self.connections[key];
                     let account = arrival.permit.address().clone();
                     let member = member.clone();
-                    let guarded = self.requests[request].work.changes().map(|(file, range)| {
-                        self.shared.orphan_guard.enter(file.object, range.offset..range.end())
-                    });
+                    let changes = self.requests[request].work.changes();
+                    let guarded =
+                        changes.map(|(object, range)| self.shared.orphan_guard.enter(object, range));
                     self.orphans.insert(request, Orphan { member, account, guarded });
                 }
                 self.cancel_operation(request);

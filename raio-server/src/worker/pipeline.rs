@@ -12,6 +12,7 @@ use raio_transport::{Status, mux};
 
 use super::admission::{Demand, StallCheck};
 use super::connections::Connections;
+use super::paths::PathEnd;
 use super::requests::Cancel;
 use super::throttled::Waiting;
 use super::{TIMER, Worker};
@@ -203,8 +204,8 @@ impl Worker {
     fn admitted(&mut self, key: usize, slot: Slot) {
         let request = &mut self.requests[key];
         request.slot_bytes = slot.len();
-        let (name, is_write) = (request.key, matches!(request.work, Work::Write(..)));
-        if is_write {
+        let (name, is_sent_data) = (request.key, request.work.is_sent_data());
+        if is_sent_data {
             self.enter(key, State::Fetching);
             self.transport.fetch(&mut self.reactor, name, slot, 0);
         } else {
@@ -269,7 +270,7 @@ impl Worker {
     }
 
     /// On whose behalf a request runs. Nobody's, if its connection has ended.
-    fn client(&self, key: usize) -> Weak<Client> {
+    pub(super) fn client(&self, key: usize) -> Weak<Client> {
         let connection = self.requests[key].connection;
         connection.map_or_else(Weak::new, |connection| Arc::downgrade(&self.connections[connection].client))
     }
@@ -283,6 +284,15 @@ impl Worker {
                 let opening = Arc::clone(opening);
                 self.begin_open(key, opening);
             }
+            Work::Path(task) => {
+                let task = Arc::clone(task);
+                self.begin_path(key, task, slot);
+            }
+            Work::ListNext(listing, next) => {
+                let (listing, is_odd) = (Arc::clone(listing), next.is_odd);
+                self.begin_list_next(key, listing, is_odd, slot);
+            }
+            Work::ListExports(_) => self.list_exports(key, slot),
             work => {
                 let operation = work.first(slot);
                 self.submit(key, operation, false);
@@ -293,10 +303,10 @@ impl Worker {
     fn begin_open(&mut self, key: usize, opening: Arc<Opening>) {
         let client = self.client(key);
         let shared = Arc::clone(&self.shared);
-        let lanes = shared.exports.all()[opening.export].lanes();
+        let lanes = shared.exports.all()[opening.at.export].lanes();
         let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
         let call = move || -> Box<dyn Any + Send> {
-            let opened: OpenResult = opening.open(&shared.exports.all()[opening.export]);
+            let opened: OpenResult = opening.open(&shared.exports.all()[opening.at.export]);
             Box::new(opened)
         };
         self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
@@ -332,15 +342,16 @@ impl Worker {
 
     /// Has an open wait for the holder of a lease, in a lane where it holds up its kind alone. False if it
     /// did that already, or nobody wants it any more.
-    pub(super) fn wait_for_lease(&mut self, key: usize) -> bool {
+    pub(super) fn wait_for_lease(&mut self, key: usize, room: Option<SlotRange>) -> bool {
         if self.requests[key].is_cancelled || !self.has_client(key) {
             return false;
         }
         match &mut self.requests[key].work {
             Work::Open(opening) if !opening.waits_for_lease => Arc::make_mut(opening).waits_for_lease = true,
+            Work::Path(task) if !task.waits_for_lease => Arc::make_mut(task).waits_for_lease = true,
             _ => return false,
         }
-        self.begin_execution(key, None);
+        self.begin_execution(key, room.map(|room| room.slot));
         true
     }
 
@@ -355,7 +366,10 @@ impl Worker {
         if let Outcome::Returned(returned) = completion.outcome {
             return match returned.downcast::<OpenResult>() {
                 Ok(result) => self.open_ended(key, *result),
-                Err(_) => unreachable!("only opens make calls"),
+                Err(returned) => match returned.downcast::<PathEnd>() {
+                    Ok(end) => self.path_ended(key, *end),
+                    Err(_) => unreachable!("only opens and operations on paths make calls"),
+                },
             };
         }
         if request.is_cancelled || request.connection.is_none() {

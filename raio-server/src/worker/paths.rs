@@ -1,0 +1,300 @@
+//! Operations on paths: who may do what where, before they go to the pool, and what comes of them.
+
+use std::any::Any;
+use std::ffi::CString;
+use std::sync::Arc;
+
+use raio_transport::error::Class;
+use raio_transport::memory::Slot;
+use raio_transport::protocol::path::PathCommand;
+use raio_transport::protocol::{FLAG_SET_MODE, FileStatus, Opcode};
+use raio_transport::transport::{Response, SlotRange};
+use raio_transport::{Status, random};
+use rustix::fs::FileType;
+use zerocopy::IntoBytes;
+
+use super::Worker;
+use super::connections::Connection;
+use crate::audit::Audited;
+use crate::export::{Export, Found, Located, special_bits};
+use crate::limits::Excess;
+use crate::listing::{Listing, fill_with_exports};
+use crate::log::log_client;
+use crate::names::{Other, PathAnswer, PathResult, PathTask, creates, next_page, verb};
+use crate::rejection::Rejection;
+use crate::request::{ListNext, Work, failure, success};
+use crate::tuning::listings::PAGE_BYTES_MIN;
+
+/// What the pool returns of an operation on a path: how it ended, and its memory if that was not used.
+pub(super) type PathEnd = (PathResult, Option<SlotRange>);
+
+impl Worker {
+    /// The work that an operation on a path means, or the response.
+    pub(super) fn path(&mut self, connection: usize, command: &PathCommand<'_>) -> Result<Work, Response> {
+        let Connection { session, who, .. } = &self.connections[connection];
+        let opcode = command.opcode;
+        let is_page = opcode == Opcode::List;
+        if is_page && command.length < PAGE_BYTES_MIN.into() {
+            return Err(too_small());
+        }
+        let rights = self.shared.rights(&self.sessions[*session].session.identity);
+        let is_root = command.path.iter().all(|&byte| byte == b'/');
+        match opcode {
+            Opcode::List if is_root => return Ok(Work::ListExports(command.length as u32)),
+            Opcode::StatPath if is_root => return Err(Response { body: root_status(), ..success(0) }),
+            _ => {}
+        }
+        let is_audited = opcode.operation().is_recorded || matches!(opcode, Opcode::Get | Opcode::List);
+        let audited = who.as_ref().filter(|_| is_audited);
+        let audited = audited.map(|who| Audited::new(who, command.path, opcode.operation().name));
+        let located = self.locate(&rights, command);
+        let task = match located {
+            Ok((Found::Volume(_, _, info), _)) if opcode == Opcode::StatPath => {
+                return Err(Response { body: info.status.as_bytes().into(), ..success(0) });
+            }
+            Ok((Found::Volume(export, ..), _)) => {
+                let name = self.shared.exports.all()[export].name();
+                let text = format!("Export {name} has no file system: open /{name} itself.");
+                Err(Rejection { status: Status::storage(libc::EOPNOTSUPP), text })
+            }
+            Ok((Found::Location(Located { at, owner, bytes_max }), other)) => {
+                let mut task = PathTask::new(command, at, other);
+                task.owner = owner;
+                task.stored = self.stored(&task.at, bytes_max);
+                Ok(task)
+            }
+            Err(rejection) => Err(rejection),
+        };
+        match task {
+            Ok(mut task) => {
+                task.flow = self.flow(connection, task.at.export, &rights);
+                task.audited = audited;
+                task.listing = random::number().max(1);
+                // What others have left is removed where this server writes, and by its own number alone.
+                task.server = self.shared.exports.all()[task.at.export].number().unwrap_or(0);
+                Ok(Work::Path(Arc::new(task)))
+            }
+            Err(rejection) => {
+                let to = (!command.other.is_empty()).then_some(command.other);
+                Err(self.path_rejected(Some(connection), audited.as_deref(), to, rejection))
+            }
+        }
+    }
+
+    /// Where a command's path is, and what else it names.
+    fn locate(
+        &self,
+        rights: &crate::keys::Rights,
+        command: &PathCommand<'_>,
+    ) -> Result<(Found<'_>, Other), Rejection> {
+        let &PathCommand { opcode, path, other, .. } = command;
+        let changes = opcode.operation().is_recorded;
+        let (exports, what) = (&self.shared.exports, verb(opcode));
+        let found = exports.locate(rights, what, changes, creates(opcode), path)?;
+        let sets_mode = matches!(opcode, Opcode::Put | Opcode::Mkdir) || command.has(FLAG_SET_MODE);
+        if sets_mode && command.mode & !0o777 != 0 {
+            return Err(special_bits());
+        }
+        let other = match (opcode, &found) {
+            (Opcode::Rename | Opcode::Link, Found::Location(from)) => {
+                match exports.locate(rights, what, true, true, other)? {
+                    Found::Location(to) if to.at.export == from.at.export => Other::Path(to.at),
+                    _ => {
+                        let text = "Both paths must be in the same export. Copy the file, and remove it.";
+                        return Err(Rejection {
+                            status: Status::storage(libc::EXDEV),
+                            text: text.to_owned(),
+                        });
+                    }
+                }
+            }
+            _ if other.is_empty() => Other::Nothing,
+            _ => Other::Name(CString::new(other).unwrap_or_default()),
+        };
+        Ok((found, other))
+    }
+
+    /// The work that a list_next means, or the response.
+    pub(super) fn list_next(
+        &mut self,
+        connection: usize,
+        id: u64,
+        is_odd: bool,
+        length: u32,
+    ) -> Result<Work, Response> {
+        let session = &self.sessions[self.connections[connection].session].session;
+        if length == 0 {
+            drop(session.end_listing(id));
+            return Err(success(0));
+        }
+        if length < PAGE_BYTES_MIN {
+            return Err(too_small());
+        }
+        match session.listing(id) {
+            Some(listing) => Ok(Work::ListNext(listing, ListNext { is_odd, length })),
+            None => Err(failure(
+                Status::storage(libc::ESTALE),
+                "The server does not know this listing: it was restarted, or the session has begun too many \
+                 others. List the directory again.",
+            )),
+        }
+    }
+
+    /// Lists the exports that the client may use.
+    pub(super) fn list_exports(&mut self, key: usize, slot: Option<Slot>) {
+        let Some(connection) = self.requests[key].connection else { return };
+        let identity = &self.sessions[self.connections[connection].session].session.identity;
+        let rights = self.shared.rights(identity);
+        let exports = self.shared.exports.visible(&rights);
+        let response = slot.and_then(|slot| {
+            let len = self.requests[key].work.slot_len();
+            let mut range = SlotRange { slot, start: 0, len };
+            range.len = fill_with_exports(exports.map(shown), range.bytes_mut())?;
+            Some(Response { data: Some(range), ..success(0) })
+        });
+        let none =
+            || failure(Status::storage(libc::ERANGE), "There is no room for the names of all exports.");
+        let response = response.unwrap_or_else(none);
+        self.answer(key, response);
+    }
+
+    /// Begins an operation on a path, with its data or the memory for what it brings.
+    pub(super) fn begin_path(&mut self, key: usize, task: Arc<PathTask>, slot: Option<Slot>) {
+        let mut room = self.room(key, slot);
+        let shared = Arc::clone(&self.shared);
+        let export = task.at.export;
+        let is_waiting = task.waits_for_lease;
+        let call = move || -> Box<dyn Any + Send> {
+            let result = task.run(&shared.exports.all()[export], &mut room);
+            let end: PathEnd = (result, room);
+            Box::new(end)
+        };
+        let lanes = self.shared.exports.all()[export].lanes();
+        let lane = if is_waiting { lanes.lease } else { lanes.control };
+        let client = self.client(key);
+        self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
+    }
+
+    /// Begins to read a page of a listing.
+    pub(super) fn begin_list_next(
+        &mut self,
+        key: usize,
+        listing: Arc<Listing>,
+        is_odd: bool,
+        slot: Option<Slot>,
+    ) {
+        let mut room = self.room(key, slot);
+        let lane = self.shared.exports.all()[listing.export].lanes().control;
+        let call = move || -> Box<dyn Any + Send> {
+            let page = next_page(&listing, is_odd, &mut room);
+            let end: PathEnd = (page.map_err(listing_failed), room);
+            Box::new(end)
+        };
+        let client = self.client(key);
+        self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
+    }
+
+    fn room(&self, key: usize, slot: Option<Slot>) -> Option<SlotRange> {
+        slot.map(|slot| SlotRange { slot, start: 0, len: self.requests[key].work.slot_len() })
+    }
+
+    /// An operation on a path has ended.
+    pub(super) fn path_ended(&mut self, key: usize, (result, room): PathEnd) {
+        if let Err(rejection) = &result
+            && rejection.status.errno == libc::EAGAIN
+            && self.wait_for_lease(key, room)
+        {
+            return;
+        }
+        let request = &self.requests[key];
+        let (connection, work) = (request.connection, &request.work);
+        let (audited, to) = match work {
+            Work::Path(task) => (task.audited.clone(), task.other.bytes().map(<[u8]>::to_vec)),
+            _ => (None, None),
+        };
+        let is_first = matches!(work, Work::Path(_));
+        let has_bytes = matches!(request.opcode, Opcode::Get | Opcode::Put);
+        let response = match result {
+            Ok(PathAnswer { result, body, data, listing }) => {
+                let kept =
+                    listing.filter(|_| is_first).map(|listing| self.keep_listing(connection, &listing));
+                match kept.transpose() {
+                    Ok(_) => {
+                        if let (Some(audit), Some(audited)) = (&self.shared.audit, &audited) {
+                            audit.operated(audited, to.as_deref(), has_bytes.then_some(result), 0);
+                        }
+                        Response { status: Status::OK, result, body: (&body[..]).into(), data }
+                    }
+                    Err(Excess { who, text }) => {
+                        self.counters.rejected_files[who as usize].add(1);
+                        let status = Status::storage(libc::EMFILE);
+                        self.path_rejected(connection, audited.as_deref(), None, Rejection { status, text })
+                    }
+                }
+            }
+            Err(rejection) => self.path_rejected(connection, audited.as_deref(), to.as_deref(), rejection),
+        };
+        self.answer(key, response);
+    }
+
+    /// Keeps a listing that goes on in the session of its client. Without a connection nobody asks for more.
+    fn keep_listing(&self, connection: Option<usize>, listing: &Arc<Listing>) -> Result<(), Excess> {
+        let Some(connection) = connection else { return Ok(()) };
+        let account = self.connections[connection].account();
+        let session = &self.sessions[self.connections[connection].session].session;
+        session.begin_listing(listing, account).map(drop)
+    }
+
+    fn path_rejected(
+        &self,
+        connection: Option<usize>,
+        audited: Option<&Audited>,
+        to: Option<&[u8]>,
+        Rejection { status, text }: Rejection,
+    ) -> Response {
+        if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
+            audit.operated(audited, to, None, status.errno);
+        }
+        if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key])
+            && status.class == Class::Policy
+        {
+            let peer = arrival.peer;
+            log_client!(
+                info,
+                peer,
+                "operations that were rejected",
+                name,
+                "An operation was rejected: {text}"
+            );
+        }
+        failure(status, &text)
+    }
+}
+
+fn listing_failed(errno: rustix::io::Errno) -> Rejection {
+    let errno = errno.raw_os_error();
+    let error = std::io::Error::from_raw_os_error(errno);
+    Rejection { status: Status::storage(errno), text: format!("Listing failed on the server: {error}.") }
+}
+
+fn too_small() -> Response {
+    let text = format!("A page of a listing needs room for at least {PAGE_BYTES_MIN} bytes.");
+    failure(Status::storage(libc::EINVAL), &text)
+}
+
+/// An export as an entry of the list of exports: its name, type, and size if that is known.
+fn shown(export: &Export) -> (&str, FileType, Option<u64>) {
+    (export.name(), export.kind(), export.volume_size())
+}
+
+/// The status of the list of exports.
+fn root_status() -> raio_transport::transport::Body {
+    let status = FileStatus {
+        mode: (libc::S_IFDIR | 0o555).into(),
+        links: 2.into(),
+        block_bytes: 4096.into(),
+        direct_align: 1.into(),
+        ..FileStatus::default()
+    };
+    status.as_bytes().into()
+}
