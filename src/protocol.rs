@@ -1,7 +1,7 @@
 //! raio's own commands, on top of the message layer: open, read, write, ... [`OPERATIONS`] lists them.
 //!
-//! A command is the body of a request. What is done to an open file has one layout of 24 bytes, so that such a
-//! request is 64 bytes in all; what is done to a path has another ([`path`]), and open, outcome and reopen
+//! A command is the body of a request. What is done to an open file has one layout of 24 bytes, so that such
+//! a request is 64 bytes in all; what is done to a path has another ([`path`]), and open, outcome and reopen
 //! have layouts of their own. Data to be written is the request's bulk data, data read is the response's; the
 //! response's result is the byte count, or the file handle of an open.
 

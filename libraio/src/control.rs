@@ -4,11 +4,12 @@
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
+use raio_transport::Status;
 use raio_transport::channel::Channel;
 use raio_transport::protocol::{Command, FileHandle};
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 
-use crate::error::{Error, reconnecting, session_stopped, timed_out};
+use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out};
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
@@ -78,11 +79,17 @@ impl Control {
         self.channel.ping(SUSPECT_TIMEOUT);
     }
 
+    /// The most bytes of one request.
+    pub(crate) fn data_bytes_max(&self) -> usize {
+        self.channel.grant().data_bytes_max as usize
+    }
+
     /// Has the server execute a command, and waits for its answer. `is_stopped` tells whether another thread
     /// has stopped the session.
     pub(crate) fn call(
         &mut self,
         command: &Command<'_>,
+        bulk: Bulk,
         deadline: Instant,
         closes: &PendingCloses,
         is_stopped: &dyn Fn() -> bool,
@@ -92,7 +99,10 @@ impl Control {
         }
         // A connection that has broken since the last call is made again before anything is sent by it.
         self.receive(closes);
-        let Some(tag) = self.send(command, deadline, closes, is_stopped) else {
+        if let Some(text) = command.opcode().operation().why_not_granted(self.channel.grant().features) {
+            return Err(Error::new(Status::protocol(libc::EOPNOTSUPP), text));
+        }
+        let Some(tag) = self.send(command, bulk, deadline, closes, is_stopped) else {
             let other = || if is_stopped() { session_stopped() } else { self.late() };
             return Err(self.channel.failure().map_or_else(other, Error::not_connected));
         };
@@ -107,6 +117,9 @@ impl Control {
             }
             if let Some(failure) = self.channel.failure() {
                 return Err(Error::not_connected(failure));
+            }
+            if self.channel.take_oversized().iter().any(|lost| lost.tag == tag) {
+                return Err(oversized());
             }
             if is_stopped() {
                 return Err(session_stopped());
@@ -148,6 +161,7 @@ impl Control {
     fn send(
         &mut self,
         command: &Command<'_>,
+        mut bulk: Bulk,
         deadline: Instant,
         closes: &PendingCloses,
         is_stopped: &dyn Fn() -> bool,
@@ -155,7 +169,8 @@ impl Control {
         self.tag += 1;
         self.body.clear();
         command.encode(&mut self.body);
-        while let Err(NotSent(_)) = self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN) {
+        while let Err(NotSent(unsent)) = self.channel.send(self.tag, &self.body, bulk, SendOptions::PLAIN) {
+            bulk = unsent;
             // Closes that nobody waited for have used up the credits.
             self.receive(closes);
             let now = Instant::now();

@@ -66,6 +66,13 @@ pub(crate) fn reconnecting(recovery: Option<String>) -> Error {
     Error::new(Status::transport(libc::ETIMEDOUT), text)
 }
 
+/// A request that cannot be divided, and is too large for the server, which was restarted meanwhile. It was
+/// not executed.
+pub(crate) fn oversized() -> Error {
+    let text = "The server was restarted, and takes fewer bytes in a request now. Ask again for fewer.";
+    Error::new(Status { retryable: true, ..Status::transport(libc::EMSGSIZE) }, text)
+}
+
 /// A call that the server, which answers pings, has not answered.
 pub(crate) fn timed_out() -> Error {
     let text = "The server answers pings, but did not answer this call in time: its storage may hang. See \

@@ -6,7 +6,6 @@
 //! context that brings the last count to zero checks whether the file was closed meanwhile.
 
 use std::collections::HashMap;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,6 +14,7 @@ use raio_transport::channel::Reopenable;
 use raio_transport::protocol::{self, Command, FileHandle, FileStatus};
 
 use crate::error::{Error, protocol_error};
+use crate::names::path_bytes;
 use crate::open_flags::open_flags;
 use crate::session::{Session, Shared};
 use raio_transport::sync::lock;
@@ -52,21 +52,8 @@ impl Session {
     /// O_CLOEXEC, O_LARGEFILE, O_NOCTTY and O_NONBLOCK are accepted and ignored; others are EINVAL. `mode`
     /// has the permissions of a file that O_CREAT creates. Blocks for a round trip.
     pub fn open(&self, path: impl AsRef<Path>, flags: i32, mode: u32) -> Result<File, Error> {
-        let path = path.as_ref().as_os_str().as_bytes();
         let flags = open_flags(flags)?;
-        if path.is_empty() {
-            return Err(Error::call(libc::ENOENT, "The path is empty. Pass one such as /EXPORT/file."));
-        }
-        // PATH_MAX counts C's terminating zero.
-        if path.len() >= protocol::PATH_BYTES_MAX {
-            return Err(Error::call(
-                libc::ENAMETOOLONG,
-                format!("The path is {} bytes long. Pass one of at most 4,095 bytes.", path.len()),
-            ));
-        }
-        if path.contains(&0) {
-            return Err(Error::call(libc::EINVAL, "The path contains a zero byte. Pass one without."));
-        }
+        let path = path_bytes(path.as_ref())?;
         let reopenings = self.shared().files().reopenings();
         let reply = self.shared().call(&Command::Open { flags, mode: mode & 0o7777, path })?;
         let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);

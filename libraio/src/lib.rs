@@ -13,9 +13,10 @@
 //!
 //! | layer | modules | what |
 //! |---|---|---|
-//! | 5 | `ffi` | the C API; the only module with unsafe code |
-//! | 4 | `context` | a connection and its queue of operations: the data path |
-//! | 3 | `file` | an open file, and what each context has in flight on it |
+//! | 6 | `ffi` | the C API; the only module with unsafe code |
+//! | 5 | `context` | a connection and its queue of operations: the data path |
+//! | 4 | `file` | an open file, and what each context has in flight on it |
+//! | 3 | `names` | directories, attributes, and whole small files |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
 //! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `split`, `trace` | use no other part |
 //! | 0 | `error`, `tuning` | |
@@ -31,6 +32,7 @@ mod fake_server;
 pub mod ffi;
 mod file;
 mod lent_pool;
+mod names;
 mod open_flags;
 mod operation;
 mod poller;
@@ -48,10 +50,11 @@ mod tuning;
 pub use context::Context;
 pub use error::Error;
 pub use file::File;
+pub use names::{Attributes, DirEntry, PutOptions, ReadDir};
 pub use operation::{Completion, Operation, Rejected, Stats, Ticket};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
-pub use raio_transport::protocol::FileStatus;
+pub use raio_transport::protocol::{FileStatus, FileSystemStatus};
 pub use raio_transport::{Class, Status};
 pub use session::{Crc, Keys, Options, Session};
 pub use tuning::MAXEVENTS_MAX;

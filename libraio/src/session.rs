@@ -21,7 +21,7 @@ use raio_transport::message::{
 use raio_transport::mux;
 use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
 use raio_transport::tls::ClientTls;
-use raio_transport::transport::{Reply, UsedIds};
+use raio_transport::transport::{Bulk, Reply, UsedIds};
 
 use crate::control::{Control, PendingCloses};
 use crate::error::{Error, protocol_error, session_stopped, timed_out};
@@ -581,8 +581,22 @@ impl Shared {
         self.suspect.store(true, Ordering::Relaxed);
     }
 
+    /// The most bytes of one request.
+    pub(crate) fn data_bytes_max(&self) -> Result<usize, Error> {
+        self.check_process()?;
+        let deadline = Instant::now() + self.options.call_timeout;
+        let mut guard = self.acquire_by(deadline)?;
+        let Some(control) = &mut guard.control else { unreachable!("only dropping takes it") };
+        Ok(control.data_bytes_max())
+    }
+
     /// Has the server execute a command, and waits for its answer.
     pub(crate) fn call(&self, command: &Command<'_>) -> Result<Reply, Error> {
+        self.call_with(command, Bulk::None)
+    }
+
+    /// The same for a command with data, or with room for what the answer brings.
+    pub(crate) fn call_with(&self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
         self.check_process()?;
         let deadline = Instant::now() + self.options.call_timeout;
         let mut guard = self.acquire_by(deadline)?;
@@ -590,7 +604,7 @@ impl Shared {
         if self.suspect.swap(false, Ordering::Relaxed) {
             control.ping_suspect();
         }
-        let reply = control.call(command, deadline, &self.closes, &|| !self.is_open());
+        let reply = control.call(command, bulk, deadline, &self.closes, &|| !self.is_open());
         drop(guard);
         self.send_closes();
         reply
@@ -598,13 +612,7 @@ impl Shared {
 
     /// The present status of an open file.
     pub(crate) fn status(&self, handle: FileHandle) -> Result<FileStatus, Error> {
-        let reply = self.call(&Command::Stat(handle))?;
-        let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
-        // Sizes are signed for every caller.
-        if status.size.get() > i64::MAX as u64 || status.blocks.get() > i64::MAX as u64 {
-            return Err(protocol_error());
-        }
-        Ok(status)
+        status_of(&self.call(&Command::Stat(handle))?)
     }
 
     /// Closes a file.
@@ -635,6 +643,16 @@ impl Shared {
             }
         }
     }
+}
+
+/// The status in a reply.
+pub(crate) fn status_of(reply: &Reply) -> Result<FileStatus, Error> {
+    let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
+    // Sizes are signed for every caller.
+    if status.size.get() > i64::MAX as u64 || status.blocks.get() > i64::MAX as u64 {
+        return Err(protocol_error());
+    }
+    Ok(status)
 }
 
 /// What the server's log calls this program.

@@ -89,3 +89,13 @@ pub(crate) const CLOCK_PINGS: usize = 8;
 /// Records in the trace of a context (`RAIO_TRACE`), 40 bytes each: the last 16,384 operations, 2.6 MB. A
 /// viewer still opens the file of a few such contexts at once. Not measured.
 pub(crate) const TRACE_RECORDS: usize = 65_536;
+
+/// Bytes of the first page of a listing: a few hundred entries, as most directories have no more. Not
+/// measured.
+pub(crate) const FIRST_PAGE_BYTES: usize = 32 << 10;
+
+/// Bytes of each further page. Not measured.
+pub(crate) const PAGE_BYTES: usize = 256 << 10;
+
+/// The longest value of an extended attribute, and the longest list of their names: Linux has no longer ones.
+pub(crate) const XATTR_BYTES_MAX: usize = 64 << 10;

@@ -163,8 +163,8 @@ impl PathTask {
         }
     }
 
-    /// Carries it out; `data` is what came with it, or the room for what it brings, which stays there if it is
-    /// not used. May take as long as the file system does.
+    /// Carries it out; `data` is what came with it, or the room for what it brings, which stays there if it
+    /// is not used. May take as long as the file system does.
     pub fn run(&self, export: &Export, data: &mut Option<SlotRange>) -> PathResult {
         let Some(root) = export.root() else { return Err(self.failed(Errno::OPNOTSUPP)) };
         let base = self.at.enter(export).map_err(|rejection| root.explain(export.name(), rejection))?;
@@ -310,7 +310,13 @@ impl PathTask {
     }
 
     fn rmdir(&self, base: &Base) -> PathResult {
-        let Entry { directory, name } = self.entry(base, Errno::INVAL)?;
+        let at_end = match self.at.path.as_bytes().rsplit(|&byte| byte == b'/').find(|name| !name.is_empty())
+        {
+            Some(b"..") => Errno::NOTEMPTY,
+            Some(_) => Errno::INVAL,
+            None => Errno::BUSY,
+        };
+        let Entry { directory, name } = self.entry(base, at_end)?;
         let remove = || rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR);
         let removed = match remove() {
             // What a server that was killed has left there nobody else can see.
@@ -335,22 +341,20 @@ impl PathTask {
         Ok(PathAnswer::default())
     }
 
-    /// The last name of the other path. `at_end` is the errno of one that ends without.
-    fn other_entry<'a>(
-        &'a self,
-        export: &Export,
-        at_end: Errno,
-    ) -> Result<(Entry<'a>, &'a Location), Rejection> {
+    /// The last name of the other path; None if it ends without.
+    fn other_entry(&self, export: &Export) -> Result<Option<Entry<'_>>, Rejection> {
         let Other::Path(other) = &self.other else { return Err(self.failed(Errno::INVAL)) };
-        let base = other.enter(export)?;
-        let entry = other.entry(verb(self.opcode), &base)?;
-        Ok((entry.ok_or_else(|| self.failed(at_end))?, other))
+        other.entry(verb(self.opcode), &other.enter(export)?)
     }
 
     fn rename(&self, export: &Export, base: &Base) -> PathResult {
-        let from = self.entry(base, Errno::BUSY)?;
-        let (to, _) = self.other_entry(export, Errno::BUSY)?;
-        let flags = if self.has(FLAG_NO_REPLACE) { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
+        let from = self.at.entry(verb(self.opcode), base)?;
+        let to = self.other_entry(export)?;
+        let only_new = self.has(FLAG_NO_REPLACE);
+        // In the order of rename(2).
+        let from = from.ok_or_else(|| self.failed(Errno::BUSY))?;
+        let to = to.ok_or_else(|| self.failed(if only_new { Errno::EXIST } else { Errno::BUSY }))?;
+        let flags = if only_new { RenameFlags::NOREPLACE } else { RenameFlags::empty() };
         let before = self.stored.as_ref().and_then(|_| size_of_last_link(&to));
         rustix::fs::renameat_with(&from.directory, from.name, &to.directory, to.name, flags)
             .map_err(|errno| self.failed(errno))?;
@@ -359,15 +363,19 @@ impl PathTask {
     }
 
     fn link(&self, export: &Export, base: &Base) -> PathResult {
-        let from = self.entry(base, Errno::PERM)?;
-        let (to, _) = self.other_entry(export, Errno::EXIST)?;
-        if from.has_slash() {
-            // linkat(2) would follow a symbolic link. What is a directory has no links.
-            let flags = OFlags::PATH | OFlags::DIRECTORY;
-            let found = self.at.openat(from.directory.as_fd(), from.name, flags, Mode::empty());
-            return Err(self.failed(found.err().unwrap_or(Errno::PERM)));
-        }
-        let linked = rustix::fs::linkat(&from.directory, from.name, &to.directory, to.name, AtFlags::empty());
+        let failed = |errno| self.failed(errno);
+        let (directory, name) = match self.at.entry(verb(self.opcode), base)? {
+            Some(from) if !from.has_slash() => {
+                // What is not there is told before what keeps the new name from being made.
+                let found = rustix::fs::statat(&from.directory, from.name, AtFlags::SYMLINK_NOFOLLOW);
+                found.map_err(failed)?;
+                (from.directory, from.name)
+            }
+            // It is a directory, of which there are no links; or something is wrong with the new name.
+            _ => (self.node(base)?, c"."),
+        };
+        let to = self.other_entry(export)?.ok_or_else(|| failed(Errno::EXIST))?;
+        let linked = rustix::fs::linkat(&directory, name, &to.directory, to.name, AtFlags::empty());
         self.nothing(linked)
     }
 

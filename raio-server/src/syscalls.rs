@@ -69,8 +69,8 @@ pub fn stat(fd: impl AsFd) -> Result<FileInfo, Errno> {
     Ok(info)
 }
 
-/// The parts of a range of a file that have data, and up to where they are known: the end of the range, or the
-/// last one of as many as an answer has.
+/// The parts of a range of a file that have data, and up to where they are known: the end of the range, or
+/// the last one of as many as an answer has.
 pub fn extents(fd: impl AsFd, offset: u64, length: u64) -> Result<(Vec<Extent>, u64), Errno> {
     let (mut extents, end) = (Vec::new(), offset + length);
     let mut at = offset;

@@ -1,5 +1,5 @@
-//! The names of files that puts have not finished: a put writes its data to such a file, and renames it to where
-//! it belongs.
+//! The names of files that puts have not finished: a put writes its data to such a file, and renames it to
+//! where it belongs.
 //!
 //! Clients do not see them. What a server has left behind that was killed is removed when the directory is
 //! listed, or is to be removed.

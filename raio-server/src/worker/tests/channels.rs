@@ -5,9 +5,9 @@ use std::sync::mpsc;
 
 use raio_transport::channel::{Beginning, Dialer, Dialing, OpenFiles, Reopenable, Settings};
 use raio_transport::handshake::ChannelOffer;
+use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::message::{self, FEATURE_CRC};
 use raio_transport::mux::Reached;
-use raio_transport::memory::{Buffer, Buffers};
 use raio_transport::protocol::path::{PathCommand, PathFields};
 use raio_transport::protocol::{
     Direction, FileStatus, Layout, OPERATIONS, Opcode, Operation, RequestOutcome,
