@@ -11,6 +11,7 @@
 mod acceptor;
 mod audit;
 mod authorize;
+mod cached;
 mod channel;
 mod claim;
 mod clear;

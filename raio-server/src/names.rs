@@ -22,6 +22,7 @@ use rustix::io::{Errno, retry_on_intr};
 use zerocopy::IntoBytes;
 
 use crate::audit::Audited;
+use crate::cached::UsableMount;
 use crate::export::{Export, Location};
 use crate::listing::{Listing, remove_unfinished};
 use crate::lookup::{Base, Entry, proc_path};
@@ -99,6 +100,8 @@ pub struct PathAnswer {
     pub data: Option<SlotRange>,
     /// A listing that goes on. Its name is the result.
     pub listing: Option<Arc<Listing>>,
+    /// The mount of what was found, if workers may use what is cached of it.
+    pub mount: Option<UsableMount>,
 }
 
 impl PathAnswer {
@@ -229,8 +232,9 @@ impl PathTask {
         let is_served_device = kind == FileType::BlockDevice && root.check(name, &node).is_ok();
         // To learn how large a device is it must be open.
         let open = if is_served_device { reopen(&node, READ_ONLY).ok() } else { None };
+        let mount = UsableMount::of(&node);
         let info = open.map_or_else(|| stat_node(&node), stat);
-        info.map(|info| PathAnswer::of_status(info.status)).map_err(|errno| self.failed(errno))
+        info.map(|info| PathAnswer { mount, ..PathAnswer::of_status(info.status) }).map_err(|errno| self.failed(errno))
     }
 
     /// Opens a regular file that was looked up.
@@ -257,9 +261,9 @@ impl PathTask {
         });
         let data = read.transpose().map_err(|errno: Errno| self.failed(errno))?;
         let info = stat(&file).map_err(|errno| self.failed(errno))?;
-        let answer = PathAnswer::of_status(info.status);
+        let answer = PathAnswer { mount: UsableMount::of(&file), ..PathAnswer::of_status(info.status) };
         Ok(match data {
-            Some(data) => PathAnswer { body: answer.body, ..PathAnswer::of_data(data) },
+            Some(data) => PathAnswer { result: data.len as u64, data: Some(data), ..answer },
             None => answer,
         })
     }

@@ -1,6 +1,6 @@
 //! Where an export's files lie, and which of them are served.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -244,6 +244,11 @@ impl Root {
     /// Whether it is a directory.
     pub fn is_directory(&self) -> bool {
         self.kind == FileType::Directory
+    }
+
+    /// Its path if it is a directory, whatever is mounted there.
+    pub fn lasting_directory(&self) -> Option<&CStr> {
+        (self.is_directory() && !self.must_be_mountpoint).then_some(&*self.path)
     }
 
     /// Whether it is a block device.

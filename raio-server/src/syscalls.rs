@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use raio_transport::protocol::{Extent, FileStatus};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, SeekFrom, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Statx, StatxFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
 
@@ -31,14 +31,39 @@ impl FileInfo {
     }
 }
 
+/// A mount, as the kernel tells it from all others: by a number that is never used again, or on kernels before
+/// 6.8 by one that is, and the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mount {
+    number: u64,
+    device: (u32, u32),
+}
+
+/// `STATX_MNT_ID_UNIQUE`.
+const UNIQUE_MOUNT: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// The status of what is open with O_PATH, and its mount; None if the kernel does not tell that from others.
+/// Does not wait on file systems that keep it in memory.
+pub fn stat_on_mount(fd: impl AsFd) -> Result<(FileInfo, Option<Mount>), Errno> {
+    let mask = StatxFlags::BASIC_STATS | UNIQUE_MOUNT;
+    let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, mask)?;
+    let device = (stat.stx_dev_major, stat.stx_dev_minor);
+    // Where there is no disk the device's number is used again, too.
+    let is_known = stat.stx_mask & UNIQUE_MOUNT.bits() != 0 || device.0 != 0;
+    Ok((info_of(&stat), is_known.then_some(Mount { number: stat.stx_mnt_id, device })))
+}
+
 /// The status of what is open with O_PATH; a block device has the size 0.
 pub fn stat_node(fd: impl AsFd) -> Result<FileInfo, Errno> {
     let mask = StatxFlags::BASIC_STATS | StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
-    let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?;
+    Ok(info_of(&rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?))
+}
+
+fn info_of(stat: &Statx) -> FileInfo {
     let ns = |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
     let device = |major, minor| libc::makedev(major, minor).into();
     let knows_align = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0;
-    Ok(FileInfo {
+    FileInfo {
         status: FileStatus {
             size: stat.stx_size.into(),
             blocks: stat.stx_blocks.into(),
@@ -57,7 +82,7 @@ pub fn stat_node(fd: impl AsFd) -> Result<FileInfo, Errno> {
             ..FileStatus::default()
         },
         direct_align: knows_align.then_some(stat.stx_dio_offset_align),
-    })
+    }
 }
 
 /// The status of an open file, with a block device's capacity as its size.
@@ -112,5 +137,5 @@ pub fn openat2(
 /// Opens what a descriptor refers to once more, with other flags.
 pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
     let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
-    retry_on_intr(|| rustix::fs::open(&*path, flags | OFlags::CLOEXEC, Mode::empty()))
+    retry_on_intr(|| rustix::fs::openat(CWD, &*path, flags | OFlags::CLOEXEC, Mode::empty()))
 }

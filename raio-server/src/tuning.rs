@@ -254,6 +254,20 @@ pub mod stored {
     pub const DEPTH_MAX: usize = 128;
 }
 
+/// Files that the kernel has in memory: [`crate::cached`]. None is measured.
+pub mod cached_files {
+    /// Mounts that a worker knows. Exports are on fewer, as a rule.
+    pub const MOUNTS_MAX: usize = 64;
+    /// The largest file that a worker closes itself, in blocks of 512 bytes: 1 MiB. It may be the last to
+    /// have it, and then frees these blocks.
+    pub const CLOSED_BLOCKS_MAX: u64 = 2048;
+    /// The most that is read of a file at once, in bytes.
+    pub const BYTES_MAX: u64 = 64 << 10;
+    /// What a status counts for as a part of what an iteration does: it takes as long as a read of this many
+    /// bytes.
+    pub const STATUS_BYTES: usize = 4 << 10;
+}
+
 /// Listings: [`crate::listing`].
 pub mod listings {
     /// Of a session. A client lists a directory by one at a time.

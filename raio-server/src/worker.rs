@@ -60,6 +60,7 @@ use raio_transport::transport::{
 use raio_transport::{Status, mux, rdma, tcp};
 
 use crate::audit::Audit;
+use crate::cached::CachedFiles;
 use crate::config::{BackendKind, Config};
 use crate::engine::{self, Engine, Threads, Uring};
 use crate::export::Exports;
@@ -258,6 +259,8 @@ pub struct Worker {
     arena: Arena,
     transport: mux::Mux,
     engine: Box<dyn Engine>,
+    /// [`crate::cached`].
+    cached: CachedFiles,
     connections: Connections,
     sessions: LocalSessions,
     requests: Requests,
@@ -445,6 +448,7 @@ impl Worker {
             _claim: claim,
             arena,
             engine,
+            cached: CachedFiles::default(),
             connections: Connections::default(),
             sessions: LocalSessions::default(),
             requests: Requests::default(),
@@ -512,6 +516,7 @@ impl Worker {
         self.begin_throttled();
         self.evict_stalled();
         self.take_requests();
+        self.cached.end_iteration();
         self.pass_on();
         // What volumes have carried out at once, then what the engine has gathered.
         self.take_completions();

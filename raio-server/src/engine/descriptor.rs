@@ -8,6 +8,7 @@ use rustix::io::ReadWriteFlags;
 
 use super::{Closing, Lanes};
 use crate::log;
+use crate::syscalls::{FileInfo, stat_on_mount};
 use crate::tuning::cached_reads::HOLES_MAX;
 use crate::verifier::Verifier;
 
@@ -17,6 +18,11 @@ use crate::verifier::Verifier;
 /// looks up on the disk.
 const ASYNCHRONOUS: [libc::__fsword_t; 3] =
     [libc::XFS_SUPER_MAGIC, libc::F2FS_SUPER_MAGIC, libc::EXT4_SUPER_MAGIC];
+
+/// File systems whose open files are asked for their status without waiting: ext4 with its predecessors, XFS,
+/// Btrfs and tmpfs. On FUSE and NFS statx(2) may ask a server.
+pub const KEEPS_STATUS: [libc::__fsword_t; 4] =
+    [libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC, libc::BTRFS_SUPER_MAGIC, libc::TMPFS_MAGIC];
 
 /// Whether io_uring waits within io_uring_enter(2) for the lock of a file of this kind when it reads by way
 /// of the page cache. XFS takes it for such a read, and a write has it while it waits for the disk. io_uring
@@ -42,6 +48,8 @@ pub struct Descriptor {
     pub(super) is_write_back: bool,
     /// It is open with O_DIRECT.
     pub(super) is_direct: bool,
+    /// Its status is in memory.
+    has_cached_status: bool,
     /// io_uring reads and writes it without waiting within the system call.
     pub(super) is_asynchronous: bool,
 }
@@ -85,8 +93,14 @@ impl Descriptor {
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
+            has_cached_status: kind.is_some_and(|kind| KEEPS_STATUS.contains(&kind)),
             is_asynchronous: is_asynchronous && (is_direct || !locks_buffered_reads(kind)),
         })
+    }
+
+    /// Its status, if the kernel has it in memory, and takes no lock for it that a write holds.
+    pub fn try_stat(&self) -> Option<FileInfo> {
+        self.has_cached_status.then(|| stat_on_mount(self).ok().map(|(info, _)| info)).flatten()
     }
 
     /// The lanes of its export.

@@ -26,7 +26,7 @@ use crate::syscalls::FileInfo;
 use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
-pub use descriptor::Descriptor;
+pub use descriptor::{Descriptor, KEEPS_STATUS};
 pub use job::Job;
 use misses::{Miss, Misses};
 pub use threads::Threads;

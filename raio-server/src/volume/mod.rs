@@ -25,6 +25,7 @@ use raio_transport::reactor::Reactor;
 
 use crate::client::Client;
 use crate::engine::{Closing, Engine, Operation, Pending};
+use crate::syscalls::FileInfo;
 
 pub use device::BlockDevice;
 pub use file::RegularFile;
@@ -101,6 +102,11 @@ pub trait Volume: Debug + Send + Sync {
     /// more.
     fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
         let _ = (engine, bytes, offset);
+        None
+    }
+
+    /// Its status, if that takes no waiting. None: [`Volume::submit`] does more.
+    fn try_stat(&self) -> Option<FileInfo> {
         None
     }
 

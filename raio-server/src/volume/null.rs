@@ -69,6 +69,10 @@ impl Volume for Null {
         (self.within(offset, bytes.len()) == bytes.len()).then(|| bytes.fill(0))
     }
 
+    fn try_stat(&self) -> Option<FileInfo> {
+        Some(FileInfo::synthetic(self.size))
+    }
+
     fn properties(&self) -> Properties {
         let size_limit = Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC });
         Properties { size_limit, may_hang: false, ..Properties::default() }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 use super::{Context, Properties, Volume};
 use crate::client::Client;
 use crate::engine::{Closing, Descriptor, Engine, Operation, Pending};
+use crate::syscalls::FileInfo;
 
 /// A volume whose operations are its descriptor's. The other methods are as in [`Volume`].
 pub(super) trait Served: Debug + Send + Sync {
@@ -50,6 +51,10 @@ impl<V: Served> Volume for V {
 
     fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
         engine.try_read_cached(self.descriptor(), bytes, offset)
+    }
+
+    fn try_stat(&self) -> Option<FileInfo> {
+        self.descriptor().try_stat()
     }
 
     fn properties(&self) -> Properties {

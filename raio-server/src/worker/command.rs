@@ -94,14 +94,25 @@ impl Worker {
                 if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) {
                     return self.violate(connection, Violation::RequestId);
                 }
-                self.path(connection, &command)
+                match self.path(connection, request, &command) {
+                    Some(work) => work,
+                    None => return,
+                }
             }
             Command::ListNext { listing, is_odd, length } => {
                 self.list_next(connection, listing, is_odd, length)
             }
+            Command::Stat(file) => match self.sessions.file(session, file) {
+                Some(file) => match file.open.volume.try_stat() {
+                    Some(info) if file.open.flow.is_none() && !self.admission.is_waiting(connection) => {
+                        Err(status_of(&file, info))
+                    }
+                    _ => authorize::work(&command, file),
+                },
+                None => Err(unknown_handle()),
+            },
             Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
-            Command::Stat(file)
-            | Command::Write { file, .. }
+            Command::Write { file, .. }
             | Command::Fsync { file, .. }
             | Command::Discard { file, .. }
             | Command::WriteZeroes { file, .. }

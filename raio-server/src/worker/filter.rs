@@ -77,6 +77,9 @@ pub fn install() -> anyhow::Result<()> {
         (libc::SYS_poll, vec![only(2, 0)?]),
         // What is in the page cache, or else nothing; and files in memory, which know no RWF_NOWAIT.
         (libc::SYS_preadv2, vec![only(5, libc::RWF_NOWAIT)?, only(5, 0)?]),
+        // What is cached ([`crate::cached`]); a filter does not see that openat2(2) is told so.
+        (libc::SYS_openat2, Vec::new()),
+        (libc::SYS_statx, vec![only(2, libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC)?]),
         // The standard library sees to it that a descriptor that it closes is open.
         (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?]),
     ];
@@ -87,7 +90,13 @@ pub fn install() -> anyhow::Result<()> {
         let conditions = vec![is(0, libc::AT_FDCWD)?, is(2, libc::O_RDONLY | libc::O_CLOEXEC)?];
         anyhow::Ok((libc::SYS_openat, vec![SeccompRule::new(conditions)?]))
     };
-    rules.push(asks()?);
+    let mask = (libc::O_ACCMODE | libc::O_CREAT | libc::O_NONBLOCK | libc::O_NOATIME) as u64;
+    let op = SeccompCmpOp::MaskedEq(mask);
+    let cached = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOATIME) as u64;
+    let opens_cached = SeccompCondition::new(2, SeccompCmpArgLen::Dword, op, cached)?;
+    let (call, mut opens) = asks()?;
+    opens.push(SeccompRule::new(vec![opens_cached])?);
+    rules.push((call, opens));
     apply(vec![asks()?], SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))?;
     apply(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }

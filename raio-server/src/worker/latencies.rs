@@ -50,7 +50,7 @@ impl Latencies {
 
     /// Whether a request that has come is measured.
     pub fn measures(&mut self, opcode: Opcode) -> bool {
-        if !matches!(opcode, Opcode::Read | Opcode::Write) {
+        if !matches!(opcode, Opcode::Read | Opcode::Write | Opcode::Get | Opcode::Stat | Opcode::StatPath) {
             return true;
         }
         self.data_requests = self.data_requests.wrapping_add(1);

@@ -7,14 +7,16 @@ use std::sync::Arc;
 use raio_transport::error::Class;
 use raio_transport::memory::Slot;
 use raio_transport::protocol::path::PathCommand;
-use raio_transport::protocol::{FLAG_SET_MODE, FileStatus, Opcode};
-use raio_transport::transport::{Response, SlotRange};
+use raio_transport::protocol::{Direction, FLAG_NOFOLLOW, FLAG_SET_MODE, FileStatus, Opcode};
+use raio_transport::transport::{self, RequestKey, Response, ServerTransport, SlotRange};
 use raio_transport::{Status, random};
 use rustix::fs::FileType;
 use zerocopy::IntoBytes;
 
 use super::Worker;
+use super::admission::{Decision, Demand};
 use super::connections::Connection;
+use super::pipeline::unsent_bytes;
 use crate::audit::Audited;
 use crate::export::{Export, Found, Located, special_bits};
 use crate::limits::Excess;
@@ -23,14 +25,96 @@ use crate::log::log_client;
 use crate::names::{Other, PathAnswer, PathResult, PathTask, creates, next_page, verb};
 use crate::rejection::Rejection;
 use crate::request::{ListNext, Work, failure, success};
+use crate::tuning::cached_files;
 use crate::tuning::listings::PAGE_BYTES_MIN;
 
 /// What the pool returns of an operation on a path: how it ended, and its memory if that was not used.
 pub(super) type PathEnd = (PathResult, Option<SlotRange>);
 
 impl Worker {
-    /// The work that an operation on a path means, or the response.
-    pub(super) fn path(&mut self, connection: usize, command: &PathCommand<'_>) -> Result<Work, Response> {
+    /// The work that an operation on a path means, or the response. None: it was answered.
+    pub(super) fn path(
+        &mut self,
+        connection: usize,
+        request: &transport::Request,
+        command: &PathCommand<'_>,
+    ) -> Option<Result<Work, Response>> {
+        let work = self.path_work(connection, command);
+        if let Ok(Work::Path(task)) = &work
+            && self.answer_from_cache(connection, request.key, task)
+        {
+            return None;
+        }
+        Some(work)
+    }
+
+    /// Carries out and answers what the kernel's memory can answer without waiting. Whether it has; if not,
+    /// nothing has happened.
+    fn answer_from_cache(&mut self, connection: usize, name: RequestKey, task: &Arc<PathTask>) -> bool {
+        let PathTask { opcode, at, .. } = &**task;
+        let is_get = match opcode {
+            Opcode::StatPath => false,
+            Opcode::Get if task.length <= cached_files::BYTES_MAX => true,
+            _ => return false,
+        };
+        // It does not overtake its connection's own requests, nor what else has to wait.
+        if task.flow.is_some()
+            || self.admission.is_waiting(connection)
+            || (task.audited.is_some() && self.holds_back_opens())
+        {
+            return false;
+        }
+        let bytes = task.length as usize;
+        let shared = Arc::clone(&self.shared);
+        let export = &shared.exports.all()[at.export];
+        let nofollow = task.flags & FLAG_NOFOLLOW != 0;
+        let slot = if is_get && bytes > 0 {
+            let demand = Demand { connection, bytes, export: None };
+            let unsent = &unsent_bytes(&self.transport, &self.connections);
+            if self.admission.decide(&demand, &self.arena, unsent) != Decision::Admit {
+                return false;
+            }
+            let Some(slot) = self.arena.alloc(bytes) else { return false };
+            Some(slot)
+        } else {
+            None
+        };
+        let mut data = slot.map(|slot| SlotRange { slot, start: 0, len: bytes });
+        let found = if is_get {
+            let room = data.as_mut().map_or(&mut [][..], SlotRange::bytes_mut);
+            self.cached.get(export, at, nofollow, room)
+        } else {
+            self.cached.stat(export, at, nofollow).map(|info| info.map(|info| (0, info)))
+        };
+        let response = match found {
+            None => return false,
+            Some(Ok((read, info))) => {
+                if let Some(data) = &mut data {
+                    data.len = read;
+                }
+                Response { body: info.status.as_bytes().into(), data, ..success(read as u64) }
+            }
+            Some(Err(errno)) => {
+                let Rejection { status, text } = at.failed(verb(*opcode), errno);
+                failure(status, &text)
+            }
+        };
+        if let (Some(audit), Some(audited)) = (&self.shared.audit, &task.audited) {
+            let (status, result) = (response.status, response.result);
+            audit.operated(audited, None, status.is_ok().then_some(result), status.errno);
+        }
+        let moved = if is_get { response.result } else { 0 };
+        let direction = if is_get { Direction::ToClient } else { Direction::None };
+        self.count_for_export(Some(at.export), direction, response.status, moved);
+        self.counters.fast_path.add(1);
+        self.respond_now(name, *opcode, response);
+        if self.admission.spend(bytes.max(cached_files::STATUS_BYTES)) && !self.shared.spin.is_zero() {
+            self.transport.flush_early(&mut self.reactor);
+        }
+        true
+    }
+
+    fn path_work(&mut self, connection: usize, command: &PathCommand<'_>) -> Result<Work, Response> {
         let Connection { session, who, .. } = &self.connections[connection];
         let opcode = command.opcode;
         let is_page = opcode == Opcode::List;
@@ -69,7 +153,9 @@ impl Worker {
             Ok(mut task) => {
                 task.flow = self.flow(connection, task.at.export, &rights);
                 task.audited = audited;
-                task.listing = random::number().max(1);
+                if opcode == Opcode::List {
+                    task.listing = random::number().max(1);
+                }
                 // What others have left is removed where this server writes, and by its own number alone.
                 task.server = self.shared.exports.all()[task.at.export].number().unwrap_or(0);
                 Ok(Work::Path(Arc::new(task)))
@@ -215,7 +301,10 @@ impl Worker {
         let is_first = matches!(work, Work::Path(_));
         let has_bytes = matches!(request.opcode, Opcode::Get | Opcode::Put);
         let response = match result {
-            Ok(PathAnswer { result, body, data, listing }) => {
+            Ok(PathAnswer { result, body, data, listing, mount }) => {
+                if let Some(mount) = mount {
+                    self.cached.learn(mount);
+                }
                 let kept =
                     listing.filter(|_| is_first).map(|listing| self.keep_listing(connection, &listing));
                 match kept.transpose() {
