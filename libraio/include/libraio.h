@@ -15,7 +15,7 @@
  *
  * raio descriptors are not kernel file descriptors: read(2), close(2) and the like fail with EBADF for them.
  *
- * Threads.  Calls on sessions and files (start, stop, open, fstat, close, setup) are thread-safe, and block
+ * Threads.  Calls on sessions and files (start, stop, open, fstat, pread, close, setup) are thread-safe, and block
  * for a round trip. A context may be used by one thread at a time: it has no locks. The library starts no
  * threads, installs no signal handlers, and prints nothing.
  *
@@ -41,7 +41,7 @@
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
  * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
- * raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
+ * raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
  * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
  * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
  * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
@@ -101,7 +101,7 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 3
+#define RAIO_ABI_MINOR 4
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
@@ -297,6 +297,31 @@ int raio_fstat(int fd, struct stat64 *buf);
  * report EDQUOT, ENOSPC or EIO: written data may be lost then. Only an fsync before the close rules that out.
  */
 int raio_close(int fd);
+
+/*
+ * raio_pread, raio_pwrite - read or write `count` bytes at `offset` of a file, and wait for the end of it, as
+ * pread(2) and pwrite(2) do. `fd` is a file, or a session for its first file. Thread-safe. For programs that do
+ * one thing at a time; a context (raio_setup()) does many at a time, and each at less cost.
+ *
+ * Cost: a round trip. The session keeps up to 8 connections for these calls. Each is made by the first call that
+ * finds the others in use, which then takes one or two round trips longer (bounded by connect_timeout_ms), and
+ * stays until raio_stop(). With 8 calls in progress further ones wait for their turn. They count as connections of
+ * this client for the server's limits.
+ *
+ * Short counts: as raio_event.res. Fewer than `count` bytes: the end of the file, or the rest failed; the same
+ * call on the rest returns which. Any count; more than the server's --io-max is sent in parts. Signals do not
+ * interrupt the call. After a lost connection the call waits until the session goes on. A forked child has EBADF.
+ * raio_stop() in another thread ends the call with ENOTCONN, and `buf` is not accessed afterwards; the same is
+ * true of call_timeout_ms, after which the request is cancelled (ETIMEDOUT; cancelling takes at most the request
+ * timeout longer). A write that fails with ETIMEDOUT, ENOTCONN, ECONNRESET or EPIPE may or may not have been
+ * done, and may still reach the file.
+ *
+ * Returns the bytes read or written, 0 at the end of the file, or -1 with errno: EBADF, EINVAL (negative offset,
+ * NULL, a count beyond SSIZE_MAX), EFAULT (a write from unreadable memory), those of raio_setup(), those of an
+ * event.
+ */
+ssize_t raio_pread(int fd, void *buf, size_t count, long long offset);
+ssize_t raio_pwrite(int fd, const void *buf, size_t count, long long offset);
 
 /* Contexts ---------------------------------------------------------------------------------------------- */
 

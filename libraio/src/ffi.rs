@@ -10,10 +10,11 @@
 //!
 //! Each module uses only those above it:
 //!
-//! - `handle`, `errors`, `descriptor`, `probe`, `eventfd`, `lent`, `file_cache`: parts;
+//! - `handle`, `errors`, `probe`, `eventfd`, `lent`: parts;
+//! - `sync_contexts`, `descriptor`, `file_cache`: what descriptors stand for;
 //! - `state`: what the handles hold;
 //! - `abi`: structures and numbers of the header;
-//! - `session`, `file`, `memory`, `context`, `submit`, `events`: the calls, by family.
+//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `sync_io`: the calls, by family.
 
 #![allow(non_camel_case_types)]
 
@@ -32,6 +33,8 @@ mod probe;
 mod session;
 mod state;
 mod submit;
+mod sync_contexts;
+mod sync_io;
 
 pub use abi::{raio_abi_version, raio_event, raio_iocb, raio_iocb_common, raio_options, raio_stats};
 pub use context::{raio_destroy, raio_get_stats, raio_poll_fd, raio_setup};
@@ -43,3 +46,4 @@ pub use memory::{raio_alloc, raio_crc32c, raio_dereg_mr, raio_free, raio_reg_mr}
 pub use session::{raio_connect, raio_start, raio_stop};
 pub use state::{ContextState, Registration, raio_context, raio_mr};
 pub use submit::raio_submit;
+pub use sync_io::{raio_pread, raio_pwrite};

@@ -340,6 +340,11 @@ impl Session {
         self.shared.why_tcp.as_deref()
     }
 
+    /// What bounds a call that waits for an answer: [`Options::call_timeout`].
+    pub(crate) fn call_timeout(&self) -> Duration {
+        self.shared.options.call_timeout
+    }
+
     /// Ends the session: its control connection closes, and with it every open file on the server. Contexts
     /// that are left keep their connections until they are dropped. A call that another thread has under way
     /// fails at once, with ENOTCONN.

@@ -65,6 +65,14 @@ pub(crate) const RESUME_GRACE: Duration = Duration::from_secs(1);
 /// journal. Not measured.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Connections of a session for calls that wait for their I/O (`raio_pread`): as many calls run at the same
+/// time, others wait for their turn. Few, as each takes a connection of the server's limit. Not measured.
+pub(crate) const SYNC_CONTEXTS_MAX: usize = 8;
+
+/// Requests outstanding on each of them: parts of a long read or write, so that the server works while data
+/// is on its way. Not measured.
+pub(crate) const SYNC_DEPTH: usize = 4;
+
 /// Default of `spin`: how long a wait polls before it sleeps. As long as a round trip over a local network
 /// and a read of the page cache take; the busy-polling itself adapts (`raio_transport::busy_poll`). Measured
 /// at depth 1: without it IOPS are a fifth.

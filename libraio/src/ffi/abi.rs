@@ -4,7 +4,7 @@ use std::ffi::{c_int, c_uint, c_ulong, c_ulonglong, c_void};
 
 use super::state::raio_mr;
 
-pub(super) const ABI_VERSION: c_uint = 3;
+pub(super) const ABI_VERSION: c_uint = 4;
 pub(super) const IOV_MAX: u64 = 1_024;
 
 pub(super) const CMD_PREAD: c_int = 0;

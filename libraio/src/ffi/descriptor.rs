@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use raio_transport::memory::process;
 
+use super::sync_contexts::SyncContexts;
 use crate::error::Error;
 use crate::file::File;
 use crate::session::Session;
@@ -48,6 +49,8 @@ struct SessionEntry {
     first: First,
     /// Addresses of its contexts.
     contexts: Vec<usize>,
+    /// Those of calls that wait for their I/O.
+    sync: Arc<SyncContexts>,
 }
 
 #[derive(Debug)]
@@ -122,7 +125,9 @@ fn no_file(fd: i32) -> Error {
 
 /// A descriptor for a session.
 pub(super) fn add_session(session: Session) -> i32 {
-    let entry = SessionEntry { session: Arc::new(session), first: First::NotYet, contexts: Vec::new() };
+    let session = Arc::new(session);
+    let sync = Arc::new(SyncContexts::new(Arc::clone(&session)));
+    let entry = SessionEntry { session, first: First::NotYet, contexts: Vec::new(), sync };
     with(|table| table.insert(Entry::Session(entry)))
 }
 
@@ -164,6 +169,12 @@ pub(super) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
     })
 }
 
+/// The file that `fd` stands for, and its session's contexts for calls that wait.
+pub(super) fn file_to_use(fd: i32) -> Result<(Arc<File>, Arc<SyncContexts>), Error> {
+    let (file, session) = file(fd)?;
+    with(|table| Ok((file, Arc::clone(&table.session(session)?.sync))))
+}
+
 /// Takes the file that `fd` stands for out of the table.
 pub(super) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     let file = with(|table| match table.entries.get_mut(&fd) {
@@ -194,10 +205,11 @@ pub(super) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Erro
         files.extend(
             table.entries.extract_if(|_, entry| matches!(entry, Entry::File(_, session) if *session == fd)),
         );
-        Ok((entry.session, entry.contexts, entry.first))
+        Ok((entry.session, entry.contexts, entry.first, entry.sync))
     });
     EPOCH.fetch_add(1, Ordering::AcqRel);
-    let (session, contexts, first) = removed?;
+    let (session, contexts, first, sync) = removed?;
+    sync.stop();
     // The server closes the files with the session: nobody needs to tell it of each.
     session.stop();
     drop((files, first));

@@ -178,6 +178,11 @@ fn every_kind_of_io_does_what_the_header_says() {
 }
 
 #[test]
+fn programs_that_do_one_thing_at_a_time_and_bindings_have_simple_calls() {
+    program_passes("simple");
+}
+
+#[test]
 fn the_same_over_a_unix_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("socket").display().to_string();

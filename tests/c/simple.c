@@ -1,0 +1,116 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * A program that does one thing at a time, and bindings: synchronous reads and writes by descriptor alone, from
+ * several threads.
+ */
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include "check.h"
+
+#define THREADS 12
+#define ROUNDS 40
+#define LONG_BYTES (3 << 20)
+
+static int shared_file;
+
+static void *write_and_read_back(void *argument)
+{
+	unsigned int seed = (unsigned int)(size_t)argument;
+	unsigned char out[5000], in[5000];
+	long long offset;
+	int i;
+
+	for (i = 0; i < ROUNDS; i++) {
+		offset = (seed * ROUNDS + i) * (long long)sizeof(out);
+		fill_pattern(out, sizeof(out), seed, offset);
+		EQ(raio_pwrite(shared_file, out, sizeof(out), offset), sizeof(out));
+		EQ(raio_pread(shared_file, in, sizeof(in), offset), sizeof(in));
+		CHECK(is_pattern(in, sizeof(in), seed, offset));
+	}
+	return NULL;
+}
+
+static void reads_and_writes(int fd, int file)
+{
+	static unsigned char out[LONG_BYTES], in[LONG_BYTES];
+	char path[64];
+	int other;
+
+	EQ(raio_pread(file, in, 1000, 0), 1000);
+	CHECK(is_data_bin(in, 1000, 0));
+	EQ(raio_pread(file, in, 1000, DATA_BIN_BYTES - 10), 10);
+	CHECK(is_data_bin(in, 10, DATA_BIN_BYTES - 10));
+	EQ(raio_pread(file, in, 1000, DATA_BIN_BYTES), 0);
+	EQ(raio_pread(file, NULL, 0, 5), 0);
+	FAILS(raio_pread(file, NULL, 1, 0), EINVAL);
+	FAILS(raio_pread(file, in, 1, -1), EINVAL);
+	FAILS(raio_pread(file, in, (size_t)-1, 0), EINVAL);
+	FAILS(raio_pread(12345, in, 1, 0), EBADF);
+	FAILS(raio_pwrite(file, in, 1, 0), EBADF);
+
+	other = raio_open(fd, fresh_path(path, sizeof(path), "simple"), O_RDWR | O_CREAT);
+	MUST(other > 0);
+	fill_pattern(out, sizeof(out), 3, 0);
+	EQ(raio_pwrite(other, out, sizeof(out), 77), sizeof(out));
+	EQ(raio_pread(other, in, sizeof(in), 77), sizeof(in));
+	CHECK(is_pattern(in, sizeof(in), 3, 0));
+	EQ(raio_close(other), 0);
+	FAILS(raio_pread(other, in, 1, 0), EBADF);
+}
+
+static void unreadable_memory_is_an_error(int file)
+{
+	void *page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	MUST(page != MAP_FAILED);
+	FAILS(raio_pwrite(file, page, 10, 0), EFAULT);
+	munmap(page, 4096);
+}
+
+static void threads_share_a_file(void)
+{
+	pthread_t threads[THREADS];
+	size_t i;
+
+	for (i = 0; i < THREADS; i++)
+		MUST(pthread_create(&threads[i], NULL, write_and_read_back, (void *)i) == 0);
+	for (i = 0; i < THREADS; i++)
+		pthread_join(threads[i], NULL);
+}
+
+static void a_child_has_none_of_it(int file)
+{
+	char byte;
+	int status;
+	pid_t child = fork();
+
+	MUST(child >= 0);
+	if (!child)
+		_exit(raio_pread(file, &byte, 1, 0) == -1 && errno == EBADF ? 0 : 1);
+	MUST(waitpid(child, &status, 0) == child);
+	EQ(status, 0);
+	EQ(raio_pread(file, &byte, 1, 0), 1);
+}
+
+int main(int argc, char **argv)
+{
+	char path[64], byte = 'x';
+	int fd;
+
+	begin(argc, argv);
+	fd = session(argv);
+	/* The session itself is the first file. */
+	EQ(raio_open(fd, "/ro/data.bin", O_RDONLY), 0);
+	reads_and_writes(fd, fd);
+	shared_file = raio_open(fd, fresh_path(path, sizeof(path), "simple"), O_RDWR | O_CREAT);
+	MUST(shared_file > 0);
+	threads_share_a_file();
+	unreadable_memory_is_an_error(shared_file);
+	a_child_has_none_of_it(shared_file);
+	EQ(raio_stop(fd), 0);
+	FAILS(raio_pwrite(shared_file, &byte, 1, 0), EBADF);
+	FAILS(raio_pread(fd, &byte, 1, 0), EBADF);
+	return finish("simple");
+}
