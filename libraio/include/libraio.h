@@ -505,7 +505,33 @@ unsigned int raio_abi_version(void);
 
 /* Preparing control blocks ------------------------------------------------------------------------------ */
 
-/* Each zeroes the iocb, including `data`, and sets it up. Set `data` afterwards. */
+/*
+ * Each raio_prep_* zeroes the iocb, including `data`, and sets it up. Set `data` afterwards. The raio_set_*
+ * come after it.
+ *
+ * These functions are inline, and the library exports them under the same names, for bindings that cannot
+ * compile C. A program that defines RAIO_NO_INLINE before the first #include calls those of the library.
+ */
+
+#ifdef RAIO_NO_INLINE
+
+void raio_prep_pread(struct raio_iocb *iocb, int fd, void *buf, size_t count, long long offset,
+		raio_mr_t mr);
+void raio_prep_pwrite(struct raio_iocb *iocb, int fd, void *buf, size_t count, long long offset,
+		raio_mr_t mr);
+void raio_prep_preadv(struct raio_iocb *iocb, int fd, const struct iovec *iov, int iovcnt,
+		long long offset, raio_mr_t mr);
+void raio_prep_pwritev(struct raio_iocb *iocb, int fd, const struct iovec *iov, int iovcnt,
+		long long offset, raio_mr_t mr);
+void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only);
+void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes);
+void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes);
+void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes,
+		int keep_size);
+void raio_set_eventfd(struct raio_iocb *iocb, int eventfd);
+void raio_set_crc(struct raio_iocb *iocb, unsigned int crc);
+
+#else /* RAIO_NO_INLINE */
 
 static inline void raio_prep_(struct raio_iocb *iocb, int opcode, int fd, void *buf,
 			      unsigned long long nbytes, long long offset, raio_mr_t mr)
@@ -615,6 +641,8 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
 	iocb->u.c.flags |= RAIO_IOCB_CRC;
 	iocb->crc = crc;
 }
+
+#endif /* RAIO_NO_INLINE */
 
 #ifdef __cplusplus
 }

@@ -14,7 +14,7 @@
 //! - `sync_contexts`, `descriptor`, `file_cache`: what descriptors stand for;
 //! - `state`: what the handles hold;
 //! - `abi`: structures and numbers of the header;
-//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `sync_io`: the calls, by family.
+//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `sync_io`, `prep`: the calls, by family.
 
 #![allow(non_camel_case_types)]
 
@@ -29,6 +29,7 @@ mod file_cache;
 mod handle;
 mod lent;
 mod memory;
+mod prep;
 mod probe;
 mod session;
 mod state;
@@ -43,6 +44,10 @@ pub use events::{raio_cancel, raio_event_errmsg, raio_getevents, raio_release};
 pub use file::{raio_close, raio_fstat, raio_open, raio_open_mode};
 pub use handle::Handle;
 pub use memory::{raio_alloc, raio_crc32c, raio_dereg_mr, raio_free, raio_reg_mr};
+pub use prep::{
+    raio_prep_allocate, raio_prep_discard, raio_prep_fsync, raio_prep_pread, raio_prep_preadv,
+    raio_prep_pwrite, raio_prep_pwritev, raio_prep_write_zeroes, raio_set_crc, raio_set_eventfd,
+};
 pub use session::{raio_connect, raio_start, raio_stop};
 pub use state::{ContextState, Registration, raio_context, raio_mr};
 pub use submit::raio_submit;

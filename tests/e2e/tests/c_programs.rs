@@ -103,7 +103,7 @@ fn program_passes(name: &str) {
 
 #[test]
 fn the_header_compiles_as_c99_c11_and_cxx17_and_its_layout_is_pinned() {
-    for name in ["compile-c99", "compile-c11", "compile-cxx17", "layout"] {
+    for name in ["compile-c99", "compile-c11", "compile-cxx17", "compile-no-inline", "layout"] {
         passes(command(&programs().join("plain").join(name), None));
     }
 }
