@@ -205,6 +205,8 @@ struct raio_options {
 #define RAIO_OPT_NO_RECONNECT	(1u << 3)	/* a session ends with its connection */
 #define RAIO_OPT_NO_CRC		(1u << 4)	/* no CRC32C but that of iocbs with RAIO_IOCB_CRC */
 #define RAIO_OPT_NO_KEYS	(1u << 5)	/* connect in the clear, also to a server in the key directory */
+#define RAIO_OPT_FD_ALWAYS	(1u << 6)	/* raio_open() returns a new descriptor > 0 for each file, also
+						   the first, and the session's descriptor names none */
 
 /*
  * raio_start - opens a session to the server at `addr`. `transport` is "tcp" or "rdma", for IPv4 and IPv6, or
@@ -265,7 +267,8 @@ int raio_stop(int fd);
  * raio_open_mode().
  *
  * Returns 0 for the first successful open of a session: from then on the session's own descriptor also names
- * that file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno:
+ * that file, until raio_close(). Each further open returns a new descriptor > 0, as the first one does in a
+ * session with RAIO_OPT_FD_ALWAYS. On failure -1 with errno:
  * EBADF (fd is not a session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST,
  * EISDIR, EXDEV (the path leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular
  * file nor a block device), ENXIO (the device, or the export's mount, is missing), ETIMEDOUT (if the server

@@ -104,6 +104,7 @@ PIN(opt_redo, RAIO_OPT_REDO == 4);
 PIN(opt_no_reconnect, RAIO_OPT_NO_RECONNECT == 8);
 PIN(opt_no_crc, RAIO_OPT_NO_CRC == 16);
 PIN(opt_no_keys, RAIO_OPT_NO_KEYS == 32);
+PIN(opt_fd_always, RAIO_OPT_FD_ALWAYS == 64);
 PIN(abi_major, RAIO_ABI_MAJOR == 0);
 PIN(abi_version, RAIO_ABI_VERSION == ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR));
 

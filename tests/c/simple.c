@@ -94,6 +94,30 @@ static void a_child_has_none_of_it(int file)
 	EQ(raio_pread(file, &byte, 1, 0), 1);
 }
 
+static void each_file_has_a_descriptor_of_its_own(char **argv)
+{
+	int fd = session_with(argv, RAIO_OPT_FD_ALWAYS), first, second;
+	raio_context_t ctx = NULL;
+	char bytes[10];
+
+	first = raio_open(fd, "/ro/data.bin", O_RDONLY);
+	second = raio_open(fd, "/ro/empty", O_RDONLY);
+	CHECK(first > 0 && second > 0 && first != second && first != fd && second != fd);
+	FAILS(raio_pread(fd, bytes, 1, 0), EBADF);
+	EQ(raio_pread(first, bytes, sizeof(bytes), 3), sizeof(bytes));
+	CHECK(is_data_bin(bytes, sizeof(bytes), 3));
+	EQ(raio_pread(second, bytes, sizeof(bytes), 0), 0);
+	EQ(raio_setup(fd, 4, &ctx), 0);
+	EQ(read_at(ctx, fd, bytes, 1, 0), -EBADF);
+	EQ(read_at(ctx, first, bytes, 1, 0), 1);
+	EQ(raio_destroy(ctx), 0);
+	FAILS(raio_close(fd), EBADF);
+	EQ(raio_close(first), 0);
+	first = raio_open(fd, "/ro/data.bin", O_RDONLY);
+	CHECK(first > 0);
+	EQ(raio_stop(fd), 0);
+}
+
 int main(int argc, char **argv)
 {
 	char path[64], byte = 'x';
@@ -112,5 +136,6 @@ int main(int argc, char **argv)
 	EQ(raio_stop(fd), 0);
 	FAILS(raio_pwrite(shared_file, &byte, 1, 0), EBADF);
 	FAILS(raio_pread(fd, &byte, 1, 0), EBADF);
+	each_file_has_a_descriptor_of_its_own(argv);
 	return finish("simple");
 }

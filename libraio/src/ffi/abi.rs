@@ -31,6 +31,7 @@ pub(super) const OPT_REDO: c_uint = 1 << 2;
 pub(super) const OPT_NO_RECONNECT: c_uint = 1 << 3;
 pub(super) const OPT_NO_CRC: c_uint = 1 << 4;
 pub(super) const OPT_NO_KEYS: c_uint = 1 << 5;
+pub(super) const OPT_FD_ALWAYS: c_uint = 1 << 6;
 
 /// `struct raio_iocb_common`
 #[repr(C)]

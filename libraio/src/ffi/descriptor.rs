@@ -57,7 +57,8 @@ struct SessionEntry {
 enum First {
     NotYet,
     Open(Arc<File>),
-    Closed,
+    /// It was closed, or there is to be none.
+    None,
 }
 
 /// Changes whenever a descriptor ends, or comes to stand for another file.
@@ -123,15 +124,27 @@ fn no_file(fd: i32) -> Error {
     )
 }
 
+/// Whether the first file of a session gets a descriptor of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FirstFile {
+    IsTheSession,
+    HasItsOwn,
+}
+
 /// A descriptor for a session.
-pub(super) fn add_session(session: Session) -> i32 {
+pub(super) fn add_session(session: Session, first_file: FirstFile) -> i32 {
+    let first = match first_file {
+        FirstFile::IsTheSession => First::NotYet,
+        FirstFile::HasItsOwn => First::None,
+    };
     let session = Arc::new(session);
     let sync = Arc::new(SyncContexts::new(Arc::clone(&session)));
-    let entry = SessionEntry { session, first: First::NotYet, contexts: Vec::new(), sync };
+    let entry = SessionEntry { session, first, contexts: Vec::new(), sync };
     with(|table| table.insert(Entry::Session(entry)))
 }
 
-/// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first.
+/// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first, unless that is to
+/// have its own.
 pub(super) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
     let file = Arc::new(file);
     with(|table| {
@@ -178,7 +191,7 @@ pub(super) fn file_to_use(fd: i32) -> Result<(Arc<File>, Arc<SyncContexts>), Err
 /// Takes the file that `fd` stands for out of the table.
 pub(super) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     let file = with(|table| match table.entries.get_mut(&fd) {
-        Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::Closed) {
+        Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::None) {
             First::Open(file) => Ok(file),
             other => {
                 entry.first = other;
