@@ -40,7 +40,7 @@
  * process has used RDMA its children cannot: raio_connect() fails with EPROTONOSUPPORT there, or uses TCP.
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
- * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
+ * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(), raio_stat_fd(),
  * raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
  * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
  * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
@@ -284,11 +284,46 @@ int raio_open_mode(int fd, const char *pathname, int flags, mode_t mode);
  * raio_fstat - gets the file's current status from the server. `fd` is a file, or a session for its first
  * file. For a block device st_size is its capacity in bytes.
  *
- * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include.
+ * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include. raio_stat_fd()
+ * needs neither.
  *
  * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ETIMEDOUT, ENOTCONN, ECONNRESET, EPIPE.
  */
 int raio_fstat(int fd, struct stat64 *buf);
+
+/*
+ * The status of a file, the same on each system. Nanoseconds count from 1970-01-01 UTC, and are negative before.
+ * `size` is first, so that later versions can append fields.
+ */
+struct raio_stat {
+	unsigned long long size;		/* bytes of this struct that were filled in */
+	unsigned long long file_bytes;		/* length; of a block device its capacity */
+	unsigned long long blocks;		/* allocated, of 512 bytes */
+	unsigned long long inode;
+	unsigned long long device;		/* that holds the file, as makedev(3) has it on the server */
+	unsigned long long rdevice;		/* of a device file: the device that it is */
+	long long accessed_ns;
+	long long modified_ns;			/* the contents */
+	long long changed_ns;			/* the status */
+	unsigned int mode;			/* type and permissions, as st_mode */
+	unsigned int links;
+	unsigned int uid;			/* on the server */
+	unsigned int gid;
+	unsigned int block_bytes;		/* preferred I/O size */
+	unsigned int direct_align;		/* offsets and lengths of writes must be multiples of this: 1
+						   unless the file was opened with O_DIRECT */
+	unsigned char identity[16];		/* the same as long as it is the same file, another for any
+						   other file; zeros if the server cannot tell */
+	unsigned long long verifier;		/* changes when acknowledged writes without a later fsync
+						   may be lost */
+};
+
+/*
+ * raio_stat_fd - raio_fstat() with the whole status that the server has. Fills in at most `size` bytes of *buf.
+ *
+ * Returns and fails as raio_fstat(); EINVAL also for a size that does not reach beyond the first field.
+ */
+int raio_stat_fd(int fd, struct raio_stat *buf, size_t size);
 
 /*
  * raio_close - closes a file, or the first file of a session (the session continues until raio_stop()). I/O

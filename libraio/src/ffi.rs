@@ -37,11 +37,13 @@ mod submit;
 mod sync_contexts;
 mod sync_io;
 
-pub use abi::{raio_abi_version, raio_event, raio_iocb, raio_iocb_common, raio_options, raio_stats};
+pub use abi::{
+    raio_abi_version, raio_event, raio_iocb, raio_iocb_common, raio_options, raio_stat, raio_stats,
+};
 pub use context::{raio_destroy, raio_get_stats, raio_poll_fd, raio_setup};
 pub use errors::raio_errmsg;
 pub use events::{raio_cancel, raio_event_errmsg, raio_getevents, raio_release};
-pub use file::{raio_close, raio_fstat, raio_open, raio_open_mode};
+pub use file::{raio_close, raio_fstat, raio_open, raio_open_mode, raio_stat_fd};
 pub use handle::Handle;
 pub use memory::{raio_alloc, raio_crc32c, raio_dereg_mr, raio_free, raio_reg_mr};
 pub use prep::{

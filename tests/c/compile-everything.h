@@ -9,6 +9,7 @@ struct every_call {
 	int (*open_mode)(int, const char *, int, mode_t);
 	int (*fstat)(int, struct stat64 *);
 	int (*close)(int);
+	int (*stat_fd)(int, struct raio_stat *, size_t);
 	ssize_t (*pread)(int, void *, size_t, long long);
 	ssize_t (*pwrite)(int, const void *, size_t, long long);
 	int (*setup)(int, int, raio_context_t *);
@@ -31,7 +32,7 @@ struct every_call {
 
 static const struct every_call every_call = {
 	raio_start,  raio_connect, raio_stop,    raio_open,      raio_open_mode, raio_fstat,  raio_close,
-	raio_pread,  raio_pwrite,
+	raio_stat_fd, raio_pread, raio_pwrite,
 	raio_setup,  raio_destroy, raio_submit,  raio_getevents, raio_release,   raio_cancel, raio_poll_fd,
 	raio_reg_mr, raio_dereg_mr, raio_alloc,  raio_free,      raio_get_stats, raio_errmsg, raio_event_errmsg, raio_crc32c, raio_abi_version,
 };

@@ -76,6 +76,26 @@ AT(raio_stats, lost, 128);
 AT(raio_stats, checksum_errors, 136);
 AT(raio_stats, crc, 144);
 
+SIZE(raio_stat, 120);
+AT(raio_stat, size, 0);
+AT(raio_stat, file_bytes, 8);
+AT(raio_stat, blocks, 16);
+AT(raio_stat, inode, 24);
+AT(raio_stat, device, 32);
+AT(raio_stat, rdevice, 40);
+AT(raio_stat, accessed_ns, 48);
+AT(raio_stat, modified_ns, 56);
+AT(raio_stat, changed_ns, 64);
+AT(raio_stat, mode, 72);
+AT(raio_stat, links, 76);
+AT(raio_stat, uid, 80);
+AT(raio_stat, gid, 84);
+AT(raio_stat, block_bytes, 88);
+AT(raio_stat, direct_align, 92);
+AT(raio_stat, identity, 96);
+AT(raio_stat, verifier, 112);
+WIDTH(raio_stat, identity, 16);
+
 PIN(pread, RAIO_CMD_PREAD == 0);
 PIN(pwrite, RAIO_CMD_PWRITE == 1);
 PIN(preadv, RAIO_CMD_PREADV == 2);

@@ -183,7 +183,7 @@ static void connect_(char **argv)
 	options.size = sizeof(options);
 	options.flags = 1u << 31;
 	FAILS(raio_connect(url, &options), EINVAL);
-	options.flags = 1u << 6;
+	options.flags = 1u << 31;
 	FAILS(raio_connect(url, &options), EINVAL);
 	options.flags = RAIO_OPT_CRC | RAIO_OPT_NO_CRC;
 	FAILS(raio_connect(url, &options), EINVAL);

@@ -60,6 +60,44 @@ static void reads_and_writes(int fd, int file)
 	FAILS(raio_pread(other, in, 1, 0), EBADF);
 }
 
+static void the_status_has_what_fstat_has_and_more(int file)
+{
+	struct raio_stat status, shorter;
+	struct stat64 st;
+
+	memset(&status, 0xff, sizeof(status));
+	MUST(raio_fstat(file, &st) == 0);
+	EQ(raio_stat_fd(file, &status, sizeof(status)), 0);
+	EQ(status.size, sizeof(status));
+	EQ(status.file_bytes, DATA_BIN_BYTES);
+	EQ(status.file_bytes, st.st_size);
+	EQ(status.blocks, st.st_blocks);
+	EQ(status.inode, st.st_ino);
+	EQ(status.device, st.st_dev);
+	EQ(status.rdevice, st.st_rdev);
+	EQ(status.mode, st.st_mode);
+	EQ(status.links, st.st_nlink);
+	EQ(status.uid, st.st_uid);
+	EQ(status.gid, st.st_gid);
+	EQ(status.block_bytes, st.st_blksize);
+	EQ(status.direct_align, 1);
+	EQ(status.modified_ns, st.st_mtim.tv_sec * 1000000000LL + st.st_mtim.tv_nsec);
+	EQ(status.changed_ns, st.st_ctim.tv_sec * 1000000000LL + st.st_ctim.tv_nsec);
+	CHECK(!is_all(status.identity, sizeof(status.identity), 0));
+
+	/* A program of an earlier header passes a smaller size, one of a later header a larger. */
+	memset(&shorter, 0xff, sizeof(shorter));
+	EQ(raio_stat_fd(file, &shorter, 24), 0);
+	EQ(shorter.size, 24);
+	EQ(shorter.blocks, st.st_blocks);
+	CHECK(is_all(&shorter.inode, sizeof(shorter) - 24, 0xff));
+	EQ(raio_stat_fd(file, &status, sizeof(status) + 8), 0);
+	EQ(status.size, sizeof(status));
+	FAILS(raio_stat_fd(file, &status, 8), EINVAL);
+	FAILS(raio_stat_fd(file, NULL, sizeof(status)), EINVAL);
+	FAILS(raio_stat_fd(12345, &status, sizeof(status)), EBADF);
+}
+
 static void unreadable_memory_is_an_error(int file)
 {
 	void *page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -128,6 +166,7 @@ int main(int argc, char **argv)
 	/* The session itself is the first file. */
 	EQ(raio_open(fd, "/ro/data.bin", O_RDONLY), 0);
 	reads_and_writes(fd, fd);
+	the_status_has_what_fstat_has_and_more(fd);
 	shared_file = raio_open(fd, fresh_path(path, sizeof(path), "simple"), O_RDWR | O_CREAT);
 	MUST(shared_file > 0);
 	threads_share_a_file();
