@@ -43,7 +43,8 @@
  * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(), raio_stat_fd(),
  * raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
  * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
- * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
+ * a silent server, and to raio_cancel() with any server. raio_set_timeout() bounds an iocb. raio_getevents()
+ * has its own timeout: with NULL it
  * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
  * signal interrupts only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
  *
@@ -118,11 +119,14 @@ enum raio_iocb_cmd {
 	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
 };
 
-/* raio_iocb_common.flags; every other bit must be 0 */
+/* raio_iocb_common.flags; every other bit must be 0. The upper 20 bits are a timeout: see raio_set_timeout(). */
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
 #define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file size does not change */
 #define RAIO_IOCB_CRC		(1u << 3)	/* checksums for this iocb, see raio_set_crc() */
+#define RAIO_IOCB_TIMEOUT_SHIFT	12
+#define RAIO_IOCB_TIMEOUT_MS(ms) ((unsigned int)(ms) << RAIO_IOCB_TIMEOUT_SHIFT)
+#define RAIO_IOCB_TIMEOUT_MAX	0xfffffu	/* milliseconds, over 17 minutes */
 
 struct raio_iocb_common {
 	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
@@ -568,6 +572,7 @@ void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsign
 		int keep_size);
 void raio_set_eventfd(struct raio_iocb *iocb, int eventfd);
 void raio_set_crc(struct raio_iocb *iocb, unsigned int crc);
+void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms);
 
 #else /* RAIO_NO_INLINE */
 
@@ -678,6 +683,30 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
 {
 	iocb->u.c.flags |= RAIO_IOCB_CRC;
 	iocb->crc = crc;
+}
+
+/*
+ * Has an iocb complete with -ETIMEDOUT when it is not over `timeout_ms` milliseconds after raio_submit(). Call it
+ * after raio_prep_*; the iocb keeps it when it is submitted again. 0: no timeout, as before. More than
+ * RAIO_IOCB_TIMEOUT_MAX counts as that.
+ *
+ * If the iocb was sent, the server is asked to cancel it. -ETIMEDOUT without RAIO_RES2_UNKNOWN: it was not done,
+ * and will not be. If the server cannot cancel it any more, or does not answer within 50 ms, the iocb completes
+ * nevertheless, and its buffer is the program's again. A write, or another change of the file, then has
+ * RAIO_RES2_UNKNOWN: it may have been done, or may yet be. The request keeps its place in the queue depth until
+ * the server answers. Over RDMA, where the server may still reach the buffer, the iocb completes when the server
+ * has answered; if it was too late to cancel, as if there were no timeout. An iocb longer than `io_bytes_max`
+ * completes with the bytes that were done without a gap from its start, if there are any.
+ *
+ * The library has no threads: it looks at timeouts within raio_getevents() and raio_cancel(). raio_poll_fd()
+ * becomes readable in time.
+ */
+static inline void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms)
+{
+	if (timeout_ms > RAIO_IOCB_TIMEOUT_MAX)
+		timeout_ms = RAIO_IOCB_TIMEOUT_MAX;
+	iocb->u.c.flags &= (1u << RAIO_IOCB_TIMEOUT_SHIFT) - 1;
+	iocb->u.c.flags |= RAIO_IOCB_TIMEOUT_MS(timeout_ms);
 }
 
 #endif /* RAIO_NO_INLINE */

@@ -49,6 +49,7 @@ pub use memory::{raio_alloc, raio_crc32c, raio_dereg_mr, raio_free, raio_reg_mr}
 pub use prep::{
     raio_prep_allocate, raio_prep_discard, raio_prep_fsync, raio_prep_pread, raio_prep_preadv,
     raio_prep_pwrite, raio_prep_pwritev, raio_prep_write_zeroes, raio_set_crc, raio_set_eventfd,
+    raio_set_timeout,
 };
 pub use session::{raio_connect, raio_start, raio_stop};
 pub use state::{ContextState, Registration, raio_context, raio_mr};

@@ -42,13 +42,15 @@ mod split;
 mod split_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod timeout_tests;
 mod trace;
 mod tuning;
 
 pub use context::Context;
 pub use error::Error;
 pub use file::File;
-pub use operation::{Completion, Operation, Rejected, Stats, Ticket};
+pub use operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::FileStatus;

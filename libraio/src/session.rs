@@ -91,7 +91,7 @@ impl Keys {
 }
 
 /// Whether the headers and the data of a session have checksums (CRC32C) on their way. Single operations can
-/// have them in any case: [`crate::Context::submit_with_crc`].
+/// have them in any case: [`crate::SubmitOptions::crc`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Crc {
     /// They have them over TCP to another host, if the server knows them. RDMA and TLS have better ones of

@@ -81,6 +81,16 @@ static int prepares_as_documented(void)
 	raio_prep_allocate(&iocb, 4, 9, 10, 1);
 	if (iocb.u.c.flags != RAIO_IOCB_KEEP_SIZE)
 		return 11;
+	raio_set_crc(&iocb, 5);
+	raio_set_timeout(&iocb, 1000);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC | RAIO_IOCB_TIMEOUT_MS(1000)) || iocb.crc != 5)
+		return 12;
+	raio_set_timeout(&iocb, ~0u);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC | RAIO_IOCB_TIMEOUT_MS(RAIO_IOCB_TIMEOUT_MAX)))
+		return 13;
+	raio_set_timeout(&iocb, 0);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC))
+		return 14;
 	return 0;
 }
 

@@ -110,6 +110,8 @@ PIN(eventfd, RAIO_IOCB_EVENTFD == 1);
 PIN(datasync, RAIO_IOCB_DATASYNC == 2);
 PIN(keep_size, RAIO_IOCB_KEEP_SIZE == 4);
 PIN(iocb_crc, RAIO_IOCB_CRC == 8);
+PIN(iocb_timeout, RAIO_IOCB_TIMEOUT_MS(3) == 3 << 12);
+PIN(iocb_timeout_max, RAIO_IOCB_TIMEOUT_MS(RAIO_IOCB_TIMEOUT_MAX) == 0xfffff000u);
 PIN(res2_transport, RAIO_RES2_TRANSPORT == 1);
 PIN(res2_protocol, RAIO_RES2_PROTOCOL == 2);
 PIN(res2_storage, RAIO_RES2_STORAGE == 3);

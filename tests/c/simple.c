@@ -4,6 +4,7 @@
  * several threads.
  */
 #define _GNU_SOURCE
+#include <poll.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
@@ -98,6 +99,41 @@ static void the_status_has_what_fstat_has_and_more(int file)
 	FAILS(raio_stat_fd(12345, &status, sizeof(status)), EBADF);
 }
 
+static void an_iocb_that_takes_too_long_ends(int fd, int file)
+{
+	struct raio_event events[2];
+	struct raio_iocb first, second, *ios[1] = { &second };
+	raio_context_t ctx = NULL;
+	struct pollfd poller;
+	char buf[10];
+
+	EQ(raio_setup(fd, 1, &ctx), 0);
+	/* One that is over in time. */
+	raio_prep_pread(&first, file, buf, sizeof(buf), 0, NULL);
+	raio_set_timeout(&first, 60000);
+	EQ(run_iocb(ctx, &first), sizeof(buf));
+	/* Reads into lent buffers wait until one is released. */
+	raio_prep_pread(&first, file, NULL, 10, 0, NULL);
+	ios[0] = &first;
+	EQ(raio_submit(ctx, 1, ios), 1);
+	EQ(raio_getevents(ctx, 1, 1, events, NULL), 1);
+	raio_prep_pread(&second, file, NULL, 10, 0, NULL);
+	raio_set_timeout(&second, 100);
+	ios[0] = &second;
+	poller.fd = raio_poll_fd(ctx);
+	poller.events = POLLIN;
+	EQ(raio_submit(ctx, 1, ios), 1);
+	EQ(raio_getevents(ctx, 0, 1, &events[1], NULL), 0);
+	EQ(poll(&poller, 1, 10000), 1);
+	EQ(raio_getevents(ctx, 1, 1, &events[1], NULL), 1);
+	EQ(events[1].res, -ETIMEDOUT);
+	EQ(events[1].res2, 0);
+	CHECK(events[1].obj == &second && raio_event_errmsg(ctx, &events[1])[0]);
+	EQ(raio_release(ctx, 2, events), 0);
+	EQ(read_at(ctx, file, buf, sizeof(buf), 0), sizeof(buf));
+	EQ(raio_destroy(ctx), 0);
+}
+
 static void unreadable_memory_is_an_error(int file)
 {
 	void *page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -166,6 +202,7 @@ int main(int argc, char **argv)
 	/* The session itself is the first file. */
 	EQ(raio_open(fd, "/ro/data.bin", O_RDONLY), 0);
 	reads_and_writes(fd, fd);
+	an_iocb_that_takes_too_long_ends(fd, fd);
 	the_status_has_what_fstat_has_and_more(fd);
 	shared_file = raio_open(fd, fresh_path(path, sizeof(path), "simple"), O_RDWR | O_CREAT);
 	MUST(shared_file > 0);

@@ -22,6 +22,8 @@ pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
 pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
 pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 pub(super) const IOCB_CRC: c_uint = 1 << 3;
+pub(super) const IOCB_TIMEOUT_SHIFT: u32 = 12;
+pub(super) const IOCB_TIMEOUT_MAX: c_uint = 0xf_ffff;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
 pub(super) const RES2_UNKNOWN: c_ulong = 0x200;

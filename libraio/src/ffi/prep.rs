@@ -84,6 +84,18 @@ pub unsafe extern "C" fn raio_set_eventfd(iocb: *mut raio_iocb, eventfd: c_int) 
 /// # Safety
 /// `iocb` points at an iocb.
 #[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_set_timeout(iocb: *mut raio_iocb, timeout_ms: c_uint) {
+    // SAFETY: the caller vouches for the iocb.
+    let iocb = unsafe { &mut *iocb };
+    iocb.c.flags &= (1 << IOCB_TIMEOUT_SHIFT) - 1;
+    iocb.c.flags |= timeout_ms.min(IOCB_TIMEOUT_MAX) << IOCB_TIMEOUT_SHIFT;
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `iocb` points at an iocb.
+#[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_set_crc(iocb: *mut raio_iocb, crc: c_uint) {
     // SAFETY: the caller vouches for the iocb.
     let iocb = unsafe { &mut *iocb };
