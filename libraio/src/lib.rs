@@ -14,7 +14,9 @@
 //! | layer | modules | what |
 //! |---|---|---|
 //! | 5 | `ffi` | the C API; the only module with unsafe code |
+//! | 5 | `async_context` | operations as futures |
 //! | 4 | `context` | a connection and its queue of operations: the data path |
+//! | 4 | `open_options` | how a file is opened |
 //! | 3 | `file` | an open file, and what each context has in flight on it |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
 //! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `split`, `trace` | use no other part |
@@ -22,6 +24,9 @@
 
 #![deny(unsafe_code)]
 
+mod async_context;
+#[cfg(test)]
+mod async_tests;
 mod context;
 mod control;
 mod error;
@@ -32,6 +37,7 @@ pub mod ffi;
 mod file;
 mod lent_pool;
 mod open_flags;
+mod open_options;
 mod operation;
 mod poller;
 #[cfg(test)]
@@ -47,9 +53,11 @@ mod timeout_tests;
 mod trace;
 mod tuning;
 
+pub use async_context::{AsyncContext, AsyncOperation, Progress};
 pub use context::Context;
 pub use error::Error;
 pub use file::File;
+pub use open_options::OpenOptions;
 pub use operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
