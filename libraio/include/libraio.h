@@ -353,9 +353,9 @@ int raio_close(int fd);
  * Short counts: as raio_event.res. Fewer than `count` bytes: the end of the file, or the rest failed; the same
  * call on the rest returns which. Any count; more than the server's --io-max is sent in parts. Signals do not
  * interrupt the call. After a lost connection the call waits until the session goes on. A forked child has EBADF.
- * raio_stop() in another thread ends the call with ENOTCONN, and `buf` is not accessed afterwards; the same is
- * true of call_timeout_ms, after which the request is cancelled (ETIMEDOUT; cancelling takes at most the request
- * timeout longer). A write that fails with ETIMEDOUT, ENOTCONN, ECONNRESET or EPIPE may or may not have been
+ * raio_stop() in another thread ends the call with ENOTCONN. After call_timeout_ms the request is cancelled, and
+ * the call ends with ETIMEDOUT, 0.1 s later at most; over RDMA its connection ends then if the server has not
+ * answered. In each case `buf` is not accessed any more. A write that fails with ETIMEDOUT, ENOTCONN, ECONNRESET or EPIPE may or may not have been
  * done, and may still reach the file.
  *
  * Returns the bytes read or written, 0 at the end of the file, or -1 with errno: EBADF, EINVAL (negative offset,

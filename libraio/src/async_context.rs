@@ -1,11 +1,11 @@
 //! Operations as futures, for any executor.
 //!
-//! libraio has no threads and no executor. An [`AsyncContext`] has a descriptor that is readable when there is
-//! something to do; the program waits for that with its executor, and calls [`AsyncContext::run_once`], which
-//! wakes the futures of the operations that are over:
+//! libraio has no threads and no executor. An [`AsyncContext`] has a descriptor that is readable when there
+//! is something to do; the program waits for that with its executor, and calls [`AsyncContext::run_once`],
+//! which wakes the futures of the operations that are over:
 //!
 //! ```text
-//! // tokio; this constructor is deprecated since 1.54, for descriptors that do not stay the same. This one does.
+//! // tokio. (This constructor is deprecated since 1.54, as descriptors might change. This one does not.)
 //! let readiness = tokio::io::unix::AsyncFd::with_interest(context.clone(), Interest::READABLE)?;
 //! loop {
 //!     let mut ready = readiness.readable().await?;
@@ -43,8 +43,8 @@ use crate::error::Error;
 use crate::file::File;
 use crate::operation::{Completion, Operation, Rejected, SubmitOptions};
 
-/// A context whose operations are futures. Its clones are the same context, which tasks and threads may share:
-/// a lock is held for as long as an operation is submitted, or what has arrived is taken in.
+/// A context whose operations are futures. Its clones are the same context, which tasks and threads may
+/// share: a lock is held for as long as an operation is submitted, or what has arrived is taken in.
 ///
 /// A future that is dropped before it is ready forgets its operation, which runs to its end: the context owns
 /// its buffers until then. A future that nobody polls is not submitted. Operations that do not fit in the
@@ -90,8 +90,8 @@ pub enum Progress {
 }
 
 impl AsyncContext {
-    /// Makes futures of the operations of this context, in which nothing may be in flight. Fails with EINVAL if
-    /// something is, and as [`Context::poll_fd`].
+    /// Makes futures of the operations of this context, in which nothing may be in flight. Fails with EINVAL
+    /// if something is, and as [`Context::poll_fd`].
     pub fn new(mut context: Context) -> Result<Self, Error> {
         let stats = context.stats();
         if stats.in_flight > 0 || context.wait(0, 1, Some(Duration::ZERO))? > 0 {
@@ -109,8 +109,8 @@ impl AsyncContext {
     /// Takes in what has arrived, and wakes the futures that are ready by it. Never blocks. To be called when
     /// the descriptor is readable: no future becomes ready otherwise.
     ///
-    /// Fails with ENOTCONN once the connection has ended for good, and every operation with it. Operations that
-    /// are submitted after that fail at once.
+    /// Fails with ENOTCONN once the connection has ended for good, and every operation with it. Operations
+    /// that are submitted after that fail at once.
     pub fn run_once(&self) -> Result<Progress, Error> {
         let mut inner = lock(&self.shared.inner);
         let waited = inner.context.wait(0, usize::MAX, Some(Duration::ZERO));
@@ -228,8 +228,8 @@ impl Inner {
     }
 }
 
-/// An operation of an [`AsyncContext`]: it is submitted when it is polled first, and ready with its completion,
-/// or at once if it was rejected.
+/// An operation of an [`AsyncContext`]: it is submitted when it is polled first, and ready with its
+/// completion, or at once if it was rejected.
 #[derive(Debug)]
 pub struct AsyncOperation<'a> {
     context: &'a AsyncContext,

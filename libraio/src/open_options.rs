@@ -73,8 +73,8 @@ impl OpenOptions {
         self
     }
 
-    /// A new file is created; it fails with EEXIST if there is one. `create` and `truncate` do not count then.
-    /// Needs [`OpenOptions::write`].
+    /// A new file is created; it fails with EEXIST if there is one. `create` and `truncate` do not count
+    /// then. Needs [`OpenOptions::write`].
     pub fn create_new(&mut self, create_new: bool) -> &mut Self {
         self.create_new = create_new;
         self

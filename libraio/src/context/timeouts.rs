@@ -34,6 +34,18 @@ impl Context {
         }
     }
 
+    /// Whether requests of abandoned operations are still with the server, by what has arrived.
+    pub(crate) fn has_abandoned(&mut self) -> bool {
+        let is_any = |context: &Self| {
+            context.slots.iter().any(|slot| matches!(slot.state, OperationState::Abandoned))
+                || context.parts.iter().flatten().any(|part| part.operation == ABANDONED)
+        };
+        is_any(self) && {
+            self.poll();
+            is_any(self)
+        }
+    }
+
     /// When a wait until `deadline` must look at the operations' timeouts.
     pub(super) fn wake_by(&self, deadline: Option<Instant>) -> Option<Instant> {
         let first = self.timeouts.first().map(|&(at, _)| at);

@@ -3,8 +3,9 @@
 
 #![deny(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use raio_transport::Status;
 use raio_transport::sync::lock;
@@ -13,9 +14,9 @@ use super::probe::ReadProbe;
 use crate::context::Context;
 use crate::error::{self, Error};
 use crate::file::File;
-use crate::operation::{Operation, Ticket};
+use crate::operation::{Operation, SubmitOptions};
 use crate::session::Session;
-use crate::tuning::{STOP_CHECK_INTERVAL, SYNC_CONTEXTS_MAX, SYNC_DEPTH};
+use crate::tuning::{CANCEL_GRACE, STOP_CHECK_INTERVAL, SYNC_CONTEXTS_MAX, SYNC_DEPTH};
 
 /// A session's contexts for synchronous calls.
 pub(super) struct SyncContexts {
@@ -27,7 +28,7 @@ pub(super) struct SyncContexts {
 
 #[derive(Default)]
 struct Pool {
-    idle: Vec<SyncContext>,
+    idle: VecDeque<SyncContext>,
     /// Those lent out, too.
     made: usize,
     is_stopped: bool,
@@ -68,10 +69,14 @@ impl SyncContexts {
             if pool.is_stopped {
                 return Err(error::session_stopped());
             }
-            if let Some(context) = pool.idle.pop() {
-                return Ok(LentContext { owner: self, lent: Some(context) });
+            let may_make = pool.made < SYNC_CONTEXTS_MAX;
+            if let Some(mut idle) = pool.idle.pop_back() {
+                if !may_make || !idle.context.has_abandoned() {
+                    return Ok(LentContext { owner: self, lent: Some(idle) });
+                }
+                pool.idle.push_front(idle);
             }
-            if pool.made < SYNC_CONTEXTS_MAX {
+            if may_make {
                 break;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -109,7 +114,11 @@ impl Drop for LentContext<'_> {
     fn drop(&mut self) {
         let mut pool = lock(&self.owner.pool);
         match self.lent.take_if(|lent| !pool.is_stopped && lent.context.failure().is_none()) {
-            Some(context) => pool.idle.push(context),
+            Some(mut idle) => match idle.context.has_abandoned() {
+                // It is taken last, as some of its credits are in use.
+                true => pool.idle.push_front(idle),
+                false => pool.idle.push_back(idle),
+            },
             None => pool.made -= 1,
         }
         drop(pool);
@@ -131,21 +140,25 @@ impl LentContext<'_> {
     pub(super) fn run(&mut self, file: &File, operation: Operation, deadline: Instant) -> Result<u64, Error> {
         let Some(SyncContext { context, .. }) = &mut self.lent else { return Err(error::session_stopped()) };
         let is_write = matches!(operation, Operation::Write { .. });
-        let ticket = context.submit(file, operation, 0).map_err(|rejected| rejected.error)?;
+        let timeout = Some(deadline.saturating_duration_since(Instant::now()));
+        let options = SubmitOptions { timeout, ..SubmitOptions::default() };
+        context.submit_with(file, operation, options, 0).map_err(|rejected| rejected.error)?;
         context.flush();
+        // An operation ends by its timeout, except over RDMA.
+        let end = deadline + CANCEL_GRACE * 2;
         let failure = loop {
             if let Some(completion) = context.next() {
-                return completion.result;
+                return completion.result.map_err(|error| match error.errno() {
+                    libc::ETIMEDOUT => Error { is_unknown: error.is_unknown, ..timed_out(context) },
+                    _ => error,
+                });
             }
             if self.owner.is_stopped() {
                 break error::session_stopped();
             }
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                match end(context, ticket) {
-                    Some(result) => return result,
-                    None => break Error { is_unknown: is_write, ..timed_out(context) },
-                }
+                break Error { is_unknown: is_write, ..timed_out(context) };
             }
             match context.wait(1, 1, Some(left.min(STOP_CHECK_INTERVAL))) {
                 Err(error) if error.errno() != libc::EINTR => break error,
@@ -155,17 +168,6 @@ impl LentContext<'_> {
         self.lent = None;
         Err(failure)
     }
-}
-
-/// Cancels an operation that takes too long. None if it is not over even so.
-#[cold]
-fn end(context: &mut Context, ticket: Ticket) -> Option<Result<u64, Error>> {
-    let text = timed_out(context);
-    if context.reconnecting().is_none() && context.cancel(ticket).is_ok() {
-        return Some(Err(text));
-    }
-    let _ = context.wait(0, 1, Some(Duration::ZERO));
-    context.next().map(|completion| completion.result)
 }
 
 fn timed_out(context: &Context) -> Error {
@@ -186,6 +188,7 @@ fn all_busy() -> Error {
 #[cfg(test)]
 mod tests {
     use std::thread;
+    use std::time::Duration;
 
     use raio_transport::address::Scheme;
     use raio_transport::handshake::Policy;
@@ -238,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_the_server_does_not_answer_ends_in_time_and_its_connection_with_it() {
+    fn a_call_that_the_server_does_not_answer_ends_in_time() {
         let (server, contexts, file) = start();
         assert_eq!(contexts.lend(later()).unwrap().run(&file, read(), later()), Ok(20));
         server.hold(true);
@@ -246,6 +249,24 @@ mod tests {
         assert_eq!((error.errno(), error.is_unknown), (libc::ETIMEDOUT, false));
         server.hold(false);
         assert_eq!(contexts.lend(later()).unwrap().run(&file, read(), later()), Ok(20));
+        assert_eq!(lock(&contexts.pool).made, 1);
+    }
+
+    #[test]
+    fn calls_after_one_that_is_not_answered_use_another_connection() {
+        let (server, contexts, file) = start();
+        let mut lent = contexts.lend(later()).unwrap();
+        server.mute(true);
+        let write = Operation::Write { offset: 0, buffers: Buffers::One(Buffer::Owned([7; 20].into())) };
+        let error = lent.run(&file, write, soon()).unwrap_err();
+        assert_eq!((error.errno(), error.is_unknown), (libc::ETIMEDOUT, true));
+        drop(lent);
+        server.mute(false);
+        for _ in 0..5 {
+            assert_eq!(contexts.lend(later()).unwrap().run(&file, read(), later()), Ok(20));
+        }
+        // The first was still waiting for its answer, or has just had it.
+        assert!((1..=2).contains(&lock(&contexts.pool).made));
     }
 
     #[test]
