@@ -108,7 +108,7 @@ pub struct Context {
     /// Operations that have a timeout, by the time at which it passes.
     timeouts: BTreeSet<(Instant, u32)>,
     /// Tags of requests that have timed out, and are to be cancelled.
-    cancels: VecDeque<u64>,
+    cancels: Vec<u64>,
     /// Such requests that the server has not answered.
     cancels_sent: usize,
     files: FileRefs,
@@ -234,7 +234,7 @@ impl Context {
             body: Vec::new(),
             cancel_answered: false,
             timeouts: BTreeSet::new(),
-            cancels: VecDeque::new(),
+            cancels: Vec::new(),
             cancels_sent: 0,
             files: FileRefs::default(),
             lent: LentPool::new(maxevents),

@@ -11,7 +11,7 @@ pub struct Error {
     pub status: Status,
     /// The message, for people: what is wrong, and what to do about it.
     pub text: String,
-    /// The operation may have been done nevertheless: its connection was lost.
+    /// The operation may have been done nevertheless: its connection was lost, or its timeout has passed.
     pub is_unknown: bool,
     /// An fsync: writes that were acknowledged before it may be lost.
     pub is_lost: bool,

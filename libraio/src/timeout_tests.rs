@@ -208,3 +208,21 @@ fn a_cancel_while_others_time_out_is_answered() {
     assert_works(&mut context, &file);
     assert_eq!(server.writes(), 0);
 }
+
+#[test]
+fn a_cancel_behind_one_that_hangs_ends_soon_and_the_connection_stays() {
+    let (server, _session, file, mut context) = start();
+    server.mute(true);
+    context.submit_with(&file, read(1000), in_time(), 0).unwrap();
+    let second = context.submit(&file, read(1000), 1).unwrap();
+    context.flush();
+    assert_eq!(failure(&collect(&mut context, 1)[0]), (libc::ETIMEDOUT, false));
+    let begin = Instant::now();
+    assert_eq!(context.cancel(second).unwrap_err().errno(), libc::EAGAIN);
+    assert!(begin.elapsed() < Duration::from_secs(5));
+    server.mute(false);
+    let completion = &collect(&mut context, 1)[0];
+    assert_eq!((completion.token, &completion.result), (1, &Ok(1000)));
+    assert_works(&mut context, &file);
+    assert_eq!(context.stats().reconnects, 0);
+}

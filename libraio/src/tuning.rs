@@ -25,6 +25,10 @@ pub(crate) const BURST_MAX: u32 = 32;
 /// operation on a server that hangs ends so much later than it asked for. Not measured.
 pub(crate) const CANCEL_GRACE: Duration = Duration::from_millis(50);
 
+/// Credits of a context for each of them that it spends on cancel requests for operations that have timed
+/// out. Not measured.
+pub(crate) const CANCELS_SHARE: usize = 4;
+
 /// Operations in flight for which a wait may poll for once more its time, because a server answers many of
 /// them together. Measured at depth 128 and 256, 4 KiB reads: IOPS × 1.03 and × 1.06.
 pub(crate) const SPIN_EACH: usize = 32;

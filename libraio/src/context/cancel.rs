@@ -8,6 +8,7 @@ use raio_transport::protocol::Command;
 use super::{Context, OperationState, TAG_CANCEL, TAG_PARTS};
 use crate::error::Error;
 use crate::operation::{Completion, Ticket};
+use crate::tuning::CANCEL_GRACE;
 
 /// Why [`Context::cancel`] fails.
 const TOO_LATE: &str =
@@ -97,7 +98,8 @@ impl Context {
     pub(super) fn cancel_remotely(&mut self, tag: u64) {
         self.cancel_answered = false;
         let mut is_asked = self.channel.cancel(tag, TAG_CANCEL);
-        let deadline = Instant::now() + self.request_timeout;
+        let begin = Instant::now();
+        let mut deadline = begin + self.request_timeout;
         loop {
             self.poll();
             if self.cancel_answered || (self.channel.failure().is_some() && !self.is_sent(tag)) {
@@ -107,11 +109,16 @@ impl Context {
             // cancel waits for its answer before it returns.
             if !is_asked {
                 is_asked = self.is_sent(tag) && self.channel.cancel(tag, TAG_CANCEL);
-                if !is_asked && (self.cancels_sent == 0 || !self.is_sent(tag)) {
-                    return;
+                if !is_asked {
+                    // What they cancel may hang.
+                    let gives_up = self.cancels_sent == 0 || begin.elapsed() >= CANCEL_GRACE;
+                    if gives_up || !self.is_sent(tag) {
+                        return;
+                    }
                 }
+                deadline = if is_asked { begin + self.request_timeout } else { begin + CANCEL_GRACE };
             }
-            if Instant::now() >= deadline {
+            if is_asked && Instant::now() >= deadline {
                 // It answers pings, but not this.
                 self.channel.abort(Violation::Silent);
                 continue;

@@ -19,7 +19,7 @@ use super::parts::SentPart;
 use super::{ABANDONED, Context, OperationSlot, OperationState, TAG_PARTS, TAG_TIMED_OUT};
 use crate::error::Error;
 use crate::operation::Ticket;
-use crate::tuning::CANCEL_GRACE;
+use crate::tuning::{CANCEL_GRACE, CANCELS_SHARE};
 
 impl Context {
     /// Has an operation end with ETIMEDOUT when it is not over by then.
@@ -94,7 +94,7 @@ impl Context {
                     self.slots[index as usize].state = OperationState::Queued(NOTHING, bulk);
                     self.complete_unsent(index, timed_out());
                 } else if is_to_be_asked {
-                    self.cancels.push_back(tag);
+                    self.cancels.push(tag);
                 } else if let Some(bulk) = self.channel.detach(tag) {
                     self.abandon(index, bulk);
                 }
@@ -115,7 +115,7 @@ impl Context {
                 self.parts[place] = None;
                 timed_out()
             } else if is_to_be_asked {
-                self.cancels.push_back(tag);
+                self.cancels.push(tag);
                 continue;
             } else if let Some(bulk) = self.channel.detach(tag) {
                 drop(bulk);
@@ -131,17 +131,30 @@ impl Context {
         }
     }
 
-    /// Asks the server to cancel what has timed out, as far as there are credits.
+    /// Asks the server to cancel what has timed out, as far as there are credits. What was sent last comes
+    /// first: the server is likely to have it in a queue yet, and to answer at once. What it executes it
+    /// answers when that is over, so only a part of the credits is used.
     pub(super) fn send_cancels(&mut self) {
-        while let Some(&tag) = self.cancels.front() {
-            if self.channel.is_connected() && self.is_sent(tag) {
-                if !self.channel.cancel(tag, TAG_TIMED_OUT) {
+        let most = 1 + self.channel.grant().queue_depth as usize / CANCELS_SHARE;
+        while let Some(&tag) = self.cancels.last() {
+            if self.channel.is_connected() && self.is_late(tag) {
+                if self.cancels_sent >= most || !self.channel.cancel(tag, TAG_TIMED_OUT) {
                     break;
                 }
                 self.cancels_sent += 1;
             }
-            self.cancels.pop_front();
+            self.cancels.pop();
         }
+    }
+
+    /// Whether what has this tag has timed out, and is with the server. Another request may have the tag by
+    /// now.
+    fn is_late(&self, tag: u64) -> bool {
+        let operation = match tag.checked_sub(TAG_PARTS) {
+            Some(place) => self.parts[place as usize].map(|part| part.operation),
+            None => self.is_sent(tag).then_some(tag as u32),
+        };
+        operation.is_some_and(|index| index == ABANDONED || self.slots[index as usize].timed_out)
     }
 
     /// The server has answered such a request.
