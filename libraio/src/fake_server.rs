@@ -209,6 +209,11 @@ impl FakeServer {
         self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().clone()
     }
 
+    /// Each byte of a file becomes this.
+    pub(crate) fn fill(&self, path: &str, byte: u8) {
+        self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().fill(byte);
+    }
+
     /// Open files.
     pub(crate) fn open(&self) -> usize {
         self.shared.state.lock().unwrap().open.len()

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
 use raio_transport::handshake::Policy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -225,4 +226,86 @@ fn a_cancel_behind_one_that_hangs_ends_soon_and_the_connection_stays() {
     assert_eq!((completion.token, &completion.result), (1, &Ok(1000)));
     assert_works(&mut context, &file);
     assert_eq!(context.stats().reconnects, 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+    #[test]
+    fn whatever_the_server_does_each_operation_ends_once(
+        steps in prop::collection::vec((0..12_u8, any::<bool>(), 1..120_000_usize), 30..60),
+    ) {
+        let (server, _session, file, mut context) = start();
+        server.fill("/e/data", 1);
+        let (mut submitted, mut ended) = (Vec::new(), Vec::new());
+        let end = |completion: Completion, ended: &mut Vec<u64>| {
+            match (&completion.result, &completion.buffers) {
+                (Err(error), _) => {
+                    assert!([libc::ETIMEDOUT, libc::ECANCELED].contains(&error.errno()), "{error}");
+                }
+                (Ok(n), Some(buffers)) if completion.token.is_multiple_of(2) => {
+                    let mut read = buffers.slices(0..*n as usize).flatten();
+                    assert_eq!(read.find(|&&byte| byte != 1), None);
+                }
+                (Ok(_), _) => {}
+            }
+            ended.push(completion.token);
+            if completion.is_lent {
+                return completion.buffers;
+            }
+            None
+        };
+        for (step, has_timeout, len) in steps {
+            let timeout = has_timeout.then(|| Duration::from_millis(len as u64 % 40));
+            let options = SubmitOptions { timeout, ..SubmitOptions::default() };
+            match step {
+                0..=5 => {
+                    // Writes have odd tokens.
+                    let buffers = Buffers::One(Buffer::Owned(vec![u8::from(step > 3); len].into()));
+                    let (token, operation) = match step {
+                        0..=2 => (submitted.len() as u64 * 2, Operation::Read { offset: 0, buffers }),
+                        3 => (submitted.len() as u64 * 2, Operation::ReadLent { offset: 0, length: len }),
+                        _ => (submitted.len() as u64 * 2 + 1, Operation::Write { offset: 0, buffers }),
+                    };
+                    if let Ok(ticket) = context.submit_with(&file, operation, options, token) {
+                        context.flush();
+                        submitted.push((token, ticket));
+                    }
+                }
+                6 => server.hold(has_timeout),
+                7 => server.mute(has_timeout),
+                8 if has_timeout => server.die(),
+                9 => {
+                    if let Some(&(_, ticket)) = submitted.get(len % submitted.len().max(1))
+                        && !has_timeout
+                    {
+                        server.mute(false);
+                        if let Ok(completion) = context.cancel(ticket) {
+                            end(completion, &mut ended);
+                        }
+                    }
+                }
+                _ => {
+                    context.wait(1, 8, Some(Duration::from_millis(len as u64 % 60))).unwrap();
+                    while let Some(completion) = context.next() {
+                        if let Some(lent) = end(completion, &mut ended) {
+                            context.release(lent);
+                        }
+                    }
+                }
+            }
+        }
+        server.hold(false);
+        server.mute(false);
+        for completion in collect(&mut context, submitted.len() - ended.len()) {
+            if let Some(lent) = end(completion, &mut ended) {
+                context.release(lent);
+            }
+        }
+        ended.sort_unstable();
+        let mut expected: Vec<_> = submitted.iter().map(|(token, _)| *token).collect();
+        expected.sort_unstable();
+        prop_assert_eq!(ended, expected);
+        assert_works(&mut context, &file);
+        prop_assert!(!context.has_abandoned());
+    }
 }
