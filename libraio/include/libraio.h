@@ -15,9 +15,9 @@
  *
  * raio descriptors are not kernel file descriptors: read(2), close(2) and the like fail with EBADF for them.
  *
- * Threads.  Calls on sessions and files (start, stop, open, fstat, pread, close, setup) are thread-safe, and block
- * for a round trip. A context may be used by one thread at a time: it has no locks. The library starts no
- * threads, installs no signal handlers, and prints nothing.
+ * Threads.  Calls on sessions and files (start, stop, open, fstat, pread, close, setup) are thread-safe, and
+ * block for a round trip. A context may be used by one thread at a time: it has no locks. The library starts
+ * no threads, installs no signal handlers, and prints nothing.
  *
  * Busy-polling.  Before raio_getevents() sleeps it polls the connection for a short time (adaptive
  * busy-polling: `spin_us`, RAIO_OPT_NO_SPIN). It polls less while that does not pay, and not at all while
@@ -40,13 +40,13 @@
  * process has used RDMA its children cannot: raio_connect() fails with EPROTONOSUPPORT there, or uses TCP.
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
- * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(), raio_stat_fd(),
- * raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
- * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
- * a silent server, and to raio_cancel() with any server. raio_set_timeout() bounds an iocb. raio_getevents()
- * has its own timeout: with NULL it
- * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
- * signal interrupts only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
+ * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
+ * raio_stat_fd(), raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings
+ * but not the call, and a call that waits for a lost session except raio_destroy(), which waits a second for
+ * that; request_timeout_ms applies to a silent server, and to raio_cancel() with any server.
+ * raio_set_timeout() bounds an iocb. raio_getevents() has its own timeout: with NULL it waits as long as the
+ * server answers pings. The resolver's configuration bounds the lookup of a host name. A signal interrupts
+ * only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
  *
  * Errors.  Calls that return int return -1 and set errno or, where stated, return the negated errno as libaio
  * does. An event has the negated errno in `res`. raio_errmsg() returns the message of the latest call,
@@ -119,7 +119,7 @@ enum raio_iocb_cmd {
 	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
 };
 
-/* raio_iocb_common.flags; every other bit must be 0. The upper 20 bits are a timeout: see raio_set_timeout(). */
+/* raio_iocb_common.flags; every other bit must be 0, except for the timeout: see raio_set_timeout() */
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
 #define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file size does not change */
