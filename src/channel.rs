@@ -541,6 +541,21 @@ impl Channel {
         transport.dequeue(request)
     }
 
+    /// Takes away the buffers of the request with this tag, which goes on without them, over later
+    /// connections, too. None if they are in use: see [`ClientTransport::detach`].
+    #[cold]
+    pub fn detach(&mut self, tag: u64) -> Option<Bulk> {
+        let rest = &mut *self.rest;
+        let mut lost = rest.asked.iter_mut().chain(&mut rest.again).chain(&mut rest.oversized);
+        if let Some(lost) = lost.find(|lost| lost.tag == tag) {
+            return Some(lost.bulk.detach());
+        }
+        match (&mut self.transport, &mut rest.phase) {
+            (Some(transport), _) | (None, Phase::Resending(transport)) => transport.detach(tag),
+            _ => None,
+        }
+    }
+
     /// Asks the server to cancel the request with this tag; the answer has the tag `answer`. Whether it was
     /// asked: not without a connection, or a credit.
     pub fn cancel(&mut self, tag: u64, answer: u64) -> bool {

@@ -17,7 +17,7 @@ use crate::error::{Error, Status, Violation};
 use crate::handshake::{Grant, Identity, Peer};
 use crate::keys::PublicKey;
 pub use crate::memory::SlotRange;
-use crate::memory::{Arena, ArenaMemory, Buffers, Region, Slot};
+use crate::memory::{Arena, ArenaMemory, Buffer, Buffers, Region, Slot};
 use crate::message::QueuePairAddress;
 use crate::protocol::Opcode;
 use crate::reactor::{Event, Reactor, Wait};
@@ -620,6 +620,19 @@ impl Bulk {
         }
     }
 
+    /// Takes the buffers. In their place are others, with the same data if it is for the server.
+    pub fn detach(&mut self) -> Self {
+        let owned = |bytes: Vec<u8>| Buffers::One(Buffer::Owned(bytes.into()));
+        let others = match self {
+            Self::None => Self::None,
+            Self::In(buffers) => Self::In(owned(vec![0; buffers.len()])),
+            Self::Out(buffers) => {
+                Self::Out(owned(buffers.slices(0..buffers.len()).collect::<Vec<_>>().concat()))
+            }
+        };
+        std::mem::replace(self, others)
+    }
+
     /// Bytes that the response may bring.
     pub fn len_in(&self) -> usize {
         if let Self::In(buffers) = self { buffers.len() } else { 0 }
@@ -924,6 +937,14 @@ pub trait ClientTransport: Send {
 
     /// Takes back a request of which no byte has been sent. Returns its buffers.
     fn dequeue(&mut self, request: RequestId) -> Option<Bulk>;
+
+    /// Takes away the buffers of the request with this tag, which goes on with others: with a copy of what it
+    /// writes, and with room for what it reads. None if they are in use, by the network or by a response that
+    /// is being received.
+    fn detach(&mut self, tag: u64) -> Option<Bulk> {
+        let _ = tag;
+        None
+    }
 
     /// Sends what is queued, as far as the peer takes it.
     fn flush(&mut self);

@@ -15,9 +15,9 @@
  *
  * raio descriptors are not kernel file descriptors: read(2), close(2) and the like fail with EBADF for them.
  *
- * Threads.  Calls on sessions and files (start, stop, open, fstat, close, setup) are thread-safe, and block
- * for a round trip. A context may be used by one thread at a time: it has no locks. The library starts no
- * threads, installs no signal handlers, and prints nothing.
+ * Threads.  Calls on sessions and files (start, stop, open, fstat, pread, close, setup) are thread-safe, and
+ * block for a round trip. A context may be used by one thread at a time: it has no locks. The library starts
+ * no threads, installs no signal handlers, and prints nothing.
  *
  * Busy-polling.  Before raio_getevents() sleeps it polls the connection for a short time (adaptive
  * busy-polling: `spin_us`, RAIO_OPT_NO_SPIN). It polls less while that does not pay, and not at all while
@@ -41,11 +41,12 @@
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
  * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
- * raio_close() and raio_destroy() if the server answers pings but not the call, and a call that waits for a lost
- * session except raio_destroy(), which waits a second for that; request_timeout_ms applies to
- * a silent server, and to raio_cancel() with any server. raio_getevents() has its own timeout: with NULL it
- * waits as long as the server answers pings. The resolver's configuration bounds the lookup of a host name. A
- * signal interrupts only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
+ * raio_stat_fd(), raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings
+ * but not the call, and a call that waits for a lost session except raio_destroy(), which waits a second for
+ * that; request_timeout_ms applies to a silent server, and to raio_cancel() with any server.
+ * raio_set_timeout() bounds an iocb. raio_getevents() has its own timeout: with NULL it waits as long as the
+ * server answers pings. The resolver's configuration bounds the lookup of a host name. A signal interrupts
+ * only raio_getevents() (EINTR); all other calls continue, with or without SA_RESTART.
  *
  * Errors.  Calls that return int return -1 and set errno or, where stated, return the negated errno as libaio
  * does. An event has the negated errno in `res`. raio_errmsg() returns the message of the latest call,
@@ -101,7 +102,7 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 3
+#define RAIO_ABI_MINOR 4
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
@@ -118,11 +119,14 @@ enum raio_iocb_cmd {
 	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
 };
 
-/* raio_iocb_common.flags; every other bit must be 0 */
+/* raio_iocb_common.flags; every other bit must be 0, except for the timeout: see raio_set_timeout() */
 #define RAIO_IOCB_EVENTFD	(1u << 0)	/* add one to eventfd `resfd` when this iocb completes */
 #define RAIO_IOCB_DATASYNC	(1u << 1)	/* with RAIO_CMD_FSYNC: fdatasync */
 #define RAIO_IOCB_KEEP_SIZE	(1u << 2)	/* with RAIO_CMD_ALLOCATE: the file size does not change */
 #define RAIO_IOCB_CRC		(1u << 3)	/* checksums for this iocb, see raio_set_crc() */
+#define RAIO_IOCB_TIMEOUT_SHIFT	12
+#define RAIO_IOCB_TIMEOUT_MS(ms) ((unsigned int)(ms) << RAIO_IOCB_TIMEOUT_SHIFT)
+#define RAIO_IOCB_TIMEOUT_MAX	0xfffffu	/* milliseconds, over 17 minutes */
 
 struct raio_iocb_common {
 	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
@@ -205,6 +209,8 @@ struct raio_options {
 #define RAIO_OPT_NO_RECONNECT	(1u << 3)	/* a session ends with its connection */
 #define RAIO_OPT_NO_CRC		(1u << 4)	/* no CRC32C but that of iocbs with RAIO_IOCB_CRC */
 #define RAIO_OPT_NO_KEYS	(1u << 5)	/* connect in the clear, also to a server in the key directory */
+#define RAIO_OPT_FD_ALWAYS	(1u << 6)	/* raio_open() returns a new descriptor > 0 for each file, also
+						   the first, and the session's descriptor names none */
 
 /*
  * raio_start - opens a session to the server at `addr`. `transport` is "tcp" or "rdma", for IPv4 and IPv6, or
@@ -265,7 +271,8 @@ int raio_stop(int fd);
  * raio_open_mode().
  *
  * Returns 0 for the first successful open of a session: from then on the session's own descriptor also names
- * that file, until raio_close(). Each further open returns a new descriptor > 0. On failure -1 with errno:
+ * that file, until raio_close(). Each further open returns a new descriptor > 0, as the first one does in a
+ * session with RAIO_OPT_FD_ALWAYS. On failure -1 with errno:
  * EBADF (fd is not a session), EINVAL, ENAMETOOLONG, ENOENT, EACCES, EROFS (the export is read-only), EEXIST,
  * EISDIR, EXDEV (the path leads out of the export), ELOOP, ENOTDIR, EMFILE, ENOSPC, ENODEV (neither a regular
  * file nor a block device), ENXIO (the device, or the export's mount, is missing), ETIMEDOUT (if the server
@@ -281,11 +288,46 @@ int raio_open_mode(int fd, const char *pathname, int flags, mode_t mode);
  * raio_fstat - gets the file's current status from the server. `fd` is a file, or a session for its first
  * file. For a block device st_size is its capacity in bytes.
  *
- * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include.
+ * struct stat64 needs _GNU_SOURCE or _LARGEFILE64_SOURCE, defined before the first #include. raio_stat_fd()
+ * needs neither.
  *
  * Returns 0, or -1 with errno: EBADF, EINVAL (NULL), EIO, ETIMEDOUT, ENOTCONN, ECONNRESET, EPIPE.
  */
 int raio_fstat(int fd, struct stat64 *buf);
+
+/*
+ * The status of a file, the same on each system. Nanoseconds count from 1970-01-01 UTC, and are negative before.
+ * `size` is first, so that later versions can append fields.
+ */
+struct raio_stat {
+	unsigned long long size;		/* bytes of this struct that were filled in */
+	unsigned long long file_bytes;		/* length; of a block device its capacity */
+	unsigned long long blocks;		/* allocated, of 512 bytes */
+	unsigned long long inode;
+	unsigned long long device;		/* that holds the file, as makedev(3) has it on the server */
+	unsigned long long rdevice;		/* of a device file: the device that it is */
+	long long accessed_ns;
+	long long modified_ns;			/* the contents */
+	long long changed_ns;			/* the status */
+	unsigned int mode;			/* type and permissions, as st_mode */
+	unsigned int links;
+	unsigned int uid;			/* on the server */
+	unsigned int gid;
+	unsigned int block_bytes;		/* preferred I/O size */
+	unsigned int direct_align;		/* offsets and lengths of writes must be multiples of this: 1
+						   unless the file was opened with O_DIRECT */
+	unsigned char identity[16];		/* the same as long as it is the same file, another for any
+						   other file; zeros if the server cannot tell */
+	unsigned long long verifier;		/* changes when acknowledged writes without a later fsync
+						   may be lost */
+};
+
+/*
+ * raio_stat_fd - raio_fstat() with the whole status that the server has. Fills in at most `size` bytes of *buf.
+ *
+ * Returns and fails as raio_fstat(); EINVAL also for a size that does not reach beyond the first field.
+ */
+int raio_stat_fd(int fd, struct raio_stat *buf, size_t size);
 
 /*
  * raio_close - closes a file, or the first file of a session (the session continues until raio_stop()). I/O
@@ -297,6 +339,31 @@ int raio_fstat(int fd, struct stat64 *buf);
  * report EDQUOT, ENOSPC or EIO: written data may be lost then. Only an fsync before the close rules that out.
  */
 int raio_close(int fd);
+
+/*
+ * raio_pread, raio_pwrite - read or write `count` bytes at `offset` of a file, and wait for the end of it, as
+ * pread(2) and pwrite(2) do. `fd` is a file, or a session for its first file. Thread-safe. For programs that do
+ * one thing at a time; a context (raio_setup()) does many at a time, and each at less cost.
+ *
+ * Cost: a round trip. The session keeps up to 8 connections for these calls. Each is made by the first call that
+ * finds the others in use, which then takes one or two round trips longer (bounded by connect_timeout_ms), and
+ * stays until raio_stop(). With 8 calls in progress further ones wait for their turn. They count as connections of
+ * this client for the server's limits.
+ *
+ * Short counts: as raio_event.res. Fewer than `count` bytes: the end of the file, or the rest failed; the same
+ * call on the rest returns which. Any count; more than the server's --io-max is sent in parts. Signals do not
+ * interrupt the call. After a lost connection the call waits until the session goes on. A forked child has EBADF.
+ * raio_stop() in another thread ends the call with ENOTCONN. After call_timeout_ms the request is cancelled, and
+ * the call ends with ETIMEDOUT, 0.1 s later at most; over RDMA its connection ends then if the server has not
+ * answered. In each case `buf` is not accessed any more. A write that fails with ETIMEDOUT, ENOTCONN, ECONNRESET or EPIPE may or may not have been
+ * done, and may still reach the file.
+ *
+ * Returns the bytes read or written, 0 at the end of the file, or -1 with errno: EBADF, EINVAL (negative offset,
+ * NULL, a count beyond SSIZE_MAX), EFAULT (a write from unreadable memory), those of raio_setup(), those of an
+ * event.
+ */
+ssize_t raio_pread(int fd, void *buf, size_t count, long long offset);
+ssize_t raio_pwrite(int fd, const void *buf, size_t count, long long offset);
 
 /* Contexts ---------------------------------------------------------------------------------------------- */
 
@@ -480,7 +547,34 @@ unsigned int raio_abi_version(void);
 
 /* Preparing control blocks ------------------------------------------------------------------------------ */
 
-/* Each zeroes the iocb, including `data`, and sets it up. Set `data` afterwards. */
+/*
+ * Each raio_prep_* zeroes the iocb, including `data`, and sets it up. Set `data` afterwards. The raio_set_*
+ * come after it.
+ *
+ * These functions are inline, and the library exports them under the same names, for bindings that cannot
+ * compile C. A program that defines RAIO_NO_INLINE before the first #include calls those of the library.
+ */
+
+#ifdef RAIO_NO_INLINE
+
+void raio_prep_pread(struct raio_iocb *iocb, int fd, void *buf, size_t count, long long offset,
+		raio_mr_t mr);
+void raio_prep_pwrite(struct raio_iocb *iocb, int fd, void *buf, size_t count, long long offset,
+		raio_mr_t mr);
+void raio_prep_preadv(struct raio_iocb *iocb, int fd, const struct iovec *iov, int iovcnt,
+		long long offset, raio_mr_t mr);
+void raio_prep_pwritev(struct raio_iocb *iocb, int fd, const struct iovec *iov, int iovcnt,
+		long long offset, raio_mr_t mr);
+void raio_prep_fsync(struct raio_iocb *iocb, int fd, int data_only);
+void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes);
+void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes);
+void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes,
+		int keep_size);
+void raio_set_eventfd(struct raio_iocb *iocb, int eventfd);
+void raio_set_crc(struct raio_iocb *iocb, unsigned int crc);
+void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms);
+
+#else /* RAIO_NO_INLINE */
 
 static inline void raio_prep_(struct raio_iocb *iocb, int opcode, int fd, void *buf,
 			      unsigned long long nbytes, long long offset, raio_mr_t mr)
@@ -590,6 +684,32 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
 	iocb->u.c.flags |= RAIO_IOCB_CRC;
 	iocb->crc = crc;
 }
+
+/*
+ * Has an iocb complete with -ETIMEDOUT when it is not over `timeout_ms` milliseconds after raio_submit(). Call it
+ * after raio_prep_*; the iocb keeps it when it is submitted again. 0: no timeout, as before. More than
+ * RAIO_IOCB_TIMEOUT_MAX counts as that.
+ *
+ * If the iocb was sent, the server is asked to cancel it. -ETIMEDOUT without RAIO_RES2_UNKNOWN: it was not done,
+ * and will not be. If the server cannot cancel it any more, or does not answer within 50 ms, the iocb completes
+ * nevertheless, and its buffer is the program's again. A write, or another change of the file, then has
+ * RAIO_RES2_UNKNOWN: it may have been done, or may yet be. The request keeps its place in the queue depth until
+ * the server answers. Over RDMA, where the server may still reach the buffer, the iocb completes when the server
+ * has answered; if it was too late to cancel, as if there were no timeout. An iocb longer than `io_bytes_max`
+ * completes with the bytes that were done without a gap from its start, if there are any.
+ *
+ * The library has no threads: it looks at timeouts within raio_getevents() and raio_cancel(). raio_poll_fd()
+ * becomes readable in time.
+ */
+static inline void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms)
+{
+	if (timeout_ms > RAIO_IOCB_TIMEOUT_MAX)
+		timeout_ms = RAIO_IOCB_TIMEOUT_MAX;
+	iocb->u.c.flags &= (1u << RAIO_IOCB_TIMEOUT_SHIFT) - 1;
+	iocb->u.c.flags |= RAIO_IOCB_TIMEOUT_MS(timeout_ms);
+}
+
+#endif /* RAIO_NO_INLINE */
 
 #ifdef __cplusplus
 }

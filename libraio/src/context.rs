@@ -15,8 +15,9 @@
 
 mod cancel;
 mod parts;
+mod timeouts;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ use self::parts::SentPart;
 use crate::error::{Error, protocol_error};
 use crate::file::{File, FileRefs};
 use crate::lent_pool::LentPool;
-use crate::operation::{Completion, Operation, Rejected, Stats, Ticket};
+use crate::operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
 use crate::split::Split;
@@ -46,6 +47,10 @@ use crate::tuning::{
 
 /// The tag of a cancel request.
 const TAG_CANCEL: u64 = u64::MAX;
+/// The tag of cancel requests for operations that have timed out.
+const TAG_TIMED_OUT: u64 = u64::MAX - 1;
+/// The slot of a part whose operation is over.
+const ABANDONED: u32 = u32::MAX;
 /// The first tag of parts of operations; operations have the index of their slot.
 const TAG_PARTS: u64 = 1 << 32;
 
@@ -100,6 +105,12 @@ pub struct Context {
     body: Vec<u8>,
     /// The answer to a cancel request has come.
     cancel_answered: bool,
+    /// Operations that have a timeout, by the time at which it passes.
+    timeouts: BTreeSet<(Instant, u32)>,
+    /// Tags of requests that have timed out, and are to be cancelled.
+    cancels: Vec<u64>,
+    /// Such requests that the server has not answered.
+    cancels_sent: usize,
     files: FileRefs,
     lent: LentPool,
     poller: Option<Poller>,
@@ -120,6 +131,10 @@ struct OperationSlot {
     is_lent: bool,
     /// Being cancelled: [`Context::cancel`] collects it.
     cancelling: bool,
+    /// When its timeout passes.
+    deadline: Option<Instant>,
+    /// It has passed.
+    timed_out: bool,
     /// Signalled when it completes.
     eventfd: Option<Arc<OwnedFd>>,
     length: u64,
@@ -142,12 +157,14 @@ enum OperationState {
     Sent,
     /// Longer than a request may be: some of its parts are sent, others wait.
     Split(Box<Split>),
+    /// Its completion is elsewhere, and its request is still with the server.
+    Abandoned,
     Done(Completion),
 }
 
 impl OperationSlot {
     fn is_unacknowledged_write(&self) -> bool {
-        matches!(self.state, OperationState::Queued(..) | OperationState::Sent | OperationState::Split(_))
+        !matches!(self.state, OperationState::Free | OperationState::Done(_))
             && self.opcode.operation().is_recorded
     }
 
@@ -216,6 +233,9 @@ impl Context {
             replies: Vec::new(),
             body: Vec::new(),
             cancel_answered: false,
+            timeouts: BTreeSet::new(),
+            cancels: Vec::new(),
+            cancels_sent: 0,
             files: FileRefs::default(),
             lent: LentPool::new(maxevents),
             poller: None,
@@ -291,15 +311,27 @@ impl Context {
         }
     }
 
-    /// The same, with checksums (CRC32C) of this operation's requests, responses and data, also in a session
-    /// without. `crc` is that of a write's data, as it was when the program made it; None: it is computed
-    /// now, from the buffers. The server compares before it writes. A read brings the server's
-    /// ([`Completion::crc`]), which has been compared with what is in the buffers. Data that is damaged three
-    /// times fails with EILSEQ, and nothing is written.
-    ///
-    /// A write that is longer than a request ([`Context::io_bytes_max`]) is read through here once, for the
-    /// checksums of its parts; if together they are not `crc` nothing is sent.
-    pub fn submit_with_crc(
+    /// The same, with options of this operation's own.
+    pub fn submit_with(
+        &mut self,
+        file: &File,
+        operation: Operation,
+        options: SubmitOptions,
+        token: u64,
+    ) -> Result<Ticket, Box<Rejected>> {
+        let ticket = match options.crc {
+            OperationCrc::AsSession => self.submit(file, operation, token)?,
+            OperationCrc::Computed => self.submit_with_crc(file, operation, None, token)?,
+            OperationCrc::Given(crc) => self.submit_with_crc(file, operation, Some(crc), token)?,
+        };
+        if let Some(timeout) = options.timeout {
+            self.set_timeout(ticket, timeout);
+        }
+        Ok(ticket)
+    }
+
+    /// See [`OperationCrc`]. `crc` is that of a write's data; None: it is computed now.
+    pub(crate) fn submit_with_crc(
         &mut self,
         file: &File,
         operation: Operation,
@@ -446,30 +478,14 @@ impl Context {
                 (Command::Allocate { file: handle, offset, length, keep_size }, Bulk::None, length, false)
             }
         };
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.slots.push(OperationSlot {
-                generation: 0,
-                token: 0,
-                file: 0,
-                opcode: Opcode::Read,
-                is_lent: false,
-                cancelling: false,
-                eventfd: None,
-                length: 0,
-                options: SendOptions::PLAIN,
-                unstable: 0,
-                submitted_ns: 0,
-                request: None,
-                state: OperationState::Free,
-            });
-            self.slots.len() as u32 - 1
-        });
+        let index = self.vacant_slot();
         let slot = &mut self.slots[index as usize];
         slot.token = token;
         slot.file = file_index;
         slot.opcode = command.opcode();
         slot.is_lent = is_lent;
         slot.cancelling = false;
+        slot.timed_out = false;
         slot.length = length;
         slot.options = options;
         slot.unstable = match slot.opcode {
@@ -499,6 +515,31 @@ impl Context {
         }
         self.send_queued();
         ticket
+    }
+
+    /// A slot that is free.
+    #[inline]
+    fn vacant_slot(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.slots.push(OperationSlot {
+                generation: 0,
+                token: 0,
+                file: 0,
+                opcode: Opcode::Read,
+                is_lent: false,
+                cancelling: false,
+                deadline: None,
+                timed_out: false,
+                eventfd: None,
+                length: 0,
+                options: SendOptions::PLAIN,
+                unstable: 0,
+                submitted_ns: 0,
+                request: None,
+                state: OperationState::Free,
+            });
+            self.slots.len() as u32 - 1
+        })
     }
 
     /// Lends buffers to reads that wait for one, as far as there are any.
@@ -612,6 +653,9 @@ impl Context {
                 self.channel.flush();
             }
         }
+        if !self.timeouts.is_empty() {
+            self.expire();
+        }
         arrived
     }
 
@@ -634,6 +678,9 @@ impl Context {
         }
         let index = reply.tag as u32;
         let slot = &self.slots[index as usize];
+        if matches!(slot.state, OperationState::Abandoned) {
+            return self.abandoned_over(index, &reply);
+        }
         if let (Some(tracer), Some(request)) = (&self.tracer, slot.request) {
             tracer.answered(request, reply.result);
         }
@@ -676,6 +723,9 @@ impl Context {
         let slot = &self.slots[index as usize];
         if slot.opcode == Opcode::Fsync {
             self.files.put_back_unstable(slot.file, slot.unstable);
+        }
+        if slot.timed_out && reply.status.errno == libc::ECANCELED {
+            return timeouts::timed_out();
         }
         let failure = self.channel.failure();
         if failure.is_some_and(|failure| failure.errno() == libc::ETIMEDOUT) {
@@ -729,6 +779,9 @@ impl Context {
                     self.lent.take_back();
                 }
             }
+        }
+        if let Some(deadline) = slot.deadline.take() {
+            self.timeouts.remove(&(deadline, index));
         }
         if let Some(eventfd) = slot.eventfd.take()
             && !cancelled
@@ -812,7 +865,7 @@ impl Context {
                 (0..POLLS_PER_YIELD).any(|_| self.poll())
             } else {
                 self.stats.sleeps += 1;
-                let waited = self.channel.wait(deadline);
+                let waited = self.channel.wait(self.wake_by(deadline));
                 let arrived = self.poll();
                 waited?;
                 arrived
@@ -857,7 +910,8 @@ impl Context {
         {
             let tick = self.channel.grant().keepalive.min(self.request_timeout / 3);
             let watch = self.channel.watch();
-            poller.sync(watch, !self.done.is_empty(), (self.in_flight > 0).then_some(tick));
+            let due = self.timeouts.first().map(|&(at, _)| at);
+            poller.sync(watch, !self.done.is_empty(), (self.in_flight > 0).then_some(tick), due);
         }
     }
 

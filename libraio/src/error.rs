@@ -11,7 +11,7 @@ pub struct Error {
     pub status: Status,
     /// The message, for people: what is wrong, and what to do about it.
     pub text: String,
-    /// The operation may have been done nevertheless: its connection was lost.
+    /// The operation may have been done nevertheless: its connection was lost, or its timeout has passed.
     pub is_unknown: bool,
     /// An fsync: writes that were acknowledged before it may be lost.
     pub is_lost: bool,
@@ -94,6 +94,14 @@ impl std::fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// Its kind is that of the errno, and it displays the message. What is in it ([`std::io::Error::get_ref`],
+/// downcast) is the [`Error`], which has the errno and all else.
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        Self::new(Self::from_raw_os_error(error.errno()).kind(), error)
+    }
+}
+
 impl From<raio_transport::Error> for Error {
     fn from(error: raio_transport::Error) -> Self {
         use raio_transport::Error as E;
@@ -105,5 +113,24 @@ impl From<raio_transport::Error> for Error {
             E::Violation(_) => Status::protocol(errno),
         };
         Self::new(status, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn an_io_error_keeps_the_errno_and_the_message() {
+        let error = Error { is_unknown: true, ..Error::new(Status::storage(libc::ENOSPC), "It is full.") };
+        let converted = io::Error::from(error.clone());
+        assert_eq!(
+            (converted.kind(), converted.to_string()),
+            (io::ErrorKind::StorageFull, error.text.clone())
+        );
+        let inner = converted.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+        assert_eq!(inner, Some(&error));
     }
 }

@@ -18,7 +18,7 @@ use raio_transport::protocol::{
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
-use crate::{Completion, Context};
+use crate::{Completion, Context, OperationCrc, SubmitOptions};
 
 pub(crate) struct FakeServer {
     pub(crate) address: SocketAddr,
@@ -209,6 +209,11 @@ impl FakeServer {
         self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().clone()
     }
 
+    /// Each byte of a file becomes this.
+    pub(crate) fn fill(&self, path: &str, byte: u8) {
+        self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().fill(byte);
+    }
+
     /// Open files.
     pub(crate) fn open(&self) -> usize {
         self.shared.state.lock().unwrap().open.len()
@@ -321,6 +326,12 @@ impl FakeServer {
         all.sort_unstable();
         all
     }
+}
+
+/// Checksums of an operation's own; of a write's data this one, or what it is now.
+pub(crate) fn with_crc(crc: Option<u32>) -> SubmitOptions {
+    let crc = crc.map_or(OperationCrc::Computed, OperationCrc::Given);
+    SubmitOptions { crc, ..SubmitOptions::default() }
 }
 
 /// Collects `n` completions, in the order of their tokens.

@@ -14,7 +14,9 @@
 //! | layer | modules | what |
 //! |---|---|---|
 //! | 6 | `ffi` | the C API; the only module with unsafe code |
+//! | 6 | `async_context` | operations as futures |
 //! | 5 | `context` | a connection and its queue of operations: the data path |
+//! | 5 | `open_options` | how a file is opened |
 //! | 4 | `file` | an open file, and what each context has in flight on it |
 //! | 3 | `names` | directories, attributes, and whole small files |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
@@ -23,6 +25,9 @@
 
 #![deny(unsafe_code)]
 
+mod async_context;
+#[cfg(test)]
+mod async_tests;
 mod context;
 mod control;
 mod error;
@@ -34,6 +39,7 @@ mod file;
 mod lent_pool;
 mod names;
 mod open_flags;
+mod open_options;
 mod operation;
 mod poller;
 #[cfg(test)]
@@ -44,14 +50,18 @@ mod split;
 mod split_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod timeout_tests;
 mod trace;
 mod tuning;
 
+pub use async_context::{AsyncContext, AsyncOperation, Progress};
 pub use context::Context;
 pub use error::Error;
 pub use file::File;
 pub use names::{Attributes, DirEntry, PutOptions, ReadDir};
-pub use operation::{Completion, Operation, Rejected, Stats, Ticket};
+pub use open_options::OpenOptions;
+pub use operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::{FileStatus, FileSystemStatus};

@@ -1,5 +1,7 @@
 //! Operations and their completions, as a program has them.
 
+use std::time::Duration;
+
 use raio_transport::memory::Buffers;
 
 use crate::error::Error;
@@ -59,6 +61,40 @@ pub enum Operation {
     },
 }
 
+/// Options of one operation: see [`crate::Context::submit_with`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SubmitOptions {
+    /// Checksums of its own.
+    pub crc: OperationCrc,
+    /// It ends with ETIMEDOUT when it is not over after this time. If it was sent, the server is asked to
+    /// cancel it first. If the server cannot, or does not answer within 50 ms, the operation ends
+    /// nevertheless, with its buffers. Of a write, and the like, [`crate::Error::is_unknown`] says then that
+    /// it may have been done, or may yet be. Over RDMA, where the server may still reach the buffers, it ends
+    /// when the server answers; and if that was too late to be cancelled, as if there were no timeout. One
+    /// that is longer than a request ends with the bytes that were done without a gap, if there are any.
+    ///
+    /// The library has no threads: it looks at timeouts within [`crate::Context::wait`] and
+    /// [`crate::Context::cancel`]. The poll descriptor becomes readable in time.
+    pub timeout: Option<Duration>,
+}
+
+/// Whether an operation has checksums (CRC32C) of its requests, responses and data also in a session without
+/// ([`crate::Crc`]). The server compares before it writes. A read brings the server's ([`Completion::crc`]),
+/// which has been compared with what is in the buffers. Data that is damaged three times fails with EILSEQ,
+/// and nothing is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OperationCrc {
+    /// As the session has it.
+    #[default]
+    AsSession,
+    /// It has; that of a write's data is computed now, from the buffers.
+    Computed,
+    /// It has, and this is that of a write's data, as it was when the program made it. A write that is longer
+    /// than a request ([`crate::Context::io_bytes_max`]) is read through at submission once, for the
+    /// checksums of its parts; if together they are not this one nothing is sent.
+    Given(u32),
+}
+
 /// An operation that was not taken, with its buffers.
 #[derive(Debug)]
 pub struct Rejected {
@@ -96,7 +132,7 @@ pub struct Completion {
     /// `buffers` is lent: give it to [`crate::Context::release`].
     pub is_lent: bool,
     /// CRC32C of the bytes that were read, which are in `buffers` as the server has sent them: of a read that
-    /// was submitted with [`crate::Context::submit_with_crc`].
+    /// was submitted with [`SubmitOptions::crc`].
     pub crc: Option<u32>,
 }
 

@@ -53,8 +53,14 @@ impl Poller {
     }
 
     /// Brings it in line: with what the channel watches, whether there is something to collect, and how soon
-    /// at the latest the context must be called while its connection is whole.
-    pub(crate) fn sync(&mut self, watch: Watch<'_>, collect: bool, tick: Option<Duration>) {
+    /// at the latest the context must be called while its connection is whole. `due`: when in any case.
+    pub(crate) fn sync(
+        &mut self,
+        watch: Watch<'_>,
+        collect: bool,
+        tick: Option<Duration>,
+        due: Option<Instant>,
+    ) {
         let mut tick_at = None;
         match watch {
             Watch::Connected(socket, out, connection) if self.connection == Some(connection) => {
@@ -105,10 +111,12 @@ impl Poller {
         // system calls for each operation.
         let is_set_by = |at| self.tick_at.is_some_and(|set| set <= at);
         let tick_at = match (tick_at, tick) {
-            (Some(at), _) if !is_set_by(at) => at,
-            (None, Some(tick)) if self.tick_at.is_none() => Instant::now() + tick,
-            _ => return,
+            (Some(at), _) if !is_set_by(at) => Some(at),
+            (None, Some(tick)) if self.tick_at.is_none() => Some(Instant::now() + tick),
+            _ => None,
         };
+        let due = due.filter(|&due| !is_set_by(due));
+        let Some(tick_at) = tick_at.into_iter().chain(due).min() else { return };
         // A timer of no time would never go off.
         let left = tick_at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         let value = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };

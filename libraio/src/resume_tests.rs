@@ -6,7 +6,7 @@ use raio_transport::handshake::{Policy, SUPERSEDED_MAX};
 use raio_transport::message::FEATURE_REQUEST_CRC;
 use raio_transport::protocol::OPERATION_FEATURES;
 
-use crate::fake_server::{self, FakeServer};
+use crate::fake_server::{self, FakeServer, with_crc};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -237,18 +237,18 @@ fn an_older_server_fails_operations_with_checksums_of_their_own_and_no_others() 
     let (server, _session, file, mut context) = start(&options);
     // One is in flight at the restart, and one waits for the connection.
     server.hold(true);
-    context.submit_with_crc(&file, read(0), None, 0).unwrap();
+    context.submit_with(&file, read(0), with_crc(None), 0).unwrap();
     context.flush();
     server.reject(Some(libc::EUSERS));
     server.restart(0);
     server.forget(FEATURE_REQUEST_CRC);
     assert_eq!(context.wait(1, 1, Some(Duration::from_millis(50))), Ok(0));
-    context.submit_with_crc(&file, read(0), None, 1).unwrap();
+    context.submit_with(&file, read(0), with_crc(None), 1).unwrap();
     context.submit(&file, read(0), 2).unwrap();
     server.hold(false);
     server.reject(None);
     let completions = collect(&mut context, 3);
-    context.submit_with_crc(&file, read(0), None, 0).unwrap();
+    context.submit_with(&file, read(0), with_crc(None), 0).unwrap();
     for completion in completions.into_iter().chain(collect(&mut context, 1)) {
         match (completion.token, completion.result) {
             (2, result) => assert_eq!(result, Ok(BLOCK as u64)),

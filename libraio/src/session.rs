@@ -91,7 +91,7 @@ impl Keys {
 }
 
 /// Whether the headers and the data of a session have checksums (CRC32C) on their way. Single operations can
-/// have them in any case: [`crate::Context::submit_with_crc`].
+/// have them in any case: [`crate::SubmitOptions::crc`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Crc {
     /// They have them over TCP to another host, if the server knows them. RDMA and TLS have better ones of
@@ -338,6 +338,11 @@ impl Session {
     /// was to be over TCP.
     pub fn why_tcp(&self) -> Option<&str> {
         self.shared.why_tcp.as_deref()
+    }
+
+    /// What bounds a call that waits for an answer: [`Options::call_timeout`].
+    pub(crate) fn call_timeout(&self) -> Duration {
+        self.shared.options.call_timeout
     }
 
     /// Ends the session: its control connection closes, and with it every open file on the server. Contexts

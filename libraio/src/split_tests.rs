@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
 
-use crate::fake_server::{FakeServer, collect};
+use crate::fake_server::{FakeServer, collect, with_crc};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -249,10 +249,10 @@ fn an_fsync_after_a_restart_in_the_middle_says_that_the_first_part_may_be_lost()
 #[test]
 fn a_server_that_takes_less_after_a_restart_gets_smaller_parts() {
     let cases = [4096, 5000, 2 * IO_MAX as u32].map(|io_max| [(io_max, false), (io_max, true)]);
-    for (io_max, with_crc) in cases.into_iter().flatten() {
+    for (io_max, has_crc) in cases.into_iter().flatten() {
         let submit = |context: &mut Context, file: &File, operation, token| {
-            let ticket = match with_crc {
-                true => context.submit_with_crc(file, operation, None, token),
+            let ticket = match has_crc {
+                true => context.submit_with(file, operation, with_crc(None), token),
                 false => context.submit(file, operation, token),
             };
             ticket.unwrap()
@@ -326,7 +326,7 @@ fn a_long_write_with_a_checksum_is_compared_before_it_is_sent_and_a_read_brings_
         for (said, expected) in
             [(Some(crc ^ 1), Err(libc::EILSEQ)), (Some(crc), Ok(LONG as u64)), (None, Ok(LONG as u64))]
         {
-            context.submit_with_crc(&file, write(0, &data), said, 0).unwrap();
+            context.submit_with(&file, write(0, &data), with_crc(said), 0).unwrap();
             let written = collect(&mut context, 1).remove(0);
             assert_eq!(
                 written.result.as_ref().map_err(|error| error.errno()),
@@ -340,7 +340,7 @@ fn a_long_write_with_a_checksum_is_compared_before_it_is_sent_and_a_read_brings_
         for operation in
             [Operation::Read { offset: 0, buffers }, Operation::ReadLent { offset: 0, length: LONG }]
         {
-            context.submit_with_crc(&file, operation, None, 0).unwrap();
+            context.submit_with(&file, operation, with_crc(None), 0).unwrap();
             let was_read = collect(&mut context, 1).remove(0);
             assert_eq!((was_read.result.clone(), was_read.crc), (Ok(LONG as u64), Some(crc)));
             assert!(bytes(was_read)[..LONG] == data);

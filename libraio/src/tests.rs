@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::Policy;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES, OPERATIONS};
 
-use crate::fake_server::FakeServer;
+use crate::fake_server::{FakeServer, with_crc};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 fn policy() -> Policy {
@@ -479,20 +479,20 @@ fn one_operation_may_have_checksums_in_a_session_without() {
         let buffers = || Buffers::One(Buffer::Owned(data.clone().into()));
         let good = raio_transport::message::data_crc(&data);
         let write = || Operation::Write { offset: 0, buffers: buffers() };
-        context.submit_with_crc(&file, write(), Some(good ^ 1), 0).unwrap();
+        context.submit_with(&file, write(), with_crc(Some(good ^ 1)), 0).unwrap();
         let error = collect(&mut context, 1).remove(0).result.unwrap_err();
         assert_eq!((error.errno(), error.is_unknown), (libc::EILSEQ, false), "{error}");
         assert!(server.contents("/e/data") == before, "nothing was written");
         assert_eq!(context.stats().checksum_errors, 3);
         for said in [Some(good), None] {
-            context.submit_with_crc(&file, write(), said, 0).unwrap();
+            context.submit_with(&file, write(), with_crc(said), 0).unwrap();
             assert_eq!(collect(&mut context, 1).remove(0).result, Ok(5000));
             assert!(server.contents("/e/data")[..5000] == data);
         }
-        context.submit_with_crc(&file, read(0, 5000), None, 0).unwrap();
+        context.submit_with(&file, read(0, 5000), with_crc(None), 0).unwrap();
         let was_read = collect(&mut context, 1).remove(0);
         assert_eq!((was_read.result, was_read.crc), (Ok(5000), Some(good)));
-        context.submit_with_crc(&file, Operation::Fsync { data_only: false }, None, 0).unwrap();
+        context.submit_with(&file, Operation::Fsync { data_only: false }, with_crc(None), 0).unwrap();
         let synced = collect(&mut context, 1).remove(0);
         assert_eq!((synced.result, synced.crc), (Ok(0), None));
         assert_eq!((context.stats().reconnects, context.stats().checksum_errors), (0, 3));

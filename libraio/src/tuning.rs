@@ -20,6 +20,15 @@ pub(crate) const LENT_BYTES_MAX: u64 = 1 << 30;
 /// others lie there. Measured with four fio jobs on one core, null, depth 32: p99 from 3,981 to 326 µs.
 pub(crate) const BURST_MAX: u32 = 32;
 
+/// How long a server has to answer that it has cancelled an operation whose timeout has passed, before the
+/// operation ends without an answer. A round trip within a continent fits; what a program notices is that an
+/// operation on a server that hangs ends so much later than it asked for. Not measured.
+pub(crate) const CANCEL_GRACE: Duration = Duration::from_millis(50);
+
+/// Credits of a context for each of them that it spends on cancel requests for operations that have timed
+/// out. Not measured.
+pub(crate) const CANCELS_SHARE: usize = 4;
+
 /// Operations in flight for which a wait may poll for once more its time, because a server answers many of
 /// them together. Measured at depth 128 and 256, 4 KiB reads: IOPS × 1.03 and × 1.06.
 pub(crate) const SPIN_EACH: usize = 32;
@@ -64,6 +73,14 @@ pub(crate) const RESUME_GRACE: Duration = Duration::from_secs(1);
 /// Default of `call_timeout`: what a disk may need to spin up, or a server's file system to commit its
 /// journal. Not measured.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Connections of a session for calls that wait for their I/O (`raio_pread`): as many calls run at the same
+/// time, others wait for their turn. Few, as each takes a connection of the server's limit. Not measured.
+pub(crate) const SYNC_CONTEXTS_MAX: usize = 8;
+
+/// Requests outstanding on each of them: parts of a long read or write, so that the server works while data
+/// is on its way. Not measured.
+pub(crate) const SYNC_DEPTH: usize = 4;
 
 /// Default of `spin`: how long a wait polls before it sleeps. As long as a round trip over a local network
 /// and a read of the page cache take; the busy-polling itself adapts (`raio_transport::busy_poll`). Measured

@@ -1,5 +1,5 @@
-//! Status and contents of small files that the kernel has in memory, for a worker's thread: nothing here waits
-//! for a disk or a file system.
+//! Status and contents of small files that the kernel has in memory, for a worker's thread: nothing here
+//! waits for a disk or a file system.
 //!
 //! A path is resolved with RESOLVE_CACHED, by which the kernel fails rather than asks a file system. What is
 //! found is used only if it lies on a mount that the pool has found to be of a file system whose open, status
@@ -81,7 +81,12 @@ impl CachedFiles {
     }
 
     /// The status of what is at a path; None: that cannot be told here.
-    pub fn stat(&mut self, export: &Export, at: &Location, nofollow: bool) -> Option<Result<FileInfo, Errno>> {
+    pub fn stat(
+        &mut self,
+        export: &Export,
+        at: &Location,
+        nofollow: bool,
+    ) -> Option<Result<FileInfo, Errno>> {
         let found = match self.find(export, at, nofollow)? {
             Ok(found) => found,
             Err(errno) => return Some(Err(errno)),

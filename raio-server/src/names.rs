@@ -117,6 +117,9 @@ impl PathAnswer {
 /// What a [`PathTask`] comes to.
 pub type PathResult = Result<PathAnswer, Rejection>;
 
+/// What the pool returns of an operation on a path: how it ended, and its memory if that was not used.
+pub type PathEnd = (PathResult, Option<SlotRange>);
+
 /// What an operation does, as a verb for messages.
 pub fn verb(opcode: Opcode) -> &'static str {
     match opcode {
@@ -234,7 +237,8 @@ impl PathTask {
         let open = if is_served_device { reopen(&node, READ_ONLY).ok() } else { None };
         let mount = UsableMount::of(&node);
         let info = open.map_or_else(|| stat_node(&node), stat);
-        info.map(|info| PathAnswer { mount, ..PathAnswer::of_status(info.status) }).map_err(|errno| self.failed(errno))
+        info.map(|info| PathAnswer { mount, ..PathAnswer::of_status(info.status) })
+            .map_err(|errno| self.failed(errno))
     }
 
     /// Opens a regular file that was looked up.

@@ -31,8 +31,8 @@ impl FileInfo {
     }
 }
 
-/// A mount, as the kernel tells it from all others: by a number that is never used again, or on kernels before
-/// 6.8 by one that is, and the disk.
+/// A mount, as the kernel tells it from all others: by a number that is never used again, or on kernels
+/// before 6.8 by one that is, and the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mount {
     number: u64,

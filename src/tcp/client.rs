@@ -293,6 +293,11 @@ impl ClientTransport for TcpClient {
         self.core.dequeue(request).map(|(bulk, ())| bulk)
     }
 
+    fn detach(&mut self, tag: u64) -> Option<Bulk> {
+        let request = self.core.find(tag)?;
+        self.core.bulk_mut(request).map(Bulk::detach)
+    }
+
     fn flush(&mut self) {
         if self.core.begins_to_owe() {
             let now = (self.clock)();

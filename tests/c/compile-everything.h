@@ -9,6 +9,9 @@ struct every_call {
 	int (*open_mode)(int, const char *, int, mode_t);
 	int (*fstat)(int, struct stat64 *);
 	int (*close)(int);
+	int (*stat_fd)(int, struct raio_stat *, size_t);
+	ssize_t (*pread)(int, void *, size_t, long long);
+	ssize_t (*pwrite)(int, const void *, size_t, long long);
 	int (*setup)(int, int, raio_context_t *);
 	int (*destroy)(raio_context_t);
 	int (*submit)(raio_context_t, long, struct raio_iocb *[]);
@@ -29,6 +32,7 @@ struct every_call {
 
 static const struct every_call every_call = {
 	raio_start,  raio_connect, raio_stop,    raio_open,      raio_open_mode, raio_fstat,  raio_close,
+	raio_stat_fd, raio_pread, raio_pwrite,
 	raio_setup,  raio_destroy, raio_submit,  raio_getevents, raio_release,   raio_cancel, raio_poll_fd,
 	raio_reg_mr, raio_dereg_mr, raio_alloc,  raio_free,      raio_get_stats, raio_errmsg, raio_event_errmsg, raio_crc32c, raio_abi_version,
 };
@@ -77,6 +81,16 @@ static int prepares_as_documented(void)
 	raio_prep_allocate(&iocb, 4, 9, 10, 1);
 	if (iocb.u.c.flags != RAIO_IOCB_KEEP_SIZE)
 		return 11;
+	raio_set_crc(&iocb, 5);
+	raio_set_timeout(&iocb, 1000);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC | RAIO_IOCB_TIMEOUT_MS(1000)) || iocb.crc != 5)
+		return 12;
+	raio_set_timeout(&iocb, ~0u);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC | RAIO_IOCB_TIMEOUT_MS(RAIO_IOCB_TIMEOUT_MAX)))
+		return 13;
+	raio_set_timeout(&iocb, 0);
+	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC))
+		return 14;
 	return 0;
 }
 

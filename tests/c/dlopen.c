@@ -11,6 +11,9 @@
 
 static const char *const symbols[] = {
 	"raio_start",	  "raio_connect", "raio_stop",	 "raio_open",	   "raio_open_mode", "raio_fstat",  "raio_close",
+	"raio_stat_fd",	  "raio_pread",	  "raio_pwrite",  "raio_prep_pread", "raio_prep_pwrite", "raio_prep_preadv", "raio_prep_pwritev",
+	"raio_prep_fsync", "raio_prep_discard", "raio_prep_write_zeroes", "raio_prep_allocate", "raio_set_eventfd",
+	"raio_set_crc",	  "raio_set_timeout",
 	"raio_setup",	  "raio_destroy", "raio_submit", "raio_getevents", "raio_release",   "raio_cancel", "raio_poll_fd",
 	"raio_reg_mr",	  "raio_dereg_mr", "raio_alloc", "raio_free",	   "raio_get_stats", "raio_errmsg", "raio_event_errmsg", "raio_crc32c", "raio_abi_version",
 };

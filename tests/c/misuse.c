@@ -183,7 +183,7 @@ static void connect_(char **argv)
 	options.size = sizeof(options);
 	options.flags = 1u << 31;
 	FAILS(raio_connect(url, &options), EINVAL);
-	options.flags = 1u << 6;
+	options.flags = 1u << 7;
 	FAILS(raio_connect(url, &options), EINVAL);
 	options.flags = RAIO_OPT_CRC | RAIO_OPT_NO_CRC;
 	FAILS(raio_connect(url, &options), EINVAL);
@@ -473,7 +473,7 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 		raio_prep_(&iocb, opcodes[i], file, buf, 1, 0, NULL);
 		REFUSED(EINVAL);
 	}
-	for (i = 2; i < 32; i++) {
+	for (i = 2; i < RAIO_IOCB_TIMEOUT_SHIFT; i++) {
 		raio_prep_pread(&iocb, file, buf, 1, 0, NULL);
 		iocb.u.c.flags = 1u << i;
 		if (iocb.u.c.flags == RAIO_IOCB_CRC)

@@ -8,13 +8,14 @@ use raio_transport::protocol::Command;
 use super::{Context, OperationState, TAG_CANCEL, TAG_PARTS};
 use crate::error::Error;
 use crate::operation::{Completion, Ticket};
+use crate::tuning::CANCEL_GRACE;
 
 /// Why [`Context::cancel`] fails.
 const TOO_LATE: &str =
     "Too late to cancel: the operation is executing or has completed. Its own completion follows.";
 
 /// In the place of a command that is not sent.
-const NOTHING: Command<'static> = Command::Cancel { id: 0 };
+pub(super) const NOTHING: Command<'static> = Command::Cancel { id: 0 };
 
 impl Context {
     /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks
@@ -43,7 +44,7 @@ impl Context {
         let cancelled = Error::call(libc::ECANCELED, "The operation was cancelled.");
         match slot.state {
             OperationState::Free => return Err(none()),
-            OperationState::Done(_) => return Err(self.not_now(TOO_LATE)),
+            OperationState::Abandoned | OperationState::Done(_) => return Err(self.not_now(TOO_LATE)),
             OperationState::Queued(..) => {
                 slot.cancelling = true;
                 self.queued.retain(|&waiting| waiting != index);
@@ -83,10 +84,12 @@ impl Context {
     }
 
     /// Whether the operation or part with this tag is with the server.
-    fn is_sent(&self, tag: u64) -> bool {
+    pub(super) fn is_sent(&self, tag: u64) -> bool {
         match tag.checked_sub(TAG_PARTS) {
             Some(place) => self.parts[place as usize].is_some(),
-            None => matches!(self.slots[tag as usize].state, OperationState::Sent),
+            None => {
+                matches!(self.slots[tag as usize].state, OperationState::Sent | OperationState::Abandoned)
+            }
         }
     }
 
@@ -94,23 +97,33 @@ impl Context {
     /// by then.
     pub(super) fn cancel_remotely(&mut self, tag: u64) {
         self.cancel_answered = false;
-        // The control credit is free: each cancel waits for its answer before it returns.
-        if !self.channel.cancel(tag, TAG_CANCEL) {
-            self.poll();
-            return;
-        }
-        let deadline = Instant::now() + self.request_timeout;
+        let mut is_asked = self.channel.cancel(tag, TAG_CANCEL);
+        let begin = Instant::now();
+        let mut deadline = begin + self.request_timeout;
         loop {
             self.poll();
             if self.cancel_answered || (self.channel.failure().is_some() && !self.is_sent(tag)) {
                 return;
             }
-            if Instant::now() >= deadline {
+            // The control credit is free, unless operations that have timed out are being cancelled: each
+            // cancel waits for its answer before it returns.
+            if !is_asked {
+                is_asked = self.is_sent(tag) && self.channel.cancel(tag, TAG_CANCEL);
+                if !is_asked {
+                    // What they cancel may hang.
+                    let gives_up = self.cancels_sent == 0 || begin.elapsed() >= CANCEL_GRACE;
+                    if gives_up || !self.is_sent(tag) {
+                        return;
+                    }
+                }
+                deadline = if is_asked { begin + self.request_timeout } else { begin + CANCEL_GRACE };
+            }
+            if is_asked && Instant::now() >= deadline {
                 // It answers pings, but not this.
                 self.channel.abort(Violation::Silent);
                 continue;
             }
-            match self.channel.wait(Some(deadline)) {
+            match self.channel.wait(self.wake_by(Some(deadline))) {
                 Err(error) if error.errno() != libc::EINTR => self.channel.abort(Violation::Silent),
                 _ => {}
             }

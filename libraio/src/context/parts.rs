@@ -6,7 +6,7 @@ use raio_transport::memory::Buffers;
 use raio_transport::protocol::Command;
 use raio_transport::transport::{Bulk, Lost, NotSent, Reply, SendOptions};
 
-use super::{Context, OperationSlot, OperationState, TAG_CANCEL, TAG_PARTS};
+use super::{ABANDONED, Context, OperationSlot, OperationState, TAG_CANCEL, TAG_PARTS, TAG_TIMED_OUT};
 use crate::error::Error;
 use crate::split::{Part, Split};
 use crate::trace::{TraceId, Tracer};
@@ -14,13 +14,13 @@ use crate::trace::{TraceId, Tracer};
 /// A part of an operation, outstanding.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SentPart {
-    /// The operation's slot.
-    operation: u32,
+    /// The operation's slot, or [`ABANDONED`].
+    pub(super) operation: u32,
     /// Where it begins in the operation's range.
-    at: u64,
-    length: u64,
+    pub(super) at: u64,
+    pub(super) length: u64,
     /// Its request: for the trace.
-    request: Option<TraceId>,
+    pub(super) request: Option<TraceId>,
 }
 
 impl Context {
@@ -120,10 +120,16 @@ impl Context {
             self.cancel_answered = true;
             return;
         }
+        if reply.tag == TAG_TIMED_OUT {
+            return self.cancel_over();
+        }
         let place = (reply.tag - TAG_PARTS) as usize;
         let Some(SentPart { operation: index, at, length, request }) = self.parts[place].take() else {
             return;
         };
+        if index == ABANDONED {
+            return;
+        }
         let result = self.result_of(index, length, &reply);
         if let (Some(tracer), Some(request)) = (&self.tracer, request) {
             tracer.answered(request, reply.result);
@@ -144,6 +150,10 @@ impl Context {
         for Lost { tag, command, bulk, options, .. } in self.channel.take_oversized() {
             if tag < TAG_PARTS {
                 let index = tag as u32;
+                if matches!(self.slots[index as usize].state, OperationState::Abandoned) {
+                    self.abandoned_unsent(index);
+                    continue;
+                }
                 match (Command::decode(&command), bulk) {
                     (Ok(command), Bulk::In(buffers) | Bulk::Out(buffers)) => {
                         self.split(index, &command, buffers);
@@ -151,6 +161,9 @@ impl Context {
                     _ => unreachable!("it is a read or a write, as it was sent"),
                 }
             } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
+                if part.operation == ABANDONED {
+                    continue;
+                }
                 if let OperationState::Split(split) = &mut self.slots[part.operation as usize].state {
                     split.put_back(part.at, bulk, options.given_crc());
                 }

@@ -1,10 +1,12 @@
 //! The structures, numbers and version of `include/libraio.h`. `tests/c/layout.c` holds the two together.
 
-use std::ffi::{c_int, c_uint, c_ulong, c_ulonglong, c_void};
+use std::ffi::{c_int, c_longlong, c_uint, c_ulong, c_ulonglong, c_void};
+
+use raio_transport::protocol::FileStatus;
 
 use super::state::raio_mr;
 
-pub(super) const ABI_VERSION: c_uint = 3;
+pub(super) const ABI_VERSION: c_uint = 4;
 pub(super) const IOV_MAX: u64 = 1_024;
 
 pub(super) const CMD_PREAD: c_int = 0;
@@ -20,6 +22,8 @@ pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
 pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
 pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 pub(super) const IOCB_CRC: c_uint = 1 << 3;
+pub(super) const IOCB_TIMEOUT_SHIFT: u32 = 12;
+pub(super) const IOCB_TIMEOUT_MAX: c_uint = 0xf_ffff;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
 pub(super) const RES2_UNKNOWN: c_ulong = 0x200;
@@ -31,6 +35,7 @@ pub(super) const OPT_REDO: c_uint = 1 << 2;
 pub(super) const OPT_NO_RECONNECT: c_uint = 1 << 3;
 pub(super) const OPT_NO_CRC: c_uint = 1 << 4;
 pub(super) const OPT_NO_KEYS: c_uint = 1 << 5;
+pub(super) const OPT_FD_ALWAYS: c_uint = 1 << 6;
 
 /// `struct raio_iocb_common`
 #[repr(C)]
@@ -104,12 +109,59 @@ pub struct raio_stats {
     pub(super) crc: c_ulonglong,
 }
 
+/// `struct raio_stat`
+#[repr(C)]
+pub struct raio_stat {
+    pub(super) size: c_ulonglong,
+    pub(super) file_bytes: c_ulonglong,
+    pub(super) blocks: c_ulonglong,
+    pub(super) inode: c_ulonglong,
+    pub(super) device: c_ulonglong,
+    pub(super) rdevice: c_ulonglong,
+    pub(super) accessed_ns: c_longlong,
+    pub(super) modified_ns: c_longlong,
+    pub(super) changed_ns: c_longlong,
+    pub(super) mode: c_uint,
+    pub(super) links: c_uint,
+    pub(super) uid: c_uint,
+    pub(super) gid: c_uint,
+    pub(super) block_bytes: c_uint,
+    pub(super) direct_align: c_uint,
+    pub(super) identity: [u8; 16],
+    pub(super) verifier: c_ulonglong,
+}
+
 const _: () = {
+    assert!(size_of::<raio_stat>() == 120);
     assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
     assert!(
         size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 152
     );
 };
+
+impl From<&FileStatus> for raio_stat {
+    fn from(status: &FileStatus) -> Self {
+        Self {
+            size: size_of::<Self>() as c_ulonglong,
+            file_bytes: status.size.get(),
+            blocks: status.blocks.get(),
+            inode: status.inode.get(),
+            device: status.device.get(),
+            rdevice: status.rdevice.get(),
+            accessed_ns: status.accessed_ns.get(),
+            modified_ns: status.modified_ns.get(),
+            changed_ns: status.changed_ns.get(),
+            mode: status.mode.get(),
+            links: status.links.get(),
+            uid: status.uid.get(),
+            gid: status.gid.get(),
+            block_bytes: status.block_bytes.get(),
+            direct_align: status.direct_align.get(),
+            identity: status.identity,
+            verifier: status.verifier.get(),
+        }
+    }
+}
 
 /// See libraio.h.
 #[unsafe(no_mangle)]

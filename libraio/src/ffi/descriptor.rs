@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use raio_transport::memory::process;
 
+use super::sync_contexts::SyncContexts;
 use crate::error::Error;
 use crate::file::File;
 use crate::session::Session;
@@ -48,13 +49,16 @@ struct SessionEntry {
     first: First,
     /// Addresses of its contexts.
     contexts: Vec<usize>,
+    /// Those of calls that wait for their I/O.
+    sync: Arc<SyncContexts>,
 }
 
 #[derive(Debug)]
 enum First {
     NotYet,
     Open(Arc<File>),
-    Closed,
+    /// It was closed, or there is to be none.
+    None,
 }
 
 /// Changes whenever a descriptor ends, or comes to stand for another file.
@@ -120,13 +124,27 @@ fn no_file(fd: i32) -> Error {
     )
 }
 
+/// Whether the first file of a session gets a descriptor of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FirstFile {
+    IsTheSession,
+    HasItsOwn,
+}
+
 /// A descriptor for a session.
-pub(super) fn add_session(session: Session) -> i32 {
-    let entry = SessionEntry { session: Arc::new(session), first: First::NotYet, contexts: Vec::new() };
+pub(super) fn add_session(session: Session, first_file: FirstFile) -> i32 {
+    let first = match first_file {
+        FirstFile::IsTheSession => First::NotYet,
+        FirstFile::HasItsOwn => First::None,
+    };
+    let session = Arc::new(session);
+    let sync = Arc::new(SyncContexts::new(Arc::clone(&session)));
+    let entry = SessionEntry { session, first, contexts: Vec::new(), sync };
     with(|table| table.insert(Entry::Session(entry)))
 }
 
-/// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first.
+/// A descriptor for a file of the session `fd`: 0, which means `fd` itself, for the first, unless that is to
+/// have its own.
 pub(super) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
     let file = Arc::new(file);
     with(|table| {
@@ -164,10 +182,16 @@ pub(super) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
     })
 }
 
+/// The file that `fd` stands for, and its session's contexts for calls that wait.
+pub(super) fn file_to_use(fd: i32) -> Result<(Arc<File>, Arc<SyncContexts>), Error> {
+    let (file, session) = file(fd)?;
+    with(|table| Ok((file, Arc::clone(&table.session(session)?.sync))))
+}
+
 /// Takes the file that `fd` stands for out of the table.
 pub(super) fn remove_file(fd: i32) -> Result<Arc<File>, Error> {
     let file = with(|table| match table.entries.get_mut(&fd) {
-        Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::Closed) {
+        Some(Entry::Session(entry)) => match std::mem::replace(&mut entry.first, First::None) {
             First::Open(file) => Ok(file),
             other => {
                 entry.first = other;
@@ -194,10 +218,11 @@ pub(super) fn remove_session(fd: i32) -> Result<(Arc<Session>, Vec<usize>), Erro
         files.extend(
             table.entries.extract_if(|_, entry| matches!(entry, Entry::File(_, session) if *session == fd)),
         );
-        Ok((entry.session, entry.contexts, entry.first))
+        Ok((entry.session, entry.contexts, entry.first, entry.sync))
     });
     EPOCH.fetch_add(1, Ordering::AcqRel);
-    let (session, contexts, first) = removed?;
+    let (session, contexts, first, sync) = removed?;
+    sync.stop();
     // The server closes the files with the session: nobody needs to tell it of each.
     session.stop();
     drop((files, first));

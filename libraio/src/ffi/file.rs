@@ -4,6 +4,7 @@ use std::ffi::{OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::abi::raio_stat;
 use super::descriptor;
 use super::errors::{c_str, int, invalid};
 
@@ -67,6 +68,25 @@ pub unsafe extern "C" fn raio_fstat(fd: c_int, buf: *mut libc::stat64) -> c_int 
         (stat.st_ctime, stat.st_ctime_nsec) = seconds(status.changed_ns.get());
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe { buf.write_unaligned(stat) };
+        Ok(0)
+    })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `buf` is null or has room for `size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_stat_fd(fd: c_int, buf: *mut raio_stat, size: usize) -> c_int {
+    int(|| {
+        let (file, _) = descriptor::file(fd)?;
+        if buf.is_null() || size <= size_of::<u64>() {
+            return Err(invalid("The stat buffer is NULL or too small. Pass a struct raio_stat."));
+        }
+        let size = size.min(size_of::<raio_stat>());
+        let filled = raio_stat { size: size as u64, ..raio_stat::from(&file.status()?) };
+        // SAFETY: `size` bytes are within `filled`, and the caller vouches for as many at `buf`.
+        unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), buf.cast::<u8>(), size) };
         Ok(0)
     })
 }

@@ -23,6 +23,9 @@ pub(super) struct ReadProbe {
     unreadable: Vec<usize>,
 }
 
+// SAFETY: its addresses are only passed to the kernel, which checks them; any thread may do that.
+unsafe impl Send for ReadProbe {}
+
 /// A pipe of one page, the ends of which never wait.
 fn small_pipe() -> Option<(OwnedFd, OwnedFd)> {
     use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};

@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use raio_transport::address::{Endpoint, Scheme};
 
-use super::abi::{OPT_CRC, OPT_NO_CRC, OPT_NO_KEYS, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options};
-use super::descriptor;
+use super::abi::{
+    OPT_CRC, OPT_FD_ALWAYS, OPT_NO_CRC, OPT_NO_KEYS, OPT_NO_RECONNECT, OPT_NO_SPIN, OPT_REDO, raio_options,
+};
+use super::descriptor::{self, FirstFile};
 use super::errors::{c_str, int, invalid, set_message};
 use super::file_cache::FileCache;
 use super::state::state;
@@ -56,7 +58,8 @@ pub unsafe extern "C" fn raio_start(
                  have sockaddr_in and sockaddr_in6.",
             ));
         }
-        Ok(descriptor::add_session(Session::connect_to(scheme, address, &Options::default())?))
+        let session = Session::connect_to(scheme, address, &Options::default())?;
+        Ok(descriptor::add_session(session, FirstFile::IsTheSession))
     })
 }
 
@@ -121,26 +124,27 @@ pub unsafe extern "C" fn raio_connect(url: *const c_char, options: *const raio_o
         let url = unsafe { c_str(url, "URL") }?;
         let url = std::str::from_utf8(url)
             .map_err(|_| invalid("The URL is not UTF-8. Write it as raio://HOST:PORT."))?;
-        let options = if options.is_null() {
-            Options::default()
+        let (options, first_file) = if options.is_null() {
+            (Options::default(), FirstFile::IsTheSession)
         } else {
             // SAFETY: the caller vouches for as many bytes as the first field says.
             unsafe { read_options(options) }?
         };
         let session = Session::connect(url, &options)?;
         set_message(session.why_tcp().unwrap_or_default());
-        Ok(descriptor::add_session(session))
+        Ok(descriptor::add_session(session, first_file))
     })
 }
 
 /// The flags of `struct raio_options` that there are.
-const OPT_ALL: c_uint = OPT_CRC | OPT_NO_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT | OPT_NO_KEYS;
+const OPT_ALL: c_uint =
+    OPT_CRC | OPT_NO_CRC | OPT_NO_SPIN | OPT_REDO | OPT_NO_RECONNECT | OPT_NO_KEYS | OPT_FD_ALWAYS;
 
-/// Reads `struct raio_options`.
+/// Reads `struct raio_options`: the session's options, and how its first file is named.
 ///
 /// # Safety
 /// `options` points at as many readable bytes as its first field says, at least four.
-pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Options, Error> {
+pub(super) unsafe fn read_options(options: *const raio_options) -> Result<(Options, FirstFile), Error> {
     // Beyond a page it is garbage rather than a newer header.
     const SIZE_MAX: usize = 4096;
     // SAFETY: the size is the first field.
@@ -162,7 +166,7 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
     }
     let defaults = Options::default();
     let ms = |value: c_uint| (value != 0).then(|| Duration::from_millis(value.into()));
-    Ok(Options {
+    let options = Options {
         queue_depth: known.queue_depth,
         connect_timeout: ms(known.connect_timeout_ms).unwrap_or(defaults.connect_timeout),
         call_timeout: ms(known.call_timeout_ms).unwrap_or(defaults.call_timeout),
@@ -188,7 +192,10 @@ pub(super) unsafe fn read_options(options: *const raio_options) -> Result<Option
         },
         redo: known.flags & OPT_REDO != 0,
         keys: if known.flags & OPT_NO_KEYS != 0 { Keys::Off } else { Keys::Auto },
-    })
+    };
+    let first_file =
+        if known.flags & OPT_FD_ALWAYS != 0 { FirstFile::HasItsOwn } else { FirstFile::IsTheSession };
+    Ok((options, first_file))
 }
 
 /// See libraio.h.

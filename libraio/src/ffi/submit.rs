@@ -1,6 +1,7 @@
 //! `raio_submit`: iocbs become operations of a context.
 
-use std::ffi::{c_long, c_void};
+use std::ffi::{c_long, c_uint, c_void};
+use std::time::Duration;
 
 use raio_transport::memory::{Buffer, Buffers, RawBuffer};
 
@@ -99,6 +100,10 @@ unsafe fn submit(
     if let Some(eventfd) = eventfd {
         context.notify(ticket, eventfd);
     }
+    let timeout_ms = io.c.flags >> IOCB_TIMEOUT_SHIFT;
+    if timeout_ms != 0 {
+        context.set_timeout(ticket, Duration::from_millis(timeout_ms.into()));
+    }
     Ok(())
 }
 
@@ -119,7 +124,8 @@ unsafe fn operation(
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
     let c = &io.c;
-    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC) != 0
+    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
+    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | TIMEOUT) != 0
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
         || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {

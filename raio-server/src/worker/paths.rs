@@ -22,14 +22,11 @@ use crate::export::{Export, Found, Located, special_bits};
 use crate::limits::Excess;
 use crate::listing::{Listing, fill_with_exports};
 use crate::log::log_client;
-use crate::names::{Other, PathAnswer, PathResult, PathTask, creates, next_page, verb};
+use crate::names::{Other, PathAnswer, PathEnd, PathTask, creates, next_page, verb};
 use crate::rejection::Rejection;
 use crate::request::{ListNext, Work, failure, success};
 use crate::tuning::cached_files;
 use crate::tuning::listings::PAGE_BYTES_MIN;
-
-/// What the pool returns of an operation on a path: how it ended, and its memory if that was not used.
-pub(super) type PathEnd = (PathResult, Option<SlotRange>);
 
 impl Worker {
     /// The work that an operation on a path means, or the response. None: it was answered.

@@ -12,12 +12,12 @@ use raio_transport::{Status, mux};
 
 use super::admission::{Demand, StallCheck};
 use super::connections::Connections;
-use super::paths::PathEnd;
 use super::requests::Cancel;
 use super::throttled::Waiting;
 use super::{TIMER, Worker};
 use crate::client::Client;
 use crate::engine::{self, Completion, Operation, Outcome};
+use crate::names::PathEnd;
 use crate::open::{OpenResult, Opening};
 use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success};
 use crate::volume::Context;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Session};
+use raio::{Buffer, Buffers, Completion, Context, File, Operation, Options, Session, SubmitOptions};
 use raio_e2e::{
     FuseCall, FuseFs, FuseOptions, LoopDevice, Mounted, PATIENCE, Raw, Server, is_at_rest, needs_root,
     raw_request,
@@ -349,6 +349,62 @@ fn a_file_system_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         assert!(statistics["open_files"].as_u64() > Some(1), "{backend}: {statistics}");
         fuse.mend(FuseCall::Flush);
         drop(well);
+        server.statistics_when(is_at_rest);
+    }
+}
+
+#[test]
+fn operations_on_a_disk_that_hangs_end_with_their_timeouts_and_their_context_goes_on() {
+    const TIMEOUT: Duration = Duration::from_millis(100);
+    for backend in BACKENDS {
+        let options = FuseOptions { async_read: true, direct_io: true };
+        let content = vec![1; 1 << 20];
+        let Some(fuse) = FuseFs::mount("timeouts on a disk that hangs", options, &[("file", &content)])
+        else {
+            return;
+        };
+        let directory = healthy();
+        let mut server = server(backend, "1", &[("well", directory.path()), ("stuck", fuse.path())]);
+        let mut stuck = Client::new(&server, "/stuck/file");
+        let well = stuck.session.open("/well/file", libc::O_RDWR, 0).expect("a file");
+        let options = SubmitOptions { timeout: Some(TIMEOUT), ..SubmitOptions::default() };
+        let data = |byte, len| Buffers::One(Buffer::Owned(vec![byte; len].into()));
+
+        let hanging = [FuseCall::Read, FuseCall::Write].map(|call| Hanging::new(&fuse, call));
+        // One at a time, and one in parts.
+        for (at, len) in [BLOCK, 3 << 20].into_iter().enumerate() {
+            let begin = Instant::now();
+            let offset = (at << 16) as u64;
+            let operations = [
+                Operation::Read { offset, buffers: data(7, len) },
+                Operation::Write { offset, buffers: data(8, len) },
+            ];
+            for (token, operation) in operations.into_iter().enumerate() {
+                stuck.context.submit_with(&stuck.file, operation, options, token as u64).expect("room");
+            }
+            stuck.context.flush();
+            for _ in 0..2 {
+                let completion = stuck.next();
+                let error = completion.result.expect_err("the disk hangs");
+                assert_eq!(error.errno(), libc::ETIMEDOUT, "{backend}: {error}");
+                // It may be that the write still waits behind the read.
+                assert!(completion.token == 1 || !error.is_unknown, "{backend}: {error}");
+                let buffers = completion.buffers.expect("they come back");
+                let expected = 7 + completion.token as u8;
+                assert!(buffers.slices(0..len).all(|piece| piece.iter().all(|&byte| byte == expected)));
+            }
+            let elapsed = begin.elapsed();
+            assert!((TIMEOUT..PATIENCE / 2).contains(&elapsed), "{backend}: {elapsed:?}");
+            let read = Operation::Read { offset: 0, buffers: block() };
+            stuck.context.submit_with(&well, read, options, 9).expect("room");
+            assert_eq!(stuck.next().result, Ok(BLOCK as u64), "{backend}");
+        }
+        drop(hanging);
+        stuck.run(Operation::Write { offset: 0, buffers: data(9, BLOCK) });
+        stuck.submit(Operation::Read { offset: 0, buffers: block() }, 0);
+        let read = stuck.next();
+        assert_eq!(read.result, Ok(BLOCK as u64));
+        drop((well, stuck));
         server.statistics_when(is_at_rest);
     }
 }

@@ -103,7 +103,7 @@ fn program_passes(name: &str) {
 
 #[test]
 fn the_header_compiles_as_c99_c11_and_cxx17_and_its_layout_is_pinned() {
-    for name in ["compile-c99", "compile-c11", "compile-cxx17", "layout"] {
+    for name in ["compile-c99", "compile-c11", "compile-cxx17", "compile-no-inline", "layout"] {
         passes(command(&programs().join("plain").join(name), None));
     }
 }
@@ -175,6 +175,11 @@ fn every_kind_of_io_does_what_the_header_says() {
     program_passes("io");
     let exports = serve();
     passes(command(&programs().join("static/io"), Some(&exports.server)));
+}
+
+#[test]
+fn programs_that_do_one_thing_at_a_time_and_bindings_have_simple_calls() {
+    program_passes("simple");
 }
 
 #[test]

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use raio::{Buffer, Buffers, Context, Crc, Error, File, Operation, Options, Session};
+use raio::{
+    Buffer, Buffers, Context, Crc, Error, File, Operation, OperationCrc, Options, Session, SubmitOptions,
+};
 use raio_e2e::{
     Cable, Direction, End, Ending, LISTEN, PATIENCE, Proxy, Server, Silenced, Treatment, binary, needs_wire,
 };
@@ -461,11 +463,13 @@ fn a_bit_that_flips_in_data_costs_one_request_more_and_no_connection() {
         let session = session.expect("a session");
         let file = session.open("/d/file", libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
         let mut context = session.context(4).expect("a context");
+        let crc = match crc {
+            Crc::Off => OperationCrc::Computed,
+            _ => OperationCrc::AsSession,
+        };
         let mut call = |operation| {
-            match crc {
-                Crc::Off => context.submit_with_crc(&file, operation, None, 0).expect("there is room"),
-                _ => context.submit(&file, operation, 0).expect("there is room"),
-            };
+            let options = SubmitOptions { crc, ..SubmitOptions::default() };
+            context.submit_with(&file, operation, options, 0).expect("there is room");
             assert_eq!(context.wait(1, 1, Some(PATIENCE)), Ok(1));
             let completion = context.next().expect("it is there");
             assert_eq!(completion.result, Ok(LENGTH as u64));
