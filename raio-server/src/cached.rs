@@ -7,25 +7,30 @@
 //! else is for the pool: [`crate::names`].
 //!
 //! A descriptor may be the last to refer to a file that has just been removed, and closing it then frees the
-//! file's blocks. So the pool closes what has no name any more, or is large.
+//! file's blocks. So the pool closes files that were read, all of an iteration together. What was only looked
+//! up is closed at once, if it has a name a moment before and is not large.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use raio_transport::reactor;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, ReadWriteFlags};
+use rustix::path::DecInt;
 
 use crate::engine::{Job, KEEPS_STATUS, Lane};
 use crate::export::{Confinement, Export, Location};
-use crate::syscalls::{FileInfo, Mount, reopen, stat_on_mount};
-use crate::tuning::cached_files::{CLOSED_BLOCKS_MAX, MOUNTS_MAX};
+use crate::syscalls::{FileInfo, Mount, stat_on_mount};
+use crate::tuning::cached_files::{CLOSED_BLOCKS_MAX, CLOSING_MAX, INODE_EXTENTS, MOUNTS_MAX};
 
 /// A mount that [`CachedFiles`] may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UsableMount {
     mount: Mount,
-    /// Its files lie in memory, and are read without RWF_NOWAIT, which it does not know.
-    in_memory: bool,
+    /// How its small files are read without waiting; None: they are not.
+    reads: Option<ReadWriteFlags>,
 }
 
 impl UsableMount {
@@ -33,11 +38,18 @@ impl UsableMount {
     pub fn of(fd: impl AsFd) -> Option<Self> {
         let kind = rustix::fs::fstatfs(&fd).ok()?.f_type;
         let (_, mount) = stat_on_mount(&fd).ok()?;
-        KEEPS_STATUS.contains(&kind).then_some(Self { mount: mount?, in_memory: kind == libc::TMPFS_MAGIC })
+        let reads = match kind {
+            // Its files lie in memory, and it knows no RWF_NOWAIT.
+            libc::TMPFS_MAGIC => Some(ReadWriteFlags::empty()),
+            // For each read it looks up checksums, on the disk.
+            libc::BTRFS_SUPER_MAGIC => None,
+            _ => Some(ReadWriteFlags::NOWAIT),
+        };
+        KEEPS_STATUS.contains(&kind).then_some(Self { mount: mount?, reads })
     }
 }
 
-/// Whether closing a file of this status, and asking for it, takes no waiting.
+/// Whether closing a file that has just had this status takes no waiting.
 fn closes_at_once(info: &FileInfo) -> bool {
     info.status.links.get() > 0 && info.status.blocks.get() <= CLOSED_BLOCKS_MAX
 }
@@ -51,21 +63,35 @@ struct Base {
     fd: OwnedFd,
 }
 
-/// What one worker knows of mounts, and the directories that it has open for the length of an iteration.
-#[derive(Debug, Default)]
+/// What one worker knows of mounts, and what it has open for the length of an iteration.
+#[derive(Debug)]
 pub struct CachedFiles {
     mounts: Vec<UsableMount>,
+    /// Directories that paths are resolved beneath.
     bases: Vec<Base>,
+    /// /proc/self/fd, by which files are opened that were looked up.
+    descriptors: Option<OwnedFd>,
+    /// Files that were read, with a lane of their export: the pool is to close them.
+    read: Vec<(Lane, OwnedFd)>,
+    /// Those that it has not closed yet.
+    closing: Arc<AtomicUsize>,
 }
 
 /// A file that was found.
 struct Found {
     node: OwnedFd,
     info: FileInfo,
-    in_memory: bool,
+    reads: Option<ReadWriteFlags>,
 }
 
 impl CachedFiles {
+    /// What a worker begins with.
+    pub fn new() -> Self {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let descriptors = rustix::fs::open("/proc/self/fd", flags, Mode::empty()).ok();
+        Self { mounts: Vec::new(), bases: Vec::new(), descriptors, read: Vec::new(), closing: Arc::default() }
+    }
+
     /// The pool has found that this mount may be used.
     pub fn learn(&mut self, mount: UsableMount) {
         if !self.mounts.contains(&mount) {
@@ -75,9 +101,23 @@ impl CachedFiles {
         }
     }
 
-    /// Closes the directories. What is mounted over them, or takes their place, is seen from then on.
+    /// Closes the directories: what is mounted over them, or takes their place, is seen from then on. The
+    /// pool closes the files.
     pub fn end_iteration(&mut self) {
+        if !self.bases.is_empty() {
+            self.close_all();
+        }
+    }
+
+    #[cold]
+    fn close_all(&mut self) {
         self.bases.clear();
+        while let Some(&(lane, _)) = self.read.last() {
+            let of_lane: Vec<_> = self.read.extract_if(.., |(other, _)| *other == lane).collect();
+            let fds: Vec<_> = of_lane.into_iter().map(|(_, fd)| fd).collect();
+            self.closing.fetch_add(fds.len(), Ordering::Relaxed);
+            lane.submit(lane.ticket(), Job::CloseAll(fds, Arc::clone(&self.closing)));
+        }
     }
 
     /// The status of what is at a path; None: that cannot be told here.
@@ -98,8 +138,8 @@ impl CachedFiles {
         (kind != FileType::BlockDevice).then_some(Ok(info))
     }
 
-    /// Fills `bytes` from the start of a small regular file. Returns how many there were, and the status
-    /// afterwards. None: that cannot be done here.
+    /// Fills `bytes` from the start of a small regular file. Returns how many there were, and the status, as
+    /// it was before. None: that cannot be done here.
     pub fn get(
         &mut self,
         export: &Export,
@@ -107,21 +147,37 @@ impl CachedFiles {
         nofollow: bool,
         bytes: &mut [u8],
     ) -> Option<Result<(usize, FileInfo), Errno>> {
-        let Found { node, info, in_memory } = match self.find(export, at, nofollow)? {
+        if self.closing.load(Ordering::Relaxed) + self.read.len() >= CLOSING_MAX {
+            return None;
+        }
+        let Found { node, info, reads } = match self.find(export, at, nofollow)? {
             Ok(found) => found,
             Err(errno) => return Some(Err(errno)),
         };
+        let lane = export.lanes().control;
         let size = usize::try_from(info.status.size.get()).unwrap_or(usize::MAX);
+        let wanted = size.min(bytes.len());
         let is_regular = FileType::from_raw_mode(info.status.mode.get()) == FileType::RegularFile;
-        let read = if is_regular && closes_at_once(&info) {
-            let wanted = size.min(bytes.len());
-            let flags = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
-            read_cached(&node, export, &mut bytes[..wanted], size, flags)
-        } else {
-            None
+        // Where on the disk so few blocks are the inode itself tells, which is in memory. Of larger files
+        // that may have to be read first, in spite of RWF_NOWAIT.
+        let is_small = info.status.size.get() <= u64::from(info.status.block_bytes.get()) * INODE_EXTENTS;
+        let file = if is_regular && is_small { self.reopen(&node) } else { None };
+        self.read.push((lane, node));
+        let (file, how) = (file?, reads?);
+        let read = match wanted {
+            0 => Ok(0),
+            _ => rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut bytes[..wanted])], 0, how),
         };
-        close(node, &info, export);
-        read.map(Ok)
+        self.read.push((lane, file));
+        // If it is not cached, or is shorter now, it is read in the pool.
+        (read == Ok(wanted)).then_some(Ok((wanted, info)))
+    }
+
+    /// Opens what was looked up, for reading, if that needs no waiting.
+    fn reopen(&self, node: &OwnedFd) -> Option<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME | OFlags::CLOEXEC;
+        let number = DecInt::from_fd(node);
+        rustix::fs::openat(self.descriptors.as_ref()?, number.as_c_str(), flags, Mode::empty()).ok()
     }
 
     /// Looks a path up.
@@ -139,7 +195,7 @@ impl CachedFiles {
                 let found = stat_on_mount(&node).ok();
                 let usable = found.and_then(|(info, mount)| Some((info, self.usable(mount)?)));
                 match usable {
-                    Some((info, UsableMount { in_memory, .. })) => Some(Ok(Found { node, info, in_memory })),
+                    Some((info, UsableMount { reads, .. })) => Some(Ok(Found { node, info, reads })),
                     None => {
                         close_in_pool(node, export.lanes().control);
                         None
@@ -178,33 +234,6 @@ impl CachedFiles {
     }
 }
 
-/// Opens a file that was looked up, and reads its beginning from the page cache. None if something of that
-/// would have to wait. The file had this size.
-fn read_cached(
-    node: &OwnedFd,
-    export: &Export,
-    bytes: &mut [u8],
-    size: usize,
-    how: ReadWriteFlags,
-) -> Option<(usize, FileInfo)> {
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME;
-    let file = reopen(node, flags).ok()?;
-    let wanted = bytes.len();
-    let read = match wanted {
-        0 => Ok(0),
-        _ => rustix::io::preadv2(&file, &mut [std::io::IoSliceMut::new(bytes)], 0, how),
-    };
-    let after = stat_on_mount(&file).ok();
-    let info = after.map(|(info, _)| info);
-    match &info {
-        Some(info) => close(file, info, export),
-        None => close_in_pool(file, export.lanes().control),
-    }
-    // If it is not cached, or has been changed meanwhile, it is read in the pool.
-    let info = info.filter(|info| info.status.size.get() as usize == size)?;
-    (read == Ok(wanted)).then_some((wanted, info))
-}
-
 fn close(fd: OwnedFd, info: &FileInfo, export: &Export) {
     if closes_at_once(info) {
         let _ = reactor::close(fd);
@@ -214,5 +243,5 @@ fn close(fd: OwnedFd, info: &FileInfo, export: &Export) {
 }
 
 fn close_in_pool(fd: OwnedFd, lane: Lane) {
-    lane.submit(lane.ticket(), Job::Close(fd, std::sync::Arc::default(), None));
+    lane.submit(lane.ticket(), Job::Close(fd, Arc::default(), None));
 }

@@ -258,13 +258,14 @@ impl PathTask {
     fn get(&self, base: &Base, room: &mut Option<SlotRange>) -> PathResult {
         let node = self.node(base)?;
         let file = self.open_file(&node, READ_ONLY)?;
+        // Before the data: what is newer than its time of change is read again by who compares times.
+        let info = stat(&file).map_err(|errno| self.failed(errno))?;
         let read = room.take().map(|mut room| {
             let read = read_all(&file, room.bytes_mut(), 0)?;
             room.len = read;
             Ok(room)
         });
         let data = read.transpose().map_err(|errno: Errno| self.failed(errno))?;
-        let info = stat(&file).map_err(|errno| self.failed(errno))?;
         let answer = PathAnswer { mount: UsableMount::of(&file), ..PathAnswer::of_status(info.status) };
         Ok(match data {
             Some(data) => PathAnswer { result: data.len as u64, data: Some(data), ..answer },

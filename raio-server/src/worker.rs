@@ -448,7 +448,7 @@ impl Worker {
             _claim: claim,
             arena,
             engine,
-            cached: CachedFiles::default(),
+            cached: CachedFiles::new(),
             connections: Connections::default(),
             sessions: LocalSessions::default(),
             requests: Requests::default(),
@@ -516,12 +516,12 @@ impl Worker {
         self.begin_throttled();
         self.evict_stalled();
         self.take_requests();
-        self.cached.end_iteration();
         self.pass_on();
         // What volumes have carried out at once, then what the engine has gathered.
         self.take_completions();
         self.handed_over |= self.engine.flush();
         self.flush();
+        self.cached.end_iteration();
         self.publish();
         Ok(())
     }

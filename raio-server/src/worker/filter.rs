@@ -94,6 +94,7 @@ pub fn install() -> anyhow::Result<()> {
     let op = SeccompCmpOp::MaskedEq(mask);
     let cached = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOATIME) as u64;
     let opens_cached = SeccompCondition::new(2, SeccompCmpArgLen::Dword, op, cached)?;
+    // The latter by /proc/self/fd.
     let (call, mut opens) = asks()?;
     opens.push(SeccompRule::new(vec![opens_cached])?);
     rules.push((call, opens));
