@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::global::Global;
-use crate::{key, load};
+use crate::{bench, cat, cmp, cp, digest, discard, doctor, info, key, load, ping, stat};
 
 /// Copies, examines and measures files that raio servers export.
 #[derive(Debug, Parser)]
@@ -20,6 +20,36 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Copy files between this machine and servers
+    #[command(after_long_help = include_str!("help/cp.txt"))]
+    Cp(cp::Options),
+    /// Write files to standard output
+    #[command(after_long_help = include_str!("help/cat.txt"))]
+    Cat(cat::Options),
+    /// Show what is known of files
+    #[command(after_long_help = include_str!("help/stat.txt"))]
+    Stat(stat::Options),
+    /// Compute the checksums of files
+    #[command(after_long_help = include_str!("help/checksum.txt"))]
+    Checksum(digest::Options),
+    /// Compare two files
+    #[command(after_long_help = include_str!("help/cmp.txt"))]
+    Cmp(cmp::Options),
+    /// Give a range of a file or device back to the storage
+    #[command(after_long_help = include_str!("help/discard.txt"))]
+    Discard(discard::Options),
+    /// Show what a server grants, and by which transport it is reached
+    #[command(after_long_help = include_str!("help/info.txt"))]
+    Info(info::Options),
+    /// Measure how soon a server answers
+    #[command(after_long_help = include_str!("help/ping.txt"))]
+    Ping(ping::Options),
+    /// Measure reads and writes by size and depth
+    #[command(after_long_help = include_str!("help/bench.txt"))]
+    Bench(bench::Options),
+    /// Find what on this machine keeps raio from its best
+    #[command(after_long_help = include_str!("help/doctor.txt"))]
+    Doctor(doctor::Options),
     /// Load a server with many sessions, and verify the data
     #[command(after_long_help = include_str!("help/load.txt"))]
     Load(load::Options),

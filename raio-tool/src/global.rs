@@ -4,6 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use raio_transport::address::{Address, Endpoint};
+use raio_transport::key_directory::KeyDirectory;
+use raio_transport::tls::ClientTls;
 
 use crate::failure::Failure;
 
@@ -54,6 +57,22 @@ impl Global {
                  raio://HOST[:PORT].",
             )
         })
+    }
+
+    /// How a connection to a server is secured, which was found at `endpoint`; None: it is not.
+    pub fn tls(
+        &self,
+        address: &Address,
+        endpoint: &Endpoint,
+    ) -> Result<Option<ClientTls>, raio_transport::Error> {
+        let directory = self.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
+        let Some(directory) = directory else { return Ok(None) };
+        // By its name, else by where that leads to.
+        let by_name = address.host().map_or(Ok(None), |(host, port)| directory.tls(host, port))?;
+        match (by_name, endpoint.ip()) {
+            (None, Some(ip)) => directory.tls(&ip.ip().to_string(), ip.port()),
+            (by_name, _) => Ok(by_name),
+        }
     }
 
     /// How sessions are opened.

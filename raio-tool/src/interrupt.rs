@@ -18,9 +18,11 @@ impl Interrupt {
     /// Has the first Ctrl-C set a flag, which the command looks at, and the second one end the program.
     /// Otherwise the first one ends it.
     pub fn install(is_graceful: bool) -> io::Result<Self> {
-        let pressed = Arc::new(AtomicBool::new(!is_graceful));
+        let ends = Arc::new(AtomicBool::new(!is_graceful));
+        let pressed = Arc::new(AtomicBool::new(false));
         // The order matters: only a flag that was set before ends the program.
-        flag::register_conditional_shutdown(SIGINT, Kind::Interrupted as i32, Arc::clone(&pressed))?;
+        flag::register_conditional_shutdown(SIGINT, Kind::Interrupted as i32, Arc::clone(&ends))?;
+        flag::register(SIGINT, ends)?;
         flag::register(SIGINT, Arc::clone(&pressed))?;
         Ok(Self(pressed))
     }

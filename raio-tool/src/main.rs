@@ -3,16 +3,31 @@
 //! Exit codes: see [`failure::Kind`].
 
 #![deny(unsafe_code)]
-#![allow(dead_code)] // the commands of the next commits use the rest
 
+mod bench;
+mod cat;
+mod checksum;
 mod cli;
+mod cmp;
+mod cp;
+mod digest;
+mod discard;
+mod doctor;
 mod failure;
 mod global;
+mod info;
 mod interrupt;
 mod key;
 mod load;
+mod location;
 mod manual;
 mod output;
+mod ping;
+mod place;
+mod progress;
+mod stat;
+mod target;
+mod transfer;
 mod tuning;
 
 use std::process::ExitCode;
@@ -33,9 +48,23 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let global = &cli.global;
-    Interrupt::install(false).map_err(|error| Failure::io("Cannot handle Ctrl-C", &error))?;
+    // A copy leaves its work in order.
+    let is_graceful = matches!(cli.command, Command::Cp(_));
+    let interrupt =
+        Interrupt::install(is_graceful).map_err(|error| Failure::io("Cannot handle Ctrl-C", &error))?;
+    let interrupt = &interrupt;
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
+        Command::Cp(options) => cp::run(global, &options, interrupt).map(done),
+        Command::Cat(options) => cat::run(global, &options, interrupt).map(done),
+        Command::Stat(options) => stat::run(global, &options).map(done),
+        Command::Checksum(options) => digest::run(global, &options, interrupt).map(done),
+        Command::Cmp(options) => cmp::run(global, &options, interrupt).map(done),
+        Command::Discard(options) => discard::run(global, &options).map(done),
+        Command::Info(options) => info::run(global, &options).map(done),
+        Command::Ping(options) => ping::run(global, &options).map(done),
+        Command::Bench(options) => bench::run(global, &options).map(done),
+        Command::Doctor(options) => doctor::run(global, &options).map(done),
         Command::Load(options) => load::run(global, options),
         Command::Key(options) => key::run(global, &options).map(done),
         Command::Completions(options) => manual::complete(&options).map(done),

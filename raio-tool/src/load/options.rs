@@ -6,7 +6,6 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use raio_transport::address::{Address, Endpoint, Scheme};
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::size;
 use raio_transport::tls::ClientTls;
 
@@ -207,15 +206,7 @@ impl Options {
             self.reconnect
         );
         let server = address.resolve()?.into_iter().next().context("The host has no address")?;
-        let tls = global.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
-        let tls = tls.map_or(Ok(None), |directory| {
-            // By its name, else by where that leads to.
-            let by_name = address.host().map_or(Ok(None), |(host, port)| directory.tls(host, port))?;
-            match (by_name, server.ip()) {
-                (None, Some(server)) => directory.tls(&server.ip().to_string(), server.port()),
-                (by_name, _) => Ok(by_name),
-            }
-        })?;
+        let tls = global.tls(&address, &server)?;
         let sources = match server.ip().map(|server| server.ip()) {
             _ if !self.source.is_empty() => self.source,
             Some(IpAddr::V4(ip)) if ip.is_loopback() => loopback_sources(self.sessions),
