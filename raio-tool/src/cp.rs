@@ -111,8 +111,11 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
     for from in &locations {
         let to = into_directory(from, &to, several)?;
         let report = Copy { global, options, interrupt, from, to: &to }.run()?;
-        if global.json {
-            output::print_json(&report)?;
+        match to {
+            _ if !global.json => {}
+            // The data is on standard output.
+            Location::Stream => output::say(&serde_json::json!(report).to_string()),
+            _ => output::print_json(&report)?,
         }
     }
     Ok(())
@@ -167,7 +170,10 @@ impl Copy<'_> {
         if let (Some(subject), Some(path)) = (&subject, destination.journal()) {
             let found = if self.options.resume { Journal::read(path, subject) } else { None };
             if self.options.resume && found.is_none() {
-                eprintln!("raio: There is nothing to resume for {}: it is copied from its start.", self.to);
+                output::say(&format!(
+                    "raio: There is nothing to resume for {}: it is copied from its start.",
+                    self.to
+                ));
             }
             let proven = match found {
                 Some(found) => self.prove(&destination, found, subject)?,
@@ -188,10 +194,10 @@ impl Copy<'_> {
             is_fresh: destination.is_zero() && !self.options.no_sparse,
             to: destination.place(),
             checksums,
+            needs_checksums: journal.is_some() || self.options.verify,
             journal,
             zero_bytes: AtomicU64::new(0),
             progress: Progress::new(self.options.progress, "copy", facts.size.map(|it| it - resumed_bytes)),
-            needs_checksums: subject.is_some() || self.options.verify,
         };
         let skip = watcher.checksums.are_known();
         let moved = transfer::run(
@@ -219,6 +225,7 @@ impl Copy<'_> {
                 .map_err(|failure| self.left(failure, &destination, watcher.journal.is_some()))?,
             false => 0,
         };
+        let zero_bytes = watcher.zero_bytes.load(Ordering::Relaxed);
         destination.publish(self.options.fsync)?;
         let elapsed = started.elapsed();
         Ok(Report {
@@ -226,7 +233,7 @@ impl Copy<'_> {
             destination: self.to.to_string(),
             bytes: end,
             copied_bytes: moved,
-            zero_bytes: watcher.zero_bytes.load(Ordering::Relaxed),
+            zero_bytes,
             resumed_bytes,
             verified_bytes,
             seconds: elapsed.as_secs_f64(),
@@ -337,7 +344,10 @@ impl Copy<'_> {
         });
         let lost = known.iter().filter(|&&known| known).count() - proven.len();
         if lost > 0 {
-            eprintln!("raio: {lost} blocks of {} are not what was written: they are copied again.", self.to);
+            output::say(&format!(
+                "raio: {lost} blocks of {} are not what was written: they are copied again.",
+                self.to
+            ));
         }
         Ok(proven)
     }
@@ -547,6 +557,21 @@ mod tests {
         assert_eq!(into_directory(&from, &file, false).unwrap(), file);
         assert!(into_directory(&from, &file, true).is_err(), "several files into one");
         assert!(into_directory(&Location::Stream, &here, false).is_err(), "a stream has no name");
+    }
+
+    #[test]
+    fn a_block_that_differs_from_what_was_copied_is_found_when_it_is_verified() {
+        let checksums = Checksums::new(Some(25), 10, true);
+        checksums.set(0, crc32c(&[7; 10]));
+        let progress = Progress::new(Style::Never, "verify", None);
+        let verifying = Verifying { checksums: &checksums, name: "f".into(), progress };
+        let block = |number| Block { number, offset: number * 10, length: 10 };
+        assert_eq!(verifying.read(block(0), &[7; 10]).unwrap(), Verdict::Skip);
+        assert_eq!(verifying.read(block(1), &[0; 10]).unwrap(), Verdict::Skip, "a hole");
+        for (number, data) in [(0, [8; 10]), (1, [7; 10])] {
+            let wrong = verifying.read(block(number), &data).unwrap_err();
+            assert_eq!(wrong.kind(), Kind::Unverified, "{wrong}");
+        }
     }
 
     #[test]

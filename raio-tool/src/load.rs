@@ -38,7 +38,7 @@ pub fn run(global: &Global, options: Options) -> Result<ExitCode, Failure> {
     let plan = options.check(global).map_err(|error| Failure::usage(format!("{error:#}")))?;
     let report = carry_out(&plan).map_err(|error| Failure::new(format!("{error:#}")))?;
     for complaint in report.complaints() {
-        eprintln!("raio: {complaint}");
+        output::say(&format!("raio: {complaint}"));
     }
     let text = if global.json { format!("{}\n", report.json(&plan)) } else { report.text(&plan) };
     output::print(&text)?;

@@ -41,7 +41,7 @@ use interrupt::Interrupt;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     run(cli).unwrap_or_else(|failure| {
-        eprintln!("raio: {failure}");
+        output::say(&format!("raio: {failure}"));
         failure.exit_code()
     })
 }

@@ -25,6 +25,11 @@ pub fn print(text: &str) -> Result<(), Failure> {
     printed.map_err(|error| stdout_failed(&error))
 }
 
+/// Writes a line to standard error. If it is closed, nothing can be said.
+pub fn say(text: &str) {
+    let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
+}
+
 /// Writes one object as a line of JSON.
 pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(value)

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use raio_transport::sync::lock;
 use serde_json::json;
 
-use crate::output::per_second;
+use crate::output::{per_second, say};
 
 /// Which progress is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -57,7 +57,7 @@ impl Progress {
                 let mut last = lock(last);
                 if last.elapsed() >= Duration::from_secs(1) {
                     *last = Instant::now();
-                    eprintln!("{}", self.line(bytes, self.started.elapsed()));
+                    say(&self.line(bytes, self.started.elapsed()).to_string());
                 }
             }
             Shown::Nothing => {}

@@ -199,7 +199,11 @@ impl Transfer<'_> {
             if self.is_over.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            has_more = has_more && self.begin(&mut hand)?;
+            let pause = self.until_due().min(STOP_CHECK_INTERVAL);
+            if has_more && pause.is_zero() {
+                has_more = self.begin(&mut hand)?;
+            }
+            let interval = if has_more && !pause.is_zero() { pause } else { STOP_CHECK_INTERVAL };
             let mut is_idle = true;
             while let Some(done) = hand.reader.next()? {
                 is_idle = false;
@@ -212,9 +216,10 @@ impl Transfer<'_> {
             match (hand.reading, hand.writing) {
                 (0, 0) if !has_more => return Ok(()),
                 _ if !is_idle => {}
-                (_, 0) => hand.reader.wait(STOP_CHECK_INTERVAL)?,
-                (0, _) => hand.writer.wait(STOP_CHECK_INTERVAL)?,
-                _ => wait_for_both(&mut *hand.reader, &mut *hand.writer)?,
+                (0, 0) => std::thread::sleep(pause),
+                (_, 0) => hand.reader.wait(interval)?,
+                (0, _) => hand.writer.wait(interval)?,
+                _ => wait_for_both(&mut *hand.reader, &mut *hand.writer, interval)?,
             }
         }
     }
@@ -230,7 +235,7 @@ impl Transfer<'_> {
                 self.watcher.hole(hole)?;
             }
             let Some(block) = block else { return Ok(false) };
-            self.keep_rate(block.length)?;
+            self.charge(block.length);
             hand.free.pop();
             let length = block.length as usize;
             let mut data = hand.spare.pop().unwrap_or_default();
@@ -239,7 +244,7 @@ impl Transfer<'_> {
             hand.reading += 1;
             hand.reader.read(Io { token, offset: block.offset, data })?;
             // What was read at once is written while it is in the processor's cache.
-            if hand.reader.poll_fd()?.is_none() {
+            if hand.reader.poll_fd()?.is_none() || self.settings.rate.is_some() {
                 break;
             }
         }
@@ -318,32 +323,30 @@ impl Transfer<'_> {
         Ok(())
     }
 
-    /// Waits until these bytes may go.
-    fn keep_rate(&self, bytes: u64) -> Result<(), Failure> {
-        let Some(rate) = self.settings.rate else { return Ok(()) };
-        let due = {
+    /// How long it is until the next block may be read.
+    fn until_due(&self) -> Duration {
+        if self.settings.rate.is_none() {
+            return Duration::ZERO;
+        }
+        let next = self.next_at.lock().unwrap_or_else(PoisonError::into_inner);
+        next.saturating_duration_since(Instant::now())
+    }
+
+    /// These bytes go now.
+    fn charge(&self, bytes: u64) {
+        if let Some(rate) = self.settings.rate {
             let mut next = self.next_at.lock().unwrap_or_else(PoisonError::into_inner);
-            let due = (*next).max(Instant::now());
-            *next = due + Duration::from_secs_f64(bytes as f64 / rate as f64);
-            due
-        };
-        loop {
-            self.interrupt.check()?;
-            let left = due.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.is_over.load(Ordering::Relaxed) {
-                return Ok(());
-            }
-            std::thread::sleep(left.min(STOP_CHECK_INTERVAL));
+            *next = (*next).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
         }
     }
 }
 
 /// Waits until either may have something.
-fn wait_for_both(one: &mut dyn Lane, other: &mut dyn Lane) -> Result<(), Failure> {
+fn wait_for_both(one: &mut dyn Lane, other: &mut dyn Lane, interval: Duration) -> Result<(), Failure> {
     let (one, other) = (one.poll_fd()?, other.poll_fd()?);
     let fds: Vec<BorrowedFd<'_>> = one.into_iter().chain(other).collect();
     let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
-    let interval = Timespec { tv_sec: 0, tv_nsec: STOP_CHECK_INTERVAL.subsec_nanos().into() };
+    let interval = Timespec { tv_sec: 0, tv_nsec: interval.subsec_nanos().into() };
     match poll(&mut fds, Some(&interval)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
         Err(error) => Err(Failure::io("Cannot wait for the servers", &error.into())),

@@ -134,8 +134,8 @@ impl Destination {
     }
 
     /// Has it take its name. The journal has no use any more.
-    pub fn publish(&self, durable: bool) -> Result<(), Failure> {
-        if let Target::Partial(partial) = &self.target {
+    pub fn publish(&mut self, durable: bool) -> Result<(), Failure> {
+        if let Target::Partial(partial) = &mut self.target {
             partial.publish(durable)?;
         }
         if let Some(journal) = &self.journal {

@@ -203,6 +203,7 @@ pub struct Partial {
     pub file: LocalFile,
     path: PathBuf,
     destination: PathBuf,
+    is_published: bool,
 }
 
 impl Partial {
@@ -212,7 +213,10 @@ impl Partial {
         let mut name = destination.as_os_str().to_owned();
         name.push(format!(".partial-{tag}"));
         let path = PathBuf::from(name);
-        let failed = |error: io::Error| Failure::io(format!("Cannot create {}", path.display()), &error);
+        let failed = |error: io::Error| {
+            let failure = Failure::io(format!("Cannot create {}", path.display()), &error);
+            Failure::of(failure.kind(), format!("{failure} --inplace writes to the destination itself."))
+        };
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(false).mode(mode);
         let file = options.custom_flags(libc::O_NOFOLLOW).open(&path).map_err(failed)?;
@@ -222,7 +226,12 @@ impl Partial {
                 path.display()
             ))
         })?;
-        Ok(Self { file: LocalFile::new(file, &path), path, destination: destination.to_owned() })
+        Ok(Self {
+            file: LocalFile::new(file, &path),
+            path,
+            destination: destination.to_owned(),
+            is_published: false,
+        })
     }
 
     /// Where it is.
@@ -231,12 +240,13 @@ impl Partial {
     }
 
     /// Has it take its destination's place. With `durable` that survives a power failure.
-    pub fn publish(&self, durable: bool) -> Result<(), Failure> {
+    pub fn publish(&mut self, durable: bool) -> Result<(), Failure> {
         let failed = |error: io::Error| {
             let (from, to) = (self.path.display(), self.destination.display());
             Failure::io(format!("Cannot rename {from} to {to}"), &error)
         };
         std::fs::rename(&self.path, &self.destination).map_err(failed)?;
+        self.is_published = true;
         if durable {
             let parent = self.destination.parent().filter(|parent| !parent.as_os_str().is_empty());
             File::open(parent.unwrap_or(Path::new("."))).and_then(|it| it.sync_all()).map_err(failed)?;
@@ -247,6 +257,15 @@ impl Partial {
     /// Removes it.
     pub fn remove(&self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Nothing was written: it is of no use.
+        if !self.is_published && self.file.file.metadata().is_ok_and(|it| it.len() == 0) {
+            self.remove();
+        }
     }
 }
 
@@ -610,7 +629,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f");
         std::fs::write(&path, "old").unwrap();
-        let partial = Partial::open(&path, "1234", 0o600).unwrap();
+        let mut partial = Partial::open(&path, "1234", 0o600).unwrap();
         let second = Partial::open(&path, "1234", 0o600).unwrap_err();
         assert!(second.to_string().contains("Another raio cp"), "{second}");
         partial.file.file.write_all_at(b"new", 0).unwrap();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use raio::{Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
+use raio_transport::address::Address;
 
 use super::{Done, Facts, Io, Lane, Place, Sort};
 use crate::failure::Failure;
@@ -24,6 +25,7 @@ pub struct RemoteFile {
 
 /// Opens a session with the server at this URL.
 pub fn connect(global: &Global, url: &str) -> Result<Session, Failure> {
+    let _: Address = url.parse()?;
     Session::connect(url, &global.session_options())
         .map_err(|error| Failure::remote(format!("Cannot connect to {url}"), &error))
 }
