@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use hdrhistogram::Histogram;
 use raio::{Buffer, Buffers, Context, File, Operation};
 use raio_transport::random::SplitMix64;
@@ -20,7 +20,7 @@ use crate::place::{Place, RemoteFile};
 #[derive(Args, Debug)]
 pub struct Options {
     /// A file or device of a server
-    #[arg(value_name = "PATH")]
+    #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
     path: OsString,
     /// Write, too: what is in the file is lost
     #[arg(long)]

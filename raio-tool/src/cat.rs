@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use raio_transport::size;
 
 use crate::failure::Failure;
@@ -16,7 +16,7 @@ use crate::transfer::{self, Settings, Unwatched};
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files
-    #[arg(required = true, value_name = "PATH")]
+    #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
     /// Begin at this byte
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use serde::Serialize;
 
 use crate::failure::{Failure, Kind};
@@ -19,10 +19,10 @@ use crate::tuning::DEPTH;
 #[derive(Args, Debug)]
 pub struct Options {
     /// One file
-    #[arg(value_name = "PATH")]
+    #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
     one: OsString,
     /// The other file
-    #[arg(value_name = "OTHER")]
+    #[arg(value_name = "OTHER", value_hint = ValueHint::AnyPath)]
     other: OsString,
 }
 

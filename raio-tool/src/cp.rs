@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use raio_transport::size;
 use raio_transport::sync::lock;
 use serde::Serialize;
@@ -36,7 +36,7 @@ use crate::tuning::{DEPTH, JOURNAL_FROM_BYTES};
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files to copy, and at last where to: a file, or a directory
-    #[arg(required = true, num_args = 2.., value_name = "PATH")]
+    #[arg(required = true, num_args = 2.., value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
     /// Go on with a copy that was interrupted. What is there is compared with checksums first
     #[arg(long)]

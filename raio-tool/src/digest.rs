@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::sync::Mutex;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
 use raio_transport::sync::lock;
 use serde::Serialize;
 
@@ -20,7 +20,7 @@ use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files
-    #[arg(required = true, value_name = "PATH")]
+    #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
     /// Which checksum
     #[arg(long, value_enum, default_value_t, value_name = "NAME")]

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use raio::Operation;
 use raio_transport::size;
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::place::{LocalFile, Place, RemoteFile};
 #[derive(Args, Debug)]
 pub struct Options {
     /// A file or device. What is in the range is lost
-    #[arg(value_name = "PATH")]
+    #[arg(value_name = "PATH", value_hint = ValueHint::AnyPath)]
     path: OsString,
     /// Begin at this byte
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = size::parse)]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use raio_transport::address::{Address, Endpoint};
 use raio_transport::key_directory::KeyDirectory;
 use raio_transport::tls::ClientTls;
@@ -14,19 +14,12 @@ use crate::failure::Failure;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
-    /// The server of paths that begin with ":/"
-    #[arg(
-        long = "url",
-        id = "server_url",
-        value_name = "URL",
-        env = "RAIO_URL",
-        hide_env_values = true,
-        global = true
-    )]
+    /// The server of paths that begin with ":/" [default: $RAIO_URL]
+    #[arg(long = "url", id = "server_url", value_name = "URL", value_hint = ValueHint::Url, global = true)]
     pub url: Option<String>,
     /// Where this client's key is, and the keys of the servers that it trusts [default: $RAIO_KEYS, else
     /// $XDG_CONFIG_HOME/raio, else ~/.config/raio]
-    #[arg(long, value_name = "DIRECTORY", global = true)]
+    #[arg(long, value_name = "DIRECTORY", value_hint = ValueHint::DirPath, global = true)]
     pub keys: Option<PathBuf>,
     /// How long connecting and each call may take, and how long a lost connection is tried again [default:
     /// 5, 30 and 60]
@@ -50,8 +43,9 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 impl Global {
     /// The server of paths that name none.
-    pub fn url(&self) -> Result<&str, Failure> {
-        self.url.as_deref().ok_or_else(|| {
+    pub fn url(&self) -> Result<String, Failure> {
+        let url = self.url.clone().or_else(|| std::env::var("RAIO_URL").ok());
+        url.filter(|url| !url.is_empty()).ok_or_else(|| {
             Failure::usage(
                 "No server is named. Write raio://HOST[:PORT]/EXPORT/PATH, or set RAIO_URL (or --url) to \
                  raio://HOST[:PORT].",

@@ -51,7 +51,7 @@ struct Report {
 }
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
-    let url = options.url.as_deref().map_or_else(|| global.url(), Ok)?;
+    let url = &options.url.clone().map_or_else(|| global.url(), Ok)?;
     let address: Address = url.parse()?;
     let session = connect(global, url)?;
     let probe = Probe::connect(global, url)?;

@@ -86,15 +86,18 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
         }
         target => {
             let url = match target {
-                Some(target) => target.to_str().ok_or_else(|| Failure::usage("The URL is not UTF-8."))?,
+                Some(target) => {
+                    let url = target.to_str().ok_or_else(|| Failure::usage("The URL is not UTF-8."))?;
+                    url.to_owned()
+                }
                 None => global.url()?,
             };
-            let mut probe = Probe::connect(global, url)?;
+            let mut probe = Probe::connect(global, &url)?;
             for _ in 0..options.count {
                 note(&mut times, probe.ping(timeout)?);
                 pause(options);
             }
-            (url.to_owned(), "ping")
+            (url, "ping")
         }
     };
     let report = Report::of(target, what, &times);

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -17,7 +17,7 @@ use crate::place::RemoteFile;
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files
-    #[arg(required = true, value_name = "PATH")]
+    #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
 }
 

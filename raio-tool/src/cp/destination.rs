@@ -166,7 +166,7 @@ fn tag(global: &Global, from: &Location, to: &Location) -> String {
         Location::Local(path) => Location::Local(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
         other => other.clone(),
     };
-    let url = global.url.as_deref().unwrap_or_default();
+    let url = global.url().unwrap_or_default();
     let subject = format!("{}\n{}\n{url}", absolute(from), absolute(to));
     blake3::hash(subject.as_bytes()).to_hex()[..8].to_owned()
 }

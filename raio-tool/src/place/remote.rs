@@ -39,8 +39,8 @@ impl RemoteFile {
                  RAIO_URL."
             )));
         };
-        let url = server.as_deref().map_or_else(|| global.url(), Ok)?;
-        let session = connect(global, url)?;
+        let url = server.clone().map_or_else(|| global.url(), Ok)?;
+        let session = connect(global, &url)?;
         let file = session
             .open(path, flags, mode)
             .map_err(|error| Failure::remote(format!("Cannot open {location}"), &error))?;
