@@ -10,7 +10,8 @@ use crate::{bench, cat, cmp, cp, digest, discard, doctor, info, key, load, ping,
 
 /// Copies, examines and measures files that raio servers export.
 #[derive(Debug, Parser)]
-#[command(name = "raio", version, max_term_width = 100, after_long_help = flowing(include_str!("help/raio.txt")))]
+#[command(name = "raio", version, max_term_width = 100)]
+#[command(after_long_help = flowing(include_str!("help/raio.txt")))]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,

@@ -179,19 +179,19 @@ impl Copy<'_> {
                 Some(found) => self.prove(&destination, found, subject)?,
                 None => Vec::new(),
             };
-            let new = Journal::create(path, subject)?;
-            for (block, crc) in proven {
-                new.add(block.number, crc)?;
-                checksums.set(block.number, crc);
+            for (block, crc) in &proven {
+                checksums.set(block.number, *crc);
                 resumed_bytes += block.length;
             }
-            journal = Some(new);
+            let blocks: Vec<_> = proven.iter().map(|(block, crc)| (block.number, *crc)).collect();
+            journal = Some(Journal::create(path, subject, &blocks)?);
         }
         if resumed_bytes == 0 {
             destination.begin(!self.options.no_sparse)?;
         }
         let watcher = Copying {
-            is_fresh: destination.is_zero() && !self.options.no_sparse,
+            // What an earlier run has left may be anything.
+            is_fresh: resumed_bytes == 0 && destination.is_zero() && !self.options.no_sparse,
             to: destination.place(),
             checksums,
             needs_checksums: journal.is_some() || self.options.verify,

@@ -41,20 +41,24 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Begins a new one, in the place of any that is there.
-    pub fn create(path: &Path, subject: &Subject) -> Result<Self, Failure> {
+    /// Begins a new one with these blocks, in the place of any that is there, which stays until the new one
+    /// is whole.
+    pub fn create(path: &Path, subject: &Subject, blocks: &[(u64, u32)]) -> Result<Self, Failure> {
         let failed = |error: std::io::Error| {
             Failure::io(format!("Cannot write the journal {}", path.display()), &error)
         };
-        let mut line = serde_json::to_vec(subject).map_err(|error| failed(error.into()))?;
-        line.push(b'\n');
+        let mut bytes = serde_json::to_vec(subject).map_err(|error| failed(error.into()))?;
+        bytes.push(b'\n');
+        bytes.extend(blocks.iter().flat_map(|&(number, crc)| encode(number, crc)));
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             std::fs::create_dir_all(parent).map_err(failed)?;
         }
+        let new = path.with_extension("new");
         let mut options = OpenOptions::new();
         let mut file =
-            options.write(true).create(true).truncate(true).mode(0o600).open(path).map_err(failed)?;
-        file.write_all(&line).map_err(failed)?;
+            options.write(true).create(true).truncate(true).mode(0o600).open(&new).map_err(failed)?;
+        file.write_all(&bytes).map_err(failed)?;
+        std::fs::rename(&new, path).map_err(failed)?;
         Ok(Self { path: path.to_owned(), file: Mutex::new(file) })
     }
 
@@ -113,8 +117,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");
         assert_eq!(Journal::read(&path, &subject()), None);
-        let journal = Journal::create(&path, &subject()).unwrap();
-        for (number, crc) in [(2, 77), (0, 5), (u64::MAX, u32::MAX)] {
+        let journal = Journal::create(&path, &subject(), &[(2, 77)]).unwrap();
+        for (number, crc) in [(0, 5), (u64::MAX, u32::MAX)] {
             journal.add(number, crc).unwrap();
         }
         let all = vec![(2, 77), (0, 5), (u64::MAX, u32::MAX)];
@@ -133,7 +137,7 @@ mod tests {
     fn a_journal_of_something_else_is_none() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("journal");
-        Journal::create(&path, &subject()).unwrap().add(0, 1).unwrap();
+        Journal::create(&path, &subject(), &[(0, 1)]).unwrap();
         assert_eq!(Journal::read(&path, &Subject { modified_ns: 6, ..subject() }), None);
         assert_eq!(Journal::read(&path, &Subject { block_bytes: 4, ..subject() }), None);
         std::fs::write(&path, "no journal").unwrap();
