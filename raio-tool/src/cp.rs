@@ -296,7 +296,11 @@ impl Copy<'_> {
         Settings {
             block_bytes: self.options.block_size,
             depth: self.options.depth.into(),
-            lanes: self.options.connections.map(usize::from),
+            lanes: match self.to {
+                // Nothing is done with the data that another thread could do meanwhile.
+                Location::Null => Some(self.options.connections.unwrap_or(1).into()),
+                _ => self.options.connections.map(usize::from),
+            },
             // What goes to a stream has no place of its own.
             is_ordered: matches!(self.to, Location::Stream),
             skips_holes: skips_holes && !self.options.no_sparse,

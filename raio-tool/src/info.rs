@@ -54,6 +54,9 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let url = &options.url.clone().map_or_else(|| global.url(), Ok)?;
     let address: Address = url.parse()?;
     let session = connect(global, url)?;
+    let context = session.context(1);
+    let context = context.map_err(|error| Failure::remote(format!("Cannot connect to {url}"), &error))?;
+    let checksums = context.stats().has_crc;
     let probe = Probe::connect(global, url)?;
     let grant = probe.grant();
     let directory = global.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
@@ -80,7 +83,7 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
         client_version: env!("CARGO_PKG_VERSION"),
         server_incarnation: grant.server.iter().map(|byte| format!("{byte:02x}")).collect(),
         protocol_version: grant.version,
-        checksums: grant.crc(),
+        checksums,
         queue_depth: grant.queue_depth,
         io_bytes_max: grant.data_bytes_max,
         keepalive_seconds: grant.keepalive.as_secs_f64(),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use raio_e2e::{LoopDevice, PATIENCE, Random, Server, binary, needs_root, seed};
+use raio_e2e::{Client, LoopDevice, PATIENCE, Random, Server, binary, needs_root, seed};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::Value;
@@ -557,5 +557,51 @@ fn progress_in_json_has_rate_and_eta() {
         assert_documented("cp", line);
         assert_eq!((&line["progress"], &line["size"]), (&"copy".into(), &(5 << 20).into()));
         assert!(line["eta_seconds"].as_f64().is_some_and(|it| (0.0..10.0).contains(&it)), "{line}");
+    }
+}
+
+#[test]
+fn a_unix_socket_is_named_in_the_url_behind_the_path() {
+    let mut site = Site::new();
+    let socket = site.directory.path().join("socket");
+    site.server = Site::serve(site.directory.path(), &format!("unix://{}", socket.display()));
+    let content = bytes(3 << 20);
+    fs::write(site.here("a"), &content).expect("a file");
+    let there = format!("raio+unix:///e/a?socket={}", socket.display());
+    site.run(&["cp", "--verify", "a", &there]);
+    assert!(site.run(&["cat", ":/e/a"]) == content, "and RAIO_URL may be one");
+    assert_eq!(site.json(&["info", "--json"])["transport"], "unix");
+    site.run(&["ping", "--count", "10"]);
+}
+
+#[test]
+fn keys_encrypt_what_is_copied_and_who_has_none_is_refused() {
+    let client = Client::new();
+    let keyed = raio_e2e::Site::new(&client.entry("me", r#"exports = { data = "rw", logs = "ro" }"#));
+    client.trust(&keyed);
+    let site = Site::new();
+    let url = keyed.server.url();
+    let keys = client.keys.path().to_str().expect("UTF-8");
+    let with = ["--keys", keys, "--url", &url];
+    let content = bytes(3 << 20);
+    fs::write(site.here("a"), &content).expect("a file");
+    site.run(&[&["cp", "--verify", "a", ":/data/a"], &with[..]].concat());
+    assert!(site.run(&[&["cat", ":/data/a"], &with[..]].concat()) == content);
+    let info = site.json(&[&["info", "--json"], &with[..]].concat());
+    assert_eq!(info["encrypted"], true, "{info}");
+    assert_eq!(info["client_key"], client.key.to_string(), "{info}");
+    assert_eq!(info["trusted_keys"], serde_json::json!([keyed.host_key().to_string()]), "{info}");
+    site.run(&[&["ping", "--count", "10"], &with[..]].concat());
+    let stranger = Client::new();
+    stranger.trust(&keyed);
+    let stranger = stranger.keys.path().to_str().expect("UTF-8");
+    for (arguments, keys) in [
+        (["cp", "a", ":/logs/a"], keys),
+        (["cp", "a", ":/data/a"], stranger),
+        (["cmp", "a", ":/data/a"], stranger),
+    ] {
+        let output = site.raio(&arguments).args(["--keys", keys, "--url", &url]).output().expect("raio runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(code(&output), Some(4), "{arguments:?}: {said}");
     }
 }
