@@ -244,9 +244,8 @@ impl Copy<'_> {
     /// Refuses what would destroy something, or cannot be done, before anything is written.
     fn check(&self, source: &dyn Place, facts: &Facts, destination: &Destination) -> Result<(), Failure> {
         let to = destination.facts();
-        if matches!((self.from, self.to), (Location::Local(_), Location::Local(_)))
-            && to.is_some_and(|to| to.identity == facts.identity && to.sort != Sort::Stream)
-        {
+        let is_local = matches!((self.from, self.to), (Location::Local(_), Location::Local(_)));
+        if to.is_some_and(|to| to.is_same_file(facts, is_local)) {
             return Err(Failure::usage(format!("{} and {} are the same file.", self.from, self.to)));
         }
         let is_stream = to.is_none_or(|to| to.sort == Sort::Stream) && destination.is_in_place();

@@ -58,6 +58,15 @@ pub struct Facts {
     pub identity: (u64, u64),
 }
 
+impl Facts {
+    /// Whether both are of the same file. Numbers of inodes of two machines (not `is_local`) may be the same
+    /// by chance; with the same size and time, what is lost by not copying is nothing.
+    pub fn is_same_file(&self, other: &Self, is_local: bool) -> bool {
+        let is_same = self.sort != Sort::Stream && self.sort == other.sort && self.identity == other.identity;
+        is_same && (is_local || self.size == other.size && self.times_ns.1 == other.times_ns.1)
+    }
+}
+
 /// A read or write. Its token comes back with its end.
 #[derive(Debug)]
 pub struct Io {

@@ -235,6 +235,21 @@ fn exit_codes_and_messages_tell_what_is_to_be_done() {
     assert!(code(&output) == Some(2) && String::from_utf8_lossy(&output.stderr).contains("RAIO_URL"));
 }
 
+#[test]
+fn a_file_is_not_copied_over_itself_by_whatever_name() {
+    let site = Site::new();
+    fs::write(site.there("a"), "precious").expect("a file");
+    fs::hard_link(site.there("a"), site.there("b")).expect("a link");
+    let local = site.there("a").to_str().expect("UTF-8").to_owned();
+    let other = format!("{}/e/a", site.server.url());
+    for (from, to) in [(":/e/a", ":/e/b"), (&other, ":/e/a"), (&local, ":/e/a"), (":/ro/a", ":/e/b")] {
+        let output = site.raio(&["cp", from, to]).output().expect("raio runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(code(&output) == Some(2) && said.contains("same file"), "{from} {to}: {said}");
+        assert_eq!(fs::read(site.there("a")).expect("a file"), b"precious", "{from} {to}");
+    }
+}
+
 /// Asserts that the manual page of a command names each field of its JSON.
 fn assert_documented(command: &str, object: &Value) {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../docs/man/raio-{command}.1"));
