@@ -16,7 +16,7 @@ use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 
-pub use self::local::{LocalFile, Partial, Stream, examine, is_zero};
+pub use self::local::{LocalFile, Partial, Stream, beside, examine, is_zero};
 pub use self::remote::{RemoteFile, connect};
 
 /// What sort of thing it is.

@@ -12,6 +12,10 @@ pub const DIRECT_ALIGN: usize = 4096;
 /// and more would find fewer holes.
 pub const ZERO_RUN_BYTES: usize = 16 << 10;
 
+/// Bytes of a file's name that are kept in the name of a file beside it. File systems take 255, with what is
+/// added.
+pub const NAME_PART_BYTES: usize = 200;
+
 /// How soon Ctrl-C is noticed by a thread that waits.
 pub const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 

@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 
 use super::Options;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
-use crate::place::{Facts, LocalFile, Partial, Place, RemoteFile, Sort, Stream, examine};
+use crate::place::{Facts, LocalFile, Partial, Place, RemoteFile, Sort, Stream, beside, examine};
 
 /// Where a copy goes.
 pub struct Destination {
@@ -50,6 +50,11 @@ impl Destination {
                 // A link stays, and what it leads to is replaced.
                 let path = &std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
                 let facts = examine(path);
+                if facts.is_none() && path.starts_with("/dev") && !path.starts_with("/dev/shm") {
+                    let text = format!("There is no device {to}. Check its name; `lsblk` lists disks.");
+                    return Err(Failure::of(Kind::NotFound, text));
+                }
+                let journal = Some(beside(path, &format!(".partial-{tag}.journal")));
                 match facts.map(|facts| facts.sort) {
                     Some(Sort::Stream) => {
                         in_place(Box::new(Stream::open(path, interrupt.clone())?), None, None)
@@ -62,11 +67,11 @@ impl Destination {
                     _ if options.inplace => {
                         let file = LocalFile::open_in_place(path, mode)?;
                         let facts = file.facts()?;
-                        in_place(Box::new(file), Some(facts), Some(beside(path, &tag)))
+                        in_place(Box::new(file), Some(facts), journal)
                     }
                     _ => {
                         let target = Target::Partial(Partial::open(path, &tag, mode)?);
-                        Self { target, facts, journal: Some(beside(path, &tag)), is_zero: false }
+                        Self { target, facts, journal, is_zero: false }
                     }
                 }
             }
@@ -169,13 +174,6 @@ fn tag(global: &Global, from: &Location, to: &Location) -> String {
     let url = global.url().unwrap_or_default();
     let subject = format!("{}\n{}\n{url}", absolute(from), absolute(to));
     blake3::hash(subject.as_bytes()).to_hex()[..8].to_owned()
-}
-
-/// The journal of a copy to a local file.
-fn beside(path: &Path, tag: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(format!(".partial-{tag}.journal"));
-    name.into()
 }
 
 /// The journal of a copy to a device or a server.

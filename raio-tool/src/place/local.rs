@@ -1,10 +1,12 @@
 //! Files, devices and streams of this machine, by plain system calls.
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use super::{Done, Facts, Io, Lane, Place, Sort};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::output::stdout_failed;
-use crate::tuning::{DIRECT_ALIGN, STOP_CHECK_INTERVAL, ZERO_RUN_BYTES};
+use crate::tuning::{DIRECT_ALIGN, NAME_PART_BYTES, STOP_CHECK_INTERVAL, ZERO_RUN_BYTES};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -90,7 +92,7 @@ impl LocalFile {
     /// Opens a file to be written in place; it is made if it does not exist. What it had stays.
     pub fn open_in_place(path: &Path, mode: u32) -> Result<Self, Failure> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(!path.starts_with("/dev")).truncate(false).mode(mode);
+        options.read(true).write(true).create(true).truncate(false).mode(mode);
         let file = options
             .open(path)
             .map_err(|error| Failure::io(format!("Cannot open {} to write to it", path.display()), &error))?;
@@ -196,6 +198,15 @@ impl Place for LocalFile {
     }
 }
 
+/// The path of a file beside another one, with this at the end of its name. A name that would become too long
+/// loses what is at the end of its own part.
+pub fn beside(path: &Path, end: &str) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let mut beside = name[..name.len().min(NAME_PART_BYTES)].to_vec();
+    beside.extend_from_slice(end.as_bytes());
+    path.with_file_name(OsStr::from_bytes(&beside))
+}
+
 /// A file that is written beside its destination, and takes its place when it is whole.
 #[derive(Debug)]
 pub struct Partial {
@@ -210,9 +221,7 @@ impl Partial {
     /// Makes it, or opens the one that is there. Its name says what it is a copy of (`tag`), so that the same
     /// copy finds it again. Only one program writes to it at a time.
     pub fn open(destination: &Path, tag: &str, mode: u32) -> Result<Self, Failure> {
-        let mut name = destination.as_os_str().to_owned();
-        name.push(format!(".partial-{tag}"));
-        let path = PathBuf::from(name);
+        let path = beside(destination, &format!(".partial-{tag}"));
         let failed = |error: io::Error| {
             let failure = Failure::io(format!("Cannot create {}", path.display()), &error);
             Failure::of(failure.kind(), format!("{failure} --inplace writes to the destination itself."))
@@ -622,6 +631,14 @@ mod tests {
         let range = file.next_data(0, 4 << 20).unwrap().unwrap();
         assert!(range.contains(&(2 << 20)) && range.start > 0 && range.end < 4 << 20, "{range:?}");
         assert_eq!(file.next_data(3 << 20, 4 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn a_name_beside_another_is_never_too_long() {
+        assert_eq!(beside(Path::new("d/f"), ".x"), Path::new("d/f.x"));
+        assert_eq!(beside(Path::new("f"), ".x"), Path::new("f.x"));
+        let long = beside(&Path::new("d").join("n".repeat(255)), ".partial-12345678.journal");
+        assert!(long.file_name().unwrap().len() <= 255 && long.to_str().unwrap().ends_with(".journal"));
     }
 
     #[test]

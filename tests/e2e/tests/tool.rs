@@ -2,8 +2,10 @@
 //! are interrupted or killed and go on.
 
 use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -217,6 +219,8 @@ fn exit_codes_and_messages_tell_what_is_to_be_done() {
         (&["cat", "none"], 3, "No such file"),
         (&["cp", "a", ":/e/none/c"], 3, "No such file"),
         (&["stat", ":/none/c"], 3, "none"),
+        (&["cp", "a", "/dev/no-such-disk"], 3, "no device"),
+        (&["cp", "a", "/dev/null"], 0, ""),
         (&["cp", "a", ":/ro/c"], 4, "read-only"),
         (&["discard", "--all", ":/ro/b"], 4, "read-only"),
         (&["cat", "--url", "raio://127.0.0.1:1", ":/e/b"], 5, "Connection refused"),
@@ -233,6 +237,26 @@ fn exit_codes_and_messages_tell_what_is_to_be_done() {
     let mut without = site.raio(&["cat", ":/e/b"]);
     let output = without.env_remove("RAIO_URL").output().expect("raio runs");
     assert!(code(&output) == Some(2) && String::from_utf8_lossy(&output.stderr).contains("RAIO_URL"));
+}
+
+#[test]
+fn names_may_be_as_long_as_they_can_and_have_any_bytes() {
+    let site = Site::new();
+    let long = "n".repeat(255);
+    let odd = OsStr::from_bytes(b"\xff\n -x");
+    let content = bytes(17 << 20);
+    for name in [OsStr::new(&long), odd] {
+        let mut remote = OsString::from(":/e/");
+        remote.push(name);
+        fs::write(site.here("a"), &content).expect("a file");
+        let copy = |from: &OsStr, to: &OsStr| {
+            let output = site.raio(&["cp"]).args([from, to]).output().expect("raio runs");
+            assert!(output.status.success(), "{from:?} {to:?}: {}", String::from_utf8_lossy(&output.stderr));
+        };
+        copy(OsStr::new("a"), &remote);
+        copy(&remote, name);
+        assert!(fs::read(site.directory.path().join("here").join(name)).expect("a file") == content);
+    }
 }
 
 #[test]
@@ -417,9 +441,13 @@ fn journal(site: &Site) -> Option<PathBuf> {
 /// Waits until a copy has noted this number of blocks.
 fn await_blocks(site: &Site, blocks: u64) {
     let deadline = Instant::now() + PATIENCE;
-    let noted = || journal(site).and_then(|path| path.metadata().ok()).map_or(0, |it| it.len());
-    // The first line is that of the subject.
-    while noted() < 100 + 16 * blocks {
+    // Behind the first line, which is of the subject, each block has 16 bytes.
+    let noted = || {
+        let bytes = fs::read(journal(site)?).ok()?;
+        let line = bytes.iter().position(|&byte| byte == b'\n')?;
+        Some((bytes.len() - line) as u64 / 16)
+    };
+    while noted() < Some(blocks) {
         assert!(Instant::now() < deadline, "the copy does not get on");
         std::thread::sleep(Duration::from_millis(5));
     }
