@@ -1,75 +1,74 @@
-//! raio: what a client's user does now and then. So far keys: `raio key`.
+//! raio: the tool for files that raio servers export. [`cli`] has its commands, and docs/man its manual.
 //!
-//! Exit codes: 0 done, 1 not done, 2 the command line makes no sense.
+//! Exit codes: see [`failure::Kind`].
 
 #![deny(unsafe_code)]
 
+mod bench;
+mod cat;
+mod checksum;
+mod cli;
+mod cmp;
+mod cp;
+mod digest;
+mod discard;
+mod doctor;
 mod failure;
-mod own_key;
-mod trust;
+mod global;
+mod info;
+mod interrupt;
+mod key;
+mod load;
+mod location;
+mod manual;
+mod output;
+mod ping;
+mod place;
+mod progress;
+mod stat;
+mod target;
+mod transfer;
 mod tuning;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-use raio_transport::key_directory::KeyDirectory;
+use clap::Parser;
 
+use cli::{Cli, Command};
 use failure::Failure;
-
-/// Keys for connections to raio servers.
-#[derive(Debug, Parser)]
-#[command(name = "raio", version, after_help = "See raio(1) for more.")]
-struct Options {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// This client's key, and the keys of the servers that it trusts
-    Key(KeyOptions),
-}
-
-#[derive(Args, Debug)]
-struct KeyOptions {
-    /// Where the keys are [default: $RAIO_KEYS, else $XDG_CONFIG_HOME/raio, else ~/.config/raio]
-    #[arg(long, value_name = "DIRECTORY", global = true)]
-    keys: Option<PathBuf>,
-    #[command(subcommand)]
-    command: KeyCommand,
-}
-
-#[derive(Debug, Subcommand)]
-enum KeyCommand {
-    /// Make this client's key, and print its public key
-    New,
-    /// Print the public key of this client's key
-    Show,
-    /// Connect to a server, show its key, and trust it from now on
-    Trust(trust::Options),
-}
+use interrupt::Interrupt;
 
 fn main() -> ExitCode {
-    let Command::Key(options) = Options::parse().command;
-    match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("raio: {failure}");
-            failure.exit_code()
-        }
-    }
+    let cli = Cli::parse();
+    run(cli).unwrap_or_else(|failure| {
+        output::say(&format!("raio: {failure}"));
+        failure.exit_code()
+    })
 }
 
-fn run(options: KeyOptions) -> Result<(), Failure> {
-    let directory = options.keys.map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
-    let directory = directory.ok_or_else(|| {
-        Failure::usage("There is neither $RAIO_KEYS nor $HOME. Say where the keys are with --keys DIRECTORY.")
-    })?;
-    match options.command {
-        KeyCommand::New => own_key::make(&directory),
-        KeyCommand::Show => own_key::show(&directory),
-        KeyCommand::Trust(options) => trust::run(&directory, &options),
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let global = &cli.global;
+    // A copy leaves its work in order.
+    let is_graceful = matches!(cli.command, Command::Cp(_));
+    let interrupt =
+        Interrupt::install(is_graceful).map_err(|error| Failure::io("Cannot handle Ctrl-C", &error))?;
+    let interrupt = &interrupt;
+    let done = |()| ExitCode::SUCCESS;
+    match cli.command {
+        Command::Cp(options) => cp::run(global, &options, interrupt).map(done),
+        Command::Cat(options) => cat::run(global, &options, interrupt).map(done),
+        Command::Stat(options) => stat::run(global, &options).map(done),
+        Command::Checksum(options) => digest::run(global, &options, interrupt).map(done),
+        Command::Cmp(options) => cmp::run(global, &options, interrupt).map(done),
+        Command::Discard(options) => discard::run(global, &options).map(done),
+        Command::Info(options) => info::run(global, &options).map(done),
+        Command::Ping(options) => ping::run(global, &options).map(done),
+        Command::Bench(options) => bench::run(global, &options).map(done),
+        Command::Doctor(options) => doctor::run(global, &options).map(done),
+        Command::Load(options) => load::run(global, options),
+        Command::Key(options) => key::run(global, &options).map(done),
+        Command::Completions(options) => manual::complete(&options).map(done),
+        Command::Man(options) => manual::write(&options).map(done),
     }
 }
 
@@ -77,16 +76,15 @@ fn run(options: KeyOptions) -> Result<(), Failure> {
 mod tests {
     use super::*;
 
-    fn parse(line: &str) -> Result<Options, clap::Error> {
-        Options::try_parse_from(line.split(' '))
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
     }
 
     #[test]
-    fn the_directory_may_be_given_before_and_after_what_is_to_be_done() {
-        for line in ["raio key new --keys /k", "raio key --keys /k show", "raio key trust raio://h --keys /k"]
+    fn global_options_may_be_given_before_and_after_the_command() {
+        for line in ["raio key new --keys /k", "raio key --keys /k show", "raio --keys /k key trust raio://h"]
         {
-            let Command::Key(options) = parse(line).unwrap().command;
-            assert_eq!(options.keys, Some("/k".into()), "{line}");
+            assert_eq!(parse(line).unwrap().global.keys, Some("/k".into()), "{line}");
         }
     }
 
@@ -101,9 +99,16 @@ mod tests {
             "raio key new x",
             "raio key trust",
             "raio key trust raio://h --key AAAA",
+            "raio key show --timeout 0",
             &format!("raio key trust raio://h --yes --key {key}"),
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
     }
 }

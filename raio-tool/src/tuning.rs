@@ -1,6 +1,35 @@
-//! The numbers that this program was tuned with.
+//! The numbers that this program was tuned with: units, and why each has this value.
 
 use std::time::Duration;
 
 /// How long a server may take for a connection and the handshakes, for each of its addresses.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes: alignment of direct reads. That of every block device there is, and of a page.
+pub const DIRECT_ALIGN: usize = 4096;
+
+/// Bytes: runs of zeros of this length are not written to a new file. Four pages save little storage less,
+/// and more would find fewer holes.
+pub const ZERO_RUN_BYTES: usize = 16 << 10;
+
+/// Bytes of a file's name that are kept in the name of a file beside it. File systems take 255, with what is
+/// added.
+pub const NAME_PART_BYTES: usize = 200;
+
+/// How soon Ctrl-C is noticed by a thread that waits.
+pub const STOP_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Bytes of a read or write of a transfer: the default of raio_server's `--io-max`.
+pub const BLOCK_BYTES: u64 = 1 << 20;
+
+/// Reads and writes that a lane of a transfer has in flight.
+pub const DEPTH: usize = 8;
+
+/// Bytes from which on a transfer has several lanes. Less is done before another connection is made.
+pub const LANES_FROM_BYTES: u64 = 64 << 20;
+
+/// The most lanes by default.
+pub const LANES: usize = 4;
+
+/// Bytes from which on a copy has a journal. Less is copied again in no time.
+pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;

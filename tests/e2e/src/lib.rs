@@ -48,6 +48,7 @@ pub use raw::{Raw, request as raw_request};
 pub use sandbox::sandboxed;
 pub use server::{
     PATIENCE, Server, await_log, await_no_connection, binary, copy_program, cpu_time, is_at_rest,
+    load_command,
 };
 pub use site::{Client, Site, pin};
 pub use wire::{

@@ -100,6 +100,13 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// `raio load`, without its arguments.
+pub fn load_command() -> Command {
+    let mut command = Command::new(binary("raio"));
+    command.arg("load");
+    command
+}
+
 /// A copy of a program, to be run. Another process writes it: a child that another test starts has every
 /// descriptor of this one until its exec, and nothing runs that somebody has open for writing.
 pub fn copy_program(from: &Path, to: &Path) {

@@ -1,4 +1,4 @@
-//! Clients with keys, as users have them: the command `raio`, key directories, libraio and raio_load, with a
+//! Clients with keys, as users have them: the command `raio`, key directories, libraio and raio load, with a
 //! server in this process, or on another host.
 
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use raio::{Crc, Error, File, Keys, Options, Scheme, Session};
-use raio_e2e::{Cable, End, KeyedServer, PATIENCE, Server, binary, copy_program};
+use raio_e2e::{Cable, End, KeyedServer, PATIENCE, Server, binary, copy_program, load_command};
 use raio_transport::handshake::Identity;
 use raio_transport::keys::{PublicKey, SecretKey};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketFlags, SocketType, recv, socket_with, sockopt};
@@ -325,9 +325,9 @@ fn raio_load_uses_keys_as_libraio_does() {
     let line = format!("{} {}\n", server.address(), server_key.public());
     std::fs::write(client.servers(), line).expect("a file");
     let load = |variables: Variables<'_>, arguments: &[&str]| {
-        let mut command = Command::new(binary("raio_load"));
+        let mut command = load_command();
         command.args([&server.url(), "/e/file", "--sessions", "3", "--rounds", "2"]).args(arguments);
-        command.env_clear().envs(variables.iter().copied()).output().expect("raio_load runs")
+        command.env_clear().envs(variables.iter().copied()).output().expect("raio load runs")
     };
     let path = client.path();
     let ways: [(Variables<'_>, &[&str]); 3] = [

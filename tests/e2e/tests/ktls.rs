@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
 use raio::{Buffer, Buffers, Context, File, Keys, Operation, Options, Session};
-use raio_e2e::{Server, binary, carry_out, is_at_rest, no_kernel_tls, pin};
+use raio_e2e::{Server, binary, carry_out, is_at_rest, load_command, no_kernel_tls, pin};
 use raio_transport::keys::SecretKey;
 use tempfile::TempDir;
 
@@ -142,9 +142,9 @@ fn a_session_goes_on_when_the_server_has_used_a_key_up() {
     assert!(log.contains("used for as many records as they may be"), "{log}");
 }
 
-/// raio_load, whose client changes its key after this number of records.
+/// raio load, whose client changes its key after this number of records.
 fn load(site: &Site, records_per_key: u64) -> Output {
-    let mut command = Command::new(binary("raio_load"));
+    let mut command = load_command();
     command.args([&site.server.url(), "/data/load", "--keys", site.path("client").to_str().expect("UTF-8")]);
     command.args([
         "--sessions",
@@ -160,7 +160,7 @@ fn load(site: &Site, records_per_key: u64) -> Output {
     ]);
     command.args(["--rounds", "70", "--fill", "--verify", "--reconnect", "30", "--json"]);
     command.env(FEWER_RECORDS, records_per_key.to_string()).stdin(Stdio::null());
-    command.output().expect("raio_load runs")
+    command.output().expect("raio load runs")
 }
 
 #[test]

@@ -1,10 +1,10 @@
-//! raio_load with `--reconnect`, over servers that are started again, and one that is not.
+//! raio load with `--reconnect`, over servers that are started again, and one that is not.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use raio_e2e::{Server, TCP, binary};
+use raio_e2e::{Server, TCP, load_command};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -22,20 +22,20 @@ fn directory() -> tempfile::TempDir {
     directory
 }
 
-/// A raio_load that has begun to read and write, with several requests of each session in flight.
+/// A raio load that has begun to read and write, with several requests of each session in flight.
 fn begin(server: &mut Server, arguments: &str) -> Child {
-    let mut command = Command::new(binary("raio_load"));
+    let mut command = load_command();
     command.args([&server.url(), "/d/file", "--json", "--fill", "--size", "8M", "--pattern", "randrw"]);
     command.args(["--verify", "--depth", "8", "--sessions", &SESSIONS.to_string()]);
     command.args(arguments.split_whitespace()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = command.spawn().expect("raio_load starts");
+    let child = command.spawn().expect("raio load starts");
     server.statistics_when(|statistics| statistics["requests"]["read"].as_u64().is_some_and(|n| n > 1_000));
     child
 }
 
 /// What it reports, its exit status, and its error messages.
 fn end(child: Child) -> (Value, Option<i32>, String) {
-    let output = child.wait_with_output().expect("raio_load ends");
+    let output = child.wait_with_output().expect("raio load ends");
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {text}"));
     (report, output.status.code(), text)

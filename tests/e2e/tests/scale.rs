@@ -1,4 +1,4 @@
-//! Tens of thousands of sessions with one server, by raio_load: each has a file open, all are served, every
+//! Tens of thousands of sessions with one server, by raio load: each has a file open, all are served, every
 //! byte is checked; what they cost the server, what becomes of one too many, and of all when the server is
 //! killed.
 
@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
 use raio::{Options, Session};
-use raio_e2e::{Server, TCP, await_no_connection, binary, is_at_rest};
+use raio_e2e::{Server, TCP, await_no_connection, binary, is_at_rest, load_command};
 use raio_transport::open_files;
 use serde_json::Value;
 
@@ -35,14 +35,14 @@ fn serve_at(listen: &str, directory: &Path, arguments: &[&str]) -> Server {
     Server::start_with(&[&export], &[&["--listen", listen], arguments].concat())
 }
 
-fn raio_load(server: &Server, arguments: &str) -> Command {
-    let mut command = Command::new(binary("raio_load"));
+fn load(server: &Server, arguments: &str) -> Command {
+    let mut command = load_command();
     command.args([&server.url(), "/d/file", "--json"]).args(arguments.split_whitespace());
     command
 }
 
 fn run(server: &Server, arguments: &str) -> Output {
-    raio_load(server, arguments).output().expect("raio_load runs")
+    load(server, arguments).output().expect("raio load runs")
 }
 
 fn report(output: &Output) -> Value {
@@ -59,7 +59,7 @@ fn fill(server: &mut Server) {
     server.statistics_when(is_at_rest);
 }
 
-/// A raio_load whose sessions are open, and wait.
+/// A raio load whose sessions are open, and wait.
 struct Held {
     child: Child,
     stderr: BufReader<std::process::ChildStderr>,
@@ -67,22 +67,22 @@ struct Held {
 
 impl Held {
     fn start(server: &Server, arguments: &str) -> Self {
-        let mut command = raio_load(server, arguments);
+        let mut command = load(server, arguments);
         command.arg("--hold").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("raio_load starts");
+        let mut child = command.spawn().expect("raio load starts");
         let mut stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
         let mut line = String::new();
         while !line.contains("waiting for a line") {
             eprint!("{line}");
             line.clear();
-            assert!(stderr.read_line(&mut line).expect("text") > 0, "raio_load has ended");
+            assert!(stderr.read_line(&mut line).expect("text") > 0, "raio load has ended");
         }
         Self { child, stderr }
     }
 
     fn begin(&mut self) {
         let mut stdin = self.child.stdin.take().expect("stdin is piped");
-        stdin.write_all(b"\n").expect("raio_load waits for it");
+        stdin.write_all(b"\n").expect("raio load waits for it");
     }
 
     fn go_on(mut self) -> Output {
@@ -92,7 +92,7 @@ impl Held {
 
     fn end(mut self) -> Output {
         self.child.stderr = Some(self.stderr.into_inner());
-        self.child.wait_with_output().expect("raio_load ends")
+        self.child.wait_with_output().expect("raio load ends")
     }
 }
 
@@ -253,7 +253,7 @@ fn sessions_that_die_all_at_once_leave_nothing() {
     let arguments = "--sessions 400 --depth 4 --pattern randrw --io-size 16k --verify --seconds 1000";
     let mut held = Held::start(&server, arguments);
     let stdin = held.child.stdin.as_mut().expect("stdin is piped");
-    stdin.write_all(b"\n").expect("raio_load waits for it");
+    stdin.write_all(b"\n").expect("raio load waits for it");
     server.statistics_when(|statistics| statistics["requests"]["read"].as_u64() > Some(5000));
     held.child.kill().and_then(|()| held.child.wait()).expect("it is killed");
     server.statistics_when(is_at_rest);
@@ -267,14 +267,14 @@ fn a_wrong_byte_is_found_and_named() {
     let mut server = serve(directory.path(), &[]);
     fill(&mut server);
     let file = std::fs::OpenOptions::new().read(true).write(true).open(directory.path().join("file"));
-    let file = file.expect("raio_load has made it");
+    let file = file.expect("raio load has made it");
     let mut byte = [0];
     file.read_exact_at(&mut byte, 1_234_567).expect("a byte");
     file.write_all_at(&[!byte[0]], 1_234_567).expect("another byte");
     // All of it, in order.
     let output = run(&server, "--pattern read --rounds 4096 --verify");
     let report = report(&output);
-    assert_eq!(output.status.code(), Some(3), "{report}");
+    assert_eq!(output.status.code(), Some(6), "{report}");
     assert_eq!(report["wrong"], 1, "{report}");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("Byte 1234567 of the file is wrong"), "{said}");
@@ -286,7 +286,7 @@ fn a_limit_on_open_files_is_raised_or_named() {
     let mut server = serve(directory.path(), &[]);
     fill(&mut server);
     let mut command = Command::new("sh");
-    command.args(["-c", "ulimit -n 100 && exec \"$@\"", "sh"]).arg(binary("raio_load"));
+    command.args(["-c", "ulimit -n 100 && exec \"$@\"", "sh"]).arg(binary("raio")).arg("load");
     command.args([&server.url(), "/d/file", "--json", "--sessions", "200", "--rounds", "1"]);
     let output = command.output().expect("sh runs");
     let said = String::from_utf8_lossy(&output.stderr);

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use raio::{Buffer, Buffers, Context, Error, File, Operation, Options, Session};
-use raio_e2e::{PATIENCE, Server, binary, carry_out, needs_root};
+use raio_e2e::{PATIENCE, Server, binary, carry_out, load_command, needs_root};
 use raio_transport::address::Endpoint;
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::message::SessionId;
@@ -101,11 +101,11 @@ fn files_are_written_and_read_over_a_unix_socket() {
     let site = Site::new();
     assert!(fs::symlink_metadata(site.socket()).expect("it is there").file_type().is_socket());
     let url = site.server.url();
-    let report = Command::new(binary("raio_load"))
+    let report = load_command()
         .args([&url, "/data/load", "--size", "8M", "--fill", "--verify", "--pattern", "randrw"])
         .args(["--rounds", "64", "--depth", "8", "--sessions", "4", "--io-size", "128K"])
         .output()
-        .expect("raio_load runs");
+        .expect("raio load runs");
     assert!(report.status.success(), "{}", String::from_utf8_lossy(&report.stderr));
     assert_eq!(fs::metadata(site.directory.path().join("data/load")).expect("a file").len(), 8 << 20);
 }

@@ -29,7 +29,6 @@ pub const CRATES: &[Crate] = &[
     Crate { name: "raio-transport", root: "src/lib.rs", is_library: true },
     Crate { name: "libraio", root: "libraio/src/lib.rs", is_library: true },
     Crate { name: "raio-server", root: "raio-server/src/lib.rs", is_library: true },
-    Crate { name: "raio-load", root: "raio-load/src/main.rs", is_library: false },
     Crate { name: "raio-tool", root: "raio-tool/src/main.rs", is_library: false },
 ];
 

@@ -21,9 +21,9 @@ use raio_transport::transport::{Bulk, ClientTransport, Reply, SendOptions, UsedI
 use raio_transport::{Error, tcp};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::content;
-use crate::options::Plan;
-use crate::tuning::{FILL_BYTES, LINGER_EXTRA, OPEN_TIMEOUT, OPENERS};
+use super::content;
+use super::options::Plan;
+use super::tuning::{FILL_BYTES, LINGER_EXTRA, OPENERS};
 
 /// An open session.
 pub struct Session {
@@ -31,6 +31,8 @@ pub struct Session {
     pub client: Channel,
     /// Its file.
     pub file: FileHandle,
+    /// How long a call may take.
+    timeout: Duration,
 }
 
 impl Session {
@@ -45,16 +47,17 @@ impl Session {
             channel: (!linger.is_zero()).then_some(ChannelOffer { number: 1, epoch: 1, linger }),
             queue_depth: plan.depth,
             tls: plan.tls.clone(),
-            ..Offer::new(format!("raio_load[{}]", std::process::id()))
+            ..Offer::new(format!("raio load[{}]", std::process::id()))
         };
         let source = plan.sources.get(n % plan.sources.len().max(1)).copied();
         let server = plan.server.clone();
+        let timeout = plan.open_timeout;
         let dialer: Dialer = Box::new(move |offer, _, deadline| {
             let (hello, server) = (offer.clone(), server.clone());
             channel::waiting(offer, move || {
                 let client = match &server {
                     &Endpoint::Ip(address) => {
-                        tcp::TcpClient::from_stream(connect(address, source)?, &hello, deadline)?
+                        tcp::TcpClient::from_stream(connect(address, source, timeout)?, &hello, deadline)?
                     }
                     unix => tcp::TcpClient::connect(unix.clone(), &hello, deadline)?,
                 };
@@ -65,14 +68,14 @@ impl Session {
             divides: false,
             window: plan.reconnect,
             redo: false,
-            connect_timeout: OPEN_TIMEOUT,
+            connect_timeout: timeout,
             request_timeout: None,
         };
         let files = Arc::<OpenFiles>::default();
-        let deadline = Instant::now() + OPEN_TIMEOUT;
+        let deadline = Instant::now() + timeout;
         let client =
             Channel::connect(dialer, offer, UsedIds::default(), settings, Arc::clone(&files), deadline)?;
-        let mut this = Self { client, file: FileHandle(0) };
+        let mut this = Self { client, file: FileHandle(0), timeout };
         let open = Command::Open { flags, mode: 0o644, path: plan.path.as_bytes() };
         let reply = this.call(&open, Bulk::None)?;
         let status = FileStatus::decode(&reply.body)?;
@@ -114,11 +117,12 @@ impl Session {
     fn call(&mut self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
         let mut body = Vec::new();
         command.encode(&mut body);
+        let timeout = self.timeout;
         let lost = |client: &Channel| match client.failure() {
             Some(Error::Closed { errno, text }) => Error::Closed { errno: *errno, text: text.clone() },
             Some(error) => Error::Closed { errno: error.errno(), text: error.to_string() },
             None => {
-                let text = format!("the server did not answer in {} s; see its log", OPEN_TIMEOUT.as_secs());
+                let text = format!("the server did not answer in {} s; see its log", timeout.as_secs_f64());
                 Error::Closed { errno: libc::ETIMEDOUT, text }
             }
         };
@@ -127,7 +131,7 @@ impl Session {
         }
         self.client.flush();
         let mut replies = Vec::new();
-        let deadline = Instant::now() + OPEN_TIMEOUT;
+        let deadline = Instant::now() + timeout;
         loop {
             self.client.receive(&mut replies);
             if let Some(reply) = replies.pop() {
@@ -156,7 +160,7 @@ fn open_flags(plan: &Plan) -> u32 {
     (if reads { OPEN_READ } else { 0 }) | (if writes { OPEN_WRITE } else { 0 })
 }
 
-fn connect(server: SocketAddr, source: Option<IpAddr>) -> Result<Socket, Error> {
+fn connect(server: SocketAddr, source: Option<IpAddr>, timeout: Duration) -> Result<Socket, Error> {
     let context = || match source {
         Some(source) => format!("Cannot connect to {server} from {source}"),
         None => format!("Cannot connect to {server}"),
@@ -166,7 +170,7 @@ fn connect(server: SocketAddr, source: Option<IpAddr>) -> Result<Socket, Error> 
         if let Some(source) = source {
             socket.bind(&SocketAddr::new(source, 0).into())?;
         }
-        socket.connect_timeout(&server.into(), OPEN_TIMEOUT)?;
+        socket.connect_timeout(&server.into(), timeout)?;
         Ok(socket)
     };
     connect().map_err(|error: std::io::Error| {

@@ -20,10 +20,10 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use slab::Slab;
 
-use crate::content;
-use crate::options::{Plan, Until};
-use crate::session::Session;
-use crate::tuning::{DRAIN_TIMEOUT, EVENTS_MAX, KEEPALIVE_CHECK_AFTER, RECONNECT_TICK, TICK};
+use super::content;
+use super::options::{Plan, Until};
+use super::session::Session;
+use super::tuning::{DRAIN_TIMEOUT, EVENTS_MAX, KEEPALIVE_CHECK_AFTER, RECONNECT_TICK, TICK};
 
 /// What reads, or writes, came to.
 #[derive(Debug)]
@@ -105,7 +105,7 @@ struct Issued {
 }
 
 /// See the module documentation.
-pub struct Load<'a> {
+pub struct Traffic<'a> {
     plan: &'a Plan,
     blocks: u64,
     places: Vec<Place>,
@@ -122,7 +122,7 @@ pub struct Load<'a> {
     outcome: Outcome,
 }
 
-impl<'a> Load<'a> {
+impl<'a> Traffic<'a> {
     /// With these sessions, of which as many as planned have work. The file has `size` bytes.
     pub fn new(plan: &'a Plan, sessions: Vec<Session>, size: u64) -> io::Result<Self> {
         let blocks = size / u64::from(plan.io_bytes);

@@ -1,22 +1,20 @@
 //! What the program is told, checked.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use clap::{Parser, ValueEnum};
+use clap::{Args, ValueEnum};
 use raio_transport::address::{Address, Endpoint, Scheme};
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::size;
 use raio_transport::tls::ClientTls;
 
-use crate::content::WORD_BYTES;
-use crate::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, SESSIONS_MAX};
+use super::content::WORD_BYTES;
+use super::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, OPEN_TIMEOUT, SESSIONS_MAX};
+use crate::global::Global;
 
-/// Opens many sessions with a raio server, reads and writes on them, and checks every byte.
-#[derive(Debug, Parser)]
-#[command(name = "raio_load", version, after_help = "See raio_load(1) for more.")]
+/// What the command line says.
+#[derive(Args, Debug)]
 pub struct Options {
     /// The server: raio://HOST, raio://HOST:PORT or raio+tcp://HOST:PORT; always over TCP
     url: String,
@@ -25,7 +23,7 @@ pub struct Options {
     /// How many sessions
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     sessions: usize,
-    /// Open so many a second, evenly; 0: as fast as it goes
+    /// Open this number a second, evenly; 0: as fast as it goes
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     rate: u32,
     /// Connect from this address; repeatable: in turn [default: the system's choice, or many of 127.0.0.0/8
@@ -35,7 +33,7 @@ pub struct Options {
     /// Use the file's first SIZE bytes [default: all]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     size: Option<u64>,
-    /// Before all else make the file, or write its first --size bytes, such that --verify knows what they are
+    /// Before all else make the file, or write its first --size bytes, so that --verify knows what they are
     #[arg(long)]
     fill: bool,
     /// Length of each read and write
@@ -56,7 +54,7 @@ pub struct Options {
     /// For how long
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, conflicts_with = "rounds")]
     seconds: f64,
-    /// Not for a time, but until each active session has done so many reads and writes
+    /// Not for a time, but until each active session has done this number of reads and writes
     #[arg(long, value_name = "NUMBER")]
     rounds: Option<u64>,
     /// Let sessions whose connection is lost try this long to go on; 0: they are lost
@@ -65,19 +63,12 @@ pub struct Options {
     /// Check every byte that is read, and write what is there already
     #[arg(long)]
     verify: bool,
-    /// Where this client's key is, and the keys of the servers that it trusts [default: $RAIO_KEYS, else
-    /// $XDG_CONFIG_HOME/raio, else ~/.config/raio]
-    #[arg(long, value_name = "DIRECTORY")]
-    keys: Option<PathBuf>,
     /// When all sessions are open, wait until there is a line, or the end, on standard input
     #[arg(long)]
     hold: bool,
     /// Chooses the offsets of random patterns
     #[arg(long, value_name = "NUMBER", default_value_t = 1)]
     seed: u64,
-    /// Report in JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Which reads and writes.
@@ -113,7 +104,7 @@ impl Pattern {
 pub enum Until {
     /// After a time.
     Elapsed(Duration),
-    /// When each active session has done so many.
+    /// When each active session has done this number.
     Rounds(u64),
 }
 
@@ -156,15 +147,17 @@ pub struct Plan {
     pub hold: bool,
     /// For random offsets.
     pub seed: u64,
+    /// How long connecting, the handshake and the open may take, each.
+    pub open_timeout: Duration,
 }
 
 impl Options {
     /// Checks everything that can be checked before anything is connected.
-    pub fn check(self) -> anyhow::Result<Plan> {
+    pub fn check(self, global: &Global) -> anyhow::Result<Plan> {
         let address: Address = self.url.parse()?;
         ensure!(
             address.scheme() != Scheme::Rdma,
-            "{} asks for RDMA, and raio_load measures sessions over TCP. Write raio+tcp://HOST:PORT.",
+            "{} asks for RDMA, and raio load measures sessions over TCP. Write raio+tcp://HOST:PORT.",
             self.url
         );
         ensure!(
@@ -213,15 +206,7 @@ impl Options {
             self.reconnect
         );
         let server = address.resolve()?.into_iter().next().context("The host has no address")?;
-        let tls = self.keys.map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
-        let tls = tls.map_or(Ok(None), |directory| {
-            // By its name, else by where that leads to.
-            let by_name = address.host().map_or(Ok(None), |(host, port)| directory.tls(host, port))?;
-            match (by_name, server.ip()) {
-                (None, Some(server)) => directory.tls(&server.ip().to_string(), server.port()),
-                (by_name, _) => Ok(by_name),
-            }
-        })?;
+        let tls = global.tls(&address, &server)?;
         let sources = match server.ip().map(|server| server.ip()) {
             _ if !self.source.is_empty() => self.source,
             Some(IpAddr::V4(ip)) if ip.is_loopback() => loopback_sources(self.sessions),
@@ -246,6 +231,7 @@ impl Options {
             verify: self.verify,
             hold: self.hold,
             seed: self.seed,
+            open_timeout: global.timeout.unwrap_or(OPEN_TIMEOUT),
         })
     }
 }
@@ -258,11 +244,19 @@ fn loopback_sources(sessions: usize) -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
     fn plan(arguments: &[&str]) -> anyhow::Result<Plan> {
-        let all = ["raio_load", "raio://127.0.0.1:7240", "/x"];
-        Options::try_parse_from(all.iter().chain(arguments))?.check()
+        let all = ["load", "raio://127.0.0.1:7240", "/x"];
+        Line::try_parse_from(all.iter().chain(arguments))?.options.check(&Global::default())
     }
 
     #[test]
@@ -313,7 +307,7 @@ mod tests {
             let error = format!("{:#}", plan(arguments).unwrap_err());
             assert!(error.contains(needle), "{arguments:?}: {error}");
         }
-        let rdma = Options::try_parse_from(["raio_load", "raio+rdma://127.0.0.1", "/x"]).unwrap();
-        assert!(rdma.check().unwrap_err().to_string().contains("raio+tcp://"));
+        let rdma = Line::try_parse_from(["load", "raio+rdma://127.0.0.1", "/x"]).unwrap().options;
+        assert!(rdma.check(&Global::default()).unwrap_err().to_string().contains("raio+tcp://"));
     }
 }

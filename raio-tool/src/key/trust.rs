@@ -96,7 +96,7 @@ pub fn run(directory: &KeyDirectory, options: &Options) -> Result<(), Failure> {
     if !options.yes && options.key.is_none() && !std::io::stdin().is_terminal() {
         return Err(Failure::usage(
             "There is no terminal to ask at. Give the key that the server must have with --key, or --yes to \
-             trust whatever it has.",
+             trust the one that it shows.",
         ));
     }
     let trusted = match directory.path().try_exists() {

@@ -1,67 +1,51 @@
-//! raio_load: opens many sessions with a raio server, reads and writes on them, checks every byte, closes
-//! them, and says how it went.
+//! `raio load`: opens many sessions with a raio server, reads and writes on them, checks every byte, closes
+//! them, and reports the results. It works directly over channels, without libraio, so that tens of thousands
+//! of sessions fit into one thread.
 //!
 //! ```text
-//!   options -> plan -> session (opens, a few threads) -> load (reads and writes, one thread) -> report
+//!   options -> plan -> session (opens, a few threads) -> traffic (reads and writes, one thread) -> report
 //! ```
-//!
-//! Exit codes: 0 all that was planned was done, 1 something was not, 2 the command line makes no sense, 3
-//! data was wrong.
-
-#![deny(unsafe_code)]
 
 mod content;
-mod load;
 mod options;
 mod report;
 mod session;
+mod traffic;
 mod tuning;
 
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use clap::Parser;
 use raio_transport::{Error, open_files};
 
-use load::Load;
-use options::{Options, Plan};
-use report::{Opened, Progress, Report, grouped};
-use session::Session;
-use tuning::DESCRIPTORS_OWN;
+use self::options::Plan;
+use self::report::{Opened, Progress, Report, grouped};
+use self::session::Session;
+use self::traffic::Traffic;
+use self::tuning::DESCRIPTORS_OWN;
+use crate::failure::Failure;
+use crate::global::Global;
+use crate::output;
 
-fn main() -> ExitCode {
-    let options = Options::parse();
-    let is_json = options.json;
-    let plan = match options.check() {
-        Ok(plan) => plan,
-        Err(error) => {
-            eprintln!("raio_load: {error:#}");
-            return ExitCode::from(2);
-        }
-    };
-    let report = match run(&plan) {
-        Ok(report) => report,
-        Err(error) => {
-            eprintln!("raio_load: {error:#}");
-            return ExitCode::FAILURE;
-        }
-    };
+pub use self::options::Options;
+
+/// Does what the options say. Returns what the program exits with once the report is printed.
+pub fn run(global: &Global, options: Options) -> Result<ExitCode, Failure> {
+    let plan = options.check(global).map_err(|error| Failure::usage(format!("{error:#}")))?;
+    let report = carry_out(&plan).map_err(|error| Failure::new(format!("{error:#}")))?;
     for complaint in report.complaints() {
-        eprintln!("raio_load: {complaint}");
+        output::say(&format!("raio: {complaint}"));
     }
-    let text = if is_json { format!("{}\n", report.json(&plan)) } else { report.text(&plan) };
-    if let Err(error) = std::io::stdout().write_all(text.as_bytes()) {
-        eprintln!("raio_load: Cannot write the report: {error}.");
-        return ExitCode::FAILURE;
-    }
-    ExitCode::from(report.exit_code())
+    let text = if global.json { format!("{}\n", report.json(&plan)) } else { report.text(&plan) };
+    output::print(&text)?;
+    Ok(ExitCode::from(report.exit_code()))
 }
 
-fn run(plan: &Plan) -> anyhow::Result<Report> {
+fn carry_out(plan: &Plan) -> anyhow::Result<Report> {
     let wanted = plan.sessions + DESCRIPTORS_OWN;
     let limit = open_files::raise(wanted);
     ensure!(
@@ -104,8 +88,8 @@ fn run(plan: &Plan) -> anyhow::Result<Report> {
         let mut line = String::new();
         std::io::stdin().lock().read_line(&mut line).context("Cannot read standard input")?;
     }
-    let load = Load::new(plan, sessions, size).context("Cannot watch the sessions")?;
-    let done = load.run(|outcome, elapsed| progress.load(outcome, elapsed));
+    let traffic = Traffic::new(plan, sessions, size).context("Cannot watch the sessions")?;
+    let done = traffic.run(|outcome, elapsed| progress.load(outcome, elapsed));
     progress.end_line();
     let (outcome, sessions) = done.context("Cannot wait for the sessions")?;
     let started = Instant::now();

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::load::{Outcome, Tally};
-use crate::options::Plan;
+use super::options::Plan;
+use super::traffic::{Outcome, Tally};
+use crate::failure::Kind;
 
 /// Says how it goes: on a terminal in one line that changes, else in a line each time.
 pub struct Progress {
@@ -106,7 +107,7 @@ impl Report {
     /// What the program exits with.
     pub fn exit_code(&self) -> u8 {
         match &self.outcome {
-            outcome if outcome.wrong > 0 => 3,
+            outcome if outcome.wrong > 0 => Kind::Unverified as u8,
             outcome if outcome.errors > 0 || outcome.lost > 0 => 1,
             _ if self.opened.rejected > 0 || self.opened.error.is_some() => 1,
             _ => 0,

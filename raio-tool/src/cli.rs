@@ -1,0 +1,109 @@
+//! The command line: every command with its options. The manual pages and the completions are made from it.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::global::Global;
+use crate::{bench, cat, cmp, cp, digest, discard, doctor, info, key, load, ping, stat};
+
+/// Copies, examines and measures files that raio servers export.
+#[derive(Debug, Parser)]
+#[command(name = "raio", version, max_term_width = 100)]
+#[command(after_long_help = flowing(include_str!("help/raio.txt")))]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Copy files between this machine and servers
+    #[command(after_long_help = flowing(include_str!("help/cp.txt")))]
+    Cp(cp::Options),
+    /// Write files to standard output
+    #[command(after_long_help = flowing(include_str!("help/cat.txt")))]
+    Cat(cat::Options),
+    /// Show what is known of files
+    #[command(after_long_help = flowing(include_str!("help/stat.txt")))]
+    Stat(stat::Options),
+    /// Compute the checksums of files
+    #[command(after_long_help = flowing(include_str!("help/checksum.txt")))]
+    Checksum(digest::Options),
+    /// Compare two files
+    #[command(after_long_help = flowing(include_str!("help/cmp.txt")))]
+    Cmp(cmp::Options),
+    /// Give a range of a file or device back to the storage
+    #[command(after_long_help = flowing(include_str!("help/discard.txt")))]
+    Discard(discard::Options),
+    /// Show what a server grants, and by which transport it is reached
+    #[command(after_long_help = flowing(include_str!("help/info.txt")))]
+    Info(info::Options),
+    /// Measure how soon a server answers
+    #[command(after_long_help = flowing(include_str!("help/ping.txt")))]
+    Ping(ping::Options),
+    /// Measure reads and writes by size and depth
+    #[command(after_long_help = flowing(include_str!("help/bench.txt")))]
+    Bench(bench::Options),
+    /// Find what on this machine keeps raio from its best
+    #[command(after_long_help = flowing(include_str!("help/doctor.txt")))]
+    Doctor(doctor::Options),
+    /// Load a server with many sessions, and verify the data
+    #[command(after_long_help = flowing(include_str!("help/load.txt")))]
+    Load(load::Options),
+    /// Make this client's key, and trust the keys of servers
+    #[command(after_long_help = flowing(include_str!("help/key.txt")))]
+    Key(key::Options),
+    /// Print the completions of a shell
+    Completions(CompletionOptions),
+    /// Write the manual pages
+    #[command(hide = true)]
+    Man(ManualOptions),
+}
+
+/// What the command line of `raio completions` says.
+#[derive(Args, Debug)]
+pub struct CompletionOptions {
+    /// The shell
+    pub shell: Shell,
+}
+
+/// What the command line of `raio man` says.
+#[derive(Args, Debug)]
+pub struct ManualOptions {
+    /// Where the pages are written
+    pub directory: PathBuf,
+}
+
+/// A text with one line for each paragraph, so that it is wrapped as the terminal is wide. Headings, which
+/// end with a colon, and indented lines stay lines.
+fn flowing(text: &str) -> String {
+    let mut out = String::new();
+    let mut before = "";
+    for line in text.lines() {
+        let is_first = before.is_empty();
+        let goes_on = !is_first && !line.is_empty() && !line.starts_with(' ') && !before.starts_with(' ');
+        let is_below_heading =
+            before.ends_with(':') && out.ends_with(&format!("\n\n{before}")) || out == before;
+        if !out.is_empty() {
+            out.push(if goes_on && !is_below_heading { ' ' } else { '\n' });
+        }
+        out.push_str(line);
+        before = line;
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paragraphs_are_lines_and_headings_and_displays_stay() {
+        let text = "Title:\none\ntwo:\nthree\n\n  a\n  b\n\nNext:\nfour\nfive\n";
+        assert_eq!(flowing(text), "Title:\none two: three\n\n  a\n  b\n\nNext:\nfour five");
+    }
+}

@@ -1,0 +1,94 @@
+//! `raio checksum`: the checksums of files.
+
+use std::ffi::OsString;
+use std::sync::Mutex;
+
+use clap::{Args, ValueEnum, ValueHint};
+use raio_transport::sync::lock;
+use serde::Serialize;
+
+use crate::checksum::crc32c_digest;
+use crate::failure::Failure;
+use crate::global::Global;
+use crate::interrupt::Interrupt;
+use crate::location::Location;
+use crate::output;
+use crate::place::{Stream, open_source};
+use crate::transfer::{self, Block, Settings, Verdict, Watcher};
+
+/// What the command line says.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Files
+    #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    paths: Vec<OsString>,
+    /// Which checksum
+    #[arg(long, value_enum, default_value_t, value_name = "NAME")]
+    algorithm: Algorithm,
+}
+
+/// A checksum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Algorithm {
+    /// 32 bits, which find every accident and no forgery
+    Crc32c,
+    /// 256 bits, which find forgeries, too
+    #[default]
+    Blake3,
+}
+
+/// A result, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    path: String,
+    algorithm: Algorithm,
+    checksum: &'a str,
+    bytes: u64,
+}
+
+/// Computes the checksum of blocks in their order.
+struct Digesting(Mutex<Digest>);
+
+enum Digest {
+    Crc32c(Box<crc_fast::Digest>),
+    Blake3(Box<blake3::Hasher>),
+}
+
+impl Watcher for Digesting {
+    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
+        match &mut *lock(&self.0) {
+            Digest::Crc32c(digest) => digest.update(data),
+            Digest::Blake3(hasher) => {
+                hasher.update(data);
+            }
+        }
+        Ok(Verdict::Skip)
+    }
+}
+
+pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
+    let settings = Settings { is_ordered: true, ..Settings::default() };
+    for path in &options.paths {
+        let location = Location::parse(path)?;
+        let source = open_source(global, &location, false, interrupt)?;
+        let size = source.facts()?.size;
+        let digesting = Digesting(Mutex::new(match options.algorithm {
+            Algorithm::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
+            Algorithm::Blake3 => Digest::Blake3(Box::default()),
+        }));
+        let null = Stream::null();
+        let bytes = transfer::run(&*source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
+        let checksum = match &*lock(&digesting.0) {
+            Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
+            Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
+        };
+        if global.json {
+            let (path, algorithm) = (location.to_string(), options.algorithm);
+            output::print_json(&Report { path, algorithm, checksum: &checksum, bytes })?;
+        } else {
+            output::print(&format!("{checksum}  {location}\n"))?;
+        }
+    }
+    Ok(())
+}

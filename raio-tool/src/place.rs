@@ -1,0 +1,153 @@
+//! The two ends of a transfer: an open file, device or stream, of this machine or of a server.
+//!
+//! A [`Place`] is opened once. Each lane of a transfer, which is a thread, has a [`Lane`] of each end: on a
+//! server that is a connection with requests in flight, on this machine it is calls that are done at once.
+//! Directories will be a second trait beside it, once servers can list them.
+
+mod local;
+mod remote;
+
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::failure::{Failure, Kind};
+use crate::global::Global;
+use crate::interrupt::Interrupt;
+use crate::location::Location;
+
+pub use self::local::{LocalFile, Partial, Stream, beside, examine, is_zero};
+pub use self::remote::{RemoteFile, connect};
+
+/// What sort of thing it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sort {
+    /// A regular file.
+    File,
+    /// A block device: it has a size, and cannot be truncated or replaced.
+    Device,
+    /// Bytes in order, such as a pipe.
+    Stream,
+}
+
+impl Sort {
+    /// From `st_mode`.
+    pub fn of_mode(mode: u32) -> Self {
+        match mode & libc::S_IFMT {
+            libc::S_IFBLK => Self::Device,
+            libc::S_IFREG => Self::File,
+            _ => Self::Stream,
+        }
+    }
+}
+
+/// What is known of a file without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// What it is.
+    pub sort: Sort,
+    /// In bytes; None if only its end will tell.
+    pub size: Option<u64>,
+    /// Type and permissions, as `st_mode`.
+    pub mode: u32,
+    /// Owner and group.
+    pub owner: (u32, u32),
+    /// Last access and last change of the contents, in nanoseconds since the epoch.
+    pub times_ns: (i64, i64),
+    /// Device and inode number.
+    pub identity: (u64, u64),
+}
+
+impl Facts {
+    /// Whether both are of the same file. Numbers of inodes of two machines (not `is_local`) may be the same
+    /// by chance; with the same size and time, what is lost by not copying is nothing.
+    pub fn is_same_file(&self, other: &Self, is_local: bool) -> bool {
+        let is_same = self.sort != Sort::Stream && self.sort == other.sort && self.identity == other.identity;
+        is_same && (is_local || self.size == other.size && self.times_ns.1 == other.times_ns.1)
+    }
+}
+
+/// A read or write. Its token comes back with its end.
+#[derive(Debug)]
+pub struct Io {
+    /// Chosen by the caller.
+    pub token: usize,
+    /// Where in the file, in bytes. A stream is where it is.
+    pub offset: u64,
+    /// As many bytes as it has are read or written.
+    pub data: Vec<u8>,
+}
+
+/// The end of a read or write.
+#[derive(Debug)]
+pub struct Done {
+    /// As given.
+    pub token: usize,
+    /// The memory.
+    pub data: Vec<u8>,
+    /// How many bytes; fewer at the end of a file.
+    pub result: Result<usize, Failure>,
+}
+
+/// One thread's way to a place.
+pub trait Lane {
+    /// Starts a read.
+    fn read(&mut self, io: Io) -> Result<(), Failure>;
+    /// Starts a write.
+    fn write(&mut self, io: Io) -> Result<(), Failure>;
+    /// The next one that has ended, in any order. Does not wait.
+    fn next(&mut self) -> Result<Option<Done>, Failure>;
+    /// Waits until one may have ended, or for this long.
+    fn wait(&mut self, timeout: Duration) -> Result<(), Failure>;
+    /// What poll(2) finds readable when one may have ended. None: they end at once.
+    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure>;
+}
+
+/// An open file, device or stream. Any thread may use it.
+pub trait Place: Send + Sync {
+    /// As the user calls it.
+    fn name(&self) -> &str;
+    /// What it is now.
+    fn facts(&self) -> Result<Facts, Failure>;
+    /// A way to it for the calling thread, with at most `depth` reads and writes in flight.
+    fn lane(&self, depth: usize) -> Result<Box<dyn Lane>, Failure>;
+    /// The next range at or behind `from` that may have data; None if only zeros follow. `size` is that of
+    /// the file.
+    fn next_data(&self, from: u64, size: u64) -> Result<Option<Range<u64>>, Failure> {
+        Ok((from < size).then_some(from..size))
+    }
+    /// Makes a regular file this long. A server's file can become longer or empty.
+    fn set_size(&self, size: u64) -> Result<(), Failure>;
+    /// Makes a range read as zeros, without storage where that is possible.
+    fn zero(&self, range: Range<u64>) -> Result<(), Failure>;
+    /// Makes what was written durable.
+    fn sync(&self) -> Result<(), Failure>;
+    /// Gives it the permissions, the times, and if that is allowed the owner of another file.
+    fn preserve(&self, facts: &Facts) -> Result<(), Failure>;
+}
+
+/// Opens what is to be read. With `direct` its bytes come from the disk rather than a page cache, where that
+/// is possible.
+pub fn open_source(
+    global: &Global,
+    location: &Location,
+    direct: bool,
+    interrupt: &Interrupt,
+) -> Result<Box<dyn Place>, Failure> {
+    Ok(match location {
+        Location::Stream => Box::new(Stream::input(interrupt.clone())),
+        Location::Null => {
+            return Err(Failure::usage("null: is only a destination. Read /dev/zero, or an empty file."));
+        }
+        Location::Local(path) => local::open_source(path, direct, interrupt)?,
+        Location::Remote { .. } => {
+            let flags = libc::O_RDONLY | if direct { libc::O_DIRECT } else { 0 };
+            match RemoteFile::open(global, location, flags, 0) {
+                Err(failure) if direct && failure.kind() == Kind::Other => {
+                    Box::new(RemoteFile::open(global, location, libc::O_RDONLY, 0)?)
+                }
+                opened => Box::new(opened?),
+            }
+        }
+    })
+}
