@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use raio::{Attributes, Error, FileStatus, Options, PutOptions, Session};
-use raio_e2e::{Server, number};
+use raio_e2e::{Client, Direction, Ending, Proxy, Random, Server, Treatment, number};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 use tempfile::TempDir;
@@ -64,7 +64,7 @@ fn bytes(seed: u16) -> Vec<u8> {
 struct Site {
     directory: TempDir,
     session: Session,
-    _server: Server,
+    server: Server,
 }
 
 impl Site {
@@ -72,7 +72,7 @@ impl Site {
         let directory = tempfile::tempdir().expect("a directory");
         let server = Server::start(&[&format!("d={},rw", directory.path().display())]);
         let session = Session::connect(&server.url(), &Options::default()).expect("it is there");
-        Self { directory, session, _server: server }
+        Self { directory, session, server }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -383,4 +383,451 @@ fn the_server_does_what_a_local_directory_does_with_the_same_answers_and_errnos(
     if let Err(error) = result {
         panic!("{error}");
     }
+}
+
+// Where names lead
+// --------------------------------------------------------------------------------------------------------
+
+fn errno<T: std::fmt::Debug>(result: Result<T, Error>) -> i32 {
+    result.expect_err("it is rejected").errno()
+}
+
+/// Everything that changes a name, at this path. `/d/there` is a directory, and `/d/file` a file.
+fn changes(session: &Session, path: &str) -> Vec<(&'static str, Result<(), Error>)> {
+    vec![
+        ("put", session.put(path, b"new", &PutOptions::default())),
+        ("mkdir", session.create_dir(path, 0o755)),
+        ("rmdir", session.remove_dir(path)),
+        ("unlink", session.remove_file(path)),
+        ("rename from", session.rename(path, "/d/there/other")),
+        ("rename to", session.rename("/d/file", path)),
+        ("link from", session.hard_link(path, "/d/there/other")),
+        ("link to", session.hard_link("/d/file", path)),
+        ("symlink", session.symlink("target", path)),
+        ("set size", session.set_attributes(path, &Attributes { size: Some(0), ..Attributes::default() })),
+        (
+            "set mode",
+            session.set_attributes(path, &Attributes { mode: Some(0o600), ..Attributes::default() }),
+        ),
+        ("set xattr", session.set_xattr(path, "user.a", b"b", false)),
+    ]
+}
+
+/// Everything that looks at a name.
+fn looks(session: &Session, path: &str) -> Vec<(&'static str, i32)> {
+    let errno = |result: Result<(), Error>| result.map_or_else(|error| error.errno(), |()| 0);
+    vec![
+        ("stat", errno(session.metadata(path).map(drop))),
+        ("get", errno(session.get(path, 100).map(drop))),
+        ("list", errno(session.read_dir(path).map(drop))),
+        ("statfs", errno(session.statfs(path).map(drop))),
+        ("get xattr", errno(session.get_xattr(path, "user.a").map(drop))),
+        ("list xattr", errno(session.list_xattr(path).map(drop))),
+    ]
+}
+
+#[test]
+fn no_path_leads_out_of_the_export() {
+    let site = Site::new();
+    let outside = tempfile::tempdir().expect("a directory");
+    fs::write(outside.path().join("file"), "secret").expect("a file");
+    fs::create_dir(outside.path().join("directory")).expect("a directory");
+    let before = tree(outside.path());
+    fs::create_dir(site.path("there")).expect("a directory");
+    fs::write(site.path("file"), "data").expect("a file");
+    let relative = format!("../../../../../../../..{}", outside.path().display());
+    for (name, target) in [("absolute", outside.path()), ("relative", Path::new(&relative))] {
+        std::os::unix::fs::symlink(target, site.path(name)).expect("a link");
+        for path in ["file", "directory", "missing"] {
+            let path = format!("/d/{name}/{path}");
+            for (what, errno) in looks(&site.session, &path) {
+                assert_eq!(errno, libc::EXDEV, "{what} {path}");
+            }
+            for (what, result) in changes(&site.session, &path) {
+                assert_eq!(errno(result), libc::EXDEV, "{what} {path}");
+            }
+        }
+    }
+    for path in ["/d/../file", "/d/there/../../file", "/d/.."] {
+        for (what, errno) in looks(&site.session, path) {
+            assert!(matches!(errno, libc::EXDEV | libc::ENOENT), "{what} {path}: {errno}");
+        }
+    }
+    assert_eq!(tree(outside.path()), before);
+    assert_eq!(fs::read_dir(site.path("there")).expect("a directory").count(), 0);
+}
+
+#[test]
+fn a_directory_that_is_swapped_for_a_link_at_any_moment_leads_nowhere_else() {
+    let site = Site::new();
+    let outside = tempfile::tempdir().expect("a directory");
+    fs::write(outside.path().join("file"), "secret").expect("a file");
+    let before = tree(outside.path());
+    for name in ["real", "kept"] {
+        fs::create_dir(site.path(name)).expect("a directory");
+    }
+    std::os::unix::fs::symlink(outside.path(), site.path("link")).expect("a link");
+    let (one, other) = (site.path("real"), site.path("link"));
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                rustix::fs::renameat_with(CWD, &one, CWD, &other, RenameFlags::EXCHANGE)
+                    .expect("both are there");
+            }
+        });
+        for round in 0..300 {
+            let path = |name: &str| format!("/d/real/{name}{round}");
+            let _ = site.session.put(path("put"), b"new", &PutOptions::default());
+            let _ = site.session.create_dir(path("directory"), 0o755);
+            let _ = site.session.symlink("x", path("symlink"));
+            let _ = site.session.rename(path("put"), path("renamed"));
+            let _ = site.session.hard_link("/d/real/file", "/d/kept/stolen");
+            let _ = site.session.rename("/d/real/file", "/d/kept/stolen");
+            let _ = site.session.remove_file("/d/real/file");
+            let _ = site
+                .session
+                .set_attributes("/d/real/file", &Attributes { size: Some(0), ..Attributes::default() });
+            if let Ok((bytes, _)) = site.session.get("/d/real/file", 100) {
+                panic!("{:?} was read", String::from_utf8_lossy(&bytes));
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(tree(outside.path()), before);
+    assert_eq!(fs::read_dir(site.path("kept")).expect("a directory").count(), 0);
+}
+
+#[test]
+fn exports_that_are_read_only_or_no_directories_refuse_what_changes_names() {
+    let directory = tempfile::tempdir().expect("a directory");
+    fs::create_dir(directory.path().join("there")).expect("a directory");
+    fs::write(directory.path().join("file"), "data").expect("a file");
+    let path = directory.path().display();
+    let exports = [format!("d={path}"), format!("f={path}/file,rw"), "m=mem:1M".to_owned()];
+    let server = Server::start(&exports.each_ref().map(String::as_str));
+    let session = Session::connect(&server.url(), &Options::default()).expect("it is there");
+    let before = tree(directory.path());
+    for name in ["/d/file", "/d/there", "/d/new"] {
+        for (what, result) in changes(&session, name) {
+            assert_eq!(errno(result), libc::EROFS, "{what} {name}");
+        }
+    }
+    assert_eq!(tree(directory.path()), before);
+    // An export that is a file can be changed, and stays where it is.
+    let (bytes, status) = session.get("/f", 100).expect("a file");
+    assert_eq!((&bytes[..], status.size.get()), (&b"data"[..], 4));
+    for (what, result) in [
+        ("put", session.put("/f", b"new", &PutOptions::default())),
+        ("unlink", session.remove_file("/f")),
+        ("rename", session.rename("/f", "/f")),
+        ("mkdir beneath", session.create_dir("/f/new", 0o755)),
+    ] {
+        assert!(result.is_err(), "{what}");
+    }
+    session.set_attributes("/f", &Attributes { size: Some(2), ..Attributes::default() }).expect("it is ours");
+    assert_eq!(fs::read(directory.path().join("file")).expect("a file"), b"da");
+    assert_eq!(session.metadata("/m").expect("it is there").size.get(), 1 << 20);
+    assert_eq!(errno(session.get("/m", 100)), libc::EOPNOTSUPP);
+    assert_eq!(errno(session.statfs("/m")), libc::EOPNOTSUPP);
+    // The list of exports is a directory like any other.
+    let names: Vec<_> =
+        session.read_dir("/").expect("a list").map(|entry| entry.expect("an entry").name).collect();
+    assert_eq!(names, ["d", "f", "m"]);
+    assert_eq!(session.metadata("/").expect("a directory").mode.get() & libc::S_IFMT, libc::S_IFDIR);
+    for (what, result) in changes(&session, "/") {
+        assert!(result.is_err(), "{what}");
+    }
+}
+
+// Puts
+// --------------------------------------------------------------------------------------------------------
+
+/// A name of an unfinished file of a server.
+fn unfinished(digit: char) -> String {
+    format!(".raio-put-{}", String::from(digit).repeat(32))
+}
+
+#[test]
+fn who_gets_a_file_that_is_put_again_and_again_finds_one_version_of_it() {
+    let site = Site::new();
+    let version = |n: u8| vec![n; 20_000 + usize::from(n)];
+    let put = |n| site.session.put("/d/file", &version(n), &PutOptions::default()).expect("there is room");
+    put(0);
+    let reader = Session::connect(&site.server.url(), &Options::default()).expect("it is there");
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            for n in 1..=200 {
+                put(n);
+            }
+        });
+        while !thread.is_finished() {
+            let (bytes, status) = reader.get("/d/file", 100_000).expect("there is always one");
+            assert_eq!(bytes, version(bytes[0]));
+            assert_eq!(status.size.get(), bytes.len() as u64);
+            let names: Vec<_> =
+                reader.read_dir("/d").expect("a list").map(|it| it.expect("an entry").name).collect();
+            assert_eq!(names, ["file"]);
+        }
+    });
+    assert_eq!(fs::read_dir(site.directory.path()).expect("a directory").count(), 1);
+}
+
+#[test]
+fn what_a_server_that_was_killed_has_left_of_puts_is_not_seen_and_removed() {
+    let site = Site::new();
+    fs::create_dir(site.path("directory")).expect("a directory");
+    for path in [unfinished('a'), format!("directory/{}", unfinished('b'))] {
+        fs::write(site.path(&path), "half").expect("a file");
+        let remote = format!("/d/{path}");
+        assert_eq!(looks(&site.session, &remote), looks(&site.session, "/d/missing"));
+        assert_eq!(errno(site.session.open(&remote, libc::O_RDONLY, 0)), libc::ENOENT);
+        assert_eq!(errno(site.session.open(&remote, libc::O_RDWR | libc::O_CREAT, 0o644)), libc::EINVAL);
+        assert_eq!(errno(site.session.put(&remote, b"", &PutOptions::default())), libc::EINVAL);
+        assert_eq!(errno(site.session.rename("/d/directory", &remote)), libc::EINVAL);
+        assert_eq!(errno(site.session.remove_file(&remote)), libc::ENOENT);
+    }
+    assert_eq!(site.session.read_dir("/d").expect("a list").count(), 1);
+    assert!(!site.path(&unfinished('a')).exists());
+    site.session.remove_dir("/d/directory").expect("it seems to be empty, and so it is");
+}
+
+#[test]
+fn a_put_can_be_durable_new_and_of_a_given_age() {
+    let site = Site::new();
+    let options = PutOptions { mode: 0o640, modified_ns: Some(-1_500_000_000), exclusive: true, fsync: true };
+    site.session.put("/d/file", b"data", &options).expect("it is new");
+    assert_eq!(errno(site.session.put("/d/file", b"other", &options)), libc::EEXIST);
+    let metadata = fs::metadata(site.path("file")).expect("it is there");
+    assert_eq!((metadata.mode() & 0o777, metadata.mtime(), metadata.mtime_nsec()), (0o640, -2, 500_000_000));
+    assert_eq!(fs::read(site.path("file")).expect("a file"), b"data");
+    let special = PutOptions { mode: 0o4755, ..PutOptions::default() };
+    assert_eq!(errno(site.session.put("/d/special", b"", &special)), libc::EPERM);
+    assert_eq!(errno(site.session.create_dir("/d/special", 0o2755)), libc::EPERM);
+    // As large as a request can be, and one byte more.
+    let largest = vec![7; 1 << 20];
+    site.session.put("/d/large", &largest, &PutOptions::default()).expect("it fits");
+    assert_eq!(fs::read(site.path("large")).expect("a file"), largest);
+    let error = site.session.put("/d/large", &vec![7; (1 << 20) + 1], &PutOptions::default());
+    assert_eq!(errno(error), libc::EFBIG);
+    let (bytes, status) = site.session.get("/d/large", usize::MAX).expect("a file");
+    assert_eq!((bytes.len(), status.size.get()), (1 << 20, 1 << 20));
+}
+
+// Lists
+// --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_large_directory_is_listed_page_by_page_with_each_name_once() {
+    const FILES: usize = 20_000;
+    let mut site = Site::new();
+    fs::create_dir(site.path("large")).expect("a directory");
+    let name = |n: usize| format!("file{n:0width$}", width = n % 90);
+    for n in 0..FILES {
+        fs::write(site.path(&format!("large/{}", name(n))), &[0; 3][..n % 4]).expect("a file");
+    }
+    let before = site.server.descriptors().len();
+    let mut seen: Vec<_> = site
+        .session
+        .read_dir("/d/large")
+        .expect("a list")
+        .map(|entry| {
+            let entry = entry.expect("an entry");
+            assert!(entry.is_file() && entry.has_status);
+            (entry.name.into_string().expect("UTF-8"), entry.size)
+        })
+        .collect();
+    let mut expected: Vec<_> = (0..FILES).map(|n| (name(n), n as u64 % 4)).collect();
+    seen.sort();
+    expected.sort();
+    assert!(seen == expected, "{} of {}", seen.len(), expected.len());
+    // It has been read to its end, and what is given up early is over, too.
+    for _ in 0..40 {
+        let mut listing = site.session.read_dir("/d/large").expect("a list");
+        listing.next().expect("an entry").expect("an entry");
+    }
+    site.server.statistics_when(|_| true);
+    let deadline = std::time::Instant::now() + raio_e2e::PATIENCE;
+    while site.server.descriptors().len() > before {
+        assert!(std::time::Instant::now() < deadline, "{:?}", site.server.descriptors());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_session_that_begins_too_many_lists_loses_the_oldest() {
+    let site = Site::new();
+    for n in 0..2000 {
+        fs::write(site.path(&format!("a-file-with-a-long-name-{n}")), "").expect("a file");
+    }
+    let mut listings: Vec<_> = (0..17).map(|_| site.session.read_dir("/d").expect("a list")).collect();
+    let oldest = listings.remove(0);
+    let lost = oldest.filter_map(Result::err).next().expect("it cannot go on");
+    assert_eq!(lost.errno(), libc::ESTALE, "{lost}");
+    for listing in listings {
+        assert_eq!(listing.map(|entry| entry.expect("an entry")).count(), 2000);
+    }
+}
+
+// Broken connections, and servers that are started again
+// --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn however_often_the_connection_breaks_each_change_is_made_once() {
+    let site = Site::new();
+    let proxy = Proxy::start(site.server.address());
+    let session = Session::connect(&proxy.url(), &Options::default()).expect("it is there");
+    let mut random = Random::new();
+    session.put("/d/moving0", b"data", &PutOptions::default()).expect("there is room");
+    session.create_dir("/d/many", 0o755).expect("it is new");
+    for n in 0..150_u64 {
+        // Within the bytes of the next few requests and answers, or of the handshake.
+        let direction = if random.below(2) == 0 { Direction::Up } else { Direction::Down };
+        let ending = if random.below(2) == 0 { Ending::Fin } else { Ending::Reset };
+        let cut = Some((direction, random.below(600) + 1, ending));
+        proxy.plan([Treatment { cut, ..Treatment::default() }]);
+        proxy.end_all(ending);
+        let next = n + 1;
+        session.rename(format!("/d/moving{n}"), format!("/d/moving{next}")).expect("it is there once");
+        session.create_dir(format!("/d/many/{n}"), 0o755).expect("it is new");
+        session
+            .put(
+                format!("/d/many/{n}/file"),
+                &bytes(n as u16),
+                &PutOptions { exclusive: true, ..PutOptions::default() },
+            )
+            .expect("it is new");
+        session.hard_link(format!("/d/many/{n}/file"), format!("/d/many/{n}/link")).expect("it is new");
+        session.remove_file(format!("/d/many/{n}/file")).expect("it is there");
+        if n % 2 == 1 {
+            session.remove_file(format!("/d/many/{n}/link")).expect("it is there");
+            session.remove_dir(format!("/d/many/{n}")).expect("it is empty");
+        }
+        let (got, _) = session.get(format!("/d/moving{next}"), 100).expect("it is there");
+        assert_eq!(got, b"data");
+        let listed =
+            session.read_dir("/d/many").expect("a list").map(|entry| entry.expect("an entry")).count();
+        assert_eq!(listed as u64, next.div_ceil(2), "round {n}");
+    }
+    assert_eq!(fs::read_dir(site.path("many")).expect("a directory").count(), 75);
+    assert!(proxy.passed(150, Direction::Up) > 0, "there were many connections");
+}
+
+#[test]
+fn a_list_goes_on_over_a_connection_that_breaks_and_not_with_another_server() {
+    let directory = tempfile::tempdir().expect("a directory");
+    for n in 0..20_000 {
+        fs::write(directory.path().join(format!("a-file-with-a-long-name-{n}")), "").expect("a file");
+    }
+    let export = format!("d={}", directory.path().display());
+    let mut server = Server::start(&[&export]);
+    let proxy = Proxy::start(server.address());
+    let session = Session::connect(&proxy.url(), &Options::default()).expect("it is there");
+    let mut names = std::collections::BTreeSet::new();
+    for (n, entry) in session.read_dir("/d").expect("a list").enumerate() {
+        if n % 1500 == 0 {
+            proxy.end_all(Ending::Reset);
+        }
+        assert!(names.insert(entry.expect("an entry").name), "each comes once");
+    }
+    assert_eq!(names.len(), 20_000);
+
+    let listing = session.read_dir("/d").expect("a list");
+    let address = server.address();
+    server.kill();
+    let _server = Server::start_with(&[&export], &["--listen", &format!("tcp://{address}")]);
+    let lost = listing.filter_map(Result::err).next().expect("it cannot go on");
+    assert_eq!(lost.errno(), libc::ESTALE, "{lost}");
+    assert_eq!(session.read_dir("/d").expect("a list").count(), 20_000);
+}
+
+// Clients with keys
+// --------------------------------------------------------------------------------------------------------
+
+#[test]
+fn a_client_that_has_a_directory_changes_names_there_alone() {
+    let (confined, reader, whole) = (Client::new(), Client::new(), Client::new());
+    let clients = confined.entry("confined", "exports = { data = { access = 'rw', path = 'own' } }")
+        + &reader.entry("reader", "exports = { data = 'ro', other = 'rw' }")
+        + &whole.entry("whole", "exports = { data = 'rw' }");
+    let site = raio_e2e::Site::new(&clients);
+    for name in ["own", "theirs"] {
+        fs::create_dir(site.path("data").join(name)).expect("a directory");
+        fs::write(site.path("data").join(name).join("file"), name).expect("a file");
+    }
+    let session = confined.connect(&site).expect("a session");
+    session.rename("/data/own/file", "/data/own/renamed").expect("it is its own");
+    session.create_dir("/data/own/new", 0o755).expect("it is its own");
+    let count = |session: &Session, path: &str| session.read_dir(path).expect("a list").count();
+    assert_eq!((count(&session, "/"), count(&session, "/data/own")), (1, 2));
+    let before = tree(&site.path("data"));
+    for path in ["/data/theirs/file", "/data/file", "/data", "/data/own/../theirs/file", "/logs/file"] {
+        for (what, errno) in looks(&session, path) {
+            assert_eq!(errno, libc::ENOENT, "{what} {path}");
+        }
+        for (what, result) in [
+            ("unlink", session.remove_file(path)),
+            ("rename from", session.rename(path, "/data/own/stolen")),
+            ("rename to", session.rename("/data/own/renamed", path)),
+            ("link from", session.hard_link(path, "/data/own/stolen")),
+            ("link to", session.hard_link("/data/own/renamed", path)),
+            ("put", session.put(path, b"", &PutOptions::default())),
+        ] {
+            assert_eq!(errno(result), libc::ENOENT, "{what} {path}");
+        }
+    }
+    assert_eq!(tree(&site.path("data")), before);
+
+    // What one may only read gets no name where one may write.
+    let session = reader.connect(&site).expect("a session");
+    assert_eq!(session.get("/data/theirs/file", 100).expect("it may be read").0, b"theirs");
+    assert_eq!(errno(session.hard_link("/data/theirs/file", "/other/stolen")), libc::EROFS);
+    assert_eq!(errno(session.rename("/data/theirs/file", "/other/stolen")), libc::EROFS);
+    assert_eq!(errno(session.rename("/other/file", "/data/own/new")), libc::EROFS);
+    let session = whole.connect(&site).expect("a session");
+    assert_eq!(
+        errno(session.rename("/data/file", "/logs/file")),
+        libc::ENOENT,
+        "there is no such export for it"
+    );
+    assert_eq!(tree(&site.path("data")), before);
+    assert_eq!(count(&session, "/data"), 3);
+}
+
+#[test]
+fn bytes_that_names_hold_are_counted_where_they_are_limited() {
+    let client = Client::new();
+    let clients =
+        client.entry("one", "exports = { data = { access = 'rw', path = 'own', stored = '100k' } }");
+    let (site, log) =
+        raio_e2e::Site::configured(&clients, "[export.data]\npath = 'DIRECTORY/data'\naccess = 'rw'\n");
+    fs::create_dir(site.path("data/own")).expect("a directory");
+    drop(site.server);
+    let site = raio_e2e::Site {
+        server: raio_e2e::Site::start_configured(&site.directory),
+        directory: site.directory,
+    };
+    raio_e2e::await_log(&log, "0 files have 0 bytes");
+    let session = client.connect(&site).expect("a session");
+    let put = |name: &str, kib: usize| {
+        session.put(format!("/data/own/{name}"), &vec![1; kib << 10], &PutOptions::default())
+    };
+    put("a", 60).expect("there is room");
+    assert_eq!(errno(put("b", 41)), libc::EDQUOT);
+    assert_eq!(session.read_dir("/data/own").expect("a list").count(), 1);
+    put("b", 40).expect("there is room");
+    // What is replaced makes room.
+    put("a", 60).expect("it has as many bytes as before");
+    put("a", 10).expect("it has fewer");
+    session.hard_link("/data/own/a", "/data/own/also").expect("it is its own");
+    session.remove_file("/data/own/a").expect("it is its own");
+    assert_eq!(errno(put("c", 51)), libc::EDQUOT, "the file has another name still");
+    session.remove_file("/data/own/also").expect("it is its own");
+    put("c", 60).expect("there is room");
+    let size = |size| Attributes { size: Some(size), ..Attributes::default() };
+    assert_eq!(errno(session.set_attributes("/data/own/c", &size(61 << 10))), libc::EDQUOT);
+    session.set_attributes("/data/own/c", &size(1 << 10)).expect("it is shorter");
+    session.rename("/data/own/c", "/data/own/b").expect("it is its own");
+    put("d", 99).expect("all else is gone");
+    assert_eq!(errno(put("e", 1)), libc::EDQUOT);
 }
