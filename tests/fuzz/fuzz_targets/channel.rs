@@ -27,9 +27,10 @@ use raio_transport::message::{
     SessionId, data_crc, parse,
 };
 use raio_transport::mux::Reached;
+use raio_transport::protocol::path::PathCommand;
 use raio_transport::protocol::{
-    Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATION_FEATURES, OPERATIONS,
-    Opcode, RequestOutcome,
+    Command, FLAG_SET_TIME, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATION_FEATURES,
+    OPERATIONS, Opcode, RequestOutcome,
 };
 use raio_transport::tcp::TcpDial;
 use raio_transport::transport::{Bulk, Reply, SendOptions, UsedIds};
@@ -406,6 +407,16 @@ impl Server {
                 *self.executed.entry(offset).or_default() += 1;
                 nothing(0)
             }
+            // Their times say which they are.
+            Command::Path(PathCommand { opcode, modified_ns, length, .. }) => match opcode {
+                Opcode::StatPath => (Status::OK, 0, self.status(), Vec::new()),
+                Opcode::Get => (Status::OK, region.into(), self.status(), vec![0; region as usize]),
+                _ => {
+                    *self.executed.entry(modified_ns as u64).or_default() += 1;
+                    nothing(if opcode == Opcode::Put { length } else { 0 })
+                }
+            },
+            Command::Truncate { .. } | Command::Extents { .. } | Command::ListNext { .. } => nothing(0),
             Command::Fsync { .. } => nothing(77),
             Command::Close(_) => nothing(0),
             Command::Cancel { .. } => (Status::storage(libc::ENOENT), 0, Vec::new(), Vec::new()),
@@ -621,6 +632,17 @@ impl World {
             Opcode::WriteZeroes => (Command::WriteZeroes { file, offset, length: long }, Bulk::None),
             Opcode::Allocate => {
                 (Command::Allocate { file, offset, length: long, keep_size: true }, Bulk::None)
+            }
+            Opcode::StatPath => (Command::Path(PathCommand::new(opcode, b"/e/f")), Bulk::None),
+            Opcode::Get => {
+                let get = PathCommand { length: long, ..PathCommand::new(opcode, b"/e/f") };
+                (Command::Path(get), Bulk::In(bytes()))
+            }
+            Opcode::Put => {
+                let (flags, modified_ns) = (FLAG_SET_TIME, offset as i64);
+                let put =
+                    PathCommand { flags, modified_ns, length: long, ..PathCommand::new(opcode, b"/e/f") };
+                (Command::Path(put), Bulk::Out(bytes()))
             }
             _ => (Command::Write { file, offset, length }, Bulk::Out(bytes())),
         };

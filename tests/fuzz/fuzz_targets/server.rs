@@ -35,11 +35,40 @@ use raio_transport::message::{
     self, FEATURE_CRC, Limits, Message, Parsed, RemoteRegion, RequestHeader, ResponseHeader, SessionId,
     Welcome, data_crc, parse, parse_handshake,
 };
+use raio_transport::protocol::path::PathCommand;
 use raio_transport::protocol::{
-    Command, Direction, FileHandle, FileStatus, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_READ, OPEN_TRUNCATE,
-    OPEN_WRITE, OPERATION_FEATURES, OPERATIONS, Opcode, RequestOutcome,
+    Command, Direction, FLAG_EXCLUSIVE, FLAG_REMOVE, FLAG_SET_MODE, FLAG_SET_SIZE, FLAG_SET_TIME, FileHandle,
+    FileStatus, Layout, OPEN_CREATE, OPEN_EXCLUSIVE, OPEN_READ, OPEN_TRUNCATE, OPEN_WRITE,
+    OPERATION_FEATURES, OPERATIONS, Opcode, Operation, RequestOutcome,
 };
 use zerocopy::little_endian::U32;
+
+/// An operation on a path. What it changes lies apart from the files that the model knows.
+fn path_command<'a>(operation: &'static Operation, kind: u8, input: &mut Input<'_>) -> PathCommand<'a> {
+    const CHANGED: [&[u8]; 6] = [b"/dir/n", b"/dir/n/x", b"/dir/n/y", b"/dir/n/x/", b"/dir/n/..", b"/ro/n"];
+    const LOOKED_AT: [&[u8]; 8] =
+        [b"/", b"/dir", b"/dir/n", b"/dir/n/x", b"/dir/a", b"/ro/a", b"/mem", b"/one"];
+    let Layout::Path(fields) = operation.layout else { unreachable!("it is on a path") };
+    let changed = |input: &mut Input<'_>| CHANGED[input.index(CHANGED.len())];
+    let path = if operation.is_recorded { changed(input) } else { LOOKED_AT[input.index(LOOKED_AT.len())] };
+    let flags = operation.flags & u16::from(input.byte());
+    let has = |flag: u16| operation.flags & flag == 0 || flags & flag != 0;
+    let removes = operation.opcode == Opcode::SetXattr && flags & FLAG_REMOVE != 0;
+    let length = u64::from(input.byte()) * 40;
+    PathCommand {
+        flags: if removes { flags & !FLAG_EXCLUSIVE } else { flags },
+        mode: if fields.mode && has(FLAG_SET_MODE) { 0o755 } else { 0 },
+        length: if fields.length && has(FLAG_SET_SIZE) && !removes { length } else { 0 },
+        modified_ns: if fields.time && has(FLAG_SET_TIME) { i64::from(kind) } else { 0 },
+        other: match operation.opcode {
+            _ if !fields.other => b"",
+            Opcode::Rename | Opcode::Link => changed(input),
+            Opcode::Symlink => b"x",
+            _ => b"user.a",
+        },
+        ..PathCommand::new(operation.opcode, path)
+    }
+}
 
 const CONNECTIONS_MAX: usize = 4;
 const SESSIONS_MAX: usize = 6;
@@ -288,6 +317,8 @@ enum Asked {
         found: Found,
         grows: bool,
     },
+    /// What may bring this number of bytes that the model does not know.
+    Brings(u32),
     Other,
     /// What a broken client says.
     Broken,
@@ -1047,8 +1078,17 @@ impl World {
                 }
             };
             Command::Open { flags, mode, path: &path }.encode(&mut body);
-        } else if let Some(fields) = operation.fields {
-            let file = session.handle(input);
+        } else if let Layout::Path(_) = operation.layout {
+            let command = path_command(operation, kind, input);
+            length = if operation.direction == Direction::None { 0 } else { command.length };
+            if operation.direction == Direction::ToServer {
+                data = vec![kind; length as usize];
+            }
+            Command::Path(command).encode(&mut body);
+        } else if let Layout::Fields(fields) = operation.layout {
+            // The size of a file is no business of the model: one that is not open keeps it.
+            let is_truncate = operation.opcode == Opcode::Truncate;
+            let file = if is_truncate { FileHandle(input.byte().into()) } else { session.handle(input) };
             let offset = match input.byte() {
                 255 => input.u64(),
                 at => u64::from(at) * 300,
@@ -1338,7 +1378,12 @@ impl World {
                 Asked::Reopen { path: path.to_vec(), flags, handle }
             }
             Command::Outcome { ids } => Asked::Outcome(ids.iter().map(|id| id.get()).collect()),
-            Command::Stat(_) | Command::Fsync { .. } | Command::Allocate { .. } => Asked::Other,
+            Command::Path(_) | Command::ListNext { .. } => Asked::Brings(command.read_length()),
+            Command::Stat(_)
+            | Command::Fsync { .. }
+            | Command::Allocate { .. }
+            | Command::Truncate { .. }
+            | Command::Extents { .. } => Asked::Other,
         }
     }
 
@@ -1571,7 +1616,8 @@ impl World {
         let is_ok = header.status.is_ok();
         let result = header.result;
         assert!(is_ok || result == 0, "what has failed has no result");
-        assert!(data.is_empty() || (is_ok && matches!(asked, Asked::Read { .. })), "nobody asked for data");
+        let brings_data = matches!(asked, Asked::Read { .. } | Asked::Brings(_));
+        assert!(data.is_empty() || (is_ok && brings_data), "nobody asked for data");
         client.ids.retain(|&id| id != header.id);
         if let Some((channel, epoch)) = client.channel {
             let channel = &mut self.channels[channel];
@@ -1635,6 +1681,7 @@ impl World {
                 self.model.end_write(number, if is_ok { result as usize } else { 0 }, grows);
             }
             Asked::Broken => assert!(!is_ok, "what makes no sense has succeeded"),
+            Asked::Brings(most) => assert!(data.len() <= most as usize),
             Asked::Close(_) | Asked::Other => {}
         }
         self.last = Some(*header);

@@ -22,8 +22,9 @@ use raio_transport::message::{
     self, FEATURE_CRC, HandshakeOption, Hello, Link, MAGIC, OPTION_NAME, OPTION_REQUIRED, Parsed,
     QueuePairAddress, RemoteRegion, RequestHeader, ResponseHeader, SessionId, VERSION,
 };
+use raio_transport::protocol::path::{PathCommand, PathFields};
 use raio_transport::protocol::{
-    Command, Fields, FileHandle, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode,
+    Command, Fields, FileHandle, Layout, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATIONS, Opcode,
 };
 use raio_transport::tcp::{Accepting, TcpDial};
 use raio_transport::tls::{ClientTls, ServerTls};
@@ -167,7 +168,18 @@ fn commands() -> Vec<(String, Vec<u8>)> {
         .iter()
         .map(|operation| {
             let mut bytes = Vec::new();
-            if let Some(Fields { file, offset, length }) = operation.fields {
+            if let Layout::Path(PathFields { length, mode, time, other }) = operation.layout {
+                let removes = operation.opcode == Opcode::SetXattr;
+                Command::Path(PathCommand {
+                    flags: if removes { 0 } else { operation.flags },
+                    mode: if mode { 0o644 } else { 0 },
+                    length: if length { 4096 } else { 0 },
+                    modified_ns: if time { 1 } else { 0 },
+                    other: if other { b"/data/other" } else { b"" },
+                    ..PathCommand::new(operation.opcode, path)
+                })
+                .encode(&mut bytes);
+            } else if let Layout::Fields(Fields { file, offset, length }) = operation.layout {
                 bytes.extend_from_slice(&(operation.opcode as u16).to_le_bytes());
                 bytes.extend_from_slice(&operation.flags.to_le_bytes());
                 bytes.extend_from_slice(&u32::from(file).to_le_bytes());
