@@ -15,6 +15,7 @@ mod history;
 mod keyed;
 mod ktls;
 mod letters;
+mod names;
 mod operation;
 mod proxy;
 #[path = "../../random/mod.rs"]
@@ -41,6 +42,7 @@ pub use history::{
 pub use keyed::KeyedServer;
 pub use ktls::no_kernel_tls;
 pub use letters::{LETTER_BYTES, LETTERS, Letters};
+pub use names::change_names;
 pub use operation::carry_out;
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};

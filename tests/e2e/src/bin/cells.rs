@@ -1,6 +1,7 @@
 //! `cells URL LOG CLIENT SEED [crc]`: reads, writes and syncs cells of the files /d/0, /d/1, ... at random,
 //! by two contexts of a session, and logs what happened, until its standard input ends. When its session is
-//! given up, it opens a new one. It may be killed at any time: what it has logged by then is whole.
+//! given up, it opens a new one. It may be killed at any time: what it has logged by then is whole. Beside
+//! that it changes names in directories of its own, and ends if they are not as they must be.
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use raio::{Buffer, Buffers, Class, Completion, Context, Error, File, Operation, Options, Session};
 use raio_e2e::{
     CELL_BYTES, CellPlace, CellRead, CellValue, CellWrite, FILE_CELLS, FILES, FOREVER, FileSync, LogLine,
-    Outcome, Random, SESSION_GIVEN_UP, WRITES_LOST, decode_cell, encode_cell, monotonic_ns,
+    Outcome, Random, SESSION_GIVEN_UP, WRITES_LOST, change_names, decode_cell, encode_cell, monotonic_ns,
 };
 
 /// Contexts of a session.
@@ -54,6 +55,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         crc: if crc { raio::Crc::On } else { raio::Crc::Off },
         ..Options::default()
     };
+    let (url_of_names, options_of_names) = (url.clone(), options.clone());
+    let names = std::thread::spawn(move || {
+        let mut random = Random::with_seed(seed ^ 1);
+        for n in 0.. {
+            if IS_OVER.load(Ordering::Relaxed) {
+                return;
+            }
+            if let Ok(session) = Session::connect(&url_of_names, &options_of_names) {
+                let directory = format!("/d/names-{number}-{n}");
+                let changes = || change_names(&session, &directory, &mut random, &IS_OVER);
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(changes)).is_err() {
+                    std::process::exit(1);
+                }
+            }
+            std::thread::sleep(ROUND * 10);
+        }
+    });
     while !IS_OVER.load(Ordering::Relaxed) {
         // Whatever goes wrong: on from the start.
         if let Ok(session) = Session::connect(url, &options) {
@@ -62,6 +80,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         client.write_log();
         std::thread::sleep(ROUND * 10);
     }
+    let _ = names.join();
     Ok(())
 }
 
