@@ -181,17 +181,24 @@ fn as_text_path(path: &[u8]) -> String {
 pub struct Audited {
     who: Arc<Who>,
     path: String,
+    /// What else an operation names.
+    to: Option<String>,
     access: &'static str,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
 }
 
 impl Audited {
-    /// A file that this client opens at this path, for r, w or rw; or an operation on the path, by its name.
+    /// A file that this client opens at this path, for r, w or rw.
     pub fn new(who: &Arc<Who>, path: &[u8], access: &'static str) -> Arc<Self> {
-        let path = as_text_path(path);
+        Self::operation(who, path, &[], access)
+    }
+
+    /// An operation on a path, by its name, and what else it names, if anything.
+    pub fn operation(who: &Arc<Who>, path: &[u8], other: &[u8], name: &'static str) -> Arc<Self> {
+        let (path, to) = (as_text_path(path), (!other.is_empty()).then(|| as_text_path(other)));
         let (read_bytes, written_bytes) = (AtomicU64::new(0), AtomicU64::new(0));
-        Arc::new(Self { who: Arc::clone(who), path, access, read_bytes, written_bytes })
+        Arc::new(Self { who: Arc::clone(who), path, to, access: name, read_bytes, written_bytes })
     }
 
     /// Adds to what was read.
@@ -284,10 +291,9 @@ impl Audit {
         self.record(&file.who, Event::Open { path: file.path.clone(), access: file.access, errno });
     }
 
-    /// Records that an operation on a path has ended, and how; `access` of `what` is its name. `to` is what
-    /// else it names, and `bytes` what it has brought of a file.
-    pub fn operated(&self, what: &Audited, to: Option<&[u8]>, bytes: Option<u64>, errno: i32) {
-        let (path, to) = (what.path.clone(), to.map(as_text_path));
+    /// Records that an operation on a path has ended, and how. `bytes` is what it has brought of a file.
+    pub fn operated(&self, what: &Audited, bytes: Option<u64>, errno: i32) {
+        let (path, to) = (what.path.clone(), what.to.clone());
         self.record(&what.who, Event::Operation { operation: what.access, path, to, bytes, errno });
     }
 

@@ -78,17 +78,6 @@ pub enum Other {
     Name(CString),
 }
 
-impl Other {
-    /// What it is, in bytes.
-    pub fn bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Nothing => None,
-            Self::Path(at) => Some(at.path.as_bytes()),
-            Self::Name(name) => Some(name.as_bytes()),
-        }
-    }
-}
-
 /// What an operation has brought.
 #[derive(Debug, Default)]
 pub struct PathAnswer {

@@ -98,7 +98,7 @@ impl Worker {
         };
         if let (Some(audit), Some(audited)) = (&self.shared.audit, &task.audited) {
             let (status, result) = (response.status, response.result);
-            audit.operated(audited, None, status.is_ok().then_some(result), status.errno);
+            audit.operated(audited, status.is_ok().then_some(result), status.errno);
         }
         let moved = if is_get { response.result } else { 0 };
         let direction = if is_get { Direction::ToClient } else { Direction::None };
@@ -127,7 +127,8 @@ impl Worker {
         }
         let is_audited = opcode.operation().is_recorded || matches!(opcode, Opcode::Get | Opcode::List);
         let audited = who.as_ref().filter(|_| is_audited);
-        let audited = audited.map(|who| Audited::new(who, command.path, opcode.operation().name));
+        let audited =
+            audited.map(|who| Audited::operation(who, command.path, command.other, opcode.operation().name));
         let located = self.locate(&rights, command);
         let task = match located {
             Ok((Found::Volume(_, _, info), _)) if opcode == Opcode::StatPath => {
@@ -157,10 +158,7 @@ impl Worker {
                 task.server = self.shared.exports.all()[task.at.export].number().unwrap_or(0);
                 Ok(Work::Path(Arc::new(task)))
             }
-            Err(rejection) => {
-                let to = (!command.other.is_empty()).then_some(command.other);
-                Err(self.path_rejected(Some(connection), audited.as_deref(), to, rejection))
-            }
+            Err(rejection) => Err(self.path_rejected(Some(connection), audited.as_deref(), rejection)),
         }
     }
 
@@ -291,10 +289,7 @@ impl Worker {
         }
         let request = &self.requests[key];
         let (connection, work) = (request.connection, &request.work);
-        let (audited, to) = match work {
-            Work::Path(task) => (task.audited.clone(), task.other.bytes().map(<[u8]>::to_vec)),
-            _ => (None, None),
-        };
+        let audited = if let Work::Path(task) = work { task.audited.clone() } else { None };
         let is_first = matches!(work, Work::Path(_));
         let has_bytes = matches!(request.opcode, Opcode::Get | Opcode::Put);
         let response = match result {
@@ -307,18 +302,18 @@ impl Worker {
                 match kept.transpose() {
                     Ok(_) => {
                         if let (Some(audit), Some(audited)) = (&self.shared.audit, &audited) {
-                            audit.operated(audited, to.as_deref(), has_bytes.then_some(result), 0);
+                            audit.operated(audited, has_bytes.then_some(result), 0);
                         }
                         Response { status: Status::OK, result, body: (&body[..]).into(), data }
                     }
                     Err(Excess { who, text }) => {
                         self.counters.rejected_files[who as usize].add(1);
                         let status = Status::storage(libc::EMFILE);
-                        self.path_rejected(connection, audited.as_deref(), None, Rejection { status, text })
+                        self.path_rejected(connection, audited.as_deref(), Rejection { status, text })
                     }
                 }
             }
-            Err(rejection) => self.path_rejected(connection, audited.as_deref(), to.as_deref(), rejection),
+            Err(rejection) => self.path_rejected(connection, audited.as_deref(), rejection),
         };
         self.answer(key, response);
     }
@@ -335,11 +330,10 @@ impl Worker {
         &self,
         connection: Option<usize>,
         audited: Option<&Audited>,
-        to: Option<&[u8]>,
         Rejection { status, text }: Rejection,
     ) -> Response {
         if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
-            audit.operated(audited, to, None, status.errno);
+            audit.operated(audited, None, status.errno);
         }
         if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key])
             && status.class == Class::Policy

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, Session};
+use raio::{Buffer, Buffers, Context, Error, File, Keys, Operation, Options, PutOptions, Session};
 use raio_e2e::{
     Client, Ending, FuseCall, FuseFs, FuseOptions, LoopDevice, PATIENCE, Proxy, Server, carry_out,
     needs_root, pin,
@@ -270,4 +270,50 @@ fn opens_wait_for_a_log_that_must_have_them() {
     let log = disk.path().join("audit");
     records_when(&log, |record| record["event"] == "close");
     assert!(records(&log).iter().all(|it| it["event"] != "lost"));
+}
+
+#[test]
+fn what_is_done_to_names_is_recorded_and_how_it_ended() {
+    let site = Site::new();
+    let session = site.connect(&site.path("client")).expect("a session");
+    session.put("/data/new", b"12345", &PutOptions::default()).expect("there is room");
+    assert_eq!(session.get("/data/new", 100).expect("a file").0.len(), 5);
+    // By the worker, and by a thread.
+    assert_eq!(session.get("/data/new", 3).expect("a file").0.len(), 3);
+    assert!(session.get("/data/missing", 100).is_err());
+    session.rename("/data/new", "/data/renamed").expect("it is there");
+    assert!(session.rename("/data/new", "/data/renamed").is_err());
+    assert!(session.put("/none/x", b"", &PutOptions::default()).is_err());
+    session.symlink("../target", "/data/link").expect("it is new");
+    session.remove_file("/data/link").expect("it is there");
+    assert_eq!(session.read_dir("/data").expect("a list").count(), 2);
+    session.metadata("/data/renamed").expect("it is there");
+    drop(session);
+    let records = records_when(&site.path("log/audit"), |record| record["event"] == "end");
+    let operations: Vec<_> = records
+        .iter()
+        .filter(|record| record["event"] == "operation")
+        .map(|it| {
+            let text = |key: &str| it[key].as_str().map(str::to_owned);
+            let number = |key: &str| it[key].as_i64();
+            (text("operation").unwrap(), text("path").unwrap(), text("to"), number("bytes"), number("errno"))
+        })
+        .collect();
+    let of = |operation: &str, path: &str, to: Option<&str>, bytes: Option<i64>, errno: i32| {
+        (operation.to_owned(), path.to_owned(), to.map(str::to_owned), bytes, Some(i64::from(errno)))
+    };
+    let expected = [
+        of("put", "/data/new", None, Some(5), 0),
+        of("get", "/data/new", None, Some(5), 0),
+        of("get", "/data/new", None, Some(3), 0),
+        of("get", "/data/missing", None, None, libc::ENOENT),
+        of("rename", "/data/new", Some("/data/renamed"), None, 0),
+        of("rename", "/data/new", Some("/data/renamed"), None, libc::ENOENT),
+        of("put", "/none/x", None, None, libc::EROFS),
+        of("symlink", "/data/link", Some("../target"), None, 0),
+        of("unlink", "/data/link", None, None, 0),
+        of("list", "/data", None, None, 0),
+    ];
+    assert_eq!(operations, expected);
+    assert!(records.iter().all(|record| record["client"] == "one"));
 }

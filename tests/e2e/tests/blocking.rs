@@ -614,3 +614,45 @@ fn a_disk_that_hangs_holds_up_its_own_requests_and_no_other_export() {
         stuck.collect(33);
     }
 }
+
+#[test]
+fn names_on_a_file_system_that_hangs_hold_up_no_other_export() {
+    for backend in BACKENDS {
+        for call in [FuseCall::Lookup, FuseCall::Getattr, FuseCall::Open, FuseCall::Unlink] {
+            let Some(fuse) =
+                FuseFs::mount("a file system that hangs", FuseOptions::default(), &[("file", b"x")])
+            else {
+                return;
+            };
+            let directory = healthy();
+            let server = server(backend, "1", &[("stuck", fuse.path()), ("well", directory.path())]);
+            let connect = || Session::connect(&server.url(), &Options::default()).expect("a session");
+            let (stuck, well) = (connect(), connect());
+            // What the worker has learned of one mount is not taken for the other.
+            for path in ["/stuck/file", "/well/file", "/stuck/file"] {
+                well.metadata(path).expect("it is there");
+                well.get(path, 100).expect("it is there");
+            }
+            fuse.hang(call);
+            std::thread::scope(|scope| {
+                let thread = scope.spawn(|| match call {
+                    FuseCall::Unlink => stuck.remove_file("/stuck/file"),
+                    _ => stuck.get("/stuck/file", 100).map(drop),
+                });
+                fuse.wait_for_hanging(call, 1);
+                for n in 0..100 {
+                    let name = format!("/well/new{n}");
+                    well.put(&name, b"data", &Default::default()).expect("there is room");
+                    assert_eq!(well.get(&name, 100).expect("it is there").0, b"data");
+                    well.metadata(&name).expect("it is there");
+                    well.remove_file(&name).expect("it is there");
+                    assert_eq!(well.read_dir("/well").expect("a list").count(), 1);
+                }
+                assert!(!thread.is_finished());
+                fuse.mend(call);
+                let ended = thread.join().expect("it ends");
+                assert!(ended.is_ok() || call == FuseCall::Unlink, "{backend} {call:?}: {ended:?}");
+            });
+        }
+    }
+}
