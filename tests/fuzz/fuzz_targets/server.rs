@@ -647,7 +647,9 @@ impl World {
     fn reset_files(&mut self) {
         let tree = self.directory.join("tree");
         for entry in fs::read_dir(&tree).unwrap() {
-            fs::remove_file(entry.unwrap().path()).unwrap();
+            let path = entry.unwrap().path();
+            let is_directory = fs::symlink_metadata(&path).unwrap().is_dir();
+            if is_directory { fs::remove_dir_all(path) } else { fs::remove_file(path) }.unwrap();
         }
         fs::write(tree.join("a"), vec![0; 8192]).unwrap();
         fs::write(self.directory.join("one"), vec![0; FILE_BYTES / 2]).unwrap();
