@@ -349,11 +349,6 @@ impl Keys {
         self.server.as_ref().is_some_and(|server| server.counts_requests)
     }
 
-    /// Whether clients' files are to be given to users or groups.
-    pub fn gives_files(&self) -> bool {
-        self.clients().requirements.iter().any(|one| matches!(one.required, Required::Giving(..)))
-    }
-
     fn clients(&self) -> Arc<Clients> {
         Arc::clone(&lock(&self.clients))
     }

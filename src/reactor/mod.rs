@@ -171,18 +171,6 @@ impl AsRawFd for File {
     }
 }
 
-/// How openat2(2) is to open a file; the kernel's `struct open_how`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct OpenHow {
-    /// O_* flags.
-    pub flags: u64,
-    /// Permissions of a created file; 0 unless O_CREAT is set.
-    pub mode: u64,
-    /// RESOLVE_* flags.
-    pub resolve: u64,
-}
-
 /// A file as [`Op::Read`] and [`Op::Write`] share in it. It is not registered with the ring, which would hold
 /// on to it after its last user.
 pub trait OpenFile: AsFd + Send + Sync + std::fmt::Debug {}
