@@ -675,7 +675,8 @@ impl<'a> Command<'a> {
     }
 
     /// The command with these fields, which are known to be what its operation uses.
-    #[inline]
+    // Inlined, so that a read does not go through memory.
+    #[inline(always)]
     fn from_parts(Parts { opcode, flags, file, offset, length }: Parts) -> Result<Self, Violation> {
         let data_len = || u32::try_from(length).map_err(|_| Violation::Length);
         Ok(match opcode {
@@ -750,23 +751,14 @@ impl<'a> Command<'a> {
     }
 
     /// Reads a command. Whether its length agrees with the request's data and region is for the caller to
-    /// check: see [`Command::read_length`] and [`Command::write_length`].
-    #[inline]
+    /// check: see [`Command::data_lengths`].
+    // As above.
+    #[inline(always)]
     pub fn decode(body: &'a [u8]) -> Result<Self, Violation> {
         let (opcode, _) = U16::ref_from_prefix(body).map_err(|_| Violation::Length)?;
         let opcode = Opcode::from_wire(opcode.get()).ok_or(Violation::Field)?;
         let operation = opcode.operation();
-        let fields = match &operation.layout {
-            Layout::Fields(fields) => fields,
-            Layout::Path(_) => return PathCommand::decode(opcode, body).map(Self::Path),
-            Layout::Own => {
-                return match opcode {
-                    Opcode::Open => Self::decode_open(body),
-                    Opcode::Outcome => Self::decode_outcome(body),
-                    _ => Self::decode_reopen(body),
-                };
-            }
-        };
+        let Layout::Fields(fields) = &operation.layout else { return Self::decode_other(opcode, body) };
         let command = IoCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
         let file = FileHandle(command.file.get());
         let (flags, offset, length) = (command.flags.get(), command.offset.get(), command.length.get());
@@ -778,6 +770,17 @@ impl<'a> Command<'a> {
             return Err(Violation::Reserved);
         }
         Self::from_parts(Parts { opcode, flags, file, offset, length })
+    }
+
+    /// Reads a command that has more than fields.
+    #[cold]
+    fn decode_other(opcode: Opcode, body: &'a [u8]) -> Result<Self, Violation> {
+        match opcode {
+            Opcode::Open => Self::decode_open(body),
+            Opcode::Outcome => Self::decode_outcome(body),
+            Opcode::Reopen => Self::decode_reopen(body),
+            _ => PathCommand::decode(opcode, body).map(Self::Path),
+        }
     }
 
     fn decode_open(body: &'a [u8]) -> Result<Self, Violation> {
@@ -819,24 +822,28 @@ impl<'a> Command<'a> {
         Ok(Self::Reopen { flags, file: FileHandle(reopen.file.get()), identity: reopen.identity, path })
     }
 
-    /// How many bytes of data the response brings at most: the request's inward region must have this length.
+    /// How many bytes of data the response brings at most, which is the length of the request's inward
+    /// region; and how many the request brings, which is that of its inline data or outward region.
     #[inline]
-    pub fn read_length(&self) -> u32 {
+    pub fn data_lengths(&self) -> (u32, u32) {
         match *self {
-            Self::Read { length, .. } | Self::ListNext { length, .. } => length,
-            Self::Path(command) => command.data_len(Direction::ToClient),
-            _ => 0,
+            Self::Read { length, .. } | Self::ListNext { length, .. } => (length, 0),
+            Self::Write { length, .. } => (0, length),
+            Self::Path(command) => command.data_lengths(),
+            _ => (0, 0),
         }
     }
 
-    /// How many bytes of data the request brings: its inline data or outward region must have this length.
+    /// The first of [`Command::data_lengths`].
+    #[inline]
+    pub fn read_length(&self) -> u32 {
+        self.data_lengths().0
+    }
+
+    /// The second of [`Command::data_lengths`].
     #[inline]
     pub fn write_length(&self) -> u32 {
-        match *self {
-            Self::Write { length, .. } => length,
-            Self::Path(command) => command.data_len(Direction::ToServer),
-            _ => 0,
-        }
+        self.data_lengths().1
     }
 
     /// Its opcode.

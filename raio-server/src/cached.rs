@@ -103,6 +103,7 @@ impl CachedFiles {
 
     /// Closes the directories: what is mounted over them, or takes their place, is seen from then on. The
     /// pool closes the files.
+    #[inline(always)]
     pub fn end_iteration(&mut self) {
         if !self.bases.is_empty() {
             self.close_all();

@@ -89,9 +89,13 @@ impl<'a> PathCommand<'a> {
         self.flags & flag != 0
     }
 
-    /// Its data in this direction, in bytes.
-    pub(super) fn data_len(&self, direction: Direction) -> u32 {
-        if self.opcode.operation().direction == direction { self.length as u32 } else { 0 }
+    /// The data that it brings to the client, and to the server, in bytes.
+    pub(super) fn data_lengths(&self) -> (u32, u32) {
+        match self.opcode.operation().direction {
+            Direction::None => (0, 0),
+            Direction::ToClient => (self.length as u32, 0),
+            Direction::ToServer => (0, self.length as u32),
+        }
     }
 
     /// Appends it in wire form.

@@ -39,7 +39,7 @@ impl Worker {
             Ok(command) => command,
             Err(violation) => return self.violate(connection, violation),
         };
-        if command.read_length() != request.region_len || command.write_length() != request.data_len {
+        if command.data_lengths() != (request.region_len, request.data_len) {
             return self.violate(connection, Violation::Length);
         }
         let opcode = command.opcode();
@@ -102,15 +102,7 @@ impl Worker {
             Command::ListNext { listing, is_odd, length } => {
                 self.list_next(connection, listing, is_odd, length)
             }
-            Command::Stat(file) => match self.sessions.file(session, file) {
-                Some(file) => match file.open.volume.try_stat() {
-                    Some(info) if file.open.flow.is_none() && !self.admission.is_waiting(connection) => {
-                        Err(status_of(&file, info))
-                    }
-                    _ => authorize::work(&command, file),
-                },
-                None => Err(unknown_handle()),
-            },
+            Command::Stat(file) => self.stat(connection, file),
             Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
             Command::Write { file, .. }
             | Command::Fsync { file, .. }
@@ -134,6 +126,20 @@ impl Worker {
             }
             Err(response) => self.end_at_once(connection, request.key, opcode, response),
         }
+    }
+
+    /// The work that a stat means, or the response: at once if the kernel has it in memory.
+    #[inline(never)]
+    fn stat(&mut self, connection: usize, handle: FileHandle) -> Result<Work, Response> {
+        let session = self.connections[connection].session;
+        let Some(file) = self.sessions.file(session, handle) else { return Err(unknown_handle()) };
+        if file.open.flow.is_none()
+            && !self.admission.is_waiting(connection)
+            && let Some(info) = file.open.volume.try_stat()
+        {
+            return Err(status_of(&file, info));
+        }
+        authorize::work(&Command::Stat(handle), file)
     }
 
     /// Answers a request for which there is nothing to do, or that has failed.

@@ -30,6 +30,8 @@ use crate::tuning::listings::PAGE_BYTES_MIN;
 
 impl Worker {
     /// The work that an operation on a path means, or the response. None: it was answered.
+    // Apart from the way of reads, which is short.
+    #[inline(never)]
     pub(super) fn path(
         &mut self,
         connection: usize,
@@ -196,6 +198,7 @@ impl Worker {
     }
 
     /// The work that a list_next means, or the response.
+    #[inline(never)]
     pub(super) fn list_next(
         &mut self,
         connection: usize,

@@ -842,6 +842,10 @@ impl World {
         }
         let session = self.channels[at].session;
         let known = self.channels[at].epoch;
+        if known == u64::MAX {
+            // There are no epochs left.
+            return;
+        }
         let epoch = match how & 7 {
             _ if !is_odd => known + 1,
             0 => known,
