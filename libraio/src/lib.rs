@@ -57,7 +57,7 @@ mod timeout_tests;
 mod trace;
 mod tuning;
 
-pub use async_context::{AsyncContext, AsyncOperation, Progress};
+pub use async_context::{AsyncContext, AsyncOperation, AsyncPathOperation, OnFile, Progress};
 pub use context::Context;
 pub use error::Error;
 pub use file::File;

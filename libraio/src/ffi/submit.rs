@@ -301,7 +301,8 @@ unsafe fn operation(
                 Operation::Write { offset, buffers }
             }
         }
-        CMD_CLOSE => Operation::Close,
+        CMD_CLOSE if c.buf.is_null() && c.nbytes == 0 => Operation::Close,
+        CMD_CLOSE => return Err(invalid("A close has neither a buffer nor a length. Leave them 0.")),
         CMD_STAT_FD => {
             check_sized(c.buf.cast::<raio_stat>(), c.nbytes as usize)?;
             Operation::Stat
