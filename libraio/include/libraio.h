@@ -144,7 +144,8 @@ enum raio_iocb_cmd {
 #define RAIO_IOCB_TIMEOUT_MAX	0xfffffu	/* milliseconds, over 17 minutes */
 
 struct raio_iocb_common {
-	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
+	void *buf;			/* data, or struct iovec[], or struct raio_path_args, or struct raio_stat,
+					   or NULL: see raio_submit() */
 	unsigned long long nbytes;	/* length in bytes, or number of iovecs */
 	long long offset;		/* in bytes, from the start of the file */
 	raio_mr_t mr;			/* the registration that contains buf, or NULL */

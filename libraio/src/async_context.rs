@@ -194,8 +194,8 @@ impl AsyncContext {
         completion.answer.map(|answer| *answer).ok_or_else(protocol_error)
     }
 
-    /// Reads a file from its start into `buffers`: see [`PathOperation::Get`]. Returns how many bytes with the
-    /// file's status, and the buffers.
+    /// Reads a file from its start into `buffers`: see [`PathOperation::Get`]. Returns how many bytes with
+    /// the file's status, and the buffers.
     pub async fn get(
         &self,
         path: impl Into<PathBuf>,
