@@ -41,8 +41,8 @@
  *
  * Timeouts.  Each call that waits for the server is bounded by struct raio_options: connect_timeout_ms bounds
  * raio_start(), raio_connect() and raio_setup(); call_timeout_ms bounds raio_open(), raio_fstat(),
- * raio_stat_fd(), raio_pread(), raio_pwrite(), raio_close() and raio_destroy() if the server answers pings
- * but not the call, and a call that waits for a lost session except raio_destroy(), which waits a second for
+ * raio_stat_fd(), raio_pread(), raio_pwrite(), raio_close(), raio_destroy() and the calls on paths if the server
+ * answers pings but not the call, and a call that waits for a lost session except raio_destroy(), which waits a second for
  * that; request_timeout_ms applies to a silent server, and to raio_cancel() with any server.
  * raio_set_timeout() bounds an iocb. raio_getevents() has its own timeout: with NULL it waits as long as the
  * server answers pings. The resolver's configuration bounds the lookup of a host name. A signal interrupts
@@ -102,11 +102,12 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 4
+#define RAIO_ABI_MINOR 5
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
 typedef struct raio_mr *raio_mr_t;
+typedef struct raio_dir *raio_dir_t;
 
 enum raio_iocb_cmd {
 	RAIO_CMD_PREAD = 0,		/* read into buf */
@@ -116,7 +117,21 @@ enum raio_iocb_cmd {
 	RAIO_CMD_FSYNC = 4,		/* RAIO_IOCB_DATASYNC: data only */
 	RAIO_CMD_DISCARD = 5,		/* deallocate the range; zeros if the storage guarantees that */
 	RAIO_CMD_WRITE_ZEROES = 6,	/* the range reads as zeros afterwards */
-	RAIO_CMD_ALLOCATE = 7		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
+	RAIO_CMD_ALLOCATE = 7,		/* reserve storage, extend the file unless RAIO_IOCB_KEEP_SIZE */
+	RAIO_CMD_OPEN = 8,		/* this one, and those from STAT_PATH on: see struct raio_path_args */
+	RAIO_CMD_CLOSE = 9,
+	RAIO_CMD_STAT_FD = 10,		/* buf is a struct raio_stat, nbytes its size */
+	RAIO_CMD_FTRUNCATE = 11,	/* nbytes is the new size of the file */
+	RAIO_CMD_STAT_PATH = 12,
+	RAIO_CMD_GET = 13,
+	RAIO_CMD_PUT = 14,
+	RAIO_CMD_MKDIR = 15,
+	RAIO_CMD_RMDIR = 16,
+	RAIO_CMD_UNLINK = 17,
+	RAIO_CMD_RENAME = 18,
+	RAIO_CMD_LINK = 19,
+	RAIO_CMD_SYMLINK = 20,
+	RAIO_CMD_READLINK = 21
 };
 
 /* raio_iocb_common.flags; every other bit must be 0, except for the timeout: see raio_set_timeout() */
@@ -129,7 +144,8 @@ enum raio_iocb_cmd {
 #define RAIO_IOCB_TIMEOUT_MAX	0xfffffu	/* milliseconds, over 17 minutes */
 
 struct raio_iocb_common {
-	void *buf;			/* data, or struct iovec[], or NULL: see raio_submit() */
+	void *buf;			/* data, or struct iovec[], or struct raio_path_args, or struct raio_stat,
+					   or NULL: see raio_submit() */
 	unsigned long long nbytes;	/* length in bytes, or number of iovecs */
 	long long offset;		/* in bytes, from the start of the file */
 	raio_mr_t mr;			/* the registration that contains buf, or NULL */
@@ -152,11 +168,40 @@ struct raio_iocb {
 	} u;
 };
 
+struct raio_stat;
+
+/*
+ * What an iocb on a path has in the place of data: its `buf` points at this, and its `nbytes` is the size of it.
+ * raio_prep_open() and the like fill it in. raio_submit() copies the paths. The struct itself, and what `buf` and
+ * `stat` point at, belong to the library until the iocb's event is collected.
+ */
+struct raio_path_args {
+	const char *path;
+	const char *other;		/* rename, link: the new path; symlink: where it is to lead */
+	void *buf;			/* get, put: data, in the iocb's `mr` unless that is NULL; readlink: where the
+					   target goes, without a terminating zero */
+	unsigned long long nbytes;	/* length of buf */
+	struct raio_stat *stat;		/* stat_path, get: where the status goes; get: or NULL */
+	unsigned long long stat_size;	/* sizeof(struct raio_stat) */
+	long long modified_ns;		/* with RAIO_PUT_MTIME */
+	unsigned int flags;		/* open: those of raio_open(); else RAIO_PATH_*, RAIO_PUT_*, RAIO_RENAME_* */
+	unsigned int mode;		/* of what is created */
+	unsigned long long reserved[2];	/* 0 */
+};
+
+#define RAIO_PATH_NOFOLLOW	(1u << 0)	/* stat_path, utimens: of a symbolic link itself */
+#define RAIO_PUT_EXCL		(1u << 1)	/* EEXIST if there is something already */
+#define RAIO_PUT_FSYNC		(1u << 2)	/* the file and its name are durable when it completes */
+#define RAIO_PUT_MTIME		(1u << 3)	/* iocb: sets the time of the last change to modified_ns */
+#define RAIO_RENAME_NOREPLACE	(1u << 1)	/* EEXIST if there is something already */
+#define RAIO_XATTR_CREATE	(1u << 1)	/* EEXIST if there is one with the name */
+
 struct raio_event {
 	void *data;			/* of the iocb */
 	struct raio_iocb *obj;		/* the iocb */
 	unsigned long long handle;	/* of the lent buffer, for raio_release(); 0 if none */
-	unsigned long res;		/* bytes transferred, or a negated errno. A short count: end of file,
+	unsigned long res;		/* bytes transferred, the descriptor that was opened, 0 for what has no
+					   number; or a negated errno. A short count: end of file,
 					   or the rest failed; the same operation on the rest returns
 					   which (0 at the end, or the error) */
 	unsigned long res2;		/* 0; for a failure RAIO_RES2_* */
@@ -365,6 +410,143 @@ int raio_close(int fd);
 ssize_t raio_pread(int fd, void *buf, size_t count, long long offset);
 ssize_t raio_pwrite(int fd, const void *buf, size_t count, long long offset);
 
+/*
+ * raio_fsync - makes durable what was written to the file and completed, by any context and call. data_only: as
+ * fdatasync(2). Thread-safe; it waits, costs and fails as raio_pwrite(), and with EIO if acknowledged writes were
+ * lost (RAIO_RES2_LOST).
+ *
+ * Returns 0, or -1 with errno.
+ */
+int raio_fsync(int fd, int data_only);
+
+/* raio_ftruncate - sets the size of a file that is open for writing. As raio_fsync(). */
+int raio_ftruncate(int fd, unsigned long long size);
+
+/* A part of a file that has data. What lies between such parts reads as zeros. */
+struct raio_extent {
+	unsigned long long offset;
+	unsigned long long length;
+};
+
+/*
+ * raio_extents - which parts of [offset, offset + length) have data, at most `nr` of them, in order. *end is the
+ * offset up to which these are all: ask again from there on until it is offset + length. As raio_fsync().
+ *
+ * Returns how many, or -1 with errno: EINVAL (NULL, nr below 1, a negative offset, a range beyond 2^63 - 1),
+ * EOPNOTSUPP.
+ */
+int raio_extents(int fd, long long offset, unsigned long long length, struct raio_extent *extents, int nr,
+		 unsigned long long *end);
+
+/* Names -------------------------------------------------------------------------------------------------- */
+
+/*
+ * Calls on paths. `fd` is a session, or a file of it. A path has the form /EXPORT/path/in/the/export, as that of
+ * raio_open(); symbolic links that lead out of the export are not followed (EXDEV). Each call waits for its answer,
+ * a round trip, and the calls of a session wait for one another: iocbs do many at a time. Thread-safe. Nothing is
+ * kept of the caller's memory.
+ *
+ * They return 0, or where stated a number, or -1 with errno: EBADF (fd), EINVAL (NULL, flags), ENOENT (also for an
+ * empty path), ENAMETOOLONG (4,096 bytes or more; a name of more than 255), ENOTDIR, EACCES, EPERM, EROFS (the
+ * export is read-only), ELOOP, EXDEV (another export), EOPNOTSUPP (the server is too old, or its file system cannot),
+ * EIO, ENOSPC, EDQUOT, ETIMEDOUT, ENOTCONN; and what the system call of that name says. After ETIMEDOUT, ENOTCONN,
+ * or ECONNRESET (the server was restarted meanwhile) a change may have been done; after the first two it may yet be.
+ */
+
+/* raio_stat_path, raio_lstat_path - the status of what is at the path; of a symbolic link where it leads, or its own.
+ * Fill in at most `size` bytes. Identity and verifier are zeros. "/" is the list of exports. */
+int raio_stat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
+int raio_lstat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
+
+/*
+ * raio_get - opens a file, reads at most `count` bytes from its start and its status, and closes it: in one request.
+ * If stat->file_bytes is more than was returned, there is more: open it. More than the server's --io-max (default
+ * 1 MiB) is never returned. `stat` may be NULL.
+ *
+ * Returns the bytes read, or -1.
+ */
+ssize_t raio_get(int fd, const char *path, void *buf, size_t count, struct raio_stat *stat, size_t size);
+
+/*
+ * raio_put - creates a file with these bytes, or replaces the one that is there, in one request. Others find the new
+ * file whole, or the one from before; so they do after the server was killed. `flags`: RAIO_PUT_EXCL, RAIO_PUT_FSYNC.
+ * At most the server's --io-max bytes, else EFBIG. The server's umask applies to `mode`.
+ */
+int raio_put(int fd, const char *path, const void *buf, size_t count, mode_t mode, unsigned int flags);
+
+int raio_mkdir(int fd, const char *path, mode_t mode);
+int raio_rmdir(int fd, const char *path);
+int raio_unlink(int fd, const char *path);
+/* `flags`: 0 or RAIO_RENAME_NOREPLACE. Both paths are in one export, as those of raio_link(). */
+int raio_rename(int fd, const char *from, const char *to, unsigned int flags);
+int raio_link(int fd, const char *original, const char *link);
+/* `target` is kept as it is. The server follows links that stay in the export. */
+int raio_symlink(int fd, const char *target, const char *link);
+/* Returns the length of the target, of which it stores at most `size` bytes, without a terminating zero; or -1. */
+ssize_t raio_readlink(int fd, const char *path, char *buf, size_t size);
+/* Sets the size of a regular file: raio_ftruncate() without an open. */
+int raio_truncate(int fd, const char *path, unsigned long long size);
+/* At most 0777: a client gives no set-user-ID bits. */
+int raio_chmod(int fd, const char *path, mode_t mode);
+/* Sets the time of the last change, in nanoseconds since 1970-01-01 UTC. `flags`: 0 or RAIO_PATH_NOFOLLOW. */
+int raio_utimens(int fd, const char *path, long long modified_ns, unsigned int flags);
+
+/* The room of a file system. `size` is first, so that later versions can append fields. */
+struct raio_statfs {
+	unsigned long long size;		/* bytes of this struct that were filled in */
+	unsigned long long block_bytes;		/* the unit of the numbers of blocks */
+	unsigned long long blocks;
+	unsigned long long blocks_free;
+	unsigned long long blocks_available;	/* free, and not reserved for root */
+	unsigned long long files;		/* inodes; 0: the file system does not count them */
+	unsigned long long files_free;
+	unsigned long long name_bytes_max;
+};
+
+/* raio_statfs_path - the room of the file system that the path is on. Fills in at most `size` bytes of *buf. */
+int raio_statfs_path(int fd, const char *path, struct raio_statfs *buf, size_t size);
+
+/*
+ * Extended attributes; their names begin with "user.". A get and a list return the length of the value, or of the
+ * names, each of which ends with a zero byte; with size 0 they store nothing, and ERANGE says that `size` is too
+ * small. A value has at most 64 KiB (E2BIG). `flags`: 0 or RAIO_XATTR_CREATE.
+ */
+ssize_t raio_getxattr(int fd, const char *path, const char *name, void *value, size_t size);
+int raio_setxattr(int fd, const char *path, const char *name, const void *value, size_t size, unsigned int flags);
+ssize_t raio_listxattr(int fd, const char *path, char *list, size_t size);
+int raio_removexattr(int fd, const char *path, const char *name);
+
+/* An entry of a directory. `size` is first, so that later versions can append fields. */
+struct raio_dirent {
+	unsigned long long size;	/* bytes of this struct that were filled in */
+	unsigned long long file_bytes;	/* length */
+	long long modified_ns;
+	unsigned long long inode;
+	unsigned int mode;		/* type and permissions, as st_mode; of a symbolic link its own */
+	unsigned int has_status;	/* 0: only name and type are known (of exports that are files) */
+	char name[256];			/* any bytes but '/', with a terminating zero */
+};
+
+/*
+ * raio_opendir - begins to list a directory; "/" lists the exports. The server keeps the listing until
+ * raio_closedir(), or for a while if nothing more is asked for. A directory belongs to one thread at a time.
+ *
+ * Returns it, or NULL with errno: as above, or EMFILE (too many listings of this client).
+ */
+raio_dir_t raio_opendir(int fd, const char *path);
+
+/*
+ * raio_readdir - the next entry, in no particular order, without "." and "..". Entries come in pages, a request each.
+ * Fills in at most `size` bytes of *entry.
+ *
+ * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), ESTALE (the server was
+ * restarted, or has waited too long: begin again). After -1 there are no more.
+ */
+int raio_readdir(raio_dir_t dir, struct raio_dirent *entry, size_t size);
+
+/* raio_closedir - ends it, also after raio_stop(). Returns 0, or -1 with errno EINVAL. */
+int raio_closedir(raio_dir_t dir);
+
 /* Contexts ---------------------------------------------------------------------------------------------- */
 
 /*
@@ -570,6 +752,28 @@ void raio_prep_discard(struct raio_iocb *iocb, int fd, long long offset, unsigne
 void raio_prep_write_zeroes(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes);
 void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsigned long long nbytes,
 		int keep_size);
+void raio_prep_close(struct raio_iocb *iocb, int fd);
+void raio_prep_stat_fd(struct raio_iocb *iocb, int fd, struct raio_stat *stat);
+void raio_prep_ftruncate(struct raio_iocb *iocb, int fd, unsigned long long size);
+void raio_prep_open(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, int flags,
+		mode_t mode);
+void raio_prep_stat_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		struct raio_stat *stat, unsigned int flags);
+void raio_prep_get(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, void *buf,
+		size_t count, struct raio_stat *stat, raio_mr_t mr);
+void raio_prep_put(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, const void *buf,
+		size_t count, mode_t mode, unsigned int flags, raio_mr_t mr);
+void raio_prep_mkdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, mode_t mode);
+void raio_prep_rmdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path);
+void raio_prep_unlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path);
+void raio_prep_rename(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *from,
+		const char *to, unsigned int flags);
+void raio_prep_link(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *original,
+		const char *link);
+void raio_prep_symlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *target,
+		const char *link);
+void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, char *buf,
+		size_t size);
 void raio_set_eventfd(struct raio_iocb *iocb, int eventfd);
 void raio_set_crc(struct raio_iocb *iocb, unsigned int crc);
 void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms);
@@ -650,6 +854,138 @@ static inline void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long 
 	raio_prep_(iocb, RAIO_CMD_ALLOCATE, fd, NULL, nbytes, offset, NULL);
 	if (keep_size)
 		iocb->u.c.flags |= RAIO_IOCB_KEEP_SIZE;
+}
+
+/*
+ * Closes a file, as raio_close(): its descriptor ends when raio_submit() accepts the iocb. If other iocbs are in
+ * flight on it, this one completes at once, and the server closes the file when they have. One that is cancelled or
+ * times out is closed nevertheless, later.
+ */
+static inline void raio_prep_close(struct raio_iocb *iocb, int fd)
+{
+	raio_prep_(iocb, RAIO_CMD_CLOSE, fd, NULL, 0, 0, NULL);
+}
+
+/* raio_stat_fd(): *stat is filled in when the event is collected. */
+static inline void raio_prep_stat_fd(struct raio_iocb *iocb, int fd, struct raio_stat *stat)
+{
+	raio_prep_(iocb, RAIO_CMD_STAT_FD, fd, stat, sizeof(*stat), 0, NULL);
+}
+
+static inline void raio_prep_ftruncate(struct raio_iocb *iocb, int fd, unsigned long long size)
+{
+	raio_prep_(iocb, RAIO_CMD_FTRUNCATE, fd, NULL, size, 0, NULL);
+}
+
+/*
+ * Operations on paths, as the calls under "Names". `fd` is the session, or a file of it. Each needs a struct
+ * raio_path_args of its own, which these functions fill in: see there what must stay valid, and until when. The
+ * event's `res` is 0 unless stated. raio_submit() itself fails with -ENOENT (an empty path), -ENAMETOOLONG, or -EFBIG
+ * (a put of more than `io_bytes_max`).
+ */
+static inline void raio_prep_path_(struct raio_iocb *iocb, int opcode, int fd, struct raio_path_args *args,
+				   const char *path)
+{
+	memset(args, 0, sizeof(*args));
+	args->path = path;
+	raio_prep_(iocb, opcode, fd, args, sizeof(*args), 0, NULL);
+}
+
+/*
+ * raio_open_mode(). `res` is a new descriptor > 0 for each file, also for the first of a session. A file whose open
+ * times out is closed again.
+ */
+static inline void raio_prep_open(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				  int flags, mode_t mode)
+{
+	raio_prep_path_(iocb, RAIO_CMD_OPEN, fd, args, path);
+	args->flags = (unsigned int)flags;
+	args->mode = mode;
+}
+
+/* raio_stat_path(), or with RAIO_PATH_NOFOLLOW raio_lstat_path(). */
+static inline void raio_prep_stat_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				       struct raio_stat *stat, unsigned int flags)
+{
+	raio_prep_path_(iocb, RAIO_CMD_STAT_PATH, fd, args, path);
+	args->stat = stat;
+	args->stat_size = sizeof(*stat);
+	args->flags = flags;
+}
+
+/* raio_get(): `res` is the bytes read. `stat` may be NULL. raio_set_crc() protects it, as a read. */
+static inline void raio_prep_get(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				 void *buf, size_t count, struct raio_stat *stat, raio_mr_t mr)
+{
+	raio_prep_path_(iocb, RAIO_CMD_GET, fd, args, path);
+	args->buf = buf;
+	args->nbytes = count;
+	args->stat = stat;
+	args->stat_size = sizeof(*stat);
+	iocb->u.c.mr = mr;
+}
+
+/*
+ * raio_put(): `res` is `count`. raio_set_crc() protects it, as a write. To set the time of the last change, set
+ * args->modified_ns afterwards, and RAIO_PUT_MTIME in args->flags.
+ */
+static inline void raio_prep_put(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				 const void *buf, size_t count, mode_t mode, unsigned int flags, raio_mr_t mr)
+{
+	raio_prep_path_(iocb, RAIO_CMD_PUT, fd, args, path);
+	args->buf = (void *)buf;
+	args->nbytes = count;
+	args->mode = mode;
+	args->flags = flags;
+	iocb->u.c.mr = mr;
+}
+
+static inline void raio_prep_mkdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				   mode_t mode)
+{
+	raio_prep_path_(iocb, RAIO_CMD_MKDIR, fd, args, path);
+	args->mode = mode;
+}
+
+static inline void raio_prep_rmdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path)
+{
+	raio_prep_path_(iocb, RAIO_CMD_RMDIR, fd, args, path);
+}
+
+static inline void raio_prep_unlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path)
+{
+	raio_prep_path_(iocb, RAIO_CMD_UNLINK, fd, args, path);
+}
+
+static inline void raio_prep_rename(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *from,
+				    const char *to, unsigned int flags)
+{
+	raio_prep_path_(iocb, RAIO_CMD_RENAME, fd, args, from);
+	args->other = to;
+	args->flags = flags;
+}
+
+static inline void raio_prep_link(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *original,
+				  const char *link)
+{
+	raio_prep_path_(iocb, RAIO_CMD_LINK, fd, args, original);
+	args->other = link;
+}
+
+static inline void raio_prep_symlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *target,
+				     const char *link)
+{
+	raio_prep_path_(iocb, RAIO_CMD_SYMLINK, fd, args, link);
+	args->other = target;
+}
+
+/* raio_readlink(): `res` is how many bytes were stored. */
+static inline void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				      char *buf, size_t size)
+{
+	raio_prep_path_(iocb, RAIO_CMD_READLINK, fd, args, path);
+	args->buf = buf;
+	args->nbytes = size;
 }
 
 /*

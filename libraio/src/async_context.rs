@@ -29,19 +29,24 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context as TaskContext, Poll, Waker};
 use std::time::Duration;
 
 use raio_transport::memory::Buffers;
+use raio_transport::protocol::FileStatus;
 use raio_transport::sync::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::context::Context;
-use crate::error::Error;
+use crate::error::{Error, protocol_error};
 use crate::file::File;
-use crate::operation::{Completion, Operation, Rejected, SubmitOptions};
+use crate::names::PutOptions;
+use crate::operation::{
+    Answer, Completion, Operation, PathOperation, Rejected, RejectedPath, SubmitOptions, Ticket,
+};
 
 /// A context whose operations are futures. Its clones are the same context, which tasks and threads may
 /// share: a lock is held for as long as an operation is submitted, or what has arrived is taken in.
@@ -166,6 +171,79 @@ impl AsyncContext {
         }
     }
 
+    /// Opens a file: see [`crate::Session::open`].
+    pub async fn open(&self, path: impl Into<PathBuf>, flags: i32, mode: u32) -> Result<File, Error> {
+        match self.answer(PathOperation::Open { path: path.into(), flags, mode }).await? {
+            Answer::File(file) => Ok(file),
+            _ => Err(protocol_error()),
+        }
+    }
+
+    /// The status of what is at a path: see [`crate::Session::metadata`].
+    pub async fn metadata(&self, path: impl Into<PathBuf>) -> Result<FileStatus, Error> {
+        match self.answer(PathOperation::Stat { path: path.into(), nofollow: false }).await? {
+            Answer::Status(status) => Ok(status),
+            _ => Err(protocol_error()),
+        }
+    }
+
+    async fn answer(&self, operation: PathOperation) -> Result<Answer, Error> {
+        let completion = self.submit_path(operation, SubmitOptions::default()).await;
+        let completion = completion.map_err(|rejected| rejected.error)?;
+        completion.result?;
+        completion.answer.map(|answer| *answer).ok_or_else(protocol_error)
+    }
+
+    /// Reads a file from its start into `buffers`: see [`PathOperation::Get`]. Returns how many bytes with
+    /// the file's status, and the buffers.
+    pub async fn get(
+        &self,
+        path: impl Into<PathBuf>,
+        buffers: Buffers,
+    ) -> (Result<(u64, FileStatus), Error>, Option<Buffers>) {
+        let get = PathOperation::Get { path: path.into(), buffers };
+        match self.submit_path(get, SubmitOptions::default()).await {
+            Ok(Completion { result, buffers, answer, .. }) => {
+                let with_status = result.and_then(|count| match answer.as_deref() {
+                    Some(Answer::Status(status)) => Ok((count, *status)),
+                    _ => Err(protocol_error()),
+                });
+                (with_status, buffers)
+            }
+            Err(rejected) => match rejected.operation {
+                PathOperation::Get { buffers, .. } => (Err(rejected.error), Some(buffers)),
+                _ => (Err(rejected.error), None),
+            },
+        }
+    }
+
+    /// Creates or replaces a file: see [`crate::Session::put`].
+    pub async fn put(
+        &self,
+        path: impl Into<PathBuf>,
+        buffers: Buffers,
+        options: PutOptions,
+    ) -> Result<(), Error> {
+        let put = PathOperation::Put { path: path.into(), buffers, options };
+        match self.submit_path(put, SubmitOptions::default()).await {
+            Ok(completion) => completion.result.map(drop),
+            Err(rejected) => Err(rejected.error),
+        }
+    }
+
+    /// Closes a file: see [`Operation::Close`].
+    pub async fn close(&self, file: &File) -> Result<(), Error> {
+        match self.submit(file, Operation::Close, SubmitOptions::default()).await {
+            Ok(completion) => completion.result.map(drop),
+            Err(rejected) => Err(rejected.error),
+        }
+    }
+
+    /// Any operation on a path, as [`AsyncContext::submit`].
+    pub fn submit_path(&self, operation: PathOperation, options: SubmitOptions) -> AsyncPathOperation<'_> {
+        AsyncOperation { context: self, state: State::New(Box::new((operation, options))) }
+    }
+
     /// Any operation, with its completion, whose `token` means nothing. A lent buffer is to be given back by
     /// [`AsyncContext::release`].
     pub fn submit<'a>(
@@ -174,8 +252,7 @@ impl AsyncContext {
         operation: Operation,
         options: SubmitOptions,
     ) -> AsyncOperation<'a> {
-        let state = State::New(Box::new((operation, options)));
-        AsyncOperation { context: self, file, state }
+        AsyncOperation { context: self, state: State::New(Box::new((OnFile(file, operation), options))) }
     }
 
     /// Operations that are in flight or not collected.
@@ -231,22 +308,70 @@ impl Inner {
 /// An operation of an [`AsyncContext`]: it is submitted when it is polled first, and ready with its
 /// completion, or at once if it was rejected.
 #[derive(Debug)]
-pub struct AsyncOperation<'a> {
+pub struct AsyncOperation<'a, W = OnFile<'a>> {
     context: &'a AsyncContext,
-    file: &'a File,
-    state: State,
+    state: State<W>,
+}
+
+/// An operation on a path of an [`AsyncContext`].
+pub type AsyncPathOperation<'a> = AsyncOperation<'a, PathOperation>;
+
+/// An operation on a file.
+#[derive(Debug)]
+pub struct OnFile<'a>(&'a File, Operation);
+
+/// What can be submitted to a context.
+pub trait Work {
+    /// How it comes back if it is not taken.
+    type Rejected;
+
+    /// Submits it.
+    fn submit(
+        self,
+        context: &mut Context,
+        options: SubmitOptions,
+        token: u64,
+    ) -> Result<Ticket, Self::Rejected>;
+}
+
+impl Work for OnFile<'_> {
+    type Rejected = Box<Rejected>;
+
+    fn submit(
+        self,
+        context: &mut Context,
+        options: SubmitOptions,
+        token: u64,
+    ) -> Result<Ticket, Self::Rejected> {
+        context.submit_with(self.0, self.1, options, token)
+    }
+}
+
+impl Work for PathOperation {
+    type Rejected = Box<RejectedPath>;
+
+    fn submit(
+        self,
+        context: &mut Context,
+        options: SubmitOptions,
+        token: u64,
+    ) -> Result<Ticket, Self::Rejected> {
+        context.submit_path(self, options, token)
+    }
 }
 
 #[derive(Debug)]
-enum State {
-    New(Box<(Operation, SubmitOptions)>),
+enum State<W> {
+    New(Box<(W, SubmitOptions)>),
     /// With this token.
     Submitted(u64),
     Over,
 }
 
-impl Future for AsyncOperation<'_> {
-    type Output = Result<Completion, Box<Rejected>>;
+impl<W> Unpin for AsyncOperation<'_, W> {}
+
+impl<W: Work> Future for AsyncOperation<'_, W> {
+    type Output = Result<Completion, W::Rejected>;
 
     fn poll(mut self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
@@ -259,9 +384,9 @@ impl Future for AsyncOperation<'_> {
                 Poll::Pending
             }
             State::New(new) => {
-                let (operation, options) = *new;
+                let (work, options) = *new;
                 let token = inner.next;
-                match inner.context.submit_with(this.file, operation, options, token) {
+                match work.submit(&mut inner.context, options, token) {
                     Ok(_) => {
                         inner.next += 1;
                         inner.operations.insert(token, Pending::InFlight(task.waker().clone()));
@@ -288,7 +413,7 @@ impl Future for AsyncOperation<'_> {
     }
 }
 
-impl Drop for AsyncOperation<'_> {
+impl<W> Drop for AsyncOperation<'_, W> {
     fn drop(&mut self) {
         let State::Submitted(token) = self.state else { return };
         let mut inner = lock(&self.context.shared.inner);

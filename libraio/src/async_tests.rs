@@ -15,7 +15,8 @@ use tokio::task::JoinSet;
 
 use crate::fake_server::FakeServer;
 use crate::{
-    AsyncContext, Buffer, Buffers, File, Operation, Options, Progress, Scheme, Session, SubmitOptions,
+    AsyncContext, Buffer, Buffers, File, Operation, Options, Progress, PutOptions, Scheme, Session,
+    SubmitOptions,
 };
 
 fn pattern(len: usize) -> Vec<u8> {
@@ -178,4 +179,34 @@ fn when_the_connection_ends_for_good_every_future_is_ready() {
         assert_eq!(buffers.len(), 7);
     }
     assert_eq!(context.run_once().unwrap_err().errno(), libc::ENOTCONN);
+}
+
+#[test]
+fn files_are_opened_got_put_and_closed_by_futures() {
+    let (server, session, file, context) = start(&Options::default());
+    let status = block_on(&context, context.metadata("/e/data")).unwrap();
+    assert_eq!(status.size.get(), 1 << 20);
+    let opened = block_on(&context, context.open("/e/data", libc::O_RDONLY, 0)).unwrap();
+    let (read, buffers) = block_on(&context, context.read(&opened, 100, room(50)));
+    assert_eq!((read, bytes(&buffers)), (Ok(50), pattern(1 << 20)[100..150].to_vec()));
+    assert_eq!(server.open(), 2);
+    block_on(&context, context.close(&opened)).unwrap();
+    assert_eq!(server.open(), 1);
+    let new = Buffers::One(Buffer::Owned(b"new".as_slice().into()));
+    block_on(&context, context.put("/e/new", new, PutOptions::default())).unwrap();
+    let (got, buffers) = block_on(&context, context.get("/e/new", room(10)));
+    let (count, status) = got.unwrap();
+    assert_eq!((count, status.size.get(), &bytes(&buffers.unwrap())[..4]), (3, 3, &b"new\0"[..]));
+    let missing = block_on(&context, context.open("/e/missing", libc::O_RDONLY, 0)).unwrap_err();
+    assert_eq!(missing.errno(), libc::ENOENT);
+    let (rejected, buffers) = block_on(&context, context.get("", room(10)));
+    assert_eq!((rejected.unwrap_err().errno(), buffers.unwrap().len()), (libc::ENOENT, 10));
+    // One that was forgotten closes what it opens.
+    let mut forgotten = Box::pin(context.open("/e/data", libc::O_RDONLY, 0));
+    assert!(step(forgotten.as_mut()).is_pending());
+    drop(forgotten);
+    block_on(&context, context.metadata("/e/data")).unwrap();
+    session.metadata("/e/data").unwrap();
+    assert_eq!((server.open(), context.operations_left()), (1, 0));
+    drop(file);
 }

@@ -15,6 +15,7 @@
 
 mod cancel;
 mod parts;
+mod paths;
 mod timeouts;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -33,6 +34,7 @@ use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use self::parts::SentPart;
+use self::paths::Extra;
 use crate::error::{Error, protocol_error};
 use crate::file::{File, FileRefs};
 use crate::lent_pool::LentPool;
@@ -53,6 +55,8 @@ const TAG_TIMED_OUT: u64 = u64::MAX - 1;
 const ABANDONED: u32 = u32::MAX;
 /// The first tag of parts of operations; operations have the index of their slot.
 const TAG_PARTS: u64 = 1 << 32;
+/// The file of operations that have none.
+const NO_FILE: u32 = u32::MAX;
 
 /// One connection of a session, with its queue of operations.
 ///
@@ -146,14 +150,36 @@ struct OperationSlot {
     /// When it was submitted, and its request once that was sent: for the trace.
     submitted_ns: u64,
     request: Option<TraceId>,
+    /// Of operations that answer more than a number. Reads and writes have none.
+    extra: Option<Box<Extra>>,
     state: OperationState,
+}
+
+/// An operation that is to take a slot.
+struct New {
+    /// Its index, or [`NO_FILE`].
+    file: u32,
+    opcode: Opcode,
+    request: Request,
+    bulk: Bulk,
+    length: u64,
+    is_lent: bool,
+    extra: Option<Box<Extra>>,
+}
+
+/// What is sent of an operation.
+#[derive(Debug)]
+enum Request {
+    Command(Command<'static>),
+    /// A command with a path, in wire form.
+    Encoded(Box<[u8]>),
 }
 
 #[derive(Debug)]
 enum OperationState {
     Free,
     /// For a credit, or for a lent buffer.
-    Queued(Command<'static>, Bulk),
+    Queued(Request, Bulk),
     Sent,
     /// Longer than a request may be: some of its parts are sent, others wait.
     Split(Box<Split>),
@@ -385,7 +411,9 @@ impl Context {
         Ok(())
     }
 
-    fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
+    /// Whether an operation can be taken now.
+    #[inline(always)]
+    fn check_room(&self) -> Result<(), Error> {
         self.check_process()?;
         if let Some(failure) = self.channel.failure() {
             return Err(Error::not_connected(failure));
@@ -395,6 +423,11 @@ impl Context {
                 "The context is full. Collect completions first, or create it with a larger maxevents.",
             ));
         }
+        Ok(())
+    }
+
+    fn check(&self, file: &File, operation: &Operation) -> Result<(), Error> {
+        self.check_room()?;
         if file.inner().is_closing() || !Arc::ptr_eq(file.inner().session(), &self.session) {
             return Err(Error::call(
                 libc::EBADF,
@@ -406,8 +439,10 @@ impl Context {
                 (*offset, buffers.len() as u64)
             }
             Operation::ReadLent { offset, length } => (*offset, *length as u64),
-            Operation::Fsync { .. } => (0, 0),
+            Operation::Fsync { .. } | Operation::Stat | Operation::Close => (0, 0),
+            Operation::Truncate { size } => (*size, 0),
             Operation::Discard { offset, length }
+            | Operation::Extents { offset, length }
             | Operation::WriteZeroes { offset, length }
             | Operation::Allocate { offset, length, .. } => {
                 if *length > i64::MAX as u64 || *offset > i64::MAX as u64 - *length {
@@ -440,6 +475,9 @@ impl Context {
         options: SendOptions,
         mut failure: Option<Error>,
     ) -> Ticket {
+        if let Operation::Close = operation {
+            return self.enqueue_close(file, token, options, failure);
+        }
         let handle = file.inner().handle();
         let channel = &self.channel;
         // Of operations that a server may not know. Reads and writes do not look.
@@ -477,12 +515,31 @@ impl Context {
                 need(Opcode::Allocate);
                 (Command::Allocate { file: handle, offset, length, keep_size }, Bulk::None, length, false)
             }
+            Operation::Truncate { size } => {
+                need(Opcode::Truncate);
+                (Command::Truncate { file: handle, size }, Bulk::None, 0, false)
+            }
+            Operation::Stat => (Command::Stat(handle), Bulk::None, 0, false),
+            Operation::Extents { offset, length } => {
+                need(Opcode::Extents);
+                (Command::Extents { file: handle, offset, length }, Bulk::None, length, false)
+            }
+            Operation::Close => unreachable!("handled above"),
         };
+        let (opcode, request) = (command.opcode(), Request::Command(command));
+        let new = New { file: file_index, opcode, request, bulk, length, is_lent, extra: None };
+        self.take_in(new, token, options, failure)
+    }
+
+    /// Gives an operation a slot, and sends it if that is possible now. One with a `failure` is over.
+    #[inline(always)]
+    fn take_in(&mut self, new: New, token: u64, options: SendOptions, failure: Option<Error>) -> Ticket {
+        let New { file: file_index, opcode, request, bulk, length, is_lent, extra } = new;
         let index = self.vacant_slot();
         let slot = &mut self.slots[index as usize];
         slot.token = token;
         slot.file = file_index;
-        slot.opcode = command.opcode();
+        slot.opcode = opcode;
         slot.is_lent = is_lent;
         slot.cancelling = false;
         slot.timed_out = false;
@@ -498,7 +555,8 @@ impl Context {
             slot.request = None;
         }
         let has_buffers = !matches!(bulk, Bulk::None);
-        slot.state = OperationState::Queued(command, bulk);
+        slot.extra = extra;
+        slot.state = OperationState::Queued(request, bulk);
         let ticket = Ticket { index, generation: slot.generation };
         self.in_flight += 1;
         self.stats.submitted += 1;
@@ -536,6 +594,7 @@ impl Context {
                 unstable: 0,
                 submitted_ns: 0,
                 request: None,
+                extra: None,
                 state: OperationState::Free,
             });
             self.slots.len() as u32 - 1
@@ -580,7 +639,7 @@ impl Context {
         {
             let slot = &mut self.slots[index as usize];
             let state = std::mem::replace(&mut slot.state, OperationState::Free);
-            let OperationState::Queued(command, bulk) = state else {
+            let OperationState::Queued(request, bulk) = state else {
                 slot.state = state;
                 match self.send_part(index) {
                     true => continue,
@@ -588,18 +647,20 @@ impl Context {
                 }
             };
             self.body.clear();
-            command.encode(&mut self.body);
+            match &request {
+                Request::Command(command) => command.encode(&mut self.body),
+                Request::Encoded(command) => self.body.extend_from_slice(command),
+            }
             match self.channel.send(index.into(), &self.body, bulk, slot.options) {
-                Ok(request) => {
+                Ok(id) => {
                     slot.state = OperationState::Sent;
                     if let Some(tracer) = &self.tracer {
-                        slot.request =
-                            Some(tracer.sent(slot.name(), slot.submitted_ns, request, slot.length));
+                        slot.request = Some(tracer.sent(slot.name(), slot.submitted_ns, id, slot.length));
                     }
                 }
                 Err(NotSent(bulk)) => {
                     // The connection has ended: `poll` is about to hear of it.
-                    slot.state = OperationState::Queued(command, bulk);
+                    slot.state = OperationState::Queued(request, bulk);
                     self.queued.push_front(index);
                     break;
                 }
@@ -683,6 +744,9 @@ impl Context {
         }
         if let (Some(tracer), Some(request)) = (&self.tracer, slot.request) {
             tracer.answered(request, reply.result);
+        }
+        if paths::has_answer(slot.opcode) {
+            return self.handle_answer(index, reply);
         }
         let result = self.result_of(index, slot.length, &reply);
         self.complete(index, result, reply.bulk, reply.data_crc);
@@ -768,8 +832,8 @@ impl Context {
         self.stats.completed += 1;
         let mut cancelled = false;
         match (&result, slot.opcode) {
-            (Ok(n), Opcode::Read) => self.stats.bytes_read += n,
-            (Ok(n), Opcode::Write) => self.stats.bytes_written += n,
+            (Ok(n), Opcode::Read | Opcode::Get) => self.stats.bytes_read += n,
+            (Ok(n), Opcode::Write | Opcode::Put) => self.stats.bytes_written += n,
             (Ok(_), _) => {}
             (Err(error), _) => {
                 self.stats.failed += 1;
@@ -790,9 +854,13 @@ impl Context {
         }
         let token = slot.token;
         let is_lent = slot.is_lent && buffers.is_some();
-        let has_crc = slot.options.has_crc && slot.opcode == Opcode::Read && result.is_ok();
-        let crc = has_crc.then_some(data_crc);
-        slot.state = OperationState::Done(Completion { token, result, buffers, is_lent, crc });
+        let is_read = matches!(slot.opcode, Opcode::Read | Opcode::Get);
+        let crc = (slot.options.has_crc && is_read && result.is_ok()).then_some(data_crc);
+        let mut completion = Completion { token, result, buffers, is_lent, crc, answer: None };
+        if let Some(extra) = slot.extra.take() {
+            extra.end(&self.session, &mut completion);
+        }
+        slot.state = OperationState::Done(completion);
         self.done.push_back(index);
         self.files.operation_completed(slot.file);
     }

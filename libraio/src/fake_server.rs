@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use raio_transport::Status;
 use raio_transport::handshake::{Grant, Policy};
 use raio_transport::message::{self, Limits, Message, Parsed, RequestHeader, ResponseHeader, SessionId};
+use raio_transport::protocol::path::PathCommand;
 use raio_transport::protocol::{
-    Command, FileHandle, FileStatus, OPEN_CREATE, OPERATION_FEATURES, RequestOutcome,
+    Command, Extent, FLAG_EXCLUSIVE, FileHandle, FileStatus, FileSystemStatus, OPEN_CREATE,
+    OPERATION_FEATURES, Opcode, RequestOutcome,
 };
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
@@ -106,6 +108,9 @@ impl State {
             self.open.insert(handle, file);
             return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
         }
+        if let Command::Path(command) = command {
+            return self.execute_path(command, data);
+        }
         let (Command::Close(FileHandle(handle))
         | Command::Stat(FileHandle(handle))
         | Command::Read { file: FileHandle(handle), .. }
@@ -113,7 +118,9 @@ impl State {
         | Command::Fsync { file: FileHandle(handle), .. }
         | Command::Discard { file: FileHandle(handle), .. }
         | Command::WriteZeroes { file: FileHandle(handle), .. }
-        | Command::Allocate { file: FileHandle(handle), .. }) = *command
+        | Command::Allocate { file: FileHandle(handle), .. }
+        | Command::Truncate { file: FileHandle(handle), .. }
+        | Command::Extents { file: FileHandle(handle), .. }) = *command
         else {
             unreachable!("open and cancel are handled above")
         };
@@ -154,7 +161,70 @@ impl State {
                 Answer::ok(0)
             }
             Command::Fsync { .. } => Answer::ok(verifier),
+            Command::Truncate { size, .. } => {
+                file.resize(size as usize, 0);
+                Answer::ok(0)
+            }
+            // All of it is data.
+            Command::Extents { offset, length, .. } => {
+                let end = (offset + length).min(file.len() as u64);
+                let extent = Extent { offset: offset.into(), length: (end - offset).into() };
+                Answer { body: extent.as_bytes().to_vec(), ..Answer::ok(offset + length) }
+            }
             _ => Answer::failed(Status::storage(libc::EOPNOTSUPP), "Not here."),
+        }
+    }
+
+    fn execute_path(&mut self, command: &PathCommand<'_>, data: &[u8]) -> Answer {
+        let PathCommand { path, other, .. } = *command;
+        let missing = || Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
+        let found = self.files.get(path).cloned();
+        let status_of = |file: &Arc<Mutex<Vec<u8>>>| FileStatus {
+            size: (file.lock().unwrap().len() as u64).into(),
+            mode: libc::S_IFREG.into(),
+            ..FileStatus::default()
+        };
+        match (command.opcode, found) {
+            (Opcode::StatPath, Some(file)) => {
+                Answer { body: status_of(&file).as_bytes().to_vec(), ..Answer::ok(0) }
+            }
+            (Opcode::Get, Some(file)) => {
+                let body = status_of(&file).as_bytes().to_vec();
+                let file = file.lock().unwrap();
+                let data = file[..file.len().min(command.length as usize)].to_vec();
+                Answer { body, result: data.len() as u64, data, ..Answer::ok(0) }
+            }
+            (Opcode::Put, Some(_)) if command.has(FLAG_EXCLUSIVE) => {
+                Answer::failed(Status::storage(libc::EEXIST), "There is one already.")
+            }
+            (Opcode::Put, _) => {
+                self.files.insert(path.to_vec(), Arc::new(Mutex::new(data.to_vec())));
+                Answer::ok(data.len() as u64)
+            }
+            (Opcode::Unlink, Some(_)) => {
+                self.files.remove(path);
+                Answer::ok(0)
+            }
+            (Opcode::Rename, Some(file)) => {
+                self.files.remove(path);
+                self.files.insert(other.to_vec(), file);
+                Answer::ok(0)
+            }
+            // What is in the file is where it leads.
+            (Opcode::Readlink, Some(file)) => {
+                let mut body = file.lock().unwrap().clone();
+                let len = body.len();
+                body.resize(message::padded(len), 0);
+                Answer { body, ..Answer::ok(len as u64) }
+            }
+            (Opcode::Statfs, _) => {
+                let status = FileSystemStatus { blocks: 1000.into(), ..FileSystemStatus::default() };
+                Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) }
+            }
+            (Opcode::Link | Opcode::Symlink | Opcode::Mkdir | Opcode::Rmdir, _) => {
+                Answer::failed(Status::storage(libc::EPERM), "Not here.")
+            }
+            _ => missing(),
         }
     }
 
@@ -207,6 +277,12 @@ impl FakeServer {
 
     pub(crate) fn contents(&self, path: &str) -> Vec<u8> {
         self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().clone()
+    }
+
+    /// What there is at a path.
+    pub(crate) fn find(&self, path: &str) -> Option<Vec<u8>> {
+        let found = self.shared.state.lock().unwrap().files.get(path.as_bytes()).cloned();
+        found.map(|file| file.lock().unwrap().clone())
     }
 
     /// Each byte of a file becomes this.
@@ -490,7 +566,9 @@ impl Connection {
                     None => Status::storage(libc::ENOENT),
                 };
                 encode(&request, Answer { status, ..Answer::ok(0) }, limits, out);
-            } else if holding && matches!(command, Command::Read { .. } | Command::Write { .. }) {
+            } else if holding
+                && matches!(command, Command::Read { .. } | Command::Write { .. } | Command::Path(_))
+            {
                 self.held.push((request, body, data));
             } else if let Command::Outcome { ids } = command {
                 if !std::mem::replace(&mut self.must_ask, false)

@@ -91,6 +91,21 @@ impl File {
         }
     }
 
+    /// The same, as it was made without its verifier. Nothing has used it yet.
+    pub(crate) fn with_verifier(mut self, verifier: u64) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.verifier = verifier;
+        }
+        self
+    }
+
+    /// No new operations from now on. Returns its handle if the caller must tell the server that it is
+    /// closed: not if operations are in flight, nor if it was closed before.
+    pub(crate) fn begin_close(&self) -> Option<FileHandle> {
+        let begins = !self.inner.closing.swap(true, Ordering::SeqCst) && self.inner.begin_close();
+        begins.then_some(self.inner.handle)
+    }
+
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
@@ -107,10 +122,7 @@ impl File {
     /// a round trip, unless something is in flight. Closing twice does nothing.
     pub fn close(&self) -> Result<(), Error> {
         self.inner.session.check_process()?;
-        if self.inner.closing.swap(true, Ordering::SeqCst) || !self.inner.begin_close() {
-            return Ok(());
-        }
-        self.inner.session.close(self.inner.handle)
+        self.begin_close().map_or(Ok(()), |handle| self.inner.session.close(handle))
     }
 }
 
@@ -300,8 +312,14 @@ impl FileRefs {
         index
     }
 
+    /// What has this index; none if it is beyond all, as that of operations without a file.
+    #[inline(always)]
+    fn get(&self, index: u32) -> Option<&FileRef> {
+        self.refs.get(index as usize)?.as_ref()
+    }
+
     pub(crate) fn operation_started(&self, index: u32) {
-        if let Some(file) = &self.refs[index as usize] {
+        if let Some(file) = self.get(index) {
             file.operation_started();
         }
     }
@@ -309,7 +327,7 @@ impl FileRefs {
     /// The file's verifier as far as it is known now.
     #[inline]
     pub(crate) fn verifier(&self, index: u32) -> u64 {
-        self.refs[index as usize].as_ref().map_or(0, |file| file.verifier)
+        self.get(index).map_or(0, |file| file.verifier)
     }
 
     /// A write, or the like, was acknowledged: an fsync is to find out whether it was lost. The file had this
@@ -317,7 +335,7 @@ impl FileRefs {
     /// the write was lost before.
     #[inline]
     pub(crate) fn written(&self, index: u32, verifier: u64) {
-        if let Some(file) = &self.refs[index as usize] {
+        if let Some(file) = self.get(index) {
             let unstable = &file.shared.unstable;
             let before = unstable.load(Ordering::Acquire);
             if before != verifier {
@@ -329,7 +347,7 @@ impl FileRefs {
     /// What an fsync that is submitted now is to make durable, of all contexts: the verifier that it must
     /// find, 0 if there is none.
     pub(crate) fn take_unstable(&self, index: u32) -> u64 {
-        let Some(file) = &self.refs[index as usize] else { return 0 };
+        let Some(file) = self.get(index) else { return 0 };
         let uses = lock(&file.file.uses);
         let left = file.file.unstable.swap(0, Ordering::AcqRel);
         uses.iter().fold(left, |taken, one| both(taken, one.unstable.swap(0, Ordering::AcqRel)))
@@ -337,7 +355,7 @@ impl FileRefs {
 
     /// The fsync has made nothing durable.
     pub(crate) fn put_back_unstable(&self, index: u32, taken: u64) {
-        if let Some(file) = &self.refs[index as usize]
+        if let Some(file) = self.get(index)
             && taken != 0
         {
             let merged = |value| Some(both(taken, value));
@@ -368,11 +386,11 @@ impl FileRefs {
 
     /// The handle of a file.
     pub(crate) fn handle(&self, index: u32) -> Option<FileHandle> {
-        self.refs[index as usize].as_ref().map(|file| file.file.handle)
+        self.get(index).map(|file| file.file.handle)
     }
 
     pub(crate) fn operation_completed(&self, index: u32) {
-        if let Some(file) = &self.refs[index as usize] {
+        if let Some(file) = self.get(index) {
             file.operation_completed();
         }
     }

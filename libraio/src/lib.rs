@@ -13,14 +13,14 @@
 //!
 //! | layer | modules | what |
 //! |---|---|---|
-//! | 6 | `ffi` | the C API; the only module with unsafe code |
-//! | 6 | `async_context` | operations as futures |
-//! | 5 | `context` | a connection and its queue of operations: the data path |
-//! | 5 | `open_options` | how a file is opened |
+//! | 7 | `ffi` | the C API; the only module with unsafe code |
+//! | 7 | `async_context` | operations as futures |
+//! | 6 | `context` | a connection and its queue of operations: the data path |
+//! | 5 | `operation`, `open_options` | what is to be done, and how it ends; how a file is opened |
 //! | 4 | `file` | an open file, and what each context has in flight on it |
 //! | 3 | `names` | directories, attributes, and whole small files |
 //! | 2 | `session` | a server, and whose turn it is on the control connection |
-//! | 1 | `control`, `operation`, `lent_pool`, `poller`, `open_flags`, `split`, `trace` | use no other part |
+//! | 1 | `control`, `lent_pool`, `poller`, `open_flags`, `split`, `trace` | use no other part |
 //! | 0 | `error`, `tuning` | |
 
 #![deny(unsafe_code)]
@@ -41,6 +41,8 @@ mod names;
 mod open_flags;
 mod open_options;
 mod operation;
+#[cfg(test)]
+mod path_tests;
 mod poller;
 #[cfg(test)]
 mod resume_tests;
@@ -55,13 +57,16 @@ mod timeout_tests;
 mod trace;
 mod tuning;
 
-pub use async_context::{AsyncContext, AsyncOperation, Progress};
+pub use async_context::{AsyncContext, AsyncOperation, AsyncPathOperation, OnFile, Progress};
 pub use context::Context;
 pub use error::Error;
 pub use file::File;
 pub use names::{Attributes, DirEntry, PutOptions, ReadDir};
 pub use open_options::OpenOptions;
-pub use operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
+pub use operation::{
+    Answer, Completion, Operation, OperationCrc, PathOperation, Rejected, RejectedPath, Stats, SubmitOptions,
+    Ticket,
+};
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};
 pub use raio_transport::protocol::{FileStatus, FileSystemStatus};

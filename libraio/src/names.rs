@@ -117,7 +117,7 @@ pub(crate) fn path_bytes(path: &Path) -> Result<&[u8], Error> {
 }
 
 /// The bytes of what a command names beside its path.
-fn other_bytes<'a>(path: &[u8], other: &'a OsStr) -> Result<&'a [u8], Error> {
+pub(crate) fn other_bytes<'a>(path: &[u8], other: &'a OsStr) -> Result<&'a [u8], Error> {
     let other = path_bytes(Path::new(other))?;
     if path.len() + other.len() > NAMES_BYTES_MAX {
         return Err(Error::call(
@@ -129,6 +129,23 @@ fn other_bytes<'a>(path: &[u8], other: &'a OsStr) -> Result<&'a [u8], Error> {
         ));
     }
     Ok(other)
+}
+
+/// Whether so many bytes can be put.
+pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
+    if length <= length_max {
+        return Ok(());
+    }
+    let text = format!(
+        "A put has at most {length_max} bytes; this one has {length}. Write to a new file, and rename it."
+    );
+    Err(Error::call(libc::EFBIG, text))
+}
+
+/// Where a symbolic link leads, by the answer to a readlink.
+pub(crate) fn link_of(reply: &Reply) -> Result<PathBuf, Error> {
+    let target = reply.body.get(..reply.result as usize).ok_or_else(protocol_error)?;
+    Ok(PathBuf::from(OsString::from_vec(target.to_vec())))
 }
 
 fn owned(len: usize) -> Buffers {
@@ -187,17 +204,7 @@ impl Session {
     /// [`crate::Context::io_bytes_max`] bytes (EFBIG).
     pub fn put(&self, path: impl AsRef<Path>, bytes: &[u8], options: &PutOptions) -> Result<(), Error> {
         let path = path_bytes(path.as_ref())?;
-        let length_max = self.data_bytes_max()?;
-        if bytes.len() > length_max {
-            return Err(Error::call(
-                libc::EFBIG,
-                format!(
-                    "A put has at most {length_max} bytes; this one has {}. Write to a new file, and rename \
-                     it.",
-                    bytes.len()
-                ),
-            ));
-        }
+        check_put(bytes.len(), self.data_bytes_max()?)?;
         let bulk = match bytes.len() {
             0 => Bulk::None,
             _ => Bulk::Out(Buffers::One(Buffer::Owned(bytes.into()))),
@@ -266,9 +273,7 @@ impl Session {
 
     /// Where a symbolic link leads.
     pub fn read_link(&self, path: impl AsRef<Path>) -> Result<PathBuf, Error> {
-        let reply = self.plain(Opcode::Readlink, path.as_ref())?;
-        let target = reply.body.get(..reply.result as usize).ok_or_else(protocol_error)?;
-        Ok(PathBuf::from(OsString::from_vec(target.to_vec())))
+        link_of(&self.plain(Opcode::Readlink, path.as_ref())?)
     }
 
     /// Sets attributes of what is at a path.

@@ -1,10 +1,14 @@
 //! Operations and their completions, as a program has them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use raio_transport::memory::Buffers;
+use raio_transport::protocol::{FileStatus, FileSystemStatus};
 
 use crate::error::Error;
+use crate::file::File;
+use crate::names::{Attributes, PutOptions};
 
 /// What is to be done to a file, with the memory for it.
 #[derive(Debug)]
@@ -59,6 +63,139 @@ pub enum Operation {
         /// The file's size stays.
         keep_size: bool,
     },
+    /// Set the file's size.
+    Truncate {
+        /// In bytes. What is added reads as zeros.
+        size: u64,
+    },
+    /// Ask for the file's status: [`Answer::Status`].
+    Stat,
+    /// Ask which parts of the range have data: [`Answer::Extents`].
+    Extents {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes.
+        length: u64,
+    },
+    /// Close the file. New operations on it are rejected from now on. If others are in flight on it, this one
+    /// ends at once, and the server is told when they have ended, as [`File::close`] does. One that is
+    /// cancelled, or times out, ends earlier than the server is told.
+    Close,
+}
+
+/// What is to be done to a path, with the memory for it. A path reads /EXPORT/path/beneath/it.
+#[derive(Debug)]
+pub enum PathOperation {
+    /// Open a file: [`Answer::File`].
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// As those of [`crate::Session::open`].
+        flags: i32,
+        /// The permissions of a file that is created.
+        mode: u32,
+    },
+    /// Ask for the status of what is there: [`Answer::Status`].
+    Stat {
+        /// Of what.
+        path: PathBuf,
+        /// Of a symbolic link its own.
+        nofollow: bool,
+    },
+    /// Read a file from its start, and ask for its status ([`Answer::Status`]), in one request. If the status
+    /// has a larger size than `buffers`, there is more.
+    Get {
+        /// Which.
+        path: PathBuf,
+        /// As many bytes as these hold, at most [`crate::Context::io_bytes_max`]: the rest is not used.
+        buffers: Buffers,
+    },
+    /// Create or replace a file: see [`crate::Session::put`].
+    Put {
+        /// Which.
+        path: PathBuf,
+        /// All that it is to hold, at most [`crate::Context::io_bytes_max`] bytes (EFBIG).
+        buffers: Buffers,
+        /// How.
+        options: PutOptions,
+    },
+    /// Create a directory.
+    Mkdir {
+        /// Which.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// Remove an empty directory.
+    Rmdir {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Remove a file, or what else is no directory.
+    Unlink {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Rename a file or directory within its export.
+    Rename {
+        /// What there is.
+        from: PathBuf,
+        /// What it is to be.
+        to: PathBuf,
+        /// Fail with EEXIST if there is something already.
+        no_replace: bool,
+    },
+    /// Give a file another name in its export.
+    Link {
+        /// The name that it has.
+        original: PathBuf,
+        /// The new one.
+        link: PathBuf,
+    },
+    /// Create a symbolic link.
+    Symlink {
+        /// Where it is to lead.
+        target: PathBuf,
+        /// Where it is to be.
+        link: PathBuf,
+    },
+    /// Ask where a symbolic link leads: [`Answer::Link`].
+    Readlink {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Set attributes.
+    SetAttributes {
+        /// Of what.
+        path: PathBuf,
+        /// Which.
+        attributes: Attributes,
+    },
+    /// Ask for the room of the file system of a path: [`Answer::FileSystem`].
+    Statfs {
+        /// Which.
+        path: PathBuf,
+    },
+}
+
+/// What an operation has found out or made, beside its byte count.
+#[derive(Debug)]
+pub enum Answer {
+    /// The status of a file. Of one that was asked for by its path identity and verifier are zero.
+    Status(FileStatus),
+    /// An open file.
+    File(File),
+    /// Where a symbolic link leads.
+    Link(PathBuf),
+    /// The room of a file system.
+    FileSystem(FileSystemStatus),
+    /// The parts of a range that have data.
+    Extents {
+        /// Where each begins, and how long it is, in bytes and in order.
+        extents: Vec<(u64, u64)>,
+        /// Up to where they are all. Ask for the rest from there on.
+        end: u64,
+    },
 }
 
 /// Options of one operation: see [`crate::Context::submit_with`].
@@ -104,6 +241,15 @@ pub struct Rejected {
     pub error: Error,
 }
 
+/// An operation on a path that was not taken, with its buffers.
+#[derive(Debug)]
+pub struct RejectedPath {
+    /// As it was submitted.
+    pub operation: PathOperation,
+    /// Why: as of [`Rejected`]; or what is wrong with the path (ENOENT, ENAMETOOLONG), or EFBIG.
+    pub error: Error,
+}
+
 /// Names an operation until its completion is collected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket {
@@ -123,7 +269,8 @@ impl Ticket {
 pub struct Completion {
     /// As given to [`crate::Context::submit`].
     pub token: u64,
-    /// How many bytes were read or written, 0 for the other operations; or why it failed. Of fewer than
+    /// How many bytes were read or written (of a file or of a get or put), 0 for the other operations; or why
+    /// it failed. Of fewer than
     /// asked, the same operation on the rest tells why: 0 bytes (a read at the end of the file), or the
     /// failure.
     pub result: Result<u64, Error>,
@@ -134,6 +281,8 @@ pub struct Completion {
     /// CRC32C of the bytes that were read, which are in `buffers` as the server has sent them: of a read that
     /// was submitted with [`SubmitOptions::crc`].
     pub crc: Option<u32>,
+    /// Of an operation that asks for something, or opens a file, and that has succeeded.
+    pub answer: Option<Box<Answer>>,
 }
 
 /// The counters of a context.

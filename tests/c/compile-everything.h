@@ -12,6 +12,31 @@ struct every_call {
 	int (*stat_fd)(int, struct raio_stat *, size_t);
 	ssize_t (*pread)(int, void *, size_t, long long);
 	ssize_t (*pwrite)(int, const void *, size_t, long long);
+	int (*fsync)(int, int);
+	int (*ftruncate)(int, unsigned long long);
+	int (*extents)(int, long long, unsigned long long, struct raio_extent *, int, unsigned long long *);
+	int (*stat_path)(int, const char *, struct raio_stat *, size_t);
+	int (*lstat_path)(int, const char *, struct raio_stat *, size_t);
+	ssize_t (*get)(int, const char *, void *, size_t, struct raio_stat *, size_t);
+	int (*put)(int, const char *, const void *, size_t, mode_t, unsigned int);
+	int (*mkdir)(int, const char *, mode_t);
+	int (*rmdir)(int, const char *);
+	int (*unlink)(int, const char *);
+	int (*rename)(int, const char *, const char *, unsigned int);
+	int (*link)(int, const char *, const char *);
+	int (*symlink)(int, const char *, const char *);
+	ssize_t (*readlink)(int, const char *, char *, size_t);
+	int (*truncate)(int, const char *, unsigned long long);
+	int (*chmod)(int, const char *, mode_t);
+	int (*utimens)(int, const char *, long long, unsigned int);
+	int (*statfs_path)(int, const char *, struct raio_statfs *, size_t);
+	ssize_t (*getxattr)(int, const char *, const char *, void *, size_t);
+	int (*setxattr)(int, const char *, const char *, const void *, size_t, unsigned int);
+	ssize_t (*listxattr)(int, const char *, char *, size_t);
+	int (*removexattr)(int, const char *, const char *);
+	raio_dir_t (*opendir)(int, const char *);
+	int (*readdir)(raio_dir_t, struct raio_dirent *, size_t);
+	int (*closedir)(raio_dir_t);
 	int (*setup)(int, int, raio_context_t *);
 	int (*destroy)(raio_context_t);
 	int (*submit)(raio_context_t, long, struct raio_iocb *[]);
@@ -33,9 +58,78 @@ struct every_call {
 static const struct every_call every_call = {
 	raio_start,  raio_connect, raio_stop,    raio_open,      raio_open_mode, raio_fstat,  raio_close,
 	raio_stat_fd, raio_pread, raio_pwrite,
+	raio_fsync, raio_ftruncate, raio_extents, raio_stat_path, raio_lstat_path, raio_get, raio_put,
+	raio_mkdir, raio_rmdir, raio_unlink, raio_rename, raio_link, raio_symlink, raio_readlink,
+	raio_truncate, raio_chmod, raio_utimens, raio_statfs_path, raio_getxattr, raio_setxattr,
+	raio_listxattr, raio_removexattr, raio_opendir, raio_readdir, raio_closedir,
 	raio_setup,  raio_destroy, raio_submit,  raio_getevents, raio_release,   raio_cancel, raio_poll_fd,
 	raio_reg_mr, raio_dereg_mr, raio_alloc,  raio_free,      raio_get_stats, raio_errmsg, raio_event_errmsg, raio_crc32c, raio_abi_version,
 };
+
+/* Whether an iocb was prepared for this operation, with these arguments. */
+static int is_on_path(const struct raio_iocb *iocb, int opcode, const struct raio_path_args *args)
+{
+	return !iocb->data && iocb->raio_fildes == 5 && iocb->raio_lio_opcode == opcode && iocb->u.c.buf == args &&
+	       iocb->u.c.nbytes == sizeof(*args) && !iocb->u.c.offset && !iocb->u.c.flags && !args->modified_ns &&
+	       !args->reserved[0] && !args->reserved[1] && !strcmp(args->path, "/e/p");
+}
+
+static int prepares_paths_as_documented(void)
+{
+	static char buf[16];
+	struct raio_path_args args;
+	struct raio_stat status;
+	struct raio_iocb iocb;
+
+	memset(&args, 0xff, sizeof(args));
+	raio_prep_open(&iocb, 5, &args, "/e/p", 2, 0600);
+	if (!is_on_path(&iocb, RAIO_CMD_OPEN, &args) || args.flags != 2 || args.mode != 0600 || args.other || args.buf)
+		return 20;
+	raio_prep_stat_path(&iocb, 5, &args, "/e/p", &status, RAIO_PATH_NOFOLLOW);
+	if (!is_on_path(&iocb, RAIO_CMD_STAT_PATH, &args) || args.stat != &status ||
+	    args.stat_size != sizeof(status) || args.flags != RAIO_PATH_NOFOLLOW || args.mode)
+		return 21;
+	raio_prep_get(&iocb, 5, &args, "/e/p", buf, sizeof(buf), &status, NULL);
+	if (!is_on_path(&iocb, RAIO_CMD_GET, &args) || args.buf != buf || args.nbytes != 16 ||
+	    args.stat != &status || args.stat_size != sizeof(status) || args.flags)
+		return 22;
+	raio_prep_put(&iocb, 5, &args, "/e/p", buf, sizeof(buf), 0640, RAIO_PUT_EXCL, NULL);
+	if (!is_on_path(&iocb, RAIO_CMD_PUT, &args) || args.buf != buf || args.nbytes != 16 || args.stat ||
+	    args.mode != 0640 || args.flags != RAIO_PUT_EXCL)
+		return 23;
+	raio_prep_mkdir(&iocb, 5, &args, "/e/p", 0700);
+	if (!is_on_path(&iocb, RAIO_CMD_MKDIR, &args) || args.mode != 0700 || args.buf)
+		return 24;
+	raio_prep_rmdir(&iocb, 5, &args, "/e/p");
+	if (!is_on_path(&iocb, RAIO_CMD_RMDIR, &args) || args.mode)
+		return 25;
+	raio_prep_unlink(&iocb, 5, &args, "/e/p");
+	if (!is_on_path(&iocb, RAIO_CMD_UNLINK, &args))
+		return 26;
+	raio_prep_rename(&iocb, 5, &args, "/e/p", "/e/q", RAIO_RENAME_NOREPLACE);
+	if (!is_on_path(&iocb, RAIO_CMD_RENAME, &args) || strcmp(args.other, "/e/q") ||
+	    args.flags != RAIO_RENAME_NOREPLACE)
+		return 27;
+	raio_prep_link(&iocb, 5, &args, "/e/p", "/e/q");
+	if (!is_on_path(&iocb, RAIO_CMD_LINK, &args) || strcmp(args.other, "/e/q") || args.flags)
+		return 28;
+	raio_prep_symlink(&iocb, 5, &args, "target", "/e/p");
+	if (!is_on_path(&iocb, RAIO_CMD_SYMLINK, &args) || strcmp(args.other, "target"))
+		return 29;
+	raio_prep_readlink(&iocb, 5, &args, "/e/p", buf, sizeof(buf));
+	if (!is_on_path(&iocb, RAIO_CMD_READLINK, &args) || args.buf != buf || args.nbytes != 16)
+		return 30;
+	raio_prep_close(&iocb, 5);
+	if (iocb.raio_lio_opcode != RAIO_CMD_CLOSE || iocb.raio_fildes != 5 || iocb.u.c.buf || iocb.u.c.nbytes)
+		return 31;
+	raio_prep_stat_fd(&iocb, 5, &status);
+	if (iocb.raio_lio_opcode != RAIO_CMD_STAT_FD || iocb.u.c.buf != &status || iocb.u.c.nbytes != sizeof(status))
+		return 32;
+	raio_prep_ftruncate(&iocb, 5, 1ULL << 40);
+	if (iocb.raio_lio_opcode != RAIO_CMD_FTRUNCATE || iocb.u.c.nbytes != 1ULL << 40 || iocb.u.c.offset)
+		return 33;
+	return 0;
+}
 
 /* The inline functions fill in an iocb as documented. Returns the number of the first that does not, or 0. */
 static int prepares_as_documented(void)
@@ -91,7 +185,7 @@ static int prepares_as_documented(void)
 	raio_set_timeout(&iocb, 0);
 	if (iocb.u.c.flags != (RAIO_IOCB_KEEP_SIZE | RAIO_IOCB_CRC))
 		return 14;
-	return 0;
+	return prepares_paths_as_documented();
 }
 
 int main(void)

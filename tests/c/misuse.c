@@ -468,7 +468,7 @@ static void submit(char **argv, int fd, int file, raio_context_t ctx)
 	EQ(raio_getevents(ctx, 1, 1, events, NULL), 1);
 
 	/* Opcode, flags, offset, length. */
-	static const int opcodes[] = { -1, 8, 9, 100, INT_MAX, INT_MIN };
+	static const int opcodes[] = { -1, RAIO_CMD_OPEN, RAIO_CMD_CLOSE, RAIO_CMD_READLINK, RAIO_CMD_READLINK + 1, 100, INT_MAX, INT_MIN };
 	for (i = 0; i < (int)(sizeof(opcodes) / sizeof(opcodes[0])); i++) {
 		raio_prep_(&iocb, opcodes[i], file, buf, 1, 0, NULL);
 		REFUSED(EINVAL);

@@ -134,12 +134,20 @@ static void an_iocb_that_takes_too_long_ends(int fd, int file)
 	EQ(raio_destroy(ctx), 0);
 }
 
-static void unreadable_memory_is_an_error(int file)
+static void unreadable_memory_is_an_error(int fd, int file)
 {
+	struct raio_path_args args;
+	raio_context_t ctx = NULL;
+	struct raio_iocb iocb;
+	char path[64];
 	void *page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	MUST(page != MAP_FAILED);
 	FAILS(raio_pwrite(file, page, 10, 0), EFAULT);
+	EQ(raio_setup(fd, 1, &ctx), 0);
+	raio_prep_put(&iocb, fd, &args, fresh_path(path, sizeof(path), "simple"), page, 10, 0600, 0, NULL);
+	EQ(run_iocb(ctx, &iocb), -EFAULT);
+	EQ(raio_destroy(ctx), 0);
 	munmap(page, 4096);
 }
 
@@ -207,7 +215,7 @@ int main(int argc, char **argv)
 	shared_file = raio_open(fd, fresh_path(path, sizeof(path), "simple"), O_RDWR | O_CREAT);
 	MUST(shared_file > 0);
 	threads_share_a_file();
-	unreadable_memory_is_an_error(shared_file);
+	unreadable_memory_is_an_error(fd, shared_file);
 	a_child_has_none_of_it(shared_file);
 	EQ(raio_stop(fd), 0);
 	FAILS(raio_pwrite(shared_file, &byte, 1, 0), EBADF);

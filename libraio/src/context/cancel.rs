@@ -5,7 +5,7 @@ use std::time::Instant;
 use raio_transport::error::Violation;
 use raio_transport::protocol::Command;
 
-use super::{Context, OperationState, TAG_CANCEL, TAG_PARTS};
+use super::{Context, OperationState, Request, TAG_CANCEL, TAG_PARTS};
 use crate::error::Error;
 use crate::operation::{Completion, Ticket};
 use crate::tuning::CANCEL_GRACE;
@@ -15,7 +15,7 @@ const TOO_LATE: &str =
     "Too late to cancel: the operation is executing or has completed. Its own completion follows.";
 
 /// In the place of a command that is not sent.
-pub(super) const NOTHING: Command<'static> = Command::Cancel { id: 0 };
+pub(super) const NOTHING: Request = Request::Command(Command::Cancel { id: 0 });
 
 impl Context {
     /// Tries to cancel an operation: its completion (ECANCELED) if it did nothing and will do nothing. Blocks

@@ -6,8 +6,10 @@ use raio_transport::memory::Buffers;
 use raio_transport::protocol::Command;
 use raio_transport::transport::{Bulk, Lost, NotSent, Reply, SendOptions};
 
-use super::{ABANDONED, Context, OperationSlot, OperationState, TAG_CANCEL, TAG_PARTS, TAG_TIMED_OUT};
-use crate::error::Error;
+use super::{
+    ABANDONED, Context, OperationSlot, OperationState, Request, TAG_CANCEL, TAG_PARTS, TAG_TIMED_OUT,
+};
+use crate::error::{Error, oversized};
 use crate::split::{Part, Split};
 use crate::trace::{TraceId, Tracer};
 
@@ -24,15 +26,19 @@ pub(super) struct SentPart {
 }
 
 impl Context {
-    /// A queued operation, longer than a request may be, takes its place in the queue.
+    /// A queued operation, longer than a request may be, takes its place in the queue. One that cannot be
+    /// divided fails.
     #[cold]
     pub(super) fn queue_split(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         match std::mem::replace(&mut slot.state, OperationState::Free) {
-            OperationState::Queued(command, Bulk::In(buffers) | Bulk::Out(buffers)) => {
+            OperationState::Queued(Request::Command(command), Bulk::In(buffers) | Bulk::Out(buffers)) => {
                 self.split(index, &command, buffers);
             }
-            _ => unreachable!("it is a read or a write that has its buffers"),
+            OperationState::Queued(Request::Encoded(_), bulk) => {
+                self.complete(index, Err(oversized()), bulk, 0);
+            }
+            _ => unreachable!("it has its buffers"),
         }
     }
 
@@ -41,7 +47,7 @@ impl Context {
         let (is_read, file, offset) = match *command {
             Command::Read { file, offset, .. } => (true, file, offset),
             Command::Write { file, offset, .. } => (false, file, offset),
-            _ => unreachable!("no other operation has data"),
+            _ => unreachable!("no other operation on a file has data"),
         };
         let most = self.io_bytes_max();
         let slot = &mut self.slots[index as usize];
@@ -155,10 +161,11 @@ impl Context {
                     continue;
                 }
                 match (Command::decode(&command), bulk) {
-                    (Ok(command), Bulk::In(buffers) | Bulk::Out(buffers)) => {
-                        self.split(index, &command, buffers);
-                    }
-                    _ => unreachable!("it is a read or a write, as it was sent"),
+                    (
+                        Ok(command @ (Command::Read { .. } | Command::Write { .. })),
+                        Bulk::In(buffers) | Bulk::Out(buffers),
+                    ) => self.split(index, &command, buffers),
+                    (_, bulk) => self.complete(index, Err(oversized()), bulk, 0),
                 }
             } else if let Some(part) = self.parts[(tag - TAG_PARTS) as usize].take() {
                 if part.operation == ABANDONED {

@@ -177,6 +177,7 @@ impl Context {
             cancelling: false,
             deadline: None,
             request: None,
+            extra: slot.extra.take(),
             ..*slot
         };
         self.slots[twin as usize] = completed;
@@ -194,6 +195,7 @@ impl Context {
         let slot = &self.slots[index as usize];
         if reply.status.is_ok() && slot.opcode.operation().is_recorded {
             self.files.written(slot.file, slot.unstable);
+            self.close_abandoned(index, reply);
         }
         self.abandoned_unsent(index);
     }

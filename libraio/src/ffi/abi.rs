@@ -1,12 +1,16 @@
 //! The structures, numbers and version of `include/libraio.h`. `tests/c/layout.c` holds the two together.
 
-use std::ffi::{c_int, c_longlong, c_uint, c_ulong, c_ulonglong, c_void};
+use std::ffi::{c_char, c_int, c_longlong, c_uint, c_ulong, c_ulonglong, c_void};
+use std::os::unix::ffi::OsStrExt;
 
-use raio_transport::protocol::FileStatus;
+use raio_transport::protocol::{FileStatus, FileSystemStatus};
 
+use super::errors::invalid;
 use super::state::raio_mr;
+use crate::error::Error;
+use crate::names::DirEntry;
 
-pub(super) const ABI_VERSION: c_uint = 4;
+pub(super) const ABI_VERSION: c_uint = 5;
 pub(super) const IOV_MAX: u64 = 1_024;
 
 pub(super) const CMD_PREAD: c_int = 0;
@@ -17,6 +21,25 @@ pub(super) const CMD_FSYNC: c_int = 4;
 pub(super) const CMD_DISCARD: c_int = 5;
 pub(super) const CMD_WRITE_ZEROES: c_int = 6;
 pub(super) const CMD_ALLOCATE: c_int = 7;
+pub(super) const CMD_OPEN: c_int = 8;
+pub(super) const CMD_CLOSE: c_int = 9;
+pub(super) const CMD_STAT_FD: c_int = 10;
+pub(super) const CMD_FTRUNCATE: c_int = 11;
+pub(super) const CMD_STAT_PATH: c_int = 12;
+pub(super) const CMD_GET: c_int = 13;
+pub(super) const CMD_PUT: c_int = 14;
+pub(super) const CMD_MKDIR: c_int = 15;
+pub(super) const CMD_RMDIR: c_int = 16;
+pub(super) const CMD_UNLINK: c_int = 17;
+pub(super) const CMD_RENAME: c_int = 18;
+pub(super) const CMD_LINK: c_int = 19;
+pub(super) const CMD_SYMLINK: c_int = 20;
+pub(super) const CMD_READLINK: c_int = 21;
+
+pub(super) const PATH_NOFOLLOW: c_uint = 1 << 0;
+pub(super) const PATH_EXCL: c_uint = 1 << 1;
+pub(super) const PATH_FSYNC: c_uint = 1 << 2;
+pub(super) const PATH_MTIME: c_uint = 1 << 3;
 
 pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
 pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
@@ -131,8 +154,57 @@ pub struct raio_stat {
     pub(super) verifier: c_ulonglong,
 }
 
+/// `struct raio_path_args`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct raio_path_args {
+    pub(super) path: *const c_char,
+    pub(super) other: *const c_char,
+    pub(super) buf: *mut c_void,
+    pub(super) nbytes: c_ulonglong,
+    pub(super) stat: *mut raio_stat,
+    pub(super) stat_size: c_ulonglong,
+    pub(super) modified_ns: c_longlong,
+    pub(super) flags: c_uint,
+    pub(super) mode: c_uint,
+    pub(super) reserved: [c_ulonglong; 2],
+}
+
+/// `struct raio_statfs`
+#[repr(C)]
+pub struct raio_statfs {
+    pub(super) size: c_ulonglong,
+    pub(super) block_bytes: c_ulonglong,
+    pub(super) blocks: c_ulonglong,
+    pub(super) blocks_free: c_ulonglong,
+    pub(super) blocks_available: c_ulonglong,
+    pub(super) files: c_ulonglong,
+    pub(super) files_free: c_ulonglong,
+    pub(super) name_bytes_max: c_ulonglong,
+}
+
+/// `struct raio_extent`
+#[repr(C)]
+pub struct raio_extent {
+    pub(super) offset: c_ulonglong,
+    pub(super) length: c_ulonglong,
+}
+
+/// `struct raio_dirent`
+#[repr(C)]
+pub struct raio_dirent {
+    pub(super) size: c_ulonglong,
+    pub(super) file_bytes: c_ulonglong,
+    pub(super) modified_ns: c_longlong,
+    pub(super) inode: c_ulonglong,
+    pub(super) mode: c_uint,
+    pub(super) has_status: c_uint,
+    pub(super) name: [u8; 256],
+}
+
 const _: () = {
-    assert!(size_of::<raio_stat>() == 120);
+    assert!(size_of::<raio_stat>() == 120 && size_of::<raio_path_args>() == 80);
+    assert!(size_of::<raio_statfs>() == 64 && size_of::<raio_dirent>() == 296);
     assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
     assert!(
         size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 152
@@ -160,6 +232,73 @@ impl From<&FileStatus> for raio_stat {
             identity: status.identity,
             verifier: status.verifier.get(),
         }
+    }
+}
+
+impl From<&FileSystemStatus> for raio_statfs {
+    fn from(status: &FileSystemStatus) -> Self {
+        Self {
+            size: size_of::<Self>() as c_ulonglong,
+            block_bytes: status.block_bytes.get(),
+            blocks: status.blocks.get(),
+            blocks_free: status.blocks_free.get(),
+            blocks_available: status.blocks_available.get(),
+            files: status.files.get(),
+            files_free: status.files_free.get(),
+            name_bytes_max: status.name_bytes_max.get(),
+        }
+    }
+}
+
+impl From<&DirEntry> for raio_dirent {
+    fn from(entry: &DirEntry) -> Self {
+        let mut name = [0; 256];
+        // A name has at most 255 bytes.
+        let bytes = entry.name.as_bytes();
+        name[..bytes.len()].copy_from_slice(bytes);
+        Self {
+            size: size_of::<Self>() as c_ulonglong,
+            file_bytes: entry.size,
+            modified_ns: entry.modified_ns,
+            inode: entry.inode,
+            mode: entry.mode,
+            has_status: entry.has_status.into(),
+            name,
+        }
+    }
+}
+
+/// A struct of the header that begins with how many of its bytes were filled in.
+///
+/// # Safety
+/// Its first field is that number, with 64 bits, and all its bytes are initialized.
+pub(super) unsafe trait Sized64: Sized {}
+
+// SAFETY: as the header has them; none has padding.
+unsafe impl Sized64 for raio_stat {}
+// SAFETY: as above.
+unsafe impl Sized64 for raio_statfs {}
+// SAFETY: as above.
+unsafe impl Sized64 for raio_dirent {}
+
+/// Whether the caller's struct has room for more than its first field.
+pub(super) fn check_sized<T: Sized64>(to: *mut T, size: usize) -> Result<(), Error> {
+    if to.is_null() || size <= size_of::<u64>() {
+        return Err(invalid("The struct to be filled in is NULL or too small. Pass one, and its sizeof."));
+    }
+    Ok(())
+}
+
+/// Fills in a struct of the caller's, as many bytes as it has.
+///
+/// # Safety
+/// [`check_sized`] has passed, and `to` has room for `size` bytes.
+pub(super) unsafe fn fill_in<T: Sized64>(mut from: T, to: *mut T, size: usize) {
+    let size = size.min(size_of::<T>());
+    // SAFETY: the first field is the size, `size` bytes are within `from`, and the caller vouches for `to`.
+    unsafe {
+        (&raw mut from).cast::<u64>().write(size as u64);
+        std::ptr::copy_nonoverlapping((&raw const from).cast::<u8>(), to.cast::<u8>(), size);
     }
 }
 

@@ -157,6 +157,11 @@ pub(super) fn add_file(fd: i32, file: File) -> Result<i32, Error> {
     })
 }
 
+/// A descriptor > 0 of its own for a file of the session `fd`.
+pub(super) fn add_file_apart(fd: i32, file: File) -> Result<i32, Error> {
+    with(|table| table.session(fd).map(drop).map(|()| table.insert(Entry::File(Arc::new(file), fd))))
+}
+
 /// The session `fd`.
 pub(super) fn session(fd: i32) -> Result<Arc<Session>, Error> {
     with(|table| table.session(fd).map(|entry| Arc::clone(&entry.session)))

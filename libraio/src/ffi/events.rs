@@ -1,16 +1,22 @@
 //! Calls that end an iocb: collecting its event, cancelling it, and giving back what was lent for it.
 
 use std::ffi::{c_char, c_int, c_long, c_ulong};
+use std::os::unix::ffi::OsStrExt;
 use std::ptr::null_mut;
 use std::time::Duration;
 
 use raio_transport::memory::{Buffer, Buffers};
 
-use super::abi::{RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, raio_event, raio_iocb};
+use super::abi::{
+    CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_event, raio_iocb, raio_path_args,
+    raio_stat,
+};
+use super::descriptor;
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
 use super::lent::LentBuffers;
 use super::state::{raio_context, state, stopped};
-use crate::operation::Completion;
+use crate::error::Error;
+use crate::operation::{Answer, Completion};
 
 /// See libraio.h.
 ///
@@ -65,6 +71,7 @@ pub unsafe extern "C" fn raio_getevents(
             unsafe {
                 events.add(n).write(event(
                     completion,
+                    state.session,
                     &mut state.lent,
                     &mut state.vectors,
                     &mut state.failures,
@@ -82,9 +89,43 @@ pub unsafe extern "C" fn raio_getevents(
     })
 }
 
+/// Hands over what an operation has found out or made. Returns the `res` of its event. `count` is its bytes.
+///
+/// # Safety
+/// The iocb's memory is as the header demands.
+unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) -> Result<u64, Error> {
+    let (buf, nbytes) = (iocb.c.buf, iocb.c.nbytes as usize);
+    // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at.
+    let args = || unsafe { buf.cast::<raio_path_args>().read_unaligned() };
+    match answer {
+        Answer::File(file) => descriptor::add_file_apart(session, file).map(|fd| fd as u64),
+        Answer::Status(status) => {
+            let (to, size) = match iocb.raio_lio_opcode {
+                CMD_STAT_FD => (buf.cast(), nbytes),
+                _ => (args().stat, args().stat_size as usize),
+            };
+            if !to.is_null() {
+                // SAFETY: it was checked when the iocb was submitted, and is the library's until now.
+                unsafe { fill_in(raio_stat::from(&status), to, size) };
+            }
+            Ok(count)
+        }
+        Answer::Link(target) => {
+            let (target, args) = (target.as_os_str().as_bytes(), args());
+            let len = target.len().min(args.nbytes as usize);
+            // SAFETY: as above.
+            unsafe { std::ptr::copy_nonoverlapping(target.as_ptr(), args.buf.cast::<u8>(), len) };
+            Ok(len as u64)
+        }
+        // There are no iocbs for these.
+        Answer::FileSystem(_) | Answer::Extents { .. } => Ok(count),
+    }
+}
+
 /// The event of a completion. The iocb is the caller's again.
 fn event(
-    completion: Completion,
+    mut completion: Completion,
+    session: c_int,
     lent: &mut LentBuffers,
     vectors: &mut Vec<Vec<Buffer>>,
     failures: &mut FailureTexts,
@@ -109,6 +150,11 @@ fn event(
     if let Some(crc) = completion.crc {
         // SAFETY: as above.
         unsafe { (*obj).crc = crc };
+    }
+    if let Some(answer) = completion.answer.take() {
+        // SAFETY: as above.
+        let delivered = |count| unsafe { deliver(&*obj, *answer, count, session) };
+        completion.result = completion.result.and_then(delivered);
     }
     let (res, res2) = match &completion.result {
         Ok(n) => (*n as c_ulong, 0),
@@ -190,7 +236,8 @@ pub unsafe extern "C" fn raio_cancel(
         state.failures.supersede(iocb.addr());
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe {
-            evt.write(event(completion, &mut state.lent, &mut state.vectors, &mut state.failures));
+            let (session, lent) = (state.session, &mut state.lent);
+            evt.write(event(completion, session, lent, &mut state.vectors, &mut state.failures));
         }
         Ok(0)
     })

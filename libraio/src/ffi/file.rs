@@ -4,7 +4,7 @@ use std::ffi::{OsStr, c_char, c_int};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use super::abi::raio_stat;
+use super::abi::{check_sized, fill_in, raio_stat};
 use super::descriptor;
 use super::errors::{c_str, int, invalid};
 
@@ -80,13 +80,10 @@ pub unsafe extern "C" fn raio_fstat(fd: c_int, buf: *mut libc::stat64) -> c_int 
 pub unsafe extern "C" fn raio_stat_fd(fd: c_int, buf: *mut raio_stat, size: usize) -> c_int {
     int(|| {
         let (file, _) = descriptor::file(fd)?;
-        if buf.is_null() || size <= size_of::<u64>() {
-            return Err(invalid("The stat buffer is NULL or too small. Pass a struct raio_stat."));
-        }
-        let size = size.min(size_of::<raio_stat>());
-        let filled = raio_stat { size: size as u64, ..raio_stat::from(&file.status()?) };
-        // SAFETY: `size` bytes are within `filled`, and the caller vouches for as many at `buf`.
-        unsafe { std::ptr::copy_nonoverlapping((&raw const filled).cast::<u8>(), buf.cast::<u8>(), size) };
+        check_sized(buf, size)?;
+        let status = file.status()?;
+        // SAFETY: just checked, and the caller vouches for `size` bytes.
+        unsafe { fill_in(raio_stat::from(&status), buf, size) };
         Ok(0)
     })
 }

@@ -1,8 +1,8 @@
 //! The functions that set up an iocb, exported for programs that cannot use those of the header, which are
 //! inline. `tests/c/compile-no-inline.c` holds the two together.
 
-use std::ffi::{c_int, c_uint, c_ulonglong, c_void};
-use std::ptr::null_mut;
+use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ptr::{null, null_mut};
 
 use super::abi::*;
 use super::state::raio_mr;
@@ -65,6 +65,86 @@ export! {
         => range(CMD_WRITE_ZEROES, fd, offset, nbytes, 0);
     raio_prep_allocate(fd: c_int, offset: i64, nbytes: c_ulonglong, keep_size: c_int)
         => range(CMD_ALLOCATE, fd, offset, nbytes, if keep_size != 0 { IOCB_KEEP_SIZE } else { 0 });
+    raio_prep_close(fd: c_int) => range(CMD_CLOSE, fd, 0, 0, 0);
+    raio_prep_ftruncate(fd: c_int, size: c_ulonglong) => range(CMD_FTRUNCATE, fd, 0, size, 0);
+    raio_prep_stat_fd(fd: c_int, stat: *mut raio_stat)
+        => self::iocb(CMD_STAT_FD, fd, stat.cast(), size_of::<raio_stat>() as c_ulonglong, 0, null_mut());
+}
+
+/// Arguments without anything but a path.
+fn on(path: *const c_char) -> raio_path_args {
+    raio_path_args {
+        path,
+        other: null(),
+        buf: null_mut(),
+        nbytes: 0,
+        stat: null_mut(),
+        stat_size: 0,
+        modified_ns: 0,
+        flags: 0,
+        mode: 0,
+        reserved: [0; 2],
+    }
+}
+
+/// An operation that has a file's status written to `stat`, unless that is null.
+fn with_stat(args: raio_path_args, stat: *mut raio_stat) -> raio_path_args {
+    raio_path_args { stat, stat_size: size_of::<raio_stat>() as c_ulonglong, ..args }
+}
+
+/// Those on paths: `args` is where their arguments go.
+macro_rules! export_on_path {
+    ($($name:ident($($argument:ident: $type:ty),*) => ($opcode:expr, $mr:expr, $args:expr);)*) => {$(
+        /// See libraio.h.
+        ///
+        /// # Safety
+        /// `iocb` and `args` may be written.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            iocb: *mut raio_iocb,
+            fd: c_int,
+            args: *mut raio_path_args,
+            $($argument: $type),*
+        ) {
+            let prepared = $args;
+            let size = size_of::<raio_path_args>() as c_ulonglong;
+            // SAFETY: the caller vouches for the memory.
+            unsafe {
+                args.write(prepared);
+                iocb.write(self::iocb($opcode, fd, args.cast(), size, 0, $mr));
+            }
+        }
+    )*};
+}
+
+type Text = *const c_char;
+
+export_on_path! {
+    raio_prep_open(path: Text, flags: c_int, mode: libc::mode_t)
+        => (CMD_OPEN, null_mut(), raio_path_args { flags: flags as c_uint, mode, ..on(path) });
+    raio_prep_stat_path(path: Text, stat: *mut raio_stat, flags: c_uint)
+        => (CMD_STAT_PATH, null_mut(), raio_path_args { flags, ..with_stat(on(path), stat) });
+    raio_prep_get(path: Text, buf: *mut c_void, count: usize, stat: *mut raio_stat, mr: *mut raio_mr)
+        => (CMD_GET, mr, with_stat(raio_path_args { buf, nbytes: count as c_ulonglong, ..on(path) }, stat));
+    raio_prep_put(
+        path: Text, buf: *const c_void, count: usize, mode: libc::mode_t, flags: c_uint, mr: *mut raio_mr
+    ) => (CMD_PUT, mr, raio_path_args {
+        buf: buf.cast_mut(), nbytes: count as c_ulonglong, mode, flags, ..on(path)
+    });
+    raio_prep_mkdir(path: Text, mode: libc::mode_t)
+        => (CMD_MKDIR, null_mut(), raio_path_args { mode, ..on(path) });
+    raio_prep_rmdir(path: Text) => (CMD_RMDIR, null_mut(), on(path));
+    raio_prep_unlink(path: Text) => (CMD_UNLINK, null_mut(), on(path));
+    raio_prep_rename(from: Text, to: Text, flags: c_uint)
+        => (CMD_RENAME, null_mut(), raio_path_args { other: to, flags, ..on(from) });
+    raio_prep_link(original: Text, link: Text)
+        => (CMD_LINK, null_mut(), raio_path_args { other: link, ..on(original) });
+    raio_prep_symlink(target: Text, link: Text)
+        => (CMD_SYMLINK, null_mut(), raio_path_args { other: target, ..on(link) });
+    raio_prep_readlink(path: Text, buf: *mut c_char, size: usize)
+        => (CMD_READLINK, null_mut(), raio_path_args {
+            buf: buf.cast(), nbytes: size as c_ulonglong, ..on(path)
+        });
 }
 
 /// See libraio.h.

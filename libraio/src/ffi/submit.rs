@@ -1,17 +1,25 @@
 //! `raio_submit`: iocbs become operations of a context.
 
-use std::ffi::{c_long, c_uint, c_void};
+use std::ffi::{OsStr, c_int, c_long, c_uint, c_void};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use raio_transport::memory::{Buffer, Buffers, RawBuffer};
 
 use super::abi::*;
-use super::errors::{invalid, long};
+use super::descriptor;
+use super::errors::{c_str, invalid, long};
+use super::eventfd::Eventfds;
 use super::handle::Handle;
 use super::probe::ReadProbe;
 use super::state::{ContextState, raio_context, raio_mr, state, stopped};
+use crate::context::Context;
 use crate::error::Error;
-use crate::operation::Operation;
+use crate::names::PutOptions;
+use crate::operation::{Operation, OperationCrc, PathOperation, SubmitOptions, Ticket};
 
 /// No object of a program is larger, and no offset.
 const BYTES_MAX: u64 = isize::MAX as u64;
@@ -83,10 +91,24 @@ unsafe fn submit(
     }
     // SAFETY: not null, aligned, and the caller vouches that it is an iocb that nobody changes meanwhile.
     let io = unsafe { &mut *iocb };
+    if is_on_path(io.raio_lio_opcode) {
+        // SAFETY: the caller's contract is the same.
+        let operation = unsafe { path_operation(ctx, io) }?;
+        check_session(io.raio_fildes, state.session)?;
+        let held = hold_eventfd(io, &mut state.eventfds)?;
+        let crc =
+            if io.c.flags & IOCB_CRC != 0 { OperationCrc::Given(io.crc) } else { OperationCrc::AsSession };
+        let options = SubmitOptions { crc, timeout: None };
+        let failure = state.probe.is_unreadable(place).then(unreadable);
+        let token = iocb.expose_provenance() as u64;
+        let submitted = context.submit_path_failing(operation, options, failure, token);
+        finish(context, io, submitted.map_err(|rejected| rejected.error)?, held);
+        return Ok(());
+    }
     // SAFETY: the caller vouches for the iocb's memory.
     let operation = unsafe { operation(ctx, &mut state.vectors, io) }?;
     let file = state.files.get(io.raio_fildes, state.session)?;
-    let eventfd = if io.c.flags & IOCB_EVENTFD != 0 { Some(state.eventfds.hold(io.c.resfd)?) } else { None };
+    let held = hold_eventfd(io, &mut state.eventfds)?;
     let token = iocb.expose_provenance() as u64;
     let submitted = if state.probe.is_unreadable(place) {
         context.submit_failed(file, operation, token, unreadable())
@@ -95,7 +117,20 @@ unsafe fn submit(
     } else {
         context.submit(file, operation, token)
     };
-    let ticket = submitted.map_err(|rejected| rejected.error)?;
+    finish(context, io, submitted.map_err(|rejected| rejected.error)?, held);
+    if io.raio_lio_opcode == CMD_CLOSE {
+        // Its descriptor ends now.
+        drop(descriptor::remove_file(io.raio_fildes));
+    }
+    Ok(())
+}
+
+fn hold_eventfd(io: &raio_iocb, eventfds: &mut Eventfds) -> Result<Option<Arc<OwnedFd>>, Error> {
+    if io.c.flags & IOCB_EVENTFD != 0 { eventfds.hold(io.c.resfd).map(Some) } else { Ok(None) }
+}
+
+/// An iocb was submitted.
+fn finish(context: &mut Context, io: &mut raio_iocb, ticket: Ticket, eventfd: Option<Arc<OwnedFd>>) {
     io.key = ticket.index();
     if let Some(eventfd) = eventfd {
         context.notify(ticket, eventfd);
@@ -104,7 +139,98 @@ unsafe fn submit(
     if timeout_ms != 0 {
         context.set_timeout(ticket, Duration::from_millis(timeout_ms.into()));
     }
-    Ok(())
+}
+
+/// Whether an iocb with this opcode has a `struct raio_path_args`.
+pub(super) fn is_on_path(opcode: c_int) -> bool {
+    opcode == CMD_OPEN || (CMD_STAT_PATH..=CMD_READLINK).contains(&opcode)
+}
+
+/// Whether a descriptor is of this session, or of a file of it.
+fn check_session(fd: c_int, session: c_int) -> Result<(), Error> {
+    // Its contexts end before the session does.
+    if fd == session || descriptor::session_of(fd)?.1 == session {
+        return Ok(());
+    }
+    Err(Error::call(
+        libc::EBADF,
+        format!("Descriptor {fd} is of another session. Submit it to a context of that session."),
+    ))
+}
+
+/// What an iocb with a path asks for.
+///
+/// # Safety
+/// The iocb's memory is as the header demands.
+unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathOperation, Error> {
+    let c = &io.c;
+    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
+    if c.buf.is_null() || c.nbytes != size_of::<raio_path_args>() as u64 {
+        return Err(invalid("The iocb has no struct raio_path_args. Prepare it with raio_prep_*()."));
+    }
+    // SAFETY: not null, and the caller vouches for one.
+    let args = unsafe { c.buf.cast::<raio_path_args>().read_unaligned() };
+    let known = match io.raio_lio_opcode {
+        CMD_OPEN => c_uint::MAX,
+        CMD_STAT_PATH => PATH_NOFOLLOW,
+        CMD_PUT => PATH_EXCL | PATH_FSYNC | PATH_MTIME,
+        CMD_RENAME => PATH_EXCL,
+        _ => 0,
+    };
+    if c.flags & !(IOCB_EVENTFD | IOCB_CRC | TIMEOUT) != 0
+        || c.offset != 0
+        || args.flags & !known != 0
+        || args.reserved != [0; 2]
+    {
+        return Err(invalid(
+            "The iocb or its arguments have flags that the operation does not take. Clear them.",
+        ));
+    }
+    // SAFETY: the caller vouches for the strings.
+    let named = |name, what| unsafe { c_str(name, what) }.map(|name| PathBuf::from(OsStr::from_bytes(name)));
+    let (path, has) = (named(args.path, "path")?, |flag| args.flags & flag != 0);
+    let other = || named(args.other, "other path");
+    // SAFETY: the caller vouches for the memory: it is the library's until the event is collected.
+    let buffers = || unsafe { buffer(ctx, c.mr, args.buf, args.nbytes) }.map(Buffers::One);
+    Ok(match io.raio_lio_opcode {
+        CMD_OPEN => PathOperation::Open { path, flags: args.flags as c_int, mode: args.mode },
+        CMD_STAT_PATH => {
+            check_sized(args.stat, args.stat_size as usize)?;
+            PathOperation::Stat { path, nofollow: has(PATH_NOFOLLOW) }
+        }
+        CMD_GET => {
+            if !args.stat.is_null() {
+                check_sized(args.stat, args.stat_size as usize)?;
+            }
+            PathOperation::Get { path, buffers: buffers()? }
+        }
+        CMD_PUT => {
+            let options = put_options(args.mode, args.flags, args.modified_ns);
+            PathOperation::Put { path, buffers: buffers()?, options }
+        }
+        CMD_MKDIR => PathOperation::Mkdir { path, mode: args.mode },
+        CMD_RMDIR => PathOperation::Rmdir { path },
+        CMD_UNLINK => PathOperation::Unlink { path },
+        CMD_RENAME => PathOperation::Rename { from: path, to: other()?, no_replace: has(PATH_EXCL) },
+        CMD_LINK => PathOperation::Link { original: path, link: other()? },
+        CMD_SYMLINK => PathOperation::Symlink { target: other()?, link: path },
+        _ => {
+            if args.buf.is_null() || args.nbytes == 0 {
+                return Err(invalid("The buffer for the link is NULL or empty. Pass one."));
+            }
+            PathOperation::Readlink { path }
+        }
+    })
+}
+
+/// How a file is put, by the arguments of a call.
+pub(super) fn put_options(mode: c_uint, flags: c_uint, modified_ns: i64) -> PutOptions {
+    PutOptions {
+        mode,
+        modified_ns: (flags & PATH_MTIME != 0).then_some(modified_ns),
+        exclusive: flags & PATH_EXCL != 0,
+        fsync: flags & PATH_FSYNC != 0,
+    }
 }
 
 fn unreadable() -> Error {
@@ -175,6 +301,13 @@ unsafe fn operation(
                 Operation::Write { offset, buffers }
             }
         }
+        CMD_CLOSE if c.buf.is_null() && c.nbytes == 0 => Operation::Close,
+        CMD_CLOSE => return Err(invalid("A close has neither a buffer nor a length. Leave them 0.")),
+        CMD_STAT_FD => {
+            check_sized(c.buf.cast::<raio_stat>(), c.nbytes as usize)?;
+            Operation::Stat
+        }
+        CMD_FTRUNCATE => Operation::Truncate { size: c.nbytes },
         CMD_FSYNC => Operation::Fsync { data_only: c.flags & IOCB_DATASYNC != 0 },
         CMD_DISCARD => Operation::Discard { offset, length: c.nbytes },
         CMD_WRITE_ZEROES => Operation::WriteZeroes { offset, length: c.nbytes },
@@ -246,7 +379,7 @@ unsafe fn probe_writes(
         }
         // SAFETY: the caller vouches for the iocb.
         let (opcode, c) = unsafe { ((*iocb).raio_lio_opcode, &(*iocb).c) };
-        if !matches!(opcode, CMD_PWRITE | CMD_PWRITEV) {
+        if !matches!(opcode, CMD_PWRITE | CMD_PWRITEV | CMD_PUT) {
             continue;
         }
         // Memory of raio_alloc() is ours, and stays while it is used.
@@ -255,6 +388,13 @@ unsafe fn probe_writes(
         match opcode {
             CMD_PWRITE if !is_ours && c.nbytes <= most => probe.add(c.buf.addr(), c.nbytes as usize),
             CMD_PWRITE if !is_ours => probe.check_long(c.buf.addr(), c.nbytes as usize, n),
+            CMD_PUT if !is_ours && !c.buf.is_null() && c.nbytes == size_of::<raio_path_args>() as u64 => {
+                // SAFETY: the caller vouches for the arguments.
+                let args = unsafe { c.buf.cast::<raio_path_args>().read_unaligned() };
+                if args.nbytes <= most {
+                    probe.add(args.buf.addr(), args.nbytes as usize);
+                }
+            }
             CMD_PWRITEV if !is_ours && c.nbytes <= IOV_MAX && !c.buf.is_null() => {
                 let place = n;
                 for n in 0..c.nbytes as usize {

@@ -1,5 +1,5 @@
-//! The contexts of a session that `raio_pread` and `raio_pwrite` share: made when they are first needed, lent
-//! to one call at a time, and closed with the session.
+//! The contexts of a session that `raio_pread`, `raio_pwrite` and the like share: made when they are first
+//! needed, lent to one call at a time, and closed with the session.
 
 #![deny(unsafe_code)]
 
@@ -14,7 +14,7 @@ use super::probe::ReadProbe;
 use crate::context::Context;
 use crate::error::{self, Error};
 use crate::file::File;
-use crate::operation::{Operation, SubmitOptions};
+use crate::operation::{Completion, Operation, SubmitOptions};
 use crate::session::Session;
 use crate::tuning::{CANCEL_GRACE, STOP_CHECK_INTERVAL, SYNC_CONTEXTS_MAX, SYNC_DEPTH};
 
@@ -138,8 +138,18 @@ impl LentContext<'_> {
     /// Does one operation, and waits for its end until `deadline`. Whatever it returns, the operation's
     /// memory is not used any more: if nothing else helps, the context's connection ends.
     pub(super) fn run(&mut self, file: &File, operation: Operation, deadline: Instant) -> Result<u64, Error> {
+        self.run_whole(file, operation, deadline).and_then(|completion| completion.result)
+    }
+
+    /// The same, with all that it has come to. It has succeeded.
+    pub(super) fn run_whole(
+        &mut self,
+        file: &File,
+        operation: Operation,
+        deadline: Instant,
+    ) -> Result<Completion, Error> {
         let Some(SyncContext { context, .. }) = &mut self.lent else { return Err(error::session_stopped()) };
-        let is_write = matches!(operation, Operation::Write { .. });
+        let is_write = matches!(operation, Operation::Write { .. } | Operation::Truncate { .. });
         let timeout = Some(deadline.saturating_duration_since(Instant::now()));
         let options = SubmitOptions { timeout, ..SubmitOptions::default() };
         context.submit_with(file, operation, options, 0).map_err(|rejected| rejected.error)?;
@@ -148,10 +158,13 @@ impl LentContext<'_> {
         let end = deadline + CANCEL_GRACE * 2;
         let failure = loop {
             if let Some(completion) = context.next() {
-                return completion.result.map_err(|error| match error.errno() {
-                    libc::ETIMEDOUT => Error { is_unknown: error.is_unknown, ..timed_out(context) },
-                    _ => error,
-                });
+                return match &completion.result {
+                    Ok(_) => Ok(completion),
+                    Err(error) if error.errno() == libc::ETIMEDOUT => {
+                        Err(Error { is_unknown: error.is_unknown, ..timed_out(context) })
+                    }
+                    Err(error) => Err(error.clone()),
+                };
             }
             if self.owner.is_stopped() {
                 break error::session_stopped();

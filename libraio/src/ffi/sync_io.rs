@@ -1,14 +1,15 @@
-//! Reads and writes by descriptor alone, each waited for.
+//! What is done to a file by its descriptor alone, each waited for.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::{c_int, c_ulonglong, c_void};
 use std::time::Instant;
 
 use raio_transport::memory::{Buffer, Buffers, RawBuffer};
 
+use super::abi::raio_extent;
 use super::descriptor;
-use super::errors::{fail, invalid, run};
-use crate::error::Error;
-use crate::operation::Operation;
+use super::errors::{fail, int, invalid, run};
+use crate::error::{Error, protocol_error};
+use crate::operation::{Answer, Completion, Operation};
 
 /// See libraio.h.
 ///
@@ -28,6 +29,64 @@ pub unsafe extern "C" fn raio_pread(fd: c_int, buf: *mut c_void, count: usize, o
 pub unsafe extern "C" fn raio_pwrite(fd: c_int, buf: *const c_void, count: usize, offset: i64) -> isize {
     // SAFETY: the caller's contract is the same, and a write does not change the memory.
     ssize(|| unsafe { transfer(fd, buf.cast_mut(), count, offset, true) })
+}
+
+/// See libraio.h.
+#[unsafe(no_mangle)]
+pub extern "C" fn raio_fsync(fd: c_int, data_only: c_int) -> c_int {
+    int(|| on_file(fd, Operation::Fsync { data_only: data_only != 0 }).map(|_| 0))
+}
+
+/// See libraio.h.
+#[unsafe(no_mangle)]
+pub extern "C" fn raio_ftruncate(fd: c_int, size: c_ulonglong) -> c_int {
+    int(|| on_file(fd, Operation::Truncate { size }).map(|_| 0))
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `extents` is null or has room for `nr`; `end` is null or may be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_extents(
+    fd: c_int,
+    offset: i64,
+    length: c_ulonglong,
+    extents: *mut raio_extent,
+    nr: c_int,
+    end: *mut c_ulonglong,
+) -> c_int {
+    int(|| {
+        let count = usize::try_from(nr).unwrap_or(0);
+        if extents.is_null() || end.is_null() || count == 0 {
+            return Err(invalid(
+                "The extents or the end are NULL, or nr is not positive. Pass room for some.",
+            ));
+        }
+        let offset = u64::try_from(offset)
+            .map_err(|_| invalid("The offset is negative. Pass one counted from the start of the file."))?;
+        let answer = on_file(fd, Operation::Extents { offset, length })?.answer;
+        let Some(Answer::Extents { extents: found, end: found_end }) = answer.map(|answer| *answer) else {
+            return Err(protocol_error());
+        };
+        // Those that there is no room for are asked for again.
+        let complete_to = found.get(count).map_or(found_end, |&(offset, _)| offset);
+        let found = &found[..found.len().min(count)];
+        for (n, &(offset, length)) in found.iter().enumerate() {
+            // SAFETY: `n` is below `nr`, and the caller vouches for as many.
+            unsafe { extents.add(n).write(raio_extent { offset, length }) };
+        }
+        // SAFETY: not null, and the caller vouches for the rest.
+        unsafe { end.write(complete_to) };
+        Ok(found.len() as c_int)
+    })
+}
+
+/// Does an operation without memory, and waits for the end of it.
+fn on_file(fd: c_int, operation: Operation) -> Result<Completion, Error> {
+    let (file, contexts) = descriptor::file_to_use(fd)?;
+    let deadline = Instant::now() + contexts.session().call_timeout();
+    contexts.lend(deadline)?.run_whole(&file, operation, deadline)
 }
 
 fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {

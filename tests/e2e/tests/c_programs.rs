@@ -183,6 +183,11 @@ fn programs_that_do_one_thing_at_a_time_and_bindings_have_simple_calls() {
 }
 
 #[test]
+fn names_directories_and_small_files_are_there_as_calls_and_as_iocbs() {
+    program_passes("names");
+}
+
+#[test]
 fn the_same_over_a_unix_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("socket").display().to_string();
@@ -450,7 +455,13 @@ fn a_setuid_program_ignores_raio_trace() {
 }
 
 #[test]
-fn a_client_is_clean_under_valgrind() {
+fn clients_are_clean_under_valgrind() {
+    for program in ["plain/r-aio-2-two-models-of-memory", "plain/names"] {
+        is_clean_under_valgrind(program);
+    }
+}
+
+fn is_clean_under_valgrind(program: &str) {
     let exports = serve();
     let mut command = Command::new("valgrind");
     command
@@ -460,7 +471,7 @@ fn a_client_is_clean_under_valgrind() {
             "--leak-check=full",
             "--errors-for-leak-kinds=definite,indirect",
         ])
-        .arg(programs().join("plain/r-aio-2-two-models-of-memory"))
+        .arg(programs().join(program))
         .env("CHECK_SECONDS", "600");
     let address = exports.server.address();
     command.arg(address.ip().to_string()).arg(address.port().to_string());

@@ -1,5 +1,6 @@
 //! Names, directories and whole small files on a server, against a local directory that the same is done to.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -10,7 +11,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
-use raio::{Attributes, Error, FileStatus, Options, PutOptions, Session};
+use raio::{
+    Answer, Attributes, Buffer, Buffers, Context, Error, FileStatus, Options, PathOperation, PutOptions,
+    Session, SubmitOptions,
+};
 use raio_e2e::{Client, Direction, Ending, Proxy, Random, Server, Treatment, number};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
@@ -135,6 +139,62 @@ fn remote(session: &Session, base: &Path, step: &Step) -> Outcome {
         Step::RemoveXattr(path) => done(session.remove_xattr(at(path), "user.test")),
     };
     result.unwrap_or_else(|error| Outcome::Failed(error.errno()))
+}
+
+/// The same as operations of a context. What there is only as calls is done by those.
+fn queued(session: &Session, context: &mut Context, base: &Path, step: &Step) -> Outcome {
+    let at = |path: &Path| base.join(path);
+    let operation = match step {
+        Step::Mkdir(path, mode) => PathOperation::Mkdir { path: at(path), mode: *mode },
+        Step::Rmdir(path) => PathOperation::Rmdir { path: at(path) },
+        Step::Unlink(path) => PathOperation::Unlink { path: at(path) },
+        Step::Rename(from, to, no_replace) => {
+            PathOperation::Rename { from: at(from), to: at(to), no_replace: *no_replace }
+        }
+        Step::Link(from, to) => PathOperation::Link { original: at(from), link: at(to) },
+        Step::Symlink(target, link) => PathOperation::Symlink { target: target.clone(), link: at(link) },
+        Step::Readlink(path) => PathOperation::Readlink { path: at(path) },
+        Step::Put(path, seed, mode, exclusive, modified_ns) => {
+            let (mode, exclusive, modified_ns) = (*mode, *exclusive, *modified_ns);
+            let options = PutOptions { mode, exclusive, modified_ns, fsync: seed % 8 == 0 };
+            let buffers = Buffers::One(Buffer::Owned(bytes(*seed).into()));
+            PathOperation::Put { path: at(path), buffers, options }
+        }
+        Step::Get(path, length) => {
+            let buffers = Buffers::One(Buffer::Owned(vec![0; usize::from(*length)].into()));
+            PathOperation::Get { path: at(path), buffers }
+        }
+        Step::Stat(path, follows) => PathOperation::Stat { path: at(path), nofollow: !follows },
+        Step::Set(path, mode, size, modified_ns) => {
+            let (mode, size, modified_ns) = (*mode, size.map(u64::from), *modified_ns);
+            let attributes = Attributes { mode, size, modified_ns, nofollow: false };
+            PathOperation::SetAttributes { path: at(path), attributes }
+        }
+        Step::List(_)
+        | Step::SetXattr(..)
+        | Step::GetXattr(_)
+        | Step::ListXattr(_)
+        | Step::RemoveXattr(_) => return remote(session, base, step),
+    };
+    let is_get = matches!(operation, PathOperation::Get { .. });
+    if let Err(rejected) = context.submit_path(operation, SubmitOptions::default(), 0) {
+        return Outcome::Failed(rejected.error.errno());
+    }
+    context.wait(1, 1, None).expect("the server is there");
+    let completion = context.next().expect("it was waited for");
+    match (completion.result, completion.answer.map(|answer| *answer)) {
+        (Err(error), _) => Outcome::Failed(error.errno()),
+        (Ok(count), _) if is_get => {
+            let buffers = completion.buffers.expect("they come back");
+            Outcome::Bytes(buffers.slices(0..count as usize).flatten().copied().collect())
+        }
+        (Ok(_), Some(Answer::Status(status))) => {
+            outcome_of(status.mode.get(), status.size.get(), status.links.get(), status.modified_ns.get())
+        }
+        (Ok(_), Some(Answer::Link(target))) => Outcome::Bytes(target.into_os_string().into_vec()),
+        (Ok(_), None) => Outcome::Done,
+        (Ok(_), other) => panic!("{other:?} of {step:?}"),
+    }
 }
 
 fn local(base: &Path, step: &Step) -> Outcome {
@@ -367,16 +427,22 @@ fn the_server_does_what_a_local_directory_does_with_the_same_answers_and_errnos(
     let cases = number("RAIO_NAMES_CASES", 200) as u32;
     let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
     let steps = prop::collection::vec(step(), 1..40);
+    let context = RefCell::new(site.session.context(4).expect("a context"));
     let result = runner.run(&steps, |steps| {
         let name = format!("case{}", case.fetch_add(1, Ordering::Relaxed));
         let (here, there) = (model.path().join(&name), Path::new("/d").join(&name));
         fs::create_dir(&here).expect("a directory");
+        let (name_queued, there_queued) = (format!("{name}.queued"), there.with_extension("queued"));
         site.session.create_dir(&there, 0o755).expect("a directory");
+        site.session.create_dir(&there_queued, 0o755).expect("a directory");
         for step in &steps {
             let expected = local(&here, step);
             let got = remote(&site.session, &there, step);
             prop_assert_eq!(&got, &expected, "{:?} of {:?}", step, steps);
+            let got = queued(&site.session, &mut context.borrow_mut(), &there_queued, step);
+            prop_assert_eq!(&got, &expected, "{:?} of {:?}, queued", step, steps);
         }
+        prop_assert_eq!(tree(&site.path(&name_queued)), tree(&here));
         prop_assert_eq!(tree(&site.path(&name)), tree(&here));
         Ok(())
     });

@@ -1,0 +1,423 @@
+//! Operations on paths, and all others that answer more than a number: opens, closes, and what asks for a
+//! status.
+//!
+//! What is made by an open is a [`File`] as soon as the server has answered: dropped on whichever way, it is
+//! closed.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use raio_transport::Status;
+use raio_transport::channel::Reopenable;
+use raio_transport::error::Violation;
+use raio_transport::memory::{Buffers, Divided};
+use raio_transport::message;
+use raio_transport::protocol::path::PathCommand;
+use raio_transport::protocol::{
+    Command, Extent, FLAG_NO_REPLACE, FLAG_NOFOLLOW, FileHandle, FileStatus, FileSystemStatus, OPEN_DSYNC,
+    OPEN_SYNC, Opcode,
+};
+use raio_transport::transport::{Bulk, Reply, SendOptions};
+
+use super::{Context, NO_FILE, New, OperationState, Request, not_supported, unsupported};
+use crate::error::{Error, protocol_error};
+use crate::file::File;
+use crate::names::{check_put, link_of, other_bytes, path_bytes};
+use crate::open_flags::open_flags;
+use crate::operation::{
+    Answer, Completion, OperationCrc, PathOperation, RejectedPath, SubmitOptions, Ticket,
+};
+use crate::session::{Shared, status_of};
+
+/// What a slot has of an operation beyond a read or a write.
+#[derive(Debug, Default)]
+pub(super) struct Extra {
+    opening: Option<Opening>,
+    /// The server is to be told that this file is closed.
+    closing: Option<FileHandle>,
+    /// The buffers of a get that are larger than a request may be. It has a part of them.
+    whole: Option<Divided>,
+    answer: Option<Box<Answer>>,
+}
+
+/// A file that is being opened.
+#[derive(Debug)]
+struct Opening {
+    flags: u32,
+    path: Box<[u8]>,
+    /// [`raio_transport::channel::OpenFiles::reopenings`] when it was submitted.
+    reopenings: u64,
+    /// It is open, and its status is asked for.
+    file: Option<File>,
+    /// It is among the session's open files.
+    is_known: bool,
+}
+
+/// Whether an operation may have an [`Answer`], or is more than one request.
+#[inline(always)]
+pub(super) fn has_answer(opcode: Opcode) -> bool {
+    !matches!(
+        opcode,
+        Opcode::Read
+            | Opcode::Write
+            | Opcode::Fsync
+            | Opcode::Discard
+            | Opcode::WriteZeroes
+            | Opcode::Allocate
+    )
+}
+
+impl Extra {
+    /// Its operation ends with this completion.
+    #[cold]
+    pub(super) fn end(mut self, session: &Arc<Shared>, completion: &mut Completion) {
+        if let Some(whole) = self.whole {
+            // The part must be gone first.
+            completion.buffers = None;
+            completion.buffers = whole.into_whole().ok();
+        }
+        match &mut completion.result {
+            Ok(_) => completion.answer = self.answer,
+            Err(error) => {
+                // It was opened, and perhaps created.
+                error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
+                if let Some(handle) = self.closing {
+                    session.close_later(handle);
+                }
+            }
+        }
+    }
+}
+
+/// What is sent of an operation on a path.
+struct PathRequest {
+    opcode: Opcode,
+    command: Vec<u8>,
+    /// How many bytes of data go either way.
+    length: usize,
+    /// Of an open: the flags as they are sent.
+    flags: u32,
+}
+
+/// An operation on this path, and the second name that it may have.
+fn path_request(
+    opcode: Opcode,
+    flags: u16,
+    mode: u32,
+    path: &Path,
+    other: Option<&Path>,
+) -> Result<PathRequest, Error> {
+    let path = path_bytes(path)?;
+    let other = other.map_or(Ok(&[][..]), |other| other_bytes(path, other.as_os_str()))?;
+    Ok(encoded(PathCommand { flags, mode: mode & 0o7777, other, ..PathCommand::new(opcode, path) }))
+}
+
+fn encoded(command: PathCommand<'_>) -> PathRequest {
+    let mut body = Vec::new();
+    Command::Path(command).encode(&mut body);
+    PathRequest { opcode: command.opcode, command: body, length: command.length as usize, flags: 0 }
+}
+
+impl PathOperation {
+    /// What is sent of it to a server that takes so many bytes in a request.
+    fn request(&self, io_bytes_max: usize) -> Result<PathRequest, Error> {
+        let on = |opcode, path| path_request(opcode, 0, 0, path, None);
+        match self {
+            Self::Open { path, flags, mode } => {
+                let flags = open_flags(*flags)?;
+                let mut command = Vec::new();
+                Command::Open { flags, mode: mode & 0o7777, path: path_bytes(path)? }.encode(&mut command);
+                Ok(PathRequest { opcode: Opcode::Open, command, length: 0, flags })
+            }
+            Self::Stat { path, nofollow } => {
+                path_request(Opcode::StatPath, if *nofollow { FLAG_NOFOLLOW } else { 0 }, 0, path, None)
+            }
+            Self::Get { path, buffers } => {
+                let length = buffers.len().min(io_bytes_max) as u64;
+                Ok(encoded(PathCommand { length, ..PathCommand::new(Opcode::Get, path_bytes(path)?) }))
+            }
+            Self::Put { path, buffers, options } => {
+                let path = path_bytes(path)?;
+                check_put(buffers.len(), io_bytes_max)?;
+                Ok(encoded(options.command(path, buffers.len())))
+            }
+            Self::Mkdir { path, mode } => path_request(Opcode::Mkdir, 0, *mode, path, None),
+            Self::Rmdir { path } => on(Opcode::Rmdir, path),
+            Self::Unlink { path } => on(Opcode::Unlink, path),
+            Self::Rename { from, to, no_replace } => {
+                path_request(Opcode::Rename, if *no_replace { FLAG_NO_REPLACE } else { 0 }, 0, from, Some(to))
+            }
+            Self::Link { original, link } => path_request(Opcode::Link, 0, 0, original, Some(link)),
+            Self::Symlink { target, link } => path_request(Opcode::Symlink, 0, 0, link, Some(target)),
+            Self::Readlink { path } => on(Opcode::Readlink, path),
+            Self::SetAttributes { path, attributes } => {
+                // The size that a file is to have is no data.
+                let command = attributes.command(path_bytes(path)?);
+                Ok(PathRequest { length: 0, ..encoded(command) })
+            }
+            Self::Statfs { path } => on(Opcode::Statfs, path),
+        }
+    }
+}
+
+impl Context {
+    /// Queues an operation on a path: see [`Context::submit_with`]. What it finds out is the completion's
+    /// [`Answer`].
+    ///
+    /// A file whose open times out, or is forgotten with the context, is closed again.
+    pub fn submit_path(
+        &mut self,
+        operation: PathOperation,
+        options: SubmitOptions,
+        token: u64,
+    ) -> Result<Ticket, Box<RejectedPath>> {
+        self.submit_path_failing(operation, options, None, token)
+    }
+
+    /// The same for one that may have failed already.
+    pub(crate) fn submit_path_failing(
+        &mut self,
+        operation: PathOperation,
+        options: SubmitOptions,
+        failure: Option<Error>,
+        token: u64,
+    ) -> Result<Ticket, Box<RejectedPath>> {
+        let checked = self.check_room().and_then(|()| operation.request(self.io_bytes_max()));
+        let request = match checked {
+            Ok(request) => request,
+            Err(error) => return Err(Box::new(RejectedPath { operation, error })),
+        };
+        let mut extra = None;
+        let (bulk, crc) = match operation {
+            PathOperation::Get { buffers, .. } => {
+                let part = match buffers.len() > request.length {
+                    true => {
+                        let mut whole = Divided::new(buffers);
+                        let part = whole.take(request.length);
+                        extra = Some(Box::new(Extra { whole: Some(whole), ..Extra::default() }));
+                        part
+                    }
+                    false => buffers,
+                };
+                (Bulk::In(part), 0)
+            }
+            PathOperation::Put { buffers, .. } => {
+                let crc = match options.crc {
+                    OperationCrc::AsSession => 0,
+                    OperationCrc::Computed => crc_of(&buffers),
+                    OperationCrc::Given(crc) => crc,
+                };
+                (Bulk::Out(buffers), crc)
+            }
+            PathOperation::Open { path, .. } => {
+                let opening = Opening {
+                    flags: request.flags,
+                    path: path.into_os_string().into_encoded_bytes().into(),
+                    reopenings: self.session.files().reopenings(),
+                    file: None,
+                    is_known: false,
+                };
+                extra = Some(Box::new(Extra { opening: Some(opening), ..Extra::default() }));
+                (Bulk::None, 0)
+            }
+            _ => (Bulk::None, 0),
+        };
+        let send = SendOptions::with_crc((options.crc != OperationCrc::AsSession).then_some(crc));
+        let failure = failure
+            .or_else(|| unsupported(request.opcode, &self.channel))
+            .or_else(|| send.why_not_granted(self.channel.grant()).map(not_supported));
+        let new = New {
+            file: NO_FILE,
+            opcode: request.opcode,
+            request: Request::Encoded(request.command.into()),
+            bulk,
+            length: request.length as u64,
+            is_lent: false,
+            extra,
+        };
+        let ticket = self.take_in(new, token, send, failure);
+        if let Some(timeout) = options.timeout {
+            self.set_timeout(ticket, timeout);
+        }
+        Ok(ticket)
+    }
+
+    /// Closes a file, for which there is room.
+    #[cold]
+    pub(super) fn enqueue_close(
+        &mut self,
+        file: &File,
+        token: u64,
+        options: SendOptions,
+        failure: Option<Error>,
+    ) -> Ticket {
+        let closing = if failure.is_none() { file.begin_close() } else { None };
+        let handle = file.inner().handle();
+        let new = New {
+            file: NO_FILE,
+            opcode: Opcode::Close,
+            request: Request::Command(Command::Close(handle)),
+            bulk: Bulk::None,
+            length: 0,
+            is_lent: false,
+            extra: closing.map(|_| Box::new(Extra { closing, ..Extra::default() })),
+        };
+        match (closing, failure) {
+            (None, None) => self.take_in_over(new, token),
+            (_, failure) => self.take_in(new, token, options, failure),
+        }
+    }
+
+    /// Gives a slot to an operation that has ended well.
+    fn take_in_over(&mut self, new: New, token: u64) -> Ticket {
+        let index = self.vacant_slot();
+        let slot = &mut self.slots[index as usize];
+        (slot.token, slot.file, slot.opcode) = (token, new.file, new.opcode);
+        (slot.is_lent, slot.cancelling, slot.timed_out) = (false, false, false);
+        (slot.options, slot.request) = (SendOptions::PLAIN, None);
+        let ticket = Ticket { index, generation: slot.generation };
+        self.in_flight += 1;
+        self.stats.submitted += 1;
+        self.complete(index, Ok(0), Bulk::None, 0);
+        ticket
+    }
+
+    /// A reply to an operation that [`has_answer`].
+    #[cold]
+    pub(super) fn handle_answer(&mut self, index: u32, reply: Reply) {
+        let slot = &self.slots[index as usize];
+        let opcode = slot.opcode;
+        // A server that was restarted does not have a file that was being closed already.
+        let is_closed_anyway =
+            opcode == Opcode::Close && reply.status.errno == libc::EBADF && self.channel.connections() > 1;
+        if is_closed_anyway {
+            return self.complete(index, Ok(0), reply.bulk, 0);
+        }
+        let mut result = self.result_of(index, slot.length, &reply);
+        if result.is_ok() {
+            let found = match opcode {
+                Opcode::Open => match self.opened(index, &reply) {
+                    Ok(true) => Ok((0, None)),
+                    Ok(false) => return,
+                    Err(error) => Err(error),
+                },
+                Opcode::Stat if self.opening(index).is_some() => match self.opened_status(index, &reply) {
+                    Ok(true) => Ok((0, None)),
+                    Ok(false) => return,
+                    Err(error) => Err(error),
+                },
+                _ => answer_of(opcode, self.slots[index as usize].length, &reply),
+            };
+            result = match found {
+                Ok((count, answer)) => {
+                    if let Some(answer) = answer {
+                        let slot = &mut self.slots[index as usize];
+                        slot.extra.get_or_insert_default().answer = Some(Box::new(answer));
+                    }
+                    Ok(count)
+                }
+                Err(error) => {
+                    self.channel.abort(Violation::Field);
+                    Err(error)
+                }
+            };
+        }
+        if self.opening(index).is_some()
+            && opcode == Opcode::Stat
+            && result.as_ref().is_err_and(|error| error.errno() == libc::EBADF)
+        {
+            let text = "The server was restarted when it had opened the file. Open it again.";
+            result = Err(Error::new(Status::transport(libc::ECONNRESET), text));
+        }
+        self.complete(index, result, reply.bulk, reply.data_crc);
+    }
+
+    fn opening(&mut self, index: u32) -> Option<&mut Opening> {
+        self.slots[index as usize].extra.as_mut()?.opening.as_mut()
+    }
+
+    /// The server has opened a file. Whether that is all.
+    fn opened(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+        let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);
+        let session = Arc::clone(&self.session);
+        let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
+        let is_synced = opening.flags & (OPEN_SYNC | OPEN_DSYNC) != 0;
+        opening.file = Some(File::new(session, handle, 0, is_synced));
+        match reply.body.is_empty() {
+            false => self.opened_status(index, reply),
+            // It was opened by a request whose connection has broken: its outcome is all that there is.
+            true => {
+                self.ask_for_status(index, handle);
+                Ok(false)
+            }
+        }
+    }
+
+    /// The status of a file that was opened has come. Whether that is all.
+    fn opened_status(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+        let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
+        let session = Arc::clone(&self.session);
+        let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
+        let Some(mut file) = opening.file.take() else { return Err(protocol_error()) };
+        let handle = file.inner().handle();
+        if !std::mem::replace(&mut opening.is_known, true) {
+            file = file.with_verifier(status.verifier.get());
+            let path = std::mem::take(&mut opening.path);
+            let opened = Reopenable { flags: opening.flags, path, identity: status.identity };
+            session.files().insert(handle, opened);
+            if session.files().reopenings() != opening.reopenings {
+                // Others may be connected to a server that has been started since it was opened.
+                opening.file = Some(file);
+                self.ask_for_status(index, handle);
+                return Ok(false);
+            }
+        }
+        let slot = &mut self.slots[index as usize];
+        slot.extra.get_or_insert_default().answer = Some(Box::new(Answer::File(file)));
+        Ok(true)
+    }
+
+    /// The slot of an open asks for the file's status next.
+    fn ask_for_status(&mut self, index: u32, handle: FileHandle) {
+        let slot = &mut self.slots[index as usize];
+        slot.opcode = Opcode::Stat;
+        slot.state = OperationState::Queued(Request::Command(Command::Stat(handle)), Bulk::None);
+        self.queued.push_front(index);
+    }
+
+    /// The request of an abandoned operation has succeeded. What it has opened is closed.
+    pub(super) fn close_abandoned(&mut self, index: u32, reply: &Reply) {
+        if self.slots[index as usize].opcode == Opcode::Open
+            && let Ok(handle) = u32::try_from(reply.result)
+        {
+            self.session.close_later(FileHandle(handle));
+        }
+    }
+}
+
+fn crc_of(buffers: &Buffers) -> u32 {
+    message::crc_of(buffers.slices(0..buffers.len()))
+}
+
+/// The byte count and the answer in the reply to an operation that had `length` bytes of data.
+fn answer_of(opcode: Opcode, length: u64, reply: &Reply) -> Result<(u64, Option<Answer>), Error> {
+    Ok(match opcode {
+        Opcode::Stat | Opcode::StatPath => (0, Some(Answer::Status(status_of(reply)?))),
+        Opcode::Get if reply.result == reply.data_len as u64 => {
+            (reply.result, Some(Answer::Status(status_of(reply)?)))
+        }
+        Opcode::Get => return Err(protocol_error()),
+        Opcode::Put => (length, None),
+        Opcode::Readlink => (0, Some(Answer::Link(link_of(reply)?))),
+        Opcode::Statfs => {
+            let status = FileSystemStatus::decode(&reply.body).map_err(|_| protocol_error())?;
+            (0, Some(Answer::FileSystem(status)))
+        }
+        Opcode::Extents => {
+            let extents = Extent::decode(&reply.body).map_err(|_| protocol_error())?;
+            let extents = extents.iter().map(|extent| (extent.offset.get(), extent.length.get()));
+            (0, Some(Answer::Extents { extents: extents.collect(), end: reply.result }))
+        }
+        _ => (0, None),
+    })
+}
