@@ -731,7 +731,7 @@ fn a_session_that_begins_too_many_lists_loses_the_oldest() {
     let lost = oldest.filter_map(Result::err).next().expect("it cannot go on");
     assert_eq!(lost.errno(), libc::ESTALE, "{lost}");
     for listing in listings {
-        assert_eq!(listing.map(|entry| entry.expect("an entry")).count(), 2000);
+        assert_eq!(listing.filter_map(Result::ok).count(), 2000);
     }
 }
 
@@ -771,8 +771,7 @@ fn however_often_the_connection_breaks_each_change_is_made_once() {
         }
         let (got, _) = session.get(format!("/d/moving{next}"), 100).expect("it is there");
         assert_eq!(got, b"data");
-        let listed =
-            session.read_dir("/d/many").expect("a list").map(|entry| entry.expect("an entry")).count();
+        let listed = session.read_dir("/d/many").expect("a list").filter_map(Result::ok).count();
         assert_eq!(listed as u64, next.div_ceil(2), "round {n}");
     }
     assert_eq!(fs::read_dir(site.path("many")).expect("a directory").count(), 75);
