@@ -1,0 +1,538 @@
+//! Makes a tree like another one: what `cp -r` and `sync` have in common.
+//!
+//! Threads share a queue of directories and groups of files, and each has a way of its own to both trees. A
+//! directory is listed, on both sides if they are compared, and its entries are merged by name: so no more is
+//! in memory than the directories that are being worked on. Permissions and times of a directory are set when
+//! everything in it was done.
+
+mod file;
+mod node;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use raio_transport::sync::lock;
+use serde::Serialize;
+
+use self::node::Node;
+use crate::failure::{Failure, Kind};
+use crate::global::Global;
+use crate::interrupt::Interrupt;
+use crate::location::Location;
+use crate::output;
+use crate::pattern::Pattern;
+use crate::place::Sessions;
+use crate::progress::Progress;
+use crate::queue::Queue;
+use crate::transfer::Settings;
+use crate::tree::{self, Access, Tree, TreeEntry};
+use crate::tuning::FILES_PER_ITEM;
+
+/// By what files are told to be the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Comparison {
+    /// Not at all: every file is copied.
+    None,
+    /// By size and time of the last change.
+    SizeAndTime,
+    /// By all their bytes.
+    Contents,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// By what files are told to be the same.
+    pub comparison: Comparison,
+    /// What the source does not have is removed from the destination.
+    pub deletes: bool,
+    /// What would be done is told, and nothing is changed.
+    pub is_dry: bool,
+    /// Permissions and times are those of the source.
+    pub preserves: bool,
+    /// Symbolic links of the source lead to what they are links to.
+    pub follows: bool,
+    /// Files are durable before they take their names.
+    pub is_durable: bool,
+    /// The first failure is the end.
+    pub fails_fast: bool,
+    /// What is left alone on both sides.
+    pub exclude: Vec<Pattern>,
+    /// Threads, each with sessions of its own.
+    pub threads: usize,
+    /// How large files are read and written.
+    pub settings: Settings,
+}
+
+/// What is done at the destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Deed {
+    /// A file is written.
+    Copy,
+    /// A directory is created.
+    Mkdir,
+    /// A symbolic link is created.
+    Link,
+    /// Permissions or time are set.
+    Set,
+    /// Something is removed.
+    Delete,
+}
+
+/// Something that is done at the destination, as `--json` prints it.
+#[derive(Debug, Serialize)]
+pub struct Action {
+    /// What it is.
+    pub action: Deed,
+    /// Beneath the destination.
+    pub path: String,
+    /// Of the file that is copied.
+    pub bytes: Option<u64>,
+}
+
+/// How much was done, as `--json` prints it.
+#[derive(Debug, Default, Serialize)]
+pub struct Counts {
+    /// Of the source, which were looked at.
+    pub directories: AtomicU64,
+    /// Regular files of the source.
+    pub files: AtomicU64,
+    /// Files that were copied.
+    pub copied: AtomicU64,
+    /// Their bytes.
+    pub copied_bytes: AtomicU64,
+    /// Files and links that the destination had already.
+    pub unchanged: AtomicU64,
+    /// Symbolic links that were created.
+    pub links: AtomicU64,
+    /// Removed from the destination.
+    pub deleted: AtomicU64,
+    /// What could not be done.
+    pub failed: AtomicU64,
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// A tree that is made like another one.
+pub struct Mirror<'a> {
+    /// Options of all commands.
+    pub global: &'a Global,
+    /// What is to be done.
+    pub plan: &'a Plan,
+    /// The source.
+    pub from: &'a Location,
+    /// The destination.
+    pub to: &'a Location,
+    /// The destination may be a link to a directory, as the user has named it.
+    pub is_to_followed: bool,
+    /// How far it is.
+    pub progress: &'a Progress,
+    /// Ctrl-C.
+    pub interrupt: &'a Interrupt,
+}
+
+/// What threads share.
+struct Run<'a> {
+    mirror: &'a Mirror<'a>,
+    plan: &'a Plan,
+    counts: &'a Counts,
+    queue: Queue<Item>,
+    /// Why all was stopped.
+    end: Mutex<Option<Failure>>,
+    /// The list of what is done, if it is shown.
+    shows: bool,
+}
+
+/// What a thread does next.
+enum Item {
+    Directory(Arc<Node>),
+    /// Files of a directory, and what the destination has in their places.
+    Files(Arc<Node>, Vec<(TreeEntry, Option<TreeEntry>)>),
+}
+
+impl Mirror<'_> {
+    /// Does it. Failures of single files are said and counted, and the others go on.
+    pub fn run(&self, counts: &Counts) -> Result<(), Failure> {
+        self.check_apart()?;
+        let mut source = tree::open(self.global, self.from, &self.access())?;
+        let mut destination = tree::open(self.global, self.to, &self.access_to_destination())?;
+        let root = Path::new("");
+        let from = source.entry(root, true)?.ok_or_else(|| {
+            Failure::of(Kind::NotFound, format!("Cannot open {}: it does not exist.", self.from))
+        })?;
+        let to = destination.entry(root, self.is_to_followed)?;
+        if !from.is_dir() || to.as_ref().is_some_and(|to| !to.is_dir()) {
+            let wrong = if from.is_dir() { self.to } else { self.from };
+            return Err(Failure::usage(format!(
+                "{wrong} is not a directory. Name one, or copy with raio cp."
+            )));
+        }
+        if to.as_ref().is_some_and(|to| to.inode == from.inode && to.modified_ns == from.modified_ns) {
+            return Err(Failure::usage(format!("{} and {} are the same directory.", self.from, self.to)));
+        }
+        let run = Run {
+            mirror: self,
+            plan: self.plan,
+            counts,
+            queue: Queue::new(Item::Directory(Node::root(from, to))),
+            end: Mutex::new(None),
+            shows: self.plan.is_dry,
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..self.plan.threads {
+                scope.spawn(|| run.thread(None));
+            }
+            run.thread(Some((source, destination)));
+        });
+        self.progress.finish();
+        let end = lock(&run.end).take();
+        let failed = counts.failed.load(Ordering::Relaxed);
+        match end {
+            Some(failure) => Err(failure),
+            None if failed > 0 => Err(Failure::new(format!("{failed} of {} have failed.", self.from))),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses trees of which one is in the other: such a copy would have no end.
+    fn check_apart(&self) -> Result<(), Failure> {
+        let resolved = |path: &Path| {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            let there = path.ancestors().find_map(|above| Some((std::fs::canonicalize(above).ok()?, above)));
+            there.map_or_else(
+                || path.clone(),
+                |(real, above)| {
+                    path.strip_prefix(above).map_or_else(|_| path.clone(), |rest| real.join(rest))
+                },
+            )
+        };
+        let (from, to) = match (self.from, self.to) {
+            (Location::Local(from), Location::Local(to)) => (resolved(from), resolved(to)),
+            (Location::Remote { path: from, .. }, Location::Remote { path: to, .. })
+                if Sessions::new(self.global).is_same_server(self.from, self.to)? =>
+            {
+                (from.clone(), to.clone())
+            }
+            _ => return Ok(()),
+        };
+        if to.starts_with(&from) || from.starts_with(&to) {
+            let text =
+                format!("Of {} and {} one is in the other. Name another directory.", self.from, self.to);
+            return Err(Failure::usage(text));
+        }
+        Ok(())
+    }
+
+    /// How the source is used. The names of partial files are the same whenever this is done again.
+    fn access(&self) -> Access {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let subject = [&*self.from.to_bytes(), b"\n", &*self.to.to_bytes(), b"\n", host.as_bytes()].concat();
+        let tag = blake3::hash(&subject).to_hex()[..16].to_owned();
+        Access { follows: self.plan.follows, is_root_followed: true, tag }
+    }
+
+    fn access_to_destination(&self) -> Access {
+        Access { follows: false, is_root_followed: self.is_to_followed, ..self.access() }
+    }
+}
+
+impl Run<'_> {
+    fn thread(&self, trees: Option<(Box<dyn Tree>, Box<dyn Tree>)>) {
+        let mirror = self.mirror;
+        let opened = trees.map_or_else(
+            || {
+                let source = tree::open(mirror.global, mirror.from, &mirror.access())?;
+                Ok((source, tree::open(mirror.global, mirror.to, &mirror.access_to_destination())?))
+            },
+            Ok,
+        );
+        let mut hand = match opened {
+            Ok((source, destination)) => Hand { run: self, source, destination },
+            Err(failure) => return self.stop(failure),
+        };
+        while let Some(item) = self.queue.next() {
+            if let Err(failure) = mirror.interrupt.check().and_then(|()| hand.work(item)) {
+                self.stop(failure);
+            }
+            self.queue.done();
+        }
+    }
+
+    /// Ends all, because of this.
+    fn stop(&self, failure: Failure) {
+        lock(&self.end).get_or_insert(failure);
+        self.queue.stop();
+    }
+
+    /// Takes note of how something has ended. Returns whether it was done.
+    fn note(&self, ended: Result<(), Failure>) -> Result<bool, Failure> {
+        match ended {
+            Ok(()) => Ok(true),
+            Err(failure) if failure.is_final() || self.plan.fails_fast => Err(failure),
+            Err(failure) => {
+                count(&self.counts.failed);
+                output::say(&format!("raio: {failure}"));
+                Ok(false)
+            }
+        }
+    }
+
+    /// Tells of what is done. Returns whether to do it.
+    fn begins(&self, action: Deed, path: &Path, bytes: Option<u64>) -> Result<bool, Failure> {
+        if self.shows {
+            let bytes_of_path = output::visible(path.as_os_str().as_encoded_bytes());
+            if self.mirror.global.json {
+                output::print_json(&Action { action, path: path.to_string_lossy().into_owned(), bytes })?;
+            } else {
+                let word = format!("{action:?}").to_lowercase();
+                output::print(&format!("{word:6} {bytes_of_path}\n"))?;
+            }
+        }
+        Ok(!self.plan.is_dry)
+    }
+
+    fn is_excluded(&self, path: &Path) -> bool {
+        self.plan.exclude.iter().any(|pattern| pattern.matches(path))
+    }
+}
+
+/// A thread's way to both trees.
+struct Hand<'a> {
+    run: &'a Run<'a>,
+    source: Box<dyn Tree>,
+    destination: Box<dyn Tree>,
+}
+
+impl Hand<'_> {
+    fn work(&mut self, item: Item) -> Result<(), Failure> {
+        let run = self.run;
+        match item {
+            Item::Directory(node) => {
+                let ended = self.directory(&node);
+                // Without the first directory there is nothing.
+                let ended = if node.parent().is_none() { Ok(ended?) } else { ended };
+                if !run.note(ended)? {
+                    node.has_failed();
+                }
+                self.finish(&node)
+            }
+            Item::Files(node, files) => {
+                for (entry, there) in files {
+                    run.mirror.interrupt.check()?;
+                    let ended = self.file(&node, &entry, there.as_ref());
+                    run.note(ended)?;
+                    self.finish(&node)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Both sides of a directory, listed at the same time.
+    fn list(&mut self, node: &Node) -> Result<(Vec<TreeEntry>, Vec<TreeEntry>), Failure> {
+        let compares = self.run.plan.comparison != Comparison::None || self.run.plan.deletes;
+        if !compares || node.is_new() {
+            return Ok((self.source.entries(node.path())?, Vec::new()));
+        }
+        if node.there_lacks(0o500) {
+            self.unlock(node)?;
+        }
+        let (source, destination) = (&mut self.source, &mut self.destination);
+        std::thread::scope(|scope| {
+            let there = scope.spawn(|| destination.entries(node.path()));
+            let here = source.entries(node.path())?;
+            let there = there.join().map_err(|_| Failure::new("A thread that lists has panicked."))??;
+            Ok((here, there))
+        })
+    }
+
+    /// Does what a directory itself needs, and adds what is in it to the queue.
+    fn directory(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
+        let run = self.run;
+        count(&run.counts.directories);
+        self.create_dir(node)?;
+        let (here, there) = self.list(node)?;
+        let mut there = there.into_iter().peekable();
+        let (mut directories, mut files) = (Vec::new(), Vec::new());
+        let mut extra = Vec::new();
+        for entry in here {
+            while let Some(other) = there.next_if(|other| other.name < entry.name) {
+                extra.push(other);
+            }
+            let other = there.next_if(|other| other.name == entry.name);
+            let path = node.path().join(&entry.name);
+            if run.is_excluded(&path) {
+                continue;
+            }
+            let entry = match self.resolved(node, &path, entry) {
+                Ok(entry) => entry,
+                Err(failure) => {
+                    run.note(Err(failure))?;
+                    continue;
+                }
+            };
+            if entry.is_dir() {
+                let cleared = self.clear_for_dir(node, &path, other.as_ref());
+                if run.note(cleared)? {
+                    let other = other.filter(TreeEntry::is_dir);
+                    directories.push(Item::Directory(node.child(path, entry, other)));
+                }
+            } else {
+                files.push((entry, other));
+            }
+        }
+        extra.extend(there);
+        if run.plan.deletes {
+            for other in extra {
+                let path = node.path().join(&other.name);
+                if !run.is_excluded(&path) {
+                    let removed = self.unlock(node).and_then(|()| self.remove(&path, &other).map(drop));
+                    run.note(removed)?;
+                }
+            }
+        }
+        let mut items = Vec::new();
+        while !files.is_empty() {
+            let group = files.split_off(files.len().saturating_sub(FILES_PER_ITEM));
+            node.awaits(group.len());
+            items.push(Item::Files(Arc::clone(node), group));
+        }
+        // Files first: the queue gives back the newest, and directories make more of it.
+        items.extend(directories);
+        run.queue.add(items);
+        Ok(())
+    }
+
+    /// An entry of the source; with `follows`, what a link leads to.
+    fn resolved(&mut self, node: &Node, path: &Path, entry: TreeEntry) -> Result<TreeEntry, Failure> {
+        if !entry.is_link() || !self.run.plan.follows {
+            return Ok(entry);
+        }
+        let leads_to = self.source.entry(path, true)?.ok_or_else(|| {
+            let location = self.source.location(path);
+            Failure::of(Kind::NotFound, format!("{location} is a link that leads nowhere. Remove it."))
+        })?;
+        if leads_to.is_dir() && node.is_beneath(&leads_to) {
+            let location = self.source.location(path);
+            return Err(Failure::new(format!(
+                "{location} is a link that leads back to a directory above it."
+            )));
+        }
+        Ok(TreeEntry { name: entry.name, ..leads_to })
+    }
+
+    /// Makes way for a directory.
+    fn clear_for_dir(&mut self, node: &Node, path: &Path, other: Option<&TreeEntry>) -> Result<(), Failure> {
+        match other {
+            Some(other) if other.is_dir() => Ok(()),
+            Some(other) => {
+                self.unlock(node)?;
+                self.remove(path, other).map(drop)
+            }
+            None => self.unlock(node),
+        }
+    }
+
+    /// Something in a directory is about to be changed: its owner gets the permissions to do so, until it is
+    /// done.
+    fn unlock(&mut self, node: &Node) -> Result<(), Failure> {
+        node.has_changed();
+        if !node.there_lacks(0o700) || !self.run.plan.preserves || self.run.plan.is_dry {
+            return Ok(());
+        }
+        node.unlock(|mode| self.destination.set(node.path(), Some(mode), None))
+    }
+
+    fn create_dir(&mut self, node: &Node) -> Result<(), Failure> {
+        let run = self.run;
+        if !node.is_new() || !run.begins(Deed::Mkdir, node.path(), None)? {
+            return Ok(());
+        }
+        // It can be written to until everything is in it.
+        let made = self.destination.create_dir(node.path(), node.source().permissions() | 0o700)?;
+        node.was_made(made);
+        Ok(())
+    }
+
+    /// Removes something from the destination, with what is in it, but nothing that is excluded. Returns
+    /// whether it is gone.
+    fn remove(&mut self, path: &Path, entry: &TreeEntry) -> Result<bool, Failure> {
+        let run = self.run;
+        if entry.is_dir() {
+            if entry.mode & 0o700 != 0o700 && !run.plan.is_dry {
+                self.destination.set(path, Some(entry.permissions() | 0o700), None)?;
+            }
+            let mut is_empty = true;
+            for entry in self.destination.entries(path)? {
+                let path: PathBuf = path.join(&entry.name);
+                is_empty &= !run.is_excluded(&path) && self.remove(&path, &entry)?;
+            }
+            if !is_empty {
+                return Ok(false);
+            }
+        }
+        count(&run.counts.deleted);
+        if run.begins(Deed::Delete, path, None)? {
+            match entry.is_dir() {
+                true => self.destination.remove_dir(path)?,
+                false => self.destination.remove_file(path)?,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Something in a directory, or its list, is done. After the last one the directory gets its attributes,
+    /// and is done itself.
+    fn finish(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
+        let mut node = Arc::clone(node);
+        while node.is_last() {
+            let set = self.set_dir(&node);
+            self.run.note(set)?;
+            match node.parent() {
+                Some(parent) => node = Arc::clone(parent),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn set_dir(&mut self, node: &Node) -> Result<(), Failure> {
+        let run = self.run;
+        let Some((mode, modified_ns)) = node.attributes(run.plan.preserves) else { return Ok(()) };
+        if !node.is_new() && !run.begins(Deed::Set, node.path(), None)? || run.plan.is_dry {
+            return Ok(());
+        }
+        let mode = match run.plan.preserves {
+            true => Some(mode),
+            // What the umask has taken stays away.
+            false => {
+                let found = self.destination.entry(node.path(), false)?.map_or(mode, |it| it.permissions());
+                Some(found & mode)
+            }
+        };
+        self.destination.set(node.path(), mode, modified_ns)
+    }
+}
+
+/// What is shown at the end.
+impl Counts {
+    /// For people.
+    pub fn text(&self, is_exact: bool) -> String {
+        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        format!(
+            "{} files, {} copied ({}), {} unchanged, {} links, {} directories, {} deleted, {} failed\n",
+            number(&self.files),
+            number(&self.copied),
+            output::size(number(&self.copied_bytes), is_exact),
+            number(&self.unchanged),
+            number(&self.links),
+            number(&self.directories),
+            number(&self.deleted),
+            number(&self.failed)
+        )
+    }
+}
