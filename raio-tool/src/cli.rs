@@ -64,7 +64,7 @@ pub enum Command {
     /// Compute the checksums of files
     #[command(after_long_help = flowing(include_str!("help/checksum.txt")))]
     Checksum(digest::Options),
-    /// Compare two files
+    /// Compare two files, or two directories
     #[command(after_long_help = flowing(include_str!("help/cmp.txt")))]
     Cmp(cmp::Options),
     /// Give a range of a file or device back to the storage

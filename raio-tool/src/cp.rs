@@ -124,15 +124,11 @@ struct Report {
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
     let mut locations = options.paths.iter().map(Location::parse).collect::<Result<Vec<_>, _>>()?;
     let to = locations.pop().ok_or_else(|| Failure::usage("There is no destination."))?;
-    let is_directory = match &to {
-        Location::Local(path) => path.is_dir(),
-        Location::Remote { .. } => Sessions::new(global).is_directory(&to)?,
-        Location::Stream | Location::Null => false,
-    };
+    let is_directory = Sessions::new(global).is_directory(&to)?;
     let mut batch = Batch::default();
     for from in &locations {
         let to = to.for_source(from, is_directory, locations.len() > 1)?;
-        if options.recursive && trees::is_directory(global, from)? {
+        if options.recursive && Sessions::new(global).is_directory(from)? {
             let copied = trees::copy(global, options, from, &to, !is_directory, interrupt);
             if options.fail_fast {
                 copied?

@@ -10,6 +10,7 @@ mod cat;
 mod checksum;
 mod cli;
 mod cmp;
+mod contents;
 mod cp;
 mod df;
 mod digest;

@@ -12,7 +12,6 @@ use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::mirror::{Comparison, Counts, Mirror, Plan};
 use crate::output;
-use crate::place::Sessions;
 use crate::progress::Progress;
 use crate::transfer::Settings;
 use crate::tuning::TREE_THREADS;
@@ -26,15 +25,6 @@ struct Report<'a> {
     counts: &'a Counts,
     seconds: f64,
     bytes_per_second: f64,
-}
-
-/// Whether a source is a directory.
-pub fn is_directory(global: &Global, from: &Location) -> Result<bool, Failure> {
-    match from {
-        Location::Local(path) => Ok(path.is_dir()),
-        Location::Remote { .. } => Sessions::new(global).is_directory(from),
-        Location::Stream | Location::Null => Ok(false),
-    }
 }
 
 /// Copies a directory with all that is in it. `is_named`: the user has named the destination itself, which
@@ -57,7 +47,7 @@ pub fn copy(
         if is_set {
             return Err(Failure::usage(format!(
                 "{option} is for single files, and {from} is a directory. `raio sync` goes on with a copy, \
-                 and with --checksum it compares."
+                 and `raio cmp -r` compares."
             )));
         }
     }

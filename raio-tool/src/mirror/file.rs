@@ -1,17 +1,14 @@
 //! One file or link of a tree that is made like another one.
 
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use raio_transport::sync::lock;
-
 use super::{Comparison, Deed, Hand, Node, Run, count};
+use crate::contents::same_contents;
 use crate::failure::Failure;
-use crate::interrupt::Interrupt;
-use crate::place::{Facts, Place, Sort, Stream, is_zero};
-use crate::transfer::{self, Block, Settings, Verdict, Watcher};
-use crate::tree::{New, Tree, TreeEntry};
+use crate::place::{Facts, Place, Sort, is_zero};
+use crate::transfer::{self, Block, Verdict, Watcher};
+use crate::tree::{New, TreeEntry};
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
@@ -163,38 +160,4 @@ impl Watcher for Filling<'_> {
     fn tick(&self, bytes: u64) {
         self.run.mirror.progress.show(self.done + bytes);
     }
-}
-
-/// Whether two files of the same size have the same bytes.
-pub fn same_contents(
-    one: &mut dyn Tree,
-    other: &mut dyn Tree,
-    path: &Path,
-    interrupt: &Interrupt,
-) -> Result<bool, Failure> {
-    let ((a, of_a), (b, of_b)) = (one.read(path, SMALL_FILE_BYTES)?, other.read(path, SMALL_FILE_BYTES)?);
-    if a != b || of_a.size != of_b.size {
-        return Ok(false);
-    }
-    if of_a.size == a.len() as u64 {
-        return Ok(true);
-    }
-    Ok(hash(&*one.source(path)?, interrupt)? == hash(&*other.source(path)?, interrupt)?)
-}
-
-/// Computes a hash of blocks in their order.
-struct Hashing(Mutex<blake3::Hasher>);
-
-impl Watcher for Hashing {
-    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        lock(&self.0).update(data);
-        Ok(Verdict::Skip)
-    }
-}
-
-fn hash(of: &dyn Place, interrupt: &Interrupt) -> Result<blake3::Hash, Failure> {
-    let settings = Settings { is_ordered: true, ..Settings::default() };
-    let (size, hashing) = (of.facts()?.size, Hashing(Mutex::default()));
-    transfer::run(of, &Stream::null(), Some(0)..size, &[], &settings, &hashing, interrupt)?;
-    Ok(lock(&hashing.0).finalize())
 }

@@ -57,8 +57,13 @@ impl Sessions<'_> {
         Err(Failure::usage(format!("{one} and {other} are on different servers. {advice}")))
     }
 
-    /// Whether it is a directory of a server. What does not exist is none, unless its name ends with a slash.
+    /// Whether it is a directory. What does not exist on a server is none, unless its name ends with a slash.
     pub fn is_directory(&self, location: &Location) -> Result<bool, Failure> {
+        match location {
+            Location::Local(path) => return Ok(path.is_dir()),
+            Location::Stream | Location::Null => return Ok(false),
+            Location::Remote { .. } => {}
+        }
         let (session, path) = self.at(location)?;
         if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
             return Ok(true);

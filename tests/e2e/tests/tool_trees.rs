@@ -62,7 +62,7 @@ fn set_time(path: &Path, seconds: i64, ns: i64) {
 fn grow(root: &Path, random: &mut Random) {
     fs::create_dir(root).expect("a directory");
     let mut directories = vec![root.to_owned()];
-    let mut name = |random: &mut Random, number: u64| {
+    let name = |random: &mut Random, number: u64| {
         let mut name = number.to_string().into_bytes();
         match random.below(4) {
             0 => name.resize(255, b'n'),
@@ -395,4 +395,38 @@ fn failures_of_single_files_are_counted_and_the_others_go_on() {
         assert_eq!(code(&output), Some(status), "raio {arguments:?}: {said}");
         assert!(said.contains(needle), "raio {arguments:?}: {said}");
     }
+}
+
+#[test]
+fn directories_are_compared_and_their_files_have_checksums() {
+    let site = Site::new();
+    let mut random = Random::with_seed(11);
+    grow(&site.here("a"), &mut random);
+    sync(&site, &["a", ":/e/a"]);
+    site.run(&["cmp", "-r", "a", ":/e/a"]);
+    let sums = |root: &str| {
+        let text = site.run(&["checksum", "-r", root]);
+        let text = String::from_utf8_lossy(&text).into_owned();
+        text.replace(&format!("  {root}/"), "  ")
+    };
+    let files =
+        tree(&site.here("a"), false).values().filter(|it| it.0 & libc::S_IFMT == libc::S_IFREG).count();
+    assert!(sums("a") == sums(":/e/a") && sums("a").matches("  ").count() >= files, "{}", sums("a"));
+    let deep = site.there("a/deep");
+    fs::set_permissions(&deep, fs::Permissions::from_mode(0o755)).expect("it is ours");
+    fs::write(deep.join("f"), "y").expect("a file");
+    fs::write(deep.join("extra"), "").expect("a file");
+    fs::remove_dir_all(deep.join("level 0/level 1")).expect("a directory");
+    fs::write(deep.join("level 0/level 1"), "").expect("a file");
+    let output = site.raio(&["cmp", "-r", "--json", "a", ":/e/a"]).output().expect("raio runs");
+    assert_eq!(code(&output), Some(6), "{}", String::from_utf8_lossy(&output.stderr));
+    let lines = String::from_utf8(output.stdout).expect("UTF-8");
+    let mut found: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    found.iter().for_each(|object| assert_documented("cmp", object));
+    found.sort_by_key(|it| it["path"].to_string());
+    let found: Vec<_> = found.iter().map(|it| (it["path"].as_str(), it["differs"].as_str())).collect();
+    let expected = [("deep/extra", "extra"), ("deep/f", "contents"), ("deep/level 0/level 1", "type")];
+    assert_eq!(found, expected.map(|(path, differs)| (Some(path), Some(differs))));
+    let output = site.raio(&["cmp", "-r", "none", ":/e/a"]).output().expect("raio runs");
+    assert_eq!(code(&output), Some(3), "{}", String::from_utf8_lossy(&output.stderr));
 }
