@@ -5,117 +5,30 @@
 //! in memory than the directories that are being worked on. Permissions and times of a directory are set when
 //! everything in it was done.
 
+mod directory;
 mod file;
 mod node;
+mod plan;
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use raio_transport::sync::lock;
-use serde::Serialize;
 
 use self::node::Node;
+use self::plan::count;
 use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::pattern::Pattern;
 use crate::place::Sessions;
 use crate::progress::Progress;
 use crate::queue::Queue;
-use crate::transfer::Settings;
 use crate::tree::{self, Access, Tree, TreeEntry};
-use crate::tuning::FILES_PER_ITEM;
 
-/// By what files are told to be the same.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Comparison {
-    /// Not at all: every file is copied.
-    None,
-    /// By size and time of the last change.
-    SizeAndTime,
-    /// By all their bytes.
-    Contents,
-}
-
-/// What is to be done.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    /// By what files are told to be the same.
-    pub comparison: Comparison,
-    /// What the source does not have is removed from the destination.
-    pub deletes: bool,
-    /// What would be done is told, and nothing is changed.
-    pub is_dry: bool,
-    /// Permissions and times are those of the source.
-    pub preserves: bool,
-    /// Symbolic links of the source lead to what they are links to.
-    pub follows: bool,
-    /// Files are durable before they take their names.
-    pub is_durable: bool,
-    /// The first failure is the end.
-    pub fails_fast: bool,
-    /// What is left alone on both sides.
-    pub exclude: Vec<Pattern>,
-    /// Threads, each with sessions of its own.
-    pub threads: usize,
-    /// How large files are read and written.
-    pub settings: Settings,
-}
-
-/// What is done at the destination.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Deed {
-    /// A file is written.
-    Copy,
-    /// A directory is created.
-    Mkdir,
-    /// A symbolic link is created.
-    Link,
-    /// Permissions or time are set.
-    Set,
-    /// Something is removed.
-    Delete,
-}
-
-/// Something that is done at the destination, as `--json` prints it.
-#[derive(Debug, Serialize)]
-pub struct Action {
-    /// What it is.
-    pub action: Deed,
-    /// Beneath the destination.
-    pub path: String,
-    /// Of the file that is copied.
-    pub bytes: Option<u64>,
-}
-
-/// How much was done, as `--json` prints it.
-#[derive(Debug, Default, Serialize)]
-pub struct Counts {
-    /// Of the source, which were looked at.
-    pub directories: AtomicU64,
-    /// Regular files of the source.
-    pub files: AtomicU64,
-    /// Files that were copied.
-    pub copied: AtomicU64,
-    /// Their bytes.
-    pub copied_bytes: AtomicU64,
-    /// Files and links that the destination had already.
-    pub unchanged: AtomicU64,
-    /// Symbolic links that were created.
-    pub links: AtomicU64,
-    /// Removed from the destination.
-    pub deleted: AtomicU64,
-    /// What could not be done.
-    pub failed: AtomicU64,
-}
-
-fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
-}
+pub use self::plan::{Action, Comparison, Counts, Deed, Plan};
 
 /// A tree that is made like another one.
 pub struct Mirror<'a> {
@@ -332,159 +245,6 @@ impl Hand<'_> {
         }
     }
 
-    /// Both sides of a directory, listed at the same time.
-    fn list(&mut self, node: &Node) -> Result<(Vec<TreeEntry>, Vec<TreeEntry>), Failure> {
-        let compares = self.run.plan.comparison != Comparison::None || self.run.plan.deletes;
-        if !compares || node.is_new() {
-            return Ok((self.source.entries(node.path())?, Vec::new()));
-        }
-        if node.there_lacks(0o500) {
-            self.unlock(node)?;
-        }
-        let (source, destination) = (&mut self.source, &mut self.destination);
-        std::thread::scope(|scope| {
-            let there = scope.spawn(|| destination.entries(node.path()));
-            let here = source.entries(node.path())?;
-            let there = there.join().map_err(|_| Failure::new("A thread that lists has panicked."))??;
-            Ok((here, there))
-        })
-    }
-
-    /// Does what a directory itself needs, and adds what is in it to the queue.
-    fn directory(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
-        let run = self.run;
-        count(&run.counts.directories);
-        self.create_dir(node)?;
-        let (here, there) = self.list(node)?;
-        let mut there = there.into_iter().peekable();
-        let (mut directories, mut files) = (Vec::new(), Vec::new());
-        let mut extra = Vec::new();
-        for entry in here {
-            while let Some(other) = there.next_if(|other| other.name < entry.name) {
-                extra.push(other);
-            }
-            let other = there.next_if(|other| other.name == entry.name);
-            let path = node.path().join(&entry.name);
-            if run.is_excluded(&path) {
-                continue;
-            }
-            let entry = match self.resolved(node, &path, entry) {
-                Ok(entry) => entry,
-                Err(failure) => {
-                    run.note(Err(failure))?;
-                    continue;
-                }
-            };
-            if entry.is_dir() {
-                let cleared = self.clear_for_dir(node, &path, other.as_ref());
-                if run.note(cleared)? {
-                    let other = other.filter(TreeEntry::is_dir);
-                    directories.push(Item::Directory(node.child(path, entry, other)));
-                }
-            } else {
-                files.push((entry, other));
-            }
-        }
-        extra.extend(there);
-        if run.plan.deletes {
-            for other in extra {
-                let path = node.path().join(&other.name);
-                if !run.is_excluded(&path) {
-                    let removed = self.unlock(node).and_then(|()| self.remove(&path, &other).map(drop));
-                    run.note(removed)?;
-                }
-            }
-        }
-        let mut items = Vec::new();
-        while !files.is_empty() {
-            let group = files.split_off(files.len().saturating_sub(FILES_PER_ITEM));
-            node.awaits(group.len());
-            items.push(Item::Files(Arc::clone(node), group));
-        }
-        // Files first: the queue gives back the newest, and directories make more of it.
-        items.extend(directories);
-        run.queue.add(items);
-        Ok(())
-    }
-
-    /// An entry of the source; with `follows`, what a link leads to.
-    fn resolved(&mut self, node: &Node, path: &Path, entry: TreeEntry) -> Result<TreeEntry, Failure> {
-        if !entry.is_link() || !self.run.plan.follows {
-            return Ok(entry);
-        }
-        let leads_to = self.source.entry(path, true)?.ok_or_else(|| {
-            let location = self.source.location(path);
-            Failure::of(Kind::NotFound, format!("{location} is a link that leads nowhere. Remove it."))
-        })?;
-        if leads_to.is_dir() && node.is_beneath(&leads_to) {
-            let location = self.source.location(path);
-            return Err(Failure::new(format!(
-                "{location} is a link that leads back to a directory above it."
-            )));
-        }
-        Ok(TreeEntry { name: entry.name, ..leads_to })
-    }
-
-    /// Makes way for a directory.
-    fn clear_for_dir(&mut self, node: &Node, path: &Path, other: Option<&TreeEntry>) -> Result<(), Failure> {
-        match other {
-            Some(other) if other.is_dir() => Ok(()),
-            Some(other) => {
-                self.unlock(node)?;
-                self.remove(path, other).map(drop)
-            }
-            None => self.unlock(node),
-        }
-    }
-
-    /// Something in a directory is about to be changed: its owner gets the permissions to do so, until it is
-    /// done.
-    fn unlock(&mut self, node: &Node) -> Result<(), Failure> {
-        node.has_changed();
-        if !node.there_lacks(0o700) || !self.run.plan.preserves || self.run.plan.is_dry {
-            return Ok(());
-        }
-        node.unlock(|mode| self.destination.set(node.path(), Some(mode), None))
-    }
-
-    fn create_dir(&mut self, node: &Node) -> Result<(), Failure> {
-        let run = self.run;
-        if !node.is_new() || !run.begins(Deed::Mkdir, node.path(), None)? {
-            return Ok(());
-        }
-        // It can be written to until everything is in it.
-        let made = self.destination.create_dir(node.path(), node.source().permissions() | 0o700)?;
-        node.was_made(made);
-        Ok(())
-    }
-
-    /// Removes something from the destination, with what is in it, but nothing that is excluded. Returns
-    /// whether it is gone.
-    fn remove(&mut self, path: &Path, entry: &TreeEntry) -> Result<bool, Failure> {
-        let run = self.run;
-        if entry.is_dir() {
-            if entry.mode & 0o700 != 0o700 && !run.plan.is_dry {
-                self.destination.set(path, Some(entry.permissions() | 0o700), None)?;
-            }
-            let mut is_empty = true;
-            for entry in self.destination.entries(path)? {
-                let path: PathBuf = path.join(&entry.name);
-                is_empty &= !run.is_excluded(&path) && self.remove(&path, &entry)?;
-            }
-            if !is_empty {
-                return Ok(false);
-            }
-        }
-        count(&run.counts.deleted);
-        if run.begins(Deed::Delete, path, None)? {
-            match entry.is_dir() {
-                true => self.destination.remove_dir(path)?,
-                false => self.destination.remove_file(path)?,
-            }
-        }
-        Ok(true)
-    }
-
     /// Something in a directory, or its list, is done. After the last one the directory gets its attributes,
     /// and is done itself.
     fn finish(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
@@ -515,24 +275,5 @@ impl Hand<'_> {
             }
         };
         self.destination.set(node.path(), mode, modified_ns)
-    }
-}
-
-/// What is shown at the end.
-impl Counts {
-    /// For people.
-    pub fn text(&self, is_exact: bool) -> String {
-        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        format!(
-            "{} files, {} copied ({}), {} unchanged, {} links, {} directories, {} deleted, {} failed\n",
-            number(&self.files),
-            number(&self.copied),
-            output::size(number(&self.copied_bytes), is_exact),
-            number(&self.unchanged),
-            number(&self.links),
-            number(&self.directories),
-            number(&self.deleted),
-            number(&self.failed)
-        )
     }
 }

@@ -430,3 +430,65 @@ fn directories_are_compared_and_their_files_have_checksums() {
     let output = site.raio(&["cmp", "-r", "none", ":/e/a"]).output().expect("raio runs");
     assert_eq!(code(&output), Some(3), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+#[test]
+fn a_sync_goes_on_when_the_server_is_started_again_and_ends_soon_when_it_is_gone() {
+    let mut site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    for number in 0..3000 {
+        fs::write(site.here(&format!("a/{number}")), bytes(100 + number)).expect("a file");
+    }
+    let listen = site.server.listen_url();
+    let arguments = ["sync", "a", ":/e/a", "--connections", "2", "--fsync"];
+    let child = site.raio(&arguments).stderr(Stdio::piped()).spawn().expect("raio starts");
+    let deadline = Instant::now() + PATIENCE;
+    while fs::read_dir(site.there("a")).map_or(0, Iterator::count) < 20 {
+        assert!(Instant::now() < deadline, "the sync does not begin");
+    }
+    site.server.signal(Signal::TERM);
+    site.server.wait();
+    site.server = Site::serve(site.directory.path(), &listen);
+    let output = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_same(&tree(&site.here("a"), true), &tree(&site.there("a"), true), "all has arrived");
+    fs::remove_dir_all(site.there("a")).expect("a directory");
+    let mut command = site.raio(&[&arguments[..], &["--timeout", "1"]].concat());
+    let child = command.stderr(Stdio::piped()).spawn().expect("raio starts");
+    while fs::read_dir(site.there("a")).map_or(0, Iterator::count) < 20 {
+        assert!(Instant::now() < deadline, "the sync does not begin");
+    }
+    site.server.signal(Signal::KILL);
+    site.server.wait();
+    let output = child.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(code(&output), Some(5), "{said}");
+    assert!(said.lines().count() < 10, "it does not try every file: {said}");
+}
+
+#[test]
+fn ctrl_c_leaves_no_partial_file_and_whole_files_only() {
+    let site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    let content = bytes(5 << 20);
+    for number in 0..20 {
+        fs::write(site.here(&format!("a/{number}")), &content).expect("a file");
+    }
+    for (from, to) in [("a", ":/e/b"), ("a", "b")] {
+        let copy = if to == "b" { site.here("b") } else { site.there("b") };
+        let child = site.raio(&["cp", "-r", from, to, "--bwlimit", "20M"]).spawn().expect("raio starts");
+        let deadline = Instant::now() + PATIENCE;
+        while fs::read_dir(&copy).map_or(0, Iterator::count) < 2 {
+            assert!(Instant::now() < deadline, "the copy does not begin");
+        }
+        kill_process(Pid::from_child(&child), Signal::INT).expect("it is there");
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!(code(&output), Some(130));
+        let left = tree(&copy, false);
+        assert!((2..20).contains(&left.len()), "{:?}", left.keys());
+        for (path, (mode, _, found)) in &left {
+            let is_file = mode & libc::S_IFMT == libc::S_IFREG;
+            assert!(!is_file || *found == content, "{} is not whole", path.display());
+        }
+    }
+}
