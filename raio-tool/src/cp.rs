@@ -124,11 +124,12 @@ struct Report {
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
     let mut locations = options.paths.iter().map(Location::parse).collect::<Result<Vec<_>, _>>()?;
     let to = locations.pop().ok_or_else(|| Failure::usage("There is no destination."))?;
-    let is_directory = Sessions::new(global).is_directory(&to)?;
+    let sessions = Sessions::new(global);
+    let is_directory = sessions.is_directory(&to)?;
     let mut batch = Batch::default();
     for from in &locations {
         let to = to.for_source(from, is_directory, locations.len() > 1)?;
-        if options.recursive && Sessions::new(global).is_directory(from)? {
+        if options.recursive && sessions.is_directory(from)? {
             let copied = trees::copy(global, options, from, &to, !is_directory, interrupt);
             if options.fail_fast {
                 copied?
@@ -137,7 +138,7 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
             }
             continue;
         }
-        let copied = Copy { global, options, interrupt, from, to: &to }.run();
+        let copied = Copy { global, sessions: &sessions, options, interrupt, from, to: &to }.run();
         let report = match copied {
             Err(failure) if options.recursive && !options.fail_fast => {
                 batch.note(Err(failure))?;
@@ -158,6 +159,8 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
 /// One file to be copied.
 struct Copy<'a> {
     global: &'a Global,
+    /// For what is done to names.
+    sessions: &'a Sessions<'a>,
     options: &'a Options,
     interrupt: &'a Interrupt,
     from: &'a Location,
@@ -173,7 +176,7 @@ impl Copy<'_> {
             return Ok(report);
         }
         let mut destination =
-            Destination::open(self.global, self.options, self.from, self.to, &facts, self.interrupt)?;
+            Destination::open(self.sessions, self.options, self.from, self.to, &facts, self.interrupt)?;
         self.check(&*source, &facts, &destination)?;
         let subject = self.subject(&facts);
         let checksums = Checksums::new(facts.size, self.options.block_size, self.options.verify);
@@ -262,7 +265,7 @@ impl Copy<'_> {
         if !matches!(self.to, Location::Remote { .. }) {
             return Ok(None);
         }
-        let (session, path) = Sessions::new(self.global).at(self.to)?;
+        let (session, path) = self.sessions.at(self.to)?;
         match found(&session, path) {
             Found::Other => return Ok(None),
             Found::File(there) => self.check_same_file(facts, &there)?,

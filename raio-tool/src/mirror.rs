@@ -56,8 +56,6 @@ struct Run<'a> {
     queue: Queue<Item>,
     /// Why all was stopped.
     end: Mutex<Option<Failure>>,
-    /// The list of what is done, if it is shown.
-    shows: bool,
 }
 
 /// What a thread does next.
@@ -93,7 +91,6 @@ impl Mirror<'_> {
             counts,
             queue: Queue::new(Item::Directory(Node::root(from, to))),
             end: Mutex::new(None),
-            shows: self.plan.is_dry,
         };
         std::thread::scope(|scope| {
             for _ in 1..self.plan.threads {
@@ -194,15 +191,17 @@ impl Run<'_> {
         }
     }
 
-    /// Tells of what is done. Returns whether to do it.
+    /// Something is about to be done: a dry run tells of it. Returns whether to do it.
     fn begins(&self, action: Deed, path: &Path, bytes: Option<u64>) -> Result<bool, Failure> {
-        if self.shows {
-            let bytes_of_path = output::visible(path.as_os_str().as_encoded_bytes());
+        if self.plan.is_dry {
+            // The directories themselves.
+            let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
             if self.mirror.global.json {
                 output::print_json(&Action { action, path: path.to_string_lossy().into_owned(), bytes })?;
             } else {
                 let word = format!("{action:?}").to_lowercase();
-                output::print(&format!("{word:6} {bytes_of_path}\n"))?;
+                let path = output::visible(path.as_os_str().as_encoded_bytes());
+                output::print(&format!("{word:6} {path}\n"))?;
             }
         }
         Ok(!self.plan.is_dry)

@@ -33,7 +33,7 @@ enum Target {
 impl Destination {
     /// Opens it. Nothing that was there is changed yet.
     pub fn open(
-        global: &Global,
+        sessions: &Sessions<'_>,
         options: &Options,
         from: &Location,
         to: &Location,
@@ -41,7 +41,7 @@ impl Destination {
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         let mode = source.mode & 0o777;
-        let tag = tag(global, from, to);
+        let tag = tag(sessions.global(), from, to);
         let in_place = |place, facts, journal| Self {
             target: Target::InPlace(place),
             facts,
@@ -81,7 +81,7 @@ impl Destination {
                 }
             }
             Location::Remote { .. } => {
-                let (session, path) = Sessions::new(global).at(to)?;
+                let (session, path) = sessions.at(to)?;
                 let journal = Some(state_file(&tag));
                 let found = found(&session, path);
                 if options.inplace || found == Found::Other {

@@ -30,6 +30,11 @@ impl<'a> Sessions<'a> {
         Self { global, sessions: Mutex::default() }
     }
 
+    /// The options of all commands.
+    pub fn global(&self) -> &Global {
+        self.global
+    }
+
     /// The session for what is on a server, and its path there.
     pub fn at<'l>(&self, location: &'l Location) -> Result<(Arc<Session>, &'l Path), Failure> {
         let (url, path) = on_server(self.global, location)?;
