@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::global::Global;
-use crate::{bench, cat, cmp, cp, digest, discard, doctor, info, key, load, ping, stat};
+use crate::{bench, cat, cmp, cp, df, digest, discard, doctor, du, find, info, key, ln, load, ls, mkdir, mv};
+use crate::{ping, rm, stat, sync, truncate};
 
 /// Copies, examines and measures files that raio servers export.
 #[derive(Debug, Parser)]
@@ -24,16 +25,46 @@ pub enum Command {
     /// Copy files between this machine and servers
     #[command(after_long_help = flowing(include_str!("help/cp.txt")))]
     Cp(cp::Options),
+    /// Make a directory like another one, by copying what differs
+    #[command(after_long_help = flowing(include_str!("help/sync.txt")))]
+    Sync(sync::Options),
     /// Write files to standard output
     #[command(after_long_help = flowing(include_str!("help/cat.txt")))]
     Cat(cat::Options),
     /// Show what is known of files
     #[command(after_long_help = flowing(include_str!("help/stat.txt")))]
     Stat(stat::Options),
+    /// List directories of a server, or its exports
+    #[command(after_long_help = flowing(include_str!("help/ls.txt")))]
+    Ls(ls::Options),
+    /// Find what is beneath directories of a server
+    #[command(after_long_help = flowing(include_str!("help/find.txt")))]
+    Find(find::Options),
+    /// Sum up the sizes beneath directories of a server
+    #[command(after_long_help = flowing(include_str!("help/du.txt")))]
+    Du(du::Options),
+    /// Show the room of the file systems of a server
+    #[command(after_long_help = flowing(include_str!("help/df.txt")))]
+    Df(df::Options),
+    /// Remove files and directories of a server
+    #[command(after_long_help = flowing(include_str!("help/rm.txt")))]
+    Rm(rm::Options),
+    /// Create directories on a server
+    #[command(after_long_help = flowing(include_str!("help/mkdir.txt")))]
+    Mkdir(mkdir::Options),
+    /// Rename files and directories within an export
+    #[command(after_long_help = flowing(include_str!("help/mv.txt")))]
+    Mv(mv::Options),
+    /// Give a file of a server another name, or create a symbolic link
+    #[command(after_long_help = flowing(include_str!("help/ln.txt")))]
+    Ln(ln::Options),
+    /// Make files of a server shorter or longer
+    #[command(after_long_help = flowing(include_str!("help/truncate.txt")))]
+    Truncate(truncate::Options),
     /// Compute the checksums of files
     #[command(after_long_help = flowing(include_str!("help/checksum.txt")))]
     Checksum(digest::Options),
-    /// Compare two files
+    /// Compare two files, or two directories
     #[command(after_long_help = flowing(include_str!("help/cmp.txt")))]
     Cmp(cmp::Options),
     /// Give a range of a file or device back to the storage

@@ -1,4 +1,6 @@
-//! `raio cmp`: whether two files are the same.
+//! `raio cmp`: whether two files or directories are the same.
+
+mod trees;
 
 use std::ffi::OsString;
 use std::sync::mpsc::{self, Receiver, SyncSender};
@@ -24,6 +26,9 @@ pub struct Options {
     /// The other file
     #[arg(value_name = "OTHER", value_hint = ValueHint::AnyPath)]
     other: OsString,
+    /// Compare directories, with all that is in them
+    #[arg(short, long)]
+    recursive: bool,
 }
 
 /// The result, as `--json` prints it.
@@ -54,6 +59,9 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
     let (one, other) = (Location::parse(&options.one)?, Location::parse(&options.other)?);
     if one == Location::Stream && other == Location::Stream {
         return Err(Failure::usage("Both files are standard input. Name two."));
+    }
+    if options.recursive {
+        return trees::compare(global, &one, &other, interrupt);
     }
     let places =
         (open_source(global, &one, false, interrupt)?, open_source(global, &other, false, interrupt)?);

@@ -1,36 +1,39 @@
 //! `raio cp`: copies files between this machine and servers.
 //!
-//! A copy is a transfer whose blocks are noted in a journal. To a file of this machine it goes beside the
-//! destination, and is renamed at the end. `--verify` is a second transfer, which reads the destination and
-//! compares its blocks with the checksums of what was read from the source.
+//! A copy is a transfer whose blocks are noted in a journal. It goes beside the destination, and is renamed
+//! at the end. A small file goes to a server by one request (put). `--verify` is a second transfer, which
+//! reads the destination and compares its blocks with the checksums of what was read from the source.
 
 mod destination;
 mod journal;
+mod trees;
 
 use std::ffi::OsString;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use clap::{Args, ValueHint};
+use raio::{Attributes, PutOptions};
 use raio_transport::size;
 use raio_transport::sync::lock;
 use serde::Serialize;
 
-use self::destination::Destination;
+use self::destination::{Destination, Found, found};
 use self::journal::{Journal, Subject};
+use crate::batch::Batch;
 use crate::checksum::crc32c;
 use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::place::{Facts, Place, Sort, Stream, is_zero, open_source};
+use crate::pattern::Pattern;
+use crate::place::{Facts, Place, Sessions, Sort, Stream, is_zero, open_source, read_whole};
 use crate::progress::{Progress, Style};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
-use crate::tuning::{DEPTH, JOURNAL_FROM_BYTES};
+use crate::tuning::{DEPTH, JOURNAL_FROM_BYTES, SMALL_FILE_BYTES};
 
 /// What the command line says.
 #[derive(Args, Debug)]
@@ -38,6 +41,18 @@ pub struct Options {
     /// Files to copy, and at last where to: a file, or a directory
     #[arg(required = true, num_args = 2.., value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
+    /// Copy directories, with all that is in them
+    #[arg(short, long)]
+    recursive: bool,
+    /// With -r, copy what symbolic links lead to, rather than the links
+    #[arg(short = 'L', long, requires = "recursive")]
+    dereference: bool,
+    /// With -r, leave out what matches this pattern
+    #[arg(long, value_name = "PATTERN", value_parser = Pattern::parse, requires = "recursive")]
+    exclude: Vec<Pattern>,
+    /// With -r, end with the first failure, rather than go on with the other files
+    #[arg(long, requires = "recursive")]
+    fail_fast: bool,
     /// Go on with a copy that was interrupted. What is there is compared with checksums first
     #[arg(long)]
     resume: bool,
@@ -47,7 +62,8 @@ pub struct Options {
     /// Make the copy durable before it takes its name
     #[arg(long)]
     fsync: bool,
-    /// Give the copy the permissions, the times and, as root, the owner of the source
+    /// Give the copy the permissions, the times and, as root, the owner of the source; to a server and with
+    /// -r, permissions and the time of the last change
     #[arg(long)]
     preserve: bool,
     /// Write to the destination itself, rather than to a file beside it
@@ -62,7 +78,8 @@ pub struct Options {
     /// At most this number of bytes per second
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     bwlimit: Option<u64>,
-    /// Connections to each server [default: 1 for small files, up to 4 for large ones]
+    /// Connections to each server; with -r, files worked on at a time [default: 1 for small files, up to 4
+    /// for large ones, 8 with -r]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=64))]
     connections: Option<u16>,
     /// Reads and writes in flight on each connection
@@ -107,10 +124,28 @@ struct Report {
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
     let mut locations = options.paths.iter().map(Location::parse).collect::<Result<Vec<_>, _>>()?;
     let to = locations.pop().ok_or_else(|| Failure::usage("There is no destination."))?;
-    let several = locations.len() > 1;
+    let sessions = Sessions::new(global);
+    let is_directory = sessions.is_directory(&to)?;
+    let mut batch = Batch::default();
     for from in &locations {
-        let to = into_directory(from, &to, several)?;
-        let report = Copy { global, options, interrupt, from, to: &to }.run()?;
+        let to = to.for_source(from, is_directory, locations.len() > 1)?;
+        if options.recursive && sessions.is_directory(from)? {
+            let copied = trees::copy(global, options, from, &to, !is_directory, interrupt);
+            if options.fail_fast {
+                copied?
+            } else {
+                batch.note(copied)?
+            }
+            continue;
+        }
+        let copied = Copy { global, sessions: &sessions, options, interrupt, from, to: &to }.run();
+        let report = match copied {
+            Err(failure) if options.recursive && !options.fail_fast => {
+                batch.note(Err(failure))?;
+                continue;
+            }
+            copied => copied?,
+        };
         match to {
             _ if !global.json => {}
             // The data is on standard output.
@@ -118,37 +153,14 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
             _ => output::print_json(&report)?,
         }
     }
-    Ok(())
-}
-
-/// The destination's file if it is a directory: a local one, or one that ends with a slash.
-fn into_directory(from: &Location, to: &Location, several: bool) -> Result<Location, Failure> {
-    let name = || {
-        let (Location::Local(path) | Location::Remote { path, .. }) = from else {
-            return Err(Failure::usage(format!("{from} has no name, so {to} cannot be a directory.")));
-        };
-        path.file_name().map(PathBuf::from).ok_or_else(|| Failure::usage(format!("{from} has no file name.")))
-    };
-    let ends_with_slash = |path: &PathBuf| path.as_os_str().as_encoded_bytes().ends_with(b"/");
-    Ok(match to {
-        Location::Local(path) if path.is_dir() => Location::Local(path.join(name()?)),
-        Location::Remote { server, path } if ends_with_slash(path) => {
-            Location::Remote { server: server.clone(), path: path.join(name()?) }
-        }
-        Location::Null => to.clone(),
-        _ if several => {
-            return Err(Failure::usage(format!(
-                "{to} is not a directory, so it cannot have several files. Name a directory; one on a server \
-                 ends with a slash."
-            )));
-        }
-        other => other.clone(),
-    })
+    batch.finish()
 }
 
 /// One file to be copied.
 struct Copy<'a> {
     global: &'a Global,
+    /// For what is done to names.
+    sessions: &'a Sessions<'a>,
     options: &'a Options,
     interrupt: &'a Interrupt,
     from: &'a Location,
@@ -160,8 +172,11 @@ impl Copy<'_> {
         let started = Instant::now();
         let source = open_source(self.global, self.from, false, self.interrupt)?;
         let facts = source.facts()?;
+        if let Some(report) = self.put(&*source, &facts, started)? {
+            return Ok(report);
+        }
         let mut destination =
-            Destination::open(self.global, self.options, self.from, self.to, &facts, self.interrupt)?;
+            Destination::open(self.sessions, self.options, self.from, self.to, &facts, self.interrupt)?;
         self.check(&*source, &facts, &destination)?;
         let subject = self.subject(&facts);
         let checksums = Checksums::new(facts.size, self.options.block_size, self.options.verify);
@@ -241,12 +256,68 @@ impl Copy<'_> {
         })
     }
 
+    /// Copies a small file to a server by one request, if that is what it takes.
+    fn put(&self, source: &dyn Place, facts: &Facts, started: Instant) -> Result<Option<Report>, Failure> {
+        let options = self.options;
+        let is_plain = !(options.verify || options.resume || options.inplace || options.destination_is_zero);
+        let is_small = |&size: &u64| size <= SMALL_FILE_BYTES && options.bwlimit.is_none() && is_plain;
+        let Some(size) = facts.size.filter(is_small) else { return Ok(None) };
+        if !matches!(self.to, Location::Remote { .. }) {
+            return Ok(None);
+        }
+        let (session, path) = self.sessions.at(self.to)?;
+        match found(&session, path) {
+            Found::Other => return Ok(None),
+            Found::File(there) => self.check_same_file(facts, &there)?,
+            Found::Nothing => {}
+        }
+        let bytes = read_whole(source, size)?;
+        let put = PutOptions {
+            mode: facts.mode & 0o777,
+            modified_ns: options.preserve.then_some(facts.times_ns.1),
+            exclusive: false,
+            fsync: options.fsync,
+        };
+        let done = session.put(path, &bytes, &put).and_then(|()| match options.preserve {
+            // The umask of the server applies to a put.
+            true => {
+                let attributes = Attributes { mode: Some(put.mode), ..Attributes::default() };
+                session.set_attributes(path, &attributes)
+            }
+            false => Ok(()),
+        });
+        match done {
+            Err(error) if error.errno() == libc::EFBIG => return Ok(None),
+            done => done.map_err(|error| Failure::remote(format!("Cannot write {}", self.to), &error))?,
+        }
+        let elapsed = started.elapsed();
+        Ok(Some(Report {
+            source: self.from.to_string(),
+            destination: self.to.to_string(),
+            bytes: size,
+            copied_bytes: size,
+            zero_bytes: 0,
+            resumed_bytes: 0,
+            verified_bytes: 0,
+            seconds: elapsed.as_secs_f64(),
+            bytes_per_second: output::per_second(size, elapsed),
+        }))
+    }
+
+    /// Refuses a copy of a file to itself.
+    fn check_same_file(&self, from: &Facts, to: &Facts) -> Result<(), Failure> {
+        let is_local = matches!((self.from, self.to), (Location::Local(_), Location::Local(_)));
+        if to.is_same_file(from, is_local) {
+            return Err(Failure::usage(format!("{} and {} are the same file.", self.from, self.to)));
+        }
+        Ok(())
+    }
+
     /// Refuses what would destroy something, or cannot be done, before anything is written.
     fn check(&self, source: &dyn Place, facts: &Facts, destination: &Destination) -> Result<(), Failure> {
         let to = destination.facts();
-        let is_local = matches!((self.from, self.to), (Location::Local(_), Location::Local(_)));
-        if to.is_some_and(|to| to.is_same_file(facts, is_local)) {
-            return Err(Failure::usage(format!("{} and {} are the same file.", self.from, self.to)));
+        if let Some(to) = &to {
+            self.check_same_file(facts, to)?;
         }
         let is_stream = to.is_none_or(|to| to.sort == Sort::Stream) && destination.is_in_place();
         for (is_set, option) in [
@@ -261,9 +332,6 @@ impl Copy<'_> {
                     self.to
                 )));
             }
-        }
-        if self.options.preserve && matches!(self.to, Location::Remote { .. }) {
-            return destination.place().preserve(facts);
         }
         if self.options.resume && facts.size.is_none() {
             let name = source.name();
@@ -358,8 +426,7 @@ impl Copy<'_> {
     /// What is said, and left, when a copy has failed.
     fn left(&self, failure: Failure, destination: &Destination, has_journal: bool) -> Failure {
         if has_journal {
-            let text = format!("{failure} The same command with --resume goes on.");
-            return Failure::of(failure.kind(), text);
+            return failure.with_advice("The same command with --resume goes on.");
         }
         destination.abandon();
         failure
@@ -546,21 +613,6 @@ impl Watcher for Verifying<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_directory_gets_the_name_of_the_source() {
-        let directory = tempfile::tempdir().unwrap();
-        let here = Location::Local(directory.path().to_owned());
-        let from: Location = ":/e/a/f".parse().unwrap();
-        let to = into_directory(&from, &here, true).unwrap();
-        assert_eq!(to, Location::Local(directory.path().join("f")));
-        let there: Location = ":/e/d/".parse().unwrap();
-        assert_eq!(into_directory(&from, &there, false).unwrap().to_string(), ":/e/d/f");
-        let file: Location = "g".parse().unwrap();
-        assert_eq!(into_directory(&from, &file, false).unwrap(), file);
-        assert!(into_directory(&from, &file, true).is_err(), "several files into one");
-        assert!(into_directory(&Location::Stream, &here, false).is_err(), "a stream has no name");
-    }
 
     #[test]
     fn a_block_that_differs_from_what_was_copied_is_found_when_it_is_verified() {

@@ -1,6 +1,7 @@
 //! `raio checksum`: the checksums of files.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use clap::{Args, ValueEnum, ValueHint};
@@ -13,8 +14,9 @@ use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::place::{Stream, open_source};
+use crate::place::{Place, Sessions, Stream, open_source};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
+use crate::tree::{self, Access};
 
 /// What the command line says.
 #[derive(Args, Debug)]
@@ -22,6 +24,9 @@ pub struct Options {
     /// Files
     #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
+    /// Of directories, those of all files that are in them
+    #[arg(short, long)]
+    recursive: bool,
     /// Which checksum
     #[arg(long, value_enum, default_value_t, value_name = "NAME")]
     algorithm: Algorithm,
@@ -68,27 +73,67 @@ impl Watcher for Digesting {
 }
 
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
-    let settings = Settings { is_ordered: true, ..Settings::default() };
     for path in &options.paths {
         let location = Location::parse(path)?;
-        let source = open_source(global, &location, false, interrupt)?;
-        let size = source.facts()?.size;
-        let digesting = Digesting(Mutex::new(match options.algorithm {
-            Algorithm::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
-            Algorithm::Blake3 => Digest::Blake3(Box::default()),
-        }));
-        let null = Stream::null();
-        let bytes = transfer::run(&*source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
-        let checksum = match &*lock(&digesting.0) {
-            Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
-            Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
-        };
-        if global.json {
-            let (path, algorithm) = (location.to_string(), options.algorithm);
-            output::print_json(&Report { path, algorithm, checksum: &checksum, bytes })?;
+        if options.recursive && Sessions::new(global).is_directory(&location)? {
+            every(global, options, &location, interrupt)?;
         } else {
-            output::print(&format!("{checksum}  {location}\n"))?;
+            let source = open_source(global, &location, false, interrupt)?;
+            show(global, options, &location, &*source, interrupt)?;
         }
     }
     Ok(())
+}
+
+/// The files in a directory and beneath, in the order of names.
+fn every(
+    global: &Global,
+    options: &Options,
+    location: &Location,
+    interrupt: &Interrupt,
+) -> Result<(), Failure> {
+    let access = Access { follows: false, is_root_followed: true, tag: String::new() };
+    let mut tree = tree::open(global, location, &access)?;
+    let mut rest = vec![PathBuf::new()];
+    while let Some(directory) = rest.pop() {
+        let mut directories = Vec::new();
+        for entry in tree.entries(&directory)? {
+            let path = directory.join(&entry.name);
+            if entry.is_dir() {
+                directories.push(path);
+            } else if entry.is_file() {
+                let source = tree.source(&path)?;
+                show(global, options, &location.join(&path), &*source, interrupt)?;
+            }
+        }
+        rest.extend(directories.into_iter().rev());
+    }
+    Ok(())
+}
+
+/// Computes the checksum of one file, and prints it.
+fn show(
+    global: &Global,
+    options: &Options,
+    location: &Location,
+    source: &dyn Place,
+    interrupt: &Interrupt,
+) -> Result<(), Failure> {
+    let settings = Settings { is_ordered: true, ..Settings::default() };
+    let size = source.facts()?.size;
+    let digesting = Digesting(Mutex::new(match options.algorithm {
+        Algorithm::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
+        Algorithm::Blake3 => Digest::Blake3(Box::default()),
+    }));
+    let null = Stream::null();
+    let bytes = transfer::run(source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
+    let checksum = match &*lock(&digesting.0) {
+        Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
+        Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
+    };
+    if global.json {
+        let (path, algorithm) = (location.to_string(), options.algorithm);
+        return output::print_json(&Report { path, algorithm, checksum: &checksum, bytes });
+    }
+    output::print_bytes(&[checksum.as_bytes(), b"  ", &location.to_bytes(), b"\n"].concat())
 }

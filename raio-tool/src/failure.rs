@@ -30,12 +30,13 @@ pub enum Kind {
 pub struct Failure {
     kind: Kind,
     text: String,
+    is_final: bool,
 }
 
 impl Failure {
     /// A failure of this kind.
     pub fn of(kind: Kind, text: impl Into<String>) -> Self {
-        Self { kind, text: text.into() }
+        Self { kind, text: text.into(), is_final: kind == Kind::Interrupted }
     }
 
     /// It could not be done.
@@ -52,7 +53,8 @@ impl Failure {
     /// open x".
     pub fn io(context: impl fmt::Display, error: &io::Error) -> Self {
         let kind = error.raw_os_error().map_or(Kind::Other, kind_of_errno);
-        Self::of(kind, format!("{context}: {error}."))
+        let is_final = error.raw_os_error() == Some(libc::EROFS);
+        Self { is_final, ..Self::of(kind, format!("{context}: {error}.")) }
     }
 
     /// A call on something of a server has failed.
@@ -63,7 +65,19 @@ impl Failure {
             _ if error.status.retryable => Kind::Unreachable,
             (kind, _) => kind,
         };
-        Self::of(kind, format!("{context}: {}.", error.text.trim_end_matches('.')))
+        let is_final = error.status.class == Class::Transport || error.errno() == libc::EROFS;
+        Self { is_final, ..Self::of(kind, format!("{context}: {}.", error.text.trim_end_matches('.'))) }
+    }
+
+    /// Whether the same would become of everything that is done next: the server is gone, the file system is
+    /// read-only, or Ctrl-C was pressed.
+    pub fn is_final(&self) -> bool {
+        self.is_final
+    }
+
+    /// The same failure, with this behind its message.
+    pub fn with_advice(self, advice: &str) -> Self {
+        Self { text: format!("{} {advice}", self.text), ..self }
     }
 
     /// What kind it is.
@@ -131,6 +145,13 @@ mod tests {
         assert_eq!(remote(Status::transport(libc::ENOENT)), Kind::Unreachable);
         assert_eq!(remote(Status::storage(libc::EBUSY)), Kind::Unreachable);
         assert_eq!(remote(Status::storage(libc::EIO)), Kind::Other);
+        let lost = raio::Error {
+            status: Status::transport(libc::EPIPE),
+            text: "Lost.".into(),
+            is_unknown: true,
+            is_lost: false,
+        };
+        assert!(Failure::remote("Cannot read", &lost).is_final() && !Failure::new("One file.").is_final());
         let missing = Failure::io("Cannot open x", &io::Error::from_raw_os_error(libc::ENOENT));
         assert_eq!(missing.kind(), Kind::NotFound);
         assert!(missing.to_string().starts_with("Cannot open x: "), "{missing}");

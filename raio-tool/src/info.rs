@@ -46,6 +46,8 @@ struct Report {
     io_bytes_max: u32,
     keepalive_seconds: f64,
     connect_seconds: f64,
+    /// What the server exports to this client, by name.
+    exports: Vec<String>,
     /// Operations that the server has, by name.
     operations: Vec<&'static str>,
 }
@@ -69,6 +71,11 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
         Scheme::Tcp => Some("The URL asks for TCP. Write raio:// for RDMA.".into()),
         Scheme::Rdma | Scheme::Unix => None,
     };
+    // A server of before 0.3 does not tell.
+    let listed = session.read_dir("/").and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let exports = listed.unwrap_or_default();
+    let mut exports: Vec<_> = exports.iter().map(|it| it.name.to_string_lossy().into_owned()).collect();
+    exports.sort_unstable();
     let report = Report {
         url: url.to_owned(),
         transport: match address.scheme() {
@@ -88,6 +95,7 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
         io_bytes_max: grant.data_bytes_max,
         keepalive_seconds: grant.keepalive.as_secs_f64(),
         connect_seconds: probe.connected_in.as_secs_f64(),
+        exports,
         operations: OPERATIONS.iter().filter(|it| it.is_granted(grant.features)).map(|it| it.name).collect(),
     };
     if global.json { output::print_json(&report) } else { output::print(&report.text(global.bytes)) }
@@ -115,6 +123,7 @@ impl Report {
         );
         text += &format!("keepalive   {} s\n", self.keepalive_seconds);
         text += &format!("connecting  {:.3} ms\n", self.connect_seconds * 1e3);
+        text += &format!("exports     {}\n", self.exports.join(" "));
         text + &format!("operations  {}\n", self.operations.join(" "))
     }
 }

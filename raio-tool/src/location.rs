@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::failure::Failure;
@@ -30,6 +30,15 @@ impl Location {
     /// What an argument stands for. One with a raio scheme, or a colon in front of a slash, is remote;
     /// everything else is local.
     pub fn parse(argument: &OsString) -> Result<Self, Failure> {
+        Self::parse_as(argument, false)
+    }
+
+    /// The same; a server's URL alone, or `:/`, is the list of its exports.
+    pub fn parse_directory(argument: &OsString) -> Result<Self, Failure> {
+        Self::parse_as(argument, true)
+    }
+
+    fn parse_as(argument: &OsString, may_be_server: bool) -> Result<Self, Failure> {
         let bytes = argument.as_bytes();
         if bytes == b"-" {
             return Ok(Self::Stream);
@@ -51,8 +60,10 @@ impl Location {
                 argument.to_string_lossy()
             ))
         };
-        let slash = rest.iter().position(|&it| it == b'/').ok_or_else(needs_path)?;
+        let slash = rest.iter().position(|&it| it == b'/').ok_or_else(needs_path);
+        let slash = if may_be_server { slash.unwrap_or(rest.len()) } else { slash? };
         let (host, file) = rest.split_at(slash);
+        let file = if file.is_empty() { b"/" } else { file };
         let (file, query) = match host {
             // raio+unix:///EXPORT/path?socket=PATH
             b"" => match file.windows(8).position(|it| it == b"?socket=") {
@@ -61,7 +72,7 @@ impl Location {
             },
             _ => (file, None),
         };
-        if file == b"/" {
+        if file == b"/" && !may_be_server {
             return Err(needs_path());
         }
         let mut server = scheme.to_vec();
@@ -74,6 +85,58 @@ impl Location {
             Failure::usage(format!("The server in {} is not UTF-8.", argument.to_string_lossy()))
         })?;
         Ok(Self::Remote { server: Some(server), path: path(file) })
+    }
+
+    /// Where something goes that is to have this place: itself, or if it is a directory its name in there.
+    /// `several` are to go there.
+    pub fn for_source(&self, from: &Self, is_directory: bool, several: bool) -> Result<Self, Failure> {
+        let name = || {
+            let (Self::Local(path) | Self::Remote { path, .. }) = from else {
+                let text = format!("{from} has no name, so {self} cannot be a directory.");
+                return Err(Failure::usage(text));
+            };
+            path.file_name().ok_or_else(|| Failure::usage(format!("{from} has no file name.")))
+        };
+        match self {
+            Self::Null => Ok(Self::Null),
+            _ if is_directory => Ok(self.join(Path::new(name()?))),
+            _ if several => Err(Failure::usage(format!(
+                "{self} is not a directory, so it cannot have several files. Name a directory."
+            ))),
+            other => Ok(other.clone()),
+        }
+    }
+
+    /// What is at this path below it; a stream has nothing below.
+    pub fn join(&self, below: &Path) -> Self {
+        let joined = |path: &PathBuf| {
+            if below.as_os_str().is_empty() { path.clone() } else { path.join(below) }
+        };
+        match self {
+            Self::Local(path) => Self::Local(joined(path)),
+            Self::Remote { server, path } => Self::Remote { server: server.clone(), path: joined(path) },
+            Self::Stream | Self::Null => self.clone(),
+        }
+    }
+
+    /// What a command line would have for it: as it is displayed, with every byte of its path.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let (before, path, behind) = match self {
+            Self::Stream => return b"-".into(),
+            Self::Null => return b"null:".into(),
+            Self::Local(path) => ("", path, None),
+            Self::Remote { server: None, path } => (":", path, None),
+            Self::Remote { server: Some(server), path } => match server.split_once("/?") {
+                Some((scheme, query)) => (scheme, path, Some(query)),
+                None => (server.as_str(), path, None),
+            },
+        };
+        let mut bytes = [before.as_bytes(), path.as_os_str().as_bytes()].concat();
+        if let Some(query) = behind {
+            bytes.push(b'?');
+            bytes.extend_from_slice(query.as_bytes());
+        }
+        bytes
     }
 }
 
@@ -136,6 +199,43 @@ mod tests {
             let failure = text.parse::<Location>().unwrap_err();
             assert!(failure.to_string().contains("no file there"), "{text}: {failure}");
         }
+    }
+
+    #[test]
+    fn a_server_alone_is_the_list_of_its_exports_where_that_makes_sense() {
+        for (text, location) in [
+            ("raio://h", remote(Some("raio://h"), "/")),
+            ("raio://h/", remote(Some("raio://h"), "/")),
+            (":/", remote(None, "/")),
+            ("raio+unix:///?socket=/run/s", remote(Some("raio+unix:///?socket=/run/s"), "/")),
+        ] {
+            assert_eq!(Location::parse_directory(&text.into()).unwrap(), location, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_below_a_place_has_a_name_that_leads_there() {
+        for (text, below) in [
+            ("raio://h/e", "raio://h/e/a/b"),
+            (":/", ":/a/b"),
+            ("d", "d/a/b"),
+            ("raio+unix:///e?socket=/s", "raio+unix:///e/a/b?socket=/s"),
+        ] {
+            let location = Location::parse_directory(&text.into()).unwrap().join(Path::new("a/b"));
+            assert_eq!(location.to_bytes(), below.as_bytes());
+            assert_eq!(location.to_string(), below);
+        }
+    }
+
+    #[test]
+    fn in_a_directory_a_file_keeps_its_name() {
+        let at = |text: &str| text.parse::<Location>().unwrap();
+        let from = at(":/e/a/f");
+        assert_eq!(at("d").for_source(&from, true, true).unwrap(), at("d/f"));
+        assert_eq!(at(":/e/d/").for_source(&from, true, false).unwrap().to_string(), ":/e/d/f");
+        assert_eq!(at("g").for_source(&from, false, false).unwrap(), at("g"));
+        assert!(at("g").for_source(&from, false, true).is_err(), "several files into one");
+        assert!(at("d").for_source(&Location::Stream, true, false).is_err(), "a stream has no name");
     }
 
     #[test]

@@ -4,31 +4,48 @@
 
 #![deny(unsafe_code)]
 
+mod batch;
 mod bench;
 mod cat;
 mod checksum;
 mod cli;
 mod cmp;
+mod contents;
 mod cp;
+mod df;
 mod digest;
 mod discard;
 mod doctor;
+mod du;
 mod failure;
+mod find;
 mod global;
 mod info;
 mod interrupt;
 mod key;
+mod ln;
 mod load;
 mod location;
+mod ls;
 mod manual;
+mod mirror;
+mod mkdir;
+mod mv;
 mod output;
+mod pattern;
 mod ping;
 mod place;
 mod progress;
+mod queue;
+mod rm;
 mod stat;
+mod sync;
 mod target;
 mod transfer;
+mod tree;
+mod truncate;
 mod tuning;
+mod walk;
 
 use std::process::ExitCode;
 
@@ -49,17 +66,27 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let global = &cli.global;
     // A copy leaves its work in order.
-    let is_graceful = matches!(cli.command, Command::Cp(_));
+    let is_graceful = matches!(cli.command, Command::Cp(_) | Command::Sync(_));
     let interrupt =
         Interrupt::install(is_graceful).map_err(|error| Failure::io("Cannot handle Ctrl-C", &error))?;
     let interrupt = &interrupt;
     let done = |()| ExitCode::SUCCESS;
     match cli.command {
         Command::Cp(options) => cp::run(global, &options, interrupt).map(done),
+        Command::Sync(options) => sync::run(global, &options, interrupt).map(done),
         Command::Cat(options) => cat::run(global, &options, interrupt).map(done),
         Command::Stat(options) => stat::run(global, &options).map(done),
         Command::Checksum(options) => digest::run(global, &options, interrupt).map(done),
         Command::Cmp(options) => cmp::run(global, &options, interrupt).map(done),
+        Command::Ls(options) => ls::run(global, &options).map(done),
+        Command::Find(options) => find::run(global, &options).map(done),
+        Command::Du(options) => du::run(global, &options).map(done),
+        Command::Df(options) => df::run(global, &options).map(done),
+        Command::Rm(options) => rm::run(global, &options).map(done),
+        Command::Mkdir(options) => mkdir::run(global, &options).map(done),
+        Command::Mv(options) => mv::run(global, &options).map(done),
+        Command::Ln(options) => ln::run(global, &options).map(done),
+        Command::Truncate(options) => truncate::run(global, &options).map(done),
         Command::Discard(options) => discard::run(global, &options).map(done),
         Command::Info(options) => info::run(global, &options).map(done),
         Command::Ping(options) => ping::run(global, &options).map(done),

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::process::exit;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -20,14 +21,21 @@ pub fn stdout_failed(error: &io::Error) -> Failure {
 
 /// Writes to standard output.
 pub fn print(text: &str) -> Result<(), Failure> {
+    print_bytes(text.as_bytes())
+}
+
+/// Writes bytes that need not be UTF-8, such as those of a path.
+pub fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
-    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    let printed = stdout.write_all(bytes).and_then(|()| stdout.flush());
     printed.map_err(|error| stdout_failed(&error))
 }
 
-/// Writes a line to standard error. If it is closed, nothing can be said.
+/// Writes a line to standard error. If it is closed, nothing can be said. Control characters of names do not
+/// get to a terminal.
 pub fn say(text: &str) {
-    let _ = io::stderr().lock().write_all(format!("{text}\n").as_bytes());
+    let lines: Vec<String> = text.split('\n').map(|line| visible(line.as_bytes())).collect();
+    let _ = io::stderr().lock().write_all(format!("{}\n", lines.join("\n")).as_bytes());
 }
 
 /// Writes one object as a line of JSON.
@@ -35,6 +43,45 @@ pub fn print_json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(value)
         .map_err(|error| Failure::new(format!("Cannot write the result as JSON: {error}.")))?;
     print(&format!("{text}\n"))
+}
+
+/// A name or path for people: what is not UTF-8, and control characters, which a terminal would obey, are
+/// written as \\xHH.
+pub fn visible(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() {
+                let mut utf8 = [0; 4];
+                c.encode_utf8(&mut utf8).bytes().for_each(|byte| text += &format!("\\x{byte:02x}"));
+            } else {
+                text.push(c);
+            }
+        }
+        chunk.invalid().iter().for_each(|byte| text += &format!("\\x{byte:02x}"));
+    }
+    text
+}
+
+/// What sort of file it is, by its `st_mode`.
+pub fn sort(mode: u32) -> &'static str {
+    match mode & libc::S_IFMT {
+        libc::S_IFREG => "file",
+        libc::S_IFDIR => "directory",
+        libc::S_IFLNK => "symlink",
+        libc::S_IFBLK => "block",
+        libc::S_IFCHR => "character",
+        libc::S_IFIFO => "fifo",
+        _ => "socket",
+    }
+}
+
+/// The second of a time in nanoseconds since the epoch, in UTC.
+pub fn second(ns: i64) -> String {
+    match Timestamp::from_second(ns.div_euclid(1_000_000_000)) {
+        Ok(time) => time.to_string(),
+        Err(_) => format!("{ns} ns"),
+    }
 }
 
 /// A number of bytes for people, such as 1.5 GiB; exact with `is_exact`.
@@ -96,6 +143,12 @@ mod tests {
             assert_eq!(size(bytes, false), text);
             assert_eq!(size(bytes, true), bytes.to_string());
         }
+    }
+
+    #[test]
+    fn names_cannot_command_a_terminal() {
+        assert_eq!(visible(b"a\x1b[2J\n\xff\xc2\x9b"), "a\\x1b[2J\\x0a\\xff\\xc2\\x9b");
+        assert_eq!(visible("grün".as_bytes()), "grün");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! A [`Place`] is opened once. Each lane of a transfer, which is a thread, has a [`Lane`] of each end: on a
 //! server that is a connection with requests in flight, on this machine it is calls that are done at once.
-//! Directories will be a second trait beside it, once servers can list them.
+//! Directories are [`crate::tree`]'s.
 
 mod local;
 mod remote;
@@ -15,9 +15,10 @@ use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
+use crate::tuning::STOP_CHECK_INTERVAL;
 
-pub use self::local::{LocalFile, Partial, Stream, beside, examine, is_zero};
-pub use self::remote::{RemoteFile, connect};
+pub use self::local::{LocalFile, LocalPartial, Stream, beside, examine, is_zero};
+pub use self::remote::{RemoteFile, RemotePartial, Sessions, connect, facts_of};
 
 /// What sort of thing it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,14 +117,52 @@ pub trait Place: Send + Sync {
     fn next_data(&self, from: u64, size: u64) -> Result<Option<Range<u64>>, Failure> {
         Ok((from < size).then_some(from..size))
     }
-    /// Makes a regular file this long. A server's file can become longer or empty.
+    /// Makes a regular file this long.
     fn set_size(&self, size: u64) -> Result<(), Failure>;
     /// Makes a range read as zeros, without storage where that is possible.
     fn zero(&self, range: Range<u64>) -> Result<(), Failure>;
     /// Makes what was written durable.
     fn sync(&self) -> Result<(), Failure>;
-    /// Gives it the permissions, the times, and if that is allowed the owner of another file.
+    /// Gives it the permissions, the times, and if that is allowed the owner of another file; on a server
+    /// the permissions and the time of the last change.
     fn preserve(&self, facts: &Facts) -> Result<(), Failure>;
+}
+
+/// All bytes of a file of this size.
+pub fn read_whole(source: &dyn Place, size: u64) -> Result<Vec<u8>, Failure> {
+    if size == 0 {
+        return Ok(Vec::new());
+    }
+    let mut lane = source.lane(1)?;
+    lane.read(Io { token: 0, offset: 0, data: vec![0; size as usize] })?;
+    loop {
+        let Some(done) = lane.next()? else {
+            lane.wait(STOP_CHECK_INTERVAL)?;
+            continue;
+        };
+        let length = done.result?;
+        if length < done.data.len() {
+            return Err(Failure::new(format!(
+                "{} has become shorter while it was read: it ends at {length}. Start again.",
+                source.name()
+            )));
+        }
+        return Ok(done.data);
+    }
+}
+
+/// A file that is written beside its destination, and takes its place when it is whole.
+pub trait PartialFile: Send {
+    /// The file.
+    fn place(&self) -> &dyn Place;
+    /// Whether zeros need not be written, because that is what it has.
+    fn set_skips_zeros(&mut self, _skips: bool) {}
+    /// Where it is; `to` is its destination.
+    fn location(&self, to: &Location) -> Location;
+    /// Has it take its destination's place. With `durable` that survives a power failure.
+    fn publish(&mut self, durable: bool) -> Result<(), Failure>;
+    /// Removes it.
+    fn remove(&self);
 }
 
 /// Opens what is to be read. With `direct` its bytes come from the disk rather than a page cache, where that

@@ -7,11 +7,12 @@ use clap::{Args, ValueHint};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::batch::Batch;
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
-use crate::output;
-use crate::place::RemoteFile;
+use crate::output::{self, sort};
+use crate::place::{RemoteFile, Sessions};
 
 /// What the command line says.
 #[derive(Args, Debug)]
@@ -19,6 +20,9 @@ pub struct Options {
     /// Files
     #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
+    /// Of symbolic links, show where they lead
+    #[arg(short = 'L', long)]
+    dereference: bool,
 }
 
 /// A file, as `--json` prints it.
@@ -41,37 +45,29 @@ struct Report {
     io_bytes: u64,
 }
 
-fn sort(mode: u32) -> &'static str {
-    match mode & libc::S_IFMT {
-        libc::S_IFREG => "file",
-        libc::S_IFDIR => "directory",
-        libc::S_IFLNK => "symlink",
-        libc::S_IFBLK => "block",
-        libc::S_IFCHR => "character",
-        libc::S_IFIFO => "fifo",
-        _ => "socket",
-    }
-}
-
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
+    let sessions = Sessions::new(global);
+    let mut batch = Batch::default();
     for path in &options.paths {
-        let location = Location::parse(path)?;
-        let report = examine(global, &location)?;
-        if global.json {
-            output::print_json(&report)?;
-        } else {
-            output::print(&report.text(global.bytes))?;
-        }
+        let shown = Location::parse_directory(path).and_then(|location| {
+            let report = examine(&sessions, &location, options.dereference)?;
+            match global.json {
+                true => output::print_json(&report),
+                false => output::print(&report.text(global.bytes)),
+            }
+        });
+        batch.note(shown)?;
     }
-    Ok(())
+    batch.finish()
 }
 
-fn examine(global: &Global, location: &Location) -> Result<Report, Failure> {
+fn examine(sessions: &Sessions<'_>, location: &Location, follows: bool) -> Result<Report, Failure> {
     let path = location.to_string();
     match location {
         Location::Local(local) => {
             let failed = |error| Failure::io(format!("Cannot examine {path}"), &error);
-            let it = std::fs::symlink_metadata(local).map_err(failed)?;
+            let it = if follows { std::fs::metadata(local) } else { std::fs::symlink_metadata(local) };
+            let it = it.map_err(failed)?;
             let ns = |seconds: i64, ns: i64| i128::from(seconds) * 1_000_000_000 + i128::from(ns);
             Ok(Report {
                 sort: sort(it.mode()),
@@ -89,7 +85,19 @@ fn examine(global: &Global, location: &Location) -> Result<Report, Failure> {
             })
         }
         _ => {
-            let it = RemoteFile::open(global, location, libc::O_RDONLY, 0)?.status()?;
+            let (session, remote) = sessions.at(location)?;
+            let status = match follows {
+                true => session.metadata(remote),
+                false => session.symlink_metadata(remote),
+            };
+            let it = match status {
+                // A server of before 0.3.
+                Err(error) if error.errno() == libc::EOPNOTSUPP => {
+                    let file = RemoteFile::open_in(session, remote, path.clone(), libc::O_RDONLY, 0)?;
+                    file.status()?
+                }
+                it => it.map_err(|error| Failure::remote(format!("Cannot examine {path}"), &error))?,
+            };
             let mode = it.mode.get();
             Ok(Report {
                 path,
@@ -118,7 +126,7 @@ impl Report {
         format!(
             "{}\n  {}, {} ({} allocated)\n  mode {}, owner {}, group {}, {} links\n  accessed {}\n  modified \
              {}\n  changed  {}\n",
-            self.path,
+            output::visible(self.path.as_bytes()),
             self.sort,
             output::size(self.size, is_exact),
             output::size(self.allocated_bytes, is_exact),
@@ -142,11 +150,18 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f");
         std::fs::write(&path, [1; 1536]).unwrap();
-        let report = examine(&Global::default(), &Location::Local(path)).unwrap();
+        let global = Global::default();
+        let sessions = Sessions::new(&global);
+        let report = examine(&sessions, &Location::Local(path.clone()), false).unwrap();
         assert_eq!((report.sort, report.size, report.links), ("file", 1536, 1));
         let text = report.text(false);
         assert!(text.contains("file, 1.5 KiB (") && text.contains("modified 20"), "{text}");
-        let missing = examine(&Global::default(), &"/no/such/file".parse().unwrap()).unwrap_err();
+        let link = directory.path().join("l");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let link = Location::Local(link);
+        assert_eq!(examine(&sessions, &link, false).unwrap().sort, "symlink");
+        assert_eq!(examine(&sessions, &link, true).unwrap().sort, "file");
+        let missing = examine(&sessions, &"/no/such/file".parse().unwrap(), false).unwrap_err();
         assert_eq!(missing.kind(), crate::failure::Kind::NotFound);
     }
 }

@@ -33,3 +33,15 @@ pub const LANES: usize = 4;
 
 /// Bytes from which on a copy has a journal. Less is copied again in no time.
 pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
+
+/// Bytes up to which a file is read and written by one request (get and put): the default of raio_server's
+/// `--io-max`.
+pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
+
+/// Threads of a copy of a tree. Each waits for one small file at a time, so this is how many are requested at
+/// once.
+pub const TREE_THREADS: u16 = 8;
+
+/// Files of a directory that a thread takes at a time. Fewer would have threads wait for the queue, and more
+/// would leave some idle at the end.
+pub const FILES_PER_ITEM: usize = 16;

@@ -3,12 +3,17 @@
 
 use std::path::{Path, PathBuf};
 
+use raio::Session;
+
 use super::Options;
 use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
-use crate::place::{Facts, LocalFile, Partial, Place, RemoteFile, Sort, Stream, beside, examine};
+use crate::place::{
+    Facts, LocalFile, LocalPartial, PartialFile, Place, RemoteFile, RemotePartial, Sessions, Sort, Stream,
+    beside, examine, facts_of,
+};
 
 /// Where a copy goes.
 pub struct Destination {
@@ -21,14 +26,14 @@ pub struct Destination {
 }
 
 enum Target {
-    Partial(Partial),
+    Partial(Box<dyn PartialFile>),
     InPlace(Box<dyn Place>),
 }
 
 impl Destination {
     /// Opens it. Nothing that was there is changed yet.
     pub fn open(
-        global: &Global,
+        sessions: &Sessions<'_>,
         options: &Options,
         from: &Location,
         to: &Location,
@@ -36,7 +41,7 @@ impl Destination {
         interrupt: &Interrupt,
     ) -> Result<Self, Failure> {
         let mode = source.mode & 0o777;
-        let tag = tag(global, from, to);
+        let tag = tag(sessions.global(), from, to);
         let in_place = |place, facts, journal| Self {
             target: Target::InPlace(place),
             facts,
@@ -70,15 +75,25 @@ impl Destination {
                         in_place(Box::new(file), Some(facts), journal)
                     }
                     _ => {
-                        let target = Target::Partial(Partial::open(path, &tag, mode)?);
+                        let target = Target::Partial(Box::new(LocalPartial::open(path, &tag, mode)?));
                         Self { target, facts, journal, is_zero: false }
                     }
                 }
             }
             Location::Remote { .. } => {
-                let file = RemoteFile::open(global, to, libc::O_RDWR | libc::O_CREAT, mode)?;
-                let facts = file.facts()?;
-                in_place(Box::new(file), Some(facts), Some(state_file(&tag)))
+                let (session, path) = sessions.at(to)?;
+                let journal = Some(state_file(&tag));
+                let found = found(&session, path);
+                if options.inplace || found == Found::Other {
+                    let flags = libc::O_RDWR | libc::O_CREAT;
+                    let file = RemoteFile::open_in(session, path, to.to_string(), flags, mode)?;
+                    let facts = file.facts()?;
+                    return Ok(in_place(Box::new(file), Some(facts), journal));
+                }
+                let partial = RemotePartial::open(session, path, to.to_string(), &tag, mode)?;
+                let target = Target::Partial(Box::new(partial));
+                let facts = if let Found::File(facts) = found { Some(facts) } else { None };
+                Self { target, facts, journal, is_zero: false }
             }
         })
     }
@@ -86,7 +101,7 @@ impl Destination {
     /// What is written to.
     pub fn place(&self) -> &dyn Place {
         match &self.target {
-            Target::Partial(partial) => &partial.file,
+            Target::Partial(partial) => partial.place(),
             Target::InPlace(place) => &**place,
         }
     }
@@ -116,8 +131,8 @@ impl Destination {
     pub fn begin(&mut self, skips_zeros: bool) -> Result<(), Failure> {
         match &mut self.target {
             Target::Partial(partial) => {
-                partial.file.set_size(0)?;
-                partial.file.set_skips_zeros(skips_zeros);
+                partial.place().set_size(0)?;
+                partial.set_skips_zeros(skips_zeros);
                 self.is_zero = true;
             }
             Target::InPlace(place) if self.facts.is_some_and(|facts| facts.sort == Sort::File) => {
@@ -132,7 +147,7 @@ impl Destination {
     /// All was written: `end` bytes.
     pub fn finish(&self, end: u64) -> Result<(), Failure> {
         match (&self.target, self.facts) {
-            (Target::Partial(partial), _) => partial.file.set_size(end),
+            (Target::Partial(partial), _) => partial.place().set_size(end),
             (Target::InPlace(place), Some(facts)) if facts.sort == Sort::File => place.set_size(end),
             _ => Ok(()),
         }
@@ -159,9 +174,34 @@ impl Destination {
     /// Where what was written can be read, before it has taken the name `to`.
     pub fn location(&self, to: &Location) -> Location {
         match &self.target {
-            Target::Partial(partial) => Location::Local(partial.path().to_owned()),
+            Target::Partial(partial) => partial.location(to),
             Target::InPlace(_) => to.clone(),
         }
+    }
+}
+
+/// What is at a path of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Nothing, and there may be a file.
+    Nothing,
+    /// A regular file that can be replaced.
+    File(Facts),
+    /// Something that has to be opened: a device, an export itself, a link, which stays, and everything on
+    /// servers of before 0.3.
+    Other,
+}
+
+/// What is at a path of a server.
+pub fn found(session: &Session, path: &Path) -> Found {
+    // The root, and the name of the export.
+    if path.components().count() <= 2 {
+        return Found::Other;
+    }
+    match session.symlink_metadata(path).map(|status| facts_of(&status)) {
+        Ok(facts) if facts.mode & libc::S_IFMT == libc::S_IFREG => Found::File(facts),
+        Err(error) if error.errno() == libc::ENOENT => Found::Nothing,
+        _ => Found::Other,
     }
 }
 
@@ -172,7 +212,9 @@ fn tag(global: &Global, from: &Location, to: &Location) -> String {
         other => other.clone(),
     };
     let url = global.url().unwrap_or_default();
-    let subject = format!("{}\n{}\n{url}", absolute(from), absolute(to));
+    // Two machines may have sources of the same name.
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let subject = format!("{}\n{}\n{url}\n{host}", absolute(from), absolute(to));
     blake3::hash(subject.as_bytes()).to_hex()[..8].to_owned()
 }
 

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::crc32c;
@@ -42,7 +43,7 @@ pub struct Journal {
 
 impl Journal {
     /// Begins a new one with these blocks, in the place of any that is there, which stays until the new one
-    /// is whole.
+    /// is whole. Only one program has it at a time.
     pub fn create(path: &Path, subject: &Subject, blocks: &[(u64, u32)]) -> Result<Self, Failure> {
         let failed = |error: std::io::Error| {
             Failure::io(format!("Cannot write the journal {}", path.display()), &error)
@@ -53,10 +54,20 @@ impl Journal {
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             std::fs::create_dir_all(parent).map_err(failed)?;
         }
+        let busy = |_| {
+            Failure::new(format!(
+                "Another raio cp does the same: it has the journal {}. Wait until it has ended, or stop it.",
+                path.display()
+            ))
+        };
+        if let Ok(old) = File::open(path) {
+            flock(&old, FlockOperation::NonBlockingLockExclusive).map_err(busy)?;
+        }
         let new = path.with_extension("new");
         let mut options = OpenOptions::new();
         let mut file =
             options.write(true).create(true).truncate(true).mode(0o600).open(&new).map_err(failed)?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(busy)?;
         file.write_all(&bytes).map_err(failed)?;
         std::fs::rename(&new, path).map_err(failed)?;
         Ok(Self { path: path.to_owned(), file: Mutex::new(file) })
@@ -131,6 +142,17 @@ mod tests {
         bytes[at] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
         assert_eq!(Journal::read(&path, &subject()).unwrap().len(), 1, "a damaged record counts for nothing");
+    }
+
+    #[test]
+    fn a_journal_has_one_writer() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        let first = Journal::create(&path, &subject(), &[]).unwrap();
+        let second = Journal::create(&path, &subject(), &[]).unwrap_err();
+        assert!(second.to_string().contains("Another raio cp"), "{second}");
+        drop(first);
+        Journal::create(&path, &subject(), &[]).unwrap();
     }
 
     #[test]

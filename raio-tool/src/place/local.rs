@@ -18,9 +18,10 @@ use rustix::fs::{
     futimens, seek,
 };
 
-use super::{Done, Facts, Io, Lane, Place, Sort};
+use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
+use crate::location::Location;
 use crate::output::stdout_failed;
 use crate::tuning::{DIRECT_ALIGN, NAME_PART_BYTES, STOP_CHECK_INTERVAL, ZERO_RUN_BYTES};
 
@@ -41,7 +42,10 @@ pub fn open_source(path: &Path, direct: bool, interrupt: &Interrupt) -> Result<B
     let file = File::open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     if metadata.is_dir() {
-        return Err(Failure::usage(format!("{} is a directory. Name a file in it.", path.display())));
+        return Err(Failure::usage(format!(
+            "{} is a directory. Name a file in it, or copy with -r.",
+            path.display()
+        )));
     }
     // Files of /proc have no size, and contents nevertheless.
     if Sort::of_mode(metadata.mode()) == Sort::Stream || metadata.is_file() && metadata.len() == 0 {
@@ -99,9 +103,19 @@ impl LocalFile {
         Ok(Self::new(file, path))
     }
 
+    /// A file that is open. `name` is what the user calls it.
+    pub fn from_file(file: File, name: String) -> Self {
+        Self { file: Arc::new(file), name, is_direct: false, skips_zeros: false }
+    }
+
     /// Whether zeros need not be written, because that is what it has.
     pub fn set_skips_zeros(&mut self, skips: bool) {
         self.skips_zeros = skips;
+    }
+
+    /// Has a call work on the file itself.
+    pub fn with_file<T>(&self, call: impl FnOnce(&File) -> T) -> T {
+        call(&self.file)
     }
 
     fn failed(&self, what: &str, error: &io::Error) -> Failure {
@@ -207,17 +221,16 @@ pub fn beside(path: &Path, end: &str) -> PathBuf {
     path.with_file_name(OsStr::from_bytes(&beside))
 }
 
-/// A file that is written beside its destination, and takes its place when it is whole.
+/// A file of this machine that is written beside its destination.
 #[derive(Debug)]
-pub struct Partial {
-    /// The file.
-    pub file: LocalFile,
+pub struct LocalPartial {
+    file: LocalFile,
     path: PathBuf,
     destination: PathBuf,
     is_published: bool,
 }
 
-impl Partial {
+impl LocalPartial {
     /// Makes it, or opens the one that is there. Its name says what it is a copy of (`tag`), so that the same
     /// copy finds it again. Only one program writes to it at a time.
     pub fn open(destination: &Path, tag: &str, mode: u32) -> Result<Self, Failure> {
@@ -242,14 +255,22 @@ impl Partial {
             is_published: false,
         })
     }
+}
 
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
+impl PartialFile for LocalPartial {
+    fn place(&self) -> &dyn Place {
+        &self.file
     }
 
-    /// Has it take its destination's place. With `durable` that survives a power failure.
-    pub fn publish(&mut self, durable: bool) -> Result<(), Failure> {
+    fn set_skips_zeros(&mut self, skips: bool) {
+        self.file.skips_zeros = skips;
+    }
+
+    fn location(&self, _: &Location) -> Location {
+        Location::Local(self.path.clone())
+    }
+
+    fn publish(&mut self, durable: bool) -> Result<(), Failure> {
         let failed = |error: io::Error| {
             let (from, to) = (self.path.display(), self.destination.display());
             Failure::io(format!("Cannot rename {from} to {to}"), &error)
@@ -263,13 +284,12 @@ impl Partial {
         Ok(())
     }
 
-    /// Removes it.
-    pub fn remove(&self) {
+    fn remove(&self) {
         let _ = std::fs::remove_file(&self.path);
     }
 }
 
-impl Drop for Partial {
+impl Drop for LocalPartial {
     fn drop(&mut self) {
         // Nothing was written: it is of no use.
         if !self.is_published && self.file.file.metadata().is_ok_and(|it| it.len() == 0) {
@@ -595,7 +615,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f");
         let mut file = LocalFile::open_in_place(&path, 0o644).unwrap();
-        file.set_skips_zeros(true);
+        file.skips_zeros = true;
         let length = 5 * ZERO_RUN_BYTES + 3;
         file.set_size(length as u64).unwrap();
         let mut data = vec![0; length];
@@ -646,8 +666,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f");
         std::fs::write(&path, "old").unwrap();
-        let mut partial = Partial::open(&path, "1234", 0o600).unwrap();
-        let second = Partial::open(&path, "1234", 0o600).unwrap_err();
+        let mut partial = LocalPartial::open(&path, "1234", 0o600).unwrap();
+        let second = LocalPartial::open(&path, "1234", 0o600).unwrap_err();
         assert!(second.to_string().contains("Another raio cp"), "{second}");
         partial.file.file.write_all_at(b"new", 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"old");

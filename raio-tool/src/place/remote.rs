@@ -1,23 +1,102 @@
-//! Files of a server, by libraio: a session for each file, and a connection for each lane.
+//! Files of a server, by libraio: a session for each file or thread, and a connection for each lane.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use raio::{Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
+use raio::{Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
 use raio_transport::address::Address;
+use raio_transport::sync::lock;
 
-use super::{Done, Facts, Io, Lane, Place, Sort};
+use super::local::beside;
+use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
 
+/// Sessions with servers, one for each URL. Their calls go one at a time: a thread that is not to wait for
+/// others has its own.
+pub struct Sessions<'a> {
+    global: &'a Global,
+    sessions: Mutex<HashMap<String, Arc<Session>>>,
+}
+
+impl<'a> Sessions<'a> {
+    /// None yet.
+    pub fn new(global: &'a Global) -> Self {
+        Self { global, sessions: Mutex::default() }
+    }
+
+    /// The options of all commands.
+    pub fn global(&self) -> &Global {
+        self.global
+    }
+
+    /// The session for what is on a server, and its path there.
+    pub fn at<'l>(&self, location: &'l Location) -> Result<(Arc<Session>, &'l Path), Failure> {
+        let (url, path) = on_server(self.global, location)?;
+        let mut sessions = lock(&self.sessions);
+        if let Some(session) = sessions.get(&url) {
+            return Ok((Arc::clone(session), path));
+        }
+        let session = Arc::new(connect(self.global, &url)?);
+        sessions.insert(url, Arc::clone(&session));
+        Ok((session, path))
+    }
+}
+
+impl Sessions<'_> {
+    /// Whether both are on the same server, by its URL.
+    pub fn is_same_server(&self, one: &Location, other: &Location) -> Result<bool, Failure> {
+        Ok(on_server(self.global, one)?.0 == on_server(self.global, other)?.0)
+    }
+
+    /// Fails unless both are on the same server. `advice` says what to do then.
+    pub fn check_same_server(&self, one: &Location, other: &Location, advice: &str) -> Result<(), Failure> {
+        if self.is_same_server(one, other)? {
+            return Ok(());
+        }
+        Err(Failure::usage(format!("{one} and {other} are on different servers. {advice}")))
+    }
+
+    /// Whether it is a directory. What does not exist on a server is none, unless its name ends with a slash.
+    pub fn is_directory(&self, location: &Location) -> Result<bool, Failure> {
+        match location {
+            Location::Local(path) => return Ok(path.is_dir()),
+            Location::Stream | Location::Null => return Ok(false),
+            Location::Remote { .. } => {}
+        }
+        let (session, path) = self.at(location)?;
+        if path.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            return Ok(true);
+        }
+        match session.metadata(path) {
+            Ok(status) => Ok(status.mode.get() & libc::S_IFMT == libc::S_IFDIR),
+            // Of a server of before 0.3, which has no names, a slash must tell.
+            Err(error) if matches!(error.errno(), libc::ENOENT | libc::EOPNOTSUPP) => Ok(false),
+            Err(error) => Err(Failure::remote(format!("Cannot examine {location}"), &error)),
+        }
+    }
+}
+
+/// The URL of the server that a location is on, and its path there.
+fn on_server<'l>(global: &Global, location: &'l Location) -> Result<(String, &'l Path), Failure> {
+    let Location::Remote { server, path } = location else {
+        return Err(Failure::usage(format!(
+            "{location} is not on a server. Write raio://HOST[:PORT]/EXPORT/PATH, or :/EXPORT/PATH with \
+             RAIO_URL."
+        )));
+    };
+    Ok((server.clone().map_or_else(|| global.url(), Ok)?, path))
+}
+
 /// An open file of a server.
 #[derive(Debug)]
 pub struct RemoteFile {
-    session: Session,
+    session: Arc<Session>,
     file: Arc<File>,
     path: PathBuf,
     name: String,
@@ -30,21 +109,38 @@ pub fn connect(global: &Global, url: &str) -> Result<Session, Failure> {
         .map_err(|error| Failure::remote(format!("Cannot connect to {url}"), &error))
 }
 
+/// What is known of a file by its status.
+pub fn facts_of(status: &FileStatus) -> Facts {
+    let mode = status.mode.get();
+    Facts {
+        sort: Sort::of_mode(mode),
+        size: Some(status.size.get()),
+        mode,
+        owner: (status.uid.get(), status.gid.get()),
+        times_ns: (status.accessed_ns.get(), status.modified_ns.get()),
+        identity: (status.device.get(), status.inode.get()),
+    }
+}
+
 impl RemoteFile {
     /// Opens a file, with the flags of open(2). `mode` is that of a file which is made.
     pub fn open(global: &Global, location: &Location, flags: i32, mode: u32) -> Result<Self, Failure> {
-        let Location::Remote { server, path } = location else {
-            return Err(Failure::usage(format!(
-                "{location} is not on a server. Write raio://HOST[:PORT]/EXPORT/PATH, or :/EXPORT/PATH with \
-                 RAIO_URL."
-            )));
-        };
-        let url = server.clone().map_or_else(|| global.url(), Ok)?;
-        let session = connect(global, &url)?;
+        let (url, path) = on_server(global, location)?;
+        Self::open_in(Arc::new(connect(global, &url)?), path, location.to_string(), flags, mode)
+    }
+
+    /// The same in a session. `name` is what the user calls it.
+    pub fn open_in(
+        session: Arc<Session>,
+        path: &Path,
+        name: String,
+        flags: i32,
+        mode: u32,
+    ) -> Result<Self, Failure> {
         let file = session
             .open(path, flags, mode)
-            .map_err(|error| Failure::remote(format!("Cannot open {location}"), &error))?;
-        Ok(Self { session, file: Arc::new(file), path: path.clone(), name: location.to_string() })
+            .map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
+        Ok(Self { session, file: Arc::new(file), path: path.to_owned(), name })
     }
 
     /// Its status as the server has it.
@@ -91,16 +187,7 @@ impl Place for RemoteFile {
     }
 
     fn facts(&self) -> Result<Facts, Failure> {
-        let status = self.status()?;
-        let mode = status.mode.get();
-        Ok(Facts {
-            sort: Sort::of_mode(mode),
-            size: Some(status.size.get()),
-            mode,
-            owner: (status.uid.get(), status.gid.get()),
-            times_ns: (status.accessed_ns.get(), status.modified_ns.get()),
-            identity: (status.device.get(), status.inode.get()),
-        })
+        self.status().map(|status| facts_of(&status))
     }
 
     fn lane(&self, depth: usize) -> Result<Box<dyn Lane>, Failure> {
@@ -114,19 +201,13 @@ impl Place for RemoteFile {
             return Ok(());
         }
         if size == 0 {
+            // Servers of before 0.3 can do this, too.
             let emptied = self.session.open(&self.path, libc::O_WRONLY | libc::O_TRUNC, 0);
             return emptied.map(drop).map_err(|error| self.failed("empty", &error));
         }
-        if now > size {
-            return Err(Failure::new(format!(
-                "{} has {now} bytes, and can only be made empty. Copy it anew, without --resume.",
-                self.name
-            )));
-        }
-        // A last byte makes it this long.
-        let buffers = Buffers::One(Buffer::Owned(vec![0].into()));
-        self.call("set the size of", Operation::Write { offset: size - 1, buffers })?;
-        Ok(())
+        let attributes = Attributes { size: Some(size), ..Attributes::default() };
+        let set = self.session.set_attributes(&self.path, &attributes);
+        set.map_err(|error| self.failed("set the size of", &error))
     }
 
     fn zero(&self, range: Range<u64>) -> Result<(), Failure> {
@@ -138,11 +219,80 @@ impl Place for RemoteFile {
         self.call("make durable", Operation::Fsync { data_only: false }).map(drop)
     }
 
-    fn preserve(&self, _: &Facts) -> Result<(), Failure> {
-        Err(Failure::usage(format!(
-            "{} is on a server, which cannot set times and permissions. Leave out --preserve.",
-            self.name
-        )))
+    fn preserve(&self, facts: &Facts) -> Result<(), Failure> {
+        let (mode, modified_ns) = (Some(facts.mode & 0o777), Some(facts.times_ns.1));
+        let attributes = Attributes { mode, modified_ns, ..Attributes::default() };
+        let set = self.session.set_attributes(&self.path, &attributes);
+        set.map_err(|error| self.failed("preserve attributes of", &error))
+    }
+}
+
+/// A file of a server that is written beside its destination.
+#[derive(Debug)]
+pub struct RemotePartial {
+    file: RemoteFile,
+    destination: PathBuf,
+    /// The permissions that it is to have, less the server's umask.
+    mode: u32,
+    is_published: bool,
+}
+
+/// The owner's permission to write.
+const OWNER_WRITES: u32 = 0o200;
+
+impl RemotePartial {
+    /// Creates it, or opens the one that is there. Its name says what it is a copy of (`tag`), so that the
+    /// same copy finds it again. `name` is what the user calls the destination.
+    pub fn open(
+        session: Arc<Session>,
+        destination: &Path,
+        name: String,
+        tag: &str,
+        mode: u32,
+    ) -> Result<Self, Failure> {
+        let path = beside(destination, &format!(".partial-{tag}"));
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NOFOLLOW;
+        // Its size is set by its path, which takes the permission to write.
+        let file = RemoteFile::open_in(session, &path, name, flags, mode | OWNER_WRITES)?;
+        Ok(Self { file, destination: destination.to_owned(), mode, is_published: false })
+    }
+}
+
+impl PartialFile for RemotePartial {
+    fn place(&self) -> &dyn Place {
+        &self.file
+    }
+
+    fn location(&self, to: &Location) -> Location {
+        let server = if let Location::Remote { server, .. } = to { server.clone() } else { None };
+        Location::Remote { server, path: self.file.path.clone() }
+    }
+
+    fn publish(&mut self, durable: bool) -> Result<(), Failure> {
+        if self.mode & OWNER_WRITES == 0 {
+            let mode = Some(self.file.facts()?.mode & self.mode);
+            let attributes = Attributes { mode, ..Attributes::default() };
+            let set = self.file.session.set_attributes(&self.file.path, &attributes);
+            set.map_err(|error| self.file.failed("set the permissions of", &error))?;
+        }
+        let renamed = self.file.session.rename(&self.file.path, &self.destination);
+        renamed.map_err(|error| self.file.failed("rename the partial file of", &error))?;
+        self.is_published = true;
+        // The file systems that servers are for write the new name to their journal with the file.
+        if durable { self.file.sync() } else { Ok(()) }
+    }
+
+    fn remove(&self) {
+        let _ = self.file.session.remove_file(&self.file.path);
+    }
+}
+
+impl Drop for RemotePartial {
+    fn drop(&mut self) {
+        // Nothing was written: it is of no use.
+        if !self.is_published && self.file.status().is_ok_and(|it| it.size.get() == 0) {
+            self.remove();
+        }
     }
 }
 

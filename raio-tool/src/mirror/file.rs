@@ -1,0 +1,163 @@
+//! One file or link of a tree that is made like another one.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+
+use super::{Comparison, Deed, Hand, Node, Run, count};
+use crate::contents::same_contents;
+use crate::failure::Failure;
+use crate::place::{Facts, Place, Sort, is_zero};
+use crate::transfer::{self, Block, Verdict, Watcher};
+use crate::tree::{New, TreeEntry};
+use crate::tuning::SMALL_FILE_BYTES;
+
+impl Hand<'_> {
+    /// Does what a file or link needs. `there` is what the destination has.
+    pub(super) fn file(
+        &mut self,
+        node: &Node,
+        entry: &TreeEntry,
+        there: Option<&TreeEntry>,
+    ) -> Result<(), Failure> {
+        let run = self.run;
+        let path = &node.path().join(&entry.name);
+        if !entry.is_file() && !entry.is_link() {
+            let location = self.source.location(path);
+            return Err(Failure::new(format!(
+                "{location} is neither a file nor a directory nor a link. --exclude leaves it out."
+            )));
+        }
+        if entry.is_file() {
+            count(&run.counts.files);
+        }
+        if let Some(there) = there.filter(|there| there.mode & libc::S_IFMT == entry.mode & libc::S_IFMT)
+            && self.is_same(path, entry, there)?
+        {
+            count(&run.counts.unchanged);
+            return self.set_file(path, entry, there);
+        }
+        self.unlock(node)?;
+        if let Some(there) = there.filter(|there| there.is_dir()) {
+            if !run.plan.deletes {
+                let location = self.destination.location(path);
+                return Err(Failure::new(format!(
+                    "{location} is a directory, and a file in the source. --delete removes it."
+                )));
+            }
+            self.remove(path, there)?;
+        }
+        let modified_ns = run.plan.preserves.then_some(entry.modified_ns);
+        if entry.is_link() {
+            count(&run.counts.links);
+            if run.begins(Deed::Link, path, None)? {
+                let target = self.source.read_link(path)?;
+                self.destination.symlink(&target, path, modified_ns)?;
+            }
+            return Ok(());
+        }
+        let bytes = match run.begins(Deed::Copy, path, Some(entry.size))? {
+            true => self.copy(path, entry)?,
+            false => entry.size,
+        };
+        count(&run.counts.copied);
+        let all = run.counts.copied_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        run.mirror.progress.show(all);
+        Ok(())
+    }
+
+    /// Whether the destination has it already.
+    fn is_same(&mut self, path: &Path, entry: &TreeEntry, there: &TreeEntry) -> Result<bool, Failure> {
+        let has_time = entry.size == there.size && entry.modified_ns == there.modified_ns;
+        match self.run.plan.comparison {
+            Comparison::None => Ok(false),
+            Comparison::SizeAndTime => Ok(has_time),
+            Comparison::Contents if entry.is_link() => {
+                Ok(self.source.read_link(path)? == self.destination.read_link(path)?)
+            }
+            Comparison::Contents if entry.size != there.size => Ok(false),
+            Comparison::Contents => {
+                let interrupt = self.run.mirror.interrupt;
+                let is_same = same_contents(&mut *self.source, &mut *self.destination, path, interrupt)?;
+                Ok(is_same)
+            }
+        }
+    }
+
+    /// Sets what differs of a file with the right contents.
+    fn set_file(&mut self, path: &Path, entry: &TreeEntry, there: &TreeEntry) -> Result<(), Failure> {
+        let run = self.run;
+        if entry.is_link() || !run.plan.preserves {
+            return Ok(());
+        }
+        let mode = Some(entry.permissions()).filter(|&mode| mode != there.permissions());
+        let modified_ns = Some(entry.modified_ns).filter(|&time| time != there.modified_ns);
+        if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, path, None)? {
+            return Ok(());
+        }
+        self.destination.set(path, mode, modified_ns)
+    }
+
+    /// Copies a file. Returns how many bytes it has.
+    fn copy(&mut self, path: &Path, entry: &TreeEntry) -> Result<u64, Failure> {
+        let run = self.run;
+        if entry.size <= SMALL_FILE_BYTES {
+            let (bytes, now) = self.source.read(path, SMALL_FILE_BYTES)?;
+            let new = New {
+                mode: now.permissions(),
+                is_exact: run.plan.preserves,
+                modified_ns: run.plan.preserves.then_some(now.modified_ns),
+                is_durable: run.plan.is_durable,
+            };
+            if now.size == bytes.len() as u64 && self.destination.put(path, &bytes, &new)? {
+                return Ok(now.size);
+            }
+        }
+        let source = self.source.source(path)?;
+        let facts = source.facts()?;
+        if facts.sort != Sort::File {
+            let location = self.source.location(path);
+            return Err(Failure::new(format!("{location} is no file any more. Start again.")));
+        }
+        let mut partial = self.destination.begin(path, facts.mode & 0o777)?;
+        let copied = self.fill(&*source, &facts, partial.place());
+        let copied = copied.and_then(|bytes| partial.publish(run.plan.is_durable).map(|()| bytes));
+        if copied.is_err() {
+            partial.remove();
+        } else if run.plan.preserves {
+            let mode = Some(facts.mode & 0o777);
+            self.destination.set(path, mode, Some(facts.times_ns.1))?;
+        }
+        copied
+    }
+
+    /// Fills a new file with all that another one has.
+    fn fill(&self, source: &dyn Place, facts: &Facts, to: &dyn Place) -> Result<u64, Failure> {
+        let run = self.run;
+        let size = facts.size.unwrap_or(0);
+        let (settings, interrupt) = (&run.plan.settings, run.mirror.interrupt);
+        let done = run.counts.copied_bytes.load(Ordering::Relaxed);
+        transfer::run(source, to, Some(0)..Some(size), &[], settings, &Filling { run, done }, interrupt)?;
+        to.set_size(size)?;
+        if run.plan.is_durable {
+            to.sync()?;
+        }
+        Ok(size)
+    }
+}
+
+/// The watcher of a file that is filled.
+struct Filling<'a> {
+    run: &'a Run<'a>,
+    /// Bytes that were copied before.
+    done: u64,
+}
+
+impl Watcher for Filling<'_> {
+    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
+        Ok(if is_zero(data) { Verdict::Skip } else { Verdict::Write })
+    }
+
+    fn tick(&self, bytes: u64) {
+        self.run.mirror.progress.show(self.done + bytes);
+    }
+}

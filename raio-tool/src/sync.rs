@@ -1,0 +1,110 @@
+//! `raio sync`: makes a directory like another one, by copying what differs.
+
+use std::ffi::OsString;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use clap::{Args, ValueHint};
+use serde::Serialize;
+
+use crate::failure::Failure;
+use crate::global::Global;
+use crate::interrupt::Interrupt;
+use crate::location::Location;
+use crate::mirror::{Comparison, Counts, Mirror, Plan};
+use crate::output;
+use crate::pattern::Pattern;
+use crate::progress::{Progress, Style};
+use crate::transfer::Settings;
+use crate::tuning::TREE_THREADS;
+
+/// What the command line says.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// The directory that has what is wanted
+    #[arg(value_name = "SOURCE", value_hint = ValueHint::DirPath)]
+    from: OsString,
+    /// The directory that is made like it; it is created if it does not exist
+    #[arg(value_name = "DESTINATION", value_hint = ValueHint::DirPath)]
+    to: OsString,
+    /// Remove from the destination what the source does not have
+    #[arg(long)]
+    delete: bool,
+    /// Show what would be done, and change nothing
+    #[arg(short = 'n', long)]
+    dry_run: bool,
+    /// Compare the contents of files of the same size, rather than their times
+    #[arg(long)]
+    checksum: bool,
+    /// Leave alone, on both sides, what matches this pattern
+    #[arg(long, value_name = "PATTERN", value_parser = Pattern::parse)]
+    exclude: Vec<Pattern>,
+    /// Copy what symbolic links lead to, rather than the links
+    #[arg(short = 'L', long)]
+    dereference: bool,
+    /// Make each file durable before it takes its name
+    #[arg(long)]
+    fsync: bool,
+    /// End with the first failure, rather than go on with the other files
+    #[arg(long)]
+    fail_fast: bool,
+    /// Directories and files worked on at a time, each over connections of their own
+    #[arg(long, value_name = "NUMBER", default_value_t = TREE_THREADS)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+    connections: u16,
+    /// How progress is shown, on standard error
+    #[arg(long, value_enum, default_value_t, value_name = "STYLE")]
+    progress: Style,
+}
+
+/// What it came to, as `--json` prints it.
+#[derive(Debug, Serialize)]
+struct Report<'a> {
+    source: String,
+    destination: String,
+    #[serde(flatten)]
+    counts: &'a Counts,
+    seconds: f64,
+}
+
+pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
+    let started = Instant::now();
+    let (from, to) = (Location::parse(&options.from)?, Location::parse(&options.to)?);
+    let plan = Plan {
+        comparison: if options.checksum { Comparison::Contents } else { Comparison::SizeAndTime },
+        deletes: options.delete,
+        is_dry: options.dry_run,
+        preserves: true,
+        follows: options.dereference,
+        is_durable: options.fsync,
+        fails_fast: options.fail_fast,
+        exclude: options.exclude.clone(),
+        threads: options.connections.into(),
+        settings: Settings { skips_holes: true, ..Settings::default() },
+    };
+    let style = if options.dry_run { Style::Never } else { options.progress };
+    let progress = Progress::new(style, "sync", None);
+    let counts = Counts::default();
+    let mirror = Mirror {
+        global,
+        plan: &plan,
+        from: &from,
+        to: &to,
+        is_to_followed: true,
+        progress: &progress,
+        interrupt,
+    };
+    let ended = mirror.run(&counts);
+    let was_begun = counts.directories.load(Ordering::Relaxed) > 0;
+    match was_begun {
+        true if global.json => output::print_json(&Report {
+            source: from.to_string(),
+            destination: to.to_string(),
+            counts: &counts,
+            seconds: started.elapsed().as_secs_f64(),
+        })?,
+        true => output::print(&counts.text(global.bytes))?,
+        false => {}
+    }
+    ended
+}
