@@ -189,6 +189,15 @@ enum OperationState {
 }
 
 impl OperationSlot {
+    /// Sets the state. On the fast path there is nothing to drop, which is found out here without a call.
+    #[inline(always)]
+    fn set_state(&mut self, state: OperationState) {
+        match std::mem::replace(&mut self.state, state) {
+            empty @ (OperationState::Free | OperationState::Sent) => std::mem::forget(empty),
+            before => drop(before),
+        }
+    }
+
     fn is_unacknowledged_write(&self) -> bool {
         !matches!(self.state, OperationState::Free | OperationState::Done(_))
             && self.opcode.operation().is_recorded
@@ -555,8 +564,11 @@ impl Context {
             slot.request = None;
         }
         let has_buffers = !matches!(bulk, Bulk::None);
-        slot.extra = extra;
-        slot.state = OperationState::Queued(request, bulk);
+        // There is none since its last operation has ended.
+        if extra.is_some() {
+            slot.extra = extra;
+        }
+        slot.set_state(OperationState::Queued(request, bulk));
         let ticket = Ticket { index, generation: slot.generation };
         self.in_flight += 1;
         self.stats.submitted += 1;
@@ -653,7 +665,7 @@ impl Context {
             }
             match self.channel.send(index.into(), &self.body, bulk, slot.options) {
                 Ok(id) => {
-                    slot.state = OperationState::Sent;
+                    slot.set_state(OperationState::Sent);
                     if let Some(tracer) = &self.tracer {
                         slot.request = Some(tracer.sent(slot.name(), slot.submitted_ns, id, slot.length));
                     }
@@ -856,11 +868,18 @@ impl Context {
         let is_lent = slot.is_lent && buffers.is_some();
         let is_read = matches!(slot.opcode, Opcode::Read | Opcode::Get);
         let crc = (slot.options.has_crc && is_read && result.is_ok()).then_some(data_crc);
-        let mut completion = Completion { token, result, buffers, is_lent, crc, answer: None };
-        if let Some(extra) = slot.extra.take() {
-            extra.end(&self.session, &mut completion);
+        let extra = slot.extra.take();
+        slot.set_state(OperationState::Done(Completion {
+            token,
+            result,
+            buffers,
+            is_lent,
+            crc,
+            answer: None,
+        }));
+        if let (Some(extra), OperationState::Done(completion)) = (extra, &mut slot.state) {
+            extra.end(&self.session, completion);
         }
-        slot.state = OperationState::Done(completion);
         self.done.push_back(index);
         self.files.operation_completed(slot.file);
     }

@@ -93,6 +93,7 @@ pub unsafe extern "C" fn raio_getevents(
 ///
 /// # Safety
 /// The iocb's memory is as the header demands.
+#[cold]
 unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) -> Result<u64, Error> {
     let (buf, nbytes) = (iocb.c.buf, iocb.c.nbytes as usize);
     // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at.
@@ -124,7 +125,7 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
 
 /// The event of a completion. The iocb is the caller's again.
 fn event(
-    mut completion: Completion,
+    completion: Completion,
     session: c_int,
     lent: &mut LentBuffers,
     vectors: &mut Vec<Vec<Buffer>>,
@@ -151,12 +152,12 @@ fn event(
         // SAFETY: as above.
         unsafe { (*obj).crc = crc };
     }
-    if let Some(answer) = completion.answer.take() {
+    let mut result = completion.result;
+    if let Some(answer) = completion.answer {
         // SAFETY: as above.
-        let delivered = |count| unsafe { deliver(&*obj, *answer, count, session) };
-        completion.result = completion.result.and_then(delivered);
+        result = result.and_then(|count| unsafe { deliver(&*obj, *answer, count, session) });
     }
-    let (res, res2) = match &completion.result {
+    let (res, res2) = match &result {
         Ok(n) => (*n as c_ulong, 0),
         Err(error) => {
             failures.add(obj.addr(), &error.text);

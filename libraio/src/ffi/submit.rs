@@ -93,17 +93,7 @@ unsafe fn submit(
     let io = unsafe { &mut *iocb };
     if is_on_path(io.raio_lio_opcode) {
         // SAFETY: the caller's contract is the same.
-        let operation = unsafe { path_operation(ctx, io) }?;
-        check_session(io.raio_fildes, state.session)?;
-        let held = hold_eventfd(io, &mut state.eventfds)?;
-        let crc =
-            if io.c.flags & IOCB_CRC != 0 { OperationCrc::Given(io.crc) } else { OperationCrc::AsSession };
-        let options = SubmitOptions { crc, timeout: None };
-        let failure = state.probe.is_unreadable(place).then(unreadable);
-        let token = iocb.expose_provenance() as u64;
-        let submitted = context.submit_path_failing(operation, options, failure, token);
-        finish(context, io, submitted.map_err(|rejected| rejected.error)?, held);
-        return Ok(());
+        return unsafe { submit_on_path(ctx, state, io, place) };
     }
     // SAFETY: the caller vouches for the iocb's memory.
     let operation = unsafe { operation(ctx, &mut state.vectors, io) }?;
@@ -122,6 +112,32 @@ unsafe fn submit(
         // Its descriptor ends now.
         drop(descriptor::remove_file(io.raio_fildes));
     }
+    Ok(())
+}
+
+/// The same for one with a `struct raio_path_args`.
+///
+/// # Safety
+/// As [`submit`].
+#[cold]
+unsafe fn submit_on_path(
+    ctx: *mut raio_context,
+    state: &mut ContextState,
+    io: &mut raio_iocb,
+    place: usize,
+) -> Result<(), Error> {
+    let context = state.context.as_mut().ok_or_else(stopped)?;
+    // SAFETY: the caller's contract is the same.
+    let operation = unsafe { path_operation(ctx, io) }?;
+    check_session(io.raio_fildes, state.session)?;
+    let held = hold_eventfd(io, &mut state.eventfds)?;
+    let has_crc = io.c.flags & IOCB_CRC != 0;
+    let crc = if has_crc { OperationCrc::Given(io.crc) } else { OperationCrc::AsSession };
+    let options = SubmitOptions { crc, timeout: None };
+    let failure = state.probe.is_unreadable(place).then(unreadable);
+    let token = std::ptr::from_mut(io).expose_provenance() as u64;
+    let submitted = context.submit_path_failing(operation, options, failure, token);
+    finish(context, io, submitted.map_err(|rejected| rejected.error)?, held);
     Ok(())
 }
 
