@@ -529,7 +529,7 @@ struct raio_dirent {
 
 /*
  * raio_opendir - begins to list a directory; "/" lists the exports. The server keeps the listing until
- * raio_closedir(), or for a while if nothing more is asked for. A directory belongs to one thread at a time.
+ * raio_closedir(), or until the session has begun 16 others. A directory belongs to one thread at a time.
  *
  * Returns it, or NULL with errno: as above, or EMFILE (too many listings of this client).
  */
@@ -539,8 +539,8 @@ raio_dir_t raio_opendir(int fd, const char *path);
  * raio_readdir - the next entry, in no particular order, without "." and "..". Entries come in pages, a request each.
  * Fills in at most `size` bytes of *entry.
  *
- * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), ESTALE (the server was
- * restarted, or has waited too long: begin again). After -1 there are no more.
+ * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), ESTALE (the
+ * server was restarted, or the session has begun 16 other lists: begin again). After -1 there are no more.
  */
 int raio_readdir(raio_dir_t dir, struct raio_dirent *entry, size_t size);
 

@@ -52,7 +52,7 @@ use crate::operation::{
 /// share: a lock is held for as long as an operation is submitted, or what has arrived is taken in.
 ///
 /// A future that is dropped before it is ready forgets its operation, which runs to its end: the context owns
-/// its buffers until then. A future that nobody polls is not submitted. Operations that do not fit in the
+/// its buffers until then. A future that is not polled is not submitted. Operations that do not fit in the
 /// context wait for others to end.
 #[derive(Clone, Debug)]
 pub struct AsyncContext {
@@ -297,7 +297,7 @@ impl Inner {
         }
     }
 
-    /// Nobody wants it any more.
+    /// Its future was dropped.
     fn drop_completion(&mut self, completion: Completion) {
         if let (true, Some(buffers)) = (completion.is_lent, completion.buffers) {
             self.context.release(buffers);

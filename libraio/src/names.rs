@@ -131,7 +131,7 @@ pub(crate) fn other_bytes<'a>(path: &[u8], other: &'a OsStr) -> Result<&'a [u8],
     Ok(other)
 }
 
-/// Whether so many bytes can be put.
+/// Whether this number of bytes can be put.
 pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
     if length <= length_max {
         return Ok(());
@@ -200,7 +200,7 @@ impl Session {
     }
 
     /// Creates a file with these bytes, or replaces the one that is there, in one request. Others find it
-    /// whole, or what was there before; so does whoever looks after the server was killed. At most
+    /// whole, or what was there before; so it is after the server was killed. At most
     /// [`crate::Context::io_bytes_max`] bytes (EFBIG).
     pub fn put(&self, path: impl AsRef<Path>, bytes: &[u8], options: &PutOptions) -> Result<(), Error> {
         let path = path_bytes(path.as_ref())?;

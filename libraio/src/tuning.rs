@@ -22,7 +22,7 @@ pub(crate) const BURST_MAX: u32 = 32;
 
 /// How long a server has to answer that it has cancelled an operation whose timeout has passed, before the
 /// operation ends without an answer. A round trip within a continent fits; what a program notices is that an
-/// operation on a server that hangs ends so much later than it asked for. Not measured.
+/// operation on a server that hangs ends later than it asked for by this time. Not measured.
 pub(crate) const CANCEL_GRACE: Duration = Duration::from_millis(50);
 
 /// Credits of a context for each of them that it spends on cancel requests for operations that have timed

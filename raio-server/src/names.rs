@@ -317,7 +317,7 @@ impl PathTask {
         let Entry { directory, name } = self.entry(base, at_end)?;
         let remove = || rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR);
         let removed = match remove() {
-            // What a server that was killed has left there nobody else can see.
+            // Clients do not see what a server that was killed has left there.
             Err(Errno::NOTEMPTY) if self.server != 0 && self.removes_unfinished(&directory, name) => remove(),
             result => result,
         };
@@ -447,7 +447,7 @@ impl PathTask {
     }
 
     /// A file without a name, so that nothing is left of it if the server is killed. Where the file system
-    /// has no such files, or it will belong to somebody who then decides who may link it, it has a name.
+    /// has no such files, or it will belong to another user and this one may not link it, it has a name.
     fn create(&self, entry: &Entry<'_>) -> Result<NewFile, Errno> {
         let mode = Mode::from_raw_mode(self.mode);
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
@@ -488,7 +488,7 @@ impl PathTask {
         Ok(())
     }
 
-    /// Gives the new file its name. Whoever looks finds it, or what was there before.
+    /// Gives the new file its name. A lookup finds it, or what was there before.
     fn publish(&self, entry: &Entry<'_>, new: &NewFile) -> Result<(), Errno> {
         let Entry { directory, name } = entry;
         let rename = |from: &CStr| {

@@ -119,7 +119,7 @@ fn encoded(command: PathCommand<'_>) -> PathRequest {
 }
 
 impl PathOperation {
-    /// What is sent of it to a server that takes so many bytes in a request.
+    /// What is sent of it to a server that takes this number of bytes in a request.
     fn request(&self, io_bytes_max: usize) -> Result<PathRequest, Error> {
         let on = |opcode, path| path_request(opcode, 0, 0, path, None);
         match self {

@@ -345,7 +345,7 @@ fn too_long(len: u64) -> Error {
 /// Memory of the caller's, checked against the registration that it is said to lie in.
 ///
 /// # Safety
-/// `[address, address + len)` is memory that nobody else accesses until the buffer is gone, or is null.
+/// `[address, address + len)` is memory that nothing else accesses until the buffer is gone, or is null.
 unsafe fn buffer(
     ctx: *mut raio_context,
     mr: *mut raio_mr,

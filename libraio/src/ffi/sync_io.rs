@@ -14,7 +14,7 @@ use crate::operation::{Answer, Completion, Operation};
 /// See libraio.h.
 ///
 /// # Safety
-/// `buf` is null or points at `count` bytes that may be written, and that nobody else accesses meanwhile.
+/// `buf` is null or points at `count` bytes that may be written, and that nothing else accesses meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_pread(fd: c_int, buf: *mut c_void, count: usize, offset: i64) -> isize {
     // SAFETY: the caller's contract is the same.
@@ -24,7 +24,7 @@ pub unsafe extern "C" fn raio_pread(fd: c_int, buf: *mut c_void, count: usize, o
 /// See libraio.h.
 ///
 /// # Safety
-/// `buf` is null or points at `count` bytes, and nobody changes them meanwhile.
+/// `buf` is null or points at `count` bytes, and nothing changes them meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn raio_pwrite(fd: c_int, buf: *const c_void, count: usize, offset: i64) -> isize {
     // SAFETY: the caller's contract is the same, and a write does not change the memory.
@@ -96,7 +96,7 @@ fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {
 /// Reads or writes, and waits for the end of it.
 ///
 /// # Safety
-/// `buf` is null or points at `count` bytes that nobody else accesses meanwhile.
+/// `buf` is null or points at `count` bytes that nothing else accesses meanwhile.
 unsafe fn transfer(
     fd: c_int,
     buf: *mut c_void,

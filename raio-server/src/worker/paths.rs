@@ -321,7 +321,7 @@ impl Worker {
         self.answer(key, response);
     }
 
-    /// Keeps a listing that goes on in the session of its client. Without a connection nobody asks for more.
+    /// Keeps a listing that goes on in the session of its client. Without a connection no more is asked for.
     fn keep_listing(&self, connection: Option<usize>, listing: &Arc<Listing>) -> Result<(), Excess> {
         let Some(connection) = connection else { return Ok(()) };
         let account = self.connections[connection].account();

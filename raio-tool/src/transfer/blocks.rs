@@ -32,7 +32,7 @@ pub struct Blocks<'a> {
     next: u64,
     /// Up to here there is data.
     data_end: u64,
-    /// Ranges without data that nobody has taken.
+    /// Ranges without data that are still to be taken.
     holes: Vec<Range<u64>>,
     has_ended: bool,
 }
