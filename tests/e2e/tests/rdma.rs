@@ -214,6 +214,7 @@ fn servers_killed_while_they_read_from_their_clients_memory_lose_nothing_that_th
                         in_flight += usize::from(submitted.is_ok());
                     }
                     Err(error) => {
+                        assert!(killer.is_some(), "the connection broke while the server lived: {error}");
                         assert_lost(&error);
                         lost += 1;
                     }
