@@ -14,22 +14,11 @@ use tokio::io::unix::AsyncFd;
 use tokio::task::JoinSet;
 
 use crate::fake_server::FakeServer;
+use crate::test_buffers::{bytes, pattern, room};
 use crate::{
     AsyncContext, Buffer, Buffers, File, Operation, Options, Progress, PutOptions, Scheme, Session,
     SubmitOptions,
 };
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
-}
-
-fn room(len: usize) -> Buffers {
-    Buffers::One(Buffer::Owned(vec![0; len].into()))
-}
-
-fn bytes(buffers: &Buffers) -> Vec<u8> {
-    buffers.slices(0..buffers.len()).flatten().copied().collect()
-}
 
 fn start(options: &Options) -> (FakeServer, Session, Arc<File>, AsyncContext) {
     let policy = Policy { queue_depth: 4, data_bytes_max: 64 << 10, ..Policy::default() };

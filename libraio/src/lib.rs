@@ -51,6 +51,8 @@ mod split;
 #[cfg(test)]
 mod split_tests;
 #[cfg(test)]
+mod test_buffers;
+#[cfg(test)]
 mod tests;
 #[cfg(test)]
 mod timeout_tests;

@@ -9,6 +9,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::protocol::OperationGroup;
 
 use crate::fake_server::{FakeServer, collect};
+use crate::test_buffers::room;
 use crate::{
     Answer, Attributes, Buffer, Buffers, Completion, Context, File, Operation, OperationCrc, Options,
     PathOperation, PutOptions, Scheme, Session, SubmitOptions,
@@ -23,10 +24,6 @@ fn start() -> (FakeServer, Session, Context) {
     let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
     let context = session.context(8).unwrap();
     (server, session, context)
-}
-
-fn room(len: usize) -> Buffers {
-    Buffers::One(Buffer::Owned(vec![0; len].into()))
 }
 
 fn filled(bytes: &[u8]) -> Buffers {

@@ -312,6 +312,7 @@ mod tests {
     use raio_transport::memory::Buffer;
 
     use super::*;
+    use crate::test_buffers::{bytes, pattern};
 
     const FILE: FileHandle = FileHandle(1);
 
@@ -328,13 +329,9 @@ mod tests {
         Split::new(false, FILE, 0, Buffers::Many(pieces.into()), Some(crc), most)
     }
 
-    fn pattern(length: usize) -> Vec<u8> {
-        (0..length).map(|at| (at * 7 + at / 251) as u8).collect()
-    }
-
     fn bytes_of(bulk: &Bulk) -> Vec<u8> {
         let (Bulk::In(buffers) | Bulk::Out(buffers)) = bulk else { panic!("no buffers") };
-        buffers.slices(0..buffers.len()).flatten().copied().collect()
+        bytes(buffers)
     }
 
     /// Sends all that is to be sent, each with its right checksum. Which parts.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::Policy;
 
 use crate::fake_server::{FakeServer, collect, with_crc};
+use crate::test_buffers::{bytes_of, pattern};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -21,10 +22,6 @@ fn start(options: &Options) -> (FakeServer, Session, File, Context) {
     let file = session.open(PATH, libc::O_RDWR, 0).unwrap();
     let context = session.context(16).unwrap();
     (server, session, file, context)
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
 }
 
 /// Buffers with these bytes, in pieces of these lengths, the last as long as need be.
@@ -50,11 +47,6 @@ fn read(offset: u64, len: usize) -> Operation {
     Operation::Read { offset, buffers: pieces(&vec![0; len], &[]) }
 }
 
-fn bytes(completion: Completion) -> Vec<u8> {
-    let buffers = completion.buffers.unwrap();
-    buffers.slices(0..buffers.len()).flatten().copied().collect()
-}
-
 /// Until the server has cut the connections, which it does not let the client make again.
 fn wait_for_cut(server: &FakeServer, context: &mut Context) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -78,16 +70,16 @@ fn an_operation_of_any_length_is_one_completion() {
             let operation = Operation::Write { offset: 5, buffers: pieces(&data, lengths) };
             let written = one(&mut context, &file, operation);
             assert_eq!(written.result, Ok(LONG as u64));
-            assert_eq!(bytes(written), data, "the buffers come back");
+            assert_eq!(bytes_of(written), data, "the buffers come back");
             assert_eq!(server.contents(PATH)[5..], data);
             assert_eq!(server.writes(), 11);
             let buffers = pieces(&vec![0; LONG], lengths);
             let was_read = one(&mut context, &file, Operation::Read { offset: 5, buffers });
             assert_eq!(was_read.result, Ok(LONG as u64));
-            assert_eq!(bytes(was_read), data);
+            assert_eq!(bytes_of(was_read), data);
             let lent = one(&mut context, &file, Operation::ReadLent { offset: 5, length: LONG });
             assert!(lent.is_lent && lent.result == Ok(LONG as u64));
-            assert!(bytes(lent) == data);
+            assert!(bytes_of(lent) == data);
             let stats = context.stats();
             assert_eq!((stats.submitted, stats.completed, stats.failed, stats.in_flight), (3, 3, 0, 0));
             assert_eq!((stats.bytes_written, stats.bytes_read), (LONG as u64, 2 * LONG as u64));
@@ -104,7 +96,7 @@ fn a_read_is_short_exactly_at_the_end_of_the_file() {
             let short = session.open("/e/short", libc::O_RDWR, 0).unwrap();
             let was_read = one(&mut context, &short, read(0, LONG));
             assert_eq!(was_read.result, Ok(end as u64));
-            assert_eq!(bytes(was_read)[..end], pattern(end));
+            assert_eq!(bytes_of(was_read)[..end], pattern(end));
         }
     }
 }
@@ -166,7 +158,7 @@ fn a_long_operation_can_be_cancelled_as_long_as_nothing_is_done() {
         }
         let cancelled = context.cancel(ticket).unwrap();
         assert_eq!((cancelled.token, cancelled.result.clone().unwrap_err().errno()), (7, libc::ECANCELED));
-        assert_eq!(bytes(cancelled), pattern(LONG));
+        assert_eq!(bytes_of(cancelled), pattern(LONG));
         assert_eq!((context.stats().in_flight, ticks()), (0, 0));
         assert_eq!(context.cancel(ticket).unwrap_err().errno(), libc::EINVAL);
     }
@@ -200,7 +192,7 @@ fn wherever_a_connection_is_cut_a_long_operation_is_done_once() {
             server.cut_at(n, executed);
             let was_read = one(&mut context, &file, read(0, LONG));
             assert_eq!(was_read.result, Ok(LONG as u64));
-            assert_eq!(bytes(was_read), pattern(LONG));
+            assert_eq!(bytes_of(was_read), pattern(LONG));
         }
     }
 }
@@ -283,7 +275,7 @@ fn a_server_that_takes_less_after_a_restart_gets_smaller_parts() {
         }
         assert_eq!(context.io_bytes_max(), io_max as usize);
         let lent = one(&mut context, &file, Operation::ReadLent { offset: 0, length: LONG });
-        assert_eq!(bytes(lent), pattern(LONG));
+        assert_eq!(bytes_of(lent), pattern(LONG));
         assert!(session.open(PATH, libc::O_RDWR, 0).is_ok());
     }
 }
@@ -343,7 +335,7 @@ fn a_long_write_with_a_checksum_is_compared_before_it_is_sent_and_a_read_brings_
             context.submit_with(&file, operation, with_crc(None), 0).unwrap();
             let was_read = collect(&mut context, 1).remove(0);
             assert_eq!((was_read.result.clone(), was_read.crc), (Ok(LONG as u64), Some(crc)));
-            assert!(bytes(was_read)[..LONG] == data);
+            assert!(bytes_of(was_read)[..LONG] == data);
         }
         let was_read = one(&mut context, &file, read(0, 100));
         assert_eq!(was_read.crc, None, "it was not asked for");

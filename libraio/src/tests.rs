@@ -6,6 +6,7 @@ use raio_transport::handshake::Policy;
 use raio_transport::protocol::{Fields, FileHandle, Layout, OPERATION_FEATURES, OPERATIONS};
 
 use crate::fake_server::{FakeServer, with_crc};
+use crate::test_buffers::{bytes, pattern, room};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
 
 fn policy() -> Policy {
@@ -14,18 +15,6 @@ fn policy() -> Policy {
 
 fn connect(server: &FakeServer, options: &Options) -> Session {
     Session::connect_to(Scheme::Tcp, server.address, options).unwrap()
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
-}
-
-fn room(len: usize) -> Buffers {
-    Buffers::One(Buffer::Owned(vec![0; len].into()))
-}
-
-fn bytes(buffers: &Buffers) -> Vec<u8> {
-    buffers.slices(0..buffers.len()).flatten().copied().collect()
 }
 
 fn collect(context: &mut Context, n: usize) -> Vec<Completion> {

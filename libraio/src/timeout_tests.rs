@@ -7,16 +7,13 @@ use raio_transport::handshake::Policy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::fake_server::{FakeServer, collect};
+use crate::test_buffers::{bytes_of, pattern};
 use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session, SubmitOptions};
 
 const TIMEOUT: Duration = Duration::from_millis(60);
 
 fn in_time() -> SubmitOptions {
     SubmitOptions { timeout: Some(TIMEOUT), ..SubmitOptions::default() }
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
 }
 
 fn start() -> (FakeServer, Session, File, Context) {
@@ -35,11 +32,6 @@ fn read(len: usize) -> Operation {
 
 fn write(bytes: &[u8]) -> Operation {
     Operation::Write { offset: 0, buffers: Buffers::One(Buffer::Owned(bytes.into())) }
-}
-
-fn bytes(completion: Completion) -> Vec<u8> {
-    let buffers = completion.buffers.unwrap();
-    buffers.slices(0..buffers.len()).flatten().copied().collect()
 }
 
 /// How it has failed, and whether it may have been done.
@@ -116,7 +108,7 @@ fn an_operation_that_the_server_does_not_answer_ends_and_its_buffers_come_back()
     assert_eq!(failure(&late[0]), (libc::ETIMEDOUT, true), "it may be done yet");
     assert_eq!(failure(&late[1]), (libc::ETIMEDOUT, false));
     assert_eq!(context.stats().unknown, 1);
-    assert_eq!(bytes(late.pop().unwrap()), [0; 1000], "nothing was read");
+    assert_eq!(bytes_of(late.pop().unwrap()), [0; 1000], "nothing was read");
     let mut own = late.pop().unwrap().buffers.unwrap();
     own.write_at(0, b"changed");
     server.mute(false);

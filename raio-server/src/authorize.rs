@@ -137,12 +137,8 @@ fn check_stored(open: &OpenFile, range: Range) -> Result<(), Response> {
 }
 
 #[cold]
-fn too_much_stored(Full { bytes_max, bytes }: Full) -> Response {
-    let text = format!(
-        "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
-         together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
-    );
-    failure(Status::storage(libc::EDQUOT), &text)
+fn too_much_stored(full: Full) -> Response {
+    failure(Status::storage(libc::EDQUOT), &full.to_string())
 }
 
 /// A write is not widened: that would mean to read, change and write back what another client may be writing.

@@ -28,7 +28,7 @@ use crate::listing::{Listing, remove_unfinished};
 use crate::lookup::{Base, Entry, proc_path};
 use crate::rejection::Rejection;
 use crate::root::Root;
-use crate::stored::{Full, Stored};
+use crate::stored::Stored;
 use crate::subtree::Owner;
 use crate::syscalls::{openat2, reopen, stat, stat_node};
 use crate::throttle::Flow;
@@ -617,13 +617,8 @@ impl PathTask {
     /// Counts a change of what the client stores, unless that would be too much.
     fn store(&self, before: u64, now: u64) -> Result<(), Rejection> {
         let Some((stored, bytes_max)) = &self.stored else { return Ok(()) };
-        stored.replace(*bytes_max, before, now).map_err(|Full { bytes_max, bytes }| {
-            let hint = format!(
-                "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
-                 together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
-            );
-            self.rejection(libc::EDQUOT, &hint)
-        })
+        let counted = stored.replace(*bytes_max, before, now);
+        counted.map_err(|full| self.rejection(libc::EDQUOT, &full.to_string()))
     }
 
     fn change_stored(&self, from: u64, to: u64) {

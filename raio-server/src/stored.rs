@@ -6,6 +6,7 @@
 //! begins, and each open that empties one.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
@@ -94,11 +95,7 @@ impl Stored {
     /// are.
     fn count(&self, directory: OwnedFd) -> Result<u64, Errno> {
         let mut count = Count { device: rustix::fs::fstat(&directory)?.st_dev, ..Count::default() };
-        count.walk(directory, |key, size| {
-            if let Some(known) = lock(&self.sizes).get(&key).and_then(Weak::upgrade) {
-                known.store(size, Ordering::Relaxed);
-            }
-        })?;
+        count.walk(directory, |key, size| self.is_now(key, size))?;
         self.bytes.store(count.bytes, Ordering::Relaxed);
         self.is_counted.store(true, Ordering::Relaxed);
         Ok(count.files)
@@ -171,6 +168,17 @@ pub struct Full {
     pub bytes: u64,
 }
 
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes_max, bytes } = self;
+        write!(
+            f,
+            "The files that this client may change have {bytes} bytes, of {bytes_max} that they may have \
+             together. Empty or remove some; the server's operator can raise `stored` in clients.toml."
+        )
+    }
+}
+
 impl LimitedFile {
     /// Counts a request after which the file ends at `end`, whether it was longer or shorter.
     pub fn resize(&self, end: u64) -> Result<(), Full> {
@@ -184,12 +192,7 @@ impl LimitedFile {
     pub fn grow(&self, end: u64) -> Result<(), Full> {
         let mut size = self.size.load(Ordering::Relaxed);
         while end > size {
-            self.stored.change(size, end);
-            let bytes = self.stored.bytes.load(Ordering::Relaxed);
-            if bytes > self.bytes_max && self.stored.is_counted.load(Ordering::Relaxed) {
-                self.stored.change(end, size);
-                return Err(Full { bytes_max: self.bytes_max, bytes: bytes.saturating_sub(end - size) });
-            }
+            self.stored.replace(self.bytes_max, size, end)?;
             match self.size.compare_exchange(size, end, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return Ok(()),
                 Err(other) => {

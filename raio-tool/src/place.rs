@@ -98,10 +98,14 @@ pub trait Lane {
     fn write(&mut self, io: Io) -> Result<(), Failure>;
     /// The next one that has ended, in any order. Does not wait.
     fn next(&mut self) -> Result<Option<Done>, Failure>;
-    /// Waits until one may have ended, or for this long.
-    fn wait(&mut self, timeout: Duration) -> Result<(), Failure>;
+    /// Waits until one may have ended, or for this long. Not at all where they end at once.
+    fn wait(&mut self, _timeout: Duration) -> Result<(), Failure> {
+        Ok(())
+    }
     /// What poll(2) finds readable when one may have ended. None: they end at once.
-    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure>;
+    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure> {
+        Ok(None)
+    }
 }
 
 /// An open file, device or stream. Any thread may use it.

@@ -10,7 +10,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{
@@ -385,14 +384,6 @@ impl Lane for LocalLane {
     fn next(&mut self) -> Result<Option<Done>, Failure> {
         Ok(self.done.pop_front())
     }
-
-    fn wait(&mut self, _: Duration) -> Result<(), Failure> {
-        Ok(())
-    }
-
-    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure> {
-        Ok(None)
-    }
 }
 
 /// Standard input or output, a pipe, a terminal, or nothing (`null:`): bytes in order.
@@ -576,14 +567,6 @@ impl Lane for StreamLane {
 
     fn next(&mut self) -> Result<Option<Done>, Failure> {
         Ok(self.done.pop_front())
-    }
-
-    fn wait(&mut self, _: Duration) -> Result<(), Failure> {
-        Ok(())
-    }
-
-    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure> {
-        Ok(None)
     }
 }
 
