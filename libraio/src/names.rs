@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::protocol::path::{NAMES_BYTES_MAX, PathCommand};
+use raio_transport::protocol::path::{NAMES_BYTES_MAX, PathCommand, XATTR_NAME_BYTES_MAX};
 use raio_transport::protocol::{
     Command, FLAG_EXCLUSIVE, FLAG_FSYNC, FLAG_NO_REPLACE, FLAG_NOFOLLOW, FLAG_ODD_PAGE, FLAG_REMOVE,
     FLAG_SET_MODE, FLAG_SET_SIZE, FLAG_SET_TIME, FileStatus, FileSystemStatus, Opcode, PATH_BYTES_MAX,
@@ -131,6 +131,36 @@ pub(crate) fn other_bytes<'a>(path: &[u8], other: &'a OsStr) -> Result<&'a [u8],
     Ok(other)
 }
 
+/// A command on this path, and the second name that it may have.
+pub(crate) fn path_command<'a>(
+    opcode: Opcode,
+    flags: u16,
+    mode: u32,
+    path: &'a Path,
+    other: Option<&'a OsStr>,
+) -> Result<PathCommand<'a>, Error> {
+    let path = path_bytes(path)?;
+    let other = other.map_or(Ok(&[][..]), |other| other_bytes(path, other))?;
+    Ok(PathCommand { flags, mode: mode & 0o7777, other, ..PathCommand::new(opcode, path) })
+}
+
+/// One on an extended attribute.
+fn xattr_command<'a>(
+    opcode: Opcode,
+    flags: u16,
+    path: &'a Path,
+    name: &'a OsStr,
+) -> Result<PathCommand<'a>, Error> {
+    if name.len() > XATTR_NAME_BYTES_MAX {
+        let text = format!(
+            "The attribute's name is {} bytes long. Pass one of at most {XATTR_NAME_BYTES_MAX} bytes.",
+            name.len()
+        );
+        return Err(Error::call(libc::ERANGE, text));
+    }
+    path_command(opcode, flags, 0, path, Some(name))
+}
+
 /// Whether this number of bytes can be put.
 pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
     if length <= length_max {
@@ -166,7 +196,7 @@ impl Session {
     }
 
     fn plain(&self, opcode: Opcode, path: &Path) -> Result<Reply, Error> {
-        self.call_path(PathCommand::new(opcode, path_bytes(path)?), Bulk::None)
+        self.call_path(path_command(opcode, 0, 0, path, None)?, Bulk::None)
     }
 
     /// The most bytes that one call brings or takes.
@@ -181,8 +211,7 @@ impl Session {
 
     /// The same; of a symbolic link its own.
     pub fn symlink_metadata(&self, path: impl AsRef<Path>) -> Result<FileStatus, Error> {
-        let path = path_bytes(path.as_ref())?;
-        let command = PathCommand { flags: FLAG_NOFOLLOW, ..PathCommand::new(Opcode::StatPath, path) };
+        let command = path_command(Opcode::StatPath, FLAG_NOFOLLOW, 0, path.as_ref(), None)?;
         status_of(&self.call_path(command, Bulk::None)?)
     }
 
@@ -230,8 +259,8 @@ impl Session {
 
     /// Creates a directory.
     pub fn create_dir(&self, path: impl AsRef<Path>, mode: u32) -> Result<(), Error> {
-        let path = path_bytes(path.as_ref())?;
-        self.call_path(PathCommand { mode, ..PathCommand::new(Opcode::Mkdir, path) }, Bulk::None).map(drop)
+        let command = path_command(Opcode::Mkdir, 0, mode, path.as_ref(), None)?;
+        self.call_path(command, Bulk::None).map(drop)
     }
 
     /// Removes an empty directory.
@@ -266,9 +295,7 @@ impl Session {
     }
 
     fn on_both(&self, opcode: Opcode, flags: u16, path: &Path, other: &OsStr) -> Result<(), Error> {
-        let path = path_bytes(path)?;
-        let other = other_bytes(path, other)?;
-        self.call_path(PathCommand { flags, other, ..PathCommand::new(opcode, path) }, Bulk::None).map(drop)
+        self.call_path(path_command(opcode, flags, 0, path, Some(other))?, Bulk::None).map(drop)
     }
 
     /// Where a symbolic link leads.
@@ -289,11 +316,9 @@ impl Session {
 
     /// The value of an extended attribute; its name begins with `user.`.
     pub fn get_xattr(&self, path: impl AsRef<Path>, name: impl AsRef<OsStr>) -> Result<Vec<u8>, Error> {
-        let path = path_bytes(path.as_ref())?;
-        let other = other_bytes(path, name.as_ref())?;
+        let command = xattr_command(Opcode::GetXattr, 0, path.as_ref(), name.as_ref())?;
         let length = XATTR_BYTES_MAX.min(self.data_bytes_max()?);
-        let command =
-            PathCommand { length: length as u64, other, ..PathCommand::new(Opcode::GetXattr, path) };
+        let command = PathCommand { length: length as u64, ..command };
         data_of(self.call_path(command, Bulk::In(owned(length)))?)
     }
 
@@ -315,14 +340,13 @@ impl Session {
         value: &[u8],
         exclusive: bool,
     ) -> Result<(), Error> {
-        let path = path_bytes(path.as_ref())?;
-        let other = other_bytes(path, name.as_ref())?;
+        let flags = if exclusive { FLAG_EXCLUSIVE } else { 0 };
+        let command = xattr_command(Opcode::SetXattr, flags, path.as_ref(), name.as_ref())?;
         if value.len() > XATTR_BYTES_MAX.min(self.data_bytes_max()?) {
             return Err(Error::call(libc::E2BIG, "The value is too long. Pass at most 64 KiB."));
         }
-        let flags = if exclusive { FLAG_EXCLUSIVE } else { 0 };
         let length = value.len() as u64;
-        let command = PathCommand { flags, length, other, ..PathCommand::new(Opcode::SetXattr, path) };
+        let command = PathCommand { length, ..command };
         let bulk = match length {
             0 => Bulk::None,
             _ => Bulk::Out(Buffers::One(Buffer::Owned(value.into()))),
@@ -332,7 +356,8 @@ impl Session {
 
     /// Removes an extended attribute.
     pub fn remove_xattr(&self, path: impl AsRef<Path>, name: impl AsRef<OsStr>) -> Result<(), Error> {
-        self.on_both(Opcode::SetXattr, FLAG_REMOVE, path.as_ref(), name.as_ref())
+        let command = xattr_command(Opcode::SetXattr, FLAG_REMOVE, path.as_ref(), name.as_ref())?;
+        self.call_path(command, Bulk::None).map(drop)
     }
 }
 

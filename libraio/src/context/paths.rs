@@ -22,7 +22,7 @@ use raio_transport::transport::{Bulk, Reply, SendOptions};
 use super::{Context, NO_FILE, New, OperationState, Request, not_supported, unsupported};
 use crate::error::{Error, protocol_error};
 use crate::file::File;
-use crate::names::{check_put, link_of, other_bytes, path_bytes};
+use crate::names::{check_put, link_of, path_bytes, path_command};
 use crate::open_flags::open_flags;
 use crate::operation::{
     Answer, Completion, OperationCrc, PathOperation, RejectedPath, SubmitOptions, Ticket,
@@ -107,9 +107,7 @@ fn path_request(
     path: &Path,
     other: Option<&Path>,
 ) -> Result<PathRequest, Error> {
-    let path = path_bytes(path)?;
-    let other = other.map_or(Ok(&[][..]), |other| other_bytes(path, other.as_os_str()))?;
-    Ok(encoded(PathCommand { flags, mode: mode & 0o7777, other, ..PathCommand::new(opcode, path) }))
+    path_command(opcode, flags, mode, path, other.map(Path::as_os_str)).map(encoded)
 }
 
 fn encoded(command: PathCommand<'_>) -> PathRequest {

@@ -680,6 +680,27 @@ fn a_put_can_be_durable_new_and_of_a_given_age() {
     assert_eq!((bytes.len(), status.size.get()), (1 << 20, 1 << 20));
 }
 
+#[test]
+fn file_types_in_a_mode_are_ignored_and_names_of_attributes_that_are_too_long_fail_alone() {
+    let site = Site::new();
+    site.session.create_dir("/d/directory", 0o40_750).expect("a mode as of a stat");
+    assert_eq!(fs::metadata(site.path("directory")).expect("it is there").mode(), 0o40_750);
+    let options = PutOptions { mode: 0o100_640, ..PutOptions::default() };
+    site.session.put("/d/file", b"", &options).expect("a mode as of a stat");
+    let attributes = Attributes { mode: Some(0o100_600), ..Attributes::default() };
+    site.session.set_attributes("/d/file", &attributes).expect("a mode as of a stat");
+    assert_eq!(fs::metadata(site.path("file")).expect("it is there").mode(), 0o100_600);
+    for length in [256, 4000] {
+        let name = format!("user.{}", "n".repeat(length - 5));
+        assert_eq!(errno(site.session.set_xattr("/d/file", &name, b"value", false)), libc::ERANGE);
+        assert_eq!(errno(site.session.get_xattr("/d/file", &name)), libc::ERANGE);
+        assert_eq!(errno(site.session.remove_xattr("/d/file", &name)), libc::ERANGE);
+    }
+    let longest = format!("user.{}", "n".repeat(250));
+    site.session.set_xattr("/d/file", &longest, b"value", false).expect("255 bytes");
+    assert_eq!(site.session.get_xattr("/d/file", &longest).expect("it was set"), b"value");
+}
+
 // Lists
 // --------------------------------------------------------------------------------------------------------
 
