@@ -256,7 +256,7 @@ const fn on_path(opcode: Opcode, name: &'static str, fields: PathFields) -> Oper
     Operation { group, ..control(opcode, name, Layout::Path(fields)) }
 }
 
-/// An operation that changes what is at a path.
+/// An operation that changes a file or directory by its path.
 const fn change(opcode: Opcode, name: &'static str, fields: PathFields) -> Operation {
     Operation { is_recorded: true, ..on_path(opcode, name, fields) }
 }
@@ -282,7 +282,7 @@ const fn change(opcode: Opcode, name: &'static str, fields: PathFields) -> Opera
 ///   for each id in the body of the response. It is answered only when none of them can still happen.
 /// - **reopen**: opens a file that a previous server had open, under the same handle, if it is still the same
 ///   file. Result and body: as of an open.
-/// - **stat_path**: the status of what is at a path. Body: [`FileStatus`], without identity and verifier.
+/// - **stat_path**: the status of a file by its path. Body: [`FileStatus`], without identity and verifier.
 /// - **get**: brings the first `length` bytes of a file, which is opened for that and closed. Result: how
 ///   many; body: [`FileStatus`], as of stat_path.
 /// - **put**: creates a file with the request's data, which takes the place of what is at the path at once
@@ -292,7 +292,7 @@ const fn change(opcode: Opcode, name: &'static str, fields: PathFields) -> Opera
 /// - **list_next**: the next entries of a listing (`offset` is its name), or again those of the last answer;
 ///   or ends it. Result: as of list.
 /// - **mkdir**, **rmdir**, **unlink**, **rename**, **link**, **symlink**: as the system calls.
-/// - **readlink**: where a symbolic link leads: the body, which is padded; the result is its length.
+/// - **readlink**: the target of a symbolic link: the body, which is padded; the result is its length.
 /// - **set_attributes**: permissions, size and time of change of a file or directory.
 /// - **truncate**: sets the size of an open file to `length`.
 /// - **statfs**: the file system of a path. Body: [`FileSystemStatus`].
@@ -389,7 +389,7 @@ pub const FLAG_DATA_ONLY: u16 = 1 << 0;
 /// Flag of [`Opcode::Allocate`]: the file's size stays.
 pub const FLAG_KEEP_SIZE: u16 = 1 << 0;
 
-/// Flag of operations on a path: what is there is meant, if it is a symbolic link the link itself.
+/// Flag of operations on a path: a symbolic link at its end is not followed.
 pub const FLAG_NOFOLLOW: u16 = 1 << 0;
 /// Flag of [`Opcode::Put`] and [`Opcode::SetXattr`]: fails with EEXIST if there is something already.
 pub const FLAG_EXCLUSIVE: u16 = 1 << 1;
@@ -399,7 +399,7 @@ pub const FLAG_FSYNC: u16 = 1 << 2;
 pub const FLAG_NO_REPLACE: u16 = 1 << 1;
 /// Flag of [`Opcode::SetXattr`]: removes it.
 pub const FLAG_REMOVE: u16 = 1 << 2;
-/// Flag of [`Opcode::Put`] and [`Opcode::SetAttributes`]: sets the time of the last change.
+/// Flag of [`Opcode::Put`] and [`Opcode::SetAttributes`]: sets the modification time.
 pub const FLAG_SET_TIME: u16 = 1 << 3;
 /// Flag of [`Opcode::SetAttributes`]: sets the permissions.
 pub const FLAG_SET_MODE: u16 = 1 << 4;

@@ -171,15 +171,15 @@ struct raio_iocb {
 struct raio_stat;
 
 /*
- * What an iocb on a path has in the place of data: its `buf` points at this, and its `nbytes` is the size of it.
- * raio_prep_open() and the like fill it in. raio_submit() copies the paths. The struct itself, and what `buf` and
- * `stat` point at, belong to the library until the iocb's event is collected.
+ * Arguments of an iocb on a path: its `buf` points to this struct, and its `nbytes` is the struct's size.
+ * Filled in by raio_prep_open() etc. raio_submit() copies the paths. The struct itself, and the memory that
+ * `buf` and `stat` point to, belong to the library until the iocb's event is collected.
  */
 struct raio_path_args {
 	const char *path;
-	const char *other;		/* rename, link: the new path; symlink: where it is to lead */
-	void *buf;			/* get, put: data, in the iocb's `mr` unless that is NULL; readlink: where the
-					   target goes, without a terminating zero */
+	const char *other;		/* rename, link: the new path; symlink: the target */
+	void *buf;			/* get, put: data, in the iocb's `mr` unless that is NULL; readlink: receives
+					   the target, without a terminating zero */
 	unsigned long long nbytes;	/* length of buf */
 	struct raio_stat *stat;		/* stat_path, get: where the status goes; get: or NULL */
 	unsigned long long stat_size;	/* sizeof(struct raio_stat) */
@@ -192,7 +192,7 @@ struct raio_path_args {
 #define RAIO_PATH_NOFOLLOW	(1u << 0)	/* stat_path, utimens: of a symbolic link itself */
 #define RAIO_PUT_EXCL		(1u << 1)	/* EEXIST if there is something already */
 #define RAIO_PUT_FSYNC		(1u << 2)	/* the file and its name are durable when it completes */
-#define RAIO_PUT_MTIME		(1u << 3)	/* iocb: sets the time of the last change to modified_ns */
+#define RAIO_PUT_MTIME		(1u << 3)	/* iocb: sets the modification time to modified_ns */
 #define RAIO_RENAME_NOREPLACE	(1u << 1)	/* EEXIST if there is something already */
 #define RAIO_XATTR_CREATE	(1u << 1)	/* EEXIST if there is one with the name */
 
@@ -399,9 +399,9 @@ int raio_close(int fd);
  * call on the rest returns which. Any count; more than the server's --io-max is sent in parts. Signals do not
  * interrupt the call. After a lost connection the call waits until the session goes on. A forked child has EBADF.
  * raio_stop() in another thread ends the call with ENOTCONN. After call_timeout_ms the request is cancelled, and
- * the call ends with ETIMEDOUT, 0.1 s later at most; over RDMA its connection ends then if the server has not
- * answered. In each case `buf` is not accessed any more. A write that fails with ETIMEDOUT, ENOTCONN, ECONNRESET or EPIPE may or may not have been
- * done, and may still reach the file.
+ * the call fails with ETIMEDOUT, 0.1 s later at most; over RDMA its connection is closed then if the server
+ * has not answered. In each case `buf` is not accessed any more. A write that fails with ETIMEDOUT,
+ * ENOTCONN, ECONNRESET or EPIPE may or may not have been done, and may still reach the file.
  *
  * Returns the bytes read or written, 0 at the end of the file, or -1 with errno: EBADF, EINVAL (negative offset,
  * NULL, a count beyond SSIZE_MAX), EFAULT (a write from unreadable memory), those of raio_setup(), those of an
@@ -453,8 +453,9 @@ int raio_extents(int fd, long long offset, unsigned long long length, struct rai
  * or ECONNRESET (the server was restarted meanwhile) a change may have been done; after the first two it may yet be.
  */
 
-/* raio_stat_path, raio_lstat_path - the status of what is at the path; of a symbolic link where it leads, or its own.
- * Fill in at most `size` bytes. Identity and verifier are zeros. "/" is the list of exports. */
+/* raio_stat_path, raio_lstat_path - get the status of a path. raio_stat_path() follows a symbolic link,
+ * raio_lstat_path() does not. Fill in at most `size` bytes. Identity and verifier are zeros. "/" is the
+ * list of exports. */
 int raio_stat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
 int raio_lstat_path(int fd, const char *path, struct raio_stat *buf, size_t size);
 
@@ -468,9 +469,9 @@ int raio_lstat_path(int fd, const char *path, struct raio_stat *buf, size_t size
 ssize_t raio_get(int fd, const char *path, void *buf, size_t count, struct raio_stat *stat, size_t size);
 
 /*
- * raio_put - creates a file with these bytes, or replaces the one that is there, in one request. Others find the new
- * file whole, or the one from before; so they do after the server was killed. `flags`: RAIO_PUT_EXCL, RAIO_PUT_FSYNC.
- * At most the server's --io-max bytes, else EFBIG. The server's umask applies to `mode`.
+ * raio_put - atomically creates or replaces a file with these bytes, in one request. Others see the
+ * complete new file or the old one, also after a crash of the server process. `flags`: RAIO_PUT_EXCL,
+ * RAIO_PUT_FSYNC. At most the server's --io-max bytes, else EFBIG. The server's umask applies to `mode`.
  */
 int raio_put(int fd, const char *path, const void *buf, size_t count, mode_t mode, unsigned int flags);
 
@@ -488,10 +489,10 @@ ssize_t raio_readlink(int fd, const char *path, char *buf, size_t size);
 int raio_truncate(int fd, const char *path, unsigned long long size);
 /* At most 0777: a client gives no set-user-ID bits. */
 int raio_chmod(int fd, const char *path, mode_t mode);
-/* Sets the time of the last change, in nanoseconds since 1970-01-01 UTC. `flags`: 0 or RAIO_PATH_NOFOLLOW. */
+/* Sets the modification time, in nanoseconds since 1970-01-01 UTC. `flags`: 0 or RAIO_PATH_NOFOLLOW. */
 int raio_utimens(int fd, const char *path, long long modified_ns, unsigned int flags);
 
-/* The room of a file system. `size` is first, so that later versions can append fields. */
+/* Space and inodes of a file system. `size` is first, so that later versions can append fields. */
 struct raio_statfs {
 	unsigned long long size;		/* bytes of this struct that were filled in */
 	unsigned long long block_bytes;		/* the unit of the numbers of blocks */
@@ -503,7 +504,7 @@ struct raio_statfs {
 	unsigned long long name_bytes_max;
 };
 
-/* raio_statfs_path - the room of the file system that the path is on. Fills in at most `size` bytes of *buf. */
+/* raio_statfs_path - space and inodes of the path's file system. Fills in at most `size` bytes of *buf. */
 int raio_statfs_path(int fd, const char *path, struct raio_statfs *buf, size_t size);
 
 /*
@@ -926,7 +927,7 @@ static inline void raio_prep_get(struct raio_iocb *iocb, int fd, struct raio_pat
 }
 
 /*
- * raio_put(): `res` is `count`. raio_set_crc() protects it, as a write. To set the time of the last change, set
+ * raio_put(): `res` is `count`. raio_set_crc() protects it, as a write. To set the modification time, set
  * args->modified_ns afterwards, and RAIO_PUT_MTIME in args->flags.
  */
 static inline void raio_prep_put(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -1022,9 +1023,9 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
 }
 
 /*
- * Has an iocb complete with -ETIMEDOUT when it is not over `timeout_ms` milliseconds after raio_submit(). Call it
- * after raio_prep_*; the iocb keeps it when it is submitted again. 0: no timeout, as before. More than
- * RAIO_IOCB_TIMEOUT_MAX counts as that.
+ * Sets a timeout: the iocb completes with -ETIMEDOUT if it has not completed `timeout_ms` milliseconds
+ * after raio_submit(). Call it after raio_prep_*; the timeout stays set when the iocb is submitted again.
+ * 0: no timeout (default). Values above RAIO_IOCB_TIMEOUT_MAX are reduced to it.
  *
  * If the iocb was sent, the server is asked to cancel it. -ETIMEDOUT without RAIO_RES2_UNKNOWN: it was not done,
  * and will not be. If the server cannot cancel it any more, or does not answer within 50 ms, the iocb completes

@@ -179,7 +179,7 @@ impl AsyncContext {
         }
     }
 
-    /// The status of what is at a path: see [`crate::Session::metadata`].
+    /// The status of a path: see [`crate::Session::metadata`].
     pub async fn metadata(&self, path: impl Into<PathBuf>) -> Result<FileStatus, Error> {
         match self.answer(PathOperation::Stat { path: path.into(), nofollow: false }).await? {
             Answer::Status(status) => Ok(status),

@@ -26,7 +26,7 @@ use crate::tuning::{FIRST_PAGE_BYTES, PAGE_BYTES, XATTR_BYTES_MAX};
 pub struct PutOptions {
     /// Its permissions; the server's umask applies.
     pub mode: u32,
-    /// The time of its last change, in nanoseconds since the Epoch; None: the present.
+    /// Its modification time, in nanoseconds since the Epoch; None: the present.
     pub modified_ns: Option<i64>,
     /// Fails with EEXIST if there is something at the path.
     pub exclusive: bool,
@@ -47,7 +47,7 @@ pub struct Attributes {
     pub mode: Option<u32>,
     /// The size of a regular file, in bytes.
     pub size: Option<u64>,
-    /// The time of the last change, in nanoseconds since the Epoch.
+    /// The modification time, in nanoseconds since the Epoch.
     pub modified_ns: Option<i64>,
     /// Sets them of a symbolic link itself. (Links have no permissions: EOPNOTSUPP.)
     pub nofollow: bool,
@@ -86,7 +86,7 @@ impl DirEntry {
         self.mode & libc::S_IFMT == libc::S_IFLNK
     }
 
-    /// The time of the last change.
+    /// The modification time.
     pub fn modified(&self) -> SystemTime {
         let distance = Duration::from_nanos(self.modified_ns.unsigned_abs());
         if self.modified_ns < 0 {
@@ -172,7 +172,7 @@ pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
     Err(Error::call(libc::EFBIG, text))
 }
 
-/// Where a symbolic link leads, by the answer to a readlink.
+/// The target of a symbolic link, by the answer to a readlink.
 pub(crate) fn link_of(reply: &Reply) -> Result<PathBuf, Error> {
     let target = reply.body.get(..reply.result as usize).ok_or_else(protocol_error)?;
     Ok(PathBuf::from(OsString::from_vec(target.to_vec())))
@@ -204,7 +204,8 @@ impl Session {
         self.shared().data_bytes_max()
     }
 
-    /// The status of what is at a path. `/` is the list of exports. Identity and verifier are zero.
+    /// Returns the status of a path, and follows symbolic links. `/` is the list of exports. Identity and
+    /// verifier are zero.
     pub fn metadata(&self, path: impl AsRef<Path>) -> Result<FileStatus, Error> {
         status_of(&self.plain(Opcode::StatPath, path.as_ref())?)
     }
@@ -228,8 +229,8 @@ impl Session {
         Ok((bytes, status))
     }
 
-    /// Creates a file with these bytes, or replaces the one that is there, in one request. Others find it
-    /// whole, or what was there before; so it is after the server was killed. At most
+    /// Atomically creates or replaces a file with these bytes, in one request. Others see the complete new
+    /// file or the old one, also after a crash of the server process. At most
     /// [`crate::Context::io_bytes_max`] bytes (EFBIG).
     pub fn put(&self, path: impl AsRef<Path>, bytes: &[u8], options: &PutOptions) -> Result<(), Error> {
         let path = path_bytes(path.as_ref())?;
@@ -273,7 +274,7 @@ impl Session {
         self.plain(Opcode::Unlink, path.as_ref()).map(drop)
     }
 
-    /// Renames a file or directory within its export, and replaces what is there.
+    /// Renames a file or directory within its export, and replaces an existing file, as rename(2).
     pub fn rename(&self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
         self.on_both(Opcode::Rename, 0, from.as_ref(), to.as_ref().as_os_str())
     }
@@ -298,17 +299,17 @@ impl Session {
         self.call_path(path_command(opcode, flags, 0, path, Some(other))?, Bulk::None).map(drop)
     }
 
-    /// Where a symbolic link leads.
+    /// Returns the target of a symbolic link.
     pub fn read_link(&self, path: impl AsRef<Path>) -> Result<PathBuf, Error> {
         link_of(&self.plain(Opcode::Readlink, path.as_ref())?)
     }
 
-    /// Sets attributes of what is at a path.
+    /// Sets attributes of a file or directory.
     pub fn set_attributes(&self, path: impl AsRef<Path>, attributes: &Attributes) -> Result<(), Error> {
         self.call_path(attributes.command(path_bytes(path.as_ref())?), Bulk::None).map(drop)
     }
 
-    /// The room of the file system that a path is on.
+    /// Returns the space and inodes of a path's file system, as statfs(2).
     pub fn statfs(&self, path: impl AsRef<Path>) -> Result<FileSystemStatus, Error> {
         let reply = self.plain(Opcode::Statfs, path.as_ref())?;
         FileSystemStatus::decode(&reply.body).map_err(|_| protocol_error())

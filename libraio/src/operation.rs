@@ -88,16 +88,16 @@ pub enum Operation {
 pub enum PathOperation {
     /// Open a file: [`Answer::File`].
     Open {
-        /// Which.
+        /// Its path.
         path: PathBuf,
         /// As those of [`crate::Session::open`].
         flags: i32,
         /// The permissions of a file that is created.
         mode: u32,
     },
-    /// Ask for the status of what is there: [`Answer::Status`].
+    /// Ask for the status of a path: [`Answer::Status`].
     Stat {
-        /// Of what.
+        /// The path of the file or directory.
         path: PathBuf,
         /// Of a symbolic link its own.
         nofollow: bool,
@@ -105,14 +105,14 @@ pub enum PathOperation {
     /// Read a file from its start, and ask for its status ([`Answer::Status`]), in one request. If the status
     /// has a larger size than `buffers`, there is more.
     Get {
-        /// Which.
+        /// Its path.
         path: PathBuf,
         /// As many bytes as these hold, at most [`crate::Context::io_bytes_max`]: the rest is not used.
         buffers: Buffers,
     },
     /// Create or replace a file: see [`crate::Session::put`].
     Put {
-        /// Which.
+        /// Its path.
         path: PathBuf,
         /// All that it is to hold, at most [`crate::Context::io_bytes_max`] bytes (EFBIG).
         buffers: Buffers,
@@ -121,19 +121,19 @@ pub enum PathOperation {
     },
     /// Create a directory.
     Mkdir {
-        /// Which.
+        /// Its path.
         path: PathBuf,
         /// Its permissions.
         mode: u32,
     },
     /// Remove an empty directory.
     Rmdir {
-        /// Which.
+        /// Its path.
         path: PathBuf,
     },
     /// Remove a file, or what else is no directory.
     Unlink {
-        /// Which.
+        /// Its path.
         path: PathBuf,
     },
     /// Rename a file or directory within its export.
@@ -154,40 +154,40 @@ pub enum PathOperation {
     },
     /// Create a symbolic link.
     Symlink {
-        /// Where it is to lead.
+        /// The path that it contains, stored unchanged.
         target: PathBuf,
-        /// Where it is to be.
+        /// The new link.
         link: PathBuf,
     },
-    /// Ask where a symbolic link leads: [`Answer::Link`].
+    /// Ask for the target of a symbolic link: [`Answer::Link`].
     Readlink {
-        /// Which.
+        /// Its path.
         path: PathBuf,
     },
     /// Set attributes.
     SetAttributes {
-        /// Of what.
+        /// The path of the file or directory.
         path: PathBuf,
         /// Which.
         attributes: Attributes,
     },
-    /// Ask for the room of the file system of a path: [`Answer::FileSystem`].
+    /// Ask for the space and inodes of a path's file system: [`Answer::FileSystem`].
     Statfs {
-        /// Which.
+        /// Its path.
         path: PathBuf,
     },
 }
 
-/// What an operation has found out or made, beside its byte count.
+/// The result of an operation, beside its byte count.
 #[derive(Debug)]
 pub enum Answer {
     /// The status of a file. Of one that was asked for by its path identity and verifier are zero.
     Status(FileStatus),
     /// An open file.
     File(File),
-    /// Where a symbolic link leads.
+    /// The target of a symbolic link.
     Link(PathBuf),
-    /// The room of a file system.
+    /// Space and inodes of a file system.
     FileSystem(FileSystemStatus),
     /// The parts of a range that have data.
     Extents {

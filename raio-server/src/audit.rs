@@ -123,7 +123,7 @@ pub enum Event {
         operation: &'static str,
         /// Its path, with the export in front.
         path: String,
-        /// The new path of a rename or a link, or where a symbolic link leads.
+        /// The new path of a rename or a link, or the target of a symbolic link.
         #[serde(skip_serializing_if = "Option::is_none")]
         to: Option<String>,
         /// Of a get or a put: the bytes of the file that were brought.

@@ -121,7 +121,7 @@ impl CachedFiles {
         }
     }
 
-    /// The status of what is at a path; None: that cannot be told here.
+    /// The status of a path; None: it cannot be answered from the cache.
     pub fn stat(
         &mut self,
         export: &Export,

@@ -690,7 +690,7 @@ fn size_of_last_link(entry: &Entry<'_>) -> Option<u64> {
     is_last.then_some(stat.st_size as u64)
 }
 
-/// The time of the last change is this, and that of the last access stays.
+/// The modification time is this, and the access time stays.
 fn times(modified_ns: i64) -> Timestamps {
     let seconds = modified_ns.div_euclid(1_000_000_000);
     let nanoseconds = modified_ns.rem_euclid(1_000_000_000);

@@ -16,7 +16,7 @@ use crate::location::Location;
 use crate::output::{self, per_second};
 use crate::place::{Place, RemoteFile};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// A file or device of a server

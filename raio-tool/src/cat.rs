@@ -12,7 +12,7 @@ use crate::location::Location;
 use crate::place::{Stream, open_source};
 use crate::transfer::{self, Settings, Unwatched};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files

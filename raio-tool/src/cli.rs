@@ -37,13 +37,13 @@ pub enum Command {
     /// List directories of a server, or its exports
     #[command(after_long_help = flowing(include_str!("help/ls.txt")))]
     Ls(ls::Options),
-    /// Find what is beneath directories of a server
+    /// Search directories on a server recursively
     #[command(after_long_help = flowing(include_str!("help/find.txt")))]
     Find(find::Options),
-    /// Sum up the sizes beneath directories of a server
+    /// Show the total sizes of directory trees on a server
     #[command(after_long_help = flowing(include_str!("help/du.txt")))]
     Du(du::Options),
-    /// Show the room of the file systems of a server
+    /// Show the free space of file systems on a server
     #[command(after_long_help = flowing(include_str!("help/df.txt")))]
     Df(df::Options),
     /// Remove files and directories of a server
@@ -67,7 +67,7 @@ pub enum Command {
     /// Compare two files, or two directories
     #[command(after_long_help = flowing(include_str!("help/cmp.txt")))]
     Cmp(cmp::Options),
-    /// Give a range of a file or device back to the storage
+    /// Discard (deallocate) a range of a file or device
     #[command(after_long_help = flowing(include_str!("help/discard.txt")))]
     Discard(discard::Options),
     /// Show what a server grants, and by which transport it is reached
@@ -79,7 +79,7 @@ pub enum Command {
     /// Measure reads and writes by size and depth
     #[command(after_long_help = flowing(include_str!("help/bench.txt")))]
     Bench(bench::Options),
-    /// Find what on this machine keeps raio from its best
+    /// Check this machine for problems with raio's features and performance
     #[command(after_long_help = flowing(include_str!("help/doctor.txt")))]
     Doctor(doctor::Options),
     /// Load a server with many sessions, and verify the data

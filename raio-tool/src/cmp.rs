@@ -17,7 +17,7 @@ use crate::place::{Place, Stream, open_source};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 use crate::tuning::DEPTH;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// One file

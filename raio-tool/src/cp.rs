@@ -35,35 +35,35 @@ use crate::progress::{Progress, Style};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 use crate::tuning::{DEPTH, JOURNAL_FROM_BYTES, SMALL_FILE_BYTES};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files to copy, and at last where to: a file, or a directory
     #[arg(required = true, num_args = 2.., value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
-    /// Copy directories, with all that is in them
+    /// Copy directories recursively
     #[arg(short, long)]
     recursive: bool,
-    /// With -r, copy what symbolic links lead to, rather than the links
+    /// With -r, copy the targets of symbolic links, rather than the links
     #[arg(short = 'L', long, requires = "recursive")]
     dereference: bool,
     /// With -r, leave out what matches this pattern
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::parse, requires = "recursive")]
     exclude: Vec<Pattern>,
-    /// With -r, end with the first failure, rather than go on with the other files
+    /// With -r, stop at the first error, rather than continue with the other files
     #[arg(long, requires = "recursive")]
     fail_fast: bool,
-    /// Go on with a copy that was interrupted. What is there is compared with checksums first
+    /// Resume an interrupted copy. Blocks already at the destination are verified by checksum first
     #[arg(long)]
     resume: bool,
     /// Read the destination again, from the disk where that is possible, and compare
     #[arg(long)]
     verify: bool,
-    /// Make the copy durable before it takes its name
+    /// Flush the copy to stable storage (fsync) before it is renamed into place
     #[arg(long)]
     fsync: bool,
     /// Give the copy the permissions, the times and, as root, the owner of the source; to a server and with
-    /// -r, permissions and the time of the last change
+    /// -r, permissions and the modification time
     #[arg(long)]
     preserve: bool,
     /// Write to the destination itself, rather than to a file beside it

@@ -12,7 +12,7 @@ use crate::location::Location;
 use crate::output;
 use crate::place::Sessions;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Paths on a server

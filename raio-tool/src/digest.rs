@@ -18,7 +18,7 @@ use crate::place::{Place, Sessions, Stream, open_source};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 use crate::tree::{self, Access};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files

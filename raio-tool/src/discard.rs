@@ -13,7 +13,7 @@ use crate::location::Location;
 use crate::output;
 use crate::place::{LocalFile, Place, RemoteFile};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// A file or device. What is in the range is lost

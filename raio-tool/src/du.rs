@@ -15,7 +15,7 @@ use crate::output;
 use crate::place::Sessions;
 use crate::walk::{Visitor, Walk};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Directories of a server

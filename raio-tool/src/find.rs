@@ -19,7 +19,7 @@ use crate::pattern::Pattern;
 use crate::place::Sessions;
 use crate::walk::{Visitor, Walk};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Directories of a server; a server's URL alone is the list of its exports

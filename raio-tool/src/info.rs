@@ -12,7 +12,7 @@ use crate::output;
 use crate::place::connect;
 use crate::target::Probe;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// The server [default: $RAIO_URL]

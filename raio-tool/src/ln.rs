@@ -9,7 +9,7 @@ use crate::global::Global;
 use crate::location::Location;
 use crate::place::Sessions;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// A file of the server; with -s any text, which the link has as it is

@@ -16,7 +16,7 @@ use crate::output::{self, sort};
 use crate::place::Sessions;
 use crate::walk::Walk;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Directories and files of a server; a server's URL alone is the list of its exports [default:

@@ -12,7 +12,7 @@ use crate::global::Global;
 use crate::location::Location;
 use crate::place::Sessions;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Directories to create on a server

@@ -10,7 +10,7 @@ use crate::global::Global;
 use crate::location::Location;
 use crate::place::Sessions;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// What to rename, and at last its new name, or a directory to move it into

@@ -17,7 +17,7 @@ use crate::place::RemoteFile;
 use crate::target::Probe;
 use crate::tuning::CONNECT_TIMEOUT;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// A server, which is pinged over TCP, or a file there, which is read [default: $RAIO_URL]

@@ -128,7 +128,7 @@ pub trait Place: Send + Sync {
     /// Makes what was written durable.
     fn sync(&self) -> Result<(), Failure>;
     /// Gives it the permissions, the times, and if that is allowed the owner of another file; on a server
-    /// the permissions and the time of the last change.
+    /// the permissions and the modification time.
     fn preserve(&self, facts: &Facts) -> Result<(), Failure>;
 }
 

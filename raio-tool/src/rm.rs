@@ -13,13 +13,13 @@ use crate::location::Location;
 use crate::place::Sessions;
 use crate::walk::{Visitor, Walk};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files and links of a server; with -r directories, too
     #[arg(required = true, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     paths: Vec<OsString>,
-    /// Remove directories, and all that is in them
+    /// Remove directories recursively
     #[arg(short, long)]
     recursive: bool,
     /// What does not exist is no failure
@@ -58,7 +58,7 @@ impl Removal<'_> {
             return self.removed(Path::new(""), self.session.remove_file(self.path));
         }
         if !self.options.recursive {
-            let text = format!("{} is a directory. With -r it is removed with all in it.", self.location);
+            let text = format!("{} is a directory. Use -r to remove it recursively.", self.location);
             return Err(Failure::new(text));
         }
         Walk { session: self.session, location: self.location, path: self.path }.run(&mut self)?;

@@ -14,7 +14,7 @@ use crate::location::Location;
 use crate::output::{self, sort};
 use crate::place::{RemoteFile, Sessions};
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// Files

@@ -18,16 +18,16 @@ use crate::progress::{Progress, Style};
 use crate::transfer::Settings;
 use crate::tuning::TREE_THREADS;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
-    /// The directory that has what is wanted
+    /// The source directory
     #[arg(value_name = "SOURCE", value_hint = ValueHint::DirPath)]
     from: OsString,
-    /// The directory that is made like it; it is created if it does not exist
+    /// The destination directory; it is created if it does not exist
     #[arg(value_name = "DESTINATION", value_hint = ValueHint::DirPath)]
     to: OsString,
-    /// Remove from the destination what the source does not have
+    /// Delete extraneous files from the destination: those that do not exist in the source
     #[arg(long)]
     delete: bool,
     /// Show what would be done, and change nothing
@@ -36,16 +36,16 @@ pub struct Options {
     /// Compare the contents of files of the same size, rather than their times
     #[arg(long)]
     checksum: bool,
-    /// Leave alone, on both sides, what matches this pattern
+    /// Exclude files that match this pattern: they are neither copied nor removed
     #[arg(long, value_name = "PATTERN", value_parser = Pattern::parse)]
     exclude: Vec<Pattern>,
-    /// Copy what symbolic links lead to, rather than the links
+    /// Copy the targets of symbolic links, rather than the links
     #[arg(short = 'L', long)]
     dereference: bool,
-    /// Make each file durable before it takes its name
+    /// Flush each file to stable storage (fsync) before it is renamed into place
     #[arg(long)]
     fsync: bool,
-    /// End with the first failure, rather than go on with the other files
+    /// Stop at the first error, rather than continue with the other files
     #[arg(long)]
     fail_fast: bool,
     /// Directories and files worked on at a time, each over connections of their own

@@ -73,14 +73,14 @@ pub trait Tree: Send {
     fn location(&self, path: &Path) -> Location;
     /// What is in a directory, by name.
     fn entries(&mut self, path: &Path) -> Result<Vec<TreeEntry>, Failure>;
-    /// What is at a path; None: nothing. With `follows` of a link what it leads to.
+    /// The status of a path; None: it does not exist. With `follows` that of a link's target.
     fn entry(&mut self, path: &Path, follows: bool) -> Result<Option<TreeEntry>, Failure>;
     /// The first bytes of a regular file, and its status from before that. If its size is larger, there is
     /// more.
     fn read(&mut self, path: &Path, length: u64) -> Result<(Vec<u8>, TreeEntry), Failure>;
     /// A file to read.
     fn source(&mut self, path: &Path) -> Result<Box<dyn Place>, Failure>;
-    /// Where a symbolic link leads.
+    /// The target of a symbolic link.
     fn read_link(&mut self, path: &Path) -> Result<PathBuf, Failure>;
     /// Makes a file with these bytes, or replaces one, or a link. Returns whether it could: there may be too
     /// many for one request.

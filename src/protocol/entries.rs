@@ -9,8 +9,8 @@ use crate::message::padded;
 /// The longest name in a directory, in bytes.
 const NAME_BYTES_MAX: usize = 255;
 
-/// An entry of a directory, as it was when the directory was read. A symbolic link is described itself, and
-/// not where it leads.
+/// An entry of a directory, as it was when the directory was read. That of a symbolic
+/// link has the status of the link itself, not that of its target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirectoryEntry<'a> {
     /// Its name: 1 to 255 bytes, no zero byte and no `/`. Names need not be UTF-8.

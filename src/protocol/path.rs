@@ -52,11 +52,11 @@ pub struct PathCommand<'a> {
     pub mode: u32,
     /// How many bytes of data there are, or may come; of set_attributes the size.
     pub length: u64,
-    /// The time of the last change, in nanoseconds since the Epoch.
+    /// The modification time, in nanoseconds since the Epoch.
     pub modified_ns: i64,
     /// Bytes without a zero among them, 1 to [`PATH_BYTES_MAX`].
     pub path: &'a [u8],
-    /// The new path of a rename or a link, where a symbolic link is to lead, or the name of an extended
+    /// The new path of a rename or a link, the target of a symbolic link, or the name of an extended
     /// attribute. Bytes without a zero among them.
     pub other: &'a [u8],
 }

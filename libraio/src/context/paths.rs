@@ -266,7 +266,7 @@ impl Context {
         }
     }
 
-    /// Gives a slot to an operation that has ended well.
+    /// Gives a slot to an operation that has completed successfully.
     fn take_in_over(&mut self, new: New, token: u64) -> Ticket {
         let index = self.vacant_slot();
         let slot = &mut self.slots[index as usize];

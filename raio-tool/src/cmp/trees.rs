@@ -30,7 +30,7 @@ enum Differs {
     /// Only the second directory has it.
     Extra,
     Type,
-    /// The bytes of a file, or where a link leads.
+    /// The bytes of a file, or the target of a link.
     Contents,
 }
 

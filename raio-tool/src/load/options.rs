@@ -13,7 +13,7 @@ use super::content::WORD_BYTES;
 use super::tuning::{DEPTH_MAX, IO_BYTES_MAX, LOOPBACK_SOURCES, OPEN_TIMEOUT, SESSIONS_MAX};
 use crate::global::Global;
 
-/// What the command line says.
+/// Command-line options.
 #[derive(Args, Debug)]
 pub struct Options {
     /// The server: raio://HOST, raio://HOST:PORT or raio+tcp://HOST:PORT; always over TCP

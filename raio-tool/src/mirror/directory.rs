@@ -84,7 +84,7 @@ impl Hand<'_> {
         Ok(())
     }
 
-    /// An entry of the source; with `follows`, what a link leads to.
+    /// An entry of the source; with `follows`, the target of a link.
     fn resolved(&mut self, node: &Node, path: &Path, entry: TreeEntry) -> Result<TreeEntry, Failure> {
         if !entry.is_link() || !self.run.plan.follows {
             return Ok(entry);

@@ -13,7 +13,7 @@ use crate::transfer::Settings;
 pub enum Comparison {
     /// Not at all: every file is copied.
     None,
-    /// By size and time of the last change.
+    /// By size and modification time.
     SizeAndTime,
     /// By all their bytes.
     Contents,
