@@ -145,7 +145,7 @@ fn exit_codes_tell_what_keeps_a_name_from_changing() {
         (&["stat", ":/e/none"], 3, "none"),
         (&["rm", ":/e/none"], 3, "No such file"),
         (&["rm", ":/e/none", ":/e/nothing"], 3, "2 have failed"),
-        (&["rm", ":/e/d"], 1, "With -r"),
+        (&["rm", ":/e/d"], 1, "Use -r"),
         (&["rm", "-r", ":/ro/d"], 4, "read-only"),
         (&["mkdir", ":/e/d"], 1, "exists"),
         (&["mkdir", ":/e/none/x"], 3, "No such file"),
