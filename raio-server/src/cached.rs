@@ -34,18 +34,20 @@ pub struct UsableMount {
 }
 
 impl UsableMount {
-    /// The mount that a file is on, if it is usable. Asks the file system: not for a worker's thread.
-    pub fn of(fd: impl AsFd) -> Option<Self> {
-        let kind = rustix::fs::fstatfs(&fd).ok()?.f_type;
+    /// The mount that a file on a file system of this type is on, if it is usable.
+    pub fn of(fd: impl AsFd, file_system: libc::__fsword_t) -> Option<Self> {
+        if !KEEPS_STATUS.contains(&file_system) {
+            return None;
+        }
         let (_, mount) = stat_on_mount(&fd).ok()?;
-        let reads = match kind {
+        let reads = match file_system {
             // Its files lie in memory, and it knows no RWF_NOWAIT.
             libc::TMPFS_MAGIC => Some(ReadWriteFlags::empty()),
             // For each read it looks up checksums, on the disk.
             libc::BTRFS_SUPER_MAGIC => None,
             _ => Some(ReadWriteFlags::NOWAIT),
         };
-        KEEPS_STATUS.contains(&kind).then_some(Self { mount: mount?, reads })
+        Some(Self { mount: mount?, reads })
     }
 }
 

@@ -43,7 +43,7 @@ pub struct Export {
     source: Origin,
     is_writable: bool,
     is_direct: bool,
-    /// Random, and not 0.
+    /// Random.
     number: u64,
     lanes: Lanes,
     /// Of what is no file: no other export, of this server or the next one, has it.
@@ -89,7 +89,7 @@ impl Export {
             // What nobody keeps anybody may write.
             is_writable: spec.is_writable || matches!(spec.source, Source::Null(_)),
             is_direct: spec.is_direct,
-            number: random::number().max(1),
+            number: random::number(),
             lanes,
             instance: file_identity::random(),
             verifier: Arc::default(),

@@ -37,6 +37,7 @@ mod machine;
 mod names;
 mod open;
 mod orphan_guard;
+mod path;
 mod peer;
 mod placement;
 mod pool;

@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, FileType, RawDir, RawMode, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use crate::engine::{Job, Lane};
+use crate::syscalls::nanoseconds;
 use crate::throttle::Flow;
 use crate::tuning::listings::BUFFER_BYTES;
 use crate::unfinished::{is_of_another_server, is_unfinished_put};
@@ -113,10 +114,7 @@ impl State {
             let behind = entry.next_entry_cookie();
             let bytes = name.to_bytes();
             if matches!(bytes, b"." | b"..") || is_unfinished_put(bytes) {
-                if self
-                    .removes_for
-                    .is_some_and(|server| is_unfinished_put(bytes) && is_of_another_server(bytes, server))
-                {
+                if self.removes_for.is_some_and(|server| is_of_another_server(bytes, server)) {
                     let _ = rustix::fs::unlinkat(directory, name, AtFlags::empty());
                 }
                 next = behind;
@@ -130,11 +128,7 @@ impl State {
                     name: bytes,
                     mode: stat.stx_mode.into(),
                     size: stat.stx_size,
-                    modified_ns: stat
-                        .stx_mtime
-                        .tv_sec
-                        .saturating_mul(1_000_000_000)
-                        .saturating_add(stat.stx_mtime.tv_nsec.into()),
+                    modified_ns: nanoseconds(stat.stx_mtime),
                     inode: stat.stx_ino,
                     has_status: true,
                 },
@@ -169,7 +163,7 @@ pub fn remove_unfinished(directory: OwnedFd, server: u64) -> Result<bool, Errno>
     while let Some(entry) = all.next() {
         let entry = entry?;
         let name = entry.file_name();
-        if is_unfinished_put(name.to_bytes()) && is_of_another_server(name.to_bytes(), server) {
+        if is_of_another_server(name.to_bytes(), server) {
             has_removed |= rustix::fs::unlinkat(listed, name, AtFlags::empty()).is_ok();
         }
     }

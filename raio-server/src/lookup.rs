@@ -5,8 +5,8 @@
 //! directory that was looked up in this way: whatever is moved meanwhile, nothing is reached that was not
 //! beneath the export then.
 
-use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ffi::CStr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use raio_transport::Status;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -15,6 +15,7 @@ use rustix::path::Arg;
 
 use crate::export::{Confinement, Export, Location};
 use crate::log::log_client;
+use crate::path::{last_name, split};
 use crate::peer::Origin;
 use crate::rejection::Rejection;
 use crate::root::check_file_system;
@@ -102,11 +103,16 @@ impl Location {
         openat2(base, path, flags, mode, self.resolve)
     }
 
-    /// Opens what the path leads to, if files are served there.
-    pub fn open(&self, what: &str, base: &Base, flags: OFlags) -> Result<OwnedFd, Rejection> {
+    /// Opens what the path leads to, if files are served there. Returns the type of the file system, too.
+    pub fn open(
+        &self,
+        what: &str,
+        base: &Base,
+        flags: OFlags,
+    ) -> Result<(OwnedFd, libc::__fsword_t), Rejection> {
         let node = self.openat(base.as_fd(), self.beneath(), flags, Mode::empty());
         let node = node.map_err(|errno| self.failed(what, errno))?;
-        self.check(what, &node).map(|()| node)
+        self.check(what, &node).map(|file_system| (node, file_system))
     }
 
     /// Looks up the directory that the last name of the path is, or will be, in. None: the path is there, and
@@ -116,7 +122,7 @@ impl Location {
         let (parent, name) = split(&path[..path.len() - 1]);
         let name = CStr::from_bytes_with_nul(&path[path.len() - 1 - name.len()..]);
         let Ok(name) = name else { return Err(self.failed(what, Errno::INVAL)) };
-        if ends_without_name(name.to_bytes()) || base.0.is_none() {
+        if matches!(last_name(name.to_bytes()), None | Some(b"." | b"..")) || base.0.is_none() {
             return self.open(what, base, OFlags::PATH).map(|_| None);
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY;
@@ -126,7 +132,7 @@ impl Location {
         Ok(Some(Entry { directory, name }))
     }
 
-    fn check(&self, what: &str, node: &OwnedFd) -> Result<(), Rejection> {
+    fn check(&self, what: &str, node: &OwnedFd) -> Result<libc::__fsword_t, Rejection> {
         check_file_system(node).map_err(|(errno, why)| self.rejection(what, errno, why))
     }
 
@@ -157,51 +163,5 @@ impl Location {
     /// The same, of the operator's making: it is logged.
     pub fn policy(&self, what: &str, errno: i32, hint: &str) -> Rejection {
         Rejection { status: Status::policy(errno), ..self.rejection(what, errno, hint) }
-    }
-}
-
-/// Whether the last name of a path is none.
-fn ends_without_name(path: &[u8]) -> bool {
-    let mut names = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty());
-    matches!(names.next_back(), None | Some(b"." | b".."))
-}
-
-/// The directory of a path, and what is to be found there. A path that ends with `.` or `..` names nothing
-/// that could be created, and stays as it is.
-pub fn split(path: &[u8]) -> (&[u8], &[u8]) {
-    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
-    let start = path[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
-    match &path[start..end] {
-        b"" | b"." | b".." => (b".", path),
-        _ if start == 0 => (b".", path),
-        _ => path.split_at(start),
-    }
-}
-
-/// A path by which system calls that take no descriptor reach what one refers to.
-pub fn proc_path(fd: impl AsFd) -> CString {
-    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
-    CString::new(path).unwrap_or_default()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_path_is_split_before_its_last_name() {
-        for (path, parent, name) in [
-            ("a", ".", "a"),
-            ("a/", ".", "a/"),
-            ("a/b", "a/", "b"),
-            ("a//b//", "a//", "b//"),
-            ("../a", "../", "a"),
-            (".", ".", "."),
-            ("a/..", ".", "a/.."),
-            ("a/./", ".", "a/./"),
-        ] {
-            let expected = (parent.as_bytes(), name.as_bytes());
-            assert_eq!(split(path.as_bytes()), expected, "{path}");
-        }
     }
 }

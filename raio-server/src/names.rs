@@ -25,12 +25,13 @@ use crate::audit::Audited;
 use crate::cached::UsableMount;
 use crate::export::{Export, Location};
 use crate::listing::{Listing, remove_unfinished};
-use crate::lookup::{Base, Entry, proc_path};
+use crate::lookup::{Base, Entry};
+use crate::path::last_name;
 use crate::rejection::Rejection;
 use crate::root::Root;
 use crate::stored::Stored;
 use crate::subtree::Owner;
-use crate::syscalls::{openat2, reopen, stat, stat_node};
+use crate::syscalls::{openat2, proc_path, reopen, stat, stat_node};
 use crate::throttle::Flow;
 use crate::unfinished::unfinished_put;
 
@@ -61,8 +62,8 @@ pub struct PathTask {
     pub audited: Option<Arc<Audited>>,
     /// What its client has of the export, if that is limited.
     pub flow: Option<Arc<Flow>>,
-    /// The number of this server, in the names of unfinished files.
-    pub server: u64,
+    /// The number of this server, in the names of unfinished files, if it writes to the export.
+    pub server: Option<u64>,
     /// What a listing that it begins is named by.
     pub listing: u64,
 }
@@ -153,7 +154,7 @@ impl PathTask {
             waits_for_lease: false,
             audited: None,
             flow: None,
-            server: 0,
+            server: None,
             listing: 0,
         }
     }
@@ -196,6 +197,11 @@ impl PathTask {
 
     /// What the path leads to, open with O_PATH.
     fn node(&self, base: &Base) -> Result<OwnedFd, Rejection> {
+        self.found(base).map(|(node, _)| node)
+    }
+
+    /// The same, and the type of its file system.
+    fn found(&self, base: &Base) -> Result<(OwnedFd, libc::__fsword_t), Rejection> {
         let nofollow = if self.has(FLAG_NOFOLLOW) || self.opcode == Opcode::Readlink {
             OFlags::NOFOLLOW
         } else {
@@ -218,16 +224,17 @@ impl PathTask {
     // ----------------------------------------------------------------------------------------------------
 
     fn status(&self, root: &Root, name: &str, base: &Base) -> PathResult {
-        let node = self.node(base)?;
-        let kind = rustix::fs::fstat(&node).map(|stat| FileType::from_raw_mode(stat.st_mode));
-        let kind = kind.map_err(|errno| self.failed(errno))?;
-        let is_served_device = kind == FileType::BlockDevice && root.check(name, &node).is_ok();
+        let (node, file_system) = self.found(base)?;
+        let mut info = stat_node(&node).map_err(|errno| self.failed(errno))?;
         // To learn how large a device is it must be open.
-        let open = if is_served_device { reopen(&node, READ_ONLY).ok() } else { None };
-        let mount = UsableMount::of(&node);
-        let info = open.map_or_else(|| stat_node(&node), stat);
-        info.map(|info| PathAnswer { mount, ..PathAnswer::of_status(info.status) })
-            .map_err(|errno| self.failed(errno))
+        if FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice
+            && root.check(name, &node).is_ok()
+            && let Ok(open) = reopen(&node, READ_ONLY)
+        {
+            info = stat(open).map_err(|errno| self.failed(errno))?;
+        }
+        let mount = UsableMount::of(&node, file_system);
+        Ok(PathAnswer { mount, ..PathAnswer::of_status(info.status) })
     }
 
     /// Opens a regular file that was looked up.
@@ -245,29 +252,27 @@ impl PathTask {
     }
 
     fn get(&self, base: &Base, room: &mut Option<SlotRange>) -> PathResult {
-        let node = self.node(base)?;
+        let (node, file_system) = self.found(base)?;
         let file = self.open_file(&node, READ_ONLY)?;
         // Before the data: what is newer than its time of change is read again by who compares times.
         let info = stat(&file).map_err(|errno| self.failed(errno))?;
         let read = room.take().map(|mut room| {
-            let read = read_all(&file, room.bytes_mut(), 0)?;
+            let read = read_all(&file, room.bytes_mut())?;
             room.len = read;
             Ok(room)
         });
         let data = read.transpose().map_err(|errno: Errno| self.failed(errno))?;
-        let answer = PathAnswer { mount: UsableMount::of(&file), ..PathAnswer::of_status(info.status) };
-        Ok(match data {
-            Some(data) => PathAnswer { result: data.len as u64, data: Some(data), ..answer },
-            None => answer,
-        })
+        let result = data.as_ref().map_or(0, |data| data.len as u64);
+        let mount = UsableMount::of(&file, file_system);
+        Ok(PathAnswer { result, data, mount, ..PathAnswer::of_status(info.status) })
     }
 
     fn list(&self, export: &Export, base: &Base, room: &mut Option<SlotRange>) -> PathResult {
         let flags = READ_ONLY | OFlags::DIRECTORY;
-        let directory = self.at.open(verb(self.opcode), base, flags)?;
+        let (directory, _) = self.at.open(verb(self.opcode), base, flags)?;
         let lane = export.lanes().control;
         let listing = Listing::new(self.listing, self.at.export, self.flow.clone(), lane, directory)
-            .removing_for((self.server != 0).then_some(self.server));
+            .removing_for(self.server);
         next_page(&Arc::new(listing), false, room).map_err(|errno| self.failed(errno))
     }
 
@@ -308,8 +313,7 @@ impl PathTask {
     }
 
     fn rmdir(&self, base: &Base) -> PathResult {
-        let at_end = match self.at.path.as_bytes().rsplit(|&byte| byte == b'/').find(|name| !name.is_empty())
-        {
+        let at_end = match last_name(self.at.path.as_bytes()) {
             Some(b"..") => Errno::NOTEMPTY,
             Some(_) => Errno::INVAL,
             None => Errno::BUSY,
@@ -318,16 +322,17 @@ impl PathTask {
         let remove = || rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR);
         let removed = match remove() {
             // Clients do not see what a server that was killed has left there.
-            Err(Errno::NOTEMPTY) if self.server != 0 && self.removes_unfinished(&directory, name) => remove(),
+            Err(Errno::NOTEMPTY) if self.removes_unfinished(&directory, name) => remove(),
             result => result,
         };
         self.nothing(removed)
     }
 
     fn removes_unfinished(&self, parent: &OwnedFd, name: &CStr) -> bool {
+        let Some(server) = self.server else { return false };
         let flags = READ_ONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
         let directory = openat2(parent.as_fd(), name, flags, Mode::empty(), self.at.resolve);
-        directory.and_then(|directory| remove_unfinished(directory, self.server)).unwrap_or(false)
+        directory.and_then(|directory| remove_unfinished(directory, server)).unwrap_or(false)
     }
 
     fn unlink(&self, base: &Base) -> PathResult {
@@ -417,9 +422,7 @@ impl PathTask {
         self.check_size(root, length)?;
         let before = self.stored.as_ref().and_then(|_| size_of_last_link(&entry)).unwrap_or(0);
         self.store(before, length)?;
-        let put = self.write_new(&entry, bytes).and_then(|new| {
-            let published = self.publish(&entry, &new);
-            published.inspect_err(|_| new.remove(&entry.directory)).map_err(|errno| self.failed(errno))?;
+        let put = self.write_new(&entry, bytes).and_then(|()| {
             if self.has(FLAG_FSYNC) {
                 let synced = reopen(&entry.directory, READ_ONLY | OFlags::DIRECTORY)
                     .and_then(|directory| retry_on_intr(|| rustix::fs::fsync(&directory)));
@@ -433,17 +436,13 @@ impl PathTask {
         put
     }
 
-    /// The new file, complete, with a name that clients do not see, or none.
-    fn write_new(&self, entry: &Entry<'_>, bytes: &[u8]) -> Result<NewFile, Rejection> {
-        let new = self.create(entry).map_err(|errno| self.failed(errno))?;
-        let written = self.fill(&new.fd, bytes);
-        match written {
-            Ok(()) => Ok(new),
-            Err(rejection) => {
-                new.remove(&entry.directory);
-                Err(rejection)
-            }
-        }
+    /// Puts a new file at the path, complete or not at all.
+    fn write_new(&self, entry: &Entry<'_>, bytes: &[u8]) -> Result<(), Rejection> {
+        let failed = |errno| self.failed(errno);
+        let new = self.create(entry).map_err(failed)?;
+        self.fill(&new.fd, bytes)
+            .and_then(|()| self.publish(entry, &new).map_err(failed))
+            .inspect_err(|_| new.remove(&entry.directory))
     }
 
     /// A file without a name, so that nothing is left of it if the server is killed. Where the file system
@@ -467,7 +466,7 @@ impl PathTask {
 
     fn unfinished_name(&self) -> CString {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let name = unfinished_put(self.server, NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = unfinished_put(self.server.unwrap_or_default(), NUMBER.fetch_add(1, Ordering::Relaxed));
         CString::new(name).unwrap_or_default()
     }
 
@@ -701,10 +700,10 @@ fn times(modified_ns: i64) -> Timestamps {
 }
 
 /// Reads until the buffer is full, or the file ends.
-fn read_all(fd: impl AsFd, bytes: &mut [u8], offset: u64) -> Result<usize, Errno> {
+fn read_all(fd: impl AsFd, bytes: &mut [u8]) -> Result<usize, Errno> {
     let mut done = 0;
     while done < bytes.len() {
-        let read = retry_on_intr(|| rustix::io::pread(&fd, &mut bytes[done..], offset + done as u64))?;
+        let read = retry_on_intr(|| rustix::io::pread(&fd, &mut bytes[done..], done as u64))?;
         if read == 0 {
             break;
         }

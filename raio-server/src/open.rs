@@ -22,7 +22,7 @@ use crate::audit::Audited;
 use crate::engine::Descriptor;
 use crate::export::{Export, Location};
 use crate::file_identity::{Facts, FileIdentity};
-use crate::lookup::split;
+use crate::path::split;
 use crate::rejection::{EscapedPath, Rejection};
 use crate::root::{Root, check_file_system};
 use crate::session::{Access, ObjectKey, OpenFile};
@@ -201,9 +201,7 @@ impl Opening {
             "The new file cannot be given to {owners}, as clients.toml says: the file system does not allow \
              that, or does not know them.{remains}"
         );
-        // It is the operator's concern, and so logged.
-        let status = Status::policy(errno.raw_os_error());
-        Err(Rejection { status, ..self.rejection(errno.raw_os_error(), &hint) })
+        Err(self.at.policy("open", errno.raw_os_error(), &hint))
     }
 
     /// The path to create a file at when there is something at `path` that a lookup did not find: most likely

@@ -128,7 +128,8 @@ impl Root {
         if kind == FileType::Directory {
             match this.enter(&spec.name) {
                 Ok(directory) => {
-                    directory.map_or(Ok(()), check_file_system).map_err(|(_, why)| anyhow::anyhow!(why))?
+                    let checked = directory.map_or(Ok(()), |at| check_file_system(at).map(drop));
+                    checked.map_err(|(_, why)| anyhow::anyhow!(why))?;
                 }
                 Err(Rejection { text, .. }) => {
                     ensure!(this.must_be_mountpoint, "{text}");
@@ -343,10 +344,10 @@ impl Root {
     }
 }
 
-/// Whether files of the file system that this lies on are served; the errno and the reason if not.
-pub fn check_file_system(fd: impl AsFd) -> Result<(), (i32, &'static str)> {
+/// The type of the file system that this lies on, if its files are served; the errno and the reason if not.
+pub fn check_file_system(fd: impl AsFd) -> Result<libc::__fsword_t, (i32, &'static str)> {
     match rustix::fs::fstatfs(fd) {
-        Ok(info) if SERVED.contains(&info.f_type) => Ok(()),
+        Ok(info) if SERVED.contains(&info.f_type) => Ok(info.f_type),
         Ok(_) => Err((libc::EXDEV, "Its file system is of a type that is not served: see raio_server(8).")),
         Err(errno) => Err((errno.raw_os_error(), "")),
     }

@@ -296,16 +296,14 @@ impl Session {
     }
 
     /// Enters a listing, on behalf of a connection from an address. The oldest one goes if there are as many
-    /// as there may be. The error says why it cannot go on. What is dropped closes a directory, which may
-    /// wait: not on a worker's thread.
-    pub fn begin_listing(
-        &self,
-        listing: &Arc<Listing>,
-        address: &AddressAccount,
-    ) -> Result<Option<Arc<Listing>>, Excess> {
+    /// as there may be. The error says why it cannot go on.
+    pub fn begin_listing(&self, listing: &Arc<Listing>, address: &AddressAccount) -> Result<(), Excess> {
         let permit = self.limits.open(&self.account, address)?;
         let dropped = lock(&self.listings).insert(Arc::clone(listing), permit, SESSION_MAX);
-        Ok(dropped.map(|dropped| self.forget_listing(dropped)))
+        if dropped.is_some() {
+            self.limits.close(&self.account);
+        }
+        Ok(())
     }
 
     /// The listing with this name.
@@ -313,22 +311,19 @@ impl Session {
         lock(&self.listings).get(id)
     }
 
-    /// A listing is over. It is returned, to be dropped where that may wait.
-    pub fn end_listing(&self, id: u64) -> Option<Arc<Listing>> {
-        let ended = lock(&self.listings).remove(id)?;
-        Some(self.forget_listing(ended))
-    }
-
-    fn forget_listing(&self, (listing, _permit): (Arc<Listing>, FilePermit)) -> Arc<Listing> {
-        self.limits.close(&self.account);
-        listing
+    /// A listing is over.
+    pub fn end_listing(&self, id: u64) {
+        let ended = lock(&self.listings).remove(id);
+        if ended.is_some() {
+            self.limits.close(&self.account);
+        }
     }
 
     /// The session has ended. Returns the files that it had.
     pub fn end(&self) -> Vec<ClosedFile> {
         self.limits.end_session(&self.address);
         let listings = lock(&self.listings).take();
-        listings.into_iter().for_each(|listing| drop(self.forget_listing(listing)));
+        listings.iter().for_each(|_| self.limits.close(&self.account));
         let files = std::mem::take(&mut *lock(&self.files));
         files.into_files().inspect(|(file, _)| self.forget(file)).collect()
     }

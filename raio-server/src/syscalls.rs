@@ -1,10 +1,13 @@
 //! System calls on files that more than one module makes. All of them may wait for a file system: not for a
 //! worker's thread.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use raio_transport::protocol::{Extent, FileStatus};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Statx, StatxFlags};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, SeekFrom, Statx, StatxFlags, StatxTimestamp,
+};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::path::Arg;
 
@@ -59,8 +62,13 @@ pub fn stat_node(fd: impl AsFd) -> Result<FileInfo, Errno> {
     Ok(info_of(&rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?))
 }
 
+/// A time of a file in nanoseconds since the Epoch.
+pub fn nanoseconds(time: StatxTimestamp) -> i64 {
+    time.tv_sec.saturating_mul(1_000_000_000).saturating_add(time.tv_nsec.into())
+}
+
 fn info_of(stat: &Statx) -> FileInfo {
-    let ns = |seconds: i64, ns: u32| seconds.saturating_mul(1_000_000_000).saturating_add(ns.into()).into();
+    let ns = |time: StatxTimestamp| nanoseconds(time).into();
     let device = |major, minor| libc::makedev(major, minor).into();
     let knows_align = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0;
     FileInfo {
@@ -70,9 +78,9 @@ fn info_of(stat: &Statx) -> FileInfo {
             inode: stat.stx_ino.into(),
             device: device(stat.stx_dev_major, stat.stx_dev_minor),
             rdevice: device(stat.stx_rdev_major, stat.stx_rdev_minor),
-            accessed_ns: ns(stat.stx_atime.tv_sec, stat.stx_atime.tv_nsec),
-            modified_ns: ns(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
-            changed_ns: ns(stat.stx_ctime.tv_sec, stat.stx_ctime.tv_nsec),
+            accessed_ns: ns(stat.stx_atime),
+            modified_ns: ns(stat.stx_mtime),
+            changed_ns: ns(stat.stx_ctime),
             mode: u32::from(stat.stx_mode).into(),
             links: stat.stx_nlink.into(),
             uid: stat.stx_uid.into(),
@@ -134,8 +142,14 @@ pub fn openat2(
     }
 }
 
+/// A path by which system calls that take no descriptor reach what one refers to.
+pub fn proc_path(fd: impl AsFd) -> CString {
+    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    CString::new(path).unwrap_or_default()
+}
+
 /// Opens what a descriptor refers to once more, with other flags.
 pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
-    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+    let path = proc_path(fd);
     retry_on_intr(|| rustix::fs::openat(CWD, &*path, flags | OFlags::CLOEXEC, Mode::empty()))
 }

@@ -357,7 +357,8 @@ impl<K: Eq + Hash, V> InUse<K, V> {
     }
 }
 
-/// All rates of a server. Shared by its workers; locked when a file is opened.
+/// All rates of a server. Shared by its workers; locked when a file is opened, and by each operation on a
+/// path whose client has a limit.
 #[derive(Debug)]
 pub struct Throttles {
     /// By the export's place; None: it has no rates.
@@ -382,6 +383,13 @@ impl Throttles {
         }
     }
 
+    /// Whether there is a limit on what a client with these rates has of the export in this place.
+    pub fn limits(&self, export: usize, rates: &ClientRates) -> bool {
+        let is_limited =
+            |queue: &Option<_>| queue.is_some() || rates.all.limit() || rates.share.rates.limit();
+        self.exports.get(export).is_some_and(is_limited)
+    }
+
     /// What a client has of the export in this place, if there is a limit on it. What its rates are is taken
     /// over for all its flows.
     pub fn flow(
@@ -391,10 +399,10 @@ impl Throttles {
         rates: &ClientRates,
         now: Instant,
     ) -> Option<Arc<Flow>> {
-        let queue = self.exports.get(export)?.clone();
-        if queue.is_none() && !rates.all.limit() && !rates.share.rates.limit() {
+        if !self.limits(export, rates) {
             return None;
         }
+        let queue = self.exports.get(export)?.clone();
         let client = match &holder {
             Holder::Client(name) if rates.all.limit() => Some(self.client(name, rates.all, now)),
             _ => None,

@@ -4,6 +4,8 @@
 //! Clients do not see them. What a server has left behind that was killed is removed when the directory is
 //! listed, or is to be removed.
 
+use crate::path::last_name;
+
 /// What the names begin with.
 const PUT_PREFIX: &[u8] = b".raio-put-";
 /// What follows: two numbers.
@@ -17,9 +19,7 @@ pub fn is_unfinished_put(name: &[u8]) -> bool {
 
 /// Whether the last name of a path is one of those.
 pub fn ends_with_unfinished_put(path: &[u8]) -> bool {
-    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |at| at + 1);
-    let start = path[..end].iter().rposition(|&byte| byte == b'/').map_or(0, |at| at + 1);
-    is_unfinished_put(&path[start..end])
+    last_name(path).is_some_and(is_unfinished_put)
 }
 
 /// The name of an unfinished file of the server with this number.
@@ -27,9 +27,9 @@ pub fn unfinished_put(server: u64, number: u64) -> Vec<u8> {
     [PUT_PREFIX, format!("{server:016x}{number:016x}").as_bytes()].concat()
 }
 
-/// Whether an unfinished file is of another server than the one with this number.
+/// Whether a name is of a file that a put of another server than the one with this number has not finished.
 pub fn is_of_another_server(name: &[u8], server: u64) -> bool {
-    !name[PUT_PREFIX.len()..].starts_with(format!("{server:016x}").as_bytes())
+    is_unfinished_put(name) && !name[PUT_PREFIX.len()..].starts_with(format!("{server:016x}").as_bytes())
 }
 
 #[cfg(test)]

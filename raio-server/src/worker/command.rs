@@ -90,15 +90,13 @@ impl Worker {
             {
                 Err(not_granted(opcode))
             }
-            Command::Path(command) => {
-                if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) {
-                    return self.violate(connection, Violation::RequestId);
-                }
-                match self.path(connection, request, &command) {
-                    Some(work) => work,
-                    None => return,
-                }
+            _ if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) => {
+                return self.violate(connection, Violation::RequestId);
             }
+            Command::Path(command) => match self.path(connection, request, &command) {
+                Some(work) => work,
+                None => return,
+            },
             Command::ListNext { listing, is_odd, length } => {
                 self.list_next(connection, listing, is_odd, length)
             }
@@ -111,9 +109,6 @@ impl Worker {
             | Command::Allocate { file, .. }
             | Command::Truncate { file, .. }
             | Command::Extents { file, .. } => match self.sessions.file(session, file) {
-                _ if opcode.operation().is_recorded && !self.has_slot(connection, request.key.id) => {
-                    return self.violate(connection, Violation::RequestId);
-                }
                 Some(file) => authorize::work(&command, file),
                 None => Err(unknown_handle()),
             },
@@ -231,13 +226,14 @@ impl Worker {
 
     /// What the client of a connection has of an export, if that is limited.
     pub(super) fn flow(&self, connection: usize, export: usize, rights: &Rights) -> Option<Arc<Flow>> {
-        let name = self.shared.exports.all()[export].name();
-        let (holder, rates) = match rights.rates(name) {
-            Some((client, rates)) => (Holder::Client(client.to_owned()), rates),
-            None => {
-                let peer = self.connections[connection].peer();
-                (Holder::Address(peer.map(PeerAddress::origin)), ClientRates::NONE)
-            }
+        let granted = rights.rates(self.shared.exports.all()[export].name());
+        let rates = granted.map_or(ClientRates::NONE, |(_, rates)| rates);
+        if !self.shared.throttles.limits(export, &rates) {
+            return None;
+        }
+        let holder = match granted {
+            Some((client, _)) => Holder::Client(client.to_owned()),
+            None => Holder::Address(self.connections[connection].peer().map(PeerAddress::origin)),
         };
         self.shared.throttles.flow(holder, export, &rates, self.reactor.clock().now())
     }

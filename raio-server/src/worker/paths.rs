@@ -1,6 +1,5 @@
 //! Operations on paths: who may do what where, before they go to the pool, and what comes of them.
 
-use std::any::Any;
 use std::ffi::CString;
 use std::sync::Arc;
 
@@ -64,8 +63,7 @@ impl Worker {
             return false;
         }
         let bytes = task.length as usize;
-        let shared = Arc::clone(&self.shared);
-        let export = &shared.exports.all()[at.export];
+        let export = &self.shared.exports.all()[at.export];
         let nofollow = task.flags & FLAG_NOFOLLOW != 0;
         let slot = if is_get && bytes > 0 {
             let demand = Demand { connection, bytes, export: None };
@@ -91,17 +89,14 @@ impl Worker {
                 if let Some(data) = &mut data {
                     data.len = read;
                 }
+                self.audit_operation(task.audited.as_deref(), Some(read as u64), 0);
                 Response { body: info.status.as_bytes().into(), data, ..success(read as u64) }
             }
             Some(Err(errno)) => {
-                let Rejection { status, text } = at.failed(verb(*opcode), errno);
-                failure(status, &text)
+                let rejection = at.failed(verb(*opcode), errno);
+                self.path_rejected(Some(connection), task.audited.as_deref(), rejection)
             }
         };
-        if let (Some(audit), Some(audited)) = (&self.shared.audit, &task.audited) {
-            let (status, result) = (response.status, response.result);
-            audit.operated(audited, status.is_ok().then_some(result), status.errno);
-        }
         let moved = if is_get { response.result } else { 0 };
         let direction = if is_get { Direction::ToClient } else { Direction::None };
         self.count_for_export(Some(at.export), direction, response.status, moved);
@@ -157,7 +152,7 @@ impl Worker {
                     task.listing = random::number().max(1);
                 }
                 // What others have left is removed where this server writes, and by its own number alone.
-                task.server = self.shared.exports.all()[task.at.export].number().unwrap_or(0);
+                task.server = self.shared.exports.all()[task.at.export].number();
                 Ok(Work::Path(Arc::new(task)))
             }
             Err(rejection) => Err(self.path_rejected(Some(connection), audited.as_deref(), rejection)),
@@ -208,7 +203,7 @@ impl Worker {
     ) -> Result<Work, Response> {
         let session = &self.sessions[self.connections[connection].session].session;
         if length == 0 {
-            drop(session.end_listing(id));
+            session.end_listing(id);
             return Err(success(0));
         }
         if length < PAGE_BYTES_MIN {
@@ -247,16 +242,12 @@ impl Worker {
         let mut room = self.room(key, slot);
         let shared = Arc::clone(&self.shared);
         let export = task.at.export;
-        let is_waiting = task.waits_for_lease;
-        let call = move || -> Box<dyn Any + Send> {
+        let lanes = shared.exports.all()[export].lanes();
+        let lane = if task.waits_for_lease { lanes.lease } else { lanes.control };
+        self.call(key, lane, move || -> PathEnd {
             let result = task.run(&shared.exports.all()[export], &mut room);
-            let end: PathEnd = (result, room);
-            Box::new(end)
-        };
-        let lanes = self.shared.exports.all()[export].lanes();
-        let lane = if is_waiting { lanes.lease } else { lanes.control };
-        let client = self.client(key);
-        self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
+            (result, room)
+        });
     }
 
     /// Begins to read a page of a listing.
@@ -269,13 +260,10 @@ impl Worker {
     ) {
         let mut room = self.room(key, slot);
         let lane = self.shared.exports.all()[listing.export].lanes().control;
-        let call = move || -> Box<dyn Any + Send> {
+        self.call(key, lane, move || -> PathEnd {
             let page = next_page(&listing, is_odd, &mut room);
-            let end: PathEnd = (page.map_err(listing_failed), room);
-            Box::new(end)
-        };
-        let client = self.client(key);
-        self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
+            (page.map_err(listing_failed), room)
+        });
     }
 
     fn room(&self, key: usize, slot: Option<Slot>) -> Option<SlotRange> {
@@ -304,9 +292,7 @@ impl Worker {
                     listing.filter(|_| is_first).map(|listing| self.keep_listing(connection, &listing));
                 match kept.transpose() {
                     Ok(_) => {
-                        if let (Some(audit), Some(audited)) = (&self.shared.audit, &audited) {
-                            audit.operated(audited, has_bytes.then_some(result), 0);
-                        }
+                        self.audit_operation(audited.as_deref(), has_bytes.then_some(result), 0);
                         Response { status: Status::OK, result, body: (&body[..]).into(), data }
                     }
                     Err(Excess { who, text }) => {
@@ -326,7 +312,14 @@ impl Worker {
         let Some(connection) = connection else { return Ok(()) };
         let account = self.connections[connection].account();
         let session = &self.sessions[self.connections[connection].session].session;
-        session.begin_listing(listing, account).map(drop)
+        session.begin_listing(listing, account)
+    }
+
+    /// Records an operation, if there is an audit log.
+    fn audit_operation(&self, audited: Option<&Audited>, bytes: Option<u64>, errno: i32) {
+        if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
+            audit.operated(audited, bytes, errno);
+        }
     }
 
     fn path_rejected(
@@ -335,9 +328,7 @@ impl Worker {
         audited: Option<&Audited>,
         Rejection { status, text }: Rejection,
     ) -> Response {
-        if let (Some(audit), Some(audited)) = (&self.shared.audit, audited) {
-            audit.operated(audited, None, status.errno);
-        }
+        self.audit_operation(audited, None, status.errno);
         if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key])
             && status.class == Class::Policy
         {

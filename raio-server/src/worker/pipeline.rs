@@ -16,7 +16,7 @@ use super::requests::Cancel;
 use super::throttled::Waiting;
 use super::{TIMER, Worker};
 use crate::client::Client;
-use crate::engine::{self, Completion, Operation, Outcome};
+use crate::engine::{self, Completion, Lane, Operation, Outcome};
 use crate::names::PathEnd;
 use crate::open::{OpenResult, Opening};
 use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success};
@@ -301,14 +301,23 @@ impl Worker {
     }
 
     fn begin_open(&mut self, key: usize, opening: Arc<Opening>) {
-        let client = self.client(key);
         let shared = Arc::clone(&self.shared);
         let lanes = shared.exports.all()[opening.at.export].lanes();
         let lane = if opening.waits_for_lease { lanes.lease } else { lanes.control };
-        let call = move || -> Box<dyn Any + Send> {
-            let opened: OpenResult = opening.open(&shared.exports.all()[opening.at.export]);
-            Box::new(opened)
-        };
+        self.call(key, lane, move || -> OpenResult {
+            opening.open(&shared.exports.all()[opening.at.export])
+        });
+    }
+
+    /// Has a thread of the pool make a call for a request, which ends with what that returns.
+    pub(super) fn call<T: Any + Send>(
+        &mut self,
+        key: usize,
+        lane: Lane,
+        call: impl FnOnce() -> T + Send + 'static,
+    ) {
+        let client = self.client(key);
+        let call = move || -> Box<dyn Any + Send> { Box::new(call()) };
         self.requests[key].operation = Some(self.engine.call(key as u64, &client, lane, Box::new(call)));
     }
 
