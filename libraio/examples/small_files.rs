@@ -109,8 +109,7 @@ impl Remote {
         let directory = Path::new("/").join(export);
         let name = names.first().ok_or("the directory is empty")?;
         let first = session.open(directory.join(name), libc::O_RDONLY, 0)?;
-        // A file that is read and closed takes two places.
-        let context = session.context(2 * depth)?;
+        let context = session.context(depth)?;
         Ok(Self { session, context, directory, depth, first, buffers: Vec::new() })
     }
 
@@ -120,6 +119,9 @@ impl Remote {
             let entries = self.session.read_dir(&self.directory)?;
             return Ok(entries.filter(|entry| entry.as_ref().is_ok_and(|entry| entry.has_status)).count());
         }
+        if what == "open-read-close" {
+            return self.open_read_close(names);
+        }
         let (mut next, mut done, mut in_flight) = (0, 0, 0);
         while done < names.len() {
             while in_flight < self.depth && next < names.len() {
@@ -127,12 +129,9 @@ impl Remote {
                 match what {
                     "get" => {
                         let buffers = self.buffer(FILE_BYTES);
-                        self.submit(PathOperation::Get { path, buffers })?;
+                        self.submit(PathOperation::Get { path, buffers }, 0)?;
                     }
-                    "stat" => self.submit(PathOperation::Stat { path, nofollow: true })?,
-                    "open-read-close" => {
-                        self.submit(PathOperation::Open { path, flags: libc::O_RDONLY, mode: 0 })?;
-                    }
+                    "stat" => self.submit(PathOperation::Stat { path, nofollow: true }, 0)?,
                     "read" | "read16" => {
                         let buffers = self.buffer(if what == "read" { BLOCK_BYTES } else { FILE_BYTES });
                         self.on_first(Operation::Read { offset: 0, buffers })?;
@@ -146,24 +145,6 @@ impl Remote {
             self.context.wait(1, usize::MAX, None)?;
             while let Some(completion) = self.context.next() {
                 let result = completion.result?;
-                let answer = completion.answer.map(|answer| *answer);
-                match (what, answer) {
-                    ("open-read-close", Some(Answer::File(file))) => {
-                        let buffers = self.buffer(FILE_BYTES);
-                        let read = Operation::Read { offset: 0, buffers };
-                        self.context.submit(&file, read, 0).map_err(|rejected| rejected.error)?;
-                        let close = Operation::Close;
-                        // The server is told when the read has ended.
-                        self.context.submit(&file, close, 1).map_err(|rejected| rejected.error)?;
-                        in_flight += 1;
-                        continue;
-                    }
-                    ("open-read-close", _) if completion.token == 1 => {
-                        in_flight -= 1;
-                        continue;
-                    }
-                    _ => {}
-                }
                 std::hint::black_box(result);
                 self.buffers.extend(completion.buffers);
                 (done, in_flight) = (done + 1, in_flight - 1);
@@ -172,17 +153,65 @@ impl Remote {
         Ok(done)
     }
 
+    /// The same, by three operations for each file, one after another.
+    fn open_read_close(&mut self, names: &[PathBuf]) -> Result<usize, Box<dyn Error>> {
+        let count = names.len();
+        let mut names = names.iter();
+        let mut files: Vec<Option<raio::File>> = Vec::new();
+        files.resize_with(self.depth, || None);
+        for place in 0..self.depth {
+            self.open_next(&mut names, place)?;
+        }
+        let mut done = 0;
+        while done < count {
+            self.context.flush();
+            self.context.wait(1, usize::MAX, None)?;
+            while let Some(completion) = self.context.next() {
+                let place = completion.token as usize;
+                std::hint::black_box(completion.result?);
+                if let Some(Answer::File(file)) = completion.answer.map(|answer| *answer) {
+                    let buffers = self.buffer(FILE_BYTES);
+                    self.on(&file, Operation::Read { offset: 0, buffers }, completion.token)?;
+                    files[place] = Some(file);
+                } else if let Some(buffers) = completion.buffers {
+                    self.buffers.push(buffers);
+                    let file = files[place].take().ok_or("a read of no file")?;
+                    self.on(&file, Operation::Close, completion.token)?;
+                } else {
+                    done += 1;
+                    self.open_next(&mut names, place)?;
+                }
+            }
+        }
+        Ok(done)
+    }
+
+    fn open_next(
+        &mut self,
+        names: &mut std::slice::Iter<'_, PathBuf>,
+        place: usize,
+    ) -> Result<(), Box<dyn Error>> {
+        let Some(name) = names.next() else { return Ok(()) };
+        let path = self.directory.join(name);
+        self.submit(PathOperation::Open { path, flags: libc::O_RDONLY, mode: 0 }, place as u64)
+    }
+
     fn buffer(&mut self, len: usize) -> Buffers {
         self.buffers.pop().unwrap_or_else(|| Buffers::One(Buffer::Owned(vec![0; len].into())))
     }
 
-    fn submit(&mut self, operation: PathOperation) -> Result<(), Box<dyn Error>> {
-        let submitted = self.context.submit_path(operation, SubmitOptions::default(), 0);
+    fn submit(&mut self, operation: PathOperation, token: u64) -> Result<(), Box<dyn Error>> {
+        let submitted = self.context.submit_path(operation, SubmitOptions::default(), token);
         submitted.map(drop).map_err(|rejected| rejected.error.to_string().into())
     }
 
     fn on_first(&mut self, operation: Operation) -> Result<(), Box<dyn Error>> {
         let submitted = self.context.submit(&self.first, operation, 0);
-        submitted.map(drop).map_err(|rejected| rejected.error.to_string().into())
+        submitted.map(drop).map_err(|rejected| rejected.error.into())
+    }
+
+    fn on(&mut self, file: &raio::File, operation: Operation, token: u64) -> Result<(), Box<dyn Error>> {
+        let submitted = self.context.submit(file, operation, token);
+        submitted.map(drop).map_err(|rejected| rejected.error.into())
     }
 }

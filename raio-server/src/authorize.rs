@@ -171,7 +171,7 @@ mod tests {
 
     use super::*;
     use crate::client::Client;
-    use crate::engine::{Closing, Operation, Pending};
+    use crate::engine::{Closing, Engine, Operation, Pending};
     use crate::session;
     use crate::volume::{Context, Properties, Volume};
 
@@ -192,7 +192,7 @@ mod tests {
 
         fn cancel(&self, _: &mut Context<'_>, _: u64, _: Pending) {}
 
-        fn close(&self, closing: Closing) {
+        fn close(self: Arc<Self>, _: &mut dyn Engine, closing: Closing) {
             closing.complete(Ok(()));
         }
 
@@ -203,8 +203,8 @@ mod tests {
     }
 
     fn file(read: bool, write: bool, alignment: u32) -> Rc<WorkerFile> {
-        let volume = Arc::new(Limited { alignment, errno: libc::EFBIG });
-        let open = OpenFile::new(volume, session::Access { read, write }, 0);
+        let volume = Limited { alignment, errno: libc::EFBIG };
+        let open = OpenFile::of_volume(volume, session::Access { read, write });
         Rc::new(WorkerFile::new(HANDLE, Arc::new(open)))
     }
 

@@ -6,31 +6,37 @@
 //! and close do not wait for others than itself (FUSE and NFS do, though their names are cached). Everything
 //! else is for the pool: [`crate::names`].
 //!
+//! A small file is opened by its path once more, when what is there was found to be a regular file, so that
+//! no device and no FIFO is opened. To open what was looked up there is only /proc, which takes longer than
+//! all the rest. If another file has taken the place meanwhile, it is closed, and the pool starts afresh.
+//!
 //! A descriptor may be the last to refer to a file that has just been removed, and closing it then frees the
-//! file's blocks. So the pool closes files that were read, all of an iteration together. What was only looked
-//! up is closed at once, if it has a name a moment before and is not large.
+//! file's blocks. So it is closed here only if the file had a name a moment before and is not large, and
+//! otherwise by the pool.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use raio_transport::reactor;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, ReadWriteFlags};
-use rustix::path::DecInt;
 
-use crate::engine::{Job, KEEPS_STATUS, Lane};
+use crate::engine::{Job, KEEPS_STATUS, Lane, closes_at_once};
 use crate::export::{Confinement, Export, Location};
+use crate::file_identity::{FileIdentity, FileSystem};
 use crate::syscalls::{FileInfo, Mount, stat_on_mount};
-use crate::tuning::cached_files::{CLOSED_BLOCKS_MAX, CLOSING_MAX, INODE_EXTENTS, MOUNTS_MAX};
+use crate::tuning::cached_files::{INODE_EXTENTS, MOUNTS_MAX};
 
 /// A mount that [`CachedFiles`] may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UsableMount {
     mount: Mount,
+    /// The type of its file system.
+    kind: libc::__fsword_t,
     /// How its small files are read without waiting; None: they are not.
     reads: Option<ReadWriteFlags>,
+    /// How its files are told from others; None: the pool does that.
+    files: Option<FileSystem>,
 }
 
 impl UsableMount {
@@ -47,13 +53,28 @@ impl UsableMount {
             libc::BTRFS_SUPER_MAGIC => None,
             _ => Some(ReadWriteFlags::NOWAIT),
         };
-        Some(Self { mount: mount?, reads })
+        Some(Self { mount: mount?, kind: file_system, reads, files: None })
+    }
+
+    /// The same, whose files are told from others by this.
+    pub fn of_files(self, files: Option<FileSystem>) -> Self {
+        Self { files, ..self }
     }
 }
 
-/// Whether closing a file that has just had this status takes no waiting.
-fn closes_at_once(info: &FileInfo) -> bool {
-    info.status.links.get() > 0 && info.status.blocks.get() <= CLOSED_BLOCKS_MAX
+/// A small file that was opened for reading.
+#[derive(Debug)]
+pub struct CachedFile {
+    /// It waits, as others do, and has O_NOATIME.
+    pub fd: OwnedFd,
+    /// Its status.
+    pub info: FileInfo,
+    /// The type of its file system.
+    pub kind: libc::__fsword_t,
+    /// What tells it from all other files.
+    pub identity: FileIdentity,
+    /// [`FileSystem::storage`].
+    pub storage: u64,
 }
 
 /// A directory that paths are resolved beneath.
@@ -71,55 +92,38 @@ pub struct CachedFiles {
     mounts: Vec<UsableMount>,
     /// Directories that paths are resolved beneath.
     bases: Vec<Base>,
-    /// /proc/self/fd, by which files are opened that were looked up.
-    descriptors: Option<OwnedFd>,
-    /// Files that were read, with a lane of their export: the pool is to close them.
-    read: Vec<(Lane, OwnedFd)>,
-    /// Those that it has not closed yet.
-    closing: Arc<AtomicUsize>,
 }
 
-/// A file that was found.
+/// A file that was found: open with O_PATH, or for reading.
 struct Found {
-    node: OwnedFd,
+    fd: OwnedFd,
     info: FileInfo,
-    reads: Option<ReadWriteFlags>,
+    on: UsableMount,
 }
 
 impl CachedFiles {
     /// What a worker begins with.
     pub fn new() -> Self {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let descriptors = rustix::fs::open("/proc/self/fd", flags, Mode::empty()).ok();
-        Self { mounts: Vec::new(), bases: Vec::new(), descriptors, read: Vec::new(), closing: Arc::default() }
+        Self { mounts: Vec::new(), bases: Vec::new() }
     }
 
     /// The pool has found that this mount may be used.
     pub fn learn(&mut self, mount: UsableMount) {
-        if !self.mounts.contains(&mount) {
-            // They change with each mount. Which is forgotten does not matter: it is learned anew.
-            self.mounts.truncate(MOUNTS_MAX - 1);
-            self.mounts.insert(0, mount);
+        match self.mounts.iter_mut().find(|known| known.mount == mount.mount) {
+            Some(known) => known.files = known.files.or(mount.files),
+            None => {
+                // They change with each mount. Which is forgotten does not matter: it is learned anew.
+                self.mounts.truncate(MOUNTS_MAX - 1);
+                self.mounts.insert(0, mount);
+            }
         }
     }
 
-    /// Closes the directories: what is mounted over them, or takes their place, is seen from then on. The
-    /// pool closes the files.
+    /// Closes the directories: what is mounted over them, or takes their place, is seen from then on.
     #[inline(always)]
     pub fn end_iteration(&mut self) {
         if !self.bases.is_empty() {
-            self.close_all();
-        }
-    }
-
-    #[cold]
-    fn close_all(&mut self) {
-        self.bases.clear();
-        while let Some(&(lane, _)) = self.read.last() {
-            let of_lane: Vec<_> = self.read.extract_if(.., |(other, _)| *other == lane).collect();
-            let fds: Vec<_> = of_lane.into_iter().map(|(_, fd)| fd).collect();
-            self.closing.fetch_add(fds.len(), Ordering::Relaxed);
-            lane.submit(lane.ticket(), Job::CloseAll(fds, Arc::clone(&self.closing)));
+            self.bases.clear();
         }
     }
 
@@ -130,13 +134,12 @@ impl CachedFiles {
         at: &Location,
         nofollow: bool,
     ) -> Option<Result<FileInfo, Errno>> {
-        let found = match self.find(export, at, nofollow)? {
+        let Found { fd, info, .. } = match self.find(export, at, nofollow)? {
             Ok(found) => found,
             Err(errno) => return Some(Err(errno)),
         };
-        let Found { node, info, .. } = found;
         let kind = FileType::from_raw_mode(info.status.mode.get());
-        close(node, &info, export);
+        close(fd, &info, export);
         // How large a device is the pool finds out.
         (kind != FileType::BlockDevice).then_some(Ok(info))
     }
@@ -150,57 +153,98 @@ impl CachedFiles {
         nofollow: bool,
         bytes: &mut [u8],
     ) -> Option<Result<(usize, FileInfo), Errno>> {
-        if self.closing.load(Ordering::Relaxed) + self.read.len() >= CLOSING_MAX {
-            return None;
-        }
-        let Found { node, info, reads } = match self.find(export, at, nofollow)? {
-            Ok(found) => found,
+        let Found { fd, info, on } = match self.open_small(export, at, nofollow)? {
+            Ok(file) => file,
             Err(errno) => return Some(Err(errno)),
         };
-        let lane = export.lanes().control;
         let size = usize::try_from(info.status.size.get()).unwrap_or(usize::MAX);
         let wanted = size.min(bytes.len());
-        let is_regular = FileType::from_raw_mode(info.status.mode.get()) == FileType::RegularFile;
-        // Where on the disk so few blocks are the inode itself tells, which is in memory. Of larger files
-        // that may have to be read first, in spite of RWF_NOWAIT.
-        let is_small = info.status.size.get() <= u64::from(info.status.block_bytes.get()) * INODE_EXTENTS;
-        let file = if is_regular && is_small { self.reopen(&node) } else { None };
-        self.read.push((lane, node));
-        let (file, how) = (file?, reads?);
-        let read = match wanted {
-            0 => Ok(0),
-            _ => rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut bytes[..wanted])], 0, how),
+        let read = match (on.reads, wanted) {
+            (_, 0) => Ok(0),
+            (Some(how), _) => rustix::io::preadv2(&fd, &mut [IoSliceMut::new(&mut bytes[..wanted])], 0, how),
+            (None, _) => Err(Errno::AGAIN),
         };
-        self.read.push((lane, file));
+        close(fd, &info, export);
         // If it is not cached, or is shorter now, it is read in the pool.
         (read == Ok(wanted)).then_some(Ok((wanted, info)))
     }
 
-    /// Opens what was looked up, for reading, if that needs no waiting.
-    fn reopen(&self, node: &OwnedFd) -> Option<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME | OFlags::CLOEXEC;
-        let number = DecInt::from_fd(node);
-        rustix::fs::openat(self.descriptors.as_ref()?, number.as_c_str(), flags, Mode::empty()).ok()
+    /// Opens a small regular file for reading, for a client. None: that cannot be done here.
+    pub fn open(
+        &mut self,
+        export: &Export,
+        at: &Location,
+        nofollow: bool,
+    ) -> Option<Result<CachedFile, Errno>> {
+        let Found { fd, info, on } = match self.open_small(export, at, nofollow)? {
+            Ok(file) => file,
+            Err(errno) => return Some(Err(errno)),
+        };
+        let known = on.files.and_then(|files| Some((files, files.identity(&fd).ok()?)));
+        // The flag was for the open: it makes io_uring fail rather than wait.
+        let opened = rustix::fs::fcntl_setfl(&fd, OFlags::NOATIME);
+        let (Some((files, identity)), Ok(())) = (known, opened) else {
+            close(fd, &info, export);
+            return None;
+        };
+        Some(Ok(CachedFile { fd, info, kind: on.kind, identity, storage: files.storage }))
     }
 
-    /// Looks a path up.
+    /// Opens a small regular file for reading, if that needs no waiting.
+    fn open_small(&mut self, export: &Export, at: &Location, nofollow: bool) -> Option<Result<Found, Errno>> {
+        let node = match self.find(export, at, nofollow)? {
+            Ok(node) => node,
+            Err(errno) => return Some(Err(errno)),
+        };
+        let is_regular = FileType::from_raw_mode(node.info.status.mode.get()) == FileType::RegularFile;
+        // Where on the disk so few blocks are the inode itself tells, which is in memory. Of larger files
+        // that may have to be read first, in spite of RWF_NOWAIT.
+        let is_small =
+            node.info.status.size.get() <= u64::from(node.info.status.block_bytes.get()) * INODE_EXTENTS;
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOATIME;
+        let found = if is_regular && is_small { self.look_up(export, at, flags, nofollow) } else { None };
+        let Some(Ok(file)) = found else {
+            close(node.fd, &node.info, export);
+            return None;
+        };
+        let inode = |found: &Found| (found.on.mount, found.info.status.inode);
+        if inode(&file) != inode(&node) {
+            close(node.fd, &node.info, export);
+            close(file.fd, &file.info, export);
+            return None;
+        }
+        // It is not the last to have the file.
+        let _ = reactor::close(node.fd);
+        Some(Ok(file))
+    }
+
+    /// Looks a path up, and opens nothing.
     fn find(&mut self, export: &Export, at: &Location, nofollow: bool) -> Option<Result<Found, Errno>> {
         if self.mounts.is_empty() {
             return None;
         }
+        self.look_up(export, at, OFlags::PATH, nofollow)
+    }
+
+    fn look_up(
+        &mut self,
+        export: &Export,
+        at: &Location,
+        flags: OFlags,
+        nofollow: bool,
+    ) -> Option<Result<Found, Errno>> {
         let base = self.base(export, at)?;
         let nofollow = if nofollow { OFlags::NOFOLLOW } else { OFlags::empty() };
         let resolve = at.resolve | ResolveFlags::CACHED;
-        let flags = OFlags::PATH | OFlags::CLOEXEC | nofollow;
+        let flags = flags | OFlags::CLOEXEC | nofollow;
         let base = &self.bases[base].fd;
         match rustix::fs::openat2(base, at.beneath(), flags, Mode::empty(), resolve) {
-            Ok(node) => {
-                let found = stat_on_mount(&node).ok();
-                let usable = found.and_then(|(info, mount)| Some((info, self.usable(mount)?)));
-                match usable {
-                    Some((info, UsableMount { reads, .. })) => Some(Ok(Found { node, info, reads })),
+            Ok(fd) => {
+                let found = stat_on_mount(&fd).ok();
+                match found.and_then(|(info, mount)| Some((info, self.usable(mount)?))) {
+                    Some((info, on)) => Some(Ok(Found { fd, info, on })),
                     None => {
-                        close_in_pool(node, export.lanes().control);
+                        close_in_pool(fd, export.lanes().control);
                         None
                     }
                 }
@@ -222,15 +266,21 @@ impl CachedFiles {
         if let Some(place) = self.bases.iter().position(is_it) {
             return Some(place);
         }
-        let path = export.root()?.lasting_directory()?;
+        let root = export.root()?;
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let cached = ResolveFlags::NO_SYMLINKS | ResolveFlags::CACHED;
+        let path = root.lasting_directory()?;
         let mut fd = rustix::fs::openat2(CWD, path, flags, Mode::empty(), cached).ok()?;
+        let (info, mut mount) = stat_on_mount(&fd).ok()?;
+        // The pool takes in that another directory is there, and the log says so.
+        if !root.has_seen(&info.status) {
+            return None;
+        }
         if let Some(directory) = directory {
             let resolve = at.resolve | cached;
             fd = rustix::fs::openat2(&fd, directory, flags, Mode::empty(), resolve).ok()?;
+            (_, mount) = stat_on_mount(&fd).ok()?;
         }
-        let (_, mount) = stat_on_mount(&fd).ok()?;
         self.usable(mount)?;
         self.bases.push(Base { export: at.export, directory: directory.map(str::to_owned), fd });
         Some(self.bases.len() - 1)
@@ -246,5 +296,5 @@ fn close(fd: OwnedFd, info: &FileInfo, export: &Export) {
 }
 
 fn close_in_pool(fd: OwnedFd, lane: Lane) {
-    lane.submit(lane.ticket(), Job::Close(fd, Arc::default(), None));
+    lane.submit(lane.ticket(), Job::CloseRead(fd));
 }

@@ -448,8 +448,8 @@ impl Exports {
             Found::Volume(index, volume, info) => {
                 let export = &self.0[index];
                 let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
-                let file = OpenFile::new(Arc::clone(volume), Access::from_flags(flags), index)
-                    .known_as(export.instance, verifier);
+                let (volume, access) = (Arc::clone(volume), Access::from_flags(flags));
+                let file = OpenFile::new(volume, access, index, export.instance, verifier);
                 Ok(Target::Ready(file, info))
             }
             Found::Location(Located { at, .. }) if at.path.is_empty() => reject(

@@ -45,11 +45,30 @@ pub struct Facts {
     pub storage: u64,
     /// What the identity is made of.
     pub basis: Basis,
+    /// What it has in common with all files of its mount, if that is enough to know others by their handles.
+    pub file_system: Option<FileSystem>,
+}
+
+/// What the files of a mounted file system have in common. It does not change while that is mounted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSystem {
+    handles: Digest,
+    /// [`Facts::storage`].
+    pub storage: u64,
+}
+
+impl FileSystem {
+    /// [`Facts::identity`] of an open file that lies on it. Waits for nothing on file systems that have what
+    /// they make handles of in memory.
+    pub fn identity(&self, fd: impl AsFd) -> Result<FileIdentity, Errno> {
+        let (kind, handle) = file_handle(fd)?;
+        Ok(self.handles.of_handle(kind, &handle).identity())
+    }
 }
 
 /// A hash that stays as it is for ever: FNV-1a of 128 bits. Nothing that a client could choose is hashed but
 /// which file it is.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Digest(u128);
 
 impl Digest {
@@ -68,6 +87,10 @@ impl Digest {
 
     fn number(self, number: u64) -> Self {
         self.and(&number.to_le_bytes())
+    }
+
+    fn of_handle(self, kind: i32, handle: &[u8]) -> Self {
+        self.number(kind as u64).and(handle)
     }
 
     /// Not 0, which says that nothing is known.
@@ -135,10 +158,9 @@ impl Facts {
             Some(_) => if_there(file_handle(&fd).map_err(io::Error::from))?,
             None => None,
         };
-        let (basis, identity) = match (&uuid, handle) {
-            (Some(uuid), Some((kind, handle))) => {
-                (Basis::Handle, Digest::of("handle").and(uuid).number(kind as u64).and(&handle))
-            }
+        let handles = uuid.as_ref().map(|uuid| Digest::of("handle").and(uuid));
+        let (basis, identity) = match (handles, handle) {
+            (Some(handles), Some((kind, handle))) => (Basis::Handle, handles.of_handle(kind, &handle)),
             _ => (Basis::Inode, by_inode(&stat)),
         };
         let device = (stat.stx_dev_major, stat.stx_dev_minor);
@@ -150,7 +172,10 @@ impl Facts {
             None => Digest::of("mount").number(stat.stx_mnt_id),
         };
         let storage = instance.and(boot().as_bytes()).and(device_sequence(device)?.as_bytes()).and(&uuid);
-        Ok(Self { identity: identity.identity(), storage: storage.storage(), basis })
+        let storage = storage.storage();
+        let handles = handles.filter(|_| basis == Basis::Handle);
+        let file_system = handles.map(|handles| FileSystem { handles, storage });
+        Ok(Self { identity: identity.identity(), storage, basis, file_system })
     }
 
     fn of_device(device: (u32, u32), depth: u32) -> Result<Self, Errno> {
@@ -166,7 +191,7 @@ impl Facts {
             Some(identity) => (Basis::Disk, identity),
             None => (Basis::DeviceNumber, in_this_boot("number")),
         };
-        Ok(Self { identity: identity.identity(), storage, basis })
+        Ok(Self { identity: identity.identity(), storage, basis, file_system: None })
     }
 }
 

@@ -59,7 +59,7 @@ impl AsFd for Directory {
 impl Drop for Directory {
     fn drop(&mut self) {
         if let Some(fd) = self.0.take() {
-            self.1.submit(self.1.ticket(), Job::Close(fd, Arc::default(), None));
+            self.1.submit(self.1.ticket(), Job::CloseRead(fd));
         }
     }
 }

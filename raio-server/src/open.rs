@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use rustix::path::Arg;
 
 use crate::audit::Audited;
+use crate::cached::{CachedFile, UsableMount};
 use crate::engine::Descriptor;
 use crate::export::{Export, Location};
 use crate::file_identity::{Facts, FileIdentity};
@@ -76,6 +77,8 @@ pub struct Opened {
     pub file: OpenFile,
     /// Its status.
     pub info: FileInfo,
+    /// The mount that it is on, if workers may use what is cached of it.
+    pub mount: Option<UsableMount>,
 }
 
 /// A file that was found, or created, and opened.
@@ -83,6 +86,8 @@ struct Found {
     fd: OwnedFd,
     /// In bytes, before the open that may have emptied it. Known where stored bytes are counted.
     size_before: u64,
+    /// The type of its file system; None of a device.
+    file_system: Option<libc::__fsword_t>,
 }
 
 /// What an [`Opening`] comes to.
@@ -93,18 +98,20 @@ impl Opening {
     pub fn open(&self, export: &Export) -> OpenResult {
         let Some(root) = export.root() else { return Err(self.failed(Errno::NOTDIR)) };
         let base = self.at.enter(export)?;
-        let Found { fd, size_before } = self
-            .find_or_create(export.name(), root, base.as_fd())
-            .map_err(|rejection| root.explain(export.name(), rejection))?;
+        let Found { fd, size_before, file_system } =
+            self.find_or_create(export.name(), root, base.as_fd())
+                .map_err(|rejection| root.explain(export.name(), rejection))?;
         let info = stat(&fd).map_err(|errno| self.failed(errno))?;
-        let is_device = FileType::from_raw_mode(info.status.mode.get()) == FileType::BlockDevice;
         let facts = Facts::of(&fd).map_err(|errno| self.failed(errno))?;
         export.note_basis(facts.basis);
         if self.reopens.is_some_and(|reopens| reopens.identity != facts.identity) {
             return Err(another_file(self.at.path.as_bytes()));
         }
         let verifier = FileVerifier::new(Arc::clone(export.verifier()), facts.storage);
-        let fd = Descriptor::new(fd, export.lanes().clone(), Arc::clone(export.verifier()));
+        let mount = file_system.and_then(|file_system| UsableMount::of(&fd, file_system));
+        let mount = mount.map(|mount| mount.of_files(facts.file_system));
+        let fd = Descriptor::new(fd, file_system, export.lanes().clone(), Arc::clone(export.verifier()));
+        let is_device = file_system.is_none();
         let volume: Arc<dyn Volume> = if is_device {
             Arc::new(BlockDevice::new(fd, &info))
         } else {
@@ -114,11 +121,21 @@ impl Opening {
         let stored = self.stored.as_ref().filter(|_| !is_device);
         let stored = stored
             .map(|(stored, bytes_max)| stored.opened(*bytes_max, (object.0, object.1), size_before, size));
-        let mut file = OpenFile::new(volume, self.access, self.at.export)
-            .of_object(object)
-            .known_as(facts.identity, verifier);
+        let mut file =
+            OpenFile::new(volume, self.access, self.at.export, facts.identity, verifier).of_object(object);
         file.stored = stored;
-        Ok(Opened { file, info })
+        Ok(Opened { file, info, mount })
+    }
+
+    /// The file, which was opened for reading where it is.
+    pub fn small_file(&self, export: &Export, file: CachedFile) -> OpenFile {
+        let CachedFile { fd, info, kind, identity, storage } = file;
+        let fd = Descriptor::of_small_file(fd, kind, export.lanes().clone(), Arc::clone(export.verifier()));
+        let size_limit = export.root().and_then(Root::size_limit);
+        let volume = Arc::new(RegularFile::new(fd, &info, size_limit));
+        let verifier = FileVerifier::new(Arc::clone(export.verifier()), storage);
+        OpenFile::new(volume, self.access, self.at.export, identity, verifier)
+            .of_object(ObjectKey::of(&info.status))
     }
 
     fn has(&self, flags: OFlags) -> bool {
@@ -145,7 +162,7 @@ impl Opening {
                 }
             }
             match self.create(name, root, base, &path, lookup)? {
-                Some(fd) => return Ok(Found { fd, size_before: 0 }),
+                Some((fd, file_system)) => return Ok(Found { fd, size_before: 0, file_system }),
                 None => path = self.behind_link(base, path)?,
             }
         }
@@ -161,7 +178,7 @@ impl Opening {
         base: BorrowedFd<'_>,
         path: &CStr,
         lookup: OFlags,
-    ) -> Result<Option<OwnedFd>, Rejection> {
+    ) -> Result<Option<(OwnedFd, Option<libc::__fsword_t>)>, Rejection> {
         let failed = |errno| match errno {
             Errno::XDEV => self.leads_out(base, path, lookup),
             errno => self.failed(errno),
@@ -173,9 +190,9 @@ impl Opening {
             Err(Errno::EXIST) if !self.has(OFlags::EXCL) => Ok(None),
             Err(errno) => Err(failed(errno)),
             Ok(fd) => {
-                self.checked(name, root, &fd)?;
+                let (_, file_system) = self.checked(name, root, &fd)?;
                 self.give_to_owner(directory.as_fd(), file, &fd)?;
-                Ok(Some(fd))
+                Ok(Some((fd, file_system)))
             }
         }
     }
@@ -230,7 +247,7 @@ impl Opening {
 
     /// Opens what the lookup has found, if that may be.
     fn open_node(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<Found, Rejection> {
-        let kind = self.checked(name, root, node)?;
+        let (kind, file_system) = self.checked(name, root, node)?;
         let size_before = match self.stored {
             Some(_) => rustix::fs::fstat(node).map_err(|errno| self.failed(errno))?.st_size as u64,
             None => 0,
@@ -246,7 +263,7 @@ impl Opening {
             if !nonblock.is_empty() {
                 rustix::io::ioctl_fionbio(&fd, false)?;
             }
-            Ok(Found { fd, size_before })
+            Ok(Found { fd, size_before, file_system })
         });
         opened.map_err(|errno| match errno {
             Errno::NOENT => {
@@ -258,8 +275,16 @@ impl Opening {
         })
     }
 
-    fn checked(&self, name: &str, root: &Root, node: &OwnedFd) -> Result<FileType, Rejection> {
-        root.check(name, node).map_err(|(errno, why)| self.rejection(errno, why))
+    /// The type of what was found, and that of its file system; None of a device, whose node lies there.
+    fn checked(
+        &self,
+        name: &str,
+        root: &Root,
+        node: &OwnedFd,
+    ) -> Result<(FileType, Option<libc::__fsword_t>), Rejection> {
+        let (kind, file_system) =
+            root.check(name, node).map_err(|(errno, why)| self.rejection(errno, why))?;
+        Ok((kind, Some(file_system).filter(|_| kind != FileType::BlockDevice)))
     }
 
     fn openat(&self, base: BorrowedFd<'_>, path: impl Arg + Copy, flags: OFlags) -> Result<OwnedFd, Errno> {

@@ -616,7 +616,7 @@ mod tests {
     }
 
     fn file() -> Rc<WorkerFile> {
-        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        let open = OpenFile::of_volume(Null::new(0), Access { read: true, write: true });
         Rc::new(WorkerFile::new(FileHandle(1), Arc::new(open)))
     }
 

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::ensure;
 use raio_transport::Status;
+use raio_transport::protocol::FileStatus;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, Statx, StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 
@@ -313,9 +314,22 @@ impl Root {
         }
     }
 
-    /// What a lookup has found, if it may be opened; the errno and the reason if not. `name` is the export's,
-    /// for the log.
-    pub fn check(&self, name: &str, node: &OwnedFd) -> Result<FileType, (i32, &'static str)> {
+    /// Whether a directory with this status is the one that was at the path when it was last entered.
+    pub fn has_seen(&self, status: &FileStatus) -> bool {
+        let seen = *lock(&self.seen);
+        let device = |(major, minor)| libc::makedev(major, minor);
+        seen.is_some_and(|seen| {
+            (device(seen.device), seen.inode) == (status.device.get(), status.inode.get())
+        })
+    }
+
+    /// The type of what a lookup has found, and that of its file system, if it may be opened; the errno and
+    /// the reason if not. `name` is the export's, for the log.
+    pub fn check(
+        &self,
+        name: &str,
+        node: &OwnedFd,
+    ) -> Result<(FileType, libc::__fsword_t), (i32, &'static str)> {
         let failed = |errno: Errno| (errno.raw_os_error(), "");
         let stat = statx(node).map_err(failed)?;
         let found = FileType::from_raw_mode(stat.stx_mode.into());
@@ -336,11 +350,11 @@ impl Root {
             FileType::Symlink => return Err((libc::ELOOP, "")),
             _ => return Err((libc::ENODEV, "It is neither a regular file nor a block device.")),
         }
-        check_file_system(node)?;
+        let file_system = check_file_system(node)?;
         if let Some(largest) = &self.largest {
             largest.fetch_max(stat.stx_size, Ordering::Relaxed);
         }
-        Ok(found)
+        Ok((found, file_system))
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::audit::Audited;
+use crate::engine::{Closing, Engine};
 use crate::file_identity::FileIdentity;
 use crate::handles::Handles;
 use crate::limits::{Account, AddressAccount, Caps, Excess, FilePermit, Limits, Who};
@@ -86,7 +87,13 @@ pub struct OpenFile {
 
 impl OpenFile {
     /// A volume that has just been opened, of the export that has this place among all.
-    pub fn new(volume: Arc<dyn Volume>, access: Access, export: usize) -> Self {
+    pub fn new(
+        volume: Arc<dyn Volume>,
+        access: Access,
+        export: usize,
+        identity: FileIdentity,
+        verifier: FileVerifier,
+    ) -> Self {
         let Properties { alignment, size_limit, may_hang } = volume.properties();
         // If it is no file, all who open it share the volume.
         let object = ObjectKey(u64::MAX - 1, Arc::as_ptr(&volume).cast::<()>() as u64);
@@ -98,8 +105,8 @@ impl OpenFile {
             hanging_export: may_hang.then_some(export),
             volume,
             object,
-            identity: FileIdentity::default(),
-            verifier: FileVerifier::default(),
+            identity,
+            verifier,
             audited: None,
             flow: None,
             stored: None,
@@ -112,9 +119,10 @@ impl OpenFile {
         Self { object, ..self }
     }
 
-    /// The same, of which this is known.
-    pub fn known_as(self, identity: FileIdentity, verifier: FileVerifier) -> Self {
-        Self { identity, verifier, ..self }
+    /// A volume of the first export, of which no more is known.
+    #[cfg(test)]
+    pub fn of_volume(volume: impl Volume + 'static, access: Access) -> Self {
+        Self::new(Arc::new(volume), access, 0, FileIdentity::default(), FileVerifier::default())
     }
 
     /// Whether its reads and writes go straight to a device.
@@ -125,6 +133,13 @@ impl OpenFile {
     /// Whether it is this file, opened for the same.
     pub fn is_same(&self, identity: FileIdentity, access: Access) -> bool {
         self.identity == identity && self.access == access
+    }
+
+    /// Its handle has been closed: see [`Volume::close`].
+    pub fn close_volume(self: Arc<Self>, engine: &mut dyn Engine, closing: Closing) {
+        let volume = Arc::clone(&self.volume);
+        drop(self);
+        volume.close(engine, closing);
     }
 
     /// Whether its handle has been closed.
@@ -349,7 +364,7 @@ mod tests {
     }
 
     fn null() -> Arc<OpenFile> {
-        Arc::new(OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write: true }, 0))
+        Arc::new(OpenFile::of_volume(Null::new(1), Access { read: true, write: true }))
     }
 
     #[test]
@@ -370,8 +385,8 @@ mod tests {
     fn a_file_is_reopened_once_and_counts_as_an_open_one() {
         let session = session(10);
         let known = |n: u8, write| {
-            let file = OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write }, 0);
-            Arc::new(file.known_as([n; 16], FileVerifier::default()))
+            let file = OpenFile::of_volume(Null::new(1), Access { read: true, write });
+            Arc::new(OpenFile { identity: [n; 16], ..file })
         };
         let handle = FileHandle(7 << 20 | 12_345);
         let first = session.reopen(handle, known(1, true), &None).unwrap();

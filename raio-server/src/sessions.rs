@@ -678,7 +678,7 @@ mod tests {
     }
 
     fn null() -> Arc<OpenFile> {
-        Arc::new(OpenFile::new(Arc::new(Null::new(1)), Access { read: true, write: true }, 0))
+        Arc::new(OpenFile::of_volume(Null::new(1), Access { read: true, write: true }))
     }
 
     #[test]

@@ -261,8 +261,6 @@ pub mod cached_files {
     /// The largest file that a worker closes itself, in blocks of 512 bytes: 1 MiB. It may be the last to
     /// have it, and then frees these blocks.
     pub const CLOSED_BLOCKS_MAX: u64 = 2048;
-    /// Files that a worker has read and the pool has not closed yet: no limit counts these descriptors.
-    pub const CLOSING_MAX: usize = 128;
     /// Extents that an inode holds itself: those of ext4. XFS has more.
     pub const INODE_EXTENTS: u64 = 4;
     /// The most that is read of a file at once, in bytes.

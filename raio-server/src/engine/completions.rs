@@ -114,6 +114,12 @@ impl Closing {
         drop(self.permit);
         self.completer.complete(result.map(|()| 0), Outcome::None);
     }
+
+    /// The same, for a caller that sends the completion itself.
+    pub(super) fn ended(mut self, result: Result<(), i32>) -> Completion {
+        self.completer.sender = None;
+        Completion { key: self.completer.key, result: result.map(|()| 0), outcome: Outcome::None }
+    }
 }
 
 #[cfg(test)]

@@ -3,12 +3,13 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
-use rustix::fs::{FileType, OFlags, SeekFrom, StatVfsMountFlags};
+use rustix::fs::{OFlags, SeekFrom, StatVfsMountFlags};
 use rustix::io::ReadWriteFlags;
 
 use super::{Closing, Lanes};
 use crate::log;
 use crate::syscalls::{FileInfo, stat_on_mount};
+use crate::tuning::cached_files::CLOSED_BLOCKS_MAX;
 use crate::tuning::cached_reads::HOLES_MAX;
 use crate::verifier::Verifier;
 
@@ -23,6 +24,17 @@ const ASYNCHRONOUS: [libc::__fsword_t; 3] =
 /// Btrfs and tmpfs. On FUSE and NFS statx(2) may ask a server.
 pub const KEEPS_STATUS: [libc::__fsword_t; 4] =
     [libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC, libc::BTRFS_SUPER_MAGIC, libc::TMPFS_MAGIC];
+
+/// Whether closing a file that was only read from, or looked up, and has just had this status takes no
+/// waiting: it would if the file had lost its last name, for the file's blocks to be freed.
+pub fn closes_at_once(info: &FileInfo) -> bool {
+    info.status.links.get() > 0 && info.status.blocks.get() <= CLOSED_BLOCKS_MAX
+}
+
+/// Whether io_uring waits for reads and writes on a file system of this type, or a device, without a thread.
+fn waits_asynchronously(file_system: Option<libc::__fsword_t>) -> bool {
+    file_system.is_none_or(|kind| ASYNCHRONOUS.contains(&kind))
+}
 
 /// Whether io_uring waits within io_uring_enter(2) for the lock of a file of this kind when it reads by way
 /// of the page cache. XFS takes it for such a read, and a write has it while it waits for the disk. io_uring
@@ -48,6 +60,8 @@ pub struct Descriptor {
     pub(super) is_write_back: bool,
     /// It is open with O_DIRECT.
     pub(super) is_direct: bool,
+    /// Closing it writes nothing, and asks nobody: it waits only if that frees the file.
+    closes_quietly: bool,
     /// Its status is in memory.
     has_cached_status: bool,
     /// io_uring reads and writes it without waiting within the system call.
@@ -55,19 +69,17 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    /// Takes a descriptor of a file of the export that has these lanes. May wait for the file system: not for
-    /// a worker's thread.
-    pub fn new(fd: OwnedFd, lanes: Lanes, verifier: Arc<Verifier>) -> Arc<Self> {
+    /// Takes a descriptor of a file of the export that has these lanes, on a file system of this type; None
+    /// for a device. May wait for the file system: not for a worker's thread.
+    pub fn new(
+        fd: OwnedFd,
+        file_system: Option<libc::__fsword_t>,
+        lanes: Lanes,
+        verifier: Arc<Verifier>,
+    ) -> Arc<Self> {
         let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::DIRECT);
-        let is_direct = flags.contains(OFlags::DIRECT);
-        let is_device = rustix::fs::fstat(&fd)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice);
-        // Of a device that would be the file system which has its node.
-        let kind = rustix::fs::fstatfs(&fd).ok().filter(|_| !is_device).map(|info| info.f_type);
-        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
-        let in_memory = kind == Some(libc::TMPFS_MAGIC);
-        let nowait = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
-        let is_asynchronous = is_device || kind.is_some_and(|kind| ASYNCHRONOUS.contains(&kind));
+        let is_device = file_system.is_none();
+        let is_asynchronous = waits_asynchronously(file_system);
         // Whatever the flags of a read say, it waits for the journal if it has to change the time of
         // access...
         let keeps_atime = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NOATIME).is_ok()
@@ -80,11 +92,39 @@ impl Descriptor {
                  server as the owner, give it CAP_FOWNER, or mount the file system with noatime."
             );
         }
-        let is_asynchronous = is_asynchronous && keeps_atime;
         // ... and if it does not know where on the disk the file is.
-        if is_asynchronous && !is_device {
+        if is_asynchronous && keeps_atime && !is_device {
             load_extents(&fd);
         }
+        Self::with(fd, flags, keeps_atime, file_system, lanes, verifier)
+    }
+
+    /// Takes a descriptor of a small file, for reading, which is open with O_NOATIME on a file system of this
+    /// type. Waits for nothing.
+    pub fn of_small_file(
+        fd: OwnedFd,
+        file_system: libc::__fsword_t,
+        lanes: Lanes,
+        verifier: Arc<Verifier>,
+    ) -> Arc<Self> {
+        Self::with(fd, OFlags::RDONLY, true, Some(file_system), lanes, verifier)
+    }
+
+    /// `flags`: those that it is open with. `keeps_atime`: reads leave its time of access.
+    fn with(
+        fd: OwnedFd,
+        flags: OFlags,
+        keeps_atime: bool,
+        file_system: Option<libc::__fsword_t>,
+        lanes: Lanes,
+        verifier: Arc<Verifier>,
+    ) -> Arc<Self> {
+        let is_direct = flags.contains(OFlags::DIRECT);
+        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
+        let in_memory = file_system == Some(libc::TMPFS_MAGIC);
+        let nowait = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
+        let is_asynchronous = waits_asynchronously(file_system) && keeps_atime;
+        let has_cached_status = file_system.is_some_and(|kind| KEEPS_STATUS.contains(&kind));
         Arc::new(Self {
             fd: Some(fd),
             lanes,
@@ -93,9 +133,16 @@ impl Descriptor {
             cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
-            has_cached_status: kind.is_some_and(|kind| KEEPS_STATUS.contains(&kind)),
-            is_asynchronous: is_asynchronous && (is_direct || !locks_buffered_reads(kind)),
+            closes_quietly: has_cached_status && flags & OFlags::RWMODE == OFlags::RDONLY,
+            has_cached_status,
+            is_asynchronous: is_asynchronous && (is_direct || !locks_buffered_reads(file_system)),
         })
+    }
+
+    /// Takes the descriptor out if closing it takes no waiting.
+    pub(super) fn take_if_closed_at_once(&mut self) -> Option<OwnedFd> {
+        let (info, _) = stat_on_mount(self.fd.as_ref().filter(|_| self.closes_quietly)?).ok()?;
+        self.fd.take_if(|_| closes_at_once(&info))
     }
 
     /// Its status, if the kernel has it in memory, and takes no lock for it that a write holds.

@@ -2,7 +2,6 @@
 
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use raio_transport::reactor::{self, Sender};
@@ -21,8 +20,8 @@ pub enum Job {
     Operations(Sender<Completion>, Vec<Task>),
     /// close(2), the verifier that changes if it says that writes were lost, and whom to tell.
     Close(OwnedFd, Arc<Verifier>, Option<Closing>),
-    /// close(2) of what was only read from, and how many of those are left to be closed.
-    CloseAll(Vec<OwnedFd>, Arc<AtomicUsize>),
+    /// close(2) of what was only looked up, or read.
+    CloseRead(OwnedFd),
 }
 
 /// One operation.
@@ -100,7 +99,7 @@ impl Job {
     pub(super) fn take(&mut self, key: u64) -> Option<Task> {
         match self {
             Self::Operations(_, tasks) => take(tasks, key),
-            Self::Close(..) | Self::CloseAll(..) => None,
+            Self::Close(..) | Self::CloseRead(_) => None,
         }
     }
 }
@@ -128,11 +127,8 @@ impl pool::Job for Job {
                     closing.complete(closed);
                 }
             }
-            Self::CloseAll(fds, left) => {
-                for fd in fds {
-                    let _ = reactor::close(fd);
-                    left.fetch_sub(1, Ordering::Relaxed);
-                }
+            Self::CloseRead(fd) => {
+                let _ = reactor::close(fd);
             }
         }
     }
@@ -155,7 +151,7 @@ impl pool::Job for Job {
                 to.send_all(tasks.into_iter().map(|task| task.unbegun(libc::EAGAIN)));
                 None
             }
-            Self::Close(..) | Self::CloseAll(..) => Some(self),
+            Self::Close(..) | Self::CloseRead(_) => Some(self),
         }
     }
 }

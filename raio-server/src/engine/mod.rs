@@ -26,7 +26,7 @@ use crate::syscalls::FileInfo;
 use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
-pub use descriptor::{Descriptor, KEEPS_STATUS};
+pub use descriptor::{Descriptor, KEEPS_STATUS, closes_at_once};
 pub use job::Job;
 use misses::{Miss, Misses};
 pub use threads::Threads;
@@ -211,6 +211,10 @@ pub trait Engine {
         let _ = (file, bytes, offset);
         None
     }
+
+    /// An open file that owns this descriptor has been closed: close(2) is called, and `closing` completed,
+    /// once its last user has gone.
+    fn close(&mut self, file: Arc<Descriptor>, closing: Closing);
 
     /// Where operations end, those that are not the engine's among them.
     fn completions(&mut self) -> &mut CompletionQueue;

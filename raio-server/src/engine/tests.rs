@@ -49,7 +49,8 @@ fn permit() -> FilePermit {
 impl Bench {
     fn open(&mut self, path: &Path, flags: OFlags) -> Arc<Descriptor> {
         let fd = rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::from_bits_retain(0o644)).unwrap();
-        Descriptor::new(fd, self.lanes.clone(), Arc::default())
+        let kind = rustix::fs::fstatfs(&fd).unwrap().f_type;
+        Descriptor::new(fd, Some(kind), self.lanes.clone(), Arc::default())
     }
 
     fn slot(&mut self, bytes: &[u8]) -> Slot {
@@ -286,7 +287,8 @@ fn reads_that_would_change_the_time_of_access_are_not_made_by_workers() {
     let lanes = Lanes::new(Pool::start().unwrap());
     let open = || {
         let fd = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
-        Descriptor::new(fd, lanes.clone(), Arc::default())
+        let kind = rustix::fs::fstatfs(&fd).unwrap().f_type;
+        Descriptor::new(fd, Some(kind), lanes.clone(), Arc::default())
     };
     let own = open();
     if !own.is_asynchronous {

@@ -5,10 +5,10 @@
 
 use std::sync::{Arc, Weak};
 
-use raio_transport::reactor::{Event, Reactor};
+use raio_transport::reactor::{self, Event, Reactor};
 
 use super::job::{Task, take};
-use super::{Call, CompletionQueue, Descriptor, Engine, Job, Lane, Operation, Pending};
+use super::{Call, Closing, CompletionQueue, Descriptor, Engine, Job, Lane, Operation, Pending};
 use crate::client::Client;
 use crate::pool::Ticket;
 use crate::tuning::lanes::WRITE_BATCH;
@@ -97,6 +97,16 @@ impl Engine for Threads {
 
     fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
         self.begin(lane, Task::call(key, client, call))
+    }
+
+    fn close(&mut self, file: Arc<Descriptor>, closing: Closing) {
+        match Arc::try_unwrap(file) {
+            Ok(mut file) => match file.take_if_closed_at_once() {
+                Some(fd) => self.completions.push_instead(closing.ended(reactor::close(fd))),
+                None => file.close(closing),
+            },
+            Err(file) => file.close(closing),
+        }
     }
 
     fn completions(&mut self) -> &mut CompletionQueue {

@@ -15,8 +15,8 @@ use rustix::io::{Errno, preadv2};
 
 use super::job::is_failed_write;
 use super::{
-    Call, Completion, CompletionQueue, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome, Pending,
-    Threads,
+    Call, Closing, Completion, CompletionQueue, Descriptor, Engine, Lane, Miss, OWNER, Operation, Outcome,
+    Pending, Threads,
 };
 use crate::client::Client;
 use crate::tuning::cached_reads::{PAUSE, WAITED};
@@ -127,6 +127,10 @@ impl Engine for Uring {
 
     fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
         self.lanes.call(key, client, lane, call)
+    }
+
+    fn close(&mut self, file: Arc<Descriptor>, closing: Closing) {
+        self.lanes.close(file, closing);
     }
 
     fn try_read_cached(&mut self, file: &Descriptor, bytes: &mut [u8], offset: u64) -> Option<()> {

@@ -7,7 +7,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::served::Served;
 use super::{Properties, SizeLimit};
-use crate::engine::{Closing, Descriptor, Lanes};
+use crate::engine::{Closing, Descriptor, Engine, Lanes};
 
 /// A `mem:` export.
 #[derive(Debug)]
@@ -19,7 +19,8 @@ pub struct Memory {
 impl Memory {
     /// So many bytes.
     pub fn new(size: u64, lanes: Lanes) -> rustix::io::Result<Self> {
-        Ok(Self { fd: Descriptor::new(memfd(size)?, lanes, Arc::default()), size })
+        let fd = Descriptor::new(memfd(size)?, Some(libc::TMPFS_MAGIC), lanes, Arc::default());
+        Ok(Self { fd, size })
     }
 }
 
@@ -37,7 +38,7 @@ impl Served for Memory {
     }
 
     /// It stays, for others.
-    fn close(&self, closing: Closing) {
+    fn close(self: Arc<Self>, _engine: &mut dyn Engine, closing: Closing) {
         closing.complete(Ok(()));
     }
 

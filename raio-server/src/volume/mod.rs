@@ -19,7 +19,7 @@ mod null;
 mod served;
 
 use std::fmt::Debug;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use raio_transport::reactor::Reactor;
 
@@ -96,7 +96,7 @@ pub trait Volume: Debug + Send + Sync {
 
     /// An open file that owns this volume has been closed. Operations may be in flight: what is to be given
     /// back is given back behind them, and `closing` completed then.
-    fn close(&self, closing: Closing);
+    fn close(self: Arc<Self>, engine: &mut dyn Engine, closing: Closing);
 
     /// Fills `bytes` if that takes no waiting, for the fast path. None if it has not: [`Volume::submit`] does
     /// more.

@@ -1,6 +1,6 @@
 //! Nothing: reads are zeros, and what is written is lost.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use super::{Context, Properties, SizeLimit, Volume};
 use crate::client::Client;
@@ -61,7 +61,7 @@ impl Volume for Null {
     /// It is too late.
     fn cancel(&self, _context: &mut Context<'_>, _key: u64, _pending: Pending) {}
 
-    fn close(&self, closing: Closing) {
+    fn close(self: Arc<Self>, _engine: &mut dyn Engine, closing: Closing) {
         closing.complete(Ok(()));
     }
 

@@ -13,8 +13,10 @@ pub(super) trait Served: Debug + Send + Sync {
     fn descriptor(&self) -> &Arc<Descriptor>;
 
     /// The descriptor closes with its last user.
-    fn close(&self, closing: Closing) {
-        self.descriptor().close(closing);
+    fn close(self: Arc<Self>, engine: &mut dyn Engine, closing: Closing) {
+        let descriptor = Arc::clone(self.descriptor());
+        drop(self);
+        engine.close(descriptor, closing);
     }
 
     fn properties(&self) -> Properties;
@@ -45,8 +47,8 @@ impl<V: Served> Volume for V {
         context.engine.cancel(context.reactor, key, pending);
     }
 
-    fn close(&self, closing: Closing) {
-        Served::close(self, closing);
+    fn close(self: Arc<Self>, engine: &mut dyn Engine, closing: Closing) {
+        Served::close(self, engine, closing);
     }
 
     fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {

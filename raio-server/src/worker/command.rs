@@ -7,10 +7,11 @@
 use std::sync::Arc;
 
 use raio_transport::error::Class;
-use raio_transport::protocol::{Command, FileHandle, Opcode};
+use raio_transport::protocol::{Command, Direction, FileHandle, Opcode};
 use raio_transport::trace::Phase;
 use raio_transport::transport::{self, RequestKey, Response};
 use raio_transport::{Status, Violation};
+use rustix::fs::OFlags;
 use tracing::field::display;
 
 use super::Worker;
@@ -31,6 +32,9 @@ use crate::session::{Access, NotReopened, OpenFile};
 use crate::stored::Stored;
 use crate::syscalls::FileInfo;
 use crate::throttle::{ClientRates, Flow, Holder};
+
+/// The flags of an open that a worker may make: for reading, by way of the page cache.
+const READING: OFlags = OFlags::CLOEXEC.union(OFlags::NOCTTY).union(OFlags::NOFOLLOW);
 
 impl Worker {
     /// Takes in a request of a connection that is open.
@@ -202,7 +206,7 @@ impl Worker {
             }
             Ok(Target::Path { at: Located { at, owner, bytes_max }, flags, mode }) => {
                 let flow = self.flow(connection, at.export, &rights);
-                Ok(Work::Open(Arc::new(Opening {
+                let opening = Opening {
                     stored: self.stored(&at, bytes_max),
                     at,
                     owner,
@@ -213,9 +217,40 @@ impl Worker {
                     reopens,
                     audited,
                     flow,
-                })))
+                };
+                match self.open_cached(connection, &opening) {
+                    Some(response) => Err(response),
+                    None => Ok(Work::Open(Arc::new(opening))),
+                }
             }
         }
+    }
+
+    /// Opens a small file, for reading, that the kernel has in memory. None: it is for the pool to open.
+    fn open_cached(&mut self, connection: usize, opening: &Opening) -> Option<Response> {
+        let Opening { at, flags, reopens, audited, flow, .. } = opening;
+        let only_reads = (*flags - READING).is_empty();
+        // As `answer_from_cache` has it.
+        if !only_reads
+            || reopens.is_some()
+            || flow.is_some()
+            || self.admission.is_waiting(connection)
+            || self.holds_back_opens()
+        {
+            return None;
+        }
+        let export = &self.shared.exports.all()[at.export];
+        let response = match self.cached.open(export, at, flags.contains(OFlags::NOFOLLOW))? {
+            Ok(file) => {
+                let info = file.info;
+                let mut file = opening.small_file(export, file);
+                file.audited = audited.clone();
+                self.give_handle(connection, file, info, None)
+            }
+            Err(errno) => self.open_rejected(Some(connection), audited.as_deref(), at.failed("open", errno)),
+        };
+        self.count_for_export(Some(at.export), Direction::None, response.status, 0);
+        Some(response)
     }
 
     /// Where the bytes are counted that clients store at a location, if they are limited, and the limit.
@@ -278,12 +313,15 @@ impl Worker {
             Work::Open(opening) => (opening.reopens, opening.audited.clone(), opening.flow.clone()),
             _ => (None, None, None),
         };
-        let result = result.map(|Opened { mut file, info }| {
-            (file.audited, file.flow) = (audited.clone(), flow);
-            Opened { file, info }
+        let result = result.map(|mut opened| {
+            (opened.file.audited, opened.file.flow) = (audited.clone(), flow);
+            if let Some(mount) = opened.mount {
+                self.cached.learn(mount);
+            }
+            opened
         });
         let response = match (result, self.requests[key].connection) {
-            (Ok(Opened { file, info }), Some(connection)) => {
+            (Ok(Opened { file, info, .. }), Some(connection)) => {
                 self.give_handle(connection, file, info, reopens)
             }
             (Ok(opened), None) => self.give_handle_to_orphan(key, opened),
@@ -375,7 +413,8 @@ impl Worker {
         self.tell_others(id, handle);
         let key = self.begin(connection, request.key, Opcode::Close, Work::Close);
         // Another worker, or a request in flight, may be its last user.
-        file.volume.close(Closing::new(self.engine.completions().completer(key as u64), permit));
+        let closing = Closing::new(self.engine.completions().completer(key as u64), permit);
+        file.close_volume(&mut *self.engine, closing);
     }
 
     fn cancel_by_id(&mut self, connection: usize, request: &transport::Request, id: u64) {

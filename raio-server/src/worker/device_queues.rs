@@ -90,7 +90,7 @@ mod tests {
     const DEPTH: usize = 32;
 
     fn file(handle: u32) -> Rc<WorkerFile> {
-        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        let open = OpenFile::of_volume(Null::new(0), Access { read: true, write: true });
         Rc::new(WorkerFile::new(FileHandle(handle), Arc::new(open)))
     }
 

@@ -303,7 +303,7 @@ impl Worker {
         }
         for (file, permit) in files {
             let completer = self.engine.completions().completer(engine::DETACHED);
-            file.volume.close(Closing::new(completer, permit));
+            file.close_volume(&mut *self.engine, Closing::new(completer, permit));
             self.closing += 1;
         }
         if let Some(at) = expires

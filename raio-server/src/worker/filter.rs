@@ -80,8 +80,11 @@ pub fn install() -> anyhow::Result<()> {
         // What is cached ([`crate::cached`]); a filter does not see that openat2(2) is told so.
         (libc::SYS_openat2, Vec::new()),
         (libc::SYS_statx, vec![only(2, libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC)?]),
-        // The standard library sees to it that a descriptor that it closes is open.
-        (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?]),
+        // Of files whose inodes are in memory.
+        (libc::SYS_name_to_handle_at, Vec::new()),
+        // The standard library sees to it that a descriptor that it closes is open. No file that a worker
+        // opens has flags whose change waits.
+        (libc::SYS_fcntl, vec![only(1, libc::F_GETFD)?, only(1, libc::F_SETFL)?]),
     ];
     rules.extend(ALLOWED.iter().map(|&call| (call, Vec::new())));
     // glibc reads /proc/sys/vm/overcommit_memory before it gives back a thread's heap, and does without if it
@@ -90,14 +93,7 @@ pub fn install() -> anyhow::Result<()> {
         let conditions = vec![is(0, libc::AT_FDCWD)?, is(2, libc::O_RDONLY | libc::O_CLOEXEC)?];
         anyhow::Ok((libc::SYS_openat, vec![SeccompRule::new(conditions)?]))
     };
-    let mask = (libc::O_ACCMODE | libc::O_CREAT | libc::O_NONBLOCK | libc::O_NOATIME) as u64;
-    let op = SeccompCmpOp::MaskedEq(mask);
-    let cached = (libc::O_RDONLY | libc::O_NONBLOCK | libc::O_NOATIME) as u64;
-    let opens_cached = SeccompCondition::new(2, SeccompCmpArgLen::Dword, op, cached)?;
-    // The latter by /proc/self/fd.
-    let (call, mut opens) = asks()?;
-    opens.push(SeccompRule::new(vec![opens_cached])?);
-    rules.push((call, opens));
+    rules.push(asks()?);
     apply(vec![asks()?], SeccompAction::Allow, SeccompAction::Errno(libc::EACCES as u32))?;
     apply(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }

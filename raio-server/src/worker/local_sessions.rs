@@ -150,7 +150,7 @@ mod tests {
         let session = session(9);
         let (mut sessions, key) = worker(&session);
         let near = insert(&session);
-        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        let open = OpenFile::of_volume(Null::new(0), Access { read: true, write: true });
         let far = FileHandle(u32::MAX);
         session.reopen(far, Arc::new(open), &None).unwrap();
         for handle in [near, far] {
@@ -165,7 +165,7 @@ mod tests {
     }
 
     fn insert(session: &Session) -> FileHandle {
-        let open = OpenFile::new(Arc::new(Null::new(0)), Access { read: true, write: true }, 0);
+        let open = OpenFile::of_volume(Null::new(0), Access { read: true, write: true });
         session.insert(Arc::new(open), &None).unwrap()
     }
 

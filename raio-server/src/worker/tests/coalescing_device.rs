@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::*;
 use crate::client::Client;
-use crate::engine::{Call, Completion, CompletionQueue, Descriptor, Lane, Operation, Pending};
+use crate::engine::{Call, Closing, Completion, CompletionQueue, Descriptor, Lane, Operation, Pending};
 
 const DEPTH: usize = 32;
 /// What the device gets of so many, and what is held back.
@@ -49,6 +49,10 @@ impl Engine for Late {
 
     fn call(&mut self, key: u64, client: &Weak<Client>, lane: Lane, call: Call) -> Pending {
         self.ring.call(key, client, lane, call)
+    }
+
+    fn close(&mut self, file: Arc<Descriptor>, closing: Closing) {
+        self.ring.close(file, closing);
     }
 
     fn completions(&mut self) -> &mut CompletionQueue {

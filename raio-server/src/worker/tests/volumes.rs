@@ -134,7 +134,7 @@ impl Volume for Image {
         self.tell(Tell::Cancel(id));
     }
 
-    fn close(&self, closing: Closing) {
+    fn close(self: Arc<Self>, _engine: &mut dyn Engine, closing: Closing) {
         self.tell(Tell::Close(closing));
     }
 
@@ -147,7 +147,7 @@ impl Volume for Image {
 /// A filter that changes nothing, and counts what passes.
 #[derive(Debug)]
 struct PassThrough<V> {
-    volume: V,
+    volume: Arc<V>,
     passed: Arc<AtomicU64>,
 }
 
@@ -177,8 +177,8 @@ impl<V: Volume> Volume for PassThrough<V> {
         self.volume.cancel(context, key, pending);
     }
 
-    fn close(&self, closing: Closing) {
-        self.volume.close(closing);
+    fn close(self: Arc<Self>, engine: &mut dyn Engine, closing: Closing) {
+        Arc::clone(&self.volume).close(engine, closing);
     }
 
     fn try_read_cached(&self, engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
@@ -333,7 +333,7 @@ fn what_wraps_a_volume_sees_every_request() {
     let passed = Arc::<AtomicU64>::default();
     let (volume, thread) = Image::new(true);
     thread.send(Tell::Release).unwrap();
-    let mut bench = bench(PassThrough { volume, passed: Arc::clone(&passed) });
+    let mut bench = bench(PassThrough { volume: Arc::new(volume), passed: Arc::clone(&passed) });
     bench.read(DEPTH);
     assert!(bench.collect(DEPTH).is_empty());
     bench.send(99, &Command::Close(bench.file));
@@ -346,7 +346,7 @@ fn what_wraps_a_volume_sees_every_request() {
 fn what_wraps_a_volume_of_the_engine_passes_the_fast_path_on() {
     let passed = Arc::<AtomicU64>::default();
     let volume = Memory::new(SIZE, Lanes::new(Pool::start().unwrap())).unwrap();
-    let mut bench = bench(PassThrough { volume, passed: Arc::clone(&passed) });
+    let mut bench = bench(PassThrough { volume: Arc::new(volume), passed: Arc::clone(&passed) });
     for at in 0..DEPTH {
         bench.write(at, block(at));
     }

@@ -12,7 +12,7 @@ use raio_transport::transport::SlotRange;
 
 use crate::client::Client as Origin;
 use crate::engine::completions::Completer;
-use crate::engine::{Closing, Operation, Outcome, Pending};
+use crate::engine::{Closing, Engine, Operation, Outcome, Pending};
 use crate::file_identity::FileIdentity;
 use crate::history::CrashImage;
 use crate::history::cells::{CELL_BYTES, CellPlace, CellValue, INITIAL, decode_cell, encode_cell};
@@ -371,16 +371,11 @@ impl Volume for SimulatedFile {
         completer.expect("its server lives").complete(Err(libc::ECANCELED), outcome);
     }
 
-    fn close(&self, closing: Closing) {
+    fn close(self: Arc<Self>, _engine: &mut dyn Engine, closing: Closing) {
         closing.complete(Ok(()));
     }
 
-    fn try_read_cached(
-        &self,
-        _engine: &mut dyn crate::engine::Engine,
-        bytes: &mut [u8],
-        offset: u64,
-    ) -> Option<()> {
+    fn try_read_cached(&self, _engine: &mut dyn Engine, bytes: &mut [u8], offset: u64) -> Option<()> {
         let mut disk = lock(&self.disk);
         if disk.random.below(2) == 0 {
             return None;
