@@ -268,6 +268,8 @@ pub mod cached_files {
     /// What a status counts for as a part of what an iteration does: it takes as long as a read of this many
     /// bytes.
     pub const STATUS_BYTES: usize = 4 << 10;
+    /// The same of an open.
+    pub const OPEN_BYTES: usize = 16 << 10;
 }
 
 /// Listings: [`crate::listing`].

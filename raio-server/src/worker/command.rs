@@ -32,6 +32,7 @@ use crate::session::{Access, NotReopened, OpenFile};
 use crate::stored::Stored;
 use crate::syscalls::FileInfo;
 use crate::throttle::{ClientRates, Flow, Holder};
+use crate::tuning::cached_files::OPEN_BYTES;
 
 /// The flags of an open that a worker may make: for reading, by way of the page cache.
 const READING: OFlags = OFlags::CLOEXEC.union(OFlags::NOCTTY).union(OFlags::NOFOLLOW);
@@ -250,6 +251,7 @@ impl Worker {
             Err(errno) => self.open_rejected(Some(connection), audited.as_deref(), at.failed("open", errno)),
         };
         self.count_for_export(Some(at.export), Direction::None, response.status, 0);
+        self.admission.spend(OPEN_BYTES);
         Some(response)
     }
 
