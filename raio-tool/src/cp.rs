@@ -138,7 +138,7 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
             }
             continue;
         }
-        let copied = Copy { global, sessions: &sessions, options, interrupt, from, to: &to }.run();
+        let copied = Copy { sessions: &sessions, options, interrupt, from, to: &to }.run();
         let report = match copied {
             Err(failure) if options.recursive && !options.fail_fast => {
                 batch.note(Err(failure))?;
@@ -158,8 +158,6 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
 
 /// One file to be copied.
 struct Copy<'a> {
-    global: &'a Global,
-    /// For what is done to names.
     sessions: &'a Sessions<'a>,
     options: &'a Options,
     interrupt: &'a Interrupt,
@@ -170,7 +168,7 @@ struct Copy<'a> {
 impl Copy<'_> {
     fn run(&self) -> Result<Report, Failure> {
         let started = Instant::now();
-        let source = open_source(self.global, self.from, false, self.interrupt)?;
+        let source = open_source(self.sessions, self.from, false, self.interrupt)?;
         let facts = source.facts()?;
         if let Some(report) = self.put(&*source, &facts, started)? {
             return Ok(report);
@@ -434,7 +432,7 @@ impl Copy<'_> {
 
     /// Reads the destination again. Returns how many bytes were compared.
     fn verify(&self, destination: &Destination, end: u64, copied: &Copying<'_>) -> Result<u64, Failure> {
-        let again = open_source(self.global, &destination.location(self.to), true, self.interrupt)?;
+        let again = open_source(self.sessions, &destination.location(self.to), true, self.interrupt)?;
         let size = again.facts()?.size;
         let is_as_long = match destination.facts().map(|facts| facts.sort) {
             Some(Sort::Device) => size >= Some(end),

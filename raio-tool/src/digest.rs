@@ -73,12 +73,13 @@ impl Watcher for Digesting {
 }
 
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
+    let sessions = Sessions::new(global);
     for path in &options.paths {
         let location = Location::parse(path)?;
-        if options.recursive && Sessions::new(global).is_directory(&location)? {
+        if options.recursive && sessions.is_directory(&location)? {
             every(global, options, &location, interrupt)?;
         } else {
-            let source = open_source(global, &location, false, interrupt)?;
+            let source = open_source(&sessions, &location, false, interrupt)?;
             show(global, options, &location, &*source, interrupt)?;
         }
     }

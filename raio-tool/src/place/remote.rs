@@ -1,4 +1,4 @@
-//! Files of a server, by libraio: a session for each file or thread, and a connection for each lane.
+//! Files of a server, by libraio: a session for each command or thread, and a connection for each lane.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -100,6 +100,8 @@ pub struct RemoteFile {
     file: Arc<File>,
     path: PathBuf,
     name: String,
+    /// Does single calls, one at a time. None before the first one, and after one that has failed.
+    caller: Mutex<Option<Context>>,
 }
 
 /// Opens a session with the server at this URL.
@@ -140,7 +142,7 @@ impl RemoteFile {
         let file = session
             .open(path, flags, mode)
             .map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
-        Ok(Self { session, file: Arc::new(file), path: path.to_owned(), name })
+        Ok(Self { session, file: Arc::new(file), path: path.to_owned(), name, caller: Mutex::default() })
     }
 
     /// Its status as the server has it.
@@ -155,14 +157,21 @@ impl RemoteFile {
         Ok((context, Arc::clone(&self.file)))
     }
 
-    /// Has the server do one operation, and waits for its end.
+    /// Has the server do one operation, and waits for its end. The next call has the same connection, unless
+    /// this one fails.
     pub fn call(&self, what: &str, operation: Operation) -> Result<u64, Failure> {
-        let (mut context, file) = self.context(1)?;
-        let submitted = context.submit(&file, operation, 0);
+        let kept = lock(&self.caller).take();
+        let mut context = match kept {
+            Some(context) => context,
+            None => self.context(1)?.0,
+        };
+        let submitted = context.submit(&self.file, operation, 0);
         submitted.map_err(|rejected| self.failed(what, &rejected.error))?;
         loop {
             if let Some(completion) = context.next() {
-                return completion.result.map_err(|error| self.failed(what, &error));
+                let done = completion.result.map_err(|error| self.failed(what, &error))?;
+                *lock(&self.caller) = Some(context);
+                return Ok(done);
             }
             wait(&mut context, None).map_err(|error| self.failed(what, &error))?;
         }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -19,8 +19,7 @@ use rustix::io::Errno;
 use super::{Access, New, Tree, TreeEntry, partial_tag};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, PartialFile, Place, beside, is_zero};
-use crate::tuning::ZERO_RUN_BYTES;
+use crate::place::{LocalFile, PartialFile, Place, beside, timespec, to_ns, write_sparsely};
 
 /// A directory of this machine.
 pub struct LocalTree {
@@ -127,16 +126,12 @@ impl LocalTree {
     }
 }
 
-fn ns(seconds: i64, ns: i64) -> i64 {
-    seconds.saturating_mul(1_000_000_000).saturating_add(ns)
-}
-
 fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
     TreeEntry {
         name,
         mode: it.st_mode,
         size: it.st_size as u64,
-        modified_ns: ns(it.st_mtime, it.st_mtime_nsec as i64),
+        modified_ns: to_ns(it.st_mtime, it.st_mtime_nsec as i64),
         inode: it.st_ino,
     }
 }
@@ -144,23 +139,8 @@ fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
 fn times(modified_ns: i64) -> Timestamps {
     Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        last_modification: Timespec {
-            tv_sec: modified_ns.div_euclid(1_000_000_000),
-            tv_nsec: modified_ns.rem_euclid(1_000_000_000),
-        },
+        last_modification: timespec(modified_ns),
     }
-}
-
-/// Writes all bytes to a new file, but no long runs of zeros.
-fn write_sparsely(file: &File, bytes: &[u8]) -> io::Result<()> {
-    let mut at = 0;
-    for piece in bytes.chunks(ZERO_RUN_BYTES) {
-        if piece.len() < ZERO_RUN_BYTES || !is_zero(piece) {
-            file.write_all_at(piece, at)?;
-        }
-        at += piece.len() as u64;
-    }
-    file.set_len(at)
 }
 
 impl Tree for LocalTree {
@@ -216,7 +196,7 @@ impl Tree for LocalTree {
             mode: it.mode(),
             // It may have become longer meanwhile.
             size: it.len().max(bytes.len() as u64),
-            modified_ns: ns(it.mtime(), it.mtime_nsec()),
+            modified_ns: to_ns(it.mtime(), it.mtime_nsec()),
             inode: it.ino(),
         };
         Ok((bytes, entry))
@@ -236,7 +216,8 @@ impl Tree for LocalTree {
     fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<bool, Failure> {
         let mut partial = self.partial(path, new.mode)?;
         let write = |file: &File| {
-            write_sparsely(file, bytes)?;
+            write_sparsely(file, bytes, 0)?;
+            file.set_len(bytes.len() as u64)?;
             if new.is_exact {
                 rustix::fs::fchmod(file, mode_of(new.mode))?;
             }
@@ -383,6 +364,7 @@ impl PartialFile for TreePartial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tuning::ZERO_RUN_BYTES;
 
     fn tree(path: &Path) -> LocalTree {
         let access = Access { follows: false, is_root_followed: true, tag: "1".into() };
