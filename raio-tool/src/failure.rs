@@ -19,7 +19,7 @@ pub enum Kind {
     Refused = 4,
     /// The server does not answer, or says that a retry may succeed.
     Unreachable = 5,
-    /// Data is not what it should be.
+    /// Data differs, or a checksum does not match.
     Unverified = 6,
     /// Stopped by Ctrl-C.
     Interrupted = 130,

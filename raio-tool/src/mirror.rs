@@ -48,9 +48,14 @@ pub struct Mirror<'a> {
     pub interrupt: &'a Interrupt,
 }
 
+/// The source and the destination.
+type BothTrees = (Box<dyn Tree>, Box<dyn Tree>);
+
 /// What threads share.
 struct Run<'a> {
     mirror: &'a Mirror<'a>,
+    /// To the source and to the destination.
+    access: [Access; 2],
     plan: &'a Plan,
     counts: &'a Counts,
     queue: Queue<Item>,
@@ -69,8 +74,8 @@ impl Mirror<'_> {
     /// Does it. Failures of single files are said and counted, and the others go on.
     pub fn run(&self, counts: &Counts) -> Result<(), Failure> {
         self.check_apart()?;
-        let mut source = tree::open(self.global, self.from, &self.access())?;
-        let mut destination = tree::open(self.global, self.to, &self.access_to_destination())?;
+        let access = self.access();
+        let (mut source, mut destination) = self.open(&access)?;
         let root = Path::new("");
         let from = source.entry(root, true)?.ok_or_else(|| {
             Failure::of(Kind::NotFound, format!("Cannot open {}: it does not exist.", self.from))
@@ -87,6 +92,7 @@ impl Mirror<'_> {
         }
         let run = Run {
             mirror: self,
+            access,
             plan: self.plan,
             counts,
             queue: Queue::new(Item::Directory(Node::root(from, to))),
@@ -137,29 +143,27 @@ impl Mirror<'_> {
         Ok(())
     }
 
-    /// How the source is used. The names of partial files are the same whenever this is done again.
-    fn access(&self) -> Access {
+    /// How source and destination are used. The names of partial files are the same whenever this is done
+    /// again.
+    fn access(&self) -> [Access; 2] {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let subject = [&*self.from.to_bytes(), b"\n", &*self.to.to_bytes(), b"\n", host.as_bytes()].concat();
         let tag = blake3::hash(&subject).to_hex()[..16].to_owned();
-        Access { follows: self.plan.follows, is_root_followed: true, tag }
+        let source = Access { follows: self.plan.follows, is_root_followed: true, tag };
+        let is_root_followed = self.is_to_followed;
+        [source.clone(), Access { follows: false, is_root_followed, ..source }]
     }
 
-    fn access_to_destination(&self) -> Access {
-        Access { follows: false, is_root_followed: self.is_to_followed, ..self.access() }
+    /// A thread's way to both trees.
+    fn open(&self, [source, destination]: &[Access; 2]) -> Result<BothTrees, Failure> {
+        Ok((tree::open(self.global, self.from, source)?, tree::open(self.global, self.to, destination)?))
     }
 }
 
 impl Run<'_> {
-    fn thread(&self, trees: Option<(Box<dyn Tree>, Box<dyn Tree>)>) {
+    fn thread(&self, trees: Option<BothTrees>) {
         let mirror = self.mirror;
-        let opened = trees.map_or_else(
-            || {
-                let source = tree::open(mirror.global, mirror.from, &mirror.access())?;
-                Ok((source, tree::open(mirror.global, mirror.to, &mirror.access_to_destination())?))
-            },
-            Ok,
-        );
+        let opened = trees.map_or_else(|| mirror.open(&self.access), Ok);
         let mut hand = match opened {
             Ok((source, destination)) => Hand { run: self, source, destination },
             Err(failure) => return self.stop(failure),

@@ -91,13 +91,11 @@ impl Hand<'_> {
         }
         let leads_to = self.source.entry(path, true)?.ok_or_else(|| {
             let location = self.source.location(path);
-            Failure::of(Kind::NotFound, format!("{location} is a link that leads nowhere. Remove it."))
+            Failure::of(Kind::NotFound, format!("{location} is a dangling symbolic link. Remove it."))
         })?;
         if leads_to.is_dir() && node.is_beneath(&leads_to) {
             let location = self.source.location(path);
-            return Err(Failure::new(format!(
-                "{location} is a link that leads back to a directory above it."
-            )));
+            return Err(Failure::new(format!("{location} is a symbolic link to a directory above it.")));
         }
         Ok(TreeEntry { name: entry.name, ..leads_to })
     }
