@@ -1,12 +1,13 @@
 //! Makes a tree like another one: what `cp -r` and `sync` have in common.
 //!
-//! Threads share a queue of directories and groups of files, and each has a way of its own to both trees. A
-//! directory is listed, on both sides if they are compared, and its entries are merged by name: so no more is
+//! Threads share a queue of directories and groups of files, and each has a way of its own to both trees, with
+//! many requests for small files, directories and attributes in flight (a [`Hand`]). A directory is listed, on both sides if they are compared, and its entries are merged by name: so no more is
 //! in memory than the directories that are being worked on. Permissions and times of a directory are set when
 //! everything in it was done.
 
 mod directory;
 mod file;
+mod hand;
 mod node;
 mod plan;
 
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex};
 
 use raio_transport::sync::lock;
 
+use self::hand::Hand;
 use self::node::Node;
 use self::plan::count;
 use crate::failure::{Failure, Kind};
@@ -68,6 +70,8 @@ enum Item {
     Directory(Arc<Node>),
     /// Files of a directory, and what the destination has in their places.
     Files(Arc<Node>, Vec<(TreeEntry, Option<TreeEntry>)>),
+    /// A file that is too large to be read and written as a whole.
+    Large(Arc<Node>, TreeEntry),
 }
 
 impl Mirror<'_> {
@@ -164,15 +168,9 @@ impl Run<'_> {
     fn thread(&self, trees: Option<BothTrees>) {
         let mirror = self.mirror;
         let opened = trees.map_or_else(|| mirror.open(&self.access), Ok);
-        let mut hand = match opened {
-            Ok((source, destination)) => Hand { run: self, source, destination },
-            Err(failure) => return self.stop(failure),
-        };
-        while let Some(item) = self.queue.next() {
-            if let Err(failure) = mirror.interrupt.check().and_then(|()| hand.work(item)) {
-                self.stop(failure);
-            }
-            self.queue.done();
+        let ended = opened.and_then(|(source, destination)| Hand::new(self, source, destination).work());
+        if let Err(failure) = ended {
+            self.stop(failure);
         }
     }
 
@@ -213,70 +211,5 @@ impl Run<'_> {
 
     fn is_excluded(&self, path: &Path) -> bool {
         self.plan.exclude.iter().any(|pattern| pattern.matches(path))
-    }
-}
-
-/// A thread's way to both trees.
-struct Hand<'a> {
-    run: &'a Run<'a>,
-    source: Box<dyn Tree>,
-    destination: Box<dyn Tree>,
-}
-
-impl Hand<'_> {
-    fn work(&mut self, item: Item) -> Result<(), Failure> {
-        let run = self.run;
-        match item {
-            Item::Directory(node) => {
-                let ended = self.directory(&node);
-                // Without the first directory there is nothing.
-                let ended = if node.parent().is_none() { Ok(ended?) } else { ended };
-                if !run.note(ended)? {
-                    node.has_failed();
-                }
-                self.finish(&node)
-            }
-            Item::Files(node, files) => {
-                for (entry, there) in files {
-                    run.mirror.interrupt.check()?;
-                    let ended = self.file(&node, &entry, there.as_ref());
-                    run.note(ended)?;
-                    self.finish(&node)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Something in a directory, or its list, is done. After the last one the directory gets its attributes,
-    /// and is done itself.
-    fn finish(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
-        let mut node = Arc::clone(node);
-        while node.is_last() {
-            let set = self.set_dir(&node);
-            self.run.note(set)?;
-            match node.parent() {
-                Some(parent) => node = Arc::clone(parent),
-                None => break,
-            }
-        }
-        Ok(())
-    }
-
-    fn set_dir(&mut self, node: &Node) -> Result<(), Failure> {
-        let run = self.run;
-        let Some((mode, modified_ns)) = node.attributes(run.plan.preserves) else { return Ok(()) };
-        if !node.is_new() && !run.begins(Deed::Set, node.path(), None)? || run.plan.is_dry {
-            return Ok(());
-        }
-        let mode = match run.plan.preserves {
-            true => Some(mode),
-            // What the umask has taken stays away.
-            false => {
-                let found = self.destination.entry(node.path(), false)?.map_or(mode, |it| it.permissions());
-                Some(found & mode)
-            }
-        };
-        self.destination.set(node.path(), mode, modified_ns)
     }
 }

@@ -5,7 +5,7 @@
 //! Directories are [`crate::tree`]'s.
 
 mod local;
-mod remote;
+pub mod remote;
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;

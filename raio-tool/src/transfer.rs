@@ -220,7 +220,7 @@ impl Transfer<'_> {
                 (0, 0) => std::thread::sleep(pause),
                 (_, 0) => hand.reader.wait(interval)?,
                 (0, _) => hand.writer.wait(interval)?,
-                _ => wait_for_both(&mut *hand.reader, &mut *hand.writer, interval)?,
+                _ => wait_for_either(hand.reader.poll_fd()?, hand.writer.poll_fd()?, interval)?,
             }
         }
     }
@@ -342,9 +342,12 @@ impl Transfer<'_> {
     }
 }
 
-/// Waits until either may have something.
-fn wait_for_both(one: &mut dyn Lane, other: &mut dyn Lane, interval: Duration) -> Result<(), Failure> {
-    let (one, other) = (one.poll_fd()?, other.poll_fd()?);
+/// Waits until either may have something (see [`Lane::poll_fd`]), or for this long.
+pub fn wait_for_either(
+    one: Option<BorrowedFd<'_>>,
+    other: Option<BorrowedFd<'_>>,
+    interval: Duration,
+) -> Result<(), Failure> {
     let fds: Vec<BorrowedFd<'_>> = one.into_iter().chain(other).collect();
     let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     let interval = Timespec { tv_sec: 0, tv_nsec: interval.subsec_nanos().into() };

@@ -38,8 +38,15 @@ pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
 /// `--io-max`.
 pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
 
-/// Threads of a copy of a tree. Each waits for one small file at a time, so this is how many are requested at
-/// once.
+/// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight. With
+/// all threads these are about as many as a server answers in a round trip of a millisecond, and over a longer
+/// way as many times more than one after the other.
+pub const REQUESTS_IN_FLIGHT: usize = 32;
+
+/// Bytes of small files that a thread has in memory at once, and one file more.
+pub const SMALL_BYTES_IN_FLIGHT: u64 = 8 << 20;
+
+/// Threads of a copy of a tree: directories that are listed, and large files that are copied, at a time.
 pub const TREE_THREADS: u16 = 8;
 
 /// Files of a directory that a thread takes at a time. Fewer would have threads wait for the queue, and more

@@ -30,8 +30,10 @@ impl Hand<'_> {
     /// Does what a directory itself needs, and adds what is in it to the queue.
     pub(super) fn directory(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
         let run = self.run;
-        count(&run.counts.directories);
-        self.create_dir(node)?;
+        if node.parent().is_none() {
+            count(&run.counts.directories);
+            self.create_root(node)?;
+        }
         let (here, there) = self.list(node)?;
         let mut there = there.into_iter().peekable();
         let (mut directories, mut files) = (Vec::new(), Vec::new());
@@ -56,7 +58,7 @@ impl Hand<'_> {
                 let cleared = self.clear_for_dir(node, &path, other.as_ref());
                 if run.note(cleared)? {
                     let other = other.filter(TreeEntry::is_dir);
-                    directories.push(Item::Directory(node.child(path, entry, other)));
+                    directories.push(node.child(path, entry, other));
                 }
             } else {
                 files.push((entry, other));
@@ -79,8 +81,19 @@ impl Hand<'_> {
             items.push(Item::Files(Arc::clone(node), group));
         }
         // Files first: the queue gives back the newest, and directories make more of it.
-        items.extend(directories);
+        let mut new = Vec::new();
+        for node in directories {
+            count(&run.counts.directories);
+            match node.is_new() && run.begins(Deed::Mkdir, node.path(), None)? {
+                true => new.push(node),
+                false => items.push(Item::Directory(node)),
+            }
+        }
         run.queue.add(items);
+        for node in new {
+            self.make_room()?;
+            self.begin_dir(node);
+        }
         Ok(())
     }
 
@@ -122,7 +135,7 @@ impl Hand<'_> {
         node.unlock(|mode| self.destination.set(node.path(), Some(mode), None))
     }
 
-    fn create_dir(&mut self, node: &Node) -> Result<(), Failure> {
+    fn create_root(&mut self, node: &Node) -> Result<(), Failure> {
         let run = self.run;
         if !node.is_new() || !run.begins(Deed::Mkdir, node.path(), None)? {
             return Ok(());

@@ -1,6 +1,7 @@
 //! One file or link of a tree that is made like another one.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{Comparison, Deed, Hand, Node, Run, count};
@@ -8,21 +9,22 @@ use crate::contents::same_contents;
 use crate::failure::Failure;
 use crate::place::{Facts, Place, Sort, is_zero};
 use crate::transfer::{self, Block, Verdict, Watcher};
-use crate::tree::{New, TreeEntry};
+use crate::tree::TreeEntry;
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
-    /// Does what a file or link needs. `there` is what the destination has.
+    /// Does what a file or link needs, or begins it. `there` is what the destination has. Returns whether it is
+    /// done.
     pub(super) fn file(
         &mut self,
-        node: &Node,
+        node: &Arc<Node>,
         entry: &TreeEntry,
         there: Option<&TreeEntry>,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let run = self.run;
-        let path = &node.path().join(&entry.name);
+        let path = node.path().join(&entry.name);
         if !entry.is_file() && !entry.is_link() {
-            let location = self.source.location(path);
+            let location = self.source.location(&path);
             return Err(Failure::new(format!(
                 "{location} is neither a file nor a directory nor a link. --exclude leaves it out."
             )));
@@ -31,38 +33,39 @@ impl Hand<'_> {
             count(&run.counts.files);
         }
         if let Some(there) = there.filter(|there| there.mode & libc::S_IFMT == entry.mode & libc::S_IFMT)
-            && self.is_same(path, entry, there)?
+            && self.is_same(&path, entry, there)?
         {
             count(&run.counts.unchanged);
-            return self.set_file(path, entry, there);
+            return self.set_file(&path, entry, there).map(|()| true);
         }
         self.unlock(node)?;
         if let Some(there) = there.filter(|there| there.is_dir()) {
             if !run.plan.deletes {
-                let location = self.destination.location(path);
+                let location = self.destination.location(&path);
                 return Err(Failure::new(format!(
                     "{location} is a directory, and a file in the source. --delete removes it."
                 )));
             }
-            self.remove(path, there)?;
+            self.remove(&path, there)?;
         }
         let modified_ns = run.plan.preserves.then_some(entry.modified_ns);
         if entry.is_link() {
             count(&run.counts.links);
-            if run.begins(Deed::Link, path, None)? {
-                let target = self.source.read_link(path)?;
-                self.destination.symlink(&target, path, modified_ns)?;
+            if run.begins(Deed::Link, &path, None)? {
+                let target = self.source.read_link(&path)?;
+                self.destination.symlink(&target, &path, modified_ns)?;
             }
-            return Ok(());
+            return Ok(true);
         }
-        let bytes = match run.begins(Deed::Copy, path, Some(entry.size))? {
-            true => self.copy(path, entry)?,
-            false => entry.size,
-        };
-        count(&run.counts.copied);
-        let all = run.counts.copied_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        run.mirror.progress.show(all);
-        Ok(())
+        if !run.begins(Deed::Copy, &path, Some(entry.size))? {
+            self.was_copied(entry.size);
+            return Ok(true);
+        }
+        match entry.size <= SMALL_FILE_BYTES {
+            true => self.begin_file(node, path, entry),
+            false => self.is_large(Arc::clone(node), entry.clone()),
+        }
+        Ok(false)
     }
 
     /// Whether the destination has it already.
@@ -97,21 +100,9 @@ impl Hand<'_> {
         self.destination.set(path, mode, modified_ns)
     }
 
-    /// Copies a file. Returns how many bytes it has.
-    fn copy(&mut self, path: &Path, entry: &TreeEntry) -> Result<u64, Failure> {
+    /// Copies a file in blocks. Returns how many bytes it has.
+    pub(super) fn copy_large(&mut self, path: &Path) -> Result<u64, Failure> {
         let run = self.run;
-        if entry.size <= SMALL_FILE_BYTES {
-            let (bytes, now) = self.source.read(path, SMALL_FILE_BYTES)?;
-            let new = New {
-                mode: now.permissions(),
-                is_exact: run.plan.preserves,
-                modified_ns: run.plan.preserves.then_some(now.modified_ns),
-                is_durable: run.plan.is_durable,
-            };
-            if now.size == bytes.len() as u64 && self.destination.put(path, &bytes, &new)? {
-                return Ok(now.size);
-            }
-        }
         let source = self.source.source(path)?;
         let facts = source.facts()?;
         if facts.sort != Sort::File {

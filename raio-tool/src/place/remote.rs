@@ -182,8 +182,19 @@ impl RemoteFile {
     }
 }
 
+/// The next completion, if there is one. Does not wait.
+pub fn poll(context: &mut Context) -> Result<Option<Completion>, raio::Error> {
+    if let Some(completion) = context.next() {
+        return Ok(Some(completion));
+    }
+    match context.wait(0, usize::MAX, None) {
+        Err(error) if error.errno() != libc::EINTR => return Err(error),
+        _ => Ok(context.next()),
+    }
+}
+
 /// Waits for a completion. A signal ends the wait early.
-fn wait(context: &mut Context, timeout: Option<Duration>) -> Result<(), raio::Error> {
+pub fn wait(context: &mut Context, timeout: Option<Duration>) -> Result<(), raio::Error> {
     match context.wait(1, usize::MAX, timeout) {
         Err(error) if error.errno() == libc::EINTR => Ok(()),
         waited => waited.map(drop),
@@ -321,11 +332,8 @@ impl RemoteLane {
     }
 
     fn done(&self, completion: Completion) -> Done {
-        let Completion { token, result, buffers, .. } = completion;
-        let data = match buffers {
-            Some(Buffers::One(Buffer::Owned(bytes))) => bytes.into_vec(),
-            _ => Vec::new(),
-        };
+        let Completion { token, result, buffers: data, .. } = completion;
+        let data = bytes_of(data);
         let result = result.map(|length| length as usize);
         let result = result.map_err(|error| Failure::remote(format!("Cannot access {}", self.name), &error));
         Done { token: token as usize, data, result }
@@ -336,8 +344,17 @@ impl RemoteLane {
     }
 }
 
-fn buffers(data: Vec<u8>) -> Buffers {
+/// Memory of a request.
+pub fn buffers(data: Vec<u8>) -> Buffers {
     Buffers::One(Buffer::Owned(data.into_boxed_slice()))
+}
+
+/// The same memory when the request has ended.
+pub fn bytes_of(buffers: Option<Buffers>) -> Vec<u8> {
+    match buffers {
+        Some(Buffers::One(Buffer::Owned(bytes))) => bytes.into_vec(),
+        _ => Vec::new(),
+    }
 }
 
 impl Lane for RemoteLane {
@@ -352,14 +369,8 @@ impl Lane for RemoteLane {
     }
 
     fn next(&mut self) -> Result<Option<Done>, Failure> {
-        if let Some(completion) = self.context.next() {
-            return Ok(Some(self.done(completion)));
-        }
-        match self.context.wait(0, usize::MAX, None) {
-            Err(error) if error.errno() != libc::EINTR => return Err(self.lost(&error)),
-            _ => {}
-        }
-        Ok(self.context.next().map(|completion| self.done(completion)))
+        let next = poll(&mut self.context).map_err(|error| self.lost(&error))?;
+        Ok(next.map(|completion| self.done(completion)))
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), Failure> {

@@ -2,6 +2,7 @@
 //! links, and then to one name in it.
 
 use std::cell::OnceCell;
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,7 +17,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, New, Tree, TreeEntry, partial_tag};
+use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_tag};
 use crate::failure::Failure;
 use crate::location::Location;
 use crate::place::{LocalFile, PartialFile, Place, beside, timespec, to_ns, write_sparsely};
@@ -30,6 +31,8 @@ pub struct LocalTree {
     access: Access,
     /// The directory of the last call.
     last: Option<(PathBuf, OwnedFd)>,
+    /// Requests are done at once.
+    ended: VecDeque<Ended>,
 }
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC);
@@ -59,7 +62,7 @@ impl LocalTree {
             Err(error) => return Err(Failure::io(format!("Cannot open {location}"), &io(error))),
         };
         let (location, access, root_path) = (location.clone(), access.clone(), path.clone());
-        Ok(Self { root, root_path, location, access, last: None })
+        Ok(Self { root, root_path, location, access, last: None, ended: VecDeque::new() })
     }
 
     fn failed(&self, what: &str, path: &Path, error: Errno) -> Failure {
@@ -123,6 +126,29 @@ impl LocalTree {
         let display = self.location.join(path).to_string();
         let file = LocalFile::from_file(file, display.clone());
         Ok(TreePartial { file, directory, name, destination, display, location })
+    }
+
+    /// Creates a file with these bytes, or replaces one, or a link.
+    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<(), Failure> {
+        let mut partial = self.partial(path, new.mode)?;
+        let write = |file: &File| {
+            write_sparsely(file, bytes, 0)?;
+            file.set_len(bytes.len() as u64)?;
+            if new.is_exact {
+                rustix::fs::fchmod(file, mode_of(new.mode))?;
+            }
+            if let Some(modified_ns) = new.modified_ns {
+                rustix::fs::futimens(file, &times(modified_ns))?;
+            }
+            if new.is_durable { file.sync_all() } else { Ok(()) }
+        };
+        let written = partial.file.with_file(write);
+        let failed = |error| Failure::io(format!("Cannot write {}", self.location.join(path)), &error);
+        let ended = written.map_err(failed).and_then(|()| partial.publish(new.is_durable));
+        if ended.is_err() {
+            partial.remove();
+        }
+        ended
     }
 }
 
@@ -213,28 +239,6 @@ impl Tree for LocalTree {
         Ok(PathBuf::from(OsString::from_vec(target.into_bytes())))
     }
 
-    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<bool, Failure> {
-        let mut partial = self.partial(path, new.mode)?;
-        let write = |file: &File| {
-            write_sparsely(file, bytes, 0)?;
-            file.set_len(bytes.len() as u64)?;
-            if new.is_exact {
-                rustix::fs::fchmod(file, mode_of(new.mode))?;
-            }
-            if let Some(modified_ns) = new.modified_ns {
-                rustix::fs::futimens(file, &times(modified_ns))?;
-            }
-            if new.is_durable { file.sync_all() } else { Ok(()) }
-        };
-        let written = partial.file.with_file(write);
-        let failed = |error| Failure::io(format!("Cannot write {}", self.location.join(path)), &error);
-        let ended = written.map_err(failed).and_then(|()| partial.publish(new.is_durable));
-        if ended.is_err() {
-            partial.remove();
-        }
-        ended.map(|()| true)
-    }
-
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure> {
         let mut partial = self.partial(path, mode)?;
         partial.set_skips_zeros(true);
@@ -319,6 +323,26 @@ impl Tree for LocalTree {
             self.parent(path).and_then(|(directory, name)| unlinkat(directory, name, AtFlags::empty()));
         removed.map_err(|error| self.failed("remove", path, error))
     }
+
+    fn start(&mut self, token: usize, request: Request) {
+        let result = match request {
+            Request::Read { path, length } => {
+                self.read(&path, length).map(|(bytes, entry)| Answer::Read(bytes, entry))
+            }
+            Request::Put { path, bytes, new } => self.put(&path, &bytes, &new).map(|()| Answer::Done),
+            Request::CreateDir { path, mode } => {
+                self.create_dir(&path, mode).map(|made| if made { Answer::Done } else { Answer::Exists })
+            }
+            Request::Set { path, mode, modified_ns } => {
+                self.set(&path, mode, modified_ns).map(|()| Answer::Done)
+            }
+        };
+        self.ended.push_back(Ended { token, result });
+    }
+
+    fn next(&mut self) -> Result<Option<Ended>, Failure> {
+        Ok(self.ended.pop_front())
+    }
 }
 
 /// A file that is written beside its destination, by descriptors of their directory.
@@ -386,7 +410,7 @@ mod tests {
         assert!(tree.create_dir(Path::new("l"), 0o755).is_err(), "a link is no directory");
         assert!(tree.create_dir(Path::new("l/d"), 0o755).is_err());
         assert!(tree.symlink(Path::new("x"), Path::new("l/m"), None).is_err());
-        assert!(tree.put(Path::new("f"), b"x", &NEW).unwrap(), "a link itself is replaced");
+        tree.put(Path::new("f"), b"x", &NEW).expect("a link itself is replaced");
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         assert_eq!(std::fs::read(inside.join("f")).unwrap(), b"x");
     }
@@ -397,7 +421,7 @@ mod tests {
         let mut tree = tree(directory.path());
         let mut bytes = vec![0; 10 * ZERO_RUN_BYTES];
         bytes[3] = 1;
-        assert!(tree.put(Path::new("f"), &bytes, &NEW).unwrap());
+        tree.put(Path::new("f"), &bytes, &NEW).unwrap();
         let it = std::fs::metadata(directory.path().join("f")).unwrap();
         assert_eq!((it.mode() & 0o777, it.mtime(), it.mtime_nsec()), (0o640, 0, 5));
         assert!(it.blocks() * 512 <= 2 * ZERO_RUN_BYTES as u64, "{} blocks", it.blocks());

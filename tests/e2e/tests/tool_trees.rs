@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use raio_e2e::{PATIENCE, Random, seed};
+use raio_e2e::{PATIENCE, Proxy, Random, Treatment, seed};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -492,4 +492,58 @@ fn ctrl_c_leaves_no_partial_file_and_whole_files_only() {
             assert!(!is_file || *found == content, "{} is not whole", path.display());
         }
     }
+}
+
+/// How many requests of this name were in flight at once at most, by the trace of libraio, and how many there
+/// were.
+fn in_flight(trace: &Path, name: &str) -> (usize, usize) {
+    let text = fs::read_to_string(trace).expect("a trace");
+    let trace: Value = serde_json::from_str(&text).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    let mut steps: Vec<(f64, bool)> = events
+        .iter()
+        .filter(|event| event["name"] == name && (event["ph"] == "b" || event["ph"] == "e"))
+        .map(|event| (event["ts"].as_f64().expect("a time"), event["ph"] == "b"))
+        .collect();
+    steps.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+    let (mut now, mut most, mut all) = (0, 0, 0);
+    for (_, begins) in steps {
+        now = if begins { now + 1 } else { now - 1 };
+        all += usize::from(begins);
+        most = most.max(now);
+    }
+    (most, all)
+}
+
+#[test]
+fn small_files_and_directories_do_not_wait_for_one_another_over_a_long_way() {
+    let site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    for number in 0..200 {
+        fs::write(site.here(&format!("a/{number}")), bytes(number * 7)).expect("a file");
+    }
+    for number in 0..40 {
+        fs::create_dir(site.here(&format!("a/d{number}"))).expect("a directory");
+        fs::write(site.here(&format!("a/d{number}/f")), [7; 9]).expect("a file");
+    }
+    let proxy = Proxy::start(site.server.address());
+    proxy.treat(Treatment { delay: Duration::from_millis(20), ..Treatment::default() });
+    for (from, to, counted) in [
+        ("a", ":/e/b", &[("put", 240), ("mkdir", 40)][..]),
+        (":/e/b", ":/e/c", &[("get", 240), ("put", 240), ("mkdir", 40)]),
+        (":/e/c", "d", &[("get", 240)]),
+    ] {
+        let trace = site.here("trace");
+        let mut command = site.raio(&["cp", "-r", "--preserve", "--connections", "1", from, to]);
+        let output = command.env("RAIO_URL", proxy.url()).env("RAIO_TRACE", &trace).output();
+        let output = output.expect("raio runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        for &(name, number) in counted {
+            let (most, all) = in_flight(&trace, name);
+            assert_eq!(all, number, "{name} from {from} to {to}");
+            assert!((20..=32).contains(&most), "{name} from {from} to {to}: {most} at once");
+        }
+        fs::remove_file(trace).expect("a trace");
+    }
+    assert_same(&tree(&site.here("a"), true), &tree(&site.here("d"), true), "there and back");
 }
