@@ -368,7 +368,8 @@ impl Copy<'_> {
             },
             // What goes to a stream has no place of its own.
             is_ordered: matches!(self.to, Location::Stream),
-            skips_holes: skips_holes && !self.options.no_sparse,
+            // What goes nowhere is read for its own sake.
+            skips_holes: skips_holes && !self.options.no_sparse && !matches!(self.to, Location::Null),
             rate: self.options.bwlimit.filter(|&rate| rate > 0),
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use raio::{Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
+use raio::{Answer, Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
 use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
@@ -16,6 +16,7 @@ use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
+use crate::tuning::SMALL_FILE_BYTES;
 
 /// Sessions with servers, one for each URL. Their calls go one at a time: a thread that is not to wait for
 /// others has its own.
@@ -102,6 +103,32 @@ pub struct RemoteFile {
     name: String,
     /// Does single calls, one at a time. None before the first one, and after one that has failed.
     caller: Mutex<Option<Context>>,
+    /// Which parts have data, as far as the server was asked.
+    extents: Mutex<Extents>,
+}
+
+/// The parts of a range that have data, in order.
+#[derive(Debug, Default)]
+struct Extents {
+    range: Range<u64>,
+    data: Vec<Range<u64>>,
+}
+
+impl Extents {
+    /// As a server has sent them. What is outside of the range counts for nothing.
+    fn new(range: Range<u64>, extents: &[(u64, u64)]) -> Self {
+        let cut = |&(begin, length): &(u64, u64)| {
+            begin.max(range.start)..begin.saturating_add(length).min(range.end)
+        };
+        let data = extents.iter().map(cut).filter(|part| part.start < part.end).collect();
+        Self { range, data }
+    }
+
+    /// The first part with data at or behind `from`.
+    fn next(&self, from: u64) -> Option<Range<u64>> {
+        let part = self.data.iter().find(|part| part.end > from)?;
+        Some(part.start.max(from)..part.end)
+    }
 }
 
 /// Opens a session with the server at this URL.
@@ -142,7 +169,14 @@ impl RemoteFile {
         let file = session
             .open(path, flags, mode)
             .map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
-        Ok(Self { session, file: Arc::new(file), path: path.to_owned(), name, caller: Mutex::default() })
+        Ok(Self {
+            session,
+            file: Arc::new(file),
+            path: path.to_owned(),
+            name,
+            caller: Mutex::default(),
+            extents: Mutex::default(),
+        })
     }
 
     /// Its status as the server has it.
@@ -159,7 +193,7 @@ impl RemoteFile {
 
     /// Has the server do one operation, and waits for its end. The next call has the same connection, unless
     /// this one fails.
-    pub fn call(&self, what: &str, operation: Operation) -> Result<u64, Failure> {
+    pub fn call(&self, what: &str, operation: Operation) -> Result<Option<Box<Answer>>, Failure> {
         let kept = lock(&self.caller).take();
         let mut context = match kept {
             Some(context) => context,
@@ -169,9 +203,9 @@ impl RemoteFile {
         submitted.map_err(|rejected| self.failed(what, &rejected.error))?;
         loop {
             if let Some(completion) = context.next() {
-                let done = completion.result.map_err(|error| self.failed(what, &error))?;
+                completion.result.map_err(|error| self.failed(what, &error))?;
                 *lock(&self.caller) = Some(context);
-                return Ok(done);
+                return Ok(completion.answer);
             }
             wait(&mut context, None).map_err(|error| self.failed(what, &error))?;
         }
@@ -213,6 +247,36 @@ impl Place for RemoteFile {
     fn lane(&self, depth: usize) -> Result<Box<dyn Lane>, Failure> {
         let (context, file) = self.context(depth)?;
         Ok(Box::new(RemoteLane { context, file, name: self.name.clone() }))
+    }
+
+    fn next_data(&self, from: u64, size: u64) -> Result<Option<Range<u64>>, Failure> {
+        // What may have no holes is not worth a request.
+        if from >= size || size <= SMALL_FILE_BYTES {
+            return Ok((from < size).then_some(from..size));
+        }
+        let mut known = lock(&self.extents);
+        let mut at = from;
+        while at < size {
+            if !known.range.contains(&at) {
+                let operation = Operation::Extents { offset: at, length: size - at };
+                *known = match self.call("find the holes of", operation) {
+                    Ok(Some(answer)) => match *answer {
+                        Answer::Extents { extents, end } if end > at => {
+                            Extents::new(at..end.min(size), &extents)
+                        }
+                        _ => return Ok(Some(from..size)),
+                    },
+                    Err(failure) if failure.is_final() => return Err(failure),
+                    // A server of before 0.3, or something that has no holes.
+                    _ => return Ok(Some(from..size)),
+                };
+            }
+            match known.next(at) {
+                Some(data) => return Ok(Some(data)),
+                None => at = known.range.end,
+            }
+        }
+        Ok(None)
     }
 
     fn set_size(&self, size: u64) -> Result<(), Failure> {
@@ -381,5 +445,20 @@ impl Lane for RemoteLane {
         let name = &self.name;
         let fd = self.context.poll_fd();
         fd.map(Some).map_err(|error| Failure::remote(format!("Cannot wait for {name}"), &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_with_data_are_within_the_range_whatever_a_server_says() {
+        let extents = Extents::new(10..50, &[(0, 12), (20, 5), (30, 0), (45, u64::MAX), (60, 1)]);
+        assert_eq!(extents.data, [10..12, 20..25, 45..50]);
+        assert_eq!(extents.next(10), Some(10..12));
+        assert_eq!(extents.next(12), Some(20..25));
+        assert_eq!(extents.next(22), Some(22..25));
+        assert_eq!(extents.next(50), None);
     }
 }
