@@ -1,9 +1,10 @@
 //! Makes a tree like another one: what `cp -r` and `sync` have in common.
 //!
-//! Threads share a queue of directories and groups of files, and each has a way of its own to both trees, with
-//! many requests for small files, directories and attributes in flight (a [`Hand`]). A directory is listed, on both sides if they are compared, and its entries are merged by name: so no more is
-//! in memory than the directories that are being worked on. Permissions and times of a directory are set when
-//! everything in it was done.
+//! Threads share a queue of directories and groups of files. Each has a way of its own to both trees, with
+//! many requests for small files, directories and attributes in flight (a [`Hand`]). A directory is listed,
+//! on both sides if they are compared, and its entries are merged by name: so no more is in memory than the
+//! directories that are being worked on. Permissions and times of a directory are set when everything in it
+//! was done.
 
 mod directory;
 mod file;
@@ -12,7 +13,7 @@ mod node;
 mod plan;
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use raio_transport::sync::lock;
@@ -45,7 +46,7 @@ pub struct Mirror<'a> {
     /// The destination may be a link to a directory, as the user has named it.
     pub is_to_followed: bool,
     /// How far it is.
-    pub progress: &'a Progress,
+    pub progress: &'a Arc<Progress>,
     /// Ctrl-C.
     pub interrupt: &'a Interrupt,
 }
@@ -61,6 +62,8 @@ struct Run<'a> {
     plan: &'a Plan,
     counts: &'a Counts,
     queue: Queue<Item>,
+    /// A copy is not what was copied.
+    is_unverified: AtomicBool,
     /// Why all was stopped.
     end: Mutex<Option<Failure>>,
 }
@@ -100,6 +103,7 @@ impl Mirror<'_> {
             plan: self.plan,
             counts,
             queue: Queue::new(Item::Directory(Node::root(from, to))),
+            is_unverified: AtomicBool::new(false),
             end: Mutex::new(None),
         };
         std::thread::scope(|scope| {
@@ -113,7 +117,11 @@ impl Mirror<'_> {
         let failed = counts.failed.load(Ordering::Relaxed);
         match end {
             Some(failure) => Err(failure),
-            None if failed > 0 => Err(Failure::new(format!("{failed} of {} have failed.", self.from))),
+            None if failed > 0 => {
+                let is_unverified = run.is_unverified.load(Ordering::Relaxed);
+                let kind = if is_unverified { Kind::Unverified } else { Kind::Other };
+                Err(Failure::of(kind, format!("{failed} of {} have failed.", self.from)))
+            }
             None => Ok(()),
         }
     }
@@ -187,6 +195,7 @@ impl Run<'_> {
             Err(failure) if failure.is_final() || self.plan.fails_fast => Err(failure),
             Err(failure) => {
                 count(&self.counts.failed);
+                self.is_unverified.fetch_or(failure.kind() == Kind::Unverified, Ordering::Relaxed);
                 output::say(&format!("raio: {failure}"));
                 Ok(false)
             }

@@ -1,6 +1,7 @@
 //! `raio sync`: makes a directory like another one, by copying what differs.
 
 use std::ffi::OsString;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -77,13 +78,15 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
         preserves: true,
         follows: options.dereference,
         is_durable: options.fsync,
+        resumes: true,
+        verifies: false,
         fails_fast: options.fail_fast,
         exclude: options.exclude.clone(),
         threads: options.connections.into(),
         settings: Settings { skips_holes: true, ..Settings::default() },
     };
     let style = if options.dry_run { Style::Never } else { options.progress };
-    let progress = Progress::new(style, "sync", None);
+    let progress = Arc::new(Progress::new(style, "sync", None));
     let counts = Counts::default();
     let mirror = Mirror {
         global,

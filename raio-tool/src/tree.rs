@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
-use crate::place::{PartialFile, Place};
+use crate::place::{PartialFile, Place, beside};
 
 use self::local::LocalTree;
 use self::remote::RemoteTree;
@@ -76,7 +76,7 @@ pub enum Request {
     Read {
         /// Of the file.
         path: PathBuf,
-        /// How many bytes.
+        /// How many bytes it has, as far as is known. There may be more in the answer.
         length: u64,
     },
     /// Create a file with these bytes, or replace one, or a link: [`Answer::Done`] or [`Answer::TooLarge`].
@@ -143,7 +143,7 @@ pub trait Tree: Send {
     fn source(&mut self, path: &Path) -> Result<Box<dyn Place>, Failure>;
     /// The target of a symbolic link.
     fn read_link(&mut self, path: &Path) -> Result<PathBuf, Failure>;
-    /// Begins a file that becomes longer than that.
+    /// Begins a file that becomes longer than that, or opens the partial file that an earlier copy has left.
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure>;
     /// Makes a directory. Returns whether it was made: there may be one.
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure>;
@@ -191,9 +191,14 @@ pub fn open(global: &Global, location: &Location, access: &Access) -> Result<Box
     }
 }
 
-/// The end of the name of the partial file for a path. It is another one for each path, as long names lose
-/// their end.
-fn partial_tag(access: &Access, path: &Path) -> String {
+/// The partial file for a path.
+pub fn partial_path(access: &Access, path: &Path) -> PathBuf {
+    beside(path, &format!(".partial-{}", partial_tag(access, path)))
+}
+
+/// The end of the name of the partial file for a path, and of its journal. It is another one for each path,
+/// as long names lose their end.
+pub fn partial_tag(access: &Access, path: &Path) -> String {
     let subject = [access.tag.as_bytes(), b"\n", path.as_os_str().as_encoded_bytes()].concat();
     blake3::hash(&subject).to_hex()[..16].to_owned()
 }

@@ -38,9 +38,8 @@ pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
 /// `--io-max`.
 pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
 
-/// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight. With
-/// all threads these are about as many as a server answers in a round trip of a millisecond, and over a longer
-/// way as many times more than one after the other.
+/// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight: with
+/// 8 threads, 256 cost one round trip. More would be more to do again after an interruption.
 pub const REQUESTS_IN_FLIGHT: usize = 32;
 
 /// Bytes of small files that a thread has in memory at once, and one file more.

@@ -1,11 +1,12 @@
 //! One directory of a tree that is made like another one.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Comparison, Deed, Hand, Item, Node, count};
 use crate::failure::{Failure, Kind};
-use crate::tree::TreeEntry;
+use crate::tree::{TreeEntry, partial_path};
 use crate::tuning::FILES_PER_ITEM;
 
 impl Hand<'_> {
@@ -66,9 +67,14 @@ impl Hand<'_> {
         }
         extra.extend(there);
         if run.plan.deletes {
+            // What was interrupted goes on.
+            let resumed = files.iter().filter(|(entry, _)| run.plan.has_journal(entry.size));
+            let partials: HashSet<_> = resumed
+                .map(|(entry, _)| partial_path(&run.access[1], &node.path().join(&entry.name)))
+                .collect();
             for other in extra {
                 let path = node.path().join(&other.name);
-                if !run.is_excluded(&path) {
+                if !run.is_excluded(&path) && !partials.contains(&path) {
                     let removed = self.unlock(node).and_then(|()| self.remove(&path, &other).map(drop));
                     run.note(removed)?;
                 }

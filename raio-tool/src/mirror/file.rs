@@ -4,17 +4,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Comparison, Deed, Hand, Node, Run, count};
+use super::{Comparison, Deed, Hand, Node, count};
 use crate::contents::same_contents;
+use crate::copy::{Destination, FileCopy, state_file};
 use crate::failure::Failure;
-use crate::place::{Facts, Place, Sort, is_zero};
-use crate::transfer::{self, Block, Verdict, Watcher};
-use crate::tree::TreeEntry;
+use crate::place::Sort;
+use crate::progress::{Progress, Style};
+use crate::tree::{TreeEntry, partial_tag};
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
-    /// Does what a file or link needs, or begins it. `there` is what the destination has. Returns whether it is
-    /// done.
+    /// Does what a file or link needs, or begins it. `there` is what the destination has. Returns whether it
+    /// is done.
     pub(super) fn file(
         &mut self,
         node: &Arc<Node>,
@@ -43,7 +44,7 @@ impl Hand<'_> {
             if !run.plan.deletes {
                 let location = self.destination.location(&path);
                 return Err(Failure::new(format!(
-                    "{location} is a directory, and a file in the source. --delete removes it."
+                    "{location} is a directory, and a file in the source. raio sync --delete removes it."
                 )));
             }
             self.remove(&path, there)?;
@@ -61,7 +62,8 @@ impl Hand<'_> {
             self.was_copied(entry.size);
             return Ok(true);
         }
-        match entry.size <= SMALL_FILE_BYTES {
+        // What is verified takes its name later.
+        match entry.size <= SMALL_FILE_BYTES && !run.plan.verifies {
             true => self.begin_file(node, path, entry),
             false => self.is_large(Arc::clone(node), entry.clone()),
         }
@@ -109,46 +111,35 @@ impl Hand<'_> {
             let location = self.source.location(path);
             return Err(Failure::new(format!("{location} is no file any more. Start again.")));
         }
-        let mut partial = self.destination.begin(path, facts.mode & 0o777)?;
-        let copied = self.fill(&*source, &facts, partial.place());
-        let copied = copied.and_then(|bytes| partial.publish(run.plan.is_durable).map(|()| bytes));
-        if copied.is_err() {
-            partial.remove();
-        } else if run.plan.preserves {
-            let mode = Some(facts.mode & 0o777);
-            self.destination.set(path, mode, Some(facts.times_ns.1))?;
-        }
-        copied
-    }
-
-    /// Fills a new file with all that another one has.
-    fn fill(&self, source: &dyn Place, facts: &Facts, to: &dyn Place) -> Result<u64, Failure> {
-        let run = self.run;
+        let partial = self.destination.begin(path, facts.mode & 0o777)?;
         let size = facts.size.unwrap_or(0);
-        let (settings, interrupt) = (&run.plan.settings, run.mirror.interrupt);
+        let has_journal = run.plan.has_journal(size);
+        let journal = has_journal.then(|| state_file(&partial_tag(&run.access[1], path)));
         let done = run.counts.copied_bytes.load(Ordering::Relaxed);
-        transfer::run(source, to, Some(0)..Some(size), &[], settings, &Filling { run, done }, interrupt)?;
-        to.set_size(size)?;
-        if run.plan.is_durable {
-            to.sync()?;
+        let copied = FileCopy {
+            from: &*source,
+            facts: &facts,
+            source: &self.source.location(path),
+            to: &self.destination.location(path),
+            settings: run.plan.settings.clone(),
+            has_journal,
+            resumes: run.plan.resumes,
+            is_alone: false,
+            verifies: run.plan.verifies,
+            is_sparse: true,
+            preserves: false,
+            is_durable: run.plan.is_durable,
+            sessions: &self.sessions,
+            progress: &|what, _| match what {
+                "copy" => Progress::of_part(run.mirror.progress, done),
+                _ => Progress::new(Style::Never, what, None),
+            },
+            interrupt: run.mirror.interrupt,
         }
-        Ok(size)
-    }
-}
-
-/// The watcher of a file that is filled.
-struct Filling<'a> {
-    run: &'a Run<'a>,
-    /// Bytes that were copied before.
-    done: u64,
-}
-
-impl Watcher for Filling<'_> {
-    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        Ok(if is_zero(data) { Verdict::Skip } else { Verdict::Write })
-    }
-
-    fn tick(&self, bytes: u64) {
-        self.run.mirror.progress.show(self.done + bytes);
+        .run(&mut Destination::partial(partial, None, journal))?;
+        if run.plan.preserves {
+            self.destination.set(path, Some(facts.mode & 0o777), Some(facts.times_ns.1))?;
+        }
+        Ok(copied.bytes)
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::{Deed, Item, Node, Run, count};
 use crate::failure::Failure;
+use crate::place::Sessions;
 use crate::transfer::wait_for_either;
 use crate::tree::{Answer, Ended, New, Request, Tree, TreeEntry};
 use crate::tuning::{REQUESTS_IN_FLIGHT, SMALL_BYTES_IN_FLIGHT, STOP_CHECK_INTERVAL};
@@ -17,6 +18,8 @@ pub struct Hand<'a> {
     pub(super) run: &'a Run<'a>,
     pub(super) source: Box<dyn Tree>,
     pub(super) destination: Box<dyn Tree>,
+    /// For reading a copy again.
+    pub(super) sessions: Sessions<'a>,
     /// What the requests are for, by their tokens.
     jobs: Vec<Option<Job>>,
     free: Vec<usize>,
@@ -45,6 +48,7 @@ impl<'a> Hand<'a> {
             run,
             source,
             destination,
+            sessions: Sessions::new(run.mirror.global),
             jobs: (0..REQUESTS_IN_FLIGHT).map(|_| None).collect(),
             free: (0..REQUESTS_IN_FLIGHT).collect(),
             reading: 0,

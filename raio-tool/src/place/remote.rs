@@ -222,7 +222,7 @@ pub fn poll(context: &mut Context) -> Result<Option<Completion>, raio::Error> {
         return Ok(Some(completion));
     }
     match context.wait(0, usize::MAX, None) {
-        Err(error) if error.errno() != libc::EINTR => return Err(error),
+        Err(error) if error.errno() != libc::EINTR => Err(error),
         _ => Ok(context.next()),
     }
 }

@@ -17,10 +17,11 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_tag};
+use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, PartialFile, Place, beside, timespec, to_ns, write_sparsely};
+use crate::place::{LocalFile, PartialFile, Place, timespec, to_ns, write_sparsely};
+use crate::tuning::SMALL_FILE_BYTES;
 
 /// A directory of this machine.
 pub struct LocalTree {
@@ -109,7 +110,7 @@ impl LocalTree {
 
     /// Makes the partial file for a path. Only one program writes to it at a time.
     fn partial(&mut self, path: &Path, mode: u32) -> Result<TreePartial, Failure> {
-        let partial = beside(path, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = partial_path(&self.access, path);
         let location = self.location.join(&partial);
         let open = |this: &mut Self| {
             let (directory, name) = this.parent(&partial)?;
@@ -121,7 +122,6 @@ impl LocalTree {
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Failure::new(format!("Another raio writes to {location}. Wait until it has ended, or stop it."))
         })?;
-        file.set_len(0).map_err(|error| Failure::io(format!("Cannot empty {location}"), &error))?;
         let destination = path.file_name().unwrap_or_default().to_owned();
         let display = self.location.join(path).to_string();
         let file = LocalFile::from_file(file, display.clone());
@@ -132,6 +132,7 @@ impl LocalTree {
     fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<(), Failure> {
         let mut partial = self.partial(path, new.mode)?;
         let write = |file: &File| {
+            file.set_len(0)?;
             write_sparsely(file, bytes, 0)?;
             file.set_len(bytes.len() as u64)?;
             if new.is_exact {
@@ -240,9 +241,7 @@ impl Tree for LocalTree {
     }
 
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure> {
-        let mut partial = self.partial(path, mode)?;
-        partial.set_skips_zeros(true);
-        Ok(Box::new(partial))
+        Ok(Box::new(self.partial(path, mode)?))
     }
 
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure> {
@@ -263,7 +262,7 @@ impl Tree for LocalTree {
     }
 
     fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
-        let partial = beside(path, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = partial_path(&self.access, path);
         let partial = partial.file_name().unwrap_or_default();
         let create = |this: &mut Self| {
             let (directory, name) = this.parent(path)?;
@@ -326,8 +325,9 @@ impl Tree for LocalTree {
 
     fn start(&mut self, token: usize, request: Request) {
         let result = match request {
-            Request::Read { path, length } => {
-                self.read(&path, length).map(|(bytes, entry)| Answer::Read(bytes, entry))
+            Request::Read { path, .. } => {
+                // Files of /proc have no size, and contents nevertheless.
+                self.read(&path, SMALL_FILE_BYTES).map(|(bytes, entry)| Answer::Read(bytes, entry))
             }
             Request::Put { path, bytes, new } => self.put(&path, &bytes, &new).map(|()| Answer::Done),
             Request::CreateDir { path, mode } => {

@@ -10,12 +10,12 @@ use raio::{
     Attributes, Completion, Context, Error, FileStatus, PathOperation, PutOptions, Session, SubmitOptions,
 };
 
-use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_tag};
+use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path, partial_tag};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
 use crate::place::remote::{self, buffers, bytes_of};
-use crate::place::{PartialFile, Place, RemoteFile, RemotePartial, Sessions, beside};
+use crate::place::{PartialFile, Place, RemoteFile, RemotePartial, Sessions};
 use crate::tuning::REQUESTS_IN_FLIGHT;
 
 /// A directory of a server.
@@ -227,7 +227,6 @@ impl Tree for RemoteTree {
         let (session, name) = (Arc::clone(&self.session), self.location.join(path).to_string());
         let tag = partial_tag(&self.access, path);
         let partial = RemotePartial::open(session, &self.at(path), name, &tag, mode)?;
-        partial.place().set_size(0)?;
         Ok(Box::new(partial))
     }
 
@@ -241,7 +240,7 @@ impl Tree for RemoteTree {
 
     fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
         let at = self.at(path);
-        let partial = beside(&at, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = self.at(&partial_path(&self.access, path));
         let create = || match self.session.symlink(target, &partial) {
             Err(error) if error.errno() == libc::EEXIST => {
                 // Of a run that was killed.

@@ -379,7 +379,8 @@ fn failures_of_single_files_are_counted_and_the_others_go_on() {
         (&["cp", "-r", "a", ":/ro/c"], 4, "ead-only"),
         (&["cp", "-r", "a", ":/ro/b"], 4, "ead-only"),
         (&["cp", "-r", "a", "raio://127.0.0.1:1/e/c"], 5, "Connection refused"),
-        (&["cp", "-r", "--resume", "a", ":/e/c"], 2, "single files"),
+        (&["cp", "-r", "--inplace", "a", ":/e/c"], 2, "single files"),
+        (&["cp", "-r", "--resume", "a", ":/e/b"], 2, "With --resume write :/e/b/"),
         (&["cp", "-r", "a", "a/d/e"], 2, "one is in the other"),
         (&["cp", "-r", ":/e/b", ":/e/b/a/c"], 2, "one is in the other"),
         (&["sync", "a", "a"], 2, "one is in the other"),
@@ -546,4 +547,78 @@ fn small_files_and_directories_do_not_wait_for_one_another_over_a_long_way() {
         fs::remove_file(trace).expect("a trace");
     }
     assert_same(&tree(&site.here("a"), true), &tree(&site.here("d"), true), "there and back");
+}
+
+/// Copies a directory until its large file has been copied in part, and kills the copy.
+fn interrupt(site: &Site, arguments: &[&str]) {
+    let mut child = site.raio(arguments).spawn().expect("raio starts");
+    let journals = site.directory.path().join("state/raio");
+    let deadline = Instant::now() + PATIENCE;
+    let has_some = || {
+        let mut entries = fs::read_dir(&journals).into_iter().flatten();
+        entries.any(|entry| entry.is_ok_and(|it| it.metadata().is_ok_and(|it| it.len() > 500)))
+    };
+    while !has_some() {
+        assert!(Instant::now() < deadline, "the copy does not begin");
+        assert!(child.try_wait().expect("a child").is_none(), "the copy has ended too soon");
+    }
+    kill_process(Pid::from_child(&child), Signal::KILL).expect("it is there");
+    child.wait().expect("it ends");
+}
+
+#[test]
+fn an_interrupted_copy_of_a_tree_goes_on_within_its_large_files() {
+    for (from, to, again, moved) in [
+        ("a", ":/e/b/", &["cp", "-r", "--resume", "a", ":/e/b/"][..], "write"),
+        (":/e/a", "b/", &["cp", "-r", "--resume", ":/e/a", "b/"], "read"),
+        ("a", ":/e/b/", &["sync", "--delete", "a", ":/e/b/a"], "write"),
+    ] {
+        let site = Site::new();
+        let (source, destination) = match to {
+            "b/" => (site.there("a"), site.here("b")),
+            _ => (site.here("a"), site.there("b")),
+        };
+        fs::create_dir(&destination).expect("a directory");
+        fs::create_dir(&source).expect("a directory");
+        fs::write(source.join("large"), bytes(40 << 20)).expect("a file");
+        for number in 0..30 {
+            fs::write(source.join(number.to_string()), bytes(number)).expect("a file");
+        }
+        interrupt(&site, &["cp", "-r", "--resume", "--bwlimit", "40M", from, to]);
+        let trace = site.here("trace");
+        let output = site.raio(again).env("RAIO_TRACE", &trace).output().expect("raio runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (_, blocks) = in_flight(&trace, moved);
+        assert!((1..35).contains(&blocks), "{again:?}: {blocks} of 40 blocks were moved again");
+        assert_same(&tree(&source, true), &tree(&destination.join("a"), true), "all is there");
+        let report = site.json(&["cp", "-r", "--resume", "--json", from, to]);
+        assert_eq!((&report["copied"], &report["unchanged"]), (&0.into(), &31.into()), "{report}");
+    }
+}
+
+#[test]
+fn files_of_a_tree_are_verified_and_their_holes_are_not_read() {
+    let site = Site::new();
+    grow(&site.here("a"), &mut Random::with_seed(3));
+    let reads = |from: &str, to: &str, options: &[&str]| {
+        let trace = site.here("trace");
+        let arguments = [&["cp", "-r", "--preserve", from, to], options].concat();
+        let output = site.raio(&arguments).env("RAIO_TRACE", &trace).output().expect("raio runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let (_, reads) = in_flight(&trace, "read");
+        fs::remove_file(trace).expect("a trace");
+        reads
+    };
+    assert!(reads("a", ":/e/b", &["--verify"]) > 40, "each file is read again");
+    reads(":/e/b", "c", &["--verify"]);
+    for copy in [site.there("b"), site.here("c")] {
+        assert_same(&tree(&site.here("a"), true), &tree(&copy, true), "verified");
+    }
+    let sparse = File::create(site.there("sparse")).expect("a file");
+    sparse.set_len(40 << 20).expect("a size");
+    sparse.write_all_at(b"data", 20 << 20).expect("a write");
+    fs::create_dir(site.there("d")).expect("a directory");
+    fs::rename(site.there("sparse"), site.there("d/sparse")).expect("it is ours");
+    assert_eq!(reads(":/e/d", "d", &[]), 1);
+    assert_same(&tree(&site.there("d"), true), &tree(&site.here("d"), true), "the holes are there");
 }
