@@ -21,7 +21,7 @@ use crate::place::{Facts, Place, Sessions, Sort, Stream, is_zero, open_source};
 use crate::progress::Progress;
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 
-pub use self::destination::{Destination, state_file};
+pub use self::destination::{Destination, can_keep_journals, state_file};
 
 /// One file to be copied.
 pub struct FileCopy<'a> {

@@ -72,8 +72,8 @@ pub struct Options {
     /// At most this number of bytes per second
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     bwlimit: Option<u64>,
-    /// Connections to each server; with -r, files worked on at a time [default: 1 for small files, up to 4
-    /// for large ones, 8 with -r]
+    /// Connections to each server; with -r, threads, each with connections of its own [default: 1 for small
+    /// files, up to 4 for large ones, 8 with -r]
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=64))]
     connections: Option<u16>,
     /// Reads and writes in flight on each connection

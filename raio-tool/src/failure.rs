@@ -26,7 +26,7 @@ pub enum Kind {
 }
 
 /// Why something was not done: its kind, and a message for people that says what to do about it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Failure {
     kind: Kind,
     text: String,
@@ -73,6 +73,11 @@ impl Failure {
     /// read-only, or Ctrl-C was pressed.
     pub fn is_final(&self) -> bool {
         self.is_final
+    }
+
+    /// The same failure, which says nothing of what is done next.
+    pub fn of_one(self) -> Self {
+        Self { is_final: false, ..self }
     }
 
     /// The same failure, with this behind its message.

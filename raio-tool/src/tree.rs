@@ -157,7 +157,7 @@ pub trait Tree: Send {
     fn remove_file(&mut self, path: &Path) -> Result<(), Failure>;
     /// Starts a request. At most [`crate::tuning::REQUESTS_IN_FLIGHT`] are to be in flight.
     fn start(&mut self, token: usize, request: Request);
-    /// The next request that has ended, in any order. Does not wait.
+    /// The next request that has ended, in any order. Sends those that were started, and does not wait.
     fn next(&mut self) -> Result<Option<Ended>, Failure>;
     /// Waits until one may have ended, or for this long. Not at all where they end at once.
     fn wait(&mut self, _timeout: Duration) -> Result<(), Failure> {

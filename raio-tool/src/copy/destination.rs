@@ -120,10 +120,21 @@ impl Destination {
     }
 }
 
+/// Whether journals can be written to where [`state_file`] says.
+pub fn can_keep_journals() -> bool {
+    let directory = state_directory();
+    std::fs::create_dir_all(&directory).is_ok()
+        && rustix::fs::access(&directory, rustix::fs::Access::WRITE_OK).is_ok()
+}
+
 /// Where the journal of a copy to a device or a server is. Its tag tells copies apart.
 pub fn state_file(tag: &str) -> PathBuf {
+    state_directory().join(format!("cp-{tag}.journal"))
+}
+
+fn state_directory() -> PathBuf {
     let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
     let directory = state.or_else(home).unwrap_or_else(std::env::temp_dir);
-    directory.join("raio").join(format!("cp-{tag}.journal"))
+    directory.join("raio")
 }

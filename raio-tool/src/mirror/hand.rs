@@ -81,6 +81,8 @@ impl<'a> Hand<'a> {
             match item {
                 Some(item) => {
                     taken += 1;
+                    // It may wait for a list: what was begun goes out before.
+                    self.take_in()?;
                     self.begin(item)?;
                 }
                 None => self.progress()?,
@@ -187,22 +189,29 @@ impl<'a> Hand<'a> {
         job
     }
 
-    /// Takes in what has ended, or waits for it.
-    fn progress(&mut self) -> Result<(), Failure> {
-        self.run.mirror.interrupt.check()?;
-        let mut is_waiting = true;
+    /// Sends what was begun, and takes in what has ended. Does not wait. Returns whether something has ended.
+    fn take_in(&mut self) -> Result<bool, Failure> {
+        let mut has_ended = false;
         while let Some(ended) = self.source.next()? {
-            is_waiting = false;
+            has_ended = true;
             self.was_read(ended)?;
         }
         while let Some(ended) = self.destination.next()? {
-            is_waiting = false;
+            has_ended = true;
             self.was_written(ended)?;
+        }
+        Ok(has_ended)
+    }
+
+    /// Takes in what has ended, or waits for it.
+    fn progress(&mut self) -> Result<(), Failure> {
+        self.run.mirror.interrupt.check()?;
+        if self.take_in()? {
+            return Ok(());
         }
         let due = self.until_due();
         let interval = if due.is_zero() { STOP_CHECK_INTERVAL } else { due.min(STOP_CHECK_INTERVAL) };
         match (self.reading, self.writing) {
-            _ if !is_waiting => Ok(()),
             (0, 0) => {
                 std::thread::sleep(due.min(interval));
                 Ok(())

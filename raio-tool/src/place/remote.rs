@@ -22,7 +22,8 @@ use crate::tuning::SMALL_FILE_BYTES;
 /// others has its own.
 pub struct Sessions<'a> {
     global: &'a Global,
-    sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// By their URLs; or why there is none.
+    sessions: Mutex<HashMap<String, Result<Arc<Session>, Failure>>>,
 }
 
 impl<'a> Sessions<'a> {
@@ -40,12 +41,15 @@ impl<'a> Sessions<'a> {
     pub fn at<'l>(&self, location: &'l Location) -> Result<(Arc<Session>, &'l Path), Failure> {
         let (url, path) = on_server(self.global, location)?;
         let mut sessions = lock(&self.sessions);
-        if let Some(session) = sessions.get(&url) {
-            return Ok((Arc::clone(session), path));
-        }
-        let session = Arc::new(connect(self.global, &url)?);
-        sessions.insert(url, Arc::clone(&session));
-        Ok((session, path))
+        let session = match sessions.get(&url) {
+            Some(session) => session,
+            None => {
+                // Others may be on another server.
+                let connected = connect(self.global, &url).map(Arc::new).map_err(Failure::of_one);
+                sessions.entry(url).or_insert(connected)
+            }
+        };
+        Ok((session.clone()?, path))
     }
 }
 

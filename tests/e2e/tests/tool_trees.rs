@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use raio_e2e::{PATIENCE, Proxy, Random, Treatment, seed};
+use raio_e2e::{PATIENCE, Proxy, Random, Server, Treatment, seed};
 use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -621,4 +621,19 @@ fn files_of_a_tree_are_verified_and_their_holes_are_not_read() {
     fs::rename(site.there("sparse"), site.there("d/sparse")).expect("it is ours");
     assert_eq!(reads(":/e/d", "d", &[]), 1);
     assert_same(&tree(&site.there("d"), true), &tree(&site.here("d"), true), "the holes are there");
+}
+
+#[test]
+fn files_that_are_too_large_for_a_request_of_the_server_are_copied_in_parts() {
+    let mut site = Site::new();
+    let export = format!("e={},rw", site.directory.path().join("export").display());
+    site.server = Server::start_with(&[&export], &["--listen", "tcp://127.0.0.1:0", "--io-max", "64k"]);
+    fs::create_dir(site.here("a")).expect("a directory");
+    for size in [0, 1, 65_535, 65_536, 65_537, 200_000, (1 << 20) + 1] {
+        fs::write(site.here(&format!("a/{size}")), bytes(size)).expect("a file");
+    }
+    for (from, to) in [("a", ":/e/b"), (":/e/b", ":/e/c"), (":/e/c", "d")] {
+        site.run(&["cp", "-r", "--preserve", from, to]);
+    }
+    assert_same(&tree(&site.here("a"), true), &tree(&site.here("d"), true), "there and back");
 }
