@@ -1,6 +1,6 @@
 //! One file or link of a tree that is made like another one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use crate::copy::{Destination, FileCopy, state_file};
 use crate::failure::Failure;
 use crate::place::Sort;
 use crate::progress::{Progress, Style};
-use crate::tree::{TreeEntry, partial_tag};
+use crate::tree::{Request, TreeEntry, partial_tag};
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
@@ -37,7 +37,7 @@ impl Hand<'_> {
             && self.is_same(&path, entry, there)?
         {
             count(&run.counts.unchanged);
-            return self.set_file(&path, entry, there).map(|()| true);
+            return self.set_file(node, path, entry, there);
         }
         self.unlock(node)?;
         if let Some(there) = there.filter(|there| there.is_dir()) {
@@ -88,18 +88,25 @@ impl Hand<'_> {
         }
     }
 
-    /// Sets what differs of a file with the right contents.
-    fn set_file(&mut self, path: &Path, entry: &TreeEntry, there: &TreeEntry) -> Result<(), Failure> {
+    /// Begins to set what differs of a file with the right contents. Returns whether it is done.
+    fn set_file(
+        &mut self,
+        node: &Arc<Node>,
+        path: PathBuf,
+        entry: &TreeEntry,
+        there: &TreeEntry,
+    ) -> Result<bool, Failure> {
         let run = self.run;
         if entry.is_link() || !run.plan.preserves {
-            return Ok(());
+            return Ok(true);
         }
         let mode = Some(entry.permissions()).filter(|&mode| mode != there.permissions());
         let modified_ns = Some(entry.modified_ns).filter(|&time| time != there.modified_ns);
-        if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, path, None)? {
-            return Ok(());
+        if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, &path, None)? {
+            return Ok(true);
         }
-        self.destination.set(path, mode, modified_ns)
+        self.begin_attributes(node, Request::Set { path, mode, modified_ns });
+        Ok(false)
     }
 
     /// Copies a file in blocks. Returns how many bytes it has.

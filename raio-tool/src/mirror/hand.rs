@@ -36,6 +36,8 @@ pub struct Hand<'a> {
 enum Job {
     /// A small file of a directory, which is read and then written.
     File(Arc<Node>, TreeEntry),
+    /// A file of a directory gets its attributes.
+    Attributes(Arc<Node>),
     /// A directory is created, and comes into the queue.
     Create(Arc<Node>),
     /// A directory in which everything is done gets its attributes.
@@ -167,6 +169,11 @@ impl<'a> Hand<'a> {
         self.write(Job::Create(node), Request::CreateDir { path, mode });
     }
 
+    /// Begins to set the attributes of a file in a directory. There has to be room.
+    pub(super) fn begin_attributes(&mut self, node: &Arc<Node>, request: Request) {
+        self.write(Job::Attributes(Arc::clone(node)), request);
+    }
+
     fn write(&mut self, job: Job, request: Request) {
         self.writing += 1;
         let token = self.token(job);
@@ -263,6 +270,7 @@ impl<'a> Hand<'a> {
                 let copied = result.map(|_| self.was_copied(entry.size));
                 self.finish_one(&node, copied)
             }
+            (Some(Job::Attributes(node)), result) => self.finish_one(&node, result.map(drop)),
             (Some(Job::Create(node)), Ok(answer)) => {
                 node.was_made(matches!(answer, Answer::Done));
                 self.run.queue.add(vec![Item::Directory(node)]);

@@ -547,6 +547,17 @@ fn small_files_and_directories_do_not_wait_for_one_another_over_a_long_way() {
         fs::remove_file(trace).expect("a trace");
     }
     assert_same(&tree(&site.here("a"), true), &tree(&site.here("d"), true), "there and back");
+    for number in 0..200 {
+        let read_only = fs::Permissions::from_mode(0o444);
+        fs::set_permissions(site.here(&format!("a/{number}")), read_only).expect("it is ours");
+    }
+    let trace = site.here("trace");
+    let mut command = site.raio(&["sync", "--connections", "1", "a", ":/e/b"]);
+    let output = command.env("RAIO_URL", proxy.url()).env("RAIO_TRACE", &trace).output().expect("raio runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (most, all) = in_flight(&trace, "set_attributes");
+    assert!(all == 200 && (20..=32).contains(&most), "{most} of {all} at once");
+    assert_same(&tree(&site.here("a"), true), &tree(&site.there("b"), true), "attributes");
 }
 
 /// Copies a directory until its large file has been copied in part, and kills the copy.
