@@ -34,6 +34,16 @@ impl Batch {
         Ok(())
     }
 
+    /// Does something for each of them. Fails if no other can succeed, and in the end if one has failed.
+    pub fn each<T>(
+        items: impl IntoIterator<Item = T>,
+        act: impl FnMut(T) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mut batch = Self::default();
+        items.into_iter().map(act).try_for_each(|ended| batch.note(ended))?;
+        batch.finish()
+    }
+
     /// All were done: the failure that the command ends with, if one has failed.
     pub fn finish(self) -> Result<(), Failure> {
         match (self.first, self.kind) {

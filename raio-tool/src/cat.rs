@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
-use crate::place::{Stream, open_source};
+use crate::place::{Sessions, Stream, open_source};
 use crate::transfer::{self, Settings, Unwatched};
 
 /// Command-line options.
@@ -29,9 +29,10 @@ pub struct Options {
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
     let settings = Settings { is_ordered: true, ..Settings::default() };
     let stdout = Stream::output(interrupt.clone());
+    let sessions = Sessions::new(global);
     for path in &options.paths {
         let location = Location::parse(path)?;
-        let source = open_source(global, &location, false, interrupt)?;
+        let source = open_source(&sessions, &location, false, interrupt)?;
         let Some(size) = source.facts()?.size else {
             if options.offset != 0 || options.length.is_some() {
                 let text = format!("{location} is a stream: it has no --offset and no --length.");

@@ -13,7 +13,7 @@ use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::place::{Place, Stream, open_source};
+use crate::place::{Place, Sessions, Stream, open_source};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 use crate::tuning::DEPTH;
 
@@ -63,8 +63,9 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
     if options.recursive {
         return trees::compare(global, &one, &other, interrupt);
     }
-    let places =
-        (open_source(global, &one, false, interrupt)?, open_source(global, &other, false, interrupt)?);
+    let sessions = Sessions::new(global);
+    let open = |location| open_source(&sessions, location, false, interrupt);
+    let places = (open(&one)?, open(&other)?);
     let found = std::thread::scope(|scope| {
         let ((a, sent_a), (b, sent_b)) = (mpsc::sync_channel(DEPTH), mpsc::sync_channel(DEPTH));
         let (from_a, from_b) = (&*places.0, &*places.1);

@@ -34,33 +34,29 @@ struct Report {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
     if !global.json {
         output::print("      size       used  available  path\n")?;
     }
-    for path in &options.paths {
-        let shown = Location::parse(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            let it = session.statfs(path);
-            let it = it.map_err(|error| Failure::remote(format!("Cannot examine {location}"), &error))?;
-            let bytes = |blocks: u64| blocks.saturating_mul(it.block_bytes.get());
-            let report = Report {
-                path: location.to_string(),
-                size: bytes(it.blocks.get()),
-                used: bytes(it.blocks.get().saturating_sub(it.blocks_free.get())),
-                available: bytes(it.blocks_available.get()),
-                inodes: it.files.get(),
-                inodes_free: it.files_free.get(),
-            };
-            if global.json {
-                return output::print_json(&report);
-            }
-            let size = |bytes| output::size(bytes, global.bytes);
-            let (all, used, available) = (size(report.size), size(report.used), size(report.available));
-            let path = output::visible(&location.to_bytes());
-            output::print(&format!("{all:>10} {used:>10} {available:>10}  {path}\n"))
-        });
-        batch.note(shown)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse(path)?;
+        let (session, path) = sessions.at(&location)?;
+        let it = session.statfs(path);
+        let it = it.map_err(|error| Failure::remote(format!("Cannot examine {location}"), &error))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(it.block_bytes.get());
+        let report = Report {
+            path: location.to_string(),
+            size: bytes(it.blocks.get()),
+            used: bytes(it.blocks.get().saturating_sub(it.blocks_free.get())),
+            available: bytes(it.blocks_available.get()),
+            inodes: it.files.get(),
+            inodes_free: it.files_free.get(),
+        };
+        if global.json {
+            return output::print_json(&report);
+        }
+        let size = |bytes| output::size(bytes, global.bytes);
+        let (all, used, available) = (size(report.size), size(report.used), size(report.available));
+        let path = output::visible(&location.to_bytes());
+        output::print(&format!("{all:>10} {used:>10} {available:>10}  {path}\n"))
+    })
 }

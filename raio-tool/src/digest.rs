@@ -17,6 +17,7 @@ use crate::output;
 use crate::place::{Place, Sessions, Stream, open_source};
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
 use crate::tree::{self, Access};
+use crate::tuning::SMALL_FILE_BYTES;
 
 /// Command-line options.
 #[derive(Args, Debug)]
@@ -62,23 +63,37 @@ enum Digest {
 
 impl Watcher for Digesting {
     fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        match &mut *lock(&self.0) {
-            Digest::Crc32c(digest) => digest.update(data),
-            Digest::Blake3(hasher) => {
-                hasher.update(data);
-            }
-        }
+        lock(&self.0).update(data);
         Ok(Verdict::Skip)
     }
 }
 
+impl Algorithm {
+    fn digest(self) -> Digest {
+        match self {
+            Self::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
+            Self::Blake3 => Digest::Blake3(Box::default()),
+        }
+    }
+}
+
+impl Digest {
+    fn update(&mut self, data: &[u8]) {
+        match self {
+            Self::Crc32c(digest) => digest.update(data),
+            Self::Blake3(hasher) => drop(hasher.update(data)),
+        }
+    }
+}
+
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
+    let sessions = Sessions::new(global);
     for path in &options.paths {
         let location = Location::parse(path)?;
-        if options.recursive && Sessions::new(global).is_directory(&location)? {
+        if options.recursive && sessions.is_directory(&location)? {
             every(global, options, &location, interrupt)?;
         } else {
-            let source = open_source(global, &location, false, interrupt)?;
+            let source = open_source(&sessions, &location, false, interrupt)?;
             show(global, options, &location, &*source, interrupt)?;
         }
     }
@@ -102,8 +117,18 @@ fn every(
             if entry.is_dir() {
                 directories.push(path);
             } else if entry.is_file() {
-                let source = tree.source(&path)?;
-                show(global, options, &location.join(&path), &*source, interrupt)?;
+                interrupt.check()?;
+                let location = location.join(&path);
+                if entry.size <= SMALL_FILE_BYTES {
+                    let (bytes, now) = tree.read(&path, SMALL_FILE_BYTES)?;
+                    if now.size == bytes.len() as u64 {
+                        let mut digest = options.algorithm.digest();
+                        digest.update(&bytes);
+                        tell(global, options, &location, &digest, now.size)?;
+                        continue;
+                    }
+                }
+                show(global, options, &location, &*tree.source(&path)?, interrupt)?;
             }
         }
         rest.extend(directories.into_iter().rev());
@@ -121,13 +146,20 @@ fn show(
 ) -> Result<(), Failure> {
     let settings = Settings { is_ordered: true, ..Settings::default() };
     let size = source.facts()?.size;
-    let digesting = Digesting(Mutex::new(match options.algorithm {
-        Algorithm::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
-        Algorithm::Blake3 => Digest::Blake3(Box::default()),
-    }));
+    let digesting = Digesting(Mutex::new(options.algorithm.digest()));
     let null = Stream::null();
     let bytes = transfer::run(source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
-    let checksum = match &*lock(&digesting.0) {
+    tell(global, options, location, &lock(&digesting.0), bytes)
+}
+
+fn tell(
+    global: &Global,
+    options: &Options,
+    location: &Location,
+    digest: &Digest,
+    bytes: u64,
+) -> Result<(), Failure> {
+    let checksum = match digest {
         Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
         Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
     };

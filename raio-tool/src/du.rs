@@ -52,26 +52,22 @@ impl Sum {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let summed = Location::parse_directory(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            let max_depth = options.max_depth.unwrap_or(usize::MAX);
-            let mut summing = Summing {
-                global,
-                max_depth,
-                location: &location,
-                sums: vec![Sum::default()],
-                batch: Batch::default(),
-            };
-            Walk { session: &session, location: &location, path }.run(&mut summing)?;
-            let all = summing.sums.pop().unwrap_or_default();
-            summing.show(&location, all)?;
-            summing.batch.finish()
-        });
-        batch.note(summed)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse_directory(path)?;
+        let (session, path) = sessions.at(&location)?;
+        let max_depth = options.max_depth.unwrap_or(usize::MAX);
+        let mut summing = Summing {
+            global,
+            max_depth,
+            location: &location,
+            sums: vec![Sum::default()],
+            batch: Batch::default(),
+        };
+        Walk { session: &session, location: &location, path }.run(&mut summing)?;
+        let all = summing.sums.pop().unwrap_or_default();
+        summing.show(&location, all)?;
+        summing.batch.finish()
+    })
 }
 
 struct Summing<'a> {

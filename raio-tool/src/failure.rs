@@ -19,14 +19,14 @@ pub enum Kind {
     Refused = 4,
     /// The server does not answer, or says that a retry may succeed.
     Unreachable = 5,
-    /// Data is not what it should be.
+    /// Data differs, or a checksum does not match.
     Unverified = 6,
     /// Stopped by Ctrl-C.
     Interrupted = 130,
 }
 
 /// Why something was not done: its kind, and a message for people that says what to do about it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Failure {
     kind: Kind,
     text: String,
@@ -73,6 +73,11 @@ impl Failure {
     /// read-only, or Ctrl-C was pressed.
     pub fn is_final(&self) -> bool {
         self.is_final
+    }
+
+    /// The same failure, which says nothing of what is done next.
+    pub fn of_one(self) -> Self {
+        Self { is_final: false, ..self }
     }
 
     /// The same failure, with this behind its message.

@@ -102,22 +102,14 @@ struct Report {
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let location = match Location::parse_directory(path) {
-            Ok(location) => location,
-            Err(failure) => {
-                batch.note(Err(failure))?;
-                continue;
-            }
-        };
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse_directory(path)?;
         let (session, path) = sessions.at(&location)?;
-        let mut finding =
-            Finding { global, options, location: &location, now: now as i64, batch: &mut batch };
-        let walked = Walk { session: &session, location: &location, path }.run(&mut finding);
-        batch.note(walked)?;
-    }
-    batch.finish()
+        let now = now as i64;
+        let mut finding = Finding { global, options, location: &location, now, batch: Batch::default() };
+        Walk { session: &session, location: &location, path }.run(&mut finding)?;
+        finding.batch.finish()
+    })
 }
 
 struct Finding<'a> {
@@ -126,7 +118,7 @@ struct Finding<'a> {
     location: &'a Location,
     /// In nanoseconds since the epoch.
     now: i64,
-    batch: &'a mut Batch,
+    batch: Batch,
 }
 
 impl Visitor for Finding<'_> {

@@ -53,14 +53,18 @@ impl Global {
         })
     }
 
+    /// Where the keys are; None: nothing says so.
+    pub fn key_directory(&self) -> Option<KeyDirectory> {
+        self.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment)
+    }
+
     /// How a connection to a server is secured, which was found at `endpoint`; None: it is not.
     pub fn tls(
         &self,
         address: &Address,
         endpoint: &Endpoint,
     ) -> Result<Option<ClientTls>, raio_transport::Error> {
-        let directory = self.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
-        let Some(directory) = directory else { return Ok(None) };
+        let Some(directory) = self.key_directory() else { return Ok(None) };
         // By its name, else by where that leads to.
         let by_name = address.host().map_or(Ok(None), |(host, port)| directory.tls(host, port))?;
         match (by_name, endpoint.ip()) {

@@ -2,7 +2,6 @@
 
 use clap::Args;
 use raio_transport::address::{Address, Scheme};
-use raio_transport::key_directory::KeyDirectory;
 use raio_transport::protocol::OPERATIONS;
 use serde::Serialize;
 
@@ -61,7 +60,7 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let checksums = context.stats().has_crc;
     let probe = Probe::connect(global, url)?;
     let grant = probe.grant();
-    let directory = global.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
+    let directory = global.key_directory();
     let trusted = match (&directory, address.host()) {
         (Some(directory), Some((host, port))) => directory.trusted(host, port).unwrap_or_default(),
         _ => Vec::new(),

@@ -4,7 +4,6 @@ mod own;
 mod trust;
 
 use clap::{Args, Subcommand};
-use raio_transport::key_directory::KeyDirectory;
 
 use crate::failure::Failure;
 use crate::global::Global;
@@ -26,8 +25,7 @@ enum Command {
 }
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
-    let directory = global.keys.clone().map(KeyDirectory::new).or_else(KeyDirectory::from_environment);
-    let directory = directory.ok_or_else(|| {
+    let directory = global.key_directory().ok_or_else(|| {
         Failure::usage("There is neither $RAIO_KEYS nor $HOME. Say where the keys are with --keys DIRECTORY.")
     })?;
     match &options.command {

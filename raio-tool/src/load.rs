@@ -27,7 +27,7 @@ use self::report::{Opened, Progress, Report, grouped};
 use self::session::Session;
 use self::traffic::Traffic;
 use self::tuning::DESCRIPTORS_OWN;
-use crate::failure::Failure;
+use crate::failure::{Failure, sentence};
 use crate::global::Global;
 use crate::output;
 
@@ -60,7 +60,7 @@ fn carry_out(plan: &Plan) -> anyhow::Result<Report> {
         limit.saturating_sub(DESCRIPTORS_OWN)
     );
     let mut progress = Progress::new();
-    let (first, file_size) = Session::open_first(plan).map_err(sentence)?;
+    let (first, file_size) = Session::open_first(plan).map_err(|error| anyhow::anyhow!(sentence(&error)))?;
     let io_max = first.client.grant().data_bytes_max;
     ensure!(
         plan.io_bytes <= io_max,
@@ -134,9 +134,4 @@ fn open_sessions(plan: &Plan, first: Session, progress: &mut Progress) -> (Vec<S
     account.count = sessions.len();
     account.elapsed = started.elapsed();
     (sessions, account)
-}
-
-/// What the server's and the transport's errors look like here.
-fn sentence(error: Error) -> anyhow::Error {
-    anyhow::anyhow!("{}.", error.to_string().trim_end_matches('.'))
 }

@@ -52,16 +52,12 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let default = [OsString::from(":/")];
     let paths = if options.paths.is_empty() { &default[..] } else { &options.paths };
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in paths {
-        let listed = Location::parse_directory(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            let is_titled = paths.len() > 1 || options.recursive;
-            list(global, options, &session, &location, path, is_titled)
-        });
-        batch.note(listed)?;
-    }
-    batch.finish()
+    Batch::each(paths, |path| {
+        let location = Location::parse_directory(path)?;
+        let (session, path) = sessions.at(&location)?;
+        let is_titled = paths.len() > 1 || options.recursive;
+        list(global, options, &session, &location, path, is_titled)
+    })
 }
 
 /// Lists one path, and with `--recursive` the directories beneath it.

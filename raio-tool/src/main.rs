@@ -11,6 +11,7 @@ mod checksum;
 mod cli;
 mod cmp;
 mod contents;
+mod copy;
 mod cp;
 mod df;
 mod digest;

@@ -1,21 +1,24 @@
 //! Makes a tree like another one: what `cp -r` and `sync` have in common.
 //!
-//! Threads share a queue of directories and groups of files, and each has a way of its own to both trees. A
-//! directory is listed, on both sides if they are compared, and its entries are merged by name: so no more is
-//! in memory than the directories that are being worked on. Permissions and times of a directory are set when
-//! everything in it was done.
+//! Threads share a queue of directories and groups of files. Each has a way of its own to both trees, with
+//! many requests for small files, directories and attributes in flight (a [`Hand`]). A directory is listed,
+//! on both sides if they are compared, and its entries are merged by name: so no more is in memory than the
+//! directories that are being worked on. Permissions and times of a directory are set when everything in it
+//! was done.
 
 mod directory;
 mod file;
+mod hand;
 mod node;
 mod plan;
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use raio_transport::sync::lock;
 
+use self::hand::Hand;
 use self::node::Node;
 use self::plan::count;
 use crate::failure::{Failure, Kind};
@@ -43,17 +46,24 @@ pub struct Mirror<'a> {
     /// The destination may be a link to a directory, as the user has named it.
     pub is_to_followed: bool,
     /// How far it is.
-    pub progress: &'a Progress,
+    pub progress: &'a Arc<Progress>,
     /// Ctrl-C.
     pub interrupt: &'a Interrupt,
 }
 
+/// The source and the destination.
+type BothTrees = (Box<dyn Tree>, Box<dyn Tree>);
+
 /// What threads share.
 struct Run<'a> {
     mirror: &'a Mirror<'a>,
+    /// To the source and to the destination.
+    access: [Access; 2],
     plan: &'a Plan,
     counts: &'a Counts,
     queue: Queue<Item>,
+    /// A copy is not what was copied.
+    is_unverified: AtomicBool,
     /// Why all was stopped.
     end: Mutex<Option<Failure>>,
 }
@@ -63,14 +73,16 @@ enum Item {
     Directory(Arc<Node>),
     /// Files of a directory, and what the destination has in their places.
     Files(Arc<Node>, Vec<(TreeEntry, Option<TreeEntry>)>),
+    /// A file that is too large to be read and written as a whole.
+    Large(Arc<Node>, TreeEntry),
 }
 
 impl Mirror<'_> {
     /// Does it. Failures of single files are said and counted, and the others go on.
     pub fn run(&self, counts: &Counts) -> Result<(), Failure> {
         self.check_apart()?;
-        let mut source = tree::open(self.global, self.from, &self.access())?;
-        let mut destination = tree::open(self.global, self.to, &self.access_to_destination())?;
+        let access = self.access();
+        let (mut source, mut destination) = self.open(&access)?;
         let root = Path::new("");
         let from = source.entry(root, true)?.ok_or_else(|| {
             Failure::of(Kind::NotFound, format!("Cannot open {}: it does not exist.", self.from))
@@ -87,9 +99,11 @@ impl Mirror<'_> {
         }
         let run = Run {
             mirror: self,
+            access,
             plan: self.plan,
             counts,
             queue: Queue::new(Item::Directory(Node::root(from, to))),
+            is_unverified: AtomicBool::new(false),
             end: Mutex::new(None),
         };
         std::thread::scope(|scope| {
@@ -103,7 +117,11 @@ impl Mirror<'_> {
         let failed = counts.failed.load(Ordering::Relaxed);
         match end {
             Some(failure) => Err(failure),
-            None if failed > 0 => Err(Failure::new(format!("{failed} of {} have failed.", self.from))),
+            None if failed > 0 => {
+                let is_unverified = run.is_unverified.load(Ordering::Relaxed);
+                let kind = if is_unverified { Kind::Unverified } else { Kind::Other };
+                Err(Failure::of(kind, format!("{failed} of {} have failed.", self.from)))
+            }
             None => Ok(()),
         }
     }
@@ -137,38 +155,30 @@ impl Mirror<'_> {
         Ok(())
     }
 
-    /// How the source is used. The names of partial files are the same whenever this is done again.
-    fn access(&self) -> Access {
+    /// How source and destination are used. The names of partial files are the same whenever this is done
+    /// again.
+    fn access(&self) -> [Access; 2] {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let subject = [&*self.from.to_bytes(), b"\n", &*self.to.to_bytes(), b"\n", host.as_bytes()].concat();
         let tag = blake3::hash(&subject).to_hex()[..16].to_owned();
-        Access { follows: self.plan.follows, is_root_followed: true, tag }
+        let source = Access { follows: self.plan.follows, is_root_followed: true, tag };
+        let is_root_followed = self.is_to_followed;
+        [source.clone(), Access { follows: false, is_root_followed, ..source }]
     }
 
-    fn access_to_destination(&self) -> Access {
-        Access { follows: false, is_root_followed: self.is_to_followed, ..self.access() }
+    /// A thread's way to both trees.
+    fn open(&self, [source, destination]: &[Access; 2]) -> Result<BothTrees, Failure> {
+        Ok((tree::open(self.global, self.from, source)?, tree::open(self.global, self.to, destination)?))
     }
 }
 
 impl Run<'_> {
-    fn thread(&self, trees: Option<(Box<dyn Tree>, Box<dyn Tree>)>) {
+    fn thread(&self, trees: Option<BothTrees>) {
         let mirror = self.mirror;
-        let opened = trees.map_or_else(
-            || {
-                let source = tree::open(mirror.global, mirror.from, &mirror.access())?;
-                Ok((source, tree::open(mirror.global, mirror.to, &mirror.access_to_destination())?))
-            },
-            Ok,
-        );
-        let mut hand = match opened {
-            Ok((source, destination)) => Hand { run: self, source, destination },
-            Err(failure) => return self.stop(failure),
-        };
-        while let Some(item) = self.queue.next() {
-            if let Err(failure) = mirror.interrupt.check().and_then(|()| hand.work(item)) {
-                self.stop(failure);
-            }
-            self.queue.done();
+        let opened = trees.map_or_else(|| mirror.open(&self.access), Ok);
+        let ended = opened.and_then(|(source, destination)| Hand::new(self, source, destination).work());
+        if let Err(failure) = ended {
+            self.stop(failure);
         }
     }
 
@@ -185,6 +195,7 @@ impl Run<'_> {
             Err(failure) if failure.is_final() || self.plan.fails_fast => Err(failure),
             Err(failure) => {
                 count(&self.counts.failed);
+                self.is_unverified.fetch_or(failure.kind() == Kind::Unverified, Ordering::Relaxed);
                 output::say(&format!("raio: {failure}"));
                 Ok(false)
             }
@@ -209,70 +220,5 @@ impl Run<'_> {
 
     fn is_excluded(&self, path: &Path) -> bool {
         self.plan.exclude.iter().any(|pattern| pattern.matches(path))
-    }
-}
-
-/// A thread's way to both trees.
-struct Hand<'a> {
-    run: &'a Run<'a>,
-    source: Box<dyn Tree>,
-    destination: Box<dyn Tree>,
-}
-
-impl Hand<'_> {
-    fn work(&mut self, item: Item) -> Result<(), Failure> {
-        let run = self.run;
-        match item {
-            Item::Directory(node) => {
-                let ended = self.directory(&node);
-                // Without the first directory there is nothing.
-                let ended = if node.parent().is_none() { Ok(ended?) } else { ended };
-                if !run.note(ended)? {
-                    node.has_failed();
-                }
-                self.finish(&node)
-            }
-            Item::Files(node, files) => {
-                for (entry, there) in files {
-                    run.mirror.interrupt.check()?;
-                    let ended = self.file(&node, &entry, there.as_ref());
-                    run.note(ended)?;
-                    self.finish(&node)?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    /// Something in a directory, or its list, is done. After the last one the directory gets its attributes,
-    /// and is done itself.
-    fn finish(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
-        let mut node = Arc::clone(node);
-        while node.is_last() {
-            let set = self.set_dir(&node);
-            self.run.note(set)?;
-            match node.parent() {
-                Some(parent) => node = Arc::clone(parent),
-                None => break,
-            }
-        }
-        Ok(())
-    }
-
-    fn set_dir(&mut self, node: &Node) -> Result<(), Failure> {
-        let run = self.run;
-        let Some((mode, modified_ns)) = node.attributes(run.plan.preserves) else { return Ok(()) };
-        if !node.is_new() && !run.begins(Deed::Set, node.path(), None)? || run.plan.is_dry {
-            return Ok(());
-        }
-        let mode = match run.plan.preserves {
-            true => Some(mode),
-            // What the umask has taken stays away.
-            false => {
-                let found = self.destination.entry(node.path(), false)?.map_or(mode, |it| it.permissions());
-                Some(found & mode)
-            }
-        };
-        self.destination.set(node.path(), mode, modified_ns)
     }
 }

@@ -36,35 +36,32 @@ fn mode(text: &str) -> Result<u32, String> {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let created = Location::parse(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            create(&session, path, options)
-                .map_err(|error| Failure::remote(format!("Cannot create {location}"), &error))
-        });
-        batch.note(created)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse(path)?;
+        let (session, path) = sessions.at(&location)?;
+        create(&session, path, options.mode, options.parents)
+            .map_err(|error| Failure::remote(format!("Cannot create {location}"), &error))
+    })
 }
 
-fn create(session: &Session, path: &Path, options: &Options) -> Result<(), raio::Error> {
-    match session.create_dir(path, options.mode.unwrap_or(0o777)) {
-        Err(error) if options.parents && error.errno() == libc::EEXIST => {
+/// With `parents` those above, too, but for the mode.
+fn create(session: &Session, path: &Path, mode: Option<u32>, parents: bool) -> Result<(), raio::Error> {
+    match session.create_dir(path, mode.unwrap_or(0o777)) {
+        Err(error) if parents && error.errno() == libc::EEXIST => {
             let is_directory = session.metadata(path)?.mode.get() & libc::S_IFMT == libc::S_IFDIR;
             return if is_directory { Ok(()) } else { Err(error) };
         }
-        Err(error) if options.parents && error.errno() == libc::ENOENT => {
+        Err(error) if parents && error.errno() == libc::ENOENT => {
             // An export is not created, so its own path ends this.
             let Some(above) = path.parent().filter(|above| above.components().count() > 2) else {
                 return Err(error);
             };
-            create(session, above, &Options { mode: None, paths: Vec::new(), ..*options })?;
-            return create(session, path, &Options { paths: Vec::new(), ..*options });
+            create(session, above, None, true)?;
+            return create(session, path, mode, true);
         }
         created => created?,
     }
-    match options.mode {
+    match mode {
         // The umask is not for those who say what they want.
         Some(mode) => session.set_attributes(path, &Attributes { mode: Some(mode), ..Attributes::default() }),
         None => Ok(()),

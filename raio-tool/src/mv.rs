@@ -26,20 +26,14 @@ pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let mut locations = options.paths.iter().map(Location::parse).collect::<Result<Vec<_>, _>>()?;
     let to = locations.pop().ok_or_else(|| Failure::usage("There is no new name."))?;
     let is_directory = sessions.is_directory(&to)?;
-    let mut batch = Batch::default();
-    for from in &locations {
-        let moved = sessions
-            .check_same_server(from, &to, "Copy with `raio cp -r`, and remove the original.")
-            .and_then(|()| to.for_source(from, is_directory, locations.len() > 1))
-            .and_then(|to| {
-                let ((session, old), (_, new)) = (sessions.at(from)?, sessions.at(&to)?);
-                let moved = match options.no_replace {
-                    true => session.rename_no_replace(old, new),
-                    false => session.rename(old, new),
-                };
-                moved.map_err(|error| Failure::remote(format!("Cannot rename {from} to {to}"), &error))
-            });
-        batch.note(moved)?;
-    }
-    batch.finish()
+    Batch::each(&locations, |from| {
+        sessions.check_same_server(from, &to, "Copy with `raio cp -r`, and remove the original.")?;
+        let to = to.for_source(from, is_directory, locations.len() > 1)?;
+        let ((session, old), (_, new)) = (sessions.at(from)?, sessions.at(&to)?);
+        let moved = match options.no_replace {
+            true => session.rename_no_replace(old, new),
+            false => session.rename(old, new),
+        };
+        moved.map_err(|error| Failure::remote(format!("Cannot rename {from} to {to}"), &error))
+    })
 }

@@ -5,19 +5,21 @@
 //! Directories are [`crate::tree`]'s.
 
 mod local;
-mod remote;
+pub mod remote;
 
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::failure::{Failure, Kind};
-use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::tuning::STOP_CHECK_INTERVAL;
 
-pub use self::local::{LocalFile, LocalPartial, Stream, beside, examine, is_zero};
+pub use self::local::{
+    LocalFile, LocalPartial, Stream, beside, examine, is_zero, timespec, to_ns, write_sparsely,
+};
 pub use self::remote::{RemoteFile, RemotePartial, Sessions, connect, facts_of};
 
 /// What sort of thing it is.
@@ -172,7 +174,7 @@ pub trait PartialFile: Send {
 /// Opens what is to be read. With `direct` its bytes come from the disk rather than a page cache, where that
 /// is possible.
 pub fn open_source(
-    global: &Global,
+    sessions: &Sessions<'_>,
     location: &Location,
     direct: bool,
     interrupt: &Interrupt,
@@ -184,11 +186,11 @@ pub fn open_source(
         }
         Location::Local(path) => local::open_source(path, direct, interrupt)?,
         Location::Remote { .. } => {
-            let flags = libc::O_RDONLY | if direct { libc::O_DIRECT } else { 0 };
-            match RemoteFile::open(global, location, flags, 0) {
-                Err(failure) if direct && failure.kind() == Kind::Other => {
-                    Box::new(RemoteFile::open(global, location, libc::O_RDONLY, 0)?)
-                }
+            let (session, path) = sessions.at(location)?;
+            let open =
+                |flags| RemoteFile::open_in(Arc::clone(&session), path, location.to_string(), flags, 0);
+            match open(libc::O_RDONLY | if direct { libc::O_DIRECT } else { 0 }) {
+                Err(failure) if direct && failure.kind() == Kind::Other => Box::new(open(libc::O_RDONLY)?),
                 opened => Box::new(opened?),
             }
         }

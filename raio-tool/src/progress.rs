@@ -1,7 +1,7 @@
 //! How far a transfer is: a bar on a terminal, or lines of JSON, on standard error.
 
 use std::io::IsTerminal;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -35,6 +35,8 @@ enum Shown {
     Bar(ProgressBar),
     /// When the last line was written.
     Json(Mutex<Instant>),
+    /// As a part of something, of which so many bytes are done.
+    Part(Arc<Progress>, u64),
     Nothing,
 }
 
@@ -49,6 +51,12 @@ impl Progress {
         Self { what, size, started: Instant::now(), shown }
     }
 
+    /// Of a part of something, of which `done` bytes are done.
+    pub fn of_part(whole: &Arc<Self>, done: u64) -> Self {
+        let shown = Shown::Part(Arc::clone(whole), done);
+        Self { what: whole.what, size: None, started: whole.started, shown }
+    }
+
     /// It has come this far.
     pub fn show(&self, bytes: u64) {
         match &self.shown {
@@ -60,6 +68,7 @@ impl Progress {
                     say(&self.line(bytes, self.started.elapsed()).to_string());
                 }
             }
+            Shown::Part(whole, done) => whole.show(done + bytes),
             Shown::Nothing => {}
         }
     }

@@ -47,9 +47,22 @@ impl<T> Queue<T> {
         }
     }
 
-    /// An item that was taken is done.
-    pub fn done(&self) {
-        lock(&self.state).busy -= 1;
+    /// Takes an item if there is one. Does not wait.
+    pub fn take(&self) -> Option<T> {
+        let mut state = lock(&self.state);
+        let item = if state.is_over { None } else { state.items.pop() };
+        state.busy += usize::from(item.is_some());
+        item
+    }
+
+    /// Whether no more is to be done.
+    pub fn is_stopped(&self) -> bool {
+        lock(&self.state).is_over
+    }
+
+    /// Items that were taken are done.
+    pub fn done(&self, count: usize) {
+        lock(&self.state).busy -= count;
         self.changed.notify_all();
     }
 
@@ -75,7 +88,7 @@ mod tests {
                     while let Some(item) = queue.next() {
                         count.fetch_add(1, Ordering::Relaxed);
                         queue.add(if item > 0 { vec![item - 1; 2] } else { Vec::new() });
-                        queue.done();
+                        queue.done(1);
                     }
                 });
             }

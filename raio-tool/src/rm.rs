@@ -29,15 +29,11 @@ pub struct Options {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let removed = Location::parse(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            Removal { session: &session, location: &location, path, options, batch: Batch::default() }.run()
-        });
-        batch.note(removed)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse(path)?;
+        let (session, path) = sessions.at(&location)?;
+        Removal { session: &session, location: &location, path, options, batch: Batch::default() }.run()
+    })
 }
 
 struct Removal<'a> {

@@ -47,18 +47,14 @@ struct Report {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let shown = Location::parse_directory(path).and_then(|location| {
-            let report = examine(&sessions, &location, options.dereference)?;
-            match global.json {
-                true => output::print_json(&report),
-                false => output::print(&report.text(global.bytes)),
-            }
-        });
-        batch.note(shown)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse_directory(path)?;
+        let report = examine(&sessions, &location, options.dereference)?;
+        match global.json {
+            true => output::print_json(&report),
+            false => output::print(&report.text(global.bytes)),
+        }
+    })
 }
 
 fn examine(sessions: &Sessions<'_>, location: &Location, follows: bool) -> Result<Report, Failure> {

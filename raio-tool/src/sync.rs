@@ -1,12 +1,14 @@
 //! `raio sync`: makes a directory like another one, by copying what differs.
 
 use std::ffi::OsString;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::{Args, ValueHint};
 use serde::Serialize;
 
+use crate::copy::can_keep_journals;
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -48,7 +50,7 @@ pub struct Options {
     /// Stop at the first error, rather than continue with the other files
     #[arg(long)]
     fail_fast: bool,
-    /// Directories and files worked on at a time, each over connections of their own
+    /// Threads, each with connections of its own
     #[arg(long, value_name = "NUMBER", default_value_t = TREE_THREADS)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     connections: u16,
@@ -77,13 +79,15 @@ pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<
         preserves: true,
         follows: options.dereference,
         is_durable: options.fsync,
+        resumes: can_keep_journals(),
+        verifies: false,
         fails_fast: options.fail_fast,
         exclude: options.exclude.clone(),
         threads: options.connections.into(),
         settings: Settings { skips_holes: true, ..Settings::default() },
     };
     let style = if options.dry_run { Style::Never } else { options.progress };
-    let progress = Progress::new(style, "sync", None);
+    let progress = Arc::new(Progress::new(style, "sync", None));
     let counts = Counts::default();
     let mirror = Mirror {
         global,

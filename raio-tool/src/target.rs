@@ -44,7 +44,7 @@ impl Probe {
                 Err(error) => last = Some(error),
             }
         }
-        Err(last.map_or_else(|| Failure::new(format!("{url} leads to no address.")), Failure::from))
+        Err(last.map_or_else(|| Failure::new(format!("The host of {url} has no address.")), Failure::from))
     }
 
     /// What the server granted.

@@ -9,11 +9,12 @@ mod blocks;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use raio_transport::sync::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::blocks::Blocks;
@@ -219,7 +220,7 @@ impl Transfer<'_> {
                 (0, 0) => std::thread::sleep(pause),
                 (_, 0) => hand.reader.wait(interval)?,
                 (0, _) => hand.writer.wait(interval)?,
-                _ => wait_for_both(&mut *hand.reader, &mut *hand.writer, interval)?,
+                _ => wait_for_either(hand.reader.poll_fd()?, hand.writer.poll_fd()?, interval)?,
             }
         }
     }
@@ -228,7 +229,7 @@ impl Transfer<'_> {
     fn begin(&self, hand: &mut Hand) -> Result<bool, Failure> {
         while let Some(&token) = hand.free.last() {
             let (block, holes) = {
-                let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut blocks = lock(&self.blocks);
                 (blocks.next()?, blocks.take_holes())
             };
             for hole in holes {
@@ -258,7 +259,7 @@ impl Transfer<'_> {
         self.bytes.fetch_add(length as u64, Ordering::Relaxed);
         let block = &mut hand.blocks[token];
         if length < data.len() {
-            let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut blocks = lock(&self.blocks);
             if blocks.is_bounded() {
                 return Err(Failure::new(format!(
                     "{} has become shorter while it was read: it ends at {}. Start again.",
@@ -328,22 +329,25 @@ impl Transfer<'_> {
         if self.settings.rate.is_none() {
             return Duration::ZERO;
         }
-        let next = self.next_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = lock(&self.next_at);
         next.saturating_duration_since(Instant::now())
     }
 
     /// These bytes go now.
     fn charge(&self, bytes: u64) {
         if let Some(rate) = self.settings.rate {
-            let mut next = self.next_at.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut next = lock(&self.next_at);
             *next = (*next).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
         }
     }
 }
 
-/// Waits until either may have something.
-fn wait_for_both(one: &mut dyn Lane, other: &mut dyn Lane, interval: Duration) -> Result<(), Failure> {
-    let (one, other) = (one.poll_fd()?, other.poll_fd()?);
+/// Waits until either may have something (see [`Lane::poll_fd`]), or for this long.
+pub fn wait_for_either(
+    one: Option<BorrowedFd<'_>>,
+    other: Option<BorrowedFd<'_>>,
+    interval: Duration,
+) -> Result<(), Failure> {
     let fds: Vec<BorrowedFd<'_>> = one.into_iter().chain(other).collect();
     let mut fds: Vec<_> = fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
     let interval = Timespec { tv_sec: 0, tv_nsec: interval.subsec_nanos().into() };

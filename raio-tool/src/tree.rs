@@ -7,12 +7,14 @@ mod local;
 mod remote;
 
 use std::ffi::OsString;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
-use crate::place::{PartialFile, Place};
+use crate::place::{PartialFile, Place, beside};
 
 use self::local::LocalTree;
 use self::remote::RemoteTree;
@@ -67,6 +69,65 @@ pub struct New {
     pub is_durable: bool,
 }
 
+/// What is requested of a tree, many at a time.
+#[derive(Debug)]
+pub enum Request {
+    /// Read the first bytes of a regular file: [`Answer::Read`].
+    Read {
+        /// Of the file.
+        path: PathBuf,
+        /// How many bytes it has, as far as is known. There may be more in the answer.
+        length: u64,
+    },
+    /// Create a file with these bytes, or replace one, or a link: [`Answer::Done`] or [`Answer::TooLarge`].
+    Put {
+        /// Of the file.
+        path: PathBuf,
+        /// All that it is to have.
+        bytes: Vec<u8>,
+        /// How it is made.
+        new: New,
+    },
+    /// Create a directory: [`Answer::Done`] or [`Answer::Exists`].
+    CreateDir {
+        /// Of the directory.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// Set permissions and time of a file or directory: [`Answer::Done`].
+    Set {
+        /// Of the file or directory.
+        path: PathBuf,
+        /// Its permissions.
+        mode: Option<u32>,
+        /// Time of its last change, in nanoseconds since the epoch.
+        modified_ns: Option<i64>,
+    },
+}
+
+/// What a request has brought.
+#[derive(Debug)]
+pub enum Answer {
+    /// The bytes, and the file's status from before they were read. If its size is larger, there is more.
+    Read(Vec<u8>, TreeEntry),
+    /// It is done.
+    Done,
+    /// There are too many bytes for one request.
+    TooLarge,
+    /// There is such a directory.
+    Exists,
+}
+
+/// A request that has ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// As given.
+    pub token: usize,
+    /// What it has brought.
+    pub result: Result<Answer, Failure>,
+}
+
 /// A directory with all that is beneath it.
 pub trait Tree: Send {
     /// What the user calls something in it.
@@ -82,10 +143,7 @@ pub trait Tree: Send {
     fn source(&mut self, path: &Path) -> Result<Box<dyn Place>, Failure>;
     /// The target of a symbolic link.
     fn read_link(&mut self, path: &Path) -> Result<PathBuf, Failure>;
-    /// Makes a file with these bytes, or replaces one, or a link. Returns whether it could: there may be too
-    /// many for one request.
-    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<bool, Failure>;
-    /// Begins a file that becomes longer than that.
+    /// Begins a file that becomes longer than that, or opens the partial file that an earlier copy has left.
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure>;
     /// Makes a directory. Returns whether it was made: there may be one.
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure>;
@@ -97,6 +155,18 @@ pub trait Tree: Send {
     fn remove_dir(&mut self, path: &Path) -> Result<(), Failure>;
     /// Removes what is no directory.
     fn remove_file(&mut self, path: &Path) -> Result<(), Failure>;
+    /// Starts a request. At most [`crate::tuning::REQUESTS_IN_FLIGHT`] are to be in flight.
+    fn start(&mut self, token: usize, request: Request);
+    /// The next request that has ended, in any order. Sends those that were started, and does not wait.
+    fn next(&mut self) -> Result<Option<Ended>, Failure>;
+    /// Waits until one may have ended, or for this long. Not at all where they end at once.
+    fn wait(&mut self, _timeout: Duration) -> Result<(), Failure> {
+        Ok(())
+    }
+    /// What poll(2) finds readable when one may have ended. None: none is in flight, or they end at once.
+    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure> {
+        Ok(None)
+    }
 }
 
 /// How a tree is used.
@@ -121,9 +191,14 @@ pub fn open(global: &Global, location: &Location, access: &Access) -> Result<Box
     }
 }
 
-/// The end of the name of the partial file for a path. It is another one for each path, as long names lose
-/// their end.
-fn partial_tag(access: &Access, path: &Path) -> String {
+/// The partial file for a path.
+pub fn partial_path(access: &Access, path: &Path) -> PathBuf {
+    beside(path, &format!(".partial-{}", partial_tag(access, path)))
+}
+
+/// The end of the name of the partial file for a path, and of its journal. It is another one for each path,
+/// as long names lose their end.
+pub fn partial_tag(access: &Access, path: &Path) -> String {
     let subject = [access.tag.as_bytes(), b"\n", path.as_os_str().as_encoded_bytes()].concat();
     blake3::hash(&subject).to_hex()[..16].to_owned()
 }

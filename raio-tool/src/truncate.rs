@@ -25,16 +25,12 @@ pub struct Options {
 
 pub fn run(global: &Global, options: &Options) -> Result<(), Failure> {
     let sessions = Sessions::new(global);
-    let mut batch = Batch::default();
-    for path in &options.paths {
-        let set = Location::parse(path).and_then(|location| {
-            let (session, path) = sessions.at(&location)?;
-            let attributes = Attributes { size: Some(options.size), ..Attributes::default() };
-            session
-                .set_attributes(path, &attributes)
-                .map_err(|error| Failure::remote(format!("Cannot set the size of {location}"), &error))
-        });
-        batch.note(set)?;
-    }
-    batch.finish()
+    Batch::each(&options.paths, |path| {
+        let location = Location::parse(path)?;
+        let (session, path) = sessions.at(&location)?;
+        let attributes = Attributes { size: Some(options.size), ..Attributes::default() };
+        session
+            .set_attributes(path, &attributes)
+            .map_err(|error| Failure::remote(format!("Cannot set the size of {location}"), &error))
+    })
 }

@@ -38,8 +38,14 @@ pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
 /// `--io-max`.
 pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
 
-/// Threads of a copy of a tree. Each waits for one small file at a time, so this is how many are requested at
-/// once.
+/// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight: with
+/// 8 threads, 256 cost one round trip. More would be more to do again after an interruption.
+pub const REQUESTS_IN_FLIGHT: usize = 32;
+
+/// Bytes of small files that a thread has in memory at once, and one file more.
+pub const SMALL_BYTES_IN_FLIGHT: u64 = 8 << 20;
+
+/// Threads of a copy of a tree: directories that are listed, and large files that are copied, at a time.
 pub const TREE_THREADS: u16 = 8;
 
 /// Files of a directory that a thread takes at a time. Fewer would have threads wait for the queue, and more

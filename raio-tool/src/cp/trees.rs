@@ -1,5 +1,6 @@
 //! `raio cp -r`: copies directories.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -38,28 +39,29 @@ pub fn copy(
     interrupt: &Interrupt,
 ) -> Result<(), Failure> {
     for (is_set, option) in [
-        (options.resume, "--resume"),
-        (options.verify, "--verify"),
         (options.inplace, "--inplace"),
         (options.destination_is_zero, "--destination-is-zero"),
         (options.no_sparse, "--no-sparse"),
     ] {
         if is_set {
             return Err(Failure::usage(format!(
-                "{option} is for single files, and {from} is a directory. `raio sync` goes on with a copy, \
-                 and `raio cmp -r` compares."
+                "{option} is for single files, and {from} is a directory. Leave it out, or copy files one by \
+                 one."
             )));
         }
     }
     let started = Instant::now();
     let rate = options.bwlimit.filter(|&rate| rate > 0);
     let plan = Plan {
-        comparison: Comparison::None,
+        // What is complete has the time of its source.
+        comparison: if options.resume { Comparison::SizeAndTime } else { Comparison::None },
         deletes: false,
         is_dry: false,
-        preserves: options.preserve,
+        preserves: options.preserve || options.resume,
         follows: options.dereference,
         is_durable: options.fsync,
+        resumes: options.resume,
+        verifies: options.verify,
         fails_fast: options.fail_fast,
         exclude: options.exclude.clone(),
         // A rate is one thread's.
@@ -72,7 +74,7 @@ pub fn copy(
             ..Settings::default()
         },
     };
-    let progress = Progress::new(options.progress, "copy", None);
+    let progress = Arc::new(Progress::new(options.progress, "copy", None));
     let counts = Counts::default();
     let ended =
         Mirror { global, plan: &plan, from, to, is_to_followed: is_named, progress: &progress, interrupt }

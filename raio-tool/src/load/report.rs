@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::options::Plan;
 use super::traffic::{Outcome, Tally};
 use crate::failure::Kind;
+use crate::output::per_second;
 
 /// Says how it goes: on a terminal in one line that changes, else in a line each time.
 pub struct Progress {
@@ -94,10 +95,6 @@ pub fn grouped(number: u64) -> String {
         text.push(digit);
     }
     text
-}
-
-fn per_second(count: u64, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
 }
 
 const PERCENTILES: [(&str, f64); 5] =

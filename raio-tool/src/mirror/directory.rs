@@ -1,11 +1,12 @@
 //! One directory of a tree that is made like another one.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Comparison, Deed, Hand, Item, Node, count};
 use crate::failure::{Failure, Kind};
-use crate::tree::TreeEntry;
+use crate::tree::{TreeEntry, partial_path};
 use crate::tuning::FILES_PER_ITEM;
 
 impl Hand<'_> {
@@ -30,8 +31,10 @@ impl Hand<'_> {
     /// Does what a directory itself needs, and adds what is in it to the queue.
     pub(super) fn directory(&mut self, node: &Arc<Node>) -> Result<(), Failure> {
         let run = self.run;
-        count(&run.counts.directories);
-        self.create_dir(node)?;
+        if node.parent().is_none() {
+            count(&run.counts.directories);
+            self.create_root(node)?;
+        }
         let (here, there) = self.list(node)?;
         let mut there = there.into_iter().peekable();
         let (mut directories, mut files) = (Vec::new(), Vec::new());
@@ -56,7 +59,7 @@ impl Hand<'_> {
                 let cleared = self.clear_for_dir(node, &path, other.as_ref());
                 if run.note(cleared)? {
                     let other = other.filter(TreeEntry::is_dir);
-                    directories.push(Item::Directory(node.child(path, entry, other)));
+                    directories.push(node.child(path, entry, other));
                 }
             } else {
                 files.push((entry, other));
@@ -64,9 +67,14 @@ impl Hand<'_> {
         }
         extra.extend(there);
         if run.plan.deletes {
+            // What was interrupted goes on.
+            let resumed = files.iter().filter(|(entry, _)| run.plan.has_journal(entry.size));
+            let partials: HashSet<_> = resumed
+                .map(|(entry, _)| partial_path(&run.access[1], &node.path().join(&entry.name)))
+                .collect();
             for other in extra {
                 let path = node.path().join(&other.name);
-                if !run.is_excluded(&path) {
+                if !run.is_excluded(&path) && !partials.contains(&path) {
                     let removed = self.unlock(node).and_then(|()| self.remove(&path, &other).map(drop));
                     run.note(removed)?;
                 }
@@ -79,8 +87,19 @@ impl Hand<'_> {
             items.push(Item::Files(Arc::clone(node), group));
         }
         // Files first: the queue gives back the newest, and directories make more of it.
-        items.extend(directories);
+        let mut new = Vec::new();
+        for node in directories {
+            count(&run.counts.directories);
+            match node.is_new() && run.begins(Deed::Mkdir, node.path(), None)? {
+                true => new.push(node),
+                false => items.push(Item::Directory(node)),
+            }
+        }
         run.queue.add(items);
+        for node in new {
+            self.make_room()?;
+            self.begin_dir(node);
+        }
         Ok(())
     }
 
@@ -91,13 +110,11 @@ impl Hand<'_> {
         }
         let leads_to = self.source.entry(path, true)?.ok_or_else(|| {
             let location = self.source.location(path);
-            Failure::of(Kind::NotFound, format!("{location} is a link that leads nowhere. Remove it."))
+            Failure::of(Kind::NotFound, format!("{location} is a dangling symbolic link. Remove it."))
         })?;
         if leads_to.is_dir() && node.is_beneath(&leads_to) {
             let location = self.source.location(path);
-            return Err(Failure::new(format!(
-                "{location} is a link that leads back to a directory above it."
-            )));
+            return Err(Failure::new(format!("{location} is a symbolic link to a directory above it.")));
         }
         Ok(TreeEntry { name: entry.name, ..leads_to })
     }
@@ -124,7 +141,7 @@ impl Hand<'_> {
         node.unlock(|mode| self.destination.set(node.path(), Some(mode), None))
     }
 
-    fn create_dir(&mut self, node: &Node) -> Result<(), Failure> {
+    fn create_root(&mut self, node: &Node) -> Result<(), Failure> {
         let run = self.run;
         if !node.is_new() || !run.begins(Deed::Mkdir, node.path(), None)? {
             return Ok(());

@@ -1,28 +1,31 @@
 //! One file or link of a tree that is made like another one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Comparison, Deed, Hand, Node, Run, count};
+use super::{Comparison, Deed, Hand, Node, count};
 use crate::contents::same_contents;
+use crate::copy::{Destination, FileCopy, state_file};
 use crate::failure::Failure;
-use crate::place::{Facts, Place, Sort, is_zero};
-use crate::transfer::{self, Block, Verdict, Watcher};
-use crate::tree::{New, TreeEntry};
+use crate::place::Sort;
+use crate::progress::{Progress, Style};
+use crate::tree::{Request, TreeEntry, partial_tag};
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
-    /// Does what a file or link needs. `there` is what the destination has.
+    /// Does what a file or link needs, or begins it. `there` is what the destination has. Returns whether it
+    /// is done.
     pub(super) fn file(
         &mut self,
-        node: &Node,
+        node: &Arc<Node>,
         entry: &TreeEntry,
         there: Option<&TreeEntry>,
-    ) -> Result<(), Failure> {
+    ) -> Result<bool, Failure> {
         let run = self.run;
-        let path = &node.path().join(&entry.name);
+        let path = node.path().join(&entry.name);
         if !entry.is_file() && !entry.is_link() {
-            let location = self.source.location(path);
+            let location = self.source.location(&path);
             return Err(Failure::new(format!(
                 "{location} is neither a file nor a directory nor a link. --exclude leaves it out."
             )));
@@ -31,38 +34,40 @@ impl Hand<'_> {
             count(&run.counts.files);
         }
         if let Some(there) = there.filter(|there| there.mode & libc::S_IFMT == entry.mode & libc::S_IFMT)
-            && self.is_same(path, entry, there)?
+            && self.is_same(&path, entry, there)?
         {
             count(&run.counts.unchanged);
-            return self.set_file(path, entry, there);
+            return self.set_file(node, path, entry, there);
         }
         self.unlock(node)?;
         if let Some(there) = there.filter(|there| there.is_dir()) {
             if !run.plan.deletes {
-                let location = self.destination.location(path);
+                let location = self.destination.location(&path);
                 return Err(Failure::new(format!(
-                    "{location} is a directory, and a file in the source. --delete removes it."
+                    "{location} is a directory, and a file in the source. raio sync --delete removes it."
                 )));
             }
-            self.remove(path, there)?;
+            self.remove(&path, there)?;
         }
         let modified_ns = run.plan.preserves.then_some(entry.modified_ns);
         if entry.is_link() {
             count(&run.counts.links);
-            if run.begins(Deed::Link, path, None)? {
-                let target = self.source.read_link(path)?;
-                self.destination.symlink(&target, path, modified_ns)?;
+            if run.begins(Deed::Link, &path, None)? {
+                let target = self.source.read_link(&path)?;
+                self.destination.symlink(&target, &path, modified_ns)?;
             }
-            return Ok(());
+            return Ok(true);
         }
-        let bytes = match run.begins(Deed::Copy, path, Some(entry.size))? {
-            true => self.copy(path, entry)?,
-            false => entry.size,
-        };
-        count(&run.counts.copied);
-        let all = run.counts.copied_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        run.mirror.progress.show(all);
-        Ok(())
+        if !run.begins(Deed::Copy, &path, Some(entry.size))? {
+            self.was_copied(entry.size);
+            return Ok(true);
+        }
+        // What is verified takes its name later.
+        match entry.size <= SMALL_FILE_BYTES && !run.plan.verifies {
+            true => self.begin_file(node, path, entry),
+            false => self.is_large(Arc::clone(node), entry.clone()),
+        }
+        Ok(false)
     }
 
     /// Whether the destination has it already.
@@ -83,81 +88,65 @@ impl Hand<'_> {
         }
     }
 
-    /// Sets what differs of a file with the right contents.
-    fn set_file(&mut self, path: &Path, entry: &TreeEntry, there: &TreeEntry) -> Result<(), Failure> {
+    /// Begins to set what differs of a file with the right contents. Returns whether it is done.
+    fn set_file(
+        &mut self,
+        node: &Arc<Node>,
+        path: PathBuf,
+        entry: &TreeEntry,
+        there: &TreeEntry,
+    ) -> Result<bool, Failure> {
         let run = self.run;
         if entry.is_link() || !run.plan.preserves {
-            return Ok(());
+            return Ok(true);
         }
         let mode = Some(entry.permissions()).filter(|&mode| mode != there.permissions());
         let modified_ns = Some(entry.modified_ns).filter(|&time| time != there.modified_ns);
-        if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, path, None)? {
-            return Ok(());
+        if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, &path, None)? {
+            return Ok(true);
         }
-        self.destination.set(path, mode, modified_ns)
+        self.begin_attributes(node, Request::Set { path, mode, modified_ns });
+        Ok(false)
     }
 
-    /// Copies a file. Returns how many bytes it has.
-    fn copy(&mut self, path: &Path, entry: &TreeEntry) -> Result<u64, Failure> {
+    /// Copies a file in blocks. Returns how many bytes it has.
+    pub(super) fn copy_large(&mut self, path: &Path) -> Result<u64, Failure> {
         let run = self.run;
-        if entry.size <= SMALL_FILE_BYTES {
-            let (bytes, now) = self.source.read(path, SMALL_FILE_BYTES)?;
-            let new = New {
-                mode: now.permissions(),
-                is_exact: run.plan.preserves,
-                modified_ns: run.plan.preserves.then_some(now.modified_ns),
-                is_durable: run.plan.is_durable,
-            };
-            if now.size == bytes.len() as u64 && self.destination.put(path, &bytes, &new)? {
-                return Ok(now.size);
-            }
-        }
         let source = self.source.source(path)?;
         let facts = source.facts()?;
         if facts.sort != Sort::File {
             let location = self.source.location(path);
             return Err(Failure::new(format!("{location} is no file any more. Start again.")));
         }
-        let mut partial = self.destination.begin(path, facts.mode & 0o777)?;
-        let copied = self.fill(&*source, &facts, partial.place());
-        let copied = copied.and_then(|bytes| partial.publish(run.plan.is_durable).map(|()| bytes));
-        if copied.is_err() {
-            partial.remove();
-        } else if run.plan.preserves {
-            let mode = Some(facts.mode & 0o777);
-            self.destination.set(path, mode, Some(facts.times_ns.1))?;
-        }
-        copied
-    }
-
-    /// Fills a new file with all that another one has.
-    fn fill(&self, source: &dyn Place, facts: &Facts, to: &dyn Place) -> Result<u64, Failure> {
-        let run = self.run;
+        let partial = self.destination.begin(path, facts.mode & 0o777)?;
         let size = facts.size.unwrap_or(0);
-        let (settings, interrupt) = (&run.plan.settings, run.mirror.interrupt);
+        let has_journal = run.plan.has_journal(size);
+        let journal = has_journal.then(|| state_file(&partial_tag(&run.access[1], path)));
         let done = run.counts.copied_bytes.load(Ordering::Relaxed);
-        transfer::run(source, to, Some(0)..Some(size), &[], settings, &Filling { run, done }, interrupt)?;
-        to.set_size(size)?;
-        if run.plan.is_durable {
-            to.sync()?;
+        let copied = FileCopy {
+            from: &*source,
+            facts: &facts,
+            source: &self.source.location(path),
+            to: &self.destination.location(path),
+            settings: run.plan.settings.clone(),
+            has_journal,
+            resumes: run.plan.resumes,
+            is_alone: false,
+            verifies: run.plan.verifies,
+            is_sparse: true,
+            preserves: false,
+            is_durable: run.plan.is_durable,
+            sessions: &self.sessions,
+            progress: &|what, _| match what {
+                "copy" => Progress::of_part(run.mirror.progress, done),
+                _ => Progress::new(Style::Never, what, None),
+            },
+            interrupt: run.mirror.interrupt,
         }
-        Ok(size)
-    }
-}
-
-/// The watcher of a file that is filled.
-struct Filling<'a> {
-    run: &'a Run<'a>,
-    /// Bytes that were copied before.
-    done: u64,
-}
-
-impl Watcher for Filling<'_> {
-    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        Ok(if is_zero(data) { Verdict::Skip } else { Verdict::Write })
-    }
-
-    fn tick(&self, bytes: u64) {
-        self.run.mirror.progress.show(self.done + bytes);
+        .run(&mut Destination::partial(partial, None, journal))?;
+        if run.plan.preserves {
+            self.destination.set(path, Some(facts.mode & 0o777), Some(facts.times_ns.1))?;
+        }
+        Ok(copied.bytes)
     }
 }

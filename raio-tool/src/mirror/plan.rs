@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::output;
 use crate::pattern::Pattern;
 use crate::transfer::Settings;
+use crate::tuning::JOURNAL_FROM_BYTES;
 
 /// By what files are told to be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,10 @@ pub struct Plan {
     pub follows: bool,
     /// Files are durable before they take their names.
     pub is_durable: bool,
+    /// Large files keep journals, and go on where an earlier copy was interrupted.
+    pub resumes: bool,
+    /// Each file that is copied is read again and compared.
+    pub verifies: bool,
     /// The first failure is the end.
     pub fails_fast: bool,
     /// What is left alone on both sides.
@@ -42,6 +47,13 @@ pub struct Plan {
     pub threads: usize,
     /// How large files are read and written.
     pub settings: Settings,
+}
+
+impl Plan {
+    /// Whether the copy of a file of this size has a journal.
+    pub fn has_journal(&self, size: u64) -> bool {
+        self.resumes && size >= JOURNAL_FROM_BYTES
+    }
 }
 
 /// What is done at the destination.

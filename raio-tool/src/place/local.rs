@@ -22,7 +22,7 @@ use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output::stdout_failed;
-use crate::tuning::{DIRECT_ALIGN, NAME_PART_BYTES, STOP_CHECK_INTERVAL, ZERO_RUN_BYTES};
+use crate::tuning::{BLOCK_BYTES, DIRECT_ALIGN, NAME_PART_BYTES, STOP_CHECK_INTERVAL, ZERO_RUN_BYTES};
 
 /// A regular file or a block device.
 #[derive(Debug)]
@@ -68,15 +68,27 @@ pub fn open_source(path: &Path, direct: bool, interrupt: &Interrupt) -> Result<B
     Ok(Box::new(this))
 }
 
+/// A time in nanoseconds since the epoch.
+pub fn to_ns(seconds: i64, ns: i64) -> i64 {
+    seconds.saturating_mul(1_000_000_000).saturating_add(ns)
+}
+
+/// A time of so many nanoseconds since the epoch.
+pub fn timespec(ns: i64) -> rustix::fs::Timespec {
+    rustix::fs::Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) }
+}
+
 /// What is known of a file by its status.
 fn facts_of(metadata: &Metadata) -> Facts {
-    let ns = |seconds: i64, ns: i64| seconds.saturating_mul(1_000_000_000).saturating_add(ns);
     Facts {
         sort: Sort::of_mode(metadata.mode()),
         size: Some(metadata.len()),
         mode: metadata.mode(),
         owner: (metadata.uid(), metadata.gid()),
-        times_ns: (ns(metadata.atime(), metadata.atime_nsec()), ns(metadata.mtime(), metadata.mtime_nsec())),
+        times_ns: (
+            to_ns(metadata.atime(), metadata.atime_nsec()),
+            to_ns(metadata.mtime(), metadata.mtime_nsec()),
+        ),
         identity: (metadata.dev(), metadata.ino()),
     }
 }
@@ -176,7 +188,7 @@ impl Place for LocalFile {
         if zeroed.is_ok() {
             return Ok(());
         }
-        let zeros = vec![0; ZERO_RUN_BYTES.max(1 << 20)];
+        let zeros = vec![0; BLOCK_BYTES as usize];
         let mut at = range.start;
         while at < range.end {
             let piece = (range.end - at).min(zeros.len() as u64);
@@ -201,12 +213,8 @@ impl Place for LocalFile {
             fchown(&*self.file, Some(owner.0), Some(owner.1)).map_err(failed)?;
         }
         fchmod(&*self.file, rustix::fs::Mode::from_raw_mode(facts.mode & 0o7777)).map_err(failed)?;
-        let time = |ns: i64| rustix::fs::Timespec {
-            tv_sec: ns.div_euclid(1_000_000_000),
-            tv_nsec: ns.rem_euclid(1_000_000_000),
-        };
         let (accessed, modified) = facts.times_ns;
-        let times = Timestamps { last_access: time(accessed), last_modification: time(modified) };
+        let times = Timestamps { last_access: timespec(accessed), last_modification: timespec(modified) };
         futimens(&*self.file, &times).map_err(failed)
     }
 }
@@ -323,22 +331,28 @@ impl LocalLane {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<usize> {
-        if !self.skips_zeros {
-            return self.file.write_all_at(data, offset).map(|()| data.len());
-        }
-        // Neighbouring pieces that have data are one write.
-        let mut begin = 0;
-        while begin < data.len() {
-            let pieces = data[begin..].chunks(ZERO_RUN_BYTES);
-            let zeros: usize = pieces.take_while(|piece| is_zero(piece)).map(<[u8]>::len).sum();
-            begin += zeros;
-            let pieces = data[begin..].chunks(ZERO_RUN_BYTES);
-            let bytes: usize = pieces.take_while(|piece| !is_zero(piece)).map(<[u8]>::len).sum();
-            self.file.write_all_at(&data[begin..begin + bytes], offset + begin as u64)?;
-            begin += bytes;
+        match self.skips_zeros {
+            true => write_sparsely(&self.file, data, offset)?,
+            false => self.file.write_all_at(data, offset)?,
         }
         Ok(data.len())
     }
+}
+
+/// Writes bytes to a file that reads as zeros there, but no long runs of zeros, and none at the end.
+pub fn write_sparsely(file: &File, data: &[u8], offset: u64) -> io::Result<()> {
+    // Neighbouring pieces that have data are one write.
+    let mut begin = 0;
+    while begin < data.len() {
+        let pieces = data[begin..].chunks(ZERO_RUN_BYTES);
+        let zeros: usize = pieces.take_while(|piece| is_zero(piece)).map(<[u8]>::len).sum();
+        begin += zeros;
+        let pieces = data[begin..].chunks(ZERO_RUN_BYTES);
+        let bytes: usize = pieces.take_while(|piece| !is_zero(piece)).map(<[u8]>::len).sum();
+        file.write_all_at(&data[begin..begin + bytes], offset + begin as u64)?;
+        begin += bytes;
+    }
+    Ok(())
 }
 
 /// Reads until the memory is full, or the file ends. Direct reads end at a length that is not aligned only at

@@ -1,4 +1,4 @@
-//! Files of a server, by libraio: a session for each file or thread, and a connection for each lane.
+//! Files of a server, by libraio: a session for each command or thread, and a connection for each lane.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use raio::{Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
+use raio::{Answer, Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
 use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
@@ -16,12 +16,14 @@ use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
+use crate::tuning::SMALL_FILE_BYTES;
 
 /// Sessions with servers, one for each URL. Their calls go one at a time: a thread that is not to wait for
 /// others has its own.
 pub struct Sessions<'a> {
     global: &'a Global,
-    sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// By their URLs; or why there is none.
+    sessions: Mutex<HashMap<String, Result<Arc<Session>, Failure>>>,
 }
 
 impl<'a> Sessions<'a> {
@@ -39,12 +41,15 @@ impl<'a> Sessions<'a> {
     pub fn at<'l>(&self, location: &'l Location) -> Result<(Arc<Session>, &'l Path), Failure> {
         let (url, path) = on_server(self.global, location)?;
         let mut sessions = lock(&self.sessions);
-        if let Some(session) = sessions.get(&url) {
-            return Ok((Arc::clone(session), path));
-        }
-        let session = Arc::new(connect(self.global, &url)?);
-        sessions.insert(url, Arc::clone(&session));
-        Ok((session, path))
+        let session = match sessions.get(&url) {
+            Some(session) => session,
+            None => {
+                // Others may be on another server.
+                let connected = connect(self.global, &url).map(Arc::new).map_err(Failure::of_one);
+                sessions.entry(url).or_insert(connected)
+            }
+        };
+        Ok((session.clone()?, path))
     }
 }
 
@@ -100,6 +105,34 @@ pub struct RemoteFile {
     file: Arc<File>,
     path: PathBuf,
     name: String,
+    /// Does single calls, one at a time. None before the first one, and after one that has failed.
+    caller: Mutex<Option<Context>>,
+    /// Which parts have data, as far as the server was asked.
+    extents: Mutex<Extents>,
+}
+
+/// The parts of a range that have data, in order.
+#[derive(Debug, Default)]
+struct Extents {
+    range: Range<u64>,
+    data: Vec<Range<u64>>,
+}
+
+impl Extents {
+    /// As a server has sent them. What is outside of the range counts for nothing.
+    fn new(range: Range<u64>, extents: &[(u64, u64)]) -> Self {
+        let cut = |&(begin, length): &(u64, u64)| {
+            begin.max(range.start)..begin.saturating_add(length).min(range.end)
+        };
+        let data = extents.iter().map(cut).filter(|part| part.start < part.end).collect();
+        Self { range, data }
+    }
+
+    /// The first part with data at or behind `from`.
+    fn next(&self, from: u64) -> Option<Range<u64>> {
+        let part = self.data.iter().find(|part| part.end > from)?;
+        Some(part.start.max(from)..part.end)
+    }
 }
 
 /// Opens a session with the server at this URL.
@@ -140,7 +173,14 @@ impl RemoteFile {
         let file = session
             .open(path, flags, mode)
             .map_err(|error| Failure::remote(format!("Cannot open {name}"), &error))?;
-        Ok(Self { session, file: Arc::new(file), path: path.to_owned(), name })
+        Ok(Self {
+            session,
+            file: Arc::new(file),
+            path: path.to_owned(),
+            name,
+            caller: Mutex::default(),
+            extents: Mutex::default(),
+        })
     }
 
     /// Its status as the server has it.
@@ -155,14 +195,21 @@ impl RemoteFile {
         Ok((context, Arc::clone(&self.file)))
     }
 
-    /// Has the server do one operation, and waits for its end.
-    pub fn call(&self, what: &str, operation: Operation) -> Result<u64, Failure> {
-        let (mut context, file) = self.context(1)?;
-        let submitted = context.submit(&file, operation, 0);
+    /// Has the server do one operation, and waits for its end. The next call has the same connection, unless
+    /// this one fails.
+    pub fn call(&self, what: &str, operation: Operation) -> Result<Option<Box<Answer>>, Failure> {
+        let kept = lock(&self.caller).take();
+        let mut context = match kept {
+            Some(context) => context,
+            None => self.context(1)?.0,
+        };
+        let submitted = context.submit(&self.file, operation, 0);
         submitted.map_err(|rejected| self.failed(what, &rejected.error))?;
         loop {
             if let Some(completion) = context.next() {
-                return completion.result.map_err(|error| self.failed(what, &error));
+                completion.result.map_err(|error| self.failed(what, &error))?;
+                *lock(&self.caller) = Some(context);
+                return Ok(completion.answer);
             }
             wait(&mut context, None).map_err(|error| self.failed(what, &error))?;
         }
@@ -173,8 +220,19 @@ impl RemoteFile {
     }
 }
 
+/// The next completion, if there is one. Does not wait.
+pub fn poll(context: &mut Context) -> Result<Option<Completion>, raio::Error> {
+    if let Some(completion) = context.next() {
+        return Ok(Some(completion));
+    }
+    match context.wait(0, usize::MAX, None) {
+        Err(error) if error.errno() != libc::EINTR => Err(error),
+        _ => Ok(context.next()),
+    }
+}
+
 /// Waits for a completion. A signal ends the wait early.
-fn wait(context: &mut Context, timeout: Option<Duration>) -> Result<(), raio::Error> {
+pub fn wait(context: &mut Context, timeout: Option<Duration>) -> Result<(), raio::Error> {
     match context.wait(1, usize::MAX, timeout) {
         Err(error) if error.errno() == libc::EINTR => Ok(()),
         waited => waited.map(drop),
@@ -193,6 +251,36 @@ impl Place for RemoteFile {
     fn lane(&self, depth: usize) -> Result<Box<dyn Lane>, Failure> {
         let (context, file) = self.context(depth)?;
         Ok(Box::new(RemoteLane { context, file, name: self.name.clone() }))
+    }
+
+    fn next_data(&self, from: u64, size: u64) -> Result<Option<Range<u64>>, Failure> {
+        // What may have no holes is not worth a request.
+        if from >= size || size <= SMALL_FILE_BYTES {
+            return Ok((from < size).then_some(from..size));
+        }
+        let mut known = lock(&self.extents);
+        let mut at = from;
+        while at < size {
+            if !known.range.contains(&at) {
+                let operation = Operation::Extents { offset: at, length: size - at };
+                *known = match self.call("find the holes of", operation) {
+                    Ok(Some(answer)) => match *answer {
+                        Answer::Extents { extents, end } if end > at => {
+                            Extents::new(at..end.min(size), &extents)
+                        }
+                        _ => return Ok(Some(from..size)),
+                    },
+                    Err(failure) if failure.is_final() => return Err(failure),
+                    // A server of before 0.3, or something that has no holes.
+                    _ => return Ok(Some(from..size)),
+                };
+            }
+            match known.next(at) {
+                Some(data) => return Ok(Some(data)),
+                None => at = known.range.end,
+            }
+        }
+        Ok(None)
     }
 
     fn set_size(&self, size: u64) -> Result<(), Failure> {
@@ -312,11 +400,8 @@ impl RemoteLane {
     }
 
     fn done(&self, completion: Completion) -> Done {
-        let Completion { token, result, buffers, .. } = completion;
-        let data = match buffers {
-            Some(Buffers::One(Buffer::Owned(bytes))) => bytes.into_vec(),
-            _ => Vec::new(),
-        };
+        let Completion { token, result, buffers: data, .. } = completion;
+        let data = bytes_of(data);
         let result = result.map(|length| length as usize);
         let result = result.map_err(|error| Failure::remote(format!("Cannot access {}", self.name), &error));
         Done { token: token as usize, data, result }
@@ -327,8 +412,17 @@ impl RemoteLane {
     }
 }
 
-fn buffers(data: Vec<u8>) -> Buffers {
+/// Memory of a request.
+pub fn buffers(data: Vec<u8>) -> Buffers {
     Buffers::One(Buffer::Owned(data.into_boxed_slice()))
+}
+
+/// The same memory when the request has ended.
+pub fn bytes_of(buffers: Option<Buffers>) -> Vec<u8> {
+    match buffers {
+        Some(Buffers::One(Buffer::Owned(bytes))) => bytes.into_vec(),
+        _ => Vec::new(),
+    }
 }
 
 impl Lane for RemoteLane {
@@ -343,14 +437,8 @@ impl Lane for RemoteLane {
     }
 
     fn next(&mut self) -> Result<Option<Done>, Failure> {
-        if let Some(completion) = self.context.next() {
-            return Ok(Some(self.done(completion)));
-        }
-        match self.context.wait(0, usize::MAX, None) {
-            Err(error) if error.errno() != libc::EINTR => return Err(self.lost(&error)),
-            _ => {}
-        }
-        Ok(self.context.next().map(|completion| self.done(completion)))
+        let next = poll(&mut self.context).map_err(|error| self.lost(&error))?;
+        Ok(next.map(|completion| self.done(completion)))
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<(), Failure> {
@@ -361,5 +449,20 @@ impl Lane for RemoteLane {
         let name = &self.name;
         let fd = self.context.poll_fd();
         fd.map(Some).map_err(|error| Failure::remote(format!("Cannot wait for {name}"), &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_with_data_are_within_the_range_whatever_a_server_says() {
+        let extents = Extents::new(10..50, &[(0, 12), (20, 5), (30, 0), (45, u64::MAX), (60, 1)]);
+        assert_eq!(extents.data, [10..12, 20..25, 45..50]);
+        assert_eq!(extents.next(10), Some(10..12));
+        assert_eq!(extents.next(12), Some(20..25));
+        assert_eq!(extents.next(22), Some(22..25));
+        assert_eq!(extents.next(50), None);
     }
 }

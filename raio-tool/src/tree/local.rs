@@ -2,12 +2,13 @@
 //! links, and then to one name in it.
 
 use std::cell::OnceCell;
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
@@ -16,11 +17,11 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Access, New, Tree, TreeEntry, partial_tag};
+use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, PartialFile, Place, beside, is_zero};
-use crate::tuning::ZERO_RUN_BYTES;
+use crate::place::{LocalFile, PartialFile, Place, timespec, to_ns, write_sparsely};
+use crate::tuning::SMALL_FILE_BYTES;
 
 /// A directory of this machine.
 pub struct LocalTree {
@@ -31,6 +32,8 @@ pub struct LocalTree {
     access: Access,
     /// The directory of the last call.
     last: Option<(PathBuf, OwnedFd)>,
+    /// Requests are done at once.
+    ended: VecDeque<Ended>,
 }
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC);
@@ -60,7 +63,7 @@ impl LocalTree {
             Err(error) => return Err(Failure::io(format!("Cannot open {location}"), &io(error))),
         };
         let (location, access, root_path) = (location.clone(), access.clone(), path.clone());
-        Ok(Self { root, root_path, location, access, last: None })
+        Ok(Self { root, root_path, location, access, last: None, ended: VecDeque::new() })
     }
 
     fn failed(&self, what: &str, path: &Path, error: Errno) -> Failure {
@@ -107,7 +110,7 @@ impl LocalTree {
 
     /// Makes the partial file for a path. Only one program writes to it at a time.
     fn partial(&mut self, path: &Path, mode: u32) -> Result<TreePartial, Failure> {
-        let partial = beside(path, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = partial_path(&self.access, path);
         let location = self.location.join(&partial);
         let open = |this: &mut Self| {
             let (directory, name) = this.parent(&partial)?;
@@ -119,16 +122,35 @@ impl LocalTree {
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| {
             Failure::new(format!("Another raio writes to {location}. Wait until it has ended, or stop it."))
         })?;
-        file.set_len(0).map_err(|error| Failure::io(format!("Cannot empty {location}"), &error))?;
         let destination = path.file_name().unwrap_or_default().to_owned();
         let display = self.location.join(path).to_string();
         let file = LocalFile::from_file(file, display.clone());
         Ok(TreePartial { file, directory, name, destination, display, location })
     }
-}
 
-fn ns(seconds: i64, ns: i64) -> i64 {
-    seconds.saturating_mul(1_000_000_000).saturating_add(ns)
+    /// Creates a file with these bytes, or replaces one, or a link.
+    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<(), Failure> {
+        let mut partial = self.partial(path, new.mode)?;
+        let write = |file: &File| {
+            file.set_len(0)?;
+            write_sparsely(file, bytes, 0)?;
+            file.set_len(bytes.len() as u64)?;
+            if new.is_exact {
+                rustix::fs::fchmod(file, mode_of(new.mode))?;
+            }
+            if let Some(modified_ns) = new.modified_ns {
+                rustix::fs::futimens(file, &times(modified_ns))?;
+            }
+            if new.is_durable { file.sync_all() } else { Ok(()) }
+        };
+        let written = partial.file.with_file(write);
+        let failed = |error| Failure::io(format!("Cannot write {}", self.location.join(path)), &error);
+        let ended = written.map_err(failed).and_then(|()| partial.publish(new.is_durable));
+        if ended.is_err() {
+            partial.remove();
+        }
+        ended
+    }
 }
 
 fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
@@ -136,7 +158,7 @@ fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
         name,
         mode: it.st_mode,
         size: it.st_size as u64,
-        modified_ns: ns(it.st_mtime, it.st_mtime_nsec as i64),
+        modified_ns: to_ns(it.st_mtime, it.st_mtime_nsec as i64),
         inode: it.st_ino,
     }
 }
@@ -144,23 +166,8 @@ fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
 fn times(modified_ns: i64) -> Timestamps {
     Timestamps {
         last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
-        last_modification: Timespec {
-            tv_sec: modified_ns.div_euclid(1_000_000_000),
-            tv_nsec: modified_ns.rem_euclid(1_000_000_000),
-        },
+        last_modification: timespec(modified_ns),
     }
-}
-
-/// Writes all bytes to a new file, but no long runs of zeros.
-fn write_sparsely(file: &File, bytes: &[u8]) -> io::Result<()> {
-    let mut at = 0;
-    for piece in bytes.chunks(ZERO_RUN_BYTES) {
-        if piece.len() < ZERO_RUN_BYTES || !is_zero(piece) {
-            file.write_all_at(piece, at)?;
-        }
-        at += piece.len() as u64;
-    }
-    file.set_len(at)
 }
 
 impl Tree for LocalTree {
@@ -216,7 +223,7 @@ impl Tree for LocalTree {
             mode: it.mode(),
             // It may have become longer meanwhile.
             size: it.len().max(bytes.len() as u64),
-            modified_ns: ns(it.mtime(), it.mtime_nsec()),
+            modified_ns: to_ns(it.mtime(), it.mtime_nsec()),
             inode: it.ino(),
         };
         Ok((bytes, entry))
@@ -233,31 +240,8 @@ impl Tree for LocalTree {
         Ok(PathBuf::from(OsString::from_vec(target.into_bytes())))
     }
 
-    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<bool, Failure> {
-        let mut partial = self.partial(path, new.mode)?;
-        let write = |file: &File| {
-            write_sparsely(file, bytes)?;
-            if new.is_exact {
-                rustix::fs::fchmod(file, mode_of(new.mode))?;
-            }
-            if let Some(modified_ns) = new.modified_ns {
-                rustix::fs::futimens(file, &times(modified_ns))?;
-            }
-            if new.is_durable { file.sync_all() } else { Ok(()) }
-        };
-        let written = partial.file.with_file(write);
-        let failed = |error| Failure::io(format!("Cannot write {}", self.location.join(path)), &error);
-        let ended = written.map_err(failed).and_then(|()| partial.publish(new.is_durable));
-        if ended.is_err() {
-            partial.remove();
-        }
-        ended.map(|()| true)
-    }
-
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure> {
-        let mut partial = self.partial(path, mode)?;
-        partial.set_skips_zeros(true);
-        Ok(Box::new(partial))
+        Ok(Box::new(self.partial(path, mode)?))
     }
 
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure> {
@@ -278,7 +262,7 @@ impl Tree for LocalTree {
     }
 
     fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
-        let partial = beside(path, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = partial_path(&self.access, path);
         let partial = partial.file_name().unwrap_or_default();
         let create = |this: &mut Self| {
             let (directory, name) = this.parent(path)?;
@@ -338,6 +322,27 @@ impl Tree for LocalTree {
             self.parent(path).and_then(|(directory, name)| unlinkat(directory, name, AtFlags::empty()));
         removed.map_err(|error| self.failed("remove", path, error))
     }
+
+    fn start(&mut self, token: usize, request: Request) {
+        let result = match request {
+            Request::Read { path, .. } => {
+                // Files of /proc have no size, and contents nevertheless.
+                self.read(&path, SMALL_FILE_BYTES).map(|(bytes, entry)| Answer::Read(bytes, entry))
+            }
+            Request::Put { path, bytes, new } => self.put(&path, &bytes, &new).map(|()| Answer::Done),
+            Request::CreateDir { path, mode } => {
+                self.create_dir(&path, mode).map(|made| if made { Answer::Done } else { Answer::Exists })
+            }
+            Request::Set { path, mode, modified_ns } => {
+                self.set(&path, mode, modified_ns).map(|()| Answer::Done)
+            }
+        };
+        self.ended.push_back(Ended { token, result });
+    }
+
+    fn next(&mut self) -> Result<Option<Ended>, Failure> {
+        Ok(self.ended.pop_front())
+    }
 }
 
 /// A file that is written beside its destination, by descriptors of their directory.
@@ -383,6 +388,7 @@ impl PartialFile for TreePartial {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tuning::ZERO_RUN_BYTES;
 
     fn tree(path: &Path) -> LocalTree {
         let access = Access { follows: false, is_root_followed: true, tag: "1".into() };
@@ -404,7 +410,7 @@ mod tests {
         assert!(tree.create_dir(Path::new("l"), 0o755).is_err(), "a link is no directory");
         assert!(tree.create_dir(Path::new("l/d"), 0o755).is_err());
         assert!(tree.symlink(Path::new("x"), Path::new("l/m"), None).is_err());
-        assert!(tree.put(Path::new("f"), b"x", &NEW).unwrap(), "a link itself is replaced");
+        tree.put(Path::new("f"), b"x", &NEW).expect("a link itself is replaced");
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         assert_eq!(std::fs::read(inside.join("f")).unwrap(), b"x");
     }
@@ -415,7 +421,7 @@ mod tests {
         let mut tree = tree(directory.path());
         let mut bytes = vec![0; 10 * ZERO_RUN_BYTES];
         bytes[3] = 1;
-        assert!(tree.put(Path::new("f"), &bytes, &NEW).unwrap());
+        tree.put(Path::new("f"), &bytes, &NEW).unwrap();
         let it = std::fs::metadata(directory.path().join("f")).unwrap();
         assert_eq!((it.mode() & 0o777, it.mtime(), it.mtime_nsec()), (0o640, 0, 5));
         assert!(it.blocks() * 512 <= 2 * ZERO_RUN_BYTES as u64, "{} blocks", it.blocks());

@@ -1,15 +1,22 @@
 //! Trees of a server, by a session of their own.
 
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use raio::{Attributes, Error, FileStatus, PutOptions, Session};
+use raio::{
+    Attributes, Completion, Context, Error, FileStatus, PathOperation, PutOptions, Session, SubmitOptions,
+};
 
-use super::{Access, New, Tree, TreeEntry, partial_tag};
+use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path, partial_tag};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::location::Location;
-use crate::place::{PartialFile, Place, RemoteFile, RemotePartial, Sessions, beside};
+use crate::place::remote::{self, buffers, bytes_of};
+use crate::place::{PartialFile, Place, RemoteFile, RemotePartial, Sessions};
+use crate::tuning::REQUESTS_IN_FLIGHT;
 
 /// A directory of a server.
 pub struct RemoteTree {
@@ -19,6 +26,11 @@ pub struct RemoteTree {
     access: Access,
     /// Permissions that the server's umask is known to leave.
     unmasked: u32,
+    /// For requests. None before the first one.
+    context: Option<Context>,
+    /// Those in flight, by their tokens: the path, and what is waited for.
+    requests: HashMap<usize, (PathBuf, Step)>,
+    ended: VecDeque<Ended>,
 }
 
 impl RemoteTree {
@@ -26,28 +38,130 @@ impl RemoteTree {
     pub fn open(global: &Global, location: &Location, access: &Access) -> Result<Self, Failure> {
         let (session, root) = Sessions::new(global).at(location)?;
         let (root, location, access) = (root.to_owned(), location.clone(), access.clone());
-        Ok(Self { session, root, location, access, unmasked: 0 })
+        Ok(Self {
+            session,
+            root,
+            location,
+            access,
+            unmasked: 0,
+            context: None,
+            requests: HashMap::new(),
+            ended: VecDeque::new(),
+        })
     }
 
     fn at(&self, path: &Path) -> PathBuf {
         if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) }
     }
 
+    fn lost(&self, error: &Error) -> Failure {
+        Failure::remote(format!("Cannot access {}", self.location), error)
+    }
+
     fn failed(&self, what: &str, path: &Path, error: &Error) -> Failure {
         Failure::remote(format!("Cannot {what} {}", self.location.join(path)), error)
     }
 
-    /// Gives a file that was just made the permissions that the umask took from it.
-    fn unmask(&mut self, at: &Path, mode: u32) -> Result<(), Error> {
-        if mode & !self.unmasked == 0 {
-            return Ok(());
+    /// A directory was to be made where there is something.
+    fn check_dir(&mut self, path: &Path, error: &Error) -> Result<(), Failure> {
+        let is_followed = path.as_os_str().is_empty() && self.access.is_root_followed;
+        match self.entry(path, is_followed)? {
+            Some(entry) if entry.is_dir() => Ok(()),
+            _ => Err(self.failed("create the directory", path, error)),
         }
-        let found = self.session.symlink_metadata(at)?.mode.get() & 0o777;
-        self.unmasked |= found & mode;
-        if found == mode {
-            return Ok(());
+    }
+
+    fn context(&mut self) -> Result<&mut Context, Error> {
+        match &mut self.context {
+            Some(context) => Ok(context),
+            none => Ok(none.insert(self.session.context(REQUESTS_IN_FLIGHT)?)),
         }
-        self.session.set_attributes(at, &Attributes { mode: Some(mode), ..Attributes::default() })
+    }
+
+    /// Sends a step of a request.
+    fn submit(&mut self, token: usize, path: PathBuf, step: Step, operation: PathOperation) {
+        let submitted = self.context().and_then(|context| {
+            let submitted = context.submit_path(operation, SubmitOptions::default(), token as u64);
+            submitted.map(drop).map_err(|rejected| rejected.error)
+        });
+        match submitted {
+            Ok(()) => drop(self.requests.insert(token, (path, step))),
+            Err(error) => {
+                let result = self.over(&path, step, &error);
+                self.ended.push_back(Ended { token, result });
+            }
+        }
+    }
+
+    /// What a step that has failed means for its request.
+    fn over(&mut self, path: &Path, step: Step, error: &Error) -> Result<Answer, Failure> {
+        match (step, error.errno()) {
+            (Step::Put(_), libc::EFBIG) => Ok(Answer::TooLarge),
+            (Step::CreateDir, libc::EEXIST) => self.check_dir(path, error).map(|()| Answer::Exists),
+            (step, _) => Err(self.failed(step.what(), path, error)),
+        }
+    }
+
+    /// A step has ended. Returns the end of its request, unless there is another step.
+    fn take_in(&mut self, completion: Completion) -> Option<Ended> {
+        let Completion { token, result, buffers, answer, .. } = completion;
+        let token = token as usize;
+        let (path, step) = self.requests.remove(&token)?;
+        let length = match result {
+            Ok(length) => length,
+            Err(error) => return Some(Ended { token, result: self.over(&path, step, &error) }),
+        };
+        let status = match answer.as_deref() {
+            Some(raio::Answer::Status(status)) => Some(status),
+            _ => None,
+        };
+        match (step, status) {
+            (Step::Read, Some(status)) => {
+                let mut bytes = bytes_of(buffers);
+                bytes.truncate(length as usize);
+                return Some(Ended { token, result: Ok(Answer::Read(bytes, entry_of(&path, status))) });
+            }
+            (Step::Put(new), _) if new.is_exact && new.mode & !self.unmasked != 0 => {
+                let operation = PathOperation::Stat { path: self.at(&path), nofollow: true };
+                self.submit(token, path, Step::Examine(new.mode), operation);
+            }
+            (Step::Examine(mode), Some(status)) if status.mode.get() & 0o777 != mode => {
+                self.unmasked |= status.mode.get() & mode;
+                let attributes = Attributes { mode: Some(mode), ..Attributes::default() };
+                let operation = PathOperation::SetAttributes { path: self.at(&path), attributes };
+                self.submit(token, path, Step::Unmask, operation);
+            }
+            (Step::Examine(mode), _) => {
+                self.unmasked |= mode;
+                return Some(Ended { token, result: Ok(Answer::Done) });
+            }
+            _ => return Some(Ended { token, result: Ok(Answer::Done) }),
+        }
+        None
+    }
+}
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Read,
+    Put(New),
+    /// It was put, and perhaps the umask has taken some of these permissions.
+    Examine(u32),
+    /// The umask has taken some.
+    Unmask,
+    CreateDir,
+    Set,
+}
+
+impl Step {
+    fn what(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Put(_) | Self::Examine(_) | Self::Unmask => "write",
+            Self::CreateDir => "create the directory",
+            Self::Set => "set the attributes of",
+        }
     }
 }
 
@@ -109,47 +223,24 @@ impl Tree for RemoteTree {
         self.session.read_link(self.at(path)).map_err(|error| self.failed("read the link", path, &error))
     }
 
-    fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<bool, Failure> {
-        let options = PutOptions {
-            mode: new.mode,
-            modified_ns: new.modified_ns,
-            exclusive: false,
-            fsync: new.is_durable,
-        };
-        let at = self.at(path);
-        let put = self.session.put(&at, bytes, &options);
-        match put.and_then(|()| if new.is_exact { self.unmask(&at, new.mode) } else { Ok(()) }) {
-            Ok(()) => Ok(true),
-            Err(error) if error.errno() == libc::EFBIG => Ok(false),
-            Err(error) => Err(self.failed("write", path, &error)),
-        }
-    }
-
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure> {
         let (session, name) = (Arc::clone(&self.session), self.location.join(path).to_string());
         let tag = partial_tag(&self.access, path);
         let partial = RemotePartial::open(session, &self.at(path), name, &tag, mode)?;
-        partial.place().set_size(0)?;
         Ok(Box::new(partial))
     }
 
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure> {
         match self.session.create_dir(self.at(path), mode) {
             Ok(()) => Ok(true),
-            Err(error) if error.errno() == libc::EEXIST => {
-                let is_followed = path.as_os_str().is_empty() && self.access.is_root_followed;
-                match self.entry(path, is_followed)? {
-                    Some(entry) if entry.is_dir() => Ok(false),
-                    _ => Err(self.failed("create the directory", path, &error)),
-                }
-            }
+            Err(error) if error.errno() == libc::EEXIST => self.check_dir(path, &error).map(|()| false),
             Err(error) => Err(self.failed("create the directory", path, &error)),
         }
     }
 
     fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
         let at = self.at(path);
-        let partial = beside(&at, &format!(".partial-{}", partial_tag(&self.access, path)));
+        let partial = self.at(&partial_path(&self.access, path));
         let create = || match self.session.symlink(target, &partial) {
             Err(error) if error.errno() == libc::EEXIST => {
                 // Of a run that was killed.
@@ -180,5 +271,64 @@ impl Tree for RemoteTree {
 
     fn remove_file(&mut self, path: &Path) -> Result<(), Failure> {
         self.session.remove_file(self.at(path)).map_err(|error| self.failed("remove", path, &error))
+    }
+
+    fn start(&mut self, token: usize, request: Request) {
+        let (path, step, operation) = match request {
+            Request::Read { path, length } => {
+                let operation =
+                    PathOperation::Get { path: self.at(&path), buffers: buffers(vec![0; length as usize]) };
+                (path, Step::Read, operation)
+            }
+            Request::Put { path, bytes, new } => {
+                let options = PutOptions {
+                    mode: new.mode,
+                    modified_ns: new.modified_ns,
+                    exclusive: false,
+                    fsync: new.is_durable,
+                };
+                let operation = PathOperation::Put { path: self.at(&path), buffers: buffers(bytes), options };
+                (path, Step::Put(new), operation)
+            }
+            Request::CreateDir { path, mode } => {
+                let operation = PathOperation::Mkdir { path: self.at(&path), mode };
+                (path, Step::CreateDir, operation)
+            }
+            Request::Set { path, mode, modified_ns } => {
+                let attributes = Attributes { mode, modified_ns, ..Attributes::default() };
+                let operation = PathOperation::SetAttributes { path: self.at(&path), attributes };
+                (path, Step::Set, operation)
+            }
+        };
+        self.submit(token, path, step, operation);
+    }
+
+    fn next(&mut self) -> Result<Option<Ended>, Failure> {
+        loop {
+            if let Some(ended) = self.ended.pop_front() {
+                return Ok(Some(ended));
+            }
+            let Some(context) = self.context.as_mut().filter(|_| !self.requests.is_empty()) else {
+                return Ok(None);
+            };
+            let Some(completion) = remote::poll(context).map_err(|error| self.lost(&error))? else {
+                return Ok(None);
+            };
+            if let Some(ended) = self.take_in(completion) {
+                return Ok(Some(ended));
+            }
+        }
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<(), Failure> {
+        let Some(context) = &mut self.context else { return Ok(()) };
+        remote::wait(context, Some(timeout)).map_err(|error| self.lost(&error))
+    }
+
+    fn poll_fd(&mut self) -> Result<Option<BorrowedFd<'_>>, Failure> {
+        let location = &self.location;
+        let Some(context) = &mut self.context else { return Ok(None) };
+        let fd = context.poll_fd();
+        fd.map(Some).map_err(|error| Failure::remote(format!("Cannot wait for {location}"), &error))
     }
 }

@@ -68,6 +68,7 @@ fn holes_and_zeros_take_no_space_at_the_destination_unless_they_are_to() {
         let report = site.json(&["cp", "--json", "--verify", from, to]);
         assert_eq!(report["bytes"], (40 << 20) + 1, "{report}");
         assert!(report["zero_bytes"].as_u64() > Some(38 << 20), "{report}");
+        assert!(report["copied_bytes"].as_u64() <= Some(1 << 20), "holes are not read: {report}");
     }
     let same = |path: &Path| fs::read(path).expect("a file") == fs::read(site.here("a")).expect("a file");
     for path in [site.there("b"), site.here("c"), site.here("d")] {

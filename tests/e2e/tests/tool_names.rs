@@ -74,6 +74,12 @@ fn find_prints_the_paths_that_meet_its_conditions() {
     fs::write(site.directory.path().join("export").join(odd), "").expect("a file");
     let found = site.run(&["find", ":/e/d", "--print0", "--name", "??"]);
     assert_eq!(found, b":/e/d/\xff\n\0", "every byte of a name is there");
+    for (wrong, status) in [("raio://127.0.0.1:1/e", 5), ("-", 2)] {
+        let output = site.raio(&["find", wrong, ":/e/d/e"]).output().expect("raio runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(code(&output), Some(status), "{said}");
+        assert_eq!(output.stdout, b":/e/d/e/g\n", "the other path is searched: {said}");
+    }
     let objects = objects(&site, &["find", ":/e/d/e"]);
     assert_eq!(objects.len(), 1);
     assert_eq!((&objects[0]["path"], &objects[0]["size"]), (&":/e/d/e/g".into(), &2000.into()));

@@ -6,8 +6,9 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
+use raio_transport::sync::lock;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +87,7 @@ impl Journal {
 
     /// A block is at the destination.
     pub fn add(&self, number: u64, crc: u32) -> Result<(), Failure> {
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = lock(&self.file);
         file.write_all(&encode(number, crc))
             .map_err(|error| Failure::io(format!("Cannot write the journal {}", self.path.display()), &error))
     }

@@ -1,0 +1,427 @@
+//! Copies a file: a transfer whose blocks are noted in a journal, so that it goes on after an interruption.
+//! Verifying is a second transfer, which reads the destination and compares its blocks with the checksums of
+//! what was read from the source.
+
+mod destination;
+mod journal;
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use raio_transport::sync::lock;
+
+use self::journal::{Journal, Subject};
+use crate::checksum::crc32c;
+use crate::failure::{Failure, Kind};
+use crate::interrupt::Interrupt;
+use crate::location::Location;
+use crate::output;
+use crate::place::{Facts, Place, Sessions, Sort, Stream, is_zero, open_source};
+use crate::progress::Progress;
+use crate::transfer::{self, Block, Settings, Verdict, Watcher};
+
+pub use self::destination::{Destination, can_keep_journals, state_file};
+
+/// One file to be copied.
+pub struct FileCopy<'a> {
+    /// The source, and what it is.
+    pub from: &'a dyn Place,
+    pub facts: &'a Facts,
+    /// What the user calls the source and the destination.
+    pub source: &'a Location,
+    pub to: &'a Location,
+    /// How it is read and written.
+    pub settings: Settings,
+    /// A journal is kept, if the destination has a place for it.
+    pub has_journal: bool,
+    /// An interrupted copy goes on.
+    pub resumes: bool,
+    /// It is the only file of its command: what there is to resume is told.
+    pub is_alone: bool,
+    /// The destination is read again, from the disk where that is possible.
+    pub verifies: bool,
+    /// Holes and zeros are left out where the destination reads as zeros.
+    pub is_sparse: bool,
+    /// Permissions and times are those of the source.
+    pub preserves: bool,
+    /// It is durable before it takes its name.
+    pub is_durable: bool,
+    /// For reading the destination again.
+    pub sessions: &'a Sessions<'a>,
+    /// Makes the progress of a transfer: what is done, and how many bytes there are.
+    pub progress: &'a dyn Fn(&'static str, Option<u64>) -> Progress,
+    /// Ctrl-C.
+    pub interrupt: &'a Interrupt,
+}
+
+/// What a copy came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Copied {
+    /// Of the source.
+    pub bytes: u64,
+    /// Read from the source.
+    pub copied_bytes: u64,
+    /// Of those, zeros that were not written.
+    pub zero_bytes: u64,
+    /// There already, and proven by checksums.
+    pub resumed_bytes: u64,
+    /// Read again and compared.
+    pub verified_bytes: u64,
+}
+
+impl FileCopy<'_> {
+    /// Copies it, and gives it its name.
+    pub fn run(&self, destination: &mut Destination) -> Result<Copied, Failure> {
+        let facts = self.facts;
+        let subject = self.subject();
+        let checksums = Checksums::new(facts.size, self.settings.block_bytes, self.verifies);
+        let mut journal = None;
+        let mut resumed_bytes = 0;
+        if let (Some(subject), Some(path)) = (&subject, destination.journal()) {
+            let found = if self.resumes { Journal::read(path, subject) } else { None };
+            if self.resumes && self.is_alone && found.is_none() {
+                output::say(&format!(
+                    "raio: There is nothing to resume for {}: it is copied from its start.",
+                    self.to
+                ));
+            }
+            let proven = match found {
+                Some(found) => self.prove(destination, found, subject)?,
+                None => Vec::new(),
+            };
+            for (block, crc) in &proven {
+                checksums.set(block.number, *crc);
+                resumed_bytes += block.length;
+            }
+            let blocks: Vec<_> = proven.iter().map(|(block, crc)| (block.number, *crc)).collect();
+            journal = Some(Journal::create(path, subject, &blocks)?);
+        }
+        if resumed_bytes == 0 {
+            destination.begin(self.is_sparse)?;
+        }
+        let watcher = Copying {
+            // What an earlier run has left may be anything.
+            is_fresh: resumed_bytes == 0 && destination.is_zero() && self.is_sparse,
+            to: destination.place(),
+            checksums,
+            journal,
+            zero_bytes: AtomicU64::new(0),
+            progress: (self.progress)("copy", facts.size.map(|it| it - resumed_bytes)),
+        };
+        let skip = watcher.checksums.are_known();
+        let filled = self.fill(destination, &skip, &watcher);
+        let (bytes, copied_bytes, verified_bytes) =
+            filled.map_err(|failure| self.left(failure, destination, watcher.journal.is_some()))?;
+        let zero_bytes = watcher.zero_bytes.load(Ordering::Relaxed);
+        destination.publish(self.is_durable)?;
+        Ok(Copied { bytes, copied_bytes, zero_bytes, resumed_bytes, verified_bytes })
+    }
+
+    /// Copies the blocks that are not to be skipped, and does all that is needed before the copy gets its
+    /// name. Returns how many bytes the copy has, how many of them were read now, and how many were verified.
+    fn fill(
+        &self,
+        destination: &Destination,
+        skip: &[bool],
+        watcher: &Copying<'_>,
+    ) -> Result<(u64, u64, u64), Failure> {
+        let (place, range) = (destination.place(), Some(0)..self.facts.size);
+        let moved = transfer::run(self.from, place, range, skip, &self.settings, watcher, self.interrupt);
+        watcher.progress.finish();
+        let moved = moved?;
+        let end = self.facts.size.unwrap_or(moved);
+        destination.finish(end)?;
+        if self.preserves {
+            place.preserve(self.facts)?;
+        }
+        if self.is_durable || self.verifies {
+            place.sync()?;
+        }
+        Ok((end, moved, if self.verifies { self.verify(destination, end, watcher)? } else { 0 }))
+    }
+
+    /// What the journal is of; None if there is to be none.
+    fn subject(&self) -> Option<Subject> {
+        let size = self.facts.size.filter(|_| self.has_journal)?;
+        Some(Subject {
+            version: 1,
+            source: self.source.to_string(),
+            size,
+            modified_ns: self.facts.times_ns.1,
+            identity: self.facts.identity,
+            block_bytes: self.settings.block_bytes,
+        })
+    }
+
+    /// The blocks of the journal that the destination really has.
+    fn prove(
+        &self,
+        destination: &Destination,
+        found: Vec<(u64, u32)>,
+        subject: &Subject,
+    ) -> Result<Vec<(Block, u32)>, Failure> {
+        let checksums = Checksums::new(Some(subject.size), subject.block_bytes, true);
+        for (number, crc) in found {
+            checksums.set(number, crc);
+        }
+        let known = checksums.are_known();
+        let skip: Vec<bool> = known.iter().map(|known| !known).collect();
+        let count = known.iter().filter(|&&known| known).count();
+        let proving = Proving {
+            checksums: &checksums,
+            proven: Mutex::new(Vec::new()),
+            progress: (self.progress)("check", Some(count as u64 * subject.block_bytes)),
+        };
+        // A file that has become shorter has nothing behind its end.
+        let end = destination.place().facts()?.size.map_or(subject.size, |size| size.min(subject.size));
+        let settings = Settings { rate: None, skips_holes: false, ..self.settings.clone() };
+        let range = Some(0)..Some(end);
+        let read = transfer::run(
+            destination.place(),
+            &Stream::null(),
+            range,
+            &skip,
+            &settings,
+            &proving,
+            self.interrupt,
+        );
+        proving.progress.finish();
+        read?;
+        let mut proven = lock(&proving.proven).clone();
+        proven.retain(|(block, _)| {
+            block.offset + block.length == subject.size || block.length == subject.block_bytes
+        });
+        let lost = count - proven.len();
+        if lost > 0 {
+            output::say(&format!(
+                "raio: {lost} blocks of {} are not what was written: they are copied again.",
+                self.to
+            ));
+        }
+        Ok(proven)
+    }
+
+    /// What is said, and left, when a copy has failed.
+    fn left(&self, failure: Failure, destination: &Destination, has_journal: bool) -> Failure {
+        match has_journal {
+            true if self.is_alone => failure.with_advice("The same command with --resume goes on."),
+            true => failure,
+            false => {
+                destination.abandon();
+                failure
+            }
+        }
+    }
+
+    /// Reads the destination again. Returns how many bytes were compared.
+    fn verify(&self, destination: &Destination, end: u64, copied: &Copying<'_>) -> Result<u64, Failure> {
+        let again = open_source(self.sessions, &destination.location(self.to), true, self.interrupt)?;
+        let size = again.facts()?.size;
+        let is_as_long = match destination.facts().map(|facts| facts.sort) {
+            Some(Sort::Device) => size >= Some(end),
+            _ => size.unwrap_or(0) == end,
+        };
+        if !is_as_long {
+            return Err(Failure::of(
+                Kind::Unverified,
+                format!("{} has {size:?} bytes, and {end} were copied. Copy it again.", self.to),
+            ));
+        }
+        let verifying = Verifying {
+            checksums: &copied.checksums,
+            name: self.to.to_string(),
+            progress: (self.progress)("verify", Some(end)),
+        };
+        let settings = Settings { rate: None, ..self.settings.clone() };
+        let range: Range<Option<u64>> = Some(0)..Some(end);
+        let read = transfer::run(&*again, &Stream::null(), range, &[], &settings, &verifying, self.interrupt);
+        verifying.progress.finish();
+        read.map(|_| end)
+    }
+}
+
+/// The checksums of the blocks of a file, as far as they are known. A stream's are not bounded.
+struct Checksums {
+    blocks: Mutex<Vec<Option<u32>>>,
+    block_bytes: u64,
+    is_kept: bool,
+}
+
+impl Checksums {
+    fn new(size: Option<u64>, block_bytes: u64, is_kept: bool) -> Self {
+        let count = size.map_or(0, |size| size.div_ceil(block_bytes));
+        Self { blocks: Mutex::new(vec![None; count as usize]), block_bytes, is_kept }
+    }
+
+    fn set(&self, number: u64, crc: u32) {
+        let mut blocks = lock(&self.blocks);
+        let at = number as usize;
+        // A record of a journal may say anything.
+        if at >= blocks.len() {
+            if !self.is_kept || number > (1 << 40) / self.block_bytes {
+                return;
+            }
+            blocks.resize(at + 1, None);
+        }
+        blocks[at] = Some(crc);
+    }
+
+    fn get(&self, number: u64) -> Option<u32> {
+        lock(&self.blocks).get(number as usize).copied().flatten()
+    }
+
+    fn are_known(&self) -> Vec<bool> {
+        lock(&self.blocks).iter().map(Option::is_some).collect()
+    }
+}
+
+/// The watcher of a copy.
+struct Copying<'a> {
+    /// Zeros need not be written.
+    is_fresh: bool,
+    to: &'a dyn Place,
+    checksums: Checksums,
+    journal: Option<Journal>,
+    zero_bytes: AtomicU64,
+    progress: Progress,
+}
+
+impl Watcher for Copying<'_> {
+    fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
+        if self.journal.is_some() || self.checksums.is_kept {
+            self.checksums.set(block.number, crc32c(data));
+        }
+        if self.is_fresh && is_zero(data) {
+            self.zero_bytes.fetch_add(block.length, Ordering::Relaxed);
+            return Ok(Verdict::Skip);
+        }
+        Ok(Verdict::Write)
+    }
+
+    fn written(&self, block: Block) -> Result<(), Failure> {
+        match (&self.journal, self.checksums.get(block.number)) {
+            (Some(journal), Some(crc)) => journal.add(block.number, crc),
+            _ => Ok(()),
+        }
+    }
+
+    fn hole(&self, range: Range<u64>) -> Result<(), Failure> {
+        self.zero_bytes.fetch_add(range.end - range.start, Ordering::Relaxed);
+        if self.is_fresh { Ok(()) } else { self.to.zero(range) }
+    }
+
+    fn tick(&self, bytes: u64) {
+        self.progress.show(bytes);
+    }
+}
+
+/// The watcher of a destination of which an interrupted copy is to go on.
+struct Proving<'a> {
+    checksums: &'a Checksums,
+    proven: Mutex<Vec<(Block, u32)>>,
+    progress: Progress,
+}
+
+impl Watcher for Proving<'_> {
+    fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
+        let crc = crc32c(data);
+        if self.checksums.get(block.number) == Some(crc) {
+            lock(&self.proven).push((block, crc));
+        }
+        Ok(Verdict::Skip)
+    }
+
+    fn tick(&self, bytes: u64) {
+        self.progress.show(bytes);
+    }
+}
+
+/// The watcher of a destination that is verified.
+struct Verifying<'a> {
+    checksums: &'a Checksums,
+    name: String,
+    progress: Progress,
+}
+
+impl Verifying<'_> {
+    fn wrong(&self, offset: u64) -> Failure {
+        Failure::of(
+            Kind::Unverified,
+            format!(
+                "{} is not what was copied: the block at {offset} differs. Copy it again, and examine the \
+                 disk.",
+                self.name
+            ),
+        )
+    }
+}
+
+impl Watcher for Verifying<'_> {
+    fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
+        let is_right = match self.checksums.get(block.number) {
+            Some(crc) => crc == crc32c(data),
+            // A hole of the source.
+            None => is_zero(data),
+        };
+        if is_right { Ok(Verdict::Skip) } else { Err(self.wrong(block.offset)) }
+    }
+
+    fn hole(&self, range: Range<u64>) -> Result<(), Failure> {
+        let zeros = vec![0; self.checksums.block_bytes as usize];
+        let crc = crc32c(&zeros);
+        // A hole ends with a block, or with the file.
+        let whole = (range.end - range.start) / self.checksums.block_bytes;
+        let first = range.start / self.checksums.block_bytes;
+        for number in first..first + whole {
+            if self.checksums.get(number).is_some_and(|it| it != crc) {
+                return Err(self.wrong(number * self.checksums.block_bytes));
+            }
+        }
+        let rest = (range.end - range.start) % self.checksums.block_bytes;
+        let last = self.checksums.get(first + whole);
+        if rest > 0 && last.is_some_and(|it| it != crc32c(&zeros[..rest as usize])) {
+            return Err(self.wrong(range.end - rest));
+        }
+        Ok(())
+    }
+
+    fn tick(&self, bytes: u64) {
+        self.progress.show(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Style;
+
+    #[test]
+    fn a_block_that_differs_from_what_was_copied_is_found_when_it_is_verified() {
+        let checksums = Checksums::new(Some(25), 10, true);
+        checksums.set(0, crc32c(&[7; 10]));
+        let progress = Progress::new(Style::Never, "verify", None);
+        let verifying = Verifying { checksums: &checksums, name: "f".into(), progress };
+        let block = |number| Block { number, offset: number * 10, length: 10 };
+        assert_eq!(verifying.read(block(0), &[7; 10]).unwrap(), Verdict::Skip);
+        assert_eq!(verifying.read(block(1), &[0; 10]).unwrap(), Verdict::Skip, "a hole");
+        for (number, data) in [(0, [8; 10]), (1, [7; 10])] {
+            let wrong = verifying.read(block(number), &data).unwrap_err();
+            assert_eq!(wrong.kind(), Kind::Unverified, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_hole_of_the_destination_is_right_where_zeros_were_copied_alone() {
+        let checksums = Checksums::new(Some(25), 10, true);
+        checksums.set(0, crc32c(&[0; 10]));
+        checksums.set(2, crc32c(&[0; 5]));
+        let progress = || Progress::new(Style::Never, "verify", None);
+        let verifying = |checksums| Verifying { checksums, name: "f".into(), progress: progress() };
+        verifying(&checksums).hole(0..25).unwrap();
+        checksums.set(2, crc32c(&[1; 5]));
+        let wrong = verifying(&checksums).hole(0..25).unwrap_err();
+        assert!(wrong.kind() == Kind::Unverified && wrong.to_string().contains("at 20"), "{wrong}");
+        verifying(&checksums).hole(0..20).unwrap();
+    }
+}
