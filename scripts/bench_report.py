@@ -66,16 +66,17 @@ def short_table(results):
         yield f"| {' | '.join([workload, *iops, *ratios])} | {row['raio'][1]:,.1f} | {row['raio'][2]:,.1f} |"
 
 
-BEGIN, END = "<!-- written by scripts/bench --publish -->", "<!-- end of what scripts/bench wrote -->"
+END = "<!-- end of what scripts/bench wrote -->"
 
 
-def replace_block(page, lines):
+def replace_block(page, lines, writer="scripts/bench"):
     """Puts lines between the two marks of a document."""
-    before, begin, rest = page.read_text().partition(BEGIN)
+    mark = f"<!-- written by {writer} --publish -->"
+    before, begin, rest = page.read_text().partition(mark)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}. Put them around its table.")
-    page.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]))
+        raise ValueError(f"{page} lacks the lines {mark!r} and {END!r}. Put them around its table.")
+    page.write_text("\n".join([f"{before}{mark}", *lines, f"{END}{after}"]))
 
 
 def pairs(results, new, old):
