@@ -4,12 +4,11 @@
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
-use raio_transport::Status;
 use raio_transport::channel::Channel;
-use raio_transport::protocol::{Command, FileHandle};
+use raio_transport::protocol::{Command, FileHandle, Opcode};
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 
-use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out};
+use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out, unsupported};
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
@@ -34,6 +33,12 @@ impl PendingCloses {
     pub(crate) fn clear(&self) {
         self.lock().clear();
     }
+}
+
+/// Whether this is a close of a file that the server does not have open any more: an earlier connection has
+/// brought it the same close, or it was restarted, and the file not opened again as it was being closed.
+pub(crate) fn is_closed_anyway(opcode: Opcode, reply: &Reply, channel: &Channel) -> bool {
+    opcode == Opcode::Close && reply.status.errno == libc::EBADF && channel.connections() > 1
 }
 
 /// A control connection.
@@ -99,8 +104,8 @@ impl Control {
         }
         // A connection that has broken since the last call is made again before anything is sent by it.
         self.receive(closes);
-        if let Some(text) = command.opcode().operation().why_not_granted(self.channel.grant().features) {
-            return Err(Error::new(Status::protocol(libc::EOPNOTSUPP), text));
+        if let Some(error) = unsupported(command.opcode(), &self.channel) {
+            return Err(error);
         }
         let Some(tag) = self.send(command, bulk, deadline, closes, is_stopped) else {
             let other = || if is_stopped() { session_stopped() } else { self.late() };
@@ -110,7 +115,8 @@ impl Control {
             self.receive(closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
-                return match reply.status.is_ok() || self.is_closed_anyway(command, &reply) {
+                return match reply.status.is_ok() || is_closed_anyway(command.opcode(), &reply, &self.channel)
+                {
                     true => Ok(reply),
                     false => Err(Error::from_reply(&reply, self.channel.failure())),
                 };
@@ -146,14 +152,6 @@ impl Control {
             true => timed_out(),
             false => reconnecting(self.channel.recovery()),
         }
-    }
-
-    /// Whether this is a close of a file that the server does not have open: if it was restarted, the file
-    /// was not opened again, because it was being closed already.
-    fn is_closed_anyway(&self, command: &Command<'_>, reply: &Reply) -> bool {
-        matches!(command, Command::Close(_))
-            && reply.status.errno == libc::EBADF
-            && self.channel.connections() > 1
     }
 
     /// Sends a command. Returns its tag; None if the connection has ended, the session was stopped, or the

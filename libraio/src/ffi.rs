@@ -14,7 +14,7 @@
 //! - `sync_contexts`, `descriptor`, `file_cache`: what descriptors stand for;
 //! - `state`: what the handles hold;
 //! - `abi`: structures and numbers of the header;
-//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `sync_io`, `prep`, and `names` with what
+//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `prep`, and `names` and `sync_io` with what
 //!   `submit` has: the calls, by family.
 
 #![allow(non_camel_case_types)]

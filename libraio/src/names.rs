@@ -172,6 +172,14 @@ pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
     Err(Error::call(libc::EFBIG, text))
 }
 
+/// Whether an extended attribute can have a value of this length.
+pub(crate) fn check_xattr(length: usize, length_max: usize) -> Result<(), Error> {
+    match length <= XATTR_BYTES_MAX.min(length_max) {
+        true => Ok(()),
+        false => Err(Error::call(libc::E2BIG, "The value is too long. Pass at most 64 KiB.")),
+    }
+}
+
 /// The target of a symbolic link, by the answer to a readlink.
 pub(crate) fn link_of(reply: &Reply) -> Result<PathBuf, Error> {
     let target = reply.body.get(..reply.result as usize).ok_or_else(protocol_error)?;
@@ -184,8 +192,12 @@ fn owned(len: usize) -> Buffers {
 
 /// The bytes that a reply has placed.
 fn data_of(reply: Reply) -> Result<Vec<u8>, Error> {
-    let Bulk::In(Buffers::One(Buffer::Owned(bytes))) = reply.bulk else { return Err(protocol_error()) };
-    let mut bytes = Vec::from(bytes);
+    let mut bytes = match reply.bulk {
+        Bulk::In(Buffers::One(Buffer::Owned(bytes))) => Vec::from(bytes),
+        // There was to be no data.
+        Bulk::None => Vec::new(),
+        _ => return Err(protocol_error()),
+    };
     bytes.truncate(reply.data_len);
     Ok(bytes)
 }
@@ -199,9 +211,31 @@ impl Session {
         self.call_path(path_command(opcode, 0, 0, path, None)?, Bulk::None)
     }
 
-    /// The most bytes that one call brings or takes.
-    fn data_bytes_max(&self) -> Result<usize, Error> {
-        self.shared().data_bytes_max()
+    /// A command that brings at most `length` bytes, and no more than a request may.
+    fn fetch(&self, command: PathCommand<'_>, length: usize) -> Result<Reply, Error> {
+        self.shared().call_sized(|length_max| {
+            let length = length.min(length_max);
+            let bulk = if length == 0 { Bulk::None } else { Bulk::In(owned(length)) };
+            Ok((Command::Path(PathCommand { length: length as u64, ..command }), bulk))
+        })
+    }
+
+    /// A command that takes these bytes. `check` gets the most that a request may have.
+    fn send(
+        &self,
+        command: PathCommand<'_>,
+        bytes: &[u8],
+        check: impl FnOnce(usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let call = self.shared().call_sized(|length_max| {
+            check(length_max)?;
+            let bulk = match bytes.len() {
+                0 => Bulk::None,
+                _ => Bulk::Out(Buffers::One(Buffer::Owned(bytes.into()))),
+            };
+            Ok((Command::Path(command), bulk))
+        });
+        call.map(drop)
     }
 
     /// Returns the status of a path, and follows symbolic links. `/` is the list of exports. Identity and
@@ -220,34 +254,23 @@ impl Session {
     /// there is more. `length` is at most [`crate::Context::io_bytes_max`].
     pub fn get(&self, path: impl AsRef<Path>, length: usize) -> Result<(Vec<u8>, FileStatus), Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = length.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::Get, path) };
-        let bulk = if length == 0 { Bulk::None } else { Bulk::In(owned(length)) };
-        let reply = self.call_path(command, bulk)?;
+        let reply = self.fetch(PathCommand::new(Opcode::Get, path), length)?;
         let status = status_of(&reply)?;
-        let bytes = if length == 0 { Vec::new() } else { data_of(reply)? };
-        Ok((bytes, status))
+        Ok((data_of(reply)?, status))
     }
 
     /// Atomically creates or replaces a file with these bytes, in one request. Others see the complete new
     /// file or the old one, also after a crash of the server process. At most
     /// [`crate::Context::io_bytes_max`] bytes (EFBIG).
     pub fn put(&self, path: impl AsRef<Path>, bytes: &[u8], options: &PutOptions) -> Result<(), Error> {
-        let path = path_bytes(path.as_ref())?;
-        check_put(bytes.len(), self.data_bytes_max()?)?;
-        let bulk = match bytes.len() {
-            0 => Bulk::None,
-            _ => Bulk::Out(Buffers::One(Buffer::Owned(bytes.into()))),
-        };
-        self.call_path(options.command(path, bytes.len()), bulk).map(drop)
+        let command = options.command(path_bytes(path.as_ref())?, bytes.len());
+        self.send(command, bytes, |length_max| check_put(bytes.len(), length_max))
     }
 
     /// The entries of a directory, in no particular order; of `/` the exports. They come page by page.
     pub fn read_dir(&self, path: impl AsRef<Path>) -> Result<ReadDir, Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = FIRST_PAGE_BYTES.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::List, path) };
-        let reply = self.call_path(command, Bulk::In(owned(length)))?;
+        let reply = self.fetch(PathCommand::new(Opcode::List, path), FIRST_PAGE_BYTES)?;
         let mut listing = ReadDir {
             session: Arc::clone(self.shared()),
             listing: 0,
@@ -318,17 +341,14 @@ impl Session {
     /// The value of an extended attribute; its name begins with `user.`.
     pub fn get_xattr(&self, path: impl AsRef<Path>, name: impl AsRef<OsStr>) -> Result<Vec<u8>, Error> {
         let command = xattr_command(Opcode::GetXattr, 0, path.as_ref(), name.as_ref())?;
-        let length = XATTR_BYTES_MAX.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..command };
-        data_of(self.call_path(command, Bulk::In(owned(length)))?)
+        data_of(self.fetch(command, XATTR_BYTES_MAX)?)
     }
 
     /// The names of the extended attributes that begin with `user.`.
     pub fn list_xattr(&self, path: impl AsRef<Path>) -> Result<Vec<OsString>, Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = XATTR_BYTES_MAX.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::ListXattr, path) };
-        let names = data_of(self.call_path(command, Bulk::In(owned(length)))?)?;
+        let reply = self.fetch(PathCommand::new(Opcode::ListXattr, path), XATTR_BYTES_MAX)?;
+        let names = data_of(reply)?;
         let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
         Ok(names.map(|name| OsString::from_vec(name.to_vec())).collect())
     }
@@ -343,16 +363,8 @@ impl Session {
     ) -> Result<(), Error> {
         let flags = if exclusive { FLAG_EXCLUSIVE } else { 0 };
         let command = xattr_command(Opcode::SetXattr, flags, path.as_ref(), name.as_ref())?;
-        if value.len() > XATTR_BYTES_MAX.min(self.data_bytes_max()?) {
-            return Err(Error::call(libc::E2BIG, "The value is too long. Pass at most 64 KiB."));
-        }
-        let length = value.len() as u64;
-        let command = PathCommand { length, ..command };
-        let bulk = match length {
-            0 => Bulk::None,
-            _ => Bulk::Out(Buffers::One(Buffer::Owned(value.into()))),
-        };
-        self.call_path(command, bulk).map(drop)
+        let command = PathCommand { length: value.len() as u64, ..command };
+        self.send(command, value, |length_max| check_xattr(value.len(), length_max))
     }
 
     /// Removes an extended attribute.
@@ -436,9 +448,11 @@ impl ReadDir {
     }
 
     fn next_page(&mut self) -> Result<(), Error> {
-        let length = PAGE_BYTES.min(self.session.data_bytes_max()?);
-        let command = Command::ListNext { listing: self.listing, is_odd: self.is_odd, length: length as u32 };
-        let reply = self.session.call_with(&command, Bulk::In(owned(length)))?;
+        let reply = self.session.call_sized(|length_max| {
+            let length = PAGE_BYTES.min(length_max);
+            let (listing, is_odd) = (self.listing, self.is_odd);
+            Ok((Command::ListNext { listing, is_odd, length: length as u32 }, Bulk::In(owned(length))))
+        })?;
         self.is_odd = !self.is_odd;
         self.take_in(reply)
     }

@@ -19,8 +19,9 @@ use raio_transport::protocol::{
 };
 use raio_transport::transport::{Bulk, Reply, SendOptions};
 
-use super::{Context, NO_FILE, New, OperationState, Request, not_supported, unsupported};
-use crate::error::{Error, protocol_error};
+use super::{Context, NO_FILE, New, OperationState, Request};
+use crate::control::is_closed_anyway;
+use crate::error::{Error, not_supported, protocol_error, unsupported};
 use crate::file::File;
 use crate::names::{check_put, link_of, path_bytes, path_command};
 use crate::open_flags::open_flags;
@@ -37,7 +38,6 @@ pub(super) struct Extra {
     closing: Option<FileHandle>,
     /// The buffers of a get that are larger than a request may be. It has a part of them.
     whole: Option<Divided>,
-    answer: Option<Box<Answer>>,
 }
 
 /// A file that is being opened.
@@ -76,14 +76,11 @@ impl Extra {
             completion.buffers = None;
             completion.buffers = whole.into_whole().ok();
         }
-        match &mut completion.result {
-            Ok(_) => completion.answer = self.answer,
-            Err(error) => {
-                // It was opened, and perhaps created.
-                error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
-                if let Some(handle) = self.closing {
-                    session.close_later(handle);
-                }
+        if let Err(error) = &mut completion.result {
+            // It was opened, and perhaps created.
+            error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
+            if let Some(handle) = self.closing {
+                session.close_later(handle);
             }
         }
     }
@@ -261,23 +258,13 @@ impl Context {
             extra: closing.map(|_| Box::new(Extra { closing, ..Extra::default() })),
         };
         match (closing, failure) {
-            (None, None) => self.take_in_over(new, token),
+            (None, None) => {
+                let ticket = self.occupy(new, token, options);
+                self.complete(ticket.index, Ok(0), Bulk::None, 0);
+                ticket
+            }
             (_, failure) => self.take_in(new, token, options, failure),
         }
-    }
-
-    /// Gives a slot to an operation that has completed successfully.
-    fn take_in_over(&mut self, new: New, token: u64) -> Ticket {
-        let index = self.vacant_slot();
-        let slot = &mut self.slots[index as usize];
-        (slot.token, slot.file, slot.opcode) = (token, new.file, new.opcode);
-        (slot.is_lent, slot.cancelling, slot.timed_out) = (false, false, false);
-        (slot.options, slot.request) = (SendOptions::PLAIN, None);
-        let ticket = Ticket { index, generation: slot.generation };
-        self.in_flight += 1;
-        self.stats.submitted += 1;
-        self.complete(index, Ok(0), Bulk::None, 0);
-        ticket
     }
 
     /// A reply to an operation that [`has_answer`].
@@ -285,33 +272,26 @@ impl Context {
     pub(super) fn handle_answer(&mut self, index: u32, reply: Reply) {
         let slot = &self.slots[index as usize];
         let opcode = slot.opcode;
-        // A server that was restarted does not have a file that was being closed already.
-        let is_closed_anyway =
-            opcode == Opcode::Close && reply.status.errno == libc::EBADF && self.channel.connections() > 1;
-        if is_closed_anyway {
+        if is_closed_anyway(opcode, &reply, &self.channel) {
             return self.complete(index, Ok(0), reply.bulk, 0);
         }
-        let mut result = self.result_of(index, slot.length, &reply);
+        let length = slot.length;
+        let mut result = self.result_of(index, length, &reply);
+        let mut answer = None;
         if result.is_ok() {
-            let found = match opcode {
-                Opcode::Open => match self.opened(index, &reply) {
-                    Ok(true) => Ok((0, None)),
-                    Ok(false) => return,
-                    Err(error) => Err(error),
-                },
-                Opcode::Stat if self.opening(index).is_some() => match self.opened_status(index, &reply) {
-                    Ok(true) => Ok((0, None)),
-                    Ok(false) => return,
-                    Err(error) => Err(error),
-                },
-                _ => answer_of(opcode, self.slots[index as usize].length, &reply),
+            let opened = match opcode {
+                Opcode::Open => Some(self.opened(index, &reply)),
+                Opcode::Stat if self.opening(index).is_some() => Some(self.opened_status(index, &reply)),
+                _ => None,
+            };
+            let found = match opened {
+                Some(Ok(None)) => return,
+                Some(opened) => opened.map(|file| (0, file)),
+                None => answer_of(opcode, length, &reply),
             };
             result = match found {
-                Ok((count, answer)) => {
-                    if let Some(answer) = answer {
-                        let slot = &mut self.slots[index as usize];
-                        slot.extra.get_or_insert_default().answer = Some(Box::new(answer));
-                    }
+                Ok((count, found)) => {
+                    answer = found;
                     Ok(count)
                 }
                 Err(error) => {
@@ -328,14 +308,17 @@ impl Context {
             result = Err(Error::new(Status::transport(libc::ECONNRESET), text));
         }
         self.complete(index, result, reply.bulk, reply.data_crc);
+        if let OperationState::Done(completion) = &mut self.slots[index as usize].state {
+            completion.answer = answer.map(Box::new);
+        }
     }
 
     fn opening(&mut self, index: u32) -> Option<&mut Opening> {
         self.slots[index as usize].extra.as_mut()?.opening.as_mut()
     }
 
-    /// The server has opened a file. Whether that is all.
-    fn opened(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+    /// The server has opened a file. None if its status must be asked for.
+    fn opened(&mut self, index: u32, reply: &Reply) -> Result<Option<Answer>, Error> {
         let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);
         let session = Arc::clone(&self.session);
         let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
@@ -346,13 +329,13 @@ impl Context {
             // It was opened by a request whose connection has broken: its outcome is all that there is.
             true => {
                 self.ask_for_status(index, handle);
-                Ok(false)
+                Ok(None)
             }
         }
     }
 
-    /// The status of a file that was opened has come. Whether that is all.
-    fn opened_status(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+    /// The status of a file that was opened has come. None if it must be asked for again.
+    fn opened_status(&mut self, index: u32, reply: &Reply) -> Result<Option<Answer>, Error> {
         let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
         let session = Arc::clone(&self.session);
         let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
@@ -367,12 +350,10 @@ impl Context {
                 // Others may be connected to a server that has been started since it was opened.
                 opening.file = Some(file);
                 self.ask_for_status(index, handle);
-                return Ok(false);
+                return Ok(None);
             }
         }
-        let slot = &mut self.slots[index as usize];
-        slot.extra.get_or_insert_default().answer = Some(Box::new(Answer::File(file)));
-        Ok(true)
+        Ok(Some(Answer::File(file)))
     }
 
     /// The slot of an open asks for the file's status next.
@@ -393,7 +374,8 @@ impl Context {
     }
 }
 
-fn crc_of(buffers: &Buffers) -> u32 {
+/// CRC32C of what the buffers hold.
+pub(super) fn crc_of(buffers: &Buffers) -> u32 {
     message::crc_of(buffers.slices(0..buffers.len()))
 }
 

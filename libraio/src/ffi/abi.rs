@@ -47,6 +47,8 @@ pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 pub(super) const IOCB_CRC: c_uint = 1 << 3;
 pub(super) const IOCB_TIMEOUT_SHIFT: u32 = 12;
 pub(super) const IOCB_TIMEOUT_MAX: c_uint = 0xf_ffff;
+/// The bits of the timeout.
+pub(super) const IOCB_TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
 pub(super) const RES2_UNKNOWN: c_ulong = 0x200;

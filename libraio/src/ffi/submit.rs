@@ -1,8 +1,7 @@
 //! `raio_submit`: iocbs become operations of a context.
 
-use std::ffi::{OsStr, c_int, c_long, c_uint, c_void};
+use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use raio_transport::memory::{Buffer, Buffers, RawBuffer};
 
 use super::abi::*;
 use super::descriptor;
-use super::errors::{c_str, invalid, long};
+use super::errors::{checked_offset, invalid, long, named};
 use super::eventfd::Eventfds;
 use super::handle::Handle;
 use super::probe::ReadProbe;
@@ -180,7 +179,6 @@ fn check_session(fd: c_int, session: c_int) -> Result<(), Error> {
 /// The iocb's memory is as the header demands.
 unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathOperation, Error> {
     let c = &io.c;
-    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
     if c.buf.is_null() || c.nbytes != size_of::<raio_path_args>() as u64 {
         return Err(invalid("The iocb has no struct raio_path_args. Prepare it with raio_prep_*()."));
     }
@@ -193,7 +191,7 @@ unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathO
         CMD_RENAME => PATH_EXCL,
         _ => 0,
     };
-    if c.flags & !(IOCB_EVENTFD | IOCB_CRC | TIMEOUT) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_CRC | IOCB_TIMEOUT) != 0
         || c.offset != 0
         || args.flags & !known != 0
         || args.reserved != [0; 2]
@@ -203,7 +201,7 @@ unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathO
         ));
     }
     // SAFETY: the caller vouches for the strings.
-    let named = |name, what| unsafe { c_str(name, what) }.map(|name| PathBuf::from(OsStr::from_bytes(name)));
+    let named = |name, what| unsafe { named(name, what) }.map(PathBuf::from);
     let (path, has) = (named(args.path, "path")?, |flag| args.flags & flag != 0);
     let other = || named(args.other, "other path");
     // SAFETY: the caller vouches for the memory: it is the library's until the event is collected.
@@ -249,7 +247,8 @@ pub(super) fn put_options(mode: c_uint, flags: c_uint, modified_ns: i64) -> PutO
     }
 }
 
-fn unreadable() -> Error {
+/// Why a write fails whose memory was probed in vain.
+pub(super) fn unreadable() -> Error {
     Error::call(
         libc::EFAULT,
         "The memory to write from cannot be read. Pass memory that is mapped for reading.",
@@ -266,8 +265,7 @@ unsafe fn operation(
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
     let c = &io.c;
-    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
-    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | TIMEOUT) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | IOCB_TIMEOUT) != 0
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
         || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {
@@ -276,9 +274,7 @@ unsafe fn operation(
             c.flags
         )));
     }
-    let offset = u64::try_from(c.offset).map_err(|_| {
-        invalid("The iocb's offset is negative. Pass one counted from the start of the file.")
-    })?;
+    let offset = checked_offset(c.offset)?;
     Ok(match io.raio_lio_opcode {
         CMD_PREAD if c.buf.is_null() => Operation::ReadLent { offset, length: c.nbytes as usize },
         CMD_PREAD | CMD_PWRITE => {
@@ -337,9 +333,7 @@ unsafe fn operation(
 }
 
 fn too_long(len: u64) -> Error {
-    invalid(format!(
-        "The iocb has {len} bytes, more than a program's memory can be. Pass the length of its buffer."
-    ))
+    invalid(format!("{len} bytes are more than a program's memory can be. Pass the length of the buffer."))
 }
 
 /// Memory of the caller's, checked against the registration that it is said to lie in.
@@ -352,18 +346,11 @@ unsafe fn buffer(
     address: *mut c_void,
     len: u64,
 ) -> Result<Buffer, Error> {
-    if len > BYTES_MAX || (address.addr() as u64).checked_add(len).is_none() {
-        return Err(too_long(len));
-    }
-    let (address, len) = (address.cast::<u8>(), len as usize);
     if mr.is_null() {
-        // SAFETY: the caller vouches for the memory.
-        return match unsafe { RawBuffer::new(address, len) } {
-            Some(raw) => Ok(Buffer::Raw(raw)),
-            None if len == 0 => Ok(Buffer::Owned(Box::default())),
-            None => Err(invalid("The buffer is NULL. Pass one.")),
-        };
+        // SAFETY: the caller's contract is the same.
+        return unsafe { unregistered(address, len) };
     }
+    check_length(address, len)?;
     // SAFETY: the pointer is one of raio_reg_mr() or readable memory; registrations of this context are this
     // thread's.
     let registration = unsafe { Handle::get(mr) }.filter(|registration| registration.context == ctx);
@@ -371,8 +358,30 @@ unsafe fn buffer(
         invalid("The iocb's mr is not a registration of this context. Pass one that is, or NULL.")
     })?;
     // SAFETY: the caller vouches for the memory.
-    unsafe { registration.region.buffer(address, len) }
+    unsafe { registration.region.buffer(address.cast(), len as usize) }
         .ok_or_else(|| invalid("The buffer lies outside its mr. Register all of it, or pass NULL as mr."))
+}
+
+/// Memory of the caller's that is in no registration.
+///
+/// # Safety
+/// As [`buffer`].
+pub(super) unsafe fn unregistered(address: *mut c_void, len: u64) -> Result<Buffer, Error> {
+    check_length(address, len)?;
+    // SAFETY: the caller vouches for the memory.
+    match unsafe { RawBuffer::new(address.cast(), len as usize) } {
+        Some(raw) => Ok(Buffer::Raw(raw)),
+        None if len == 0 => Ok(Buffer::Owned(Box::default())),
+        None => Err(invalid("The buffer is NULL. Pass one.")),
+    }
+}
+
+#[inline]
+fn check_length(address: *mut c_void, len: u64) -> Result<(), Error> {
+    match len > BYTES_MAX || (address.addr() as u64).checked_add(len).is_none() {
+        true => Err(too_long(len)),
+        false => Ok(()),
+    }
 }
 
 /// Checks that the memory of a batch's writes can be read.
