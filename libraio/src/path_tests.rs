@@ -163,6 +163,21 @@ fn a_file_is_closed_when_the_operations_on_it_have_ended() {
 }
 
 #[test]
+fn a_close_whose_connection_breaks_is_made_once() {
+    for executed in [false, true] {
+        let (server, session, mut context) = start();
+        let file = file_of(run(&mut context, open("/e/data")));
+        server.cut_at(0, executed);
+        assert_eq!(run_on(&mut context, &file, Operation::Close).result, Ok(0));
+        assert_eq!((context.stats().reconnects, server.open()), (1, 0));
+        let file = session.open("/e/data", libc::O_RDONLY, 0).unwrap();
+        server.cut_at(0, executed);
+        file.close().unwrap();
+        assert_eq!((server.is_to_cut(), server.open()), (false, 0));
+    }
+}
+
+#[test]
 fn a_close_that_is_cancelled_closes_nevertheless() {
     let (server, session, mut context) = start();
     let file = file_of(run(&mut context, open("/e/data")));
@@ -532,9 +547,6 @@ proptest! {
         }
         drop(files);
         context.close();
-        // A close that was lost with its connection is not sent again: the session's end does it.
-        if !breaks {
-            assert_open(&server, &session, 0);
-        }
+        assert_open(&server, &session, 0);
     }
 }
