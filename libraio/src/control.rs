@@ -12,18 +12,18 @@ use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out, u
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
-/// Files that the next thread with the control connection closes. The thread that completes an operation does
-/// not close them itself, because it would wait for another thread's round trip.
+/// Closes of files, and ends of listings, that the next thread with the control connection sends. The thread
+/// that completes an operation does not, because it would wait for another thread's round trip.
 #[derive(Debug, Default)]
-pub(crate) struct PendingCloses(Mutex<Vec<FileHandle>>);
+pub(crate) struct PendingCloses(Mutex<Vec<Command<'static>>>);
 
 impl PendingCloses {
-    fn lock(&self) -> MutexGuard<'_, Vec<FileHandle>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Command<'static>>> {
         lock(&self.0)
     }
 
-    pub(crate) fn push(&self, handle: FileHandle) {
-        self.lock().push(handle);
+    pub(crate) fn push(&self, command: Command<'static>) {
+        self.lock().push(command);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -41,14 +41,29 @@ pub(crate) fn is_closed_anyway(opcode: Opcode, reply: &Reply, channel: &Channel)
     opcode == Opcode::Close && reply.status.errno == libc::EBADF && channel.connections() > 1
 }
 
+/// The command that ends a listing.
+pub(crate) fn end_of_listing(listing: u64) -> Command<'static> {
+    Command::ListNext { listing, is_odd: false, length: 0 }
+}
+
+/// Closes what was opened by a request, if it opens something, whose answer nobody wants any more.
+pub(crate) fn close_of(opcode: Opcode, reply: &Reply) -> Option<Command<'static>> {
+    match opcode {
+        _ if !reply.status.is_ok() => None,
+        Opcode::Open => u32::try_from(reply.result).ok().map(|file| Command::Close(FileHandle(file))),
+        Opcode::List if reply.result != 0 => Some(end_of_listing(reply.result)),
+        _ => None,
+    }
+}
+
 /// A control connection.
 pub(crate) struct Control {
     channel: Channel,
     replies: Vec<Reply>,
     body: Vec<u8>,
     tag: u64,
-    /// Opens that nobody waits for any more. What they open is closed.
-    abandoned_opens: Vec<u64>,
+    /// Requests that nobody waits for any more, and that open something: it is closed.
+    abandoned: Vec<(u64, Opcode)>,
 }
 
 impl std::fmt::Debug for Control {
@@ -59,7 +74,7 @@ impl std::fmt::Debug for Control {
 
 impl Control {
     pub(crate) fn new(channel: Channel) -> Self {
-        Self { channel, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned_opens: Vec::new() }
+        Self { channel, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned: Vec::new() }
     }
 
     /// Whether something that must not run twice was sent and not answered.
@@ -132,8 +147,8 @@ impl Control {
             }
             let now = Instant::now();
             if now >= deadline {
-                if matches!(command, Command::Open { .. }) {
-                    self.abandoned_opens.push(tag);
+                if let opcode @ (Opcode::Open | Opcode::List) = command.opcode() {
+                    self.abandoned.push((tag, opcode));
                 }
                 return Err(self.late());
             }
@@ -188,10 +203,10 @@ impl Control {
     pub(crate) fn send_closes(&mut self, closes: &PendingCloses) -> bool {
         self.receive(closes);
         let mut closes = closes.lock();
-        while let Some(&handle) = closes.last() {
+        while let Some(command) = closes.last() {
             self.tag += 1;
             self.body.clear();
-            Command::Close(handle).encode(&mut self.body);
+            command.encode(&mut self.body);
             if self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
                 break;
             }
@@ -201,18 +216,18 @@ impl Control {
         closes.is_empty()
     }
 
-    /// Receives replies, and forgets those of before. What an abandoned open has opened goes to `closes`.
+    /// Receives replies, and forgets those of before. What abandoned requests have opened goes to `closes`.
     fn receive(&mut self, closes: &PendingCloses) {
         self.replies.clear();
         self.channel.receive(&mut self.replies);
-        if self.abandoned_opens.is_empty() {
+        if self.abandoned.is_empty() {
             return;
         }
         for reply in &self.replies {
-            if let Some(at) = self.abandoned_opens.iter().position(|&tag| tag == reply.tag) {
-                self.abandoned_opens.swap_remove(at);
-                if let (true, Ok(handle)) = (reply.status.is_ok(), u32::try_from(reply.result)) {
-                    closes.push(FileHandle(handle));
+            if let Some(at) = self.abandoned.iter().position(|&(tag, _)| tag == reply.tag) {
+                let (_, opcode) = self.abandoned.swap_remove(at);
+                if let Some(close) = close_of(opcode, reply) {
+                    closes.push(close);
                 }
             }
         }

@@ -625,10 +625,10 @@ impl Shared {
         self.call(&Command::Close(handle)).map(drop)
     }
 
-    /// Closes a file without waiting for anything, nor telling of a failure: the server closes it with the
-    /// session at the latest.
-    pub(crate) fn close_later(&self, handle: FileHandle) {
-        self.closes.push(handle);
+    /// Closes a file, or ends a listing, without waiting for anything, nor telling of a failure: the server
+    /// closes it with the session at the latest.
+    pub(crate) fn close_later(&self, close: Command<'static>) {
+        self.closes.push(close);
         self.send_closes();
     }
 

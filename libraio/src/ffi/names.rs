@@ -1,11 +1,9 @@
 //! Calls on paths: each waits for its answer.
 
-use std::collections::VecDeque;
-use std::ffi::{c_char, c_int, c_longlong, c_uint, c_ulonglong, c_void};
+use std::ffi::{OsString, c_char, c_int, c_longlong, c_uint, c_ulonglong, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::Mutex;
 
 use super::abi::{
     PATH_EXCL, PATH_FSYNC, PATH_NOFOLLOW, check_sized, fill_in, raio_dirent, raio_stat, raio_statfs,
@@ -13,16 +11,11 @@ use super::abi::{
 use super::descriptor;
 use super::errors::{fail, int, invalid, named, run, ssize};
 use super::handle::Handle;
-use super::submit::put_options;
+use super::state::{DIRS, idle_dir, new_dir, no_directory, raio_dir};
+use super::submit::{check_room, put_options};
 use crate::error::Error;
-use crate::names::{Attributes, ReadDir};
+use crate::names::Attributes;
 use crate::session::Session;
-
-/// Closed directories: see [`Handle::create`].
-static DIRS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
-
-/// `struct raio_dir`
-pub type raio_dir = Handle<ReadDir>;
 
 /// Fails if a call was given flags that it does not take.
 fn check_flags(flags: c_uint, known: c_uint) -> Result<(), Error> {
@@ -59,18 +52,16 @@ unsafe fn copy_out(bytes: &[u8], to: *mut c_void) -> isize {
     bytes.len() as isize
 }
 
-fn check_room(to: *mut c_void, size: usize) -> Result<(), Error> {
-    match to.is_null() && size > 0 {
-        true => Err(invalid("The buffer is NULL. Pass one, or 0 as its size.")),
-        false => Ok(()),
-    }
+/// Names, with a zero byte behind each.
+pub(super) fn joined(names: &[OsString]) -> Vec<u8> {
+    names.iter().flat_map(|name| name.as_bytes().iter().copied().chain([0])).collect()
 }
 
 /// Copies all of these bytes, or says with ERANGE that there is no room. Of size 0 it copies nothing.
 ///
 /// # Safety
 /// `to` has room for `size` bytes.
-unsafe fn copy_all(bytes: &[u8], to: *mut c_void, size: usize) -> Result<isize, Error> {
+pub(super) unsafe fn copy_all(bytes: &[u8], to: *mut c_void, size: usize) -> Result<isize, Error> {
     match size {
         0 => Ok(bytes.len() as isize),
         _ if bytes.len() > size => {
@@ -349,15 +340,9 @@ pub unsafe extern "C" fn raio_listxattr(
         check_room(list.cast(), size)?;
         // SAFETY: the caller vouches for the string.
         let names = session.list_xattr(unsafe { named(path, "path") }?)?;
-        let names: Vec<u8> =
-            names.iter().flat_map(|name| name.as_bytes().iter().copied().chain([0])).collect();
         // SAFETY: the caller vouches for the room.
-        unsafe { copy_all(&names, list.cast(), size) }
+        unsafe { copy_all(&joined(&names), list.cast(), size) }
     })
-}
-
-fn no_directory() -> Error {
-    invalid("Not an open directory. Pass one from raio_opendir().")
 }
 
 /// See libraio.h.
@@ -369,7 +354,7 @@ pub unsafe extern "C" fn raio_opendir(fd: c_int, path: *const c_char) -> *mut ra
     run(|| {
         let (session, _) = descriptor::session_of(fd)?;
         // SAFETY: the caller vouches for the string.
-        Ok(Handle::create(&DIRS, session.read_dir(unsafe { named(path, "path") }?)?))
+        Ok(new_dir(session.read_dir(unsafe { named(path, "path") }?)?))
     })
     .unwrap_or_else(|errno| fail(errno, null_mut()))
 }
@@ -382,9 +367,10 @@ pub unsafe extern "C" fn raio_opendir(fd: c_int, path: *const c_char) -> *mut ra
 pub unsafe extern "C" fn raio_readdir(dir: *mut raio_dir, entry: *mut raio_dirent, size: usize) -> c_int {
     int(|| {
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the directory.
-        let entries = unsafe { Handle::get(dir) }.ok_or_else(no_directory)?;
+        let directory = unsafe { idle_dir(dir) }?;
         check_sized(entry, size)?;
-        let Some(found) = entries.next().transpose()? else { return Ok(0) };
+        let found = directory.entries.as_mut().and_then(Iterator::next).transpose()?;
+        let Some(found) = found else { return Ok(0) };
         // SAFETY: just checked, and the caller vouches for `size` bytes.
         unsafe { fill_in(raio_dirent::from(&found), entry, size) };
         Ok(1)
