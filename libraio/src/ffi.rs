@@ -14,8 +14,8 @@
 //! - `sync_contexts`, `descriptor`, `file_cache`: what descriptors stand for;
 //! - `state`: what the handles hold;
 //! - `abi`: structures and numbers of the header;
-//! - `session`, `file`, `memory`, `context`, `submit`, `events`, `prep`, and `names` and `sync_io` with what
-//!   `submit` has: the calls, by family.
+//! - `session`, `file`, `memory`, `context`, `submit`, `prep`; `names` and `sync_io` with what `submit` has;
+//!   `events` with what `names` has: the calls, by family.
 
 #![allow(non_camel_case_types)]
 
