@@ -72,7 +72,6 @@ pub fn at_loss(command: &[u8], was_sent: bool) -> Fate {
     match opcode(command) {
         // What it was to cancel goes on.
         Some(Opcode::Cancel) => Fate::Over(End::failed(Status::storage(libc::EAGAIN))),
-        Some(Opcode::Close) if was_sent => Fate::Over(End::SUCCESS),
         // The next connection asks anew.
         Some(Opcode::Outcome | Opcode::Reopen) => {
             Fate::Over(End::failed(Status::transport(libc::ECONNRESET)))

@@ -102,7 +102,7 @@ struct iovec;
 
 /* What raio_abi_version() returned when this header was written. The major number changes with the soname. */
 #define RAIO_ABI_MAJOR 0
-#define RAIO_ABI_MINOR 5
+#define RAIO_ABI_MINOR 6
 #define RAIO_ABI_VERSION ((RAIO_ABI_MAJOR << 16) | RAIO_ABI_MINOR)
 
 typedef struct raio_context *raio_context_t;
@@ -131,7 +131,15 @@ enum raio_iocb_cmd {
 	RAIO_CMD_RENAME = 18,
 	RAIO_CMD_LINK = 19,
 	RAIO_CMD_SYMLINK = 20,
-	RAIO_CMD_READLINK = 21
+	RAIO_CMD_READLINK = 21,
+	RAIO_CMD_SET_ATTRIBUTES = 22,	/* RAIO_SET_*: which */
+	RAIO_CMD_STATFS = 23,
+	RAIO_CMD_GETXATTR = 24,
+	RAIO_CMD_SETXATTR = 25,
+	RAIO_CMD_LISTXATTR = 26,
+	RAIO_CMD_REMOVEXATTR = 27,
+	RAIO_CMD_OPENDIR = 28,
+	RAIO_CMD_READDIR = 29
 };
 
 /* raio_iocb_common.flags; every other bit must be 0, except for the timeout: see raio_set_timeout() */
@@ -177,15 +185,16 @@ struct raio_stat;
  */
 struct raio_path_args {
 	const char *path;
-	const char *other;		/* rename, link: the new path; symlink: the target */
+	const char *other;		/* rename, link: the new path; symlink: the target; *xattr: the attribute */
 	void *buf;			/* get, put: data, in the iocb's `mr` unless that is NULL; readlink: receives
-					   the target, without a terminating zero */
-	unsigned long long nbytes;	/* length of buf */
+					   the target, without a terminating zero; *xattr: as of the calls; statfs:
+					   a struct raio_statfs; opendir: a raio_dir_t *; readdir: a raio_dir_t */
+	unsigned long long nbytes;	/* length of buf; with RAIO_SET_SIZE the size */
 	struct raio_stat *stat;		/* stat_path, get: where the status goes; get: or NULL */
 	unsigned long long stat_size;	/* sizeof(struct raio_stat) */
-	long long modified_ns;		/* with RAIO_PUT_MTIME */
-	unsigned int flags;		/* open: those of raio_open(); else RAIO_PATH_*, RAIO_PUT_*, RAIO_RENAME_* */
-	unsigned int mode;		/* of what is created */
+	long long modified_ns;		/* with RAIO_PUT_MTIME or RAIO_SET_MTIME */
+	unsigned int flags;		/* open: those of raio_open(); else RAIO_PATH_*, RAIO_PUT_*, RAIO_RENAME_*, RAIO_XATTR_*, RAIO_SET_* */
+	unsigned int mode;		/* of what is created; with RAIO_SET_MODE */
 	unsigned long long reserved[2];	/* 0 */
 };
 
@@ -195,6 +204,9 @@ struct raio_path_args {
 #define RAIO_PUT_MTIME		(1u << 3)	/* iocb: sets the modification time to modified_ns */
 #define RAIO_RENAME_NOREPLACE	(1u << 1)	/* EEXIST if there is something already */
 #define RAIO_XATTR_CREATE	(1u << 1)	/* EEXIST if there is one with the name */
+#define RAIO_SET_MTIME		(1u << 3)	/* sets the modification time to modified_ns */
+#define RAIO_SET_MODE		(1u << 4)	/* sets the permissions to mode */
+#define RAIO_SET_SIZE		(1u << 5)	/* sets the size to nbytes */
 
 struct raio_event {
 	void *data;			/* of the iocb */
@@ -540,8 +552,9 @@ raio_dir_t raio_opendir(int fd, const char *path);
  * raio_readdir - the next entry, in no particular order, without "." and "..". Entries come in pages, a request each.
  * Fills in at most `size` bytes of *entry.
  *
- * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), ESTALE (the
- * server was restarted, or the session has begun 16 other lists: begin again). After -1 there are no more.
+ * Returns 1, 0 at the end, or -1 with errno: EINVAL (not a directory of raio_opendir(), NULL), EBUSY (an iocb
+ * reads the next page), ESTALE (the server was restarted, or the session has begun 16 other lists: begin
+ * again). After -1, except with EINVAL and EBUSY, there are no more.
  */
 int raio_readdir(raio_dir_t dir, struct raio_dirent *entry, size_t size);
 
@@ -775,6 +788,24 @@ void raio_prep_symlink(struct raio_iocb *iocb, int fd, struct raio_path_args *ar
 		const char *link);
 void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, char *buf,
 		size_t size);
+void raio_prep_truncate(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		unsigned long long size);
+void raio_prep_chmod(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, mode_t mode);
+void raio_prep_utimens(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		long long modified_ns, unsigned int flags);
+void raio_prep_statfs_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		struct raio_statfs *buf);
+void raio_prep_getxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		const char *name, void *value, size_t size);
+void raio_prep_setxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		const char *name, const void *value, size_t size, unsigned int flags);
+void raio_prep_listxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, char *list,
+		size_t size);
+void raio_prep_removexattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		const char *name);
+void raio_prep_opendir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+		raio_dir_t *dir);
+void raio_prep_readdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, raio_dir_t dir);
 void raio_set_eventfd(struct raio_iocb *iocb, int eventfd);
 void raio_set_crc(struct raio_iocb *iocb, unsigned int crc);
 void raio_set_timeout(struct raio_iocb *iocb, unsigned int timeout_ms);
@@ -987,6 +1018,106 @@ static inline void raio_prep_readlink(struct raio_iocb *iocb, int fd, struct rai
 	raio_prep_path_(iocb, RAIO_CMD_READLINK, fd, args, path);
 	args->buf = buf;
 	args->nbytes = size;
+}
+
+/*
+ * raio_truncate(), raio_chmod(), raio_utimens(): each is a RAIO_CMD_SET_ATTRIBUTES. To set several attributes at once,
+ * set the others in *args afterwards, and their RAIO_SET_* in args->flags.
+ */
+static inline void raio_prep_truncate(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				      unsigned long long size)
+{
+	raio_prep_path_(iocb, RAIO_CMD_SET_ATTRIBUTES, fd, args, path);
+	args->nbytes = size;
+	args->flags = RAIO_SET_SIZE;
+}
+
+static inline void raio_prep_chmod(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				   mode_t mode)
+{
+	raio_prep_path_(iocb, RAIO_CMD_SET_ATTRIBUTES, fd, args, path);
+	args->mode = mode;
+	args->flags = RAIO_SET_MODE;
+}
+
+static inline void raio_prep_utimens(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				     long long modified_ns, unsigned int flags)
+{
+	raio_prep_path_(iocb, RAIO_CMD_SET_ATTRIBUTES, fd, args, path);
+	args->modified_ns = modified_ns;
+	args->flags = flags | RAIO_SET_MTIME;
+}
+
+/* raio_statfs_path() */
+static inline void raio_prep_statfs_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args,
+					 const char *path, struct raio_statfs *buf)
+{
+	raio_prep_path_(iocb, RAIO_CMD_STATFS, fd, args, path);
+	args->buf = buf;
+	args->nbytes = sizeof(*buf);
+}
+
+/*
+ * raio_getxattr(), raio_setxattr(), raio_listxattr(), raio_removexattr(): `res` of a get and a list is the length.
+ * raio_submit() copies the attribute's name, and fails with -E2BIG (a value of more than 64 KiB) or -ERANGE (a name of
+ * more than 255 bytes). raio_set_crc() protects a set, as a write.
+ */
+static inline void raio_prep_getxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				      const char *name, void *value, size_t size)
+{
+	raio_prep_path_(iocb, RAIO_CMD_GETXATTR, fd, args, path);
+	args->other = name;
+	args->buf = value;
+	args->nbytes = size;
+}
+
+static inline void raio_prep_setxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				      const char *name, const void *value, size_t size, unsigned int flags)
+{
+	raio_prep_path_(iocb, RAIO_CMD_SETXATTR, fd, args, path);
+	args->other = name;
+	args->buf = (void *)value;
+	args->nbytes = size;
+	args->flags = flags;
+}
+
+static inline void raio_prep_listxattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				       char *list, size_t size)
+{
+	raio_prep_path_(iocb, RAIO_CMD_LISTXATTR, fd, args, path);
+	args->buf = list;
+	args->nbytes = size;
+}
+
+static inline void raio_prep_removexattr(struct raio_iocb *iocb, int fd, struct raio_path_args *args,
+					 const char *path, const char *name)
+{
+	raio_prep_path_(iocb, RAIO_CMD_REMOVEXATTR, fd, args, path);
+	args->other = name;
+}
+
+/*
+ * raio_opendir(): *dir is set when the event is collected, unless it is a failure. `res` is how many entries
+ * raio_readdir() has without waiting for the server: 0 if the directory is empty. For more, see raio_prep_readdir().
+ */
+static inline void raio_prep_opendir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
+				     raio_dir_t *dir)
+{
+	raio_prep_path_(iocb, RAIO_CMD_OPENDIR, fd, args, path);
+	args->buf = dir;
+	args->nbytes = sizeof(*dir);
+}
+
+/*
+ * Brings the next page of a directory's entries, which raio_readdir() then has without waiting: `res` is how many
+ * entries those are, with those that were there before. 0: there are no more. Until the event is collected
+ * raio_readdir() fails with EBUSY; raio_closedir() does not, and the entries are dropped. If the iocb fails, or is
+ * cancelled, the directory has no more entries: close it, and begin again.
+ */
+static inline void raio_prep_readdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, raio_dir_t dir)
+{
+	raio_prep_path_(iocb, RAIO_CMD_READDIR, fd, args, NULL);
+	args->buf = dir;
 }
 
 /*

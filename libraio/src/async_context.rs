@@ -43,7 +43,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use crate::context::Context;
 use crate::error::{Error, protocol_error};
 use crate::file::File;
-use crate::names::PutOptions;
+use crate::names::{DirEntry, PutOptions};
 use crate::operation::{
     Answer, Completion, Operation, PathOperation, Rejected, RejectedPath, SubmitOptions, Ticket,
 };
@@ -184,6 +184,18 @@ impl AsyncContext {
         match self.answer(PathOperation::Stat { path: path.into(), nofollow: false }).await? {
             Answer::Status(status) => Ok(status),
             _ => Err(protocol_error()),
+        }
+    }
+
+    /// All entries of a directory: see [`crate::Session::read_dir`].
+    pub async fn read_dir(&self, path: impl Into<PathBuf>) -> Result<Vec<DirEntry>, Error> {
+        let mut operation = PathOperation::List { path: path.into() };
+        loop {
+            match self.answer(operation).await? {
+                Answer::Entries(entries) if entries.is_complete() => return entries.collect(),
+                Answer::Entries(entries) => operation = PathOperation::ListNext { entries },
+                _ => return Err(protocol_error()),
+            }
         }
     }
 

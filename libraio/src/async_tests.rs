@@ -188,6 +188,8 @@ fn files_are_opened_got_put_and_closed_by_futures() {
     assert_eq!((count, status.size.get(), &bytes(&buffers.unwrap())[..4]), (3, 3, &b"new\0"[..]));
     let missing = block_on(&context, context.open("/e/missing", libc::O_RDONLY, 0)).unwrap_err();
     assert_eq!(missing.errno(), libc::ENOENT);
+    let entries = block_on(&context, context.read_dir("/e")).unwrap();
+    assert_eq!(entries.len(), 10);
     let (rejected, buffers) = block_on(&context, context.get("", room(10)));
     assert_eq!((rejected.unwrap_err().errno(), buffers.unwrap().len()), (libc::ENOENT, 10));
     // One that was forgotten closes what it opens.

@@ -28,14 +28,13 @@ use raio_transport::busy_poll::BusyPoll;
 use raio_transport::channel::Channel;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
-use raio_transport::message;
 use raio_transport::protocol::{Command, Opcode};
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use self::parts::SentPart;
 use self::paths::Extra;
-use crate::error::{Error, protocol_error};
+use crate::error::{Error, not_supported, protocol_error, unsupported};
 use crate::file::{File, FileRefs};
 use crate::lent_pool::LentPool;
 use crate::operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
@@ -376,9 +375,7 @@ impl Context {
         match self.check(file, &operation) {
             Ok(()) => {
                 let crc = match &operation {
-                    Operation::Write { buffers, .. } => {
-                        crc.unwrap_or_else(|| message::crc_of(buffers.slices(0..buffers.len())))
-                    }
+                    Operation::Write { buffers, .. } => crc.unwrap_or_else(|| paths::crc_of(buffers)),
                     _ => 0,
                 };
                 let options = SendOptions::with_crc(Some(crc));
@@ -543,6 +540,27 @@ impl Context {
     /// Gives an operation a slot, and sends it if that is possible now. One with a `failure` is over.
     #[inline(always)]
     fn take_in(&mut self, new: New, token: u64, options: SendOptions, failure: Option<Error>) -> Ticket {
+        let (length, is_lent) = (new.length, new.is_lent);
+        let has_buffers = !matches!(new.bulk, Bulk::None);
+        let ticket = self.occupy(new, token, options);
+        let index = ticket.index;
+        if let Some(failure) = failure {
+            self.complete_unsent(index, failure);
+        } else if is_lent {
+            self.waiting_lent.push_back(index);
+            self.lend();
+        } else if length > self.io_bytes_max() as u64 && has_buffers {
+            self.queue_split(index);
+        } else {
+            self.queued.push_back(index);
+        }
+        self.send_queued();
+        ticket
+    }
+
+    /// Gives an operation a slot.
+    #[inline(always)]
+    fn occupy(&mut self, new: New, token: u64, options: SendOptions) -> Ticket {
         let New { file: file_index, opcode, request, bulk, length, is_lent, extra } = new;
         let index = self.vacant_slot();
         let slot = &mut self.slots[index as usize];
@@ -563,7 +581,6 @@ impl Context {
             slot.submitted_ns = tracer.now_ns();
             slot.request = None;
         }
-        let has_buffers = !matches!(bulk, Bulk::None);
         // There is none since its last operation has ended.
         if extra.is_some() {
             slot.extra = extra;
@@ -573,17 +590,6 @@ impl Context {
         self.in_flight += 1;
         self.stats.submitted += 1;
         self.files.operation_started(file_index);
-        if let Some(failure) = failure {
-            self.complete_unsent(index, failure);
-        } else if is_lent {
-            self.waiting_lent.push_back(index);
-            self.lend();
-        } else if length > self.io_bytes_max() as u64 && has_buffers {
-            self.queue_split(index);
-        } else {
-            self.queued.push_back(index);
-        }
-        self.send_queued();
         ticket
     }
 
@@ -1095,15 +1101,6 @@ impl Context {
             }
         }
     }
-}
-
-/// Why the server cannot be asked for this operation, if it cannot.
-fn unsupported(opcode: Opcode, channel: &Channel) -> Option<Error> {
-    opcode.operation().why_not_granted(channel.grant().features).map(not_supported)
-}
-
-fn not_supported(text: String) -> Error {
-    Error::new(Status::protocol(libc::EOPNOTSUPP), text)
 }
 
 /// Whether an operation can be sent in parts.

@@ -4,27 +4,26 @@
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
-use raio_transport::Status;
 use raio_transport::channel::Channel;
-use raio_transport::protocol::{Command, FileHandle};
+use raio_transport::protocol::{Command, FileHandle, Opcode};
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 
-use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out};
+use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out, unsupported};
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
-/// Files that the next thread with the control connection closes. The thread that completes an operation does
-/// not close them itself, because it would wait for another thread's round trip.
+/// Closes of files, and ends of listings, that the next thread with the control connection sends. The thread
+/// that completes an operation does not, because it would wait for another thread's round trip.
 #[derive(Debug, Default)]
-pub(crate) struct PendingCloses(Mutex<Vec<FileHandle>>);
+pub(crate) struct PendingCloses(Mutex<Vec<Command<'static>>>);
 
 impl PendingCloses {
-    fn lock(&self) -> MutexGuard<'_, Vec<FileHandle>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Command<'static>>> {
         lock(&self.0)
     }
 
-    pub(crate) fn push(&self, handle: FileHandle) {
-        self.lock().push(handle);
+    pub(crate) fn push(&self, command: Command<'static>) {
+        self.lock().push(command);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -36,14 +35,35 @@ impl PendingCloses {
     }
 }
 
+/// Whether this is a close of a file that the server does not have open any more: an earlier connection has
+/// brought it the same close, or it was restarted, and the file not opened again as it was being closed.
+pub(crate) fn is_closed_anyway(opcode: Opcode, reply: &Reply, channel: &Channel) -> bool {
+    opcode == Opcode::Close && reply.status.errno == libc::EBADF && channel.connections() > 1
+}
+
+/// The command that ends a listing.
+pub(crate) fn end_of_listing(listing: u64) -> Command<'static> {
+    Command::ListNext { listing, is_odd: false, length: 0 }
+}
+
+/// Closes what was opened by a request, if it opens something, whose answer nobody wants any more.
+pub(crate) fn close_of(opcode: Opcode, reply: &Reply) -> Option<Command<'static>> {
+    match opcode {
+        _ if !reply.status.is_ok() => None,
+        Opcode::Open => u32::try_from(reply.result).ok().map(|file| Command::Close(FileHandle(file))),
+        Opcode::List if reply.result != 0 => Some(end_of_listing(reply.result)),
+        _ => None,
+    }
+}
+
 /// A control connection.
 pub(crate) struct Control {
     channel: Channel,
     replies: Vec<Reply>,
     body: Vec<u8>,
     tag: u64,
-    /// Opens that nobody waits for any more. What they open is closed.
-    abandoned_opens: Vec<u64>,
+    /// Requests that nobody waits for any more, and that open something: it is closed.
+    abandoned: Vec<(u64, Opcode)>,
 }
 
 impl std::fmt::Debug for Control {
@@ -54,7 +74,7 @@ impl std::fmt::Debug for Control {
 
 impl Control {
     pub(crate) fn new(channel: Channel) -> Self {
-        Self { channel, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned_opens: Vec::new() }
+        Self { channel, replies: Vec::new(), body: Vec::new(), tag: 0, abandoned: Vec::new() }
     }
 
     /// Whether something that must not run twice was sent and not answered.
@@ -99,8 +119,8 @@ impl Control {
         }
         // A connection that has broken since the last call is made again before anything is sent by it.
         self.receive(closes);
-        if let Some(text) = command.opcode().operation().why_not_granted(self.channel.grant().features) {
-            return Err(Error::new(Status::protocol(libc::EOPNOTSUPP), text));
+        if let Some(error) = unsupported(command.opcode(), &self.channel) {
+            return Err(error);
         }
         let Some(tag) = self.send(command, bulk, deadline, closes, is_stopped) else {
             let other = || if is_stopped() { session_stopped() } else { self.late() };
@@ -110,7 +130,8 @@ impl Control {
             self.receive(closes);
             if let Some(at) = self.replies.iter().position(|reply| reply.tag == tag) {
                 let reply = self.replies.swap_remove(at);
-                return match reply.status.is_ok() || self.is_closed_anyway(command, &reply) {
+                return match reply.status.is_ok() || is_closed_anyway(command.opcode(), &reply, &self.channel)
+                {
                     true => Ok(reply),
                     false => Err(Error::from_reply(&reply, self.channel.failure())),
                 };
@@ -126,8 +147,8 @@ impl Control {
             }
             let now = Instant::now();
             if now >= deadline {
-                if matches!(command, Command::Open { .. }) {
-                    self.abandoned_opens.push(tag);
+                if let opcode @ (Opcode::Open | Opcode::List) = command.opcode() {
+                    self.abandoned.push((tag, opcode));
                 }
                 return Err(self.late());
             }
@@ -146,14 +167,6 @@ impl Control {
             true => timed_out(),
             false => reconnecting(self.channel.recovery()),
         }
-    }
-
-    /// Whether this is a close of a file that the server does not have open: if it was restarted, the file
-    /// was not opened again, because it was being closed already.
-    fn is_closed_anyway(&self, command: &Command<'_>, reply: &Reply) -> bool {
-        matches!(command, Command::Close(_))
-            && reply.status.errno == libc::EBADF
-            && self.channel.connections() > 1
     }
 
     /// Sends a command. Returns its tag; None if the connection has ended, the session was stopped, or the
@@ -190,10 +203,10 @@ impl Control {
     pub(crate) fn send_closes(&mut self, closes: &PendingCloses) -> bool {
         self.receive(closes);
         let mut closes = closes.lock();
-        while let Some(&handle) = closes.last() {
+        while let Some(command) = closes.last() {
             self.tag += 1;
             self.body.clear();
-            Command::Close(handle).encode(&mut self.body);
+            command.encode(&mut self.body);
             if self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
                 break;
             }
@@ -203,18 +216,18 @@ impl Control {
         closes.is_empty()
     }
 
-    /// Receives replies, and forgets those of before. What an abandoned open has opened goes to `closes`.
+    /// Receives replies, and forgets those of before. What abandoned requests have opened goes to `closes`.
     fn receive(&mut self, closes: &PendingCloses) {
         self.replies.clear();
         self.channel.receive(&mut self.replies);
-        if self.abandoned_opens.is_empty() {
+        if self.abandoned.is_empty() {
             return;
         }
         for reply in &self.replies {
-            if let Some(at) = self.abandoned_opens.iter().position(|&tag| tag == reply.tag) {
-                self.abandoned_opens.swap_remove(at);
-                if let (true, Ok(handle)) = (reply.status.is_ok(), u32::try_from(reply.result)) {
-                    closes.push(FileHandle(handle));
+            if let Some(at) = self.abandoned.iter().position(|&(tag, _)| tag == reply.tag) {
+                let (_, opcode) = self.abandoned.swap_remove(at);
+                if let Some(close) = close_of(opcode, reply) {
+                    closes.push(close);
                 }
             }
         }

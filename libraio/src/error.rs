@@ -1,6 +1,8 @@
 //! The one error type: a status (errno, where it arose, whether a retry may succeed) and a message.
 
+use raio_transport::channel::Channel;
 use raio_transport::error::Class;
+use raio_transport::protocol::Opcode;
 use raio_transport::transport::Reply;
 use raio_transport::{Status, message};
 
@@ -71,6 +73,16 @@ pub(crate) fn reconnecting(recovery: Option<String>) -> Error {
 pub(crate) fn oversized() -> Error {
     let text = "The server was restarted, and takes fewer bytes in a request now. Ask again for fewer.";
     Error::new(Status { retryable: true, ..Status::transport(libc::EMSGSIZE) }, text)
+}
+
+/// Why the server cannot be asked for this operation, if it cannot.
+pub(crate) fn unsupported(opcode: Opcode, channel: &Channel) -> Option<Error> {
+    opcode.operation().why_not_granted(channel.grant().features).map(not_supported)
+}
+
+/// What the server cannot be asked for.
+pub(crate) fn not_supported(text: String) -> Error {
+    Error::new(Status::protocol(libc::EOPNOTSUPP), text)
 }
 
 /// A call that the server, which answers pings, has not answered.

@@ -14,8 +14,8 @@ use raio_transport::handshake::{Grant, Policy};
 use raio_transport::message::{self, Limits, Message, Parsed, RequestHeader, ResponseHeader, SessionId};
 use raio_transport::protocol::path::PathCommand;
 use raio_transport::protocol::{
-    Command, Extent, FLAG_EXCLUSIVE, FileHandle, FileStatus, FileSystemStatus, OPEN_CREATE,
-    OPERATION_FEATURES, Opcode, RequestOutcome,
+    Command, DirectoryEntry, Extent, FLAG_EXCLUSIVE, FileHandle, FileStatus, FileSystemStatus, OPEN_CREATE,
+    OPERATION_FEATURES, Opcode, RequestOutcome, push_entry,
 };
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
@@ -38,6 +38,9 @@ struct State {
     files: HashMap<Vec<u8>, Arc<Mutex<Vec<u8>>>>,
     open: BTreeMap<u32, Arc<Mutex<Vec<u8>>>>,
     opened: u32,
+    /// The page that was asked for last of each listing, and how many have begun.
+    listings: BTreeMap<u64, u64>,
+    listed: u64,
     channels: HashMap<([u8; 16], u32), Channel>,
     /// Sessions that clients have given up.
     superseded: Vec<SessionId>,
@@ -108,6 +111,13 @@ impl State {
             self.open.insert(handle, file);
             return Answer { body: status.as_bytes().to_vec(), ..Answer::ok(handle.into()) };
         }
+        if let Command::ListNext { listing, is_odd, length } = *command {
+            if length > 0 {
+                return self.page(listing, is_odd);
+            }
+            self.listings.remove(&listing);
+            return Answer::ok(0);
+        }
         if let Command::Path(command) = command {
             return self.execute_path(command, data);
         }
@@ -175,6 +185,21 @@ impl State {
         }
     }
 
+    /// A page of a listing, the next one unless that is the one that was asked for last.
+    fn page(&mut self, listing: u64, is_odd: bool) -> Answer {
+        let Some(page) = self.listings.get_mut(&listing) else {
+            return Answer::failed(Status::storage(libc::ESTALE), "There is no such listing.");
+        };
+        *page += u64::from(*page == 0 || (*page % 2 == 1) == is_odd);
+        let name = page.to_string();
+        let (name, mode) = (name.as_bytes(), libc::S_IFREG);
+        let entry = DirectoryEntry { name, mode, size: 0, modified_ns: 0, inode: *page, has_status: true };
+        let mut data = vec![0; entry.wire_len()];
+        push_entry(&entry, &mut data).unwrap();
+        let result = if *page == 10 { 0 } else { listing };
+        Answer { data, ..Answer::ok(result) }
+    }
+
     fn execute_path(&mut self, command: &PathCommand<'_>, data: &[u8]) -> Answer {
         let PathCommand { path, other, .. } = *command;
         let missing = || Answer::failed(Status::storage(libc::ENOENT), "There is no such file.");
@@ -220,6 +245,25 @@ impl State {
             (Opcode::Statfs, _) => {
                 let status = FileSystemStatus { blocks: 1000.into(), ..FileSystemStatus::default() };
                 Answer { body: status.as_bytes().to_vec(), ..Answer::ok(0) }
+            }
+            // Its attributes are one with its contents, and one whose name is its path.
+            (Opcode::GetXattr, Some(file)) => {
+                let data = file.lock().unwrap().clone();
+                Answer { result: data.len() as u64, data, ..Answer::ok(0) }
+            }
+            (Opcode::ListXattr, Some(_)) => {
+                let data = [b"user.contents\0", path, b"\0"].concat();
+                Answer { result: data.len() as u64, data, ..Answer::ok(0) }
+            }
+            (Opcode::SetXattr, Some(file)) => {
+                *file.lock().unwrap() = data.to_vec();
+                Answer::ok(0)
+            }
+            // Every directory has ten pages with an entry each.
+            (Opcode::List, None) => {
+                self.listed += 1;
+                self.listings.insert(self.listed, 0);
+                self.page(self.listed, true)
             }
             (Opcode::Link | Opcode::Symlink | Opcode::Mkdir | Opcode::Rmdir, _) => {
                 Answer::failed(Status::storage(libc::EPERM), "Not here.")
@@ -290,6 +334,11 @@ impl FakeServer {
         self.shared.state.lock().unwrap().files[path.as_bytes()].lock().unwrap().fill(byte);
     }
 
+    /// Listings that have begun, and were not ended.
+    pub(crate) fn listings(&self) -> usize {
+        self.shared.state.lock().unwrap().listings.len()
+    }
+
     /// Open files.
     pub(crate) fn open(&self) -> usize {
         self.shared.state.lock().unwrap().open.len()
@@ -330,6 +379,7 @@ impl FakeServer {
         state.cut_all();
         state.channels.clear();
         state.open.clear();
+        state.listings.clear();
         state.verifier = verifier;
         state.restarts += 1;
     }
@@ -345,6 +395,7 @@ impl FakeServer {
         state.cut_all();
         state.channels.clear();
         state.open.clear();
+        state.listings.clear();
     }
 
     /// Has no such feature bits from now on, as an older server.

@@ -164,7 +164,7 @@ impl Inner {
     /// Tells the server that the file is closed, if nothing is in flight.
     fn close_if_idle(&self) {
         if self.begin_close() {
-            self.session.close_later(self.handle);
+            self.session.close_later(Command::Close(self.handle));
         }
     }
 }

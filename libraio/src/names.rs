@@ -17,6 +17,7 @@ use raio_transport::protocol::{
 };
 use raio_transport::transport::{Bulk, Reply};
 
+use crate::control::end_of_listing;
 use crate::error::{Error, protocol_error};
 use crate::session::{Session, Shared, status_of};
 use crate::tuning::{FIRST_PAGE_BYTES, PAGE_BYTES, XATTR_BYTES_MAX};
@@ -145,7 +146,7 @@ pub(crate) fn path_command<'a>(
 }
 
 /// One on an extended attribute.
-fn xattr_command<'a>(
+pub(crate) fn xattr_command<'a>(
     opcode: Opcode,
     flags: u16,
     path: &'a Path,
@@ -172,22 +173,44 @@ pub(crate) fn check_put(length: usize, length_max: usize) -> Result<(), Error> {
     Err(Error::call(libc::EFBIG, text))
 }
 
+/// Whether an extended attribute can have a value of this length.
+pub(crate) fn check_xattr(length: usize, length_max: usize) -> Result<(), Error> {
+    match length <= XATTR_BYTES_MAX.min(length_max) {
+        true => Ok(()),
+        false => Err(Error::call(libc::E2BIG, "The value is too long. Pass at most 64 KiB.")),
+    }
+}
+
 /// The target of a symbolic link, by the answer to a readlink.
 pub(crate) fn link_of(reply: &Reply) -> Result<PathBuf, Error> {
     let target = reply.body.get(..reply.result as usize).ok_or_else(protocol_error)?;
     Ok(PathBuf::from(OsString::from_vec(target.to_vec())))
 }
 
-fn owned(len: usize) -> Buffers {
-    Buffers::One(Buffer::Owned(vec![0; len].into()))
+/// Memory of the library's for at most this many bytes, and no more than a request may have.
+pub(crate) fn room_for(length: usize, length_max: usize) -> (usize, Bulk) {
+    let length = length.min(length_max);
+    let buffers = Buffers::One(Buffer::Owned(vec![0; length].into()));
+    (length, if length == 0 { Bulk::None } else { Bulk::In(buffers) })
 }
 
-/// The bytes that a reply has placed.
-fn data_of(reply: Reply) -> Result<Vec<u8>, Error> {
-    let Bulk::In(Buffers::One(Buffer::Owned(bytes))) = reply.bulk else { return Err(protocol_error()) };
-    let mut bytes = Vec::from(bytes);
+/// The bytes that a reply has placed in memory of the library's, which it takes.
+pub(crate) fn data_of(reply: &mut Reply) -> Result<Vec<u8>, Error> {
+    let mut bytes = match std::mem::replace(&mut reply.bulk, Bulk::None) {
+        Bulk::In(Buffers::One(Buffer::Owned(bytes))) => Vec::from(bytes),
+        // There was to be no data.
+        Bulk::None => Vec::new(),
+        _ => return Err(protocol_error()),
+    };
     bytes.truncate(reply.data_len);
     Ok(bytes)
+}
+
+/// The names of extended attributes, by the answer to a list_xattr.
+pub(crate) fn xattr_names(reply: &mut Reply) -> Result<Vec<OsString>, Error> {
+    let names = data_of(reply)?;
+    let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
+    Ok(names.map(|name| OsString::from_vec(name.to_vec())).collect())
 }
 
 impl Session {
@@ -199,9 +222,30 @@ impl Session {
         self.call_path(path_command(opcode, 0, 0, path, None)?, Bulk::None)
     }
 
-    /// The most bytes that one call brings or takes.
-    fn data_bytes_max(&self) -> Result<usize, Error> {
-        self.shared().data_bytes_max()
+    /// A command that brings at most `length` bytes, and no more than a request may.
+    fn fetch(&self, command: PathCommand<'_>, length: usize) -> Result<Reply, Error> {
+        self.shared().call_sized(|length_max| {
+            let (length, bulk) = room_for(length, length_max);
+            Ok((Command::Path(PathCommand { length: length as u64, ..command }), bulk))
+        })
+    }
+
+    /// A command that takes these bytes. `check` gets the most that a request may have.
+    fn send(
+        &self,
+        command: PathCommand<'_>,
+        bytes: &[u8],
+        check: impl FnOnce(usize) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let call = self.shared().call_sized(|length_max| {
+            check(length_max)?;
+            let bulk = match bytes.len() {
+                0 => Bulk::None,
+                _ => Bulk::Out(Buffers::One(Buffer::Owned(bytes.into()))),
+            };
+            Ok((Command::Path(command), bulk))
+        });
+        call.map(drop)
     }
 
     /// Returns the status of a path, and follows symbolic links. `/` is the list of exports. Identity and
@@ -220,42 +264,26 @@ impl Session {
     /// there is more. `length` is at most [`crate::Context::io_bytes_max`].
     pub fn get(&self, path: impl AsRef<Path>, length: usize) -> Result<(Vec<u8>, FileStatus), Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = length.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::Get, path) };
-        let bulk = if length == 0 { Bulk::None } else { Bulk::In(owned(length)) };
-        let reply = self.call_path(command, bulk)?;
+        let mut reply = self.fetch(PathCommand::new(Opcode::Get, path), length)?;
         let status = status_of(&reply)?;
-        let bytes = if length == 0 { Vec::new() } else { data_of(reply)? };
-        Ok((bytes, status))
+        Ok((data_of(&mut reply)?, status))
     }
 
     /// Atomically creates or replaces a file with these bytes, in one request. Others see the complete new
     /// file or the old one, also after a crash of the server process. At most
     /// [`crate::Context::io_bytes_max`] bytes (EFBIG).
     pub fn put(&self, path: impl AsRef<Path>, bytes: &[u8], options: &PutOptions) -> Result<(), Error> {
-        let path = path_bytes(path.as_ref())?;
-        check_put(bytes.len(), self.data_bytes_max()?)?;
-        let bulk = match bytes.len() {
-            0 => Bulk::None,
-            _ => Bulk::Out(Buffers::One(Buffer::Owned(bytes.into()))),
-        };
-        self.call_path(options.command(path, bytes.len()), bulk).map(drop)
+        let command = options.command(path_bytes(path.as_ref())?, bytes.len());
+        self.send(command, bytes, |length_max| check_put(bytes.len(), length_max))
     }
 
     /// The entries of a directory, in no particular order; of `/` the exports. They come page by page.
     pub fn read_dir(&self, path: impl AsRef<Path>) -> Result<ReadDir, Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = FIRST_PAGE_BYTES.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::List, path) };
-        let reply = self.call_path(command, Bulk::In(owned(length)))?;
-        let mut listing = ReadDir {
-            session: Arc::clone(self.shared()),
-            listing: 0,
-            is_odd: true,
-            entries: VecDeque::new(),
-        };
-        listing.take_in(reply)?;
-        Ok(listing)
+        let mut reply = self.fetch(PathCommand::new(Opcode::List, path), FIRST_PAGE_BYTES)?;
+        let mut entries = ReadDir::new(Arc::clone(self.shared()));
+        entries.take_in(&mut reply)?;
+        Ok(entries)
     }
 
     /// Creates a directory.
@@ -318,19 +346,13 @@ impl Session {
     /// The value of an extended attribute; its name begins with `user.`.
     pub fn get_xattr(&self, path: impl AsRef<Path>, name: impl AsRef<OsStr>) -> Result<Vec<u8>, Error> {
         let command = xattr_command(Opcode::GetXattr, 0, path.as_ref(), name.as_ref())?;
-        let length = XATTR_BYTES_MAX.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..command };
-        data_of(self.call_path(command, Bulk::In(owned(length)))?)
+        data_of(&mut self.fetch(command, XATTR_BYTES_MAX)?)
     }
 
     /// The names of the extended attributes that begin with `user.`.
     pub fn list_xattr(&self, path: impl AsRef<Path>) -> Result<Vec<OsString>, Error> {
         let path = path_bytes(path.as_ref())?;
-        let length = XATTR_BYTES_MAX.min(self.data_bytes_max()?);
-        let command = PathCommand { length: length as u64, ..PathCommand::new(Opcode::ListXattr, path) };
-        let names = data_of(self.call_path(command, Bulk::In(owned(length)))?)?;
-        let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
-        Ok(names.map(|name| OsString::from_vec(name.to_vec())).collect())
+        xattr_names(&mut self.fetch(PathCommand::new(Opcode::ListXattr, path), XATTR_BYTES_MAX)?)
     }
 
     /// Sets an extended attribute. With `exclusive` it fails with EEXIST if there is one with the name.
@@ -343,16 +365,8 @@ impl Session {
     ) -> Result<(), Error> {
         let flags = if exclusive { FLAG_EXCLUSIVE } else { 0 };
         let command = xattr_command(Opcode::SetXattr, flags, path.as_ref(), name.as_ref())?;
-        if value.len() > XATTR_BYTES_MAX.min(self.data_bytes_max()?) {
-            return Err(Error::call(libc::E2BIG, "The value is too long. Pass at most 64 KiB."));
-        }
-        let length = value.len() as u64;
-        let command = PathCommand { length, ..command };
-        let bulk = match length {
-            0 => Bulk::None,
-            _ => Bulk::Out(Buffers::One(Buffer::Owned(value.into()))),
-        };
-        self.call_path(command, bulk).map(drop)
+        let command = PathCommand { length: value.len() as u64, ..command };
+        self.send(command, value, |length_max| check_xattr(value.len(), length_max))
     }
 
     /// Removes an extended attribute.
@@ -395,7 +409,8 @@ impl Attributes {
     }
 }
 
-/// The entries of a directory: see [`Session::read_dir`]. Dropping it tells the server that no more are
+/// The entries of a directory: see [`Session::read_dir`] and [`crate::PathOperation::List`]. Beyond those
+/// that are [`ReadDir::buffered`], the next one is waited for. Dropping it tells the server that no more are
 /// wanted.
 #[derive(Debug)]
 pub struct ReadDir {
@@ -410,7 +425,32 @@ pub struct ReadDir {
 const _: () = assert!(FLAG_ODD_PAGE == 1);
 
 impl ReadDir {
-    fn take_in(&mut self, reply: Reply) -> Result<(), Error> {
+    /// Nothing yet.
+    pub(crate) fn new(session: Arc<Shared>) -> Self {
+        Self { session, listing: 0, is_odd: true, entries: VecDeque::new() }
+    }
+
+    /// How many entries come without waiting for the server.
+    pub fn buffered(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether the server has no more entries than those that are here.
+    pub fn is_complete(&self) -> bool {
+        self.listing == 0
+    }
+
+    pub(crate) fn session(&self) -> &Arc<Shared> {
+        &self.session
+    }
+
+    /// What asks for the next page, of this length.
+    pub(crate) fn next_command(&self, length: usize) -> Command<'static> {
+        Command::ListNext { listing: self.listing, is_odd: self.is_odd, length: length as u32 }
+    }
+
+    /// Takes in a page.
+    pub(crate) fn take_in(&mut self, reply: &mut Reply) -> Result<(), Error> {
         let listing = reply.result;
         let bytes = data_of(reply)?;
         for entry in entries(&bytes) {
@@ -424,28 +464,26 @@ impl ReadDir {
                 has_status: entry.has_status,
             });
         }
+        let before = std::mem::replace(&mut self.listing, listing);
+        if before != 0 {
+            self.is_odd = !self.is_odd;
+        }
         // One that has no end would be asked for ever.
-        if listing != 0 && self.entries.is_empty() {
+        if listing != 0 && bytes.is_empty() {
             return Err(protocol_error());
         }
-        let before = std::mem::replace(&mut self.listing, listing);
         if listing == 0 && before != 0 {
-            self.end(before);
+            self.session.close_later(end_of_listing(before));
         }
         Ok(())
     }
 
     fn next_page(&mut self) -> Result<(), Error> {
-        let length = PAGE_BYTES.min(self.session.data_bytes_max()?);
-        let command = Command::ListNext { listing: self.listing, is_odd: self.is_odd, length: length as u32 };
-        let reply = self.session.call_with(&command, Bulk::In(owned(length)))?;
-        self.is_odd = !self.is_odd;
-        self.take_in(reply)
-    }
-
-    /// Tells the server that a listing is over. It would find out by itself.
-    fn end(&self, listing: u64) {
-        let _ = self.session.call(&Command::ListNext { listing, is_odd: false, length: 0 });
+        let mut reply = self.session.call_sized(|length_max| {
+            let (length, bulk) = room_for(PAGE_BYTES, length_max);
+            Ok((self.next_command(length), bulk))
+        })?;
+        self.take_in(&mut reply)
     }
 }
 
@@ -466,7 +504,7 @@ impl Iterator for ReadDir {
 impl Drop for ReadDir {
     fn drop(&mut self) {
         if self.listing != 0 && !self.session.is_inherited() {
-            self.end(self.listing);
+            self.session.close_later(end_of_listing(self.listing));
         }
     }
 }

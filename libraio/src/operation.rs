@@ -1,5 +1,6 @@
 //! Operations and their completions, as a program has them.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use raio_transport::protocol::{FileStatus, FileSystemStatus};
 
 use crate::error::Error;
 use crate::file::File;
-use crate::names::{Attributes, PutOptions};
+use crate::names::{Attributes, PutOptions, ReadDir};
 
 /// What is to be done to a file, with the memory for it.
 #[derive(Debug)]
@@ -176,6 +177,47 @@ pub enum PathOperation {
         /// Its path.
         path: PathBuf,
     },
+    /// Ask for the value of an extended attribute: [`Answer::Xattr`].
+    GetXattr {
+        /// The path of the file or directory.
+        path: PathBuf,
+        /// The attribute, which begins with `user.`.
+        name: OsString,
+    },
+    /// Set an extended attribute.
+    SetXattr {
+        /// The path of the file or directory.
+        path: PathBuf,
+        /// The attribute, which begins with `user.`.
+        name: OsString,
+        /// Its value, at most 64 KiB (E2BIG).
+        buffers: Buffers,
+        /// Fail with EEXIST if there is one with the name.
+        exclusive: bool,
+    },
+    /// Ask for the names of the extended attributes that begin with `user.`: [`Answer::XattrNames`].
+    ListXattr {
+        /// The path of the file or directory.
+        path: PathBuf,
+    },
+    /// Remove an extended attribute.
+    RemoveXattr {
+        /// The path of the file or directory.
+        path: PathBuf,
+        /// The attribute.
+        name: OsString,
+    },
+    /// Begin to list a directory: [`Answer::Entries`], with the first of them.
+    List {
+        /// Its path; `/` lists the exports.
+        path: PathBuf,
+    },
+    /// Ask for more entries: [`Answer::Entries`]. If it fails the list is over, and begun anew by another
+    /// [`PathOperation::List`].
+    ListNext {
+        /// What there is of the list. It need not have been read.
+        entries: ReadDir,
+    },
 }
 
 /// The result of an operation, beside its byte count.
@@ -189,6 +231,13 @@ pub enum Answer {
     Link(PathBuf),
     /// Space and inodes of a file system.
     FileSystem(FileSystemStatus),
+    /// The value of an extended attribute.
+    Xattr(Vec<u8>),
+    /// The names of extended attributes.
+    XattrNames(Vec<OsString>),
+    /// The entries of a directory: [`ReadDir::buffered`] of them, and those that [`PathOperation::ListNext`]
+    /// asks for.
+    Entries(ReadDir),
     /// The parts of a range that have data.
     Extents {
         /// Where each begins, and how long it is, in bytes and in order.
@@ -270,9 +319,8 @@ pub struct Completion {
     /// As given to [`crate::Context::submit`].
     pub token: u64,
     /// How many bytes were read or written (of a file or of a get or put), 0 for the other operations; or why
-    /// it failed. Of fewer than
-    /// asked, the same operation on the rest tells why: 0 bytes (a read at the end of the file), or the
-    /// failure.
+    /// it failed. Of fewer than asked, the same operation on the rest tells why: 0 bytes (a read at the end
+    /// of the file), or the failure.
     pub result: Result<u64, Error>,
     /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
     pub buffers: Option<Buffers>,

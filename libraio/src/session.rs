@@ -586,15 +586,6 @@ impl Shared {
         self.suspect.store(true, Ordering::Relaxed);
     }
 
-    /// The most bytes of one request.
-    pub(crate) fn data_bytes_max(&self) -> Result<usize, Error> {
-        self.check_process()?;
-        let deadline = Instant::now() + self.options.call_timeout;
-        let mut guard = self.acquire_by(deadline)?;
-        let Some(control) = &mut guard.control else { unreachable!("only dropping takes it") };
-        Ok(control.data_bytes_max())
-    }
-
     /// Has the server execute a command, and waits for its answer.
     pub(crate) fn call(&self, command: &Command<'_>) -> Result<Reply, Error> {
         self.call_with(command, Bulk::None)
@@ -602,6 +593,14 @@ impl Shared {
 
     /// The same for a command with data, or with room for what the answer brings.
     pub(crate) fn call_with(&self, command: &Command<'_>, bulk: Bulk) -> Result<Reply, Error> {
+        self.call_sized(|_| Ok((*command, bulk)))
+    }
+
+    /// The same for a command that depends on the most bytes of one request, which it is made with.
+    pub(crate) fn call_sized<'a>(
+        &self,
+        make: impl FnOnce(usize) -> Result<(Command<'a>, Bulk), Error>,
+    ) -> Result<Reply, Error> {
         self.check_process()?;
         let deadline = Instant::now() + self.options.call_timeout;
         let mut guard = self.acquire_by(deadline)?;
@@ -609,7 +608,8 @@ impl Shared {
         if self.suspect.swap(false, Ordering::Relaxed) {
             control.ping_suspect();
         }
-        let reply = control.call(command, bulk, deadline, &self.closes, &|| !self.is_open());
+        let (command, bulk) = make(control.data_bytes_max())?;
+        let reply = control.call(&command, bulk, deadline, &self.closes, &|| !self.is_open());
         drop(guard);
         self.send_closes();
         reply
@@ -625,10 +625,10 @@ impl Shared {
         self.call(&Command::Close(handle)).map(drop)
     }
 
-    /// Closes a file without waiting for anything, nor telling of a failure: the server closes it with the
-    /// session at the latest.
-    pub(crate) fn close_later(&self, handle: FileHandle) {
-        self.closes.push(handle);
+    /// Closes a file, or ends a listing, without waiting for anything, nor telling of a failure: the server
+    /// closes it with the session at the latest.
+    pub(crate) fn close_later(&self, close: Command<'static>) {
+        self.closes.push(close);
         self.send_closes();
     }
 

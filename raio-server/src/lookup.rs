@@ -144,7 +144,7 @@ impl Location {
             Errno::XDEV => self.rejection(
                 what,
                 libc::EXDEV,
-                "It leads out of the export, through an absolute symbolic link, or to another file system.",
+                "The path leaves the export, has an absolute symbolic link, or enters another file system.",
             ),
             Errno::MFILE | Errno::NFILE => self.rejection(
                 what,

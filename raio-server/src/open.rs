@@ -313,7 +313,7 @@ impl Opening {
             Ok(_) | Err(Errno::NOENT) => {
                 "Another file system is mounted there; `cross-mounts = true` would serve it."
             }
-            Err(_) => "It leads out of the export, or through an absolute symbolic link.",
+            Err(_) => "The path leaves the export, or goes through an absolute symbolic link.",
         };
         self.rejection(libc::EXDEV, hint)
     }

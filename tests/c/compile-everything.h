@@ -70,16 +70,19 @@ static const struct every_call every_call = {
 static int is_on_path(const struct raio_iocb *iocb, int opcode, const struct raio_path_args *args)
 {
 	return !iocb->data && iocb->raio_fildes == 5 && iocb->raio_lio_opcode == opcode && iocb->u.c.buf == args &&
-	       iocb->u.c.nbytes == sizeof(*args) && !iocb->u.c.offset && !iocb->u.c.flags && !args->modified_ns &&
-	       !args->reserved[0] && !args->reserved[1] && !strcmp(args->path, "/e/p");
+	       iocb->u.c.nbytes == sizeof(*args) && !iocb->u.c.offset && !iocb->u.c.flags &&
+	       args->modified_ns == (args->flags == RAIO_SET_MTIME ? -7 : 0) && !args->reserved[0] &&
+	       !args->reserved[1] && (opcode == RAIO_CMD_READDIR ? !args->path : !strcmp(args->path, "/e/p"));
 }
 
 static int prepares_paths_as_documented(void)
 {
 	static char buf[16];
 	struct raio_path_args args;
+	struct raio_statfs room;
 	struct raio_stat status;
 	struct raio_iocb iocb;
+	raio_dir_t dir;
 
 	memset(&args, 0xff, sizeof(args));
 	raio_prep_open(&iocb, 5, &args, "/e/p", 2, 0600);
@@ -128,6 +131,39 @@ static int prepares_paths_as_documented(void)
 	raio_prep_ftruncate(&iocb, 5, 1ULL << 40);
 	if (iocb.raio_lio_opcode != RAIO_CMD_FTRUNCATE || iocb.u.c.nbytes != 1ULL << 40 || iocb.u.c.offset)
 		return 33;
+	raio_prep_truncate(&iocb, 5, &args, "/e/p", 1ULL << 40);
+	if (!is_on_path(&iocb, RAIO_CMD_SET_ATTRIBUTES, &args) || args.nbytes != 1ULL << 40 ||
+	    args.flags != RAIO_SET_SIZE)
+		return 34;
+	raio_prep_chmod(&iocb, 5, &args, "/e/p", 0640);
+	if (!is_on_path(&iocb, RAIO_CMD_SET_ATTRIBUTES, &args) || args.mode != 0640 || args.flags != RAIO_SET_MODE)
+		return 35;
+	raio_prep_utimens(&iocb, 5, &args, "/e/p", -7, 0);
+	if (!is_on_path(&iocb, RAIO_CMD_SET_ATTRIBUTES, &args) || args.flags != RAIO_SET_MTIME || args.nbytes)
+		return 36;
+	raio_prep_statfs_path(&iocb, 5, &args, "/e/p", &room);
+	if (!is_on_path(&iocb, RAIO_CMD_STATFS, &args) || args.buf != &room || args.nbytes != sizeof(room))
+		return 37;
+	raio_prep_getxattr(&iocb, 5, &args, "/e/p", "user.a", buf, sizeof(buf));
+	if (!is_on_path(&iocb, RAIO_CMD_GETXATTR, &args) || strcmp(args.other, "user.a") || args.buf != buf ||
+	    args.nbytes != 16)
+		return 38;
+	raio_prep_setxattr(&iocb, 5, &args, "/e/p", "user.a", buf, sizeof(buf), RAIO_XATTR_CREATE);
+	if (!is_on_path(&iocb, RAIO_CMD_SETXATTR, &args) || strcmp(args.other, "user.a") || args.buf != buf ||
+	    args.nbytes != 16 || args.flags != RAIO_XATTR_CREATE)
+		return 39;
+	raio_prep_listxattr(&iocb, 5, &args, "/e/p", buf, sizeof(buf));
+	if (!is_on_path(&iocb, RAIO_CMD_LISTXATTR, &args) || args.other || args.buf != buf || args.nbytes != 16)
+		return 40;
+	raio_prep_removexattr(&iocb, 5, &args, "/e/p", "user.a");
+	if (!is_on_path(&iocb, RAIO_CMD_REMOVEXATTR, &args) || strcmp(args.other, "user.a") || args.buf)
+		return 41;
+	raio_prep_opendir(&iocb, 5, &args, "/e/p", &dir);
+	if (!is_on_path(&iocb, RAIO_CMD_OPENDIR, &args) || args.buf != &dir || args.nbytes != sizeof(dir))
+		return 42;
+	raio_prep_readdir(&iocb, 5, &args, (raio_dir_t)(void *)buf);
+	if (!is_on_path(&iocb, RAIO_CMD_READDIR, &args) || args.buf != buf || args.nbytes)
+		return 43;
 	return 0;
 }
 

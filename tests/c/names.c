@@ -344,8 +344,214 @@ static void all_of_it_as_iocbs(int fd)
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
 	raio_prep_link(&iocbs[0], fd, &args[0], path, NULL);
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
-	iocbs[0].raio_lio_opcode = RAIO_CMD_READLINK + 1;
+	iocbs[0].raio_lio_opcode = RAIO_CMD_READDIR + 1;
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
+	EQ(raio_destroy(ctx), 0);
+}
+
+static void attributes_as_iocbs(int fd)
+{
+	char path[PATH_BYTES], value[100];
+	struct raio_path_args args;
+	struct raio_iocb iocb, *io = &iocb;
+	struct raio_stat status;
+	struct raio_statfs room;
+	raio_context_t ctx = NULL;
+
+	EQ(raio_setup(fd, 4, &ctx), 0);
+	EQ(raio_put(fd, beneath(path, "set"), "0123456789", 10, 0600, 0), 0);
+	raio_prep_truncate(&iocb, fd, &args, path, 4);
+	EQ(run_iocb(ctx, &iocb), 0);
+	raio_prep_chmod(&iocb, fd, &args, path, 0640);
+	EQ(run_iocb(ctx, &iocb), 0);
+	raio_prep_utimens(&iocb, fd, &args, path, -1500000000LL, 0);
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(raio_stat_path(fd, path, &status, sizeof(status)), 0);
+	EQ(status.file_bytes, 4);
+	EQ(status.mode, S_IFREG | 0640);
+	EQ(status.modified_ns, -1500000000LL);
+	/* All at once. */
+	raio_prep_truncate(&iocb, fd, &args, path, 7);
+	args.mode = 0604;
+	args.modified_ns = 99;
+	args.flags |= RAIO_SET_MODE | RAIO_SET_MTIME;
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(raio_stat_path(fd, path, &status, sizeof(status)), 0);
+	EQ(status.file_bytes, 7);
+	EQ(status.mode, S_IFREG | 0604);
+	EQ(status.modified_ns, 99);
+	args.flags |= 1u << 6;
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_chmod(&iocb, fd, &args, "/ro/data.bin", 0640);
+	EQ(run_iocb(ctx, &iocb), -EROFS);
+	raio_prep_utimens(&iocb, fd, &args, beneath(path, "missing"), 5, RAIO_PATH_NOFOLLOW);
+	EQ(run_iocb(ctx, &iocb), -ENOENT);
+	beneath(path, "set");
+
+	memset(&room, 0xff, sizeof(room));
+	raio_prep_statfs_path(&iocb, fd, &args, path, &room);
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(room.size, sizeof(room));
+	CHECK(room.block_bytes && room.blocks >= room.blocks_free && room.name_bytes_max >= 255);
+	memset(&room, 0xff, sizeof(room));
+	args.nbytes = 16;
+	EQ(run_iocb(ctx, &iocb), 0);
+	CHECK(room.size == 16 && room.block_bytes < 1 << 30 && is_all(&room.blocks, sizeof(room) - 16, 0xff));
+	args.nbytes = 8;
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_statfs_path(&iocb, fd, &args, path, NULL);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+
+	raio_prep_setxattr(&iocb, fd, &args, path, "user.test", "value", 5, RAIO_XATTR_CREATE);
+	if (run_iocb(ctx, &iocb) == -EOPNOTSUPP) {
+		printf("this file system has no extended attributes\n");
+		EQ(raio_destroy(ctx), 0);
+		return;
+	}
+	EQ(run_iocb(ctx, &iocb), -EEXIST);
+	raio_prep_setxattr(&iocb, fd, &args, path, "user.test", "longer", 6, 0);
+	raio_set_crc(&iocb, raio_crc32c(0, "longer", 6));
+	EQ(run_iocb(ctx, &iocb), 0);
+	raio_prep_setxattr(&iocb, fd, &args, path, "user.none", NULL, 0, 0);
+	EQ(run_iocb(ctx, &iocb), 0);
+	memset(value, 'x', sizeof(value));
+	raio_prep_getxattr(&iocb, fd, &args, path, "user.test", value, sizeof(value));
+	EQ(run_iocb(ctx, &iocb), 6);
+	CHECK(!memcmp(value, "longerx", 7));
+	raio_prep_getxattr(&iocb, fd, &args, path, "user.test", value, 5);
+	EQ(run_iocb(ctx, &iocb), -ERANGE);
+	raio_prep_getxattr(&iocb, fd, &args, path, "user.test", NULL, 0);
+	EQ(run_iocb(ctx, &iocb), 6);
+	raio_prep_getxattr(&iocb, fd, &args, path, "user.none", value, sizeof(value));
+	EQ(run_iocb(ctx, &iocb), 0);
+	raio_prep_removexattr(&iocb, fd, &args, path, "user.none");
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(run_iocb(ctx, &iocb), -ENODATA);
+	memset(value, 'x', sizeof(value));
+	raio_prep_listxattr(&iocb, fd, &args, path, value, sizeof(value));
+	EQ(run_iocb(ctx, &iocb), 10);
+	CHECK(!memcmp(value, "user.test\0x", 11));
+	raio_prep_listxattr(&iocb, fd, &args, path, NULL, 0);
+	EQ(run_iocb(ctx, &iocb), 10);
+	raio_prep_listxattr(&iocb, fd, &args, path, value, 9);
+	EQ(run_iocb(ctx, &iocb), -ERANGE);
+	raio_prep_listxattr(&iocb, fd, &args, path, NULL, 9);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_getxattr(&iocb, fd, &args, path, NULL, value, sizeof(value));
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_getxattr(&iocb, fd, &args, path, "user.test", NULL, 9);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_setxattr(&iocb, fd, &args, path, "user.test", NULL, 9, 0);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_setxattr(&iocb, fd, &args, path, "user.test", "x", 1, 1u << 2);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	EQ(raio_destroy(ctx), 0);
+}
+
+static void directories_as_iocbs(int fd, int other)
+{
+	enum { FILES = 1000 };
+	static unsigned char found[FILES];
+	char path[PATH_BYTES], name[PATH_BYTES / 2];
+	struct raio_path_args args, begun_args;
+	struct raio_iocb iocb, begun, *io = &iocb;
+	struct raio_dirent entry;
+	struct raio_event event;
+	raio_context_t ctx = NULL;
+	raio_dir_t dir = NULL, second, later[16];
+	int i, n, pages = 0;
+
+	EQ(raio_setup(fd, 4, &ctx), 0);
+	EQ(raio_mkdir(fd, beneath(path, "listed"), 0700), 0);
+	raio_prep_opendir(&iocb, fd, &args, path, &dir);
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(raio_readdir(dir, &entry, sizeof(entry)), 0);
+	raio_prep_readdir(&iocb, fd, &args, dir);
+	EQ(run_iocb(ctx, &iocb), 0);
+	EQ(raio_closedir(dir), 0);
+	for (i = 0; i < FILES; i++) {
+		snprintf(name, sizeof(name), "listed/%d-%0100d", i, 0);
+		EQ(raio_put(fd, beneath(path, name), "0123456789", (size_t)i % 10, 0600, 0), 0);
+	}
+	beneath(path, "listed");
+	raio_prep_opendir(&iocb, fd, &args, path, &dir);
+	for (n = (int)run_iocb(ctx, &iocb); n > 0; n = (int)run_iocb(ctx, &iocb)) {
+		pages++;
+		while (n-- > 0) {
+			EQ(raio_readdir(dir, &entry, sizeof(entry)), 1);
+			i = atoi(entry.name);
+			CHECK(i >= 0 && i < FILES && !found[i]++);
+			EQ(entry.file_bytes, i % 10);
+		}
+		raio_prep_readdir(&iocb, fd, &args, dir);
+	}
+	EQ(n, 0);
+	CHECK(pages > 1);
+	CHECK(is_all(found, FILES, 1));
+	EQ(raio_readdir(dir, &entry, sizeof(entry)), 0);
+	EQ(raio_closedir(dir), 0);
+	/* One that an iocb reads; and one that is closed meanwhile. */
+	for (i = 0; i < 2; i++) {
+		raio_prep_opendir(&iocb, fd, &args, path, &dir);
+		n = (int)run_iocb(ctx, &iocb);
+		CHECK(n > 0 && n < FILES);
+		raio_prep_readdir(&iocb, fd, &args, dir);
+		EQ(raio_submit(ctx, 1, &io), 1);
+		FAILS(raio_readdir(dir, &entry, sizeof(entry)), EBUSY);
+		raio_prep_readdir(&begun, fd, &begun_args, dir);
+		io = &begun;
+		EQ(raio_submit(ctx, 1, &io), -EBUSY);
+		io = &iocb;
+		if (i == 1)
+			EQ(raio_closedir(dir), 0);
+		EQ(raio_getevents(ctx, 1, 1, &event, NULL), 1);
+		CHECK((long)event.res > n);
+		if (i == 0) {
+			EQ(raio_readdir(dir, &entry, sizeof(entry)), 1);
+			EQ(raio_closedir(dir), 0);
+		}
+	}
+	/* One whose iocb fails has no more entries. */
+	raio_prep_opendir(&iocb, fd, &args, path, &dir);
+	CHECK(run_iocb(ctx, &iocb) > 0);
+	for (i = 0; i < 16; i++) {
+		raio_prep_opendir(&iocb, fd, &args, path, &later[i]);
+		CHECK(run_iocb(ctx, &iocb) > 0);
+	}
+	raio_prep_readdir(&iocb, fd, &args, dir);
+	EQ(run_iocb(ctx, &iocb), -ESTALE);
+	EQ(raio_readdir(dir, &entry, sizeof(entry)), 0);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	EQ(raio_closedir(dir), 0);
+	for (i = 0; i < 16; i++)
+		EQ(raio_closedir(later[i]), 0);
+
+	raio_prep_opendir(&iocb, fd, &args, "/", &dir);
+	CHECK(run_iocb(ctx, &iocb) >= 4);
+	/* It goes on in its own session alone, and with the call. */
+	raio_prep_readdir(&iocb, other, &args, dir);
+	EQ(raio_submit(ctx, 1, &io), -EBADF);
+	EQ(raio_readdir(dir, &entry, sizeof(entry)), 1);
+	EQ(raio_closedir(dir), 0);
+	second = raio_opendir(other, path);
+	MUST(second != NULL);
+	raio_prep_readdir(&iocb, fd, &args, second);
+	EQ(raio_submit(ctx, 1, &io), -EBADF);
+	EQ(raio_readdir(second, &entry, sizeof(entry)), 1);
+	EQ(raio_closedir(second), 0);
+	raio_prep_readdir(&iocb, fd, &args, second);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_readdir(&iocb, fd, &args, NULL);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	raio_prep_opendir(&iocb, fd, &args, path, NULL);
+	EQ(raio_submit(ctx, 1, &io), -EINVAL);
+	dir = NULL;
+	raio_prep_opendir(&iocb, fd, &args, "/ro/data.bin", &dir);
+	EQ(run_iocb(ctx, &iocb), -ENOTDIR);
+	CHECK(!dir);
+	/* Events that are not collected. */
+	raio_prep_opendir(&iocb, fd, &args, path, &dir);
+	EQ(raio_submit(ctx, 1, &io), 1);
 	EQ(raio_destroy(ctx), 0);
 }
 
@@ -367,6 +573,8 @@ int main(int argc, char **argv)
 	directories_are_listed(fd);
 	what_is_done_to_an_open_file(fd);
 	all_of_it_as_iocbs(fd);
+	attributes_as_iocbs(fd);
+	directories_as_iocbs(fd, other);
 	/* What is listed when the session ends fails, and can be closed. */
 	dir = raio_opendir(other, top);
 	MUST(dir != NULL);

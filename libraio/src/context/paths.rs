@@ -14,20 +14,25 @@ use raio_transport::memory::{Buffers, Divided};
 use raio_transport::message;
 use raio_transport::protocol::path::PathCommand;
 use raio_transport::protocol::{
-    Command, Extent, FLAG_NO_REPLACE, FLAG_NOFOLLOW, FileHandle, FileStatus, FileSystemStatus, OPEN_DSYNC,
-    OPEN_SYNC, Opcode,
+    Command, Extent, FLAG_EXCLUSIVE, FLAG_NO_REPLACE, FLAG_NOFOLLOW, FLAG_REMOVE, FileHandle, FileStatus,
+    FileSystemStatus, OPEN_DSYNC, OPEN_SYNC, Opcode,
 };
 use raio_transport::transport::{Bulk, Reply, SendOptions};
 
-use super::{Context, NO_FILE, New, OperationState, Request, not_supported, unsupported};
-use crate::error::{Error, protocol_error};
+use super::{Context, NO_FILE, New, OperationState, Request};
+use crate::control::is_closed_anyway;
+use crate::error::{Error, not_supported, protocol_error, unsupported};
 use crate::file::File;
-use crate::names::{check_put, link_of, path_bytes, path_command};
+use crate::names::{
+    ReadDir, check_put, check_xattr, data_of, link_of, path_bytes, path_command, room_for, xattr_command,
+    xattr_names,
+};
 use crate::open_flags::open_flags;
 use crate::operation::{
     Answer, Completion, OperationCrc, PathOperation, RejectedPath, SubmitOptions, Ticket,
 };
 use crate::session::{Shared, status_of};
+use crate::tuning::{FIRST_PAGE_BYTES, PAGE_BYTES, XATTR_BYTES_MAX};
 
 /// What a slot has of an operation beyond a read or a write.
 #[derive(Debug, Default)]
@@ -37,7 +42,10 @@ pub(super) struct Extra {
     closing: Option<FileHandle>,
     /// The buffers of a get that are larger than a request may be. It has a part of them.
     whole: Option<Divided>,
-    answer: Option<Box<Answer>>,
+    /// The directory that is listed.
+    entries: Option<ReadDir>,
+    /// Its buffers are the library's.
+    has_own_room: bool,
 }
 
 /// A file that is being opened.
@@ -76,13 +84,16 @@ impl Extra {
             completion.buffers = None;
             completion.buffers = whole.into_whole().ok();
         }
+        if self.has_own_room {
+            completion.buffers = None;
+        }
         match &mut completion.result {
-            Ok(_) => completion.answer = self.answer,
+            Ok(_) => completion.answer = self.entries.map(|entries| Box::new(Answer::Entries(entries))),
             Err(error) => {
                 // It was opened, and perhaps created.
                 error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
                 if let Some(handle) = self.closing {
-                    session.close_later(handle);
+                    session.close_later(Command::Close(handle));
                 }
             }
         }
@@ -120,6 +131,9 @@ impl PathOperation {
     /// What is sent of it to a server that takes this number of bytes in a request.
     fn request(&self, io_bytes_max: usize) -> Result<PathRequest, Error> {
         let on = |opcode, path| path_request(opcode, 0, 0, path, None);
+        let sized = |command, length: usize| {
+            encoded(PathCommand { length: length.min(io_bytes_max) as u64, ..command })
+        };
         match self {
             Self::Open { path, flags, mode } => {
                 let flags = open_flags(*flags)?;
@@ -131,8 +145,7 @@ impl PathOperation {
                 path_request(Opcode::StatPath, if *nofollow { FLAG_NOFOLLOW } else { 0 }, 0, path, None)
             }
             Self::Get { path, buffers } => {
-                let length = buffers.len().min(io_bytes_max) as u64;
-                Ok(encoded(PathCommand { length, ..PathCommand::new(Opcode::Get, path_bytes(path)?) }))
+                Ok(sized(PathCommand::new(Opcode::Get, path_bytes(path)?), buffers.len()))
             }
             Self::Put { path, buffers, options } => {
                 let path = path_bytes(path)?;
@@ -154,6 +167,29 @@ impl PathOperation {
                 Ok(PathRequest { length: 0, ..encoded(command) })
             }
             Self::Statfs { path } => on(Opcode::Statfs, path),
+            Self::GetXattr { path, name } => {
+                Ok(sized(xattr_command(Opcode::GetXattr, 0, path, name)?, XATTR_BYTES_MAX))
+            }
+            Self::SetXattr { path, name, buffers, exclusive } => {
+                let flags = if *exclusive { FLAG_EXCLUSIVE } else { 0 };
+                let command = xattr_command(Opcode::SetXattr, flags, path, name)?;
+                check_xattr(buffers.len(), io_bytes_max)?;
+                Ok(encoded(PathCommand { length: buffers.len() as u64, ..command }))
+            }
+            Self::ListXattr { path } => {
+                Ok(sized(PathCommand::new(Opcode::ListXattr, path_bytes(path)?), XATTR_BYTES_MAX))
+            }
+            Self::RemoveXattr { path, name } => {
+                xattr_command(Opcode::SetXattr, FLAG_REMOVE, path, name).map(encoded)
+            }
+            Self::List { path } => {
+                Ok(sized(PathCommand::new(Opcode::List, path_bytes(path)?), FIRST_PAGE_BYTES))
+            }
+            Self::ListNext { entries } => {
+                let (length, mut command) = (PAGE_BYTES.min(io_bytes_max), Vec::new());
+                entries.next_command(length).encode(&mut command);
+                Ok(PathRequest { opcode: Opcode::ListNext, command, length, flags: 0 })
+            }
         }
     }
 }
@@ -180,12 +216,15 @@ impl Context {
         failure: Option<Error>,
         token: u64,
     ) -> Result<Ticket, Box<RejectedPath>> {
-        let checked = self.check_room().and_then(|()| operation.request(self.io_bytes_max()));
+        let checked = (self.check_room())
+            .and_then(|()| self.check_session(&operation))
+            .and_then(|()| operation.request(self.io_bytes_max()));
         let request = match checked {
             Ok(request) => request,
             Err(error) => return Err(Box::new(RejectedPath { operation, error })),
         };
         let mut extra = None;
+        let mut is_complete = false;
         let (bulk, crc) = match operation {
             PathOperation::Get { buffers, .. } => {
                 let part = match buffers.len() > request.length {
@@ -199,7 +238,7 @@ impl Context {
                 };
                 (Bulk::In(part), 0)
             }
-            PathOperation::Put { buffers, .. } => {
+            PathOperation::Put { buffers, .. } | PathOperation::SetXattr { buffers, .. } => {
                 let crc = match options.crc {
                     OperationCrc::AsSession => 0,
                     OperationCrc::Computed => crc_of(&buffers),
@@ -218,6 +257,21 @@ impl Context {
                 extra = Some(Box::new(Extra { opening: Some(opening), ..Extra::default() }));
                 (Bulk::None, 0)
             }
+            PathOperation::List { .. }
+            | PathOperation::ListNext { .. }
+            | PathOperation::GetXattr { .. }
+            | PathOperation::ListXattr { .. } => {
+                let entries = match operation {
+                    PathOperation::List { .. } => Some(ReadDir::new(Arc::clone(&self.session))),
+                    PathOperation::ListNext { entries } => {
+                        is_complete = entries.is_complete();
+                        Some(entries)
+                    }
+                    _ => None,
+                };
+                extra = Some(Box::new(Extra { entries, has_own_room: true, ..Extra::default() }));
+                (room_for(request.length, request.length).1, 0)
+            }
             _ => (Bulk::None, 0),
         };
         let send = SendOptions::with_crc((options.crc != OperationCrc::AsSession).then_some(crc));
@@ -233,7 +287,10 @@ impl Context {
             is_lent: false,
             extra,
         };
-        let ticket = self.take_in(new, token, send, failure);
+        let ticket = match is_complete && failure.is_none() {
+            true => self.complete_at_once(new, token),
+            false => self.take_in(new, token, send, failure),
+        };
         if let Some(timeout) = options.timeout {
             self.set_timeout(ticket, timeout);
         }
@@ -261,57 +318,57 @@ impl Context {
             extra: closing.map(|_| Box::new(Extra { closing, ..Extra::default() })),
         };
         match (closing, failure) {
-            (None, None) => self.take_in_over(new, token),
+            (None, None) => self.complete_at_once(new, token),
             (_, failure) => self.take_in(new, token, options, failure),
         }
     }
 
-    /// Gives a slot to an operation that has completed successfully.
-    fn take_in_over(&mut self, new: New, token: u64) -> Ticket {
-        let index = self.vacant_slot();
-        let slot = &mut self.slots[index as usize];
-        (slot.token, slot.file, slot.opcode) = (token, new.file, new.opcode);
-        (slot.is_lent, slot.cancelling, slot.timed_out) = (false, false, false);
-        (slot.options, slot.request) = (SendOptions::PLAIN, None);
-        let ticket = Ticket { index, generation: slot.generation };
-        self.in_flight += 1;
-        self.stats.submitted += 1;
-        self.complete(index, Ok(0), Bulk::None, 0);
+    /// Takes an operation for which the server is not needed.
+    fn complete_at_once(&mut self, new: New, token: u64) -> Ticket {
+        let ticket = self.occupy(new, token, SendOptions::PLAIN);
+        self.complete(ticket.index, Ok(0), Bulk::None, 0);
         ticket
+    }
+
+    /// A list can go on in its own session alone.
+    fn check_session(&self, operation: &PathOperation) -> Result<(), Error> {
+        match operation {
+            PathOperation::ListNext { entries } if !Arc::ptr_eq(entries.session(), &self.session) => {
+                let text = "The list belongs to another session. Submit it to a context of its session.";
+                Err(Error::call(libc::EBADF, text))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// A reply to an operation that [`has_answer`].
     #[cold]
-    pub(super) fn handle_answer(&mut self, index: u32, reply: Reply) {
+    pub(super) fn handle_answer(&mut self, index: u32, mut reply: Reply) {
         let slot = &self.slots[index as usize];
         let opcode = slot.opcode;
-        // A server that was restarted does not have a file that was being closed already.
-        let is_closed_anyway =
-            opcode == Opcode::Close && reply.status.errno == libc::EBADF && self.channel.connections() > 1;
-        if is_closed_anyway {
+        if is_closed_anyway(opcode, &reply, &self.channel) {
             return self.complete(index, Ok(0), reply.bulk, 0);
         }
-        let mut result = self.result_of(index, slot.length, &reply);
+        let length = slot.length;
+        let mut result = self.result_of(index, length, &reply);
+        let mut answer = None;
         if result.is_ok() {
-            let found = match opcode {
-                Opcode::Open => match self.opened(index, &reply) {
-                    Ok(true) => Ok((0, None)),
-                    Ok(false) => return,
-                    Err(error) => Err(error),
+            let opened = match opcode {
+                Opcode::Open => Some(self.opened(index, &reply)),
+                Opcode::Stat if self.opening(index).is_some() => Some(self.opened_status(index, &reply)),
+                _ => None,
+            };
+            let found = match opened {
+                Some(Ok(None)) => return,
+                Some(opened) => opened.map(|file| (0, file)),
+                None => match self.entries(index) {
+                    Some(entries) => entries.take_in(&mut reply).map(|()| (0, None)),
+                    None => answer_of(opcode, length, &mut reply),
                 },
-                Opcode::Stat if self.opening(index).is_some() => match self.opened_status(index, &reply) {
-                    Ok(true) => Ok((0, None)),
-                    Ok(false) => return,
-                    Err(error) => Err(error),
-                },
-                _ => answer_of(opcode, self.slots[index as usize].length, &reply),
             };
             result = match found {
-                Ok((count, answer)) => {
-                    if let Some(answer) = answer {
-                        let slot = &mut self.slots[index as usize];
-                        slot.extra.get_or_insert_default().answer = Some(Box::new(answer));
-                    }
+                Ok((count, found)) => {
+                    answer = found;
                     Ok(count)
                 }
                 Err(error) => {
@@ -328,14 +385,23 @@ impl Context {
             result = Err(Error::new(Status::transport(libc::ECONNRESET), text));
         }
         self.complete(index, result, reply.bulk, reply.data_crc);
+        if let (Some(answer), OperationState::Done(completion)) =
+            (answer, &mut self.slots[index as usize].state)
+        {
+            completion.answer = Some(Box::new(answer));
+        }
+    }
+
+    fn entries(&mut self, index: u32) -> Option<&mut ReadDir> {
+        self.slots[index as usize].extra.as_mut()?.entries.as_mut()
     }
 
     fn opening(&mut self, index: u32) -> Option<&mut Opening> {
         self.slots[index as usize].extra.as_mut()?.opening.as_mut()
     }
 
-    /// The server has opened a file. Whether that is all.
-    fn opened(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+    /// The server has opened a file. None if its status must be asked for.
+    fn opened(&mut self, index: u32, reply: &Reply) -> Result<Option<Answer>, Error> {
         let handle = FileHandle(u32::try_from(reply.result).map_err(|_| protocol_error())?);
         let session = Arc::clone(&self.session);
         let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
@@ -346,13 +412,13 @@ impl Context {
             // It was opened by a request whose connection has broken: its outcome is all that there is.
             true => {
                 self.ask_for_status(index, handle);
-                Ok(false)
+                Ok(None)
             }
         }
     }
 
-    /// The status of a file that was opened has come. Whether that is all.
-    fn opened_status(&mut self, index: u32, reply: &Reply) -> Result<bool, Error> {
+    /// The status of a file that was opened has come. None if it must be asked for again.
+    fn opened_status(&mut self, index: u32, reply: &Reply) -> Result<Option<Answer>, Error> {
         let status = FileStatus::decode(&reply.body).map_err(|_| protocol_error())?;
         let session = Arc::clone(&self.session);
         let Some(opening) = self.opening(index) else { return Err(protocol_error()) };
@@ -367,12 +433,10 @@ impl Context {
                 // Others may be connected to a server that has been started since it was opened.
                 opening.file = Some(file);
                 self.ask_for_status(index, handle);
-                return Ok(false);
+                return Ok(None);
             }
         }
-        let slot = &mut self.slots[index as usize];
-        slot.extra.get_or_insert_default().answer = Some(Box::new(Answer::File(file)));
-        Ok(true)
+        Ok(Some(Answer::File(file)))
     }
 
     /// The slot of an open asks for the file's status next.
@@ -382,23 +446,15 @@ impl Context {
         slot.state = OperationState::Queued(Request::Command(Command::Stat(handle)), Bulk::None);
         self.queued.push_front(index);
     }
-
-    /// The request of an abandoned operation has succeeded. What it has opened is closed.
-    pub(super) fn close_abandoned(&mut self, index: u32, reply: &Reply) {
-        if self.slots[index as usize].opcode == Opcode::Open
-            && let Ok(handle) = u32::try_from(reply.result)
-        {
-            self.session.close_later(FileHandle(handle));
-        }
-    }
 }
 
-fn crc_of(buffers: &Buffers) -> u32 {
+/// CRC32C of what the buffers hold.
+pub(super) fn crc_of(buffers: &Buffers) -> u32 {
     message::crc_of(buffers.slices(0..buffers.len()))
 }
 
 /// The byte count and the answer in the reply to an operation that had `length` bytes of data.
-fn answer_of(opcode: Opcode, length: u64, reply: &Reply) -> Result<(u64, Option<Answer>), Error> {
+fn answer_of(opcode: Opcode, length: u64, reply: &mut Reply) -> Result<(u64, Option<Answer>), Error> {
     Ok(match opcode {
         Opcode::Stat | Opcode::StatPath => (0, Some(Answer::Status(status_of(reply)?))),
         Opcode::Get if reply.result == reply.data_len as u64 => {
@@ -411,6 +467,8 @@ fn answer_of(opcode: Opcode, length: u64, reply: &Reply) -> Result<(u64, Option<
             let status = FileSystemStatus::decode(&reply.body).map_err(|_| protocol_error())?;
             (0, Some(Answer::FileSystem(status)))
         }
+        Opcode::GetXattr => (0, Some(Answer::Xattr(data_of(reply)?))),
+        Opcode::ListXattr => (0, Some(Answer::XattrNames(xattr_names(reply)?))),
         Opcode::Extents => {
             let extents = Extent::decode(&reply.body).map_err(|_| protocol_error())?;
             let extents = extents.iter().map(|extent| (extent.offset.get(), extent.length.get()));

@@ -17,6 +17,7 @@ use raio_transport::transport::{Bulk, Reply};
 use super::cancel::NOTHING;
 use super::parts::SentPart;
 use super::{ABANDONED, Context, OperationSlot, OperationState, TAG_PARTS, TAG_TIMED_OUT};
+use crate::control::close_of;
 use crate::error::Error;
 use crate::operation::Ticket;
 use crate::tuning::{CANCEL_GRACE, CANCELS_SHARE};
@@ -195,7 +196,9 @@ impl Context {
         let slot = &self.slots[index as usize];
         if reply.status.is_ok() && slot.opcode.operation().is_recorded {
             self.files.written(slot.file, slot.unstable);
-            self.close_abandoned(index, reply);
+        }
+        if let Some(close) = close_of(slot.opcode, reply) {
+            self.session.close_later(close);
         }
         self.abandoned_unsent(index);
     }

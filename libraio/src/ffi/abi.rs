@@ -10,7 +10,7 @@ use super::state::raio_mr;
 use crate::error::Error;
 use crate::names::DirEntry;
 
-pub(super) const ABI_VERSION: c_uint = 5;
+pub(super) const ABI_VERSION: c_uint = 6;
 pub(super) const IOV_MAX: u64 = 1_024;
 
 pub(super) const CMD_PREAD: c_int = 0;
@@ -35,11 +35,21 @@ pub(super) const CMD_RENAME: c_int = 18;
 pub(super) const CMD_LINK: c_int = 19;
 pub(super) const CMD_SYMLINK: c_int = 20;
 pub(super) const CMD_READLINK: c_int = 21;
+pub(super) const CMD_SET_ATTRIBUTES: c_int = 22;
+pub(super) const CMD_STATFS: c_int = 23;
+pub(super) const CMD_GETXATTR: c_int = 24;
+pub(super) const CMD_SETXATTR: c_int = 25;
+pub(super) const CMD_LISTXATTR: c_int = 26;
+pub(super) const CMD_REMOVEXATTR: c_int = 27;
+pub(super) const CMD_OPENDIR: c_int = 28;
+pub(super) const CMD_READDIR: c_int = 29;
 
 pub(super) const PATH_NOFOLLOW: c_uint = 1 << 0;
 pub(super) const PATH_EXCL: c_uint = 1 << 1;
 pub(super) const PATH_FSYNC: c_uint = 1 << 2;
 pub(super) const PATH_MTIME: c_uint = 1 << 3;
+pub(super) const PATH_MODE: c_uint = 1 << 4;
+pub(super) const PATH_SIZE: c_uint = 1 << 5;
 
 pub(super) const IOCB_EVENTFD: c_uint = 1 << 0;
 pub(super) const IOCB_DATASYNC: c_uint = 1 << 1;
@@ -47,6 +57,8 @@ pub(super) const IOCB_KEEP_SIZE: c_uint = 1 << 2;
 pub(super) const IOCB_CRC: c_uint = 1 << 3;
 pub(super) const IOCB_TIMEOUT_SHIFT: u32 = 12;
 pub(super) const IOCB_TIMEOUT_MAX: c_uint = 0xf_ffff;
+/// The bits of the timeout.
+pub(super) const IOCB_TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
 
 pub(super) const RES2_RETRYABLE: c_ulong = 0x100;
 pub(super) const RES2_UNKNOWN: c_ulong = 0x200;

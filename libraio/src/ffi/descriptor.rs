@@ -105,6 +105,14 @@ impl Table {
             _ => Err(no_session(fd)),
         }
     }
+
+    fn file(&self, fd: i32) -> Result<(Arc<File>, i32), Error> {
+        match self.entries.get(&fd) {
+            Some(Entry::File(file, session)) => Ok((Arc::clone(file), *session)),
+            Some(Entry::Session(SessionEntry { first: First::Open(file), .. })) => Ok((Arc::clone(file), fd)),
+            _ => Err(no_file(fd)),
+        }
+    }
 }
 
 fn no_session(fd: i32) -> Error {
@@ -180,17 +188,15 @@ pub(super) fn session_of(fd: i32) -> Result<(Arc<Session>, i32), Error> {
 
 /// The file that `fd` stands for, and its session's descriptor.
 pub(super) fn file(fd: i32) -> Result<(Arc<File>, i32), Error> {
-    with(|table| match table.entries.get(&fd) {
-        Some(Entry::File(file, session)) => Ok((Arc::clone(file), *session)),
-        Some(Entry::Session(SessionEntry { first: First::Open(file), .. })) => Ok((Arc::clone(file), fd)),
-        _ => Err(no_file(fd)),
-    })
+    with(|table| table.file(fd))
 }
 
 /// The file that `fd` stands for, and its session's contexts for calls that wait.
 pub(super) fn file_to_use(fd: i32) -> Result<(Arc<File>, Arc<SyncContexts>), Error> {
-    let (file, session) = file(fd)?;
-    with(|table| Ok((file, Arc::clone(&table.session(session)?.sync))))
+    with(|table| {
+        let (file, session) = table.file(fd)?;
+        Ok((file, Arc::clone(&table.session(session)?.sync)))
+    })
 }
 
 /// Takes the file that `fd` stands for out of the table.

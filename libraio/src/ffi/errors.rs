@@ -2,8 +2,10 @@
 //! crosses into C: every function runs its body here, and fails with EIO.
 
 use std::cell::UnsafeCell;
-use std::ffi::{CStr, CString, c_char, c_int, c_long};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_long};
+use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 use crate::error::Error;
 use crate::tuning::MESSAGE_BYTES;
@@ -60,6 +62,11 @@ pub(super) fn long(body: impl FnOnce() -> Result<c_long, Error>) -> c_long {
     run(body).unwrap_or_else(|errno| -c_long::from(errno))
 }
 
+/// For functions that return a count, or -1 and set errno.
+pub(super) fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {
+    run(body).unwrap_or_else(|errno| fail(errno, -1))
+}
+
 pub(super) fn invalid(text: impl Into<String>) -> Error {
     Error::call(libc::EINVAL, text)
 }
@@ -74,6 +81,21 @@ pub(super) unsafe fn c_str<'a>(text: *const c_char, what: &str) -> Result<&'a [u
     }
     // SAFETY: not null, and a C string as the caller vouches.
     Ok(unsafe { CStr::from_ptr(text) }.to_bytes())
+}
+
+/// A path, or what else names something, of the caller's.
+///
+/// # Safety
+/// As [`c_str`].
+pub(super) unsafe fn named<'a>(text: *const c_char, what: &str) -> Result<&'a Path, Error> {
+    // SAFETY: the caller's contract is the same.
+    unsafe { c_str(text, what) }.map(|text| Path::new(OsStr::from_bytes(text)))
+}
+
+/// An offset of the caller's.
+pub(super) fn checked_offset(offset: i64) -> Result<u64, Error> {
+    u64::try_from(offset)
+        .map_err(|_| invalid("The offset is negative. Pass one counted from the start of the file."))
 }
 
 /// See libraio.h.

@@ -8,13 +8,14 @@ use std::time::Duration;
 use raio_transport::memory::{Buffer, Buffers};
 
 use super::abi::{
-    CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_event, raio_iocb, raio_path_args,
-    raio_stat,
+    CMD_OPENDIR, CMD_READDIR, CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_event,
+    raio_iocb, raio_path_args, raio_stat, raio_statfs,
 };
 use super::descriptor;
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
 use super::lent::LentBuffers;
-use super::state::{raio_context, state, stopped};
+use super::names::{copy_all, joined};
+use super::state::{new_dir, raio_context, raio_dir, return_dir, state, stopped};
 use crate::error::Error;
 use crate::operation::{Answer, Completion};
 
@@ -98,6 +99,9 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
     let (buf, nbytes) = (iocb.c.buf, iocb.c.nbytes as usize);
     // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at.
     let args = || unsafe { buf.cast::<raio_path_args>().read_unaligned() };
+    // SAFETY: it was checked when the iocb was submitted, and is the library's until now.
+    let copied = |bytes: &[u8]| unsafe { copy_all(bytes, args().buf, args().nbytes as usize) };
+    let copied = |bytes: &[u8]| copied(bytes).map(|len| len as u64);
     match answer {
         Answer::File(file) => descriptor::add_file_apart(session, file).map(|fd| fd as u64),
         Answer::Status(status) => {
@@ -118,8 +122,39 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
             unsafe { std::ptr::copy_nonoverlapping(target.as_ptr(), args.buf.cast::<u8>(), len) };
             Ok(len as u64)
         }
+        Answer::FileSystem(status) => {
+            let args = args();
+            // SAFETY: as above.
+            unsafe { fill_in(raio_statfs::from(&status), args.buf.cast(), args.nbytes as usize) };
+            Ok(count)
+        }
+        Answer::Xattr(value) => copied(&value),
+        Answer::XattrNames(names) => copied(&joined(&names)),
+        Answer::Entries(entries) => {
+            let (count, to) = (entries.buffered() as u64, args().buf);
+            match iocb.raio_lio_opcode {
+                // SAFETY: as above.
+                CMD_OPENDIR => unsafe { to.cast::<*mut raio_dir>().write_unaligned(new_dir(entries)) },
+                // SAFETY: the program vouches for using the directory in one thread at a time.
+                _ => unsafe { return_dir(to.cast(), Some(entries)) },
+            }
+            Ok(count)
+        }
         // There are no iocbs for these.
-        Answer::FileSystem(_) | Answer::Extents { .. } => Ok(count),
+        Answer::Extents { .. } => Ok(count),
+    }
+}
+
+/// An operation has failed: a directory whose entries it had has none any more.
+///
+/// # Safety
+/// The iocb's memory is as the header demands.
+#[cold]
+unsafe fn give_up(iocb: &raio_iocb) {
+    if iocb.raio_lio_opcode == CMD_READDIR {
+        // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at, and the program for
+        // using the directory in one thread at a time.
+        unsafe { return_dir(iocb.c.buf.cast::<raio_path_args>().read_unaligned().buf.cast(), None) };
     }
 }
 
@@ -156,6 +191,9 @@ fn event(
     if let Some(answer) = completion.answer {
         // SAFETY: as above.
         result = result.and_then(|count| unsafe { deliver(&*obj, *answer, count, session) });
+    } else if result.is_err() {
+        // SAFETY: as above.
+        unsafe { give_up(&*obj) };
     }
     let (res, res2) = match &result {
         Ok(n) => (*n as c_ulong, 0),

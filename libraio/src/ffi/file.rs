@@ -1,12 +1,10 @@
 //! Calls on files.
 
-use std::ffi::{OsStr, c_char, c_int};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::ffi::{c_char, c_int};
 
 use super::abi::{check_sized, fill_in, raio_stat};
 use super::descriptor;
-use super::errors::{c_str, int, invalid};
+use super::errors::{int, invalid, named};
 
 /// See libraio.h.
 ///
@@ -32,8 +30,7 @@ pub unsafe extern "C" fn raio_open_mode(
     int(|| {
         let session = descriptor::session(fd)?;
         // SAFETY: the caller vouches for the string.
-        let path = unsafe { c_str(pathname, "path") }?;
-        let path = Path::new(OsStr::from_bytes(path));
+        let path = unsafe { named(pathname, "path") }?;
         descriptor::add_file(fd, session.open(path, flags, mode)?)
     })
 }

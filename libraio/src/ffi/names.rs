@@ -1,37 +1,21 @@
 //! Calls on paths: each waits for its answer.
 
-use std::collections::VecDeque;
-use std::ffi::{OsStr, c_char, c_int, c_longlong, c_uint, c_ulonglong, c_void};
+use std::ffi::{OsString, c_char, c_int, c_longlong, c_uint, c_ulonglong, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::Mutex;
 
 use super::abi::{
     PATH_EXCL, PATH_FSYNC, PATH_NOFOLLOW, check_sized, fill_in, raio_dirent, raio_stat, raio_statfs,
 };
 use super::descriptor;
-use super::errors::{c_str, fail, int, invalid, run};
+use super::errors::{fail, int, invalid, named, run, ssize};
 use super::handle::Handle;
-use super::submit::put_options;
+use super::state::{DIRS, idle_dir, new_dir, no_directory, raio_dir};
+use super::submit::{check_room, put_options};
 use crate::error::Error;
-use crate::names::{Attributes, ReadDir};
+use crate::names::Attributes;
 use crate::session::Session;
-
-/// Closed directories: see [`Handle::create`].
-static DIRS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
-
-/// `struct raio_dir`
-pub type raio_dir = Handle<ReadDir>;
-
-/// A path of the caller's.
-///
-/// # Safety
-/// `path` is null or a C string that outlives the result.
-unsafe fn named<'a>(path: *const c_char) -> Result<&'a Path, Error> {
-    // SAFETY: the caller's contract is the same.
-    unsafe { c_str(path, "path") }.map(|path| Path::new(OsStr::from_bytes(path)))
-}
 
 /// Fails if a call was given flags that it does not take.
 fn check_flags(flags: c_uint, known: c_uint) -> Result<(), Error> {
@@ -68,18 +52,16 @@ unsafe fn copy_out(bytes: &[u8], to: *mut c_void) -> isize {
     bytes.len() as isize
 }
 
-fn check_room(to: *mut c_void, size: usize) -> Result<(), Error> {
-    match to.is_null() && size > 0 {
-        true => Err(invalid("The buffer is NULL. Pass one, or 0 as its size.")),
-        false => Ok(()),
-    }
+/// Names, with a zero byte behind each.
+pub(super) fn joined(names: &[OsString]) -> Vec<u8> {
+    names.iter().flat_map(|name| name.as_bytes().iter().copied().chain([0])).collect()
 }
 
 /// Copies all of these bytes, or says with ERANGE that there is no room. Of size 0 it copies nothing.
 ///
 /// # Safety
 /// `to` has room for `size` bytes.
-unsafe fn copy_all(bytes: &[u8], to: *mut c_void, size: usize) -> Result<isize, Error> {
+pub(super) unsafe fn copy_all(bytes: &[u8], to: *mut c_void, size: usize) -> Result<isize, Error> {
     match size {
         0 => Ok(bytes.len() as isize),
         _ if bytes.len() > size => {
@@ -89,10 +71,6 @@ unsafe fn copy_all(bytes: &[u8], to: *mut c_void, size: usize) -> Result<isize, 
         // SAFETY: there is room.
         _ => Ok(unsafe { copy_out(bytes, to) }),
     }
-}
-
-fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {
-    run(body).unwrap_or_else(|errno| fail(errno, -1))
 }
 
 /// Calls that do something to a path, and have no result.
@@ -107,7 +85,7 @@ macro_rules! export {
             int(|| {
                 let ($session, _) = descriptor::session_of(fd)?;
                 // SAFETY: the caller vouches for the strings.
-                let $path = unsafe { named($path) }?;
+                let $path = unsafe { named($path, "path") }?;
                 $call.map(|()| 0)
             })
         }
@@ -118,7 +96,7 @@ macro_rules! export {
 macro_rules! second {
     ($text:ident) => {
         // SAFETY: the caller of the call vouches for the string.
-        unsafe { named($text) }?
+        unsafe { named($text, "path") }?
     };
 }
 
@@ -198,7 +176,7 @@ unsafe fn stat_path(
     let (session, _) = descriptor::session_of(fd)?;
     check_sized(buf, size)?;
     // SAFETY: the caller vouches for the string.
-    let path = unsafe { named(path) }?;
+    let path = unsafe { named(path, "path") }?;
     let status = if follows { session.metadata(path) } else { session.symlink_metadata(path) }?;
     // SAFETY: just checked, and the caller vouches for `size` bytes.
     unsafe { fill_in(raio_stat::from(&status), buf, size) };
@@ -225,7 +203,7 @@ pub unsafe extern "C" fn raio_get(
             check_sized(stat, size)?;
         }
         // SAFETY: the caller vouches for the string.
-        let (bytes, status) = session.get(unsafe { named(path) }?, count)?;
+        let (bytes, status) = session.get(unsafe { named(path, "path") }?, count)?;
         if !stat.is_null() {
             // SAFETY: just checked, and the caller vouches for `size` bytes.
             unsafe { fill_in(raio_stat::from(&status), stat, size) };
@@ -252,7 +230,7 @@ pub unsafe extern "C" fn raio_put(
         let (session, _) = descriptor::session_of(fd)?;
         check_flags(flags, PATH_EXCL | PATH_FSYNC)?;
         // SAFETY: the caller vouches for the string and the bytes.
-        let (path, bytes) = unsafe { (named(path)?, bytes_of(buf, count)?) };
+        let (path, bytes) = unsafe { (named(path, "path")?, bytes_of(buf, count)?) };
         session.put(path, bytes, &put_options(mode, flags, 0)).map(|()| 0)
     })
 }
@@ -274,7 +252,7 @@ pub unsafe extern "C" fn raio_readlink(
             return Err(invalid("The buffer for the link is NULL or empty. Pass one."));
         }
         // SAFETY: the caller vouches for the string.
-        let target = session.read_link(unsafe { named(path) }?)?;
+        let target = session.read_link(unsafe { named(path, "path") }?)?;
         let target = target.as_os_str().as_bytes();
         // SAFETY: there is room.
         Ok(unsafe { copy_out(&target[..target.len().min(size)], buf.cast()) })
@@ -296,7 +274,7 @@ pub unsafe extern "C" fn raio_statfs_path(
         let (session, _) = descriptor::session_of(fd)?;
         check_sized(buf, size)?;
         // SAFETY: the caller vouches for the string.
-        let status = session.statfs(unsafe { named(path) }?)?;
+        let status = session.statfs(unsafe { named(path, "path") }?)?;
         // SAFETY: just checked, and the caller vouches for `size` bytes.
         unsafe { fill_in(raio_statfs::from(&status), buf, size) };
         Ok(0)
@@ -319,7 +297,7 @@ pub unsafe extern "C" fn raio_getxattr(
         let (session, _) = descriptor::session_of(fd)?;
         check_room(value, size)?;
         // SAFETY: the caller vouches for the strings and the room.
-        unsafe { copy_all(&session.get_xattr(named(path)?, named(name)?)?, value, size) }
+        unsafe { copy_all(&session.get_xattr(named(path, "path")?, named(name, "attribute")?)?, value, size) }
     })
 }
 
@@ -340,7 +318,8 @@ pub unsafe extern "C" fn raio_setxattr(
         let (session, _) = descriptor::session_of(fd)?;
         check_flags(flags, PATH_EXCL)?;
         // SAFETY: the caller vouches for the strings and the bytes.
-        let (path, name, value) = unsafe { (named(path)?, named(name)?, bytes_of(value, size)?) };
+        let (path, name, value) =
+            unsafe { (named(path, "path")?, named(name, "attribute")?, bytes_of(value, size)?) };
         session.set_xattr(path, name, value, flags & PATH_EXCL != 0).map(|()| 0)
     })
 }
@@ -360,16 +339,10 @@ pub unsafe extern "C" fn raio_listxattr(
         let (session, _) = descriptor::session_of(fd)?;
         check_room(list.cast(), size)?;
         // SAFETY: the caller vouches for the string.
-        let names = session.list_xattr(unsafe { named(path) }?)?;
-        let names: Vec<u8> =
-            names.iter().flat_map(|name| name.as_bytes().iter().copied().chain([0])).collect();
+        let names = session.list_xattr(unsafe { named(path, "path") }?)?;
         // SAFETY: the caller vouches for the room.
-        unsafe { copy_all(&names, list.cast(), size) }
+        unsafe { copy_all(&joined(&names), list.cast(), size) }
     })
-}
-
-fn no_directory() -> Error {
-    invalid("Not an open directory. Pass one from raio_opendir().")
 }
 
 /// See libraio.h.
@@ -381,7 +354,7 @@ pub unsafe extern "C" fn raio_opendir(fd: c_int, path: *const c_char) -> *mut ra
     run(|| {
         let (session, _) = descriptor::session_of(fd)?;
         // SAFETY: the caller vouches for the string.
-        Ok(Handle::create(&DIRS, session.read_dir(unsafe { named(path) }?)?))
+        Ok(new_dir(session.read_dir(unsafe { named(path, "path") }?)?))
     })
     .unwrap_or_else(|errno| fail(errno, null_mut()))
 }
@@ -394,9 +367,10 @@ pub unsafe extern "C" fn raio_opendir(fd: c_int, path: *const c_char) -> *mut ra
 pub unsafe extern "C" fn raio_readdir(dir: *mut raio_dir, entry: *mut raio_dirent, size: usize) -> c_int {
     int(|| {
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the directory.
-        let entries = unsafe { Handle::get(dir) }.ok_or_else(no_directory)?;
+        let directory = unsafe { idle_dir(dir) }?;
         check_sized(entry, size)?;
-        let Some(found) = entries.next().transpose()? else { return Ok(0) };
+        let found = directory.entries.as_mut().and_then(Iterator::next).transpose()?;
+        let Some(found) = found else { return Ok(0) };
         // SAFETY: just checked, and the caller vouches for `size` bytes.
         unsafe { fill_in(raio_dirent::from(&found), entry, size) };
         Ok(1)

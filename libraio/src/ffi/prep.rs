@@ -1,11 +1,11 @@
 //! The functions that set up an iocb, exported for programs that cannot use those of the header, which are
 //! inline. `tests/c/compile-no-inline.c` holds the two together.
 
-use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{c_char, c_int, c_longlong, c_uint, c_ulonglong, c_void};
 use std::ptr::{null, null_mut};
 
 use super::abi::*;
-use super::state::raio_mr;
+use super::state::{raio_dir, raio_mr};
 
 /// An iocb without flags.
 fn iocb(
@@ -92,6 +92,11 @@ fn with_stat(args: raio_path_args, stat: *mut raio_stat) -> raio_path_args {
     raio_path_args { stat, stat_size: size_of::<raio_stat>() as c_ulonglong, ..args }
 }
 
+/// An operation with memory of this size.
+fn with_buf(args: raio_path_args, buf: *mut c_void, size: usize) -> raio_path_args {
+    raio_path_args { buf, nbytes: size as c_ulonglong, ..args }
+}
+
 /// Those on paths: `args` is where their arguments go.
 macro_rules! export_on_path {
     ($($name:ident($($argument:ident: $type:ty),*) => ($opcode:expr, $mr:expr, $args:expr);)*) => {$(
@@ -125,12 +130,10 @@ export_on_path! {
     raio_prep_stat_path(path: Text, stat: *mut raio_stat, flags: c_uint)
         => (CMD_STAT_PATH, null_mut(), raio_path_args { flags, ..with_stat(on(path), stat) });
     raio_prep_get(path: Text, buf: *mut c_void, count: usize, stat: *mut raio_stat, mr: *mut raio_mr)
-        => (CMD_GET, mr, with_stat(raio_path_args { buf, nbytes: count as c_ulonglong, ..on(path) }, stat));
+        => (CMD_GET, mr, with_stat(with_buf(on(path), buf, count), stat));
     raio_prep_put(
         path: Text, buf: *const c_void, count: usize, mode: libc::mode_t, flags: c_uint, mr: *mut raio_mr
-    ) => (CMD_PUT, mr, raio_path_args {
-        buf: buf.cast_mut(), nbytes: count as c_ulonglong, mode, flags, ..on(path)
-    });
+    ) => (CMD_PUT, mr, with_buf(raio_path_args { mode, flags, ..on(path) }, buf.cast_mut(), count));
     raio_prep_mkdir(path: Text, mode: libc::mode_t)
         => (CMD_MKDIR, null_mut(), raio_path_args { mode, ..on(path) });
     raio_prep_rmdir(path: Text) => (CMD_RMDIR, null_mut(), on(path));
@@ -142,9 +145,31 @@ export_on_path! {
     raio_prep_symlink(target: Text, link: Text)
         => (CMD_SYMLINK, null_mut(), raio_path_args { other: target, ..on(link) });
     raio_prep_readlink(path: Text, buf: *mut c_char, size: usize)
-        => (CMD_READLINK, null_mut(), raio_path_args {
-            buf: buf.cast(), nbytes: size as c_ulonglong, ..on(path)
+        => (CMD_READLINK, null_mut(), with_buf(on(path), buf.cast(), size));
+    raio_prep_truncate(path: Text, size: c_ulonglong)
+        => (CMD_SET_ATTRIBUTES, null_mut(), raio_path_args { nbytes: size, flags: PATH_SIZE, ..on(path) });
+    raio_prep_chmod(path: Text, mode: libc::mode_t)
+        => (CMD_SET_ATTRIBUTES, null_mut(), raio_path_args { mode, flags: PATH_MODE, ..on(path) });
+    raio_prep_utimens(path: Text, modified_ns: c_longlong, flags: c_uint)
+        => (CMD_SET_ATTRIBUTES, null_mut(), raio_path_args {
+            modified_ns, flags: flags | PATH_MTIME, ..on(path)
         });
+    raio_prep_statfs_path(path: Text, buf: *mut raio_statfs)
+        => (CMD_STATFS, null_mut(), with_buf(on(path), buf.cast(), size_of::<raio_statfs>()));
+    raio_prep_getxattr(path: Text, name: Text, value: *mut c_void, size: usize)
+        => (CMD_GETXATTR, null_mut(), with_buf(raio_path_args { other: name, ..on(path) }, value, size));
+    raio_prep_setxattr(path: Text, name: Text, value: *const c_void, size: usize, flags: c_uint)
+        => (CMD_SETXATTR, null_mut(), with_buf(
+            raio_path_args { other: name, flags, ..on(path) }, value.cast_mut(), size
+        ));
+    raio_prep_listxattr(path: Text, list: *mut c_char, size: usize)
+        => (CMD_LISTXATTR, null_mut(), with_buf(on(path), list.cast(), size));
+    raio_prep_removexattr(path: Text, name: Text)
+        => (CMD_REMOVEXATTR, null_mut(), raio_path_args { other: name, ..on(path) });
+    raio_prep_opendir(path: Text, dir: *mut *mut raio_dir)
+        => (CMD_OPENDIR, null_mut(), with_buf(on(path), dir.cast(), size_of::<*mut raio_dir>()));
+    raio_prep_readdir(dir: *mut raio_dir)
+        => (CMD_READDIR, null_mut(), with_buf(on(null()), dir.cast(), 0));
 }
 
 /// See libraio.h.

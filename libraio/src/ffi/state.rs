@@ -1,4 +1,4 @@
-//! What `raio_context_t` and `raio_mr_t` stand for, and how a context is found by its pointer.
+//! What `raio_context_t`, `raio_mr_t` and `raio_dir_t` stand for, and how a context is found by its pointer.
 
 use std::collections::{HashSet, VecDeque};
 use std::ffi::c_int;
@@ -14,12 +14,16 @@ use super::lent::LentBuffers;
 use super::probe::ReadProbe;
 use crate::context::Context;
 use crate::error::Error;
+use crate::names::ReadDir;
 use crate::operation::Stats;
 
 /// Destroyed contexts: see [`Handle::create`].
 pub(super) static CONTEXTS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
 /// Destroyed registrations.
 pub(super) static MRS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
+
+/// Closed directories.
+pub(super) static DIRS: Mutex<VecDeque<usize>> = Mutex::new(VecDeque::new());
 
 /// `struct raio_mr`
 pub type raio_mr = Handle<Registration>;
@@ -30,6 +34,57 @@ pub struct Registration {
     pub(super) region: Region,
     /// It is memory of raio_alloc().
     pub(super) is_allocated: bool,
+}
+
+/// `struct raio_dir`
+pub type raio_dir = Handle<Directory>;
+
+/// The content of a `raio_dir_t`.
+pub struct Directory {
+    /// None once it has failed, and while an iocb has it.
+    pub(super) entries: Option<ReadDir>,
+    /// An iocb has the entries.
+    pub(super) is_in_flight: bool,
+}
+
+// A handle's magic number tells the types apart by their size.
+const _: () = {
+    let (directory, registration) = (size_of::<Directory>(), size_of::<Registration>());
+    assert!(directory != registration && directory != size_of::<Box<ContextState>>());
+};
+
+/// A directory for the program.
+pub(super) fn new_dir(entries: ReadDir) -> *mut raio_dir {
+    Handle::create(&DIRS, Directory { entries: Some(entries), is_in_flight: false })
+}
+
+/// The directory of this pointer, which no iocb has.
+///
+/// # Safety
+/// As [`Handle::get`].
+pub(super) unsafe fn idle_dir<'a>(dir: *mut raio_dir) -> Result<&'a mut Directory, Error> {
+    // SAFETY: the caller's contract is the same.
+    let directory = unsafe { Handle::get(dir) }.ok_or_else(no_directory)?;
+    if directory.is_in_flight {
+        return Err(Error::call(libc::EBUSY, "An iocb reads the directory. Collect its event first."));
+    }
+    Ok(directory)
+}
+
+pub(super) fn no_directory() -> Error {
+    invalid("Not an open directory. Pass one from raio_opendir().")
+}
+
+/// An iocb that had a directory has ended, with these entries unless it has failed. The program may have
+/// closed the directory meanwhile.
+///
+/// # Safety
+/// As [`Handle::get`].
+pub(super) unsafe fn return_dir(dir: *mut raio_dir, entries: Option<ReadDir>) {
+    // SAFETY: the caller's contract is the same.
+    if let Some(directory) = unsafe { Handle::get(dir) }.filter(|directory| directory.is_in_flight) {
+        *directory = Directory { entries, is_in_flight: false };
+    }
 }
 
 /// `struct raio_context`

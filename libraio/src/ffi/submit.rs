@@ -1,9 +1,9 @@
 //! `raio_submit`: iocbs become operations of a context.
 
-use std::ffi::{OsStr, c_int, c_long, c_uint, c_void};
+use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::ptr::null_mut;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,14 +11,14 @@ use raio_transport::memory::{Buffer, Buffers, RawBuffer};
 
 use super::abi::*;
 use super::descriptor;
-use super::errors::{c_str, invalid, long};
+use super::errors::{checked_offset, invalid, long, named};
 use super::eventfd::Eventfds;
 use super::handle::Handle;
 use super::probe::ReadProbe;
-use super::state::{ContextState, raio_context, raio_mr, state, stopped};
+use super::state::{ContextState, idle_dir, raio_context, raio_dir, raio_mr, return_dir, state, stopped};
 use crate::context::Context;
 use crate::error::Error;
-use crate::names::PutOptions;
+use crate::names::{Attributes, PutOptions};
 use crate::operation::{Operation, OperationCrc, PathOperation, SubmitOptions, Ticket};
 
 /// No object of a program is larger, and no offset.
@@ -127,17 +127,24 @@ unsafe fn submit_on_path(
     place: usize,
 ) -> Result<(), Error> {
     let context = state.context.as_mut().ok_or_else(stopped)?;
-    // SAFETY: the caller's contract is the same.
-    let operation = unsafe { path_operation(ctx, io) }?;
     check_session(io.raio_fildes, state.session)?;
     let held = hold_eventfd(io, &mut state.eventfds)?;
+    // SAFETY: the caller's contract is the same.
+    let (operation, dir) = unsafe { path_operation(ctx, io) }?;
     let has_crc = io.c.flags & IOCB_CRC != 0;
     let crc = if has_crc { OperationCrc::Given(io.crc) } else { OperationCrc::AsSession };
     let options = SubmitOptions { crc, timeout: None };
     let failure = state.probe.is_unreadable(place).then(unreadable);
     let token = std::ptr::from_mut(io).expose_provenance() as u64;
     let submitted = context.submit_path_failing(operation, options, failure, token);
-    finish(context, io, submitted.map_err(|rejected| rejected.error)?, held);
+    let submitted = submitted.map_err(|rejected| {
+        if let PathOperation::ListNext { entries } = rejected.operation {
+            // SAFETY: it was taken from there.
+            unsafe { return_dir(dir, Some(entries)) };
+        }
+        rejected.error
+    });
+    finish(context, io, submitted?, held);
     Ok(())
 }
 
@@ -159,7 +166,7 @@ fn finish(context: &mut Context, io: &mut raio_iocb, ticket: Ticket, eventfd: Op
 
 /// Whether an iocb with this opcode has a `struct raio_path_args`.
 pub(super) fn is_on_path(opcode: c_int) -> bool {
-    opcode == CMD_OPEN || (CMD_STAT_PATH..=CMD_READLINK).contains(&opcode)
+    opcode == CMD_OPEN || (CMD_STAT_PATH..=CMD_READDIR).contains(&opcode)
 }
 
 /// Whether a descriptor is of this session, or of a file of it.
@@ -174,13 +181,15 @@ fn check_session(fd: c_int, session: c_int) -> Result<(), Error> {
     ))
 }
 
-/// What an iocb with a path asks for.
+/// What an iocb with a path asks for, and the directory whose entries are taken for that.
 ///
 /// # Safety
 /// The iocb's memory is as the header demands.
-unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathOperation, Error> {
+unsafe fn path_operation(
+    ctx: *mut raio_context,
+    io: &raio_iocb,
+) -> Result<(PathOperation, *mut raio_dir), Error> {
     let c = &io.c;
-    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
     if c.buf.is_null() || c.nbytes != size_of::<raio_path_args>() as u64 {
         return Err(invalid("The iocb has no struct raio_path_args. Prepare it with raio_prep_*()."));
     }
@@ -190,10 +199,11 @@ unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathO
         CMD_OPEN => c_uint::MAX,
         CMD_STAT_PATH => PATH_NOFOLLOW,
         CMD_PUT => PATH_EXCL | PATH_FSYNC | PATH_MTIME,
-        CMD_RENAME => PATH_EXCL,
+        CMD_RENAME | CMD_SETXATTR => PATH_EXCL,
+        CMD_SET_ATTRIBUTES => PATH_NOFOLLOW | PATH_MTIME | PATH_MODE | PATH_SIZE,
         _ => 0,
     };
-    if c.flags & !(IOCB_EVENTFD | IOCB_CRC | TIMEOUT) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_CRC | IOCB_TIMEOUT) != 0
         || c.offset != 0
         || args.flags & !known != 0
         || args.reserved != [0; 2]
@@ -203,12 +213,23 @@ unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathO
         ));
     }
     // SAFETY: the caller vouches for the strings.
-    let named = |name, what| unsafe { c_str(name, what) }.map(|name| PathBuf::from(OsStr::from_bytes(name)));
+    let named = |name, what| unsafe { named(name, what) }.map(PathBuf::from);
+    if io.raio_lio_opcode == CMD_READDIR {
+        let dir = args.buf.cast::<raio_dir>();
+        // SAFETY: the caller vouches for the pointer, and for being the only one to use the directory.
+        let directory = unsafe { idle_dir(dir) }?;
+        let entries = directory.entries.take().ok_or_else(|| {
+            invalid("An iocb on the directory has failed. Close it, and list the directory again.")
+        })?;
+        directory.is_in_flight = true;
+        return Ok((PathOperation::ListNext { entries }, dir));
+    }
     let (path, has) = (named(args.path, "path")?, |flag| args.flags & flag != 0);
     let other = || named(args.other, "other path");
     // SAFETY: the caller vouches for the memory: it is the library's until the event is collected.
     let buffers = || unsafe { buffer(ctx, c.mr, args.buf, args.nbytes) }.map(Buffers::One);
-    Ok(match io.raio_lio_opcode {
+    let xattr = || named(args.other, "attribute").map(PathBuf::into_os_string);
+    let operation = match io.raio_lio_opcode {
         CMD_OPEN => PathOperation::Open { path, flags: args.flags as c_int, mode: args.mode },
         CMD_STAT_PATH => {
             check_sized(args.stat, args.stat_size as usize)?;
@@ -230,13 +251,53 @@ unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathO
         CMD_RENAME => PathOperation::Rename { from: path, to: other()?, no_replace: has(PATH_EXCL) },
         CMD_LINK => PathOperation::Link { original: path, link: other()? },
         CMD_SYMLINK => PathOperation::Symlink { target: other()?, link: path },
-        _ => {
+        CMD_READLINK => {
             if args.buf.is_null() || args.nbytes == 0 {
                 return Err(invalid("The buffer for the link is NULL or empty. Pass one."));
             }
             PathOperation::Readlink { path }
         }
-    })
+        CMD_SET_ATTRIBUTES => {
+            let attributes = Attributes {
+                mode: has(PATH_MODE).then_some(args.mode),
+                size: has(PATH_SIZE).then_some(args.nbytes),
+                modified_ns: has(PATH_MTIME).then_some(args.modified_ns),
+                nofollow: has(PATH_NOFOLLOW),
+            };
+            PathOperation::SetAttributes { path, attributes }
+        }
+        CMD_STATFS => {
+            check_sized(args.buf.cast::<raio_statfs>(), args.nbytes as usize)?;
+            PathOperation::Statfs { path }
+        }
+        CMD_GETXATTR => {
+            check_room(args.buf, args.nbytes as usize)?;
+            PathOperation::GetXattr { path, name: xattr()? }
+        }
+        CMD_SETXATTR => {
+            PathOperation::SetXattr { path, name: xattr()?, buffers: buffers()?, exclusive: has(PATH_EXCL) }
+        }
+        CMD_LISTXATTR => {
+            check_room(args.buf, args.nbytes as usize)?;
+            PathOperation::ListXattr { path }
+        }
+        CMD_REMOVEXATTR => PathOperation::RemoveXattr { path, name: xattr()? },
+        _ => {
+            if args.buf.is_null() || args.nbytes != size_of::<*mut raio_dir>() as u64 {
+                return Err(invalid("The pointer to the directory is NULL. Pass where one is to go."));
+            }
+            PathOperation::List { path }
+        }
+    };
+    Ok((operation, null_mut()))
+}
+
+/// Fails if there is no buffer of this size.
+pub(super) fn check_room(to: *mut c_void, size: usize) -> Result<(), Error> {
+    match to.is_null() && size > 0 {
+        true => Err(invalid("The buffer is NULL. Pass one, or 0 as its size.")),
+        false => Ok(()),
+    }
 }
 
 /// How a file is put, by the arguments of a call.
@@ -249,7 +310,8 @@ pub(super) fn put_options(mode: c_uint, flags: c_uint, modified_ns: i64) -> PutO
     }
 }
 
-fn unreadable() -> Error {
+/// Why a write fails whose memory was probed in vain.
+pub(super) fn unreadable() -> Error {
     Error::call(
         libc::EFAULT,
         "The memory to write from cannot be read. Pass memory that is mapped for reading.",
@@ -266,8 +328,7 @@ unsafe fn operation(
     io: &raio_iocb,
 ) -> Result<Operation, Error> {
     let c = &io.c;
-    const TIMEOUT: c_uint = IOCB_TIMEOUT_MAX << IOCB_TIMEOUT_SHIFT;
-    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | TIMEOUT) != 0
+    if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | IOCB_TIMEOUT) != 0
         || (c.flags & IOCB_DATASYNC != 0 && io.raio_lio_opcode != CMD_FSYNC)
         || (c.flags & IOCB_KEEP_SIZE != 0 && io.raio_lio_opcode != CMD_ALLOCATE)
     {
@@ -276,9 +337,7 @@ unsafe fn operation(
             c.flags
         )));
     }
-    let offset = u64::try_from(c.offset).map_err(|_| {
-        invalid("The iocb's offset is negative. Pass one counted from the start of the file.")
-    })?;
+    let offset = checked_offset(c.offset)?;
     Ok(match io.raio_lio_opcode {
         CMD_PREAD if c.buf.is_null() => Operation::ReadLent { offset, length: c.nbytes as usize },
         CMD_PREAD | CMD_PWRITE => {
@@ -337,9 +396,7 @@ unsafe fn operation(
 }
 
 fn too_long(len: u64) -> Error {
-    invalid(format!(
-        "The iocb has {len} bytes, more than a program's memory can be. Pass the length of its buffer."
-    ))
+    invalid(format!("{len} bytes are more than a program's memory can be. Pass the length of the buffer."))
 }
 
 /// Memory of the caller's, checked against the registration that it is said to lie in.
@@ -352,18 +409,11 @@ unsafe fn buffer(
     address: *mut c_void,
     len: u64,
 ) -> Result<Buffer, Error> {
-    if len > BYTES_MAX || (address.addr() as u64).checked_add(len).is_none() {
-        return Err(too_long(len));
-    }
-    let (address, len) = (address.cast::<u8>(), len as usize);
     if mr.is_null() {
-        // SAFETY: the caller vouches for the memory.
-        return match unsafe { RawBuffer::new(address, len) } {
-            Some(raw) => Ok(Buffer::Raw(raw)),
-            None if len == 0 => Ok(Buffer::Owned(Box::default())),
-            None => Err(invalid("The buffer is NULL. Pass one.")),
-        };
+        // SAFETY: the caller's contract is the same.
+        return unsafe { unregistered(address, len) };
     }
+    check_length(address, len)?;
     // SAFETY: the pointer is one of raio_reg_mr() or readable memory; registrations of this context are this
     // thread's.
     let registration = unsafe { Handle::get(mr) }.filter(|registration| registration.context == ctx);
@@ -371,8 +421,30 @@ unsafe fn buffer(
         invalid("The iocb's mr is not a registration of this context. Pass one that is, or NULL.")
     })?;
     // SAFETY: the caller vouches for the memory.
-    unsafe { registration.region.buffer(address, len) }
+    unsafe { registration.region.buffer(address.cast(), len as usize) }
         .ok_or_else(|| invalid("The buffer lies outside its mr. Register all of it, or pass NULL as mr."))
+}
+
+/// Memory of the caller's that is in no registration.
+///
+/// # Safety
+/// As [`buffer`].
+pub(super) unsafe fn unregistered(address: *mut c_void, len: u64) -> Result<Buffer, Error> {
+    check_length(address, len)?;
+    // SAFETY: the caller vouches for the memory.
+    match unsafe { RawBuffer::new(address.cast(), len as usize) } {
+        Some(raw) => Ok(Buffer::Raw(raw)),
+        None if len == 0 => Ok(Buffer::Owned(Box::default())),
+        None => Err(invalid("The buffer is NULL. Pass one.")),
+    }
+}
+
+#[inline]
+fn check_length(address: *mut c_void, len: u64) -> Result<(), Error> {
+    match len > BYTES_MAX || (address.addr() as u64).checked_add(len).is_none() {
+        true => Err(too_long(len)),
+        false => Ok(()),
+    }
 }
 
 /// Checks that the memory of a batch's writes can be read.
@@ -395,7 +467,7 @@ unsafe fn probe_writes(
         }
         // SAFETY: the caller vouches for the iocb.
         let (opcode, c) = unsafe { ((*iocb).raio_lio_opcode, &(*iocb).c) };
-        if !matches!(opcode, CMD_PWRITE | CMD_PWRITEV | CMD_PUT) {
+        if !matches!(opcode, CMD_PWRITE | CMD_PWRITEV | CMD_PUT | CMD_SETXATTR) {
             continue;
         }
         // Memory of raio_alloc() is ours, and stays while it is used.
@@ -404,7 +476,9 @@ unsafe fn probe_writes(
         match opcode {
             CMD_PWRITE if !is_ours && c.nbytes <= most => probe.add(c.buf.addr(), c.nbytes as usize),
             CMD_PWRITE if !is_ours => probe.check_long(c.buf.addr(), c.nbytes as usize, n),
-            CMD_PUT if !is_ours && !c.buf.is_null() && c.nbytes == size_of::<raio_path_args>() as u64 => {
+            CMD_PUT | CMD_SETXATTR
+                if !is_ours && !c.buf.is_null() && c.nbytes == size_of::<raio_path_args>() as u64 =>
+            {
                 // SAFETY: the caller vouches for the arguments.
                 let args = unsafe { c.buf.cast::<raio_path_args>().read_unaligned() };
                 if args.nbytes <= most {

@@ -3,11 +3,12 @@
 use std::ffi::{c_int, c_ulonglong, c_void};
 use std::time::Instant;
 
-use raio_transport::memory::{Buffer, Buffers, RawBuffer};
+use raio_transport::memory::Buffers;
 
 use super::abi::raio_extent;
 use super::descriptor;
-use super::errors::{fail, int, invalid, run};
+use super::errors::{checked_offset, int, invalid, ssize};
+use super::submit::{unreadable, unregistered};
 use crate::error::{Error, protocol_error};
 use crate::operation::{Answer, Completion, Operation};
 
@@ -63,8 +64,7 @@ pub unsafe extern "C" fn raio_extents(
                 "The extents or the end are NULL, or nr is not positive. Pass room for some.",
             ));
         }
-        let offset = u64::try_from(offset)
-            .map_err(|_| invalid("The offset is negative. Pass one counted from the start of the file."))?;
+        let offset = checked_offset(offset)?;
         let answer = on_file(fd, Operation::Extents { offset, length })?.answer;
         let Some(Answer::Extents { extents: found, end: found_end }) = answer.map(|answer| *answer) else {
             return Err(protocol_error());
@@ -89,10 +89,6 @@ fn on_file(fd: c_int, operation: Operation) -> Result<Completion, Error> {
     contexts.lend(deadline)?.run_whole(&file, operation, deadline)
 }
 
-fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {
-    run(body).unwrap_or_else(|errno| fail(errno, -1))
-}
-
 /// Reads or writes, and waits for the end of it.
 ///
 /// # Safety
@@ -105,28 +101,15 @@ unsafe fn transfer(
     is_write: bool,
 ) -> Result<isize, Error> {
     let (file, contexts) = descriptor::file_to_use(fd)?;
-    let offset = u64::try_from(offset)
-        .map_err(|_| invalid("The offset is negative. Pass one counted from the start of the file."))?;
-    if count > isize::MAX as usize || buf.addr().checked_add(count).is_none() {
-        return Err(invalid(format!(
-            "{count} bytes are more than a program's memory can be. Pass the length of the buffer."
-        )));
-    }
+    let offset = checked_offset(offset)?;
     // SAFETY: the caller vouches for the memory, and it is not used any more when `run` returns.
-    let buffer = match unsafe { RawBuffer::new(buf.cast(), count) } {
-        Some(raw) => Buffer::Raw(raw),
-        None if count == 0 => Buffer::Owned(Box::default()),
-        None => return Err(invalid("The buffer is NULL. Pass one.")),
-    };
+    let buffer = unsafe { unregistered(buf, count as u64) }?;
     let deadline = Instant::now() + contexts.session().call_timeout();
     let mut context = contexts.lend(deadline)?;
     let buffers = Buffers::One(buffer);
     let operation = if is_write {
         if !context.is_readable(buf.addr(), count) {
-            return Err(Error::call(
-                libc::EFAULT,
-                "The memory to write from cannot be read. Pass memory that is mapped for reading.",
-            ));
+            return Err(unreadable());
         }
         Operation::Write { offset, buffers }
     } else {

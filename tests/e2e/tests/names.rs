@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use raio::{
-    Answer, Attributes, Buffer, Buffers, Context, Error, FileStatus, Options, PathOperation, PutOptions,
-    Session, SubmitOptions,
+    Answer, Attributes, Buffer, Buffers, Completion, Context, DirEntry, Error, FileStatus, Options,
+    PathOperation, PutOptions, ReadDir, Session, SubmitOptions,
 };
 use raio_e2e::{Client, Direction, Ending, Proxy, Random, Server, Treatment, number};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
@@ -116,14 +116,7 @@ fn remote(session: &Session, base: &Path, step: &Step) -> Outcome {
         }
         Step::Stat(path, true) => session.metadata(at(path)).map(status),
         Step::Stat(path, false) => session.symlink_metadata(at(path)).map(status),
-        Step::List(path) => session.read_dir(at(path)).and_then(|entries| {
-            let entries = entries.map(|entry| {
-                let entry = entry?;
-                let size = if entry.is_file() { entry.size } else { 0 };
-                Ok((entry.name, (entry.mode, size)))
-            });
-            entries.collect::<Result<_, Error>>().map(Outcome::Names)
-        }),
+        Step::List(path) => Ok(names_of(session.read_dir(at(path)).and_then(Iterator::collect))),
         Step::Set(path, mode, size, modified_ns) => {
             let size = size.map(u64::from);
             let attributes = Attributes { mode: *mode, size, modified_ns: *modified_ns, nofollow: false };
@@ -141,8 +134,8 @@ fn remote(session: &Session, base: &Path, step: &Step) -> Outcome {
     result.unwrap_or_else(|error| Outcome::Failed(error.errno()))
 }
 
-/// The same as operations of a context. What there is only as calls is done by those.
-fn queued(session: &Session, context: &mut Context, base: &Path, step: &Step) -> Outcome {
+/// The same as operations of a context.
+fn queued(context: &mut Context, base: &Path, step: &Step) -> Outcome {
     let at = |path: &Path| base.join(path);
     let operation = match step {
         Step::Mkdir(path, mode) => PathOperation::Mkdir { path: at(path), mode: *mode },
@@ -170,18 +163,20 @@ fn queued(session: &Session, context: &mut Context, base: &Path, step: &Step) ->
             let attributes = Attributes { mode, size, modified_ns, nofollow: false };
             PathOperation::SetAttributes { path: at(path), attributes }
         }
-        Step::List(_)
-        | Step::SetXattr(..)
-        | Step::GetXattr(_)
-        | Step::ListXattr(_)
-        | Step::RemoveXattr(_) => return remote(session, base, step),
+        Step::List(path) => PathOperation::List { path: at(path) },
+        Step::SetXattr(path, seed) => {
+            let buffers = Buffers::One(Buffer::Owned(bytes(*seed % 100).into()));
+            PathOperation::SetXattr { path: at(path), name: "user.test".into(), buffers, exclusive: false }
+        }
+        Step::GetXattr(path) => PathOperation::GetXattr { path: at(path), name: "user.test".into() },
+        Step::ListXattr(path) => PathOperation::ListXattr { path: at(path) },
+        Step::RemoveXattr(path) => PathOperation::RemoveXattr { path: at(path), name: "user.test".into() },
     };
     let is_get = matches!(operation, PathOperation::Get { .. });
-    if let Err(rejected) = context.submit_path(operation, SubmitOptions::default(), 0) {
-        return Outcome::Failed(rejected.error.errno());
-    }
-    context.wait(1, 1, None).expect("the server is there");
-    let completion = context.next().expect("it was waited for");
+    let completion = match run(context, operation) {
+        Ok(completion) => completion,
+        Err(error) => return Outcome::Failed(error.errno()),
+    };
     match (completion.result, completion.answer.map(|answer| *answer)) {
         (Err(error), _) => Outcome::Failed(error.errno()),
         (Ok(count), _) if is_get => {
@@ -192,8 +187,53 @@ fn queued(session: &Session, context: &mut Context, base: &Path, step: &Step) ->
             outcome_of(status.mode.get(), status.size.get(), status.links.get(), status.modified_ns.get())
         }
         (Ok(_), Some(Answer::Link(target))) => Outcome::Bytes(target.into_os_string().into_vec()),
+        (Ok(_), Some(Answer::Xattr(value))) => Outcome::Bytes(value),
+        (Ok(_), Some(Answer::XattrNames(names))) => {
+            Outcome::Bytes(names.into_iter().map(OsString::into_vec).collect::<Vec<_>>().concat())
+        }
+        (Ok(_), Some(Answer::Entries(entries))) => names_of(all_queued(context, entries)),
         (Ok(_), None) => Outcome::Done,
         (Ok(_), other) => panic!("{other:?} of {step:?}"),
+    }
+}
+
+/// Does one operation.
+fn run(context: &mut Context, operation: PathOperation) -> Result<Completion, Error> {
+    context.submit_path(operation, SubmitOptions::default(), 0).map_err(|rejected| rejected.error)?;
+    context.wait(1, 1, None).expect("the server is there");
+    Ok(context.next().expect("it was waited for"))
+}
+
+fn entries_of(completion: Completion) -> ReadDir {
+    match completion.answer.map(|answer| *answer) {
+        Some(Answer::Entries(entries)) => entries,
+        other => panic!("{other:?} of {:?}", completion.result),
+    }
+}
+
+/// All entries of a list that has begun, without a call that waits for the server.
+fn all_queued(context: &mut Context, mut entries: ReadDir) -> Result<Vec<DirEntry>, Error> {
+    let mut all = Vec::new();
+    while entries.buffered() > 0 {
+        let here = entries.buffered();
+        all.extend(entries.by_ref().take(here).map(|entry| entry.expect("it is here")));
+        let next = run(context, PathOperation::ListNext { entries })?;
+        next.result.clone()?;
+        entries = entries_of(next);
+    }
+    assert!(entries.is_complete());
+    Ok(all)
+}
+
+/// What a list has found, as far as both sides must agree.
+fn names_of(entries: Result<Vec<DirEntry>, Error>) -> Outcome {
+    let name = |entry: DirEntry| {
+        let size = if entry.is_file() { entry.size } else { 0 };
+        (entry.name, (entry.mode, size))
+    };
+    match entries {
+        Ok(entries) => Outcome::Names(entries.into_iter().map(name).collect()),
+        Err(error) => Outcome::Failed(error.errno()),
     }
 }
 
@@ -439,7 +479,7 @@ fn the_server_does_what_a_local_directory_does_with_the_same_answers_and_errnos(
             let expected = local(&here, step);
             let got = remote(&site.session, &there, step);
             prop_assert_eq!(&got, &expected, "{:?} of {:?}", step, steps);
-            let got = queued(&site.session, &mut context.borrow_mut(), &there_queued, step);
+            let got = queued(&mut context.borrow_mut(), &there_queued, step);
             prop_assert_eq!(&got, &expected, "{:?} of {:?}, queued", step, steps);
         }
         prop_assert_eq!(tree(&site.path(&name_queued)), tree(&here));
@@ -714,25 +754,44 @@ fn a_large_directory_is_listed_page_by_page_with_each_name_once() {
         fs::write(site.path(&format!("large/{}", name(n))), &[0; 3][..n % 4]).expect("a file");
     }
     let before = site.server.descriptors().len();
-    let mut seen: Vec<_> = site
-        .session
-        .read_dir("/d/large")
-        .expect("a list")
-        .map(|entry| {
-            let entry = entry.expect("an entry");
+    let mut expected: Vec<_> = (0..FILES).map(|n| (name(n), n as u64 % 4)).collect();
+    expected.sort();
+    let check = |entries: Result<Vec<DirEntry>, Error>| {
+        let entry = |entry: DirEntry| {
             assert!(entry.is_file() && entry.has_status);
             (entry.name.into_string().expect("UTF-8"), entry.size)
-        })
-        .collect();
-    let mut expected: Vec<_> = (0..FILES).map(|n| (name(n), n as u64 % 4)).collect();
-    seen.sort();
-    expected.sort();
-    assert!(seen == expected, "{} of {}", seen.len(), expected.len());
+        };
+        let mut seen: Vec<_> = entries.expect("a list").into_iter().map(entry).collect();
+        seen.sort();
+        assert!(seen == expected, "{} of {}", seen.len(), expected.len());
+    };
+    check(site.session.read_dir("/d/large").and_then(Iterator::collect));
+    let mut context = site.session.context(8).expect("a context");
+    let list = || PathOperation::List { path: "/d/large".into() };
+    let begun = entries_of(run(&mut context, list()).expect("it is taken"));
+    check(all_queued(&mut context, begun));
     // It has been read to its end, and what is given up early is over, too.
     for _ in 0..40 {
         let mut listing = site.session.read_dir("/d/large").expect("a list");
         listing.next().expect("an entry").expect("an entry");
     }
+    // In a context a list can end with its page under way, without one, and before it has begun.
+    for n in 0..40 {
+        let entries = entries_of(run(&mut context, list()).expect("it is taken"));
+        let next = PathOperation::ListNext { entries };
+        let next = context.submit_path(next, SubmitOptions::default(), 0).expect("it is taken");
+        if n % 2 == 0 {
+            let _ = context.cancel(next);
+        }
+        let timeout = Some(std::time::Duration::from_micros(n * 20));
+        let options = SubmitOptions { timeout, ..SubmitOptions::default() };
+        context.submit_path(list(), options, 0).expect("it is taken");
+        while context.stats().in_flight > 0 {
+            context.wait(1, usize::MAX, None).expect("the server is there");
+            while context.next().is_some() {}
+        }
+    }
+    context.close();
     site.server.statistics_when(|_| true);
     let deadline = std::time::Instant::now() + raio_e2e::PATIENCE;
     while site.server.descriptors().len() > before {
