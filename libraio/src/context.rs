@@ -30,6 +30,7 @@ use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
 use raio_transport::message;
 use raio_transport::protocol::{Command, Opcode};
+use raio_transport::resume::LOCK_LOST;
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -810,8 +811,13 @@ impl Context {
         if reply.status.errno == libc::EBADF
             && let Some(status) = self.files.handle(slot.file).and_then(|file| self.channel.stale(file))
         {
-            let text = "The server was restarted, and the file could not be opened again: it is another one \
-                        now. Open it again.";
+            let text = match status.errno {
+                libc::ENOLCK => LOCK_LOST,
+                _ => {
+                    "The server was restarted, and the file could not be opened again: it is another one \
+                     now. Open it again."
+                }
+            };
             return Error::new(status, text);
         }
         Error::from_reply(reply, failure)

@@ -77,6 +77,8 @@ pub struct OpenFile {
     pub verifier: FileVerifier,
     /// What it is to the audit log, if there is one.
     pub audited: Option<Arc<Audited>>,
+    /// [`Properties::has_locks`].
+    pub has_locks: bool,
     /// What its client has of the export, if that is limited.
     pub flow: Option<Arc<Flow>>,
     /// What it may grow to, if the bytes that its client stores are limited.
@@ -87,7 +89,7 @@ pub struct OpenFile {
 impl OpenFile {
     /// A volume that has just been opened, of the export that has this place among all.
     pub fn new(volume: Arc<dyn Volume>, access: Access, export: usize) -> Self {
-        let Properties { alignment, size_limit, may_hang } = volume.properties();
+        let Properties { alignment, size_limit, may_hang, has_locks } = volume.properties();
         // If it is no file, all who open it share the volume.
         let object = ObjectKey(u64::MAX - 1, Arc::as_ptr(&volume).cast::<()>() as u64);
         Self {
@@ -96,6 +98,7 @@ impl OpenFile {
             size_limit,
             export,
             hanging_export: may_hang.then_some(export),
+            has_locks,
             volume,
             object,
             identity: FileIdentity::default(),
