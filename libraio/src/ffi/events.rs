@@ -119,7 +119,7 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
             Ok(len as u64)
         }
         // There are no iocbs for these.
-        Answer::FileSystem(_) | Answer::Extents { .. } => Ok(count),
+        Answer::FileSystem(_) | Answer::Extents { .. } | Answer::Checksum(_) => Ok(count),
     }
 }
 
