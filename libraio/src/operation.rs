@@ -83,8 +83,8 @@ pub enum Operation {
     /// systems may share the storage of both. Which bytes it copies of what others change meanwhile is not
     /// said.
     ///
-    /// [`Completion::result`] is the bytes copied; fewer at the end of the source, or if it was cancelled or a
-    /// later part failed: a copy of the rest tells which (0 at the end of the source).
+    /// [`Completion::result`] is the bytes copied; fewer at the end of the source, or if it was cancelled or
+    /// a later part failed: a copy of the rest tells which (0 at the end of the source).
     Copy {
         /// Where in this file.
         offset: u64,

@@ -8,8 +8,8 @@ use std::time::Duration;
 use raio_transport::memory::{Buffer, Buffers};
 
 use super::abi::{
-    CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_event, raio_iocb, raio_path_args,
-    raio_stat,
+    CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_checksum, raio_event, raio_iocb,
+    raio_path_args, raio_stat,
 };
 use super::descriptor;
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
@@ -118,8 +118,14 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
             unsafe { std::ptr::copy_nonoverlapping(target.as_ptr(), args.buf.cast::<u8>(), len) };
             Ok(len as u64)
         }
+        Answer::Checksum(checksum) => {
+            let to = buf.cast::<raio_checksum>();
+            // SAFETY: it was read when the iocb was submitted, and is the library's until now.
+            unsafe { to.write_unaligned(to.read_unaligned().with(checksum)) };
+            Ok(count)
+        }
         // There are no iocbs for these.
-        Answer::FileSystem(_) | Answer::Extents { .. } | Answer::Checksum(_) => Ok(count),
+        Answer::FileSystem(_) | Answer::Extents { .. } => Ok(count),
     }
 }
 
