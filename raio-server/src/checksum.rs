@@ -14,17 +14,20 @@ use crate::tuning::ranges::{BUFFER_BYTES, PIECE_BYTES};
 #[derive(Clone)]
 pub enum Checksum {
     /// CRC32C (Castagnoli).
-    Crc32c(crc_fast::Digest),
+    Crc32c(Box<crc_fast::Digest>),
     /// BLAKE3.
-    Blake3(blake3::Hasher),
+    Blake3(Box<blake3::Hasher>),
 }
 
 impl Checksum {
     /// Of nothing, by the flag of the protocol. None: there is no such checksum.
     pub fn new(flag: u16) -> Option<Self> {
         match flag {
-            FLAG_CRC32C => Some(Self::Crc32c(crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi))),
-            FLAG_BLAKE3 => Some(Self::Blake3(blake3::Hasher::new())),
+            FLAG_CRC32C => {
+                let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+                Some(Self::Crc32c(Box::new(digest)))
+            }
+            FLAG_BLAKE3 => Some(Self::Blake3(Box::default())),
             _ => None,
         }
     }

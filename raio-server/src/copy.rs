@@ -116,7 +116,7 @@ mod tests {
         let (source, destination) = (file(b"0123456789"), file(b"abc"));
         let (from, to) = (source.as_fd(), destination.as_fd());
         assert_eq!(read_and_write(from, 7, to, 5, 100), Ok(3));
-        assert_eq!(contents(&destination), b"abc\0\0789");
+        assert_eq!(contents(&destination), b"abc\x00\x00789");
         // A memfd is on another file system than the other file, or of another kind.
         let memory = rustix::fs::memfd_create("copy", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         assert_eq!(copy(&source, 0, &memory, 0, 10), Ok(10));

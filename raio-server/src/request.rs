@@ -409,7 +409,7 @@ pub struct Checksumming {
     range: Range,
     done: u64,
     /// Of what is done.
-    checksum: Box<Checksum>,
+    checksum: Checksum,
     /// No further piece is begun.
     is_stopped: bool,
 }
@@ -417,7 +417,7 @@ pub struct Checksumming {
 impl Checksumming {
     /// Of the whole range.
     pub fn new(range: Range, checksum: Checksum) -> Self {
-        Self { range, done: 0, checksum: Box::new(checksum), is_stopped: false }
+        Self { range, done: 0, checksum, is_stopped: false }
     }
 
     fn next(&self) -> Operation {
@@ -434,7 +434,7 @@ impl Checksumming {
     }
 
     /// Takes in the end of a piece.
-    fn advance(&mut self, n: u64, checksum: Box<Checksum>) -> Step {
+    fn advance(&mut self, n: u64, checksum: Checksum) -> Step {
         let is_over = n < self.piece_len() || n == self.range.length - self.done;
         self.checksum = checksum;
         self.done += n;

@@ -148,7 +148,7 @@ pub enum Operation {
     /// [`Checksum::read`].
     Checksum {
         /// Of what was read before.
-        checksum: Box<Checksum>,
+        checksum: Checksum,
         /// Offset in the file.
         offset: u64,
         /// Length.
@@ -176,7 +176,7 @@ pub enum Outcome {
     /// The parts of a range that have data, and up to where they are known.
     Extents(Vec<Extent>, u64),
     /// A checksum that has taken in more.
-    Checksum(Box<Checksum>),
+    Checksum(Checksum),
     /// Whether there was no lock that conflicts.
     Locked(bool),
 }
