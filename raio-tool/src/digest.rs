@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use clap::{Args, ValueEnum, ValueHint};
+use raio::{Checksum, ChecksumAlgorithm};
 use raio_transport::sync::lock;
 use serde::Serialize;
 
@@ -119,9 +120,27 @@ fn show(
     source: &dyn Place,
     interrupt: &Interrupt,
 ) -> Result<(), Failure> {
+    let algorithm = match options.algorithm {
+        Algorithm::Crc32c => ChecksumAlgorithm::Crc32c,
+        Algorithm::Blake3 => ChecksumAlgorithm::Blake3,
+    };
+    let (checksum, bytes) = match source.checksum(algorithm, interrupt)? {
+        Some((Checksum::Crc32c(crc), bytes)) => (format!("{crc:08x}"), bytes),
+        Some((Checksum::Blake3(hash), bytes)) => (blake3::Hash::from(hash).to_hex().to_string(), bytes),
+        None => read(options.algorithm, source, interrupt)?,
+    };
+    if global.json {
+        let (path, algorithm) = (location.to_string(), options.algorithm);
+        return output::print_json(&Report { path, algorithm, checksum: &checksum, bytes });
+    }
+    output::print_bytes(&[checksum.as_bytes(), b"  ", &location.to_bytes(), b"\n"].concat())
+}
+
+/// Reads a file, for its checksum in letters and its length.
+fn read(algorithm: Algorithm, source: &dyn Place, interrupt: &Interrupt) -> Result<(String, u64), Failure> {
     let settings = Settings { is_ordered: true, ..Settings::default() };
     let size = source.facts()?.size;
-    let digesting = Digesting(Mutex::new(match options.algorithm {
+    let digesting = Digesting(Mutex::new(match algorithm {
         Algorithm::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
         Algorithm::Blake3 => Digest::Blake3(Box::default()),
     }));
@@ -131,9 +150,5 @@ fn show(
         Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
         Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
     };
-    if global.json {
-        let (path, algorithm) = (location.to_string(), options.algorithm);
-        return output::print_json(&Report { path, algorithm, checksum: &checksum, bytes });
-    }
-    output::print_bytes(&[checksum.as_bytes(), b"  ", &location.to_bytes(), b"\n"].concat())
+    Ok((checksum, bytes))
 }
