@@ -798,8 +798,10 @@ mod tests {
     use raio_transport::memory::Arena;
 
     use super::*;
+    use crate::engine::Lanes;
+    use crate::pool::Pool;
     use crate::session::Access;
-    use crate::volume::Null;
+    use crate::volume::{Memory, Null, Volume};
 
     fn slot(len: usize) -> Slot {
         Arena::new(len, len).unwrap().alloc(len).unwrap()
@@ -975,5 +977,79 @@ mod tests {
             let errno = if is_stopped { libc::ECANCELED } else { libc::ENOSPC };
             assert_eq!((response.status.errno, response.result), (errno, 500));
         }
+    }
+
+    /// A copy of this many bytes from 100 to 0, and what an end of a piece makes of it.
+    fn copy(length: u64) -> Work {
+        let memory = Memory::new(4096, Lanes::new(Pool::without_threads())).unwrap();
+        let descriptor = Arc::clone(memory.file_descriptor().unwrap());
+        let copy = Copying::new((file(), descriptor, range(100, length)), (file(), 0));
+        Work::Copy(Box::new(copy))
+    }
+
+    fn ended(step: Step) -> (i32, u64) {
+        let Step::Done(response) = step else { panic!("it goes on: {step:?}") };
+        (response.status.errno, response.result)
+    }
+
+    #[test]
+    fn a_copy_goes_on_piece_by_piece_and_says_how_much_is_done() {
+        let piece = Ok(PIECE_BYTES as u32);
+        let length = 3 * PIECE_BYTES;
+        let mut work = copy(length);
+        assert_eq!((work.data_len(), work.changes().unwrap().1), (PIECE_BYTES, 0..length));
+        assert!(matches!(work.completed(completion(piece, Outcome::None)), Step::Piece));
+        let Operation::Copy { source_offset, offset, length: left, .. } = work.first(None) else {
+            panic!("it begins otherwise")
+        };
+        assert_eq!((source_offset, offset, left), (100 + PIECE_BYTES, PIECE_BYTES, 2 * PIECE_BYTES));
+        // What was done comes first, and then the error or the end of the source.
+        assert_eq!(ended(work.completed(completion(Err(libc::ENOSPC), Outcome::None))), (0, PIECE_BYTES));
+        assert_eq!(work.partly_done().unwrap().result, PIECE_BYTES);
+        assert_eq!(ended(work.completed(completion(Ok(0), Outcome::None))), (0, PIECE_BYTES));
+        let mut work = copy(length);
+        assert!(work.partly_done().is_none() && work.abandoned().status.errno == libc::ECANCELED);
+        assert_eq!(ended(work.completed(completion(Err(libc::EIO), Outcome::None))), (libc::EIO, 0));
+        let mut work = copy(length);
+        work.stop();
+        assert_eq!(ended(work.completed(completion(piece, Outcome::None))), (0, PIECE_BYTES));
+        let mut work = copy(10);
+        assert_eq!(
+            (work.data_len(), ended(work.completed(completion(Ok(10), Outcome::None)))),
+            (10, (0, 10))
+        );
+    }
+
+    #[test]
+    fn a_checksum_ends_at_the_end_of_the_file_and_is_nothing_if_it_is_stopped() {
+        let begin = || {
+            let checksum = Checksum::new(raio_transport::protocol::FLAG_BLAKE3).unwrap();
+            Work::Checksum(file(), Box::new(Checksumming::new(range(7, 2 * PIECE_BYTES), checksum)))
+        };
+        let piece = |work: &Work, n: u64| {
+            let Operation::Checksum { checksum, .. } = work.first(None) else { panic!("{work:?}") };
+            completion(Ok(n as u32), Outcome::Checksum(checksum))
+        };
+        let mut work = begin();
+        let first = piece(&work, PIECE_BYTES);
+        assert!(matches!(work.completed(first), Step::Piece));
+        let Operation::Checksum { offset, length, .. } = work.first(None) else { panic!("{work:?}") };
+        assert_eq!((offset, length), (7 + PIECE_BYTES, PIECE_BYTES));
+        let last = piece(&work, 5);
+        assert_eq!(ended(work.completed(last)), (0, PIECE_BYTES + 5));
+        let mut work = begin();
+        work.stop();
+        let first = piece(&work, PIECE_BYTES);
+        assert_eq!(ended(work.completed(first)), (libc::ECANCELED, 0));
+    }
+
+    #[test]
+    fn a_lock_that_conflicts_may_be_tried_again() {
+        let mut work = Work::Lock(file(), FlockOperation::NonBlockingLockShared);
+        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Locked(false))) else {
+            panic!("it goes on")
+        };
+        assert_eq!((response.status.errno, response.status.retryable), (libc::EAGAIN, true));
+        assert_eq!(ended(work.completed(completion(Ok(0), Outcome::Locked(true)))), (0, 0));
     }
 }
