@@ -487,7 +487,8 @@ long long raio_checksum_range(int fd, long long offset, unsigned long long len, 
  * file that ask for one: of this session, of other clients, and of programs on the server's host. It keeps nobody from
  * reading and writing. It ends with raio_close() and with the session. Changing its kind gives it up first, so it may be
  * lost when that fails. If the session ends on the server, which was restarted or not reached for too long, so does the
- * lock, and all calls and iocbs on fd fail with ENOLCK then: others may have changed the file.
+ * lock, and all calls and iocbs on fd fail with ENOLCK then: others may have changed the file. The lock of a program that
+ * is killed ends when the server gives up its session: after its --linger (90 s), or earlier with a smaller reconnect_ms.
  *
  * Returns 0, or -1 with errno: EWOULDBLOCK (another open file has a lock that conflicts), EINVAL, EBADF, EOPNOTSUPP (an
  * export mem: or null:).
