@@ -116,7 +116,7 @@ pub struct ResumeCounters {
 /// The open files of a session, as they are opened again on a server that does not have them.
 #[derive(Debug, Default)]
 pub struct OpenFiles {
-    files: Mutex<BTreeMap<u32, Arc<Reopenable>>>,
+    files: Mutex<BTreeMap<u32, OpenFile>>,
     /// The incarnation of the server on which they are open, as far as is known.
     server: Mutex<Option<[u8; 16]>>,
     /// How often a channel has begun, or has begun to open all of them again.
@@ -124,6 +124,14 @@ pub struct OpenFiles {
 }
 
 /// One of them.
+#[derive(Clone, Debug)]
+struct OpenFile {
+    file: Arc<Reopenable>,
+    /// It has a lock, which would be lost: it is not opened again.
+    is_locked: bool,
+}
+
+/// How a file is opened again.
 #[derive(Debug)]
 pub struct Reopenable {
     /// The flags that it was opened with (`OPEN_*`).
@@ -137,12 +145,20 @@ pub struct Reopenable {
 impl OpenFiles {
     /// A file was opened.
     pub fn insert(&self, handle: FileHandle, file: Reopenable) {
-        lock(&self.files).insert(handle.0, Arc::new(file));
+        lock(&self.files).insert(handle.0, OpenFile { file: Arc::new(file), is_locked: false });
     }
 
     /// It was closed.
     pub fn remove(&self, handle: FileHandle) {
         lock(&self.files).remove(&handle.0);
+    }
+
+    /// It has a lock from now on ([`Opcode::Lock`]), or none any more. A lock is lost with the session, and
+    /// others may have had it since: then requests on the file fail, and it is not opened again.
+    pub fn set_locked(&self, handle: FileHandle, is_locked: bool) {
+        if let Some(open) = lock(&self.files).get_mut(&handle.0) {
+            open.is_locked = is_locked;
+        }
     }
 
     /// How often a channel has begun, or has begun to open all of them again. If that changes while a file is
@@ -165,7 +181,7 @@ impl OpenFiles {
     /// One that is open for reading.
     fn readable(&self) -> Option<FileHandle> {
         let files = lock(&self.files);
-        let found = files.iter().rev().find(|(_, file)| file.flags & OPEN_READ != 0);
+        let found = files.iter().rev().find(|(_, open)| open.file.flags & OPEN_READ != 0);
         found.map(|(&handle, _)| FileHandle(handle))
     }
 
@@ -179,10 +195,10 @@ impl OpenFiles {
         *lock(&self.server) = Some(server);
     }
 
-    fn list(&self) -> Vec<(FileHandle, Arc<Reopenable>)> {
+    fn list(&self) -> Vec<(FileHandle, OpenFile)> {
         let files = lock(&self.files);
         self.reopenings.fetch_add(1, Ordering::SeqCst);
-        files.iter().map(|(&handle, file)| (FileHandle(handle), Arc::clone(file))).collect()
+        files.iter().map(|(&handle, open)| (FileHandle(handle), open.clone())).collect()
     }
 }
 
@@ -279,7 +295,7 @@ enum Phase {
 
 #[derive(Default)]
 struct Reopening {
-    files: Vec<(FileHandle, Arc<Reopenable>)>,
+    files: Vec<(FileHandle, OpenFile)>,
     sent: usize,
     answered: usize,
     /// How requests of files end that could not be opened.
@@ -295,11 +311,15 @@ impl Reopening {
 
     /// Sends what can be sent, and takes in what has been answered. Whether anything has.
     fn step(&mut self, transport: &mut dyn ClientTransport) -> bool {
-        while let Some((handle, file)) = self.files.get(self.sent) {
+        while let Some((handle, OpenFile { file, is_locked })) = self.files.get(self.sent) {
             let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
             let (file, identity, path) = (*handle, file.identity, &file.path[..]);
             let mut body = Vec::new();
-            Command::Reopen { flags, file, identity, path }.encode(&mut body);
+            match is_locked {
+                // The session may still be there, and then its files are open, and have their locks.
+                true => Command::Stat(file).encode(&mut body),
+                false => Command::Reopen { flags, file, identity, path }.encode(&mut body),
+            }
             if transport.send(self.sent as u64, &body, Bulk::None, SendOptions::PLAIN).is_err() {
                 break;
             }
@@ -309,18 +329,28 @@ impl Reopening {
         let mut replies = Vec::new();
         transport.receive(&mut replies);
         for reply in &replies {
-            let Some((handle, file)) = self.files.get(reply.tag as usize) else { continue };
+            let Some((handle, OpenFile { file, is_locked })) = self.files.get(reply.tag as usize) else {
+                continue;
+            };
             if reply.status.is_shutdown() {
                 // Nothing is known of the file. The connection is about to end, and the next server is asked.
                 continue;
             }
             self.answered += 1;
             if !reply.status.is_ok() {
-                self.stale.insert(handle.0, resume::at_reopen_failure(reply.status));
+                let end = if *is_locked {
+                    End { status: Status::storage(libc::ENOLCK), result: 0, is_unknown: false }
+                } else {
+                    resume::at_reopen_failure(reply.status)
+                };
+                self.stale.insert(handle.0, end);
                 continue;
             }
             match FileStatus::decode(&reply.body) {
-                Ok(status) if reply.result == u64::from(handle.0) && status.identity == file.identity => {
+                Ok(status)
+                    if (*is_locked || reply.result == u64::from(handle.0))
+                        && status.identity == file.identity =>
+                {
                     self.verifiers.insert(handle.0, status.verifier.get());
                 }
                 _ => transport.abort(Violation::Field),
@@ -998,8 +1028,8 @@ impl Channel {
             rest.verifiers = reopening.verifiers;
             rest.reopened_at = self.connections + 1;
             for lost in std::mem::take(&mut rest.again) {
-                let file = resume::file_of(&lost.command);
-                match file.and_then(|file| rest.stale.get(&file.0).copied()) {
+                let mut files = resume::files_of(&lost.command).into_iter().flatten();
+                match files.find_map(|file| rest.stale.get(&file.0).copied()) {
                     Some(end) => rest.end(lost, end),
                     None => rest.again.push_back(lost),
                 }
@@ -1146,6 +1176,7 @@ impl Rest {
         } else {
             match status.errno {
                 libc::ESTALE => "The server was restarted, and the file is another one now.".into(),
+                libc::ENOLCK => resume::LOCK_LOST.into(),
                 libc::EAGAIN => "The connection was lost; the request goes on.".into(),
                 _ if status == Status::transport(status.errno) => {
                     format!("The connection was lost: {}.", self.why)

@@ -1,9 +1,9 @@
 //! raio's own commands, on top of the message layer: open, read, write, ... [`OPERATIONS`] lists them.
 //!
 //! A command is the body of a request. What is done to an open file has one layout of 24 bytes, so that such
-//! a request is 64 bytes in all; what is done to a path has another ([`path`]), and open, outcome and reopen
-//! have layouts of their own. Data to be written is the request's bulk data, data read is the response's; the
-//! response's result is the byte count, or the file handle of an open.
+//! a request is 64 bytes in all; what is done to a path has another ([`path`]), and open, outcome, reopen and
+//! copy have layouts of their own. Data to be written is the request's bulk data, data read is the
+//! response's; the response's result is the byte count, or the file handle of an open.
 
 mod entries;
 pub mod path;
@@ -53,6 +53,9 @@ pub enum Opcode {
     GetXattr = 29,
     ListXattr = 30,
     SetXattr = 31,
+    Copy = 32,
+    Checksum = 33,
+    Lock = 34,
 }
 
 impl Opcode {
@@ -99,7 +102,7 @@ pub struct Operation {
     pub flags: u16,
     /// Which way its bulk data goes. `length` is then the length of that data, and has 32 bits.
     pub direction: Direction,
-    /// What the file must be open for.
+    /// What the file must be open for; of a copy the source.
     pub access: FileAccess,
     /// Whether it is about sessions, files and requests, or about a file's data.
     pub class: OperationClass,
@@ -138,6 +141,8 @@ pub enum OperationGroup {
     Space,
     /// Directories, names and attributes, and whole small files by their paths.
     Names,
+    /// Copies and checksums, whose data does not come to the client, and locks.
+    ServerSide,
 }
 
 impl OperationGroup {
@@ -147,6 +152,7 @@ impl OperationGroup {
             Self::Basic => "basic",
             Self::Space => "space",
             Self::Names => "names",
+            Self::ServerSide => "server_side",
         }
     }
 
@@ -156,6 +162,7 @@ impl OperationGroup {
             Self::Basic => 0,
             Self::Space => 1 << 32,
             Self::Names => 1 << 33,
+            Self::ServerSide => 1 << 34,
         }
     }
 }
@@ -300,7 +307,12 @@ const fn change(opcode: Opcode, name: &'static str, fields: PathFields) -> Opera
 ///   to which they are complete.
 /// - **get_xattr**, **list_xattr**, **set_xattr**: extended attributes of the `user.` class. The value is the
 ///   data, the result its length; names end with a zero byte each.
-pub const OPERATIONS: [Operation; 31] = [
+/// - **copy**: copies a range of an open file to another one, or to another place of the same. Result: how
+///   many bytes; fewer at the end of the source, or if it was cancelled, or a later part failed.
+/// - **checksum**: the checksum of a range. Body: 4 bytes of a CRC32C, or 32 of a BLAKE3. Result: how many
+///   bytes it is of; fewer at the end of the file.
+/// - **lock**: flock(2) of the open file, which never waits: EAGAIN if another one has a lock that conflicts.
+pub const OPERATIONS: [Operation; 34] = [
     Operation { is_recorded: true, ..control(Opcode::Open, "open", Layout::Own) },
     control(Opcode::Close, "close", Layout::Fields(FILE)),
     control(Opcode::Stat, "stat", Layout::Fields(FILE)),
@@ -374,6 +386,22 @@ pub const OPERATIONS: [Operation; 31] = [
         flags: FLAG_NOFOLLOW | FLAG_EXCLUSIVE | FLAG_REMOVE,
         ..change(Opcode::SetXattr, "set_xattr", PathFields { length: true, ..PathFields::OTHER })
     },
+    Operation {
+        layout: Layout::Own,
+        group: OperationGroup::ServerSide,
+        is_recorded: true,
+        ..on_range(Opcode::Copy, "copy", FileAccess::Read)
+    },
+    Operation {
+        flags: FLAG_CRC32C | FLAG_BLAKE3,
+        group: OperationGroup::ServerSide,
+        ..on_range(Opcode::Checksum, "checksum", FileAccess::Read)
+    },
+    Operation {
+        flags: FLAG_LOCK_SHARED | FLAG_LOCK_EXCLUSIVE,
+        group: OperationGroup::ServerSide,
+        ..control(Opcode::Lock, "lock", Layout::Fields(FILE))
+    },
 ];
 
 const _: () = {
@@ -408,6 +436,15 @@ pub const FLAG_SET_SIZE: u16 = 1 << 5;
 /// Flag of [`Opcode::ListNext`]: which page is asked for. That of the first list_next of a listing is 1, and
 /// each following page has the other value than the one before; a page that is asked for again has the same.
 pub const FLAG_ODD_PAGE: u16 = 1 << 0;
+/// Flag of [`Opcode::Checksum`]: a CRC32C (Castagnoli). One of the checksums must be asked for.
+pub const FLAG_CRC32C: u16 = 1 << 0;
+/// Flag of [`Opcode::Checksum`]: BLAKE3, 256 bits.
+pub const FLAG_BLAKE3: u16 = 1 << 1;
+/// Flag of [`Opcode::Lock`]: a lock that others may share. Without this flag and the next one the lock is
+/// given up.
+pub const FLAG_LOCK_SHARED: u16 = 1 << 0;
+/// Flag of [`Opcode::Lock`]: a lock that nobody else has.
+pub const FLAG_LOCK_EXCLUSIVE: u16 = 1 << 1;
 
 /// Read permission wanted.
 pub const OPEN_READ: u32 = 1 << 0;
@@ -483,6 +520,20 @@ struct ReopenCommand {
     identity: [u8; 16],
 }
 
+/// A copy.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct CopyCommand {
+    opcode: U16,
+    reserved: U16,
+    source: U32,
+    offset: U64,
+    length: U64,
+    destination: U32,
+    reserved_too: U32,
+    destination_offset: U64,
+}
+
 /// What became of one request: an element of the response to [`Opcode::Outcome`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -540,6 +591,7 @@ pub struct FileStatus {
 
 const _: () = assert!(size_of::<IoCommand>() == 24);
 const _: () = assert!(size_of::<OpenCommand>() == 16);
+const _: () = assert!(size_of::<CopyCommand>() == 40);
 const _: () = assert!(size_of::<OutcomeCommand>() == 8 && size_of::<ReopenCommand>() == 32);
 const _: () = assert!(size_of::<RequestOutcome>() == 16);
 const _: () = assert!(size_of::<FileStatus>() == 112);
@@ -627,6 +679,27 @@ pub enum Command<'a> {
         offset: u64,
         length: u64,
     },
+    Copy {
+        /// From where.
+        source: FileHandle,
+        offset: u64,
+        length: u64,
+        /// Where to.
+        destination: FileHandle,
+        destination_offset: u64,
+    },
+    Checksum {
+        file: FileHandle,
+        offset: u64,
+        length: u64,
+        /// [`FLAG_CRC32C`] or [`FLAG_BLAKE3`]; other combinations are the client's error.
+        checksum: u16,
+    },
+    Lock {
+        file: FileHandle,
+        /// [`FLAG_LOCK_SHARED`], [`FLAG_LOCK_EXCLUSIVE`] or 0; both are the client's error.
+        lock: u16,
+    },
     /// All operations on paths.
     Path(PathCommand<'a>),
 }
@@ -670,6 +743,11 @@ impl<'a> Command<'a> {
             },
             Self::Truncate { file, size } => parts(Opcode::Truncate, file, 0, size),
             Self::Extents { file, offset, length } => parts(Opcode::Extents, file, offset, length),
+            Self::Copy { source, offset, length, .. } => parts(Opcode::Copy, source, offset, length),
+            Self::Checksum { file, offset, length, checksum } => {
+                Parts { flags: checksum, ..parts(Opcode::Checksum, file, offset, length) }
+            }
+            Self::Lock { file, lock } => Parts { flags: lock, ..parts(Opcode::Lock, file, 0, 0) },
             Self::Path(command) => parts(command.opcode, FileHandle(0), 0, 0),
         }
     }
@@ -696,6 +774,8 @@ impl<'a> Command<'a> {
             }
             Opcode::Truncate => Self::Truncate { file, size: length },
             Opcode::Extents => Self::Extents { file, offset, length },
+            Opcode::Checksum => Self::Checksum { file, offset, length, checksum: flags },
+            Opcode::Lock => Self::Lock { file, lock: flags },
             // They have another layout.
             _ => return Err(Violation::Field),
         })
@@ -735,6 +815,19 @@ impl<'a> Command<'a> {
                     identity,
                 };
                 return encode_padded(reopen.as_bytes(), path, out);
+            }
+            Self::Copy { source, offset, length, destination, destination_offset } => {
+                let copy = CopyCommand {
+                    opcode: U16::new(Opcode::Copy as u16),
+                    reserved: U16::ZERO,
+                    source: U32::new(source.0),
+                    offset: U64::new(offset),
+                    length: U64::new(length),
+                    destination: U32::new(destination.0),
+                    reserved_too: U32::ZERO,
+                    destination_offset: U64::new(destination_offset),
+                };
+                return out.extend_from_slice(copy.as_bytes());
             }
             Self::Path(command) => return command.encode(out),
             _ => {}
@@ -779,6 +872,7 @@ impl<'a> Command<'a> {
             Opcode::Open => Self::decode_open(body),
             Opcode::Outcome => Self::decode_outcome(body),
             Opcode::Reopen => Self::decode_reopen(body),
+            Opcode::Copy => Self::decode_copy(body),
             _ => PathCommand::decode(opcode, body).map(Self::Path),
         }
     }
@@ -820,6 +914,20 @@ impl<'a> Command<'a> {
             return Err(Violation::Field);
         }
         Ok(Self::Reopen { flags, file: FileHandle(reopen.file.get()), identity: reopen.identity, path })
+    }
+
+    fn decode_copy(body: &'a [u8]) -> Result<Self, Violation> {
+        let copy = CopyCommand::ref_from_bytes(body).map_err(|_| Violation::Length)?;
+        if copy.reserved.get() != 0 || copy.reserved_too.get() != 0 {
+            return Err(Violation::Reserved);
+        }
+        Ok(Self::Copy {
+            source: FileHandle(copy.source.get()),
+            offset: copy.offset.get(),
+            length: copy.length.get(),
+            destination: FileHandle(copy.destination.get()),
+            destination_offset: copy.destination_offset.get(),
+        })
     }
 
     /// How many bytes of data the response brings at most, which is the length of the request's inward

@@ -116,6 +116,11 @@ pub fn at_failure(fate: Fate, status: Status) -> End {
     }
 }
 
+/// What becomes of the requests of a file that had a lock when its session ended: a message for people.
+pub const LOCK_LOST: &str = "The file had a lock, which was lost with the session: the server was restarted, \
+                             or not reached for too long. Others may have changed the file. Open it again, \
+                             and lock it again.";
+
 /// How requests of a file end that could not be opened again, for this reason.
 pub fn at_reopen_failure(status: Status) -> End {
     let is_another = matches!(
@@ -132,9 +137,10 @@ pub fn at_reopen_failure(status: Status) -> End {
     End::failed(if is_another { Status::storage(libc::ESTALE) } else { status })
 }
 
-/// The file that a command is about.
-pub fn file_of(command: &[u8]) -> Option<FileHandle> {
-    match Command::decode(command).ok()? {
+/// The files that a command is about: none, one or two.
+pub fn files_of(command: &[u8]) -> [Option<FileHandle>; 2] {
+    let Ok(command) = Command::decode(command) else { return [None; 2] };
+    let file = match command {
         Command::Close(file)
         | Command::Stat(file)
         | Command::Read { file, .. }
@@ -145,13 +151,17 @@ pub fn file_of(command: &[u8]) -> Option<FileHandle> {
         | Command::Allocate { file, .. }
         | Command::Truncate { file, .. }
         | Command::Extents { file, .. }
+        | Command::Checksum { file, .. }
+        | Command::Lock { file, .. }
         | Command::Reopen { file, .. } => Some(file),
+        Command::Copy { source, destination, .. } => return [Some(source), Some(destination)],
         Command::Open { .. }
         | Command::Cancel { .. }
         | Command::Outcome { .. }
         | Command::ListNext { .. }
         | Command::Path(_) => None,
-    }
+    };
+    [file, None]
 }
 
 /// Why a command cannot be sent to a server that has granted these feature bits: see

@@ -139,7 +139,10 @@ enum raio_iocb_cmd {
 	RAIO_CMD_LISTXATTR = 26,
 	RAIO_CMD_REMOVEXATTR = 27,
 	RAIO_CMD_OPENDIR = 28,
-	RAIO_CMD_READDIR = 29
+	RAIO_CMD_READDIR = 29,
+	RAIO_CMD_COPY_FILE_RANGE = 30,	/* from another file: buf is a struct raio_copy_args */
+	RAIO_CMD_CHECKSUM = 31,		/* buf is a struct raio_checksum */
+	RAIO_CMD_FLOCK = 32		/* nbytes is the operation of flock(2) */
 };
 
 /* raio_iocb_common.flags; every other bit must be 0, except for the timeout: see raio_set_timeout() */
@@ -152,7 +155,7 @@ enum raio_iocb_cmd {
 #define RAIO_IOCB_TIMEOUT_MAX	0xfffffu	/* milliseconds, over 17 minutes */
 
 struct raio_iocb_common {
-	void *buf;			/* data, or struct iovec[], or struct raio_path_args, or struct raio_stat,
+	void *buf;			/* data, or struct iovec[], or one of the structs that enum raio_iocb_cmd names,
 					   or NULL: see raio_submit() */
 	unsigned long long nbytes;	/* length in bytes, or number of iovecs */
 	long long offset;		/* in bytes, from the start of the file */
@@ -197,6 +200,24 @@ struct raio_path_args {
 	unsigned int mode;		/* of what is created; with RAIO_SET_MODE */
 	unsigned long long reserved[2];	/* 0 */
 };
+
+/* What RAIO_CMD_COPY_FILE_RANGE copies from. raio_submit() copies the struct. */
+struct raio_copy_args {
+	int fd;				/* the file, of the same session */
+	unsigned int reserved_0;	/* 0 */
+	long long offset;		/* in it */
+	unsigned long long reserved[2];	/* 0 */
+};
+
+/* The checksum of a range of a file. */
+struct raio_checksum {
+	unsigned int type;		/* which is asked for: RAIO_CHECKSUM_* */
+	unsigned int crc32c;		/* of the type RAIO_CHECKSUM_CRC32C: the checksum */
+	unsigned char blake3[32];	/* of the type RAIO_CHECKSUM_BLAKE3: the checksum */
+};
+
+#define RAIO_CHECKSUM_CRC32C	1u	/* CRC32C (Castagnoli), as raio_crc32c(): finds every accident */
+#define RAIO_CHECKSUM_BLAKE3	2u	/* BLAKE3: finds forgeries, too */
 
 #define RAIO_PATH_NOFOLLOW	(1u << 0)	/* stat_path, utimens: of a symbolic link itself */
 #define RAIO_PUT_EXCL		(1u << 1)	/* EEXIST if there is something already */
@@ -449,6 +470,42 @@ struct raio_extent {
  */
 int raio_extents(int fd, long long offset, unsigned long long length, struct raio_extent *extents, int nr,
 		 unsigned long long *end);
+
+/*
+ * raio_copy_file_range - copies `len` bytes within the server, from off_in of one file to off_out of another, or of the
+ * same if the ranges do not overlap. The data does not come here; file systems that can share the storage of both do.
+ * Both files are of the same session, fd_in open for reading, fd_out for writing. Any length; the destination must
+ * have room for it, whatever the source has. Not atomic: of what others write meanwhile it copies the old or the new.
+ * As raio_pwrite(), but it takes as long as the storage does: call_timeout_ms does not apply.
+ *
+ * Returns the bytes copied, or -1 with errno. Fewer than `len`: the end of the source, or the rest failed; the same call
+ * on the rest returns which (0 at the end). EINVAL (ranges that overlap, or beyond 2^63 - 1), EBADF, EOPNOTSUPP (a
+ * server that does not know it, or an export null:), EFBIG, ENOSPC, EDQUOT.
+ */
+long long raio_copy_file_range(int fd_in, long long off_in, int fd_out, long long off_out, unsigned long long len);
+
+/*
+ * raio_checksum_range - the checksum of a range, which the server reads: the data does not come here. Set
+ * checksum->type; the field of that type is filled in. Thread-safe, and as raio_copy_file_range() without a timeout.
+ *
+ * Returns of how many bytes it is, fewer than `len` at the end of the file, or -1 with errno: EINVAL (NULL, no such type),
+ * EBADF, EOPNOTSUPP.
+ */
+long long raio_checksum_range(int fd, long long offset, unsigned long long len, struct raio_checksum *checksum);
+
+/*
+ * raio_flock - takes, changes or gives up a lock on the whole file, as flock(2) with LOCK_NB: `operation` is LOCK_SH,
+ * LOCK_EX (fd must be open for writing, or EBADF) or LOCK_UN. It never waits. The lock concerns all other opens of the
+ * file that ask for one: of this session, of other clients, and of programs on the server's host. It keeps nobody from
+ * reading and writing. It ends with raio_close() and with the session. Changing its kind gives it up first, so it may be
+ * lost when that fails. If the session ends on the server, which was restarted or not reached for too long, so does the
+ * lock, and all calls and iocbs on fd fail with ENOLCK then: others may have changed the file. The lock of a program that
+ * is killed ends when the server gives up its session: after its --linger (90 s), or earlier with a smaller reconnect_ms.
+ *
+ * Returns 0, or -1 with errno: EWOULDBLOCK (another open file has a lock that conflicts), EINVAL, EBADF, EOPNOTSUPP (an
+ * export mem: or null:).
+ */
+int raio_flock(int fd, int operation);
 
 /* Names -------------------------------------------------------------------------------------------------- */
 
@@ -769,6 +826,11 @@ void raio_prep_allocate(struct raio_iocb *iocb, int fd, long long offset, unsign
 void raio_prep_close(struct raio_iocb *iocb, int fd);
 void raio_prep_stat_fd(struct raio_iocb *iocb, int fd, struct raio_stat *stat);
 void raio_prep_ftruncate(struct raio_iocb *iocb, int fd, unsigned long long size);
+void raio_prep_copy_file_range(struct raio_iocb *iocb, struct raio_copy_args *args, int fd_in, long long off_in,
+		int fd_out, long long off_out, unsigned long long len);
+void raio_prep_checksum(struct raio_iocb *iocb, int fd, unsigned int type, long long offset,
+		unsigned long long len, struct raio_checksum *checksum);
+void raio_prep_flock(struct raio_iocb *iocb, int fd, int operation);
 void raio_prep_open(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path, int flags,
 		mode_t mode);
 void raio_prep_stat_path(struct raio_iocb *iocb, int fd, struct raio_path_args *args, const char *path,
@@ -907,6 +969,37 @@ static inline void raio_prep_stat_fd(struct raio_iocb *iocb, int fd, struct raio
 static inline void raio_prep_ftruncate(struct raio_iocb *iocb, int fd, unsigned long long size)
 {
 	raio_prep_(iocb, RAIO_CMD_FTRUNCATE, fd, NULL, size, 0, NULL);
+}
+
+/*
+ * raio_copy_file_range(), in one request: `res` is the bytes copied. Fills in *args, which raio_submit() copies. One that
+ * is cancelled, or times out, when a part is done ends with that part.
+ */
+static inline void raio_prep_copy_file_range(struct raio_iocb *iocb, struct raio_copy_args *args, int fd_in,
+					     long long off_in, int fd_out, long long off_out, unsigned long long len)
+{
+	memset(args, 0, sizeof(*args));
+	args->fd = fd_in;
+	args->offset = off_in;
+	raio_prep_(iocb, RAIO_CMD_COPY_FILE_RANGE, fd_out, args, len, off_out, NULL);
+}
+
+/*
+ * raio_checksum_range() of this type, in one request: `res` is the bytes that it is of, and *checksum, which belongs to
+ * the library until then, is filled in when the event is collected.
+ */
+static inline void raio_prep_checksum(struct raio_iocb *iocb, int fd, unsigned int type, long long offset,
+				      unsigned long long len, struct raio_checksum *checksum)
+{
+	memset(checksum, 0, sizeof(*checksum));
+	checksum->type = type;
+	raio_prep_(iocb, RAIO_CMD_CHECKSUM, fd, checksum, len, offset, NULL);
+}
+
+/* raio_flock(). */
+static inline void raio_prep_flock(struct raio_iocb *iocb, int fd, int operation)
+{
+	raio_prep_(iocb, RAIO_CMD_FLOCK, fd, NULL, (unsigned long long)operation, 0, NULL);
 }
 
 /*

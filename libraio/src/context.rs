@@ -29,6 +29,7 @@ use raio_transport::channel::Channel;
 use raio_transport::error::Violation;
 use raio_transport::memory::{Buffers, Region};
 use raio_transport::protocol::{Command, Opcode};
+use raio_transport::resume::LOCK_LOST;
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -37,7 +38,7 @@ use self::paths::Extra;
 use crate::error::{Error, not_supported, protocol_error, unsupported};
 use crate::file::{File, FileRefs};
 use crate::lent_pool::LentPool;
-use crate::operation::{Completion, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
+use crate::operation::{Completion, Lock, Operation, OperationCrc, Rejected, Stats, SubmitOptions, Ticket};
 use crate::poller::Poller;
 use crate::session::{Session, Shared};
 use crate::split::Split;
@@ -445,19 +446,27 @@ impl Context {
                 (*offset, buffers.len() as u64)
             }
             Operation::ReadLent { offset, length } => (*offset, *length as u64),
-            Operation::Fsync { .. } | Operation::Stat | Operation::Close => (0, 0),
+            Operation::Fsync { .. } | Operation::Stat | Operation::Lock(_) | Operation::Close => (0, 0),
             Operation::Truncate { size } => (*size, 0),
+            Operation::Copy { offset, source, source_offset, length } => {
+                let source = source.inner();
+                if source.is_closing() || !Arc::ptr_eq(source.session(), &self.session) {
+                    return Err(Error::call(
+                        libc::EBADF,
+                        "The file to copy from is closed or belongs to another session. Open it in the \
+                         context's session.",
+                    ));
+                }
+                check_range(*source_offset, *length)?;
+                check_range(*offset, *length)?;
+                (*offset, 0)
+            }
             Operation::Discard { offset, length }
             | Operation::Extents { offset, length }
             | Operation::WriteZeroes { offset, length }
+            | Operation::Checksum { offset, length, .. }
             | Operation::Allocate { offset, length, .. } => {
-                if *length > i64::MAX as u64 || *offset > i64::MAX as u64 - *length {
-                    return Err(Error::call(
-                        libc::EINVAL,
-                        "The range ends beyond the largest file offset (2^63 - 1). Pass a smaller offset or \
-                         length.",
-                    ));
-                }
+                check_range(*offset, *length)?;
                 (*offset, 0)
             }
         };
@@ -488,7 +497,8 @@ impl Context {
         let channel = &self.channel;
         // Of operations that a server may not know. Reads and writes do not look.
         let mut need = |opcode| failure = failure.take().or_else(|| unsupported(opcode, channel));
-        let file_index = self.files.index_of(file, || channel.verifier(handle));
+        let mut extra = None;
+        let file_index = self.files.index_of(file.inner(), || channel.verifier(handle));
         let (command, bulk, length, is_lent) = match operation {
             Operation::Read { offset, buffers } => {
                 // Of one that is longer than a request may be the command is not sent.
@@ -530,10 +540,34 @@ impl Context {
                 need(Opcode::Extents);
                 (Command::Extents { file: handle, offset, length }, Bulk::None, length, false)
             }
+            Operation::Copy { offset, source, source_offset, length } => {
+                need(Opcode::Copy);
+                let source = source.inner();
+                let command = Command::Copy {
+                    source: source.handle(),
+                    offset: source_offset,
+                    length,
+                    destination: handle,
+                    destination_offset: offset,
+                };
+                extra = Some(self.begin_copy(source, file_index));
+                (command, Bulk::None, length, false)
+            }
+            Operation::Checksum { offset, length, algorithm } => {
+                need(Opcode::Checksum);
+                let checksum = algorithm.flag();
+                extra = Some(Extra::checksum(algorithm));
+                (Command::Checksum { file: handle, offset, length, checksum }, Bulk::None, length, false)
+            }
+            Operation::Lock(lock) => {
+                need(Opcode::Lock);
+                extra = Some(Extra::lock(handle, lock != Lock::Unlock));
+                (Command::Lock { file: handle, lock: lock.flag() }, Bulk::None, 0, false)
+            }
             Operation::Close => unreachable!("handled above"),
         };
         let (opcode, request) = (command.opcode(), Request::Command(command));
-        let new = New { file: file_index, opcode, request, bulk, length, is_lent, extra: None };
+        let new = New { file: file_index, opcode, request, bulk, length, is_lent, extra };
         self.take_in(new, token, options, failure)
     }
 
@@ -784,7 +818,7 @@ impl Context {
         } else {
             let is_valid = match slot.opcode {
                 Opcode::Read => reply.result == reply.data_len as u64,
-                Opcode::Write => reply.result <= length,
+                Opcode::Write | Opcode::Copy | Opcode::Checksum => reply.result <= length,
                 _ => true,
             };
             if is_valid {
@@ -814,13 +848,26 @@ impl Context {
             self.session.suspect();
         }
         if reply.status.errno == libc::EBADF
-            && let Some(status) = self.files.handle(slot.file).and_then(|file| self.channel.stale(file))
+            && let Some(status) = self.stale(index)
         {
-            let text = "The server was restarted, and the file could not be opened again: it is another one \
-                        now. Open it again.";
+            let text = match status.errno {
+                libc::ENOLCK => LOCK_LOST,
+                _ => {
+                    "The server was restarted, and the file could not be opened again: it is another one \
+                     now. Open it again."
+                }
+            };
             return Error::new(status, text);
         }
         Error::from_reply(reply, failure)
+    }
+
+    /// Why a file of an operation could not be opened again, if so. A copy has two files.
+    fn stale(&self, index: u32) -> Option<Status> {
+        let slot = &self.slots[index as usize];
+        let source = slot.extra.as_ref().and_then(|extra| extra.source);
+        let mut files = [Some(slot.file), source].into_iter().flatten();
+        files.find_map(|file| self.channel.stale(self.files.handle(file)?))
     }
 
     /// Completes an operation that was not sent, or as much of it as was not.
@@ -884,6 +931,9 @@ impl Context {
             answer: None,
         }));
         if let (Some(extra), OperationState::Done(completion)) = (extra, &mut slot.state) {
+            if let Some(source) = extra.source {
+                self.files.operation_completed(source);
+            }
             extra.end(&self.session, completion);
         }
         self.done.push_back(index);
@@ -1101,6 +1151,17 @@ impl Context {
             }
         }
     }
+}
+
+/// A range must end at an offset that a file can have.
+fn check_range(offset: u64, length: u64) -> Result<(), Error> {
+    if length > i64::MAX as u64 || offset > i64::MAX as u64 - length {
+        return Err(Error::call(
+            libc::EINVAL,
+            "The range ends beyond the largest file offset (2^63 - 1). Pass a smaller offset or length.",
+        ));
+    }
+    Ok(())
 }
 
 /// Whether an operation can be sent in parts.

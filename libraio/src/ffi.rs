@@ -56,15 +56,19 @@ pub use names::{
     raio_utimens,
 };
 pub use prep::{
-    raio_prep_allocate, raio_prep_chmod, raio_prep_close, raio_prep_discard, raio_prep_fsync,
-    raio_prep_ftruncate, raio_prep_get, raio_prep_getxattr, raio_prep_link, raio_prep_listxattr,
-    raio_prep_mkdir, raio_prep_open, raio_prep_opendir, raio_prep_pread, raio_prep_preadv, raio_prep_put,
-    raio_prep_pwrite, raio_prep_pwritev, raio_prep_readdir, raio_prep_readlink, raio_prep_removexattr,
-    raio_prep_rename, raio_prep_rmdir, raio_prep_setxattr, raio_prep_stat_fd, raio_prep_stat_path,
-    raio_prep_statfs_path, raio_prep_symlink, raio_prep_truncate, raio_prep_unlink, raio_prep_utimens,
-    raio_prep_write_zeroes, raio_set_crc, raio_set_eventfd, raio_set_timeout,
+    raio_prep_allocate, raio_prep_checksum, raio_prep_chmod, raio_prep_close, raio_prep_copy_file_range,
+    raio_prep_discard, raio_prep_flock, raio_prep_fsync, raio_prep_ftruncate, raio_prep_get,
+    raio_prep_getxattr, raio_prep_link, raio_prep_listxattr, raio_prep_mkdir, raio_prep_open,
+    raio_prep_opendir, raio_prep_pread, raio_prep_preadv, raio_prep_put, raio_prep_pwrite, raio_prep_pwritev,
+    raio_prep_readdir, raio_prep_readlink, raio_prep_removexattr, raio_prep_rename, raio_prep_rmdir,
+    raio_prep_setxattr, raio_prep_stat_fd, raio_prep_stat_path, raio_prep_statfs_path, raio_prep_symlink,
+    raio_prep_truncate, raio_prep_unlink, raio_prep_utimens, raio_prep_write_zeroes, raio_set_crc,
+    raio_set_eventfd, raio_set_timeout,
 };
 pub use session::{raio_connect, raio_start, raio_stop};
 pub use state::{ContextState, Directory, Registration, raio_context, raio_dir, raio_mr};
 pub use submit::raio_submit;
-pub use sync_io::{raio_extents, raio_fsync, raio_ftruncate, raio_pread, raio_pwrite};
+pub use sync_io::{
+    raio_checksum_range, raio_copy_file_range, raio_extents, raio_flock, raio_fsync, raio_ftruncate,
+    raio_pread, raio_pwrite,
+};

@@ -25,6 +25,16 @@ pub struct File {
     inner: Arc<Inner>,
 }
 
+/// A file that another one is copied from: [`crate::Operation::Copy`]. It does not keep the file open.
+#[derive(Clone, Debug)]
+pub struct CopySource(Arc<Inner>);
+
+impl CopySource {
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+}
+
 /// What contexts share with the file.
 #[derive(Debug)]
 pub(crate) struct Inner {
@@ -108,6 +118,11 @@ impl File {
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
+    }
+
+    /// It, as what another file is copied from.
+    pub fn as_source(&self) -> CopySource {
+        CopySource(Arc::clone(&self.inner))
     }
 
     /// Asks the server for the file's present status. Blocks for a round trip.
@@ -275,8 +290,8 @@ impl FileRefs {
     ///
     /// `verifier` is that of the file on the context's server, if it was opened again there.
     #[inline]
-    pub(crate) fn index_of(&mut self, file: &File, verifier: impl FnOnce() -> Option<u64>) -> u32 {
-        let number = file.inner.number;
+    pub(crate) fn index_of(&mut self, file: &Arc<Inner>, verifier: impl FnOnce() -> Option<u64>) -> u32 {
+        let number = file.number;
         if let Some((last, index)) = self.last
             && last == number
         {
@@ -284,20 +299,20 @@ impl FileRefs {
         }
         let index = match self.by_number.get(&number) {
             Some(&index) => index,
-            None => self.insert(file, verifier().unwrap_or(file.inner.verifier)),
+            None => self.insert(file, verifier().unwrap_or(file.verifier)),
         };
         self.last = Some((number, index));
         index
     }
 
-    fn insert(&mut self, file: &File, verifier: u64) -> u32 {
+    fn insert(&mut self, file: &Arc<Inner>, verifier: u64) -> u32 {
         // Time to forget closed files.
         for entry in &mut self.refs {
             if let Some(closed) = entry.take_if(|entry| entry.file.is_closing() && entry.is_idle()) {
                 self.by_number.remove(&closed.file.number);
             }
         }
-        let new = Some(FileRef::new(Arc::clone(&file.inner), verifier));
+        let new = Some(FileRef::new(Arc::clone(file), verifier));
         let index = match self.refs.iter().position(Option::is_none) {
             Some(index) => {
                 self.refs[index] = new;
@@ -308,7 +323,7 @@ impl FileRefs {
                 self.refs.len() as u32 - 1
             }
         };
-        self.by_number.insert(file.inner.number, index);
+        self.by_number.insert(file.number, index);
         index
     }
 
@@ -412,7 +427,7 @@ mod tests {
         let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
         let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
         let mut refs = FileRefs::default();
-        let index = refs.index_of(&file, || Some(5));
+        let index = refs.index_of(file.inner(), || Some(5));
         let sent_under = refs.verifier(index);
         // What was not durable is lost now, and an fsync of the same context hears of it first.
         assert!(refs.synced(index, 0, 6));
@@ -437,15 +452,15 @@ mod tests {
         let open = || session.open("/e/data", libc::O_RDONLY, 0).unwrap();
         let mut refs = FileRefs::default();
         let (first, second) = (open(), open());
-        assert_eq!([&first, &second, &first].map(|file| refs.index_of(file, || None)), [0, 1, 0]);
+        assert_eq!([&first, &second, &first].map(|file| refs.index_of(file.inner(), || None)), [0, 1, 0]);
         refs.operation_started(0);
         first.close().unwrap();
         second.close().unwrap();
         assert_eq!(server.open(), 1, "an operation is in flight on the first");
         let third = open();
-        assert_eq!(refs.index_of(&third, || None), 1);
+        assert_eq!(refs.index_of(third.inner(), || None), 1);
         refs.operation_completed(0);
-        assert_eq!(refs.index_of(&open(), || None), 0);
+        assert_eq!(refs.index_of(open().inner(), || None), 0);
         // Its close was sent without waiting for it; the next call comes after it.
         third.status().unwrap();
         assert_eq!(server.open(), 1);

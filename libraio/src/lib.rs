@@ -62,12 +62,12 @@ mod tuning;
 pub use async_context::{AsyncContext, AsyncOperation, AsyncPathOperation, OnFile, Progress};
 pub use context::Context;
 pub use error::Error;
-pub use file::File;
+pub use file::{CopySource, File};
 pub use names::{Attributes, DirEntry, PutOptions, ReadDir};
 pub use open_options::OpenOptions;
 pub use operation::{
-    Answer, Completion, Operation, OperationCrc, PathOperation, Rejected, RejectedPath, Stats, SubmitOptions,
-    Ticket,
+    Answer, Checksum, ChecksumAlgorithm, Completion, Lock, Operation, OperationCrc, PathOperation, Rejected,
+    RejectedPath, Stats, SubmitOptions, Ticket,
 };
 pub use raio_transport::address::Scheme;
 pub use raio_transport::memory::{Arena, Buffer, Buffers, Region, Slot};

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use raio_transport::memory::Buffers;
-use raio_transport::protocol::{FileStatus, FileSystemStatus};
+use raio_transport::protocol::{
+    FLAG_BLAKE3, FLAG_CRC32C, FLAG_LOCK_EXCLUSIVE, FLAG_LOCK_SHARED, FileStatus, FileSystemStatus,
+};
 
 use crate::error::Error;
-use crate::file::File;
+use crate::file::{CopySource, File};
 use crate::names::{Attributes, PutOptions, ReadDir};
 
 /// What is to be done to a file, with the memory for it.
@@ -78,10 +80,93 @@ pub enum Operation {
         /// How many bytes.
         length: u64,
     },
+    /// Copy a range of another file to this one, within the server: the data does not come here. The file
+    /// systems may share the storage of both. Which bytes it copies of what others change meanwhile is not
+    /// said.
+    ///
+    /// [`Completion::result`] is the bytes copied; fewer at the end of the source, or if it was cancelled or
+    /// a later part failed: a copy of the rest tells which (0 at the end of the source).
+    Copy {
+        /// Where in this file.
+        offset: u64,
+        /// From which file: of the same session, and open for reading. If it is this one the ranges must not
+        /// overlap.
+        source: CopySource,
+        /// Where in that file.
+        source_offset: u64,
+        /// How many bytes; in one request, whatever [`crate::Context::io_bytes_max`].
+        length: u64,
+    },
+    /// Ask for the checksum of a range, which the server reads: [`Answer::Checksum`].
+    /// [`Completion::result`] is how many bytes it is of; fewer at the end of the file.
+    Checksum {
+        /// Where in the file.
+        offset: u64,
+        /// How many bytes; in one request, whatever [`crate::Context::io_bytes_max`].
+        length: u64,
+        /// Which.
+        algorithm: ChecksumAlgorithm,
+    },
+    /// Take, change or give up a lock on the file, as flock(2): EAGAIN if another open file has one that
+    /// conflicts, of any client or of a program on the server's host. The server never waits for it. A lock
+    /// keeps nobody from reading and writing, but those who ask for one. It is given up when the file is
+    /// closed, or the session ends. To change its kind gives it up first, so it may be lost if that fails.
+    ///
+    /// If the session ends on the server, because that was restarted or not reached for too long, so does the
+    /// lock. All operations on the file fail with ENOLCK from then on.
+    Lock(Lock),
     /// Close the file. New operations on it are rejected from now on. If others are in flight on it, this one
     /// ends at once, and the server is told when they have ended, as [`File::close`] does. One that is
     /// cancelled, or times out, ends earlier than the server is told.
     Close,
+}
+
+/// A checksum: [`Operation::Checksum`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ChecksumAlgorithm {
+    /// CRC32C (Castagnoli): 32 bits, which find every accident and no forgery.
+    Crc32c,
+    /// BLAKE3: 256 bits, which find forgeries, too.
+    Blake3,
+}
+
+impl ChecksumAlgorithm {
+    pub(crate) fn flag(self) -> u16 {
+        match self {
+            Self::Crc32c => FLAG_CRC32C,
+            Self::Blake3 => FLAG_BLAKE3,
+        }
+    }
+}
+
+/// The checksum of a range: [`Answer::Checksum`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Checksum {
+    /// As [`ChecksumAlgorithm::Crc32c`].
+    Crc32c(u32),
+    /// As [`ChecksumAlgorithm::Blake3`].
+    Blake3([u8; 32]),
+}
+
+/// A lock: [`Operation::Lock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lock {
+    /// Others may have a shared one, too.
+    Shared,
+    /// Nobody else has any. The file must be open for writing.
+    Exclusive,
+    /// It is given up.
+    Unlock,
+}
+
+impl Lock {
+    pub(crate) fn flag(self) -> u16 {
+        match self {
+            Self::Shared => FLAG_LOCK_SHARED,
+            Self::Exclusive => FLAG_LOCK_EXCLUSIVE,
+            Self::Unlock => 0,
+        }
+    }
 }
 
 /// What is to be done to a path, with the memory for it. A path reads /EXPORT/path/beneath/it.
@@ -245,6 +330,8 @@ pub enum Answer {
         /// Up to where they are all. Ask for the rest from there on.
         end: u64,
     },
+    /// The checksum of a range.
+    Checksum(Checksum),
 }
 
 /// Options of one operation: see [`crate::Context::submit_with`].
@@ -318,9 +405,9 @@ impl Ticket {
 pub struct Completion {
     /// As given to [`crate::Context::submit`].
     pub token: u64,
-    /// How many bytes were read or written (of a file or of a get or put), 0 for the other operations; or why
-    /// it failed. Of fewer than asked, the same operation on the rest tells why: 0 bytes (a read at the end
-    /// of the file), or the failure.
+    /// How many bytes were read or written (of a file or of a get or put), copied, or read for a checksum, 0
+    /// for the other operations; or why it failed. Of fewer than asked, the same operation on the rest tells
+    /// why: 0 bytes (a read at the end of the file), or the failure.
     pub result: Result<u64, Error>,
     /// The operation's buffers. Those of a read that the context lent are there only if it succeeded.
     pub buffers: Option<Buffers>,

@@ -7,7 +7,7 @@ use raio_transport::message::FEATURE_REQUEST_CRC;
 use raio_transport::protocol::OPERATION_FEATURES;
 
 use crate::fake_server::{self, FakeServer, with_crc};
-use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
+use crate::{Buffer, Buffers, Completion, Context, Crc, File, Lock, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
 const BLOCK: usize = 512;
@@ -276,6 +276,31 @@ fn a_file_that_is_another_one_after_a_restart_is_stale() {
     }
     assert_eq!(one(&mut context, &other, read(0)), Ok(BLOCK as u64));
     let again = session.open(PATH, libc::O_RDWR, 0).unwrap();
+    assert_eq!(one(&mut context, &again, read(0)), Ok(BLOCK as u64));
+}
+
+#[test]
+fn a_file_that_had_a_lock_is_not_opened_again_after_a_restart() {
+    let (server, session, file, mut context) = start(&Options::default());
+    server.file("/e/other", vec![7; BLOCK]);
+    let other = session.open("/e/other", libc::O_RDWR, 0).unwrap();
+    for (file, lock) in [(&file, Lock::Exclusive), (&other, Lock::Shared), (&other, Lock::Unlock)] {
+        assert_eq!(one(&mut context, file, Operation::Lock(lock)), Ok(0));
+    }
+    server.cut_at(0, true);
+    assert_eq!(one(&mut context, &file, write(0, 1)), Ok(BLOCK as u64), "the session is still there");
+    server.restart(0);
+    for _ in 0..2 {
+        let error = one(&mut context, &file, read(0)).unwrap_err();
+        assert_eq!((error.errno(), error.is_unknown), (libc::ENOLCK, false), "{error}");
+        assert!(error.text.contains("lock"), "{error}");
+    }
+    let copy = Operation::Copy { offset: 0, source: file.as_source(), source_offset: 0, length: 1 };
+    assert_eq!(one(&mut context, &other, copy).unwrap_err().errno(), libc::ENOLCK, "from it neither");
+    assert_eq!(one(&mut context, &other, read(0)), Ok(BLOCK as u64), "its lock was given up before");
+    file.close().unwrap();
+    let again = session.open(PATH, libc::O_RDWR, 0).unwrap();
+    assert_eq!(one(&mut context, &again, Operation::Lock(Lock::Exclusive)), Ok(0));
     assert_eq!(one(&mut context, &again, read(0)), Ok(BLOCK as u64));
 }
 

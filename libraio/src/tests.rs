@@ -3,11 +3,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Policy;
-use raio_transport::protocol::{Fields, FileHandle, Layout, OPERATION_FEATURES, OPERATIONS};
+use raio_transport::protocol::{Fields, FileHandle, Layout, OPERATION_FEATURES, OPERATIONS, Opcode};
 
 use crate::fake_server::{FakeServer, with_crc};
 use crate::test_buffers::{bytes, pattern, room};
-use crate::{Buffer, Buffers, Completion, Context, Crc, File, Operation, Options, Scheme, Session};
+use crate::{
+    Answer, Buffer, Buffers, Checksum, ChecksumAlgorithm, Completion, Context, Crc, File, Lock, Operation,
+    Options, Scheme, Session,
+};
 
 fn policy() -> Policy {
     Policy { queue_depth: 8, data_bytes_max: 64 << 10, ..Policy::default() }
@@ -119,6 +122,9 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
         (&file, Operation::WriteZeroes { offset: 1, length: u64::MAX }, libc::EINVAL),
         (&file, Operation::Allocate { offset: 1, length: u64::MAX, keep_size: true }, libc::EINVAL),
         (&foreign, read(0, 1), libc::EBADF),
+        (&file, copy(&foreign, 0, 1), libc::EBADF),
+        (&file, copy(&file, 1 << 63, 1), libc::EINVAL),
+        (&file, copy(&file, 1, i64::MAX as u64), libc::EINVAL),
     ] {
         let rejected = context.submit(file, operation, 0).unwrap_err();
         assert_eq!(rejected.error.errno(), errno, "{rejected:?}");
@@ -128,6 +134,49 @@ fn operations_that_make_no_sense_come_back_with_their_buffers() {
     for maxevents in [0, 65_537] {
         assert_eq!(session.context(maxevents).unwrap_err().errno(), libc::EINVAL);
     }
+}
+
+fn copy(source: &File, source_offset: u64, length: u64) -> Operation {
+    Operation::Copy { offset: 0, source: source.as_source(), source_offset, length }
+}
+
+#[test]
+fn copies_and_checksums_are_made_by_the_server_and_say_how_many_bytes() {
+    let server = FakeServer::start(policy());
+    server.file("/e/data", pattern(4096));
+    server.file("/e/other", vec![0; 10]);
+    let session = connect(&server, &Options::default());
+    let source = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+    let file = session.open("/e/other", libc::O_RDWR, 0).unwrap();
+    let mut context = session.context(8).unwrap();
+    let mut run = |file: &File, operation| {
+        context.submit(file, operation, 0).unwrap();
+        let completion = collect(&mut context, 1).remove(0);
+        (completion.result, completion.answer.map(|answer| *answer))
+    };
+    let copy =
+        Operation::Copy { offset: 5, source: source.as_source(), source_offset: 4000, length: 1 << 40 };
+    assert!(matches!(run(&file, copy), (Ok(96), None)));
+    assert_eq!(server.contents("/e/other")[5..], pattern(4096)[4000..]);
+    for (algorithm, len) in [(ChecksumAlgorithm::Crc32c, 100), (ChecksumAlgorithm::Blake3, 4096)] {
+        let operation = Operation::Checksum { offset: 0, length: len, algorithm };
+        let (count, Some(Answer::Checksum(checksum))) = run(&source, operation) else {
+            panic!("no checksum")
+        };
+        assert_eq!(count, Ok(len));
+        let crc = raio_transport::message::data_crc(&pattern(4096)[..len as usize]);
+        match checksum {
+            Checksum::Crc32c(found) => assert_eq!((found, algorithm), (crc, ChecksumAlgorithm::Crc32c)),
+            Checksum::Blake3(found) => assert_eq!(found, [crc as u8; 32]),
+        }
+    }
+    // A source that is closed while it is copied is closed behind that.
+    context.submit(&file, self::copy(&source, 0, 1), 0).unwrap();
+    source.close().unwrap();
+    let completion = collect(&mut context, 1).remove(0);
+    assert_eq!(completion.result, Ok(1));
+    let again = context.submit(&file, self::copy(&source, 0, 1), 0).unwrap_err();
+    assert_eq!(again.error.errno(), libc::EBADF);
 }
 
 #[test]
@@ -145,6 +194,9 @@ fn what_the_server_does_not_know_fails_here_and_is_not_sent() {
         (Operation::Allocate { offset, length, keep_size: true }, "allocate"),
         (Operation::Truncate { size: 0 }, "truncate"),
         (Operation::Extents { offset, length }, "extents"),
+        (Operation::Copy { offset, source: file.as_source(), source_offset: offset, length }, "copy"),
+        (Operation::Checksum { offset, length, algorithm: ChecksumAlgorithm::Blake3 }, "checksum"),
+        (Operation::Lock(Lock::Shared), "lock"),
     ];
     let mut names: Vec<_> = all.iter().map(|(_, name)| *name).collect();
     for (operation, name) in all {
@@ -152,7 +204,8 @@ fn what_the_server_does_not_know_fails_here_and_is_not_sent() {
         let error = collect(&mut context, 1).remove(0).result.unwrap_err();
         assert_eq!(error.errno(), libc::EOPNOTSUPP);
         assert!(error.text.contains(&format!("does not know {name}:")), "{error}");
-        assert!(error.text.contains("\"space\"") || error.text.contains("\"names\""), "{error}");
+        let groups = ["\"space\"", "\"names\"", "\"server_side\""];
+        assert!(groups.iter().any(|group| error.text.contains(group)), "{error}");
     }
     context.submit(&file, read(0, 4096), 0).unwrap();
     assert_eq!(collect(&mut context, 1).remove(0).result, Ok(4096), "the connection is as it was");
@@ -161,7 +214,10 @@ fn what_the_server_does_not_know_fails_here_and_is_not_sent() {
     let mut optional: Vec<_> = OPERATIONS
         .iter()
         .filter(|operation| !operation.is_granted(0))
-        .filter(|operation| matches!(operation.layout, Layout::Fields(Fields { file: true, .. })))
+        .filter(|operation| {
+            let is_on_file = matches!(operation.layout, Layout::Fields(Fields { file: true, .. }));
+            is_on_file || operation.opcode == Opcode::Copy
+        })
         .map(|operation| operation.name)
         .collect();
     optional.sort_unstable();

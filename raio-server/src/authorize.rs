@@ -5,12 +5,18 @@
 //! operations tells), the range keeps within the size limit, it is aligned, and the client may store as much.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use raio_transport::Status;
-use raio_transport::protocol::{Command, FileAccess, Opcode};
+use raio_transport::protocol::{Command, FLAG_LOCK_EXCLUSIVE, FLAG_LOCK_SHARED, FileAccess, Opcode};
 use raio_transport::transport::Response;
+use rustix::fs::FlockOperation;
 
-use crate::request::{Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success};
+use crate::checksum::Checksum;
+use crate::engine::Descriptor;
+use crate::request::{
+    Checksumming, Copying, Pieces, Range, RangeCommand, Read, Work, WorkerFile, Write, failure, success,
+};
 use crate::session::OpenFile;
 use crate::stored::Full;
 use crate::volume::SizeLimit;
@@ -32,7 +38,7 @@ pub fn read(open: &OpenFile, offset: u64, length: u32, slot_bytes_max: usize) ->
 ///
 /// # Panics
 ///
-/// If the command is a read, or is not on an open file, or closes it.
+/// If the command is a read or a copy, or is not on an open file, or closes it.
 pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Response> {
     let opcode = command.opcode();
     let in_pieces = |file: Rc<WorkerFile>, command, range| Work::InPieces(file, Pieces::new(command, range));
@@ -77,7 +83,40 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
             }
             return Ok(Work::Extents(file, range));
         }
+        Command::Checksum { offset, length, checksum, .. } => {
+            let range = permitted_range(&file.open, opcode, offset, length)?;
+            check_descriptor(&file.open)?;
+            let Some(checksum) = Checksum::new(checksum) else {
+                let text = "Ask for one checksum: a CRC32C or a BLAKE3.";
+                return Err(failure(Status::storage(libc::EINVAL), text));
+            };
+            let checksum = Checksumming::new(range, checksum);
+            if length == 0 {
+                return Err(checksum.answer());
+            }
+            return Ok(Work::Checksum(file, Box::new(checksum)));
+        }
+        Command::Lock { lock, .. } => {
+            let operation = match lock {
+                0 => FlockOperation::NonBlockingUnlock,
+                FLAG_LOCK_SHARED => FlockOperation::NonBlockingLockShared,
+                // As of fcntl(2), by which NFS does it.
+                FLAG_LOCK_EXCLUSIVE if !file.open.access.write => return Err(not_open_for("writing")),
+                FLAG_LOCK_EXCLUSIVE => FlockOperation::NonBlockingLockExclusive,
+                _ => {
+                    let text = "A lock is shared or exclusive.";
+                    return Err(failure(Status::storage(libc::EINVAL), text));
+                }
+            };
+            if !file.open.has_locks {
+                let text = "Exports in memory (mem, null) have no locks.";
+                return Err(failure(Status::storage(libc::EOPNOTSUPP), text));
+            }
+            check_descriptor(&file.open)?;
+            return Ok(Work::Lock(file, operation));
+        }
         Command::Read { .. }
+        | Command::Copy { .. }
         | Command::Open { .. }
         | Command::Close(_)
         | Command::Cancel { .. }
@@ -90,6 +129,37 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
     };
     // Checked like any other, and then there is nothing to do.
     if length == 0 { Err(success(0)) } else { Ok(work) }
+}
+
+/// The work that a copy means, or the response, as for [`read`].
+pub fn copy(
+    (source, offset): (Rc<WorkerFile>, u64),
+    (destination, destination_offset): (Rc<WorkerFile>, u64),
+    length: u64,
+) -> Result<Work, Response> {
+    let from = permitted_range(&source.open, Opcode::Copy, offset, length)?;
+    let to = permitted_range(&destination.open, Opcode::Write, destination_offset, length)?;
+    let overlaps = from.offset < to.end() && to.offset < from.end();
+    if source.open.object == destination.open.object && overlaps {
+        let text = "The ranges of the copy overlap.";
+        return Err(failure(Status::storage(libc::EINVAL), text));
+    }
+    check_descriptor(&destination.open)?;
+    let descriptor = Arc::clone(check_descriptor(&source.open)?);
+    check_size_limit(&destination.open, to)?;
+    check_stored(&destination.open, to)?;
+    if length == 0 {
+        return Err(success(0));
+    }
+    let copy = Copying::new((source, descriptor, from), (destination, destination_offset));
+    Ok(Work::Copy(Box::new(copy)))
+}
+
+/// What is done within the server takes a descriptor.
+fn check_descriptor(open: &OpenFile) -> Result<&Arc<Descriptor>, Response> {
+    let text = "The server copies files and devices, and has checksums and locks of them; of this export it \
+                has none (null).";
+    open.volume.file_descriptor().ok_or_else(|| failure(Status::storage(libc::EOPNOTSUPP), text))
 }
 
 /// A range of a file that is open for the operation.
@@ -165,7 +235,7 @@ fn cannot_be_widened(open: &OpenFile) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Weak};
+    use std::sync::Weak;
 
     use raio_transport::protocol::FileHandle;
 

@@ -7,7 +7,7 @@ use rustix::fs::{FallocateFlags, FileType, OFlags, fallocate};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::syscalls::{FileInfo, reopen, stat};
+use crate::syscalls::{FileInfo, stat, without_direct};
 use crate::tuning::files::PIECE_BYTES;
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
@@ -107,10 +107,7 @@ fn write(fd: impl AsFd, mut offset: u64, mut length: u64) -> Result<(), Errno> {
     if length == 0 {
         return Ok(());
     }
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    let durability = flags.intersection(OFlags::SYNC | OFlags::DSYNC);
-    let buffered =
-        if flags.contains(OFlags::DIRECT) { Some(reopen(&fd, OFlags::WRONLY | durability)?) } else { None };
+    let buffered = without_direct(&fd, OFlags::WRONLY)?;
     let fd = buffered.as_ref().map_or(fd.as_fd(), AsFd::as_fd);
     while length > 0 {
         let bytes = &ZEROS[..ZEROS.len().min(usize::try_from(length).unwrap_or(usize::MAX))];

@@ -18,16 +18,19 @@ use raio_transport::memory::Slot;
 use raio_transport::message;
 use raio_transport::protocol::{Direction, FileHandle, Opcode};
 use raio_transport::transport::{Body, RequestKey, Response, SlotRange};
+use rustix::fs::FlockOperation;
 use zerocopy::IntoBytes;
 
+use crate::checksum::Checksum;
 use crate::device_queue::DispatchLimiter;
-use crate::engine::{Completion, Operation, Outcome, Pending};
+use crate::engine::{Completion, Descriptor, Operation, Outcome, Pending};
 use crate::listing::Listing;
 use crate::names::PathTask;
 use crate::open::Opening;
 use crate::session::{ObjectKey, OpenFile};
 use crate::syscalls::FileInfo;
 use crate::throttle::Flow;
+use crate::tuning::ranges::PIECE_BYTES;
 
 /// An open file as one worker has it.
 #[derive(Debug)]
@@ -108,6 +111,12 @@ pub enum Work {
     Truncate(Rc<WorkerFile>, u64),
     /// See [`raio_transport::protocol::Opcode::Extents`].
     Extents(Rc<WorkerFile>, Range),
+    /// See [`raio_transport::protocol::Opcode::Copy`].
+    Copy(Box<Copying>),
+    /// See [`raio_transport::protocol::Opcode::Checksum`].
+    Checksum(Rc<WorkerFile>, Box<Checksumming>),
+    /// See [`raio_transport::protocol::Opcode::Lock`].
+    Lock(Rc<WorkerFile>, FlockOperation),
     /// An operation on a path.
     Path(Arc<PathTask>),
     /// A list of the exports, with room for this many bytes.
@@ -307,9 +316,146 @@ impl Pieces {
     }
 }
 
+/// A copy of a range, in pieces, and how much of it is done.
+#[derive(Debug)]
+pub struct Copying {
+    source: Rc<WorkerFile>,
+    source_descriptor: Arc<Descriptor>,
+    range: Range,
+    destination: Rc<WorkerFile>,
+    destination_offset: u64,
+    done: u64,
+    /// No further piece is begun.
+    is_stopped: bool,
+    /// The next piece counts for the rates of the source already.
+    is_source_charged: bool,
+}
+
+impl Copying {
+    /// Of the range of the source, which has this descriptor.
+    pub fn new(
+        (source, source_descriptor, range): (Rc<WorkerFile>, Arc<Descriptor>, Range),
+        (destination, destination_offset): (Rc<WorkerFile>, u64),
+    ) -> Self {
+        let (done, is_stopped, is_source_charged) = (0, false, false);
+        Self {
+            source,
+            source_descriptor,
+            range,
+            destination,
+            destination_offset,
+            done,
+            is_stopped,
+            is_source_charged,
+        }
+    }
+
+    /// The file that is read.
+    pub fn source(&self) -> &OpenFile {
+        &self.source.open
+    }
+
+    /// The file that is written.
+    pub fn destination(&self) -> &OpenFile {
+        &self.destination.open
+    }
+
+    fn next(&self) -> Operation {
+        Operation::Copy {
+            source: Arc::clone(&self.source_descriptor),
+            source_offset: self.range.offset + self.done,
+            offset: self.destination_offset + self.done,
+            length: self.range.length - self.done,
+        }
+    }
+
+    /// The bytes of the next piece.
+    fn piece_len(&self) -> u64 {
+        (self.range.length - self.done).min(PIECE_BYTES)
+    }
+
+    /// Whose rates the next piece is to count for: those of the source, then those of the destination.
+    fn flow(&self) -> Option<&Arc<Flow>> {
+        let of_source = self.source.open.flow.as_ref().filter(|_| !self.is_source_charged);
+        of_source.or(self.destination.open.flow.as_ref())
+    }
+
+    /// It counts for those. Whether there are others.
+    fn charged(&mut self) -> bool {
+        let was_source = self.source.open.flow.is_some() && !self.is_source_charged;
+        self.is_source_charged = was_source;
+        was_source && self.destination.open.flow.is_some()
+    }
+
+    /// Takes in the end of a piece.
+    fn advance(&mut self, n: u64) -> Step {
+        self.done += n;
+        self.is_source_charged = false;
+        if n == 0 || self.done >= self.range.length || self.is_stopped {
+            return Step::Done(success(self.done));
+        }
+        Step::Piece
+    }
+
+    /// What there is to answer of it if it does not go on: nothing, if nothing is done.
+    fn cut_short(&self) -> Option<Response> {
+        (self.done > 0).then(|| success(self.done))
+    }
+}
+
+/// A checksum of a range, which is read in pieces.
+#[derive(Debug)]
+pub struct Checksumming {
+    range: Range,
+    done: u64,
+    /// Of what is done.
+    checksum: Checksum,
+    /// No further piece is begun.
+    is_stopped: bool,
+}
+
+impl Checksumming {
+    /// Of the whole range.
+    pub fn new(range: Range, checksum: Checksum) -> Self {
+        Self { range, done: 0, checksum, is_stopped: false }
+    }
+
+    fn next(&self) -> Operation {
+        Operation::Checksum {
+            checksum: self.checksum.clone(),
+            offset: self.range.offset + self.done,
+            length: self.range.length - self.done,
+        }
+    }
+
+    /// The bytes of the next piece.
+    fn piece_len(&self) -> u64 {
+        (self.range.length - self.done).min(PIECE_BYTES)
+    }
+
+    /// Takes in the end of a piece.
+    fn advance(&mut self, n: u64, checksum: Checksum) -> Step {
+        let is_over = n < self.piece_len() || n == self.range.length - self.done;
+        self.checksum = checksum;
+        self.done += n;
+        match is_over {
+            true => Step::Done(self.answer()),
+            false if self.is_stopped => Step::Done(cancelled()),
+            false => Step::Piece,
+        }
+    }
+
+    /// The checksum of what is done.
+    pub fn answer(&self) -> Response {
+        Response { body: self.checksum.to_wire()[..].into(), ..success(self.done) }
+    }
+}
+
 /// What comes of a completion.
 #[derive(Debug)]
 pub enum Step {
+    /// There is another piece to do, which counts for the rates by itself: [`Work::first`] begins it.
+    Piece,
     /// There is more to do.
     Again(Operation),
     /// There is more to do, which may have to wait.
@@ -339,12 +485,14 @@ impl Work {
         }
     }
 
-    /// The data that it is to move, in bytes.
+    /// The data that it is to move, in bytes; of a copy or a checksum that of the next piece.
     pub fn data_len(&self) -> u64 {
         match self {
             Self::Read(_, read) => read.range().length,
             Self::Write(_, write) => write.range.length,
             Self::Path(task) if matches!(task.opcode, Opcode::Get | Opcode::Put) => task.length,
+            Self::Copy(copy) => copy.piece_len(),
+            Self::Checksum(_, checksum) => checksum.piece_len(),
             _ => 0,
         }
     }
@@ -355,14 +503,20 @@ impl Work {
             Self::Open(opening) => opening.flow.as_ref(),
             Self::Path(task) => task.flow.as_ref(),
             Self::ListNext(listing, _) => listing.flow.as_ref(),
+            Self::Copy(copy) => copy.flow(),
             work => work.file()?.open.flow.as_ref(),
         }
+    }
+
+    /// It counts for the rates of its flow. Whether there is another flow: a copy has two.
+    pub fn charged(&mut self) -> bool {
+        if let Self::Copy(copy) = self { copy.charged() } else { false }
     }
 
     /// Which way its data goes.
     pub fn direction(&self) -> Direction {
         match self {
-            Self::Read(..) => Direction::ToClient,
+            Self::Read(..) | Self::Checksum(..) => Direction::ToClient,
             Self::Write(..) => Direction::ToServer,
             // Of the others the data is no file's.
             Self::Path(task) if matches!(task.opcode, Opcode::Get | Opcode::Put) => {
@@ -375,7 +529,7 @@ impl Work {
     /// Whether it must not run twice, so that its end is recorded ([`raio_transport::protocol::Operation`]).
     pub fn is_recorded(&self) -> bool {
         match self {
-            Self::Write(..) | Self::InPieces(..) | Self::Truncate(..) => true,
+            Self::Write(..) | Self::InPieces(..) | Self::Truncate(..) | Self::Copy(_) => true,
             Self::Path(task) => task.opcode.operation().is_recorded,
             Self::Open(opening) => opening.reopens.is_none(),
             _ => false,
@@ -389,6 +543,10 @@ impl Work {
             Self::Write(file, write) => of_file(file, write.range),
             Self::InPieces(file, pieces) => of_file(file, pieces.range),
             Self::Truncate(file, _) => Some((file.open.object, 0..u64::MAX)),
+            Self::Copy(copy) => {
+                let start = copy.destination_offset;
+                Some((copy.destination.open.object, start..start + copy.range.length))
+            }
             Self::Path(task) if task.opcode.operation().is_recorded => {
                 Some((ObjectKey::names_of(task.at.export), 0..u64::MAX))
             }
@@ -402,11 +560,16 @@ impl Work {
         match self {
             Self::Write(_, write) if write.done > 0 => success(write.done as u64),
             Self::InPieces(_, pieces) => failure_after(pieces.done, pieces.name(), libc::ECANCELED),
-            _ => cancelled(),
+            work => work.partly_done().unwrap_or_else(cancelled),
         }
     }
 
-    /// The file that it works on. An open has its directory, and a close nothing.
+    /// The answer if it does not go on after some pieces of a copy are done. None if nothing is done.
+    pub fn partly_done(&self) -> Option<Response> {
+        if let Self::Copy(copy) = self { copy.cut_short() } else { None }
+    }
+
+    /// The file that it works on; of a copy the destination. An open has its directory, and a close nothing.
     pub fn file(&self) -> Option<&Rc<WorkerFile>> {
         match self {
             Self::Read(file, _)
@@ -415,7 +578,10 @@ impl Work {
             | Self::InPieces(file, _)
             | Self::Truncate(file, _)
             | Self::Extents(file, _)
+            | Self::Checksum(file, _)
+            | Self::Lock(file, _)
             | Self::Stat(file, _) => Some(file),
+            Self::Copy(copy) => Some(&copy.destination),
             Self::Open(_) | Self::Close | Self::Path(_) | Self::ListNext(..) | Self::ListExports(_) => None,
         }
     }
@@ -447,7 +613,7 @@ impl Work {
         }
     }
 
-    /// The first operation. Reads and writes have a slot.
+    /// The first operation, or that of the next piece. Reads and writes have a slot.
     pub fn first(&self, slot: Option<Slot>) -> Operation {
         match (self, slot) {
             (Self::Read(_, read), Some(slot)) => read.next(slot),
@@ -459,14 +625,20 @@ impl Work {
             (Self::Extents(_, Range { offset, length }), None) => {
                 Operation::Extents { offset: *offset, length: *length }
             }
+            (Self::Copy(copy), None) => copy.next(),
+            (Self::Checksum(_, checksum), None) => checksum.next(),
+            (Self::Lock(_, lock), None) => Operation::Lock(*lock),
             (work, slot) => unreachable!("{work:?} cannot begin with {slot:?}"),
         }
     }
 
     /// Has it end early if it is done in pieces: nobody wants it any more.
     pub fn stop(&mut self) {
-        if let Self::InPieces(_, pieces) = self {
-            pieces.is_stopped = true;
+        match self {
+            Self::InPieces(_, pieces) => pieces.is_stopped = true,
+            Self::Copy(copy) => copy.is_stopped = true,
+            Self::Checksum(_, checksum) => checksum.is_stopped = true,
+            _ => {}
         }
     }
 
@@ -519,6 +691,14 @@ impl Work {
             (Self::Extents(..), Ok(_), Outcome::Extents(extents, end)) => {
                 Step::Done(Response { body: extents.as_bytes().into(), ..success(end) })
             }
+            (Self::Copy(copy), Ok(n), _) => copy.advance(n.into()),
+            // As of a write: what was done comes first.
+            (Self::Copy(copy), Err(errno), _) => {
+                Step::Done(copy.cut_short().unwrap_or_else(|| storage_failure("Copying", errno)))
+            }
+            (Self::Checksum(_, checksum), Ok(n), Outcome::Checksum(next)) => checksum.advance(n.into(), next),
+            (Self::Lock(..), Ok(_), Outcome::Locked(true)) => Step::Done(success(0)),
+            (Self::Lock(..), Ok(_), Outcome::Locked(false)) => Step::Done(locked_by_another()),
             (work, Err(errno), _) => Step::Done(storage_failure(work.name(), errno)),
             (work, Ok(n), outcome) => unreachable!("{work:?} ended with {n} and {outcome:?}"),
         }
@@ -536,6 +716,9 @@ impl Work {
             Self::Close => "Closing",
             Self::Truncate(..) => "Truncating",
             Self::Extents(..) => "Looking for data",
+            Self::Copy(_) => "Copying",
+            Self::Checksum(..) => "Reading for a checksum",
+            Self::Lock(..) => "Locking",
             Self::Path(_) => "The operation on the path",
             Self::ListNext(..) | Self::ListExports(_) => "Listing",
         }
@@ -563,6 +746,13 @@ fn data(range: SlotRange) -> Response {
 /// The answer to what succeeded.
 pub fn success(result: u64) -> Response {
     Response { status: Status::OK, result, body: no_body(), data: None }
+}
+
+/// The answer to a lock that conflicts with another one.
+fn locked_by_another() -> Response {
+    let text = "Another open file has a lock that conflicts: of a client, or of a program on the server's \
+                host (flock). Try again later.";
+    failure(Status { retryable: true, ..Status::storage(libc::EAGAIN) }, text)
 }
 
 /// The answer to a request that a server which shuts down does not take.
@@ -608,8 +798,10 @@ mod tests {
     use raio_transport::memory::Arena;
 
     use super::*;
+    use crate::engine::Lanes;
+    use crate::pool::Pool;
     use crate::session::Access;
-    use crate::volume::Null;
+    use crate::volume::{Memory, Null, Volume};
 
     fn slot(len: usize) -> Slot {
         Arena::new(len, len).unwrap().alloc(len).unwrap()
@@ -785,5 +977,79 @@ mod tests {
             let errno = if is_stopped { libc::ECANCELED } else { libc::ENOSPC };
             assert_eq!((response.status.errno, response.result), (errno, 500));
         }
+    }
+
+    /// A copy of this many bytes from 100 to 0, and what an end of a piece makes of it.
+    fn copy(length: u64) -> Work {
+        let memory = Memory::new(4096, Lanes::new(Pool::without_threads())).unwrap();
+        let descriptor = Arc::clone(memory.file_descriptor().unwrap());
+        let copy = Copying::new((file(), descriptor, range(100, length)), (file(), 0));
+        Work::Copy(Box::new(copy))
+    }
+
+    fn ended(step: Step) -> (i32, u64) {
+        let Step::Done(response) = step else { panic!("it goes on: {step:?}") };
+        (response.status.errno, response.result)
+    }
+
+    #[test]
+    fn a_copy_goes_on_piece_by_piece_and_says_how_much_is_done() {
+        let piece = Ok(PIECE_BYTES as u32);
+        let length = 3 * PIECE_BYTES;
+        let mut work = copy(length);
+        assert_eq!((work.data_len(), work.changes().unwrap().1), (PIECE_BYTES, 0..length));
+        assert!(matches!(work.completed(completion(piece, Outcome::None)), Step::Piece));
+        let Operation::Copy { source_offset, offset, length: left, .. } = work.first(None) else {
+            panic!("it begins otherwise")
+        };
+        assert_eq!((source_offset, offset, left), (100 + PIECE_BYTES, PIECE_BYTES, 2 * PIECE_BYTES));
+        // What was done comes first, and then the error or the end of the source.
+        assert_eq!(ended(work.completed(completion(Err(libc::ENOSPC), Outcome::None))), (0, PIECE_BYTES));
+        assert_eq!(work.partly_done().unwrap().result, PIECE_BYTES);
+        assert_eq!(ended(work.completed(completion(Ok(0), Outcome::None))), (0, PIECE_BYTES));
+        let mut work = copy(length);
+        assert!(work.partly_done().is_none() && work.abandoned().status.errno == libc::ECANCELED);
+        assert_eq!(ended(work.completed(completion(Err(libc::EIO), Outcome::None))), (libc::EIO, 0));
+        let mut work = copy(length);
+        work.stop();
+        assert_eq!(ended(work.completed(completion(piece, Outcome::None))), (0, PIECE_BYTES));
+        let mut work = copy(10);
+        assert_eq!(
+            (work.data_len(), ended(work.completed(completion(Ok(10), Outcome::None)))),
+            (10, (0, 10))
+        );
+    }
+
+    #[test]
+    fn a_checksum_ends_at_the_end_of_the_file_and_is_nothing_if_it_is_stopped() {
+        let begin = || {
+            let checksum = Checksum::new(raio_transport::protocol::FLAG_BLAKE3).unwrap();
+            Work::Checksum(file(), Box::new(Checksumming::new(range(7, 2 * PIECE_BYTES), checksum)))
+        };
+        let piece = |work: &Work, n: u64| {
+            let Operation::Checksum { checksum, .. } = work.first(None) else { panic!("{work:?}") };
+            completion(Ok(n as u32), Outcome::Checksum(checksum))
+        };
+        let mut work = begin();
+        let first = piece(&work, PIECE_BYTES);
+        assert!(matches!(work.completed(first), Step::Piece));
+        let Operation::Checksum { offset, length, .. } = work.first(None) else { panic!("{work:?}") };
+        assert_eq!((offset, length), (7 + PIECE_BYTES, PIECE_BYTES));
+        let last = piece(&work, 5);
+        assert_eq!(ended(work.completed(last)), (0, PIECE_BYTES + 5));
+        let mut work = begin();
+        work.stop();
+        let first = piece(&work, PIECE_BYTES);
+        assert_eq!(ended(work.completed(first)), (libc::ECANCELED, 0));
+    }
+
+    #[test]
+    fn a_lock_that_conflicts_may_be_tried_again() {
+        let mut work = Work::Lock(file(), FlockOperation::NonBlockingLockShared);
+        let Step::Done(response) = work.completed(completion(Ok(0), Outcome::Locked(false))) else {
+            panic!("it goes on")
+        };
+        assert_eq!((response.status.errno, response.status.retryable), (libc::EAGAIN, true));
+        assert_eq!(ended(work.completed(completion(Ok(0), Outcome::Locked(true)))), (0, 0));
     }
 }

@@ -138,6 +138,22 @@ pub struct ExportCounters {
     pub throttled_us: Counter,
 }
 
+/// One for each operation. An array of more than 32 elements has no default of its own.
+#[derive(Debug)]
+struct PerOperation<T>([T; OPERATIONS.len()]);
+
+impl<T: Default> Default for PerOperation<T> {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| T::default()))
+    }
+}
+
+impl<T> PerOperation<T> {
+    fn of(&self, opcode: Opcode) -> &T {
+        &self.0[opcode as usize - 1]
+    }
+}
+
 /// What one worker counts.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -195,8 +211,8 @@ pub struct Counters {
     pub fast_path: Counter,
     /// By the export's place among all.
     pub exports: Box<[ExportCounters]>,
-    latencies: [Histogram; OPERATIONS.len()],
-    requests: [Counter; OPERATIONS.len()],
+    latencies: PerOperation<Histogram>,
+    requests: PerOperation<Counter>,
     closes: [Counter; REASONS.len()],
 }
 
@@ -208,12 +224,12 @@ impl Counters {
 
     /// How long requests with this opcode take.
     pub fn latency(&self, opcode: Opcode) -> &Histogram {
-        &self.latencies[opcode as usize - 1]
+        self.latencies.of(opcode)
     }
 
     /// A request with this opcode has come.
     pub fn request(&self, opcode: Opcode) {
-        self.requests[opcode as usize - 1].add(1);
+        self.requests.of(opcode).add(1);
     }
 
     /// A request on an export is delayed because of a rate.
@@ -396,8 +412,8 @@ pub fn json<'a>(workers: impl Iterator<Item = &'a Counters> + Clone, whole: &Who
     );
     object(
         "requests",
-        &mut OPERATIONS.iter().enumerate().map(|(index, operation)| {
-            (operation.name, workers.clone().map(|worker| worker.requests[index].get()).sum())
+        &mut OPERATIONS.iter().map(|operation| {
+            (operation.name, workers.clone().map(|worker| worker.requests.of(operation.opcode).get()).sum())
         }),
     );
     object(

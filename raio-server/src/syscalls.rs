@@ -148,6 +148,17 @@ pub fn proc_path(fd: impl AsFd) -> CString {
     CString::new(path).unwrap_or_default()
 }
 
+/// What a descriptor with O_DIRECT refers to, open without it: for what reads or writes at any offset. None
+/// if the descriptor is without it already.
+pub fn without_direct(fd: impl AsFd, access: OFlags) -> Result<Option<OwnedFd>, Errno> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    if !flags.contains(OFlags::DIRECT) {
+        return Ok(None);
+    }
+    let durability = flags.intersection(OFlags::SYNC | OFlags::DSYNC);
+    reopen(fd, access | durability).map(Some)
+}
+
 /// Opens what a descriptor refers to once more, with other flags.
 pub fn reopen(fd: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
     let path = proc_path(fd);

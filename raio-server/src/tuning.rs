@@ -121,6 +121,8 @@ pub mod lanes {
     pub const LEASE_WIDTH: usize = 4;
     /// Flushes, and changes of files' allocation.
     pub const FLUSH_WIDTH: usize = 8;
+    /// Copies and checksums: as many as keep a disk busy, and no more, for they take a processor each.
+    pub const RANGE_WIDTH: usize = 4;
     /// Reads and writes: enough to keep a disk busy that serves several requests at a time.
     pub const DATA_WIDTH: usize = 16;
     /// Writes to the page cache that are handed over together at most, so that one of them is found soon when
@@ -162,6 +164,16 @@ pub mod files {
     /// Bytes that one call discards, zeroes or allocates at most, so that others of its lane have their turns
     /// and it can be cancelled: 64 ms of a disk that writes 1 GB/s. Not measured.
     pub const PIECE_BYTES: u64 = 64 << 20;
+}
+
+/// Copies and checksums within the server. None is measured.
+pub mod ranges {
+    /// Bytes that one call copies, or takes into a checksum, at most, so that others of its lane have their
+    /// turns and it can be cancelled: 8 ms of a disk that reads 1 GB/s. A file system that shares storage
+    /// does such a piece in some tens of microseconds.
+    pub const PIECE_BYTES: u64 = 8 << 20;
+    /// What is read at once, in bytes: it stays in a processor's cache until it is used.
+    pub const BUFFER_BYTES: usize = 256 << 10;
 }
 
 /// The pool of threads.

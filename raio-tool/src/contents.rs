@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use raio::{Checksum, ChecksumAlgorithm};
 use raio_transport::sync::lock;
 
 use crate::failure::Failure;
@@ -39,7 +40,11 @@ impl Watcher for Hashing {
     }
 }
 
-fn hash(of: &dyn Place, interrupt: &Interrupt) -> Result<blake3::Hash, Failure> {
+/// The hash of a file, which its server computes if it can.
+pub fn hash(of: &dyn Place, interrupt: &Interrupt) -> Result<blake3::Hash, Failure> {
+    if let Some((Checksum::Blake3(hash), _)) = of.checksum(ChecksumAlgorithm::Blake3, interrupt)? {
+        return Ok(hash.into());
+    }
     let settings = Settings { is_ordered: true, ..Settings::default() };
     let (size, hashing) = (of.facts()?.size, Hashing(Mutex::default()));
     transfer::run(of, &Stream::null(), Some(0)..size, &[], &settings, &hashing, interrupt)?;

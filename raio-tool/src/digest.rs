@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 
 use clap::{Args, ValueEnum, ValueHint};
+use raio::{Checksum, ChecksumAlgorithm};
 use raio_transport::sync::lock;
 use serde::Serialize;
 
@@ -84,6 +85,13 @@ impl Digest {
             Self::Blake3(hasher) => drop(hasher.update(data)),
         }
     }
+
+    fn letters(&self) -> String {
+        match self {
+            Self::Crc32c(digest) => format!("{:08x}", digest.finalize()),
+            Self::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
+        }
+    }
 }
 
 pub fn run(global: &Global, options: &Options, interrupt: &Interrupt) -> Result<(), Failure> {
@@ -124,7 +132,7 @@ fn every(
                     if now.size == bytes.len() as u64 {
                         let mut digest = options.algorithm.digest();
                         digest.update(&bytes);
-                        tell(global, options, &location, &digest, now.size)?;
+                        tell(global, options, &location, &digest.letters(), now.size)?;
                         continue;
                     }
                 }
@@ -144,28 +152,39 @@ fn show(
     source: &dyn Place,
     interrupt: &Interrupt,
 ) -> Result<(), Failure> {
+    let algorithm = match options.algorithm {
+        Algorithm::Crc32c => ChecksumAlgorithm::Crc32c,
+        Algorithm::Blake3 => ChecksumAlgorithm::Blake3,
+    };
+    let (checksum, bytes) = match source.checksum(algorithm, interrupt)? {
+        Some((Checksum::Crc32c(crc), bytes)) => (format!("{crc:08x}"), bytes),
+        Some((Checksum::Blake3(hash), bytes)) => (blake3::Hash::from(hash).to_hex().to_string(), bytes),
+        None => read(options.algorithm, source, interrupt)?,
+    };
+    tell(global, options, location, &checksum, bytes)
+}
+
+/// Reads a file, for its checksum in letters and its length.
+fn read(algorithm: Algorithm, source: &dyn Place, interrupt: &Interrupt) -> Result<(String, u64), Failure> {
     let settings = Settings { is_ordered: true, ..Settings::default() };
     let size = source.facts()?.size;
-    let digesting = Digesting(Mutex::new(options.algorithm.digest()));
+    let digesting = Digesting(Mutex::new(algorithm.digest()));
     let null = Stream::null();
     let bytes = transfer::run(source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
-    tell(global, options, location, &lock(&digesting.0), bytes)
+    let checksum = lock(&digesting.0).letters();
+    Ok((checksum, bytes))
 }
 
 fn tell(
     global: &Global,
     options: &Options,
     location: &Location,
-    digest: &Digest,
+    checksum: &str,
     bytes: u64,
 ) -> Result<(), Failure> {
-    let checksum = match digest {
-        Digest::Crc32c(digest) => format!("{:08x}", digest.finalize()),
-        Digest::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
-    };
     if global.json {
         let (path, algorithm) = (location.to_string(), options.algorithm);
-        return output::print_json(&Report { path, algorithm, checksum: &checksum, bytes });
+        return output::print_json(&Report { path, algorithm, checksum, bytes });
     }
     output::print_bytes(&[checksum.as_bytes(), b"  ", &location.to_bytes(), b"\n"].concat())
 }

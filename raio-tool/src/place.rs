@@ -12,6 +12,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use raio::{Checksum, ChecksumAlgorithm};
+
 use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::location::Location;
@@ -122,6 +124,15 @@ pub trait Place: Send + Sync {
     /// the file.
     fn next_data(&self, from: u64, size: u64) -> Result<Option<Range<u64>>, Failure> {
         Ok((from < size).then_some(from..size))
+    }
+    /// The checksum of all bytes, and how many there are, if somebody else can read them for it: the server
+    /// that has the file.
+    fn checksum(
+        &self,
+        _algorithm: ChecksumAlgorithm,
+        _interrupt: &Interrupt,
+    ) -> Result<Option<(Checksum, u64)>, Failure> {
+        Ok(None)
     }
     /// Makes a regular file this long.
     fn set_size(&self, size: u64) -> Result<(), Failure>;

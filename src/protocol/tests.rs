@@ -81,7 +81,7 @@ fn what_is_recorded_is_what_must_not_run_twice() {
     use Opcode::*;
     let on_files = [Open, Write, Discard, WriteZeroes, Allocate];
     let on_names = [Put, Mkdir, Rmdir, Unlink, Rename, Link, Symlink, SetAttributes, Truncate, SetXattr];
-    assert_eq!(recorded.collect::<Vec<_>>(), [&on_files[..], &on_names[..]].concat());
+    assert_eq!(recorded.collect::<Vec<_>>(), [&on_files[..], &on_names[..], &[Copy]].concat());
 }
 
 #[test]
@@ -182,7 +182,7 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
     // One byte of a good command, changed.
     for (what, good, at, value, violation) in [
         ("opcode 0", read, 0, 0, Violation::Field),
-        ("opcode 32", read, 0, 32, Violation::Field),
+        ("opcode 35", read, 0, 35, Violation::Field),
         ("opcode 260", read, 1, 1, Violation::Field),
         ("a read with a flag", read, 2, 1, Violation::Reserved),
         ("a read of 4 GiB", read, 20, 1, Violation::Length),
@@ -226,6 +226,23 @@ fn each_command_that_makes_no_sense_is_refused_for_its_own_reason() {
         let mut bytes = hex(good);
         bytes[at] = value;
         assert_eq!(Command::decode(&bytes), Err(violation), "{what}");
+    }
+    let copy = "20 00 00 00 11 22 33 44  01 00 00 00 00 00 00 00  02 00 00 00 00 00 00 00
+                05 00 00 00 00 00 00 00  03 00 00 00 00 00 00 00";
+    for at in [2, 3, 28, 31] {
+        let mut bytes = hex(copy);
+        bytes[at] = 1;
+        assert_eq!(Command::decode(&bytes), Err(Violation::Reserved), "byte {at} of a copy");
+    }
+    for len in [24, 32, 39, 41, 48] {
+        let mut bytes = hex(copy);
+        bytes.resize(len, 0);
+        assert_eq!(Command::decode(&bytes), Err(Violation::Length), "a copy of {len} bytes");
+    }
+    for (opcode, flag) in [(33, 4), (34, 4)] {
+        let mut bytes = hex(close);
+        (bytes[0], bytes[2]) = (opcode, flag);
+        assert_eq!(Command::decode(&bytes), Err(Violation::Reserved), "opcode {opcode}, flag {flag}");
     }
     let cancel = hex("09 00 00 00 01 00 00 00  11 22 33 44 55 66 77 88  00 00 00 00 00 00 00 00");
     assert_eq!(Command::decode(&cancel), Err(Violation::Reserved));
@@ -407,6 +424,29 @@ fn commands_on_paths_have_these_bytes() {
 }
 
 #[test]
+fn copies_checksums_and_locks_have_these_bytes() {
+    golden(
+        Command::Copy {
+            source: FILE,
+            offset: 0x0011_2233_4455_6677,
+            length: u64::MAX,
+            destination: FileHandle(0x8877_6655),
+            destination_offset: 0x1000,
+        },
+        "20 00 00 00 11 22 33 44  77 66 55 44 33 22 11 00  ff ff ff ff ff ff ff ff
+         55 66 77 88 00 00 00 00  00 10 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Checksum { file: FILE, offset: 1, length: 2, checksum: FLAG_BLAKE3 },
+        "21 00 02 00 11 22 33 44  01 00 00 00 00 00 00 00  02 00 00 00 00 00 00 00",
+    );
+    golden(
+        Command::Lock { file: FILE, lock: FLAG_LOCK_SHARED },
+        "22 00 01 00 11 22 33 44  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00",
+    );
+}
+
+#[test]
 fn a_command_on_a_path_has_what_its_operation_uses_and_nothing_else() {
     for command in path_commands() {
         let name = command.opcode.operation().name;
@@ -534,6 +574,15 @@ fn command((opcode, file, offset, length, path): &(u8, u32, u64, u64, Vec<u8>)) 
         17 => Command::ListNext { listing: offset, is_odd: offset % 2 == 1, length: length as u32 },
         26 => Command::Truncate { file, size: length },
         28 => Command::Extents { file, offset, length },
+        32 => Command::Copy {
+            source: file,
+            offset,
+            length,
+            destination: FileHandle(!file.0),
+            destination_offset: offset ^ length,
+        },
+        33 => Command::Checksum { file, offset, length, checksum: offset as u16 & 3 },
+        34 => Command::Lock { file, lock: offset as u16 & 3 },
         13.. => {
             let all = path_commands().find(|command| command.opcode as u8 == *opcode);
             let all = all.expect("every other one is on a path");
@@ -579,7 +628,7 @@ proptest! {
     #[test]
     fn what_is_decoded_is_encoded_as_it_was(
         bytes in prop::collection::vec(any::<u8>(), 24),
-        opcode in 0u16..33,
+        opcode in 0u16..36,
         sparse: bool,
     ) {
         let mut bytes = bytes;
@@ -596,7 +645,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..34) {
+    fn nothing_makes_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..100), opcode in 0u8..37) {
         let _ = Command::decode(&bytes);
         let _ = FileStatus::decode(&bytes);
         let mut likely = bytes;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use crate::protocol::{FLAG_BLAKE3, FLAG_LOCK_SHARED, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
 
 const WINDOW: Duration = Duration::from_secs(60);
 
@@ -21,6 +21,13 @@ fn mutations() -> Vec<Vec<u8>> {
         encoded(Command::Discard { file, offset, length: 512 }),
         encoded(Command::WriteZeroes { file, offset, length: 512 }),
         encoded(Command::Allocate { file, offset, length: 512, keep_size: false }),
+        encoded(Command::Copy {
+            source: file,
+            offset,
+            length: 512,
+            destination: FileHandle(4),
+            destination_offset: 0,
+        }),
     ]
 }
 
@@ -31,6 +38,8 @@ fn repeatable() -> Vec<Vec<u8>> {
         encoded(Command::Read { file, offset: 0, length: 512 }),
         encoded(Command::Stat(file)),
         encoded(Command::Fsync { file, data_only: true }),
+        encoded(Command::Checksum { file, offset: 0, length: 512, checksum: FLAG_BLAKE3 }),
+        encoded(Command::Lock { file, lock: FLAG_LOCK_SHARED }),
     ]
 }
 
@@ -126,9 +135,10 @@ fn a_file_that_is_another_one_is_stale() {
     assert_eq!(at_reopen_failure(Status::storage(libc::ENOENT)).status.errno, libc::ESTALE);
     assert_eq!(at_reopen_failure(Status::policy(libc::EROFS)).status.errno, libc::EROFS);
     for command in repeatable().into_iter().chain(mutations()) {
-        assert_eq!(file_of(&command), Some(FileHandle(3)));
+        assert_eq!(files_of(&command)[0], Some(FileHandle(3)));
     }
-    assert_eq!(file_of(&open(OPEN_READ)), None);
+    assert_eq!(files_of(&open(OPEN_READ)), [None; 2]);
+    assert_eq!(files_of(&mutations()[4]), [Some(FileHandle(3)), Some(FileHandle(4))]);
 }
 
 #[test]

@@ -15,6 +15,9 @@ struct every_call {
 	int (*fsync)(int, int);
 	int (*ftruncate)(int, unsigned long long);
 	int (*extents)(int, long long, unsigned long long, struct raio_extent *, int, unsigned long long *);
+	long long (*copy_file_range)(int, long long, int, long long, unsigned long long);
+	long long (*checksum_range)(int, long long, unsigned long long, struct raio_checksum *);
+	int (*flock)(int, int);
 	int (*stat_path)(int, const char *, struct raio_stat *, size_t);
 	int (*lstat_path)(int, const char *, struct raio_stat *, size_t);
 	ssize_t (*get)(int, const char *, void *, size_t, struct raio_stat *, size_t);
@@ -58,7 +61,8 @@ struct every_call {
 static const struct every_call every_call = {
 	raio_start,  raio_connect, raio_stop,    raio_open,      raio_open_mode, raio_fstat,  raio_close,
 	raio_stat_fd, raio_pread, raio_pwrite,
-	raio_fsync, raio_ftruncate, raio_extents, raio_stat_path, raio_lstat_path, raio_get, raio_put,
+	raio_fsync, raio_ftruncate, raio_extents, raio_copy_file_range, raio_checksum_range, raio_flock,
+	raio_stat_path, raio_lstat_path, raio_get, raio_put,
 	raio_mkdir, raio_rmdir, raio_unlink, raio_rename, raio_link, raio_symlink, raio_readlink,
 	raio_truncate, raio_chmod, raio_utimens, raio_statfs_path, raio_getxattr, raio_setxattr,
 	raio_listxattr, raio_removexattr, raio_opendir, raio_readdir, raio_closedir,
@@ -80,6 +84,8 @@ static int prepares_paths_as_documented(void)
 	static char buf[16];
 	struct raio_path_args args;
 	struct raio_statfs room;
+	struct raio_copy_args copy;
+	struct raio_checksum sum;
 	struct raio_stat status;
 	struct raio_iocb iocb;
 	raio_dir_t dir;
@@ -164,6 +170,20 @@ static int prepares_paths_as_documented(void)
 	raio_prep_readdir(&iocb, 5, &args, (raio_dir_t)(void *)buf);
 	if (!is_on_path(&iocb, RAIO_CMD_READDIR, &args) || args.buf != buf || args.nbytes)
 		return 43;
+	memset(&copy, 0xff, sizeof(copy));
+	raio_prep_copy_file_range(&iocb, &copy, 7, 8, 5, 9, 1ULL << 40);
+	if (iocb.raio_lio_opcode != RAIO_CMD_COPY_FILE_RANGE || iocb.raio_fildes != 5 || iocb.u.c.buf != &copy ||
+	    iocb.u.c.nbytes != 1ULL << 40 || iocb.u.c.offset != 9 || copy.fd != 7 || copy.offset != 8 ||
+	    copy.reserved_0 || copy.reserved[0] || copy.reserved[1])
+		return 44;
+	memset(&sum, 0xff, sizeof(sum));
+	raio_prep_checksum(&iocb, 5, RAIO_CHECKSUM_BLAKE3, 8, 9, &sum);
+	if (iocb.raio_lio_opcode != RAIO_CMD_CHECKSUM || iocb.u.c.buf != &sum || iocb.u.c.nbytes != 9 ||
+	    iocb.u.c.offset != 8 || sum.type != RAIO_CHECKSUM_BLAKE3 || sum.crc32c || sum.blake3[31])
+		return 45;
+	raio_prep_flock(&iocb, 5, 2);
+	if (iocb.raio_lio_opcode != RAIO_CMD_FLOCK || iocb.u.c.buf || iocb.u.c.nbytes != 2 || iocb.u.c.offset)
+		return 46;
 	return 0;
 }
 

@@ -21,7 +21,8 @@ static const char *const symbols[] = {
 	"raio_readdir", "raio_closedir", "raio_prep_close", "raio_prep_stat_fd", "raio_prep_ftruncate",
 	"raio_prep_open", "raio_prep_stat_path", "raio_prep_get", "raio_prep_put", "raio_prep_mkdir",
 	"raio_prep_rmdir", "raio_prep_unlink", "raio_prep_rename", "raio_prep_link", "raio_prep_symlink",
-	"raio_prep_readlink",
+	"raio_prep_readlink", "raio_copy_file_range", "raio_checksum_range", "raio_flock",
+	"raio_prep_copy_file_range", "raio_prep_checksum", "raio_prep_flock",
 	"raio_setup",	  "raio_destroy", "raio_submit", "raio_getevents", "raio_release",   "raio_cancel", "raio_poll_fd",
 	"raio_reg_mr",	  "raio_dereg_mr", "raio_alloc", "raio_free",	   "raio_get_stats", "raio_errmsg", "raio_event_errmsg", "raio_crc32c", "raio_abi_version",
 };

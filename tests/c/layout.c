@@ -118,6 +118,18 @@ AT(raio_statfs, files, 40);
 AT(raio_statfs, files_free, 48);
 AT(raio_statfs, name_bytes_max, 56);
 
+SIZE(raio_copy_args, 32);
+AT(raio_copy_args, fd, 0);
+AT(raio_copy_args, reserved_0, 4);
+AT(raio_copy_args, offset, 8);
+AT(raio_copy_args, reserved, 16);
+
+SIZE(raio_checksum, 40);
+AT(raio_checksum, type, 0);
+AT(raio_checksum, crc32c, 4);
+AT(raio_checksum, blake3, 8);
+WIDTH(raio_checksum, blake3, 32);
+
 SIZE(raio_extent, 16);
 AT(raio_extent, offset, 0);
 AT(raio_extent, length, 8);
@@ -162,6 +174,11 @@ PIN(listxattr, RAIO_CMD_LISTXATTR == 26);
 PIN(removexattr, RAIO_CMD_REMOVEXATTR == 27);
 PIN(opendir, RAIO_CMD_OPENDIR == 28);
 PIN(readdir, RAIO_CMD_READDIR == 29);
+PIN(copy_file_range, RAIO_CMD_COPY_FILE_RANGE == 30);
+PIN(checksum, RAIO_CMD_CHECKSUM == 31);
+PIN(flock, RAIO_CMD_FLOCK == 32);
+PIN(crc32c, RAIO_CHECKSUM_CRC32C == 1);
+PIN(blake3, RAIO_CHECKSUM_BLAKE3 == 2);
 PIN(path_nofollow, RAIO_PATH_NOFOLLOW == 1);
 PIN(put_excl, RAIO_PUT_EXCL == 2);
 PIN(put_fsync, RAIO_PUT_FSYNC == 4);

@@ -736,7 +736,7 @@ static void cancel(int fd, int file, raio_context_t ctx)
 	struct timespec zero = { 0, 0 };
 	struct raio_event lent, event, evt;
 	struct raio_iocb first, second, third;
-	raio_context_t one;
+	raio_context_t one = NULL;
 	char buf[100];
 	int i, cancelled = 0;
 	long n;

@@ -344,7 +344,7 @@ static void all_of_it_as_iocbs(int fd)
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
 	raio_prep_link(&iocbs[0], fd, &args[0], path, NULL);
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
-	iocbs[0].raio_lio_opcode = RAIO_CMD_READDIR + 1;
+	iocbs[0].raio_lio_opcode = RAIO_CMD_FLOCK + 1;
 	EQ(raio_submit(ctx, 1, ios), -EINVAL);
 	EQ(raio_destroy(ctx), 0);
 }

@@ -22,14 +22,15 @@ use raio_transport::transport::{Bulk, Reply, SendOptions};
 use super::{Context, NO_FILE, New, OperationState, Request};
 use crate::control::is_closed_anyway;
 use crate::error::{Error, not_supported, protocol_error, unsupported};
-use crate::file::File;
+use crate::file::{File, Inner};
 use crate::names::{
     ReadDir, check_put, check_xattr, data_of, link_of, path_bytes, path_command, room_for, xattr_command,
     xattr_names,
 };
 use crate::open_flags::open_flags;
 use crate::operation::{
-    Answer, Completion, OperationCrc, PathOperation, RejectedPath, SubmitOptions, Ticket,
+    Answer, Checksum, ChecksumAlgorithm, Completion, OperationCrc, PathOperation, RejectedPath,
+    SubmitOptions, Ticket,
 };
 use crate::session::{Shared, status_of};
 use crate::tuning::{FIRST_PAGE_BYTES, PAGE_BYTES, XATTR_BYTES_MAX};
@@ -46,6 +47,12 @@ pub(super) struct Extra {
     entries: Option<ReadDir>,
     /// Its buffers are the library's.
     has_own_room: bool,
+    /// The index of the file that is copied from: an operation is in flight on it, too.
+    pub(super) source: Option<u32>,
+    /// Which checksum was asked for.
+    algorithm: Option<ChecksumAlgorithm>,
+    /// The file has a lock, or none any more, if the operation succeeds.
+    locks: Option<(FileHandle, bool)>,
 }
 
 /// A file that is being opened.
@@ -76,6 +83,16 @@ pub(super) fn has_answer(opcode: Opcode) -> bool {
 }
 
 impl Extra {
+    /// Of a checksum.
+    pub(super) fn checksum(algorithm: ChecksumAlgorithm) -> Box<Self> {
+        Box::new(Self { algorithm: Some(algorithm), ..Self::default() })
+    }
+
+    /// Of a lock on this file, or the end of one.
+    pub(super) fn lock(file: FileHandle, is_locked: bool) -> Box<Self> {
+        Box::new(Self { locks: Some((file, is_locked)), ..Self::default() })
+    }
+
     /// Its operation ends with this completion.
     #[cold]
     pub(super) fn end(mut self, session: &Arc<Shared>, completion: &mut Completion) {
@@ -88,7 +105,12 @@ impl Extra {
             completion.buffers = None;
         }
         match &mut completion.result {
-            Ok(_) => completion.answer = self.entries.map(|entries| Box::new(Answer::Entries(entries))),
+            Ok(_) => {
+                completion.answer = self.entries.map(|entries| Box::new(Answer::Entries(entries)));
+                if let Some((file, is_locked)) = self.locks {
+                    session.files().set_locked(file, is_locked);
+                }
+            }
             Err(error) => {
                 // It was opened, and perhaps created.
                 error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
@@ -363,6 +385,7 @@ impl Context {
                 Some(opened) => opened.map(|file| (0, file)),
                 None => match self.entries(index) {
                     Some(entries) => entries.take_in(&mut reply).map(|()| (0, None)),
+                    None if opcode == Opcode::Checksum => self.checksum_of(index, &reply),
                     None => answer_of(opcode, length, &mut reply),
                 },
             };
@@ -394,6 +417,31 @@ impl Context {
 
     fn entries(&mut self, index: u32) -> Option<&mut ReadDir> {
         self.slots[index as usize].extra.as_mut()?.entries.as_mut()
+    }
+
+    /// A copy begins that reads this file. The destination, which has this index, keeps it.
+    pub(super) fn begin_copy(&mut self, source: &Arc<Inner>, destination: u32) -> Box<Extra> {
+        let channel = &self.channel;
+        self.files.operation_started(destination);
+        let index = self.files.index_of(source, || channel.verifier(source.handle()));
+        self.files.operation_started(index);
+        self.files.operation_completed(destination);
+        Box::new(Extra { source: Some(index), ..Extra::default() })
+    }
+
+    /// The checksum in the reply to an operation that has asked for one.
+    fn checksum_of(&self, index: u32, reply: &Reply) -> Result<(u64, Option<Answer>), Error> {
+        let asked = self.slots[index as usize].extra.as_ref().and_then(|extra| extra.algorithm);
+        let checksum = match (asked, &reply.body[..]) {
+            (Some(ChecksumAlgorithm::Crc32c), &[a, b, c, d, 0, 0, 0, 0]) => {
+                Checksum::Crc32c(u32::from_le_bytes([a, b, c, d]))
+            }
+            (Some(ChecksumAlgorithm::Blake3), body) => {
+                Checksum::Blake3(body.try_into().map_err(|_| protocol_error())?)
+            }
+            _ => return Err(protocol_error()),
+        };
+        Ok((reply.result, Some(Answer::Checksum(checksum))))
     }
 
     fn opening(&mut self, index: u32) -> Option<&mut Opening> {
@@ -462,6 +510,7 @@ fn answer_of(opcode: Opcode, length: u64, reply: &mut Reply) -> Result<(u64, Opt
         }
         Opcode::Get => return Err(protocol_error()),
         Opcode::Put => (length, None),
+        Opcode::Copy => (reply.result, None),
         Opcode::Readlink => (0, Some(Answer::Link(link_of(reply)?))),
         Opcode::Statfs => {
             let status = FileSystemStatus::decode(&reply.body).map_err(|_| protocol_error())?;

@@ -9,6 +9,7 @@ use super::errors::invalid;
 use super::state::raio_mr;
 use crate::error::Error;
 use crate::names::DirEntry;
+use crate::operation::{Checksum, ChecksumAlgorithm, Lock};
 
 pub(super) const ABI_VERSION: c_uint = 6;
 pub(super) const IOV_MAX: u64 = 1_024;
@@ -43,6 +44,12 @@ pub(super) const CMD_LISTXATTR: c_int = 26;
 pub(super) const CMD_REMOVEXATTR: c_int = 27;
 pub(super) const CMD_OPENDIR: c_int = 28;
 pub(super) const CMD_READDIR: c_int = 29;
+pub(super) const CMD_COPY_FILE_RANGE: c_int = 30;
+pub(super) const CMD_CHECKSUM: c_int = 31;
+pub(super) const CMD_FLOCK: c_int = 32;
+
+pub(super) const CHECKSUM_CRC32C: c_uint = 1;
+pub(super) const CHECKSUM_BLAKE3: c_uint = 2;
 
 pub(super) const PATH_NOFOLLOW: c_uint = 1 << 0;
 pub(super) const PATH_EXCL: c_uint = 1 << 1;
@@ -182,6 +189,56 @@ pub struct raio_path_args {
     pub(super) reserved: [c_ulonglong; 2],
 }
 
+/// `struct raio_copy_args`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct raio_copy_args {
+    pub(super) fd: c_int,
+    pub(super) reserved_0: c_uint,
+    pub(super) offset: i64,
+    pub(super) reserved: [c_ulonglong; 2],
+}
+
+/// `struct raio_checksum`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct raio_checksum {
+    pub(super) type_: c_uint,
+    pub(super) crc32c: c_uint,
+    pub(super) blake3: [u8; 32],
+}
+
+impl raio_checksum {
+    /// Which is asked for.
+    pub(super) fn algorithm(self) -> Result<ChecksumAlgorithm, Error> {
+        match self.type_ {
+            CHECKSUM_CRC32C => Ok(ChecksumAlgorithm::Crc32c),
+            CHECKSUM_BLAKE3 => Ok(ChecksumAlgorithm::Blake3),
+            other => Err(invalid(format!(
+                "There is no checksum of type {other}. Use RAIO_CHECKSUM_CRC32C or RAIO_CHECKSUM_BLAKE3."
+            ))),
+        }
+    }
+
+    /// The same, with what it is.
+    pub(super) fn with(self, checksum: Checksum) -> Self {
+        match checksum {
+            Checksum::Crc32c(crc32c) => Self { crc32c, ..self },
+            Checksum::Blake3(blake3) => Self { blake3, ..self },
+        }
+    }
+}
+
+/// What the operation of flock(2) asks for. It never waits, with LOCK_NB or without.
+pub(super) fn lock_of(operation: c_int) -> Result<Lock, Error> {
+    match operation & !libc::LOCK_NB {
+        libc::LOCK_SH => Ok(Lock::Shared),
+        libc::LOCK_EX => Ok(Lock::Exclusive),
+        libc::LOCK_UN => Ok(Lock::Unlock),
+        _ => Err(invalid("There is no such lock. Pass LOCK_SH, LOCK_EX or LOCK_UN.")),
+    }
+}
+
 /// `struct raio_statfs`
 #[repr(C)]
 pub struct raio_statfs {
@@ -217,6 +274,7 @@ pub struct raio_dirent {
 const _: () = {
     assert!(size_of::<raio_stat>() == 120 && size_of::<raio_path_args>() == 80);
     assert!(size_of::<raio_statfs>() == 64 && size_of::<raio_dirent>() == 296);
+    assert!(size_of::<raio_copy_args>() == 32 && size_of::<raio_checksum>() == 40);
     assert!(size_of::<raio_iocb>() == 64 && std::mem::offset_of!(raio_iocb, c) == 24);
     assert!(
         size_of::<raio_event>() == 40 && size_of::<raio_options>() == 64 && size_of::<raio_stats>() == 152

@@ -8,8 +8,8 @@ use std::time::Duration;
 use raio_transport::memory::{Buffer, Buffers};
 
 use super::abi::{
-    CMD_OPENDIR, CMD_READDIR, CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_event,
-    raio_iocb, raio_path_args, raio_stat, raio_statfs,
+    CMD_OPENDIR, CMD_READDIR, CMD_STAT_FD, RES2_LOST, RES2_RETRYABLE, RES2_UNKNOWN, fill_in, raio_checksum,
+    raio_event, raio_iocb, raio_path_args, raio_stat, raio_statfs,
 };
 use super::descriptor;
 use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
@@ -138,6 +138,12 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
                 // SAFETY: the program vouches for using the directory in one thread at a time.
                 _ => unsafe { return_dir(to.cast(), Some(entries)) },
             }
+            Ok(count)
+        }
+        Answer::Checksum(checksum) => {
+            let to = buf.cast::<raio_checksum>();
+            // SAFETY: it was read when the iocb was submitted, and is the library's until now.
+            unsafe { to.write_unaligned(to.read_unaligned().with(checksum)) };
             Ok(count)
         }
         // There are no iocbs for these.

@@ -67,8 +67,52 @@ export! {
         => range(CMD_ALLOCATE, fd, offset, nbytes, if keep_size != 0 { IOCB_KEEP_SIZE } else { 0 });
     raio_prep_close(fd: c_int) => range(CMD_CLOSE, fd, 0, 0, 0);
     raio_prep_ftruncate(fd: c_int, size: c_ulonglong) => range(CMD_FTRUNCATE, fd, 0, size, 0);
+    raio_prep_flock(fd: c_int, operation: c_int) => range(CMD_FLOCK, fd, 0, operation as c_ulonglong, 0);
     raio_prep_stat_fd(fd: c_int, stat: *mut raio_stat)
         => self::iocb(CMD_STAT_FD, fd, stat.cast(), size_of::<raio_stat>() as c_ulonglong, 0, null_mut());
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `iocb` and `args` may be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_prep_copy_file_range(
+    iocb: *mut raio_iocb,
+    args: *mut raio_copy_args,
+    fd_in: c_int,
+    off_in: i64,
+    fd_out: c_int,
+    off_out: i64,
+    len: c_ulonglong,
+) {
+    let prepared = raio_copy_args { fd: fd_in, reserved_0: 0, offset: off_in, reserved: [0; 2] };
+    // SAFETY: the caller vouches for the memory.
+    unsafe {
+        args.write(prepared);
+        iocb.write(self::iocb(CMD_COPY_FILE_RANGE, fd_out, args.cast(), len, off_out, null_mut()));
+    }
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `iocb` and `checksum` may be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_prep_checksum(
+    iocb: *mut raio_iocb,
+    fd: c_int,
+    r#type: c_uint,
+    offset: i64,
+    len: c_ulonglong,
+    checksum: *mut raio_checksum,
+) {
+    let prepared = raio_checksum { type_: r#type, crc32c: 0, blake3: [0; 32] };
+    // SAFETY: the caller vouches for the memory.
+    unsafe {
+        checksum.write(prepared);
+        iocb.write(self::iocb(CMD_CHECKSUM, fd, checksum.cast(), len, offset, null_mut()));
+    }
 }
 
 /// Arguments without anything but a path.

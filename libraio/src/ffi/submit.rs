@@ -18,6 +18,7 @@ use super::probe::ReadProbe;
 use super::state::{ContextState, idle_dir, raio_context, raio_dir, raio_mr, return_dir, state, stopped};
 use crate::context::Context;
 use crate::error::Error;
+use crate::file::CopySource;
 use crate::names::{Attributes, PutOptions};
 use crate::operation::{Operation, OperationCrc, PathOperation, SubmitOptions, Ticket};
 
@@ -95,8 +96,9 @@ unsafe fn submit(
         // SAFETY: the caller's contract is the same.
         return unsafe { submit_on_path(ctx, state, io, place) };
     }
+    let source = |fd| state.files.get(fd, state.session).map(|file| file.as_source());
     // SAFETY: the caller vouches for the iocb's memory.
-    let operation = unsafe { operation(ctx, &mut state.vectors, io) }?;
+    let operation = unsafe { operation(ctx, &mut state.vectors, io, source) }?;
     let file = state.files.get(io.raio_fildes, state.session)?;
     let held = hold_eventfd(io, &mut state.eventfds)?;
     let token = iocb.expose_provenance() as u64;
@@ -318,7 +320,7 @@ pub(super) fn unreadable() -> Error {
     )
 }
 
-/// What an iocb asks for.
+/// What an iocb asks for. `source` looks up a file to copy from.
 ///
 /// # Safety
 /// The iocb's memory is as the header demands.
@@ -326,6 +328,7 @@ unsafe fn operation(
     ctx: *mut raio_context,
     vectors: &mut Vec<Vec<Buffer>>,
     io: &raio_iocb,
+    source: impl FnOnce(c_int) -> Result<CopySource, Error>,
 ) -> Result<Operation, Error> {
     let c = &io.c;
     if c.flags & !(IOCB_EVENTFD | IOCB_DATASYNC | IOCB_KEEP_SIZE | IOCB_CRC | IOCB_TIMEOUT) != 0
@@ -383,6 +386,29 @@ unsafe fn operation(
             Operation::Stat
         }
         CMD_FTRUNCATE => Operation::Truncate { size: c.nbytes },
+        CMD_COPY_FILE_RANGE | CMD_CHECKSUM if c.buf.is_null() => {
+            return Err(invalid("The iocb has no arguments. Prepare it with raio_prep_*()."));
+        }
+        CMD_COPY_FILE_RANGE => {
+            // SAFETY: not null, and the caller vouches for its arguments.
+            let args = unsafe { c.buf.cast::<raio_copy_args>().read_unaligned() };
+            if args.reserved_0 != 0 || args.reserved != [0; 2] {
+                return Err(invalid("Reserved fields of the arguments are not 0. Clear them."));
+            }
+            let source_offset = u64::try_from(args.offset).map_err(|_| {
+                invalid("The offset in the source is negative. Pass one counted from the start of the file.")
+            })?;
+            Operation::Copy { offset, source: source(args.fd)?, source_offset, length: c.nbytes }
+        }
+        CMD_CHECKSUM => {
+            // SAFETY: as above.
+            let algorithm = unsafe { c.buf.cast::<raio_checksum>().read_unaligned() }.algorithm()?;
+            Operation::Checksum { offset, length: c.nbytes, algorithm }
+        }
+        CMD_FLOCK => {
+            let operation = c_int::try_from(c.nbytes).unwrap_or(c_int::MAX);
+            Operation::Lock(lock_of(operation)?)
+        }
         CMD_FSYNC => Operation::Fsync { data_only: c.flags & IOCB_DATASYNC != 0 },
         CMD_DISCARD => Operation::Discard { offset, length: c.nbytes },
         CMD_WRITE_ZEROES => Operation::WriteZeroes { offset, length: c.nbytes },

@@ -149,7 +149,10 @@ impl LentContext<'_> {
         deadline: Instant,
     ) -> Result<Completion, Error> {
         let Some(SyncContext { context, .. }) = &mut self.lent else { return Err(error::session_stopped()) };
-        let is_write = matches!(operation, Operation::Write { .. } | Operation::Truncate { .. });
+        let is_write = matches!(
+            operation,
+            Operation::Write { .. } | Operation::Truncate { .. } | Operation::Copy { .. }
+        );
         let timeout = Some(deadline.saturating_duration_since(Instant::now()));
         let options = SubmitOptions { timeout, ..SubmitOptions::default() };
         context.submit_with(file, operation, options, 0).map_err(|rejected| rejected.error)?;

@@ -1,16 +1,19 @@
 //! What is done to a file by its descriptor alone, each waited for.
 
 use std::ffi::{c_int, c_ulonglong, c_void};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use raio_transport::memory::Buffers;
 
-use super::abi::raio_extent;
+use super::abi::{lock_of, raio_checksum, raio_extent};
 use super::descriptor;
-use super::errors::{checked_offset, int, invalid, ssize};
+use super::errors::{checked_offset, fail, int, invalid, run, ssize};
 use super::submit::{unreadable, unregistered};
 use crate::error::{Error, protocol_error};
 use crate::operation::{Answer, Completion, Operation};
+
+/// A year: nobody waits for longer.
+const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// See libraio.h.
 ///
@@ -82,11 +85,72 @@ pub unsafe extern "C" fn raio_extents(
     })
 }
 
+/// See libraio.h.
+#[unsafe(no_mangle)]
+pub extern "C" fn raio_copy_file_range(
+    fd_in: c_int,
+    off_in: i64,
+    fd_out: c_int,
+    off_out: i64,
+    len: c_ulonglong,
+) -> i64 {
+    longlong(|| {
+        let (source_offset, offset) = (checked_offset(off_in)?, checked_offset(off_out)?);
+        let source = descriptor::file_to_use(fd_in)?.0.as_source();
+        on_range(fd_out, Operation::Copy { offset, source, source_offset, length: len })?.result
+    })
+}
+
+/// See libraio.h.
+///
+/// # Safety
+/// `checksum` is null or may be read and written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn raio_checksum_range(
+    fd: c_int,
+    offset: i64,
+    len: c_ulonglong,
+    checksum: *mut raio_checksum,
+) -> i64 {
+    longlong(|| {
+        if checksum.is_null() {
+            return Err(invalid("The checksum is NULL. Pass room for one, with its type."));
+        }
+        // SAFETY: not null, and the caller vouches for the rest.
+        let asked = unsafe { checksum.read() };
+        let (offset, algorithm) = (checked_offset(offset)?, asked.algorithm()?);
+        let completion = on_range(fd, Operation::Checksum { offset, length: len, algorithm })?;
+        let Some(Answer::Checksum(found)) = completion.answer.map(|answer| *answer) else {
+            return Err(protocol_error());
+        };
+        // SAFETY: as above.
+        unsafe { checksum.write(asked.with(found)) };
+        completion.result
+    })
+}
+
+/// See libraio.h.
+#[unsafe(no_mangle)]
+pub extern "C" fn raio_flock(fd: c_int, operation: c_int) -> c_int {
+    int(|| on_file(fd, Operation::Lock(lock_of(operation)?)).map(|_| 0))
+}
+
 /// Does an operation without memory, and waits for the end of it.
 fn on_file(fd: c_int, operation: Operation) -> Result<Completion, Error> {
     let (file, contexts) = descriptor::file_to_use(fd)?;
     let deadline = Instant::now() + contexts.session().call_timeout();
     contexts.lend(deadline)?.run_whole(&file, operation, deadline)
+}
+
+/// The same for one that may take as long as the storage does.
+fn on_range(fd: c_int, operation: Operation) -> Result<Completion, Error> {
+    let (file, contexts) = descriptor::file_to_use(fd)?;
+    let now = Instant::now();
+    contexts.lend(now + contexts.session().call_timeout())?.run_whole(&file, operation, now + FOR_EVER)
+}
+
+fn longlong(body: impl FnOnce() -> Result<u64, Error>) -> i64 {
+    run(|| body().map(|count| count as i64)).unwrap_or_else(|errno| fail(errno, -1))
 }
 
 /// Reads or writes, and waits for the end of it.

@@ -11,7 +11,7 @@ use super::{Call, Closing, Completion, Descriptor, Operation, Outcome};
 use crate::client::{Client, OnBehalf};
 use crate::syscalls::{FileInfo, extents, stat};
 use crate::verifier::Verifier;
-use crate::{clear, pool};
+use crate::{clear, copy, pool};
 
 /// What a thread does in one go.
 #[derive(Debug)]
@@ -225,6 +225,22 @@ impl Operation {
             Self::Truncate { size } => nothing(retry_on_intr(|| rustix::fs::ftruncate(fd, size))),
             Self::Extents { offset, length } => match extents(fd, offset, length) {
                 Ok((extents, end)) => (Ok(0), Outcome::Extents(extents, end)),
+                Err(errno) => (Err(errno), Outcome::None),
+            },
+            Self::Copy { source, source_offset, offset, length } => {
+                let result = copy::copy(&*source, source_offset, fd, offset, length);
+                if !fd.is_write_back && result.is_err_and(|errno| is_failed_write(errno.raw_os_error())) {
+                    fd.verifier.writes_were_lost();
+                }
+                (result.map(|n| n as u32), Outcome::None)
+            }
+            Self::Checksum { mut checksum, offset, length } => match checksum.read(fd, offset, length) {
+                Ok(n) => (Ok(n as u32), Outcome::Checksum(checksum)),
+                Err(errno) => (Err(errno), Outcome::None),
+            },
+            Self::Lock(operation) => match retry_on_intr(|| rustix::fs::flock(fd, operation)) {
+                Ok(()) => (Ok(0), Outcome::Locked(true)),
+                Err(Errno::WOULDBLOCK) => (Ok(0), Outcome::Locked(false)),
                 Err(errno) => (Err(errno), Outcome::None),
             },
         };

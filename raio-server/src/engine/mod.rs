@@ -19,11 +19,13 @@ use std::sync::{Arc, Weak};
 use raio_transport::protocol::Extent;
 use raio_transport::reactor::{Event, OpId, Reactor};
 use raio_transport::transport::SlotRange;
+use rustix::fs::FlockOperation;
 
+use crate::checksum::Checksum;
 use crate::client::Client;
 use crate::pool::{self, Pool, Ticket};
 use crate::syscalls::FileInfo;
-use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH};
+use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH, RANGE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
 pub use descriptor::{Descriptor, KEEPS_STATUS, closes_at_once};
@@ -45,12 +47,14 @@ pub type Lane = pool::Lane<Job>;
 /// and leases not the opens of other files.
 #[derive(Clone, Debug)]
 pub struct Lanes {
-    /// For open, stat and close.
+    /// For open, stat, lock and close.
     pub control: Lane,
     /// For opens that wait for the holder of a lease.
     pub lease: Lane,
     /// For fsync, discard, write zeroes, allocate, truncate and extents.
     pub flush: Lane,
+    /// For copies and checksums.
+    pub ranges: Lane,
     /// For reads and writes.
     pub data: Lane,
     /// Reads that need no lane and yet the disk.
@@ -64,6 +68,7 @@ impl Lanes {
             control: pool.lane(CONTROL_WIDTH),
             lease: pool.lane(LEASE_WIDTH),
             flush: pool.lane(FLUSH_WIDTH),
+            ranges: pool.lane(RANGE_WIDTH),
             data: pool.lane(DATA_WIDTH),
             misses: Arc::default(),
         }
@@ -129,6 +134,28 @@ pub enum Operation {
         /// Length.
         length: u64,
     },
+    /// [`crate::copy::copy`] from another file.
+    Copy {
+        /// That one.
+        source: Arc<Descriptor>,
+        /// Offset in it.
+        source_offset: u64,
+        /// Offset in this file.
+        offset: u64,
+        /// Length.
+        length: u64,
+    },
+    /// [`Checksum::read`].
+    Checksum {
+        /// Of what was read before.
+        checksum: Checksum,
+        /// Offset in the file.
+        offset: u64,
+        /// Length.
+        length: u64,
+    },
+    /// flock(2), which does not wait.
+    Lock(FlockOperation),
 }
 
 /// What an ended operation gives back.
@@ -148,6 +175,10 @@ pub enum Outcome {
     Stat(Box<FileInfo>),
     /// The parts of a range that have data, and up to where they are known.
     Extents(Vec<Extent>, u64),
+    /// A checksum that has taken in more.
+    Checksum(Checksum),
+    /// Whether there was no lock that conflicts.
+    Locked(bool),
 }
 
 /// The end of an operation.

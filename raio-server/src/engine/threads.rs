@@ -90,7 +90,8 @@ impl Engine for Threads {
             | Operation::Allocate { .. }
             | Operation::Truncate { .. }
             | Operation::Extents { .. } => lanes.flush,
-            Operation::Stat => lanes.control,
+            Operation::Copy { .. } | Operation::Checksum { .. } => lanes.ranges,
+            Operation::Stat | Operation::Lock(_) => lanes.control,
         };
         self.begin(lane, Task::on(key, client, file, operation))
     }

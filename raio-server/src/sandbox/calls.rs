@@ -29,6 +29,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
+    libc::SYS_copy_file_range,
+    libc::SYS_flock,
     libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_newfstatat,

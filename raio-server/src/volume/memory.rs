@@ -44,7 +44,7 @@ impl Served for Memory {
 
     fn properties(&self) -> Properties {
         let size_limit = Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC });
-        Properties { size_limit, may_hang: false, ..Properties::default() }
+        Properties { size_limit, may_hang: false, has_locks: false, ..Properties::default() }
     }
 }
 

@@ -24,7 +24,7 @@ use std::sync::{Arc, Weak};
 use raio_transport::reactor::Reactor;
 
 use crate::client::Client;
-use crate::engine::{Closing, Engine, Operation, Pending};
+use crate::engine::{Closing, Descriptor, Engine, Operation, Pending};
 use crate::syscalls::FileInfo;
 
 pub use device::BlockDevice;
@@ -59,11 +59,13 @@ pub struct Properties {
     pub size_limit: Option<SizeLimit>,
     /// Its operations may never complete. If so, requests on its export are limited to a quota of the memory.
     pub may_hang: bool,
+    /// Each open of it can have a lock of its own.
+    pub has_locks: bool,
 }
 
 impl Default for Properties {
     fn default() -> Self {
-        Self { alignment: 1, size_limit: None, may_hang: true }
+        Self { alignment: 1, size_limit: None, may_hang: true, has_locks: true }
     }
 }
 
@@ -107,6 +109,11 @@ pub trait Volume: Debug + Send + Sync {
 
     /// Its status, if that takes no waiting. None: [`Volume::submit`] does more.
     fn try_stat(&self) -> Option<FileInfo> {
+        None
+    }
+
+    /// Its descriptor, if it has one. Without one it is not copied, and has no checksums and no locks.
+    fn file_descriptor(&self) -> Option<&Arc<Descriptor>> {
         None
     }
 

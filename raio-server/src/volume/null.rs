@@ -39,6 +39,10 @@ impl Null {
             | Operation::Allocate { length, .. } => (0, Outcome::Cleared(length)),
             Operation::Extents { offset, length } => (0, Outcome::Extents(Vec::new(), offset + length)),
             Operation::Truncate { .. } => return (Err(libc::EINVAL), Outcome::None),
+            // Rejected before: it has no descriptor.
+            Operation::Copy { .. } | Operation::Checksum { .. } | Operation::Lock(_) => {
+                return (Err(libc::EOPNOTSUPP), Outcome::None);
+            }
             Operation::Stat => (0, Outcome::Stat(Box::new(FileInfo::synthetic(self.size)))),
         };
         (Ok(n as u32), outcome)
@@ -75,7 +79,7 @@ impl Volume for Null {
 
     fn properties(&self) -> Properties {
         let size_limit = Some(SizeLimit { bytes: self.size, errno: libc::ENOSPC });
-        Properties { size_limit, may_hang: false, ..Properties::default() }
+        Properties { size_limit, may_hang: false, has_locks: false, ..Properties::default() }
     }
 }
 

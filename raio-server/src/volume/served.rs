@@ -59,6 +59,10 @@ impl<V: Served> Volume for V {
         self.descriptor().try_stat()
     }
 
+    fn file_descriptor(&self) -> Option<&Arc<Descriptor>> {
+        Some(self.descriptor())
+    }
+
     fn properties(&self) -> Properties {
         Served::properties(self)
     }

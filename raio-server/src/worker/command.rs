@@ -89,6 +89,9 @@ impl Worker {
             | Command::Allocate { .. }
             | Command::Truncate { .. }
             | Command::Extents { .. }
+            | Command::Copy { .. }
+            | Command::Checksum { .. }
+            | Command::Lock { .. }
             | Command::ListNext { .. }
             | Command::Path(_)
                 if !opcode.operation().is_granted(self.connections[connection].features) =>
@@ -105,6 +108,15 @@ impl Worker {
             Command::ListNext { listing, is_odd, length } => {
                 self.list_next(connection, listing, is_odd, length)
             }
+            Command::Copy { source, offset, length, destination, destination_offset } => {
+                let mut file = |file| self.sessions.file(session, file);
+                match (file(source), file(destination)) {
+                    (Some(source), Some(destination)) => {
+                        authorize::copy((source, offset), (destination, destination_offset), length)
+                    }
+                    _ => Err(unknown_handle()),
+                }
+            }
             Command::Stat(file) => self.stat(connection, file),
             Command::Outcome { ids } => Err(self.outcomes(connection, ids.iter().map(|id| id.get()))),
             Command::Write { file, .. }
@@ -113,7 +125,9 @@ impl Worker {
             | Command::WriteZeroes { file, .. }
             | Command::Allocate { file, .. }
             | Command::Truncate { file, .. }
-            | Command::Extents { file, .. } => match self.sessions.file(session, file) {
+            | Command::Extents { file, .. }
+            | Command::Checksum { file, .. }
+            | Command::Lock { file, .. } => match self.sessions.file(session, file) {
                 Some(file) => authorize::work(&command, file),
                 None => Err(unknown_handle()),
             },

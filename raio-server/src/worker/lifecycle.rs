@@ -192,6 +192,12 @@ impl Worker {
                 self.cancel_operation(request);
             } else {
                 self.take_waiting(request);
+                // A copy that waits for a rate between two pieces has ended, and the client asks how.
+                if let Some(answer) = self.requests[request].work.partly_done() {
+                    let id = self.requests[request].key.id;
+                    self.record_outcome(key, id, false, &answer);
+                    self.count_work(&self.requests[request].work, answer.status, answer.result);
+                }
                 self.end_request(request);
             }
         }

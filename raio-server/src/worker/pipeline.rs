@@ -19,7 +19,9 @@ use crate::client::Client;
 use crate::engine::{self, Completion, Lane, Operation, Outcome};
 use crate::names::PathEnd;
 use crate::open::{OpenResult, Opening};
-use crate::request::{Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success};
+use crate::request::{
+    Copying, Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success,
+};
 use crate::volume::Context;
 
 impl Worker {
@@ -48,12 +50,19 @@ impl Worker {
     /// Has a request wait if it goes beyond a rate. Whether it does.
     #[cold]
     fn throttle(&mut self, request: usize) -> bool {
-        let work = &self.requests[request].work;
-        let Some(flow) = work.flow() else { return false };
         let now = self.reactor.clock().now();
-        let waits = self.throttled.wait(flow, request, work.data_len(), now);
-        let Some((Waiting { whose, .. }, until)) = waits else { return false };
-        self.counters.throttled(whose, work.export());
+        let (Waiting { whose, .. }, until) = loop {
+            let work = &self.requests[request].work;
+            let Some(flow) = work.flow() else { return false };
+            match self.throttled.wait(flow, request, work.data_len(), now) {
+                Some(waits) => break waits,
+                None if self.requests[request].work.charged() => {}
+                None => return false,
+            }
+        };
+        // It may have executed: the next piece waits.
+        self.requests.enter(request, State::NeedSlot);
+        self.counters.throttled(whose, self.requests[request].work.export());
         self.promise_life_sign();
         self.await_throttled(until);
         self.trace(self.requests[request].key, Phase::Point, "throttled", 0);
@@ -86,7 +95,10 @@ impl Worker {
         for Waiting { request, since, .. } in begun {
             self.is_busy = true;
             self.counters.throttled_time(self.requests[request].work.export(), now - since);
-            self.proceed(request);
+            // A copy may have to wait for the rate of the other file, too.
+            if !self.requests[request].work.charged() || !self.throttle(request) {
+                self.proceed(request);
+            }
         }
         if let Some(at) = next {
             self.await_throttled(at);
@@ -98,6 +110,10 @@ impl Worker {
     pub(super) fn reject_throttled(&mut self) {
         for key in self.throttled.take_all() {
             let request = &self.requests[key];
+            if let Some(response) = request.work.partly_done() {
+                self.answer(key, response);
+                continue;
+            }
             let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
             if let Some(connection) = request.connection
                 && self.counts_requests
@@ -106,6 +122,19 @@ impl Worker {
             }
             self.end_request(key);
             self.respond(name, opcode, arrived, shutting_down());
+        }
+    }
+
+    /// Goes on with a request that counts for its rates piece by piece.
+    fn next_piece(&mut self, key: usize) {
+        // A server that stops does not wait for what can go on at the next one.
+        if self.drain.is_some() {
+            let response = self.requests[key].work.partly_done().unwrap_or_else(shutting_down);
+            return self.answer(key, response);
+        }
+        if self.requests[key].work.flow().is_none() || !self.throttle(key) {
+            let operation = self.requests[key].work.first(None);
+            self.submit(key, operation, false);
         }
     }
 
@@ -386,10 +415,11 @@ impl Worker {
         }
         match request.work.completed(completion) {
             Step::Done(response) => self.ended(key, response),
-            Step::Again(_) if !self.has_client(key) => {
+            Step::Again(_) | Step::Piece if !self.has_client(key) => {
                 let response = self.requests[key].work.abandoned();
                 self.ended(key, response);
             }
+            Step::Piece => self.next_piece(key),
             Step::Again(operation) => self.submit(key, operation, false),
             Step::Blocking(operation) => self.submit(key, operation, true),
         }
@@ -502,6 +532,9 @@ impl Worker {
 
     /// Counts a request that was carried out, and if it has succeeded the bytes that it has moved.
     pub(super) fn count_work(&self, work: &Work, status: Status, bytes: u64) {
+        if let Work::Copy(copy) = work {
+            return self.count_copy(copy, status, bytes);
+        }
         let direction = work.direction();
         self.count_for_export(work.export(), direction, status, bytes);
         if let Some(audited) = work.file().and_then(|file| file.open.audited.as_deref())
@@ -512,6 +545,17 @@ impl Worker {
                 Direction::ToServer => audited.on_written(bytes),
                 Direction::None => {}
             }
+        }
+    }
+
+    /// The same of a copy: a read of one file, and a write of the other.
+    fn count_copy(&self, copy: &Copying, status: Status, bytes: u64) {
+        let (source, destination) = (copy.source(), copy.destination());
+        self.count_for_export(Some(source.export), Direction::ToClient, status, bytes);
+        self.count_for_export(Some(destination.export), Direction::ToServer, status, bytes);
+        if status.is_ok() {
+            source.audited.iter().for_each(|audited| audited.on_read(bytes));
+            destination.audited.iter().for_each(|audited| audited.on_written(bytes));
         }
     }
 
@@ -542,7 +586,10 @@ impl Worker {
     /// Cancels a request as far as that goes.
     pub(super) fn cancel(&mut self, connection: usize, key: usize) {
         match self.requests.cancel(key) {
-            _ if self.take_waiting(key) => self.answer(key, cancelled()),
+            _ if self.take_waiting(key) => {
+                let response = self.requests[key].work.abandoned();
+                self.answer(key, response);
+            }
             Cancel::NotBegun => {
                 self.admission.cancel(connection, key);
                 self.answer(key, cancelled());

@@ -10,5 +10,6 @@ mod observing;
 mod paths;
 #[path = "../../../tests/random/mod.rs"]
 mod random;
+mod ranges;
 mod sandbox;
 mod startup;

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use raio::{Answer, Attributes, Buffer, Buffers, Completion, Context, File, FileStatus, Operation, Session};
+use raio::{
+    Answer, Attributes, Buffer, Buffers, Checksum, ChecksumAlgorithm, Completion, Context, File, FileStatus,
+    Operation, Session,
+};
 use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
@@ -15,8 +18,9 @@ use super::local::beside;
 use super::{Done, Facts, Io, Lane, PartialFile, Place, Sort};
 use crate::failure::Failure;
 use crate::global::Global;
+use crate::interrupt::Interrupt;
 use crate::location::Location;
-use crate::tuning::SMALL_FILE_BYTES;
+use crate::tuning::{SMALL_FILE_BYTES, STOP_CHECK_INTERVAL};
 
 /// Sessions with servers, one for each URL. Their calls go one at a time: a thread that is not to wait for
 /// others has its own.
@@ -281,6 +285,29 @@ impl Place for RemoteFile {
             }
         }
         Ok(None)
+    }
+
+    fn checksum(
+        &self,
+        algorithm: ChecksumAlgorithm,
+        interrupt: &Interrupt,
+    ) -> Result<Option<(Checksum, u64)>, Failure> {
+        let (mut context, file) = self.context(1)?;
+        let operation = Operation::Checksum { offset: 0, length: i64::MAX as u64, algorithm };
+        let submitted = context.submit(&file, operation, 0);
+        submitted.map_err(|rejected| self.failed("read", &rejected.error))?;
+        loop {
+            if let Some(Completion { result, answer, .. }) = context.next() {
+                return match (result, answer.map(|answer| *answer)) {
+                    (Ok(bytes), Some(Answer::Checksum(checksum))) => Ok(Some((checksum, bytes))),
+                    (Err(error), _) if error.errno() != libc::EOPNOTSUPP => Err(self.failed("read", &error)),
+                    // The server is too old, or the export is no file.
+                    _ => Ok(None),
+                };
+            }
+            interrupt.check()?;
+            wait(&mut context, Some(STOP_CHECK_INTERVAL)).map_err(|error| self.failed("read", &error))?;
+        }
     }
 
     fn set_size(&self, size: u64) -> Result<(), Failure> {

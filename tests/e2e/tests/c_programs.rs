@@ -188,6 +188,11 @@ fn names_directories_and_small_files_are_there_as_calls_and_as_iocbs() {
 }
 
 #[test]
+fn copies_checksums_and_locks_are_there_as_calls_and_as_iocbs() {
+    program_passes("ranges");
+}
+
+#[test]
 fn the_same_over_a_unix_socket() {
     let directory = tempfile::tempdir().expect("a directory");
     let socket = directory.path().join("socket").display().to_string();

@@ -204,6 +204,27 @@ fn a_file_is_not_copied_over_itself_by_whatever_name() {
 }
 
 #[test]
+fn checksums_of_a_servers_files_are_computed_there() {
+    let mut site = Site::new();
+    let contents = bytes((9 << 20) + 7);
+    fs::write(site.there("f"), &contents).expect("a file");
+    fs::write(site.here("f"), &contents).expect("a file");
+    for algorithm in ["crc32c", "blake3"] {
+        let sum = |path: &str| {
+            site.json(&["checksum", path, "--algorithm", algorithm, "--json"])["checksum"].clone()
+        };
+        assert_eq!(sum(":/e/f"), sum("f"), "{algorithm}");
+    }
+    assert_eq!(site.json(&["cmp", "f", ":/e/f", "--json"])["bytes"], contents.len());
+    let statistics = site.server.statistics();
+    // Read once for each, and by nobody else.
+    assert_eq!(
+        (&statistics["requests"]["checksum"], &statistics["read_bytes"]),
+        (&3.into(), &(3 * contents.len()).into())
+    );
+}
+
+#[test]
 fn results_in_json_are_right_and_their_fields_documented() {
     let site = Site::new();
     fs::write(site.there("digits"), "123456789").expect("a file");

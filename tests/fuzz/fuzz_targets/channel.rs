@@ -416,7 +416,15 @@ impl Server {
                     nothing(if opcode == Opcode::Put { length } else { 0 })
                 }
             },
-            Command::Truncate { .. } | Command::Extents { .. } | Command::ListNext { .. } => nothing(0),
+            Command::Copy { destination_offset, length, .. } => {
+                *self.executed.entry(destination_offset).or_default() += 1;
+                nothing(length)
+            }
+            Command::Truncate { .. }
+            | Command::Extents { .. }
+            | Command::Checksum { .. }
+            | Command::Lock { .. }
+            | Command::ListNext { .. } => nothing(0),
             Command::Fsync { .. } => nothing(77),
             Command::Close(_) => nothing(0),
             Command::Cancel { .. } => (Status::storage(libc::ENOENT), 0, Vec::new(), Vec::new()),

@@ -1049,7 +1049,10 @@ impl World {
             // Nothing else yet.
             return self.ask_for_outcomes(at, usize::from(kind & 15));
         }
-        let operation = &OPERATIONS[usize::from(kind & 0x1f) % OPERATIONS.len()];
+        let operation = match usize::from(kind & 0x1f) {
+            31 => &OPERATIONS[31 + input.index(OPERATIONS.len() - 31)],
+            at => &OPERATIONS[at],
+        };
         let session = &self.sessions[self.clients[at].session];
         let mut body = Vec::new();
         let mut length = 0;
@@ -1109,10 +1112,20 @@ impl World {
                 data = content(known, self.numbers, offset, length as usize);
             }
             body.extend((operation.opcode as u16).to_le_bytes());
-            body.extend((operation.flags * u16::from(kind >> 7)).to_le_bytes());
+            let flags = match operation.opcode {
+                // One of them, or it fails at once.
+                Opcode::Checksum | Opcode::Lock => 1 << (kind >> 7),
+                _ => operation.flags * u16::from(kind >> 7),
+            };
+            body.extend(flags.to_le_bytes());
             body.extend((if fields.file { file.0 } else { 0 }).to_le_bytes());
             body.extend((if fields.offset { offset } else { 0 }).to_le_bytes());
             body.extend((if fields.length { length } else { 0 }).to_le_bytes());
+        } else if operation.opcode == Opcode::Copy {
+            // To a file that is not open, or the model would have to know what the source holds.
+            let (source, destination) = (session.handle(input), FileHandle(input.byte().into()));
+            let (offset, destination_offset) = (input.byte().into(), input.byte().into());
+            Command::Copy { source, offset, length: 100, destination, destination_offset }.encode(&mut body);
         } else if operation.opcode == Opcode::Outcome {
             let ids = [u32::from(input.byte()), input.u64() as u32].map(Into::into);
             match kind >> 6 {
@@ -1389,7 +1402,10 @@ impl World {
             | Command::Fsync { .. }
             | Command::Allocate { .. }
             | Command::Truncate { .. }
-            | Command::Extents { .. } => Asked::Other,
+            | Command::Extents { .. }
+            | Command::Copy { .. }
+            | Command::Checksum { .. }
+            | Command::Lock { .. } => Asked::Other,
         }
     }
 

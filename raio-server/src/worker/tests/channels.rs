@@ -584,13 +584,20 @@ fn operations_of_a_group_that_was_not_granted_are_answered_and_never_executed() 
                 ..PathCommand::new(operation.opcode, b"/v")
             })
             .encode(&mut body),
-            _ => {
+            Layout::Own => {
+                let (source, destination) = (FileHandle(file), FileHandle(file));
+                Command::Copy { source, offset: 0, length, destination, destination_offset: SIZE }
+                    .encode(&mut body);
+            }
+            Layout::Fields(fields) => {
                 body.resize(24, 0);
                 body[..2].copy_from_slice(&(operation.opcode as u16).to_le_bytes());
                 if operation.opcode != Opcode::ListNext {
                     body[4..8].copy_from_slice(&file.to_le_bytes());
                 }
-                body[16..].copy_from_slice(&length.to_le_bytes());
+                if fields.length {
+                    body[16..].copy_from_slice(&length.to_le_bytes());
+                }
             }
         }
         let id = member

@@ -190,6 +190,13 @@ fn commands() -> Vec<(String, Vec<u8>)> {
                     Opcode::Open => {
                         Command::Open { flags: OPEN_READ | OPEN_WRITE | OPEN_CREATE, mode: 0o644, path }
                     }
+                    Opcode::Copy => Command::Copy {
+                        source: FileHandle(1 << 20),
+                        offset: 0,
+                        length: 4096,
+                        destination: FileHandle(1 << 20),
+                        destination_offset: 8192,
+                    },
                     Opcode::Outcome => Command::Outcome { ids: &[1.into(), 65_537.into(), 2.into()] },
                     _ => Command::Reopen { flags: OPEN_READ, file: FileHandle(1 << 20), identity, path },
                 };
