@@ -153,8 +153,9 @@ impl OpenFiles {
         lock(&self.files).remove(&handle.0);
     }
 
-    /// It has a lock from now on ([`Opcode::Lock`]), or none any more. A lock is lost with the session, and
-    /// others may have had it since: then requests on the file fail, and it is not opened again.
+    /// It has a lock from now on ([`crate::protocol::Opcode::Lock`]), or none any more. A lock is lost with
+    /// the session, and others may have had it since: then requests on the file fail, and it is not opened
+    /// again.
     pub fn set_locked(&self, handle: FileHandle, is_locked: bool) {
         if let Some(open) = lock(&self.files).get_mut(&handle.0) {
             open.is_locked = is_locked;

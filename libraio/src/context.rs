@@ -754,6 +754,9 @@ impl Context {
             self.fail_unsupported();
             self.divide_oversized();
         }
+        if !self.session.pending_closes().is_empty() {
+            self.send_closes();
+        }
         if !self.queued.is_empty() || !self.waiting_lent.is_empty() {
             if let Some(failure) = self.failure() {
                 for index in self.queued.drain(..).chain(self.waiting_lent.drain(..)).collect::<Vec<_>>() {
@@ -770,6 +773,27 @@ impl Context {
             self.expire();
         }
         arrived
+    }
+
+    /// Sends closes that nobody waits for, as far as there are credits.
+    #[cold]
+    fn send_closes(&mut self) {
+        while self.channel.credits() > 0
+            && let Some(close) = self.session.pending_closes().pop()
+        {
+            let index = self.vacant_slot();
+            self.body.clear();
+            close.encode(&mut self.body);
+            if self.channel.send(index.into(), &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
+                self.free.push(index);
+                self.session.pending_closes().push(close);
+                break;
+            }
+            let slot = &mut self.slots[index as usize];
+            (slot.file, slot.opcode, slot.timed_out) = (NO_FILE, close.opcode(), false);
+            slot.set_state(OperationState::Abandoned);
+        }
+        self.channel.flush();
     }
 
     /// Completes queued operations that the server does not know, which may be older than the one before.

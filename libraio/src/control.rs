@@ -1,7 +1,8 @@
 //! The control connection of a session: it carries what blocks its caller for a round trip (open, stat,
 //! close), one call at a time. Who may use it when is the session's business.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use raio_transport::channel::Channel;
@@ -12,26 +13,40 @@ use crate::error::{Error, oversized, reconnecting, session_stopped, timed_out, u
 use crate::tuning::{STOP_CHECK_INTERVAL, SUSPECT_TIMEOUT};
 use raio_transport::sync::lock;
 
-/// Closes of files, and ends of listings, that the next thread with the control connection sends. The thread
-/// that completes an operation does not, because it would wait for another thread's round trip.
+/// Closes of files, and ends of listings, that nobody waits for. The next thread with the control connection
+/// sends them (the thread that completes an operation does not, because it would wait for another thread's
+/// round trip), or a context with its next requests: the control connection has few credits, and a program
+/// that opens files as fast as it can would have ever more of them open.
 #[derive(Debug, Default)]
-pub(crate) struct PendingCloses(Mutex<Vec<Command<'static>>>);
+pub(crate) struct PendingCloses {
+    commands: Mutex<Vec<Command<'static>>>,
+    /// How many there are, to be looked at without a lock.
+    count: AtomicUsize,
+}
 
 impl PendingCloses {
-    fn lock(&self) -> MutexGuard<'_, Vec<Command<'static>>> {
-        lock(&self.0)
-    }
-
     pub(crate) fn push(&self, command: Command<'static>) {
-        self.lock().push(command);
+        self.change(|commands| commands.push(command));
     }
 
+    pub(crate) fn pop(&self) -> Option<Command<'static>> {
+        self.change(Vec::pop)
+    }
+
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.count.load(Ordering::Relaxed) == 0
     }
 
     pub(crate) fn clear(&self) {
-        self.lock().clear();
+        self.change(Vec::clear);
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Vec<Command<'static>>) -> T) -> T {
+        let mut commands = lock(&self.commands);
+        let result = change(&mut commands);
+        self.count.store(commands.len(), Ordering::Relaxed);
+        result
     }
 }
 
@@ -202,15 +217,14 @@ impl Control {
     /// the rest goes with a later call.
     pub(crate) fn send_closes(&mut self, closes: &PendingCloses) -> bool {
         self.receive(closes);
-        let mut closes = closes.lock();
-        while let Some(command) = closes.last() {
+        while let Some(command) = closes.pop() {
             self.tag += 1;
             self.body.clear();
             command.encode(&mut self.body);
             if self.channel.send(self.tag, &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
+                closes.push(command);
                 break;
             }
-            closes.pop();
         }
         self.channel.flush();
         closes.is_empty()

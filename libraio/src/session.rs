@@ -632,6 +632,12 @@ impl Shared {
         self.send_closes();
     }
 
+    /// Closes that nobody waits for, and that are not sent yet.
+    #[inline]
+    pub(crate) fn pending_closes(&self) -> &PendingCloses {
+        &self.closes
+    }
+
     /// Sends the closes that are due, unless another thread has the connection: that thread does it when it
     /// is done.
     fn send_closes(&self) {
