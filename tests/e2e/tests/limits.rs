@@ -6,6 +6,7 @@ use std::net::{SocketAddrV4, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use raio::{Answer, Buffer, Buffers, Context, Operation, Options, PathOperation, Session, SubmitOptions};
 use raio_e2e::{FuseCall, FuseFs, FuseOptions, Raw, Server, binary, raw_request};
 use raio_transport::handshake::{Offer, Policy};
 use raio_transport::message::{self, HANDSHAKE_BYTES, Parsed};
@@ -457,4 +458,50 @@ fn who_is_not_read_from_because_of_its_messages_is_shown_that_the_server_lives()
     drop((last, clients));
     fuse.mend(FuseCall::Lookup);
     server.statistics_when(raio_e2e::is_at_rest);
+}
+
+#[test]
+fn a_program_that_opens_files_as_fast_as_it_can_and_waits_for_no_close_has_few_open() {
+    const FILES: usize = 20_000;
+    const DEPTH: usize = 32;
+    let directory = tempfile::tempdir().expect("a directory");
+    std::fs::write(directory.path().join("file"), [7; 4096]).expect("it can be written");
+    // Those in flight, those whose closes are, and some that the pool has opened or is closing.
+    let server = start(&format!("--limits-per-session files=200 --export d={}", directory.path().display()));
+    let session = Session::connect(&server.url(), &Options::default()).expect("it is there");
+    let mut context = session.context(2 * DEPTH).expect("a context");
+    let (mut opened, mut read) = (0, 0);
+    let open_next = |context: &mut Context, opened: &mut usize| {
+        if *opened < FILES {
+            let open = PathOperation::Open { path: "/d/file".into(), flags: libc::O_RDONLY, mode: 0 };
+            context.submit_path(open, SubmitOptions::default(), 0).expect("there is room");
+            *opened += 1;
+        }
+    };
+    for _ in 0..DEPTH {
+        open_next(&mut context, &mut opened);
+    }
+    while read < FILES {
+        context.flush();
+        context.wait(1, usize::MAX, None).expect("the server answers");
+        while let Some(completion) = context.next() {
+            let count = completion.result.expect("there are few open files");
+            match completion.answer.map(|answer| *answer) {
+                Some(Answer::File(file)) => {
+                    let buffers = Buffers::One(Buffer::Owned(vec![0; 4096].into()));
+                    context.submit(&file, Operation::Read { offset: 0, buffers }, 0).expect("there is room");
+                    // Every other file is closed while the read is in flight, the others with the last share.
+                    if opened % 2 == 0 {
+                        context.submit(&file, Operation::Close, 1).expect("there is room");
+                    }
+                }
+                _ if completion.token == 1 => {}
+                _ => {
+                    assert_eq!(count, 4096);
+                    read += 1;
+                    open_next(&mut context, &mut opened);
+                }
+            }
+        }
+    }
 }
