@@ -17,9 +17,10 @@ use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::place::{Facts, Place, Sessions, Sort, Stream, is_zero, open_source};
+use crate::place::{Facts, Place, Sessions, Sort, Stream, has_become_shorter, is_zero, open_source};
 use crate::progress::Progress;
 use crate::transfer::{self, Block, Settings, Verdict, Watcher};
+use crate::tuning::WITHIN_SERVER_BYTES;
 
 pub use self::destination::{Destination, can_keep_journals, state_file};
 
@@ -74,6 +75,9 @@ impl FileCopy<'_> {
     /// Copies it, and gives it its name.
     pub fn run(&self, destination: &mut Destination) -> Result<Copied, Failure> {
         let facts = self.facts;
+        if let Some(copied) = self.copy_within_server(destination)? {
+            return Ok(copied);
+        }
         let subject = self.subject();
         let checksums = Checksums::new(facts.size, self.settings.block_bytes, self.verifies);
         let mut journal = None;
@@ -131,14 +135,72 @@ impl FileCopy<'_> {
         watcher.progress.finish();
         let moved = moved?;
         let end = self.facts.size.unwrap_or(moved);
+        self.finish(destination, end)?;
+        Ok((end, moved, if self.verifies { self.verify(destination, end, watcher)? } else { 0 }))
+    }
+
+    /// All was written, up to `end`: what is needed before the copy gets its name, but for verifying it.
+    fn finish(&self, destination: &Destination, end: u64) -> Result<(), Failure> {
         destination.finish(end)?;
         if self.preserves {
-            place.preserve(self.facts)?;
+            destination.place().preserve(self.facts)?;
         }
         if self.is_durable || self.verifies {
-            place.sync()?;
+            destination.place().sync()?;
         }
-        Ok((end, moved, if self.verifies { self.verify(destination, end, watcher)? } else { 0 }))
+        Ok(())
+    }
+
+    /// Has the server copy the file, if it has both, and nothing needs the data here. None: it cannot.
+    fn copy_within_server(&self, destination: &mut Destination) -> Result<Option<Copied>, Failure> {
+        let is_plain = !self.verifies && !self.resumes && self.settings.rate.is_none();
+        let Some(bytes) = self.facts.size.filter(|_| is_plain) else { return Ok(None) };
+        // Before anything is changed: whether the two are of one server.
+        if destination.place().copy_within(self.from, 0..0, self.interrupt)?.is_none() {
+            return Ok(None);
+        }
+        destination.begin(self.is_sparse)?;
+        let progress = (self.progress)("copy", Some(bytes));
+        let copied = self.have_copied(destination, bytes, &progress);
+        let copied = copied.and_then(|zero_bytes| {
+            self.finish(destination, bytes)?;
+            Ok(zero_bytes)
+        });
+        progress.finish();
+        let zero_bytes = copied.map_err(|failure| self.left(failure, destination, false))?;
+        destination.publish(self.is_durable)?;
+        let copied_bytes = bytes - zero_bytes;
+        Ok(Some(Copied { bytes, copied_bytes, zero_bytes, resumed_bytes: 0, verified_bytes: 0 }))
+    }
+
+    /// Has the server copy so many bytes, except for holes. Returns how many bytes of holes there are.
+    fn have_copied(
+        &self,
+        destination: &Destination,
+        bytes: u64,
+        progress: &Progress,
+    ) -> Result<u64, Failure> {
+        let to = destination.place();
+        let (mut at, mut zero_bytes) = (0, 0);
+        while at < bytes {
+            let data = if self.is_sparse { self.from.next_data(at, bytes)? } else { Some(at..bytes) };
+            let data = data.unwrap_or(bytes..bytes);
+            if at < data.start {
+                if !destination.is_zero() {
+                    to.zero(at..data.start)?;
+                }
+                zero_bytes += data.start - at;
+                at = data.start;
+                continue;
+            }
+            let end = data.end.min(at + WITHIN_SERVER_BYTES);
+            match to.copy_within(self.from, at..end, self.interrupt)? {
+                None | Some(0) => return Err(has_become_shorter(self.from, at)),
+                Some(n) => at += n,
+            }
+            progress.show(at);
+        }
+        Ok(zero_bytes)
     }
 
     /// What the journal is of; None if there is to be none.

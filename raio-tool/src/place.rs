@@ -134,6 +134,21 @@ pub trait Place: Send + Sync {
     ) -> Result<Option<(Checksum, u64)>, Failure> {
         Ok(None)
     }
+    /// It, if it is a file of a server.
+    fn as_remote(&self) -> Option<&RemoteFile> {
+        None
+    }
+    /// Has the server that has both files copy a range of the source to the same offset of this one, so that
+    /// the data does not come here. Returns how many bytes it has copied, 0 at the end of the source. None:
+    /// they are not of one session with a server that does this.
+    fn copy_within(
+        &self,
+        _source: &dyn Place,
+        _range: Range<u64>,
+        _interrupt: &Interrupt,
+    ) -> Result<Option<u64>, Failure> {
+        Ok(None)
+    }
     /// Makes a regular file this long.
     fn set_size(&self, size: u64) -> Result<(), Failure>;
     /// Makes a range read as zeros, without storage where that is possible.
@@ -159,13 +174,16 @@ pub fn read_whole(source: &dyn Place, size: u64) -> Result<Vec<u8>, Failure> {
         };
         let length = done.result?;
         if length < done.data.len() {
-            return Err(Failure::new(format!(
-                "{} has become shorter while it was read: it ends at {length}. Start again.",
-                source.name()
-            )));
+            return Err(has_become_shorter(source, length as u64));
         }
         return Ok(done.data);
     }
+}
+
+/// The source has changed while it was read.
+pub fn has_become_shorter(source: &dyn Place, end: u64) -> Failure {
+    let name = source.name();
+    Failure::new(format!("{name} has become shorter while it was read: it ends at {end}. Start again."))
 }
 
 /// A file that is written beside its destination, and takes its place when it is whole.

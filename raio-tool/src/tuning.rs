@@ -45,6 +45,10 @@ pub const REQUESTS_IN_FLIGHT: usize = 32;
 /// Bytes of small files that a thread has in memory at once, and one file more.
 pub const SMALL_BYTES_IN_FLIGHT: u64 = 8 << 20;
 
+/// What a server copies from one of its files to another in one request: the progress is shown between two.
+/// Not measured.
+pub const WITHIN_SERVER_BYTES: u64 = 64 << 20;
+
 /// Threads of a copy of a tree: directories that are listed, and large files that are copied, at a time.
 pub const TREE_THREADS: u16 = 8;
 

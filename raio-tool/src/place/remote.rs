@@ -199,9 +199,21 @@ impl RemoteFile {
         Ok((context, Arc::clone(&self.file)))
     }
 
-    /// Has the server do one operation, and waits for its end. The next call has the same connection, unless
-    /// this one fails.
+    /// Has the server do one operation, and waits for its end.
     pub fn call(&self, what: &str, operation: Operation) -> Result<Option<Box<Answer>>, Failure> {
+        let completion = self.complete(what, operation, None)?;
+        completion.result.map_err(|error| self.failed(what, &error))?;
+        Ok(completion.answer)
+    }
+
+    /// The same for one that may take long: Ctrl-C ends the wait. The next call has the same connection,
+    /// unless this one fails.
+    fn complete(
+        &self,
+        what: &str,
+        operation: Operation,
+        interrupt: Option<&Interrupt>,
+    ) -> Result<Completion, Failure> {
         let kept = lock(&self.caller).take();
         let mut context = match kept {
             Some(context) => context,
@@ -211,11 +223,14 @@ impl RemoteFile {
         submitted.map_err(|rejected| self.failed(what, &rejected.error))?;
         loop {
             if let Some(completion) = context.next() {
-                completion.result.map_err(|error| self.failed(what, &error))?;
-                *lock(&self.caller) = Some(context);
-                return Ok(completion.answer);
+                if completion.result.is_ok() {
+                    *lock(&self.caller) = Some(context);
+                }
+                return Ok(completion);
             }
-            wait(&mut context, None).map_err(|error| self.failed(what, &error))?;
+            interrupt.map_or(Ok(()), Interrupt::check)?;
+            let timeout = interrupt.map(|_| STOP_CHECK_INTERVAL);
+            wait(&mut context, timeout).map_err(|error| self.failed(what, &error))?;
         }
     }
 
@@ -292,21 +307,39 @@ impl Place for RemoteFile {
         algorithm: ChecksumAlgorithm,
         interrupt: &Interrupt,
     ) -> Result<Option<(Checksum, u64)>, Failure> {
-        let (mut context, file) = self.context(1)?;
         let operation = Operation::Checksum { offset: 0, length: i64::MAX as u64, algorithm };
-        let submitted = context.submit(&file, operation, 0);
-        submitted.map_err(|rejected| self.failed("read", &rejected.error))?;
-        loop {
-            if let Some(Completion { result, answer, .. }) = context.next() {
-                return match (result, answer.map(|answer| *answer)) {
-                    (Ok(bytes), Some(Answer::Checksum(checksum))) => Ok(Some((checksum, bytes))),
-                    (Err(error), _) if error.errno() != libc::EOPNOTSUPP => Err(self.failed("read", &error)),
-                    // The server is too old, or the export is no file.
-                    _ => Ok(None),
-                };
-            }
-            interrupt.check()?;
-            wait(&mut context, Some(STOP_CHECK_INTERVAL)).map_err(|error| self.failed("read", &error))?;
+        let Completion { result, answer, .. } = self.complete("read", operation, Some(interrupt))?;
+        match (result, answer.map(|answer| *answer)) {
+            (Ok(bytes), Some(Answer::Checksum(checksum))) => Ok(Some((checksum, bytes))),
+            (Err(error), _) if error.errno() != libc::EOPNOTSUPP => Err(self.failed("read", &error)),
+            // The server is too old, or the export is no file.
+            _ => Ok(None),
+        }
+    }
+
+    fn as_remote(&self) -> Option<&RemoteFile> {
+        Some(self)
+    }
+
+    fn copy_within(
+        &self,
+        source: &dyn Place,
+        range: Range<u64>,
+        interrupt: &Interrupt,
+    ) -> Result<Option<u64>, Failure> {
+        let source = source.as_remote().filter(|source| Arc::ptr_eq(&source.session, &self.session));
+        let Some(source) = source else { return Ok(None) };
+        let operation = Operation::Copy {
+            offset: range.start,
+            source: source.file.as_source(),
+            source_offset: range.start,
+            length: range.end - range.start,
+        };
+        match self.complete("copy to", operation, Some(interrupt))?.result {
+            Ok(bytes) => Ok(Some(bytes)),
+            // As above.
+            Err(error) if error.errno() == libc::EOPNOTSUPP => Ok(None),
+            Err(error) => Err(self.failed("copy to", &error)),
         }
     }
 

@@ -225,6 +225,34 @@ fn checksums_of_a_servers_files_are_computed_there() {
 }
 
 #[test]
+fn a_copy_of_a_servers_file_on_the_same_server_is_made_there() {
+    let mut site = Site::new();
+    let mut contents = bytes((70 << 20) + 7);
+    contents[1 << 20..9 << 20].fill(0);
+    let source = fs::File::create(site.there("f")).expect("a file");
+    source.write_all_at(&contents[..1 << 20], 0).expect("it is written");
+    source.write_all_at(&contents[9 << 20..], 9 << 20).expect("it is written");
+    let report = site.json(&["cp", ":/e/f", ":/e/copy", "--json"]);
+    assert_eq!(report["bytes"], contents.len());
+    assert_eq!(
+        report["copied_bytes"].as_u64().zip(report["zero_bytes"].as_u64()).map(|(a, b)| a + b),
+        Some(contents.len() as u64)
+    );
+    assert!(fs::read(site.there("copy")).expect("a file") == contents);
+    assert!(fs::metadata(site.there("copy")).expect("a file").blocks() * 512 < contents.len() as u64);
+    // What was there is replaced.
+    site.run(&["cp", ":/ro/f", ":/e/copy"]);
+    assert!(fs::read(site.there("copy")).expect("a file") == contents);
+    let statistics = site.server.statistics();
+    assert_eq!((&statistics["requests"]["copy"], &statistics["requests"]["write"]), (&6.into(), &0.into()));
+    // What is to be verified comes here.
+    site.run(&["cp", "--verify", ":/e/f", ":/e/copy"]);
+    assert_ne!(site.server.statistics()["requests"]["write"], 0);
+    assert!(fs::read(site.there("copy")).expect("a file") == contents);
+    assert!(fs::read_dir(site.there("")).expect("a directory").count() == 2, "nothing else is left");
+}
+
+#[test]
 fn results_in_json_are_right_and_their_fields_documented() {
     let site = Site::new();
     fs::write(site.there("digits"), "123456789").expect("a file");
