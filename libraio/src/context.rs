@@ -14,6 +14,7 @@
 //! queue once for each of its parts, so that others are sent between them.
 
 mod cancel;
+mod closes;
 mod parts;
 mod paths;
 mod timeouts;
@@ -33,6 +34,7 @@ use raio_transport::resume::LOCK_LOST;
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use self::closes::SentCloses;
 use self::parts::SentPart;
 use self::paths::Extra;
 use crate::error::{Error, not_supported, protocol_error, unsupported};
@@ -115,6 +117,7 @@ pub struct Context {
     cancels: Vec<u64>,
     /// Such requests that the server has not answered.
     cancels_sent: usize,
+    closes: SentCloses,
     files: FileRefs,
     lent: LentPool,
     poller: Option<Poller>,
@@ -253,6 +256,7 @@ impl Context {
         let tracer = Tracer::for_context(&mut channel, deadline)?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
+            closes: SentCloses::new(&session),
             session,
             channel,
             connections: 1,
@@ -773,27 +777,6 @@ impl Context {
             self.expire();
         }
         arrived
-    }
-
-    /// Sends closes that nobody waits for, as far as there are credits.
-    #[cold]
-    fn send_closes(&mut self) {
-        while self.channel.credits() > 0
-            && let Some(close) = self.session.pending_closes().pop()
-        {
-            let index = self.vacant_slot();
-            self.body.clear();
-            close.encode(&mut self.body);
-            if self.channel.send(index.into(), &self.body, Bulk::None, SendOptions::PLAIN).is_err() {
-                self.free.push(index);
-                self.session.pending_closes().push(close);
-                break;
-            }
-            let slot = &mut self.slots[index as usize];
-            (slot.file, slot.opcode, slot.timed_out) = (NO_FILE, close.opcode(), false);
-            slot.set_state(OperationState::Abandoned);
-        }
-        self.channel.flush();
     }
 
     /// Completes queued operations that the server does not know, which may be older than the one before.

@@ -200,6 +200,7 @@ impl Context {
         if let Some(close) = close_of(slot.opcode, reply) {
             self.session.close_later(close);
         }
+        self.closes.ended(index, reply.status);
         self.abandoned_unsent(index);
     }
 
