@@ -173,6 +173,10 @@ impl OpenFiles {
         lock(&self.files).is_empty()
     }
 
+    fn has(&self, handle: FileHandle) -> bool {
+        lock(&self.files).contains_key(&handle.0)
+    }
+
     /// A channel has its first connection. To be called before it is found out which files are open: the
     /// server that has opened one may have ended, and its answer not be read yet.
     fn channel_begins(&self) {
@@ -303,6 +307,13 @@ struct Reopening {
     stale: HashMap<u32, End>,
     /// The verifiers of the others.
     verifiers: HashMap<u32, u64>,
+    /// Files that were closed meanwhile, over another connection: that may have come before the server had
+    /// them open.
+    closing: Vec<FileHandle>,
+    closes_sent: usize,
+    closes_answered: usize,
+    /// It is known which those are.
+    is_checked: bool,
 }
 
 impl Reopening {
@@ -310,8 +321,9 @@ impl Reopening {
         Self { files: files.list(), ..Self::default() }
     }
 
-    /// Sends what can be sent, and takes in what has been answered. Whether anything has.
-    fn step(&mut self, transport: &mut dyn ClientTransport) -> bool {
+    /// Sends what can be sent, and takes in what has been answered. Whether anything has. `open` are the
+    /// files that are open now.
+    fn step(&mut self, transport: &mut dyn ClientTransport, open: &OpenFiles) -> bool {
         while let Some((handle, OpenFile { file, is_locked })) = self.files.get(self.sent) {
             let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
             let (file, identity, path) = (*handle, file.identity, &file.path[..]);
@@ -326,11 +338,14 @@ impl Reopening {
             }
             self.sent += 1;
         }
+        self.send_closes(transport);
         transport.flush();
         let mut replies = Vec::new();
         transport.receive(&mut replies);
         for reply in &replies {
             let Some((handle, OpenFile { file, is_locked })) = self.files.get(reply.tag as usize) else {
+                // Whatever it says, the file is not open any more, unless nothing is known of it.
+                self.closes_answered += usize::from(!reply.status.is_shutdown());
                 continue;
             };
             if reply.status.is_shutdown() {
@@ -357,11 +372,30 @@ impl Reopening {
                 _ => transport.abort(Violation::Field),
             }
         }
+        if self.answered == self.files.len() && !self.is_checked {
+            self.is_checked = true;
+            self.closing.extend(self.verifiers.keys().map(|&handle| FileHandle(handle)));
+            self.closing.retain(|&handle| !open.has(handle));
+            self.send_closes(transport);
+            transport.flush();
+        }
         !replies.is_empty()
     }
 
+    fn send_closes(&mut self, transport: &mut dyn ClientTransport) {
+        while let Some(&handle) = self.closing.get(self.closes_sent) {
+            let mut body = Vec::new();
+            Command::Close(handle).encode(&mut body);
+            let tag = (self.files.len() + self.closes_sent) as u64;
+            if transport.send(tag, &body, Bulk::None, SendOptions::PLAIN).is_err() {
+                break;
+            }
+            self.closes_sent += 1;
+        }
+    }
+
     fn is_over(&self) -> bool {
-        self.answered == self.files.len()
+        self.answered == self.files.len() && self.closes_answered == self.closing.len()
     }
 }
 
@@ -1015,7 +1049,7 @@ impl Channel {
 
     /// Opens files again. Whether there may be more to do at once.
     fn reopen(&mut self, mut transport: Box<dyn ClientTransport>, mut reopening: Reopening) -> bool {
-        let has_arrived = reopening.step(&mut *transport);
+        let has_arrived = reopening.step(&mut *transport, &self.rest.files);
         let rest = &mut *self.rest;
         if transport.failure().is_some() {
             self.lose_again(transport);
@@ -1029,6 +1063,15 @@ impl Channel {
             rest.verifiers = reopening.verifiers;
             rest.reopened_at = self.connections + 1;
             for lost in std::mem::take(&mut rest.again) {
+                // Another channel may have opened the file on this server, and so may have this one before
+                // the close: it is sent, unless the handle is that of another file by now.
+                if let Ok(Command::Close(handle)) = Command::decode(&lost.command) {
+                    match rest.files.has(handle) {
+                        true => rest.end(lost, End::SUCCESS),
+                        false => rest.again.push_back(lost),
+                    }
+                    continue;
+                }
                 let mut files = resume::files_of(&lost.command).into_iter().flatten();
                 match files.find_map(|file| rest.stale.get(&file.0).copied()) {
                     Some(end) => rest.end(lost, end),

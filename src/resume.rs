@@ -46,7 +46,8 @@ pub struct End {
 }
 
 impl End {
-    const SUCCESS: Self = Self { status: Status::OK, result: 0, is_unknown: false };
+    /// Nothing is to be done any more.
+    pub const SUCCESS: Self = Self { status: Status::OK, result: 0, is_unknown: false };
     /// The server does not know what became of it. It will not be executed later.
     const UNKNOWN: Self = Self {
         status: Status { errno: libc::ECONNRESET, class: Class::Transport, retryable: false },
@@ -94,8 +95,6 @@ pub fn after_outcome(answer: Option<(Status, u64)>) -> Fate {
 /// loss; `redo` has the client repeat what may have been executed.
 pub fn at_gone(command: &[u8], fate: Fate, redo: bool) -> Fate {
     match (opcode(command), fate) {
-        // The files went with the channel's session.
-        (Some(Opcode::Close), Fate::Again) => Fate::Over(End::SUCCESS),
         (Some(Opcode::Open), Fate::Ask) => match Command::decode(command) {
             // If it was executed, the file is there now, and somebody may have written to it.
             Ok(Command::Open { flags, .. }) if flags & (OPEN_EXCLUSIVE | OPEN_TRUNCATE) == 0 => Fate::Again,

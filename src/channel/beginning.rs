@@ -146,7 +146,7 @@ impl Beginning {
                 },
                 First::Reopening(mut connected) => {
                     let Connected { transport, reopened, .. } = &mut connected;
-                    reopened.step(&mut **transport);
+                    reopened.step(&mut **transport, &given.files);
                     connected.check(now, self.deadline)?;
                     if connected.reopened.is_over() {
                         given.files.are_at(connected.transport.grant().server);
