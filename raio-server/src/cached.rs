@@ -210,7 +210,8 @@ impl CachedFiles {
         let inode = |found: &Found| (found.on.mount, found.info.status.inode);
         if inode(&file) != inode(&node) {
             close(node.fd, &node.info, export);
-            close(file.fd, &file.info, export);
+            // Whatever it is.
+            close_in_pool(file.fd, export.lanes().control);
             return None;
         }
         // It is not the last to have the file.
