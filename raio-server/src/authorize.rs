@@ -108,7 +108,7 @@ pub fn work(command: &Command<'_>, file: Rc<WorkerFile>) -> Result<Work, Respons
                     return Err(failure(Status::storage(libc::EINVAL), text));
                 }
             };
-            if !file.open.has_locks {
+            if !file.open.volume.properties().has_locks {
                 let text = "Exports in memory (mem, null) have no locks.";
                 return Err(failure(Status::storage(libc::EOPNOTSUPP), text));
             }

@@ -15,16 +15,16 @@
 //! otherwise by the pool.
 
 use std::io::IoSliceMut;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use raio_transport::reactor;
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 
-use crate::engine::{Job, KEEPS_STATUS, Lane, closes_at_once};
+use crate::engine::{Job, KEEPS_STATUS, Lane, cached_reads, closes_at_once};
 use crate::export::{Confinement, Export, Location};
 use crate::file_identity::{FileIdentity, FileSystem};
-use crate::syscalls::{FileInfo, Mount, stat_on_mount};
+use crate::syscalls::{FileInfo, Mount, stat_cached};
 use crate::tuning::cached_files::{INODE_EXTENTS, MOUNTS_MAX};
 
 /// A mount that [`CachedFiles`] may use.
@@ -33,27 +33,15 @@ pub struct UsableMount {
     mount: Mount,
     /// The type of its file system.
     kind: libc::__fsword_t,
-    /// How its small files are read without waiting; None: they are not.
-    reads: Option<ReadWriteFlags>,
     /// How its files are told from others; None: the pool does that.
     files: Option<FileSystem>,
 }
 
 impl UsableMount {
-    /// The mount that a file on a file system of this type is on, if it is usable.
-    pub fn of(fd: impl AsFd, file_system: libc::__fsword_t) -> Option<Self> {
-        if !KEEPS_STATUS.contains(&file_system) {
-            return None;
-        }
-        let (_, mount) = stat_on_mount(&fd).ok()?;
-        let reads = match file_system {
-            // Its files lie in memory, and it knows no RWF_NOWAIT.
-            libc::TMPFS_MAGIC => Some(ReadWriteFlags::empty()),
-            // For each read it looks up checksums, on the disk.
-            libc::BTRFS_SUPER_MAGIC => None,
-            _ => Some(ReadWriteFlags::NOWAIT),
-        };
-        Some(Self { mount: mount?, kind: file_system, reads, files: None })
+    /// The mount that a file with this status is on, if it is usable. The type is that of its file system.
+    pub fn of(info: &FileInfo, kind: libc::__fsword_t) -> Option<Self> {
+        let mount = info.mount.filter(|_| KEEPS_STATUS.contains(&kind))?;
+        Some(Self { mount, kind, files: None })
     }
 
     /// The same, whose files are told from others by this.
@@ -159,7 +147,7 @@ impl CachedFiles {
         };
         let size = usize::try_from(info.status.size.get()).unwrap_or(usize::MAX);
         let wanted = size.min(bytes.len());
-        let read = match (on.reads, wanted) {
+        let read = match (cached_reads(Some(on.kind)), wanted) {
             (_, 0) => Ok(0),
             (Some(how), _) => rustix::io::preadv2(&fd, &mut [IoSliceMut::new(&mut bytes[..wanted])], 0, how),
             (None, _) => Err(Errno::AGAIN),
@@ -241,8 +229,8 @@ impl CachedFiles {
         let base = &self.bases[base].fd;
         match rustix::fs::openat2(base, at.beneath(), flags, Mode::empty(), resolve) {
             Ok(fd) => {
-                let found = stat_on_mount(&fd).ok();
-                match found.and_then(|(info, mount)| Some((info, self.usable(mount)?))) {
+                let found = stat_cached(&fd).ok();
+                match found.and_then(|info| Some((info, self.usable(&info)?))) {
                     Some((info, on)) => Some(Ok(Found { fd, info, on })),
                     None => {
                         close_in_pool(fd, export.lanes().control);
@@ -256,8 +244,8 @@ impl CachedFiles {
         }
     }
 
-    fn usable(&self, mount: Option<Mount>) -> Option<UsableMount> {
-        self.mounts.iter().find(|usable| Some(usable.mount) == mount).copied()
+    fn usable(&self, info: &FileInfo) -> Option<UsableMount> {
+        self.mounts.iter().find(|usable| Some(usable.mount) == info.mount).copied()
     }
 
     /// The place of the directory that a path is resolved beneath.
@@ -272,7 +260,7 @@ impl CachedFiles {
         let cached = ResolveFlags::NO_SYMLINKS | ResolveFlags::CACHED;
         let path = root.lasting_directory()?;
         let mut fd = rustix::fs::openat2(CWD, path, flags, Mode::empty(), cached).ok()?;
-        let (info, mut mount) = stat_on_mount(&fd).ok()?;
+        let mut info = stat_cached(&fd).ok()?;
         // The pool takes in that another directory is there, and the log says so.
         if !root.has_seen(&info.status) {
             return None;
@@ -280,9 +268,9 @@ impl CachedFiles {
         if let Some(directory) = directory {
             let resolve = at.resolve | cached;
             fd = rustix::fs::openat2(&fd, directory, flags, Mode::empty(), resolve).ok()?;
-            (_, mount) = stat_on_mount(&fd).ok()?;
+            info = stat_cached(&fd).ok()?;
         }
-        self.usable(mount)?;
+        self.usable(&info)?;
         self.bases.push(Base { export: at.export, directory: directory.map(str::to_owned), fd });
         Some(self.bases.len() - 1)
     }

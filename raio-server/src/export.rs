@@ -299,7 +299,7 @@ pub enum Target {
         mode: Mode,
     },
     /// Open already, with its status.
-    Ready(OpenFile, FileInfo),
+    Ready(Box<OpenFile>, FileInfo),
 }
 
 /// All exports.
@@ -450,7 +450,7 @@ impl Exports {
                 let verifier = FileVerifier::new(Arc::clone(&export.verifier), 0);
                 let (volume, access) = (Arc::clone(volume), Access::from_flags(flags));
                 let file = OpenFile::new(volume, access, index, export.instance, verifier);
-                Ok(Target::Ready(file, info))
+                Ok(Target::Ready(Box::new(file), info))
             }
             Found::Location(Located { at, .. }) if at.path.is_empty() => reject(
                 Status::storage(libc::EISDIR),

@@ -14,8 +14,8 @@ use raio_transport::random;
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags};
 use rustix::io::Errno;
 
-/// STATX_MNT_ID_UNIQUE (Linux 6.8): the id of a mount that no later one gets. Older kernels ignore the bit.
-const MNT_ID_UNIQUE: u32 = 0x4000;
+use crate::syscalls::UNIQUE_MOUNT;
+
 /// A disk may lie in a file that lies on a disk, and so on: as deep as anybody nests them.
 const DEPTH_MAX: u32 = 4;
 
@@ -146,8 +146,7 @@ impl Facts {
     }
 
     fn within(fd: impl AsFd, depth: u32) -> Result<Self, Errno> {
-        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
-        let mask = mask | StatxFlags::from_bits_retain(MNT_ID_UNIQUE);
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID | UNIQUE_MOUNT;
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let stat = rustix::fs::statx(&fd, c"", flags, mask)?;
         if FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice {

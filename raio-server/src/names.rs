@@ -233,7 +233,7 @@ impl PathTask {
         {
             info = stat(open).map_err(|errno| self.failed(errno))?;
         }
-        let mount = UsableMount::of(&node, file_system);
+        let mount = UsableMount::of(&info, file_system);
         Ok(PathAnswer { mount, ..PathAnswer::of_status(info.status) })
     }
 
@@ -263,7 +263,7 @@ impl PathTask {
         });
         let data = read.transpose().map_err(|errno: Errno| self.failed(errno))?;
         let result = data.as_ref().map_or(0, |data| data.len as u64);
-        let mount = UsableMount::of(&file, file_system);
+        let mount = UsableMount::of(&info, file_system);
         Ok(PathAnswer { result, data, mount, ..PathAnswer::of_status(info.status) })
     }
 

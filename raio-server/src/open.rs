@@ -108,7 +108,7 @@ impl Opening {
             return Err(another_file(self.at.path.as_bytes()));
         }
         let verifier = FileVerifier::new(Arc::clone(export.verifier()), facts.storage);
-        let mount = file_system.and_then(|file_system| UsableMount::of(&fd, file_system));
+        let mount = file_system.and_then(|file_system| UsableMount::of(&info, file_system));
         let mount = mount.map(|mount| mount.of_files(facts.file_system));
         let fd = Descriptor::new(fd, file_system, export.lanes().clone(), Arc::clone(export.verifier()));
         let is_device = file_system.is_none();

@@ -78,8 +78,6 @@ pub struct OpenFile {
     pub verifier: FileVerifier,
     /// What it is to the audit log, if there is one.
     pub audited: Option<Arc<Audited>>,
-    /// [`Properties::has_locks`].
-    pub has_locks: bool,
     /// What its client has of the export, if that is limited.
     pub flow: Option<Arc<Flow>>,
     /// What it may grow to, if the bytes that its client stores are limited.
@@ -96,7 +94,7 @@ impl OpenFile {
         identity: FileIdentity,
         verifier: FileVerifier,
     ) -> Self {
-        let Properties { alignment, size_limit, may_hang, has_locks } = volume.properties();
+        let Properties { alignment, size_limit, may_hang, .. } = volume.properties();
         // If it is no file, all who open it share the volume.
         let object = ObjectKey(u64::MAX - 1, Arc::as_ptr(&volume).cast::<()>() as u64);
         Self {
@@ -105,7 +103,6 @@ impl OpenFile {
             size_limit,
             export,
             hanging_export: may_hang.then_some(export),
-            has_locks,
             volume,
             object,
             identity,

@@ -20,12 +20,14 @@ pub struct FileInfo {
     pub status: FileStatus,
     /// What O_DIRECT wants offsets and lengths to be multiples of, if the file system says so.
     pub direct_align: Option<u32>,
+    /// The mount that it is on; None if the kernel does not tell that from others.
+    pub mount: Option<Mount>,
 }
 
 impl FileInfo {
     /// Of what is no file of the server's, and has this size.
     pub fn synthetic(size: u64) -> Self {
-        let mut info = Self { status: Default::default(), direct_align: None };
+        let mut info = Self { status: Default::default(), direct_align: None, mount: None };
         info.status.size = size.into();
         info.status.mode = (libc::S_IFREG | 0o666).into();
         info.status.links = 1.into();
@@ -42,23 +44,20 @@ pub struct Mount {
     device: (u32, u32),
 }
 
-/// `STATX_MNT_ID_UNIQUE`.
-const UNIQUE_MOUNT: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+/// `STATX_MNT_ID_UNIQUE` (Linux 6.8): the id of a mount that no later one gets. Older kernels ignore the bit.
+pub const UNIQUE_MOUNT: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-/// The status of what is open with O_PATH, and its mount; None if the kernel does not tell that from others.
-/// Does not wait on file systems that keep it in memory.
-pub fn stat_on_mount(fd: impl AsFd) -> Result<(FileInfo, Option<Mount>), Errno> {
+/// The status of what is open with O_PATH; a block device has the size 0. Does not wait on file systems that
+/// keep it in memory.
+pub fn stat_cached(fd: impl AsFd) -> Result<FileInfo, Errno> {
     let mask = StatxFlags::BASIC_STATS | UNIQUE_MOUNT;
     let stat = rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, mask)?;
-    let device = (stat.stx_dev_major, stat.stx_dev_minor);
-    // Where there is no disk the device's number is used again, too.
-    let is_known = stat.stx_mask & UNIQUE_MOUNT.bits() != 0 || device.0 != 0;
-    Ok((info_of(&stat), is_known.then_some(Mount { number: stat.stx_mnt_id, device })))
+    Ok(info_of(&stat))
 }
 
 /// The status of what is open with O_PATH; a block device has the size 0.
 pub fn stat_node(fd: impl AsFd) -> Result<FileInfo, Errno> {
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::from_bits_retain(libc::STATX_DIOALIGN);
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::from_bits_retain(libc::STATX_DIOALIGN) | UNIQUE_MOUNT;
     Ok(info_of(&rustix::fs::statx(&fd, c"", AtFlags::EMPTY_PATH, mask)?))
 }
 
@@ -70,6 +69,9 @@ pub fn nanoseconds(time: StatxTimestamp) -> i64 {
 fn info_of(stat: &Statx) -> FileInfo {
     let ns = |time: StatxTimestamp| nanoseconds(time).into();
     let device = |major, minor| libc::makedev(major, minor).into();
+    // Where there is no disk the device's number is used again, too.
+    let knows_mount = stat.stx_mask & UNIQUE_MOUNT.bits() != 0 || stat.stx_dev_major != 0;
+    let mount = Mount { number: stat.stx_mnt_id, device: (stat.stx_dev_major, stat.stx_dev_minor) };
     let knows_align = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align > 0;
     FileInfo {
         status: FileStatus {
@@ -90,6 +92,7 @@ fn info_of(stat: &Statx) -> FileInfo {
             ..FileStatus::default()
         },
         direct_align: knows_align.then_some(stat.stx_dio_offset_align),
+        mount: knows_mount.then_some(mount),
     }
 }
 

@@ -8,7 +8,7 @@ use rustix::io::ReadWriteFlags;
 
 use super::{Closing, Lanes};
 use crate::log;
-use crate::syscalls::{FileInfo, stat_on_mount};
+use crate::syscalls::{FileInfo, stat_cached};
 use crate::tuning::cached_files::CLOSED_BLOCKS_MAX;
 use crate::tuning::cached_reads::HOLES_MAX;
 use crate::verifier::Verifier;
@@ -24,6 +24,16 @@ const ASYNCHRONOUS: [libc::__fsword_t; 3] =
 /// Btrfs and tmpfs. On FUSE and NFS statx(2) may ask a server.
 pub const KEEPS_STATUS: [libc::__fsword_t; 4] =
     [libc::EXT4_SUPER_MAGIC, libc::XFS_SUPER_MAGIC, libc::BTRFS_SUPER_MAGIC, libc::TMPFS_MAGIC];
+
+/// How a file on a file system of this type, or a device, is read from the page cache without waiting. None:
+/// it is not.
+pub fn cached_reads(file_system: Option<libc::__fsword_t>) -> Option<ReadWriteFlags> {
+    match file_system {
+        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
+        Some(libc::TMPFS_MAGIC) => Some(ReadWriteFlags::empty()),
+        _ => waits_asynchronously(file_system).then_some(ReadWriteFlags::NOWAIT),
+    }
+}
 
 /// Whether closing a file that was only read from, or looked up, and has just had this status takes no
 /// waiting: it would if the file had lost its last name, for the file's blocks to be freed.
@@ -120,17 +130,15 @@ impl Descriptor {
         verifier: Arc<Verifier>,
     ) -> Arc<Self> {
         let is_direct = flags.contains(OFlags::DIRECT);
-        // What lives in memory is there, as a rule (or swapped out), and knows no RWF_NOWAIT.
-        let in_memory = file_system == Some(libc::TMPFS_MAGIC);
-        let nowait = if in_memory { ReadWriteFlags::empty() } else { ReadWriteFlags::NOWAIT };
         let is_asynchronous = waits_asynchronously(file_system) && keeps_atime;
+        let cached_reads = cached_reads(file_system).filter(|flags| keeps_atime || flags.is_empty());
         let has_cached_status = file_system.is_some_and(|kind| KEEPS_STATUS.contains(&kind));
         Arc::new(Self {
             fd: Some(fd),
             lanes,
             verifier,
             closing: OnceLock::new(),
-            cached_reads: (!is_direct && (in_memory || is_asynchronous)).then_some(nowait),
+            cached_reads: cached_reads.filter(|_| !is_direct),
             is_write_back: !is_direct && !flags.intersects(OFlags::SYNC | OFlags::DSYNC),
             is_direct,
             closes_quietly: has_cached_status && flags & OFlags::RWMODE == OFlags::RDONLY,
@@ -141,13 +149,13 @@ impl Descriptor {
 
     /// Takes the descriptor out if closing it takes no waiting.
     pub(super) fn take_if_closed_at_once(&mut self) -> Option<OwnedFd> {
-        let (info, _) = stat_on_mount(self.fd.as_ref().filter(|_| self.closes_quietly)?).ok()?;
+        let info = stat_cached(self.fd.as_ref().filter(|_| self.closes_quietly)?).ok()?;
         self.fd.take_if(|_| closes_at_once(&info))
     }
 
     /// Its status, if the kernel has it in memory, and takes no lock for it that a write holds.
     pub fn try_stat(&self) -> Option<FileInfo> {
-        self.has_cached_status.then(|| stat_on_mount(self).ok().map(|(info, _)| info)).flatten()
+        self.has_cached_status.then(|| stat_cached(self).ok()).flatten()
     }
 
     /// The lanes of its export.

@@ -28,7 +28,7 @@ use crate::syscalls::FileInfo;
 use crate::tuning::lanes::{CONTROL_WIDTH, DATA_WIDTH, FLUSH_WIDTH, LEASE_WIDTH, RANGE_WIDTH};
 
 pub use completions::{Closing, CompletionQueue};
-pub use descriptor::{Descriptor, KEEPS_STATUS, closes_at_once};
+pub use descriptor::{Descriptor, KEEPS_STATUS, cached_reads, closes_at_once};
 pub use job::Job;
 use misses::{Miss, Misses};
 pub use threads::Threads;

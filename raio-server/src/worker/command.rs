@@ -217,7 +217,7 @@ impl Worker {
             }
             Ok(Target::Ready(mut file, info)) => {
                 (file.audited, file.flow) = (audited, self.flow(connection, file.export, &rights));
-                Err(self.give_handle(connection, file, info, reopens))
+                Err(self.give_handle(connection, *file, info, reopens))
             }
             Ok(Target::Path { at: Located { at, owner, bytes_max }, flags, mode }) => {
                 let flow = self.flow(connection, at.export, &rights);
@@ -245,13 +245,7 @@ impl Worker {
     fn open_cached(&mut self, connection: usize, opening: &Opening) -> Option<Response> {
         let Opening { at, flags, reopens, audited, flow, .. } = opening;
         let only_reads = (*flags - READING).is_empty();
-        // As `answer_from_cache` has it.
-        if !only_reads
-            || reopens.is_some()
-            || flow.is_some()
-            || self.admission.is_waiting(connection)
-            || self.holds_back_opens()
-        {
+        if !only_reads || reopens.is_some() || self.has_to_wait(connection, flow.as_ref(), audited.as_ref()) {
             return None;
         }
         let export = &self.shared.exports.all()[at.export];

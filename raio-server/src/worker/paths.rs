@@ -24,6 +24,7 @@ use crate::log::log_client;
 use crate::names::{Other, PathAnswer, PathEnd, PathTask, creates, next_page, verb};
 use crate::rejection::Rejection;
 use crate::request::{ListNext, Work, failure, success};
+use crate::throttle::Flow;
 use crate::tuning::cached_files;
 use crate::tuning::listings::PAGE_BYTES_MIN;
 
@@ -55,11 +56,7 @@ impl Worker {
             Opcode::Get if task.length <= cached_files::BYTES_MAX => true,
             _ => return false,
         };
-        // It does not overtake its connection's own requests, nor what else has to wait.
-        if task.flow.is_some()
-            || self.admission.is_waiting(connection)
-            || (task.audited.is_some() && self.holds_back_opens())
-        {
+        if self.has_to_wait(connection, task.flow.as_ref(), task.audited.as_ref()) {
             return false;
         }
         let bytes = task.length as usize;
@@ -106,6 +103,19 @@ impl Worker {
             self.transport.flush_early(&mut self.reactor);
         }
         true
+    }
+
+    /// Whether a request may not be answered as it arrives, whatever the kernel has in memory: it does not
+    /// overtake its connection's own requests, and may have to wait for a rate, or for the audit log.
+    pub(super) fn has_to_wait(
+        &self,
+        connection: usize,
+        flow: Option<&Arc<Flow>>,
+        audited: Option<&Arc<Audited>>,
+    ) -> bool {
+        flow.is_some()
+            || self.admission.is_waiting(connection)
+            || (audited.is_some() && self.holds_back_opens())
     }
 
     fn path_work(&mut self, connection: usize, command: &PathCommand<'_>) -> Result<Work, Response> {
