@@ -41,6 +41,12 @@ pub fn is_at_rest(statistics: &Value) -> bool {
     .all(zero)
 }
 
+/// Whether the thread with this folder below /proc waits for something that no signal ends, such as a disk.
+fn is_uninterruptible(task: &Path) -> bool {
+    let stat = std::fs::read_to_string(task.join("stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))
+}
+
 /// Processor time that a process or thread has used, from its `stat` below /proc.
 pub fn cpu_time(stat: &str) -> Duration {
     let stat = std::fs::read_to_string(stat).expect("it runs");
@@ -300,19 +306,15 @@ impl Server {
         /// Where a worker sleeps, and where it waits for a processor ("0", or nothing if the kernel does not
         /// say).
         const SLEEPS: [&str; 4] = ["io_cqring_wait", "ep_poll", "futex", "0"];
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
         let blocked_at = |task: &Path| {
             let read = |name| std::fs::read_to_string(task.join(name)).unwrap_or_default();
             let place = read("wchan");
             // Not every wait for a disk is said to be one, such as that for a FUSE server.
             let is_elsewhere = !place.is_empty() && !SLEEPS.iter().any(|sleep| place.starts_with(sleep));
-            let is_uninterruptible =
-                read("stat").rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'));
-            (is_elsewhere || is_uninterruptible).then_some(place)
+            (is_elsewhere || is_uninterruptible(task)).then_some(place)
         };
-        tasks
+        self.tasks()
             .filter_map(|task| {
-                let task = task.ok()?.path();
                 let name = std::fs::read_to_string(task.join("comm")).ok()?.trim().to_owned();
                 let number = name.strip_prefix("raio-")?;
                 number.bytes().all(|b| b.is_ascii_digit()).then_some(())?;
@@ -325,6 +327,28 @@ impl Server {
                 Some(format!("{name} in {place}"))
             })
             .collect()
+    }
+
+    /// Waits until one of its threads waits for a disk, or the like: what was handed to the kernel, or to the
+    /// pool, is then being executed.
+    pub fn wait_for_blocked_thread(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        // A thread may wait for a moment, for a page fault.
+        let stays = |task: PathBuf| {
+            (0..10).all(|_| {
+                std::thread::sleep(Duration::from_millis(1));
+                is_uninterruptible(&task)
+            })
+        };
+        while !self.tasks().any(stays) {
+            assert!(Instant::now() < deadline, "no thread of raio_server waits for a disk");
+        }
+    }
+
+    /// The folders of its threads, with those that the kernel made for it.
+    fn tasks(&self) -> impl Iterator<Item = PathBuf> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("raio_server runs");
+        tasks.filter_map(|task| Some(task.ok()?.path()))
     }
 
     /// Waits for it to end by itself.

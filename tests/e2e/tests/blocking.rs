@@ -193,6 +193,8 @@ fn a_cancel_of_what_hangs_ends_in_time_and_the_context_goes_on_behind_it() {
         let write = |at: u64| Operation::Write { offset: at * BLOCK as u64, buffers: block() };
         let tickets: Vec<_> = (1..9).map(|at| stuck.submit(write(at), at)).collect();
         server.statistics_when(|now| now["in_flight"]["executing"] == 8);
+        // What only waits for its turn can be cancelled.
+        server.wait_for_blocked_thread();
         let begin = Instant::now();
         let error = stuck.context.cancel(tickets[0]).expect_err("the server cannot stop it");
         let took = begin.elapsed();
@@ -401,6 +403,9 @@ fn operations_on_a_disk_that_hangs_end_with_their_timeouts_and_their_context_goe
         }
         drop(hanging);
         stuck.run(Operation::Write { offset: 0, buffers: data(9, BLOCK) });
+        // A context that ends before it hears what became of a write leaves its session behind. The answer to
+        // the read comes after all others.
+        server.statistics_when(|now| now["in_flight"]["executing"] == 0);
         stuck.submit(Operation::Read { offset: 0, buffers: block() }, 0);
         let read = stuck.next();
         assert_eq!(read.result, Ok(BLOCK as u64));
