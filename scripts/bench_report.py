@@ -10,6 +10,12 @@ import statistics
 import textwrap
 
 
+def aim(what, measured, relation, bound, digits=3):
+    """A row of a table of aims."""
+    reached = measured >= bound if relation == "≥" else measured <= bound
+    return f"| {what} | {measured:.{digits}f} | {relation} {bound:g} | {'yes' if reached else '**no**'} |"
+
+
 def median(runs, key):
     values = [run[key] for run in runs]
     return None if None in values else statistics.median(values)
@@ -140,8 +146,7 @@ def aims(results, idle_cpu_percent):
             measured = value()
         except KeyError:  # --only left it out
             continue
-        reached = measured >= bound if relation == "≥" else measured <= bound
-        yield f"| {what} | {measured:.3f} | {relation} {bound:g} | {'yes' if reached else '**no**'} |"
+        yield aim(what, measured, relation, bound)
     disturbed = [w for w in (d1, d32, d128) if (w, floor) in results and of(w, floor) < of(w, blocking)]
     if disturbed:
         yield ""

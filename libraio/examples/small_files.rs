@@ -36,21 +36,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (depth, limit) = (depth.parse()?, Duration::from_secs_f64(seconds.parse()?));
     let directory = Path::new(directory);
     let names: Vec<_> = names(directory)?.collect();
+    let mut remote = match what.starts_with("local-") {
+        true => None,
+        false => Some(Remote::new(url, export, &names, depth)?),
+    };
     let begin = Instant::now();
     let mut done = 0;
-    let mut remote = None;
     while begin.elapsed() < limit {
-        done += match what.as_str() {
-            "local-read" => read_all(directory, &names)?,
-            "local-stat" => stat_all(directory, &names)?,
-            "local-list" => list(directory)?,
-            _ => {
-                let remote = match &mut remote {
-                    Some(remote) => remote,
-                    none => none.insert(Remote::new(url, export, &names, depth)?),
-                };
-                remote.pass(what, &names)?
-            }
+        done += match (what.as_str(), &mut remote) {
+            ("local-read", _) => read_all(directory, &names)?,
+            ("local-stat", _) => stat_all(directory, &names)?,
+            ("local-list", _) => list(directory)?,
+            (_, Some(remote)) => remote.pass(what, &names)?,
+            (other, None) => return Err(format!("{other} is none of what can be measured").into()),
         };
     }
     println!("{:.0}", done as f64 / begin.elapsed().as_secs_f64());
@@ -134,9 +132,9 @@ impl Remote {
                     "stat" => self.submit(PathOperation::Stat { path, nofollow: true }, 0)?,
                     "read" | "read16" => {
                         let buffers = self.buffer(if what == "read" { BLOCK_BYTES } else { FILE_BYTES });
-                        self.on_first(Operation::Read { offset: 0, buffers })?;
+                        on(&mut self.context, &self.first, Operation::Read { offset: 0, buffers }, 0)?;
                     }
-                    "stat-open" => self.on_first(Operation::Stat)?,
+                    "stat-open" => on(&mut self.context, &self.first, Operation::Stat, 0)?,
                     other => return Err(format!("{other} is none of what can be measured").into()),
                 }
                 (next, in_flight) = (next + 1, in_flight + 1);
@@ -171,12 +169,12 @@ impl Remote {
                 std::hint::black_box(completion.result?);
                 if let Some(Answer::File(file)) = completion.answer.map(|answer| *answer) {
                     let buffers = self.buffer(FILE_BYTES);
-                    self.on(&file, Operation::Read { offset: 0, buffers }, completion.token)?;
+                    on(&mut self.context, &file, Operation::Read { offset: 0, buffers }, completion.token)?;
                     files[place] = Some(file);
                 } else if let Some(buffers) = completion.buffers {
                     self.buffers.push(buffers);
                     let file = files[place].take().ok_or("a read of no file")?;
-                    self.on(&file, Operation::Close, completion.token)?;
+                    on(&mut self.context, &file, Operation::Close, completion.token)?;
                 } else {
                     done += 1;
                     self.open_next(&mut names, place)?;
@@ -204,14 +202,15 @@ impl Remote {
         let submitted = self.context.submit_path(operation, SubmitOptions::default(), token);
         submitted.map(drop).map_err(|rejected| rejected.error.to_string().into())
     }
+}
 
-    fn on_first(&mut self, operation: Operation) -> Result<(), Box<dyn Error>> {
-        let submitted = self.context.submit(&self.first, operation, 0);
-        submitted.map(drop).map_err(|rejected| rejected.error.into())
-    }
-
-    fn on(&mut self, file: &raio::File, operation: Operation, token: u64) -> Result<(), Box<dyn Error>> {
-        let submitted = self.context.submit(file, operation, token);
-        submitted.map(drop).map_err(|rejected| rejected.error.into())
-    }
+/// Submits an operation on an open file.
+fn on(
+    context: &mut Context,
+    file: &raio::File,
+    operation: Operation,
+    token: u64,
+) -> Result<(), Box<dyn Error>> {
+    let submitted = context.submit(file, operation, token);
+    submitted.map(drop).map_err(|rejected| rejected.error.into())
 }

@@ -58,7 +58,7 @@ fn a_range_is_copied_between_files_exports_and_kinds_of_storage() {
         assert_eq!(client.do_it(&copy((b, 0), (b, 1 << 20), 1 << 20)), Ok(1 << 20), "within a file");
         for (what, command, errno) in [
             ("ranges that overlap", copy((b, 0), (b, 100), 101), libc::EINVAL),
-            ("a source that is open for nothing", copy((FileHandle(77), 0), (b, 0), 1), libc::EBADF),
+            ("a source that is not open", copy((FileHandle(77), 0), (b, 0), 1), libc::EBADF),
             ("a destination that is not open", copy((b, 0), (FileHandle(77), 0), 1), libc::EBADF),
             ("a destination open for reading", copy((b, 0), (a, 0), 1), libc::EBADF),
             ("a range beyond every file", copy((b, 1), (b, 0), u64::MAX), libc::EINVAL),

@@ -12,8 +12,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
 
-/// How much a direction of a connection has under way at most.
+/// How much a direction of a connection has under way at most, and if everything is delayed: then it is what
+/// the link holds, and is not to bound what goes through.
 const QUEUE_BYTES_MAX: usize = 256 << 10;
+const LINK_BYTES_MAX: usize = 8 << 20;
 const CHUNK_BYTES: usize = 64 << 10;
 
 /// How the proxy ends a connection, for both sides.
@@ -45,6 +47,12 @@ pub struct Treatment {
     pub delay: Duration,
     /// This bit of what comes through in this direction is flipped.
     pub flip: Option<(Direction, u64)>,
+}
+
+impl Treatment {
+    fn queue_bytes_max(&self) -> usize {
+        if self.delay.is_zero() { QUEUE_BYTES_MAX } else { LINK_BYTES_MAX }
+    }
 }
 
 /// The proxy. Its connections are reset when it is dropped.
@@ -349,7 +357,7 @@ impl Relayed {
                 Phase::Passing if is_stalled => PollFlags::empty(),
                 Phase::Passing => {
                     let mut flags = PollFlags::empty();
-                    let has_room = from.queued < QUEUE_BYTES_MAX && self.left(end) > 0;
+                    let has_room = from.queued < self.treatment.queue_bytes_max() && self.left(end) > 0;
                     flags.set(PollFlags::IN, !from.has_ended && has_room);
                     let is_due = to.chunks.front().is_some_and(|chunk| chunk.due <= Instant::now());
                     flags.set(PollFlags::OUT, is_due);
@@ -421,9 +429,9 @@ impl Relayed {
 
     /// Receives what has come. Returns how many bytes that is.
     fn take(&mut self, n: usize, control: &Control) -> std::io::Result<usize> {
-        let left = self.left(n);
+        let (left, queue_bytes_max) = (self.left(n), self.treatment.queue_bytes_max());
         let pipe = &mut self.pipes[n];
-        if pipe.has_ended || pipe.queued >= QUEUE_BYTES_MAX || left == 0 {
+        if pipe.has_ended || pipe.queued >= queue_bytes_max || left == 0 {
             return Ok(0);
         }
         let mut bytes = vec![0; (CHUNK_BYTES as u64).min(left) as usize];
