@@ -20,7 +20,7 @@ use crate::location::Location;
 use crate::tuning::STOP_CHECK_INTERVAL;
 
 pub use self::local::{
-    LocalFile, LocalPartial, Stream, beside, examine, is_zero, timespec, to_ns, write_sparsely,
+    LocalFile, LocalPartial, Stream, beside, examine, is_zero, set_len, timespec, to_ns, write_sparsely,
 };
 pub use self::remote::{RemoteFile, RemotePartial, Sessions, connect, facts_of};
 

@@ -175,7 +175,7 @@ impl Place for LocalFile {
     }
 
     fn set_size(&self, size: u64) -> Result<(), Failure> {
-        self.file.set_len(size).map_err(|error| self.failed("set the size of", &error))
+        set_len(&self.file, size).map_err(|error| self.failed("set the size of", &error))
     }
 
     fn zero(&self, range: Range<u64>) -> Result<(), Failure> {
@@ -337,6 +337,12 @@ impl LocalLane {
         }
         Ok(data.len())
     }
+}
+
+/// Sets the size of a file, unless it has it. ext4 has the close of a file that was truncated to nothing wait
+/// for the disk, even if nothing was in it.
+pub fn set_len(file: &File, size: u64) -> io::Result<()> {
+    if file.metadata()?.len() == size { Ok(()) } else { file.set_len(size) }
 }
 
 /// Writes bytes to a file that reads as zeros there, but no long runs of zeros, and none at the end.
@@ -604,6 +610,22 @@ mod tests {
             bytes[at] = 1;
             assert!(!is_zero(&bytes), "{at}");
             bytes[at] = 0;
+        }
+    }
+
+    #[test]
+    fn a_file_that_has_its_size_is_not_truncated() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        let long_ago = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1);
+        for size in [0, 1000] {
+            let file = LocalFile::open_in_place(&path, 0o644).unwrap();
+            file.set_size(size).unwrap();
+            file.file.set_modified(long_ago).unwrap();
+            file.set_size(size).unwrap();
+            let metadata = path.metadata().unwrap();
+            // A truncation sets the time whatever the size was.
+            assert_eq!((metadata.len(), metadata.modified().unwrap()), (size, long_ago));
         }
     }
 

@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use super::{Access, Answer, Ended, New, Request, Tree, TreeEntry, partial_path};
 use crate::failure::Failure;
 use crate::location::Location;
-use crate::place::{LocalFile, PartialFile, Place, timespec, to_ns, write_sparsely};
+use crate::place::{LocalFile, PartialFile, Place, set_len, timespec, to_ns, write_sparsely};
 use crate::tuning::SMALL_FILE_BYTES;
 
 /// A directory of this machine.
@@ -132,9 +132,9 @@ impl LocalTree {
     fn put(&mut self, path: &Path, bytes: &[u8], new: &New) -> Result<(), Failure> {
         let mut partial = self.partial(path, new.mode)?;
         let write = |file: &File| {
-            file.set_len(0)?;
+            set_len(file, 0)?;
             write_sparsely(file, bytes, 0)?;
-            file.set_len(bytes.len() as u64)?;
+            set_len(file, bytes.len() as u64)?;
             if new.is_exact {
                 rustix::fs::fchmod(file, mode_of(new.mode))?;
             }
