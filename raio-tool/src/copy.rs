@@ -102,7 +102,8 @@ impl FileCopy<'_> {
             journal = Some(Journal::create(path, subject, &blocks)?);
         }
         if resumed_bytes == 0 {
-            destination.begin(self.is_sparse)?;
+            let begun = destination.begin(self.is_sparse);
+            begun.map_err(|failure| self.left(failure, destination, journal.is_some()))?;
         }
         let watcher = Copying {
             // What an earlier run has left may be anything.
@@ -114,11 +115,13 @@ impl FileCopy<'_> {
             progress: (self.progress)("copy", facts.size.map(|it| it - resumed_bytes)),
         };
         let skip = watcher.checksums.are_known();
+        let has_journal = watcher.journal.is_some();
         let filled = self.fill(destination, &skip, &watcher);
         let (bytes, copied_bytes, verified_bytes) =
-            filled.map_err(|failure| self.left(failure, destination, watcher.journal.is_some()))?;
+            filled.map_err(|failure| self.left(failure, destination, has_journal))?;
         let zero_bytes = watcher.zero_bytes.load(Ordering::Relaxed);
-        destination.publish(self.is_durable)?;
+        let published = destination.publish(self.is_durable);
+        published.map_err(|failure| self.left(failure, destination, has_journal))?;
         Ok(Copied { bytes, copied_bytes, zero_bytes, resumed_bytes, verified_bytes })
     }
 
@@ -159,7 +162,8 @@ impl FileCopy<'_> {
         if destination.place().copy_within(self.from, 0..0, self.interrupt)?.is_none() {
             return Ok(None);
         }
-        destination.begin(self.is_sparse)?;
+        let begun = destination.begin(self.is_sparse);
+        begun.map_err(|failure| self.left(failure, destination, false))?;
         let progress = (self.progress)("copy", Some(bytes));
         let copied = self.have_copied(destination, bytes, &progress);
         let copied = copied.and_then(|zero_bytes| {
@@ -168,7 +172,8 @@ impl FileCopy<'_> {
         });
         progress.finish();
         let zero_bytes = copied.map_err(|failure| self.left(failure, destination, false))?;
-        destination.publish(self.is_durable)?;
+        let published = destination.publish(self.is_durable);
+        published.map_err(|failure| self.left(failure, destination, false))?;
         let copied_bytes = bytes - zero_bytes;
         Ok(Some(Copied { bytes, copied_bytes, zero_bytes, resumed_bytes: 0, verified_bytes: 0 }))
     }
@@ -456,7 +461,45 @@ impl Watcher for Verifying<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::global::Global;
+    use crate::place::{LocalFile, LocalPartial};
     use crate::progress::Style;
+
+    #[test]
+    fn a_copy_that_does_not_get_its_name_leaves_its_partial_file_only_if_it_can_be_resumed() {
+        let directory = tempfile::tempdir().unwrap();
+        // A file does not replace a directory.
+        let (source, taken) = (directory.path().join("source"), directory.path().join("taken"));
+        std::fs::write(&source, [7; 5000]).unwrap();
+        std::fs::create_dir(&taken).unwrap();
+        let from = LocalFile::open_in_place(&source, 0o600).unwrap();
+        let global = Global::default();
+        for has_journal in [false, true] {
+            let partial = LocalPartial::open(&taken, "1", 0o600).unwrap();
+            let journal = directory.path().join("journal");
+            let copy = FileCopy {
+                from: &from,
+                facts: &from.facts().unwrap(),
+                source: &Location::Local(source.clone()),
+                to: &Location::Local(taken.clone()),
+                settings: Settings::default(),
+                has_journal,
+                resumes: false,
+                is_alone: true,
+                verifies: false,
+                is_sparse: true,
+                preserves: false,
+                is_durable: false,
+                sessions: &Sessions::new(&global),
+                progress: &|what, size| Progress::new(Style::Never, what, size),
+                interrupt: &Interrupt::default(),
+            };
+            let failure = copy.run(&mut Destination::partial(Box::new(partial), None, Some(journal)));
+            let failure = failure.unwrap_err().to_string();
+            assert_eq!(failure.contains("--resume"), has_journal, "{failure}");
+            assert_eq!(directory.path().join("taken.partial-1").exists(), has_journal, "{failure}");
+        }
+    }
 
     #[test]
     fn a_block_that_differs_from_what_was_copied_is_found_when_it_is_verified() {

@@ -125,7 +125,7 @@ impl LocalTree {
         let destination = path.file_name().unwrap_or_default().to_owned();
         let display = self.location.join(path).to_string();
         let file = LocalFile::from_file(file, display.clone());
-        Ok(TreePartial { file, directory, name, destination, display, location })
+        Ok(TreePartial { file, directory, name, destination, display, location, is_published: false })
     }
 
     /// Creates a file with these bytes, or replaces one, or a link.
@@ -353,6 +353,7 @@ struct TreePartial {
     destination: OsString,
     display: String,
     location: Location,
+    is_published: bool,
 }
 
 impl PartialFile for TreePartial {
@@ -370,18 +371,28 @@ impl PartialFile for TreePartial {
 
     fn publish(&mut self, durable: bool) -> Result<(), Failure> {
         let directory = &self.directory;
-        let renamed = renameat(directory, &self.name, directory, &self.destination).and_then(|()| {
-            if !durable {
-                return Ok(());
-            }
-            let opened = openat(directory, ".", OFlags::RDONLY | DIRECTORY, Mode::empty())?;
-            rustix::fs::fsync(&opened)
-        });
-        renamed.map_err(|error| Failure::io(format!("Cannot write {}", self.display), &io(error)))
+        let failed = |error| Failure::io(format!("Cannot write {}", self.display), &io(error));
+        renameat(directory, &self.name, directory, &self.destination).map_err(failed)?;
+        self.is_published = true;
+        if durable {
+            let opened = openat(directory, ".", OFlags::RDONLY | DIRECTORY, Mode::empty());
+            opened.and_then(|it| rustix::fs::fsync(&it)).map_err(failed)?;
+        }
+        Ok(())
     }
 
     fn remove(&self) {
         let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
+    }
+}
+
+impl Drop for TreePartial {
+    fn drop(&mut self) {
+        // Nothing was written: it is of no use.
+        let is_empty = || self.file.with_file(|file| file.metadata().is_ok_and(|it| it.len() == 0));
+        if !self.is_published && is_empty() {
+            self.remove();
+        }
     }
 }
 
@@ -413,6 +424,26 @@ mod tests {
         tree.put(Path::new("f"), b"x", &NEW).expect("a link itself is replaced");
         assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
         assert_eq!(std::fs::read(inside.join("f")).unwrap(), b"x");
+    }
+
+    #[test]
+    fn a_partial_file_to_which_nothing_was_written_goes_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut tree = tree(directory.path());
+        let count = || std::fs::read_dir(directory.path()).unwrap().count();
+        let partial = tree.begin(Path::new("f"), 0o600).unwrap();
+        assert_eq!(count(), 1);
+        drop(partial);
+        assert_eq!(count(), 0);
+        let partial = tree.begin(Path::new("f"), 0o600).unwrap();
+        partial.place().set_size(1).unwrap();
+        drop(partial);
+        assert_eq!(count(), 1, "what was written can be resumed");
+        let mut partial = tree.begin(Path::new("f"), 0o600).unwrap();
+        partial.place().set_size(0).unwrap();
+        partial.publish(true).unwrap();
+        drop(partial);
+        assert!(directory.path().join("f").exists(), "an empty file is a file, too");
     }
 
     #[test]
