@@ -619,6 +619,9 @@ pub fn parse<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Parsed<Message<'a>>
     Ok(Parsed::Item(message, HEADER_BYTES + body_len))
 }
 
+/// CRC32C of data that comes in pieces: [`crc_digest`].
+pub use crc_fast::Digest as CrcDigest;
+
 /// CRC32C of bulk data.
 pub fn data_crc(data: &[u8]) -> u32 {
     crc_fast::checksum(crc_fast::CrcAlgorithm::Crc32Iscsi, data) as u32
@@ -630,9 +633,14 @@ pub fn combined_crc(first: u32, second: u32, len: u64) -> u32 {
     crc_fast::checksum_combine(algorithm, first.into(), second.into(), len) as u32
 }
 
+/// CRC32C of data that comes in pieces, of none yet.
+pub fn crc_digest() -> CrcDigest {
+    CrcDigest::new(crc_fast::CrcAlgorithm::Crc32Iscsi)
+}
+
 /// CRC32C of bulk data that lies in pieces.
 pub fn crc_of<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> u32 {
-    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
+    let mut digest = crc_digest();
     pieces.for_each(|piece| digest.update(piece));
     digest.finalize() as u32
 }

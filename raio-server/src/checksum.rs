@@ -3,6 +3,7 @@
 use std::fmt;
 use std::os::fd::AsFd;
 
+use raio_transport::message::{CrcDigest, crc_digest};
 use raio_transport::protocol::{FLAG_BLAKE3, FLAG_CRC32C};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, retry_on_intr};
@@ -14,7 +15,7 @@ use crate::tuning::ranges::{BUFFER_BYTES, PIECE_BYTES};
 #[derive(Clone)]
 pub enum Checksum {
     /// CRC32C (Castagnoli).
-    Crc32c(Box<crc_fast::Digest>),
+    Crc32c(Box<CrcDigest>),
     /// BLAKE3.
     Blake3(Box<blake3::Hasher>),
 }
@@ -23,10 +24,7 @@ impl Checksum {
     /// Of nothing, by the flag of the protocol. None: there is no such checksum.
     pub fn new(flag: u16) -> Option<Self> {
         match flag {
-            FLAG_CRC32C => {
-                let digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-                Some(Self::Crc32c(Box::new(digest)))
-            }
+            FLAG_CRC32C => Some(Self::Crc32c(Box::new(crc_digest()))),
             FLAG_BLAKE3 => Some(Self::Blake3(Box::default())),
             _ => None,
         }

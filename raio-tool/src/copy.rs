@@ -9,10 +9,10 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use raio_transport::message::data_crc;
 use raio_transport::sync::lock;
 
 use self::journal::{Journal, Subject};
-use crate::checksum::crc32c;
 use crate::failure::{Failure, Kind};
 use crate::interrupt::Interrupt;
 use crate::location::Location;
@@ -357,7 +357,7 @@ struct Copying<'a> {
 impl Watcher for Copying<'_> {
     fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
         if self.journal.is_some() || self.checksums.is_kept {
-            self.checksums.set(block.number, crc32c(data));
+            self.checksums.set(block.number, data_crc(data));
         }
         if self.is_fresh && is_zero(data) {
             self.zero_bytes.fetch_add(block.length, Ordering::Relaxed);
@@ -392,7 +392,7 @@ struct Proving<'a> {
 
 impl Watcher for Proving<'_> {
     fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        let crc = crc32c(data);
+        let crc = data_crc(data);
         if self.checksums.get(block.number) == Some(crc) {
             lock(&self.proven).push((block, crc));
         }
@@ -427,7 +427,7 @@ impl Verifying<'_> {
 impl Watcher for Verifying<'_> {
     fn read(&self, block: Block, data: &[u8]) -> Result<Verdict, Failure> {
         let is_right = match self.checksums.get(block.number) {
-            Some(crc) => crc == crc32c(data),
+            Some(crc) => crc == data_crc(data),
             // A hole of the source.
             None => is_zero(data),
         };
@@ -436,7 +436,7 @@ impl Watcher for Verifying<'_> {
 
     fn hole(&self, range: Range<u64>) -> Result<(), Failure> {
         let zeros = vec![0; self.checksums.block_bytes as usize];
-        let crc = crc32c(&zeros);
+        let crc = data_crc(&zeros);
         // A hole ends with a block, or with the file.
         let whole = (range.end - range.start) / self.checksums.block_bytes;
         let first = range.start / self.checksums.block_bytes;
@@ -447,7 +447,7 @@ impl Watcher for Verifying<'_> {
         }
         let rest = (range.end - range.start) % self.checksums.block_bytes;
         let last = self.checksums.get(first + whole);
-        if rest > 0 && last.is_some_and(|it| it != crc32c(&zeros[..rest as usize])) {
+        if rest > 0 && last.is_some_and(|it| it != data_crc(&zeros[..rest as usize])) {
             return Err(self.wrong(range.end - rest));
         }
         Ok(())
@@ -504,7 +504,7 @@ mod tests {
     #[test]
     fn a_block_that_differs_from_what_was_copied_is_found_when_it_is_verified() {
         let checksums = Checksums::new(Some(25), 10, true);
-        checksums.set(0, crc32c(&[7; 10]));
+        checksums.set(0, data_crc(&[7; 10]));
         let progress = Progress::new(Style::Never, "verify", None);
         let verifying = Verifying { checksums: &checksums, name: "f".into(), progress };
         let block = |number| Block { number, offset: number * 10, length: 10 };
@@ -519,12 +519,12 @@ mod tests {
     #[test]
     fn a_hole_of_the_destination_is_right_where_zeros_were_copied_alone() {
         let checksums = Checksums::new(Some(25), 10, true);
-        checksums.set(0, crc32c(&[0; 10]));
-        checksums.set(2, crc32c(&[0; 5]));
+        checksums.set(0, data_crc(&[0; 10]));
+        checksums.set(2, data_crc(&[0; 5]));
         let progress = || Progress::new(Style::Never, "verify", None);
         let verifying = |checksums| Verifying { checksums, name: "f".into(), progress: progress() };
         verifying(&checksums).hole(0..25).unwrap();
-        checksums.set(2, crc32c(&[1; 5]));
+        checksums.set(2, data_crc(&[1; 5]));
         let wrong = verifying(&checksums).hole(0..25).unwrap_err();
         assert!(wrong.kind() == Kind::Unverified && wrong.to_string().contains("at 20"), "{wrong}");
         verifying(&checksums).hole(0..20).unwrap();

@@ -6,10 +6,10 @@ use std::sync::Mutex;
 
 use clap::{Args, ValueEnum, ValueHint};
 use raio::{Checksum, ChecksumAlgorithm};
+use raio_transport::message::{CrcDigest, crc_digest};
 use raio_transport::sync::lock;
 use serde::Serialize;
 
-use crate::checksum::crc32c_digest;
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -58,7 +58,7 @@ struct Report<'a> {
 struct Digesting(Mutex<Digest>);
 
 enum Digest {
-    Crc32c(Box<crc_fast::Digest>),
+    Crc32c(Box<CrcDigest>),
     Blake3(Box<blake3::Hasher>),
 }
 
@@ -72,7 +72,7 @@ impl Watcher for Digesting {
 impl Algorithm {
     fn digest(self) -> Digest {
         match self {
-            Self::Crc32c => Digest::Crc32c(Box::new(crc32c_digest())),
+            Self::Crc32c => Digest::Crc32c(Box::new(crc_digest())),
             Self::Blake3 => Digest::Blake3(Box::default()),
         }
     }

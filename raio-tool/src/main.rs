@@ -7,7 +7,6 @@
 mod batch;
 mod bench;
 mod cat;
-mod checksum;
 mod cli;
 mod cmp;
 mod contents;

@@ -18,6 +18,16 @@ const CHECKED: Limits = Limits { crc: true, request_crc: false, data_bytes_max: 
 
 const ID: u64 = 0x0807_0605_0403_0201;
 
+#[test]
+fn checksums_are_crc32c_whole_and_in_pieces() {
+    // The check value of the catalogue of CRC algorithms.
+    assert_eq!(data_crc(b"123456789"), 0xe306_9283);
+    let mut digest = crc_digest();
+    digest.update(b"1234");
+    digest.update(b"56789");
+    assert_eq!(digest.finalize(), 0xe306_9283);
+}
+
 /// That `encode` makes exactly these bytes and that they are parsed as exactly this message.
 #[track_caller]
 fn golden(text: &str, limits: &Limits, message: Message<'_>, encode: impl FnOnce(&mut Vec<u8>)) {

@@ -8,11 +8,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use raio_transport::message::data_crc;
 use raio_transport::sync::lock;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::checksum::crc32c;
 use crate::failure::Failure;
 
 /// Bytes of a record: the block's number, its checksum, and the checksum of these two.
@@ -97,7 +97,7 @@ fn encode(number: u64, crc: u32) -> [u8; RECORD_BYTES] {
     let mut record = [0; RECORD_BYTES];
     record[..8].copy_from_slice(&number.to_le_bytes());
     record[8..12].copy_from_slice(&crc.to_le_bytes());
-    let check = crc32c(&record[..12]);
+    let check = data_crc(&record[..12]);
     record[12..].copy_from_slice(&check.to_le_bytes());
     record
 }
@@ -106,7 +106,7 @@ fn decode(record: &[u8]) -> Option<(u64, u32)> {
     let number = u64::from_le_bytes(record.get(..8)?.try_into().ok()?);
     let crc = u32::from_le_bytes(record.get(8..12)?.try_into().ok()?);
     let check = u32::from_le_bytes(record.get(12..16)?.try_into().ok()?);
-    (check == crc32c(&record[..12])).then_some((number, crc))
+    (check == data_crc(&record[..12])).then_some((number, crc))
 }
 
 #[cfg(test)]
