@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use clap::{Args, ValueHint};
 use serde::Serialize;
 
-use crate::contents::hash;
+use crate::contents::have_same_hash;
 use crate::failure::{Failure, Kind};
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -104,13 +104,7 @@ fn same_by_hashes(one: &dyn Place, other: &dyn Place, interrupt: &Interrupt) -> 
     let Some(size) = of_one.size.filter(|_| !is_stream && of_one.size == of_other.size) else {
         return Ok(None);
     };
-    let (a, b) = std::thread::scope(|scope| {
-        let a = scope.spawn(|| hash(one, interrupt));
-        let b = hash(other, interrupt);
-        (a.join(), b)
-    });
-    let a = a.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    Ok((a == b?).then_some(size))
+    Ok(have_same_hash(one, other, interrupt)?.then_some(size))
 }
 
 fn send(from: &dyn Place, to: SyncSender<Piece>, interrupt: &Interrupt) {

@@ -2,21 +2,18 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use clap::{Args, ValueEnum, ValueHint};
 use raio::{Checksum, ChecksumAlgorithm};
-use raio_transport::message::{CrcDigest, crc_digest};
-use raio_transport::sync::lock;
 use serde::Serialize;
 
+use crate::contents::{self, checksum_of};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
 use crate::location::Location;
 use crate::output;
-use crate::place::{Place, Sessions, Stream, open_source};
-use crate::transfer::{self, Block, Settings, Verdict, Watcher};
+use crate::place::{Place, Sessions, open_source};
 use crate::tree::{self, Access};
 use crate::tuning::SMALL_FILE_BYTES;
 
@@ -47,49 +44,18 @@ enum Algorithm {
 
 /// A result, as `--json` prints it.
 #[derive(Debug, Serialize)]
-struct Report<'a> {
+struct Report {
     path: String,
     algorithm: Algorithm,
-    checksum: &'a str,
+    checksum: String,
     bytes: u64,
 }
 
-/// Computes the checksum of blocks in their order.
-struct Digesting(Mutex<Digest>);
-
-enum Digest {
-    Crc32c(Box<CrcDigest>),
-    Blake3(Box<blake3::Hasher>),
-}
-
-impl Watcher for Digesting {
-    fn read(&self, _: Block, data: &[u8]) -> Result<Verdict, Failure> {
-        lock(&self.0).update(data);
-        Ok(Verdict::Skip)
-    }
-}
-
-impl Algorithm {
-    fn digest(self) -> Digest {
-        match self {
-            Self::Crc32c => Digest::Crc32c(Box::new(crc_digest())),
-            Self::Blake3 => Digest::Blake3(Box::default()),
-        }
-    }
-}
-
-impl Digest {
-    fn update(&mut self, data: &[u8]) {
-        match self {
-            Self::Crc32c(digest) => digest.update(data),
-            Self::Blake3(hasher) => drop(hasher.update(data)),
-        }
-    }
-
-    fn letters(&self) -> String {
-        match self {
-            Self::Crc32c(digest) => format!("{:08x}", digest.finalize()),
-            Self::Blake3(hasher) => hasher.finalize().to_hex().to_string(),
+impl From<Algorithm> for ChecksumAlgorithm {
+    fn from(algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::Crc32c => Self::Crc32c,
+            Algorithm::Blake3 => Self::Blake3,
         }
     }
 }
@@ -130,9 +96,8 @@ fn every(
                 if entry.size <= SMALL_FILE_BYTES {
                     let (bytes, now) = tree.read(&path, SMALL_FILE_BYTES)?;
                     if now.size == bytes.len() as u64 {
-                        let mut digest = options.algorithm.digest();
-                        digest.update(&bytes);
-                        tell(global, options, &location, &digest.letters(), now.size)?;
+                        let checksum = checksum_of(&bytes, options.algorithm.into());
+                        tell(global, options, &location, checksum, now.size)?;
                         continue;
                     }
                 }
@@ -152,39 +117,28 @@ fn show(
     source: &dyn Place,
     interrupt: &Interrupt,
 ) -> Result<(), Failure> {
-    let algorithm = match options.algorithm {
-        Algorithm::Crc32c => ChecksumAlgorithm::Crc32c,
-        Algorithm::Blake3 => ChecksumAlgorithm::Blake3,
-    };
-    let (checksum, bytes) = match source.checksum(algorithm, interrupt)? {
-        Some((Checksum::Crc32c(crc), bytes)) => (format!("{crc:08x}"), bytes),
-        Some((Checksum::Blake3(hash), bytes)) => (blake3::Hash::from(hash).to_hex().to_string(), bytes),
-        None => read(options.algorithm, source, interrupt)?,
-    };
-    tell(global, options, location, &checksum, bytes)
-}
-
-/// Reads a file, for its checksum in letters and its length.
-fn read(algorithm: Algorithm, source: &dyn Place, interrupt: &Interrupt) -> Result<(String, u64), Failure> {
-    let settings = Settings { is_ordered: true, ..Settings::default() };
-    let size = source.facts()?.size;
-    let digesting = Digesting(Mutex::new(algorithm.digest()));
-    let null = Stream::null();
-    let bytes = transfer::run(source, &null, Some(0)..size, &[], &settings, &digesting, interrupt)?;
-    let checksum = lock(&digesting.0).letters();
-    Ok((checksum, bytes))
+    let (checksum, bytes) = contents::checksum(source, options.algorithm.into(), interrupt)?;
+    tell(global, options, location, checksum, bytes)
 }
 
 fn tell(
     global: &Global,
     options: &Options,
     location: &Location,
-    checksum: &str,
+    checksum: Checksum,
     bytes: u64,
 ) -> Result<(), Failure> {
+    let checksum = hex(checksum);
     if global.json {
         let (path, algorithm) = (location.to_string(), options.algorithm);
         return output::print_json(&Report { path, algorithm, checksum, bytes });
     }
     output::print_bytes(&[checksum.as_bytes(), b"  ", &location.to_bytes(), b"\n"].concat())
+}
+
+fn hex(checksum: Checksum) -> String {
+    match checksum {
+        Checksum::Crc32c(crc) => format!("{crc:08x}"),
+        Checksum::Blake3(hash) => blake3::Hash::from(hash).to_hex().to_string(),
+    }
 }
