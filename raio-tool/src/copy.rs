@@ -200,7 +200,12 @@ impl FileCopy<'_> {
             }
             let end = data.end.min(at + WITHIN_SERVER_BYTES);
             match to.copy_within(self.from, at..end, self.interrupt)? {
-                None | Some(0) => return Err(has_become_shorter(self.from, at)),
+                None => {
+                    let to = self.to;
+                    let text = format!("The server of {to} does not support copying any more. Start again.");
+                    return Err(Failure::new(text));
+                }
+                Some(0) => return Err(has_become_shorter(self.from, at)),
                 Some(n) => at += n,
             }
             progress.show(at);

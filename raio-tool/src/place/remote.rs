@@ -11,6 +11,7 @@ use raio::{
     Answer, Attributes, Buffer, Buffers, Checksum, ChecksumAlgorithm, Completion, Context, File, FileStatus,
     Operation, Session,
 };
+use raio_transport::Class;
 use raio_transport::address::Address;
 use raio_transport::sync::lock;
 
@@ -109,7 +110,7 @@ pub struct RemoteFile {
     file: Arc<File>,
     path: PathBuf,
     name: String,
-    /// Does single calls, one at a time. None before the first one, and after one that has failed.
+    /// Does single calls, one at a time. None before the first one, and after its connection was lost.
     caller: Mutex<Option<Context>>,
     /// Which parts have data, as far as the server was asked.
     extents: Mutex<Extents>,
@@ -207,7 +208,7 @@ impl RemoteFile {
     }
 
     /// The same for one that may take long: Ctrl-C ends the wait. The next call has the same connection,
-    /// unless this one fails.
+    /// unless it is lost.
     fn complete(
         &self,
         what: &str,
@@ -223,7 +224,8 @@ impl RemoteFile {
         submitted.map_err(|rejected| self.failed(what, &rejected.error))?;
         loop {
             if let Some(completion) = context.next() {
-                if completion.result.is_ok() {
+                let is_lost = |error: &raio::Error| error.status.class == Class::Transport;
+                if !completion.result.as_ref().is_err_and(is_lost) {
                     *lock(&self.caller) = Some(context);
                 }
                 return Ok(completion);
@@ -282,16 +284,16 @@ impl Place for RemoteFile {
         while at < size {
             if !known.range.contains(&at) {
                 let operation = Operation::Extents { offset: at, length: size - at };
-                *known = match self.call("find the holes of", operation) {
-                    Ok(Some(answer)) => match *answer {
-                        Answer::Extents { extents, end } if end > at => {
-                            Extents::new(at..end.min(size), &extents)
-                        }
-                        _ => return Ok(Some(from..size)),
-                    },
+                let answer = match self.call("find the holes of", operation) {
                     Err(failure) if failure.is_final() => return Err(failure),
-                    // A server of before 0.3, or something that has no holes.
-                    _ => return Ok(Some(from..size)),
+                    answered => answered.ok().flatten(),
+                };
+                *known = match answer.map(|answer| *answer) {
+                    Some(Answer::Extents { extents, end }) if end > at => {
+                        Extents::new(at..end.min(size), &extents)
+                    }
+                    // A server of before 0.3, or something that has no holes: all of it may have data.
+                    _ => Extents::new(at..size, &[(at, size - at)]),
                 };
             }
             match known.next(at) {
