@@ -37,6 +37,7 @@ mod ping;
 mod place;
 mod progress;
 mod queue;
+mod rate;
 mod rm;
 mod stat;
 mod sync;

@@ -12,7 +12,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use raio_transport::sync::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -21,6 +21,7 @@ use self::blocks::Blocks;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
 use crate::place::{Done, Io, Lane, Place};
+use crate::rate::RateLimiter;
 use crate::tuning::{BLOCK_BYTES, DEPTH, LANES, LANES_FROM_BYTES, STOP_CHECK_INTERVAL};
 
 pub use self::blocks::Block;
@@ -106,8 +107,7 @@ struct Transfer<'a> {
     bytes: AtomicU64,
     /// A lane has failed: the others stop.
     is_over: AtomicBool,
-    /// When the next block may be read, if there is a rate.
-    next_at: Mutex<Instant>,
+    limiter: RateLimiter,
 }
 
 /// Moves a range of `from` to the same place of `to` (in a stream, to where it is). Of a source whose size is
@@ -134,7 +134,7 @@ pub fn run(
         blocks: Mutex::new(Blocks::new(from, start, range.end, settings.block_bytes, skip, holes)),
         bytes: AtomicU64::new(0),
         is_over: AtomicBool::new(false),
-        next_at: Mutex::new(Instant::now()),
+        limiter: RateLimiter::new(settings.rate),
     };
     let mut result = Ok(());
     std::thread::scope(|scope| {
@@ -200,7 +200,7 @@ impl Transfer<'_> {
             if self.is_over.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            let pause = self.until_due().min(STOP_CHECK_INTERVAL);
+            let pause = self.limiter.until_due().min(STOP_CHECK_INTERVAL);
             if has_more && pause.is_zero() {
                 has_more = self.begin(&mut hand)?;
             }
@@ -236,7 +236,7 @@ impl Transfer<'_> {
                 self.watcher.hole(hole)?;
             }
             let Some(block) = block else { return Ok(false) };
-            self.charge(block.length);
+            self.limiter.charge(block.length);
             hand.free.pop();
             let length = block.length as usize;
             let mut data = hand.spare.pop().unwrap_or_default();
@@ -323,23 +323,6 @@ impl Transfer<'_> {
         hand.spare.push(data);
         Ok(())
     }
-
-    /// How long it is until the next block may be read.
-    fn until_due(&self) -> Duration {
-        if self.settings.rate.is_none() {
-            return Duration::ZERO;
-        }
-        let next = lock(&self.next_at);
-        next.saturating_duration_since(Instant::now())
-    }
-
-    /// These bytes go now.
-    fn charge(&self, bytes: u64) {
-        if let Some(rate) = self.settings.rate {
-            let mut next = lock(&self.next_at);
-            *next = (*next).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);
-        }
-    }
 }
 
 /// Waits until either may have something (see [`Lane::poll_fd`]), or for this long.
@@ -369,6 +352,7 @@ impl Watcher for Unwatched {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::time::Instant;
 
     use super::*;
     use crate::place::{LocalFile, Stream};

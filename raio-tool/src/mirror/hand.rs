@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use super::{Deed, Item, Node, Run, count};
 use crate::failure::Failure;
 use crate::place::Sessions;
+use crate::rate::RateLimiter;
 use crate::transfer::wait_for_either;
 use crate::tree::{Answer, Ended, New, Request, Tree, TreeEntry};
 use crate::tuning::{REQUESTS_IN_FLIGHT, SMALL_BYTES_IN_FLIGHT, STOP_CHECK_INTERVAL};
@@ -28,8 +28,8 @@ pub struct Hand<'a> {
     writing: usize,
     /// Of the small files in flight, by the list of their directory.
     bytes: u64,
-    /// When the next small file may be read, if there is a rate.
-    next_at: Instant,
+    /// For small files.
+    limiter: RateLimiter,
 }
 
 /// What a request is for.
@@ -56,7 +56,7 @@ impl<'a> Hand<'a> {
             reading: 0,
             writing: 0,
             bytes: 0,
-            next_at: Instant::now(),
+            limiter: RateLimiter::new(run.plan.settings.rate),
         }
     }
 
@@ -131,7 +131,7 @@ impl<'a> Hand<'a> {
     }
 
     fn has_room(&self) -> bool {
-        !self.free.is_empty() && self.bytes < SMALL_BYTES_IN_FLIGHT && self.until_due().is_zero()
+        !self.free.is_empty() && self.bytes < SMALL_BYTES_IN_FLIGHT && self.limiter.until_due().is_zero()
     }
 
     /// Waits until there is room for another request.
@@ -142,20 +142,10 @@ impl<'a> Hand<'a> {
         Ok(())
     }
 
-    /// How long it is until the next small file may be read.
-    fn until_due(&self) -> Duration {
-        match self.run.plan.settings.rate {
-            Some(_) => self.next_at.saturating_duration_since(Instant::now()),
-            None => Duration::ZERO,
-        }
-    }
-
     /// Begins to read a small file. There has to be room.
     pub(super) fn begin_file(&mut self, node: &Arc<Node>, path: PathBuf, entry: &TreeEntry) {
         self.bytes += entry.size;
-        if let Some(rate) = self.run.plan.settings.rate {
-            self.next_at = Instant::now() + Duration::from_secs_f64(entry.size as f64 / rate as f64);
-        }
+        self.limiter.charge(entry.size);
         self.reading += 1;
         let token = self.token(Job::File(Arc::clone(node), entry.clone()));
         // If it has become longer, its status says so.
@@ -216,7 +206,7 @@ impl<'a> Hand<'a> {
         if self.take_in()? {
             return Ok(());
         }
-        let due = self.until_due();
+        let due = self.limiter.until_due();
         let interval = if due.is_zero() { STOP_CHECK_INTERVAL } else { due.min(STOP_CHECK_INTERVAL) };
         match (self.reading, self.writing) {
             (0, 0) => {
