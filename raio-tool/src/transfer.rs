@@ -20,7 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use self::blocks::Blocks;
 use crate::failure::Failure;
 use crate::interrupt::Interrupt;
-use crate::place::{Done, Io, Lane, Place};
+use crate::place::{Done, Io, Lane, Place, has_become_shorter};
 use crate::rate::RateLimiter;
 use crate::tuning::{BLOCK_BYTES, DEPTH, LANES, LANES_FROM_BYTES, STOP_CHECK_INTERVAL};
 
@@ -261,11 +261,7 @@ impl Transfer<'_> {
         if length < data.len() {
             let mut blocks = lock(&self.blocks);
             if blocks.is_bounded() {
-                return Err(Failure::new(format!(
-                    "{} has become shorter while it was read: it ends at {}. Start again.",
-                    self.from.name(),
-                    block.offset + length as u64
-                )));
+                return Err(has_become_shorter(self.from, block.offset + length as u64));
             }
             blocks.end();
             data.truncate(length);
