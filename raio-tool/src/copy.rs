@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use raio_transport::message::data_crc;
 use raio_transport::sync::lock;
+use serde::Serialize;
 
 use self::journal::{Journal, Subject};
 use crate::failure::{Failure, Kind};
@@ -57,11 +58,11 @@ pub struct FileCopy<'a> {
 }
 
 /// What a copy came to.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Copied {
     /// Of the source.
     pub bytes: u64,
-    /// Read from the source.
+    /// Read from the source by this run.
     pub copied_bytes: u64,
     /// Of those, zeros that were not written.
     pub zero_bytes: u64,
@@ -175,7 +176,7 @@ impl FileCopy<'_> {
         let published = destination.publish(self.is_durable);
         published.map_err(|failure| self.left(failure, destination, false))?;
         let copied_bytes = bytes - zero_bytes;
-        Ok(Some(Copied { bytes, copied_bytes, zero_bytes, resumed_bytes: 0, verified_bytes: 0 }))
+        Ok(Some(Copied { bytes, copied_bytes, zero_bytes, ..Copied::default() }))
     }
 
     /// Has the server copy so many bytes, except for holes. Returns how many bytes of holes there are.

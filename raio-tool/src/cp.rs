@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use self::destination::{Found, found};
 use crate::batch::Batch;
-use crate::copy::{Destination, FileCopy};
+use crate::copy::{Copied, Destination, FileCopy};
 use crate::failure::Failure;
 use crate::global::Global;
 use crate::interrupt::Interrupt;
@@ -101,16 +101,8 @@ fn block_size(text: &str) -> Result<u64, String> {
 struct Report {
     source: String,
     destination: String,
-    /// Of the source.
-    bytes: u64,
-    /// Read from the source by this run.
-    copied_bytes: u64,
-    /// Of those, zeros that were not written.
-    zero_bytes: u64,
-    /// There already, and proven by checksums.
-    resumed_bytes: u64,
-    /// Read again and compared.
-    verified_bytes: u64,
+    #[serde(flatten)]
+    copied: Copied,
     seconds: f64,
     bytes_per_second: f64,
 }
@@ -189,14 +181,13 @@ impl Copy<'_> {
             destination::open(self.sessions, self.options, self.from, self.to, &facts, self.interrupt)?;
         self.check(&*source, &facts, &destination)?;
         let (is_stream, options) = (facts.sort == Sort::Stream, self.options);
-        let size = facts.size.filter(|&size| size >= JOURNAL_FROM_BYTES || options.resume);
         let copied = FileCopy {
             from: &*source,
             facts: &facts,
             source: self.from,
             to: self.to,
             settings: self.settings(!is_stream),
-            has_journal: size.is_some(),
+            has_journal: facts.size.is_some_and(|size| size >= JOURNAL_FROM_BYTES || options.resume),
             resumes: options.resume,
             is_alone: true,
             verifies: options.verify,
@@ -208,18 +199,18 @@ impl Copy<'_> {
             interrupt: self.interrupt,
         }
         .run(&mut destination)?;
+        Ok(self.report(copied, started))
+    }
+
+    fn report(&self, copied: Copied, started: Instant) -> Report {
         let elapsed = started.elapsed();
-        Ok(Report {
+        Report {
             source: self.from.to_string(),
             destination: self.to.to_string(),
-            bytes: copied.bytes,
-            copied_bytes: copied.copied_bytes,
-            zero_bytes: copied.zero_bytes,
-            resumed_bytes: copied.resumed_bytes,
-            verified_bytes: copied.verified_bytes,
+            copied,
             seconds: elapsed.as_secs_f64(),
             bytes_per_second: output::per_second(copied.copied_bytes, elapsed),
-        })
+        }
     }
 
     /// Copies a small file to a server by one request, if that is what it takes.
@@ -256,18 +247,8 @@ impl Copy<'_> {
             Err(error) if error.errno() == libc::EFBIG => return Ok(None),
             done => done.map_err(|error| Failure::remote(format!("Cannot write {}", self.to), &error))?,
         }
-        let elapsed = started.elapsed();
-        Ok(Some(Report {
-            source: self.from.to_string(),
-            destination: self.to.to_string(),
-            bytes: size,
-            copied_bytes: size,
-            zero_bytes: 0,
-            resumed_bytes: 0,
-            verified_bytes: 0,
-            seconds: elapsed.as_secs_f64(),
-            bytes_per_second: output::per_second(size, elapsed),
-        }))
+        let copied = Copied { bytes: size, copied_bytes: size, ..Copied::default() };
+        Ok(Some(self.report(copied, started)))
     }
 
     /// Refuses a copy of a file to itself.
