@@ -65,7 +65,7 @@ impl Hand<'_> {
         // What is verified takes its name later.
         match entry.size <= SMALL_FILE_BYTES && !run.plan.verifies {
             true => self.begin_file(node, path, entry),
-            false => self.is_large(Arc::clone(node), entry.clone()),
+            false => self.queue_large(Arc::clone(node), entry.clone()),
         }
         Ok(false)
     }

@@ -242,10 +242,10 @@ impl<'a> Hand<'a> {
             }
             // It has become longer, or the server brings less with one request.
             Ok(_) => {
-                self.is_large(node, entry);
+                self.queue_large(node, entry);
                 Ok(())
             }
-            Err(failure) => self.finish_one(&node, Err(failure)),
+            Err(failure) => self.ended(&node, Err(failure)),
         }
     }
 
@@ -253,14 +253,14 @@ impl<'a> Hand<'a> {
         self.writing -= 1;
         match (self.job(token), result) {
             (Some(Job::File(node, entry)), Ok(Answer::TooLarge)) => {
-                self.is_large(node, entry);
+                self.queue_large(node, entry);
                 Ok(())
             }
             (Some(Job::File(node, entry)), result) => {
                 let copied = result.map(|_| self.was_copied(entry.size));
-                self.finish_one(&node, copied)
+                self.ended(&node, copied)
             }
-            (Some(Job::Attributes(node)), result) => self.finish_one(&node, result.map(drop)),
+            (Some(Job::Attributes(node)), result) => self.ended(&node, result.map(drop)),
             (Some(Job::Create(node)), Ok(answer)) => {
                 node.was_made(matches!(answer, Answer::Done));
                 self.run.queue.add(vec![Item::Directory(node)]);
@@ -268,7 +268,7 @@ impl<'a> Hand<'a> {
             }
             (Some(Job::Create(node)), Err(failure)) => {
                 node.has_failed();
-                self.finish_one(&node, Err(failure))
+                self.ended(&node, Err(failure))
             }
             (Some(Job::Set(node)), result) => {
                 self.run.note(result.map(drop))?;
@@ -279,7 +279,7 @@ impl<'a> Hand<'a> {
     }
 
     /// Puts a file off that takes more than a request. Any thread may copy it.
-    pub(super) fn is_large(&self, node: Arc<Node>, entry: TreeEntry) {
+    pub(super) fn queue_large(&self, node: Arc<Node>, entry: TreeEntry) {
         self.run.queue.add(vec![Item::Large(node, entry)]);
     }
 
@@ -291,14 +291,8 @@ impl<'a> Hand<'a> {
         run.mirror.progress.show(all);
     }
 
-    /// Something in a directory has ended.
-    pub(super) fn ended(&mut self, node: &Arc<Node>, ended: Result<(), Failure>) -> Result<(), Failure> {
-        self.make_room()?;
-        self.finish_one(node, ended)
-    }
-
-    /// The same when there is room for a request.
-    fn finish_one(&mut self, node: &Arc<Node>, ended: Result<(), Failure>) -> Result<(), Failure> {
+    /// Something in a directory has ended. There has to be room for a request.
+    fn ended(&mut self, node: &Arc<Node>, ended: Result<(), Failure>) -> Result<(), Failure> {
         self.run.note(ended)?;
         self.finish(node)
     }
