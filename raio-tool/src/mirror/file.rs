@@ -10,7 +10,7 @@ use crate::copy::{Destination, FileCopy, state_file};
 use crate::failure::Failure;
 use crate::place::Sort;
 use crate::progress::{Progress, Style};
-use crate::tree::{Request, TreeEntry, partial_tag};
+use crate::tree::{TreeEntry, partial_tag};
 use crate::tuning::SMALL_FILE_BYTES;
 
 impl Hand<'_> {
@@ -105,7 +105,7 @@ impl Hand<'_> {
         if mode.is_none() && modified_ns.is_none() || !run.begins(Deed::Set, &path, None)? {
             return Ok(true);
         }
-        self.begin_attributes(node, Request::Set { path, mode, modified_ns });
+        self.begin_attributes(Some(node), path, mode, modified_ns);
         Ok(false)
     }
 

@@ -36,12 +36,11 @@ pub struct Hand<'a> {
 enum Job {
     /// A small file of a directory, which is read and then written.
     File(Arc<Node>, TreeEntry),
-    /// A file of a directory gets its attributes.
-    Attributes(Arc<Node>),
+    /// Something gets its attributes: a file, or a directory in which everything is done. It is in this
+    /// directory; the first one is in none.
+    Attributes(Option<Arc<Node>>),
     /// A directory is created, and comes into the queue.
     Create(Arc<Node>),
-    /// A directory in which everything is done gets its attributes.
-    Set(Arc<Node>),
 }
 
 impl<'a> Hand<'a> {
@@ -159,9 +158,15 @@ impl<'a> Hand<'a> {
         self.write(Job::Create(node), Request::CreateDir { path, mode });
     }
 
-    /// Begins to set the attributes of a file in a directory. There has to be room.
-    pub(super) fn begin_attributes(&mut self, node: &Arc<Node>, request: Request) {
-        self.write(Job::Attributes(Arc::clone(node)), request);
+    /// Begins to set the attributes of something in the directory `parent`. There has to be room.
+    pub(super) fn begin_attributes(
+        &mut self,
+        parent: Option<&Arc<Node>>,
+        path: PathBuf,
+        mode: Option<u32>,
+        modified_ns: Option<i64>,
+    ) {
+        self.write(Job::Attributes(parent.cloned()), Request::Set { path, mode, modified_ns });
     }
 
     fn write(&mut self, job: Job, request: Request) {
@@ -260,7 +265,10 @@ impl<'a> Hand<'a> {
                 let copied = result.map(|_| self.was_copied(entry.size));
                 self.ended(&node, copied)
             }
-            (Some(Job::Attributes(node)), result) => self.ended(&node, result.map(drop)),
+            (Some(Job::Attributes(parent)), result) => {
+                self.run.note(result.map(drop))?;
+                parent.map_or(Ok(()), |parent| self.finish(&parent))
+            }
             (Some(Job::Create(node)), Ok(answer)) => {
                 node.was_made(matches!(answer, Answer::Done));
                 self.run.queue.add(vec![Item::Directory(node)]);
@@ -269,10 +277,6 @@ impl<'a> Hand<'a> {
             (Some(Job::Create(node)), Err(failure)) => {
                 node.has_failed();
                 self.ended(&node, Err(failure))
-            }
-            (Some(Job::Set(node)), result) => {
-                self.run.note(result.map(drop))?;
-                node.parent().map_or(Ok(()), |parent| self.finish(parent))
             }
             (None, _) => Ok(()),
         }
@@ -331,8 +335,7 @@ impl<'a> Hand<'a> {
                 Some(found & mode)
             }
         };
-        let path = node.path().to_owned();
-        self.write(Job::Set(Arc::clone(node)), Request::Set { path, mode, modified_ns });
+        self.begin_attributes(node.parent(), node.path().to_owned(), mode, modified_ns);
         Ok(true)
     }
 }
