@@ -3,6 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
+
 use crate::failure::Failure;
 use crate::location::Location;
 use crate::place::{Facts, PartialFile, Place, Sort};
@@ -120,11 +122,15 @@ impl Destination {
     }
 }
 
-/// Whether journals can be written to where [`state_file`] says.
+/// Whether journals can be written to where [`state_file`] says. Creates nothing: a dry run asks, too.
 pub fn can_keep_journals() -> bool {
-    let directory = state_directory();
-    std::fs::create_dir_all(&directory).is_ok()
-        && rustix::fs::access(&directory, rustix::fs::Access::WRITE_OK).is_ok()
+    can_hold_files(&state_directory())
+}
+
+/// Whether files can be written to a directory, once it has been created if it does not exist.
+fn can_hold_files(directory: &Path) -> bool {
+    let there = directory.ancestors().find(|path| path.symlink_metadata().is_ok());
+    there.is_some_and(|path| path.is_dir() && access(path, Access::WRITE_OK | Access::EXEC_OK).is_ok())
 }
 
 /// Where the journal of a copy to a device or a server is. Its tag tells copies apart.
@@ -137,4 +143,19 @@ fn state_directory() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
     let directory = state.or_else(home).unwrap_or_else(std::env::temp_dir);
     directory.join("raio")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whether_a_directory_can_hold_files_is_found_without_creating_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let new = directory.path().join("a/b");
+        assert!(can_hold_files(directory.path()) && can_hold_files(&new));
+        assert!(!directory.path().join("a").exists());
+        std::fs::write(directory.path().join("a"), "").unwrap();
+        assert!(!can_hold_files(&new), "a file is no directory");
+    }
 }

@@ -303,6 +303,7 @@ fn what_the_source_does_not_have_is_removed_only_if_that_is_wanted() {
     }
     assert!(!shown.contains("f.tmp") && !shown.contains("kept"), "{shown}");
     assert_same(&before, &tree(&site.there("a"), true), "--dry-run changes nothing");
+    assert!(!site.directory.path().join("state/raio").exists(), "it creates no directory for journals");
     let output = site.raio(&["sync", "a", ":/e/a"]).output().expect("raio runs");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(code(&output) == Some(1) && said.contains("--delete removes it"), "{said}");
