@@ -46,14 +46,10 @@ impl<'a> Sessions<'a> {
     pub fn at<'l>(&self, location: &'l Location) -> Result<(Arc<Session>, &'l Path), Failure> {
         let (url, path) = on_server(self.global, location)?;
         let mut sessions = lock(&self.sessions);
-        let session = match sessions.get(&url) {
-            Some(session) => session,
-            None => {
-                // Others may be on another server.
-                let connected = connect(self.global, &url).map(Arc::new).map_err(Failure::of_one);
-                sessions.entry(url).or_insert(connected)
-            }
-        };
+        let session = sessions.entry(url).or_insert_with_key(|url| {
+            // Others may be on another server.
+            connect(self.global, url).map(Arc::new).map_err(Failure::of_one)
+        });
         Ok((session.clone()?, path))
     }
 }
