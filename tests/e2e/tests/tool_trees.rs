@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use raio_e2e::{PATIENCE, Proxy, Random, Server, Treatment, seed};
@@ -496,11 +496,18 @@ fn ctrl_c_leaves_no_partial_file_and_whole_files_only() {
     }
 }
 
-/// How many requests of this name were in flight at once at most, by the trace of libraio, and how many there
-/// were.
-fn in_flight(trace: &Path, name: &str) -> (usize, usize) {
-    let text = fs::read_to_string(trace).expect("a trace");
-    let trace: Value = serde_json::from_str(&text).expect("JSON");
+/// Runs `raio`, which must succeed. Returns the trace of libraio.
+fn traced(site: &Site, command: &mut Command) -> Value {
+    let trace = site.here("trace");
+    let output = command.env("RAIO_TRACE", &trace).output().expect("raio runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = fs::read_to_string(&trace).expect("a trace");
+    fs::remove_file(trace).expect("a trace");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+/// How many requests of this name were in flight at once at most, by a trace, and how many there were.
+fn in_flight(trace: &Value, name: &str) -> (usize, usize) {
     let events = trace["traceEvents"].as_array().expect("events");
     let mut steps: Vec<(f64, bool)> = events
         .iter()
@@ -535,27 +542,21 @@ fn small_files_and_directories_do_not_wait_for_one_another_over_a_long_way() {
         (":/e/b", ":/e/c", &[("get", 240), ("put", 240), ("mkdir", 40)]),
         (":/e/c", "d", &[("get", 240)]),
     ] {
-        let trace = site.here("trace");
         let mut command = site.raio(&["cp", "-r", "--preserve", "--connections", "1", from, to]);
-        let output = command.env("RAIO_URL", proxy.url()).env("RAIO_TRACE", &trace).output();
-        let output = output.expect("raio runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let trace = traced(&site, command.env("RAIO_URL", proxy.url()));
         for &(name, number) in counted {
             let (most, all) = in_flight(&trace, name);
             assert_eq!(all, number, "{name} from {from} to {to}");
             assert!((20..=32).contains(&most), "{name} from {from} to {to}: {most} at once");
         }
-        fs::remove_file(trace).expect("a trace");
     }
     assert_same(&tree(&site.here("a"), true), &tree(&site.here("d"), true), "there and back");
     for number in 0..200 {
         let read_only = fs::Permissions::from_mode(0o444);
         fs::set_permissions(site.here(&format!("a/{number}")), read_only).expect("it is ours");
     }
-    let trace = site.here("trace");
     let mut command = site.raio(&["sync", "--connections", "1", "a", ":/e/b"]);
-    let output = command.env("RAIO_URL", proxy.url()).env("RAIO_TRACE", &trace).output().expect("raio runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let trace = traced(&site, command.env("RAIO_URL", proxy.url()));
     let (most, all) = in_flight(&trace, "set_attributes");
     assert!(all == 200 && (20..=32).contains(&most), "{most} of {all} at once");
     assert_same(&tree(&site.here("a"), true), &tree(&site.there("b"), true), "attributes");
@@ -597,10 +598,7 @@ fn an_interrupted_copy_of_a_tree_goes_on_within_its_large_files() {
             fs::write(source.join(number.to_string()), bytes(number)).expect("a file");
         }
         interrupt(&site, &["cp", "-r", "--resume", "--bwlimit", "40M", from, to]);
-        let trace = site.here("trace");
-        let output = site.raio(again).env("RAIO_TRACE", &trace).output().expect("raio runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let (_, blocks) = in_flight(&trace, moved);
+        let (_, blocks) = in_flight(&traced(&site, &mut site.raio(again)), moved);
         assert!((1..35).contains(&blocks), "{again:?}: {blocks} of 40 blocks were moved again");
         assert_same(&tree(&source, true), &tree(&destination.join("a"), true), "all is there");
         let report = site.json(&["cp", "-r", "--resume", "--json", from, to]);
@@ -613,13 +611,8 @@ fn files_of_a_tree_are_verified_and_their_holes_are_not_read() {
     let site = Site::new();
     grow(&site.here("a"), &mut Random::with_seed(3));
     let reads = |from: &str, to: &str, options: &[&str]| {
-        let trace = site.here("trace");
         let arguments = [&["cp", "-r", "--preserve", from, to], options].concat();
-        let output = site.raio(&arguments).env("RAIO_TRACE", &trace).output().expect("raio runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let (_, reads) = in_flight(&trace, "read");
-        fs::remove_file(trace).expect("a trace");
-        reads
+        in_flight(&traced(&site, &mut site.raio(&arguments)), "read").1
     };
     assert!(reads("a", ":/e/b", &["--verify"]) > 40, "each file is read again");
     reads(":/e/b", "c", &["--verify"]);
