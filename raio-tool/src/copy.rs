@@ -1,4 +1,4 @@
-//! Copies a file: a transfer whose blocks are noted in a journal, so that it goes on after an interruption.
+//! Copies a file: a transfer whose blocks are recorded in a journal, so that it can be resumed.
 //! Verifying is a second transfer, which reads the destination and compares its blocks with the checksums of
 //! what was read from the source.
 
@@ -37,7 +37,7 @@ pub struct FileCopy<'a> {
     pub settings: Settings,
     /// A journal is kept, if the destination has a place for it.
     pub has_journal: bool,
-    /// An interrupted copy goes on.
+    /// An interrupted copy is resumed.
     pub resumes: bool,
     /// It is the only file of its command: what there is to resume is told.
     pub is_alone: bool,
@@ -64,7 +64,7 @@ pub struct Copied {
     pub bytes: u64,
     /// Read from the source by this run.
     pub copied_bytes: u64,
-    /// Of those, zeros that were not written.
+    /// Holes, and zeros that were not written.
     pub zero_bytes: u64,
     /// There already, and proven by checksums.
     pub resumed_bytes: u64,
@@ -87,7 +87,7 @@ impl FileCopy<'_> {
             let found = if self.resumes { Journal::read(path, subject) } else { None };
             if self.resumes && self.is_alone && found.is_none() {
                 output::say(&format!(
-                    "raio: There is nothing to resume for {}: it is copied from its start.",
+                    "raio: There is nothing to resume for {}: it is copied from the beginning.",
                     self.to
                 ));
             }
@@ -155,7 +155,7 @@ impl FileCopy<'_> {
         Ok(())
     }
 
-    /// Has the server copy the file, if it has both, and nothing needs the data here. None: it cannot.
+    /// Server-side copy, if both files are on one server and no option needs the data here. Else None.
     fn copy_within_server(&self, destination: &mut Destination) -> Result<Option<Copied>, Failure> {
         let is_plain = !self.verifies && !self.resumes && self.settings.rate.is_none();
         let Some(bytes) = self.facts.size.filter(|_| is_plain) else { return Ok(None) };
@@ -179,7 +179,7 @@ impl FileCopy<'_> {
         Ok(Some(Copied { bytes, copied_bytes, zero_bytes, ..Copied::default() }))
     }
 
-    /// Has the server copy so many bytes, except for holes. Returns how many bytes of holes there are.
+    /// Server-side copy of the first `bytes` bytes, except for holes. Returns the number of bytes in holes.
     fn have_copied(
         &self,
         destination: &Destination,
@@ -278,7 +278,7 @@ impl FileCopy<'_> {
     /// What is said, and left, when a copy has failed.
     fn left(&self, failure: Failure, destination: &Destination, has_journal: bool) -> Failure {
         match has_journal {
-            true if self.is_alone => failure.with_advice("The same command with --resume goes on."),
+            true if self.is_alone => failure.with_advice("To continue, run the same command with --resume."),
             true => failure,
             false => {
                 destination.abandon();
@@ -389,7 +389,7 @@ impl Watcher for Copying<'_> {
     }
 }
 
-/// The watcher of a destination of which an interrupted copy is to go on.
+/// The watcher that checks the destination of an interrupted copy against its journal.
 struct Proving<'a> {
     checksums: &'a Checksums,
     proven: Mutex<Vec<(Block, u32)>>,

@@ -75,7 +75,7 @@ impl Failure {
         self.is_final
     }
 
-    /// The same failure, which says nothing of what is done next.
+    /// The same failure, but not final: what is done next may succeed.
     pub fn of_one(self) -> Self {
         Self { is_final: false, ..self }
     }

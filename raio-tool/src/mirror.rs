@@ -1,6 +1,6 @@
 //! Makes a tree like another one: what `cp -r` and `sync` have in common.
 //!
-//! Threads share a queue of directories and groups of files. Each has a way of its own to both trees, with
+//! Threads share a queue of directories and groups of files. Each has its own connections to both trees, with
 //! many requests for small files, directories and attributes in flight (a [`Hand`]). A directory is listed,
 //! on both sides if they are compared, and its entries are merged by name: so no more is in memory than the
 //! directories that are being worked on. Permissions and times of a directory are set when everything in it

@@ -134,13 +134,13 @@ pub trait Place: Send + Sync {
     ) -> Result<Option<(Checksum, u64)>, Failure> {
         Ok(None)
     }
-    /// It, if it is a file of a server.
+    /// This as a file on a server, for server-side copies; else None.
     fn as_remote(&self) -> Option<&RemoteFile> {
         None
     }
-    /// Has the server that has both files copy a range of the source to the same offset of this one, so that
-    /// the data does not come here. Returns how many bytes it has copied, 0 at the end of the source. None:
-    /// they are not of one session with a server that does this.
+    /// Server-side copy of a range of the source to the same offset of this one, so that the data does not
+    /// come here. Returns how many bytes it has copied, 0 at the end of the source. None: they are not of one
+    /// session with a server that does this.
     fn copy_within(
         &self,
         _source: &dyn Place,

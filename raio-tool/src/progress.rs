@@ -35,7 +35,7 @@ enum Shown {
     Bar(ProgressBar),
     /// When the last line was written.
     Json(Mutex<Instant>),
-    /// As a part of something, of which so many bytes are done.
+    /// As a part of another progress, and the bytes that were done before this part.
     Part(Arc<Progress>, u64),
     Nothing,
 }

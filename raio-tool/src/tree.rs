@@ -196,8 +196,8 @@ pub fn partial_path(access: &Access, path: &Path) -> PathBuf {
     beside(path, &format!(".partial-{}", partial_tag(access, path)))
 }
 
-/// The end of the name of the partial file for a path, and of its journal. It is another one for each path,
-/// as long names lose their end.
+/// The end of the name of the partial file for a path, and of its journal. It is unique for each path,
+/// because long names are truncated.
 pub fn partial_tag(access: &Access, path: &Path) -> String {
     let subject = [access.tag.as_bytes(), b"\n", path.as_os_str().as_encoded_bytes()].concat();
     blake3::hash(&subject).to_hex()[..16].to_owned()

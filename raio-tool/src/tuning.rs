@@ -39,10 +39,10 @@ pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
 pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
 
 /// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight: with
-/// 8 threads, 256 cost one round trip. More would be more to do again after an interruption.
+/// 8 threads, 256 cost one round trip. A higher value means more files to redo after an interruption.
 pub const REQUESTS_IN_FLIGHT: usize = 32;
 
-/// Bytes of small files that a thread has in memory at once, and one file more.
+/// Bytes of small files in flight from which on a thread starts no other one.
 pub const SMALL_BYTES_IN_FLIGHT: u64 = 8 << 20;
 
 /// What a server copies from one of its files to another in one request: the progress is shown between two.

@@ -25,7 +25,7 @@ enum Target {
 }
 
 impl Destination {
-    /// A file beside the destination. `facts` are of what is at the destination, if something is.
+    /// A file beside the destination. `facts`: those of the existing destination, if there is one.
     pub fn partial(partial: Box<dyn PartialFile>, facts: Option<Facts>, journal: Option<PathBuf>) -> Self {
         Self { target: Target::Partial(partial), facts, journal, is_zero: false }
     }

@@ -67,7 +67,7 @@ impl Hand<'_> {
         }
         extra.extend(there);
         if run.plan.deletes {
-            // What was interrupted goes on.
+            // Partial files of interrupted copies are kept, to be resumed.
             let resumed = files.iter().filter(|(entry, _)| run.plan.has_journal(entry.size));
             let partials: HashSet<_> = resumed
                 .map(|(entry, _)| partial_path(&run.access[1], &node.path().join(&entry.name)))

@@ -82,7 +82,7 @@ impl<'a> Hand<'a> {
             match item {
                 Some(item) => {
                     taken += 1;
-                    // It may wait for a list: what was begun goes out before.
+                    // It may block on a directory listing: send the queued requests first.
                     self.take_in()?;
                     self.begin(item)?;
                 }
@@ -114,7 +114,7 @@ impl<'a> Hand<'a> {
                 Ok(())
             }
             Item::Large(node, entry) => {
-                // Nobody would look at their answers for a long time.
+                // Otherwise their answers would not be processed until the large file is copied.
                 while !self.is_idle() {
                     self.progress()?;
                 }
@@ -191,7 +191,8 @@ impl<'a> Hand<'a> {
         job
     }
 
-    /// Sends what was begun, and takes in what has ended. Does not wait. Returns whether something has ended.
+    /// Sends the queued requests, and processes completions. Does not wait. Returns whether there were any
+    /// completions.
     fn take_in(&mut self) -> Result<bool, Failure> {
         let mut has_ended = false;
         while let Some(ended) = self.source.next()? {
@@ -282,7 +283,7 @@ impl<'a> Hand<'a> {
         }
     }
 
-    /// Puts a file off that takes more than a request. Any thread may copy it.
+    /// Queues a file that is too large for one request. Any thread may copy it.
     pub(super) fn queue_large(&self, node: Arc<Node>, entry: TreeEntry) {
         self.run.queue.add(vec![Item::Large(node, entry)]);
     }

@@ -73,7 +73,7 @@ pub fn to_ns(seconds: i64, ns: i64) -> i64 {
     seconds.saturating_mul(1_000_000_000).saturating_add(ns)
 }
 
-/// A time of so many nanoseconds since the epoch.
+/// Converts nanoseconds since the epoch.
 pub fn timespec(ns: i64) -> rustix::fs::Timespec {
     rustix::fs::Timespec { tv_sec: ns.div_euclid(1_000_000_000), tv_nsec: ns.rem_euclid(1_000_000_000) }
 }
