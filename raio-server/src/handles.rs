@@ -14,6 +14,18 @@ const INDEX_MASK: u32 = (1 << INDEX_BITS) - 1;
 /// The generations are from 1 to this one, so that no handle is all zeros.
 pub const GENERATION_MAX: u32 = u32::MAX >> INDEX_BITS;
 
+/// How far the first generations of two sessions are apart that begin one after the other: the golden section
+/// of all, so that each is far from the latest ones. It has no divisor in common with their number, so each
+/// comes once before one comes again.
+const SESSION_STRIDE: u32 = 2531;
+
+/// The generation that the next session begins with, if one has begun with this. A client whose session has
+/// expired still has the handles of its files, and the same client has the next session: no other file may
+/// get one of them.
+pub fn generation_of_next_session(generation: u32) -> u32 {
+    (generation + SESSION_STRIDE - 1) % GENERATION_MAX + 1
+}
+
 /// The index in a handle.
 pub fn index_of(handle: FileHandle) -> usize {
     (handle.0 & INDEX_MASK) as usize
@@ -69,8 +81,8 @@ impl<F> Entry<F> {
 }
 
 impl<F> Handles<F> {
-    /// None yet. An index begins with this generation: if it is another one for each server, a handle of an
-    /// earlier one is not likely to be given to another file before its own file is reopened.
+    /// None yet. An index begins with this generation: if it is another one for each server and session, a
+    /// handle of an earlier one is not likely to be given to another file before its own file is reopened.
     pub fn new(first_generation: u32) -> Self {
         let first_generation = first_generation.clamp(1, GENERATION_MAX);
         Self { near: Vec::new(), near_open: 0, free: Vec::new(), far: HashMap::new(), first_generation }
@@ -204,6 +216,17 @@ mod tests {
                 assert_eq!(handles.remove(handle), Some(n));
             }
         }
+    }
+
+    #[test]
+    fn sessions_begin_with_all_generations_before_one_comes_again() {
+        let mut seen = HashSet::new();
+        let mut generation = GENERATION_MAX;
+        for _ in 0..GENERATION_MAX {
+            assert!((1..=GENERATION_MAX).contains(&generation) && seen.insert(generation));
+            generation = generation_of_next_session(generation);
+        }
+        assert_eq!(generation, GENERATION_MAX);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use raio_transport::sync::lock;
 
 use self::by_address::{ByAddress, Key};
 use crate::channel::{Channel, Guard, Guards, Outcomes};
+use crate::handles::generation_of_next_session;
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::peer::Origin;
 use crate::session::{ClosedFile, Session};
@@ -156,8 +157,6 @@ pub struct Sessions {
     table: Mutex<Table>,
     sessions_max: usize,
     limits: Arc<Limits>,
-    /// See [`crate::handles::Handles::new`].
-    first_generation: u32,
 }
 
 #[derive(Debug)]
@@ -174,6 +173,8 @@ struct Table {
     parked_bytes_max: usize,
     /// Tells keys of the same time apart.
     serial: u64,
+    /// With which the handles of the next session begin: see [`crate::handles::Handles::new`].
+    first_generation: u32,
     counts: ChannelCounts,
     guards: Guards,
 }
@@ -214,15 +215,17 @@ impl Sessions {
             parked: ByAddress::default(),
             parked_bytes_max: limits.parked_bytes_max(),
             serial: 0,
+            first_generation: 1,
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), sessions_max, limits, first_generation: 1 }
+        Self { table: Mutex::new(table), sessions_max, limits }
     }
 
-    /// The same, whose files have handles that begin with this generation.
+    /// The same, whose first one has handles that begin with this generation.
     pub fn with_first_generation(self, first_generation: u32) -> Self {
-        Self { first_generation, ..self }
+        lock(&self.table).first_generation = first_generation;
+        self
     }
 
     /// A connection of a client says hello. What is returned besides is to be done even if it may not join.
@@ -244,7 +247,9 @@ impl Sessions {
             }
             let (identity, limits) = (peer.identity.clone(), Arc::clone(&self.limits));
             let session = Session::new(peer.session, identity, address.clone(), limits);
-            Ok(Arc::new(session.with_first_generation(self.first_generation)))
+            let next = generation_of_next_session(table.first_generation);
+            let first_generation = std::mem::replace(&mut table.first_generation, next);
+            Ok(Arc::new(session.with_first_generation(first_generation)))
         });
         let joined = joined.map(|mut joined| {
             table.supersede(peer, &mut joined, now, &mut effects);
@@ -589,7 +594,6 @@ impl Clone for Sessions {
             table: Mutex::new(lock(&self.table).clone()),
             sessions_max: self.sessions_max,
             limits: Arc::clone(&self.limits),
-            first_generation: self.first_generation,
         }
     }
 }
@@ -705,6 +709,25 @@ mod tests {
         let mut run = run();
         let handle = run.join(1, None).member.session.insert(null(), &None).unwrap();
         assert!(run.join(2, None).member.session.get(handle).is_none());
+    }
+
+    #[test]
+    fn a_session_that_begins_anew_gives_other_handles_than_before_it_expired() {
+        let mut run = run();
+        let mut seen = std::collections::HashSet::new();
+        for epoch in 1..100 {
+            let joined = run.join(1, Some((0, epoch)));
+            assert!(joined.is_new);
+            let session = Arc::clone(&joined.member.session);
+            for _ in 0..3 {
+                let handle = session.insert(null(), &None).unwrap();
+                assert!(seen.insert(handle), "{handle:?} was that of another file");
+                session.close(handle).unwrap();
+            }
+            let _ = run.end(joined, 0, LINGER);
+            run.now += LINGER;
+            assert_eq!(run.sessions.expire(run.now).ended.len(), 1);
+        }
     }
 
     #[test]
