@@ -1253,7 +1253,7 @@ static inline void raio_set_crc(struct raio_iocb *iocb, unsigned int crc)
  *
  * If the iocb was sent, the server is asked to cancel it. -ETIMEDOUT without RAIO_RES2_UNKNOWN: it was not done,
  * and will not be. If the server cannot cancel it any more, or does not answer within 50 ms, the iocb completes
- * nevertheless, and its buffer is the program's again. A write, or another change of the file, then has
+ * nevertheless, and its buffer is the program's again. A write, another change of the file, or a lock, then has
  * RAIO_RES2_UNKNOWN: it may have been done, or may yet be. The request keeps its place in the queue depth until
  * the server answers. Over RDMA, where the server may still reach the buffer, the iocb completes when the server
  * has answered; if it was too late to cancel, as if there were no timeout. An iocb longer than `io_bytes_max`

@@ -341,8 +341,8 @@ pub struct SubmitOptions {
     pub crc: OperationCrc,
     /// It ends with ETIMEDOUT when it is not over after this time. If it was sent, the server is asked to
     /// cancel it first. If the server cannot, or does not answer within 50 ms, the operation ends
-    /// nevertheless, with its buffers. Of a write, and the like, [`crate::Error::is_unknown`] says then that
-    /// it may have been done, or may yet be. Over RDMA, where the server may still reach the buffers, it ends
+    /// nevertheless, with its buffers. Of a write, a lock, and the like, [`crate::Error::is_unknown`] says then
+    /// that it may have been done, or may yet be. Over RDMA, where the server may still reach the buffers, it ends
     /// when the server answers; and if that was too late to be cancelled, as if there were no timeout. One
     /// that is longer than a request ends with the bytes that were done without a gap, if there are any.
     ///

@@ -8,7 +8,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::fake_server::{FakeServer, collect};
 use crate::test_buffers::{bytes_of, pattern};
-use crate::{Buffer, Buffers, Completion, Context, File, Operation, Options, Scheme, Session, SubmitOptions};
+use crate::{
+    Buffer, Buffers, Completion, Context, File, Lock, Operation, Options, Scheme, Session, SubmitOptions,
+};
 
 const TIMEOUT: Duration = Duration::from_millis(60);
 
@@ -114,6 +116,50 @@ fn an_operation_that_the_server_does_not_answer_ends_and_its_buffers_come_back()
     server.mute(false);
     assert_works(&mut context, &file);
     assert_eq!(&server.contents("/e/data")[..7], b"written", "as it was when it was submitted");
+}
+
+#[test]
+fn a_lock_that_the_server_takes_late_is_one_that_may_be_lost() {
+    for (late, is_lost) in [(Lock::Exclusive, true), (Lock::Unlock, false)] {
+        let (server, _session, file, mut context) = start();
+        if late == Lock::Unlock {
+            context.submit(&file, Operation::Lock(Lock::Shared), 0).unwrap();
+            assert_eq!(collect(&mut context, 1)[0].result, Ok(0));
+        }
+        server.mute(true);
+        context.submit_with(&file, Operation::Lock(late), in_time(), 0).unwrap();
+        context.flush();
+        let completion = &collect(&mut context, 1)[0];
+        assert_eq!(failure(completion), (libc::ETIMEDOUT, true));
+        assert!(completion.result.as_ref().unwrap_err().text.contains("may have been done"));
+        server.mute(false);
+        assert_works(&mut context, &file);
+        assert!(!context.has_abandoned());
+        server.restart(0);
+        context.submit(&file, read(1000), 0).unwrap();
+        let result = collect(&mut context, 1).remove(0).result;
+        assert_eq!(result.map_err(|error| error.errno()), if is_lost { Err(libc::ENOLCK) } else { Ok(1000) });
+    }
+}
+
+#[test]
+fn the_source_of_a_copy_that_is_late_is_in_use_until_the_server_has_answered() {
+    let (server, session, file, mut context) = start();
+    let source = session.open("/e/data", libc::O_RDONLY, 0).unwrap();
+    server.mute(true);
+    let copy = Operation::Copy { offset: 0, source: source.as_source(), source_offset: 0, length: 10 };
+    context.submit_with(&file, copy, in_time(), 0).unwrap();
+    context.flush();
+    assert_eq!(failure(&collect(&mut context, 1)[0]), (libc::ETIMEDOUT, true));
+    assert_eq!(source.begin_close(), None, "it may be read from yet");
+    server.mute(false);
+    assert_works(&mut context, &file);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.open() > 1 {
+        assert!(Instant::now() < deadline, "it is not closed");
+        context.wait(0, 1, None).unwrap();
+        std::thread::sleep(Duration::from_millis(2));
+    }
 }
 
 #[test]

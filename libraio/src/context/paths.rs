@@ -93,10 +93,22 @@ impl Extra {
         Box::new(Self { locks: Some((file, is_locked)), ..Self::default() })
     }
 
+    /// Takes what is about the request, which goes on when the operation is abandoned.
+    pub(super) fn of_request(&mut self) -> Box<Self> {
+        Box::new(Self { source: self.source.take(), locks: self.locks.take(), ..Self::default() })
+    }
+
+    /// The server has done it.
+    pub(super) fn done(&mut self, session: &Shared) {
+        if let Some((file, is_locked)) = self.locks {
+            session.files().set_locked(file, is_locked);
+        }
+    }
+
     /// Its operation ends with this completion.
     #[cold]
     pub(super) fn end(mut self, session: &Arc<Shared>, completion: &mut Completion) {
-        if let Some(whole) = self.whole {
+        if let Some(whole) = self.whole.take() {
             // The part must be gone first.
             completion.buffers = None;
             completion.buffers = whole.into_whole().ok();
@@ -106,10 +118,8 @@ impl Extra {
         }
         match &mut completion.result {
             Ok(_) => {
+                self.done(session);
                 completion.answer = self.entries.map(|entries| Box::new(Answer::Entries(entries)));
-                if let Some((file, is_locked)) = self.locks {
-                    session.files().set_locked(file, is_locked);
-                }
             }
             Err(error) => {
                 // It was opened, and perhaps created.

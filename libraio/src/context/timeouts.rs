@@ -121,7 +121,7 @@ impl Context {
             } else if let Some(bulk) = self.channel.detach(tag) {
                 drop(bulk);
                 self.parts[place] = Some(SentPart { operation: ABANDONED, ..part });
-                late(self.slots[index as usize].opcode.operation().is_recorded)
+                late(self.slots[index as usize].opcode)
             } else {
                 continue;
             };
@@ -170,6 +170,8 @@ impl Context {
         let generation = self.slots[twin as usize].generation;
         let slot = &mut self.slots[index as usize];
         let (file, opcode, unstable) = (slot.file, slot.opcode, slot.unstable);
+        let mut extra = slot.extra.take();
+        slot.extra = extra.as_mut().map(|extra| extra.of_request());
         let completed = OperationSlot {
             generation,
             eventfd: slot.eventfd.take(),
@@ -178,7 +180,7 @@ impl Context {
             cancelling: false,
             deadline: None,
             request: None,
-            extra: slot.extra.take(),
+            extra,
             ..*slot
         };
         self.slots[twin as usize] = completed;
@@ -187,15 +189,20 @@ impl Context {
         }
         // The request is still in flight on the file.
         self.files.operation_started(file);
-        self.complete(twin, Err(late(opcode.operation().is_recorded)), bulk, 0);
+        self.complete(twin, Err(late(opcode)), bulk, 0);
     }
 
     /// The request of an abandoned operation is over.
     #[cold]
     pub(super) fn abandoned_over(&mut self, index: u32, reply: &Reply) {
-        let slot = &self.slots[index as usize];
+        let slot = &mut self.slots[index as usize];
         if reply.status.is_ok() && slot.opcode.operation().is_recorded {
             self.files.written(slot.file, slot.unstable);
+        }
+        if let Some(extra) = &mut slot.extra
+            && reply.status.is_ok()
+        {
+            extra.done(&self.session);
         }
         if let Some(close) = close_of(slot.opcode, reply) {
             self.session.close_later(close);
@@ -207,6 +214,9 @@ impl Context {
     /// The same for one that was not executed.
     pub(super) fn abandoned_unsent(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
+        if let Some(source) = slot.extra.take().and_then(|extra| extra.source) {
+            self.files.operation_completed(source);
+        }
         self.files.operation_completed(slot.file);
         slot.state = OperationState::Free;
         slot.generation = slot.generation.wrapping_add(1);
@@ -223,7 +233,9 @@ pub(super) fn timed_out() -> Error {
 }
 
 /// An operation is not over in time, though it was sent.
-fn late(may_be_done: bool) -> Error {
+fn late(opcode: Opcode) -> Error {
+    // A lock is not recorded, since taking it twice is taking it.
+    let may_be_done = opcode.operation().is_recorded || opcode == Opcode::Lock;
     let text = match may_be_done {
         true => {
             "The operation's timeout has passed, and the server has not cancelled it: it may have been done, \

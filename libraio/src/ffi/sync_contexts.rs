@@ -149,9 +149,12 @@ impl LentContext<'_> {
         deadline: Instant,
     ) -> Result<Completion, Error> {
         let Some(SyncContext { context, .. }) = &mut self.lent else { return Err(error::session_stopped()) };
-        let is_write = matches!(
+        let has_effect = matches!(
             operation,
-            Operation::Write { .. } | Operation::Truncate { .. } | Operation::Copy { .. }
+            Operation::Write { .. }
+                | Operation::Truncate { .. }
+                | Operation::Copy { .. }
+                | Operation::Lock(_)
         );
         let timeout = Some(deadline.saturating_duration_since(Instant::now()));
         let options = SubmitOptions { timeout, ..SubmitOptions::default() };
@@ -174,7 +177,7 @@ impl LentContext<'_> {
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                break Error { is_unknown: is_write, ..timed_out(context) };
+                break Error { is_unknown: has_effect, ..timed_out(context) };
             }
             match context.wait(1, 1, Some(left.min(STOP_CHECK_INTERVAL))) {
                 Err(error) if error.errno() != libc::EINTR => break error,
