@@ -18,6 +18,7 @@ mod closes;
 mod parts;
 mod paths;
 mod timeouts;
+mod unclosed;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -34,7 +35,6 @@ use raio_transport::resume::LOCK_LOST;
 use raio_transport::transport::{Bulk, NotSent, Reply, SendOptions};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use self::closes::SentCloses;
 use self::parts::SentPart;
 use self::paths::Extra;
 use crate::error::{Error, not_supported, protocol_error, unsupported};
@@ -117,7 +117,6 @@ pub struct Context {
     cancels: Vec<u64>,
     /// Such requests that the server has not answered.
     cancels_sent: usize,
-    closes: SentCloses,
     files: FileRefs,
     lent: LentPool,
     poller: Option<Poller>,
@@ -256,7 +255,6 @@ impl Context {
         let tracer = Tracer::for_context(&mut channel, deadline)?;
         let spin = BusyPoll::new(options.spin);
         Ok(Self {
-            closes: SentCloses::new(&session),
             session,
             channel,
             connections: 1,
@@ -1094,8 +1092,15 @@ impl Context {
     /// The ticket of the operation with this index and token, if it is in flight or not yet collected.
     pub fn ticket(&self, index: u32, token: u64) -> Option<Ticket> {
         let slot = self.slots.get(index as usize)?;
-        let taken = !matches!(slot.state, OperationState::Free) && slot.token == token;
-        taken.then_some(Ticket { index, generation: slot.generation })
+        let is_there = match slot.state {
+            OperationState::Free => false,
+            // Its completion has another slot, if it is one of an operation.
+            OperationState::Abandoned => {
+                self.done.iter().any(|&done| self.slots[done as usize].token == token)
+            }
+            _ => true,
+        };
+        (is_there && slot.token == token).then_some(Ticket { index, generation: slot.generation })
     }
 
     /// Returns a buffer that the context lent. Reads that wait for one continue.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use raio_transport::handshake::Policy;
-use raio_transport::protocol::OperationGroup;
+use raio_transport::protocol::{Command, OperationGroup};
 
 use crate::fake_server::{FakeServer, collect};
 use crate::test_buffers::room;
@@ -205,6 +205,57 @@ fn a_close_that_is_cancelled_closes_nevertheless() {
     server.mute(false);
     collect(&mut context, 4);
     assert_open(&server, &session, 0);
+}
+
+#[test]
+fn a_close_that_is_not_answered_when_its_context_ends_is_made_by_another_connection() {
+    let (server, session, mut context) = start();
+    let file = file_of(run(&mut context, open("/e/data")));
+    server.mute(true);
+    context.submit(&file, Operation::Close, 0).unwrap();
+    context.flush();
+    drop(context);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while server.goaways() == 0 {
+        assert!(Instant::now() < deadline, "its connection does not end");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    server.mute(false);
+    assert_open(&server, &session, 0);
+}
+
+#[test]
+fn a_close_that_a_context_sends_is_not_taken_for_the_operation_before() {
+    let (server, session, mut context) = start();
+    let file = file_of(run(&mut context, open("/e/data")));
+    let ticket = submit(&mut context, stat("/e/data"), 77);
+    collect(&mut context, 1);
+    server.mute(true);
+    // As when another thread has the control connection.
+    let close = Command::Close(file.begin_close().unwrap());
+    session.shared().pending_closes().push(close);
+    context.wait(0, 8, None).unwrap();
+    assert!(session.shared().pending_closes().is_empty() && context.has_abandoned());
+    assert_eq!(context.ticket(ticket.index(), 77), None);
+    assert_eq!(context.cancel(ticket).unwrap_err().errno(), libc::EINVAL);
+    server.mute(false);
+    assert_open(&server, &session, 0);
+}
+
+#[test]
+fn an_operation_that_has_timed_out_is_known_until_it_is_collected() {
+    let (server, _session, mut context) = start();
+    server.mute(true);
+    let options = SubmitOptions { timeout: Some(Duration::from_millis(10)), ..SubmitOptions::default() };
+    let ticket = context.submit_path(stat("/e/data"), options, 5).unwrap();
+    context.flush();
+    while context.wait(1, 1, Some(Duration::from_secs(1))).unwrap() == 0 {}
+    assert_eq!(context.ticket(ticket.index(), 5), Some(ticket));
+    assert_eq!(context.cancel(ticket).unwrap_err().errno(), libc::EAGAIN, "too late");
+    assert_eq!(errno(&context.next().unwrap()), libc::ETIMEDOUT);
+    assert_eq!(context.ticket(ticket.index(), 5), None);
+    server.mute(false);
+    assert_eq!(size_of_answer(&run(&mut context, stat("/e/data"))), 1000);
 }
 
 fn list() -> PathOperation {

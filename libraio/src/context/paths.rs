@@ -19,6 +19,7 @@ use raio_transport::protocol::{
 };
 use raio_transport::transport::{Bulk, Reply, SendOptions};
 
+use super::unclosed::Unclosed;
 use super::{Context, NO_FILE, New, OperationState, Request};
 use crate::control::is_closed_anyway;
 use crate::error::{Error, not_supported, protocol_error, unsupported};
@@ -39,8 +40,8 @@ use crate::tuning::{FIRST_PAGE_BYTES, PAGE_BYTES, XATTR_BYTES_MAX};
 #[derive(Debug, Default)]
 pub(super) struct Extra {
     opening: Option<Opening>,
-    /// The server is to be told that this file is closed.
-    closing: Option<FileHandle>,
+    /// The server is to be told that a file is closed, or a listing ended.
+    closing: Option<Unclosed>,
     /// The buffers of a get that are larger than a request may be. It has a part of them.
     whole: Option<Divided>,
     /// The directory that is listed.
@@ -93,13 +94,28 @@ impl Extra {
         Box::new(Self { locks: Some((file, is_locked)), ..Self::default() })
     }
 
-    /// Takes what is about the request, which goes on when the operation is abandoned.
-    pub(super) fn of_request(&mut self) -> Box<Self> {
-        Box::new(Self { source: self.source.take(), locks: self.locks.take(), ..Self::default() })
+    /// Of a close.
+    pub(super) fn close(session: &Arc<Shared>, close: Command<'static>) -> Box<Self> {
+        Box::new(Self { closing: Some(Unclosed::new(session, close)), ..Self::default() })
     }
 
-    /// The server has done it.
-    pub(super) fn done(&mut self, session: &Shared) {
+    /// Takes what is about the request, which goes on when the operation is abandoned.
+    pub(super) fn of_request(&mut self) -> Box<Self> {
+        let (closing, source, locks) = (self.closing.take(), self.source.take(), self.locks.take());
+        Box::new(Self { closing, source, locks, ..Self::default() })
+    }
+
+    /// The server has answered an abandoned request in this way.
+    pub(super) fn answered(&mut self, session: &Shared, status: Status) {
+        if let Some(closing) = self.closing.take() {
+            closing.answered(status);
+        }
+        if status.is_ok() {
+            self.set_locked(session);
+        }
+    }
+
+    fn set_locked(&self, session: &Shared) {
         if let Some((file, is_locked)) = self.locks {
             session.files().set_locked(file, is_locked);
         }
@@ -118,15 +134,15 @@ impl Extra {
         }
         match &mut completion.result {
             Ok(_) => {
-                self.done(session);
+                self.set_locked(session);
+                if let Some(closing) = self.closing.take() {
+                    closing.done();
+                }
                 completion.answer = self.entries.map(|entries| Box::new(Answer::Entries(entries)));
             }
             Err(error) => {
                 // It was opened, and perhaps created.
                 error.is_unknown |= self.opening.take_if(|opening| opening.file.is_some()).is_some();
-                if let Some(handle) = self.closing {
-                    session.close_later(Command::Close(handle));
-                }
             }
         }
     }
@@ -339,15 +355,15 @@ impl Context {
         failure: Option<Error>,
     ) -> Ticket {
         let closing = if failure.is_none() { file.begin_close() } else { None };
-        let handle = file.inner().handle();
+        let close = Command::Close(file.inner().handle());
         let new = New {
             file: NO_FILE,
             opcode: Opcode::Close,
-            request: Request::Command(Command::Close(handle)),
+            request: Request::Command(close),
             bulk: Bulk::None,
             length: 0,
             is_lent: false,
-            extra: closing.map(|_| Box::new(Extra { closing, ..Extra::default() })),
+            extra: closing.map(|_| Extra::close(&self.session, close)),
         };
         match (closing, failure) {
             (None, None) => self.complete_at_once(new, token),

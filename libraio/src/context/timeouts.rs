@@ -199,15 +199,12 @@ impl Context {
         if reply.status.is_ok() && slot.opcode.operation().is_recorded {
             self.files.written(slot.file, slot.unstable);
         }
-        if let Some(extra) = &mut slot.extra
-            && reply.status.is_ok()
-        {
-            extra.done(&self.session);
+        if let Some(extra) = &mut slot.extra {
+            extra.answered(&self.session, reply.status);
         }
         if let Some(close) = close_of(slot.opcode, reply) {
             self.session.close_later(close);
         }
-        self.closes.ended(index, reply.status);
         self.abandoned_unsent(index);
     }
 
