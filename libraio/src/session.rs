@@ -608,8 +608,9 @@ impl Shared {
         if self.suspect.swap(false, Ordering::Relaxed) {
             control.ping_suspect();
         }
-        let (command, bulk) = make(control.data_bytes_max())?;
-        let reply = control.call(&command, bulk, deadline, &self.closes, &|| !self.is_open());
+        let reply = make(control.data_bytes_max()).and_then(|(command, bulk)| {
+            control.call(&command, bulk, deadline, &self.closes, &|| !self.is_open())
+        });
         drop(guard);
         self.send_closes();
         reply
@@ -710,6 +711,25 @@ mod tests {
         let began = Instant::now();
         assert_eq!(other_file.close().unwrap_err().errno(), libc::ETIMEDOUT);
         assert!(began.elapsed() < SUSPECT_TIMEOUT * 10, "{:?}", began.elapsed());
+    }
+
+    #[test]
+    fn a_close_is_sent_after_a_call_that_comes_to_nothing() {
+        let server = FakeServer::start(Policy::default());
+        server.file("/e/data", vec![0; 10]);
+        let session = Session::connect_to(Scheme::Tcp, server.address, &Options::default()).unwrap();
+        let file = session.open("/e/data", libc::O_RDWR, 0).unwrap();
+        let result = session.shared.call_sized(|_| {
+            // As another thread does it meanwhile.
+            drop(file);
+            Err(session_stopped())
+        });
+        assert!(result.is_err());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while server.open() > 0 {
+            assert!(Instant::now() < deadline, "the file is not closed");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     #[test]
