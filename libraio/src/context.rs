@@ -809,7 +809,7 @@ impl Context {
         self.complete(index, result, reply.bulk, reply.data_crc);
     }
 
-    /// What a reply says of an operation, or of a part of it with this length.
+    /// The byte count in the reply to an operation, or to a part of it with this length; or why it failed.
     #[inline(always)]
     fn result_of(&mut self, index: u32, length: u64, reply: &Reply) -> Result<u64, Error> {
         let slot = &self.slots[index as usize];
@@ -821,16 +821,17 @@ impl Context {
                         machine, was restarted, or its disk failed. Write again what was not durable before.";
             Err(Error { is_lost: true, ..Error::new(Status::storage(libc::EIO), text) })
         } else {
-            let is_valid = match slot.opcode {
-                Opcode::Read => reply.result == reply.data_len as u64,
-                Opcode::Write | Opcode::Copy | Opcode::Checksum => reply.result <= length,
-                _ => true,
+            let (is_valid, count) = match slot.opcode {
+                Opcode::Read | Opcode::Get => (reply.result == reply.data_len as u64, reply.result),
+                Opcode::Write | Opcode::Copy | Opcode::Checksum => (reply.result <= length, reply.result),
+                Opcode::Put => (true, length),
+                _ => (true, 0),
             };
             if is_valid {
                 if slot.opcode.operation().is_recorded {
                     self.files.written(slot.file, slot.unstable);
                 }
-                Ok(if matches!(slot.opcode, Opcode::Read | Opcode::Write) { reply.result } else { 0 })
+                Ok(count)
             } else {
                 self.channel.abort(Violation::Field);
                 Err(protocol_error())

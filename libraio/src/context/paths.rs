@@ -408,23 +408,20 @@ impl Context {
             };
             let found = match opened {
                 Some(Ok(None)) => return,
-                Some(opened) => opened.map(|file| (0, file)),
+                Some(opened) => opened,
                 None => match self.entries(index) {
-                    Some(entries) => entries.take_in(&mut reply).map(|()| (0, None)),
+                    Some(entries) => entries.take_in(&mut reply).map(|()| None),
                     None if opcode == Opcode::Checksum => self.checksum_of(index, &reply),
-                    None => answer_of(opcode, length, &mut reply),
+                    None => answer_of(opcode, &mut reply),
                 },
             };
-            result = match found {
-                Ok((count, found)) => {
-                    answer = found;
-                    Ok(count)
-                }
+            match found {
+                Ok(found) => answer = found,
                 Err(error) => {
                     self.channel.abort(Violation::Field);
-                    Err(error)
+                    result = Err(error);
                 }
-            };
+            }
         }
         if self.opening(index).is_some()
             && opcode == Opcode::Stat
@@ -456,7 +453,7 @@ impl Context {
     }
 
     /// The checksum in the reply to an operation that has asked for one.
-    fn checksum_of(&self, index: u32, reply: &Reply) -> Result<(u64, Option<Answer>), Error> {
+    fn checksum_of(&self, index: u32, reply: &Reply) -> Result<Option<Answer>, Error> {
         let asked = self.slots[index as usize].extra.as_ref().and_then(|extra| extra.algorithm);
         let checksum = match (asked, &reply.body[..]) {
             (Some(ChecksumAlgorithm::Crc32c), &[a, b, c, d, 0, 0, 0, 0]) => {
@@ -467,7 +464,7 @@ impl Context {
             }
             _ => return Err(protocol_error()),
         };
-        Ok((reply.result, Some(Answer::Checksum(checksum))))
+        Ok(Some(Answer::Checksum(checksum)))
     }
 
     fn opening(&mut self, index: u32) -> Option<&mut Opening> {
@@ -527,28 +524,22 @@ pub(super) fn crc_of(buffers: &Buffers) -> u32 {
     message::crc_of(buffers.slices(0..buffers.len()))
 }
 
-/// The byte count and the answer in the reply to an operation that had `length` bytes of data.
-fn answer_of(opcode: Opcode, length: u64, reply: &mut Reply) -> Result<(u64, Option<Answer>), Error> {
-    Ok(match opcode {
-        Opcode::Stat | Opcode::StatPath => (0, Some(Answer::Status(status_of(reply)?))),
-        Opcode::Get if reply.result == reply.data_len as u64 => {
-            (reply.result, Some(Answer::Status(status_of(reply)?)))
-        }
-        Opcode::Get => return Err(protocol_error()),
-        Opcode::Put => (length, None),
-        Opcode::Copy => (reply.result, None),
-        Opcode::Readlink => (0, Some(Answer::Link(link_of(reply)?))),
+/// The answer in the reply to an operation, if it has one.
+fn answer_of(opcode: Opcode, reply: &mut Reply) -> Result<Option<Answer>, Error> {
+    Ok(Some(match opcode {
+        Opcode::Stat | Opcode::StatPath | Opcode::Get => Answer::Status(status_of(reply)?),
+        Opcode::Readlink => Answer::Link(link_of(reply)?),
         Opcode::Statfs => {
             let status = FileSystemStatus::decode(&reply.body).map_err(|_| protocol_error())?;
-            (0, Some(Answer::FileSystem(status)))
+            Answer::FileSystem(status)
         }
-        Opcode::GetXattr => (0, Some(Answer::Xattr(data_of(reply)?))),
-        Opcode::ListXattr => (0, Some(Answer::XattrNames(xattr_names(reply)?))),
+        Opcode::GetXattr => Answer::Xattr(data_of(reply)?),
+        Opcode::ListXattr => Answer::XattrNames(xattr_names(reply)?),
         Opcode::Extents => {
             let extents = Extent::decode(&reply.body).map_err(|_| protocol_error())?;
             let extents = extents.iter().map(|extent| (extent.offset.get(), extent.length.get()));
-            (0, Some(Answer::Extents { extents: extents.collect(), end: reply.result }))
+            Answer::Extents { extents: extents.collect(), end: reply.result }
         }
-        _ => (0, None),
-    })
+        _ => return Ok(None),
+    }))
 }
