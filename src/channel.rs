@@ -308,12 +308,10 @@ struct Reopening {
     /// The verifiers of the others.
     verifiers: HashMap<u32, u64>,
     /// Files that were closed meanwhile, over another connection: that may have come before the server had
-    /// them open.
-    closing: Vec<FileHandle>,
+    /// them open. Some once all have been answered.
+    closing: Option<Vec<FileHandle>>,
     closes_sent: usize,
     closes_answered: usize,
-    /// It is known which those are.
-    is_checked: bool,
 }
 
 impl Reopening {
@@ -324,40 +322,61 @@ impl Reopening {
     /// Sends what can be sent, and takes in what has been answered. Whether anything has. `open` are the
     /// files that are open now.
     fn step(&mut self, transport: &mut dyn ClientTransport, open: &OpenFiles) -> bool {
+        self.send_files(transport);
+        transport.flush();
+        let has_arrived = self.take_in(transport);
+        if self.answered == self.files.len() && self.closing.is_none() {
+            let reopened = self.verifiers.keys().map(|&handle| FileHandle(handle));
+            self.closing = Some(reopened.filter(|&handle| !open.has(handle)).collect());
+        }
+        self.send_closes(transport);
+        transport.flush();
+        has_arrived
+    }
+
+    fn send_files(&mut self, transport: &mut dyn ClientTransport) {
         while let Some((handle, OpenFile { file, is_locked })) = self.files.get(self.sent) {
             let flags = file.flags & !(OPEN_CREATE | OPEN_EXCLUSIVE | OPEN_TRUNCATE);
             let (file, identity, path) = (*handle, file.identity, &file.path[..]);
-            let mut body = Vec::new();
-            match is_locked {
+            let command = match is_locked {
                 // The session may still be there, and then its files are open, and have their locks.
-                true => Command::Stat(file).encode(&mut body),
-                false => Command::Reopen { flags, file, identity, path }.encode(&mut body),
-            }
-            if transport.send(self.sent as u64, &body, Bulk::None, SendOptions::PLAIN).is_err() {
+                true => Command::Stat(file),
+                false => Command::Reopen { flags, file, identity, path },
+            };
+            if !send(transport, self.sent, &command) {
                 break;
             }
             self.sent += 1;
         }
-        self.send_closes(transport);
-        transport.flush();
+    }
+
+    fn send_closes(&mut self, transport: &mut dyn ClientTransport) {
+        let closing = self.closing.as_deref().unwrap_or_default();
+        while let Some(&handle) = closing.get(self.closes_sent) {
+            if !send(transport, self.files.len() + self.closes_sent, &Command::Close(handle)) {
+                break;
+            }
+            self.closes_sent += 1;
+        }
+    }
+
+    /// Whether anything has been answered.
+    fn take_in(&mut self, transport: &mut dyn ClientTransport) -> bool {
         let mut replies = Vec::new();
         transport.receive(&mut replies);
-        for reply in &replies {
+        // Of what a server has not done that shuts down nothing is known. The connection is about to end, and
+        // the next server is asked.
+        for reply in replies.iter().filter(|reply| !reply.status.is_shutdown()) {
             let Some((handle, OpenFile { file, is_locked })) = self.files.get(reply.tag as usize) else {
-                // Whatever it says, the file is not open any more, unless nothing is known of it.
-                self.closes_answered += usize::from(!reply.status.is_shutdown());
+                // Whatever it says, the file is not open any more.
+                self.closes_answered += 1;
                 continue;
             };
-            if reply.status.is_shutdown() {
-                // Nothing is known of the file. The connection is about to end, and the next server is asked.
-                continue;
-            }
             self.answered += 1;
             if !reply.status.is_ok() {
-                let end = if *is_locked {
-                    End { status: Status::storage(libc::ENOLCK), result: 0, is_unknown: false }
-                } else {
-                    resume::at_reopen_failure(reply.status)
+                let end = match is_locked {
+                    true => resume::at_lock_lost(),
+                    false => resume::at_reopen_failure(reply.status),
                 };
                 self.stale.insert(handle.0, end);
                 continue;
@@ -372,31 +391,19 @@ impl Reopening {
                 _ => transport.abort(Violation::Field),
             }
         }
-        if self.answered == self.files.len() && !self.is_checked {
-            self.is_checked = true;
-            self.closing.extend(self.verifiers.keys().map(|&handle| FileHandle(handle)));
-            self.closing.retain(|&handle| !open.has(handle));
-            self.send_closes(transport);
-            transport.flush();
-        }
         !replies.is_empty()
     }
 
-    fn send_closes(&mut self, transport: &mut dyn ClientTransport) {
-        while let Some(&handle) = self.closing.get(self.closes_sent) {
-            let mut body = Vec::new();
-            Command::Close(handle).encode(&mut body);
-            let tag = (self.files.len() + self.closes_sent) as u64;
-            if transport.send(tag, &body, Bulk::None, SendOptions::PLAIN).is_err() {
-                break;
-            }
-            self.closes_sent += 1;
-        }
-    }
-
     fn is_over(&self) -> bool {
-        self.answered == self.files.len() && self.closes_answered == self.closing.len()
+        self.closing.as_ref().is_some_and(|closing| self.closes_answered == closing.len())
     }
+}
+
+/// Whether there was a credit for it.
+fn send(transport: &mut dyn ClientTransport, tag: usize, command: &Command<'_>) -> bool {
+    let mut body = Vec::new();
+    command.encode(&mut body);
+    transport.send(tag as u64, &body, Bulk::None, SendOptions::PLAIN).is_ok()
 }
 
 impl std::fmt::Debug for Channel {

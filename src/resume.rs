@@ -136,6 +136,11 @@ pub fn at_reopen_failure(status: Status) -> End {
     End::failed(if is_another { Status::storage(libc::ESTALE) } else { status })
 }
 
+/// How requests of a file end that had a lock when its session ended: see [`LOCK_LOST`].
+pub fn at_lock_lost() -> End {
+    End::failed(Status::storage(libc::ENOLCK))
+}
+
 /// The files that a command is about: none, one or two.
 pub fn files_of(command: &[u8]) -> [Option<FileHandle>; 2] {
     let Ok(command) = Command::decode(command) else { return [None; 2] };
