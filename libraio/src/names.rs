@@ -187,11 +187,12 @@ pub(crate) fn link_of(reply: &Reply) -> Result<PathBuf, Error> {
     Ok(PathBuf::from(OsString::from_vec(target.to_vec())))
 }
 
-/// Memory of the library's for at most this many bytes, and no more than a request may have.
-pub(crate) fn room_for(length: usize, length_max: usize) -> (usize, Bulk) {
-    let length = length.min(length_max);
-    let buffers = Buffers::One(Buffer::Owned(vec![0; length].into()));
-    (length, if length == 0 { Bulk::None } else { Bulk::In(buffers) })
+/// Memory of the library's for this many bytes.
+pub(crate) fn room_for(length: usize) -> Bulk {
+    match length {
+        0 => Bulk::None,
+        _ => Bulk::In(Buffers::One(Buffer::Owned(vec![0; length].into()))),
+    }
 }
 
 /// The bytes that a reply has placed in memory of the library's, which it takes.
@@ -225,8 +226,8 @@ impl Session {
     /// A command that brings at most `length` bytes, and no more than a request may.
     fn fetch(&self, command: PathCommand<'_>, length: usize) -> Result<Reply, Error> {
         self.shared().call_sized(|length_max| {
-            let (length, bulk) = room_for(length, length_max);
-            Ok((Command::Path(PathCommand { length: length as u64, ..command }), bulk))
+            let length = length.min(length_max);
+            Ok((Command::Path(PathCommand { length: length as u64, ..command }), room_for(length)))
         })
     }
 
@@ -480,8 +481,8 @@ impl ReadDir {
 
     fn next_page(&mut self) -> Result<(), Error> {
         let mut reply = self.session.call_sized(|length_max| {
-            let (length, bulk) = room_for(PAGE_BYTES, length_max);
-            Ok((self.next_command(length), bulk))
+            let length = PAGE_BYTES.min(length_max);
+            Ok((self.next_command(length), room_for(length)))
         })?;
         self.take_in(&mut reply)
     }

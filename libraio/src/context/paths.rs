@@ -318,7 +318,7 @@ impl Context {
                     _ => None,
                 };
                 extra = Some(Box::new(Extra { entries, has_own_room: true, ..Extra::default() }));
-                (room_for(request.length, request.length).1, 0)
+                (if is_complete { Bulk::None } else { room_for(request.length) }, 0)
             }
             _ => (Bulk::None, 0),
         };
