@@ -67,6 +67,11 @@ pub(super) fn ssize(body: impl FnOnce() -> Result<isize, Error>) -> isize {
     run(body).unwrap_or_else(|errno| fail(errno, -1))
 }
 
+/// The same where a count can be larger than memory.
+pub(super) fn longlong(body: impl FnOnce() -> Result<u64, Error>) -> i64 {
+    run(|| body().map(|count| count as i64)).unwrap_or_else(|errno| fail(errno, -1))
+}
+
 pub(super) fn invalid(text: impl Into<String>) -> Error {
     Error::call(libc::EINVAL, text)
 }

@@ -7,7 +7,7 @@ use raio_transport::memory::Buffers;
 
 use super::abi::{lock_of, raio_checksum, raio_extent};
 use super::descriptor;
-use super::errors::{checked_offset, fail, int, invalid, run, ssize};
+use super::errors::{checked_offset, int, invalid, longlong, ssize};
 use super::submit::{unreadable, unregistered};
 use crate::error::{Error, protocol_error};
 use crate::operation::{Answer, Completion, Operation};
@@ -96,7 +96,7 @@ pub extern "C" fn raio_copy_file_range(
 ) -> i64 {
     longlong(|| {
         let (source_offset, offset) = (checked_offset(off_in)?, checked_offset(off_out)?);
-        let source = descriptor::file_to_use(fd_in)?.0.as_source();
+        let source = descriptor::file(fd_in)?.0.as_source();
         on_range(fd_out, Operation::Copy { offset, source, source_offset, length: len })?.result
     })
 }
@@ -147,10 +147,6 @@ fn on_range(fd: c_int, operation: Operation) -> Result<Completion, Error> {
     let (file, contexts) = descriptor::file_to_use(fd)?;
     let now = Instant::now();
     contexts.lend(now + contexts.session().call_timeout())?.run_whole(&file, operation, now + FOR_EVER)
-}
-
-fn longlong(body: impl FnOnce() -> Result<u64, Error>) -> i64 {
-    run(|| body().map(|count| count as i64)).unwrap_or_else(|errno| fail(errno, -1))
 }
 
 /// Reads or writes, and waits for the end of it.
