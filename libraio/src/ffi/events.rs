@@ -16,6 +16,7 @@ use super::errors::{FailureTexts, fail, int, invalid, long, run, set_message};
 use super::lent::LentBuffers;
 use super::names::{copy_all, joined};
 use super::state::{new_dir, raio_context, raio_dir, return_dir, state, stopped};
+use super::submit::dir_of;
 use crate::error::Error;
 use crate::operation::{Answer, Completion};
 
@@ -99,9 +100,11 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
     let (buf, nbytes) = (iocb.c.buf, iocb.c.nbytes as usize);
     // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at.
     let args = || unsafe { buf.cast::<raio_path_args>().read_unaligned() };
-    // SAFETY: it was checked when the iocb was submitted, and is the library's until now.
-    let copied = |bytes: &[u8]| unsafe { copy_all(bytes, args().buf, args().nbytes as usize) };
-    let copied = |bytes: &[u8]| copied(bytes).map(|len| len as u64);
+    let copied = |bytes: &[u8]| {
+        let args = args();
+        // SAFETY: it was checked when the iocb was submitted, and is the library's until now.
+        unsafe { copy_all(bytes, args.buf, args.nbytes as usize) }.map(|len| len as u64)
+    };
     match answer {
         Answer::File(file) => descriptor::add_file_apart(session, file).map(|fd| fd as u64),
         Answer::Status(status) => {
@@ -136,7 +139,7 @@ unsafe fn deliver(iocb: &raio_iocb, answer: Answer, count: u64, session: c_int) 
                 // SAFETY: as above.
                 CMD_OPENDIR => unsafe { to.cast::<*mut raio_dir>().write_unaligned(new_dir(entries)) },
                 // SAFETY: the program vouches for using the directory in one thread at a time.
-                _ => unsafe { return_dir(to.cast(), Some(entries)) },
+                _ => unsafe { return_dir(dir_of(iocb), Some(entries)) },
             }
             Ok(count)
         }
@@ -160,7 +163,7 @@ unsafe fn give_up(iocb: &raio_iocb) {
     if iocb.raio_lio_opcode == CMD_READDIR {
         // SAFETY: the caller vouches for the iocb's memory, which `submit` has looked at, and the program for
         // using the directory in one thread at a time.
-        unsafe { return_dir(iocb.c.buf.cast::<raio_path_args>().read_unaligned().buf.cast(), None) };
+        unsafe { return_dir(dir_of(iocb), None) };
     }
 }
 

@@ -11,7 +11,7 @@ use super::abi::{
 use super::descriptor;
 use super::errors::{fail, int, invalid, named, run, ssize};
 use super::handle::Handle;
-use super::state::{DIRS, idle_dir, new_dir, no_directory, raio_dir};
+use super::state::{DIRS, Directory, idle_dir, new_dir, no_directory, raio_dir};
 use super::submit::{check_room, put_options};
 use crate::error::Error;
 use crate::names::Attributes;
@@ -369,8 +369,8 @@ pub unsafe extern "C" fn raio_readdir(dir: *mut raio_dir, entry: *mut raio_diren
         // SAFETY: the caller vouches for the pointer, and for being the only one to use the directory.
         let directory = unsafe { idle_dir(dir) }?;
         check_sized(entry, size)?;
-        let found = directory.entries.as_mut().and_then(Iterator::next).transpose()?;
-        let Some(found) = found else { return Ok(0) };
+        let Directory::Idle(entries) = directory else { return Ok(0) };
+        let Some(found) = entries.next().transpose()? else { return Ok(0) };
         // SAFETY: just checked, and the caller vouches for `size` bytes.
         unsafe { fill_in(raio_dirent::from(&found), entry, size) };
         Ok(1)

@@ -40,11 +40,13 @@ pub struct Registration {
 pub type raio_dir = Handle<Directory>;
 
 /// The content of a `raio_dir_t`.
-pub struct Directory {
-    /// None once it has failed, and while an iocb has it.
-    pub(super) entries: Option<ReadDir>,
-    /// An iocb has the entries.
-    pub(super) is_in_flight: bool,
+pub enum Directory {
+    /// No iocb has its entries.
+    Idle(ReadDir),
+    /// An iocb has them.
+    InFlight,
+    /// An iocb that had them has failed.
+    Failed,
 }
 
 // A handle's magic number tells the types apart by their size.
@@ -55,7 +57,7 @@ const _: () = {
 
 /// A directory for the program.
 pub(super) fn new_dir(entries: ReadDir) -> *mut raio_dir {
-    Handle::create(&DIRS, Directory { entries: Some(entries), is_in_flight: false })
+    Handle::create(&DIRS, Directory::Idle(entries))
 }
 
 /// The directory of this pointer, which no iocb has.
@@ -65,10 +67,12 @@ pub(super) fn new_dir(entries: ReadDir) -> *mut raio_dir {
 pub(super) unsafe fn idle_dir<'a>(dir: *mut raio_dir) -> Result<&'a mut Directory, Error> {
     // SAFETY: the caller's contract is the same.
     let directory = unsafe { Handle::get(dir) }.ok_or_else(no_directory)?;
-    if directory.is_in_flight {
-        return Err(Error::call(libc::EBUSY, "An iocb reads the directory. Collect its event first."));
+    match directory {
+        Directory::InFlight => {
+            Err(Error::call(libc::EBUSY, "An iocb reads the directory. Collect its event first."))
+        }
+        Directory::Idle(_) | Directory::Failed => Ok(directory),
     }
-    Ok(directory)
 }
 
 pub(super) fn no_directory() -> Error {
@@ -82,8 +86,9 @@ pub(super) fn no_directory() -> Error {
 /// As [`Handle::get`].
 pub(super) unsafe fn return_dir(dir: *mut raio_dir, entries: Option<ReadDir>) {
     // SAFETY: the caller's contract is the same.
-    if let Some(directory) = unsafe { Handle::get(dir) }.filter(|directory| directory.is_in_flight) {
-        *directory = Directory { entries, is_in_flight: false };
+    let directory = unsafe { Handle::get(dir) };
+    if let Some(directory) = directory.filter(|directory| matches!(directory, Directory::InFlight)) {
+        *directory = entries.map_or(Directory::Failed, Directory::Idle);
     }
 }
 

@@ -3,7 +3,6 @@
 use std::ffi::{c_int, c_long, c_uint, c_void};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::ptr::null_mut;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +14,9 @@ use super::errors::{checked_offset, invalid, long, named};
 use super::eventfd::Eventfds;
 use super::handle::Handle;
 use super::probe::ReadProbe;
-use super::state::{ContextState, idle_dir, raio_context, raio_dir, raio_mr, return_dir, state, stopped};
+use super::state::{
+    ContextState, Directory, idle_dir, raio_context, raio_dir, raio_mr, return_dir, state, stopped,
+};
 use crate::context::Context;
 use crate::error::Error;
 use crate::file::CopySource;
@@ -132,7 +133,7 @@ unsafe fn submit_on_path(
     check_session(io.raio_fildes, state.session)?;
     let held = hold_eventfd(io, &mut state.eventfds)?;
     // SAFETY: the caller's contract is the same.
-    let (operation, dir) = unsafe { path_operation(ctx, io) }?;
+    let operation = unsafe { path_operation(ctx, io) }?;
     let has_crc = io.c.flags & IOCB_CRC != 0;
     let crc = if has_crc { OperationCrc::Given(io.crc) } else { OperationCrc::AsSession };
     let options = SubmitOptions { crc, timeout: None };
@@ -141,8 +142,8 @@ unsafe fn submit_on_path(
     let submitted = context.submit_path_failing(operation, options, failure, token);
     let submitted = submitted.map_err(|rejected| {
         if let PathOperation::ListNext { entries } = rejected.operation {
-            // SAFETY: it was taken from there.
-            unsafe { return_dir(dir, Some(entries)) };
+            // SAFETY: they were taken from there.
+            unsafe { return_dir(dir_of(io), Some(entries)) };
         }
         rejected.error
     });
@@ -183,14 +184,20 @@ fn check_session(fd: c_int, session: c_int) -> Result<(), Error> {
     ))
 }
 
-/// What an iocb with a path asks for, and the directory whose entries are taken for that.
+/// The directory that an iocb of the kind `CMD_READDIR` reads.
+///
+/// # Safety
+/// The iocb has arguments.
+pub(super) unsafe fn dir_of(io: &raio_iocb) -> *mut raio_dir {
+    // SAFETY: the caller vouches for them.
+    unsafe { io.c.buf.cast::<raio_path_args>().read_unaligned() }.buf.cast()
+}
+
+/// What an iocb with a path asks for. The entries of a directory are taken for that.
 ///
 /// # Safety
 /// The iocb's memory is as the header demands.
-unsafe fn path_operation(
-    ctx: *mut raio_context,
-    io: &raio_iocb,
-) -> Result<(PathOperation, *mut raio_dir), Error> {
+unsafe fn path_operation(ctx: *mut raio_context, io: &raio_iocb) -> Result<PathOperation, Error> {
     let c = &io.c;
     if c.buf.is_null() || c.nbytes != size_of::<raio_path_args>() as u64 {
         return Err(invalid("The iocb has no struct raio_path_args. Prepare it with raio_prep_*()."));
@@ -217,21 +224,24 @@ unsafe fn path_operation(
     // SAFETY: the caller vouches for the strings.
     let named = |name, what| unsafe { named(name, what) }.map(PathBuf::from);
     if io.raio_lio_opcode == CMD_READDIR {
-        let dir = args.buf.cast::<raio_dir>();
-        // SAFETY: the caller vouches for the pointer, and for being the only one to use the directory.
-        let directory = unsafe { idle_dir(dir) }?;
-        let entries = directory.entries.take().ok_or_else(|| {
-            invalid("An iocb on the directory has failed. Close it, and list the directory again.")
-        })?;
-        directory.is_in_flight = true;
-        return Ok((PathOperation::ListNext { entries }, dir));
+        // SAFETY: the iocb has arguments, and the caller vouches for the pointer in them, and for being the
+        // only one to use the directory.
+        let directory = unsafe { idle_dir(dir_of(io)) }?;
+        if !matches!(directory, Directory::Idle(_)) {
+            let text = "An iocb on the directory has failed. Close it, and list the directory again.";
+            return Err(invalid(text));
+        }
+        let Directory::Idle(entries) = std::mem::replace(directory, Directory::InFlight) else {
+            unreachable!("just looked at")
+        };
+        return Ok(PathOperation::ListNext { entries });
     }
     let (path, has) = (named(args.path, "path")?, |flag| args.flags & flag != 0);
     let other = || named(args.other, "other path");
     // SAFETY: the caller vouches for the memory: it is the library's until the event is collected.
     let buffers = || unsafe { buffer(ctx, c.mr, args.buf, args.nbytes) }.map(Buffers::One);
     let xattr = || named(args.other, "attribute").map(PathBuf::into_os_string);
-    let operation = match io.raio_lio_opcode {
+    Ok(match io.raio_lio_opcode {
         CMD_OPEN => PathOperation::Open { path, flags: args.flags as c_int, mode: args.mode },
         CMD_STAT_PATH => {
             check_sized(args.stat, args.stat_size as usize)?;
@@ -290,8 +300,7 @@ unsafe fn path_operation(
             }
             PathOperation::List { path }
         }
-    };
-    Ok((operation, null_mut()))
+    })
 }
 
 /// Fails if there is no buffer of this size.
