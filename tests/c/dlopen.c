@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
 /*
- * A program that finds the library at run time: every symbol of the header is there, nothing else with our prefix is
- * missing, and the library can be closed again and opened once more. Takes no server, so HOST PORT are not used.
+ * A program that finds the library at run time: every function of the header is there, and the library can be closed
+ * again and opened once more. Takes no server, so HOST PORT are not used.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -9,22 +9,9 @@
 #include <string.h>
 #include <libraio.h>
 
+/* What the header declares: the Makefile reads it. */
 static const char *const symbols[] = {
-	"raio_start",	  "raio_connect", "raio_stop",	 "raio_open",	   "raio_open_mode", "raio_fstat",  "raio_close",
-	"raio_stat_fd",	  "raio_pread",	  "raio_pwrite",  "raio_prep_pread", "raio_prep_pwrite", "raio_prep_preadv", "raio_prep_pwritev",
-	"raio_prep_fsync", "raio_prep_discard", "raio_prep_write_zeroes", "raio_prep_allocate", "raio_set_eventfd",
-	"raio_set_crc",	  "raio_set_timeout",
-	"raio_fsync", "raio_ftruncate", "raio_extents", "raio_stat_path", "raio_lstat_path", "raio_get",
-	"raio_put", "raio_mkdir", "raio_rmdir", "raio_unlink", "raio_rename", "raio_link", "raio_symlink",
-	"raio_readlink", "raio_truncate", "raio_chmod", "raio_utimens", "raio_statfs_path",
-	"raio_getxattr", "raio_setxattr", "raio_listxattr", "raio_removexattr", "raio_opendir",
-	"raio_readdir", "raio_closedir", "raio_prep_close", "raio_prep_stat_fd", "raio_prep_ftruncate",
-	"raio_prep_open", "raio_prep_stat_path", "raio_prep_get", "raio_prep_put", "raio_prep_mkdir",
-	"raio_prep_rmdir", "raio_prep_unlink", "raio_prep_rename", "raio_prep_link", "raio_prep_symlink",
-	"raio_prep_readlink", "raio_copy_file_range", "raio_checksum_range", "raio_flock",
-	"raio_prep_copy_file_range", "raio_prep_checksum", "raio_prep_flock",
-	"raio_setup",	  "raio_destroy", "raio_submit", "raio_getevents", "raio_release",   "raio_cancel", "raio_poll_fd",
-	"raio_reg_mr",	  "raio_dereg_mr", "raio_alloc", "raio_free",	   "raio_get_stats", "raio_errmsg", "raio_event_errmsg", "raio_crc32c", "raio_abi_version",
+#include "symbols.h"
 };
 
 static int open_and_close(void)
@@ -38,6 +25,11 @@ static int open_and_close(void)
 
 	if (!library) {
 		printf("dlopen: %s\n", dlerror());
+		return 1;
+	}
+	/* As many as there were when this was written: some may come, and none goes. */
+	if (sizeof(symbols) / sizeof(symbols[0]) < 92) {
+		printf("The Makefile has not found all functions of the header\n");
 		return 1;
 	}
 	for (i = 0; i < sizeof(symbols) / sizeof(symbols[0]); i++) {
