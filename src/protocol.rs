@@ -441,7 +441,7 @@ pub const FLAG_CRC32C: u16 = 1 << 0;
 /// Flag of [`Opcode::Checksum`]: BLAKE3, 256 bits.
 pub const FLAG_BLAKE3: u16 = 1 << 1;
 /// Flag of [`Opcode::Lock`]: a lock that others may share. Without this flag and the next one the lock is
-/// given up.
+/// released.
 pub const FLAG_LOCK_SHARED: u16 = 1 << 0;
 /// Flag of [`Opcode::Lock`]: a lock that nobody else has.
 pub const FLAG_LOCK_EXCLUSIVE: u16 = 1 << 1;

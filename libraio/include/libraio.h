@@ -216,8 +216,8 @@ struct raio_checksum {
 	unsigned char blake3[32];	/* of the type RAIO_CHECKSUM_BLAKE3: the checksum */
 };
 
-#define RAIO_CHECKSUM_CRC32C	1u	/* CRC32C (Castagnoli), as raio_crc32c(): finds every accident */
-#define RAIO_CHECKSUM_BLAKE3	2u	/* BLAKE3: finds forgeries, too */
+#define RAIO_CHECKSUM_CRC32C	1u	/* CRC32C (Castagnoli), as raio_crc32c(): detects accidental corruption, not tampering */
+#define RAIO_CHECKSUM_BLAKE3	2u	/* BLAKE3: detects tampering, too */
 
 #define RAIO_PATH_NOFOLLOW	(1u << 0)	/* stat_path, utimens: of a symbolic link itself */
 #define RAIO_PUT_EXCL		(1u << 1)	/* EEXIST if there is something already */
@@ -473,7 +473,7 @@ int raio_extents(int fd, long long offset, unsigned long long length, struct rai
 
 /*
  * raio_copy_file_range - copies `len` bytes within the server, from off_in of one file to off_out of another, or of the
- * same if the ranges do not overlap. The data does not come here; file systems that can share the storage of both do.
+ * same if the ranges do not overlap. The data does not come here; file systems that can share the extents (reflink) do.
  * Both files are of the same session, fd_in open for reading, fd_out for writing. Any length; the destination must
  * have room for it, whatever the source has. Not atomic: of what others write meanwhile it copies the old or the new.
  * As raio_pwrite(), but it takes as long as the storage does: call_timeout_ms does not apply.
@@ -488,17 +488,17 @@ long long raio_copy_file_range(int fd_in, long long off_in, int fd_out, long lon
  * raio_checksum_range - the checksum of a range, which the server reads: the data does not come here. Set
  * checksum->type; the field of that type is filled in. Thread-safe, and as raio_copy_file_range() without a timeout.
  *
- * Returns of how many bytes it is, fewer than `len` at the end of the file, or -1 with errno: EINVAL (NULL, no such type),
- * EBADF, EOPNOTSUPP.
+ * Returns the number of bytes covered, fewer than `len` at the end of the file, or -1 with errno: EINVAL (NULL, no such
+ * type), EBADF, EOPNOTSUPP.
  */
 long long raio_checksum_range(int fd, long long offset, unsigned long long len, struct raio_checksum *checksum);
 
 /*
- * raio_flock - takes, changes or gives up a lock on the whole file, as flock(2) with LOCK_NB: `operation` is LOCK_SH,
- * LOCK_EX (fd must be open for writing, or EBADF) or LOCK_UN. It never waits. The lock concerns all other opens of the
- * file that ask for one: of this session, of other clients, and of programs on the server's host. It keeps nobody from
- * reading and writing. It ends with raio_close() and with the session. Changing its kind gives it up first, so it may be
- * lost when that fails. If the session ends on the server, which was restarted or not reached for too long, so does the
+ * raio_flock - takes, converts or releases an advisory lock on the whole file, as flock(2) with LOCK_NB: `operation` is
+ * LOCK_SH, LOCK_EX (fd must be open for writing, or EBADF) or LOCK_UN. It never waits. The lock conflicts with those of
+ * all other opens of the file: of this session, of other clients, and of programs on the server's host. It does not
+ * restrict reads or writes. raio_close() and the end of the session release it. Converting it releases it first, so it may
+ * be lost when that fails. If the session ends on the server, which was restarted or not reached for too long, so does the
  * lock, and all calls and iocbs on fd fail with ENOLCK then: others may have changed the file. The lock of a program that
  * is killed ends when the server gives up its session: after its --linger (90 s), or earlier with a smaller reconnect_ms.
  *
@@ -985,8 +985,8 @@ static inline void raio_prep_copy_file_range(struct raio_iocb *iocb, struct raio
 }
 
 /*
- * raio_checksum_range() of this type, in one request: `res` is the bytes that it is of, and *checksum, which belongs to
- * the library until then, is filled in when the event is collected.
+ * raio_checksum_range() of this type, in one request: `res` is the number of bytes covered, and *checksum, which
+ * belongs to the library until then, is filled in when the event is collected.
  */
 static inline void raio_prep_checksum(struct raio_iocb *iocb, int fd, unsigned int type, long long offset,
 				      unsigned long long len, struct raio_checksum *checksum)
@@ -1202,10 +1202,10 @@ static inline void raio_prep_opendir(struct raio_iocb *iocb, int fd, struct raio
 }
 
 /*
- * Brings the next page of a directory's entries, which raio_readdir() then has without waiting: `res` is how many
- * entries those are, with those that were there before. 0: there are no more. Until the event is collected
- * raio_readdir() fails with EBUSY; raio_closedir() does not, and the entries are dropped. If the iocb fails, or is
- * cancelled, the directory has no more entries: close it, and begin again.
+ * Brings the next page of a directory's entries. `res` is the number of entries that raio_readdir() can then return
+ * without waiting; 0: there are no more. Until the event is collected raio_readdir() fails with EBUSY; raio_closedir()
+ * does not, and the entries are dropped. If the iocb fails, or is cancelled, the directory has no more entries: close
+ * it, and begin again.
  */
 static inline void raio_prep_readdir(struct raio_iocb *iocb, int fd, struct raio_path_args *args, raio_dir_t dir)
 {

@@ -120,7 +120,7 @@ impl File {
         &self.inner
     }
 
-    /// It, as what another file is copied from.
+    /// Returns this file as the source of a [`crate::Operation::Copy`].
     pub fn as_source(&self) -> CopySource {
         CopySource(Arc::clone(&self.inner))
     }

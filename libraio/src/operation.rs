@@ -80,9 +80,9 @@ pub enum Operation {
         /// How many bytes.
         length: u64,
     },
-    /// Copy a range of another file to this one, within the server: the data does not come here. The file
-    /// systems may share the storage of both. Which bytes it copies of what others change meanwhile is not
-    /// said.
+    /// Copy a range of another file to this one, within the server: the data does not come here. File systems
+    /// that can share the extents (reflink) do. It is not atomic: of what others change meanwhile it copies
+    /// the old or the new bytes.
     ///
     /// [`Completion::result`] is the bytes copied; fewer at the end of the source, or if it was cancelled or
     /// a later part failed: a copy of the rest tells which (0 at the end of the source).
@@ -98,7 +98,7 @@ pub enum Operation {
         length: u64,
     },
     /// Ask for the checksum of a range, which the server reads: [`Answer::Checksum`].
-    /// [`Completion::result`] is how many bytes it is of; fewer at the end of the file.
+    /// [`Completion::result`] is the number of bytes covered; fewer at the end of the file.
     Checksum {
         /// Where in the file.
         offset: u64,
@@ -107,10 +107,10 @@ pub enum Operation {
         /// Which.
         algorithm: ChecksumAlgorithm,
     },
-    /// Take, change or give up a lock on the file, as flock(2): EAGAIN if another open file has one that
-    /// conflicts, of any client or of a program on the server's host. The server never waits for it. A lock
-    /// keeps nobody from reading and writing, but those who ask for one. It is given up when the file is
-    /// closed, or the session ends. To change its kind gives it up first, so it may be lost if that fails.
+    /// Take, convert or release an advisory lock on the file, as flock(2): EAGAIN if another open file has
+    /// one that conflicts, of any client or of a program on the server's host. The server never waits for it.
+    /// A lock does not restrict reads or writes. It is released when the file is closed, or the session ends.
+    /// Converting it releases it first, so it may be lost if that fails.
     ///
     /// If the session ends on the server, because that was restarted or not reached for too long, so does the
     /// lock. All operations on the file fail with ENOLCK from then on.
@@ -124,9 +124,9 @@ pub enum Operation {
 /// A checksum: [`Operation::Checksum`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ChecksumAlgorithm {
-    /// CRC32C (Castagnoli): 32 bits, which find every accident and no forgery.
+    /// CRC32C (Castagnoli), 32 bits: detects accidental corruption, not tampering.
     Crc32c,
-    /// BLAKE3: 256 bits, which find forgeries, too.
+    /// BLAKE3, 256 bits: detects tampering, too.
     Blake3,
 }
 
@@ -151,11 +151,11 @@ pub enum Checksum {
 /// A lock: [`Operation::Lock`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lock {
-    /// Others may have a shared one, too.
+    /// Others may have a shared lock, too.
     Shared,
-    /// Nobody else has any. The file must be open for writing.
+    /// No other open file has a lock. The file must be open for writing.
     Exclusive,
-    /// It is given up.
+    /// Release the lock.
     Unlock,
 }
 
@@ -341,10 +341,11 @@ pub struct SubmitOptions {
     pub crc: OperationCrc,
     /// It ends with ETIMEDOUT when it is not over after this time. If it was sent, the server is asked to
     /// cancel it first. If the server cannot, or does not answer within 50 ms, the operation ends
-    /// nevertheless, with its buffers. Of a write, a lock, and the like, [`crate::Error::is_unknown`] says then
-    /// that it may have been done, or may yet be. Over RDMA, where the server may still reach the buffers, it ends
-    /// when the server answers; and if that was too late to be cancelled, as if there were no timeout. One
-    /// that is longer than a request ends with the bytes that were done without a gap, if there are any.
+    /// nevertheless, with its buffers. Of a write, a lock, and the like, [`crate::Error::is_unknown`] says
+    /// then that it may have been done, or may yet be. Over RDMA, where the server may still reach the
+    /// buffers, it ends when the server answers; and if that was too late to be cancelled, as if there were
+    /// no timeout. One that is longer than a request ends with the bytes that were done without a gap, if
+    /// there are any.
     ///
     /// The library has no threads: it looks at timeouts within [`crate::Context::wait`] and
     /// [`crate::Context::cancel`]. The poll descriptor becomes readable in time.

@@ -59,7 +59,7 @@ fn read_and_write(
         match result {
             Ok(0) => break,
             Ok(n) => done += n,
-            // Whoever goes on from there gets it.
+            // The request that copies the rest from there on returns the error.
             Err(_) if done > 0 => break,
             Err(errno) => return Err(errno),
         }

@@ -329,7 +329,7 @@ pub(super) fn unreadable() -> Error {
     )
 }
 
-/// What an iocb asks for. `source` looks up a file to copy from.
+/// The operation of an iocb. `source` looks up the source of a copy.
 ///
 /// # Safety
 /// The iocb's memory is as the header demands.
