@@ -43,7 +43,7 @@ pub use keyed::KeyedServer;
 pub use ktls::no_kernel_tls;
 pub use letters::{LETTER_BYTES, LETTERS, Letters};
 pub use names::change_names;
-pub use operation::carry_out;
+pub use operation::{carry_out, completion};
 pub use proxy::{Direction, Ending, Proxy, Treatment};
 pub use random::{Random, seed};
 pub use raw::{Raw, request as raw_request};

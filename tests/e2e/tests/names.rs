@@ -15,7 +15,7 @@ use raio::{
     Answer, Attributes, Buffer, Buffers, Completion, Context, DirEntry, Error, FileStatus, Options,
     PathOperation, PutOptions, ReadDir, Session, SubmitOptions,
 };
-use raio_e2e::{Client, Direction, Ending, Proxy, Random, Server, Treatment, number};
+use raio_e2e::{Client, Direction, Ending, Proxy, Random, Server, Treatment, completion, number};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT};
 use rustix::io::Errno;
 use tempfile::TempDir;
@@ -200,8 +200,7 @@ fn queued(context: &mut Context, base: &Path, step: &Step) -> Outcome {
 /// Does one operation.
 fn run(context: &mut Context, operation: PathOperation) -> Result<Completion, Error> {
     context.submit_path(operation, SubmitOptions::default(), 0).map_err(|rejected| rejected.error)?;
-    context.wait(1, 1, None).expect("the server is there");
-    Ok(context.next().expect("it was waited for"))
+    Ok(completion(context).expect("the server is there"))
 }
 
 fn entries_of(completion: Completion) -> ReadDir {

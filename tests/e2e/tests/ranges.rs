@@ -6,9 +6,11 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use raio::{Answer, Checksum, ChecksumAlgorithm, Context, Lock, Operation, Options, Session, SubmitOptions};
+use raio::{
+    Answer, Checksum, ChecksumAlgorithm, Context, Error, Lock, Operation, Options, Session, SubmitOptions,
+};
 use raio_e2e::{
-    Client, Ending, LoopDevice, PATIENCE, Proxy, Server, Site, carry_out, is_at_rest, needs_root,
+    Client, Ending, LoopDevice, PATIENCE, Proxy, Server, Site, carry_out, completion, is_at_rest, needs_root,
 };
 use rustix::process::Signal;
 
@@ -32,9 +34,16 @@ fn checksum(context: &mut Context, file: &raio::File, length: u64) -> (u64, Chec
     (completion.result.expect("it has succeeded"), checksum)
 }
 
+fn open(session: &Session, path: &str, flags: i32) -> raio::File {
+    session.open(path, libc::O_RDWR | libc::O_CREAT | flags, 0o644).expect("a file")
+}
+
+fn result_of(context: &mut Context, file: &raio::File, operation: Operation) -> Result<u64, Error> {
+    carry_out(context, file, operation).expect("it is begun").result
+}
+
 fn errno_of(context: &mut Context, file: &raio::File, operation: Operation) -> i32 {
-    let result = carry_out(context, file, operation).expect("it is begun").result;
-    result.expect_err("it fails").errno()
+    result_of(context, file, operation).expect_err("it fails").errno()
 }
 
 #[test]
@@ -56,10 +65,8 @@ fn files_and_devices_of_all_kinds_are_copied_to_one_another() {
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
     let mut context = session.context(4).expect("a context");
     let length = contents.len() as u64;
-    let open =
-        |path: &str, flags| session.open(path, libc::O_RDWR | libc::O_CREAT | flags, 0o644).expect("a file");
     // Each from the one before.
-    let mut source = open("/ext4/source", 0);
+    let mut source = open(&session, "/ext4/source", 0);
     let (_, expected) = checksum(&mut context, &source, u64::MAX >> 1);
     for (path, flags) in [
         ("/xfs/one", 0),
@@ -70,9 +77,8 @@ fn files_and_devices_of_all_kinds_are_copied_to_one_another() {
         ("/memory", 0),
         ("/ext4/four", libc::O_DIRECT),
     ] {
-        let file = open(path, flags);
-        let result = carry_out(&mut context, &file, copy(&source, 0, 0, length)).expect("it is begun").result;
-        assert_eq!(result.expect("it is copied"), length, "{path}");
+        let file = open(&session, path, flags);
+        assert_eq!(result_of(&mut context, &file, copy(&source, 0, 0, length)), Ok(length), "{path}");
         assert_eq!(checksum(&mut context, &file, length), (length, expected), "{path}");
         source = file;
     }
@@ -90,12 +96,10 @@ fn each_piece_of_a_copy_counts_for_the_rates_and_what_is_done_is_said() {
     File::create(site.path("data/file")).and_then(|file| file.set_len(1 << 30)).expect("a file");
     let session = client.connect(&site).expect("a session");
     let mut context = session.context(4).expect("a context");
-    let open = |path: &str| session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
-    let (source, file) = (open("/data/file"), open("/data/copy"));
+    let (source, file) = (open(&session, "/data/file", 0), open(&session, "/data/copy", 0));
     // Read and written: the sixth piece begins after ten times 8 MiB, but for the burst.
     let began = Instant::now();
-    let result = carry_out(&mut context, &file, copy(&source, 0, 0, 6 * PIECE)).expect("it is begun").result;
-    assert_eq!(result.expect("it is copied"), 6 * PIECE);
+    assert_eq!(result_of(&mut context, &file, copy(&source, 0, 0, 6 * PIECE)), Ok(6 * PIECE));
     assert!(began.elapsed() >= Duration::from_millis(1_000), "{:?}", began.elapsed());
     let began = Instant::now();
     checksum(&mut context, &source, 8 * PIECE);
@@ -105,16 +109,8 @@ fn each_piece_of_a_copy_counts_for_the_rates_and_what_is_done_is_said() {
     let timeout = Some(Duration::from_millis(1_500));
     let options = SubmitOptions { timeout, ..SubmitOptions::default() };
     context.submit_with(&file, copy(&source, 0, 0, 1 << 30), options, 0).expect("it is begun");
-    let deadline = Instant::now() + PATIENCE;
-    let completion = loop {
-        assert!(Instant::now() < deadline);
-        context.wait(1, 1, Some(Duration::from_millis(100))).expect("it is connected");
-        if let Some(completion) = context.next() {
-            break completion;
-        }
-    };
-    let done = completion.result.expect("a part of it");
-    assert!((PIECE..1 << 30).contains(&done) && done % PIECE == 0, "{done}");
+    let done = completion(&mut context).and_then(|completion| completion.result).expect("a part of it");
+    assert!((PIECE..1 << 30).contains(&done) && done.is_multiple_of(PIECE), "{done}");
 
     // So does one that runs when its server ends, and the server does not wait for it.
     context.submit(&file, copy(&source, 0, 0, 1 << 30), 0).expect("it is begun");
@@ -125,8 +121,7 @@ fn each_piece_of_a_copy_counts_for_the_rates_and_what_is_done_is_said() {
     site.server.signal(Signal::TERM);
     assert!(site.server.wait().success(), "all was answered");
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-    context.wait(1, 1, Some(PATIENCE)).expect("its answer has come");
-    let done = context.next().expect("a completion").result.expect("a part of it");
+    let done = completion(&mut context).and_then(|completion| completion.result).expect("a part of it");
     assert!((PIECE..1 << 30).contains(&done), "{done}");
 }
 
@@ -140,8 +135,7 @@ fn a_copy_and_a_checksum_go_on_over_broken_connections_and_nothing_is_unknown() 
     let proxy = Proxy::start(server.address());
     let session = Session::connect(&proxy.url(), &Options::default()).expect("a session");
     let mut context = session.context(4).expect("a context");
-    let open = |path: &str| session.open(path, libc::O_RDWR | libc::O_CREAT, 0o644).expect("a file");
-    let (source, file) = (open("/d/file"), open("/d/copy"));
+    let (source, file) = (open(&session, "/d/file", 0), open(&session, "/d/copy", 0));
     let mut run = |file: &raio::File, operation| {
         context.submit(file, operation, 0).expect("there is room");
         context.flush();
@@ -184,10 +178,10 @@ fn holds_a_lock_if_asked() {
     let second = Duration::from_secs(1);
     let options = Options { reconnect: second, request_timeout: Some(second), ..Options::default() };
     let session = Session::connect(&url, &options).expect("a session");
-    let file = session.open("/d/file", libc::O_RDWR, 0).expect("a file");
+    let file = open(&session, "/d/file", 0);
     let mut context = session.context(1).expect("a context");
-    let locked = carry_out(&mut context, &file, Operation::Lock(Lock::Exclusive)).expect("it is begun");
-    println!("\nlocked: {}", locked.result.is_ok());
+    let locked = result_of(&mut context, &file, Operation::Lock(Lock::Exclusive));
+    println!("\nlocked: {}", locked.is_ok());
     std::thread::sleep(PATIENCE);
 }
 
@@ -208,14 +202,11 @@ fn a_lock_ends_with_a_client_that_is_killed_and_is_lost_with_its_server() {
 
     let session = Session::connect(&server.url(), &Options::default()).expect("a session");
     let mut context = session.context(1).expect("a context");
-    let file = session.open("/d/file", libc::O_RDWR, 0).expect("a file");
+    let file = open(&session, "/d/file", 0);
     assert_eq!(errno_of(&mut context, &file, Operation::Lock(Lock::Shared)), libc::EAGAIN);
     holder.kill().and_then(|()| holder.wait()).expect("it is killed");
     let deadline = Instant::now() + PATIENCE;
-    let try_lock = |context: &mut Context| {
-        carry_out(context, &file, Operation::Lock(Lock::Exclusive)).expect("it is begun").result
-    };
-    while let Err(error) = try_lock(&mut context) {
+    while let Err(error) = result_of(&mut context, &file, Operation::Lock(Lock::Exclusive)) {
         assert_eq!(error.errno(), libc::EAGAIN, "{error}");
         assert!(Instant::now() < deadline, "the lock outlives its client");
         std::thread::sleep(Duration::from_millis(20));
@@ -226,8 +217,6 @@ fn a_lock_ends_with_a_client_that_is_killed_and_is_lost_with_its_server() {
     let _server = Server::start_with(&[&export], &["--listen", &listen]);
     assert_eq!(errno_of(&mut context, &file, Operation::Stat), libc::ENOLCK);
     assert_eq!(errno_of(&mut context, &file, Operation::Lock(Lock::Exclusive)), libc::ENOLCK);
-    let again = session.open("/d/file", libc::O_RDWR, 0).expect("a file");
-    let result =
-        carry_out(&mut context, &again, Operation::Lock(Lock::Exclusive)).expect("it is begun").result;
-    assert!(result.is_ok(), "{result:?}");
+    let again = open(&session, "/d/file", 0);
+    assert_eq!(result_of(&mut context, &again, Operation::Lock(Lock::Exclusive)), Ok(0));
 }
