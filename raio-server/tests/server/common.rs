@@ -12,13 +12,29 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
 use raio_transport::memory::{Buffer, Buffers};
-use raio_transport::protocol::{Command, FileHandle, FileStatus, OPERATION_FEATURES};
+use raio_transport::protocol::{
+    Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE, OPERATION_FEATURES,
+};
 use raio_transport::transport::{Bulk, ClientTransport, Reply, RequestId, SendOptions};
 use raio_transport::{message, tcp};
 use tempfile::TempDir;
 
 /// Nothing here takes nearly so long; if it does, it hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// To open a file for reading and writing.
+pub const RW: u32 = OPEN_READ | OPEN_WRITE;
+/// The same for one that may not be there yet.
+pub const NEW: u32 = RW | OPEN_CREATE;
+
+/// Waits until it is so. `what` says what is not, if that takes too long.
+pub fn until(what: impl Fn() -> String, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{}", what());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
 
 /// How the server does file I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,15 +167,8 @@ impl Server {
 
     /// Waits until the log says so, for it is written behind the server's back.
     pub fn log_until(&self, text: &str) -> String {
-        let deadline = Instant::now() + TIMEOUT;
-        loop {
-            let log = self.log();
-            if log.contains(text) {
-                return log;
-            }
-            assert!(Instant::now() < deadline, "{text:?} is not in the log:\n{log}");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until(|| format!("{text:?} is not in the log:\n{}", self.log()), || self.log().contains(text));
+        self.log()
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -196,11 +205,7 @@ impl Server {
 
     /// Waits until it has so many: closing goes through the backend, behind the statistics' back.
     pub fn fds_until(&self, expected: usize) {
-        let deadline = Instant::now() + TIMEOUT;
-        while self.fds() != expected {
-            assert!(Instant::now() < deadline, "{} descriptors, once {expected}", self.fds());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until(|| format!("{} descriptors, once {expected}", self.fds()), || self.fds() == expected);
     }
 
     pub fn wait(&mut self) -> ExitStatus {

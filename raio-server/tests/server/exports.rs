@@ -10,17 +10,13 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
 use raio_transport::protocol::{
-    Command, FileHandle, OPEN_CREATE, OPEN_DIRECT, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE,
-    OPEN_WRITE,
+    Command, FileHandle, OPEN_DIRECT, OPEN_EXCLUSIVE, OPEN_NOFOLLOW, OPEN_READ, OPEN_TRUNCATE, OPEN_WRITE,
 };
 use raio_transport::transport::Bulk;
 use rustix::fs::{CWD, FileType, Mode};
 use tempfile::TempDir;
 
-use crate::common::{Client, Server, TIMEOUT, Variant, each};
-
-const RW: u32 = OPEN_READ | OPEN_WRITE;
-const NEW: u32 = RW | OPEN_CREATE;
+use crate::common::{Client, NEW, RW, Server, TIMEOUT, Variant, each, until};
 
 /// A server with these `[export.NAME]` tables.
 fn serve(tables: &str) -> Server {
@@ -471,11 +467,10 @@ fn a_changed_root_is_noticed_and_a_recreated_one_works() {
     };
     // The log is written behind the server's back.
     let noticed = |times| {
-        let deadline = Instant::now() + TIMEOUT;
-        while server.log().matches("another directory").count() != times {
-            assert!(Instant::now() < deadline, "not {times} times in the log:\n{}", server.log());
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        until(
+            || format!("not {times} times in the log:\n{}", server.log()),
+            || server.log().matches("another directory").count() == times,
+        );
     };
     content(b"first");
     noticed(0);
@@ -698,11 +693,10 @@ fn a_file_system_that_is_mounted_anew_is_another_one_to_the_sandbox() {
     let mut client = server.client();
     let file = client.open("/m/f", OPEN_READ).unwrap();
     client.close(file).unwrap();
-    let deadline = Instant::now() + TIMEOUT;
-    while !Process::new("umount").arg(directory.path()).status().unwrap().success() {
-        assert!(Instant::now() < deadline, "it is in use");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until(
+        || "it is in use".into(),
+        || Process::new("umount").arg(directory.path()).status().unwrap().success(),
+    );
     drop(mount); // which finds it done
     let _mount = Mount::new(&["-t", "ext4", disk.path.to_str().unwrap()], directory.path());
     let (errno, text) = why(&mut client, "/m/f", OPEN_READ);

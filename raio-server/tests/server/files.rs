@@ -7,15 +7,12 @@ use std::time::Duration;
 use raio_transport::handshake::Offer;
 use raio_transport::message;
 use raio_transport::protocol::{
-    Command, OPEN_CREATE, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE,
-    OPEN_WRITE,
+    Command, OPEN_DIRECT, OPEN_DSYNC, OPEN_EXCLUSIVE, OPEN_READ, OPEN_SYNC, OPEN_TRUNCATE, OPEN_WRITE,
 };
 use raio_transport::transport::{Bulk, ClientTransport, SendOptions};
 
-use crate::common::{Client, Server, buffers, data, each};
+use crate::common::{Client, NEW, RW, Server, buffers, data, each};
 use crate::random::Random;
-
-const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
 #[test]
 fn small_reads_are_right_whether_the_page_cache_has_them_or_not() {
@@ -193,7 +190,7 @@ fn direct_io_reads_any_range_and_refuses_unaligned_writes_with_a_sentence() {
         let mut client = server.client();
         let bytes: Vec<u8> = (0..100_001u32).map(|i| (i % 251) as u8).collect();
         std::fs::write(server.path("f"), &bytes).unwrap();
-        let (file, status) = match client.open_as("/d/f", OPEN_READ | OPEN_WRITE | OPEN_DIRECT, 0) {
+        let (file, status) = match client.open_as("/d/f", RW | OPEN_DIRECT, 0) {
             Err(libc::EINVAL) => {
                 return eprintln!("SKIPPED: the file system of the target directory has no O_DIRECT");
             }
@@ -371,7 +368,7 @@ fn null_and_memory_exports_behave_like_files_of_a_fixed_size() {
         );
         let mut client = server.client();
         for path in ["/n", "/m"] {
-            let file = client.open(path, OPEN_READ | OPEN_WRITE | OPEN_DIRECT | OPEN_TRUNCATE).unwrap();
+            let file = client.open(path, RW | OPEN_DIRECT | OPEN_TRUNCATE).unwrap();
             assert_eq!(client.status(file).unwrap().size.get(), 10_000);
             assert_eq!(client.read(file, 9_999, 100).unwrap(), [0]);
             assert_eq!(client.read(file, 10_000, 100).unwrap(), []);
@@ -400,7 +397,7 @@ fn a_file_export_is_opened_by_its_name_alone() {
         let mut client = server.client();
         let file = client.open("/f", OPEN_READ).unwrap();
         assert_eq!(client.read(file, 0, 100).unwrap(), b"hello");
-        assert_eq!(client.open("/f", OPEN_READ | OPEN_WRITE), Err(libc::EROFS));
+        assert_eq!(client.open("/f", RW), Err(libc::EROFS));
         assert_eq!(client.open("/f/", OPEN_READ), Err(libc::ENOTDIR));
         assert_eq!(client.open("/f/file", OPEN_READ), Err(libc::ENOTDIR));
         let file = client.open("/w", OPEN_WRITE | OPEN_TRUNCATE).unwrap();
@@ -444,7 +441,7 @@ fn a_block_device_is_served_with_its_capacity() {
         let server = Server::start(variant, &["--export", &export]);
         let mut client = server.client();
         for flags in [0, OPEN_DIRECT] {
-            let (file, status) = client.open_as("/b", OPEN_READ | OPEN_WRITE | flags, 0).unwrap();
+            let (file, status) = client.open_as("/b", RW | flags, 0).unwrap();
             assert_eq!((status.size.get(), status.mode.get() & libc::S_IFMT), (8 << 20, libc::S_IFBLK));
             assert_eq!(client.status(file).unwrap().size.get(), 8 << 20);
             assert_eq!(client.write(file, 4096, &[8; 4096]), Ok(4096));

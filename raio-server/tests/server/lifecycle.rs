@@ -9,14 +9,12 @@ use std::time::{Duration, Instant};
 use raio_transport::Error;
 use raio_transport::handshake::Offer;
 use raio_transport::message::{self, RemoteRegion};
-use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{Command, FileHandle, FileStatus, OPEN_READ};
 use raio_transport::transport::{Bulk, ClientTransport};
 use rustix::process::Signal;
 
-use crate::common::{Client, Server, TIMEOUT, Variant, buffers, each};
+use crate::common::{Client, NEW, RW, Server, TIMEOUT, Variant, buffers, each};
 use crate::random::Random;
-
-const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
 #[test]
 fn sigterm_answers_what_is_in_flight_and_exits_with_0() {
@@ -202,7 +200,7 @@ fn a_client_that_dies_at_full_depth_leaves_nothing_behind() {
         for round in 0..20 {
             let mut client = server.client();
             let files: Vec<_> = (0..10).map(|i| client.open(&format!("/d/f{i}"), NEW).unwrap()).collect();
-            let memory = client.open("/m", OPEN_READ | OPEN_WRITE).unwrap();
+            let memory = client.open("/m", RW).unwrap();
             for i in 0..120u64 {
                 let file = if i % 3 == 0 { memory } else { files[i as usize % 10] };
                 if (i + round) % 2 == 0 {
@@ -333,8 +331,7 @@ fn well_formed_nonsense_harms_nobody() {
                     0 => {
                         let path = paths[random.below(paths.len() as u64) as usize].as_bytes();
                         let flags = 1 + random.below(511) as u32;
-                        let flags =
-                            if flags & (OPEN_READ | OPEN_WRITE) == 0 { flags | OPEN_READ } else { flags };
+                        let flags = if flags & RW == 0 { flags | OPEN_READ } else { flags };
                         (Command::Open { flags, mode: random.below(0o10000) as u32, path }, Bulk::None)
                     }
                     1 if random.below(4) == 0 => (Command::Close(file), Bulk::None),

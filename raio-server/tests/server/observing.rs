@@ -5,14 +5,12 @@ use std::time::{Duration, Instant};
 
 use raio_transport::handshake::{ChannelOffer, Offer};
 use raio_transport::message::SessionId;
-use raio_transport::protocol::{Command, OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::{Command, OPEN_READ};
 use raio_transport::transport::ClientTransport;
 use rustix::process::Signal;
 use zerocopy::little_endian::U32;
 
-use crate::common::{Client, Server, TIMEOUT, Variant};
-
-const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
+use crate::common::{Client, NEW, Server, TIMEOUT, Variant};
 
 /// Writes and reads back a little.
 fn work(server: &Server) -> u16 {

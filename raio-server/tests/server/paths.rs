@@ -12,7 +12,7 @@ use raio_transport::protocol::{
 };
 use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 
-use crate::common::{Server, each};
+use crate::common::{RW, Server, each};
 
 #[test]
 fn what_leads_out_of_the_export_is_refused() {
@@ -128,7 +128,7 @@ fn only_regular_files_are_served_and_an_open_never_hangs() {
         assert_eq!(client.open("/d/directory", OPEN_WRITE), Err(libc::EISDIR));
         assert_eq!(client.open("/d", OPEN_READ), Err(libc::EISDIR));
         assert_eq!(client.open("/d/fifo", OPEN_READ), Err(libc::ENODEV));
-        assert_eq!(client.open("/d/fifo", OPEN_READ | OPEN_WRITE), Err(libc::ENODEV));
+        assert_eq!(client.open("/d/fifo", RW), Err(libc::ENODEV));
         assert_eq!(client.open("/d/fifo", OPEN_WRITE), Err(libc::ENODEV));
         assert_eq!(client.open("/d/fifo", OPEN_WRITE | OPEN_CREATE | OPEN_TRUNCATE), Err(libc::ENODEV));
         assert_eq!(client.open("/d/socket", OPEN_READ), Err(libc::ENODEV));
@@ -155,7 +155,7 @@ fn a_read_only_export_is_not_changed() {
         let mut client = server.client();
         for flags in [
             OPEN_WRITE,
-            OPEN_READ | OPEN_WRITE,
+            RW,
             OPEN_READ | OPEN_CREATE,
             OPEN_READ | OPEN_TRUNCATE,
             OPEN_WRITE | OPEN_CREATE | OPEN_EXCLUSIVE,

@@ -1,14 +1,13 @@
 //! Copies and checksums within the server, and locks.
 
+use raio_transport::handshake::Offer;
 use raio_transport::protocol::{
-    Command, FLAG_BLAKE3, FLAG_CRC32C, FLAG_LOCK_EXCLUSIVE, FLAG_LOCK_SHARED, FileHandle, OPEN_CREATE,
-    OPEN_DIRECT, OPEN_DSYNC, OPEN_READ, OPEN_WRITE,
+    Command, FLAG_BLAKE3, FLAG_CRC32C, FLAG_LOCK_EXCLUSIVE, FLAG_LOCK_SHARED, FileHandle, OPEN_DIRECT,
+    OPEN_DSYNC, OPEN_READ, OPEN_WRITE,
 };
 use raio_transport::transport::{Bulk, RequestId};
 
 use crate::common::*;
-
-const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 
 fn bytes(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at % 251 + 1) as u8).collect()
@@ -32,12 +31,9 @@ fn a_range_is_copied_between_files_exports_and_kinds_of_storage() {
         std::fs::write(server.path("a"), &contents).unwrap();
         let length = contents.len() as u64;
         let a = client.open("/d/a", OPEN_READ).unwrap();
-        for (path, flags) in [
-            ("/d/b", NEW),
-            ("/d/c", NEW | OPEN_DIRECT),
-            ("/d/d", NEW | OPEN_DSYNC),
-            ("/m", OPEN_READ | OPEN_WRITE),
-        ] {
+        for (path, flags) in
+            [("/d/b", NEW), ("/d/c", NEW | OPEN_DIRECT), ("/d/d", NEW | OPEN_DSYNC), ("/m", RW)]
+        {
             let file = client.open(path, flags).unwrap();
             assert_eq!(client.do_it(&copy((a, 0), (file, 0), length)), Ok(length), "{path}");
             let found = client.read(file, (16 << 20) - 5, 1 << 20).unwrap();
@@ -52,7 +48,7 @@ fn a_range_is_copied_between_files_exports_and_kinds_of_storage() {
             client.close(back).unwrap();
             std::fs::remove_file(server.path("back")).unwrap();
         }
-        let b = client.open("/d/b", OPEN_READ | OPEN_WRITE).unwrap();
+        let b = client.open("/d/b", RW).unwrap();
         assert_eq!(client.do_it(&copy((a, length - 10), (b, 0), 100)), Ok(10), "the end of the source");
         assert_eq!(client.do_it(&copy((a, length), (b, 0), 100)), Ok(0), "behind its end");
         assert_eq!(client.do_it(&copy((b, 0), (b, 1 << 20), 1 << 20)), Ok(1 << 20), "within a file");
@@ -68,9 +64,9 @@ fn a_range_is_copied_between_files_exports_and_kinds_of_storage() {
         }
         let write_only = client.open("/d/b", OPEN_WRITE).unwrap();
         assert_eq!(client.do_it(&copy((write_only, 0), (b, 1 << 20), 1)), Err(libc::EBADF));
-        let memory = client.open("/m", OPEN_READ | OPEN_WRITE).unwrap();
+        let memory = client.open("/m", RW).unwrap();
         assert_eq!(client.do_it(&copy((a, 0), (memory, (32 << 20) - 1), 2)), Err(libc::ENOSPC));
-        let null = client.open("/n", OPEN_READ | OPEN_WRITE).unwrap();
+        let null = client.open("/n", RW).unwrap();
         for command in [copy((a, 0), (null, 0), 1), copy((null, 0), (b, 0), 1)] {
             assert_eq!(client.do_it(&command), Err(libc::EOPNOTSUPP));
         }
@@ -104,7 +100,7 @@ fn the_checksum_of_a_range_is_that_of_its_bytes() {
         let mut client = server.client();
         let contents = bytes((9 << 20) + 77);
         std::fs::write(server.path("a"), &contents).unwrap();
-        let memory = client.open("/m", OPEN_READ | OPEN_WRITE).unwrap();
+        let memory = client.open("/m", RW).unwrap();
         let plain = client.open("/d/a", OPEN_READ).unwrap();
         let direct = client.open("/d/a", OPEN_READ | OPEN_DIRECT).unwrap();
         let length = contents.len() as u64;
@@ -175,14 +171,13 @@ fn a_cancelled_copy_says_how_much_is_done() {
         assert_eq!(client.wait(tag).status.errno, libc::ECANCELED);
         let (tag, RequestId(id)) = client.send(&copy((a, 0), (b, 0), length), Bulk::None);
         // Until it has begun.
-        while std::fs::metadata(server.path("b")).unwrap().len() == 0 {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
+        let copied = || std::fs::metadata(server.path("b")).unwrap().len();
+        until(|| "the copy does not begin".into(), || copied() > 0);
         let cancel = client.do_it(&Command::Cancel { id });
         let reply = client.wait(tag);
         assert!(reply.status.is_ok() && cancel == Err(libc::EALREADY), "{:?} {cancel:?}", reply.status);
         assert!((1..length).contains(&reply.result), "{}", reply.result);
-        assert_eq!(std::fs::metadata(server.path("b")).unwrap().len(), reply.result);
+        assert_eq!(copied(), reply.result);
     });
 }
 
@@ -192,7 +187,7 @@ fn a_lock_is_that_of_one_open_file_until_it_is_closed() {
         let server = Server::start(variant, &["--export", "m=mem:1M,rw"]);
         let (mut one, mut other) = (server.client(), server.client());
         let file = one.open("/d/f", NEW).unwrap();
-        let [theirs, too] = [(); 2].map(|()| other.open("/d/f", OPEN_READ | OPEN_WRITE).unwrap());
+        let [theirs, too] = [(); 2].map(|()| other.open("/d/f", RW).unwrap());
         let lock = |file, lock| Command::Lock { file, lock };
         let local = std::fs::File::open(server.path("f")).unwrap();
         assert_eq!(one.do_it(&lock(file, FLAG_LOCK_SHARED)), Ok(0));
@@ -210,17 +205,33 @@ fn a_lock_is_that_of_one_open_file_until_it_is_closed() {
         assert_eq!(other.do_it(&lock(too, FLAG_LOCK_SHARED)), Err(libc::EAGAIN), "in the same session");
         drop(other);
         // The session ends a while after the connection.
-        let deadline = std::time::Instant::now() + TIMEOUT;
-        while local.try_lock().is_err() {
-            assert!(std::time::Instant::now() < deadline, "the lock outlives its session");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        let file = one.open("/d/f", OPEN_READ | OPEN_WRITE).unwrap();
+        until(|| "the lock outlives its session".into(), || local.try_lock().is_ok());
+        let file = one.open("/d/f", RW).unwrap();
         assert_eq!(one.do_it(&lock(file, FLAG_LOCK_SHARED)), Err(libc::EAGAIN), "a program has it");
         let read_only = one.open("/d/f", OPEN_READ).unwrap();
         assert_eq!(one.do_it(&lock(read_only, FLAG_LOCK_EXCLUSIVE)), Err(libc::EBADF));
         assert_eq!(one.do_it(&lock(file, FLAG_LOCK_EXCLUSIVE | FLAG_LOCK_SHARED)), Err(libc::EINVAL));
-        let memory = one.open("/m", OPEN_READ | OPEN_WRITE).unwrap();
+        let memory = one.open("/m", RW).unwrap();
         assert_eq!(one.do_it(&lock(memory, FLAG_LOCK_SHARED)), Err(libc::EOPNOTSUPP));
     });
+}
+
+#[test]
+fn a_file_of_the_next_session_has_not_the_handle_of_one_whose_lock_was_lost() {
+    let mut server = Server::start(Variant::Uring, &[]);
+    let offer = Offer::new("test");
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        let mut client = Client::connect(server.address, &offer);
+        let file = client.open("/d/f", NEW).unwrap();
+        assert_eq!(client.do_it(&Command::Lock { file, lock: FLAG_LOCK_EXCLUSIVE }), Ok(0));
+        assert!(!seen.contains(&file), "{file:?} and {seen:?}");
+        // A close of the earlier file does not close this one.
+        for &lost in &seen {
+            assert_eq!(client.close(lost), Err(libc::EBADF));
+        }
+        seen.push(file);
+        drop(client);
+        server.stats_until("the session ends", Stats::is_idle);
+    }
 }

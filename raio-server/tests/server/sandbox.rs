@@ -6,13 +6,12 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command as Process;
 
-use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::OPEN_READ;
 use tempfile::TempDir;
 
-use crate::common::{Server, Variant, without};
+use crate::common::{NEW, Server, Variant, without};
 use crate::startup::program_in;
 
-const NEW: u32 = OPEN_READ | OPEN_WRITE | OPEN_CREATE;
 /// A user that each Debian has.
 const ORDINARY: u32 = 65534;
 

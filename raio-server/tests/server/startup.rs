@@ -4,9 +4,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command as Process, Output};
 
-use raio_transport::protocol::{OPEN_CREATE, OPEN_READ, OPEN_WRITE};
+use raio_transport::protocol::OPEN_WRITE;
 
-use crate::common::{Server, Variant, without};
+use crate::common::{NEW, Server, Variant, without};
 
 fn run(arguments: &[&str]) -> (Option<i32>, String) {
     let Output { status, stdout, stderr } =
@@ -164,7 +164,7 @@ fn the_ready_line_names_every_address_with_its_port() {
 fn where_io_uring_is_forbidden_it_says_so_once_with_the_remedy_and_works() {
     let server = Server::start(Variant::Forbidden, &["--workers", "3"]);
     let mut client = server.client();
-    let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+    let file = client.open("/d/f", NEW).unwrap();
     assert_eq!(client.write(file, 0, b"hello"), Ok(5));
     assert_eq!(client.read(file, 0, 10).unwrap(), b"hello");
     let log = server.log();
@@ -214,7 +214,7 @@ fn a_system_call_that_a_sandbox_forbids_is_done_without_or_named() {
             let log = server.log();
             assert!(name == "pwritev2" || (log.contains(name) && log.contains("seccomp")), "{name}: {log}");
             let mut client = server.client();
-            let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+            let file = client.open("/d/f", NEW).unwrap();
             for len in [5, 4096, 1 << 20] {
                 let bytes = vec![7; len];
                 assert_eq!(client.write(file, 0, &bytes), Ok(len as u64), "{name}");
@@ -243,7 +243,7 @@ fn an_ordinary_user_with_little_lockable_memory_can_run_it() {
         .gid(nobody);
     let server = Server::spawn(process, directory);
     let mut client = server.client();
-    let file = client.open("/d/f", OPEN_READ | OPEN_WRITE | OPEN_CREATE).unwrap();
+    let file = client.open("/d/f", NEW).unwrap();
     assert_eq!(client.write(file, 0, b"hello"), Ok(5));
     assert_eq!(client.read(file, 0, 10).unwrap(), b"hello");
     let log = server.log();
