@@ -35,7 +35,7 @@ pub struct Options {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Algorithm {
-    /// 32 bits, which find every accident and no forgery
+    /// 32 bits: detects accidental corruption, not tampering
     Crc32c,
     /// 256 bits, which find forgeries, too
     #[default]
