@@ -104,6 +104,25 @@ pub enum Request {
         /// Time of its last change, in nanoseconds since the epoch.
         modified_ns: Option<i64>,
     },
+    /// Read the target of a symbolic link: [`Answer::Link`].
+    ReadLink {
+        /// Of the link.
+        path: PathBuf,
+    },
+    /// Create a symbolic link, or replace a link or file: [`Answer::Done`].
+    Symlink {
+        /// Of the link.
+        path: PathBuf,
+        /// What it leads to.
+        target: PathBuf,
+        /// Time of its last change, in nanoseconds since the epoch; None: now.
+        modified_ns: Option<i64>,
+    },
+    /// Remove what is no directory: [`Answer::Done`].
+    Remove {
+        /// Of what is removed.
+        path: PathBuf,
+    },
 }
 
 /// What a request has brought.
@@ -111,6 +130,8 @@ pub enum Request {
 pub enum Answer {
     /// The bytes, and the file's status from before they were read. If its size is larger, there is more.
     Read(Vec<u8>, TreeEntry),
+    /// The target of a symbolic link.
+    Link(PathBuf),
     /// It is done.
     Done,
     /// There are too many bytes for one request.
@@ -147,8 +168,6 @@ pub trait Tree: Send {
     fn begin(&mut self, path: &Path, mode: u32) -> Result<Box<dyn PartialFile>, Failure>;
     /// Makes a directory. Returns whether it was made: there may be one.
     fn create_dir(&mut self, path: &Path, mode: u32) -> Result<bool, Failure>;
-    /// Makes a symbolic link, or replaces a link or file.
-    fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure>;
     /// Sets permissions and time of a file or directory.
     fn set(&mut self, path: &Path, mode: Option<u32>, modified_ns: Option<i64>) -> Result<(), Failure>;
     /// Removes an empty directory.

@@ -38,8 +38,9 @@ pub const JOURNAL_FROM_BYTES: u64 = 16 << 20;
 /// `--io-max`.
 pub const SMALL_FILE_BYTES: u64 = BLOCK_BYTES;
 
-/// Requests for small files, directories and attributes that a thread of a copy of a tree has in flight: with
-/// 8 threads, 256 cost one round trip. A higher value means more files to redo after an interruption.
+/// Requests for small files, links, directories and attributes that a thread of a copy of a tree has in
+/// flight, and requests that a removal of a tree has: with 8 threads, 256 cost one round trip. A higher value
+/// means more files to redo after an interruption.
 pub const REQUESTS_IN_FLIGHT: usize = 32;
 
 /// Bytes of small files in flight from which on a thread starts no other one.

@@ -75,7 +75,7 @@ impl Hand<'_> {
             for other in extra {
                 let path = node.path().join(&other.name);
                 if !run.is_excluded(&path) && !partials.contains(&path) {
-                    let removed = self.unlock(node).and_then(|()| self.remove(&path, &other).map(drop));
+                    let removed = self.unlock(node).and_then(|()| self.delete(node, path, &other));
                     run.note(removed)?;
                 }
             }
@@ -149,6 +149,20 @@ impl Hand<'_> {
         // It can be written to until everything is in it.
         let made = self.destination.create_dir(node.path(), node.source().permissions() | 0o700)?;
         node.was_made(made);
+        Ok(())
+    }
+
+    /// Removes something that is in a directory, or begins to.
+    fn delete(&mut self, node: &Arc<Node>, path: PathBuf, entry: &TreeEntry) -> Result<(), Failure> {
+        let run = self.run;
+        if entry.is_dir() {
+            return self.remove(&path, entry).map(drop);
+        }
+        count(&run.counts.deleted);
+        if run.begins(Deed::Delete, &path, None)? {
+            self.make_room()?;
+            self.begin_remove(node, path);
+        }
         Ok(())
     }
 

@@ -49,14 +49,13 @@ impl Hand<'_> {
             }
             self.remove(&path, there)?;
         }
-        let modified_ns = run.plan.preserves.then_some(entry.modified_ns);
         if entry.is_link() {
             count(&run.counts.links);
-            if run.begins(Deed::Link, &path, None)? {
-                let target = self.source.read_link(&path)?;
-                self.destination.symlink(&target, &path, modified_ns)?;
+            let begins = run.begins(Deed::Link, &path, None)?;
+            if begins {
+                self.begin_link(node, path, entry);
             }
-            return Ok(true);
+            return Ok(!begins);
         }
         if !run.begins(Deed::Copy, &path, Some(entry.size))? {
             self.was_copied(entry.size);

@@ -36,9 +36,11 @@ pub struct Hand<'a> {
 enum Job {
     /// A small file of a directory, which is read and then written.
     File(Arc<Node>, TreeEntry),
-    /// Something gets its attributes: a file, or a directory in which everything is done. It is in this
-    /// directory; the first one is in none.
-    Attributes(Option<Arc<Node>>),
+    /// A link of a directory, whose target is read and which is then created.
+    Link(Arc<Node>, TreeEntry),
+    /// The last request for something in this directory: a link is created, something is removed, or a file,
+    /// or a directory in which everything is done, gets its attributes. The first directory is in none.
+    Last(Option<Arc<Node>>),
     /// A directory is created, and comes into the queue.
     Create(Arc<Node>),
 }
@@ -166,7 +168,20 @@ impl<'a> Hand<'a> {
         mode: Option<u32>,
         modified_ns: Option<i64>,
     ) {
-        self.write(Job::Attributes(parent.cloned()), Request::Set { path, mode, modified_ns });
+        self.write(Job::Last(parent.cloned()), Request::Set { path, mode, modified_ns });
+    }
+
+    /// Begins to copy a link. There has to be room.
+    pub(super) fn begin_link(&mut self, node: &Arc<Node>, path: PathBuf, entry: &TreeEntry) {
+        self.reading += 1;
+        let token = self.token(Job::Link(Arc::clone(node), entry.clone()));
+        self.source.start(token, Request::ReadLink { path });
+    }
+
+    /// Begins to remove something from a directory, which is no directory itself. There has to be room.
+    pub(super) fn begin_remove(&mut self, node: &Arc<Node>, path: PathBuf) {
+        node.awaits(1);
+        self.write(Job::Last(Some(Arc::clone(node))), Request::Remove { path });
     }
 
     fn write(&mut self, job: Job, request: Request) {
@@ -225,11 +240,20 @@ impl<'a> Hand<'a> {
         }
     }
 
-    /// A small file was read: it is written.
+    /// A small file, or a link, was read: it is written.
     fn was_read(&mut self, Ended { token, result }: Ended) -> Result<(), Failure> {
         self.reading -= 1;
-        let Some(Job::File(node, entry)) = self.job(token) else { return Ok(()) };
+        let (node, entry) = match self.job(token) {
+            Some(Job::File(node, entry) | Job::Link(node, entry)) => (node, entry),
+            _ => return Ok(()),
+        };
         match result {
+            Ok(Answer::Link(target)) => {
+                let path = node.path().join(&entry.name);
+                let modified_ns = self.run.plan.preserves.then_some(entry.modified_ns);
+                self.write(Job::Last(Some(node)), Request::Symlink { path, target, modified_ns });
+                Ok(())
+            }
             Ok(Answer::Read(bytes, now)) if now.size == bytes.len() as u64 => {
                 let plan = self.run.plan;
                 let new = New {
@@ -266,7 +290,7 @@ impl<'a> Hand<'a> {
                 let copied = result.map(|_| self.was_copied(entry.size));
                 self.ended(&node, copied)
             }
-            (Some(Job::Attributes(parent)), result) => {
+            (Some(Job::Last(parent)), result) => {
                 self.run.note(result.map(drop))?;
                 parent.map_or(Ok(()), |parent| self.finish(&parent))
             }
@@ -279,7 +303,8 @@ impl<'a> Hand<'a> {
                 node.has_failed();
                 self.ended(&node, Err(failure))
             }
-            (None, _) => Ok(()),
+            // Links are read.
+            (Some(Job::Link(..)) | None, _) => Ok(()),
         }
     }
 

@@ -151,6 +151,28 @@ impl LocalTree {
         }
         ended
     }
+
+    /// Makes a symbolic link, or replaces a link or file.
+    fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
+        let partial = partial_path(&self.access, path);
+        let partial = partial.file_name().unwrap_or_default();
+        let create = |this: &mut Self| {
+            let (directory, name) = this.parent(path)?;
+            match symlinkat(target, directory, partial) {
+                Err(Errno::EXIST) => {
+                    // Of a run that was killed.
+                    unlinkat(directory, partial, AtFlags::empty())?;
+                    symlinkat(target, directory, partial)?;
+                }
+                created => created?,
+            }
+            if let Some(modified_ns) = modified_ns {
+                utimensat(directory, partial, &times(modified_ns), AtFlags::SYMLINK_NOFOLLOW)?;
+            }
+            renameat(directory, partial, directory, name)
+        };
+        create(self).map_err(|error| self.failed("create the link", path, error))
+    }
 }
 
 fn entry_of(name: OsString, it: &Stat) -> TreeEntry {
@@ -261,27 +283,6 @@ impl Tree for LocalTree {
         }
     }
 
-    fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
-        let partial = partial_path(&self.access, path);
-        let partial = partial.file_name().unwrap_or_default();
-        let create = |this: &mut Self| {
-            let (directory, name) = this.parent(path)?;
-            match symlinkat(target, directory, partial) {
-                Err(Errno::EXIST) => {
-                    // Of a run that was killed.
-                    unlinkat(directory, partial, AtFlags::empty())?;
-                    symlinkat(target, directory, partial)?;
-                }
-                created => created?,
-            }
-            if let Some(modified_ns) = modified_ns {
-                utimensat(directory, partial, &times(modified_ns), AtFlags::SYMLINK_NOFOLLOW)?;
-            }
-            renameat(directory, partial, directory, name)
-        };
-        create(self).map_err(|error| self.failed("create the link", path, error))
-    }
-
     fn set(&mut self, path: &Path, mode: Option<u32>, modified_ns: Option<i64>) -> Result<(), Failure> {
         let set = |this: &mut Self| {
             let (directory, name) = this.parent(path)?;
@@ -336,6 +337,11 @@ impl Tree for LocalTree {
             Request::Set { path, mode, modified_ns } => {
                 self.set(&path, mode, modified_ns).map(|()| Answer::Done)
             }
+            Request::ReadLink { path } => self.read_link(&path).map(Answer::Link),
+            Request::Symlink { path, target, modified_ns } => {
+                self.symlink(&target, &path, modified_ns).map(|()| Answer::Done)
+            }
+            Request::Remove { path } => self.remove_file(&path).map(|()| Answer::Done),
         };
         self.ended.push_back(Ended { token, result });
     }

@@ -54,6 +54,15 @@ impl RemoteTree {
         if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) }
     }
 
+    /// Where what is to be at a path is made.
+    fn partial(&self, path: &Path) -> PathBuf {
+        self.at(&partial_path(&self.access, path))
+    }
+
+    fn symlink(&self, path: &Path, target: &Path) -> PathOperation {
+        PathOperation::Symlink { target: target.to_owned(), link: self.partial(path) }
+    }
+
     fn lost(&self, error: &Error) -> Failure {
         Failure::remote(format!("Cannot access {}", self.location), error)
     }
@@ -106,20 +115,29 @@ impl RemoteTree {
     fn take_in(&mut self, completion: Completion) -> Option<Ended> {
         let Completion { token, result, buffers, answer, .. } = completion;
         let token = token as usize;
-        let (path, step) = self.requests.remove(&token)?;
-        let length = match result {
-            Ok(length) => length,
-            Err(error) => return Some(Ended { token, result: self.over(&path, step, &error) }),
+        let (path, mut step) = self.requests.remove(&token)?;
+        let length = match (result, step) {
+            (Ok(length), done) => {
+                step = done;
+                length
+            }
+            (Err(error), Step::Symlink(link)) if error.errno() == libc::EEXIST && !link.is_second => {
+                let operation = PathOperation::Unlink { path: self.partial(&path) };
+                self.submit(token, path, Step::Clear(link), operation);
+                return None;
+            }
+            (Err(error), step) => return Some(Ended { token, result: self.over(&path, step, &error) }),
         };
-        let status = match answer.as_deref() {
-            Some(raio::Answer::Status(status)) => Some(status),
-            _ => None,
+        let (status, target) = match answer.map(|answer| *answer) {
+            Some(raio::Answer::Status(status)) => (Some(status), None),
+            Some(raio::Answer::Link(target)) => (None, Some(target)),
+            _ => (None, None),
         };
         match (step, status) {
             (Step::Read, Some(status)) => {
                 let mut bytes = bytes_of(buffers);
                 bytes.truncate(length as usize);
-                return Some(Ended { token, result: Ok(Answer::Read(bytes, entry_of(&path, status))) });
+                return Some(Ended { token, result: Ok(Answer::Read(bytes, entry_of(&path, &status))) });
             }
             (Step::Put(new), _) if new.is_exact && new.mode & !self.unmasked != 0 => {
                 let operation = PathOperation::Stat { path: self.at(&path), nofollow: true };
@@ -135,14 +153,45 @@ impl RemoteTree {
                 self.unmasked |= mode;
                 return Some(Ended { token, result: Ok(Answer::Done) });
             }
+            (Step::Clear(link), _) => {
+                let operation = self.symlink(&path, &link.target);
+                self.submit(
+                    token,
+                    path,
+                    Step::Symlink(Box::new(NewLink { is_second: true, ..*link })),
+                    operation,
+                );
+            }
+            (Step::Symlink(link), _) if link.modified_ns.is_some() => {
+                let attributes =
+                    Attributes { modified_ns: link.modified_ns, nofollow: true, ..Attributes::default() };
+                let operation = PathOperation::SetAttributes { path: self.partial(&path), attributes };
+                self.submit(token, path, Step::SetTime, operation);
+            }
+            (Step::Symlink(_) | Step::SetTime, _) => {
+                let (from, to) = (self.partial(&path), self.at(&path));
+                self.submit(token, path, Step::Rename, PathOperation::Rename { from, to, no_replace: false });
+            }
+            (Step::ReadLink, _) => {
+                return Some(Ended { token, result: Ok(Answer::Link(target.unwrap_or_default())) });
+            }
             _ => return Some(Ended { token, result: Ok(Answer::Done) }),
         }
         None
     }
 }
 
+/// A symbolic link that is made.
+#[derive(Debug)]
+struct NewLink {
+    target: PathBuf,
+    modified_ns: Option<i64>,
+    /// What an earlier run had left in its place was removed.
+    is_second: bool,
+}
+
 /// What a request waits for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Step {
     Read,
     Put(New),
@@ -152,15 +201,28 @@ enum Step {
     Unmask,
     CreateDir,
     Set,
+    ReadLink,
+    /// The link is created beside its place.
+    Symlink(Box<NewLink>),
+    /// What a run that was killed has left there is removed.
+    Clear(Box<NewLink>),
+    /// The link gets its time.
+    SetTime,
+    /// The link takes its name.
+    Rename,
+    Remove,
 }
 
 impl Step {
-    fn what(self) -> &'static str {
+    fn what(&self) -> &'static str {
         match self {
             Self::Read => "read",
             Self::Put(_) | Self::Examine(_) | Self::Unmask => "write",
             Self::CreateDir => "create the directory",
             Self::Set => "set the attributes of",
+            Self::ReadLink => "read the link",
+            Self::Symlink(_) | Self::Clear(_) | Self::SetTime | Self::Rename => "create the link",
+            Self::Remove => "remove",
         }
     }
 }
@@ -238,27 +300,6 @@ impl Tree for RemoteTree {
         }
     }
 
-    fn symlink(&mut self, target: &Path, path: &Path, modified_ns: Option<i64>) -> Result<(), Failure> {
-        let at = self.at(path);
-        let partial = self.at(&partial_path(&self.access, path));
-        let create = || match self.session.symlink(target, &partial) {
-            Err(error) if error.errno() == libc::EEXIST => {
-                // Of a run that was killed.
-                self.session.remove_file(&partial)?;
-                self.session.symlink(target, &partial)
-            }
-            created => created,
-        };
-        let attributes = Attributes { modified_ns, nofollow: true, ..Attributes::default() };
-        create()
-            .and_then(|()| match modified_ns {
-                Some(_) => self.session.set_attributes(&partial, &attributes),
-                None => Ok(()),
-            })
-            .and_then(|()| self.session.rename(&partial, &at))
-            .map_err(|error| self.failed("create the link", path, &error))
-    }
-
     fn set(&mut self, path: &Path, mode: Option<u32>, modified_ns: Option<i64>) -> Result<(), Failure> {
         let attributes = Attributes { mode, modified_ns, ..Attributes::default() };
         let set = self.session.set_attributes(self.at(path), &attributes);
@@ -298,6 +339,18 @@ impl Tree for RemoteTree {
                 let attributes = Attributes { mode, modified_ns, ..Attributes::default() };
                 let operation = PathOperation::SetAttributes { path: self.at(&path), attributes };
                 (path, Step::Set, operation)
+            }
+            Request::ReadLink { path } => {
+                let operation = PathOperation::Readlink { path: self.at(&path) };
+                (path, Step::ReadLink, operation)
+            }
+            Request::Symlink { path, target, modified_ns } => {
+                let operation = self.symlink(&path, &target);
+                (path, Step::Symlink(Box::new(NewLink { target, modified_ns, is_second: false })), operation)
+            }
+            Request::Remove { path } => {
+                let operation = PathOperation::Unlink { path: self.at(&path) };
+                (path, Step::Remove, operation)
             }
         };
         self.submit(token, path, step, operation);

@@ -562,6 +562,71 @@ fn small_files_and_directories_do_not_wait_for_one_another_over_a_long_way() {
     assert_same(&tree(&site.here("a"), true), &tree(&site.there("b"), true), "attributes");
 }
 
+#[test]
+fn links_and_what_is_removed_do_not_wait_for_one_another_over_a_long_way() {
+    const COUNT: usize = 100;
+    let site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    for number in 0..COUNT {
+        symlink(format!("target {number}"), site.here(&format!("a/{number}"))).expect("a link");
+    }
+    let proxy = Proxy::start(site.server.address());
+    proxy.treat(Treatment { delay: Duration::from_millis(20), ..Treatment::default() });
+    let check = |arguments: &[&str], counted: &[(&str, usize)]| {
+        let trace = traced(&site, site.raio(arguments).env("RAIO_URL", proxy.url()));
+        for &(name, number) in counted {
+            let (most, all) = in_flight(&trace, name);
+            assert!(all == number && (20..=32).contains(&most), "{arguments:?}: {name}: {most} of {all}");
+        }
+    };
+    // The directory gets its attributes, too.
+    let counted = [("symlink", COUNT), ("set_attributes", COUNT + 1), ("rename", COUNT)];
+    check(&["cp", "-r", "--preserve", "--connections", "1", "a", ":/e/b"], &counted);
+    check(&["cp", "-r", "--preserve", "--connections", "1", ":/e/b", "c"], &[("readlink", COUNT)]);
+    assert_same(&tree(&site.here("a"), true), &tree(&site.here("c"), true), "there and back");
+    fs::create_dir(site.here("none")).expect("a directory");
+    check(&["sync", "--delete", "--connections", "1", "none", ":/e/b"], &[("unlink", COUNT)]);
+    assert_eq!(tree(&site.there("b"), false).len(), 1, "the directory itself");
+    for number in 0..COUNT {
+        fs::create_dir_all(site.there("b/d/e")).expect("a directory");
+        fs::write(site.there(&format!("b/d/{number}")), "x").expect("a file");
+    }
+    check(&["rm", "-r", ":/e/b"], &[("unlink", COUNT)]);
+    assert!(!site.there("b").exists());
+}
+
+#[test]
+fn links_that_a_killed_run_has_left_beside_their_places_go_away() {
+    let mut site = Site::new();
+    fs::create_dir(site.here("a")).expect("a directory");
+    for number in 0..200 {
+        symlink("x", site.here(&format!("a/{number}"))).expect("a link");
+    }
+    let proxy = Proxy::start(site.server.address());
+    proxy.treat(Treatment { delay: Duration::from_millis(20), ..Treatment::default() });
+    let mut copy = site.raio(&["cp", "-r", "--preserve", "a", ":/e/b/"]);
+    fs::create_dir(site.there("b")).expect("a directory");
+    let mut child = copy.env("RAIO_URL", proxy.url()).spawn().expect("raio starts");
+    let place = site.there("b/a");
+    let partial = || {
+        let names = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        names.filter(|name| name.to_string_lossy().contains(".partial-")).count()
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while partial() == 0 {
+        assert!(Instant::now() < deadline, "no link is created");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    // What is on its way arrives.
+    site.server.statistics_when(|now| now["connections"] == 0 && now["in_flight"]["executing"] == 0);
+    assert_ne!(partial(), 0, "it was too late");
+    site.json(&["cp", "-r", "--preserve", "--json", "a", ":/e/b/"]);
+    assert_eq!(partial(), 0);
+    assert_same(&tree(&site.here("a"), true), &tree(&site.there("b/a"), true), "all is there");
+}
+
 /// Copies a directory until its large file has been copied in part, and kills the copy.
 fn interrupt(site: &Site, arguments: &[&str]) {
     let mut child = site.raio(arguments).spawn().expect("raio starts");
