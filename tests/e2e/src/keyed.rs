@@ -1,6 +1,7 @@
 //! A server of one file in this process, for clients with keys: TLS and TCP are the real ones, and it knows
 //! just enough commands for a session to begin, to work, and to go on.
 
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,7 +57,7 @@ impl KeyedServer {
 
     /// One at this address; None: in the clear.
     pub fn start_at(address: SocketAddr, keys: Option<(&SecretKey, &[PublicKey])>) -> Self {
-        let listener = TcpListener::bind(address).expect("the port is free");
+        let listener = bind(address);
         listener.set_nonblocking(true).expect("a socket");
         let address = listener.local_addr().expect("a socket");
         let tls = keys.map(|(key, clients)| {
@@ -123,6 +124,20 @@ impl Drop for KeyedServer {
             let _ = thread.join();
         }
         self.cut();
+    }
+}
+
+/// Listens at an address. An earlier listener there may live on for a moment after it was closed: in a child
+/// process that another test has forked, until that runs its program.
+fn bind(address: SocketAddr) -> TcpListener {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match TcpListener::bind(address) {
+            Err(error) if error.kind() == ErrorKind::AddrInUse && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            bound => return bound.expect("the port is free"),
+        }
     }
 }
 
