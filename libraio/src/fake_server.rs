@@ -490,6 +490,15 @@ pub(crate) fn with_crc(crc: Option<u32>) -> SubmitOptions {
     SubmitOptions { crc, ..SubmitOptions::default() }
 }
 
+/// Waits until it is so. `what` says what is not, if that takes too long.
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// Collects `n` completions, in the order of their tokens.
 pub(crate) fn collect(context: &mut Context, n: usize) -> Vec<Completion> {
     let mut all = Vec::new();

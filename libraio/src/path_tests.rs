@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use raio_transport::handshake::Policy;
 use raio_transport::protocol::{Command, OperationGroup};
 
-use crate::fake_server::{FakeServer, collect};
+use crate::fake_server::{FakeServer, collect, until};
 use crate::test_buffers::room;
 use crate::{
     Answer, Attributes, Buffer, Buffers, Completion, Context, File, Operation, OperationCrc, Options,
@@ -215,11 +215,7 @@ fn a_close_that_is_not_answered_when_its_context_ends_is_made_by_another_connect
     context.submit(&file, Operation::Close, 0).unwrap();
     context.flush();
     drop(context);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while server.goaways() == 0 {
-        assert!(Instant::now() < deadline, "its connection does not end");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    until("its connection does not end", || server.goaways() > 0);
     server.mute(false);
     assert_open(&server, &session, 0);
 }

@@ -6,7 +6,7 @@ use raio_transport::handshake::{Policy, SUPERSEDED_MAX};
 use raio_transport::message::FEATURE_REQUEST_CRC;
 use raio_transport::protocol::OPERATION_FEATURES;
 
-use crate::fake_server::{self, FakeServer, with_crc};
+use crate::fake_server::{self, FakeServer, until, with_crc};
 use crate::{Buffer, Buffers, Completion, Context, Crc, File, Lock, Operation, Options, Scheme, Session};
 
 const PATH: &str = "/e/data";
@@ -481,13 +481,7 @@ fn the_end_of_a_context_or_session_does_not_wait_for_the_window() {
 #[test]
 fn a_clean_end_ends_the_channel_and_any_other_leaves_it() {
     let (server, session, file, mut context) = start(&Options::default());
-    let gone = |n: usize| {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while server.goaways() < n {
-            assert!(Instant::now() < deadline);
-            std::thread::yield_now();
-        }
-    };
+    let gone = |n: usize| until("a connection does not end", || server.goaways() >= n);
     one(&mut context, &file, write(0, 1)).unwrap();
     drop(context);
     gone(1);

@@ -679,7 +679,7 @@ mod tests {
     use raio_transport::rdma;
 
     use super::*;
-    use crate::fake_server::FakeServer;
+    use crate::fake_server::{FakeServer, until};
     use crate::operation::Operation;
     use crate::tuning::SUSPECT_TIMEOUT;
 
@@ -725,11 +725,7 @@ mod tests {
             Err(session_stopped())
         });
         assert!(result.is_err());
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while server.open() > 0 {
-            assert!(Instant::now() < deadline, "the file is not closed");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until("the file is not closed", || server.open() == 0);
     }
 
     #[test]

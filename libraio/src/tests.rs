@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use raio_transport::handshake::Policy;
 use raio_transport::protocol::{Fields, FileHandle, Layout, OPERATION_FEATURES, OPERATIONS, Opcode};
 
-use crate::fake_server::{FakeServer, with_crc};
+use crate::fake_server::{FakeServer, until, with_crc};
 use crate::test_buffers::{bytes, pattern, room};
 use crate::{
     Answer, Buffer, Buffers, Checksum, ChecksumAlgorithm, Completion, Context, Crc, File, Lock, Operation,
@@ -241,10 +241,7 @@ fn a_file_that_is_closed_while_in_use_is_closed_when_its_io_has_ended() {
     assert_eq!(collect(&mut context, 1)[0].result, Ok(10));
     assert_eq!(server.open(), 1);
     assert_eq!(collect(&mut other, 1)[0].result, Ok(10));
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while server.open() > 0 {
-        assert!(Instant::now() < deadline);
-    }
+    until("the file is not closed", || server.open() == 0);
 }
 
 #[test]
@@ -491,11 +488,10 @@ fn no_call_waits_for_ever_for_a_server_that_only_answers_pings() {
     // The session goes on, and what was opened for nobody is closed.
     server.mute(false);
     assert_eq!(file.status().unwrap().size.get(), 4096);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while server.open() > 1 {
-        assert!(Instant::now() < deadline, "{} files are open", server.open());
+    until("more than one file is open", || {
         file.status().unwrap();
-    }
+        server.open() <= 1
+    });
 }
 
 #[test]

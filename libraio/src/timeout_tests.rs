@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use raio_transport::handshake::Policy;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::fake_server::{FakeServer, collect};
+use crate::fake_server::{FakeServer, collect, until};
 use crate::test_buffers::{bytes_of, pattern};
 use crate::{
     Buffer, Buffers, Completion, Context, File, Lock, Operation, Options, Scheme, Session, SubmitOptions,
@@ -154,12 +154,10 @@ fn the_source_of_a_copy_that_is_late_is_in_use_until_the_server_has_answered() {
     assert_eq!(source.begin_close(), None, "it may be read from yet");
     server.mute(false);
     assert_works(&mut context, &file);
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while server.open() > 1 {
-        assert!(Instant::now() < deadline, "it is not closed");
+    until("it is not closed", || {
         context.wait(0, 1, None).unwrap();
-        std::thread::sleep(Duration::from_millis(2));
-    }
+        server.open() <= 1
+    });
 }
 
 #[test]
