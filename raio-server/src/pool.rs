@@ -131,7 +131,7 @@ impl<J: Job> Pool<J> {
     /// A pool without threads: the caller runs its jobs, with [`Pool::run_one`].
     #[cfg(any(test, feature = "test-worker"))]
     pub fn without_threads() -> &'static Self {
-        // No thread refers to it, so that it would count as a leak if nothing else did.
+        // Keeps it reachable: no thread refers to it, so LeakSanitizer would report it as a leak.
         static ALL: Mutex<Vec<usize>> = Mutex::new(Vec::new());
         // As if there were always an idle one, so that none is asked for.
         let pool = Self::with_idle(usize::MAX);

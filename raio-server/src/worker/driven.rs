@@ -6,7 +6,7 @@
 //! io_uring when it likes.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
@@ -23,7 +23,6 @@ use crate::placement::Placement;
 use crate::pool::{Begun, Pool};
 use crate::sessions::Sessions;
 use crate::stats::Counters;
-use raio_transport::sync::lock;
 
 /// What a worker has because of its clients, and all workers count: nothing once they are gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,9 +67,6 @@ pub struct TestWorker {
     now: Instant,
 }
 
-/// The pools of all test workers: they live as long as the process.
-static POOLS: Mutex<Vec<&'static Pool<Job>>> = Mutex::new(Vec::new());
-
 impl TestWorker {
     /// A worker of a server with these options, whose clients may have `places` connections and open files
     /// together. Of the options the listeners, the backend and the number of workers do not count.
@@ -78,8 +74,6 @@ impl TestWorker {
         let config = Options::try_parse_from(["raio_server"].iter().chain(options))?.check(1)?;
         let config = Config { backend: BackendKind::Threads, workers: 1, spin: Duration::ZERO, ..config };
         let pool = Pool::without_threads();
-        // Keeps it reachable: it has no thread that would, and LeakSanitizer would report it.
-        lock(&POOLS).push(pool);
         let exports = Exports::open(&config.exports, pool)?;
         let (limits, sessions) = limits(&config, places)?;
         let shared = Arc::new(Shared::new(&config, exports, sessions)?);
