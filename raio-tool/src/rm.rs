@@ -44,9 +44,9 @@ struct Removal<'a> {
     path: &'a Path,
     options: &'a Options,
     batch: Batch,
-    /// For what is in directories. None before the first one.
+    /// Sends many requests without waiting for each answer. None before the first one.
     context: Option<Context>,
-    /// What is being removed, by the tokens.
+    /// Paths of the requests in flight, by token.
     in_flight: HashMap<u64, PathBuf>,
     tokens: u64,
 }
@@ -76,7 +76,7 @@ impl<'a> Removal<'a> {
         self.removed(Path::new(""), self.session.remove_dir(self.path))
     }
 
-    /// Begins to remove something in the directory, with a request that others follow at once.
+    /// Submits a request for something in the directory. Waits only while too many are in flight.
     fn begin(&mut self, below: &Path, operation: fn(PathBuf) -> PathOperation) -> Result<(), Failure> {
         while self.in_flight.len() >= REQUESTS_IN_FLIGHT {
             self.wait()?;
@@ -96,7 +96,7 @@ impl<'a> Removal<'a> {
         Ok(())
     }
 
-    /// Waits until one or more have ended.
+    /// Waits for completions.
     fn wait(&mut self) -> Result<(), Failure> {
         let Some(context) = &mut self.context else { return Ok(()) };
         let waited = remote::wait(context, None);

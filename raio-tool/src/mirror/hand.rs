@@ -36,10 +36,10 @@ pub struct Hand<'a> {
 enum Job {
     /// A small file of a directory, which is read and then written.
     File(Arc<Node>, TreeEntry),
-    /// A link of a directory, whose target is read and which is then created.
+    /// A symbolic link in a directory: its target is read.
     Link(Arc<Node>, TreeEntry),
-    /// The last request for something in this directory: a link is created, something is removed, or a file,
-    /// or a directory in which everything is done, gets its attributes. The first directory is in none.
+    /// The last request for an entry of this directory: creates a link, removes the entry, or sets its
+    /// attributes. None: the entry is the root.
     Last(Option<Arc<Node>>),
     /// A directory is created, and comes into the queue.
     Create(Arc<Node>),

@@ -339,8 +339,8 @@ impl LocalLane {
     }
 }
 
-/// Sets the size of a file, unless it has it. ext4 has the close of a file that was truncated to nothing wait
-/// for the disk, even if nothing was in it.
+/// Sets the size of a file if it differs. ext4 treats a truncation to size 0 as a replacement of the file,
+/// even if the file was empty: closing it then starts the writeback of all that was written.
 pub fn set_len(file: &File, size: u64) -> io::Result<()> {
     if file.metadata()?.len() == size { Ok(()) } else { file.set_len(size) }
 }

@@ -54,7 +54,7 @@ impl RemoteTree {
         if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) }
     }
 
-    /// Where what is to be at a path is made.
+    /// The path of the partial file or link for a path.
     fn partial(&self, path: &Path) -> PathBuf {
         self.at(&partial_path(&self.access, path))
     }
@@ -181,12 +181,12 @@ impl RemoteTree {
     }
 }
 
-/// A symbolic link that is made.
+/// A symbolic link to create.
 #[derive(Debug)]
 struct NewLink {
     target: PathBuf,
     modified_ns: Option<i64>,
-    /// What an earlier run had left in its place was removed.
+    /// The partial link of a killed run was removed: this is the second attempt.
     is_second: bool,
 }
 
@@ -202,13 +202,13 @@ enum Step {
     CreateDir,
     Set,
     ReadLink,
-    /// The link is created beside its place.
+    /// The partial link is created.
     Symlink(Box<NewLink>),
-    /// What a run that was killed has left there is removed.
+    /// The partial link of a killed run is removed.
     Clear(Box<NewLink>),
-    /// The link gets its time.
+    /// The modification time of the partial link is set.
     SetTime,
-    /// The link takes its name.
+    /// The partial link is renamed to its destination.
     Rename,
     Remove,
 }
