@@ -9,6 +9,7 @@
 #![deny(unsafe_code)]
 
 mod acceptor;
+mod activity;
 mod audit;
 mod authorize;
 mod cached;
@@ -18,6 +19,7 @@ mod claim;
 mod clear;
 mod client;
 pub mod config;
+mod control;
 mod copy;
 mod device_queue;
 mod engine;
@@ -51,6 +53,7 @@ mod program;
 mod random;
 mod rate_limit;
 mod rejection;
+mod reply;
 mod request;
 mod root;
 mod sandbox;
@@ -58,12 +61,14 @@ mod server;
 mod session;
 mod sessions;
 mod size;
+mod stalled;
 mod state_directory;
 mod stats;
 mod stored;
 mod subtree;
 mod syscalls;
 mod throttle;
+mod timeline;
 mod trace;
 mod tuning;
 mod unfinished;
