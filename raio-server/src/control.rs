@@ -19,14 +19,16 @@ use raio_transport::trace::{Ring, TraceText};
 use serde::Serialize;
 
 use crate::activity::{Medium, Totals};
-use crate::audit::Who;
 use crate::export::Export;
+use crate::http::Next;
 use crate::reply::{Reply, Wake};
 use crate::session::Session;
 use crate::stalled::{self, Pulse, Stalled};
 use crate::stats::{Counter, Counters, ExportCounters};
 use crate::timeline::Stage;
-use crate::tuning::control::{ANSWER_TIMEOUT, SESSIONS_AT_A_TIME, TRACE_PART, TRACE_SECONDS_MAX};
+use crate::tuning::control::{
+    ANSWER_TIMEOUT, LOOK_INTERVAL, SESSIONS_AT_A_TIME, TRACE_PART, TRACE_SECONDS_MAX,
+};
 use crate::tuning::statistics::TRACE_RECORDS;
 use crate::worker::{Mail, Shared, SlowEnd, SlowRequest, WorkerSenders};
 
@@ -37,28 +39,19 @@ pub enum Order {
     Drain,
 }
 
-/// Why something is not done: a status of HTTP, and a sentence that says what to do.
+/// Why something is not done: a status of HTTP, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct NotDone {
     /// See there.
     pub status: u16,
     /// See there.
     pub text: String,
 }
 
-impl Refusal {
+impl NotDone {
     fn new(status: u16, text: impl Into<String>) -> Self {
         Self { status, text: text.into() }
     }
-}
-
-/// What is asked of somebody else.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Progress<T> {
-    /// It is there.
-    Ready(T),
-    /// Ask again then, or when woken.
-    At(Instant),
 }
 
 /// A worker, for whoever asks it something.
@@ -108,15 +101,15 @@ impl Control {
         self.orders.send(Order::Drain);
     }
 
-    /// Looks which workers go on. It is known [`Control::is_known`].
+    /// Looks which workers go on. It is known a moment later: [`Control::known_at`].
     pub fn look(&self, now: Instant) {
         let wake = |worker: usize| self.workers[worker].senders.mailbox.send(Mail::Wake);
         self.pulse.look(self.counters(), now, wake);
     }
 
-    /// Whether it is known of each worker if it goes on: a moment after a look.
-    pub fn is_known(&self, now: Instant) -> bool {
-        self.pulse.is_known(self.counters(), now)
+    /// None if it is known of each worker whether it goes on; else when to ask again.
+    pub fn known_at(&self, now: Instant) -> Option<Instant> {
+        (!self.pulse.is_known(self.counters(), now)).then_some(now + LOOK_INTERVAL)
     }
 
     /// For how long each worker has not finished an iteration, if that is long.
@@ -198,11 +191,11 @@ impl Control {
     }
 
     /// Ends a session, by its id or the front of it. `by` is who wants that.
-    pub fn kill(&self, id: &str, by: &str, now: Instant) -> Result<Kill, Refusal> {
+    pub fn kill(&self, id: &str, by: &str, now: Instant) -> Result<Kill, NotDone> {
         let is_id = (8..=ID_BYTES * 2).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !is_id {
             let text = format!("{id:?} is no id of a session: GET /sessions has them.");
-            return Err(Refusal::new(400, text));
+            return Err(NotDone::new(400, text));
         }
         let id = id.to_ascii_lowercase();
         let mut found = Vec::new();
@@ -216,7 +209,7 @@ impl Control {
             1 => found.remove(0),
             several => {
                 let text = format!("{several} sessions have ids that begin with {id}. Give all of it.");
-                return Err(Refusal::new(409, text));
+                return Err(NotDone::new(409, text));
             }
         };
         // Any worker does, for the table of sessions is that of all.
@@ -288,7 +281,7 @@ impl Control {
                 slot_waits: counters.slot_waits.get(),
             }
         };
-        to_json(&WorkersView { workers: all.map(view).collect() })
+        to_json(&WorkersView { workers: all.map(view).collect(), stalled: self.stalled(now) })
     }
 
     // Requests
@@ -351,13 +344,13 @@ impl Control {
     }
 
     /// Has all workers record their requests for some seconds.
-    pub fn trace(&self, seconds: u64, now: Instant) -> Result<LiveTrace, Refusal> {
+    pub fn trace(&self, seconds: u64, now: Instant) -> Result<LiveTrace, NotDone> {
         if !(1..=TRACE_SECONDS_MAX).contains(&seconds) {
             let text = format!("seconds is {seconds}. Give a number from 1 to {TRACE_SECONDS_MAX}.");
-            return Err(Refusal::new(400, text));
+            return Err(NotDone::new(400, text));
         }
         if self.is_tracing.swap(true, Ordering::Relaxed) {
-            return Err(Refusal::new(409, "Another trace is being recorded. Try again when it has ended."));
+            return Err(NotDone::new(409, "Another trace is being recorded. Try again when it has ended."));
         }
         let clock = self.shared.policy.clock;
         let mailboxes: Vec<_> = self.workers.iter().map(|worker| worker.senders.mailbox.clone()).collect();
@@ -382,15 +375,15 @@ pub struct Kill {
 
 impl Kill {
     /// Returns the session's id once it has ended.
-    pub fn poll(&mut self, now: Instant) -> Progress<Result<String, Refusal>> {
+    pub fn ended(&mut self, now: Instant) -> Next<Result<String, NotDone>> {
         match self.done.try_recv() {
-            Ok(true) => Progress::Ready(Ok(self.id.clone())),
-            Ok(false) => Progress::Ready(Err(no_session(&self.id))),
-            Err(TryRecvError::Empty) if now < self.until => Progress::At(self.until),
+            Ok(true) => Next::Ready(Ok(self.id.clone())),
+            Ok(false) => Next::Ready(Err(no_session(&self.id))),
+            Err(TryRecvError::Empty) if now < self.until => Next::At(self.until),
             Err(_) => {
                 let text = "No worker has answered, so the session ends when one goes on. GET /workers tells \
                             which are stuck.";
-                Progress::Ready(Err(Refusal::new(504, text)))
+                Next::Ready(Err(NotDone::new(504, text)))
             }
         }
     }
@@ -411,7 +404,7 @@ pub struct SlowList {
 
 impl SlowList {
     /// Whether all have answered, or it is time to do without the others.
-    pub fn poll(&mut self, now: Instant) -> Progress<()> {
+    pub fn poll(&mut self, now: Instant) -> Next<()> {
         let mut is_missing = false;
         for asked in &mut self.asked {
             let Asked::Waiting(answer) = asked else { continue };
@@ -422,7 +415,7 @@ impl SlowList {
                 Err(TryRecvError::Empty) => is_missing = true,
             }
         }
-        if is_missing && now < self.until { Progress::At(self.until) } else { Progress::Ready(()) }
+        if is_missing && now < self.until { Next::At(self.until) } else { Next::Ready(()) }
     }
 }
 
@@ -444,14 +437,14 @@ enum TraceState {
 
 impl LiveTrace {
     /// The next part of the text; None after the last one.
-    pub fn poll(&mut self, now: Instant) -> Progress<Option<String>> {
+    pub fn next_part(&mut self, now: Instant) -> Next<Option<String>> {
         loop {
             match &mut self.state {
                 TraceState::Recording { is_begun: is_begun @ false, .. } => {
                     *is_begun = true;
-                    return Progress::Ready(Some(self.text.head()));
+                    return Next::Ready(Some(self.text.head()));
                 }
-                TraceState::Recording { until, .. } if now < *until => return Progress::At(*until),
+                TraceState::Recording { until, .. } if now < *until => return Next::At(*until),
                 TraceState::Recording { .. } => {
                     let answers = self.end();
                     let until = now + ANSWER_TIMEOUT;
@@ -460,7 +453,7 @@ impl LiveTrace {
                 TraceState::Collecting { rings, answers, until } => {
                     rings.extend(answers.try_iter());
                     if rings.len() < self.mailboxes.len() && now < *until {
-                        return Progress::At(*until);
+                        return Next::At(*until);
                     }
                     let mut rings = std::mem::take(rings);
                     rings.sort_by_key(|(worker, _)| *worker);
@@ -469,7 +462,7 @@ impl LiveTrace {
                 TraceState::Writing { rings, at } => {
                     let Some((worker, ring)) = rings.first() else {
                         self.state = TraceState::Done;
-                        return Progress::Ready(Some(TraceText::TAIL.to_owned()));
+                        return Next::Ready(Some(TraceText::TAIL.to_owned()));
                     };
                     let (thread, name) = (*worker as u32, format!("worker {worker}"));
                     let first = if *at == 0 { self.text.thread(thread, &name, ring) } else { String::new() };
@@ -480,9 +473,9 @@ impl LiveTrace {
                         rings.remove(0);
                         *at = 0;
                     }
-                    return Progress::Ready(Some(part));
+                    return Next::Ready(Some(part));
                 }
-                TraceState::Done => return Progress::Ready(None),
+                TraceState::Done => return Next::Ready(None),
             }
         }
     }
@@ -512,8 +505,8 @@ fn session_id(session: &Session) -> String {
     fingerprint_of(&session.id.0, ID_BYTES)
 }
 
-fn no_session(id: &str) -> Refusal {
-    Refusal::new(
+fn no_session(id: &str) -> NotDone {
+    NotDone::new(
         404,
         format!("There is no session {id}: it has ended. GET /sessions shows those that there are."),
     )
@@ -591,6 +584,7 @@ struct ExportView {
 #[derive(Serialize)]
 struct WorkersView {
     workers: Vec<WorkerReport>,
+    stalled: Vec<Stalled>,
 }
 
 #[derive(Serialize)]

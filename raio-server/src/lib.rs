@@ -31,6 +31,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
+mod http;
 pub mod keys;
 mod limits;
 mod listener;
@@ -64,6 +65,7 @@ mod size;
 mod stalled;
 mod state_directory;
 mod stats;
+mod status;
 mod stored;
 mod subtree;
 mod syscalls;

@@ -1,4 +1,5 @@
-//! An answer of another thread: who asks does not wait for it, but looks whether it is there when it is woken.
+//! An answer of another thread: who asks does not wait for it, but looks whether it is there when it is
+//! woken.
 
 use std::fmt;
 use std::sync::Arc;

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::channels::{Pair, executing, offer, pair};
 use super::*;
-use crate::control::{Control, Order, Progress, WorkerView};
+use crate::control::{Control, Order, WorkerView};
+use crate::http::Next;
 use crate::reply::Wake;
 
 const SLOW: Duration = Duration::from_millis(5);
@@ -43,9 +44,9 @@ impl Bench {
     }
 
     /// Runs the workers until something is there.
-    fn get<T>(&mut self, mut poll: impl FnMut(Instant) -> Progress<T>) -> T {
+    fn get<T>(&mut self, mut poll: impl FnMut(Instant) -> Next<T>) -> T {
         loop {
-            if let Progress::Ready(it) = poll(Instant::now()) {
+            if let Next::Ready(it) = poll(Instant::now()) {
                 return it;
             }
             self.pair.run();
@@ -75,7 +76,7 @@ fn a_session_that_is_killed_ends_on_all_workers_and_its_client_hears_why() {
     bench.pair.until("the image has it", |workers| executing(workers) == 1);
 
     let mut kill = bench.control.kill(&id[..8], "user 0", Instant::now()).expect("there is one");
-    assert_eq!(bench.get(|now| kill.poll(now)), Ok(id.to_owned()), "by the id of the audit log");
+    assert_eq!(bench.get(|now| kill.ended(now)), Ok(id.to_owned()), "by the id of the audit log");
     assert!(bench.pair.reply(&mut victim).is_none(), "its connection is closed");
     let why = victim.client.failure().expect("it has ended").to_string();
     assert!(why.contains("An administrator of the server has ended the session"), "{why}");
@@ -192,8 +193,8 @@ fn a_worker_that_is_stuck_leaves_out_its_part_and_is_told_of() {
     let mut list = bench.control.slow(now);
     run_once(&mut bench.pair.workers[0]);
     let later = now + Duration::from_secs(2);
-    assert!(matches!(list.poll(now), Progress::At(until) if until > now && until < later));
-    assert_eq!(list.poll(later), Progress::Ready(()));
+    assert!(matches!(list.poll(now), Next::At(until) if until > now && until < later));
+    assert!(matches!(list.poll(later), Next::Ready(())));
     let answer = parse(&bench.control.slow_answer(&list, later));
     assert_eq!(answer["missing_workers"], serde_json::json!([1]));
     let workers = parse(&bench.control.workers(later));
@@ -223,10 +224,10 @@ fn a_trace_is_of_the_requests_while_it_is_recorded_and_there_is_one_at_a_time() 
     let mut text = String::new();
     let end = start + Duration::from_secs(1);
     loop {
-        match trace.poll(end) {
-            Progress::Ready(Some(part)) => text += &part,
-            Progress::Ready(None) => break,
-            Progress::At(_) => bench.pair.run(),
+        match trace.next_part(end) {
+            Next::Ready(Some(part)) => text += &part,
+            Next::Ready(None) => break,
+            Next::At(_) => bench.pair.run(),
         }
     }
     assert!(bench.pair.workers.iter().all(|worker| !worker.tracer.is_on()), "they record no more");
