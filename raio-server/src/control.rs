@@ -508,7 +508,9 @@ fn session_id(session: &Session) -> String {
 fn no_session(id: &str) -> NotDone {
     NotDone::new(
         404,
-        format!("There is no session {id}: it has ended. GET /sessions shows those that there are."),
+        format!(
+            "There is no session {id}: it has ended, or never was. `raio admin sessions` shows those that there are."
+        ),
     )
 }
 

@@ -754,6 +754,73 @@ mod tests {
     }
 
     #[test]
+    fn many_sessions_are_listed_in_parts_while_others_begin_and_end() {
+        const ALL: usize = 100_000;
+        let mut run = Run::new(2 * ALL, limits(10, 1 << 30));
+        let mut joined: VecDeque<_> = (0..ALL as u128)
+            .map(|number| {
+                let id = SessionId(number.to_be_bytes());
+                run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join")
+            })
+            .collect();
+        let session = |joined: &Joined| Arc::clone(&joined.member.session);
+        let stay: Vec<_> = joined.iter().skip(ALL / 2).map(session).collect();
+        let (mut seen, mut from, mut longest) = (Vec::new(), Some(0), Duration::ZERO);
+        let mut number = ALL as u128;
+        while let Some(at) = from {
+            let began = Instant::now();
+            let (part, next) = run.sessions.list(at, 256);
+            longest = longest.max(began.elapsed());
+            assert!(part.len() <= 256 && next.is_none_or(|next| next > at));
+            seen.extend(part);
+            from = next;
+            // One ends and another one begins, in its place or elsewhere.
+            let _ = run.end(joined.pop_front().expect("there are more"), 0, Duration::ZERO);
+            number += 1;
+            let id = SessionId(number.to_be_bytes());
+            joined.push_back(run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join"));
+        }
+        let mut places: Vec<_> = seen.iter().map(Arc::as_ptr).collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), seen.len(), "none is there twice");
+        assert!(
+            stay.iter().all(|session| places.binary_search(&Arc::as_ptr(session)).is_ok()),
+            "none is missing"
+        );
+        assert_eq!(run.sessions.len(), ALL);
+        // The table is locked for some 25 us each time. A slow machine may be preempted in between.
+        assert!(longest < Duration::from_millis(100), "{longest:?}");
+        while let Some(joined) = joined.pop_front() {
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(lock(&run.sessions.table).listed.is_empty());
+    }
+
+    #[test]
+    fn a_session_that_is_killed_is_not_begun_anew_by_its_client() {
+        let mut run = run();
+        let (joined, other) = (run.join(1, Some((0, 1))), run.join(2, Some((0, 1))));
+        let session = Arc::clone(&joined.member.session);
+        let effects = run.sessions.kill(&session, run.now).expect("it is there");
+        assert_eq!((effects.close, session.end_reason()), (vec![joined.member.name], EndReason::Killed));
+        assert!(matches!(run.try_join(1, Some((0, 2))), Err(NotJoined::Killed)), "while it ends");
+        assert_eq!(run.end(joined, 0, LINGER).ended.len(), 1);
+        assert!(run.sessions.kill(&session, run.now).is_none(), "it has ended");
+        assert!(matches!(run.try_join(1, Some((0, 3))), Err(NotJoined::Killed)), "and later");
+        assert_eq!((run.sessions.len(), other.member.session.end_reason()), (1, EndReason::None));
+        // A server remembers some.
+        for number in 0..=KILLED_MAX {
+            let id = SessionId((number as u128 + 1000).to_be_bytes());
+            let joined = run.join_as(&Peer { session: id, ..peer(1, None) }).0.expect("it may join");
+            let _ = run.sessions.kill(&joined.member.session, run.now).expect("it is there");
+            let _ = run.end(joined, 0, Duration::ZERO);
+        }
+        assert!(run.try_join(1, None).is_ok(), "this one is forgotten");
+        assert_eq!(lock(&run.sessions.table).killed.len(), KILLED_MAX);
+    }
+
+    #[test]
     fn a_session_that_begins_anew_gives_other_handles_than_before_it_expired() {
         let mut run = run();
         let mut seen = std::collections::HashSet::new();
