@@ -20,6 +20,7 @@ mod client;
 pub mod config;
 mod copy;
 mod device_queue;
+mod disks;
 mod engine;
 mod export;
 pub mod export_spec;

@@ -8,7 +8,7 @@
 //! [`crate::sessions`] knows all sessions, and when one ends: then its files close.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::audit::Audited;
 use crate::engine::{Closing, Engine};
@@ -22,6 +22,7 @@ use raio_transport::protocol::{FileHandle, FileStatus, OPEN_READ, OPEN_WRITE};
 use rustix::fs::FileType;
 
 use crate::peer::Origin;
+use crate::stats::CountedSession;
 use crate::stored::LimitedFile;
 use crate::throttle::Flow;
 use crate::tuning::listings::SESSION_MAX;
@@ -180,6 +181,8 @@ pub struct Session {
     pub identity: Identity,
     /// Its client may do less than when it began.
     revoked: AtomicBool,
+    /// Its client counts it.
+    counted: OnceLock<CountedSession>,
     files: Mutex<Handles<ClosedFile>>,
     /// Directories that it lists. Each counts as an open file.
     listings: Mutex<Listings<FilePermit>>,
@@ -203,7 +206,13 @@ impl Session {
     /// A session of a client, which its address counts: see [`Limits::begin_session`].
     pub fn new(id: SessionId, identity: Identity, address: AddressAccount, limits: Arc<Limits>) -> Self {
         let (files, listings, account) = (Mutex::default(), Mutex::default(), Account::default());
-        Self { id, identity, revoked: AtomicBool::new(false), files, listings, account, address, limits }
+        let (revoked, counted) = (AtomicBool::new(false), OnceLock::new());
+        Self { id, identity, revoked, counted, files, listings, account, address, limits }
+    }
+
+    /// Has its client count it, unless it does. Returns that.
+    pub fn count_with(&self, begin: impl FnOnce() -> CountedSession) -> &CountedSession {
+        self.counted.get_or_init(begin)
     }
 
     /// Its client may do less from now on: it is to end.
