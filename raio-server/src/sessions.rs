@@ -9,7 +9,9 @@ mod by_address;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use raio_transport::error::Status;
@@ -158,6 +160,8 @@ pub struct Joined {
 #[derive(Debug)]
 pub struct Sessions {
     table: Mutex<Table>,
+    /// How many there are, for those who ask often.
+    count: AtomicUsize,
     sessions_max: usize,
     limits: Arc<Limits>,
 }
@@ -231,7 +235,12 @@ impl Sessions {
             counts: ChannelCounts::default(),
             guards: Guards::default(),
         };
-        Self { table: Mutex::new(table), sessions_max, limits }
+        Self { table: Mutex::new(table), count: AtomicUsize::new(0), sessions_max, limits }
+    }
+
+    /// The table, to begin or end sessions.
+    fn locked(&self) -> Locked<'_> {
+        Locked { table: lock(&self.table), count: &self.count }
     }
 
     /// The same, whose first one has handles that begin with this generation.
@@ -249,7 +258,7 @@ impl Sessions {
         now: Instant,
     ) -> (Result<Joined, NotJoined>, Effects) {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let joined = table.join(peer, connection, now, &mut effects, |table, effects| {
             // Sessions without a connection are evicted for it.
             while let Err(excess) = self.limits.begin_session(table.by_id.len(), self.sessions_max, address) {
@@ -273,7 +282,7 @@ impl Sessions {
     /// Ends the sessions of these clients, as far as they can be ended now.
     pub fn revoke(&self, of: impl Fn(&Identity) -> bool, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let theirs = table.by_id.iter_mut().filter(|(_, place)| of(&place.session.identity));
         let revoked = theirs.map(|(&id, place)| {
             place.session.end_because(EndReason::Revoked);
@@ -289,7 +298,7 @@ impl Sessions {
     /// Ends a session because an administrator wants it, as far as it can be ended now. None: it has ended.
     pub fn kill(&self, session: &Arc<Session>, now: Instant) -> Option<Effects> {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         let of = table.by_id.get_mut(&session.id).filter(|of| Arc::ptr_eq(&of.session, session))?;
         session.end_because(EndReason::Killed);
         of.is_superseded = true;
@@ -351,7 +360,7 @@ impl Sessions {
         let Member { session, channel, name } = member;
         let Remains { outcomes, fence, executing, linger } = remains;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans += executing;
         for given_up in fence.into_iter().flat_map(|fence| fence.superseded) {
             if let Some(of) = table.by_id.get_mut(&given_up.id) {
@@ -378,7 +387,7 @@ impl Sessions {
     pub fn orphan_ended(&self, member: &Member, ended: Option<(u32, Status, u64)>, now: Instant) -> Effects {
         let Member { session, channel, .. } = member;
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         table.counts.orphans -= 1;
         let of = table.by_id.get_mut(&session.id);
         if let Some(place) = of.and_then(|of| of.channels.get_mut(channel)) {
@@ -391,7 +400,7 @@ impl Sessions {
     /// Forgets the channels whose time is over. [`Effects::expires`] says when the next one's is.
     pub fn expire(&self, now: Instant) -> Effects {
         let mut effects = Effects::default();
-        let mut table = lock(&self.table);
+        let mut table = self.locked();
         while let Some(first) = table.deadlines.first_entry().filter(|first| first.key().0 <= now) {
             let (session, channel) = first.remove();
             table.counts.expired += 1;
@@ -409,7 +418,7 @@ impl Sessions {
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        lock(&self.table).by_id.len()
+        self.count.load(Ordering::Relaxed)
     }
 
     /// Whether their requests are counted.
@@ -426,6 +435,32 @@ impl Sessions {
     pub fn channel_counts(&self) -> ChannelCounts {
         let table = lock(&self.table);
         ChannelCounts { parked: table.parked.len(), lingering: table.idle.len(), ..table.counts }
+    }
+}
+
+/// The table, locked. The number of sessions is published when it is unlocked.
+struct Locked<'a> {
+    table: MutexGuard<'a, Table>,
+    count: &'a AtomicUsize,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Table;
+
+    fn deref(&self) -> &Table {
+        &self.table
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Table {
+        &mut self.table
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.count.store(self.table.by_id.len(), Ordering::Relaxed);
     }
 }
 
@@ -634,6 +669,7 @@ impl Clone for Sessions {
     fn clone(&self) -> Self {
         Self {
             table: Mutex::new(lock(&self.table).clone()),
+            count: AtomicUsize::new(self.len()),
             sessions_max: self.sessions_max,
             limits: Arc::clone(&self.limits),
         }
