@@ -4,6 +4,7 @@
 //! option, or the file with line and column, and the right form.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -108,6 +109,21 @@ pub struct Options {
     /// then listen there for the next server [default: nothing is handed over]
     #[arg(long, value_name = "PATH")]
     hand_over: Option<PathBuf>,
+    /// Serve metrics and a status page over HTTP there, HOST:PORT [default: nothing is served by HTTP]
+    #[arg(long, value_name = "HOST:PORT")]
+    http: Option<String>,
+    /// A name by which browsers and scrapers reach what --http serves, beside IP addresses and localhost;
+    /// repeatable
+    #[arg(long, value_name = "NAME")]
+    http_host: Vec<String>,
+    /// Let those who send what this file holds, as a bearer token, read over HTTP who the clients are and what
+    /// they do [default: the admin socket alone tells that]
+    #[arg(long, value_name = "FILE")]
+    http_token: Option<PathBuf>,
+    /// Serve the same at this Unix socket, and take commands there, from root and the user of the server
+    /// [default: there is none]
+    #[arg(long, value_name = "PATH")]
+    admin: Option<PathBuf>,
     /// Take only clients that have keys, over TLS: DIRECTORY has the server's own key, which is made at the
     /// first start, and who may connect, clients.toml [default: clients need no keys, and nothing is sealed]
     #[arg(long, value_name = "DIRECTORY")]
@@ -285,6 +301,14 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Where servers hand over to one another.
     pub hand_over: Option<PathBuf>,
+    /// Where HTTP is served over TCP.
+    pub http: Vec<SocketAddr>,
+    /// The names of the server in HTTP.
+    pub http_names: Vec<String>,
+    /// Where the token is for what is private.
+    pub http_token: Option<PathBuf>,
+    /// Where the admin socket is.
+    pub admin: Option<PathBuf>,
     /// Where the server's key is, and who may connect. None: anybody.
     pub keys: Option<PathBuf>,
     /// The kernel seals and opens the records of TLS.
@@ -398,6 +422,10 @@ impl Options {
             trace unless is_none,
             state unless is_none,
             hand_over unless is_none,
+            http unless is_none,
+            http_host unless is_empty,
+            http_token unless is_none,
+            admin unless is_none,
             keys unless is_none,
             audit unless is_none,
             audit_full unless is_none,
@@ -484,8 +512,44 @@ impl Options {
             );
         }
 
+        let http = match &options.http {
+            Some(place) => http_addresses(place).map_err(|why| anyhow!("{} {place}: {why}", name("http")))?,
+            None => Vec::new(),
+        };
+        for (option, is_given) in
+            [("http-host", !options.http_host.is_empty()), ("http-token", options.http_token.is_some())]
+        {
+            ensure!(
+                !is_given || options.http.is_some(),
+                "{} is about what --http serves, and that is not given. Add --http HOST:PORT, or leave this \
+                 out.",
+                name(option)
+            );
+        }
+        for host in &options.http_host {
+            let is_name = !host.is_empty()
+                && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+            ensure!(
+                is_name,
+                "{} {host:?} is not a host name. Write it without scheme and port, such as store.example.com.",
+                name("http-host")
+            );
+        }
+        if let Some(path) = &options.admin {
+            let is_taken = options.hand_over.as_ref() == Some(path)
+                || listen.iter().any(|(_, at)| *at == Endpoint::Unix(path.clone()));
+            ensure!(
+                !is_taken,
+                "{}: {} is used by another option, too. Give a path of its own.",
+                name("admin"),
+                path.display()
+            );
+            check_socket_path(path).map_err(|why| anyhow!("{}: {why}", name("admin")))?;
+        }
         if let Some(path) = &options.hand_over {
-            check_hand_over(path, &listen).map_err(|why| anyhow!("{}: {why}", name("hand-over")))?;
+            let http_sockets = http.len() + usize::from(options.admin.is_some());
+            check_hand_over(path, &listen, http_sockets)
+                .map_err(|why| anyhow!("{}: {why}", name("hand-over")))?;
         }
 
         let workers = options.workers.unwrap_or(cores.clamp(1, WORKERS_MAX));
@@ -604,6 +668,10 @@ impl Options {
             trace: options.trace,
             state: options.state,
             hand_over: options.hand_over,
+            http,
+            http_names: options.http_host,
+            http_token: options.http_token,
+            admin: options.admin,
             is_open_to_others,
             keys: options.keys,
             has_kernel_tls: options.ktls,
@@ -616,11 +684,12 @@ impl Options {
     }
 }
 
-/// Whether servers that listen there can hand over at this path.
-fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)]) -> anyhow::Result<()> {
+/// Whether a Unix socket can be at this path, for other processes to find.
+fn check_socket_path(path: &Path) -> anyhow::Result<()> {
     ensure!(
         path.is_absolute(),
-        "{} is not a path from / on. Another server would look for it in its own directory. Write it whole.",
+        "{} is not a path from / on. Other processes would look for it in their own directory. Write it \
+         whole.",
         path.display()
     );
     ensure!(
@@ -628,13 +697,30 @@ fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)]) -> anyhow::Result
         "{} is longer than {SOCKET_PATH_BYTES_MAX} bytes. Give a shorter path.",
         path.display()
     );
-    let sockets = listen.iter().filter(|(scheme, _)| *scheme != Scheme::Rdma).count();
+    Ok(())
+}
+
+/// Whether servers that listen there, and at a number of sockets for HTTP, can hand over at this path.
+fn check_hand_over(path: &Path, listen: &[(Scheme, Endpoint)], http_sockets: usize) -> anyhow::Result<()> {
+    check_socket_path(path)?;
+    let sockets = listen.iter().filter(|(scheme, _)| *scheme != Scheme::Rdma).count() + http_sockets;
     ensure!(
         sockets <= HANDED_OVER_MAX,
         "no more than {HANDED_OVER_MAX} listening sockets can be handed over, and there are {sockets}. \
          Listen on fewer addresses, such as 0.0.0.0 for all, or leave this out."
     );
     Ok(())
+}
+
+/// The addresses of `--http`. The error says why not, and the right form.
+fn http_addresses(place: &str) -> anyhow::Result<Vec<SocketAddr>> {
+    const FORM: &str = "Write HOST:PORT, such as 127.0.0.1:7241";
+    ensure!(!place.contains("://") && place.contains(':'), "it is not an address with a port. {FORM}.");
+    let address = Address::parse(&format!("tcp://{place}")).map_err(|why| anyhow!("{why}. {FORM}."))?;
+    let found = address.resolve().map_err(|error| {
+        anyhow!("{error}. Give an address or a host name of this machine, or 0.0.0.0 or [::] for all.")
+    })?;
+    Ok(found.iter().filter_map(Endpoint::ip).collect())
 }
 
 /// The addresses of a URL to listen on. The error says why not, and the right form.

@@ -29,6 +29,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
+mod http;
 pub mod keys;
 mod limits;
 mod listener;
@@ -60,6 +61,7 @@ mod sessions;
 mod size;
 mod state_directory;
 mod stats;
+mod status;
 mod stored;
 mod subtree;
 mod syscalls;

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -26,11 +27,11 @@ use crate::config::{BackendKind, Config};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
-use crate::hand_over::{self, HandOver, Meeting, Predecessor};
+use crate::hand_over::{self, HandOver, Meeting, Offered, Predecessor};
 use crate::handles::GENERATION_MAX;
 use crate::keys::{Abilities, Keys, Revocation};
 use crate::limits::{ConnectionPermit, Excess, Limits, Room};
-use crate::listener::Listener;
+use crate::listener::{self, Listener};
 use crate::log::log_client;
 use crate::peer::PeerAddress;
 use crate::pool::Pool;
@@ -39,16 +40,18 @@ use crate::root::Root;
 use crate::sandbox::{Grant, Sandbox};
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
-use crate::stats::{self, Counters, Whole};
+use crate::stats::Counters;
+use crate::status::{Observed, Progress};
 use crate::stored::Place;
 use crate::trace::Trace;
+use crate::tuning::http::BEAT as BEAT_INTERVAL;
 use crate::tuning::main_thread::{
     DESCRIPTORS_OWN, DRAIN_SLACK, DRAIN_TIMEOUT, ENTRY_TIMEOUT, EXPIRY_CHECK, STUCK_AFTER,
 };
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
-use crate::{file_identity, log, probe};
+use crate::{file_identity, http, log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -56,6 +59,7 @@ const DRAIN_DEADLINE: Token = Token { owner: 2, value: 0 };
 const CHECK: Token = Token { owner: 3, value: 0 };
 const EXPIRY: Token = Token { owner: 4, value: 0 };
 const HAND_OVER: u8 = 5;
+const BEAT: Token = Token { owner: 7, value: 0 };
 const ENTRY_DEADLINE: Token = Token { owner: 6, value: 0 };
 
 /// The threads for file operations.
@@ -77,10 +81,12 @@ pub struct Server {
     acceptor: Option<TlsAcceptor>,
     /// ... and sends their connections here.
     secured: Receiver<Handshaken>,
-    backend: &'static str,
-    accepted: u64,
-    /// Connections that got no permit.
-    rejected: u64,
+    /// What is told about it.
+    observed: Arc<Observed>,
+    /// Serves that over HTTP, if it is to ...
+    http: Option<http::Handle>,
+    /// ... at these sockets, which a successor gets.
+    http_offered: Vec<Offered>,
     limits: Arc<Limits>,
     /// [`CHECK`] will come.
     is_checking: bool,
@@ -362,6 +368,7 @@ impl Server {
             Some(Meeting { place, predecessor }) => (Some(place), predecessor),
             None => (None, None),
         };
+        let http = open_http(config, predecessor.as_mut())?;
         // The server's key may be one that only root can read.
         let mut keys = config.keys.as_deref().map(|directory| Keys::open(directory, true)).transpose()?;
         try_kernel_tls(config)?;
@@ -454,7 +461,14 @@ impl Server {
             let mailboxes: Vec<_> = workers.iter().map(|worker| worker.senders.mailbox.clone()).collect();
             audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
         }
-        let backend = say_what_was_missing(config, &started);
+        let observed = Arc::new(Observed {
+            shared: Arc::clone(&shared),
+            workers: workers.iter().map(|worker| Arc::clone(&worker.counters)).collect(),
+            main: Arc::default(),
+            backend: say_what_was_missing(config, &started),
+        });
+        let http_offered = listener::http_offered(config, &http);
+        let http = start_http(http, &observed)?;
         let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
         Ok(Some(Self {
             reactor,
@@ -465,9 +479,9 @@ impl Server {
             ended,
             acceptor,
             secured,
-            backend,
-            accepted: 0,
-            rejected: 0,
+            observed,
+            http,
+            http_offered,
             limits,
             is_checking: false,
             phase: Phase::Serving,
@@ -491,6 +505,10 @@ impl Server {
             hand_over.start(&mut self.reactor);
         }
         self.await_expiry();
+        self.observed.main.set_progress(Progress::Serving);
+        if self.http.is_some() {
+            self.beat();
+        }
         let mut events = Vec::new();
         let mut running = self.workers.len();
         let mut all_answered = true;
@@ -500,13 +518,14 @@ impl Server {
                 match event.token {
                     Token { owner: LISTENER, .. } => {
                         if let Some(connection) = self.listener.handle(&mut self.reactor, event) {
-                            self.accepted += 1;
+                            self.observed.main.accepted.add(1);
                             self.place(connection);
                         }
                     }
                     Token { owner: HAND_OVER, .. } => self.meet_successor(event),
                     ENTRY_DEADLINE => self.drain(),
                     CHECK => self.check(),
+                    BEAT => self.beat(),
                     EXPIRY => {
                         if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
                             self.revoke(expired);
@@ -541,6 +560,7 @@ impl Server {
             }
             while let Some(Ended { worker, outcome }) = self.ended.take() {
                 let answered = outcome.ok_or_else(|| {
+                    self.observed.main.worker_failed.store(true, Ordering::Relaxed);
                     anyhow!("Worker {worker} has failed; see above. Start the server anew.")
                 })?;
                 all_answered &= answered;
@@ -565,7 +585,7 @@ impl Server {
         let permit = match self.limits.connect(peer.map(PeerAddress::origin)) {
             Ok(permit) => permit,
             Err(Excess { text, .. }) => {
-                self.rejected += 1;
+                self.observed.main.rejected.add(1);
                 log_client!(
                     info,
                     peer,
@@ -611,6 +631,12 @@ impl Server {
         if let Some(worker) = self.workers.first() {
             worker.senders.mailbox.send(Mail::Revoke(Arc::new(revocation)));
         }
+    }
+
+    /// Shows that the main thread goes on, and will do so again.
+    fn beat(&mut self) {
+        self.observed.main.beat();
+        self.reactor.timer(Instant::now() + BEAT_INTERVAL, BEAT);
     }
 
     /// Sets the timer for the next key that expires.
@@ -708,22 +734,7 @@ impl Server {
     /// Acts on a signal. Returns the exit code if the server is to exit at once.
     fn signal(&mut self, signal: i32) -> Option<ExitCode> {
         if signal == libc::SIGUSR1 {
-            let counters = self.workers.iter().map(|worker| &*worker.counters);
-            let sessions = &self.shared.sessions;
-            let exports: Vec<_> = self.shared.exports.all().iter().map(Export::name).collect();
-            let whole = Whole {
-                backend: self.backend,
-                accepted: self.accepted,
-                rejected_by_address: self.rejected,
-                sessions: sessions.len(),
-                channels: sessions.channel_counts(),
-                audit: self.shared.audit.as_ref().map(|audit| audit.counts()),
-                open_files: sessions.open_files(),
-                data_connections: &self.shared.placement.data_connections(),
-                exports: &exports,
-            };
-            let line = stats::json(counters, &whole);
-            log::print(&line);
+            log::print(&self.observed.stats());
             return None;
         }
         if signal == libc::SIGUSR2 && self.shared.trace.is_some() {
@@ -761,8 +772,11 @@ impl Server {
     /// Speaks with the successor.
     fn meet_successor(&mut self, event: Event) {
         let Some(hand_over) = &mut self.hand_over else { return };
-        let successor = hand_over.handle(&mut self.reactor, event, || self.listener.offered());
+        let offered = || self.listener.offered().into_iter().chain(self.http_offered.clone()).collect();
+        let successor = hand_over.handle(&mut self.reactor, event, offered);
         if let Some(successor) = successor {
+            // Its sockets are the successor's now.
+            self.http.iter().for_each(http::Handle::stop_accepting);
             tracing::info!("Handing over to process {successor}: completing the requests in flight.");
             self.stop();
         }
@@ -771,6 +785,7 @@ impl Server {
     /// Begins to end: no more connections are accepted.
     fn stop(&mut self) {
         self.phase = Phase::Closing;
+        self.observed.main.set_progress(Progress::Draining);
         self.listener.stop(&mut self.reactor);
         if let Some(hand_over) = &mut self.hand_over {
             hand_over.stop(&mut self.reactor);
@@ -864,10 +879,33 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
 /// server becomes another user: the successor connects as the user that started it, or as root.
 fn meet(config: &Config) -> anyhow::Result<Option<Meeting>> {
     let Some(path) = &config.hand_over else { return Ok(None) };
+    Meeting::begin(path, trusted_users(config)?).map(Some)
+}
+
+/// Root, the user that starts the server, and the one that it becomes.
+fn trusted_users(config: &Config) -> anyhow::Result<Vec<u32>> {
     let user = config.user.as_deref().map(User::find).transpose()?;
     let mut users = vec![0, rustix::process::geteuid().as_raw()];
     users.extend(user.map(|user| user.ids().0));
-    Meeting::begin(path, users).map(Some)
+    Ok(users)
+}
+
+/// Listens for HTTP, at the sockets of a predecessor where it has them. Called before the server becomes
+/// another user.
+fn open_http(config: &Config, predecessor: Option<&mut Predecessor>) -> anyhow::Result<http::Sockets> {
+    let owner = config.user.as_deref().map(User::find).transpose()?.map(|user| user.ids().0);
+    let given = predecessor.map(Predecessor::take_http_sockets).unwrap_or_default();
+    listener::bind_http(config, trusted_users(config)?, owner, given)
+}
+
+/// Starts to serve HTTP, if there is where.
+fn start_http(sockets: http::Sockets, observed: &Arc<Observed>) -> anyhow::Result<Option<http::Handle>> {
+    if sockets.tcp.is_empty() && sockets.admin.is_none() {
+        return Ok(None);
+    }
+    let waker = http::Waker::new().context("Cannot make an eventfd for HTTP")?;
+    let handle = http::start(sockets, Arc::clone(observed), waker);
+    handle.map(Some).context("Cannot start a thread for HTTP. Raise the limit on processes with `ulimit -u`")
 }
 
 /// Says that there is no sandbox.

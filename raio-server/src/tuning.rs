@@ -413,3 +413,39 @@ pub mod state {
     /// ... and after how long it says for what it waits.
     pub const CLAIM_SAY_AFTER: Duration = Duration::from_secs(1);
 }
+
+/// The HTTP server ([`crate::http`]). None is measured: it is on no path of a request of raio.
+pub mod http {
+    use std::time::Duration;
+
+    /// Connections over TCP at a time: a few scrapers and browsers. One more takes the place of the one that
+    /// has waited longest ...
+    pub const CONNECTIONS_MAX: usize = 64;
+    /// ... and over the admin socket, whom the others cannot keep out.
+    pub const ADMIN_CONNECTIONS_MAX: usize = 16;
+    /// Of those over TCP, the ones that are sent events, which stay for long.
+    pub const STREAMS_MAX: usize = 16;
+    /// Bytes of a request, with its headers: what other servers take, too.
+    pub const HEAD_BYTES_MAX: usize = 8 << 10;
+    /// A request has come completely in this time after its first byte ...
+    pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+    /// ... or the next one in this after a response: longer than scrapers usually wait, a minute.
+    pub const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
+    /// A client takes something of a response within this.
+    pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+    /// After the last response a client has this time to close the connection. With data unread the kernel
+    /// would reset it, and the client might not see the response.
+    pub const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+    /// Characters of the token, at least: nobody guesses 16 over a network.
+    pub const TOKEN_BYTES_MIN: usize = 16;
+    /// Bytes that are read of its file.
+    pub const TOKEN_FILE_BYTES_MAX: u64 = 4096;
+    /// How often the main thread shows that it goes on ...
+    pub const BEAT: Duration = Duration::from_secs(1);
+    /// ... and after how long without that it is said to be stuck.
+    pub const BEAT_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How often events are sent.
+    pub const EVENT_INTERVAL: Duration = Duration::from_secs(1);
+    /// When to try again if no connection can be accepted, for there are no descriptors left.
+    pub const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+}
