@@ -24,6 +24,7 @@ use crate::tuning::options::{
     IO_BYTES_MIN, LINGER_DEFAULT, LINGER_MAX, QUEUE_DEPTH_DEFAULT, SESSIONS_DEFAULT, SESSIONS_MAX,
     SPIN_US_DEFAULT, SPIN_US_MAX, STALL_TIMEOUT_DEFAULT, STALL_TIMEOUT_MAX, WORKERS_MAX,
 };
+use crate::tuning::slow;
 
 const LISTEN_DEFAULT: &str = "tcp://127.0.0.1:7240";
 /// What sun_path has room for.
@@ -79,6 +80,9 @@ pub struct Options {
     /// message, for this time [default: 2]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     stall_timeout: Option<u64>,
+    /// Note a request that takes this long among the slow ones, which the admin socket shows [default: 100]
+    #[arg(long, value_name = "MILLISECONDS", value_parser = number::<u64>)]
+    slow: Option<u64>,
     /// How long the session of a client whose connection has broken is kept for it, at most [default: 90]
     #[arg(long, value_name = "SECONDS", value_parser = number::<u64>)]
     linger: Option<u64>,
@@ -289,6 +293,8 @@ pub struct Config {
     pub places_bytes: usize,
     /// While others wait for memory, a connection that makes no progress for so long is closed.
     pub stall_timeout: Duration,
+    /// A request that takes this long is slow.
+    pub slow: Duration,
     /// The longest that a channel whose connection has broken is kept.
     pub linger: Duration,
     /// What was asked for.
@@ -416,6 +422,7 @@ impl Options {
             spin_us unless is_none,
             memory unless is_none,
             stall_timeout unless is_none,
+            slow unless is_none,
             linger unless is_none,
             backend unless is_none,
             log unless is_none,
@@ -642,6 +649,8 @@ impl Options {
             "{} is {stall_timeout}. Give a number of seconds from 1 to {STALL_TIMEOUT_MAX}.",
             name("stall-timeout")
         );
+        let slow = options.slow.unwrap_or(slow::DEFAULT_MS);
+        ensure!(slow > 0, "{} is 0. Give a number of milliseconds.", name("slow"));
         let linger = options.linger.unwrap_or(LINGER_DEFAULT);
         ensure!(
             linger <= LINGER_MAX,
@@ -662,6 +671,7 @@ impl Options {
             heap_bytes: (split.heap / workers as u64) as usize,
             places_bytes: split.places as usize,
             stall_timeout: Duration::from_secs(stall_timeout),
+            slow: Duration::from_millis(slow),
             linger: Duration::from_secs(linger),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
@@ -896,6 +906,7 @@ mod tests {
             (&["--export", "a=/", "--memory", "1M"], "--memory is 1048576 bytes"),
             (&["--export", "a=/", "--memory", "8388607G"], "Give a smaller --memory"),
             (&["--export", "a=/", "--stall-timeout", "0"], "--stall-timeout is 0"),
+            (&["--export", "a=/", "--slow", "0"], "--slow is 0"),
             (&["--export", "a=/", "--linger", "86401"], "--linger is 86401"),
             (&["--export", "a=/", "--limits-per-session", "files=0"], "--limits-per-session: files is 0"),
             (

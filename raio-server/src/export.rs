@@ -177,6 +177,11 @@ impl Export {
         &self.name
     }
 
+    /// Whether files of it are always opened with O_DIRECT.
+    pub fn is_direct(&self) -> bool {
+        self.is_direct
+    }
+
     /// Its shares of the pool.
     pub fn lanes(&self) -> &Lanes {
         &self.lanes

@@ -183,6 +183,11 @@ impl<F> Handles<F> {
     }
 
     /// All files.
+    pub fn files(&self) -> impl Iterator<Item = &F> {
+        self.near.iter().chain(self.far.values()).filter_map(|entry| entry.file.as_ref())
+    }
+
+    /// The same, as they are.
     pub fn into_files(self) -> impl Iterator<Item = F> {
         self.near.into_iter().chain(self.far.into_values()).filter_map(|entry| entry.file)
     }

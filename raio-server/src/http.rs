@@ -1,5 +1,5 @@
-//! A small server of HTTP/1.1, for operators and what watches the server: over TCP (`--http`), and over a Unix
-//! socket of which nobody but the operator may use ([`Access::Admin`]).
+//! A small server of HTTP/1.1, for operators and what watches the server: over TCP (`--http`), and over a
+//! Unix socket that nobody but the operator may use ([`Access::Admin`]).
 //!
 //! It is one thread, which waits for all its sockets with poll(2), and whom no worker ever waits for. All that
 //! a client can cause has a limit: connections, the bytes of a request, the time of each step. What the
@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use raio_transport::credentials::Credentials;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
@@ -50,11 +51,18 @@ pub struct Request<'a> {
     query: &'a str,
     /// What its client may have.
     pub access: Access,
+    /// Of the user with this number, over the admin socket.
+    user: Option<u32>,
     /// When it was read.
     pub now: Instant,
 }
 
 impl<'a> Request<'a> {
+    /// Who asks, in words.
+    pub fn user(&self) -> String {
+        self.user.map_or_else(|| "an unknown user".to_owned(), |uid| format!("user {uid}"))
+    }
+
     /// The value of a parameter, as it is written.
     pub fn parameter(&self, name: &str) -> Option<&'a str> {
         self.query.split('&').find_map(|pair| match pair.split_once('=') {
@@ -212,8 +220,8 @@ impl<S: Site> Server<S> {
                 return true;
             }
             let is_gone = ready.intersects(PollFlags::HUP | PollFlags::ERR);
-            let is_admin = connection.is_admin;
-            let answer = |head: &Head<'_>| match answer(sockets, site, head, is_admin, now) {
+            let (is_admin, user) = (connection.is_admin, connection.user);
+            let answer = |head: &Head<'_>| match answer(sockets, site, head, is_admin, user, now) {
                 Answer::Stream(..) if !is_admin && streams >= STREAMS_MAX => {
                     Answer::Now(Response::error(503, "Too many clients are sent events. Close one of them."))
                 }
@@ -268,12 +276,21 @@ impl<S: Site> Server<S> {
             let Some((at, _)) = idle.min_by_key(|(_, it)| it.idle_since()) else { return };
             self.connections.remove(at);
         }
-        self.connections.push(Connection::new(socket, is_admin, now));
+        let user = if is_admin { Credentials::of_peer(&socket).ok().map(|peer| peer.uid) } else { None };
+        let connection = Connection::new(socket, is_admin, now).of_user(user);
+        self.connections.push(connection);
     }
 }
 
 /// Decides what becomes of a request.
-fn answer(sockets: &Sockets, site: &impl Site, head: &Head<'_>, is_admin: bool, now: Instant) -> Answer {
+fn answer(
+    sockets: &Sockets,
+    site: &impl Site,
+    head: &Head<'_>,
+    is_admin: bool,
+    user: Option<u32>,
+    now: Instant,
+) -> Answer {
     let Head { method, path, query, .. } = *head;
     if !is_admin && head.host.is_some_and(|host| !is_our_name(host, &sockets.names)) {
         return Answer::Now(Response::error(
@@ -293,5 +310,5 @@ fn answer(sockets: &Sockets, site: &impl Site, head: &Head<'_>, is_admin: bool, 
     } else {
         Access::Public
     };
-    site.answer(&Request { method, path, query, access, now })
+    site.answer(&Request { method, path, query, access, user, now })
 }

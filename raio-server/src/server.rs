@@ -24,6 +24,7 @@ use crate::acceptor::{Connection, Handshaken, TlsAcceptor};
 use crate::audit::{Audit, Who};
 use crate::claim::{Attempt, Claim, try_claim};
 use crate::config::{BackendKind, Config};
+use crate::control::{Control, Order, WorkerView};
 use crate::engine::Job;
 use crate::export::{Export, Exports};
 use crate::export_spec::Source;
@@ -81,6 +82,8 @@ pub struct Server {
     acceptor: Option<TlsAcceptor>,
     /// ... and sends their connections here.
     secured: Receiver<Handshaken>,
+    /// What administrators want.
+    orders: Receiver<Order>,
     /// What is told about it.
     observed: Arc<Observed>,
     /// Serves that over HTTP, if it is to ...
@@ -111,6 +114,8 @@ enum Phase {
 struct WorkerHandle {
     senders: WorkerSenders,
     counters: Arc<Counters>,
+    /// Where it stays.
+    cpu: Option<usize>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
 }
@@ -461,14 +466,17 @@ impl Server {
             let mailboxes: Vec<_> = workers.iter().map(|worker| worker.senders.mailbox.clone()).collect();
             audit.start(move || mailboxes.iter().for_each(|mailbox| mailbox.send(Mail::Release)))?;
         }
+        let (sender, orders) = reactor::mailbox(reactor.waker());
+        let waker = http::Waker::new().context("Cannot make an eventfd for HTTP")?;
         let observed = Arc::new(Observed {
+            control: control(&shared, &workers, sender, &waker),
             shared: Arc::clone(&shared),
             workers: workers.iter().map(|worker| Arc::clone(&worker.counters)).collect(),
             main: Arc::default(),
             backend: say_what_was_missing(config, &started),
         });
         let http_offered = listener::http_offered(config, &http);
-        let http = start_http(http, &observed)?;
+        let http = start_http(http, &observed, waker)?;
         let hand_over = place.map(|place| HandOver::new(&mut reactor, HAND_OVER, place));
         Ok(Some(Self {
             reactor,
@@ -479,6 +487,7 @@ impl Server {
             ended,
             acceptor,
             secured,
+            orders,
             observed,
             http,
             http_offered,
@@ -554,6 +563,9 @@ impl Server {
                     }
                     Handshaken::Finished => self.drain(),
                 }
+            }
+            while let Some(order) = self.orders.take() {
+                self.obey(&order);
             }
             if self.phase == Phase::Closing && self.listener.has_stopped() {
                 self.shake_last_hands();
@@ -769,6 +781,17 @@ impl Server {
         None
     }
 
+    /// Does what an administrator wants.
+    fn obey(&mut self, order: &Order) {
+        match order {
+            Order::Drain if self.phase == Phase::Serving => {
+                tracing::info!("An administrator ends the server: completing the requests in flight.");
+                self.stop();
+            }
+            Order::Drain => {}
+        }
+    }
+
     /// Speaks with the successor.
     fn meet_successor(&mut self, event: Event) {
         let Some(hand_over) = &mut self.hand_over else { return };
@@ -898,12 +921,36 @@ fn open_http(config: &Config, predecessor: Option<&mut Predecessor>) -> anyhow::
     listener::bind_http(config, trusted_users(config)?, owner, given)
 }
 
+/// What administrators ask of these workers, and of the main thread.
+fn control(
+    shared: &Arc<Shared>,
+    workers: &[WorkerHandle],
+    orders: Sender<Order>,
+    waker: &http::Waker,
+) -> Control {
+    let view = |worker: &WorkerHandle| WorkerView {
+        senders: worker.senders.clone(),
+        counters: Arc::clone(&worker.counters),
+        cpu: worker.cpu,
+    };
+    let waker = waker.clone();
+    Control::new(
+        Arc::clone(shared),
+        workers.iter().map(view).collect(),
+        orders,
+        Arc::new(move || waker.wake()),
+    )
+}
+
 /// Starts to serve HTTP, if there is where.
-fn start_http(sockets: http::Sockets, observed: &Arc<Observed>) -> anyhow::Result<Option<http::Handle>> {
+fn start_http(
+    sockets: http::Sockets,
+    observed: &Arc<Observed>,
+    waker: http::Waker,
+) -> anyhow::Result<Option<http::Handle>> {
     if sockets.tcp.is_empty() && sockets.admin.is_none() {
         return Ok(None);
     }
-    let waker = http::Waker::new().context("Cannot make an eventfd for HTTP")?;
     let handle = http::start(sockets, Arc::clone(observed), waker);
     handle.map(Some).context("Cannot start a thread for HTTP. Raise the limit on processes with `ulimit -u`")
 }
@@ -1043,7 +1090,8 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        workers.push(WorkerHandle { senders: started.senders.clone(), counters, checked: (0, 0) });
+        let (senders, cpu) = (started.senders.clone(), cpus.get(index).copied());
+        workers.push(WorkerHandle { senders, counters, cpu, checked: (0, 0) });
         all_started.push(started);
     }
     Ok((workers, all_started))

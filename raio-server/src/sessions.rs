@@ -8,7 +8,7 @@
 mod by_address;
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,15 +16,16 @@ use raio_transport::error::Status;
 use raio_transport::handshake::{Identity, Peer};
 use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
+use slab::Slab;
 
 use self::by_address::{ByAddress, Key};
 use crate::channel::{Channel, Guard, Guards, Outcomes};
 use crate::handles::generation_of_next_session;
 use crate::limits::{AddressAccount, Excess, Limits, QueuePairPermit};
 use crate::peer::Origin;
-use crate::session::{ClosedFile, Session};
+use crate::session::{ClosedFile, EndReason, Session};
 use crate::stats::ChannelCounts;
-use crate::tuning::channels::PARKED_BYTES;
+use crate::tuning::channels::{KILLED_MAX, PARKED_BYTES};
 
 /// A connection of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,6 +78,8 @@ pub enum NotJoined {
     Excess(Excess),
     /// A connection that is newer, or its client, has made it obsolete: for the client.
     Stale(String),
+    /// An administrator has ended the session.
+    Killed,
 }
 
 /// A connection as its session knows it.
@@ -163,6 +166,11 @@ pub struct Sessions {
 #[cfg_attr(test, derive(Clone))]
 struct Table {
     by_id: HashMap<SessionId, Of>,
+    /// All of them, in an order that allows to list them in parts.
+    listed: Slab<Arc<Session>>,
+    /// Sessions that an administrator has ended, the latest last: their clients do not begin them anew by
+    /// connecting again.
+    killed: VecDeque<SessionId>,
     /// Sessions without a connection, and since when.
     idle: ByAddress<SessionId>,
     /// When parked channels expire.
@@ -184,6 +192,8 @@ struct Table {
 #[cfg_attr(test, derive(Clone))]
 struct Of {
     session: Arc<Session>,
+    /// Its place in [`Table::listed`].
+    listed: usize,
     channels: HashMap<ChannelKey, Place>,
     connections: usize,
     /// Its client has given it up: nobody joins it.
@@ -210,6 +220,8 @@ impl Sessions {
     pub fn new(sessions_max: usize, limits: Arc<Limits>) -> Self {
         let table = Table {
             by_id: HashMap::new(),
+            listed: Slab::new(),
+            killed: VecDeque::new(),
             idle: ByAddress::default(),
             deadlines: BTreeMap::new(),
             parked: ByAddress::default(),
@@ -264,7 +276,7 @@ impl Sessions {
         let mut table = lock(&self.table);
         let theirs = table.by_id.iter_mut().filter(|(_, place)| of(&place.session.identity));
         let revoked = theirs.map(|(&id, place)| {
-            place.session.revoke();
+            place.session.end_because(EndReason::Revoked);
             place.is_superseded = true;
             id
         });
@@ -272,6 +284,31 @@ impl Sessions {
             table.give_up(id, now, &mut effects);
         }
         effects
+    }
+
+    /// Ends a session because an administrator wants it, as far as it can be ended now. None: it has ended.
+    pub fn kill(&self, session: &Arc<Session>, now: Instant) -> Option<Effects> {
+        let mut effects = Effects::default();
+        let mut table = lock(&self.table);
+        let of = table.by_id.get_mut(&session.id).filter(|of| Arc::ptr_eq(&of.session, session))?;
+        session.end_because(EndReason::Killed);
+        of.is_superseded = true;
+        if table.killed.len() == KILLED_MAX {
+            table.killed.pop_front();
+        }
+        table.killed.push_back(session.id);
+        table.give_up(session.id, now, &mut effects);
+        Some(effects)
+    }
+
+    /// Sessions, a part of them at a time: those from a place on, and the place of the next part if there is
+    /// one. Begin with 0. What begins or ends in the meantime may be missing; nothing is there twice.
+    pub fn list(&self, from: usize, at_most: usize) -> (Vec<Arc<Session>>, Option<usize>) {
+        let mut part = Vec::with_capacity(at_most);
+        let table = lock(&self.table);
+        let to = table.listed.capacity().min(from.saturating_add(at_most));
+        part.extend((from..to).filter_map(|at| table.listed.get(at)).map(Arc::clone));
+        (part, (to < table.listed.capacity()).then_some(to))
     }
 
     /// A connection asks whether its requests may run: whether nothing can happen any more of what they must
@@ -405,10 +442,14 @@ impl Table {
             Some(channel) => (ChannelKey::Numbered(channel.number), channel.epoch),
             None => (ChannelKey::Unnumbered(connection), 1),
         };
+        if self.killed.contains(&peer.session) {
+            return Err(NotJoined::Killed);
+        }
         let is_new = !self.by_id.contains_key(&peer.session);
         if is_new {
             let session = begin(self, effects).map_err(NotJoined::Excess)?;
             let of = Of {
+                listed: self.listed.insert(Arc::clone(&session)),
                 session,
                 channels: HashMap::new(),
                 connections: 0,
@@ -543,6 +584,7 @@ impl Table {
             return;
         }
         if let Some(of) = self.by_id.remove(&id) {
+            self.listed.remove(of.listed);
             if let Some(idle) = of.idle {
                 self.idle.remove(address, idle);
             }

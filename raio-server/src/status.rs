@@ -3,10 +3,13 @@
 //! Nobody waits for whoever asks: it is all read from atomics, and from tables that are locked for a moment
 //! by whoever opens a session.
 
+mod admin;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Instant;
 
+use crate::control::Control;
 use crate::export::Export;
 use crate::http::{Access, Answer, Next, Parts, Request, Response, Site};
 use crate::stats::{self, Counter, Counters, Whole};
@@ -100,6 +103,8 @@ pub struct Observed {
     pub main: Arc<MainState>,
     /// How files are read and written.
     pub backend: &'static str,
+    /// What an administrator asks of it.
+    pub control: Control,
 }
 
 impl Observed {
@@ -162,7 +167,8 @@ const ROUTES: &[Route] = &[
 
 impl Site for Arc<Observed> {
     fn answer(&self, request: &Request<'_>) -> Answer {
-        let mut known = ROUTES.iter().filter(|route| route.path == request.path).peekable();
+        let of_path = || ROUTES.iter().chain(admin::ROUTES).filter(|route| route.path == request.path);
+        let mut known = of_path().peekable();
         if known.peek().is_none() {
             return Answer::Now(Response::error(404, "There is no such page. See raio_server(8)."));
         }
@@ -170,7 +176,7 @@ impl Site for Arc<Observed> {
             Some(route) if request.access < route.access => Answer::Now(denied(route.access)),
             Some(route) => (route.answer)(self, request),
             None => {
-                let allowed = ROUTES.iter().find(|route| route.path == request.path);
+                let allowed = of_path().next();
                 let method = allowed.map_or("GET", |route| route.method);
                 let text = format!("{} takes the method {method} alone.", request.path);
                 Answer::Now(Response::error(405, &text).with("Allow", method))

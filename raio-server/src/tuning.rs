@@ -205,6 +205,17 @@ pub mod channels {
     pub const FENCE_LOGGED_AFTER: Duration = Duration::from_secs(5);
     /// A look at all connections that wait costs a worker time: not more often than this.
     pub const FENCES_CHECKED_EVERY: Duration = Duration::from_secs(1);
+    /// Sessions that an administrator has ended, and whose clients are told so when they connect again. Each
+    /// hello is compared with all of them.
+    pub const KILLED_MAX: usize = 256;
+}
+
+/// Requests that take long: [`crate::worker::SlowRequest`].
+pub mod slow {
+    /// Milliseconds: longer than any disk that works, and than what a client would wait for without a word.
+    pub const DEFAULT_MS: u64 = 100;
+    /// The latest of them that a worker keeps, 200 bytes each.
+    pub const KEPT: usize = 64;
 }
 
 /// What sessions, connections and files take, and what is in reserve: [`crate::limits`].
@@ -389,6 +400,9 @@ pub mod statistics {
     /// Sampling interval, in reads or writes: the latency of one in 16 is measured. Reading the clock twice
     /// costs 150 instructions, 3 % of a 4 KiB read at depth 1.
     pub const MEASURED_EVERY: u32 = 16;
+    /// Requests of an iteration whose latency counts for their sessions: those that it takes in and answers.
+    /// As many as one that reads 256 KiB in small pieces; beyond that the statistics alone have them.
+    pub const MEASURED_MAX: usize = 64;
     /// Publishing interval of the gauges of a busy worker, in iterations; it also publishes them before it
     /// sleeps. Publishing costs 100 instructions, and gauges need not be exact to the microsecond.
     pub const PUBLISHED_EVERY: u32 = 16;
@@ -412,6 +426,36 @@ pub mod state {
     pub const CLAIM_RETRY: Duration = Duration::from_millis(20);
     /// ... and after how long it says for what it waits.
     pub const CLAIM_SAY_AFTER: Duration = Duration::from_secs(1);
+}
+
+/// What does not go on: [`crate::stalled`]. None is measured: they are for people.
+pub mod stalled {
+    use std::time::Duration;
+
+    /// A worker that has not finished an iteration for this time: a thousand times as long as it takes.
+    pub const WORKER_AFTER: Duration = Duration::from_secs(1);
+    /// A lane whose oldest job has not ended: longer than a disk that retries a sector.
+    pub const LANE_AFTER: Duration = Duration::from_secs(5);
+    /// The same where opens wait for the holder of a lease: the kernel takes it away after 45 s.
+    pub const LEASE_AFTER: Duration = Duration::from_secs(50);
+    /// Requests that have waited for memory, at each look.
+    pub const SLOTS_AFTER: Duration = Duration::from_secs(5);
+}
+
+/// What administrators ask for: [`crate::control`].
+pub mod control {
+    use std::time::Duration;
+
+    /// Sessions that are listed under one lock: some 25 µs.
+    pub const SESSIONS_AT_A_TIME: usize = 256;
+    /// How long a worker has to answer: a thousand of its iterations.
+    pub const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+    /// How soon it is looked again whether a worker that was woken has gone on. Most have by the first time.
+    pub const LOOK_INTERVAL: Duration = Duration::from_millis(2);
+    /// Records of a trace that are written as one part of it: 1 MB.
+    pub const TRACE_PART: usize = 8192;
+    /// The longest that a trace lasts, in seconds: later records are over earlier ones long before.
+    pub const TRACE_SECONDS_MAX: u64 = 60;
 }
 
 /// The HTTP server ([`crate::http`]). None is measured: it is on no path of a request of raio.

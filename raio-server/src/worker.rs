@@ -11,7 +11,7 @@
 //! | [`throttled`] | which requests wait because of a rate |
 //! | [`admission`] | who gets memory, how much of it, and when |
 //! | [`device_queues`] | what devices have, and what is held back for them |
-//! | [`latencies`], [`tracer`] | how long requests take, and what becomes of each |
+//! | [`latencies`], [`slow`], [`tracer`] | how long requests take, and what becomes of each |
 //!
 //! The worker connects them: [`command`] takes a request in, [`fast_path`] answers it on arrival or
 //! [`pipeline`] moves it along, [`lifecycle`] is how connections begin and end, and [`fence`] how one takes
@@ -37,6 +37,7 @@ mod local_sessions;
 mod paths;
 mod pipeline;
 mod requests;
+mod slow;
 #[cfg(test)]
 mod tests;
 mod throttled;
@@ -54,11 +55,13 @@ use raio_transport::memory::{Arena, Slot};
 use raio_transport::message::SessionId;
 use raio_transport::protocol::{FileHandle, OPERATION_FEATURES};
 use raio_transport::reactor::{self, DisabledRing, Event, Reactor, Receiver, Sender, Token, Wait};
+use raio_transport::trace::{Clock, Ring};
 use raio_transport::transport::{
     self, Accepted, AcceptedStream, Incoming, QueuePairMemory, ServerEvent, ServerTransport,
 };
 use raio_transport::{Status, mux, rdma, tcp};
 
+use crate::activity::{Medium, SessionCounters};
 use crate::audit::Audit;
 use crate::cached::CachedFiles;
 use crate::config::{BackendKind, Config};
@@ -70,14 +73,16 @@ use crate::log::log_client;
 use crate::orphan_guard::OrphanGuard;
 use crate::peer::{Origin, PeerAddress};
 use crate::placement::Placement;
+use crate::reply::Reply;
 use crate::request::State;
+use crate::session::Session;
 use crate::sessions::{ConnectionName, Sessions};
 use crate::stats::Counters;
 use crate::stored::StoredDirectories;
 use crate::throttle::Throttles;
 use crate::trace::Trace;
 use crate::tuning::drain::{DELIVERY_CHECK, GOAWAY_TIMEOUT, GRACE, GRACE_OF_SILENT, QUIESCE_TIMEOUT};
-use crate::tuning::statistics::PUBLISHED_EVERY;
+use crate::tuning::statistics::{MEASURED_MAX, PUBLISHED_EVERY};
 use admission::Admission;
 use connections::{Arrival, Connections, Standing};
 use device_queues::DeviceQueues;
@@ -85,6 +90,8 @@ use fence::Orphan;
 use latencies::Latencies;
 use local_sessions::LocalSessions;
 use requests::Requests;
+use slow::SlowRequests;
+pub use slow::{SlowEnd, SlowRequest};
 use throttled::Throttled;
 use tracer::Tracer;
 
@@ -127,6 +134,8 @@ pub struct Shared {
     pub memory_caps: [usize; 2],
     /// How long an idle worker spins.
     pub spin: Duration,
+    /// A request that takes this long is slow.
+    pub slow: Duration,
     /// Where requests are traced to.
     pub trace: Option<Trace>,
     /// Connections may come by rdma_cm, so there must be RDMA.
@@ -175,6 +184,7 @@ impl Shared {
             spin: config.spin,
             keys: None,
             audit: None,
+            slow: config.slow,
             trace: trace.transpose()?,
             rdma: config.listen.iter().any(|(scheme, _)| *scheme == Scheme::Rdma),
             claim: None,
@@ -230,6 +240,23 @@ pub enum Mail {
     Release,
     /// Some clients may do less than before: their sessions end.
     Revoke(Arc<Revocation>),
+    /// An administrator ends a session.
+    Kill {
+        /// Which.
+        session: Arc<Session>,
+        /// Who wants it.
+        by: String,
+        /// Is told whether there was one.
+        done: Reply<bool>,
+    },
+    /// Somebody wants to know which requests have taken long.
+    Slow(Reply<Vec<SlowRequest>>),
+    /// Record all requests from now on, by this clock in this ring.
+    BeginTrace(Clock, Ring),
+    /// Do so no more, and give the ring back.
+    EndTrace(Reply<(usize, Ring)>),
+    /// Somebody wants to see that the worker goes on: it does as soon as it takes its mail.
+    Wake,
     /// Hand over what was traced since the last time.
     Trace,
     /// Finish what is in flight, by then, and end.
@@ -267,6 +294,10 @@ pub struct Worker {
     admission: Admission,
     device_queues: DeviceQueues,
     latencies: Latencies,
+    /// Which have taken long.
+    slow: SlowRequests,
+    /// Whose requests this iteration has taken in and answered, of those that are measured.
+    measured: Vec<Arc<SessionCounters>>,
     tracer: Tracer,
     /// Iterations since the gauges were published.
     unpublished: u32,
@@ -439,6 +470,7 @@ impl Worker {
             counts_requests: shared.sessions.count_requests()
                 || shared.keys.as_ref().is_some_and(|keys| keys.counts_requests()),
             tracer: Tracer::new(shared.trace.as_ref()),
+            slow: SlowRequests::new(shared.slow),
             shared,
             counters,
             index,
@@ -450,10 +482,11 @@ impl Worker {
             engine,
             cached: CachedFiles::new(),
             connections: Connections::default(),
-            sessions: LocalSessions::default(),
+            sessions: LocalSessions::of_worker(index),
             requests: Requests::default(),
             device_queues: DeviceQueues::default(),
             latencies: Latencies::default(),
+            measured: Vec::with_capacity(MEASURED_MAX),
             unpublished: 0,
             closing: 0,
             orphans: HashMap::new(),
@@ -570,6 +603,15 @@ impl Worker {
                 Mail::Settle(connection) => self.settle(connection),
                 Mail::Release => self.release_held(),
                 Mail::Revoke(revocation) => self.revoke(&revocation),
+                Mail::Kill { session, by, done } => done.send(self.kill(&session, &by)),
+                Mail::Slow(reply) => reply.send(self.slow_requests()),
+                Mail::BeginTrace(clock, ring) => _ = self.tracer.set_live(Some((clock, ring))),
+                Mail::EndTrace(reply) => {
+                    if let Some(ring) = self.tracer.set_live(None) {
+                        reply.send((self.index, ring));
+                    }
+                }
+                Mail::Wake => {}
                 Mail::Trace => self.hand_over_trace(),
                 Mail::Drain(deadline) => {
                     let reject_at = self.reactor.clock().now() + GRACE;
@@ -635,7 +677,7 @@ impl Worker {
             self.is_busy = true;
             match event {
                 ServerEvent::Opened(id, peer) => self.opened(id, *peer),
-                ServerEvent::Moved(from, to) => self.connections.on_moved(from, to),
+                ServerEvent::Moved(from, to) => self.moved(from, to),
                 ServerEvent::Request(request) if self.admission.has_budget() => self.take_request(&request),
                 // To take it on and have it wait for memory would cost more.
                 ServerEvent::Request(request) => self.deferred.push_back(request),
@@ -668,7 +710,9 @@ impl Worker {
         self.is_busy |= self.admission.is_exhausted();
         if self.latencies.end_iteration() {
             let began = self.reactor.clock().now();
-            self.latencies.record(began, self.reactor.clock().read(), &self.counters);
+            let now = self.reactor.clock().read();
+            self.latencies.record(began, now, &self.counters);
+            self.measured.drain(..).for_each(|counters| counters.took(now.saturating_duration_since(began)));
         }
     }
 

@@ -16,6 +16,8 @@ pub struct Connection {
     socket: OwnedFd,
     /// It came by the admin socket.
     pub is_admin: bool,
+    /// Of this user, if so.
+    pub user: Option<u32>,
     input: Vec<u8>,
     /// The client sends nothing more.
     is_eof: bool,
@@ -53,6 +55,7 @@ impl Connection {
         Self {
             socket,
             is_admin,
+            user: None,
             input: Vec::new(),
             is_eof: false,
             output: Vec::new(),
@@ -63,6 +66,11 @@ impl Connection {
             is_known: false,
             is_last: false,
         }
+    }
+
+    /// The same, of the user with this number, if that is known.
+    pub fn of_user(self, user: Option<u32>) -> Self {
+        Self { user, ..self }
     }
 
     /// What to wait for.

@@ -9,6 +9,7 @@ use raio_transport::Violation;
 use raio_transport::transport::{ConnectionId, RequestKey};
 use slab::Slab;
 
+use crate::activity::SessionCounters;
 use crate::audit::Who;
 use crate::channel::Outcomes;
 use crate::client::Client;
@@ -80,6 +81,8 @@ pub struct Connection {
     pub session: usize,
     /// What it is to its session and its channel.
     pub member: Member,
+    /// What this worker counts for the session.
+    pub counters: Arc<SessionCounters>,
     /// Whether its requests may run.
     pub standing: Standing,
     /// What it waits for.
@@ -268,6 +271,7 @@ mod tests {
             arrival,
             session: 0,
             member: member(key as u64),
+            counters: Arc::default(),
             standing: Standing::Settled,
             fencing: None,
             outcomes: None,

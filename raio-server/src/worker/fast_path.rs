@@ -5,6 +5,8 @@
 //! (memory that must be waited for, a disk, an error) is for [`super::pipeline`]; up to there nothing has
 //! happened.
 
+use std::time::Duration;
+
 use raio_transport::Status;
 use raio_transport::protocol::{Direction, Opcode};
 use raio_transport::trace::Phase;
@@ -56,6 +58,12 @@ impl Worker {
         self.count_for_export(Some(open.export), Direction::ToClient, Status::OK, length);
         if let Some(audited) = &open.audited {
             audited.on_read(length);
+        }
+        let counters = &self.connections[connection].counters;
+        counters.answered(true);
+        counters.read(length);
+        if self.latencies.measures_fast_path() {
+            self.measured(connection, Duration::ZERO);
         }
         self.latencies.answered_by_fast_path();
         if self.tracer.is_on() {

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::{Arc, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use raio_transport::memory::Slot;
 use raio_transport::protocol::{Direction, Opcode};
@@ -14,7 +14,8 @@ use super::admission::{Demand, StallCheck};
 use super::connections::Connections;
 use super::requests::Cancel;
 use super::throttled::Waiting;
-use super::{TIMER, Worker};
+use super::{SlowEnd, TIMER, Worker};
+use crate::activity::SessionCounters;
 use crate::client::Client;
 use crate::engine::{self, Completion, Lane, Operation, Outcome};
 use crate::names::PathEnd;
@@ -22,6 +23,8 @@ use crate::open::{OpenResult, Opening};
 use crate::request::{
     Copying, Request, State, Step, Work, WorkerFile, cancelled, failure, shutting_down, success,
 };
+use crate::timeline::Stage;
+use crate::tuning::statistics::MEASURED_MAX;
 use crate::volume::Context;
 
 impl Worker {
@@ -31,7 +34,9 @@ impl Worker {
         let export = if self.shared.exports.all().len() > 1 { work.hanging_export() } else { None };
         let arrived = self.arrived(opcode);
         let is_limited = work.flow().is_some();
-        let request = self.requests.begin(connection, (key, opcode, arrived), work, export);
+        let now = self.reactor.clock().now();
+        let request = self.requests.begin(connection, (key, opcode, arrived), now, work, export);
+        self.connections[connection].counters.begun();
         if !is_limited || !self.throttle(request) {
             self.proceed(request);
         }
@@ -62,6 +67,7 @@ impl Worker {
         };
         // It may have executed: the next piece waits.
         self.requests.enter(request, State::NeedSlot);
+        self.requests[request].timeline.enter(Stage::Throttled, now);
         self.counters.throttled(whose, self.requests[request].work.export());
         self.promise_life_sign();
         self.await_throttled(until);
@@ -115,10 +121,11 @@ impl Worker {
                 continue;
             }
             let (name, opcode, arrived) = (request.key, request.opcode, request.arrived);
-            if let Some(connection) = request.connection
-                && self.counts_requests
-            {
-                self.uncount_request(connection, &request.work);
+            if let Some(connection) = request.connection {
+                self.connections[connection].counters.ended();
+                if self.counts_requests {
+                    self.uncount_request(connection, &request.work);
+                }
             }
             self.end_request(key);
             self.respond(name, opcode, arrived, shutting_down());
@@ -158,6 +165,9 @@ impl Worker {
         } else {
             self.counters.slot_waits.add(1);
             self.admission.wait(request, demand);
+            // Before it may have waited for something else.
+            let now = self.reactor.clock().now();
+            self.requests[request].timeline.enter(Stage::NeedSlot, now);
             self.promise_life_sign();
             self.trace(key, Phase::Point, "need_slot", 0);
         }
@@ -454,6 +464,9 @@ impl Worker {
 
     fn enter(&mut self, key: usize, state: State) {
         let before = self.requests.enter(key, state);
+        let stage = if state == State::Fetching { Stage::Fetching } else { Stage::Executing };
+        let now = self.reactor.clock().now();
+        self.requests[key].timeline.enter(stage, now);
         if self.tracer.is_on() {
             let name = if state == State::Fetching { "fetching" } else { "executing" };
             self.trace(self.requests[key].key, Phase::Point, name, 0);
@@ -477,8 +490,14 @@ impl Worker {
             let is_cancelled = request.is_cancelled;
             self.record_outcome(connection, name.id, is_cancelled, &response);
         }
+        self.note_if_slow(key, SlowEnd::Answered(response.status.errno), None);
         let request = &self.requests[key];
         self.count_work(&request.work, response.status, response.result);
+        let counters = &self.connections[connection].counters;
+        counters.ended();
+        if response.status.is_ok() {
+            count_bytes(counters, &request.work, response.result);
+        }
         self.end_request(key);
         let was_cancelled = response.status.errno == libc::ECANCELED;
         self.respond(name, opcode, arrived, response);
@@ -515,11 +534,30 @@ impl Worker {
         response: Response,
     ) {
         self.count_response(response.status);
+        let connection = self.connections.key(name.connection);
         if let Some(arrived) = arrived {
-            self.latencies.answered(opcode, arrived, self.reactor.clock().now(), &self.counters);
+            let now = self.reactor.clock().now();
+            self.latencies.answered(opcode, arrived, now, &self.counters);
+            if let Some(connection) = connection {
+                self.measured(connection, now - arrived);
+            }
+        }
+        if let Some(connection) = connection {
+            self.connections[connection].counters.answered(response.status.is_ok());
         }
         self.trace(name, Phase::End, opcode.operation().name, response.result);
         self.transport.respond(&mut self.reactor, name, response);
+    }
+
+    /// A request was answered whose latency is measured: this long after the iteration that took it in has
+    /// begun. If that is this one it is known at its end.
+    pub(super) fn measured(&mut self, connection: usize, took: Duration) {
+        let counters = &self.connections[connection].counters;
+        if !took.is_zero() {
+            counters.took(took);
+        } else if self.measured.len() < MEASURED_MAX {
+            self.measured.push(Arc::clone(counters));
+        }
     }
 
     /// Counts a response, of the fast path or any other.
@@ -598,6 +636,17 @@ impl Worker {
             Cancel::Executing if self.take_back(key).is_some() => self.answer(key, cancelled()),
             Cancel::Executing => self.cancel_operation(key),
         }
+    }
+}
+
+/// Counts for a session what a request of it has moved.
+fn count_bytes(counters: &SessionCounters, work: &Work, bytes: u64) {
+    let is_copy = matches!(work, Work::Copy(_));
+    if is_copy || work.direction() == Direction::ToClient {
+        counters.read(bytes);
+    }
+    if is_copy || work.direction() == Direction::ToServer {
+        counters.written(bytes);
     }
 }
 

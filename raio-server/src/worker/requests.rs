@@ -8,6 +8,7 @@ use raio_transport::protocol::Opcode;
 use raio_transport::transport::RequestKey;
 
 use crate::request::{Request, State, Work};
+use crate::timeline::Timeline;
 
 /// See the module documentation. A request's key is its index here, which is also its key at the engine.
 #[derive(Debug, Default)]
@@ -41,6 +42,7 @@ impl Requests {
         &mut self,
         connection: usize,
         (key, opcode, arrived): (RequestKey, Opcode, Option<Instant>),
+        now: Instant,
         work: Work,
         export: Option<usize>,
     ) -> usize {
@@ -54,6 +56,7 @@ impl Requests {
             connection: Some(connection),
             opcode,
             arrived,
+            timeline: Timeline::new(now),
             state: State::NeedSlot,
             work,
             slot_bytes: 0,
@@ -130,6 +133,11 @@ impl Requests {
         }
     }
 
+    /// All of them, with their keys.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Request)> {
+        self.all.iter().enumerate().filter_map(|(key, request)| Some((key, request.as_ref()?)))
+    }
+
     /// How many are in a state.
     pub fn in_state(&self, state: State) -> usize {
         self.in_state[state as usize]
@@ -172,7 +180,7 @@ mod tests {
     }
 
     fn begin(requests: &mut Requests, connection: usize, id: u64) -> usize {
-        requests.begin(connection, (key(id), Opcode::Close, None), Work::Close, None)
+        requests.begin(connection, (key(id), Opcode::Close, None), Instant::now(), Work::Close, None)
     }
 
     fn in_states(requests: &Requests) -> [usize; 3] {

@@ -386,8 +386,10 @@ mod tests {
 
     #[test]
     fn a_slow_request_shows_where_the_time_went() {
-        let text = r#"[{"operation":"read","export":"data","total_us":1200000,"peer":"10.0.0.1:5","bytes":4096,
-            "result":null,"stages":[{"name":"executing","us":1199000}]},{"operation":"fsync","is_running":true}]"#;
+        let text = r#"[
+            {"operation":"read","export":"data","total_us":1200000,"peer":"10.0.0.1:5","bytes":4096,
+             "result":null,"stages":[{"name":"executing","us":1199000}]},
+            {"operation":"fsync","is_running":true}]"#;
         let shown = slow(items_of(text).unwrap(), false);
         assert!(shown.contains("1.2 s  ok") && shown.contains("executing 1.2 s"), "{shown}");
         assert!(shown.lines().nth(2).unwrap().contains("runs"), "{shown}");
