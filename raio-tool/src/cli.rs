@@ -9,7 +9,7 @@ use crate::global::Global;
 use crate::{
     admin, bench, cat, cmp, cp, df, digest, discard, doctor, du, find, info, key, ln, load, ls, mkdir, mv,
 };
-use crate::{ping, rm, stat, sync, truncate};
+use crate::{ping, rm, stat, sync, top, truncate};
 
 /// Copies, examines and measures files that raio servers export.
 #[derive(Debug, Parser)]
@@ -93,6 +93,9 @@ pub enum Command {
     /// Show and change what a running server does
     #[command(after_long_help = flowing(include_str!("help/admin.txt")))]
     Admin(admin::Options),
+    /// Show live what a running server does
+    #[command(after_long_help = flowing(include_str!("help/top.txt")))]
+    Top(top::Options),
     /// Print the completions of a shell
     Completions(CompletionOptions),
     /// Write the manual pages

@@ -43,6 +43,7 @@ mod rm;
 mod stat;
 mod sync;
 mod target;
+mod top;
 mod transfer;
 mod tree;
 mod truncate;
@@ -67,8 +68,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
     let global = &cli.global;
-    // A copy leaves its work in order.
-    let is_graceful = matches!(cli.command, Command::Cp(_) | Command::Sync(_));
+    // A copy leaves its work in order, and what takes the whole terminal gives it back.
+    let is_graceful = matches!(cli.command, Command::Cp(_) | Command::Sync(_) | Command::Top(_));
     let interrupt =
         Interrupt::install(is_graceful).map_err(|error| Failure::io("Cannot handle Ctrl-C", &error))?;
     let interrupt = &interrupt;
@@ -96,6 +97,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Doctor(options) => doctor::run(global, &options).map(done),
         Command::Load(options) => load::run(global, options),
         Command::Key(options) => key::run(global, &options).map(done),
+        Command::Top(options) => top::run(global, &options, interrupt).map(done),
         Command::Admin(options) => admin::run(global, &options).map(done),
         Command::Completions(options) => manual::complete(&options).map(done),
         Command::Man(options) => manual::write(&options).map(done),

@@ -33,23 +33,24 @@ pub fn write(options: &ManualOptions) -> Result<(), Failure> {
 fn pages() -> Result<Vec<(String, String)>, Failure> {
     let mut tool = Cli::command().disable_help_subcommand(true);
     tool.build();
-    let mut pages = vec![("raio.1".to_owned(), page(&tool, "raio")?)];
+    let mut pages = vec![("raio.1".to_owned(), page(&tool, &tool, "raio")?)];
     for command in tool.get_subcommands().filter(|command| !command.is_hide_set()) {
         let name = format!("raio-{}", command.get_name());
-        pages.push((format!("{name}.1"), page(command, &name)?));
+        pages.push((format!("{name}.1"), page(&tool, command, &name)?));
     }
     Ok(pages)
 }
 
-/// The page of one command.
-fn page(command: &Command, name: &str) -> Result<String, Failure> {
+/// The page of one command of the tool, or of the tool itself.
+fn page(tool: &Command, command: &Command, name: &str) -> Result<String, Failure> {
     let long = command.get_after_long_help().map(ToString::to_string).unwrap_or_default();
     // Options that every command has are described in the page of the tool.
     let mut shown = command.clone().name(name.to_owned()).after_long_help("").after_help("");
     if name != "raio" {
         shown = shown.mut_args(|argument| {
-            let is_global = argument.is_global_set();
-            argument.hide(is_global)
+            let is_of_tool = tool.get_arguments().any(|other| other.get_id() == argument.get_id());
+            let is_hidden = argument.is_global_set() && is_of_tool;
+            argument.hide(is_hidden)
         });
     }
     let man =

@@ -119,7 +119,8 @@ pub fn coloured(text: &str, colour: Colour) -> String {
     if has_colours() { format!("\x1b[{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
 }
 
-fn has_colours() -> bool {
+/// Whether standard output is a terminal that has colours, and NO_COLOR is not set.
+pub fn has_colours() -> bool {
     let is_off = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let is_dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
     !is_off && !is_dumb && io::stdout().is_terminal()

@@ -69,3 +69,17 @@ pub mod admin {
     /// take 50 MB.
     pub const ANSWER_BYTES_MAX: u64 = 1 << 30;
 }
+
+/// Of `raio top`.
+pub mod top {
+    use std::time::Duration;
+
+    /// Seconds between two samples, by the keys + and -.
+    pub const INTERVALS: [f64; 8] = [0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+    /// How long an answer may take. A server that is slower is said to be lost, and asked again.
+    pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+    /// How soon a key, a signal and an answer are noticed: no delay that one sees.
+    pub const KEY_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+    /// Sessions that are asked for: more than anybody scrolls through.
+    pub const SESSIONS_MAX: usize = 500;
+}
