@@ -55,6 +55,7 @@ mod request;
 mod root;
 mod sandbox;
 mod server;
+mod service;
 mod session;
 mod sessions;
 mod size;

@@ -37,6 +37,7 @@ use crate::pool::Pool;
 use crate::privileges::{self, Chown, Giving, User};
 use crate::root::Root;
 use crate::sandbox::{Grant, Sandbox};
+use crate::service::Service;
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::{self, Counters, Whole};
@@ -57,6 +58,7 @@ const CHECK: Token = Token { owner: 3, value: 0 };
 const EXPIRY: Token = Token { owner: 4, value: 0 };
 const HAND_OVER: u8 = 5;
 const ENTRY_DEADLINE: Token = Token { owner: 6, value: 0 };
+const REPORT: Token = Token { owner: 7, value: 0 };
 
 /// The threads for file operations.
 static POOL: LazyLock<&'static Pool<Job>> = LazyLock::new(Pool::new);
@@ -87,6 +89,8 @@ pub struct Server {
     phase: Phase,
     /// Waits for a successor, if one may come. The last to be dropped: then the successor goes on.
     hand_over: Option<HandOver>,
+    /// What has started this process hears of it.
+    service: Service,
 }
 
 /// How far a server is that was told to end.
@@ -107,6 +111,23 @@ struct WorkerHandle {
     counters: Arc<Counters>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
+    /// The iterations that it had at a report, and since when.
+    seen: (u64, Instant),
+}
+
+impl WorkerHandle {
+    /// For how long it has finished no iteration, although it has something to do. It is asked at each report,
+    /// so the time is exact to the interval of these. `is_stuck`: connections that waited for it are elsewhere.
+    fn stuck_for(&mut self, is_stuck: bool) -> Option<Duration> {
+        let WorkerSenders { connections, mailbox, .. } = &self.senders;
+        let has_mail = connections.waiting() > 0 || mailbox.waiting() > 0;
+        let iterations = self.counters.iterations.get();
+        if iterations != self.seen.0 || !(is_stuck || has_mail || !mailbox.is_receiver_asleep()) {
+            self.seen = (iterations, Instant::now());
+            return None;
+        }
+        Some(self.seen.1.elapsed()).filter(|&time| time >= STUCK_AFTER)
+    }
 }
 
 /// A worker has ended; if in good order, whether everything was answered.
@@ -302,6 +323,7 @@ fn claim_when_free(
 struct Waiting<'a> {
     reactor: &'a mut Reactor,
     signals: &'a mut Signals,
+    service: &'a mut Service,
     since: Instant,
     /// What the log says that it waits for.
     said: String,
@@ -314,6 +336,7 @@ impl Waiting<'_> {
             tracing::warn!("Not ready yet: {why}. Waiting until it has ended.");
             self.said = why.to_owned();
         }
+        self.service.wait(why);
         self.reactor.timer(Instant::now() + CLAIM_RETRY, CHECK);
         let mut events = Vec::new();
         self.reactor.run_once(Wait::Block, &mut events).context("The main event loop failed")?;
@@ -352,7 +375,8 @@ impl Server {
     /// it opens what it is going to serve, as the user that it stays. Then the sandbox closes, in two steps:
     /// RDMA devices are opened between them, because the kernel takes no commands from a process that has
     /// changed its credentials since. Threads inherit all of this, so they start last.
-    pub fn start(config: &Config) -> anyhow::Result<Option<Self>> {
+    pub fn start(config: &Config, mut service: Service) -> anyhow::Result<Option<Self>> {
+        service.say_unreached();
         let mut sandbox = config.is_sandboxed.then(Sandbox::default);
         let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
         privileges::raise_memlock();
@@ -392,6 +416,7 @@ impl Server {
         let mut listener = Listener::new(LISTENER);
         let for_all = shared.keys.is_some();
         let to_claim = ToClaim::find(config, &shared.exports)?;
+        listener.use_passed(&mut reactor, &config.listen, service.take_sockets())?;
         let mut taken_over = None;
         if let Some(predecessor) = &mut predecessor {
             let given = predecessor.take_sockets();
@@ -401,6 +426,7 @@ impl Server {
         let mut waiting = Waiting {
             reactor: &mut reactor,
             signals: &mut signals,
+            service: &mut service,
             since: Instant::now(),
             said: String::new(),
         };
@@ -417,6 +443,7 @@ impl Server {
         };
         shared.claim = lock;
         if let Some((pid, count)) = taken_over {
+            service.succeed();
             tracing::info!("Took over {count} listening sockets from process {pid}.");
         }
         listener.bind_streams(&mut reactor, &config.listen, for_all)?;
@@ -472,6 +499,7 @@ impl Server {
             is_checking: false,
             phase: Phase::Serving,
             hand_over,
+            service,
         }))
     }
 
@@ -491,6 +519,8 @@ impl Server {
             hand_over.start(&mut self.reactor);
         }
         self.await_expiry();
+        self.service.ready();
+        self.report();
         let mut events = Vec::new();
         let mut running = self.workers.len();
         let mut all_answered = true;
@@ -507,6 +537,7 @@ impl Server {
                     Token { owner: HAND_OVER, .. } => self.meet_successor(event),
                     ENTRY_DEADLINE => self.drain(),
                     CHECK => self.check(),
+                    REPORT => self.report(),
                     EXPIRY => {
                         if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
                             self.revoke(expired);
@@ -735,6 +766,7 @@ impl Server {
             return None;
         }
         if signal == libc::SIGHUP {
+            self.service.reloading();
             if let Some(keys) = &self.shared.keys {
                 self.reread_keys(keys);
             }
@@ -747,6 +779,7 @@ impl Server {
                      start its successor (--hand-over)."
                 );
             }
+            self.service.ready();
             return None;
         }
         if self.phase != Phase::Serving {
@@ -754,6 +787,7 @@ impl Server {
             return Some(ExitCode::from(128 + signal as u8));
         }
         tracing::info!("Told to stop: completing the requests in flight.");
+        self.service.stopping();
         self.stop();
         None
     }
@@ -764,8 +798,35 @@ impl Server {
         let successor = hand_over.handle(&mut self.reactor, event, || self.listener.offered());
         if let Some(successor) = successor {
             tracing::info!("Handing over to process {successor}: completing the requests in flight.");
+            self.service.hand_over(successor);
             self.stop();
         }
+    }
+
+    /// Tells the service manager how the server is.
+    fn report(&mut self) {
+        let Some(interval) = self.service.interval() else { return };
+        let status = self.status();
+        self.service.report(&status);
+        self.reactor.timer(Instant::now() + interval, REPORT);
+    }
+
+    /// What the server does, in a line for people.
+    fn status(&mut self) -> String {
+        let count =
+            |number: usize, thing: &str| format!("{number} {thing}{}", if number == 1 { "" } else { "s" });
+        let sessions = count(self.shared.sessions.len(), "session");
+        if self.phase != Phase::Serving {
+            return format!("Completing the requests in flight; {sessions}");
+        }
+        let exports = count(self.shared.exports.all().len(), "export");
+        let mut status = format!("Serving {exports} on {}; {sessions}", self.listener.urls());
+        for (at, worker) in self.workers.iter_mut().enumerate() {
+            if let Some(time) = worker.stuck_for(self.shared.placement.is_stuck(at)) {
+                status += &format!("; worker {at} has been stuck for {} s", time.as_secs());
+            }
+        }
+        status
     }
 
     /// Begins to end: no more connections are accepted.
@@ -1005,7 +1066,12 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        workers.push(WorkerHandle { senders: started.senders.clone(), counters, checked: (0, 0) });
+        workers.push(WorkerHandle {
+            senders: started.senders.clone(),
+            counters,
+            checked: (0, 0),
+            seen: (0, Instant::now()),
+        });
         all_started.push(started);
     }
     Ok((workers, all_started))
