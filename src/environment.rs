@@ -1,4 +1,5 @@
-//! What a process gets from the one that has started it: variables, as a library may use them, and descriptors.
+//! What a process gets from the one that has started it: variables, as a library may use them, and
+//! descriptors.
 
 use std::ffi::OsString;
 use std::io;
@@ -16,8 +17,8 @@ fn is_secure() -> bool {
     unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
 }
 
-/// A copy of a descriptor that this process had when it began, such as a socket that a service manager passes.
-/// The original stays open.
+/// A copy of a descriptor that this process had when it began, such as a socket that a service manager
+/// passes. The original stays open.
 pub fn passed_descriptor(number: i32) -> io::Result<OwnedFd> {
     // SAFETY: it takes no memory, and changes nothing about the descriptor that it copies, if there is one.
     let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };

@@ -49,7 +49,7 @@ use crate::tuning::main_thread::{
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
-use crate::{file_identity, log, probe};
+use crate::{file_identity, hidden, log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -116,8 +116,9 @@ struct WorkerHandle {
 }
 
 impl WorkerHandle {
-    /// For how long it has finished no iteration, although it has something to do. It is asked at each report,
-    /// so the time is exact to the interval of these. `is_stuck`: connections that waited for it are elsewhere.
+    /// For how long it has finished no iteration, although it has something to do. It is asked at each
+    /// report, so the time is exact to the interval of these. `is_stuck`: connections that waited for it are
+    /// elsewhere.
     fn stuck_for(&mut self, is_stuck: bool) -> Option<Duration> {
         let WorkerSenders { connections, mailbox, .. } = &self.senders;
         let has_mail = connections.waiting() > 0 || mailbox.waiting() > 0;
@@ -240,7 +241,7 @@ impl<'a> ToClaim<'a> {
             return Ok(Self { written, claims, directory: None });
         }
         let directory = match &config.state {
-            Some(path) => StateDirectory::open(path),
+            Some(path) => StateDirectory::open(path).map_err(|error| hidden::explain(error, path, true)),
             None => Err(anyhow!("There is no state directory")),
         };
         let directory = match directory {

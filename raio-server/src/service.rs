@@ -6,7 +6,7 @@
 //! |---|---|
 //! | `NOTIFY_SOCKET` | a datagram socket, for lines such as `READY=1` |
 //! | `WATCHDOG_USEC`, `WATCHDOG_PID` | within this time `WATCHDOG=1` must come, or the service is killed |
-//! | `LISTEN_FDS`, `LISTEN_PID`, `LISTEN_FDNAMES` | how many listening sockets there are, from descriptor 3 on |
+//! | `LISTEN_FDS`, `LISTEN_PID`, `LISTEN_FDNAMES` | listening sockets: how many, from descriptor 3 on |
 //!
 //! The variables stay: the server starts no other program.
 
@@ -78,8 +78,8 @@ impl Service {
     pub fn say_unreached(&self) {
         if let Some(address) = &self.unreached {
             tracing::warn!(
-                "The service manager cannot be told that the server is ready: NOTIFY_SOCKET is {address}. With \
-                 Type=exec in the unit it does not wait for that."
+                "The service manager cannot be told that the server is ready: NOTIFY_SOCKET is {address}. \
+                 With Type=exec in the unit it does not wait for that."
             );
         }
     }
@@ -123,8 +123,8 @@ impl Service {
         self.tell("STOPPING=1".to_owned());
     }
 
-    /// Another process takes the place of this one, which ends. What that one says of the watchdog holds; until
-    /// then there is none.
+    /// Another process takes the place of this one, which ends. What that one says of the watchdog holds;
+    /// until then there is none.
     pub fn hand_over(&mut self, successor: u32) {
         self.tell(format!("MAINPID={successor}\nWATCHDOG_USEC=0"));
         // Nothing more is to be heard of this process.
@@ -210,8 +210,8 @@ fn reach(address: &OsStr) -> io::Result<OwnedFd> {
 fn take_sockets(count: u64, names: &OsStr) -> anyhow::Result<Vec<GivenSocket>> {
     ensure!(
         count <= HANDED_OVER_MAX as u64,
-        "The service manager passes {count} sockets (LISTEN_FDS), more than {HANDED_OVER_MAX}. Listen on fewer \
-         addresses in the .socket units of this service."
+        "The service manager passes {count} sockets (LISTEN_FDS), more than {HANDED_OVER_MAX}. Listen on \
+         fewer addresses in the .socket units of this service."
     );
     let names = names.to_string_lossy();
     let mut names = names.split(':').filter(|name| !name.is_empty());
@@ -221,8 +221,8 @@ fn take_sockets(count: u64, names: &OsStr) -> anyhow::Result<Vec<GivenSocket>> {
         let socket = passed_descriptor(number).with_context(cannot)?;
         let Some((endpoint, given)) = GivenSocket::of_manager(socket) else {
             bail!(
-                "The service manager passes {name}, which is no listening stream socket. In the .socket units \
-                 of this service write ListenStream=, and Accept=no."
+                "The service manager passes {name}, which is no listening stream socket. In the .socket \
+                 units of this service write ListenStream=, and Accept=no."
             )
         };
         tcp::adopt(&given.socket, &endpoint).with_context(cannot)?;

@@ -395,8 +395,8 @@ pub mod service {
     pub const EXTEND_TIMEOUT: Duration = Duration::from_secs(30);
     /// ... this often.
     pub const EXTEND_EVERY: Duration = Duration::from_secs(5);
-    /// Messages that are kept for a manager that is busy: all that may come of a start and an end, and of more
-    /// reloads than anybody asks for meanwhile.
+    /// Messages that are kept for a manager that is busy: those of a start, of an end, and of more reloads
+    /// than anybody asks for meanwhile.
     pub const UNSENT_MAX: usize = 16;
 }
 
