@@ -6,7 +6,7 @@
 //! | `ProtectHome=yes` | /proc/self/mountinfo has a directory of systemd's on /home, /root or /run/user |
 //! | `ProtectHome=tmpfs` | there is a tmpfs. It may be one of the machine's own, so the text says "perhaps" |
 //! | `PrivateTmp=` | there is a directory `systemd-private-*` on /tmp or /var/tmp |
-//! | `ProtectSystem=`, `ReadOnlyPaths=` | the mount is read-only, its file system is not; it may be so for all |
+//! | `ProtectSystem=`, `ReadOnlyPaths=` | the mount is read-only, its file system is not; perhaps for all |
 //! | `PrivateDevices=` | /dev is no devtmpfs |
 //! | `DevicePolicy=` | the open of a device fails with EPERM, which permissions do not cause |
 

@@ -86,9 +86,9 @@ impl Listener {
         let left = self.adopt(reactor, endpoints, false, passed)?;
         if let Some(left) = left.first() {
             bail!(
-                "The service manager passes a socket that listens on {0}, which no --listen names for itself. \
-                 Add --listen {0}, or take the address out of the .socket unit. Without any --listen the \
-                 server listens on what is passed.",
+                "The service manager passes a socket that listens on {0}, which no --listen names for \
+                 itself. Add --listen {0}, or take the address out of the .socket unit. Without any --listen \
+                 the server listens on what is passed.",
                 left.url
             );
         }
