@@ -7,6 +7,8 @@ mod atomic {
     pub use loom::sync::atomic::{AtomicBool, Ordering, fence};
 }
 
+// Observers ask more than the protocol takes.
+#[allow(dead_code)]
 #[path = "../src/reactor/mailbox/flags.rs"]
 mod flags;
 

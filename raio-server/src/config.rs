@@ -163,6 +163,10 @@ pub struct Options {
     #[arg(skip)]
     #[serde(skip)]
     places: Places,
+    /// Where the sockets listen that the service manager passes.
+    #[arg(skip)]
+    #[serde(skip)]
+    passed: Vec<Endpoint>,
 }
 
 /// Where the configuration file has each of its top-level keys: `FILE:LINE:COLUMN: KEY`.
@@ -442,7 +446,13 @@ impl Options {
         file.strict |= self.strict;
         file.clear |= self.clear;
         file.ktls |= self.ktls;
-        Ok(Self { places, ..file })
+        Ok(Self { places, passed: self.passed, ..file })
+    }
+
+    /// The same, and where the sockets listen that the service manager passes: those are listened on if no
+    /// others are named.
+    pub fn with_passed(self, passed: Vec<Endpoint>) -> Self {
+        Self { passed, ..self }
     }
 
     /// Merges, fills in the defaults and checks everything that can be checked without opening anything.
@@ -451,10 +461,13 @@ impl Options {
         let options = self.merged()?;
         let name = |option| options.places.name(option);
         let mut urls = options.listen.clone();
+        let mut listen = Vec::new();
         if urls.is_empty() {
+            listen.extend(options.passed.iter().cloned().map(of_stream));
+        }
+        if urls.is_empty() && listen.is_empty() {
             urls.push(LISTEN_DEFAULT.to_owned());
         }
-        let mut listen = Vec::new();
         for url in &urls {
             listen.extend(listen_addresses(url).map_err(|why| anyhow!("{} {url}: {why}", name("listen")))?);
         }
@@ -692,6 +705,11 @@ impl Options {
             is_sandboxed: options.sandbox != Some(SandboxMode::Off),
         })
     }
+}
+
+/// An endpoint of a stream socket, with what a URL for it says.
+fn of_stream(endpoint: Endpoint) -> (Scheme, Endpoint) {
+    (if endpoint.ip().is_some() { Scheme::Tcp } else { Scheme::Unix }, endpoint)
 }
 
 /// Whether a Unix socket can be at this path, for other processes to find.

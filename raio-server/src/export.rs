@@ -24,6 +24,7 @@ use crate::claim::Claim;
 use crate::engine::{Job, Lanes};
 use crate::export_spec::{ExportSpec, Source};
 use crate::file_identity::{self, Basis, FileIdentity};
+use crate::hidden;
 use crate::keys::Rights;
 use crate::pool::Pool;
 use crate::rejection::{EscapedPath, Rejection};
@@ -81,6 +82,7 @@ impl Export {
             }
             Source::Path(path) => Self::open_path(path, spec)
                 .map(|root| Origin::Files(Box::new(root)))
+                .map_err(|error| hidden::explain(error, path, spec.is_writable))
                 .with_context(|| format!("Cannot export {} as {:?}", path.display(), spec.name))?,
         };
         Ok(Self {
@@ -151,13 +153,14 @@ impl Export {
             // there is not known yet.
             if !spec.must_be_mountpoint {
                 may(Permission::EXEC_OK).with_context(|| remedy("searched"))?;
-                if spec.is_writable && may(Permission::WRITE_OK).is_err() {
+                if spec.is_writable
+                    && let Err(errno) = may(Permission::WRITE_OK)
+                {
                     let (name, path) = (&spec.name, real.display());
-                    tracing::warn!(
-                        "Export {name}: files cannot be created in {path} itself. Run raio_server as a user \
-                         who may do that, or \
-                         change the permissions."
-                    );
+                    let remedy = hidden::remedy(errno, &real, true).unwrap_or_else(|| {
+                        "Run raio_server as a user who may do that, or change the permissions.".to_owned()
+                    });
+                    tracing::warn!("Export {name}: files cannot be created in {path} itself. {remedy}");
                 }
             }
             return Root::new(&real, FileType::Directory, spec);

@@ -271,6 +271,8 @@ pub struct GivenSocket {
     pub url: String,
     /// The socket.
     pub socket: OwnedFd,
+    /// The service manager has made it, and goes on to hold it: the file of a Unix socket is its business.
+    pub is_managed: bool,
 }
 
 impl Predecessor {
@@ -302,7 +304,7 @@ impl Predecessor {
         let place = descriptors.remove(0);
         ensure!(is_place(&place, path), "{}: it gives another socket than that one.", cannot());
         let sockets = given.urls.into_iter().zip(descriptors);
-        let sockets = sockets.map(|(url, socket)| GivenSocket { url, socket }).collect();
+        let sockets = sockets.map(|(url, socket)| GivenSocket { url, socket, is_managed: false }).collect();
         let this = Self { socket: Arc::new(socket), path: path.to_owned(), pid: given.pid, sockets };
         Ok(Some((this, place)))
     }
@@ -346,6 +348,14 @@ impl Predecessor {
 }
 
 impl GivenSocket {
+    /// One that the service manager passes, and where it listens. None: it is no stream socket that does.
+    pub fn of_manager(socket: OwnedFd) -> Option<(Endpoint, Self)> {
+        let mut given = Self { url: String::new(), socket, is_managed: true };
+        let endpoint = given.endpoint()?;
+        given.url = url(&endpoint);
+        Some((endpoint, given))
+    }
+
     /// Where it listens, if it is a stream socket that does.
     pub fn endpoint(&self) -> Option<Endpoint> {
         let is_stream = sockopt::socket_type(&self.socket) == Ok(SocketType::STREAM);
@@ -368,7 +378,8 @@ impl GivenSocket {
                 found.ip() == wanted.ip() && (wanted.port() == 0 || wanted.port() == found.port())
             }
             (Endpoint::Unix(found), Endpoint::Unix(wanted)) => {
-                found == wanted && std::fs::symlink_metadata(found).is_ok_and(|it| it.file_type().is_socket())
+                let is_there = || std::fs::symlink_metadata(found).is_ok_and(|it| it.file_type().is_socket());
+                found == wanted && (self.is_managed || is_there())
             }
             _ => false,
         };

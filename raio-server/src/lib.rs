@@ -29,6 +29,7 @@ pub mod export_spec;
 mod file_identity;
 mod hand_over;
 mod handles;
+mod hidden;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
@@ -60,6 +61,7 @@ mod request;
 mod root;
 mod sandbox;
 mod server;
+mod service;
 mod session;
 mod sessions;
 mod size;

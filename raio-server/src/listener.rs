@@ -73,8 +73,43 @@ impl Listener {
         reactor: &mut Reactor,
         endpoints: &[(Scheme, Endpoint)],
         for_all: bool,
-        mut given: Vec<GivenSocket>,
+        given: Vec<GivenSocket>,
     ) -> anyhow::Result<usize> {
+        let before = self.sockets.len();
+        let left = self.adopt(reactor, endpoints, for_all, given)?;
+        let count = self.sockets.len() - before;
+        let taken: Vec<_> = left.iter().filter_map(GivenSocket::endpoint).collect();
+        self.bind_free(reactor, endpoints, for_all, &taken)?;
+        Ok(count)
+    }
+
+    /// Listens on those of the endpoints for which the service manager has passed a socket.
+    pub fn use_passed(
+        &mut self,
+        reactor: &mut Reactor,
+        endpoints: &[(Scheme, Endpoint)],
+        passed: Vec<GivenSocket>,
+    ) -> anyhow::Result<()> {
+        let left = self.adopt(reactor, endpoints, false, passed)?;
+        if let Some(left) = left.first() {
+            bail!(
+                "The service manager passes a socket that listens on {0}, which no --listen names for \
+                 itself. Add --listen {0}, or take the address out of the .socket unit. Without any --listen \
+                 the server listens on what is passed.",
+                left.url
+            );
+        }
+        Ok(())
+    }
+
+    /// Listens on those of the endpoints for which a socket was given. Returns what is left of them.
+    fn adopt(
+        &mut self,
+        reactor: &mut Reactor,
+        endpoints: &[(Scheme, Endpoint)],
+        for_all: bool,
+        mut given: Vec<GivenSocket>,
+    ) -> anyhow::Result<Vec<GivenSocket>> {
         // By where they listen, and then by what they were bound for: that of port 0 has another one.
         let is_there = |given: &GivenSocket, wanted: &Endpoint| given.endpoint().as_ref() == Some(wanted);
         let is_for = |given: &GivenSocket, wanted: &Endpoint| given.url == hand_over::url(wanted);
@@ -90,10 +125,7 @@ impl Listener {
                 self.push(reactor, position, given.socket, hand_over::url(endpoint), actual, None);
             }
         }
-        let taken: Vec<_> = given.iter().filter_map(GivenSocket::endpoint).collect();
-        let count = self.sockets.len();
-        self.bind_free(reactor, endpoints, for_all, &taken)?;
-        Ok(count)
+        Ok(given)
     }
 
     /// The same, but for those whose port one of these has.

@@ -12,7 +12,9 @@ use raio_transport::reactor::block_signals;
 use tracing::level_filters::LevelFilter;
 
 use crate::config::{self, Config, LogLevel, Options};
+use crate::hand_over::GivenSocket;
 use crate::server::{self, Server, describe};
+use crate::service::Service;
 use crate::{log, privileges};
 
 /// Runs `raio_server` with this process's arguments, until it is told to stop. In the process's first and
@@ -50,8 +52,13 @@ fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
         return list_devices();
     }
     let is_check = options.check;
+    let service = match Service::find() {
+        Ok(service) => service,
+        Err(error) => return failed(&error, 2),
+    };
+    let passed = service.sockets().iter().filter_map(GivenSocket::endpoint).collect();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let config = match options.check(cores) {
+    let config = match options.with_passed(passed).check(cores) {
         Ok(config) => config,
         Err(error) => return failed(&error, 2),
     };
@@ -65,7 +72,7 @@ fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     });
-    serve(&config, privileges).unwrap_or_else(|error| failed(&error, 1))
+    serve(&config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
 }
 
 /// Shows the RDMA devices, for people.
@@ -99,13 +106,13 @@ fn list_devices() -> ExitCode {
     }
 }
 
-fn serve(config: &Config, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+fn serve(config: &Config, service: Service, privileges: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
     privileges.context(
         "Cannot give up CAP_FSETID, with which writes would keep set-user-ID bits. Run the server as an \
          ordinary user, or allow \
          capset(2) in the seccomp profile",
     )?;
-    let Some(server) = Server::start(config)? else { return Ok(ExitCode::SUCCESS) };
+    let Some(server) = Server::start(config, service)? else { return Ok(ExitCode::SUCCESS) };
     // The messages of the start come before this line, which scripts wait for.
     log::flush();
     log::print(&format!("raio_server: ready on {}", server.urls()));

@@ -39,6 +39,7 @@ use crate::pool::Pool;
 use crate::privileges::{self, Chown, Giving, User};
 use crate::root::Root;
 use crate::sandbox::{Grant, Sandbox};
+use crate::service::Service;
 use crate::sessions::Sessions;
 use crate::state_directory::StateDirectory;
 use crate::stats::Counters;
@@ -52,7 +53,7 @@ use crate::tuning::main_thread::{
 use crate::tuning::state::{CLAIM_RETRY, CLAIM_SAY_AFTER};
 use crate::verifier::{self, Verifier};
 use crate::worker::{Mail, RawConnection, Shared, Started, Worker, WorkerSenders};
-use crate::{file_identity, http, log, probe};
+use crate::{file_identity, hidden, http, log, probe};
 
 const LISTENER: u8 = 0;
 const SIGNALS: Token = Token { owner: 1, value: 0 };
@@ -62,6 +63,7 @@ const EXPIRY: Token = Token { owner: 4, value: 0 };
 const HAND_OVER: u8 = 5;
 const BEAT: Token = Token { owner: 7, value: 0 };
 const ENTRY_DEADLINE: Token = Token { owner: 6, value: 0 };
+const REPORT: Token = Token { owner: 8, value: 0 };
 
 /// The threads for file operations.
 static POOL: LazyLock<&'static Pool<Job>> = LazyLock::new(Pool::new);
@@ -96,6 +98,8 @@ pub struct Server {
     phase: Phase,
     /// Waits for a successor, if one may come. The last to be dropped: then the successor goes on.
     hand_over: Option<HandOver>,
+    /// What has started this process hears of it.
+    service: Service,
 }
 
 /// How far a server is that was told to end.
@@ -118,6 +122,24 @@ struct WorkerHandle {
     cpu: Option<usize>,
     /// At the last check: connections that it had not taken, and its iterations.
     checked: (usize, u64),
+    /// The iterations that it had at a report, and since when.
+    seen: (u64, Instant),
+}
+
+impl WorkerHandle {
+    /// For how long it has finished no iteration, although it has something to do. It is asked at each
+    /// report, so the time is exact to the interval of these. `is_stuck`: connections that waited for it are
+    /// elsewhere.
+    fn stuck_for(&mut self, is_stuck: bool) -> Option<Duration> {
+        let WorkerSenders { connections, mailbox, .. } = &self.senders;
+        let has_mail = connections.waiting() > 0 || mailbox.waiting() > 0;
+        let iterations = self.counters.iterations.get();
+        if iterations != self.seen.0 || !(is_stuck || has_mail || !mailbox.is_receiver_asleep()) {
+            self.seen = (iterations, Instant::now());
+            return None;
+        }
+        Some(self.seen.1.elapsed()).filter(|&time| time >= STUCK_AFTER)
+    }
 }
 
 /// A worker has ended; if in good order, whether everything was answered.
@@ -230,7 +252,7 @@ impl<'a> ToClaim<'a> {
             return Ok(Self { written, claims, directory: None });
         }
         let directory = match &config.state {
-            Some(path) => StateDirectory::open(path),
+            Some(path) => StateDirectory::open(path).map_err(|error| hidden::explain(error, path, true)),
             None => Err(anyhow!("There is no state directory")),
         };
         let directory = match directory {
@@ -313,6 +335,7 @@ fn claim_when_free(
 struct Waiting<'a> {
     reactor: &'a mut Reactor,
     signals: &'a mut Signals,
+    service: &'a mut Service,
     since: Instant,
     /// What the log says that it waits for.
     said: String,
@@ -325,6 +348,7 @@ impl Waiting<'_> {
             tracing::warn!("Not ready yet: {why}. Waiting until it has ended.");
             self.said = why.to_owned();
         }
+        self.service.wait(why);
         self.reactor.timer(Instant::now() + CLAIM_RETRY, CHECK);
         let mut events = Vec::new();
         self.reactor.run_once(Wait::Block, &mut events).context("The main event loop failed")?;
@@ -363,7 +387,8 @@ impl Server {
     /// it opens what it is going to serve, as the user that it stays. Then the sandbox closes, in two steps:
     /// RDMA devices are opened between them, because the kernel takes no commands from a process that has
     /// changed its credentials since. Threads inherit all of this, so they start last.
-    pub fn start(config: &Config) -> anyhow::Result<Option<Self>> {
+    pub fn start(config: &Config, mut service: Service) -> anyhow::Result<Option<Self>> {
+        service.say_unreached();
         let mut sandbox = config.is_sandboxed.then(Sandbox::default);
         let descriptors = open_files::raise(config.sessions_max.map_or(0, descriptors_for));
         privileges::raise_memlock();
@@ -404,6 +429,7 @@ impl Server {
         let mut listener = Listener::new(LISTENER);
         let for_all = shared.keys.is_some();
         let to_claim = ToClaim::find(config, &shared.exports)?;
+        listener.use_passed(&mut reactor, &config.listen, service.take_sockets())?;
         let mut taken_over = None;
         if let Some(predecessor) = &mut predecessor {
             let given = predecessor.take_sockets();
@@ -413,6 +439,7 @@ impl Server {
         let mut waiting = Waiting {
             reactor: &mut reactor,
             signals: &mut signals,
+            service: &mut service,
             since: Instant::now(),
             said: String::new(),
         };
@@ -429,6 +456,7 @@ impl Server {
         };
         shared.claim = lock;
         if let Some((pid, count)) = taken_over {
+            service.succeed();
             tracing::info!("Took over {count} listening sockets from process {pid}.");
         }
         listener.bind_streams(&mut reactor, &config.listen, for_all)?;
@@ -495,6 +523,7 @@ impl Server {
             is_checking: false,
             phase: Phase::Serving,
             hand_over,
+            service,
         }))
     }
 
@@ -518,6 +547,8 @@ impl Server {
         if self.http.is_some() {
             self.beat();
         }
+        self.service.ready();
+        self.report();
         let mut events = Vec::new();
         let mut running = self.workers.len();
         let mut all_answered = true;
@@ -535,6 +566,7 @@ impl Server {
                     ENTRY_DEADLINE => self.drain(),
                     CHECK => self.check(),
                     BEAT => self.beat(),
+                    REPORT => self.report(),
                     EXPIRY => {
                         if let Some(expired) = self.shared.keys.as_ref().and_then(|keys| keys.expired()) {
                             self.revoke(expired);
@@ -758,6 +790,7 @@ impl Server {
             return None;
         }
         if signal == libc::SIGHUP {
+            self.service.reloading();
             if let Some(keys) = &self.shared.keys {
                 self.reread_keys(keys);
             }
@@ -770,6 +803,7 @@ impl Server {
                      start its successor (--hand-over)."
                 );
             }
+            self.service.ready();
             return None;
         }
         if self.phase != Phase::Serving {
@@ -777,6 +811,7 @@ impl Server {
             return Some(ExitCode::from(128 + signal as u8));
         }
         tracing::info!("Told to stop: completing the requests in flight.");
+        self.service.stopping();
         self.stop();
         None
     }
@@ -801,8 +836,35 @@ impl Server {
             // Its sockets are the successor's now.
             self.http.iter().for_each(http::Handle::stop_accepting);
             tracing::info!("Handing over to process {successor}: completing the requests in flight.");
+            self.service.hand_over(successor);
             self.stop();
         }
+    }
+
+    /// Tells the service manager how the server is.
+    fn report(&mut self) {
+        let Some(interval) = self.service.interval() else { return };
+        let status = self.status();
+        self.service.report(&status);
+        self.reactor.timer(Instant::now() + interval, REPORT);
+    }
+
+    /// What the server does, in a line for people.
+    fn status(&mut self) -> String {
+        let count =
+            |number: usize, thing: &str| format!("{number} {thing}{}", if number == 1 { "" } else { "s" });
+        let sessions = count(self.shared.sessions.len(), "session");
+        if self.phase != Phase::Serving {
+            return format!("Completing the requests in flight; {sessions}");
+        }
+        let exports = count(self.shared.exports.all().len(), "export");
+        let mut status = format!("Serving {exports} on {}; {sessions}", self.listener.urls());
+        for (at, worker) in self.workers.iter_mut().enumerate() {
+            if let Some(time) = worker.stuck_for(self.shared.placement.is_stuck(at)) {
+                status += &format!("; worker {at} has been stuck for {} s", time.as_secs());
+            }
+        }
+        status
     }
 
     /// Begins to end: no more connections are accepted.
@@ -1090,8 +1152,13 @@ fn start_workers(
             .spawn(thread)
             .with_context(|| format!("Cannot start {count} workers. Ask for fewer with --workers"))?;
         let started = receiver.recv().context("A worker has failed; see above")??;
-        let (senders, cpu) = (started.senders.clone(), cpus.get(index).copied());
-        workers.push(WorkerHandle { senders, counters, cpu, checked: (0, 0) });
+        workers.push(WorkerHandle {
+            senders: started.senders.clone(),
+            counters,
+            cpu: cpus.get(index).copied(),
+            checked: (0, 0),
+            seen: (0, Instant::now()),
+        });
         all_started.push(started);
     }
     Ok((workers, all_started))

@@ -395,6 +395,22 @@ pub mod hand_over {
     pub const MESSAGE_BYTES_MAX: usize = 128 << 10;
 }
 
+/// What the service manager is told ([`crate::service`]). None is measured: it costs the main thread a few
+/// microseconds each time.
+pub mod service {
+    use std::time::Duration;
+
+    /// How often the status is looked at, which is sent if it has changed.
+    pub const STATUS_EVERY: Duration = Duration::from_secs(2);
+    /// A server that waits for another one to end asks for this much more time to start ...
+    pub const EXTEND_TIMEOUT: Duration = Duration::from_secs(30);
+    /// ... this often.
+    pub const EXTEND_EVERY: Duration = Duration::from_secs(5);
+    /// Messages that are kept for a manager that is busy: those of a start, of an end, and of more reloads
+    /// than anybody asks for meanwhile.
+    pub const UNSENT_MAX: usize = 16;
+}
+
 /// What is recorded of requests.
 pub mod statistics {
     /// Sampling interval, in reads or writes: the latency of one in 16 is measured. Reading the clock twice

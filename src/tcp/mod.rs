@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionbio;
 use rustix::net::sockopt;
 use socket2::{Protocol, SockAddr, Socket, Type};
 
@@ -67,7 +68,14 @@ fn new_socket(endpoint: &Endpoint) -> io::Result<(Socket, SockAddr)> {
     let address = endpoint.to_socket_address()?;
     let protocol = endpoint.ip().map(|_| Protocol::TCP);
     let socket = Socket::new(address.domain(), Type::STREAM, protocol)?;
-    socket.set_nonblocking(true)?;
+    adopt(&socket, endpoint)?;
+    Ok((socket, address))
+}
+
+/// Makes a stream socket as the transport needs it, before there is a connection: one that another process
+/// has made for this endpoint, too.
+pub fn adopt(socket: impl AsFd, endpoint: &Endpoint) -> io::Result<()> {
+    ioctl_fionbio(&socket, true)?;
     // Connections within one machine have nothing to congest: the plainest congestion control, which every
     // kernel has and everybody may choose, does for them. Others cost time: BBR sets a timer for each packet.
     // It must be chosen before there is a connection.
@@ -75,7 +83,7 @@ fn new_socket(endpoint: &Endpoint) -> io::Result<(Socket, SockAddr)> {
         // A kernel that does not let us does no harm.
         let _ = sockopt::set_tcp_congestion(&socket, "reno");
     }
-    Ok((socket, address))
+    Ok(())
 }
 
 /// Whether the peer of a stream socket has reset or closed it, or this side has shut it down. Unlike a

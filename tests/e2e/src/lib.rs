@@ -9,6 +9,7 @@ mod crowd;
 mod device;
 mod flood;
 mod fuse;
+mod held;
 mod herd;
 #[path = "../../history/mod.rs"]
 mod history;
@@ -31,6 +32,7 @@ pub use crowd::Crowd;
 pub use device::{Frozen, LoopDevice, Mounted, needs_root};
 pub use flood::{Flood, Hostile};
 pub use fuse::{FuseCall, FuseFs, FuseOptions};
+pub use held::HeldThread;
 pub use herd::{Demand, Herd, Restless};
 pub use history::cells::{
     CELL_BYTES, CellPlace, CellValue, FILE_CELLS, FILES, INITIAL, decode_cell, encode_cell, monotonic_ns,

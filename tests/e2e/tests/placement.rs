@@ -2,16 +2,15 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use raio::{Options, Session};
-use raio_e2e::{PATIENCE, Raw, Server, is_at_rest};
+use raio_e2e::{HeldThread, PATIENCE, Raw, Server, is_at_rest};
 use raio_transport::Status;
 use raio_transport::handshake::Offer;
 use raio_transport::message;
 use raio_transport::protocol::OPEN_READ;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 use serde_json::Value;
 
 fn data_connections(statistics: &Value) -> Vec<u64> {
@@ -60,46 +59,11 @@ fn clients_that_come_and_go_at_once_leave_no_trace() {
     assert_eq!(data_connections(&statistics), [0; 2], "{statistics}");
 }
 
-/// A thread of a process that does not run until this is dropped.
-struct Held(Pid);
-
-impl Held {
-    /// The thread of this name.
-    fn new(process: u32, name: &str) -> Self {
-        let tasks = Path::new("/proc").join(process.to_string()).join("task");
-        let id: libc::pid_t = tasks
-            .read_dir()
-            .expect("it runs")
-            .filter_map(|task| Some(task.ok()?.path()))
-            .find(|task| std::fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim() == name))
-            .and_then(|task| task.file_name()?.to_str()?.parse().ok())
-            .unwrap_or_else(|| panic!("no thread is called {name}"));
-        let nothing = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: both requests take no memory of this process.
-        unsafe {
-            assert_eq!(libc::ptrace(libc::PTRACE_SEIZE, id, nothing, nothing), 0, "may be traced");
-            assert_eq!(libc::ptrace(libc::PTRACE_INTERRUPT, id, nothing, nothing), 0, "may be stopped");
-        }
-        let mut status = 0;
-        // SAFETY: `status` may be written.
-        assert_eq!(unsafe { libc::waitpid(id, &mut status, libc::__WALL) }, id, "it stops");
-        Self(Pid::from_raw(id).expect("a thread has an id"))
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        let nothing = std::ptr::null_mut::<libc::c_void>();
-        // SAFETY: the request takes no memory of this process.
-        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0.as_raw_nonzero().get(), nothing, nothing) };
-    }
-}
-
 #[test]
 fn a_worker_that_does_not_run_gets_no_connections() {
     let mut server = Server::start_with(&["n=null:1M"], &["--workers", "2"]);
     let url = server.url();
-    let held = Held::new(server.pid(), "raio-0");
+    let held = HeldThread::new(server.pid(), "raio-0");
     // Half of them are placed on it, before anybody can know, and are taken back.
     let clients: Vec<_> = (0..8).map(|_| Raw::open(&url, "/n", OPEN_READ).expect("a file")).collect();
     assert_eq!(data_connections(&server.statistics()), [0, 8]);
