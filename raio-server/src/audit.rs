@@ -23,15 +23,14 @@ use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
+use rustix::net::{SendFlags, send};
 use serde::{Serialize, Serializer};
 
 use crate::config::{AuditTarget, WhenFull};
+use crate::journald::{self, Datagram};
 use crate::keys::Keys;
 use crate::peer::PeerAddress;
 use crate::tuning::audit::{BATCH_BYTES, FLUSH_TIMEOUT, QUEUE_RECORDS, RETRY};
-
-const JOURNALD: &str = "/run/systemd/journal/socket";
 
 /// Who does something.
 #[derive(Debug, Default, Serialize)]
@@ -348,15 +347,10 @@ impl Out {
         let path = match target {
             AuditTarget::File(path) => path,
             AuditTarget::Journald => {
-                let connected = || {
-                    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
-                    connect(&socket, &SocketAddrUnix::new(JOURNALD)?)?;
-                    Ok(socket)
-                };
-                let socket =
-                    connected().map_err(|errno: Errno| io::Error::from(errno)).with_context(|| {
-                        format!("Cannot reach journald at {JOURNALD}. Name a file with --audit instead")
-                    })?;
+                let path = journald::SOCKET;
+                let socket = journald::open(Path::new(path)).with_context(|| {
+                    format!("Cannot reach journald at {path}. Name a file with --audit instead")
+                })?;
                 return Ok(Self::Journald(socket));
             }
         };
@@ -395,8 +389,9 @@ impl Out {
             Self::Journald(socket) => {
                 let end = lines.iter().position(|&byte| byte == b'\n').map_or(lines.len(), |at| at + 1);
                 let line = lines[..end].trim_ascii_end();
-                let message = [b"PRIORITY=5\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE=", line, b"\n"].concat();
-                send(socket, &message, SendFlags::NOSIGNAL)?;
+                let mut datagram = Datagram::new(5);
+                datagram.push("MESSAGE", line);
+                send(socket, &datagram.0, SendFlags::NOSIGNAL)?;
                 Ok(end)
             }
         }

@@ -29,6 +29,7 @@ mod handles;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;
+mod journald;
 pub mod keys;
 mod limits;
 mod listener;

@@ -4,6 +4,7 @@
 use raio_transport::trace::{Clock, Phase, Record, Ring};
 use raio_transport::transport::RequestKey;
 use tracing::field::display;
+use tracing::level_filters::LevelFilter;
 
 use super::Worker;
 use crate::trace::Trace;
@@ -14,26 +15,23 @@ use crate::tuning::statistics::TRACE_RECORDS;
 #[derive(Debug)]
 pub struct Tracer {
     ring: Option<(Clock, Ring)>,
-    /// The log has a line for each record.
-    logs: bool,
 }
 
 impl Tracer {
     /// Of what is to be written to this file.
     pub fn new(trace: Option<&Trace>) -> Self {
-        let ring = trace.map(|trace| (trace.clock(), trace.ring()));
-        Self { ring, logs: tracing::enabled!(tracing::Level::TRACE) }
+        Self { ring: trace.map(|trace| (trace.clock(), trace.ring())) }
     }
 
     /// One whose records are written nowhere.
     #[cfg(test)]
     pub fn in_memory() -> Self {
-        Self { ring: Some((Clock::new(), Ring::new(TRACE_RECORDS))), logs: false }
+        Self { ring: Some((Clock::new(), Ring::new(TRACE_RECORDS))) }
     }
 
     /// Whether anything is recorded.
     pub fn is_on(&self) -> bool {
-        self.ring.is_some() || self.logs
+        self.ring.is_some() || LevelFilter::current() == LevelFilter::TRACE
     }
 }
 
@@ -50,10 +48,8 @@ impl Worker {
     fn record(&mut self, request: RequestKey, phase: Phase, name: &'static str, bytes: u64) {
         let connection = self.connections.key(request.connection);
         let peer = connection.and_then(|connection| self.connections[connection].peer());
-        if self.tracer.logs {
-            let client = peer.map(display);
-            tracing::trace!(client, request = request.id, bytes, "{phase:?} of a request: {name}.");
-        }
+        let peer_address = peer.map(display);
+        tracing::trace!(peer = peer_address, request = request.id, bytes, "{phase:?} of a request: {name}.");
         if let Some((clock, ring)) = &mut self.tracer.ring {
             ring.push(Record {
                 time_ns: clock.now_ns(),
