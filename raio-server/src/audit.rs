@@ -322,7 +322,11 @@ impl Audit {
         }
         drop(sender);
         if done.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_err() {
-            tracing::warn!("The audit log is incomplete: it cannot be written in {FLUSH_TIMEOUT:?}.");
+            tracing::warn!(
+                name: "audit-incomplete",
+                "The audit log is incomplete: it cannot be written in {FLUSH_TIMEOUT:?}. Look whether its \
+                 disk is full or hangs."
+            );
         }
     }
 }
@@ -375,9 +379,11 @@ impl Out {
         match open_file(&*directory, name) {
             Ok(new) => *file = new,
             Err(errno) => tracing::error!(
-                "Cannot open {} anew: {}. The audit log goes on in the file that was open.",
-                path.display(),
-                io::Error::from(errno)
+                name: "audit-not-reopened",
+                "Cannot open {path} anew: {error}. The audit log goes on in the file that was open. Make the \
+                 directory writable for the server, and send SIGHUP again.",
+                path = path.display(),
+                error = io::Error::from(errno)
             ),
         }
     }
@@ -480,7 +486,7 @@ impl Writer {
                 Ok(n @ 1..) => {
                     rest = &rest[n..];
                     if std::mem::take(&mut self.has_failed) {
-                        tracing::info!("The audit log is written again.");
+                        tracing::info!(name: "audit-goes-on", "The audit log is written again.");
                     }
                 }
                 Err(Errno::INTR) => {}
@@ -488,7 +494,9 @@ impl Writer {
                     let error = failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
                     if !std::mem::replace(&mut self.has_failed, true) {
                         tracing::error!(
-                            "Cannot write to the audit log: {error}. Trying again until it works."
+                            name: "audit-not-written",
+                            "Cannot write to the audit log: {error}. Trying again until it works. Make \
+                             room on its disk."
                         );
                     }
                     std::thread::sleep(RETRY);

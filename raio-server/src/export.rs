@@ -154,9 +154,10 @@ impl Export {
                 if spec.is_writable && may(Permission::WRITE_OK).is_err() {
                     let (name, path) = (&spec.name, real.display());
                     tracing::warn!(
-                        "Export {name}: files cannot be created in {path} itself. Run raio_server as a user \
-                         who may do that, or \
-                         change the permissions."
+                        name: "export-not-writable",
+                        export = name,
+                        "Files cannot be created in {path} itself. Run raio_server as a user who may do \
+                         that, or change the permissions."
                     );
                 }
             }
@@ -202,15 +203,19 @@ impl Export {
         }
         let name = &self.name;
         match basis {
-            Basis::Handle => tracing::debug!("Export {name}: files are known by their handles."),
-            Basis::Disk => tracing::debug!("Export {name}: its disk is known by its identifiers."),
+            Basis::Handle => tracing::debug!(export = name, "Files are known by their handles."),
+            Basis::Disk => tracing::debug!(export = name, "The disk is known by its identifiers."),
             Basis::Inode => tracing::info!(
-                "Export {name}: its file system, or this kernel, gives files no handles. They are told apart \
+                name: "export-without-handles",
+                export = name,
+                "The file system of an export, or this kernel, gives files no handles. They are told apart \
                  by device, inode and time of creation, so after a remount clients may have to open their \
                  files anew."
             ),
             Basis::DeviceNumber => tracing::info!(
-                "Export {name}: its disk has no identifier, so after a reboot clients have to open it anew."
+                name: "export-without-identifier",
+                export = name,
+                "The disk of an export has no identifier, so after a reboot clients have to open it anew."
             ),
         }
     }

@@ -50,7 +50,8 @@ mod tests {
         let mut datagram = Datagram::new(6);
         datagram.push("MESSAGE", "plain = ä".as_bytes());
         datagram.push("RAIO_NAME", b"a\nPRIORITY=0");
-        let expected = "PRIORITY=6\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE=plain = ä\nRAIO_NAME\n\x0c\0\0\0\0\0\0\0a\nPRIORITY=0\n";
-        assert_eq!(String::from_utf8(datagram.0).unwrap(), expected);
+        let before = "PRIORITY=6\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE=plain = ä\n";
+        let name = "RAIO_NAME\n\x0c\0\0\0\0\0\0\0a\nPRIORITY=0\n";
+        assert_eq!(String::from_utf8(datagram.0).unwrap(), format!("{before}{name}"));
     }
 }

@@ -239,8 +239,11 @@ pub fn install() {
     // It fails if there is one already, as there may be in programs that test the server.
     let _ = tracing::subscriber::set_global_default(Log);
     std::panic::set_hook(Box::new(|info| {
-        tracing::error!(name: "panic", "{what} This is a bug: report it with the log. Start the server anew.",
-            what = format!("{info}.").replace('\n', " "));
+        tracing::error!(
+            name: "panic",
+            "{what}. This is a bug: report it with the log.",
+            what = info.to_string().replace('\n', " ")
+        );
     }));
 }
 
@@ -268,7 +271,10 @@ pub fn say(text: &str) {
 pub fn print(text: &str) {
     let line = Message::Line(format!("{text}\n").into_bytes());
     if STATISTICS.get().is_some_and(|queue| queue.try_send(line).is_err()) {
-        tracing::warn!("Nobody reads standard output, so a line for it is lost.");
+        tracing::warn!(
+            name: "stdout-full",
+            "Nobody reads standard output, so a line for it is lost. Read it, or redirect it to a file."
+        );
     }
 }
 
@@ -276,26 +282,26 @@ fn rate_limit() -> MutexGuard<'static, RateLimit> {
     lock(&RATE_LIMIT)
 }
 
-/// Whether a line of this kind, about this peer, may be logged now. If not it is counted, and the number is
-/// logged later.
-pub fn permit(peer: Option<Origin>, kind: &'static str) -> bool {
-    rate_limit().permit(peer, kind, Instant::now())
+/// Whether a message with this id, about this peer, may be logged now. If not it is counted, and the number
+/// is logged later.
+pub fn permit(peer: Option<Origin>, id: &'static str) -> bool {
+    rate_limit().permit(peer, id, Instant::now())
 }
 
-/// Logs a line about a client, whose socket address may be known, unless there were too many of the kind
+/// Logs a message about a client, whose socket address may be known, unless there were too many with this id
 /// about its address.
 macro_rules! log_client {
-    (@ $level:ident, $client:expr, $address:expr, $kind:expr, $($line:tt)*) => {
-        if $crate::log::permit($address, $kind) {
-            tracing::$level!(client = $client.map(tracing::field::display), $($line)*);
+    (@ $level:ident, $peer:expr, $origin:expr, $id:literal, $($line:tt)*) => {
+        if $crate::log::permit($origin, $id) {
+            tracing::$level!(name: $id, peer = $peer.map(tracing::field::display), $($line)*);
         }
     };
     // Of some no more than the origin is known.
-    ($level:ident, origin $origin:expr, $kind:expr, $($line:tt)*) => {
-        $crate::log::log_client!(@ $level, $origin, $origin, $kind, $($line)*)
+    ($level:ident, origin $origin:expr, $id:literal, $($line:tt)*) => {
+        $crate::log::log_client!(@ $level, $origin, $origin, $id, $($line)*)
     };
-    ($level:ident, $peer:expr, $kind:expr, $($line:tt)*) => {
-        $crate::log::log_client!(@ $level, $peer, $peer.map(|peer| peer.origin()), $kind, $($line)*)
+    ($level:ident, $peer:expr, $id:literal, $($line:tt)*) => {
+        $crate::log::log_client!(@ $level, $peer, $peer.map(|peer| peer.origin()), $id, $($line)*)
     };
 }
 
@@ -304,8 +310,14 @@ pub(crate) use log_client;
 /// Logs how many lines were not permitted in the windows that are over by then.
 fn report_suppressed(now: Instant) {
     let suppressed = rate_limit().end_windows(now);
-    for ((peer, kind), count) in suppressed {
-        tracing::warn!(client = peer.map(tracing::field::display), "{count} more lines like these: {kind}.");
+    for ((peer, id), count) in suppressed {
+        let peer = peer.map(tracing::field::display);
+        tracing::warn!(
+            name: "lines-left-out",
+            peer,
+            of = id,
+            "{count} more lines of the same kind were left out."
+        );
     }
 }
 
@@ -382,8 +394,12 @@ fn write_log(lines: Receiver<Message<Entry>>) {
         let lost = lost();
         if lost > told {
             let count = lost - told;
-            let text = format!("{count} lines of the log were lost, for whoever reads it did not take them.");
-            if sink().write(&Entry::plain(Level::WARN, "log-lines-lost", &text)).is_ok() {
+            let report = Entry::plain(
+                Level::WARN,
+                "log-lines-lost",
+                &format!("{count} lines of the log were lost, for whoever reads it did not take them."),
+            );
+            if sink().write(&report).is_ok() {
                 told = lost;
             }
         }
@@ -396,7 +412,7 @@ fn write_statistics(lines: Receiver<Message<Vec<u8>>>) {
         match message {
             Message::Line(line) => {
                 if let Err(error) = write_all(&stdout, &line) {
-                    tracing::warn!("Cannot write to standard output: {error}.");
+                    tracing::warn!(name: "stdout-failed", "Cannot write to standard output: {error}.");
                 }
             }
             Message::Flush(done) => {

@@ -2,11 +2,13 @@
 //! line, and fails if there is one. With `--graph` it prints which module uses which instead.
 //!
 //! - [`layers`]: modules depend on one another in one direction only, as docs/ARCHITECTURE.md's tables say.
+//! - [`messages`]: each message of the log has an id, and docs/MESSAGES.md explains it.
 //! - [`names`]: no two public types of a library have the same name, and no name that was given up comes
 //!   back.
 //! - [`widths`]: lines of source, comments and documents are no wider than rustfmt's `max_width`.
 
 mod layers;
+mod messages;
 mod modules;
 mod names;
 mod widths;
@@ -63,6 +65,7 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     names::check_old_names(&mut findings)?;
+    messages::check(&mut findings)?;
     widths::check(&mut findings)?;
     findings.dedup();
     for Finding { place, text } in &findings {
