@@ -444,6 +444,42 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_level_changes_also_where_something_was_logged_before() {
+        let is_logged = || tracing::enabled!(Level::DEBUG);
+        tracing::subscriber::with_default(Log, || {
+            assert!(!is_logged());
+            set_level(LogLevel::Debug);
+            assert!(is_logged());
+            set_level(LogLevel::Info);
+            assert!(!is_logged());
+        });
+    }
+
+    #[test]
+    fn a_log_without_journald_goes_to_standard_error_with_priorities() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let entry = Entry::plain(Level::WARN, "failed", "so");
+        let (sink, outcome) = Sink::open(LogFormat::Journald, &path);
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(!sink.send(&entry, SendFlags::DONTWAIT));
+        assert_eq!(sink.line(&entry), "<4>so\n");
+
+        let journald = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        let (sink, outcome) = Sink::open(LogFormat::Journald, &path);
+        outcome.unwrap();
+        assert!(sink.send(&entry, SendFlags::DONTWAIT));
+        let mut datagram = [0; 256];
+        let n = journald.recv(&mut datagram).unwrap();
+        assert!(datagram[..n].starts_with(b"PRIORITY=4\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE=so\n"));
+        // It hangs, and its socket is full: nobody waits.
+        let sent = (0..100_000).take_while(|_| sink.send(&entry, SendFlags::DONTWAIT)).count();
+        assert!(sent < 100_000);
+        drop(journald);
+        assert!(!sink.send(&entry, SendFlags::DONTWAIT));
+    }
+
+    #[test]
     fn a_pipe_that_is_full_holds_up_nobody() {
         let (reader, writer) = io::pipe().unwrap();
         let line = vec![b'x'; 4105];

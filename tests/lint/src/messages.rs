@@ -1,7 +1,8 @@
 //! Messages of the log: each of level info and above has an id, and docs/MESSAGES.md explains each.
 //!
 //! A section of the index is `### ID`, then `> LEVEL TEXT` as in the source (with `{name}` for what differs
-//! from time to time), then what it means and what to do.
+//! from time to time), then what it means and what to do. `--catalog` prints the same for journald:
+//! `journalctl -x` then shows it below each message.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,6 +14,7 @@ use proc_macro2::{Delimiter, Span, TokenStream, TokenTree};
 use crate::Finding;
 
 const INDEX: &str = "docs/MESSAGES.md";
+const CATALOG: &str = "systemd/raio.catalog";
 const LEVELS: [&str; 3] = ["error", "warn", "info"];
 
 /// A message, in the source or in the index.
@@ -23,6 +25,13 @@ struct Message {
     level: String,
     text: String,
     line: usize,
+}
+
+/// A section of the index.
+struct Section {
+    message: Message,
+    /// Its lines, none of them empty.
+    explanation: Vec<String>,
 }
 
 /// Appends messages without an id or with a bad one, and where the index differs from the source.
@@ -44,17 +53,41 @@ pub fn check(findings: &mut Vec<Finding>) -> anyhow::Result<()> {
         }
     }
     let index = fs::read_to_string(INDEX).with_context(|| format!("Cannot read {INDEX}"))?;
-    compare(&messages, &sections(&index), findings);
+    let sections = sections(&index);
+    compare(&messages, &sections, findings);
+    if fs::read_to_string(CATALOG).unwrap_or_default() != catalog(&sections) {
+        let text = format!("it differs from {INDEX}: cargo run -q -p raio-lint -- --catalog >{CATALOG}");
+        findings.push(Finding::new(Path::new(CATALOG), 1, text));
+    }
     Ok(())
 }
 
-fn compare(messages: &[(PathBuf, Message)], sections: &[(Message, bool)], findings: &mut Vec<Finding>) {
+/// Prints the catalog of what the index has.
+pub fn print_catalog() -> anyhow::Result<()> {
+    let index = fs::read_to_string(INDEX).with_context(|| format!("Cannot read {INDEX}"))?;
+    print!("{}", catalog(&sections(&index)));
+    Ok(())
+}
+
+/// The sections as journald's catalog has them.
+fn catalog(sections: &[Section]) -> String {
+    let mut catalog = format!("# Made from {INDEX} by raio-lint --catalog.\n");
+    for Section { message: Message { id, .. }, explanation } in sections {
+        // The same as in raio-server/src/log/entry.rs.
+        let hash = blake3::hash(format!("raio_server message {id}").as_bytes()).to_hex();
+        let lines = explanation.join("\n");
+        catalog += &format!("\n-- {}\nSubject: {id}\nDefined-By: raio_server\n\n{lines}\n", &hash[..32]);
+    }
+    catalog
+}
+
+fn compare(messages: &[(PathBuf, Message)], sections: &[Section], findings: &mut Vec<Finding>) {
     let mut known = BTreeMap::new();
-    for (section, is_explained) in sections {
+    for Section { message: section, explanation } in sections {
         if known.insert(&section.id, section).is_some() {
             findings.push(Finding::new(Path::new(INDEX), section.line, "the id is there twice"));
         }
-        if !is_explained {
+        if explanation.is_empty() {
             let text = format!("{} is not explained", section.id);
             findings.push(Finding::new(Path::new(INDEX), section.line, text));
         }
@@ -75,27 +108,30 @@ fn compare(messages: &[(PathBuf, Message)], sections: &[(Message, bool)], findin
     }
 }
 
-/// The sections of the index, and whether each has an explanation.
-fn sections(index: &str) -> Vec<(Message, bool)> {
-    let mut sections = Vec::<(Message, bool)>::new();
+fn sections(index: &str) -> Vec<Section> {
+    let mut sections = Vec::<Section>::new();
     let mut is_in_one = false;
     for (at, line) in index.lines().enumerate() {
         if line.starts_with('#') {
             is_in_one = line.starts_with("### ");
             if let Some(id) = line.strip_prefix("### ") {
                 let (id, level, text) = (id.to_owned(), String::new(), String::new());
-                sections.push((Message { id, level, text, line: at + 1 }, false));
+                let message = Message { id, level, text, line: at + 1 };
+                sections.push(Section { message, explanation: Vec::new() });
             }
             continue;
         }
-        let Some((message, is_explained)) = sections.last_mut().filter(|_| is_in_one) else { continue };
+        let Some(Section { message, explanation }) = sections.last_mut().filter(|_| is_in_one) else {
+            continue;
+        };
         match line.strip_prefix("> ") {
             Some(text) if message.level.is_empty() => {
                 let (level, text) = text.split_once(' ').unwrap_or((text, ""));
                 (message.level, message.text) = (level.to_owned(), text.to_owned());
             }
             Some(text) => message.text = format!("{} {text}", message.text),
-            None => *is_explained |= !line.is_empty(),
+            None if line.is_empty() => {}
+            None => explanation.push(line.to_owned()),
         }
     }
     sections
@@ -252,6 +288,8 @@ mod tests {
         let index =
             "# Log\n> no\n### a\n\n> WARN It is\n> so.\n\nWhy.\n\n### b\n> INFO B.\n\n## More\nText\n";
         let sections = sections(index);
+        let catalog = catalog(&sections);
+        assert!(catalog.contains("\nSubject: a\nDefined-By: raio_server\n\nWhy.\n\n-- "), "{catalog}");
         let mut a = expected("a", "WARN", "It is so.");
         let problems = |messages: Vec<Message>| {
             let messages: Vec<_> =
