@@ -826,7 +826,11 @@ impl Channel {
                 Fate::Over(end) => rest.end(lost, end),
             }
         }
-        tracing::info!("The connection was lost: {}. Connecting again.", rest.why);
+        tracing::info!(
+            name: "reconnecting",
+            "The connection was lost: {why}. Connecting again.",
+            why = rest.why
+        );
         rest.machine.on_loss(now, was_useful);
     }
 
@@ -1113,9 +1117,10 @@ impl Channel {
             (false, false) => "the server",
         };
         tracing::info!(
-            "The session goes on after {} ms, with {server}: {} requests are sent again.",
-            away.unwrap_or_default().as_millis(),
-            rest.again.len()
+            name: "session-goes-on",
+            "The session goes on after {away} ms, with {server}: {count} requests are sent again.",
+            away = away.unwrap_or_default().as_millis(),
+            count = rest.again.len()
         );
         self.has_answered = false;
         self.set_oversized_apart();
@@ -1172,7 +1177,7 @@ impl Channel {
     /// The channel is given up: everything is over.
     fn give_up(&mut self, failure: Error, status: Status) {
         let rest = &mut *self.rest;
-        tracing::warn!("The session is given up: {failure}.");
+        tracing::warn!(name: "session-lost", "The session is given up: {failure}.");
         rest.phase = Phase::Idle;
         rest.machine.give_up();
         rest.why = failure.to_string();

@@ -120,8 +120,8 @@ impl Mux {
                 self.pending.push_back(ServerEvent::Moved(from, to));
             }
             Err(error) => {
-                let client = request.remote.map(tracing::field::display);
-                tracing::debug!(client, name = request.peer.name, "A client stays on TCP: {error}.");
+                let peer = request.remote.map(tracing::field::display);
+                tracing::debug!(peer, name = request.peer.name, "A client stays on TCP: {error}.");
                 let status = Status { errno: error.errno(), class: Class::Transport, retryable: false };
                 let answer = Err((status, &*format!("{error}.")));
                 self.find_mut(from).answer_upgrade(reactor, from, answer);

@@ -101,7 +101,10 @@ impl TlsAcceptor {
         if let Some(sender) = &self.accepted
             && sender.send(connection).is_err()
         {
-            tracing::error!("The thread for handshakes has failed; see above. Start the server anew.");
+            tracing::error!(
+                name: "handshakes-failed",
+                "The thread for handshakes has failed; see above. Start the server anew."
+            );
         }
         self.wake();
     }
@@ -182,8 +185,12 @@ impl Handshakes {
                     let evicted = self.pending.remove(at);
                     ready.remove(at);
                     let text = "Too many connections are in their handshake.";
-                    let kind = "handshakes that were given up";
-                    log_client!(info, evicted.peer, kind, "A client was rejected. {text}");
+                    log_client!(
+                        info,
+                        evicted.peer,
+                        "handshake-evicted",
+                        "A client was rejected, to make room for a newer one. {text}"
+                    );
                     if let Some(audit) = &self.audit {
                         audit.rejected(Who::default().at(evicted.peer), libc::EUSERS, text);
                     }
@@ -222,7 +229,7 @@ impl Handshakes {
             libc::EKEYREJECTED => " If it may connect, add the key to clients.toml, and send SIGHUP.",
             _ => "",
         };
-        log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.{hint}");
+        log_client!(info, peer, "handshake-rejected", "A client was rejected: {error}.{hint}");
         if let Some(audit) = &self.audit {
             audit.rejected(Who::default().at(peer), error.errno(), error.to_string());
         }

@@ -23,15 +23,14 @@ use raio_transport::message::SessionId;
 use raio_transport::sync::lock;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketType, connect, send, socket};
+use rustix::net::{SendFlags, send};
 use serde::{Serialize, Serializer};
 
 use crate::config::{AuditTarget, WhenFull};
+use crate::journald::{self, Datagram};
 use crate::keys::Keys;
 use crate::peer::PeerAddress;
 use crate::tuning::audit::{BATCH_BYTES, FLUSH_TIMEOUT, QUEUE_RECORDS, RETRY};
-
-const JOURNALD: &str = "/run/systemd/journal/socket";
 
 /// Who does something.
 #[derive(Debug, Default, Serialize)]
@@ -328,7 +327,11 @@ impl Audit {
         }
         drop(sender);
         if done.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_err() {
-            tracing::warn!("The audit log is incomplete: it cannot be written in {FLUSH_TIMEOUT:?}.");
+            tracing::warn!(
+                name: "audit-incomplete",
+                "The audit log is incomplete: it cannot be written in {FLUSH_TIMEOUT:?}. Look whether its \
+                 disk is full or hangs."
+            );
         }
     }
 }
@@ -353,15 +356,10 @@ impl Out {
         let path = match target {
             AuditTarget::File(path) => path,
             AuditTarget::Journald => {
-                let connected = || {
-                    let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
-                    connect(&socket, &SocketAddrUnix::new(JOURNALD)?)?;
-                    Ok(socket)
-                };
-                let socket =
-                    connected().map_err(|errno: Errno| io::Error::from(errno)).with_context(|| {
-                        format!("Cannot reach journald at {JOURNALD}. Name a file with --audit instead")
-                    })?;
+                let path = journald::SOCKET;
+                let socket = journald::open(Path::new(path)).with_context(|| {
+                    format!("Cannot reach journald at {path}. Name a file with --audit instead")
+                })?;
                 return Ok(Self::Journald(socket));
             }
         };
@@ -386,9 +384,11 @@ impl Out {
         match open_file(&*directory, name) {
             Ok(new) => *file = new,
             Err(errno) => tracing::error!(
-                "Cannot open {} anew: {}. The audit log goes on in the file that was open.",
-                path.display(),
-                io::Error::from(errno)
+                name: "audit-not-reopened",
+                "Cannot open {path} anew: {error}. The audit log goes on in the file that was open. Make the \
+                 directory writable for the server, and send SIGHUP again.",
+                path = path.display(),
+                error = io::Error::from(errno)
             ),
         }
     }
@@ -400,8 +400,9 @@ impl Out {
             Self::Journald(socket) => {
                 let end = lines.iter().position(|&byte| byte == b'\n').map_or(lines.len(), |at| at + 1);
                 let line = lines[..end].trim_ascii_end();
-                let message = [b"PRIORITY=5\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE=", line, b"\n"].concat();
-                send(socket, &message, SendFlags::NOSIGNAL)?;
+                let mut datagram = Datagram::new(5);
+                datagram.push("MESSAGE", line);
+                send(socket, &datagram.0, SendFlags::NOSIGNAL)?;
                 Ok(end)
             }
         }
@@ -490,7 +491,7 @@ impl Writer {
                 Ok(n @ 1..) => {
                     rest = &rest[n..];
                     if std::mem::take(&mut self.has_failed) {
-                        tracing::info!("The audit log is written again.");
+                        tracing::info!(name: "audit-goes-on", "The audit log is written again.");
                     }
                 }
                 Err(Errno::INTR) => {}
@@ -498,7 +499,9 @@ impl Writer {
                     let error = failed.map_or_else(io::Error::from, |_| io::ErrorKind::WriteZero.into());
                     if !std::mem::replace(&mut self.has_failed, true) {
                         tracing::error!(
-                            "Cannot write to the audit log: {error}. Trying again until it works."
+                            name: "audit-not-written",
+                            "Cannot write to the audit log: {error}. Trying again until it works. Make \
+                             room on its disk."
                         );
                     }
                     std::thread::sleep(RETRY);

@@ -17,6 +17,7 @@ use serde::Deserialize;
 
 use crate::export_spec::{self, ExportSpec};
 use crate::limits::{Caps, session_bytes};
+pub use crate::log::{LogFormat, LogLevel};
 use crate::machine::memory_limit;
 use crate::size::Size;
 use crate::tuning::options::{
@@ -101,6 +102,10 @@ pub struct Options {
     /// What to log to standard error [default: info]
     #[arg(long, value_enum)]
     log: Option<LogLevel>,
+    /// How the log is written [default: auto, which is journald if standard error goes to the journal, else
+    /// human]
+    #[arg(long, value_enum)]
+    log_format: Option<LogFormat>,
     /// Record what becomes of each request, and write it to this new file at SIGUSR2 and at the end: JSON for
     /// ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
@@ -226,22 +231,6 @@ pub enum SandboxMode {
     Off,
 }
 
-/// How much to log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LogLevel {
-    /// What went wrong.
-    Error,
-    /// And what looks wrong.
-    Warn,
-    /// And what an operator may like to know.
-    Info,
-    /// And each connection and session.
-    Debug,
-    /// And each request.
-    Trace,
-}
-
 /// Where the audit log goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AuditTarget {
@@ -305,6 +294,8 @@ pub struct Config {
     pub backend: BackendKind,
     /// How much to log.
     pub log: LogLevel,
+    /// How it is written.
+    pub log_format: LogFormat,
     /// Where to trace requests to.
     pub trace: Option<PathBuf>,
     /// Where to keep what a restart needs.
@@ -430,6 +421,7 @@ impl Options {
             linger unless is_none,
             backend unless is_none,
             log unless is_none,
+            log_format unless is_none,
             trace unless is_none,
             state unless is_none,
             hand_over unless is_none,
@@ -688,6 +680,7 @@ impl Options {
             linger: Duration::from_secs(linger),
             backend: options.backend.unwrap_or(BackendKind::Uring),
             log: options.log.unwrap_or(LogLevel::Info),
+            log_format: options.log_format.unwrap_or_default(),
             trace: options.trace,
             state: options.state,
             hand_over: options.hand_over,

@@ -160,7 +160,11 @@ impl Export {
                     let remedy = hidden::remedy(errno, &real, true).unwrap_or_else(|| {
                         "Run raio_server as a user who may do that, or change the permissions.".to_owned()
                     });
-                    tracing::warn!("Export {name}: files cannot be created in {path} itself. {remedy}");
+                    tracing::warn!(
+                        name: "export-not-writable",
+                        export = name,
+                        "Files cannot be created in {path} itself. {remedy}"
+                    );
                 }
             }
             return Root::new(&real, FileType::Directory, spec);
@@ -210,15 +214,19 @@ impl Export {
         }
         let name = &self.name;
         match basis {
-            Basis::Handle => tracing::debug!("Export {name}: files are known by their handles."),
-            Basis::Disk => tracing::debug!("Export {name}: its disk is known by its identifiers."),
+            Basis::Handle => tracing::debug!(export = name, "Files are known by their handles."),
+            Basis::Disk => tracing::debug!(export = name, "The disk is known by its identifiers."),
             Basis::Inode => tracing::info!(
-                "Export {name}: its file system, or this kernel, gives files no handles. They are told apart \
+                name: "export-without-handles",
+                export = name,
+                "The file system of an export, or this kernel, gives files no handles. They are told apart \
                  by device, inode and time of creation, so after a remount clients may have to open their \
                  files anew."
             ),
             Basis::DeviceNumber => tracing::info!(
-                "Export {name}: its disk has no identifier, so after a reboot clients have to open it anew."
+                name: "export-without-identifier",
+                export = name,
+                "The disk of an export has no identifier, so after a reboot clients have to open it anew."
             ),
         }
     }

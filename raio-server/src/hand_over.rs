@@ -556,10 +556,10 @@ impl HandOver {
             log_client!(
                 warn,
                 origin origin,
-                "processes that are no successor",
-                "A process that connected to {} was given nothing: {why}, and not of root or of this \
+                "successor-not-trusted",
+                "A process that connected to {path} was given nothing: {why}, and not of root or of this \
                  server's user.",
-                self.path.display()
+                path = self.path.display()
             );
             return self.start(reactor);
         }
@@ -626,7 +626,7 @@ impl HandOver {
         log_client!(
             warn,
             None::<PeerAddress>,
-            "successors that were given up",
+            "successor-given-up",
             "A successor{process} was given up, and this server goes on: {why}."
         );
         self.serial += 1;

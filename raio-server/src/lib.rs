@@ -34,6 +34,7 @@ mod hidden;
 #[path = "../../tests/history/mod.rs"]
 mod history;
 mod http;
+mod journald;
 pub mod keys;
 mod limits;
 mod listener;

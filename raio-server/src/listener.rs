@@ -247,7 +247,7 @@ impl Listener {
             }
             (Err(_), _) if self.is_stopping => None,
             (Err(errno), _) => {
-                if log::permit(None, "connections that cannot be accepted") {
+                if log::permit(None, "accept-failed") {
                     let error = std::io::Error::from_raw_os_error(errno);
                     let hint = match errno {
                         libc::EMFILE | libc::ENFILE => {
@@ -255,7 +255,11 @@ impl Listener {
                         }
                         _ => "",
                     };
-                    tracing::warn!("Cannot accept a connection on {}: {error}.{hint}", socket.endpoint);
+                    tracing::warn!(
+                        name: "accept-failed",
+                        "Cannot accept a connection on {endpoint}: {error}.{hint}",
+                        endpoint = socket.endpoint
+                    );
                 }
                 reactor.timer(Instant::now() + ACCEPT_RETRY, event.token);
                 None
@@ -309,7 +313,7 @@ fn of_user(fd: OwnedFd) -> Option<RawConnection> {
             log_client!(
                 warn,
                 None::<PeerAddress>,
-                "connections of unknown users",
+                "user-unknown",
                 "A connection was closed: the kernel does not say whose it is: {error}."
             );
             None

@@ -75,9 +75,10 @@ impl Location {
             log_client!(
                 warn,
                 origin None::<Origin>,
-                "directories that cannot be opened",
-                "Export {name}: a client has only {directory:?} of it, which cannot be opened ({errno}). It \
-                 must be a directory, to which no symbolic link leads."
+                "client-directory-missing",
+                export = name,
+                "A client has only {directory:?} of an export, which cannot be opened ({errno}). It must be \
+                 a directory, to which no symbolic link leads. Make it, or change clients.toml."
             );
             self.failed("open", Errno::NOENT)
         })

@@ -254,8 +254,9 @@ impl<J: Job> Pool<J> {
             state.idle -= 1;
             let overdue = state.overdue();
             drop(state);
-            if log::permit(None, "threads that cannot be started") {
+            if log::permit(None, "thread-not-started") {
                 tracing::warn!(
+                    name: "thread-not-started",
                     "Cannot start a thread for file operations ({error}), so some wait. Raise the limit on \
                      processes with `ulimit -u`, \
                      or TasksMax= in the unit."

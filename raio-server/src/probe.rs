@@ -49,6 +49,7 @@ pub fn for_files() -> anyhow::Result<()> {
             rustix::io::preadv2(zero, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::empty())
     {
         tracing::warn!(
+            name: "preadv2-missing",
             "preadv2(2) does not work here ({error}), so that reads take longer. Allow it in the seccomp \
              profile."
         );

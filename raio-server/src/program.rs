@@ -9,9 +9,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use raio_transport::reactor::block_signals;
-use tracing::level_filters::LevelFilter;
 
-use crate::config::{self, Config, LogLevel, Options};
+use crate::config::{self, Config, Options};
 use crate::hand_over::GivenSocket;
 use crate::server::{self, Server, describe};
 use crate::service::Service;
@@ -26,7 +25,7 @@ pub fn main() -> ExitCode {
         Ok(options) => Ok(options),
         Err(error) => Err(config::advice(&error).unwrap_or_else(|| error.exit())),
     };
-    log::catch_panics();
+    log::install();
     let privileges = privileges::drop_fsetid();
     if let Err(error) = block_signals(&signals) {
         log::say(&format!("Cannot block signals: {error}."));
@@ -65,13 +64,7 @@ fn run(options: Options, privileges: anyhow::Result<()>) -> ExitCode {
     if is_check {
         return server::check(&config).map_or_else(|error| failed(&error, 2), |()| ExitCode::SUCCESS);
     }
-    log::init(match config.log {
-        LogLevel::Error => LevelFilter::ERROR,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Trace => LevelFilter::TRACE,
-    });
+    log::init(config.log, config.log_format);
     serve(&config, service, privileges).unwrap_or_else(|error| failed(&error, 1))
 }
 

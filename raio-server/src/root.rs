@@ -138,7 +138,11 @@ impl Root {
                 }
                 Err(Rejection { text, .. }) => {
                     ensure!(this.must_be_mountpoint, "{text}");
-                    tracing::warn!("{text}");
+                    tracing::warn!(
+                        name: "export-unavailable",
+                        export = spec.name,
+                        "An export cannot be served now: {text}"
+                    );
                 }
             }
         } else {
@@ -193,10 +197,11 @@ impl Root {
             let at = openat2(CWD, above, OFlags::PATH, Mode::empty(), ResolveFlags::NO_SYMLINKS)?;
             grants.push(grant(at)?);
             tracing::info!(
-                "Export {name}: what will be mounted on {} is not known yet, so the sandbox allows all of \
-                 {}.",
-                path.display(),
-                above.display()
+                name: "sandbox-allows-above",
+                export = name,
+                "What will be mounted on {path} is not known yet, so the sandbox allows all of {above}.",
+                path = path.display(),
+                above = above.display()
             );
         }
         if self.is_device() {
@@ -315,11 +320,13 @@ impl Root {
         let before = seen.replace(now);
         if before.is_some_and(|before| before != now) {
             tracing::warn!(
-                "Export {name}: {:?} is another {} than before (something was mounted, unmounted or \
-                 replaced), and served from now on{}. Files that are open stay what they are.",
-                self.path,
-                if self.is_directory() { "directory" } else { "device" },
-                if self.is_confined && self.is_directory() && self.granted != Some(now) {
+                name: "export-replaced",
+                export = name,
+                "{path:?} is another {kind} than before (something was mounted, unmounted or replaced), and \
+                 served from now on{unless_denied}. Files that are open stay what they are.",
+                path = self.path,
+                kind = if self.is_directory() { "directory" } else { "device" },
+                unless_denied = if self.is_confined && self.is_directory() && self.granted != Some(now) {
                     ", unless the sandbox denies it, which knows only what was there at the start: then \
                      start the server anew, or set the export to `mountpoint`"
                 } else {

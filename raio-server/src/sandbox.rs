@@ -72,11 +72,12 @@ impl Sandbox {
     /// Says what it has, and what it lacks.
     pub fn report(self) {
         let Self { parts, gaps } = self;
-        tracing::info!("The sandbox is on: {}.", parts.join(", "));
+        tracing::info!(name: "sandbox-on", "The sandbox is on: {parts}.", parts = parts.join(", "));
         if !gaps.is_empty() {
             tracing::warn!(
-                "The sandbox lacks what this system does not allow: {}. The rest of it is on.",
-                gaps.join("; ")
+                name: "sandbox-incomplete",
+                "The sandbox lacks what this system does not allow: {gaps}. The rest of it is on.",
+                gaps = gaps.join("; ")
             );
         }
     }

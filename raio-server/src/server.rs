@@ -208,7 +208,11 @@ fn check_clients(config: &Config, keys: Option<&mut Keys>, exports: &Exports) ->
 /// Logs which exports clients are to have that there are not.
 fn say_unknown_exports(keys: &Keys) {
     for name in keys.unknown_exports() {
-        tracing::warn!("clients.toml names export {name}, which there is not.");
+        tracing::warn!(
+            name: "client-export-unknown",
+            export = name,
+            "clients.toml names an export that there is not. Correct the name, or add the export."
+        );
     }
 }
 
@@ -265,10 +269,11 @@ impl<'a> ToClaim<'a> {
             }
             Err(error) => {
                 tracing::warn!(
-                    "{}, so nothing keeps another server from writing to the same files, or a killed one's \
-                     last writes from landing after new ones; and after a restart the next fsync of each \
-                     client that has written fails once. Name one with --state.",
-                    describe(&error)
+                    name: "state-directory-missing",
+                    "{error}, so nothing keeps another server from writing to the same files, or a \
+                     killed one's last writes from landing after new ones; and after a restart the next \
+                     fsync of each client that has written fails once. Name one with --state.",
+                    error = describe(&error)
                 );
                 return Ok(Self { written, claims, directory: None });
             }
@@ -276,9 +281,10 @@ impl<'a> ToClaim<'a> {
         if let Some(export) = written.iter().zip(&claims).find(|(_, claim)| claim.contains(directory.root()))
         {
             tracing::warn!(
-                "The state directory lies in export {}, where clients may write to it, and so make this \
-                 server wait for ever or believe that writes are not lost. Name another one with --state.",
-                export.0.name()
+                name: "state-directory-exported",
+                export = export.0.name(),
+                "The state directory lies in an export, where clients may write to it, and so make this \
+                 server wait for ever or believe that writes are not lost. Name another one with --state."
             );
         }
         Ok(Self { written, claims, directory: Some(directory) })
@@ -345,7 +351,7 @@ impl Waiting<'_> {
     /// Waits a little. Whether it is worth another try: the server has not been told to stop.
     fn wait(&mut self, why: &str) -> anyhow::Result<bool> {
         if self.since.elapsed() >= CLAIM_SAY_AFTER && self.said != why {
-            tracing::warn!("Not ready yet: {why}. Waiting until it has ended.");
+            tracing::warn!(name: "waiting-for-server", "Not ready yet: {why}. Waiting until it has ended.");
             self.said = why.to_owned();
         }
         self.service.wait(why);
@@ -355,7 +361,7 @@ impl Waiting<'_> {
         if events.iter().any(|event| event.token == SIGNALS) {
             let stop = [libc::SIGTERM, libc::SIGINT];
             if self.signals.read(self.reactor).iter().any(|signal| stop.contains(signal)) {
-                tracing::info!("Told to stop, before anything was served.");
+                tracing::info!(name: "stopped-early", "Told to stop, before anything was served.");
                 return Ok(false);
             }
         }
@@ -407,7 +413,10 @@ impl Server {
         let (sessions_max, limits, exports) = limits_and_exports(config, descriptors)?;
         let chown = check_clients(config, keys.as_mut(), &exports)?;
         if keys.as_ref().is_some_and(|keys| keys.count() == 0) {
-            tracing::warn!("clients.toml names no client yet, so nobody can connect.");
+            tracing::warn!(
+                name: "no-clients",
+                "clients.toml names no client yet, so nobody can connect. Add some, and send SIGHUP."
+            );
         }
         let mut reactor =
             Reactor::with_ring(main_ring, &main_reactor(config)).context("Cannot make an event loop")?;
@@ -422,6 +431,7 @@ impl Server {
         let mut shared = Shared { keys, audit, ..Shared::new(config, exports, sessions)? };
         if config.is_open_to_others {
             tracing::warn!(
+                name: "clear",
                 "Clients need no key (--clear): everybody who reaches an address of --listen may open every \
                  export, and what is sent can be read and changed on its way."
             );
@@ -457,7 +467,7 @@ impl Server {
         shared.claim = lock;
         if let Some((pid, count)) = taken_over {
             service.succeed();
-            tracing::info!("Took over {count} listening sockets from process {pid}.");
+            tracing::info!(name: "took-over", "Took over {count} listening sockets from process {pid}.");
         }
         listener.bind_streams(&mut reactor, &config.listen, for_all)?;
         match &mut sandbox {
@@ -582,7 +592,8 @@ impl Server {
                     }
                     _ => {
                         tracing::warn!(
-                            "What is in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same."
+                            name: "drain-timeout",
+                            "What was in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same."
                         );
                         return Ok(ExitCode::FAILURE);
                     }
@@ -612,7 +623,10 @@ impl Server {
             }
         }
         if !all_answered {
-            tracing::warn!("What was in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same.");
+            tracing::warn!(
+                name: "drain-timeout",
+                "What was in flight did not finish in {DRAIN_TIMEOUT:?}. Stopping all the same."
+            );
         }
         if let Some(trace) = &self.shared.trace {
             trace.flush();
@@ -630,12 +644,7 @@ impl Server {
             Ok(permit) => permit,
             Err(Excess { text, .. }) => {
                 self.observed.main.rejected.add(1);
-                log_client!(
-                    info,
-                    peer,
-                    "connections that were rejected",
-                    "A connection was rejected. {text}"
-                );
+                log_client!(info, peer, "connection-rejected", "A connection was rejected. {text}");
                 if let Some(audit) = &self.shared.audit {
                     audit.rejected(Who::default().at(peer), libc::EUSERS, &text);
                 }
@@ -700,16 +709,18 @@ impl Server {
                 let exports = self.shared.exports.all();
                 self.shared.throttles.update(|client, export| keys.rates(client, exports[export].name()));
                 tracing::info!(
-                    "Read clients.toml again: {} clients may connect. Sessions of those that may do less \
-                     than before end.",
-                    keys.count()
+                    name: "clients-reread",
+                    "Read clients.toml again: {count} clients may connect. Sessions of those that may do \
+                     less than before end.",
+                    count = keys.count()
                 );
                 self.revoke(revocation);
             }
             Err(error) => {
                 tracing::error!(
-                    "Who may connect stays as it was: {}.",
-                    describe(&error).trim_end_matches('.')
+                    name: "clients-not-reread",
+                    "Who may connect stays as it was: {error}.",
+                    error = describe(&error).trim_end_matches('.')
                 );
             }
         }
@@ -786,7 +797,10 @@ impl Server {
             return None;
         }
         if signal == libc::SIGUSR2 {
-            tracing::info!("SIGUSR2 is ignored: there is no trace. Start the server with --trace FILE.");
+            tracing::info!(
+                name: "sigusr2-ignored",
+                "SIGUSR2 is ignored: there is no trace. Start the server with --trace FILE."
+            );
             return None;
         }
         if signal == libc::SIGHUP {
@@ -799,6 +813,7 @@ impl Server {
             }
             if self.shared.keys.is_none() && self.shared.audit.is_none() {
                 tracing::info!(
+                    name: "sighup-ignored",
                     "SIGHUP is ignored. To change the configuration, stop the server and start it anew, or \
                      start its successor (--hand-over)."
                 );
@@ -807,10 +822,10 @@ impl Server {
             return None;
         }
         if self.phase != Phase::Serving {
-            tracing::warn!("Told to stop a second time: stopping at once.");
+            tracing::warn!(name: "stopped-at-once", "Told to stop a second time: stopping at once.");
             return Some(ExitCode::from(128 + signal as u8));
         }
-        tracing::info!("Told to stop: completing the requests in flight.");
+        tracing::info!(name: "stopping", "Told to stop: completing the requests in flight.");
         self.service.stopping();
         self.stop();
         None
@@ -835,7 +850,10 @@ impl Server {
         if let Some(successor) = successor {
             // Its sockets are the successor's now.
             self.http.iter().for_each(http::Handle::stop_accepting);
-            tracing::info!("Handing over to process {successor}: completing the requests in flight.");
+            tracing::info!(
+                name: "handing-over",
+                "Handing over to process {successor}: completing the requests in flight."
+            );
             self.service.hand_over(successor);
             self.stop();
         }
@@ -953,6 +971,7 @@ fn become_user(config: &Config) -> anyhow::Result<()> {
     reduce(config, user.as_ref())?;
     if rustix::process::geteuid().is_root() {
         tracing::warn!(
+            name: "running-as-root",
             "The server runs as root, so clients can do with the exports what root can. Run it as a user of \
              its own (--user) that may access nothing but the exports."
         );
@@ -1020,6 +1039,7 @@ fn start_http(
 /// Says that there is no sandbox.
 fn stay_free(config: &Config, chown: Chown) -> anyhow::Result<()> {
     tracing::warn!(
+        name: "sandbox-off",
         "The sandbox is off (--sandbox=off): an attacker who takes over the server has all that its user may \
          do."
     );
@@ -1143,7 +1163,12 @@ fn start_workers(
                 let _ = sender.send(Ok(started));
                 match worker.run() {
                     Ok(outcome) => ended.ended.outcome = Some(outcome),
-                    Err(error) => tracing::error!("Worker {index}: {}.", describe(&error)),
+                    Err(error) => tracing::error!(
+                        name: "worker-failed",
+                        worker = index,
+                        "A worker has failed: {error}.",
+                        error = describe(&error)
+                    ),
                 }
             }
         };
@@ -1176,6 +1201,7 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
     let fallback = started.iter().find_map(|worker| worker.fallback.as_deref());
     if let Some(reason) = fallback {
         tracing::warn!(
+            name: "no-io-uring",
             "io_uring is not used: {reason}. Files are served by threads instead, which is slower."
         );
     }
@@ -1183,19 +1209,20 @@ fn say_what_was_missing(config: &Config, started: &[Started]) -> &'static str {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
         let limit = limit.map_or("unlimited".to_owned(), |bytes| format!("{} KiB", bytes >> 10));
         tracing::warn!(
-            "Cannot register {} MiB of buffers with io_uring for each of {} workers ({error}): the memlock \
-             limit is {limit}. \
-             It works all the same, a little slower. Raise the limit with `ulimit -l`, or LimitMEMLOCK= in \
-             the unit.",
-            config.arena_bytes >> 20,
-            config.workers
+            name: "buffers-not-registered",
+            "Cannot register {arena} MiB of buffers with io_uring for each of {workers} workers ({error}): \
+             the memlock limit is {limit}. It works all the same, a little slower. Raise the limit with \
+             `ulimit -l`, or LimitMEMLOCK= in the unit.",
+            arena = config.arena_bytes >> 20,
+            workers = config.workers
         );
     }
     if let Some(error) = started.iter().find_map(|worker| worker.no_rdma.as_ref()) {
-        tracing::warn!("RDMA is not used, so clients of raio:// stay on TCP: {error}.");
+        tracing::warn!(name: "no-rdma", "RDMA is not used, so clients of raio:// stay on TCP: {error}.");
     }
     if started.iter().any(|worker| worker.unclaimed) {
         tracing::warn!(
+            name: "no-room-to-claim",
             "The limit on open files leaves no room for a ring's table of files, so if this server is \
              killed, the next one does not wait for its requests in flight. Raise it with `ulimit -n`, or \
              LimitNOFILE= in the unit."
@@ -1228,6 +1255,7 @@ fn session_limits(limit: usize, wanted: Option<usize>) -> anyhow::Result<(usize,
             );
             if descriptors_for(sessions) > limit {
                 tracing::warn!(
+                    name: "too-few-descriptors",
                     "--max-sessions {sessions} is more than can each have a file open: this process may \
                      have only {limit} open \
                      files. {remedy}."

@@ -262,13 +262,15 @@ impl StoredDirectories {
                 *lock(&stored.next_count) = Instant::now() + COUNTED_EVERY.max(took * COUNTING_PART);
                 match counted {
                     Ok(files) => tracing::info!(
-                        "{}: {files} files have {} bytes, counted in {took:.1?}.",
-                        name(&place),
-                        stored.bytes.load(Ordering::Relaxed)
+                        name: "stored-counted",
+                        "{place}: {files} files have {bytes} bytes, counted in {took:.1?}.",
+                        place = name(&place),
+                        bytes = stored.bytes.load(Ordering::Relaxed)
                     ),
                     Err(error) => tracing::warn!(
-                        "{}: what is stored there cannot be counted, and so not be limited: {error:#}.",
-                        name(&place)
+                        name: "stored-not-counted",
+                        "{place}: what is stored there cannot be counted, and so not be limited: {error:#}.",
+                        place = name(&place)
                     ),
                 }
             }

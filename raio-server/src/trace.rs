@@ -74,7 +74,9 @@ impl Trace {
     pub fn write(&self, worker: usize, ring: Ring) -> Result<(), Ring> {
         self.push(worker, ring).inspect_err(|_| {
             tracing::warn!(
-                "The trace has no more records of worker {worker} yet: earlier ones are still being written. \
+                name: "trace-busy",
+                worker,
+                "The trace has no more records of a worker yet: earlier ones are still being written. \
                  Send SIGUSR2 again later."
             );
         })
@@ -86,9 +88,11 @@ impl Trace {
         if let Err(ring) = self.push(worker, ring) {
             self.dropped.fetch_add(ring.len(), Ordering::Relaxed);
             tracing::warn!(
-                "The last {} records of worker {worker} are not in the trace: earlier ones are still being \
+                name: "trace-lacks-last",
+                worker,
+                "The last {records} records of a worker are not in the trace: earlier ones are still being \
                  written.",
-                ring.len()
+                records = ring.len()
             );
         }
     }
@@ -116,7 +120,10 @@ impl Trace {
             std::thread::sleep(Duration::from_millis(5));
         }
         if done.recv_timeout(deadline.saturating_duration_since(Instant::now())).is_err() {
-            tracing::warn!("The trace is incomplete: its file cannot be written in {TRACE_TIMEOUT:?}.");
+            tracing::warn!(
+                name: "trace-incomplete",
+                "The trace is incomplete: its file cannot be written in {TRACE_TIMEOUT:?}."
+            );
         }
     }
 }
@@ -149,12 +156,18 @@ impl Writer {
         let (records, path) = (ring.len(), self.path.display());
         match self.file.append(worker as u32, &format!("worker {worker}"), ring) {
             Ok(()) => {
-                tracing::info!("{records} records of worker {worker} were written to the trace {path}.");
+                tracing::info!(
+                    name: "trace-written",
+                    worker,
+                    "{records} records of a worker were written to the trace {path}."
+                );
             }
             Err(error) => {
                 self.dropped.fetch_add(records, Ordering::Relaxed);
                 tracing::warn!(
-                    "Cannot write {records} records of worker {worker} to the trace {path}: {error}. They \
+                    name: "trace-not-written",
+                    worker,
+                    "Cannot write {records} records of a worker to the trace {path}: {error}. They \
                      are lost, and the server goes on. Make room for later ones."
                 );
             }
@@ -167,7 +180,11 @@ impl Writer {
         if dropped > 0
             && let Err(error) = self.file.add_dropped(dropped)
         {
-            tracing::warn!("Cannot note in the trace {} what was lost: {error}.", self.path.display());
+            tracing::warn!(
+                name: "trace-loss-not-noted",
+                "Cannot note in the trace {path} what was lost: {error}.",
+                path = self.path.display()
+            );
         }
     }
 }

@@ -309,10 +309,12 @@ pub mod listings {
 pub mod log {
     use std::time::Duration;
 
-    /// Lines that wait to be written, at most: 2 MiB if all are as long as they may be.
+    /// Lines that wait to be written, at most: 4 MiB if all are as long as they may be.
     pub const QUEUE_LINES: usize = 512;
-    /// Bytes. Longer lines are cut: few paths are that long.
-    pub const LINE_BYTES_MAX: usize = 4096;
+    /// Bytes. Longer messages are cut: few paths are that long.
+    pub const MESSAGE_BYTES_MAX: usize = 4096;
+    /// Bytes of a field, of which a message has a few.
+    pub const FIELD_BYTES_MAX: usize = 1024;
     /// What is queued when the server ends is waited for so long: a terminal takes it, a full pipe does not.
     pub const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
     /// How often it is seen whether the rate limit has something to report: an idle thread wakes up for it.

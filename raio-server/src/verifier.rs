@@ -87,6 +87,7 @@ impl Verifier {
             self.replace();
             *lock(&self.kept) = None;
             tracing::warn!(
+                name: "verifier-not-kept",
                 "{error:#}, so after a restart the next fsync of each client that has written fails once."
             );
         }
@@ -111,6 +112,7 @@ impl Verifier {
         self.replace();
         if let Err(error) = self.save() {
             tracing::error!(
+                name: "lost-writes-not-noted",
                 "{error:#}. Writes were lost, and a server that is started later may not know. Make room, or \
                  remove the file."
             );

@@ -156,6 +156,12 @@ impl Shared {
         self.keys.as_ref().map_or(Rights::All, |keys| keys.rights(identity))
     }
 
+    /// What `clients.toml` calls a client, for the log.
+    fn client_name(&self, identity: &Identity) -> Option<String> {
+        let client = self.keys.as_ref()?.client(identity)?;
+        Some(client.name.clone())
+    }
+
     /// What a configuration asks for, with its exports and a table for its sessions.
     pub fn new(config: &Config, exports: Exports, sessions: Sessions) -> anyhow::Result<Self> {
         let defaults = Policy::default();
@@ -436,8 +442,12 @@ impl Worker {
                 let origin = address.map(Origin::from);
                 let permit = charging.sessions.queue_pair(origin, bytes).inspect_err(|text| {
                     counting.rejected_queue_pairs.add(1);
-                    let kind = "queue pairs that were rejected";
-                    log_client!(info, origin origin, kind, "A queue pair was rejected. {text}");
+                    log_client!(
+                        info,
+                        origin origin,
+                        "queue-pair-rejected",
+                        "A queue pair was rejected. {text}"
+                    );
                 })?;
                 Ok(Box::new(permit))
             });
@@ -643,7 +653,12 @@ impl Worker {
         let id = match adopted {
             Ok(id) => id,
             Err(error) => {
-                log_client!(info, peer, "clients that were rejected", "A client was rejected: {error}.");
+                log_client!(
+                    info,
+                    peer,
+                    "connection-failed",
+                    "A connection failed when it was accepted: {error}."
+                );
                 return;
             }
         };

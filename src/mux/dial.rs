@@ -202,7 +202,7 @@ impl Dial {
             let Some(transport) = transport else { return Ok(None) };
             let why_tcp = self.why_tcp.take();
             if let Some(why) = &why_tcp {
-                tracing::info!("{why}");
+                tracing::info!(name: "staying-on-tcp", "{why}");
             }
             return Ok(Some(Reached { transport, why_tcp }));
         }

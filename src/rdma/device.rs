@@ -515,7 +515,10 @@ impl Drop for Window {
         // SAFETY: it is ended once. Work requests that name it have ended, or their queue pair is about to be
         // destroyed: then they fail.
         if let Err(error) = unsafe { verbs::dealloc_window(self.raw.as_ptr()) } {
-            tracing::error!("An RDMA device does not let go of a memory window: {error}.");
+            tracing::error!(
+                name: "rdma-window-kept",
+                "An RDMA device does not let go of a memory window: {error}."
+            );
         }
     }
 }

@@ -194,8 +194,8 @@ impl Listener for RdmaListener {
             match private_data::check_request(&event.private_data) {
                 Ok(()) => return Some(Box::new(RdmaIncoming { id, reads_out: event.reads_out })),
                 Err((errno, text)) => {
-                    let client = id.peer().map(tracing::field::display);
-                    tracing::debug!(client, "An RDMA connection is rejected: {text}");
+                    let peer = id.peer().map(tracing::field::display);
+                    tracing::debug!(peer, "An RDMA connection is rejected: {text}");
                     id.reject(&rejection(errno, &text));
                 }
             }

@@ -921,7 +921,8 @@ impl Drop for QueuePair {
         let destroyed = check(unsafe { (self.verbs.ibv_destroy_qp)(self.qp.as_ptr()) });
         if let Err(error) = destroyed {
             tracing::error!(
-                "The RDMA device does not let go of a queue pair ({error}); its memory is leaked."
+                name: "rdma-queue-pair-kept",
+                "An RDMA device does not let go of a queue pair ({error}); its memory is leaked."
             );
             std::mem::forget(std::mem::take(&mut self.outstanding));
             self.ring.mr.leak();

@@ -161,7 +161,11 @@ impl RdmaServer {
         let mut last = None;
         for &device in devices().map_err(no_rdma)? {
             if let Err(error) = this.add_port(reactor, device) {
-                tracing::warn!("The RDMA device {} is not used: {error}.", device.name());
+                tracing::warn!(
+                    name: "rdma-device-unused",
+                    device = device.name(),
+                    "An RDMA device is not used: {error}."
+                );
                 last = Some(error);
             }
         }
@@ -472,8 +476,8 @@ impl RdmaServer {
         } else {
             CloseReason::Lost(failure.errno())
         };
-        let client = connection.peer.map(tracing::field::display);
-        tracing::debug!(client, "An RDMA connection has failed: {}.", failure.text());
+        let peer = connection.peer.map(tracing::field::display);
+        tracing::debug!(peer, "An RDMA connection has failed: {}.", failure.text());
         self.report(reactor, id, reason);
         self.drop_connection(reactor, id);
     }
@@ -515,8 +519,8 @@ impl RdmaServer {
             connection.qp.provide_receives(receives).map_err(|error| format!("{error}."))
         });
         if let Err(text) = provided {
-            let client = connection.peer.map(tracing::field::display);
-            tracing::debug!(client, "An RDMA connection is rejected. {text}");
+            let peer = connection.peer.map(tracing::field::display);
+            tracing::debug!(peer, "An RDMA connection is rejected. {text}");
             connection.messages.reject(&self.policy, libc::ENOMEM, &text);
             self.report(reactor, id, CloseReason::Rejected);
             self.linger(reactor, id);
@@ -568,8 +572,11 @@ impl RdmaServer {
         connection.chain_fetches(&port.arena);
         connection.chain_unsent(port);
         if let Err(error) = connection.qp.post(true) {
-            let client = connection.peer.map(tracing::field::display);
-            tracing::warn!(client, "An RDMA connection is closed, for its device rejects work: {error}.");
+            tracing::warn!(
+                name: "rdma-work-rejected",
+                peer = connection.peer.map(tracing::field::display),
+                "An RDMA connection is closed, for its device rejects work: {error}."
+            );
             self.report(reactor, id, CloseReason::Lost(error.raw_os_error().unwrap_or(libc::EIO)));
             return self.drop_connection(reactor, id);
         }
@@ -823,20 +830,22 @@ fn within(policy: &Arc<Policy>, limits: &Limits, device: &Device) -> Arc<Policy>
     let depth = receives.min(completions).max(1) as u32;
     if depth < within.queue_depth {
         tracing::warn!(
-            "The RDMA device {} has queues for {depth} requests a connection: connections by it are granted \
-             that, not {}.",
-            device.name(),
-            within.queue_depth
+            name: "rdma-queues-small",
+            device = device.name(),
+            "An RDMA device has queues for {depth} requests a connection: connections by it are granted \
+             that, not {wanted}.",
+            wanted = within.queue_depth
         );
         within.queue_depth = depth;
     }
     if limits.message_bytes < within.data_bytes_max {
         tracing::warn!(
-            "The RDMA device {} moves at most {} bytes at a time: connections by it are granted that, not \
-             {}.",
-            device.name(),
-            limits.message_bytes,
-            within.data_bytes_max
+            name: "rdma-messages-small",
+            device = device.name(),
+            "An RDMA device moves at most {bytes} bytes at a time: connections by it are granted that, not \
+             {wanted}.",
+            bytes = limits.message_bytes,
+            wanted = within.data_bytes_max
         );
         within.data_bytes_max = limits.message_bytes;
     }
@@ -872,7 +881,11 @@ impl ServerTransport for RdmaServer {
             }
             _ => {
                 for what in self.ports[index].device.take_async_events() {
-                    tracing::warn!("The RDMA device {} says: {what}.", self.ports[index].device.name());
+                    tracing::warn!(
+                        name: "rdma-device-event",
+                        device = self.ports[index].device.name(),
+                        "An RDMA device says: {what}."
+                    );
                 }
                 self.watch(reactor, Kind::Device, index);
             }

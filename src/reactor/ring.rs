@@ -467,6 +467,7 @@ impl Drop for Ring {
         }
         if !self.in_flight.is_empty() {
             tracing::warn!(
+                name: "operations-leaked",
                 count = self.in_flight.len(),
                 "Operations did not end in time; their memory is leaked."
             );

@@ -95,8 +95,9 @@ impl Descriptor {
         let keeps_atime = rustix::fs::fcntl_setfl(&fd, flags | OFlags::NOATIME).is_ok()
             || is_device
             || mount_keeps_atime(&fd);
-        if is_asynchronous && !keeps_atime && log::permit(None, "files of other users") {
+        if is_asynchronous && !keeps_atime && log::permit(None, "file-of-other-user") {
             tracing::info!(
+                name: "file-of-other-user",
                 "A file belongs to another user, so the server cannot open it with O_NOATIME, and reads it \
                  more slowly. Run the \
                  server as the owner, give it CAP_FOWNER, or mount the file system with noatime."

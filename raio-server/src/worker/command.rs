@@ -215,8 +215,8 @@ impl Worker {
         reopens: Option<Reopens>,
     ) -> Result<Work, Response> {
         let Connection { arrival, name, session, who, .. } = &self.connections[connection];
-        let client = arrival.peer.map(display);
-        tracing::debug!(client, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
+        let peer = arrival.peer.map(display);
+        tracing::debug!(peer, name, "A client opens {} (flags {flags:#x}).", EscapedPath(path));
         let rights = self.shared.rights(&self.sessions[*session].session.identity);
         let access = Access::from_flags(flags);
         let audited = who.as_ref().map(|who| Audited::new(who, path, access.name()));
@@ -366,14 +366,21 @@ impl Worker {
         rejection: Rejection,
     ) -> Response {
         let Rejection { status, text } = rejection;
-        if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key]) {
+        if let Some(Connection { arrival, member, name, .. }) = connection.map(|key| &self.connections[key]) {
             self.audit_open(audited, status.errno);
             let peer = arrival.peer;
             // What the file system says is the client's business, what the operator has decided is theirs.
             if status.class == Class::Policy {
-                log_client!(info, peer, "opens that were rejected", name, "An open was rejected: {text}");
+                log_client!(
+                    info,
+                    peer,
+                    "open-rejected",
+                    client = self.shared.client_name(&member.session.identity),
+                    name,
+                    "An open was rejected: {text}"
+                );
             } else {
-                tracing::debug!(client = peer.map(display), name, "An open has failed: {text}");
+                tracing::debug!(peer = peer.map(display), name, "An open has failed: {text}");
             }
         }
         failure(status, &text)

@@ -283,7 +283,7 @@ impl Worker {
             log_client!(
                 info,
                 origin no_client,
-                "channels that were forgotten for others",
+                "channels-evicted",
                 "{evicted} channels of clients that have not come back yet were forgotten: others needed the \
                  room. Raise --memory or --max-sessions if such clients are to find theirs."
             );
@@ -407,11 +407,13 @@ impl Worker {
     fn log_return(&self, key: usize, fence: &Fence, asked: usize) {
         let connection = &self.connections[key];
         let (peer, name) = (connection.peer(), &connection.name);
+        let client = self.shared.client_name(&connection.member.session.identity);
         match fence.succeeds {
             _ if !fence.is_known => log_client!(
                 info,
                 peer,
-                "clients whose channels are not known",
+                "channel-unknown",
+                client,
                 name,
                 "A client has come back to a channel that is not known, and has asked what became of {asked} \
                  requests. The server was restarted, or has forgotten the channel."
@@ -420,16 +422,18 @@ impl Worker {
             Succession::After(away) => log_client!(
                 info,
                 peer,
-                "clients that have come back",
+                "client-returned",
+                client,
                 name,
-                "A client has come back {} ms after its connection was lost, and has asked what became of \
-                 {asked} requests.",
-                away.as_millis()
+                "A client has come back {away} ms after its connection was lost, and has asked what became \
+                 of {asked} requests.",
+                away = away.as_millis()
             ),
             Succession::AtOnce => log_client!(
                 info,
                 peer,
-                "clients that have come back",
+                "client-returned-early",
+                client,
                 name,
                 "A client has come back before the end of its last connection was seen, and has asked what \
                  became of {asked} requests."
@@ -445,6 +449,7 @@ impl Worker {
         let (expired, ended) = (effects.expired, effects.ended.len());
         if expired > 0 {
             tracing::info!(
+                name: "channels-expired",
                 "{expired} channels are forgotten, and {ended} sessions have ended: their clients did not \
                  come back in time."
             );
@@ -487,7 +492,8 @@ impl Worker {
             log_client!(
                 warn,
                 peer,
-                "clients that wait for what their broken connections have left",
+                "client-waits",
+                client = self.shared.client_name(&connection.member.session.identity),
                 name = connection.name,
                 "A client waits for what its broken connections have left, for {FENCE_LOGGED_AFTER:?} so \
                  far: {connections} connections that a worker has not closed, {orphans} requests that a disk \

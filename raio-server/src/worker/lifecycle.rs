@@ -6,12 +6,11 @@ use std::time::Duration;
 use raio_transport::Violation;
 use raio_transport::error::Status;
 use raio_transport::handshake::{Identity, Peer};
+use raio_transport::keys::fingerprint;
 use raio_transport::message::SessionId;
 use raio_transport::protocol::FileHandle;
 use raio_transport::trace::Phase;
 use raio_transport::transport::{CloseReason, ConnectionId, ServerTransport};
-
-use tracing::field::display;
 
 use super::connections::{Connection, Fencing, Standing};
 use super::fence::{KILLED, Orphan};
@@ -30,7 +29,11 @@ impl Worker {
     pub(super) fn opened(&mut self, id: ConnectionId, peer: Peer) {
         let Some(arrival) = self.connections.arriving(id) else { return };
         let address = arrival.peer;
-        tracing::debug!(client = address.map(display), name = peer.name, "A client has connected.");
+        tracing::debug!(
+            peer = address.map(tracing::field::display),
+            name = peer.name,
+            "A client has connected."
+        );
         if !peer.is_control() && id.transport == super::RDMA {
             // It stays where it was accepted. The others were counted when their place was claimed, even if
             // they have ended since.
@@ -57,8 +60,10 @@ impl Worker {
             log_client!(
                 info,
                 address,
-                "sessions that were given up",
+                "sessions-given-up",
+                client = self.shared.client_name(&peer.identity),
                 name = peer.name,
+                session = fingerprint(&peer.session.0),
                 "A client has given up {superseded} sessions for another one, which begins when they are \
                  over."
             );
@@ -91,7 +96,15 @@ impl Worker {
             }
         };
         if is_new {
-            log_client!(info, address, "sessions that began", name = peer.name, "A session has begun.");
+            log_client!(
+                info,
+                address,
+                "session-began",
+                client = self.shared.client_name(&peer.identity),
+                name = peer.name,
+                session = fingerprint(&peer.session.0),
+                "A session has begun."
+            );
         }
         let Some(arrival) = self.connections.take_arriving(id) else { return };
         let who = self.shared.audit.as_ref().map(|audit| {
@@ -163,8 +176,10 @@ impl Worker {
         log_client!(
             info,
             address,
-            "clients that were rejected",
+            "client-rejected",
+            client = self.shared.client_name(&peer.identity),
             name = peer.name,
+            session = fingerprint(&peer.session.0),
             "A client was rejected. {text}"
         );
         if let Some(audit) = &self.shared.audit {
@@ -178,7 +193,7 @@ impl Worker {
             let peer = self.connections.take_arriving(id).and_then(|arrival| arrival.peer);
             self.counters.close_reason(reason);
             if let CloseReason::Violation(violation) = reason {
-                log_client!(warn, peer, violation.name(), "A client's handshake failed: {violation}.");
+                log_client!(warn, peer, "handshake-failed", "A client's handshake failed: {violation}.");
                 if let Some(audit) = &self.shared.audit {
                     audit.rejected(Who::default().at(peer), violation.errno(), format!("{violation}."));
                 }
@@ -227,6 +242,7 @@ impl Worker {
         let mut connection = self.connections.close(key);
         let peer = connection.peer();
         connection.counters.disconnected(medium(connection.id, peer));
+        let session = Arc::clone(&connection.member.session);
         if let (Some(audit), Some(who)) = (&self.shared.audit, &connection.who) {
             audit.record(who, Event::Disconnect { reason: reason.name() });
         }
@@ -244,8 +260,10 @@ impl Worker {
                 log_client!(
                     warn,
                     peer,
-                    violation.name(),
+                    "protocol-broken",
+                    client = self.shared.client_name(&session.identity),
                     name = connection.name,
+                    session = fingerprint(&session.id.0),
                     "A client broke the protocol and was closed: {violation}."
                 );
             }
@@ -256,27 +274,34 @@ impl Worker {
                     CloseReason::Unreachable => log_client!(
                         warn,
                         peer,
-                        "clients that became unreachable",
+                        "client-unreachable",
+                        client = self.shared.client_name(&session.identity),
                         name = connection.name,
-                        "A client's connection was closed: for {:?} nothing has come from its host, \
-                         although TCP tried again and again. The host, or the network to it, has failed.",
-                        policy.unreachable_timeout
+                        session = fingerprint(&session.id.0),
+                        "A client's connection was closed: for {timeout:?} nothing has come from its \
+                         host, although TCP tried again and again. The host, or the network to it, has \
+                         failed.",
+                        timeout = policy.unreachable_timeout
                     ),
                     CloseReason::Evicted => log_client!(
                         warn,
                         peer,
-                        "connections closed for memory",
+                        "connection-evicted",
+                        client = self.shared.client_name(&session.identity),
                         name = connection.name,
-                        "A client's connection was closed: for {:?} it took no responses, or did not go on \
-                         with a message, while others waited for the memory that it held. Raise --memory if \
-                         such clients are welcome.",
-                        policy.stall_timeout
+                        session = fingerprint(&session.id.0),
+                        "A client's connection was closed: for {timeout:?} it took no responses, or did not \
+                         go on with a message, while others waited for the memory that it held. Raise \
+                         --memory if such clients are welcome.",
+                        timeout = policy.stall_timeout
                     ),
                     CloseReason::KeyUsedUp => log_client!(
                         info,
                         peer,
-                        "connections closed for their keys",
+                        "connection-keys-used-up",
+                        client = self.shared.client_name(&session.identity),
                         name = connection.name,
+                        session = fingerprint(&session.id.0),
                         "A client's connection was closed: its keys have been used for as many records as \
                          they may be, and the kernel, which seals them (--ktls), cannot change them. The \
                          client goes on over another one."
@@ -285,10 +310,11 @@ impl Worker {
                 }
             }
         }
-        let client = peer.map(display);
         tracing::debug!(
-            client,
+            peer = peer.map(tracing::field::display),
+            client = self.shared.client_name(&session.identity),
             name = connection.name,
+            session = fingerprint(&session.id.0),
             reason = reason.name(),
             "A client's connection has ended."
         );
@@ -308,15 +334,25 @@ impl Worker {
             log_client!(
                 info,
                 peer,
-                "connections that were lost",
+                "connection-lost",
+                client = self.shared.client_name(&session.identity),
                 name = connection.name,
+                session = fingerprint(&session.id.0),
                 reason = reason.name(),
-                "A client's connection was lost. Its channel is kept for {:?}.",
-                connection.linger
+                "A client's connection was lost. Its channel is kept for {linger:?}.",
+                linger = connection.linger
             );
         }
         if ended > 0 {
-            log_client!(info, peer, "sessions that ended", name = connection.name, "A session has ended.");
+            log_client!(
+                info,
+                peer,
+                "session-ended",
+                client = self.shared.client_name(&session.identity),
+                name = connection.name,
+                session = fingerprint(&session.id.0),
+                "A session has ended."
+            );
         }
     }
 

@@ -343,14 +343,15 @@ impl Worker {
         Rejection { status, text }: Rejection,
     ) -> Response {
         self.audit_operation(audited, None, status.errno);
-        if let Some(Connection { arrival, name, .. }) = connection.map(|key| &self.connections[key])
+        if let Some(Connection { arrival, member, name, .. }) = connection.map(|key| &self.connections[key])
             && status.class == Class::Policy
         {
             let peer = arrival.peer;
             log_client!(
                 info,
                 peer,
-                "operations that were rejected",
+                "operation-rejected",
+                client = self.shared.client_name(&member.session.identity),
                 name,
                 "An operation was rejected: {text}"
             );

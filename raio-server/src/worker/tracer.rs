@@ -6,6 +6,7 @@ use std::mem;
 use raio_transport::trace::{Clock, Phase, Record, Ring};
 use raio_transport::transport::RequestKey;
 use tracing::field::display;
+use tracing::level_filters::LevelFilter;
 
 use super::Worker;
 use crate::trace::Trace;
@@ -18,40 +19,28 @@ pub struct Tracer {
     ring: Option<(Clock, Ring)>,
     /// An administrator wants to see it.
     live: Option<(Clock, Ring)>,
-    /// The log has a line for each record.
-    logs: bool,
-    /// Any of these.
-    is_on: bool,
 }
 
 impl Tracer {
     /// Of what is to be written to this file.
     pub fn new(trace: Option<&Trace>) -> Self {
-        let ring = trace.map(|trace| (trace.clock(), trace.ring()));
-        Self::of(ring, tracing::enabled!(tracing::Level::TRACE))
+        Self { ring: trace.map(|trace| (trace.clock(), trace.ring())), live: None }
     }
 
     /// One whose records are written nowhere.
     #[cfg(test)]
     pub fn in_memory() -> Self {
-        Self::of(Some((Clock::new(), Ring::new(TRACE_RECORDS))), false)
-    }
-
-    fn of(ring: Option<(Clock, Ring)>, logs: bool) -> Self {
-        let is_on = ring.is_some() || logs;
-        Self { ring, live: None, logs, is_on }
+        Self { ring: Some((Clock::new(), Ring::new(TRACE_RECORDS))), live: None }
     }
 
     /// Whether anything is recorded.
     pub fn is_on(&self) -> bool {
-        self.is_on
+        self.ring.is_some() || self.live.is_some() || LevelFilter::current() == LevelFilter::TRACE
     }
 
     /// Records in this ring, too, from now on; or no more. Returns the ring before.
     pub fn set_live(&mut self, live: Option<(Clock, Ring)>) -> Option<Ring> {
-        let before = mem::replace(&mut self.live, live);
-        self.is_on = self.ring.is_some() || self.live.is_some() || self.logs;
-        before.map(|(_, ring)| ring)
+        mem::replace(&mut self.live, live).map(|(_, ring)| ring)
     }
 }
 
@@ -68,10 +57,8 @@ impl Worker {
     fn record(&mut self, request: RequestKey, phase: Phase, name: &'static str, bytes: u64) {
         let connection = self.connections.key(request.connection);
         let peer = connection.and_then(|connection| self.connections[connection].peer());
-        if self.tracer.logs {
-            let client = peer.map(display);
-            tracing::trace!(client, request = request.id, bytes, "{phase:?} of a request: {name}.");
-        }
+        let peer_address = peer.map(display);
+        tracing::trace!(peer = peer_address, request = request.id, bytes, "{phase:?} of a request: {name}.");
         for (clock, ring) in self.tracer.ring.iter_mut().chain(&mut self.tracer.live) {
             ring.push(Record {
                 time_ns: clock.now_ns(),

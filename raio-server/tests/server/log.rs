@@ -3,13 +3,16 @@
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command as Process, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use raio_transport::handshake::Offer;
 use raio_transport::protocol::{OPEN_READ, OPEN_WRITE};
 use raio_transport::transport::ClientTransport;
+use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::common::{Client, Server, TIMEOUT, Variant};
@@ -155,7 +158,7 @@ fn lines_about_clients_have_their_address_and_nothing_that_steers_a_terminal() {
     let log = server.log_until("handshake failed");
     assert!(log.chars().all(|c| c == '\n' || !c.is_control()) && !log.contains('\u{202e}'), "{log:?}");
     assert!(log.lines().all(|line| line.starts_with("20")), "a forged line: {log}");
-    let client = format!("client=127.0.0.1:{port}");
+    let client = format!("peer=127.0.0.1:{port}");
     for (level, text) in [
         ("INFO", "A session has begun"),
         ("DEBUG", "A client opens"),
@@ -171,7 +174,7 @@ fn lines_about_clients_have_their_address_and_nothing_that_steers_a_terminal() {
         );
     }
     let failed = log.lines().find(|line| line.contains("handshake failed")).unwrap();
-    assert!(failed.contains("client=127.0.0.1:"), "{failed}");
+    assert!(failed.contains("peer=127.0.0.1:"), "{failed}");
 }
 
 /// What is no client of raio's, from this address.
@@ -190,14 +193,98 @@ fn a_flood_of_bad_clients_hides_no_others_and_is_counted() {
     let mut server = Server::start(Variant::Uring, &["--workers", "1"]);
     (0..300).for_each(|_| stranger([127, 0, 0, 1], server.address));
     stranger([127, 0, 0, 2], server.address);
-    server.log_until("client=127.0.0.2:");
+    server.log_until("peer=127.0.0.2:");
     server.signal(Signal::TERM);
     assert_eq!(server.wait().code(), Some(0));
     let log = server.log();
-    let lines = log.lines().filter(|line| line.contains("client=127.0.0.1:")).count();
+    let lines = log.lines().filter(|line| line.contains("peer=127.0.0.1:")).count();
     assert!((10..100).contains(&lines), "{lines} of 300: {log}");
+    assert!(log.contains("peer=127.0.0.1") && log.contains(&format!("{} more lines", 300 - lines)), "{log}");
+}
+
+#[test]
+fn json_has_an_object_a_line_with_the_id_and_what_it_is_about() {
+    let mut server =
+        Server::start(Variant::Uring, &["--log-format", "json", "--export", "e=/", "--workers", "1"]);
+    let evil = "evil\",\"level\":\"error\"";
+    let mut client = Client::connect(server.address, &Offer::new(evil));
+    assert_eq!(client.open("/e/a\u{202e}\n{\"forged\":1}", OPEN_WRITE), Err(libc::EROFS));
+    let peer = format!("127.0.0.1:{}", client.transport.local_port().unwrap());
+    drop(client);
+    server.log_until("session-ended");
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let log = server.log();
+    assert!(log.is_ascii(), "{log:?}");
+    let objects: Vec<serde_json::Value> =
+        log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"))).collect();
+    let with = |id: &str| objects.iter().find(|object| object["id"] == id).unwrap_or_else(|| panic!("{log}"));
+    for object in &objects {
+        let level = object["level"].as_str().unwrap();
+        assert!(["warn", "info"].contains(&level) && object["id"].is_string(), "{object}");
+        assert!(object["time"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{object}");
+    }
+    let began = with("session-began");
+    assert_eq!((&began["message"], &began["name"]), (&"A session has begun.".into(), &evil.into()));
+    for id in ["session-began", "open-rejected", "session-ended"] {
+        assert_eq!(with(id)["peer"], peer[..], "{log}");
+    }
+    assert_eq!(began["session"], with("session-ended")["session"]);
+    with("stopping");
+}
+
+#[test]
+fn journald_gets_all_fields_and_standard_error_what_it_does_not_take() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: a journald of one's own needs root");
+        return;
+    }
+    let run = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let socket = run.path().join("systemd/journal/socket");
+    std::fs::create_dir_all(socket.parent().unwrap()).unwrap();
+    // Its path may be longer than the name of a socket: it is bound from where it is.
+    let directory =
+        rustix::fs::open(socket.parent().unwrap(), rustix::fs::OFlags::PATH, Mode::empty()).unwrap();
+    let short = format!("/proc/self/fd/{}/socket", directory.as_raw_fd());
+    let journald = UnixDatagram::bind(short).unwrap();
+    journald.set_read_timeout(Some(TIMEOUT)).unwrap();
+
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // systemd tells by this what standard error is connected to.
+    let stderr = std::fs::File::create(directory.path().with_extension("log")).unwrap().metadata().unwrap();
+    let mut process = Process::new("unshare");
+    process.args(["--mount", "sh", "-c", "mount --bind \"$0\" /run && exec \"$@\""]).arg(run.path());
+    process.arg(env!("CARGO_BIN_EXE_raio_server"));
+    process.args(["--listen", "tcp://127.0.0.1:0", "--export", "n=null:1M"]);
+    process.env("JOURNAL_STREAM", format!("{}:{}", stderr.dev(), stderr.ino()));
+    let mut server = Server::spawn(process, directory);
+
+    let name = "my fio";
+    let client = Client::connect(server.address, &Offer::new(name));
+    let mut datagram = [0; 8192];
+    let began = loop {
+        let n = journald.recv(&mut datagram).unwrap();
+        let text = String::from_utf8_lossy(&datagram[..n]).into_owned();
+        assert!(text.contains("\nSYSLOG_IDENTIFIER=raio_server\nMESSAGE="), "{text}");
+        if text.contains("\nRAIO_ID=session-began\n") {
+            break text;
+        }
+    };
+    let peer = format!("127.0.0.1:{}", client.transport.local_port().unwrap());
+    assert!(began.starts_with("PRIORITY=6\n"), "{began:?}");
     assert!(
-        log.contains("client=127.0.0.1") && log.contains(&format!("{} more lines", 300 - lines)),
-        "{log}"
+        began.contains(&format!("\nMESSAGE=A session has begun. peer={peer} name=\"my fio\" ")),
+        "{began:?}"
     );
+    assert!(began.contains(&format!("\nRAIO_PEER={peer}\n")), "{began:?}");
+    assert!(began.contains("\nRAIO_NAME=my fio\n"), "{began:?}");
+    assert!(began.contains("\nMESSAGE_ID=") && began.contains("\nRAIO_SESSION="), "{began:?}");
+    assert_eq!(server.log(), "");
+
+    drop(journald);
+    drop(client);
+    let log = server.log_until("session-ended");
+    assert!(log.starts_with(&format!("<6>A session has ended. peer={peer} ")), "{log}");
+    server.signal(Signal::TERM);
+    assert_eq!(server.wait().code(), Some(0));
 }

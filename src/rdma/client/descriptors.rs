@@ -123,7 +123,11 @@ impl Descriptors {
             let _ = rustix::io::read(&self.wakeup, &mut [0; 8]);
         }
         for what in self.domain.device.take_async_events() {
-            tracing::warn!("The RDMA device {} says: {what}.", self.domain.device.name());
+            tracing::warn!(
+                name: "rdma-device-event",
+                device = self.domain.device.name(),
+                "An RDMA device says: {what}."
+            );
         }
     }
 

@@ -1,12 +1,15 @@
 //! `cargo run -p raio-lint`: checks what neither rustc nor clippy does. Prints each finding with file and
-//! line, and fails if there is one. With `--graph` it prints which module uses which instead.
+//! line, and fails if there is one. With `--graph` it prints which module uses which instead, and
+//! with `--catalog` the catalog of messages for journald.
 //!
 //! - [`layers`]: modules depend on one another in one direction only, as docs/ARCHITECTURE.md's tables say.
+//! - [`messages`]: each message of the log has an id, and docs/MESSAGES.md explains it.
 //! - [`names`]: no two public types of a library have the same name, and no name that was given up comes
 //!   back.
 //! - [`widths`]: lines of source, comments and documents are no wider than rustfmt's `max_width`.
 
 mod layers;
+mod messages;
 mod modules;
 mod names;
 mod widths;
@@ -47,7 +50,12 @@ fn main() -> anyhow::Result<ExitCode> {
     let root = git(&["rev-parse", "--show-toplevel"])?;
     std::env::set_current_dir(root.trim()).with_context(|| format!("There is no {root}"))?;
     let mut findings = Vec::new();
-    let prints_graph = std::env::args().nth(1).as_deref() == Some("--graph");
+    let option = std::env::args().nth(1);
+    if option.as_deref() == Some("--catalog") {
+        messages::print_catalog()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let prints_graph = option.as_deref() == Some("--graph");
     for krate in layers::CRATES {
         let modules = modules::read(Path::new(krate.root))?;
         if prints_graph {
@@ -63,6 +71,7 @@ fn main() -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     names::check_old_names(&mut findings)?;
+    messages::check(&mut findings)?;
     widths::check(&mut findings)?;
     findings.dedup();
     for Finding { place, text } in &findings {
