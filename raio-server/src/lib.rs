@@ -26,6 +26,7 @@ pub mod export_spec;
 mod file_identity;
 mod hand_over;
 mod handles;
+mod help;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
 mod history;

@@ -9,8 +9,7 @@ use crate::keys::Keys;
 const PAGE: &str = include_str!("../../docs/man/raio.toml.5");
 
 /// Keys that the page describes ahead of the program.
-const AHEAD: &[&str] =
-    &["exports-beneath", "log-format", "http", "http-token", "http-host", "admin", "slow"];
+const AHEAD: &[&str] = &["exports-beneath", "log-format", "http", "http-token", "http-host", "admin", "slow"];
 
 /// What no key has as its name: the error for it lists those that there are.
 const NO_KEY: &str = "no-such-key = 1";
