@@ -145,8 +145,8 @@ fn grouped(command: clap::Command) -> clap::Command {
         text.push('\n');
     }
     let template = format!(
-        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{text}{header}Options of all commands:{header:#}\n\
-         {{options}}{{after-help}}"
+        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{text}{header}Options of all \
+         commands:{header:#}\n{{options}}{{after-help}}"
     );
     command.help_template(template)
 }
