@@ -37,7 +37,7 @@ const QUEUE_DEPTH_MAX: u32 = 65_534;
 
 /// Serves directories, files and block devices to raio clients.
 #[derive(Debug, Default, Parser, Deserialize)]
-#[command(name = "raio_server", version, after_help = "See raio_server(8) for more.")]
+#[command(name = "raio_server", version)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Options {
     /// Accept connections there, tcp://HOST:PORT or rdma://HOST:PORT; repeatable; port 0 takes a free one

@@ -29,6 +29,7 @@ pub mod export_spec;
 mod file_identity;
 mod hand_over;
 mod handles;
+mod help;
 mod hidden;
 #[cfg(test)]
 #[path = "../../tests/history/mod.rs"]
@@ -42,6 +43,8 @@ mod listing;
 mod log;
 mod lookup;
 mod machine;
+#[cfg(test)]
+mod manual;
 mod names;
 mod open;
 mod orphan_guard;

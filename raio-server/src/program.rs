@@ -7,21 +7,20 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
 use raio_transport::reactor::block_signals;
 
 use crate::config::{self, Config, Options};
 use crate::hand_over::GivenSocket;
 use crate::server::{self, Server, describe};
 use crate::service::Service;
-use crate::{log, privileges};
+use crate::{help, log, privileges};
 
 /// Runs `raio_server` with this process's arguments, until it is told to stop. In the process's first and
 /// only thread: signals are blocked for all threads that it starts.
 pub fn main() -> ExitCode {
     // Beyond a limit on file sizes a write is to fail, not to end the server.
     let signals: Vec<_> = server::HANDLED_SIGNALS.into_iter().chain([libc::SIGXFSZ]).collect();
-    let options = match Options::try_parse() {
+    let options = match help::parse() {
         Ok(options) => Ok(options),
         Err(error) => Err(config::advice(&error).unwrap_or_else(|| error.exit())),
     };

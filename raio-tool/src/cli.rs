@@ -1,8 +1,9 @@
 //! The command line: every command with its options. The manual pages and the completions are made from it.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::global::Global;
@@ -117,6 +118,47 @@ pub struct ManualOptions {
     pub directory: PathBuf,
 }
 
+/// The commands under headings, as the help of `raio` shows them.
+const GROUPS: [(&str, &[&str]); 5] = [
+    ("Copy", &["cp", "sync", "cat"]),
+    (
+        "Files and directories of a server",
+        &["ls", "find", "stat", "du", "df", "mkdir", "mv", "ln", "rm", "truncate", "discard"],
+    ),
+    ("Compare", &["checksum", "cmp"]),
+    ("Servers", &["info", "ping", "bench", "load", "doctor"]),
+    ("This client", &["key", "completions"]),
+];
+
+/// What the process's arguments say. Ends the process if they are wrong, or ask for help.
+pub fn parse() -> Cli {
+    let mut command = grouped(Cli::command());
+    let matches = command.get_matches_mut();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+}
+
+/// The command with [`GROUPS`] in its help: clap has one heading for all commands.
+fn grouped(command: clap::Command) -> clap::Command {
+    let width = command.get_subcommands().map(|one| one.get_name().len()).max().unwrap_or(0);
+    let header = *command.get_styles().get_header();
+    let literal = *command.get_styles().get_literal();
+    let mut text = String::new();
+    for (heading, names) in GROUPS {
+        let _ = writeln!(text, "{header}{heading}:{header:#}");
+        for name in names {
+            let about = command.find_subcommand(name).and_then(clap::Command::get_about);
+            let about = about.map(ToString::to_string).unwrap_or_default();
+            let _ = writeln!(text, "  {literal}{name}{literal:#}{:1$}  {about}", "", width - name.len());
+        }
+        text.push('\n');
+    }
+    let template = format!(
+        "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{text}{header}Options of all \
+         commands:{header:#}\n{{options}}{{after-help}}"
+    );
+    command.help_template(template)
+}
+
 /// A text with one line for each paragraph, so that it is wrapped as the terminal is wide. Headings, which
 /// end with a colon, and indented lines stay lines.
 fn flowing(text: &str) -> String {
@@ -139,6 +181,17 @@ fn flowing(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_command_has_a_heading_in_the_help() {
+        let tool = Cli::command();
+        let all = tool.get_subcommands().filter(|one| !one.is_hide_set()).map(clap::Command::get_name);
+        let mut all: Vec<&str> = all.collect();
+        let mut grouped: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| names.iter().copied()).collect();
+        all.sort_unstable();
+        grouped.sort_unstable();
+        assert_eq!(all, grouped, "on the left are the commands, on the right those of GROUPS");
+    }
 
     #[test]
     fn paragraphs_are_lines_and_headings_and_displays_stay() {

@@ -52,14 +52,12 @@ mod walk;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use cli::{Cli, Command};
 use failure::Failure;
 use interrupt::Interrupt;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = cli::parse();
     run(cli).unwrap_or_else(|failure| {
         output::say(&format!("raio: {failure}"));
         failure.exit_code()
@@ -106,6 +104,8 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
