@@ -1062,4 +1062,105 @@ mod tests {
         assert!(Memory::split(Some(least), Some(1024), 2, 4 * MIB, 0).arenas >= 4 * MIB);
         assert!(Memory::split(Some(least - 8), Some(1024), 2, 4 * MIB, 0).arenas < 4 * MIB);
     }
+
+    /// All keys of the last release: see tests/compat/baseline.
+    const KEYS_OF_THE_LAST_RELEASE: &str = "
+        listen = ['tcp://127.0.0.1:0']
+        workers = 2
+        queue-depth = 64
+        max-sessions = 100
+        limits-per-session = { connections = 8, files = 100, requests = 200, memory = '64M' }
+        limits-per-address = { connections = 80, files = 1000, requests = 2000, memory = '128M' }
+        io-max = '1M'
+        spin-us = 20
+        memory = '512M'
+        stall-timeout = 5
+        linger = 60
+        backend = 'threads'
+        log = 'warn'
+        trace = '/trace'
+        state = '/state'
+        strict = true
+        [export.d]
+        path = '/srv'
+        access = 'rw'
+        direct = true
+        mountpoint = true
+        devices = true
+        max-file-size = '1G'
+        cross-mounts = true
+        [export.f]
+        path = '/srv/f'
+        access = 'ro'
+        grow = true
+        [export.m]
+        memory = '1M'
+        [export.n]
+        null = '1G'
+    ";
+
+    /// A configuration of this text, and what becomes of it when the file has another one.
+    fn read_again(arguments: &[&str], before: &str, after: &str) -> (Config, anyhow::Result<Config>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("raio.toml");
+        std::fs::write(&path, before).unwrap();
+        let arguments = [&["--config", path.to_str().unwrap()], arguments].concat();
+        let config = options(&arguments).check(2).unwrap();
+        std::fs::write(&path, after).unwrap();
+        let again = config.read_again();
+        (config, again)
+    }
+
+    #[test]
+    fn a_file_of_the_last_release_is_accepted() {
+        let (_, again) = read_again(&[], KEYS_OF_THE_LAST_RELEASE, KEYS_OF_THE_LAST_RELEASE);
+        assert_eq!(again.unwrap().exports.len(), 4);
+    }
+
+    #[test]
+    fn a_file_that_is_read_again_may_change_what_can_change_and_nothing_else() {
+        let base = "[export.n]\nnull = '1G'\n";
+        for line in
+            ["max-sessions = 9", "linger = 1", "stall-timeout = 1", "spin-us = 1", "log = 'debug'", ""]
+        {
+            let (_, again) = read_again(&[], base, &format!("{line}\n{base}"));
+            again.unwrap();
+        }
+        for line in [
+            "listen = ['tcp://127.0.0.1:0']",
+            "workers = 1",
+            "queue-depth = 1",
+            "io-max = '2M'",
+            "memory = '256M'",
+            "backend = 'threads'",
+            "trace = '/x'",
+            "state = '/x'",
+            "hand-over = '/x'",
+            "keys = '/x'",
+            "clear = true",
+            "audit = '/x'",
+            "audit-full = 'wait'",
+            "strict = true",
+            "user = 'nobody'",
+            "sandbox = 'off'",
+            "exports-beneath = ['/x']",
+        ] {
+            let (_, again) = read_again(&[], base, &format!("{line}\n{base}"));
+            let error = again.expect_err(line).to_string();
+            let key = line.split(' ').next().unwrap();
+            let expected = format!("raio.toml:1:1: {key} can only be changed by a restart");
+            assert!(error.contains(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_overrides_changes_in_vain() {
+        let base = "[export.n]\nnull = '1G'\n";
+        let arguments = ["--workers", "1", "--linger", "7"];
+        let (old, again) =
+            read_again(&arguments, base, &format!("workers = 2\nlinger = 3\nspin-us = 1\n{base}"));
+        let new = again.unwrap();
+        assert_eq!((new.workers, new.linger), (1, Duration::from_secs(7)));
+        assert_eq!(old.changed_in_vain(&new).collect::<Vec<_>>(), ["linger", "workers"]);
+    }
 }

@@ -405,9 +405,7 @@ impl Worker {
             // Its export has been changed since it was looked up, and who revokes files may have been here
             // before.
             self.audit_open(audited.as_deref(), libc::ESTALE);
-            if let Some((file, _)) = session.close(handle) {
-                drop(file);
-            }
+            drop(session.close(handle));
             return failure(Status::storage(libc::ESTALE), EXPORT_CHANGED);
         }
         // This worker may have it already, by a reopen that came at the same time.

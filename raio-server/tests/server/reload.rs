@@ -89,9 +89,9 @@ fn exports_come_change_and_go_while_clients_use_others() {
         let b = |access: &str| export("b", &root.join("b"), access);
         std::thread::scope(|scope| {
             for n in 0..3 {
-                let (server, stop) = (&run.server, &stop);
+                let (address, stop) = (run.server.address, &stop);
                 scope.spawn(move || {
-                    let mut client = server.client();
+                    let mut client = Client::connect(address, &Offer::new("writer"));
                     let file = client.open(&format!("/a/{n}"), NEW).unwrap();
                     let mut count = 0u64;
                     while !stop.load(Ordering::Relaxed) {
@@ -104,15 +104,9 @@ fn exports_come_change_and_go_while_clients_use_others() {
             }
             let mut client = run.server.client();
             assert_eq!(client.open("/b/who", OPEN_READ), Err(libc::ENOENT));
-            let fds = |file| {
-                let links = Path::new("/proc").join(run.server.child.id().to_string()).join("fd");
-                let link = |entry: std::io::Result<std::fs::DirEntry>| std::fs::read_link(entry.ok()?.path());
-                let links = links.read_dir().unwrap().filter_map(|entry| {
-                    Some(entry).map(|entry| match entry {
-                        Ok(entry) => link(Ok(entry)),
-                        Err(_) => None,
-                    })?
-                });
+            let fds = |file: &str| {
+                let fds = Path::new("/proc").join(run.server.child.id().to_string()).join("fd");
+                let links = fds.read_dir().unwrap().flatten().flat_map(|fd| std::fs::read_link(fd.path()));
                 links.filter(|link| link.starts_with(root.join(file))).count()
             };
             let said = run.applies(&all(&root, &b("rw")));
@@ -223,6 +217,8 @@ fn limits_and_the_log_level_change() {
         assert!(said.contains(change), "{change}: {said}");
     }
     first.write(file, 0, b"x").unwrap();
+    first.close(file).unwrap();
+    first.open("/a/1", NEW).unwrap();
     run.server.log_until("A client opens");
     run.applies(&text("limits-per-session = { files = 2 }\nlog = 'info'", &root));
     first.open("/a/2", NEW).unwrap();
@@ -299,13 +295,12 @@ fn a_file_system_can_be_unmounted_once_its_export_is_removed() {
         return eprintln!("SKIPPED: nothing can be mounted here");
     }
     run.applies(&(text(&root) + &export("b", &root.join("b"), "rw")));
-    let stop = AtomicBool::new(false);
+    let (stop, begun) = (AtomicBool::new(false), [const { AtomicBool::new(false) }; 4]);
     std::thread::scope(|scope| {
-        let begun: Vec<_> = (0..4).map(|_| AtomicBool::new(false)).collect();
         for (n, begun) in begun.iter().enumerate() {
-            let (server, stop) = (&run.server, &stop);
+            let (address, stop) = (run.server.address, &stop);
             scope.spawn(move || {
-                let mut client = server.client();
+                let mut client = Client::connect(address, &Offer::new("writer"));
                 let file = client.open(&format!("/b/{n}"), NEW).unwrap();
                 let data = vec![n as u8; 300_000];
                 while !stop.load(Ordering::Relaxed) {
@@ -404,4 +399,25 @@ fn whatever_the_file_says_is_what_is_served() {
         let other = Client::connect(run.server.address, &Offer::new("other"));
         drop(other);
     }
+}
+
+#[test]
+fn who_may_connect_changes_together_with_the_exports_or_not_at_all() {
+    let text = |root: &Path| export("a", &root.join("a"), "rw");
+    let keys = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let clients = keys.path().join("clients.toml");
+    std::fs::write(&clients, "").unwrap();
+    let arguments = ["--sandbox=off", "--keys", keys.path().to_str().unwrap()];
+    let run = Run::start(Variant::Uring, &arguments, text);
+    let two = text(&run.exports()) + &export("b", &run.exports().join("b"), "rw");
+    std::fs::write(&clients, "[client.x]\nkye = 1\n").unwrap();
+    run.rejects(&two, "clients.toml:2:");
+    // What is right in one file does not count while the other one is wrong.
+    std::fs::write(&clients, "[client.x]\nuser = 4000000\nexports = { b = 'rw' }\n").unwrap();
+    run.rejects(&format!("{two}[export.c]\npath = '/no/such'\n"), "/no/such");
+    let said = run.applies(&two);
+    assert!(said.contains("Export b was added") && said.contains("1 clients may connect"), "{said}");
+    assert!(!said.contains("which there is not"), "{said}");
+    let said = run.applies(&text(&run.exports()));
+    assert!(said.contains("clients.toml names export b, which there is not"), "{said}");
 }
